@@ -1,0 +1,1 @@
+"""The converters that come with loraformat: one room per format, none knows another."""

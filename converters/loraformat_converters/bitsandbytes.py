@@ -1,0 +1,110 @@
+"""bitsandbytes 4-bit checkpoints: NF4, with or without double quantization.
+
+Format: ``QuantState.as_dict(packed=True)`` of bitsandbytes, inside a safetensors model
+directory that transformers wrote. Codes and scales go through untouched, both ways.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraformat.architecture import is_conv1d
+from loraformat.bundle import quantized_config
+from loraformat.checkpoint import Checkpoint, NF4Tensor
+from loraformat.errors import UnsupportedError
+from loraformat.folder import Folder
+from loraformat.mapped import MappedFile
+from loraformat.model_directory import WrittenModel, write_model_directory
+from loraformat.model_reader import open_model, peek_config, weight_files
+from loraformat.plugins import Converter, WriteOptions
+from loraformat.publish import Publication
+from loraformat.reader import is_bundle
+
+__all__ = ["CONVERTER", "read", "sniff", "write"]
+
+
+def sniff(path: Path) -> bool:
+    """Tell whether a directory's config names bitsandbytes, and it is no bundle."""
+    if not path.is_dir() or is_bundle(path):
+        return False
+    quantization = peek_config(path).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes"
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a 4-bit checkpoint.
+
+    Raises
+    ------
+    UnsupportedError
+        For FP4 and int8, by name.
+    """
+    config = peek_config(path) if path.is_dir() else {}
+    _refuse_other_types(path, config)
+    model_type = config.get("model_type")
+    checkpoint = open_model(
+        path,
+        "bitsandbytes",
+        transposed=lambda name: is_conv1d(name, model_type),
+        any_storage=True,
+    )
+    if not any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values()):
+        checkpoint.close()
+        raise UnsupportedError("holds no NF4 weight", path=path, hint="use --from safetensors")
+    if checkpoint.quantization_config is not None:
+        # The codes are written as uint8 whatever their label was; the bytes are the same.
+        checkpoint.quantization_config["bnb_4bit_quant_storage"] = "uint8"
+    return checkpoint
+
+
+def _refuse_other_types(path: Path, config: dict[str, object]) -> None:
+    quantization = config.get("quantization_config")
+    settings = quantization if isinstance(quantization, dict) else {}
+    kind = settings.get("bnb_4bit_quant_type", "fp4" if settings.get("load_in_4bit") else None)
+    if settings.get("load_in_8bit"):
+        kind = "int8"
+    if kind in (None, "nf4"):
+        kind = _foreign_parts(path)
+    if kind is not None:
+        raise UnsupportedError(
+            f"is quantized as bitsandbytes {kind}, and only nf4 can be read", path=path,
+            hint="quantize the original weights to NF4: loraformat convert ORIGINAL BUNDLE",
+        )
+
+
+def _foreign_parts(path: Path) -> str | None:
+    """Return the type of quantization that the tensors' names give away, if it is not NF4."""
+    folder = Folder(path if path.is_dir() else path.parent)
+    for name in weight_files(folder) if path.is_dir() else [path.name]:
+        file = MappedFile(folder, name)
+        names = list(file.header.entries)
+        file.close()
+        if any(tensor.endswith(".quant_state.bitsandbytes__fp4") for tensor in names):
+            return "fp4"
+        if any(tensor.endswith((".SCB", ".weight_format")) for tensor in names):
+            return "int8"
+    return None
+
+
+def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+    """Write what transformers writes for a 4-bit model: the same tensors, names and config."""
+    return write_model_directory(
+        checkpoint,
+        publication,
+        config=quantized_config(checkpoint),
+        shard_limit=options.shard_limit,
+        progress=options.progress,
+        single_name="model.safetensors",
+    )
+
+
+CONVERTER = Converter(
+    name="bitsandbytes",
+    kind="base",
+    summary="bitsandbytes 4-bit checkpoint: NF4 as transformers saves it",
+    sniff=sniff,
+    read=read,
+    write=write,
+    stores="nf4",
+    loses=("the manifest with its hashes and fingerprint",),
+)

@@ -1,0 +1,81 @@
+"""Hugging Face safetensors: dense weights, in one file or several.
+
+Format: https://huggingface.co/docs/safetensors. Directory: what ``save_pretrained`` of
+transformers writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraformat.checkpoint import Checkpoint, NF4Tensor
+from loraformat.errors import UnsupportedError
+from loraformat.model_directory import WrittenModel, write_model_directory
+from loraformat.model_reader import open_model, peek_config
+from loraformat.plugins import Converter, WriteOptions
+from loraformat.publish import Publication
+from loraformat.reader import is_bundle
+
+__all__ = ["CONVERTER", "read", "sniff", "write"]
+
+
+def sniff(path: Path) -> bool:
+    """Tell whether a path is a safetensors file or a directory of them that is nothing else."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return (
+        not is_bundle(path)
+        and any(not file.name.startswith("adapter_") for file in path.glob("*.safetensors"))
+        and _method(path) != "bitsandbytes"
+    )
+
+
+def _method(path: Path) -> object:
+    quantization = peek_config(path).get("quantization_config")
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+
+
+def read(path: Path) -> Checkpoint:
+    """Open dense weights.
+
+    Raises
+    ------
+    UnsupportedError
+        If they are quantized, by any method: naming it.
+    """
+    checkpoint = open_model(path, "safetensors")
+    if checkpoint.quantization_config is not None:
+        checkpoint.close()
+        method = checkpoint.quantization_config.get("quant_method", "an unnamed method")
+        raise UnsupportedError(
+            f"is quantized with {method}, not dense", path=path,
+            hint="start from the original weights" if method != "bitsandbytes" else "use --from bitsandbytes",
+        )
+    if any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values()):
+        checkpoint.close()
+        raise UnsupportedError("holds NF4 weights, not dense ones", path=path, hint="use --from bitsandbytes")
+    return checkpoint
+
+
+def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+    """Write dense weights as transformers does: ``model.safetensors``, or shards and an index."""
+    return write_model_directory(
+        checkpoint,
+        publication,
+        config=checkpoint.config,
+        shard_limit=options.shard_limit,
+        progress=options.progress,
+        single_name="model.safetensors",
+    )
+
+
+CONVERTER = Converter(
+    name="safetensors",
+    kind="base",
+    summary="Hugging Face safetensors: dense weights, one file or sharded",
+    sniff=sniff,
+    read=read,
+    write=write,
+    stores="dense",
+    loses=("the manifest with its hashes and fingerprint",),
+)

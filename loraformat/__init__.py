@@ -1,0 +1,32 @@
+"""loraformat: base weights in NF4 and LoRA deltas, converted, verified and streamed.
+
+The names below are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraformat.errors import LoraFormatError as LoraFormatError
+    from loraformat.ops.convert import convert as convert
+    from loraformat.verify import verify_bundle as verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoraFormatError": ("loraformat.errors", "LoraFormatError"),
+    "convert": ("loraformat.ops.convert", "convert"),
+    "verify": ("loraformat.verify", "verify_bundle"),
+}
+
+__all__ = ["LoraFormatError", "__version__", "convert", "open", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module 'loraformat' has no attribute {name!r}") from None
+    return getattr(import_module(module), attribute)

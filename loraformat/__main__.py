@@ -1,0 +1,5 @@
+"""``python -m loraformat``."""
+
+from loraformat.cli import main
+
+main()

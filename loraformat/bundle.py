@@ -1,0 +1,99 @@
+"""The bundle as a converter: read one, write one.
+
+Writing is a model directory with a manifest. The manifest comes last; without it the
+directory is not a bundle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraformat import __version__
+from loraformat.architecture import skip_modules
+from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
+from loraformat.config_json import join, model_dtype
+from loraformat.errors import UnsupportedError
+from loraformat.manifest import MANIFEST_NAME, Manifest, fingerprint, is_safe_path
+from loraformat.model_directory import WrittenModel, write_model_directory
+from loraformat.plugins import Converter, WriteOptions
+from loraformat.publish import Publication
+from loraformat.reader import is_bundle, open_bundle
+
+__all__ = ["CONVERTER", "quantization_config", "quantized_config", "read", "write"]
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a bundle's base; every tensor is compared with its SHA-256 when it is loaded."""
+    return open_bundle(path).checkpoint
+
+
+def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+    """Write a bundle."""
+    for file in checkpoint.files:
+        if not is_safe_path(file.path):
+            raise UnsupportedError(
+                f"file name {file.path!r} cannot travel in a bundle", path=checkpoint.path,
+                hint="rename or remove it",
+            )
+    written = write_model_directory(
+        checkpoint,
+        publication,
+        config=quantized_config(checkpoint),
+        shard_limit=options.shard_limit,
+        progress=options.progress,
+    )
+    manifest = Manifest(
+        created_by=f"loraformat {__version__}",
+        source=checkpoint.provenance.to_json(),
+        shard_limit=options.shard_limit,
+        shards=tuple(written.shards.shards),
+        tensors=written.shards.tensors,
+        files=written.files,
+        fingerprint=fingerprint(written.shards.tensors),
+    )
+    publication.write(MANIFEST_NAME, manifest.encode())
+    if checkpoint.config is None:
+        written.notes.append("no config.json: transformers cannot open this bundle")
+    return written
+
+
+def quantized_config(checkpoint: Checkpoint) -> bytes | None:
+    """Return ``config.json`` with the ``quantization_config`` that makes peers open NF4."""
+    if checkpoint.config is None:
+        return None
+    quantized = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
+    if not quantized:
+        return checkpoint.config
+    return join(checkpoint.config, checkpoint.quantization_config or quantization_config(checkpoint))
+
+
+def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
+    """Return what transformers writes for a model quantized as this one."""
+    quantized = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
+    dense = [t for t in checkpoint.tensors.values() if isinstance(t, DenseTensor)]
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": model_dtype(checkpoint.config) or "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(tensor.double_quant for tensor in quantized),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skip_modules(dense, (tensor.name for tensor in quantized)),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+CONVERTER = Converter(
+    name="loraformat",
+    kind="base",
+    summary="a bundle: NF4 base weights with manifest, hashes and room for adapters",
+    sniff=is_bundle,
+    read=read,
+    write=write,
+    stores="nf4",
+)

@@ -1,0 +1,111 @@
+"""The command line: ``loraformat VERB ...``.
+
+One module per verb, imported when the verb is called, so that ``--help`` costs
+nothing. `main` turns errors into one line on stderr and an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from loraformat import __version__
+from loraformat.errors import LoraFormatError
+
+__all__ = ["commands", "main"]
+
+#: Verb and its line in ``--help``; the verb's module holds a click command named ``command``.
+_VERBS = {
+    "convert": "Convert a model from one format to another.",
+    "demo": "Run the whole pipeline on the small real model.",
+    "formats": "List converters, directions and what each loses.",
+    "info": "Show what a model is, without reading its weights.",
+    "verify": "Check every rule and every hash.",
+}
+
+_INTERRUPTED = 130
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted(_VERBS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _VERBS:
+            return None
+        command = import_module(f"loraformat.cli.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(sorted(_VERBS.items()))
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 input invalid, 4 verify found something, "
+    "5 output exists or is locked, 6 no space or memory, 7 network or Hub, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="loraformat")
+def commands() -> None:
+    """NF4 base weights and LoRA deltas: convert, look at, verify.
+
+    Inputs are local paths or Hub ids (org/name, org/name@revision).
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line and exit.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        ``sys.argv[1:]`` by default.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code: Any = commands.main(args=arguments, prog_name="loraformat", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2 if isinstance(error, click.UsageError) else 1
+    except LoraFormatError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        again = shlex.join(["loraformat", *arguments])
+        return _fail(f"interrupted; nothing is broken. To continue, run: {again}", _INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has left; Python must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return _fail("not enough memory; close other programs, or convert on a larger machine", 6)
+    except Exception as error:
+        if os.environ.get("LORAFORMAT_DEBUG"):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return _fail(
+            f"internal error, {type(error).__name__}: {reason} "
+            "(please report it; LORAFORMAT_DEBUG=1 shows where)", 1,
+        )
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    return code

@@ -1,0 +1,99 @@
+"""What verbs share on a terminal: sizes, tables, progress on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+__all__ = ["ByteSize", "echo_json", "json_option", "progress_bar", "quiet_option", "size", "table"]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS |= {f"{_letter}B": 1000**_power, _letter: 1000**_power, f"{_letter}IB": 1024**_power}
+
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+class ByteSize(click.ParamType):
+    """A size such as 2GB, 500MB or 1GiB, as bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?I?B?)\s*", value.upper())
+        if match is None or match[2] not in _UNITS or not float(match[1]):
+            self.fail(f"{value!r} is not a size such as 2GB or 500MiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+def size(nbytes: float) -> str:
+    """Return a size for people.
+
+    Examples
+    --------
+    >>> size(2_200_000), size(12)
+    ('2.2 MB', '12 B')
+    """
+    for unit, power in (("TB", 4), ("GB", 3), ("MB", 2), ("kB", 1)):
+        if nbytes >= 1000**power:
+            return f"{nbytes / 1000**power:.3g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a plain table; columns of numbers are aligned to the right.
+
+    Examples
+    --------
+    >>> print(table(["name", "bytes"], [["a", 10], ["bc", 5]]))
+    name  bytes
+    a        10
+    bc        5
+    """
+    body = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    right = [bool(body) and all(re.match(r"[-\d.<]", row[i] or "-") for row in body) for i in range(len(head))]
+    lines = []
+    for row in [list(head), *body]:
+        cells = zip(row, widths, right, strict=True)
+        lines.append("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in cells).rstrip())
+    return "\n".join(lines)
+
+
+def echo_json(schema: str, members: dict[str, Any]) -> None:
+    """Print one JSON object with its schema's name and version."""
+    click.echo(json.dumps({"schema": f"loraformat.{schema}", "schema_version": 1, **members}, indent=2))
+
+
+@contextmanager
+def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr.
+
+    Yields
+    ------
+    callable
+        To be called with the bytes done and the bytes in total.
+    """
+    if quiet:
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=label, unit="B", unit_scale=True, total=0, delay=0.5, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

@@ -1,0 +1,40 @@
+"""``loraformat formats``."""
+
+from __future__ import annotations
+
+import click
+
+from loraformat.cli.console import echo_json, json_option
+
+_EXAMPLE = """\b
+Example:
+  loraformat formats
+"""
+
+
+@click.command(epilog=_EXAMPLE)
+@json_option
+def command(as_json: bool) -> None:
+    """List converters, directions, what each loses and what is missing to install."""
+    from loraformat.plugins import all_converters
+
+    converters = all_converters()
+    if as_json:
+        rows = [
+            {
+                "name": c.name, "kind": c.kind, "summary": c.summary, "reads": c.read is not None,
+                "writes": c.write is not None, "loses": list(c.loses), "missing": c.missing(),
+            }
+            for c in converters
+        ]  # fmt: skip
+        echo_json("formats", {"formats": rows})
+        return
+    for converter in converters:
+        ways = " and ".join(
+            way for way, does in (("reads", converter.read), ("writes", converter.write)) if does
+        )
+        click.echo(f"{converter.name} ({converter.kind}; {ways})\n    {converter.summary}")
+        for loss in converter.loses:
+            click.echo(f"    cannot hold: {loss}")
+        if missing := converter.missing():
+            click.echo(f"    to install: pip install {' '.join(missing)}")

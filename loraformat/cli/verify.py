@@ -1,0 +1,43 @@
+"""``loraformat verify``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+import click
+
+from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option
+
+_EXAMPLE = """\b
+Example:
+  loraformat verify my-bundle
+"""
+
+_FOUND_SOMETHING = 4
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("path")
+@json_option
+@quiet_option
+def command(path: str, as_json: bool, quiet: bool) -> None:
+    """Check every rule and every hash; exit 4 on a finding.
+
+    PATH is a local path or a Hub id. A bundle is compared with the hashes in its manifest;
+    other formats have none: their headers and scales are checked.
+    """
+    from loraformat.hub import resolve
+    from loraformat.ops.verify import verify
+
+    with progress_bar("verify", quiet=quiet) as progress:
+        result = verify(resolve(path).path, progress=progress)
+    if as_json:
+        echo_json("verify", asdict(result))
+    else:
+        for finding in result.findings:
+            click.echo(f"{finding.rule}: {finding.path}: {finding.problem}")
+        if not result.findings and not quiet:
+            hashes = "every hash matches" if result.hashed else "this format has no hashes to compare"
+            click.echo(f"sound: {result.format}, {result.tensors} tensors; {hashes}")
+    sys.exit(_FOUND_SOMETHING if result.findings else 0)

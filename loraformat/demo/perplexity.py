@@ -1,0 +1,195 @@
+"""Perplexity of a causal language model on a text, reproducible to the digit that matters.
+
+The text is encoded into tokens t₁ … t_N, a BOS token t₀ is put before them, and the
+stream is cut into windows. Each token is predicted once, from the tokens before it
+in its window:
+
+    nats per token = -1/N · Σ log p(tᵢ | tⱼ: j in the same window, j < i)
+    perplexity     = exp(nats per token)
+    bits per byte  = nats per token · N / (ln 2 · bytes of the text)
+
+Perplexity depends on the tokenizer; bits per byte compares models of any vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+from loraformat.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Perplexity", "perplexity", "perplexity_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    Parameters
+    ----------
+    nats_per_token : float
+        Mean negative log-likelihood of a token.
+    tokens : int
+        Tokens predicted.
+    bytes : int
+        Length of the text in UTF-8.
+
+    Examples
+    --------
+    >>> coin = Perplexity(nats_per_token=math.log(2), tokens=8, bytes=4)
+    >>> coin.perplexity, coin.bits_per_byte
+    (2.0, 2.0)
+    """
+
+    nats_per_token: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """The number of equally likely tokens that would be as hard to guess."""
+        return math.exp(self.nats_per_token)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that an arithmetic coder driven by the model needs for one byte of the text."""
+        return self.nats_per_token * self.tokens / math.log(2) / self.bytes
+
+
+def perplexity(
+    model_dir: str | PathLike[str],
+    text: str,
+    *,
+    window: int = 512,
+    batch_size: int = 8,
+    exact_4bit: bool = True,
+) -> Perplexity:
+    """Measure the model in a directory on a text, in float32, without network or remote code.
+
+    Parameters
+    ----------
+    model_dir : str or os.PathLike
+        A directory that `transformers` can open, with its tokenizer.
+    text : str
+        The text to predict.
+    window : int, optional
+        Longest context, in tokens.
+    batch_size : int, optional
+        Windows evaluated at once; changes the time, not the result.
+    exact_4bit : bool, optional
+        See `perplexity_of`.
+
+    Returns
+    -------
+    Perplexity
+        Of all tokens of the text.
+
+    Raises
+    ------
+    MissingDependencyError
+        If torch or transformers is not installed.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{error.name} is not installed, and measuring perplexity needs it",
+            hint="run: pip install torch transformers",
+        ) from error
+
+    here = fspath(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(here, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        here, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    return perplexity_of(
+        model, tokenizer, text, window=window, batch_size=batch_size, exact_4bit=exact_4bit
+    )
+
+
+def perplexity_of(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 512,
+    batch_size: int = 8,
+    exact_4bit: bool = True,
+) -> Perplexity:
+    """Measure a loaded model, for example one with an adapter, on a text.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        It is left in evaluation mode.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Its tokenizer.
+    text : str
+        The text to predict.
+    window, batch_size : int, optional
+        As in `perplexity`.
+    exact_4bit : bool, optional
+        On some CPUs the 4-bit linears of bitsandbytes re-lay their weights in place and round
+        their scales to bfloat16 at the first forward in evaluation mode. By default they alone
+        are kept in training mode, where the stored values are used as they are.
+
+    Returns
+    -------
+    Perplexity
+        Of all tokens of the text, but the first if the tokenizer knows no BOS.
+
+    Raises
+    ------
+    InputError
+        If the text has no token to predict.
+    """
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    stream = torch.tensor([t for t in (tokenizer.bos_token_id, *ids) if t is not None])
+    if len(stream) < 2:
+        raise InputError("the text has no token to predict", hint="give a longer text")
+    model.eval()
+    if exact_4bit:
+        _keep_4bit_weights_unpacked(model)
+    with torch.inference_mode():
+        nats = sum(_nats(model, *pair) for pair in _batches(stream, window, batch_size))
+    return Perplexity(nats / (len(stream) - 1), len(stream) - 1, len(text.encode()))
+
+
+def _batches(
+    stream: torch.Tensor, window: int, batch_size: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut a stream into (inputs, targets); the last window, if shorter, is a batch by itself."""
+    inputs, targets = stream[:-1], stream[1:]
+    whole = len(inputs) // window * window
+    step = window * batch_size
+    cuts = [(start, min(start + step, whole)) for start in range(0, whole, step)]
+    pairs = [(inputs[i:j].view(-1, window), targets[i:j].view(-1, window)) for i, j in cuts]
+    rest = (inputs[whole:].unsqueeze(0), targets[whole:].unsqueeze(0))
+    return [pair for pair in (*pairs, rest) if pair[0].numel()]
+
+
+def _nats(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """Sum the negative log-likelihood of a batch."""
+    import torch
+
+    logits = model(input_ids=inputs.to(model.device), use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten().to(logits.device), reduction="none"
+    )
+    return float(losses.double().sum())
+
+
+def _keep_4bit_weights_unpacked(model: Any) -> None:
+    """Put the 4-bit linears of bitsandbytes, which have no dropout, into training mode."""
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes"):
+            module.training = True

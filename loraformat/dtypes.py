@@ -1,0 +1,106 @@
+"""Element types: their names in safetensors, in torch, and their sizes in bytes.
+
+The one table that every reader, writer and converter shares. It does not import
+torch; `torch_dtype` does, when it is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraformat.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ITEM_BYTES", "TORCH_NAMES", "WEIGHT_DTYPES", "parse_weight_dtype", "torch_dtype"]
+
+#: Bytes of one element, by safetensors dtype name. A dtype that is not here is refused (rule H06).
+ITEM_BYTES: dict[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
+
+#: Name of the same type in torch (and in configuration files), by safetensors dtype name.
+TORCH_NAMES: dict[str, str] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+
+#: The types a weight can be quantized from and dequantized to, by the word used on the command line.
+WEIGHT_DTYPES: dict[str, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+_SPELLINGS = WEIGHT_DTYPES | {TORCH_NAMES[name]: name for name in WEIGHT_DTYPES.values()}
+
+
+def parse_weight_dtype(word: str) -> str:
+    """Turn ``bf16`` or ``bfloat16`` into ``BF16``.
+
+    Parameters
+    ----------
+    word : str
+        As typed by a user.
+
+    Returns
+    -------
+    str
+        A safetensors dtype name.
+
+    Raises
+    ------
+    UsageError
+        For any other word.
+
+    Examples
+    --------
+    >>> parse_weight_dtype("bf16"), parse_weight_dtype("float32")
+    ('BF16', 'F32')
+    """
+    try:
+        return _SPELLINGS[word.lower()]
+    except KeyError:
+        known = ", ".join(WEIGHT_DTYPES)
+        raise UsageError(f"unknown dtype {word!r}, wanted one of {known}") from None
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch type for a safetensors dtype name.
+
+    Examples
+    --------
+    >>> torch_dtype("BF16")
+    torch.bfloat16
+    """
+    import torch
+
+    dtype = getattr(torch, TORCH_NAMES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype

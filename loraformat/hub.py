@@ -1,0 +1,112 @@
+"""Inputs by name: a local path, or ``org/name[@revision]`` on the Hugging Face Hub.
+
+Downloading, caching, authentication and ``HF_HUB_OFFLINE`` are huggingface_hub's; this
+module decides what is meant, asks for the files a checkpoint can hold, and says in one
+line what went wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraformat.errors import HubError, InputError, LoraFormatError
+
+__all__ = ["Source", "resolve"]
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+#: Weights in formats that are never read; they would double the download.
+_NOT_WANTED = [
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite",
+    "*.gguf", "*.mlmodel", "*.npz", "original/*", "onnx/*", "openvino/*", "coreml/*",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An input that is on this machine now.
+
+    Attributes
+    ----------
+    path : Path
+    repo, revision : str or None
+        Hub id and commit, if it came from there.
+    """
+
+    path: Path
+    repo: str | None = None
+    revision: str | None = None
+
+
+def resolve(word: str | Path) -> Source:
+    """Find an input: the local path of that name, else the Hub repository.
+
+    Parameters
+    ----------
+    word : str or Path
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    HubError
+        If the Hub cannot be reached or refuses.
+
+    Examples
+    --------
+    >>> resolve(".").path
+    PosixPath('.')
+    """
+    path = Path(word)
+    match = _HUB_ID.fullmatch(str(word))
+    if path.exists() or match is None:
+        if not path.exists():
+            raise InputError(
+                "no such file or directory", path=path, hint="Hub ids have the form org/name"
+            )
+        return Source(path)
+    snapshot = _download(match["repo"], match["revision"])
+    revision = snapshot.name if _COMMIT.fullmatch(snapshot.name) else match["revision"]
+    return Source(snapshot, match["repo"], revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, ignore_patterns=_NOT_WANTED))
+    except Exception as error:  # its tree is wide: HTTP, offline, cache, validation, OSError
+        raise _explain(error, f"{repo}@{revision}" if revision else repo) from error
+
+
+def _explain(error: Exception, what: str) -> LoraFormatError:
+    from huggingface_hub import errors
+
+    reasons = (
+        (errors.GatedRepoError, "is gated", "accept its terms on the Hub, then run: hf auth login"),
+        (errors.RevisionNotFoundError, "has no such revision", "look at its branches and tags on the Hub"),
+        (
+            errors.RepositoryNotFoundError,
+            "is neither a local path nor a repository on the Hub",
+            "check the spelling; for a private repository run: hf auth login",
+        ),
+        (
+            errors.OfflineModeIsEnabled,
+            "is not in the cache and HF_HUB_OFFLINE is set",
+            "unset it, or use a local path",
+        ),
+        (
+            errors.LocalEntryNotFoundError,
+            "cannot be fetched and is not in the cache",
+            "check the network, or use a local path",
+        ),
+        (errors.HFValidationError, "is not a valid Hub id", None),
+    )
+    for kind, problem, hint in reasons:
+        if isinstance(error, kind):
+            return HubError(problem, path=what, hint=hint)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = f"HTTP status {status}" if status else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return HubError(f"cannot be fetched ({reason})", path=what, hint="check the network and try again")

@@ -1,0 +1,126 @@
+/* The exported functions: run-time dispatch, the tail block, and the codec of the scales. */
+#include "nf4.h"
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Raised whenever a signature or nf4_tables changes: native.py refuses another number. */
+EXPORT int nf4_interface(void) { return 1; }
+
+EXPORT int nf4_supported(int isa) {
+    if (isa == NF4_SCALAR) return 1;
+#ifdef NF4_X86
+    if (isa == NF4_AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    if (isa == NF4_AVX512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+#endif
+#ifdef NF4_ARM
+    if (isa == NF4_NEON) return 1;
+#endif
+    return 0;
+}
+
+static const nf4_ops *ops(int isa) {
+#ifdef NF4_X86
+    if (isa == NF4_AVX2) return &nf4_ops_avx2;
+    if (isa == NF4_AVX512) return &nf4_ops_avx512;
+#endif
+#ifdef NF4_ARM
+    if (isa == NF4_NEON) return &nf4_ops_neon;
+#endif
+    (void)isa;
+    return &nf4_ops_scalar;
+}
+
+/* The incomplete last block divides where whole blocks multiply by the reciprocal, and stores an
+ * absmax of at least NF4_TINY, as bitsandbytes does. */
+static int quantize_tail(const nf4_tables *t, int dtype, const void *x, int64_t n, uint8_t *packed,
+                         float *absmax) {
+    uint32_t bits = nf4_bits(NF4_TINY);
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t b = nf4_bits(nf4_load(x, i, dtype)) & 0x7fffffff;
+        bits = b > bits ? b : bits;
+    }
+    if (bits >= 0x7f800000) return 0;
+    float largest = nf4_float(bits);
+    nf4_store(absmax, 0, NF4_F32, largest);
+    for (int64_t i = 0; i < n; i += 2) {
+        int high = nf4_code(t, nf4_load(x, i, dtype) / largest);
+        int low = i + 1 < n ? nf4_code(t, nf4_load(x, i + 1, dtype) / largest) : 7;
+        packed[i / 2] = (uint8_t)(high << 4 | low);
+    }
+    return 1;
+}
+
+/* x[count] -> packed codes and one absmax per block; 0 when a value is not finite. */
+EXPORT int nf4_quantize(const nf4_tables *t, int isa, int dtype, const void *x, int64_t count,
+                        int64_t block_size, uint8_t *packed, float *absmax) {
+    int64_t blocks = count / block_size, done = blocks * block_size;
+    if (ops(isa)->quantize[dtype](t, x, blocks, block_size, packed, absmax) >= 0) return 0;
+    if (done == count) return 1;
+    return quantize_tail(t, dtype, (const char *)x + done * (int64_t)nf4_size(dtype), count - done,
+                         packed + done / 2, absmax + blocks);
+}
+
+EXPORT void nf4_dequantize(const nf4_tables *t, int isa, int dtype, const uint8_t *packed,
+                           const float *scales, int64_t block_size, int64_t start, int64_t stop,
+                           void *out, int streaming) {
+    ops(isa)->dequantize[dtype](t, packed, scales, block_size, start, stop, out, streaming);
+}
+
+EXPORT void nf4_error(const nf4_tables *t, int isa, int dtype, const void *x, const uint8_t *packed,
+                      const float *scales, int64_t block_size, int64_t start, int64_t stop,
+                      double *error, double *square) {
+    ops(isa)->error[dtype](t, x, packed, scales, block_size, start, stop, error, square);
+}
+
+/* Sums of 256 absmax each, folded in halves (128 + 128, 64 + 64, ...), absent ones zero. */
+EXPORT void nf4_sum_scales(const float *absmax, int64_t blocks, double *sums) {
+    for (int64_t b = 0; b < blocks; b += NF4_NESTED_BLOCK) {
+        double s[NF4_NESTED_BLOCK] = {0};
+        int64_t n = blocks - b < NF4_NESTED_BLOCK ? blocks - b : NF4_NESTED_BLOCK;
+        for (int64_t i = 0; i < n; i++) s[i] = nf4_load(absmax, b + i, NF4_F32);
+        for (int half = NF4_NESTED_BLOCK / 2; half; half /= 2)
+            for (int i = 0; i < half; i++) s[i] += s[i + half];
+        *sums++ = s[0];
+    }
+}
+
+/* absmax - offset -> 8-bit codes of the nearest map entry, and one absmax per 256 of them. */
+EXPORT void nf4_quantize_scales(const nf4_tables *t, const float *absmax, float offset,
+                                int64_t blocks, uint8_t *codes, float *nested_absmax) {
+    for (int64_t b = 0; b < blocks; b += NF4_NESTED_BLOCK) {
+        float d[NF4_NESTED_BLOCK], largest = 0;
+        int64_t n = blocks - b < NF4_NESTED_BLOCK ? blocks - b : NF4_NESTED_BLOCK;
+        for (int64_t i = 0; i < n; i++) {
+            d[i] = nf4_load(absmax, b + i, NF4_F32) - offset;
+            float a = d[i] < 0 ? -d[i] : d[i];
+            largest = a > largest ? a : largest;
+        }
+        nf4_store(nested_absmax++, 0, NF4_F32, largest);
+        if (largest < NF4_TINY) largest = NF4_TINY;
+        float inverse = 1.0f / largest;
+        for (int64_t i = 0; i < n; i++) {
+            float s = n == NF4_NESTED_BLOCK ? d[i] * inverse : d[i] / largest;
+            int base = t->nested_base[nf4_bits(s) >> 17];
+            *codes++ = (uint8_t)(base + (s > t->nested_bounds[base]));
+        }
+    }
+}
+
+/* The decoded absmax of blocks [start, stop): product rounded, then sum rounded. */
+EXPORT void nf4_decode_scales(const nf4_tables *t, const uint8_t *codes, const float *nested_absmax,
+                              float offset, int64_t start, int64_t stop, float *out) {
+    for (int64_t i = start, end; i < stop; i = end) {
+        end = (i | (NF4_NESTED_BLOCK - 1)) + 1;
+        if (end > stop) end = stop;
+        float nested = nf4_load(nested_absmax, i / NF4_NESTED_BLOCK, NF4_F32);
+        for (int64_t j = i; j < end; j++) {
+            float product = t->nested_map[codes[j]] * nested;
+            nf4_store(out, j - start, NF4_F32, product + offset);
+        }
+    }
+}

@@ -1,0 +1,143 @@
+"""One safetensors file, mapped: its header checked, its tensors as views on the file.
+
+Nothing is read but the header. The mapping is exactly as long as the file was when
+it was opened, from the same descriptor, and `MappedFile.close` says so if the file
+changed meanwhile. Pages that have been used are given back to the kernel at once, so
+that walking over a large file does not fill memory.
+
+A mapped file that somebody truncates kills the process that looks at it (SIGBUS). Where
+that is likely (a network file system), set ``LORAFORMAT_IO=pread``: tensors are then
+read into memory one at a time, and a file that became shorter is an error.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+from loraformat import header as headers
+from loraformat.errors import FileChangedError, printable
+from loraformat.folder import Folder
+from loraformat.header import Entry, Header
+
+__all__ = ["MappedFile"]
+
+
+class MappedFile:
+    """A safetensors file open for reading.
+
+    Parameters
+    ----------
+    folder : Folder
+        Where it lies.
+    name : str
+        File name in that folder.
+    profile : bool
+        Hold it to the rules for shards of a bundle.
+
+    Attributes
+    ----------
+    path : Path
+    header : Header
+    header_sha256 : str
+        Of the length prefix and the JSON.
+    nbytes : int
+        Size of the file.
+
+    Raises
+    ------
+    FormatError
+        If the header breaks a rule; nothing is mapped then.
+    """
+
+    def __init__(self, folder: Folder, name: str, *, profile: bool = False) -> None:
+        self.path: Path = folder.path / name
+        self._descriptor = folder.open(name)
+        self._map: mmap.mmap | None = None
+        try:
+            self._identity = self._stat()
+            self.nbytes = self._identity[0]
+            self.header: Header = self._read_header(profile)
+            if os.environ.get("LORAFORMAT_IO") != "pread":
+                self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def _read_header(self, profile: bool) -> Header:
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            prefix = file.read(8)
+            start = headers.data_start(prefix, self.nbytes, self.path)
+            raw = file.read(start - 8)
+        self.header_sha256 = sha256(prefix + raw).hexdigest()
+        return headers.parse_header(raw, self.nbytes, self.path, profile=profile)
+
+    def view(self, name: str) -> memoryview:
+        """Return a tensor's bytes: a read-only view on the mapping, nothing is read yet."""
+        begin, end = self._range(self.header.entries[name])
+        if self._map is None:
+            return self._pread(begin, end)
+        return memoryview(self._map)[begin:end]
+
+    def _pread(self, begin: int, end: int) -> memoryview:
+        data = bytearray(end - begin)
+        filled = 0
+        while filled < len(data):
+            got = os.preadv(self._descriptor, [memoryview(data)[filled:]], begin + filled)
+            if got == 0:
+                raise FileChangedError("became shorter while it was being read", path=self.path)
+            filled += got
+        return memoryview(data).toreadonly()
+
+    def _range(self, entry: Entry) -> tuple[int, int]:
+        return self.header.data_start + entry.begin, self.header.data_start + entry.end
+
+    def releaser(self, *names: str) -> Callable[[], None]:
+        """Return a function that gives the pages of these tensors back to the kernel."""
+        ranges = [self._range(self.header.entries[name]) for name in names]
+
+        def release() -> None:
+            if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+                return
+            page = mmap.PAGESIZE
+            for begin, end in ranges:
+                first = begin // page * page
+                if end - first >= page:
+                    self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+        return release
+
+    def check_unchanged(self) -> None:
+        """Raise `FileChangedError` if the file grew, shrank or was rewritten since it was opened."""
+        if self._stat() != self._identity:
+            raise FileChangedError(
+                "changed while it was being read",
+                path=self.path,
+                hint="run again when nothing else writes to it",
+            )
+
+    def close(self) -> None:
+        """Unmap, after `check_unchanged`."""
+        if self._descriptor < 0:
+            return
+        try:
+            self.check_unchanged()
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if self._map is not None:
+                try:
+                    self._map.close()
+                except BufferError:
+                    pass  # a view is still held; the mapping goes when the view does
+                self._map = None
+
+    def __repr__(self) -> str:
+        return f"MappedFile({printable(self.path)})"

@@ -1,0 +1,183 @@
+"""Reading a model directory as transformers lays it out: weight files, config, the rest.
+
+`open_model` finds the safetensors files of a directory (or takes a single file), checks
+their headers, puts NF4 weights together, and carries every other file along. What makes
+a dense model or a bitsandbytes checkpoint of it is decided in the converters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraformat import config_json, index_json
+from loraformat.checkpoint import CarriedFile, Checkpoint, Provenance
+from loraformat.errors import FormatError, InputError, printable
+from loraformat.folder import Folder
+from loraformat.manifest import MANIFEST_NAME, is_safe_path
+from loraformat.mapped import MappedFile
+from loraformat.stored import collect
+
+__all__ = ["open_model", "peek_config", "weight_files"]
+
+_SINGLE = "model.safetensors"
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|tflite|npz|mlmodel)$"
+    r"|\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$"
+)
+_MAX_CARRIED_BYTES = 128 << 20
+
+
+def open_model(
+    path: Path,
+    format_name: str,
+    *,
+    transposed: Callable[[str], bool] = lambda name: False,
+    any_storage: bool = False,
+) -> Checkpoint:
+    """Open a model directory, or one safetensors file, as a lazy checkpoint.
+
+    Parameters
+    ----------
+    path : Path
+    format_name : str
+        For the checkpoint's provenance.
+    transposed, any_storage
+        See `loraformat.stored.collect`.
+
+    Returns
+    -------
+    Checkpoint
+        On mapped files: no weight has been read.
+
+    Raises
+    ------
+    InputError
+        If files are missing, damaged or hostile.
+    """
+    alone = path.is_file()
+    folder = Folder(path.parent if alone else path)
+    names = [path.name] if alone else weight_files(folder)
+    config, quantization = (None, None) if alone else _config(folder)
+    with contextlib.ExitStack() as opened:
+        files = [MappedFile(folder, name) for name in names]
+        for file in files:
+            opened.callback(file.close)
+        tensors = collect(files, transposed=transposed, any_storage=any_storage)
+        if not alone:
+            _check_index(folder, files)
+        carried, left_behind = ((), ()) if alone else _carry(folder, names)
+        return Checkpoint(
+            path=path,
+            provenance=Provenance(format_name),
+            tensors=tensors,
+            config=config,
+            quantization_config=quantization,
+            files=tuple(carried),
+            sources=tuple(folder.path / name for name in [*names, *_others(folder, carried, config)]),
+            left_behind=tuple(left_behind),
+            close=opened.pop_all().close,
+        )
+
+
+def peek_config(path: Path) -> dict[str, Any]:
+    """Return a model directory's config for recognising it; empty if there is none to be read."""
+    try:
+        folder = Folder(path)
+        return config_json.parse(folder.read(config_json.CONFIG_NAME, config_json.MAX_CONFIG_BYTES))
+    except InputError:
+        return {}
+
+
+def _others(folder: Folder, carried: Iterable[CarriedFile], config: bytes | None) -> list[str]:
+    names = [file.path for file in carried]
+    names += [config_json.CONFIG_NAME] if config is not None else []
+    names += [index_json.INDEX_NAME] if folder.has(index_json.INDEX_NAME) else []
+    return names
+
+
+def _config(folder: Folder) -> tuple[bytes | None, dict[str, Any] | None]:
+    name = config_json.CONFIG_NAME
+    if not folder.has(name):
+        return None, None
+    return config_json.split(folder.read(name, config_json.MAX_CONFIG_BYTES), folder.path / name)
+
+
+def weight_files(folder: Folder) -> list[str]:
+    """Return the safetensors files that make up the model, as transformers would choose them.
+
+    The index decides; without one ``model.safetensors`` alone; else every safetensors file
+    of the directory, of which numbered ones must be complete.
+
+    Raises
+    ------
+    InputError
+        If there are none, or one is missing.
+    """
+    if folder.has(index_json.INDEX_NAME):
+        path = folder.path / index_json.INDEX_NAME
+        raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
+        weight_map, _ = index_json.parse_index(raw, path)
+        names = sorted(set(weight_map.values()))
+    elif folder.has(_SINGLE):
+        names = [_SINGLE]
+    else:
+        names = sorted(p.name for p in folder.path.glob("*.safetensors") if not p.name.startswith("adapter_"))
+        _check_numbering(folder, names)
+    if not names:
+        raise InputError("holds no .safetensors file", path=folder.path)
+    for name in names:
+        if not folder.has(name):
+            raise InputError(
+                "is missing", path=folder.path / name, hint="the download is incomplete; fetch it again"
+            )
+    return names
+
+
+def _check_numbering(folder: Folder, names: Sequence[str]) -> None:
+    for match in filter(None, map(_NUMBERED.fullmatch, names)):
+        for number in range(1, min(int(match["count"]), 99_999) + 1):
+            wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
+            if wanted not in names:
+                raise InputError(
+                    "is missing", path=folder.path / wanted,
+                    hint="the download is incomplete; fetch it again",
+                )
+
+
+def _check_index(folder: Folder, files: Sequence[MappedFile]) -> None:
+    if not folder.has(index_json.INDEX_NAME):
+        return
+    path = folder.path / index_json.INDEX_NAME
+    raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
+    weight_map, _ = index_json.parse_index(raw, path)
+    homes = {name: file.path.name for file in files for name in file.header.entries}
+    for name, shard in weight_map.items():
+        if homes.get(name) != shard:
+            raise FormatError(
+                "B03", f"puts tensor {printable(name)} into {shard}, which does not hold it", path=path,
+                hint="the shards belong to another index; fetch the checkpoint again",
+            )
+
+
+def _carry(folder: Folder, weights: Sequence[str]) -> tuple[list[CarriedFile], list[str]]:
+    """Sort all other files into those that travel and those that stay, with the reason."""
+    carried: list[CarriedFile] = []
+    left_behind: list[str] = []
+    for name in folder.names():
+        if name in (*weights, config_json.CONFIG_NAME, index_json.INDEX_NAME, MANIFEST_NAME):
+            continue
+        size = folder.size(name)
+        if _WEIGHTS.search(name):
+            left_behind.append(f"{printable(name)} (weights that this model's index does not name)")
+        elif not is_safe_path(name):
+            left_behind.append(f"{printable(name)} (its name is not portable)")
+        elif size > _MAX_CARRIED_BYTES:
+            left_behind.append(f"{printable(name)} ({size / 1e6:.0f} MB)")
+        else:
+            carried.append(CarriedFile(name, size, lambda name=name, n=size: folder.read(name, n)))  # type: ignore[misc]
+    return carried, left_behind

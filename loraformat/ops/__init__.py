@@ -1,0 +1,1 @@
+"""The verbs: each walks over lazy tensors, one at a time."""

@@ -1,0 +1,236 @@
+"""The one door to converters.
+
+A converter is a record, not a base class: a name, what it reads into, what it writes
+from, and what it cannot express. Converters are found through the entry-point group
+``loraformat.converters``; installing a package that declares one is all it takes.
+``converters/README.md`` shows how to write one, `loraformat.testing` how to test it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from loraformat.errors import (
+    InputError,
+    LoraFormatError,
+    MissingDependencyError,
+    UnsupportedError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from loraformat.checkpoint import Checkpoint
+    from loraformat.model_directory import WrittenModel
+    from loraformat.publish import Publication
+
+__all__ = [
+    "GROUP",
+    "Converter",
+    "Requirement",
+    "WriteOptions",
+    "all_converters",
+    "for_output",
+    "get",
+    "sniff",
+]
+
+#: Entry-point group under which converters are announced.
+GROUP = "loraformat.converters"
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """A package that a converter needs: the module to look for, and what pip calls it."""
+
+    module: str
+    package: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOptions:
+    """What a user may ask of every writer.
+
+    Attributes
+    ----------
+    shard_limit : int
+        Bytes of tensor data per file.
+    progress : callable
+        Called with the bytes of each tensor that has been written, as ``tensor.nbytes``
+        counts them.
+    """
+
+    shard_limit: int
+    progress: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """One format.
+
+    Attributes
+    ----------
+    name : str
+        The word for ``--from`` and ``--to``.
+    kind : {"base", "adapter"}
+    summary : str
+        One line for ``loraformat formats``.
+    sniff : callable
+        Tells whether a path holds this format, by content and cheaply. At most one converter
+        may say yes.
+    read : callable or None
+        Opens a path as a lazy `Checkpoint`.
+    write : callable or None
+        Writes a checkpoint into a publication's work directory.
+    stores : {"nf4", "dense", "both"}
+        Encodings that the writer can take. Before a writer of "dense" is called, NF4 weights
+        are made to dequantize when loaded; before one of "nf4", decoder linears are made to
+        quantize. "both" takes them as they come.
+    loses : tuple of str
+        What the format cannot express, as sentences.
+    suffixes : tuple of str
+        File name endings that choose this format for an output.
+    requires : tuple of Requirement
+    """
+
+    name: str
+    kind: Literal["base", "adapter"]
+    summary: str
+    sniff: Callable[[Path], bool]
+    read: Callable[[Path], Checkpoint] | None = None
+    write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None
+    stores: Literal["nf4", "dense", "both"] = "dense"
+    loses: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
+    requires: tuple[Requirement, ...] = ()
+
+    def missing(self) -> list[str]:
+        """Return the packages that are not installed."""
+        return [needed.package for needed in self.requires if find_spec(needed.module) is None]
+
+    def check_installed(self) -> None:
+        """Raise `MissingDependencyError` with the pip command if a package is missing."""
+        if missing := self.missing():
+            raise MissingDependencyError(
+                f"the {self.name} converter needs {', '.join(missing)}",
+                hint=f"run: pip install {' '.join(missing)}",
+            )
+
+
+@cache
+def _entry_points() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise LoraFormatError(
+                f"two packages provide a converter {entry.name!r}: {other.value} and {entry.value}",
+                hint="uninstall one of them",
+            )
+    return found
+
+
+def _names() -> list[str]:
+    return sorted(_entry_points())
+
+
+@cache
+def _load(name: str) -> Converter:
+    entry = _entry_points()[name]
+    try:
+        converter = entry.load()
+    except Exception as error:  # a stranger's package may fail in any way
+        raise LoraFormatError(
+            f"the converter {name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}",
+            hint="update or uninstall the package it comes from",
+        ) from error
+    if not isinstance(converter, Converter) or converter.name != name:
+        raise LoraFormatError(f"{entry.value} is not a Converter named {name!r}")
+    return converter
+
+
+def all_converters() -> list[Converter]:
+    """Return every installed converter, sorted by name."""
+    return [_load(name) for name in _names()]
+
+
+def get(name: str) -> Converter:
+    """Return a converter by name.
+
+    Raises
+    ------
+    UsageError
+        If there is none of that name.
+    MissingDependencyError
+        If a package that it needs is not installed.
+    """
+    if name not in _entry_points():
+        raise UsageError(f"unknown format {name!r}, wanted one of {', '.join(_names())}")
+    converter = _load(name)
+    converter.check_installed()
+    return converter
+
+
+def sniff(path: Path) -> Converter:
+    """Return the converter that recognises a path by its content.
+
+    Raises
+    ------
+    InputError
+        If the path does not exist.
+    UnsupportedError
+        If no converter knows it, or more than one does.
+    """
+    if not path.exists():
+        raise InputError("no such file or directory", path=path)
+    known = [converter for converter in all_converters() if converter.sniff(path)]
+    if len(known) == 1:
+        known[0].check_installed()
+        return known[0]
+    if known:
+        names = " and ".join(converter.name for converter in known)
+        raise UnsupportedError(f"looks like {names}", path=path, hint="say which with --from")
+    raise UnsupportedError(
+        f"holds no model that loraformat knows ({', '.join(_names())})", path=path,
+        hint="a model directory holds .safetensors files and a config.json",
+    )
+
+
+def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
+    """Return the converter for an output: by name, else by suffix, else the kind's default.
+
+    Parameters
+    ----------
+    path : Path
+    name : str or None
+        What the user said with ``--to``.
+    kind : {"base", "adapter"}
+
+    Raises
+    ------
+    UsageError
+        If that format cannot be written.
+    """
+    if name is None:
+        name = _by_suffix(all_converters(), path, kind) or {"base": "loraformat", "adapter": "peft"}[kind]
+    converter = get(name)
+    if converter.write is None:
+        raise UsageError(f"format {name!r} can be read but not written")
+    return converter
+
+
+def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | None:
+    for converter in converters:
+        if converter.kind == kind and converter.write and path.name.endswith(converter.suffixes or ("\0",)):
+            return converter.name
+    if path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
+        raise UsageError(
+            f"no installed converter writes a {kind} as {path.suffix} file", 
+            hint="name a directory, or say --to",
+        )
+    return None

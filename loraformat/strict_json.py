@@ -1,0 +1,122 @@
+"""JSON from strangers: one meaning or an error.
+
+Python's own parser keeps the last of two equal keys, accepts ``NaN``, and can be
+made to recurse or to build numbers of any length. Files that two programs read
+differently are how a checked file and a loaded file come to differ, so all of
+that is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+__all__ = ["MAX_DEPTH", "StrictJsonError", "loads"]
+
+#: Deepest nesting of objects and arrays that is read.
+MAX_DEPTH = 32
+
+_LONGEST_INTEGER = 20
+_STRING = re.compile(rb'"[^"]*"?')
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+class StrictJsonError(ValueError):
+    """The text is not JSON, or is JSON that two parsers may read differently."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise StrictJsonError(f"key {twice[:80]!a} stands twice in one object")
+    return result
+
+
+def _constant(word: str) -> Any:
+    raise StrictJsonError(f"{word} is not JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _LONGEST_INTEGER:
+        raise StrictJsonError(f"integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise StrictJsonError(f"number {digits[:40]} is beyond float64")
+    return value
+
+
+def _check_depth(data: bytes) -> None:
+    # Only a text with many brackets can be deep; this keeps the parser's recursion bounded.
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return
+    # Every step is linear: what a stranger writes must not decide how long the check takes.
+    unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = _STRING.sub(b"", unescaped).translate(None, _NOT_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace(b"{}", b"").replace(b"[]", b"")
+        if not brackets:
+            return
+    raise StrictJsonError(f"nested deeper than {MAX_DEPTH} levels, or brackets that do not match")
+
+
+def loads(data: bytes) -> Any:
+    """Parse UTF-8 JSON strictly.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole text. The caller bounds its length.
+
+    Returns
+    -------
+    object
+        As ``json.loads`` would, objects in their written order.
+
+    Raises
+    ------
+    StrictJsonError
+        For invalid UTF-8, a duplicate key, ``NaN`` or ``Infinity``, an integer of
+        more than 20 digits, nesting beyond 32, an unpaired surrogate, or anything
+        that is not JSON.
+
+    Examples
+    --------
+    >>> loads(b'{"rank": 16}')
+    {'rank': 16}
+    >>> loads(b'{"rank": 16, "rank": 8}')
+    Traceback (most recent call last):
+    loraformat.strict_json.StrictJsonError: key 'rank' stands twice in one object
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StrictJsonError(f"not UTF-8 at byte {error.start}") from None
+    _check_depth(data)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_int=_integer,
+            parse_float=_float,
+        )
+    except json.JSONDecodeError as error:
+        raise StrictJsonError(f"not JSON: {error.msg} at character {error.pos}") from None
+    if "\\u" in text:
+        _check_surrogates(value)
+    return value
+
+
+def _check_surrogates(value: Any) -> None:
+    # "\ud800" is legal JSON but no text: it cannot be printed, stored or used as a file name.
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise StrictJsonError("an unpaired surrogate escape") from None

@@ -1,0 +1,130 @@
+"""Verifying: every rule and every hash of a bundle.
+
+Structure is checked by opening; here every byte is read and compared with its SHA-256,
+and adapters are opened. Rules ``A..`` and ``V..`` of ``spec/loraformat-1.0.md``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from loraformat import strict_json
+from loraformat.errors import FormatError, printable
+from loraformat.folder import Folder
+from loraformat.mapped import MappedFile
+from loraformat.reader import Bundle, load_verified, open_bundle
+
+__all__ = ["BASE_FINGERPRINT", "BASE_SOURCE", "Finding", "verify_bundle"]
+
+#: Members of an adapter's ``__metadata__`` that name the base it was trained on.
+BASE_FINGERPRINT = "loraformat.base_fingerprint"
+BASE_SOURCE = "loraformat.base_source"
+
+_MAX_ADAPTER_CONFIG_BYTES = 1 << 20
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One broken rule.
+
+    Attributes
+    ----------
+    rule : str
+    path : str
+        The file.
+    problem : str
+    """
+
+    rule: str
+    path: str
+    problem: str
+
+
+def verify_bundle(
+    path: Path, *, progress: Callable[[int], None] = lambda nbytes: None
+) -> list[Finding]:
+    """Check a bundle completely.
+
+    Parameters
+    ----------
+    path : Path
+    progress : callable
+        Called with the number of bytes that have been verified since the last call.
+
+    Returns
+    -------
+    list of Finding
+        Empty for a sound bundle. A broken structure is one finding, as nothing behind it
+        can be trusted; otherwise every wrong hash is listed.
+    """
+    try:
+        bundle = open_bundle(path)
+    except FormatError as error:
+        return [_finding(error)]
+    with bundle:
+        findings = _verify_files(bundle)
+        for name in bundle.manifest.adapters:
+            try:
+                _check_adapter(bundle, f"adapters/{name}")
+            except FormatError as error:
+                findings.append(_finding(error))
+        for name, record in bundle.manifest.tensors.items():
+            tensor = bundle.tensors[name]
+            try:
+                load_verified(tensor, record.sha256, path)
+            except FormatError as error:
+                findings.append(_finding(error))
+            tensor.release()
+            progress(tensor.nbytes)
+    return findings
+
+
+def _finding(error: FormatError) -> Finding:
+    return Finding(error.rule, error.path or "", error.problem)
+
+
+def _verify_files(bundle: Bundle) -> list[Finding]:
+    records = dict(bundle.manifest.files)
+    for name, files in bundle.manifest.adapters.items():
+        records |= {f"adapters/{name}/{path}": record for path, record in files.items()}
+    findings = []
+    for path, record in records.items():
+        if _file_sha256(bundle.folder, path) != record.sha256:
+            findings.append(Finding("V03", str(bundle.folder.path / path), "its SHA-256 is not the manifest's"))
+    return findings
+
+
+def _file_sha256(folder: Folder, path: str) -> str:
+    digest = sha256()
+    with os.fdopen(folder.open(path), "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _check_adapter(bundle: Bundle, directory: str) -> None:
+    """A01, A02 and the H rules: an adapter can be read, and is one of this base."""
+    folder = bundle.folder
+    config = f"{directory}/adapter_config.json"
+    try:
+        fields = strict_json.loads(folder.read(config, _MAX_ADAPTER_CONFIG_BYTES))
+    except strict_json.StrictJsonError as error:
+        raise FormatError("A02", f"not strict JSON: {error}", path=folder.path / config) from None
+    if not isinstance(fields, dict):
+        raise FormatError("A02", "not a JSON object", path=folder.path / config)
+    weights = MappedFile(folder, f"{directory}/adapter_model.safetensors")
+    weights.close()
+    named = weights.header.metadata.get(BASE_FINGERPRINT, bundle.manifest.fingerprint)
+    if named != bundle.manifest.fingerprint:
+        raise FormatError(
+            "A01",
+            f"was made for the base {printable(named)}, "
+            f"this bundle's is {bundle.manifest.fingerprint}",
+            path=weights.path,
+            hint="keep the adapter beside the bundle that it was trained on",
+        )

@@ -9,19 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraformat.describe import describe as describe
     from loraformat.errors import LoraFormatError as LoraFormatError
     from loraformat.ops.convert import convert as convert
-    from loraformat.verify import verify_bundle as verify
+    from loraformat.ops.verify import verify as verify
+    from loraformat.reader import open_bundle as open
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LoraFormatError": ("loraformat.errors", "LoraFormatError"),
     "convert": ("loraformat.ops.convert", "convert"),
-    "verify": ("loraformat.verify", "verify_bundle"),
+    "describe": ("loraformat.describe", "describe"),
+    "open": ("loraformat.reader", "open_bundle"),
+    "verify": ("loraformat.ops.verify", "verify"),
 }
 
-__all__ = ["LoraFormatError", "__version__", "convert", "open", "verify"]
+__all__ = ["LoraFormatError", "__version__", "convert", "describe", "open", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,9 @@
 Everything is written into a work directory beside the target, ``NAME.partial``, and
 that directory is renamed at the end; before each rename comes an fsync, after it an
 fsync of the directory. So a reader sees the old state or the new one, also after a
-power cut. The work directory is locked while it is written; after Ctrl-C or a kill it
-stays, and a rerun with the same input and options continues it. After any other
-failure it is removed.
+power cut. The work directory is locked while it is written. After a kill, Ctrl-C or a
+full disk its finished shards stay, and a rerun with the same input and options
+continues behind them. After any other failure it is removed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -22,14 +23,18 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from loraformat.errors import LoraFormatError, OutputError, ResourceError
-from loraformat.exchange import exchange_directories
+from loraformat.exchange import exchange_directories, undo_interrupted_exchange
 
 __all__ = ["Publication", "disk_full"]
 
 _JOURNAL = ".loraformat-journal.json"
+_JOURNAL_NEW = _JOURNAL + ".new"
 #: A planned size may be exceeded by directory blocks and JSON (fraction).
 _SPACE_MARGIN = 1.02
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+#: A directory of these is a model, so that a work directory of ours can be told from a stranger's.
+_WEIGHTS = ("*.safetensors", "*.gguf")
+_ANOTHER = "choose another output"
 
 
 class Publication:
@@ -51,73 +56,84 @@ class Publication:
     work : Path
         Where to write until `commit`.
     resumed : dict
-        What `record` kept of an interrupted run with the same plan, by key.
+        What `record` kept of an interrupted run with the same plan, by file name. Nothing
+        says that those files are still whole: who uses one checks it.
 
     Raises
     ------
     OutputError
         If the target exists, is or holds an input, or is being written by another process.
+    ResourceError
+        If the disk is full.
     """
 
     def __init__(
         self, target: Path, *, plan: str, inputs: Iterable[Path] = (), force: bool = False
     ) -> None:
         self.target = Path(os.path.abspath(target))
-        self.work = self.target.with_name(self.target.name + ".partial")
+        self.work = self.target.parent / (self.target.name + ".partial")
         self.resumed: dict[str, Any] = {}
         self._plan = sha256(plan.encode("utf-8")).hexdigest()
         self._inputs = [Path(path) for path in inputs]
         self._force = force
         self._lock = -1
         self._journal: dict[str, Any] = {}
-        self._committed = False
 
     def __enter__(self) -> Publication:
-        self._refuse_input_as_output()
-        self._refuse_existing()
-        parent = self.target.parent
-        if not parent.is_dir():
-            raise OutputError("no such directory", path=parent, hint="make it first")
         try:
+            self._refuse_input_as_output()
+            self._refuse_existing()
+            if not self.target.parent.is_dir():
+                raise OutputError("no such directory", path=self.target.parent, hint="make it first")
             self._open_work()
-        except PermissionError as error:
-            raise OutputError(f"cannot be written to: {error.strerror}", path=parent) from None
-        try:
+            undo_interrupted_exchange(self.work, self.target)
             self._refuse_existing()  # again, now that no other writer can publish
             self._load_journal()
-        except BaseException:
-            self._unlock()
+        except BaseException as error:
+            self._leave(keep=bool(self.resumed))
+            if isinstance(error, OSError):
+                raise disk_full(error, self.target) from error
             raise
         return self
 
     def _refuse_input_as_output(self) -> None:
-        target = self.target.resolve()
+        target, work = self.target.resolve(), self.work.resolve()
         for source in self._inputs:
             real = source.resolve()
-            same = target == real or _same_file(target, real)
-            if same or real.is_relative_to(target):
-                raise OutputError("is the input, or holds it", path=self.target, hint="choose another output")
+            if _same_file(target, real) or real.is_relative_to(target):
+                raise OutputError("is the input, or holds it", path=self.target, hint=_ANOTHER)
             if real.is_dir() and target.is_relative_to(real):
-                raise OutputError("lies inside the input", path=self.target, hint="choose another output")
+                raise OutputError("lies inside the input", path=self.target, hint=_ANOTHER)
+            if _same_file(work, real) or real.is_relative_to(work):
+                raise OutputError(
+                    "is the input, or holds it, and is where this output would be prepared",
+                    path=self.work, hint=_ANOTHER,
+                )
         if self.target.is_dir():
             identities = {_identity(path) for path in self._inputs if path.is_file()}
             for path in self.target.iterdir():
                 if path.is_file() and _identity(path) in identities:
                     raise OutputError(
                         f"holds {path.name}, which is a link to an input file", path=self.target,
-                        hint="choose another output",
+                        hint=_ANOTHER,
                     )
 
     def _refuse_existing(self) -> None:
         if not os.path.lexists(self.target):
             return
-        if self.target.is_dir() and not self.target.is_symlink() and not any(self.target.iterdir()):
+        if self.target.is_symlink() or not self.target.is_dir():
+            kind = "is a symbolic link" if self.target.is_symlink() else "exists and is not a directory"
+            raise OutputError(kind, path=self.target, hint=_ANOTHER)
+        if os.path.ismount(self.target):
+            raise OutputError(
+                "is a mount point, which cannot be replaced as a whole", path=self.target,
+                hint="name a directory inside it",
+            )
+        if not any(self.target.iterdir()):
             return
         if not self._force:
             raise OutputError("already exists", path=self.target, hint="use --force to replace it")
-        if self.target.is_symlink() or not self.target.is_dir():
-            raise OutputError("is not a directory", path=self.target, hint="choose another output")
-        if not any(self.target.glob("*.safetensors")):
+        if not _holds_weights(self.target):
             raise OutputError(
                 "is a directory without weights and will not be replaced", path=self.target,
                 hint="remove it yourself, or choose another output",
@@ -132,58 +148,84 @@ class Publication:
         while True:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.work)
-            if self.work.is_symlink():
-                raise OutputError("is a symbolic link", path=self.work, hint="remove it")
-            self._lock = os.open(self.work, os.O_RDONLY)
+            try:
+                self._lock = _open_directory(self.work)
+            except FileNotFoundError:
+                continue  # its holder has just renamed it into place
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+                raise OutputError(
+                    "is not a directory, and is where this output would be prepared", path=self.work,
+                    hint="remove it",
+                ) from None
             if not _try_lock(self._lock):
-                os.close(self._lock)
-                self._lock = -1
+                self._unlock()
                 raise OutputError(
                     f"is being written by another process{self._holder()}", path=self.target,
                     hint="wait for it to end",
                 )
             # Its holder may have renamed it into place between our open and our lock.
-            with contextlib.suppress(FileNotFoundError):
-                if _identity(self.work) == _identity_of(os.fstat(self._lock)):
-                    return
+            if self._holds(self.work):
+                return
             self._unlock()
+
+    def _holds(self, path: Path) -> bool:
+        """Tell whether a path names the directory that we have locked."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return self._lock >= 0 and _identity(path) == _identity_of(os.fstat(self._lock))
+        return False
 
     def _holder(self) -> str:
         try:
-            return f" (process {json.loads((self.work / _JOURNAL).read_bytes())['process']})"
+            return f" (process {int(json.loads((self.work / _JOURNAL).read_bytes())['process'])})"
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
     def _load_journal(self) -> None:
         try:
             kept = json.loads((self.work / _JOURNAL).read_bytes())
-            known = kept["done"] if kept["plan"] == self._plan else None
+            if kept["plan"] == self._plan:
+                self.resumed = dict(kept["done"])
         except (OSError, ValueError, KeyError, TypeError):
-            known = None
-        if known is None:
-            self._empty_work()
-        else:
-            self.resumed = dict(known)
+            self._refuse_strange_work()
         self._journal = {"plan": self._plan, "process": os.getpid(), "done": dict(self.resumed)}
+        self._empty_work()
         self._save_journal()
 
+    def _refuse_strange_work(self) -> None:
+        names = {path.name for path in self.work.iterdir()}
+        if names - {_JOURNAL, _JOURNAL_NEW} and _JOURNAL not in names and not _holds_weights(self.work):
+            raise OutputError(
+                "is no work directory of loraformat, and is where this output would be prepared",
+                path=self.work, hint="move it away",
+            )
+
     def _empty_work(self) -> None:
+        """Remove everything but finished files and the journal, which says that the rest is ours."""
+        done = {Path(name).parts[0] for name in self._journal.get("done", {}) if Path(name).parts}
         for path in self.work.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            if path.name not in done | {_JOURNAL}:
+                _remove(path)
 
     def _save_journal(self) -> None:
-        beside = self.work / (_JOURNAL + ".new")
-        with open(beside, "wb") as file:
-            file.write(json.dumps(self._journal).encode("utf-8"))
-            _sync(file)
+        beside = self.work / _JOURNAL_NEW
+        with open(beside, "wb", buffering=0) as file:
+            _write_all(file, json.dumps(self._journal).encode("utf-8"))
+            os.fsync(file.fileno())
         os.replace(beside, self.work / _JOURNAL)
         _sync_directory(self.work)
 
     def record(self, key: str, value: Any) -> None:
-        """Remember a finished piece of work, so that an interrupted run can skip it."""
+        """Remember a finished file, so that an interrupted run can skip it.
+
+        Parameters
+        ----------
+        key : str
+            Its name.
+        value : JSON value
+            Whatever is needed to check it and to go on.
+        """
         self._journal["done"][key] = value
         self._save_journal()
 
@@ -208,7 +250,10 @@ class Publication:
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
-        """Open a new file; it gets its name once it is whole and on the disk."""
+        """Open a new file; it gets its name once it is whole and on the disk.
+
+        The file is unbuffered: its ``write`` may take less than it was given.
+        """
         path = self.work / name
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
@@ -217,26 +262,51 @@ class Publication:
         descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             yield file  # type: ignore[misc]
-            _sync(file)  # type: ignore[arg-type]
+            os.fsync(file.fileno())
         os.replace(beside, path)
-        _sync_directory(path.parent)
+        for directory in path.parents:
+            _sync_directory(directory)
+            if directory == self.work:
+                break
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
         with self.create(name) as file:
-            file.write(data)
+            _write_all(file, data)
 
     def commit(self) -> None:
-        """Let the output appear at the target."""
+        """Let the output appear at the target.
+
+        Raises
+        ------
+        OutputError
+            If something else has appeared there meanwhile.
+        """
+        self._refuse_existing()
         (self.work / _JOURNAL).unlink()
         _sync_directory(self.work)
         if self.target.is_dir() and any(self.target.iterdir()):
-            exchange_directories(self.work, self.target)
-            shutil.rmtree(self.work)
+            with _locked(self.target):  # or the next writer takes what is left of it for its own
+                exchange_directories(self.work, self.target)
+                _sync_directory(self.target.parent)
+                self._remove_old()
         else:
             os.rename(self.work, self.target)
-        _sync_directory(self.target.parent)
-        self._committed = True
+            _sync_directory(self.target.parent)
+
+    def _remove_old(self) -> None:
+        """Remove the output that was replaced; a journal marks it as ours if we are killed."""
+        self._journal = {"plan": "", "process": os.getpid(), "done": {}}
+        with contextlib.suppress(OSError):
+            self._save_journal()
+        with contextlib.suppress(OSError):
+            self._remove_work()
+
+    def _remove_work(self) -> None:
+        self._journal["done"] = {}
+        self._empty_work()
+        (self.work / _JOURNAL).unlink(missing_ok=True)
+        os.rmdir(self.work)
 
     def __exit__(
         self,
@@ -244,12 +314,25 @@ class Publication:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        resumable = isinstance(error, KeyboardInterrupt)
-        if not self._committed and not resumable:
-            shutil.rmtree(self.work, ignore_errors=True)
-        self._unlock()
-        if isinstance(error, OSError) and not isinstance(error, LoraFormatError):
-            raise disk_full(error, self.target) from error
+        if isinstance(error, OSError):
+            explained = disk_full(error, self.target)
+            self._leave(keep=isinstance(explained, ResourceError))
+            raise explained from error
+        self._leave(keep=isinstance(error, KeyboardInterrupt | ResourceError | MemoryError))
+
+    def _leave(self, *, keep: bool) -> None:
+        """Free the lock; leave the output, or finished shards that are worth keeping, or nothing."""
+        try:
+            if self._holds(self.work):
+                with contextlib.suppress(OSError):
+                    if keep and self._journal.get("done"):
+                        self._empty_work()
+                    elif self._journal:
+                        self._remove_work()
+                    else:  # nothing says that what it holds is ours
+                        os.rmdir(self.work)
+        finally:
+            self._unlock()
 
     def _unlock(self) -> None:
         if self._lock >= 0:
@@ -260,12 +343,36 @@ class Publication:
 def disk_full(error: OSError, path: Path) -> LoraFormatError:
     """Turn an operating-system error while writing into one of ours."""
     if error.errno in _DISK_FULL:
-        return ResourceError("the disk is full", path=path, hint="free some space and run again")
+        return ResourceError(
+            "the disk is full", path=path, hint="free some space and run again: finished shards are kept"
+        )
+    if error.errno == errno.EFBIG:
+        return ResourceError(
+            "the file system or a limit forbids files this large", path=path,
+            hint="use a smaller --max-shard-size",
+        )
     return OutputError(f"cannot be written: {error.strerror or error}", path=path)
 
 
+def _holds_weights(path: Path) -> bool:
+    return any(any(path.glob(pattern)) for pattern in _WEIGHTS)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while len(rest):
+        rest = rest[file.write(rest) :]
+
+
 def _same_file(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and os.path.samefile(one, other)
+    return one == other or (one.exists() and other.exists() and os.path.samefile(one, other))
 
 
 def _identity_of(status: os.stat_result) -> tuple[int, int]:
@@ -274,6 +381,26 @@ def _identity_of(status: os.stat_result) -> tuple[int, int]:
 
 def _identity(path: Path) -> tuple[int, int]:
     return _identity_of(path.stat())
+
+
+def _open_directory(path: Path) -> int:
+    # O_NONBLOCK: a FIFO of that name must be refused, not waited for.
+    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return descriptor
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    descriptor = _open_directory(directory)
+    try:
+        _try_lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -290,16 +417,14 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _sync_directory(path: Path) -> None:
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system knows how
+            raise
     finally:
         os.close(descriptor)

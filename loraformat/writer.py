@@ -4,7 +4,8 @@
 and writes the one before it, so that computing and the disk overlap and never more
 than three tensors are in memory. The header of a shard is written last, into room that
 was left for it, because the length of a quant state is known only once its weight is
-quantized. A finished shard is journaled: an interrupted run continues behind it.
+quantized. A finished shard is journaled: after an interruption it is hashed again, and
+the run continues behind it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, BinaryIO
 
 from loraformat.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, nf4_digest
+from loraformat.errors import InputError
+from loraformat.folder import Folder
 from loraformat.header import DATA_ALIGNMENT, Entry, encode_header
 from loraformat.layout import Placed, body_order, tail_order
 from loraformat.manifest import ShardRecord, TensorRecord
+from loraformat.mapped import MappedFile
 from loraformat.publish import Publication
 from loraformat.quant_state import LONGEST_OFFSET
+from loraformat.stored import collect
 
 __all__ = ["WrittenShards", "planned_bytes", "shard_name", "write_shards"]
 
@@ -96,14 +102,49 @@ def write_shards(
         name = shard_name(number, len(shards))
         if single_name is not None and len(shards) == 1:
             name = single_name
-        done = publication.resumed.get(name)
-        if done is None or not (publication.work / name).is_file():
+        done = _resumed(tensors, name, publication)
+        if done is None:
             done = _write_shard(tensors, name, publication, progress)
             publication.record(name, done)
         else:
             progress(sum(tensor.nbytes for tensor in tensors))
         _add(written, name, tensors, done)
     return written
+
+
+def _resumed(
+    tensors: Sequence[LazyTensor], name: str, publication: Publication
+) -> Mapping[str, Any] | None:
+    """Return what an interrupted run recorded of a shard, if every byte of it is as it was."""
+    done = publication.resumed.get(name)
+    if done is None:
+        return None
+    try:
+        with closing(MappedFile(Folder(publication.work), name, profile=True)) as file:
+            whole = (
+                done["bytes"] == file.nbytes
+                and done["header_sha256"] == file.header_sha256
+                and done["stored"] == list(file.header.entries)
+                and done["tensor_bytes"] == sum(e.nbytes for e in file.header.entries.values())
+                and list(done["tensors"]) == [tensor.name for tensor in tensors]
+                and {key: facts[0] for key, facts in done["tensors"].items()} == _digests(file)
+            )
+    except (InputError, LookupError, TypeError, AttributeError):
+        return None
+    return done if whole else None
+
+
+def _digests(file: MappedFile) -> dict[str, str]:
+    digests = {}
+    for name, tensor in collect([file]).items():
+        loaded = tensor.load()
+        digests[name] = _digest(loaded)
+        tensor.release()
+    return digests
+
+
+def _digest(loaded: memoryview | NF4Parts) -> str:
+    return nf4_digest(loaded) if isinstance(loaded, NF4Parts) else sha256(loaded).hexdigest()
 
 
 def _add(
@@ -171,10 +212,10 @@ class _Sink:
         if isinstance(loaded, NF4Parts):
             pieces = loaded.by_suffix()
             self.tails[tensor.name] = {s: v for s, v in pieces.items() if (tensor.name, s) not in self.places}
-            self.hashes[tensor.name] = nf4_digest(loaded), loaded.relative_rms_error
+            self.hashes[tensor.name] = _digest(loaded), loaded.relative_rms_error
         else:
             pieces = {"": loaded}
-            self.hashes[tensor.name] = sha256(loaded).hexdigest(), None
+            self.hashes[tensor.name] = _digest(loaded), None
         for suffix, view in pieces.items():
             if entry := self.places.get((tensor.name, suffix)):
                 self._put(view, entry)

@@ -1,148 +1,306 @@
 """A complete reader of loraformat 1.0 that needs only Python: verifies a bundle, decodes a tensor.
 
 Written from loraformat-1.0.md alone, where each rule id below is explained.
-Usage: python minireader.py BUNDLE [TENSOR]; exit 4 and the rule id if a rule is broken.
+Usage: python minireader.py BUNDLE [TENSOR]; names the broken rule and exits with 4, or succeeds.
 """
-import hashlib, json, math, re, struct, sys  # noqa: E401
+# fmt: off
+import hashlib
+import json
+import math
+import re
+import struct
+import sys
 from pathlib import Path
 
-BYTES = dict(BOOL=1, U8=1, I8=1, F8_E4M3=1, F8_E5M2=1, U16=2, I16=2, F16=2, BF16=2, U32=4, I32=4,
-             F32=4, U64=8, I64=8, F64=8, C64=8)
-WEIGHTS = dict(float32="F32", float16="F16", bfloat16="BF16")
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
+         "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 ABSMAX, NESTED, MAP, NESTED_MAP, STATE = PARTS = (
     ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
 TABLES = {MAP: "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a",
           NESTED_MAP: "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"}
-UNCLEAN = "[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-PART = r"(?!(con|prn|aux|nul|(com|lpt)[0-9]) *(\.|$))[a-z0-9_+@=,()\[\]-]([a-z0-9_.+@=,()\[\] -]{0,253}[^. ])?"
-PATH = re.compile(f"(?=.{{1,1024}}$){PART}(/{PART}){{0,7}}", re.ASCII | re.IGNORECASE)
-INDEX, BASE = "model.safetensors.index.json", "loraformat.base_fingerprint"
-
+UNCLEAN = "\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+TEXT, NAME, HEX = f"[^{UNCLEAN}]{{0,1024}}", rf"[^{UNCLEAN}/\\]{{1,512}}", "[0-9a-f]{64}"
+PART = (r"(?!(con|prn|aux|nul|(com|lpt)[0-9]) *(\.|$|/))[\w+@=,()\[\]-]"
+        r"([\w.+@=,()\[\] -]{0,253}[\w+@=,()\[\]-])?")
+PATH = f"(?ai)(?=.{{1,1024}}$){PART}(/{PART}){{0,7}}"
+OWN = r"(?i)(loraformat\.json|model\.safetensors\.index\.json|adapters)(/.*)?|[^/]*\.safetensors"
+TOP = ("format", "format_version", "created_by", "source", "fingerprint", "shard_limit", "shards",
+       "tensors", "files", "adapters", "extensions")
+DENSE = ("encoding", "dtype", "shape", "sha256")
+NF4 = (*DENSE, "block_size", "double_quant", "transposed", "relative_rms_error")
+INDEX = "model.safetensors.index.json"
 
 class Broken(Exception):
     """A rule is broken."""
 
-
-def need(rule, ok, what):
+def need(rule, ok, what=""):
     if not ok:
-        raise Broken(f"{rule}: {what}")
+        raise Broken(f"{rule} {what}")
 
-
-def sha(*chunks):
-    return hashlib.sha256(b"".join(chunks)).hexdigest()
-
+def sha(data):
+    return hashlib.sha256(data).hexdigest()
 
 def strict(raw, rule, what):
-    def check(value, ok=True):
-        need(rule, ok, f"{what} is not strict JSON")
-        return value
-    def depth(value):
+    def once(pairs):
+        return dict(pairs) if len(dict(pairs)) == len(pairs) else int("")  # int("") is a ValueError
+    def deep(value):
         inner = value.values() if type(value) is dict else value if type(value) is list else None
-        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+        return 0 if inner is None else 1 + max(map(deep, inner), default=0)
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=lambda word: check(word, False),
-                           object_pairs_hook=lambda pairs: check(dict(pairs), len(dict(pairs)) == len(pairs)),
-                           parse_int=lambda digits: check(int(digits[:21]), len(digits) <= 20),
-                           parse_float=lambda digits: check(float(digits), math.isfinite(float(digits))))
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return check(value, depth(value) <= 32)
+        value = json.loads(raw.decode(), object_pairs_hook=once, parse_constant=int,
+                           parse_int=lambda digits: int(digits if len(digits) <= 20 else ""),
+                           parse_float=lambda x: float(x) if math.isfinite(float(x)) else int(""))
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        check(None, False)
+        value = Broken
+    need(rule, value is not Broken and deep(value) <= 32, f"{what} is not strict JSON")
+    return value
 
+def is_text(value, pattern=TEXT):
+    return type(value) is str and re.fullmatch(pattern, value) is not None
 
-def clean(text, longest):
-    return type(text) is str and 0 < len(text.encode("utf-8", "replace")) <= longest and not re.search(UNCLEAN, text)
+def is_name(value):
+    return is_text(value, NAME) and len(value.encode()) <= 512
 
+def ints(values, limit=1 << 53, longest=8, least=0):
+    return type(values) is list and len(values) <= longest and all(
+        type(n) is int and least <= n < limit for n in values)
 
-def name_ok(name):
-    return clean(name, 512) and "/" not in name and "\\" not in name
+def members(rule, value, names, newer):
+    need(rule, type(value) is dict and set(names) <= set(value) and (newer or set(names) == set(value)), names)
 
-
-def counts(value, limit, length=8, least=0):
-    return type(value) is list and len(value) <= length and all(type(n) is int and least <= n < limit for n in value)
-
-
-def read_header(path, profile):
-    """Return the stored tensors in the order of their bytes, the metadata and the header's bytes."""
+def read_header(path, profile=True):
     data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    need("H01", len(data) >= 8 and 2 <= size <= min(len(data) - 8, 100_000_000), path)
-    raw, start = data[8:8 + size], 8 + size
+    start = 8 + int.from_bytes(data[:8], "little")
+    need("H01", len(data) >= 8 and 10 <= start <= min(len(data), 8 + 100_000_000), path)
+    raw, end = data[8:start], 0
     need("H02", raw[:1] == b"{" and raw.rstrip(b" ")[-1:] == b"}", path)
-    fields = strict(raw, "H03", path)
-    meta = fields.pop("__metadata__", {})
+    header = strict(raw, "H03", path)
+    meta = header.pop("__metadata__", {})
     need("H04", type(meta) is dict and all(type(v) is str for v in meta.values()), path)
-    for name, e in fields.items():
-        need("H05", name_ok(name), repr(name))
-        need("H06", type(e) is dict and set(e) == {"dtype", "shape", "data_offsets"} and type(e["dtype"]) is str
-             and e["dtype"] in BYTES and counts(e["shape"], 1 << 48) and counts(e["data_offsets"], 1 << 63, 2)
-             and len(e["data_offsets"]) == 2, name)
-        begin, end = e["data_offsets"]
-        need("H07", end - begin == math.prod(e["shape"]) * BYTES[e["dtype"]], name)
-        e["file"], e["bytes"] = path.name, data[start + begin:start + end]
-    ordered, position = sorted(fields, key=lambda n: fields[n]["data_offsets"]), 0
+    for name, e in header.items():
+        need("H05", is_name(name), repr(name))
+        need("H06", type(e) is dict and set(e) == {"dtype", "shape", "data_offsets"}, name)
+        need("H06", type(e["dtype"]) is str and e["dtype"] in BYTES and ints(e["shape"], 1 << 48), name)
+        span = e["data_offsets"]
+        need("H06", ints(span, 1 << 63, 2) and len(span) == 2, name)
+        need("H07", span[1] - span[0] == math.prod(e["shape"]) * BYTES[e["dtype"]], name)
+        e["data"] = memoryview(data)[start + span[0]:start + span[1]]
+    ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
     for name in ordered:
-        need("H08", fields[name]["data_offsets"][0] == position, name)
-        position = fields[name]["data_offsets"][1]
-    need("H09", start + position == len(data), path)
+        need("H08", header[name]["data_offsets"][0] == end, name)
+        end = header[name]["data_offsets"][1]
+    need("H09", start + end == len(data), path)
     need("L01", not profile or start % 4096 == 0, path)
-    need("L02", not profile or ordered == list(fields), path)
-    return {name: fields[name] for name in ordered}, meta, data[:start]
+    need("L02", not profile or ordered == list(header), path)
+    return {name: header[name] for name in ordered}, meta, data[:start], len(data)
 
+def read_files(files, newer, allowed=lambda path: True):
+    need("M08", type(files) is dict, "files")
+    need("M12", len({path.lower() for path in files}) == len(files), list(files))
+    for path, record in files.items():
+        need("M08", is_text(path, PATH) and allowed(path), path)
+        members("M08", record, ("bytes", "sha256"), newer)
+        need("M08", ints([record["bytes"]]), path)
+        need("M06", is_text(record["sha256"], HEX), path)
+
+def fingerprint(tensors):
+    lines = (f"{name}\t{t['encoding']}{'-transposed' * t.get('transposed', False)}\t{t['dtype']}\t"
+             f"{','.join(map(str, t['shape']))}\t{t['sha256']}\n" for name, t in tensors.items())
+    return sha(b"".join(sorted(line.encode() for line in lines)))
 
 def read_manifest(raw):
-    m = strict(raw, "M01", "manifest")
-    need("M02", type(m) is dict and m.get("format") == "loraformat", "format")
-    version = re.fullmatch(r"1\.(0|[1-9][0-9]{0,5})", str(m.get("format_version")))
-    need("M03", version and type(m["format_version"]) is str, "format_version")
-    def members(rule, value, names):
-        need(rule, type(value) is dict and names <= set(value) and (version[1] != "0" or names == set(value)), names)
-    def digest(value):
-        need("M06", type(value) is str and re.fullmatch("[0-9a-f]{64}", value), value)
-    def text(value):
-        return value == "" or (clean(value, 1 << 20) and len(value) <= 1024)
-    def files(value, allowed):
-        need("M08", type(value) is dict, "files")
-        need("M12", len({path.lower() for path in value}) == len(value), list(value))
-        for path, record in value.items():
-            need("M08", PATH.fullmatch(path) and allowed(path.lower()), path)
-            members("M08", record, {"bytes", "sha256"})
-            need("M08", counts([record["bytes"]], 1 << 53), path)
-            digest(record["sha256"])
-    members("M04", m, {"format", "format_version", "created_by", "source", "fingerprint", "shard_limit",
-                       "shards", "tensors", "files", "adapters", "extensions"})
+    m = strict(raw, "M01", "the manifest")
+    need("M02", type(m) is dict and m.get("format") == "loraformat")
+    need("M03", is_text(m.get("format_version"), r"1\.(0|[1-9][0-9]{0,5})"))
+    newer = m["format_version"] != "1.0"
+    members("M04", m, TOP, newer)
     need("M04", type(m["tensors"]) is dict, "tensors")
     for name, t in m["tensors"].items():
         nf4 = type(t) is dict and t.get("encoding") == "nf4"
-        members("M05", t, {"encoding", "dtype", "shape", "sha256"} | ({
-            "block_size", "double_quant", "transposed", "relative_rms_error"} if nf4 else set()))
-        need("M05", name_ok(name) and t["encoding"] in ("nf4", "dense") and type(t["dtype"]) is str and t["dtype"] in (
-            WEIGHTS.values() if nf4 else BYTES) and counts(t["shape"], 1 << 53), name)
-        error = t.get("relative_rms_error")
-        need("M05", not nf4 or (counts([t["block_size"]], 1 << 53) and type(t["double_quant"]) is bool
-             and type(t["transposed"]) is bool and len(t["shape"]) == 2 >= t["transposed"] * len(t["shape"])
-             and (error is None or type(error) in (int, float) and error >= 0)), name)
-        digest(t["sha256"])
-    need("M10", m["fingerprint"] == fingerprint(m["tensors"]), m["fingerprint"])
+        members("M05", t, NF4 if nf4 else DENSE, newer)
+        need("M05", is_name(name) and (nf4 or t["encoding"] == "dense"), name)
+        need("M05", t["dtype"] in list(TYPES.values() if nf4 else BYTES) and ints(t["shape"]), name)
+        need("M06", is_text(t["sha256"], HEX), name)
+        if nf4:
+            error, flags = t["relative_rms_error"], (t["double_quant"], t["transposed"])
+            need("M05", ints([t["block_size"]]) and all(type(flag) is bool for flag in flags), name)
+            need("M05", not t["transposed"] or len(t["shape"]) == 2, name)
+            need("M05", error is None or (type(error) in (int, float) and error >= 0), name)
+    need("M10", m["fingerprint"] == fingerprint(m["tensors"]), "fingerprint")
     source = m["source"]
-    need("M04", type(source) is dict and "format" in source and (version[1] != "0" or set(source) <= {
-        "format", "repo", "revision"}) and text(m["created_by"]) and counts([m["shard_limit"]], 1 << 53)
-        and all(text(source.get(key, "")) for key in ("format", "repo", "revision")), "manifest")
+    need("M04", type(source) is dict and "format" in source, "source")
+    need("M04", newer or set(source) <= {"format", "repo", "revision"}, "source")
+    texts = [m["created_by"], *(source[k] for k in ("format", "repo", "revision") if k in source)]
+    need("M04", all(map(is_text, texts)) and ints([m["shard_limit"]]), "created_by, source, shard_limit")
     need("M07", type(m["shards"]) is list and 1 <= len(m["shards"]) <= 99_999, "shards")
-    for number, s in enumerate(m["shards"], 1):
-        members("M07", s, {"file", "bytes", "header_sha256"})
-        need("M07", s["file"] == f"model-{number:05}-of-{len(m['shards']):05}.safetensors"
-             and counts([s["bytes"]], 1 << 53), s["file"])
-        digest(s["header_sha256"])
-    files(m["files"], lambda path: path.split("/")[0] not in ("loraformat.json", INDEX, "adapters")
-          and not re.fullmatch(r"[^/]*\.safetensors", path))
+    for number, shard in enumerate(m["shards"], 1):
+        members("M07", shard, ("file", "bytes", "header_sha256"), newer)
+        need("M07", shard["file"] == f"model-{number:05}-of-{len(m['shards']):05}.safetensors", number)
+        need("M07", ints([shard["bytes"]]), number)
+        need("M06", is_text(shard["header_sha256"], HEX), number)
+    read_files(m["files"], newer, lambda path: not re.fullmatch(OWN, path))
     need("M09", type(m["adapters"]) is dict, "adapters")
-    need("M12", len({name.lower() for name in m["adapters"]}) == len(m["adapters"]), list(m["adapters"]))
+    need("M12", len({name.lower() for name in m["adapters"]}) == len(m["adapters"]), "adapters")
     for name, adapter in m["adapters"].items():
-        need("M09", re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,95}", name) and PATH.fullmatch(name), name)
-        members("M09", adapter, {"files"})
-        files(adapter["files"], lambda path: True)
+        need("M09", is_text(name, "[A-Za-z0-9][A-Za-z0-9._-]{0,95}") and is_text(name, PATH), name)
+        members("M09", adapter, ("files",), newer)
+        read_files(adapter["files"], newer)
         need("M09", {"adapter_config.json", "adapter_model.safetensors"} <= set(adapter["files"]), name)
-    need("M11", type(m["extensions"]) is dict and all(type(e) is dict and e.get("must_understand", True) is False
-         for e in m["extensions"].values()), "extensions")
+    need("M11", type(m["extensions"]) is dict, "extensions")
+    for name, extension in m["extensions"].items():
+        need("M11", type(extension) is dict and extension.get("must_understand") is False, name)
     return m
+
+def read_state(entry, name):
+    need("N05", entry["dtype"] == "U8" and 0 < len(entry["data"]) <= 4096, name)
+    q = strict(bytes(entry["data"]), "N05", name)
+    nested = ("nested_blocksize", "nested_dtype", "nested_offset")
+    double = type(q) is dict and "nested_offset" in q
+    members("N05", q, ("quant_type", "blocksize", "dtype", "shape", *nested * double), False)
+    need("N05", ints(q["shape"], 1 << 48, least=1), name)
+    need("N06", q["quant_type"] == "nf4" and q["dtype"] in list(TYPES), name)
+    need("N06", ints([q["blocksize"]]) and q["blocksize"] in [2**k for k in range(5, 13)], name)
+    if double:
+        offset = q["nested_offset"]
+        need("N07", ints([q["nested_blocksize"]]) and q["nested_blocksize"] == 256, name)
+        need("N07", q["nested_dtype"] == "float32" and type(offset) in (int, float), name)
+        need("N07", f32(offset) == offset, name)
+    return {"encoding": "nf4", "dtype": TYPES[q["dtype"]], "shape": q["shape"],
+            "block_size": q["blocksize"], "double_quant": double, "offset": q.get("nested_offset")}
+
+def read_weights(stored):
+    """Group the stored tensors of one shard into weights, each with its parts' bytes."""
+    weights = {}
+    for owner in [name.removesuffix(STATE) for name in stored if name.endswith(STATE)]:
+        w = read_state(stored[owner + STATE], owner)
+        blocks = -(-math.prod(w["shape"]) // w["block_size"])
+        want = {"": ("U8", [(math.prod(w["shape"]) + 1) // 2, 1]), MAP: ("F32", [16]),
+                ABSMAX: ("U8" if w["double_quant"] else "F32", [blocks]),
+                STATE: ("U8", [len(stored[owner + STATE]["data"])])}
+        if w["double_quant"]:
+            want |= {NESTED: ("F32", [-(-blocks // 256)]), NESTED_MAP: ("F32", [256])}
+        found = {suffix: stored[owner + suffix] for suffix in ("", *PARTS) if owner + suffix in stored}
+        need("N01", set(found) == set(want), owner)
+        for suffix, e in found.items():
+            need("N03" if suffix else "N02", (e["dtype"], e["shape"]) == want[suffix], owner + suffix)
+            need("N04", suffix not in TABLES or sha(e["data"]) == TABLES[suffix], owner + suffix)
+        weights[owner] = w | {suffix: e["data"] for suffix, e in found.items()}
+    parts = {owner + suffix for owner in weights for suffix in PARTS}
+    for name in stored.keys() - parts - weights.keys():
+        need("N01", not name.endswith(tuple(f".weight{suffix}" for suffix in PARTS)), name)
+        weights[name] = {"encoding": "dense", **stored[name], "": stored[name]["data"]}
+    return weights
+
+def check_layout(shards, limit):
+    last, homes, sizes = {}, {}, {}
+    for number, stored in enumerate(shards):
+        previous = tail = None
+        for name, e in stored.items():
+            behind = any(name.endswith(suffix) and name.removesuffix(suffix) + STATE in stored
+                         for suffix in (MAP, NESTED_MAP, STATE))
+            need("L03", behind or not tail, name)
+            match = None if behind else re.match(r"(.*?)\.([0-9]{1,9})(?=\.|$)", name)
+            layer, tail = match and (match[1], int(match[2])), behind
+            if layer and layer != previous:
+                need("L04", number not in homes.setdefault(layer, []), name)
+                need("L05", layer[1] >= last.get(layer[0], 0), name)
+                homes[layer].append(number)
+                last[layer[0]] = layer[1]
+            sizes[layer] = sizes.get(layer, 0) + len(e["data"])
+            previous = layer
+    for layer, places in homes.items():
+        need("L06", len(places) == 1 or sizes[layer] > limit, layer)
+
+def check_files(root, m, stored, quantized):
+    need("B03", (root / INDEX).is_file(), INDEX)
+    index = strict((root / INDEX).read_bytes(), "B03", INDEX)
+    need("B03", type(index) is dict and type(index.get("weight_map")) is dict, INDEX)
+    need("B04", index["weight_map"] == {name: file for name, (file, _) in stored.items()}, INDEX)
+    total = index["metadata"].get("total_size") if type(index.get("metadata")) is dict else None
+    need("B07", type(total) is int and total == sum(size for _, size in stored.values()), INDEX)
+    need("B08", "config.json" in m["files"] or not (root / "config.json").is_file(), "config.json")
+    folders = {"": m["files"], **{f"adapters/{name}/": a["files"] for name, a in m["adapters"].items()}}
+    for path, record in ((f + path, record) for f, files in folders.items() for path, record in files.items()):
+        need("B05", (root / path).is_file() and (root / path).stat().st_size == record["bytes"], path)
+        need("V03", sha((root / path).read_bytes()) == record["sha256"], path)
+    if "config.json" in m["files"]:
+        config = strict((root / "config.json").read_bytes(), "B06", "config.json")
+        need("B06", type(config) is dict and quantized == ("quantization_config" in config), "config.json")
+        wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        q = config.get("quantization_config", wanted)
+        need("B06", type(q) is dict and all(q.get(k) == v for k, v in wanted.items()), "config.json")
+    for name in m["adapters"]:
+        config = strict((root / f"adapters/{name}/adapter_config.json").read_bytes(), "A02", name)
+        need("A02", type(config) is dict, name)
+        meta = read_header(root / f"adapters/{name}/adapter_model.safetensors", profile=False)[1]
+        named = meta.get("loraformat.base_fingerprint", m["fingerprint"])
+        need("A01", named == m["fingerprint"], f"{name} was made for {named}")
+
+def verify(root):
+    """Check every rule; return the manifest's tensors and the weights."""
+    need("B01", (root / "loraformat.json").is_file(), root)
+    m = read_manifest((root / "loraformat.json").read_bytes())
+    need("B02", {p.name for p in root.glob("*.safetensors")} == {s["file"] for s in m["shards"]}, root)
+    shards, stored, weights = [], {}, {}
+    for s in m["shards"]:
+        entries, _, head, size = read_header(root / s["file"])
+        need("B05", size == s["bytes"], s["file"])
+        need("V02", sha(head) == s["header_sha256"], s["file"])
+        need("H10", not stored.keys() & entries.keys(), s["file"])
+        stored |= {name: (s["file"], len(e["data"])) for name, e in entries.items()}
+        weights |= read_weights(entries)
+        shards.append(entries)
+    need("N08", weights.keys() == m["tensors"].keys(), "names")
+    for name, t in m["tensors"].items():
+        told = t | {"shape": t["shape"][::-1] if t.get("transposed") else t["shape"]}
+        shared = DENSE[:3] if t["encoding"] == "dense" else (*DENSE[:3], "block_size", "double_quant")
+        need("N08", all(told[key] == weights[name][key] for key in shared), name)
+    check_layout(shards, m["shard_limit"])
+    check_files(root, m, stored, any(t["encoding"] == "nf4" for t in m["tensors"].values()))
+    for name, t in m["tensors"].items():
+        w = weights[name]
+        if t["encoding"] == "nf4":
+            need("V04", all(map(math.isfinite, scales(w))), name)
+            need("V05", math.prod(t["shape"]) % 2 == 0 or w[""][-1] & 15 == 7, name)
+        data = w[""] if t["encoding"] == "dense" else b"".join(
+            len(part).to_bytes(8, "little") + part for part in (w.get(s, b"") for s in ("", *PARTS)))
+        need("V01", sha(data) == t["sha256"], name)
+    return m["tensors"], weights
+
+def f32(x):
+    try:
+        return struct.unpack("<f", struct.pack("<f", x))[0]
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+def scales(w):
+    if not w["double_quant"]:
+        return [a for (a,) in struct.iter_unpack("<f", w[ABSMAX])]
+    table, nested = struct.unpack("<256f", w[NESTED_MAP]), memoryview(w[NESTED]).cast("f")
+    return [f32(f32(table[q] * nested[i // 256]) + w["offset"]) for i, q in enumerate(w[ABSMAX])]
+
+def decode(tensor, w):
+    """Return the float32 values of an NF4 weight, in the order of the logical tensor."""
+    levels, a = struct.unpack("<16f", w[MAP]), scales(w)
+    codes = (code for byte in w[""] for code in (byte >> 4, byte & 15))
+    values = [f32(levels[code] * a[i // w["block_size"]])
+              for i, code in zip(range(math.prod(tensor["shape"])), codes)]
+    columns = tensor["shape"][0] if tensor["transposed"] else 1
+    return [value for k in range(columns) for value in values[k::columns]]
+
+def main(bundle, name=None):
+    tensors, weights = verify(Path(bundle))
+    if name is None:
+        print(f"sound: {len(tensors)} tensors, fingerprint {fingerprint(tensors)}")
+    elif tensors[name]["encoding"] == "nf4":
+        print(*decode(tensors[name], weights[name]))
+    else:
+        print(bytes(weights[name][""]).hex())
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except Broken as error:
+        sys.exit(print(error) or 4)

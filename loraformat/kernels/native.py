@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraformat.kernels.tables import tables
 
-__all__ = ["ISAS", "NativeKernel", "best_isa", "library", "supported"]
+__all__ = ["ISAS", "NativeKernel", "Tables", "c_tables", "library", "supported"]
 
 # Order of the enumeration in nf4.h.
 ISAS = ("scalar", "avx2", "avx512", "neon")
@@ -37,7 +37,14 @@ class Tables(ctypes.Structure):
 
 
 @cache
-def _c_tables() -> Tables:
+def c_tables() -> Tables:
+    """Copy the tables into the structure of nf4.h, once.
+
+    Returns
+    -------
+    Tables
+        Read by every call into the library.
+    """
     made, source = Tables(), tables()
     for name, kind in Tables._fields_:
         tensor: Tensor = getattr(source, name)
@@ -100,18 +107,6 @@ def supported() -> tuple[str, ...]:
     return tuple(name for number, name in enumerate(ISAS) if lib.nf4_supported(number))
 
 
-def best_isa() -> str | None:
-    """Name the fastest instruction set of `supported`.
-
-    Returns
-    -------
-    str or None
-        None without a library.
-    """
-    names = supported()
-    return names[-1] if names else None
-
-
 class NativeKernel:
     """The `loraformat.kernels.Kernel` methods on one instruction set of the C library.
 
@@ -126,7 +121,7 @@ class NativeKernel:
         assert lib is not None and isa in supported()
         self.name = isa
         self._lib, self._isa = lib, ISAS.index(isa)
-        self._tables = ctypes.addressof(_c_tables())
+        self._tables = ctypes.addressof(c_tables())
 
     def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
         """See `Kernel.quantize`."""

@@ -93,13 +93,15 @@ EXPORT void nf4_sum_scales(const float *absmax, int64_t blocks, double *sums) {
 EXPORT void nf4_quantize_scales(const nf4_tables *t, const float *absmax, float offset,
                                 int64_t blocks, uint8_t *codes, float *nested_absmax) {
     for (int64_t b = 0; b < blocks; b += NF4_NESTED_BLOCK) {
-        float d[NF4_NESTED_BLOCK], largest = 0;
+        float d[NF4_NESTED_BLOCK];
+        int32_t bits = 0; /* magnitudes compare as integers, which the compiler can vectorize */
         int64_t n = blocks - b < NF4_NESTED_BLOCK ? blocks - b : NF4_NESTED_BLOCK;
         for (int64_t i = 0; i < n; i++) {
             d[i] = nf4_load(absmax, b + i, NF4_F32) - offset;
-            float a = d[i] < 0 ? -d[i] : d[i];
-            largest = a > largest ? a : largest;
+            int32_t magnitude = (int32_t)(nf4_bits(d[i]) & 0x7fffffff);
+            bits = magnitude > bits ? magnitude : bits;
         }
+        float largest = nf4_float((uint32_t)bits);
         nf4_store(nested_absmax++, 0, NF4_F32, largest);
         if (largest < NF4_TINY) largest = NF4_TINY;
         float inverse = 1.0f / largest;

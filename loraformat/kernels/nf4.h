@@ -1,7 +1,6 @@
 /* Shared by every NF4 kernel: element types, tables, and bit-exact scalar conversions.
  *
- * The numbers live in tables.py and arrive here through `nf4_tables`, so that there is one copy of
- * them. Input pointers may have any alignment: they come from memory-mapped files.
+ * The numbers come from Python through `nf4_tables`, so that there is one copy of them. Input pointers may have any alignment: they come from memory-mapped files.
  */
 #ifndef LORAFORMAT_NF4_H
 #define LORAFORMAT_NF4_H
@@ -17,7 +16,7 @@ enum { NF4_SCALAR = 0, NF4_AVX2 = 1, NF4_AVX512 = 2, NF4_NEON = 3, NF4_ISAS = 4 
 #define NF4_ERROR_CHUNK 4096
 #define NF4_TINY 1e-38f /* the least absmax that a block is divided by */
 
-/* Mirrored by native.Tables. */
+/* Mirrored by native.Tables; what each table is: tables.py. */
 typedef struct {
     float levels[16];
     float bin_threshold[32]; /* the threshold inside each of 32 equal bins of [-1, 1], or +inf */

@@ -5,6 +5,7 @@
 
 #define TARGET __attribute__((target("avx2,f16c")))
 #define ISA(name) name##_avx2
+#define LANES 4
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
 INLINE void streaming_fence(void) { _mm_sfence(); }
@@ -84,11 +85,48 @@ INLINE __m256i nibbles(const uint8_t *packed) {
     return _mm256_and_si256(both, _mm256_set1_epi8(15));
 }
 
-/* Byte `k` of each of the 16 products, as a table for the byte shuffle. */
-INLINE __m256i plane(const uint8_t *scaled, int size, int k) {
-    uint8_t bytes[16];
-    for (int i = 0; i < 16; i++) bytes[i] = scaled[size * i + k];
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+/* 16 bytes as a table for the byte shuffle of both 128-bit lanes. */
+INLINE __m256i plane(__m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
+
+INLINE __m256i round_bf16(__m256 product) {
+    __m256i u = _mm256_castps_si256(product), one = _mm256_set1_epi32(1);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), one);
+    __m256i up = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(product, product, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+}
+
+/* The 16 products rounded to 16 bits: low bytes, then high bytes. */
+INLINE void planes16(__m256 low, __m256 high, int dtype, __m256i planes[2]) {
+    __m128i a, b, byte = _mm_set1_epi16(0xff);
+    if (dtype == NF4_F16) {
+        a = _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        b = _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+        __m256i both = _mm256_packus_epi32(round_bf16(low), round_bf16(high));
+        both = _mm256_permute4x64_epi64(both, 0xd8);
+        a = _mm256_castsi256_si128(both);
+        b = _mm256_extracti128_si256(both, 1);
+    }
+    planes[0] = plane(_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)));
+    planes[1] = plane(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+}
+
+/* Byte k of each of the 16 products, k = 0 to 3: a 4 x 4 transposition, twice. */
+INLINE void planes32(__m256 low, __m256 high, __m256i planes[4]) {
+    __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m256i a = _mm256_shuffle_epi8(_mm256_castps_si256(low), order);
+    __m256i b = _mm256_shuffle_epi8(_mm256_castps_si256(high), order);
+    __m128i a0 = _mm256_castsi256_si128(a), a1 = _mm256_extracti128_si256(a, 1);
+    __m128i b0 = _mm256_castsi256_si128(b), b1 = _mm256_extracti128_si256(b, 1);
+    __m128i al = _mm_unpacklo_epi32(a0, a1), ah = _mm_unpackhi_epi32(a0, a1);
+    __m128i bl = _mm_unpacklo_epi32(b0, b1), bh = _mm_unpackhi_epi32(b0, b1);
+    planes[0] = plane(_mm_unpacklo_epi64(al, bl));
+    planes[1] = plane(_mm_unpackhi_epi64(al, bl));
+    planes[2] = plane(_mm_unpacklo_epi64(ah, bh));
+    planes[3] = plane(_mm_unpackhi_epi64(ah, bh));
 }
 
 INLINE void put_pairs(char *to, __m256i first, __m256i second, int streaming) {
@@ -98,24 +136,25 @@ INLINE void put_pairs(char *to, __m256i first, __m256i second, int streaming) {
 
 INLINE void block_values(const nf4_tables *t, const uint8_t *packed, int64_t n, float scale,
                          void *out, int dtype, int streaming) {
-    uint8_t scaled[16 * 4];
+    __m256 factor = _mm256_set1_ps(scale);
+    __m256 low = _mm256_mul_ps(_mm256_loadu_ps(t->levels), factor);
+    __m256 high = _mm256_mul_ps(_mm256_loadu_ps(t->levels + 8), factor);
+    __m256i p[4];
     char *to = out;
-    for (int k = 0; k < 16; k++) nf4_store(scaled, k, dtype, t->levels[k] * scale);
     if (dtype != NF4_F32) {
-        __m256i p0 = plane(scaled, 2, 0), p1 = plane(scaled, 2, 1);
+        planes16(low, high, dtype, p);
         for (int64_t i = 0; i < n; i += 32, to += 64) {
             __m256i index = nibbles(packed + i / 2);
-            __m256i b0 = _mm256_shuffle_epi8(p0, index), b1 = _mm256_shuffle_epi8(p1, index);
+            __m256i b0 = _mm256_shuffle_epi8(p[0], index), b1 = _mm256_shuffle_epi8(p[1], index);
             put_pairs(to, _mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1), streaming);
         }
         return;
     }
-    __m256i p0 = plane(scaled, 4, 0), p1 = plane(scaled, 4, 1);
-    __m256i p2 = plane(scaled, 4, 2), p3 = plane(scaled, 4, 3);
+    planes32(low, high, p);
     for (int64_t i = 0; i < n; i += 32, to += 128) {
         __m256i index = nibbles(packed + i / 2);
-        __m256i b0 = _mm256_shuffle_epi8(p0, index), b1 = _mm256_shuffle_epi8(p1, index);
-        __m256i b2 = _mm256_shuffle_epi8(p2, index), b3 = _mm256_shuffle_epi8(p3, index);
+        __m256i b0 = _mm256_shuffle_epi8(p[0], index), b1 = _mm256_shuffle_epi8(p[1], index);
+        __m256i b2 = _mm256_shuffle_epi8(p[2], index), b3 = _mm256_shuffle_epi8(p[3], index);
         __m256i l01 = _mm256_unpacklo_epi8(b0, b1), h01 = _mm256_unpackhi_epi8(b0, b1);
         __m256i l23 = _mm256_unpacklo_epi8(b2, b3), h23 = _mm256_unpackhi_epi8(b2, b3);
         __m256i v0 = _mm256_unpacklo_epi16(l01, l23), v1 = _mm256_unpackhi_epi16(l01, l23);

@@ -6,6 +6,7 @@
  *   block_codes   x * inv -> packed codes
  *   block_values  packed codes -> level * scale, rounded to dtype
  *   block_widen   x -> float
+ * and LANES, the doubles in a vector register.
  */
 
 #define NF4_INLINE static inline __attribute__((always_inline)) TARGET
@@ -51,24 +52,34 @@ NF4_INLINE void dequantize_any(const nf4_tables *t, const uint8_t *packed, const
     }
 }
 
+typedef double wide_vector __attribute__((vector_size(8 * LANES)));
+typedef float float_vector __attribute__((vector_size(4 * LANES)));
+
 /* 16 lanes, element i in lane i % 16, each summed in order; then lanes folded in halves. The
  * difference is rounded to float, so that every square is exact in double. */
 NF4_INLINE void sum_squares(const float *x, const float *value, int64_t n, double *error,
                             double *square) {
-    double e[16] = {0}, s[16] = {0};
+    wide_vector e[16 / LANES] = {{0}}, s[16 / LANES] = {{0}};
     for (int64_t i = 0; i < n; i += 16)
-        for (int j = 0; j < 16; j++) {
-            double difference = x[i + j] - value[i + j], wide = x[i + j];
-            e[j] += difference * difference;
-            s[j] += wide * wide;
+        for (int k = 0; k < 16 / LANES; k++) {
+            float_vector from, to;
+            memcpy(&from, x + i + LANES * k, sizeof from);
+            memcpy(&to, value + i + LANES * k, sizeof to);
+            wide_vector d = __builtin_convertvector(from - to, wide_vector);
+            wide_vector w = __builtin_convertvector(from, wide_vector);
+            e[k] += d * d;
+            s[k] += w * w;
         }
+    double sums[2][16];
+    memcpy(sums[0], e, sizeof e);
+    memcpy(sums[1], s, sizeof s);
     for (int half = 8; half; half /= 2)
         for (int j = 0; j < half; j++) {
-            e[j] += e[j + half];
-            s[j] += s[j + half];
+            sums[0][j] += sums[0][j + half];
+            sums[1][j] += sums[1][j + half];
         }
-    *error = e[0];
-    *square = s[0];
+    *error = sums[0][0];
+    *square = sums[1][0];
 }
 
 NF4_INLINE void error_any(const nf4_tables *t, const void *x, const uint8_t *packed,

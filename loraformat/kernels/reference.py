@@ -35,7 +35,7 @@ def _pair_tables() -> tuple[Tensor, Tensor]:
 
 
 def _nested_codes(s: Tensor) -> Tensor:
-    """Normalized scales -> 8-bit codes, by the leading bits of the float."""
+    """Turn normalized scales into 8-bit codes, by the leading bits of the float."""
     t = tables()
     key = (s.view(torch.int32) >> 17).bitwise_and_(0x7FFF)
     base = t.nested_base.index_select(0, key)
@@ -66,9 +66,9 @@ class ReferenceKernel:
         """See `Kernel.quantize`."""
         whole = x.numel() - x.numel() % block_size
         tiles = zip(
-            x[:whole].split(_TILE),
-            packed[: whole // 2].split(_TILE // 2),
-            absmax[: whole // block_size].split(_TILE // block_size),
+            torch.split(x[:whole], _TILE),
+            torch.split(packed[: whole // 2], _TILE // 2),
+            torch.split(absmax[: whole // block_size], _TILE // block_size),
             strict=False,  # without whole blocks the first has one empty tile
         )
         for values, codes, largest in tiles if whole else ():
@@ -154,9 +154,9 @@ class ReferenceKernel:
             out[:head] = block[skip:]
             start, scales, out = start + head, scales[1:], out[head:]
         tiles = zip(
-            packed[start // 2 : (start + out.numel() + 1) // 2].split(_TILE // 2),
-            scales.split(_TILE // block_size),
-            out.split(_TILE),
+            torch.split(packed[start // 2 : (start + out.numel() + 1) // 2], _TILE // 2),
+            torch.split(scales, _TILE // block_size),
+            torch.split(out, _TILE),
             strict=False,  # scales may go on beyond the range
         )
         for codes, factors, part in tiles if out.numel() else ():

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+from loraformat.errors import UsageError
+
 __all__ = ["default_threads", "run"]
 
 Task = Callable[[int, int], None]
@@ -56,9 +58,13 @@ def run(task: Task, total: int, grain: int, threads: int | None = None) -> None:
 
     Raises
     ------
+    UsageError
+        `threads` is less than 1.
     Exception
         Whatever `task` raised first; remaining pieces are dropped.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot work, wanted at least 1")
     starts = iter(range(0, total, grain))  # next() on a range iterator is atomic
     pieces = -(-total // grain)
 

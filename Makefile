@@ -1,0 +1,51 @@
+# Every target makes its own virtual environment in .venv; nothing else must be installed
+# but Python 3.10 or newer and, for the fast kernels, a C compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo check test lint docs bench clean
+
+demo: $(VENV)/demo-installed ## install and run the demo
+	$(BIN)/loraformat demo $(VENV)/demo --force
+
+check: lint test ## what CI runs: everything
+
+lint: $(VENV)/dev-installed ## style, types, import directions, spec and docs in step with the code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_spec.py
+	$(BIN)/python tools/make_vectors.py --check
+	$(BIN)/python tools/make_cli_docs.py --check
+
+test: $(VENV)/dev-installed ## the whole test suite, and every example in a docstring
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --doctest-modules loraformat converters/loraformat_converters
+
+docs: $(VENV)/dev-installed ## write docs/cli.md anew
+	$(BIN)/python tools/make_cli_docs.py
+
+bench: $(VENV)/dev-installed ## the figures of docs/benchmarks.md, for this machine
+	$(BIN)/python tools/bench/nf4.py
+	$(BIN)/python tools/bench/convert.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: a range would choose a build with gigabytes of CUDA libraries.
+$(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) '.[demo]'
+	touch $@
+
+$(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py $(wildcard loraformat/kernels/*.[ch])
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,617 @@
+"""The kit for plugin authors: what every converter must do, as tests to inherit.
+
+::
+
+    from loraformat.testing import ConverterContract
+    from loraformat_npz import CONVERTER
+
+
+    class TestNpz(ConverterContract):
+        converter = CONVERTER
+
+pytest finds the tests in the class. A format that cannot hold everything says so by overriding
+a hook: `ConverterContract.samples` if it needs certain names or types, ``carries_files`` and
+``keeps_config`` if it has no room for them, ``hostile`` for the bad files that only it knows.
+
+The builders (`dense`, `nf4`, `checkpoint`, `save`, `contents`) make small models in memory and
+look at them; use them in your own tests as well. pytest is imported here and nowhere else in
+the package.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tracemalloc
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from loraformat import plugins
+from loraformat.checkpoint import (
+    CarriedFile,
+    Checkpoint,
+    DenseTensor,
+    LazyTensor,
+    NF4Parts,
+    NF4Tensor,
+    Provenance,
+)
+from loraformat.dtypes import TORCH_NAMES
+from loraformat.errors import InputError, LoraFormatError, UnsupportedError
+from loraformat.layout import DEFAULT_SHARD_LIMIT
+from loraformat.ops.convert import convert
+from loraformat.ops.encode import QuantizationPolicy, quantized
+from loraformat.plugins import Converter, WriteOptions
+from loraformat.publish import Publication
+
+__all__ = [
+    "ConverterContract",
+    "checkpoint",
+    "contents",
+    "dense",
+    "file_tree",
+    "nf4",
+    "samples",
+    "save",
+]
+
+_MIB = 1 << 20
+_DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+
+
+# --- Builders: small models in memory -------------------------------------------------------
+
+
+def dense(name: str, values: torch.Tensor) -> DenseTensor:
+    """Return a lazy tensor that holds these values.
+
+    Examples
+    --------
+    >>> tensor = dense("model.norm.weight", torch.ones(4, dtype=torch.bfloat16))
+    >>> tensor.dtype, tensor.shape, bytes(tensor.load()[:2])
+    ('BF16', (4,), b'\\x80?')
+    """
+    dtype = _DTYPE_NAMES[str(values.dtype).removeprefix("torch.")]
+    data = values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return DenseTensor(name, dtype, tuple(values.shape), lambda: memoryview(data))
+
+
+def nf4(
+    name: str, weight: torch.Tensor, *, block_size: int = 64, double_quant: bool = True,
+    model_type: str | None = None,
+) -> NF4Tensor:  # fmt: skip
+    """Return a weight in NF4; it is quantized whenever it is loaded.
+
+    Examples
+    --------
+    >>> tensor = nf4("model.layers.0.mlp.up_proj.weight", torch.ones(2, 64))
+    >>> tensor.nbytes, sorted(tensor.load().by_suffix())[:2]
+    (70, ['', '.absmax'])
+    """
+    policy = QuantizationPolicy(block_size, double_quant)
+    return quantized(dense(name, weight), policy, model_type)
+
+
+def checkpoint(
+    *tensors: LazyTensor,
+    config: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Checkpoint:
+    """Return a model made of these tensors.
+
+    Parameters
+    ----------
+    *tensors : LazyTensor
+    config : mapping, optional
+        Becomes ``config.json`` in the form that transformers writes.
+    files : mapping of str to bytes, optional
+        Files that travel along, by path.
+
+    Examples
+    --------
+    >>> model = checkpoint(dense("lm_head.weight", torch.ones(2, 2)), config={"model_type": "llama"})
+    >>> list(model.tensors), model.config
+    (['lm_head.weight'], b'{\\n  "model_type": "llama"\\n}\\n')
+    """
+    text = None if config is None else json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return Checkpoint(
+        path=Path("memory"),
+        provenance=Provenance("memory"),
+        tensors={tensor.name: tensor for tensor in tensors},
+        config=None if text is None else text.encode(),
+        files=tuple(_carried(path, data) for path, data in (files or {}).items()),
+    )
+
+
+def _carried(path: str, data: bytes) -> CarriedFile:
+    return CarriedFile(path, len(data), lambda: data)
+
+
+def samples(stores: str) -> dict[str, Checkpoint]:
+    """Return models with all that a format may meet, as far as its writer takes them.
+
+    Parameters
+    ----------
+    stores : {"nf4", "dense", "both"}
+        As in `loraformat.plugins.Converter`.
+    """
+    found = {"weights": _weights(), "odd names": _odd_names(), "odd shapes": _odd_shapes()}
+    if stores == "dense":
+        return found
+    if stores == "nf4":  # such a format is about NF4: each model holds some
+        found = {name: _with_nf4(model) for name, model in found.items()}
+    return found | {
+        "NF4": _with_nf4(_weights()),
+        "NF4 without double quantization": _with_nf4(_weights(), double_quant=False),
+        "NF4 in large blocks": _with_nf4(_weights(), block_size=1024),
+        "NF4 of Conv1D": _conv1d(),
+    }
+
+
+def _weights() -> Checkpoint:
+    """Return all that stands in an ordinary model: three float types, config, other files."""
+    random = torch.Generator().manual_seed(0)
+
+    def weight(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> DenseTensor:
+        return dense(name, torch.randn(shape, generator=random).to(dtype))
+
+    return checkpoint(
+        weight("model.embed_tokens.weight", 24, 64),
+        weight("model.layers.0.self_attn.q_proj.weight", 64, 64),
+        weight("model.layers.0.self_attn.q_proj.bias", 64, dtype=torch.float16),
+        weight("model.layers.0.input_layernorm.weight", 64, dtype=torch.float32),
+        weight("model.layers.1.self_attn.q_proj.weight", 64, 64, dtype=torch.float16),
+        weight("model.norm.weight", 64, dtype=torch.float32),
+        weight("lm_head.weight", 24, 64, dtype=torch.float32),
+        config={"architectures": ["Sample"], "dtype": "bfloat16", "model_type": "sample", "é": "ü"},
+        files={
+            "README.md": "# Größe\r\n".encode(),
+            "chat_template.jinja": b"{{ messages }}",
+            "tokenizer.json": b'{"version": "1.0"}',
+            "1_Pooling/config.json": b"{}",
+            "vocab.txt": bytes(range(256)),
+        },
+    )
+
+
+def _odd_names() -> Checkpoint:
+    names = ["a", "α.β🙂", "with space", "'quoted' \"name\"", "x.weight.absmaxx", "...", "CON", "n" * 255]
+    return checkpoint(*(dense(name, torch.tensor([float(i)])) for i, name in enumerate(names)))
+
+
+def _odd_shapes() -> Checkpoint:
+    def values(name: str, dtype: torch.dtype, *shape: int) -> DenseTensor:
+        count = torch.Size(shape).numel()
+        return dense(name, torch.arange(count).view(shape).to(dtype))
+
+    return checkpoint(
+        values("scalar", torch.float32),
+        values("empty", torch.float16, 0),
+        values("empty.rows", torch.bfloat16, 0, 7),
+        values("cube", torch.bfloat16, 3, 1, 5),
+        values("i64", torch.int64, 3),
+        values("i32", torch.int32, 2, 2),
+        values("u8", torch.uint8, 5),
+        values("bool", torch.bool, 3),
+        values("f64", torch.float64, 3),
+        dense("special", torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])),
+    )
+
+
+def _with_nf4(model: Checkpoint, *, block_size: int = 64, double_quant: bool = True) -> Checkpoint:
+    random = torch.Generator().manual_seed(1)
+    shapes = {"up_proj": (128, 64), "down_proj": (64, 128), "odd_proj": (3, 25)}
+    weights = [
+        nf4(
+            f"model.layers.0.mlp.{kind}.weight", torch.randn(shape, generator=random),
+            block_size=block_size, double_quant=double_quant,
+        )
+        for kind, shape in shapes.items()
+    ]  # fmt: skip
+    return replace(model, tensors={**model.tensors, **{weight.name: weight for weight in weights}})
+
+
+def _conv1d() -> Checkpoint:
+    """Return a model whose linears are stored transposed, as in GPT-2."""
+    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(2))
+    return checkpoint(
+        nf4("transformer.h.0.attn.c_attn.weight", weight, model_type="gpt2"),
+        dense("transformer.wte.weight", torch.ones(8, 64)),
+        config={"model_type": "gpt2"},
+    )
+
+
+# --- Writing them and looking at them -------------------------------------------------------
+
+
+def save(
+    converter: Converter, model: Checkpoint, target: Path, *, shard_limit: int = DEFAULT_SHARD_LIMIT
+) -> Path:
+    """Write a model with a converter, as ``loraformat convert`` would, and return the path."""
+    assert converter.write is not None, f"{converter.name} has no writer; override make()"
+    reported: list[int] = []
+    with Publication(target, plan="test") as output:
+        converter.write(model, output, WriteOptions(shard_limit, reported.append))
+        output.commit()
+    expected = sum(tensor.nbytes for tensor in model.tensors.values())
+    assert sum(reported) == expected, f"progress reported {sum(reported)} of {expected} bytes"
+    return target
+
+
+def contents(model: Checkpoint) -> dict[str, tuple[Any, ...]]:
+    """Load every tensor of a model and return all that makes it what it is, for comparing."""
+    return {name: _content(tensor) for name, tensor in model.tensors.items()}
+
+
+def _content(tensor: LazyTensor) -> tuple[Any, ...]:
+    loaded = tensor.load()
+    if isinstance(tensor, DenseTensor):
+        assert isinstance(loaded, memoryview), f"{tensor.name}: load() returned {type(loaded)}"
+        assert (loaded.format, loaded.ndim) == ("B", 1), f"{tensor.name}: not flat bytes"
+        found: tuple[Any, ...] = ("dense", tensor.dtype, tensor.shape, bytes(loaded))
+    else:
+        assert isinstance(loaded, NF4Parts), f"{tensor.name}: load() returned {type(loaded)}"
+        parts = {suffix: bytes(view) for suffix, view in loaded.by_suffix().items()}
+        facts = (tensor.block_size, tensor.double_quant, tensor.transposed)
+        found = ("nf4", tensor.dtype, tensor.shape, *facts, parts)
+    del loaded
+    tensor.release()
+    return found
+
+
+def file_tree(path: Path) -> dict[str, bytes]:
+    """Return every file under a directory, or the one file, by relative path."""
+    if path.is_file():
+        return {path.name: path.read_bytes()}
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+def _copy(path: Path, target: Path) -> Path:
+    return Path((shutil.copytree if path.is_dir() else shutil.copyfile)(path, target))
+
+
+# --- Damage: what happens to files on their way ---------------------------------------------
+
+
+def _cut(length: Callable[[int], int]) -> Callable[[Path], None]:
+    def damage(file: Path) -> None:
+        data = file.read_bytes()
+        file.write_bytes(data[: length(len(data))])
+
+    return damage
+
+
+def _move_out(file: Path) -> None:
+    """Leave a symbolic link that leads out of the model's directory."""
+    outside = file.parent.parent / "outside"
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
+def _make_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "empty": _cut(lambda n: 0),
+    "one byte": _cut(lambda n: 1),
+    "half": _cut(lambda n: n // 2),
+    "last byte missing": _cut(lambda n: n - 1),
+    "noise": lambda file: file.write_bytes(bytes((i * 167 + 89) % 256 for i in range(4096))) and None,
+    "missing": Path.unlink,
+    "directory": _make_directory,
+    "link outwards": _move_out,
+}
+
+
+# --- The contract ---------------------------------------------------------------------------
+
+
+class ConverterContract:
+    """What every converter of base models does; inherit it and set ``converter``.
+
+    Attributes
+    ----------
+    converter : Converter
+        The record under test, the very object that the entry point names.
+    target_name : str
+        Name of an output; give it a suffix if the format is a single file.
+    carries_files, keeps_config : bool
+        False for a format that has no room for other files, or for ``config.json``; such a
+        converter says so in ``loses``.
+    hostile : mapping of str to callable
+        More bad files: each function receives the path of a sound model and damages it.
+    """
+
+    converter: ClassVar[Converter]
+    target_name: ClassVar[str] = "model"
+    carries_files: ClassVar[bool] = True
+    keeps_config: ClassVar[bool] = True
+    hostile: ClassVar[Mapping[str, Callable[[Path], None]]] = {}
+
+    # Hooks ------------------------------------------------------------------
+
+    def samples(self) -> dict[str, Checkpoint]:
+        """Return the models to write and read back, by name."""
+        return samples(self.converter.stores)
+
+    def make(self, model: Checkpoint, target: Path, **options: int) -> Path:
+        """Write a model in this format; override it for a converter that can only read."""
+        return save(self.converter, model, target, **options)
+
+    # Machinery --------------------------------------------------------------
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run a test once for each sample, or each damage, that it asks for."""
+        if "sample" in metafunc.fixturenames:
+            metafunc.parametrize("sample", list(self.samples()))
+        if "damage" in metafunc.fixturenames:
+            metafunc.parametrize("damage", [*_DAMAGES, *self.hostile])
+
+    def open(self, path: Path) -> Checkpoint:
+        """Read a model."""
+        assert self.converter.read is not None, "the contract is about reading"
+        return self.converter.read(path)
+
+    def first(self) -> Checkpoint:
+        """Return one sample."""
+        return next(iter(self.samples().values()))
+
+    def with_tensors(self, *tensors: LazyTensor) -> Checkpoint:
+        """Return the first sample with more tensors."""
+        model = self.first()
+        return replace(model, tensors={**model.tensors, **{t.name: t for t in tensors}})
+
+    # The record -------------------------------------------------------------
+
+    def test_record_is_complete(self) -> None:
+        """Every field says something that a user can read."""
+        record = self.converter
+        assert isinstance(record, Converter)
+        assert re.fullmatch(r"[a-z][a-z0-9-]*", record.name), f"name {record.name!r}"
+        assert record.kind in ("base", "adapter")
+        assert record.stores in ("nf4", "dense", "both")
+        assert record.read or record.write, "a converter reads or writes"
+        for text in (record.summary, *record.loses):
+            assert text and "\n" not in text and text == text.strip(), f"not one line: {text!r}"
+        assert all(s.startswith(".") for s in record.suffixes), f"suffixes {record.suffixes}"
+        assert record.missing() == [], "install what the converter requires to test it"
+
+    def test_record_is_announced(self) -> None:
+        """The entry point of the installed package names this very record."""
+        names = [entry.name for entry in entry_points(group=plugins.GROUP)]
+        assert self.converter.name in names, (
+            f"no entry point {self.converter.name!r} in group {plugins.GROUP!r}; "
+            "add it to pyproject.toml and install the package"
+        )
+        assert plugins.get(self.converter.name) is self.converter
+
+    def test_room_that_is_missing_is_declared(self) -> None:
+        """What a format cannot hold, ``loses`` says."""
+        if not (self.carries_files and self.keeps_config):
+            assert self.converter.loses, "loses must say that files or the config stay behind"
+
+    # Recognising ------------------------------------------------------------
+
+    def test_is_recognised_by_content(self, tmp_path: Path, sample: str) -> None:
+        """This converter, and no other, recognises what it wrote."""
+        path = self.make(self.samples()[sample], tmp_path / self.target_name)
+        found = [c.name for c in plugins.all_converters() if c.sniff(path)]
+        assert found == [self.converter.name]
+
+    def test_does_not_claim_other_formats(self, tmp_path: Path) -> None:
+        """What other converters wrote is theirs."""
+        for other in plugins.all_converters():
+            if other.name == self.converter.name or other.write is None or other.missing():
+                continue
+            target = tmp_path / (other.name + next(iter(other.suffixes), ""))
+            try:
+                save(other, samples(other.stores).popitem()[1], target)
+            except UnsupportedError:  # it needs what the sample does not have
+                continue
+            assert not self.converter.sniff(target), f"claims what {other.name} wrote"
+
+    def test_does_not_claim_junk(self, tmp_path: Path) -> None:
+        """Sniffing strangers' files answers no; it raises nothing."""
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "text.txt").write_text("hello")
+        (tmp_path / "noise").write_bytes(bytes(range(256)) * 16)
+        (tmp_path / "config").mkdir()
+        (tmp_path / "config" / "config.json").write_bytes(b'{"a": NaN')
+        for path in (*tmp_path.iterdir(), tmp_path / "no such file"):
+            assert self.converter.sniff(path) is False, f"claims {path.name}"
+
+    # Writing and reading ----------------------------------------------------
+
+    def test_round_trip(self, tmp_path: Path, sample: str) -> None:
+        """Names, dtypes, shapes and bytes come back equal."""
+        model = self.samples()[sample]
+        path = self.make(model, tmp_path / self.target_name)
+        with self.open(path) as back:
+            assert back.provenance.format == self.converter.name
+            found = contents(back)
+            wanted = contents(model)
+            assert found.keys() == wanted.keys()
+            for name in wanted:
+                assert found[name] == wanted[name], f"tensor {name!r} came back changed"
+            assert contents(back) == found, "loading a second time gave something else"
+
+    def test_config_comes_back(self, tmp_path: Path, sample: str) -> None:
+        """``config.json`` is the same, byte for byte; a model without one stays without."""
+        if not self.keeps_config:
+            return
+        model = self.samples()[sample]
+        with self.open(self.make(model, tmp_path / self.target_name)) as back:
+            assert back.config == model.config
+
+    def test_other_files_come_back(self, tmp_path: Path, sample: str) -> None:
+        """Files that travel along are the same, byte for byte."""
+        if not self.carries_files:
+            return
+        model = self.samples()[sample]
+        with self.open(self.make(model, tmp_path / self.target_name)) as back:
+            found = {file.path: file.read() for file in back.files}
+            assert found == {file.path: file.read() for file in model.files}
+            assert all(file.nbytes == len(found[file.path]) for file in back.files)
+            assert back.left_behind == ()
+
+    def test_shards_come_back(self, tmp_path: Path) -> None:
+        """A small ``shard_limit`` changes the files, not the model."""
+        model = self.first()
+        path = self.make(model, tmp_path / self.target_name, shard_limit=4096)
+        with self.open(path) as back:
+            assert contents(back) == contents(model)
+
+    def test_same_model_same_bytes(self, tmp_path: Path, sample: str) -> None:
+        """Two writes give the same files: no dates, no random order."""
+        for place in ("one", "two"):
+            (tmp_path / place).mkdir()
+            self.make(self.samples()[sample], tmp_path / place / self.target_name)
+        assert file_tree(tmp_path / "one") == file_tree(tmp_path / "two")
+
+    def test_through_a_bundle(self, tmp_path: Path) -> None:
+        """``loraformat convert`` to a bundle and back loses nothing and leaves the input alone."""
+        path = self.make(self.first(), tmp_path / self.target_name)
+        before = file_tree(path)
+        skip = ("*",) if self.converter.stores == "dense" else ()
+        convert(path, tmp_path / "bundle", to_format="loraformat", skip=skip)
+        assert file_tree(path) == before, "reading changed the input"
+        back = tmp_path / f"back-{self.target_name}"
+        convert(tmp_path / "bundle", back, to_format=self.converter.name)
+        with self.open(path) as one, self.open(back) as two:
+            assert contents(one) == contents(two)
+
+    # Laziness ---------------------------------------------------------------
+
+    def test_opening_reads_no_weight(self, tmp_path: Path) -> None:
+        """A model is open before its weights are read, and its size is known."""
+        large = dense("model.embed_tokens.weight", torch.ones(8 * _MIB, dtype=torch.float32))
+        path = self.make(self.with_tensors(large), tmp_path / self.target_name)
+        tracemalloc.start()
+        try:
+            already = _bytes_read()
+            opened = self.open(path)
+            allocated, read = tracemalloc.get_traced_memory()[1], _bytes_read() - already
+        finally:
+            tracemalloc.stop()
+        with opened:
+            assert opened.tensors[large.name].nbytes == large.nbytes
+            assert allocated < large.nbytes / 4, f"opening allocated {allocated} bytes"
+            assert read < large.nbytes / 4, f"opening read {read} bytes"
+
+    def test_writing_holds_few_tensors(self, tmp_path: Path) -> None:
+        """A writer loads each tensor once, and lets go of it before long."""
+        loads: list[str] = []
+
+        def lazy(name: str) -> DenseTensor:
+            def load() -> memoryview:
+                loads.append(name)
+                return memoryview(bytearray(2 * _MIB))
+
+            return DenseTensor(name, "F16", (_MIB,), load)
+
+        many = [lazy(f"model.layers.{number}.scale") for number in range(24)]
+        model = self.with_tensors(*many)
+        tracemalloc.start()
+        try:
+            self.make(model, tmp_path / self.target_name)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert sorted(loads) == sorted(tensor.name for tensor in many)
+        assert peak < 24 * _MIB, f"writing 48 MiB held {peak / _MIB:.0f} MiB"
+
+    def test_closing_lets_go(self, tmp_path: Path) -> None:
+        """After close no file is open; closing twice is allowed."""
+        path = self.make(self.first(), tmp_path / self.target_name)
+        opened = self.open(path)
+        opened.close()
+        assert _open_files(path) == []
+        opened.close()
+
+    def test_sources_are_named(self, tmp_path: Path) -> None:
+        """``sources`` lists every file of the model, so that no output overwrites one."""
+        path = self.make(self.first(), tmp_path / self.target_name)
+        files = {path} if path.is_file() else {f for f in path.rglob("*") if f.is_file()}
+        with self.open(path) as opened:
+            assert {source for source in opened.sources if source.is_file()} == files
+
+    # When things go wrong ---------------------------------------------------
+
+    def test_bad_files_are_refused(self, tmp_path: Path, damage: str) -> None:
+        """Damaged and hostile models end in an `InputError`, at the latest when loading."""
+        good = self.make(self.first(), tmp_path / "good" / self.target_name, **{})
+        targets = [good] if damage in self.hostile else self.weight_files(good)
+        if good.is_file() and damage == "link outwards":
+            return  # a user may name a file through a link
+        for number, target in enumerate(targets):
+            place = tmp_path / f"bad-{number}"
+            place.mkdir()
+            bad = _copy(good, place / self.target_name)
+            function = self.hostile.get(damage) or _DAMAGES[damage]
+            function(bad / target.relative_to(good) if good.is_dir() else bad)
+            with pytest.raises(InputError):
+                with self.open(bad) as opened:
+                    contents(opened)
+                pytest.fail(f"{target.name}: {damage} went unnoticed")
+            assert _open_files(bad) == [], "the failed reader left a file open"
+
+    def weight_files(self, path: Path) -> list[Path]:
+        """Return the files of a model that hold weights or say where they are."""
+        with self.open(path) as opened:
+            others = {path / name for name in ("config.json", *(f.path for f in opened.files))}
+            return [source for source in opened.sources if source not in others]
+
+    def test_failure_leaves_nothing(self, tmp_path: Path) -> None:
+        """When a tensor cannot be loaded, nothing appears: no output, no rest of one."""
+
+        def fail() -> memoryview:
+            raise InputError("this tensor cannot be read")
+
+        broken = DenseTensor("zz.broken", "F32", (64, 64), fail)
+        with pytest.raises(InputError, match="this tensor cannot be read"):
+            self.make(self.with_tensors(broken), tmp_path / self.target_name)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("path", ["../escaped", "a/../../escaped", "/escaped", "a\\b", ""])
+    def test_no_file_leaves_the_output(self, tmp_path: Path, path: str) -> None:
+        """A file that travels along under a hostile name is refused, not written elsewhere."""
+        if not self.carries_files:
+            return
+        model = replace(self.first(), files=(_carried(path, b"evil"),))
+        with pytest.raises(LoraFormatError):
+            self.make(model, tmp_path / self.target_name)
+        assert list(tmp_path.iterdir()) == []
+
+
+def _bytes_read() -> int:
+    """Return how much this process has read so far; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+    except (OSError, IndexError):
+        return 0
+
+
+def _open_files(path: Path) -> list[str]:
+    """Return this process's open files under a path; none where the system does not tell."""
+    descriptors = Path("/proc/self/fd")
+    found: list[str] = []
+    for link in descriptors.iterdir() if descriptors.is_dir() else ():
+        try:
+            real = link.readlink()
+        except OSError:
+            continue
+        if real.is_relative_to(path.resolve()):
+            found.append(str(real))
+    return found
+
+

@@ -1,0 +1,80 @@
+"""What the documents show is run: every command of the README, every block of Python."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraformat.demo import SMALL_MODEL
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    lines = "\n".join(blocks(page, "sh")).splitlines()
+    return [line.split("   #")[0].strip() for line in lines if line.startswith("loraformat ")]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(SMALL_MODEL, tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(line: str) -> subprocess.CompletedProcess[str]:
+    arguments = shlex.split(line)[1:]
+    return subprocess.run(
+        [sys.executable, "-m", "loraformat", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_readme_commands_run_in_order(workplace: Path) -> None:
+    lines = commands("README.md")
+    assert len(lines) >= 6
+    for line in lines:
+        result = run(line)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+    assert (workplace / "dense" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python_blocks_run_in_order(page: str, workplace: Path) -> None:
+    snippets = blocks(page, "python")
+    assert snippets
+    if page == "README.md":
+        # Its first block opens the bundle that the second makes.
+        snippets = snippets[::-1]
+    for number, snippet in enumerate(snippets):
+        if "loraformat.convert" in snippet:
+            shutil.rmtree(workplace / "my-bundle", ignore_errors=True)
+        exec(compile(snippet, f"{page}, block {number}", "exec"), {})
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("converters/*.md"), *ROOT.glob("spec/*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("README.md", "sh")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_command_pages_are_up_to_date() -> None:
+    tool = ROOT / "tools" / "make_cli_docs.py"
+    result = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,161 @@
+"""Decoding: bit for bit the plain formula, any range, any alignment, any thread count."""
+
+import mmap
+
+import pytest
+import torch
+
+from loraformat import nf4
+from loraformat.errors import UsageError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [(64, 48), (64, 96), (1152, 4304), (333, 17), (3, 5, 7), (1,), (63,), (65,), (300_001,)]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_formula(kernel, formula, same, normal, shape, dtype, double_quant):
+    q = nf4.quantize(normal(*shape), double_quant=double_quant)
+    expected = formula.decode(q, dtype)
+    same(nf4.dequantize(q, dtype=dtype), expected)
+    out = torch.empty(shape, dtype=dtype)
+    assert nf4.dequantize(q, out=out) is out
+    same(out.view(-1), expected)
+
+
+@pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_sizes(kernel, formula, same, normal, block_size, dtype):
+    q = nf4.quantize(normal(3 * 4096 + 77), block_size=block_size)
+    same(nf4.dequantize(q, dtype=dtype), formula.decode(q, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bitsandbytes(kernel, same, normal, dtype, double_quant):
+    """On a shape that its AVX-512 code decodes correctly: rows are multiples of the block."""
+    import bitsandbytes.functional as bnb
+
+    q = nf4.quantize(normal(96, 256), double_quant=double_quant)
+    absmax = q.scales()
+    state = bnb.QuantState(absmax, (96, 256), nf4.levels(), 64, "nf4", dtype)
+    same(nf4.dequantize(q, dtype=dtype), bnb.dequantize_4bit(q.packed, state).flatten())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_at_every_magnitude(kernel, formula, same, dtype):
+    """Scales from subnormal to overflow in the narrow types, both signs of zero included."""
+    exponents = torch.arange(-149, 127).double()
+    scales = torch.cat([torch.exp2(exponents), 1.4142 * torch.exp2(exponents)]).float()
+    packed = torch.arange(256, dtype=torch.uint8).repeat(scales.numel() // 8)
+    q = nf4.NF4(packed, scales, packed.numel() * 2, 64)
+    same(nf4.dequantize(q, dtype=dtype), formula.decode(q, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_ranges_equal_slices(kernel, same, normal, dtype, double_quant, block_size):
+    q = nf4.quantize(normal(70_001), block_size=block_size, double_quant=double_quant)
+    whole, scales = nf4.dequantize(q, dtype=dtype), q.scales()
+    edges = (0, 1, 2, 31, 32, 63, 64, 65, 127, 4095, 4096, 16_385, 65_537, 70_000, 70_001)
+    for start in edges:
+        for stop in edges:
+            if start <= stop:
+                part = nf4.dequantize(q, dtype=dtype, start=start, stop=stop)
+                same(part, whole[start:stop])
+                out = torch.empty(stop - start, dtype=dtype)
+                same(nf4.dequantize(q, out=out, start=start, stop=stop, scales=scales), part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_tensor_written_past_the_cache(kernel, formula, same, normal, dtype):
+    """2 MiB and more: aligned or not, in one thread or several."""
+    q = nf4.quantize(normal(1_100_033))
+    expected = formula.decode(q, dtype)
+    memory = torch.zeros(q.count + 64, dtype=dtype)
+    for shift in (0, 1, 7, 32):
+        out = memory[shift : shift + q.count]
+        same(nf4.dequantize(q, out=out, threads=3), expected)
+        assert memory[:shift].abs().sum() == memory[shift + q.count :].abs().sum() == 0
+        memory.zero_()
+
+
+def test_threads_do_not_matter(kernel, same, normal):
+    q = nf4.quantize(normal(900_001))
+    one = nf4.dequantize(q, threads=1, start=777)
+    same(one, nf4.dequantize(q, threads=7, start=777))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_read_only_and_unaligned_memory(kernel, formula, same, normal, dtype, tmp_path):
+    """As a mapped file gives it: every tensor at an odd address."""
+    x = normal(10_001, dtype=dtype)
+    q = nf4.quantize(x)
+    plain = nf4.quantize(x, double_quant=False)
+    parts = [x, q.packed, q.absmax, q.nested_absmax, plain.absmax]
+    blobs = [part.view(torch.uint8).numpy().tobytes() for part in parts]
+    path = tmp_path / "tensors"
+    path.write_bytes(b"".join(b"?" * (1 + len(blob) % 2) + blob for blob in blobs))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    views, end = [], 0
+    for part, blob in zip(parts, blobs, strict=True):
+        end += 1 + len(blob) % 2
+        views.append(torch.frombuffer(mapped, dtype=part.dtype, count=part.numel(), offset=end))
+        end += len(blob)
+    assert views[0].data_ptr() % 2 == 1
+    again = nf4.quantize(views[0])
+    same(again.packed, q.packed)
+    same(again.absmax, q.absmax)
+    double = nf4.NF4(views[1], views[2], x.numel(), 64, views[3], q.nested_offset)
+    same(nf4.dequantize(double, dtype=dtype), formula.decode(q, dtype))
+    single = nf4.NF4(views[1], views[4], x.numel(), 64)
+    same(nf4.dequantize(single, dtype=dtype), formula.decode(plain, dtype))
+    assert nf4.quantization_error(views[0], double) == nf4.quantization_error(x, q)
+
+
+def quantized(**changes):
+    fields = {
+        "packed": torch.zeros(65, dtype=torch.uint8), "absmax": torch.zeros(3, dtype=torch.uint8),
+        "count": 130, "block_size": 64, "nested_absmax": torch.zeros(1), "nested_offset": 0.0,
+    }  # fmt: skip
+    return nf4.NF4(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packed": torch.zeros(64, dtype=torch.uint8)},
+        {"packed": torch.zeros(65, dtype=torch.int8)},
+        {"packed": torch.zeros(130, dtype=torch.uint8)[::2]},
+        {"packed": torch.zeros(65, dtype=torch.uint8, device="meta")},
+        {"absmax": torch.zeros(3)},
+        {"absmax": torch.zeros(2, dtype=torch.uint8)},
+        {"nested_absmax": torch.zeros(2)},
+        {"nested_absmax": None},
+        {"nested_offset": None},
+        {"count": 129 + 64},
+        {"count": -1},
+        {"block_size": 63},
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes):
+    """A kernel would read past the end of them."""
+    assert nf4.dequantize(quantized()).numel() == 130
+    with pytest.raises(UsageError):
+        quantized(**changes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": -1}, {"stop": 131}, {"start": 5, "stop": 4}, {"dtype": torch.float64},
+        {"out": torch.zeros(129)}, {"out": torch.zeros(260)[::2]}, {"scales": torch.zeros(2)},
+        {"out": torch.zeros(130, dtype=torch.int32)}, {"threads": 0}, {"threads": -2},
+    ],
+)  # fmt: skip
+def test_refusals(kernel, options):
+    with pytest.raises(UsageError):
+        nf4.dequantize(quantized(), **options)

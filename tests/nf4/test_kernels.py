@@ -1,0 +1,149 @@
+"""Choosing a kernel, threads, and the kernels of other processors under emulation."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraformat import kernels, nf4
+from loraformat.errors import UsageError
+from loraformat.kernels import native, threads
+
+HERE = Path(__file__).parent
+SOURCES = Path(kernels.__file__).parent
+PROGRAM = "from loraformat import kernels; print(kernels.active().name)"
+
+
+def run(choice, program=PROGRAM):
+    environment = os.environ | {kernels.VARIABLE: choice, "PYTHONPATH": str(SOURCES.parents[1])}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+
+
+def test_this_checkout_has_its_library():
+    """Run ``python hatch_build.py`` if it has not; where there is no compiler, this must fail."""
+    assert native.supported()[:1] == ("scalar",)
+
+
+@pytest.mark.parametrize("choice", kernels.available())
+def test_forced_by_the_environment(choice):
+    done = run(choice)
+    assert (done.returncode, done.stdout.strip()) == (0, choice), done.stderr
+
+
+def test_default_is_the_fastest():
+    for choice in ("auto", "c", ""):
+        assert run(choice).stdout.strip() == kernels.available()[-1]
+
+
+@pytest.mark.parametrize("choice", sorted({"neon", "avx512"} - set(kernels.available())))
+def test_what_the_cpu_lacks_is_refused(choice):
+    with pytest.raises(UsageError, match=f"asks for the '{choice}' kernel"):
+        kernels.get(choice)
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(UsageError, match="LORAFORMAT_KERNEL is 'sse', wanted one of auto, c,"):
+        kernels.get("sse")
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"])
+def test_without_a_usable_library(monkeypatch, tmp_path, content):
+    for cached in (native.library, kernels.get):
+        cached.cache_clear()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    if content:
+        (tmp_path / "_nf4.so").write_bytes(content)
+    try:
+        assert kernels.available() == ("torch",)
+        assert kernels.get("auto").name == "torch"
+        for choice in ("c", "scalar"):
+            with pytest.raises(UsageError, match="has torch; unset it"):
+                kernels.get(choice)
+    finally:
+        for cached in (native.library, kernels.get):
+            cached.cache_clear()
+
+
+def test_pieces_cover_the_range_once():
+    seen = torch.zeros(1000, dtype=torch.int32)
+
+    def task(start, stop):
+        seen[start:stop] += 1
+
+    for count in (1, 3, 16):
+        threads.run(task, 1000, 7, count)
+    assert seen.tolist() == [3] * 1000
+    threads.run(task, 0, 7, 4)
+
+
+@pytest.mark.parametrize("bad", [0, 13])
+def test_the_error_of_a_piece_comes_out(bad):
+    def task(start, stop):
+        if start == bad:
+            raise ValueError(start)
+
+    for count in (1, 4):
+        with pytest.raises(ValueError, match=str(bad)):
+            threads.run(task, 100, 1, count)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_child_has_its_own_threads():
+    program = (
+        "import os, torch\nfrom loraformat import nf4\nx = torch.randn(1 << 20)\n"
+        "a = nf4.quantize(x, threads=4)\npid = os.fork()\n"
+        "same = torch.equal(nf4.quantize(x, threads=4).packed, a.packed)\n"
+        "if not pid: os._exit(0 if same else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), same)"
+    )
+    done = run("auto", program)
+    assert done.stdout.split() == ["0", "True"], done.stderr
+
+
+def machines():
+    """C compilers with a way to run what they make: this machine, others where emulated."""
+    found = {}
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler:
+        found["native"] = ([compiler], [])
+    cross, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    if cross and emulator:
+        found["aarch64"] = ([cross, "-static"], [emulator])
+    return found
+
+
+@pytest.mark.parametrize("machine", machines())
+def test_instruction_sets_agree_with_scalar_code(machine, tmp_path):
+    """Also without Python: compare_kernels.c, with the sanitizers of this machine's compiler."""
+    compile_command, run_command = machines()[machine]
+    table, program = tmp_path / "tables", tmp_path / "compare"
+    table.write_bytes(bytes(native.c_tables()))
+    flags = ["-std=c99", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    if machine == "native":
+        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    sources = [HERE / "compare_kernels.c", *sorted(SOURCES.glob("*.c"))]
+    subprocess.run(
+        [*compile_command, *flags, f"-I{SOURCES}", "-o", program, *sources], check=True
+    )
+    done = subprocess.run([*run_command, program, table], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compared = done.stdout.split()
+    assert compared[0] == "compared" and int(compared[1]) > 1000
+    if machine == "aarch64":
+        assert "neon" in compared
+
+
+def test_a_worker_thread_may_call(normal):
+    from concurrent.futures import ThreadPoolExecutor
+
+    x = normal(600_000)
+    expected = nf4.quantize(x).packed
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: nf4.quantize(x, threads=3).packed, range(8)):
+            assert torch.equal(got, expected)

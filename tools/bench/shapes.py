@@ -1,0 +1,105 @@
+"""Models in the exact shapes of public ones, with seeded random weights, written as a stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraformat.header import Entry, encode_header
+
+__all__ = ["LLAMA_1B", "Shape", "write_model"]
+
+_INITIAL_DEVIATION = 0.02
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the size of a llama."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield every weight's name and shape; the head is tied to the embedding."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}."
+            yield prefix + "input_layernorm.weight", (self.hidden,)
+            yield prefix + "self_attn.q_proj.weight", (queries, self.hidden)
+            yield prefix + "self_attn.k_proj.weight", (keys, self.hidden)
+            yield prefix + "self_attn.v_proj.weight", (keys, self.hidden)
+            yield prefix + "self_attn.o_proj.weight", (self.hidden, queries)
+            yield prefix + "post_attention_layernorm.weight", (self.hidden,)
+            yield prefix + "mlp.gate_proj.weight", (self.intermediate, self.hidden)
+            yield prefix + "mlp.up_proj.weight", (self.intermediate, self.hidden)
+            yield prefix + "mlp.down_proj.weight", (self.hidden, self.intermediate)
+        yield "model.norm.weight", (self.hidden,)
+
+    def config(self) -> dict[str, object]:
+        """Return its config.json."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "dtype": "bfloat16",
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": 1e-05,
+            "tie_word_embeddings": True,
+            "vocab_size": self.vocabulary,
+        }
+
+
+#: The shape of Llama-3.2-1B.
+LLAMA_1B = Shape("llama-1b", 2048, 8192, 16, 32, 8, 64, 128256)
+
+
+def write_model(shape: Shape, directory: Path) -> Path:
+    """Write the model as one bfloat16 ``model.safetensors``; a directory that has one is kept.
+
+    Parameters
+    ----------
+    shape : Shape
+    directory : Path
+
+    Returns
+    -------
+    Path
+        The directory.
+    """
+    file_path = directory / "model.safetensors"
+    if file_path.exists():
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n")
+    entries, position = [], 0
+    for name, dimensions in shape.tensors():
+        nbytes = 2 * int(torch.Size(dimensions).numel())
+        entries.append(Entry(name, "BF16", dimensions, position, position + nbytes))
+        position += nbytes
+    generator = torch.Generator().manual_seed(0)
+    unfinished = file_path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(encode_header(entries, {"format": "pt"}))
+        for entry in entries:
+            weight = torch.empty(entry.shape, dtype=torch.bfloat16)
+            weight.normal_(0.0, _INITIAL_DEVIATION, generator=generator)
+            file.write(weight.view(torch.uint8).numpy().tobytes())
+    unfinished.rename(file_path)
+    return directory

@@ -1,0 +1,60 @@
+"""Writes ``docs/cli.md`` from the verbs' own ``--help``; ``--check`` fails if it is out of date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from loraformat.cli import commands
+
+_PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+_WIDTH = 96
+_INTRODUCTION = """\
+# The command line
+
+Made by `tools/make_cli_docs.py` from each verb's `--help`; do not edit.
+
+Data goes to stdout, everything else to stderr. Exit codes:
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | error |
+| 2 | usage: options that contradict each other or do not exist |
+| 3 | the input is missing, damaged, hostile, or cannot be expressed |
+| 4 | `verify` found something |
+| 5 | the output exists, is the input, or is being written by another process |
+| 6 | not enough disk or memory |
+| 7 | the network, or the Hugging Face Hub |
+| 130 | interrupted; the same command continues |
+"""
+
+
+def _page() -> str:
+    parts = [_INTRODUCTION]
+    context = click.Context(commands, info_name="loraformat")
+    for verb in commands.list_commands(context):
+        command = commands.get_command(context, verb)
+        assert command is not None
+        inner = click.Context(command, info_name=verb, parent=context, max_content_width=_WIDTH)
+        inner.terminal_width = _WIDTH
+        parts.append(f"\n## loraformat {verb}\n\n```text\n{command.get_help(inner)}\n```\n")
+    return "".join(parts)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if the page would change.")
+def main(check: bool) -> None:
+    """Write the page, or compare it."""
+    page = _page()
+    if not check:
+        _PAGE.write_text(page, encoding="utf-8")
+    elif not _PAGE.exists() or _PAGE.read_text(encoding="utf-8") != page:
+        click.echo("docs/cli.md is out of date; run: python tools/make_cli_docs.py", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

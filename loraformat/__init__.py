@@ -8,14 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loraformat.version import __version__
+
 if TYPE_CHECKING:
     from loraformat.describe import describe as describe
     from loraformat.errors import LoraFormatError as LoraFormatError
     from loraformat.ops.convert import convert as convert
     from loraformat.ops.verify import verify as verify
     from loraformat.reader import open_bundle as open
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "LoraFormatError": ("loraformat.errors", "LoraFormatError"),

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraformat import __version__
 from loraformat.architecture import skip_modules
 from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.config_json import join, model_dtype
-from loraformat.errors import UnsupportedError
+from loraformat.errors import UnsupportedError, printable
 from loraformat.manifest import MANIFEST_NAME, Manifest, fingerprint, is_safe_path
 from loraformat.model_directory import WrittenModel, write_model_directory
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import is_bundle, open_bundle
+from loraformat.version import __version__
 
-__all__ = ["CONVERTER", "quantization_config", "quantized_config", "read", "write"]
+__all__ = [
+    "CONVERTER",
+    "check_file_names",
+    "quantization_config",
+    "quantized_config",
+    "read",
+    "write",
+]
 
 
 def read(path: Path) -> Checkpoint:
@@ -29,12 +36,7 @@ def read(path: Path) -> Checkpoint:
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
     """Write a bundle."""
-    for file in checkpoint.files:
-        if not is_safe_path(file.path):
-            raise UnsupportedError(
-                f"file name {file.path!r} cannot travel in a bundle", path=checkpoint.path,
-                hint="rename or remove it",
-            )
+    check_file_names(checkpoint)
     written = write_model_directory(
         checkpoint,
         publication,
@@ -57,6 +59,22 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
     return written
 
 
+def check_file_names(checkpoint: Checkpoint) -> None:
+    """Refuse files that would be written outside the output, or over its own.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    for file in checkpoint.files:
+        if not is_safe_path(file.path):
+            raise UnsupportedError(
+                f"file name {printable(file.path)} cannot travel along",
+                path=checkpoint.path,
+                hint="rename or remove it",
+            )
+
+
 def quantized_config(checkpoint: Checkpoint) -> bytes | None:
     """Return ``config.json`` with the ``quantization_config`` that makes peers open NF4."""
     if checkpoint.config is None:
@@ -64,7 +82,9 @@ def quantized_config(checkpoint: Checkpoint) -> bytes | None:
     quantized = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
     if not quantized:
         return checkpoint.config
-    return join(checkpoint.config, checkpoint.quantization_config or quantization_config(checkpoint))
+    return join(
+        checkpoint.config, checkpoint.quantization_config or quantization_config(checkpoint)
+    )
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:

@@ -217,9 +217,7 @@ class NF4Tensor:
         """Return the quant state for this weight."""
         return QuantState(self.stored_shape, self.dtype, self.block_size, nested_offset)
 
-    def dequantize(
-        self, dtype: str | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def dequantize(self, dtype: str | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weight as dense numbers, as bitsandbytes would.
 
         Parameters
@@ -347,9 +345,7 @@ class Checkpoint:
         self.close()
 
 
-def tensor_view(
-    data: memoryview, dtype: str, shape: tuple[int, ...] | None = None
-) -> torch.Tensor:
+def tensor_view(data: memoryview, dtype: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
     """Show bytes as a torch tensor, without copying where alignment allows.
 
     Parameters

@@ -43,8 +43,10 @@ def _encode(config: dict[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=True) + "\n").encode("utf-8")
 
 
-def split(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> tuple[bytes, dict[str, Any] | None]:
-    """Separate the quantization from the rest.
+def split(
+    raw: bytes, path: str | PathLike[str] = CONFIG_NAME
+) -> tuple[bytes, dict[str, Any] | None]:
+    r"""Separate the quantization from the rest.
 
     Returns
     -------
@@ -55,7 +57,7 @@ def split(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> tuple[bytes, d
     Examples
     --------
     >>> split(b'{"model_type": "llama", "quantization_config": {"bits": 4}}')
-    (b'{\\n  "model_type": "llama"\\n}\\n', {'bits': 4})
+    (b'{\n  "model_type": "llama"\n}\n', {'bits': 4})
     """
     config = parse(raw, path)
     if _MEMBER not in config:
@@ -67,7 +69,7 @@ def split(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> tuple[bytes, d
 
 
 def join(config: bytes, quantization: dict[str, Any]) -> bytes:
-    """Return ``config.json`` with a ``quantization_config``, in its sorted place if keys are sorted.
+    """Return ``config.json`` with a ``quantization_config``, in its place if keys are sorted.
 
     Examples
     --------
@@ -96,12 +98,12 @@ def model_dtype(config: bytes | None) -> str | None:
 
 
 def with_dtype(config: bytes, dtype: str) -> bytes:
-    """Return ``config.json`` naming another dtype (torch's spelling), if it names one at all.
+    r"""Return ``config.json`` naming another dtype (torch's spelling), if it names one at all.
 
     Examples
     --------
     >>> with_dtype(b'{"dtype": "bfloat16"}', "float32")
-    b'{\\n  "dtype": "float32"\\n}\\n'
+    b'{\n  "dtype": "float32"\n}\n'
     """
     fields = parse(config)
     named = [key for key in ("dtype", "torch_dtype") if key in fields]

@@ -142,7 +142,9 @@ def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelSummary:
     return ModelSummary(
         path=str(checkpoint.path),
         format=checkpoint.provenance.format,
-        architecture=architectures[0] if isinstance(architectures, list) and architectures else None,
+        architecture=architectures[0]
+        if isinstance(architectures, list) and architectures
+        else None,
         model_type=config.get("model_type"),
         layers=len({layer for tensor in tensors if (layer := layer_of(tensor.name))}),
         parameters=parameters,
@@ -183,7 +185,9 @@ def _adapter(bundle: Bundle, name: str) -> AdapterSummary:
     try:
         config = strict_json.loads(folder.read("adapter_config.json", _MAX_ADAPTER_CONFIG_BYTES))
     except strict_json.StrictJsonError as error:
-        raise InputError(f"not strict JSON: {error}", path=folder.path / "adapter_config.json") from None
+        raise InputError(
+            f"not strict JSON: {error}", path=folder.path / "adapter_config.json"
+        ) from None
     with contextlib.closing(MappedFile(folder, "adapter_model.safetensors")) as file:
         entries = list(file.header.entries.values())
         # lora_A is (rank, in): the shapes say the rank, whatever the config says.
@@ -197,5 +201,3 @@ def _adapter(bundle: Bundle, name: str) -> AdapterSummary:
             targets=sorted({entry.name.split(".lora_A")[0].rsplit(".", 1)[-1] for entry in downs}),
             base=base if isinstance(base, str) else None,
         )
-
-

@@ -55,7 +55,7 @@ TORCH_NAMES: dict[str, str] = {
     "C64": "complex64",
 }
 
-#: The types a weight can be quantized from and dequantized to, by the word used on the command line.
+#: The types a weight can be quantized from and dequantized to, by the command line's word.
 WEIGHT_DTYPES: dict[str, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 _SPELLINGS = WEIGHT_DTYPES | {TORCH_NAMES[name]: name for name in WEIGHT_DTYPES.values()}

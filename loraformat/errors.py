@@ -58,7 +58,9 @@ def printable(text: object) -> str:
     >>> printable("layer\x1b[31m")
     'layer\\x1b[31m'
     """
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: _LONGEST_QUOTE + 1])
+    shown = "".join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: _LONGEST_QUOTE + 1]
+    )
     return shown if len(shown) <= _LONGEST_QUOTE else shown[: _LONGEST_QUOTE - 1] + "…"
 
 

@@ -69,7 +69,9 @@ class Folder:
                     hint="replace the link by the file itself if you trust it",
                 )
             # O_NONBLOCK: opening a FIFO must not wait for somebody to write to it.
-            descriptor = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            descriptor = os.open(
+                real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            )
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InputError(f"cannot be opened: {reason}", path=path) from None
@@ -112,7 +114,9 @@ class Folder:
         for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
             count += 1
             if count > _MAX_FILES:
-                raise InputError(f"holds more than {_MAX_FILES} files, no model does", path=directory)
+                raise InputError(
+                    f"holds more than {_MAX_FILES} files, no model does", path=directory
+                )
             if entry.name.startswith(".") or entry.name in _SKIPPED:
                 continue
             if entry.is_dir(follow_symlinks=False):

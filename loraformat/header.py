@@ -141,7 +141,9 @@ def data_start(prefix: bytes, file_bytes: int, path: str | PathLike[str]) -> int
     """
     if len(prefix) < _LENGTH_BYTES:
         raise FormatError(
-            "H01", f"only {file_bytes} bytes long, too short for a safetensors file", path=path,
+            "H01",
+            f"only {file_bytes} bytes long, too short for a safetensors file",
+            path=path,
             hint="the download is incomplete or this is another kind of file",
         )
     length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
@@ -217,7 +219,9 @@ def _entry(name: str, value: Any, path: str | PathLike[str]) -> Entry:
         return FormatError(rule, f"tensor {printable(name)} {problem}", path=path)
 
     if not is_clean_name(name):
-        raise broken("H05", "has a name that is empty, too long, or holds '/', '\\' or control characters")
+        raise broken(
+            "H05", "has a name that is empty, too long, or holds '/', '\\' or control characters"
+        )
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise broken("H06", "must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -228,7 +232,9 @@ def _entry(name: str, value: Any, path: str | PathLike[str]) -> Entry:
         or len(shape) > _MAX_DIMENSIONS
         or not all(_is_count(n, _MAX_DIMENSION) for n in shape)
     ):
-        raise broken("H06", f"has shape {printable(shape)}, wanted at most 8 integers from 0 to 2^48")
+        raise broken(
+            "H06", f"has shape {printable(shape)}, wanted at most 8 integers from 0 to 2^48"
+        )
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
@@ -246,7 +252,11 @@ def _check_coverage(ordered: list[Entry], data_bytes: int, path: str | PathLike[
     position = 0
     for entry in ordered:
         if entry.begin != position:
-            kind = "overlaps the tensor before it" if entry.begin < position else "leaves a hole before it"
+            kind = (
+                "overlaps the tensor before it"
+                if entry.begin < position
+                else "leaves a hole before it"
+            )
             raise FormatError(
                 "H08",
                 f"tensor {printable(entry.name)} begins at data byte {entry.begin} and {kind}, "
@@ -268,7 +278,9 @@ def _check_profile(
 ) -> None:
     if start % DATA_ALIGNMENT:
         raise FormatError(
-            "L01", f"tensor data begins at byte {start}, wanted a multiple of {DATA_ALIGNMENT}", path=path
+            "L01",
+            f"tensor data begins at byte {start}, wanted a multiple of {DATA_ALIGNMENT}",
+            path=path,
         )
     for written, stored in zip(entries, ordered, strict=True):
         if written.name != stored.name:

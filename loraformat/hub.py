@@ -7,15 +7,19 @@ line what went wrong.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraformat.errors import HubError, InputError, LoraFormatError
+from loraformat.errors import HubError, InputError, LoraFormatError, ResourceError, printable
 
 __all__ = ["Source", "resolve"]
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 #: Weights in formats that are never read; they would double the download.
 _NOT_WANTED = [
@@ -61,8 +65,9 @@ def resolve(word: str | Path) -> Source:
     """
     path = Path(word)
     match = _HUB_ID.fullmatch(str(word))
-    if path.exists() or match is None:
-        if not path.exists():
+    exists = os.path.lexists(path)  # which, unlike Path.exists, has an answer for every word
+    if exists or match is None:
+        if not exists:
             raise InputError(
                 "no such file or directory", path=path, hint="Hub ids have the form org/name"
             )
@@ -84,29 +89,52 @@ def _download(repo: str, revision: str | None) -> Path:
 def _explain(error: Exception, what: str) -> LoraFormatError:
     from huggingface_hub import errors
 
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            "the disk of the Hub's cache is full",
+            path=what,
+            hint="free some space, or name another directory with HF_HOME",
+        )
+    # What the cache lacks is told first; why it was asked at all is the cause.
+    chain = (error.__cause__, error)
     reasons = (
         (errors.GatedRepoError, "is gated", "accept its terms on the Hub, then run: hf auth login"),
-        (errors.RevisionNotFoundError, "has no such revision", "look at its branches and tags on the Hub"),
+        (
+            errors.RevisionNotFoundError,
+            "has no such revision",
+            "look at its branches and tags on the Hub",
+        ),
         (
             errors.RepositoryNotFoundError,
             "is neither a local path nor a repository on the Hub",
             "check the spelling; for a private repository run: hf auth login",
         ),
         (
-            errors.OfflineModeIsEnabled,
-            "is not in the cache and HF_HUB_OFFLINE is set",
-            "unset it, or use a local path",
+            errors.HFValidationError,
+            "is neither a local path nor a valid Hub id",
+            "check the spelling",
         ),
         (
-            errors.LocalEntryNotFoundError,
-            "cannot be fetched and is not in the cache",
-            "check the network, or use a local path",
+            errors.OfflineModeIsEnabled,
+            "is not in the cache, and HF_HUB_OFFLINE is set",
+            "unset it, or use a local path",
         ),
-        (errors.HFValidationError, "is not a valid Hub id", None),
     )
     for kind, problem, hint in reasons:
-        if isinstance(error, kind):
+        if any(isinstance(link, kind) for link in chain):
             return HubError(problem, path=what, hint=hint)
+    return HubError(
+        f"is no local path, and cannot be fetched from the Hub ({_reason(error)})",
+        path=what,
+        hint="check the network and try again",
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause in a few words: an HTTP status, or what the system said."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = f"HTTP status {status}" if status else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return HubError(f"cannot be fetched ({reason})", path=what, hint="check the network and try again")
+    if status:
+        return f"HTTP status {status}"
+    return printable(f"{type(error).__name__}: {error}".rstrip(": "))

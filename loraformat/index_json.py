@@ -30,7 +30,10 @@ def encode_index(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
     total_bytes : int
         Sum of the sizes of all stored tensors.
     """
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
@@ -46,7 +49,7 @@ def parse_index(raw: bytes, path: str | PathLike[str]) -> tuple[dict[str, str], 
     --------
     >>> parse_index(b'{"weight_map": {"w": "../../etc/x.safetensors"}}', "index.json")
     Traceback (most recent call last):
-    loraformat.errors.FormatError: index.json: shard name ../../etc/x.safetensors is not ... [rule B04]
+    loraformat.errors.FormatError: index.json: shard name ../../etc/x.safetensors is not ...
     """
     try:
         index = strict_json.loads(raw)

@@ -1,4 +1,4 @@
-"""Where tensors lie: execution order, shards, and the order of bytes inside a shard.
+r"""Where tensors lie: execution order, shards, and the order of bytes inside a shard.
 
 A shard is a *body*, which is all that computing needs, and a *tail* with the constant
 maps and the quant states, which a reader looks at once, when it opens the file:
@@ -6,7 +6,7 @@ maps and the quant states, which a reader looks at once, when it opens the file:
 ::
 
     header | embedding | layer 0 | layer 1 | ...   | quant maps | nested maps | quant states
-             \\______________ body ______________/    \\_______________ tail _______________/
+             \______________ body ______________/    \_______________ tail _______________/
 
 Inside a layer, tensors are sorted by how well their size keeps alignment, so that no
 padding is needed (safetensors forbids holes) and each packed weight still begins on a
@@ -164,7 +164,9 @@ class Placed:
     entry: Entry
 
 
-def _body_pieces(tensors: Sequence[LazyTensor]) -> Iterator[tuple[str, str, str, tuple[int, ...], int]]:
+def _body_pieces(
+    tensors: Sequence[LazyTensor],
+) -> Iterator[tuple[str, str, str, tuple[int, ...], int]]:
     for tensor in tensors:
         if isinstance(tensor, NF4Tensor):
             for part in tensor.parts(0):
@@ -236,7 +238,11 @@ def tail_order(
             for part in tensor.parts(quant_state_bytes[tensor.name]):
                 if part.suffix == suffix:
                     entry = Entry(
-                        tensor.name + suffix, part.dtype, part.shape, position, position + part.nbytes
+                        tensor.name + suffix,
+                        part.dtype,
+                        part.shape,
+                        position,
+                        position + part.nbytes,
                     )
                     placed.append(Placed(tensor.name, suffix, entry))
                     position += part.nbytes

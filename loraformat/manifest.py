@@ -47,7 +47,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})")
 _PATH_PART = re.compile(r"[A-Za-z0-9_+@=,()\[\]-][A-Za-z0-9_.+@=,()\[\] -]{0,254}")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-_DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
+_DEVICES = {"con", "prn", "aux", "nul"} | {
+    f"{port}{n}" for port in ("com", "lpt") for n in range(10)
+}
 _OWN_FILES = {MANIFEST_NAME, "model.safetensors.index.json"}
 
 Encoding = Literal["dense", "nf4"]
@@ -88,7 +90,9 @@ class TensorRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object, members in their specified order."""
         fields: dict[str, Any] = {
-            "encoding": self.encoding, "dtype": self.dtype, "shape": list(self.shape),
+            "encoding": self.encoding,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
         }
         if self.encoding == "nf4":
             fields["block_size"] = self.block_size
@@ -165,7 +169,9 @@ class Manifest:
         shards = ",\n".join(f"    {_text(_fields(shard))}" for shard in self.shards)
         members.append(f'  "shards": [\n{shards}\n  ]')
         members.append(_block("tensors", {name: t.to_json() for name, t in self.tensors.items()}))
-        members.append(_block("files", {path: _fields(record) for path, record in self.files.items()}))
+        members.append(
+            _block("files", {path: _fields(record) for path, record in self.files.items()})
+        )
         adapters = {
             name: {"files": {path: _fields(record) for path, record in files.items()}}
             for name, files in self.adapters.items()
@@ -227,16 +233,22 @@ def is_safe_path(path: object) -> bool:
     if not isinstance(path, str) or not _is_portable(path):
         return False
     first, *rest = path.lower().split("/")
-    return first not in _OWN_FILES | {"adapters"} and (bool(rest) or not first.endswith(".safetensors"))
+    return first not in _OWN_FILES | {"adapters"} and (
+        bool(rest) or not first.endswith(".safetensors")
+    )
 
 
 def _is_portable(path: str) -> bool:
     parts = path.split("/")
-    return len(path) <= 1024 and len(parts) <= 8 and all(
-        _PATH_PART.fullmatch(part)
-        and part[-1] not in ". "
-        and part.split(".")[0].rstrip().lower() not in _DEVICES
-        for part in parts
+    return (
+        len(path) <= 1024
+        and len(parts) <= 8
+        and all(
+            _PATH_PART.fullmatch(part)
+            and part[-1] not in ". "
+            and part.split(".")[0].rstrip().lower() not in _DEVICES
+            for part in parts
+        )
     )
 
 
@@ -332,7 +344,9 @@ class _Parser:
 
     def count(self, value: Any, what: str, rule: str = "M04") -> int:
         if type(value) is not int or not 0 <= value < _MAX_COUNT:
-            raise self.broken(rule, f"{what} is {printable(value)}, wanted an integer from 0 to 2^53")
+            raise self.broken(
+                rule, f"{what} is {printable(value)}, wanted an integer from 0 to 2^53"
+            )
         return value
 
     def digest(self, value: Any, what: str) -> str:
@@ -342,7 +356,11 @@ class _Parser:
 
     def source(self, value: Any, newer: bool) -> dict[str, str]:
         known = {"format", "repo", "revision"}
-        if not isinstance(value, dict) or "format" not in value or (value.keys() - known and not newer):
+        if (
+            not isinstance(value, dict)
+            or "format" not in value
+            or (value.keys() - known and not newer)
+        ):
             raise self.broken("M04", "source must have format and at most repo and revision")
         return {key: self.string(value[key], f"source.{key}") for key in value if key in known}
 
@@ -357,7 +375,9 @@ class _Parser:
             raise self.broken("M05", f"{what} has a name that is not clean")
         encoding = value.get("encoding") if isinstance(value, dict) else None
         if encoding not in ("dense", "nf4"):
-            raise self.broken("M05", f"{what} has encoding {printable(encoding)}, wanted dense or nf4")
+            raise self.broken(
+                "M05", f"{what} has encoding {printable(encoding)}, wanted dense or nf4"
+            )
         required = {"encoding", "dtype", "shape", "sha256"}
         if encoding == "nf4":
             required |= {"block_size", "double_quant", "transposed", "relative_rms_error"}
@@ -385,7 +405,9 @@ class _Parser:
             and (error is None or (type(error) in (int, float) and error >= 0))
         )
         if not sound:
-            raise self.broken("M05", f"{what} has a member of the wrong type, or is transposed and not 2-D")
+            raise self.broken(
+                "M05", f"{what} has a member of the wrong type, or is transposed and not 2-D"
+            )
         return {
             "block_size": self.count(value["block_size"], f"{what}: block_size", "M05"),
             "double_quant": value["double_quant"],

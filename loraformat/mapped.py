@@ -12,6 +12,7 @@ read into memory one at a time, and a file that became shorter is an error.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from loraformat import header as headers
-from loraformat.errors import FileChangedError, printable
+from loraformat.errors import FileChangedError, InputError, printable
 from loraformat.folder import Folder
 from loraformat.header import Entry, Header
 
@@ -90,7 +91,10 @@ class MappedFile:
         data = bytearray(end - begin)
         filled = 0
         while filled < len(data):
-            got = os.preadv(self._descriptor, [memoryview(data)[filled:]], begin + filled)
+            try:
+                got = os.preadv(self._descriptor, [memoryview(data)[filled:]], begin + filled)
+            except OSError as error:
+                raise InputError(f"cannot be read: {error.strerror}", path=self.path) from None
             if got == 0:
                 raise FileChangedError("became shorter while it was being read", path=self.path)
             filled += got
@@ -115,7 +119,7 @@ class MappedFile:
         return release
 
     def check_unchanged(self) -> None:
-        """Raise `FileChangedError` if the file grew, shrank or was rewritten since it was opened."""
+        """Raise `FileChangedError` if the file is not what it was when it was opened."""
         if self._stat() != self._identity:
             raise FileChangedError(
                 "changed while it was being read",
@@ -133,10 +137,9 @@ class MappedFile:
             os.close(self._descriptor)
             self._descriptor = -1
             if self._map is not None:
-                try:
+                # If a view is still held, the mapping goes when the view does.
+                with contextlib.suppress(BufferError):
                     self._map.close()
-                except BufferError:
-                    pass  # a view is still held; the mapping goes when the view does
                 self._map = None
 
     def __repr__(self) -> str:

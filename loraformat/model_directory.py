@@ -77,7 +77,9 @@ def write_model_directory(
         raise UnsupportedError("holds no tensors", path=checkpoint.path)
     shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
     publication.check_space(
-        planned_bytes(shards) + sum(file.nbytes for file in checkpoint.files) - _present(publication)
+        planned_bytes(shards)
+        + sum(file.nbytes for file in checkpoint.files)
+        - _present(publication)
     )
     written = WrittenModel(
         write_shards(shards, publication, progress=progress, single_name=single_name)

@@ -21,7 +21,7 @@ from loraformat.manifest import MANIFEST_NAME, is_safe_path
 from loraformat.mapped import MappedFile
 from loraformat.stored import collect
 
-__all__ = ["open_model", "peek_config", "weight_files"]
+__all__ = ["holds_quant_states", "open_model", "peek_config", "weight_files"]
 
 _SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -29,6 +29,7 @@ _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|tflite|npz|mlmodel)$"
     r"|\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$"
 )
+_QUANT_STATE = ".quant_state.bitsandbytes__"
 _MAX_CARRIED_BYTES = 128 << 20
 
 
@@ -78,7 +79,9 @@ def open_model(
             config=config,
             quantization_config=quantization,
             files=tuple(carried),
-            sources=tuple(folder.path / name for name in [*names, *_others(folder, carried, config)]),
+            sources=tuple(
+                folder.path / name for name in [*names, *_others(folder, carried, config)]
+            ),
             left_behind=tuple(left_behind),
             close=opened.pop_all().close,
         )
@@ -91,6 +94,24 @@ def peek_config(path: Path) -> dict[str, Any]:
         return config_json.parse(folder.read(config_json.CONFIG_NAME, config_json.MAX_CONFIG_BYTES))
     except InputError:
         return {}
+
+
+def holds_quant_states(path: Path) -> bool:
+    """Tell from the headers, without a config, whether a file or directory is bitsandbytes 4-bit.
+
+    A model that cannot be opened answers no: reading it will say what is wrong.
+    """
+    if path.is_file() and path.suffix != ".safetensors":
+        return False
+    try:
+        folder = Folder(path if path.is_dir() else path.parent)
+        for name in weight_files(folder) if path.is_dir() else [path.name]:
+            with contextlib.closing(MappedFile(folder, name)) as file:
+                if any(_QUANT_STATE in tensor for tensor in file.header.entries):
+                    return True
+    except InputError:
+        pass
+    return False
 
 
 def _others(folder: Folder, carried: Iterable[CarriedFile], config: bytes | None) -> list[str]:
@@ -126,14 +147,18 @@ def weight_files(folder: Folder) -> list[str]:
     elif folder.has(_SINGLE):
         names = [_SINGLE]
     else:
-        names = sorted(p.name for p in folder.path.glob("*.safetensors") if not p.name.startswith("adapter_"))
+        names = sorted(
+            p.name for p in folder.path.glob("*.safetensors") if not p.name.startswith("adapter_")
+        )
         _check_numbering(folder, names)
     if not names:
         raise InputError("holds no .safetensors file", path=folder.path)
     for name in names:
         if not folder.has(name):
             raise InputError(
-                "is missing", path=folder.path / name, hint="the download is incomplete; fetch it again"
+                "is missing",
+                path=folder.path / name,
+                hint="the download is incomplete; fetch it again",
             )
     return names
 
@@ -144,7 +169,8 @@ def _check_numbering(folder: Folder, names: Sequence[str]) -> None:
             wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
             if wanted not in names:
                 raise InputError(
-                    "is missing", path=folder.path / wanted,
+                    "is missing",
+                    path=folder.path / wanted,
                     hint="the download is incomplete; fetch it again",
                 )
 
@@ -159,7 +185,9 @@ def _check_index(folder: Folder, files: Sequence[MappedFile]) -> None:
     for name, shard in weight_map.items():
         if homes.get(name) != shard:
             raise FormatError(
-                "B03", f"puts tensor {printable(name)} into {shard}, which does not hold it", path=path,
+                "B03",
+                f"puts tensor {printable(name)} into {shard}, which does not hold it",
+                path=path,
                 hint="the shards belong to another index; fetch the checkpoint again",
             )
 

@@ -11,6 +11,7 @@ import struct
 
 __all__ = ["LEVEL_BITS", "LEVEL_BYTES", "NESTED_MAP_BITS", "NESTED_MAP_BYTES"]
 
+# fmt: off
 #: The 16 levels (Dettmers 2023, appendix E), ascending from -1 to 1; level 7 is zero.
 LEVEL_BITS: tuple[int, ...] = (
     0xbf800000, 0xbf3239b1, 0xbf066b30, 0xbeca32a0, 0xbe91a24d, 0xbe3d353f, 0xbdba7871, 0x00000000,
@@ -53,6 +54,7 @@ NESTED_MAP_BITS: tuple[int, ...] = (
     0x3f4bcccd, 0x3f4f6666, 0x3f530000, 0x3f56999a, 0x3f5a3333, 0x3f5dcccd, 0x3f616666, 0x3f650000,
     0x3f68999a, 0x3f6c3333, 0x3f6fcccd, 0x3f736666, 0x3f770000, 0x3f7a999a, 0x3f7e3333, 0x3f800000,
 )
+# fmt: on
 
 #: `LEVEL_BITS` as stored in ``.quant_map``: 64 bytes, little-endian.
 LEVEL_BYTES: bytes = struct.pack("<16I", *LEVEL_BITS)

@@ -196,7 +196,8 @@ def sniff(path: Path) -> Converter:
         names = " and ".join(converter.name for converter in known)
         raise UnsupportedError(f"looks like {names}", path=path, hint="say which with --from")
     raise UnsupportedError(
-        f"holds no model that loraformat knows ({', '.join(_names())})", path=path,
+        f"holds no model that loraformat knows ({', '.join(_names())})",
+        path=path,
         hint="a model directory holds .safetensors files and a config.json",
     )
 
@@ -217,7 +218,10 @@ def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
         If that format cannot be written.
     """
     if name is None:
-        name = _by_suffix(all_converters(), path, kind) or {"base": "loraformat", "adapter": "peft"}[kind]
+        name = (
+            _by_suffix(all_converters(), path, kind)
+            or {"base": "loraformat", "adapter": "peft"}[kind]
+        )
     converter = get(name)
     if converter.write is None:
         raise UsageError(f"format {name!r} can be read but not written")
@@ -226,11 +230,15 @@ def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
 
 def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | None:
     for converter in converters:
-        if converter.kind == kind and converter.write and path.name.endswith(converter.suffixes or ("\0",)):
+        if (
+            converter.kind == kind
+            and converter.write
+            and path.name.endswith(converter.suffixes or ("\0",))
+        ):
             return converter.name
     if path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
         raise UsageError(
-            f"no installed converter writes a {kind} as {path.suffix} file", 
+            f"no installed converter writes a {kind} as {path.suffix} file",
             hint="name a directory, or say --to",
         )
     return None

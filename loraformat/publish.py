@@ -84,7 +84,9 @@ class Publication:
             self._refuse_input_as_output()
             self._refuse_existing()
             if not self.target.parent.is_dir():
-                raise OutputError("no such directory", path=self.target.parent, hint="make it first")
+                raise OutputError(
+                    "no such directory", path=self.target.parent, hint="make it first"
+                )
             self._open_work()
             undo_interrupted_exchange(self.work, self.target)
             self._refuse_existing()  # again, now that no other writer can publish
@@ -107,14 +109,16 @@ class Publication:
             if _same_file(work, real) or real.is_relative_to(work):
                 raise OutputError(
                     "is the input, or holds it, and is where this output would be prepared",
-                    path=self.work, hint=_ANOTHER,
+                    path=self.work,
+                    hint=_ANOTHER,
                 )
         if self.target.is_dir():
             identities = {_identity(path) for path in self._inputs if path.is_file()}
             for path in self.target.iterdir():
                 if path.is_file() and _identity(path) in identities:
                     raise OutputError(
-                        f"holds {path.name}, which is a link to an input file", path=self.target,
+                        f"holds {path.name}, which is a link to an input file",
+                        path=self.target,
                         hint=_ANOTHER,
                     )
 
@@ -122,11 +126,16 @@ class Publication:
         if not os.path.lexists(self.target):
             return
         if self.target.is_symlink() or not self.target.is_dir():
-            kind = "is a symbolic link" if self.target.is_symlink() else "exists and is not a directory"
+            kind = (
+                "is a symbolic link"
+                if self.target.is_symlink()
+                else "exists and is not a directory"
+            )
             raise OutputError(kind, path=self.target, hint=_ANOTHER)
         if os.path.ismount(self.target):
             raise OutputError(
-                "is a mount point, which cannot be replaced as a whole", path=self.target,
+                "is a mount point, which cannot be replaced as a whole",
+                path=self.target,
                 hint="name a directory inside it",
             )
         if not any(self.target.iterdir()):
@@ -135,12 +144,14 @@ class Publication:
             raise OutputError("already exists", path=self.target, hint="use --force to replace it")
         if not _holds_weights(self.target):
             raise OutputError(
-                "is a directory without weights and will not be replaced", path=self.target,
+                "is a directory without weights and will not be replaced",
+                path=self.target,
                 hint="remove it yourself, or choose another output",
             )
         if adapters := sorted(path.name for path in self.target.glob("adapters/*")):
             raise OutputError(
-                f"holds adapters that would be lost: {', '.join(adapters)}", path=self.target,
+                f"holds adapters that would be lost: {', '.join(adapters)}",
+                path=self.target,
                 hint="move them away, or choose another output",
             )
 
@@ -156,13 +167,15 @@ class Publication:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     raise
                 raise OutputError(
-                    "is not a directory, and is where this output would be prepared", path=self.work,
+                    "is not a directory, and is where this output would be prepared",
+                    path=self.work,
                     hint="remove it",
                 ) from None
             if not _try_lock(self._lock):
                 self._unlock()
                 raise OutputError(
-                    f"is being written by another process{self._holder()}", path=self.target,
+                    f"is being written by another process{self._holder()}",
+                    path=self.target,
                     hint="wait for it to end",
                 )
             # Its holder may have renamed it into place between our open and our lock.
@@ -195,14 +208,19 @@ class Publication:
 
     def _refuse_strange_work(self) -> None:
         names = {path.name for path in self.work.iterdir()}
-        if names - {_JOURNAL, _JOURNAL_NEW} and _JOURNAL not in names and not _holds_weights(self.work):
+        if (
+            names - {_JOURNAL, _JOURNAL_NEW}
+            and _JOURNAL not in names
+            and not _holds_weights(self.work)
+        ):
             raise OutputError(
                 "is no work directory of loraformat, and is where this output would be prepared",
-                path=self.work, hint="move it away",
+                path=self.work,
+                hint="move it away",
             )
 
     def _empty_work(self) -> None:
-        """Remove everything but finished files and the journal, which says that the rest is ours."""
+        """Remove all but finished files and the journal, which says that the rest is ours."""
         done = {Path(name).parts[0] for name in self._journal.get("done", {}) if Path(name).parts}
         for path in self.work.iterdir():
             if path.name not in done | {_JOURNAL}:
@@ -210,7 +228,7 @@ class Publication:
 
     def _save_journal(self) -> None:
         beside = self.work / _JOURNAL_NEW
-        with open(beside, "wb", buffering=0) as file:
+        with _new_file(beside) as file:
             _write_all(file, json.dumps(self._journal).encode("utf-8"))
             os.fsync(file.fileno())
         os.replace(beside, self.work / _JOURNAL)
@@ -245,7 +263,8 @@ class Publication:
         if nbytes * _SPACE_MARGIN > free:
             raise ResourceError(
                 f"needs {nbytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free",
-                path=self.target, hint="free some space, or choose another disk",
+                path=self.target,
+                hint="free some space, or choose another disk",
             )
 
     @contextlib.contextmanager
@@ -257,11 +276,8 @@ class Publication:
         path = self.work / name
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
-        descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            yield file  # type: ignore[misc]
+        with _new_file(beside) as file:
+            yield file
             os.fsync(file.fileno())
         os.replace(beside, path)
         for directory in path.parents:
@@ -283,7 +299,7 @@ class Publication:
             If something else has appeared there meanwhile.
         """
         self._refuse_existing()
-        (self.work / _JOURNAL).unlink()
+        os.unlink(self.work / _JOURNAL)
         _sync_directory(self.work)
         if self.target.is_dir() and any(self.target.iterdir()):
             with _locked(self.target):  # or the next writer takes what is left of it for its own
@@ -305,7 +321,8 @@ class Publication:
     def _remove_work(self) -> None:
         self._journal["done"] = {}
         self._empty_work()
-        (self.work / _JOURNAL).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.work / _JOURNAL)
         os.rmdir(self.work)
 
     def __exit__(
@@ -321,7 +338,7 @@ class Publication:
         self._leave(keep=isinstance(error, KeyboardInterrupt | ResourceError | MemoryError))
 
     def _leave(self, *, keep: bool) -> None:
-        """Free the lock; leave the output, or finished shards that are worth keeping, or nothing."""
+        """Free the lock; leave the output, or finished shards worth keeping, or nothing."""
         try:
             if self._holds(self.work):
                 with contextlib.suppress(OSError):
@@ -344,11 +361,14 @@ def disk_full(error: OSError, path: Path) -> LoraFormatError:
     """Turn an operating-system error while writing into one of ours."""
     if error.errno in _DISK_FULL:
         return ResourceError(
-            "the disk is full", path=path, hint="free some space and run again: finished shards are kept"
+            "the disk is full",
+            path=path,
+            hint="free some space and run again: finished shards are kept",
         )
     if error.errno == errno.EFBIG:
         return ResourceError(
-            "the file system or a limit forbids files this large", path=path,
+            "the file system or a limit forbids files this large",
+            path=path,
             hint="use a smaller --max-shard-size",
         )
     return OutputError(f"cannot be written: {error.strerror or error}", path=path)
@@ -362,7 +382,15 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        os.unlink(path)
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """Open a file that does not exist yet, unbuffered; its mode follows the umask."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    return os.fdopen(descriptor, "wb", buffering=0)
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
@@ -385,7 +413,9 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _open_directory(path: Path) -> int:
     # O_NONBLOCK: a FIFO of that name must be refused, not waited for.
-    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    flags = (
+        os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    )
     descriptor = os.open(path, flags)
     if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
         os.close(descriptor)

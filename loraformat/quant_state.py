@@ -123,7 +123,10 @@ def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> Qua
         fields = strict_json.loads(raw)
     except strict_json.StrictJsonError as error:
         raise broken("N05", f"quant state is not strict JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.keys() not in (_PLAIN_KEYS, _PLAIN_KEYS | _NESTED_KEYS):
+    if not isinstance(fields, dict) or fields.keys() not in (
+        _PLAIN_KEYS,
+        _PLAIN_KEYS | _NESTED_KEYS,
+    ):
         raise broken("N05", "quant state has other members than bitsandbytes writes")
     shape = fields["shape"]
     if (
@@ -135,17 +138,27 @@ def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> Qua
     if fields["quant_type"] != "nf4":
         raise broken("N06", f"quant_type is {printable(fields['quant_type'])}, wanted nf4")
     if type(fields["blocksize"]) is not int or fields["blocksize"] not in BLOCK_SIZES:
-        raise broken("N06", f"blocksize is {printable(fields['blocksize'])}, wanted a power of two, 32 to 4096")
+        raise broken(
+            "N06",
+            f"blocksize is {printable(fields['blocksize'])}, wanted a power of two, 32 to 4096",
+        )
     if not isinstance(fields["dtype"], str) or fields["dtype"] not in _DTYPES:
         raise broken("N06", f"dtype is {printable(fields['dtype'])}, wanted {', '.join(_DTYPES)}")
     offset = None
     if "nested_offset" in fields:
         nested = fields["nested_blocksize"]
-        if type(nested) is not int or nested != NESTED_BLOCK_SIZE or fields["nested_dtype"] != "float32":
+        if (
+            type(nested) is not int
+            or nested != NESTED_BLOCK_SIZE
+            or fields["nested_dtype"] != "float32"
+        ):
             raise broken("N07", "nested_blocksize must be 256 and nested_dtype float32")
         offset = _float32(fields["nested_offset"])
         if offset is None:
-            raise broken("N07", f"nested_offset is {printable(fields['nested_offset'])}, wanted a finite float32")
+            raise broken(
+                "N07",
+                f"nested_offset is {printable(fields['nested_offset'])}, wanted a finite float32",
+            )
     return QuantState(tuple(shape), _DTYPES[fields["dtype"]], fields["blocksize"], offset)
 
 

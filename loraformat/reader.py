@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ class Bundle:
     def _checkpoint(self) -> Checkpoint:
         config, quantization = _config(self)
         files = tuple(
-            CarriedFile(path, record.bytes, lambda path=path, n=record.bytes: self.folder.read(path, n))
+            CarriedFile(
+                path, record.bytes, partial(self.folder.read, path, record.bytes)
+            )
             for path, record in self.manifest.files.items()
             if path != config_json.CONFIG_NAME
         )
@@ -130,13 +133,22 @@ def open_bundle(path: Path) -> Bundle:
     folder = Folder(path)
     if not folder.has(MANIFEST_NAME):
         raise FormatError("B01", f"no {MANIFEST_NAME}", path=path, hint="this is not a bundle")
-    manifest = parse_manifest(folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES), path / MANIFEST_NAME)
+    raw = _read_json(folder, MANIFEST_NAME, MAX_MANIFEST_BYTES, "M01")
+    manifest = parse_manifest(raw, path / MANIFEST_NAME)
     _check_shard_files(folder, manifest)
     with contextlib.ExitStack() as opened:
-        shards = tuple(_open_shard(folder, manifest, number, opened) for number in range(len(manifest.shards)))
+        shards = tuple(
+            _open_shard(folder, manifest, number, opened) for number in range(len(manifest.shards))
+        )
         bundle = Bundle(folder, manifest, shards)
         opened.pop_all()
         return bundle
+
+
+def _read_json(folder: Folder, name: str, limit: int, rule: str) -> bytes:
+    if (size := folder.size(name)) > limit:
+        raise FormatError(rule, f"{size} bytes long, wanted at most {limit}", path=folder.path / name)
+    return folder.read(name, limit)
 
 
 def load_verified(tensor: LazyTensor, wanted: str, path: Path) -> memoryview | NF4Parts:
@@ -159,16 +171,16 @@ def load_verified(tensor: LazyTensor, wanted: str, path: Path) -> memoryview | N
     found = nf4_digest(loaded) if isinstance(loaded, NF4Parts) else sha256(loaded).hexdigest()
     if found != wanted:
         raise FormatError(
-            "V01", f"tensor {printable(tensor.name)} has SHA-256 {found}, wanted {wanted}", path=path,
+            "V01",
+            f"tensor {printable(tensor.name)} has SHA-256 {found}, wanted {wanted}",
+            path=path,
             hint="its content was changed or damaged; fetch it again",
         )
     return loaded
 
 
 def _verifying(tensor: LazyTensor, wanted: str, path: Path) -> LazyTensor:
-    def load() -> Any:
-        return load_verified(tensor, wanted, path)
-
+    load: Any = partial(load_verified, tensor, wanted, path)
     return replace(tensor, load=load)
 
 
@@ -176,10 +188,14 @@ def _check_shard_files(folder: Folder, manifest: Manifest) -> None:
     listed = {shard.file for shard in manifest.shards}
     present = {path.name for path in folder.path.glob("*.safetensors")}
     if missing := sorted(listed - present):
-        raise FormatError("B02", f"shard {missing[0]} is missing", path=folder.path, hint="fetch it again")
+        raise FormatError(
+            "B02", f"shard {missing[0]} is missing", path=folder.path, hint="fetch it again"
+        )
     if extra := sorted(present - listed):
         raise FormatError(
-            "B02", f"{printable(extra[0])} is no shard of this bundle", path=folder.path,
+            "B02",
+            f"{printable(extra[0])} is no shard of this bundle",
+            path=folder.path,
             hint="move it away: other programs would load it",
         )
 
@@ -192,11 +208,15 @@ def _open_shard(
     opened.callback(shard.close)
     if shard.nbytes != record.bytes:
         raise FormatError(
-            "B05", f"{shard.nbytes} bytes long, the manifest says {record.bytes}", path=shard.path,
+            "B05",
+            f"{shard.nbytes} bytes long, the manifest says {record.bytes}",
+            path=shard.path,
             hint="the download is incomplete; fetch it again",
         )
     if shard.header_sha256 != record.header_sha256:
-        raise FormatError("V02", "its header is not the one the manifest describes", path=shard.path)
+        raise FormatError(
+            "V02", "its header is not the one the manifest describes", path=shard.path
+        )
     return shard
 
 
@@ -220,7 +240,8 @@ def _check_tensors(bundle: Bundle) -> None:
         if described != found:
             raise FormatError(
                 "N08",
-                f"tensor {printable(name)} is {_words(described)} in the manifest, {_words(found)} in its shard",
+                f"tensor {printable(name)} is {_words(described)} in the manifest, "
+                f"{_words(found)} in its shard",
                 path=path,
             )
 
@@ -251,7 +272,9 @@ def _check_layout(bundle: Bundle) -> None:
         for name, tail in _stored_owners(shard):
             if seen_tail and not tail:
                 raise FormatError(
-                    "L03", f"tensor {printable(name)} lies behind the maps and quant states", path=shard.path
+                    "L03",
+                    f"tensor {printable(name)} lies behind the maps and quant states",
+                    path=shard.path,
                 )
             seen_tail = tail
             layer = layer_of(name)
@@ -274,7 +297,9 @@ def _enter_layer(
     stem, number = layer
     shards = homes.setdefault(layer, [])
     if shard in shards:
-        raise FormatError("L04", f"layer {printable(stem)}.{number} is not one contiguous range", path=path)
+        raise FormatError(
+            "L04", f"layer {printable(stem)}.{number} is not one contiguous range", path=path
+        )
     if number < last.get(stem, 0):
         raise FormatError(
             "L05", f"layer {printable(stem)}.{number} lies behind layer {last[stem]}", path=path
@@ -306,8 +331,10 @@ def _check_index(bundle: Bundle) -> None:
     """B03, B04, B07: the index, which peers read, says what the headers say."""
     path = bundle.folder.path / index_json.INDEX_NAME
     if not bundle.folder.has(index_json.INDEX_NAME):
-        raise FormatError("B03", "is missing; transformers cannot open the bundle without it", path=path)
-    raw = bundle.folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
+        raise FormatError(
+            "B03", "is missing; transformers cannot open the bundle without it", path=path
+        )
+    raw = _read_json(bundle.folder, index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES, "B03")
     weight_map, total = index_json.parse_index(raw, path)
     stored = {name: shard.path.name for shard in bundle.shards for name in shard.header.entries}
     for name in stored.keys() | weight_map.keys():
@@ -320,7 +347,9 @@ def _check_index(bundle: Bundle) -> None:
             )
     size = sum(entry.nbytes for shard in bundle.shards for entry in shard.header.entries.values())
     if total != size:
-        raise FormatError("B07", f"gives total_size {total}, the tensors take {size} bytes", path=path)
+        raise FormatError(
+            "B07", f"gives total_size {total}, the tensors take {size} bytes", path=path
+        )
 
 
 def _check_files(bundle: Bundle) -> None:
@@ -328,7 +357,8 @@ def _check_files(bundle: Bundle) -> None:
     config = config_json.CONFIG_NAME
     if config not in bundle.manifest.files and bundle.folder.has(config):
         raise FormatError(
-            "B08", "is not listed in the manifest, though other programs would obey it",
+            "B08",
+            "is not listed in the manifest, though other programs would obey it",
             path=bundle.folder.path / config,
         )
     for path, record in _all_files(bundle.manifest):
@@ -339,7 +369,8 @@ def _check_files(bundle: Bundle) -> None:
         size = bundle.folder.size(path)
         if size != record.bytes:
             raise FormatError(
-                "B05", f"{size} bytes long, the manifest says {record.bytes}",
+                "B05",
+                f"{size} bytes long, the manifest says {record.bytes}",
                 path=bundle.folder.path / path,
                 hint="it was edited after the bundle was written; convert again",
             )
@@ -367,7 +398,7 @@ def _config(bundle: Bundle) -> tuple[bytes | None, dict[str, Any] | None]:
     quantized = [t for t in bundle.tensors.values() if isinstance(t, NF4Tensor)]
     wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     found = {key: (quantization or {}).get(key) for key in wanted}
-    if quantized and found != wanted:
+    if quantized and (found != wanted or found["load_in_4bit"] is not True):
         raise FormatError(
             "B06", "quantization_config does not say bitsandbytes NF4, as the shards do", path=path
         )

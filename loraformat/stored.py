@@ -8,6 +8,7 @@ returns lazy tensors. Bundles and bitsandbytes checkpoints are both read through
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 
 from loraformat.checkpoint import NF4_PARTS, DenseTensor, LazyTensor, NF4Parts, NF4Tensor
@@ -84,7 +85,11 @@ def _tensors_of(
         if owner is None:
             _refuse_stray_part(name, file.path)
             tensors[name] = DenseTensor(
-                name, entry.dtype, entry.shape, lambda name=name: file.view(name), file.releaser(name)
+                name,
+                entry.dtype,
+                entry.shape,
+                partial(file.view, name),
+                file.releaser(name),
             )
         elif owner not in tensors:
             tensor, state = _nf4_tensor(file, owner, transposed(owner), errors.get(owner))
@@ -107,7 +112,8 @@ def _refuse_stray_part(name: str, path: str | PathLike[str]) -> None:
     for suffix in NF4_PARTS.values():
         if suffix and name.endswith(".weight" + suffix):
             raise FormatError(
-                "N01", f"tensor {printable(name)} belongs to an NF4 weight whose quant state is missing",
+                "N01",
+                f"tensor {printable(name)} belongs to an NF4 weight whose quant state is missing",
                 path=path,
             )
 
@@ -120,7 +126,8 @@ def _nf4_tensor(
     state_entry = entries[state_name]
     if state_entry.dtype != "U8" or not 0 < state_entry.nbytes <= MAX_QUANT_STATE_BYTES:
         raise FormatError(
-            "N05", f"tensor {printable(state_name)} is not 1 to {MAX_QUANT_STATE_BYTES} bytes of text",
+            "N05",
+            f"tensor {printable(state_name)} is not 1 to {MAX_QUANT_STATE_BYTES} bytes of text",
             path=file.path,
         )
     state = parse_quant_state(bytes(file.view(state_name)), name, file.path)
@@ -148,7 +155,9 @@ def _load(file: MappedFile, name: str, state: QuantState, error: float | None) -
     _check_scales(file, name, state, absmax, views["nested_absmax"])
     if state.count % 2 and packed[-1] & 0x0F != 7:
         raise FormatError(
-            "V05", f"tensor {printable(name)} does not end with the code 7 that pads it", path=file.path
+            "V05",
+            f"tensor {printable(name)} does not end with the code 7 that pads it",
+            path=file.path,
         )
     return NF4Parts(
         packed=packed,
@@ -187,18 +196,20 @@ def _check_scales(
         )
 
 
-def _check_parts(
-    file: MappedFile, tensor: NF4Tensor, state: QuantState, any_storage: bool
-) -> None:
+def _check_parts(file: MappedFile, tensor: NF4Tensor, state: QuantState, any_storage: bool) -> None:
     def broken(rule: str, suffix: str, problem: str) -> FormatError:
-        return FormatError(rule, f"tensor {printable(tensor.name + suffix)} {problem}", path=file.path)
+        return FormatError(
+            rule, f"tensor {printable(tensor.name + suffix)} {problem}", path=file.path
+        )
 
     entries = file.header.entries
     state_bytes = entries[tensor.name + STATE_SUFFIX].nbytes
     wanted = {part.suffix: part for part in tensor.parts(state_bytes)}
     for suffix in NF4_PARTS.values():
         if (suffix in wanted) != (tensor.name + suffix in entries):
-            problem = "is missing" if suffix in wanted else "has no place without double quantization"
+            problem = (
+                "is missing" if suffix in wanted else "has no place without double quantization"
+            )
             raise broken("N01", suffix, problem)
     for suffix, part in wanted.items():
         entry = entries[tensor.name + suffix]

@@ -95,7 +95,9 @@ def _verify_files(bundle: Bundle) -> list[Finding]:
     findings = []
     for path, record in records.items():
         if _file_sha256(bundle.folder, path) != record.sha256:
-            findings.append(Finding("V03", str(bundle.folder.path / path), "its SHA-256 is not the manifest's"))
+            findings.append(
+                Finding("V03", str(bundle.folder.path / path), "its SHA-256 is not the manifest's")
+            )
     return findings
 
 
@@ -111,6 +113,8 @@ def _check_adapter(bundle: Bundle, directory: str) -> None:
     """A01, A02 and the H rules: an adapter can be read, and is one of this base."""
     folder = bundle.folder
     config = f"{directory}/adapter_config.json"
+    if folder.size(config) > _MAX_ADAPTER_CONFIG_BYTES:
+        raise FormatError("A02", "longer than 1 MiB", path=folder.path / config)
     try:
         fields = strict_json.loads(folder.read(config, _MAX_ADAPTER_CONFIG_BYTES))
     except strict_json.StrictJsonError as error:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, BinaryIO
 
-from loraformat.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, nf4_digest
+from loraformat.checkpoint import LazyTensor, NF4Parts, NF4Tensor, nf4_digest
 from loraformat.errors import InputError
 from loraformat.folder import Folder
 from loraformat.header import DATA_ALIGNMENT, Entry, encode_header
@@ -157,8 +157,14 @@ def _add(
         digest, error = done["tensors"][tensor.name]
         if isinstance(tensor, NF4Tensor):
             written.tensors[tensor.name] = TensorRecord(
-                "nf4", tensor.dtype, tensor.shape, digest,
-                tensor.block_size, tensor.double_quant, tensor.transposed, error,
+                "nf4",
+                tensor.dtype,
+                tensor.shape,
+                digest,
+                tensor.block_size,
+                tensor.double_quant,
+                tensor.transposed,
+                error,
             )
         else:
             written.tensors[tensor.name] = TensorRecord("dense", tensor.dtype, tensor.shape, digest)
@@ -172,7 +178,8 @@ class _Plan:
         self.body = body_order(tensors)
         self.body_bytes = self.body[-1].entry.end if self.body else 0
         longest = {
-            tensor.name: len(tensor.state(0.0 if tensor.double_quant else None).encode()) + LONGEST_OFFSET
+            tensor.name: len(tensor.state(0.0 if tensor.double_quant else None).encode())
+            + LONGEST_OFFSET
             for tensor in tensors
             if isinstance(tensor, NF4Tensor)
         }
@@ -211,7 +218,9 @@ class _Sink:
         tensor, loaded = item
         if isinstance(loaded, NF4Parts):
             pieces = loaded.by_suffix()
-            self.tails[tensor.name] = {s: v for s, v in pieces.items() if (tensor.name, s) not in self.places}
+            self.tails[tensor.name] = {
+                s: v for s, v in pieces.items() if (tensor.name, s) not in self.places
+            }
             self.hashes[tensor.name] = _digest(loaded), loaded.relative_rms_error
         else:
             pieces = {"": loaded}

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraformat.architecture import is_conv1d
-from loraformat.bundle import quantized_config
+from loraformat.bundle import check_file_names, quantized_config
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.folder import Folder
 from loraformat.mapped import MappedFile
 from loraformat.model_directory import WrittenModel, write_model_directory
-from loraformat.model_reader import open_model, peek_config, weight_files
+from loraformat.model_reader import holds_quant_states, open_model, peek_config, weight_files
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import is_bundle
@@ -24,11 +24,13 @@ __all__ = ["CONVERTER", "read", "sniff", "write"]
 
 
 def sniff(path: Path) -> bool:
-    """Tell whether a directory's config names bitsandbytes, and it is no bundle."""
-    if not path.is_dir() or is_bundle(path):
+    """Tell whether the config, or without one the names of the tensors, speak of bitsandbytes."""
+    if is_bundle(path):
         return False
     quantization = peek_config(path).get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes"
+    if isinstance(quantization, dict):
+        return quantization.get("quant_method") == "bitsandbytes"
+    return holds_quant_states(path)
 
 
 def read(path: Path) -> Checkpoint:
@@ -67,7 +69,8 @@ def _refuse_other_types(path: Path, config: dict[str, object]) -> None:
         kind = _foreign_parts(path)
     if kind is not None:
         raise UnsupportedError(
-            f"is quantized as bitsandbytes {kind}, and only nf4 can be read", path=path,
+            f"is quantized as bitsandbytes {kind}, and only nf4 can be read",
+            path=path,
             hint="quantize the original weights to NF4: loraformat convert ORIGINAL BUNDLE",
         )
 
@@ -88,6 +91,7 @@ def _foreign_parts(path: Path) -> str | None:
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
     """Write what transformers writes for a 4-bit model: the same tensors, names and config."""
+    check_file_names(checkpoint)
     return write_model_directory(
         checkpoint,
         publication,

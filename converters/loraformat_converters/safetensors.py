@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraformat.bundle import check_file_names
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.model_directory import WrittenModel, write_model_directory
-from loraformat.model_reader import open_model, peek_config
+from loraformat.model_reader import holds_quant_states, open_model, peek_config
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import is_bundle
@@ -22,12 +23,11 @@ __all__ = ["CONVERTER", "read", "sniff", "write"]
 def sniff(path: Path) -> bool:
     """Tell whether a path is a safetensors file or a directory of them that is nothing else."""
     if path.is_file():
-        return path.suffix == ".safetensors"
-    return (
-        not is_bundle(path)
-        and any(not file.name.startswith("adapter_") for file in path.glob("*.safetensors"))
-        and _method(path) != "bitsandbytes"
-    )
+        return path.suffix == ".safetensors" and not holds_quant_states(path)
+    if is_bundle(path) or all(f.name.startswith("adapter_") for f in path.glob("*.safetensors")):
+        return False
+    method = _method(path)
+    return method != "bitsandbytes" and (method is not None or not holds_quant_states(path))
 
 
 def _method(path: Path) -> object:
@@ -48,17 +48,23 @@ def read(path: Path) -> Checkpoint:
         checkpoint.close()
         method = checkpoint.quantization_config.get("quant_method", "an unnamed method")
         raise UnsupportedError(
-            f"is quantized with {method}, not dense", path=path,
-            hint="start from the original weights" if method != "bitsandbytes" else "use --from bitsandbytes",
+            f"is quantized with {method}, not dense",
+            path=path,
+            hint="start from the original weights"
+            if method != "bitsandbytes"
+            else "use --from bitsandbytes",
         )
     if any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values()):
         checkpoint.close()
-        raise UnsupportedError("holds NF4 weights, not dense ones", path=path, hint="use --from bitsandbytes")
+        raise UnsupportedError(
+            "holds NF4 weights, not dense ones", path=path, hint="use --from bitsandbytes"
+        )
     return checkpoint
 
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
     """Write dense weights as transformers does: ``model.safetensors``, or shards and an index."""
+    check_file_names(checkpoint)
     return write_model_directory(
         checkpoint,
         publication,

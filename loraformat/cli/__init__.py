@@ -6,16 +6,22 @@ nothing. `main` turns errors into one line on stderr and an exit code.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 import click
 
-from loraformat import __version__
+from loraformat.cli.console import clean
 from loraformat.errors import LoraFormatError
+from loraformat.version import __version__
 
 __all__ = ["commands", "main"]
 
@@ -29,6 +35,7 @@ _VERBS = {
 }
 
 _INTERRUPTED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _LazyGroup(click.Group):
@@ -72,7 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         ``sys.argv[1:]`` by default.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_run(arguments))
+    with _termination_as_interrupt():
+        code = _run(arguments)
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -91,21 +100,56 @@ def _run(arguments: list[str]) -> int:
         again = shlex.join(["loraformat", *arguments])
         return _fail(f"interrupted; nothing is broken. To continue, run: {again}", _INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has left; Python must not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # whoever read our output has left
         return 1
-    except MemoryError:
-        return _fail("not enough memory; close other programs, or convert on a larger machine", 6)
     except Exception as error:
         if os.environ.get("LORAFORMAT_DEBUG"):
             raise
-        reason = str(error).splitlines()[0] if str(error) else ""
-        return _fail(
-            f"internal error, {type(error).__name__}: {reason} "
-            "(please report it; LORAFORMAT_DEBUG=1 shows where)", 1,
-        )
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    if _is_memory(error):
+        return _fail("not enough memory; close other programs, or use a larger machine", 6)
+    if isinstance(error, OSError):
+        _drop_stdout()  # it may be what failed, and Python writes to it again at exit
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 6 if error.errno in _NO_ROOM else 1)
+    return _fail(
+        f"internal error, {type(error).__name__}: {error} "
+        "(please report it; LORAFORMAT_DEBUG=1 shows where)",
+        1,
+    )
+
+
+def _is_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; torch says so with a RuntimeError."""
+    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return no_memory or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _drop_stdout() -> None:
+    """Send what Python still wants to print at exit to nowhere, so that it does not complain."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Make SIGTERM leave as cleanly as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
+    # One line, whatever a stranger's file, or another library, put into the message.
+    click.echo(f"error: {clean(message)}", err=True)
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,24 +11,41 @@ from typing import Any
 
 import click
 
-__all__ = ["ByteSize", "echo_json", "json_option", "progress_bar", "quiet_option", "size", "table"]
+__all__ = [
+    "ByteSize",
+    "clean",
+    "echo_json",
+    "json_option",
+    "progress_bar",
+    "quiet_option",
+    "say",
+    "size",
+    "table",
+]
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _UNITS |= {f"{_letter}B": 1000**_power, _letter: 1000**_power, f"{_letter}IB": 1024**_power}
 
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+
+def _silence_hub(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
+    if quiet:  # huggingface_hub, which has bars of its own, reads this when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return quiet
+
+
+quiet_option = click.option(
+    "--quiet", "-q", is_flag=True, callback=_silence_hub, help="Print nothing but errors."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
-class ByteSize(click.ParamType):
+class ByteSize(click.ParamType[int]):
     """A size such as 2GB, 500MB or 1GiB, as bytes."""
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number of bytes."""
         if isinstance(value, int):
             return value
@@ -63,7 +81,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """
     body = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    right = [bool(body) and all(re.match(r"[-\d.<]", row[i] or "-") for row in body) for i in range(len(head))]
+    right = [
+        bool(body) and all(re.match(r"[-\d.<]", row[i] or "-") for row in body)
+        for i in range(len(head))
+    ]
     lines = []
     for row in [list(head), *body]:
         cells = zip(row, widths, right, strict=True)
@@ -71,9 +92,27 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def clean(text: str) -> str:
+    r"""Return text with control characters escaped: a stranger's words must not move a cursor.
+
+    Examples
+    --------
+    >>> clean("rank\x1b[2J\n")
+    'rank\\x1b[2J\\n'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Print lines on stdout, each of them `clean`."""
+    click.echo("\n".join(map(clean, text.split("\n"))))
+
+
 def echo_json(schema: str, members: dict[str, Any]) -> None:
     """Print one JSON object with its schema's name and version."""
-    click.echo(json.dumps({"schema": f"loraformat.{schema}", "schema_version": 1, **members}, indent=2))
+    click.echo(
+        json.dumps({"schema": f"loraformat.{schema}", "schema_version": 1, **members}, indent=2)
+    )
 
 
 @contextmanager

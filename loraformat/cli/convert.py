@@ -6,7 +6,17 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import ByteSize, echo_json, json_option, progress_bar, quiet_option, size, table
+from loraformat.cli.console import (
+    ByteSize,
+    echo_json,
+    json_option,
+    progress_bar,
+    quiet_option,
+    say,
+    size,
+    table,
+)
+from loraformat.errors import InputError
 
 _EXAMPLE = """\b
 Example:
@@ -18,23 +28,61 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--from", "from_format", metavar="FORMAT", help="Format of SRC; by default its content tells.")
-@click.option("--to", "to_format", metavar="FORMAT", help="Format of DST; by default its suffix tells, or: loraformat.")
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of dense tensors; by default each keeps its own.")
-@click.option("--block-size", type=int, metavar="N", help="Elements per scale: a power of two, 32 to 4096. [default: 64]")
-@click.option("--no-double-quant", is_flag=True, help="Keep the scales in float32: 4.5 instead of 4.127 bits per weight.")
-@click.option("--skip", multiple=True, metavar="GLOB", help="Keep these weights plain. Repeatable; wins over --include.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Quantize these weights too. Repeatable.")
-@click.option("--max-shard-size", type=ByteSize(), default="2GB", show_default=True, help="Tensor bytes per file.")
+@click.option(
+    "--from", "from_format", metavar="FORMAT", help="Format of SRC; by default its content tells."
+)
+@click.option(
+    "--to",
+    "to_format",
+    metavar="FORMAT",
+    help="Format of DST; by default its suffix tells, or: loraformat.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    help="Type of dense tensors; by default each keeps its own.",
+)
+@click.option(
+    "--block-size",
+    type=int,
+    metavar="N",
+    help="Elements per scale: a power of two, 32 to 4096. [default: 64]",
+)
+@click.option(
+    "--no-double-quant",
+    is_flag=True,
+    help="Keep the scales in float32: 4.5 instead of 4.127 bits per weight.",
+)
+@click.option(
+    "--skip",
+    multiple=True,
+    metavar="GLOB",
+    help="Keep these weights plain. Repeatable; wins over --include.",
+)
+@click.option(
+    "--include", multiple=True, metavar="GLOB", help="Quantize these weights too. Repeatable."
+)
+@click.option(
+    "--max-shard-size",
+    type=ByteSize(),
+    default="2GB",
+    show_default=True,
+    help="Tensor bytes per file.",
+)
 @click.option("--force", is_flag=True, help="Replace a model that stands at DST.")
 @click.option("--strict", is_flag=True, help="Refuse if DST cannot hold all that SRC holds.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the sizes, write nothing.")
 @json_option
 @quiet_option
 def command(
-    source: str, target: str, no_double_quant: bool, max_shard_size: int, as_json: bool, quiet: bool,
+    source: str,
+    target: str,
+    no_double_quant: bool,
+    max_shard_size: int,
+    as_json: bool,
+    quiet: bool,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Convert a model from one format to another.
 
     SRC is a local path or a Hub id (org/name, org/name@revision). Weights are read, converted
@@ -43,14 +91,18 @@ def command(
     from loraformat.ops.convert import convert
 
     with progress_bar("convert", quiet=quiet or options["dry_run"]) as progress:
-        report = convert(
-            source, target, double_quant=False if no_double_quant else None,
-            shard_limit=max_shard_size, progress=progress, **options,
-        )  # fmt: skip
+        try:
+            report = convert(
+                source, target, double_quant=False if no_double_quant else None,
+                shard_limit=max_shard_size, progress=progress, **options,
+            )  # fmt: skip
+        except InputError as error:
+            error.path = error.path or source  # a tensor knows its name, not its file
+            raise
     if as_json:
         echo_json("convert", report.to_json())
     elif not quiet:
-        click.echo(_text(report))
+        say(_text(report))
 
 
 def _text(report: Any) -> str:

@@ -17,7 +17,9 @@ Example:
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("directory", default="loraformat-demo", type=click.Path(path_type=Path, file_okay=False))
+@click.argument(
+    "directory", default="loraformat-demo", type=click.Path(path_type=Path, file_okay=False)
+)
 @click.option("--force", is_flag=True, help="Replace the models of an earlier run.")
 @json_option
 @quiet_option
@@ -78,8 +80,8 @@ def _text(report: Any, directory: Path) -> str:
         "",
         table(head, rows),
         "",
-        f"In NF4: {bundle.quantized_bits_per_weight:.3f} bits per weight; embeddings and norms stay plain, "
-        "and in a model this small they weigh much.",
+        f"In NF4: {bundle.quantized_bits_per_weight:.3f} bits per weight; embeddings and norms stay "
+        "plain, and in a model this small they weigh much.",
         "",
         table(["quantized", "relative RMS error"], errors),
         "",

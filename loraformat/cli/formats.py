@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loraformat.cli.console import echo_json, json_option
+from loraformat.cli.console import echo_json, json_option, quiet_option, say
 
 _EXAMPLE = """\b
 Example:
@@ -14,7 +14,8 @@ Example:
 
 @click.command(epilog=_EXAMPLE)
 @json_option
-def command(as_json: bool) -> None:
+@quiet_option
+def command(as_json: bool, quiet: bool) -> None:
     """List converters, directions, what each loses and what is missing to install."""
     from loraformat.plugins import all_converters
 
@@ -29,12 +30,12 @@ def command(as_json: bool) -> None:
         ]  # fmt: skip
         echo_json("formats", {"formats": rows})
         return
-    for converter in converters:
+    for converter in converters if not quiet else ():
         ways = " and ".join(
             way for way, does in (("reads", converter.read), ("writes", converter.write)) if does
         )
-        click.echo(f"{converter.name} ({converter.kind}; {ways})\n    {converter.summary}")
+        say(f"{converter.name} ({converter.kind}; {ways})\n    {converter.summary}")
         for loss in converter.loses:
-            click.echo(f"    cannot hold: {loss}")
+            say(f"    cannot hold: {loss}")
         if missing := converter.missing():
-            click.echo(f"    to install: pip install {' '.join(missing)}")
+            say(f"    to install: pip install {' '.join(missing)}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, size, table
+from loraformat.cli.console import echo_json, json_option, quiet_option, say, size, table
 
 _EXAMPLE = """\b
 Example:
@@ -19,7 +19,8 @@ Example:
 @click.argument("path")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @json_option
-def command(path: str, tensors: bool, as_json: bool) -> None:
+@quiet_option
+def command(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
     """Show what a model is, without reading its weights.
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
@@ -29,8 +30,8 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
     summary = describe(path)
     if as_json:
         echo_json("info", summary.to_json(tensors=tensors))
-    else:
-        click.echo(_text(summary, tensors))
+    elif not quiet:
+        say(_text(summary, tensors))
 
 
 def _text(summary: Any, tensors: bool) -> str:
@@ -56,7 +57,8 @@ def _text(summary: Any, tensors: bool) -> str:
         ranks = ", ".join(map(str, adapter.ranks)) or "none"
         lines.append(
             f"{'adapter:':14}{adapter.name}, rank {ranks}, {adapter.parameters:,} parameters, "
-            f"{size(adapter.bytes)}, on {', '.join(adapter.targets)}; base {adapter.base or 'not named'}"
+            f"{size(adapter.bytes)}, on {', '.join(adapter.targets)}; "
+            f"base {adapter.base or 'not named'}"
         )
     if tensors:
         rows = [

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option
+from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say
 
 _EXAMPLE = """\b
 Example:
@@ -21,7 +20,7 @@ _FOUND_SOMETHING = 4
 @click.argument("path")
 @json_option
 @quiet_option
-def command(path: str, as_json: bool, quiet: bool) -> None:
+def command(path: str, as_json: bool, quiet: bool) -> int:
     """Check every rule and every hash; exit 4 on a finding.
 
     PATH is a local path or a Hub id. A bundle is compared with the hashes in its manifest;
@@ -36,8 +35,10 @@ def command(path: str, as_json: bool, quiet: bool) -> None:
         echo_json("verify", asdict(result))
     else:
         for finding in result.findings:
-            click.echo(f"{finding.rule}: {finding.path}: {finding.problem}")
+            say(f"{finding.rule}: {finding.path}: {finding.problem}")
         if not result.findings and not quiet:
-            hashes = "every hash matches" if result.hashed else "this format has no hashes to compare"
-            click.echo(f"sound: {result.format}, {result.tensors} tensors; {hashes}")
-    sys.exit(_FOUND_SOMETHING if result.findings else 0)
+            hashes = (
+                "every hash matches" if result.hashed else "this format has no hashes to compare"
+            )
+            say(f"sound: {result.format}, {result.tensors} tensors; {hashes}")
+    return _FOUND_SOMETHING if result.findings else 0

@@ -2,7 +2,9 @@
 
 ::
 
-    source ── reader ──> Checkpoint ── encode (lazily) ──> Checkpoint ── writer ──> work directory ── rename ──> output
+    source ── reader ──> Checkpoint ── encode (lazily) ──> Checkpoint
+                                                               │
+    output <── rename ── work directory <── writer ────────────┘
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loraformat import __version__, plugins
+from loraformat import plugins
 from loraformat.architecture import kind_of
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, Provenance
 from loraformat.config_json import parse, with_dtype
@@ -26,9 +28,9 @@ from loraformat.model_directory import WrittenModel
 from loraformat.ops.encode import QuantizationPolicy, cast, dequantized, matches, quantized
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
+from loraformat.version import __version__
 
 __all__ = ["ConversionReport", "convert"]
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,8 @@ def convert(
         lost = [*_losses(reader, writer, original)]
         if strict and lost:
             raise UnsupportedError(
-                f"{writer.name} cannot hold: {'; '.join(lost)}", path=found.path,
+                f"{writer.name} cannot hold: {'; '.join(lost)}",
+                path=found.path,
                 hint="leave out --strict to go on without",
             )
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -199,7 +202,9 @@ class _Encoding:
             checkpoint,
             tensors={tensor.name: tensor for tensor in tensors},
             config=config,
-            quantization_config=checkpoint.quantization_config if keeps and not self.include else None,
+            quantization_config=checkpoint.quantization_config
+            if keeps and not self.include
+            else None,
         )
 
     def _refuse_quantization(self, writer: Converter) -> None:
@@ -291,12 +296,16 @@ def _report(
 
 def _notes(checkpoint: Checkpoint) -> list[str]:
     quantized_now = any(isinstance(t, NF4Tensor) for t in checkpoint.tensors.values())
-    experts = [t for t in checkpoint.tensors.values() if isinstance(t, DenseTensor) and ".experts." in t.name]
+    experts = [
+        t
+        for t in checkpoint.tensors.values()
+        if isinstance(t, DenseTensor) and ".experts." in t.name
+    ]
     if quantized_now and experts:
         gigabytes = sum(tensor.nbytes for tensor in experts) / 1e9
         return [
-            f"{len(experts)} expert weights ({gigabytes:.2f} GB) stay plain: transformers fuses experts "
-            "into parameters that bitsandbytes does not quantize"
+            f"{len(experts)} expert weights ({gigabytes:.2f} GB) stay plain: transformers "
+            "fuses experts into parameters that bitsandbytes does not quantize"
         ]
     return []
 
@@ -305,7 +314,8 @@ def _plan_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
     shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
     sizes = [sum(tensor.nbytes for tensor in shard) for shard in shards]
     return _notes(checkpoint) + [
-        f"shard {number} of {len(sizes)}: {size / 1e6:,.1f} MB" for number, size in enumerate(sizes, 1)
+        f"shard {number} of {len(sizes)}: {size / 1e6:,.1f} MB"
+        for number, size in enumerate(sizes, 1)
     ]
 
 

@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 from loraformat.architecture import is_conv1d, is_decoder_linear
 from loraformat.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, tensor_view
@@ -92,8 +93,14 @@ def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str |
         return _quantize(tensor, policy, transposed)
 
     return NF4Tensor(
-        tensor.name, tensor.dtype, tensor.shape, policy.block_size, policy.double_quant,
-        transposed, load, tensor.release,
+        tensor.name,
+        tensor.dtype,
+        tensor.shape,
+        policy.block_size,
+        policy.double_quant,
+        transposed,
+        load,
+        tensor.release,
     )
 
 
@@ -118,7 +125,9 @@ def _quantize(tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool)
             tuple(weight.shape), tensor.dtype, policy.block_size, codes.nested_offset
         ).encode(),
         # Three digits: enough to judge by, and the same on every machine.
-        relative_rms_error=float(f"{sqrt(squared_error / squared_norm):.3g}") if squared_norm else 0.0,
+        relative_rms_error=float(f"{sqrt(squared_error / squared_norm):.3g}")
+        if squared_norm
+        else 0.0,
     )
 
 
@@ -180,7 +189,5 @@ def _bytes_of(tensor: object) -> memoryview:
     import torch
 
     assert isinstance(tensor, torch.Tensor)
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
-
-
+    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

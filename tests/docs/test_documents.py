@@ -34,7 +34,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(line: str) -> subprocess.CompletedProcess[str]:
     arguments = shlex.split(line)[1:]
     return subprocess.run(
-        [sys.executable, "-m", "loraformat", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "loraformat", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -61,7 +64,12 @@ def test_python_blocks_run_in_order(page: str, workplace: Path) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("converters/*.md"), *ROOT.glob("spec/*.md")]
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("converters/*.md"),
+        *ROOT.glob("spec/*.md"),
+    ]
     for page in pages:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
@@ -76,5 +84,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 def test_command_pages_are_up_to_date() -> None:
     tool = ROOT / "tools" / "make_cli_docs.py"
-    result = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, tool, "--check"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr

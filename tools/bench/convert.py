@@ -21,8 +21,8 @@ import click
 
 sys.path.insert(0, os.fspath(Path(__file__).parent))
 
-from process import Cost, machine, median_cost, run_python  # noqa: E402
-from shapes import LLAMA_1B, write_model  # noqa: E402
+from process import Cost, machine, median_cost, run_python
+from shapes import LLAMA_1B, write_model
 
 _COPY = """
 import os, sys
@@ -74,7 +74,9 @@ def _measure(model: Path, twice: Path, scratch: Path, runs: int, peer: bool) -> 
         costs.setdefault("loraformat convert", []).append(_convert(model, bundle))
         shard = next(bundle.glob("*.safetensors"))
         arguments = ["-c", _COPY, os.fspath(model / "model.safetensors"), os.fspath(shard)]
-        costs.setdefault("plain copy", []).append(run_python([*arguments, os.fspath(scratch / "copy")]))
+        costs.setdefault("plain copy", []).append(
+            run_python([*arguments, os.fspath(scratch / "copy")])
+        )
         if peer and run < 2:  # one counted run: it takes minutes
             target = scratch / "peer"
             cost = run_python(["-c", _PEER, os.fspath(model), os.fspath(target)])
@@ -87,7 +89,9 @@ def _measure(model: Path, twice: Path, scratch: Path, runs: int, peer: bool) -> 
 
 
 def _convert(model: Path, bundle: Path) -> Cost:
-    return run_python(["-m", "loraformat", "convert", os.fspath(model), os.fspath(bundle), "--quiet"])
+    return run_python(
+        ["-m", "loraformat", "convert", os.fspath(model), os.fspath(bundle), "--quiet"]
+    )
 
 
 def _report(results: dict[str, Cost], json_path: Path | None) -> None:

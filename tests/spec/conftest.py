@@ -1,0 +1,6 @@
+"""Make ``vectors`` importable with ``--import-mode=importlib``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -7,6 +7,7 @@ torch, more slowly. ``python hatch_build.py`` compiles in place, for work in a c
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -98,10 +99,11 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[type-arg, unused-igno
                 f"loraformat: NF4 kernels not compiled, the torch fallback will be used: {problem}"
             )
             return
+        if version == "editable":  # reads the library in the checkout
+            return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform_tag()}"
-        if version != "editable":  # an editable install reads the library in the checkout
-            build_data["force_include"][str(Path(self.root, LIBRARY))] = LIBRARY.as_posix()
+        build_data["force_include"][str(Path(self.root, LIBRARY))] = LIBRARY.as_posix()
 
 
 def platform_tag() -> str:
@@ -112,7 +114,8 @@ def platform_tag() -> str:
     str
         For example ``"linux_x86_64"``.
     """
-    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    name = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    return name.replace("universal2", platform.machine())  # the compiler makes one architecture
 
 
 def get_build_hook() -> type[KernelBuildHook]:

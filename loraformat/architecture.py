@@ -9,12 +9,19 @@ architectures is transformers' business.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from loraformat.checkpoint import LazyTensor
 from loraformat.layout import layer_of
 
-__all__ = ["is_conv1d", "is_decoder_linear", "kind_of", "module_of", "skip_modules"]
+__all__ = [
+    "is_conv1d",
+    "is_decoder_linear",
+    "is_plain_in_peers",
+    "kind_of",
+    "module_of",
+    "skip_modules",
+]
 
 #: Model types whose linears are transformers' ``Conv1D``: weights of shape (in, out).
 _CONV1D_TYPES = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp"}
@@ -29,6 +36,16 @@ _PLAIN = re.compile(
     r"vision\w*|visual\w*|audio\w*|image\w*|lora_\w+"
     r")(\.|$)"
 )
+
+#: Parts of a model that see or hear, by the name of their module.
+_TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower"}
+#: The layers of a language model inside a larger one; what precedes them is renamed in memory.
+_LANGUAGE_MODEL = re.compile(r"(?:^|\.)language_model\.(?:model\.)?(\w+\.\d+\..+)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
+_FUSED = re.compile(r"(^|\.)(gate|router|experts)(\.|$)")
+#: Peers read the list as regular expressions: what is no module's name stays out of it.
+_MODULE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def module_of(name: str) -> str:
@@ -73,6 +90,17 @@ def is_conv1d(name: str, model_type: str | None) -> bool:
     return model_type in _CONV1D_TYPES and bool(_CONV1D_MODULES.search(module_of(name)))
 
 
+def is_plain_in_peers(name: str) -> bool:
+    """Tell whether transformers has no 4-bit module for a weight: an embedding, router or expert.
+
+    Examples
+    --------
+    >>> is_plain_in_peers("model.embed_tokens.weight"), is_plain_in_peers("lm_head.weight")
+    (True, False)
+    """
+    return bool(_EMBEDDING.search(module_of(name)) or _FUSED.search(module_of(name)))
+
+
 def kind_of(name: str) -> str:
     """Return the kind of layer a weight belongs to: its module's own name.
 
@@ -88,9 +116,9 @@ def skip_modules(dense: Iterable[LazyTensor], quantized: Iterable[str]) -> list[
     """Return what peers must be told not to quantize, for ``llm_int8_skip_modules``.
 
     transformers replaces every linear by a 4-bit one unless its name matches an entry of
-    this list at its start or end; without a list it leaves the output head alone. Routers
-    and experts are named by their last or second-to-last name part, which keeps the list
-    short; any other plain linear is named in full.
+    this list, at its end or, as a regular expression, at its start; without a list it leaves
+    the output head alone. Routers, experts and whole towers are named by one name part, which
+    keeps the list short; any other plain linear is named in full.
 
     Parameters
     ----------
@@ -108,27 +136,41 @@ def skip_modules(dense: Iterable[LazyTensor], quantized: Iterable[str]) -> list[
     --------
     >>> skip_modules([], ["model.layers.0.mlp.up_proj.weight"]) is None
     True
+    >>> skip_modules([], ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+    []
     """
     modules = {module_of(name) for name in quantized}
-    names: set[str] = set()
+    heads, names = {"lm_head"}, set[str]()
     for tensor in dense:
-        if not tensor.name.endswith(".weight") or len(tensor.shape) != 2:
-            continue
         module = module_of(tensor.name)
-        if re.search(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head)$", module):
+        if module == tensor.name or len(tensor.shape) != 2 or not _MODULE_NAME.fullmatch(module):
             continue
-        names.add(_shortest(module, modules))
-    return sorted(names | {"lm_head"}) if names else None
+        if _HEAD.search(module):
+            heads.add(module)
+        elif not _EMBEDDING.search(module):
+            names |= _patterns(module, modules)
+    if any(_HEAD.search(module) for module in modules):
+        return sorted(names)
+    return sorted(names | heads) if names else None
 
 
-def _shortest(module: str, quantized: set[str]) -> str:
-    """Return a short pattern for a module that matches none of the quantized ones."""
+def _patterns(module: str, quantized: set[str]) -> set[str]:
+    """Return short patterns for a module that match none of the quantized ones."""
+    for candidates in _candidates(module):
+        pairs = ((pattern, name) for pattern in candidates for name in quantized)
+        if not any(name.startswith(pattern) or name.endswith(pattern) for pattern, name in pairs):
+            return candidates
+    return {module}
+
+
+def _candidates(module: str) -> Iterator[set[str]]:
     parts = module.split(".")
-    candidates = ["experts"] if "experts" in parts else [parts[-1]] if parts[-1] == "gate" else []
-    for tower in ("vision_tower", "vision_model", "visual", "audio_tower"):
-        if tower in parts:
-            candidates.append(".".join(parts[: parts.index(tower) + 1]))
-    for candidate in candidates:
-        if not any(name.endswith(candidate) or name.startswith(candidate) for name in quantized):
-            return candidate
-    return module
+    if "experts" in parts:
+        yield {"experts"}
+    elif parts[-1] == "gate":
+        yield {"gate"}
+    for tower in _TOWERS.intersection(parts):
+        # In memory transformers puts towers below "model", whatever the checkpoint does.
+        yield {".".join(parts[: parts.index(tower) + 1]), f"model.{tower}"}
+    if renamed := _LANGUAGE_MODEL.search(module):
+        yield {module, renamed[1]}

@@ -88,7 +88,7 @@ class Folder:
                 raise InputError(
                     f"{size} bytes long, wanted at most {limit}", path=self.path / name
                 )
-            return file.read(limit + 1)[: limit + 1]
+            return file.read(size)  # not more: read() allocates what it is asked for
 
     def has(self, name: str) -> bool:
         """Tell whether the directory holds a regular file of that name."""

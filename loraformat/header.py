@@ -94,7 +94,7 @@ class Header:
 
 
 def is_clean_text(text: object) -> bool:
-    r"""Tell whether something is text without control characters and without bidirectional controls.
+    r"""Tell whether something is text without control characters, also bidirectional ones.
 
     Examples
     --------

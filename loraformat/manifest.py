@@ -406,7 +406,7 @@ class _Parser:
         )
         if not sound:
             raise self.broken(
-                "M05", f"{what} has a member of the wrong type, or is transposed and not 2-D"
+                "M05", f"{what} has a member of a wrong type, or is transposed but not 2-D"
             )
         return {
             "block_size": self.count(value["block_size"], f"{what}: block_size", "M05"),
@@ -481,7 +481,7 @@ class _Parser:
             if body.get("must_understand", True) is not False:
                 raise self.broken(
                     "M11",
-                    f"extension {printable(name)} must be understood, and this program does not know it",
+                    f"extension {printable(name)} must be understood, and is unknown here",
                     hint="install a newer loraformat",
                 )
         return value

@@ -21,7 +21,7 @@ from loraformat.manifest import MANIFEST_NAME, is_safe_path
 from loraformat.mapped import MappedFile
 from loraformat.stored import collect
 
-__all__ = ["holds_quant_states", "open_model", "peek_config", "weight_files"]
+__all__ = ["is_bitsandbytes", "open_model", "peek_config", "weight_files"]
 
 _SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -29,7 +29,7 @@ _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|tflite|npz|mlmodel)$"
     r"|\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$"
 )
-_QUANT_STATE = ".quant_state.bitsandbytes__"
+_BITSANDBYTES = re.compile(r"\.quant_state\.bitsandbytes__\w+$|\.SCB$")
 _MAX_CARRIED_BYTES = 128 << 20
 
 
@@ -96,8 +96,8 @@ def peek_config(path: Path) -> dict[str, Any]:
         return {}
 
 
-def holds_quant_states(path: Path) -> bool:
-    """Tell from the headers, without a config, whether a file or directory is bitsandbytes 4-bit.
+def is_bitsandbytes(path: Path) -> bool:
+    """Tell from the headers, without a config, whether bitsandbytes quantized a model.
 
     A model that cannot be opened answers no: reading it will say what is wrong.
     """
@@ -107,7 +107,7 @@ def holds_quant_states(path: Path) -> bool:
         folder = Folder(path if path.is_dir() else path.parent)
         for name in weight_files(folder) if path.is_dir() else [path.name]:
             with contextlib.closing(MappedFile(folder, name)) as file:
-                if any(_QUANT_STATE in tensor for tensor in file.header.entries):
+                if any(map(_BITSANDBYTES.search, file.header.entries)):
                     return True
     except InputError:
         pass

@@ -360,8 +360,9 @@ def quantization_error(x: Tensor, q: NF4, *, threads: int | None = None) -> tupl
     -------
     tuple of float
         The sums of (x - value)² and of x². Differences and values are rounded to float32, squares
-        are exact; each 4096 elements are summed in float64 in 16 lanes (element i in lane i % 16,
-        in order, then lanes in halves), and these sums exactly.
+        are exact; each 4096 elements are summed in float64 in 16 lanes (element i in lane i % 16;
+        four neighbours of a lane in pairs, these sums in order, then lanes in halves), and these
+        sums exactly.
 
     Raises
     ------

@@ -92,7 +92,7 @@ class Converter:
         are made to dequantize when loaded; before one of "nf4", decoder linears are made to
         quantize. "both" takes them as they come.
     loses : tuple of str
-        What the format cannot express, as sentences.
+        What the format cannot express, as sentences. A loss that both formats name is none.
     suffixes : tuple of str
         File name endings that choose this format for an output.
     requires : tuple of Requirement
@@ -146,7 +146,8 @@ def _load(name: str) -> Converter:
         converter = entry.load()
     except Exception as error:  # a stranger's package may fail in any way
         raise LoraFormatError(
-            f"the converter {name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}",
+            f"the converter {name!r} ({entry.value}) cannot be loaded: "
+            f"{type(error).__name__}: {error}",
             hint="update or uninstall the package it comes from",
         ) from error
     if not isinstance(converter, Converter) or converter.name != name:
@@ -188,7 +189,7 @@ def sniff(path: Path) -> Converter:
     """
     if not path.exists():
         raise InputError("no such file or directory", path=path)
-    known = [converter for converter in all_converters() if converter.sniff(path)]
+    known = [converter for converter in all_converters() if _recognises(converter, path)]
     if len(known) == 1:
         known[0].check_installed()
         return known[0]
@@ -200,6 +201,17 @@ def sniff(path: Path) -> Converter:
         path=path,
         hint="a model directory holds .safetensors files and a config.json",
     )
+
+
+def _recognises(converter: Converter, path: Path) -> bool:
+    try:
+        return converter.sniff(path)
+    except Exception as error:  # a stranger's package may fail in any way
+        raise LoraFormatError(
+            f"the converter {converter.name!r} fails to look at it: "
+            f"{type(error).__name__}: {error}",
+            path=path, hint="say which format it is with --from, or update the package",
+        ) from error
 
 
 def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
@@ -215,7 +227,7 @@ def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
     Raises
     ------
     UsageError
-        If that format cannot be written.
+        If that format cannot be written, or is of the other kind.
     """
     if name is None:
         name = (
@@ -223,6 +235,9 @@ def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
             or {"base": "loraformat", "adapter": "peft"}[kind]
         )
     converter = get(name)
+    if converter.kind != kind:
+        said = {"base": "a base", "adapter": "an adapter"}
+        raise UsageError(f"format {name!r} is for {said[converter.kind]}, and this is {said[kind]}")
     if converter.write is None:
         raise UsageError(f"format {name!r} can be read but not written")
     return converter

@@ -262,7 +262,7 @@ class Publication:
         free = shutil.disk_usage(self.work).free
         if nbytes * _SPACE_MARGIN > free:
             raise ResourceError(
-                f"needs {nbytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free",
+                f"needs {nbytes / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB free",
                 path=self.target,
                 hint="free some space, or choose another disk",
             )
@@ -274,7 +274,8 @@ class Publication:
         The file is unbuffered: its ``write`` may take less than it was given.
         """
         path = self.work / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
         beside = path.with_name(path.name + ".tmp")
         with _new_file(beside) as file:
             yield file
@@ -313,10 +314,15 @@ class Publication:
     def _remove_old(self) -> None:
         """Remove the output that was replaced; a journal marks it as ours if we are killed."""
         self._journal = {"plan": "", "process": os.getpid(), "done": {}}
-        with contextlib.suppress(OSError):
+        try:
             self._save_journal()
-        with contextlib.suppress(OSError):
             self._remove_work()
+        except OSError as error:
+            raise OutputError(
+                f"is in place, but the output that it replaced could not be removed from "
+                f"{self.work.name}: {error.strerror}",
+                path=self.target, hint="remove that directory",
+            ) from error
 
     def _remove_work(self) -> None:
         self._journal["done"] = {}

@@ -147,7 +147,8 @@ def open_bundle(path: Path) -> Bundle:
 
 def _read_json(folder: Folder, name: str, limit: int, rule: str) -> bytes:
     if (size := folder.size(name)) > limit:
-        raise FormatError(rule, f"{size} bytes long, wanted at most {limit}", path=folder.path / name)
+        problem = f"{size} bytes long, wanted at most {limit}"
+        raise FormatError(rule, problem, path=folder.path / name)
     return folder.read(name, limit)
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
          "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-ABSMAX, NESTED, MAP, NESTED_MAP, STATE = PARTS = (
-    ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
+PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map",
+         ".quant_state.bitsandbytes__nf4")
+ABSMAX, NESTED, MAP, NESTED_MAP, STATE = PARTS
 TABLES = {MAP: "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a",
           NESTED_MAP: "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"}
 UNCLEAN = "\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
@@ -41,13 +42,14 @@ def need(rule, ok, what=""):
 def sha(data):
     return hashlib.sha256(data).hexdigest()
 
-def strict(raw, rule, what):
+def strict(raw, rule, what, limit=1 << 27):
     def once(pairs):
         return dict(pairs) if len(dict(pairs)) == len(pairs) else int("")  # int("") is a ValueError
     def deep(value):
         inner = value.values() if type(value) is dict else value if type(value) is list else None
         return 0 if inner is None else 1 + max(map(deep, inner), default=0)
     try:
+        need(rule, len(raw) <= limit, f"{what} is too long")
         value = json.loads(raw.decode(), object_pairs_hook=once, parse_constant=int,
                            parse_int=lambda digits: int(digits if len(digits) <= 20 else ""),
                            parse_float=lambda x: float(x) if math.isfinite(float(x)) else int(""))
@@ -68,7 +70,8 @@ def ints(values, limit=1 << 53, longest=8, least=0):
         type(n) is int and least <= n < limit for n in values)
 
 def members(rule, value, names, newer):
-    need(rule, type(value) is dict and set(names) <= set(value) and (newer or set(names) == set(value)), names)
+    need(rule, type(value) is dict and set(names) <= set(value), f"lacks one of {names}")
+    need(rule, newer or set(names) == set(value), f"has more than {names}")
 
 def read_header(path, profile=True):
     data = path.read_bytes()
@@ -82,7 +85,7 @@ def read_header(path, profile=True):
     for name, e in header.items():
         need("H05", is_name(name), repr(name))
         need("H06", type(e) is dict and set(e) == {"dtype", "shape", "data_offsets"}, name)
-        need("H06", type(e["dtype"]) is str and e["dtype"] in BYTES and ints(e["shape"], 1 << 48), name)
+        need("H06", e["dtype"] in list(BYTES) and ints(e["shape"], 1 << 48), name)
         span = e["data_offsets"]
         need("H06", ints(span, 1 << 63, 2) and len(span) == 2, name)
         need("H07", span[1] - span[0] == math.prod(e["shape"]) * BYTES[e["dtype"]], name)
@@ -111,7 +114,7 @@ def fingerprint(tensors):
     return sha(b"".join(sorted(line.encode() for line in lines)))
 
 def read_manifest(raw):
-    m = strict(raw, "M01", "the manifest")
+    m = strict(raw, "M01", "the manifest", 1 << 26)
     need("M02", type(m) is dict and m.get("format") == "loraformat")
     need("M03", is_text(m.get("format_version"), r"1\.(0|[1-9][0-9]{0,5})"))
     newer = m["format_version"] != "1.0"
@@ -133,11 +136,12 @@ def read_manifest(raw):
     need("M04", type(source) is dict and "format" in source, "source")
     need("M04", newer or set(source) <= {"format", "repo", "revision"}, "source")
     texts = [m["created_by"], *(source[k] for k in ("format", "repo", "revision") if k in source)]
-    need("M04", all(map(is_text, texts)) and ints([m["shard_limit"]]), "created_by, source, shard_limit")
+    need("M04", all(map(is_text, texts)) and ints([m["shard_limit"]]), "created_by, shard_limit")
     need("M07", type(m["shards"]) is list and 1 <= len(m["shards"]) <= 99_999, "shards")
     for number, shard in enumerate(m["shards"], 1):
         members("M07", shard, ("file", "bytes", "header_sha256"), newer)
-        need("M07", shard["file"] == f"model-{number:05}-of-{len(m['shards']):05}.safetensors", number)
+        name = f"model-{number:05}-of-{len(m['shards']):05}.safetensors"
+        need("M07", shard["file"] == name, name)
         need("M07", ints([shard["bytes"]]), number)
         need("M06", is_text(shard["header_sha256"], HEX), number)
     read_files(m["files"], newer, lambda path: not re.fullmatch(OWN, path))
@@ -147,7 +151,8 @@ def read_manifest(raw):
         need("M09", is_text(name, "[A-Za-z0-9][A-Za-z0-9._-]{0,95}") and is_text(name, PATH), name)
         members("M09", adapter, ("files",), newer)
         read_files(adapter["files"], newer)
-        need("M09", {"adapter_config.json", "adapter_model.safetensors"} <= set(adapter["files"]), name)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            need("M09", file in adapter["files"], name)
     need("M11", type(m["extensions"]) is dict, "extensions")
     for name, extension in m["extensions"].items():
         need("M11", type(extension) is dict and extension.get("must_understand") is False, name)
@@ -181,11 +186,11 @@ def read_weights(stored):
                 STATE: ("U8", [len(stored[owner + STATE]["data"])])}
         if w["double_quant"]:
             want |= {NESTED: ("F32", [-(-blocks // 256)]), NESTED_MAP: ("F32", [256])}
-        found = {suffix: stored[owner + suffix] for suffix in ("", *PARTS) if owner + suffix in stored}
+        found = {part: stored[owner + part] for part in ("", *PARTS) if owner + part in stored}
         need("N01", set(found) == set(want), owner)
-        for suffix, e in found.items():
-            need("N03" if suffix else "N02", (e["dtype"], e["shape"]) == want[suffix], owner + suffix)
-            need("N04", suffix not in TABLES or sha(e["data"]) == TABLES[suffix], owner + suffix)
+        for part, e in found.items():
+            need("N03" if part else "N02", (e["dtype"], e["shape"]) == want[part], owner + part)
+            need("N04", part not in TABLES or sha(e["data"]) == TABLES[part], owner + part)
         weights[owner] = w | {suffix: e["data"] for suffix, e in found.items()}
     parts = {owner + suffix for owner in weights for suffix in PARTS}
     for name in stored.keys() - parts - weights.keys():
@@ -215,25 +220,30 @@ def check_layout(shards, limit):
 
 def check_files(root, m, stored, quantized):
     need("B03", (root / INDEX).is_file(), INDEX)
-    index = strict((root / INDEX).read_bytes(), "B03", INDEX)
+    index = strict((root / INDEX).read_bytes(), "B03", INDEX, 1 << 26)
     need("B03", type(index) is dict and type(index.get("weight_map")) is dict, INDEX)
     need("B04", index["weight_map"] == {name: file for name, (file, _) in stored.items()}, INDEX)
     total = index["metadata"].get("total_size") if type(index.get("metadata")) is dict else None
     need("B07", type(total) is int and total == sum(size for _, size in stored.values()), INDEX)
     need("B08", "config.json" in m["files"] or not (root / "config.json").is_file(), "config.json")
-    folders = {"": m["files"], **{f"adapters/{name}/": a["files"] for name, a in m["adapters"].items()}}
-    for path, record in ((f + path, record) for f, files in folders.items() for path, record in files.items()):
-        need("B05", (root / path).is_file() and (root / path).stat().st_size == record["bytes"], path)
+    listed = dict(m["files"])
+    for name, adapter in m["adapters"].items():
+        listed |= {f"adapters/{name}/{path}": record for path, record in adapter["files"].items()}
+    for path, record in listed.items():
+        need("B05", (root / path).is_file(), path)
+        need("B05", (root / path).stat().st_size == record["bytes"], path)
         need("V03", sha((root / path).read_bytes()) == record["sha256"], path)
     if "config.json" in m["files"]:
-        config = strict((root / "config.json").read_bytes(), "B06", "config.json")
-        need("B06", type(config) is dict and quantized == ("quantization_config" in config), "config.json")
-        wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        q = config.get("quantization_config", wanted)
-        need("B06", type(q) is dict and all(q.get(k) == v for k, v in wanted.items()), "config.json")
+        config = strict((root / "config.json").read_bytes(), "B06", "config.json", 1 << 24)
+        need("B06", type(config) is dict, "config.json")
+        need("B06", quantized == ("quantization_config" in config), "config.json")
+        q = config.get("quantization_config", {})
+        need("B06", type(q) is dict and (not quantized or (
+            q.get("quant_method") == "bitsandbytes" and q.get("load_in_4bit") is True
+            and q.get("bnb_4bit_quant_type") == "nf4")), "config.json")
     for name in m["adapters"]:
-        config = strict((root / f"adapters/{name}/adapter_config.json").read_bytes(), "A02", name)
-        need("A02", type(config) is dict, name)
+        config = (root / f"adapters/{name}/adapter_config.json").read_bytes()
+        need("A02", type(strict(config, "A02", name, 1 << 20)) is dict, name)
         meta = read_header(root / f"adapters/{name}/adapter_model.safetensors", profile=False)[1]
         named = meta.get("loraformat.base_fingerprint", m["fingerprint"])
         need("A01", named == m["fingerprint"], f"{name} was made for {named}")
@@ -242,7 +252,8 @@ def verify(root):
     """Check every rule; return the manifest's tensors and the weights."""
     need("B01", (root / "loraformat.json").is_file(), root)
     m = read_manifest((root / "loraformat.json").read_bytes())
-    need("B02", {p.name for p in root.glob("*.safetensors")} == {s["file"] for s in m["shards"]}, root)
+    present = {path.name for path in root.glob("*.safetensors")}
+    need("B02", present == {shard["file"] for shard in m["shards"]}, root)
     shards, stored, weights = [], {}, {}
     for s in m["shards"]:
         entries, _, head, size = read_header(root / s["file"])
@@ -255,7 +266,7 @@ def verify(root):
     need("N08", weights.keys() == m["tensors"].keys(), "names")
     for name, t in m["tensors"].items():
         told = t | {"shape": t["shape"][::-1] if t.get("transposed") else t["shape"]}
-        shared = DENSE[:3] if t["encoding"] == "dense" else (*DENSE[:3], "block_size", "double_quant")
+        shared = DENSE[:3] if t["encoding"] == "dense" else (*DENSE[:3], *NF4[4:6])
         need("N08", all(told[key] == weights[name][key] for key in shared), name)
     check_layout(shards, m["shard_limit"])
     check_files(root, m, stored, any(t["encoding"] == "nf4" for t in m["tensors"].values()))
@@ -264,9 +275,9 @@ def verify(root):
         if t["encoding"] == "nf4":
             need("V04", all(map(math.isfinite, scales(w))), name)
             need("V05", math.prod(t["shape"]) % 2 == 0 or w[""][-1] & 15 == 7, name)
-        data = w[""] if t["encoding"] == "dense" else b"".join(
-            len(part).to_bytes(8, "little") + part for part in (w.get(s, b"") for s in ("", *PARTS)))
-        need("V01", sha(data) == t["sha256"], name)
+        parts = [w.get(part, b"") for part in ("", *PARTS)]
+        data = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+        need("V01", sha(w[""] if t["encoding"] == "dense" else data) == t["sha256"], name)
     return m["tensors"], weights
 
 def f32(x):
@@ -286,7 +297,7 @@ def decode(tensor, w):
     levels, a = struct.unpack("<16f", w[MAP]), scales(w)
     codes = (code for byte in w[""] for code in (byte >> 4, byte & 15))
     values = [f32(levels[code] * a[i // w["block_size"]])
-              for i, code in zip(range(math.prod(tensor["shape"])), codes)]
+              for i, code in zip(range(math.prod(tensor["shape"])), codes, strict=False)]
     columns = tensor["shape"][0] if tensor["transposed"] else 1
     return [value for k in range(columns) for value in values[k::columns]]
 

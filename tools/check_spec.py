@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _RAISED = re.compile(rf'"({_ID})"')
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Yield the paragraphs of a Markdown text, without code blocks and without BCP 14's own words."""
+    """Yield the paragraphs of a Markdown text, without code blocks and the words on BCP 14."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     for paragraph in re.split(r"\n\s*\n", prose):
         if "BCP 14" not in paragraph and not paragraph.startswith("Each MUST"):
@@ -42,7 +43,7 @@ def text_findings(text: str) -> Iterator[str]:
         if strong and not ids:
             yield f"a {strong[0]} without a rule id: {paragraph[:90]}"
         if ids and (len(ids) != 1 or len(strong) != 1):
-            yield f"rule {ids[0]} holds {len(strong)} MUSTs under {len(ids)} ids, wanted one of each"
+            yield f"rule {ids[0]} holds {len(strong)} MUSTs under {len(ids)} ids, wanted one each"
         if "SHOULD" in paragraph and "writer SHOULD" in paragraph and "llm_int8" not in paragraph:
             follows = text_after(text, paragraph)
             if "reader does not depend on" not in follows:
@@ -94,14 +95,12 @@ def set_findings(spec: set[str], other: set[str], where: str) -> Iterator[str]:
 
 def schema_findings() -> Iterator[str]:
     """Yield what is wrong with the JSON Schema."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-
+    jsonschema: Any = import_module("jsonschema")
     path = ROOT / "spec" / "schema" / "manifest.schema.json"
     schema: Any = json.loads(path.read_text("utf-8"))
     try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
         yield f"{path.name} is not a JSON Schema: {error.message}"
 
 
@@ -136,7 +135,8 @@ def main() -> int:
     for finding in found:
         print(finding, file=sys.stderr)
     if not found:
-        print(f"{len(rules_of(SPEC.read_text('utf-8')))} rules: text, code, minireader and vectors agree")
+        count = len(rules_of(SPEC.read_text("utf-8")))
+        print(f"{count} rules: text, code, minireader and vectors agree")
     return 1 if found else 0
 
 

@@ -47,7 +47,12 @@ def expected(draft: Draft, files: dict[str, bytes]) -> Json:
 def make() -> dict[str, bytes]:
     """Return every file of the vectors' directory, by path."""
     out: dict[str, bytes] = {}
-    index: Json = {"format_version": "1.0", "made_by": "tools/make_vectors.py", "valid": [], "invalid": []}
+    index: Json = {
+        "format_version": "1.0",
+        "made_by": "tools/make_vectors.py",
+        "valid": [],
+        "invalid": [],
+    }
     for name, how, draft in vector_cases.valid():
         files = build(draft)
         out |= {f"valid/{name}/{path}": data for path, data in files.items()}
@@ -82,7 +87,10 @@ def main() -> int:
     different = sorted(p for p in wanted.keys() | found.keys() if wanted.get(p) != found.get(p))
     if arguments.check:
         for path in different:
-            print(f"spec/vectors/{path}: differs from what tools/make_vectors.py makes", file=sys.stderr)
+            print(
+                f"spec/vectors/{path}: differs from what tools/make_vectors.py makes",
+                file=sys.stderr,
+            )
         return 1 if different else 0
     for path in different:
         if path not in wanted:

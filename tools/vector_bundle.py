@@ -60,7 +60,10 @@ class Draft:
         """Add a plain tensor."""
         self._shard(shard).append(Stored(name, dtype, shape, data))
         self.records[name] = {
-            "encoding": "dense", "dtype": dtype, "shape": shape, "sha256": sha256(data).hexdigest(),
+            "encoding": "dense",
+            "dtype": dtype,
+            "shape": shape,
+            "sha256": sha256(data).hexdigest(),
         }
         return self
 
@@ -133,11 +136,15 @@ def record(data: bytes) -> Json:
 def build(draft: Draft) -> dict[str, bytes]:
     """Return the files of a bundle, by path."""
     out = dict(draft.files)
-    shards, weight_map, total = [], {}, 0
+    shards: list[Json] = []
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, stored in enumerate(draft.shards, 1):
         name = f"model-{number:05}-of-{len(draft.shards):05}.safetensors"
         out[name], header = safetensors(stored, draft)
-        shards.append({"file": name, "bytes": len(out[name]), "header_sha256": sha256(header).hexdigest()})
+        shards.append(
+            {"file": name, "bytes": len(out[name]), "header_sha256": sha256(header).hexdigest()}
+        )
         weight_map |= {s.name: name for s in stored}
         total += sum(len(s.data) for s in stored)
     index = spoil(draft.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -164,7 +171,8 @@ def build(draft: Draft) -> dict[str, bytes]:
     manifest = spoil(draft.manifest, json.loads(json.dumps(manifest)))
     manifest["fingerprint"] = fingerprint(manifest["tensors"])
     out["loraformat.json"] = spoil(draft.manifest_text, text(spoil(draft.manifest_last, manifest)))
-    return spoil(draft.directory, out)
+    spoil(draft.directory, out)
+    return out
 
 
 def safetensors(stored: list[Stored], draft: Draft) -> tuple[bytes, bytes]:

@@ -7,6 +7,7 @@ exact in float64, and for sums and quotients rounding twice gives the same as on
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
 import struct
@@ -99,8 +100,8 @@ def sample(shape: list[int], seed: str, dtype: str = "BF16", scale: float = 0.05
 
 
 def _codes(values: list[float], size: int, table: list[float]) -> tuple[list[int], list[float]]:
-    """Nearest codes, ties to the lower one; whole blocks multiply by a reciprocal, the tail divides."""
-    middles = [f32((a + b) / 2) for a, b in zip(table, table[1:], strict=False)]
+    """Nearest codes, ties to the lower; whole blocks multiply by a reciprocal, the tail divides."""
+    middles = [f32((a + b) / 2) for a, b in itertools.pairwise(table)]
     codes, scales = [], []
     tiny = f32(1e-38)
     for start in range(0, len(values), size):
@@ -148,7 +149,9 @@ def decode(weight: Weight, parts: Parts) -> list[float]:
     count, absmax = math.prod(weight.shape), parts[".absmax"][2]
     if weight.double_quant:
         offset = json.loads(parts[TAIL[2]][2])["nested_offset"]
-        nested = struct.unpack(f"<{len(parts['.nested_absmax'][2]) // 4}f", parts[".nested_absmax"][2])
+        nested = struct.unpack(
+            f"<{len(parts['.nested_absmax'][2]) // 4}f", parts[".nested_absmax"][2]
+        )
         table = scale_map()
         scales = [f32(f32(table[q] * nested[i // 256]) + offset) for i, q in enumerate(absmax)]
     else:

@@ -15,7 +15,7 @@ from loraformat.errors import UnsupportedError
 from loraformat.folder import Folder
 from loraformat.mapped import MappedFile
 from loraformat.model_directory import WrittenModel, write_model_directory
-from loraformat.model_reader import holds_quant_states, open_model, peek_config, weight_files
+from loraformat.model_reader import is_bitsandbytes, open_model, peek_config, weight_files
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import is_bundle
@@ -30,7 +30,7 @@ def sniff(path: Path) -> bool:
     quantization = peek_config(path).get("quantization_config")
     if isinstance(quantization, dict):
         return quantization.get("quant_method") == "bitsandbytes"
-    return holds_quant_states(path)
+    return is_bitsandbytes(path)
 
 
 def read(path: Path) -> Checkpoint:

@@ -12,7 +12,7 @@ from loraformat.bundle import check_file_names
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.model_directory import WrittenModel, write_model_directory
-from loraformat.model_reader import holds_quant_states, open_model, peek_config
+from loraformat.model_reader import is_bitsandbytes, open_model, peek_config
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import is_bundle
@@ -23,11 +23,11 @@ __all__ = ["CONVERTER", "read", "sniff", "write"]
 def sniff(path: Path) -> bool:
     """Tell whether a path is a safetensors file or a directory of them that is nothing else."""
     if path.is_file():
-        return path.suffix == ".safetensors" and not holds_quant_states(path)
+        return path.suffix == ".safetensors" and not is_bitsandbytes(path)
     if is_bundle(path) or all(f.name.startswith("adapter_") for f in path.glob("*.safetensors")):
         return False
     method = _method(path)
-    return method != "bitsandbytes" and (method is not None or not holds_quant_states(path))
+    return method != "bitsandbytes" and (method is not None or not is_bitsandbytes(path))
 
 
 def _method(path: Path) -> object:

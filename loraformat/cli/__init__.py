@@ -79,6 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         ``sys.argv[1:]`` by default.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if not sys.stderr.isatty():  # huggingface_hub would draw its bars into a file, too
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _termination_as_interrupt():
         code = _run(arguments)
     sys.exit(code)

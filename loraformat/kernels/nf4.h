@@ -116,7 +116,7 @@ static inline void nf4_store(void *out, int64_t i, int dtype, float value) {
 }
 
 /* The code of a normalized value: thresholds below it (a tie goes to the lower code). The
- * thresholds lie further apart than the bins are wide and 2e-3 away from a bin edge, so one
+ * thresholds lie further apart than the bins are wide and 1e-3 away from a bin edge, so one
  * comparison decides, and rounding in the choice of the bin cannot matter. */
 static inline int nf4_code(const nf4_tables *t, float s) {
     int bin = (int)(s * 15.5f + 15.5f);

@@ -55,20 +55,24 @@ NF4_INLINE void dequantize_any(const nf4_tables *t, const uint8_t *packed, const
 typedef double wide_vector __attribute__((vector_size(8 * LANES)));
 typedef float float_vector __attribute__((vector_size(4 * LANES)));
 
-/* 16 lanes, element i in lane i % 16, each summed in order; then lanes folded in halves. The
- * difference is rounded to float, so that every square is exact in double. */
+/* 16 lanes, element i in lane i % 16: the squares of four neighbours in a lane in pairs, these sums
+ * in order; then the lanes folded in halves. The difference is rounded to float, so that every
+ * square is exact in double. */
 NF4_INLINE void sum_squares(const float *x, const float *value, int64_t n, double *error,
                             double *square) {
     wide_vector e[16 / LANES] = {{0}}, s[16 / LANES] = {{0}};
-    for (int64_t i = 0; i < n; i += 16)
+    for (int64_t i = 0; i < n; i += 64)
         for (int k = 0; k < 16 / LANES; k++) {
-            float_vector from, to;
-            memcpy(&from, x + i + LANES * k, sizeof from);
-            memcpy(&to, value + i + LANES * k, sizeof to);
-            wide_vector d = __builtin_convertvector(from - to, wide_vector);
-            wide_vector w = __builtin_convertvector(from, wide_vector);
-            e[k] += d * d;
-            s[k] += w * w;
+            wide_vector d[4], w[4];
+            for (int row = 0; row < 4; row++) {
+                float_vector from, to;
+                memcpy(&from, x + i + 16 * row + LANES * k, sizeof from);
+                memcpy(&to, value + i + 16 * row + LANES * k, sizeof to);
+                d[row] = __builtin_convertvector(from - to, wide_vector);
+                w[row] = __builtin_convertvector(from, wide_vector);
+            }
+            e[k] += (d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3]);
+            s[k] += (w[0] * w[0] + w[1] * w[1]) + (w[2] * w[2] + w[3] * w[3]);
         }
     double sums[2][16];
     memcpy(sums[0], e, sizeof e);
@@ -93,7 +97,7 @@ NF4_INLINE void error_any(const nf4_tables *t, const void *x, const uint8_t *pac
         for (int64_t j = whole; j < n; j++) wide[j] = nf4_load(from, j, dtype);
         dequantize_any(t, packed, scales + (i - start) / block_size, block_size, i, i + n, value,
                        NF4_F32, 0);
-        for (; n & 15; n++) wide[n] = value[n] = 0;
+        for (; n & 63; n++) wide[n] = value[n] = 0;
         sum_squares(wide, value, n, error + chunk, square + chunk);
     }
 }

@@ -1,7 +1,6 @@
 """The kernels in plain torch: the fallback without a compiler, and the oracle of the tests.
 
-Everything runs in tiles small enough for the cache and for torch not to start OpenMP threads
-(its operations stay serial up to 32,768 elements); `loraformat.kernels.threads` parallelizes.
+Everything runs in tiles that fit the cache; `loraformat.kernels.threads` parallelizes.
 """
 
 from __future__ import annotations
@@ -13,10 +12,15 @@ from loraformat.kernels.tables import tables
 
 __all__ = ["ReferenceKernel"]
 
-_TILE = 1 << 15
 _TINY = 1e-38
 _NESTED = 256
 _CHUNK = 4096
+_ERROR_STEP = 1 << 16
+
+
+def _tile() -> int:
+    """Choose the elements per step: few enough for torch not to start OpenMP threads of its own."""
+    return 1 << 17 if torch.get_num_threads() == 1 else 1 << 15
 
 
 def _pair_tables() -> tuple[Tensor, Tensor]:
@@ -64,12 +68,12 @@ class ReferenceKernel:
 
     def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
         """See `Kernel.quantize`."""
-        whole = x.numel() - x.numel() % block_size
+        whole, tile = x.numel() - x.numel() % block_size, _tile()
         tiles = zip(
-            torch.split(x[:whole], _TILE),
-            torch.split(packed[: whole // 2], _TILE // 2),
-            torch.split(absmax[: whole // block_size], _TILE // block_size),
-            strict=False,  # without whole blocks the first has one empty tile
+            torch.split(x[:whole], tile),
+            torch.split(packed[: whole // 2], tile // 2),
+            torch.split(absmax[: whole // block_size], tile // block_size),
+            strict=True,
         )
         for values, codes, largest in tiles if whole else ():
             blocks = values.float().view(-1, block_size)
@@ -109,9 +113,9 @@ class ReferenceKernel:
         self, absmax: Tensor, offset: float, codes: Tensor, nested_absmax: Tensor
     ) -> None:
         """See `Kernel.quantize_scales`."""
-        whole = absmax.numel() - absmax.numel() % _NESTED
-        for start in range(0, whole, _TILE):
-            stop = min(start + _TILE, whole)
+        whole, tile = absmax.numel() - absmax.numel() % _NESTED, _tile()
+        for start in range(0, whole, tile):
+            stop = min(start + tile, whole)
             d = absmax[start:stop].sub(offset).view(-1, _NESTED)
             largest = d.abs().amax(1)
             nested_absmax[start // _NESTED : stop // _NESTED] = largest
@@ -127,8 +131,9 @@ class ReferenceKernel:
         self, codes: Tensor, nested_absmax: Tensor, offset: float, start: int, out: Tensor
     ) -> None:
         """See `Kernel.decode_scales`."""
-        for first in range(start, start + out.numel(), _TILE):
-            last = min(first + _TILE, start + out.numel())
+        tile = _tile()
+        for first in range(start, start + out.numel(), tile):
+            last = min(first + tile, start + out.numel())
             entries = tables().nested_map.index_select(0, codes[first:last].int())
             outer = nested_absmax[first // _NESTED : -(-last // _NESTED)].repeat_interleave(_NESTED)
             outer = outer[first % _NESTED :][: last - first]
@@ -145,19 +150,20 @@ class ReferenceKernel:
     ) -> None:
         """See `Kernel.dequantize`."""
         del streaming
-        skip = start % block_size
-        scratch = torch.empty(min(out.numel() + skip + 1, _TILE))
+        skip, tile = start % block_size, _tile()
+        scratch = torch.empty(min(out.numel() + skip + 1, tile))
         if skip:  # the rest of a block, by way of the whole of it
             block = torch.empty(min(block_size, skip + out.numel()), dtype=out.dtype)
             self._decode(packed[(start - skip) // 2 :], scales[:1], block_size, block, scratch)
             head = block.numel() - skip
             out[:head] = block[skip:]
             start, scales, out = start + head, scales[1:], out[head:]
+        scales = scales[: -(-out.numel() // block_size)]
         tiles = zip(
-            torch.split(packed[start // 2 : (start + out.numel() + 1) // 2], _TILE // 2),
-            torch.split(scales, _TILE // block_size),
-            torch.split(out, _TILE),
-            strict=False,  # scales may go on beyond the range
+            torch.split(packed[start // 2 : (start + out.numel() + 1) // 2], tile // 2),
+            torch.split(scales, tile // block_size),
+            torch.split(out, tile),
+            strict=True,
         )
         for codes, factors, part in tiles if out.numel() else ():
             self._decode(codes, factors, block_size, part, scratch)
@@ -167,34 +173,48 @@ class ReferenceKernel:
     ) -> None:
         """Decode a tile that starts at a block; `scratch` is float32 and long enough."""
         count = out.numel()
-        pairs = scratch[: count + count % 2].view(torch.int64)
+        values = scratch if count == scratch.numel() else scratch[: count + count % 2]
+        pairs = values.view(torch.int64)
         torch.index_select(self._levels, 0, packed[: (count + 1) // 2].int(), out=pairs)
-        whole = count - count % block_size
-        if whole:
-            blocks = scratch[:whole].view(-1, block_size)
-            factors = scales[: whole // block_size, None]
-            if out.dtype == torch.float32:
-                torch.mul(blocks, factors, out=out[:whole].view(-1, block_size))
-            else:
-                out[:whole].view(-1, block_size).copy_(blocks.mul_(factors))
-        if whole < count:
-            out[whole:] = scratch[whole:count] * scales[whole // block_size]
+        if count % block_size:
+            factors = scales.repeat_interleave(block_size)[:count]
+            out.copy_(values[:count].mul_(factors))
+        elif out.dtype == torch.float32:
+            blocks = values.view(-1, block_size)
+            torch.mul(blocks, scales[:, None], out=out.view(-1, block_size))
+        else:
+            values.view(-1, block_size).mul_(scales[:, None])
+            out.copy_(values)
 
     def error(
         self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, sums: Tensor
     ) -> None:
         """See `Kernel.error`."""
-        chunks = sums.shape[1]
-        squares = torch.zeros(2, chunks * _CHUNK, dtype=torch.float64)
-        for start in range(0, x.numel(), _TILE):
-            stop = min(start + _TILE, x.numel())
-            wide, value = x[start:stop].float(), torch.empty(stop - start)
-            self.dequantize(packed, scales[start // block_size :], block_size, start, value, False)
-            squares[0, start:stop] = (wide - value).double().square_()
-            squares[1, start:stop] = wide.double().square_()
-        # 16 lanes, each summed in order, then folded: the order of nf4_body.h.
-        rows = squares.view(2, chunks, _CHUNK // 16, 16)
-        lanes = torch.zeros(2, chunks, 16, dtype=torch.float64)
-        for row in range(_CHUNK // 16):
-            lanes += rows[:, :, row]
-        sums.copy_(_fold(lanes.permute(2, 0, 1), 16))
+        for start in range(0, x.numel(), _ERROR_STEP):
+            part = x[start : start + _ERROR_STEP]
+            first, last = start // _CHUNK, -(-(start + part.numel()) // _CHUNK)
+            local = scales[start // block_size :]
+            squares = self._squares(part, packed[start // 2 :], local, block_size, last - first)
+            # The order of nf4_body.h: 16 lanes, four rows in pairs, then in order, lanes in halves.
+            rows = squares.view(2, last - first, _CHUNK // 64, 4, 16)
+            groups = (rows[..., 0, :] + rows[..., 1, :]) + (rows[..., 2, :] + rows[..., 3, :])
+            lanes = torch.zeros(2, last - first, 16, dtype=torch.float64)
+            for group in groups.unbind(2):
+                lanes += group
+            sums[:, first:last] = _fold(lanes.permute(2, 0, 1), 16)
+
+    def _squares(
+        self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, chunks: int
+    ) -> Tensor:
+        """Square differences and values, as float64[2, whole chunks] filled up with zeros."""
+        squares = torch.empty(2, chunks * _CHUNK, dtype=torch.float64)
+        squares[:, x.numel() :] = 0
+        tile = min(_tile(), x.numel())
+        value = torch.empty(tile)
+        for start in range(0, x.numel(), tile):
+            wide = x[start : start + tile].float()
+            local = value[: wide.numel()]
+            self.dequantize(packed, scales[start // block_size :], block_size, start, local, False)
+            for row, numbers in zip(squares, (wide - local, wide), strict=True):
+                row[start : start + wide.numel()].copy_(numbers).square_()
+        return squares

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat import plugins
-from loraformat.architecture import kind_of
+from loraformat.architecture import is_plain_in_peers, kind_of
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, Provenance
 from loraformat.config_json import parse, with_dtype
 from loraformat.dtypes import TORCH_NAMES, parse_weight_dtype
@@ -261,7 +261,8 @@ def _inputs(checkpoint: Checkpoint) -> list[Path]:
 def _losses(reader: Converter, writer: Converter, original: Checkpoint) -> Iterable[str]:
     yield from original.left_behind
     if reader.name != writer.name:
-        yield from writer.loses
+        # What the source's format cannot hold either was not there to be lost.
+        yield from (loss for loss in writer.loses if loss not in reader.loses)
 
 
 def _plan(checkpoint: Checkpoint, encoding: _Encoding, writer: Converter, shard_limit: int) -> str:
@@ -295,19 +296,23 @@ def _report(
 
 
 def _notes(checkpoint: Checkpoint) -> list[str]:
-    quantized_now = any(isinstance(t, NF4Tensor) for t in checkpoint.tensors.values())
-    experts = [
-        t
-        for t in checkpoint.tensors.values()
-        if isinstance(t, DenseTensor) and ".experts." in t.name
-    ]
+    quantized_now = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
+    plain = [t for t in checkpoint.tensors.values() if isinstance(t, DenseTensor)]
+    experts = [tensor for tensor in plain if ".experts." in tensor.name]
+    unusual = [tensor for tensor in quantized_now if is_plain_in_peers(tensor.name)]
+    notes = []
     if quantized_now and experts:
         gigabytes = sum(tensor.nbytes for tensor in experts) / 1e9
-        return [
-            f"{len(experts)} expert weights ({gigabytes:.2f} GB) stay plain: transformers "
-            "fuses experts into parameters that bitsandbytes does not quantize"
-        ]
-    return []
+        notes.append(
+            f"{len(experts)} expert weights ({gigabytes:.2f} GB) stay plain: transformers fuses "
+            "experts into parameters that bitsandbytes does not quantize"
+        )
+    if unusual:
+        notes.append(
+            f"{len(unusual)} embeddings, routers or experts are in NF4 ({unusual[0].name}, ...): "
+            "transformers cannot open the result"
+        )
+    return notes
 
 
 def _plan_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:

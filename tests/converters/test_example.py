@@ -16,7 +16,9 @@ from loraformat.testing import checkpoint, dense, save
 ROOT = Path(__file__).parents[2]
 README = ROOT / "converters" / "README.md"
 EXAMPLE = ROOT / "converters" / "examples" / "loraformat-npz"
-BLOCK = re.compile(r"^`(?P<file>[\w./]+)`:\n\n```\w+\n(?P<code>.*?)\n```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^`(?P<file>[\w./]+)`:\n\n```\w+\n(?P<code>.*?)\n```$", re.MULTILINE | re.DOTALL
+)
 
 
 def run(*command, site, cwd):

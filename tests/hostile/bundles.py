@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +31,14 @@ Content = dict[str, tuple[Any, ...]]
 def read(path: Path) -> dict[str, bytes]:
     """Return the files of a bundle by path."""
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def put(path: Path, data: bytes | bytearray) -> None:
+    """Overwrite a file in place; emptying it first makes some file systems write it to disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.truncate()
 
 
 def write(path: Path, files: dict[str, bytes]) -> Path:
@@ -125,7 +134,10 @@ def repair(files: dict[str, bytes]) -> dict[str, bytes]:
         record["sha256"] = sha256(data).hexdigest()
     for folder, records in [
         ("", manifest["files"]),
-        *((f"adapters/{name}/", adapter["files"]) for name, adapter in manifest["adapters"].items()),
+        *(
+            (f"adapters/{name}/", adapter["files"])
+            for name, adapter in manifest["adapters"].items()
+        ),
     ]:
         for path, record in records.items():
             data = files[folder + path]

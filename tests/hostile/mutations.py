@@ -12,12 +12,69 @@ from bundles import INDEX, MANIFEST, STATE, join, repair, split
 Files = dict[str, bytes]
 
 _VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 7, 32, 64, 255, 256, 4096, 2**31, 2**48, 2**53, 2**63, 2**64 - 1,
-    -(2**63), 10**19, 0.5, -0.0, 1e308, 5e-324, "", "nf4", "fp4", "dense", "float32", "float16", "F16",
-    "BF16", "U8", "I8", "../x", "/etc/passwd", "a\x00b", "\ud800", "é", "x" * 600, "0" * 64, "1.1",
-    "2.0", [], {}, [[]], [0], [2, 64], [64, 2], {"must_understand": False}, {"must_understand": True},
-]  # fmt: skip
-_LITERALS = [b"NaN", b"-Infinity", b"1e999", b"9" * 30, b"[" * 60 + b"]" * 60, b"01", b"'x'", b"", b"}"]
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    32,
+    64,
+    255,
+    256,
+    4096,
+    2**31,
+    2**48,
+    2**53,
+    2**63,
+    2**64 - 1,
+    -(2**63),
+    10**19,
+    0.5,
+    -0.0,
+    1e308,
+    5e-324,
+    "",
+    "nf4",
+    "fp4",
+    "dense",
+    "float32",
+    "float16",
+    "F16",
+    "BF16",
+    "U8",
+    "I8",
+    "../x",
+    "/etc/passwd",
+    "a\x00b",
+    "\ud800",
+    "é",
+    "x" * 600,
+    "0" * 64,
+    "1.1",
+    "2.0",
+    [],
+    {},
+    [[]],
+    [0],
+    [2, 64],
+    [64, 2],
+    {"must_understand": False},
+    {"must_understand": True},
+]
+_LITERALS = [
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"9" * 30,
+    b"[" * 60 + b"]" * 60,
+    b"01",
+    b"'x'",
+    b"",
+    b"}",
+]
 
 
 def mutate(files: Files, rng: Random) -> tuple[str, Files, bool]:
@@ -127,7 +184,9 @@ def _spoil(tree: Any, rng: Random) -> tuple[str, bytes]:
     if parent is None:
         return "whole document", json.dumps(rng.choice(_VALUES)).encode()
     key = path[-1]
-    change = rng.choice([_delete, _replace, _replace, _nudge, _nudge, _rename, _reorder, _add, _literal, _twice])
+    change = rng.choice(
+        [_delete, _replace, _replace, _nudge, _nudge, _rename, _reorder, _add, _literal, _twice]
+    )
     return f"{change.__name__} {path}", change(tree, parent, key, rng)
 
 
@@ -160,10 +219,20 @@ def _nudge(tree: Any, parent: Any, key: Any, rng: Random) -> bytes:
     if isinstance(value, bool):
         parent[key] = not value
     elif isinstance(value, int | float):
-        parent[key] = rng.choice([value + 1, value - 1, value * 2, -value, float(value), value ^ 1 if
-                                  isinstance(value, int) else value / 2])  # fmt: skip
+        parent[key] = rng.choice(
+            [
+                value + 1,
+                value - 1,
+                value * 2,
+                -value,
+                float(value),
+                value ^ 1 if isinstance(value, int) else value / 2,
+            ]
+        )
     elif isinstance(value, str):
-        parent[key] = rng.choice([value[:-1], f"{value} ", value.upper(), value[::-1], f"{value}\n"])
+        parent[key] = rng.choice(
+            [value[:-1], f"{value} ", value.upper(), value[::-1], f"{value}\n"]
+        )
     elif isinstance(value, list):
         parent[key] = rng.choice([value[:-1], value + value[-1:], value[::-1]])
     else:
@@ -174,7 +243,9 @@ def _nudge(tree: Any, parent: Any, key: Any, rng: Random) -> bytes:
 def _rename(tree: Any, parent: Any, key: Any, rng: Random) -> bytes:
     if not isinstance(parent, dict):
         return _replace(tree, parent, key, rng)
-    new = rng.choice([f"{key}x", key.upper(), "", "__metadata__", f"../{key}", f"{key}.weight", key[::-1]])
+    new = rng.choice(
+        [f"{key}x", key.upper(), "", "__metadata__", f"../{key}", f"{key}.weight", key[::-1]]
+    )
     items = [(new if name == key else name, value) for name, value in parent.items()]
     parent.clear()
     parent.update(items)
@@ -194,8 +265,8 @@ def _reorder(tree: Any, parent: Any, key: Any, rng: Random) -> bytes:
 
 def _add(tree: Any, parent: Any, key: Any, rng: Random) -> bytes:
     if isinstance(parent, dict):
-        parent[rng.choice(["x", "extra", f"{key}2", "config.json", "must_understand"])] = rng.choice(
-            [parent[key], *_VALUES]
+        parent[rng.choice(["x", "extra", f"{key}2", "config.json", "must_understand"])] = (
+            rng.choice([parent[key], *_VALUES])
         )
     else:
         parent.insert(rng.randrange(len(parent) + 1), rng.choice([parent[0], *_VALUES]))

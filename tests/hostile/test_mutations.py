@@ -9,16 +9,21 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from bundles import VALID, content, fingerprint, minireader_accepts, read, refusal, write
+from bundles import VALID, content, fingerprint, minireader_accepts, put, read, refusal, write
 from mutations import mutate
 
 CASES = int(os.environ.get("LORAFORMAT_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("LORAFORMAT_FUZZ_SEED", "1"))
 #: Share of the cases that each bundle gets.
 BASES = {
-    "adapter": 0.35, "nf4-odd-count": 0.2, "nf4-transposed": 0.15, "several-shards": 0.15,
-    "newer-minor": 0.05, "ignorable-extension": 0.05, "nf4-plain": 0.05,
-}  # fmt: skip
+    "adapter": 0.35,
+    "nf4-odd-count": 0.2,
+    "nf4-transposed": 0.15,
+    "several-shards": 0.15,
+    "newer-minor": 0.05,
+    "ignorable-extension": 0.05,
+    "nf4-plain": 0.05,
+}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -36,12 +41,16 @@ def test_damage_is_refused_or_without_meaning(base: str, tmp_path: Path) -> None
         except Exception as error:
             raise AssertionError(f"{case}: {error!r}") from error
         outcomes[reason[:3] if reason else "accepted"] += 1
-        assert minireader_accepts(path) == (reason is None), f"{case}: the minireader differs: {reason}"
+        assert minireader_accepts(path) == (reason is None), (
+            f"{case}: the minireader differs: {reason}"
+        )
         if reason is None and content(path) != meaning:
             assert repaired, f"{case}: other content is accepted"
             config_only = {k: v for k, v in content(path).items() if k != "config.json"}
             same_base = config_only == {k: v for k, v in meaning.items() if k != "config.json"}
-            assert same_base or fingerprint(path) != name, f"{case}: other content, same fingerprint"
+            assert same_base or fingerprint(path) != name, (
+                f"{case}: other content, same fingerprint"
+            )
         _replace(path, files, original)
     assert outcomes["accepted"] > 0.005 * outcomes.total(), outcomes
     assert outcomes["accepted"] < 0.5 * outcomes.total(), outcomes
@@ -51,13 +60,15 @@ def test_damage_is_refused_or_without_meaning(base: str, tmp_path: Path) -> None
 def _replace(path: Path, old: dict[str, bytes], new: dict[str, bytes]) -> None:
     for name in new:
         if new[name] != old.get(name):
-            (path / name).write_bytes(new[name])
+            put(path / name, new[name])
 
 
 def test_cases_are_repeatable() -> None:
     original = read(VALID / "adapter")
     one, other = Random("x"), Random("x")
-    assert [mutate(original, one) for _ in range(50)] == [mutate(original, other) for _ in range(50)]
+    assert [mutate(original, one) for _ in range(50)] == [
+        mutate(original, other) for _ in range(50)
+    ]
 
 
 @pytest.mark.parametrize("base", ["nf4-odd-count"])
@@ -71,12 +82,12 @@ def test_every_single_bit(base: str, tmp_path: Path) -> None:
         spoiled = bytearray(data)
         for bit in range(8 * len(data)):
             spoiled[bit // 8] ^= 1 << bit % 8
-            (path / file).write_bytes(spoiled)
+            put(path / file, spoiled)
             if refusal(path) is None:
                 accepted[file] += 1
                 assert content(path) == meaning and fingerprint(path) == name, (file, bit)
             spoiled[bit // 8] ^= 1 << bit % 8
-        (path / file).write_bytes(data)
+        put(path / file, data)
     # White space, created_by, source, shard_limit and relative_rms_error in the manifest, the
     # version's minor digit; white space in the index. Nothing in shards and carried files.
     assert accepted.keys() <= {"loraformat.json", "model.safetensors.index.json"}, accepted

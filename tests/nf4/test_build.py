@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -33,12 +34,10 @@ print(kernels.active().name, sum(q.packed.tolist()), kernels.__file__)
 
 @pytest.fixture
 def tree(tmp_path):
-    """The sources that the codec needs, in a project of their own, never compiled before."""
+    """The package in a project of its own, never compiled before."""
     root = tmp_path / "tree"
-    leave = shutil.ignore_patterns("_nf4.*", "__pycache__")
-    shutil.copytree(ROOT / "loraformat" / "kernels", root / "loraformat" / "kernels", ignore=leave)
-    for name in ("__init__.py", "errors.py", "nf4.py", "nf4_tables.py"):
-        shutil.copy(ROOT / "loraformat" / name, root / "loraformat" / name)
+    leave = shutil.ignore_patterns("_nf4.*", "__pycache__", "demo")
+    shutil.copytree(ROOT / "loraformat", root / "loraformat", ignore=leave)
     shutil.copy(ROOT / "hatch_build.py", root)
     (root / "pyproject.toml").write_text(PACKAGE)
     (root / ".gitignore").write_text("*.so\n*.dylib\n*.dll\n")
@@ -101,10 +100,9 @@ def test_both_wheels_compute_the_same(tree, tmp_path):
 
 
 def test_source_distribution_carries_the_c_files_only(tree):
-    import tarfile
-
     archive, said = hatch(tree, "sdist", "/bin/false")
-    names = [name.split("/", 1)[1] for name in tarfile.open(archive).getnames()]
+    with tarfile.open(archive) as opened:
+        names = [name.split("/", 1)[1] for name in opened.getnames()]
     assert "not compiled" not in said, "nothing is compiled for an sdist"
     assert {"hatch_build.py", "loraformat/kernels/nf4.c", "loraformat/kernels/nf4.h"} <= set(names)
     assert not [name for name in names if name.endswith(".so")]
@@ -115,7 +113,6 @@ def test_editable_install_finds_the_library_in_the_checkout(tree, tmp_path):
     (tree / "dist").mkdir()
     subprocess.run([sys.executable, "-c", program], cwd=tree, check=True, capture_output=True)
     (wheel,) = (tree / "dist").iterdir()
-    assert "py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (pth,) = (tmp_path / "site").glob("*.pth")
     assert pth.read_text().strip() == str(tree)

@@ -7,7 +7,7 @@ import torch
 from loraformat import nf4
 from loraformat.kernels.tables import tables
 
-# SHA-256 of the little-endian float32 bytes of bitsandbytes 0.50.2's quant_map and nested_quant_map.
+# SHA-256 of the little-endian bytes of bitsandbytes 0.50.2's quant_map and nested_quant_map.
 LEVELS = "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"
 NESTED = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 
@@ -38,7 +38,7 @@ def test_a_bin_holds_at_most_one_threshold_and_none_near_its_edge():
     edges = torch.arange(33, dtype=torch.float64) / 15.5 - 1
     thresholds = tables().thresholds[:15].double()
     assert torch.histogram(thresholds, bins=edges).hist.max() == 1
-    assert (edges[:, None] - thresholds).abs().min() > 2e-3
+    assert (edges[:, None] - thresholds).abs().min() > 1.5e-3
 
 
 def test_leading_bits_leave_at_most_one_bound():

@@ -24,7 +24,11 @@ def test_hex_dump_is_the_vector() -> None:
 
 def test_positions_in_the_hex_dump() -> None:
     positions = dict(re.findall(r"at (1[0-9a-f]{3}): (\.?[\w ]+)", TEXT))
-    assert positions == {"1037": ".quant_map", "1077": ".nested_quant_map", "1477": "the quant state"}
+    assert positions == {
+        "1037": ".quant_map",
+        "1077": ".nested_quant_map",
+        "1477": "the quant state",
+    }
     assert SHARD[0x1477:].startswith(b'{"quant_type"')
     assert SHARD[0x1477:].decode() in " ".join(TEXT.split())
 

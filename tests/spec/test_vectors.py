@@ -83,7 +83,9 @@ def test_package_decodes_the_expected_values(vector: dict[str, Any]) -> None:
                 values = tensor.dequantize(dtype).contiguous()
                 assert list(values.shape) == wanted["shape"]
                 assert sha256(_bytes(values)).hexdigest() == wanted[key], (name, dtype)
-            first = _bytes(tensor.dequantize("F32").contiguous())[: 4 * len(wanted["float32_first"])]
+            first = _bytes(tensor.dequantize("F32").contiguous())[
+                : 4 * len(wanted["float32_first"])
+            ]
             words = [int.from_bytes(first[i : i + 4], "little") for i in range(0, len(first), 4)]
             assert [f"{word:08x}" for word in words] == wanted["float32_first"]
 
@@ -124,7 +126,10 @@ def test_bitsandbytes_reads_the_same_state(vector: dict[str, Any]) -> None:
         scales = state.absmax
         if state.nested:
             map_values = state.state2.code[scales.long()]
-            scales = map_values * state.state2.absmax.repeat_interleave(256)[: len(scales)] + state.offset
+            scales = (
+                map_values * state.state2.absmax.repeat_interleave(256)[: len(scales)]
+                + state.offset
+            )
         packed = stored[name].flatten()
         codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[: state.shape.numel()]
         blocks = scales.repeat_interleave(state.blocksize)[: len(codes)]
@@ -167,8 +172,13 @@ def test_our_quantizer_makes_the_vectors_bytes() -> None:
         encoder = load(ROOT / "tools" / "vector_nf4.py")
     finally:
         sys.path.remove(str(ROOT / "tools"))
-    for shape, block, double in (([3, 40], 64, True), ([5, 13], 32, True), ([257, 32], 32, True),
-                                 ([2, 2049], 4096, False), ([64], 64, True)):  # fmt: skip
+    for shape, block, double in (
+        ([3, 40], 64, True),
+        ([5, 13], 32, True),
+        ([257, 32], 32, True),
+        ([2, 2049], 4096, False),
+        ([64], 64, True),
+    ):
         values = encoder.sample(shape, "encoder", "F32")
         weight = encoder.Weight(shape, values, "F32", block, double)
         parts = encoder.encode(weight)

@@ -202,13 +202,14 @@ def table_row(row: dict[str, object]) -> str:
     Returns
     -------
     str
-        One line; ratios are speed relative to bitsandbytes, 0 where it has no such operation.
+        One line; ratios are speed relative to bitsandbytes, if it has the operation.
     """
     times, shape = row["milliseconds"], row["shape"]
     assert isinstance(times, dict) and isinstance(shape, list)
     peer = times.get("bitsandbytes")
     cells = [
-        f"{name} {ms:8.2f} ms ({peer / ms if peer else 0:6.2f}x)" for name, ms in times.items()
+        f"{name} {ms:8.2f} ms" + (f" ({peer / ms:6.2f}x)" if peer else "")
+        for name, ms in times.items()
     ]
     size = f"{shape[0]}x{shape[1]}"
     head = f"{row['threads']} thr {size:10} {row['dtype']:8} {row['operation']:25}"

@@ -169,5 +169,5 @@ CONVERTER = Converter(
     read=read,
     write=write,
     stores="dense",
-    loses=("NF4 codes: weights are written dense",),
+    loses=("the manifest with its hashes and fingerprint",),
 )

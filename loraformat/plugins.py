@@ -210,7 +210,8 @@ def _recognises(converter: Converter, path: Path) -> bool:
         raise LoraFormatError(
             f"the converter {converter.name!r} fails to look at it: "
             f"{type(error).__name__}: {error}",
-            path=path, hint="say which format it is with --from, or update the package",
+            path=path,
+            hint="say which format it is with --from, or update the package",
         ) from error
 
 

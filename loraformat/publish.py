@@ -321,7 +321,8 @@ class Publication:
             raise OutputError(
                 f"is in place, but the output that it replaced could not be removed from "
                 f"{self.work.name}: {error.strerror}",
-                path=self.target, hint="remove that directory",
+                path=self.target,
+                hint="remove that directory",
             ) from error
 
     def _remove_work(self) -> None:

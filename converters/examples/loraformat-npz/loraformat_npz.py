@@ -129,7 +129,12 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
     """Write a model, one tensor in memory at a time, into the publication's work directory."""
     publication.check_space(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     tensors = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, DenseTensor)]
-    with publication.create(WEIGHTS) as file, zipfile.ZipFile(file, "w") as archive:
+    with (
+        publication.create(WEIGHTS) as file,
+        # Buffered: a bare file may take fewer bytes than it is given, and zipfile does not look.
+        os.fdopen(file.fileno(), "wb", closefd=False) as stream,
+        zipfile.ZipFile(stream, "w") as archive,
+    ):
         for tensor in tensors:
             # A ZipInfo without a date: the same model gives the same bytes on every day.
             info = zipfile.ZipInfo(f"{tensor.name}.npy")

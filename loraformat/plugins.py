@@ -249,7 +249,7 @@ def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | 
         if (
             converter.kind == kind
             and converter.write
-            and path.name.endswith(converter.suffixes or ("\0",))
+            and path.name.endswith(converter.suffixes)
         ):
             return converter.name
     if path.suffix in (".gguf", ".safetensors", ".bin", ".json"):

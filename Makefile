@@ -23,7 +23,7 @@ lint: $(VENV)/dev-installed ## style, types, import directions, spec and docs in
 	$(BIN)/python tools/make_cli_docs.py --check
 
 test: $(VENV)/dev-installed ## the whole test suite, and every example in a docstring
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest --doctest-modules loraformat converters/loraformat_converters
 
 docs: $(VENV)/dev-installed ## write docs/cli.md anew

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
-    from loraformat.describe import describe as describe
     from loraformat.errors import LoraFormatError as LoraFormatError
     from loraformat.ops.convert import convert as convert
+    from loraformat.ops.describe import describe as describe
+    from loraformat.ops.open import open_source as open
     from loraformat.ops.verify import verify as verify
-    from loraformat.reader import open_bundle as open
 
 _HOMES = {
     "LoraFormatError": ("loraformat.errors", "LoraFormatError"),
     "convert": ("loraformat.ops.convert", "convert"),
-    "describe": ("loraformat.describe", "describe"),
-    "open": ("loraformat.reader", "open_bundle"),
+    "describe": ("loraformat.ops.describe", "describe"),
+    "open": ("loraformat.ops.open", "open_source"),
     "verify": ("loraformat.ops.verify", "verify"),
 }
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from loraformat.architecture import skip_modules
 from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.config_json import join, model_dtype
-from loraformat.errors import UnsupportedError, printable
-from loraformat.manifest import MANIFEST_NAME, Manifest, fingerprint, is_safe_path
+from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest, fingerprint
 from loraformat.model_directory import WrittenModel, write_model_directory
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
@@ -21,7 +20,6 @@ from loraformat.version import __version__
 
 __all__ = [
     "CONVERTER",
-    "check_file_names",
     "quantization_config",
     "quantized_config",
     "read",
@@ -36,7 +34,6 @@ def read(path: Path) -> Checkpoint:
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
     """Write a bundle."""
-    check_file_names(checkpoint)
     written = write_model_directory(
         checkpoint,
         publication,
@@ -50,29 +47,13 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
         shard_limit=options.shard_limit,
         shards=tuple(written.shards.shards),
         tensors=written.shards.tensors,
-        files=written.files,
+        files={path: file for path, file in written.files.items() if path != CARD_NAME},
         fingerprint=fingerprint(written.shards.tensors),
     )
     publication.write(MANIFEST_NAME, manifest.encode())
     if checkpoint.config is None:
         written.notes.append("no config.json: transformers cannot open this bundle")
     return written
-
-
-def check_file_names(checkpoint: Checkpoint) -> None:
-    """Refuse files that would be written outside the output, or over its own.
-
-    Raises
-    ------
-    UnsupportedError
-    """
-    for file in checkpoint.files:
-        if not is_safe_path(file.path):
-            raise UnsupportedError(
-                f"file name {printable(file.path)} cannot travel along",
-                path=checkpoint.path,
-                hint="rename or remove it",
-            )
 
 
 def quantized_config(checkpoint: Checkpoint) -> bytes | None:

@@ -23,6 +23,7 @@ from loraformat.errors import FormatError, printable
 from loraformat.header import is_clean_name, is_clean_text
 
 __all__ = [
+    "CARD_NAME",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "MAX_MANIFEST_BYTES",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "loraformat.json"
+#: The model card: it travels along, unlisted, so that people can go on editing it on a Hub.
+CARD_NAME = "README.md"
 FORMAT_VERSION = "1.0"
 #: Longest manifest that is read (bytes).
 MAX_MANIFEST_BYTES = 64 << 20

@@ -11,10 +11,10 @@ from hashlib import sha256
 
 from loraformat.checkpoint import Checkpoint
 from loraformat.config_json import CONFIG_NAME
-from loraformat.errors import UnsupportedError
+from loraformat.errors import UnsupportedError, printable
 from loraformat.index_json import INDEX_NAME, encode_index
 from loraformat.layout import execution_units, plan_shards
-from loraformat.manifest import FileRecord
+from loraformat.manifest import FileRecord, is_safe_path
 from loraformat.publish import Publication
 from loraformat.writer import Progress, WrittenShards, planned_bytes, write_shards
 
@@ -75,6 +75,7 @@ def write_model_directory(
     """
     if not checkpoint.tensors:
         raise UnsupportedError("holds no tensors", path=checkpoint.path)
+    _check_names(checkpoint)
     shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
     publication.check_space(
         planned_bytes(shards)
@@ -92,6 +93,19 @@ def write_model_directory(
     for file in checkpoint.files:
         _write_file(publication, file.path, file.read(), written)
     return written
+
+
+def _check_names(checkpoint: Checkpoint) -> None:
+    """Refuse files that would be written outside the output, or over each other (M08, M12)."""
+    seen: set[str] = set()
+    for file in checkpoint.files:
+        if not is_safe_path(file.path) or file.path.lower() in seen:
+            raise UnsupportedError(
+                f"file name {printable(file.path)} cannot travel along",
+                path=checkpoint.path,
+                hint="rename or remove it",
+            )
+        seen.add(file.path.lower())
 
 
 def _present(publication: Publication) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,10 @@ def _carry(folder: Folder, weights: Sequence[str]) -> tuple[list[CarriedFile], l
             left_behind.append(f"{printable(name)} (weights that this model's index does not name)")
         elif not is_safe_path(name):
             left_behind.append(f"{printable(name)} (its name is not portable)")
+        elif any(name.lower() == other.path.lower() for other in carried):
+            left_behind.append(f"{printable(name)} (its name differs from another only in case)")
         elif size > _MAX_CARRIED_BYTES:
             left_behind.append(f"{printable(name)} ({size / 1e6:.0f} MB)")
         else:
-            carried.append(CarriedFile(name, size, lambda name=name, n=size: folder.read(name, n)))  # type: ignore[misc]
+            carried.append(CarriedFile(name, size, partial(folder.read, name, size)))
     return carried, left_behind

@@ -246,11 +246,7 @@ def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
 
 def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | None:
     for converter in converters:
-        if (
-            converter.kind == kind
-            and converter.write
-            and path.name.endswith(converter.suffixes)
-        ):
+        if converter.kind == kind and converter.write and path.name.endswith(converter.suffixes):
             return converter.name
     if path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
         raise UsageError(

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from loraformat.errors import LoraFormatError, OutputError, ResourceError
+from loraformat.errors import LoraFormatError, OutputError, ResourceError, printable
 from loraformat.exchange import exchange_directories, undo_interrupted_exchange
 
 __all__ = ["Publication", "disk_full"]
@@ -274,6 +274,8 @@ class Publication:
         The file is unbuffered: its ``write`` may take less than it was given.
         """
         path = self.work / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise OutputError(f"file name {printable(name)} leads out of it", path=self.target)
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True)
         beside = path.with_name(path.name + ".tmp")

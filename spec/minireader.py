@@ -3,6 +3,7 @@
 Written from loraformat-1.0.md alone, where each rule id below is explained.
 Usage: python minireader.py BUNDLE [TENSOR]; names the broken rule and exits with 4, or succeeds.
 """
+
 # fmt: off
 import hashlib
 import json

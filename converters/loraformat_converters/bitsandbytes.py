@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraformat.architecture import is_conv1d
-from loraformat.bundle import check_file_names, quantized_config
+from loraformat.bundle import quantized_config
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.folder import Folder
@@ -91,7 +91,6 @@ def _foreign_parts(path: Path) -> str | None:
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
     """Write what transformers writes for a 4-bit model: the same tensors, names and config."""
-    check_file_names(checkpoint)
     return write_model_directory(
         checkpoint,
         publication,

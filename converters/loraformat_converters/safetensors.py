@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraformat.bundle import check_file_names
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.model_directory import WrittenModel, write_model_directory
@@ -64,7 +63,6 @@ def read(path: Path) -> Checkpoint:
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
     """Write dense weights as transformers does: ``model.safetensors``, or shards and an index."""
-    check_file_names(checkpoint)
     return write_model_directory(
         checkpoint,
         publication,

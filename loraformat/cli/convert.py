@@ -16,7 +16,6 @@ from loraformat.cli.console import (
     size,
     table,
 )
-from loraformat.errors import InputError
 
 _EXAMPLE = """\b
 Example:
@@ -91,14 +90,14 @@ def command(
     from loraformat.ops.convert import convert
 
     with progress_bar("convert", quiet=quiet or options["dry_run"]) as progress:
-        try:
-            report = convert(
-                source, target, double_quant=False if no_double_quant else None,
-                shard_limit=max_shard_size, progress=progress, **options,
-            )  # fmt: skip
-        except InputError as error:
-            error.path = error.path or source  # a tensor knows its name, not its file
-            raise
+        report = convert(
+            source,
+            target,
+            double_quant=False if no_double_quant else None,
+            shard_limit=max_shard_size,
+            progress=progress,
+            **options,
+        )
     if as_json:
         echo_json("convert", report.to_json())
     elif not quiet:

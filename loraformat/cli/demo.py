@@ -80,8 +80,8 @@ def _text(report: Any, directory: Path) -> str:
         "",
         table(head, rows),
         "",
-        f"In NF4: {bundle.quantized_bits_per_weight:.3f} bits per weight; embeddings and norms stay "
-        "plain, and in a model this small they weigh much.",
+        f"In NF4: {bundle.quantized_bits_per_weight:.3f} bits per weight; embeddings and norms "
+        "stay plain, and in a model this small they weigh much.",
         "",
         table(["quantized", "relative RMS error"], errors),
         "",

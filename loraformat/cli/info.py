@@ -25,7 +25,7 @@ def command(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
     """
-    from loraformat.describe import describe
+    from loraformat.ops.describe import describe
 
     summary = describe(path)
     if as_json:

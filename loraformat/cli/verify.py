@@ -26,11 +26,10 @@ def command(path: str, as_json: bool, quiet: bool) -> int:
     PATH is a local path or a Hub id. A bundle is compared with the hashes in its manifest;
     other formats have none: their headers and scales are checked.
     """
-    from loraformat.hub import resolve
     from loraformat.ops.verify import verify
 
     with progress_bar("verify", quiet=quiet) as progress:
-        result = verify(resolve(path).path, progress=progress)
+        result = verify(path, progress=progress)
     if as_json:
         echo_json("verify", asdict(result))
     else:

@@ -100,7 +100,7 @@ def perplexity(
     except ImportError as error:
         raise MissingDependencyError(
             f"{error.name} is not installed, and measuring perplexity needs it",
-            hint="run: pip install torch transformers",
+            hint="run: pip install 'loraformat[demo]'",
         ) from error
 
     here = fspath(model_dir)

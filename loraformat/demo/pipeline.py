@@ -15,13 +15,13 @@ from typing import Any
 
 from loraformat.demo import HELDOUT, SMALL_MODEL
 from loraformat.demo.perplexity import Perplexity, perplexity
-from loraformat.describe import ModelSummary, describe
 from loraformat.errors import LoraFormatError
-from loraformat.ops.convert import ConversionReport, convert
+from loraformat.ops.convert import convert
+from loraformat.ops.describe import ModelSummary, describe
+from loraformat.ops.report import ConversionReport
 from loraformat.ops.verify import verify
 
 __all__ = ["DemoReport", "Step", "run_demo"]
-
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.checkpoint import Checkpoint, Provenance
-from loraformat.errors import UnsupportedError, UsageError
+from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.hub import Source, resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.ops.encoding import Encoding
@@ -117,7 +117,11 @@ def convert(
         plan = _plan(checkpoint, encoding, writer, shard_limit)
         with Publication(Path(target), plan=plan, inputs=_inputs(original), force=force) as output:
             assert writer.write is not None
-            written = writer.write(checkpoint, output, options)
+            try:
+                written = writer.write(checkpoint, output, options)
+            except InputError as error:
+                error.path = error.path or str(source)  # a tensor knows its name, not its file
+                raise
             original.close()  # raises if an input changed, before anything is published
             output.commit()
     return complete(report, checkpoint, written, time.perf_counter() - began)
@@ -150,5 +154,3 @@ def _plan(checkpoint: Checkpoint, encoding: Encoding, writer: Converter, shard_l
         status = path.stat()
         inputs.append([path.name, status.st_size, status.st_mtime_ns])
     return json.dumps([__version__, writer.name, asdict(encoding), shard_limit, inputs])
-
-

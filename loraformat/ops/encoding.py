@@ -83,5 +83,3 @@ class Encoding:
 def _model_type(checkpoint: Checkpoint) -> str | None:
     named = parse(checkpoint.config).get("model_type") if checkpoint.config else None
     return named if isinstance(named, str) else None
-
-

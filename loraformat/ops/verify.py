@@ -9,8 +9,9 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.checkpoint import NF4Tensor
 from loraformat.errors import FormatError
+from loraformat.hub import resolve
+from loraformat.integrity import Finding, verify_bundle
 from loraformat.reader import is_bundle
-from loraformat.verify import Finding, verify_bundle
 
 __all__ = ["Verification", "verify"]
 
@@ -38,13 +39,14 @@ class Verification:
 
 
 def verify(
-    path: Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+    source: str | Path, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
     """Check a model.
 
     Parameters
     ----------
-    path : Path
+    source : str or Path
+        A local path or a Hub id.
     progress : callable
         Called with the bytes done and the bytes in total.
 
@@ -53,6 +55,7 @@ def verify(
     InputError
         If it holds no model at all.
     """
+    path = resolve(source).path
     if is_bundle(path):
         return _bundle(path, progress)
     reader = plugins.sniff(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 
 from loraformat.demo import HELDOUT
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+torch = import_module("torch")
+import_module("transformers")
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "make_small_model.py"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,8 @@ from loraformat.demo import HELDOUT, SMALL_MODEL
 from loraformat.demo.perplexity import Perplexity, perplexity, perplexity_of
 from loraformat.errors import InputError, MissingDependencyError
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = import_module("torch")
+transformers = import_module("transformers")
 
 TEXT = HELDOUT.read_bytes().decode()[:2000]
 
@@ -89,7 +90,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
 
 
 def test_four_bit_weights_are_left_as_they_are(loaded: tuple[Any, Any]) -> None:
-    pytest.importorskip("bitsandbytes")
+    import_module("bitsandbytes")
     quantized = transformers.AutoModelForCausalLM.from_pretrained(
         SMALL_MODEL,
         quantization_config=transformers.BitsAndBytesConfig(

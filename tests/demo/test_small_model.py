@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_it_is_far_better_than_token_frequencies() -> None:
 
 
 def test_perplexity_is_the_recorded_one() -> None:
-    pytest.importorskip("transformers")
+    import_module("transformers")
     from loraformat.demo.perplexity import perplexity
 
     found = perplexity(SMALL_MODEL, TEXT, window=RECORD["held_out"]["window"])
@@ -104,7 +105,7 @@ def test_perplexity_is_the_recorded_one() -> None:
 
 
 def test_the_tokenizer_round_trips() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = import_module("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(SMALL_MODEL / "tokenizer.json"))
     strange = TEXT + "\r\n\t  π 🐍 \x00 \u200b e\u0301"
     ids = tokenizer.encode(strange, add_special_tokens=False).ids
@@ -113,7 +114,7 @@ def test_the_tokenizer_round_trips() -> None:
 
 
 def test_the_tokenizer_knows_its_special_tokens() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(SMALL_MODEL, local_files_only=True)
     config = json.loads((SMALL_MODEL / "config.json").read_text())
     assert tokenizer.bos_token_id == config["bos_token_id"]

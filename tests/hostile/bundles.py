@@ -11,8 +11,8 @@ from typing import Any
 
 from loraformat.checkpoint import NF4Parts, NF4Tensor
 from loraformat.errors import FormatError, InputError
+from loraformat.integrity import verify_bundle
 from loraformat.reader import open_bundle
-from loraformat.verify import verify_bundle
 
 ROOT = Path(__file__).parents[2]
 VALID = ROOT / "spec" / "vectors" / "valid"

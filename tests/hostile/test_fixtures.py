@@ -330,7 +330,7 @@ def test_huge_sparse_shard_within_a_small_address_space(tmp_path: Path) -> None:
     os.truncate(path / SHARD, 100_000_000)
     program = (
         "import numpy, resource, sys; from pathlib import Path\n"
-        "from loraformat.verify import verify_bundle\n"
+        "from loraformat.integrity import verify_bundle\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 450_000_000,) * 2)\n"
         "print(verify_bundle(Path(sys.argv[1]))[0].rule)\n"

@@ -1,8 +1,8 @@
 """Writing shards: tensor by tensor, in execution order, hashed while they are written.
 
 `write_shards` walks over lazy tensors. While one is computed, a second thread hashes
-and writes the one before it, so that computing and the disk overlap and never more
-than three tensors are in memory. The header of a shard is written last, into room that
+and writes the ones before it, so that computing and the disk overlap; how much waits in
+memory is bounded. The header of a shard is written last, into room that
 was left for it, because the length of a quant state is known only once its weight is
 quantized. A finished shard is journaled: after an interruption it is hashed again, and
 the run continues behind it.
@@ -10,14 +10,14 @@ the run continues behind it.
 
 from __future__ import annotations
 
-import queue
-import threading
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, BinaryIO
 
+from loraformat.background import BackgroundConsumer
 from loraformat.checkpoint import LazyTensor, NF4Parts, NF4Tensor, nf4_digest
 from loraformat.errors import InputError
 from loraformat.folder import Folder
@@ -199,9 +199,10 @@ def _write_shard(
     plan = _Plan(tensors)
     with publication.create(name) as file:
         sink = _Sink(file, plan, progress)
-        with _Worker(sink.write) as worker:
+        with BackgroundConsumer(sink.write) as background:
             for tensor in tensors:
-                worker.put((tensor, tensor.load()))
+                loaded = tensor.load()
+                background.put((tensor, loaded), nbytes=_held_bytes(loaded))
         return sink.finish()
 
 
@@ -259,38 +260,7 @@ class _Sink:
         }
 
 
-class _Worker:
-    """A thread that consumes items one behind the producer; its failure is the producer's."""
-
-    def __init__(self, consume: Callable[[Any], None]) -> None:
-        self._consume = consume
-        self._items: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="loraformat-writer", daemon=True)
-
-    def _run(self) -> None:
-        while (item := self._items.get()) is not None:
-            if self._failure is None:
-                try:
-                    self._consume(item)
-                except BaseException as error:
-                    self._failure = error
-            del item  # or its bytes stay in memory until the next one comes
-
-    def put(self, item: Any) -> None:
-        if self._failure is None:
-            self._items.put(item)
-        if self._failure is not None:
-            raise self._failure
-
-    def __enter__(self) -> _Worker:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            self._failure = self._failure or RuntimeError("the producer failed")
-        self._items.put(None)
-        self._thread.join()
-        if kind is None and self._failure is not None:
-            raise self._failure
+def _held_bytes(loaded: memoryview | NF4Parts) -> int:
+    """Return the memory that loaded bytes take beyond the files they may be mapped from."""
+    views = loaded.by_suffix().values() if isinstance(loaded, NF4Parts) else (loaded,)
+    return sum(view.nbytes for view in views if not isinstance(view.obj, mmap.mmap))

@@ -6,7 +6,7 @@ the Python that runs this script. Nothing is downloaded. To make it again::
 
     python tools/make_small_model.py --out build/small_model
 
-It takes half an hour on two cores. ``--minutes 2`` gives a worse model quickly: it
+It takes half an hour on two idle cores. ``--minutes 2`` gives a worse model quickly: it
 measures the speed of the machine and sets the number of steps by it. The same
 Python, the same torch, the same number of threads and of steps give the same
 weights; ``training_record.json`` names all of them.
@@ -23,6 +23,7 @@ import json
 import math
 import platform
 import re
+import sys
 import sysconfig
 import time
 from collections import Counter
@@ -334,10 +335,11 @@ LICENCE = """\
 The weights, the tokenizer and the configuration in this directory are part of
 loraformat and are licensed under the Apache License 2.0.
 
-They were made from the text of the Python standard library, Copyright (c) 2001
-Python Software Foundation; All Rights Reserved, which is licensed under the PSF
-License Agreement (PSF-2.0). Files with permission notices of their own were left
-out; training_record.json counts and hashes the rest.
+They were made from the text of the Python standard library, which is licensed
+under the PSF License Agreement (PSF-2.0):
+{notice}
+Files with permission notices of their own were left out; training_record.json
+counts and hashes the rest.
 """
 
 
@@ -427,7 +429,7 @@ def write_notes(out: Path, record: dict[str, Any]) -> None:
         **{key: record["held_out"][key] for key in ("window", "model", "unigram")},
     )
     (out / "README.md").write_text(card)
-    (out / "LICENSE").write_text(LICENCE)
+    (out / "LICENSE").write_text(LICENCE.format(notice="\n".join(sys.copyright.splitlines()[:2])))
 
 
 # --- the command --------------------------------------------------------------------------------

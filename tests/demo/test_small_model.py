@@ -76,20 +76,20 @@ def test_every_linear_suits_nf4_and_k_quants() -> None:
 
 
 def test_nothing_names_the_machine_it_was_made_on() -> None:
-    places = (str(Path.home()), "/root/", "/home/", "/Users/", "/tmp/", "/opt/")
+    places = ("/root/", "/home/", "/Users/", "/tmp/", "/opt/")
     for path in SMALL_MODEL.iterdir():
         content = path.read_bytes()
-        assert not any(place.encode() in content for place in places if place != "/"), path.name
+        assert not any(place.encode() in content for place in places), path.name
 
 
 def test_the_loss_fell() -> None:
     losses = [loss for _, loss in RECORD["loss_curve"]]
-    assert losses[0] > 6 > 4 > losses[-1]
+    assert losses[0] > 4 > 2.5 > losses[-1]
 
 
 def test_it_is_far_better_than_token_frequencies() -> None:
     model, unigram = RECORD["held_out"]["model"], RECORD["held_out"]["unigram"]
-    assert model["perplexity"] < unigram["perplexity"] / 10
+    assert model["perplexity"] < unigram["perplexity"] / 30
 
 
 def test_perplexity_is_the_recorded_one() -> None:

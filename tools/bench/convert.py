@@ -24,16 +24,19 @@ sys.path.insert(0, os.fspath(Path(__file__).parent))
 from process import Cost, machine, median_cost, run_python
 from shapes import LLAMA_1B, write_model
 
+_OURS, _COPY_ROW, _TWICE = "loraformat convert", "plain copy", ", twice the layers"
 _COPY = """
 import os, sys
-source, bundle, target = sys.argv[1:]
+source, target, *shards = sys.argv[1:]
 buffer = bytearray(8 << 20)
 with open(source, "rb", buffering=0) as file:
     while file.readinto(buffer):
         pass
-with open(bundle, "rb", buffering=0) as file, open(target, "wb", buffering=0) as copy:
-    while count := file.readinto(buffer):
-        copy.write(memoryview(buffer)[:count])
+with open(target, "wb", buffering=0) as copy:
+    for shard in shards:
+        with open(shard, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                copy.write(memoryview(buffer)[:count])
     os.fsync(copy.fileno())
 """
 
@@ -68,24 +71,29 @@ def main(directory: Path | None, runs: int, peer: bool, json_path: Path | None) 
 
 
 def _measure(model: Path, twice: Path, scratch: Path, runs: int, peer: bool) -> dict[str, Cost]:
-    bundle = scratch / "bundle"
     costs: dict[str, list[Cost]] = {}
     for run in range(runs + 1):  # the first warms the page cache and is not counted
-        costs.setdefault("loraformat convert", []).append(_convert(model, bundle))
-        shard = next(bundle.glob("*.safetensors"))
-        arguments = ["-c", _COPY, os.fspath(model / "model.safetensors"), os.fspath(shard)]
-        costs.setdefault("plain copy", []).append(
-            run_python([*arguments, os.fspath(scratch / "copy")])
-        )
+        for source, suffix in ((model, ""), (twice, _TWICE)):
+            ours, copied = _convert_and_copy(source, scratch)
+            costs.setdefault(_OURS + suffix, []).append(ours)
+            costs.setdefault(_COPY_ROW + suffix, []).append(copied)
         if peer and run < 2:  # one counted run: it takes minutes
             target = scratch / "peer"
             cost = run_python(["-c", _PEER, os.fspath(model), os.fspath(target)])
             costs.setdefault("transformers + bitsandbytes", []).append(cost)
             shutil.rmtree(target)
-        shutil.rmtree(bundle)
-    costs["loraformat convert, twice the layers"] = [_convert(twice, bundle)] * 2
-    shutil.rmtree(bundle)
     return {name: median_cost(measured[1:]) for name, measured in costs.items()}
+
+
+def _convert_and_copy(model: Path, scratch: Path) -> tuple[Cost, Cost]:
+    bundle, copy = scratch / "bundle", scratch / "copy"
+    ours = _convert(model, bundle)
+    shards = [os.fspath(path) for path in sorted(bundle.glob("*.safetensors"))]
+    arguments = ["-c", _COPY, os.fspath(model / "model.safetensors"), os.fspath(copy), *shards]
+    copied = run_python(arguments)
+    shutil.rmtree(bundle)
+    copy.unlink()
+    return ours, copied
 
 
 def _convert(model: Path, bundle: Path) -> Cost:
@@ -95,14 +103,14 @@ def _convert(model: Path, bundle: Path) -> Cost:
 
 
 def _report(results: dict[str, Cost], json_path: Path | None) -> None:
-    ours = results["loraformat convert"]
     about = machine()
     click.echo(", ".join(f"{key}: {value}" for key, value in about.items()))
-    click.echo(f"{'':38}{'wall s':>8}{'CPU s':>8}{'anon MB':>9}{'RSS MB':>8}{'wall / ours':>13}")
-    for name, cost in results.items():
+    click.echo(f"{'':38}{'wall s':>8}{'CPU s':>8}{'anon MB':>9}{'RSS MB':>8}{'ours / this':>13}")
+    for name, cost in sorted(results.items(), key=lambda item: _TWICE in item[0]):
+        ours = results[_OURS + (_TWICE if name.endswith(_TWICE) else "")]
         click.echo(
             f"{name:38}{cost.wall:8.2f}{cost.cpu:8.2f}{cost.anonymous / 1e6:9.0f}"
-            f"{cost.resident / 1e6:8.0f}{cost.wall / ours.wall:13.2f}"
+            f"{cost.resident / 1e6:8.0f}{ours.wall / cost.wall:13.2f}"
         )
     if json_path:
         rows = {name: cost.to_json() for name, cost in results.items()}

@@ -247,7 +247,7 @@ def quantize(
         if not kernel.quantize(flat[start:stop], block_size, codes, scales):
             raise _non_finite(flat, name)
 
-    run(piece, count, _PIECE, threads)
+    run(piece, count, _PIECE, threads, in_torch=kernel.name == "torch")
     if not double_quant:
         return NF4(packed, absmax, count, block_size)
     return NF4(packed, *_quantize_scales(kernel, absmax, count, block_size, threads))
@@ -265,14 +265,14 @@ def _quantize_scales(
         nested = slice(start // NESTED_BLOCK_SIZE, _ceil(stop, NESTED_BLOCK_SIZE))
         kernel.sum_scales(absmax[start:stop], sums[nested])
 
-    run(add, blocks, _SCALES, threads)
+    run(add, blocks, _SCALES, threads, in_torch=kernel.name == "torch")
     offset = torch.tensor(math.fsum(sums.tolist()) / max(blocks, 1)).item()
 
     def encode(start: int, stop: int) -> None:
         nested = slice(start // NESTED_BLOCK_SIZE, _ceil(stop, NESTED_BLOCK_SIZE))
         kernel.quantize_scales(absmax[start:stop], offset, codes[start:stop], nested_absmax[nested])
 
-    run(encode, blocks, _SCALES, threads)
+    run(encode, blocks, _SCALES, threads, in_torch=kernel.name == "torch")
     return codes, count, block_size, nested_absmax, offset
 
 
@@ -340,7 +340,7 @@ def dequantize(
         part = target[begin:end]
         kernel.dequantize(q.packed, local, q.block_size, start + begin, part, streaming)
 
-    run(piece, stop - start, _PIECE, threads)
+    run(piece, stop - start, _PIECE, threads, in_torch=kernel.name == "torch")
     return out
 
 
@@ -385,7 +385,7 @@ def quantization_error(x: Tensor, q: NF4, *, threads: int | None = None) -> tupl
         packed, local = q.packed[start // 2 :], scales[start // q.block_size :]
         kernel.error(flat[start:stop], packed, local, q.block_size, sums[:, chunks])
 
-    run(piece, q.count, _PIECE, threads)
+    run(piece, q.count, _PIECE, threads, in_torch=kernel.name == "torch")
     return math.fsum(sums[0].tolist()), math.fsum(sums[1].tolist())
 
 

@@ -15,15 +15,25 @@ import errno
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from loraformat.durable import (
+    identity,
+    identity_of,
+    locked,
+    new_file,
+    open_directory,
+    sync_directory,
+    try_lock,
+    write_all,
+)
 from loraformat.errors import LoraFormatError, OutputError, ResourceError, printable
 from loraformat.exchange import exchange_directories, undo_interrupted_exchange
+from loraformat.output_rules import holds_weights, refuse_existing, refuse_input_as_output
 
 __all__ = ["Publication", "disk_full"]
 
@@ -32,9 +42,6 @@ _JOURNAL_NEW = _JOURNAL + ".new"
 #: A planned size may be exceeded by directory blocks and JSON (fraction).
 _SPACE_MARGIN = 1.02
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-#: A directory of these is a model, so that a work directory of ours can be told from a stranger's.
-_WEIGHTS = ("*.safetensors", "*.gguf")
-_ANOTHER = "choose another output"
 
 
 class Publication:
@@ -81,15 +88,17 @@ class Publication:
 
     def __enter__(self) -> Publication:
         try:
-            self._refuse_input_as_output()
-            self._refuse_existing()
+            refuse_input_as_output(self.target, self.work, self._inputs)
+            refuse_existing(self.target, force=self._force)
             if not self.target.parent.is_dir():
                 raise OutputError(
                     "no such directory", path=self.target.parent, hint="make it first"
                 )
             self._open_work()
             undo_interrupted_exchange(self.work, self.target)
-            self._refuse_existing()  # again, now that no other writer can publish
+            refuse_existing(
+                self.target, force=self._force
+            )  # again, now that no other writer can publish
             self._load_journal()
         except BaseException as error:
             self._leave(keep=bool(self.resumed))
@@ -98,69 +107,12 @@ class Publication:
             raise
         return self
 
-    def _refuse_input_as_output(self) -> None:
-        target, work = self.target.resolve(), self.work.resolve()
-        for source in self._inputs:
-            real = source.resolve()
-            if _same_file(target, real) or real.is_relative_to(target):
-                raise OutputError("is the input, or holds it", path=self.target, hint=_ANOTHER)
-            if real.is_dir() and target.is_relative_to(real):
-                raise OutputError("lies inside the input", path=self.target, hint=_ANOTHER)
-            if _same_file(work, real) or real.is_relative_to(work):
-                raise OutputError(
-                    "is the input, or holds it, and is where this output would be prepared",
-                    path=self.work,
-                    hint=_ANOTHER,
-                )
-        if self.target.is_dir():
-            identities = {_identity(path) for path in self._inputs if path.is_file()}
-            for path in self.target.iterdir():
-                if path.is_file() and _identity(path) in identities:
-                    raise OutputError(
-                        f"holds {path.name}, which is a link to an input file",
-                        path=self.target,
-                        hint=_ANOTHER,
-                    )
-
-    def _refuse_existing(self) -> None:
-        if not os.path.lexists(self.target):
-            return
-        if self.target.is_symlink() or not self.target.is_dir():
-            kind = (
-                "is a symbolic link"
-                if self.target.is_symlink()
-                else "exists and is not a directory"
-            )
-            raise OutputError(kind, path=self.target, hint=_ANOTHER)
-        if os.path.ismount(self.target):
-            raise OutputError(
-                "is a mount point, which cannot be replaced as a whole",
-                path=self.target,
-                hint="name a directory inside it",
-            )
-        if not any(self.target.iterdir()):
-            return
-        if not self._force:
-            raise OutputError("already exists", path=self.target, hint="use --force to replace it")
-        if not _holds_weights(self.target):
-            raise OutputError(
-                "is a directory without weights and will not be replaced",
-                path=self.target,
-                hint="remove it yourself, or choose another output",
-            )
-        if adapters := sorted(path.name for path in self.target.glob("adapters/*")):
-            raise OutputError(
-                f"holds adapters that would be lost: {', '.join(adapters)}",
-                path=self.target,
-                hint="move them away, or choose another output",
-            )
-
     def _open_work(self) -> None:
         while True:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.work)
             try:
-                self._lock = _open_directory(self.work)
+                self._lock = open_directory(self.work)
             except FileNotFoundError:
                 continue  # its holder has just renamed it into place
             except OSError as error:
@@ -171,7 +123,7 @@ class Publication:
                     path=self.work,
                     hint="remove it",
                 ) from None
-            if not _try_lock(self._lock):
+            if not try_lock(self._lock):
                 self._unlock()
                 raise OutputError(
                     f"is being written by another process{self._holder()}",
@@ -186,7 +138,7 @@ class Publication:
     def _holds(self, path: Path) -> bool:
         """Tell whether a path names the directory that we have locked."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return self._lock >= 0 and _identity(path) == _identity_of(os.fstat(self._lock))
+            return self._lock >= 0 and identity(path) == identity_of(os.fstat(self._lock))
         return False
 
     def _holder(self) -> str:
@@ -211,7 +163,7 @@ class Publication:
         if (
             names - {_JOURNAL, _JOURNAL_NEW}
             and _JOURNAL not in names
-            and not _holds_weights(self.work)
+            and not holds_weights(self.work)
         ):
             raise OutputError(
                 "is no work directory of loraformat, and is where this output would be prepared",
@@ -228,11 +180,11 @@ class Publication:
 
     def _save_journal(self) -> None:
         beside = self.work / _JOURNAL_NEW
-        with _new_file(beside) as file:
-            _write_all(file, json.dumps(self._journal).encode("utf-8"))
+        with new_file(beside) as file:
+            write_all(file, json.dumps(self._journal).encode("utf-8"))
             os.fsync(file.fileno())
         os.replace(beside, self.work / _JOURNAL)
-        _sync_directory(self.work)
+        sync_directory(self.work)
 
     def record(self, key: str, value: Any) -> None:
         """Remember a finished file, so that an interrupted run can skip it.
@@ -279,19 +231,19 @@ class Publication:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True)
         beside = path.with_name(path.name + ".tmp")
-        with _new_file(beside) as file:
+        with new_file(beside) as file:
             yield file
             os.fsync(file.fileno())
         os.replace(beside, path)
         for directory in path.parents:
-            _sync_directory(directory)
+            sync_directory(directory)
             if directory == self.work:
                 break
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
         with self.create(name) as file:
-            _write_all(file, data)
+            write_all(file, data)
 
     def commit(self) -> None:
         """Let the output appear at the target.
@@ -301,17 +253,17 @@ class Publication:
         OutputError
             If something else has appeared there meanwhile.
         """
-        self._refuse_existing()
+        refuse_existing(self.target, force=self._force)
         os.unlink(self.work / _JOURNAL)
-        _sync_directory(self.work)
+        sync_directory(self.work)
         if self.target.is_dir() and any(self.target.iterdir()):
-            with _locked(self.target):  # or the next writer takes what is left of it for its own
+            with locked(self.target):  # or the next writer takes what is left of it for its own
                 exchange_directories(self.work, self.target)
-                _sync_directory(self.target.parent)
+                sync_directory(self.target.parent)
                 self._remove_old()
         else:
             os.rename(self.work, self.target)
-            _sync_directory(self.target.parent)
+            sync_directory(self.target.parent)
 
     def _remove_old(self) -> None:
         """Remove the output that was replaced; a journal marks it as ours if we are killed."""
@@ -383,87 +335,8 @@ def disk_full(error: OSError, path: Path) -> LoraFormatError:
     return OutputError(f"cannot be written: {error.strerror or error}", path=path)
 
 
-def _holds_weights(path: Path) -> bool:
-    return any(any(path.glob(pattern)) for pattern in _WEIGHTS)
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         os.unlink(path)
-
-
-def _new_file(path: Path) -> BinaryIO:
-    """Open a file that does not exist yet, unbuffered; its mode follows the umask."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    return os.fdopen(descriptor, "wb", buffering=0)
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    rest = memoryview(data)
-    while len(rest):
-        rest = rest[file.write(rest) :]
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    return one == other or (one.exists() and other.exists() and os.path.samefile(one, other))
-
-
-def _identity_of(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    return _identity_of(path.stat())
-
-
-def _open_directory(path: Path) -> int:
-    # O_NONBLOCK: a FIFO of that name must be refused, not waited for.
-    flags = (
-        os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
-    )
-    descriptor = os.open(path, flags)
-    if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    return descriptor
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = _open_directory(directory)
-    try:
-        _try_lock(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks on directories
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks (some NFS)
-        return True
-    return True
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system knows how
-            raise
-    finally:
-        os.close(descriptor)

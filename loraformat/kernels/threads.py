@@ -7,9 +7,12 @@ whose barrier after every small operation collapses when the machine is shared.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+
+import torch
 
 from loraformat.errors import UsageError
 
@@ -31,17 +34,39 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+_settling = threading.Lock()
+
+
+def _compute_alone() -> None:
+    """Keep torch from starting OpenMP threads on behalf of this thread."""
+    with _settling:
+        count = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # That is also what threads to come would start with; one that ends at once sets it back.
+        restoring = threading.Thread(target=torch.set_num_threads, args=(count,))
+        restoring.start()
+        restoring.join()
+
+
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="loraformat")
+    return ThreadPoolExecutor(workers, thread_name_prefix="loraformat", initializer=_compute_alone)
+
+
+def _forget_threads() -> None:
+    """In a forked child, drop what its parent's threads, which it does not have, may hold."""
+    global _settling
+    _settling = threading.Lock()
+    _pool.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
-    # A forked child inherits the pool object but none of its threads.
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
-def run(task: Task, total: int, grain: int, threads: int | None = None) -> None:
+def run(
+    task: Task, total: int, grain: int, threads: int | None = None, *, in_torch: bool = False
+) -> None:
     """Call ``task(start, stop)`` on pieces that cover ``range(total)``.
 
     Parameters
@@ -55,6 +80,9 @@ def run(task: Task, total: int, grain: int, threads: int | None = None) -> None:
         Length of a piece; the last one may be shorter.
     threads : int, optional
         Most threads at work, the calling one included; default: every CPU of the process.
+    in_torch : bool
+        The task computes with torch, which would use OpenMP in the calling thread: leave all of
+        it to threads of ours.
 
     Raises
     ------
@@ -73,9 +101,12 @@ def run(task: Task, total: int, grain: int, threads: int | None = None) -> None:
             task(start, min(start + grain, total))
 
     workers = min(default_threads() if threads is None else threads, pieces)
-    helpers = [_pool(workers - 1).submit(work) for _ in range(workers - 1)]
+    apart = in_torch and torch.get_num_threads() > 1
+    count = workers if apart else workers - 1
+    helpers = [_pool(count).submit(work) for _ in range(count)]
     try:
-        work()
+        if not apart:
+            work()
     except BaseException:
         for _ in starts:  # leave nothing for the helpers
             pass

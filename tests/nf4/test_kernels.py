@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,18 @@ def test_a_worker_thread_may_call(normal):
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: nf4.quantize(x, threads=3).packed, range(8)):
             assert torch.equal(got, expected)
+
+
+def test_the_fallback_leaves_torch_threads_as_they_are(monkeypatch):
+    monkeypatch.setenv("LORAFORMAT_KERNEL", "torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        nf4.quantize(torch.randn(1 << 20), threads=3)
+        seen = []
+        fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        fresh.start()
+        fresh.join()
+        assert (torch.get_num_threads(), seen) == (2, [2])
+    finally:
+        torch.set_num_threads(before)

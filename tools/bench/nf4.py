@@ -10,10 +10,8 @@ Example
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -21,37 +19,19 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import click
 import torch
 
-from loraformat import kernels, nf4
-from loraformat.kernels.threads import default_threads
+sys.path.insert(0, os.fspath(Path(__file__).parent))
+
+from process import machine
+
+from loraformat import nf4
+from loraformat.kernels import VARIABLE, available
 
 SHAPES = ((4096, 4096), (4096, 14336))
 DTYPES = (torch.bfloat16, torch.float32)
 Work = Callable[[], object]
-
-
-def machine() -> dict[str, str]:
-    """Describe what the numbers depend on.
-
-    Returns
-    -------
-    dict
-        CPU model, kernels, versions.
-    """
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
-        model = next(named, f": {model}").split(":", 1)[1].strip()
-    return {
-        "cpu": model,
-        "cpus": str(default_threads()),
-        "kernels": ", ".join(kernels.available()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "bitsandbytes": version("bitsandbytes"),
-    }
 
 
 def forced(choice: str, work: Work) -> Work:
@@ -71,11 +51,11 @@ def forced(choice: str, work: Work) -> Work:
     """
 
     def run() -> object:
-        os.environ[kernels.VARIABLE] = choice
+        os.environ[VARIABLE] = choice
         try:
             return work()
         finally:
-            del os.environ[kernels.VARIABLE]
+            del os.environ[VARIABLE]
 
     return run
 
@@ -153,42 +133,38 @@ def measure(works: dict[str, Work], repeat: int) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def main() -> int:
-    """Measure everything, print a table, write JSON if asked.
-
-    Returns
-    -------
-    int
-        0.
-    """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeat", type=int, default=5, help="rounds per row (default 5)")
-    parser.add_argument("--kernels", default="auto,torch", help="ours to compare (auto,torch)")
-    parser.add_argument("--threads", default="1,2", help="thread counts (1,2)")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    options = parser.parse_args()
-    choices = options.kernels.split(",")
-    facts, rows = machine(), []
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+@click.command()
+@click.option("--repeat", default=5, show_default=True, help="Rounds per row.")
+@click.option("--kernels", default="auto,torch", show_default=True, help="Ours to compare.")
+@click.option("--threads", "thread_counts", default="1,2", show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers too.")
+def main(repeat: int, kernels: str, thread_counts: str, json_path: Path | None) -> None:
+    """Measure everything, print a table, write JSON if asked."""
+    facts: dict[str, object] = {
+        **machine(),
+        "kernels": ", ".join(available()),
+        "bitsandbytes": version("bitsandbytes"),
+    }
+    rows = []
+    click.echo("\n".join(f"{key}: {value}" for key, value in facts.items()))
     torch.manual_seed(0)
-    for threads in map(int, options.threads.split(",")):
+    for threads in map(int, thread_counts.split(",")):
         torch.set_num_threads(threads)
         for shape in SHAPES:
             for dtype in DTYPES:
                 x = torch.randn(shape).to(dtype)
-                for operation, works in contenders(x, threads, choices).items():
+                for operation, works in contenders(x, threads, kernels.split(",")).items():
                     row = {
                         "threads": threads,
                         "shape": list(shape),
                         "dtype": str(dtype).removeprefix("torch."),
                         "operation": operation,
-                        "milliseconds": measure(works, options.repeat),
+                        "milliseconds": measure(works, repeat),
                     }
                     rows.append(row)
-                    print(table_row(row), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-    return 0
+                    click.echo(table_row(row))
+    if json_path:
+        json_path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
 
 
 def table_row(row: dict[str, object]) -> str:
@@ -217,4 +193,4 @@ def table_row(row: dict[str, object]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

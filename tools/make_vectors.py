@@ -18,8 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import vector_cases
+import vector_invalid
 import vector_nf4 as nf4
+import vector_valid
 from vector_bundle import Draft, build, text
 
 ROOT = Path(__file__).parents[1] / "spec" / "vectors"
@@ -53,12 +54,12 @@ def make() -> dict[str, bytes]:
         "valid": [],
         "invalid": [],
     }
-    for name, how, draft in vector_cases.valid():
+    for name, how, draft in vector_valid.valid():
         files = build(draft)
         out |= {f"valid/{name}/{path}": data for path, data in files.items()}
         entry = {"name": name, "how": how, **expected(draft, files), "files": hashes(files)}
         index["valid"].append(entry)
-    for name, rule, reason, how, draft in vector_cases.invalid():
+    for name, rule, reason, how, draft in vector_invalid.invalid():
         files = build(draft)
         out |= {f"invalid/{name}/{path}": data for path, data in files.items()}
         index["invalid"].append(

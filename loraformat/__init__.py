@@ -14,18 +14,31 @@ if TYPE_CHECKING:
     from loraformat.errors import LoraFormatError as LoraFormatError
     from loraformat.ops.convert import convert as convert
     from loraformat.ops.describe import describe as describe
+    from loraformat.ops.merge import merge as merge
     from loraformat.ops.open import open_source as open
+    from loraformat.ops.unmerge import unmerge as unmerge
     from loraformat.ops.verify import verify as verify
 
 _HOMES = {
     "LoraFormatError": ("loraformat.errors", "LoraFormatError"),
     "convert": ("loraformat.ops.convert", "convert"),
     "describe": ("loraformat.ops.describe", "describe"),
+    "merge": ("loraformat.ops.merge", "merge"),
     "open": ("loraformat.ops.open", "open_source"),
+    "unmerge": ("loraformat.ops.unmerge", "unmerge"),
     "verify": ("loraformat.ops.verify", "verify"),
 }
 
-__all__ = ["LoraFormatError", "__version__", "convert", "describe", "open", "verify"]
+__all__ = [
+    "LoraFormatError",
+    "__version__",
+    "convert",
+    "describe",
+    "merge",
+    "open",
+    "unmerge",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from loraformat.errors import (
 )
 
 if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
     from loraformat.checkpoint import Checkpoint
     from loraformat.model_directory import WrittenModel
     from loraformat.publish import Publication
@@ -87,6 +88,10 @@ class Converter:
         Opens a path as a lazy `Checkpoint`.
     write : callable or None
         Writes a checkpoint into a publication's work directory.
+    read_adapter : callable or None
+        Opens a path as an `Adapter`; given the base, if it is known.
+    write_adapter : callable or None
+        Writes an adapter, factors in the dtype named, into a publication's work directory.
     stores : {"nf4", "dense", "both"}
         Encodings that the writer can take. Before a writer of "dense" is called, NF4 weights
         are made to dequantize when loaded; before one of "nf4", decoder linears are made to
@@ -103,11 +108,23 @@ class Converter:
     summary: str
     sniff: Callable[[Path], bool]
     read: Callable[[Path], Checkpoint] | None = None
+    read_adapter: Callable[[Path, Checkpoint | None], Adapter] | None = None
+    write_adapter: Callable[[Adapter, Publication, str], None] | None = None
     write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None
     stores: Literal["nf4", "dense", "both"] = "dense"
     loses: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()
     requires: tuple[Requirement, ...] = ()
+
+    @property
+    def reads(self) -> bool:
+        """Whether it can open a path."""
+        return self.read is not None or self.read_adapter is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it can write an output."""
+        return self.write is not None or self.write_adapter is not None
 
     def missing(self) -> list[str]:
         """Return the packages that are not installed."""

@@ -27,10 +27,16 @@ __all__ = ["commands", "main"]
 
 #: Verb and its line in ``--help``; the verb's module holds a click command named ``command``.
 _VERBS = {
+    "combine": "Make one adapter from several.",
     "convert": "Convert a model from one format to another.",
     "demo": "Run the whole pipeline on the small real model.",
+    "extract": "Extract an adapter from a base and its fine-tune.",
     "formats": "List converters, directions and what each loses.",
     "info": "Show what a model is, without reading its weights.",
+    "merge": "Merge adapters into a base, into a new model.",
+    "reduce": "Reduce an adapter's rank with the least error.",
+    "spectrum": "Show which ranks an adapter uses.",
+    "unmerge": "Take merged adapters out of a model again.",
     "verify": "Check every rule and every hash.",
 }
 

@@ -23,8 +23,8 @@ def command(as_json: bool, quiet: bool) -> None:
     if as_json:
         rows = [
             {
-                "name": c.name, "kind": c.kind, "summary": c.summary, "reads": c.read is not None,
-                "writes": c.write is not None, "loses": list(c.loses), "missing": c.missing(),
+                "name": c.name, "kind": c.kind, "summary": c.summary, "reads": c.reads,
+                "writes": c.writes, "loses": list(c.loses), "missing": c.missing(),
             }
             for c in converters
         ]  # fmt: skip
@@ -32,7 +32,7 @@ def command(as_json: bool, quiet: bool) -> None:
         return
     for converter in converters if not quiet else ():
         ways = " and ".join(
-            way for way, does in (("reads", converter.read), ("writes", converter.write)) if does
+            way for way, does in (("reads", converter.reads), ("writes", converter.writes)) if does
         )
         say(f"{converter.name} ({converter.kind}; {ways})\n    {converter.summary}")
         for loss in converter.loses:

@@ -95,6 +95,11 @@ def convert(
     began = time.perf_counter()
     found = resolve(source)
     reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
+    if reader.kind == "adapter":
+        raise UsageError(
+            f"{source} is an adapter ({reader.name}), and only bases can be converted",
+            hint="merge, reduce, combine and spectrum take adapters",
+        )
     writer = plugins.for_output(Path(target), to_format, reader.kind)
     if reader.read is None:
         raise UsageError(f"format {reader.name!r} can be written but not read")

@@ -1,0 +1,102 @@
+"""``loraformat combine``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+
+_EXAMPLE = """\b
+Example:
+  loraformat combine polite concise -o both --method svd --rank 16
+  loraformat combine skill habit -o cured --method linear --weight 1 --weight -0.5
+"""
+_METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("sources", metavar="ADAPTER...", nargs=-1, required=True)
+@click.option("-o", "--output", "target", required=True, metavar="DST", help="The new adapter.")
+@click.option(
+    "--method",
+    type=click.Choice(_METHODS),
+    default="svd",
+    show_default=True,
+    help="svd: the exact sum at its best rank R. cat: the exact sum, ranks added. linear: the "
+    "exact sum at the least rank that holds it. The others prune or drop elements first.",
+)
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="W",
+    help="One for each adapter, in their order; may be negative. [default: 1 each]",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    metavar="R",
+    help="Rank of the result. [default: the largest of each module's]",
+)
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    metavar="D",
+    help="Share of elements that pruning and dropping keep.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Of random dropping."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    help="Type of the new factors; by default they keep theirs.",
+)
+@click.option("--force", is_flag=True, help="Replace what stands at DST.")
+@json_option
+@quiet_option
+def command(
+    sources: tuple[str, ...],
+    target: str,
+    weights: tuple[float, ...],
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Combine adapters into one.
+
+    What is combined are the changes the adapters make in effect, rsLoRA and patterns included,
+    never their factors one by one. Ranks and targets may differ.
+    """
+    from loraformat.ops.combine import CombineOptions, combine
+
+    chosen = CombineOptions(**options)
+    with progress_bar("combine", quiet=quiet) as progress:
+        report = combine(
+            sources, target, chosen, weights=weights or None, force=force, progress=progress
+        )
+    if as_json:
+        echo_json("combine", report.to_json())
+    elif not quiet:
+        say(_text(report))
+
+
+def _text(report: Any) -> str:
+    rows = [
+        [m.target, "+".join(map(str, m.ranks)), m.rank, f"{m.energy:.4%}", f"{m.error:.4f}"]
+        for m in report.modules
+    ]
+    terms = [f"{w:g} x {path}" for w, path in zip(report.weights, report.sources, strict=True)]
+    lines = [
+        table(["module", "ranks", "new", "energy", "error"], rows),
+        "",
+        f"wrote {report.target}: {report.method} of {', '.join(terms)}; "
+        f"{report.parameters:,} parameters, {report.seconds:.1f} s",
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

@@ -1,0 +1,124 @@
+"""``loraformat merge``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loraformat.cli.console import (
+    ByteSize,
+    echo_json,
+    json_option,
+    progress_bar,
+    quiet_option,
+    say,
+    size,
+    table,
+)
+
+_EXAMPLE = """\b
+Example:
+  loraformat merge meta-llama/Llama-3.2-1B my-adapter -o merged
+  loraformat merge base A B --weight 0.7 --weight 0.3 -o merged --undo undo.lfu
+"""
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("base", metavar="BASE")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@click.option("-o", "--output", "target", metavar="OUT", required=True, help="Output directory.")
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="W",
+    help="Factor of each adapter, in their order. [default: 1]",
+)
+@click.option(
+    "--from", "from_format", metavar="FORMAT", help="Format of BASE; by default its content tells."
+)
+@click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    help="Type of the output; by default each tensor keeps its own, NF4 becomes bf16.",
+)
+@click.option(
+    "--undo", metavar="FILE", help="Write the record from which `unmerge` restores BASE exactly."
+)
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Allow an NF4 output: it loses nearly all of an ordinary delta.",
+)
+@click.option(
+    "--allow-base-mismatch", is_flag=True, help="Merge an adapter that was made for another base."
+)
+@click.option("--modules", "show_modules", is_flag=True, help="Show every module, not the total.")
+@click.option(
+    "--max-shard-size",
+    type=ByteSize(),
+    default="2GB",
+    show_default=True,
+    help="Tensor bytes per file.",
+)
+@click.option("--force", is_flag=True, help="Replace a model that stands at OUT.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the sizes, write nothing.")
+@json_option
+@quiet_option
+def command(
+    base: str,
+    adapters: tuple[str, ...],
+    target: str,
+    max_shard_size: int,
+    show_modules: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Merge adapters into a base, into a new model.
+
+    BASE is never changed. Every weight gets the sum of all deltas and is rounded once. A
+    quantized BASE gives dense weights: quantizing again would lose the adapter.
+    """
+    from loraformat.ops.merge import merge
+
+    with progress_bar("merge", quiet=quiet or options["dry_run"]) as progress:
+        report = merge(
+            base, list(adapters), target, shard_limit=max_shard_size, progress=progress, **options
+        )
+    if as_json:
+        echo_json("merge", report.to_json())
+    elif not quiet:
+        say(_text(report, show_modules))
+
+
+def _text(report: Any, show_modules: bool) -> str:
+    would = "would write" if report.dry_run else "wrote"
+    lines = [
+        f"{report.source_format} {report.source}",
+        *(f"+ {a.weight:g} x {a.format} {a.path}" for a in report.adapters),
+        f"{would} {report.target_format} {report.target} ({size(report.output_bytes)})",
+        f"{report.merged} tensors merged, {report.replaced} replaced, of {report.tensors}"
+        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+    ]
+    if report.total is not None:
+        shown = [*(report.modules if show_modules else ()), report.total]
+        rows = [
+            [c.name, f"{c.relative:.2%}", f"{c.gain:.4f}", f"{c.error:.4f}", f"{c.swallowed:.1%}"]
+            for c in shown
+        ]
+        head = ["delta", "|D|/|W|", "gain", "error", "swallowed"]
+        lines += ["", table(head, rows), ""]
+    if report.undo is not None:
+        lines.append(
+            f"undo record {report.undo.path} ({size(report.undo.bytes)}, "
+            f"{report.undo.bits_per_weight:.4f} bits per weight); keep the adapters, too"
+        )
+    lines += [f"warning: {warning}" for warning in report.warnings]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"note: {a.path}: {note}" for a in report.adapters for note in a.notes]
+    lines += [f"not carried over: {loss}" for loss in report.lost]
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""``loraformat reduce``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+
+_EXAMPLE = """\b
+Example:
+  loraformat reduce my-adapter -o my-adapter-r16 --rank 16
+  loraformat reduce my-adapter -o small --budget 4M --max-rank 64
+"""
+
+
+class ParameterCount(click.ParamType[int]):
+    """A number of parameters such as 4M or 500k."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGB]?)\s*", str(value).upper())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is not a number of parameters such as 4M", param, ctx)
+        powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+        return int(float(match[1]) * powers[match[2]])
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("source", metavar="ADAPTER")
+@click.option("-o", "--output", "target", required=True, metavar="DST", help="The new adapter.")
+@click.option("--rank", type=click.IntRange(1), metavar="R", help="This rank in every module.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="E",
+    help="Keep this share of each module's squared norm, 0.99 for example.",
+)
+@click.option(
+    "--budget",
+    type=ParameterCount(),
+    metavar="N",
+    help="Keep so many parameters in all (4M, 500k), where they hold most.",
+)
+@click.option(
+    "--max-rank",
+    type=click.IntRange(1),
+    metavar="R",
+    help="No module gets more; alone or with --energy or --budget.",
+)
+@click.option(
+    "--no-statistics",
+    is_flag=True,
+    help="Ignore activation statistics in the adapter: weigh every input alike.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    help="Type of the new factors; by default they keep theirs.",
+)
+@click.option("--force", is_flag=True, help="Replace what stands at DST.")
+@click.option("--dry-run", is_flag=True, help="Print ranks and errors, write nothing.")
+@json_option
+@quiet_option
+def command(
+    source: str,
+    target: str,
+    no_statistics: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Reduce an adapter's rank, with the least possible error.
+
+    Each module's delta is replaced by its best approximation, computed from the factors in
+    float64. If the adapter carries activation statistics, best means: the least change of the
+    module's output. The new factors are balanced and ordered, so that any prefix of them is the
+    best adapter of that rank; rsLoRA and patterns are folded in.
+    """
+    from loraformat.ops.reduce import Reduction, reduce
+
+    reduction = Reduction(use_statistics=not no_statistics, **options)
+    with progress_bar("reduce", quiet=quiet) as progress:
+        report = reduce(source, target, reduction, force=force, dry_run=dry_run, progress=progress)
+    if as_json:
+        echo_json("reduce", report.to_json())
+    elif not quiet:
+        say(_text(report))
+
+
+def _text(report: Any) -> str:
+    rows = [
+        [m.target, m.old_rank, m.new_rank, f"{m.energy:.4%}", f"{m.error:.4f}"]
+        for m in report.modules
+    ]
+    would = "would write" if report.dry_run else "wrote"
+    kept = "" if report.energy is None else f", {report.energy:.4%} of the energy"
+    lines = [
+        table(["module", "rank", "new", "energy", "error"], rows),
+        "",
+        f"{would} {report.target}: {report.new_parameters:,} of {report.old_parameters:,} "
+        f"parameters{kept}" + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+    ]
+    if any(m.activation_aware for m in report.modules):
+        lines.append("note: energies and errors are those of the outputs, by the adapter's own "
+                     "activation statistics")  # fmt: skip
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

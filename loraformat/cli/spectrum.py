@@ -1,0 +1,66 @@
+"""``loraformat spectrum``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+
+_EXAMPLE = """\b
+Example:
+  loraformat spectrum my-adapter
+  loraformat spectrum my-adapter --plot spectrum.png --json
+"""
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("source", metavar="ADAPTER")
+@click.option(
+    "--plot",
+    "picture",
+    metavar="FILE",
+    help="Draw it, too: .png, .svg or .pdf. Needs: pip install 'loraformat[plot]'.",
+)
+@json_option
+@quiet_option
+def command(source: str, picture: str | None, as_json: bool, quiet: bool) -> None:
+    """Show which ranks an adapter uses.
+
+    Per module: the norm of its change, how many directions it has in effect (stable rank,
+    entropy rank), and the least ranks that keep 90, 95 and 99 % of its squared norm.
+    """
+    from loraformat.ops.spectrum import check_plot, plot, spectrum
+
+    if picture is not None:
+        check_plot(picture)
+    with progress_bar("spectrum", quiet=quiet) as progress:
+        report = spectrum(source, progress=progress)
+    if picture is not None:
+        plot(report, picture)
+    if as_json:
+        echo_json("spectrum", report.to_json())
+    elif not quiet:
+        say(_text(report))
+
+
+def _text(report: Any) -> str:
+    words = list(report.suggested)
+    rows = [
+        [m.target, m.rank, f"{m.norm:.4g}", f"{m.stable_rank:.1f}", f"{m.entropy_rank:.1f}",
+         *(m.suggested[word] for word in words)]
+        for m in report.modules
+    ]  # fmt: skip
+    parts = [
+        f"{word} at rank {report.suggested[word]} everywhere, or with "
+        f"{report.suggested_parameters[word]:,} parameters at each module's own"
+        for word in words
+    ]
+    lines = [
+        table(["module", "rank", "norm", "stable", "entropy", *words], rows),
+        "",
+        f"{report.source}: {len(report.modules)} modules, {report.parameters:,} parameters",
+        *parts,
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

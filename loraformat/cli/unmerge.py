@@ -1,0 +1,86 @@
+"""``loraformat unmerge``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loraformat.cli.console import (
+    ByteSize,
+    echo_json,
+    json_option,
+    progress_bar,
+    quiet_option,
+    say,
+    size,
+)
+
+_EXAMPLE = """\b
+Example:
+  loraformat unmerge merged --undo undo.lfu -o base
+  loraformat unmerge merged --adapter my-adapter -o nearly-base
+"""
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("merged", metavar="MERGED")
+@click.option("-o", "--output", "target", metavar="OUT", required=True, help="Output directory.")
+@click.option("--undo", metavar="FILE", help="The record that `merge --undo` wrote.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER",
+    help="With --undo: where the adapters are now. Without: what to subtract. Repeatable.",
+)
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="W",
+    help="Without --undo: the weight of each adapter. [default: 1]",
+)
+@click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
+@click.option(
+    "--max-shard-size",
+    type=ByteSize(),
+    default="2GB",
+    show_default=True,
+    help="Tensor bytes per file.",
+)
+@click.option("--force", is_flag=True, help="Replace a model that stands at OUT.")
+@click.option("--dry-run", is_flag=True, help="Check what belongs together, write nothing.")
+@json_option
+@quiet_option
+def command(
+    merged: str, target: str, max_shard_size: int, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Take merged adapters out of a model again.
+
+    With its undo record every bit of the original comes back, proven by hash; several merges
+    are undone in reverse order. Without one the adapters are subtracted, which is near.
+    """
+    from loraformat.ops.unmerge import unmerge
+
+    with progress_bar("unmerge", quiet=quiet or options["dry_run"]) as progress:
+        report = unmerge(merged, target, shard_limit=max_shard_size, progress=progress, **options)
+    if as_json:
+        echo_json("unmerge", report.to_json())
+    elif not quiet:
+        say(_text(report))
+
+
+def _text(report: Any) -> str:
+    would = "would write" if report.dry_run else "wrote"
+    kind = "the original" if report.exact else "an approximation of the original"
+    lines = [
+        f"{would} {report.target} ({size(report.output_bytes)}), {kind}",
+        f"{report.tensors} tensors, {report.restored} of them restored"
+        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+    ]
+    if report.exact and not report.dry_run:
+        lines.append("every tensor has the SHA-256 that it had before the merge")
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)

@@ -1,0 +1,316 @@
+"""Which tensors of a base an adapter changes: names of deltas to edits of stored tensors.
+
+An adapter speaks of the model in memory, an edit of the tensors on disk. They differ where
+a head is tied to the embedding (and stored once), and where experts are one parameter in
+memory and many tensors on disk. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loraformat.adapter import Adapter, LoraDelta
+from loraformat.architecture import module_of
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.config_json import parse
+from loraformat.errors import UnsupportedError, printable
+
+__all__ = ["Edit", "Plan", "Term", "plan_edits"]
+
+#: Leaves of the tensors on disk, by the fused parameter in memory, in the order of its rows.
+_EXPERT_LEAVES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+#: transformers renames these modules in memory; the checkpoint has the second spelling.
+_EXPERT_HOMES = ((".mlp.experts", ".mlp.experts"), (".mlp.experts", ".block_sparse_moe.experts"))
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One low-rank part of what is added to a stored tensor.
+
+    Attributes
+    ----------
+    adapter : int
+        Number of the adapter.
+    target : str
+        Its delta.
+    weight : float
+        The user's factor.
+    part : {"delta", "bias"}
+    block : int
+        Which matrix of a stored stack.
+    expert : int or None
+        Which expert of the delta.
+    rows : tuple of int or None
+        Which of the delta's output features; None is all.
+    """
+
+    adapter: int
+    target: str
+    weight: float
+    part: Literal["delta", "bias"] = "delta"
+    block: int = 0
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class Edit:
+    """What happens to one stored tensor.
+
+    Attributes
+    ----------
+    name : str
+        Of the tensor in the output.
+    source : str or None
+        Of the tensor that it starts from: another one if a tied head is written; None if it
+        is new.
+    terms : list of Term
+    replacement : tuple of (int, DenseTensor) or None
+        Adapter number and new values.
+    rows : list of int
+        Numbers of the adapters that replace rows.
+    """
+
+    name: str
+    source: str | None
+    terms: list[Term] = field(default_factory=list)
+    replacement: tuple[int, DenseTensor] | None = None
+    rows: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What merging adapters does to a base.
+
+    Attributes
+    ----------
+    edits : dict of str to Edit
+        By the name of the tensor in the output.
+    untied : bool
+        The head becomes a tensor of its own.
+    notes : list of str
+    """
+
+    edits: dict[str, Edit] = field(default_factory=dict)
+    untied: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_edits(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]) -> Plan:
+    """Find the stored tensors that adapters change.
+
+    Parameters
+    ----------
+    base : Checkpoint
+    adapters : sequence of Adapter
+    weights : sequence of float
+        One per adapter.
+
+    Raises
+    ------
+    UnsupportedError
+        If a target is not in the base, naming the nearest; if shapes differ; if an adapter
+        changes nothing.
+    """
+    planner = _Planner(base)
+    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        if not (adapter.deltas or adapter.replacements or adapter.rows):
+            raise UnsupportedError("changes no module of any base", path=adapter.path)
+        planner.add(number, adapter, weight)
+    return planner.finish(adapters)
+
+
+class _Planner:
+    def __init__(self, base: Checkpoint) -> None:
+        self.tensors: Mapping[str, LazyTensor] = base.tensors
+        self.config = parse(base.config) if base.config else {}
+        self.plan = Plan()
+        self.embedding = self._tied_embedding()
+
+    def _tied_embedding(self) -> str | None:
+        """Return the embedding that is the head, too; None if nothing is tied."""
+        if any(name.endswith(_HEAD) for name in self.tensors) or not _ties(self.config):
+            return None
+        names = [name for name in self.tensors if name.endswith(_EMBEDDINGS)]
+        text = [name for name in names if "vision" not in name and "audio" not in name]
+        return text[0] if len(text) == 1 else None
+
+    def add(self, number: int, adapter: Adapter, weight: float) -> None:
+        for target, delta in adapter.deltas.items():
+            for term, name in self._places(number, adapter, delta, weight):
+                self._check(adapter, delta, term, name)
+                self._edit(name).terms.append(term)
+            if delta.bias is not None:
+                bias = module_of(target) + ".bias"
+                if bias not in self.tensors:
+                    raise UnsupportedError(
+                        f"adds a bias to {printable(module_of(target))}, which has none in the "
+                        "base",
+                        path=adapter.path,
+                        hint="the architecture has no room for it; train without lora_bias",
+                    )
+                self._edit(bias).terms.append(Term(number, target, weight, "bias"))
+        for name, tensor in adapter.replacements.items():
+            self._replace(number, adapter, name, tensor)
+        for name, rows in adapter.rows.items():
+            edit = self._edit(self._known(adapter, name))
+            shape = self._shape(edit)
+            if rows.rows.shape != (len(rows.indices), *shape[1:]) or not all(
+                0 <= index < shape[0] for index in rows.indices
+            ):
+                raise UnsupportedError(
+                    f"replaces rows that {printable(name)} of shape {shape} does not have",
+                    path=adapter.path,
+                )
+            edit.rows.append(number)
+
+    def _replace(self, number: int, adapter: Adapter, name: str, tensor: DenseTensor) -> None:
+        if name not in self.tensors and not self._is_tied_head(name):
+            saved = adapter.config.get("modules_to_save") or ()
+            if not any(part in saved for part in module_of(name).split(".")):
+                raise self._unmatched(adapter, name)
+            self.plan.notes.append(f"{printable(name)} is new: the base does not have it")
+            self.plan.edits[name] = Edit(name, None, replacement=(number, tensor))
+            return
+        edit = self._edit(name)
+        if edit.replacement is not None:
+            raise UnsupportedError(
+                f"replaces {printable(name)}, and so does another adapter", path=adapter.path,
+                hint="merge one of them only",
+            )  # fmt: skip
+        if tensor.shape != self._shape(edit):
+            raise UnsupportedError(
+                f"replaces {printable(name)} by shape {tensor.shape}, the base has "
+                f"{self._shape(edit)}",
+                path=adapter.path,
+                hint="the adapter was made for another base, or one with a resized vocabulary",
+            )
+        edit.replacement = (number, tensor)
+
+    def _edit(self, name: str) -> Edit:
+        source = self.embedding if self._is_tied_head(name) else name
+        return self.plan.edits.setdefault(name, Edit(name, source))
+
+    def _shape(self, edit: Edit) -> tuple[int, ...]:
+        assert edit.source is not None
+        return self.tensors[edit.source].shape
+
+    def _is_tied_head(self, name: str) -> bool:
+        return self.embedding is not None and name.endswith(_HEAD) and name not in self.tensors
+
+    def _known(self, adapter: Adapter, name: str) -> str:
+        if name in self.tensors or self._is_tied_head(name):
+            return name
+        raise self._unmatched(adapter, name)
+
+    def _unmatched(self, adapter: Adapter, name: str) -> UnsupportedError:
+        nearest = difflib.get_close_matches(name, list(self.tensors), 1, 0.0)
+        return UnsupportedError(
+            f"changes {printable(name)}, which the base does not have"
+            + (f"; the nearest is {printable(nearest[0])}" if nearest else ""),
+            path=adapter.path,
+            hint="was it made for another base?",
+        )
+
+    def _places(
+        self, number: int, adapter: Adapter, delta: LoraDelta, weight: float
+    ) -> Iterator[tuple[Term, str]]:
+        name, experts = delta.target, delta.a.shape[0] if len(delta.a.shape) == 3 else None
+        if experts is None:
+            yield Term(number, name, weight), self._known(adapter, name)
+        elif name in self.tensors:
+            for expert in range(experts):
+                yield Term(number, name, weight, block=expert, expert=expert), name
+        else:
+            yield from self._split(number, adapter, delta, weight, experts)
+
+    def _split(
+        self, number: int, adapter: Adapter, delta: LoraDelta, weight: float, experts: int
+    ) -> Iterator[tuple[Term, str]]:
+        """Spread a delta of a fused parameter over the experts' own tensors: rows in order."""
+        home, leaves = self._expert_tensors(delta.target)
+        if not leaves or delta.orientation != "linear":
+            raise self._unmatched(adapter, delta.target)
+        for expert in range(experts):
+            start = 0
+            for leaf in leaves:
+                name = self._known(adapter, f"{home}.{expert}.{leaf}.weight")
+                stop = start + self.tensors[name].shape[0]
+                term = Term(number, delta.target, weight, expert=expert, rows=(start, stop))
+                yield term, name
+                start = stop
+            if start != delta.out_features:
+                raise UnsupportedError(
+                    f"has {delta.out_features} output features for {printable(delta.target)}, "
+                    f"the experts on disk {start}",
+                    path=adapter.path,
+                )
+
+    def _expert_tensors(self, target: str) -> tuple[str, tuple[str, ...]]:
+        fused, _, leaf = target.removesuffix(".weight").rpartition(".")
+        for memory, disk in _EXPERT_HOMES:
+            home = fused.replace(memory, disk)
+            for leaves in _EXPERT_LEAVES.get(leaf, ()):
+                if f"{home}.0.{leaves[0]}.weight" in self.tensors:
+                    return home, leaves
+        return fused, ()
+
+    def _check(self, adapter: Adapter, delta: LoraDelta, term: Term, name: str) -> None:
+        source = self._edit(name).source
+        assert source is not None
+        stored = self.tensors[source]
+        start, stop = term.rows or (0, delta.out_features)
+        wanted = (stop - start, delta.in_features)
+        wanted = wanted if delta.orientation == "linear" else wanted[::-1]
+        fits = stored.shape[-2:] == wanted and len(stored.shape) in (2, 3)
+        stack = stored.shape[0] if len(stored.shape) == 3 else 1
+        if not fits or term.block >= stack or (len(stored.shape) == 3 and term.expert is None):
+            raise UnsupportedError(
+                f"has a delta of shape {wanted} for {printable(name)}, whose shape is "
+                f"{stored.shape}",
+                path=adapter.path,
+                hint="was it made for another base?",
+            )
+
+    def finish(self, adapters: Sequence[Adapter]) -> Plan:
+        """Untie the head if the adapters make it differ from the embedding."""
+        heads = [name for name in self.plan.edits if self._is_tied_head(name)]
+        if self.embedding is None:
+            return self.plan
+        embedding = self.plan.edits.get(self.embedding)
+        changed = embedding is not None and bool(embedding.terms or embedding.replacement)
+        together = all(adapter.config.get("ensure_weight_tying") for adapter in adapters)
+        if together and changed:
+            for head in heads:
+                del self.plan.edits[head]
+        elif heads or changed:
+            head = heads[0] if heads else _HEAD
+            edit = self._edit(head)
+            if embedding is not None and not edit.rows:
+                edit.rows = list(embedding.rows)  # PEFT shows new tokens to a tied head, too
+            self.plan.untied = True
+            self.plan.notes.append(
+                f"{printable(head)} was tied to {printable(self.embedding)}; they differ now, so "
+                "it is written and tie_word_embeddings becomes false"
+            )
+        return self.plan
+
+
+def _ties(config: dict[str, Any]) -> bool:
+    """Tell whether the model has a head that is tied unless it is stored."""
+    names = config.get("architectures") or [""]
+    if not any(mark in str(names[0]) for mark in ("LMHead", "CausalLM", "ConditionalGeneration")):
+        return False
+    inner = config.get("text_config")
+    named = config.get("tie_word_embeddings")
+    if named is None and isinstance(inner, dict):
+        named = inner.get("tie_word_embeddings")
+    return named is not False

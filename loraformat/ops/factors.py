@@ -1,0 +1,159 @@
+"""Between lazy tensors and the mathematics of factors.
+
+The algebra of adapters is lazy like everything else: the shapes of a result are decided
+from singular values, and its factors are computed when a writer loads them, one module
+at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+
+import torch
+
+from loraformat.adapter import Adapter, LoraDelta
+from loraformat.checkpoint import DenseTensor
+from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
+from loraformat.errors import InputError, printable
+
+__all__ = [
+    "LastOnly",
+    "Pair",
+    "as_bytes",
+    "delta_of",
+    "experts_of",
+    "factor_dtype",
+    "finite",
+    "in_memory",
+    "rebuilt",
+]
+
+#: Members of PEFT's config that say how a product is scaled, or how large it is.
+_SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf")
+
+#: B and A.
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def finite(tensor: DenseTensor) -> torch.Tensor:
+    """Load a tensor as float64, a copy, and let go of the source.
+
+    Raises
+    ------
+    InputError
+        If it holds NaN or infinity: no decomposition survives one.
+    """
+    values = tensor.torch().double()
+    tensor.release()
+    if not torch.isfinite(values).all():
+        raise InputError(
+            f"tensor {printable(tensor.name)} holds NaN or infinity",
+            hint="the adapter is damaged, or its training diverged: use an earlier checkpoint",
+        )
+    return values
+
+
+def factor_dtype(delta: LoraDelta, wanted: str | None) -> str:
+    """Return the safetensors dtype for a module's new factors.
+
+    Parameters
+    ----------
+    delta : LoraDelta
+    wanted : str or None
+        ``f32``, ``f16``, ``bf16``; by default the factors keep theirs, if both have the same.
+    """
+    if wanted is not None:
+        return parse_weight_dtype(wanted)
+    same = delta.a.dtype == delta.b.dtype and delta.a.dtype in WEIGHT_DTYPES.values()
+    return delta.a.dtype if same else "F32"
+
+
+def rebuilt(adapter: Adapter, deltas: dict[str, LoraDelta]) -> Adapter:
+    """Return an adapter with other deltas, without what only described the old ones.
+
+    Scalings are folded, so the config must not name any; weights among the carried files are
+    the old ones.
+    """
+    return replace(
+        adapter,
+        deltas=deltas,
+        config={key: value for key, value in adapter.config.items() if key not in _SCALING},
+        files=tuple(file for file in adapter.files if not _is_weights(file.path)),
+    )
+
+
+def _is_weights(path: str) -> bool:
+    return path.endswith(_WEIGHTS) or path.rsplit("/", 1)[-1] == "adapter_config.json"
+
+
+def experts_of(delta: LoraDelta) -> int:
+    """Return how many matrices a delta holds; 1 if it is one."""
+    return delta.a.shape[0] if len(delta.a.shape) == 3 else 1
+
+
+class LastOnly:
+    """Remembers the last result of an expensive function: A and B come from one computation."""
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._value: object = None
+
+    def get(self, key: Hashable, compute: Callable[[], object]) -> object:
+        """Return the remembered value of this key, or compute it in place of the last one."""
+        if self._key != key:
+            self._key = self._value = None  # free it before the next one is built
+            self._value = compute()
+            self._key = key
+        return self._value
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes, flat."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def in_memory(name: str, tensor: torch.Tensor, dtype: str | None = None) -> DenseTensor:
+    """Return a small tensor as a lazy one; float32 unless another dtype is named."""
+    held = tensor.to(torch_dtype(dtype or "F32")).contiguous()
+    return DenseTensor(name, dtype or "F32", tuple(held.shape), lambda: as_bytes(held))
+
+
+def delta_of(
+    source: LoraDelta, rank: int, dtype: str, compute: Callable[[], Pair], memo: LastOnly
+) -> LoraDelta:
+    """Return a delta of another rank, scaling folded in, factors computed when loaded.
+
+    Parameters
+    ----------
+    source : LoraDelta
+        Gives names, dimensions and whatever else belongs to the module.
+    rank : int
+    dtype : str
+        safetensors name.
+    compute : callable
+        Returns B and A in any float dtype.
+    memo : LastOnly
+        Shared by all modules of an adapter.
+    """
+
+    def loader(which: int) -> Callable[[], memoryview]:
+        def load() -> memoryview:
+            pair = memo.get((id(source), rank, dtype), compute)
+            assert isinstance(pair, tuple)
+            return as_bytes(pair[which].to(torch_dtype(dtype)))
+
+        return load
+
+    def shaped(tensor: DenseTensor, shape: tuple[int, ...], which: int) -> DenseTensor:
+        return DenseTensor(tensor.name, dtype, shape, loader(which))
+
+    experts = source.a.shape[:-2]
+    return replace(
+        source,
+        a=shaped(source.a, (*experts, rank, source.in_features), 1),
+        b=shaped(source.b, (*experts, source.out_features, rank), 0),
+        scaling=1.0,
+        alpha=float(rank),
+    )

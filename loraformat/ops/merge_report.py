@@ -1,0 +1,116 @@
+"""What a merge reports: what became of each delta, and what to do if too little is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loraformat.ops.change import Change
+
+__all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice"]
+
+#: Above these, half of what training did may be gone: then there is a warning.
+_MUCH_ERROR = 0.3
+_MUCH_SWALLOWED = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """One of the adapters: where it was, its format, its weight, its own notes."""
+
+    path: str
+    format: str
+    weight: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UndoSummary:
+    """The undo record: where it is, its size in bytes and in bits per merged parameter."""
+
+    path: str
+    bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes
+    ----------
+    source, target : str
+    source_format, target_format : str
+    adapters : list of MergedAdapter
+    merged, replaced, tensors : int
+        Tensors with a delta, tensors with new values, all tensors of the output.
+    modules : list of Change
+        Of each tensor with a delta.
+    total : Change or None
+        Of all of them; None of a dry run.
+    output_bytes : int
+    undo : UndoSummary or None
+    notes, warnings, lost : list of str
+        What to know, what to worry about, what the source held and the output does not.
+    seconds : float
+    dry_run : bool
+    """
+
+    source: str
+    target: str
+    source_format: str
+    target_format: str
+    adapters: list[MergedAdapter]
+    merged: int
+    replaced: int
+    tensors: int
+    modules: list[Change] = field(default_factory=list)
+    total: Change | None = None
+    output_bytes: int = 0
+    undo: UndoSummary | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        return asdict(self)
+
+
+def advice(total: Change, dtypes: Sequence[str], *, requantized: bool) -> list[str]:
+    """Say what a user should worry about, and the remedy.
+
+    Parameters
+    ----------
+    total : Change
+    dtypes : sequence of str
+        safetensors names of the merged tensors.
+    requantized : bool
+
+    Examples
+    --------
+    >>> advice(Change("total", 1e-3, 0.56, 0.77, 0.6, 0), ["BF16"], requantized=False)[0][:50]
+    'rounding to bf16 takes much of this small delta (e'
+    """
+    found = []
+    if requantized:
+        found.append(
+            f"quantizing again keeps {total.gain:.1%} of the delta, with an error of "
+            f"{total.error:.0%} of its size; NF4 codes with the adapter beside them keep all"
+        )
+    elif total.error > _MUCH_ERROR or total.swallowed > _MUCH_SWALLOWED:
+        name = "bf16" if "BF16" in dtypes else "f16"
+        better = "--dtype f16 is eight times as fine, --dtype f32" if name == "bf16" else "f32"
+        found.append(
+            f"rounding to {name} takes much of this small delta (error {total.error:.0%} of its "
+            f"size, {total.swallowed:.0%} of the weights unchanged); {better} keeps it"
+        )
+    if total.clipped:
+        found.append(
+            f"{total.clipped} values are beyond float16's range and became ±65504; use "
+            "--dtype bf16 or f32"
+        )
+    return found

@@ -1,0 +1,363 @@
+"""Rank reduction: the best smaller adapter, module by module or under one budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat import lora
+from loraformat.adapter import Adapter, LoraDelta
+from loraformat.dtypes import torch_dtype
+from loraformat.errors import InputError, UsageError
+from loraformat.ops.factors import (
+    LastOnly,
+    Pair,
+    delta_of,
+    experts_of,
+    factor_dtype,
+    finite,
+    in_memory,
+    rebuilt,
+)
+from loraformat.ranks import allocate
+
+__all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]
+
+#: Singular values below this share of the largest are float64's rounding, not the delta.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How far to reduce.
+
+    Attributes
+    ----------
+    rank : int or None
+        The rank of every module that has as much.
+    energy : float or None
+        The share of each module's squared norm to keep, from 0 to 1.
+    budget : int or None
+        Parameters in all, spent where they keep most.
+    max_rank : int or None
+        No module gets more; alone, it also drops ranks that hold nothing.
+    use_statistics : bool
+        Weigh by the second moments of activations, where the adapter carries them.
+    dtype : str or None
+        Of the new factors; see `factor_dtype`.
+
+    Raises
+    ------
+    UsageError
+        If nothing, or two things, are asked for.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    budget: int | None = None
+    max_rank: int | None = None
+    use_statistics: bool = True
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        chosen = [x for x in (self.rank, self.energy, self.budget) if x is not None]
+        if len(chosen) > 1 or (not chosen and self.max_rank is None):
+            raise UsageError("reduce wants one of rank, energy and budget, or max-rank alone")
+        if self.rank is not None and self.max_rank is not None:
+            raise UsageError("rank is exact and max-rank a bound: give one of them")
+        if any(x is not None and x < 1 for x in (self.rank, self.budget, self.max_rank)):
+            raise UsageError("rank, budget and max-rank are at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"energy is a share above 0 and up to 1, not {self.energy}")
+
+
+@dataclass(frozen=True, slots=True)
+class ReducedModule:
+    """What happened to one module.
+
+    Attributes
+    ----------
+    target : str
+    old_rank, new_rank : int
+        A new rank of 0: the delta is gone, it held nothing worth its place.
+    energy : float
+        Share of the squared norm that is kept; of the mean squared output if
+        `activation_aware`.
+    error : float
+        √(1 − energy): the relative error of the delta, or of its output.
+    activation_aware : bool
+    """
+
+    target: str
+    old_rank: int
+    new_rank: int
+    energy: float
+    error: float
+    activation_aware: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReductionReport:
+    """What a reduction did.
+
+    Attributes
+    ----------
+    source, target : str
+    modules : list of ReducedModule
+    old_parameters, new_parameters : int
+        Elements of A and B.
+    energy : float or None
+        Share of the whole adapter's squared norm that is kept; None if some modules are
+        measured at their outputs and others are not.
+    notes : list of str
+    seconds : float
+    dry_run : bool
+    """
+
+    source: str
+    target: str
+    modules: list[ReducedModule]
+    old_parameters: int
+    new_parameters: int
+    energy: float | None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        return asdict(self)
+
+
+def reduce(
+    source: str | Path,
+    target: str | Path,
+    reduction: Reduction,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ReductionReport:
+    """Reduce an adapter's rank and write it.
+
+    Parameters
+    ----------
+    source : str or Path
+        An adapter in any format, or a Hub id.
+    target : str or Path
+        A PEFT directory; it must not exist, unless ``force``.
+    reduction : Reduction
+    force : bool
+        Replace what stands at the target.
+    dry_run : bool
+        Write nothing.
+    progress : callable
+        Called with bytes done and in total.
+
+    Returns
+    -------
+    ReductionReport
+    """
+    from loraformat.ops.adapters import open_adapter, write_adapter
+
+    began = time.perf_counter()
+    with open_adapter(source) as adapter:
+        smaller, report = reduce_adapter(adapter, reduction, progress=progress)
+        if not dry_run:
+            write_adapter(smaller, Path(target), force=force)
+    seconds = time.perf_counter() - began
+    return replace(report, source=str(source), target=str(target), seconds=seconds, dry_run=dry_run)
+
+
+def reduce_adapter(
+    adapter: Adapter,
+    reduction: Reduction,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Adapter, ReductionReport]:
+    """Return the reduced adapter, lazily, and what it keeps.
+
+    Only singular values are computed here; factors when they are loaded, so the given
+    adapter must stay open until then.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    reduction : Reduction
+    progress : callable
+        Called with bytes done and in total.
+
+    Returns
+    -------
+    Adapter
+        Scaling folded: alpha is the rank, of every module its own.
+    ReductionReport
+
+    Raises
+    ------
+    InputError
+        If a factor is not finite, or nothing would be left.
+    """
+    aware = _aware(adapter, reduction)
+    values = _all_values(adapter, aware, progress)
+    ranks = _choose(adapter, values, reduction)
+    memo, deltas, modules = LastOnly(), {}, []
+    for target, delta in adapter.deltas.items():
+        rank = ranks[target]
+        modules.append(_module(delta, values[target], rank, target in aware))
+        if rank:
+            deltas[target] = _reduced(delta, rank, target in aware, reduction.dtype, memo)
+    if not deltas and adapter.deltas:
+        raise InputError(
+            "no rank is left in any module: every delta is zero, or the budget holds not one rank",
+            path=adapter.path,
+            hint="give a larger budget, or --rank, which keeps zero deltas too",
+        )
+    notes = _notes(adapter, reduction, modules, aware)
+    smaller = replace(rebuilt(adapter, deltas), notes=(*adapter.notes, *notes))
+    return smaller, ReductionReport(
+        source=str(adapter.path),
+        target="",
+        modules=modules,
+        old_parameters=sum(delta.parameters for delta in adapter.deltas.values()),
+        new_parameters=sum(delta.parameters for delta in deltas.values()),
+        energy=_total_energy(values, modules, aware),
+        notes=[*adapter.notes, *notes],
+    )
+
+
+def _aware(adapter: Adapter, reduction: Reduction) -> set[str]:
+    """Return the targets that are reduced by what their outputs lose."""
+    if not reduction.use_statistics:
+        return set()
+    aware = {target for target, delta in adapter.deltas.items() if _moment_fits(delta)}
+    # A budget compares modules, and outputs cannot be compared with weights.
+    all_or_none = reduction.budget is not None and len(aware) < len(adapter.deltas)
+    return set() if all_or_none else aware
+
+
+def _moment_fits(delta: LoraDelta) -> bool:
+    wanted = (*delta.a.shape[:-1], delta.rank)
+    return delta.second_moment is not None and delta.second_moment.shape == wanted
+
+
+def _all_values(
+    adapter: Adapter, aware: set[str], progress: Callable[[int, int], None]
+) -> dict[str, torch.Tensor]:
+    total = sum(delta.a.nbytes + delta.b.nbytes for delta in adapter.deltas.values())
+    done, values = 0, {}
+    for target, delta in adapter.deltas.items():
+        s = lora.singular_values(
+            finite(delta.b), finite(delta.a), delta.scaling, _moment(delta, target in aware)
+        )
+        # Experts share one rank: the i-th parts of all of them come and go together.
+        values[target] = s.square().sum(0).sqrt() if s.ndim == 2 else s
+        done += delta.a.nbytes + delta.b.nbytes
+        progress(done, total)
+    return values
+
+
+def _moment(delta: LoraDelta, aware: bool) -> torch.Tensor | None:
+    return finite(delta.second_moment) if aware and delta.second_moment is not None else None
+
+
+def _choose(
+    adapter: Adapter, values: dict[str, torch.Tensor], reduction: Reduction
+) -> dict[str, int]:
+    if reduction.rank is not None:
+        return {target: min(reduction.rank, len(s)) for target, s in values.items()}
+    if reduction.budget is not None:
+        costs = [_cost(delta) for delta in adapter.deltas.values()]
+        rounded = [torch.where(s > _ROUNDING * s[:1], s, 0) for s in values.values()]
+        bought = allocate(rounded, costs, reduction.budget, reduction.max_rank)
+        ranks = dict(zip(values, bought, strict=True))
+    else:
+        energy = reduction.energy if reduction.energy is not None else 1.0
+        ranks = {target: _by_energy(s, energy) for target, s in values.items()}
+    if reduction.max_rank is not None:
+        ranks = {target: min(rank, reduction.max_rank) for target, rank in ranks.items()}
+    return {target: max(rank, _least(adapter.deltas[target])) for target, rank in ranks.items()}
+
+
+def _cost(delta: LoraDelta) -> int:
+    return experts_of(delta) * (delta.in_features + delta.out_features)
+
+
+def _by_energy(s: torch.Tensor, energy: float) -> int:
+    held = int((s > _ROUNDING * s[:1]).sum())
+    return min(lora.energy_rank(s, energy), held)
+
+
+def _least(delta: LoraDelta) -> int:
+    """Return 1 for a module with a trained magnitude or bias: it stays even if D is zero."""
+    return int(delta.magnitude is not None or delta.bias is not None)
+
+
+def _module(delta: LoraDelta, s: torch.Tensor, rank: int, aware: bool) -> ReducedModule:
+    total, lost = float(s.square().sum()), float(s[rank:].square().sum())
+    lost_share = lost / total if total else 0.0
+    return ReducedModule(delta.target, delta.rank, rank, 1 - lost_share, lost_share**0.5, aware)
+
+
+def _total_energy(
+    values: dict[str, torch.Tensor], modules: list[ReducedModule], aware: set[str]
+) -> float | None:
+    if aware and len(aware) < len(modules):
+        return None
+    totals = [float(values[module.target].square().sum()) for module in modules]
+    kept = sum(t * module.energy for t, module in zip(totals, modules, strict=True))
+    return kept / sum(totals) if sum(totals) else 1.0
+
+
+def _reduced(
+    delta: LoraDelta, rank: int, aware: bool, dtype: str | None, memo: LastOnly
+) -> LoraDelta:
+    stored = factor_dtype(delta, dtype)
+
+    def decompose() -> lora.Core:
+        moment = _moment(delta, aware)
+        return lora.core(finite(delta.b), finite(delta.a), delta.scaling, moment)
+
+    def compute() -> Pair:
+        return lora.truncate(decompose(), rank, torch_dtype(stored))
+
+    smaller = delta_of(delta, rank, stored, compute, memo)
+    bias, moment = delta.bias, None
+    if bias is not None:  # scaling · bias was added: fold it too
+        bias = in_memory(bias.name, finite(bias) * delta.scaling, factor_dtype(delta, dtype))
+    if delta.second_moment is not None and _moment_fits(delta):
+        name = delta.second_moment.name
+        before = finite(delta.second_moment)
+        moment = in_memory(name, lora.truncated_second_moment(decompose(), before, rank))
+    return replace(smaller, bias=bias, second_moment=moment)
+
+
+def _notes(
+    adapter: Adapter, reduction: Reduction, modules: list[ReducedModule], aware: set[str]
+) -> list[str]:
+    deltas = adapter.deltas.values()
+    notes = []
+    if magnitudes := sum(delta.magnitude is not None for delta in deltas):
+        notes.append(
+            f"{magnitudes} modules have DoRA magnitudes: these are kept, they are the norms of the "
+            "merged rows whatever the rank; energies and errors are those of the direction B A"
+        )
+    statistics = sum(delta.second_moment is not None for delta in deltas)
+    if statistics > len(aware) and reduction.use_statistics:
+        notes.append(
+            f"{statistics} of {len(modules)} modules carry activation statistics, and "
+            f"{len(aware)} could use them: a budget compares all modules by one measure, and "
+            "statistics must have the shape of the rank"
+        )
+    if reduction.rank is not None and (
+        short := sum(module.new_rank < reduction.rank for module in modules)
+    ):
+        notes.append(f"{short} modules have less than rank {reduction.rank} and keep what they had")
+    if gone := sum(module.new_rank == 0 for module in modules):
+        notes.append(f"{gone} modules are left out: nothing in them was worth a rank")
+    return notes

@@ -1,0 +1,265 @@
+"""Writing an undo record while a merge runs, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from loraformat.adapter import Adapter
+from loraformat.checkpoint import Checkpoint, LazyTensor
+from loraformat.errors import OutputError
+from loraformat.model_directory import WrittenModel
+from loraformat.ops.edits import Edit
+from loraformat.ops.merge_report import UndoSummary
+from loraformat.ops.merged import TILE_ELEMENTS
+from loraformat.publish import disk_full
+from loraformat.undo import (
+    AdapterRecord,
+    UndoRecord,
+    UndoTensor,
+    Unmergeable,
+    encode_record,
+    encode_tile,
+    part_names,
+)
+from loraformat.version import __version__
+
+__all__ = ["Spool", "UndoRecorder", "adapter_digest", "check_undo_path", "write_record"]
+
+_COPY_BYTES = 1 << 20
+
+
+class Spool:
+    """A nameless file for what the record will hold, so that memory does not.
+
+    Parameters
+    ----------
+    directory : Path
+        Where the record will be.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        self._lock = threading.Lock()
+
+    def append(self, data: bytes | memoryview) -> tuple[int, int]:
+        """Keep bytes; return where they are and how many."""
+        with self._lock:
+            begin = self._file.seek(0, os.SEEK_END)
+            self._file.write(data)
+            return begin, len(data)
+
+    def copy(self, piece: tuple[int, int], target: IO[bytes]) -> None:
+        """Write kept bytes to another file."""
+        position, left = piece
+        while left:
+            self._file.seek(position)
+            data = self._file.read(min(left, _COPY_BYTES))
+            target.write(data)
+            position, left = position + len(data), left - len(data)
+
+    def close(self) -> None:
+        """Forget all."""
+        self._file.close()
+
+
+@dataclass(slots=True)
+class _Kept:
+    residual: list[tuple[int, int]] = field(default_factory=list)
+    zeros: list[torch.Tensor] = field(default_factory=list)
+    gains: list[torch.Tensor] = field(default_factory=list)
+    elements: int = 0
+
+
+class UndoRecorder:
+    """Takes what undoing the edit of one tensor needs.
+
+    Parameters
+    ----------
+    edit : Edit
+    source : LazyTensor or None
+    dtype : str or None
+        Of the output; None keeps the source's.
+    spool : Spool
+    """
+
+    def __init__(
+        self, edit: Edit, source: LazyTensor | None, dtype: str | None, spool: Spool
+    ) -> None:
+        self.edit, self.source, self.spool = edit, source, spool
+        self.mode = self._mode(dtype)
+        self.digest = ""
+        self.rows: list[int] = []
+        self._kept = _Kept()
+
+    def _mode(self, dtype: str | None) -> str:
+        edit, source = self.edit, self.source
+        if source is None or edit.source != edit.name:
+            return "new"
+        if edit.replacement is not None:
+            return "raw"
+        if edit.rows:
+            cast = dtype is not None and dtype != source.dtype
+            return "raw" if cast or edit.terms else "rows"
+        return "interval"
+
+    def gains(self, gains: torch.Tensor) -> None:
+        """Take one DoRA term's gains."""
+        self._kept.gains.append(gains)
+
+    def encode(
+        self,
+        weight: torch.Tensor,
+        delta: torch.Tensor,
+        gain: torch.Tensor | None,
+        merged: torch.Tensor,
+    ) -> tuple[bytes, torch.Tensor] | None:
+        """Encode what is lost of a tile; None if an interval cannot."""
+        if self.mode != "interval":
+            return None
+        try:
+            return encode_tile(weight, delta, gain, merged)
+        except Unmergeable:
+            return None
+
+    def keep(self, encoded: tuple[bytes, torch.Tensor] | None, elements: int) -> None:
+        """Keep a tile."""
+        if self.mode != "interval":
+            return
+        if encoded is None:
+            self.mode = "raw"
+            return
+        bits, zeros = encoded
+        self._kept.residual.append(self.spool.append(bits))
+        self._kept.zeros.append(zeros + self._kept.elements)
+        self._kept.elements += elements
+        if 8 * sum(map(len, self._kept.zeros)) > self._kept.elements + 4096:
+            self.mode = "raw"  # a list of zeros longer than a byte per weight
+
+    def finish(self, source: memoryview, rows: Sequence[int] = ()) -> None:
+        """Take the original's hash, and of it what nothing else restores."""
+        if self.mode == "new":
+            return
+        self.digest = sha256(source).hexdigest()
+        if self.mode == "raw":
+            self._kept = _Kept([self.spool.append(source)])
+        elif self.mode == "rows":
+            self.rows = sorted(set(rows))
+            width = len(source) // self.source.shape[0] if self.source is not None else 0
+            pieces = [source[row * width : (row + 1) * width] for row in self.rows]
+            self._kept.residual = [self.spool.append(piece) for piece in pieces]
+
+    def parts(self) -> list[list[tuple[int, int]]]:
+        """Return where the parts are kept, in the order of `part_names`."""
+        kept = self._kept
+        if self.mode != "interval":
+            return [kept.residual, [], [], []]
+        zeros = [self.spool.append(_bytes(z)) for z in kept.zeros if len(z)]
+        gains = [self.spool.append(_bytes(g)) for g in kept.gains]
+        lengths = torch.tensor([length for _, length in kept.residual], dtype=torch.long)
+        return [kept.residual, zeros, gains, [self.spool.append(_bytes(lengths))]]
+
+    def describe(self, merged_sha256: str) -> UndoTensor:
+        """Return the record's entry."""
+        assert self.source is not None or self.mode == "new"
+        return UndoTensor(
+            mode=self.mode,
+            dtype="" if self.source is None else self.source.dtype,
+            shape=() if self.source is None else self.source.shape,
+            sha256=self.digest,
+            merged_sha256=merged_sha256,
+            terms=[asdict(term) for term in self.edit.terms] if self.mode == "interval" else [],
+            rows=self.rows,
+        )
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """Return a SHA-256 over all that an adapter adds: names, scalings, factors."""
+    digest = sha256()
+    for target, delta in sorted(adapter.deltas.items()):
+        digest.update(f"{target}\0{delta.scaling!r}\0{delta.orientation}\0".encode())
+        for tensor in (delta.a, delta.b, delta.magnitude, delta.bias):
+            if tensor is None:
+                digest.update(b"none\0")
+                continue
+            digest.update(f"{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+            digest.update(tensor.load())
+    return digest.hexdigest()
+
+
+def check_undo_path(path: Path, force: bool) -> None:
+    """Refuse before the merge what could not be written after it.
+
+    Raises
+    ------
+    OutputError
+        If a file stands there, or its directory is missing.
+    """
+    if path.is_dir() or (os.path.lexists(path) and not force):
+        raise OutputError("already exists", path=path, hint="use --force to replace it")
+    if not path.absolute().parent.is_dir():
+        raise OutputError("no such directory", path=path.absolute().parent, hint="make it first")
+
+
+def write_record(
+    path: Path,
+    original: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    recorders: Mapping[str, UndoRecorder],
+    written: WrittenModel,
+) -> UndoSummary:
+    """Write the record of a merge, whole or not at all."""
+    digests = {name: record.sha256 for name, record in written.shards.tensors.items()}
+    record = UndoRecord(
+        created_by=f"loraformat {__version__}",
+        tile_elements=TILE_ELEMENTS,
+        adapters=[
+            AdapterRecord(str(adapter.path), adapter_digest(adapter), weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+        ],
+        tensors={name: r.describe(digests[name]) for name, r in recorders.items()},
+        unchanged={name: digest for name, digest in digests.items() if name not in recorders},
+        config=None if original.config is None else original.config.decode("utf-8"),
+    )
+    pieces: dict[str, list[tuple[int, int]]] = {}
+    for name, recorder in recorders.items():
+        pieces |= {
+            part: kept
+            for part, kept in zip(part_names(name), recorder.parts(), strict=True)
+            if kept
+        }
+    sizes = {part: sum(length for _, length in kept) for part, kept in pieces.items()}
+    header, _ = encode_record(record, sizes)
+    spool = next(iter(recorders.values())).spool
+    try:
+        _publish(path, header, [piece for kept in pieces.values() for piece in kept], spool)
+    except OSError as error:
+        raise disk_full(error, path) from error
+    merged = sum(prod(written.shards.tensors[name].shape) for name in recorders)
+    nbytes = path.stat().st_size
+    return UndoSummary(str(path), nbytes, 8 * nbytes / max(merged, 1))
+
+
+def _publish(path: Path, header: bytes, pieces: list[tuple[int, int]], spool: Spool) -> None:
+    beside = path.with_name(path.name + ".partial")
+    with beside.open("wb") as file:
+        file.write(header)
+        for piece in pieces:
+            spool.copy(piece, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

@@ -1,0 +1,290 @@
+"""Combination, against dense sums and against PEFT where PEFT is right."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loraformat.errors import InputError, UnsupportedError, UsageError
+from loraformat.interference import prune
+from loraformat.ops.combine import METHODS, CombineOptions, combine_adapters
+from loraformat.testing import dense
+from tests.adapters.memory_adapters import (
+    LAYER,
+    adapter,
+    delta,
+    distance,
+    effect,
+    effects,
+    random_adapter,
+)
+
+EXACT = ("svd", "cat", "linear")
+
+
+def combine(adapters, method="svd", weights=None, **members):
+    return combine_adapters(adapters, CombineOptions(method, **members), weights=weights)
+
+
+def weighted_sum(adapters, weights):
+    total = {}
+    for whole, weight in zip(adapters, weights, strict=True):
+        for target, d in effects(whole).items():
+            total[target] = total.get(target, 0) + weight * d
+    return total
+
+
+def pair():
+    """Different ranks and scalings; the second lacks a module and has one of its own."""
+    one, other = random_adapter(0), random_adapter(1, ranks=(3, 5, 8, 2))
+    change = other.deltas.pop(LAYER.format(0, "v_proj"))
+    extra = LAYER.format(2, "v_proj")
+    other.deltas[extra] = replace(change, target=extra)
+    return [one, other]
+
+
+@pytest.mark.parametrize("method", ["cat", "linear"])
+@pytest.mark.parametrize("weights", [None, (1, 1), (0.3, -2.0), (0, 1)])
+def test_exact_methods_are_the_weighted_sum(method, weights):
+    adapters = pair()
+    after, report = combine(adapters, method, weights)
+    for target, d in weighted_sum(adapters, weights or (1, 1)).items():
+        if d.any():
+            assert distance(effect(after.deltas[target]), d) < 1e-6
+            assert after.deltas[target].scaling == 1.0
+    ranks = {module.target: module.rank for module in report.modules}
+    assert (
+        ranks[LAYER.format(0, "q_proj")]
+        == {"cat": 9, "linear": 3 if weights == (0, 1) else 9}[method]
+    )
+    assert ranks[LAYER.format(2, "v_proj")] == 5
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_svd_is_the_best_of_its_rank(rank):
+    adapters = pair()
+    after, report = combine(adapters, "svd", (0.5, -1.5), rank=rank)
+    for module in report.modules:
+        d = weighted_sum(adapters, (0.5, -1.5))[module.target]
+        s = torch.linalg.svdvals(d)
+        k = module.rank
+        assert k == rank or k == max(module.ranks)
+        best = float(s[k:].norm() / s.norm())
+        assert distance(effect(after.deltas[module.target]), d) == pytest.approx(best, abs=1e-6)
+        assert module.error == pytest.approx(best, abs=1e-6)
+
+
+def test_what_cancels_is_left_out():
+    one = random_adapter()
+    with pytest.raises(InputError, match="is zero in every module"):
+        combine([one, one], "linear", (1, -1))
+    other = random_adapter()
+    target = next(iter(other.deltas))
+    other.deltas[target] = replace(other.deltas[target], scaling=5.0)
+    after, report = combine([one, other], "linear", (1, -1))
+    assert list(after.deltas) == [target]
+    assert any("3 modules cancel" in note for note in report.notes)
+
+
+def dense_reference(method, deltas, weights, density):
+    if method in ("ties", "magnitude_prune"):
+        keep = int(density * deltas[0].numel())
+        deltas = [prune(d, float(d.abs().flatten().sort().values[-keep])) for d in deltas]
+    stack = torch.stack([w * d for w, d in zip(weights, deltas, strict=True)])
+    if method == "magnitude_prune":
+        return stack.sum(0)
+    majority = torch.where(stack.sum(0) >= 0, 1, -1)
+    mask = stack.sign() == majority
+    return (stack * mask).sum(0) / mask.sum(0).clamp(min=1)
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
+@pytest.mark.parametrize("weights", [(1, 1), (0.7, -0.4)])
+def test_pruning_methods_against_dense(method, weights):
+    adapters = [random_adapter(0), random_adapter(1)]
+    after, report = combine(adapters, method, weights, rank=16, density=0.4)
+    for target, change in after.deltas.items():
+        deltas = [effect(whole.deltas[target]) for whole in adapters]
+        d = dense_reference(method, deltas, weights, 0.4)
+        if min(d.shape) == 16:  # of full rank: nothing is approximated
+            assert distance(effect(change), d) < 1e-5
+    small, report = combine(adapters, method, weights, rank=3, density=0.4)
+    for module in report.modules:
+        deltas = [effect(whole.deltas[module.target]) for whole in adapters]
+        d = dense_reference(method, deltas, weights, 0.4)
+        error = distance(effect(small.deltas[module.target]), d)
+        s = torch.linalg.svdvals(d)
+        assert module.error == pytest.approx(error, abs=1e-4)
+        assert error <= 1.02 * float(s[3:].norm() / s.norm())
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare(method):
+    adapters = [random_adapter(0), random_adapter(1)]
+    full, _ = combine(adapters, method, rank=16, density=1.0)
+    for target, change in full.deltas.items():
+        deltas = [effect(whole.deltas[target]) for whole in adapters]
+        expected = (
+            sum(deltas)
+            if method == "dare_linear"
+            else dense_reference("dare_ties", deltas, (1, 1), 1)
+        )
+        assert distance(effect(change), expected) < 1e-5
+    one, _ = combine(adapters, method, density=0.5, seed=3)
+    same, _ = combine(adapters, method, density=0.5, seed=3)
+    other, _ = combine(adapters, method, density=0.5, seed=4)
+    for target in one.deltas:
+        assert torch.equal(effect(one.deltas[target]), effect(same.deltas[target]))
+        assert not torch.equal(effect(one.deltas[target]), effect(other.deltas[target]))
+
+
+def test_equal_modules_drop_different_elements():
+    b, a = torch.ones(20, 1), torch.ones(1, 20)
+    whole = adapter(delta("x.weight", b, a), delta("y.weight", b, a))
+    after, _ = combine([whole], "dare_linear", rank=20)
+    assert not torch.equal(effect(after.deltas["x.weight"]), effect(after.deltas["y.weight"]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts(method):
+    def experts(seed):
+        random = torch.Generator().manual_seed(seed)
+        b = torch.randn(3, 10, 2, generator=random)
+        return adapter(delta("e", b, torch.randn(3, 2, 12, generator=random), 2.0))
+
+    whole = [experts(0), experts(1)]
+    density = {"density": 1.0}
+    after, _ = combine(whole, method, **({} if method == "cat" else {"rank": 10}), **density)
+    found = effect(after.deltas["e"])
+    assert found.shape == (3, 10, 12)
+    if method not in ("ties", "dare_ties"):
+        assert distance(found, weighted_sum(whole, (1, 1))["e"]) < 1e-5
+
+
+def test_biases_add_up():
+    one = adapter(delta("x", torch.randn(4, 1), torch.randn(1, 4), 2.0,
+                        bias=dense("b", torch.ones(4))))  # fmt: skip
+    other = adapter(delta("x", torch.randn(4, 1), torch.randn(1, 4), 1.0,
+                          bias=dense("b", torch.ones(4))))  # fmt: skip
+    after, _ = combine([one, other], "cat", (1, -0.5))
+    assert after.deltas["x"].bias.torch().tolist() == [1.5] * 4
+
+
+# Refusals
+
+
+def test_dora_is_refused_with_the_remedy():
+    one = adapter(delta("x", torch.randn(4, 1), torch.randn(1, 4),
+                        magnitude=dense("m", torch.ones(4))))  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"DoRA.*loraformat merge, then extract"):
+        combine([one, one])
+
+
+def test_whole_tensors():
+    def with_head(value):
+        return adapter(
+            delta("x", torch.ones(4, 1), torch.ones(1, 4)),
+            replacements={"lm_head.weight": dense("lm_head.weight", torch.full((2, 2), value))},
+        )
+
+    after, _ = combine([with_head(1.0), with_head(1.0), random_adapter()])
+    assert torch.equal(after.replacements["lm_head.weight"].torch(), torch.ones(2, 2))
+    with pytest.raises(UnsupportedError, match="replaced as a whole"):
+        combine([with_head(1.0), with_head(2.0)])
+    with pytest.raises(UnsupportedError, match="replaced as a whole"):
+        combine([with_head(1.0)], weights=[0.5])
+
+
+def test_disagreements():
+    one = adapter(delta("x", torch.ones(4, 1), torch.ones(1, 4)))
+    wide = adapter(delta("x", torch.ones(4, 1), torch.ones(1, 5)))
+    turned = adapter(replace(one.deltas["x"], orientation="transposed"))
+    for other in (wide, turned):
+        with pytest.raises(InputError, match="for the same base"):
+            combine([one, other])
+    _, report = combine([replace(one, base_model="a"), replace(one, base_model="b")])
+    assert any("different bases: a, b" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "members", [{"method": "mean"}, {"method": "cat", "rank": 3}, {"rank": 0}, {"density": 0},
+                {"density": 1.1}]
+)  # fmt: skip
+def test_options(members):
+    with pytest.raises(UsageError):
+        CombineOptions(**members)
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, float("nan")]])
+def test_weights(weights):
+    with pytest.raises(UsageError):
+        combine(pair(), weights=weights)
+
+
+# PEFT
+
+
+def peft_pair(rslora=False, patterns=False):
+    """A model with adapters p and q in PEFT, and the same in memory, with their scalings."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 24, bias=False))
+    wholes = []
+    for name, r, alpha in (("p", 4, 8), ("q", 4 if not patterns else 3, 4)):
+        config = peft.LoraConfig(
+            r=r, lora_alpha=alpha, target_modules=["0"], use_rslora=rslora,
+            alpha_pattern={"0": 2 * alpha} if patterns else {},
+        )  # fmt: skip
+        if name == "p":
+            model = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        layer = model.base_model.model[0]
+        with torch.no_grad():
+            layer.lora_B[name].weight.normal_()
+        b, a = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()
+        wholes.append(adapter(delta("0.weight", b, a, layer.scaling[name])))
+    return model, wholes
+
+
+def peft_delta(model, method, weights, **options):
+    model.add_weighted_adapter(["p", "q"], list(weights), "merged", combination_type=method,
+                               **options)  # fmt: skip
+    return model.base_model.model[0].get_delta_weight("merged").detach().double()
+
+
+@pytest.mark.parametrize("ours", ["svd", "cat"])
+@pytest.mark.parametrize("patterns", [False, True])
+def test_peft_agrees_on_plain_lora(ours, patterns):
+    model, wholes = peft_pair(patterns=patterns)
+    expected = peft_delta(model, ours, (0.5, 2.0))
+    after, _ = combine(wholes, ours, (0.5, 2.0))
+    assert distance(effect(after.deltas["0.weight"]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("ours", ["ties", "magnitude_prune"])
+def test_peft_agrees_on_pruned_deltas(ours):
+    model, wholes = peft_pair()
+    options = {"majority_sign_method": "total"} if ours == "ties" else {}
+    expected = peft_delta(model, f"{ours}_svd", (1.0, 1.0), density=0.5, svd_rank=20, **options)
+    after, _ = combine(wholes, ours, density=0.5, rank=20)
+    assert distance(effect(after.deltas["0.weight"]), expected) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["svd", "cat", "linear"])
+def test_peft_is_wrong_on_rslora(method):
+    """peft#3761: the merged adapter is scaled as rsLoRA once more; ours is the exact sum."""
+    model, wholes = peft_pair(rslora=True)
+    d = weighted_sum(wholes, (1.0, 1.0))["0.weight"]
+    after, _ = combine(wholes, method, rank=None if method == "cat" else 8)
+    assert distance(effect(after.deltas["0.weight"]), d) < 1e-6
+    options = {"svd_rank": 8} if method == "svd" else {}
+    assert distance(peft_delta(model, method, (1.0, 1.0), **options), d) > 0.5
+
+
+def test_peft_linear_has_cross_terms():
+    model, wholes = peft_pair()
+    d = weighted_sum(wholes, (1.0, 1.0))["0.weight"]
+    after, _ = combine(wholes, "linear")
+    assert distance(effect(after.deltas["0.weight"]), d) < 1e-6
+    assert distance(peft_delta(model, "linear", (1.0, 1.0)), d) > 0.5

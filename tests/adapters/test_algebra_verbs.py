@@ -109,7 +109,6 @@ def test_what_is_written_is_what_was_computed(shelf, run):
 
 
 def test_a_picture(shelf, run, tmp_path):
-    pytest.importorskip("matplotlib")
     assert run("spectrum", "a", "--plot", tmp_path / "s.png", "--quiet").code == 0
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 

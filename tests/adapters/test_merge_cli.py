@@ -9,8 +9,6 @@ from safetensors.torch import save_file
 from loraformat.cli import main
 from tests.adapters.merging import Q, gauss, save_model, weights_of
 
-pytest.importorskip("loraformat.ops.adapters")
-
 
 @pytest.fixture
 def run(capsys):

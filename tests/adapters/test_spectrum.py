@@ -73,7 +73,6 @@ def test_zeros_experts_and_magnitudes():
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 @pytest.mark.parametrize("make", [random_adapter, odd_adapter])
 def test_a_picture(tmp_path, make, suffix):
-    pytest.importorskip("matplotlib")
     path = tmp_path / f"spectrum.{suffix}"
     plot(spectrum_of(make()), path)
     assert path.stat().st_size > 5_000
@@ -82,7 +81,6 @@ def test_a_picture(tmp_path, make, suffix):
 
 
 def test_a_picture_of_many_kinds(tmp_path):
-    pytest.importorskip("matplotlib")
     deltas = [
         delta(f"model.layers.{i}.kind_{i % 13}.weight", torch.randn(9, 2), torch.randn(2, 9))
         for i in range(40)

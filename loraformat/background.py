@@ -17,7 +17,7 @@ __all__ = ["BackgroundConsumer"]
 
 Item = TypeVar("Item")
 
-_MOST_PENDING_BYTES = 32 << 20
+_MOST_PENDING_BYTES = 16 << 20
 
 
 class BackgroundConsumer(Generic[Item]):

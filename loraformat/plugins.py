@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUP",
+    "AdapterReadOptions",
+    "AdapterWriteOptions",
     "Converter",
     "Requirement",
     "WriteOptions",
@@ -71,6 +73,39 @@ class WriteOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterReadOptions:
+    """What a reader of adapters may need to know.
+
+    Attributes
+    ----------
+    base : Checkpoint or None
+        The base that the adapter will be applied to: names and orientation are held
+        against it. It stays the caller's to close.
+    allow_pickle : bool
+        Read a pickled file, too, with a loader that makes nothing but tensors.
+    """
+
+    base: Checkpoint | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWriteOptions:
+    """What a user may ask of every writer of adapters.
+
+    Attributes
+    ----------
+    dtype : str or None
+        Of the factors, as safetensors names it; rounded to nearest even. None keeps each.
+    base : Checkpoint or None
+        The base that the adapter belongs to, for formats that need its config or shapes.
+    """
+
+    dtype: str | None = None
+    base: Checkpoint | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Converter:
     """One format.
 
@@ -89,9 +124,9 @@ class Converter:
     write : callable or None
         Writes a checkpoint into a publication's work directory.
     read_adapter : callable or None
-        Opens a path as an `Adapter`; given the base, if it is known.
+        Opens a path as an `Adapter`.
     write_adapter : callable or None
-        Writes an adapter, factors in the dtype named, into a publication's work directory.
+        Writes an adapter into a publication's work directory.
     stores : {"nf4", "dense", "both"}
         Encodings that the writer can take. Before a writer of "dense" is called, NF4 weights
         are made to dequantize when loaded; before one of "nf4", decoder linears are made to
@@ -108,8 +143,8 @@ class Converter:
     summary: str
     sniff: Callable[[Path], bool]
     read: Callable[[Path], Checkpoint] | None = None
-    read_adapter: Callable[[Path, Checkpoint | None], Adapter] | None = None
-    write_adapter: Callable[[Adapter, Publication, str], None] | None = None
+    read_adapter: Callable[[Path, AdapterReadOptions], Adapter] | None = None
+    write_adapter: Callable[[Adapter, Publication, AdapterWriteOptions], None] | None = None
     write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None
     stores: Literal["nf4", "dense", "both"] = "dense"
     loses: tuple[str, ...] = ()
@@ -256,14 +291,14 @@ def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
     if converter.kind != kind:
         said = {"base": "a base", "adapter": "an adapter"}
         raise UsageError(f"format {name!r} is for {said[converter.kind]}, and this is {said[kind]}")
-    if converter.write is None:
+    if not converter.writes:
         raise UsageError(f"format {name!r} can be read but not written")
     return converter
 
 
 def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | None:
     for converter in converters:
-        if converter.kind == kind and converter.write and path.name.endswith(converter.suffixes):
+        if converter.kind == kind and converter.writes and path.name.endswith(converter.suffixes):
             return converter.name
     if path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
         raise UsageError(

@@ -10,12 +10,15 @@ from loraformat.checkpoint import Checkpoint
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import UnsupportedError
 from loraformat.hub import resolve
+from loraformat.plugins import AdapterReadOptions, AdapterWriteOptions
 from loraformat.publish import Publication
 
 __all__ = ["open_adapter", "write_adapter"]
 
 
-def open_adapter(source: str | Path, *, base: Checkpoint | None = None) -> Adapter:
+def open_adapter(
+    source: str | Path, *, base: Checkpoint | None = None, allow_pickle: bool = False
+) -> Adapter:
     """Open an adapter.
 
     Parameters
@@ -24,6 +27,8 @@ def open_adapter(source: str | Path, *, base: Checkpoint | None = None) -> Adapt
         A local path, ``BUNDLE/adapters/NAME`` too, or a Hub id.
     base : Checkpoint, optional
         The base it will be applied to: names and orientation are held against it.
+    allow_pickle : bool
+        Read a pickled file, too, with a loader that makes nothing but tensors.
 
     Raises
     ------
@@ -36,7 +41,7 @@ def open_adapter(source: str | Path, *, base: Checkpoint | None = None) -> Adapt
         raise UnsupportedError(
             f"is a {converter.kind} ({converter.name}), not an adapter", path=path
         )
-    return converter.read_adapter(path, base)
+    return converter.read_adapter(path, AdapterReadOptions(base, allow_pickle))
 
 
 def write_adapter(
@@ -57,5 +62,6 @@ def write_adapter(
     assert converter.write_adapter is not None
     inputs = [adapter.path, *adapter.sources]
     with Publication(target, plan="adapter", inputs=inputs, force=force) as output:
-        converter.write_adapter(adapter, output, parse_weight_dtype(dtype or "f32"))
+        options = AdapterWriteOptions(parse_weight_dtype(dtype or "f32"))
+        converter.write_adapter(adapter, output, options)
         output.commit()

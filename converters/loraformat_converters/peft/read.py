@@ -15,6 +15,7 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.folder import Folder
 from loraformat.integrity import BASE_FINGERPRINT
 from loraformat.mapped import MappedFile
+from loraformat.plugins import AdapterReadOptions
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.keys import parse_key
 
@@ -35,14 +36,14 @@ class _Module:
     parts: dict[str, DenseTensor] = field(default_factory=dict)
 
 
-def read_adapter(path: Path, base: Checkpoint | None = None) -> Adapter:
+def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
     """Open a PEFT adapter; its factors are mapped, and checked for NaN when they are loaded.
 
     Parameters
     ----------
     path : Path
-    base : Checkpoint, optional
-        Its shapes decide the orientation (``Conv1D``), and its names the prefix.
+    options : AdapterReadOptions
+        The shapes of its base decide the orientation (``Conv1D``), and its names the prefix.
 
     Raises
     ------
@@ -51,6 +52,7 @@ def read_adapter(path: Path, base: Checkpoint | None = None) -> Adapter:
     UnsupportedError
         If the adapter is more than a low-rank delta and replacements.
     """
+    base = options.base
     folder = Folder(path)
     settings = read_settings(folder)
     if not folder.has(WEIGHTS_NAME):

@@ -18,6 +18,7 @@ from loraformat.dtypes import ITEM_BYTES, torch_dtype
 from loraformat.errors import UnsupportedError
 from loraformat.header import Entry, encode_header
 from loraformat.integrity import BASE_FINGERPRINT
+from loraformat.plugins import AdapterWriteOptions
 from loraformat.publish import Publication
 from loraformat_converters.peft.config import CONFIG_NAME
 from loraformat_converters.peft.keys import PREFIX
@@ -26,21 +27,21 @@ from loraformat_converters.peft.read import WEIGHTS_NAME
 __all__ = ["write_adapter"]
 
 
-def write_adapter(adapter: Adapter, publication: Publication, dtype: str = "F32") -> None:
+def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
     """Write an adapter into a publication's work directory.
 
     Parameters
     ----------
     adapter : Adapter
     publication : Publication
-    dtype : str
-        Of the factors, safetensors name; rounded to nearest even after folding.
+    options : AdapterWriteOptions
 
     Raises
     ------
     UnsupportedError
         For what PEFT's files cannot hold (rows that are replaced, experts).
     """
+    dtype = options.dtype or "F32"
     if adapter.rows or any(len(delta.a.shape) != 2 for delta in adapter.deltas.values()):
         raise UnsupportedError(
             "replaced rows and experts cannot be written as a PEFT adapter yet", path=adapter.path

@@ -123,6 +123,9 @@ class Adapter:
     files : tuple of CarriedFile
         Everything in its directory, byte for byte, weights and config included: what a
         verbatim copy needs.
+    verbatim : bool
+        A copy of `files` is this adapter: it was read from files that every reader of its
+        format opens (no pickle), and nothing about it has been changed since.
     sources : tuple of Path
         Every file that is read.
     notes : tuple of str
@@ -139,6 +142,7 @@ class Adapter:
     base_model: str | None = None
     base_fingerprint: str | None = None
     files: tuple[CarriedFile, ...] = ()
+    verbatim: bool = False
     sources: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     close: Callable[[], None] = _nothing

@@ -1,19 +1,24 @@
-"""Opening and writing adapters, whatever their format."""
+"""Opening, copying and writing adapters, whatever their format."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from loraformat import plugins
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
 from loraformat.dtypes import parse_weight_dtype
-from loraformat.errors import UnsupportedError
+from loraformat.durable import write_all
+from loraformat.errors import FileChangedError, UnsupportedError
+from loraformat.folder import Folder
 from loraformat.hub import resolve
 from loraformat.plugins import AdapterReadOptions, AdapterWriteOptions
 from loraformat.publish import Publication
 
-__all__ = ["open_adapter", "write_adapter"]
+__all__ = ["copy_adapter", "open_adapter", "write_adapter"]
+
+_COPIED_AT_ONCE = 4 << 20
 
 
 def open_adapter(
@@ -42,6 +47,45 @@ def open_adapter(
             f"is a {converter.kind} ({converter.name}), not an adapter", path=path
         )
     return converter.read_adapter(path, AdapterReadOptions(base, allow_pickle))
+
+
+def copy_adapter(adapter: Adapter, output: Publication, folder: str = "") -> None:
+    """Copy an adapter's own files, byte for byte.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    output : Publication
+        Takes the files; committing it is the caller's.
+    folder : str
+        Where in it they shall lie, ``adapters/NAME`` for example.
+
+    Raises
+    ------
+    UnsupportedError
+        If a copy would not be the adapter (`Adapter.verbatim`): it was changed in memory,
+        or read from a pickle.
+    FileChangedError
+        If a file changed since the adapter was opened.
+    """
+    if not adapter.verbatim:
+        raise UnsupportedError(
+            "cannot be copied byte for byte: it was read from a pickle, or changed since",
+            path=adapter.path,
+            hint="convert it, which writes it anew",
+        )
+    source = Folder(adapter.path)
+    for file in adapter.files:
+        left = file.nbytes
+        with (
+            os.fdopen(source.open(file.path), "rb") as stream,
+            output.create(f"{folder}/{file.path}" if folder else file.path) as copy,
+        ):
+            while piece := stream.read(_COPIED_AT_ONCE):
+                left -= len(piece)
+                write_all(copy, piece)
+        if left:
+            raise FileChangedError("changed while it was being copied", path=adapter.path)
 
 
 def write_adapter(

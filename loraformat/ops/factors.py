@@ -81,6 +81,7 @@ def rebuilt(adapter: Adapter, deltas: dict[str, LoraDelta]) -> Adapter:
         deltas=deltas,
         config={key: value for key, value in adapter.config.items() if key not in _SCALING},
         files=tuple(file for file in adapter.files if not _is_weights(file.path)),
+        verbatim=False,
     )
 
 

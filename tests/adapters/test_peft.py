@@ -18,7 +18,9 @@ from transformers import (
 
 from loraformat import plugins
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
-from loraformat.ops.adapters import open_adapter, write_adapter
+from loraformat.ops.adapters import copy_adapter, open_adapter, write_adapter
+from loraformat.ops.factors import rebuilt
+from loraformat.publish import Publication
 
 IDS = torch.arange(12)[None]
 
@@ -151,6 +153,27 @@ def change_config(path: Path, **fields: object) -> Path:
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     return path
+
+
+def test_a_copy_is_the_adapter_byte_for_byte(plain: Path, tmp_path: Path) -> None:
+    with (
+        open_adapter(plain) as adapter,
+        Publication(tmp_path / "out", plan="copy", inputs=adapter.sources) as output,
+    ):
+        copy_adapter(adapter, output, "adapters/plain")
+        output.commit()
+    copy = tmp_path / "out/adapters/plain"
+    assert sorted(p.name for p in copy.iterdir()) == sorted(p.name for p in plain.iterdir())
+    assert all((copy / p.name).read_bytes() == p.read_bytes() for p in plain.iterdir())
+
+
+def test_a_changed_adapter_is_not_copied(plain: Path, tmp_path: Path) -> None:
+    with (
+        open_adapter(plain) as adapter,
+        Publication(tmp_path / "out", plan="copy") as output,
+        pytest.raises(UnsupportedError, match="byte for byte"),
+    ):
+        copy_adapter(rebuilt(adapter, adapter.deltas), output)
 
 
 @pytest.mark.parametrize(

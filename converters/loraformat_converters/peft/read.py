@@ -81,6 +81,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
             base_model=_text(settings.config.get("base_model_name_or_path")),
             base_fingerprint=file.header.metadata.get(BASE_FINGERPRINT),
             files=_files(folder),
+            verbatim=True,
             sources=tuple(folder.path / name for name in folder.names()),
             close=opened.pop_all().close,
         )

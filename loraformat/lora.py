@@ -3,12 +3,13 @@
 Nothing here knows files. A delta D = s·B A with A (r, in) and B (out, r) is never formed:
 everything follows from the r × r *core*.
 
-    B = Q_b R_b,  Aᵀ = Q_a R_a,  R_b R_aᵀ = U S Vᵀ      (thin QR, then an r × r SVD)
+    B = Q_b R_b,  Aᵀ = Q_a R_a,  R_b R_aᵀ = U S Vᵀ      (`loraformat.thin`, then an r × r SVD)
     D = (Q_b U) · s S · (Q_a V)ᵀ
 
 so S, times the scaling, are the singular values of D, and keeping the k largest gives the
 best approximation of rank k in the Frobenius and the spectral norm (Eckart & Young 1936).
-Cost O((out + in) r²), computed in float64: float32 loses what nearly cancels.
+Cost O((out + in) r²), computed in float64: float32 loses what nearly cancels. Q_b and Q_a are
+not formed either: new factors are products of the old ones with r × k matrices.
 
 If the second moment C = E[x xᵀ] of the inputs matters, the best M of rank k minimises
 E‖(D − M) x‖² = ‖(D − M) C^½‖², and by the same theorem M = T_k T_kᵀ D with T_k the leading
@@ -24,6 +25,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from loraformat.thin import factorize, tall_product, wide_product
 
 __all__ = [
     "Core",
@@ -43,28 +46,45 @@ class Core:
     D = left · diag(gains) · right. Without statistics this is the singular value
     decomposition and `gains` are `values`; with them, `values` are the root mean squares of
     the outputs' components, and the rows of `right` have norm 1 but are not orthogonal.
+    Neither is held: left = columns · left_mixing, right = right_mixing · rows.
 
     Attributes
     ----------
-    left : torch.Tensor
-        float64 (out, r), orthonormal columns.
+    columns : torch.Tensor
+        (out, r): B, or an orthonormal basis of its columns.
+    left_mixing : torch.Tensor
+        float64 (r, parts).
+    rows : torch.Tensor
+        (r, in): A, or an orthonormal basis of its rows.
+    right_mixing : torch.Tensor
+        float64 (parts, r).
     values : torch.Tensor
-        float64 (r,), descending: singular values of D, scaling included; with statistics the
-        root of E|leftᵢᵀ D x|².
-    right : torch.Tensor
-        float64 (r, in), rows of norm 1.
+        float64 (parts,), descending: singular values of D, scaling included; with statistics
+        the root of E|leftᵢᵀ D x|².
     gains : torch.Tensor
-        float64 (r,), ‖leftᵢᵀ D‖.
+        float64 (parts,), ‖leftᵢᵀ D‖.
     mixing : torch.Tensor
-        float64 (r, r), with diag(gains) · right = mixing · A: how the new inner
+        float64 (parts, r), with diag(gains) · right = mixing · A: how the new inner
         activations follow from the old ones.
     """
 
-    left: torch.Tensor
+    columns: torch.Tensor
+    left_mixing: torch.Tensor
+    rows: torch.Tensor
+    right_mixing: torch.Tensor
     values: torch.Tensor
-    right: torch.Tensor
     gains: torch.Tensor
     mixing: torch.Tensor
+
+    @property
+    def left(self) -> torch.Tensor:
+        """float64 (out, parts), orthonormal columns."""
+        return tall_product(self.columns, self.left_mixing, torch.float64)
+
+    @property
+    def right(self) -> torch.Tensor:
+        """float64 (parts, in), rows of norm 1."""
+        return wide_product(self.right_mixing, self.rows, torch.float64)
 
     @property
     def squared_norm(self) -> float:
@@ -109,18 +129,17 @@ def core(
     >>> core(torch.diag(torch.tensor([2.0, 1.0])), eye, 1.0, torch.tensor([1.0, 1e4]).diag()).values
     tensor([100.,   2.], dtype=torch.float64)
     """
-    b, a = b.double() * scaling, a.double()
-    q_b, r_b = torch.linalg.qr(b)
+    outer, inner = factorize(b), factorize(a.mT)
+    r_b, r_a = outer.r * scaling, inner.r
     if second_moment is not None:
         values, u = _principal(r_b, second_moment)
         mixing = u.mT @ r_b
-        rows = mixing @ a
-        gains = rows.norm(dim=-1)
-        right = rows / torch.where(gains > 0, gains, 1.0)[..., None]
-        return Core(q_b @ u, values, right, gains, mixing)
-    q_a, r_a = torch.linalg.qr(a.mT)
+        gains = (mixing @ r_a.mT).norm(dim=-1)
+        right = mixing / torch.where(gains > 0, gains, 1.0)[..., None]
+        return Core(outer.basis, outer.inverse @ u, a, right, values, gains, mixing)
     u, values, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    return Core(q_b @ u, values, v @ q_a.mT, values, u.mT @ r_b)
+    right = v @ inner.inverse.mT
+    return Core(outer.basis, outer.inverse @ u, inner.basis.mT, right, values, values, u.mT @ r_b)
 
 
 def _principal(r_b: torch.Tensor, second_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,11 +168,10 @@ def singular_values(
     >>> singular_values(torch.eye(2) * 3, torch.eye(2), -1.0)
     tensor([3., 3.], dtype=torch.float64)
     """
-    r_b = torch.linalg.qr(b.double() * scaling, mode="r").R
+    r_b = factorize(b).r * scaling
     if second_moment is not None:
         return _principal(r_b, second_moment)[0]
-    r_a = torch.linalg.qr(a.double().mT, mode="r").R
-    values: torch.Tensor = torch.linalg.svdvals(r_b @ r_a.mT)
+    values: torch.Tensor = torch.linalg.svdvals(r_b @ factorize(a.mT).r.mT)
     return values
 
 
@@ -182,9 +200,10 @@ def truncate(
         (rank, in).
     """
     root = decomposed.gains[..., :rank].sqrt()
-    b = (decomposed.left[..., :rank] * root[..., None, :]).to(dtype)
-    a = (root[..., None] * decomposed.right[..., :rank, :]).to(dtype)
-    return b.contiguous(), a.contiguous()
+    left = decomposed.left_mixing[..., :rank] * root[..., None, :]
+    right = decomposed.right_mixing[..., :rank, :] * root[..., None]
+    b = tall_product(decomposed.columns, left, dtype)
+    return b, wide_product(right, decomposed.rows, dtype)
 
 
 def truncated_second_moment(

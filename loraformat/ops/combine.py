@@ -316,7 +316,9 @@ def _combine_module(
 
 
 def _loaded(terms: _Terms) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
-    return [(weight, finite(delta.b), finite(delta.a)) for _, weight, delta in terms]
+    return [
+        (weight, finite(delta.b).double(), finite(delta.a).double()) for _, weight, delta in terms
+    ]
 
 
 def _exact(terms: _Terms, options: CombineOptions) -> tuple[int, float, Callable[[], Pair]]:
@@ -427,7 +429,7 @@ def _bias(terms: _Terms, dtype: str) -> DenseTensor | None:
     parts = [(w, delta.bias) for _, w, delta in terms if delta.bias is not None]
     if not parts:
         return None
-    total = sum(weight * finite(bias) for weight, bias in parts)
+    total = sum(weight * finite(bias).double() for weight, bias in parts)
     assert isinstance(total, torch.Tensor)
     return in_memory(parts[0][1].name, total, dtype)
 

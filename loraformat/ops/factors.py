@@ -38,14 +38,17 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def finite(tensor: DenseTensor) -> torch.Tensor:
-    """Load a tensor as float64, a copy, and let go of the source.
+    """Load a tensor as float32, or float64 if it is, and let go of the source.
+
+    Float64 comes where sums are formed: see `loraformat.thin`.
 
     Raises
     ------
     InputError
         If it holds NaN or infinity: no decomposition survives one.
     """
-    values = tensor.torch().double()
+    wide = torch.float64 if tensor.dtype == "F64" else torch.float32
+    values = tensor.torch().to(wide, copy=True)
     tensor.release()
     if not torch.isfinite(values).all():
         raise InputError(

@@ -329,7 +329,9 @@ def _reduced(
     smaller = delta_of(delta, rank, stored, compute, memo)
     bias, moment = delta.bias, None
     if bias is not None:  # scaling · bias was added: fold it too
-        bias = in_memory(bias.name, finite(bias) * delta.scaling, factor_dtype(delta, dtype))
+        bias = in_memory(
+            bias.name, finite(bias).double() * delta.scaling, factor_dtype(delta, dtype)
+        )
     if delta.second_moment is not None and _moment_fits(delta):
         name = delta.second_moment.name
         before = finite(delta.second_moment)

@@ -1,4 +1,4 @@
-"""One safetensors file, mapped: its header checked, its tensors as views on the file.
+"""A mapped file, and one safetensors file so: its header checked, its tensors as views on it.
 
 Nothing is read but the header. The mapping is exactly as long as the file was when
 it was opened, from the same descriptor, and `MappedFile.close` says so if the file
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from loraformat.errors import FileChangedError, InputError, printable
 from loraformat.folder import Folder
 from loraformat.header import Entry, Header
 
-__all__ = ["MappedFile"]
+__all__ = ["MappedBytes", "MappedFile"]
 
 
-class MappedFile:
-    """A safetensors file open for reading.
+class MappedBytes:
+    """A file open for reading, whatever it holds; its bytes as views on a mapping.
 
     Parameters
     ----------
@@ -36,58 +36,38 @@ class MappedFile:
         Where it lies.
     name : str
         File name in that folder.
-    profile : bool
-        Hold it to the rules for shards of a bundle.
 
     Attributes
     ----------
     path : Path
-    header : Header
-    header_sha256 : str
-        Of the length prefix and the JSON.
     nbytes : int
         Size of the file.
-
-    Raises
-    ------
-    FormatError
-        If the header breaks a rule; nothing is mapped then.
     """
 
-    def __init__(self, folder: Folder, name: str, *, profile: bool = False) -> None:
+    def __init__(self, folder: Folder, name: str) -> None:
         self.path: Path = folder.path / name
         self._descriptor = folder.open(name)
         self._map: mmap.mmap | None = None
-        try:
-            self._identity = self._stat()
-            self.nbytes = self._identity[0]
-            self.header: Header = self._read_header(profile)
-            if os.environ.get("LORAFORMAT_IO") != "pread":
-                self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+        self._identity = self._stat()
+        self.nbytes = self._identity[0]
 
     def _stat(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
 
-    def _read_header(self, profile: bool) -> Header:
-        with os.fdopen(os.dup(self._descriptor), "rb") as file:
-            prefix = file.read(8)
-            start = headers.data_start(prefix, self.nbytes, self.path)
-            raw = file.read(start - 8)
-        self.header_sha256 = sha256(prefix + raw).hexdigest()
-        return headers.parse_header(raw, self.nbytes, self.path, profile=profile)
+    def map(self) -> None:
+        """Map the file as long as it was when it was opened, unless ``LORAFORMAT_IO=pread``."""
+        if self.nbytes and os.environ.get("LORAFORMAT_IO") != "pread":
+            self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
 
-    def view(self, name: str) -> memoryview:
-        """Return a tensor's bytes: a read-only view on the mapping, nothing is read yet."""
-        begin, end = self._range(self.header.entries[name])
+    def bytes_between(self, begin: int, end: int) -> memoryview:
+        """Return a read-only view on a range of bytes; nothing is read yet if it is mapped."""
         if self._map is None:
-            return self._pread(begin, end)
+            return self.read_between(begin, end)
         return memoryview(self._map)[begin:end]
 
-    def _pread(self, begin: int, end: int) -> memoryview:
+    def read_between(self, begin: int, end: int) -> memoryview:
+        """Read a range of bytes into memory."""
         data = bytearray(end - begin)
         filled = 0
         while filled < len(data):
@@ -100,12 +80,8 @@ class MappedFile:
             filled += got
         return memoryview(data).toreadonly()
 
-    def _range(self, entry: Entry) -> tuple[int, int]:
-        return self.header.data_start + entry.begin, self.header.data_start + entry.end
-
-    def releaser(self, *names: str) -> Callable[[], None]:
-        """Return a function that gives the pages of these tensors back to the kernel."""
-        ranges = [self._range(self.header.entries[name]) for name in names]
+    def range_releaser(self, ranges: Sequence[tuple[int, int]]) -> Callable[[], None]:
+        """Return a function that gives the pages of these ranges back to the kernel."""
 
         def release() -> None:
             if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
@@ -142,5 +118,67 @@ class MappedFile:
                     self._map.close()
                 self._map = None
 
+    def abandon(self) -> None:
+        """Unmap, whatever became of the file."""
+        with contextlib.suppress(FileChangedError):
+            self.close()
+
     def __repr__(self) -> str:
-        return f"MappedFile({printable(self.path)})"
+        return f"{type(self).__name__}({printable(self.path)})"
+
+
+class MappedFile(MappedBytes):
+    """A safetensors file open for reading.
+
+    Parameters
+    ----------
+    folder : Folder
+        Where it lies.
+    name : str
+        File name in that folder.
+    profile : bool
+        Hold it to the rules for shards of a bundle.
+
+    Attributes
+    ----------
+    path : Path
+    header : Header
+    header_sha256 : str
+        Of the length prefix and the JSON.
+    nbytes : int
+        Size of the file.
+
+    Raises
+    ------
+    FormatError
+        If the header breaks a rule; nothing is mapped then.
+    """
+
+    def __init__(self, folder: Folder, name: str, *, profile: bool = False) -> None:
+        super().__init__(folder, name)
+        try:
+            self.header: Header = self._read_header(profile)
+            self.map()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _read_header(self, profile: bool) -> Header:
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            prefix = file.read(8)
+            start = headers.data_start(prefix, self.nbytes, self.path)
+            raw = file.read(start - 8)
+        self.header_sha256 = sha256(prefix + raw).hexdigest()
+        return headers.parse_header(raw, self.nbytes, self.path, profile=profile)
+
+    def view(self, name: str) -> memoryview:
+        """Return a tensor's bytes: a read-only view on the mapping, nothing is read yet."""
+        return self.bytes_between(*self._range(self.header.entries[name]))
+
+    def _range(self, entry: Entry) -> tuple[int, int]:
+        return self.header.data_start + entry.begin, self.header.data_start + entry.end
+
+    def releaser(self, *names: str) -> Callable[[], None]:
+        """Return a function that gives the pages of these tensors back to the kernel."""
+        ranges = [self._range(self.header.entries[name]) for name in names]
+        return self.range_releaser(ranges)

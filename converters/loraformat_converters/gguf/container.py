@@ -1,0 +1,321 @@
+"""An open GGUF file, in one part or split into several.
+
+Nothing is read but the heads; a tensor's bytes are a view on the mapped file. A file that
+was split (``model-00001-of-00003.gguf``) is one file here, whichever part is named: the
+first part has the metadata, each part its own tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from loraformat.errors import InputError, printable
+from loraformat.folder import Folder
+from loraformat.mapped import MappedBytes
+from loraformat_converters.gguf.header import GGUFHeader, TensorEntry, parse_header
+from loraformat_converters.gguf.types import GGMLType, ValueType
+from loraformat_converters.gguf.values import GGUFValue
+
+__all__ = ["GGUFFile", "GGUFTensor", "is_gguf", "open_gguf"]
+
+MAX_PARTS = 512
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFTensor:
+    """A tensor of an open file.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+        As numpy counts: ``(out, in)`` for a linear weight.
+    type : GGMLType
+    nbytes, offset : int
+        Its bytes, and where they begin in its part.
+    part : int
+        Which part holds it, from 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    nbytes: int
+    offset: int
+    part: int = 0
+
+
+def is_gguf(path: Path) -> bool:
+    """Tell by its first bytes whether a path is a GGUF file."""
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Open a GGUF file, with all its parts if it was split.
+
+    Parameters
+    ----------
+    path : Path
+        The file, or one part of it.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is of another version or byte order, or holds a type that is not known.
+    InputError
+        If it is missing, damaged or hostile, or a part is missing.
+    """
+    path = Path(path)
+    folder = Folder(path.parent)
+    parts = [_Part(folder, path.name)]
+    try:
+        if (count := parts[0].number_of("split.count", 1)) > 1:
+            parts = _all_parts(folder, parts[0], count)
+        return GGUFFile(path, parts)
+    except BaseException:
+        for part in parts:
+            part.file.abandon()
+        raise
+
+
+class _Part:
+    """One file on the disk and its head."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.file = MappedBytes(folder, name)
+        self.path = self.file.path
+        try:
+            self.header: GGUFHeader = parse_header(
+                self.file.read_between, self.file.nbytes, self.path
+            )
+            self.file.map()
+        except BaseException:
+            self.file.abandon()
+            raise
+
+    def number_of(self, key: str, default: int) -> int:
+        value = self.header.metadata.get(key)
+        if value is None:
+            return default
+        if not value.type.is_integer:
+            raise InputError(f"{key} is {value.described}, wanted an integer", path=self.path)
+        return int(value.value)
+
+
+def _all_parts(folder: Folder, named: _Part, count: int) -> list[_Part]:
+    """Open the others; the part that was named is opened again, in its place."""
+    named.file.close()
+    match = _PART.fullmatch(named.path.name)
+    if count > MAX_PARTS:
+        raise InputError(f"claims to be split into {count} parts, more than {MAX_PARTS}",
+                         path=named.path)  # fmt: skip
+    if match is None or int(match["count"]) != count:
+        raise InputError(
+            f"is one of {count} parts, and its name does not say which",
+            path=named.path,
+            hint=f"give the parts their names again: NAME-00001-of-{count:05}.gguf and so on",
+        )
+    parts: list[_Part] = []
+    try:
+        for number in range(count):
+            name = f"{match['stem']}-{number + 1:05}-of-{count:05}.gguf"
+            if not folder.has(name):
+                raise InputError(
+                    f"part {number + 1} of {count} is missing: {printable(name)}",
+                    path=named.path,
+                    hint="download all parts into one directory",
+                )
+            parts.append(_Part(folder, name))
+            _check_part(parts[-1], number, count)
+        claimed = parts[0].number_of("split.tensors.count", -1)
+        found = sum(len(part.header.tensors) for part in parts)
+        if claimed not in (-1, found):
+            raise InputError(
+                f"split.tensors.count is {claimed}, and its {count} parts hold {found}",
+                path=parts[0].path,
+            )
+    except BaseException:
+        for part in parts:
+            part.file.abandon()
+        raise
+    return parts
+
+
+def _check_part(part: _Part, number: int, count: int) -> None:
+    said = part.number_of("split.no", -1), part.number_of("split.count", -1)
+    if said != (number, count):
+        raise InputError(
+            f"says that it is part {said[0] + 1} of {said[1]}, and its name says part "
+            f"{number + 1} of {count}",
+            path=part.path,
+        )
+
+
+class GGUFFile:
+    """An open GGUF file; made by `open_gguf`.
+
+    Attributes
+    ----------
+    path : Path
+        As it was named.
+    sources : tuple of Path
+        Every part.
+    version : int
+    metadata : dict of str to GGUFValue
+        Of the first part, in file order.
+    tensors : dict of str to GGUFTensor
+        In file order, of all parts.
+
+    Notes
+    -----
+    In the getters ``{arch}`` in a key stands for the architecture, as in
+    ``{arch}.block_count``.
+    """
+
+    def __init__(self, path: Path, parts: list[_Part]) -> None:
+        self.path = path
+        self.sources = tuple(part.path for part in parts)
+        self.version = parts[0].header.version
+        self.metadata: dict[str, GGUFValue] = parts[0].header.metadata
+        self._files = [part.file for part in parts]
+        self.tensors: dict[str, GGUFTensor] = {}
+        for number, part in enumerate(parts):
+            for entry in part.header.tensors.values():
+                if entry.name in self.tensors:
+                    raise InputError(
+                        f"has the tensor {printable(entry.name)} of an earlier part again",
+                        path=part.path,
+                    )
+                self.tensors[entry.name] = _tensor(entry, number)
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``."""
+        return self.text("general.architecture")
+
+    def load(self, name: str) -> memoryview:
+        """Return a tensor's bytes, as they are stored: a read-only view on the mapping."""
+        tensor = self._tensor(name)
+        file = self._files[tensor.part]
+        return file.bytes_between(tensor.offset, tensor.offset + tensor.nbytes)
+
+    def releaser(self, name: str) -> Callable[[], None]:
+        """Return a function that gives a tensor's pages back to the kernel."""
+        tensor = self._tensor(name)
+        span = (tensor.offset, tensor.offset + tensor.nbytes)
+        return self._files[tensor.part].range_releaser([span])
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise InputError(f"has no tensor {printable(name)}", path=self.path) from None
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """Return a STRING."""
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise self._not(key, "a STRING")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return a whole number, of whatever integer type."""
+        value = self._value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self._not(key, "an integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number, of whatever integer or floating type."""
+        value = self._value(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self._not(key, "a number")
+        if not isfinite(value):
+            raise self._wrong(key, f"is {value}, wanted a finite number")
+        return float(value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """Return a BOOL."""
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self._not(key, "a BOOL")
+        return value
+
+    def array(self, key: str, *item_types: ValueType) -> list[Any]:
+        """Return an array's items; only of the given types, if any are given.
+
+        Raises
+        ------
+        InputError
+            If it is missing, no array, of other items, or holds text that is not UTF-8.
+        """
+        value = self._value(key, None)
+        if not isinstance(value, list):
+            raise self._not(key, "an array")
+        if item_types and self.metadata[self._full(key)].item_type not in item_types:
+            wanted = " or ".join(kind.name for kind in item_types)
+            raise self._not(key, f"an array of {wanted}")
+        return value
+
+    def _full(self, key: str) -> str:
+        return key.replace("{arch}", self.architecture) if "{arch}" in key else key
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.metadata.get(self._full(key))
+        if value is None:
+            if default is None:
+                raise self._wrong(key, "is missing")
+            return default
+        try:
+            return value.value
+        except InputError as error:
+            raise self._wrong(key, error.problem) from None
+
+    def _not(self, key: str, wanted: str) -> InputError:
+        described = self.metadata[self._full(key)].described
+        return self._wrong(key, f"is {described}, wanted {wanted}")
+
+    def _wrong(self, key: str, problem: str) -> InputError:
+        return InputError(f"key {printable(self._full(key))} {problem}", path=self.path)
+
+    def close(self) -> None:
+        """Unmap the file.
+
+        Raises
+        ------
+        FileChangedError
+            If it changed while it was open.
+        """
+        with contextlib.ExitStack() as stack:
+            for file in self._files:
+                stack.callback(file.close)
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"GGUFFile({printable(self.path)}, {len(self.tensors)} tensors)"
+
+
+def _tensor(entry: TensorEntry, part: int) -> GGUFTensor:
+    return GGUFTensor(entry.name, entry.shape, entry.type, entry.nbytes, entry.offset, part)

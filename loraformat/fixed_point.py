@@ -19,8 +19,8 @@ A weight w with the delta d and the gain g of its row is merged as
     f(w) = round(g · (w + d))
 
 in float32, every step rounded to nearest even, then rounded once more to the dtype of the
-output. All steps are monotone in w, which is what `loraformat.undo` builds on. Nothing
-here knows files.
+output. All steps are monotone in w, which is what
+`loraformat.interval_code` builds on. Nothing here knows files.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint, LazyTensor
 from loraformat.errors import OutputError
+from loraformat.interval_code import Unmergeable, encode_tile
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.edits import Edit
 from loraformat.ops.merge_report import UndoSummary
@@ -26,9 +27,7 @@ from loraformat.undo import (
     AdapterRecord,
     UndoRecord,
     UndoTensor,
-    Unmergeable,
     encode_record,
-    encode_tile,
     part_names,
 )
 from loraformat.version import __version__

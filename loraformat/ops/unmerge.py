@@ -296,9 +296,9 @@ class _Undoing:
     ) -> memoryview:
         import torch
 
+        from loraformat.interval_code import Unmergeable, decode_tile
         from loraformat.ops.edits import Term
         from loraformat.ops.merged import block_matrices, for_each, tiles
-        from loraformat.undo import Unmergeable, decode_tile
 
         try:
             terms = [
@@ -339,9 +339,9 @@ class _Undoing:
                     start, stop = pieces[number]
                     delta = torch.zeros(()) if deltas is None else deltas.rows(start, stop)
                     part = gain if gain is None or len(gain) == 1 else gain[start:stop]
-                    result[start:stop] = decode_tile(
+                    decode_tile(
                         source[start:stop], delta, part, result.dtype,
-                        bits[ends[number] : ends[number + 1]],
+                        bits[ends[number] : ends[number + 1]], result[start:stop],
                     )  # fmt: skip
 
                 for_each(work, len(pieces))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraformat.fixed_point import merge_values
-from loraformat.undo import Unmergeable, decode_tile, encode_tile
+from loraformat.interval_code import Unmergeable, decode_tile, encode_tile
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Approximation", "Tiles", "block_krylov"]
+__all__ = ["Approximation", "Tiles", "block_krylov", "held"]
 
 #: Called once per pass: yields (first row, tile), tiles in float32, in order.
 Tiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
@@ -31,6 +31,9 @@ Tiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
 _ROUNDING = 1e-18
 #: Narrower blocks converge slowly and are hardly cheaper: a tile is read for either.
 _NARROWEST = 16
+_HELD_BYTES = 256 << 20
+#: Rows of W that are taken to float64 at once.
+_WIDE_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +42,22 @@ class Approximation:
 
     Attributes
     ----------
-    left : torch.Tensor
-        float32 (m, c): left singular vectors times their values.
+    images : list of torch.Tensor
+        float32 blocks of columns, (m, b) each, of W = D P.
+    basis : torch.Tensor
+        P: float32 (n, c), orthonormal columns.
+    rotation : torch.Tensor
+        float32 (c, c'): right singular vectors of W.
     values : torch.Tensor
-        float64 (c,), descending: approximate singular values, each at most the true one.
-    right : torch.Tensor
-        float32 (c, n), orthonormal rows.
+        float64 (c',), descending: approximate singular values, each at most the true one.
     squared_norm : float
         ‖D‖², of the whole matrix.
     """
 
-    left: torch.Tensor
+    images: list[torch.Tensor]
+    basis: torch.Tensor
+    rotation: torch.Tensor
     values: torch.Tensor
-    right: torch.Tensor
     squared_norm: float
 
     def captured(self, rank: int) -> float:
@@ -63,9 +69,12 @@ class Approximation:
         """Return balanced float32 factors (m, rank) and (rank, n) of the best part."""
         root = self.values[:rank].sqrt()
         inverse = torch.where(root > 0, 1 / root, 0.0)
-        b = (self.left[:, :rank] * inverse).float()
-        a = (root[:, None] * self.right[:rank]).float()
-        return b.contiguous(), a.contiguous()
+        rotation = self.rotation[:, :rank]
+        left = torch.split((rotation * inverse).float(), [x.shape[1] for x in self.images])
+        b = torch.zeros(len(self.images[0]), rotation.shape[1])
+        for block, part in zip(self.images, left, strict=True):
+            b.addmm_(block, part)
+        return b, ((rotation * root).float().T @ self.basis.T).contiguous()
 
 
 def block_krylov(
@@ -101,18 +110,21 @@ def block_krylov(
     random = torch.Generator().manual_seed(seed)
     start = torch.randn(n, min(max(block, _NARROWEST), m, n), generator=random)
     z = torch.linalg.qr(start).Q
-    basis, images = torch.empty(n, 0), torch.empty(m, 0)
-    squared_norm = 0.0
+    basis = torch.empty(n, min((passes + 1) * z.shape[1], n))
+    images: list[torch.Tensor] = []
+    filled, squared_norm = 0, 0.0
     for step in range(passes + 1):
-        last = step == passes
+        last = step == passes or filled + z.shape[1] >= n
         y, following, squared_norm = _look(tiles, m, z, last)
-        basis, images = torch.cat([basis, z], 1), torch.cat([images, y], 1)
-        if last or basis.shape[1] >= n:
+        images.append(y)
+        basis[:, filled : filled + z.shape[1]] = z
+        filled += z.shape[1]
+        if last:
             break
-        z = _orthonormal(following, basis)
+        z = _orthonormal(following, basis[:, :filled])
         if not z.shape[1]:
             break  # the span holds all of D
-    return _principal(images, basis, squared_norm)
+    return _principal(images, basis[:, :filled], squared_norm)
 
 
 def _look(
@@ -145,11 +157,47 @@ def _orthonormal(z: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return q
 
 
-def _principal(images: torch.Tensor, basis: torch.Tensor, squared_norm: float) -> Approximation:
+def _principal(
+    images: list[torch.Tensor], basis: torch.Tensor, squared_norm: float
+) -> Approximation:
     """Rotate W Pᵀ to singular order, through the small Gram matrix WᵀW in float64."""
-    wide = images.double()
-    eigenvalues, vectors = torch.linalg.eigh(wide.T @ wide)
-    kept = min(images.shape)
-    rotation = vectors.flip(-1)[:, :kept].float()
+    rows, columns = len(images[0]), basis.shape[1]
+    gram = torch.zeros(columns, columns, dtype=torch.float64)
+    for first in range(0, rows, _WIDE_ROWS):
+        wide = torch.cat([block[first : first + _WIDE_ROWS].double() for block in images], 1)
+        gram.addmm_(wide.T, wide)
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    kept = min(rows, columns)
     values = eigenvalues.flip(-1)[:kept].clamp(min=0).sqrt()
-    return Approximation(images @ rotation, values, (basis @ rotation).T, squared_norm)
+    rotation = vectors.flip(-1)[:, :kept].float().contiguous()
+    return Approximation(images, basis, rotation, values, squared_norm)
+
+
+def held(tiles: Tiles, nbytes: int) -> Tiles:
+    """Return the same tiles, remembered after the first pass.
+
+    Parameters
+    ----------
+    tiles : callable
+        Gives new tensors in every pass.
+    nbytes : int
+        Their size in all. What is larger than 256 MiB is not remembered: it is computed anew
+        in every pass.
+    """
+    if nbytes > _HELD_BYTES:
+        return tiles
+    kept: list[tuple[int, torch.Tensor]] = []
+    complete = False
+
+    def once() -> Iterator[tuple[int, torch.Tensor]]:
+        nonlocal complete
+        if complete:
+            yield from kept
+            return
+        kept.clear()
+        for piece in tiles():
+            kept.append(piece)
+            yield piece
+        complete = True
+
+    return once

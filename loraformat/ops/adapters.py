@@ -8,7 +8,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
-from loraformat.dtypes import parse_weight_dtype
+from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 from loraformat.durable import write_all
 from loraformat.errors import FileChangedError, UnsupportedError
 from loraformat.folder import Folder
@@ -100,12 +100,18 @@ def write_adapter(
     force : bool
         Replace an adapter that stands there.
     dtype : str, optional
-        ``f32`` (default), ``f16`` or ``bf16``.
+        ``f32``, ``f16`` or ``bf16``; by default that of the factors, f32 if they differ.
     """
     converter = plugins.get("peft")
     assert converter.write_adapter is not None
     inputs = [adapter.path, *adapter.sources]
     with Publication(target, plan="adapter", inputs=inputs, force=force) as output:
-        options = AdapterWriteOptions(parse_weight_dtype(dtype or "f32"))
+        options = AdapterWriteOptions(parse_weight_dtype(dtype) if dtype else _own_dtype(adapter))
         converter.write_adapter(adapter, output, options)
         output.commit()
+
+
+def _own_dtype(adapter: Adapter) -> str:
+    found = {factor.dtype for delta in adapter.deltas.values() for factor in (delta.a, delta.b)}
+    same = len(found) == 1 and found <= set(WEIGHT_DTYPES.values())
+    return found.pop() if same else "F32"

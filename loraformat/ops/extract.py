@@ -8,28 +8,28 @@ grown vocabulary is replaced as a whole; what is neither is listed.
 from __future__ import annotations
 
 import fnmatch
-import math
-import os
 import re
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from loraformat import config_json, plugins
+from loraformat import config_json
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.architecture import is_conv1d
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
-from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
-from loraformat.errors import InputError, UnsupportedError, UsageError, printable
-from loraformat.hub import resolve
-from loraformat.ops.factors import Pair, as_bytes
-from loraformat.ranks import noise_edge, rounding_noise
-from loraformat.subspace import Approximation, block_krylov
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
+from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype
+from loraformat.errors import InputError, printable
+from loraformat.ops.difference import PRECISIONS, Difference
+from loraformat.ops.extract_fit import Fit, fit
+from loraformat.ops.extract_options import ExtractOptions
+from loraformat.ops.extract_report import ExtractedModule, ExtractionReport
+from loraformat.ops.factors import Pair
+from loraformat.ops.open import fingerprint_of, open_model
+from loraformat.ops.spool import Spool
 
 __all__ = [
     "ExtractOptions",
@@ -39,121 +39,10 @@ __all__ = [
     "extract_adapter",
 ]
 
-_FLOATS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
-_TILE_ELEMENTS = 1 << 22
-_HELD_BYTES = 256 << 20  # a difference up to this size is computed once
-_FIRST_BLOCK = 32
-_NF4_ERROR = 0.092  # ‖W − NF4(W)‖ / ‖W‖ of ordinary weights, where none is recorded
 _EMBEDDING = re.compile(r"(^|\.)(?!embed_out$)(\w*embed\w*|wte|wpe)$")
 #: Experts in one parameter of shape (experts, in, out); others are (experts, out, in).
 _TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
 _Orientation = Literal["linear", "transposed"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractOptions:
-    """What to extract.
-
-    Attributes
-    ----------
-    rank : int, "auto" or None
-        ``"auto"``: as many parts as stand out of the rounding noise of the checkpoint.
-    energy : float or None
-        Instead of a rank: the share of each difference's squared norm to capture.
-    max_rank : int
-        For ``"auto"`` and `energy`.
-    skip : sequence of str
-        Names (globs) to leave alone.
-    dtype : str or None
-        Of the factors; by default the fine-tune's own.
-    seed : int
-        Of the random start.
-    """
-
-    rank: int | Literal["auto"] | None = None
-    energy: float | None = None
-    max_rank: int = 256
-    skip: Sequence[str] = ()
-    dtype: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.rank is None) == (self.energy is None):
-            raise UsageError("extract wants a rank, or an energy")
-        if self.rank != "auto" and self.rank is not None and self.rank < 1:
-            raise UsageError("rank is at least 1, or auto")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"energy is a share above 0 and up to 1, not {self.energy}")
-        if self.max_rank < 1:
-            raise UsageError("max-rank is at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractedModule:
-    """One changed matrix.
-
-    Attributes
-    ----------
-    target : str
-    rank : int
-        0: nothing in the difference stands out of the noise, and it is left out.
-    captured : float
-        Share of the difference's squared norm in the delta: measured, not estimated.
-    error : float
-        √(1 − captured).
-    norm : float
-        ‖D‖ of the difference.
-    noise : float or None
-        Where the noise edge is, in units of singular values, for rank ``"auto"``.
-    capped : bool
-        More parts were wanted than the largest rank allows.
-    """
-
-    target: str
-    rank: int
-    captured: float
-    error: float
-    norm: float
-    noise: float | None = None
-    capped: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractionReport:
-    """What an extraction found.
-
-    Attributes
-    ----------
-    base, tuned, target : str
-    modules : list of ExtractedModule
-    replaced : list of str
-        Tensors that the adapter replaces as a whole: norms, biases, grown vocabularies.
-    unchanged : int
-    left_out : dict of str to str
-        Changes that the adapter does not hold, by name, with the reason.
-    parameters : int
-        Elements of A and B.
-    captured : float
-        Share of the squared norm of all matrices' differences.
-    notes : list of str
-    seconds : float
-    """
-
-    base: str
-    tuned: str
-    target: str
-    modules: list[ExtractedModule]
-    replaced: list[str]
-    unchanged: int
-    left_out: dict[str, str]
-    parameters: int
-    captured: float
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)
 
 
 def extract(
@@ -163,6 +52,7 @@ def extract(
     options: ExtractOptions,
     *,
     force: bool = False,
+    dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExtractionReport:
     """Extract an adapter from a base and its fine-tune, and write it.
@@ -175,6 +65,9 @@ def extract(
         A PEFT directory; it must not exist, unless ``force``.
     options : ExtractOptions
     force : bool
+        Replace what stands at the target.
+    dry_run : bool
+        Write nothing; everything is computed for the report.
     progress : callable
         Called with bytes done and in total.
 
@@ -185,25 +78,20 @@ def extract(
     from loraformat.ops.adapters import write_adapter
 
     began = time.perf_counter()
-    with _open(base) as one, _open(tuned) as other:
+    with open_model(base) as one, open_model(tuned) as other:
         adapter, report = extract_adapter(one, other, options, progress=progress)
         with adapter:
-            write_adapter(replace(adapter, base_model=str(base)), Path(target), force=force)
+            named = replace(adapter, base_model=str(base), base_fingerprint=fingerprint_of(one))
+            if not dry_run:
+                write_adapter(named, Path(target), force=force, dtype=options.dtype)
     return replace(
         report,
         base=str(base),
         tuned=str(tuned),
         target=str(target),
         seconds=time.perf_counter() - began,
+        dry_run=dry_run,
     )
-
-
-def _open(source: str | Path) -> Checkpoint:
-    path = resolve(source).path
-    converter = plugins.sniff(path)
-    if converter.kind != "base" or converter.read is None:
-        raise UnsupportedError("is not a model", path=path, hint="extract wants two whole models")
-    return converter.read(path)
 
 
 def _model_type(model: Checkpoint) -> str | None:
@@ -211,29 +99,6 @@ def _model_type(model: Checkpoint) -> str | None:
         return None
     found = config_json.parse(model.config, model.path).get("model_type")
     return found if isinstance(found, str) else None
-
-
-class _Spool:
-    """Factors on their way to the writer: in an unnamed file, not in memory."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the adapter
-
-    def put(self, name: str, tensor: torch.Tensor, dtype: str) -> DenseTensor:
-        data = tensor.to(torch_dtype(dtype)).contiguous()
-        start = self._file.seek(0, os.SEEK_END)
-        nbytes = self._file.write(as_bytes(data))
-        self._file.flush()
-        shape = tuple(data.shape)
-
-        def load() -> memoryview:
-            self._file.seek(start)
-            return memoryview(self._file.read(nbytes))
-
-        return DenseTensor(name, dtype, shape, load)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def extract_adapter(
@@ -289,7 +154,7 @@ def extract_adapter(
 class _Extraction:
     def __init__(self, options: ExtractOptions, model_type: str | None) -> None:
         self.options, self.model_type = options, model_type
-        self.spool = _Spool()
+        self.spool = Spool()
         self.deltas: dict[str, LoraDelta] = {}
         self.replacements: dict[str, DenseTensor] = {}
         self.modules: list[ExtractedModule] = []
@@ -304,11 +169,10 @@ class _Extraction:
             self.left_out[name] = "is only in the fine-tune"
         elif base.shape != tuned.shape:
             self._reshaped(base, tuned)
-        elif base.dtype not in _FLOATS or tuned.dtype not in _FLOATS:
-            if _raw(base) == _raw(tuned):
-                self.unchanged += 1
-            else:
-                self.left_out[name] = f"changed, and is not of real numbers ({tuned.dtype})"
+        elif _alike(base, tuned):
+            self.unchanged += 1
+        elif base.dtype not in PRECISIONS or tuned.dtype not in PRECISIONS:
+            self.left_out[name] = f"changed, and is not of real numbers ({tuned.dtype})"
         elif (len(tuned.shape) == 2 and name.endswith(".weight")) or len(tuned.shape) == 3:
             self._low_rank(base, tuned)
         else:
@@ -330,33 +194,24 @@ class _Extraction:
             self.left_out[tuned.name] = f"changed its shape from {sizes[0]} to {sizes[1]}"
 
     def _replace(self, base: LazyTensor, tuned: LazyTensor) -> None:
-        one, other = _values(base).flatten(), _values(tuned).flatten()
-        if torch.equal(one.double(), other.double()):
-            self.unchanged += 1
-        elif len(tuned.shape) > 2 or not isinstance(tuned, DenseTensor):
+        if len(tuned.shape) > 2 or not isinstance(tuned, DenseTensor):
             self.left_out[tuned.name] = "changed, and is neither a matrix nor a vector"
+        elif Difference(base, tuned).is_zero():
+            self.unchanged += 1
         else:
-            _Difference(tuned.name, one[None], other[None]).check()
             self.replacements[tuned.name] = tuned
 
     def _low_rank(self, base: LazyTensor, tuned: LazyTensor) -> None:
-        parts = [_Fit(d, self.options) for d in _differences(base, tuned)]
-        total = sum(part.found.squared_norm for part in parts)
+        experts = tuned.shape[0] if len(tuned.shape) == 3 else 1
+        parts = [fit(Difference(base, tuned, e), self.options) for e in range(experts)]
+        total = sum(part.squared_norm for part in parts)
         if not total:
             self.unchanged += 1
             return
         rank = max(part.rank for part in parts)
-        kept = sum(part.kept for part in parts)
-        captured = min(kept / total, 1.0)
-        edges = [part.edge for part in parts if part.edge is not None]
-        self.modules.append(
-            ExtractedModule(
-                tuned.name, rank, captured, (1 - captured) ** 0.5, total**0.5,
-                max(edges) if edges else None, any(part.capped for part in parts),
-            )
-        )  # fmt: skip
+        self.modules.append(_module(tuned.name, rank, parts))
         if rank:
-            self.deltas[tuned.name] = self._delta(tuned, [p.factors(rank) for p in parts], rank)
+            self.deltas[tuned.name] = self._delta(tuned, [p.padded(rank) for p in parts], rank)
 
     def _delta(self, tuned: LazyTensor, pairs: list[Pair], rank: int) -> LoraDelta:
         orientation = self._orientation(tuned)
@@ -433,135 +288,31 @@ class _Extraction:
             )
 
 
-def _raw(tensor: LazyTensor) -> object:
+def _module(name: str, rank: int, parts: list[Fit]) -> ExtractedModule:
+    total = sum(part.squared_norm for part in parts)
+    captured = min(sum(part.kept for part in parts) / total, 1.0)
+    edges = [part.edge for part in parts if part.edge is not None]
+    return ExtractedModule(
+        target=name,
+        rank=rank,
+        captured=captured,
+        error=(1 - captured) ** 0.5,
+        norm=total**0.5,
+        noise=max(edges) if edges else None,
+        capped=any(part.capped for part in parts),
+    )
+
+
+def _alike(base: LazyTensor, tuned: LazyTensor) -> bool:
+    """Tell whether two tensors are the same bytes, of the same type."""
+    if type(base) is not type(tuned) or base.dtype != tuned.dtype:
+        return False
+    one, other = _raw(base), _raw(tuned)
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor_view(one[part], "U8"), tensor_view(other[part], "U8")) for part in one
+    )
+
+
+def _raw(tensor: LazyTensor) -> dict[str, memoryview]:
     loaded = tensor.load()
-    return loaded if isinstance(loaded, memoryview) else loaded.by_suffix()
-
-
-def _values(tensor: LazyTensor) -> torch.Tensor:
-    return tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.torch()
-
-
-def _differences(base: LazyTensor, tuned: LazyTensor) -> Iterator[_Difference]:
-    one, other = _values(base), _values(tuned)
-    noise = _quantization_noise(base, one)
-    if len(tuned.shape) == 2:
-        yield _Difference(tuned.name, one, other, _FLOATS[tuned.dtype], noise)
-        return
-    for expert in range(len(other)):
-        yield _Difference(tuned.name, one[expert], other[expert], _FLOATS[tuned.dtype], noise)
-
-
-def _quantization_noise(base: LazyTensor, values: torch.Tensor) -> float:
-    """Return the variance of an NF4 base's own error."""
-    if not isinstance(base, NF4Tensor) or not base.count:
-        return 0.0
-    error = base.load().relative_rms_error
-    norm = float(torch.linalg.vector_norm(values, dtype=torch.float32))
-    return (norm * (_NF4_ERROR if error is None else error)) ** 2 / base.count
-
-
-class _Difference:
-    """Tuned minus base in float32, row tile by row tile."""
-
-    def __init__(
-        self,
-        name: str,
-        base: torch.Tensor,
-        tuned: torch.Tensor,
-        precision: int = 24,
-        variance: float = 0.0,
-    ) -> None:
-        self.name, self.base, self.tuned = name, base, tuned
-        self.precision, self.variance = precision, variance
-        self.shape = (tuned.shape[0], tuned.shape[1])
-        self._held: list[tuple[int, torch.Tensor]] | None = None
-
-    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first row, tile); small differences are kept for the next pass."""
-        if self._held is not None:
-            yield from self._held
-            return
-        held: list[tuple[int, torch.Tensor]] = []
-        holds = 4 * self.tuned.numel() <= _HELD_BYTES
-        for first, base, tuned in self._rows():
-            tile = tuned.float() - base.float()
-            if not math.isfinite(float(tile.sum())):
-                self._complain()
-            if holds:
-                held.append((first, tile))
-            yield first, tile
-        self._held = held if holds else None
-
-    def _rows(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        height = max(1, _TILE_ELEMENTS // max(self.shape[1], 1))
-        for first in range(0, self.shape[0], height):
-            yield first, self.base[first : first + height], self.tuned[first : first + height]
-
-    def check(self) -> None:
-        """Raise `InputError` if a value is not finite."""
-        for _ in self.tiles():
-            pass
-
-    def _complain(self) -> None:
-        raise InputError(
-            f"the difference of {printable(self.name)} is not finite: one of the models holds NaN "
-            "or infinity there, or values too large to subtract",
-            hint="repair the checkpoint, or leave this tensor out with --skip",
-        )
-
-    def noise_edge(self) -> float:
-        """Return the singular value below which the difference is rounding."""
-        total = 0.0
-        for _, _, tuned in self._rows():
-            exponents = torch.frexp(tuned.float()).exponent.double()
-            # A zero has no step of its own.
-            steps = torch.where(tuned != 0, torch.exp2(exponents - self.precision), 0.0)
-            total += float(steps.square().sum())
-        sigma = rounding_noise(total / self.tuned.numel())
-        return noise_edge(math.sqrt(sigma**2 + self.variance), *self.shape)
-
-
-class _Fit:
-    """The approximation of one difference at the rank that the options ask for."""
-
-    def __init__(self, difference: _Difference, options: ExtractOptions) -> None:
-        self.edge = difference.noise_edge() if options.rank == "auto" else None
-        most = min(difference.shape)
-        fixed = isinstance(options.rank, int)
-        limit = min(int(options.rank) if fixed and options.rank else options.max_rank, most)
-        block = limit if fixed else min(_FIRST_BLOCK, limit)
-        while True:
-            self.found = block_krylov(difference.tiles, difference.shape, block, seed=options.seed)
-            wanted = limit if fixed else self._wanted(options)
-            if wanted < block or block == limit:
-                break
-            block = min(2 * block, limit)
-        self.rank = min(wanted, limit) if self.found.squared_norm else 0
-        self.capped = not fixed and wanted > limit and limit < most
-        self.kept = float(self.found.values[: self.rank].square().sum())
-        self.found = self._trimmed(self.found)
-
-    def _wanted(self, options: ExtractOptions) -> int:
-        values = self.found.values
-        if self.edge is not None:
-            return int((values > self.edge).sum())
-        assert options.energy is not None
-        # float32's rounding of the certificate must not send an exact fit looking for more.
-        goal = options.energy * self.found.squared_norm * (1 - 1e-6)
-        return int((values.square().cumsum(0) < goal).sum()) + 1 if goal else 0
-
-    def _trimmed(self, found: Approximation) -> Approximation:
-        k = self.rank
-        return Approximation(
-            found.left[:, :k].clone(),
-            found.values[:k],
-            found.right[:k].clone(),
-            found.squared_norm,
-        )
-
-    def factors(self, rank: int) -> Pair:
-        """Return B and A, with zeros up to a rank that another expert needs."""
-        b, a = self.found.factors(self.rank)
-        more = rank - self.rank
-        return torch.nn.functional.pad(b, (0, more)), torch.nn.functional.pad(a, (0, 0, 0, more))
+    return {"": loaded} if isinstance(loaded, memoryview) else loaded.by_suffix()

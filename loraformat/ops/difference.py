@@ -1,0 +1,141 @@
+"""The difference of two weights, in float32, which only exists in row tiles.
+
+Both weights are read in tiles, too: mapped bytes where they are stored as numbers, decoded
+ranges where they are NF4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from loraformat import nf4
+from loraformat.checkpoint import LazyTensor, NF4Tensor
+from loraformat.dtypes import torch_dtype
+from loraformat.errors import InputError, printable
+from loraformat.ranks import noise_edge, rounding_noise
+
+__all__ = ["PRECISIONS", "Difference"]
+
+#: Bits of a significand, of the dtypes that hold real numbers.
+PRECISIONS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
+_TILE_ELEMENTS = 1 << 21
+_NF4_ERROR = 0.092  # ‖W − NF4(W)‖ / ‖W‖ of ordinary weights, where none is recorded
+
+
+class Difference:
+    """Tuned minus base in float32, row tile by row tile.
+
+    Parameters
+    ----------
+    base, tuned : LazyTensor
+        Of one shape: a vector (one row), a matrix, or experts.
+    expert : int, optional
+        Which matrix of three dimensions.
+    """
+
+    def __init__(self, base: LazyTensor, tuned: LazyTensor, expert: int = 0) -> None:
+        self.name, self._tuned_dtype = tuned.name, tuned.dtype
+        self._base, self._tuned = _Rows(base, expert), _Rows(tuned, expert)
+        self._quantized = base if isinstance(base, NF4Tensor) and base.count else None
+        self.shape = self._tuned.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tiles together."""
+        return 4 * self.shape[0] * self.shape[1]
+
+    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first row, tile), in order.
+
+        Raises
+        ------
+        InputError
+            If a value is not finite.
+        """
+        for first, last in self._ranges():
+            base, tuned = self._base.read(first, last), self._tuned.read(first, last)
+            if torch.float64 in (base.dtype, tuned.dtype):
+                tile = (tuned.double() - base.double()).float()
+            else:
+                tile = tuned.float() - base.float()
+            if not math.isfinite(float(tile.sum())):
+                self._complain()
+            yield first, tile
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        rows, columns = self.shape
+        height = max(1, _TILE_ELEMENTS // max(columns, 1))
+        for first in range(0, rows, height):
+            yield first, min(first + height, rows)
+
+    def is_zero(self) -> bool:
+        """Tell whether nothing changed.
+
+        Raises
+        ------
+        InputError
+            If a value is not finite.
+        """
+        return not any([bool(tile.any()) for _, tile in self.tiles()])
+
+    def _complain(self) -> None:
+        raise InputError(
+            f"the difference of {printable(self.name)} is not finite: one of the models holds NaN "
+            "or infinity there, or values too large to subtract",
+            hint="repair the checkpoint, or leave this tensor out with --skip",
+        )
+
+    def noise_edge(self) -> float:
+        """Return the singular value below which the difference is rounding.
+
+        The fine-tune was rounded to its dtype: step² / 12 per element. A base in NF4 adds the
+        variance of its own error.
+        """
+        precision, squares, total = PRECISIONS[self._tuned_dtype], 0.0, 0.0
+        for first, last in self._ranges():
+            tuned = self._tuned.read(first, last)
+            exponents = torch.frexp(tuned.float()).exponent.double()
+            # A zero has no step of its own.
+            steps = torch.where(tuned != 0, torch.exp2(exponents - precision), 0.0)
+            total += float(steps.square().sum())
+            if self._quantized is not None:
+                base = self._base.read(first, last)
+                squares += float(torch.linalg.vector_norm(base, dtype=torch.float32)) ** 2
+        count = self.shape[0] * self.shape[1]
+        sigma = rounding_noise(total / count)
+        variance = 0.0
+        if self._quantized is not None:
+            error = self._quantized.load().relative_rms_error
+            variance = squares * (_NF4_ERROR if error is None else error) ** 2 / count
+        return noise_edge(math.sqrt(sigma**2 + variance), *self.shape)
+
+
+class _Rows:
+    """A weight's rows as dense numbers in its own dtype, some at a time."""
+
+    def __init__(self, tensor: LazyTensor, expert: int) -> None:
+        rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+        self.shape = rows, tensor.shape[-1] if tensor.shape else 1
+        self._start = expert * rows
+        self._dense: torch.Tensor | None = None
+        if isinstance(tensor, NF4Tensor) and not tensor.transposed:
+            self._codes = tensor.codes(tensor.load())
+            self._scales = self._codes.scales()
+            self._dtype = torch_dtype(tensor.dtype)
+        else:  # mapped bytes; codes that run over the transpose cannot be read by rows
+            dense = tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.torch()
+            self._dense = dense.reshape(-1, self.shape[1])
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        first, last = self._start + first, self._start + last
+        if self._dense is not None:
+            return self._dense[first:last]
+        columns = self.shape[1]
+        flat = nf4.dequantize(
+            self._codes, dtype=self._dtype, start=first * columns, stop=last * columns,
+            scales=self._scales,
+        )  # fmt: skip
+        return flat.view(-1, columns)

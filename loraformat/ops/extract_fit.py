@@ -1,0 +1,95 @@
+"""Approximating one difference at the rank that the options ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from loraformat.ops.difference import Difference
+from loraformat.ops.extract_options import ExtractOptions
+from loraformat.ops.factors import Pair
+from loraformat.subspace import Approximation, block_krylov, held
+
+__all__ = ["Fit", "fit"]
+
+_FIRST_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The low-rank part of one difference, and what it holds.
+
+    Attributes
+    ----------
+    pair : Pair
+        Balanced float32 factors B and A, the strongest parts first.
+    rank : int
+    kept, squared_norm : float
+        ‖B A‖² and ‖D‖².
+    edge : float or None
+        Singular value where the noise begins, if that decided the rank.
+    capped : bool
+        More parts were wanted than the largest rank allows.
+    """
+
+    pair: Pair
+    rank: int
+    kept: float
+    squared_norm: float
+    edge: float | None
+    capped: bool
+
+    def padded(self, rank: int) -> Pair:
+        """Return B and A, with zeros up to a rank that another expert needs."""
+        (b, a), more = self.pair, rank - self.rank
+        return torch.nn.functional.pad(b, (0, more)), torch.nn.functional.pad(a, (0, 0, 0, more))
+
+
+def fit(difference: Difference, options: ExtractOptions) -> Fit:
+    """Approximate a difference.
+
+    The rank is not known beforehand if an energy or the noise edge decides it: blocks are
+    doubled until they hold more than is wanted.
+    """
+    edge = difference.noise_edge() if options.rank == "auto" else None
+    most = min(difference.shape)
+    fixed = options.rank if isinstance(options.rank, int) else None
+    limit = min(fixed or options.max_rank, most)
+    tiles = held(difference.tiles, difference.nbytes)
+    found, wanted = None, limit
+    for block in _blocks(limit, fixed is not None):
+        del found  # before the next one, which is twice as large
+        found = block_krylov(tiles, difference.shape, block, seed=options.seed)
+        wanted = limit if fixed else _wanted(found, edge, options)
+        if wanted < block:
+            break
+    assert found is not None
+    rank = min(wanted, limit) if found.squared_norm else 0
+    return Fit(
+        pair=found.factors(rank),
+        rank=rank,
+        kept=float(found.values[:rank].square().sum()),
+        squared_norm=found.squared_norm,
+        edge=edge,
+        capped=fixed is None and wanted > limit and limit < most,
+    )
+
+
+def _blocks(limit: int, fixed: bool) -> Iterator[int]:
+    block = limit if fixed else min(_FIRST_BLOCK, limit)
+    while block < limit:
+        yield block
+        block *= 2
+    yield limit
+
+
+def _wanted(found: Approximation, edge: float | None, options: ExtractOptions) -> int:
+    values = found.values
+    if edge is not None:
+        return int((values > edge).sum())
+    assert options.energy is not None
+    # float32's rounding of the certificate must not send an exact fit looking for more.
+    goal = options.energy * found.squared_norm * (1 - 1e-6)
+    return int((values.square().cumsum(0) < goal).sum()) + 1 if goal else 0

@@ -1,0 +1,54 @@
+"""What to extract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loraformat.errors import UsageError
+
+__all__ = ["ExtractOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """What to extract.
+
+    Attributes
+    ----------
+    rank : int, "auto" or None
+        ``"auto"``: as many parts as stand out of the rounding noise of the checkpoint.
+    energy : float or None
+        Instead of a rank: the share of each difference's squared norm to capture.
+    max_rank : int
+        For ``"auto"`` and `energy`.
+    skip : sequence of str
+        Names (globs) to leave alone.
+    dtype : str or None
+        Of the factors; by default the fine-tune's own.
+    seed : int
+        Of the random start.
+
+    Raises
+    ------
+    UsageError
+        If neither or both of rank and energy are given, or one is out of its range.
+    """
+
+    rank: int | Literal["auto"] | None = None
+    energy: float | None = None
+    max_rank: int = 256
+    skip: Sequence[str] = ()
+    dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.energy is None):
+            raise UsageError("extract wants a rank, or an energy")
+        if self.rank != "auto" and self.rank is not None and self.rank < 1:
+            raise UsageError("rank is at least 1, or auto")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"energy is a share above 0 and up to 1, not {self.energy}")
+        if self.max_rank < 1:
+            raise UsageError("max-rank is at least 1")

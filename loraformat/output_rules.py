@@ -9,7 +9,7 @@ from pathlib import Path
 from loraformat.durable import identity
 from loraformat.errors import OutputError
 
-__all__ = ["holds_weights", "refuse_existing", "refuse_input_as_output"]
+__all__ = ["holds_weights", "refuse_existing", "refuse_existing_file", "refuse_input_as_output"]
 
 #: A directory of these is a model, so that a work directory of ours can be told from a stranger's.
 _WEIGHTS = ("*.safetensors", "*.gguf")
@@ -87,6 +87,28 @@ def refuse_existing(target: Path, *, force: bool) -> None:
             f"holds adapters that would be lost: {', '.join(adapters)}",
             path=target,
             hint="move them away, or choose another output",
+        )
+
+
+def refuse_existing_file(target: Path, *, force: bool) -> None:
+    """Refuse to replace what stands where a file shall appear, unless it is one of weights.
+
+    Raises
+    ------
+    OutputError
+    """
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_file():
+        kind = "is a symbolic link" if target.is_symlink() else "exists and is not a file"
+        raise OutputError(kind, path=target, hint=_ANOTHER)
+    if not force:
+        raise OutputError("already exists", path=target, hint="use --force to replace it")
+    if target.stat().st_size and not any(target.match(pattern) for pattern in _WEIGHTS):
+        raise OutputError(
+            "is no file of weights by its name and will not be replaced",
+            path=target,
+            hint="remove it yourself, or choose another output",
         )
 
 

@@ -133,6 +133,9 @@ class Converter:
         quantize. "both" takes them as they come.
     loses : tuple of str
         What the format cannot express, as sentences. A loss that both formats name is none.
+    output : {"directory", "file"}
+        What the writer makes. A writer of "file" creates one file of the name
+        ``publication.file_name``.
     suffixes : tuple of str
         File name endings that choose this format for an output.
     requires : tuple of Requirement
@@ -148,6 +151,7 @@ class Converter:
     write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None
     stores: Literal["nf4", "dense", "both"] = "dense"
     loses: tuple[str, ...] = ()
+    output: Literal["directory", "file"] = "directory"
     suffixes: tuple[str, ...] = ()
     requires: tuple[Requirement, ...] = ()
 
@@ -301,8 +305,9 @@ def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | 
         if converter.kind == kind and converter.writes and path.name.endswith(converter.suffixes):
             return converter.name
     if path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
+        said = {"base": "a base", "adapter": "an adapter"}[kind]
         raise UsageError(
-            f"no installed converter writes a {kind} as {path.suffix} file",
+            f"no installed converter writes {said} as {path.suffix} file",
             hint="name a directory, or say --to",
         )
     return None

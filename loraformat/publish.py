@@ -86,19 +86,22 @@ class Publication:
         self._lock = -1
         self._journal: dict[str, Any] = {}
 
+    @property
+    def file_name(self) -> str:
+        """What to `create` where the output is a single file: the target's name."""
+        return self.target.name
+
     def __enter__(self) -> Publication:
         try:
             refuse_input_as_output(self.target, self.work, self._inputs)
-            refuse_existing(self.target, force=self._force)
+            self._refuse_existing()
             if not self.target.parent.is_dir():
                 raise OutputError(
                     "no such directory", path=self.target.parent, hint="make it first"
                 )
             self._open_work()
-            undo_interrupted_exchange(self.work, self.target)
-            refuse_existing(
-                self.target, force=self._force
-            )  # again, now that no other writer can publish
+            self._undo_interrupted()
+            self._refuse_existing()  # again, now that no other writer can publish
             self._load_journal()
         except BaseException as error:
             self._leave(keep=bool(self.resumed))
@@ -106,6 +109,12 @@ class Publication:
                 raise disk_full(error, self.target) from error
             raise
         return self
+
+    def _refuse_existing(self) -> None:
+        refuse_existing(self.target, force=self._force)
+
+    def _undo_interrupted(self) -> None:
+        undo_interrupted_exchange(self.work, self.target)
 
     def _open_work(self) -> None:
         while True:
@@ -253,7 +262,7 @@ class Publication:
         OutputError
             If something else has appeared there meanwhile.
         """
-        refuse_existing(self.target, force=self._force)
+        self._refuse_existing()
         os.unlink(self.work / _JOURNAL)
         sync_directory(self.work)
         if self.target.is_dir() and any(self.target.iterdir()):

@@ -43,7 +43,7 @@ from loraformat.errors import InputError, LoraFormatError
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.ops.convert import convert
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.publish import Publication
+from loraformat.publish_file import open_publication
 from loraformat.testing_models import (
     carried,
     checkpoint,
@@ -75,7 +75,7 @@ def save(
     """Write a model with a converter, as ``loraformat convert`` would, and return the path."""
     assert converter.write is not None, f"{converter.name} has no writer; override make()"
     reported: list[int] = []
-    with Publication(target, plan="test") as output:
+    with open_publication(converter.output, target, plan="test") as output:
         written = converter.write(model, output, WriteOptions(shard_limit, reported.append))
         output.commit()
     expected = sum(tensor.nbytes for tensor in model.tensors.values())

@@ -15,6 +15,7 @@ from loraformat.folder import Folder
 from loraformat.hub import resolve
 from loraformat.plugins import AdapterReadOptions, AdapterWriteOptions
 from loraformat.publish import Publication
+from loraformat.publish_file import open_publication
 
 __all__ = ["copy_adapter", "open_adapter", "write_adapter"]
 
@@ -105,7 +106,9 @@ def write_adapter(
     converter = plugins.get("peft")
     assert converter.write_adapter is not None
     inputs = [adapter.path, *adapter.sources]
-    with Publication(target, plan="adapter", inputs=inputs, force=force) as output:
+    with open_publication(
+        converter.output, target, plan="adapter", inputs=inputs, force=force
+    ) as output:
         options = AdapterWriteOptions(parse_weight_dtype(dtype) if dtype else _own_dtype(adapter))
         converter.write_adapter(adapter, output, options)
         output.commit()

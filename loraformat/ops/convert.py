@@ -29,7 +29,7 @@ from loraformat.ops.report import (
     shard_notes,
 )
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.publish import Publication
+from loraformat.publish_file import open_publication
 from loraformat.version import __version__
 
 __all__ = ["convert"]
@@ -120,7 +120,9 @@ def convert(
             return replace(report, dry_run=True, notes=notes)
         options = WriteOptions(shard_limit, _Counter(total, progress).add)
         plan = _plan(checkpoint, encoding, writer, shard_limit)
-        with Publication(Path(target), plan=plan, inputs=_inputs(original), force=force) as output:
+        with open_publication(
+            writer.output, Path(target), plan=plan, inputs=_inputs(original), force=force
+        ) as output:
             assert writer.write is not None
             try:
                 written = writer.write(checkpoint, output, options)

@@ -37,7 +37,7 @@ from loraformat.ops.encoding import Encoding
 from loraformat.ops.merge_report import MergedAdapter, MergeReport, UndoSummary, advice
 from loraformat.ops.report import losses
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.publish import Publication
+from loraformat.publish_file import open_publication
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
@@ -364,7 +364,9 @@ class _Job:
             inputs += [adapter.path, *adapter.sources]
         inputs = [path for path in inputs if path.exists()]
         assert self.writer.write is not None
-        with Publication(target, plan=self._describe(), inputs=inputs, force=force) as output:
+        with open_publication(
+            self.writer.output, target, plan=self._describe(), inputs=inputs, force=force
+        ) as output:
             if undo is not None:
                 output.resumed.clear()  # what is not computed now would be missing in the record
             try:

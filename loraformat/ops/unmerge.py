@@ -23,7 +23,7 @@ from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.mapped import MappedFile
 from loraformat.ops.merge import merge
 from loraformat.plugins import WriteOptions
-from loraformat.publish import Publication
+from loraformat.publish_file import open_publication
 from loraformat.undo import UndoRecord, UndoTensor, parse_record, part_names
 from loraformat.version import __version__
 
@@ -162,7 +162,9 @@ def unmerge(
         )  # fmt: skip
         inputs = [checkpoint.path, *checkpoint.sources, path]
         assert writer.write is not None
-        with Publication(Path(target), plan=plan, inputs=inputs, force=force) as output:
+        with open_publication(
+            writer.output, Path(target), plan=plan, inputs=inputs, force=force
+        ) as output:
             written = writer.write(original, output, WriteOptions(shard_limit, count))
             undoing.check(written.shards.tensors)
             checkpoint.close()

@@ -7,6 +7,13 @@ from typing import Any
 import click
 
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+from loraformat.cli.options import (
+    dry_run_option,
+    dtype_option,
+    force_option,
+    output_option,
+    weight_option,
+)
 
 _EXAMPLE = """\b
 Example:
@@ -18,7 +25,7 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("sources", metavar="ADAPTER...", nargs=-1, required=True)
-@click.option("-o", "--output", "target", required=True, metavar="DST", help="The new adapter.")
+@output_option("The new adapter.")
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
@@ -27,14 +34,7 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
     help="svd: the exact sum at its best rank R. cat: the exact sum, ranks added. linear: the "
     "exact sum at the least rank that holds it. The others prune or drop elements first.",
 )
-@click.option(
-    "--weight",
-    "weights",
-    type=float,
-    multiple=True,
-    metavar="W",
-    help="One for each adapter, in their order; may be negative. [default: 1 each]",
-)
+@weight_option("One for each adapter, in their order; may be negative. [default: 1 each]")
 @click.option(
     "--rank",
     type=click.IntRange(1),
@@ -52,12 +52,9 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
 @click.option(
     "--seed", type=int, default=0, show_default=True, metavar="N", help="Of random dropping."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["f32", "f16", "bf16"]),
-    help="Type of the new factors; by default they keep theirs.",
-)
-@click.option("--force", is_flag=True, help="Replace what stands at DST.")
+@dtype_option("Type of the new factors; by default they keep theirs.")
+@force_option()
+@dry_run_option("Print ranks and errors, write nothing.")
 @json_option
 @quiet_option
 def command(
@@ -65,6 +62,7 @@ def command(
     target: str,
     weights: tuple[float, ...],
     force: bool,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -79,7 +77,13 @@ def command(
     chosen = CombineOptions(**options)
     with progress_bar("combine", quiet=quiet) as progress:
         report = combine(
-            sources, target, chosen, weights=weights or None, force=force, progress=progress
+            sources,
+            target,
+            chosen,
+            weights=weights or None,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
         )
     if as_json:
         echo_json("combine", report.to_json())
@@ -93,10 +97,12 @@ def _text(report: Any) -> str:
         for m in report.modules
     ]
     terms = [f"{w:g} x {path}" for w, path in zip(report.weights, report.sources, strict=True)]
+    would = "would write" if report.dry_run else "wrote"
     lines = [
         table(["module", "ranks", "new", "energy", "error"], rows),
         "",
-        f"wrote {report.target}: {report.method} of {', '.join(terms)}; "
-        f"{report.parameters:,} parameters, {report.seconds:.1f} s",
+        f"{would} {report.target}: {report.method} of {', '.join(terms)}; "
+        f"{report.parameters:,} parameters"
+        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+from loraformat.cli.options import (
+    RankOrAuto,
+    dry_run_option,
+    dtype_option,
+    energy_option,
+    force_option,
+    max_rank_option,
+    output_option,
+    skip_option,
+)
 
 _EXAMPLE = """\b
 Example:
@@ -15,59 +25,33 @@ Example:
 """
 
 
-class RankOrAuto(click.ParamType[int | Literal["auto"]]):
-    """A rank, or the word auto."""
-
-    name = "rank"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Literal["auto"]:
-        """Return the rank, or the word."""
-        if value == "auto":
-            return "auto"
-        if not str(value).isdecimal() or not 0 < int(value) < 1 << 31:
-            self.fail(f"{value!r} is neither a rank nor auto", param, ctx)
-        return int(value)
-
-
 @click.command(epilog=_EXAMPLE)
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
-@click.option("-o", "--output", "target", required=True, metavar="DST", help="The adapter.")
+@output_option("The adapter.")
 @click.option(
     "--rank",
     type=RankOrAuto(),
     metavar="R|auto",
     help="Rank of every module; auto stops where the rounding noise of TUNED begins.",
 )
-@click.option(
-    "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="E",
-    help="Capture this share of each difference's squared norm.",
-)
-@click.option(
-    "--max-rank",
-    type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    metavar="R",
-    help="For --rank auto and --energy.",
-)
-@click.option(
-    "--skip", multiple=True, metavar="GLOB", help="Leave these tensors alone. Repeatable."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["f32", "f16", "bf16"]),
-    help="Type of the factors; by default that of TUNED.",
-)
-@click.option("--force", is_flag=True, help="Replace what stands at DST.")
+@energy_option("Capture this share of each difference's squared norm.")
+@max_rank_option("For --rank auto and --energy.", default=256)
+@skip_option
+@dtype_option("Type of the factors; by default that of TUNED.")
+@force_option()
+@dry_run_option("Print ranks and what they capture, write nothing.")
 @json_option
 @quiet_option
 def command(
-    base: str, tuned: str, target: str, force: bool, as_json: bool, quiet: bool, **options: Any
+    base: str,
+    tuned: str,
+    target: str,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Extract an adapter from a base and its fine-tune.
 
@@ -79,7 +63,9 @@ def command(
 
     chosen = ExtractOptions(**options)
     with progress_bar("extract", quiet=quiet) as progress:
-        report = extract(base, tuned, target, chosen, force=force, progress=progress)
+        report = extract(
+            base, tuned, target, chosen, force=force, dry_run=dry_run, progress=progress
+        )
     if as_json:
         echo_json("extract", report.to_json())
     elif not quiet:
@@ -92,11 +78,12 @@ def _text(report: Any) -> str:
          "-" if m.noise is None else f"{m.noise:.4g}"]
         for m in report.modules
     ]  # fmt: skip
+    would = "would write" if report.dry_run else "wrote"
     lines = [
         table(["module", "rank", "captured", "error", "norm", "noise edge"], rows),
         "",
-        f"wrote {report.target}: {report.parameters:,} parameters hold {report.captured:.4%} of "
-        f"the squared difference, {report.seconds:.1f} s",
+        f"{would} {report.target}: {report.parameters:,} parameters hold {report.captured:.4%} of "
+        "the squared difference" + ("" if report.dry_run else f", {report.seconds:.1f} s"),
         f"{report.unchanged} tensors are unchanged, {len(report.replaced)} replaced as a whole"
         + (f": {', '.join(report.replaced[:6])}" if report.replaced else "")
         + (", ..." if len(report.replaced) > 6 else ""),

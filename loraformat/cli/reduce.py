@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
 
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+from loraformat.cli.options import (
+    ParameterCount,
+    dry_run_option,
+    dtype_option,
+    energy_option,
+    force_option,
+    max_rank_option,
+    output_option,
+)
 
 _EXAMPLE = """\b
 Example:
@@ -16,54 +24,26 @@ Example:
 """
 
 
-class ParameterCount(click.ParamType[int]):
-    """A number of parameters such as 4M or 500k."""
-
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number."""
-        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGB]?)\s*", str(value).upper())
-        if match is None or not float(match[1]):
-            self.fail(f"{value!r} is not a number of parameters such as 4M", param, ctx)
-        powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-        return int(float(match[1]) * powers[match[2]])
-
-
 @click.command(epilog=_EXAMPLE)
 @click.argument("source", metavar="ADAPTER")
-@click.option("-o", "--output", "target", required=True, metavar="DST", help="The new adapter.")
+@output_option("The new adapter.")
 @click.option("--rank", type=click.IntRange(1), metavar="R", help="This rank in every module.")
-@click.option(
-    "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="E",
-    help="Keep this share of each module's squared norm, 0.99 for example.",
-)
+@energy_option("Keep this share of each module's squared norm, 0.99 for example.")
 @click.option(
     "--budget",
     type=ParameterCount(),
     metavar="N",
     help="Keep so many parameters in all (4M, 500k), where they hold most.",
 )
-@click.option(
-    "--max-rank",
-    type=click.IntRange(1),
-    metavar="R",
-    help="No module gets more; alone or with --energy or --budget.",
-)
+@max_rank_option("No module gets more; alone or with --energy or --budget.")
 @click.option(
     "--no-statistics",
     is_flag=True,
     help="Ignore activation statistics in the adapter: weigh every input alike.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["f32", "f16", "bf16"]),
-    help="Type of the new factors; by default they keep theirs.",
-)
-@click.option("--force", is_flag=True, help="Replace what stands at DST.")
-@click.option("--dry-run", is_flag=True, help="Print ranks and errors, write nothing.")
+@dtype_option("Type of the new factors; by default they keep theirs.")
+@force_option()
+@dry_run_option("Print ranks and errors, write nothing.")
 @json_option
 @quiet_option
 def command(

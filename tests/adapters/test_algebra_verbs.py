@@ -76,10 +76,12 @@ def calls(models):
         "ties": ["combine", "a", "b", "-o", "out", "--method", "ties", "--density", 0.3],
         "spectrum": ["spectrum", "a"],
         "extract": ["extract", *models, "-o", "out", "--rank", "auto"],
+        "dry combine": ["combine", "a", "b", "-o", "out", "--dry-run"],
+        "dry extract": ["extract", *models, "-o", "out", "--energy", 0.9, "--dry-run"],
     }
 
 
-CALLS = ["reduce", "dry run", "combine", "ties", "spectrum", "extract"]
+CALLS = list(calls(["base", "tuned"]))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -89,7 +91,7 @@ def test_text_json_and_silence(shelf, models, run, call):
     assert (shown.code, shown.err) == (0, "")
     assert "q_proj.weight" in shown.out
     assert max(map(len, shown.out.splitlines())) < 160 + len(str(models[0]))
-    assert ("out" in shelf) == (call not in ("dry run", "spectrum"))
+    assert ("out" in shelf) == (call != "spectrum" and "--dry-run" not in arguments)
     shelf.pop("out", None)
     members = json.loads(run(*arguments, "--json").out)
     assert members["schema"] == f"loraformat.{arguments[0]}"

@@ -6,8 +6,11 @@ from importlib import import_module
 import pytest
 import torch
 
+from loraformat import subspace
+from loraformat.adapter import RowReplacement
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.interference import prune
+from loraformat.ops import combine_elementwise
 from loraformat.ops.combine import METHODS, CombineOptions, combine_adapters
 from loraformat.testing import dense
 from tests.adapters.memory_adapters import (
@@ -181,19 +184,84 @@ def test_dora_is_refused_with_the_remedy():
         combine([one, one])
 
 
-def test_whole_tensors():
-    def with_head(value):
-        return adapter(
-            delta("x", torch.ones(4, 1), torch.ones(1, 4)),
-            replacements={"lm_head.weight": dense("lm_head.weight", torch.full((2, 2), value))},
-        )
+def with_head(value, shape=(2, 2), kind=torch.float32):
+    head = dense("lm_head.weight", torch.full(shape, value, dtype=kind))
+    return adapter(
+        delta("x", torch.ones(4, 1), torch.ones(1, 4)), replacements={"lm_head.weight": head}
+    )
 
-    after, _ = combine([with_head(1.0), with_head(1.0), random_adapter()])
+
+def with_rows(value, indices=(3, 5)):
+    rows = RowReplacement("embed", indices, dense("rows", torch.full((2, 4), value)))
+    return adapter(delta("x", torch.ones(4, 1), torch.ones(1, 4)), rows={"embed": rows})
+
+
+def test_equal_whole_tensors_are_kept():
+    after, report = combine([with_head(1.0), with_head(1.0), random_adapter()])
     assert torch.equal(after.replacements["lm_head.weight"].torch(), torch.ones(2, 2))
-    with pytest.raises(UnsupportedError, match="replaced as a whole"):
-        combine([with_head(1.0), with_head(2.0)])
-    with pytest.raises(UnsupportedError, match="replaced as a whole"):
-        combine([with_head(1.0)], weights=[0.5])
+    assert any("same values in 2 adapters" in note for note in report.notes)
+    after, _ = combine([with_rows(1.0), with_rows(1.0)], "ties")
+    assert torch.equal(after.rows["embed"].rows.torch(), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_whole_tensors_have_a_mean_if_the_weights_add_up_to_one(kind):
+    """W + Σ wᵢ(Wᵢ − W) = Σ wᵢ Wᵢ, whatever W is, if Σ wᵢ = 1."""
+    adapters = [with_head(1.0, kind=kind), with_head(3.0, kind=kind), random_adapter()]
+    after, report = combine(adapters, "cat", [1.5, -0.5, 7.0])
+    found = after.replacements["lm_head.weight"]
+    assert found.torch().dtype == kind
+    assert torch.equal(found.torch(), torch.zeros(2, 2, dtype=kind))
+    assert any("weighted mean of 2 adapters" in note for note in report.notes)
+    after, _ = combine([with_rows(1.0), with_rows(2.0)], "svd", [0.5, 0.5])
+    assert torch.equal(after.rows["embed"].rows.torch(), torch.full((2, 4), 1.5))
+    after, _ = combine([with_rows(2.0), random_adapter()], "svd", [1.0, 0.5])
+    assert torch.equal(after.rows["embed"].rows.torch(), torch.full((2, 4), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "method", "weights", "why"),
+    [
+        ((with_head(1.0), with_head(2.0)), "svd", (1, 1), "add up to 2, not 1"),
+        ((with_head(1.0),), "svd", (0.5,), "add up to 0.5, not 1"),
+        ((with_head(1.0), with_head(2.0)), "ties", (0.5, 0.5), "only its base tells"),
+        ((with_head(1.0), with_head(1.0, (3, 2))), "svd", (0.5, 0.5), "shapes 2x2 and 3x2"),
+        ((with_rows(1.0), with_rows(1.0, (3, 6))), "svd", (0.5, 0.5), "replaces other rows"),
+    ],
+)
+def test_whole_tensors_without_a_sum(adapters, method, weights, why):
+    with pytest.raises(UnsupportedError, match=why) as caught:
+        combine(adapters, method, weights)
+    assert "lm_head.weight" in str(caught.value) or "embed" in str(caught.value)
+
+
+def test_cat_rounds_nothing_that_it_need_not():
+    """bfloat16 factors, weights that are powers of two: the same digits come out."""
+    one, other = (
+        adapter(*(
+            replace(d, a=dense("a", d.a.torch().bfloat16()), b=dense("b", d.b.torch().bfloat16()))
+            for d in random_adapter(seed, scalings=(1.0, 2.0, 0.5, -4.0)).deltas.values()
+        ))
+        for seed in (0, 1)
+    )  # fmt: skip
+    after, _ = combine([one, other], "cat", (0.125, -2.0))
+    for target, change in after.deltas.items():
+        assert change.a.dtype == "BF16"
+        d = 0.125 * effect(one.deltas[target]) - 2 * effect(other.deltas[target])
+        assert torch.allclose(effect(change), d, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare_ties", "dare_linear"])
+def test_tiles_change_nothing(monkeypatch, method):
+    """Thresholds, random numbers and sums are those of the matrix, however it is cut."""
+    whole = [random_adapter(0), random_adapter(1)]
+    before, _ = combine(whole, method, (1, -0.5), seed=5)
+    monkeypatch.setattr(combine_elementwise, "_TILE_ELEMENTS", 50)
+    for kept in (1 << 20, 0):  # remembered between passes, and computed anew
+        monkeypatch.setattr(subspace, "_HELD_BYTES", kept)
+        after, _ = combine(whole, method, (1, -0.5), seed=5)
+        for target, change in after.deltas.items():
+            assert distance(effect(change), effect(before.deltas[target])) < 1e-5
 
 
 def test_disagreements():

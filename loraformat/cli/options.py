@@ -1,0 +1,119 @@
+"""Options that several verbs share, in one wording.
+
+Each is a decorator, or makes one from what differs: the help text's noun.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import click
+
+from loraformat.cli.console import ByteSize
+
+__all__ = [
+    "ParameterCount",
+    "RankOrAuto",
+    "dry_run_option",
+    "dtype_option",
+    "energy_option",
+    "force_option",
+    "max_rank_option",
+    "max_shard_size_option",
+    "output_option",
+    "skip_option",
+    "weight_option",
+]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class ParameterCount(click.ParamType[int]):
+    """A number of parameters such as 4M or 500k."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGB]?)\s*", str(value).upper())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is not a number of parameters such as 4M", param, ctx)
+        powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+        return int(float(match[1]) * powers[match[2]])
+
+
+class RankOrAuto(click.ParamType[int | Literal["auto"]]):
+    """A rank, or the word auto."""
+
+    name = "rank"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["auto"]:
+        """Return the rank, or the word."""
+        if value == "auto":
+            return "auto"
+        if not str(value).isdecimal() or not 0 < int(value) < 1 << 31:
+            self.fail(f"{value!r} is neither a rank nor auto", param, ctx)
+        return int(value)
+
+
+def output_option(help_text: str, metavar: str = "DST") -> Callable[[_Command], _Command]:
+    """Name the result; the parameter is ``target``."""
+    return click.option("-o", "--output", "target", required=True, metavar=metavar, help=help_text)
+
+
+def dtype_option(help_text: str) -> Callable[[_Command], _Command]:
+    """Choose the type of what is written."""
+    return click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help=help_text)
+
+
+def force_option(what: str = "what stands at DST") -> Callable[[_Command], _Command]:
+    """Allow to overwrite, which nothing does without it."""
+    return click.option("--force", is_flag=True, help=f"Replace {what}.")
+
+
+def dry_run_option(
+    help_text: str = "Print the plan and the sizes, write nothing.",
+) -> Callable[[_Command], _Command]:
+    """Do everything but write."""
+    return click.option("--dry-run", is_flag=True, help=help_text)
+
+
+def energy_option(help_text: str) -> Callable[[_Command], _Command]:
+    """Choose ranks by a share of a squared norm."""
+    return click.option(
+        "--energy", type=click.FloatRange(0, 1, min_open=True), metavar="E", help=help_text
+    )
+
+
+def max_rank_option(help_text: str, default: int | None = None) -> Callable[[_Command], _Command]:
+    """Bound every module's rank."""
+    return click.option(
+        "--max-rank",
+        type=click.IntRange(1),
+        default=default,
+        show_default=default is not None,
+        metavar="R",
+        help=help_text,
+    )
+
+
+def weight_option(help_text: str) -> Callable[[_Command], _Command]:
+    """Give one factor per adapter; the parameter is ``weights``."""
+    return click.option("--weight", "weights", type=float, multiple=True, metavar="W",
+                        help=help_text)  # fmt: skip
+
+
+skip_option = click.option(
+    "--skip", multiple=True, metavar="GLOB", help="Leave these tensors alone. Repeatable."
+)
+max_shard_size_option = click.option(
+    "--max-shard-size",
+    type=ByteSize(),
+    default="2GB",
+    show_default=True,
+    help="Tensor bytes per file.",
+)

@@ -1,0 +1,126 @@
+"""Pruning, dropping and electing on whole deltas, which only exist in row tiles.
+
+The methods of `loraformat.interference` are taken of the effective deltas; the result has full
+rank, and block Krylov iteration finds its best low-rank part without ever holding it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from loraformat.interference import drop, elect, magnitude_threshold, prune
+from loraformat.ops.combine_options import CombineOptions
+from loraformat.ops.combine_terms import Term
+from loraformat.ops.factors import Pair
+from loraformat.subspace import block_krylov, held
+
+__all__ = ["interfered"]
+
+_TILE_ELEMENTS = 1 << 20
+
+
+def interfered(terms: Sequence[Term], options: CombineOptions) -> tuple[float, Pair]:
+    """Combine one target by a method that looks at elements.
+
+    Returns
+    -------
+    energy : float
+        Share of the combined delta's squared norm that the factors hold.
+    pair : Pair
+        float32 B and A; of rank 0 if nothing is left, and no bias needs a module.
+    """
+    rank = options.rank or max(term.delta.rank for term in terms)
+    pairs, kept, total = [], 0.0, 0.0
+    for matrix in _matrices(terms, options):
+        found = block_krylov(held(matrix.tiles, matrix.nbytes), matrix.shape, rank)
+        pairs.append(found.factors(rank))
+        kept += float(found.values[:rank].square().sum())
+        total += found.squared_norm
+    b, a = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
+    if len(terms[0].delta.a.shape) == 2:
+        b, a = b[0], a[0]
+    if not total:
+        least = int(any(term.delta.bias is not None for term in terms))
+        return 1.0, (b[..., :least], a[..., :least, :])
+    return kept / total, (b, a)
+
+
+def _matrices(terms: Sequence[Term], options: CombineOptions) -> Iterator[_Matrix]:
+    """Yield the matrix, or one after the other those of the experts."""
+    loaded = [(term, *term.factors()) for term in terms]
+    experts = loaded[0][1].shape[0] if loaded[0][1].ndim == 3 else None
+    for expert in range(experts or 1):
+        parts = [
+            _Part(term.weight, b.float(), a.float(), _seed(options.seed, term, expert))
+            if experts is None
+            else _Part(
+                term.weight, b[expert].float(), a[expert].float(), _seed(options.seed, term, expert)
+            )
+            for term, b, a in loaded
+        ]
+        yield _Matrix(parts, options)
+
+
+def _seed(seed: int, term: Term, expert: int) -> int:
+    """Return a seed of the module's own: no module's numbers depend on the others."""
+    words = repr((seed, term.adapter, f"{term.delta.target}/{expert}"))
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One weighted delta."""
+
+    weight: float
+    b: torch.Tensor
+    a: torch.Tensor
+    seed: int
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        return self.b[first:last] @ self.a
+
+
+class _Matrix:
+    """The combined delta of one matrix, tile by tile, the same in every pass."""
+
+    def __init__(self, parts: Sequence[_Part], options: CombineOptions) -> None:
+        self._parts, self._options = parts, options
+        self.shape = len(parts[0].b), parts[0].a.shape[1]
+        rows, columns = self.shape
+        self.nbytes = 4 * rows * columns
+        keep = max(1, int(options.density * rows * columns))
+        pruning = options.method in ("ties", "magnitude_prune")
+        self._thresholds = [self._threshold(part, keep) for part in parts] if pruning else None
+
+    def _threshold(self, part: _Part, keep: int) -> float:
+        return magnitude_threshold(lambda: (part.rows(*x) for x in self._ranges()), keep)
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        rows, columns = self.shape
+        height = max(1, _TILE_ELEMENTS // columns)
+        for first in range(0, rows, height):
+            yield first, min(first + height, rows)
+
+    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+        thin = self._pruned() if self._thresholds is not None else self._dropped()
+        electing = self._options.method in ("ties", "dare_ties")
+        for first, last in self._ranges():
+            weighted = [
+                part.weight * sparse(part.rows(first, last))
+                for part, sparse in zip(self._parts, thin, strict=True)
+            ]
+            yield first, elect(weighted) if electing else torch.stack(weighted).sum(0)
+
+    def _pruned(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        assert self._thresholds is not None
+        return [partial(prune, threshold=threshold) for threshold in self._thresholds]
+
+    def _dropped(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        random = [torch.Generator().manual_seed(part.seed) for part in self._parts]
+        density = self._options.density
+        return [partial(drop, density=density, random=own) for own in random]

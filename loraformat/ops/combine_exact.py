@@ -1,0 +1,68 @@
+"""The weighted sum of deltas: exact, or its best approximation of a rank.
+
+Σ wᵢ·Bᵢ Aᵢ = [w₁B₁ w₂B₂ …] · [A₁; A₂; …] holds exactly, so no delta is ever formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from loraformat import lora
+from loraformat.ops.combine_options import CombineOptions
+from loraformat.ops.combine_terms import Term
+from loraformat.ops.factors import Pair
+
+__all__ = ["weighted_sum"]
+
+_ROUNDING = 1e-12
+
+
+def weighted_sum(
+    terms: Sequence[Term], options: CombineOptions
+) -> tuple[int, float, Callable[[], Pair]]:
+    """Plan ``svd``, ``cat`` or ``linear`` of one target.
+
+    Returns
+    -------
+    rank : int
+        Of the result; 0 if the terms cancel.
+    energy : float
+        Share of the sum's squared norm that it holds.
+    compute : callable
+        Returns B and A.
+    """
+    if options.method == "cat":
+        return sum(term.delta.rank for term in terms), 1.0, lambda: _concatenated(terms)
+    b, a = _factors(terms)
+    values = lora.singular_values(b, a)
+    pooled = values.square().sum(0).sqrt() if values.ndim == 2 else values
+    # What a sum cancels is zero up to the rounding of what it is a sum of.
+    held = int((pooled > _ROUNDING * float(b.norm() * a.norm())).sum())
+    largest = max(term.delta.rank for term in terms)
+    wanted = options.rank or (largest if options.method == "svd" else held)
+    least = int(any(term.delta.bias is not None for term in terms))  # a bias needs a module
+    rank = max(min(wanted, held), least)
+    total = float(pooled.square().sum())
+    energy = float(pooled[:rank].square().sum()) / total if total else 1.0
+    return rank, energy, lambda: lora.truncate(lora.core(*_factors(terms)), rank, torch.float64)
+
+
+def _factors(terms: Sequence[Term]) -> Pair:
+    return lora.combine_factors([(term.weight, *term.factors()) for term in terms])
+
+
+def _concatenated(terms: Sequence[Term]) -> Pair:
+    """Return [f₁·B₁ …] and [2^e₁·A₁ …] with wᵢ = fᵢ·2^eᵢ.
+
+    A power of two changes no digit: A is rounded nowhere, B once, and not at all by weights
+    that are powers of two. Half of the exponent goes to either, so that neither overflows.
+    """
+    left, right = [], []
+    for term in terms:
+        (b, a), (fraction, exponent) = term.factors(), math.frexp(term.weight)
+        left.append(b.double() * math.ldexp(fraction, exponent - exponent // 2))
+        right.append(a.double() * math.ldexp(1.0, exponent // 2))
+    return torch.cat(left, dim=-1), torch.cat(right, dim=-2)

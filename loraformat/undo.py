@@ -4,7 +4,8 @@ What one merge loses of each tensor is in the interval code of `loraformat.inter
 record adds which tensors, adapters and hashes it belongs to.
 
 A record is a safetensors file: its ``__metadata__`` has one member, ``loraformat.undo``, a
-JSON text. ``spec/undo-1.0.md`` has the rules, ``U01`` to ``U09``. Nothing here reads files.
+JSON text. ``spec/undo-1.0.md`` has the rules; `loraformat.undo_rules` reads it. Nothing here
+reads files.
 """
 
 from __future__ import annotations
@@ -12,21 +13,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from os import PathLike
 from typing import Any
 
-from loraformat import strict_json
-from loraformat.errors import FormatError
 from loraformat.header import Entry, encode_header
 
 __all__ = [
     "FORMULA",
     "METADATA_KEY",
+    "VERSION",
     "AdapterRecord",
     "UndoRecord",
     "UndoTensor",
     "encode_record",
-    "parse_record",
     "part_names",
 ]
 
@@ -34,7 +32,8 @@ __all__ = [
 FORMULA = "fixed-point-1"
 METADATA_KEY = "loraformat.undo"
 
-_VERSION = "1.0"
+#: Of the records that are written.
+VERSION = "1.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,40 +118,8 @@ def encode_record(record: UndoRecord, parts: Mapping[str, int]) -> tuple[bytes, 
     for name, nbytes in parts.items():
         entries.append(Entry(name, "U8", (nbytes,), position, position + nbytes))
         position += nbytes
-    text = json.dumps({"version": _VERSION, "formula": FORMULA, **asdict(record)})
+    text = json.dumps({"version": VERSION, "formula": FORMULA, **asdict(record)})
     return encode_header(entries, {METADATA_KEY: text}), entries
-
-
-def parse_record(metadata: Mapping[str, str], path: str | PathLike[str]) -> UndoRecord:
-    """Return the record in a header's metadata.
-
-    Raises
-    ------
-    FormatError
-        U01 to U03.
-    """
-    text = metadata.get(METADATA_KEY)
-    if text is None:
-        raise FormatError("U01", "is not an undo record", path=path)
-    try:
-        members = strict_json.loads(text.encode())
-        version, formula = members.pop("version"), members.pop("formula")
-        if str(version).split(".")[0] != "1" or formula != FORMULA:
-            raise FormatError(
-                "U02",
-                f"is an undo record of version {version}, formula {formula}; "
-                f"wanted 1.x and {FORMULA}",
-                path=path,
-                hint="update loraformat",
-            )
-        tensors = {
-            name: UndoTensor(**{**fields, "shape": tuple(fields["shape"])})
-            for name, fields in members.pop("tensors").items()
-        }
-        adapters = [AdapterRecord(**fields) for fields in members.pop("adapters")]
-        return UndoRecord(tensors=tensors, adapters=adapters, **members)
-    except (strict_json.StrictJsonError, TypeError, KeyError, AttributeError) as error:
-        raise FormatError("U03", f"its text is malformed: {error}", path=path) from None
 
 
 def part_names(name: str) -> tuple[str, str, str, str]:

@@ -169,11 +169,11 @@ class UndoRecorder:
 
     def describe(self, merged_sha256: str) -> UndoTensor:
         """Return the record's entry."""
-        assert self.source is not None or self.mode == "new"
+        original = None if self.mode == "new" else self.source
         return UndoTensor(
             mode=self.mode,
-            dtype="" if self.source is None else self.source.dtype,
-            shape=() if self.source is None else self.source.shape,
+            dtype="" if original is None else original.dtype,
+            shape=() if original is None else original.shape,
             sha256=self.digest,
             merged_sha256=merged_sha256,
             terms=[asdict(term) for term in self.edit.terms] if self.mode == "interval" else [],

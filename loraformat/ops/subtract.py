@@ -1,0 +1,202 @@
+"""Taking a merge back without its undo record: near to the original, and how near.
+
+The merge rounded W + D to M, off by half a step of the dtype at most; the subtraction rounds
+M − D to R, off by half a step at R. So every weight is within (step(M) + step(R)) / 2 of the
+original, if that had the dtype of M, was merged as loraformat merges, in float32 and with one
+rounding, and with these adapters and weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraformat import plugins
+from loraformat.adapter import Adapter
+from loraformat.checkpoint import Checkpoint, DenseTensor
+from loraformat.errors import UnsupportedError, UsageError
+from loraformat.hub import resolve
+from loraformat.ops.merge import merge
+from loraformat.ops.unmerge_report import Deviation, UnmergeReport
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["subtract"]
+
+#: Bits of the significand, and the exponent e of the smallest normal number in [2^(e-1), 2^e).
+_PRECISION = {"BF16": (8, -125), "F16": (11, -13), "F32": (24, -125)}
+#: Steps of float32, in which the sums are formed before they are rounded to 16 bits.
+_SLACK = {"BF16": 1 + 2**-15, "F16": 1 + 2**-12, "F32": 1.0}
+_TILE = 1 << 20
+
+
+def subtract(
+    merged: str | Path,
+    target: str | Path,
+    adapters: Sequence[str | Path | Adapter],
+    weights: Sequence[float],
+    *,
+    dry_run: bool = False,
+    **options: Any,
+) -> UnmergeReport:
+    """Merge with the negative weights, and say how far off the result can be.
+
+    Parameters
+    ----------
+    merged, target, adapters, weights, dry_run, options
+        As of `loraformat.ops.merge.merge`; the weights are those of the merge.
+
+    Returns
+    -------
+    UnmergeReport
+
+    Raises
+    ------
+    UnsupportedError
+        If an adapter did more than add: DoRA, replaced tensors and rows.
+    """
+    if not adapters:
+        raise UsageError("wanted --undo with the merge's record, or --adapter to subtract")
+    with ExitStack() as stack:
+        checkpoint = _opened(stack, merged)
+        for adapter in adapters:
+            _refuse_what_cannot_be_subtracted(_adapter(stack, adapter, checkpoint))
+    report = merge(
+        merged, list(adapters), target,
+        weights=[-weight for weight in weights or [1.0] * len(adapters)],
+        allow_base_mismatch=True, dry_run=dry_run, **options,
+    )  # fmt: skip
+    bounds = [] if dry_run else list(_bounds(merged, target, [m.name for m in report.modules]))
+    bound = _total(bounds)
+    return UnmergeReport(
+        source=report.source,
+        target=report.target,
+        exact=False,
+        tensors=report.tensors,
+        restored=report.merged,
+        error_bound=bound,
+        modules=[found.deviation() for found in bounds],
+        output_bytes=report.output_bytes,
+        notes=[_note(bounds, bound), *report.warnings],
+        seconds=report.seconds,
+        dry_run=report.dry_run,
+    )
+
+
+def _opened(stack: ExitStack, path: str | Path) -> Checkpoint:
+    found = resolve(path)
+    reader = plugins.sniff(found.path)
+    if reader.read is None:
+        raise UsageError(f"format {reader.name!r} can be written but not read")
+    return stack.enter_context(reader.read(found.path))
+
+
+def _adapter(stack: ExitStack, source: str | Path | Adapter, base: Checkpoint) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    from loraformat.ops.adapters import open_adapter
+
+    return stack.enter_context(open_adapter(source, base=base))
+
+
+def _refuse_what_cannot_be_subtracted(adapter: Adapter) -> None:
+    kinds = {
+        "DoRA, whose norms went with the original": any(
+            d.magnitude for d in adapter.deltas.values()
+        ),
+        "replaced tensors": bool(adapter.replacements),
+        "replaced rows": bool(adapter.rows),
+    }
+    if found := [kind for kind, present in kinds.items() if present]:
+        raise UnsupportedError(
+            f"has {' and '.join(found)}: no subtraction brings the original back",
+            path=adapter.path,
+            hint="only --undo with the merge's record does",
+        )
+
+
+@dataclass(slots=True)
+class _Bound:
+    """Sums over one tensor."""
+
+    name: str
+    largest: float = 0.0
+    steps: float = 0.0
+    squares: float = 0.0
+    norm: float = 0.0
+    saturated: int = 0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor, dtypes: tuple[str, str]) -> None:
+        """Add weights before and after the subtraction."""
+        first, last = (_steps(v, t) for v, t in zip((before, after), dtypes, strict=True))
+        known = (first + last).isfinite()
+        if dtypes[0] == "F16":
+            known &= before.abs() < 65504
+        self.saturated += int(known.numel() - known.sum())
+        off = (0.5 * first * _SLACK[dtypes[0]] + 0.5 * last * _SLACK[dtypes[1]])[known]
+        if len(off):
+            self.largest = max(self.largest, float(off.max()))
+            self.steps = max(self.steps, float((off / last[known]).max()))
+        self.squares += float(off @ off)
+        result = after.double()[known]
+        self.norm += float(result @ result)
+
+    def deviation(self) -> Deviation:
+        """Return the figures."""
+        return Deviation(
+            self.name, self.largest, _ratio(self.squares, self.norm), self.steps, self.saturated
+        )
+
+
+def _steps(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return the distance of each value to the next one of its dtype, away from zero."""
+    import torch
+
+    bits, least = _PRECISION[dtype]
+    wide = values.double()
+    exponent = torch.frexp(wide).exponent.clamp(min=least).double() - bits
+    return torch.where(wide.isfinite(), torch.exp2(exponent), torch.inf)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(f"{sqrt(part / whole):.4g}") if whole else 0.0
+
+
+def _total(bounds: Sequence[_Bound]) -> float:
+    return _ratio(sum(b.squares for b in bounds), sum(b.norm for b in bounds))
+
+
+def _bounds(merged: str | Path, target: str | Path, names: Sequence[str]) -> Iterator[_Bound]:
+    """Compare each changed tensor before and after."""
+    with ExitStack() as stack:
+        before, after = _opened(stack, merged).tensors, _opened(stack, target).tensors
+        for name in names:
+            pair = (before.get(name), after.get(name))
+            first, last = pair
+            if not isinstance(first, DenseTensor) or not isinstance(last, DenseTensor):
+                continue
+            found, dtypes = _Bound(name), (first.dtype, last.dtype)
+            one, other = first.torch().reshape(-1), last.torch().reshape(-1)
+            for start in range(0, len(one), _TILE):
+                found.add(one[start : start + _TILE], other[start : start + _TILE], dtypes)
+            first.release()
+            last.release()
+            yield found
+
+
+def _note(bounds: Sequence[_Bound], bound: float) -> str:
+    text = "this is not the original: the merge and the subtraction each rounded"
+    if bounds:
+        worst = max(bounds, key=lambda found: found.largest)
+        text += (
+            f", and the changed weights are off by up to {bound:.2g} of their norm, one of "
+            f"{worst.name} by up to {worst.largest:.2g}, if this is what was merged"
+        )
+    if saturated := sum(found.saturated for found in bounds):
+        text += f"; {saturated} weights at the end of float16's range may be off by anything"
+    return text + "; only an undo record (merge --undo) restores it exactly"

@@ -1,0 +1,282 @@
+"""Restoring the tensors of one undo record, lazily, from the merged model and the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from loraformat.adapter import Adapter
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
+from loraformat.dtypes import torch_dtype
+from loraformat.errors import FormatError, UnsupportedError, printable
+from loraformat.mapped import MappedFile
+from loraformat.undo import UndoRecord, UndoTensor, part_names
+from loraformat.undo_rules import tile_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraformat.ops.edits import Term
+    from loraformat.ops.merged import Matrix
+
+__all__ = ["Undoing"]
+
+
+class Undoing:
+    """The original of a merged model.
+
+    Parameters
+    ----------
+    merged : Checkpoint
+    record : UndoRecord
+    file : MappedFile
+        Of the record.
+
+    Attributes
+    ----------
+    adapters : list of Adapter
+        Those of the record, in its order; to be set before a tensor is loaded.
+
+    Raises
+    ------
+    FormatError
+        U04, if they do not belong together; U06 to U11 when a tensor is loaded.
+    """
+
+    def __init__(self, merged: Checkpoint, record: UndoRecord, file: MappedFile) -> None:
+        self.merged, self.record, self.file = merged, record, file
+        self.adapters: list[Adapter] = []
+        known = {*record.tensors, *record.unchanged}
+        if known != set(merged.tensors):
+            odd = min(known.symmetric_difference(merged.tensors))
+            where = "the record" if odd in known else "the model"
+            raise self._foreign(f"{printable(odd)} is in {where} only")
+        for name, undo in record.tensors.items():
+            tensor = merged.tensors[name]
+            if not isinstance(tensor, DenseTensor):
+                raise self._foreign(f"{printable(name)} is in NF4 and was dense when it was merged")
+            kept = undo.mode in ("interval", "rows")
+            if kept and tensor.shape != undo.shape:
+                raise self._foreign(
+                    f"{printable(name)} has the shape {list(tensor.shape)}, wanted "
+                    f"{list(undo.shape)}"
+                )
+            wanted = {"interval": ("F32", "F16", "BF16"), "rows": (undo.dtype,)}.get(undo.mode)
+            if wanted is not None and tensor.dtype not in wanted:
+                raise self._foreign(f"{printable(name)} is {tensor.dtype}")
+
+    def _foreign(self, what: str) -> FormatError:
+        return FormatError(
+            "U04",
+            f"the record and the model do not belong together: {what}",
+            path=self.merged.path,
+            hint="undo later merges first, each with its own record",
+        )
+
+    def _damaged(self, rule: str, name: str, what: str) -> FormatError:
+        return FormatError(
+            rule, f"what it holds of tensor {printable(name)} does not fit: {what}",
+            path=self.file.path, hint="the record is damaged",
+        )  # fmt: skip
+
+    def checkpoint(self) -> Checkpoint:
+        """Return the original; tensors are restored when they are loaded."""
+        tensors: dict[str, LazyTensor] = {}
+        for name, tensor in self.merged.tensors.items():
+            undo = self.record.tensors.get(name)
+            if not isinstance(tensor, DenseTensor):
+                raise self._foreign(f"{printable(name)} is in NF4 and was dense when it was merged")
+            if undo is None:
+                tensors[name] = replace(tensor, load=self._verified(tensor))
+            elif undo.mode != "new":
+                tensors[name] = self._restored(tensor, undo)
+        config = None if self.record.config is None else self.record.config.encode()
+        return replace(self.merged, tensors=tensors, config=config)
+
+    def _verified(self, tensor: DenseTensor) -> Callable[[], memoryview]:
+        wanted = self.record.unchanged[tensor.name]
+        return lambda: self._checked(tensor, wanted)
+
+    def _checked(self, tensor: DenseTensor, wanted: str) -> memoryview:
+        data = tensor.load()
+        if sha256(data).hexdigest() != wanted:
+            raise FormatError(
+                "U06", f"tensor {printable(tensor.name)} is not as the merge left it",
+                path=self.merged.path,
+                hint="undo later merges first, with their own records",
+            )  # fmt: skip
+        return data
+
+    def _restored(self, tensor: DenseTensor, undo: UndoTensor) -> DenseTensor:
+        def load() -> memoryview:
+            data = self._checked(tensor, undo.merged_sha256)
+            restored = self._restore(tensor, undo, data)
+            if sha256(restored).hexdigest() != undo.sha256:
+                raise FormatError(
+                    "U07", f"tensor {printable(tensor.name)} did not come back as it was",
+                    path=self.file.path, hint="the record is damaged",
+                )  # fmt: skip
+            return restored
+
+        return DenseTensor(tensor.name, undo.dtype, undo.shape, load, tensor.release)
+
+    def _part(self, name: str, number: int) -> memoryview:
+        part = part_names(name)[number]
+        return self.file.view(part) if part in self.file.header.entries else memoryview(b"")
+
+    def _restore(self, tensor: DenseTensor, undo: UndoTensor, data: memoryview) -> memoryview:
+        residual = self._part(tensor.name, 0)
+        if undo.mode == "raw":
+            return residual
+        if undo.mode == "rows":
+            whole = bytearray(data)
+            width = len(whole) // max(undo.shape[0], 1)
+            for number, row in enumerate(undo.rows):
+                whole[row * width : (row + 1) * width] = residual[
+                    number * width : (number + 1) * width
+                ]
+            return memoryview(whole)
+        return self._from_intervals(tensor, undo, data, residual)
+
+    def _from_intervals(
+        self, tensor: DenseTensor, undo: UndoTensor, data: memoryview, residual: memoryview
+    ) -> memoryview:
+        import torch
+
+        from loraformat.interval_code import Unmergeable
+
+        name = tensor.name
+        matrices = self._matrices(name, undo)
+        ends = self._ends(name, len(residual))
+        gains = self._gains(name, matrices)
+        stack, rows, columns, step = tile_rows(undo.shape, self.record.tile_elements)
+        per_matrix = -(-rows // step)
+        merged = tensor_view(data, tensor.dtype, (stack, rows, columns))
+        restored = torch.empty((stack, rows, columns), dtype=torch_dtype(undo.dtype))
+        for number, matrix in enumerate(matrices):
+            own = ends[number * per_matrix : (number + 1) * per_matrix + 1]
+            try:
+                _decode_matrix(
+                    merged[number], restored[number], matrix, gains[number], residual, own, step
+                )
+            except Unmergeable:
+                raise self._damaged("U08", name, "no such interval") from None
+            except UnsupportedError as error:
+                raise self._damaged("U10", name, str(error)) from error
+        flat = restored.view(-1)
+        flat[self._zeros(name, len(flat))] = -0.0
+        made: Any = flat.view(torch.uint8).numpy()
+        return memoryview(made)
+
+    def _matrices(self, name: str, undo: UndoTensor) -> list[Matrix | None]:
+        """Return what was added to each matrix, after the checks of U10."""
+        from loraformat.ops.edits import Term
+        from loraformat.ops.merged import block_matrices
+
+        terms = [Term(**term) for term in undo.terms]
+        stack, rows, columns, _ = tile_rows(undo.shape, self.record.tile_elements)
+        for term in terms:
+            if problem := self._misfit(term, stack):
+                raise self._damaged("U10", name, problem)
+        try:
+            matrices = list(block_matrices(undo.shape, terms, self.adapters))
+        except UnsupportedError as error:
+            raise self._damaged("U10", name, str(error)) from error
+        for matrix in matrices:
+            for b, a, _, _ in () if matrix is None else matrix.factors:
+                turned = matrix is not None and matrix.transposed
+                shape = (a.shape[1], len(b)) if turned else (len(b), a.shape[1])
+                if shape != (rows, columns):
+                    raise self._damaged("U10", name, f"a delta of {shape}")
+        return matrices
+
+    def _misfit(self, term: Term, stack: int) -> str:
+        """Return what of a term does not exist, or nothing."""
+        if term.adapter >= len(self.adapters):
+            return f"adapter {term.adapter}"
+        delta = self.adapters[term.adapter].deltas.get(term.target)
+        if delta is None:
+            return f"delta {printable(term.target)}"
+        if term.block >= stack:
+            return f"matrix {term.block}"
+        if term.part == "bias":
+            return "a bias" if delta.bias is None else ""
+        experts = delta.a.shape[0] if len(delta.a.shape) == 3 else None
+        if (term.expert is None) != (experts is None) or (experts and term.expert >= experts):  # type: ignore[operator]
+            return f"expert {term.expert}"
+        if term.rows and not term.rows[0] <= term.rows[1] <= delta.out_features:
+            return f"rows {term.rows}"
+        return ""
+
+    def _ends(self, name: str, nbytes: int) -> list[int]:
+        """Return where each tile's code begins, and the end."""
+        lengths = numpy.frombuffer(bytes(self._part(name, 3)), "<i8").tolist()
+        if min(lengths, default=0) < 0 or sum(lengths) != nbytes:
+            raise self._damaged("U09", name, "lengths of tiles")
+        return list(accumulate(lengths, initial=0))
+
+    def _gains(self, name: str, matrices: list[Matrix | None]) -> list[list[torch.Tensor]]:
+        """Return the gains of each matrix' terms that have some."""
+        import torch
+
+        whole = tensor_view(memoryview(bytearray(self._part(name, 2))), "F32")
+        counts = [
+            [len(b) for b, _, _, magnitude in matrix.factors if magnitude is not None]
+            if matrix is not None else []
+            for matrix in matrices
+        ]  # fmt: skip
+        if sum(map(sum, counts)) != len(whole):
+            raise self._damaged("U09", name, f"{len(whole)} gains")
+        pieces = iter(torch.split(whole, [count for own in counts for count in own]))
+        return [[next(pieces) for _ in own] for own in counts]
+
+    def _zeros(self, name: str, count: int) -> torch.Tensor:
+        zeros = tensor_view(memoryview(bytearray(self._part(name, 1))), "I64")
+        if len(zeros) and not (
+            bool((zeros[1:] > zeros[:-1]).all()) and int(zeros[0]) >= 0 and int(zeros[-1]) < count
+        ):
+            raise self._damaged("U11", name, "positions of zeros")
+        return zeros
+
+    def check(self, written: Any) -> None:
+        """Compare what was written, also by an interrupted run, with the record's hashes."""
+        for name, facts in written.items():
+            undo = self.record.tensors.get(name)
+            wanted = self.record.unchanged.get(name) if undo is None else undo.sha256
+            if facts.sha256 != wanted:
+                raise FormatError(
+                    "U07", f"tensor {printable(name)} was not written as it was",
+                    path=self.file.path,
+                )  # fmt: skip
+
+
+def _decode_matrix(
+    merged: torch.Tensor,
+    restored: torch.Tensor,
+    matrix: Matrix | None,
+    gains: list[torch.Tensor],
+    residual: memoryview,
+    ends: list[int],
+    step: int,
+) -> None:
+    """Fill `restored`, tile by tile, on all CPUs."""
+    import torch
+
+    from loraformat.interval_code import decode_tile
+    from loraformat.ops.merged import for_each
+
+    deltas, gain = (None, None) if matrix is None else matrix.combined(gains, exact=True)
+
+    def work(number: int) -> None:
+        start, stop = number * step, min((number + 1) * step, len(merged))
+        delta = torch.zeros(()) if deltas is None else deltas.rows(start, stop)
+        own = gain if gain is None or len(gain) == 1 else gain[start:stop]
+        bits = residual[ends[number] : ends[number + 1]]
+        decode_tile(merged[start:stop], delta, own, restored.dtype, bits, restored[start:stop])
+
+    for_each(work, len(ends) - 1)

@@ -1,0 +1,73 @@
+"""What undoing a merge reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Deviation", "UnmergeReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far a tensor can be from the original after a subtraction.
+
+    Attributes
+    ----------
+    name : str
+    largest : float
+        No weight is off by more.
+    relative : float
+        ‖result − original‖ / ‖result‖ is not more.
+    steps : float
+        `largest`, in steps of the dtype at that weight: one from the merge at least, and much
+        more where a large delta has been taken from a small weight.
+    saturated : int
+        float16 weights at the end of the range, of which nothing is known and which are not
+        counted above.
+    """
+
+    name: str
+    largest: float
+    relative: float
+    steps: float
+    saturated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UnmergeReport:
+    """What undoing a merge did.
+
+    Attributes
+    ----------
+    source, target : str
+    exact : bool
+        Every byte is the original's, proven by hash.
+    tensors, restored : int
+        All tensors of the output, and those that the merge had changed.
+    error_bound : float
+        Of an approximate one: ‖result − original‖ / ‖result‖ over all changed tensors is not
+        more; else 0.
+    modules : list of Deviation
+        The same for each tensor.
+    output_bytes : int
+    notes : list of str
+    seconds : float
+    dry_run : bool
+    """
+
+    source: str
+    target: str
+    exact: bool
+    tensors: int
+    restored: int
+    error_bound: float = 0.0
+    modules: list[Deviation] = field(default_factory=list)
+    output_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        return asdict(self)

@@ -120,6 +120,8 @@ class Adapter:
         What the adapter calls its base: a Hub id or a path.
     base_fingerprint : str or None
         Fingerprint of the base it was made for, if it carries one.
+    base_source : str or None
+        The ``source`` of that base as JSON text, if it carries one.
     files : tuple of CarriedFile
         Everything in its directory, byte for byte, weights and config included: what a
         verbatim copy needs.
@@ -141,6 +143,7 @@ class Adapter:
     config: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     base_fingerprint: str | None = None
+    base_source: str | None = None
     files: tuple[CarriedFile, ...] = ()
     verbatim: bool = False
     sources: tuple[Path, ...] = ()

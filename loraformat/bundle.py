@@ -6,12 +6,13 @@ directory is not a bundle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from loraformat.architecture import skip_modules
 from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.config_json import join, model_dtype
-from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest, fingerprint
+from loraformat.manifest import CARD_NAME, MANIFEST_NAME, FileRecord, Manifest, fingerprint
 from loraformat.model_directory import WrittenModel, write_model_directory
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
@@ -20,6 +21,7 @@ from loraformat.version import __version__
 
 __all__ = [
     "CONVERTER",
+    "AdapterRecords",
     "quantization_config",
     "quantized_config",
     "read",
@@ -32,8 +34,28 @@ def read(path: Path) -> Checkpoint:
     return open_bundle(path).checkpoint
 
 
-def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
-    """Write a bundle."""
+#: Name, and path in the adapter's directory, of what belongs to an adapter.
+AdapterRecords = dict[str, dict[str, FileRecord]]
+
+
+def write(
+    checkpoint: Checkpoint,
+    publication: Publication,
+    options: WriteOptions,
+    *,
+    add_adapters: Callable[[str], AdapterRecords] = lambda fingerprint: {},
+) -> WrittenModel:
+    """Write a bundle.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    publication : Publication
+    options : WriteOptions
+    add_adapters : callable, optional
+        Called with the fingerprint of the base once it is written; writes ``adapters/NAME``
+        into the publication and returns what the manifest shall list.
+    """
     written = write_model_directory(
         checkpoint,
         publication,
@@ -41,6 +63,7 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
         shard_limit=options.shard_limit,
         progress=options.progress,
     )
+    base = fingerprint(written.shards.tensors)
     manifest = Manifest(
         created_by=f"loraformat {__version__}",
         source=checkpoint.provenance.to_json(),
@@ -48,7 +71,8 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
         shards=tuple(written.shards.shards),
         tensors=written.shards.tensors,
         files={path: file for path, file in written.files.items() if path != CARD_NAME},
-        fingerprint=fingerprint(written.shards.tensors),
+        fingerprint=base,
+        adapters=add_adapters(base),
     )
     publication.write(MANIFEST_NAME, manifest.encode())
     if checkpoint.config is None:

@@ -21,6 +21,7 @@ __all__ = [
     "open_directory",
     "sync_directory",
     "try_lock",
+    "wait_for_lock",
     "write_all",
 ]
 
@@ -64,24 +65,32 @@ def open_directory(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Lock a directory if nobody else has."""
+def locked(directory: Path) -> Iterator[bool]:
+    """Lock a directory if nobody else has, and tell whether that went well."""
     descriptor = open_directory(directory)
     try:
-        try_lock(descriptor)
-        yield
+        yield try_lock(descriptor)
     finally:
         os.close(descriptor)
 
 
 def try_lock(descriptor: int) -> bool:
     """Take the exclusive lock of an open directory; False if another process has it."""
+    return _lock(descriptor, wait=False)
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """Take the exclusive lock of an open directory, as soon as no other process has it."""
+    _lock(descriptor, wait=True)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows: no advisory locks on directories
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks (some NFS)

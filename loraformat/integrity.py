@@ -15,10 +15,18 @@ from pathlib import Path
 from loraformat import strict_json
 from loraformat.errors import FormatError, printable
 from loraformat.folder import Folder
+from loraformat.manifest import FileRecord
 from loraformat.mapped import MappedFile
 from loraformat.reader import Bundle, load_verified, open_bundle
 
-__all__ = ["BASE_FINGERPRINT", "BASE_SOURCE", "Finding", "verify_bundle"]
+__all__ = [
+    "BASE_FINGERPRINT",
+    "BASE_SOURCE",
+    "Finding",
+    "check_adapter",
+    "file_record",
+    "verify_bundle",
+]
 
 #: Members of an adapter's ``__metadata__`` that name the base it was trained on.
 BASE_FINGERPRINT = "loraformat.base_fingerprint"
@@ -70,7 +78,7 @@ def verify_bundle(
         findings = _verify_files(bundle)
         for name in bundle.manifest.adapters:
             try:
-                _check_adapter(bundle, f"adapters/{name}")
+                check_adapter(bundle.folder, f"adapters/{name}", bundle.manifest.fingerprint)
             except FormatError as error:
                 findings.append(_finding(error))
         for name, record in bundle.manifest.tensors.items():
@@ -94,24 +102,39 @@ def _verify_files(bundle: Bundle) -> list[Finding]:
         records |= {f"adapters/{name}/{path}": record for path, record in files.items()}
     findings = []
     for path, record in records.items():
-        if _file_sha256(bundle.folder, path) != record.sha256:
+        if file_record(bundle.folder, path).sha256 != record.sha256:
             findings.append(
                 Finding("V03", str(bundle.folder.path / path), "its SHA-256 is not the manifest's")
             )
     return findings
 
 
-def _file_sha256(folder: Folder, path: str) -> str:
-    digest = sha256()
+def file_record(folder: Folder, path: str) -> FileRecord:
+    """Return a file's size and SHA-256, as a manifest lists them."""
+    digest, nbytes = sha256(), 0
     with os.fdopen(folder.open(path), "rb") as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
-    return digest.hexdigest()
+            nbytes += len(piece)
+    return FileRecord(nbytes, digest.hexdigest())
 
 
-def _check_adapter(bundle: Bundle, directory: str) -> None:
-    """A01, A02 and the H rules: an adapter can be read, and is one of this base."""
-    folder = bundle.folder
+def check_adapter(folder: Folder, directory: str, fingerprint: str | None) -> None:
+    """Check that an adapter can be read, and is one of this base: A01, A02 and the H rules.
+
+    Parameters
+    ----------
+    folder : Folder
+    directory : str
+        Where the adapter lies in it.
+    fingerprint : str or None
+        Of the bundle; None for an adapter outside one, where A01 says nothing.
+
+    Raises
+    ------
+    FormatError
+        Naming the broken rule.
+    """
     config = f"{directory}/adapter_config.json"
     if folder.size(config) > _MAX_ADAPTER_CONFIG_BYTES:
         raise FormatError("A02", "longer than 1 MiB", path=folder.path / config)
@@ -123,12 +146,11 @@ def _check_adapter(bundle: Bundle, directory: str) -> None:
         raise FormatError("A02", "not a JSON object", path=folder.path / config)
     weights = MappedFile(folder, f"{directory}/adapter_model.safetensors")
     weights.close()
-    named = weights.header.metadata.get(BASE_FINGERPRINT, bundle.manifest.fingerprint)
-    if named != bundle.manifest.fingerprint:
+    named = weights.header.metadata.get(BASE_FINGERPRINT, fingerprint)
+    if fingerprint is not None and named != fingerprint:
         raise FormatError(
             "A01",
-            f"was made for the base {printable(named)}, "
-            f"this bundle's is {bundle.manifest.fingerprint}",
+            f"was made for the base {printable(named)}, this bundle's is {fingerprint}",
             path=weights.path,
             hint="keep the adapter beside the bundle that it was trained on",
         )

@@ -32,6 +32,8 @@ __all__ = [
     "ShardRecord",
     "TensorRecord",
     "fingerprint",
+    "is_adapter_name",
+    "is_portable_path",
     "is_safe_path",
     "parse_manifest",
 ]
@@ -233,7 +235,7 @@ def is_safe_path(path: object) -> bool:
     >>> is_safe_path("1_Pooling/config.json"), is_safe_path("../x"), is_safe_path("/etc/passwd")
     (True, False, False)
     """
-    if not isinstance(path, str) or not _is_portable(path):
+    if not isinstance(path, str) or not is_portable_path(path):
         return False
     first, *rest = path.lower().split("/")
     return first not in _OWN_FILES | {"adapters"} and (
@@ -241,7 +243,8 @@ def is_safe_path(path: object) -> bool:
     )
 
 
-def _is_portable(path: str) -> bool:
+def is_portable_path(path: str) -> bool:
+    """Tell whether a path stays inside its directory on every system (the safe path of M08)."""
     parts = path.split("/")
     return (
         len(path) <= 1024
@@ -253,6 +256,17 @@ def _is_portable(path: str) -> bool:
             for part in parts
         )
     )
+
+
+def is_adapter_name(name: str) -> bool:
+    """Tell whether an adapter may have this name (M09).
+
+    Examples
+    --------
+    >>> is_adapter_name("medical-v1.2"), is_adapter_name(".."), is_adapter_name("nul")
+    (True, False, False)
+    """
+    return bool(_ADAPTER_NAME.fullmatch(name)) and is_portable_path(name)
 
 
 def parse_manifest(raw: bytes, path: str | PathLike[str] = MANIFEST_NAME) -> Manifest:
@@ -464,10 +478,10 @@ class _Parser:
         adapters = {}
         for name, record in value.items():
             what = f"adapter {printable(name)}"
-            if not _ADAPTER_NAME.fullmatch(name) or not _is_portable(name):
+            if not is_adapter_name(name):
                 raise self.broken("M09", f"{what}: not a safe directory name")
             self.members("M09", what, record, ("files",), newer)
-            files = self.files(record["files"], what, newer, _is_portable)
+            files = self.files(record["files"], what, newer, is_portable_path)
             if not {"adapter_config.json", "adapter_model.safetensors"} <= files.keys():
                 raise self.broken(
                     "M09", f"{what} lacks adapter_config.json or adapter_model.safetensors"

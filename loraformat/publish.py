@@ -57,6 +57,8 @@ class Publication:
         Files and directories that are read: the target must not be one of them.
     force : bool
         Replace a model that stands at the target.
+    work_name : str, optional
+        Name of the work directory, if ``NAME.partial`` would not do.
 
     Attributes
     ----------
@@ -75,10 +77,16 @@ class Publication:
     """
 
     def __init__(
-        self, target: Path, *, plan: str, inputs: Iterable[Path] = (), force: bool = False
+        self,
+        target: Path,
+        *,
+        plan: str,
+        inputs: Iterable[Path] = (),
+        force: bool = False,
+        work_name: str | None = None,
     ) -> None:
         self.target = Path(os.path.abspath(target))
-        self.work = self.target.parent / (self.target.name + ".partial")
+        self.work = self.target.parent / (work_name or self.target.name + ".partial")
         self.resumed: dict[str, Any] = {}
         self._plan = sha256(plan.encode("utf-8")).hexdigest()
         self._inputs = [Path(path) for path in inputs]
@@ -263,16 +271,29 @@ class Publication:
             If something else has appeared there meanwhile.
         """
         self._refuse_existing()
-        os.unlink(self.work / _JOURNAL)
-        sync_directory(self.work)
         if self.target.is_dir() and any(self.target.iterdir()):
-            with locked(self.target):  # or the next writer takes what is left of it for its own
+            # Nobody may be adding to it; and the next writer must not take what is left of it
+            # for its own.
+            with locked(self.target) as alone:
+                if not alone:
+                    raise OutputError(
+                        "is being changed by another process",
+                        path=self.target,
+                        hint="wait for it to end",
+                    )
+                self._refuse_existing()
+                self._close_journal()
                 exchange_directories(self.work, self.target)
                 sync_directory(self.target.parent)
                 self._remove_old()
         else:
+            self._close_journal()
             os.rename(self.work, self.target)
             sync_directory(self.target.parent)
+
+    def _close_journal(self) -> None:
+        os.unlink(self.work / _JOURNAL)
+        sync_directory(self.work)
 
     def _remove_old(self) -> None:
         """Remove the output that was replaced; a journal marks it as ours if we are killed."""

@@ -13,7 +13,7 @@ from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, tensor_v
 from loraformat.config_json import parse
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.folder import Folder
-from loraformat.integrity import BASE_FINGERPRINT
+from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.mapped import MappedFile
 from loraformat.plugins import AdapterReadOptions
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
@@ -80,6 +80,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
             config=settings.config,
             base_model=_text(settings.config.get("base_model_name_or_path")),
             base_fingerprint=file.header.metadata.get(BASE_FINGERPRINT),
+            base_source=file.header.metadata.get(BASE_SOURCE),
             files=_files(folder),
             verbatim=True,
             sources=tuple(folder.path / name for name in folder.names()),

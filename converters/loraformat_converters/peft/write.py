@@ -17,7 +17,7 @@ from loraformat.checkpoint import DenseTensor, tensor_view
 from loraformat.dtypes import ITEM_BYTES, torch_dtype
 from loraformat.errors import UnsupportedError
 from loraformat.header import Entry, encode_header
-from loraformat.integrity import BASE_FINGERPRINT
+from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.plugins import AdapterWriteOptions
 from loraformat.publish import Publication
 from loraformat_converters.peft.config import CONFIG_NAME
@@ -111,6 +111,8 @@ def _write_tensors(pieces: list[Piece], adapter: Adapter, publication: Publicati
     metadata = {"format": "pt"}
     if adapter.base_fingerprint:
         metadata[BASE_FINGERPRINT] = adapter.base_fingerprint
+    if adapter.base_source:
+        metadata[BASE_SOURCE] = adapter.base_source
     with publication.create(WEIGHTS_NAME) as file:
         views = [memoryview(encode_header(entries, metadata))]
         for _, tensor, factor in pieces:

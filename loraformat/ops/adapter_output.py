@@ -1,0 +1,181 @@
+"""How an adapter is written: copied byte for byte, or anew in canonical form.
+
+A copy is the rule where source and output have one format. It is written anew where
+somebody asks for it (``--canonical``, ``--dtype``), where the source is a pickle or was
+changed in memory, and where it shall belong to another base than it says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from loraformat.adapter import Adapter
+from loraformat.checkpoint import Checkpoint
+from loraformat.dtypes import parse_weight_dtype
+from loraformat.errors import InputError, printable
+from loraformat.ops.adapters import copy_adapter
+from loraformat.ops.edits import plan_edits
+from loraformat.plugins import AdapterWriteOptions, Converter
+from loraformat.publish import Publication
+
+__all__ = ["AdapterOutput", "Home", "check_fits", "check_values", "plan_output"]
+
+_PICKLE = "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The base that an adapter shall belong to.
+
+    Attributes
+    ----------
+    fingerprint : str
+    source : dict of str to str
+        As in the bundle's manifest.
+    """
+
+    fingerprint: str
+    source: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOutput:
+    """An adapter, ready to be written.
+
+    Attributes
+    ----------
+    adapter : Adapter
+        As it will be read again.
+    writer : Converter
+    options : AdapterWriteOptions
+    verbatim : bool
+        Its files are copied.
+    notes : tuple of str
+        What a user should know.
+    """
+
+    adapter: Adapter
+    writer: Converter
+    options: AdapterWriteOptions
+    verbatim: bool
+    notes: tuple[str, ...]
+
+    def write(self, publication: Publication) -> None:
+        """Write it into a publication's work directory."""
+        if self.verbatim:
+            copy_adapter(self.adapter, publication)
+            return
+        assert self.writer.write_adapter is not None
+        self.writer.write_adapter(self.adapter, publication, self.options)
+
+
+def plan_output(
+    adapter: Adapter,
+    writer: Converter,
+    *,
+    canonical: bool = False,
+    dtype: str | None = None,
+    base: Checkpoint | None = None,
+    home: Home | None = None,
+    allow_base_mismatch: bool = False,
+) -> AdapterOutput:
+    """Decide how an adapter is written.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    writer : Converter
+        Of adapters.
+    canonical : bool
+        Write it anew in any case.
+    dtype : str, optional
+        ``f32``, ``f16`` or ``bf16`` for the factors, rounded to nearest even; f32 by default
+        if they are written anew.
+    base : Checkpoint, optional
+        For writers that need its config or shapes.
+    home : Home, optional
+        The base whose fingerprint it shall have, or none.
+    allow_base_mismatch : bool
+        Give it that fingerprint although it has another.
+
+    Raises
+    ------
+    InputError
+        If it was made for another base.
+    """
+    notes = []
+    reason = _reason(adapter, writer, dtype)
+    if home is not None:
+        strange = adapter.base_fingerprint not in (None, home.fingerprint)
+        if strange:
+            reason = reason or "it shall name this base"
+        notes += _compare_bases(adapter, home, allow_base_mismatch)
+    if not canonical and reason is None:
+        return AdapterOutput(adapter, writer, AdapterWriteOptions(base=base), True, tuple(notes))
+    if not canonical:
+        notes.append(f"it was written anew, its scaling folded into B, as {reason}")
+    if home is not None:
+        source = json.dumps(dict(home.source), ensure_ascii=False)
+        adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
+    files = tuple(file for file in adapter.files if file.path != _PICKLE)
+    options = AdapterWriteOptions(parse_weight_dtype(dtype or "f32"), base)
+    anew = replace(adapter, files=files, verbatim=False)
+    return AdapterOutput(anew, writer, options, False, tuple(notes))
+
+
+def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | None:
+    """Say why a copy would not do; None if it would."""
+    if adapter.format != writer.name:
+        return f"{adapter.format} became {writer.name}"
+    if dtype is not None:
+        return f"its factors become {dtype}"
+    return None if adapter.verbatim else "it was read from a pickle, or changed since"
+
+
+def _compare_bases(adapter: Adapter, home: Home, allowed: bool) -> list[str]:
+    found = adapter.base_fingerprint
+    if found is None:
+        return ["it names no base by fingerprint: only names and shapes were compared"]
+    if found == home.fingerprint:
+        return []
+    bases = f"was made for the base {printable(found)}, and this one is {home.fingerprint}"
+    if not allowed:
+        raise InputError(
+            bases,
+            path=adapter.path,
+            hint="use the base that it was trained on, or insist with --allow-base-mismatch",
+        )
+    return [f"it {bases}: what it learned there may not hold here"]
+
+
+def check_fits(adapter: Adapter, base: Checkpoint) -> None:
+    """Check that a base has all that an adapter changes, in the right shapes.
+
+    Raises
+    ------
+    UnsupportedError
+        Naming the module, and the nearest one that the base has.
+    """
+    # A bias where the base has none cannot be merged, but PEFT adds it at run time.
+    deltas = {name: replace(delta, bias=None) for name, delta in adapter.deltas.items()}
+    plan_edits(base, [replace(adapter, deltas=deltas)], [1.0])
+
+
+def check_values(adapter: Adapter) -> None:
+    """Load every tensor once; readers of adapters refuse NaN and infinity.
+
+    Raises
+    ------
+    InputError
+        Naming the tensor.
+    """
+    for delta in adapter.deltas.values():
+        for tensor in (delta.a, delta.b, delta.magnitude, delta.bias, delta.second_moment):
+            if tensor is not None:
+                tensor.load()
+                tensor.release()
+    for tensor in (*adapter.replacements.values(), *(r.rows for r in adapter.rows.values())):
+        tensor.load()
+        tensor.release()

@@ -34,7 +34,7 @@ def new_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "wb", buffering=0)
 
 
-def write_all(file: BinaryIO, data: bytes) -> None:
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write all bytes to an unbuffered file, which may take fewer at a time."""
     rest = memoryview(data)
     while len(rest):

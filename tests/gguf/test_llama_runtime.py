@@ -76,5 +76,5 @@ def test_failures_bring_the_log(base, tmp_path):
     with pytest.raises(RuntimeFailure, match="does not exist in base model"):
         log_probabilities(base, PROMPTS, [(lora, 1.0)])
     (tmp_path / "x.gguf").write_bytes(base.read_bytes()[:-500])
-    with pytest.raises(RuntimeFailure, match="not within the file bounds|corrupted or incomplete"):
+    with pytest.raises(RuntimeFailure, match=r"not within the file bounds|corrupted or incomplete"):
         log_probabilities(tmp_path / "x.gguf", PROMPTS)

@@ -1,0 +1,222 @@
+"""Writing a GGUF file (version 3) as a stream: the head from a plan, then tensor by tensor.
+
+Everything in the head is known before the first number is computed, so the file is written
+from front to back once, in the order of the plan; a tensor comes as a series of chunks, of
+which no more than one, and what waits for the disk, is in memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import prod
+from typing import TYPE_CHECKING, BinaryIO
+
+from loraformat.background import BackgroundConsumer
+from loraformat.durable import write_all
+from loraformat_converters.gguf.header import DEFAULT_ALIGNMENT, aligned, parse_header
+from loraformat_converters.gguf.types import GGMLType, ValueType
+from loraformat_converters.gguf.values import GGUFValue
+
+if TYPE_CHECKING:
+    from loraformat.publish import Publication
+
+__all__ = ["PlannedTensor", "WrittenGGUF", "encode_head", "write_gguf"]
+
+_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor to be written.
+
+    Attributes
+    ----------
+    name : str
+        At most 63 bytes of UTF-8.
+    shape : tuple of int
+        As numpy counts; one to four dimensions.
+    type : GGMLType
+    chunks : callable
+        Yields its bytes, in order, in pieces of any size; called once, when its turn comes.
+        `loraformat_converters.gguf.blocks.quantized_tiles` makes such pieces.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    chunks: Callable[[], Iterable[bytes | memoryview]] = field(repr=False)
+
+    @property
+    def count(self) -> int:
+        """Numbers."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, without padding."""
+        return self.type.row_bytes(self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenGGUF:
+    """What was written.
+
+    Attributes
+    ----------
+    nbytes : int
+        Size of the file.
+    header_sha256 : str
+        Of everything before the first tensor, padding included.
+    tensors : dict of str to str
+        SHA-256 of each tensor's bytes, in file order.
+    """
+
+    nbytes: int
+    header_sha256: str
+    tensors: dict[str, str]
+
+
+def write_gguf(
+    publication: Publication,
+    metadata: Mapping[str, GGUFValue],
+    tensors: Sequence[PlannedTensor],
+    *,
+    name: str | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> WrittenGGUF:
+    """Write a file into a publication.
+
+    Parameters
+    ----------
+    publication : Publication
+    metadata : mapping of str to GGUFValue
+        In this order. ``general.alignment`` is honoured, 32 without it.
+    tensors : sequence of PlannedTensor
+        In this order.
+    name : str, optional
+        File name; that of a publication of a single file by default.
+    progress : callable
+        Called with a tensor's bytes, as stored, when it is written.
+
+    Returns
+    -------
+    WrittenGGUF
+
+    Raises
+    ------
+    InputError
+        If GGUF cannot hold a name, a shape or a value.
+    """
+    head = encode_head(metadata, tensors)
+    alignment = _alignment(metadata)
+    total = len(head) + sum(aligned(tensor.nbytes, alignment) for tensor in tensors)
+    # What would be refused when read is not written.
+    parse_header(lambda begin, end: head[begin:end], total, publication.target)
+    publication.check_space(total)
+    with publication.create(name or publication.file_name) as file:
+        write_all(file, head)
+        sink = _Sink(file, alignment)
+        with BackgroundConsumer(sink.write) as background:
+            for tensor in tensors:
+                for chunk in tensor.chunks():
+                    background.put(chunk, nbytes=_held_bytes(chunk))
+                background.put(_End(tensor, progress), nbytes=0)
+    return WrittenGGUF(total, sha256(head).hexdigest(), sink.digests)
+
+
+def _held_bytes(chunk: bytes | memoryview) -> int:
+    view = memoryview(chunk)
+    return 0 if isinstance(view.obj, mmap.mmap) else view.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Marks the end of a tensor among its chunks."""
+
+    tensor: PlannedTensor
+    progress: Callable[[int], None]
+
+
+class _Sink:
+    """Writes and hashes chunks, and pads where a tensor ends."""
+
+    def __init__(self, file: BinaryIO, alignment: int) -> None:
+        self.file, self.alignment = file, alignment
+        self.digests: dict[str, str] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._digest, self._nbytes = sha256(), 0
+
+    def write(self, item: bytes | memoryview | _End) -> None:
+        if isinstance(item, _End):
+            self._finish(item)
+            return
+        data = memoryview(item).cast("B")
+        write_all(self.file, data)
+        self._digest.update(data)
+        self._nbytes += data.nbytes
+
+    def _finish(self, end: _End) -> None:
+        tensor = end.tensor
+        assert self._nbytes == tensor.nbytes, (
+            f"{tensor.name}: {self._nbytes} bytes for {tensor.nbytes}"
+        )
+        write_all(self.file, bytes(aligned(self._nbytes, self.alignment) - self._nbytes))
+        self.digests[tensor.name] = self._digest.hexdigest()
+        self._begin()
+        end.progress(tensor.nbytes)
+
+
+def encode_head(metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor]) -> bytes:
+    """Return everything before the first tensor's bytes, padding included.
+
+    Nothing is checked: `loraformat_converters.gguf.header.parse_header` does that.
+
+    Parameters
+    ----------
+    metadata, tensors
+        As `write_gguf` takes them.
+    """
+    alignment = _alignment(metadata)
+    pieces = [b"GGUF", _u32(_VERSION), _u64(len(tensors)), _u64(len(metadata))]
+    for key, value in metadata.items():
+        pieces += [_text(key), _u32(value.type), *_value(value)]
+    offset = 0
+    for tensor in tensors:
+        pieces += [_text(tensor.name), _u32(len(tensor.shape))]
+        pieces += [_u64(size) for size in reversed(tensor.shape)]
+        pieces += [_u32(tensor.type), _u64(offset)]
+        offset += aligned(tensor.nbytes, alignment)
+    head = b"".join(pieces)
+    return head.ljust(aligned(len(head), alignment), b"\0")
+
+
+def _alignment(metadata: Mapping[str, GGUFValue]) -> int:
+    value = metadata.get("general.alignment")
+    return DEFAULT_ALIGNMENT if value is None else int(value.value)
+
+
+def _value(value: GGUFValue) -> list[bytes]:
+    raw = bytes(value.raw)
+    if value.type is ValueType.STRING:
+        return [_u64(len(raw)), raw]
+    if value.item_type is None:
+        return [raw]
+    return [_u32(value.item_type), _u64(value.count), raw]
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return _u64(len(raw)) + raw
+
+
+def _u32(number: int) -> bytes:
+    return int(number).to_bytes(4, "little")
+
+
+def _u64(number: int) -> bytes:
+    return int(number).to_bytes(8, "little")

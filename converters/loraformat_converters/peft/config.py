@@ -1,15 +1,16 @@
-"""``adapter_config.json``: what is honoured, what is refused by name, and the scaling."""
+"""``adapter_config.json``: what is honoured, and the scaling."""
 
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from loraformat import strict_json
-from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
+from loraformat_converters.peft.patterns import PatternTable
+from loraformat_converters.peft.refusals import refuse_by_name, unknown_fields
 
 __all__ = ["CONFIG_NAME", "LoraSettings", "read_settings"]
 
@@ -17,22 +18,6 @@ CONFIG_NAME = "adapter_config.json"
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 16384
-_MAX_QUANTIFIERS = 3
-_MERGE_IT = "merge it with PEFT, where it was trained"
-
-#: Fields that change the mathematics in a way that a low-rank delta does not hold, and the remedy.
-_REFUSED = {
-    "alora_invocation_tokens": ("aLoRA acts on some tokens only", "use it in PEFT, unmerged"),
-    "arrow_config": ("Arrow routes between adapters", "use it in PEFT, unmerged"),
-    "use_bdlora": ("BD-LoRA's factors are block-diagonal", _MERGE_IT),
-    "kasa_config": ("KaSA truncates the base", _MERGE_IT),
-    "use_qalora": ("QALoRA pools its input", _MERGE_IT),
-    "layer_replication": ("layer_replication builds another stack of layers", _MERGE_IT),
-    "target_parameters": ("target_parameters (experts) cannot be read yet", _MERGE_IT),
-    "trainable_token_indices": ("trainable tokens cannot be read yet", _MERGE_IT),
-    "megatron_config": ("Megatron shards its factors", "export it to plain LoRA first"),
-}
-_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 class LoraSettings:
@@ -45,43 +30,46 @@ class LoraSettings:
     rslora : bool
     conv1d : bool
         ``fan_in_fan_out``: the base holds its weights as (in, out).
+    version : tuple of int
+        ``peft_version``, major and minor; (0, 0) if it is not there (before 0.18).
+    target_parameters : tuple of str
+    notes : list of str
+        What a user should know; grows as modules are looked up.
     """
 
     def __init__(self, config: dict[str, Any], path: Path) -> None:
         self.config, self._path = config, path
-        self._refuse()
+        refuse_by_name(config, path)
+        self.notes = unknown_fields(config, path)
         self.rslora = config.get("use_rslora") is True
         self.conv1d = config.get("fan_in_fan_out") is True
-        self._number(config.get("r", 8), "r", whole=True)
+        self.version = _version(config.get("peft_version"))
+        self.target_parameters = tuple(self._names("target_parameters"))
+        self._rank = int(self._number(config.get("r", 8), "r", whole=True))
         self._alpha = self._number(config.get("lora_alpha", 8), "lora_alpha")
-        self._alphas = [
-            (self._pattern(key), self._number(value, f"alpha_pattern of {printable(key)}"))
-            for key, value in self._object("alpha_pattern").items()
-        ]
+        self._alphas = self._table("alpha_pattern", whole=False)
+        self._ranks = self._table("rank_pattern", whole=True)
+        self._ambiguous: set[tuple[str, str]] = set()
 
-    def _refuse(self) -> None:
-        kind = self.config.get("peft_type")
-        if kind != "LORA":
-            raise UnsupportedError(
-                f"peft_type is {printable(kind)}, and only LORA is a low-rank delta",
-                path=self._path,
-            )
-        for field, (reason, remedy) in _REFUSED.items():
-            if self.config.get(field):
-                raise UnsupportedError(f"{field}: {reason}", path=self._path, hint=remedy)
-        start = self.config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-            raise UnsupportedError(
-                f"init_lora_weights is {printable(start)}, which changes the base as PEFT loads it",
-                path=self._path,
-                hint="save it with path_initial_model_for_weight_conversion, as PEFT's docs show",
-            )
+    def _names(self, field: str) -> list[str]:
+        value = self.config.get(field) or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise InputError(f"{field} is not a list of names", path=self._path)
+        return value
 
-    def _object(self, field: str) -> dict[str, Any]:
+    def _table(self, field: str, *, whole: bool) -> PatternTable:
         value = self.config.get(field) or {}
         if not isinstance(value, dict):
             raise InputError(f"{field} is not an object", path=self._path)
-        return value
+        numbers = {
+            key: self._number(number, f"{field} of {printable(key)}", whole=whole)
+            for key, number in value.items()
+        }
+        try:
+            return PatternTable(numbers, field)
+        except InputError as error:
+            error.path, error.problem = str(self._path), f"{field}: {error.problem}"
+            raise
 
     def _number(self, value: Any, what: str, *, whole: bool = False) -> float:
         numeric = type(value) is int or (type(value) is float and math.isfinite(value))
@@ -90,29 +78,38 @@ class LoraSettings:
             raise InputError(f"{what} is {printable(value)}, wanted {wanted}", path=self._path)
         return float(value)
 
-    def _pattern(self, key: str) -> re.Pattern[str]:
-        # A repeated group can take exponential time, and many repetitions a high power.
-        repeats = len(re.findall(r"[*+{]", key))
-        if len(key) > 512 or repeats > _MAX_QUANTIFIERS or re.search(r"\)\s*[*+?{]", key):
-            raise InputError(
-                f"alpha_pattern {printable(key)} is a pattern that may take for ever to match",
-                path=self._path,
-                hint="name the modules, without repetition",
-            )
-        try:
-            return re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            raise InputError(
-                f"alpha_pattern {printable(key)} is no regular expression: {error}", path=self._path
-            ) from None
-
     def alpha(self, module: str) -> float:
-        """Return α of a module: the first pattern that matches wins, as in PEFT."""
-        return next((a for pattern, a in self._alphas if pattern.match(module)), self._alpha)
+        """Return α of a module: the first pattern that matches wins, as when PEFT loads it.
+
+        PEFT saves patterns in alphabetical order, whatever order they were trained in, so that
+        two which disagree about a module are noted.
+        """
+        found = self._alphas.all(module)
+        if len({value for _, value in found}) > 1:
+            pair = (found[0][0], found[1][0])
+            if pair not in self._ambiguous:
+                self._ambiguous.add(pair)
+                self.notes.append(
+                    f"alpha_pattern: {printable(pair[0])} and {printable(pair[1])} both match "
+                    f"{printable(module)} with different values; the first is taken, as PEFT does "
+                    "on loading, but PEFT sorts them on saving: training may have used the other"
+                )
+        return found[0][1] if found else self._alpha
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the config names for a module."""
+        found = self._ranks.all(module)
+        return int(found[0][1]) if found else self._rank
 
     def scaling(self, module: str, rank: int) -> float:
         """Return α/r, or α/√r with rsLoRA; r is the rank of the module's own factors."""
         return self.alpha(module) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _version(value: Any) -> tuple[int, int]:
+    parts = value.split(".") if isinstance(value, str) else []
+    numbers = [int(part) for part in parts[:2] if part.isdecimal() and len(part) < 9]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, 0)
 
 
 def read_settings(folder: Folder) -> LoraSettings:

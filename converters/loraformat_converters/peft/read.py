@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.architecture import is_conv1d
-from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, tensor_view
+from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor
 from loraformat.config_json import parse
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.folder import Folder
@@ -17,23 +18,18 @@ from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.mapped import MappedFile
 from loraformat.plugins import AdapterReadOptions
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
-from loraformat_converters.peft.keys import parse_key
+from loraformat_converters.peft.experts import ExpertReader
+from loraformat_converters.peft.keys import BaseNames, nearest, parse_key
+from loraformat_converters.peft.moments import STATISTICS_NAME, read_moments
+from loraformat_converters.peft.rows import read_rows
+from loraformat_converters.peft.weights import StoredTensors, open_tensors
 
-__all__ = ["WEIGHTS_NAME", "read_adapter", "sniff"]
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
+__all__ = ["read_adapter", "sniff"]
 
 
 def sniff(path: Path) -> bool:
     """Tell whether a directory holds an adapter config."""
     return path.is_dir() and (path / CONFIG_NAME).is_file()
-
-
-@dataclass(slots=True)
-class _Module:
-    parts: dict[str, DenseTensor] = field(default_factory=dict)
 
 
 def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
@@ -43,7 +39,8 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
     ----------
     path : Path
     options : AdapterReadOptions
-        The shapes of its base decide the orientation (``Conv1D``), and its names the prefix.
+        The shapes of its base decide the orientation (``Conv1D``, experts), its names the
+        prefix.
 
     Raises
     ------
@@ -52,40 +49,41 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
     UnsupportedError
         If the adapter is more than a low-rank delta and replacements.
     """
-    base = options.base
     folder = Folder(path)
     settings = read_settings(folder)
-    if not folder.has(WEIGHTS_NAME):
-        problem = f"holds no {WEIGHTS_NAME}"
-        hint = "save it again with safe_serialization=True; pickles (.bin) are not read"
-        raise InputError(problem, path=path, hint=hint)
     with contextlib.ExitStack() as opened:
-        file = MappedFile(folder, WEIGHTS_NAME)
-        opened.callback(file.close)
-        modules, replacements = _sort(file)
-        if not modules and not replacements:
-            raise InputError("holds no LoRA factors", path=file.path)
-        deltas = {}
-        for name, module in modules.items():
-            delta = _delta(name, module, settings, base, file.path)
-            deltas[delta.target] = delta
-        return Adapter(
+        stored = open_tensors(folder, allow_pickle=options.allow_pickle)
+        opened.callback(stored.close)
+        reader = _Reader(settings, stored, options.base)
+        by_module = reader.deltas()
+        if folder.has(STATISTICS_NAME):
+            file = MappedFile(folder, STATISTICS_NAME)
+            opened.callback(file.close)
+            for module, moment in read_moments(file, by_module).items():
+                by_module[module] = replace(by_module[module], second_moment=moment)
+        config = settings.config
+        adapter = Adapter(
             path=path,
             format="peft",
-            deltas=deltas,
-            replacements={
-                _in_base(name, base): replace(tensor, name=_in_base(name, base))
-                for name, tensor in replacements.items()
-            },
-            config=settings.config,
-            base_model=_text(settings.config.get("base_model_name_or_path")),
-            base_fingerprint=file.header.metadata.get(BASE_FINGERPRINT),
-            base_source=file.header.metadata.get(BASE_SOURCE),
+            deltas={delta.target: delta for delta in by_module.values()},
+            replacements=reader.replacements(),
+            rows=read_rows(reader.tokens, config, stored.path, reader.in_base),
+            config=config,
+            base_model=_text(config.get("base_model_name_or_path")),
+            base_fingerprint=stored.metadata.get(BASE_FINGERPRINT),
+            base_source=stored.metadata.get(BASE_SOURCE),
             files=_files(folder),
-            verbatim=True,
+            verbatim=stored.verbatim,
             sources=tuple(folder.path / name for name in folder.names()),
+            notes=tuple(settings.notes),
             close=opened.pop_all().close,
         )
+    try:
+        reader.check(adapter)
+    except BaseException:
+        adapter.close()
+        raise
+    return adapter
 
 
 def _text(value: object) -> str | None:
@@ -97,95 +95,163 @@ def _files(folder: Folder) -> tuple[CarriedFile, ...]:
     return tuple(CarriedFile(n, s, partial(folder.read, n, s)) for n, s in sizes.items())
 
 
-def _sort(file: MappedFile) -> tuple[dict[str, _Module], dict[str, DenseTensor]]:
-    modules: dict[str, _Module] = {}
-    replacements: dict[str, DenseTensor] = {}
-    for name, entry in file.header.entries.items():
-        owner, part = parse_key(name)
-        if part == "unknown" or entry.dtype not in _FLOATS:
+@dataclass(slots=True)
+class _Module:
+    """The stored parts of one module, by name of the part; of a wrapped one, by depth, too."""
+
+    layers: dict[int, dict[str, DenseTensor]] = field(default_factory=dict)
+
+
+class _Reader:
+    """Sorts stored tensors by module, and makes a delta of each module."""
+
+    def __init__(
+        self, settings: LoraSettings, stored: StoredTensors, base: Checkpoint | None
+    ) -> None:
+        self._settings, self._base, self._path = settings, base, stored.path
+        self._names = None if base is None else BaseNames(base.tensors)
+        self._modules: dict[str, _Module] = {}
+        self._replaced: dict[str, DenseTensor] = {}
+        self.tokens: dict[str, DenseTensor] = {}
+        for name, tensor in stored.tensors.items():
+            self._sort(name, tensor)
+        if not (self._modules or self._replaced or self.tokens):
+            raise InputError("holds no LoRA factors", path=stored.path)
+
+    def _sort(self, name: str, tensor: DenseTensor) -> None:
+        key = parse_key(name)
+        if key.part == "unknown":
             raise UnsupportedError(
-                f"tensor {printable(name)} of type {entry.dtype} is no part of a LoRA adapter",
-                path=file.path,
+                f"tensor {printable(name)} is no part of a LoRA adapter",
+                path=self._path,
                 hint="its method cannot be read as a low-rank delta; merge it with PEFT",
             )
-        load = partial(_load_finite, file, name, entry.dtype)
-        tensor = DenseTensor(owner, entry.dtype, entry.shape, load, file.releaser(name))
-        parts = replacements if part == "" else modules.setdefault(owner, _Module()).parts
-        key = owner if part == "" else part
-        if key in parts:
-            raise InputError(f"tensor {printable(name)} stands there twice", path=file.path)
-        parts[key] = tensor
-    return modules, replacements
+        if key.part == "":
+            parts, place = self._replaced, key.owner
+        elif key.part == "tokens":
+            parts, place = self.tokens, key.owner
+        else:
+            module = self._modules.setdefault(key.owner, _Module())
+            parts, place = module.layers.setdefault(key.depth, {}), key.part
+        if place in parts:
+            raise InputError(f"tensor {printable(name)} stands there twice", path=self._path)
+        parts[place] = tensor
 
+    def in_base(self, name: str) -> str:
+        """Return the base's name of a tensor, or its own."""
+        return (self._names.find(name) if self._names is not None else None) or name
 
-def _load_finite(file: MappedFile, name: str, dtype: str) -> memoryview:
-    data = file.view(name)
-    if not bool(tensor_view(data, dtype).isfinite().all()):
-        raise InputError(f"tensor {printable(name)} holds NaN or infinity", path=file.path)
-    return data
+    def replacements(self) -> dict[str, DenseTensor]:
+        """Return the tensors that replace the base's own."""
+        found = {self.in_base(name): tensor for name, tensor in self._replaced.items()}
+        return {name: replace(tensor, name=name) for name, tensor in found.items()}
 
+    def deltas(self) -> dict[str, LoraDelta]:
+        """Return the deltas by the stored name of their module (and parameter)."""
+        experts = ExpertReader(self._settings, self._base, self._names, self._path)
+        found: dict[str, LoraDelta] = {}
+        for name, module in self._modules.items():
+            if experts.parameters(name, list(module.layers)):
+                pairs = {
+                    depth: self._pair(name, parts, "") for depth, parts in module.layers.items()
+                }
+                found.update(experts.deltas(name, pairs))
+            elif len(module.layers) == 1:
+                found[name] = self._delta(name, next(iter(module.layers.values())))
+            else:
+                raise InputError(
+                    f"module {printable(name)} is wrapped twice, and target_parameters does not "
+                    "name it",
+                    path=self._path,
+                )
+        return found
 
-def _delta(
-    name: str, module: _Module, settings: LoraSettings, base: Checkpoint | None, path: Path
-) -> LoraDelta:
-    parts = module.parts
-    prefix = "embedding_" if "embedding_A" in parts or "embedding_B" in parts else ""
-    a, b = parts.get(prefix + "A"), parts.get(prefix + "B")
-    if a is None or b is None:
-        lacks = "lora_B" if a else "lora_A"
-        raise InputError(f"module {printable(name)} has no {prefix}{lacks}", path=path)
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise InputError(
-            f"module {printable(name)}: A {list(a.shape)} and B {list(b.shape)} do not fit, "
-            "wanted (rank, in) and (out, rank)",
-            path=path,
-            hint="convolutions and experts cannot be read yet" if len(a.shape) > 2 else None,
+    def _pair(
+        self, name: str, parts: dict[str, DenseTensor], kind: str
+    ) -> tuple[DenseTensor, DenseTensor]:
+        a, b = parts.get(kind + "A"), parts.get(kind + "B")
+        if a is None or b is None:
+            lacks = kind + ("A" if a is None else "B")
+            others = [other for other, part in self._all_parts() if lacks in part]
+            alone = [other for other, part in self._all_parts() if {lacks} & set(part)
+                     and not {kind + "A", kind + "B"} <= set(part)]  # fmt: skip
+            raise InputError(
+                f"module {printable(name)} has no lora_{lacks}" + nearest(name, alone or others),
+                path=self._path,
+                hint="the file is incomplete: save the adapter again",
+            )
+        two = len(a.shape) == len(b.shape) == 2
+        if not two or a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise InputError(
+                f"module {printable(name)}: A {list(a.shape)} and B {list(b.shape)} do not fit, "
+                "wanted (rank, in) and (out, rank)",
+                path=self._path,
+                hint="convolutions cannot be read; merge it with PEFT" if not two else None,
+            )
+        return a, b
+
+    def _all_parts(self) -> Iterator[tuple[str, dict[str, DenseTensor]]]:
+        for name, module in self._modules.items():
+            for parts in module.layers.values():
+                yield name, parts
+
+    def _delta(self, name: str, parts: dict[str, DenseTensor]) -> LoraDelta:
+        embedding = "embedding_A" in parts or "embedding_B" in parts
+        a, b = self._pair(name, parts, "embedding_" if embedding else "")
+        magnitude = parts.get("magnitude")
+        if magnitude is not None and magnitude.count != b.shape[0]:
+            raise InputError(
+                f"module {printable(name)}: the magnitude is {list(magnitude.shape)} for "
+                f"{b.shape[0]} output features",
+                path=self._path,
+            )
+        target = self.in_base(name + ".weight")
+        transposed = embedding or self._is_transposed(target, a, b)
+        return LoraDelta(
+            target=target,
+            a=a,
+            b=b,
+            scaling=self._settings.scaling(name, a.shape[0]),
+            orientation="transposed" if transposed else "linear",
+            magnitude=magnitude,
+            bias=parts.get("bias"),
+            alpha=self._settings.alpha(name),
         )
-    target = _in_base(name + ".weight", base)
-    transposed = bool(prefix) or _is_transposed(target, a, b, settings, base, path)
-    rank = a.shape[0]
-    return LoraDelta(
-        target=target,
-        a=a,
-        b=b,
-        scaling=settings.scaling(name, rank),
-        orientation="transposed" if transposed else "linear",
-        magnitude=parts.get("magnitude"),
-        bias=parts.get("bias"),
-        alpha=settings.alpha(name),
-    )
 
+    def _is_transposed(self, target: str, a: DenseTensor, b: DenseTensor) -> bool:
+        """Tell whether the base holds (in, out); its shapes are believed before the config."""
+        linear = (b.shape[0], a.shape[1])
+        stored = self._base.tensors.get(target) if self._base is not None else None
+        if stored is None:
+            return self._settings.conv1d and not target.endswith("lm_head.weight")
+        if stored.shape not in (linear, linear[::-1]):
+            raise InputError(
+                f"module {printable(target)}: the delta is {list(linear)}, the base's weight is "
+                f"{list(stored.shape)}",
+                path=self._path,
+                hint="the adapter was made for another base",
+            )
+        if linear[0] != linear[1]:
+            return stored.shape != linear
+        config = parse(self._base.config) if self._base is not None and self._base.config else {}
+        return self._settings.conv1d or is_conv1d(target, config.get("model_type"))
 
-def _is_transposed(
-    target: str,
-    a: DenseTensor,
-    b: DenseTensor,
-    settings: LoraSettings,
-    base: Checkpoint | None,
-    path: Path,
-) -> bool:
-    """Tell whether the base holds (in, out); its shapes are believed before the config's flag."""
-    linear = (b.shape[0], a.shape[1])
-    stored = base.tensors.get(target) if base is not None else None
-    if stored is None:
-        return settings.conv1d
-    if stored.shape not in (linear, linear[::-1]):
+    def check(self, adapter: Adapter) -> None:
+        """Refuse an adapter none of whose modules the base has.
+
+        A single one that it does not have is refused by whoever applies it.
+        """
+        targets = [*adapter.deltas, *adapter.rows]
+        if self._base is None or self._names is None or not targets:
+            return
+        known = self._base.tensors
+        experts = [name for name, delta in adapter.deltas.items() if len(delta.a.shape) == 3]
+        tied = [name for name in targets if name.endswith("lm_head.weight")]
+        if experts or tied or any(name in known for name in targets):
+            return
         raise InputError(
-            f"module {printable(target)}: the delta is {list(linear)}, the base's weight is "
-            f"{list(stored.shape)}",
-            path=path,
-            hint="the adapter was made for another base",
+            f"none of its {len(targets)} modules is in the base: it changes "
+            f"{printable(targets[0])}" + nearest(targets[0], known),
+            path=adapter.path,
+            hint="was it made for another base?",
         )
-    if linear[0] != linear[1]:
-        return stored.shape != linear
-    config = parse(base.config) if base is not None and base.config else {}
-    return settings.conv1d or is_conv1d(target, config.get("model_type"))
-
-
-def _in_base(name: str, base: Checkpoint | None) -> str:
-    """Return the base's name of a tensor: the same, or the only one that ends alike."""
-    if base is None or name in base.tensors:
-        return name
-    tail = name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
-    alike = [known for known in base.tensors if known == tail or known.endswith("." + tail)]
-    return alike[0] if len(alike) == 1 else name

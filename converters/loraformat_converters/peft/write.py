@@ -2,29 +2,41 @@
 
 The scaling is folded into B, alpha equals the rank, rsLoRA is off. If all modules have one
 rank there are no patterns; else rank and alpha patterns name each module in full.
+
+Folding is done in float64 and rounded once. Unless a dtype is asked for, every tensor keeps
+its own, and B changes to float32 only where folding would cost it bits: if it has 16 bits and
+the scaling is neither 1 nor, for bfloat16 with its wide exponent, a power of two.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import DenseTensor, tensor_view
 from loraformat.dtypes import ITEM_BYTES, torch_dtype
-from loraformat.errors import UnsupportedError
+from loraformat.durable import write_all
+from loraformat.errors import UnsupportedError, printable
 from loraformat.header import Entry, encode_header
 from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.plugins import AdapterWriteOptions
 from loraformat.publish import Publication
 from loraformat_converters.peft.config import CONFIG_NAME
+from loraformat_converters.peft.experts import parameter_order, stacked
 from loraformat_converters.peft.keys import PREFIX
-from loraformat_converters.peft.read import WEIGHTS_NAME
+from loraformat_converters.peft.moments import STATISTICS_NAME, SUFFIX
+from loraformat_converters.peft.rows import FIELD, rows_config
+from loraformat_converters.peft.weights import INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME
 
 __all__ = ["write_adapter"]
+
+#: Since this version experts are stored as they are written here.
+_EXPERTS_SINCE = "0.19.0"
 
 
 def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
@@ -35,104 +47,176 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     adapter : Adapter
     publication : Publication
     options : AdapterWriteOptions
+        ``dtype`` is that of all factors, rounded to nearest even; None keeps each one's own
+        where that loses nothing.
 
     Raises
     ------
     UnsupportedError
-        For what PEFT's files cannot hold (rows that are replaced, experts).
+        For what PEFT's files cannot hold.
     """
-    dtype = options.dtype or "F32"
-    if adapter.rows or any(len(delta.a.shape) != 2 for delta in adapter.deltas.values()):
-        raise UnsupportedError(
-            "replaced rows and experts cannot be written as a PEFT adapter yet", path=adapter.path
-        )
-    pieces = [piece for delta in adapter.deltas.values() for piece in _pieces(delta, dtype)]
+    depths = _depths(adapter)
+    pieces = [
+        piece for delta in adapter.deltas.values() for piece in _pieces(delta, options, depths)
+    ]
     for name, tensor in adapter.replacements.items():
         # A weight that is replaced and then changed lies inside PEFT's wrapper.
         module, _, leaf = name.rpartition(".")
         inner = f"{module}.base_layer.{leaf}" if name in adapter.deltas else name
-        pieces.append((PREFIX + inner, tensor, 1.0))
-    _write_tensors(pieces, adapter, publication)
-    config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
+        pieces.append(_Piece(PREFIX + inner, tensor, tensor.dtype))
+    for target, rows in adapter.rows.items():
+        name = f"{PREFIX}{target.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"
+        pieces.append(_Piece(name, rows.rows, options.dtype or rows.rows.dtype))
+    metadata = {"format": "pt"}
+    if adapter.base_fingerprint:
+        metadata[BASE_FINGERPRINT] = adapter.base_fingerprint
+    if adapter.base_source:
+        metadata[BASE_SOURCE] = adapter.base_source
+    _write_tensors(pieces, publication, WEIGHTS_NAME, metadata)
+    moments = [
+        _Piece(_module(delta) + SUFFIX, delta.second_moment, "F32")
+        for delta in adapter.deltas.values()
+        if delta.second_moment is not None
+    ]
+    if moments:
+        _write_tensors(moments, publication, STATISTICS_NAME, {"format": "pt"})
     for file in adapter.files:
-        if file.path not in (CONFIG_NAME, WEIGHTS_NAME):
+        if not _is_ours(file.path):
             publication.write(file.path, file.read())
+    config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
     publication.write(CONFIG_NAME, config.encode("utf-8"))
 
 
-Piece = tuple[str, DenseTensor, float]
+def _is_ours(path: str) -> bool:
+    """Tell whether a file of the source is one that is written anew."""
+    shards = r"adapter_model-\d+-of-\d+\.safetensors"
+    ours = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME, STATISTICS_NAME)
+    return path in ours or bool(re.fullmatch(shards, path))
+
+
+class _Piece(NamedTuple):
+    """A tensor to be written: its name in the file, its dtype there, and what is folded in."""
+
+    name: str
+    tensor: DenseTensor
+    dtype: str
+    factor: float = 1.0
 
 
 def _module(delta: LoraDelta) -> str:
+    """Return the module of a delta; for a parameter that is no weight, its own name."""
     return delta.target.removesuffix(".weight")
+
+
+def _is_parameter(delta: LoraDelta) -> bool:
+    return len(delta.a.shape) == 3 or not delta.target.endswith(".weight")
 
 
 def _is_embedding(delta: LoraDelta) -> bool:
     return delta.orientation == "transposed" and bool(re.search(r"embed|wte|wpe", delta.target))
 
 
-def _pieces(delta: LoraDelta, dtype: str) -> Iterator[Piece]:
-    """Yield name, tensor in the dtype wanted, and the factor that is folded into it."""
-    stem = PREFIX + _module(delta)
+def _depths(adapter: Adapter) -> dict[str, int]:
+    """Return how many wrappers lie around that of each parameter: the last is the outermost."""
+    by_module: dict[str, list[str]] = {}
+    for target, delta in adapter.deltas.items():
+        if _is_parameter(delta):
+            _check_parameter(delta, adapter)
+            module, _, leaf = target.rpartition(".")
+            by_module.setdefault(module, []).append(leaf)
+    found = {}
+    for module, leaves in by_module.items():
+        # Where the order is not known it is that in which they were read.
+        for depth, leaf in enumerate(reversed(parameter_order(leaves) or leaves)):
+            found[f"{module}.{leaf}"] = depth
+    return found
+
+
+def _check_parameter(delta: LoraDelta, adapter: Adapter) -> None:
+    if delta.magnitude is not None or delta.bias is not None:
+        raise UnsupportedError(
+            f"{printable(delta.target)} is a parameter with a magnitude or a bias, which PEFT "
+            "cannot hold",
+            path=adapter.path,
+        )
+
+
+def _pieces(
+    delta: LoraDelta, options: AdapterWriteOptions, depths: dict[str, int]
+) -> Iterator[_Piece]:
+    stem, a, b = PREFIX + _module(delta), delta.a, delta.b
+    if _is_parameter(delta):
+        wrappers = ".base_layer" * depths[delta.target]
+        stem = f"{PREFIX}{delta.target.rpartition('.')[0]}{wrappers}"
+        if len(a.shape) == 3:
+            experts, rank, columns = a.shape
+            a = stacked(a, (experts * rank, columns))
+            b = stacked(b, b.shape, (1, 2, 0))
+            b = stacked(b, (b.shape[0], rank * experts))
     names = (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
     if _is_embedding(delta):
         names = (f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B")
-    yield names[0], _labelled(delta.a, dtype), 1.0
-    yield names[1], _labelled(delta.b, dtype), delta.scaling
+    scaling = delta.scaling
+    yield _Piece(names[0], a, options.dtype or a.dtype)
+    yield _Piece(names[1], b, options.dtype or _folded_dtype(b.dtype, scaling), scaling)
     if delta.bias is not None:
-        yield f"{stem}.lora_B.bias", _labelled(delta.bias, dtype), delta.scaling
+        own = options.dtype or _folded_dtype(delta.bias.dtype, scaling)
+        yield _Piece(f"{stem}.lora_B.bias", delta.bias, own, scaling)
     if delta.magnitude is not None:
-        yield f"{stem}.lora_magnitude_vector", _labelled(delta.magnitude, dtype), 1.0
+        own = options.dtype or delta.magnitude.dtype
+        yield _Piece(f"{stem}.lora_magnitude_vector", delta.magnitude, own)
 
 
-def _labelled(tensor: DenseTensor, dtype: str) -> DenseTensor:
-    def load() -> memoryview:
-        return _cast(tensor, dtype, 1.0)
+def _folded_dtype(dtype: str, scaling: float) -> str:
+    """Return the dtype that holds a tensor times its scaling without losing bits that it had."""
+    exact = scaling == 1 or (dtype == "BF16" and abs(math.frexp(scaling)[0]) in (0.0, 0.5))
+    return dtype if dtype in ("F32", "F64") or exact else "F32"
 
-    return DenseTensor(tensor.name, dtype, tensor.shape, load, tensor.release)
 
-
-def _cast(tensor: DenseTensor, dtype: str, factor: float) -> memoryview:
+def _load(piece: _Piece) -> memoryview:
     import torch
 
-    values = tensor_view(tensor.load(), tensor.dtype)
-    if factor != 1.0 or tensor.dtype != dtype:
-        values = (values.double() * factor).to(torch_dtype(dtype))
-    data: Any = values.contiguous().view(torch.uint8).numpy()
-    return memoryview(data)
+    tensor = piece.tensor
+    data = tensor.load()
+    if piece.factor == 1.0 and tensor.dtype == piece.dtype:
+        return data
+    values = tensor_view(data, tensor.dtype).double() * piece.factor
+    rounded = values.to(torch_dtype(piece.dtype))
+    if not bool(rounded.isfinite().all()):
+        raise UnsupportedError(
+            f"tensor {printable(piece.name)} does not fit into {piece.dtype} with its scaling "
+            f"{piece.factor:g}",
+            hint="write it as f32 or bf16",
+        )
+    whole: Any = rounded.contiguous().view(torch.uint8).numpy()
+    return memoryview(whole)
 
 
-def _write_tensors(pieces: list[Piece], adapter: Adapter, publication: Publication) -> None:
+def _write_tensors(
+    pieces: Iterable[_Piece], publication: Publication, name: str, metadata: dict[str, str]
+) -> None:
     entries, position = [], 0
-    for name, tensor, _ in pieces:
-        nbytes = tensor.count * ITEM_BYTES[tensor.dtype]
-        entries.append(Entry(name, tensor.dtype, tensor.shape, position, position + nbytes))
+    for piece in pieces:
+        nbytes = piece.tensor.count * ITEM_BYTES[piece.dtype]
+        shape = piece.tensor.shape
+        entries.append(Entry(piece.name, piece.dtype, shape, position, position + nbytes))
         position += nbytes
-    metadata = {"format": "pt"}
-    if adapter.base_fingerprint:
-        metadata[BASE_FINGERPRINT] = adapter.base_fingerprint
-    if adapter.base_source:
-        metadata[BASE_SOURCE] = adapter.base_source
-    with publication.create(WEIGHTS_NAME) as file:
-        views = [memoryview(encode_header(entries, metadata))]
-        for _, tensor, factor in pieces:
-            views.append(_cast(tensor, tensor.dtype, factor))
-            tensor.release()
-            for view in views:
-                rest = view
-                while len(rest):
-                    rest = rest[file.write(rest) :]
-            views.clear()
+    with publication.create(name) as file:
+        write_all(file, encode_header(entries, metadata))
+        for piece in pieces:
+            write_all(file, _load(piece))
+            piece.tensor.release()
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:
     """Return the config: the source's own fields, and what the deltas say."""
-    ranks = {_module(delta): delta.rank for delta in adapter.deltas.values()}
+    deltas = adapter.deltas.values()
+    ranks = {_module(delta): delta.rank for delta in deltas}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != usual}
-    deltas = adapter.deltas.values()
-    kept = {key: value for key, value in adapter.config.items() if not _describes_tensors(key)}
-    return {
+    parameters = sorted(delta.target for delta in deltas if _is_parameter(delta))
+    kept = {key: value for key, value in adapter.config.items() if key not in _DESCRIBES_TENSORS}
+    config = {
         "task_type": "CAUSAL_LM",
         "bias": "none",
         "lora_dropout": 0.0,
@@ -148,23 +232,31 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "use_dora": any(delta.magnitude is not None for delta in deltas),
         "lora_bias": any(delta.bias is not None for delta in deltas),
         "fan_in_fan_out": any(
-            delta.orientation == "transposed" and not _is_embedding(delta) for delta in deltas
+            delta.orientation == "transposed"
+            and not _is_embedding(delta)
+            and not _is_parameter(delta)
+            for delta in deltas
         ),
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(_module(d) for d in deltas if not _is_parameter(d)),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "init_lora_weights": True,
         "inference_mode": True,
+        FIELD: rows_config(adapter.rows, adapter.config.get(FIELD)),
     }
+    if parameters:
+        config |= {
+            "target_parameters": parameters,
+            "peft_version": _EXPERTS_SINCE,
+            "lora_dropout": 0.0,
+        }
+    return config
 
 
-def _describes_tensors(key: str) -> bool:
-    return key in {
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "peft_version",
-        "auto_mapping",
-    }
+#: Fields of the source that described its tensors, or how they were trained.
+_DESCRIBES_TENSORS = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "peft_version", "auto_mapping"),
+    *("target_parameters", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    "velora_config",
+}

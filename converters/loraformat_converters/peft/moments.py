@@ -1,0 +1,84 @@
+"""Activation statistics beside an adapter: ``activation_statistics.safetensors``.
+
+For each module ``NAME.second_moment``, E[z zᵀ] of z = A x, in float32: (rank, rank), or
+(experts, rank, rank). PEFT does not look at the file; reducing the rank does. Its form is
+described in ``spec/loraformat-1.0.md``, section 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from loraformat.adapter import LoraDelta
+from loraformat.checkpoint import DenseTensor, tensor_view
+from loraformat.errors import InputError, printable
+from loraformat.mapped import MappedFile
+from loraformat_converters.peft.keys import nearest
+
+__all__ = ["STATISTICS_NAME", "SUFFIX", "read_moments"]
+
+STATISTICS_NAME = "activation_statistics.safetensors"
+SUFFIX = ".second_moment"
+
+#: Largest difference of a moment and its transpose, over its largest element.
+_ASYMMETRY = 1e-3
+
+
+def read_moments(file: MappedFile, deltas: Mapping[str, LoraDelta]) -> dict[str, DenseTensor]:
+    """Return second moments by module; their values are checked when they are loaded.
+
+    Parameters
+    ----------
+    file : MappedFile
+    deltas : mapping of str to LoraDelta
+        By the stored name of the module.
+
+    Raises
+    ------
+    InputError
+        If one is of no module, or of another shape or type.
+    """
+    found = {}
+    for name, entry in file.header.entries.items():
+        module = name.removesuffix(SUFFIX)
+        if module == name or module not in deltas:
+            raise InputError(
+                f"tensor {printable(name)} is the second moment of no module"
+                + nearest(module, deltas),
+                path=file.path,
+                hint=f"remove {STATISTICS_NAME}, or the adapter that it is not of",
+            )
+        delta = deltas[module]
+        wanted = (*delta.a.shape[:-2], delta.rank, delta.rank)
+        if entry.dtype != "F32" or entry.shape != wanted:
+            raise InputError(
+                f"tensor {printable(name)} is {entry.dtype} of shape {list(entry.shape)}, wanted "
+                f"F32 of {list(wanted)}",
+                path=file.path,
+            )
+        load = partial(_load, file, name, delta.rank)
+        found[module] = DenseTensor(name, "F32", wanted, load, file.releaser(name))
+    return found
+
+
+def _load(file: MappedFile, name: str, rank: int) -> memoryview:
+    data = file.view(name)
+    check_moment(data, rank, name, file.path)
+    return data
+
+
+def check_moment(data: memoryview, rank: int, name: str, path: Path) -> None:
+    """Refuse what cannot be a second moment: not finite, not symmetric, or negative."""
+    values = tensor_view(data, "F32").view(-1, rank, rank)
+    largest = values.abs().amax((1, 2), keepdim=True)
+    skew = (values - values.mT).abs() > _ASYMMETRY * largest
+    negative = values.diagonal(dim1=1, dim2=2) < 0
+    if not bool(values.isfinite().all()) or bool(skew.any()) or bool(negative.any()):
+        raise InputError(
+            f"tensor {printable(name)} is no second moment: it is not finite, not symmetric, or "
+            "has a negative diagonal",
+            path=path,
+            hint=f"remove {STATISTICS_NAME}: it only makes reduce better",
+        )

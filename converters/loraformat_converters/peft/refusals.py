@@ -1,0 +1,116 @@
+"""Fields of ``adapter_config.json`` that a low-rank delta does not hold: refused by name.
+
+Whatever is not in one of these tables, and not known to be harmless, is noted; if it looks
+as if it were switched on, it is refused, because a field that changes the mathematics must
+never be passed over in silence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loraformat.errors import UnsupportedError, printable
+
+__all__ = ["refuse_by_name", "unknown_fields"]
+
+_MERGE_IT = "merge it with PEFT, where it was trained, and take the merged model"
+_EXTRACT = "merge it with PEFT, then extract a LoRA from base and merged model"
+
+#: By field: what it does, and the remedy.
+_REFUSED = {
+    "alora_invocation_tokens": ("aLoRA acts on some tokens only", "use it in PEFT, unmerged"),
+    "arrow_config": ("Arrow routes between adapters", "use it in PEFT, unmerged"),
+    "use_bdlora": ("BD-LoRA's factors are block-diagonal", _EXTRACT),
+    "kasa_config": ("KaSA truncates the base as PEFT loads it", _MERGE_IT),
+    "monteclora_config": ("MonteCLoRA samples its factors", _EXTRACT),
+    "use_qalora": ("QALoRA pools its input", _EXTRACT),
+    "layer_replication": (
+        "the model has more layers than the base, which share weights",
+        "write the replicated model out (each layer by itself), and use that as the base",
+    ),
+    "megatron_config": ("Megatron shards its factors", "export it to plain LoRA first"),
+}
+
+#: Starts of init_lora_weights by which PEFT changes the base whenever it loads the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+_OTHER_METHODS = {
+    "ADALORA": "convert it in PEFT to LoRA (convert_to_lora), or merge it there",
+    "LOHA": "convert it in PEFT to LoRA (convert_to_lora), or merge it there",
+    "LOKR": "convert it in PEFT to LoRA (convert_to_lora), or merge it there",
+    "TRAINABLE_TOKENS": "train it as LoRA with trainable_token_indices",
+}
+
+#: Fields that are honoured, or that only matter while training or choosing modules.
+_KNOWN = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
+    *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "use_dora", "velora_config", "qalora_group_size"),
+    *("runtime_config", "lora_bias", "target_parameters", "ensure_weight_tying"),
+    *_REFUSED,
+}
+
+
+def refuse_by_name(config: dict[str, Any], path: Path) -> None:
+    """Refuse what is more than a low-rank delta and replacements.
+
+    Raises
+    ------
+    UnsupportedError
+        Naming the field, with the remedy.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(
+            f"peft_type is {printable(kind)}, and only LORA is a low-rank delta",
+            path=path,
+            hint=_OTHER_METHODS.get(str(kind), _MERGE_IT),
+        )
+    for field, (reason, remedy) in _REFUSED.items():
+        if config.get(field):
+            raise UnsupportedError(f"{field}: {reason}", path=path, hint=remedy)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise UnsupportedError(
+            f"init_lora_weights is {printable(start)}: the factors belong to a base that PEFT "
+            "changes as it loads them, not to the base itself",
+            path=path,
+            hint=_remedy(start.lower()),
+        )
+
+
+def _remedy(start: str) -> str:
+    if start.startswith("loftq"):
+        return "save the changed base beside the adapter, and set init_lora_weights to true"
+    return (
+        "save it with path_initial_model_for_weight_conversion, as PEFT's documentation shows; "
+        "loraformat reduce then brings the doubled rank back"
+    )
+
+
+def unknown_fields(config: dict[str, Any], path: Path) -> list[str]:
+    """Return a note for each field that no known version of PEFT writes.
+
+    Raises
+    ------
+    UnsupportedError
+        If one looks as if it were switched on.
+    """
+    notes = []
+    for field, value in config.items():
+        if field in _KNOWN or value in (None, False, "", [], {}):
+            continue
+        switch = field.startswith("use_") and value is True
+        if switch or (field.endswith("_config") and isinstance(value, dict)):
+            raise UnsupportedError(
+                f"field {printable(field)} is unknown here and switched on, so that the factors "
+                "may not mean what they seem to",
+                path=path,
+                hint=f"remove it if it changes nothing that the adapter computes; else {_MERGE_IT}",
+            )
+        notes.append(f"adapter_config.json: field {printable(field)} is unknown and was ignored")
+    return notes

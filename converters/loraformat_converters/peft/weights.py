@@ -1,0 +1,218 @@
+"""The files that hold an adapter's tensors: safetensors, shards of it, or a pickle on request.
+
+PEFT writes one safetensors file, or a pickle where it is told to; trainers that shard
+everything shard adapters, too. Whatever the file, tensors come out lazily and are checked
+for NaN as they are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from loraformat.checkpoint import DenseTensor, tensor_view
+from loraformat.dtypes import ITEM_BYTES, TORCH_NAMES
+from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.folder import Folder
+from loraformat.index_json import parse_index
+from loraformat.mapped import MappedFile
+
+__all__ = ["INDEX_NAME", "PICKLE_NAME", "WEIGHTS_NAME", "StoredTensors", "open_tensors"]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = "adapter_model.safetensors.index.json"
+PICKLE_NAME = "adapter_model.bin"
+
+_MAX_INDEX_BYTES = 64 << 20
+_FLOATS = ("F64", "F32", "F16", "BF16")
+#: Read as F32, which holds each of their values.
+_EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+
+
+@dataclass(slots=True)
+class StoredTensors:
+    """What the weight files hold.
+
+    Attributes
+    ----------
+    path : Path
+        The file to name in messages.
+    tensors : dict of str to DenseTensor
+        By stored name.
+    metadata : dict of str to str
+    verbatim : bool
+        PEFT reads them as they are.
+    close : callable
+    """
+
+    path: Path
+    tensors: dict[str, DenseTensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    verbatim: bool = True
+    close: Callable[[], None] = lambda: None
+
+
+def open_tensors(folder: Folder, *, allow_pickle: bool) -> StoredTensors:
+    """Open whatever holds the tensors; safetensors is taken before a pickle, as PEFT does.
+
+    Raises
+    ------
+    InputError
+        If there is none, or it is damaged.
+    UnsupportedError
+        If it is a pickle and that was not allowed.
+    """
+    if folder.has(WEIGHTS_NAME):
+        return _open_files(folder, WEIGHTS_NAME, {WEIGHTS_NAME: None})
+    if folder.has(INDEX_NAME):
+        path = folder.path / INDEX_NAME
+        weight_map, _ = parse_index(folder.read(INDEX_NAME, _MAX_INDEX_BYTES), path)
+        shards: dict[str, set[str] | None] = {}
+        for name, shard in weight_map.items():
+            known = shards.setdefault(shard, set())
+            assert known is not None
+            known.add(name)
+        return _open_files(folder, INDEX_NAME, shards)
+    if not folder.has(PICKLE_NAME):
+        raise InputError(
+            f"holds no {WEIGHTS_NAME}", path=folder.path,
+            hint="is it the directory that save_pretrained wrote? An adapter that is not called "
+            "default lies in a directory of its own name",
+        )  # fmt: skip
+    if not allow_pickle:
+        raise UnsupportedError(
+            "is a pickle, which can hold a program instead of tensors",
+            path=folder.path / PICKLE_NAME,
+            hint="if you trust where it comes from, say --allow-pickle (tensors only are loaded); "
+            "or save it again with safe_serialization=True",
+        )
+    return _unpickle(folder)
+
+
+def _open_files(folder: Folder, name: str, shards: dict[str, set[str] | None]) -> StoredTensors:
+    found = StoredTensors(folder.path / name, {}, verbatim=name == WEIGHTS_NAME)
+    with contextlib.ExitStack() as opened:
+        for shard, wanted in shards.items():
+            file = MappedFile(folder, shard)
+            opened.callback(file.close)
+            entries = file.header.entries
+            if wanted is not None and wanted != set(entries):
+                odd = sorted(wanted ^ set(entries))[0]
+                raise InputError(
+                    f"tensor {printable(odd)} is in the index or in {shard}, but not in both",
+                    path=found.path,
+                )
+            for key, entry in entries.items():
+                load = partial(file.view, key)
+                stored = DenseTensor(key, entry.dtype, entry.shape, load, file.releaser(key))
+                found.tensors[key] = checked(stored, file.path)
+            found.metadata |= file.header.metadata
+        found.close = opened.pop_all().close
+    return found
+
+
+def checked(tensor: DenseTensor, path: Path) -> DenseTensor:
+    """Return a tensor that is checked for NaN as it is loaded; one of 8 bits becomes float32.
+
+    Raises
+    ------
+    UnsupportedError
+        If it holds no floating-point numbers.
+    """
+    if tensor.dtype not in _FLOATS + _EIGHT_BITS:
+        raise UnsupportedError(
+            f"tensor {printable(tensor.name)} of type {tensor.dtype} is no part of a LoRA adapter",
+            path=path,
+            hint="its method cannot be read as a low-rank delta; merge it with PEFT",
+        )
+    wider = tensor.dtype in _EIGHT_BITS
+
+    def load() -> memoryview:
+        data = tensor.load()
+        values = tensor_view(data, tensor.dtype)
+        values = values.float() if wider else values
+        if not bool(values.isfinite().all()):
+            raise InputError(
+                f"tensor {printable(tensor.name)} holds NaN or infinity",
+                path=path,
+                hint="its training diverged, or the file is damaged: use an earlier checkpoint",
+            )
+        return _bytes_of(values) if wider else data
+
+    dtype = "F32" if wider else tensor.dtype
+    return DenseTensor(tensor.name, dtype, tensor.shape, load, tensor.release)
+
+
+def _bytes_of(values: Any) -> memoryview:
+    import torch
+
+    data: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def _unpickle(folder: Folder) -> StoredTensors:
+    """Load a pickle with torch's loader that makes nothing but tensors, mapped from the file."""
+    import torch
+
+    path = folder.path / PICKLE_NAME
+    with os.fdopen(folder.open(PICKLE_NAME), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_archive(file, path)
+    try:
+        loaded = torch.load(path.resolve(), map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a stranger's pickle may fail in any way
+        raise InputError(
+            f"cannot be loaded as tensors alone: {printable(str(error).splitlines()[0])}",
+            path=path,
+            hint="do not load it with anything else unless you trust where it comes from",
+        ) from None
+    if not isinstance(loaded, dict):
+        raise InputError("holds no dictionary of tensors", path=path)
+    names = {getattr(torch, word): name for name, word in TORCH_NAMES.items()}
+    tensors = {}
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not _is_plain(value, names):
+            raise InputError(f"entry {printable(name)} is no tensor of numbers", path=path)
+        dtype, shape = names[value.dtype], tuple(value.shape)
+        if prod(shape) * ITEM_BYTES[dtype] > size:
+            # A view may show a few bytes as any number of elements.
+            raise InputError(
+                f"tensor {printable(name)} of shape {list(shape)} is larger than the file",
+                path=path,
+            )
+        stored = DenseTensor(name, dtype, shape, partial(_bytes_of, value.detach()))
+        tensors[name] = checked(stored, path)
+    return StoredTensors(path, tensors, verbatim=False)
+
+
+def _is_plain(value: Any, names: dict[Any, str]) -> bool:
+    import torch
+
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in names
+    )
+
+
+def _check_archive(file: Any, path: Path) -> None:
+    """Refuse what is not an archive of uncompressed members, as torch writes it since 1.6."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = [entry for entry in archive.infolist() if entry.compress_type]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"is no archive of torch: {printable(error)}",
+            path=path,
+            hint="files of torch before 1.6 must be saved again with a newer one",
+        ) from None
+    if packed:
+        raise InputError(f"member {printable(packed[0].filename)} is compressed", path=path)

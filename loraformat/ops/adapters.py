@@ -8,7 +8,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
-from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype
+from loraformat.dtypes import parse_weight_dtype
 from loraformat.durable import write_all
 from loraformat.errors import FileChangedError, UnsupportedError
 from loraformat.folder import Folder
@@ -101,7 +101,8 @@ def write_adapter(
     force : bool
         Replace an adapter that stands there.
     dtype : str, optional
-        ``f32``, ``f16`` or ``bf16``; by default that of the factors, f32 if they differ.
+        ``f32``, ``f16`` or ``bf16``; by default each factor keeps its own where that loses
+        nothing.
     """
     converter = plugins.get("peft")
     assert converter.write_adapter is not None
@@ -109,12 +110,6 @@ def write_adapter(
     with open_publication(
         converter.output, target, plan="adapter", inputs=inputs, force=force
     ) as output:
-        options = AdapterWriteOptions(parse_weight_dtype(dtype) if dtype else _own_dtype(adapter))
+        options = AdapterWriteOptions(parse_weight_dtype(dtype) if dtype else None)
         converter.write_adapter(adapter, output, options)
         output.commit()
-
-
-def _own_dtype(adapter: Adapter) -> str:
-    found = {factor.dtype for delta in adapter.deltas.values() for factor in (delta.a, delta.b)}
-    same = len(found) == 1 and found <= set(WEIGHT_DTYPES.values())
-    return found.pop() if same else "F32"

@@ -60,9 +60,9 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
         piece for delta in adapter.deltas.values() for piece in _pieces(delta, options, depths)
     ]
     for name, tensor in adapter.replacements.items():
-        # A weight that is replaced and then changed lies inside PEFT's wrapper.
+        # What belongs to a layer that has a delta lies inside PEFT's wrapper.
         module, _, leaf = name.rpartition(".")
-        inner = f"{module}.base_layer.{leaf}" if name in adapter.deltas else name
+        inner = f"{module}.base_layer.{leaf}" if f"{module}.weight" in adapter.deltas else name
         pieces.append(_Piece(PREFIX + inner, tensor, tensor.dtype))
     for target, rows in adapter.rows.items():
         name = f"{PREFIX}{target.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"

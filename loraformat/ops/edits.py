@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from loraformat.adapter import Adapter, LoraDelta
-from loraformat.architecture import module_of
+from loraformat.architecture import module_of, tied_embedding
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError, printable
@@ -28,7 +28,6 @@ _EXPERT_LEAVES = {
 #: transformers renames these modules in memory; the checkpoint has the second spelling.
 _EXPERT_HOMES = ((".mlp.experts", ".mlp.experts"), (".mlp.experts", ".block_sparse_moe.experts"))
 _HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +132,7 @@ class _Planner:
         self.tensors: Mapping[str, LazyTensor] = base.tensors
         self.config = parse(base.config) if base.config else {}
         self.plan = Plan()
-        self.embedding = self._tied_embedding()
-
-    def _tied_embedding(self) -> str | None:
-        """Return the embedding that is the head, too; None if nothing is tied."""
-        if any(name.endswith(_HEAD) for name in self.tensors) or not _ties(self.config):
-            return None
-        names = [name for name in self.tensors if name.endswith(_EMBEDDINGS)]
-        text = [name for name in names if "vision" not in name and "audio" not in name]
-        return text[0] if len(text) == 1 else None
+        self.embedding = tied_embedding(self.tensors, self.config)
 
     def add(self, number: int, adapter: Adapter, weight: float) -> None:
         for target, delta in adapter.deltas.items():
@@ -302,15 +293,3 @@ class _Planner:
                 "it is written and tie_word_embeddings becomes false"
             )
         return self.plan
-
-
-def _ties(config: dict[str, Any]) -> bool:
-    """Tell whether the model has a head that is tied unless it is stored."""
-    names = config.get("architectures") or [""]
-    if not any(mark in str(names[0]) for mark in ("LMHead", "CausalLM", "ConditionalGeneration")):
-        return False
-    inner = config.get("text_config")
-    named = config.get("tie_word_embeddings")
-    if named is None and isinstance(inner, dict):
-        named = inner.get("tie_word_embeddings")
-    return named is not False

@@ -26,6 +26,7 @@ from loraformat.errors import InputError, printable
 from loraformat.ops.difference import PRECISIONS, Difference
 from loraformat.ops.extract_fit import Fit, fit
 from loraformat.ops.extract_options import ExtractOptions
+from loraformat.ops.extract_pairs import HEAD, pairs_of
 from loraformat.ops.extract_report import ExtractedModule, ExtractionReport
 from loraformat.ops.factors import Pair
 from loraformat.ops.open import fingerprint_of, open_model
@@ -134,26 +135,27 @@ def extract_adapter(
             path=tuned.path,
             hint="extract wants a base and its own fine-tune",
         )
-    work = _Extraction(options, _model_type(tuned))
-    total = sum(tensor.nbytes for tensor in tuned.tensors.values())
+    pairs = pairs_of(base, tuned)
+    work = _Extraction(options, _model_type(tuned), pairs.tied)
+    total = sum(tensor.nbytes for _, tensor in pairs.tensors)
     done = 0
     try:
-        for name, tensor in tuned.tensors.items():
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in options.skip):
-                work.add(base.tensors.get(name), tensor)
-            done += tensor.nbytes
+        for before, after in pairs.tensors:
+            if not any(fnmatch.fnmatchcase(after.name, pattern) for pattern in options.skip):
+                work.add(before, after)
+            done += after.nbytes
             progress(done, total)
     except BaseException:
         work.spool.close()
         raise
-    for name in base.tensors.keys() - tuned.tensors.keys():
+    for name in pairs.only_base:
         work.left_out[name] = "is only in the base"
     return work.adapter(base, tuned), work.report(base, tuned)
 
 
 class _Extraction:
-    def __init__(self, options: ExtractOptions, model_type: str | None) -> None:
-        self.options, self.model_type = options, model_type
+    def __init__(self, options: ExtractOptions, model_type: str | None, tied: str | None) -> None:
+        self.options, self.model_type, self.tied = options, model_type, tied
         self.spool = Spool()
         self.deltas: dict[str, LoraDelta] = {}
         self.replacements: dict[str, DenseTensor] = {}
@@ -185,6 +187,8 @@ class _Extraction:
         grown = len(base.shape) == len(tuned.shape) == 2 and base.shape[1] == tuned.shape[1]
         if grown and base.shape[0] < tuned.shape[0] and isinstance(tuned, DenseTensor):
             self.replacements[tuned.name] = tuned
+            if tuned.name == self.tied:
+                self.replacements[HEAD] = replace(tuned, name=HEAD)
             self.notes.append(
                 f"{tuned.name} grew from {base.shape[0]} to {tuned.shape[0]} rows and is replaced "
                 "as a whole: resize the base's vocabulary before loading the adapter"
@@ -210,11 +214,20 @@ class _Extraction:
             return
         rank = max(part.rank for part in parts)
         self.modules.append(_module(tuned.name, rank, parts))
-        if rank:
-            self.deltas[tuned.name] = self._delta(tuned, [p.padded(rank) for p in parts], rank)
+        if not rank:
+            return
+        padded = [part.padded(rank) for part in parts]
+        self._add_delta(tuned, tuned.name, padded, self._orientation(tuned))
+        if tuned.name == self.tied:
+            self._add_delta(tuned, HEAD, padded, "linear")
+            self.notes.append(
+                f"the head is tied to {tuned.name}: the adapter changes both. PEFT computes that "
+                "rightly, but its merge adds either change twice; loraformat merge does not"
+            )
 
-    def _delta(self, tuned: LazyTensor, pairs: list[Pair], rank: int) -> LoraDelta:
-        orientation = self._orientation(tuned)
+    def _add_delta(
+        self, tuned: LazyTensor, target: str, pairs: list[Pair], orientation: _Orientation
+    ) -> None:
         if orientation == "transposed":  # the tensor is Dᵀ = (B A)ᵀ
             pairs = [(a.T, b.T) for b, a in pairs]
         b, a = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
@@ -222,14 +235,14 @@ class _Extraction:
             b, a = b[0], a[0]
         own = tuned.dtype if tuned.dtype in WEIGHT_DTYPES.values() else "F32"
         dtype = parse_weight_dtype(self.options.dtype) if self.options.dtype else own
-        module = tuned.name.removesuffix(".weight")
-        return LoraDelta(
-            tuned.name,
+        module = target.removesuffix(".weight")
+        self.deltas[target] = LoraDelta(
+            target,
             self.spool.put(f"{module}.lora_A.weight", a, dtype),
             self.spool.put(f"{module}.lora_B.weight", b, dtype),
             1.0,
             orientation,
-            alpha=float(rank),
+            alpha=float(a.shape[-2]),
         )
 
     def _orientation(self, tensor: LazyTensor) -> _Orientation:
@@ -253,11 +266,17 @@ class _Extraction:
             format="extracted",
             deltas=self.deltas,
             replacements=self.replacements,
+            config={"modules_to_save": self._saved_modules() or None},
             base_model=base.provenance.repo or str(base.path),
             sources=(*base.sources, *tuned.sources),
             notes=tuple(self.notes),
             close=self.spool.close,
         )
+
+    def _saved_modules(self) -> list[str]:
+        """Return the modules that are replaced: PEFT looks for those that its config names."""
+        modules = {name.removesuffix(".weight") for name in self.replacements}
+        return sorted(m for m in modules if f"{m}.weight" in self.replacements)
 
     def report(self, base: Checkpoint, tuned: Checkpoint) -> ExtractionReport:
         """Return what is to be said."""

@@ -17,7 +17,21 @@ from typing import Any, Literal
 
 from loraformat.checkpoint import CarriedFile, DenseTensor
 
-__all__ = ["Adapter", "LoraDelta", "RowReplacement"]
+__all__ = ["STATISTICS_NAME", "Adapter", "LoraDelta", "RowReplacement", "is_adapter_file"]
+
+#: File with the second moments of activations, beside an adapter's weights.
+STATISTICS_NAME = "activation_statistics.safetensors"
+
+
+def is_adapter_file(name: str) -> bool:
+    """Tell whether a file name is one of an adapter's, and so no part of a base.
+
+    Examples
+    --------
+    >>> is_adapter_file("adapter_model.safetensors"), is_adapter_file("model.safetensors")
+    (True, False)
+    """
+    return name.startswith("adapter_") or name == STATISTICS_NAME
 
 
 def _nothing() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat import config_json, index_json
+from loraformat.adapter import is_adapter_file
 from loraformat.checkpoint import CarriedFile, Checkpoint, Provenance
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.folder import Folder
@@ -149,7 +150,7 @@ def weight_files(folder: Folder) -> list[str]:
         names = [_SINGLE]
     else:
         names = sorted(
-            p.name for p in folder.path.glob("*.safetensors") if not p.name.startswith("adapter_")
+            p.name for p in folder.path.glob("*.safetensors") if not is_adapter_file(p.name)
         )
         _check_numbering(folder, names)
     if not names:

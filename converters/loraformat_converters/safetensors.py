@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraformat.adapter import is_adapter_file
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.model_directory import WrittenModel, write_model_directory
@@ -23,7 +24,7 @@ def sniff(path: Path) -> bool:
     """Tell whether a path is a safetensors file or a directory of them that is nothing else."""
     if path.is_file():
         return path.suffix == ".safetensors" and not is_bitsandbytes(path)
-    if is_bundle(path) or all(f.name.startswith("adapter_") for f in path.glob("*.safetensors")):
+    if is_bundle(path) or all(is_adapter_file(f.name) for f in path.glob("*.safetensors")):
         return False
     method = _method(path)
     return method != "bitsandbytes" and (method is not None or not is_bitsandbytes(path))

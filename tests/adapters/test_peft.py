@@ -1,145 +1,22 @@
-"""PEFT adapters, made by PEFT itself: what it computes, we read; what we write, it computes."""
+"""PEFT adapters: the fields and tensors that are refused, spellings of keys, copies, the verbs."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraformat import plugins
-from loraformat.errors import InputError, LoraFormatError, UnsupportedError
-from loraformat.ops.adapters import copy_adapter, open_adapter, write_adapter
+from loraformat.errors import InputError, UnsupportedError
+from loraformat.ops.adapters import copy_adapter, open_adapter
 from loraformat.ops.factors import rebuilt
 from loraformat.publish import Publication
-
-IDS = torch.arange(12)[None]
-
-
-def llama() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64, tie_word_embeddings=False,
-        eos_token_id=1, bos_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def gpt2() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        vocab_size=64,
-        n_positions=32,
-        eos_token_id=1,
-        bos_token_id=0,
-    )
-    return GPT2LMHeadModel(config)
-
+from tests.adapters.peft_models import llama, logits, shake
 
 ALL = ["q_proj", "v_proj", "up_proj", "down_proj"]
-CASES = {
-    "plain": (llama, {"target_modules": ALL}),
-    "all-linear": (llama, {"target_modules": "all-linear"}),
-    "rslora": (llama, {"target_modules": ALL, "use_rslora": True}),
-    "patterns": (
-        llama,
-        {
-            "target_modules": ALL,
-            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5},
-            "alpha_pattern": {"v_proj": 3, r"^model\.layers\.0\.self_attn\.q_proj": 40},
-        },
-    ),
-    "rslora-patterns": (
-        llama, {"target_modules": ALL, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
-    ),
-    "float-alpha": (llama, {"target_modules": ALL, "lora_alpha": 0.5}),
-    "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "head": (llama, {"target_modules": ["lm_head", "q_proj"]}),
-    "modules-to-save": (llama, {"target_modules": ALL, "modules_to_save": ["lm_head"]}),
-    "dora": (llama, {"target_modules": ALL, "use_dora": True}),
-    "some-layers": (llama, {"target_modules": ALL, "layers_to_transform": [1]}),
-    "conv1d": (gpt2, {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
-    "lora-bias": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True}),
-}  # fmt: skip
-
-
-def train_a_little(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            with torch.no_grad():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-
-
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    build, options = CASES[request.param]
-    build().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(
-        base, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
-    )
-    train_a_little(model)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "base", tmp_path / "adapter"
-
-
-def logits(base: Path, adapter: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(base)
-    return PeftModel.from_pretrained(model, adapter).eval()(IDS).logits.detach()
-
-
-def test_deltas_are_those_that_peft_merges(case: tuple[Path, Path]) -> None:
-    base_path, adapter_path = case
-    model = AutoModelForCausalLM.from_pretrained(base_path)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    after = PeftModel.from_pretrained(model, adapter_path).merge_and_unload().state_dict()
-    reader = plugins.sniff(base_path).read
-    assert reader is not None
-    with reader(base_path) as base, open_adapter(adapter_path, base=base) as adapter:
-        changed = {name for name in before if not torch.equal(before[name], after[name])}
-        biases = {
-            delta.target.replace(".weight", ".bias")
-            for delta in adapter.deltas.values()
-            if delta.bias is not None
-        }
-        assert changed == set(adapter.deltas) | set(adapter.replacements) | biases
-        for name, delta in adapter.deltas.items():
-            if delta.magnitude is not None:
-                continue
-            found = delta.scaling * delta.b.torch().double() @ delta.a.torch().double()
-            found = found.T if delta.orientation == "transposed" else found
-            wanted = (after[name] - before[name]).double()
-            torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-4)
-        for name, tensor in adapter.replacements.items():
-            # PEFT saves an embedding that has a delta beside it, as it was before.
-            assert torch.equal(
-                tensor.torch(), before[name] if name in adapter.deltas else after[name]
-            )
-
-
-def test_what_we_write_computes_the_same_in_peft(case: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter_path = case
-    with open_adapter(adapter_path) as adapter:
-        write_adapter(adapter, tmp_path / "written")
-    config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
-    assert config["use_rslora"] is False and config["lora_alpha"] == config["r"]
-    torch.testing.assert_close(
-        logits(base, tmp_path / "written"), logits(base, adapter_path), atol=2e-5, rtol=1e-4
-    )
 
 
 @pytest.fixture
@@ -259,30 +136,6 @@ def test_nan_in_a_factor_is_named_when_it_is_loaded(plain: Path) -> None:
             delta.b.load()
 
 
-@pytest.mark.parametrize("rename", ["default", "bare", "compiled"])
-def test_other_spellings_of_the_keys(plain: Path, tmp_path: Path, rename: str) -> None:
-    with open_adapter(plain) as adapter:
-        wanted = set(adapter.deltas)
-    spell = {
-        "default": lambda key: key.replace(".weight", ".default.weight"),
-        "bare": lambda key: key.removeprefix("base_model.model."),
-        "compiled": lambda key: key.replace("model.model.", "model._orig_mod.model."),
-    }[rename]
-    shutil.copytree(plain, tmp_path / "other")
-    tensors = load_file(plain / "adapter_model.safetensors")
-    save_file(
-        {spell(k): v for k, v in tensors.items()}, tmp_path / "other/adapter_model.safetensors"
-    )
-    with open_adapter(tmp_path / "other") as adapter:
-        assert set(adapter.deltas) == wanted
-
-
-def test_a_pickle_is_refused_with_the_remedy(plain: Path) -> None:
-    (plain / "adapter_model.safetensors").rename(plain / "adapter_model.bin")
-    with pytest.raises(LoraFormatError, match="safe_serialization"):
-        open_adapter(plain)
-
-
 def test_a_base_of_other_shapes_is_refused(plain: Path, tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=128,
@@ -309,7 +162,7 @@ def test_the_verbs_on_adapters_of_peft(tmp_path: Path) -> None:
         model = get_peft_model(
             llama(), LoraConfig(r=4, target_modules=ALL, use_rslora=rslora, task_type="CAUSAL_LM")
         )
-        train_a_little(model)
+        shake(model)
         model.save_pretrained(tmp_path / name)
     both = [tmp_path / "A", tmp_path / "B"]
     combine(both, tmp_path / "C", CombineOptions(method="cat"), weights=[0.7, -0.3])

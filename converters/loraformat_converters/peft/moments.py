@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from loraformat.adapter import LoraDelta
+from loraformat.adapter import STATISTICS_NAME, LoraDelta
 from loraformat.checkpoint import DenseTensor, tensor_view
 from loraformat.errors import InputError, printable
 from loraformat.mapped import MappedFile
 from loraformat_converters.peft.keys import nearest
 
-__all__ = ["STATISTICS_NAME", "SUFFIX", "read_moments"]
+__all__ = ["SUFFIX", "read_moments"]
 
-STATISTICS_NAME = "activation_statistics.safetensors"
 SUFFIX = ".second_moment"
 
 #: Largest difference of a moment and its transpose, over its largest element.

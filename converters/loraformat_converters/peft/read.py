@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from loraformat.adapter import Adapter, LoraDelta
+from loraformat.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.architecture import is_conv1d
 from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor
 from loraformat.config_json import parse
@@ -20,7 +20,7 @@ from loraformat.plugins import AdapterReadOptions
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.experts import ExpertReader
 from loraformat_converters.peft.keys import BaseNames, nearest, parse_key
-from loraformat_converters.peft.moments import STATISTICS_NAME, read_moments
+from loraformat_converters.peft.moments import read_moments
 from loraformat_converters.peft.rows import read_rows
 from loraformat_converters.peft.weights import StoredTensors, open_tensors
 

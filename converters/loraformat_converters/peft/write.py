@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from loraformat.adapter import Adapter, LoraDelta
+from loraformat.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.checkpoint import DenseTensor, tensor_view
 from loraformat.dtypes import ITEM_BYTES, torch_dtype
 from loraformat.durable import write_all
@@ -29,7 +29,7 @@ from loraformat.publish import Publication
 from loraformat_converters.peft.config import CONFIG_NAME
 from loraformat_converters.peft.experts import parameter_order, stacked
 from loraformat_converters.peft.keys import PREFIX
-from loraformat_converters.peft.moments import STATISTICS_NAME, SUFFIX
+from loraformat_converters.peft.moments import SUFFIX
 from loraformat_converters.peft.rows import FIELD, rows_config
 from loraformat_converters.peft.weights import INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME
 

@@ -1,0 +1,359 @@
+"""The same adapter in other files, spellings and types: it computes what it computed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraformat import plugins
+from loraformat.adapter import LoraDelta
+from loraformat.checkpoint import Checkpoint
+from loraformat.errors import InputError, UnsupportedError
+from loraformat.ops.adapters import open_adapter, write_adapter
+from loraformat.ops.merge import merge
+from loraformat.ops.reduce import Reduction, reduce
+from tests.adapters.peft_models import (
+    gpt_oss,
+    llama,
+    logits,
+    mixtral,
+    qwen3_moe,
+    qwen3_moe_square,
+    trained,
+)
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def read_base(path: Path) -> Checkpoint:
+    reader = plugins.sniff(path).read
+    assert reader is not None
+    return reader(path)
+
+
+def dense(delta: LoraDelta) -> torch.Tensor:
+    return delta.scaling * delta.b.torch().double() @ delta.a.torch().double()
+
+
+def rewrite(adapter: Path, change, **fields) -> Path:
+    """Copy an adapter with other tensors and other members of its config."""
+    other = shutil.copytree(adapter, adapter.with_name("other"), dirs_exist_ok=True)
+    save_file(change(load_file(adapter / WEIGHTS)), other / WEIGHTS, {"format": "pt"})
+    config = json.loads((adapter / CONFIG).read_text()) | fields
+    (other / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    return other
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> tuple[Path, Path]:
+    return trained(llama, {"target_modules": ["q_proj", "down_proj"]}, tmp_path)
+
+
+FSDP = "_fsdp_wrapped_module"
+SPELLINGS = {
+    "default": lambda key: key.replace(".weight", ".default.weight"),
+    "bare": lambda key: key.removeprefix("base_model.model."),
+    "half bare": lambda key: key.removeprefix("base_model.model.model."),
+    "compiled": lambda key: key.replace("model.model.", "model._orig_mod.model."),
+    "compiled layers": lambda key: key.replace(".mlp.", "._orig_mod.mlp."),
+    "fsdp": lambda key: f"{FSDP}.{key}".replace(".mlp.", f".{FSDP}.mlp."),
+    "language model": lambda key: key.replace("model.layers", "model.language_model.layers"),
+    "older language model": lambda key: key.replace("model.layers", "language_model.model.layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings_of_keys(plain: tuple[Path, Path], spelling: str) -> None:
+    base_path, adapter = plain
+    spell = SPELLINGS[spelling]
+    other = rewrite(adapter, lambda tensors: {spell(k): v for k, v in tensors.items()})
+    with (
+        read_base(base_path) as base,
+        open_adapter(adapter, base=base) as first,
+        open_adapter(other, base=base) as second,
+    ):
+        assert first.deltas.keys() == second.deltas.keys() <= base.tensors.keys()
+        for name, delta in first.deltas.items():
+            assert torch.equal(dense(delta), dense(second.deltas[name]))
+
+
+@pytest.mark.parametrize("names", ["model.language_model.", "language_model.model."])
+def test_a_vision_model_that_moved_its_layers(plain: tuple[Path, Path], names: str) -> None:
+    base_path, adapter = plain
+    tensors = load_file(base_path / "model.safetensors")
+    other = {k.replace("model.layers.", f"{names}layers."): v for k, v in tensors.items()}
+    save_file(other, base_path / "model.safetensors", {"format": "pt"})
+    with read_base(base_path) as base, open_adapter(adapter, base=base) as opened:
+        assert len(opened.deltas) == 4
+        assert opened.deltas.keys() <= base.tensors.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_of_factors(plain: tuple[Path, Path], tmp_path: Path, dtype) -> None:
+    base, adapter = plain
+    other = rewrite(adapter, lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
+    wanted = logits(base, other)
+    with open_adapter(other) as opened:
+        write_adapter(opened, tmp_path / "written")
+    torch.testing.assert_close(logits(base, tmp_path / "written"), wanted, atol=1e-5, rtol=1e-4)
+    written = {v.dtype for k, v in load_file(tmp_path / "written" / WEIGHTS).items() if "_A" in k}
+    assert written == {dtype}
+
+
+def test_mixed_types_and_8_bits(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = plain
+    types = [torch.bfloat16, torch.float8_e4m3fn, torch.float64, torch.float16, torch.float8_e5m2]
+
+    def mixed(tensors):
+        return {k: v.to(types[n % 5]) for n, (k, v) in enumerate(sorted(tensors.items()))}
+
+    other = rewrite(adapter, mixed)
+    same = rewrite(adapter, lambda tensors: {k: v.float() for k, v in mixed(tensors).items()})
+    same = same.rename(tmp_path / "same")
+    other = rewrite(adapter, mixed)
+    with open_adapter(other) as opened, open_adapter(same) as wanted:
+        for name, delta in opened.deltas.items():
+            assert torch.equal(dense(delta), dense(wanted.deltas[name]))
+        write_adapter(opened, tmp_path / "written")
+    merge(base, [other], tmp_path / "merged")
+    torch.testing.assert_close(
+        logits(tmp_path / "merged"), logits(base, same), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        logits(base, tmp_path / "written"), logits(base, same), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "wanted"),
+    [
+        (torch.bfloat16, 4, torch.bfloat16),
+        (torch.bfloat16, 8, torch.bfloat16),
+        (torch.bfloat16, 12, torch.float32),
+        (torch.float16, 4, torch.float16),
+        (torch.float16, 8, torch.float32),
+        (torch.float32, 12, torch.float32),
+    ],
+    ids=str,
+)
+def test_folding_loses_no_bit_of_b(
+    plain: tuple[Path, Path], tmp_path: Path, dtype, alpha: int, wanted
+) -> None:
+    other = rewrite(
+        plain[1], lambda tensors: {k: v.to(dtype) for k, v in tensors.items()}, lora_alpha=alpha
+    )
+    with open_adapter(other) as opened:
+        write_adapter(opened, tmp_path / "written")
+    before, after = load_file(other / WEIGHTS), load_file(tmp_path / "written" / WEIGHTS)
+    for name, value in before.items():
+        factor = alpha / 4 if "lora_B" in name else 1
+        assert after[name].dtype == (wanted if "lora_B" in name else dtype)
+        assert torch.equal(after[name].double(), (value.double() * factor).to(wanted).double())
+
+
+def test_half_precision_that_overflows_is_refused(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    other = rewrite(plain[1], dict, lora_alpha=1e9)
+    with open_adapter(other) as opened, pytest.raises(UnsupportedError, match=r"lora_B.*F16"):
+        write_adapter(opened, tmp_path / "written", dtype="f16")
+    assert not (tmp_path / "written").exists()
+
+
+def test_fields_that_are_missing_or_from_the_future(plain: tuple[Path, Path]) -> None:
+    _, adapter = plain
+    missing = ["bias", "use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "task_type"]
+    other = rewrite(
+        adapter, dict, **dict.fromkeys(missing, "absent"), peft_version="9.0.0.dev0", a_knob=3,
+        another=None, use_a_third=False,
+    )  # fmt: skip
+    with open_adapter(adapter) as first, open_adapter(other) as second:
+        assert [note for note in second.notes if "unknown" in note] == [
+            "adapter_config.json: field a_knob is unknown and was ignored"
+        ]
+        assert not first.notes
+        for name, delta in first.deltas.items():
+            assert torch.equal(dense(delta), dense(second.deltas[name]))
+
+
+def test_an_adapter_that_does_nothing(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = plain
+    other = rewrite(adapter, lambda tensors: {k: v * ("lora_A" in k) for k, v in tensors.items()})
+    merge(base, [other], tmp_path / "merged")
+    assert torch.equal(logits(tmp_path / "merged"), logits(base))
+
+
+def test_shards_with_an_index(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    _, adapter = plain
+    other = shutil.copytree(adapter, tmp_path / "shards")
+    (other / WEIGHTS).unlink()
+    index = {}
+    for number, (name, value) in enumerate(load_file(adapter / WEIGHTS).items()):
+        shard = f"adapter_model-{number % 3 + 1:05d}-of-00003.safetensors"
+        index.setdefault(shard, {})[name] = value
+    for shard, tensors in index.items():
+        save_file(tensors, other / shard)
+    names = {name: shard for shard, tensors in index.items() for name in tensors}
+    (other / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with open_adapter(adapter) as first, open_adapter(other) as second:
+        assert first.verbatim and not second.verbatim  # PEFT reads one file
+        for name, delta in first.deltas.items():
+            assert torch.equal(dense(delta), dense(second.deltas[name]))
+        write_adapter(second, tmp_path / "whole")
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir() if "adapter" in p.name) == [
+        CONFIG, WEIGHTS,
+    ]  # fmt: skip
+    odd = next(iter(names))
+    (other / f"{WEIGHTS}.index.json").write_text(
+        json.dumps({"weight_map": {k: v for k, v in names.items() if k != odd}})
+    )
+    with pytest.raises(InputError, match="not in both"):
+        open_adapter(other)
+
+
+def test_a_pickle_is_read_on_request_only(tmp_path: Path) -> None:
+    base, adapter = trained(
+        llama, {"target_modules": ["q_proj"]}, tmp_path, saving={"safe_serialization": False}
+    )
+    assert (adapter / "adapter_model.bin").exists() and not (adapter / WEIGHTS).exists()
+    with pytest.raises(UnsupportedError, match="--allow-pickle"):
+        open_adapter(adapter)
+    with open_adapter(adapter, allow_pickle=True) as opened:
+        assert not opened.verbatim
+        write_adapter(opened, tmp_path / "written")
+    assert not (tmp_path / "written" / "adapter_model.bin").exists()
+    torch.testing.assert_close(
+        logits(base, tmp_path / "written"), logits(base, adapter), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_patterns_that_disagree_are_noted_and_read_as_peft_reads_them(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 1, r"layers\.1.*": 8}}
+    base, adapter = trained(llama, options, tmp_path)
+    with open_adapter(adapter) as opened:
+        assert [d.scaling for d in opened.deltas.values()] == [1 / 4, 8 / 4]
+        assert any("alpha_pattern" in note and "first is taken" in note for note in opened.notes)
+        write_adapter(opened, tmp_path / "written")
+    torch.testing.assert_close(
+        logits(base, tmp_path / "written"), logits(base, adapter), atol=1e-5, rtol=1e-4
+    )
+
+
+def per_expert(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """Spell an adapter of w2 of fused experts as one was before experts were fused."""
+    found = {}
+    for name, value in tensors.items():
+        home, _, factor = name.partition(".lora_")
+        for expert in range(3):
+            key = f"{home.replace('mlp', 'block_sparse_moe')}.{expert}.w2.lora_{factor}"
+            part = value.view(3, rank, -1)[expert] if factor[0] == "A" else None
+            found[key] = value.view(len(value), rank, 3)[:, :, expert] if part is None else part
+    return {name: value.contiguous() for name, value in found.items()}
+
+
+def test_experts_one_by_one_as_before_they_were_fused(tmp_path: Path) -> None:
+    options = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    base, adapter = trained(mixtral, options, tmp_path)
+    wanted = logits(base, adapter)
+    other = rewrite(
+        adapter, lambda tensors: per_expert(tensors, 4), target_parameters=None,
+        target_modules=["w2"],
+    )  # fmt: skip
+    merge(base, [other], tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(base, other), wanted, atol=1e-5, rtol=1e-4)
+
+
+def turned(tensors: dict[str, torch.Tensor], experts: int, rank: int) -> dict[str, torch.Tensor]:
+    """Write experts as PEFT 0.18 did: every parameter taken for (experts, in, out)."""
+    found = {}
+    for name in tensors:
+        if "lora_A" in name:
+            twin = name.replace("lora_A", "lora_B")
+            a = tensors[name].view(experts, rank, -1)
+            b = tensors[twin].view(len(tensors[twin]), rank, experts).permute(2, 0, 1)
+            found[name] = b.mT.reshape(experts * rank, -1).contiguous()
+            found[twin] = a.permute(2, 1, 0).reshape(a.shape[2], rank * experts).contiguous()
+    return found
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, qwen3_moe_square])
+def test_the_orientation_of_peft_0_18(tmp_path: Path, build) -> None:
+    base_path, adapter = trained(build, EXPERTS, tmp_path)
+    wanted = logits(base_path, adapter)
+    other = rewrite(adapter, lambda tensors: turned(tensors, 4, 4), peft_version="0.18.1")
+    merge(base_path, [other], tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), wanted, atol=1e-5, rtol=1e-4)
+    with read_base(base_path) as base, open_adapter(other, base=base) as opened:
+        write_adapter(opened, tmp_path / "written")
+    torch.testing.assert_close(
+        logits(base_path, tmp_path / "written"), wanted, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_one_parameter_of_0_18_needs_its_base(tmp_path: Path) -> None:
+    options = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    _, adapter = trained(qwen3_moe, options, tmp_path)
+    other = rewrite(adapter, lambda tensors: turned(tensors, 4, 4), peft_version="0.18.1")
+    with pytest.raises(UnsupportedError, match=r"0\.19.*--base"):
+        open_adapter(other)
+
+
+def test_wrappers_and_parameters_must_agree(tmp_path: Path) -> None:
+    _, adapter = trained(gpt_oss, EXPERTS, tmp_path)
+    other = rewrite(adapter, dict, target_parameters=["experts.down_proj"])
+    with pytest.raises(InputError, match=r"2 parameters.*names 1"):
+        open_adapter(other)
+
+
+def test_experts_of_another_base_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    _, adapter = trained(qwen3_moe, EXPERTS, tmp_path / "a")
+    base_path, _ = trained(qwen3_moe_square, EXPERTS, tmp_path / "b")
+    with read_base(base_path) as base, pytest.raises(InputError, match="do not fit"):
+        open_adapter(adapter, base=base)
+
+
+def moment(*shape: int) -> torch.Tensor:
+    z = torch.randn(*shape[:-1], 50, generator=torch.Generator().manual_seed(2))
+    return (z @ z.mT / 50).contiguous()
+
+
+def test_activation_statistics_travel_with_the_adapter(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    base, adapter = trained(qwen3_moe, options, tmp_path)
+    stored = {
+        "model.layers.0.self_attn.q_proj.second_moment": moment(4, 4),
+        "model.layers.1.mlp.experts.down_proj.second_moment": moment(4, 4, 4),
+    }
+    save_file(stored, adapter / "activation_statistics.safetensors")
+    with open_adapter(adapter) as opened:
+        assert sum(delta.second_moment is not None for delta in opened.deltas.values()) == 2
+        write_adapter(opened, tmp_path / "written")
+    again = load_file(tmp_path / "written" / "activation_statistics.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], value) for name, value in stored.items())
+    torch.testing.assert_close(
+        logits(base, tmp_path / "written"), logits(base, adapter), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_reducing_reads_the_statistics_from_disk(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    _, adapter = plain
+    reduce(adapter, tmp_path / "blind", Reduction(rank=2))
+    with open_adapter(adapter) as opened:
+        names = [f"{delta.target.removesuffix('.weight')}.second_moment"
+                 for delta in opened.deltas.values()]  # fmt: skip
+    save_file(
+        {name: moment(4, 4) for name in names},
+        adapter / "activation_statistics.safetensors",
+    )
+    reduce(adapter, tmp_path / "aware", Reduction(rank=2))
+    with open_adapter(tmp_path / "blind") as blind, open_adapter(tmp_path / "aware") as aware:
+        for name, delta in aware.deltas.items():
+            assert delta.second_moment is not None and delta.second_moment.shape == (2, 2)
+            delta.second_moment.load()
+            assert not torch.allclose(dense(delta), dense(blind.deltas[name]))

@@ -31,8 +31,8 @@ __all__ = ["DEFAULT_ALIGNMENT", "GGUFHeader", "TensorEntry", "aligned", "parse_h
 DEFAULT_ALIGNMENT = 32
 #: Bounds on what a head may ask for, each far beyond any model's.
 MAX_HEAD_BYTES = 128 << 20
-MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 16
+MAX_KEYS = 1 << 15
+MAX_TENSORS = 1 << 15
 MAX_STRING_BYTES = 64 << 20
 MAX_NAME_BYTES = 63  # ggml's own
 MAX_KEY_BYTES = 1024
@@ -40,6 +40,7 @@ MAX_ITEMS = 1 << 21  # of one array, and of all arrays of strings together
 MAX_DIMENSIONS = 4
 MAX_SIZE = 1 << 48
 _CHUNK = 1 << 18
+_MOST_AT_ONCE = 1 << 22
 _SMALLEST_KEY = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -172,8 +173,9 @@ class _Cursor:
             raise self.fail(
                 f"{what} would end at byte {end}, and a head may have {MAX_HEAD_BYTES} bytes"
             )
-        wanted = min(max(end, 2 * have, _CHUNK), self.nbytes, MAX_HEAD_BYTES)
-        self.data += self._read(have, wanted)
+        wanted = min(max(end, have + _CHUNK), self.nbytes, MAX_HEAD_BYTES)
+        for begin in range(have, wanted, _MOST_AT_ONCE):
+            self.data += self._read(begin, min(begin + _MOST_AT_ONCE, wanted))
 
     def u32(self, what: str) -> int:
         self.need(self.at + 4, what)

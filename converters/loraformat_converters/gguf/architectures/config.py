@@ -1,0 +1,128 @@
+"""Typed access to a ``config.json``: what an architecture's tables ask of it.
+
+A member that is absent has the default of the model's configuration class in transformers,
+because that is what transformers computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from loraformat.config_json import CONFIG_NAME
+from loraformat.errors import InputError, UnsupportedError, printable
+
+__all__ = ["MAX_EXPERTS", "MAX_LAYERS", "Config"]
+
+#: llama.cpp's own limits.
+MAX_LAYERS = 512
+MAX_EXPERTS = 512
+_LARGEST = 2**31 - 1
+
+
+class Config:
+    """A model's hyperparameters.
+
+    Parameters
+    ----------
+    values : mapping
+        ``config.json``; of a model with more than text, its ``text_config``.
+    defaults : mapping
+        Of the model's class.
+    """
+
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
+
+    def get(self, key: str) -> Any:
+        """Return a member as it is, None if there is none."""
+        return self.values.get(key)
+
+    def integer(self, key: str, default: int | None = None, most: int = _LARGEST) -> int:
+        """Return a positive whole number.
+
+        Raises
+        ------
+        InputError
+            If it is missing, or no positive whole number up to ``most``.
+        """
+        value = self.values.get(key, default)
+        if type(value) is not int or not 0 < value <= most:
+            raise _wrong(key, value, f"a whole number from 1 to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number."""
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise _wrong(key, value, "a finite number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """Return a truth value."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise _wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """Return a string."""
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise _wrong(key, value, "a string")
+        return value
+
+    def only(self, key: str, *wanted: Any, why: str) -> None:
+        """Refuse a member with another value than those that llama.cpp computes with.
+
+        Raises
+        ------
+        UnsupportedError
+            With the reason.
+        """
+        value = self.values.get(key)
+        if value not in wanted:
+            raise UnsupportedError(
+                f"{CONFIG_NAME} has {key} {printable(str(value))}: {why}",
+                hint="this model cannot run in llama.cpp as it is",
+            )
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.integer("n_head" if "n_head" in self.values else "num_attention_heads")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.integer("num_key_value_heads", self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        return self.integer("head_dim", self.integer("hidden_size") // self.heads)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        key = "n_layer" if "n_layer" in self.values else "num_hidden_layers"
+        return self.integer(key, most=MAX_LAYERS)
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer, 0 if there are none."""
+        for key in ("num_local_experts", "num_experts"):
+            if self.values.get(key) is not None:
+                return self.integer(key, most=MAX_EXPERTS)
+        return 0
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        return self.flag("tie_word_embeddings")
+
+
+def _wrong(key: str, value: object, wanted: str) -> InputError:
+    found = "is missing" if value is None else f"is {printable(str(value)[:80])}"
+    return InputError(f"{key} {found}, wanted {wanted}", path=CONFIG_NAME)

@@ -1,0 +1,160 @@
+"""Where a LoRA delta of a Hugging Face module goes in a GGUF file, and back.
+
+PEFT's B (out, r) and A (r, in) of a linear are GGUF's ``lora_b`` and ``lora_a`` of one tensor,
+but for the order or the share of B's rows. Columns of A never change: no architecture here
+transforms the columns of a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraformat_converters.gguf.architectures.config import Config
+from loraformat_converters.gguf.architectures.names import ExpertRow, Row, conv1d
+from loraformat_converters.gguf.architectures.record import Architecture
+from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoraPlace", "lora_module", "lora_places"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlace:
+    """A GGUF tensor, and which rows of a module's B belong to it.
+
+    Attributes
+    ----------
+    module : str
+        The Hugging Face module, or, for experts, the parameter.
+    tensor : str
+        The GGUF weight, for example ``blk.0.attn_q.weight``.
+    rows : Transform
+        Order of the rows of B: `IDENTITY` or `HeadOrder`, from Hugging Face to GGUF.
+    half : int or None
+        B's rows are two halves, and this one belongs here (gate and up of fused experts).
+    experts : int
+        Of a tensor with three dimensions; 0 for a matrix.
+    expert : int or None
+        The delta belongs to this one of them only.
+    embedding : bool
+        The delta is that of an embedding: GGUF wants A as (vocabulary, r).
+    """
+
+    module: str
+    tensor: str
+    rows: Transform = IDENTITY
+    half: int | None = None
+    experts: int = 0
+    expert: int | None = None
+    embedding: bool = False
+
+    def to_gguf(self, b: torch.Tensor) -> torch.Tensor:
+        """Return what is B here: (…, out, r) to (…, out or half of it, r)."""
+        if self.half is not None:
+            rows = b.shape[-2] // 2
+            b = b[..., self.half * rows : (self.half + 1) * rows, :]
+        return b if self.rows is IDENTITY else self.rows.rows(b, 0, b.shape[0])
+
+    def to_huggingface(self, b: torch.Tensor) -> torch.Tensor:
+        """Return B in the module's order; a half stays one."""
+        return b if self.rows is IDENTITY else self.rows.inverse.rows(b, 0, b.shape[0])
+
+
+def lora_places(architecture: Architecture, config: Config, module: str) -> list[LoraPlace]:
+    """Return where the delta of a module goes.
+
+    Parameters
+    ----------
+    architecture : Architecture
+    config : Config
+    module : str
+        As PEFT names it, without ``base_model.model.``: ``model.layers.0.self_attn.q_proj``.
+        Fused experts by their parameter: ``model.layers.0.mlp.experts.gate_up_proj``.
+
+    Returns
+    -------
+    list of LoraPlace
+        Empty if llama.cpp has no such weight. Of a tied model the head has none.
+    """
+    for base in sorted(architecture.bases, key=len, reverse=True):
+        inner = module.removeprefix(base)
+        if base and inner == module and not module.startswith("lm_head"):
+            continue
+        if found := _places(architecture, config, inner, module):
+            return found
+    return []
+
+
+def _places(architecture: Architecture, config: Config, inner: str, module: str) -> list[LoraPlace]:
+    found = []
+    number = next((int(part) for part in inner.split(".") if part.isdecimal()), None)
+    if number is not None and number >= config.layers:
+        return []
+    for row in architecture.rows(config):
+        if isinstance(row, ExpertRow):
+            found += _expert_places(row, config, inner, module, number)
+        elif row.hf.format(base="", layer=number) in _weights(inner):
+            found.append(_place(row, config, module, number))
+    head = architecture.head
+    if head is not None and not config.tied and module.endswith("lm_head"):
+        found.append(LoraPlace(module, head.gguf))
+    return found
+
+
+def _weights(inner: str) -> tuple[str, str]:
+    """Names that a module's weight may have in a file; see mixtral in transformers 5."""
+    return f"{inner}.weight", f"{inner.replace('.mlp.', '.block_sparse_moe.')}.weight"
+
+
+def _place(row: Row, config: Config, module: str, number: int | None) -> LoraPlace:
+    # PEFT's factors of a Conv1D are those of the linear that it computes.
+    rows = IDENTITY if row.transform is conv1d else row.transform(config)
+    tensor = row.gguf.format(layer=number)
+    return LoraPlace(module, tensor, rows, embedding=tensor == "token_embd.weight")
+
+
+def _expert_places(
+    row: ExpertRow, config: Config, inner: str, module: str, number: int | None
+) -> list[LoraPlace]:
+    tensor = row.gguf.format(layer=number)
+    if inner == row.fused.format(base="", layer=number):
+        return [LoraPlace(module, tensor, half=row.half, experts=config.experts)]
+    for expert in range(config.experts):
+        if row.hf.format(base="", layer=number, expert=expert) == f"{inner}.weight":
+            return [LoraPlace(module, tensor, experts=config.experts, expert=expert)]
+    return []
+
+
+def lora_module(architecture: Architecture, config: Config, tensor: str) -> LoraPlace | None:
+    """Return the module that a GGUF weight's delta belongs to, None if there is none.
+
+    Parameters
+    ----------
+    architecture : Architecture
+    config : Config
+    tensor : str
+        The weight's name, without ``.lora_a`` or ``.lora_b``.
+
+    Returns
+    -------
+    LoraPlace or None
+        Its module in the names that transformers has in memory; of experts the parameter.
+    """
+    base = architecture.bases[0]
+    number = next((int(part) for part in tensor.split(".") if part.isdecimal()), None)
+    if number is not None and number >= config.layers:
+        return None
+    if architecture.head is not None and tensor == architecture.head.gguf:
+        return None if config.tied else LoraPlace("lm_head", tensor)
+    for row in architecture.rows(config):
+        if row.gguf.format(layer=number) != tensor:
+            continue
+        if isinstance(row, ExpertRow):
+            module = row.fused.format(base=base, layer=number)
+            return LoraPlace(module, tensor, half=row.half, experts=config.experts)
+        name = row.hf.format(base=base, layer=number).removesuffix(".weight")
+        return _place(row, config, name.replace(".block_sparse_moe.", ".mlp."), number)
+    return None

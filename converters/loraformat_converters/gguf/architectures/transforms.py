@@ -1,0 +1,152 @@
+"""How the rows of a GGUF tensor follow from those of a Hugging Face tensor, and back.
+
+Each transform is a small object with an inverse. It hands out rows of its result, so that a
+tensor of any size is transformed tile by tile; no transform changes a value but `PlusOne`,
+which rounds once to float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IDENTITY", "HeadOrder", "Identity", "MinusOne", "PlusOne", "Transform", "Transpose"]
+
+
+class Transform(Protocol):
+    """A matrix or a vector to another."""
+
+    @property
+    def inverse(self) -> Transform:
+        """What undoes it."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the result."""
+
+    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return these rows of the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The tensor as it is."""
+
+    @property
+    def inverse(self) -> Identity:
+        """Itself."""
+        return self
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the same shape."""
+        return shape
+
+    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return a view."""
+        return tensor[start:stop]
+
+
+IDENTITY = Identity()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOrder:
+    """The order of rows within each attention head, of q_proj and k_proj of the llama family.
+
+    Hugging Face rotates dimension i of a head with dimension i + d/2, llama.cpp's llama
+    rotates neighbours. So its row 2i + j of a head is row i + j·d/2 of Hugging Face's
+    (``LlamaModel.permute`` of llama.cpp's converter).
+
+    Attributes
+    ----------
+    heads : int
+        Heads among the rows.
+    interleaved : bool
+        The direction: to neighbours (GGUF), or from them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> HeadOrder(1).rows(torch.arange(6), 0, 6).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+
+    heads: int
+    interleaved: bool = True
+
+    @property
+    def inverse(self) -> HeadOrder:
+        """The other direction."""
+        return HeadOrder(self.heads, not self.interleaved)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the same shape."""
+        return shape
+
+    def index(self, rows: int) -> torch.Tensor:
+        """Return which row of the input each row of the result is, int64 (rows,)."""
+        import torch
+
+        order = torch.arange(rows)
+        pair = (2, -1) if self.interleaved else (-1, 2)
+        return order.view(self.heads, *pair).transpose(1, 2).reshape(-1)
+
+    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Gather rows."""
+        return tensor[self.index(tensor.shape[0])[start:stop]]
+
+
+@dataclass(frozen=True, slots=True)
+class PlusOne:
+    """W + 1 in float32: gemma's norms scale by 1 + w, and llama.cpp stores the sum."""
+
+    @property
+    def inverse(self) -> MinusOne:
+        """W - 1."""
+        return MinusOne()
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the same shape."""
+        return shape
+
+    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Add."""
+        return tensor[start:stop].float() + 1
+
+
+@dataclass(frozen=True, slots=True)
+class MinusOne:
+    """W - 1 in float32; see `PlusOne`."""
+
+    @property
+    def inverse(self) -> PlusOne:
+        """W + 1."""
+        return PlusOne()
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the same shape."""
+        return shape
+
+    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Subtract."""
+        return tensor[start:stop].float() - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """The transpose of a matrix: ``Conv1D`` (GPT-2) stores (in, out), GGUF (out, in)."""
+
+    @property
+    def inverse(self) -> Transpose:
+        """Itself."""
+        return self
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape, reversed."""
+        return shape[::-1]
+
+    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return a view on columns, transposed."""
+        return tensor[:, start:stop].T

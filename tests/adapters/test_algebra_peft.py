@@ -1,6 +1,7 @@
 """The algebra on disk, against PEFT: its adapters in, adapters that it computes with out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraformat.cli import main
-from loraformat.ops.adapters import open_adapter
+from loraformat.ops.adapters import open_adapter, write_adapter
 from loraformat.ops.convert import convert
 from loraformat.ops.extract import ExtractOptions, extract
 from loraformat.ops.merge import merge
+from loraformat.testing import dense
+from tests.adapters import peft_models
 from tests.adapters.memory_adapters import distance, effects
+from tests.adapters.test_peft_cases import CASES
 
 IDS = torch.arange(12)[None]
 ALL = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -125,6 +129,66 @@ def test_combined_adapters_are_the_sum_in_peft(base, tmp_path, method):
     for name, d in found.items():
         wanted = 0.5 * deltas.get(name, torch.zeros(1)) - 2 * more.get(name, torch.zeros(1))
         assert distance(d, wanted) < 1e-4
+
+
+KINDS = [
+    "patterns", "dora-rslora", "lora-bias", "bias-all", "saved", "tokens", "embedding",
+    "conv1d-unset", "mixtral", "qwen3-moe", "qwen3-moe-rslora", "gpt-oss",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_goes_through_the_algebra(tmp_path, kind):
+    """At full rank nothing is lost: PEFT computes what it computed before."""
+    base, source = peft_models.trained(*CASES[kind], tmp_path)
+    wanted = peft_models.logits(base, source)
+    run("reduce", source, "-o", tmp_path / "same", "--max-rank", "64")
+    assert torch.allclose(peft_models.logits(base, tmp_path / "same"), wanted, atol=3e-5)
+    if "dora" in kind:
+        return
+    run("combine", source, tmp_path / "same", "-o", tmp_path / "half", "--method", "linear",
+        "--weight", "1.5", "--weight", "-0.5")  # fmt: skip
+    assert torch.allclose(peft_models.logits(base, tmp_path / "half"), wanted, atol=1e-4)
+
+
+def test_statistics_on_disk_make_reduction_aware(base, tmp_path, capsys):
+    source = adapter_of(base, tmp_path / "plain", **ODD)
+    torch.manual_seed(5)
+    inputs = {n: torch.randn(n, 400) * torch.logspace(0, -2, n)[:, None] for n in (64, 96)}
+    with open_adapter(source) as adapter:
+        deltas = {}
+        for target, delta in adapter.deltas.items():
+            z = delta.a.torch() @ inputs[delta.in_features]
+            moment = dense(f"{target}.moment", z @ z.T / 400)
+            deltas[target] = replace(delta, second_moment=moment)
+        wanted = effects(adapter)
+        write_adapter(replace(adapter, deltas=deltas), tmp_path / "a")
+
+    def output_error(path, target):
+        with open_adapter(path) as adapter:
+            found = effects(adapter)[target]
+        x = inputs[found.shape[1]].double()
+        return distance(found @ x, wanted[target] @ x)
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["reduce", str(tmp_path / "a"), "-o", str(tmp_path / "aware"), "--rank", "2",
+              "--json"])  # fmt: skip
+    shown = capsys.readouterr()
+    modules = {m["target"]: m for m in json.loads(shown.out)["modules"]}
+    run("reduce", tmp_path / "a", "-o", tmp_path / "blind", "--rank", "2", "--no-statistics")
+    run("reduce", tmp_path / "aware", "-o", tmp_path / "twice", "--rank", "1")
+    run("reduce", tmp_path / "a", "-o", tmp_path / "once", "--rank", "1")
+    for target, module in modules.items():
+        assert module["activation_aware"]
+        error = output_error(tmp_path / "aware", target)
+        assert module["error"] == pytest.approx(error, rel=1e-3, abs=1e-6)
+        if module["old_rank"] > 2:
+            assert error < output_error(tmp_path / "blind", target)
+        # The statistics went along: reducing twice is reducing once.
+        assert output_error(tmp_path / "twice", target) == pytest.approx(
+            output_error(tmp_path / "once", target), rel=1e-3
+        )
 
 
 # Extraction

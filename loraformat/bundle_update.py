@@ -245,6 +245,8 @@ def _exclusive(bundle: Path) -> Iterator[None]:
 
 def _sweep(bundle: Path, own: Path) -> None:
     """Remove what killed processes have left: hidden, and locked by nobody."""
+    for name in (_MANIFEST_NEW, _MANIFEST_WITHOUT):
+        (bundle / name).unlink(missing_ok=True)
     for path in (bundle / ADAPTERS).glob(".*.partial"):
         if path == own or path.is_symlink() or not path.is_dir():
             continue

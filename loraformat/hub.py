@@ -27,6 +27,8 @@ _NOT_WANTED = [
     "*.gguf", "*.mlmodel", "*.npz", "original/*", "onnx/*", "openvino/*", "coreml/*",
 ]  # fmt: skip
 
+_ADAPTER_PICKLE = "adapter_model.bin"
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -44,12 +46,14 @@ class Source:
     revision: str | None = None
 
 
-def resolve(word: str | Path) -> Source:
+def resolve(word: str | Path, *, pickles: bool = False) -> Source:
     """Find an input: the local path of that name, else the Hub repository.
 
     Parameters
     ----------
     word : str or Path
+    pickles : bool
+        Fetch the pickle of an adapter, too, if it has nothing else.
 
     Raises
     ------
@@ -73,15 +77,22 @@ def resolve(word: str | Path) -> Source:
             )
         return Source(path)
     snapshot = _download(match["repo"], match["revision"])
+    if pickles and not any(snapshot.glob("*.safetensors")):
+        same = snapshot.name if _COMMIT.fullmatch(snapshot.name) else match["revision"]
+        snapshot = _download(match["repo"], same, only=_ADAPTER_PICKLE)
     revision = snapshot.name if _COMMIT.fullmatch(snapshot.name) else match["revision"]
     return Source(snapshot, match["repo"], revision)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, only: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
+    ignored = _NOT_WANTED if only is None else None
     try:
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=_NOT_WANTED))
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=only, ignore_patterns=ignored
+        )
+        return Path(found)
     except Exception as error:  # its tree is wide: HTTP, offline, cache, validation, OSError
         raise _explain(error, f"{repo}@{revision}" if revision else repo) from error
 

@@ -7,7 +7,7 @@ and adapters are opened. Rules ``A..`` and ``V..`` of ``spec/loraformat-1.0.md``
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +24,7 @@ __all__ = [
     "BASE_SOURCE",
     "Finding",
     "check_adapter",
+    "check_listed",
     "file_record",
     "verify_bundle",
 ]
@@ -117,6 +118,25 @@ def file_record(folder: Folder, path: str) -> FileRecord:
             digest.update(piece)
             nbytes += len(piece)
     return FileRecord(nbytes, digest.hexdigest())
+
+
+def check_listed(folder: Folder, records: Mapping[str, FileRecord]) -> None:
+    """Compare files with what a manifest says of them.
+
+    Raises
+    ------
+    FormatError
+        B05 or V03, naming the first file that is missing or another.
+    """
+    for name, record in records.items():
+        path = folder.path / name
+        if not folder.has(name):
+            raise FormatError("B05", "is missing or is not a regular file", path=path)
+        if folder.size(name) != record.bytes:
+            problem = f"{folder.size(name)} bytes long, the manifest says {record.bytes}"
+            raise FormatError("B05", problem, path=path)
+        if file_record(folder, name) != record:
+            raise FormatError("V03", "its SHA-256 is not the manifest's", path=path)
 
 
 def check_adapter(folder: Folder, directory: str, fingerprint: str | None) -> None:

@@ -82,7 +82,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
             path=target,
             hint="remove it yourself, or choose another output",
         )
-    if adapters := sorted(path.name for path in target.glob("adapters/*")):
+    if adapters := sorted(path.name for path in target.glob("adapters/[!.]*")):
         raise OutputError(
             f"holds adapters that would be lost: {', '.join(adapters)}",
             path=target,

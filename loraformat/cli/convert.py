@@ -21,6 +21,7 @@ _EXAMPLE = """\b
 Example:
   loraformat convert meta-llama/Llama-3.2-1B my-bundle
   loraformat convert my-bundle dense --to safetensors --dtype bf16
+  loraformat convert my-peft-adapter my-bundle/adapters/medical
 """
 
 
@@ -34,12 +35,12 @@ Example:
     "--to",
     "to_format",
     metavar="FORMAT",
-    help="Format of DST; by default its suffix tells, or: loraformat.",
+    help="Format of DST; by default its suffix tells, else loraformat, or peft for an adapter.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["f32", "f16", "bf16"]),
-    help="Type of dense tensors; by default each keeps its own.",
+    help="Type of dense tensors, or of an adapter's factors; by default each keeps its own.",
 )
 @click.option(
     "--block-size",
@@ -63,12 +64,28 @@ Example:
 )
 @click.option(
     "--max-shard-size",
+    "shard_limit",
     type=ByteSize(),
-    default="2GB",
-    show_default=True,
+    show_default="2GB",
     help="Tensor bytes per file.",
 )
-@click.option("--force", is_flag=True, help="Replace a model that stands at DST.")
+@click.option("--base", metavar="PATH", help="Adapters: the base to hold names and shapes against.")
+@click.option(
+    "--canonical",
+    is_flag=True,
+    help="Adapters: write anew what would be copied: scaling folded into B, alpha = rank.",
+)
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Adapters: read a .bin, too, with a loader that makes nothing but tensors.",
+)
+@click.option(
+    "--allow-base-mismatch",
+    is_flag=True,
+    help="Adapters: take one that names another base; it is written anew and names this one.",
+)
+@click.option("--force", is_flag=True, help="Replace what stands at DST.")
 @click.option("--strict", is_flag=True, help="Refuse if DST cannot hold all that SRC holds.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the sizes, write nothing.")
 @json_option
@@ -77,15 +94,17 @@ def command(
     source: str,
     target: str,
     no_double_quant: bool,
-    max_shard_size: int,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Convert a model from one format to another.
+    """Convert a model, or an adapter, from one format to another.
 
     SRC is a local path or a Hub id (org/name, org/name@revision). Weights are read, converted
     and written one tensor at a time; DST appears when everything is written.
+
+    An adapter may go to BUNDLE/adapters/NAME, and out again; its files are copied byte for byte
+    where the formats allow. Nothing else in the bundle changes but its manifest.
     """
     from loraformat.ops.convert import convert
 
@@ -94,7 +113,6 @@ def command(
             source,
             target,
             double_quant=False if no_double_quant else None,
-            shard_limit=max_shard_size,
             progress=progress,
             **options,
         )
@@ -105,6 +123,24 @@ def command(
 
 
 def _text(report: Any) -> str:
+    return _adapter_text(report) if hasattr(report, "verbatim") else _base_text(report)
+
+
+def _adapter_text(report: Any) -> str:
+    how = "copied byte for byte" if report.verbatim else "written anew"
+    lines = [
+        f"{report.source_format} {report.source} ({size(report.input_bytes)})",
+        f"{'would write' if report.dry_run else 'wrote'} {report.target_format} {report.target} "
+        f"({size(report.output_bytes)}), {how}",
+        f"{report.modules} modules, rank {', '.join(map(str, report.ranks)) or 'none'}, "
+        f"{report.parameters:,} parameters",
+    ]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"not carried over: {loss}" for loss in report.lost]
+    return "\n".join(lines)
+
+
+def _base_text(report: Any) -> str:
     would = "would write" if report.dry_run else "wrote"
     lines = [
         f"{report.source_format} {report.source} ({size(report.input_bytes)})",

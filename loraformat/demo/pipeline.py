@@ -124,7 +124,9 @@ def run_demo(
 
     def make(source: Path, name: str, format_name: str) -> ConversionReport:
         say(f"converting {source.name} to {format_name}")
-        return convert(source, directory / name, to_format=format_name, force=force)
+        report = convert(source, directory / name, to_format=format_name, force=force)
+        assert isinstance(report, ConversionReport)
+        return report
 
     step("original", SMALL_MODEL)
     bundled = make(SMALL_MODEL, "bundle", "loraformat")

@@ -8,13 +8,17 @@ changed in memory, and where it shall belong to another base than it says.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
-from loraformat.dtypes import parse_weight_dtype
+from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 from loraformat.errors import InputError, printable
+from loraformat.folder import Folder
+from loraformat.integrity import check_listed
+from loraformat.manifest import FileRecord
 from loraformat.ops.adapters import copy_adapter
 from loraformat.ops.edits import plan_edits
 from loraformat.plugins import AdapterWriteOptions, Converter
@@ -54,6 +58,8 @@ class AdapterOutput:
         Its files are copied.
     notes : tuple of str
         What a user should know.
+    expected : dict of str to FileRecord or None
+        What the manifest of the bundle that it comes from says of its files.
     """
 
     adapter: Adapter
@@ -61,11 +67,14 @@ class AdapterOutput:
     options: AdapterWriteOptions
     verbatim: bool
     notes: tuple[str, ...]
+    expected: Mapping[str, FileRecord] | None = None
 
     def write(self, publication: Publication) -> None:
         """Write it into a publication's work directory."""
         if self.verbatim:
             copy_adapter(self.adapter, publication)
+            if self.expected is not None:  # the source was compared before: now the copy
+                check_listed(Folder(publication.work), self.expected)
             return
         assert self.writer.write_adapter is not None
         self.writer.write_adapter(self.adapter, publication, self.options)
@@ -80,6 +89,7 @@ def plan_output(
     base: Checkpoint | None = None,
     home: Home | None = None,
     allow_base_mismatch: bool = False,
+    expected: Mapping[str, FileRecord] | None = None,
 ) -> AdapterOutput:
     """Decide how an adapter is written.
 
@@ -91,14 +101,16 @@ def plan_output(
     canonical : bool
         Write it anew in any case.
     dtype : str, optional
-        ``f32``, ``f16`` or ``bf16`` for the factors, rounded to nearest even; f32 by default
-        if they are written anew.
+        ``f32``, ``f16`` or ``bf16`` for the factors, rounded to nearest even. By default their
+        own if folding the scaling loses nothing in it, else f32.
     base : Checkpoint, optional
         For writers that need its config or shapes.
     home : Home, optional
         The base whose fingerprint it shall have, or none.
     allow_base_mismatch : bool
         Give it that fingerprint although it has another.
+    expected : mapping of str to FileRecord, optional
+        Of each file that is copied; a difference is an error.
 
     Raises
     ------
@@ -113,16 +125,26 @@ def plan_output(
             reason = reason or "it shall name this base"
         notes += _compare_bases(adapter, home, allow_base_mismatch)
     if not canonical and reason is None:
-        return AdapterOutput(adapter, writer, AdapterWriteOptions(base=base), True, tuple(notes))
+        options = AdapterWriteOptions(base=base)
+        return AdapterOutput(adapter, writer, options, True, tuple(notes), expected)
     if not canonical:
         notes.append(f"it was written anew, its scaling folded into B, as {reason}")
     if home is not None:
         source = json.dumps(dict(home.source), ensure_ascii=False)
         adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
     files = tuple(file for file in adapter.files if file.path != _PICKLE)
-    options = AdapterWriteOptions(parse_weight_dtype(dtype or "f32"), base)
+    wanted = parse_weight_dtype(dtype) if dtype else _exact_dtype(adapter)
+    options = AdapterWriteOptions(wanted, base)
     anew = replace(adapter, files=files, verbatim=False)
     return AdapterOutput(anew, writer, options, False, tuple(notes))
+
+
+def _exact_dtype(adapter: Adapter) -> str:
+    """Return the factors' own type if all scalings are powers of two, else ``F32``."""
+    found = {factor.dtype for delta in adapter.deltas.values() for factor in (delta.a, delta.b)}
+    exact = all(abs(math.frexp(delta.scaling)[0]) == 0.5 for delta in adapter.deltas.values())
+    same = len(found) == 1 and found <= set(WEIGHT_DTYPES.values())
+    return found.pop() if same and exact else "F32"
 
 
 def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | None:

@@ -41,7 +41,7 @@ def open_adapter(
     LoraFormatError
         If it is no adapter, damaged, or more than a low-rank delta.
     """
-    path = resolve(source).path
+    path = resolve(source, pickles=allow_pickle).path
     converter = plugins.sniff(path)
     if converter.read_adapter is None:
         raise UnsupportedError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,19 +108,42 @@ def plan_incoming(incoming: Incoming, base: Checkpoint, home: Home) -> AdapterOu
         home=home,
         allow_base_mismatch=incoming.allow_base_mismatch,
     )
-    check_fits(incoming.adapter, base)
-    check_values(incoming.adapter)
+    check_incoming(incoming.adapter, base)
     return output
 
 
+def check_incoming(adapter: Adapter, base: Checkpoint) -> None:
+    """Check that an adapter fits a base, and that all its values are finite."""
+    check_fits(adapter, base)
+    check_values(adapter)
+
+
 def put(
-    output: AdapterOutput, place: Place, fingerprint: str, *, force: bool
+    output: AdapterOutput,
+    place: Place,
+    fingerprint: str,
+    *,
+    force: bool,
+    finish: Callable[[], None] = lambda: None,
 ) -> dict[str, FileRecord]:
-    """Write a planned adapter to its place; the manifest lists it then."""
+    """Write a planned adapter to its place; the manifest lists it then.
+
+    Parameters
+    ----------
+    output : AdapterOutput
+    place : Place
+    fingerprint : str
+        Of the bundle.
+    force : bool
+        Replace an adapter of that name.
+    finish : callable
+        Called when all is read; what it raises leaves the bundle as it was.
+    """
 
     def write(stage: Publication) -> None:
         output.write(stage)
         check_adapter(Folder(stage.work), ".", fingerprint)
+        finish()
 
     inputs = [output.adapter.path, *output.adapter.sources]
     return add_adapter(place, write, inputs=inputs, force=force)
@@ -151,8 +174,7 @@ def write_bundle(
     notes: list[str] = []
     _check_distinct(adapters)
     for incoming in adapters.values():  # before the base is written, which takes longer
-        check_fits(incoming.adapter, checkpoint)
-        check_values(incoming.adapter)
+        check_incoming(incoming.adapter, checkpoint)
 
     def add(fingerprint: str) -> bundle.AdapterRecords:
         home = Home(fingerprint, checkpoint.provenance.to_json())

@@ -1,4 +1,4 @@
-"""Conversion: any base format into any other, tensor by tensor.
+"""Conversion: any base format into any other, tensor by tensor; adapters have their own module.
 
 ::
 
@@ -16,10 +16,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from loraformat import plugins
+from loraformat.bundle_update import adapter_place
 from loraformat.checkpoint import Checkpoint, Provenance
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.hub import Source, resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
+from loraformat.ops.convert_adapter import AdapterOptions, AdapterReport, convert_adapter
 from loraformat.ops.encoding import Encoding
 from loraformat.ops.report import (
     ConversionReport,
@@ -46,23 +48,28 @@ def convert(
     double_quant: bool | None = None,
     skip: Sequence[str] = (),
     include: Sequence[str] = (),
-    shard_limit: int = DEFAULT_SHARD_LIMIT,
+    shard_limit: int | None = None,
+    base: str | Path | None = None,
+    canonical: bool = False,
+    allow_pickle: bool = False,
+    allow_base_mismatch: bool = False,
     force: bool = False,
     strict: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ConversionReport:
-    """Convert a model.
+) -> ConversionReport | AdapterReport:
+    """Convert a model, or an adapter.
 
     Parameters
     ----------
     source : str or Path
         A local path, or ``org/name[@revision]`` on the Hub.
     target : str or Path
-        The output directory; it must not exist, unless ``force``.
+        The output; it must not exist, unless ``force``. An adapter's may be
+        ``BUNDLE/adapters/NAME``: the bundle's manifest lists it then.
     from_format, to_format : str, optional
         Converter names. By default the source is recognised by its content, and a directory
-        becomes a bundle.
+        becomes a bundle, or of an adapter a PEFT directory.
     dtype : str, optional
         ``f32``, ``f16`` or ``bf16`` for dense tensors; by default each keeps its own.
         Rounded to nearest even.
@@ -72,10 +79,20 @@ def convert(
         Quantize the scales too; true by default.
     skip, include : sequence of str
         See `QuantizationPolicy`.
-    shard_limit : int
-        Bytes of tensor data per file.
+    shard_limit : int, optional
+        Bytes of tensor data per file, 2 GB by default. These five are for bases.
+    base : str or Path, optional
+        The base of an adapter outside a bundle: names, shapes and orientation are held
+        against it.
+    canonical : bool
+        Write an adapter anew where it would be copied byte for byte: scaling folded into B,
+        alpha equal to the rank, the base's fingerprint and source in its metadata.
+    allow_pickle : bool
+        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
+    allow_base_mismatch : bool
+        Take an adapter that names another base. These four are for adapters.
     force : bool
-        Replace a model at the target.
+        Replace what stands at the target.
     strict : bool
         Refuse if the target cannot hold all that the source holds.
     dry_run : bool
@@ -85,25 +102,74 @@ def convert(
 
     Returns
     -------
-    ConversionReport
+    ConversionReport or AdapterReport
 
     Raises
     ------
+    UsageError
+        If an option is not for what the source is.
     LoraFormatError
         Nothing appears at the target then.
     """
-    began = time.perf_counter()
-    found = resolve(source)
+    found = resolve(source, pickles=allow_pickle)
     reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
+    for_bases = {
+        "--block-size": block_size is not None,
+        "--no-double-quant": double_quant is not None,
+        "--skip": bool(skip),
+        "--include": bool(include),
+        "--max-shard-size": shard_limit is not None,
+    }
+    for_adapters = {
+        "--base": base is not None,
+        "--canonical": canonical,
+        "--allow-pickle": allow_pickle,
+        "--allow-base-mismatch": allow_base_mismatch,
+    }
     if reader.kind == "adapter":
+        _refuse_options(source, f"an adapter ({reader.name})", "bases", for_bases)
+        wanted = AdapterOptions(
+            to_format, dtype, base, canonical, allow_pickle, allow_base_mismatch,
+            force, strict, dry_run,
+        )  # fmt: skip
+        return convert_adapter(found, reader, Path(target), wanted)
+    _refuse_options(source, f"a base ({reader.name})", "adapters", for_adapters)
+    encoding = Encoding(dtype, block_size, double_quant, tuple(skip), tuple(include))
+    return _convert_base(
+        found, reader, Path(target), encoding, to_format=to_format,
+        shard_limit=DEFAULT_SHARD_LIMIT if shard_limit is None else shard_limit,
+        force=force, strict=strict, dry_run=dry_run, progress=progress,
+    )  # fmt: skip
+
+
+def _refuse_options(source: str | Path, what: str, others: str, given: dict[str, bool]) -> None:
+    if wrong := [option for option, is_given in given.items() if is_given]:
         raise UsageError(
-            f"{source} is an adapter ({reader.name}), and only bases can be converted",
-            hint="merge, reduce, combine and spectrum take adapters",
+            f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} for {others}, and {source} "
+            f"is {what}",
+            hint="leave out what does not apply",
         )
-    writer = plugins.for_output(Path(target), to_format, reader.kind)
+
+
+def _convert_base(
+    found: Source,
+    reader: Converter,
+    target: Path,
+    encoding: Encoding,
+    *,
+    to_format: str | None,
+    shard_limit: int,
+    force: bool,
+    strict: bool,
+    dry_run: bool,
+    progress: Callable[[int, int], None],
+) -> ConversionReport:
+    began = time.perf_counter()
+    if adapter_place(target) is not None:
+        raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
+    writer = plugins.for_output(target, to_format, reader.kind)
     if reader.read is None:
         raise UsageError(f"format {reader.name!r} can be written but not read")
-    encoding = Encoding(dtype, block_size, double_quant, tuple(skip), tuple(include))
     with reader.read(found.path) as original:
         checkpoint = encoding.apply(_with_origin(original, found), writer)
         lost = list(losses(original, reader, writer))
@@ -114,20 +180,20 @@ def convert(
                 hint="leave out --strict to go on without",
             )
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        report = plan_report(original, checkpoint, Path(target), reader, writer, lost)
+        report = plan_report(original, checkpoint, target, reader, writer, lost)
         if dry_run:
             notes = [*report.notes, *shard_notes(checkpoint, shard_limit)]
             return replace(report, dry_run=True, notes=notes)
         options = WriteOptions(shard_limit, _Counter(total, progress).add)
         plan = _plan(checkpoint, encoding, writer, shard_limit)
         with open_publication(
-            writer.output, Path(target), plan=plan, inputs=_inputs(original), force=force
+            writer.output, target, plan=plan, inputs=_inputs(original), force=force
         ) as output:
             assert writer.write is not None
             try:
                 written = writer.write(checkpoint, output, options)
             except InputError as error:
-                error.path = error.path or str(source)  # a tensor knows its name, not its file
+                error.path = error.path or str(found.path)  # a tensor knows its name, not its file
                 raise
             original.close()  # raises if an input changed, before anything is published
             output.commit()

@@ -4,6 +4,7 @@ import json
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraformat.ops.convert import convert
@@ -47,14 +48,11 @@ def logits(base, adapter=None):
     return model.train()(IDS).logits.detach()
 
 
-def rename_fingerprint(path, fingerprint):
+def name_base(path, fingerprint):
     """Let a PEFT adapter say that it was made for a base."""
-    from safetensors.torch import load_file, save_file
-
     weights = path / "adapter_model.safetensors"
-    save_file(
-        load_file(weights), weights, {"format": "pt", "loraformat.base_fingerprint": fingerprint}
-    )
+    metadata = {"format": "pt", "loraformat.base_fingerprint": fingerprint}
+    save_file(load_file(weights), weights, metadata)
 
 
 def manifest(bundle):

@@ -1,0 +1,260 @@
+"""Conversion of adapters: into a bundle, out of one, and from any adapter format to any.
+
+::
+
+    source ── reader ──> Adapter ── copy, or write anew ──> work directory ── rename ──> output
+
+Inside a bundle the output is ``BUNDLE/adapters/NAME``, and the bundle's manifest lists it;
+see `loraformat.bundle_update`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loraformat import plugins
+from loraformat.adapter import Adapter
+from loraformat.bundle_update import Place, adapter_place, read_manifest
+from loraformat.checkpoint import Checkpoint, DenseTensor
+from loraformat.dtypes import ITEM_BYTES
+from loraformat.errors import UnsupportedError, UsageError
+from loraformat.folder import Folder
+from loraformat.hub import Source, resolve
+from loraformat.integrity import check_listed
+from loraformat.manifest import FileRecord
+from loraformat.ops.adapter_output import AdapterOutput, Home, check_fits, plan_output
+from loraformat.ops.bundle_adapters import check_incoming, put
+from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.publish_file import open_publication
+from loraformat.reader import is_bundle, open_bundle
+
+__all__ = ["AdapterReport", "convert_adapter", "tensors_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """What the conversion of an adapter did.
+
+    Attributes
+    ----------
+    source, target : str
+    source_format, target_format : str
+    verbatim : bool
+        Its files were copied byte for byte; else it was written anew in canonical form.
+    modules, parameters : int
+        Weights that it changes or replaces; elements of its tensors.
+    ranks : list of int
+        Every rank that occurs.
+    input_bytes, output_bytes : int
+        Sizes on disk; of a dry run the output's is an estimate.
+    base_model, base_fingerprint : str or None
+        What it says of its base now.
+    notes : list of str
+        What a user should know.
+    lost : list of str
+        What the target cannot hold.
+    seconds : float
+    dry_run : bool
+    kind : str
+        ``"adapter"``, always.
+    """
+
+    source: str
+    target: str
+    source_format: str
+    target_format: str
+    verbatim: bool
+    modules: int
+    parameters: int
+    ranks: list[int]
+    input_bytes: int
+    output_bytes: int
+    base_model: str | None
+    base_fingerprint: str | None
+    notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    dry_run: bool = False
+    kind: str = "adapter"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOptions:
+    """What a user may ask of a conversion; see `loraformat.ops.convert.convert`."""
+
+    to_format: str | None = None
+    dtype: str | None = None
+    base: str | Path | None = None
+    canonical: bool = False
+    allow_pickle: bool = False
+    allow_base_mismatch: bool = False
+    force: bool = False
+    strict: bool = False
+    dry_run: bool = False
+
+
+def convert_adapter(
+    source: Source, reader: Converter, target: Path, options: AdapterOptions
+) -> AdapterReport:
+    """Convert an adapter.
+
+    Parameters
+    ----------
+    source : Source
+    reader : Converter
+        Of adapters.
+    target : Path
+        ``BUNDLE/adapters/NAME``, or an output of its own.
+    options : AdapterOptions
+
+    Raises
+    ------
+    LoraFormatError
+        Nothing appears at the target then, and a bundle is as it was.
+    """
+    began = time.perf_counter()
+    place, origin = adapter_place(target), adapter_place(source.path)
+    writer = _writer(target, place, options)
+    if reader.read_adapter is None:
+        raise UsageError(f"format {reader.name!r} can be written but not read")
+    lost = [loss for loss in writer.loses if writer.name != reader.name]
+    lost = [loss for loss in lost if loss not in reader.loses]
+    if options.strict and lost:
+        raise UnsupportedError(
+            f"{writer.name} cannot hold: {'; '.join(lost)}",
+            path=source.path,
+            hint="leave out --strict to go on without",
+        )
+    with ExitStack() as stack:
+        anew = options.canonical or options.dtype is not None or writer.name != reader.name
+        base, home = _base(stack, place, origin if anew else None, options)
+        read = AdapterReadOptions(base, options.allow_pickle)
+        adapter = stack.enter_context(reader.read_adapter(source.path, read))
+        listed, notes = _listed(origin)
+        if listed is not None:
+            check_listed(Folder(source.path), listed)
+            adapter = replace(adapter, files=tuple(f for f in adapter.files if f.path in listed))
+        output = plan_output(
+            adapter,
+            writer,
+            canonical=options.canonical,
+            dtype=options.dtype,
+            base=base,
+            home=home,
+            allow_base_mismatch=options.allow_base_mismatch,
+            expected=listed,
+        )
+        if place is not None and base is not None:
+            check_incoming(adapter, base)
+        elif base is not None:
+            check_fits(adapter, base)
+        report = _report(source, target, output, lost, notes)
+        if options.dry_run:
+            return replace(report, dry_run=True)
+        if place is not None and home is not None:
+            records = put(
+                output, place, home.fingerprint, force=options.force, finish=adapter.close
+            )
+            nbytes = sum(record.bytes for record in records.values())
+        else:
+            nbytes = _publish(output, target, options.force)
+    return replace(report, output_bytes=nbytes, seconds=time.perf_counter() - began)
+
+
+def _writer(target: Path, place: Place | None, options: AdapterOptions) -> Converter:
+    if place is None:
+        return plugins.for_output(target, options.to_format, "adapter")
+    if options.to_format not in (None, "peft"):
+        raise UsageError(
+            f"--to {options.to_format}: a bundle holds PEFT adapters",
+            hint="leave it out, or choose an output outside the bundle",
+        )
+    if options.base is not None:
+        raise UsageError("--base: the bundle is the base", hint="leave it out")
+    return plugins.get("peft")
+
+
+def _base(
+    stack: ExitStack, place: Place | None, origin: Place | None, options: AdapterOptions
+) -> tuple[Checkpoint | None, Home | None]:
+    """Open the base that the adapter is held against: the bundle's, the one named, or none."""
+    path = place.bundle if place else origin.bundle if origin else None
+    if options.base is not None:
+        path = resolve(options.base).path
+    if path is None:
+        return None, None
+    if is_bundle(path):
+        bundle = stack.enter_context(open_bundle(path))
+        return bundle.checkpoint, Home(bundle.manifest.fingerprint, bundle.manifest.source)
+    reader = plugins.sniff(path)
+    if reader.read is None:
+        raise UsageError(f"--base {options.base} is no base but {reader.name}")
+    return stack.enter_context(reader.read(path)), None
+
+
+def _listed(origin: Place | None) -> tuple[dict[str, FileRecord] | None, list[str]]:
+    """Return the files that a manifest lists for the source, if that lies in a bundle."""
+    if origin is None:
+        return None, []
+    listed = read_manifest(origin.bundle).adapters.get(origin.name)
+    if listed is None:
+        return None, ["its bundle does not list it: nothing was compared with a hash"]
+    return listed, []
+
+
+def _publish(output: AdapterOutput, target: Path, force: bool) -> int:
+    adapter = output.adapter
+    inputs = [adapter.path, *adapter.sources]
+    with open_publication(
+        output.writer.output, target, plan="adapter", inputs=inputs, force=force
+    ) as stage:
+        output.write(stage)
+        adapter.close()  # raises if an input changed, before anything is published
+        nbytes = sum(f.stat().st_size for f in stage.work.rglob("[!.]*") if f.is_file())
+        stage.commit()
+    return nbytes
+
+
+def tensors_of(adapter: Adapter) -> Iterator[DenseTensor]:
+    """Yield every tensor of an adapter."""
+    for delta in adapter.deltas.values():
+        parts = (delta.a, delta.b, delta.magnitude, delta.bias)
+        yield from (part for part in parts if part is not None)
+    yield from adapter.replacements.values()
+    yield from (rows.rows for rows in adapter.rows.values())
+
+
+def _report(
+    source: Source, target: Path, output: AdapterOutput, lost: list[str], notes: list[str]
+) -> AdapterReport:
+    adapter = output.adapter
+    parameters = sum(tensor.count for tensor in tensors_of(adapter))
+    if output.verbatim:
+        estimate = sum(file.nbytes for file in adapter.files)
+    else:
+        estimate = parameters * ITEM_BYTES[output.options.dtype or "F32"]
+    return AdapterReport(
+        source=source.repo or str(source.path),
+        target=str(target),
+        source_format=adapter.format,
+        target_format=output.writer.name,
+        verbatim=output.verbatim,
+        modules=len(adapter.deltas.keys() | adapter.replacements.keys() | adapter.rows.keys()),
+        parameters=parameters,
+        ranks=sorted({delta.rank for delta in adapter.deltas.values()}),
+        input_bytes=sum(path.stat().st_size for path in adapter.sources),
+        output_bytes=estimate,
+        base_model=adapter.base_model,
+        base_fingerprint=adapter.base_fingerprint,
+        notes=[*adapter.notes, *notes, *output.notes],
+        lost=lost,
+    )

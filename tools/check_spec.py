@@ -1,9 +1,9 @@
-"""Hold the specification, the code and the vectors to each other.
+"""Hold the specifications, the code and the vectors to each other.
 
     python tools/check_spec.py
 
 Fails on a MUST without a rule id, a rule with more than one MUST, a rule without an
-invalid vector, a vector of an unknown rule, a rule that the code or the minireader does
+invalid vector, a vector of an unknown rule, a rule that the code or the small reader does
 not raise or that only they know, a SHOULD that names one side only, a JSON Schema that
 is none, and tables that differ from the code's.
 """
@@ -15,17 +15,42 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SPEC = ROOT / "spec" / "loraformat-1.0.md"
 
-_RULE = re.compile(r"\*\*\[([ABHLMNV][0-9]{2})\]\*\*")
-_ID = r"[ABHLMNV][0-9]{2}"
+_RULE = re.compile(r"\*\*\[([A-Z][0-9]{2})\]\*\*")
 _STRONG = re.compile(r"\b(MUST|SHALL|REQUIRED)\b")
-_RAISED = re.compile(rf'"({_ID})"')
+
+
+@dataclass(frozen=True)
+class Specification:
+    """A text, the pattern of its rule ids, its reader and the index of its vectors."""
+
+    text: str
+    ids: str
+    reader: str
+    vectors: str
+
+    def raised(self, *paths: Path) -> set[str]:
+        """Return the rule ids of this text that stand in some code."""
+        pattern = re.compile(f'"({self.ids})"')
+        return {rule for path in paths for rule in pattern.findall(path.read_text("utf-8"))}
+
+    def broken(self) -> set[str]:
+        """Return the rule ids that have an invalid vector."""
+        index = json.loads((ROOT / "spec" / self.vectors).read_text("utf-8"))
+        return {vector["rule"] for vector in index["invalid"]}
+
+
+BUNDLE = Specification(
+    "loraformat-1.0.md", "[ABHLMNV][0-9]{2}", "minireader.py", "vectors/index.json"
+)
+# U16, U32 and U64 are dtypes.
+UNDO = Specification("undo-1.0.md", "U(?:0[0-9]|1[0-5])", "miniundo.py", "vectors/undo/index.json")
 
 
 def paragraphs(text: str) -> Iterator[str]:
@@ -65,26 +90,6 @@ def rules_of(text: str) -> set[str]:
     return set(_RULE.findall(text))
 
 
-def rules_in_code() -> set[str]:
-    """Return the rule ids that the package raises, and check nothing else."""
-    return {
-        rule
-        for path in (ROOT / "loraformat").rglob("*.py")
-        for rule in _RAISED.findall(path.read_text("utf-8"))
-    }
-
-
-def rules_in_minireader() -> set[str]:
-    """Return the rule ids that the minireader raises."""
-    return set(_RAISED.findall((ROOT / "spec" / "minireader.py").read_text("utf-8")))
-
-
-def rules_in_vectors() -> set[str]:
-    """Return the rule ids that have an invalid vector."""
-    index = json.loads((ROOT / "spec" / "vectors" / "index.json").read_text("utf-8"))
-    return {vector["rule"] for vector in index["invalid"]}
-
-
 def set_findings(spec: set[str], other: set[str], where: str) -> Iterator[str]:
     """Yield the rules that the text and another place do not share."""
     for rule in sorted(spec - other):
@@ -115,15 +120,23 @@ def table_findings(text: str) -> Iterator[str]:
         yield "the printed tables are not those of loraformat.nf4_tables"
 
 
+def spec_findings(spec: Specification) -> Iterator[str]:
+    """Yield what is wrong between a text, the code, the small reader and the vectors."""
+    text = (ROOT / "spec" / spec.text).read_text("utf-8")
+    rules = rules_of(text)
+    code = spec.raised(*(ROOT / "loraformat").rglob("*.py"))
+    yield from text_findings(text)
+    yield from set_findings(rules, code, "the code")
+    yield from set_findings(rules, spec.raised(ROOT / "spec" / spec.reader), f"spec/{spec.reader}")
+    yield from set_findings(rules, spec.broken(), f"spec/{spec.vectors}")
+
+
 def findings() -> list[str]:
     """Return everything that is wrong."""
-    text = SPEC.read_text("utf-8")
-    spec = rules_of(text)
+    text = (ROOT / "spec" / BUNDLE.text).read_text("utf-8")
     return [
-        *text_findings(text),
-        *set_findings(spec, rules_in_code(), "the code"),
-        *set_findings(spec, rules_in_minireader(), "spec/minireader.py"),
-        *set_findings(spec, rules_in_vectors(), "spec/vectors/invalid"),
+        *spec_findings(BUNDLE),
+        *spec_findings(UNDO),
         *schema_findings(),
         *table_findings(text),
     ]
@@ -135,8 +148,9 @@ def main() -> int:
     for finding in found:
         print(finding, file=sys.stderr)
     if not found:
-        count = len(rules_of(SPEC.read_text("utf-8")))
-        print(f"{count} rules: text, code, minireader and vectors agree")
+        texts = ((ROOT / "spec" / spec.text).read_text("utf-8") for spec in (BUNDLE, UNDO))
+        count = sum(len(rules_of(text)) for text in texts)
+        print(f"{count} rules: texts, code, small readers and vectors agree")
     return 1 if found else 0
 
 

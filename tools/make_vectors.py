@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import vector_invalid
 import vector_nf4 as nf4
+import vector_undo
+import vector_undo_invalid
+import vector_undo_valid
 import vector_valid
 from vector_bundle import Draft, build, text
 
@@ -64,6 +67,25 @@ def make() -> dict[str, bytes]:
         out |= {f"invalid/{name}/{path}": data for path, data in files.items()}
         index["invalid"].append(
             {"name": name, "rule": rule, "reason": reason, "how": how, "files": hashes(files)}
+        )
+    out["index.json"] = text(index)
+    return out | {f"undo/{path}": data for path, data in make_undo().items()}
+
+
+def make_undo() -> dict[str, bytes]:
+    """Return every file of the undo records' vectors, by path."""
+    out: dict[str, bytes] = {}
+    index: Json = {"version": "1.0", "made_by": "tools/make_vectors.py", "valid": [], "invalid": []}
+    for name, how, draft in vector_undo_valid.valid():
+        files = vector_undo.build(draft)
+        out |= {f"valid/{name}/{path}": data for path, data in files.items()}
+        entry = {"name": name, "how": how, **vector_undo.expected(draft), "files": hashes(files)}
+        index["valid"].append(entry)
+    for name, rule, reason, draft in vector_undo_invalid.invalid():
+        files = vector_undo.build(draft)
+        out |= {f"invalid/{name}/{path}": data for path, data in files.items()}
+        index["invalid"].append(
+            {"name": name, "rule": rule, "reason": reason, "files": hashes(files)}
         )
     out["index.json"] = text(index)
     return out

@@ -29,10 +29,8 @@ SIZES = {
 }  # fmt: skip
 
 
-def llama(*, tied: bool = False, bias: bool = False) -> torch.nn.Module:
-    config = LlamaConfig(
-        **SIZES, intermediate_size=48, tie_word_embeddings=tied, attention_bias=bias
-    )
+def llama(*, tied: bool = False, **sizes: int) -> torch.nn.Module:
+    config = LlamaConfig(**SIZES | sizes, intermediate_size=48, tie_word_embeddings=tied)
     return LlamaForCausalLM(config)
 
 

@@ -16,11 +16,10 @@ from math import sqrt
 
 import torch
 
-__all__ = ["Change", "Meter", "Sums", "measure_tile"]
+from loraformat.kernels.merge_tile import TileSums
+from loraformat.ops.tiling import tiles
 
-#: Elements up to which a tile is measured as a whole.
-_MEASURED_ELEMENTS = 1 << 15
-_FLOAT16_MAX = 65504.0
+__all__ = ["Change", "Meter", "Sums"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +50,28 @@ class Sums:
     weight: float = 0.0
     delta: float = 0.0
     product: float = 0.0
-    effect: float = 0.0
+    error: float = 0.0
     changed: int = 0
     swallowed: int = 0
     clipped: int = 0
 
-    def add(self, other: Sums, share: float = 1.0) -> None:
-        """Add other sums that stand for ``share`` times as many elements."""
-        self.weight += share * other.weight
-        self.delta += share * other.delta
-        self.product += share * other.product
-        self.effect += share * other.effect
-        self.changed += round(share * other.changed)
-        self.swallowed += round(share * other.swallowed)
+    def add(self, other: Sums | TileSums) -> None:
+        """Add other sums."""
+        self.weight += other.weight
+        self.delta += other.delta
+        self.product += other.product
+        self.error += other.error
+        self.changed += other.changed
+        self.swallowed += other.swallowed
         self.clipped += other.clipped
 
     def change(self, name: str) -> Change:
         """Return the figures."""
-        rest = max(self.effect - 2 * self.product + self.delta, 0.0)
         return Change(
             name,
             relative=_digits(sqrt(self.delta / self.weight) if self.weight else 0.0),
             gain=_digits(self.product / self.delta if self.delta else 1.0),
-            error=_digits(sqrt(rest / self.delta) if self.delta else 0.0),
+            error=_digits(sqrt(self.error / self.delta) if self.delta else 0.0),
             swallowed=_digits(self.swallowed / self.changed if self.changed else 0.0),
             clipped=self.clipped,
         )
@@ -95,8 +93,8 @@ class Meter:
 
     sums: dict[str, Sums] = field(default_factory=dict)
 
-    def add(self, name: str, sums: Sums) -> None:
-        """Add what `measure_tile` found."""
+    def add(self, name: str, sums: TileSums) -> None:
+        """Add what `loraformat.kernels.merge_tile.merge_tile` found."""
         self.sums.setdefault(name, Sums()).add(sums)
 
     def compare(
@@ -104,9 +102,11 @@ class Meter:
     ) -> None:
         """Measure a whole tensor: what it was, what it should become, what it became."""
         sums = self.sums.setdefault(name, Sums())
-        for before, exact, after in zip(weight, wanted, result, strict=True):
-            delta = exact.float() - before.float()
-            sums.add(_measure(before.float(), delta, None, after.float()))
+        columns = weight.shape[-1]
+        flat = [tensor.reshape(-1, columns) for tensor in (weight, wanted, result)]
+        for start, stop in tiles(len(flat[0]), columns):
+            before, exact, after = (tensor[start:stop].float() for tensor in flat)
+            sums.add(_compare(before, exact - before, after - before))
 
     def changes(self) -> list[Change]:
         """Return the figures of every tensor, sorted by name."""
@@ -120,35 +120,14 @@ class Meter:
         return total.change("total")
 
 
-def measure_tile(
-    weight: torch.Tensor, delta: torch.Tensor, gain: torch.Tensor | None, merged: torch.Tensor
-) -> Sums:
-    """Measure a tile, of large ones every 16th row."""
-    step = min(16, len(weight)) if weight.numel() >= _MEASURED_ELEMENTS else 1
-    own = gain if gain is None or len(gain) == 1 else gain[::step]
-    part = _measure(weight[::step].float(), delta[::step], own, merged[::step])
-    if merged.dtype == torch.float16 and step > 1:
-        part.clipped = int((merged.abs() >= _FLOAT16_MAX).sum())
-    sums = Sums()
-    sums.add(part, len(weight) / len(weight[::step]))
-    return sums
-
-
-def _measure(
-    weight: torch.Tensor, delta: torch.Tensor, gain: torch.Tensor | None, merged: torch.Tensor
-) -> Sums:
-    exact = delta.expand_as(weight) if gain is None else (weight + delta) * gain - weight
-    effect = merged.float() - weight
-    plain = weight.to(merged.dtype)
-    changed = exact != 0
-    flat, moved = exact.reshape(-1), effect.reshape(-1)
-    base = weight.reshape(-1)
-    return Sums(
-        weight=float(base @ base),
-        delta=float(flat @ flat),
-        product=float(flat @ moved),
-        effect=float(moved @ moved),
+def _compare(weight: torch.Tensor, delta: torch.Tensor, effect: torch.Tensor) -> TileSums:
+    rest, changed = effect - delta, delta != 0
+    return TileSums(
+        weight=float(weight.square().sum()),
+        delta=float(delta.square().sum()),
+        product=float((effect * delta).sum()),
+        error=float(rest.square().sum()),
         changed=int(changed.sum()),
-        swallowed=int((changed & (merged == plain)).sum()),
-        clipped=int((merged.abs() >= _FLOAT16_MAX).sum()) if merged.dtype == torch.float16 else 0,
+        swallowed=int((changed & (effect == 0)).sum()),
+        clipped=0,
     )

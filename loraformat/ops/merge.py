@@ -240,11 +240,12 @@ class _Job:
         writer: Converter,
         spool: Spool | None,
     ) -> None:
+        from loraformat.ops.buffers import BufferPool
         from loraformat.ops.change import Meter
 
         self.original, self.adapters = original, adapters
         self.options, self.writer = options, writer
-        self.meter = Meter()
+        self.meter, self.pool = Meter(), BufferPool()
         self.plan = plan_edits(original, adapters, options.weights)
         self.spool = spool
         self.recorders: dict[str, UndoRecorder] | None = None if spool is None else {}
@@ -331,6 +332,7 @@ class _Job:
             exact=self.recorders is not None,
             meter=None if self.options.requantize else self.meter,
             recorder=recorder,
+            pool=self.pool,
         )
         if again and isinstance(source, NF4Tensor):
             return requantized(

@@ -21,7 +21,7 @@ from loraformat.interval_code import Unmergeable, encode_tile
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.edits import Edit
 from loraformat.ops.merge_report import UndoSummary
-from loraformat.ops.merged import TILE_ELEMENTS
+from loraformat.ops.tiling import TILE_ELEMENTS
 from loraformat.publish import disk_full
 from loraformat.undo import (
     AdapterRecord,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from loraformat.ops.edits import Term
-    from loraformat.ops.merged import Matrix
+    from loraformat.ops.matrices import Matrix
 
 __all__ = ["Undoing"]
 
@@ -176,7 +176,7 @@ class Undoing:
     def _matrices(self, name: str, undo: UndoTensor) -> list[Matrix | None]:
         """Return what was added to each matrix, after the checks of U10."""
         from loraformat.ops.edits import Term
-        from loraformat.ops.merged import block_matrices
+        from loraformat.ops.matrices import block_matrices
 
         terms = [Term(**term) for term in undo.terms]
         stack, rows, columns, _ = tile_rows(undo.shape, self.record.tile_elements)
@@ -268,7 +268,7 @@ def _decode_matrix(
     import torch
 
     from loraformat.interval_code import decode_tile
-    from loraformat.ops.merged import for_each
+    from loraformat.ops.tiling import for_each
 
     deltas, gain = (None, None) if matrix is None else matrix.combined(gains, exact=True)
 

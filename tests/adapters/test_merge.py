@@ -273,13 +273,13 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
     base, _ = small(tmp_path)
     given = adapter(delta(Q, 32, 32))
     merge(base, [given], tmp_path / "straight", shard_limit=3000)
-    from loraformat.fixed_point import Product
+    from loraformat.ops import merged
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Product, "rows", interrupt)
+        patch.setattr(merged, "merge_tile", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(base, [given], tmp_path / "out", shard_limit=1500)
     assert (tmp_path / "out.partial").is_dir()

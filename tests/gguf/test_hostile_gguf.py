@@ -23,6 +23,7 @@ from raw_gguf import (
     ARRAY,
     F32,
     STRING,
+    U16,
     Key,
     Raw,
     Tensor,
@@ -93,6 +94,16 @@ def test_a_scale_that_is_no_number_is_refused_when_it_is_read(tmp_path, value):
     path.write_bytes(build([Key("adapter.lora.alpha", F32, value)]).data)
     with open_gguf(path) as file, pytest.raises(InputError, match="wanted a finite number"):
         file.number("adapter.lora.alpha")
+
+
+def test_parts_are_bounded_together(tmp_path):
+    for number in range(3):
+        keys = [Key("split.no", U16, number), Key("split.count", U16, 3)]
+        tensors = [Tensor(f"{number}.{n}", [8], nbytes=32) for n in range(12_000)]
+        path = tmp_path / f"m-{number + 1:05}-of-00003.gguf"
+        path.write_bytes(build(keys, tensors).data)
+    with pytest.raises(InputError, match=r"m-00003-of-00003\.gguf: and the parts before it have"):
+        open_gguf(path)
 
 
 # --- Time and memory --------------------------------------------------------------------------

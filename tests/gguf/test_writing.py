@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -198,3 +201,32 @@ def test_values_that_do_not_fit_their_type(kind, value):
         GGUFValue.of(kind, value)
     with pytest.raises(ValueError, match=kind.name):
         GGUFValue.of_array(kind, [value])
+
+
+_WRITE_LARGE = """
+import sys
+from pathlib import Path
+from loraformat.publish_file import FilePublication
+from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+
+chunk = 1 << 20
+large = PlannedTensor("a", (64, chunk // 4), GGMLType.F32, lambda: map(bytes, [chunk] * 64))
+small = PlannedTensor("b", (3,), GGMLType.F32, lambda: [bytes(12)])
+with FilePublication(Path(sys.argv[1]), plan="p") as output:
+    write_gguf(output, {}, [large, small])
+    output.commit()
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(int(status["VmHWM"].split()[0]))
+"""
+
+
+def test_a_large_tensor_is_never_whole_in_memory(tmp_path):
+    """64 MiB in pieces of one: 16 MiB may wait for the disk, the rest is Python."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WRITE_LARGE, str(tmp_path / "a.gguf")],
+        stdout=subprocess.PIPE, check=True, text=True,
+    )  # fmt: skip
+    assert int(done.stdout) < 64 << 10
+    with open_gguf(tmp_path / "a.gguf") as file:
+        assert [tensor.nbytes for tensor in file.tensors.values()] == [64 << 20, 12]

@@ -8,7 +8,6 @@ first part has the metadata, each part its own tensors.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
@@ -17,16 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from loraformat.errors import InputError, printable
-from loraformat.folder import Folder
-from loraformat.mapped import MappedBytes
-from loraformat_converters.gguf.header import GGUFHeader, TensorEntry, parse_header
+from loraformat_converters.gguf.header import TensorEntry
+from loraformat_converters.gguf.parts import Part, open_parts
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
 __all__ = ["GGUFFile", "GGUFTensor", "is_gguf", "open_gguf"]
-
-MAX_PARTS = 512
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,89 +73,13 @@ def open_gguf(path: Path) -> GGUFFile:
         If it is missing, damaged or hostile, or a part is missing.
     """
     path = Path(path)
-    folder = Folder(path.parent)
-    parts = [_Part(folder, path.name)]
+    parts = open_parts(path)
     try:
-        if (count := parts[0].number_of("split.count", 1)) > 1:
-            parts = _all_parts(folder, parts[0], count)
         return GGUFFile(path, parts)
     except BaseException:
         for part in parts:
             part.file.abandon()
         raise
-
-
-class _Part:
-    """One file on the disk and its head."""
-
-    def __init__(self, folder: Folder, name: str) -> None:
-        self.file = MappedBytes(folder, name)
-        self.path = self.file.path
-        try:
-            self.header: GGUFHeader = parse_header(
-                self.file.read_between, self.file.nbytes, self.path
-            )
-            self.file.map()
-        except BaseException:
-            self.file.abandon()
-            raise
-
-    def number_of(self, key: str, default: int) -> int:
-        value = self.header.metadata.get(key)
-        if value is None:
-            return default
-        if not value.type.is_integer:
-            raise InputError(f"{key} is {value.described}, wanted an integer", path=self.path)
-        return int(value.value)
-
-
-def _all_parts(folder: Folder, named: _Part, count: int) -> list[_Part]:
-    """Open the others; the part that was named is opened again, in its place."""
-    named.file.close()
-    match = _PART.fullmatch(named.path.name)
-    if count > MAX_PARTS:
-        raise InputError(f"claims to be split into {count} parts, more than {MAX_PARTS}",
-                         path=named.path)  # fmt: skip
-    if match is None or int(match["count"]) != count:
-        raise InputError(
-            f"is one of {count} parts, and its name does not say which",
-            path=named.path,
-            hint=f"give the parts their names again: NAME-00001-of-{count:05}.gguf and so on",
-        )
-    parts: list[_Part] = []
-    try:
-        for number in range(count):
-            name = f"{match['stem']}-{number + 1:05}-of-{count:05}.gguf"
-            if not folder.has(name):
-                raise InputError(
-                    f"part {number + 1} of {count} is missing: {printable(name)}",
-                    path=named.path,
-                    hint="download all parts into one directory",
-                )
-            parts.append(_Part(folder, name))
-            _check_part(parts[-1], number, count)
-        claimed = parts[0].number_of("split.tensors.count", -1)
-        found = sum(len(part.header.tensors) for part in parts)
-        if claimed not in (-1, found):
-            raise InputError(
-                f"split.tensors.count is {claimed}, and its {count} parts hold {found}",
-                path=parts[0].path,
-            )
-    except BaseException:
-        for part in parts:
-            part.file.abandon()
-        raise
-    return parts
-
-
-def _check_part(part: _Part, number: int, count: int) -> None:
-    said = part.number_of("split.no", -1), part.number_of("split.count", -1)
-    if said != (number, count):
-        raise InputError(
-            f"says that it is part {said[0] + 1} of {said[1]}, and its name says part "
-            f"{number + 1} of {count}",
-            path=part.path,
-        )
 
 
 class GGUFFile:
@@ -184,7 +103,7 @@ class GGUFFile:
     ``{arch}.block_count``.
     """
 
-    def __init__(self, path: Path, parts: list[_Part]) -> None:
+    def __init__(self, path: Path, parts: list[Part]) -> None:
         self.path = path
         self.sources = tuple(part.path for part in parts)
         self.version = parts[0].header.version

@@ -15,14 +15,15 @@ padding of the one before ends. So none overlaps another, and no byte is unaccou
 
 from __future__ import annotations
 
-import codecs
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.errors import UnsupportedError, printable
+from loraformat_converters.gguf.cursor import Cursor
+from loraformat_converters.gguf.keys import ValueSpan, read_keys
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
@@ -30,21 +31,14 @@ __all__ = ["DEFAULT_ALIGNMENT", "GGUFHeader", "TensorEntry", "aligned", "parse_h
 
 DEFAULT_ALIGNMENT = 32
 #: Bounds on what a head may ask for, each far beyond any model's.
-MAX_HEAD_BYTES = 128 << 20
 MAX_KEYS = 1 << 15
 MAX_TENSORS = 1 << 15
-MAX_STRING_BYTES = 64 << 20
 MAX_NAME_BYTES = 63  # ggml's own
-MAX_KEY_BYTES = 1024
-MAX_ITEMS = 1 << 21  # of one array, and of all arrays of strings together
 MAX_DIMENSIONS = 4
 MAX_SIZE = 1 << 48
-_CHUNK = 1 << 18
-_MOST_AT_ONCE = 1 << 22
 _SMALLEST_KEY = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_VALUE_TYPES = {member.value: member for member in ValueType}
+_U32 = struct.Struct("<I")
 _GGML_TYPES = {member.value: member for member in GGMLType}
 _REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
             36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}  # fmt: skip
@@ -129,13 +123,13 @@ def parse_header(
     InputError
         If it is damaged or hostile.
     """
-    cursor = _Cursor(read, nbytes, path)
+    cursor = Cursor(read, nbytes, path)
     version = _version(cursor)
     tensor_count = cursor.u64("the tensor count")
     key_count = cursor.u64("the key count")
     _check_count(cursor, key_count, MAX_KEYS, _SMALLEST_KEY, "keys")
     _check_count(cursor, tensor_count, MAX_TENSORS, _SMALLEST_TENSOR, "tensors")
-    spans = _keys(cursor, key_count)
+    spans = read_keys(cursor, key_count)
     alignment = _alignment(cursor, spans)
     entries = [_tensor(cursor, number) for number in range(tensor_count)]
     data_start = aligned(cursor.at, alignment)
@@ -145,78 +139,7 @@ def parse_header(
     return GGUFHeader(version, metadata, tensors, alignment, data_start)
 
 
-class _Cursor:
-    """A place in the head, which is read no further than it is understood."""
-
-    def __init__(
-        self, read: Callable[[int, int], bytes | memoryview], nbytes: int, path: Path
-    ) -> None:
-        self._read, self.nbytes, self.path = read, nbytes, path
-        self.data = bytearray()
-        self.at = 0
-        self.strings = 0
-
-    def fail(self, problem: str, *, hint: str | None = None) -> InputError:
-        return InputError(problem, path=self.path, hint=hint)
-
-    def need(self, end: int, what: str) -> None:
-        """Have the bytes up to ``end``."""
-        have = len(self.data)
-        if end <= have:
-            return
-        if end > self.nbytes:
-            raise self.fail(
-                f"ends at byte {self.nbytes} inside {what}, which needs {end - self.nbytes} more",
-                hint="download or copy it again",
-            )
-        if end > MAX_HEAD_BYTES:
-            raise self.fail(
-                f"{what} would end at byte {end}, and a head may have {MAX_HEAD_BYTES} bytes"
-            )
-        wanted = min(max(end, have + _CHUNK), self.nbytes, MAX_HEAD_BYTES)
-        for begin in range(have, wanted, _MOST_AT_ONCE):
-            self.data += self._read(begin, min(begin + _MOST_AT_ONCE, wanted))
-
-    def u32(self, what: str) -> int:
-        self.need(self.at + 4, what)
-        (number,) = _U32.unpack_from(self.data, self.at)
-        self.at += 4
-        return int(number)
-
-    def u64(self, what: str) -> int:
-        self.need(self.at + 8, what)
-        (number,) = _U64.unpack_from(self.data, self.at)
-        self.at += 8
-        return int(number)
-
-    def skip(self, nbytes: int, what: str) -> tuple[int, int]:
-        """Go over bytes and return where they lie."""
-        begin = self.at
-        self.need(begin + nbytes, what)
-        self.at += nbytes
-        return begin, self.at
-
-    def name(self, limit: int, what: str) -> str:
-        """Read a key or a tensor's name."""
-        length = self.u64(what)
-        if not 0 < length <= limit:
-            raise self.fail(f"{what} has a name of {length} bytes, wanted 1 to {limit}")
-        begin, end = self.skip(length, what)
-        raw = bytes(self.data[begin:end])
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.fail(f"{what} has a name that is not UTF-8: {printable(raw)}") from None
-        if min(text) < " " or "\x7f" in text:
-            raise self.fail(f"{what} has a name with control characters: {printable(text)}")
-        return text
-
-    def bytes_so_far(self) -> bytearray:
-        del self.data[self.at :]
-        return self.data
-
-
-def _version(cursor: _Cursor) -> int:
+def _version(cursor: Cursor) -> int:
     if cursor.nbytes < 24:
         raise cursor.fail(f"is {cursor.nbytes} bytes long, and a GGUF file has at least 24")
     cursor.need(24, "the first fields")
@@ -246,7 +169,7 @@ def _version(cursor: _Cursor) -> int:
     return version
 
 
-def _check_count(cursor: _Cursor, count: int, limit: int, smallest: int, what: str) -> None:
+def _check_count(cursor: Cursor, count: int, limit: int, smallest: int, what: str) -> None:
     if count > limit:
         raise cursor.fail(f"claims {count} {what}, more than {limit}")
     if count * smallest > cursor.nbytes - cursor.at:
@@ -256,114 +179,7 @@ def _check_count(cursor: _Cursor, count: int, limit: int, smallest: int, what: s
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Where a value lies in the head."""
-
-    type: ValueType
-    begin: int
-    end: int
-    item_type: ValueType | None = None
-    count: int = 1
-
-    def value(self, whole: memoryview) -> GGUFValue:
-        return GGUFValue(self.type, whole[self.begin : self.end], self.item_type, self.count)
-
-
-def _keys(cursor: _Cursor, count: int) -> dict[str, _Span]:
-    spans: dict[str, _Span] = {}
-    for number in range(count):
-        key = cursor.name(MAX_KEY_BYTES, f"key {number}")
-        if key in spans:
-            raise cursor.fail(f"has the key {printable(key)} twice")
-        spans[key] = _span(cursor, f"the value of {printable(key)}")
-    return spans
-
-
-def _value_type(cursor: _Cursor, what: str) -> ValueType:
-    number = cursor.u32(what)
-    try:
-        return _VALUE_TYPES[number]
-    except KeyError:
-        raise cursor.fail(f"{what} is of type {number}, and GGUF has 0 to 12") from None
-
-
-def _span(cursor: _Cursor, what: str) -> _Span:
-    kind = _value_type(cursor, what)
-    if kind is ValueType.ARRAY:
-        return _array(cursor, what)
-    if kind is ValueType.STRING:
-        length = cursor.u64(what)
-        if length > MAX_STRING_BYTES:
-            raise cursor.fail(f"{what} claims {length} bytes, more than {MAX_STRING_BYTES}")
-        begin, end = cursor.skip(length, what)
-        _check_utf8(cursor, begin, end, what)
-    else:
-        begin, end = cursor.skip(kind.nbytes, what)
-        if kind is ValueType.BOOL:
-            _check_bools(cursor, begin, end, what)
-    return _Span(kind, begin, end)
-
-
-def _array(cursor: _Cursor, what: str) -> _Span:
-    item = _value_type(cursor, what)
-    if item is ValueType.ARRAY:
-        raise UnsupportedError(
-            f"{what} is an array of arrays, which no GGUF program reads", path=cursor.path
-        )
-    count = cursor.u64(what)
-    if count > MAX_ITEMS:
-        raise cursor.fail(f"{what} claims {count} items, more than {MAX_ITEMS}")
-    if count * (item.nbytes or 8) > cursor.nbytes - cursor.at:
-        raise cursor.fail(
-            f"{what} claims {count} items, more than the rest of the file can hold",
-            hint="download or copy it again",
-        )
-    if item is ValueType.STRING:
-        begin, end = _strings(cursor, count, what)
-    else:
-        begin, end = cursor.skip(count * item.nbytes, what)
-        if item is ValueType.BOOL:
-            _check_bools(cursor, begin, end, what)
-    return _Span(ValueType.ARRAY, begin, end, item, count)
-
-
-def _strings(cursor: _Cursor, count: int, what: str) -> tuple[int, int]:
-    """Go over strings; what they hold is checked when they are looked at."""
-    cursor.strings += count
-    if cursor.strings > MAX_ITEMS:
-        raise cursor.fail(f"has more than {MAX_ITEMS} strings in its arrays")
-    begin = at = cursor.at
-    length_at, have = _U64.unpack_from, len(cursor.data)
-    for _ in range(count):  # up to two million times: no calls where none is needed
-        if at + 8 > have:
-            cursor.need(at + 8, what)
-            have = len(cursor.data)
-        (length,) = length_at(cursor.data, at)
-        at += 8 + length
-        if at > have:
-            cursor.need(at, what)
-            have = len(cursor.data)
-    cursor.at = at
-    return begin, at
-
-
-def _check_utf8(cursor: _Cursor, begin: int, end: int, what: str) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for at in range(begin, end, _CHUNK):
-            stop = min(at + _CHUNK, end)
-            decoder.decode(bytes(cursor.data[at:stop]), stop == end)
-    except UnicodeDecodeError as error:
-        raise cursor.fail(f"{what} is not UTF-8 ({error.reason})") from None
-
-
-def _check_bools(cursor: _Cursor, begin: int, end: int, what: str) -> None:
-    if strange := set(bytes(cursor.data[begin:end])) - {0, 1}:
-        raise cursor.fail(f"{what} is the truth value {min(strange)}, wanted 0 or 1")
-
-
-def _alignment(cursor: _Cursor, spans: dict[str, _Span]) -> int:
+def _alignment(cursor: Cursor, spans: dict[str, ValueSpan]) -> int:
     span = spans.get("general.alignment")
     if span is None:
         return DEFAULT_ALIGNMENT
@@ -377,7 +193,7 @@ def _alignment(cursor: _Cursor, spans: dict[str, _Span]) -> int:
     return int(alignment)
 
 
-def _tensor(cursor: _Cursor, number: int) -> TensorEntry:
+def _tensor(cursor: Cursor, number: int) -> TensorEntry:
     """Read an entry of the list; its offset still counts from the first tensor."""
     name = cursor.name(MAX_NAME_BYTES, f"tensor {number}")
     what = f"tensor {printable(name)}"
@@ -397,7 +213,7 @@ def _tensor(cursor: _Cursor, number: int) -> TensorEntry:
     return TensorEntry(name, tuple(reversed(sizes)), kind, cursor.u64(what), nbytes)
 
 
-def _ggml_type(cursor: _Cursor, what: str) -> GGMLType:
+def _ggml_type(cursor: Cursor, what: str) -> GGMLType:
     number = cursor.u32(what)
     if number in _GGML_TYPES:
         return _GGML_TYPES[number]
@@ -415,7 +231,7 @@ def _ggml_type(cursor: _Cursor, what: str) -> GGMLType:
 
 
 def _placed(
-    cursor: _Cursor, entries: list[TensorEntry], data_start: int, alignment: int
+    cursor: Cursor, entries: list[TensorEntry], data_start: int, alignment: int
 ) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     expected = end = 0

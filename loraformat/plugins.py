@@ -271,8 +271,10 @@ def _recognises(converter: Converter, path: Path) -> bool:
         ) from error
 
 
-def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
-    """Return the converter for an output: by name, else by suffix, else the kind's default.
+def for_output(
+    path: Path, name: str | None, kind: str = "base", default: str | None = None
+) -> Converter:
+    """Return the converter for an output: by name, else by suffix, else the default.
 
     Parameters
     ----------
@@ -280,6 +282,8 @@ def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
     name : str or None
         What the user said with ``--to``.
     kind : {"base", "adapter"}
+    default : str, optional
+        ``loraformat`` for a base and ``peft`` for an adapter, if it is not given.
 
     Raises
     ------
@@ -289,6 +293,7 @@ def for_output(path: Path, name: str | None, kind: str = "base") -> Converter:
     if name is None:
         name = (
             _by_suffix(all_converters(), path, kind)
+            or default
             or {"base": "loraformat", "adapter": "peft"}[kind]
         )
     converter = get(name)

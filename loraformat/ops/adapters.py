@@ -92,7 +92,7 @@ def copy_adapter(adapter: Adapter, output: Publication, folder: str = "") -> Non
 def write_adapter(
     adapter: Adapter, target: Path, *, force: bool = False, dtype: str | None = None
 ) -> None:
-    """Write an adapter as a PEFT directory: whole or not at all.
+    """Write an adapter, as a PEFT directory unless the suffix says more: whole or not at all.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def write_adapter(
         ``f32``, ``f16`` or ``bf16``; by default each factor keeps its own where that loses
         nothing.
     """
-    converter = plugins.get("peft")
+    converter = plugins.for_output(target, None, "adapter")
     assert converter.write_adapter is not None
     inputs = [adapter.path, *adapter.sources]
     with open_publication(

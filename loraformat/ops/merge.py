@@ -120,7 +120,7 @@ def merge(
         raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters, wanted one each")
     found = resolve(base)
     reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
-    writer = plugins.for_output(Path(target), to_format or "safetensors")
+    writer = plugins.for_output(Path(target), to_format, default="safetensors")
     _check_writer(writer, requantize, base, adapters, target)
     if reader.read is None or reader.kind != "base":
         raise UsageError(f"format {reader.name!r} is not a base that can be read")

@@ -82,7 +82,7 @@ def unmerge(
     began = time.perf_counter()
     found = resolve(merged)
     reader = plugins.sniff(found.path)
-    writer = plugins.for_output(Path(target), to_format or "safetensors")
+    writer = plugins.for_output(Path(target), to_format, default="safetensors")
     if writer.stores != "dense":
         raise UsageError(f"{writer.name} stores NF4, and the original's weights are dense")
     if reader.read is None:

@@ -178,6 +178,8 @@ def test_the_suffix_chooses_by_kind(monkeypatch, tmp_path):
     monkeypatch.setattr(plugins, "get", lambda name: {c.name: c for c in made.values()}[name])
     for kind, converter in made.items():
         assert plugins.for_output(tmp_path / "x.gguf", None, kind) is converter
+        given = plugins.for_output(tmp_path / "x.gguf", None, kind, default="safetensors")
+        assert given is converter
     del made["adapter"]
     with pytest.raises(UsageError, match=r"no installed converter writes an adapter as \.gguf"):
         plugins.for_output(tmp_path / "x.gguf", None, "adapter")

@@ -44,6 +44,8 @@ class Finding:
     Attributes
     ----------
     rule : str
+        Its id; empty for what no rule of the specification forbids, in formats that are not
+        ours.
     path : str
         The file.
     problem : str

@@ -12,16 +12,17 @@ _EXAMPLE = """\b
 Example:
   loraformat info my-bundle
   loraformat info my-bundle --tensors --json
+  loraformat info my-bundle/adapters/medical
 """
 
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("path")
-@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--tensors", is_flag=True, help="List every tensor, or every module of an adapter.")
 @json_option
 @quiet_option
 def command(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
-    """Show what a model is, without reading its weights.
+    """Show what a model or an adapter is, without reading its weights.
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
     """
@@ -31,7 +32,8 @@ def command(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
     if as_json:
         echo_json("info", summary.to_json(tensors=tensors))
     elif not quiet:
-        say(_text(summary, tensors))
+        text = _adapter_text if summary.kind == "adapter" else _text
+        say(text(summary, tensors))
 
 
 def _text(summary: Any, tensors: bool) -> str:
@@ -68,6 +70,43 @@ def _text(summary: Any, tensors: bool) -> str:
         ]  # fmt: skip
         lines += ["", table(["tensor", "encoding", "dtype", "shape", "bytes", "error"], rows)]
     return "\n".join(lines)
+
+
+def _adapter_text(adapter: Any, modules: bool) -> str:
+    facts = [
+        ("format", f"{adapter.format} (adapter)"),
+        ("rank", _listed(adapter.ranks)),
+        ("alpha", f"{_listed(adapter.alphas)}; B A is scaled by {_listed(adapter.scalings)}"),
+        ("on", f"{len(adapter.modules)} modules: {', '.join(adapter.targets) or 'none'}"),
+        ("parameters", f"{adapter.parameters:,}"),
+        ("files", size(adapter.bytes)),
+        ("stored as", ", ".join(f"{name}: {count:,}" for name, count in adapter.dtypes.items())),
+        ("base", adapter.base_model or "not named"),
+        ("made for", adapter.base_fingerprint or "no base that it names by fingerprint"),
+    ]
+    parts = {"DoRA": adapter.dora, "bias": adapter.biases, "embedding": adapter.embeddings}
+    also = [f"{count} with {what}" for what, count in parts.items() if count]
+    if also:
+        facts.append(("of them", ", ".join(also)))
+    facts += [("replaces", name) for name in adapter.replacements]
+    facts += [("replaces", f"rows of {name}") for name in adapter.replaced_rows]
+    if adapter.bundle:
+        facts.append(("listed by", adapter.bundle))
+    facts += [("note", note) for note in adapter.notes]
+    lines = [f"{name + ':':14}{value}" for name, value in facts]
+    if modules:
+        rows = [
+            [m.target, m.rank, f"{m.alpha:g}", f"{m.scaling:.4g}",
+             f"{m.out_features}x{m.in_features}", m.dtype, m.parameters]
+            for m in adapter.modules
+        ]  # fmt: skip
+        head = ["module", "rank", "alpha", "scaling", "shape", "dtype", "parameters"]
+        lines += ["", table(head, rows)]
+    return "\n".join(lines)
+
+
+def _listed(numbers: list[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers) or "none"
 
 
 def _origin(source: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_o
 _EXAMPLE = """\b
 Example:
   loraformat verify my-bundle
+  loraformat verify my-bundle/adapters/medical
 """
 
 _FOUND_SOMETHING = 4
@@ -23,8 +24,9 @@ _FOUND_SOMETHING = 4
 def command(path: str, as_json: bool, quiet: bool) -> int:
     """Check every rule and every hash; exit 4 on a finding.
 
-    PATH is a local path or a Hub id. A bundle is compared with the hashes in its manifest;
-    other formats have none: their headers and scales are checked.
+    PATH is a local path or a Hub id, of a model or an adapter. A bundle, and an adapter in one,
+    is compared with the hashes in its manifest; other formats have none: their headers and
+    scales are checked, and an adapter's pairs, shapes and values.
     """
     from loraformat.ops.verify import verify
 
@@ -34,7 +36,8 @@ def command(path: str, as_json: bool, quiet: bool) -> int:
         echo_json("verify", asdict(result))
     else:
         for finding in result.findings:
-            say(f"{finding.rule}: {finding.path}: {finding.problem}")
+            rule = f"{finding.rule}: " if finding.rule else ""
+            say(f"{rule}{finding.path}: {finding.problem}")
         if not result.findings and not quiet:
             hashes = (
                 "every hash matches" if result.hashed else "this format has no hashes to compare"

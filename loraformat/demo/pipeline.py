@@ -120,7 +120,7 @@ def run_demo(
 
     def step(title: str, path: Path, seconds: float = 0.0) -> None:
         say(f"measuring {title}")
-        report.steps.append(Step(title, path, describe(path), seconds, measure(path)))
+        report.steps.append(Step(title, path, _summary(path), seconds, measure(path)))
 
     def make(source: Path, name: str, format_name: str) -> ConversionReport:
         say(f"converting {source.name} to {format_name}")
@@ -142,6 +142,12 @@ def run_demo(
     return report
 
 
+def _summary(path: Path) -> ModelSummary:
+    summary = describe(path)
+    assert isinstance(summary, ModelSummary)
+    return summary
+
+
 class _Perplexities:
     """Measures what the installed packages can open, and notes once what they cannot."""
 
@@ -158,7 +164,7 @@ class _Perplexities:
             )
 
     def __call__(self, path: Path) -> Perplexity | None:
-        quantized = describe(path).quantized_parameters > 0
+        quantized = _summary(path).quantized_parameters > 0
         if not (self.nf4 if quantized else self.dense):
             return None
         return perplexity(path, self.text)

@@ -16,6 +16,7 @@ from loraformat.folder import Folder
 from loraformat.hub import resolve
 from loraformat.layout import layer_of
 from loraformat.mapped import MappedFile
+from loraformat.ops.describe_adapter import AdapterDescription, describe_adapter
 from loraformat.reader import Bundle, is_bundle, open_bundle
 
 __all__ = ["AdapterSummary", "ModelSummary", "TensorSummary", "describe"]
@@ -74,6 +75,8 @@ class ModelSummary:
     source : dict of str to str
     adapters : list of AdapterSummary
     tensors : list of TensorSummary
+    kind : str
+        ``"base"``, always.
     """
 
     path: str
@@ -95,6 +98,7 @@ class ModelSummary:
     source: dict[str, str] = field(default_factory=dict)
     adapters: list[AdapterSummary] = field(default_factory=list)
     tensors: list[TensorSummary] = field(default_factory=list)
+    kind: str = "base"
 
     def to_json(self, *, tensors: bool) -> dict[str, Any]:
         """Return JSON members, with or without the list of tensors."""
@@ -104,8 +108,8 @@ class ModelSummary:
         return members
 
 
-def describe(source: str | Path) -> ModelSummary:
-    """Describe a model.
+def describe(source: str | Path) -> ModelSummary | AdapterDescription:
+    """Describe a model, or an adapter.
 
     Parameters
     ----------
@@ -122,6 +126,8 @@ def describe(source: str | Path) -> ModelSummary:
         with open_bundle(path) as bundle:
             return _summary(bundle.checkpoint, bundle)
     reader = plugins.sniff(path)
+    if reader.kind == "adapter":
+        return describe_adapter(path, reader)
     assert reader.read is not None
     with reader.read(path) as checkpoint:
         return _summary(checkpoint, None)

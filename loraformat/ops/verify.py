@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from loraformat import plugins
+from loraformat.bundle_update import adapter_place, read_manifest
 from loraformat.checkpoint import NF4Tensor
-from loraformat.errors import FormatError
+from loraformat.errors import FormatError, InputError
+from loraformat.folder import Folder
 from loraformat.hub import resolve
-from loraformat.integrity import Finding, verify_bundle
+from loraformat.integrity import Finding, check_adapter, check_listed, verify_bundle
+from loraformat.ops.adapter_output import check_values
+from loraformat.ops.convert_adapter import tensors_of
+from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.reader import is_bundle
 
 __all__ = ["Verification", "verify"]
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class Verification:
 def verify(
     source: str | Path, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
-    """Check a model.
+    """Check a model, or an adapter.
 
     Parameters
     ----------
@@ -59,6 +67,8 @@ def verify(
     if is_bundle(path):
         return _bundle(path, progress)
     reader = plugins.sniff(path)
+    if reader.kind == "adapter":
+        return _adapter(path, reader)
     assert reader.read is not None
     count, findings = 0, []
     try:
@@ -72,6 +82,42 @@ def verify(
     except FormatError as error:
         findings = [Finding(error.rule, error.path or str(path), error.problem)]
     return Verification(str(path), reader.name, count, False, findings)
+
+
+def _adapter(path: Path, reader: Converter) -> Verification:
+    """Check an adapter: its files and, in a bundle, their hashes; then that it means something."""
+    folder = Folder(path) if path.is_dir() else None
+    place = adapter_place(path)
+    manifest = None if place is None else read_manifest(place.bundle)
+    listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
+    count = 0
+
+    def values() -> None:
+        nonlocal count
+        assert reader.read_adapter is not None
+        with reader.read_adapter(path, AdapterReadOptions()) as adapter:
+            check_values(adapter)
+            count = sum(1 for _ in tensors_of(adapter))
+
+    checks: list[Callable[[], None]] = []
+    if folder is not None and listed is not None:
+        checks += [partial(check_listed, folder, {name: record}) for name, record in listed.items()]
+    if folder is not None and folder.has(_ADAPTER_WEIGHTS):
+        fingerprint = None if manifest is None else manifest.fingerprint
+        checks.append(partial(check_adapter, folder, ".", fingerprint))
+    findings = [finding for check in checks for finding in _finding(check, path)]
+    findings = findings or _finding(values, path)
+    return Verification(str(path), reader.name, count, listed is not None, findings)
+
+
+def _finding(check: Callable[[], None], path: Path) -> list[Finding]:
+    try:
+        check()
+    except FormatError as error:
+        return [Finding(error.rule, error.path or str(path), error.problem)]
+    except InputError as error:  # no rule of the specification, but nothing can use it
+        return [Finding("", error.path or str(path), error.problem)]
+    return []
 
 
 def _bundle(path: Path, progress: Callable[[int, int], None]) -> Verification:

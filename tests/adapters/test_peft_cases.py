@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loraformat.ops.adapters import open_adapter, write_adapter
 from loraformat.ops.merge import merge
@@ -22,6 +23,7 @@ from tests.adapters.peft_models import (
     qwen3_moe_square,
     trained,
 )
+from tests.adapters.test_peft_files import read_base
 
 ALL = ["q_proj", "v_proj", "up_proj", "down_proj"]
 CONV = ["c_attn", "c_fc", "c_proj"]
@@ -121,6 +123,12 @@ def test_peft_and_we_compute_the_same(case, tmp_path: Path) -> None:
     with open_adapter(adapter) as opened:
         write_adapter(opened, tmp_path / "written")
     same(logits(base, tmp_path / "written"), wanted)
+    with read_base(base) as checkpoint, open_adapter(adapter, base=checkpoint) as opened:
+        write_adapter(opened, tmp_path / "held")  # names as in memory, though the base's differ
+    held, free = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("held", "written")
+    )
+    assert held.keys() == free.keys() and all(torch.equal(held[k], free[k]) for k in held)
     config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
     assert config["use_rslora"] is False and config["lora_alpha"] == config["r"]
     merge(base, [tmp_path / "written"], tmp_path / "again")

@@ -90,6 +90,11 @@ def test_a_vision_model_that_moved_its_layers(plain: tuple[Path, Path], names: s
     with read_base(base_path) as base, open_adapter(adapter, base=base) as opened:
         assert len(opened.deltas) == 4
         assert opened.deltas.keys() <= base.tensors.keys()
+        write_adapter(opened, base_path.parent / "written")  # under the names that it came with
+    assert (
+        load_file(base_path.parent / "written" / WEIGHTS).keys()
+        == load_file(adapter / WEIGHTS).keys()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -68,6 +68,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
             deltas={delta.target: delta for delta in by_module.values()},
             replacements=reader.replacements(),
             rows=read_rows(reader.tokens, config, stored.path, reader.in_base),
+            spellings=reader.spellings,
             config=config,
             base_model=_text(config.get("base_model_name_or_path")),
             base_fingerprint=stored.metadata.get(BASE_FINGERPRINT),
@@ -113,6 +114,7 @@ class _Reader:
         self._modules: dict[str, _Module] = {}
         self._replaced: dict[str, DenseTensor] = {}
         self.tokens: dict[str, DenseTensor] = {}
+        self.spellings: dict[str, str] = {}
         for name, tensor in stored.tensors.items():
             self._sort(name, tensor)
         if not (self._modules or self._replaced or self.tokens):
@@ -139,7 +141,12 @@ class _Reader:
 
     def in_base(self, name: str) -> str:
         """Return the base's name of a tensor, or its own."""
-        return (self._names.find(name) if self._names is not None else None) or name
+        return self._spelled((self._names.find(name) if self._names else None) or name, name)
+
+    def _spelled(self, target: str, name: str) -> str:
+        if target != name:
+            self.spellings[target] = name
+        return target
 
     def replacements(self) -> dict[str, DenseTensor]:
         """Return the tensors that replace the base's own."""
@@ -155,7 +162,9 @@ class _Reader:
                 pairs = {
                     depth: self._pair(name, parts, "") for depth, parts in module.layers.items()
                 }
-                found.update(experts.deltas(name, pairs))
+                for stored, delta in experts.deltas(name, pairs):
+                    self._spelled(delta.target, stored)
+                    found[stored] = delta
             elif len(module.layers) == 1:
                 found[name] = self._delta(name, next(iter(module.layers.values())))
             else:

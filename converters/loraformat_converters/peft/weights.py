@@ -90,8 +90,9 @@ def open_tensors(folder: Folder, *, allow_pickle: bool) -> StoredTensors:
         raise UnsupportedError(
             "is a pickle, which can hold a program instead of tensors",
             path=folder.path / PICKLE_NAME,
-            hint="if you trust where it comes from, say --allow-pickle (tensors only are loaded); "
-            "or save it again with safe_serialization=True",
+            hint="if you trust where it comes from, run loraformat convert on it with "
+            "--allow-pickle (which loads tensors only), or save it again with "
+            "safe_serialization=True",
         )
     return _unpickle(folder)
 

@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from loraformat.adapter import STATISTICS_NAME, Adapter, LoraDelta
@@ -55,6 +56,7 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     UnsupportedError
         For what PEFT's files cannot hold.
     """
+    adapter = _as_spelled(adapter)
     depths = _depths(adapter)
     pieces = [
         piece for delta in adapter.deltas.values() for piece in _pieces(delta, options, depths)
@@ -85,6 +87,21 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
             publication.write(file.path, file.read())
     config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
     publication.write(CONFIG_NAME, config.encode("utf-8"))
+
+
+def _as_spelled(adapter: Adapter) -> Adapter:
+    """Return an adapter under the names that it came with: those of the model in memory."""
+    own = adapter.spellings
+    if not own:
+        return adapter
+    deltas = [replace(d, target=own.get(d.target, d.target)) for d in adapter.deltas.values()]
+    rows = [replace(r, target=own.get(r.target, r.target)) for r in adapter.rows.values()]
+    return replace(
+        adapter,
+        deltas={delta.target: delta for delta in deltas},
+        replacements={own.get(name, name): t for name, t in adapter.replacements.items()},
+        rows={row.target: row for row in rows},
+    )
 
 
 def _is_ours(path: str) -> bool:

@@ -37,7 +37,7 @@ import click
 __all__ = ["Bench", "digests", "steps", "write_model"]
 
 #: Functions of ``os`` that change the disk; writing itself is watched in the file object.
-_STEPS = ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir")
+_STEPS = ("mkdir", "fsync", "link", "replace", "rename", "unlink", "rmdir")
 
 
 @contextmanager

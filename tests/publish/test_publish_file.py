@@ -1,14 +1,19 @@
 """Publishing a single file: what is refused, what is left, what another process may do."""
 
+import contextlib
+import errno
+import itertools
 import os
+import signal
 import stat
 
 import pytest
 
 from loraformat import plugins, publish_file
-from loraformat.errors import OutputError, UsageError
+from loraformat.errors import LoraFormatError, OutputError, UsageError
 from loraformat.publish import Publication
 from loraformat.publish_file import FilePublication, open_publication
+from tools.crash import steps
 
 
 def fill(publication, data=b"new"):
@@ -149,6 +154,78 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
         fill(publication)
         publication.commit()
     assert names(tmp_path) == ["model.gguf"]
+
+
+def publish(target, *, force):
+    with FilePublication(target, plan="p", force=force) as publication:
+        fill(publication)
+        publication.record(publication.file_name, {"bytes": 3})
+        publication.commit()
+
+
+def in_child(work):
+    """Do it in a child and return its status, as `os.wait` gives it."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "replace"])
+def test_a_kill_before_every_step(tmp_path, monkeypatch, force):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill does not need it
+    target, states = tmp_path / "model.gguf", set()
+    for wanted in itertools.count(1):
+        if force:
+            target.write_bytes(b"old")
+
+        def killed(wanted=wanted):
+            def kill(number, name):
+                if number == wanted:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            with steps(kill):
+                publish(target, force=force)
+
+        if not os.WIFSIGNALED(in_child(killed)):
+            break
+        states.add(target.read_bytes() if target.exists() else None)
+        publish(target, force=True)  # the same again completes it, and tidies up
+        assert target.read_bytes() == b"new" and target.stat().st_nlink == 1
+        assert names(tmp_path) == ["model.gguf"]
+        target.unlink()
+    assert wanted > 15
+    assert states == ({b"old", b"new"} if force else {None, b"new"})
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+def test_a_failure_at_every_step(tmp_path, force, number):
+    target = tmp_path / "model.gguf"
+    for wanted in itertools.count(1):
+        if force:
+            target.write_bytes(b"old")
+
+        last = 0
+
+        def fail(step, name, wanted=wanted):
+            nonlocal last
+            last = step
+            if step == wanted:
+                raise OSError(number, os.strerror(number))
+
+        with contextlib.suppress(LoraFormatError), steps(fail):
+            publish(target, force=force)
+        now = target.read_bytes() if target.exists() else None
+        assert now in (b"new", b"old" if force else None)
+        if last < wanted:
+            break
+        publish(target, force=True)
+        assert target.read_bytes() == b"new" and names(tmp_path) == ["model.gguf"]
+        target.unlink()
 
 
 def test_two_writers_of_one_file(tmp_path):

@@ -37,12 +37,16 @@ extern const interval_ops interval_ops_scalar;
 extern const interval_ops interval_ops_avx2, interval_ops_avx512;
 #endif
 
+/* Inlined always, so that each instruction set compiles its own: a call from AVX code to code for
+ * every machine costs more than the search of one interval. */
+#define INTERVAL_INLINE static inline __attribute__((always_inline))
+
 /* Largest number of a finite value. */
-static inline int32_t interval_top(int dtype) {
+INTERVAL_INLINE int32_t interval_top(int dtype) {
     return (dtype == NF4_F32 ? 0x7f800000 : dtype == NF4_F16 ? 0x7c00 : 0x7f80) - 1;
 }
 
-static inline float interval_value(int32_t number, int dtype) {
+INTERVAL_INLINE float interval_value(int32_t number, int dtype) {
     uint32_t sign = number < 0, u = sign ? 0u - (uint32_t)number : (uint32_t)number;
     if (dtype == NF4_F32) return nf4_float(u | sign << 31);
     if (dtype == NF4_BF16) return nf4_float((u | sign << 15) << 16);
@@ -50,7 +54,7 @@ static inline float interval_value(int32_t number, int dtype) {
 }
 
 /* Of x rounded to the dtype; x is not NaN. */
-static inline int32_t interval_number(float x, int dtype) {
+INTERVAL_INLINE int32_t interval_number(float x, int dtype) {
     uint32_t u = nf4_bits(x), sign = u >> 31;
     if (dtype == NF4_F32) u &= 0x7fffffff;
     if (dtype == NF4_F16) u = nf4_float_to_half(x) & 0x7fffu;
@@ -64,7 +68,7 @@ typedef struct {
     int32_t merged;
 } interval_element;
 
-static inline int32_t interval_forward(const interval_element *e, int32_t number, int from,
+INTERVAL_INLINE int32_t interval_forward(const interval_element *e, int32_t number, int from,
                                        int to) {
     float x = (interval_value(number, from) + e->delta) * e->gain; /* times 1 changes nothing */
     if (x != x) x = 0.0f;                                          /* infinity times gain 0 */
@@ -73,7 +77,7 @@ static inline int32_t interval_forward(const interval_element *e, int32_t number
 }
 
 /* The least number with f >= merged + above, or top + 1: gallop from a guess, then bisect. */
-static inline int64_t interval_least(const interval_element *e, int64_t guess, int above, int from,
+INTERVAL_INLINE int64_t interval_least(const interval_element *e, int64_t guess, int above, int from,
                                      int to) {
     const int64_t top = interval_top(from);
     int64_t low = -top - 1, high = top + 1, wanted = (int64_t)e->merged + above;
@@ -108,7 +112,7 @@ static inline int64_t interval_least(const interval_element *e, int64_t guess, i
 }
 
 /* The number of a weight near the edge between two merged numbers. */
-static inline int64_t interval_edge(const interval_element *e, int32_t merged, int from, int to) {
+INTERVAL_INLINE int64_t interval_edge(const interval_element *e, int32_t merged, int from, int to) {
     const int32_t top = interval_top(to), last = interval_top(from);
     if (merged <= -top) return -(int64_t)last;
     if (merged > top) return last;
@@ -119,7 +123,7 @@ static inline int64_t interval_edge(const interval_element *e, int32_t merged, i
 }
 
 /* The interval [*a, *b]; 0 if there is none. */
-static inline int interval_find(float delta, float gain, float merged, int from, int to, int64_t *a,
+INTERVAL_INLINE int interval_find(float delta, float gain, float merged, int from, int to, int64_t *a,
                                 int64_t *b) {
     interval_element e = {delta, gain, 0};
     uint32_t inf = 0x7f800000, all = 0x7fffffff;
@@ -136,7 +140,7 @@ static inline int interval_find(float delta, float gain, float merged, int from,
     return *a <= *b;
 }
 
-static inline int interval_width(uint64_t rest) {
+INTERVAL_INLINE int interval_width(uint64_t rest) {
     int width = 0;
     for (; rest; rest >>= 1) width++;
     return width;
@@ -149,14 +153,14 @@ typedef struct {
     int count;
 } interval_stream;
 
-static inline void interval_put(interval_stream *s, uint64_t value, int width) {
+INTERVAL_INLINE void interval_put(interval_stream *s, uint64_t value, int width) {
     s->held |= value << s->count;
     for (s->count += width; s->count >= 8; s->count -= 8, s->held >>= 8)
         *s->next++ = (uint8_t)s->held;
 }
 
 /* 0 if there are not so many. */
-static inline int interval_get(interval_stream *s, uint64_t *value, int width) {
+INTERVAL_INLINE int interval_get(interval_stream *s, uint64_t *value, int width) {
     for (; s->count < width; s->count += 8) {
         if (s->next == s->end) return 0;
         s->held |= (uint64_t)*s->next++ << s->count;

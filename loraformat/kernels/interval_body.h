@@ -110,26 +110,30 @@ typedef struct {
     int64_t delta_step, gain_step, columns;
 } ISA(row);
 
+/* interval_find for two dtypes: one copy of it, of this instruction set. */
+typedef int (*ISA(find))(float delta, float gain, float merged, int64_t *a, int64_t *b);
+
 #define EACH_LANE(mask) (; mask; mask &= mask - 1)
 
-INLINE int encode_one(const ISA(row) *r, int64_t i, int from, int to, int64_t at,
+INLINE int encode_one(const ISA(row) *r, int64_t i, ISA(find) find, int from, int to, int64_t at,
                       interval_stream *bits, interval_tile *t) {
     int64_t a, b;
     int32_t number = interval_number(nf4_load(r->weight, i, from), from);
     if (number == 0 && nf4_bits(nf4_load(r->weight, i, from))) t->zeros[t->zero_count++] = at;
-    if (!interval_find(r->delta[i * r->delta_step], r->gain ? r->gain[i * r->gain_step] : 1.0f,
-                       nf4_load(r->merged, i, to), from, to, &a, &b))
+    if (!find(r->delta[i * r->delta_step], r->gain ? r->gain[i * r->gain_step] : 1.0f,
+              nf4_load(r->merged, i, to), &a, &b))
         return 0;
     if (number < a || number > b) return 0;
     if (a < b) interval_put(bits, (uint64_t)(number - a), interval_width((uint64_t)(b - a)));
     return 1;
 }
 
-INLINE int decode_one(const ISA(row) *r, int64_t i, int from, int to, interval_stream *bits) {
+INLINE int decode_one(const ISA(row) *r, int64_t i, ISA(find) find, int from, int to,
+                      interval_stream *bits) {
     int64_t a, b;
     uint64_t rank = 0;
-    if (!interval_find(r->delta[i * r->delta_step], r->gain ? r->gain[i * r->gain_step] : 1.0f,
-                       nf4_load(r->merged, i, to), from, to, &a, &b))
+    if (!find(r->delta[i * r->delta_step], r->gain ? r->gain[i * r->gain_step] : 1.0f,
+              nf4_load(r->merged, i, to), &a, &b))
         return 0;
     if (a < b && !interval_get(bits, &rank, interval_width((uint64_t)(b - a)))) return 0;
     if (rank > (uint64_t)(b - a)) return 0;
@@ -145,7 +149,7 @@ INLINE void turned(const ISA(row) *r, int64_t i, int scaled, floats *merged, flo
     *gain = (floats)((ints)g ^ sign);
 }
 
-INLINE int encode_row(const ISA(row) *r, int64_t at, int scaled, int from, int to,
+INLINE int encode_row(const ISA(row) *r, int64_t at, int scaled, ISA(find) find, int from, int to,
                       interval_stream *bits, interval_tile *t) {
     int64_t i = 0;
     const ints negative_zero = bits_of((ints){0}, from) + (from == NF4_F32 ? INT32_MIN : 0x8000);
@@ -158,15 +162,16 @@ INLINE int encode_row(const ISA(row) *r, int64_t at, int scaled, int from, int t
         uint32_t left = negative_lanes(~sure | (ints)(raw == negative_zero));
         for EACH_LANE(left) {
             int64_t k = i + __builtin_ctz(left);
-            if (!encode_one(r, k, from, to, at + k, bits, t)) return 0;
+            if (!encode_one(r, k, find, from, to, at + k, bits, t)) return 0;
         }
     }
     for (; i < r->columns; i++)
-        if (!encode_one(r, i, from, to, at + i, bits, t)) return 0;
+        if (!encode_one(r, i, find, from, to, at + i, bits, t)) return 0;
     return 1;
 }
 
-INLINE int decode_row(const ISA(row) *r, int scaled, int from, int to, interval_stream *bits) {
+INLINE int decode_row(const ISA(row) *r, int scaled, ISA(find) find, int from, int to,
+                      interval_stream *bits) {
     const float limit = interval_value(interval_top(from), from);
     int64_t i = 0;
     for (; i + LANES <= r->columns; i += LANES) {
@@ -180,14 +185,14 @@ INLINE int decode_row(const ISA(row) *r, int scaled, int from, int to, interval_
         store_bits(r->weight, i, from, bits_of(number, from));
         uint32_t left = negative_lanes(~sure);
         for EACH_LANE(left)
-            if (!decode_one(r, i + __builtin_ctz(left), from, to, bits)) return 0;
+            if (!decode_one(r, i + __builtin_ctz(left), find, from, to, bits)) return 0;
     }
     for (; i < r->columns; i++)
-        if (!decode_one(r, i, from, to, bits)) return 0;
+        if (!decode_one(r, i, find, from, to, bits)) return 0;
     return 1;
 }
 
-INLINE int code_tile(interval_tile *t, int encoding, int from, int to) {
+INLINE int code_tile(interval_tile *t, int encoding, ISA(find) find, int from, int to) {
     interval_stream bits = {t->bits, t->bits + t->size, 0, 0};
     for (int64_t row = 0; row < t->rows; row++) {
         int64_t at = row * t->columns;
@@ -198,11 +203,11 @@ INLINE int code_tile(interval_tile *t, int encoding, int from, int to) {
             t->gain ? t->gain + row * t->gain_row : t->gain,
             t->delta_step, t->gain_step, t->columns,
         };
-        if (encoding && !(r.gain ? encode_row(&r, at, 1, from, to, &bits, t)
-                                 : encode_row(&r, at, 0, from, to, &bits, t)))
+        if (encoding && !(r.gain ? encode_row(&r, at, 1, find, from, to, &bits, t)
+                                 : encode_row(&r, at, 0, find, from, to, &bits, t)))
             return 0;
-        if (!encoding && !(r.gain ? decode_row(&r, 1, from, to, &bits)
-                                  : decode_row(&r, 0, from, to, &bits)))
+        if (!encoding && !(r.gain ? decode_row(&r, 1, find, from, to, &bits)
+                                  : decode_row(&r, 0, find, from, to, &bits)))
             return 0;
     }
     if (!encoding) return bits.next == bits.end && !bits.held; /* no bytes left, no bits set */
@@ -211,12 +216,16 @@ INLINE int code_tile(interval_tile *t, int encoding, int from, int to) {
     return 1;
 }
 
-#define PAIR(from, to)                                                                  \
-    static TARGET int ISA(encode##from##to)(interval_tile *t) {                         \
-        return code_tile(t, 1, from, to);                                               \
-    }                                                                                   \
-    static TARGET int ISA(decode##from##to)(interval_tile *t) {                         \
-        return code_tile(t, 0, from, to);                                               \
+#define PAIR(from, to)                                                                      \
+    static TARGET __attribute__((noinline)) int ISA(find##from##to)(                        \
+        float delta, float gain, float merged, int64_t *a, int64_t *b) {                    \
+        return interval_find(delta, gain, merged, from, to, a, b);                          \
+    }                                                                                       \
+    static TARGET int ISA(encode##from##to)(interval_tile *t) {                             \
+        return code_tile(t, 1, ISA(find##from##to), from, to);                              \
+    }                                                                                       \
+    static TARGET int ISA(decode##from##to)(interval_tile *t) {                             \
+        return code_tile(t, 0, ISA(find##from##to), from, to);                              \
     }
 #define ROW(way, from) {ISA(way##from##0), ISA(way##from##1), ISA(way##from##2)}
 

@@ -39,7 +39,7 @@ $(VENV)/bin/python:
 # torch first and pinned: a range would choose a build with gigabytes of CUDA libraries.
 $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) torch
-	$(PIP) '.[demo]'
+	$(PIP) '.[demo,plot]'
 	touch $@
 
 $(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py $(wildcard loraformat/kernels/*.[ch])

@@ -29,7 +29,7 @@ __all__ = ["commands", "main"]
 _VERBS = {
     "combine": "Make one adapter from several.",
     "convert": "Convert a model from one format to another.",
-    "demo": "Run the whole pipeline on the small real model.",
+    "demo": "Run every verb on the small real model and its adapters.",
     "extract": "Extract an adapter from a base and its fine-tune.",
     "formats": "List converters, directions and what each loses.",
     "info": "Show what a model is, without reading its weights.",

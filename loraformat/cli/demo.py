@@ -20,13 +20,13 @@ Example:
 @click.argument(
     "directory", default="loraformat-demo", type=click.Path(path_type=Path, file_okay=False)
 )
-@click.option("--force", is_flag=True, help="Replace the models of an earlier run.")
+@click.option("--force", is_flag=True, help="Replace what an earlier run made.")
 @json_option
 @quiet_option
 def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:
-    """Run the whole pipeline on the small real model that ships with loraformat.
+    """Run every verb on the small real model and the adapters that ship with loraformat.
 
-    The models are put into DIRECTORY. Perplexity is measured on held-out text.
+    What is made is put into DIRECTORY. Perplexity is measured on held-out text.
     """
     from loraformat.demo.pipeline import run_demo
 
@@ -47,10 +47,12 @@ def _silence_transformers() -> None:
     """Keep other libraries' bars and warnings from running through ours."""
     import logging
     import os
+    import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
@@ -59,37 +61,59 @@ def _silence_transformers() -> None:
 
 
 def _text(report: Any, directory: Path) -> str:
-    rows = [
-        [
-            step.title,
-            step.summary.format,
-            size(step.summary.weight_bytes),
-            f"{step.summary.bits_per_weight:.3f}",
-            f"{step.perplexity.perplexity:.4f}" if step.perplexity else "-",
-            f"{step.perplexity.bits_per_byte:.4f}" if step.perplexity else "-",
-            f"{step.seconds:.2f}" if step.seconds else "-",
-        ]
-        for step in report.steps
-    ]
-    head = ["model", "format", "weights", "bits/weight", "perplexity", "bits/byte", "seconds"]
-    bundle = report.steps[1].summary
-    errors = [[kind, f"{error:.4f}"] for kind, error in report.errors_by_kind.items()]
+    original, bundle = (model.summary for model in report.bases.models[:2])
     lines = [
-        f"The small real model: {report.steps[0].summary.parameters:,} parameters, "
+        f"The small real model: {original.parameters:,} parameters, "
         f"{bundle.quantized_parameters:,} of them in linears of its layers.",
         "",
-        table(head, rows),
+        _models(report),
         "",
         f"In NF4: {bundle.quantized_bits_per_weight:.3f} bits per weight; embeddings and norms "
         "stay plain, and in a model this small they weigh much.",
         "",
-        table(["quantized", "relative RMS error"], errors),
+        "Two adapters, trained on the NF4 values: manual learned Python's language reference,",
+        "tests learned unit tests. Perplexity on held-out text of each kind:",
+        "",
+        _adapters(report),
+        "",
+        _verbs(report),
         "",
         *[f"note: {note}" for note in report.notes],
-        f"All of it took {report.seconds:.1f} seconds. Try next:",
+        f"All of it took {report.seconds:.0f} seconds. Try next:",
         f"  loraformat info {directory / 'bundle'} --tensors",
         f"  loraformat verify {directory / 'bundle'}",
-        f"  loraformat convert {directory / 'bundle'} my-model --to safetensors --dtype f32",
+        f"  loraformat spectrum {directory / 'both'}",
         "  loraformat convert org/model my-bundle        (any model on the Hub)",
     ]
     return "\n".join(lines)
+
+
+def _models(report: Any) -> str:
+    rows = [
+        [
+            model.title,
+            model.summary.format,
+            size(model.summary.weight_bytes),
+            f"{model.summary.bits_per_weight:.3f}",
+            _figure(model, "library", 4),
+            f"{model.seconds:.2f}" if model.seconds else "-",
+        ]
+        for model in report.bases.models
+    ]
+    return table(["model", "format", "weights", "bits/weight", "perplexity", "seconds"], rows)
+
+
+def _adapters(report: Any) -> str:
+    measured = [*report.bases.models[:2], *(step for step in report.steps if step.measured)]
+    kinds = ("manual", "tests", "library")
+    rows = [[step.title, *(_figure(step, kind, 2) for kind in kinds)] for step in measured]
+    return table(["", *kinds], rows)
+
+
+def _figure(step: Any, kind: str, digits: int) -> str:
+    return f"{step.perplexity[kind].perplexity:.{digits}f}" if kind in step.perplexity else "-"
+
+
+def _verbs(report: Any) -> str:
+    done = (step for step in report.steps if step.command)
+    return "\n".join(f"loraformat {step.command}\n    {step.result}" for step in done)

@@ -23,7 +23,7 @@ from loraformat.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Perplexity", "perplexity", "perplexity_of"]
+__all__ = ["Perplexity", "load", "perplexity", "perplexity_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,30 @@ def perplexity(
     MissingDependencyError
         If torch or transformers is not installed.
     """
+    model, tokenizer = load(model_dir)
+    return perplexity_of(
+        model, tokenizer, text, window=window, batch_size=batch_size, exact_4bit=exact_4bit
+    )
+
+
+def load(model_dir: str | PathLike[str]) -> tuple[Any, Any]:
+    """Load a model in float32 and its tokenizer, without network or remote code.
+
+    Parameters
+    ----------
+    model_dir : str or os.PathLike
+        A directory that `transformers` can open, with its tokenizer.
+
+    Returns
+    -------
+    tuple
+        The model and the tokenizer.
+
+    Raises
+    ------
+    MissingDependencyError
+        If torch or transformers is not installed.
+    """
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,9 +132,7 @@ def perplexity(
     model = AutoModelForCausalLM.from_pretrained(
         here, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    return perplexity_of(
-        model, tokenizer, text, window=window, batch_size=batch_size, exact_4bit=exact_4bit
-    )
+    return model, tokenizer
 
 
 def perplexity_of(
@@ -137,7 +159,8 @@ def perplexity_of(
     exact_4bit : bool, optional
         On some CPUs the 4-bit linears of bitsandbytes re-lay their weights in place and round
         their scales to bfloat16 at the first forward in evaluation mode. By default they alone
-        are kept in training mode, where the stored values are used as they are.
+        are kept in training mode, where the stored values are used as they are, and multiply in
+        float32, as the other layers do.
 
     Returns
     -------
@@ -157,7 +180,7 @@ def perplexity_of(
         raise InputError("the text has no token to predict", hint="give a longer text")
     model.eval()
     if exact_4bit:
-        _keep_4bit_weights_unpacked(model)
+        _compute_4bit_exactly(model)
     with torch.inference_mode():
         nats = sum(_nats(model, *pair) for pair in _batches(stream, window, batch_size))
     return Perplexity(nats / (len(stream) - 1), len(stream) - 1, len(text.encode()))
@@ -187,9 +210,12 @@ def _nats(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> float:
     return float(losses.double().sum())
 
 
-def _keep_4bit_weights_unpacked(model: Any) -> None:
-    """Put the 4-bit linears of bitsandbytes, which have no dropout, into training mode."""
+def _compute_4bit_exactly(model: Any) -> None:
+    """Let the 4-bit linears of bitsandbytes, which have no dropout, train, and multiply in f32."""
+    import torch
+
     for module in model.modules():
         kind = type(module)
         if kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes"):
             module.training = True
+            module.compute_dtype = torch.float32

@@ -1,0 +1,111 @@
+"""The demo's third chapter: adapters into other adapters.
+
+Smaller by their singular values, two into one, one out of a fine-tune, and a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from loraformat.demo import ADAPTERS, SMALL_MODEL
+from loraformat.demo.step import Step
+from loraformat.errors import MissingDependencyError
+from loraformat.ops.combine import combine
+from loraformat.ops.combine_options import CombineOptions
+from loraformat.ops.extract import extract
+from loraformat.ops.extract_options import ExtractOptions
+from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.spectrum import check_plot, plot, spectrum
+
+__all__ = ["shape_adapters"]
+
+
+def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
+    """Reduce, combine and extract adapters, and draw one's spectrum.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds ``merged-original``, the fine-tune to extract from; gets the adapters.
+    force : bool
+    say : callable
+
+    Yields
+    ------
+    Step
+    """
+
+    def reduced(title: str, name: str, words: str, how: Reduction) -> Step:
+        report = reduce(ADAPTERS["manual"], directory / name, how, force=force)
+        assert report.energy is not None
+        ranks = [module.new_rank for module in report.modules]
+        span = f"ranks {min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"rank {ranks[0]}"
+        line = (
+            f"{span} instead of {report.modules[0].old_rank}: {report.new_parameters:,} of "
+            f"{report.old_parameters:,} parameters hold {report.energy:.1%} of the energy"
+        )
+        figures = {"energy": report.energy, "parameters": report.new_parameters}
+        command = f"reduce manual -o {name} {words}"
+        return Step(
+            title, command, line, directory / name, report.seconds, figures, "adapter"
+        )  # fmt: skip
+
+    say("reducing manual")
+    yield reduced("manual, reduced to rank 8", "rank8", "--rank 8", Reduction(rank=8))
+    yield reduced(
+        "manual, at 90 % energy", "energy90", "--energy 0.9", Reduction(energy=0.9)
+    )  # fmt: skip
+    yield _combined(directory, force, say)
+    yield _extracted(directory, force, say)
+    yield _drawn(directory, say)
+
+
+def _combined(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
+    say("combining manual and tests")
+    target = directory / "both"
+    report = combine(list(ADAPTERS.values()), target, CombineOptions("svd", rank=24), force=force)
+    kept = min(module.energy for module in report.modules)
+    return Step(
+        "manual and tests in one",
+        "combine manual tests -o both --method svd --rank 24",
+        f"ranks 24 and 16 in 24: every module keeps {kept:.1%} of the sum's energy or more",
+        target,
+        report.seconds,
+        {"least_energy": kept, "parameters": report.parameters},
+        "adapter",
+        ("library", "manual", "tests"),
+    )
+
+
+def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
+    say("extracting an adapter")
+    target = directory / "extracted"
+    tuned = directory / "merged-original"
+    report = extract(SMALL_MODEL, tuned, target, ExtractOptions(rank="auto"), force=force)
+    ranks = [module.rank for module in report.modules]
+    return Step(
+        "extracted from the fine-tune",
+        f"extract {SMALL_MODEL.name} merged-original -o extracted --rank auto",
+        f"finds ranks {min(ranks)} to {max(ranks)} above the rounding noise, {report.captured:.1%} "
+        "of the difference",
+        target,
+        report.seconds,
+        {"captured": report.captured, "parameters": report.parameters},
+        "adapter",
+    )
+
+
+def _drawn(directory: Path, say: Callable[[str], None]) -> Step:
+    say("drawing the spectrum of manual")
+    picture = directory / "spectrum.png"
+    report = spectrum(ADAPTERS["manual"])
+    ranks = report.suggested
+    line = ", ".join(f"{word} of the energy at rank {rank}" for word, rank in ranks.items())
+    try:
+        check_plot(picture)
+        plot(report, picture)
+    except MissingDependencyError as missing:
+        picture, line = ADAPTERS["manual"], f"{line} (no picture: {missing.hint})"
+    figures = {f"rank_{word.rstrip('%')}": float(rank) for word, rank in ranks.items()}
+    return Step("spectrum", "spectrum manual --plot spectrum.png", line, picture, 0.0, figures)

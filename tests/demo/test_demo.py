@@ -1,0 +1,123 @@
+"""The demo: what each verb does to perplexity has the sign that it must have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from loraformat.cli.demo import command
+from loraformat.demo import SMALL_MODEL
+from loraformat.demo.merging import tensor_hashes
+from loraformat.demo.pipeline import DemoReport, run_demo
+from loraformat.demo.step import Step
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def report(directory: Path) -> DemoReport:
+    return run_demo(directory)
+
+
+@pytest.fixture(scope="module")
+def steps(report: DemoReport) -> dict[str, Step]:
+    return {step.path.name: step for step in report.steps}
+
+
+def manual(step: Any) -> float:
+    return float(step.perplexity["manual"].perplexity)
+
+
+def test_all_of_it_is_measured(report: DemoReport) -> None:
+    assert report.notes == []
+    assert all(step.perplexity for step in report.steps if step.measured)
+
+
+def test_a_bundle_is_as_good_as_its_dense_values(report: DemoReport) -> None:
+    original, bundle, dense, bitsandbytes = (
+        model.perplexity["library"].perplexity for model in report.bases.models
+    )
+    assert original < bundle < 1.05 * original
+    assert dense == pytest.approx(bundle, rel=1e-3)
+    assert bitsandbytes == pytest.approx(bundle, rel=1e-6)
+
+
+def test_an_adapter_helps_on_its_own_text(report: DemoReport, steps: dict[str, Step]) -> None:
+    bundle = report.bases.models[1]
+    for kind in ("manual", "tests"):
+        alone = bundle.perplexity[kind].perplexity
+        assert steps[kind].perplexity[kind].perplexity < 0.9 * alone
+
+
+def test_merged_is_the_adapter_as_peft_applies_it(steps: dict[str, Step]) -> None:
+    assert manual(steps["merged"]) == pytest.approx(manual(steps["manual"]), rel=2e-3)
+
+
+def test_quantizing_again_swallows_the_adapter(report: DemoReport, steps: dict[str, Step]) -> None:
+    base, adapted = manual(report.bases.models[1]), manual(steps["manual"])
+    left = (base - manual(steps["requantized"])) / (base - adapted)
+    assert left < 0.25
+    assert steps["requantized"].figures["kept"] < 0.15
+
+
+def test_merging_into_the_original_is_not_worse(steps: dict[str, Step]) -> None:
+    assert manual(steps["merged-original"]) < 1.01 * manual(steps["merged"])
+
+
+def test_undoing_gives_the_original(directory: Path, steps: dict[str, Step]) -> None:
+    assert tensor_hashes(directory / "unmerged") == tensor_hashes(SMALL_MODEL)
+    assert tensor_hashes(directory / "merged-original") != tensor_hashes(SMALL_MODEL)
+    assert steps["merged-original"].figures["undo_bits_per_weight"] < 0.3
+
+
+@pytest.mark.parametrize("name", ["rank8", "energy90"])
+def test_reduced_is_slightly_worse(name: str, steps: dict[str, Step]) -> None:
+    assert manual(steps["manual"]) < manual(steps[name]) < 1.03 * manual(steps["manual"])
+    assert steps[name].nbytes < 0.5 * steps["manual"].nbytes
+
+
+def test_combined_does_both(report: DemoReport, steps: dict[str, Step]) -> None:
+    for kind in ("manual", "tests"):
+        alone = report.bases.models[1].perplexity[kind].perplexity
+        best = steps[kind].perplexity[kind].perplexity
+        assert steps["both"].perplexity[kind].perplexity < (alone + best) / 2
+
+
+def test_extracted_is_as_good_as_what_was_merged(steps: dict[str, Step]) -> None:
+    assert manual(steps["extracted"]) == pytest.approx(manual(steps["manual"]), rel=5e-3)
+    assert steps["extracted"].figures["captured"] > 0.99
+
+
+def test_there_is_a_picture(directory: Path) -> None:
+    assert (directory / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_is_json(report: DemoReport) -> None:
+    again = json.loads(json.dumps(report.to_json()))
+    assert [model["title"] for model in again["models"]] == [
+        "original",
+        "bundle",
+        "dense",
+        "bitsandbytes",
+    ]
+    assert all(step["bytes"] > 0 for step in again["adapters"])
+
+
+def test_the_command_prints_tables_and_commands(
+    report: DemoReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The run is the one above, so that it takes no second one."""
+    monkeypatch.setattr("loraformat.demo.pipeline.run_demo", lambda *args, **kwargs: report)
+    result = CliRunner().invoke(command, [str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for step in report.steps:
+        assert step.command in result.output and step.result in result.output
+    for title in ("original", "bundle", "merged, then NF4 again"):
+        assert f"\n{title} " in result.output

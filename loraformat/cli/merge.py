@@ -21,6 +21,7 @@ _EXAMPLE = """\b
 Example:
   loraformat merge meta-llama/Llama-3.2-1B my-adapter -o merged
   loraformat merge base A B --weight 0.7 --weight 0.3 -o merged --undo undo.lfu
+  loraformat merge bundle A B -o both --to loraformat --name both
 """
 
 
@@ -51,7 +52,12 @@ Example:
 @click.option(
     "--requantize",
     is_flag=True,
-    help="Allow an NF4 output: it loses nearly all of an ordinary delta.",
+    help="Quantize the merged weights: it loses nearly all of an ordinary delta.",
+)
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="With --to loraformat: the adapter's name in the bundle; by default its directory's.",
 )
 @click.option(
     "--allow-base-mismatch", is_flag=True, help="Merge an adapter that was made for another base."
@@ -81,7 +87,8 @@ def command(
     """Merge adapters into a base, into a new model.
 
     BASE is never changed. Every weight gets the sum of all deltas and is rounded once. A
-    quantized BASE gives dense weights: quantizing again would lose the adapter.
+    quantized BASE gives dense weights: quantizing again would lose the adapter. With
+    `--to loraformat` it keeps its codes, and the sum of the adapters lies beside them.
     """
     from loraformat.ops.merge import merge
 
@@ -97,11 +104,12 @@ def command(
 
 def _text(report: Any, show_modules: bool) -> str:
     would = "would write" if report.dry_run else "wrote"
+    verb = "merged" if report.beside is None else "with a delta beside them"
     lines = [
         f"{report.source_format} {report.source}",
         *(f"+ {a.weight:g} x {a.format} {a.path}" for a in report.adapters),
         f"{would} {report.target_format} {report.target} ({size(report.output_bytes)})",
-        f"{report.merged} tensors merged, {report.replaced} replaced, of {report.tensors}"
+        f"{report.merged} tensors {verb}, {report.replaced} replaced, of {report.tensors}"
         + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
     if report.total is not None:
@@ -117,6 +125,8 @@ def _text(report: Any, show_modules: bool) -> str:
             f"undo record {report.undo.path} ({size(report.undo.bytes)}, "
             f"{report.undo.bits_per_weight:.4f} bits per weight); keep the adapters, too"
         )
+    if report.beside is not None:
+        lines.append(f"the base is as it was; the adapter is adapters/{report.beside} in it")
     lines += [f"warning: {warning}" for warning in report.warnings]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"note: {a.path}: {note}" for a in report.adapters for note in a.notes]

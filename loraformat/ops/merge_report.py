@@ -51,6 +51,8 @@ class MergeReport:
         Of all of them; None of a dry run.
     output_bytes : int
     undo : UndoSummary or None
+    beside : str or None
+        Name of the adapter in the output, if that keeps the base as it is.
     notes, warnings, lost : list of str
         What to know, what to worry about, what the source held and the output does not.
     seconds : float
@@ -62,13 +64,14 @@ class MergeReport:
     source_format: str
     target_format: str
     adapters: list[MergedAdapter]
-    merged: int
-    replaced: int
-    tensors: int
+    merged: int = 0
+    replaced: int = 0
+    tensors: int = 0
     modules: list[Change] = field(default_factory=list)
     total: Change | None = None
     output_bytes: int = 0
     undo: UndoSummary | None = None
+    beside: str | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)

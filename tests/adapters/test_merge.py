@@ -187,7 +187,7 @@ def test_quantizing_again_must_be_asked_for_and_is_measured(tmp_path):
     convert(base, tmp_path / "nf4")
     given = adapter(delta(Q, 32, 32, scale=0.02))
     with pytest.raises(UsageError, match="--requantize"):
-        merge(tmp_path / "nf4", [given], tmp_path / "out", to_format="loraformat")
+        merge(base, [given], tmp_path / "out", to_format="loraformat")
     report = merge(
         tmp_path / "nf4", [given], tmp_path / "out", to_format="loraformat", requantize=True
     )

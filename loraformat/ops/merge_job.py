@@ -1,0 +1,248 @@
+"""One merge: from the plan of what changes to the written model and its undo record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraformat.adapter import Adapter
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.dtypes import parse_weight_dtype
+from loraformat.errors import InputError, UsageError
+from loraformat.model_directory import WrittenModel
+from loraformat.ops.edits import plan_edits
+from loraformat.ops.encoding import Encoding
+from loraformat.ops.merge_report import UndoSummary
+from loraformat.ops.untied import untied_config
+from loraformat.plugins import Converter, WriteOptions
+from loraformat.publish_file import open_publication
+from loraformat.version import __version__
+
+if TYPE_CHECKING:
+    from loraformat.ops.undo_recorder import Spool, UndoRecorder
+
+__all__ = ["MergeJob", "MergeOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """What decides the bytes of the output.
+
+    Attributes
+    ----------
+    weights : tuple of float
+        One per adapter.
+    dtype : str or None
+        ``f32``, ``f16`` or ``bf16``.
+    requantize : bool
+        NF4 weights stay NF4.
+    shard_limit : int
+        Bytes.
+    """
+
+    weights: tuple[float, ...]
+    dtype: str | None
+    requantize: bool
+    shard_limit: int
+
+
+class MergeJob:
+    """One merge.
+
+    Parameters
+    ----------
+    original : Checkpoint
+    adapters : sequence of Adapter
+        Opened against it.
+    options : MergeOptions
+    writer : Converter
+    spool : Spool or None
+        Where the undo record's residuals wait; None for no record.
+
+    Attributes
+    ----------
+    plan : Plan
+    checkpoint : Checkpoint
+        What will be written, lazily.
+    meter : Meter
+        What became of each delta, once it is written.
+    """
+
+    def __init__(
+        self,
+        original: Checkpoint,
+        adapters: Sequence[Adapter],
+        options: MergeOptions,
+        writer: Converter,
+        spool: Spool | None,
+    ) -> None:
+        from loraformat.ops.buffers import BufferPool
+        from loraformat.ops.change import Meter
+
+        self.original, self.adapters = original, adapters
+        self.options, self.writer = options, writer
+        self.meter, self.pool = Meter(), BufferPool()
+        self.plan = plan_edits(original, adapters, options.weights)
+        self.spool = spool
+        self.recorders: dict[str, UndoRecorder] | None = None if spool is None else {}
+        self.dtype = self._output_dtype()
+        if spool is not None:
+            self._check_undo()
+        self.checkpoint = self._merged()
+
+    def _output_dtype(self) -> str | None:
+        if self.options.dtype:
+            return parse_weight_dtype(self.options.dtype)
+        quantized = any(isinstance(t, NF4Tensor) for t in self.original.tensors.values())
+        return "BF16" if quantized and self.writer.stores == "dense" else None
+
+    def _check_undo(self) -> None:
+        if self.options.requantize or any(
+            isinstance(tensor, NF4Tensor) for tensor in self.original.tensors.values()
+        ):
+            raise UsageError(
+                "an undo record restores dense weights, and this merge is from or to NF4",
+                hint="keep the bundle: merging does not change it",
+            )
+
+    def _merged(self) -> Checkpoint:
+        tensors: dict[str, LazyTensor] = dict(self.original.tensors)
+        for name, edit in self._edits().items():
+            source = None if edit.source is None else self.original.tensors[edit.source]
+            tensors[name] = self._tensor(edit, source)
+        config = self.original.config
+        if self.plan.untied and config is not None:
+            config = untied_config(config)
+        merged = replace(self.original, tensors=tensors, config=config)
+        word = {"F32": "f32", "F16": "f16", "BF16": "bf16", None: None}[self.dtype]
+        encoded = Encoding(word, None, None, (), ()).apply(merged, self.writer)
+        if self.options.requantize:
+            encoded.tensors = {
+                name: self._measured(tensor, tensors) for name, tensor in encoded.tensors.items()
+            }
+        return encoded
+
+    def _measured(self, tensor: LazyTensor, merged: dict[str, LazyTensor]) -> LazyTensor:
+        """Measure what quantizing a merged dense weight leaves of its delta."""
+        from loraformat.ops.requantized import requantized
+
+        edit, dense = self.plan.edits.get(tensor.name), merged[tensor.name]
+        if edit is None or edit.source is None or not isinstance(dense, DenseTensor):
+            return tensor
+        if not isinstance(tensor, NF4Tensor):
+            return tensor
+        source = self.original.tensors[edit.source]
+        return requantized(
+            dense, source, tensor.block_size, tensor.double_quant, tensor.transposed, self.meter
+        )
+
+    def _edits(self) -> dict[str, Any]:
+        """Add to the plan, if it shall be undone, what a cast changes."""
+        from loraformat.ops.edits import Edit
+
+        edits = dict(self.plan.edits)
+        if self.recorders is not None and self.dtype is not None:
+            for name, tensor in self.original.tensors.items():
+                if tensor.dtype in ("F64", "F32", "F16", "BF16") and tensor.dtype != self.dtype:
+                    edits.setdefault(name, Edit(name, name))
+        return edits
+
+    def _tensor(self, edit: Any, source: LazyTensor | None) -> LazyTensor:
+        from loraformat.ops.merged import merged_tensor
+        from loraformat.ops.requantized import requantized
+
+        recorder = None
+        if self.recorders is not None and self.spool is not None:
+            from loraformat.ops.undo_recorder import UndoRecorder
+
+            recorder = self.recorders[edit.name] = UndoRecorder(
+                edit, source, self.dtype, self.spool
+            )
+        again = self.options.requantize and isinstance(source, NF4Tensor)
+        merged = merged_tensor(
+            edit,
+            source,
+            self.adapters,
+            self.options.weights,
+            source.dtype if again and source is not None else self.dtype,
+            exact=self.recorders is not None,
+            meter=None if self.options.requantize else self.meter,
+            recorder=recorder,
+            pool=self.pool,
+        )
+        if again and isinstance(source, NF4Tensor):
+            return requantized(
+                merged,
+                source,
+                source.block_size,
+                source.double_quant,
+                source.transposed,
+                self.meter,
+            )
+        return merged
+
+    def write(
+        self,
+        target: Path,
+        undo: str | Path | None,
+        force: bool,
+        progress: Callable[[int, int], None],
+    ) -> tuple[WrittenModel, UndoSummary | None]:
+        """Write the output, and the record before it appears."""
+        total = sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
+        done = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        inputs = [self.original.path, *self.original.sources]
+        for adapter in self.adapters:
+            inputs += [adapter.path, *adapter.sources]
+        inputs = [path for path in inputs if path.exists()]
+        assert self.writer.write is not None
+        with open_publication(
+            self.writer.output, target, plan=self._describe(), inputs=inputs, force=force
+        ) as output:
+            if undo is not None:
+                output.resumed.clear()  # what is not computed now would be missing in the record
+            try:
+                written = self.writer.write(
+                    self.checkpoint, output, WriteOptions(self.options.shard_limit, count)
+                )
+            except InputError as error:
+                error.path = error.path or str(self.original.path)
+                raise
+            self.original.close()  # raises if an input changed, before anything is published
+            summary = None
+            if undo is not None:
+                summary = self._write_undo(Path(undo), written)
+            output.commit()
+        return written, summary
+
+    def _write_undo(self, path: Path, written: WrittenModel) -> UndoSummary:
+        from loraformat.ops.undo_recorder import write_record
+
+        assert self.recorders is not None
+        return write_record(
+            path, self.original, self.adapters, self.options.weights, self.recorders, written
+        )
+
+    def _describe(self) -> str:
+        """Describe input and options, so that only the same merge continues a work directory."""
+        sources = [*self.original.sources]
+        for adapter in self.adapters:
+            sources += adapter.sources
+        states = [(path.name, path.stat()) for path in sources]
+        inputs = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+        memory = [
+            f"{adapter.path} {sorted(adapter.deltas)}" for adapter in self.adapters
+            if not adapter.sources
+        ]  # fmt: skip
+        return json.dumps(
+            [__version__, "merge", self.writer.name, asdict(self.options), inputs, memory]
+        )

@@ -43,8 +43,11 @@ class Folder:
             raise InputError(problem, path=path)
         self._real = path.resolve()
         self._bounds = [self._real]
-        if self._real.parent.name == "snapshots":
-            self._bounds.append(self._real.parent.parent / "blobs")
+        # An adapter of a bundle in the cache lies two floors further down.
+        inside = self._real.parent.name == "adapters"
+        snapshot = self._real.parent.parent if inside else self._real
+        if snapshot.parent.name == "snapshots":
+            self._bounds.append(snapshot.parent.parent / "blobs")
 
     def open(self, name: str) -> int:
         """Open a file for reading and return its descriptor.

@@ -8,13 +8,12 @@ changed in memory, and where it shall belong to another base than it says.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
-from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype
+from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
 from loraformat.integrity import check_listed
@@ -25,8 +24,6 @@ from loraformat.plugins import AdapterWriteOptions, Converter
 from loraformat.publish import Publication
 
 __all__ = ["AdapterOutput", "Home", "check_fits", "check_values", "plan_output"]
-
-_PICKLE = "adapter_model.bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +98,8 @@ def plan_output(
     canonical : bool
         Write it anew in any case.
     dtype : str, optional
-        ``f32``, ``f16`` or ``bf16`` for the factors, rounded to nearest even. By default their
-        own if folding the scaling loses nothing in it, else f32.
+        ``f32``, ``f16`` or ``bf16`` for the factors, rounded to nearest even. By default each
+        keeps its own where folding the scaling loses nothing in it.
     base : Checkpoint, optional
         For writers that need its config or shapes.
     home : Home, optional
@@ -132,19 +129,9 @@ def plan_output(
     if home is not None:
         source = json.dumps(dict(home.source), ensure_ascii=False)
         adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
-    files = tuple(file for file in adapter.files if file.path != _PICKLE)
-    wanted = parse_weight_dtype(dtype) if dtype else _exact_dtype(adapter)
-    options = AdapterWriteOptions(wanted, base)
-    anew = replace(adapter, files=files, verbatim=False)
+    options = AdapterWriteOptions(parse_weight_dtype(dtype) if dtype else None, base)
+    anew = replace(adapter, verbatim=False)
     return AdapterOutput(anew, writer, options, False, tuple(notes))
-
-
-def _exact_dtype(adapter: Adapter) -> str:
-    """Return the factors' own type if all scalings are powers of two, else ``F32``."""
-    found = {factor.dtype for delta in adapter.deltas.values() for factor in (delta.a, delta.b)}
-    exact = all(abs(math.frexp(delta.scaling)[0]) == 0.5 for delta in adapter.deltas.values())
-    same = len(found) == 1 and found <= set(WEIGHT_DTYPES.values())
-    return found.pop() if same and exact else "F32"
 
 
 def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | None:
@@ -153,7 +140,7 @@ def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | Non
         return f"{adapter.format} became {writer.name}"
     if dtype is not None:
         return f"its factors become {dtype}"
-    return None if adapter.verbatim else "it was read from a pickle, or changed since"
+    return None if adapter.verbatim else "it was a pickle or shards, or was changed"
 
 
 def _compare_bases(adapter: Adapter, home: Home, allowed: bool) -> list[str]:

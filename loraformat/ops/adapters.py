@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.adapter import Adapter
+from loraformat.bundle_update import adapter_place
 from loraformat.checkpoint import Checkpoint
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.durable import write_all
@@ -98,12 +99,19 @@ def write_adapter(
     ----------
     adapter : Adapter
     target : Path
+        ``BUNDLE/adapters/NAME`` adds it to that bundle.
     force : bool
         Replace an adapter that stands there.
     dtype : str, optional
         ``f32``, ``f16`` or ``bf16``; by default each factor keeps its own where that loses
         nothing.
     """
+    if (place := adapter_place(target)) is not None:
+        from loraformat.ops.bundle_adapters import Incoming, add_adapters  # which stands on this
+
+        incoming = Incoming(adapter, canonical=True, dtype=dtype)
+        add_adapters(place.bundle, {place.name: incoming}, force=force)
+        return
     converter = plugins.for_output(target, None, "adapter")
     assert converter.write_adapter is not None
     inputs = [adapter.path, *adapter.sources]

@@ -241,7 +241,8 @@ def _report(
     if output.verbatim:
         estimate = sum(file.nbytes for file in adapter.files)
     else:
-        estimate = parameters * ITEM_BYTES[output.options.dtype or "F32"]
+        dtype = output.options.dtype
+        estimate = sum(t.count * ITEM_BYTES[dtype or t.dtype] for t in tensors_of(adapter))
     return AdapterReport(
         source=source.repo or str(source.path),
         target=str(target),

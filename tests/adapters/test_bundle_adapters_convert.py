@@ -292,3 +292,33 @@ def test_exit_codes_and_words(work, capsys):
     members = json.loads(capsys.readouterr().out)
     assert (members["schema"], members["kind"]) == ("loraformat.convert", "adapter")
     assert os.listdir(work.bundle / "adapters") == ["medical"]
+
+
+def test_a_pickle_is_read_on_request_and_written_anew(work):
+    from safetensors.torch import load_file
+
+    weights = work.adapter / "adapter_model.safetensors"
+    torch.save(load_file(weights), work.adapter / "adapter_model.bin")
+    wanted = logits(work.bundle, work.adapter)
+    weights.unlink()
+    target = work.bundle / "adapters" / "medical"
+    with pytest.raises(InputError, match="--allow-pickle"):
+        convert(work.adapter, target)
+    report = convert(work.adapter, target, allow_pickle=True)
+    assert not report.verbatim
+    assert "pickle" in report.notes[-1]
+    assert not (target / "adapter_model.bin").exists()
+    assert (target / "notes" / "training.txt").exists()
+    assert verify_bundle(work.bundle) == []
+    torch.testing.assert_close(logits(work.bundle, target), wanted, rtol=0, atol=1e-5)
+
+
+def test_what_other_verbs_write_into_a_bundle_is_listed(work):
+    target = work.bundle / "adapters" / "small"
+    assert cli("reduce", work.adapter, "-o", target, "--rank", "2") == 0
+    assert list(manifest(work.bundle)["adapters"]) == ["small"]
+    assert verify_bundle(work.bundle) == []
+    assert cli("reduce", work.adapter, "-o", target, "--rank", "3") == 5
+    assert cli("reduce", work.adapter, "-o", target, "--rank", "3", "--force") == 0
+    with open_adapter(target) as adapter:
+        assert {delta.rank for delta in adapter.deltas.values()} == {3}

@@ -1,0 +1,66 @@
+"""Adapters from the Hub: by themselves, in a bundle in the cache, and as pickles."""
+
+import json
+
+import numpy
+import torch
+from safetensors.numpy import save_file
+
+from loraformat.ops.convert import convert
+from tests.hub.conftest import Repository, files_of
+
+
+def write_adapter(path):
+    path.mkdir()
+    random = numpy.random.default_rng(0)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{prefix}.lora_A.weight": random.standard_normal((4, 64), dtype=numpy.float32),
+        f"{prefix}.lora_B.weight": random.standard_normal((64, 4), dtype=numpy.float32),
+    }
+    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    (path / "README.md").write_text("# An adapter")
+    return tensors
+
+
+def test_an_adapter_goes_into_a_bundle(ask, hub, hub_bundle, tmp_path):
+    write_adapter(tmp_path / "adapter")
+    hub.repositories["org/adapter"] = Repository(files_of(tmp_path / "adapter"))
+    result = ask("convert", "org/adapter@v1", "bundle/adapters/polite")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "peft org/adapter" in result.stdout
+    assert files_of(tmp_path / "bundle" / "adapters" / "polite") == files_of(tmp_path / "adapter")
+    assert ask("verify", "bundle").returncode == 0
+    assert ask("info", "org/adapter").returncode == 0
+
+
+def test_an_adapter_of_a_bundle_in_the_cache(ask, hub, hub_bundle, tmp_path):
+    write_adapter(tmp_path / "adapter")
+    convert(tmp_path / "adapter", hub_bundle / "adapters" / "polite")
+    hub.repositories["org/bundle"] = Repository(files_of(hub_bundle), "b" * 40)
+    result = ask("info", "org/bundle")
+    assert "polite, rank 4" in result.stdout, result.stderr
+    assert ask("verify", "org/bundle").returncode == 0
+    cached = tmp_path / "hf-home" / "hub" / "models--org--bundle" / "snapshots" / ("b" * 40)
+    result = ask("convert", cached / "adapters" / "polite", "out")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "adapter")
+    result = ask("convert", "adapter", cached / "adapters" / "another")
+    assert result.returncode in (3, 5)
+    assert (cached / "loraformat.json").is_symlink()
+
+
+def test_a_pickle_is_fetched_only_on_request(ask, hub, tmp_path):
+    tensors = write_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(
+        {name: torch.from_numpy(value) for name, value in tensors.items()},
+        tmp_path / "adapter" / "adapter_model.bin",
+    )
+    hub.repositories["org/old"] = Repository(files_of(tmp_path / "adapter"))
+    assert ask("convert", "org/old", "out").returncode == 3
+    assert "adapter_model.bin" not in hub.bodies()
+    result = ask("convert", "org/old", "out", "--allow-pickle")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

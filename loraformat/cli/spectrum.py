@@ -31,7 +31,8 @@ def command(source: str, picture: str | None, as_json: bool, quiet: bool) -> Non
     Per module: the norm of its change, how many directions it has in effect (stable rank,
     entropy rank), and the least ranks that keep 90, 95 and 99 % of its squared norm.
     """
-    from loraformat.ops.spectrum import check_plot, plot, spectrum
+    from loraformat.ops.spectrum import spectrum
+    from loraformat.ops.spectrum_plot import check_plot, plot
 
     if picture is not None:
         check_plot(picture)

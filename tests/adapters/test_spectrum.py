@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from loraformat.errors import MissingDependencyError
-from loraformat.ops import spectrum as module
-from loraformat.ops.spectrum import plot, spectrum_of
+from loraformat.ops import spectrum_plot as module
+from loraformat.ops.spectrum import spectrum_of
+from loraformat.ops.spectrum_plot import plot
 from loraformat.testing import dense
 from tests.adapters.memory_adapters import adapter, delta, effect, random_adapter
 
@@ -92,3 +93,21 @@ def test_matplotlib_is_optional(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'loraformat\[plot\]'"):
         plot(spectrum_of(random_adapter()), tmp_path / "spectrum.png")
+
+
+def test_a_picture_of_a_whole_model(tmp_path):
+    """Seven kinds by 32 layers: bands instead of lines, and a row for every layer."""
+    deltas = [
+        delta(f"model.layers.{layer}.{kind}.weight", torch.randn(9, r), torch.randn(r, 12))
+        for layer in range(32)
+        for r, kind in enumerate("abcdefg", 1)
+    ]
+    report = spectrum_of(adapter(*deltas))
+    plot(report, tmp_path / "spectrum.svg")
+    drawn = (tmp_path / "spectrum.svg").read_text()
+    texts = ["224 modules of rank 1 to 7", "median and range of each kind"]
+    texts += [f"{word}: rank {rank}, or" for word, rank in report.suggested.items()]
+    missing = [text for text in texts if text not in drawn]
+    assert not missing
+    rows = [str(layer) for layer in range(32) if f"<!-- {layer} -->" not in drawn]
+    assert not rows

@@ -362,3 +362,25 @@ def test_reducing_reads_the_statistics_from_disk(plain: tuple[Path, Path], tmp_p
             assert delta.second_moment is not None and delta.second_moment.shape == (2, 2)
             delta.second_moment.load()
             assert not torch.allclose(dense(delta), dense(blind.deltas[name]))
+
+
+def test_very_many_modules_keep_the_config_small(
+    plain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = plain
+    some = rewrite(
+        adapter, lambda tensors: {k: v for k, v in tensors.items() if "layers.0.mlp" not in k}
+    )
+    monkeypatch.setattr("loraformat_converters.peft.write._MOST_NAMES", 2)
+    with open_adapter(some) as opened:
+        write_adapter(opened, tmp_path / "short")
+        config = json.loads((tmp_path / "short" / CONFIG).read_text())
+        assert config["target_modules"] == ["down_proj", "q_proj"]
+        monkeypatch.setattr("loraformat_converters.peft.write.MAX_CONFIG_BYTES", 100)
+        with pytest.raises(UnsupportedError, match="reduce --rank"):
+            write_adapter(opened, tmp_path / "long")
+    assert not (tmp_path / "long").exists()
+    merge(base, [some], tmp_path / "merged")
+    torch.testing.assert_close(
+        logits(base, tmp_path / "short"), logits(tmp_path / "merged"), atol=1e-5, rtol=1e-4
+    )

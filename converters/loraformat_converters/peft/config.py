@@ -12,11 +12,12 @@ from loraformat.folder import Folder
 from loraformat_converters.peft.patterns import PatternTable
 from loraformat_converters.peft.refusals import refuse_by_name, unknown_fields
 
-__all__ = ["CONFIG_NAME", "LoraSettings", "read_settings"]
+__all__ = ["CONFIG_NAME", "MAX_CONFIG_BYTES", "LoraSettings", "read_settings"]
 
 CONFIG_NAME = "adapter_config.json"
 
-_MAX_CONFIG_BYTES = 1 << 20
+#: Rule A02 of the specification.
+MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 16384
 
 
@@ -49,6 +50,7 @@ class LoraSettings:
         self._alpha = self._number(config.get("lora_alpha", 8), "lora_alpha")
         self._alphas = self._table("alpha_pattern", whole=False)
         self._ranks = self._table("rank_pattern", whole=True)
+        self._known_alphas: dict[str, float] = {}
         self._ambiguous: set[tuple[str, str]] = set()
 
     def _names(self, field: str) -> list[str]:
@@ -84,6 +86,8 @@ class LoraSettings:
         PEFT saves patterns in alphabetical order, whatever order they were trained in, so that
         two which disagree about a module are noted.
         """
+        if module in self._known_alphas:
+            return self._known_alphas[module]
         found = self._alphas.all(module)
         if len({value for _, value in found}) > 1:
             pair = (found[0][0], found[1][0])
@@ -94,7 +98,8 @@ class LoraSettings:
                     f"{printable(module)} with different values; the first is taken, as PEFT does "
                     "on loading, but PEFT sorts them on saving: training may have used the other"
                 )
-        return found[0][1] if found else self._alpha
+        alpha = self._known_alphas[module] = found[0][1] if found else self._alpha
+        return alpha
 
     def rank(self, module: str) -> int:
         """Return the rank that the config names for a module."""
@@ -124,7 +129,7 @@ def read_settings(folder: Folder) -> LoraSettings:
     """
     path = folder.path / CONFIG_NAME
     try:
-        config = strict_json.loads(folder.read(CONFIG_NAME, _MAX_CONFIG_BYTES))
+        config = strict_json.loads(folder.read(CONFIG_NAME, MAX_CONFIG_BYTES))
     except strict_json.StrictJsonError as error:
         raise InputError(f"not strict JSON: {error}", path=path) from None
     if not isinstance(config, dict):

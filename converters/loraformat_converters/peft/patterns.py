@@ -22,9 +22,8 @@ __all__ = ["Pattern", "PatternTable"]
 
 _LONGEST = 512
 _DEEPEST = 32
-#: Tries of one pattern on one name, for all modules of an adapter; a slow one counts for many.
-_MOST_TRIES = 20_000_000
-_SLOW = 500
+#: Steps for all patterns on all modules of an adapter: about half a minute.
+_MOST_STEPS = 30_000_000
 
 _TOKEN = re.compile(
     r"(?P<refused>\(\?(?!:|P<)|\\[1-9])|(?P<open>\((?:\?:|\?P<\w+>)?)|(?P<close>\))|(?P<bar>\|)"
@@ -88,9 +87,14 @@ class Pattern:
 
     def matches(self, name: str) -> bool:
         """Tell whether PEFT would take this pattern for a module of that name."""
+        return self.steps(name)[0]
+
+    def steps(self, name: str) -> tuple[bool, int]:
+        """Return what `matches` does, and how many steps that took."""
         if not self.slow:
-            return self._regex.match(name) is not None
-        return _Run(name).ends(self._root, 0) != 0
+            return self._regex.match(name) is not None, 1
+        run = _Run(name)
+        return run.ends(self._root, 0) != 0, run.steps
 
 
 _REMEDY = "name the modules in full, one pattern for each"
@@ -173,6 +177,11 @@ class _Run:
         self._name = name
         self._known: dict[tuple[_Node, int], int] = {}
 
+    @property
+    def steps(self) -> int:
+        """Parts times positions that were looked at."""
+        return len(self._known)
+
     def ends(self, node: _Node, start: int) -> int:
         """Return where a part can end that begins at a position."""
         key = (node, start)
@@ -241,13 +250,12 @@ class PatternTable:
         self._field = field
         self._exact: dict[str, tuple[int, str, float]] = {}
         self._patterns: list[tuple[int, Pattern, float]] = []
-        self._left = _MOST_TRIES
+        self._left = _MOST_STEPS
         for number, (key, value) in enumerate(values.items()):
             if _LITERAL.fullmatch(key):
                 self._exact.setdefault(key.replace("\\", ""), (number, key, value))
             else:
                 self._patterns.append((number, Pattern(key), value))
-        self._cost = sum(_SLOW if pattern.slow else 1 for _, pattern, _ in self._patterns)
 
     def all(self, name: str) -> list[tuple[str, float]]:
         """Return every pattern that matches a module, and its value, in order.
@@ -257,13 +265,16 @@ class PatternTable:
         UnsupportedError
             If there are too many patterns for so many modules.
         """
-        self._left -= self._cost
-        if self._left < 0:
-            raise UnsupportedError(
-                f"{self._field} has too many patterns for so many modules", hint=_REMEDY
-            )
         parts = name.split(".")
         tails = (".".join(parts[first:]) for first in range(len(parts)))
         found = [self._exact[tail] for tail in tails if tail in self._exact]
-        found += [(n, p.key, value) for n, p, value in self._patterns if p.matches(name)]
+        for number, pattern, value in self._patterns:
+            matches, steps = pattern.steps(name)
+            self._left -= steps
+            if self._left < 0:
+                raise UnsupportedError(
+                    f"{self._field} has too many patterns for so many modules", hint=_REMEDY
+                )
+            if matches:
+                found.append((number, pattern.key, value))
         return [(key, value) for _, key, value in sorted(found)]

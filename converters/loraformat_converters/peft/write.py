@@ -27,7 +27,7 @@ from loraformat.header import Entry, encode_header
 from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.plugins import AdapterWriteOptions
 from loraformat.publish import Publication
-from loraformat_converters.peft.config import CONFIG_NAME
+from loraformat_converters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from loraformat_converters.peft.experts import parameter_order, stacked
 from loraformat_converters.peft.keys import PREFIX
 from loraformat_converters.peft.moments import SUFFIX
@@ -38,6 +38,7 @@ __all__ = ["write_adapter"]
 
 #: Since this version experts are stored as they are written here.
 _EXPERTS_SINCE = "0.19.0"
+_MOST_NAMES = 4096
 
 
 def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
@@ -57,6 +58,7 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
         For what PEFT's files cannot hold.
     """
     adapter = _as_spelled(adapter)
+    config = _encoded(adapter)
     depths = _depths(adapter)
     pieces = [
         piece for delta in adapter.deltas.values() for piece in _pieces(delta, options, depths)
@@ -85,8 +87,7 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     for file in adapter.files:
         if not _is_ours(file.path):
             publication.write(file.path, file.read())
-    config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
-    publication.write(CONFIG_NAME, config.encode("utf-8"))
+    publication.write(CONFIG_NAME, config)
 
 
 def _as_spelled(adapter: Adapter) -> Adapter:
@@ -109,6 +110,25 @@ def _is_ours(path: str) -> bool:
     shards = r"adapter_model-\d+-of-\d+\.safetensors"
     ours = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME, STATISTICS_NAME)
     return path in ours or bool(re.fullmatch(shards, path))
+
+
+def _encoded(adapter: Adapter) -> bytes:
+    """Return the config's text.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is longer than any reader of ours takes.
+    """
+    text = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
+    if len(text) > MAX_CONFIG_BYTES:
+        raise UnsupportedError(
+            f"its config would be {len(text)} bytes long, wanted at most {MAX_CONFIG_BYTES}: too "
+            "many modules of ranks of their own",
+            path=adapter.path,
+            hint="bring them to one rank with loraformat reduce --rank",
+        )
+    return text.encode("utf-8")
 
 
 class _Piece(NamedTuple):
@@ -254,7 +274,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
             and not _is_parameter(delta)
             for delta in deltas
         ),
-        "target_modules": sorted(_module(d) for d in deltas if not _is_parameter(d)),
+        "target_modules": _target_modules(adapter),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -269,6 +289,18 @@ def _config(adapter: Adapter) -> dict[str, Any]:
             "lora_dropout": 0.0,
         }
     return config
+
+
+def _target_modules(adapter: Adapter) -> list[str]:
+    """Name the modules in full; very many by their last part, so that the config stays small.
+
+    What PEFT wraps beyond them has no tensors, begins with B = 0, and changes nothing.
+    """
+    deltas = adapter.deltas.values()
+    names = sorted(_module(delta) for delta in deltas if not _is_parameter(delta))
+    if len(names) > _MOST_NAMES:
+        return sorted({name.rsplit(".", 1)[-1] for name in names})
+    return names
 
 
 #: Fields of the source that described its tensors, or how they were trained.

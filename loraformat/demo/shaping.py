@@ -16,7 +16,8 @@ from loraformat.ops.combine_options import CombineOptions
 from loraformat.ops.extract import extract
 from loraformat.ops.extract_options import ExtractOptions
 from loraformat.ops.reduce import Reduction, reduce
-from loraformat.ops.spectrum import check_plot, plot, spectrum
+from loraformat.ops.spectrum import spectrum
+from loraformat.ops.spectrum_plot import check_plot, plot
 
 __all__ = ["shape_adapters"]
 

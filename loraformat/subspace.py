@@ -173,31 +173,34 @@ def _principal(
     return Approximation(images, basis, rotation, values, squared_norm)
 
 
-def held(tiles: Tiles, nbytes: int) -> Tiles:
+def held(tiles: Tiles, shape: tuple[int, int]) -> Tiles:
     """Return the same tiles, remembered after the first pass.
 
     Parameters
     ----------
     tiles : callable
-        Gives new tensors in every pass.
-    nbytes : int
-        Their size in all. What is larger than 256 MiB is not remembered: it is computed anew
-        in every pass.
+        Of a matrix of this shape. One above 256 MiB is not remembered: its tiles are computed
+        anew in every pass.
+    shape : tuple of int
     """
-    if nbytes > _HELD_BYTES:
+    if 4 * shape[0] * shape[1] > _HELD_BYTES:
         return tiles
-    kept: list[tuple[int, torch.Tensor]] = []
+    matrix = torch.empty(shape)  # one block, which goes back to the system as a whole
+    starts: list[tuple[int, int]] = []
     complete = False
 
     def once() -> Iterator[tuple[int, torch.Tensor]]:
         nonlocal complete
-        if complete:
-            yield from kept
+        if not complete:
+            starts.clear()
+            for first, tile in tiles():
+                last = first + len(tile)
+                matrix[first:last] = tile
+                starts.append((first, last))
+                yield first, matrix[first:last]
+            complete = True
             return
-        kept.clear()
-        for piece in tiles():
-            kept.append(piece)
-            yield piece
-        complete = True
+        for first, last in starts:
+            yield first, matrix[first:last]
 
     return once

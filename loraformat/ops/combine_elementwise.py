@@ -21,7 +21,7 @@ from loraformat.subspace import block_krylov, held
 
 __all__ = ["interfered"]
 
-_TILE_ELEMENTS = 1 << 20
+_TILE_ELEMENTS = 1 << 18
 
 
 def interfered(terms: Sequence[Term], options: CombineOptions) -> tuple[float, Pair]:
@@ -37,7 +37,7 @@ def interfered(terms: Sequence[Term], options: CombineOptions) -> tuple[float, P
     rank = options.rank or max(term.delta.rank for term in terms)
     pairs, kept, total = [], 0.0, 0.0
     for matrix in _matrices(terms, options):
-        found = block_krylov(held(matrix.tiles, matrix.nbytes), matrix.shape, rank)
+        found = block_krylov(held(matrix.tiles, matrix.shape), matrix.shape, rank)
         pairs.append(found.factors(rank))
         kept += float(found.values[:rank].square().sum())
         total += found.squared_norm
@@ -92,7 +92,6 @@ class _Matrix:
         self._parts, self._options = parts, options
         self.shape = len(parts[0].b), parts[0].a.shape[1]
         rows, columns = self.shape
-        self.nbytes = 4 * rows * columns
         keep = max(1, int(options.density * rows * columns))
         pruning = options.method in ("ties", "magnitude_prune")
         self._thresholds = [self._threshold(part, keep) for part in parts] if pruning else None

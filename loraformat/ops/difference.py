@@ -42,11 +42,6 @@ class Difference:
         self._quantized = base if isinstance(base, NF4Tensor) and base.count else None
         self.shape = self._tuned.shape
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all tiles together."""
-        return 4 * self.shape[0] * self.shape[1]
-
     def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first row, tile), in order.
 

@@ -57,7 +57,7 @@ def fit(difference: Difference, options: ExtractOptions) -> Fit:
     most = min(difference.shape)
     fixed = options.rank if isinstance(options.rank, int) else None
     limit = min(fixed or options.max_rank, most)
-    tiles = held(difference.tiles, difference.nbytes)
+    tiles = held(difference.tiles, difference.shape)
     found, wanted = None, limit
     for block in _blocks(limit, fixed is not None):
         del found  # before the next one, which is twice as large

@@ -237,6 +237,8 @@ def restore(name, t, merged, r, parts, adapters):
         return b"".join(whole)
     stack, rows, columns, step = geometry(t, r["tile_elements"])
     made = [(term, factors(term, adapters, stack)) for term in t["terms"]]
+    same = ("adapter", "target", "part", "block", "expert")
+    need("U10", len({tuple(term[k] for k in same) for term in t["terms"]}) == len(made), "twice")
     gains = list(numbers(piece(parts, name, ".gains"), "f"))
     need("U09", len(gains) == sum(len(f[0]) for _, f in made if f[3]), f"gains of {name}")
     lengths = list(numbers(piece(parts, name, ".lengths"), "q"))

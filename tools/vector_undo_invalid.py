@@ -345,6 +345,12 @@ def terms() -> Iterator[Vector]:
         ("rows-few", "fewer rows than the matrix", with_term(plain(), rows=[0, ROWS - 1])),
     ):  # fmt: skip
         yield f"u10-{name}", "U10", reason, draft
+    yield (
+        "u10-twice",
+        "U10",
+        "a term that stands twice",
+        with_record(plain(), lambda r: r["tensors"][W].update(terms=r["tensors"][W]["terms"] * 2)),
+    )
     draft = plain()
     wide = Delta(table(ROWS, 2, 3), table(2, COLUMNS + 1, 4))
     draft.adapters[0]["wide"] = wide

@@ -183,6 +183,9 @@ class Undoing:
         for term in terms:
             if problem := self._misfit(term, stack):
                 raise self._damaged("U10", name, problem)
+        known = {(t.adapter, t.target, t.part, t.block, t.expert) for t in terms}
+        if len(known) < len(terms):
+            raise self._damaged("U10", name, "a term stands twice")
         try:
             matrices = list(block_matrices(undo.shape, terms, self.adapters))
         except UnsupportedError as error:

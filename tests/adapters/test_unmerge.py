@@ -187,9 +187,41 @@ def test_subtraction_says_how_far_off_it_is(tmp_path):
     assert 0 < (got - wanted).norm() / wanted.norm() < report.error_bound < 0.01
     assert not report.exact
     assert "not the original" in report.notes[0]
+    (module,) = report.modules
+    assert module.name == Q
+    assert 0 < (got - wanted).abs().max() <= module.largest < 0.1
+    assert (got - wanted).norm() / got.norm() <= module.relative == report.error_bound
     dora = [adapter(delta(Q, 32, 32, magnitude=dense("m", torch.ones(32))))]
     with pytest.raises(UnsupportedError, match="DoRA"):
         unmerge(tmp_path / "out", tmp_path / "x", adapters=dora)
+
+
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_no_weight_is_further_off_than_the_bound(tmp_path, dtype, scale):
+    base, tensors = small(tmp_path, dtype)
+    given = [adapter(delta(Q, 32, 32, scale=scale))]
+    merge(base, given, tmp_path / "out")
+    report = unmerge(tmp_path / "out", tmp_path / "back", adapters=given)
+    off = weights_of(tmp_path / "back")[Q].double() - tensors[Q].double()
+    (module,) = report.modules
+    assert 0 < off.abs().max() <= module.largest
+    # A large delta takes so many bits that the bound is nearly reached.
+    assert off.abs().max() > (module.largest / 20 if scale >= 1 else 0)
+    assert module.steps >= 1 and module.saturated == 0
+
+
+def test_saturated_weights_are_not_vouched_for(tmp_path):
+    base, tensors = small(tmp_path, torch.float16)
+    given = [adapter(delta(Q, 32, 32, scale=100.0))]
+    merge(base, given, tmp_path / "out")
+    report = unmerge(tmp_path / "out", tmp_path / "back", adapters=given)
+    merged = weights_of(tmp_path / "out")[Q]
+    assert report.modules[0].saturated == int((merged.abs() == 65504).sum()) > 0
+    assert "may be off by anything" in report.notes[0]
+    known = merged.abs() < 65504
+    off = weights_of(tmp_path / "back")[Q].double() - tensors[Q].double()
+    assert off[known].abs().max() <= report.modules[0].largest
 
 
 def test_a_record_is_a_safetensors_file(tmp_path):

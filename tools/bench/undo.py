@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -32,7 +33,7 @@ from process import machine
 from loraformat.fixed_point import merge_values, product
 from loraformat.interval_code import decode_tile, encode_tile
 from loraformat.kernels import VARIABLE, available
-from loraformat.ops.merged import tiles
+from loraformat.ops.tiling import tiles
 
 _RANK, _RELATIVE = 16, 0.01
 _TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -85,16 +86,15 @@ class Matrix:
 
     def works(self) -> dict[str, Work]:
         """Return what to time, by name."""
-        works = {
+        raw: Any = self.weight.view(torch.uint8).numpy()
+        works: dict[str, Work] = {
             "fixed-point delta": self.each(lambda a, b: self.product.rows(a, b)),
             "sum and rounding": self.each(
                 lambda a, b: merge_values(
                     self.weight[a:b], self.delta[a:b], None, self.merged.dtype
                 )
             ),
-            "SHA-256 of the weight": lambda: sha256(
-                memoryview(self.weight.view(torch.uint8).numpy())
-            ),
+            "SHA-256 of the weight": lambda: sha256(raw),
             "copy of the weight": lambda: self.out.copy_(self.weight),
             "zlib of differences": self.differences,
         }

@@ -352,8 +352,9 @@ def remove_adapter(place: Place) -> None:
             _sweep(place.bundle, leaving)
             if leaving.is_dir():
                 shutil.rmtree(leaving)
-            os.rename(place.path, leaving)
-            sync_directory(place.path.parent)
-            shutil.rmtree(leaving)
+            with contextlib.suppress(FileNotFoundError):  # its files may have gone before
+                os.rename(place.path, leaving)
+                sync_directory(place.path.parent)
+                shutil.rmtree(leaving)
     except OSError as error:
         raise disk_full(error, place.path) from error

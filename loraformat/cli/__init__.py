@@ -35,6 +35,7 @@ _VERBS = {
     "info": "Show what a model is, without reading its weights.",
     "merge": "Merge adapters into a base, into a new model.",
     "reduce": "Reduce an adapter's rank with the least error.",
+    "remove": "Remove an adapter from a bundle.",
     "spectrum": "Show which ranks an adapter uses.",
     "unmerge": "Take merged adapters out of a model again.",
     "verify": "Check every rule and every hash.",

@@ -322,3 +322,23 @@ def test_what_other_verbs_write_into_a_bundle_is_listed(work):
     assert cli("reduce", work.adapter, "-o", target, "--rank", "3", "--force") == 0
     with open_adapter(target) as adapter:
         assert {delta.rank for delta in adapter.deltas.values()} == {3}
+
+
+def test_the_verb_that_removes(work, snapshot, capsys):
+    before = snapshot(work.bundle)
+    target = work.bundle / "adapters" / "medical"
+    convert(work.adapter, target)
+    assert cli("remove", target, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["adapter"] == "medical"
+    assert snapshot(work.bundle) == before
+    assert cli("remove", target) == 3
+    assert cli("remove", work.adapter) == 2
+
+
+def test_an_adapter_whose_files_are_gone_can_be_removed(work):
+    target = work.bundle / "adapters" / "medical"
+    convert(work.adapter, target)
+    shutil.rmtree(target)
+    assert verify_bundle(work.bundle) != []
+    remove_adapter(adapter_place(target))
+    assert verify_bundle(work.bundle) == []

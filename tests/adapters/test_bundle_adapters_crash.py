@@ -9,9 +9,11 @@ import traceback
 
 import pytest
 
-from loraformat.errors import LoraFormatError
+from loraformat.durable import locked
+from loraformat.errors import LoraFormatError, OutputError
 from loraformat.integrity import verify_bundle
 from loraformat.ops.convert import convert
+from loraformat.ops.remove import remove
 from tests.adapters.bundles import manifest
 from tools.crash import steps
 
@@ -121,3 +123,59 @@ def test_of_many_writers_each_name_is_listed(work, start):
     assert sorted(manifest(work.bundle)["adapters"]) == names
     assert verify_bundle(work.bundle) == []
     assert sorted(os.listdir(work.bundle / "adapters")) == names
+
+
+def test_of_many_writers_of_one_name_one_wins(work, start, snapshot):
+    line = ("-m", "loraformat", "convert", "adapter", "bundle/adapters/medical", "-q")
+    processes = [start(*line) for _ in range(4)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 5, 5, 5], said
+    assert verify_bundle(work.bundle) == []
+    assert snapshot(work.bundle / "adapters" / "medical") == snapshot(work.adapter)
+
+
+def test_the_next_writer_removes_what_killed_ones_left(work):
+    adapters = work.bundle / "adapters"
+    for leftover in (".dead.partial", "..gone.partial"):
+        shutil.copytree(work.adapter, adapters / leftover)
+    (work.bundle / ".loraformat.json.without").write_text("half")
+    alive = adapters / ".alive.partial"
+    shutil.copytree(work.adapter, alive)
+    with locked(alive) as alone:
+        assert alone
+        convert(work.adapter, adapters / "medical")
+    assert sorted(os.listdir(adapters)) == [".alive.partial", "medical"]
+    assert not (work.bundle / ".loraformat.json.without").exists()
+
+
+def test_a_bundle_is_not_replaced_while_an_adapter_goes_in(work, snapshot):
+    before = snapshot(work.bundle)
+    with locked(work.bundle), pytest.raises(OutputError, match="being changed"):
+        convert(work.base, work.bundle, force=True)
+    assert snapshot(work.bundle) == before
+    convert(work.base, work.bundle, force=True)
+
+
+def test_a_kill_while_removing(work, snapshot, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    before = snapshot(work.bundle)
+    target = work.bundle / "adapters" / "medical"
+    for wanted in itertools.count(1):
+        convert(work.adapter, target)
+
+        def killed(wanted=wanted):
+            def kill(number, name):
+                if number == wanted:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            with steps(kill):
+                remove(target)
+
+        status = in_child(killed)
+        assert verify_bundle(work.bundle) == []
+        if not os.WIFSIGNALED(status):
+            break
+        convert(work.adapter, target, force=True)
+        remove(target)
+        assert snapshot(work.bundle) == before
+    assert wanted > 5

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from loraformat import plugins
 from loraformat.adapter import LoraDelta
@@ -16,12 +18,14 @@ from loraformat.ops.adapters import open_adapter, write_adapter
 from loraformat.ops.merge import merge
 from loraformat.ops.reduce import Reduction, reduce
 from tests.adapters.peft_models import (
+    IDS,
     gpt_oss,
     llama,
     logits,
     mixtral,
     qwen3_moe,
     qwen3_moe_square,
+    shake,
     trained,
 )
 
@@ -384,3 +388,40 @@ def test_very_many_modules_keep_the_config_small(
     torch.testing.assert_close(
         logits(base, tmp_path / "short"), logits(tmp_path / "merged"), atol=1e-5, rtol=1e-4
     )
+
+
+def test_an_adapter_of_a_bfloat16_base(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj", "down_proj"]}
+    base, adapter = trained(llama, options, tmp_path, dtype=torch.bfloat16)
+    wanted = logits(base, adapter)
+    merge(base, [adapter], tmp_path / "merged", dtype="f32")
+    torch.testing.assert_close(logits(tmp_path / "merged"), wanted, atol=1e-5, rtol=1e-4)
+    with open_adapter(adapter) as opened:
+        write_adapter(opened, tmp_path / "written")
+    torch.testing.assert_close(logits(base, tmp_path / "written"), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_converted_pissa_adapter_is_one_of_its_base(tmp_path: Path, rslora: bool) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=["q_proj"], use_rslora=rslora
+    )
+    model = get_peft_model(model, config)
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    shake(model)
+    with torch.no_grad():
+        wanted = model.eval()(IDS).logits
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UnsupportedError, match=r"pissa.*path_initial_model_for_weight_conversion"):
+        open_adapter(tmp_path / "plain")
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    reduce(tmp_path / "converted", tmp_path / "reduced", Reduction(rank=8))
+    for path in (tmp_path / "converted", tmp_path / "reduced"):
+        merge(tmp_path / "base", [path], tmp_path / "merged", force=True)
+        torch.testing.assert_close(logits(tmp_path / "merged"), wanted, atol=3e-5, rtol=1e-4)

@@ -88,7 +88,7 @@ def _remedy(start: str) -> str:
         return "save the changed base beside the adapter, and set init_lora_weights to true"
     return (
         "save it with path_initial_model_for_weight_conversion, as PEFT's documentation shows; "
-        "loraformat reduce then brings the doubled rank back"
+        "loraformat reduce can then bring the doubled rank down, and says what that loses"
     )
 
 

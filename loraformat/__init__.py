@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loraformat.ops.describe import describe as describe
     from loraformat.ops.merge import merge as merge
     from loraformat.ops.open import open_source as open
+    from loraformat.ops.remove import remove as remove
     from loraformat.ops.unmerge import unmerge as unmerge
     from loraformat.ops.verify import verify as verify
 
@@ -25,6 +26,7 @@ _HOMES = {
     "describe": ("loraformat.ops.describe", "describe"),
     "merge": ("loraformat.ops.merge", "merge"),
     "open": ("loraformat.ops.open", "open_source"),
+    "remove": ("loraformat.ops.remove", "remove"),
     "unmerge": ("loraformat.ops.unmerge", "unmerge"),
     "verify": ("loraformat.ops.verify", "verify"),
 }
@@ -36,6 +38,7 @@ __all__ = [
     "describe",
     "merge",
     "open",
+    "remove",
     "unmerge",
     "verify",
 ]

@@ -27,6 +27,7 @@ from loraformat.ops.combine_terms import Term, refuse_dora, terms_of
 from loraformat.ops.combine_whole import combined_replacements, combined_rows
 from loraformat.ops.factors import LastOnly, delta_of, factor_dtype, finite, in_memory, rebuilt
 from loraformat.ops.spool import Spool
+from loraformat.output_rules import refuse_existing
 
 __all__ = [
     "METHODS",
@@ -74,6 +75,8 @@ def combine(
     from loraformat.ops.adapters import open_adapter, write_adapter
 
     began = time.perf_counter()
+    if not dry_run:
+        refuse_existing(Path(target), force=force)  # before minutes of work
     with ExitStack() as stack:
         adapters = [stack.enter_context(open_adapter(source)) for source in sources]
         result, report = combine_adapters(adapters, options, weights=weights, progress=progress)

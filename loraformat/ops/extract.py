@@ -31,6 +31,7 @@ from loraformat.ops.extract_report import ExtractedModule, ExtractionReport
 from loraformat.ops.factors import Pair
 from loraformat.ops.open import fingerprint_of, open_model
 from loraformat.ops.spool import Spool
+from loraformat.output_rules import refuse_existing
 
 __all__ = [
     "ExtractOptions",
@@ -79,6 +80,8 @@ def extract(
     from loraformat.ops.adapters import write_adapter
 
     began = time.perf_counter()
+    if not dry_run:
+        refuse_existing(Path(target), force=force)  # before minutes of work
     with open_model(base) as one, open_model(tuned) as other:
         adapter, report = extract_adapter(one, other, options, progress=progress)
         with adapter:

@@ -24,6 +24,7 @@ from loraformat.ops.factors import (
     in_memory,
     rebuilt,
 )
+from loraformat.output_rules import refuse_existing
 from loraformat.ranks import allocate
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]
@@ -166,6 +167,8 @@ def reduce(
     from loraformat.ops.adapters import open_adapter, write_adapter
 
     began = time.perf_counter()
+    if not dry_run:
+        refuse_existing(Path(target), force=force)  # before minutes of work
     with open_adapter(source) as adapter:
         smaller, report = reduce_adapter(adapter, reduction, progress=progress)
         if not dry_run:

@@ -131,6 +131,17 @@ def test_combined_adapters_are_the_sum_in_peft(base, tmp_path, method):
         assert distance(d, wanted) < 1e-4
 
 
+@pytest.mark.parametrize("verb", ["reduce", "combine", "extract"])
+def test_an_output_that_exists_is_refused_before_the_work(base, tmp_path, verb, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    words = {"reduce": ["--rank", "2"], "combine": [], "extract": [base, "--rank", "2"]}[verb]
+    with pytest.raises(SystemExit) as left:  # the source does not even exist
+        main([str(word) for word in (verb, tmp_path / "a", "-o", tmp_path / "out", *words)])
+    assert left.value.code == 5
+    assert "already exists" in capsys.readouterr().err
+
+
 KINDS = [
     "patterns", "dora-rslora", "lora-bias", "bias-all", "saved", "tokens", "embedding",
     "conv1d-unset", "mixtral", "qwen3-moe", "qwen3-moe-rslora", "gpt-oss",

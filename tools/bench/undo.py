@@ -3,7 +3,8 @@
 One matrix, a delta of rank 16 and 1 % of its norm, tiles as in a merge. Beside the code: what
 surrounds it in a merge and an unmerge (the fixed-point delta, the rounded sum, SHA-256), and two
 other ways to get the original back: a copy of it, and zlib on the differences of places between
-the original and round(M − d). All rows are timed in turn, so trust the ratios.
+the original and round(M − d). All rows are timed in turn, in CPU time, which a
+shared machine disturbs less than wall time.
 
 Example
 -------
@@ -131,10 +132,10 @@ def measure(works: dict[str, Work], count: int, repeat: int) -> dict[str, float]
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for run in range(repeat + 1):
         for name, work in works.items():
-            began = time.perf_counter()
+            began = time.process_time()
             work()
             if run:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.process_time() - began)
     return {name: statistics.median(found) * 1e9 / count for name, found in seconds.items()}
 
 

@@ -139,15 +139,37 @@ def test_types_that_only_ggml_reads_are_refused_by_name():
 
 @pytest.mark.parametrize("kind", sorted(QUANTIZABLE), ids=lambda kind: kind.name)
 def test_quantize_is_that_of_gguf(kind):
-    data = RNG.standard_normal((3, 700, 1024), np.float32)
+    data = RNG.standard_normal((5, 900, 1024), np.float32)  # more than a window
     expected = gguf.quants.quantize(data, gguf.GGMLQuantizationType(int(kind)))
     assert quantize(torch.from_numpy(data), kind) == expected.tobytes()
+
+
+def test_q8_0_rounds_as_gguf_does():
+    """Ties, zeros, denormals, huge and equal numbers, and whole rows at random scales."""
+    whole = np.concatenate([np.arange(-127, 128), np.arange(-126.5, 127)])
+    rows = [
+        np.resize(whole, 512), np.resize(whole, 512) * 0.5, np.nextafter(np.resize(whole, 512), 0),
+        np.zeros(512), np.full(512, -0.0), np.full(512, 3.0), np.full(512, 1e-45),
+        np.resize([1e-38, -1e-40], 512), np.resize([65504.0, -1.0], 512), np.resize([127, 0.5], 512)
+    ]  # fmt: skip
+    rows += list(RNG.standard_normal((200, 512)) * 10.0 ** RNG.integers(-30, 4, (200, 1)))
+    data = np.stack(rows).astype(np.float32)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.quantize(data, gguf.GGMLQuantizationType.Q8_0)
+    got = np.frombuffer(quantize(torch.from_numpy(data), GGMLType.Q8_0), np.uint8)
+    assert np.array_equal(got.reshape(expected.shape), expected)
 
 
 def test_what_cannot_be_stored_is_refused():
     with pytest.raises(UnsupportedError, match="beyond the largest F16"):
         quantize(torch.tensor([[1.0, 70000.0]]), GGMLType.F16, "x")
-    assert quantize(torch.tensor([float("inf")]), GGMLType.F16) == b"\x00\x7c"
+    assert quantize(torch.tensor([float("inf"), float("nan")]), GGMLType.F16)[:2] == b"\x00\x7c"
+    large = torch.full((1, 32), 70000.0)
+    with pytest.raises(UnsupportedError, match="beyond the largest F16"):
+        quantize(large, GGMLType.Q4_0, "x")
+    large[0, 3] = float("inf")
+    with pytest.raises(InputError, match="tensor x holds inf"):
+        quantize(large, GGMLType.Q4_0, "x")
     with pytest.raises(InputError, match="tensor x holds nan"):
         quantize(torch.full((1, 32), float("nan")), GGMLType.Q8_0, "x")
     with pytest.raises(UnsupportedError, match="rows of 31 numbers"):

@@ -66,10 +66,16 @@ class WriteOptions:
     progress : callable
         Called with the bytes of each tensor that has been written, as ``tensor.nbytes``
         counts them.
+    dtype : str or None
+        One of the converter's own ``dtypes``, if it has any.
+    pre_tokenizer : str or None
+        The pre-tokenizer's name in the format, where it is not to be recognised.
     """
 
     shard_limit: int
     progress: Callable[[int], None]
+    dtype: str | None = None
+    pre_tokenizer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,9 @@ class Converter:
         Encodings that the writer can take. Before a writer of "dense" is called, NF4 weights
         are made to dequantize when loaded; before one of "nf4", decoder linears are made to
         quantize. "both" takes them as they come.
+    dtypes : tuple of str
+        Words for ``--dtype`` that the writer heeds itself. Then it gets all weights as they
+        are, those in NF4 as float32, and rounds them once.
     loses : tuple of str
         What the format cannot express, as sentences. A loss that both formats name is none.
     output : {"directory", "file"}
@@ -150,6 +159,7 @@ class Converter:
     write_adapter: Callable[[Adapter, Publication, AdapterWriteOptions], None] | None = None
     write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None
     stores: Literal["nf4", "dense", "both"] = "dense"
+    dtypes: tuple[str, ...] = ()
     loses: tuple[str, ...] = ()
     output: Literal["directory", "file"] = "directory"
     suffixes: tuple[str, ...] = ()

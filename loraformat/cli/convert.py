@@ -21,6 +21,7 @@ _EXAMPLE = """\b
 Example:
   loraformat convert meta-llama/Llama-3.2-1B my-bundle
   loraformat convert my-bundle dense --to safetensors --dtype bf16
+  loraformat convert my-bundle model.gguf --dtype q8_0
   loraformat convert my-peft-adapter my-bundle/adapters/medical
 """
 
@@ -39,8 +40,15 @@ Example:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["f32", "f16", "bf16"]),
-    help="Type of dense tensors, or of an adapter's factors; by default each keeps its own.",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
+    help="Type of dense tensors, or of an adapter's factors; by default each keeps its own. Of a "
+    "GGUF file f16 is the default, and only such a file can have those that begin with q.",
+)
+@click.option(
+    "--pre",
+    "pre_tokenizer",
+    metavar="NAME",
+    help="llama.cpp's name of the pre-tokenizer, for a GGUF file; by default it is recognised.",
 )
 @click.option(
     "--block-size",

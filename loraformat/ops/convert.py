@@ -49,6 +49,7 @@ def convert(
     skip: Sequence[str] = (),
     include: Sequence[str] = (),
     shard_limit: int | None = None,
+    pre_tokenizer: str | None = None,
     base: str | Path | None = None,
     canonical: bool = False,
     allow_pickle: bool = False,
@@ -72,7 +73,7 @@ def convert(
         becomes a bundle, or of an adapter a PEFT directory.
     dtype : str, optional
         ``f32``, ``f16`` or ``bf16`` for dense tensors; by default each keeps its own.
-        Rounded to nearest even.
+        Rounded to nearest even. GGUF has more, and ``f16`` is its default.
     block_size : int, optional
         Elements per scale, 64 by default.
     double_quant : bool, optional
@@ -80,7 +81,10 @@ def convert(
     skip, include : sequence of str
         See `QuantizationPolicy`.
     shard_limit : int, optional
-        Bytes of tensor data per file, 2 GB by default. These five are for bases.
+        Bytes of tensor data per file, 2 GB by default.
+    pre_tokenizer : str, optional
+        What the target format calls the model's pre-tokenizer; by default it is recognised.
+        These six are for bases.
     base : str or Path, optional
         The base of an adapter outside a bundle: names, shapes and orientation are held
         against it.
@@ -119,6 +123,7 @@ def convert(
         "--skip": bool(skip),
         "--include": bool(include),
         "--max-shard-size": shard_limit is not None,
+        "--pre": pre_tokenizer is not None,
     }
     for_adapters = {
         "--base": base is not None,
@@ -138,6 +143,7 @@ def convert(
     return _convert_base(
         found, reader, Path(target), encoding, to_format=to_format,
         shard_limit=DEFAULT_SHARD_LIMIT if shard_limit is None else shard_limit,
+        pre_tokenizer=pre_tokenizer,
         force=force, strict=strict, dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
@@ -159,6 +165,7 @@ def _convert_base(
     *,
     to_format: str | None,
     shard_limit: int,
+    pre_tokenizer: str | None,
     force: bool,
     strict: bool,
     dry_run: bool,
@@ -184,7 +191,12 @@ def _convert_base(
         if dry_run:
             notes = [*report.notes, *shard_notes(checkpoint, shard_limit)]
             return replace(report, dry_run=True, notes=notes)
-        options = WriteOptions(shard_limit, _Counter(total, progress).add)
+        options = WriteOptions(
+            shard_limit,
+            _Counter(total, progress).add,
+            dtype=encoding.dtype if writer.dtypes else None,
+            pre_tokenizer=pre_tokenizer,
+        )
         plan = _plan(checkpoint, encoding, writer, shard_limit)
         with open_publication(
             writer.output, target, plan=plan, inputs=_inputs(original), force=force

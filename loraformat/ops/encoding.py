@@ -26,6 +26,8 @@ class Encoding:
 
     def apply(self, checkpoint: Checkpoint, writer: Converter) -> Checkpoint:
         """Return the checkpoint as the writer takes it; nothing is computed yet."""
+        if writer.dtypes:
+            return self._for_own_dtypes(checkpoint, writer)
         dtype = parse_weight_dtype(self.dtype) if self.dtype else None
         if writer.stores == "nf4":
             tensors = self._to_nf4(checkpoint, dtype)
@@ -44,6 +46,20 @@ class Encoding:
             if keeps and not self.include
             else None,
         )
+
+    def _for_own_dtypes(self, checkpoint: Checkpoint, writer: Converter) -> Checkpoint:
+        """Leave the rounding to the writer; what is in NF4 is decoded without any."""
+        self._refuse_quantization(writer)
+        if self.dtype is not None and self.dtype not in writer.dtypes:
+            raise UsageError(
+                f"{writer.name} has no dtype {self.dtype}, wanted one of {', '.join(writer.dtypes)}"
+            )
+        tensors = [
+            dequantized(tensor, "F32") if isinstance(tensor, NF4Tensor) else tensor
+            for tensor in checkpoint.tensors.values()
+        ]
+        named = {tensor.name: tensor for tensor in tensors}
+        return replace(checkpoint, tensors=named, quantization_config=None)
 
     def _refuse_quantization(self, writer: Converter) -> None:
         if self.block_size or self.double_quant is not None or self.skip or self.include:

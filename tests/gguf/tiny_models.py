@@ -52,7 +52,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("llama", dict(_COMMON, **_rope("linear", factor=4.0))),
     "llama-longrope": ("llama", dict(_COMMON, **_rope(
         "longrope", short_factor=[1.0] * 4 + [1.5] * 4, long_factor=_LONG,
-        original_max_position_embeddings=32, factor=2.0))),
+        original_max_position_embeddings=16, factor=2.0))),
+    "llama-longrope-short": ("llama", dict(_COMMON, max_position_embeddings=1024, **_rope(
+        "longrope", short_factor=[1.0] * 4 + [1.5] * 4, long_factor=_LONG,
+        original_max_position_embeddings=512))),
+    "odd": ("llama", dict(_COMMON, intermediate_size=80)),
     "mistral": ("mistral", dict(_HEADS, sliding_window=None)),
     "mixtral": ("mixtral", dict(_COMMON, num_local_experts=4, num_experts_per_tok=2)),
     "qwen2": ("qwen2", dict(_COMMON, tie_word_embeddings=True)),
@@ -73,7 +77,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         eoi_token_index=91, image_token_index=92)),
     "phi3": ("phi3", dict(_COMMON, original_max_position_embeddings=64)),
     "phi3-long": ("phi3", dict(
-        _COMMON, original_max_position_embeddings=32, **_rope(
+        _COMMON, original_max_position_embeddings=16, **_rope(
             "longrope", short_factor=[1.0] * 3 + [1.25] * 3, long_factor=_LONG[:6],
             partial_rotary_factor=0.75))),
     "gpt2": ("gpt2", dict(
@@ -106,6 +110,7 @@ def make_model(name: str, directory: Path) -> Path:
         elif "router" in key or key.endswith("gate.weight"):
             torch.nn.init.normal_(parameter, std=0.3)
         else:
-            torch.nn.init.normal_(parameter, std=0.08)
+            # llama.cpp looks GELU up in a table of float16: smaller sums, smaller errors
+            torch.nn.init.normal_(parameter, std=0.04 if "gemma" in name else 0.08)
     model.save_pretrained(directory)
     return directory

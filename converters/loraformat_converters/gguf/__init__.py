@@ -5,6 +5,51 @@ loader (``gguf.cpp``) makes of it. From the bottom: `types` and `values` are the
 `cursor`, `keys` and `header` turn bytes into a checked table of contents; `parts` and
 `container` open a file; `blocks` turns stored numbers into float32 and back; `writing`
 streams a new file.
+`architectures` knows models, `tokenizers` their tokenizers; `base_write` and `base_read`
+put them together.
 
 No foreign program sees a file before `header` has accepted it.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraformat.plugins import Converter, Requirement, WriteOptions
+
+if TYPE_CHECKING:
+    from loraformat.checkpoint import Checkpoint
+    from loraformat.model_directory import WrittenModel
+    from loraformat.publish import Publication
+
+__all__ = ["CONVERTER"]
+
+
+def sniff(path: Path) -> bool:
+    """Tell whether a path is a GGUF file of a whole model."""
+    from loraformat_converters.gguf.container import is_gguf
+
+    return is_gguf(path)
+
+
+def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+    """Write one file."""
+    from loraformat_converters.gguf import base_write
+
+    return base_write.write(checkpoint, publication, options)
+
+
+CONVERTER = Converter(
+    name="gguf",
+    kind="base",
+    summary="GGUF: one file for llama.cpp and its relatives, with tokenizer",
+    sniff=sniff,
+    write=write,
+    output="file",
+    stores="dense",
+    dtypes=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    loses=("the manifest with its hashes and fingerprint",),
+    suffixes=(".gguf",),
+    requires=(Requirement("gguf", "gguf"),),
+)

@@ -9,6 +9,8 @@ from loraformat_converters.gguf.architectures.decoder import bounded, short, voc
 from loraformat_converters.gguf.architectures.keys import Keys
 from loraformat_converters.gguf.architectures.names import Row, bias, layer, row
 from loraformat_converters.gguf.architectures.record import Architecture
+from loraformat_converters.gguf.types import ValueType
+from loraformat_converters.gguf.values import GGUFValue
 
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container import GGUFFile
@@ -53,6 +55,9 @@ def _keys(config: Config, keys: Keys) -> None:
     keys.float("attention.layer_norm_epsilon", config.number("layer_norm_eps"))
     keys.flag("attention.causal", False)
     keys.uint("vocab_size", config.integer("vocab_size"))
+    # It belongs to the tokenizer's keys, and the model does not load without it.
+    count = config.integer("type_vocab_size")
+    keys["tokenizer.ggml.token_type_count"] = GGUFValue.of(ValueType.UINT32, count)
 
 
 def _config(gguf: GGUFFile) -> dict[str, Any]:

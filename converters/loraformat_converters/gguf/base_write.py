@@ -1,0 +1,233 @@
+"""A base to one GGUF file, as llama.cpp's own converter would write it.
+
+Vectors, norms, routers, positions and token types are F32; all other weights are of the type
+that was asked for, F16 where their rows do not fill its blocks. Below 8 bits the output head
+(of tied models the embedding) is Q8_0: it costs little and matters most. Weights are
+transformed, rounded and written a tile of rows at a time, and what rounding loses is measured
+on the way. NF4 weights are decoded to float32 first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from loraformat import config_json
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.errors import InputError, UnsupportedError
+from loraformat.manifest import FileRecord, TensorRecord
+from loraformat.model_directory import WrittenModel
+from loraformat.writer import WrittenShards
+from loraformat_converters.gguf import tokenizers
+from loraformat_converters.gguf.architectures import Recipe, Recipes, of_config, to_gguf
+from loraformat_converters.gguf.blocks import dequantize, quantized_tiles, storable_type
+from loraformat_converters.gguf.general import general_keys
+from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraformat.plugins import WriteOptions
+    from loraformat.publish import Publication
+
+__all__ = ["write"]
+
+_TILE = 1 << 20
+_LOW = {GGMLType.Q5_1, GGMLType.Q5_0, GGMLType.Q4_1, GGMLType.Q4_0}
+_ALWAYS_F32 = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+    """Write a model as ``publication.file_name``.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        With a ``config.json`` and a tokenizer.
+    publication : Publication
+        Of a single file.
+    options : WriteOptions
+        ``dtype`` and ``pre_tokenizer`` are heeded.
+
+    Raises
+    ------
+    UnsupportedError
+        If llama.cpp cannot run such a model, or would compute something else.
+    InputError
+        If the model is incomplete or damaged.
+    """
+    if checkpoint.config is None:
+        raise UnsupportedError(
+            "has no config.json, which says what the tensors are",
+            path=checkpoint.path,
+            hint="put it beside the weights",
+        )
+    architecture, config = of_config(config_json.parse(checkpoint.config))
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values()}
+    recipes = to_gguf(architecture, config, shapes)
+    kind = GGMLType[(options.dtype or "f16").upper()]
+    vocabulary = next(r.shape[0] for r in recipes.tensors if r.name == "token_embd.weight")
+    if vocabulary != config.integer("vocab_size"):
+        raise InputError(
+            f"the embedding has {vocabulary} rows, and config.json says vocab_size "
+            f"{config.integer('vocab_size')}",
+            path=checkpoint.path,
+        )
+    tokens = tokenizers.metadata(checkpoint, vocabulary=vocabulary, pre=options.pre_tokenizer)
+    metadata = general_keys(checkpoint, architecture.name, kind, tokens)
+    metadata |= architecture.metadata(config)
+    metadata |= tokens
+    loss = Loss()
+    work = _Work(checkpoint, options, loss)
+    types = {recipe.name: _type(recipe, kind, config.tied) for recipe in recipes.tensors}
+    planned = [_small(name, values) for name, values in architecture.tensors(config).items()]
+    planned += [work.planned(recipe, types[recipe.name]) for recipe in recipes.tensors]
+    written = write_gguf(publication, metadata, planned)
+    for name in recipes.unused:
+        options.progress(checkpoint.tensors[name].nbytes)
+    notes = architecture.notes(config) + _notes(kind, types, recipes, loss)
+    record = FileRecord(written.nbytes, written.header_sha256)
+    return WrittenModel(
+        WrittenShards(tensors=loss.records(checkpoint.tensors)),
+        {publication.file_name: record},
+        notes,
+    )
+
+
+def _type(recipe: Recipe, kind: GGMLType, tied: bool) -> GGMLType:
+    name = recipe.name
+    if (
+        len(recipe.shape) < 2
+        or name.endswith("_norm.weight")
+        or not name.endswith(".weight")
+        or name.endswith(_ALWAYS_F32)
+    ):
+        return GGMLType.F32
+    if kind in _LOW and name in ("output.weight", "token_embd.weight" if tied else ""):
+        kind = GGMLType.Q8_0
+    return storable_type(kind, recipe.shape[-1])
+
+
+def _small(name: str, values: list[float]) -> PlannedTensor:
+    import torch
+
+    vector = torch.tensor(values, dtype=torch.float32)
+    return PlannedTensor(
+        name, tuple(vector.shape), GGMLType.F32, lambda: [vector.numpy().tobytes()]
+    )
+
+
+@dataclass
+class Loss:
+    """What rounding lost, by tensor of the source: squared error and squared norm."""
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, name: str, tile: torch.Tensor, stored: torch.Tensor) -> None:
+        """Take a tile, float32, and what was stored of it."""
+        import torch
+
+        error, norm = self.sums.get(name, (0.0, 0.0))
+        error += float((stored - tile).square().sum(dtype=torch.float64))
+        norm += float(tile.square().sum(dtype=torch.float64))
+        self.sums[name] = error, norm
+
+    @property
+    def total(self) -> float:
+        """Relative RMS error of all weights that were rounded."""
+        error = sum(one for one, _ in self.sums.values())
+        norm = sum(one for _, one in self.sums.values())
+        return sqrt(error / norm) if norm else 0.0
+
+    def records(self, tensors: Mapping[str, LazyTensor]) -> dict[str, TensorRecord]:
+        """Return the errors in the form that reports are made of, to three digits."""
+        return {
+            name: TensorRecord(
+                "dense",
+                tensors[name].dtype,
+                tensors[name].shape,
+                "",
+                relative_rms_error=float(f"{sqrt(error / norm):.3g}") if norm else 0.0,
+            )
+            for name, (error, norm) in self.sums.items()
+        }
+
+
+@dataclass
+class _Work:
+    """Loads, transforms and rounds; at most one tensor of the source is loaded at a time."""
+
+    checkpoint: Checkpoint
+    options: WriteOptions
+    loss: Loss
+
+    def planned(self, recipe: Recipe, kind: GGMLType) -> PlannedTensor:
+        for name in recipe.sources:
+            tensor = self.checkpoint.tensors[name]
+            if tensor.dtype not in _FLOATS:
+                raise UnsupportedError(f"tensor {name} is of type {tensor.dtype}, not of floats")
+        return PlannedTensor(recipe.name, recipe.shape, kind, lambda: self._chunks(recipe, kind))
+
+    def _chunks(self, recipe: Recipe, kind: GGMLType) -> Iterator[bytes]:
+        loaded: tuple[str, torch.Tensor] | None = None
+        for part in recipe.parts:
+            source = self.checkpoint.tensors[part.source]
+            if loaded is None or loaded[0] != part.source:  # the parts of fused experts share one
+                loaded = None  # or two of them were in memory
+                loaded = part.source, _values(source)
+            matrix = part.of(loaded[1])
+            rows = recipe.rows_of(part)
+            step = max(1, _TILE // max(matrix.numel() // rows, 1))
+            for start in range(0, rows, step):
+                tile = recipe.transform.rows(matrix, start, min(start + step, rows))
+                yield from self._stored(part.source, source, tile, kind)
+            self.options.progress(matrix.numel() * source.nbytes // source.count)
+            if part is recipe.parts[-1] or len(recipe.sources) > 1:
+                source.release()
+
+    def _stored(
+        self, name: str, source: LazyTensor, tile: torch.Tensor, kind: GGMLType
+    ) -> Iterator[bytes]:
+        import torch
+
+        data = b"".join(quantized_tiles(tile, kind, name))
+        exact = kind is GGMLType.F32 or (kind.name == source.dtype and tile.dtype.itemsize == 2)
+        if not exact:
+            values = tile.to(torch.float32)
+            stored = dequantize(memoryview(data), kind, tuple(tile.shape), name)
+            self.loss.add(name, values, stored)
+        yield data
+
+
+def _values(tensor: LazyTensor) -> torch.Tensor:
+    if isinstance(tensor, NF4Tensor):
+        return tensor.dequantize("F32")
+    assert isinstance(tensor, DenseTensor)
+    return tensor.torch()
+
+
+def _notes(
+    kind: GGMLType, types: Mapping[str, GGMLType], recipes: Recipes, loss: Loss
+) -> list[str]:
+    notes = []
+    if kind in _LOW:
+        notes.append(
+            f"{kind.name} keeps the weights to {loss.total:.1%} only (relative RMS, measured); "
+            "q8_0 keeps them to about 0.5%"
+        )
+    small = [name for name, one in types.items() if kind.block > 1 and one is GGMLType.F16]
+    if small:
+        notes.append(
+            f"{len(small)} weights are F16: their rows do not fill the blocks of {kind.name} "
+            f"({small[0]}, ...)"
+        )
+    if recipes.unused:
+        notes.append(
+            f"{len(recipes.unused)} tensors have no place in a GGUF base and were left out "
+            f"({recipes.unused[0]}, ...)"
+        )
+    return notes

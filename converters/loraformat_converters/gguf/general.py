@@ -1,0 +1,96 @@
+"""``general.*`` and ``loraformat.*``: what a base is, and where it came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from loraformat.checkpoint import Checkpoint
+from loraformat.folder import Folder
+from loraformat.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from loraformat_converters.gguf.types import GGMLType, ValueType
+from loraformat_converters.gguf.values import GGUFValue
+
+__all__ = ["CONFIG_KEY", "FILE_TYPES", "FINGERPRINT_KEY", "GENERATION_KEY", "general_keys"]
+
+#: ``config.json`` and ``generation_config.json`` of the model that a base was made of.
+CONFIG_KEY = "loraformat.config"
+GENERATION_KEY = "loraformat.generation_config"
+#: Of the bundle that a base was made of.
+FINGERPRINT_KEY = "loraformat.base.fingerprint"
+
+#: llama.cpp's number of a file of mostly one type.
+FILE_TYPES = {
+    GGMLType.F32: 0,
+    GGMLType.F16: 1,
+    GGMLType.Q4_0: 2,
+    GGMLType.Q4_1: 3,
+    GGMLType.Q8_0: 7,
+    GGMLType.Q5_0: 8,
+    GGMLType.Q5_1: 9,
+    GGMLType.BF16: 32,
+}
+_PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
+#: Tokens that llama.cpp looks up in every model whose name says Phi-3, and dies if they miss.
+_PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+
+
+def general_keys(
+    checkpoint: Checkpoint, architecture: str, kind: GGMLType, tokens: Mapping[str, GGUFValue]
+) -> dict[str, GGUFValue]:
+    """Return the keys of a base that do not depend on its architecture.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    architecture : str
+    kind : GGMLType
+        Of most weights.
+    tokens : mapping of str to GGUFValue
+        The tokenizer's keys.
+    """
+    origin = checkpoint.provenance
+    texts = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": _name(checkpoint, tokens),
+    }
+    if origin.repo:
+        texts["general.source.repo_url"] = f"https://huggingface.co/{origin.repo}"
+    keys = {key: GGUFValue.of(ValueType.STRING, text) for key, text in texts.items()}
+    keys["general.file_type"] = GGUFValue.of(ValueType.UINT32, FILE_TYPES[kind])
+    keys["general.quantization_version"] = GGUFValue.of(ValueType.UINT32, 2)
+    ours = {
+        FINGERPRINT_KEY: _fingerprint(checkpoint),
+        "loraformat.source.format": origin.format,
+        "loraformat.source.repo": origin.repo,
+        "loraformat.source.revision": origin.revision,
+        CONFIG_KEY: _text(checkpoint.config),
+        GENERATION_KEY: _text(_carried(checkpoint, "generation_config.json")),
+    }
+    return keys | {
+        key: GGUFValue.of(ValueType.STRING, text) for key, text in ours.items() if text is not None
+    }
+
+
+def _name(checkpoint: Checkpoint, tokens: Mapping[str, GGUFValue]) -> str:
+    origin = checkpoint.provenance.repo or checkpoint.path.resolve().name
+    name = origin.rsplit("/", 1)[-1].removesuffix(".gguf") or "model"
+    if _PHI3.search(name) and not set(tokens["tokenizer.ggml.tokens"].value) >= _PHI3_TOKENS:
+        return _PHI3.sub("phi_3", name)
+    return name
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.provenance.format != "loraformat":
+        return None
+    raw = Folder(checkpoint.path).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    return parse_manifest(raw, checkpoint.path / MANIFEST_NAME).fingerprint
+
+
+def _carried(checkpoint: Checkpoint, name: str) -> bytes | None:
+    return next((file.read() for file in checkpoint.files if file.path == name), None)
+
+
+def _text(raw: bytes | None) -> str | None:
+    return None if raw is None else raw.decode("utf-8", "replace")

@@ -35,6 +35,7 @@ __all__ = [
     "AdapterReadOptions",
     "AdapterWriteOptions",
     "Converter",
+    "ReadOptions",
     "Requirement",
     "WriteOptions",
     "all_converters",
@@ -53,6 +54,23 @@ class Requirement:
 
     module: str
     package: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What a user may ask of a reader whose format says less than a checkpoint, or more.
+
+    Attributes
+    ----------
+    config : bytes or None
+        The model's ``config.json``, where the format holds none.
+    dtype : str or None
+        safetensors name of the type to which numbers of the format's own types are rounded;
+        None for the reader's default.
+    """
+
+    config: bytes | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +145,8 @@ class Converter:
         may say yes.
     read : callable or None
         Opens a path as a lazy `Checkpoint`.
+    read_with : callable or None
+        The same with `ReadOptions`, for a format that needs them.
     write : callable or None
         Writes a checkpoint into a publication's work directory.
     read_adapter : callable or None
@@ -155,6 +175,7 @@ class Converter:
     summary: str
     sniff: Callable[[Path], bool]
     read: Callable[[Path], Checkpoint] | None = None
+    read_with: Callable[[Path, ReadOptions], Checkpoint] | None = None
     read_adapter: Callable[[Path, AdapterReadOptions], Adapter] | None = None
     write_adapter: Callable[[Adapter, Publication, AdapterWriteOptions], None] | None = None
     write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None

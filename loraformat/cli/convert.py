@@ -45,6 +45,11 @@ Example:
     "GGUF file f16 is the default, and only such a file can have those that begin with q.",
 )
 @click.option(
+    "--config",
+    metavar="FILE",
+    help="config.json of the model in a GGUF file; by default it is inferred.",
+)
+@click.option(
     "--pre",
     "pre_tokenizer",
     metavar="NAME",

@@ -18,7 +18,10 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.bundle_update import adapter_place
 from loraformat.checkpoint import Checkpoint, Provenance
+from loraformat.config_json import MAX_CONFIG_BYTES, split
+from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UnsupportedError, UsageError
+from loraformat.folder import Folder
 from loraformat.hub import Source, resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.ops.convert_adapter import AdapterOptions, AdapterReport, convert_adapter
@@ -30,7 +33,7 @@ from loraformat.ops.report import (
     plan_report,
     shard_notes,
 )
-from loraformat.plugins import Converter, WriteOptions
+from loraformat.plugins import Converter, ReadOptions, WriteOptions
 from loraformat.publish_file import open_publication
 from loraformat.version import __version__
 
@@ -50,6 +53,7 @@ def convert(
     include: Sequence[str] = (),
     shard_limit: int | None = None,
     pre_tokenizer: str | None = None,
+    config: str | Path | None = None,
     base: str | Path | None = None,
     canonical: bool = False,
     allow_pickle: bool = False,
@@ -84,7 +88,9 @@ def convert(
         Bytes of tensor data per file, 2 GB by default.
     pre_tokenizer : str, optional
         What the target format calls the model's pre-tokenizer; by default it is recognised.
-        These six are for bases.
+    config : str or Path, optional
+        The ``config.json`` of a source whose format has none (GGUF); by default it is inferred.
+        These seven are for bases.
     base : str or Path, optional
         The base of an adapter outside a bundle: names, shapes and orientation are held
         against it.
@@ -124,6 +130,7 @@ def convert(
         "--include": bool(include),
         "--max-shard-size": shard_limit is not None,
         "--pre": pre_tokenizer is not None,
+        "--config": config is not None,
     }
     for_adapters = {
         "--base": base is not None,
@@ -143,7 +150,7 @@ def convert(
     return _convert_base(
         found, reader, Path(target), encoding, to_format=to_format,
         shard_limit=DEFAULT_SHARD_LIMIT if shard_limit is None else shard_limit,
-        pre_tokenizer=pre_tokenizer,
+        pre_tokenizer=pre_tokenizer, config=config,
         force=force, strict=strict, dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
@@ -166,6 +173,7 @@ def _convert_base(
     to_format: str | None,
     shard_limit: int,
     pre_tokenizer: str | None,
+    config: str | Path | None,
     force: bool,
     strict: bool,
     dry_run: bool,
@@ -175,9 +183,7 @@ def _convert_base(
     if adapter_place(target) is not None:
         raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
     writer = plugins.for_output(target, to_format, reader.kind)
-    if reader.read is None:
-        raise UsageError(f"format {reader.name!r} can be written but not read")
-    with reader.read(found.path) as original:
+    with _open(found, reader, writer, encoding, config) as original:
         checkpoint = encoding.apply(_with_origin(original, found), writer)
         lost = list(losses(original, reader, writer))
         if strict and lost:
@@ -210,6 +216,30 @@ def _convert_base(
             original.close()  # raises if an input changed, before anything is published
             output.commit()
     return complete(report, checkpoint, written, time.perf_counter() - began)
+
+
+def _open(
+    found: Source,
+    reader: Converter,
+    writer: Converter,
+    encoding: Encoding,
+    config: str | Path | None,
+) -> Checkpoint:
+    if reader.read is None:
+        raise UsageError(f"format {reader.name!r} can be written but not read")
+    if reader.read_with is None:
+        if config is not None:
+            raise UsageError(f"--config is for GGUF files, and {found.path} is {reader.name}")
+        return reader.read(found.path)
+    raw = None
+    if config is not None:
+        place = Path(config)
+        raw = Folder(place.parent).read(place.name, MAX_CONFIG_BYTES)
+        raw, _ = split(raw, place)
+    if writer.dtypes:  # it rounds itself, and once is enough
+        return reader.read_with(found.path, ReadOptions(raw, "F32"))
+    dtype = parse_weight_dtype(encoding.dtype) if encoding.dtype else None
+    return reader.read_with(found.path, ReadOptions(raw, dtype))
 
 
 class _Counter:

@@ -16,7 +16,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraformat.plugins import Converter, Requirement, WriteOptions
+from loraformat.errors import LoraFormatError
+from loraformat.plugins import Converter, ReadOptions, Requirement, WriteOptions
 
 if TYPE_CHECKING:
     from loraformat.checkpoint import Checkpoint
@@ -27,10 +28,28 @@ __all__ = ["CONVERTER"]
 
 
 def sniff(path: Path) -> bool:
-    """Tell whether a path is a GGUF file of a whole model."""
-    from loraformat_converters.gguf.container import is_gguf
+    """Tell whether a path is a GGUF file, but not of an adapter."""
+    from loraformat_converters.gguf.container import is_gguf, open_gguf
 
-    return is_gguf(path)
+    if not is_gguf(path):
+        return False
+    try:
+        with open_gguf(path) as gguf:
+            return gguf.text("general.type", "model") != "adapter"
+    except LoraFormatError:
+        return True  # reading it says what is wrong
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a base; see `read_with`."""
+    return read_with(path, ReadOptions())
+
+
+def read_with(path: Path, options: ReadOptions) -> Checkpoint:
+    """Open a base; see `loraformat_converters.gguf.base_read`."""
+    from loraformat_converters.gguf import base_read
+
+    return base_read.read(path, options)
 
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
@@ -45,6 +64,8 @@ CONVERTER = Converter(
     kind="base",
     summary="GGUF: one file for llama.cpp and its relatives, with tokenizer",
     sniff=sniff,
+    read=read,
+    read_with=read_with,
     write=write,
     output="file",
     stores="dense",

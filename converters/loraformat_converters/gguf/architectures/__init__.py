@@ -62,6 +62,7 @@ __all__ = [
     "Recipes",
     "lora_module",
     "lora_places",
+    "named_by",
     "of_config",
     "of_gguf",
     "to_gguf",
@@ -107,6 +108,24 @@ def of_config(values: Mapping[str, Any]) -> tuple[Architecture, Config]:
     )
 
 
+def named_by(gguf: GGUFFile) -> Architecture:
+    """Return the architecture that a GGUF file names.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is not known here.
+    """
+    record = ARCHITECTURES.get(gguf.architecture)
+    if record is None:
+        raise UnsupportedError(
+            f"is of architecture {printable(gguf.architecture)}, which is not known here",
+            path=gguf.path,
+            hint="known are " + ", ".join(sorted(ARCHITECTURES)),
+        )
+    return record
+
+
 def of_gguf(gguf: GGUFFile) -> tuple[Architecture, Config]:
     """Return the architecture of a GGUF file, and the hyperparameters that it implies.
 
@@ -117,12 +136,6 @@ def of_gguf(gguf: GGUFFile) -> tuple[Architecture, Config]:
     InputError
         If the metadata are damaged.
     """
-    record = ARCHITECTURES.get(gguf.architecture)
-    if record is None:
-        raise UnsupportedError(
-            f"is of architecture {printable(gguf.architecture)}, which is not known here",
-            path=gguf.path,
-            hint="known are " + ", ".join(sorted(ARCHITECTURES)),
-        )
+    record = named_by(gguf)
     values = record.config(gguf)
     return record, Config(values, record.defaults[values["model_type"]])

@@ -1,0 +1,258 @@
+"""A GGUF base as a lazy checkpoint: tensors, ``config.json``, tokenizer, as transformers has them.
+
+Tensors stored as F32, F16 or BF16 keep their type. Those of block types are dequantized when
+they are loaded, bit for bit as ggml does, and rounded to BF16 unless another type is asked
+for: that error (0.17 %) is far below what any block type but Q8_0 (0.5 %) has lost already.
+Gemma's norms become F32, so that 1 + w comes back exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraformat import config_json
+from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance, tensor_view
+from loraformat.dtypes import TORCH_NAMES, torch_dtype
+from loraformat.errors import InputError, LoraFormatError, UnsupportedError
+from loraformat_converters.gguf import tokenizers
+from loraformat_converters.gguf.architectures import (
+    Architecture,
+    Config,
+    Recipe,
+    named_by,
+    of_config,
+    of_gguf,
+    to_huggingface,
+)
+from loraformat_converters.gguf.architectures.decoder import float_tensor
+from loraformat_converters.gguf.architectures.transforms import IDENTITY, MinusOne
+from loraformat_converters.gguf.blocks import dequantize
+from loraformat_converters.gguf.container import GGUFFile, open_gguf
+from loraformat_converters.gguf.general import CONFIG_KEY, GENERATION_KEY
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraformat.plugins import ReadOptions
+
+__all__ = ["read"]
+
+_PLAIN = ("F32", "F16", "BF16")
+
+
+def read(path: Path, options: ReadOptions) -> Checkpoint:
+    """Open a base.
+
+    Parameters
+    ----------
+    path : Path
+        The file, or any part of a split one.
+    options : ReadOptions
+        ``config`` replaces what would be inferred, ``dtype`` is that of dequantized tensors.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is an adapter, or of an architecture that is not known.
+    InputError
+        If it is damaged, or the config is not that of this file.
+    """
+    gguf = open_gguf(path)
+    try:
+        return _checkpoint(gguf, options)
+    except BaseException:
+        gguf.close()
+        raise
+
+
+def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
+    if gguf.text("general.type", "model") == "adapter":
+        raise UnsupportedError("is an adapter, not a model", path=gguf.path)
+    architecture = named_by(gguf)
+    raw = _config(gguf, architecture, options.config)
+    _, config = of_gguf(gguf) if raw is None else of_config(config_json.parse(raw))
+    shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
+    try:
+        recipes = to_huggingface(architecture, config, shapes)
+    except LoraFormatError as error:
+        error.path = error.path or str(gguf.path)
+        raise
+    sources = [_Source(gguf, recipe, options.dtype or "BF16") for recipe in recipes.tensors]
+    if raw is None:
+        raw = _derived(gguf, architecture, config, _main_dtype(sources))
+    generation = _generation(gguf)
+    files = tokenizers.files(gguf)
+    if not any(file.path == "generation_config.json" for file in files) and generation:
+        files = (CarriedFile("generation_config.json", len(generation), lambda: generation), *files)
+    return Checkpoint(
+        path=gguf.path,
+        provenance=Provenance("gguf"),
+        tensors={source.recipe.name: source.tensor() for source in sources},
+        config=raw,
+        files=files,
+        sources=gguf.sources,
+        close=gguf.close,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor to be: loads its one part, undoes what the file has done to it."""
+
+    gguf: GGUFFile
+    recipe: Recipe
+    dequantized: str
+
+    @property
+    def dtype(self) -> str:
+        if isinstance(self.recipe.transform, MinusOne):
+            return "F32"
+        kind = self.gguf.tensors[self.recipe.parts[0].source].type.name
+        return kind if kind in _PLAIN else self.dequantized
+
+    def tensor(self) -> DenseTensor:
+        release = self.gguf.releaser(self.recipe.parts[0].source)
+        return DenseTensor(self.recipe.name, self.dtype, self.recipe.shape, self.load, release)
+
+    def load(self) -> memoryview:
+        (part,) = self.recipe.parts
+        stored = self.gguf.tensors[part.source]
+        row_bytes = stored.type.row_bytes(part.shape[-1])
+        rows = stored.nbytes // row_bytes
+        count = part.shape[0] if len(part.shape) > 1 else 1
+        first = part.start if len(part.shape) > 1 else 0
+        if part.expert is not None:
+            first += part.expert * (rows // stored.shape[0])
+        whole = self.gguf.load(part.source)
+        if len(part.shape) == 1:  # a vector may be a slice of a fused one
+            size = row_bytes // part.shape[0] if stored.type.block == 1 else 0
+            view = whole[part.start * size :][: part.shape[0] * size] if size else whole
+        else:
+            view = whole[first * row_bytes : (first + count) * row_bytes]
+        if stored.type.name == self.dtype and self.recipe.transform is IDENTITY:
+            return view
+        return self._transformed(view, stored.type, part.shape)
+
+    def _transformed(self, view: memoryview, kind: Any, shape: tuple[int, ...]) -> memoryview:
+        if kind.name == self.dtype:
+            values = tensor_view(view, self.dtype, shape)
+        else:
+            values = dequantize(view, kind, shape, self.recipe.parts[0].source)
+        values = self.recipe.transform.rows(values, 0, self.recipe.shape[0])
+        return _bytes(values.to(torch_dtype(self.dtype)))
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    import torch
+
+    flat: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _main_dtype(sources: list[_Source]) -> str:
+    """Return the type of most numbers."""
+    counts: dict[str, int] = {}
+    for source in sources:
+        tensor = source.tensor()
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.count
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _config(gguf: GGUFFile, architecture: Architecture, given: bytes | None) -> bytes | None:
+    """Return the config that was given, or the one in the file if it still describes it."""
+    if given is not None:
+        given = _text_alone(given, architecture)
+        if difference := _difference(gguf, architecture, given):
+            raise InputError(
+                f"the config is not that of this model: {difference}",
+                path=gguf.path,
+                hint="name the config.json that the file was made with, or leave out --config",
+            )
+        return given
+    if CONFIG_KEY not in gguf.metadata:
+        return None
+    try:
+        stored = _text_alone(gguf.text(CONFIG_KEY).encode(), architecture)
+        return None if _difference(gguf, architecture, stored) else stored
+    except LoraFormatError:
+        return None
+
+
+def _text_alone(raw: bytes, architecture: Architecture) -> bytes:
+    """Return the config of the language model within one that also sees."""
+    values = config_json.parse(raw)
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        return raw
+    model_type, name = next(iter(architecture.models.items()))
+    carried = {key: values[key] for key in ("dtype", "torch_dtype") if key in values}
+    return _json({**carried, **text, "model_type": model_type, "architectures": [name]})
+
+
+def _difference(gguf: GGUFFile, architecture: Architecture, raw: bytes) -> str | None:
+    """Say where a config and the file's metadata differ, None if they do not."""
+    record, config = of_config(config_json.parse(raw))
+    if record is not architecture:
+        return f"it is of architecture {record.name}, and the file of {architecture.name}"
+    rows = gguf.tensors["token_embd.weight"].shape[0]
+    if rows != config.integer("vocab_size"):
+        return f"vocab_size is {config.integer('vocab_size')}, and the file has {rows} tokens"
+    if config.tied and architecture.head is not None and architecture.head.gguf in gguf.tensors:
+        return "tie_word_embeddings is true, and the file has an output head"
+    for key, value in architecture.metadata(config).items():
+        if key in gguf.metadata and not _same(gguf.metadata[key].value, value.value):
+            return f"it says {key} {value.value}, and the file {gguf.metadata[key].value}"
+    return _different_factors(gguf, architecture, config)
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= 1e-6 * abs(one)
+    return one == other
+
+
+def _different_factors(gguf: GGUFFile, architecture: Architecture, config: Config) -> str | None:
+    wanted = architecture.tensors(config)
+    for name in architecture.extras:
+        if (name in wanted) != (name in gguf.tensors):
+            return f"one of them has {name}, the other not"
+        if name in wanted:
+            pairs = zip(wanted[name], float_tensor(gguf, name), strict=False)
+            if any(abs(one - other) > 1e-4 * abs(one) for one, other in pairs):
+                return f"they have different {name}"
+    return None
+
+
+def _derived(gguf: GGUFFile, architecture: Architecture, config: Config, dtype: str) -> bytes:
+    values = {
+        **architecture.config(gguf),
+        **_special_tokens(gguf),
+        "dtype": TORCH_NAMES[dtype],
+    }
+    values.pop("experts", None)
+    values["architectures"] = [architecture.models[values["model_type"]]]
+    return _json(values)
+
+
+def _special_tokens(gguf: GGUFFile) -> dict[str, int]:
+    found = {}
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+        number = gguf.integer(f"tokenizer.ggml.{key}_token_id", -1)
+        if number >= 0:
+            found[f"{name}_token_id"] = number
+    return found
+
+
+def _generation(gguf: GGUFFile) -> bytes:
+    if GENERATION_KEY in gguf.metadata:
+        return gguf.text(GENERATION_KEY).encode()
+    tokens = _special_tokens(gguf)
+    return _json(tokens) if tokens else b""
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

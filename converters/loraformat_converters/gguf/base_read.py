@@ -189,7 +189,7 @@ def _text_alone(raw: bytes, architecture: Architecture) -> bytes:
     if not isinstance(text, dict):
         return raw
     model_type, name = next(iter(architecture.models.items()))
-    carried = {key: values[key] for key in ("dtype", "torch_dtype") if key in values}
+    carried: dict[str, Any] = {k: values[k] for k in ("dtype", "torch_dtype") if k in values}
     return _json({**carried, **text, "model_type": model_type, "architectures": [name]})
 
 

@@ -237,4 +237,6 @@ def test_pread_reads_the_same(tmp_path, monkeypatch):
 def test_is_gguf(tmp_path):
     assert is_gguf(write(tmp_path / "a.gguf"))
     (tmp_path / "b").write_bytes(b"GGU")
-    assert not is_gguf(tmp_path / "b") and not is_gguf(tmp_path) and not is_gguf(tmp_path / "none")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("b", ".", "none", "fifo", "x" * 300):
+        assert not is_gguf(tmp_path / name)

@@ -165,7 +165,7 @@ def test_time_and_memory_are_bounded(tmp_path):
     seconds, peak, imported = json.loads(done.stdout)
     print(f"slowest {seconds:.2f} s, peak {peak / MEBIBYTE:.0f} MiB")
     assert peak < 300 * MEBIBYTE
-    assert seconds < 1  # of processor time: it does not depend on what else runs
+    assert seconds < 2  # of processor time; half a second where nothing else runs
     assert imported == []
 
 

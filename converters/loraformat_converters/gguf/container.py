@@ -51,8 +51,10 @@ class GGUFTensor:
 def is_gguf(path: Path) -> bool:
     """Tell by its first bytes whether a path is a GGUF file."""
     try:
+        if not path.is_file():  # opening a FIFO would wait for somebody to write to it
+            return False
         with path.open("rb") as file:
-            return path.is_file() and file.read(4) == b"GGUF"
+            return file.read(4) == b"GGUF"
     except OSError:
         return False
 

@@ -80,7 +80,7 @@ def _text(report: Any, directory: Path) -> str:
         "",
         *[f"note: {note}" for note in report.notes],
         f"All of it took {report.seconds:.0f} seconds. Try next:",
-        f"  loraformat info {directory / 'bundle'} --tensors",
+        f"  loraformat info {directory / 'bundle'}",
         f"  loraformat verify {directory / 'bundle'}",
         f"  loraformat spectrum {directory / 'both'}",
         "  loraformat convert org/model my-bundle        (any model on the Hub)",

@@ -1,4 +1,4 @@
-"""The demo's second chapter: an adapter into a base, in every way, and out again.
+"""The demo's second chapter: adapters beside a base, one of them into it, and out again.
 
 The adapter ``manual`` was trained as QLoRA does, on the NF4 values of the base. Merged into
 these values it is what it was; merged and quantized again it is nearly gone.
@@ -16,10 +16,45 @@ from loraformat.checkpoint import DenseTensor
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.demo.step import Step
 from loraformat.errors import LoraFormatError
+from loraformat.ops.convert import convert
+from loraformat.ops.convert_adapter import AdapterReport
 from loraformat.ops.merge import merge
 from loraformat.ops.unmerge import unmerge
 
-__all__ = ["merge_and_undo", "tensor_hashes"]
+__all__ = ["add_adapters", "merge_and_undo", "tensor_hashes"]
+
+
+def add_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
+    """Put both adapters into the bundle, beside the base.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds ``bundle``.
+    force : bool
+    say : callable
+
+    Yields
+    ------
+    Step
+    """
+    for name, source in ADAPTERS.items():
+        say(f"adding {name} to the bundle")
+        target = directory / "bundle" / "adapters" / name
+        report = convert(source, target, force=force)
+        assert isinstance(report, AdapterReport)
+        how = "byte for byte" if report.verbatim else "anew"
+        line = f"{report.modules} modules, {report.parameters:,} parameters, copied {how}"
+        yield Step(
+            f"{name}, beside the base",
+            f"convert {name} bundle/adapters/{name}",
+            line,
+            target,
+            report.seconds,
+            {"parameters": report.parameters},
+            "adapter",
+            ("library", name),
+        )
 
 
 def merge_and_undo(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
@@ -28,7 +63,7 @@ def merge_and_undo(directory: Path, *, force: bool, say: Callable[[str], None]) 
     Parameters
     ----------
     directory : Path
-        Holds ``bundle``; gets the models and the undo record.
+        Holds ``bundle`` with the adapter; gets the models and the undo record.
     force : bool
     say : callable
 
@@ -42,10 +77,11 @@ def merge_and_undo(directory: Path, *, force: bool, say: Callable[[str], None]) 
         If a verb fails, or a tensor is not the original's after all.
     """
     bundle, record = directory / "bundle", directory / "merge.lfu"
+    manual = bundle / "adapters" / "manual"
 
     def merged(title: str, base: Path, name: str, words: str = "", **options: Any) -> Step:
         say(f"merging manual into {base.name}")
-        report = merge(base, [ADAPTERS["manual"]], directory / name, force=force, **options)
+        report = merge(base, [manual], directory / name, force=force, **options)
         assert report.total is not None
         kept, delta = report.total.gain, report.total.relative
         line = f"keeps {kept:.1%} of a delta that is {delta:.1%} of the weights"
@@ -53,7 +89,7 @@ def merge_and_undo(directory: Path, *, force: bool, say: Callable[[str], None]) 
         if report.undo is not None:
             line += f"; the undo record takes {report.undo.bits_per_weight:.3f} bits per weight"
             figures["undo_bits_per_weight"] = report.undo.bits_per_weight
-        command = f"merge {base.name} manual -o {name} {words}".rstrip()
+        command = f"merge {base.name} bundle/adapters/manual -o {name} {words}".rstrip()
         return Step(title, command, line, directory / name, report.seconds, figures, "model")
 
     yield merged("merged into the NF4 values", bundle, "merged")

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraformat.demo import ADAPTERS
 from loraformat.demo.bases import Bases, convert_bases
 from loraformat.demo.measure import Measure
-from loraformat.demo.merging import merge_and_undo
+from loraformat.demo.merging import add_adapters, merge_and_undo
 from loraformat.demo.shaping import shape_adapters
 from loraformat.demo.step import Step, measure_steps
 
@@ -80,10 +79,7 @@ def run_demo(
     notes: list[str] = []
     measure = Measure(notes)
     bases = convert_bases(directory, measure, force=force, say=say)
-    steps = [
-        Step(f"{name}, beside the base", "", "", path, 0.0, {}, "adapter", ("library", name))
-        for name, path in ADAPTERS.items()
-    ]
+    steps = list(add_adapters(directory, force=force, say=say))
     steps += merge_and_undo(directory, force=force, say=say)
     steps += shape_adapters(directory, force=force, say=say)
     say("measuring adapters and merged models")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from loraformat.demo import ADAPTERS, SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.demo.step import Step
 from loraformat.errors import MissingDependencyError
 from loraformat.ops.combine import combine
@@ -28,7 +28,7 @@ def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) 
     Parameters
     ----------
     directory : Path
-        Holds ``merged-original``, the fine-tune to extract from; gets the adapters.
+        Holds ``bundle`` with adapters, ``merged-original`` to extract from; gets the adapters.
     force : bool
     say : callable
 
@@ -36,9 +36,10 @@ def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) 
     ------
     Step
     """
+    adapters = directory / "bundle" / "adapters"
 
     def reduced(title: str, name: str, words: str, how: Reduction) -> Step:
-        report = reduce(ADAPTERS["manual"], directory / name, how, force=force)
+        report = reduce(adapters / "manual", directory / name, how, force=force)
         assert report.energy is not None
         ranks = [module.new_rank for module in report.modules]
         span = f"ranks {min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"rank {ranks[0]}"
@@ -47,7 +48,7 @@ def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) 
             f"{report.old_parameters:,} parameters hold {report.energy:.1%} of the energy"
         )
         figures = {"energy": report.energy, "parameters": report.new_parameters}
-        command = f"reduce manual -o {name} {words}"
+        command = f"reduce bundle/adapters/manual -o {name} {words}"
         return Step(
             title, command, line, directory / name, report.seconds, figures, "adapter"
         )  # fmt: skip
@@ -65,11 +66,12 @@ def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) 
 def _combined(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
     say("combining manual and tests")
     target = directory / "both"
-    report = combine(list(ADAPTERS.values()), target, CombineOptions("svd", rank=24), force=force)
+    adapters = [directory / "bundle" / "adapters" / name for name in ("manual", "tests")]
+    report = combine(adapters, target, CombineOptions("svd", rank=24), force=force)
     kept = min(module.energy for module in report.modules)
     return Step(
         "manual and tests in one",
-        "combine manual tests -o both --method svd --rank 24",
+        "combine bundle/adapters/manual bundle/adapters/tests -o both --rank 24",
         f"ranks 24 and 16 in 24: every module keeps {kept:.1%} of the sum's energy or more",
         target,
         report.seconds,
@@ -100,13 +102,21 @@ def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step
 def _drawn(directory: Path, say: Callable[[str], None]) -> Step:
     say("drawing the spectrum of manual")
     picture = directory / "spectrum.png"
-    report = spectrum(ADAPTERS["manual"])
+    adapter = directory / "bundle" / "adapters" / "manual"
+    report = spectrum(adapter)
     ranks = report.suggested
     line = ", ".join(f"{word} of the energy at rank {rank}" for word, rank in ranks.items())
     try:
         check_plot(picture)
         plot(report, picture)
     except MissingDependencyError as missing:
-        picture, line = ADAPTERS["manual"], f"{line} (no picture: {missing.hint})"
+        picture, line = adapter, f"{line} (no picture: {missing.hint})"
     figures = {f"rank_{word.rstrip('%')}": float(rank) for word, rank in ranks.items()}
-    return Step("spectrum", "spectrum manual --plot spectrum.png", line, picture, 0.0, figures)
+    return Step(
+        "spectrum",
+        "spectrum bundle/adapters/manual --plot spectrum.png",
+        line,
+        picture,
+        0.0,
+        figures,
+    )

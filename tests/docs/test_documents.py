@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loraformat.demo import SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +27,9 @@ def commands(page: str) -> list[str]:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(SMALL_MODEL, tmp_path / "my-model")
+    for adapter, names in (("manual", ("A", "my-adapter")), ("tests", ("B", "other-adapter"))):
+        for name in names:
+            shutil.copytree(ADAPTERS[adapter], tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -43,11 +46,42 @@ def run(line: str) -> subprocess.CompletedProcess[str]:
 
 def test_readme_commands_run_in_order(workplace: Path) -> None:
     lines = commands("README.md")
-    assert len(lines) >= 6
+    assert len(lines) >= 14
     for line in lines:
         result = run(line)
         assert result.returncode == 0, f"{line}\n{result.stderr}"
     assert (workplace / "dense" / "model.safetensors").exists()
+    assert (workplace / "spectrum.png").exists()
+
+
+@pytest.fixture
+def tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory as docs/adapters.md wants it."""
+    shutil.copytree(SMALL_MODEL, tmp_path / "my-model")
+    for name, adapter in ADAPTERS.items():
+        shutil.copytree(adapter, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def wording(text: str) -> str:
+    """Return a command's output without its numbers, which may differ in their last digit."""
+    return " ".join(re.sub(r"\d[\d.,]*(e-\d+)?", "0", text).split())
+
+
+def test_the_tutorial_prints_what_it_says(tutorial: Path) -> None:
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```sh\n(loraformat .*)\n```\n\n```text\n((?:.*\n)*?)```$", text, re.M)
+    assert len(shown) >= 9
+    assert len(shown) == len(re.findall(r"^```sh\nloraformat ", text, re.M)), (
+        "a command without output"
+    )
+    for line, printed in shown:
+        result = run(line)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+        for part in printed.split("...\n"):
+            assert wording(part) in wording(result.stdout), line
+    assert (tutorial / "spectrum.png").exists()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
@@ -58,7 +92,7 @@ def test_python_blocks_run_in_order(page: str, workplace: Path) -> None:
         # Its first block opens the bundle that the second makes.
         snippets = snippets[::-1]
     for number, snippet in enumerate(snippets):
-        if "loraformat.convert" in snippet:
+        if 'convert("my-model", "my-bundle"' in snippet:
             shutil.rmtree(workplace / "my-bundle", ignore_errors=True)
         exec(compile(snippet, f"{page}, block {number}", "exec"), {})
 

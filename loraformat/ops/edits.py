@@ -49,6 +49,8 @@ class Term:
         Which expert of the delta.
     rows : tuple of int or None
         Which of the delta's output features; None is all.
+    into : tuple of int or None
+        Which rows of the stored matrix get them; None is all.
     """
 
     adapter: int
@@ -58,6 +60,7 @@ class Term:
     block: int = 0
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    into: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -216,6 +219,11 @@ class _Planner:
     ) -> Iterator[tuple[Term, str]]:
         name, experts = delta.target, delta.a.shape[0] if len(delta.a.shape) == 3 else None
         if experts is None:
+            fused = None if name in self.tensors else self._fused(delta)
+            if fused is not None:
+                home, expert, into = fused
+                yield Term(number, name, weight, block=expert, expert=None, into=into), home
+                return
             yield Term(number, name, weight), self._known(adapter, name)
         elif name in self.tensors:
             for expert in range(experts):
@@ -245,6 +253,31 @@ class _Planner:
                     path=adapter.path,
                 )
 
+    def _fused(self, delta: LoraDelta) -> tuple[str, int, tuple[int, int]] | None:
+        """Find the place of one expert's own delta where the base stores experts as a stack.
+
+        Returns
+        -------
+        tuple of (str, int, (int, int)) or None
+            The stored tensor, the matrix of it, and the rows of that matrix.
+        """
+        path, _, leaf = delta.target.removesuffix(".weight").rpartition(".")
+        disk, _, number = path.rpartition(".")
+        if not (number.isascii() and number.isdigit() and len(number) < 10):
+            return None
+        for memory, spelling in _EXPERT_HOMES:
+            for name, spellings in _EXPERT_LEAVES.items():
+                found = f"{disk.replace(spelling, memory)}.{name}"
+                stack = self.tensors.get(found)
+                leaves = next((leaves for leaves in spellings if leaf in leaves), None)
+                if stack is None or leaves is None or delta.orientation != "linear":
+                    continue
+                height = delta.out_features
+                start = leaves.index(leaf) * height
+                if stack.shape[1:] == (len(leaves) * height, delta.in_features):
+                    return found, int(number), (start, start + height)
+        return None
+
     def _expert_tensors(self, target: str) -> tuple[str, tuple[str, ...]]:
         fused, _, leaf = target.removesuffix(".weight").rpartition(".")
         for memory, disk in _EXPERT_HOMES:
@@ -258,6 +291,15 @@ class _Planner:
         source = self._edit(name).source
         assert source is not None
         stored = self.tensors[source]
+        if term.into is not None:  # `_fused` has compared the rest
+            if term.block >= stored.shape[0] or delta.magnitude is not None:
+                raise UnsupportedError(
+                    f"cannot change {printable(delta.target)} inside {printable(name)} of shape "
+                    f"{stored.shape}" + (" with DoRA" if delta.magnitude is not None else ""),
+                    path=adapter.path,
+                    hint="merge into a checkpoint that stores each expert by itself",
+                )
+            return
         start, stop = term.rows or (0, delta.out_features)
         wanted = (stop - start, delta.in_features)
         wanted = wanted if delta.orientation == "linear" else wanted[::-1]

@@ -143,7 +143,9 @@ def _matrix(shape: tuple[int, int], terms: list[Term], adapters: Sequence[Adapte
             f"two adapters see {printable(terms[0].target)} in different orientations"
         )
     try:
-        factors = tuple(_factors(delta, term) for delta, term in zip(deltas, terms, strict=True))
+        factors = tuple(
+            _factors(delta, term, shape[0]) for delta, term in zip(deltas, terms, strict=True)
+        )
     except UnsupportedError as error:
         error.path = error.path or str(adapters[terms[0].adapter].path)
         raise
@@ -151,7 +153,7 @@ def _matrix(shape: tuple[int, int], terms: list[Term], adapters: Sequence[Adapte
 
 
 def _factors(
-    delta: LoraDelta, term: Term
+    delta: LoraDelta, term: Term, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None]:
     scaling = delta.scaling
     if term.part == "bias":
@@ -165,6 +167,10 @@ def _factors(
     if term.rows is not None:
         b = b[slice(*term.rows)]
         magnitude = None if magnitude is None else magnitude[slice(*term.rows)]
+    if term.into is not None:
+        whole = torch.zeros(rows, b.shape[1], dtype=b.dtype)
+        whole[slice(*term.into)] = b
+        b = whole
     if magnitude is not None:
         assert delta.magnitude is not None
         magnitude = finite(delta.magnitude, magnitude)

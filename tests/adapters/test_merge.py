@@ -165,6 +165,26 @@ def test_fused_experts_on_disk(tmp_path):
     torch.testing.assert_close(got, gauss(3, 24, 8) + dense_delta(d), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("home", ["block_sparse_moe", "mlp"])
+def test_an_experts_own_adapter_on_fused_experts(tmp_path, home):
+    fused = "model.layers.0.mlp.experts"
+    stored = {f"{fused}.gate_up_proj": gauss(3, 24, 8), f"{fused}.down_proj": gauss(3, 8, 12)}
+    base = save_model(tmp_path / "base", stored)
+    leaves = ("w1", "w3", "w2") if home != "mlp" else ("gate_proj", "up_proj", "down_proj")
+    own = f"model.layers.0.{home}.experts.2"
+    up = delta(f"{own}.{leaves[1]}.weight", 12, 8)
+    down = delta(f"{own}.{leaves[2]}.weight", 8, 12, seed=5)
+    merge(base, [adapter(up, down)], tmp_path / "out")
+    wanted = {name: tensor.double() for name, tensor in stored.items()}
+    wanted[f"{fused}.gate_up_proj"][2, 12:] += dense_delta(up)
+    wanted[f"{fused}.down_proj"][2] += dense_delta(down)
+    for name, tensor in weights_of(tmp_path / "out").items():
+        torch.testing.assert_close(tensor.double(), wanted[name], atol=1e-6, rtol=0)
+    beyond = delta(f"{own[:-1]}3.{leaves[2]}.weight", 8, 12)
+    with pytest.raises(UnsupportedError, match="inside"):
+        merge(base, [adapter(beyond)], tmp_path / "no")
+
+
 # Quantized bases
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-__all__ = ["Cost", "machine", "median_cost", "run_python"]
+__all__ = ["Cost", "machine", "median_cost", "run_program", "run_python"]
 
 _SAMPLE_SECONDS = 0.01
 
@@ -42,7 +42,12 @@ class Cost:
 
 
 def run_python(arguments: Sequence[str]) -> Cost:
-    """Run ``python ARGUMENTS`` and measure it.
+    """Run ``python ARGUMENTS`` and measure it; see `run_program`."""
+    return run_program([sys.executable, *arguments])
+
+
+def run_program(command: Sequence[str]) -> Cost:
+    """Run a program and measure it.
 
     Raises
     ------
@@ -50,9 +55,7 @@ def run_python(arguments: Sequence[str]) -> Cost:
         If it fails; with what it printed.
     """
     began = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     anonymous = [0]
     sampler = threading.Thread(target=_sample, args=(child, anonymous), daemon=True)
     sampler.start()

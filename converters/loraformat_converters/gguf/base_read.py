@@ -29,10 +29,16 @@ from loraformat_converters.gguf.architectures import (
     to_huggingface,
 )
 from loraformat_converters.gguf.architectures.decoder import float_tensor
-from loraformat_converters.gguf.architectures.transforms import IDENTITY, MinusOne
+from loraformat_converters.gguf.architectures.transforms import (
+    IDENTITY,
+    HeadOrder,
+    MinusOne,
+    Transpose,
+)
 from loraformat_converters.gguf.blocks import dequantize
 from loraformat_converters.gguf.container import GGUFFile, open_gguf
 from loraformat_converters.gguf.general import CONFIG_KEY, GENERATION_KEY
+from loraformat_converters.gguf.types import GGMLType
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read"]
 
+_TILE = 1 << 20
 _PLAIN = ("F32", "F16", "BF16")
 
 
@@ -137,13 +144,36 @@ class _Source:
             return view
         return self._transformed(view, stored.type, part.shape)
 
-    def _transformed(self, view: memoryview, kind: Any, shape: tuple[int, ...]) -> memoryview:
+    def _transformed(self, view: memoryview, kind: GGMLType, shape: tuple[int, ...]) -> memoryview:
+        """Compute the tensor into one buffer, a tile of rows at a time where rows stay near."""
+        import torch
+
+        transform, rows = self.recipe.transform, shape[0]
+        heads = transform.heads if isinstance(transform, HeadOrder) else rows
+        if len(shape) < 2 or isinstance(transform, Transpose):
+            values = transform.rows(self._values(view, kind, shape), 0, self.recipe.shape[0])
+            return _bytes(values.to(torch_dtype(self.dtype)))
+        # Rows change places within heads only, so that some heads make a tile.
+        step = rows // heads * max(1, _TILE // max(rows // heads * shape[1], 1))
+        row_bytes = kind.row_bytes(shape[1])
+        result = torch.empty(shape, dtype=torch_dtype(self.dtype))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            tile = self._values(
+                view[start * row_bytes : stop * row_bytes], kind, (stop - start, shape[1])
+            )
+            if isinstance(transform, HeadOrder):
+                here = HeadOrder((stop - start) * heads // rows, transform.interleaved)
+                tile = here.rows(tile, 0, stop - start)
+            else:
+                tile = transform.rows(tile, 0, stop - start)
+            result[start:stop] = tile
+        return _bytes(result)
+
+    def _values(self, view: memoryview, kind: GGMLType, shape: tuple[int, ...]) -> torch.Tensor:
         if kind.name == self.dtype:
-            values = tensor_view(view, self.dtype, shape)
-        else:
-            values = dequantize(view, kind, shape, self.recipe.parts[0].source)
-        values = self.recipe.transform.rows(values, 0, self.recipe.shape[0])
-        return _bytes(values.to(torch_dtype(self.dtype)))
+            return tensor_view(view, self.dtype, shape)
+        return dequantize(view, kind, shape, self.recipe.parts[0].source)
 
 
 def _bytes(values: torch.Tensor) -> memoryview:
@@ -177,7 +207,9 @@ def _config(gguf: GGUFFile, architecture: Architecture, given: bytes | None) -> 
         return None
     try:
         stored = _text_alone(gguf.text(CONFIG_KEY).encode(), architecture)
-        return None if _difference(gguf, architecture, stored) else stored
+        if _unexplained(gguf, architecture, stored) or _difference(gguf, architecture, stored):
+            return None  # somebody has edited the metadata, which llama.cpp computes by
+        return stored
     except LoraFormatError:
         return None
 
@@ -207,6 +239,15 @@ def _difference(gguf: GGUFFile, architecture: Architecture, raw: bytes) -> str |
         if key in gguf.metadata and not _same(gguf.metadata[key].value, value.value):
             return f"it says {key} {value.value}, and the file {gguf.metadata[key].value}"
     return _different_factors(gguf, architecture, config)
+
+
+def _unexplained(gguf: GGUFFile, architecture: Architecture, raw: bytes) -> set[str]:
+    """Return the architecture's keys in a file of ours that its config would not have made."""
+    _, config = of_config(config_json.parse(raw))
+    prefix = f"{architecture.name}."
+    return {key for key in gguf.metadata if key.startswith(prefix)}.difference(
+        architecture.metadata(config)
+    )
 
 
 def _same(one: object, other: object) -> bool:

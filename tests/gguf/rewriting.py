@@ -1,0 +1,43 @@
+"""A GGUF file written anew with something changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ggml_oracle import quantize
+from loraformat_converters.gguf.blocks import dequantize
+from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+
+from loraformat.publish_file import FilePublication
+
+
+def rewrite(
+    source: Path,
+    target: Path,
+    *,
+    kind: GGMLType | None = None,
+    drop: tuple[str, ...] = (),
+    **changes: Any,
+) -> Path:
+    """Copy a file, without keys and tensors that begin so, with matrices in another type.
+
+    ``changes`` are values by key, with ``__`` for the dot.
+    """
+    with open_gguf(source) as file, FilePublication(target, plan="rewrite") as output:
+        metadata = {k: v for k, v in file.metadata.items() if not k.startswith(drop or ("\0",))}
+        metadata |= {key.replace("__", "."): value for key, value in changes.items()}
+        tensors = []
+        for tensor in file.tensors.values():
+            if tensor.name.startswith(drop or ("\0",)):
+                continue
+            data, stored = file.load(tensor.name), tensor.type
+            if kind is not None and len(tensor.shape) > 1:
+                values = dequantize(data, stored, tensor.shape).numpy()
+                data, stored = memoryview(quantize(values, kind)), kind
+            tensors.append(PlannedTensor(tensor.name, tensor.shape, stored, lambda d=data: [d]))
+        write_gguf(output, metadata, tensors)
+        output.commit()
+    return target

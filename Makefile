@@ -26,8 +26,9 @@ test: $(VENV)/dev-installed ## the whole test suite, and every example in a docs
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest --doctest-modules loraformat converters/loraformat_converters
 
-docs: $(VENV)/dev-installed ## write docs/cli.md anew
+docs: $(VENV)/dev-installed ## write docs/cli.md and the outputs in docs/adapters.md anew
 	$(BIN)/python tools/make_cli_docs.py
+	$(BIN)/python tools/make_tutorial.py
 
 bench: $(VENV)/dev-installed ## the figures of docs/benchmarks.md, for this machine
 	$(BIN)/python tools/bench/nf4.py

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -19,7 +19,7 @@ from loraformat.checkpoint import Checkpoint, LazyTensor
 from loraformat.errors import OutputError
 from loraformat.interval_code import Unmergeable, encode_tile
 from loraformat.model_directory import WrittenModel
-from loraformat.ops.edits import Edit
+from loraformat.ops.edits import Edit, Term
 from loraformat.ops.merge_report import UndoSummary
 from loraformat.ops.tiling import TILE_ELEMENTS
 from loraformat.publish import disk_full
@@ -104,8 +104,8 @@ class UndoRecorder:
         edit, source = self.edit, self.source
         if source is None or edit.source != edit.name:
             return "new"
-        if edit.replacement is not None:
-            return "raw"
+        if edit.replacement is not None or any(term.into is not None for term in edit.terms):
+            return "raw"  # version 1 of the record has no word for a part of a matrix
         if edit.rows:
             cast = dtype is not None and dtype != source.dtype
             return "raw" if cast or edit.terms else "rows"
@@ -176,9 +176,15 @@ class UndoRecorder:
             shape=() if original is None else original.shape,
             sha256=self.digest,
             merged_sha256=merged_sha256,
-            terms=[asdict(term) for term in self.edit.terms] if self.mode == "interval" else [],
+            terms=[_described(t) for t in self.edit.terms] if self.mode == "interval" else [],
             rows=self.rows,
         )
+
+
+def _described(term: Term) -> dict[str, Any]:
+    members = asdict(term)
+    del members["into"]
+    return members
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

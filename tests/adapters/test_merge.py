@@ -9,6 +9,7 @@ from loraformat.adapter import RowReplacement
 from loraformat.errors import InputError, OutputError, UnsupportedError, UsageError
 from loraformat.ops.convert import convert
 from loraformat.ops.merge import merge
+from loraformat.ops.unmerge import unmerge
 from loraformat.testing import dense
 from tests.adapters.merging import (
     EMBED,
@@ -174,7 +175,11 @@ def test_an_experts_own_adapter_on_fused_experts(tmp_path, home):
     own = f"model.layers.0.{home}.experts.2"
     up = delta(f"{own}.{leaves[1]}.weight", 12, 8)
     down = delta(f"{own}.{leaves[2]}.weight", 8, 12, seed=5)
-    merge(base, [adapter(up, down)], tmp_path / "out")
+    given, undo = adapter(up, down), tmp_path / "undo"
+    merge(base, [given], tmp_path / "out", undo=undo)
+    unmerge(tmp_path / "out", tmp_path / "back", undo=undo, adapters=[given])
+    back = weights_of(tmp_path / "back")
+    assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
     wanted = {name: tensor.double() for name, tensor in stored.items()}
     wanted[f"{fused}.gate_up_proj"][2, 12:] += dense_delta(up)
     wanted[f"{fused}.down_proj"][2] += dense_delta(down)

@@ -33,6 +33,7 @@ from raw_gguf import (
 )
 
 from loraformat.errors import InputError, LoraFormatError
+from loraformat.ops.convert import convert
 
 CASES = int(os.environ.get("LORAFORMAT_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("LORAFORMAT_FUZZ_SEED", "1"))
@@ -49,6 +50,26 @@ def test_a_named_file_is_refused(name, tmp_path):
     assert problem in str(error.value) and str(error.value).startswith(f"{path}: ")
     assert str(error.value).isprintable() and len(str(error.value)) < 700
     assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_conversion_begins(name, tmp_path):
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(HOSTILE[name][0]())
+    with pytest.raises(InputError) as error:
+        convert(path, tmp_path / "out")
+    assert error.value.exit_code == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.gguf"]
+
+
+@pytest.mark.parametrize("verb", [["info"], ["verify"], ["convert"]])
+def test_the_command_line_says_so(command, tmp_path, verb):
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(HANGS_GGUF)
+    done = command(*verb, path, *([tmp_path / "out"] if verb == ["convert"] else []))
+    assert done.returncode == 3 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {path}: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_file_that_hangs_gguf_is_small():

@@ -312,3 +312,45 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
     straight, again = weights_of(tmp_path / "straight"), weights_of(tmp_path / "out")
     assert all(torch.equal(straight[name], again[name]) for name in straight)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_interrupted_merge_with_a_record_starts_again(tmp_path, monkeypatch):
+    base, tensors = small(tmp_path)
+    given, undo = adapter(delta(Q, 32, 32)), tmp_path / "undo.lfu"
+    from loraformat.ops import merged
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merged, "merge_tile", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge(base, [given], tmp_path / "out", shard_limit=1500, undo=undo)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out.partial"]
+    report = merge(base, [given], tmp_path / "out", shard_limit=1500, undo=undo)
+    assert report.total is not None and not any("interrupted" in note for note in report.notes)
+    unmerge(tmp_path / "out", tmp_path / "back", undo=undo, adapters=[given])
+    back = weights_of(tmp_path / "back")
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_merge_that_goes_on_says_what_it_did_not_measure(tmp_path, monkeypatch):
+    base, _ = small(tmp_path)
+    given = adapter(delta(K, 16, 32), delta(Q, 32, 32))
+    from loraformat.ops import merged
+
+    genuine, calls = merged.merge_tile, []
+
+    def interrupt_the_second(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return genuine(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merged, "merge_tile", interrupt_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            merge(base, [given], tmp_path / "out", shard_limit=1500)
+    report = merge(base, [given], tmp_path / "out", shard_limit=1500)
+    assert (report.merged, len(report.modules)) == (2, 1)
+    assert any("1 tensors were merged by an earlier, interrupted run" in n for n in report.notes)

@@ -43,8 +43,9 @@ Example:
 @click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
 @click.option(
     "--dtype",
-    type=click.Choice(["f32", "f16", "bf16"]),
-    help="Type of the output; by default each tensor keeps its own, NF4 becomes bf16.",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
+    help="Type of the output; by default each tensor keeps its own, NF4 becomes bf16. Of a GGUF "
+    "file f16 is the default, and only such a file can have those that begin with q.",
 )
 @click.option(
     "--undo", metavar="FILE", help="Write the record from which `unmerge` restores BASE exactly."

@@ -94,12 +94,16 @@ class MergeJob:
         self.checkpoint = self._merged()
 
     def _output_dtype(self) -> str | None:
+        if self.writer.dtypes:
+            return "F32"  # the writer rounds, and once is enough
         if self.options.dtype:
             return parse_weight_dtype(self.options.dtype)
         quantized = any(isinstance(t, NF4Tensor) for t in self.original.tensors.values())
         return "BF16" if quantized and self.writer.stores == "dense" else None
 
     def _check_undo(self) -> None:
+        if self.writer.dtypes:
+            raise UsageError(f"an undo record restores dense weights, not {self.writer.name}")
         if self.options.requantize or any(
             isinstance(tensor, NF4Tensor) for tensor in self.original.tensors.values()
         ):
@@ -116,8 +120,12 @@ class MergeJob:
         config = self.original.config
         if self.plan.untied and config is not None:
             config = untied_config(config)
-        merged = replace(self.original, tensors=tensors, config=config)
+        # What is merged is not what the base's fingerprint says any more.
+        origin = replace(self.original.provenance, format="merge")
+        merged = replace(self.original, tensors=tensors, config=config, provenance=origin)
         word = {"F32": "f32", "F16": "f16", "BF16": "bf16", None: None}[self.dtype]
+        if self.writer.dtypes:
+            word = self.options.dtype
         encoded = Encoding(word, None, None, (), ()).apply(merged, self.writer)
         if self.options.requantize:
             encoded.tensors = {
@@ -211,9 +219,9 @@ class MergeJob:
             if undo is not None:
                 output.resumed.clear()  # what is not computed now would be missing in the record
             try:
-                written = self.writer.write(
-                    self.checkpoint, output, WriteOptions(self.options.shard_limit, count)
-                )
+                dtype = self.options.dtype if self.writer.dtypes else None
+                options = WriteOptions(self.options.shard_limit, count, dtype=dtype)
+                written = self.writer.write(self.checkpoint, output, options)
             except InputError as error:
                 error.path = error.path or str(self.original.path)
                 raise

@@ -1,0 +1,96 @@
+"""``merge -o merged.gguf``: llama.cpp computes what PEFT computes."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from bases import apart, by_llama_cpp, make_base, run, tolerance
+from loraformat_converters.gguf.container import open_gguf
+
+from loraformat.errors import UsageError
+from loraformat.ops.convert import convert
+from loraformat.ops.merge import merge
+
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen2": ["q_proj", "down_proj", "embed_tokens"],
+    "gpt2": ["c_attn", "c_proj"],
+    "phi3": ["qkv_proj", "gate_up_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """Return a function: a base, an adapter of it, and what PEFT computes."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            path = tmp_path_factory.mktemp("merge")
+            make_base(name, path / "base")
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path / "base", dtype=torch.float32, attn_implementation="eager"
+            )
+            torch.manual_seed(1)
+            config = peft.LoraConfig(
+                r=4, lora_alpha=8, use_rslora=True, init_lora_weights=False,
+                target_modules=TARGETS[name],
+            )  # fmt: skip
+            wrapped = peft.get_peft_model(model, config).eval()
+            for key, parameter in wrapped.named_parameters():
+                if "lora_" in key:
+                    torch.nn.init.normal_(parameter, std=0.1)
+            wrapped.save_pretrained(path / "adapter")
+            made[name] = path / "base", path / "adapter", run(wrapped, name)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_merged_out(adapted, name, tmp_path):
+    base, adapter, wanted = adapted(name)
+    merge(base, [adapter], tmp_path / "merged.gguf", dtype="f32")
+    assert apart(wanted, by_llama_cpp(tmp_path / "merged.gguf", name)) < tolerance(name)
+
+
+def test_a_gguf_base_is_merged_into(adapted, tmp_path):
+    base, adapter, wanted = adapted("llama")
+    convert(base, tmp_path / "base.gguf", dtype="f32")
+    merge(tmp_path / "base.gguf", [adapter], tmp_path / "merged.gguf", dtype="f32")
+    assert apart(wanted, by_llama_cpp(tmp_path / "merged.gguf", "llama")) < 1e-5
+
+
+def test_what_is_merged_is_of_the_type_that_was_asked_for(adapted, tmp_path):
+    base, adapter, wanted = adapted("llama")
+    merge(base, [adapter], tmp_path / "merged.gguf", dtype="q8_0")
+    with open_gguf(tmp_path / "merged.gguf") as file:
+        assert file.tensors["blk.0.attn_q.weight"].type.name == "Q8_0"
+    assert apart(wanted, by_llama_cpp(tmp_path / "merged.gguf", "llama")) < 1
+
+
+def test_a_merged_bundle_does_not_bear_its_fingerprint(adapted, tmp_path):
+    base, adapter, _ = adapted("llama")
+    convert(base, tmp_path / "bundle")
+    merge(tmp_path / "bundle", [adapter], tmp_path / "merged.gguf")
+    with open_gguf(tmp_path / "merged.gguf") as file:
+        assert "loraformat.base.fingerprint" not in file.metadata
+        assert file.text("loraformat.source.format") == "merge"
+
+
+def test_no_undo_of_what_is_rounded(adapted, tmp_path):
+    base, adapter, _ = adapted("llama")
+    with pytest.raises(UsageError, match="undo"):
+        merge(base, [adapter], tmp_path / "merged.gguf", undo=tmp_path / "undo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_the_command_line(adapted, command, tmp_path):
+    base, adapter, _ = adapted("llama")
+    done = command("merge", base, adapter, "-o", "merged.gguf", "--dtype", "q5_0", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["target_format"] == "gguf"

@@ -195,7 +195,8 @@ def _convert_base(
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         report = plan_report(original, checkpoint, target, reader, writer, lost)
         if dry_run:
-            notes = [*report.notes, *shard_notes(checkpoint, shard_limit)]
+            shards = shard_notes(checkpoint, shard_limit) if writer.output == "directory" else []
+            notes = [*report.notes, *shards]
             return replace(report, dry_run=True, notes=notes)
         options = WriteOptions(
             shard_limit,

@@ -96,6 +96,26 @@ def test_a_missing_tensor_is_named(model, missing):
         to_gguf(*of_config(config), rest)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"hidden_size": 128}),
+        ("llama", {"intermediate_size": 95}),
+        ("llama", {"head_dim": 32}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("gpt2", {"n_inner": None}),
+        ("phi3", {"intermediate_size": 192}),
+        ("mixtral", {"num_local_experts": 2}),
+        ("qwen3_moe", {"moe_intermediate_size": 96}),
+        ("bert", {"hidden_size": 32}),
+    ],
+)
+def test_shapes_that_the_config_does_not_promise(model, name, change):
+    config, shapes = model(name)
+    with pytest.raises((InputError, UnsupportedError), match=r"hyperparameters say|no place"):
+        to_gguf(*of_config({**config, **change}), shapes)
+
+
 def test_a_head_that_is_promised_is_missed(model):
     config, shapes = model("llama")
     del (rest := dict(shapes))["lm_head.weight"]

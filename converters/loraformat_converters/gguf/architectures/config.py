@@ -101,7 +101,19 @@ class Config:
     @property
     def head_dim(self) -> int:
         """Dimensions of a head."""
-        return self.integer("head_dim", self.integer("hidden_size") // self.heads)
+        return self.integer("head_dim", self.hidden // self.heads)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the model."""
+        return self.integer("n_embd" if "n_embd" in self.values else "hidden_size")
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP."""
+        if "n_embd" in self.values:
+            return self.integer("n_inner", 4 * self.hidden)
+        return self.integer("intermediate_size")
 
     @property
     def layers(self) -> int:

@@ -46,7 +46,7 @@ def _keys(config: Config, keys: Keys) -> None:
     keys.uint("block_count", config.integer("n_layer", most=MAX_LAYERS))
     keys.uint("context_length", config.integer("n_positions"))
     keys.uint("embedding_length", width)
-    keys.uint("feed_forward_length", config.integer("n_inner", 4 * width))
+    keys.uint("feed_forward_length", config.inner)
     keys.uint("attention.head_count", config.integer("n_head"))
     keys.float("attention.layer_norm_epsilon", config.number("layer_norm_epsilon"))
     keys.uint("vocab_size", config.integer("vocab_size"))

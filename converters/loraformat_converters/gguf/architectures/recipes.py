@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat_converters.gguf.architectures.config import Config
+from loraformat_converters.gguf.architectures.dimensions import check_dimensions
 from loraformat_converters.gguf.architectures.names import ExpertRow, Row
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
@@ -133,6 +134,7 @@ def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Recip
             recipes.tensors.append(recipe)
             used.update(recipe.sources)
     _check_leftovers(architecture, config, base, shapes, used, recipes)
+    check_dimensions(architecture.name, config, {r.name: r.shape for r in recipes.tensors})
     return recipes
 
 
@@ -277,6 +279,7 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     Experts become one tensor each, as transformers stores them. A fused ``attn_qkv`` of a
     model with three projections is cut.
     """
+    check_dimensions(architecture.name, config, shapes)
     used: set[str] = set(architecture.extras)
     recipes = Recipes()
     base = architecture.bases[0]

@@ -92,7 +92,8 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
     if raw is None:
         raw = _derived(gguf, architecture, config, _main_dtype(sources))
     generation = _generation(gguf)
-    files = tokenizers.files(gguf)
+    tokenizer = tokenizers.files(gguf)
+    files = tokenizer.files
     if not any(file.path == "generation_config.json" for file in files) and generation:
         files = (CarriedFile("generation_config.json", len(generation), lambda: generation), *files)
     return Checkpoint(
@@ -101,6 +102,7 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         tensors={source.recipe.name: source.tensor() for source in sources},
         config=raw,
         files=files,
+        left_behind=() if tokenizer.missing is None else (tokenizer.missing,),
         sources=gguf.sources,
         close=gguf.close,
     )

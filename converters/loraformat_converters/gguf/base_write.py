@@ -77,7 +77,8 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
             f"{config.integer('vocab_size')}",
             path=checkpoint.path,
         )
-    tokens = tokenizers.metadata(checkpoint, vocabulary=vocabulary, pre=options.pre_tokenizer)
+    tokenizer = tokenizers.read(checkpoint, vocabulary=vocabulary, pre=options.pre_tokenizer)
+    tokens = tokenizer.keys
     metadata = general_keys(checkpoint, architecture.name, kind, tokens)
     metadata |= architecture.metadata(config)
     metadata |= tokens
@@ -89,7 +90,7 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
     written = write_gguf(publication, metadata, planned)
     for name in recipes.unused:
         options.progress(checkpoint.tensors[name].nbytes)
-    notes = architecture.notes(config) + _notes(kind, types, recipes, loss)
+    notes = architecture.notes(config) + tokenizer.notes + _notes(kind, types, recipes, loss)
     record = FileRecord(written.nbytes, written.header_sha256)
     return WrittenModel(
         WrittenShards(tensors=loss.records(checkpoint.tensors)),

@@ -1,172 +1,208 @@
-"""Byte-level BPE, the simplest case: ``tokenizer.json`` whose pre-tokenizer is GPT-2's."""
+"""Byte-level BPE: GPT-2, Llama 3, Qwen, Mistral's tekken and their kin."""
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from loraformat import strict_json
-from loraformat.checkpoint import CarriedFile, Checkpoint
-from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.errors import UsageError, printable
+from loraformat_converters.gguf.tokenizers.added import (
+    added_tokens,
+    put_added_tokens,
+    stripping_note,
+)
+from loraformat_converters.gguf.tokenizers.pre_tokenizers import (
+    NAMES,
+    PreTokenizer,
+    by_name,
+    described,
+    recognised,
+    steps_of,
+)
+from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.vocabulary import TokenKind, Vocabulary
+from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container import GGUFFile
 
-__all__ = ["files", "metadata"]
+__all__ = ["from_gguf", "merge_pairs", "to_gguf"]
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _FILE = "tokenizer.json"
 
 
-def metadata(checkpoint: Checkpoint, *, vocabulary: int, pre: str | None) -> dict[str, GGUFValue]:
-    """Return the keys; see `loraformat_converters.gguf.tokenizers.metadata`."""
-    tokenizer = _read(checkpoint, _FILE)
-    model = tokenizer.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        raise UnsupportedError(f"{_FILE} is no BPE tokenizer", path=checkpoint.path)
-    if pre is None:
-        pre = _recognised(tokenizer, checkpoint)
-    texts, kinds = _tokens(model, tokenizer.get("added_tokens") or [], vocabulary)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+def to_gguf(
+    sources: Sources, rows: int, pre: str | None
+) -> tuple[dict[str, GGUFValue], Vocabulary, list[str]]:
+    """Return the keys, the vocabulary and notes.
+
+    Parameters
+    ----------
+    sources : Sources
+    rows : int
+        Of the embedding.
+    pre : str or None
+        llama.cpp's name of the pre-tokenizer, where it shall not be recognised.
+
+    Raises
+    ------
+    UnsupportedError
+        If llama.cpp has no such tokenizer.
+    UsageError
+        If ``pre`` is a name that llama.cpp does not know.
+    """
+    model = sources.tokenizer["model"]
+    name, notes = _pre_tokenizer(sources, model, pre)
+    vocabulary = Vocabulary(rows, _FILE)
+    table = model_vocabulary(sources, model)
+    added = {token.get("id") for token in added_tokens(sources)}
+    for text, number in table.items():
+        if number not in added:
+            vocabulary.put(number, text, TokenKind.NORMAL)
+    put_added_tokens(sources, vocabulary)
+    merges = []
+    for left, right in merge_pairs(sources, model, table):
+        if " " in left or " " in right:
+            raise sources.refused(
+                f"{_FILE} merges {printable(left)} and {printable(right)}, and a GGUF file keeps "
+                "merges with a space between their halves"
+            )
+        merges.append(f"{left} {right}")
     keys = {
         "tokenizer.ggml.model": GGUFValue.of(ValueType.STRING, "gpt2"),
-        "tokenizer.ggml.pre": GGUFValue.of(ValueType.STRING, pre),
-        "tokenizer.ggml.tokens": GGUFValue.of_array(ValueType.STRING, texts),
-        "tokenizer.ggml.token_type": GGUFValue.of_array(ValueType.INT32, kinds),
+        "tokenizer.ggml.pre": GGUFValue.of(ValueType.STRING, name),
+        **vocabulary.keys(),
         "tokenizer.ggml.merges": GGUFValue.of_array(ValueType.STRING, merges),
     }
-    named = _read(checkpoint, "tokenizer_config.json", required=False)
-    for kind in ("bos", "eos", "pad"):
-        text = named.get(f"{kind}_token")
-        if isinstance(text, dict):
-            text = text.get("content")
-        if text in texts:
-            key = f"tokenizer.ggml.{'padding' if kind == 'pad' else kind}_token_id"
-            keys[key] = GGUFValue.of(ValueType.UINT32, texts.index(text))
-    first = _first_token(tokenizer)
-    keys["tokenizer.ggml.add_bos_token"] = GGUFValue.of(ValueType.BOOL, first is not None)
-    return keys
+    return keys, vocabulary, notes + stripping_note(sources)
 
 
-def _read(checkpoint: Checkpoint, name: str, *, required: bool = True) -> dict[str, Any]:
-    for file in checkpoint.files:
-        if file.path == name:
-            try:
-                found = strict_json.loads(file.read())
-            except strict_json.StrictJsonError as error:
-                raise InputError(f"{name} is not strict JSON: {error}") from None
-            if isinstance(found, dict):
-                return found
-            raise InputError(f"{name} is not a JSON object")
-    if required:
-        raise UnsupportedError(
-            f"has no {name}, which llama.cpp's file must hold",
-            path=checkpoint.path,
-            hint="put the tokenizer's files beside the weights",
-        )
-    return {}
-
-
-def _recognised(tokenizer: dict[str, Any], checkpoint: Checkpoint) -> str:
-    kind = tokenizer.get("pre_tokenizer")
-    if isinstance(kind, dict) and kind.get("type") == "ByteLevel" and kind.get("use_regex", True):
-        return "gpt-2"
-    raise UnsupportedError(
-        f"the pre-tokenizer of {_FILE} is not one that is recognised",
-        path=checkpoint.path,
-        hint="name llama.cpp's with --pre",
-    )
-
-
-def _tokens(
-    model: dict[str, Any], added: list[dict[str, Any]], vocabulary: int
-) -> tuple[list[str], list[int]]:
-    texts = [f"[PAD{number}]" for number in range(vocabulary)]
-    kinds = [_UNUSED] * vocabulary
-    entries = [(text, number, _NORMAL) for text, number in model["vocab"].items()]
-    for token in added:
-        kind = _CONTROL if token.get("special") else _USER_DEFINED
-        entries.append((token["content"], token["id"], kind))
-    for text, number, kind in entries:
-        if type(number) is not int or not 0 <= number < vocabulary:
-            raise InputError(
-                f"{_FILE} numbers token {printable(text)} {number}, and the embedding has "
-                f"{vocabulary} rows"
+def _pre_tokenizer(
+    sources: Sources, model: dict[str, Any], pre: str | None
+) -> tuple[str, list[str]]:
+    ignore_merges = model.get("ignore_merges") is True
+    if pre is not None:
+        if pre not in NAMES:
+            raise UsageError(
+                f"llama.cpp has no pre-tokenizer {printable(pre)}",
+                hint=f"known are {', '.join(NAMES)}",
             )
-        texts[number], kinds[number] = text, kind
-    return texts, kinds
+        return pre, []
+    _check_options(sources, model)
+    steps = steps_of(sources.tokenizer.get("pre_tokenizer"))
+    found = None if steps is None else recognised(steps, ignore_merges)
+    if found is None:
+        raise sources.refused(
+            f"the pre-tokenizer of {_FILE} is not one that is recognised",
+            hint="if you know that llama.cpp has it, name it with --pre; known are "
+            + ", ".join(NAMES),
+        )
+    notes = [] if found.approximate is None else [f"{found.approximate} ({found.names[0]})"]
+    if found.ignore_merges != ignore_merges:
+        verb = "takes" if found.ignore_merges else "does not take"
+        notes.append(
+            f"llama.cpp's pre-tokenizer {found.names[0]} {verb} whole words that are tokens "
+            f"without merging, {_FILE} says otherwise: words that merges do not build get "
+            "other tokens"
+        )
+    return found.names[0], notes
 
 
-def _first_token(tokenizer: dict[str, Any]) -> str | None:
-    """Return the special token that the post-processor puts first, if it does."""
-    processor = tokenizer.get("post_processor")
-    steps = processor.get("single") if isinstance(processor, dict) else None
-    if isinstance(steps, list) and steps and "SpecialToken" in steps[0]:
-        return str(steps[0]["SpecialToken"].get("id"))
-    return None
+def _check_options(sources: Sources, model: dict[str, Any]) -> None:
+    normalizer = sources.tokenizer.get("normalizer")
+    steps = [normalizer] if isinstance(normalizer, dict) else []
+    if steps and steps[0].get("type") == "Sequence":
+        steps = steps[0].get("normalizers") or []
+    kinds = [step.get("type") for step in steps if isinstance(step, dict)]
+    if strange := [kind for kind in kinds if kind != "NFC"]:
+        raise sources.refused(
+            f"{_FILE} normalizes texts with {printable(str(strange[0]))}, and llama.cpp's "
+            "byte-level BPE does not",
+            hint="name a pre-tokenizer with --pre to convert it all the same",
+        )
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(option):
+            raise sources.refused(
+                f"{_FILE} is BPE with {option}, which llama.cpp's byte-level BPE does not have"
+            )
 
 
-def files(gguf: GGUFFile) -> tuple[CarriedFile, ...]:
-    """Return the files; see `loraformat_converters.gguf.tokenizers.files`."""
-    if gguf.text("tokenizer.ggml.model", "none") != "gpt2":
-        return ()
-    texts = gguf.array("tokenizer.ggml.tokens", ValueType.STRING)
-    kinds = gguf.array("tokenizer.ggml.token_type", ValueType.INT32)
-    merges = gguf.array("tokenizer.ggml.merges", ValueType.STRING)
-    if gguf.text("tokenizer.ggml.pre", "default") != "gpt-2":
-        return ()
-    special = [n for n, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED)]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": True}  # fmt: skip
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [_added(texts[n], n, kinds[n] == _CONTROL) for n in special],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": _processor(gguf, texts),
-        "decoder": byte_level,
-        "model": {
+def model_vocabulary(sources: Sources, model: dict[str, Any]) -> dict[str, int]:
+    """Return ``model.vocab``.
+
+    Raises
+    ------
+    InputError
+        If it is not a table of texts and numbers.
+    """
+    table = model.get("vocab")
+    if not isinstance(table, dict) or not all(type(one) is int for one in table.values()):
+        raise sources.wrong(_FILE, "has no vocabulary")
+    return table
+
+
+def merge_pairs(
+    sources: Sources, model: dict[str, Any], table: dict[str, int]
+) -> list[tuple[str, str]]:
+    """Return ``model.merges``, in either of its spellings.
+
+    Raises
+    ------
+    InputError
+        If one is damaged, or makes no token.
+    """
+    found = []
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise sources.wrong(_FILE, "has no merges")
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(
+            isinstance(half, str) for half in pair
+        ):  # fmt: skip
+            raise sources.wrong(_FILE, f"has the damaged merge {printable(str(merge))}")
+        if pair[0] + pair[1] not in table:
+            raise sources.wrong(
+                _FILE, f"merges {printable(pair[0])} and {printable(pair[1])} into no token"
+            )
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def from_gguf(gguf: GGUFFile, tokens: Tokens) -> dict[str, Any] | str:
+    """Return ``tokenizer.json``, or a sentence that says why there is none."""
+    name = gguf.text("tokenizer.ggml.pre", "default")
+    pre: PreTokenizer | None = by_name(name)
+    if pre is None:
+        return (
+            f"tokenizer files (what llama.cpp's pre-tokenizer {printable(name)} is in "
+            "tokenizer.json is not known)"
+        )
+    merges = [
+        merge.split(" ", 1) for merge in gguf.array("tokenizer.ggml.merges", ValueType.STRING)
+    ]
+    known = set(tokens.texts)
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= known:
+            return f"tokenizer files (its merge {printable(' '.join(merge))} makes no token)"
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True}  # fmt: skip
+    return tokenizer_json(
+        tokens,
+        normalizer=None if pre.normalizer is None else {"type": pre.normalizer},
+        pre_tokenizer=described(pre),
+        decoder=level,
+        model={
             "type": "BPE",
-            "vocab": {text: n for n, text in enumerate(texts) if kinds[n] != _UNUSED},
-            "merges": [merge.split(" ", 1) for merge in merges],
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre.ignore_merges,
+            "vocab": tokens.vocabulary(),
+            "merges": merges,
         },
-    }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
-        number = gguf.integer(f"tokenizer.ggml.{key}_token_id", -1)
-        if 0 <= number < len(texts):
-            config[f"{name}_token"] = texts[number]
-    return tuple(
-        _carried(name, value)
-        for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config))
     )
-
-
-def _added(text: str, number: int, special: bool) -> dict[str, Any]:
-    return {"id": number, "content": text, "single_word": False, "lstrip": False,
-            "rstrip": False, "normalized": not special, "special": special}  # fmt: skip
-
-
-def _processor(gguf: GGUFFile, texts: list[str]) -> dict[str, Any] | None:
-    number = gguf.integer("tokenizer.ggml.bos_token_id", -1)
-    if not gguf.flag("tokenizer.ggml.add_bos_token", False) or not 0 <= number < len(texts):
-        return None
-    text = texts[number]
-    first = {"SpecialToken": {"id": text, "type_id": 0}}
-    one = {"Sequence": {"id": "A", "type_id": 0}}
-    two = {"Sequence": {"id": "B", "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, one],
-        "pair": [first, one, first, two],
-        "special_tokens": {text: {"id": text, "ids": [number], "tokens": [text]}},
-    }
-
-
-def _carried(name: str, value: dict[str, Any]) -> CarriedFile:
-    data = (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
-    return CarriedFile(name, len(data), lambda: data)

@@ -1,0 +1,136 @@
+"""Special tokens: which they are, and which of them llama.cpp puts around a text.
+
+What transformers puts around a text is said by ``add_bos_token`` and ``add_eos_token`` of
+``tokenizer_config.json`` if one of them is there, otherwise by the post-processor of
+``tokenizer.json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loraformat.errors import printable
+from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.types import ValueType
+from loraformat_converters.gguf.values import GGUFValue
+
+__all__ = ["Around", "around", "around_keys", "special_keys"]
+
+#: llama.cpp's names; "seperator" is how it spells it.
+NAMES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "sep": "seperator",
+    "pad": "padding",
+    "cls": "cls",
+    "mask": "mask",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """Numbers of the tokens before and after a text."""
+
+    first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
+
+
+def special_keys(sources: Sources, numbers: dict[str, int], rows: int) -> dict[str, int]:
+    """Return the numbers of the special tokens, by kind."""
+    found = {kind: number for kind, number in sources.special_ids.items() if 0 <= number < rows}
+    for kind, text in sources.special.items():
+        if text in numbers:
+            found[kind] = numbers[text]
+    return found
+
+
+def around(sources: Sources, special: dict[str, int]) -> Around:
+    """Return what is put around a text.
+
+    Raises
+    ------
+    InputError
+        If the post-processor is damaged.
+    """
+    config = sources.config
+    if any(isinstance(config.get(f"add_{kind}_token"), bool) for kind in ("bos", "eos")):
+        sides = [
+            (special[kind],) if config.get(f"add_{kind}_token") is True and kind in special else ()
+            for kind in ("bos", "eos")
+        ]
+        return Around(*sides)
+    first: list[int] = []
+    last: list[int] = []
+    for step in _processors(sources.tokenizer.get("post_processor")):
+        if step.get("type") == "TemplateProcessing":
+            _template(sources, step, first, last)
+        elif step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            for side, name in ((first, "cls"), (last, "sep")):
+                pair = step.get(name)
+                if not isinstance(pair, list) or len(pair) != 2 or type(pair[1]) is not int:
+                    raise sources.wrong("tokenizer.json", "has a damaged post_processor")
+                side.append(pair[1])
+    return Around(tuple(first), tuple(last))
+
+
+def _processors(processor: Any) -> list[dict[str, Any]]:
+    if not isinstance(processor, dict):
+        return []
+    if processor.get("type") == "Sequence":
+        steps = processor.get("processors")
+        return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    return [processor]
+
+
+def _template(sources: Sources, step: dict[str, Any], first: list[int], last: list[int]) -> None:
+    side = first
+    known = step.get("special_tokens")
+    for piece in step.get("single") or []:
+        if isinstance(piece, dict) and "Sequence" in piece:
+            side = last
+            continue
+        try:
+            ids = known[piece["SpecialToken"]["id"]]["ids"]  # type: ignore[index]
+        except (KeyError, TypeError):
+            ids = None
+        if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+            raise sources.wrong("tokenizer.json", "has a damaged post_processor")
+        side.extend(ids)
+
+
+def around_keys(
+    found: Around, special: dict[str, int], texts: list[str]
+) -> tuple[dict[str, GGUFValue], list[str]]:
+    """Return all keys about special tokens, and what they cannot say.
+
+    Parameters
+    ----------
+    found : Around
+    special : dict of str to int
+        From `special_keys`.
+    texts : list of str
+        The vocabulary.
+    """
+    special, notes, keys = dict(special), [], {}
+    for kind, ids, side in (("bos", found.first, "before"), ("eos", found.last, "after")):
+        adds = len(ids) == 1 and 0 <= ids[0] < len(texts)
+        if ids and not adds:
+            notes.append(
+                f"the tokenizer puts {len(ids)} tokens {side} a text, llama.cpp at most one: it "
+                "will put none"
+            )
+        if adds and special.get(kind, ids[0]) != ids[0]:
+            notes.append(
+                f"{printable(texts[ids[0]])}, which the tokenizer puts {side} a text, takes the "
+                f"place of {printable(texts[special[kind]])} as {kind} token"
+            )
+        if adds:
+            special[kind] = ids[0]
+        keys[f"tokenizer.ggml.add_{kind}_token"] = GGUFValue.of(ValueType.BOOL, adds)
+    numbers = {
+        f"tokenizer.ggml.{NAMES[kind]}_token_id": GGUFValue.of(ValueType.UINT32, number)
+        for kind, number in special.items()
+    }
+    return numbers | keys, notes

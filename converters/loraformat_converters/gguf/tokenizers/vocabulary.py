@@ -1,0 +1,127 @@
+"""A vocabulary on its way into a GGUF file: one text, kind and score for each row."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+from loraformat.errors import InputError, printable
+from loraformat_converters.gguf.types import ValueType
+from loraformat_converters.gguf.values import GGUFValue
+
+__all__ = ["TokenKind", "Vocabulary"]
+
+
+class TokenKind(IntEnum):
+    """``tokenizer.ggml.token_type``."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Vocabulary:
+    """Tokens by number. Rows that get none are padded.
+
+    Parameters
+    ----------
+    rows : int
+        Of the embedding.
+    file : str
+        Where the tokens come from, for messages.
+
+    Examples
+    --------
+    >>> vocabulary = Vocabulary(3, "tokenizer.json")
+    >>> vocabulary.put(1, "a", TokenKind.NORMAL)
+    >>> vocabulary.texts
+    ['[PAD0]', 'a', '[PAD2]']
+    """
+
+    def __init__(self, rows: int, file: str) -> None:
+        self.rows, self.file = rows, file
+        self._texts: list[str | None] = [None] * rows
+        self.kinds: list[int] = [TokenKind.UNUSED] * rows
+        self.scores: list[float] = [-10000.0] * rows
+        self.beyond: list[str] = []
+
+    def put(self, number: Any, text: Any, kind: TokenKind, score: float = 0.0) -> None:
+        """Give a row its token.
+
+        Raises
+        ------
+        InputError
+            If there is no such row, or the text is none.
+        """
+        if not isinstance(text, str) or not text:
+            raise InputError(f"{self.file} has a token without a text")
+        if type(number) is not int or not 0 <= number < self.rows:
+            raise InputError(
+                f"{self.file} numbers token {printable(text)} {printable(str(number))}, and the "
+                f"embedding has {self.rows} rows"
+            )
+        self._texts[number], self.kinds[number], self.scores[number] = text, kind, score
+
+    def put_added(self, token: Any, text: str, kind: TokenKind, score: float = 0.0) -> None:
+        """Give a row an added token; one beyond the embedding is only noted."""
+        number = token.get("id")
+        if type(number) is int and number >= self.rows:
+            self.beyond.append(text)
+        else:
+            self.put(number, text, kind, score)
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts; rows without a token have one that no other has."""
+        given = {text for text in self._texts if text is not None}
+        found = []
+        for number, text in enumerate(self._texts):
+            if text is None:
+                text = f"[PAD{number}]"
+                while text in given:
+                    text = f"[{text}]"
+            found.append(text)
+        return found
+
+    def numbers(self) -> dict[str, int]:
+        """Return each given text's number.
+
+        Raises
+        ------
+        InputError
+            If two rows have the same text: llama.cpp would not start.
+        """
+        found: dict[str, int] = {}
+        for number, text in enumerate(self._texts):
+            if text is None:
+                continue
+            if text in found:
+                raise InputError(
+                    f"{self.file} gives tokens {found[text]} and {number} the same text "
+                    f"{printable(text)}"
+                )
+            found[text] = number
+        return found
+
+    def keys(self, *, scores: bool = False) -> dict[str, GGUFValue]:
+        """Return the arrays."""
+        self.numbers()
+        found = {
+            "tokenizer.ggml.tokens": GGUFValue.of_array(ValueType.STRING, self.texts),
+            "tokenizer.ggml.token_type": GGUFValue.of_array(ValueType.INT32, self.kinds),
+        }
+        if scores:
+            found["tokenizer.ggml.scores"] = GGUFValue.of_array(ValueType.FLOAT32, self.scores)
+        return found
+
+    def notes(self) -> list[str]:
+        """Say what has no place."""
+        if not self.beyond:
+            return []
+        return [
+            f"{len(self.beyond)} added tokens have numbers beyond the embedding and were left "
+            f"out ({printable(self.beyond[0])}, ...)"
+        ]

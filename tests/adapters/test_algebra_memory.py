@@ -1,5 +1,6 @@
 """Extraction and combination hold tiles, never the model, and never a dense delta."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,10 @@ print(peak - before)
 
 def grown(small, large):
     calls = [str(word) for call in (small, large) for word in (*call, "--quiet")]
-    done = subprocess.run([sys.executable, "-c", CHILD, *calls], capture_output=True, text=True)
+    # What is freed goes back at once, so that what is held is measured and no allocator's mood.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", CHILD, *calls]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert not done.returncode, done.stderr
     return int(done.stdout)
 

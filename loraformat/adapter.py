@@ -128,6 +128,9 @@ class Adapter:
         Base tensors that are replaced as a whole (modules_to_save, trained biases), by name.
     rows : dict of str to RowReplacement
         By target.
+    invocation_tokens : tuple of int
+        The deltas act only from where these tokens occur (aLoRA, Greenewald 2025); empty if
+        they act always. Such an adapter cannot be merged.
     spellings : dict of str to str
         What the source calls a tensor, by its name above, where those differ: deltas that were
         held against a base have its names, and are written again under their own.
@@ -157,6 +160,7 @@ class Adapter:
     deltas: dict[str, LoraDelta]
     replacements: dict[str, DenseTensor] = field(default_factory=dict)
     rows: dict[str, RowReplacement] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
     spellings: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None

@@ -96,6 +96,10 @@ class WriteOptions:
     pre_tokenizer: str | None = None
 
 
+def _no_note(sentence: str) -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterReadOptions:
     """What a reader of adapters may need to know.
@@ -107,10 +111,18 @@ class AdapterReadOptions:
         against it. It stays the caller's to close.
     allow_pickle : bool
         Read a pickled file, too, with a loader that makes nothing but tensors.
+    conditional : bool
+        Read one that acts on some tokens only (aLoRA), too: it is carried over or looked at,
+        not merged or computed with.
+    inspect : bool
+        It is only looked at: what the format leaves open without the base (the order of the
+        rows of B in GGUF) may stay open.
     """
 
     base: Checkpoint | None = None
     allow_pickle: bool = False
+    conditional: bool = False
+    inspect: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +132,21 @@ class AdapterWriteOptions:
     Attributes
     ----------
     dtype : str or None
-        Of the factors, as safetensors names it; rounded to nearest even. None keeps each.
+        Of the factors, as safetensors names it, or one of the converter's own ``dtypes`` in
+        capitals; rounded to nearest even. None keeps each, or is the format's default.
     base : Checkpoint or None
-        The base that the adapter belongs to, for formats that need its config or shapes.
+        The base that the adapter belongs to, for formats that need its config or shapes. It
+        may have a config and no tensors.
+    keep_scaling : bool
+        Leave B as it is and say the scaling as alpha and rank, where the format can.
+    note : callable
+        Called with each sentence that a user should read about what was written.
     """
 
     dtype: str | None = None
     base: Checkpoint | None = None
+    keep_scaling: bool = False
+    note: Callable[[str], None] = _no_note
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +179,8 @@ class Converter:
         quantize. "both" takes them as they come.
     dtypes : tuple of str
         Words for ``--dtype`` that the writer heeds itself. Then it gets all weights as they
-        are, those in NF4 as float32, and rounds them once.
+        are, those in NF4 as float32, and rounds them once. A writer of adapters rounds in
+        any case; without this it is asked for ``f32``, ``f16`` and ``bf16`` only.
     loses : tuple of str
         What the format cannot express, as sentences. A loss that both formats name is none.
     output : {"directory", "file"}

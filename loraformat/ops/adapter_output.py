@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
 from loraformat.dtypes import parse_weight_dtype
-from loraformat.errors import InputError, printable
+from loraformat.errors import InputError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.integrity import check_listed
 from loraformat.manifest import FileRecord
@@ -66,15 +66,18 @@ class AdapterOutput:
     notes: tuple[str, ...]
     expected: Mapping[str, FileRecord] | None = None
 
-    def write(self, publication: Publication) -> None:
-        """Write it into a publication's work directory."""
+    def write(self, publication: Publication) -> list[str]:
+        """Write it into a publication's work directory, and return the writer's notes."""
+        notes: list[str] = []
         if self.verbatim:
             copy_adapter(self.adapter, publication)
             if self.expected is not None:  # the source was compared before: now the copy
                 check_listed(Folder(publication.work), self.expected)
-            return
+            return notes
         assert self.writer.write_adapter is not None
-        self.writer.write_adapter(self.adapter, publication, self.options)
+        options = replace(self.options, note=notes.append)
+        self.writer.write_adapter(self.adapter, publication, options)
+        return notes
 
 
 def plan_output(
@@ -98,8 +101,9 @@ def plan_output(
     canonical : bool
         Write it anew in any case.
     dtype : str, optional
-        ``f32``, ``f16`` or ``bf16`` for the factors, rounded to nearest even. By default each
-        keeps its own where folding the scaling loses nothing in it.
+        ``f32``, ``f16``, ``bf16`` or another of the writer's for the factors, rounded to
+        nearest even. By default each keeps its own where folding the scaling loses nothing in
+        it.
     base : Checkpoint, optional
         For writers that need its config or shapes.
     home : Home, optional
@@ -116,6 +120,7 @@ def plan_output(
     """
     notes = []
     reason = _reason(adapter, writer, dtype)
+    foreign = adapter.format != writer.name
     if home is not None:
         strange = adapter.base_fingerprint not in (None, home.fingerprint)
         if strange:
@@ -125,13 +130,26 @@ def plan_output(
         options = AdapterWriteOptions(base=base)
         return AdapterOutput(adapter, writer, options, True, tuple(notes), expected)
     if not canonical:
-        notes.append(f"it was written anew, its scaling folded into B, as {reason}")
+        folded = "" if foreign else ", its scaling folded into B,"
+        notes.append(f"it was written anew{folded} as {reason}")
     if home is not None:
         source = json.dumps(dict(home.source), ensure_ascii=False)
         adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
-    options = AdapterWriteOptions(parse_weight_dtype(dtype) if dtype else None, base)
+    options = AdapterWriteOptions(
+        _dtype(writer, dtype), base, keep_scaling=foreign and not canonical
+    )
     anew = replace(adapter, verbatim=False)
     return AdapterOutput(anew, writer, options, False, tuple(notes))
+
+
+def _dtype(writer: Converter, word: str | None) -> str | None:
+    if word is None:
+        return None
+    if not writer.dtypes:
+        return parse_weight_dtype(word)
+    if word not in writer.dtypes:
+        raise UsageError(f"--dtype {word}: {writer.name} wants one of {', '.join(writer.dtypes)}")
+    return word.upper()
 
 
 def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | None:

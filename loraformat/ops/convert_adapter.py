@@ -20,7 +20,8 @@ from typing import Any
 from loraformat import plugins
 from loraformat.adapter import Adapter
 from loraformat.bundle_update import Place, adapter_place, read_manifest
-from loraformat.checkpoint import Checkpoint, DenseTensor
+from loraformat.checkpoint import Checkpoint, DenseTensor, Provenance
+from loraformat.config_json import CONFIG_NAME, MAX_CONFIG_BYTES, split
 from loraformat.dtypes import ITEM_BYTES
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.folder import Folder
@@ -137,7 +138,7 @@ def convert_adapter(
     with ExitStack() as stack:
         anew = options.canonical or options.dtype is not None or writer.name != reader.name
         base, home = _base(stack, place, origin if anew else None, options)
-        read = AdapterReadOptions(base, options.allow_pickle)
+        read = AdapterReadOptions(base, options.allow_pickle, conditional=place is None)
         adapter = stack.enter_context(reader.read_adapter(source.path, read))
         listed, notes = _listed(origin)
         if listed is not None:
@@ -155,7 +156,7 @@ def convert_adapter(
         )
         if place is not None and base is not None:
             check_incoming(adapter, base)
-        elif base is not None:
+        elif base is not None and base.tensors:
             check_fits(adapter, base)
         report = _report(source, target, output, lost, notes)
         if options.dry_run:
@@ -164,10 +165,11 @@ def convert_adapter(
             records = put(
                 output, place, home.fingerprint, force=options.force, finish=adapter.close
             )
-            nbytes = sum(record.bytes for record in records.values())
+            nbytes, said = sum(record.bytes for record in records.values()), []
         else:
-            nbytes = _publish(output, target, options.force)
-    return replace(report, output_bytes=nbytes, seconds=time.perf_counter() - began)
+            nbytes, said = _publish(output, target, options.force)
+    seconds = time.perf_counter() - began
+    return replace(report, output_bytes=nbytes, seconds=seconds, notes=[*report.notes, *said])
 
 
 def _writer(target: Path, place: Place | None, options: AdapterOptions) -> Converter:
@@ -195,10 +197,21 @@ def _base(
     if is_bundle(path):
         bundle = stack.enter_context(open_bundle(path))
         return bundle.checkpoint, Home(bundle.manifest.fingerprint, bundle.manifest.source)
+    if (config := _config_alone(path)) is not None:
+        return config, None
     reader = plugins.sniff(path)
     if reader.read is None:
         raise UsageError(f"--base {options.base} is no base but {reader.name}")
     return stack.enter_context(reader.read(path)), None
+
+
+def _config_alone(path: Path) -> Checkpoint | None:
+    """Return a base of which only ``config.json`` is there: a directory without weights, or it."""
+    folder = path.parent if path.name == CONFIG_NAME and path.is_file() else path
+    if not (folder / CONFIG_NAME).is_file() or (folder == path and any(path.glob("*.safetensors"))):
+        return None
+    raw, _ = split(Folder(folder).read(CONFIG_NAME, MAX_CONFIG_BYTES))
+    return Checkpoint(folder, Provenance("config"), {}, config=raw, sources=(folder / CONFIG_NAME,))
 
 
 def _listed(origin: Place | None) -> tuple[dict[str, FileRecord] | None, list[str]]:
@@ -211,17 +224,17 @@ def _listed(origin: Place | None) -> tuple[dict[str, FileRecord] | None, list[st
     return listed, []
 
 
-def _publish(output: AdapterOutput, target: Path, force: bool) -> int:
+def _publish(output: AdapterOutput, target: Path, force: bool) -> tuple[int, list[str]]:
     adapter = output.adapter
     inputs = [adapter.path, *adapter.sources]
     with open_publication(
         output.writer.output, target, plan="adapter", inputs=inputs, force=force
     ) as stage:
-        output.write(stage)
+        notes = output.write(stage)
         adapter.close()  # raises if an input changed, before anything is published
         nbytes = sum(f.stat().st_size for f in stage.work.rglob("[!.]*") if f.is_file())
         stage.commit()
-    return nbytes
+    return nbytes, notes
 
 
 def tensors_of(adapter: Adapter) -> Iterator[DenseTensor]:
@@ -242,7 +255,7 @@ def _report(
         estimate = sum(file.nbytes for file in adapter.files)
     else:
         dtype = output.options.dtype
-        estimate = sum(t.count * ITEM_BYTES[dtype or t.dtype] for t in tensors_of(adapter))
+        estimate = sum(t.count * ITEM_BYTES.get(dtype or t.dtype, 2) for t in tensors_of(adapter))
     return AdapterReport(
         source=source.repo or str(source.path),
         target=str(target),

@@ -109,7 +109,7 @@ def describe_adapter(path: Path, reader: Converter) -> AdapterDescription:
     """
     if reader.read_adapter is None:
         raise UnsupportedError(f"is {reader.name}, which can be written but not read", path=path)
-    with reader.read_adapter(path, AdapterReadOptions()) as adapter:
+    with reader.read_adapter(path, AdapterReadOptions(conditional=True, inspect=True)) as adapter:
         return _description(adapter, path)
 
 
@@ -137,9 +137,14 @@ def _description(adapter: Adapter, path: Path) -> AdapterDescription:
         embeddings=sum("embed" in _leaf(delta.target) for delta in deltas),
         replacements=sorted(adapter.replacements),
         replaced_rows=sorted(adapter.rows),
-        notes=list(adapter.notes),
+        notes=[*adapter.notes, *_acts_on(adapter)],
         modules=[_module(delta) for delta in deltas],
     )
+
+
+def _acts_on(adapter: Adapter) -> list[str]:
+    tokens = ", ".join(map(str, adapter.invocation_tokens))
+    return [f"aLoRA: acts only from the tokens {tokens} on"] if tokens else []
 
 
 def _bundle(path: Path) -> str | None:

@@ -95,7 +95,8 @@ def _adapter(path: Path, reader: Converter) -> Verification:
     def values() -> None:
         nonlocal count
         assert reader.read_adapter is not None
-        with reader.read_adapter(path, AdapterReadOptions()) as adapter:
+        options = AdapterReadOptions(conditional=True, inspect=True)
+        with reader.read_adapter(path, options) as adapter:
             check_values(adapter)
             count = sum(1 for _ in tensors_of(adapter))
 

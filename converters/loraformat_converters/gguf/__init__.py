@@ -6,7 +6,7 @@ loader (``gguf.cpp``) makes of it. From the bottom: `types` and `values` are the
 `container` open a file; `blocks` turns stored numbers into float32 and back; `writing`
 streams a new file.
 `architectures` knows models, `tokenizers` their tokenizers; `base_write` and `base_read`
-put them together.
+put them together; `lora` is for adapters.
 
 No foreign program sees a file before `header` has accepted it.
 """
@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraformat.errors import LoraFormatError
-from loraformat.plugins import Converter, ReadOptions, Requirement, WriteOptions
+from loraformat.plugins import (
+    AdapterReadOptions,
+    AdapterWriteOptions,
+    Converter,
+    ReadOptions,
+    Requirement,
+    WriteOptions,
+)
 
 if TYPE_CHECKING:
+    from loraformat.adapter import Adapter
     from loraformat.checkpoint import Checkpoint
     from loraformat.model_directory import WrittenModel
     from loraformat.publish import Publication
 
-__all__ = ["CONVERTER"]
+__all__ = ["CONVERTER", "LORA_CONVERTER"]
 
 
 def sniff(path: Path) -> bool:
@@ -71,6 +79,42 @@ CONVERTER = Converter(
     stores="dense",
     dtypes=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     loses=("the manifest with its hashes and fingerprint",),
+    suffixes=(".gguf",),
+    requires=(Requirement("gguf", "gguf"),),
+)
+
+
+def sniff_lora(path: Path) -> bool:
+    """Tell whether a path is a GGUF file of an adapter."""
+    from loraformat_converters.gguf.container import is_gguf
+
+    return is_gguf(path) and not sniff(path)
+
+
+def read_lora(path: Path, options: AdapterReadOptions) -> Adapter:
+    """Open an adapter; see `loraformat_converters.gguf.lora.read`."""
+    from loraformat_converters.gguf.lora.read import read_adapter
+
+    return read_adapter(path, options)
+
+
+def write_lora(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
+    """Write an adapter; see `loraformat_converters.gguf.lora.write`."""
+    from loraformat_converters.gguf.lora.write import write_adapter
+
+    write_adapter(adapter, publication, options)
+
+
+LORA_CONVERTER = Converter(
+    name="gguf-lora",
+    kind="adapter",
+    summary="GGUF LoRA adapter: one file for llama.cpp and its relatives",
+    sniff=sniff_lora,
+    read_adapter=read_lora,
+    write_adapter=write_lora,
+    output="file",
+    dtypes=("f32", "f16", "bf16", "q8_0"),
+    loses=("training settings of the config (dropout, task type), activation statistics",),
     suffixes=(".gguf",),
     requires=(Requirement("gguf", "gguf"),),
 )

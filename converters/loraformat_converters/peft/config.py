@@ -10,7 +10,7 @@ from loraformat import strict_json
 from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
 from loraformat_converters.peft.patterns import PatternTable
-from loraformat_converters.peft.refusals import refuse_by_name, unknown_fields
+from loraformat_converters.peft.refusals import INVOCATION, refuse_by_name, unknown_fields
 
 __all__ = ["CONFIG_NAME", "MAX_CONFIG_BYTES", "LoraSettings", "read_settings"]
 
@@ -34,17 +34,19 @@ class LoraSettings:
     version : tuple of int
         ``peft_version``, major and minor; (0, 0) if it is not there (before 0.18).
     target_parameters : tuple of str
+    invocation_tokens : tuple of int
     notes : list of str
         What a user should know; grows as modules are looked up.
     """
 
-    def __init__(self, config: dict[str, Any], path: Path) -> None:
+    def __init__(self, config: dict[str, Any], path: Path, *, conditional: bool = False) -> None:
         self.config, self._path = config, path
-        refuse_by_name(config, path)
+        refuse_by_name(config, path, conditional=conditional)
         self.notes = unknown_fields(config, path)
         self.rslora = config.get("use_rslora") is True
         self.conv1d = config.get("fan_in_fan_out") is True
         self.version = _version(config.get("peft_version"))
+        self.invocation_tokens = self._invocation_tokens()
         self.target_parameters = tuple(self._names("target_parameters"))
         self._rank = int(self._number(config.get("r", 8), "r", whole=True))
         self._alpha = self._number(config.get("lora_alpha", 8), "lora_alpha")
@@ -52,6 +54,14 @@ class LoraSettings:
         self._ranks = self._table("rank_pattern", whole=True)
         self._known_alphas: dict[str, float] = {}
         self._ambiguous: set[tuple[str, str]] = set()
+
+    def _invocation_tokens(self) -> tuple[int, ...]:
+        value = self.config.get(INVOCATION) or []
+        if not isinstance(value, list) or not all(
+            type(token) is int and 0 <= token < 2**32 for token in value
+        ):
+            raise InputError(f"{INVOCATION} is not a list of token ids", path=self._path)
+        return tuple(value)
 
     def _names(self, field: str) -> list[str]:
         value = self.config.get(field) or []
@@ -117,8 +127,8 @@ def _version(value: Any) -> tuple[int, int]:
     return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, 0)
 
 
-def read_settings(folder: Folder) -> LoraSettings:
-    """Read and check a config.
+def read_settings(folder: Folder, *, conditional: bool = False) -> LoraSettings:
+    """Read and check a config; that of an aLoRA only if ``conditional``.
 
     Raises
     ------
@@ -134,4 +144,4 @@ def read_settings(folder: Folder) -> LoraSettings:
         raise InputError(f"not strict JSON: {error}", path=path) from None
     if not isinstance(config, dict):
         raise InputError("not a JSON object", path=path)
-    return LoraSettings(config, path)
+    return LoraSettings(config, path, conditional=conditional)

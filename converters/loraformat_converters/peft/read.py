@@ -50,7 +50,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
         If the adapter is more than a low-rank delta and replacements.
     """
     folder = Folder(path)
-    settings = read_settings(folder)
+    settings = read_settings(folder, conditional=options.conditional)
     with contextlib.ExitStack() as opened:
         stored = open_tensors(folder, allow_pickle=options.allow_pickle)
         opened.callback(stored.close)
@@ -68,6 +68,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
             deltas={delta.target: delta for delta in by_module.values()},
             replacements=reader.replacements(),
             rows=read_rows(reader.tokens, config, stored.path, reader.in_base),
+            invocation_tokens=settings.invocation_tokens,
             spellings=reader.spellings,
             config=config,
             base_model=_text(config.get("base_model_name_or_path")),
@@ -254,6 +255,8 @@ class _Reader:
         if self._base is None or self._names is None or not targets:
             return
         known = self._base.tensors
+        if not known:  # a config alone
+            return
         experts = [name for name, delta in adapter.deltas.items() if len(delta.a.shape) == 3]
         tied = [name for name in targets if name.endswith("lm_head.weight")]
         if experts or tied or any(name in known for name in targets):

@@ -12,14 +12,20 @@ from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
 
-__all__ = ["refuse_by_name", "unknown_fields"]
+__all__ = ["INVOCATION", "refuse_by_name", "unknown_fields"]
+
+#: Tokens from which on an aLoRA acts.
+INVOCATION = "alora_invocation_tokens"
 
 _MERGE_IT = "merge it with PEFT, where it was trained, and take the merged model"
 _EXTRACT = "merge it with PEFT, then extract a LoRA from base and merged model"
 
 #: By field: what it does, and the remedy.
 _REFUSED = {
-    "alora_invocation_tokens": ("aLoRA acts on some tokens only", "use it in PEFT, unmerged"),
+    INVOCATION: (
+        "aLoRA acts on some tokens only",
+        "use it unmerged: in PEFT, or converted to GGUF in llama.cpp",
+    ),
     "arrow_config": ("Arrow routes between adapters", "use it in PEFT, unmerged"),
     "use_bdlora": ("BD-LoRA's factors are block-diagonal", _EXTRACT),
     "kasa_config": ("KaSA truncates the base as PEFT loads it", _MERGE_IT),
@@ -55,8 +61,8 @@ _KNOWN = {
 }
 
 
-def refuse_by_name(config: dict[str, Any], path: Path) -> None:
-    """Refuse what is more than a low-rank delta and replacements.
+def refuse_by_name(config: dict[str, Any], path: Path, *, conditional: bool = False) -> None:
+    """Refuse what is more than a low-rank delta and replacements; aLoRA if not ``conditional``.
 
     Raises
     ------
@@ -71,7 +77,7 @@ def refuse_by_name(config: dict[str, Any], path: Path) -> None:
             hint=_OTHER_METHODS.get(str(kind), _MERGE_IT),
         )
     for field, (reason, remedy) in _REFUSED.items():
-        if config.get(field):
+        if config.get(field) and not (conditional and field == INVOCATION):
             raise UnsupportedError(f"{field}: {reason}", path=path, hint=remedy)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):

@@ -3,6 +3,9 @@
 The scaling is folded into B, alpha equals the rank, rsLoRA is off. If all modules have one
 rank there are no patterns; else rank and alpha patterns name each module in full.
 
+Where the source is of another format and names one alpha, that and B are kept instead
+(``keep_scaling``): then a round trip changes no bit.
+
 Folding is done in float64 and rounded once. Unless a dtype is asked for, every tensor keeps
 its own, and B changes to float32 only where folding would cost it bits: if it has 16 bits and
 the scaling is neither 1 nor, for bfloat16 with its wide exponent, a power of two.
@@ -31,6 +34,7 @@ from loraformat_converters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from loraformat_converters.peft.experts import parameter_order, stacked
 from loraformat_converters.peft.keys import PREFIX
 from loraformat_converters.peft.moments import SUFFIX
+from loraformat_converters.peft.refusals import INVOCATION
 from loraformat_converters.peft.rows import FIELD, rows_config
 from loraformat_converters.peft.weights import INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME
 
@@ -50,7 +54,7 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     publication : Publication
     options : AdapterWriteOptions
         ``dtype`` is that of all factors, rounded to nearest even; None keeps each one's own
-        where that loses nothing.
+        where that loses nothing. ``keep_scaling`` is heeded where one alpha says it all.
 
     Raises
     ------
@@ -58,10 +62,13 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
         For what PEFT's files cannot hold.
     """
     adapter = _as_spelled(adapter)
-    config = _encoded(adapter)
+    alpha = _one_alpha(adapter) if options.keep_scaling else None
+    config = _encoded(adapter, alpha)
     depths = _depths(adapter)
     pieces = [
-        piece for delta in adapter.deltas.values() for piece in _pieces(delta, options, depths)
+        piece
+        for delta in adapter.deltas.values()
+        for piece in _pieces(delta, options, depths, delta.scaling if alpha is None else 1.0)
     ]
     for name, tensor in adapter.replacements.items():
         # What belongs to a layer that has a delta lies inside PEFT's wrapper.
@@ -90,6 +97,16 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     publication.write(CONFIG_NAME, config)
 
 
+def _one_alpha(adapter: Adapter) -> float | None:
+    """Return the alpha that gives every scaling exactly, as alpha over rank."""
+    alphas = {delta.alpha for delta in adapter.deltas.values()}
+    if len(alphas) != 1:
+        return None
+    (alpha,) = alphas
+    same = all(alpha / delta.rank == delta.scaling for delta in adapter.deltas.values())
+    return alpha if same else None
+
+
 def _as_spelled(adapter: Adapter) -> Adapter:
     """Return an adapter under the names that it came with: those of the model in memory."""
     own = adapter.spellings
@@ -112,7 +129,7 @@ def _is_ours(path: str) -> bool:
     return path in ours or bool(re.fullmatch(shards, path))
 
 
-def _encoded(adapter: Adapter) -> bytes:
+def _encoded(adapter: Adapter, alpha: float | None) -> bytes:
     """Return the config's text.
 
     Raises
@@ -120,7 +137,7 @@ def _encoded(adapter: Adapter) -> bytes:
     UnsupportedError
         If it is longer than any reader of ours takes.
     """
-    text = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(_config(adapter, alpha), indent=2, sort_keys=True) + "\n"
     if len(text) > MAX_CONFIG_BYTES:
         raise UnsupportedError(
             f"its config would be {len(text)} bytes long, wanted at most {MAX_CONFIG_BYTES}: too "
@@ -179,8 +196,9 @@ def _check_parameter(delta: LoraDelta, adapter: Adapter) -> None:
 
 
 def _pieces(
-    delta: LoraDelta, options: AdapterWriteOptions, depths: dict[str, int]
+    delta: LoraDelta, options: AdapterWriteOptions, depths: dict[str, int], scaling: float
 ) -> Iterator[_Piece]:
+    """Yield a delta's tensors, with what is left of its scaling folded in."""
     stem, a, b = PREFIX + _module(delta), delta.a, delta.b
     if _is_parameter(delta):
         wrappers = ".base_layer" * depths[delta.target]
@@ -193,7 +211,6 @@ def _pieces(
     names = (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
     if _is_embedding(delta):
         names = (f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B")
-    scaling = delta.scaling
     yield _Piece(names[0], a, options.dtype or a.dtype)
     yield _Piece(names[1], b, options.dtype or _folded_dtype(b.dtype, scaling), scaling)
     if delta.bias is not None:
@@ -245,7 +262,7 @@ def _write_tensors(
             piece.tensor.release()
 
 
-def _config(adapter: Adapter) -> dict[str, Any]:
+def _config(adapter: Adapter, alpha: float | None) -> dict[str, Any]:
     """Return the config: the source's own fields, and what the deltas say."""
     deltas = adapter.deltas.values()
     ranks = {_module(delta): delta.rank for delta in deltas}
@@ -262,9 +279,9 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.base_model,
         "r": usual,
-        "lora_alpha": usual,
+        "lora_alpha": usual if alpha is None else int(alpha) if alpha.is_integer() else alpha,
         "rank_pattern": others,
-        "alpha_pattern": others,
+        "alpha_pattern": others if alpha is None else {},
         "use_rslora": False,
         "use_dora": any(delta.magnitude is not None for delta in deltas),
         "lora_bias": any(delta.bias is not None for delta in deltas),
@@ -280,6 +297,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "layers_pattern": None,
         "init_lora_weights": True,
         "inference_mode": True,
+        INVOCATION: list(adapter.invocation_tokens) or None,
         FIELD: rows_config(adapter.rows, adapter.config.get(FIELD)),
     }
     if parameters:

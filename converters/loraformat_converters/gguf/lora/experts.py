@@ -1,0 +1,107 @@
+"""Gate and up of a layer's experts: two pairs in GGUF, one parameter in memory.
+
+[B_g A_g; B_u A_u] is one delta of the same rank if both have one A, as files have that were
+made of such a parameter. Else it is one of the rank r_g + r_u: A stacked, B block-diagonal.
+Both are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from loraformat.adapter import LoraDelta
+from loraformat.checkpoint import DenseTensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["fused"]
+
+
+def fused(module: str, parts: Mapping[int, LoraDelta]) -> LoraDelta:
+    """Return the delta of ``gate_up_proj`` from those of its halves, 0 and 1; one may be missing.
+
+    Parameters
+    ----------
+    module : str
+        The parameter.
+    parts : mapping of int to LoraDelta
+        Factors with three dimensions.
+    """
+    gate, up = parts.get(0), parts.get(1)
+    if gate is None or up is None:
+        return _alone(module, gate or up)
+    dtype = gate.b.dtype if gate.b.dtype == up.b.dtype == gate.a.dtype else "F32"
+    experts, rows, width = gate.b.shape[0], gate.b.shape[1] + up.b.shape[1], gate.a.shape[-1]
+    same = gate.a.shape == up.a.shape and gate.a.dtype == up.a.dtype
+    if same and gate.a.load() == up.a.load():
+        kind = gate.b.dtype if gate.b.dtype == up.b.dtype else "F32"
+        b = _lazy(gate.b.name, kind, (experts, rows, gate.rank), lambda: _joined(gate, up))
+        return replace(gate, target=module, b=b)
+    rank = gate.rank + up.rank
+    equal = gate.scaling == up.scaling
+    dtype = dtype if equal else "F32"
+    a = _lazy(gate.a.name, dtype, (experts, rank, width), lambda: _stacked(gate, up))
+    b = _lazy(gate.b.name, dtype, (experts, rows, rank), lambda: _blocks(gate, up, equal))
+    scaling = gate.scaling if equal else 1.0
+    return LoraDelta(module, a, b, scaling, alpha=scaling * rank)
+
+
+def _alone(module: str, half: LoraDelta | None) -> LoraDelta:
+    """Fill the other half with zeros."""
+    assert half is not None
+    first = ".ffn_gate" in half.b.name
+    experts, rows, rank = half.b.shape
+
+    def load() -> torch.Tensor:
+        import torch
+
+        whole = torch.zeros(experts, 2 * rows, rank, dtype=half.b.torch().dtype)
+        (whole[:, :rows] if first else whole[:, rows:]).copy_(half.b.torch())
+        return whole
+
+    b = _lazy(half.b.name, half.b.dtype, (experts, 2 * rows, rank), load)
+    return replace(half, target=module, b=b)
+
+
+def _joined(gate: LoraDelta, up: LoraDelta) -> torch.Tensor:
+    import torch
+
+    return torch.cat([gate.b.torch(), up.b.torch()], 1)
+
+
+def _stacked(gate: LoraDelta, up: LoraDelta) -> torch.Tensor:
+    import torch
+
+    return torch.cat([gate.a.torch(), up.a.torch()], 1)
+
+
+def _blocks(gate: LoraDelta, up: LoraDelta, equal: bool) -> torch.Tensor:
+    import torch
+
+    upper, lower = gate.b.torch(), up.b.torch()
+    if not equal:
+        upper, lower = upper.double() * gate.scaling, lower.double() * up.scaling
+    experts, rows = upper.shape[0], upper.shape[1] + lower.shape[1]
+    whole = torch.zeros(experts, rows, gate.rank + up.rank, dtype=upper.dtype)
+    whole = whole.to(torch.promote_types(upper.dtype, lower.dtype))
+    whole[:, : upper.shape[1], : gate.rank] = upper
+    whole[:, upper.shape[1] :, gate.rank :] = lower
+    return whole
+
+
+def _lazy(
+    name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]
+) -> DenseTensor:
+    def load() -> memoryview:
+        import torch
+
+        from loraformat.dtypes import torch_dtype
+
+        values = make().to(torch_dtype(dtype)).contiguous()
+        flat: Any = values.view(-1).view(torch.uint8).numpy()
+        return memoryview(flat)
+
+    return DenseTensor(name, dtype, shape, load)

@@ -1,0 +1,308 @@
+"""A GGUF adapter as PEFT's factors: names mapped back, rows of B in Hugging Face's order.
+
+Numbers of F32, F16 and BF16 are the same bits as in the file, Q8_0 is dequantized to F32. The
+base's config comes from ``--base``, or from the file if loraformat wrote it; without either
+the names follow from the architecture, but not the order of rows within attention heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraformat import config_json
+from loraformat.adapter import Adapter, LoraDelta
+from loraformat.checkpoint import Checkpoint, DenseTensor, tensor_view
+from loraformat.errors import InputError, LoraFormatError, UnsupportedError, printable
+from loraformat_converters.gguf.architectures import (
+    Architecture,
+    Config,
+    LoraPlace,
+    lora_module,
+    lora_places,
+    named_by,
+    of_config,
+)
+from loraformat_converters.gguf.architectures.transforms import IDENTITY
+from loraformat_converters.gguf.blocks import dequantize
+from loraformat_converters.gguf.container import GGUFFile, GGUFTensor, open_gguf
+from loraformat_converters.gguf.general import CONFIG_KEY, FINGERPRINT_KEY
+from loraformat_converters.gguf.lora.experts import fused
+from loraformat_converters.gguf.lora.metadata import (
+    ALPHA,
+    SOURCE_KEY,
+    base_model,
+    invocation_tokens,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraformat.plugins import AdapterReadOptions
+
+__all__ = ["read_adapter"]
+
+_PLAIN = ("F32", "F16", "BF16")
+_LAYER = re.compile(r"blk\.([0-9]{1,3})\.")
+#: Spellings on disk and in memory of one module.
+_DISK, _MEMORY = ".block_sparse_moe.", ".mlp."
+
+
+def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
+    """Open a GGUF adapter, of loraformat or of llama.cpp's own converter.
+
+    Parameters
+    ----------
+    path : Path
+    options : AdapterReadOptions
+
+    Raises
+    ------
+    UnsupportedError
+        If it is no LoRA, of an unknown architecture, an aLoRA that shall be computed with, or
+        the order of rows is not known without the base.
+    InputError
+        If it is damaged, or of another architecture than the base.
+    """
+    gguf = open_gguf(path)
+    try:
+        return _Reader(gguf, options).adapter()
+    except BaseException:
+        gguf.close()
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of the base; ``heads`` tells whether the numbers of heads are."""
+
+    architecture: Architecture
+    config: Config
+    heads: bool
+
+
+class _Reader:
+    def __init__(self, gguf: GGUFFile, options: AdapterReadOptions) -> None:
+        self.gguf, self.options, self.path = gguf, options, gguf.path
+        self.notes: list[str] = []
+        kind = gguf.text("general.type", "model"), gguf.text("adapter.type", "")
+        if kind != ("adapter", "lora"):
+            raise UnsupportedError(
+                f"is of type {printable(' '.join(kind))}, not a LoRA adapter", path=self.path
+            )
+        self.tokens = invocation_tokens(gguf)
+        if self.tokens and not options.conditional:
+            raise UnsupportedError(
+                "is an aLoRA, which acts on some tokens only",
+                path=self.path,
+                hint="use it unmerged: in llama.cpp, or converted to PEFT",
+            )
+        self.alpha = gguf.number(ALPHA, 0.0)
+        self.known = self._known()
+
+    def _known(self) -> _Known:
+        base, named = self.options.base, named_by(self.gguf)
+        if base is not None and base.config is not None:
+            architecture, config = of_config(config_json.parse(base.config))
+            if architecture is not named:
+                raise InputError(
+                    f"is for the architecture {named.name}, and the base is {architecture.name}",
+                    path=self.path,
+                    hint="use the base that it was trained on",
+                )
+            return _Known(architecture, config, True)
+        try:
+            raw = self.gguf.text(CONFIG_KEY, "")
+            if raw:
+                architecture, config = of_config(config_json.parse(raw.encode()))
+                if architecture is named:
+                    return _Known(architecture, config, True)
+        except LoraFormatError:
+            pass  # a stranger's key: go on without it
+        return _Known(named, self._guessed(named), False)
+
+    def _guessed(self, architecture: Architecture) -> Config:
+        """Return a config that gives the names: layers and experts as the tensors have them."""
+        numbers = [int(m[1]) for m in map(_LAYER.match, self.gguf.tensors) if m]
+        layers = max(numbers, default=0) + 1
+        values: dict[str, Any] = {
+            "n_layer" if architecture.name == "gpt2" else "num_hidden_layers": layers,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": "output.weight.lora_a" not in self.gguf.tensors,
+        }
+        for name, tensor in self.gguf.tensors.items():
+            if "_exps." in name and len(tensor.shape) == 3:
+                values["num_local_experts"] = tensor.shape[0]
+        model_type = next(iter(architecture.models))
+        return Config(values, architecture.defaults[model_type])
+
+    def adapter(self) -> Adapter:
+        names = self._base_names()
+        found: dict[str, LoraDelta] = {}
+        spellings: dict[str, str] = {}
+        halves: dict[str, dict[int, LoraDelta]] = {}
+        for tensor in self._pairs():
+            place = lora_module(self.known.architecture, self.known.config, tensor)
+            if place is None:
+                raise UnsupportedError(
+                    f"changes {printable(tensor)}, which is no weight of "
+                    f"{self.known.architecture.name} that an adapter can change",
+                    path=self.path,
+                    hint="was it made for another base?",
+                )
+            delta = self._delta(tensor, place)
+            if place.half is not None:
+                halves.setdefault(place.module, {})[place.half] = delta
+                continue
+            if not place.experts:
+                memory = f"{place.module}.weight"
+                target = names.get(tensor, memory)
+                if target != memory and target.replace(_DISK, _MEMORY) == memory:
+                    spellings[target] = memory
+                delta = replace(delta, target=target)
+            found[delta.target] = delta
+        for module, parts in halves.items():
+            found[module] = fused(module, parts)
+        if not found:
+            raise InputError("holds no LoRA factors", path=self.path)
+        task = "FEATURE_EXTRACTION" if self.known.architecture.head is None else "CAUSAL_LM"
+        return Adapter(
+            path=self.path,
+            format="gguf-lora",
+            deltas=found,
+            invocation_tokens=self.tokens,
+            spellings=spellings,
+            config={"task_type": task},
+            base_model=base_model(self.gguf),
+            base_fingerprint=self.gguf.text(FINGERPRINT_KEY, "") or None,
+            base_source=self.gguf.text(SOURCE_KEY, "") or None,
+            sources=self.gguf.sources,
+            notes=tuple(self.notes),
+            close=self.gguf.close,
+        )
+
+    def _base_names(self) -> Mapping[str, str]:
+        """Return the base's own name of each weight of two dimensions, by GGUF name."""
+        base: Checkpoint | None = self.options.base
+        found: dict[str, str] = {}
+        for name in base.tensors if base is not None else ():
+            if name.endswith(".weight") and ".experts." not in name:
+                module = name.removesuffix(".weight")
+                for place in lora_places(self.known.architecture, self.known.config, module):
+                    found.setdefault(place.tensor, name)
+        return found
+
+    def _pairs(self) -> list[str]:
+        """Return the weights that have both factors, in file order; norms are noted."""
+        found: dict[str, set[str]] = {}
+        norms = 0
+        for name in self.gguf.tensors:
+            stem, _, part = name.rpartition(".lora_")
+            if part in ("a", "b") and stem:
+                found.setdefault(stem, set()).add(part)
+            elif name.endswith("_norm.weight"):
+                norms += 1
+            else:
+                raise InputError(
+                    f"tensor {printable(name)} is no LoRA factor",
+                    path=self.path,
+                    hint="llama.cpp refuses such a file, too: make it again",
+                )
+        for stem, parts in found.items():
+            if len(parts) < 2:
+                lacks = "b" if "a" in parts else "a"
+                raise InputError(f"{printable(stem)} has no lora_{lacks}", path=self.path)
+        if norms:
+            self.notes.append(
+                f"{norms} trained norms were left out, as llama.cpp does: it loads a file with "
+                "them and passes them over"
+            )
+        return list(found)
+
+    def _delta(self, tensor: str, place: LoraPlace) -> LoraDelta:
+        a, b = (self.gguf.tensors[f"{tensor}.lora_{part}"] for part in "ab")
+        self._check(tensor, place, a, b)
+        rank = b.shape[-1]
+        order = self._order(tensor, place)
+        # The runtime takes alpha 0 for no scaling at all.
+        return LoraDelta(
+            target=place.module,
+            a=self._factor(a, _transposed if place.embedding else None),
+            b=self._factor(b, order),
+            scaling=self.alpha / rank if self.alpha else 1.0,
+            orientation="transposed" if self._in_out(place) else "linear",
+            alpha=self.alpha or float(rank),
+        )
+
+    def _in_out(self, place: LoraPlace) -> bool:
+        """Tell whether Hugging Face stores the weight as (in, out): embeddings and Conv1D."""
+        linear = place.tensor.startswith("output.") or self.known.architecture.name != "gpt2"
+        return place.embedding or not linear
+
+    def _check(self, tensor: str, place: LoraPlace, a: GGUFTensor, b: GGUFTensor) -> None:
+        wanted = 3 if place.experts else 2
+        shapes = f"A {list(a.shape)} and B {list(b.shape)}"
+        rank = a.shape[-1] if place.embedding else a.shape[-2] if len(a.shape) > 1 else 0
+        if (len(a.shape), len(b.shape)) != (wanted, wanted) or not rank or rank != b.shape[-1]:
+            problem = f"{shapes} of {printable(tensor)} do not fit each other"
+        elif place.experts and {a.shape[0], b.shape[0]} != {place.experts}:
+            problem = f"{shapes} of {printable(tensor)} are not for {place.experts} experts"
+        elif place.rows is not IDENTITY and self.known.heads and b.shape[0] % (
+            2 * getattr(place.rows, "heads", 1)
+        ):  # fmt: skip
+            problem = f"{shapes} of {printable(tensor)} do not fit the base's heads"
+        else:
+            return
+        raise InputError(problem, path=self.path, hint="was it made for another base?")
+
+    def _order(self, tensor: str, place: LoraPlace) -> Callable[[Any], Any] | None:
+        if place.rows is IDENTITY:
+            return None
+        if self.known.heads:
+            return place.to_huggingface
+        if self.options.inspect:
+            return None
+        raise UnsupportedError(
+            f"the rows of {printable(tensor)} are in llama.cpp's order, and only the base's number "
+            "of heads tells which that is",
+            path=self.path,
+            hint="name the base with --base: its config.json is enough",
+        )
+
+    def _factor(
+        self, tensor: GGUFTensor, change: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> DenseTensor:
+        gguf, path = self.gguf, self.path
+        dtype = tensor.type.name if tensor.type.name in _PLAIN else "F32"
+        shape = tensor.shape[::-1] if change is _transposed else tensor.shape
+
+        def load() -> memoryview:
+            view = gguf.load(tensor.name)
+            if tensor.type.name == dtype:
+                values = tensor_view(view, dtype, tensor.shape)
+            else:
+                values = dequantize(view, tensor.type, tensor.shape, tensor.name)
+            if not bool(values.isfinite().all()):
+                raise InputError(
+                    f"tensor {printable(tensor.name)} holds NaN or infinity", path=path
+                )
+            if change is None and tensor.type.name == dtype:
+                return view
+            return _bytes(values if change is None else change(values))
+
+        return DenseTensor(tensor.name, dtype, shape, load, gguf.releaser(tensor.name))
+
+
+def _transposed(values: torch.Tensor) -> torch.Tensor:
+    return values.T
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    import torch
+
+    flat: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

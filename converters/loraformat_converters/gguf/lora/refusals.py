@@ -1,0 +1,96 @@
+"""What a GGUF adapter cannot hold, or llama.cpp would compute wrongly: refused, with the remedy."""
+
+from __future__ import annotations
+
+from loraformat.adapter import Adapter, LoraDelta
+from loraformat.errors import UnsupportedError, printable
+from loraformat_converters.gguf.architectures import Architecture, Config
+
+__all__ = ["refuse_delta", "refuse_embedding", "refuse_homeless", "refuse_whole"]
+
+_MERGE = "merge it: loraformat merge BASE ADAPTER -o merged.gguf"
+
+
+def refuse_whole(adapter: Adapter) -> None:
+    """Refuse an adapter that is more than low-rank deltas.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    if adapter.rows:
+        name = next(iter(adapter.rows))
+        raise _refused(adapter, name, "replaces rows of", "llama.cpp adds low-rank deltas only")
+    for name in adapter.replacements:
+        if name.endswith(".bias"):
+            reason = "a GGUF adapter holds no biases"
+        elif "norm" in name.rpartition(".")[0].rpartition(".")[2] or ".ln_" in name:
+            reason = "llama.cpp skips trained norms without a word"
+        else:
+            reason = "llama.cpp adds low-rank deltas only"
+        raise _refused(adapter, name, "replaces", reason)
+    if not adapter.deltas:
+        raise UnsupportedError("has no low-rank delta", path=adapter.path)
+
+
+def refuse_delta(delta: LoraDelta, adapter: Adapter) -> None:
+    """Refuse a delta with a part that GGUF has no place for.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    if delta.magnitude is not None:
+        raise _refused(adapter, delta.target, "uses DoRA for", "that is not a low-rank delta")
+    if delta.bias is not None:
+        raise _refused(
+            adapter, delta.target, "has a bias (lora_bias) for", "a GGUF adapter holds no biases"
+        )
+    if len(delta.a.shape) == 3 and delta.orientation != "linear":
+        raise _refused(
+            adapter, delta.target, "has transposed experts for", "no architecture of GGUF has them"
+        )
+
+
+def refuse_homeless(
+    delta: LoraDelta, adapter: Adapter, architecture: Architecture, config: Config
+) -> UnsupportedError:
+    """Return the error for a delta that no GGUF tensor takes."""
+    module = delta.target.removesuffix(".weight")
+    if architecture.head is not None and config.tied and module.endswith("lm_head"):
+        return _refused(
+            adapter, delta.target, "changes",
+            "the head is tied to the embedding, so that llama.cpp has no tensor for it",
+        )  # fmt: skip
+    return UnsupportedError(
+        f"changes {printable(module)}, which has no delta in llama.cpp's {architecture.name} with "
+        f"{config.layers} layers",
+        path=adapter.path,
+        hint=f"was it made for another base? If not, {_MERGE}",
+    )
+
+
+def refuse_embedding(
+    delta: LoraDelta, adapter: Adapter, architecture: Architecture, config: Config
+) -> None:
+    """Refuse an embedding's delta where the head shares its tensor.
+
+    llama.cpp would apply the same delta, transposed, to the head, and abort. PEFT leaves a tied
+    head as it is.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    if architecture.head is not None and config.tied:
+        raise UnsupportedError(
+            f"changes {printable(delta.target)}, to which the head is tied: llama.cpp would "
+            "abort, as it would use the delta for the head, too",
+            path=adapter.path,
+            hint=f"{_MERGE}; or make the base with a head of its own (tie_word_embeddings false "
+            "and lm_head.weight, a copy), and name that with --base",
+        )
+
+
+def _refused(adapter: Adapter, name: str, does: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"{does} {printable(name)}: {reason}", path=adapter.path, hint=_MERGE)

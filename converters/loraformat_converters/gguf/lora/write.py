@@ -1,0 +1,126 @@
+"""An adapter to a GGUF file that computes in llama.cpp what PEFT computes.
+
+There is one alpha for the whole file. Where it does not give a module's scaling (rsLoRA, alpha
+patterns, alpha 0) the rest is folded into B: multiplied in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from loraformat import config_json
+from loraformat.adapter import Adapter
+from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
+from loraformat_converters.gguf.architectures import of_config
+from loraformat_converters.gguf.blocks import quantized_tiles, storable_type
+from loraformat_converters.gguf.lora.metadata import adapter_keys
+from loraformat_converters.gguf.lora.plan import Pair, choose_alpha, plan_pairs
+from loraformat_converters.gguf.lora.refusals import refuse_whole
+from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraformat.plugins import AdapterWriteOptions
+    from loraformat.publish import Publication
+
+__all__ = ["write_adapter"]
+
+
+def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
+    """Write an adapter as ``publication.file_name``.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    publication : Publication
+        Of a single file.
+    options : AdapterWriteOptions
+        ``base`` must have a config. ``dtype`` is F32 by default, F16, BF16 or Q8_0; of the
+        last, tensors whose rows do not fill its blocks (those of B, mostly) are F16.
+
+    Raises
+    ------
+    UsageError
+        Without a base.
+    UnsupportedError
+        If llama.cpp cannot apply the adapter, or would compute something else.
+    InputError
+        If it does not fit the base.
+    """
+    base = options.base
+    if base is None or base.config is None:
+        raise UsageError(
+            "a GGUF adapter needs the config.json of its base, which tells the architecture and "
+            "the number of heads",
+            hint="name the base with --base: a bundle, a GGUF file, or a directory with "
+            "config.json, with or without weights",
+        )
+    try:
+        architecture, config = of_config(config_json.parse(base.config))
+    except LoraFormatError as error:
+        error.path = str(base.path)
+        raise
+    refuse_whole(adapter)
+    pairs = plan_pairs(adapter, architecture, config)
+    alpha = choose_alpha(pairs)
+    kind = GGMLType[options.dtype or "F32"]
+    tensors = [tensor for pair in pairs for tensor in _planned(pair, kind, alpha)]
+    write_gguf(publication, adapter_keys(adapter, base, architecture.name, alpha), tensors)
+    _note(pairs, alpha, tensors, kind, options)
+
+
+def _planned(pair: Pair, kind: GGMLType, alpha: float) -> Iterator[PlannedTensor]:
+    name = f"{pair.tensor}.lora_a"
+    stored = storable_type(kind, pair.a_shape[-1])
+    yield PlannedTensor(name, pair.a_shape, stored, lambda: _a_chunks(pair, stored, name))
+    yield _planned_b(pair, kind, alpha)
+
+
+def _planned_b(pair: Pair, kind: GGMLType, alpha: float) -> PlannedTensor:
+    name = f"{pair.tensor}.lora_b"
+    stored = storable_type(kind, pair.b_shape[-1])
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield from quantized_tiles(_finite(pair.b(alpha), name), stored, name)
+        pair.release()
+
+    return PlannedTensor(name, pair.b_shape, stored, chunks)
+
+
+def _a_chunks(pair: Pair, stored: GGMLType, name: str) -> Iterator[bytes | memoryview]:
+    yield from quantized_tiles(pair.a(), stored, name)
+
+
+def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    import torch
+
+    if values.dtype != torch.float64:
+        return values
+    rounded = values.to(torch.float32)
+    if not bool(rounded.isfinite().all()):
+        raise UnsupportedError(f"tensor {name} does not fit into float32 with its scaling")
+    return rounded
+
+
+def _note(
+    pairs: list[Pair],
+    alpha: float,
+    tensors: list[PlannedTensor],
+    kind: GGMLType,
+    options: AdapterWriteOptions,
+) -> None:
+    factors = [pair.factor(delta, alpha) for pair in pairs for _, delta in pair.members]
+    if folded := sum(factor != 1 for factor in factors):
+        options.note(
+            f"one alpha ({alpha:g}) does not give every scaling: in {folded} of {len(factors)} "
+            "deltas the rest was folded into B"
+        )
+    others = [tensor.name for tensor in tensors if tensor.type is not kind]
+    if others:
+        options.note(
+            f"{len(others)} of {len(tensors)} tensors are F16: their rows do not fill the blocks "
+            f"of {kind.name} ({others[0]}, ...)"
+        )

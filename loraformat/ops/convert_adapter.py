@@ -165,7 +165,8 @@ def convert_adapter(
             records = put(
                 output, place, home.fingerprint, force=options.force, finish=adapter.close
             )
-            nbytes, said = sum(record.bytes for record in records.values()), []
+            nbytes = sum(record.bytes for record in records.values())
+            said: list[str] = []
         else:
             nbytes, said = _publish(output, target, options.force)
     seconds = time.perf_counter() - began

@@ -54,6 +54,14 @@ def test_readme_commands_run_in_order(workplace: Path) -> None:
     assert (workplace / "spectrum.png").exists()
 
 
+def test_gguf_commands_run_in_order(workplace: Path) -> None:
+    lines = commands("docs/gguf.md")
+    assert len(lines) == 3
+    for line in lines:
+        result = run(line)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
 @pytest.fixture
 def tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory as docs/adapters.md wants it."""

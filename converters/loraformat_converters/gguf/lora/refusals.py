@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from loraformat import config_json
 from loraformat.adapter import Adapter, LoraDelta
+from loraformat.architecture import tied_embedding
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.errors import UnsupportedError, printable
 from loraformat_converters.gguf.architectures import Architecture, Config
 
@@ -11,8 +14,11 @@ __all__ = ["refuse_delta", "refuse_embedding", "refuse_homeless", "refuse_whole"
 _MERGE = "merge it: loraformat merge BASE ADAPTER -o merged.gguf"
 
 
-def refuse_whole(adapter: Adapter) -> None:
+def refuse_whole(adapter: Adapter, base: Checkpoint) -> None:
     """Refuse an adapter that is more than low-rank deltas.
+
+    PEFT saves whole embeddings beside their deltas, trained or not: those that are the base's own
+    replace nothing.
 
     Raises
     ------
@@ -21,13 +27,19 @@ def refuse_whole(adapter: Adapter) -> None:
     if adapter.rows:
         name = next(iter(adapter.rows))
         raise _refused(adapter, name, "replaces rows of", "llama.cpp adds low-rank deltas only")
-    for name in adapter.replacements:
+    shared = tied_embedding(base.tensors, config_json.parse(base.config or b"{}"))
+    for name, tensor in adapter.replacements.items():
+        own = shared if shared and name.endswith("lm_head.weight") else name
+        if _is_the_bases_own(tensor, base.tensors.get(own)):
+            continue
         if name.endswith(".bias"):
             reason = "a GGUF adapter holds no biases"
         elif "norm" in name.rpartition(".")[0].rpartition(".")[2] or ".ln_" in name:
             reason = "llama.cpp skips trained norms without a word"
         else:
             reason = "llama.cpp adds low-rank deltas only"
+        if name in adapter.deltas and not base.tensors:
+            reason += " (if it is only a copy of the base's, name a base with weights)"
         raise _refused(adapter, name, "replaces", reason)
     if not adapter.deltas:
         raise UnsupportedError("has no low-rank delta", path=adapter.path)
@@ -90,6 +102,17 @@ def refuse_embedding(
             hint=f"{_MERGE}; or make the base with a head of its own (tie_word_embeddings false "
             "and lm_head.weight, a copy), and name that with --base",
         )
+
+
+def _is_the_bases_own(tensor: DenseTensor, stored: LazyTensor | None) -> bool:
+    import torch
+
+    if not isinstance(stored, DenseTensor) or stored.shape != tensor.shape:
+        return False
+    same = torch.equal(tensor.torch(), stored.torch().to(tensor.torch().dtype))
+    for read in (tensor, stored):
+        read.release()
+    return same
 
 
 def _refused(adapter: Adapter, name: str, does: str, reason: str) -> UnsupportedError:

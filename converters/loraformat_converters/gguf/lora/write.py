@@ -63,7 +63,7 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     except LoraFormatError as error:
         error.path = str(base.path)
         raise
-    refuse_whole(adapter)
+    refuse_whole(adapter, base)
     pairs = plan_pairs(adapter, architecture, config)
     alpha = choose_alpha(pairs)
     kind = GGMLType[options.dtype or "F32"]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokenizer", "TokenizerFiles", "files", "read"]
 
-_HINT = "put tokenizer.json (or of sentencepiece models tokenizer.model) beside the weights"
+_HINT = "put tokenizer.json beside the weights; a tokenizer.model alone cannot be converted yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
         keys, found, notes = bpe.to_gguf(sources, rows, pre)
     else:
         raise sources.refused(
-            f"the tokenizer is of type {printable(str(kind))}, wanted BPE or WordPiece"
+            f"the tokenizer is of type {printable(str(kind))}, and only byte-level BPE can be "
+            "converted yet"
         )
     special = special_keys(sources, found.numbers(), rows)
     more, said = around_keys(around(sources, special), special, found.texts)

@@ -219,7 +219,11 @@ class Undoing:
         if term.part == "bias":
             return "a bias" if delta.bias is None else ""
         experts = delta.a.shape[0] if len(delta.a.shape) == 3 else None
-        if (term.expert is None) != (experts is None) or (experts and term.expert >= experts):  # type: ignore[operator]
+        if term.expert is None or experts is None:
+            exists = term.expert is None and experts is None
+        else:
+            exists = term.expert < experts
+        if not exists:
             return f"expert {term.expert}"
         if term.rows and not term.rows[0] <= term.rows[1] <= delta.out_features:
             return f"rows {term.rows}"

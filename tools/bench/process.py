@@ -28,7 +28,8 @@ class Cost:
     anonymous : int
         Peak resident anonymous memory in bytes, sampled every 10 ms.
     resident : int
-        Peak resident memory in bytes, mapped file pages included.
+        Peak resident memory in bytes, mapped file pages included: the kernel's high-water mark
+        as last seen. (``ru_maxrss`` would begin at the size of the process that starts it.)
     """
 
     wall: float
@@ -56,8 +57,8 @@ def run_program(command: Sequence[str]) -> Cost:
     """
     began = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    anonymous = [0]
-    sampler = threading.Thread(target=_sample, args=(child, anonymous), daemon=True)
+    anonymous, resident = [0], [0]
+    sampler = threading.Thread(target=_sample, args=(child, anonymous, resident), daemon=True)
     sampler.start()
     assert child.stdout is not None
     output = child.stdout.read()
@@ -66,16 +67,17 @@ def run_program(command: Sequence[str]) -> Cost:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise RuntimeError(output.decode(errors="replace")[-2000:])
-    return Cost(wall, usage.ru_utime + usage.ru_stime, anonymous[0], usage.ru_maxrss * 1024)
+    return Cost(wall, usage.ru_utime + usage.ru_stime, anonymous[0], resident[0])
 
 
-def _sample(child: subprocess.Popen[bytes], peak: list[int]) -> None:
+def _sample(child: subprocess.Popen[bytes], anonymous: list[int], resident: list[int]) -> None:
     status = Path(f"/proc/{child.pid}/status")
     while child.returncode is None:
         try:
             for line in status.read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    peak[0] = max(peak[0], int(line.split()[1]) * 1024)
+                for field, peak in (("RssAnon:", anonymous), ("VmHWM:", resident)):
+                    if line.startswith(field):
+                        peak[0] = max(peak[0], int(line.split()[1]) * 1024)
         except OSError:
             return
         time.sleep(_SAMPLE_SECONDS)

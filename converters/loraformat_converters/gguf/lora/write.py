@@ -55,8 +55,8 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
         raise UsageError(
             "a GGUF adapter needs the config.json of its base, which tells the architecture and "
             "the number of heads",
-            hint="name the base with --base: a bundle, a GGUF file, or a directory with "
-            "config.json, with or without weights",
+            hint="loraformat convert ADAPTER lora.gguf --base BASE, where BASE is a bundle, a GGUF "
+            "file, or a directory with config.json, with or without weights",
         )
     try:
         architecture, config = of_config(config_json.parse(base.config))

@@ -1,0 +1,28 @@
+"""QLoRA on memory-mapped shards: an adapter trained against a bundle that stays on disk.
+
+The names below are loaded on first use; this is the only package that needs transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraformat.train.batch import Batch as Batch
+
+_HOMES = {
+    "Batch": ("loraformat.train.batch", "Batch"),
+}
+
+__all__ = [
+    "Batch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module 'loraformat.train' has no attribute {name!r}") from None
+    return getattr(import_module(module), attribute)

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.train.batch import Batch as Batch
+    from loraformat.train.lora_options import LoraOptions as LoraOptions
 
 _HOMES = {
     "Batch": ("loraformat.train.batch", "Batch"),
+    "LoraOptions": ("loraformat.train.lora_options", "LoraOptions"),
 }
 
 __all__ = [
     "Batch",
+    "LoraOptions",
 ]
 
 

@@ -12,36 +12,36 @@ from loraformat.version import __version__
 
 if TYPE_CHECKING:
     from loraformat.errors import LoraFormatError as LoraFormatError
-    from loraformat.ops.combine import combine as combine
-    from loraformat.ops.combine_options import CombineOptions as CombineOptions
+    from loraformat.ops.combine.options import CombineOptions as CombineOptions
+    from loraformat.ops.combine.verb import combine as combine
     from loraformat.ops.convert import convert as convert
     from loraformat.ops.describe import describe as describe
-    from loraformat.ops.extract import extract as extract
-    from loraformat.ops.extract_options import ExtractOptions as ExtractOptions
-    from loraformat.ops.merge import merge as merge
+    from loraformat.ops.extract.options import ExtractOptions as ExtractOptions
+    from loraformat.ops.extract.verb import extract as extract
+    from loraformat.ops.merge.verb import merge as merge
     from loraformat.ops.open import open_source as open
     from loraformat.ops.reduce import Reduction as Reduction
     from loraformat.ops.reduce import reduce as reduce
     from loraformat.ops.remove import remove as remove
     from loraformat.ops.spectrum import spectrum as spectrum
-    from loraformat.ops.unmerge import unmerge as unmerge
+    from loraformat.ops.unmerge.verb import unmerge as unmerge
     from loraformat.ops.verify import verify as verify
 
 _HOMES = {
-    "CombineOptions": ("loraformat.ops.combine_options", "CombineOptions"),
-    "ExtractOptions": ("loraformat.ops.extract_options", "ExtractOptions"),
+    "CombineOptions": ("loraformat.ops.combine.options", "CombineOptions"),
+    "ExtractOptions": ("loraformat.ops.extract.options", "ExtractOptions"),
     "LoraFormatError": ("loraformat.errors", "LoraFormatError"),
     "Reduction": ("loraformat.ops.reduce", "Reduction"),
-    "combine": ("loraformat.ops.combine", "combine"),
+    "combine": ("loraformat.ops.combine.verb", "combine"),
     "convert": ("loraformat.ops.convert", "convert"),
     "describe": ("loraformat.ops.describe", "describe"),
-    "extract": ("loraformat.ops.extract", "extract"),
-    "merge": ("loraformat.ops.merge", "merge"),
+    "extract": ("loraformat.ops.extract.verb", "extract"),
+    "merge": ("loraformat.ops.merge.verb", "merge"),
     "open": ("loraformat.ops.open", "open_source"),
     "reduce": ("loraformat.ops.reduce", "reduce"),
     "remove": ("loraformat.ops.remove", "remove"),
     "spectrum": ("loraformat.ops.spectrum", "spectrum"),
-    "unmerge": ("loraformat.ops.unmerge", "unmerge"),
+    "unmerge": ("loraformat.ops.unmerge.verb", "unmerge"),
     "verify": ("loraformat.ops.verify", "verify"),
 }
 

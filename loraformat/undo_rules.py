@@ -1,6 +1,6 @@
 """Reading an undo record: its text and the sizes of its parts, every check with its rule.
 
-What needs the merged model or the adapters is checked in `loraformat.ops.undoing`. Nothing
+What needs the merged model or the adapters is checked in `loraformat.ops.unmerge.undoing`. Nothing
 here reads files.
 """
 

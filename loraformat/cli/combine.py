@@ -72,7 +72,7 @@ def command(
     What is combined are the changes the adapters make in effect, rsLoRA and patterns included,
     never their factors one by one. Ranks and targets may differ.
     """
-    from loraformat.ops.combine import CombineOptions, combine
+    from loraformat.ops.combine.verb import CombineOptions, combine
 
     chosen = CombineOptions(**options)
     with progress_bar("combine", quiet=quiet) as progress:

@@ -18,8 +18,8 @@ from loraformat.demo.step import Step
 from loraformat.errors import LoraFormatError
 from loraformat.ops.convert import convert
 from loraformat.ops.convert_adapter import AdapterReport
-from loraformat.ops.merge import merge
-from loraformat.ops.unmerge import unmerge
+from loraformat.ops.merge.verb import merge
+from loraformat.ops.unmerge.verb import unmerge
 
 __all__ = ["add_adapters", "merge_and_undo", "tensor_hashes"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from loraformat.demo import SMALL_MODEL
 from loraformat.demo.step import Step
 from loraformat.errors import MissingDependencyError
-from loraformat.ops.combine import combine
-from loraformat.ops.combine_options import CombineOptions
-from loraformat.ops.extract import extract
-from loraformat.ops.extract_options import ExtractOptions
+from loraformat.ops.combine.options import CombineOptions
+from loraformat.ops.combine.verb import combine
+from loraformat.ops.extract.options import ExtractOptions
+from loraformat.ops.extract.verb import extract
 from loraformat.ops.reduce import Reduction, reduce
 from loraformat.ops.spectrum import spectrum
 from loraformat.ops.spectrum_plot import check_plot, plot

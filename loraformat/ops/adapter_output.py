@@ -19,7 +19,7 @@ from loraformat.folder import Folder
 from loraformat.integrity import check_listed
 from loraformat.manifest import FileRecord
 from loraformat.ops.adapters import copy_adapter
-from loraformat.ops.edits import plan_edits
+from loraformat.ops.merge.edits import plan_edits
 from loraformat.plugins import AdapterWriteOptions, Converter
 from loraformat.publish import Publication
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loraformat.cli import main
 from loraformat.ops.adapters import open_adapter, write_adapter
 from loraformat.ops.convert import convert
-from loraformat.ops.extract import ExtractOptions, extract
-from loraformat.ops.merge import merge
+from loraformat.ops.extract.verb import ExtractOptions, extract
+from loraformat.ops.merge.verb import merge
 from loraformat.testing import dense
 from tests.adapters import peft_models
 from tests.adapters.memory_adapters import distance, effects

@@ -10,8 +10,8 @@ from loraformat import subspace
 from loraformat.adapter import RowReplacement
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.interference import prune
-from loraformat.ops import combine_elementwise
-from loraformat.ops.combine import METHODS, CombineOptions, combine_adapters
+from loraformat.ops.combine import elementwise
+from loraformat.ops.combine.verb import METHODS, CombineOptions, combine_adapters
 from loraformat.testing import dense
 from tests.adapters.memory_adapters import (
     LAYER,
@@ -256,7 +256,7 @@ def test_tiles_change_nothing(monkeypatch, method):
     """Thresholds, random numbers and sums are those of the matrix, however it is cut."""
     whole = [random_adapter(0), random_adapter(1)]
     before, _ = combine(whole, method, (1, -0.5), seed=5)
-    monkeypatch.setattr(combine_elementwise, "_TILE_ELEMENTS", 50)
+    monkeypatch.setattr(elementwise, "_TILE_ELEMENTS", 50)
     for kept in (1 << 20, 0):  # remembered between passes, and computed anew
         monkeypatch.setattr(subspace, "_HELD_BYTES", kept)
         after, _ = combine(whole, method, (1, -0.5), seed=5)

@@ -8,8 +8,8 @@ import torch
 from loraformat.adapter import RowReplacement
 from loraformat.errors import InputError, OutputError, UnsupportedError, UsageError
 from loraformat.ops.convert import convert
-from loraformat.ops.merge import merge
-from loraformat.ops.unmerge import unmerge
+from loraformat.ops.merge.verb import merge
+from loraformat.ops.unmerge.verb import unmerge
 from loraformat.testing import dense
 from tests.adapters.merging import (
     EMBED,
@@ -298,7 +298,7 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
     base, _ = small(tmp_path)
     given = adapter(delta(Q, 32, 32))
     merge(base, [given], tmp_path / "straight", shard_limit=3000)
-    from loraformat.ops import merged
+    from loraformat.ops.merge import merged
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -317,7 +317,7 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
 def test_an_interrupted_merge_with_a_record_starts_again(tmp_path, monkeypatch):
     base, tensors = small(tmp_path)
     given, undo = adapter(delta(Q, 32, 32)), tmp_path / "undo.lfu"
-    from loraformat.ops import merged
+    from loraformat.ops.merge import merged
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -337,7 +337,7 @@ def test_an_interrupted_merge_with_a_record_starts_again(tmp_path, monkeypatch):
 def test_a_merge_that_goes_on_says_what_it_did_not_measure(tmp_path, monkeypatch):
     base, _ = small(tmp_path)
     given = adapter(delta(K, 16, 32), delta(Q, 32, 32))
-    from loraformat.ops import merged
+    from loraformat.ops.merge import merged
 
     genuine, calls = merged.merge_tile, []
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.integrity import verify_bundle
 from loraformat.ops.convert import convert
-from loraformat.ops.merge import merge
+from loraformat.ops.merge.verb import merge
 from tests.adapters.bundles import logits, manifest, name_base, save_adapter
 
 

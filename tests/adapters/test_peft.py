@@ -152,10 +152,10 @@ def test_a_base_of_other_shapes_is_refused(plain: Path, tmp_path: Path) -> None:
 
 
 def test_the_verbs_on_adapters_of_peft(tmp_path: Path) -> None:
-    from loraformat.ops.combine import CombineOptions, combine
-    from loraformat.ops.merge import merge
+    from loraformat.ops.combine.verb import CombineOptions, combine
+    from loraformat.ops.merge.verb import merge
     from loraformat.ops.reduce import Reduction, reduce
-    from loraformat.ops.unmerge import unmerge
+    from loraformat.ops.unmerge.verb import unmerge
 
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
     for name, rslora in (("A", False), ("B", True)):

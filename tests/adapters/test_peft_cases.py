@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraformat.ops.adapters import open_adapter, write_adapter
-from loraformat.ops.merge import merge
+from loraformat.ops.merge.verb import merge
 from tests.adapters.peft_models import (
     gpt2,
     gpt_oss,

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from loraformat.checkpoint import NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.ops.adapters import open_adapter
-from loraformat.ops.combine import CombineOptions, combine
+from loraformat.ops.combine.verb import CombineOptions, combine
 from loraformat.ops.convert import convert
-from loraformat.ops.merge import merge
+from loraformat.ops.merge.verb import merge
 from tests.adapters.peft_models import (
     IDS,
     llama,

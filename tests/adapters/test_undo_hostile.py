@@ -8,8 +8,8 @@ import pytest
 
 from loraformat.cli import main
 from loraformat.errors import LoraFormatError
-from loraformat.ops.merge import merge
-from loraformat.ops.unmerge import unmerge
+from loraformat.ops.merge.verb import merge
+from loraformat.ops.unmerge.verb import unmerge
 from tests.adapters.merging import Q, adapter, delta, small
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from loraformat.adapter import RowReplacement
 from loraformat.errors import FormatError, OutputError, UnsupportedError, UsageError
-from loraformat.ops.merge import merge
-from loraformat.ops.unmerge import unmerge
+from loraformat.ops.merge.verb import merge
+from loraformat.ops.unmerge.verb import unmerge
 from loraformat.testing import dense
 from tests.adapters.merging import (
     EMBED,

@@ -13,7 +13,7 @@ from loraformat_converters.gguf.container import open_gguf
 
 from loraformat.errors import UsageError
 from loraformat.ops.convert import convert
-from loraformat.ops.merge import merge
+from loraformat.ops.merge.verb import merge
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

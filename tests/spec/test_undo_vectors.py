@@ -20,7 +20,7 @@ from loraformat.checkpoint import DenseTensor
 from loraformat.errors import FormatError
 from loraformat.folder import Folder
 from loraformat.mapped import MappedFile
-from loraformat.ops.unmerge import unmerge
+from loraformat.ops.unmerge.verb import unmerge
 
 UNDO = VECTORS / "undo"
 INDEX: dict[str, list[dict[str, Any]]] = json.loads((UNDO / "index.json").read_text("utf-8"))

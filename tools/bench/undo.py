@@ -34,7 +34,7 @@ from process import machine
 from loraformat.fixed_point import merge_values, product
 from loraformat.interval_code import decode_tile, encode_tile
 from loraformat.kernels import VARIABLE, available
-from loraformat.ops.tiling import tiles
+from loraformat.ops.merge.tiling import tiles
 
 _RANK, _RELATIVE = 16, 0.01
 _TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

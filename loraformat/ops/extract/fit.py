@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from loraformat.ops.difference import Difference
-from loraformat.ops.extract_options import ExtractOptions
+from loraformat.ops.extract.difference import Difference
+from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.factors import Pair
 from loraformat.subspace import Approximation, block_krylov, held
 

@@ -20,11 +20,11 @@ from loraformat.dtypes import torch_dtype
 from loraformat.errors import UnsupportedError, printable
 from loraformat.fixed_point import Product
 from loraformat.kernels.merge_tile import TileSums, merge_tile
-from loraformat.ops.buffers import BufferPool
-from loraformat.ops.change import Meter
-from loraformat.ops.edits import Edit
-from loraformat.ops.matrices import Matrix, block_matrices, finite
-from loraformat.ops.tiling import TILE_ELEMENTS, for_each, one_thread, tiles
+from loraformat.ops.merge.buffers import BufferPool
+from loraformat.ops.merge.change import Meter
+from loraformat.ops.merge.edits import Edit
+from loraformat.ops.merge.matrices import Matrix, block_matrices, finite
+from loraformat.ops.merge.tiling import TILE_ELEMENTS, for_each, one_thread, tiles
 
 __all__ = ["Recorder", "merged_tensor"]
 

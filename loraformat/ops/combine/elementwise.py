@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 from loraformat.interference import drop, elect, magnitude_threshold, prune
-from loraformat.ops.combine_options import CombineOptions
-from loraformat.ops.combine_terms import Term
+from loraformat.ops.combine.options import CombineOptions
+from loraformat.ops.combine.terms import Term
 from loraformat.ops.factors import Pair
 from loraformat.subspace import block_krylov, held
 

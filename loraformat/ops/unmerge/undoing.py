@@ -22,8 +22,8 @@ from loraformat.undo_rules import tile_rows
 if TYPE_CHECKING:
     import torch
 
-    from loraformat.ops.edits import Term
-    from loraformat.ops.matrices import Matrix
+    from loraformat.ops.merge.edits import Term
+    from loraformat.ops.merge.matrices import Matrix
 
 __all__ = ["Undoing"]
 
@@ -184,8 +184,8 @@ class Undoing:
 
     def _matrices(self, name: str, undo: UndoTensor) -> list[Matrix | None]:
         """Return what was added to each matrix, after the checks of U10."""
-        from loraformat.ops.edits import Term
-        from loraformat.ops.matrices import block_matrices
+        from loraformat.ops.merge.edits import Term
+        from loraformat.ops.merge.matrices import block_matrices
 
         terms = [Term(**term) for term in undo.terms]
         stack, rows, columns, _ = tile_rows(undo.shape, self.record.tile_elements)
@@ -284,7 +284,7 @@ def _decode_matrix(
     import torch
 
     from loraformat.interval_code import decode_tile
-    from loraformat.ops.tiling import for_each
+    from loraformat.ops.merge.tiling import for_each
 
     deltas, gain = (None, None) if matrix is None else matrix.combined(gains, exact=True)
 

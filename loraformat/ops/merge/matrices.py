@@ -17,8 +17,8 @@ from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import DenseTensor
 from loraformat.errors import UnsupportedError, printable
 from loraformat.fixed_point import Product, product
-from loraformat.ops.edits import Term
-from loraformat.ops.tiling import for_each, tiles
+from loraformat.ops.merge.edits import Term
+from loraformat.ops.merge.tiling import for_each, tiles
 
 __all__ = ["Matrix", "block_matrices", "finite"]
 

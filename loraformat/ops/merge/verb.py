@@ -28,16 +28,16 @@ from loraformat.errors import UsageError
 from loraformat.hub import resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.model_directory import WrittenModel
-from loraformat.ops.edits import Plan, plan_edits
-from loraformat.ops.merge_bases import check_bases
-from loraformat.ops.merge_beside import check_beside, merge_beside, name_of
-from loraformat.ops.merge_job import MergeJob, MergeOptions
-from loraformat.ops.merge_report import MergedAdapter, MergeReport, UndoSummary, advice
+from loraformat.ops.merge.bases import check_bases
+from loraformat.ops.merge.beside import check_beside, merge_beside, name_of
+from loraformat.ops.merge.edits import Plan, plan_edits
+from loraformat.ops.merge.job import MergeJob, MergeOptions
+from loraformat.ops.merge.report import MergedAdapter, MergeReport, UndoSummary, advice
 from loraformat.ops.report import losses
 from loraformat.plugins import Converter
 
 if TYPE_CHECKING:
-    from loraformat.ops.undo_recorder import Spool
+    from loraformat.ops.unmerge.recorder import Spool
 
 __all__ = ["merge"]
 
@@ -185,7 +185,7 @@ def _written_beside(report: MergeReport, began: float, written: WrittenModel) ->
 
 
 def _spool(stack: ExitStack, undo: Path, force: bool) -> Spool:
-    from loraformat.ops.undo_recorder import Spool, check_undo_path
+    from loraformat.ops.unmerge.recorder import Spool, check_undo_path
 
     check_undo_path(undo, force)
     spool = Spool(undo.absolute().parent)

@@ -19,9 +19,9 @@ from loraformat.checkpoint import Checkpoint, LazyTensor
 from loraformat.errors import OutputError
 from loraformat.interval_code import Unmergeable, encode_tile
 from loraformat.model_directory import WrittenModel
-from loraformat.ops.edits import Edit, Term
-from loraformat.ops.merge_report import UndoSummary
-from loraformat.ops.tiling import TILE_ELEMENTS
+from loraformat.ops.merge.edits import Edit, Term
+from loraformat.ops.merge.report import UndoSummary
+from loraformat.ops.merge.tiling import TILE_ELEMENTS
 from loraformat.publish import disk_full
 from loraformat.undo import (
     AdapterRecord,

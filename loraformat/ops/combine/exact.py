@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from loraformat import lora
-from loraformat.ops.combine_options import CombineOptions
-from loraformat.ops.combine_terms import Term
+from loraformat.ops.combine.options import CombineOptions
+from loraformat.ops.combine.terms import Term
 from loraformat.ops.factors import Pair
 
 __all__ = ["weighted_sum"]

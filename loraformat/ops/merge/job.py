@@ -13,16 +13,16 @@ from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UsageError
 from loraformat.model_directory import WrittenModel
-from loraformat.ops.edits import plan_edits
 from loraformat.ops.encoding import Encoding
-from loraformat.ops.merge_report import UndoSummary
-from loraformat.ops.untied import untied_config
+from loraformat.ops.merge.edits import plan_edits
+from loraformat.ops.merge.report import UndoSummary
+from loraformat.ops.merge.untied import untied_config
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish_file import open_publication
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
-    from loraformat.ops.undo_recorder import Spool, UndoRecorder
+    from loraformat.ops.unmerge.recorder import Spool, UndoRecorder
 
 __all__ = ["MergeJob", "MergeOptions"]
 
@@ -79,8 +79,8 @@ class MergeJob:
         writer: Converter,
         spool: Spool | None,
     ) -> None:
-        from loraformat.ops.buffers import BufferPool
-        from loraformat.ops.change import Meter
+        from loraformat.ops.merge.buffers import BufferPool
+        from loraformat.ops.merge.change import Meter
 
         self.original, self.adapters = original, adapters
         self.options, self.writer = options, writer
@@ -135,7 +135,7 @@ class MergeJob:
 
     def _measured(self, tensor: LazyTensor, merged: dict[str, LazyTensor]) -> LazyTensor:
         """Measure what quantizing a merged dense weight leaves of its delta."""
-        from loraformat.ops.requantized import requantized
+        from loraformat.ops.merge.requantized import requantized
 
         edit, dense = self.plan.edits.get(tensor.name), merged[tensor.name]
         if edit is None or edit.source is None or not isinstance(dense, DenseTensor):
@@ -149,7 +149,7 @@ class MergeJob:
 
     def _edits(self) -> dict[str, Any]:
         """Add to the plan, if it shall be undone, what a cast changes."""
-        from loraformat.ops.edits import Edit
+        from loraformat.ops.merge.edits import Edit
 
         edits = dict(self.plan.edits)
         if self.recorders is not None and self.dtype is not None:
@@ -159,12 +159,12 @@ class MergeJob:
         return edits
 
     def _tensor(self, edit: Any, source: LazyTensor | None) -> LazyTensor:
-        from loraformat.ops.merged import merged_tensor
-        from loraformat.ops.requantized import requantized
+        from loraformat.ops.merge.merged import merged_tensor
+        from loraformat.ops.merge.requantized import requantized
 
         recorder = None
         if self.recorders is not None and self.spool is not None:
-            from loraformat.ops.undo_recorder import UndoRecorder
+            from loraformat.ops.unmerge.recorder import UndoRecorder
 
             recorder = self.recorders[edit.name] = UndoRecorder(
                 edit, source, self.dtype, self.spool
@@ -233,7 +233,7 @@ class MergeJob:
         return written, summary
 
     def _write_undo(self, path: Path, written: WrittenModel) -> UndoSummary:
-        from loraformat.ops.undo_recorder import write_record
+        from loraformat.ops.unmerge.recorder import write_record
 
         assert self.recorders is not None
         return write_record(

@@ -98,7 +98,7 @@ def merge_beside(
     name : str
         Of the adapter in the bundle.
     target, shard_limit, allow_base_mismatch, force, progress
-        As in `loraformat.ops.merge.merge`.
+        As in `loraformat.ops.merge.verb.merge`.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def merge_beside(
 
 
 def _combined(stack: ExitStack, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    from loraformat.ops.combine import CombineOptions, combine_adapters
+    from loraformat.ops.combine.verb import CombineOptions, combine_adapters
 
     result, _ = combine_adapters(adapters, CombineOptions(method="cat"), weights=weights)
     return stack.enter_context(result)

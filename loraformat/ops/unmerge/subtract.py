@@ -20,8 +20,8 @@ from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint, DenseTensor
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
-from loraformat.ops.merge import merge
-from loraformat.ops.unmerge_report import Deviation, UnmergeReport
+from loraformat.ops.merge.verb import merge
+from loraformat.ops.unmerge.report import Deviation, UnmergeReport
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def subtract(
     Parameters
     ----------
     merged, target, adapters, weights, dry_run, options
-        As of `loraformat.ops.merge.merge`; the weights are those of the merge.
+        As of `loraformat.ops.merge.verb.merge`; the weights are those of the merge.
 
     Returns
     -------

@@ -19,12 +19,12 @@ import torch
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import DenseTensor
 from loraformat.errors import InputError, UsageError
-from loraformat.ops.combine_elementwise import interfered
-from loraformat.ops.combine_exact import weighted_sum
-from loraformat.ops.combine_options import EXACT, METHODS, CombineOptions, Method
-from loraformat.ops.combine_report import CombinationReport, CombinedModule
-from loraformat.ops.combine_terms import Term, refuse_dora, terms_of
-from loraformat.ops.combine_whole import combined_replacements, combined_rows
+from loraformat.ops.combine.elementwise import interfered
+from loraformat.ops.combine.exact import weighted_sum
+from loraformat.ops.combine.options import EXACT, METHODS, CombineOptions, Method
+from loraformat.ops.combine.report import CombinationReport, CombinedModule
+from loraformat.ops.combine.terms import Term, refuse_dora, terms_of
+from loraformat.ops.combine.whole import combined_replacements, combined_rows
 from loraformat.ops.factors import LastOnly, delta_of, factor_dtype, finite, in_memory, rebuilt
 from loraformat.ops.spool import Spool
 from loraformat.output_rules import refuse_existing

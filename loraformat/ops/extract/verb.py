@@ -23,11 +23,11 @@ from loraformat.architecture import is_conv1d
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
 from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 from loraformat.errors import InputError, printable
-from loraformat.ops.difference import PRECISIONS, Difference
-from loraformat.ops.extract_fit import Fit, fit
-from loraformat.ops.extract_options import ExtractOptions
-from loraformat.ops.extract_pairs import HEAD, pairs_of
-from loraformat.ops.extract_report import ExtractedModule, ExtractionReport
+from loraformat.ops.extract.difference import PRECISIONS, Difference
+from loraformat.ops.extract.fit import Fit, fit
+from loraformat.ops.extract.options import ExtractOptions
+from loraformat.ops.extract.pairs import HEAD, pairs_of
+from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
 from loraformat.ops.factors import Pair
 from loraformat.ops.open import fingerprint_of, open_model
 from loraformat.ops.spool import Spool

@@ -17,7 +17,7 @@ from math import sqrt
 import torch
 
 from loraformat.kernels.merge_tile import TileSums
-from loraformat.ops.tiling import tiles
+from loraformat.ops.merge.tiling import tiles
 
 __all__ = ["Change", "Meter", "Sums"]
 

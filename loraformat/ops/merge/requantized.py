@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loraformat.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
-from loraformat.ops.change import Meter
 from loraformat.ops.encode import QuantizationPolicy, quantized
+from loraformat.ops.merge.change import Meter
 
 __all__ = ["requantized"]
 

@@ -17,9 +17,9 @@ from loraformat.folder import Folder
 from loraformat.hub import resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.mapped import MappedFile
-from loraformat.ops.subtract import subtract
-from loraformat.ops.undoing import Undoing
-from loraformat.ops.unmerge_report import UnmergeReport
+from loraformat.ops.unmerge.report import UnmergeReport
+from loraformat.ops.unmerge.subtract import subtract
+from loraformat.ops.unmerge.undoing import Undoing
 from loraformat.plugins import WriteOptions
 from loraformat.publish_file import open_publication
 from loraformat.undo import UndoRecord
@@ -143,7 +143,7 @@ def _adapters(
     given: Sequence[str | Path | Adapter],
 ) -> list[Adapter]:
     """Open the record's adapters, and compare them with it."""
-    from loraformat.ops.undo_recorder import adapter_digest
+    from loraformat.ops.unmerge.recorder import adapter_digest
 
     if given and len(given) != len(record.adapters):
         raise UsageError(f"{len(given)} adapters, the record is of {len(record.adapters)}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loraformat.ops.change import Change
+from loraformat.ops.merge.change import Change
 
 __all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice"]
 

@@ -1,0 +1,1 @@
+"""An adapter out of a base and its fine-tune."""

@@ -1,0 +1,1 @@
+"""Adapters into a base, tile by tile."""

@@ -1,0 +1,1 @@
+"""Merged adapters out of a model again, bit by bit where an undo record tells."""

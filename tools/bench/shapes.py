@@ -11,7 +11,7 @@ import torch
 
 from loraformat.header import Entry, encode_header
 
-__all__ = ["LLAMA_1B", "Shape", "write_model"]
+__all__ = ["LLAMA_1B", "LLAMA_8B", "LLAMA_70B", "Shape", "write_model"]
 
 _INITIAL_DEVIATION = 0.02
 
@@ -28,9 +28,10 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    tied: bool = True
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield every weight's name and shape; the head is tied to the embedding."""
+        """Yield every weight's name and shape; a tied head is the embedding."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
         for layer in range(self.layers):
@@ -45,6 +46,8 @@ class Shape:
             yield prefix + "mlp.up_proj.weight", (self.intermediate, self.hidden)
             yield prefix + "mlp.down_proj.weight", (self.hidden, self.intermediate)
         yield "model.norm.weight", (self.hidden,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
 
     def config(self) -> dict[str, object]:
         """Return its config.json."""
@@ -61,13 +64,19 @@ class Shape:
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.kv_heads,
             "rms_norm_eps": 1e-05,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
             "vocab_size": self.vocabulary,
         }
 
 
 #: The shape of Llama-3.2-1B.
 LLAMA_1B = Shape("llama-1b", 2048, 8192, 16, 32, 8, 64, 128256)
+
+#: The shape of Llama-3.1-8B.
+LLAMA_8B = Shape("llama-8b", 4096, 14336, 32, 32, 8, 128, 128256, tied=False)
+
+#: The shape of Llama-3.1-70B.
+LLAMA_70B = Shape("llama-70b", 8192, 28672, 80, 64, 8, 128, 128256, tied=False)
 
 
 def write_model(shape: Shape, directory: Path) -> Path:

@@ -1,0 +1,85 @@
+"""What a user may ask of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Literal, get_args, get_type_hints
+
+from loraformat.errors import UsageError
+
+__all__ = ["DataOptions"]
+
+_SMALLEST = {"seq_len": 2, "batch_size": 1, "seed": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """How rows become batches.
+
+    Attributes
+    ----------
+    seq_len : int
+        Most tokens in a row of a batch.
+    batch_size : int
+        Rows in a batch, on each rank.
+    train_on : {"completions", "all"}
+        Learn completions and assistant turns only, or every token. Of ``{"text"}`` every
+        token is learned either way.
+    over_length : {"refuse", "drop", "truncate", "truncate-start"}
+        What becomes of a conversation or prompt with completion of more than ``seq_len``
+        tokens: an error that says how many and how long; left out; its end cut off; its
+        start cut off. Text is never over-length, it is cut into pieces of ``seq_len``.
+    packing : bool
+        Put several samples into one row, each in its own segment. Otherwise a row is one
+        sample, and a batch is made of samples of similar length.
+    shuffle : bool
+        Another order in each epoch; otherwise the order of the files.
+    seed : int
+        Of the order.
+    bad_rows : {"refuse", "skip"}
+        What becomes of a row that cannot be read.
+    split_text : {"document", "paragraphs"}
+        A text file is one document, or one document per paragraph: what stands between
+        blank lines.
+    chat_template : str, os.PathLike or None
+        File with a Jinja chat template, instead of the tokenizer's own.
+    subset, split : str
+        Of a dataset on the Hub; no subset is the default one.
+
+    Raises
+    ------
+    UsageError
+        For a value that makes no sense.
+
+    Examples
+    --------
+    >>> DataOptions(seq_len=1)
+    Traceback (most recent call last):
+    loraformat.errors.UsageError: seq_len is 1, wanted at least 2
+    """
+
+    seq_len: int = 512
+    batch_size: int = 1
+    train_on: Literal["completions", "all"] = "completions"
+    over_length: Literal["refuse", "drop", "truncate", "truncate-start"] = "refuse"
+    packing: bool = True
+    shuffle: bool = True
+    seed: int = 0
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    split_text: Literal["document", "paragraphs"] = "document"
+    chat_template: str | PathLike[str] | None = None
+    subset: str = ""
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            if getattr(self, name) < smallest:
+                raise UsageError(f"{name} is {getattr(self, name)}, wanted at least {smallest}")
+        hints = get_type_hints(DataOptions)
+        for name in ("train_on", "over_length", "bad_rows", "split_text"):
+            words = get_args(hints[name])
+            if getattr(self, name) not in words:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)!r}, wanted one of {', '.join(words)}"
+                )

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["write_adapter"]
 
+_ALORA = (
+    "aLoRA: llama.cpp (build 11549) acts from one token before the invocation tokens on, PEFT from "
+    "the first of them on; beside another adapter llama.cpp takes it for a plain LoRA"
+)
+
 
 def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
     """Write an adapter as ``publication.file_name``.
@@ -69,6 +74,8 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     kind = GGMLType[options.dtype or "F32"]
     tensors = [tensor for pair in pairs for tensor in _planned(pair, kind, alpha)]
     write_gguf(publication, adapter_keys(adapter, base, architecture.name, alpha), tensors)
+    if adapter.invocation_tokens:
+        options.note(_ALORA)
     _note(pairs, alpha, tensors, kind, options)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "AdapterReadOptions",
     "AdapterWriteOptions",
     "Converter",
+    "Forecast",
     "ReadOptions",
     "Requirement",
     "WriteOptions",
@@ -150,6 +151,22 @@ class AdapterWriteOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a writer would write, known without computing any number.
+
+    Attributes
+    ----------
+    nbytes : int
+        Exactly the bytes of its files.
+    notes : tuple of str
+        What it would say to a user, as far as that is known.
+    """
+
+    nbytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Converter:
     """One format.
 
@@ -173,6 +190,11 @@ class Converter:
         Opens a path as an `Adapter`.
     write_adapter : callable or None
         Writes an adapter into a publication's work directory.
+    forecast : callable or None
+        Tells of a checkpoint and a target path what ``write`` would write, and refuses what it
+        would refuse. Without it a dry run adds up the tensors.
+    forecast_adapter : callable or None
+        The same for ``write_adapter``.
     stores : {"nf4", "dense", "both"}
         Encodings that the writer can take. Before a writer of "dense" is called, NF4 weights
         are made to dequantize when loaded; before one of "nf4", decoder linears are made to
@@ -200,6 +222,8 @@ class Converter:
     read_adapter: Callable[[Path, AdapterReadOptions], Adapter] | None = None
     write_adapter: Callable[[Adapter, Publication, AdapterWriteOptions], None] | None = None
     write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None
+    forecast: Callable[[Checkpoint, Path, WriteOptions], Forecast] | None = None
+    forecast_adapter: Callable[[Adapter, Path, AdapterWriteOptions], Forecast] | None = None
     stores: Literal["nf4", "dense", "both"] = "dense"
     dtypes: tuple[str, ...] = ()
     loses: tuple[str, ...] = ()

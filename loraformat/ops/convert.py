@@ -29,9 +29,9 @@ from loraformat.ops.encoding import Encoding
 from loraformat.ops.report import (
     ConversionReport,
     complete,
+    foreseen,
     losses,
     plan_report,
-    shard_notes,
 )
 from loraformat.plugins import Converter, ReadOptions, WriteOptions
 from loraformat.publish_file import open_publication
@@ -194,16 +194,14 @@ def _convert_base(
             )
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         report = plan_report(original, checkpoint, target, reader, writer, lost)
-        if dry_run:
-            shards = shard_notes(checkpoint, shard_limit) if writer.output == "directory" else []
-            notes = [*report.notes, *shards]
-            return replace(report, dry_run=True, notes=notes)
         options = WriteOptions(
             shard_limit,
             _Counter(total, progress).add,
             dtype=encoding.dtype if writer.dtypes else None,
             pre_tokenizer=pre_tokenizer,
         )
+        if dry_run:
+            return foreseen(report, checkpoint, writer, target, options)
         plan = _plan(checkpoint, encoding, writer, shard_limit)
         with open_publication(
             writer.output, target, plan=plan, inputs=_inputs(original), force=force

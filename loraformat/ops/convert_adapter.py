@@ -160,7 +160,7 @@ def convert_adapter(
             check_fits(adapter, base)
         report = _report(source, target, output, lost, notes)
         if options.dry_run:
-            return replace(report, dry_run=True)
+            return _foreseen(report, output, target)
         if place is not None and home is not None:
             records = put(
                 output, place, home.fingerprint, force=options.force, finish=adapter.close
@@ -245,6 +245,15 @@ def tensors_of(adapter: Adapter) -> Iterator[DenseTensor]:
         yield from (part for part in parts if part is not None)
     yield from adapter.replacements.values()
     yield from (rows.rows for rows in adapter.rows.values())
+
+
+def _foreseen(report: AdapterReport, output: AdapterOutput, target: Path) -> AdapterReport:
+    """Return the report of a dry run; what the writer would refuse is refused."""
+    if output.verbatim or output.writer.forecast_adapter is None:
+        return replace(report, dry_run=True)
+    forecast = output.writer.forecast_adapter(output.adapter, target, output.options)
+    notes = [*report.notes, *forecast.notes]
+    return replace(report, dry_run=True, output_bytes=forecast.nbytes, notes=notes)
 
 
 def _report(

@@ -11,7 +11,7 @@ from loraformat.architecture import is_plain_in_peers, kind_of
 from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.layout import execution_units, plan_shards
 from loraformat.model_directory import WrittenModel
-from loraformat.plugins import Converter
+from loraformat.plugins import Converter, WriteOptions
 
 __all__ = ["ConversionReport", "complete", "losses", "plan_report", "shard_notes"]
 
@@ -134,6 +134,34 @@ def shard_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
         f"shard {number} of {len(sizes)}: {size / 1e6:,.1f} MB"
         for number, size in enumerate(sizes, 1)
     ]
+
+
+def foreseen(
+    report: ConversionReport,
+    checkpoint: Checkpoint,
+    writer: Converter,
+    target: Path,
+    options: WriteOptions,
+) -> ConversionReport:
+    """Return the report of a dry run: the writer's own forecast, or the sizes of the shards.
+
+    Raises
+    ------
+    LoraFormatError
+        What the writer would refuse.
+    """
+    if writer.forecast is None:
+        shards = shard_notes(checkpoint, options.shard_limit)
+        notes = [*report.notes, *(shards if writer.output == "directory" else ())]
+        return replace(report, dry_run=True, notes=notes)
+    forecast = writer.forecast(checkpoint, target, options)
+    return replace(
+        report,
+        dry_run=True,
+        output_bytes=forecast.nbytes,
+        bits_per_weight=8 * forecast.nbytes / max(report.parameters, 1),
+        notes=[*report.notes, *forecast.notes],
+    )
 
 
 def complete(

@@ -48,7 +48,7 @@ def base_model(folder):
 
 @pytest.fixture(scope="module")
 def by_peft(made):
-    """Return a function: log-probabilities of PEFT, whose aLoRA acts on the last `acting` tokens."""
+    """Return a function: log-probabilities of PEFT, with the deltas on the last `acting` tokens."""
     model = peft.PeftModel.from_pretrained(base_model(made), made / "alora").eval()
 
     def ask(prompt, **acting):

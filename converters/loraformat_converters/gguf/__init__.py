@@ -21,6 +21,7 @@ from loraformat.plugins import (
     AdapterReadOptions,
     AdapterWriteOptions,
     Converter,
+    Forecast,
     ReadOptions,
     Requirement,
     WriteOptions,
@@ -67,6 +68,13 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
     return base_write.write(checkpoint, publication, options)
 
 
+def forecast(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> Forecast:
+    """Tell what `write` would write."""
+    from loraformat_converters.gguf import base_write
+
+    return base_write.forecast(checkpoint, target, options)
+
+
 CONVERTER = Converter(
     name="gguf",
     kind="base",
@@ -75,6 +83,7 @@ CONVERTER = Converter(
     read=read,
     read_with=read_with,
     write=write,
+    forecast=forecast,
     output="file",
     stores="dense",
     dtypes=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
@@ -105,6 +114,13 @@ def write_lora(adapter: Adapter, publication: Publication, options: AdapterWrite
     write_adapter(adapter, publication, options)
 
 
+def forecast_lora(adapter: Adapter, target: Path, options: AdapterWriteOptions) -> Forecast:
+    """Tell what `write_lora` would write."""
+    from loraformat_converters.gguf.lora.write import forecast_adapter
+
+    return forecast_adapter(adapter, target, options)
+
+
 LORA_CONVERTER = Converter(
     name="gguf-lora",
     kind="adapter",
@@ -112,6 +128,7 @@ LORA_CONVERTER = Converter(
     sniff=sniff_lora,
     read_adapter=read_lora,
     write_adapter=write_lora,
+    forecast_adapter=forecast_lora,
     output="file",
     dtypes=("f32", "f16", "bf16", "q8_0"),
     loses=("training settings of the config (dropout, task type), activation statistics",),

@@ -19,21 +19,25 @@ from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.manifest import FileRecord, TensorRecord
 from loraformat.model_directory import WrittenModel
+from loraformat.plugins import Forecast
 from loraformat.writer import WrittenShards
 from loraformat_converters.gguf import tokenizers
-from loraformat_converters.gguf.architectures import Recipe, Recipes, of_config, to_gguf
+from loraformat_converters.gguf.architectures import Config, Recipe, Recipes, of_config, to_gguf
 from loraformat_converters.gguf.blocks import dequantize, quantized_tiles, storable_type
 from loraformat_converters.gguf.general import general_keys
 from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.writing import PlannedTensor, file_size, write_gguf
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from loraformat.plugins import WriteOptions
     from loraformat.publish import Publication
 
-__all__ = ["write"]
+__all__ = ["forecast", "write"]
 
 _TILE = 1 << 20
 _LOW = {GGMLType.Q5_1, GGMLType.Q5_0, GGMLType.Q4_1, GGMLType.Q4_0}
@@ -60,6 +64,51 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
     InputError
         If the model is incomplete or damaged.
     """
+    plan = _plan(checkpoint, options)
+    written = write_gguf(publication, plan.metadata, plan.tensors)
+    for name in plan.recipes.unused:
+        options.progress(checkpoint.tensors[name].nbytes)
+    record = FileRecord(written.nbytes, written.header_sha256)
+    return WrittenModel(
+        WrittenShards(tensors=plan.loss.records(checkpoint.tensors)),
+        {publication.file_name: record},
+        [*plan.notes, *_loss_notes(plan)],
+    )
+
+
+def forecast(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> Forecast:
+    """Return the size of the file that `write` would write, and what it would say but losses.
+
+    Raises
+    ------
+    UnsupportedError, InputError
+        As `write`, for all that does not take the numbers to see.
+    """
+    plan = _plan(checkpoint, options)
+    return Forecast(file_size(plan.metadata, plan.tensors, target), tuple(plan.notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A file, before any number is read.
+
+    Attributes
+    ----------
+    kind : GGMLType
+        That was asked for.
+    loss : Loss
+        Filled while `tensors` are written.
+    """
+
+    kind: GGMLType
+    recipes: Recipes
+    metadata: dict[str, GGUFValue]
+    tensors: list[PlannedTensor]
+    notes: list[str]
+    loss: Loss
+
+
+def _plan(checkpoint: Checkpoint, options: WriteOptions) -> _Plan:
     if checkpoint.config is None:
         raise UnsupportedError(
             "has no config.json, which says what the tensors are",
@@ -70,6 +119,21 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values()}
     recipes = to_gguf(architecture, config, shapes)
     kind = GGMLType[(options.dtype or "f16").upper()]
+    tokenizer = _tokenizer(checkpoint, config, recipes, options)
+    metadata = general_keys(checkpoint, architecture.name, kind, tokenizer.keys)
+    metadata |= architecture.metadata(config)
+    metadata |= tokenizer.keys
+    work = _Work(checkpoint, options, Loss())
+    types = {recipe.name: _type(recipe, kind, config.tied) for recipe in recipes.tensors}
+    planned = [_small(name, values) for name, values in architecture.tensors(config).items()]
+    planned += [work.planned(recipe, types[recipe.name]) for recipe in recipes.tensors]
+    notes = architecture.notes(config) + tokenizer.notes + _notes(kind, types, recipes)
+    return _Plan(kind, recipes, metadata, planned, notes, work.loss)
+
+
+def _tokenizer(
+    checkpoint: Checkpoint, config: Config, recipes: Recipes, options: WriteOptions
+) -> tokenizers.Tokenizer:
     vocabulary = next(r.shape[0] for r in recipes.tensors if r.name == "token_embd.weight")
     if vocabulary != config.integer("vocab_size"):
         raise InputError(
@@ -77,26 +141,7 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
             f"{config.integer('vocab_size')}",
             path=checkpoint.path,
         )
-    tokenizer = tokenizers.read(checkpoint, vocabulary=vocabulary, pre=options.pre_tokenizer)
-    tokens = tokenizer.keys
-    metadata = general_keys(checkpoint, architecture.name, kind, tokens)
-    metadata |= architecture.metadata(config)
-    metadata |= tokens
-    loss = Loss()
-    work = _Work(checkpoint, options, loss)
-    types = {recipe.name: _type(recipe, kind, config.tied) for recipe in recipes.tensors}
-    planned = [_small(name, values) for name, values in architecture.tensors(config).items()]
-    planned += [work.planned(recipe, types[recipe.name]) for recipe in recipes.tensors]
-    written = write_gguf(publication, metadata, planned)
-    for name in recipes.unused:
-        options.progress(checkpoint.tensors[name].nbytes)
-    notes = architecture.notes(config) + tokenizer.notes + _notes(kind, types, recipes, loss)
-    record = FileRecord(written.nbytes, written.header_sha256)
-    return WrittenModel(
-        WrittenShards(tensors=loss.records(checkpoint.tensors)),
-        {publication.file_name: record},
-        notes,
-    )
+    return tokenizers.read(checkpoint, vocabulary=vocabulary, pre=options.pre_tokenizer)
 
 
 def _type(recipe: Recipe, kind: GGMLType, tied: bool) -> GGMLType:
@@ -211,15 +256,8 @@ def _values(tensor: LazyTensor) -> torch.Tensor:
     return tensor.torch()
 
 
-def _notes(
-    kind: GGMLType, types: Mapping[str, GGMLType], recipes: Recipes, loss: Loss
-) -> list[str]:
+def _notes(kind: GGMLType, types: Mapping[str, GGMLType], recipes: Recipes) -> list[str]:
     notes = []
-    if kind in _LOW:
-        notes.append(
-            f"{kind.name} keeps the weights to {loss.total:.1%} only (relative RMS, measured); "
-            "q8_0 keeps them to about 0.5%"
-        )
     small = [name for name, one in types.items() if kind.block > 1 and one is GGMLType.F16]
     if small:
         notes.append(
@@ -232,3 +270,12 @@ def _notes(
             f"({recipes.unused[0]}, ...)"
         )
     return notes
+
+
+def _loss_notes(plan: _Plan) -> list[str]:
+    if plan.kind not in _LOW:
+        return []
+    return [
+        f"{plan.kind.name} keeps the weights to {plan.loss.total:.1%} only (relative RMS, "
+        "measured); q8_0 keeps them to about 0.5%"
+    ]

@@ -21,9 +21,11 @@ from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loraformat.publish import Publication
 
-__all__ = ["PlannedTensor", "WrittenGGUF", "encode_head", "write_gguf"]
+__all__ = ["PlannedTensor", "WrittenGGUF", "encode_head", "file_size", "write_gguf"]
 
 _VERSION = 3
 
@@ -110,21 +112,40 @@ def write_gguf(
     InputError
         If GGUF cannot hold a name, a shape or a value.
     """
-    head = encode_head(metadata, tensors)
-    alignment = _alignment(metadata)
-    total = len(head) + sum(aligned(tensor.nbytes, alignment) for tensor in tensors)
-    # What would be refused when read is not written.
-    parse_header(lambda begin, end: head[begin:end], total, publication.target)
+    head, total = _checked_head(metadata, tensors, publication.target)
     publication.check_space(total)
     with publication.create(name or publication.file_name) as file:
         write_all(file, head)
-        sink = _Sink(file, alignment)
+        sink = _Sink(file, _alignment(metadata))
         with BackgroundConsumer(sink.write) as background:
             for tensor in tensors:
                 for chunk in tensor.chunks():
                     background.put(chunk, nbytes=_held_bytes(chunk))
                 background.put(_End(tensor, progress), nbytes=0)
     return WrittenGGUF(total, sha256(head).hexdigest(), sink.digests)
+
+
+def file_size(
+    metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor], target: Path
+) -> int:
+    """Return the bytes of the file that `write_gguf` would write to ``target``.
+
+    Raises
+    ------
+    InputError
+        If GGUF cannot hold a name, a shape or a value.
+    """
+    return _checked_head(metadata, tensors, target)[1]
+
+
+def _checked_head(
+    metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor], target: Path
+) -> tuple[bytes, int]:
+    """Return the head, and the size of the whole file; what no reader would take is refused."""
+    head, alignment = encode_head(metadata, tensors), _alignment(metadata)
+    total = len(head) + sum(aligned(tensor.nbytes, alignment) for tensor in tensors)
+    parse_header(lambda begin, end: head[begin:end], total, target)
+    return head, total
 
 
 def _held_bytes(chunk: bytes | memoryview) -> int:

@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING
 from loraformat import config_json
 from loraformat.adapter import Adapter
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
+from loraformat.plugins import Forecast
 from loraformat_converters.gguf.architectures import of_config
 from loraformat_converters.gguf.blocks import quantized_tiles, storable_type
 from loraformat_converters.gguf.lora.metadata import adapter_keys
 from loraformat_converters.gguf.lora.plan import Pair, choose_alpha, plan_pairs
 from loraformat_converters.gguf.lora.refusals import refuse_whole
 from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.writing import PlannedTensor, file_size, write_gguf
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from loraformat.plugins import AdapterWriteOptions
     from loraformat.publish import Publication
 
-__all__ = ["write_adapter"]
+__all__ = ["forecast_adapter", "write_adapter"]
 
 _ALORA = (
     "aLoRA: llama.cpp (build 11549) acts from one token before the invocation tokens on, PEFT from "
@@ -55,13 +59,35 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     InputError
         If it does not fit the base.
     """
+    metadata, tensors, notes = _plan(adapter, options)
+    write_gguf(publication, metadata, tensors)
+    for note in notes:
+        options.note(note)
+
+
+def forecast_adapter(adapter: Adapter, target: Path, options: AdapterWriteOptions) -> Forecast:
+    """Return the size of the file that `write_adapter` would write, and what it would say.
+
+    Raises
+    ------
+    UsageError, UnsupportedError, InputError
+        As `write_adapter`, for all that does not take the numbers of the factors to see.
+    """
+    metadata, tensors, notes = _plan(adapter, options)
+    return Forecast(file_size(metadata, tensors, target), tuple(notes))
+
+
+def _plan(
+    adapter: Adapter, options: AdapterWriteOptions
+) -> tuple[dict[str, GGUFValue], list[PlannedTensor], list[str]]:
+    """Return metadata, tensors and notes, before any number of a factor is read."""
     base = options.base
     if base is None or base.config is None:
         raise UsageError(
             "a GGUF adapter needs the config.json of its base, which tells the architecture and "
             "the number of heads",
-            hint="loraformat convert ADAPTER lora.gguf --base BASE, where BASE is a bundle, a GGUF "
-            "file, or a directory with config.json, with or without weights",
+            hint="name it with --base BASE: a bundle, a GGUF file, or a directory with "
+            "config.json, with or without weights",
         )
     try:
         architecture, config = of_config(config_json.parse(base.config))
@@ -73,10 +99,9 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     alpha = choose_alpha(pairs)
     kind = GGMLType[options.dtype or "F32"]
     tensors = [tensor for pair in pairs for tensor in _planned(pair, kind, alpha)]
-    write_gguf(publication, adapter_keys(adapter, base, architecture.name, alpha), tensors)
-    if adapter.invocation_tokens:
-        options.note(_ALORA)
-    _note(pairs, alpha, tensors, kind, options)
+    notes = [_ALORA] if adapter.invocation_tokens else []
+    notes += _notes(pairs, alpha, tensors, kind)
+    return adapter_keys(adapter, base, architecture.name, alpha), tensors, notes
 
 
 def _planned(pair: Pair, kind: GGMLType, alpha: float) -> Iterator[PlannedTensor]:
@@ -112,22 +137,20 @@ def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
     return rounded
 
 
-def _note(
-    pairs: list[Pair],
-    alpha: float,
-    tensors: list[PlannedTensor],
-    kind: GGMLType,
-    options: AdapterWriteOptions,
-) -> None:
+def _notes(
+    pairs: list[Pair], alpha: float, tensors: list[PlannedTensor], kind: GGMLType
+) -> list[str]:
+    notes = []
     factors = [pair.factor(delta, alpha) for pair in pairs for _, delta in pair.members]
     if folded := sum(factor != 1 for factor in factors):
-        options.note(
+        notes.append(
             f"one alpha ({alpha:g}) does not give every scaling: in {folded} of {len(factors)} "
             "deltas the rest was folded into B"
         )
     others = [tensor.name for tensor in tensors if tensor.type is not kind]
     if others:
-        options.note(
+        notes.append(
             f"{len(others)} of {len(tensors)} tensors are F16: their rows do not fill the blocks "
             f"of {kind.name} ({others[0]}, ...)"
         )
+    return notes

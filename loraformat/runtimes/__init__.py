@@ -1,0 +1,1 @@
+"""What other programs do with an adapter: the rules they keep, and how each loads one."""

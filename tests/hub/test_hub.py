@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loraformat import hub as module
 from loraformat.errors import ResourceError
+from loraformat.hub import source as module
 
 COMMIT = "c" * 40
 WANTED = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]

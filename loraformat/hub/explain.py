@@ -1,0 +1,128 @@
+"""What goes wrong between here and the Hub, in one line each."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from typing import Any
+
+from loraformat.errors import HubError, LoraFormatError, ResourceError, printable
+
+__all__ = ["explain", "explained"]
+
+_LOGIN = "run: hf auth login"
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises inside into one of our errors.
+
+    Parameters
+    ----------
+    what : str
+        The repository, for the message.
+    """
+    try:
+        yield
+    except LoraFormatError:
+        raise
+    except Exception as error:  # its tree is wide: HTTP, offline, cache, validation, OSError
+        raise explain(error, what) from error
+
+
+def explain(error: Exception, what: str, *, word: bool = False) -> LoraFormatError:
+    """Return an error of ours for one of huggingface_hub's.
+
+    Parameters
+    ----------
+    error : Exception
+    what : str
+        The repository, or the word that the user gave.
+    word : bool
+        It may have been meant as a local path.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            "the disk of the Hub's cache is full",
+            path=what,
+            hint="free some space, or name another directory with HF_HOME",
+        )
+    # What the cache lacks is told first; why it was asked at all is the cause.
+    links = [link for link in (error.__cause__, error) if link is not None]
+    if said := _known(links, word) or _by_status(links):
+        return HubError(said[0], path=what, hint=said[1])
+    if isinstance(error, ValueError) and "metadata in README.md" in str(error):
+        return HubError(
+            f"the Hub does not accept the card: {printable(' '.join(str(error).split()))}",
+            path=what,
+            hint="mend the front matter of README.md",
+        )
+    begins = "is no local path, and cannot be fetched from the Hub" if word else "the Hub failed"
+    return HubError(
+        f"{begins} ({_reason(error)})", path=what, hint="check the network and try again"
+    )
+
+
+def _known(links: list[BaseException], word: bool) -> tuple[str, str] | None:
+    from huggingface_hub import errors
+
+    nowhere = "is neither a local path nor" if word else "is not"
+    login = f"for a private repository {_LOGIN}"
+    reasons = (
+        (errors.GatedRepoError, "is gated", f"accept its terms on the Hub, then {_LOGIN}"),
+        (
+            errors.RevisionNotFoundError,
+            "has no such revision",
+            "look at its branches and tags on the Hub",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            f"{nowhere} a repository on the Hub",
+            f"check the spelling; {login}",
+        ),
+        (errors.HFValidationError, f"{nowhere} a valid Hub id", "check the spelling"),
+        (
+            errors.OfflineModeIsEnabled,
+            "is not in the cache, and HF_HUB_OFFLINE is set",
+            "unset it, or use a local path",
+        ),
+        (errors.LocalTokenNotFoundError, "nobody is logged in on this machine", _LOGIN),
+    )
+    for kind, problem, hint in reasons:
+        if any(isinstance(link, kind) for link in links):
+            return problem, hint
+    return None
+
+
+def _by_status(links: list[BaseException]) -> tuple[str, str] | None:
+    status, error = next(((s, link) for link in links if (s := _status(link))), (0, links[0]))
+    said = {
+        401: ("the Hub does not accept the token", _LOGIN),
+        403: (
+            "the token may not do this",
+            f"use one with access to that repository: {_LOGIN}",
+        ),
+        412: ("was changed by somebody else meanwhile", "run again: it starts from the new state"),
+        413: ("the Hub finds it too large", "use a smaller --max-shard-size"),
+        429: ("the Hub asks to wait (HTTP status 429)", "try again in a few minutes"),
+    }
+    if status == 400:
+        words = printable(getattr(error, "server_message", None) or "HTTP status 400")
+        return f"the Hub refuses: {words}", "mend that and run again"
+    return said.get(status)
+
+
+def _status(error: BaseException) -> int | None:
+    response: Any = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause in a few words: an HTTP status, or what the system said."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if status := _status(error):
+        return f"HTTP status {status}"
+    return printable(f"{type(error).__name__}: {error}".rstrip(": "))

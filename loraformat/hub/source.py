@@ -1,0 +1,138 @@
+"""Inputs by name: a local path, or ``org/name[@revision]`` on the Hugging Face Hub.
+
+A name is looked up, the files that a checkpoint can hold are fetched into huggingface_hub's
+cache, and each is compared with the hash that the Hub has of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from loraformat.errors import InputError
+from loraformat.hub.explain import explain, explained
+from loraformat.hub.tree import TreeFile, list_files
+from loraformat.hub.verified import check_snapshot
+
+__all__ = ["NOT_WANTED", "Source", "hub_id", "resolve"]
+
+_HUB_ID = re.compile(
+    r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+#: Weights in formats that are never read; they would double the download.
+NOT_WANTED = [
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite",
+    "*.gguf", "*.mlmodel", "*.npz", "original/*", "onnx/*", "openvino/*", "coreml/*",
+]  # fmt: skip
+
+_ADAPTER_PICKLE = "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An input that is on this machine now.
+
+    Attributes
+    ----------
+    path : Path
+    repo, revision : str or None
+        Hub id and commit, if it came from there.
+    """
+
+    path: Path
+    repo: str | None = None
+    revision: str | None = None
+
+
+def hub_id(word: str) -> tuple[str, str | None] | None:
+    """Return repository and revision if a word has the form of a Hub id.
+
+    Examples
+    --------
+    >>> hub_id("org/name@v1"), hub_id("org/name"), hub_id("./org/name")
+    (('org/name', 'v1'), ('org/name', None), None)
+    """
+    match = _HUB_ID.fullmatch(word)
+    return None if match is None else (match["repo"], match["revision"])
+
+
+def resolve(word: str | Path, *, pickles: bool = False) -> Source:
+    """Find an input: the local path of that name, else the Hub repository.
+
+    Parameters
+    ----------
+    word : str or Path
+    pickles : bool
+        Fetch the pickle of an adapter, too, if it has nothing else.
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    HubError
+        If the Hub cannot be reached or refuses, or a file is not what it has.
+
+    Examples
+    --------
+    >>> resolve(".").path
+    PosixPath('.')
+    """
+    path = Path(word)
+    named = hub_id(str(word))
+    exists = os.path.lexists(path)  # which, unlike Path.exists, has an answer for every word
+    if exists or named is None:
+        if not exists:
+            raise InputError(
+                "no such file or directory", path=path, hint="Hub ids have the form org/name"
+            )
+        return Source(path)
+    repo, revision = named
+    snapshot = _download(repo, revision)
+    if pickles and not any(snapshot.glob("*.safetensors")):
+        same = snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision
+        snapshot = _download(repo, same, only=_ADAPTER_PICKLE)
+    return Source(snapshot, repo, snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision)
+
+
+def _download(repo: str, revision: str | None, only: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    ignored = NOT_WANTED if only is None else None
+    began = time.time()
+    try:
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=only, ignore_patterns=ignored
+        )
+    except Exception as error:  # its tree is wide: HTTP, offline, cache, validation, OSError
+        raise explain(error, f"{repo}@{revision}" if revision else repo, word=True) from error
+    snapshot = Path(found)
+    names = _fetched(snapshot, only)
+    check_snapshot(snapshot, repo, names, lambda: _listing(repo, snapshot.name), since=began)
+    return snapshot
+
+
+def _fetched(snapshot: Path, only: str | None) -> list[str]:
+    """Return the files in a snapshot that were asked for; other programs fetch others."""
+    present = [
+        path.relative_to(snapshot).as_posix()
+        for path in sorted(snapshot.rglob("*"))
+        if path.is_file() or path.is_symlink()
+    ]
+    if only is not None:
+        return [name for name in present if name == only]
+    return [name for name in present if not any(fnmatch(name, glob) for glob in NOT_WANTED)]
+
+
+def _listing(repo: str, commit: str) -> dict[str, TreeFile]:
+    """Return what a commit holds; nothing offline, or if the cache names no commit."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or not _COMMIT.fullmatch(commit):
+        return {}
+    with explained(repo):
+        return list_files(repo, commit)

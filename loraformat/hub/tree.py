@@ -1,0 +1,119 @@
+r"""What a commit on the Hub holds, and whether a file is what it says.
+
+The Hub lists every file of a commit with a hash: the SHA-256 of a large file (LFS, Xet),
+and git's own SHA-1, over ``blob SIZE\0`` and the bytes, of a small one. huggingface_hub
+compares sizes only; here the bytes are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+__all__ = ["TreeFile", "digest", "from_hash", "list_files", "tree_files"]
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TreeFile:
+    """One file of a commit.
+
+    Attributes
+    ----------
+    path : str
+        In the repository, with ``/``; a stranger's text.
+    nbytes : int
+    sha256 : str or None
+        Of its bytes, if it is a large file.
+    git_oid : str
+        Git's SHA-1 of its bytes; of a large file, of the pointer to it.
+    """
+
+    path: str
+    nbytes: int
+    sha256: str | None
+    git_oid: str
+
+    @property
+    def hash(self) -> str:
+        """What the bytes must hash to: 64 digits for SHA-256, 40 for git's SHA-1."""
+        return self.sha256 or self.git_oid
+
+
+def list_files(repo: str, commit: str) -> dict[str, TreeFile]:
+    """Return the files of a commit by path; one request for every thousand.
+
+    Parameters
+    ----------
+    repo : str
+        ``org/name``.
+    commit : str
+        40 hexadecimal digits, or a branch.
+
+    Raises
+    ------
+    Exception
+        Whatever huggingface_hub raises; see `loraformat.hub.explain`.
+    """
+    from huggingface_hub import HfApi
+
+    return tree_files(HfApi().list_repo_tree(repo, revision=commit, recursive=True))
+
+
+def tree_files(entries: Iterable[object]) -> dict[str, TreeFile]:
+    """Return the files among what huggingface_hub lists, by path."""
+    from huggingface_hub.hf_api import RepoFile
+
+    return {
+        entry.path: TreeFile(
+            entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
+        )
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+
+
+def from_hash(path: str, nbytes: int, word: str) -> TreeFile | None:
+    """Return the file that a hash alone describes, if the word is one.
+
+    Examples
+    --------
+    >>> from_hash("config.json", 2, "9" * 40).hash[:4], from_hash("x", 0, "abc")
+    ('9999', None)
+    """
+    if len(word) not in (40, 64) or set(word) - set("0123456789abcdef"):
+        return None
+    return TreeFile(path, nbytes, word if len(word) == 64 else None, word)
+
+
+def digest(
+    file: BinaryIO, wanted: TreeFile, progress: Callable[[int], None] = lambda nbytes: None
+) -> str:
+    """Return the hash of an open file, of the kind that the Hub has of it.
+
+    Parameters
+    ----------
+    file : binary file
+        At its beginning.
+    wanted : TreeFile
+    progress : callable
+        Called with the number of bytes of each piece.
+
+    Examples
+    --------
+    >>> import io
+    >>> empty = TreeFile("empty", 0, None, "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")
+    >>> digest(io.BytesIO(b""), empty) == empty.hash
+    True
+    """
+    if wanted.sha256 is not None:
+        state = hashlib.sha256()
+    else:  # git's, which is over a header that names the size, too
+        state = hashlib.sha1(f"blob {wanted.nbytes}\0".encode(), usedforsecurity=False)
+    while piece := file.read(_PIECE):
+        state.update(piece)
+        progress(len(piece))
+    return state.hexdigest()

@@ -1,0 +1,131 @@
+"""Files in the Hub's cache are compared with the Hub's hashes, once each.
+
+What was found right is remembered by device, inode, size and time of change in
+``$HF_HOME/loraformat/verified``, so that a second use of the same file costs nothing. A
+file that was just downloaded and is wrong is removed: the next run fetches it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from loraformat.durable import new_file, write_all
+from loraformat.errors import HubError
+from loraformat.folder import Folder
+from loraformat.hub.tree import TreeFile, digest, from_hash
+
+__all__ = ["check_snapshot", "wrong_content"]
+
+
+def check_snapshot(
+    snapshot: Path,
+    repo: str,
+    names: Iterable[str],
+    listing: Callable[[], dict[str, TreeFile]],
+    *,
+    since: float,
+) -> None:
+    """Compare files of a snapshot with the Hub's hashes.
+
+    Parameters
+    ----------
+    snapshot : Path
+        ``.../snapshots/COMMIT`` in the cache.
+    repo : str
+    names : iterable of str
+        The files that count, relative to it.
+    listing : callable
+        Returns the files of that commit; called only if a file was not checked before. If it
+        returns nothing (offline), a file's blob in the cache, named by its hash, says it.
+    since : float
+        When the download began (seconds since the epoch).
+
+    Raises
+    ------
+    HubError
+        Naming the first file that is another.
+    InputError
+        If a file leads out of the repository's place in the cache.
+    """
+    memory = _Memory(repo)
+    folder = Folder(snapshot)
+    unknown = [name for name in names if not memory.holds(snapshot / name)]
+    if not unknown:
+        return
+    known = listing()
+    for name in unknown:
+        real = (snapshot / name).resolve()
+        nbytes = real.stat().st_size if real.is_file() else 0
+        wanted = known.get(name) or (None if known else from_hash(name, nbytes, real.name))
+        with os.fdopen(folder.open(name), "rb") as file:
+            if wanted is None:
+                continue  # nobody says what it should be: not from the Hub, or a cache by copies
+            found = digest(file, wanted)
+            changed = os.fstat(file.fileno()).st_mtime
+        if found != wanted.hash:
+            raise _refused(snapshot / name, repo, found, wanted, fresh=changed >= since)
+        memory.add(real)
+    memory.save()
+
+
+def _refused(path: Path, repo: str, found: str, wanted: TreeFile, *, fresh: bool) -> HubError:
+    real = path.resolve()
+    if fresh:
+        path.unlink(missing_ok=True)
+        real.unlink(missing_ok=True)
+    hint = "run again to fetch it anew" if fresh else f"remove {real} and run again"
+    return wrong_content(f"{repo}/{wanted.path}", found, wanted, hint)
+
+
+def wrong_content(what: str, found: str, wanted: TreeFile, hint: str) -> HubError:
+    """Return the error for bytes that are not what the Hub has."""
+    kind = "SHA-256" if wanted.sha256 else "git SHA-1"
+    return HubError(
+        f"is not what the Hub has: its {kind} is {found[:16]}…, wanted {wanted.hash[:16]}…",
+        path=what,
+        hint=hint,
+    )
+
+
+class _Memory:
+    """Which files of one repository were found right."""
+
+    def __init__(self, repo: str) -> None:
+        from huggingface_hub import constants
+
+        place = Path(constants.HF_HOME) / "loraformat" / "verified"
+        self._path = place / f"models--{repo.replace('/', '--')}.json"
+        self._known: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            kept = json.loads(self._path.read_bytes())
+            self._known = kept if isinstance(kept, dict) else {}
+
+    def holds(self, path: Path) -> bool:
+        """Tell whether this very file was found right, and has not been touched since."""
+        real = path.resolve()
+        return str(real) in self._known and self._known[str(real)] == _stamp(real)
+
+    def add(self, real: Path) -> None:
+        self._known[str(real)] = _stamp(real)
+
+    def save(self) -> None:
+        """Keep it; where that cannot be written the next run hashes again."""
+        beside = self._path.with_suffix(f".{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(beside) as file:
+                write_all(file, json.dumps(self._known).encode("utf-8"))
+            os.replace(beside, self._path)
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]

@@ -12,6 +12,7 @@
     ├── OutputError                  exit 5   the output exists, is the input, or is locked
     ├── ResourceError                exit 6   not enough disk or memory
     ├── HubError                     exit 7   the network or the Hugging Face Hub
+    ├── DivergedError                exit 1   training came to NaN or infinity
     └── MissingDependencyError       exit 1   an optional package is not installed
 
 A message is one sentence in four parts: *which file: what is wrong, what was
@@ -23,6 +24,7 @@ from __future__ import annotations
 from os import PathLike, fspath
 
 __all__ = [
+    "DivergedError",
     "FileChangedError",
     "FormatError",
     "HubError",
@@ -190,6 +192,10 @@ class HubError(LoraFormatError):
     """The network failed, or the Hugging Face Hub refused."""
 
     exit_code = 7
+
+
+class DivergedError(LoraFormatError):
+    """A loss or a gradient in training is NaN or infinite; nothing was updated with it."""
 
 
 class MissingDependencyError(LoraFormatError):

@@ -1,0 +1,119 @@
+"""Data parallel over adapters: ranks started by ``torchrun``, one sum per step.
+
+The base is read-only and the same for all, so nothing of it travels; ranks on one machine share
+its pages. What travels is one flat vector per step: the adapter's gradients, and with them the
+sums that every rank needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from loraformat.errors import UsageError
+
+__all__ = ["World"]
+
+
+class World:
+    """The processes of one run; by default this one alone.
+
+    Attributes
+    ----------
+    rank : int
+        Which of them this is; rank 0 writes.
+    size : int
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def join(cls, device: str = "cpu") -> World:
+        """Join the processes that ``torchrun`` has started, if it has.
+
+        Parameters
+        ----------
+        device : str
+            ``cuda`` talks through NCCL, anything else through gloo.
+
+        Raises
+        ------
+        UsageError
+            If the environment names a rank but no meeting point.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size <= 1:
+            return cls()
+        if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+            raise UsageError(
+                f"WORLD_SIZE is {size}, but RANK or MASTER_ADDR is not set",
+                hint="start it with torchrun",
+            )
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and talks."""
+        return self.rank == 0
+
+    def sum(self, vector: torch.Tensor) -> None:
+        """Add up a vector over all ranks, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(vector)
+
+    def sum_numbers(self, numbers: Sequence[float], device: str | torch.device) -> list[float]:
+        """Return numbers added up over all ranks, in float64."""
+        if self.size == 1:
+            return list(numbers)
+        vector = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+        self.sum(vector)
+        return [float(number) for number in vector.tolist()]
+
+    def gather(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Return every rank's tensors; all ranks name the same, of the same shapes."""
+        if self.size == 1:
+            return [dict(tensors)]
+        import torch.distributed as dist
+
+        gathered: list[dict[str, torch.Tensor]] = [{} for _ in range(self.size)]
+        for name, tensor in tensors.items():
+            copies = [torch.empty_like(tensor) for _ in range(self.size)]
+            dist.all_gather(copies, tensor.contiguous())
+            for copied, members in zip(copies, gathered, strict=True):
+                members[name] = copied
+        return gathered
+
+    def told_by_the_first(self, value: Any) -> Any:
+        """Return rank 0's value, a JSON-like object, on every rank."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def copy_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the numbers of rank 0's tensors."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def leave(self) -> None:
+        """End the talk."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()

@@ -1,0 +1,78 @@
+"""Ctrl-C and SIGTERM while training: at once where that is harmless, later where it is not.
+
+A step that is still being computed can be given up: nothing has changed yet. An update of the
+parameters, and a checkpoint that is being written, end first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Interruption"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Catches the signals; a context manager.
+
+    Parameters
+    ----------
+    patient : bool
+        Never raise, only note: several ranks have to stop after the same step.
+
+    Attributes
+    ----------
+    wanted : bool
+        Whether one has come.
+    """
+
+    def __init__(self, *, patient: bool = False) -> None:
+        self.wanted = False
+        self._patient = patient
+        self._at_once = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._before[number] = signal.signal(number, self._come)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _come(self, number: int, frame: FrameType | None) -> None:
+        again, self.wanted = self.wanted, True
+        if not self._patient and (
+            self._at_once or again
+        ):  # a second Ctrl-C does not wait for anything
+            self._at_once = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal raise `KeyboardInterrupt` inside this block, and not only be noted."""
+        self._at_once = not self._patient
+        try:
+            self.check()
+            yield
+        finally:
+            self._at_once = False
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if a signal has come meanwhile."""
+        if self.wanted and not self._patient:
+            raise KeyboardInterrupt

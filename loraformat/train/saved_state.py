@@ -1,0 +1,232 @@
+"""Checkpoints of a run: everything that it needs to go on, together or not at all.
+
+A checkpoint is a directory ``step-00000012`` with ``state.safetensors`` (parameters, optimizer
+states, statistics) and ``checkpoint.json`` (step, place in the data, losses, what the run was
+started with, and the hash of the state). It is prepared beside, synced and renamed; there is no
+pickle in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat import strict_json
+from loraformat.dtypes import TORCH_NAMES, torch_dtype
+from loraformat.durable import write_all
+from loraformat.errors import FormatError, InputError, printable
+from loraformat.folder import Folder
+from loraformat.header import Entry, encode_header
+from loraformat.mapped import MappedFile
+from loraformat.publish import Publication
+
+__all__ = ["Checkpoint", "adapter_of", "name_of", "newest", "prune", "read", "write"]
+
+_STATE = "state.safetensors"
+_FACTS = "checkpoint.json"
+_ADAPTER = "adapter"
+_NAME = re.compile(r"step-(\d{8,12})")
+_MAX_FACTS_BYTES = 16 << 20
+_DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was read and whose hashes agree.
+
+    Attributes
+    ----------
+    path : Path
+    facts : dict
+        What `write` was given, and ``step``.
+    tensors : dict of str to torch.Tensor
+        Views on the mapped file, to be copied from.
+    """
+
+    path: Path
+    facts: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def step(self) -> int:
+        """Number of steps made."""
+        return int(self.facts["step"])
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Return the tensors whose names begin so, by the rest of the name."""
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.tensors.items()
+            if name.startswith(prefix)
+        }
+
+
+def write(
+    target: Path,
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    save_adapter: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a checkpoint; it appears when it is whole and on the disk.
+
+    Parameters
+    ----------
+    target : Path
+        Its directory; the parent exists. One that stands there is replaced.
+    facts : mapping
+        JSON values, with ``step``.
+    tensors : mapping of str to torch.Tensor
+    save_adapter : callable, optional
+        Writes the adapter, for people to try out, to the path that it is given.
+
+    Raises
+    ------
+    ResourceError
+        If the disk is full; what stood there stands there still.
+    """
+    with Publication(target, plan="checkpoint", force=True) as publication:
+        publication.check_space(sum(t.numel() * t.element_size() for t in tensors.values()))
+        digest = _write_state(publication, tensors)
+        told = {**facts, "schema": "loraformat.checkpoint", "schema_version": 1, "state": digest}
+        told["sha256"] = _digest(told)
+        publication.write(_FACTS, json.dumps(told, indent=1, sort_keys=True).encode())
+        if save_adapter is not None:
+            save_adapter(publication.work / _ADAPTER)
+        publication.commit()
+
+
+def _write_state(publication: Publication, tensors: Mapping[str, torch.Tensor]) -> str:
+    # The widest types first, as the safetensors library does it, so that each is aligned.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    entries, position = [], 0
+    for name, tensor in ordered:
+        end = position + tensor.numel() * tensor.element_size()
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        entries.append(Entry(name, dtype, tuple(tensor.shape), position, end))
+        position = end
+    digest = sha256()
+    with publication.create(_STATE) as file:
+        header = encode_header(entries, {"format": "pt"})
+        digest.update(header)
+        write_all(file, header)
+        for _, tensor in ordered:
+            data = _bytes(tensor)
+            digest.update(data)
+            write_all(file, data)
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(plain.numpy().data)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in facts.items() if name != "sha256"}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint and check its hashes.
+
+    Raises
+    ------
+    InputError
+        If it is incomplete or damaged.
+    """
+    folder = Folder(path)
+    facts = _read_facts(folder)
+    file = MappedFile(folder, _STATE)
+    whole = sha256(file.bytes_between(0, file.nbytes)).hexdigest()
+    if whole != facts["state"]:
+        raise InputError("has changed since it was written", path=file.path)
+    tensors = {name: _view(file.view(name), entry) for name, entry in file.header.entries.items()}
+    return Checkpoint(path, facts, tensors)
+
+
+def _read_facts(folder: Folder) -> dict[str, Any]:
+    path = folder.path / _FACTS
+    try:
+        facts = strict_json.loads(folder.read(_FACTS, _MAX_FACTS_BYTES))
+    except ValueError as error:
+        raise InputError(f"is damaged: {error}", path=path) from None
+    if not isinstance(facts, dict) or facts.get("schema") != "loraformat.checkpoint":
+        raise InputError("is no checkpoint of a training run", path=path)
+    if facts.get("schema_version") != 1:
+        version = printable(facts.get("schema_version"))
+        raise InputError(f"has schema version {version}, wanted 1", path=path)
+    if facts.get("sha256") != _digest(facts):
+        raise InputError("has changed since it was written", path=path)
+    return facts
+
+
+def _view(data: memoryview, entry: Entry) -> torch.Tensor:
+    dtype = torch_dtype(entry.dtype)
+    if not len(data):
+        return torch.empty(entry.shape, dtype=dtype)
+    with warnings.catch_warnings():  # torch warns of a read-only buffer, which is as we want it
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=dtype).view(entry.shape)
+
+
+def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint that is whole, and what was wrong with newer ones.
+
+    Parameters
+    ----------
+    directory : Path
+        Where they lie; it need not exist.
+    """
+    problems: list[str] = []
+    for path in reversed(_found(directory)):
+        try:
+            return read(path), problems
+        except (InputError, FormatError) as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def _found(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    steps = {
+        int(match[1]): path
+        for path in directory.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def name_of(step: int) -> str:
+    """Return the name of a step's directory.
+
+    Examples
+    --------
+    >>> name_of(12)
+    'step-00000012'
+    """
+    return f"step-{step:08d}"
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest so many, the oldest first."""
+    for path in _found(directory)[: -keep or None]:
+        gone = path.with_name(path.name + ".old")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)  # so that a half removed one is never taken for one
+        shutil.rmtree(gone)
+
+
+def adapter_of(path: Path) -> Path:
+    """Return where a checkpoint's adapter lies."""
+    return path / _ADAPTER

@@ -8,6 +8,9 @@ import click
 
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
 from loraformat.cli.options import (
+    allow_base_mismatch_option,
+    allow_pickle_option,
+    base_option,
     dry_run_option,
     dtype_option,
     force_option,
@@ -25,7 +28,7 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("sources", metavar="ADAPTER...", nargs=-1, required=True)
-@output_option("The new adapter.")
+@output_option("The new adapter; NAME.gguf for llama.cpp, BUNDLE/adapters/NAME into a bundle.")
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
@@ -53,6 +56,12 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
     "--seed", type=int, default=0, show_default=True, metavar="N", help="Of random dropping."
 )
 @dtype_option("Type of the new factors; by default they keep theirs.")
+@base_option(
+    "What names and shapes are held against; a GGUF adapter needs its config.json (a directory "
+    "with that alone will do). In a bundle it is known."
+)
+@allow_base_mismatch_option("Write for this base what was made for another.")
+@allow_pickle_option
 @force_option()
 @dry_run_option("Print ranks and errors, write nothing.")
 @json_option
@@ -61,8 +70,11 @@ def command(
     sources: tuple[str, ...],
     target: str,
     weights: tuple[float, ...],
-    force: bool,
-    dry_run: bool,
+    method: Any,
+    rank: int | None,
+    density: float,
+    seed: int,
+    dtype: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -74,16 +86,15 @@ def command(
     """
     from loraformat.ops.combine.verb import CombineOptions, combine
 
-    chosen = CombineOptions(**options)
+    chosen = CombineOptions(method=method, rank=rank, density=density, seed=seed, dtype=dtype)
     with progress_bar("combine", quiet=quiet) as progress:
         report = combine(
             sources,
             target,
             chosen,
             weights=weights or None,
-            force=force,
-            dry_run=dry_run,
             progress=progress,
+            **options,
         )
     if as_json:
         echo_json("combine", report.to_json())

@@ -16,6 +16,7 @@ from loraformat.cli.console import (
     size,
     table,
 )
+from loraformat.cli.options import allow_base_mismatch_option, allow_pickle_option, base_option
 
 _EXAMPLE = """\b
 Example:
@@ -82,21 +83,15 @@ Example:
     show_default="2GB",
     help="Tensor bytes per file.",
 )
-@click.option("--base", metavar="PATH", help="Adapters: the base to hold names and shapes against.")
+@base_option("Adapters: the base to hold names and shapes against.")
 @click.option(
     "--canonical",
     is_flag=True,
     help="Adapters: write anew what would be copied: scaling folded into B, alpha = rank.",
 )
-@click.option(
-    "--allow-pickle",
-    is_flag=True,
-    help="Adapters: read a .bin, too, with a loader that makes nothing but tensors.",
-)
-@click.option(
-    "--allow-base-mismatch",
-    is_flag=True,
-    help="Adapters: take one that names another base; it is written anew and names this one.",
+@allow_pickle_option
+@allow_base_mismatch_option(
+    "Adapters: take one that names another base; it is written anew and names this one."
 )
 @click.option("--force", is_flag=True, help="Replace what stands at DST.")
 @click.option("--strict", is_flag=True, help="Refuse if DST cannot hold all that SRC holds.")

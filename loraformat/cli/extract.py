@@ -9,6 +9,7 @@ import click
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
 from loraformat.cli.options import (
     RankOrAuto,
+    allow_base_mismatch_option,
     dry_run_option,
     dtype_option,
     energy_option,
@@ -28,7 +29,7 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
-@output_option("The adapter.")
+@output_option("The adapter; NAME.gguf for llama.cpp, BUNDLE/adapters/NAME into a bundle.")
 @click.option(
     "--rank",
     type=RankOrAuto(),
@@ -39,6 +40,7 @@ Example:
 @max_rank_option("For --rank auto and --energy.", default=256)
 @skip_option
 @dtype_option("Type of the factors; by default that of TUNED.")
+@allow_base_mismatch_option("Write into a bundle that is not BASE.")
 @force_option()
 @dry_run_option("Print ranks and what they capture, write nothing.")
 @json_option
@@ -47,6 +49,7 @@ def command(
     base: str,
     tuned: str,
     target: str,
+    allow_base_mismatch: bool,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -64,8 +67,9 @@ def command(
     chosen = ExtractOptions(**options)
     with progress_bar("extract", quiet=quiet) as progress:
         report = extract(
-            base, tuned, target, chosen, force=force, dry_run=dry_run, progress=progress
-        )
+            base, tuned, target, chosen, allow_base_mismatch=allow_base_mismatch, force=force,
+            dry_run=dry_run, progress=progress,
+        )  # fmt: skip
     if as_json:
         echo_json("extract", report.to_json())
     elif not quiet:

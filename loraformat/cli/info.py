@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from loraformat.cli.console import echo_json, json_option, quiet_option, say, size, table
+from loraformat.cli.options import allow_pickle_option
 
 _EXAMPLE = """\b
 Example:
@@ -19,16 +20,17 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("path")
 @click.option("--tensors", is_flag=True, help="List every tensor, or every module of an adapter.")
+@allow_pickle_option
 @json_option
 @quiet_option
-def command(path: str, tensors: bool, as_json: bool, quiet: bool) -> None:
+def command(path: str, tensors: bool, allow_pickle: bool, as_json: bool, quiet: bool) -> None:
     """Show what a model or an adapter is, without reading its weights.
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
     """
     from loraformat.ops.describe import describe
 
-    summary = describe(path)
+    summary = describe(path, allow_pickle=allow_pickle)
     if as_json:
         echo_json("info", summary.to_json(tensors=tensors))
     elif not quiet:

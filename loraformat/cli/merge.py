@@ -16,6 +16,7 @@ from loraformat.cli.console import (
     size,
     table,
 )
+from loraformat.cli.options import allow_base_mismatch_option, allow_pickle_option
 
 _EXAMPLE = """\b
 Example:
@@ -60,9 +61,8 @@ Example:
     metavar="NAME",
     help="With --to loraformat: the adapter's name in the bundle; by default its directory's.",
 )
-@click.option(
-    "--allow-base-mismatch", is_flag=True, help="Merge an adapter that was made for another base."
-)
+@allow_base_mismatch_option("Merge an adapter that was made for another base.")
+@allow_pickle_option
 @click.option("--modules", "show_modules", is_flag=True, help="Show every module, not the total.")
 @click.option(
     "--max-shard-size",

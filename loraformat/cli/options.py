@@ -16,6 +16,9 @@ from loraformat.cli.console import ByteSize
 __all__ = [
     "ParameterCount",
     "RankOrAuto",
+    "allow_base_mismatch_option",
+    "allow_pickle_option",
+    "base_option",
     "dry_run_option",
     "dtype_option",
     "energy_option",
@@ -107,6 +110,21 @@ def weight_option(help_text: str) -> Callable[[_Command], _Command]:
                         help=help_text)  # fmt: skip
 
 
+def base_option(help_text: str) -> Callable[[_Command], _Command]:
+    """Name the base of adapters."""
+    return click.option("--base", metavar="BASE", help=help_text)
+
+
+def allow_base_mismatch_option(help_text: str) -> Callable[[_Command], _Command]:
+    """Take what was made for another base."""
+    return click.option("--allow-base-mismatch", is_flag=True, help=help_text)
+
+
+allow_pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Adapters: read a .bin, too, with a loader that makes nothing but tensors.",
+)
 skip_option = click.option(
     "--skip", multiple=True, metavar="GLOB", help="Leave these tensors alone. Repeatable."
 )

@@ -9,6 +9,9 @@ import click
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
 from loraformat.cli.options import (
     ParameterCount,
+    allow_base_mismatch_option,
+    allow_pickle_option,
+    base_option,
     dry_run_option,
     dtype_option,
     energy_option,
@@ -21,12 +24,13 @@ _EXAMPLE = """\b
 Example:
   loraformat reduce my-adapter -o my-adapter-r16 --rank 16
   loraformat reduce my-adapter -o small --budget 4M --max-rank 64
+  loraformat reduce my-adapter -o small.gguf --rank 8 --base my-model
 """
 
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("source", metavar="ADAPTER")
-@output_option("The new adapter.")
+@output_option("The new adapter; NAME.gguf for llama.cpp, BUNDLE/adapters/NAME into a bundle.")
 @click.option("--rank", type=click.IntRange(1), metavar="R", help="This rank in every module.")
 @energy_option("Keep this share of each module's squared norm, 0.99 for example.")
 @click.option(
@@ -42,6 +46,12 @@ Example:
     help="Ignore activation statistics in the adapter: weigh every input alike.",
 )
 @dtype_option("Type of the new factors; by default they keep theirs.")
+@base_option(
+    "What names and shapes are held against; a GGUF adapter needs its config.json (a directory "
+    "with that alone will do). In a bundle it is known."
+)
+@allow_base_mismatch_option("Write for this base what was made for another.")
+@allow_pickle_option
 @force_option()
 @dry_run_option("Print ranks and errors, write nothing.")
 @json_option
@@ -49,9 +59,12 @@ Example:
 def command(
     source: str,
     target: str,
+    rank: int | None,
+    energy: float | None,
+    budget: int | None,
+    max_rank: int | None,
     no_statistics: bool,
-    force: bool,
-    dry_run: bool,
+    dtype: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -65,9 +78,9 @@ def command(
     """
     from loraformat.ops.reduce import Reduction, reduce
 
-    reduction = Reduction(use_statistics=not no_statistics, **options)
+    reduction = Reduction(rank, energy, budget, max_rank, not no_statistics, dtype)
     with progress_bar("reduce", quiet=quiet) as progress:
-        report = reduce(source, target, reduction, force=force, dry_run=dry_run, progress=progress)
+        report = reduce(source, target, reduction, progress=progress, **options)
     if as_json:
         echo_json("reduce", report.to_json())
     elif not quiet:

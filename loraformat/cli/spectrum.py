@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+from loraformat.cli.options import allow_pickle_option
 
 _EXAMPLE = """\b
 Example:
@@ -23,9 +24,12 @@ Example:
     metavar="FILE",
     help="Draw it, too: .png, .svg or .pdf. Needs: pip install 'loraformat[plot]'.",
 )
+@allow_pickle_option
 @json_option
 @quiet_option
-def command(source: str, picture: str | None, as_json: bool, quiet: bool) -> None:
+def command(
+    source: str, picture: str | None, allow_pickle: bool, as_json: bool, quiet: bool
+) -> None:
     """Show which ranks an adapter uses.
 
     Per module: the norm of its change, how many directions it has in effect (stable rank,
@@ -37,7 +41,7 @@ def command(source: str, picture: str | None, as_json: bool, quiet: bool) -> Non
     if picture is not None:
         check_plot(picture)
     with progress_bar("spectrum", quiet=quiet) as progress:
-        report = spectrum(source, progress=progress)
+        report = spectrum(source, allow_pickle=allow_pickle, progress=progress)
     if picture is not None:
         plot(report, picture)
     if as_json:

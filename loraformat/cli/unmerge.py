@@ -15,6 +15,7 @@ from loraformat.cli.console import (
     say,
     size,
 )
+from loraformat.cli.options import allow_pickle_option
 
 _EXAMPLE = """\b
 Example:
@@ -42,6 +43,7 @@ Example:
     metavar="W",
     help="Without --undo: the weight of each adapter. [default: 1]",
 )
+@allow_pickle_option
 @click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
 @click.option(
     "--max-shard-size",

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say
+from loraformat.cli.options import allow_pickle_option
 
 _EXAMPLE = """\b
 Example:
@@ -19,9 +20,10 @@ _FOUND_SOMETHING = 4
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("path")
+@allow_pickle_option
 @json_option
 @quiet_option
-def command(path: str, as_json: bool, quiet: bool) -> int:
+def command(path: str, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
     """Check every rule and every hash; exit 4 on a finding.
 
     PATH is a local path or a Hub id, of a model or an adapter. A bundle, and an adapter in one,
@@ -31,7 +33,7 @@ def command(path: str, as_json: bool, quiet: bool) -> int:
     from loraformat.ops.verify import verify
 
     with progress_bar("verify", quiet=quiet) as progress:
-        result = verify(path, progress=progress)
+        result = verify(path, allow_pickle=allow_pickle, progress=progress)
     if as_json:
         echo_json("verify", asdict(result))
     else:

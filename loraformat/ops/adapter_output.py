@@ -172,8 +172,7 @@ def _compare_bases(adapter: Adapter, home: Home, allowed: bool) -> list[str]:
         raise InputError(
             bases,
             path=adapter.path,
-            hint="use the base that it was trained on, or insist: loraformat convert ADAPTER "
-            "BUNDLE/adapters/NAME --allow-base-mismatch",
+            hint="use the base that it was trained on, or insist with --allow-base-mismatch",
         )
     return [f"it {bases}: what it learned there may not hold here"]
 

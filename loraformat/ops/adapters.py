@@ -1,4 +1,4 @@
-"""Opening, copying and writing adapters, whatever their format."""
+"""Opening and copying adapters, whatever their format."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.adapter import Adapter
-from loraformat.bundle_update import adapter_place
 from loraformat.checkpoint import Checkpoint
-from loraformat.dtypes import parse_weight_dtype
 from loraformat.durable import write_all
 from loraformat.errors import FileChangedError, UnsupportedError
 from loraformat.folder import Folder
 from loraformat.hub import resolve
-from loraformat.plugins import AdapterReadOptions, AdapterWriteOptions
+from loraformat.plugins import AdapterReadOptions
 from loraformat.publish import Publication
-from loraformat.publish_file import open_publication
 
-__all__ = ["copy_adapter", "open_adapter", "write_adapter"]
+__all__ = ["copy_adapter", "open_adapter"]
 
 _COPIED_AT_ONCE = 4 << 20
 
@@ -88,36 +85,3 @@ def copy_adapter(adapter: Adapter, output: Publication, folder: str = "") -> Non
                 write_all(copy, piece)
         if left:
             raise FileChangedError("changed while it was being copied", path=adapter.path)
-
-
-def write_adapter(
-    adapter: Adapter, target: Path, *, force: bool = False, dtype: str | None = None
-) -> None:
-    """Write an adapter, as a PEFT directory unless the suffix says more: whole or not at all.
-
-    Parameters
-    ----------
-    adapter : Adapter
-    target : Path
-        ``BUNDLE/adapters/NAME`` adds it to that bundle.
-    force : bool
-        Replace an adapter that stands there.
-    dtype : str, optional
-        ``f32``, ``f16`` or ``bf16``; by default each factor keeps its own where that loses
-        nothing.
-    """
-    if (place := adapter_place(target)) is not None:
-        from loraformat.ops.bundle_adapters import Incoming, add_adapters  # which stands on this
-
-        incoming = Incoming(adapter, canonical=True, dtype=dtype)
-        add_adapters(place.bundle, {place.name: incoming}, force=force)
-        return
-    converter = plugins.for_output(target, None, "adapter")
-    assert converter.write_adapter is not None
-    inputs = [adapter.path, *adapter.sources]
-    with open_publication(
-        converter.output, target, plan="adapter", inputs=inputs, force=force
-    ) as output:
-        options = AdapterWriteOptions(parse_weight_dtype(dtype) if dtype else None)
-        converter.write_adapter(adapter, output, options)
-        output.commit()

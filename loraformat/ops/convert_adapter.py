@@ -20,19 +20,18 @@ from typing import Any
 from loraformat import plugins
 from loraformat.adapter import Adapter
 from loraformat.bundle_update import Place, adapter_place, read_manifest
-from loraformat.checkpoint import Checkpoint, DenseTensor, Provenance
-from loraformat.config_json import CONFIG_NAME, MAX_CONFIG_BYTES, split
+from loraformat.checkpoint import DenseTensor
 from loraformat.dtypes import ITEM_BYTES
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.folder import Folder
-from loraformat.hub import Source, resolve
+from loraformat.hub import Source
 from loraformat.integrity import check_listed
 from loraformat.manifest import FileRecord
-from loraformat.ops.adapter_output import AdapterOutput, Home, check_fits, plan_output
+from loraformat.ops.adapter_base import open_base
+from loraformat.ops.adapter_output import AdapterOutput, check_fits, plan_output
+from loraformat.ops.adapter_target import publish_adapter
 from loraformat.ops.bundle_adapters import check_incoming, put
 from loraformat.plugins import AdapterReadOptions, Converter
-from loraformat.publish_file import open_publication
-from loraformat.reader import is_bundle, open_bundle
 
 __all__ = ["AdapterReport", "convert_adapter", "tensors_of"]
 
@@ -137,7 +136,7 @@ def convert_adapter(
         )
     with ExitStack() as stack:
         anew = options.canonical or options.dtype is not None or writer.name != reader.name
-        base, home = _base(stack, place, origin if anew else None, options)
+        base, home = open_base(stack, options.base, place, origin if anew else None)
         read = AdapterReadOptions(base, options.allow_pickle, conditional=place is None)
         adapter = stack.enter_context(reader.read_adapter(source.path, read))
         listed, notes = _listed(origin)
@@ -168,7 +167,9 @@ def convert_adapter(
             nbytes = sum(record.bytes for record in records.values())
             said: list[str] = []
         else:
-            nbytes, said = _publish(output, target, options.force)
+            nbytes, said = publish_adapter(
+                output, target, force=options.force, finish=output.adapter.close
+            )
     seconds = time.perf_counter() - began
     return replace(report, output_bytes=nbytes, seconds=seconds, notes=[*report.notes, *said])
 
@@ -186,35 +187,6 @@ def _writer(target: Path, place: Place | None, options: AdapterOptions) -> Conve
     return plugins.get("peft")
 
 
-def _base(
-    stack: ExitStack, place: Place | None, origin: Place | None, options: AdapterOptions
-) -> tuple[Checkpoint | None, Home | None]:
-    """Open the base that the adapter is held against: the bundle's, the one named, or none."""
-    path = place.bundle if place else origin.bundle if origin else None
-    if options.base is not None:
-        path = resolve(options.base).path
-    if path is None:
-        return None, None
-    if is_bundle(path):
-        bundle = stack.enter_context(open_bundle(path))
-        return bundle.checkpoint, Home(bundle.manifest.fingerprint, bundle.manifest.source)
-    if (config := _config_alone(path)) is not None:
-        return config, None
-    reader = plugins.sniff(path)
-    if reader.read is None:
-        raise UsageError(f"--base {options.base} is no base but {reader.name}")
-    return stack.enter_context(reader.read(path)), None
-
-
-def _config_alone(path: Path) -> Checkpoint | None:
-    """Return a base of which only ``config.json`` is there: a directory without weights, or it."""
-    folder = path.parent if path.name == CONFIG_NAME and path.is_file() else path
-    if not (folder / CONFIG_NAME).is_file() or (folder == path and any(path.glob("*.safetensors"))):
-        return None
-    raw, _ = split(Folder(folder).read(CONFIG_NAME, MAX_CONFIG_BYTES))
-    return Checkpoint(folder, Provenance("config"), {}, config=raw, sources=(folder / CONFIG_NAME,))
-
-
 def _listed(origin: Place | None) -> tuple[dict[str, FileRecord] | None, list[str]]:
     """Return the files that a manifest lists for the source, if that lies in a bundle."""
     if origin is None:
@@ -223,19 +195,6 @@ def _listed(origin: Place | None) -> tuple[dict[str, FileRecord] | None, list[st
     if listed is None:
         return None, ["its bundle does not list it: nothing was compared with a hash"]
     return listed, []
-
-
-def _publish(output: AdapterOutput, target: Path, force: bool) -> tuple[int, list[str]]:
-    adapter = output.adapter
-    inputs = [adapter.path, *adapter.sources]
-    with open_publication(
-        output.writer.output, target, plan="adapter", inputs=inputs, force=force
-    ) as stage:
-        notes = output.write(stage)
-        adapter.close()  # raises if an input changed, before anything is published
-        nbytes = sum(f.stat().st_size for f in stage.work.rglob("[!.]*") if f.is_file())
-        stage.commit()
-    return nbytes, notes
 
 
 def tensors_of(adapter: Adapter) -> Iterator[DenseTensor]:

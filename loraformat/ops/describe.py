@@ -108,26 +108,30 @@ class ModelSummary:
         return members
 
 
-def describe(source: str | Path) -> ModelSummary | AdapterDescription:
+def describe(
+    source: str | Path, *, allow_pickle: bool = False
+) -> ModelSummary | AdapterDescription:
     """Describe a model, or an adapter.
 
     Parameters
     ----------
     source : str or Path
         A local path or a Hub id.
+    allow_pickle : bool
+        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
 
     Raises
     ------
     LoraFormatError
         If it cannot be opened.
     """
-    path = resolve(source).path
+    path = resolve(source, pickles=allow_pickle).path
     if is_bundle(path):
         with open_bundle(path) as bundle:
             return _summary(bundle.checkpoint, bundle)
     reader = plugins.sniff(path)
     if reader.kind == "adapter":
-        return describe_adapter(path, reader)
+        return describe_adapter(path, reader, allow_pickle=allow_pickle)
     assert reader.read is not None
     with reader.read(path) as checkpoint:
         return _summary(checkpoint, None)

@@ -93,7 +93,9 @@ class AdapterDescription:
         return members
 
 
-def describe_adapter(path: Path, reader: Converter) -> AdapterDescription:
+def describe_adapter(
+    path: Path, reader: Converter, *, allow_pickle: bool = False
+) -> AdapterDescription:
     """Describe an adapter.
 
     Parameters
@@ -101,6 +103,7 @@ def describe_adapter(path: Path, reader: Converter) -> AdapterDescription:
     path : Path
     reader : Converter
         Of adapters.
+    allow_pickle : bool
 
     Raises
     ------
@@ -109,7 +112,8 @@ def describe_adapter(path: Path, reader: Converter) -> AdapterDescription:
     """
     if reader.read_adapter is None:
         raise UnsupportedError(f"is {reader.name}, which can be written but not read", path=path)
-    with reader.read_adapter(path, AdapterReadOptions(conditional=True, inspect=True)) as adapter:
+    options = AdapterReadOptions(None, allow_pickle, conditional=True, inspect=True)
+    with reader.read_adapter(path, options) as adapter:
         return _description(adapter, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from loraformat.ops.factors import (
     in_memory,
     rebuilt,
 )
-from loraformat.output_rules import refuse_existing
 from loraformat.ranks import allocate
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]
@@ -140,6 +140,9 @@ def reduce(
     target: str | Path,
     reduction: Reduction,
     *,
+    base: str | Path | None = None,
+    allow_pickle: bool = False,
+    allow_base_mismatch: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -151,8 +154,16 @@ def reduce(
     source : str or Path
         An adapter in any format, or a Hub id.
     target : str or Path
-        A PEFT directory; it must not exist, unless ``force``.
+        A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
+        ``force``.
     reduction : Reduction
+    base : str or Path, optional
+        The base: names and shapes are held against it, and a GGUF adapter, as source or
+        target, needs its config. Of adapters in a bundle it is known.
+    allow_pickle : bool
+        Read a pickle, too, with a loader that makes nothing but tensors.
+    allow_base_mismatch : bool
+        Write it for this base although it says that it was made for another.
     force : bool
         Replace what stands at the target.
     dry_run : bool
@@ -164,17 +175,28 @@ def reduce(
     -------
     ReductionReport
     """
-    from loraformat.ops.adapters import open_adapter, write_adapter
+    from loraformat.ops.adapter_target import open_target
+    from loraformat.ops.adapters import open_adapter
 
     began = time.perf_counter()
-    if not dry_run:
-        refuse_existing(Path(target), force=force)  # before minutes of work
-    with open_adapter(source) as adapter:
+    with ExitStack() as stack:
+        goal = open_target(
+            stack, target, [source], base=base, dtype=reduction.dtype, force=force,
+            dry_run=dry_run, allow_base_mismatch=allow_base_mismatch,
+        )  # fmt: skip
+        opened = open_adapter(source, base=goal.base, allow_pickle=allow_pickle)
+        adapter = stack.enter_context(opened)
+        goal.check(adapter)
         smaller, report = reduce_adapter(adapter, reduction, progress=progress)
-        if not dry_run:
-            write_adapter(smaller, Path(target), force=force)
-    seconds = time.perf_counter() - began
-    return replace(report, source=str(source), target=str(target), seconds=seconds, dry_run=dry_run)
+        notes = [*report.notes, *goal.put(smaller)]
+    return replace(
+        report,
+        source=str(source),
+        target=str(target),
+        notes=notes,
+        seconds=time.perf_counter() - began,
+        dry_run=dry_run,
+    )
 
 
 def reduce_adapter(

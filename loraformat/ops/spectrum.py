@@ -98,7 +98,10 @@ class SpectrumReport:
 
 
 def spectrum(
-    source: str | Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+    source: str | Path,
+    *,
+    allow_pickle: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SpectrumReport:
     """Decompose an adapter.
 
@@ -106,6 +109,8 @@ def spectrum(
     ----------
     source : str or Path
         An adapter in any format, or a Hub id.
+    allow_pickle : bool
+        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
     progress : callable
         Called with bytes done and in total.
 
@@ -115,7 +120,7 @@ def spectrum(
     """
     from loraformat.ops.adapters import open_adapter
 
-    with open_adapter(source) as adapter:
+    with open_adapter(source, allow_pickle=allow_pickle) as adapter:
         return spectrum_of(adapter, progress=progress)
 
 

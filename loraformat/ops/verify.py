@@ -47,7 +47,10 @@ class Verification:
 
 
 def verify(
-    source: str | Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+    source: str | Path,
+    *,
+    allow_pickle: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Check a model, or an adapter.
 
@@ -55,6 +58,8 @@ def verify(
     ----------
     source : str or Path
         A local path or a Hub id.
+    allow_pickle : bool
+        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
     progress : callable
         Called with the bytes done and the bytes in total.
 
@@ -63,12 +68,12 @@ def verify(
     InputError
         If it holds no model at all.
     """
-    path = resolve(source).path
+    path = resolve(source, pickles=allow_pickle).path
     if is_bundle(path):
         return _bundle(path, progress)
     reader = plugins.sniff(path)
     if reader.kind == "adapter":
-        return _adapter(path, reader)
+        return _adapter(path, reader, allow_pickle)
     assert reader.read is not None
     count, findings = 0, []
     try:
@@ -84,7 +89,7 @@ def verify(
     return Verification(str(path), reader.name, count, False, findings)
 
 
-def _adapter(path: Path, reader: Converter) -> Verification:
+def _adapter(path: Path, reader: Converter, allow_pickle: bool) -> Verification:
     """Check an adapter: its files and, in a bundle, their hashes; then that it means something."""
     folder = Folder(path) if path.is_dir() else None
     place = adapter_place(path)
@@ -95,7 +100,7 @@ def _adapter(path: Path, reader: Converter) -> Verification:
     def values() -> None:
         nonlocal count
         assert reader.read_adapter is not None
-        options = AdapterReadOptions(conditional=True, inspect=True)
+        options = AdapterReadOptions(None, allow_pickle, conditional=True, inspect=True)
         with reader.read_adapter(path, options) as adapter:
             check_values(adapter)
             count = sum(1 for _ in tensors_of(adapter))

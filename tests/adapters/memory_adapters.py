@@ -1,5 +1,6 @@
 """Adapters and models in memory, and their effect as dense matrices."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,3 +44,16 @@ def effects(whole):
 
 def distance(one, other):
     return float((one - other).norm() / other.norm())
+
+
+def in_memory(whole):
+    """An adapter that needs no file any more."""
+    deltas = {
+        name: replace(
+            change,
+            a=dense("a", change.a.torch().clone()),
+            b=dense("b", change.b.torch().clone()),
+        )
+        for name, change in whole.deltas.items()
+    }
+    return replace(whole, deltas=deltas)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraformat import plugins
-from loraformat.ops.adapters import write_adapter
+from loraformat.ops.adapter_target import write_adapter
 from loraformat.ops.convert import convert
 from loraformat.testing import checkpoint, dense, save
 from tests.adapters.memory_adapters import adapter, delta

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraformat.cli import main
-from loraformat.ops.adapters import open_adapter, write_adapter
+from loraformat.ops.adapter_target import write_adapter
+from loraformat.ops.adapters import open_adapter
 from loraformat.ops.convert import convert
 from loraformat.ops.extract.verb import ExtractOptions, extract
 from loraformat.ops.merge.verb import merge

@@ -1,51 +1,44 @@
-"""reduce, combine, spectrum and extract as verbs: words in, tables, JSON and exit codes out.
-
-Adapters come from, and go to, a shelf in memory: files are other tests' business.
-"""
+"""reduce, combine, spectrum and extract as verbs: words in, tables, JSON and exit codes out."""
 
 import json
-import sys
-from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from loraformat import plugins
 from loraformat.cli import main
-from loraformat.errors import InputError, OutputError
-from loraformat.testing import dense, save
-from tests.adapters.memory_adapters import effects, random_adapter
+from loraformat.ops.adapter_target import write_adapter
+from loraformat.ops.adapters import open_adapter
+from loraformat.testing import save
+from tests.adapters.memory_adapters import effects, in_memory, random_adapter
 from tests.adapters.test_extract import pair
 
 
+class Shelf:
+    """Adapters in the current directory, by name."""
+
+    def __contains__(self, name):
+        return Path(name).exists()
+
+    def __getitem__(self, name):
+        """Return an adapter with all its factors in memory."""
+        with open_adapter(name) as adapter:
+            return in_memory(adapter)
+
+    def drop(self, name):
+        shutil.rmtree(name, ignore_errors=True)
+
+
 @pytest.fixture
-def shelf(monkeypatch):
-    """Adapters by name; what a verb writes appears among them, all factors loaded."""
-    held = {"a": random_adapter(0), "b": random_adapter(1)}
-
-    def open_adapter(source, *, base=None):
-        if source not in held:
-            raise InputError("no such adapter", path=source)
-        return held[source]
-
-    def write_adapter(adapter, target, *, force=False, dtype=None):
-        if str(target) in held and not force:
-            raise OutputError("already exists; use --force to replace it", path=target)
-        kept = {
-            name: replace(
-                change,
-                a=dense("a", change.a.torch().clone()),
-                b=dense("b", change.b.torch().clone()),
-            )
-            for name, change in adapter.deltas.items()
-        }
-        held[str(target)] = replace(adapter, deltas=kept)
-
-    module = ModuleType("loraformat.ops.adapters")
-    module.open_adapter, module.write_adapter = open_adapter, write_adapter
-    monkeypatch.setitem(sys.modules, "loraformat.ops.adapters", module)
-    return held
+def shelf(monkeypatch, tmp_path):
+    """Two adapters, and room for what a verb writes."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate("ab"):
+        write_adapter(random_adapter(number), name)
+    return Shelf()
 
 
 @pytest.fixture
@@ -92,12 +85,12 @@ def test_text_json_and_silence(shelf, models, run, call):
     assert "q_proj.weight" in shown.out
     assert max(map(len, shown.out.splitlines())) < 160 + len(str(models[0]))
     assert ("out" in shelf) == (call != "spectrum" and "--dry-run" not in arguments)
-    shelf.pop("out", None)
+    shelf.drop("out")
     members = json.loads(run(*arguments, "--json").out)
     assert members["schema"] == f"loraformat.{arguments[0]}"
     assert members["schema_version"] == 1
     assert members["modules"][0]["target"].endswith("q_proj.weight")
-    shelf.pop("out", None)
+    shelf.drop("out")
     quiet = run(*arguments, "--quiet")
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraformat.ops.adapters import open_adapter, write_adapter
+from loraformat.ops.adapter_target import write_adapter
+from loraformat.ops.adapters import open_adapter
 from loraformat.ops.merge.verb import merge
 from tests.adapters.peft_models import (
     gpt2,

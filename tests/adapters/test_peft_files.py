@@ -14,7 +14,8 @@ from loraformat import plugins
 from loraformat.adapter import LoraDelta
 from loraformat.checkpoint import Checkpoint
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.ops.adapters import open_adapter, write_adapter
+from loraformat.ops.adapter_target import write_adapter
+from loraformat.ops.adapters import open_adapter
 from loraformat.ops.merge.verb import merge
 from loraformat.ops.reduce import Reduction, reduce
 from tests.adapters.peft_models import (

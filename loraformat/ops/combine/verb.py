@@ -27,7 +27,6 @@ from loraformat.ops.combine.terms import Term, refuse_dora, terms_of
 from loraformat.ops.combine.whole import combined_replacements, combined_rows
 from loraformat.ops.factors import LastOnly, delta_of, factor_dtype, finite, in_memory, rebuilt
 from loraformat.ops.spool import Spool
-from loraformat.output_rules import refuse_existing
 
 __all__ = [
     "METHODS",
@@ -46,6 +45,9 @@ def combine(
     options: CombineOptions | None = None,
     *,
     weights: Sequence[float] | None = None,
+    base: str | Path | None = None,
+    allow_pickle: bool = False,
+    allow_base_mismatch: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -57,10 +59,18 @@ def combine(
     sources : sequence of str or Path
         Adapters in any format, or Hub ids.
     target : str or Path
-        A PEFT directory; it must not exist, unless ``force``.
+        A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
+        ``force``.
     options : CombineOptions, optional
     weights : sequence of float, optional
         One for each adapter, 1 by default; negative ones subtract.
+    base : str or Path, optional
+        The base: names and shapes are held against it, and a GGUF adapter, as source or
+        target, needs its config. Of adapters in a bundle it is known.
+    allow_pickle : bool
+        Read pickles, too, with a loader that makes nothing but tensors.
+    allow_base_mismatch : bool
+        Write it for this base although an adapter says that it was made for another.
     force : bool
         Replace what stands at the target.
     dry_run : bool
@@ -72,22 +82,28 @@ def combine(
     -------
     CombinationReport
     """
-    from loraformat.ops.adapters import open_adapter, write_adapter
+    from loraformat.ops.adapter_target import open_target
+    from loraformat.ops.adapters import open_adapter
 
     began = time.perf_counter()
-    if not dry_run:
-        refuse_existing(Path(target), force=force)  # before minutes of work
     with ExitStack() as stack:
-        adapters = [stack.enter_context(open_adapter(source)) for source in sources]
+        goal = open_target(
+            stack, target, sources, base=base, dtype=options.dtype if options else None,
+            force=force, dry_run=dry_run, allow_base_mismatch=allow_base_mismatch,
+        )  # fmt: skip
+        adapters = []
+        for source in sources:
+            opened = open_adapter(source, base=goal.base, allow_pickle=allow_pickle)
+            adapters.append(stack.enter_context(opened))
+            goal.check(adapters[-1])
         result, report = combine_adapters(adapters, options, weights=weights, progress=progress)
         with result:
-            if not dry_run:
-                dtype = options.dtype if options else None
-                write_adapter(result, Path(target), force=force, dtype=dtype)
+            notes = [*report.notes, *goal.put(result)]
     return replace(
         report,
         sources=[str(source) for source in sources],
         target=str(target),
+        notes=notes,
         seconds=time.perf_counter() - began,
         dry_run=dry_run,
     )

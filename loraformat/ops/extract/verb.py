@@ -11,6 +11,7 @@ import fnmatch
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,6 @@ from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
 from loraformat.ops.factors import Pair
 from loraformat.ops.open import fingerprint_of, open_model
 from loraformat.ops.spool import Spool
-from loraformat.output_rules import refuse_existing
 
 __all__ = [
     "ExtractOptions",
@@ -53,6 +53,7 @@ def extract(
     target: str | Path,
     options: ExtractOptions,
     *,
+    allow_base_mismatch: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -64,8 +65,11 @@ def extract(
     base, tuned : str or Path
         Models in any format, or Hub ids. NF4 weights are dequantized.
     target : str or Path
-        A PEFT directory; it must not exist, unless ``force``.
+        A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
+        ``force``.
     options : ExtractOptions
+    allow_base_mismatch : bool
+        Write it into a bundle although that is not the base.
     force : bool
         Replace what stands at the target.
     dry_run : bool
@@ -77,22 +81,27 @@ def extract(
     -------
     ExtractionReport
     """
-    from loraformat.ops.adapters import write_adapter
+    from loraformat.ops.adapter_target import open_target, refuse_standing
 
     began = time.perf_counter()
     if not dry_run:
-        refuse_existing(Path(target), force=force)  # before minutes of work
-    with open_model(base) as one, open_model(tuned) as other:
+        refuse_standing(target, force=force)
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(open_model(model)) for model in (base, tuned))
+        goal = open_target(
+            stack, target, base=one, dtype=options.dtype, force=force, dry_run=dry_run,
+            allow_base_mismatch=allow_base_mismatch,
+        )  # fmt: skip
         adapter, report = extract_adapter(one, other, options, progress=progress)
         with adapter:
             named = replace(adapter, base_model=str(base), base_fingerprint=fingerprint_of(one))
-            if not dry_run:
-                write_adapter(named, Path(target), force=force, dtype=options.dtype)
+            notes = [*report.notes, *goal.put(named)]
     return replace(
         report,
         base=str(base),
         tuned=str(tuned),
         target=str(target),
+        notes=notes,
         seconds=time.perf_counter() - began,
         dry_run=dry_run,
     )

@@ -55,6 +55,7 @@ def merge(
     requantize: bool = False,
     name: str | None = None,
     allow_base_mismatch: bool = False,
+    allow_pickle: bool = False,
     shard_limit: int = DEFAULT_SHARD_LIMIT,
     force: bool = False,
     dry_run: bool = False,
@@ -87,6 +88,8 @@ def merge(
         that of an only adapter's directory, ``merged`` for several.
     allow_base_mismatch : bool
         Merge although an adapter says that it was made for another base.
+    allow_pickle : bool
+        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
     shard_limit, force, dry_run, progress
         As in `loraformat.ops.convert.convert`.
 
@@ -121,7 +124,7 @@ def merge(
         original = stack.enter_context(reader.read(found.path))
         opened = [
             given if isinstance(given, Adapter) else stack.enter_context(
-                _open_adapter(given, original)
+                _open_adapter(given, original, allow_pickle)
             )
             for given in adapters
         ]  # fmt: skip
@@ -193,10 +196,10 @@ def _spool(stack: ExitStack, undo: Path, force: bool) -> Spool:
     return spool
 
 
-def _open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
+def _open_adapter(source: str | Path, base: Checkpoint, allow_pickle: bool) -> Adapter:
     from loraformat.ops.adapters import open_adapter
 
-    return open_adapter(source, base=base)
+    return open_adapter(source, base=base, allow_pickle=allow_pickle)
 
 
 def _is_beside(writer: Converter, requantize: bool) -> bool:

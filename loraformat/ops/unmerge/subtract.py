@@ -42,13 +42,14 @@ def subtract(
     weights: Sequence[float],
     *,
     dry_run: bool = False,
+    allow_pickle: bool = False,
     **options: Any,
 ) -> UnmergeReport:
     """Merge with the negative weights, and say how far off the result can be.
 
     Parameters
     ----------
-    merged, target, adapters, weights, dry_run, options
+    merged, target, adapters, weights, dry_run, allow_pickle, options
         As of `loraformat.ops.merge.verb.merge`; the weights are those of the merge.
 
     Returns
@@ -65,11 +66,11 @@ def subtract(
     with ExitStack() as stack:
         checkpoint = _opened(stack, merged)
         for adapter in adapters:
-            _refuse_what_cannot_be_subtracted(_adapter(stack, adapter, checkpoint))
+            _refuse_what_cannot_be_subtracted(_adapter(stack, adapter, checkpoint, allow_pickle))
     report = merge(
         merged, list(adapters), target,
         weights=[-weight for weight in weights or [1.0] * len(adapters)],
-        allow_base_mismatch=True, dry_run=dry_run, **options,
+        allow_base_mismatch=True, allow_pickle=allow_pickle, dry_run=dry_run, **options,
     )  # fmt: skip
     bounds = [] if dry_run else list(_bounds(merged, target, [m.name for m in report.modules]))
     bound = _total(bounds)
@@ -96,12 +97,14 @@ def _opened(stack: ExitStack, path: str | Path) -> Checkpoint:
     return stack.enter_context(reader.read(found.path))
 
 
-def _adapter(stack: ExitStack, source: str | Path | Adapter, base: Checkpoint) -> Adapter:
+def _adapter(
+    stack: ExitStack, source: str | Path | Adapter, base: Checkpoint, allow_pickle: bool
+) -> Adapter:
     if isinstance(source, Adapter):
         return source
     from loraformat.ops.adapters import open_adapter
 
-    return stack.enter_context(open_adapter(source, base=base))
+    return stack.enter_context(open_adapter(source, base=base, allow_pickle=allow_pickle))
 
 
 def _refuse_what_cannot_be_subtracted(adapter: Adapter) -> None:

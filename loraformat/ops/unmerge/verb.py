@@ -36,6 +36,7 @@ def unmerge(
     undo: str | Path | None = None,
     adapters: Sequence[str | Path | Adapter] = (),
     weights: Sequence[float] = (),
+    allow_pickle: bool = False,
     to_format: str | None = None,
     shard_limit: int = DEFAULT_SHARD_LIMIT,
     force: bool = False,
@@ -57,6 +58,8 @@ def unmerge(
         to subtract.
     weights : sequence of float
         Without a record: one per adapter, 1 by default.
+    allow_pickle : bool
+        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
     to_format : str, optional
         Converter name; dense safetensors by default.
     shard_limit, force, dry_run, progress
@@ -73,7 +76,7 @@ def unmerge(
     """
     if undo is None:
         return subtract(
-            merged, target, adapters, weights, to_format=to_format,
+            merged, target, adapters, weights, allow_pickle=allow_pickle, to_format=to_format,
             shard_limit=shard_limit, force=force, dry_run=dry_run,
             progress=progress,
         )  # fmt: skip
@@ -95,7 +98,7 @@ def unmerge(
         record = parse_record(file.header, path)
         undoing = Undoing(checkpoint, record, file)
         original = undoing.checkpoint()
-        undoing.adapters = _adapters(stack, original, record, adapters)
+        undoing.adapters = _adapters(stack, original, record, adapters, allow_pickle)
         report = UnmergeReport(
             source=str(merged),
             target=str(target),
@@ -141,6 +144,7 @@ def _adapters(
     original: Checkpoint,
     record: UndoRecord,
     given: Sequence[str | Path | Adapter],
+    allow_pickle: bool,
 ) -> list[Adapter]:
     """Open the record's adapters, and compare them with it."""
     from loraformat.ops.unmerge.recorder import adapter_digest
@@ -153,7 +157,7 @@ def _adapters(
     for number, known in enumerate(record.adapters):
         source = given[number] if given else known.path
         try:
-            adapter = _open(stack, source, original)
+            adapter = _open(stack, source, original, allow_pickle)
         except InputError as error:
             error.hint = error.hint or "say where the adapter is now with --adapter"
             raise
@@ -166,9 +170,11 @@ def _adapters(
     return opened
 
 
-def _open(stack: ExitStack, source: str | Path | Adapter, base: Checkpoint) -> Adapter:
+def _open(
+    stack: ExitStack, source: str | Path | Adapter, base: Checkpoint, allow_pickle: bool
+) -> Adapter:
     if isinstance(source, Adapter):
         return source
     from loraformat.ops.adapters import open_adapter
 
-    return stack.enter_context(open_adapter(source, base=base))
+    return stack.enter_context(open_adapter(source, base=base, allow_pickle=allow_pickle))

@@ -1,0 +1,69 @@
+"""The base that an adapter is held against: a bundle, any other base, or a config alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.bundle_update import Place
+from loraformat.checkpoint import Checkpoint, Provenance
+from loraformat.config_json import CONFIG_NAME, MAX_CONFIG_BYTES, split
+from loraformat.errors import UsageError
+from loraformat.folder import Folder
+from loraformat.hub import resolve
+from loraformat.ops.adapter_output import Home
+from loraformat.reader import is_bundle, open_bundle
+
+__all__ = ["open_base"]
+
+
+def open_base(
+    stack: ExitStack, named: str | Path | None, *places: Place | None
+) -> tuple[Checkpoint | None, Home | None]:
+    """Open the base that was named, else the bundle of the first place, else none.
+
+    Parameters
+    ----------
+    stack : ExitStack
+        Closes it.
+    named : str, Path or None
+        A path or a Hub id: of a bundle, of any other base, or of a directory with nothing but
+        ``config.json``, which gives a checkpoint without tensors.
+    *places : Place or None
+        Where in bundles the adapter will lie, or lies.
+
+    Returns
+    -------
+    Checkpoint or None
+    Home or None
+        Of a bundle only.
+
+    Raises
+    ------
+    UsageError
+        If what is named is no base.
+    """
+    path = next((place.bundle for place in places if place is not None), None)
+    if named is not None:
+        path = resolve(named).path
+    if path is None:
+        return None, None
+    if is_bundle(path):
+        bundle = stack.enter_context(open_bundle(path))
+        return bundle.checkpoint, Home(bundle.manifest.fingerprint, bundle.manifest.source)
+    if (config := _config_alone(path)) is not None:
+        return config, None
+    reader = plugins.sniff(path)
+    if reader.read is None:
+        raise UsageError(f"--base {named} is no base but {reader.name}")
+    return stack.enter_context(reader.read(path)), None
+
+
+def _config_alone(path: Path) -> Checkpoint | None:
+    """Return a base of which only ``config.json`` is there: a directory without weights, or it."""
+    folder = path.parent if path.name == CONFIG_NAME and path.is_file() else path
+    if not (folder / CONFIG_NAME).is_file() or (folder == path and any(path.glob("*.safetensors"))):
+        return None
+    raw, _ = split(Folder(folder).read(CONFIG_NAME, MAX_CONFIG_BYTES))
+    return Checkpoint(folder, Provenance("config"), {}, config=raw, sources=(folder / CONFIG_NAME,))

@@ -1,0 +1,78 @@
+"""A place in a model where a low-rank branch can be trained.
+
+The engine's layers describe themselves by a `Site`; the LoRA side knows nothing else of them:
+a name, a shape, the weight in tiles, and where the branch goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Site"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place where a branch can be trained.
+
+    Attributes
+    ----------
+    name : str
+        Of the module in transformers' model; of experts, the name of their parameter
+        (``model.layers.0.mlp.experts.down_proj``).
+    kind : {"linear", "head", "embedding", "experts"}
+        A linear of a decoder layer, the output head, the token embedding, or a stack of linears.
+    in_features, out_features : int
+        Of y = W x. Of an embedding: tokens and width.
+    tiles : callable
+        ``tiles(expert)`` yields (first row, row after the last, float32 tile) of the weight as
+        the model computes with it, in order; the expert's number is 0 where there are none. A
+        tile is (rows, in); of an embedding the rows are tokens: (rows, out). It is only valid
+        until the next one is taken, and must not be written to.
+    attach : callable
+        Gives the layer its branch.
+    target : str
+        Name of the weight in the bundle; that of the module with ``.weight`` if it is empty.
+    experts : int
+        Matrices in the stack; 0 where there is none.
+    transposed : bool
+        The bundle holds the weight as (in, out), and so a delta of it: ``Conv1D`` and a few
+        models' experts.
+    quantized : bool
+        The bundle holds the weight in NF4.
+    bias : torch.Tensor or None
+        (out,), added to the product before the branch sees it.
+    output_scale : float
+        What the layer multiplies its rows by before the branch sees them (Gemma's embedding).
+    device : torch.device or None
+        Where the layer computes; None for the CPU.
+    """
+
+    name: str
+    kind: Literal["linear", "head", "embedding", "experts"]
+    in_features: int
+    out_features: int
+    tiles: Callable[[int], Iterator[tuple[int, int, torch.Tensor]]]
+    attach: Callable[[torch.nn.Module], None]
+    target: str = ""
+    experts: int = 0
+    transposed: bool = False
+    quantized: bool = False
+    bias: torch.Tensor | None = None
+    output_scale: float = 1.0
+    device: torch.device | None = None
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight in the bundle."""
+        return self.target or self.stored_name
+
+    @property
+    def stored_name(self) -> str:
+        """Name of the weight in transformers' model."""
+        return self.name if self.kind == "experts" else f"{self.name}.weight"

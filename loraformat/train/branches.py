@@ -1,0 +1,173 @@
+"""The branches of a whole model: made, named, and carried over a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from loraformat.checkpoint import Checkpoint
+from loraformat.errors import InputError, UsageError, printable
+from loraformat.train.branch import LoraBranch, branch_of
+from loraformat.train.initialise import initial
+from loraformat.train.lora_options import LoraOptions
+from loraformat.train.site import Site
+from loraformat.train.targets import resolve
+
+__all__ = ["attach", "extra_state", "load_extra_state", "parameter_groups", "trainable"]
+
+
+def attach(
+    sites: Sequence[Site],
+    options: LoraOptions,
+    *,
+    original: Checkpoint | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, LoraBranch]:
+    """Give the layers that are to be trained their branches.
+
+    Parameters
+    ----------
+    sites : sequence of Site
+        All that the model has, in its order.
+    options : LoraOptions
+    original : Checkpoint, optional
+        The dense model, for ``init="loftq"``.
+    progress : callable
+        Called with branches made and in total: principal directions take their time.
+
+    Returns
+    -------
+    dict of str to LoraBranch
+        By the site's name, in the model's order.
+
+    Raises
+    ------
+    UsageError
+        If a target means nothing, or cannot be trained so.
+    """
+    ranks = resolve(sites, options)
+    if options.dora:
+        _check_dora(site for site in sites if site.name in ranks)
+    branches: dict[str, LoraBranch] = {}
+    for site in sites:
+        if (rank := ranks.get(site.name)) is None:
+            continue
+        branch = branch_of(
+            site,
+            initial(site, rank, options, original),
+            options.scaling(rank),
+            dropout=options.dropout,
+            dora=options.dora,
+            collecting=options.statistics,
+        )
+        site.attach(branch)
+        branches[site.name] = branch
+        progress(len(branches), len(ranks))
+    return branches
+
+
+def _check_dora(sites: Iterable[Site]) -> None:
+    for site in sites:
+        if site.kind == "experts":
+            raise UsageError(
+                f"{printable(site.name)} holds fused experts, for which PEFT has no DoRA",
+                hint="target the other linears (attention, for example), or leave DoRA out",
+            )
+
+
+def trainable(branches: Mapping[str, LoraBranch]) -> dict[str, torch.nn.Parameter]:
+    """Return everything that is trained, by module and PEFT's key, in a stable order."""
+    return {
+        f"{name}.{key}": parameter
+        for name, branch in branches.items()
+        for key, parameter in branch.named().items()
+    }
+
+
+def extra_state(branches: Mapping[str, LoraBranch]) -> dict[str, torch.Tensor]:
+    """Return the sums of the second moments: float64, and additive over processes."""
+    return {
+        f"{name}.moments.{key}": value
+        for name, branch in branches.items()
+        if branch.collecting
+        for key, value in branch.moments.state().items()
+    }
+
+
+def load_extra_state(branches: Mapping[str, LoraBranch], state: Mapping[str, torch.Tensor]) -> None:
+    """Take over what `extra_state` returned.
+
+    Raises
+    ------
+    InputError
+        If it is not that of these branches.
+    """
+    wanted = extra_state(branches)
+    odd = sorted(wanted.keys() ^ state.keys())
+    odd += [
+        name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape
+    ]
+    if odd:
+        raise InputError(f"the saved statistics are not those of this adapter: {printable(odd[0])}")
+    for name, branch in branches.items():
+        if branch.collecting:
+            branch.moments.load(state[f"{name}.moments.total"], state[f"{name}.moments.count"])
+
+
+def parameter_groups(
+    parameters: Mapping[str, torch.nn.Parameter],
+    lr: float,
+    *,
+    ratio: float = 1.0,
+    weight_decay: float = 0.0,
+) -> list[dict[str, object]]:
+    """Return groups for an optimizer, with LoRA+'s faster B (Hayou 2024, section 4).
+
+    B begins at zero and is short of time: it gets ``ratio`` times the rate of A (the paper
+    proposes 16). An embedding's factors keep the plain rate. Magnitudes are not decayed, as they
+    have no reason to be small.
+
+    Parameters
+    ----------
+    parameters : mapping of str to torch.nn.Parameter
+        As `trainable` names them.
+    lr : float
+    ratio : float
+        At least 1; 1 is plain LoRA.
+    weight_decay : float
+
+    Returns
+    -------
+    list of dict
+        With ``params``, ``names``, ``lr`` and ``weight_decay``; none is empty.
+
+    Raises
+    ------
+    UsageError
+        If the ratio is below 1.
+
+    Examples
+    --------
+    >>> from torch.nn import Parameter
+    >>> q = {"q.lora_A.weight": Parameter(torch.ones(1, 1))}
+    >>> q["q.lora_B.weight"] = Parameter(torch.ones(1, 1))
+    >>> [(g["names"], g["lr"]) for g in parameter_groups(q, 0.1, ratio=2.0)]
+    [(['q.lora_A.weight'], 0.1), (['q.lora_B.weight'], 0.2)]
+    """
+    if ratio < 1:
+        raise UsageError(f"the learning-rate ratio of B is {ratio}, wanted at least 1")
+    groups: dict[tuple[float, float], dict[str, object]] = {}
+    found: dict[tuple[float, float], list[str]] = {}
+    for name in parameters:
+        rate = lr * ratio if name.endswith(".lora_B.weight") else lr
+        decay = 0.0 if name.endswith("lora_magnitude_vector") else weight_decay
+        found.setdefault((rate, decay), []).append(name)
+    for (rate, decay), names in found.items():
+        groups[rate, decay] = {
+            "params": [parameters[name] for name in names],
+            "names": names,
+            "lr": rate,
+            "weight_decay": decay,
+        }
+    return list(groups.values())

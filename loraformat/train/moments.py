@@ -1,0 +1,131 @@
+"""The second moment of z = A x, collected while a branch is trained.
+
+`loraformat.reduce` needs E[z zᵀ] of the A that is stored, and training changes A: what was
+seen long ago is of another A. So the sums fade: a token counts half once `HALF_LIFE` more have
+been seen. Sum and count fade alike, so that their quotient stays a weighted mean; several
+processes add their sums and counts.
+
+Counted are the positions that a trained token depends on: those whose gradient is not zero. So
+padding never counts, whatever the model does with it, and a layer that is computed twice for
+one gradient (activation checkpointing) counts once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["HALF_LIFE", "Moments", "observe"]
+
+#: Tokens after which an observation counts half.
+HALF_LIFE = 32768
+
+
+class Moments:
+    """Fading sums of z zᵀ.
+
+    Parameters
+    ----------
+    rank : int
+    experts : int
+        0 if there are none; each has its own sums, which fade by its own tokens.
+
+    Attributes
+    ----------
+    total : torch.Tensor
+        float64 (rank, rank), or (experts, rank, rank).
+    count : torch.Tensor
+        float64 (), or (experts,): tokens, faded.
+
+    Examples
+    --------
+    >>> moments = Moments(2)
+    >>> moments.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> moments.second_moment()
+    tensor([[5., 1.],
+            [1., 2.]])
+    """
+
+    def __init__(self, rank: int, experts: int = 0) -> None:
+        leading = (experts,) if experts else ()
+        self.total = torch.zeros(*leading, rank, rank, dtype=torch.float64)
+        self.count = torch.zeros(leading, dtype=torch.float64)
+
+    def add(self, z: torch.Tensor, expert: int | None = None) -> None:
+        """Add observations.
+
+        Parameters
+        ----------
+        z : torch.Tensor
+            (tokens, rank).
+        expert : int, optional
+            Whose tokens they are.
+        """
+        if not len(z):
+            return
+        if self.total.device != z.device:
+            self.total, self.count = self.total.to(z.device), self.count.to(z.device)
+        at = ... if expert is None else expert
+        fade = 0.5 ** (len(z) / HALF_LIFE)
+        wide = z.double()
+        self.total[at] = self.total[at] * fade + wide.mT @ wide
+        self.count[at] = self.count[at] * fade + len(z)
+
+    def second_moment(self) -> torch.Tensor | None:
+        """Return E[z zᵀ] as float32, symmetric; zero for experts without tokens.
+
+        None if nothing was observed.
+        """
+        if not bool((self.count > 0).any()):
+            return None
+        counted = self.count.clamp(min=1e-300)[..., None, None]
+        mean = torch.where(self.count[..., None, None] > 0, self.total / counted, 0.0)
+        return ((mean + mean.mT) / 2).float().cpu()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return sums and count, as copies on the CPU."""
+        return {"total": self.total.cpu().clone(), "count": self.count.cpu().clone()}
+
+    def load(self, total: torch.Tensor, count: torch.Tensor) -> None:
+        """Take sums and count over."""
+        self.total.copy_(total)
+        self.count.copy_(count)
+
+
+def observe(
+    output: torch.Tensor, z: torch.Tensor, moments: Moments, expert: int | None = None
+) -> torch.Tensor:
+    """Return an output whose gradient will say which rows of z count.
+
+    Parameters
+    ----------
+    output : torch.Tensor
+        (..., out), made just now and used nowhere else: it is returned itself.
+    z : torch.Tensor
+        (..., rank), the same leading dimensions. It is kept as activations are, so that
+        checkpointing forgets it and makes it again.
+    moments : Moments
+        Gets the rows whose gradient is not zero.
+    expert : int, optional
+    """
+    observed: torch.Tensor = _Observation.apply(output, z.detach(), moments, expert)  # type: ignore[no-untyped-call]
+    return observed
+
+
+class _Observation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, z: torch.Tensor, moments: Moments, expert: int | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(z)
+        ctx.moments, ctx.expert = moments, expert
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,), (z,) = gradients, ctx.saved_tensors
+        counts = gradient.ne(0).any(-1).reshape(-1)
+        ctx.moments.add(z.reshape(len(counts), -1)[counts], ctx.expert)
+        return gradient, None, None, None

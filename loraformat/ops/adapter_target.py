@@ -43,6 +43,8 @@ class AdapterTarget:
     dtype : str or None
         Of the factors.
     force, dry_run, allow_base_mismatch : bool
+    canonical : bool
+        Fold the scaling into B; else it stays apart where one alpha says every module's.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class AdapterTarget:
     force: bool
     dry_run: bool
     allow_base_mismatch: bool
+    canonical: bool = True
 
     def check(self, adapter: Adapter) -> None:
         """Hold an adapter that something will be made of against the base and the format.
@@ -77,7 +80,7 @@ class AdapterTarget:
             What a user should know.
         """
         if self.place is not None and not self.dry_run:
-            incoming = Incoming(adapter, True, self.dtype, self.allow_base_mismatch)
+            incoming = Incoming(adapter, self.canonical, self.dtype, self.allow_base_mismatch)
             return add_adapters(self.place.bundle, {self.place.name: incoming}, force=self.force)
         output = self._planned(adapter)
         if self.dry_run:
@@ -89,7 +92,7 @@ class AdapterTarget:
         return plan_output(
             replace(adapter, verbatim=False),
             self.writer,
-            canonical=True,
+            canonical=self.canonical,
             dtype=self.dtype,
             base=self.base,
             home=self.home,
@@ -112,6 +115,7 @@ def open_target(
     force: bool = False,
     dry_run: bool = False,
     allow_base_mismatch: bool = False,
+    canonical: bool = True,
 ) -> AdapterTarget:
     """Open the output of an adapter that will be computed.
 
@@ -126,7 +130,7 @@ def open_target(
         of an output in a format that needs one.
     base : str, Path or Checkpoint, optional
         The base. An open one stays the caller's.
-    dtype, force, dry_run, allow_base_mismatch
+    dtype, force, dry_run, allow_base_mismatch, canonical
         As in `AdapterTarget`.
 
     Raises
@@ -152,7 +156,7 @@ def open_target(
         origin = None if writer.name == "peft" else _common_origin(sources)
         found, home = open_base(stack, named, place, origin)
     return AdapterTarget(
-        path, writer, place, found, home, dtype, force, dry_run, allow_base_mismatch
+        path, writer, place, found, home, dtype, force, dry_run, allow_base_mismatch, canonical
     )
 
 
@@ -181,6 +185,7 @@ def write_adapter(
     base: str | Path | Checkpoint | None = None,
     dtype: str | None = None,
     force: bool = False,
+    canonical: bool = True,
 ) -> list[str]:
     """Write an open adapter, whole or not at all; see `open_target`.
 
@@ -190,7 +195,10 @@ def write_adapter(
         What a user should know.
     """
     with ExitStack() as stack:
-        return open_target(stack, target, base=base, dtype=dtype, force=force).put(adapter)
+        opened = open_target(
+            stack, target, base=base, dtype=dtype, force=force, canonical=canonical
+        )
+        return opened.put(adapter)
 
 
 def _common_origin(sources: Iterable[str | Path]) -> Place | None:

@@ -1,0 +1,129 @@
+"""A file of training data: any range of its bytes at any time, and proof that it stays the same.
+
+The file is opened for each read, so that a directory of a hundred thousand files needs
+no hundred thousand descriptors, and every read checks that it is still the file that was
+indexed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from loraformat.errors import FileChangedError, InputError
+from loraformat.folder import Folder
+
+__all__ = ["DataFile"]
+
+_FOREIGN_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
+class DataFile:
+    """One file, opened only inside its directory.
+
+    Parameters
+    ----------
+    path : Path
+        As it is shown in messages.
+    open_descriptor : callable
+        Opens it for reading.
+
+    Attributes
+    ----------
+    path : Path
+    nbytes : int
+
+    Examples
+    --------
+    >>> file = DataFile.at(Path(__file__))
+    >>> file.between(3, 9)
+    b'A file'
+    """
+
+    def __init__(self, path: Path, open_descriptor: Callable[[], int]) -> None:
+        self.path = path
+        self._open_descriptor = open_descriptor
+        self._identity: tuple[int, int] | None = None
+        with self.opened():
+            pass
+        assert self._identity is not None
+        self.nbytes: int = self._identity[0]
+
+    @classmethod
+    def at(cls, path: Path) -> DataFile:
+        """Open a file that the user named, through links or not."""
+        real = Path(os.path.realpath(path))
+        return cls(path, lambda: Folder(real.parent).open(real.name))
+
+    @classmethod
+    def inside(cls, folder: Folder, name: str) -> DataFile:
+        """Open a file of a directory; a link that leads out of it is refused."""
+        return cls(folder.path / name, lambda: folder.open(name))
+
+    @classmethod
+    def spooled(cls, path: Path, file: IO[bytes]) -> DataFile:
+        """Open a temporary file without a name; ``path`` is where its rows came from."""
+        return cls(path, lambda: _reopened(file))
+
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """Open the file at its beginning.
+
+        Raises
+        ------
+        FileChangedError
+            If it is not the file any more that it was.
+        InputError
+            If it cannot be opened or read.
+        """
+        try:
+            with os.fdopen(self._open_descriptor(), "rb") as file:
+                status = os.fstat(file.fileno())
+                identity = (status.st_size, status.st_mtime_ns)
+                if self._identity not in (None, identity):
+                    raise FileChangedError("changed while it was being trained on", path=self.path)
+                self._identity = identity
+                yield file
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", path=self.path) from None
+
+    def between(self, begin: int, end: int) -> bytes:
+        """Return a range of bytes."""
+        with self.opened() as file:
+            data = os.pread(file.fileno(), end - begin, begin)
+        if len(data) != end - begin:
+            raise FileChangedError("became shorter while it was being read", path=self.path)
+        return data
+
+    def text_begin(self) -> int:
+        """Return where UTF-8 text begins: behind a byte-order mark, if there is one.
+
+        Raises
+        ------
+        InputError
+            If the file says that it is UTF-16 or UTF-32, or is compressed.
+        """
+        head = self.between(0, min(4, self.nbytes))
+        if head[:2] in _FOREIGN_MARKS:
+            raise InputError(
+                "is text in UTF-16 or UTF-32, wanted UTF-8",
+                path=self.path,
+                hint="convert it: iconv -f UTF-16 -t UTF-8",
+            )
+        if head[:2] == b"\x1f\x8b" or head == b"\x28\xb5\x2f\xfd":
+            raise InputError(
+                "is compressed, and rows are read from any place of the file",
+                path=self.path,
+                hint="decompress it first: gunzip --keep, zstd -d",
+            )
+        return len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0
+
+
+def _reopened(file: IO[bytes]) -> int:
+    descriptor = os.dup(file.fileno())
+    os.lseek(descriptor, 0, os.SEEK_SET)  # shared with the original, which nobody reads
+    return descriptor

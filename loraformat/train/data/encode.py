@@ -1,0 +1,192 @@
+"""From the meaning of a row to token ids, and for each whether it is learned.
+
+A token is learned if it stands for at least one learned character, so that every
+character of a completion counts; one that also stands for the end of the prompt is counted
+by `Encoded.straddling`. What ends a completion is learned, too: EOS, or the template's
+end of turn, but not the white space that a template writes behind that.
+
+Nothing here knows the ids of padding: a batch is padded later, by length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loraformat.train.data.chat import ChatRenderer, Rendered
+from loraformat.train.data.kinds import Completion, Conversation, Text, meaning
+from loraformat.train.data.pieces import pieces
+from loraformat.train.data.row import Row
+from loraformat.train.data.tokenizer import TextEncoder, TokenizedText
+
+__all__ = ["Encoded", "RowEncoder"]
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Tokens of one sample, or of a piece of text that becomes several.
+
+    Attributes
+    ----------
+    ids : list of int
+    learned : list of bool
+    shown : list of str
+        The text of each token, in order; together the text, with EOS and BOS by name.
+    ends : bool
+        Whether it ends with a special token, from which the model learns to stop.
+    straddling : int
+        Learned tokens that also stand for characters of a prompt.
+    is_text : bool
+        Whether it may be cut into pieces of ``seq_len``.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    shown: list[str]
+    ends: bool
+    straddling: int = 0
+    is_text: bool = False
+
+    @property
+    def trained(self) -> int:
+        """Tokens that are learned; the first has nothing before it and never is."""
+        return sum(self.learned[1:])
+
+
+class RowEncoder:
+    """Encodes rows with one tokenizer.
+
+    Parameters
+    ----------
+    encoder : TextEncoder
+    everything : bool
+        Learn prompts as well as completions.
+    """
+
+    def __init__(self, encoder: TextEncoder, *, everything: bool) -> None:
+        self._encoder = encoder
+        self._everything = everything
+        self._chat = ChatRenderer(encoder)
+
+    def encode(self, row: Row) -> Iterator[Encoded]:
+        """Yield what a row consists of: pieces of its text, its conversation or its turns.
+
+        Raises
+        ------
+        KindError
+            If the row means nothing, or the chat template refuses it.
+        """
+        meant = meaning(row.fields)
+        if isinstance(meant, Text):
+            parts = list(pieces(meant.text.encode("utf-8")))
+            for number in range(len(parts)):
+                yield self._piece(row, parts, number)
+        elif isinstance(meant, Completion):
+            yield self._completion(meant)
+        else:
+            yield from self._conversation(meant)
+
+    def encode_part(self, row: Row, number: int) -> Encoded:
+        """Return one of those, without tokenizing the other pieces of a long text."""
+        meant = meaning(row.fields)
+        if isinstance(meant, Text):
+            parts = list(pieces(meant.text.encode("utf-8")))
+            return self._piece(row, parts, number)
+        return list(self.encode(row))[number]
+
+    def _piece(self, row: Row, parts: list[bytes], number: int) -> Encoded:
+        tokens = self._encoder.tokenize(parts[number].decode("utf-8"))
+        begins = row.begins and number == 0
+        ends = row.ends and number == len(parts) - 1
+        piece = self._framed(tokens, [True] * len(tokens.ids), begins=begins, ends=ends)
+        piece.is_text = True
+        return piece
+
+    def _completion(self, meant: Completion) -> Encoded:
+        tokens = self._encoder.tokenize(meant.prompt + meant.completion)
+        begin = 0 if self._everything else len(meant.prompt)
+        ranges = ((begin, len(tokens.text)),)
+        learned = _overlapping(tokens, ranges)
+        encoded = self._framed(tokens, learned, begins=True, ends=True)
+        encoded.straddling = _straddling(tokens, ranges)
+        return encoded
+
+    def _conversation(self, meant: Conversation) -> Iterator[Encoded]:
+        for rendered in self._chat.render(meant, everything=self._everything):
+            tokens = self._encoder.tokenize(rendered.text)
+            learned = _overlapping(tokens, rendered.learned)
+            if not self._everything:
+                self._forget_space_behind_ends(tokens, rendered, learned)
+            last = max((i for i, yes in enumerate(learned) if yes), default=None)
+            ends = last is None or self._everything or tokens.ids[last] in self._encoder.special
+            straddling = _straddling(tokens, rendered.learned)
+            yield Encoded(tokens.ids, learned, _shown(tokens), ends, straddling)
+
+    def _forget_space_behind_ends(
+        self, tokens: TokenizedText, rendered: Rendered, learned: list[bool]
+    ) -> None:
+        for _, stop in rendered.learned:
+            place = _last_before(tokens, stop)
+            space = []
+            while place >= 0 and learned[place] and tokens.ids[place] not in self._encoder.special:
+                begin, end = tokens.spans[place]
+                if tokens.text[begin:end].strip():
+                    break
+                space.append(place)
+                place -= 1
+            if place >= 0 and tokens.ids[place] in self._encoder.special:
+                for one in space:
+                    learned[one] = False
+
+    def _framed(
+        self, tokens: TokenizedText, learned: list[bool], *, begins: bool, ends: bool
+    ) -> Encoded:
+        prefix, suffix = self._encoder.prefix, self._encoder.suffix
+        # A text may spell out BOS or EOS itself; twice would be what no model has seen.
+        before = prefix if begins and tokens.ids[: len(prefix)] != prefix else []
+        after = suffix if ends and (not tokens.ids or tokens.ids[-1:] != suffix[-1:]) else []
+        names = self._encoder.tokenizer.convert_ids_to_tokens
+        return Encoded(
+            before + tokens.ids + after,
+            [self._everything] * len(before) + learned + [True] * len(after),
+            [*names(before), *_shown(tokens), *names(after)],
+            ends=bool(suffix) or not ends,
+        )
+
+
+def _overlapping(tokens: TokenizedText, ranges: tuple[tuple[int, int], ...]) -> list[bool]:
+    learned = [False] * len(tokens.ids)
+    place = 0
+    for begin, stop in ranges:
+        while place < len(learned) and tokens.spans[place][1] <= begin:
+            place += 1
+        while place < len(learned) and tokens.spans[place][0] < stop:
+            first, last = tokens.spans[place]
+            learned[place] = last > max(first, begin)
+            place += 1
+    return learned
+
+
+def _straddling(tokens: TokenizedText, ranges: tuple[tuple[int, int], ...]) -> int:
+    begins = {begin for begin, _ in ranges}
+    return (
+        sum(any(first < begin < last for begin in begins) for first, last in tokens.spans)
+        if begins
+        else 0
+    )
+
+
+def _last_before(tokens: TokenizedText, stop: int) -> int:
+    place = len(tokens.ids) - 1
+    while place >= 0 and tokens.spans[place][0] >= stop:
+        place -= 1
+    return place
+
+
+def _shown(tokens: TokenizedText) -> list[str]:
+    """Return the text of each token: what stands between its end and the end of the one before."""
+    shown, before = [], 0
+    for _, end in tokens.spans:
+        shown.append(tokens.text[before:end])
+        before = max(before, end)
+    return shown

@@ -1,0 +1,172 @@
+"""A JSON file that is one array of objects, or an object with one under ``"data"``.
+
+The elements are found by their brackets and quotes alone, on a mapping of the file; each
+is parsed when it is read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from array import array
+
+from loraformat.errors import InputError
+from loraformat.train.data.data_file import DataFile
+from loraformat.train.data.json_lines import JsonLines
+from loraformat.train.data.row import LONGEST_ROW, BadRowError, Row, RowSource, parse_object
+
+__all__ = ["JsonArray", "open_json"]
+
+_MEMBER = b'"data"'
+_STRUCTURE = re.compile(rb'["\[\]{}]')
+_SCALAR_END = re.compile(rb"[\s,\]}]")
+_SPACE = re.compile(rb"[ \t\r\n]*")
+
+
+class JsonArray:
+    """The elements of an array; 12 bytes of memory each."""
+
+    def __init__(self, file: DataFile, scan: _Scan, begin: int) -> None:
+        self._file = file
+        self._begins, self._lengths = array("q"), array("I")
+        position = scan.skip_space(begin + 1)
+        while scan.byte(position) != b"]":
+            end = scan.value_end(position)
+            self._begins.append(position)
+            self._lengths.append(min(end - position, LONGEST_ROW + 1))
+            position = scan.after_comma(end, b"]")
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self._file.path)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def place(self, number: int) -> str:
+        """Say which element it is, counted from 1, and at which byte it stands."""
+        return f"element {number + 1} (byte {self._begins[number]})"
+
+    def read(self, number: int) -> Row:
+        """Return an element.
+
+        Raises
+        ------
+        BadRowError
+            If it is too long, or is no strict JSON object.
+        """
+        begin, length = self._begins[number], self._lengths[number]
+        if length > LONGEST_ROW:
+            raise BadRowError(
+                self.place(number), f"longer than {LONGEST_ROW} bytes", path=self.name
+            )
+        data = self._file.between(begin, begin + length)
+        return Row(parse_object(data, self.place(number), self.name))
+
+
+class _Scan:
+    """Finds where values end, without looking into them."""
+
+    def __init__(self, data: mmap.mmap, path: str) -> None:
+        self._data, self._path = data, path
+
+    def byte(self, position: int) -> bytes:
+        return self._data[position : position + 1]
+
+    def skip_space(self, position: int) -> int:
+        match = _SPACE.match(self._data, position)
+        return match.end() if match else position
+
+    def string_end(self, begin: int) -> int:
+        quote = begin
+        while (quote := self._data.find(b'"', quote + 1)) >= 0:
+            before = quote
+            while self._data[before - 1 : before] == b"\\":
+                before -= 1
+            if (quote - before) % 2 == 0:
+                return quote + 1
+        raise self.broken(begin, "a string that does not end")
+
+    def value_end(self, begin: int) -> int:
+        head = self.byte(begin)
+        if head == b'"':
+            return self.string_end(begin)
+        if head not in (b"[", b"{"):
+            match = _SCALAR_END.search(self._data, begin)
+            if match is None or match.start() == begin:
+                raise self.broken(begin, "no value where one was wanted")
+            return match.start()
+        depth, position = 0, begin
+        while (match := _STRUCTURE.search(self._data, position)) is not None:
+            position = match.end()
+            if match[0] == b'"':
+                position = self.string_end(match.start())
+                continue
+            depth += 1 if match[0] in b"[{" else -1
+            if depth == 0:
+                return position
+        raise self.broken(begin, "brackets that do not close")
+
+    def after_comma(self, end: int, closing: bytes) -> int:
+        position = self.skip_space(end)
+        head = self.byte(position)
+        if head == b",":
+            position = self.skip_space(position + 1)
+            if self.byte(position) == closing:
+                raise self.broken(position, "a comma before the end")
+        elif head != closing:
+            raise self.broken(position, f"no comma, and no {closing.decode()}")
+        return position
+
+    def broken(self, position: int, problem: str) -> InputError:
+        return InputError(f"not JSON: {problem} (byte {position})", path=self._path)
+
+
+def _member(scan: _Scan, begin: int) -> int | None:
+    """Return where the array under "data" begins in the object that begins there."""
+    position = scan.skip_space(begin + 1)
+    while scan.byte(position) != b"}":
+        if scan.byte(position) != b'"':
+            raise scan.broken(position, "no key where one was wanted")
+        end = scan.string_end(position)
+        key = scan._data[position:end]
+        colon = scan.skip_space(end)
+        if scan.byte(colon) != b":":
+            raise scan.broken(colon, "no colon behind a key")
+        value = scan.skip_space(colon + 1)
+        if key == _MEMBER and scan.byte(value) == b"[":
+            return value
+        position = scan.after_comma(scan.value_end(value), b"}")
+    return None
+
+
+def open_json(file: DataFile) -> RowSource:
+    """Open a JSON file: an array, an object with ``"data"``, or JSON Lines of that name.
+
+    Raises
+    ------
+    InputError
+        If it is something else, or brackets and quotes do not match.
+    """
+    begin = file.text_begin()
+    if file.nbytes == begin:
+        return JsonLines(file)
+    with file.opened() as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        scan = _Scan(data, str(file.path))
+        begin = scan.skip_space(begin)
+        if scan.byte(begin) == b"[":
+            return JsonArray(file, scan, begin)
+        if scan.byte(begin) != b"{":
+            raise scan.broken(begin, "neither an array nor an object")
+        member = _member(scan, begin)
+        if member is not None:
+            return JsonArray(file, scan, member)
+        end = scan.value_end(begin)
+        if b"\n" not in data[begin : min(end, begin + LONGEST_ROW)]:
+            return JsonLines(file)  # objects line by line are often called .json
+    raise InputError(
+        'an object without an array under "data"',
+        path=file.path,
+        hint="write one object per line, or an array of objects",
+    )

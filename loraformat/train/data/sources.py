@@ -1,0 +1,115 @@
+"""From what a user names to sources of rows: a file, a directory of files, or an id on the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+
+from loraformat.errors import InputError
+from loraformat.folder import Folder
+from loraformat.train.data.csv_rows import CsvRows
+from loraformat.train.data.data_file import DataFile
+from loraformat.train.data.hub_rows import open_hub
+from loraformat.train.data.json_array import open_json
+from loraformat.train.data.json_lines import JsonLines
+from loraformat.train.data.options import DataOptions
+from loraformat.train.data.parquet import open_parquet
+from loraformat.train.data.row import RowSource
+from loraformat.train.data.text_file import TextFile
+
+__all__ = ["SUFFIXES", "open_sources"]
+
+_HUB_ID = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,200}))?", re.ASCII)
+_MAX_DEPTH = 32
+_MAX_FILES = 1_000_000
+
+_OPENERS: dict[str, Callable[[DataFile, DataOptions], RowSource]] = {
+    ".jsonl": lambda file, options: JsonLines(file),
+    ".ndjson": lambda file, options: JsonLines(file),
+    ".json": lambda file, options: open_json(file),
+    ".csv": lambda file, options: CsvRows(file, ","),
+    ".tsv": lambda file, options: CsvRows(file, "\t"),
+    ".parquet": lambda file, options: open_parquet(file),
+    ".txt": lambda file, options: TextFile(file, paragraphs=options.split_text == "paragraphs"),
+}
+SUFFIXES = tuple(_OPENERS)
+"""Of files that hold rows."""
+
+
+def open_sources(
+    names: str | PathLike[str] | Sequence[str | PathLike[str]], options: DataOptions
+) -> list[RowSource]:
+    """Open everything that is named, in that order; the files of a directory sorted by name.
+
+    Parameters
+    ----------
+    names : path, Hub id, or sequence of them
+    options : DataOptions
+
+    Raises
+    ------
+    InputError
+        If something is missing, leads out of its directory, or is damaged.
+
+    Examples
+    --------
+    >>> open_sources("missing.jsonl", DataOptions())
+    Traceback (most recent call last):
+    loraformat.errors.InputError: missing.jsonl: no such file or directory
+    """
+    listed = [names] if isinstance(names, (str, PathLike)) else names
+    return [source for name in listed for source in _open(fspath(name), options)]
+
+
+def _open(name: str, options: DataOptions) -> list[RowSource]:
+    path = Path(name)
+    if path.is_dir():
+        return _directory(path, options)
+    suffix = path.suffix.lower()
+    hub = _HUB_ID.fullmatch(name)
+    if not os.path.lexists(path):
+        if hub is None or suffix in SUFFIXES:
+            raise InputError("no such file or directory", path=path)
+        return [open_hub(hub[1], hub[2], options.subset, options.split)]
+    if suffix not in _OPENERS:
+        raise InputError(
+            f"suffix {suffix or 'missing'} says nothing about what is in it",
+            path=path,
+            hint=f"name it {', '.join(SUFFIXES)}",
+        )
+    return [_OPENERS[suffix](DataFile.at(path), options)]
+
+
+def _directory(path: Path, options: DataOptions) -> list[RowSource]:
+    folder = Folder(path)
+    sources: list[RowSource] = [
+        _OPENERS[Path(name).suffix.lower()](DataFile.inside(folder, name), options)
+        for name in _walk(path, "", 0)
+    ]
+    if not sources:
+        raise InputError(f"holds no file named {', '.join(SUFFIXES)}", path=path)
+    return sources
+
+
+def _walk(directory: Path, prefix: str, depth: int) -> Iterator[str]:
+    if depth > _MAX_DEPTH:
+        raise InputError(f"deeper than {_MAX_DEPTH} directories", path=directory)
+    entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    if len(entries) > _MAX_FILES:
+        raise InputError(f"holds more than {_MAX_FILES} files", path=directory)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", depth + 1)
+        elif Path(entry.name).suffix.lower() in _OPENERS:
+            yield f"{prefix}{entry.name}"
+        elif entry.is_dir():
+            raise InputError(
+                "is a link to a directory, which is not followed",
+                path=entry.path,
+                hint="name that directory, too, if you want it",
+            )

@@ -1,0 +1,95 @@
+"""Plain text: a file is one document, or one per paragraph, read in pieces of 64 KiB."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from loraformat.train.data.data_file import DataFile
+from loraformat.train.data.pieces import LONGEST_PIECE, cut
+from loraformat.train.data.row import BadRowError, Row
+
+__all__ = ["TextFile"]
+
+_BEGINS, _ENDS = 1, 2
+
+
+class TextFile:
+    """The pieces of a text file; 13 bytes of memory each.
+
+    Parameters
+    ----------
+    file : DataFile
+        UTF-8.
+    paragraphs : bool
+        What stands between blank lines is a document, without the line end behind it.
+        Otherwise the whole file is one, byte for byte.
+    """
+
+    def __init__(self, file: DataFile, *, paragraphs: bool) -> None:
+        self._file = file
+        self._begins, self._lengths, self._flags = array("q"), array("I"), array("B")
+        whole = ((file.text_begin(), file.nbytes),)
+        for begin, end in _paragraphs(file) if paragraphs else whole:
+            self._index(begin, end)
+
+    def _index(self, begin: int, end: int) -> None:
+        flags = _BEGINS
+        while begin < end:
+            stop = end
+            if end - begin > LONGEST_PIECE:
+                stop = begin + cut(self._file.between(begin, begin + LONGEST_PIECE))
+            self._begins.append(begin)
+            self._lengths.append(stop - begin)
+            self._flags.append(flags | (_ENDS if stop == end else 0))
+            begin, flags = stop, 0
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self._file.path)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def place(self, number: int) -> str:
+        """Say at which byte the piece begins."""
+        return f"byte {self._begins[number]}"
+
+    def read(self, number: int) -> Row:
+        """Return a piece as ``{"text": …}``.
+
+        Raises
+        ------
+        BadRowError
+            If it is not UTF-8.
+        """
+        begin = self._begins[number]
+        data = self._file.between(begin, begin + self._lengths[number])
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRowError(
+                f"byte {begin + error.start}", "not UTF-8 text", path=self.name
+            ) from None
+        flags = self._flags[number]
+        return Row({"text": text}, bool(flags & _BEGINS), bool(flags & _ENDS))
+
+
+def _paragraphs(file: DataFile) -> Iterator[tuple[int, int]]:
+    offset = file.text_begin()
+    with file.opened() as stream:
+        stream.seek(offset)
+        begin = end = offset
+        at_line_start = True
+        while line := stream.readline(LONGEST_PIECE):
+            if at_line_start and line.isspace():
+                if end > begin:
+                    yield begin, end
+                begin = end = offset + len(line)
+            else:
+                end = offset + len(line.rstrip(b"\r\n"))
+            at_line_start = line.endswith(b"\n")
+            offset += len(line)
+        if end > begin:
+            yield begin, end

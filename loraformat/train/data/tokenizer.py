@@ -1,0 +1,187 @@
+"""The model's own tokenizer and chat template, opened from the model's directory alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from loraformat.errors import InputError, MissingDependencyError, UnsupportedError
+from loraformat.folder import Folder
+
+__all__ = ["TextEncoder", "TokenizedText", "open_tokenizer"]
+
+_LARGEST_TEMPLATE = 1 << 20
+_PROBE = "a"
+
+
+class TokenizedText:
+    """A text as tokens.
+
+    Attributes
+    ----------
+    text : str
+    ids : list of int
+    spans : list of (int, int)
+        Of each token, the characters of the text that it stands for.
+    """
+
+    __slots__ = ("ids", "spans", "text")
+
+    def __init__(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> None:
+        self.text, self.ids, self.spans = text, ids, spans
+
+
+class TextEncoder:
+    """What the data needs of a tokenizer of transformers.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        A fast one: only those say which characters a token stands for.
+    name : str
+        For messages.
+
+    Attributes
+    ----------
+    prefix : list of int
+        What the tokenizer puts before a text by itself, such as BOS.
+    suffix : list of int
+        What ends a document: what the tokenizer puts there, else EOS, else nothing.
+    padding : int
+        Any valid id. What is padding is known by position, never by this id.
+
+    Raises
+    ------
+    UnsupportedError
+        If the tokenizer does not say where its tokens stand.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise UnsupportedError(
+                "a tokenizer without offsets: what is learned could not be told from the prompt",
+                path=name,
+                hint="add the model's tokenizer.json",
+            )
+        self.tokenizer = tokenizer
+        self.name = name
+        self.special = frozenset(
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
+        bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        framed = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
+        begin = framed.index(bare[0]) if bare and bare[0] in framed else 0
+        self.prefix: list[int] = framed[:begin]
+        eos = tokenizer.eos_token_id
+        self.suffix: list[int] = framed[begin + len(bare) :] or ([] if eos is None else [eos])
+        pad = tokenizer.pad_token_id
+        self.padding: int = next((n for n in (pad, eos) if n is not None), 0)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(self.tokenizer.chat_template)
+
+    def use_template(self, path: str | PathLike[str]) -> None:
+        """Render conversations with the Jinja template in a file.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read, is larger than 1 MiB, or is not UTF-8.
+        """
+        self.tokenizer.chat_template = _template(Path(path))
+
+    def tokenize(self, text: str) -> TokenizedText:
+        """Return a text's tokens, and none besides."""
+        found = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return TokenizedText(text, found["input_ids"], found["offset_mapping"])
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, prompt: bool
+    ) -> str:
+        """Return a conversation as the chat template writes it.
+
+        Parameters
+        ----------
+        messages : sequence of dict
+        tools : list or None
+        prompt : bool
+            Also write what stands before the assistant's next words.
+        """
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+        )
+
+
+def open_tokenizer(
+    directory: str | PathLike[str], chat_template: str | PathLike[str] | None = None
+) -> TextEncoder:
+    """Open the tokenizer in a model's directory; nothing is downloaded, no code of it is run.
+
+    Parameters
+    ----------
+    directory : str or os.PathLike
+        A bundle, or any directory with tokenizer files.
+    chat_template : str or os.PathLike, optional
+        File with a Jinja template that takes the place of the model's own.
+
+    Raises
+    ------
+    InputError
+        If there is no tokenizer, or it cannot be opened.
+    MissingDependencyError
+        If transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingDependencyError(
+            "training needs transformers, which is not installed",
+            hint="run: pip install 'loraformat[train]'",
+        ) from None
+    _check_files(Path(directory))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            fspath(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # from JSON errors to Rust panics, depending on what is broken
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"its tokenizer cannot be opened: {reason}",
+            path=directory,
+            hint="copy the tokenizer files of the original model there",
+        ) from None
+    encoder = TextEncoder(tokenizer, fspath(directory))
+    if chat_template is not None:
+        encoder.use_template(chat_template)
+    return encoder
+
+
+def _check_files(directory: Path) -> None:
+    folder = Folder(directory)
+    names = [name for name in folder.names() if name.count("/") == 0]
+    for name in names:
+        if "token" in name or name.startswith(("config", "vocab", "merges", "chat_template")):
+            os.close(folder.open(name))  # a link that leads out is refused before it is followed
+
+
+def _template(path: Path) -> str:
+    real = path.resolve()
+    raw = Folder(real.parent).read(real.name, _LARGEST_TEMPLATE)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}", path=path) from None

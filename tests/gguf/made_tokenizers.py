@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from llama_runtime import tokenize
 from tiny_models import MODELS, auto_class
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 import loraformat
+from loraformat.ops.convert import convert
 
 #: Code, numbers, runs of white space, other scripts, emoji, specials, nothing.
 TEXTS = [
@@ -30,7 +32,7 @@ TEXTS = [
     "",
 ]
 ADDED = ["<|start|>", "<|end|>"]
-_CORPUS = [
+CORPUS = [
     path.read_text() for path in sorted(Path(loraformat.__file__).parent.glob("*.py"))[:12]
 ] + TEXTS * 3
 
@@ -48,7 +50,7 @@ def trained_bpe(definition: dict[str, Any], *, ignore_merges: bool = False) -> T
         vocab_size=800, special_tokens=ADDED, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens(["<tool>"])
     return tokenizer
 
@@ -74,6 +76,22 @@ def ids(path: Path, texts=TEXTS, *, special: bool = False) -> list[list[int]]:
     """Return what transformers' AutoTokenizer makes of texts."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     return [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+
+
+def compare(source: Path, scratch: Path, texts=TEXTS, *, special=False, **options) -> Any:
+    """Convert there and back; return the report after all ids were found equal."""
+    scratch.mkdir(exist_ok=True)
+    report = convert(source, scratch / "model.gguf", dtype="f32", **options)
+    convert(scratch / "model.gguf", scratch / "back", to_format="safetensors")
+    theirs = ids(source, texts, special=special)
+    assert any(theirs)
+    ours = tokenize(scratch / "model.gguf", texts, add_special=special)
+    for text, one, other in zip(texts, theirs, ours, strict=True):
+        assert one == other, f"llama.cpp, {text!r}"
+    back = ids(scratch / "back", texts, special=special)
+    for text, one, other in zip(texts, theirs, back, strict=True):
+        assert one == other, f"made back, {text!r}"
+    return report
 
 
 torch.set_num_threads(1)

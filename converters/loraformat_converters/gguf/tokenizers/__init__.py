@@ -6,15 +6,17 @@ on ``model.type`` of ``tokenizer.json`` one way and on ``tokenizer.ggml.model`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraformat.checkpoint import CarriedFile, Checkpoint
-from loraformat.errors import LoraFormatError, printable
-from loraformat_converters.gguf.tokenizers import bpe
+from loraformat.errors import LoraFormatError, UsageError, printable
+from loraformat_converters.gguf.tokenizers import bpe, sentencepiece_model, spm, wordpiece
 from loraformat_converters.gguf.tokenizers.chat import template_keys
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.special import around, around_keys, special_keys
+from loraformat_converters.gguf.tokenizers.vocabulary import Converted
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_files
 from loraformat_converters.gguf.values import GGUFValue
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokenizer", "TokenizerFiles", "files", "read"]
 
-_HINT = "put tokenizer.json beside the weights; a tokenizer.model alone cannot be converted yet"
+_HINT = "put the tokenizer's files beside the weights"
+_Convert = Callable[[Sources, int], Converted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +90,41 @@ def read(checkpoint: Checkpoint, *, vocabulary: int, pre: str | None = None) -> 
 
 
 def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
-    if not sources.has("tokenizer.json"):
-        raise sources.refused(
-            "has no tokenizer.json, which llama.cpp's file is made of", hint=_HINT
-        )
-    model = sources.tokenizer.get("model")
-    kind = model.get("type") if isinstance(model, dict) else None
-    if kind == "BPE":
-        keys, found, notes = bpe.to_gguf(sources, rows, pre)
+    kind, convert = _room(sources)
+    if kind != "byte-level BPE" and pre is not None:
+        raise UsageError(f"--pre is for byte-level BPE, and the tokenizer is {kind}")
+    found = bpe.to_gguf(sources, rows, pre) if convert is None else convert(sources, rows)
+    keys, notes = found.keys, found.notes
+    special = special_keys(sources, found)
+    if kind == "WordPiece":
+        keys |= wordpiece.around_keys(sources, around(sources, special), special)
     else:
-        raise sources.refused(
-            f"the tokenizer is of type {printable(str(kind))}, and only byte-level BPE can be "
-            "converted yet"
-        )
-    special = special_keys(sources, found.numbers(), rows)
-    more, said = around_keys(around(sources, special), special, found.texts)
-    keys |= more | template_keys(sources)
-    return Tokenizer(keys, notes + said + found.notes())
+        alone = kind == "tokenizer.model"
+        sides = sentencepiece_model.around(sources, special) if alone else around(sources, special)
+        more, said = around_keys(sides, special, found.vocabulary.texts)
+        keys, notes = keys | more, notes + said
+    return Tokenizer(keys | template_keys(sources), notes + found.vocabulary.notes())
+
+
+def _room(sources: Sources) -> tuple[str, _Convert | None]:
+    """Return what a tokenizer is, and who converts it, if not byte-level BPE."""
+    if not sources.has("tokenizer.json"):
+        if sources.has(sentencepiece_model.FILE):
+            return sentencepiece_model.FILE, sentencepiece_model.to_gguf
+        raise sources.refused("has no tokenizer.json and no tokenizer.model", hint=_HINT)
+    model = sources.tokenizer.get("model")
+    model = model if isinstance(model, dict) else {}
+    kind = model.get("type")
+    if kind == "BPE":
+        if spm.is_spm(model):
+            return "SentencePiece", spm.to_gguf
+        return "byte-level BPE", None
+    if kind == "WordPiece":
+        return "WordPiece", wordpiece.to_gguf
+    raise sources.refused(
+        f"the tokenizer is of type {printable(str(kind))}, and llama.cpp has byte-level BPE, "
+        "SentencePiece BPE and WordPiece for these models"
+    )
 
 
 def files(gguf: GGUFFile) -> TokenizerFiles:
@@ -115,17 +136,30 @@ def files(gguf: GGUFFile) -> TokenizerFiles:
         If the metadata is damaged.
     """
     kind = gguf.text("tokenizer.ggml.model", "none")
-    if kind not in ("gpt2",) or "tokenizer.ggml.tokens" not in gguf.metadata:
+    if kind not in _SPECIAL_IDS or "tokenizer.ggml.tokens" not in gguf.metadata:
         return TokenizerFiles((), f"tokenizer files (none are known for {printable(kind)})")
-    tokens = Tokens(gguf)
+    tokens = Tokens(gguf, _SPECIAL_IDS[kind])
     made: dict[str, Any] | str
-    tokens.around(gguf, bos=gguf.text("tokenizer.ggml.pre", "default") in _ADDS_BOS)
-    made = bpe.from_gguf(gguf, tokens)
+    missing = None
+    if kind == "gpt2":
+        tokens.around(gguf, bos=gguf.text("tokenizer.ggml.pre", "default") in _ADDS_BOS)
+        made = bpe.from_gguf(gguf, tokens)
+    elif kind == "llama":
+        tokens.around(gguf, bos=True)
+        made, missing = spm.from_gguf(gguf, tokens)
+    else:
+        made = wordpiece.from_gguf(gguf, tokens)
     if isinstance(made, str):
         return TokenizerFiles((), made)
-    return TokenizerFiles(tokenizer_files(gguf, tokens, made))
+    return TokenizerFiles(tokenizer_files(gguf, tokens, made), missing)
 
 
+#: By ``tokenizer.ggml.model``: special tokens where the file does not say.
+_SPECIAL_IDS: dict[str, dict[str, int]] = {
+    "gpt2": {},
+    "llama": spm.SPECIAL_IDS,
+    "bert": wordpiece.SPECIAL_IDS,
+}
 #: Where llama.cpp puts the first token if the file does not say.
 _ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
              "lfm2", "jina-v5-nano", "tekken", "chameleon")  # fmt: skip

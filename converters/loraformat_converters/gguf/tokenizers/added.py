@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from loraformat.errors import printable
@@ -28,7 +29,12 @@ def added_tokens(sources: Sources) -> list[dict[str, Any]]:
 
 
 def put_added_tokens(
-    sources: Sources, vocabulary: Vocabulary, *, unknown: str | None = None, spaced: bool = False
+    sources: Sources,
+    vocabulary: Vocabulary,
+    *,
+    unknown: str | None = None,
+    spaced: bool = False,
+    scores: Mapping[str, float] | None = None,
 ) -> None:
     """Give added tokens their rows, over what stood there.
 
@@ -39,16 +45,18 @@ def put_added_tokens(
     unknown : str, optional
         The token for what is not known.
     spaced : bool
-        Texts stand for themselves after ``▁`` has become a space.
+        What is found after spaces have become ``▁`` stands with spaces.
+    scores : mapping of str to float, optional
+        Of tokens that merging builds, too.
     """
     for token in added_tokens(sources):
         text = token["content"]
         kind = TokenKind.CONTROL if token.get("special") else TokenKind.USER_DEFINED
         if text == unknown:
             kind = TokenKind.UNKNOWN
-        elif spaced and kind is TokenKind.USER_DEFINED and token.get("normalized", True):
+        elif spaced and kind is TokenKind.USER_DEFINED and token.get("normalized"):
             text = text.replace("▁", " ")
-        vocabulary.put_added(token, text, kind)
+        vocabulary.put_added(token, text, kind, (scores or {}).get(text, 0.0))
 
 
 def stripping_note(sources: Sources) -> list[str]:

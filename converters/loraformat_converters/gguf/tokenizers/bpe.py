@@ -19,7 +19,7 @@ from loraformat_converters.gguf.tokenizers.pre_tokenizers import (
     steps_of,
 )
 from loraformat_converters.gguf.tokenizers.sources import Sources
-from loraformat_converters.gguf.tokenizers.vocabulary import TokenKind, Vocabulary
+from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
@@ -32,10 +32,8 @@ __all__ = ["from_gguf", "merge_pairs", "to_gguf"]
 _FILE = "tokenizer.json"
 
 
-def to_gguf(
-    sources: Sources, rows: int, pre: str | None
-) -> tuple[dict[str, GGUFValue], Vocabulary, list[str]]:
-    """Return the keys, the vocabulary and notes.
+def to_gguf(sources: Sources, rows: int, pre: str | None) -> Converted:
+    """Return what becomes of the tokenizer.
 
     Parameters
     ----------
@@ -75,7 +73,7 @@ def to_gguf(
         **vocabulary.keys(),
         "tokenizer.ggml.merges": GGUFValue.of_array(ValueType.STRING, merges),
     }
-    return keys, vocabulary, notes + stripping_note(sources)
+    return Converted(keys, vocabulary, notes + stripping_note(sources))
 
 
 def _pre_tokenizer(

@@ -32,6 +32,10 @@ class Sources:
         """Say whether there is such a file."""
         return name in self._files
 
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes."""
+        return self._files[name].nbytes
+
     def bytes(self, name: str) -> bytes:
         """Return a file's bytes."""
         return self._files[name].read()
@@ -86,17 +90,21 @@ class Sources:
         return found
 
     @cached_property
+    def model_config(self) -> dict[str, Any]:
+        """``config.json`` of the model."""
+        if self.checkpoint.config is None:
+            return {}
+        try:
+            found = strict_json.loads(self.checkpoint.config)
+        except strict_json.StrictJsonError as error:
+            raise self.wrong("config.json", f"is not strict JSON: {error}") from None
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
     def special_ids(self) -> dict[str, int]:
         """The numbers of special tokens that the model's configs give, the first of several."""
         found = {}
-        config = {}
-        if self.checkpoint.config is not None:
-            try:
-                parsed = strict_json.loads(self.checkpoint.config)
-            except strict_json.StrictJsonError as error:
-                raise self.wrong("config.json", f"is not strict JSON: {error}") from None
-            config = parsed if isinstance(parsed, dict) else {}
-        for values in (config, self.json("generation_config.json")):
+        for values in (self.model_config, self.json("generation_config.json")):
             for kind in ("bos", "eos", "pad"):
                 number = values.get(f"{kind}_token_id")
                 if isinstance(number, list) and number:

@@ -12,10 +12,11 @@ from typing import Any
 
 from loraformat.errors import printable
 from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.vocabulary import Converted
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
-__all__ = ["Around", "around", "around_keys", "special_keys"]
+__all__ = ["Around", "around", "around_keys", "number_keys", "special_keys"]
 
 #: llama.cpp's names; "seperator" is how it spells it.
 NAMES = {
@@ -37,12 +38,17 @@ class Around:
     last: tuple[int, ...] = ()
 
 
-def special_keys(sources: Sources, numbers: dict[str, int], rows: int) -> dict[str, int]:
+def special_keys(sources: Sources, converted: Converted) -> dict[str, int]:
     """Return the numbers of the special tokens, by kind."""
+    vocabulary = converted.vocabulary
+    rows, numbers = vocabulary.rows, vocabulary.numbers()
     found = {kind: number for kind, number in sources.special_ids.items() if 0 <= number < rows}
+    found |= converted.special
     for kind, text in sources.special.items():
         if text in numbers:
             found[kind] = numbers[text]
+    if vocabulary.unknown is not None:
+        found["unk"] = vocabulary.unknown
     return found
 
 
@@ -129,8 +135,12 @@ def around_keys(
         if adds:
             special[kind] = ids[0]
         keys[f"tokenizer.ggml.add_{kind}_token"] = GGUFValue.of(ValueType.BOOL, adds)
-    numbers = {
+    return number_keys(special) | keys, notes
+
+
+def number_keys(special: dict[str, int]) -> dict[str, GGUFValue]:
+    """Return the keys of the special tokens' numbers."""
+    return {
         f"tokenizer.ggml.{NAMES[kind]}_token_id": GGUFValue.of(ValueType.UINT32, number)
         for kind, number in special.items()
     }
-    return numbers | keys, notes

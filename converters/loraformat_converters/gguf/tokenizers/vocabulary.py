@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -21,6 +22,27 @@ class TokenKind(IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
+
+
+@dataclass
+class Converted:
+    """A tokenizer on its way into a GGUF file.
+
+    Attributes
+    ----------
+    keys : dict of str to GGUFValue
+        All but those about special tokens.
+    vocabulary : Vocabulary
+    notes : list of str
+        Where llama.cpp will do something else.
+    special : dict of str to int
+        Numbers of special tokens that the tokenizer itself knows, by kind.
+    """
+
+    keys: dict[str, GGUFValue]
+    vocabulary: Vocabulary
+    notes: list[str]
+    special: dict[str, int] = field(default_factory=dict)
 
 
 class Vocabulary:
@@ -72,6 +94,11 @@ class Vocabulary:
             self.beyond.append(text)
         else:
             self.put(number, text, kind, score)
+
+    @property
+    def unknown(self) -> int | None:
+        """Number of the token for what is not known."""
+        return self.kinds.index(TokenKind.UNKNOWN) if TokenKind.UNKNOWN in self.kinds else None
 
     @property
     def texts(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraformat.checkpoint import CarriedFile
@@ -26,6 +27,8 @@ class Tokens:
     Parameters
     ----------
     gguf : GGUFFile
+    special : mapping of str to int
+        Numbers of special tokens that llama.cpp takes where the file does not say.
 
     Raises
     ------
@@ -33,7 +36,7 @@ class Tokens:
         If its arrays do not fit together.
     """
 
-    def __init__(self, gguf: GGUFFile) -> None:
+    def __init__(self, gguf: GGUFFile, special: Mapping[str, int]) -> None:
         self.texts: list[str] = gguf.array("tokenizer.ggml.tokens", ValueType.STRING)
         self.kinds: list[int] = [TokenKind.NORMAL] * len(self.texts)
         if "tokenizer.ggml.token_type" in gguf.metadata:
@@ -44,7 +47,7 @@ class Tokens:
             )
         self.special: dict[str, int] = {}
         for kind, name in NAMES.items():
-            number = gguf.integer(f"tokenizer.ggml.{name}_token_id", -1)
+            number = gguf.integer(f"tokenizer.ggml.{name}_token_id", special.get(kind, -1))
             if 0 <= number < len(self.texts):
                 self.special[kind] = number
         self.first: list[int] = []
@@ -64,6 +67,10 @@ class Tokens:
             if not padding and text:
                 found.setdefault(text, number)
         return found
+
+    def found_in_texts(self) -> set[str]:
+        """Return the texts of the tokens that are found in a text before it is cut."""
+        return {t for t, kind in zip(self.texts, self.kinds, strict=True) if kind in _ADDED}
 
     def added(self) -> list[dict[str, Any]]:
         """Return the tokens that are found in a text before it is cut."""

@@ -1,0 +1,207 @@
+"""SentencePiece as llama.cpp has it: Llama 2, Mistral, Mixtral, Gemma, Phi-3.
+
+llama.cpp cuts special tokens out of a text, writes ``▁`` for spaces, may put one in front of
+each part, and merges neighbours by the score of the token that they make. What is left and is
+no token becomes bytes. In ``tokenizer.json`` that is BPE with ``byte_fallback``; `merging` says
+when the two cut alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from itertools import pairwise
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from loraformat.errors import InputError
+from loraformat_converters.gguf.tokenizers.added import (
+    added_tokens,
+    put_added_tokens,
+    stripping_note,
+)
+from loraformat_converters.gguf.tokenizers.bpe import merge_pairs, model_vocabulary
+from loraformat_converters.gguf.tokenizers.merging import order_of, splits
+from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.spaces import spaces_of
+from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
+from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
+from loraformat_converters.gguf.types import ValueType
+from loraformat_converters.gguf.values import GGUFValue
+
+if TYPE_CHECKING:
+    from loraformat_converters.gguf.container import GGUFFile
+
+__all__ = ["BYTES", "SPECIAL_IDS", "from_gguf", "is_spm", "keys_of", "missing_byte", "to_gguf"]
+
+_FILE = "tokenizer.json"
+BYTES = tuple(f"<0x{number:02X}>" for number in range(256))
+#: What llama.cpp takes if the file does not say.
+SPECIAL_IDS = {"bos": 1, "eos": 2, "unk": 0}
+
+
+def is_spm(model: dict[str, Any]) -> bool:
+    """Say whether a BPE ``model`` is one of characters and bytes, not of bytes alone.
+
+    Examples
+    --------
+    >>> is_spm({"type": "BPE", "byte_fallback": True})
+    True
+    >>> is_spm({"type": "BPE", "vocab": {"Ġthe": 7}})
+    False
+    """
+    return model.get("byte_fallback") is True
+
+
+def to_gguf(sources: Sources, rows: int) -> Converted:
+    """Return what becomes of the tokenizer, from ``tokenizer.json``.
+
+    Parameters
+    ----------
+    sources : Sources
+    rows : int
+        Of the embedding.
+
+    Raises
+    ------
+    UnsupportedError
+        If llama.cpp would cut texts otherwise.
+    InputError
+        If the file is damaged.
+    """
+    model = sources.tokenizer["model"]
+    _check_options(sources, model)
+    spaces = spaces_of(sources)
+    table = model_vocabulary(sources, model)
+    missing = missing_byte(table)
+    if missing is not None:
+        raise sources.refused(
+            f"{_FILE} has no token for the byte {missing}, and llama.cpp's SentencePiece "
+            "stops where it finds no token"
+        )
+    added = added_tokens(sources)
+    # Those with ▁ are not found in a text, which has spaces; merging builds them.
+    cut = {
+        token["content"]
+        for token in added
+        if "▁" not in token["content"] or (not token.get("special") and token.get("normalized"))
+    }
+    texts = table.keys() - cut
+    order = order_of(merge_pairs(sources, model, table), texts, cut)
+    spaces.check(order)
+    vocabulary, unknown = Vocabulary(rows, _FILE), model.get("unk_token")
+    scores = {text: -float(place) for place, text in enumerate(order)}
+    for text, number in table.items():
+        kind = TokenKind.BYTE if text in _BYTE_SET else TokenKind.NORMAL
+        kind = TokenKind.UNKNOWN if text == unknown else kind
+        score = 0.0 if kind is TokenKind.BYTE else scores.get(text, -float(len(order)))
+        vocabulary.put(number, text, kind, score)
+    put_added_tokens(sources, vocabulary, unknown=unknown, spaced=True, scores=scores)
+    keys = keys_of(vocabulary, add_space_prefix=spaces.prefix)
+    return Converted(keys, vocabulary, spaces.notes + stripping_note(sources))
+
+
+_BYTE_SET = frozenset(BYTES)
+
+
+def missing_byte(texts: Container[str]) -> str | None:
+    """Return the first byte that neither has a token nor is a character that has one."""
+    return next(
+        (
+            text
+            for number, text in enumerate(BYTES)
+            if text not in texts and (number >= 128 or chr(number) not in texts)
+        ),
+        None,
+    )
+
+
+def keys_of(vocabulary: Vocabulary, *, add_space_prefix: bool) -> dict[str, GGUFValue]:
+    """Return the keys of a SentencePiece vocabulary."""
+    return {
+        "tokenizer.ggml.model": GGUFValue.of(ValueType.STRING, "llama"),
+        "tokenizer.ggml.pre": GGUFValue.of(ValueType.STRING, "default"),
+        **vocabulary.keys(scores=True),
+        "tokenizer.ggml.add_space_prefix": GGUFValue.of(ValueType.BOOL, add_space_prefix),
+    }
+
+
+def _check_options(sources: Sources, model: dict[str, Any]) -> None:
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "dropout"):
+        if model.get(option):
+            raise sources.refused(
+                f"{_FILE} is BPE with {option}, which llama.cpp's SentencePiece does not have"
+            )
+
+
+def from_gguf(gguf: GGUFFile, tokens: Tokens) -> tuple[dict[str, Any], str | None]:
+    """Return ``tokenizer.json``, and where it will cut texts otherwise.
+
+    Raises
+    ------
+    InputError
+        If the metadata is damaged.
+    """
+    scores = _scores(gguf, len(tokens.texts))
+    table = tokens.vocabulary()
+    cut = {text for text in tokens.found_in_texts() if "▁" not in text}
+    pairs = splits(table.keys() - cut, cut)
+    order = sorted(pairs, key=lambda text: (-scores[table[text]], table[text]))
+    prefix = gguf.flag("tokenizer.ggml.add_space_prefix", True)
+    unknown = tokens.special.get("unk")
+    made = tokenizer_json(
+        tokens,
+        normalizer={"type": "Sequence", "normalizers": [*_PREPEND, _REPLACE]}
+        if prefix
+        else _REPLACE,
+        pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": [*_DECODERS, *(_STRIP if prefix else [])]},
+        model={
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None if unknown is None else tokens.texts[unknown],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": table,
+            "merges": [
+                [left, right]
+                for text in order
+                for left, right in pairs[text]
+                if left in table and right in table
+            ],
+        },
+    )
+    return made, _difference(order, [scores[table[text]] for text in order])
+
+
+def _scores(gguf: GGUFFile, count: int) -> list[float]:
+    if "tokenizer.ggml.scores" not in gguf.metadata:
+        return [0.0] * count
+    found = gguf.array("tokenizer.ggml.scores", ValueType.FLOAT32, ValueType.INT32)
+    if len(found) < count:
+        raise InputError(f"has {count} tokens, and scores of {len(found)}", path=gguf.path)
+    if not all(map(isfinite, found)):
+        raise InputError("has a token whose score is not finite", path=gguf.path)
+    return found
+
+
+def _difference(order: list[str], scores: list[float]) -> str | None:
+    tied = sum(one == other for one, other in pairwise(scores))
+    if not tied:
+        return None
+    return (
+        f"the order of {tied + 1} tokens with equal scores, which llama.cpp merges from left to "
+        "right and tokenizer.json by rank: texts with them may be cut otherwise"
+    )
+
+
+_PREPEND = [{"type": "Prepend", "prepend": "▁"}]
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_DECODERS = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_STRIP = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]

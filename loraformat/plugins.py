@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loraformat.checkpoint import Checkpoint
     from loraformat.model_directory import WrittenModel
     from loraformat.publish import Publication
+    from loraformat.runtimes.facts import AdapterFacts
 
 __all__ = [
     "GROUP",
@@ -190,6 +191,9 @@ class Converter:
         Opens a path as an `Adapter`.
     write_adapter : callable or None
         Writes an adapter into a publication's work directory.
+    examine : callable or None
+        Looks at an adapter as other programs find it, for ``loraformat check``, and refuses
+        nothing but damage. Without it an adapter is read, and what that refuses is an error.
     forecast : callable or None
         Tells of a checkpoint and a target path what ``write`` would write, and refuses what it
         would refuse. Without it a dry run adds up the tensors.
@@ -221,6 +225,7 @@ class Converter:
     read_with: Callable[[Path, ReadOptions], Checkpoint] | None = None
     read_adapter: Callable[[Path, AdapterReadOptions], Adapter] | None = None
     write_adapter: Callable[[Adapter, Publication, AdapterWriteOptions], None] | None = None
+    examine: Callable[[Path, AdapterReadOptions], AdapterFacts] | None = None
     write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None
     forecast: Callable[[Checkpoint, Path, WriteOptions], Forecast] | None = None
     forecast_adapter: Callable[[Adapter, Path, AdapterWriteOptions], Forecast] | None = None

@@ -24,7 +24,7 @@ Data goes to stdout, everything else to stderr. Exit codes:
 | 1 | error |
 | 2 | usage: options that contradict each other or do not exist |
 | 3 | the input is missing, damaged, hostile, or cannot be expressed |
-| 4 | `verify` found something |
+| 4 | `verify` or `check` found something |
 | 5 | the output exists, is the input, or is being written by another process |
 | 6 | not enough disk or memory |
 | 7 | the network, or the Hugging Face Hub |

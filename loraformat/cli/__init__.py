@@ -27,6 +27,7 @@ __all__ = ["commands", "main"]
 
 #: Verb and its line in ``--help``; the verb's module holds a click command named ``command``.
 _VERBS = {
+    "check": "Tell which runtimes will be right about an adapter; fix it.",
     "combine": "Make one adapter from several.",
     "convert": "Convert a model from one format to another.",
     "demo": "Run every verb on the small real model and its adapters.",
@@ -66,8 +67,8 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 input invalid, 4 verify found something, "
-    "5 output exists or is locked, 6 no space or memory, 7 network or Hub, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 input invalid, 4 verify or check found "
+    "something, 5 output exists or is locked, 6 no space or memory, 7 network or Hub, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="loraformat")
 def commands() -> None:

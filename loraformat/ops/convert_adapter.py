@@ -31,6 +31,7 @@ from loraformat.ops.adapter_base import open_base
 from loraformat.ops.adapter_output import AdapterOutput, check_fits, plan_output
 from loraformat.ops.adapter_target import publish_adapter
 from loraformat.ops.bundle_adapters import check_incoming, put
+from loraformat.ops.one_rank import with_one_rank
 from loraformat.plugins import AdapterReadOptions, Converter
 
 __all__ = ["AdapterReport", "convert_adapter", "tensors_of"]
@@ -89,12 +90,16 @@ class AdapterReport:
 
 @dataclass(frozen=True, slots=True)
 class AdapterOptions:
-    """What a user may ask of a conversion; see `loraformat.ops.convert.convert`."""
+    """What a user may ask of a conversion; see `loraformat.ops.convert.convert`.
+
+    With ``one_rank`` all modules get one rank: see `loraformat.ops.one_rank`.
+    """
 
     to_format: str | None = None
     dtype: str | None = None
     base: str | Path | None = None
     canonical: bool = False
+    one_rank: bool = False
     allow_pickle: bool = False
     allow_base_mismatch: bool = False
     force: bool = False
@@ -139,6 +144,8 @@ def convert_adapter(
         base, home = open_base(stack, options.base, place, origin if anew else None)
         read = AdapterReadOptions(base, options.allow_pickle, conditional=place is None)
         adapter = stack.enter_context(reader.read_adapter(source.path, read))
+        if options.one_rank:
+            adapter = with_one_rank(adapter)
         listed, notes = _listed(origin)
         if listed is not None:
             check_listed(Folder(source.path), listed)

@@ -148,7 +148,7 @@ def vllm(use: Use) -> Snippet:
     Examples
     --------
     >>> print(vllm(Use("polite", "org/base", "org/polite", 20)).text.split("curl")[0], end="")
-    vllm serve org/base --enable-lora \\
+    vllm serve org/base --enable-lora \
       --max-lora-rank 32 --lora-modules polite=org/polite
     <BLANKLINE>
     """
@@ -173,7 +173,7 @@ def sglang(use: Use) -> Snippet:
     Examples
     --------
     >>> print(sglang(Use("polite", "org/base", "A", 8)).text.split("curl")[0], end="")
-    python -m sglang.launch_server --model-path org/base --enable-lora \\
+    python -m sglang.launch_server --model-path org/base --enable-lora \
       --max-lora-rank 8 --lora-paths polite=A
     <BLANKLINE>
     """

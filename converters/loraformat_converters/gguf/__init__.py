@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loraformat.checkpoint import Checkpoint
     from loraformat.model_directory import WrittenModel
     from loraformat.publish import Publication
+    from loraformat.runtimes.facts import AdapterFacts
 
 __all__ = ["CONVERTER", "LORA_CONVERTER"]
 
@@ -114,6 +115,13 @@ def write_lora(adapter: Adapter, publication: Publication, options: AdapterWrite
     write_adapter(adapter, publication, options)
 
 
+def examine_lora(path: Path, options: AdapterReadOptions) -> AdapterFacts:
+    """Look at an adapter; see `loraformat_converters.gguf.lora.examine`."""
+    from loraformat_converters.gguf.lora.examine import examine
+
+    return examine(path, options)
+
+
 def forecast_lora(adapter: Adapter, target: Path, options: AdapterWriteOptions) -> Forecast:
     """Tell what `write_lora` would write."""
     from loraformat_converters.gguf.lora.write import forecast_adapter
@@ -129,6 +137,7 @@ LORA_CONVERTER = Converter(
     read_adapter=read_lora,
     write_adapter=write_lora,
     forecast_adapter=forecast_lora,
+    examine=examine_lora,
     output="file",
     dtypes=("f32", "f16", "bf16", "q8_0"),
     loses=("training settings of the config (dropout, task type), activation statistics",),

@@ -1,12 +1,14 @@
 """PEFT LoRA adapters: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Format: ``LoraConfig`` and ``save_pretrained`` of PEFT 0.21. `config` knows the fields and
-the scaling, `keys` the names of tensors, `read` and `write` put them together.
+the scaling, `keys` the names of tensors, `read` and `write` put them together; `examine` says
+what other programs will find.
 """
 
 from __future__ import annotations
 
 from loraformat.plugins import Converter
+from loraformat_converters.peft.examine import examine
 from loraformat_converters.peft.read import read_adapter, sniff
 from loraformat_converters.peft.write import write_adapter
 
@@ -19,4 +21,5 @@ CONVERTER = Converter(
     sniff=sniff,
     read_adapter=read_adapter,
     write_adapter=write_adapter,
+    examine=examine,
 )

@@ -12,7 +12,7 @@ from loraformat.folder import Folder
 from loraformat_converters.peft.patterns import PatternTable
 from loraformat_converters.peft.refusals import INVOCATION, refuse_by_name, unknown_fields
 
-__all__ = ["CONFIG_NAME", "MAX_CONFIG_BYTES", "LoraSettings", "read_settings"]
+__all__ = ["CONFIG_NAME", "MAX_CONFIG_BYTES", "LoraSettings", "read_config", "read_settings"]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -37,12 +37,23 @@ class LoraSettings:
     invocation_tokens : tuple of int
     notes : list of str
         What a user should know; grows as modules are looked up.
+
+    With ``refuse=False`` nothing is refused by name: the config is only looked at.
     """
 
-    def __init__(self, config: dict[str, Any], path: Path, *, conditional: bool = False) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        path: Path,
+        *,
+        conditional: bool = False,
+        refuse: bool = True,
+    ) -> None:
         self.config, self._path = config, path
-        refuse_by_name(config, path, conditional=conditional)
-        self.notes = unknown_fields(config, path)
+        self.notes: list[str] = []
+        if refuse:
+            refuse_by_name(config, path, conditional=conditional)
+            self.notes = unknown_fields(config, path)
         self.rslora = config.get("use_rslora") is True
         self.conv1d = config.get("fan_in_fan_out") is True
         self.version = _version(config.get("peft_version"))
@@ -137,6 +148,18 @@ def read_settings(folder: Folder, *, conditional: bool = False) -> LoraSettings:
     UnsupportedError
         Naming the field that a low-rank delta does not hold, with the remedy.
     """
+    config = read_config(folder)
+    return LoraSettings(config, folder.path / CONFIG_NAME, conditional=conditional)
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+    """Read a config as strict JSON.
+
+    Raises
+    ------
+    InputError
+        If it is damaged or hostile.
+    """
     path = folder.path / CONFIG_NAME
     try:
         config = strict_json.loads(folder.read(CONFIG_NAME, MAX_CONFIG_BYTES))
@@ -144,4 +167,4 @@ def read_settings(folder: Folder, *, conditional: bool = False) -> LoraSettings:
         raise InputError(f"not strict JSON: {error}", path=path) from None
     if not isinstance(config, dict):
         raise InputError("not a JSON object", path=path)
-    return LoraSettings(config, path, conditional=conditional)
+    return config

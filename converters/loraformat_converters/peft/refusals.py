@@ -12,7 +12,7 @@ from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
 
-__all__ = ["INVOCATION", "refuse_by_name", "unknown_fields"]
+__all__ = ["INVOCATION", "changing_start", "refuse_by_name", "unknown_fields"]
 
 #: Tokens from which on an aLoRA acts.
 INVOCATION = "alora_invocation_tokens"
@@ -79,14 +79,20 @@ def refuse_by_name(config: dict[str, Any], path: Path, *, conditional: bool = Fa
     for field, (reason, remedy) in _REFUSED.items():
         if config.get(field) and not (conditional and field == INVOCATION):
             raise UnsupportedError(f"{field}: {reason}", path=path, hint=remedy)
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if (start := changing_start(config)) is not None:
         raise UnsupportedError(
             f"init_lora_weights is {printable(start)}: the factors belong to a base that PEFT "
             "changes as it loads them, not to the base itself",
             path=path,
             hint=_remedy(start.lower()),
         )
+
+
+def changing_start(config: dict[str, Any]) -> str | None:
+    """Return ``init_lora_weights`` if PEFT changes the base by it whenever it loads the adapter."""
+    start = config.get("init_lora_weights")
+    changes = isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
+    return str(start) if changes else None
 
 
 def _remedy(start: str) -> str:

@@ -1,0 +1,175 @@
+"""A PEFT adapter as other programs find it: the files' own names and fields, nothing refused.
+
+What `read_adapter` refuses by name is a fact here. Only damage is an error: a config that is no
+JSON, a weights file that is no safetensors file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loraformat.checkpoint import Checkpoint, DenseTensor
+from loraformat.errors import FileChangedError, InputError, UnsupportedError, printable
+from loraformat.folder import Folder
+from loraformat.integrity import BASE_FINGERPRINT
+from loraformat.plugins import AdapterReadOptions
+from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config
+from loraformat_converters.peft.keys import PREFIX, BaseNames, parse_key
+from loraformat_converters.peft.refusals import changing_start, refuse_by_name, unknown_fields
+from loraformat_converters.peft.weights import INDEX_NAME, StoredTensors, open_tensors
+
+__all__ = ["examine"]
+
+_LEFT_OVER = re.compile(r"\.default(\.|$)|(^|\.)(_orig_mod|_fsdp_wrapped_module)\.")
+
+
+def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
+    """Look at an adapter: its config, its tensors' names and shapes, and all its numbers.
+
+    Parameters
+    ----------
+    path : Path
+    options : AdapterReadOptions
+        With a base, the shapes of its weights are looked up.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or damaged.
+    UnsupportedError
+        If the tensors lie in a pickle and that was not allowed.
+    """
+    folder = Folder(path)
+    config = read_config(folder)
+    settings = LoraSettings(config, folder.path / CONFIG_NAME, refuse=False)
+    with contextlib.ExitStack() as opened:
+        stored = open_tensors(folder, allow_pickle=options.allow_pickle)
+        opened.callback(stored.close)
+        return _Examiner(settings, stored, options.base).facts(_refusal(config, path))
+
+
+def _refusal(config: dict[str, Any], path: Path) -> UnsupportedError | None:
+    try:
+        refuse_by_name(config, path, conditional=True)
+        unknown_fields(config, path)
+    except UnsupportedError as error:
+        return error
+    return None
+
+
+class _Examiner:
+    def __init__(
+        self, settings: LoraSettings, stored: StoredTensors, base: Checkpoint | None
+    ) -> None:
+        self.settings, self.stored, self.base = settings, stored, base
+        self.names = BaseNames(base.tensors) if base is not None else None
+        self.nonfinite: list[str] = []
+        self.odd: list[str] = []
+        self.strange: str | None = None
+        self.modules: dict[tuple[str, int], dict[str, DenseTensor]] = {}
+        self.replaced: list[str] = []
+        self.rows: list[str] = []
+        self.zero: set[str] = set()
+
+    def facts(self, refusal: UnsupportedError | None) -> AdapterFacts:
+        for name, tensor in self.stored.tensors.items():
+            self._sort(name, tensor)
+        config = self.settings.config
+        problem, hint = (refusal.problem, refusal.hint) if refusal else (None, None)
+        if problem is None and self.strange is not None:
+            problem = f"tensor {printable(self.strange)} is no part of a LoRA adapter"
+        found = tuple(self._module(*key, parts) for key, parts in self.modules.items())
+        return AdapterFacts(
+            format="peft",
+            modules=found,
+            replaced=tuple(self.replaced),
+            rows=tuple(self.rows),
+            config_rank=config.get("r", 8),
+            config_alpha=config.get("lora_alpha", 8),
+            rslora=self.settings.rslora,
+            patterns=tuple(f for f in ("rank_pattern", "alpha_pattern") if config.get(f)),
+            init=changing_start(config),
+            invocation_tokens=bool(self.settings.invocation_tokens),
+            dora=config.get("use_dora") is True or any(module.dora for module in found),
+            bias=self._has_biases(config, found),
+            odd_names=tuple(self.odd),
+            sharded=self.stored.path.name == INDEX_NAME,
+            nonfinite=tuple(self.nonfinite),
+            refusal=problem,
+            refusal_hint=hint,
+            base_model=_text(config.get("base_model_name_or_path")),
+            base_fingerprint=self.stored.metadata.get(BASE_FINGERPRINT),
+        )
+
+    def _has_biases(self, config: Mapping[str, Any], found: tuple[ModuleFacts, ...]) -> bool:
+        said = config.get("bias") not in (None, "none") or config.get("lora_bias") is True
+        stored = any(name.endswith(".bias") for name in self.replaced)
+        return said or stored or any(module.bias for module in found)
+
+    def _sort(self, name: str, tensor: DenseTensor) -> None:
+        self._look_at_numbers(name, tensor)
+        key = parse_key(name)
+        if not name.startswith(PREFIX) or _LEFT_OVER.search(name):
+            self.odd.append(name)
+        if key.part == "unknown":
+            self.strange = self.strange or name
+        elif key.part == "":
+            self.replaced.append(key.owner)
+        elif key.part == "tokens":
+            self.rows.append(key.owner)
+        else:
+            self.modules.setdefault((key.owner, key.depth), {})[key.part] = tensor
+
+    def _look_at_numbers(self, name: str, tensor: DenseTensor) -> None:
+        try:
+            if not bool(tensor.torch().any()):
+                self.zero.add(name)
+        except FileChangedError:
+            raise
+        except InputError:  # what the loader of tensors refuses: NaN or infinity
+            self.nonfinite.append(name)
+        finally:
+            tensor.release()
+
+    def _module(self, owner: str, depth: int, parts: dict[str, DenseTensor]) -> ModuleFacts:
+        a = parts.get("A", parts.get("embedding_A"))
+        b = parts.get("B", parts.get("embedding_B"))
+        rank = a.shape[0] if a is not None and a.shape else 0
+        experts = 0
+        if self._is_parameter(owner, depth):
+            config_rank = self.settings.rank(owner)
+            rank, experts = config_rank, max(rank // config_rank, 1)
+        return ModuleFacts(
+            name=owner,
+            rank=rank,
+            in_features=a.shape[-1] if a is not None and a.shape else 0,
+            out_features=b.shape[0] if b is not None and b.shape else 0,
+            alpha=self.settings.alpha(owner),
+            scaling=self.settings.scaling(owner, rank) if rank else 0.0,
+            dtypes=tuple(tensor.dtype for tensor in (a, b) if tensor is not None),
+            missing="lora_A" if a is None else "lora_B" if b is None else None,
+            dora="magnitude" in parts,
+            bias="bias" in parts,
+            experts=experts,
+            zero=b is not None and b.name in self.zero,
+            base_shape=self._base_shape(owner),
+        )
+
+    def _is_parameter(self, owner: str, depth: int) -> bool:
+        parents = {name.rpartition(".")[0] for name in self.settings.target_parameters}
+        return depth > 0 or any(owner == p or owner.endswith(f".{p}") for p in parents)
+
+    def _base_shape(self, owner: str) -> tuple[int, ...] | None:
+        if self.base is None or self.names is None:
+            return None
+        found = self.names.find(f"{owner}.weight")
+        return None if found is None else self.base.tensors[found].shape
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None

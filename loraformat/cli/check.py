@@ -1,0 +1,155 @@
+"""``loraformat check``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loraformat.cli.console import echo_json, json_option, quiet_option, say, table
+from loraformat.errors import UsageError
+
+_EXAMPLE = """\b
+Example:
+  loraformat check my-adapter --base meta-llama/Llama-3.2-1B
+  loraformat check my-adapter --runtime vllm --runtime llama.cpp --json
+  loraformat check my-adapter --fix -o my-adapter-fixed
+  loraformat check my-adapter-fixed --base my-model --write run
+"""
+
+_FOUND_SOMETHING = 4
+_WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("source", metavar="ADAPTER")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="Hold names, shapes, architecture and fingerprint against it. An adapter in a bundle is "
+    "held against that.",
+)
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    metavar="NAME",
+    help="transformers, vllm, sglang, lorax, llama.cpp, ollama or mlx. Repeatable. [default: all]",
+)
+@click.option(
+    "--fix",
+    "fixing",
+    is_flag=True,
+    help="Write the form that is right everywhere to OUT; check it.",
+)
+@click.option("-o", "--output", "target", metavar="OUT", help="With --fix: the new adapter.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    help="With --fix: type of the factors; by default they keep theirs where that loses nothing.",
+)
+@click.option("--force", is_flag=True, help="With --fix: replace what stands at OUT.")
+@click.option(
+    "--write",
+    "directory",
+    metavar="DIR",
+    help="Write a Modelfile, command lines and a script that load this adapter to a new DIR.",
+)
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read a .bin, too, with a loader that makes nothing but tensors.",
+)
+@json_option
+@quiet_option
+def command(
+    source: str,
+    base: str | None,
+    runtimes: tuple[str, ...],
+    fixing: bool,
+    target: str | None,
+    dtype: str | None,
+    force: bool,
+    directory: str | None,
+    allow_pickle: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Tell which runtimes will be right about an adapter; exit 4 if one will not.
+
+    ADAPTER is a PEFT directory, a GGUF file, BUNDLE/adapters/NAME, or a Hub id. Each finding
+    says what the runtime does, why, and the command that mends it: fail if it refuses the
+    adapter or computes something else, warn if there is something to do or to know. An adapter
+    in a format that a runtime does not read is a warning, and fails where --runtime names it.
+
+    --fix writes the same deltas with the scaling folded into B, alpha equal to the rank, and one
+    rank for all modules, which every runtime reads alike. What is more than low-rank deltas is
+    refused: merge it.
+    """
+    from loraformat.ops.check.fix import fix
+    from loraformat.ops.check.verb import check
+    from loraformat.ops.check.write import write_usage
+
+    _refuse_options(fixing, target, dtype, force)
+    members: dict[str, Any] = {}
+    lines = []
+    if fixing:
+        assert target is not None
+        fixed = fix(source, target, base=base, dtype=dtype, allow_pickle=allow_pickle, force=force)
+        members["fixed"] = fixed.to_json()
+        lines = [f"wrote {target}: {fixed.modules} modules, rank {fixed.ranks[0]}", ""]
+    report = check(target or source, base=base, runtimes=runtimes, allow_pickle=allow_pickle)
+    members = report.to_json() | members
+    lines += _text(report)
+    if directory is not None:
+        written = write_usage(report, directory, base=base)
+        members["written"] = {"path": written.path, "files": written.files,
+                              "left_out": written.left_out}  # fmt: skip
+        lines += ["", f"wrote {written.path}: {', '.join(written.files)}"]
+        lines += [f"note: nothing for {sentence}" for sentence in written.left_out]
+    if as_json:
+        echo_json("check", members)
+    elif not quiet:
+        say("\n".join(lines))
+    return _FOUND_SOMETHING if report.failed else 0
+
+
+def _refuse_options(fixing: bool, target: str | None, dtype: str | None, force: bool) -> None:
+    if fixing and target is None:
+        raise UsageError("--fix wants an output", hint="add -o OUT")
+    given = {"-o": target is not None, "--dtype": dtype is not None, "--force": force}
+    for option, there in given.items():
+        if there and not fixing:
+            raise UsageError(f"{option} is for --fix", hint="add --fix, or leave it out")
+
+
+def _text(report: Any) -> list[str]:
+    ranks = ", ".join(map(str, report.ranks)) or "none"
+    against = f", held against {report.base}" if report.base else ""
+    lines = [f"{report.format} {report.path}: {report.modules} modules, rank {ranks}{against}", ""]
+    rows = [
+        [runtime, _WORDS[verdict], ", ".join(_rules(report, runtime)) or "-"]
+        for runtime, verdict in report.verdicts.items()
+    ]
+    lines += table(["runtime", "will be", "because of"], rows).split("\n")
+    for runtime in report.verdicts:
+        for finding in report.findings:
+            if finding.runtime == runtime:
+                lines += ["", *_finding(finding)]
+    return lines
+
+
+def _rules(report: Any, runtime: str) -> list[str]:
+    return [finding.rule for finding in report.findings if finding.runtime == runtime]
+
+
+def _finding(finding: Any) -> list[str]:
+    lines = [
+        f"{finding.level} {finding.runtime} {finding.rule}: {finding.what}",
+        f"  {finding.why}",
+    ]
+    if finding.command:
+        lines.append(f"  {finding.remedy}: {finding.command}")
+    elif finding.remedy:
+        lines.append(f"  {finding.remedy}")
+    return lines

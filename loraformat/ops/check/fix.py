@@ -1,0 +1,72 @@
+"""The form of an adapter that every runtime is right about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.errors import UnsupportedError, UsageError
+from loraformat.hub import resolve
+from loraformat.ops.convert_adapter import AdapterOptions, AdapterReport, convert_adapter
+
+__all__ = ["fix"]
+
+
+def fix(
+    source: str | Path,
+    target: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> AdapterReport:
+    """Write an adapter in the form that is right in every runtime, and equal in effect.
+
+    The scaling is folded into B, alpha equals the rank and is an integer, all modules have one
+    rank (zeros change no product), there are no patterns and no rsLoRA, names are PEFT's.
+    Folding is done in float64 and rounded once to B's dtype, or to float32 where its own has 16
+    bits and would lose some: a delta differs from the original by at most that rounding.
+
+    Parameters
+    ----------
+    source : str or Path
+        A PEFT directory, a GGUF adapter, ``BUNDLE/adapters/NAME``, or a Hub id.
+    target : str or Path
+        A PEFT directory, or ``BUNDLE/adapters/NAME``.
+    base : str or Path, optional
+        Names, shapes and orientation are held against it.
+    dtype : str, optional
+        ``f32``, ``f16`` or ``bf16`` for the factors.
+    allow_pickle, force, dry_run : bool
+        As in `loraformat.ops.convert.convert`.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is more than low-rank deltas: DoRA, biases, replaced modules or rows, aLoRA.
+    LoraFormatError
+        Nothing appears at the target then.
+    """
+    target = Path(target)
+    if target.suffix in (".gguf", ".safetensors"):
+        raise UsageError(
+            f"-o {target}: --fix writes a PEFT directory",
+            hint="name a directory, and convert that to GGUF",
+        )
+    found = resolve(source, pickles=allow_pickle)
+    reader = plugins.sniff(found.path)
+    if reader.kind != "adapter":
+        raise UnsupportedError(f"is a model ({reader.name}), not an adapter", path=found.path)
+    options = AdapterOptions(
+        to_format="peft",
+        dtype=dtype,
+        base=base,
+        canonical=True,
+        one_rank=True,
+        allow_pickle=allow_pickle,
+        force=force,
+        dry_run=dry_run,
+    )
+    return convert_adapter(found, reader, target, options)

@@ -1,0 +1,131 @@
+"""Files that tell runtimes to load an adapter: a Modelfile, command lines, a script."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loraformat.errors import OutputError, UsageError
+from loraformat.hub import resolve
+from loraformat.ops.check.verb import CheckReport
+from loraformat.publish_file import open_publication
+from loraformat.runtimes.known import RUNTIMES
+from loraformat.runtimes.remedies import Names
+from loraformat.runtimes.rules import FORMAT
+from loraformat.runtimes.usage import Snippet, Use, lorax, snippet
+
+__all__ = ["Written", "snippets", "write_usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Attributes
+    ----------
+    path : str
+        The directory.
+    files : list of str
+    left_out : list of str
+        Why there is no file for a runtime, as sentences.
+    """
+
+    path: str
+    files: list[str]
+    left_out: list[str]
+
+
+def write_usage(report: CheckReport, target: str | Path, *, base: str | None = None) -> Written:
+    """Write one file for each runtime of a report that will be right.
+
+    Local paths are absolute in them, so that the files can be moved.
+
+    Parameters
+    ----------
+    report : CheckReport
+    target : str or Path
+        A new directory.
+    base : str, optional
+        The base, where the adapter does not say it, or is held against another copy.
+
+    Raises
+    ------
+    UsageError
+        If nobody says what the base is.
+    OutputError
+        If the directory exists.
+    """
+    path = Path(target)
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise OutputError("already exists", path=path, hint="name a new directory")
+    made, left_out = snippets(report, base=base)
+    with open_publication("directory", path, plan="runtime files") as stage:
+        for piece in made:
+            stage.write(piece.file, piece.text.encode("utf-8"))
+        stage.commit()
+    return Written(str(path), [piece.file for piece in made], left_out)
+
+
+def snippets(report: CheckReport, *, base: str | None = None) -> tuple[list[Snippet], list[str]]:
+    """Return the text for each runtime that will be right, and why others have none."""
+    use = _use(report, base)
+    made, left_out = [], []
+    for name in report.verdicts:
+        rules = {
+            finding.rule
+            for finding in report.findings
+            if finding.runtime == name and finding.level == "fail" and finding.rule != FORMAT
+        }
+        if rules:
+            left_out.append(f"{name}: would be wrong ({', '.join(sorted(rules))})")
+        elif report.format != "peft" and RUNTIMES[name].format != report.format:
+            left_out.append(f"{name}: reads no {report.format}")
+        else:
+            made.append(_snippet(name, report, use))
+    return made, left_out
+
+
+def _use(report: CheckReport, base: str | None) -> Use:
+    named = base or report.base or report.facts.base_model
+    if not named:
+        raise UsageError("neither the adapter nor you name its base", hint="name it with --base")
+    stem = Names(report.path).stem
+    is_gguf = report.format == "gguf-lora"
+    return Use(
+        name=stem,
+        base=_placed(named),
+        adapter=_placed(report.path),
+        rank=max(report.facts.rank, 1),
+        gguf=_placed(report.path) if is_gguf else f"{stem}.gguf",
+        base_gguf=_placed(named) if named.endswith(".gguf") else "model.gguf",
+    )
+
+
+def _placed(word: str) -> str:
+    """Return a local path as an absolute one, and a Hub id as it is."""
+    return os.path.abspath(word) if os.path.lexists(word) else word
+
+
+def _snippet(name: str, report: CheckReport, use: Use) -> Snippet:
+    if name == "lorax":
+        return lorax(use, local=resolve(report.path).repo is None)
+    piece = snippet(name, use)
+    if report.format == "peft" and RUNTIMES[name].format == "gguf-lora":
+        return replace(
+            piece, text=_conversions(use, comment=piece.file == "Modelfile") + piece.text
+        )
+    return piece
+
+
+def _conversions(use: Use, *, comment: bool) -> str:
+    """Return the commands that make the GGUF files which the lines after them name."""
+    lines = []
+    if use.base_gguf == "model.gguf":
+        lines.append(f"loraformat convert {shlex.quote(use.base)} model.gguf --dtype f16")
+    lines.append(
+        f"loraformat convert {shlex.quote(use.adapter)} {shlex.quote(use.gguf)} "
+        f"--base {shlex.quote(use.base)}"
+    )
+    return "".join(f"{'# ' if comment else ''}{line}\n" for line in lines)

@@ -1,0 +1,168 @@
+"""What the rules look at: an adapter as it lies on disk, without judging or refusing it.
+
+An `Adapter` says what an adapter means; what it cannot hold its reader refuses. Other programs
+read the same files in other ways, so that the facts here are those of the files: raw names, the
+config's own fields, half pairs, numbers that are none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["AdapterFacts", "BaseFacts", "ModuleFacts"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFacts:
+    """One module that an adapter changes.
+
+    Attributes
+    ----------
+    name : str
+        As transformers calls it: ``model.layers.0.self_attn.q_proj``.
+    rank, in_features, out_features : int
+        From the shapes; 0 where a half is missing.
+    alpha, scaling : float
+        The module's own alpha, and the factor of B A that it was trained with.
+    dtypes : tuple of str
+        Of A and B, as safetensors names them.
+    missing : str or None
+        ``lora_A`` or ``lora_B``, if that half is not there.
+    dora, bias : bool
+        It has a magnitude; a bias of its own (``lora_bias``).
+    experts : int
+        Of fused experts, else 0.
+    zero : bool
+        B is zero, so that it changes nothing.
+    base_shape : tuple of int or None
+        Of the base's weight; None if no base was named, or it has none of that name.
+    """
+
+    name: str
+    rank: int
+    in_features: int
+    out_features: int
+    alpha: float
+    scaling: float
+    dtypes: tuple[str, ...] = ("F32", "F32")
+    missing: str | None = None
+    dora: bool = False
+    bias: bool = False
+    experts: int = 0
+    zero: bool = False
+    base_shape: tuple[int, ...] | None = None
+
+    @property
+    def leaf(self) -> str:
+        """Last part of the name: ``q_proj``."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """The base that an adapter is held against.
+
+    Attributes
+    ----------
+    model_type : str or None
+        As its config says.
+    tied : bool
+        The head is the embedding.
+    fingerprint : str or None
+        Of a bundle.
+    named : bool
+        Its tensors are known, not its config alone.
+    layers : int or None
+    gguf_architecture : str or None
+        What GGUF calls its architecture, if that has a name for it.
+    """
+
+    model_type: str | None = None
+    tied: bool = False
+    fingerprint: str | None = None
+    named: bool = False
+    layers: int | None = None
+    gguf_architecture: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """An adapter.
+
+    Attributes
+    ----------
+    format : str
+        Name of the converter that looked at it.
+    modules : tuple of ModuleFacts
+    replaced : tuple of str
+        Tensors that it replaces as a whole.
+    rows : tuple of str
+        Embeddings of which it replaces rows.
+    config_rank : int or None
+        ``r``, if there is a config.
+    config_alpha : object
+        ``lora_alpha`` as JSON has it: an int, a float, or None without a config.
+    rslora : bool
+    patterns : tuple of str
+        ``rank_pattern`` and ``alpha_pattern``, those that are not empty.
+    init : str or None
+        A start of the factors by which PEFT changes the base.
+    invocation_tokens : bool
+        It is an aLoRA.
+    dora : bool
+        The config says so, or a module has a magnitude.
+    bias : bool
+        The config, or a tensor, says that it has biases.
+    odd_names : tuple of str
+        Tensors whose names are not those that PEFT writes.
+    sharded : bool
+        Its tensors lie in several files with an index.
+    nonfinite : tuple of str
+        Tensors with NaN or infinity.
+    refusal, refusal_hint : str or None
+        Why loraformat itself does not read it as low-rank deltas, and its advice.
+    architecture : str or None
+        GGUF's name of the architecture that it is for.
+    base_model, base_fingerprint : str or None
+        What it says of its base.
+    base : BaseFacts or None
+        The one that it is held against.
+    """
+
+    format: str
+    modules: tuple[ModuleFacts, ...] = ()
+    replaced: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    config_rank: int | None = None
+    config_alpha: Any = None
+    rslora: bool = False
+    patterns: tuple[str, ...] = ()
+    init: str | None = None
+    invocation_tokens: bool = False
+    dora: bool = False
+    bias: bool = False
+    odd_names: tuple[str, ...] = ()
+    sharded: bool = False
+    nonfinite: tuple[str, ...] = ()
+    refusal: str | None = None
+    refusal_hint: str | None = None
+    architecture: str | None = None
+    base_model: str | None = None
+    base_fingerprint: str | None = None
+    base: BaseFacts | None = None
+
+    @property
+    def ranks(self) -> list[int]:
+        """Every rank that occurs."""
+        return sorted({module.rank for module in self.modules if module.rank})
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.ranks, default=0)
+
+    @property
+    def leaves(self) -> set[str]:
+        """Last names of the modules."""
+        return {module.leaf for module in self.modules}

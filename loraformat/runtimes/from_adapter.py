@@ -1,0 +1,71 @@
+"""Facts of an adapter that a reader has understood, for formats without an ``examine``."""
+
+from __future__ import annotations
+
+from loraformat.adapter import Adapter, LoraDelta
+from loraformat.checkpoint import Checkpoint, DenseTensor
+from loraformat.errors import FileChangedError, InputError
+from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+
+__all__ = ["facts_of"]
+
+
+def facts_of(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
+    """Look at an adapter, and load all its numbers once.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    base : Checkpoint, optional
+        The one against which it was read.
+    """
+    nonfinite: list[str] = []
+    modules = tuple(_module(delta, base, nonfinite) for delta in adapter.deltas.values())
+    for tensor in (*adapter.replacements.values(), *(row.rows for row in adapter.rows.values())):
+        _is_zero(tensor, nonfinite)
+    biases = any(name.endswith(".bias") for name in adapter.replacements)
+    return AdapterFacts(
+        format=adapter.format,
+        modules=modules,
+        replaced=tuple(adapter.replacements),
+        rows=tuple(adapter.rows),
+        invocation_tokens=bool(adapter.invocation_tokens),
+        dora=any(module.dora for module in modules),
+        bias=biases or any(module.bias for module in modules),
+        nonfinite=tuple(nonfinite),
+        base_model=adapter.base_model,
+        base_fingerprint=adapter.base_fingerprint,
+    )
+
+
+def _module(delta: LoraDelta, base: Checkpoint | None, nonfinite: list[str]) -> ModuleFacts:
+    zero = _is_zero(delta.b, nonfinite)
+    _is_zero(delta.a, nonfinite)
+    stored = base.tensors.get(delta.target) if base is not None else None
+    return ModuleFacts(
+        name=delta.target.removesuffix(".weight"),
+        rank=delta.rank,
+        in_features=delta.in_features,
+        out_features=delta.out_features,
+        alpha=delta.alpha,
+        scaling=delta.scaling,
+        dtypes=(delta.a.dtype, delta.b.dtype),
+        dora=delta.magnitude is not None,
+        bias=delta.bias is not None,
+        experts=delta.a.shape[0] if len(delta.a.shape) == 3 else 0,
+        zero=zero,
+        base_shape=stored.shape if stored is not None else None,
+    )
+
+
+def _is_zero(tensor: DenseTensor, nonfinite: list[str]) -> bool:
+    """Tell whether all numbers are zero; a tensor that its reader refuses is written down."""
+    try:
+        return not bool(tensor.torch().any())
+    except FileChangedError:
+        raise
+    except InputError:  # NaN or infinity
+        nonfinite.append(tensor.name)
+        return False
+    finally:
+        tensor.release()

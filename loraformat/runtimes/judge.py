@@ -1,0 +1,88 @@
+"""Holding an adapter against the rules, runtime by runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from loraformat.runtimes.facts import AdapterFacts
+from loraformat.runtimes.record import Finding, Outcome, Remedy, Runtime, Treatment
+from loraformat.runtimes.remedies import Names, command, sentence
+from loraformat.runtimes.rules import FORMAT, RULES
+
+__all__ = ["findings", "judge"]
+
+#: Where one finding needs the first of these, no other remedy helps any more.
+_STRONGEST: tuple[Remedy, ...] = ("advice", "merge", "merge-gguf")
+
+
+def findings(
+    adapter: AdapterFacts, runtimes: Iterable[Runtime], names: Names, *, named: bool = False
+) -> list[Finding]:
+    """Return what a user of these runtimes should know, runtime by runtime.
+
+    Parameters
+    ----------
+    adapter : AdapterFacts
+    runtimes : iterable of Runtime
+    names : Names
+        For the commands.
+    named : bool
+        The user asked about these runtimes and no others: then an adapter in a format that
+        the runtime does not read fails, too, instead of being a warning.
+    """
+    return [
+        finding for runtime in runtimes for finding in judge(adapter, runtime, names, named=named)
+    ]
+
+
+def judge(
+    adapter: AdapterFacts, runtime: Runtime, names: Names, *, named: bool = False
+) -> list[Finding]:
+    """Return the findings for one runtime; see `findings`.
+
+    Examples
+    --------
+    >>> from loraformat.runtimes.known import RUNTIMES
+    >>> found = judge(AdapterFacts("peft", dora=True), RUNTIMES["vllm"], Names("A"))
+    >>> [(finding.rule, finding.level, finding.command) for finding in found]
+    [('DORA', 'fail', 'loraformat merge BASE A -o A-merged')]
+    """
+    found = [
+        (rule.id, what, treatment)
+        for rule in RULES
+        if (treatment := rule.treatment(runtime)) is not None
+        if (what := rule.detect(adapter, runtime)) is not None
+    ]
+    failing = {t.remedy: t for _, _, t in found if t.level == "fail"}
+    strongest = next((failing[remedy] for remedy in _STRONGEST if remedy in failing), None)
+    if adapter.format != runtime.format and strongest is None:
+        found.insert(0, _format(adapter, runtime, named))
+    if strongest is not None:
+        found = [(rule, what, _with_remedy(t, strongest)) for rule, what, t in found]
+    return [
+        Finding(
+            rule=rule,
+            runtime=runtime.name,
+            level=treatment.level,
+            outcome=treatment.outcome,
+            what=what,
+            why=treatment.why,
+            remedy=sentence(treatment, adapter),
+            command=command(treatment.remedy, adapter, runtime, names),
+        )
+        for rule, what, treatment in found
+    ]
+
+
+def _format(adapter: AdapterFacts, runtime: Runtime, named: bool) -> tuple[str, str, Treatment]:
+    outcome: Outcome = "refuses" if named else "mind"
+    treatment = Treatment(outcome, runtime.format_why, runtime.format_remedy)
+    return FORMAT, f"is {adapter.format}", treatment
+
+
+def _with_remedy(treatment: Treatment, stronger: Treatment) -> Treatment:
+    """Return a treatment whose own command would not be enough with that of the stronger one."""
+    if treatment.remedy in ("advice", stronger.remedy):
+        return treatment
+    return replace(treatment, remedy=stronger.remedy, advice=stronger.advice)

@@ -1,0 +1,7 @@
+"""Advice that several runtimes share, where no command helps."""
+
+from __future__ import annotations
+
+__all__ = ["INIT"]
+
+INIT = "save it again with path_initial_model_for_weight_conversion, as PEFT's documentation shows"

@@ -1,0 +1,51 @@
+"""llama.cpp: ``src/llama-adapter.cpp``, and its converter ``convert_lora_to_gguf.py``."""
+
+from __future__ import annotations
+
+from loraformat.runtimes.known.advice import INIT
+from loraformat.runtimes.record import Runtime, differs, mind, refuses, unknown
+from loraformat.runtimes.scaling import by_file_alpha
+
+__all__ = ["LLAMA_CPP"]
+
+_ONE_ALPHA = (
+    "a GGUF file has one alpha, divided by each tensor's rank; llama.cpp's own converter writes "
+    "lora_alpha there whatever else the config says, and loraformat folds the rest into B"
+)
+
+LLAMA_CPP = Runtime(
+    name="llama.cpp",
+    title="llama.cpp",
+    version="b11549, run (xllamacpp); its converter run",
+    format="gguf-lora",
+    format_remedy="gguf",
+    format_why="llama.cpp reads GGUF files",
+    scaling=by_file_alpha,
+    treats={
+        "INIT_MUTATES_BASE": differs("nobody changes the base there", "advice", INIT),
+        "ALORA": mind("the GGUF file carries the tokens, and llama.cpp heeds them", "advice"),
+        "DORA": refuses("a GGUF adapter has no place for magnitudes", "merge-gguf"),
+        "BIAS": refuses("a GGUF adapter has no place for biases", "merge-gguf"),
+        "MODULES_TO_SAVE": refuses(
+            "a GGUF adapter holds low-rank deltas; trained norms are loaded and ignored",
+            "merge-gguf",
+        ),
+        "TRAINED_TOKENS": refuses("a GGUF adapter holds low-rank deltas", "merge-gguf"),
+        "RSLORA_IGNORED": differs(_ONE_ALPHA, "gguf"),
+        "PATTERN_IGNORED": differs(_ONE_ALPHA, "gguf"),
+        "ALPHA_ZERO": differs("an alpha of 0 means no scaling there: the delta acts", "gguf"),
+        "KEY_PREFIX": unknown("its converter was run with the names that PEFT writes", "rewrite"),
+        "CONV1D": differs(
+            "llama.cpp's own converter takes Conv1D for a linear: a square weight gets the "
+            "transposed delta, any other is refused",
+            "gguf",
+        ),
+        "MOE": refuses("llama.cpp's own converter maps no fused experts", "gguf"),
+        "TIED_HEAD": refuses(
+            "there is no tensor for a tied head, and with a delta of its embedding the process "
+            "aborts",
+            "merge-gguf",
+        ),
+        "ARCHITECTURE": refuses("llama.cpp compares general.architecture", "advice"),
+    },
+)

@@ -1,0 +1,51 @@
+"""LoRAX: https://github.com/predibase/lorax, ``server/lorax_server/adapters/lora.py``."""
+
+from __future__ import annotations
+
+from loraformat.runtimes.known.advice import INIT
+from loraformat.runtimes.record import Runtime, differs, mind
+from loraformat.runtimes.scaling import by_config_with_rslora
+
+__all__ = ["LORAX"]
+
+_BY_NAME = "LoRAX takes base_model.model.MODULE.lora_A.weight and lora_B.weight, and nothing else"
+
+LORAX = Runtime(
+    name="lorax",
+    title="LoRAX",
+    version="a7394ba of 2026-05-28, its source read",
+    format="peft",
+    format_remedy="peft",
+    format_why="LoRAX reads directories with adapter_config.json",
+    scaling=by_config_with_rslora,
+    one_rank=True,
+    kernel_rank=128,
+    even_ranks=True,
+    whole_types=True,
+    treats={
+        "INIT_MUTATES_BASE": differs("LoRAX does not look at the field", "advice", INIT),
+        "ALORA": differs("LoRAX does not look at the field: it would act everywhere", "advice"),
+        "DORA": differs(f"use_dora is not read, and of the tensors {_BY_NAME}", "merge"),
+        "BIAS": differs(_BY_NAME, "merge"),
+        "MODULES_TO_SAVE": differs(_BY_NAME, "merge"),
+        "TRAINED_TOKENS": differs(_BY_NAME, "merge"),
+        "PATTERN_IGNORED": differs(
+            "LoRAX scales every module by lora_alpha and r of the config, and stacks the factors "
+            "of all layers, which must have one rank",
+            "fix",
+        ),
+        "RANK_LIMIT": mind("its kernels end at rank 128; beyond it loops, and is slow", "reduce"),
+        "RANK_NOT_IN_SET": differs(
+            "LoRAX pads such a rank for its kernels, keeps the padded one as r, and divides alpha "
+            "by that in every type of module after the first",
+            "fix",
+        ),
+        "KEY_PREFIX": differs(_BY_NAME, "rewrite"),
+        "LAYERS_MISSING": differs(
+            "LoRAX drops a type of module altogether if one layer has none, without a word",
+            "merge",
+        ),
+        "MOE": differs(_BY_NAME, "merge"),
+        "TIED_HEAD": differs("LoRAX knows the head, but not the embedding", "merge"),
+    },
+)

@@ -1,0 +1,23 @@
+"""mlx-lm: ``mlx_lm/tuner/utils.py``. Its adapters have a format of their own."""
+
+from __future__ import annotations
+
+from loraformat.runtimes.known.advice import INIT
+from loraformat.runtimes.record import Runtime, differs, refuses
+from loraformat.runtimes.scaling import as_trained
+
+__all__ = ["MLX"]
+
+MLX = Runtime(
+    name="mlx",
+    title="mlx-lm",
+    version="d78bf58 of 2026-08-22, its source read",
+    format="",
+    format_remedy="merge",
+    format_why="mlx-lm reads adapters.safetensors of its own, or any merged model",
+    scaling=as_trained,
+    treats={
+        "INIT_MUTATES_BASE": differs("the factors belong to a changed base", "advice", INIT),
+        "ALORA": refuses("it acts on some tokens only, and cannot be merged", "advice"),
+    },
+)

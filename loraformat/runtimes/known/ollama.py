@@ -1,0 +1,47 @@
+"""Ollama: llama.cpp's rules for GGUF files, and an import of PEFT directories of its own.
+
+``convert/convert.go`` (``ConvertAdapter``) and ``convert_llama_adapter.go``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loraformat.runtimes.known.llama_cpp import LLAMA_CPP
+from loraformat.runtimes.record import differs, mind, refuses
+
+__all__ = ["OLLAMA"]
+
+_IMPORT = (
+    "Ollama's import of PEFT directories writes lora_alpha as the one alpha of a GGUF file; "
+    "loraformat folds the rest into B"
+)
+
+OLLAMA = replace(
+    LLAMA_CPP,
+    name="ollama",
+    title="Ollama",
+    version="fb30760 of 2026-08-21, its source read",
+    format_why="Ollama takes GGUF files; of PEFT directories it imports few, and Q and K wrongly",
+    imports=("llama", "gemma2"),
+    treats={
+        **LLAMA_CPP.treats,
+        "RSLORA_IGNORED": differs(_IMPORT, "gguf"),
+        "PATTERN_IGNORED": differs(_IMPORT, "gguf"),
+        "ALPHA_NOT_INT": refuses(
+            "Ollama's import of PEFT directories reads lora_alpha as an unsigned integer", "gguf"
+        ),
+        "CONV1D": refuses("Ollama's import knows llama and gemma2", "gguf"),
+        "MOE": refuses("Ollama's import maps no fused experts", "gguf"),
+        "ARCHITECTURE": mind(
+            "Ollama's import of PEFT directories knows llama and gemma2; of GGUF adapters the "
+            "architecture must be the base's",
+            "gguf",
+        ),
+        "ROW_ORDER": mind(
+            "Q and K of llama models are stored with reordered rows; Ollama's import of PEFT "
+            "directories reorders A, where B has the rows",
+            "gguf",
+        ),
+    },
+)

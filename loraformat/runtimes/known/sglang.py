@@ -1,0 +1,42 @@
+"""SGLang: https://docs.sglang.io, ``sglang/srt/lora``."""
+
+from __future__ import annotations
+
+from loraformat.runtimes.known.advice import INIT
+from loraformat.runtimes.record import Runtime, differs, refuses, unknown
+from loraformat.runtimes.scaling import by_config
+
+__all__ = ["SGLANG"]
+
+_ONE_SCALING = "SGLang multiplies every module by lora_alpha / r of the config"
+
+SGLANG = Runtime(
+    name="sglang",
+    title="SGLang",
+    version="0.5.23, its source read",
+    format="peft",
+    format_remedy="peft",
+    format_why="SGLang reads directories with adapter_config.json",
+    scaling=by_config,
+    one_rank=True,
+    couples=(("q_proj", "v_proj"),),
+    treats={
+        "INIT_MUTATES_BASE": differs("SGLang does not look at the field", "advice", INIT),
+        "ALORA": differs("SGLang does not look at the field: it would act everywhere", "advice"),
+        "DORA": refuses("SGLang refuses use_dora", "merge"),
+        "BIAS": unknown("what becomes of biases was not looked at", "merge"),
+        "MODULES_TO_SAVE": unknown("what becomes of replaced modules was not looked at", "merge"),
+        "TRAINED_TOKENS": refuses("SGLang refuses added tokens", "merge"),
+        "RSLORA_IGNORED": differs(f"{_ONE_SCALING} (sgl-project/sglang#40835)", "fix"),
+        "PATTERN_IGNORED": differs(_ONE_SCALING, "fix"),
+        "QV_COUPLED": refuses(
+            "SGLang joins q, k and v, and fails without v_proj (KeyError)", "merge"
+        ),
+        "KEY_PREFIX": unknown("SGLang was read for the names that PEFT writes", "rewrite"),
+        "MOE": differs(
+            "deltas of target_parameters are dropped without a word (sgl-project/sglang#25528)",
+            "merge",
+        ),
+        "TIED_HEAD": unknown("what becomes of a tied head was not looked at", "merge"),
+    },
+)

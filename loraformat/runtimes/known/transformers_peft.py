@@ -1,0 +1,34 @@
+"""transformers with PEFT: where most adapters come from."""
+
+from __future__ import annotations
+
+from loraformat.runtimes.record import Runtime, differs, mind
+from loraformat.runtimes.scaling import as_trained
+
+__all__ = ["TRANSFORMERS"]
+
+TRANSFORMERS = Runtime(
+    name="transformers",
+    title="transformers + PEFT",
+    version="PEFT 0.21.2, run",
+    format="peft",
+    format_remedy="peft",
+    format_why="PEFT reads directories with adapter_config.json",
+    scaling=as_trained,
+    treats={
+        "METHOD": mind("PEFT knows its own methods; loraformat cannot tell", "advice"),
+        "INIT_MUTATES_BASE": mind(
+            "PEFT changes the base again whenever it loads the adapter, which needs the base in "
+            "full precision",
+            "advice",
+        ),
+        "KEY_PREFIX": differs(
+            "PEFT loads the rest and leaves these at their start, with a warning", "rewrite"
+        ),
+        "TIED_HEAD": mind(
+            "it is right unmerged; PEFT's own merge_and_unload changes the other half of the tie, "
+            "too",
+            "merge",
+        ),
+    },
+)

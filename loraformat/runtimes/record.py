@@ -1,0 +1,209 @@
+"""The vocabulary of the rules: what a runtime does with what it does not expect.
+
+A `Runtime` is a record. Its `treats` says, for each rule by id, what becomes of an adapter that
+the rule finds: nothing is listed where the runtime computes what the adapter means. A rule that
+is about every runtime alike brings its own `Treatment`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+
+__all__ = [
+    "Finding",
+    "Level",
+    "Outcome",
+    "Remedy",
+    "Rule",
+    "Runtime",
+    "Treatment",
+    "differs",
+    "mind",
+    "refuses",
+    "unknown",
+]
+
+Level = Literal["warn", "fail"]
+#: ``refuses``: it says no. ``differs``: it computes something else, mostly without a word.
+#: ``mind``: right, if the user does or knows something. ``unknown``: nobody looked.
+Outcome = Literal["refuses", "differs", "mind", "unknown"]
+#: What mends it: a command of loraformat's, or (advice) nothing that a command could do.
+Remedy = Literal[
+    "fix", "gguf", "peft", "merge", "merge-gguf", "reduce", "rewrite", "retype", "advice"
+]
+
+_LEVELS: dict[Outcome, Level] = {
+    "refuses": "fail",
+    "differs": "fail",
+    "mind": "warn",
+    "unknown": "warn",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What becomes of what a rule finds.
+
+    Attributes
+    ----------
+    outcome : Outcome
+    why : str
+        What the runtime does, in a sentence without a full stop.
+    remedy : Remedy
+    advice : str or None
+        Beside the command, or instead of it.
+    """
+
+    outcome: Outcome
+    why: str
+    remedy: Remedy
+    advice: str | None = None
+
+    @property
+    def level(self) -> Level:
+        """``fail`` if it is refused or computes something else."""
+        return _LEVELS[self.outcome]
+
+
+def refuses(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
+    """Return that a runtime says no."""
+    return Treatment("refuses", why, remedy, advice)
+
+
+def differs(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
+    """Return that a runtime computes something else."""
+    return Treatment("differs", why, remedy, advice)
+
+
+def mind(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
+    """Return that a runtime is right if one does or knows something."""
+    return Treatment("mind", why, remedy, advice)
+
+
+def unknown(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
+    """Return that nobody looked."""
+    return Treatment("unknown", why, remedy, advice)
+
+
+#: What a runtime multiplies B A of a module by.
+Scaling = Callable[[AdapterFacts, ModuleFacts], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A program that runs adapters.
+
+    Attributes
+    ----------
+    name : str
+        The word for ``--runtime``.
+    title : str
+    version : str
+        That whose facts these are, and how they were found.
+    format : str
+        Name of the converter whose files it reads, or "" if it reads none.
+    format_remedy : Remedy
+        How an adapter of another format gets there.
+    format_why : str
+        What happens if it is given another.
+    scaling : callable
+        What it multiplies B A by, from the config, the rank of the tensors, and nothing else.
+    one_rank : bool
+        All modules must have the rank of the config.
+    most : int or None
+        The largest rank that it serves.
+    kernel_rank : int or None
+        Beyond it, it is right but slow.
+    default_rank : int or None
+        Beyond it, an option is needed.
+    even_ranks : bool
+        Other ranks than 8 and multiples of 16 go wrong.
+    couples : tuple of (str, str)
+        Modules of which the first needs the second.
+    whole_types : bool
+        A type of module must be adapted in every layer, or in none.
+    replaces : tuple of str
+        Modules that it lets an adapter replace.
+    imports : tuple of str
+        GGUF architectures whose PEFT adapters it converts itself.
+    treats : mapping of str to Treatment
+        By rule id.
+    """
+
+    name: str
+    title: str
+    version: str
+    format: str
+    format_remedy: Remedy
+    format_why: str
+    scaling: Scaling
+    one_rank: bool = False
+    most: int | None = None
+    kernel_rank: int | None = None
+    default_rank: int | None = None
+    even_ranks: bool = False
+    couples: tuple[tuple[str, str], ...] = ()
+    whole_types: bool = False
+    replaces: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
+    treats: Mapping[str, Treatment] = field(default_factory=dict)
+
+    @property
+    def in_peft(self) -> bool:
+        """Whether it reads PEFT directories."""
+        return self.format == "peft"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Something that an adapter may have and a runtime may not expect.
+
+    Attributes
+    ----------
+    id : str
+    about : str
+        What it looks for, for the documents.
+    detect : callable
+        Returns what was found, as a sentence without a full stop; None if nothing was.
+    everywhere : Treatment or None
+        For every runtime alike that has none of its own.
+    """
+
+    id: str
+    about: str
+    detect: Callable[[AdapterFacts, Runtime], str | None]
+    everywhere: Treatment | None = None
+
+    def treatment(self, runtime: Runtime) -> Treatment | None:
+        """Return what a runtime does; None if it does right."""
+        return runtime.treats.get(self.id, self.everywhere)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a rule found for a runtime.
+
+    Attributes
+    ----------
+    rule, runtime : str
+    level : {"warn", "fail"}
+    outcome : str
+    what, why : str
+    remedy : str
+        What to do, in words.
+    command : str or None
+        The command that does it.
+    """
+
+    rule: str
+    runtime: str
+    level: Level
+    outcome: Outcome
+    what: str
+    why: str
+    remedy: str
+    command: str | None = None

@@ -1,0 +1,103 @@
+"""The command that mends a finding, with the names that the user has."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+
+from loraformat.runtimes.facts import AdapterFacts
+from loraformat.runtimes.ranks import vllm_limit
+from loraformat.runtimes.record import Remedy, Runtime, Treatment
+
+__all__ = ["Names", "command", "sentence"]
+
+_SAYS: dict[Remedy, str] = {
+    "fix": "write it in the form that is right everywhere",
+    "gguf": "convert it",
+    "peft": "convert it",
+    "merge": "merge it",
+    "merge-gguf": "merge it",
+    "reduce": "reduce its rank",
+    "rewrite": "write it anew",
+    "retype": "write it anew",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the user calls things.
+
+    Attributes
+    ----------
+    adapter : str
+        A path or a Hub id.
+    base : str or None
+    """
+
+    adapter: str
+    base: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """Last part of the adapter's name, for names of outputs.
+
+        Examples
+        --------
+        >>> Names("org/polite@main").stem, Names("out/lora.gguf").stem
+        ('polite', 'lora')
+        """
+        last = self.adapter.rstrip("/").rpartition("/")[2]
+        last = re.sub(r"\.gguf$|@.*$", "", last)
+        return last if re.search(r"\w", last) else "adapter"
+
+    @property
+    def quoted(self) -> str:
+        """The adapter, quoted for a shell."""
+        return shlex.quote(self.adapter)
+
+    def with_base(self) -> str:
+        """Return ``--base`` and its value, or nothing where no base was named."""
+        return f" --base {shlex.quote(self.base)}" if self.base else ""
+
+
+def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Names) -> str | None:
+    """Return a command line; where the user named no base, it says ``BASE``.
+
+    Examples
+    --------
+    >>> from loraformat.runtimes.known import RUNTIMES
+    >>> command("merge", AdapterFacts("peft"), RUNTIMES["vllm"], Names("A", "org/base"))
+    'loraformat merge org/base A -o A-merged'
+    """
+    base = shlex.quote(names.base) if names.base else "BASE"
+    most = runtime.most or runtime.kernel_rank
+    stem = shlex.quote(names.stem)
+    convert = f"loraformat convert {names.quoted}"
+    lines: dict[Remedy, str] = {
+        "fix": f"loraformat check {names.quoted} --fix -o {stem}-fixed{names.with_base()}",
+        "gguf": f"{convert} {stem}.gguf --base {base}",
+        "peft": f"{convert} {stem}-peft --base {base}",
+        "merge": f"loraformat merge {base} {names.quoted} -o {stem}-merged",
+        "merge-gguf": f"loraformat merge {base} {names.quoted} -o {stem}-merged.gguf",
+        "reduce": f"loraformat reduce {names.quoted} -o {stem}-reduced --rank {most}",
+        "rewrite": f"{convert} {stem}-rewritten --canonical{names.with_base()}",
+        "retype": f"{convert} {stem}-f32 --dtype f32{names.with_base()}",
+    }
+    return lines.get(remedy)
+
+
+def sentence(treatment: Treatment, adapter: AdapterFacts) -> str:
+    """Return what to do, in words: the runtime's own advice, or what the command does.
+
+    Examples
+    --------
+    >>> from loraformat.runtimes.record import mind
+    >>> from loraformat.runtimes.facts import ModuleFacts
+    >>> facts = AdapterFacts("peft", (ModuleFacts("q_proj", 40, 64, 64, 40.0, 1.0),))
+    >>> sentence(mind("it has a limit", "advice", "start it with --max-lora-rank {limit}"), facts)
+    'start it with --max-lora-rank 64'
+    """
+    if treatment.advice is not None:
+        return treatment.advice.format(limit=vllm_limit(adapter.rank) or adapter.rank)
+    return _SAYS.get(treatment.remedy, "")

@@ -1,0 +1,28 @@
+"""The rules: what an adapter may have that a runtime may not expect, one after the other."""
+
+from __future__ import annotations
+
+from loraformat.runtimes.record import Rule
+from loraformat.runtimes.rules.base import BASE_RULES
+from loraformat.runtimes.rules.files import FILE_RULES
+from loraformat.runtimes.rules.method import METHOD_RULES
+from loraformat.runtimes.rules.modules import MODULE_RULES
+from loraformat.runtimes.rules.ranks import RANK_RULES
+from loraformat.runtimes.rules.scaling import SCALING_RULES
+from loraformat.runtimes.rules.values import VALUE_RULES
+
+__all__ = ["FORMAT", "RULES"]
+
+#: The rule that `loraformat.runtimes.judge` keeps itself: another format than the runtime reads.
+FORMAT = "FORMAT"
+
+#: In the order in which findings are shown.
+RULES: tuple[Rule, ...] = (
+    *METHOD_RULES,
+    *SCALING_RULES,
+    *RANK_RULES,
+    *MODULE_RULES,
+    *FILE_RULES,
+    *BASE_RULES,
+    *VALUE_RULES,
+)

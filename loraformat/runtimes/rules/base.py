@@ -1,0 +1,102 @@
+"""Rules that hold an adapter against its base."""
+
+from __future__ import annotations
+
+from loraformat.errors import printable
+from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+from loraformat.runtimes.record import Rule, Runtime, differs, refuses
+
+__all__ = ["BASE_RULES"]
+
+_OTHER_BASE = "name the base that it was trained on"
+_HEADS = ("lm_head", "embed_tokens", "wte", "embed_out")
+
+
+def _held(adapter: AdapterFacts) -> list[ModuleFacts]:
+    """Return the modules that can be looked up in the base: not those of fused experts."""
+    if adapter.base is None or not adapter.base.named:
+        return []
+    tied = adapter.base.tied
+    return [m for m in adapter.modules if not m.experts and not (tied and m.leaf in _HEADS)]
+
+
+def _unknown(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    missing = [module.name for module in _held(adapter) if module.base_shape is None]
+    if not missing:
+        return None
+    return f"the base has none of {len(missing)} modules ({printable(missing[0])}, ...)"
+
+
+def _shape(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    for module in _held(adapter):
+        linear = (module.out_features, module.in_features)
+        if module.missing or module.base_shape in (None, linear, linear[::-1]):
+            continue
+        assert module.base_shape is not None
+        return (
+            f"the delta of {printable(module.name)} is {list(linear)}, the base's weight "
+            f"{list(module.base_shape)}"
+        )
+    return None
+
+
+def _fingerprint(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    here = adapter.base.fingerprint if adapter.base is not None else None
+    made_for = adapter.base_fingerprint
+    if here is None or made_for is None or here == made_for:
+        return None
+    return f"was made for the base {printable(made_for)}, and this one is {here}"
+
+
+def _tied(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    changed = sorted(leaf for leaf in adapter.leaves if leaf in _HEADS)
+    if adapter.base is None or not adapter.base.tied or not changed:
+        return None
+    return f"changes {', '.join(changed)}, and the base's head is its embedding"
+
+
+def _architecture(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    here = adapter.base.gguf_architecture if adapter.base is not None else None
+    if here is None:
+        return None
+    if adapter.architecture is not None:  # a GGUF file
+        if adapter.architecture == here:
+            return None
+        return f"is for {printable(adapter.architecture)}, and the base is {here}"
+    if not runtime.imports or here in runtime.imports:
+        return None
+    return f"is for {here}"
+
+
+def _rows(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if adapter.format != "peft" or not adapter.leaves & {"q_proj", "k_proj"}:
+        return None
+    here = adapter.base.gguf_architecture if adapter.base is not None else None
+    if here not in (None, "llama"):
+        return None
+    return "changes q_proj or k_proj" + ("" if here else " of what may be a llama model")
+
+
+BASE_RULES = (
+    Rule(
+        "TARGET_UNKNOWN",
+        "modules that the base does not have",
+        _unknown,
+        refuses("there is nothing to add it to", "advice", _OTHER_BASE),
+    ),
+    Rule(
+        "SHAPE_VS_BASE",
+        "deltas of another shape than the base's weights",
+        _shape,
+        refuses("it cannot be added", "advice", _OTHER_BASE),
+    ),
+    Rule(
+        "BASE_HASH_MISMATCH",
+        "a fingerprint of another base",
+        _fingerprint,
+        differs("what it learned there may not hold here", "advice", _OTHER_BASE),
+    ),
+    Rule("TIED_HEAD", "a delta of a head or embedding that are one tensor", _tied),
+    Rule("ARCHITECTURE", "an architecture that it does not take", _architecture),
+    Rule("ROW_ORDER", "Q and K of llama models", _rows),
+)

@@ -1,0 +1,46 @@
+"""Rules about how an adapter lies on disk."""
+
+from __future__ import annotations
+
+from loraformat.errors import printable
+from loraformat.runtimes.facts import AdapterFacts
+from loraformat.runtimes.record import Rule, Runtime, refuses, unknown
+
+__all__ = ["FILE_RULES"]
+
+_ORDINARY = {"F32", "F16", "BF16"}
+
+
+def _names(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if not adapter.odd_names:
+        return None
+    return (
+        f"{len(adapter.odd_names)} tensors are not called as PEFT calls them "
+        f"({printable(adapter.odd_names[0])})"
+    )
+
+
+def _shards(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    return "its tensors lie in shards with an index" if adapter.sharded else None
+
+
+def _dtype(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    odd = {dtype for module in adapter.modules for dtype in module.dtypes} - _ORDINARY
+    return f"factors are {', '.join(sorted(odd))}" if odd and adapter.format == "peft" else None
+
+
+FILE_RULES = (
+    Rule("KEY_PREFIX", "names other than `base_model.model.MODULE.lora_A.weight`", _names),
+    Rule(
+        "SHARDED",
+        "`adapter_model.safetensors.index.json`",
+        _shards,
+        refuses("every loader wants one adapter_model.safetensors", "rewrite"),
+    ),
+    Rule(
+        "DTYPE",
+        "factors of another type than F32, F16, BF16",
+        _dtype,
+        unknown("loaders were tried with F32, F16 and BF16", "retype"),
+    ),
+)

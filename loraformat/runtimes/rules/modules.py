@@ -1,0 +1,90 @@
+"""Rules about which modules are adapted."""
+
+from __future__ import annotations
+
+import re
+
+from loraformat.errors import printable
+from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+from loraformat.runtimes.record import Rule, Runtime, differs
+
+__all__ = ["MODULE_RULES"]
+
+_LAYER = re.compile(r"\.(\d+)\.")
+_CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
+_CONV1D_TYPES = {None, "gpt2", "openai-gpt"}
+
+
+def _pair(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    halves = [module for module in adapter.modules if module.missing]
+    if not halves:
+        return None
+    return f"{len(halves)} modules lack a half ({printable(halves[0].name)}: {halves[0].missing})"
+
+
+def _coupled(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    names = {module.name for module in adapter.modules}
+    for one, other in runtime.couples:
+        for name in sorted(names):
+            stem, _, leaf = name.rpartition(".")
+            if leaf == one and f"{stem}.{other}" not in names:
+                return f"{printable(name)} has a delta, and {other} beside it has none"
+    return None
+
+
+def _types(adapter: AdapterFacts) -> dict[str, set[int]]:
+    """Return the layers of each type of module: its name without the number of the layer."""
+    found: dict[str, set[int]] = {}
+    for module in adapter.modules:
+        if match := _LAYER.search(module.name):
+            kind = module.name[: match.start()] + module.name[match.end() - 1 :]
+            found.setdefault(kind, set()).add(int(match[1]))
+    return found
+
+
+def _layers(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    types = _types(adapter)
+    if not runtime.whole_types or not types:
+        return None
+    known = adapter.base.layers if adapter.base is not None else None
+    count = known or 1 + max(max(layers) for layers in types.values())
+    for kind, layers in sorted(types.items()):
+        missing = set(range(count)) - layers
+        if missing:
+            leaf = printable(kind.rpartition(".")[2])
+            return f"{leaf} has a delta in {len(layers)} of {count} layers"
+    return None
+
+
+def _conv1d(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    model_type = adapter.base.model_type if adapter.base is not None else None
+    named = sorted(adapter.leaves & _CONV1D)
+    if adapter.format != "peft" or not named or model_type not in _CONV1D_TYPES:
+        return None
+    return f"{', '.join(named)} are Conv1D, whose weights are stored as (in, out)"
+
+
+def _is_expert(module: ModuleFacts) -> bool:
+    return module.experts > 0
+
+
+def _moe(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    experts = [module for module in adapter.modules if _is_expert(module)]
+    if not experts or adapter.format != "peft":
+        return None
+    return f"adapts fused experts ({printable(experts[0].name)}; target_parameters)"
+
+
+MODULE_RULES = (
+    Rule(
+        "PAIR_MISSING",
+        "a module with one half of A and B",
+        _pair,
+        differs("the delta is lost: loaders refuse it, or start the other half anew", "advice",
+                "save it again where it was trained"),
+    ),
+    Rule("QV_COUPLED", "`q_proj` without `v_proj`", _coupled),
+    Rule("LAYERS_MISSING", "a type of module that some layers have and others do not", _layers),
+    Rule("CONV1D", "GPT-2's `Conv1D`", _conv1d),
+    Rule("MOE", "fused experts (`target_parameters`)", _moe),
+)  # fmt: skip

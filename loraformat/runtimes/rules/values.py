@@ -1,0 +1,42 @@
+"""Rules about the numbers."""
+
+from __future__ import annotations
+
+from loraformat.errors import printable
+from loraformat.runtimes.facts import AdapterFacts
+from loraformat.runtimes.record import Rule, Runtime, differs, mind
+
+__all__ = ["VALUE_RULES"]
+
+
+def _nonfinite(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if not adapter.nonfinite:
+        return None
+    more = f" and {len(adapter.nonfinite) - 1} more" if len(adapter.nonfinite) > 1 else ""
+    return f"{printable(adapter.nonfinite[0])}{more} holds NaN or infinity"
+
+
+def _zero(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    whole = [module for module in adapter.modules if not module.missing]
+    if not whole or adapter.replaced or adapter.rows or not all(m.zero for m in whole):
+        return None
+    return "every B is zero"
+
+
+VALUE_RULES = (
+    Rule(
+        "NONFINITE",
+        "NaN or infinity",
+        _nonfinite,
+        differs(
+            "most loaders take them, and every output is NaN", "advice",
+            "use an earlier checkpoint: the training diverged, or the file is damaged",
+        ),
+    ),
+    Rule(
+        "ZERO_DELTA",
+        "B of all zeros",
+        _zero,
+        mind("it changes nothing", "advice", "was it trained, and saved after that?"),
+    ),
+)  # fmt: skip

@@ -68,7 +68,8 @@ class _LazyGroup(click.Group):
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 error, 2 usage, 3 input invalid, 4 verify or check found "
-    "something, 5 output exists or is locked, 6 no space or memory, 7 network or Hub, 130 interrupted.",
+    "something, 5 output exists or is locked, 6 no space or memory, 7 network or Hub, "
+    "130 interrupted.",
 )
 @click.version_option(__version__, prog_name="loraformat")
 def commands() -> None:

@@ -38,7 +38,7 @@ def test_help_lists_every_verb_and_every_exit_code(run):
         "1 error",
         "2 usage",
         "3 input",
-        "4 verify",
+        "4 verify or check",
         "5 output",
         "6 no space",
         "7",

@@ -46,11 +46,14 @@ def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
     """
     folder = Folder(path)
     config = read_config(folder)
+    refusal = _refusal(config, path)
+    if refusal is not None and config.get("peft_type") != "LORA":  # its tensors have other names
+        return AdapterFacts("peft", refusal=refusal.problem, refusal_hint=refusal.hint)
     settings = LoraSettings(config, folder.path / CONFIG_NAME, refuse=False)
     with contextlib.ExitStack() as opened:
         stored = open_tensors(folder, allow_pickle=options.allow_pickle)
         opened.callback(stored.close)
-        return _Examiner(settings, stored, options.base).facts(_refusal(config, path))
+        return _Examiner(settings, stored, options.base).facts(refusal)
 
 
 def _refusal(config: dict[str, Any], path: Path) -> UnsupportedError | None:

@@ -21,6 +21,7 @@ wanted (rule, byte or tensor); what to do next.*
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike, fspath
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ResourceError",
     "UnsupportedError",
     "UsageError",
+    "nearest",
     "printable",
 ]
 
@@ -64,6 +66,20 @@ def printable(text: object) -> str:
         c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: _LONGEST_QUOTE + 1]
     )
     return shown if len(shown) <= _LONGEST_QUOTE else shown[: _LONGEST_QUOTE - 1] + "…"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return words that name the most similar of some names; "" if there are none.
+
+    Examples
+    --------
+    >>> nearest("model.q_prj", ["model.q_proj", "lm_head"])
+    '; the nearest is model.q_proj'
+    """
+    from difflib import get_close_matches
+
+    found = get_close_matches(name, list(names), 1, 0.0)
+    return f"; the nearest is {printable(found[0])}" if found else ""
 
 
 class LoraFormatError(Exception):

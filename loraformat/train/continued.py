@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 
 import torch
 
 from loraformat.adapter import Adapter, LoraDelta
-from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.errors import InputError, UnsupportedError, nearest, printable
 from loraformat.ops.factors import finite
 from loraformat.reader import Bundle
 from loraformat.train.branch import Factors, LoraBranch, branch_of
@@ -95,10 +94,8 @@ def _check_kind(adapter: Adapter) -> None:
 
 
 def _unknown(target: str, known: list[str], adapter: Adapter) -> InputError:
-    near = difflib.get_close_matches(target, known, 1, 0.0)
-    nearest = f"; the nearest is {printable(near[0])}" if near else ""
     return InputError(
-        f"changes {printable(target)}, which this model has no branch for{nearest}",
+        f"changes {printable(target)}, which this model has no branch for" + nearest(target, known),
         path=adapter.path,
         hint="was it made for another base?",
     )

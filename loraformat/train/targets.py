@@ -7,12 +7,11 @@ it was asked to is found out too late otherwise.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from loraformat.errors import UsageError, printable
+from loraformat.errors import UsageError, nearest, printable
 from loraformat.train.lora_options import LoraOptions
 from loraformat.train.site import Site
 
@@ -113,8 +112,5 @@ def _meant(sites: Sequence[Site], word: str) -> list[Site]:
 def _nearest(word: str, names: Iterable[str]) -> str:
     """Return words that name the most similar last part, or the most similar name."""
     names = list(names)
-    known = [*GROUPS, *dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)]
-    if "." in word:
-        known = names
-    found = difflib.get_close_matches(word, known, 1, 0.0)
-    return f"; the nearest is {printable(found[0])}" if found else ""
+    last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    return nearest(word, names if "." in word else [*GROUPS, *last_parts])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from loraformat.checkpoint import LazyTensor
-from loraformat.errors import printable
 
-__all__ = ["PREFIX", "BaseNames", "Key", "nearest", "parse_key"]
+__all__ = ["PREFIX", "BaseNames", "Key", "parse_key"]
 
 PREFIX = "base_model.model."
 
@@ -111,15 +109,3 @@ class BaseNames:
                 if len(alike) == 1:
                     return alike[0]
         return None
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return words that name the most similar of some names; "" if there are none.
-
-    Examples
-    --------
-    >>> nearest("model.q_prj", ["model.q_proj", "lm_head"])
-    '; the nearest is model.q_proj'
-    """
-    found = difflib.get_close_matches(name, list(names), 1, 0.0)
-    return f"; the nearest is {printable(found[0])}" if found else ""

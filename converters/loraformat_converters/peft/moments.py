@@ -13,9 +13,8 @@ from pathlib import Path
 
 from loraformat.adapter import STATISTICS_NAME, LoraDelta
 from loraformat.checkpoint import DenseTensor, tensor_view
-from loraformat.errors import InputError, printable
+from loraformat.errors import InputError, nearest, printable
 from loraformat.mapped import MappedFile
-from loraformat_converters.peft.keys import nearest
 
 __all__ = ["SUFFIX", "read_moments"]
 

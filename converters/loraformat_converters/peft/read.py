@@ -12,14 +12,14 @@ from loraformat.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.architecture import is_conv1d
 from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor
 from loraformat.config_json import parse
-from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.errors import InputError, UnsupportedError, nearest, printable
 from loraformat.folder import Folder
 from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.mapped import MappedFile
 from loraformat.plugins import AdapterReadOptions
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.experts import ExpertReader
-from loraformat_converters.peft.keys import BaseNames, nearest, parse_key
+from loraformat_converters.peft.keys import BaseNames, parse_key
 from loraformat_converters.peft.moments import read_moments
 from loraformat_converters.peft.rows import read_rows
 from loraformat_converters.peft.weights import StoredTensors, open_tensors

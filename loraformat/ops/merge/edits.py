@@ -7,7 +7,6 @@ memory and many tensors on disk. Nothing is computed here.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +15,7 @@ from loraformat.adapter import Adapter, LoraDelta
 from loraformat.architecture import module_of, tied_embedding
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.config_json import parse
-from loraformat.errors import UnsupportedError, printable
+from loraformat.errors import UnsupportedError, nearest, printable
 
 __all__ = ["Edit", "Plan", "Term", "plan_edits"]
 
@@ -206,10 +205,9 @@ class _Planner:
         raise self._unmatched(adapter, name)
 
     def _unmatched(self, adapter: Adapter, name: str) -> UnsupportedError:
-        nearest = difflib.get_close_matches(name, list(self.tensors), 1, 0.0)
         return UnsupportedError(
             f"changes {printable(name)}, which the base does not have"
-            + (f"; the nearest is {printable(nearest[0])}" if nearest else ""),
+            + nearest(name, self.tensors),
             path=adapter.path,
             hint="was it made for another base?",
         )

@@ -14,7 +14,7 @@ from loraformat.train.lora_options import LoraOptions
 from loraformat.train.site import Site
 from loraformat.train.targets import resolve
 
-__all__ = ["attach", "extra_state", "load_extra_state", "parameter_groups", "trainable"]
+__all__ = ["attach", "extra_state", "load_extra_state", "trainable"]
 
 
 def attach(
@@ -113,61 +113,3 @@ def load_extra_state(branches: Mapping[str, LoraBranch], state: Mapping[str, tor
     for name, branch in branches.items():
         if branch.collecting:
             branch.moments.load(state[f"{name}.moments.total"], state[f"{name}.moments.count"])
-
-
-def parameter_groups(
-    parameters: Mapping[str, torch.nn.Parameter],
-    lr: float,
-    *,
-    ratio: float = 1.0,
-    weight_decay: float = 0.0,
-) -> list[dict[str, object]]:
-    """Return groups for an optimizer, with LoRA+'s faster B (Hayou 2024, section 4).
-
-    B begins at zero and is short of time: it gets ``ratio`` times the rate of A (the paper
-    proposes 16). An embedding's factors keep the plain rate. Magnitudes are not decayed, as they
-    have no reason to be small.
-
-    Parameters
-    ----------
-    parameters : mapping of str to torch.nn.Parameter
-        As `trainable` names them.
-    lr : float
-    ratio : float
-        At least 1; 1 is plain LoRA.
-    weight_decay : float
-
-    Returns
-    -------
-    list of dict
-        With ``params``, ``names``, ``lr`` and ``weight_decay``; none is empty.
-
-    Raises
-    ------
-    UsageError
-        If the ratio is below 1.
-
-    Examples
-    --------
-    >>> from torch.nn import Parameter
-    >>> q = {"q.lora_A.weight": Parameter(torch.ones(1, 1))}
-    >>> q["q.lora_B.weight"] = Parameter(torch.ones(1, 1))
-    >>> [(g["names"], g["lr"]) for g in parameter_groups(q, 0.1, ratio=2.0)]
-    [(['q.lora_A.weight'], 0.1), (['q.lora_B.weight'], 0.2)]
-    """
-    if ratio < 1:
-        raise UsageError(f"the learning-rate ratio of B is {ratio}, wanted at least 1")
-    groups: dict[tuple[float, float], dict[str, object]] = {}
-    found: dict[tuple[float, float], list[str]] = {}
-    for name in parameters:
-        rate = lr * ratio if name.endswith(".lora_B.weight") else lr
-        decay = 0.0 if name.endswith("lora_magnitude_vector") else weight_decay
-        found.setdefault((rate, decay), []).append(name)
-    for (rate, decay), names in found.items():
-        groups[rate, decay] = {
-            "params": [parameters[name] for name in names],
-            "names": names,
-            "lr": rate,
-            "weight_decay": decay,
-        }
-    return list(groups.values())

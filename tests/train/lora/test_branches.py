@@ -9,7 +9,8 @@ from dense_sites import plain_site
 
 from loraformat.errors import UsageError
 from loraformat.train import LoraOptions
-from loraformat.train.branches import attach, parameter_groups, trainable
+from loraformat.train.branches import attach, trainable
+from loraformat.train.loraplus import parameter_groups
 from loraformat.train.row_norms import RowNorms, row_norms
 
 

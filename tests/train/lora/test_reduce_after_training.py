@@ -9,7 +9,8 @@ from tiny_bases import load_dense, tokens
 from loraformat.ops.reduce import Reduction, reduce
 from loraformat.reader import open_bundle
 from loraformat.train import LoraOptions
-from loraformat.train.branches import attach, parameter_groups, trainable
+from loraformat.train.branches import attach, trainable
+from loraformat.train.loraplus import parameter_groups
 from loraformat.train.trained_adapter import save_adapter
 
 STEPS = 40

@@ -60,6 +60,18 @@ class MappedBytes:
         if self.nbytes and os.environ.get("LORAFORMAT_IO") != "pread":
             self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
 
+    @property
+    def address(self) -> int | None:
+        """Where the mapping begins in memory; None if nothing is mapped."""
+        import numpy
+
+        return None if self._map is None else numpy.frombuffer(self._map, numpy.uint8).ctypes.data
+
+    @property
+    def descriptor(self) -> int:
+        """The open file's number, for advice to the kernel."""
+        return self._descriptor
+
     def bytes_between(self, begin: int, end: int) -> memoryview:
         """Return a read-only view on a range of bytes; nothing is read yet if it is mapped."""
         if self._map is None:

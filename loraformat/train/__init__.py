@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraformat.train.batch import Batch as Batch
     from loraformat.train.lora_options import LoraOptions as LoraOptions
+    from loraformat.train.model import TrainableModel as TrainableModel
+    from loraformat.train.opening import load as load
 
 _HOMES = {
     "Batch": ("loraformat.train.batch", "Batch"),
     "LoraOptions": ("loraformat.train.lora_options", "LoraOptions"),
+    "TrainableModel": ("loraformat.train.model", "TrainableModel"),
+    "load": ("loraformat.train.opening", "load"),
 }
 
 __all__ = [
     "Batch",
     "LoraOptions",
+    "TrainableModel",
+    "load",
 ]
 
 

@@ -1,0 +1,235 @@
+"""A model that can be trained although its base stays on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.adapter import Adapter
+from loraformat.checkpoint import CarriedFile
+from loraformat.reader import Bundle
+from loraformat.train import branches as branches_of_model
+from loraformat.train.batch import Batch
+from loraformat.train.branch import LoraBranch
+from loraformat.train.cross_entropy import frozen_head_loss, own_head_loss
+from loraformat.train.decoder import decoder_of, head_name
+from loraformat.train.head_rule import HeadRule, find_head_rule, own_logits
+from loraformat.train.linear import FrozenLinear
+from loraformat.train.lora_options import LoraOptions
+from loraformat.train.packing import PackingCheck
+from loraformat.train.recompute import Recomputation
+from loraformat.train.residency import Residency, Traffic
+from loraformat.train.skeleton import text_config
+from loraformat.train.trained_adapter import save_adapter, trained_adapter
+
+__all__ = ["TrainableModel"]
+
+
+class TrainableModel(torch.nn.Module):
+    """A base in mapped shards, and what is trained on it; made by `loraformat.train.load`.
+
+    Parameters
+    ----------
+    base : transformers.PreTrainedModel
+        Its linears, embeddings and experts read a bundle; its layers are computed anew in the
+        backward pass.
+    bundle : Bundle
+    shared : Recomputation
+    branches : dict of str to LoraBranch
+        What is trained, by the name of its place.
+    options : LoraOptions or None
+        How it began.
+    compute_dtype : torch.dtype
+        Of the factors of frozen products; all else is float32.
+    owned : bool
+        Close the bundle with the model.
+
+    Attributes
+    ----------
+    base, bundle, branches, options, compute_dtype
+    config : transformers.PretrainedConfig
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        bundle: Bundle,
+        shared: Recomputation,
+        branches: dict[str, LoraBranch],
+        options: LoraOptions | None,
+        compute_dtype: torch.dtype,
+        owned: bool,
+    ) -> None:
+        super().__init__()
+        self.base, self.bundle, self.compute_dtype = base, bundle, compute_dtype
+        self.branches, self.options, self.config = branches, options, base.config
+        self._shared, self._owned, self._closed = shared, owned, False
+        self._packing = PackingCheck(base, shared, bundle.folder.path)
+        self._head_name = head_name(base, bundle.folder.path)
+        self._head_rule = self._find_head_rule()
+
+    def _find_head_rule(self) -> HeadRule | None:
+        cap = getattr(text_config(self.config), "final_logit_softcapping", None)
+        return find_head_rule(self.base, self.head, cap)
+
+    @property
+    def head(self) -> FrozenLinear:
+        """The output head."""
+        head: FrozenLinear = self.base.get_submodule(self._head_name)
+        return head
+
+    @property
+    def residency(self) -> Residency:
+        """What brings layers into memory and lets them go."""
+        return self._shared.residency
+
+    @property
+    def traffic(self) -> Traffic:
+        """What streaming did since the model was loaded."""
+        return self.residency.traffic
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Compute as transformers' own class does: logits, and with `labels` the mean loss.
+
+        The logits of all tokens are held at once; `loss` does not do that.
+        """
+        if torch.is_grad_enabled():
+            options.setdefault("use_cache", False)
+        return self.base(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            labels=labels, **options,
+        )  # fmt: skip
+
+    def loss(self, batch: Batch, rows_at_once: int | None = None) -> torch.Tensor:
+        """Return the sum of negative log-likelihoods of all tokens that are learned.
+
+        Parameters
+        ----------
+        batch : Batch
+        rows_at_once : int, optional
+            Let the rows go through each layer in groups of so many before the next layer is
+            read; by default all at once.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 scalar; its gradient is that of the sum.
+
+        Raises
+        ------
+        UnsupportedError
+            If rows hold several samples and the model cannot keep them apart.
+        """
+        learned = batch.labels[:, 1:] >= 0
+        targets = batch.labels[:, 1:][learned]
+        with self._rows_at_once(rows_at_once), self._packing.of(batch):
+            output = decoder_of(self.base)(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            )
+        hidden = output.last_hidden_state[:, :-1][learned]
+        if not len(targets):
+            zero: torch.Tensor = hidden.sum()
+            return zero
+        return self._head_loss(hidden, targets)
+
+    def _head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        head = self.head
+        if self._head_rule is not None and head.branch is None:
+            return frozen_head_loss(hidden, targets, head, self._head_rule)
+        trained = [p for p in head.parameters() if p.requires_grad]
+
+        def logits(some: torch.Tensor) -> torch.Tensor:
+            return own_logits(self.base, some)
+
+        return own_head_loss(hidden, targets, logits, head.out_features, trained)
+
+    @contextmanager
+    def _rows_at_once(self, rows: int | None) -> Iterator[None]:
+        self._shared.rows_at_once = rows
+        try:
+            yield
+        finally:
+            self._shared.rows_at_once = None
+
+    @torch.no_grad()
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """Generate as transformers does; see its ``GenerationMixin.generate``."""
+        return self.base.generate(*arguments, **options)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters that are trained: float32, by place and PEFT's own key."""
+        return branches_of_model.trainable(self.branches)
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """Return what goes on beside the parameters: the second moments collected so far."""
+        return branches_of_model.extra_state(self.branches)
+
+    def load_extra_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `extra_state` returned.
+
+        Raises
+        ------
+        InputError
+            If it is another model's.
+        """
+        branches_of_model.load_extra_state(self.branches, state)
+
+    def adapter(self) -> Adapter:
+        """Return what was trained as the neutral adapter, its scaling resolved."""
+        return trained_adapter(self.branches, self.bundle)
+
+    def save_adapter(
+        self,
+        path: str | Path,
+        *,
+        force: bool = False,
+        facts: Mapping[str, Any] | None = None,
+        files: tuple[CarriedFile, ...] = (),
+    ) -> Path:
+        """Write what was trained as a PEFT adapter, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or Path
+            A directory, or ``BUNDLE/adapters/NAME``.
+        force : bool
+            Replace an adapter that stands there.
+        facts : mapping, optional
+            What the training says of itself, for its record.
+        files : tuple of CarriedFile
+            What else shall lie beside the weights.
+
+        Returns
+        -------
+        Path
+        """
+        return save_adapter(
+            self.branches, self.bundle, path, options=self.options, force=force, facts=facts,
+            files=files,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Stop reading, and unmap the shards if `load` opened them."""
+        if self._closed:
+            return
+        self._closed = True
+        self.residency.close()
+        if self._owned:
+            self.bundle.close()
+
+    def __enter__(self) -> TrainableModel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,145 @@
+"""Opening a bundle for training."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.adapter import Adapter
+from loraformat.checkpoint import Checkpoint
+from loraformat.errors import UnsupportedError, UsageError
+from loraformat.layout import layer_of
+from loraformat.ops.adapters import open_adapter
+from loraformat.ops.open import open_model
+from loraformat.reader import Bundle, is_bundle, open_bundle
+from loraformat.train.assemble import assemble
+from loraformat.train.branches import attach
+from loraformat.train.continued import attach_adapter
+from loraformat.train.decoder import find_layers
+from loraformat.train.experts import ExpertStack
+from loraformat.train.kernel_advice import pin_malloc_threshold
+from loraformat.train.linear import FrozenLinear
+from loraformat.train.lora_options import LoraOptions
+from loraformat.train.model import TrainableModel
+from loraformat.train.recompute import Recomputation, recompute_layer
+from loraformat.train.residency import Residency
+from loraformat.train.site import Site
+from loraformat.train.sites import find_sites
+from loraformat.train.skeleton import build_skeleton
+from loraformat.train.stored_weights import StoredWeights
+
+__all__ = ["load"]
+
+
+def load(
+    bundle: str | Path | Bundle,
+    *,
+    lora: LoraOptions | None = None,
+    adapter: str | Path | Adapter | None = None,
+    compute_dtype: torch.dtype | None = None,
+    original: str | Path | Checkpoint | None = None,
+) -> TrainableModel:
+    """Open a bundle as a model of transformers' own classes that can be trained.
+
+    Nothing of the weights is read: they stay mapped, and each layer is decoded when it is
+    computed. The first call sets glibc's ``M_MMAP_THRESHOLD`` for the process, without which
+    memory would grow with every layer.
+
+    Parameters
+    ----------
+    bundle : str, Path or Bundle
+        A directory, or an open bundle, which stays the caller's to close.
+    lora : LoraOptions, optional
+        What is trained. With `adapter` only its dropout and statistics are heeded.
+    adapter : str, Path or Adapter, optional
+        An adapter of this base to compute with or to train on.
+    compute_dtype : torch.dtype, optional
+        Of the factors of frozen products; float32 by default.
+    original : str, Path or Checkpoint, optional
+        The dense model that the bundle was made from, for ``LoraOptions(init="loftq")``.
+
+    Returns
+    -------
+    TrainableModel
+        In training mode.
+
+    Raises
+    ------
+    InputError
+        If the bundle is none, or breaks a rule, or the adapter is not one for it.
+    UnsupportedError
+        If transformers has no class for it, or a class here none for a large part of it.
+    UsageError
+        If a target or a rank means nothing.
+    MissingDependencyError
+        If transformers is not installed.
+    """
+    with ExitStack() as opened:
+        here = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
+        owned = here is not bundle
+        if owned:
+            opened.callback(here.close)
+        base, shared, sites = _build(here, compute_dtype or torch.float32)
+        with ExitStack() as meanwhile:
+            if adapter is not None:
+                if not isinstance(adapter, Adapter):
+                    adapter = meanwhile.enter_context(open_adapter(adapter, base=here.checkpoint))
+                branches = attach_adapter(sites, adapter, here, lora)
+            elif lora is not None:
+                if original is not None and not isinstance(original, Checkpoint):
+                    original = meanwhile.enter_context(open_model(original))
+                branches = attach(sites, lora, original=original)
+            else:
+                branches = {}
+        model = TrainableModel(
+            base, here, shared, branches, lora, compute_dtype or torch.float32, owned
+        )
+        opened.pop_all()
+    return model
+
+
+def _open(path: Path) -> Bundle:
+    if path.exists() and not is_bundle(path):
+        raise UnsupportedError(
+            "is not a bundle, and only bundles are trained on", path=path,
+            hint=f"make one: loraformat convert {path} my-bundle --to loraformat",
+        )  # fmt: skip
+    return open_bundle(path)
+
+
+def _build(bundle: Bundle, dtype: torch.dtype) -> tuple[Any, Recomputation, list[Site]]:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(f"compute dtype {dtype}: wanted float32, bfloat16 or float16")
+    path, config = bundle.folder.path, bundle.checkpoint.config
+    if config is None:
+        raise UnsupportedError("has no config.json, which says how to compute it", path=path)
+    weights = StoredWeights(bundle)
+    numbers = [found[1] for name in weights.names() if (found := layer_of(name))]
+    base = build_skeleton(config, max(numbers, default=-1) + 1, path)
+    used = assemble(base, weights, dtype, path)
+    base.requires_grad_(False)
+    shared = _stream(base, weights, used, path)
+    pin_malloc_threshold()
+    return base, shared, find_sites(base, used)
+
+
+def _stream(
+    base: Any, weights: StoredWeights, used: dict[str, list[str]], path: Path
+) -> Recomputation:
+    """Let the decoder layers come and go."""
+    stem, layers = find_layers(base, path)
+    spans = []
+    for number in range(len(layers)):
+        prefix = f"{stem}.{number}."
+        names = [one for module, some in used.items() if module.startswith(prefix) for one in some]
+        spans.append([span for name in names for span in weights.spans(name)])
+        for module in layers[number].modules():
+            if isinstance(module, FrozenLinear | ExpertStack):
+                module.layer = number
+    shared = Recomputation(Residency(spans))
+    for number, layer in enumerate(layers):
+        recompute_layer(layer, number, shared)
+    return shared

@@ -1,13 +1,14 @@
 """A file of training data: any range of its bytes at any time, and proof that it stays the same.
 
-The file is opened for each read, so that a directory of a hundred thousand files needs
-no hundred thousand descriptors, and every read checks that it is still the file that was
-indexed.
+Every read checks that the file is still what was indexed. A few hundred files stay open;
+others are opened for each read, so that a directory of a hundred thousand files needs no
+hundred thousand descriptors.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from loraformat.folder import Folder
 
 __all__ = ["DataFile"]
 
+_MOST_KEPT_OPEN = 256
+_KEPT_OPEN: set[int] = set()
 _FOREIGN_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -47,11 +50,16 @@ class DataFile:
     def __init__(self, path: Path, open_descriptor: Callable[[], int]) -> None:
         self.path = path
         self._open_descriptor = open_descriptor
-        self._identity: tuple[int, int] | None = None
-        with self.opened():
-            pass
-        assert self._identity is not None
-        self.nbytes: int = self._identity[0]
+        self._kept: int | None = None
+        descriptor = open_descriptor()
+        self._identity = _identity(descriptor)
+        self.nbytes = self._identity[0]
+        if len(_KEPT_OPEN) < _MOST_KEPT_OPEN:
+            self._kept = descriptor
+            _KEPT_OPEN.add(descriptor)
+            weakref.finalize(self, _close, descriptor)
+        else:
+            os.close(descriptor)
 
     @classmethod
     def at(cls, path: Path) -> DataFile:
@@ -80,24 +88,39 @@ class DataFile:
         InputError
             If it cannot be opened or read.
         """
-        try:
-            with os.fdopen(self._open_descriptor(), "rb") as file:
-                status = os.fstat(file.fileno())
-                identity = (status.st_size, status.st_mtime_ns)
-                if self._identity not in (None, identity):
-                    raise FileChangedError("changed while it was being trained on", path=self.path)
-                self._identity = identity
-                yield file
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", path=self.path) from None
+        with self._reading(), os.fdopen(self._open_descriptor(), "rb") as file:
+            self._check(file.fileno())
+            yield file
 
     def between(self, begin: int, end: int) -> bytes:
-        """Return a range of bytes."""
-        with self.opened() as file:
-            data = os.pread(file.fileno(), end - begin, begin)
+        """Return a range of bytes.
+
+        Raises
+        ------
+        FileChangedError, InputError
+            As `opened`.
+        """
+        with self._reading():
+            if self._kept is not None:
+                self._check(self._kept)
+                data = os.pread(self._kept, end - begin, begin)
+            else:
+                with self.opened() as file:
+                    data = os.pread(file.fileno(), end - begin, begin)
         if len(data) != end - begin:
             raise FileChangedError("became shorter while it was being read", path=self.path)
         return data
+
+    def _check(self, descriptor: int) -> None:
+        if _identity(descriptor) != self._identity:
+            raise FileChangedError("changed while it was being trained on", path=self.path)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", path=self.path) from None
 
     def text_begin(self) -> int:
         """Return where UTF-8 text begins: behind a byte-order mark, if there is one.
@@ -121,6 +144,16 @@ class DataFile:
                 hint="decompress it first: gunzip --keep, zstd -d",
             )
         return len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
+
+
+def _close(descriptor: int) -> None:
+    _KEPT_OPEN.discard(descriptor)
+    os.close(descriptor)
 
 
 def _reopened(file: IO[bytes]) -> int:

@@ -15,6 +15,7 @@ from loraformat.train.data.cursor import Cursor
 from loraformat.train.data.encode import Encoded, RowEncoder
 from loraformat.train.data.index import SampleIndex
 from loraformat.train.data.options import DataOptions
+from loraformat.train.data.pieces import piece_size
 from loraformat.train.data.plan import Plan, Rows
 from loraformat.train.data.prefetch import ahead
 from loraformat.train.data.preview import marked
@@ -45,12 +46,17 @@ class Dataset:
         self.options = options
         self._sources, self._rank, self._world = sources, rank, world
         self._padding = text_encoder.padding
-        self._encoder = RowEncoder(text_encoder, everything=options.train_on == "all")
+        self._encoder = RowEncoder(
+            text_encoder,
+            everything=options.train_on == "all",
+            longest_piece=piece_size(options.seq_len),
+        )
         survey = Survey(sources, self._encoder, options, progress)
         self.audit: Audit = survey.audit
         self._index: SampleIndex = survey.index
         self._plan = Plan(self._index.lengths(), options)
         self._counts: dict[int, int] = {}
+        self._last: tuple[tuple[int, int, int], Encoded] | None = None
         order = (
             options.seq_len, options.batch_size, options.packing, options.shuffle, options.seed,
             world, survey.fingerprint,
@@ -138,7 +144,13 @@ class Dataset:
     def _encoded(self, number: int) -> tuple[Encoded, int, int]:
         sample = self._index[number]
         source = self._sources[sample.source]
-        encoded = self._encoder.encode_part(source.read(sample.row), sample.part)
+        part = (sample.source, sample.row, sample.part)
+        last = self._last  # neighbours in a text share a part
+        if last is not None and last[0] == part:
+            encoded = last[1]
+        else:
+            encoded = self._encoder.encode_part(source.read(sample.row), sample.part)
+            self._last = (part, encoded)
         end = sample.begin + sample.length
         if end > len(encoded.ids):
             raise FileChangedError(

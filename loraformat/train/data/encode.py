@@ -61,11 +61,13 @@ class RowEncoder:
     encoder : TextEncoder
     everything : bool
         Learn prompts as well as completions.
+    longest_piece : int
+        Most bytes of text that are tokenized at once.
     """
 
-    def __init__(self, encoder: TextEncoder, *, everything: bool) -> None:
+    def __init__(self, encoder: TextEncoder, *, everything: bool, longest_piece: int) -> None:
         self._encoder = encoder
-        self._everything = everything
+        self._everything, self._longest_piece = everything, longest_piece
         self._chat = ChatRenderer(encoder)
 
     def encode(self, row: Row) -> Iterator[Encoded]:
@@ -78,7 +80,7 @@ class RowEncoder:
         """
         meant = meaning(row.fields)
         if isinstance(meant, Text):
-            parts = list(pieces(meant.text.encode("utf-8")))
+            parts = list(pieces(meant.text.encode("utf-8"), self._longest_piece))
             for number in range(len(parts)):
                 yield self._piece(row, parts, number)
         elif isinstance(meant, Completion):
@@ -90,7 +92,7 @@ class RowEncoder:
         """Return one of those, without tokenizing the other pieces of a long text."""
         meant = meaning(row.fields)
         if isinstance(meant, Text):
-            parts = list(pieces(meant.text.encode("utf-8")))
+            parts = list(pieces(meant.text.encode("utf-8"), self._longest_piece))
             return self._piece(row, parts, number)
         return list(self.encode(row))[number]
 

@@ -1,17 +1,29 @@
 """Long documents in pieces that are tokenized one at a time.
 
 A piece ends behind a line end, else before a space, else between two characters, so that
-tokens across the cut are rare. Documents of up to 64 KiB are never cut here.
+tokens across the cut are rare. It is as long as some eight samples: a shuffled epoch comes
+back to it for each of them, and tokenizes it anew. What fits into one sample is never cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["LONGEST_PIECE", "cut", "pieces"]
+__all__ = ["cut", "piece_size", "pieces"]
 
-LONGEST_PIECE = 1 << 16
-"""Most bytes of a piece."""
+_BYTES_PER_TOKEN = 32  # eight samples at the usual four bytes per token
+_SMALLEST, _LARGEST = 1 << 12, 1 << 20
+
+
+def piece_size(seq_len: int) -> int:
+    """Return the most bytes of a piece.
+
+    Examples
+    --------
+    >>> piece_size(512)
+    16384
+    """
+    return min(max(seq_len * _BYTES_PER_TOKEN, _SMALLEST), _LARGEST)
 
 
 def cut(window: bytes) -> int:
@@ -46,7 +58,7 @@ def cut(window: bytes) -> int:
     return len(window)  # not UTF-8, which is found when it is read
 
 
-def pieces(data: bytes, longest: int = LONGEST_PIECE) -> Iterator[bytes]:
+def pieces(data: bytes, longest: int) -> Iterator[bytes]:
     r"""Yield a text in pieces; together they are the text.
 
     Examples

@@ -17,6 +17,7 @@ from loraformat.train.data.json_array import open_json
 from loraformat.train.data.json_lines import JsonLines
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.parquet import open_parquet
+from loraformat.train.data.pieces import piece_size
 from loraformat.train.data.row import RowSource
 from loraformat.train.data.text_file import TextFile
 
@@ -33,7 +34,9 @@ _OPENERS: dict[str, Callable[[DataFile, DataOptions], RowSource]] = {
     ".csv": lambda file, options: CsvRows(file, ","),
     ".tsv": lambda file, options: CsvRows(file, "\t"),
     ".parquet": lambda file, options: open_parquet(file),
-    ".txt": lambda file, options: TextFile(file, paragraphs=options.split_text == "paragraphs"),
+    ".txt": lambda file, options: TextFile(
+        file, paragraphs=options.split_text == "paragraphs", longest=piece_size(options.seq_len)
+    ),
 }
 SUFFIXES = tuple(_OPENERS)
 """Of files that hold rows."""

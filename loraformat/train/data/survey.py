@@ -51,6 +51,7 @@ class Survey:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.index, self.audit = SampleIndex(sources), Audit()
+        self._sources = sources
         self._encoder, self._options = encoder, options
         self._hash = sha256()
         total = sum(map(len, sources))
@@ -109,16 +110,15 @@ class Survey:
         audit.over_length += 1
         if self._options.over_length in ("refuse", "drop"):
             audit.dropped += 1
-            audit.first_over_length = audit.first_over_length or self._place(whole)
+            source = self._sources[whole.source]
+            audit.first_over_length = (
+                audit.first_over_length or f"{source.name}: {source.place(whole.row)}"
+            )
             return
         audit.truncated += 1
         audit.cut += whole.length - limit
         at_start = self._options.over_length == "truncate-start"
         yield replace(whole, begin=whole.length - limit if at_start else 0, length=limit)
-
-    def _place(self, sample: Sample) -> str:
-        name, _ = self.audit.sources[sample.source]
-        return f"{name}: row {sample.row + 1}"
 
     def _add(self, one: Encoded, sample: Sample) -> None:
         end = sample.begin + sample.length
@@ -131,7 +131,7 @@ class Survey:
         self.audit.tokens += sample.length
         self.audit.trained += trained
         self.audit.pieces += one.is_text
-        self.audit.all_learned += not one.is_text and trained == sample.length - 1
+        self.audit.all_learned += not one.is_text and all(one.learned[1:])
         self._hash.update(np.array([sample.length], "<i8").tobytes())
         self._hash.update(np.array(one.ids[sample.begin : end], "<i8").tobytes())
         self._hash.update(np.array(one.learned[sample.begin : end], "u1").tobytes())

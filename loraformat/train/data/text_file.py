@@ -1,17 +1,19 @@
-"""Plain text: a file is one document, or one per paragraph, read in pieces of 64 KiB."""
+"""Plain text: a file is one document, or one per paragraph, read in pieces."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.pieces import LONGEST_PIECE, cut
+from loraformat.train.data.pieces import cut
 from loraformat.train.data.row import BadRowError, Row
 
 __all__ = ["TextFile"]
 
 _BEGINS, _ENDS = 1, 2
+_LINE_PART = 1 << 16
 
 
 class TextFile:
@@ -24,21 +26,25 @@ class TextFile:
     paragraphs : bool
         What stands between blank lines is a document, without the line end behind it.
         Otherwise the whole file is one, byte for byte.
+    longest : int
+        Most bytes of a piece.
     """
 
-    def __init__(self, file: DataFile, *, paragraphs: bool) -> None:
-        self._file = file
+    def __init__(self, file: DataFile, *, paragraphs: bool, longest: int) -> None:
+        self._file, self._longest = file, longest
         self._begins, self._lengths, self._flags = array("q"), array("I"), array("B")
         whole = ((file.text_begin(), file.nbytes),)
-        for begin, end in _paragraphs(file) if paragraphs else whole:
-            self._index(begin, end)
+        with file.opened() as stream:
+            for begin, end in _paragraphs(file) if paragraphs else whole:
+                self._index(stream, begin, end)
 
-    def _index(self, begin: int, end: int) -> None:
+    def _index(self, stream: BinaryIO, begin: int, end: int) -> None:
         flags = _BEGINS
         while begin < end:
             stop = end
-            if end - begin > LONGEST_PIECE:
-                stop = begin + cut(self._file.between(begin, begin + LONGEST_PIECE))
+            if end - begin > self._longest:
+                stream.seek(begin)
+                stop = begin + cut(stream.read(self._longest))
             self._begins.append(begin)
             self._lengths.append(stop - begin)
             self._flags.append(flags | (_ENDS if stop == end else 0))
@@ -82,7 +88,7 @@ def _paragraphs(file: DataFile) -> Iterator[tuple[int, int]]:
         stream.seek(offset)
         begin = end = offset
         at_line_start = True
-        while line := stream.readline(LONGEST_PIECE):
+        while line := stream.readline(_LINE_PART):
             if at_line_start and line.isspace():
                 if end > begin:
                     yield begin, end

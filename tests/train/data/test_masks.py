@@ -63,7 +63,7 @@ def messages(turns=SAY):
 
 
 def encode(tokenizer, fields, *, everything=False):
-    encoder = RowEncoder(TextEncoder(tokenizer, "test"), everything=everything)
+    encoder = RowEncoder(TextEncoder(tokenizer, "test"), everything=everything, longest_piece=4096)
     return list(encoder.encode(Row(fields)))
 
 

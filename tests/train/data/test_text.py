@@ -1,0 +1,143 @@
+"""Text: documents in pieces, pieces in samples, and nothing of them lost."""
+
+import tracemalloc
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from loraformat.train.data import DataOptions, open_data
+from loraformat.train.data.pieces import piece_size, pieces
+from loraformat.train.data.sources import open_sources
+
+quick = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@quick
+@given(st.text(st.sampled_from("ab \né😀"), max_size=300), st.integers(4, 40))
+def test_pieces_are_the_text(text, longest):
+    cut = list(pieces(text.encode(), longest))
+    assert b"".join(cut).decode() == text
+    assert "".join(piece.decode() for piece in cut) == text  # no character is split
+    assert all(0 < len(piece) <= longest for piece in cut) or not text
+
+
+def documents(path, **options):
+    (source,) = open_sources(path, DataOptions(**options))
+    found, text = [], ""
+    for number in range(len(source)):
+        row = source.read(number)
+        assert row.begins == (not text)
+        text += row.fields["text"]
+        if row.ends:
+            found.append(text)
+            text = ""
+    assert not text
+    return found
+
+
+@pytest.mark.parametrize("filling", ["word ", "line\n", "é", "😀x"])
+def test_a_long_file_is_one_document_in_pieces(tmp_path, filling):
+    path = tmp_path / "a.txt"
+    text = filling * (3 * piece_size(512) // len(filling.encode()) + 7)
+    path.write_text(text, encoding="utf-8")
+    assert documents(path) == [text]
+    (source,) = open_sources(path, DataOptions())
+    assert len(source) >= 4
+
+
+def test_paragraphs(tmp_path):
+    path = tmp_path / "a.txt"
+    long = "word " * 30_000
+    path.write_text(f"\ufeff\n\none\ntwo\n \t\n\r\nthree\r\n\n{long}\n\n", encoding="utf-8")
+    assert documents(path, split_text="paragraphs") == ["one\ntwo", "three", long]
+    assert len(documents(path)) == 1
+
+
+@quick
+@given(st.lists(st.text(st.sampled_from("ab c"), min_size=1).filter(str.strip), max_size=5))
+def test_any_paragraphs(tmp_path, wanted):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(wanted) + "\n")
+    assert documents(path, split_text="paragraphs") == wanted
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_samples_of_text_are_all_of_it(tmp_path, tokenizer, packing):
+    path = tmp_path / "a.txt"
+    text = "The quick brown fox. " * 200
+    path.write_text(text)
+    opened = open_data(path, tokenizer, DataOptions(seq_len=64, packing=packing, shuffle=False))
+    ids, labels = [], 0
+    for batch, _ in opened.batches(epochs=1):
+        ids += batch.input_ids[batch.segments > 0].tolist()
+        labels += batch.trained
+    assert ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    # Each sample but its first token.
+    assert labels == len(ids) - len(opened) == opened.audit.trained
+    assert opened.audit.over_length == 0 and opened.audit.longest == 64
+
+
+def test_a_long_row_of_text_is_tokenized_in_pieces(dataset, tokenizer):
+    text = "two plus two is four\n" * 2000
+    opened = dataset([{"text": text}], seq_len=512, shuffle=False, packing=False)
+    ids = [i for batch, _ in opened.batches(epochs=1) for i in batch.input_ids[0].tolist()]
+    assert ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert opened._index[len(opened) - 1].part == 2
+
+
+def test_bos_and_eos_stand_at_the_ends_of_documents_only(tmp_path, tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    path = tmp_path / "a.txt"
+    path.write_text("It is four.\n" * 1000 + "\n\nIt is.")
+    options = DataOptions(seq_len=128, shuffle=False, split_text="paragraphs")
+    opened = open_data(path, tokenizer, options)
+    ids = [i for batch, _ in opened.batches(epochs=1) for i in batch.input_ids[0].tolist()]
+    assert ids.count(tokenizer.bos_token_id) == 2 and ids[0] == tokenizer.bos_token_id
+    assert ids[-1] == tokenizer.eos_token_id
+    first = ids.index(tokenizer.eos_token_id)
+    assert ids[first + 1] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv"])
+def test_memory_does_not_hold_a_large_file(tmp_path, suffix):
+    size = 200_000_000 if suffix in ("txt", "jsonl") else 50_000_000
+    path = tmp_path / f"a.{suffix}"
+    with path.open("wb") as file:
+        word = b"a" * 99_900
+        line = {"jsonl": b'{"text": "%s"}\n', "json": b'{"text": "%s"},\n', "csv": b"%s\n"}
+        if suffix == "txt":
+            file.truncate(size)  # sparse: NUL is a character, too
+        else:
+            file.write({"json": b"[", "csv": b"text\n"}.get(suffix, b""))
+            for _ in range(size // len(word)):
+                file.write(line[suffix] % word)
+            file.write(b'{"text": "b"}]' if suffix == "json" else b"")
+    tracemalloc.start()
+    (source,) = open_sources(path, DataOptions())
+    middle = source.read(len(source) // 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(source) >= 500 and len(middle.fields["text"]) > 16_000
+    assert peak < 4_000_000
+
+
+def test_memory_does_not_hold_the_text_that_is_surveyed_and_trained_on(tmp_path):
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    path = tmp_path / "a.txt"
+    with path.open("wb") as file:
+        for _ in range(60):
+            file.write(b"a" * 65_000 + b" b c\n")  # 4 MB, few tokens
+    tracemalloc.start()
+    opened = open_data(path, tokenizer, DataOptions(seq_len=16))
+    trained = sum(batch.trained for batch, _ in opened.batches(epochs=1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert trained == opened.audit.trained > 100
+    assert peak < 1_500_000

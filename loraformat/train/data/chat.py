@@ -12,11 +12,14 @@ The words of a message are never looked for in the text, and the template needs 
 A template may write earlier turns differently once others follow, as those do that leave
 out old reasoning. Then a is not the beginning of the whole conversation, and there is no
 single text in which each turn reads as the model wrote it. Such a conversation becomes one
-sample per assistant turn, each rendered as it stood when that turn was written.
+sample per assistant turn, each rendered as it stood when that turn was written. If all that
+the whole lacks of a is a special token behind the end of the turn, such as an EOS that is
+written once at the very end, the turn itself reads the same, and one sample it stays.
 
 Templates without a generation prompt that write a header before the assistant's words
 ("ASSISTANT: ") are recognized by a trial conversation: the header is what two renderings
-with different answers have in common, and is not learned.
+with different answers have in common, and is not learned. The same trial shows whether a
+template wants what is said as a list of parts, as those of models that also see do.
 """
 
 from __future__ import annotations
@@ -45,6 +48,9 @@ class Rendered:
     learned: tuple[tuple[int, int], ...]
 
 
+_Message = dict[str, Any]
+
+
 class ChatRenderer:
     """Renders conversations with the tokenizer's chat template.
 
@@ -55,7 +61,11 @@ class ChatRenderer:
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
-        self._header = self._find_header() if encoder.has_template else ""
+        self._as_parts, self._header = False, ""
+        if encoder.has_template:
+            self._as_parts = not self._says("q", "A") and self._says("q", "A", as_parts=True)
+            self._header = self._find_header()
+        self._special = tuple(encoder.special_tokens)
 
     def render(self, conversation: Conversation, *, everything: bool) -> list[Rendered]:
         """Render one conversation.
@@ -86,15 +96,25 @@ class ChatRenderer:
         if everything:
             return [Rendered(whole, ((0, len(whole)),))]
         turns = [i for i, learned in enumerate(conversation.learned) if learned]
-        ranges, rewritten = [], []
+        ranges, alone = [], []
         for turn in turns:
             after = self._text(conversation, turn + 1, prompt=False)
             begin = self._begin(conversation, turn, after)
-            ranges.append((begin, len(after)))
-            rewritten.append(Rendered(after, ((begin, len(after)),)))
-        if all(whole.startswith(one.text) for one in rewritten):
+            ranges.append((begin, self._end(after, whole)))
+            alone.append(Rendered(after, ((begin, len(after)),)))
+        if all(begin < end for begin, end in ranges):
             return [Rendered(whole, tuple(ranges))]
-        return rewritten
+        return alone
+
+    def _end(self, after: str, whole: str) -> int:
+        """Return where a turn ends in the whole, or 0 if it does not stand there."""
+        if whole.startswith(after):
+            return len(after)
+        after = after.rstrip()
+        lacking = next((token for token in self._special if after.endswith(token)), "")
+        turn = after.removesuffix(lacking)
+        ended = bool(lacking) and turn.rstrip().endswith(self._special)
+        return len(turn) if ended and whole.startswith(turn) else 0
 
     def _begin(self, conversation: Conversation, turn: int, after: str) -> int:
         before = self._text(conversation, turn, prompt=True) + self._header
@@ -103,45 +123,69 @@ class ChatRenderer:
         common = _common(before, after)
         raise KindError(
             f"message {turn + 1}: the chat template asks for it with "
-            f"{before[len(common) :][:60]!r}, but writes {after[len(common) :][:60]!r}; "
-            "what the model is asked for is not what would be learned"
+            f"{before[len(common) :][:60]!r}, but writes {after[len(common) :][:60]!r}, so what is "
+            "asked for is not what would be learned; let answers begin as it asks (with their "
+            "reasoning), or name another template with --chat-template"
         )
 
     def _text(self, conversation: Conversation, stop: int, *, prompt: bool) -> str:
         try:
-            return self._encoder.render(
-                conversation.messages[:stop], conversation.tools, prompt=prompt
-            )
+            return self._render(conversation.messages[:stop], conversation.tools, prompt=prompt)
         except Exception as error:  # jinja2's own, and whatever a template makes of odd messages
             shown = "" if stop == len(conversation.messages) else f" its first {stop} messages"
             raise KindError(f"the chat template refuses{shown}: {error}") from None
 
-    def _find_header(self) -> str:
-        def rendered(*contents: str, prompt: bool = False) -> str:
-            roles = ("user", "assistant")
-            messages: list[dict[str, Any]] = [
-                {"role": role, "content": content}
-                for role, content in zip(roles, contents, strict=False)
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None = None,
+        *,
+        prompt: bool = False,
+    ) -> str:
+        if self._as_parts:
+            messages = [
+                message | {"content": [{"type": "text", "text": message["content"]}]}
+                for message in messages
             ]
-            return self._encoder.render(messages, None, prompt=prompt)
+        return self._encoder.render(messages, tools, prompt=prompt)
 
+    def _says(self, question: str, answer: str, *, as_parts: bool = False) -> bool:
+        """Tell whether a trial conversation can be told from others by its words."""
         try:
-            asked = rendered("q")
-            if rendered("q", prompt=True) != asked:
-                return ""
-            common = _common(rendered("q", "A"), rendered("q", "b"))
+            self._as_parts = as_parts
+            said = self._render(_trial(question, answer))
+            others = (self._render(_trial(question, "x")), self._render(_trial("x", answer)))
         except Exception:  # a template that wants other messages: each row will say so
+            return False
+        return said not in others
+
+    def _find_header(self) -> str:
+        try:
+            asked = self._render(_trial("q"))
+            if self._render(_trial("q"), prompt=True) != asked:
+                return ""
+            common = _common(self._render(_trial("q", "A")), self._render(_trial("q", "b")))
+        except Exception:  # as above
             return ""
         header = common[len(asked) :] if common.startswith(asked) else ""
         # White space alone is no header: "[/INST] answer" begins with a space of the answer's.
         return header if header.strip() else ""
 
 
+def _part(text: str) -> list[_Message]:
+    return [{"type": "text", "text": text}]
+
+
+def _trial(*contents: str) -> list[_Message]:
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+
+
 def _common(one: str, other: str) -> str:
     """Return what both begin with."""
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return one[:length]
+    shorter = min(len(one), len(other))
+    low, high = 0, shorter
+    while low < high:  # equality of slices is compared in C, characters in Python are not
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return one[:low]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
 from loraformat.errors import InputError
 from loraformat.folder import Folder
+from loraformat.hub.source import hub_id
 from loraformat.train.data.csv_rows import CsvRows
 from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.hub_rows import open_hub
@@ -23,7 +23,6 @@ from loraformat.train.data.text_file import TextFile
 
 __all__ = ["SUFFIXES", "open_sources"]
 
-_HUB_ID = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,200}))?", re.ASCII)
 _MAX_DEPTH = 32
 _MAX_FILES = 1_000_000
 
@@ -72,11 +71,11 @@ def _open(name: str, options: DataOptions) -> list[RowSource]:
     if path.is_dir():
         return _directory(path, options)
     suffix = path.suffix.lower()
-    hub = _HUB_ID.fullmatch(name)
+    hub = hub_id(name)
     if not os.path.lexists(path):
         if hub is None or suffix in SUFFIXES:
             raise InputError("no such file or directory", path=path)
-        return [open_hub(hub[1], hub[2], options.subset, options.split)]
+        return [open_hub(*hub, options.subset, options.split)]
     if suffix not in _OPENERS:
         raise InputError(
             f"suffix {suffix or 'missing'} says nothing about what is in it",

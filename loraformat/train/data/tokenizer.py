@@ -10,6 +10,7 @@ from typing import Any
 
 from loraformat.errors import InputError, MissingDependencyError, UnsupportedError
 from loraformat.folder import Folder
+from loraformat.train.data.template_date import on_one_day
 
 __all__ = ["TextEncoder", "TokenizedText", "open_tokenizer"]
 
@@ -46,6 +47,8 @@ class TextEncoder:
 
     Attributes
     ----------
+    special, special_tokens : frozenset of int, of str
+        Ids and texts of tokens such as EOS and end of turn.
     prefix : list of int
         What the tokenizer puts before a text by itself, such as BOS.
     suffix : list of int
@@ -68,9 +71,9 @@ class TextEncoder:
             )
         self.tokenizer = tokenizer
         self.name = name
-        self.special = frozenset(
-            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        )
+        special = {n: str(t) for n, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special = frozenset(special)
+        self.special_tokens = frozenset(special.values())
         bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
         framed = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
         begin = framed.index(bare[0]) if bare and bare[0] in framed else 0
@@ -118,10 +121,18 @@ class TextEncoder:
         tools : list or None
         prompt : bool
             Also write what stands before the assistant's next words.
+
+        Notes
+        -----
+        A template that writes today's date writes 26 July 2024 on every day; see `on_one_day`.
         """
         return str(
             self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+                list(messages),
+                tools=tools,
+                chat_template=on_one_day(self.tokenizer.get_chat_template(tools=tools)),
+                tokenize=False,
+                add_generation_prompt=prompt,
             )
         )
 
@@ -172,9 +183,9 @@ def open_tokenizer(
 
 def _check_files(directory: Path) -> None:
     folder = Folder(directory)
-    names = [name for name in folder.names() if name.count("/") == 0]
-    for name in names:
-        if "token" in name or name.startswith(("config", "vocab", "merges", "chat_template")):
+    for name in folder.names():
+        words = ("token", "config", "vocab", "merges", "chat_template", "special")
+        if not name.startswith("adapters/") and any(word in name for word in words):
             os.close(folder.open(name))  # a link that leads out is refused before it is followed
 
 

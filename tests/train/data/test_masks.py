@@ -169,6 +169,38 @@ def test_a_template_that_rewrites_history_gives_one_sample_per_turn(tokenizer):
     assert len(encode(tokenizer, {"messages": messages()})) == 1
 
 
+def test_an_eos_that_stands_once_at_the_end_splits_no_conversation(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    (encoded,) = encode(tokenizer, {"messages": messages()})
+    learned = [t for t, yes in zip(encoded.shown, encoded.learned, strict=True) if yes]
+    assert "".join(learned) == "It is four.<|end|>\nYes: vier → 4 😀<|end|>\n</s>"
+
+
+def test_a_template_that_wants_parts_gets_them(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{% for part in m.content %}"
+        "{% if part.type == 'text' %} {{ part.text }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    (encoded,) = encode(tokenizer, {"messages": messages()})
+    learned = [t for t, yes in zip(encoded.shown, encoded.learned, strict=True) if yes]
+    assert "".join(learned) == " It is four.<|end|> \nYes: vier → 4 😀<|end|>"
+
+
+@pytest.mark.parametrize(
+    "call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )', "strftime_now('%Y' ~ x)"]
+)
+def test_a_template_that_writes_the_date_writes_one_day(tokenizer, call):
+    tokenizer.chat_template = "Today: {{ " + call + " }}\n" + TEMPLATES["chatml"]
+    (encoded,) = encode(tokenizer, {"messages": messages()})
+    day = "2024-07-26" if "~" in call else "26 Jul 2024"
+    assert "".join(encoded.shown).startswith(f"Today: {day}\n<|im_start|>user")
+    assert encoded.learned.index(True) > 5
+
+
 def test_a_generation_prompt_that_is_not_what_is_learned_is_refused(tokenizer, dataset):
     tokenizer.chat_template = TEMPLATES["prefilled"]
     with pytest.raises(InputError, match=r"rows\.jsonl: line 1: message 2: .*'<think>"):

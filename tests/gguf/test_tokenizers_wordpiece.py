@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 from llama_runtime import tokenize
 from loraformat_converters.gguf.container import open_gguf
-from made_tokenizers import CORPUS, TEXTS, compare, model_of
+from made_tokenizers import CORPUS, TEXTS, compare, ids, model_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from loraformat.errors import UnsupportedError
@@ -114,3 +114,27 @@ def test_what_llama_cpp_would_cut_otherwise_is_refused(part, change, reason, tmp
     (source / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(UnsupportedError, match=reason):
         convert(source, tmp_path / "model.gguf")
+
+
+def test_a_file_that_names_little(tmp_path):
+    """As llama.cpp's script writes it: no normalizer, no BOS where the defaults fit."""
+    from loraformat_converters.gguf.types import ValueType
+    from loraformat_converters.gguf.values import GGUFValue
+    from rewriting import rewrite
+
+    source = model_of(tmp_path / "source", trained(), CONFIG, rows=ROWS, kind="bert")
+    convert(source, tmp_path / "model.gguf", dtype="f32")
+    bare = rewrite(tmp_path / "model.gguf", tmp_path / "bare.gguf",
+                   drop=("tokenizer.ggml.normalizer", "tokenizer.ggml.add_"))  # fmt: skip
+    convert(bare, tmp_path / "back", to_format="safetensors")
+    texts = [text for text in TEXTS if text not in INDIC]
+    assert ids(tmp_path / "back", texts, special=True) == tokenize(bare, texts, add_special=True)
+    short = [f"t{number}" for number in range(50)]
+    few = {
+        "tokenizer__ggml__tokens": GGUFValue.of_array(ValueType.STRING, short),
+        "tokenizer__ggml__token_type": GGUFValue.of_array(ValueType.INT32, [1] * 50),
+    }
+    none = rewrite(bare, tmp_path / "none.gguf", drop=("tokenizer.ggml.bos",), **few)
+    report = convert(none, tmp_path / "without", to_format="safetensors")
+    assert any("no bos token" in lost for lost in report.lost)
+    assert not (tmp_path / "without" / "tokenizer.json").exists()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraformat.checkpoint import CarriedFile, Checkpoint
-from loraformat.errors import LoraFormatError, UsageError, printable
+from loraformat.errors import LoraFormatError, UnsupportedError, UsageError, printable
 from loraformat_converters.gguf.tokenizers import bpe, sentencepiece_model, spm, wordpiece
 from loraformat_converters.gguf.tokenizers.chat import template_keys
 from loraformat_converters.gguf.tokenizers.sources import Sources
@@ -141,14 +141,17 @@ def files(gguf: GGUFFile) -> TokenizerFiles:
     tokens = Tokens(gguf, _SPECIAL_IDS[kind])
     made: dict[str, Any] | str
     missing = None
-    if kind == "gpt2":
-        tokens.around(gguf, bos=gguf.text("tokenizer.ggml.pre", "default") in _ADDS_BOS)
-        made = bpe.from_gguf(gguf, tokens)
-    elif kind == "llama":
-        tokens.around(gguf, bos=True)
-        made, missing = spm.from_gguf(gguf, tokens)
-    else:
-        made = wordpiece.from_gguf(gguf, tokens)
+    try:
+        if kind == "gpt2":
+            tokens.around(gguf, bos=gguf.text("tokenizer.ggml.pre", "default") in _ADDS_BOS)
+            made = bpe.from_gguf(gguf, tokens)
+        elif kind == "llama":
+            tokens.around(gguf, bos=True)
+            made, missing = spm.from_gguf(gguf, tokens)
+        else:
+            made = wordpiece.from_gguf(gguf, tokens)
+    except UnsupportedError as error:  # the model can be had without
+        made = f"tokenizer files ({error.problem})"
     if isinstance(made, str):
         return TokenizerFiles((), made)
     return TokenizerFiles(tokenizer_files(gguf, tokens, made), missing)

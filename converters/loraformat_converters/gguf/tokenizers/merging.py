@@ -9,10 +9,10 @@ highest score first. The two are the same if
 * all pairs that make one token have ranks next to each other, so that the token has a place
   in the order of all tokens.
 
-A tokenizer that was trained by SentencePiece has both by construction. There is one exception
-in the wild: tokens of equal score, runs of spaces and line ends in Gemma's vocabulary, whose
-pairs lie between each other. Runs of one character meet nothing but themselves, so that the
-two rules are simply played on runs of every length.
+A tokenizer that was trained by SentencePiece has both by construction, but for one case in the
+wild: tokens of equal score, runs of spaces and line ends mostly, whose pairs lie between each
+other. Runs of one character meet nothing but themselves, so that the two rules are simply played
+on runs of every length, and an order is looked for in which they end alike.
 """
 
 from __future__ import annotations
@@ -24,12 +24,28 @@ from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
 
-__all__ = ["MAX_PIECE", "Pair", "order_of", "splits"]
+__all__ = ["MAX_PIECE", "Order", "Pair", "order_of", "splits"]
 
 Pair = tuple[str, str]
 
-MAX_PIECE = 512  # characters; a piece has as many splits, each as long
-_LONGEST_RUN = 64  # of a token whose pairs lie between those of others
+MAX_PIECE = 256  # characters; a piece has as many splits, each as long
+_LONGEST_RUN = 65  # that the rules are played on
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In which order pieces are built.
+
+    Attributes
+    ----------
+    texts : list of str
+        All that merging builds, first ones first.
+    unsure : list of str
+        Those of them that some texts may get where ``tokenizer.json`` gives others.
+    """
+
+    texts: list[str]
+    unsure: list[str]
 
 
 def splits(texts: Collection[str], never: Collection[str] = ()) -> dict[str, list[Pair]]:
@@ -77,10 +93,8 @@ def splits(texts: Collection[str], never: Collection[str] = ()) -> dict[str, lis
     return found
 
 
-def order_of(
-    merges: Iterable[Pair], texts: Collection[str], never: Collection[str] = ()
-) -> list[str]:
-    """Return all pieces that merging builds, in the order in which SentencePiece builds them.
+def order_of(merges: Iterable[Pair], texts: Collection[str], never: Collection[str] = ()) -> Order:
+    """Return the pieces that merging builds, in the order in which SentencePiece builds them.
 
     Parameters
     ----------
@@ -94,11 +108,11 @@ def order_of(
     Raises
     ------
     UnsupportedError
-        If no order gives the same tokens in every text.
+        If SentencePiece merges what is not in the list.
 
     Examples
     --------
-    >>> order_of([("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")], {"ab", "bc", "abc"})
+    >>> order_of([("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")], {"ab", "bc", "abc"}).texts
     ['bc', 'ab', 'abc']
     >>> order_of([("b", "c"), ("a", "b"), ("ab", "c")], {"ab", "bc", "abc"})
     Traceback (most recent call last):
@@ -111,15 +125,23 @@ def order_of(
         if pair in wanted and pair not in ranks:
             ranks[pair] = rank
             spans.setdefault(wanted[pair], _Span(wanted[pair], rank, rank)).last = rank
-    for pair in wanted.keys() - ranks.keys():
-        raise UnsupportedError(
-            f"llama.cpp's SentencePiece merges {printable(pair[0])} and {printable(pair[1])} into "
-            f"{printable(wanted[pair])}, and tokenizer.json does not"
-        )
+    for pair, text in wanted.items():
+        if pair not in ranks:
+            raise UnsupportedError(
+                f"llama.cpp's SentencePiece merges {printable(pair[0])} and {printable(pair[1])} "
+                f"into {printable(text)}, and tokenizer.json does not"
+            )
+    runs = _Runs(ranks)
     order: list[str] = []
+    unsure: list[str] = []
     for group in _groups(sorted(spans.values(), key=lambda span: span.first)):
-        order += [group[0].text] if len(group) == 1 else _runs(group, ranks)
-    return order
+        found = [span.text for span in group]
+        if len(group) > 1 and all(len(set(text)) == 1 for text in found):
+            found = runs.order(group)
+        elif len(group) > 1:
+            unsure += found
+        order += found
+    return Order(order, unsure + runs.otherwise(order))
 
 
 @dataclass(slots=True)
@@ -151,43 +173,58 @@ _ORDERS: tuple[Callable[[_Span], int], ...] = (
 )
 
 
-def _runs(group: list[_Span], ranks: dict[Pair, int]) -> list[str]:
-    """Find the order of tokens whose pairs lie between each other."""
-    mixed = next((span for span in group if len(set(span.text)) > 1), None)
-    if mixed is None and all(len(span.text) <= _LONGEST_RUN for span in group):
+class _Runs:
+    """Plays both rules on runs of one character.
+
+    Parameters
+    ----------
+    ranks : mapping of Pair to int
+    """
+
+    def __init__(self, ranks: Mapping[Pair, int]) -> None:
+        self._by_rank: dict[str, dict[tuple[int, int], int]] = {}
+        for (left, right), rank in ranks.items():
+            mark = left[0]
+            if left + right == mark * (size := len(left + right)):
+                self._by_rank.setdefault(mark, {})[len(left), size - len(left)] = rank
+
+    def order(self, group: list[_Span]) -> list[str]:
+        """Return the order of tokens whose pairs lie between each other."""
+        order: list[str] = []
         for key in _ORDERS:
             order = [span.text for span in sorted(group, key=key)]
-            if all(_same_runs(mark, order, ranks) for mark in {text[0] for text in order}):
-                return order
-    one = mixed or group[0]
-    other = next(span for span in group if span is not one)
-    raise UnsupportedError(
-        f"tokenizer.json merges into {printable(one.text)} now before and now after it merges into "
-        f"{printable(other.text)}, and llama.cpp's SentencePiece always in the same order"
-    )
+            if all(self._same(mark, self._places(mark, order)) for mark in {t[0] for t in order}):
+                break
+        return order
 
+    def otherwise(self, order: list[str]) -> list[str]:
+        """Return the longest run of each character that is not merged alike in this order."""
+        places: dict[str, dict[int, int]] = {mark: {} for mark in self._by_rank}
+        for number, text in enumerate(order):
+            if text[0] in places and text == text[0] * len(text):
+                places[text[0]][len(text)] = number
+        return [mark * max(of) for mark, of in places.items() if not self._same(mark, of)]
 
-def _same_runs(mark: str, order: list[str], ranks: dict[Pair, int]) -> bool:
-    """Play both rules on runs of a character up to twice as long as the longest token."""
-    by_rank = {
-        (len(left), len(right)): rank
-        for (left, right), rank in ranks.items()
-        if left[0] == right[0] == mark and len({*left, *right}) == 1
-    }
-    first: dict[int, int] = {}
-    for pair, rank in by_rank.items():
-        first[sum(pair)] = min(rank, first.get(sum(pair), rank))
-    place = {len(text): number for number, text in enumerate(order) if text[0] == mark}
-    edge = min(first[size] for size in place)
-    by_place = {  # tokens outside the group keep their side of it
-        pair: (1, place[size]) if size in place else (2 * (first[size] > edge), first[size])
-        for pair in by_rank
-        for size in [sum(pair)]
-    }
-    longest = max(sum(pair) for pair in by_rank)
-    return longest <= _LONGEST_RUN and all(
-        _merged(count, by_rank) == _merged(count, by_place) for count in range(2, 2 * longest + 2)
-    )
+    def _places(self, mark: str, order: list[str]) -> dict[int, tuple[int, int]]:
+        """Return the order of runs by length; tokens outside the group keep their side of it."""
+        first: dict[int, int] = {}
+        for pair, rank in self._by_rank[mark].items():
+            first[sum(pair)] = min(rank, first.get(sum(pair), rank))
+        place = {len(text): number for number, text in enumerate(order) if text[0] == mark}
+        edge = min(first[size] for size in place)
+        return {
+            size: (1, place[size]) if size in place else (2 * (rank > edge), rank)
+            for size, rank in first.items()
+        }
+
+    def _same(self, mark: str, places: Mapping[int, Any]) -> bool:
+        """Play up to twice the length of the longest token."""
+        by_rank = self._by_rank[mark]
+        by_place = {pair: places[sum(pair)] for pair in by_rank}
+        longest = min(2 * max(places) + 1, _LONGEST_RUN)
+        return all(
+            _merged(count, by_rank) == _merged(count, by_place) for count in range(3, longest + 1)
+        )
 
 
 def _merged(count: int, ranks: Mapping[tuple[int, int], Any]) -> list[int]:

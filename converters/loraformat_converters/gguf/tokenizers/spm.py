@@ -13,14 +13,14 @@ from itertools import pairwise
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from loraformat.errors import InputError
+from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.tokenizers.added import (
     added_tokens,
     put_added_tokens,
     stripping_note,
 )
 from loraformat_converters.gguf.tokenizers.bpe import merge_pairs, model_vocabulary
-from loraformat_converters.gguf.tokenizers.merging import order_of, splits
+from loraformat_converters.gguf.tokenizers.merging import Pair, order_of, splits
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.spaces import spaces_of
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
@@ -87,17 +87,24 @@ def to_gguf(sources: Sources, rows: int) -> Converted:
     }
     texts = table.keys() - cut
     order = order_of(merge_pairs(sources, model, table), texts, cut)
-    spaces.check(order)
+    spaces.check(order.texts)
     vocabulary, unknown = Vocabulary(rows, _FILE), model.get("unk_token")
-    scores = {text: -float(place) for place, text in enumerate(order)}
+    scores = {text: -float(place) for place, text in enumerate(order.texts)}
     for text, number in table.items():
         kind = TokenKind.BYTE if text in _BYTE_SET else TokenKind.NORMAL
         kind = TokenKind.UNKNOWN if text == unknown else kind
-        score = 0.0 if kind is TokenKind.BYTE else scores.get(text, -float(len(order)))
+        score = 0.0 if kind is TokenKind.BYTE else scores.get(text, -float(len(scores)))
         vocabulary.put(number, text, kind, score)
     put_added_tokens(sources, vocabulary, unknown=unknown, spaced=True, scores=scores)
     keys = keys_of(vocabulary, add_space_prefix=spaces.prefix)
-    return Converted(keys, vocabulary, spaces.notes + stripping_note(sources))
+    notes = spaces.notes + stripping_note(sources)
+    if order.unsure:
+        notes.append(
+            f"tokenizer.json merges into {len(order.unsure)} tokens ({printable(order.unsure[0])}, "
+            "...) now before, now after it merges into others, and llama.cpp always in the same "
+            "order: texts with them may be cut otherwise"
+        )
+    return Converted(keys, vocabulary, notes)
 
 
 _BYTE_SET = frozenset(BYTES)
@@ -145,7 +152,11 @@ def from_gguf(gguf: GGUFFile, tokens: Tokens) -> tuple[dict[str, Any], str | Non
     table = tokens.vocabulary()
     cut = {text for text in tokens.found_in_texts() if "▁" not in text}
     pairs = splits(table.keys() - cut, cut)
-    order = sorted(pairs, key=lambda text: (-scores[table[text]], table[text]))
+    # Of equal scores llama.cpp takes the leftmost: a run grows until it is the longest there is.
+    order = sorted(pairs, key=lambda text: (-scores[table[text]], -len(text), table[text]))
+    mixed = [text for text in order if len(set(text)) > 1]
+    tied = sum(scores[table[a]] == scores[table[b]] for a, b in pairwise(mixed))
+    bare = _characters(pairs, table)
     prefix = gguf.flag("tokenizer.ggml.add_space_prefix", True)
     unknown = tokens.special.get("unk")
     made = tokenizer_json(
@@ -173,7 +184,24 @@ def from_gguf(gguf: GGUFFile, tokens: Tokens) -> tuple[dict[str, Any], str | Non
             ],
         },
     )
-    return made, _difference(order, [scores[table[text]] for text in order])
+    return made, _difference(tied, bare)
+
+
+def _characters(pairs: dict[str, list[Pair]], table: dict[str, int]) -> list[str]:
+    """Let merges begin with characters that are bytes; return those that are several.
+
+    llama.cpp merges characters that are no tokens. A byte below 128 is such a character, and is
+    one in ``tokenizer.json`` if its token is called so.
+    """
+    halves = {half for of in pairs.values() for pair in of for half in pair if len(half) == 1}
+    several = []
+    for half in sorted(halves - table.keys()):
+        byte = BYTES[ord(half)] if ord(half) < 128 else ""
+        if byte in table:
+            table[half] = table.pop(byte)
+        else:
+            several.append(half)
+    return several
 
 
 def _scores(gguf: GGUFFile, count: int) -> list[float]:
@@ -187,14 +215,19 @@ def _scores(gguf: GGUFFile, count: int) -> list[float]:
     return found
 
 
-def _difference(order: list[str], scores: list[float]) -> str | None:
-    tied = sum(one == other for one, other in pairwise(scores))
-    if not tied:
-        return None
-    return (
-        f"the order of {tied + 1} tokens with equal scores, which llama.cpp merges from left to "
-        "right and tokenizer.json by rank: texts with them may be cut otherwise"
-    )
+def _difference(tied: int, bare: list[str]) -> str | None:
+    said = []
+    if tied:
+        said.append(
+            f"the order of {tied + 1} tokens with equal scores, which llama.cpp merges from left "
+            "to right and tokenizer.json by rank"
+        )
+    if bare:
+        said.append(
+            f"tokens of {len(bare)} characters that are no tokens ({printable(bare[0])}, ...), "
+            "which llama.cpp merges all the same"
+        )
+    return f"{'; '.join(said)}: texts with them may be cut otherwise" if said else None
 
 
 _PREPEND = [{"type": "Prepend", "prepend": "▁"}]

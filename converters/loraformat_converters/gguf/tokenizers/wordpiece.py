@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loraformat.errors import printable
+from loraformat.errors import UnsupportedError, printable
 from loraformat_converters.gguf.tokenizers.added import (
     added_tokens,
     put_added_tokens,
@@ -152,9 +152,14 @@ def from_gguf(gguf: GGUFFile, tokens: Tokens) -> dict[str, Any]:
 
     Raises
     ------
+    UnsupportedError
+        If the file does not name the tokens that WordPiece needs.
     InputError
         If the metadata is damaged.
     """
+    missing = next((kind for kind in ("bos", "sep", "unk") if kind not in tokens.special), None)
+    if missing is not None:
+        raise UnsupportedError(f"its vocabulary has no {missing} token", path=gguf.path)
     tokens.first, tokens.last = [tokens.special["bos"]], [tokens.special["sep"]]
     tokens.special["cls"] = tokens.special.pop("bos")
     found = tokens.found_in_texts()

@@ -3,9 +3,9 @@
 Everything is written into a work directory beside the target, ``NAME.partial``, and
 that directory is renamed at the end; before each rename comes an fsync, after it an
 fsync of the directory. So a reader sees the old state or the new one, also after a
-power cut. The work directory is locked while it is written. After a kill, Ctrl-C or a
-full disk its finished shards stay, and a rerun with the same input and options
-continues behind them. After any other failure it is removed.
+power cut. The work directory is locked while it is written. After a kill, Ctrl-C, a full
+disk or a failed network its finished shards stay, and a rerun with the same input and
+options continues behind them. After any other failure it is removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from loraformat.durable import (
     try_lock,
     write_all,
 )
-from loraformat.errors import LoraFormatError, OutputError, ResourceError, printable
+from loraformat.errors import HubError, LoraFormatError, OutputError, ResourceError, printable
 from loraformat.exchange import exchange_directories, undo_interrupted_exchange
 from loraformat.output_rules import holds_weights, refuse_existing, refuse_input_as_output
 
@@ -42,6 +42,8 @@ _JOURNAL_NEW = _JOURNAL + ".new"
 #: A planned size may be exceeded by directory blocks and JSON (fraction).
 _SPACE_MARGIN = 1.02
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+#: After these a rerun has a chance, and finished files are worth keeping.
+_RESUMABLE = (KeyboardInterrupt, ResourceError, MemoryError, HubError)
 
 
 class Publication:
@@ -326,7 +328,7 @@ class Publication:
             explained = disk_full(error, self.target)
             self._leave(keep=isinstance(explained, ResourceError))
             raise explained from error
-        self._leave(keep=isinstance(error, KeyboardInterrupt | ResourceError | MemoryError))
+        self._leave(keep=isinstance(error, _RESUMABLE))
 
     def _leave(self, *, keep: bool) -> None:
         """Free the lock; leave the output, or finished shards worth keeping, or nothing."""

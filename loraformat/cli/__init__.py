@@ -35,6 +35,8 @@ _VERBS = {
     "formats": "List converters, directions and what each loses.",
     "info": "Show what a model is, without reading its weights.",
     "merge": "Merge adapters into a base, into a new model.",
+    "pull": "Fetch a repository from the Hub, every file compared by hash.",
+    "push": "Publish an adapter or a bundle on the Hub, with a card.",
     "reduce": "Reduce an adapter's rank with the least error.",
     "remove": "Remove an adapter from a bundle.",
     "spectrum": "Show which ranks an adapter uses.",

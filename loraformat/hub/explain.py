@@ -9,39 +9,33 @@ from typing import Any
 
 from loraformat.errors import HubError, LoraFormatError, ResourceError, printable
 
-__all__ = ["explain", "explained"]
+__all__ = ["explained"]
 
 _LOGIN = "run: hf auth login"
+#: Of ours, not of the network.
+_MISTAKES = (AssertionError, AttributeError, NameError, TypeError)
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, *, word: bool = False) -> Iterator[None]:
     """Turn what huggingface_hub raises inside into one of our errors.
 
     Parameters
     ----------
     what : str
-        The repository, for the message.
-    """
-    try:
-        yield
-    except LoraFormatError:
-        raise
-    except Exception as error:  # its tree is wide: HTTP, offline, cache, validation, OSError
-        raise explain(error, what) from error
-
-
-def explain(error: Exception, what: str, *, word: bool = False) -> LoraFormatError:
-    """Return an error of ours for one of huggingface_hub's.
-
-    Parameters
-    ----------
-    error : Exception
-    what : str
         The repository, or the word that the user gave.
     word : bool
         It may have been meant as a local path.
     """
+    try:
+        yield
+    except (LoraFormatError, *_MISTAKES):
+        raise
+    except Exception as error:  # its tree is wide: HTTP, offline, cache, validation, OSError
+        raise _explain(error, what, word) from error
+
+
+def _explain(error: Exception, what: str, word: bool) -> LoraFormatError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
             "the disk of the Hub's cache is full",

@@ -14,11 +14,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from loraformat.errors import InputError
-from loraformat.hub.explain import explain, explained
+from loraformat.hub.explain import explained
 from loraformat.hub.tree import TreeFile, list_files
 from loraformat.hub.verified import check_snapshot
 
-__all__ = ["NOT_WANTED", "Source", "hub_id", "resolve"]
+__all__ = ["NOT_WANTED", "Source", "download", "hub_id", "resolve"]
 
 _HUB_ID = re.compile(
     r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
@@ -92,24 +92,43 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
             )
         return Source(path)
     repo, revision = named
-    snapshot = _download(repo, revision)
+    snapshot = download(repo, revision)
     if pickles and not any(snapshot.glob("*.safetensors")):
         same = snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision
-        snapshot = _download(repo, same, only=_ADAPTER_PICKLE)
+        snapshot = download(repo, same, only=_ADAPTER_PICKLE)
     return Source(snapshot, repo, snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision)
 
 
-def _download(repo: str, revision: str | None, only: str | None = None) -> Path:
+def download(repo: str, revision: str | None, only: str | None = None) -> Path:
+    """Fetch a repository into the Hub's cache, and compare what came with the Hub's hashes.
+
+    Parameters
+    ----------
+    repo : str
+        ``org/name``.
+    revision : str or None
+        A commit, branch or tag.
+    only : str, optional
+        The one file that is wanted; by default all that a checkpoint can hold.
+
+    Returns
+    -------
+    Path
+        ``.../snapshots/COMMIT`` in the cache; never to be written to.
+
+    Raises
+    ------
+    HubError
+        If the Hub cannot be reached or refuses, or a file is not what it has.
+    """
     from huggingface_hub import snapshot_download
 
     ignored = NOT_WANTED if only is None else None
     began = time.time()
-    try:
+    with explained(f"{repo}@{revision}" if revision else repo, word=True):
         found = snapshot_download(
             repo, revision=revision, allow_patterns=only, ignore_patterns=ignored
         )
-    except Exception as error:  # its tree is wide: HTTP, offline, cache, validation, OSError
-        raise explain(error, f"{repo}@{revision}" if revision else repo, word=True) from error
     snapshot = Path(found)
     names = _fetched(snapshot, only)
     check_snapshot(snapshot, repo, names, lambda: _listing(repo, snapshot.name), since=began)

@@ -12,7 +12,7 @@ from loraformat.errors import UnsupportedError
 from loraformat.ops.convert_adapter import tensors_of
 from loraformat.plugins import AdapterReadOptions, Converter
 
-__all__ = ["AdapterDescription", "ModuleSummary", "describe_adapter"]
+__all__ = ["AdapterDescription", "ModuleSummary", "describe_adapter", "description_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,11 @@ def describe_adapter(
         raise UnsupportedError(f"is {reader.name}, which can be written but not read", path=path)
     options = AdapterReadOptions(None, allow_pickle, conditional=True, inspect=True)
     with reader.read_adapter(path, options) as adapter:
-        return _description(adapter, path)
+        return description_of(adapter, path)
 
 
-def _description(adapter: Adapter, path: Path) -> AdapterDescription:
+def description_of(adapter: Adapter, path: Path) -> AdapterDescription:
+    """Describe an adapter that is open."""
     deltas = list(adapter.deltas.values())
     tensors = list(tensors_of(adapter))
     dtypes: dict[str, int] = {}

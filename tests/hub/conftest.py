@@ -1,15 +1,20 @@
 """A Hub on the loopback interface, with models on it, and the command line that asks it."""
 
 import itertools
+import json
+import shutil
 
 import pytest
 
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert import convert
 from tests.conftest import environment
 from tests.hub import forked
-from tests.hub.fake_hub import COMMIT, Repository, files_of, serve
+from tests.hub.fake_hub import COMMIT, TOKEN, Repository, files_of, serve
 
-__all__ = ["COMMIT", "Repository", "files_of"]
+__all__ = ["BASE_COMMIT", "COMMIT", "TOKEN", "Repository", "files_of"]
+
+BASE_COMMIT = "d" * 40
 
 
 @pytest.fixture
@@ -60,5 +65,29 @@ def ask(begin):
 
     def run(*arguments, **more):
         return forked.finish(*begin(*arguments, **more))
+
+    return run
+
+
+@pytest.fixture
+def shelf(server, tmp_path):
+    """A Hub with ``org/base``; here an adapter of it, and one that knows a local path only."""
+    config = (SMALL_MODEL / "config.json").read_bytes()
+    card = {"license": "apache-2.0", "language": "en"}
+    server.repositories["org/base"] = Repository({"config.json": config}, BASE_COMMIT, card=card)
+    shutil.copytree(ADAPTERS["manual"], tmp_path / "local")
+    shutil.copytree(ADAPTERS["manual"], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}, indent=2))
+    return server
+
+
+@pytest.fixture
+def push(ask):
+    """Runs ``loraformat push`` as somebody who is logged in."""
+
+    def run(*arguments, **more):
+        return ask("push", *arguments, **{"HF_TOKEN": TOKEN, **more})
 
     return run

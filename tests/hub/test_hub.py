@@ -204,7 +204,7 @@ def test_a_local_output_is_never_asked_for_on_the_hub(ask, hub, model, tmp_path)
 )
 def test_words_that_are_no_hub_id(monkeypatch, tmp_path, word):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "_download", lambda *word: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(module, "download", lambda *word: pytest.fail("asked the Hub"))
     with pytest.raises(module.InputError, match="no such file or directory"):
         module.resolve(word)
 
@@ -221,7 +221,7 @@ def test_words_that_are_no_hub_id(monkeypatch, tmp_path, word):
 def test_words_that_are(monkeypatch, tmp_path, word, asked):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(module, "_download", lambda *a: seen.append(a) or Path("x"))
+    monkeypatch.setattr(module, "download", lambda *a: seen.append(a) or Path("x"))
     source = module.resolve(word)
     assert seen == [asked]
     assert (source.repo, source.revision) == asked
@@ -235,4 +235,4 @@ def test_a_full_cache_is_a_full_disk(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ResourceError, match="HF_HOME"):
-        module._download("org/name", None)
+        module.download("org/name", None)

@@ -1,0 +1,136 @@
+"""The card of an adapter."""
+
+from __future__ import annotations
+
+from loraformat.card.document import Document
+from loraformat.card.facts import AdapterFacts
+from loraformat.card.front_matter import members
+from loraformat.card.markup import code, fence, link, nbytes, numbers, table
+from loraformat.card.parts import base_rows, file_table, footer, joined, names, shape_words
+from loraformat.card.training import evaluation, settings, training_data
+from loraformat.runtimes.ranks import vllm_limit
+from loraformat.runtimes.usage import Snippet, Use, llama_cpp, ollama, transformers, vllm
+from loraformat.version import __version__
+
+__all__ = ["adapter_card", "pipeline_of"]
+
+#: What the Hub calls the task that PEFT calls so.
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+
+
+def pipeline_of(task: str | None) -> str | None:
+    """Return the Hub's ``pipeline_tag`` for PEFT's ``task_type``.
+
+    Examples
+    --------
+    >>> pipeline_of("CAUSAL_LM"), pipeline_of(None)
+    ('text-generation', None)
+    """
+    return _PIPELINES.get(task or "")
+
+
+def adapter_card(facts: AdapterFacts) -> Document:
+    """Return the card of an adapter.
+
+    Parameters
+    ----------
+    facts : AdapterFacts
+    """
+    kind = "peft" if facts.peft else "gguf"
+    tags = ["lora", "loraformat", f"base_model:adapter:{facts.base.repo}"]
+    tags += ["transformers"] if facts.peft else []
+    tags += ["gguf"] if facts.gguf else []
+    body = joined(
+        [
+            _sentence(facts),
+            _use(facts),
+            _what(facts),
+            training_data(facts.training),
+            evaluation(facts.training),
+            file_table(facts.files),
+            settings(facts.training),
+            footer(__version__),
+        ]
+    )
+    return Document(
+        title=facts.repo.rpartition("/")[2],
+        body=body,
+        fields=members(facts.base, "adapter", kind, tags, pipeline_of(facts.task)),
+        facts=frozenset({"base_model", "base_model_relation", "library_name"}),
+    )
+
+
+def _sentence(facts: AdapterFacts) -> str:
+    at = f" at revision {code(facts.base.revision[:12])}" if facts.base.revision else ""
+    size = nbytes(sum(file.nbytes for file in facts.files))
+    return (
+        f"A LoRA adapter of {link(facts.base.repo)}{at}: {shape_words(facts)}; "
+        f"{facts.parameters:,} parameters, {size}."
+    )
+
+
+def _what(facts: AdapterFacts) -> str:
+    rows = base_rows(facts.base)
+    if facts.fingerprint:
+        rows.append(["made for the base", f"{code(facts.fingerprint)} (fingerprint)"])
+    rows += [
+        ["rank", numbers(facts.ranks) or "none"],
+        ["alpha", numbers(facts.alphas)],
+        ["B A is scaled by", numbers(facts.scalings)],
+        ["targets", f"{names(facts.targets)} ({facts.modules} modules)"],
+        ["trainable parameters", f"{facts.parameters:,}"],
+        ["stored as", ", ".join(f"{name}: {n:,}" for name, n in facts.dtypes.items())],
+    ]
+    if facts.dora:
+        rows.append(["DoRA", f"{facts.dora} modules with a magnitude"])
+    if facts.biases:
+        rows.append(["biases", f"{facts.biases} modules"])
+    if facts.replacements:
+        rows.append(["replaces", names(facts.replacements)])
+    return f"## What it is\n\n{table(['', ''], [row for row in rows if row[1]])}"
+
+
+def _use(facts: AdapterFacts) -> str:
+    """Return how it is loaded, with the names of its own files."""
+    name = facts.repo.rpartition("/")[2]
+    gguf = facts.gguf or f"{name}.gguf"
+    base_name = facts.base.repo.rpartition("/")[2]
+    use = Use(
+        name=name,
+        base=facts.base.repo,
+        adapter=facts.repo,
+        rank=max(facts.ranks, default=1),
+        gguf=gguf,
+        base_gguf=f"{base_name}.gguf",
+    )
+    plain_lora = not (facts.dora or facts.biases or facts.replacements)
+    parts = []
+    if facts.peft and facts.task in (None, "CAUSAL_LM"):
+        parts.append(_shown("transformers and PEFT", transformers(use)))
+    if facts.peft and plain_lora and vllm_limit(use.rank) is not None:
+        parts.append(_shown("vLLM", vllm(use)))
+    if facts.gguf or (facts.peft and plain_lora):
+        first = _fetch(facts, use)
+        parts.append(_shown("llama.cpp", llama_cpp(use), first))
+        parts.append(_shown("Ollama", ollama(use), "A `Modelfile` beside the same two files:"))
+    return joined(["## Use", *parts]) if parts else ""
+
+
+def _fetch(facts: AdapterFacts, use: Use) -> str:
+    """Return how the two files for llama.cpp come to be."""
+    base = f"loraformat convert {facts.base.repo} {use.base_gguf} --dtype f16"
+    if facts.gguf:
+        lora = f"hf download {facts.repo} {facts.gguf} --local-dir ."
+    else:
+        lora = f"loraformat convert {facts.repo} {use.gguf} --base {facts.base.repo}"
+    return fence(f"{base}\n{lora}", "sh")
+
+
+def _shown(title: str, snippet: Snippet, before: str = "") -> str:
+    return joined([f"### {title}", before, fence(snippet.text, snippet.language)])

@@ -1,0 +1,115 @@
+"""The card of a bundle."""
+
+from __future__ import annotations
+
+import re
+
+from loraformat.card.document import Document
+from loraformat.card.facts import BundleFacts
+from loraformat.card.front_matter import members
+from loraformat.card.markup import code, fence, link, nbytes, numbers, table
+from loraformat.card.parts import base_rows, file_table, footer, joined, names
+from loraformat.version import __version__
+
+__all__ = ["bundle_card"]
+
+
+def bundle_card(facts: BundleFacts) -> Document:
+    """Return the card of a bundle.
+
+    Parameters
+    ----------
+    facts : BundleFacts
+    """
+    generates = re.search(r"ForCausalLM$|LMHeadModel$", facts.architecture or "")
+    tags = ["loraformat", *(["nf4", "4-bit", "bitsandbytes"] if facts.block_sizes else [])]
+    body = joined(
+        [
+            _sentence(facts),
+            _use(facts, bool(generates)),
+            _what(facts),
+            _adapters(facts),
+            file_table(facts.files),
+            footer(__version__),
+        ]
+    )
+    pipeline = "text-generation" if generates else None
+    relation = "quantized" if facts.block_sizes else "finetune"
+    return Document(
+        title=facts.repo.rpartition("/")[2],
+        body=body,
+        fields=members(facts.base, relation, "transformers", tags, pipeline),
+        facts=frozenset({"base_model", "base_model_relation", "library_name"}),
+        first=True,
+    )
+
+
+def _sentence(facts: BundleFacts) -> str:
+    how = "in NF4" if facts.block_sizes else "in its own precision"
+    return (
+        f"{link(facts.base.repo)} {how}: {facts.parameters:,} parameters in "
+        f"{nbytes(facts.weight_bytes)}, {facts.bits_per_weight:.3f} bits per weight. "
+        "A loraformat bundle: safetensors files, with a SHA-256 of every tensor in "
+        "`loraformat.json`."
+    )
+
+
+def _use(facts: BundleFacts, generates: bool) -> str:
+    name = facts.repo.rpartition("/")[2]
+    parts = ["## Use"]
+    if generates:
+        needs = ", with bitsandbytes installed" if facts.block_sizes else ""
+        code_lines = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{facts.repo}")'
+        )
+        parts += [f"### transformers{needs}", fence(code_lines, "python")]
+    lines = [
+        f"loraformat pull {facts.repo} {name}   # every file compared with its hash",
+        f"loraformat verify {name}",
+    ]
+    lines += [
+        f"loraformat merge {name} {name}/adapters/{adapter} -o merged" for adapter in facts.adapters
+    ][:3]
+    parts += ["### loraformat", fence("\n".join(lines), "sh")]
+    return joined(parts)
+
+
+def _what(facts: BundleFacts) -> str:
+    rows = base_rows(facts.base)
+    if facts.architecture:
+        rows.append(["architecture", f"{code(facts.architecture)}, {facts.layers} layers"])
+    rows.append(["parameters", f"{facts.parameters:,}"])
+    if facts.block_sizes:
+        nested = "double quantization" if facts.double_quant else "float32 scales"
+        rows.append(
+            [
+                "quantized",
+                f"{facts.quantized_parameters:,} of them, NF4, blocks of "
+                f"{numbers(facts.block_sizes)}, {nested}",
+            ]
+        )
+    if facts.errors:
+        rows.append(
+            [
+                "relative RMS error of a weight",
+                f"{min(facts.errors):.4f} to {max(facts.errors):.4f}",
+            ]
+        )
+    rows.append(["fingerprint", code(facts.fingerprint)])
+    return f"## What it is\n\n{table(['', ''], rows)}"
+
+
+def _adapters(facts: BundleFacts) -> str:
+    rows = [
+        [
+            code(name),
+            numbers(adapter.ranks) or "none",
+            names(adapter.targets),
+            f"{adapter.parameters:,}",
+        ]
+        for name, adapter in facts.adapters.items()
+    ]
+    head = ["adapter", "rank", "targets", "parameters"]
+    return f"## Adapters\n\n{table(head, rows)}" if rows else ""

@@ -1,0 +1,82 @@
+"""A card as a whole: what people wrote stays, and the generated part has its marked place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from loraformat.card.front_matter import compose, merge, split
+
+__all__ = ["BEGIN", "END", "Document", "is_template"]
+
+BEGIN = "<!-- loraformat: the part between these two lines is generated; edit around it -->"
+END = "<!-- loraformat: end of the generated part -->"
+_PART = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+#: An untouched template says this often that it says nothing.
+_EMPTY_SECTIONS = 25
+
+
+def is_template(text: str) -> bool:
+    """Tell whether a card is the empty form that huggingface_hub and PEFT save.
+
+    Examples
+    --------
+    >>> is_template("[More Information Needed]" * 30), is_template("# My adapter")
+    (True, False)
+    """
+    return text.count("[More Information Needed]") >= _EMPTY_SECTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The generated part of a card.
+
+    Attributes
+    ----------
+    title : str
+        Heading of a card that nobody wrote before.
+    body : str
+        Markdown.
+    fields : dict
+        Front matter.
+    facts : frozenset of str
+        Its members that win over what was written by hand.
+    first : bool
+        Stands before what was written, not behind it: that was about something else.
+    """
+
+    title: str
+    body: str
+    fields: dict[str, Any]
+    facts: frozenset[str] = frozenset()
+    first: bool = False
+
+    def render(self, written: str | None = None) -> str:
+        """Return the whole card.
+
+        Parameters
+        ----------
+        written : str, optional
+            The card as it stands. Its words stay as they are; the generated part is put
+            where it was before, or added.
+
+        Raises
+        ------
+        InputError
+            If its front matter cannot be read.
+        """
+        part = f"{BEGIN}\n\n{self.body.strip()}\n\n{END}"
+        if written is None or not written.strip():
+            return f"{compose(self.fields)}\n# {self.title}\n\n{part}\n"
+        fields, body = split(written)
+        merged = merge(fields, self.fields, facts=set(self.facts))
+        if is_template(body):
+            return f"{compose(merged)}\n# {self.title}\n\n{part}\n"
+        if _PART.search(body):
+            body = _PART.sub(lambda match: part, body, count=1)
+        elif self.first:
+            body = f"\n# {self.title}\n\n{part}\n\n{body.lstrip()}"
+        else:
+            body = f"{body.rstrip()}\n\n{part}\n"
+        return compose(merged) + body

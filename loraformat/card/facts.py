@@ -1,0 +1,159 @@
+"""What a card is written from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["AdapterFacts", "Base", "BundleFacts", "FileFact", "Licence", "Training"]
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """A licence as a card's front matter names it.
+
+    Attributes
+    ----------
+    identifier : str
+        ``apache-2.0``, ``llama3.2``, ``other``, ...
+    name, link : str or None
+        Where the identifier is ``other``.
+    """
+
+    identifier: str
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model, on the Hub.
+
+    Attributes
+    ----------
+    repo : str
+        ``org/name``.
+    revision : str or None
+        The commit that the adapter was made for, if that is known.
+    licence : Licence or None
+    """
+
+    repo: str
+    revision: str | None = None
+    licence: Licence | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """A file of the repository: path, size in bytes, SHA-256."""
+
+    path: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What ``training_record.json`` says; any JSON, a stranger's.
+
+    Attributes
+    ----------
+    record : mapping
+    """
+
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """An adapter.
+
+    Attributes
+    ----------
+    repo : str
+        Where it is published, ``org/name``.
+    base : Base
+    ranks : list of int
+    alphas, scalings : list of float
+    targets : list of str
+        Last names of the modules.
+    modules, parameters : int
+        How many weights it changes; elements of its tensors.
+    dtypes : dict of str to int
+        Parameters by dtype.
+    files : list of FileFact
+        Without the card.
+    peft : bool
+        Whether PEFT's files are among them.
+    gguf : str or None
+        The GGUF file among them.
+    task : str or None
+        ``CAUSAL_LM``, ...
+    dora, biases : int
+        How many modules have a magnitude, a bias.
+    replacements : list of str
+        Weights that it replaces, as a whole or in rows.
+    fingerprint : str or None
+        Of the base that it was made for.
+    training : Training
+    """
+
+    repo: str
+    base: Base
+    ranks: list[int]
+    alphas: list[float]
+    scalings: list[float]
+    targets: list[str]
+    modules: int
+    parameters: int
+    dtypes: dict[str, int]
+    files: list[FileFact]
+    peft: bool = True
+    gguf: str | None = None
+    task: str | None = None
+    dora: int = 0
+    biases: int = 0
+    replacements: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
+    training: Training = field(default_factory=Training)
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFacts:
+    """A bundle.
+
+    Attributes
+    ----------
+    repo : str
+    base : Base
+        The model that it was quantized from.
+    architecture : str or None
+    layers, parameters, quantized_parameters : int
+    weight_bytes : int
+    bits_per_weight : float
+    block_sizes : list of int
+    double_quant : bool
+    fingerprint : str
+    errors : tuple of float
+        Smallest and largest relative RMS error of a weight, ‖W − NF4(W)‖ / ‖W‖; empty if
+        nobody measured.
+    adapters : dict of str to AdapterFacts
+        Those beside the base, by name; their ``repo`` and ``files`` are not used.
+    files : list of FileFact
+    """
+
+    repo: str
+    base: Base
+    architecture: str | None
+    layers: int
+    parameters: int
+    quantized_parameters: int
+    weight_bytes: int
+    bits_per_weight: float
+    block_sizes: list[int]
+    double_quant: bool
+    fingerprint: str
+    errors: tuple[float, ...]
+    files: list[FileFact]
+    adapters: dict[str, AdapterFacts] = field(default_factory=dict)

@@ -1,0 +1,161 @@
+"""The front matter of a card: YAML between two lines of dashes, as the Hub reads it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from loraformat.card.facts import Base, Licence
+from loraformat.errors import InputError, printable
+
+__all__ = ["compose", "licence_of", "members", "merge", "split"]
+
+_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_MAX_FRONT = 64 << 10
+_MAX_DEPTH = 32
+_WANTED = "is not a YAML mapping that a card can begin with"
+
+
+def split(text: str) -> tuple[dict[str, Any], str]:
+    r"""Return the front matter of a card and what follows it.
+
+    Raises
+    ------
+    InputError
+        If there is one and it is no YAML mapping.
+
+    Examples
+    --------
+    >>> split("---\nlicense: mit\n---\n# X\n")
+    ({'license': 'mit'}, '# X\n')
+    """
+    match = _FRONT.match(text)
+    if match is None:
+        return {}, text.removeprefix("\ufeff")
+    return _parsed(match[1] or ""), text[match.end() :]
+
+
+def _parsed(raw: str) -> dict[str, Any]:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        _refuse_traps(raw)
+        # An alias may stand for very much more than it is long.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw, loader)):
+            raise InputError("it has aliases")
+        found = yaml.load(raw, loader)
+    except (yaml.YAMLError, RecursionError, ValueError, InputError) as error:
+        where = getattr(error, "problem", None) or type(error).__name__
+        raise InputError(f"front matter {_WANTED}: {printable(where)}", hint="mend it") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise InputError(f"front matter {_WANTED}", hint="mend it")
+    return found
+
+
+def _refuse_traps(raw: str) -> None:
+    """Refuse what takes a YAML reader very long: it looks back at every open bracket."""
+    if len(raw) > _MAX_FRONT:
+        raise InputError(f"longer than {_MAX_FRONT} characters")
+    depth = 0
+    for character in raw:
+        depth = depth + 1 if character in "[{" else max(depth - (character in "]}"), 0)
+        if depth > _MAX_DEPTH:
+            raise InputError(f"more than {_MAX_DEPTH} brackets are open")
+
+
+def compose(fields: dict[str, Any]) -> str:
+    """Return front matter; what it says is data, whatever it says.
+
+    Examples
+    --------
+    >>> print(compose({"license": "mit", "tags": ["a: b"]}), end="")
+    ---
+    license: mit
+    tags:
+    - 'a: b'
+    ---
+    """
+    import yaml
+
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return f"---\n{text}---\n"
+
+
+def members(
+    base: Base, relation: str, library: str, tags: list[str], pipeline: str | None
+) -> dict[str, Any]:
+    """Return the members by which the Hub shows a repository as one of its base.
+
+    Parameters
+    ----------
+    base : Base
+    relation : str
+        ``adapter`` or ``quantized``.
+    library : str
+        ``peft``, for example.
+    tags : list of str
+    pipeline : str or None
+        ``text-generation``, for example.
+    """
+    fields: dict[str, Any] = {
+        "base_model": base.repo,
+        "base_model_relation": relation,
+        "library_name": library,
+    }
+    if pipeline:
+        fields["pipeline_tag"] = pipeline
+    if base.licence is not None:
+        fields |= _licence_fields(base.licence)
+    return fields | {"tags": tags}
+
+
+def _licence_fields(licence: Licence) -> dict[str, str]:
+    fields = {"license": licence.identifier}
+    if licence.name:
+        fields["license_name"] = licence.name
+    if licence.link:
+        fields["license_link"] = licence.link
+    return fields
+
+
+def licence_of(fields: dict[str, Any]) -> Licence | None:
+    """Return the licence that front matter names."""
+    words = [fields.get(key) for key in ("license", "license_name", "license_link")]
+    identifier, name, link = (word if isinstance(word, str) and word else None for word in words)
+    return Licence(identifier, name, link) if identifier else None
+
+
+def merge(written: dict[str, Any], ours: dict[str, Any], *, facts: set[str]) -> dict[str, Any]:
+    """Return what people wrote, with what they left out; tags of both.
+
+    Parameters
+    ----------
+    written : dict
+        By hand.
+    ours : dict
+        From facts.
+    facts : set of str
+        Members of ours that are no matter of opinion: they win.
+
+    Examples
+    --------
+    >>> merge({"license": "mit", "tags": ["x"]}, {"license": "bsd", "tags": ["y"]}, facts=set())
+    {'license': 'mit', 'tags': ['x', 'y']}
+    """
+    fields = dict(written)
+    for key, value in ours.items():
+        if key not in fields or fields[key] in (None, "", []) or key in facts:
+            fields[key] = value
+    tags = written.get("tags")
+    if isinstance(tags, list) and isinstance(ours.get("tags"), list):
+        fields["tags"] = [*tags, *(tag for tag in ours["tags"] if tag not in tags)]
+    kept = ours if "license" in facts else written if written.get("license") else fields
+    for key in ("license_name", "license_link"):  # which belong to the licence
+        if key in kept:
+            fields[key] = kept[key]
+        else:
+            fields.pop(key, None)
+    return fields

@@ -1,0 +1,58 @@
+"""Parts that cards of adapters and of bundles share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loraformat.card.facts import AdapterFacts, Base, FileFact
+from loraformat.card.markup import code, link, nbytes, numbers, table
+
+__all__ = ["base_rows", "file_table", "footer", "joined", "names", "shape_words"]
+
+_MAX_FILES = 200
+_MAX_NAMES = 12
+
+
+def base_rows(base: Base) -> list[list[str]]:
+    """Return the rows of a table about the base."""
+    rows = [["base model", link(base.repo)]]
+    if base.revision:
+        rows.append(["revision of the base", code(base.revision)])
+    if base.licence:
+        shown = base.licence.name or base.licence.identifier
+        rows.append(["licence", code(shown)])
+    return rows
+
+
+def file_table(files: list[FileFact]) -> str:
+    """Return every file with its size and hash."""
+    rows = [
+        [code(file.path), nbytes(file.nbytes), f"`{file.sha256}`"] for file in files[:_MAX_FILES]
+    ]
+    more = len(files) - _MAX_FILES
+    said = f"\n\nand {more} more." if more > 0 else ""
+    return f"## Files\n\n{table(['file', 'size', 'SHA-256'], rows)}{said}" if rows else ""
+
+
+def names(words: Iterable[str]) -> str:
+    """Return names as code, at most twelve."""
+    shown = [code(word) for word in words]
+    return ", ".join(
+        shown[:_MAX_NAMES] + ([f"… ({len(shown)})"] if len(shown) > _MAX_NAMES else [])
+    )
+
+
+def shape_words(adapter: AdapterFacts) -> str:
+    """Return an adapter's ranks and targets in half a sentence."""
+    ranks = numbers(adapter.ranks) or "none"
+    return f"rank {ranks} on {names(adapter.targets) or 'nothing'}"
+
+
+def footer(version: str) -> str:
+    """Return who wrote this."""
+    return f"Written by loraformat {version} from the files themselves."
+
+
+def joined(parts: Iterable[str]) -> str:
+    """Return parts with empty lines between them; empty ones left out."""
+    return "\n\n".join(part for part in parts if part)

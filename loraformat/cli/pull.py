@@ -1,0 +1,77 @@
+"""``loraformat pull``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loraformat.cli.console import (
+    echo_json,
+    json_option,
+    progress_bar,
+    quiet_option,
+    say,
+    size,
+    table,
+)
+
+_EXAMPLE = """\b
+Example:
+  loraformat pull me/my-adapter my-adapter
+  loraformat pull me/my-adapter@v1.0 my-adapter --with-base
+  loraformat pull me/my-adapter just-gguf --include '*.gguf'
+"""
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("repo", metavar="REPO_ID[@REVISION]")
+@click.argument("target", metavar="DST")
+@click.option(
+    "--with-base", is_flag=True, help="Fetch the base that it names, too, into the Hub's cache."
+)
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="GLOB",
+    help="Fetch these files only; by default all but pickles and other frameworks' weights.",
+)
+@click.option("--force", is_flag=True, help="Replace what stands at DST.")
+@click.option("--dry-run", is_flag=True, help="Print the files and their sizes, fetch nothing.")
+@json_option
+@quiet_option
+def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Fetch a repository from the Hub as it is at one commit, every file compared by hash.
+
+    DST appears when everything has arrived and is what the Hub has. After an interruption the
+    same command goes on; files that have arrived are not fetched again.
+    """
+    from loraformat.ops.sharing import pull
+
+    with progress_bar("compare", quiet=quiet or options["dry_run"]) as progress:
+        report = pull(repo, target, progress=progress, **options)
+    if as_json:
+        echo_json("pull", report.to_json())
+    elif not quiet:
+        say(_text(report))
+
+
+def _text(report: Any) -> str:
+    rows = [[file.path, size(file.bytes), file.status] for file in report.files]
+    total = size(sum(file.bytes for file in report.files))
+    head = ["file", "size", ""] if not report.dry_run else ["file", "size"]
+    lines = [f"{report.repo} at commit {report.commit[:12]}", ""]
+    lines += [table(head, [row[: len(head)] for row in rows]), ""]
+    if report.left_out:
+        shown = ", ".join(report.left_out[:8]) + (", …" if len(report.left_out) > 8 else "")
+        lines.append(f"left out: {shown}")
+    what = report.format or "files"
+    did = f"would fetch {total} to" if report.dry_run else f"wrote {what}, {total}, to"
+    checked = "" if report.dry_run else "; every file is what the Hub has"
+    lines.append(f"{did} {report.target}{checked}")
+    if report.base_model:
+        at = f"@{report.base_revision}" if report.base_revision else ""
+        where = f" in {report.base_path}" if report.base_path else ""
+        lines.append(f"base {report.base_model}{at}{where}")
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)

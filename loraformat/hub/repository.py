@@ -1,0 +1,240 @@
+"""A model repository on the Hub that is written to: its state, one atomic commit, a tag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraformat.errors import HubError
+from loraformat.hub.explain import explained
+from loraformat.hub.tree import TreeFile, tree_files
+from loraformat.version import __version__
+
+__all__ = ["Commit", "ModelFacts", "Repository", "State", "model_facts", "require_login"]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A repository before it is written to.
+
+    Attributes
+    ----------
+    private : bool
+    commit : str
+        Where the branch points, or would begin.
+    files : dict of str to TreeFile
+        What that commit holds, by path.
+    has_branch : bool
+        Whether there is such a branch already.
+    """
+
+    private: bool
+    commit: str
+    files: dict[str, TreeFile]
+    has_branch: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What was written.
+
+    Attributes
+    ----------
+    oid : str
+    url : str
+    revision : str
+        A name under which its files can be listed.
+    pull_request : str or None
+        Its address.
+    """
+
+    oid: str
+    url: str
+    revision: str
+    pull_request: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the Hub says of a model: its commit, and the front matter of its card."""
+
+    repo: str
+    commit: str
+    card: dict[str, Any]
+
+
+def require_login() -> None:
+    """Refuse before any work if nobody is logged in; the token itself is not looked at.
+
+    Raises
+    ------
+    HubError
+    """
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise HubError("nobody is logged in on this machine", hint="run: hf auth login")
+
+
+def model_facts(repo: str, revision: str | None = None) -> ModelFacts:
+    """Ask the Hub for a model's commit and card.
+
+    Raises
+    ------
+    HubError
+        If there is none, or it cannot be reached.
+    """
+    with explained(repo):
+        info = _api().model_info(repo, revision=revision)
+    card = info.card_data.to_dict() if info.card_data is not None else {}
+    return ModelFacts(repo, info.sha or "", card)
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="loraformat", library_version=__version__)
+
+
+class Repository:
+    """One branch of a model repository.
+
+    Parameters
+    ----------
+    repo : str
+        ``org/name``.
+    branch : str
+    """
+
+    def __init__(self, repo: str, branch: str = "main") -> None:
+        self.repo, self.branch = repo, branch
+        self._api = _api()
+
+    @property
+    def url(self) -> str:
+        """Its page."""
+        return f"{self._api.endpoint}/{self.repo}"
+
+    def state(self) -> State | None:
+        """Return what is there now; None if there is no such repository.
+
+        Raises
+        ------
+        HubError
+            If the Hub cannot be reached or refuses.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        with explained(self.repo):
+            has_branch = True
+            try:
+                info = self._api.model_info(self.repo, revision=self.branch)
+            except RevisionNotFoundError:
+                info, has_branch = self._api.model_info(self.repo), False
+            except RepositoryNotFoundError:
+                return None
+            return State(bool(info.private), info.sha, self.files(info.sha), has_branch)
+
+    def files(self, revision: str) -> dict[str, TreeFile]:
+        """Return what a revision holds.
+
+        Raises
+        ------
+        HubError
+        """
+        with explained(self.repo):
+            listed = self._api.list_repo_tree(self.repo, revision=revision, recursive=True)
+            return tree_files(listed)
+
+    def create(self, *, private: bool) -> None:
+        """Make the repository.
+
+        Raises
+        ------
+        HubError
+            If the token may not.
+        """
+        with explained(self.repo):
+            self._api.create_repo(self.repo, private=private or None, exist_ok=True)
+
+    def create_branch(self) -> None:
+        """Make the branch, from where ``main`` points to.
+
+        Raises
+        ------
+        HubError
+        """
+        with explained(self.repo):
+            self._api.create_branch(self.repo, branch=self.branch, exist_ok=True)
+
+    def commit(
+        self,
+        files: Mapping[str, Path | bytes],
+        removed: Iterable[str],
+        *,
+        parent: str,
+        message: str,
+        pull_request: bool,
+    ) -> Commit:
+        """Upload files and let them appear together.
+
+        Contents go first, and those that the Hub has already (from an interrupted run, too) are
+        not sent again; the commit that names them is one request.
+
+        Parameters
+        ----------
+        files : mapping of str to Path or bytes
+            By path in the repository.
+        removed : iterable of str
+            Paths that leave in the same commit.
+        parent : str
+            The commit that is expected at the branch.
+        message : str
+        pull_request : bool
+            Propose it instead.
+
+        Raises
+        ------
+        HubError
+            If the branch has moved meanwhile; nothing has changed then.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        operations: list[Any] = [
+            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+            for path, content in files.items()
+        ]
+        operations += [CommitOperationDelete(path, is_folder=False) for path in removed]
+        with explained(self.repo):
+            done = self._api.create_commit(
+                self.repo,
+                operations,
+                commit_message=message,
+                revision=self.branch,
+                parent_commit=parent,
+                create_pr=pull_request,
+            )
+        return Commit(done.oid, str(done), done.pr_revision or done.oid, done.pr_url)
+
+    def tags(self) -> dict[str, str]:
+        """Return the commit of each tag.
+
+        Raises
+        ------
+        HubError
+        """
+        with explained(self.repo):
+            refs = self._api.list_repo_refs(self.repo)
+        return {tag.name: tag.target_commit for tag in refs.tags}
+
+    def tag(self, name: str, commit: str) -> None:
+        """Give a commit a name.
+
+        Raises
+        ------
+        HubError
+        """
+        with explained(self.repo):
+            self._api.create_tag(self.repo, tag=name, revision=commit)

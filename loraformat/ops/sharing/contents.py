@@ -1,0 +1,175 @@
+"""What is published of a directory: the files that belong to it, and no others.
+
+A training directory holds much that is nobody's business: optimizer states, logs, notes. So
+files are published by name, and what is left out is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from loraformat import plugins, strict_json
+from loraformat.card.training import without_paths
+from loraformat.errors import LoraFormatError, UnsupportedError
+from loraformat.folder import Folder
+from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from loraformat.ops.sharing.upload_file import UploadFile
+
+__all__ = ["CONFIG_NAME", "RECORD_NAME", "Contents", "adapter_files", "bundle_files", "read_record"]
+
+CONFIG_NAME = "adapter_config.json"
+RECORD_NAME = "training_record.json"
+_INDEX_NAME = "model.safetensors.index.json"
+_MAX_JSON_BYTES = 16 << 20
+_MAX_CARD_BYTES = 4 << 20
+_ADAPTER = re.compile(
+    r"adapter_config\.json|adapter_model(-\d+-of-\d+)?\.safetensors|"
+    r"adapter_model\.safetensors\.index\.json|activation_statistics\.safetensors|"
+    r"training_record\.json|tokenizer.*\.(json|model)|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)|"
+    r"spiece\.model|generation_config\.json|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*|"
+    r"[\w.-]+\.(png|svg|gguf)"
+)
+
+
+@dataclass(slots=True)
+class Contents:
+    """The files of a repository to be, the card still missing.
+
+    Attributes
+    ----------
+    files : list of UploadFile
+    left_out : list of str
+        What else lies in the directory.
+    card : str or None
+        The card that lies there.
+    notes : list of str
+    """
+
+    files: list[UploadFile] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    card: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def adapter_files(
+    path: Path, base: str, *, include: Iterable[str] = (), listed: Iterable[str] | None = None
+) -> Contents:
+    """Return the files of an adapter.
+
+    Parameters
+    ----------
+    path : Path
+        A PEFT directory, or a single file.
+    base : str
+        The base's Hub id: the published config names it.
+    include : iterable of str
+        Globs of files that shall be published, too.
+    listed : iterable of str, optional
+        The files that a bundle's manifest lists, if it lies in one.
+
+    Raises
+    ------
+    UnsupportedError
+        If its weights are in no file that may be published.
+    """
+    if path.is_file():
+        folder = Folder(path.parent)
+        return Contents([UploadFile.of_folder(folder, path.name)])
+    folder = Folder(path)
+    found = Contents()
+    names = folder.names() if listed is None else sorted(listed)
+    for name in names:
+        if name == CARD_NAME:
+            found.card = _card(folder)
+        elif _belongs(path / name, name) or any(fnmatch(name, glob) for glob in include):
+            found.files.append(_adapter_file(folder, name, base, found.notes))
+        else:
+            found.left_out.append(name)
+    if not any(file.path.endswith(".safetensors") for file in found.files):
+        raise UnsupportedError(
+            "its weights are a pickle, which nobody should have to trust",
+            path=path,
+            hint="convert it first: loraformat convert ADAPTER OUT --allow-pickle",
+        )
+    return found
+
+
+def _belongs(path: Path, name: str) -> bool:
+    """Tell whether a file is part of an adapter; of GGUF files only one that is an adapter is."""
+    if not _ADAPTER.fullmatch(name):
+        return False
+    if not name.endswith(".gguf"):
+        return True
+    with contextlib.suppress(LoraFormatError):
+        return plugins.sniff(path).kind == "adapter"
+    return False
+
+
+def _card(folder: Folder) -> str:
+    return folder.read(CARD_NAME, _MAX_CARD_BYTES).decode("utf-8", errors="replace")
+
+
+def _adapter_file(folder: Folder, name: str, base: str, notes: list[str]) -> UploadFile:
+    """Return a file as it is; a config and a record without what is local."""
+    if name not in (CONFIG_NAME, RECORD_NAME):
+        return UploadFile.of_folder(folder, name)
+    found = _json(folder, name)
+    said = dict(found)
+    if name == CONFIG_NAME:
+        said["base_model_name_or_path"] = base
+        note = f"{name}: the published copy names {base} as its base"
+    else:
+        said = without_paths(found)
+        note = f"{name}: in the published copy absolute paths are file names"
+    if said == found:
+        return UploadFile.of_folder(folder, name)
+    notes.append(note)
+    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    return UploadFile.of_bytes(name, text.encode("utf-8"))
+
+
+def _json(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        found = strict_json.loads(folder.read(name, _MAX_JSON_BYTES))
+    except strict_json.StrictJsonError as error:
+        raise UnsupportedError(f"not strict JSON: {error}", path=folder.path / name) from None
+    if not isinstance(found, dict):
+        raise UnsupportedError("not a JSON object", path=folder.path / name)
+    return found
+
+
+def read_record(files: Iterable[UploadFile]) -> dict[str, Any]:
+    """Return the training record among files that are going to be published, or nothing."""
+    for file in files:
+        if file.path == RECORD_NAME:
+            with file.open() as stream:
+                found = strict_json.loads(stream.read(_MAX_JSON_BYTES))
+            return without_paths(found) if isinstance(found, dict) else {}
+    return {}
+
+
+def bundle_files(path: Path, manifest: Manifest) -> Contents:
+    """Return the files that a bundle's manifest lists, and itself.
+
+    Parameters
+    ----------
+    path : Path
+    manifest : Manifest
+        Of that bundle, which was verified.
+    """
+    folder = Folder(path)
+    names = [MANIFEST_NAME, _INDEX_NAME, *manifest.files, *(s.file for s in manifest.shards)]
+    for adapter, files in manifest.adapters.items():
+        names += [f"adapters/{adapter}/{name}" for name in files]
+    found = Contents(card=_card(folder) if folder.has(CARD_NAME) else None)
+    found.files = [UploadFile.of_folder(folder, name) for name in sorted(set(names))]
+    found.left_out = sorted(set(folder.names()) - set(names) - {CARD_NAME})
+    return found

@@ -1,0 +1,95 @@
+"""From descriptions of files to the facts of a card."""
+
+from __future__ import annotations
+
+from loraformat.card import AdapterFacts, Base, BundleFacts, FileFact, Training
+from loraformat.manifest import Manifest
+from loraformat.ops.describe import ModelSummary
+from loraformat.ops.describe_adapter import AdapterDescription
+from loraformat.ops.sharing.contents import CONFIG_NAME, read_record
+from loraformat.ops.sharing.upload_file import UploadFile
+
+__all__ = ["adapter_facts", "bundle_facts"]
+
+
+def adapter_facts(
+    said: AdapterDescription, task: object, repo: str, base: Base, files: list[UploadFile]
+) -> AdapterFacts:
+    """Return what a card says of an adapter.
+
+    Parameters
+    ----------
+    said : AdapterDescription
+    task : object
+        ``task_type`` of its config, whatever that is.
+    repo : str
+    base : Base
+    files : list of UploadFile
+    """
+    ggufs = [file.path for file in files if file.path.endswith(".gguf")]
+    return AdapterFacts(
+        repo=repo,
+        base=base,
+        ranks=said.ranks,
+        alphas=said.alphas,
+        scalings=said.scalings,
+        targets=said.targets,
+        modules=len(said.modules),
+        parameters=said.parameters,
+        dtypes=said.dtypes,
+        files=_files(files),
+        peft=any(file.path == CONFIG_NAME for file in files),
+        gguf=ggufs[0] if ggufs else None,
+        task=task if isinstance(task, str) else None,
+        dora=said.dora,
+        biases=said.biases,
+        replacements=[*said.replacements, *said.replaced_rows],
+        fingerprint=said.base_fingerprint,
+        training=Training(read_record(files)),
+    )
+
+
+def bundle_facts(
+    said: ModelSummary, manifest: Manifest, repo: str, base: Base, files: list[UploadFile]
+) -> BundleFacts:
+    """Return what a card says of a bundle; parameters as above."""
+    errors = [
+        record.relative_rms_error
+        for record in manifest.tensors.values()
+        if record.relative_rms_error is not None
+    ]
+    return BundleFacts(
+        repo=repo,
+        base=base,
+        architecture=said.architecture,
+        layers=said.layers,
+        parameters=said.parameters,
+        quantized_parameters=said.quantized_parameters,
+        weight_bytes=said.weight_bytes,
+        bits_per_weight=said.bits_per_weight,
+        block_sizes=said.block_sizes,
+        double_quant=said.double_quant,
+        fingerprint=manifest.fingerprint,
+        errors=(min(errors), max(errors)) if errors else (),
+        files=_files(files),
+        adapters={
+            adapter.name: AdapterFacts(
+                repo=repo,
+                base=base,
+                ranks=list(adapter.ranks),
+                alphas=[],
+                scalings=[],
+                targets=adapter.targets,
+                modules=0,
+                parameters=adapter.parameters,
+                dtypes={},
+                files=[],
+            )
+            for adapter in said.adapters
+        },
+    )
+
+
+def _files(files: list[UploadFile]) -> list[FileFact]:
+    ordered = sorted(files, key=lambda file: file.path)
+    return [FileFact(file.path, file.nbytes, file.sha256) for file in ordered]

@@ -1,0 +1,183 @@
+"""What is going to be published: files, card, base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.bundle_update import adapter_place, read_manifest
+from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
+from loraformat.errors import UnsupportedError, UsageError
+from loraformat.manifest import Manifest
+from loraformat.ops.describe import ModelSummary, describe
+from loraformat.ops.describe_adapter import AdapterDescription, description_of
+from loraformat.ops.sharing.base_model import adapter_base, bundle_base, look_up
+from loraformat.ops.sharing.contents import Contents, adapter_files, bundle_files
+from loraformat.ops.sharing.facts import adapter_facts, bundle_facts
+from loraformat.ops.sharing.gguf import gguf_file, gguf_pattern
+from loraformat.ops.sharing.upload_file import UploadFile
+from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.reader import is_bundle
+
+__all__ = ["Parcel", "Wishes", "open_parcel"]
+
+#: Files of an earlier push that belong to the weights, by what is pushed now.
+_PEFT_FILES = (
+    "adapter_model*.safetensors",
+    "adapter_model.safetensors.index.json",
+    "adapter_model.bin",
+    "activation_statistics.safetensors",
+    "training_record.json",
+)
+_BUNDLE_FILES = ("*.safetensors", "model.safetensors.index.json", "adapters/*")
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user asked for; see `loraformat.ops.sharing.push.push`."""
+
+    repo: str
+    with_gguf: bool
+    base: str | None
+    base_model: str | None
+    licence: str | None
+    include: tuple[str, ...]
+    dry_run: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Files and a card.
+
+    Attributes
+    ----------
+    kind : str
+        ``adapter`` or ``bundle``.
+    base : Base
+    files : list of UploadFile
+        Without the card.
+    document : Document
+        The generated part of the card.
+    written_card : str or None
+        The card that people wrote, which lies beside the files.
+    left_out, notes : list of str
+    replaces : tuple of str
+        Globs of files on the Hub that leave if they are not among these.
+    gguf_glob : str
+        The same, if the weights are others.
+    """
+
+    kind: str
+    base: Base
+    files: list[UploadFile]
+    document: Document
+    written_card: str | None
+    left_out: list[str]
+    notes: list[str]
+    replaces: tuple[str, ...]
+    gguf_glob: str
+
+
+def open_parcel(path: Path, wishes: Wishes, workplace: Path, check: Callable[[], None]) -> Parcel:
+    """Put together what is published of a path.
+
+    Parameters
+    ----------
+    path : Path
+    wishes : Wishes
+    workplace : Path
+        An empty directory for files that are made on the way.
+    check : callable
+        Verifies the path; called once it is known to be something to publish.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is neither an adapter nor a bundle, or nobody says what its base is.
+    """
+    if is_bundle(path):
+        if wishes.with_gguf:
+            raise UsageError("--with-gguf is for adapters, and this is a bundle")
+        return _bundle(path, wishes, check)
+    reader = plugins.sniff(path)
+    if reader.kind != "adapter" or reader.read_adapter is None:
+        raise UnsupportedError(
+            f"is {reader.name}, and adapters and bundles are published",
+            path=path,
+            hint="make a bundle of it: loraformat convert MODEL BUNDLE",
+        )
+    return _adapter(path, reader, wishes, workplace, check)
+
+
+def _bundle(path: Path, wishes: Wishes, check: Callable[[], None]) -> Parcel:
+    manifest: Manifest = read_manifest(path)
+    named = bundle_base(manifest.source, wishes.base_model, str(path))
+    check()
+    contents = bundle_files(path, manifest)
+    base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
+    said = describe(path)
+    assert isinstance(said, ModelSummary)
+    document = bundle_card(bundle_facts(said, manifest, wishes.repo, base, contents.files))
+    return _parcel("bundle", base, contents, document, wishes, _BUNDLE_FILES)
+
+
+def _adapter(
+    path: Path, reader: Converter, wishes: Wishes, workplace: Path, check: Callable[[], None]
+) -> Parcel:
+    assert reader.read_adapter is not None
+    place = adapter_place(path)
+    manifest = None if place is None else read_manifest(place.bundle)
+    listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
+    options = AdapterReadOptions(conditional=True, inspect=True)
+    with reader.read_adapter(path, options) as adapter:
+        named = adapter_base(adapter, wishes.base_model, manifest.source if manifest else None)
+        said: AdapterDescription = description_of(adapter, path)
+        task = adapter.config.get("task_type")
+    check()
+    contents = adapter_files(path, named[0], include=wishes.include, listed=listed)
+    base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
+    if wishes.with_gguf:
+        if path.is_file():
+            raise UsageError("--with-gguf is for PEFT adapters, and this is one file")
+        contents.files.append(
+            gguf_file(
+                path,
+                wishes.repo,
+                base,
+                workplace,
+                given=wishes.base,
+                in_bundle=listed is not None,
+                notes=contents.notes,
+            )
+        )
+    contents.notes += said.notes
+    document = adapter_card(adapter_facts(said, task, wishes.repo, base, contents.files))
+    replaces = () if path.is_file() else _PEFT_FILES
+    return _parcel("adapter", base, contents, document, wishes, replaces)
+
+
+def _parcel(
+    kind: str,
+    base: Base,
+    contents: Contents,
+    document: Document,
+    wishes: Wishes,
+    replaces: tuple[str, ...],
+) -> Parcel:
+    if wishes.licence is not None:  # said now, it wins over what was written before
+        document = replace(document, facts=document.facts | {"license"})
+    if contents.card is not None and is_template(contents.card):
+        contents.notes.append("README.md is an empty form: the card replaces its text")
+    return Parcel(
+        kind=kind,
+        base=base,
+        files=contents.files,
+        document=document,
+        written_card=contents.card,
+        left_out=contents.left_out,
+        notes=contents.notes,
+        replaces=replaces,
+        gguf_glob=gguf_pattern(wishes.repo),
+    )

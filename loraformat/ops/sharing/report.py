@@ -1,0 +1,117 @@
+"""What a push, or a pull, did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["FileReport", "PullReport", "PushReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """One file.
+
+    Attributes
+    ----------
+    path : str
+        In the repository.
+    bytes : int
+    sha256 : str or None
+        Of a pulled small file the Hub has none.
+    status : str
+        ``new``, ``changed`` or ``same`` compared with what was there; of a pull, ``fetched`` or
+        ``kept`` from an interrupted one.
+    """
+
+    path: str
+    bytes: int
+    sha256: str | None
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What was published, or of a dry run would be.
+
+    Attributes
+    ----------
+    source, repo, url : str
+    kind : str
+        ``adapter`` or ``bundle``.
+    base_model : str
+    files : list of FileReport
+    removed : list of str
+        Files of an earlier push that leave.
+    left_out : list of str
+        Files of the directory that are no part of it.
+    card : str
+        The whole card.
+    commit : str or None
+        None of a dry run.
+    pull_request, tag : str or None
+    notes : list of str
+    seconds : float
+    dry_run : bool
+    """
+
+    source: str
+    repo: str
+    url: str
+    kind: str
+    base_model: str
+    files: list[FileReport]
+    removed: list[str]
+    left_out: list[str]
+    card: str
+    commit: str | None = None
+    pull_request: str | None = None
+    tag: str | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to publish."""
+        return bool(self.removed) or any(file.status != "same" for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        return {**asdict(self), "changed": self.changed}
+
+
+@dataclass(frozen=True, slots=True)
+class PullReport:
+    """What was fetched, or of a dry run would be.
+
+    Attributes
+    ----------
+    repo, commit, target : str
+    format : str or None
+        What it is; None of a dry run, or if no converter knows it.
+    files : list of FileReport
+    left_out : list of str
+    base_model, base_revision, base_path : str or None
+        With ``--with-base``: where it is in the Hub's cache.
+    notes : list of str
+    seconds : float
+    dry_run : bool
+    """
+
+    repo: str
+    commit: str
+    target: str
+    format: str | None
+    files: list[FileReport]
+    left_out: list[str]
+    base_model: str | None = None
+    base_revision: str | None = None
+    base_path: str | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        return asdict(self)

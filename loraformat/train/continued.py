@@ -83,6 +83,8 @@ def _check_kind(adapter: Adapter) -> None:
         problem = f"replaces {printable(next(iter(adapter.replacements)))} as a whole"
     elif adapter.rows:
         problem = f"replaces rows of {printable(next(iter(adapter.rows)))}"
+    elif any(d.magnitude is not None and len(d.a.shape) == 3 for d in adapter.deltas.values()):
+        problem = "has magnitudes of fused experts"
     elif any(delta.bias is not None for delta in adapter.deltas.values()):
         problem = "has biases of its own (lora_bias)"
     if problem:

@@ -78,6 +78,10 @@ class LoraOptions:
     statistics: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise UsageError(
+                f"targets is the word {self.targets!r}, wanted several", hint="give a tuple"
+            )
         for what, rank in (("rank", self.rank), *(("rank of " + k, r) for k, r in self.named())):
             if not 1 <= rank <= _MAX_RANK:
                 raise UsageError(f"{what} is {rank}, wanted 1 to {_MAX_RANK}")

@@ -95,7 +95,13 @@ def load(
             else:
                 branches = {}
         model = TrainableModel(
-            base, here, shared, branches, lora, compute_dtype or torch.float32, owned
+            base,
+            here,
+            shared,
+            branches,
+            None if adapter else lora,
+            compute_dtype or torch.float32,
+            owned,
         )
         opened.pop_all()
     return model

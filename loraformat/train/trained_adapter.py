@@ -135,7 +135,8 @@ def save_adapter(
     """
     adapter = trained_adapter(branches, bundle)
     base = {"fingerprint": bundle.manifest.fingerprint, "source": dict(bundle.manifest.source)}
-    adapter.files = (training_record(options, base, facts or {}), *files)
+    parameters = sum(p.numel() for branch in branches.values() for p in branch.named().values())
+    adapter.files = (training_record(options, base, facts or {}, parameters), *files)
     target = Path(path)
     write_adapter(adapter, target, base=bundle.checkpoint, force=force, canonical=False)
     return target

@@ -25,6 +25,7 @@ def training_record(
     options: LoraOptions | None,
     base: Mapping[str, Any],
     facts: Mapping[str, Any],
+    parameters: int = 0,
 ) -> CarriedFile:
     """Return the record as a file to be carried.
 
@@ -36,6 +37,8 @@ def training_record(
         ``fingerprint`` and ``source`` of the bundle.
     facts : mapping
         What the training says of itself: data, steps, loss. JSON values.
+    parameters : int
+        Numbers that are trained.
 
     Raises
     ------
@@ -55,6 +58,7 @@ def training_record(
         "created_by": f"loraformat {__version__}",
         "base": dict(base),
         "lora": None if options is None else {**asdict(options), "ranks": dict(options.ranks)},
+        "trained_parameters": parameters,
         "training": dict(facts),
     }
     try:

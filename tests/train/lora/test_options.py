@@ -11,7 +11,7 @@ from loraformat.train import LoraOptions
     [
         {"rank": 0}, {"rank": 1 << 20}, {"ranks": {"q_proj": 0}}, {"alpha": 0.0},
         {"alpha": float("nan")}, {"dropout": 1.0}, {"dropout": -0.1}, {"init": "zeros"},
-        {"targets": ()},
+        {"targets": ()}, {"targets": "all-linear"},
     ],
 )  # fmt: skip
 def test_what_is_out_of_range_is_refused(wrong):

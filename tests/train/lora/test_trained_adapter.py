@@ -16,7 +16,7 @@ from loraformat.ops.verify import verify
 from loraformat.reader import open_bundle
 from loraformat.testing_models import dense
 from loraformat.train import LoraOptions
-from loraformat.train.branches import attach
+from loraformat.train.branches import attach, trainable
 from loraformat.train.continued import attach_adapter
 from loraformat.train.trained_adapter import save_adapter, trained_adapter
 from loraformat.train.training_record import RECORD_NAME
@@ -86,6 +86,9 @@ def test_the_record_holds_options_base_and_facts(base, tmp_path):
         record = json.loads((tmp_path / "a" / RECORD_NAME).read_text())
         assert record["base"]["fingerprint"] == bundle.manifest.fingerprint
         assert record["training"] == facts
+        assert record["trained_parameters"] == sum(
+            parameter.numel() for parameter in trainable(branches).values()
+        )
         assert record["lora"]["seed"] == 3 and record["lora"]["ranks"] == {"q_proj": 2}
         for wrong in ({"loss": float("nan")}, {"model": object()}):
             with pytest.raises(LoraFormatError, match="no JSON"):
@@ -179,6 +182,12 @@ def wrong_adapters():
     return {
         "biases": (biased, "biases of its own"),
         "replacement": (lambda a: a.replacements.update({"model.norm.weight": vector}), "a whole"),
+        "experts": (
+            lambda a: a.deltas.update(
+                x=replace(a.deltas[q], a=dense("a", torch.ones(2, 4, 32)), magnitude=vector)
+            ),
+            "magnitudes of fused experts",
+        ),
         "rows": (lambda a: a.rows.update(x=RowReplacement("x", (0,), vector)), "replaces rows"),
         "alora": (lambda a: setattr(a, "invocation_tokens", (5,)), "some tokens only"),
         "unknown": (unknown, r"layers\.9.*nearest is model\.layers\.\d"),

@@ -54,12 +54,12 @@ def judge(
         if (treatment := rule.treatment(runtime)) is not None
         if (what := rule.detect(adapter, runtime)) is not None
     ]
-    failing = {t.remedy: t for _, _, t in found if t.level == "fail"}
+    failing = {t.remedy: (rule, t) for rule, _, t in found if t.level == "fail"}
     strongest = next((failing[remedy] for remedy in _STRONGEST if remedy in failing), None)
-    if adapter.format != runtime.format and strongest is None:
-        found.insert(0, _format(adapter, runtime, named))
     if strongest is not None:
-        found = [(rule, what, _with_remedy(t, strongest)) for rule, what, t in found]
+        found = [(rule, what, _with_remedy(t, *strongest)) for rule, what, t in found]
+    elif adapter.format != runtime.format:
+        found.insert(0, _format(adapter, runtime, named))
     return [
         Finding(
             rule=rule,
@@ -81,8 +81,9 @@ def _format(adapter: AdapterFacts, runtime: Runtime, named: bool) -> tuple[str, 
     return FORMAT, f"is {adapter.format}", treatment
 
 
-def _with_remedy(treatment: Treatment, stronger: Treatment) -> Treatment:
+def _with_remedy(treatment: Treatment, rule: str, stronger: Treatment) -> Treatment:
     """Return a treatment whose own command would not be enough with that of the stronger one."""
     if treatment.remedy in ("advice", stronger.remedy):
         return treatment
-    return replace(treatment, remedy=stronger.remedy, advice=stronger.advice)
+    advice = f"first: {rule}" if stronger.remedy == "advice" else None
+    return replace(treatment, remedy=stronger.remedy, advice=advice)

@@ -80,7 +80,7 @@ def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Name
         "peft": f"{convert} {stem}-peft --base {base}",
         "merge": f"loraformat merge {base} {names.quoted} -o {stem}-merged",
         "merge-gguf": f"loraformat merge {base} {names.quoted} -o {stem}-merged.gguf",
-        "reduce": f"loraformat reduce {names.quoted} -o {stem}-reduced --rank {most}",
+        "reduce": f"loraformat reduce {names.quoted} -o {stem}-r{most} --rank {most}",
         "rewrite": f"{convert} {stem}-rewritten --canonical{names.with_base()}",
         "retype": f"{convert} {stem}-f32 --dtype f32{names.with_base()}",
     }

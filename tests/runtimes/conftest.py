@@ -17,6 +17,20 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def biased(base, tmp_path_factory):
+    """The same with biases, without which PEFT has none to train."""
+    import shutil
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("base") / "biased"
+    shutil.copytree(base, folder)
+    config = AutoConfig.from_pretrained(base, attention_bias=True, mlp_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tied(tmp_path_factory):
     from bases import make_base
 

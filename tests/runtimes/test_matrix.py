@@ -43,7 +43,10 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "bias": {"BIAS": ("vllm lorax llama.cpp ollama", "sglang")},
     "lora_bias": {"BIAS": ("vllm lorax llama.cpp ollama", "sglang")},
     "trained norm": {"MODULES_TO_SAVE": ("vllm lorax llama.cpp ollama", "sglang")},
-    "trained score": {"MODULES_TO_SAVE": ("lorax llama.cpp ollama", "sglang")},
+    "trained score": {
+        "MODULES_TO_SAVE": ("lorax llama.cpp ollama", "sglang"),
+        "CLASSIFIER": ("llama.cpp ollama", ""),
+    },
     "trained tokens": {"TRAINED_TOKENS": (SERVERS, "")},
     "pissa": {
         "INIT_MUTATES_BASE": ("vllm sglang lorax llama.cpp ollama mlx", "transformers"),

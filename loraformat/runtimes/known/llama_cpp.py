@@ -30,6 +30,11 @@ LLAMA_CPP = Runtime(
             "a GGUF adapter holds low-rank deltas; trained norms are loaded and ignored",
             "merge-gguf",
         ),
+        "CLASSIFIER": refuses(
+            "its models of text have no place for the head of a classifier",
+            "advice",
+            "run it with transformers or vLLM",
+        ),
         "TRAINED_TOKENS": refuses("a GGUF adapter holds low-rank deltas", "merge-gguf"),
         "RSLORA_IGNORED": differs(_ONE_ALPHA, "gguf"),
         "PATTERN_IGNORED": differs(_ONE_ALPHA, "gguf"),

@@ -43,6 +43,12 @@ def _modules_to_save(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return f"replaces {len(names)} whole tensors ({printable(names[0])}, ...)"
 
 
+def _classifier(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    leaves = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.replaced}
+    named = sorted(leaves & {"score", "classifier"})
+    return f"brings a {named[0]} of its own: it classifies" if named else None
+
+
 def _tokens(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return f"replaces rows of {printable(adapter.rows[0])}" if adapter.rows else None
 
@@ -59,5 +65,6 @@ METHOD_RULES = (
     Rule("DORA", "`use_dora`", _dora),
     Rule("BIAS", "`bias`, `lora_bias`", _bias),
     Rule("MODULES_TO_SAVE", "`modules_to_save`, saved embeddings", _modules_to_save),
+    Rule("CLASSIFIER", "a trained `score` or `classifier`", _classifier),
     Rule("TRAINED_TOKENS", "`trainable_token_indices`", _tokens),
 )

@@ -1,0 +1,167 @@
+"""Every command that a finding shows is run, and the finding is gone."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from bases import make_base
+from features import FEATURES
+
+from loraformat.cli import main
+from loraformat.ops.check.verb import check
+from loraformat.ops.describe import describe
+from loraformat.runtimes.rules import RULES
+
+#: Features that need no base of their own, and every command of theirs that is another.
+SHOWN = [name for name in FEATURES if name not in ("unknown module", "other shape", "head")]
+
+
+def run(command: str) -> None:
+    words = shlex.split(command)
+    assert words[0] == "loraformat"
+    with pytest.raises(SystemExit) as left:
+        main([*words[1:], "--quiet"])
+    # 4 only where check --fix looks at the result for all runtimes, and one is still not right.
+    assert left.value.code in ((0, 4) if words[1] == "check" else (0,)), command
+
+
+def output_of(command: str) -> Path:
+    words = shlex.split(command)
+    return Path(words[words.index("-o") + 1] if "-o" in words else words[3])
+
+
+def gone(command: str, rule: str, runtime: str, base: Path) -> bool:
+    output = output_of(command)
+    if describe(output).kind == "base":
+        return shlex.split(command)[1] == "merge"  # no adapter is left that could be wrong
+    return rule not in {f.rule for f in check(output, base=base, runtimes=[runtime]).findings}
+
+
+@pytest.mark.parametrize("feature", SHOWN)
+def test_every_command_mends_its_finding(adapter, base, biased, feature, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = biased if "bias" in feature else base
+    done = set()
+    for finding in check(adapter(feature), base=base).findings:
+        if finding.command is None:
+            assert finding.remedy or finding.rule in ("ALORA", "METHOD", "INIT_MUTATES_BASE")
+            continue
+        if finding.command not in done:
+            run(finding.command)
+            done.add(finding.command)
+        assert gone(finding.command, finding.rule, finding.runtime, base), finding
+
+
+def test_an_adapter_in_a_bundle_needs_no_base(adapter, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(f"loraformat convert {base} bundle")
+    run(f"loraformat convert {adapter('rslora')} bundle/adapters/polite")
+    report = check("bundle/adapters/polite", runtimes=["sglang", "llama.cpp"])
+    assert report.base == str(tmp_path / "bundle")
+    for command in {finding.command for finding in report.findings}:
+        run(command)
+    assert Path("polite.gguf").is_file()
+    assert not check("polite-fixed", runtimes=["sglang"]).findings
+    assert check("bundle/adapters/polite", runtimes=["transformers"]).verdicts == {
+        "transformers": "right"
+    }
+
+
+def test_a_gguf_adapter_goes_back_to_peft(adapter, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(f"loraformat convert {adapter('rslora')} lora.gguf --base {base}")
+    report = check("lora.gguf", base=base, runtimes=["vllm"])
+    (finding,) = report.findings
+    assert finding.rule == "FORMAT"
+    run(finding.command)
+    assert not check(output_of(finding.command), base=base, runtimes=["vllm"]).findings
+
+
+# Rules that need a base of their own
+
+
+def trained(base, target, **options):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(r=8, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(model, config)
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.05
+    model.save_pretrained(target, save_embedding_layers=False)
+
+
+def all_commands(report, base, rule):
+    """Run the commands of a rule's findings, and return where it was found."""
+    found = [finding for finding in report.findings if finding.rule == rule]
+    for command in {finding.command for finding in found if finding.command}:
+        if not output_of(command).exists():
+            run(command)
+    for finding in found:
+        if finding.command:
+            assert gone(finding.command, rule, finding.runtime, base), finding
+    return {(finding.runtime, finding.level) for finding in found}
+
+
+def test_fused_experts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = make_base("mixtral", tmp_path / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    trained(base, "A", target_modules=["q_proj", "v_proj"], target_parameters=names)
+    report = check("A", base=base)
+    assert {m.experts for m in report.facts.modules} == {0, 4}
+    assert all_commands(report, base, "MOE") == {
+        ("vllm", "fail"), ("sglang", "fail"), ("lorax", "fail"), ("llama.cpp", "fail"),
+        ("ollama", "fail"),
+    }  # fmt: skip
+
+
+def test_conv1d(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = make_base("gpt2", tmp_path / "base")
+    trained(base, "A", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    report = check("A", base=base)
+    assert all_commands(report, base, "CONV1D") == {("llama.cpp", "fail"), ("ollama", "fail")}
+    assert all_commands(report, base, "ARCHITECTURE") == {("ollama", "warn")}
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_tied_head(tied, tmp_path, monkeypatch, module):
+    monkeypatch.chdir(tmp_path)
+    trained(tied, "A", target_modules=[module, "q_proj", "v_proj"])
+    report = check("A", base=tied)
+    assert all_commands(report, tied, "TIED_HEAD") == {
+        ("transformers", "warn"), ("vllm", "warn"), ("sglang", "warn"), ("lorax", "fail"),
+        ("llama.cpp", "fail"), ("ollama", "fail"),
+    }  # fmt: skip
+
+
+def test_another_base(adapter, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = make_base("llama", tmp_path / "other")
+    weights = other / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    run(f"loraformat convert {base} bundle")
+    run(f"loraformat convert {other} another")
+    run(f"loraformat convert {adapter('plain')} bundle/adapters/A --canonical")
+    report = check("bundle/adapters/A", base="another", runtimes=["vllm", "sglang"])
+    assert {(f.rule, f.level) for f in report.findings} == {("BASE_HASH_MISMATCH", "fail")}
+    assert not check("bundle/adapters/A", base="bundle", runtimes=["vllm"]).findings
+
+
+def test_every_rule_has_been_seen_here_or_in_the_matrix():
+    from test_matrix import EXPECTED
+
+    seen = {rule for rules in EXPECTED.values() for rule in rules}
+    seen |= {"MOE", "CONV1D", "ARCHITECTURE", "TIED_HEAD", "BASE_HASH_MISMATCH", "ROW_ORDER"}
+    assert seen == {rule.id for rule in RULES}

@@ -21,13 +21,15 @@ lint: $(VENV)/dev-installed ## style, types, import directions, spec and docs in
 	$(BIN)/python tools/check_spec.py
 	$(BIN)/python tools/make_vectors.py --check
 	$(BIN)/python tools/make_cli_docs.py --check
+	$(BIN)/python tools/make_runtime_docs.py --check
 
 test: $(VENV)/dev-installed ## the whole test suite, and every example in a docstring
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest --doctest-modules loraformat converters/loraformat_converters
 
-docs: $(VENV)/dev-installed ## write docs/cli.md and the outputs in docs/adapters.md anew
+docs: $(VENV)/dev-installed ## write docs/cli.md, the matrix of runtimes and the outputs in docs/adapters.md anew
 	$(BIN)/python tools/make_cli_docs.py
+	$(BIN)/python tools/make_runtime_docs.py
 	$(BIN)/python tools/make_tutorial.py
 
 bench: $(VENV)/dev-installed ## the figures of docs/benchmarks.md, for this machine

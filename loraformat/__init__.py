@@ -12,6 +12,8 @@ from loraformat.version import __version__
 
 if TYPE_CHECKING:
     from loraformat.errors import LoraFormatError as LoraFormatError
+    from loraformat.ops.check.fix import fix as fix
+    from loraformat.ops.check.verb import check as check
     from loraformat.ops.combine.options import CombineOptions as CombineOptions
     from loraformat.ops.combine.verb import combine as combine
     from loraformat.ops.convert import convert as convert
@@ -32,10 +34,12 @@ _HOMES = {
     "ExtractOptions": ("loraformat.ops.extract.options", "ExtractOptions"),
     "LoraFormatError": ("loraformat.errors", "LoraFormatError"),
     "Reduction": ("loraformat.ops.reduce", "Reduction"),
+    "check": ("loraformat.ops.check.verb", "check"),
     "combine": ("loraformat.ops.combine.verb", "combine"),
     "convert": ("loraformat.ops.convert", "convert"),
     "describe": ("loraformat.ops.describe", "describe"),
     "extract": ("loraformat.ops.extract.verb", "extract"),
+    "fix": ("loraformat.ops.check.fix", "fix"),
     "merge": ("loraformat.ops.merge.verb", "merge"),
     "open": ("loraformat.ops.open", "open_source"),
     "reduce": ("loraformat.ops.reduce", "reduce"),
@@ -51,10 +55,12 @@ __all__ = [
     "LoraFormatError",
     "Reduction",
     "__version__",
+    "check",
     "combine",
     "convert",
     "describe",
     "extract",
+    "fix",
     "merge",
     "open",
     "reduce",

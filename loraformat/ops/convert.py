@@ -141,9 +141,16 @@ def convert(
     if reader.kind == "adapter":
         _refuse_options(source, f"an adapter ({reader.name})", "bases", for_bases)
         wanted = AdapterOptions(
-            to_format, dtype, base, canonical, allow_pickle, allow_base_mismatch,
-            force, strict, dry_run,
-        )  # fmt: skip
+            to_format=to_format,
+            dtype=dtype,
+            base=base,
+            canonical=canonical,
+            allow_pickle=allow_pickle,
+            allow_base_mismatch=allow_base_mismatch,
+            force=force,
+            strict=strict,
+            dry_run=dry_run,
+        )
         return convert_adapter(found, reader, Path(target), wanted)
     _refuse_options(source, f"a base ({reader.name})", "adapters", for_adapters)
     encoding = Encoding(dtype, block_size, double_quant, tuple(skip), tuple(include))

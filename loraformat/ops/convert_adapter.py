@@ -24,11 +24,11 @@ from loraformat.checkpoint import DenseTensor
 from loraformat.dtypes import ITEM_BYTES
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.folder import Folder
-from loraformat.hub import Source
+from loraformat.hub import Source, resolve
 from loraformat.integrity import check_listed
 from loraformat.manifest import FileRecord
 from loraformat.ops.adapter_base import open_base
-from loraformat.ops.adapter_output import AdapterOutput, check_fits, plan_output
+from loraformat.ops.adapter_output import AdapterOutput, Home, check_fits, plan_output
 from loraformat.ops.adapter_target import publish_adapter
 from loraformat.ops.bundle_adapters import check_incoming, put
 from loraformat.ops.one_rank import with_one_rank
@@ -88,23 +88,24 @@ class AdapterReport:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterOptions:
     """What a user may ask of a conversion; see `loraformat.ops.convert.convert`.
 
-    With ``one_rank`` all modules get one rank: see `loraformat.ops.one_rank`.
+    With ``one_rank`` all modules get one rank (see `loraformat.ops.one_rank`), and the base is
+    called by its Hub id where that is known.
     """
 
     to_format: str | None = None
     dtype: str | None = None
     base: str | Path | None = None
     canonical: bool = False
-    one_rank: bool = False
     allow_pickle: bool = False
     allow_base_mismatch: bool = False
     force: bool = False
     strict: bool = False
     dry_run: bool = False
+    one_rank: bool = False
 
 
 def convert_adapter(
@@ -145,7 +146,8 @@ def convert_adapter(
         read = AdapterReadOptions(base, options.allow_pickle, conditional=place is None)
         adapter = stack.enter_context(reader.read_adapter(source.path, read))
         if options.one_rank:
-            adapter = with_one_rank(adapter)
+            named = _repository(options.base, home) or adapter.base_model
+            adapter = replace(with_one_rank(adapter), base_model=named)
         listed, notes = _listed(origin)
         if listed is not None:
             check_listed(Folder(source.path), listed)
@@ -192,6 +194,13 @@ def _writer(target: Path, place: Place | None, options: AdapterOptions) -> Conve
     if options.base is not None:
         raise UsageError("--base: the bundle is the base", hint="leave it out")
     return plugins.get("peft")
+
+
+def _repository(base: str | Path | None, home: Home | None) -> str | None:
+    """Return the Hub id of a base, which means the same everywhere; None if it has none."""
+    if home is not None and "repo" in home.source:
+        return home.source["repo"]
+    return resolve(base).repo if base is not None else None
 
 
 def _listed(origin: Place | None) -> tuple[dict[str, FileRecord] | None, list[str]]:

@@ -70,6 +70,7 @@ def judge(
             why=treatment.why,
             remedy=sentence(treatment, adapter),
             command=command(treatment.remedy, adapter, runtime, names),
+            kind=treatment.remedy,
         )
         for rule, what, treatment in found
     ]

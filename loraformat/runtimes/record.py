@@ -130,8 +130,8 @@ class Runtime:
         Modules that it lets an adapter replace.
     imports : tuple of str
         GGUF architectures whose PEFT adapters it converts itself.
-    treats : mapping of str to Treatment
-        By rule id.
+    treats : mapping of str to Treatment or None
+        By rule id; None where it is right about what is wrong everywhere else.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Runtime:
     whole_types: bool = False
     replaces: tuple[str, ...] = ()
     imports: tuple[str, ...] = ()
-    treats: Mapping[str, Treatment] = field(default_factory=dict)
+    treats: Mapping[str, Treatment | None] = field(default_factory=dict)
 
     @property
     def in_peft(self) -> bool:
@@ -171,16 +171,20 @@ class Rule:
         Returns what was found, as a sentence without a full stop; None if nothing was.
     everywhere : Treatment or None
         For every runtime alike that has none of its own.
+    of_files : bool
+        It is about how PEFT's files are loaded: not for a runtime that reads no adapter at all.
     """
 
     id: str
     about: str
     detect: Callable[[AdapterFacts, Runtime], str | None]
     everywhere: Treatment | None = None
+    of_files: bool = False
 
     def treatment(self, runtime: Runtime) -> Treatment | None:
         """Return what a runtime does; None if it does right."""
-        return runtime.treats.get(self.id, self.everywhere)
+        everywhere = self.everywhere if runtime.format or not self.of_files else None
+        return runtime.treats.get(self.id, everywhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,8 @@ class Finding:
         What to do, in words.
     command : str or None
         The command that does it.
+    kind : Remedy
+        What sort of remedy that is.
     """
 
     rule: str
@@ -207,3 +213,4 @@ class Finding:
     why: str
     remedy: str
     command: str | None = None
+    kind: Remedy = "advice"

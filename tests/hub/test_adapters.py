@@ -64,3 +64,17 @@ def test_a_pickle_is_fetched_only_on_request(ask, hub, tmp_path):
     result = ask("convert", "org/old", "out", "--allow-pickle")
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_checking_one_from_the_hub_names_its_base_by_its_id(ask, hub, tmp_path):
+    write_adapter(tmp_path / "adapter")
+    hub.repositories["org/adapter"] = Repository(files_of(tmp_path / "adapter"))
+    arguments = ("--base", "org/dense", "--runtime", "transformers")
+    result = ask("check", "org/adapter@main", *arguments, "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["verdicts"] == {"transformers": "right"}
+    result = ask("check", "org/adapter", *arguments, "--fix", "-o", "fixed", "--write", "run")
+    assert (result.returncode, result.stderr) == (0, "")
+    config = json.loads((tmp_path / "fixed" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/dense"
+    assert 'base = "org/dense"' in (tmp_path / "run" / "run_transformers.py").read_text()

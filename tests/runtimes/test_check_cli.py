@@ -225,7 +225,7 @@ def test_nothing_is_written_for_a_runtime_that_would_be_wrong(run, adapter, base
     result = run(adapter("rslora"), "--base", base, "--write", "run", "--json")
     assert result.code == 4
     written = json.loads(result.out)["written"]
-    assert "run_vllm.sh" in written["files"]
+    assert {"run_vllm.sh", "run_llama_cpp.sh", "Modelfile"} <= set(written["files"])
     assert "run_sglang.sh" not in written["files"]
     assert any("sglang: would be wrong (RSLORA_IGNORED)" in line for line in written["left_out"])
 

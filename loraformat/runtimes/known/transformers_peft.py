@@ -25,6 +25,7 @@ TRANSFORMERS = Runtime(
         "KEY_PREFIX": differs(
             "PEFT loads the rest and leaves these at their start, with a warning", "rewrite"
         ),
+        "DTYPE": None,  # cast as they are loaded
         "TIED_HEAD": mind(
             "it is right unmerged; PEFT's own merge_and_unload changes the other half of the tie, "
             "too",

@@ -36,11 +36,13 @@ FILE_RULES = (
         "`adapter_model.safetensors.index.json`",
         _shards,
         refuses("every loader wants one adapter_model.safetensors", "rewrite"),
+        of_files=True,
     ),
     Rule(
         "DTYPE",
         "factors of another type than F32, F16, BF16",
         _dtype,
-        unknown("loaders were tried with F32, F16 and BF16", "retype"),
+        unknown("loaders were looked at for F32, F16 and BF16", "retype"),
+        of_files=True,
     ),
 )

@@ -1,7 +1,5 @@
 """Extraction and combination hold tiles, never the model, and never a dense delta."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,53 +11,11 @@ from loraformat.ops.adapter_target import write_adapter
 from loraformat.ops.convert import convert
 from loraformat.testing import checkpoint, dense, save
 from tests.adapters.memory_adapters import adapter, delta
+from tests.anonymous_memory import grown
 
 MB = 1_000_000
 ROWS, COLUMNS = 2048, 4096
 LARGEST = 2 * ROWS * COLUMNS
-
-#: Prints how much anonymous memory a verb takes beyond what a small call of it took.
-CHILD = """
-import sys, threading, time
-from pathlib import Path
-import torch
-from loraformat.cli import commands
-torch.set_num_threads(1)
-
-def anonymous():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
-half = len(sys.argv) // 2
-small, large = sys.argv[1 : half + 1], sys.argv[half + 1 :]
-commands.main(small, standalone_mode=False)
-before = peak = anonymous()
-done = False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-commands.main(large, standalone_mode=False)
-done = True
-watcher.join()
-print(peak - before)
-"""
-
-
-def grown(small, large):
-    calls = [str(word) for call in (small, large) for word in (*call, "--quiet")]
-    # What is freed goes back at once, so that what is held is measured and no allocator's mood.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-c", CHILD, *calls]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert not done.returncode, done.stderr
-    return int(done.stdout)
 
 
 def models(folder, count, rows=ROWS, columns=COLUMNS):
@@ -94,7 +50,7 @@ def test_extraction(tmp_path: Path, base_format: str) -> None:
     found = {}
     for count in (3, 6):
         large = call(f"large-{count}", *models(tmp_path / str(count), count))
-        found[count] = grown(small, large)
+        (found[count],) = grown(small, large)
     # Tiles and what is decoded of them take 50 to 90 MB, whatever the tensor; the difference in
     # float32 is twice as large as that. The two models have 200 MB.
     assert max(found.values()) < 4 * LARGEST + 100 * MB
@@ -118,5 +74,5 @@ def test_combination(tmp_path: Path, method: str) -> None:
 
     dense_delta = 4 * ROWS * COLUMNS
     bound = 10 * MB if method == "svd" else dense_delta + 40 * MB
-    used = grown(call("small", 256, 256), call("large", ROWS, COLUMNS))
+    (used,) = grown(call("small", 256, 256), call("large", ROWS, COLUMNS))
     assert used < bound

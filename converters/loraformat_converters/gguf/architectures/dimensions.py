@@ -34,7 +34,12 @@ def check_dimensions(
     promised = _promised(architecture, config)
     for name, shape in shapes.items():
         kind, _, suffix = name.rpartition(".")
-        wanted = promised.get(kind.rpartition(".")[2])
+        module = kind.rpartition(".")[2]
+        if module.isdecimal():  # blk.0.ffn_up.3.weight: one expert of an old file
+            stacked = promised.get(f"{kind.split('.')[-2]}_exps")
+            wanted = None if stacked is None else stacked[1:]
+        else:
+            wanted = promised.get(module)
         if wanted is None:
             continue
         if suffix == "bias":

@@ -108,6 +108,17 @@ class ExpertRow:
     fused: str
     half: int | None = None
 
+    @property
+    def single(self) -> str:
+        """Template with ``{expert}`` of the tensors that llama.cpp wrote before April 2024.
+
+        Examples
+        --------
+        >>> ExpertRow("blk.{layer}.ffn_up_exps.weight", "", "").single
+        'blk.{layer}.ffn_up.{expert}.weight'
+        """
+        return self.gguf.replace("_exps.weight", ".{expert}.weight")
+
 
 def row(gguf: str, hf: str, transform: Chooser = identity, *, required: bool = True) -> Row:
     """Return a row for a tensor outside the layers; ``hf`` follows ``{base}``."""

@@ -286,8 +286,9 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     for row, number in _places(architecture, config):
         name = row.gguf.format(layer=number)
         if isinstance(row, ExpertRow):
-            recipes.tensors += _unstacked(row, name, number, config, shapes, base)
-            used.add(name)
+            experts = _unstacked(row, name, number, config, shapes, base)
+            recipes.tensors += experts
+            used.update(part.source for recipe in experts for part in recipe.parts)
             continue
         part = _stored(row, name, config, shapes)
         if part is None:
@@ -334,7 +335,11 @@ def _unstacked(
 ) -> list[Recipe]:
     shape = shapes.get(name)
     if shape is None:
-        raise InputError(f"tensor {printable(name)} is missing")
+        parts = _single_experts(row, name, number, config, shapes)
+        return [
+            Recipe(row.hf.format(base=base, layer=number, expert=expert), part.shape, (part,))
+            for expert, part in enumerate(parts)
+        ]
     if len(shape) != 3 or shape[0] != config.experts or not prod(shape):
         raise InputError(
             f"tensor {printable(name)} has shape {list(shape)}, wanted {config.experts} matrices"
@@ -347,3 +352,16 @@ def _unstacked(
         )
         for expert in range(config.experts)
     ]
+
+
+def _single_experts(
+    row: ExpertRow, name: str, number: int | None, config: Config, shapes: Shapes
+) -> list[Part]:
+    """Return the experts of a file of early 2024, which has a tensor for each of them."""
+    names = [row.single.format(layer=number, expert=expert) for expert in range(config.experts)]
+    if not any(one in shapes for one in names):
+        raise InputError(f"tensor {printable(name)} is missing")
+    matrices = [Part(one, _matrix(one, shapes)) for one in names]
+    if len({part.shape for part in matrices}) > 1:
+        raise InputError(f"the experts {printable(names[0])}, ... have different shapes")
+    return matrices

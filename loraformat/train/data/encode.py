@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraformat.train.data.chat import ChatRenderer, Rendered
+from loraformat.train.data.chat import ChatRenderer
 from loraformat.train.data.kinds import Completion, Conversation, Text, meaning
+from loraformat.train.data.mask import forget_space_behind_ends, overlapping, straddling, texts
 from loraformat.train.data.pieces import pieces
 from loraformat.train.data.row import Row
 from loraformat.train.data.tokenizer import TextEncoder, TokenizedText
@@ -108,37 +109,21 @@ class RowEncoder:
         tokens = self._encoder.tokenize(meant.prompt + meant.completion)
         begin = 0 if self._everything else len(meant.prompt)
         ranges = ((begin, len(tokens.text)),)
-        learned = _overlapping(tokens, ranges)
+        learned = overlapping(tokens, ranges)
         encoded = self._framed(tokens, learned, begins=True, ends=True)
-        encoded.straddling = _straddling(tokens, ranges)
+        encoded.straddling = straddling(tokens, ranges)
         return encoded
 
     def _conversation(self, meant: Conversation) -> Iterator[Encoded]:
         for rendered in self._chat.render(meant, everything=self._everything):
             tokens = self._encoder.tokenize(rendered.text)
-            learned = _overlapping(tokens, rendered.learned)
+            learned = overlapping(tokens, rendered.learned)
             if not self._everything:
-                self._forget_space_behind_ends(tokens, rendered, learned)
+                forget_space_behind_ends(learned, tokens, rendered.learned, self._encoder.special)
             last = max((i for i, yes in enumerate(learned) if yes), default=None)
             ends = last is None or self._everything or tokens.ids[last] in self._encoder.special
-            straddling = _straddling(tokens, rendered.learned)
-            yield Encoded(tokens.ids, learned, _shown(tokens), ends, straddling)
-
-    def _forget_space_behind_ends(
-        self, tokens: TokenizedText, rendered: Rendered, learned: list[bool]
-    ) -> None:
-        for _, stop in rendered.learned:
-            place = _last_before(tokens, stop)
-            space = []
-            while place >= 0 and learned[place] and tokens.ids[place] not in self._encoder.special:
-                begin, end = tokens.spans[place]
-                if tokens.text[begin:end].strip():
-                    break
-                space.append(place)
-                place -= 1
-            if place >= 0 and tokens.ids[place] in self._encoder.special:
-                for one in space:
-                    learned[one] = False
+            across = straddling(tokens, rendered.learned)
+            yield Encoded(tokens.ids, learned, texts(tokens), ends, across)
 
     def _framed(
         self, tokens: TokenizedText, learned: list[bool], *, begins: bool, ends: bool
@@ -151,44 +136,6 @@ class RowEncoder:
         return Encoded(
             before + tokens.ids + after,
             [self._everything] * len(before) + learned + [True] * len(after),
-            [*names(before), *_shown(tokens), *names(after)],
+            [*names(before), *texts(tokens), *names(after)],
             ends=bool(suffix) or not ends,
         )
-
-
-def _overlapping(tokens: TokenizedText, ranges: tuple[tuple[int, int], ...]) -> list[bool]:
-    learned = [False] * len(tokens.ids)
-    place = 0
-    for begin, stop in ranges:
-        while place < len(learned) and tokens.spans[place][1] <= begin:
-            place += 1
-        while place < len(learned) and tokens.spans[place][0] < stop:
-            first, last = tokens.spans[place]
-            learned[place] = last > max(first, begin)
-            place += 1
-    return learned
-
-
-def _straddling(tokens: TokenizedText, ranges: tuple[tuple[int, int], ...]) -> int:
-    begins = {begin for begin, _ in ranges}
-    return (
-        sum(any(first < begin < last for begin in begins) for first, last in tokens.spans)
-        if begins
-        else 0
-    )
-
-
-def _last_before(tokens: TokenizedText, stop: int) -> int:
-    place = len(tokens.ids) - 1
-    while place >= 0 and tokens.spans[place][0] >= stop:
-        place -= 1
-    return place
-
-
-def _shown(tokens: TokenizedText) -> list[str]:
-    """Return the text of each token: what stands between its end and the end of the one before."""
-    shown, before = [], 0
-    for _, end in tokens.spans:
-        shown.append(tokens.text[before:end])
-        before = max(before, end)
-    return shown

@@ -1,13 +1,14 @@
 """What is learned, token by token, against texts written out by hand."""
 
 import pytest
+from tokenizers import processors
 
 from loraformat.errors import InputError
 from loraformat.train.data.encode import RowEncoder
 from loraformat.train.data.kinds import KindError
 from loraformat.train.data.row import Row
 from loraformat.train.data.tokenizer import TextEncoder
-from tests.train.data.tokenizers_and_templates import TEMPLATES
+from tests.train.data.tokenizers_and_templates import TEMPLATES, byte_level
 
 SAY = [("user", "two plus two?"), ("assistant", "It is four."),
        ("user", "It is four."), ("assistant", "\nYes: vier → 4 😀")]  # fmt: skip
@@ -234,12 +235,18 @@ def test_prompt_and_completion(tokenizers, kind):
     assert encoded.ids.count(tokenizer.bos_token_id) == (kind == "metaspace")
 
 
-def test_a_token_across_the_boundary_is_learned_and_counted(tokenizer):
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_a_token_across_the_boundary_is_learned_and_counted(trimmed):
+    tokenizer = byte_level()
+    if trimmed:  # as most byte-level tokenizers do it: the space is in no token's span
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     (encoded,) = encode(tokenizer, {"prompt": "It is ", "completion": "four"})
     place = encoded.learned.index(True)
-    assert encoded.shown[place].startswith(" ") and encoded.shown[place] != " "
-    # ByteLevel trims offsets by default, and then nobody can tell; BPE alone does not.
-    assert encoded.straddling in (0, 1)
+    assert encoded.shown[place] == " four"
+    assert encoded.straddling == 1
+    (clean,) = encode(tokenizer, {"prompt": "It is", "completion": " four"})
+    assert clean.ids == encoded.ids and clean.learned == encoded.learned
+    assert clean.straddling == 0
 
 
 def test_bos_and_eos_spelled_out_are_not_doubled(tokenizers):

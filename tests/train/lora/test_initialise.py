@@ -149,6 +149,7 @@ def test_loftq_needs_the_model_that_was_quantized():
         ({"other_weight": weight()}, "is not there"),
         ({"up_proj_weight": weight(shape=(40, 48))}, r"is \[40, 48\], wanted \[48, 40\]"),
         ({"up_proj_weight": nf4_tensor("up_proj.weight", weight())}, "is quantized"),
+        ({"up_proj_weight": weight(seed=1)}, r"not the weight that was quantized.*14\d%"),
     ):
         with pytest.raises(InputError, match=problem):
             initial(site, 4, options, original(**wrong))
@@ -167,3 +168,13 @@ def test_a_rank_above_the_weight_s_is_refused(init):
 def test_a_weight_of_zeros_has_no_principal_directions():
     with pytest.raises(InputError, match="is zero"):
         initial(plain_site("up_proj", torch.zeros(SHAPE)), 4, LoraOptions(init="pissa"))
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    broken = weight()
+    broken[3, 3] = float("nan")
+    with pytest.raises(InputError, match=r"up_proj\.weight has no singular values"):
+        initial(plain_site("up_proj", broken), 4, LoraOptions(init="pissa"))
+    site = plain_site("up_proj", weight(), quantized=True)
+    with pytest.raises(InputError, match=r"up_proj\.weight has no singular values"):
+        initial(site, 4, LoraOptions(init="loftq"), original(up_proj_weight=broken))

@@ -34,6 +34,7 @@ __all__ = [
     "layer_of",
     "plan_shards",
     "tail_order",
+    "type_of",
 ]
 
 #: Bytes of body per shard unless the user asks otherwise.
@@ -64,6 +65,21 @@ def layer_of(name: str) -> tuple[str, int] | None:
         if index and part.isascii() and part.isdigit() and len(part) < 10:
             return ".".join(parts[:index]), int(part)
     return None
+
+
+def type_of(name: str) -> str:
+    """Return a tensor's name with a star for the number of its layer.
+
+    Examples
+    --------
+    >>> type_of("model.layers.12.mlp.up_proj.weight"), type_of("model.norm.weight")
+    ('model.layers.*.mlp.up_proj.weight', 'model.norm.weight')
+    """
+    layer = layer_of(name)
+    if layer is None:
+        return name
+    rest = name[len(layer[0]) + 1 :].partition(".")[2]
+    return f"{layer[0]}.*.{rest}"
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:

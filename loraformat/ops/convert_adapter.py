@@ -147,7 +147,7 @@ def convert_adapter(
         adapter = stack.enter_context(reader.read_adapter(source.path, read))
         if options.one_rank:
             named = _repository(options.base, home) or adapter.base_model
-            adapter = replace(with_one_rank(adapter), base_model=named)
+            adapter = replace(with_one_rank(adapter, base), base_model=named)
         listed, notes = _listed(origin)
         if listed is not None:
             check_listed(Folder(source.path), listed)

@@ -1,19 +1,24 @@
-"""One rank for all modules: rows and columns of zeros, which change no product.
+"""One rank for all modules, and no gaps: zeros, which change no product.
 
 With A (r, in) and B (out, r), and zeros below A and beside B up to rank R, B' A' = B A in every
 bit that a sum of zeros leaves alone. A runtime that knows one rank and one scaling is right about
 such an adapter once its scaling is folded into B.
+
+Some runtimes want a type of module adapted in every layer or in none, or v_proj wherever there is
+q_proj. Where the base's weights are known, what is missing is there, and zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from loraformat.adapter import Adapter, LoraDelta
-from loraformat.checkpoint import DenseTensor, tensor_view
+from loraformat.checkpoint import Checkpoint, DenseTensor, tensor_view
+from loraformat.dtypes import ITEM_BYTES
 from loraformat.errors import UnsupportedError, printable
+from loraformat.layout import type_of
 from loraformat.runtimes.ranks import even_rank
 
 __all__ = ["with_one_rank"]
@@ -21,7 +26,7 @@ __all__ = ["with_one_rank"]
 _MERGE = "merge it: loraformat merge BASE ADAPTER -o MERGED"
 
 
-def with_one_rank(adapter: Adapter) -> Adapter:
+def with_one_rank(adapter: Adapter, base: Checkpoint | None = None) -> Adapter:
     """Return an adapter of the same deltas, all of one rank that kernels take as it is.
 
     That is the largest rank, brought up to 8 or a multiple of 16. Factors of float64 become
@@ -30,6 +35,9 @@ def with_one_rank(adapter: Adapter) -> Adapter:
     Parameters
     ----------
     adapter : Adapter
+    base : Checkpoint, optional
+        Against which it was read. Its weights get a delta of zero where others of their type
+        have one.
 
     Raises
     ------
@@ -39,7 +47,40 @@ def with_one_rank(adapter: Adapter) -> Adapter:
     _refuse_more(adapter)
     rank = even_rank(max((delta.rank for delta in adapter.deltas.values()), default=1))
     deltas = {name: _padded(delta, rank) for name, delta in adapter.deltas.items()}
+    if base is not None and not adapter.spellings:  # else its names are not the base's
+        deltas |= {delta.target: delta for delta in _missing(deltas, base, rank)}
     return replace(adapter, deltas=deltas, verbatim=False)
+
+
+def _missing(deltas: Mapping[str, LoraDelta], base: Checkpoint, rank: int) -> Iterator[LoraDelta]:
+    """Yield a zero for each weight of a type that is adapted, and for v beside q."""
+    types = {type_of(target): delta for target, delta in deltas.items()}
+    for kind, delta in list(types.items()):
+        if kind.endswith("q_proj.weight"):
+            types.setdefault(kind[: -len("q_proj.weight")] + "v_proj.weight", delta)
+    for name, stored in base.tensors.items():
+        like = types.get(type_of(name))
+        if like is not None and name not in deltas and len(stored.shape) == 2:
+            shape = stored.shape if like.orientation == "linear" else stored.shape[::-1]
+            yield _zero(name, like, shape, rank)
+
+
+def _zero(target: str, like: LoraDelta, shape: tuple[int, ...], rank: int) -> LoraDelta:
+    rows, columns = shape
+    return replace(
+        like,
+        target=target,
+        a=_zeros(target, like.a.dtype, (rank, columns)),
+        b=_zeros(target, like.b.dtype, (rows, rank)),
+        scaling=1.0,
+        alpha=float(rank),
+        second_moment=None,
+    )
+
+
+def _zeros(name: str, dtype: str, shape: tuple[int, int]) -> DenseTensor:
+    nbytes = shape[0] * shape[1] * ITEM_BYTES[dtype]
+    return DenseTensor(name, dtype, shape, lambda: memoryview(bytes(nbytes)))
 
 
 def _refuse_more(adapter: Adapter) -> None:

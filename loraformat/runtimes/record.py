@@ -33,7 +33,7 @@ Level = Literal["warn", "fail"]
 Outcome = Literal["refuses", "differs", "mind", "unknown"]
 #: What mends it: a command of loraformat's, or (advice) nothing that a command could do.
 Remedy = Literal[
-    "fix", "gguf", "peft", "merge", "merge-gguf", "reduce", "rewrite", "retype", "advice"
+    "fix", "gguf", "peft", "merge", "merge-gguf", "reduce", "rewrite", "retype", "fill", "advice"
 ]
 
 _LEVELS: dict[Outcome, Level] = {

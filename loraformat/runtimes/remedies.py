@@ -14,6 +14,7 @@ __all__ = ["Names", "command", "sentence"]
 
 _SAYS: dict[Remedy, str] = {
     "fix": "write it in the form that is right everywhere",
+    "fill": "write it in the form that is right everywhere, with zeros where others are adapted",
     "gguf": "convert it",
     "peft": "convert it",
     "merge": "merge it",
@@ -76,6 +77,7 @@ def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Name
     convert = f"loraformat convert {names.quoted}"
     lines: dict[Remedy, str] = {
         "fix": f"loraformat check {names.quoted} --fix -o {stem}-fixed{names.with_base()}",
+        "fill": f"loraformat check {names.quoted} --fix -o {stem}-fixed --base {base}",
         "gguf": f"{convert} {stem}.gguf --base {base}",
         "peft": f"{convert} {stem}-peft --base {base}",
         "merge": f"loraformat merge {base} {names.quoted} -o {stem}-merged",

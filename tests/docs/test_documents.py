@@ -63,6 +63,13 @@ def test_gguf_commands_run_in_order(workplace: Path) -> None:
         assert result.returncode == 0, f"{line}\n{result.stderr}"
 
 
+def test_runtime_commands_run_in_order(workplace: Path) -> None:
+    """The manual's adapter has rank 24, which one runtime pads: found (4), then fixed."""
+    codes = [run(line).returncode for line in commands("docs/runtimes.md")]
+    assert codes == [4, 0, 0]
+    assert (workplace / "run" / "Modelfile").exists()
+
+
 @pytest.fixture
 def tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory as docs/adapters.md wants it."""
@@ -125,8 +132,9 @@ def test_every_make_target_of_the_readme_exists() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_command_pages_are_up_to_date() -> None:
-    tool = ROOT / "tools" / "make_cli_docs.py"
+@pytest.mark.parametrize("name", ["make_cli_docs.py", "make_runtime_docs.py"])
+def test_made_pages_are_up_to_date(name: str) -> None:
+    tool = ROOT / "tools" / name
     result = subprocess.run(
         [sys.executable, tool, "--check"], capture_output=True, text=True, check=False
     )

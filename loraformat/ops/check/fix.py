@@ -25,7 +25,8 @@ def fix(
     """Write an adapter in the form that is right in every runtime, and equal in effect.
 
     The scaling is folded into B, alpha equals the rank and is an integer, all modules have one
-    rank (zeros change no product), there are no patterns and no rsLoRA, names are PEFT's.
+    rank (zeros change no product), there are no patterns and no rsLoRA, names are PEFT's. With
+    the weights of its base, a type of module that some layers adapt gets zeros in the others.
     Folding is done in float64 and rounded once to B's dtype, or to float32 where its own has 16
     bits and would lose some: a delta differs from the original by at most that rounding.
 

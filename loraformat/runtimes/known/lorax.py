@@ -43,7 +43,7 @@ LORAX = Runtime(
         "KEY_PREFIX": differs(_BY_NAME, "rewrite"),
         "LAYERS_MISSING": differs(
             "LoRAX drops a type of module altogether if one layer has none, without a word",
-            "merge",
+            "fill",
         ),
         "MOE": differs(_BY_NAME, "merge"),
         "TIED_HEAD": differs("LoRAX knows the head, but not the embedding", "merge"),

@@ -30,7 +30,7 @@ SGLANG = Runtime(
         "RSLORA_IGNORED": differs(f"{_ONE_SCALING} (sgl-project/sglang#40835)", "fix"),
         "PATTERN_IGNORED": differs(_ONE_SCALING, "fix"),
         "QV_COUPLED": refuses(
-            "SGLang joins q, k and v, and fails without v_proj (KeyError)", "merge"
+            "SGLang joins q, k and v, and fails without v_proj (KeyError)", "fill"
         ),
         "KEY_PREFIX": unknown("SGLang was read for the names that PEFT writes", "rewrite"),
         "MOE": differs(

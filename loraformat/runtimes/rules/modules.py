@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 from loraformat.errors import printable
+from loraformat.layout import layer_of, type_of
 from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
 from loraformat.runtimes.record import Rule, Runtime, differs
 
 __all__ = ["MODULE_RULES"]
 
-_LAYER = re.compile(r"\.(\d+)\.")
 _CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 _CONV1D_TYPES = {None, "gpt2", "openai-gpt"}
 
@@ -33,12 +31,11 @@ def _coupled(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 
 def _types(adapter: AdapterFacts) -> dict[str, set[int]]:
-    """Return the layers of each type of module: its name without the number of the layer."""
+    """Return the layers in which each type of module is adapted."""
     found: dict[str, set[int]] = {}
     for module in adapter.modules:
-        if match := _LAYER.search(module.name):
-            kind = module.name[: match.start()] + module.name[match.end() - 1 :]
-            found.setdefault(kind, set()).add(int(match[1]))
+        if (layer := layer_of(module.name)) is not None:
+            found.setdefault(type_of(module.name), set()).add(layer[1])
     return found
 
 

@@ -146,6 +146,7 @@ def unigram():
     [
         (without_a_merge, r"SentencePiece merges .* and .* into .*tokenizer\.json does not"),
         (without_a_byte, "no token for the byte <0xE9>"),
+        (lambda: changed(byte_fallback=False, vocab={"a": 5}, merges=[]), "for the byte <0x00>"),
         (lower_case, "normalizes texts with Lowercase"),
         (whole_words, "splits texts at spaces"),
         (unigram, "of type Unigram"),

@@ -15,6 +15,7 @@ from loraformat.errors import LoraFormatError, UnsupportedError, UsageError, pri
 from loraformat_converters.gguf.tokenizers import bpe, sentencepiece_model, spm, wordpiece
 from loraformat_converters.gguf.tokenizers.chat import template_keys
 from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.spaces import marks_spaces
 from loraformat_converters.gguf.tokenizers.special import around, around_keys, special_keys
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_files
@@ -97,7 +98,7 @@ def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
     keys, notes = found.keys, found.notes
     special = special_keys(sources, found)
     if kind == "WordPiece":
-        keys |= wordpiece.around_keys(sources, around(sources, special), special)
+        keys |= wordpiece.around_keys(sources, around(sources, special), special, rows)
     else:
         alone = kind == "tokenizer.model"
         sides = sentencepiece_model.around(sources, special) if alone else around(sources, special)
@@ -116,7 +117,7 @@ def _room(sources: Sources) -> tuple[str, _Convert | None]:
     model = model if isinstance(model, dict) else {}
     kind = model.get("type")
     if kind == "BPE":
-        if spm.is_spm(model):
+        if model.get("byte_fallback") is True or marks_spaces(sources.tokenizer):
             return "SentencePiece", spm.to_gguf
         return "byte-level BPE", None
     if kind == "WordPiece":

@@ -70,5 +70,5 @@ def stripping_note(sources: Sources) -> list[str]:
         return []
     return [
         f"{len(found)} added tokens strip spaces or want whole words ({printable(found[0])}, "
-        "...); llama.cpp's do neither"
+        "...); llama.cpp's do neither, but for models whose name says Phi-3"
     ]

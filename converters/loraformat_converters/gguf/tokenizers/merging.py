@@ -17,7 +17,7 @@ on runs of every length, and an order is looked for in which they end alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -119,12 +119,10 @@ def order_of(merges: Iterable[Pair], texts: Collection[str], never: Collection[s
     loraformat.errors.UnsupportedError: ...merges a and bc into abc, and tokenizer.json does not
     """
     wanted = {pair: text for text, pairs in splits(texts, never).items() for pair in pairs}
-    spans: dict[str, _Span] = {}
     ranks: dict[Pair, int] = {}
     for rank, pair in enumerate(merges):
-        if pair in wanted and pair not in ranks:
-            ranks[pair] = rank
-            spans.setdefault(wanted[pair], _Span(wanted[pair], rank, rank)).last = rank
+        if pair in wanted:
+            ranks.setdefault(pair, rank)
     for pair, text in wanted.items():
         if pair not in ranks:
             raise UnsupportedError(
@@ -134,7 +132,7 @@ def order_of(merges: Iterable[Pair], texts: Collection[str], never: Collection[s
     runs = _Runs(ranks)
     order: list[str] = []
     unsure: list[str] = []
-    for group in _groups(sorted(spans.values(), key=lambda span: span.first)):
+    for group in _groups(ranks):
         found = [span.text for span in group]
         if len(group) > 1 and all(len(set(text)) == 1 for text in found):
             found = runs.order(group)
@@ -153,11 +151,14 @@ class _Span:
     last: int
 
 
-def _groups(spans: Sequence[_Span]) -> list[list[_Span]]:
-    """Put those together that lie between each other."""
+def _groups(ranks: Mapping[Pair, int]) -> list[list[_Span]]:
+    """Put the texts together whose pairs lie between each other."""
+    spans: dict[str, _Span] = {}
+    for (left, right), rank in ranks.items():  # by rank
+        spans.setdefault(left + right, _Span(left + right, rank, rank)).last = rank
     groups: list[list[_Span]] = []
     end = -1
-    for span in spans:
+    for span in spans.values():
         if span.first > end:
             groups.append([])
         groups[-1].append(span)

@@ -15,7 +15,7 @@ from loraformat.errors import UnsupportedError, printable
 from loraformat_converters.gguf.tokenizers.added import added_tokens
 from loraformat_converters.gguf.tokenizers.sources import Sources
 
-__all__ = ["Spaces", "spaces_of"]
+__all__ = ["Spaces", "marks_spaces", "spaces_of"]
 
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
 
@@ -75,20 +75,48 @@ def spaces_of(sources: Sources) -> Spaces:
         raise sources.refused(
             "tokenizer.json keeps spaces, and llama.cpp's SentencePiece writes ▁ for them"
         )
+    if prepends:
+        found.notes += _prepending_notes(sources)
+    return found
+
+
+def _prepending_notes(sources: Sources) -> list[str]:
+    notes = []
     named = str(sources.config.get("tokenizer_class")).removesuffix("Fast")
-    if prepends and named == "LlamaTokenizer" and sources.model_config.get("model_type") == "llama":
-        found.notes.append(
+    if named == "LlamaTokenizer" and sources.model_config.get("model_type") == "llama":
+        notes.append(
             "transformers 5 does not heed the normalizer of tokenizer.json for a LlamaTokenizer: "
             "it puts no space before a text that begins with one, nor after special tokens; "
             "llama.cpp does, as SentencePiece and earlier versions do"
         )
     late = [token["content"] for token in added_tokens(sources) if token.get("normalized")]
-    if prepends and late:
-        found.notes.append(
+    if late:
+        notes.append(
             f"tokenizer.json finds {len(late)} added tokens only after a space "
             f"({printable(late[0])}, ...: they are normalized), llama.cpp finds them anywhere"
         )
-    return found
+    return notes
+
+
+def marks_spaces(tokenizer: dict[str, Any]) -> bool:
+    """Say whether a ``tokenizer.json`` writes ``▁`` for spaces, as SentencePiece does.
+
+    Examples
+    --------
+    >>> marks_spaces({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}})
+    True
+    >>> marks_spaces({"pre_tokenizer": {"type": "ByteLevel"}})
+    False
+    """
+    steps = [
+        *_steps(tokenizer.get("normalizer"), "normalizers"),
+        *_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"),
+    ]
+    return any(
+        "▁" in (step.get("replacement"), step.get("content"), step.get("prepend"))
+        for step in steps
+        if isinstance(step, dict)
+    )
 
 
 def _steps(definition: Any, inner: str) -> list[Any]:

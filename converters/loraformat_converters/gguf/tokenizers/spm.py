@@ -20,7 +20,7 @@ from loraformat_converters.gguf.tokenizers.added import (
     stripping_note,
 )
 from loraformat_converters.gguf.tokenizers.bpe import merge_pairs, model_vocabulary
-from loraformat_converters.gguf.tokenizers.merging import Pair, order_of, splits
+from loraformat_converters.gguf.tokenizers.merging import Order, Pair, order_of, splits
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.spaces import spaces_of
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
@@ -31,25 +31,12 @@ from loraformat_converters.gguf.values import GGUFValue
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container import GGUFFile
 
-__all__ = ["BYTES", "SPECIAL_IDS", "from_gguf", "is_spm", "keys_of", "missing_byte", "to_gguf"]
+__all__ = ["BYTES", "SPECIAL_IDS", "from_gguf", "keys_of", "missing_byte", "to_gguf"]
 
 _FILE = "tokenizer.json"
 BYTES = tuple(f"<0x{number:02X}>" for number in range(256))
 #: What llama.cpp takes if the file does not say.
 SPECIAL_IDS = {"bos": 1, "eos": 2, "unk": 0}
-
-
-def is_spm(model: dict[str, Any]) -> bool:
-    """Say whether a BPE ``model`` is one of characters and bytes, not of bytes alone.
-
-    Examples
-    --------
-    >>> is_spm({"type": "BPE", "byte_fallback": True})
-    True
-    >>> is_spm({"type": "BPE", "vocab": {"Ġthe": 7}})
-    False
-    """
-    return model.get("byte_fallback") is True
 
 
 def to_gguf(sources: Sources, rows: int) -> Converted:
@@ -78,17 +65,21 @@ def to_gguf(sources: Sources, rows: int) -> Converted:
             f"{_FILE} has no token for the byte {missing}, and llama.cpp's SentencePiece "
             "stops where it finds no token"
         )
-    added = added_tokens(sources)
     # Those with ▁ are not found in a text, which has spaces; merging builds them.
     cut = {
         token["content"]
-        for token in added
+        for token in added_tokens(sources)
         if "▁" not in token["content"] or (not token.get("special") and token.get("normalized"))
     }
-    texts = table.keys() - cut
-    order = order_of(merge_pairs(sources, model, table), texts, cut)
+    order = order_of(merge_pairs(sources, model, table), table.keys() - cut, cut)
     spaces.check(order.texts)
-    vocabulary, unknown = Vocabulary(rows, _FILE), model.get("unk_token")
+    vocabulary = _vocabulary(sources, rows, table, order)
+    keys = keys_of(vocabulary, add_space_prefix=spaces.prefix)
+    return Converted(keys, vocabulary, spaces.notes + stripping_note(sources) + _notes(order))
+
+
+def _vocabulary(sources: Sources, rows: int, table: dict[str, int], order: Order) -> Vocabulary:
+    vocabulary, unknown = Vocabulary(rows, _FILE), sources.tokenizer["model"].get("unk_token")
     scores = {text: -float(place) for place, text in enumerate(order.texts)}
     for text, number in table.items():
         kind = TokenKind.BYTE if text in _BYTE_SET else TokenKind.NORMAL
@@ -96,15 +87,17 @@ def to_gguf(sources: Sources, rows: int) -> Converted:
         score = 0.0 if kind is TokenKind.BYTE else scores.get(text, -float(len(scores)))
         vocabulary.put(number, text, kind, score)
     put_added_tokens(sources, vocabulary, unknown=unknown, spaced=True, scores=scores)
-    keys = keys_of(vocabulary, add_space_prefix=spaces.prefix)
-    notes = spaces.notes + stripping_note(sources)
-    if order.unsure:
-        notes.append(
-            f"tokenizer.json merges into {len(order.unsure)} tokens ({printable(order.unsure[0])}, "
-            "...) now before, now after it merges into others, and llama.cpp always in the same "
-            "order: texts with them may be cut otherwise"
-        )
-    return Converted(keys, vocabulary, notes)
+    return vocabulary
+
+
+def _notes(order: Order) -> list[str]:
+    if not order.unsure:
+        return []
+    return [
+        f"tokenizer.json merges into {len(order.unsure)} tokens ({printable(order.unsure[0])}, "
+        "...) now before, now after it merges into others, and llama.cpp always in the same "
+        "order: texts with them may be cut otherwise"
+    ]
 
 
 _BYTE_SET = frozenset(BYTES)
@@ -157,38 +150,42 @@ def from_gguf(gguf: GGUFFile, tokens: Tokens) -> tuple[dict[str, Any], str | Non
     mixed = [text for text in order if len(set(text)) > 1]
     tied = sum(scores[table[a]] == scores[table[b]] for a, b in pairwise(mixed))
     bare = _characters(pairs, table)
+    merges = [
+        [left, right]
+        for text in order
+        for left, right in pairs[text]
+        if left in table and right in table
+    ]
     prefix = gguf.flag("tokenizer.ggml.add_space_prefix", True)
-    unknown = tokens.special.get("unk")
+    steps = [*(_PREPEND if prefix else []), _REPLACE]
     made = tokenizer_json(
         tokens,
-        normalizer={"type": "Sequence", "normalizers": [*_PREPEND, _REPLACE]}
-        if prefix
-        else _REPLACE,
+        normalizer={"type": "Sequence", "normalizers": steps},
         pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": [*_DECODERS, *(_STRIP if prefix else [])]},
-        model={
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None if unknown is None else tokens.texts[unknown],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": table,
-            "merges": [
-                [left, right]
-                for text in order
-                for left, right in pairs[text]
-                if left in table and right in table
-            ],
-        },
+        model=_model(tokens, table, merges),
     )
     return made, _difference(tied, bare)
 
 
+def _model(tokens: Tokens, table: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
+    unknown = tokens.special.get("unk")
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None if unknown is None else tokens.texts[unknown],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": table,
+        "merges": merges,
+    }
+
+
 def _characters(pairs: dict[str, list[Pair]], table: dict[str, int]) -> list[str]:
-    """Let merges begin with characters that are bytes; return those that are several.
+    """Let merges begin with characters that are one byte; return those that are several.
 
     llama.cpp merges characters that are no tokens. A byte below 128 is such a character, and is
     one in ``tokenizer.json`` if its token is called so.

@@ -129,19 +129,26 @@ def _notes(lowercase: bool, strip_accents: bool) -> list[str]:
     return notes
 
 
-def around_keys(sources: Sources, found: Around, special: dict[str, int]) -> dict[str, GGUFValue]:
+def around_keys(
+    sources: Sources, found: Around, special: dict[str, int], rows: int
+) -> dict[str, GGUFValue]:
     """Return the keys about special tokens: llama.cpp always puts BOS before, SEP behind.
 
     Raises
     ------
     UnsupportedError
         If the tokenizer puts something else around a text.
+    InputError
+        If it puts there what is no token.
     """
     if len(found.first) != 1 or len(found.last) != 1:
         raise sources.refused(
             f"the tokenizer puts {len(found.first)} tokens before a text and {len(found.last)} "
             "behind it, and llama.cpp's WordPiece always one"
         )
+    for number in (*found.first, *found.last):
+        if not 0 <= number < rows:
+            raise sources.wrong(_FILE, f"puts token {number} around a text, and has {rows} tokens")
     numbers = {**special, "bos": found.first[0], "sep": found.last[0]}
     numbers.pop("eos", None)
     return number_keys(numbers)

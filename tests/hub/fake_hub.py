@@ -9,7 +9,9 @@ import hashlib
 import http.server
 import json
 import re
+import sys
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -70,8 +72,9 @@ class FakeHub(http.server.ThreadingHTTPServer):
     """Serves repositories; ``requests`` holds what was asked for.
 
     ``failing`` answers everything with that status; ``corrupt`` names files whose bytes are
-    changed on their way to the client; ``broken_uploads`` is how many uploads fail from now on;
-    ``stored_wrong`` names files that are kept otherwise than they came.
+    changed on their way to the client, ``slow`` those that hang for a while, ``stored_wrong``
+    those that are kept otherwise than they came; ``broken_uploads`` is how many uploads fail
+    from now on.
     """
 
     daemon_threads = True
@@ -82,6 +85,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.gated = set()
         self.failing = None
         self.corrupt = set()
+        self.slow = set()
         self.stored_wrong = set()
         self.broken_uploads = 0
         self.meanwhile = None
@@ -91,6 +95,11 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.xet_store = None
         self.requests = []
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        """A client that was killed, or has seen enough, is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def bodies(self):
         """Paths of the files whose content was fetched."""
@@ -213,6 +222,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "xetHash" in item:
             route = f"{self.server.endpoint}/api/models/{repo}/xet-read-token/{commit}"
             headers |= {"X-Xet-Hash": item["xetHash"], "X-Xet-Refresh-Route": route}
+        if path in self.server.slow and self.command == "GET":
+            time.sleep(20)
         if path in self.server.corrupt:
             data = bytes([data[0] ^ 1]) + data[1:]
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):

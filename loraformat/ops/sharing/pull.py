@@ -115,14 +115,17 @@ def _choose(
     wanted, left_out = [], []
     seen: dict[str, str] = {}
     for path in sorted(tree):
-        hidden = any(part.startswith(".") for part in path.split("/"))
-        chosen = any(fnmatch(path, glob) for glob in include) if include else True
-        if hidden or not chosen or (not include and any(fnmatch(path, g) for g in _LEFT_OUT)):
+        parts = path.split("/")
+        chosen = not include or any(fnmatch(path, glob) for glob in include)
+        unwanted = not include and any(fnmatch(path, glob) for glob in _LEFT_OUT)
+        hidden = any(part.startswith(".") for part in parts)
+        if ".." not in parts and (hidden or unwanted or not chosen):
             left_out.append(path)
             continue
         if not is_portable_path(path):
             raise InputError(
-                f"file name {printable(path)} leads out of it, or is no name", path=word
+                f"{printable(path)} leads out of it, or is no name that every system takes",
+                path=word,
             )
         other = seen.setdefault(path.lower(), path)
         if other != path:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from loraformat.ops.reduce import Reduction as Reduction
     from loraformat.ops.reduce import reduce as reduce
     from loraformat.ops.remove import remove as remove
+    from loraformat.ops.sharing.pull import pull as pull
+    from loraformat.ops.sharing.push import push as push
     from loraformat.ops.spectrum import spectrum as spectrum
     from loraformat.ops.unmerge.verb import unmerge as unmerge
     from loraformat.ops.verify import verify as verify
@@ -42,6 +44,8 @@ _HOMES = {
     "fix": ("loraformat.ops.check.fix", "fix"),
     "merge": ("loraformat.ops.merge.verb", "merge"),
     "open": ("loraformat.ops.open", "open_source"),
+    "pull": ("loraformat.ops.sharing.pull", "pull"),
+    "push": ("loraformat.ops.sharing.push", "push"),
     "reduce": ("loraformat.ops.reduce", "reduce"),
     "remove": ("loraformat.ops.remove", "remove"),
     "spectrum": ("loraformat.ops.spectrum", "spectrum"),
@@ -63,6 +67,8 @@ __all__ = [
     "fix",
     "merge",
     "open",
+    "pull",
+    "push",
     "reduce",
     "remove",
     "spectrum",

@@ -3,7 +3,8 @@
 A name in an index or a manifest is a stranger's text, and so is a symbolic link in a
 repository. A file is opened only if it is a regular file whose real place is inside
 the directory. The one exception is the Hub's cache, where every file of a snapshot is
-a link to ``blobs`` two floors up, inside the same repository's folder.
+a link to ``blobs`` two floors up, inside the same repository's folder; and that may be one
+to ``blobs`` of the whole cache, which repositories share (Xet).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ __all__ = ["Folder"]
 
 _MAX_FILES = 10_000
 _MAX_FLOORS = 4
+#: By this huggingface_hub marks the directory that it shares among repositories.
+_SHARED = ".huggingface-shared-blobs"
 _SKIPPED = {"__pycache__", "node_modules"}
 
 
@@ -47,7 +50,11 @@ class Folder:
         inside = self._real.parent.name == "adapters"
         snapshot = self._real.parent.parent if inside else self._real
         if snapshot.parent.name == "snapshots":
-            self._bounds.append(snapshot.parent.parent / "blobs")
+            repository = snapshot.parent.parent
+            self._bounds.append(repository / "blobs")
+            shared = repository.parent / "blobs"
+            if (shared / _SHARED).is_file():
+                self._bounds.append(shared)
 
     def open(self, name: str) -> int:
         """Open a file for reading and return its descriptor.

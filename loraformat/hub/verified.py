@@ -61,7 +61,8 @@ def check_snapshot(
     for name in unknown:
         real = (snapshot / name).resolve()
         nbytes = real.stat().st_size if real.is_file() else 0
-        wanted = known.get(name) or (None if known else from_hash(name, nbytes, real.name))
+        blob = _blob(snapshot / name).name
+        wanted = known.get(name) or (None if known else from_hash(name, nbytes, blob))
         with os.fdopen(folder.open(name), "rb") as file:
             if wanted is None:
                 continue  # nobody says what it should be: not from the Hub, or a cache by copies
@@ -76,10 +77,15 @@ def check_snapshot(
 def _refused(path: Path, repo: str, found: str, wanted: TreeFile, *, fresh: bool) -> HubError:
     real = path.resolve()
     if fresh:
-        path.unlink(missing_ok=True)
-        real.unlink(missing_ok=True)
+        for link in (_blob(path), real, path):
+            link.unlink(missing_ok=True)
     hint = "run again to fetch it anew" if fresh else f"remove {real} and run again"
     return wrong_content(f"{repo}/{wanted.path}", found, wanted, hint)
+
+
+def _blob(path: Path) -> Path:
+    """Return the blob of a file, which its hash names; it may be a link to a shared one."""
+    return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
 def wrong_content(what: str, found: str, wanted: TreeFile, hint: str) -> HubError:

@@ -15,6 +15,8 @@ import time
 import urllib.parse
 from pathlib import Path
 
+from tests.hub import xet_shards
+
 COMMIT = "c" * 40
 LARGE = (".safetensors", ".bin", ".gguf", ".onnx")
 TOKEN = "hf_aVeryLongSecretThatMustNeverBeShown"
@@ -93,6 +95,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.objects = {}
         self.xet_hashes = {}
         self.xet_store = None
+        self.known = {}
         self.requests = []
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
@@ -351,10 +354,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             files[path] = bytes([files[path][0] ^ 1]) + files[path][1:]
 
     def large(self, oid, size):
-        if oid in self.server.objects:
+        if self.server.xet_store is None:
             return self.server.objects[oid]
-        self.learn_xet()
-        return self.server.xet_read(oid, size)
+        self.server.xet_hashes |= xet_shards.hashes(self.server.xet_store)
+        assert oid in self.server.xet_hashes
+        return self.server.known[oid]
 
     def post_tag(self, repository, repo, revision):
         tag = json.loads(self.body)["tag"]

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from loraformat.errors import UnsupportedError, printable
+from loraformat.train.experts import ExpertStack
+from loraformat.train.linear import FrozenLinear
 from loraformat.train.skeleton import text_config
 
-__all__ = ["decoder_of", "find_layers", "head_name"]
+__all__ = ["decoder_of", "find_layers", "head_name", "number_layers"]
 
 
 def decoder_of(model: Any) -> Any:
@@ -44,6 +46,14 @@ def find_layers(model: Any, path: object) -> tuple[str, list[torch.nn.Module]]:
     name, layers = min(lists, key=lambda found: found[0].count("."))
     prefix = next((n for n, module in model.named_modules() if module is decoder), "")
     return ".".join(part for part in (prefix, name) if part), layers
+
+
+def number_layers(model: Any, path: object) -> None:
+    """Tell each linear and each stack of experts of the decoder which layer it stands in."""
+    for number, layer in enumerate(find_layers(model, path)[1]):
+        for module in layer.modules():
+            if isinstance(module, FrozenLinear | ExpertStack):
+                module.layer = number
 
 
 def head_name(model: Any, path: object) -> str:

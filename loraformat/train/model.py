@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from loraformat.train.decoder import decoder_of, head_name
 from loraformat.train.head_rule import HeadRule, find_head_rule, own_logits
 from loraformat.train.linear import FrozenLinear
 from loraformat.train.lora_options import LoraOptions
+from loraformat.train.matrix import decoding
 from loraformat.train.packing import PackingCheck
 from loraformat.train.recompute import Recomputation
 from loraformat.train.residency import Residency, Traffic
 from loraformat.train.skeleton import text_config
+from loraformat.train.stored_weights import Span
+from loraformat.train.streamed_matrix import StreamedMatrix
 from loraformat.train.trained_adapter import save_adapter, trained_adapter
 
 __all__ = ["TrainableModel"]
@@ -39,6 +42,8 @@ class TrainableModel(torch.nn.Module):
         backward pass.
     bundle : Bundle
     shared : Recomputation
+    head_spans : sequence of Span
+        The bytes of the output head.
     branches : dict of str to LoraBranch
         What is trained, by the name of its place.
     options : LoraOptions or None
@@ -59,6 +64,7 @@ class TrainableModel(torch.nn.Module):
         base: Any,
         bundle: Bundle,
         shared: Recomputation,
+        head_spans: Sequence[Span],
         branches: dict[str, LoraBranch],
         options: LoraOptions | None,
         compute_dtype: torch.dtype,
@@ -68,8 +74,11 @@ class TrainableModel(torch.nn.Module):
         self.base, self.bundle, self.compute_dtype = base, bundle, compute_dtype
         self.branches, self.options, self.config = branches, options, base.config
         self._shared, self._owned, self._closed = shared, owned, False
+        self._began_decoding = decoding.seconds
         self._packing = PackingCheck(base, shared, bundle.folder.path)
         self._head_name = head_name(base, bundle.folder.path)
+        self._streamed_head = StreamedMatrix(self.head.matrix, head_spans, shared.residency)
+        self.head.matrix = self._streamed_head
         self._head_rule = self._find_head_rule()
 
     def _find_head_rule(self) -> HeadRule | None:
@@ -91,6 +100,11 @@ class TrainableModel(torch.nn.Module):
     def traffic(self) -> Traffic:
         """What streaming did since the model was loaded."""
         return self.residency.traffic
+
+    @property
+    def decode_seconds(self) -> float:
+        """Wall time that went into dequantization since the model was loaded."""
+        return decoding.seconds - self._began_decoding
 
     def forward(
         self,
@@ -145,14 +159,15 @@ class TrainableModel(torch.nn.Module):
 
     def _head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         head = self.head
-        if self._head_rule is not None and head.branch is None:
-            return frozen_head_loss(hidden, targets, head, self._head_rule)
-        trained = [p for p in head.parameters() if p.requires_grad]
+        with self._streamed_head.streaming():
+            if self._head_rule is not None and head.branch is None:
+                return frozen_head_loss(hidden, targets, head, self._head_rule)
+            trained = [p for p in head.parameters() if p.requires_grad]
 
-        def logits(some: torch.Tensor) -> torch.Tensor:
-            return own_logits(self.base, some)
+            def logits(some: torch.Tensor) -> torch.Tensor:
+                return own_logits(self.base, some)
 
-        return own_head_loss(hidden, targets, logits, head.out_features, trained)
+            return own_head_loss(hidden, targets, logits, head.out_features, trained)
 
     @contextmanager
     def _rows_at_once(self, rows: int | None) -> Iterator[None]:

@@ -10,18 +10,18 @@ import torch
 
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
-from loraformat.errors import UnsupportedError, UsageError
+from loraformat.errors import UnsupportedError
 from loraformat.layout import layer_of
 from loraformat.ops.adapters import open_adapter
 from loraformat.ops.open import open_model
 from loraformat.reader import Bundle, is_bundle, open_bundle
 from loraformat.train.assemble import assemble
+from loraformat.train.branch import LoraBranch
 from loraformat.train.branches import attach
+from loraformat.train.compute_dtype import choose_dtype
 from loraformat.train.continued import attach_adapter
-from loraformat.train.decoder import find_layers
-from loraformat.train.experts import ExpertStack
+from loraformat.train.decoder import find_layers, head_name, number_layers
 from loraformat.train.kernel_advice import pin_malloc_threshold
-from loraformat.train.linear import FrozenLinear
 from loraformat.train.lora_options import LoraOptions
 from loraformat.train.model import TrainableModel
 from loraformat.train.recompute import Recomputation, recompute_layer
@@ -39,7 +39,7 @@ def load(
     *,
     lora: LoraOptions | None = None,
     adapter: str | Path | Adapter | None = None,
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | str | None = None,
     original: str | Path | Checkpoint | None = None,
 ) -> TrainableModel:
     """Open a bundle as a model of transformers' own classes that can be trained.
@@ -56,8 +56,9 @@ def load(
         What is trained. With `adapter` only its dropout and statistics are heeded.
     adapter : str, Path or Adapter, optional
         An adapter of this base to compute with or to train on.
-    compute_dtype : torch.dtype, optional
-        Of the factors of frozen products; float32 by default.
+    compute_dtype : torch.dtype or "fastest", optional
+        Of the factors of frozen products; float32 by default. See
+        `loraformat.train.compute_dtype`.
     original : str, Path or Checkpoint, optional
         The dense model that the bundle was made from, for ``LoraOptions(init="loftq")``.
 
@@ -79,32 +80,39 @@ def load(
     """
     with ExitStack() as opened:
         here = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
-        owned = here is not bundle
-        if owned:
+        if here is not bundle:
             opened.callback(here.close)
-        base, shared, sites = _build(here, compute_dtype or torch.float32)
-        with ExitStack() as meanwhile:
-            if adapter is not None:
-                if not isinstance(adapter, Adapter):
-                    adapter = meanwhile.enter_context(open_adapter(adapter, base=here.checkpoint))
-                branches = attach_adapter(sites, adapter, here, lora)
-            elif lora is not None:
-                if original is not None and not isinstance(original, Checkpoint):
-                    original = meanwhile.enter_context(open_model(original))
-                branches = attach(sites, lora, original=original)
-            else:
-                branches = {}
+        dtype = choose_dtype(compute_dtype, torch.device("cpu"))
+        base, used = _build(here, dtype)
+        branches = _branches(find_sites(base, used), here, lora, adapter, original)
+        weights, path = StoredWeights(here), here.folder.path
+        shared = _stream(base, weights, used, path)
+        head = [span for name in used[head_name(base, path)] for span in weights.spans(name)]
         model = TrainableModel(
-            base,
-            here,
-            shared,
-            branches,
-            None if adapter else lora,
-            compute_dtype or torch.float32,
-            owned,
-        )
+            base, here, shared, head_spans=head, branches=branches,
+            options=None if adapter else lora, compute_dtype=dtype, owned=here is not bundle,
+        )  # fmt: skip
         opened.pop_all()
     return model
+
+
+def _branches(
+    sites: list[Site],
+    bundle: Bundle,
+    lora: LoraOptions | None,
+    adapter: str | Path | Adapter | None,
+    original: str | Path | Checkpoint | None,
+) -> dict[str, LoraBranch]:
+    with ExitStack() as opened:
+        if adapter is not None:
+            if not isinstance(adapter, Adapter):
+                adapter = opened.enter_context(open_adapter(adapter, base=bundle.checkpoint))
+            return attach_adapter(sites, adapter, bundle, lora)
+        if lora is None:
+            return {}
+        if original is not None and not isinstance(original, Checkpoint):
+            original = opened.enter_context(open_model(original))
+        return attach(sites, lora, original=original)
 
 
 def _open(path: Path) -> Bundle:
@@ -116,9 +124,8 @@ def _open(path: Path) -> Bundle:
     return open_bundle(path)
 
 
-def _build(bundle: Bundle, dtype: torch.dtype) -> tuple[Any, Recomputation, list[Site]]:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UsageError(f"compute dtype {dtype}: wanted float32, bfloat16 or float16")
+def _build(bundle: Bundle, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
+    """Return the model, and the tensors that its modules read."""
     path, config = bundle.folder.path, bundle.checkpoint.config
     if config is None:
         raise UnsupportedError("has no config.json, which says how to compute it", path=path)
@@ -127,9 +134,9 @@ def _build(bundle: Bundle, dtype: torch.dtype) -> tuple[Any, Recomputation, list
     base = build_skeleton(config, max(numbers, default=-1) + 1, path)
     used = assemble(base, weights, dtype, path)
     base.requires_grad_(False)
-    shared = _stream(base, weights, used, path)
+    number_layers(base, path)
     pin_malloc_threshold()
-    return base, shared, find_sites(base, used)
+    return base, used
 
 
 def _stream(
@@ -142,9 +149,6 @@ def _stream(
         prefix = f"{stem}.{number}."
         names = [one for module, some in used.items() if module.startswith(prefix) for one in some]
         spans.append([span for name in names for span in weights.spans(name)])
-        for module in layers[number].modules():
-            if isinstance(module, FrozenLinear | ExpertStack):
-                module.layer = number
     shared = Recomputation(Residency(spans))
     for number, layer in enumerate(layers):
         recompute_layer(layer, number, shared)

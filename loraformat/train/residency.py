@@ -31,7 +31,7 @@ class Traffic:
     stall_seconds : float
         How long computing waited for pages.
     bytes_read : int
-        Bytes of layers that were asked for, from the page cache or the disk.
+        Bytes that were asked for, from the page cache or the disk.
     visits : list of int
         The layers in the order in which they were entered.
     """
@@ -121,22 +121,36 @@ class Residency:
 
     def leave(self, layer: int) -> None:
         """Let a layer go."""
+        self._forget(self._layers[layer])
+
+    def read_soon(self, spans: Sequence[Span]) -> None:
+        """Have bytes read that belong to no layer, some time soon."""
+        if self.prefetch and not self._closed:
+            self._thread().submit(self._read, list(_mapped(spans)))
+
+    def let_go(self, spans: Sequence[Span]) -> None:
+        """Let bytes go that belong to no layer."""
+        self._forget(list(_mapped(spans)))
+
+    def _forget(self, ranges: Sequence[tuple[int, Span]]) -> None:
         if not self.release and not self.drop_cache:
             return
-        for address, (file, begin, end) in self._layers[layer]:
+        for address, (file, begin, end) in ranges:
             forget_pages(address, end - begin)
             if self.drop_cache:
                 drop_cached(file.descriptor, begin, end - begin)
 
     def _ask(self, layer: int) -> None:
-        if layer in self._pending:
-            return
+        if layer not in self._pending:
+            self._pending[layer] = self._thread().submit(self._read, self._layers[layer])
+
+    def _thread(self) -> ThreadPoolExecutor:
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="loraformat-residency")
-        self._pending[layer] = self._reader.submit(self._read, layer)
+        return self._reader
 
-    def _read(self, layer: int) -> None:
-        for address, (_, begin, end) in self._layers[layer]:
+    def _read(self, ranges: Sequence[tuple[int, Span]]) -> None:
+        for address, (_, begin, end) in ranges:
             for start in range(0, end - begin, _PIECE):
                 if self._closed:
                     return

@@ -1,0 +1,44 @@
+"""Run in a process of its own: the growth of anonymous memory during a step, in bytes.
+
+Arguments: tokens, bundles. Memory is read whenever a layer is entered: at 2 L fixed moments.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from loraformat.train import Batch, LoraOptions, load
+
+
+def anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError
+
+
+def growth(bundle: str, tokens: int) -> int:
+    model = load(bundle, lora=LoraOptions(rank=1, targets=("q_proj",), statistics=False))
+    ids = torch.arange(tokens)[None] % 100
+    labels = torch.full_like(ids, -100)
+    labels[:, -4:] = 5
+    batch = Batch(ids, labels, torch.arange(tokens)[None], torch.ones_like(ids), ((0,),))
+    peak, enter = 0, model.residency.enter
+
+    def watched(layer: int, direction: int) -> None:
+        nonlocal peak
+        enter(layer, direction)
+        peak = max(peak, anonymous())
+
+    model.loss(batch).backward()  # buffers that are reused exist now
+    before = anonymous()
+    model.residency.enter = watched
+    model.loss(batch).backward()
+    model.close()
+    return peak - before
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(*(growth(bundle, int(sys.argv[1])) for bundle in sys.argv[2:]))

@@ -1,0 +1,148 @@
+"""P0 and P2: dequantization is bitsandbytes', gradients are those of finite differences."""
+
+import bitsandbytes
+import pytest
+import torch
+
+from loraformat import nf4
+from loraformat.train import matrix as matrices
+from loraformat.train.experts import ExpertStack
+from loraformat.train.linear import DenseLinear, NF4Linear
+from loraformat.train.matrix import DenseMatrix, NF4Matrix, output_tiles
+from loraformat.train.product import frozen_product
+
+SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(matrices, "_TILE", 256)
+    monkeypatch.setattr(matrices, "_FEWEST_ROWS", 16)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def quantized(shape, by_inputs=False, **options):
+    weight = random(*shape)
+    codes = nf4.quantize(weight, **options)
+    whole = nf4.dequantize(codes, dtype=torch.float32).view(shape)
+    return NF4Matrix(codes, shape, by_inputs=by_inputs), whole.T if by_inputs else whole
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("by_inputs", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_those_of_finite_differences(small_tiles, shape, by_inputs, double_quant):
+    matrix, whole = quantized(shape, by_inputs, double_quant=double_quant)
+    x = random(3, whole.shape[1], dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: frozen_product(x, matrix), x)
+    expected = x @ whole.double().T
+    torch.testing.assert_close(frozen_product(x, matrix), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_inputs", [False, True])
+def test_plain_weights_of_every_type(small_tiles, dtype, by_inputs):
+    values = random(50, 22).to(dtype)
+    matrix = DenseMatrix(values, by_inputs=by_inputs)
+    whole = (values.T if by_inputs else values).double()
+    x = random(2, 4, whole.shape[1], dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: frozen_product(x, matrix), x)
+    torch.testing.assert_close(frozen_product(x, matrix), x @ whole.T)
+    assert torch.equal(values, random(50, 22).to(dtype))
+
+
+@pytest.mark.parametrize("bias", [None, random(33, seed=2)])
+def test_a_linear_with_bias_and_branch(small_tiles, bias):
+    matrix, whole = quantized((33, 40))
+    linear = NF4Linear(matrix, "q_proj", bias)
+    linear.branch = lambda x, y: y + x.sum(-1, keepdim=True) ** 2
+    x = random(5, 40, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(linear, x)
+    expected = x @ whole.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(linear(x), expected + x.sum(-1, keepdim=True) ** 2)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (48, 128), (96, 192)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_what_is_multiplied_is_what_bitsandbytes_decodes(small_tiles, shape, double_quant):
+    weight = random(*shape)
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight, quant_type="nf4", compress_statistics=double_quant
+    )
+    expected = bitsandbytes.functional.dequantize_4bit(packed, state)
+    options = {}
+    if double_quant:
+        options = {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.item()}
+    codes = nf4.NF4(packed.view(-1), state.absmax, weight.numel(), 64, **options)
+    linear = NF4Linear(NF4Matrix(codes, shape))
+    # Each sum is of one weight and zeros.
+    assert torch.equal(linear(torch.eye(shape[1])).T, expected)
+    assert torch.equal(torch.cat([t.clone() for _, _, t in linear.dense_tiles()]), expected)
+
+
+def test_factors_of_bfloat16_and_sums_of_float32(small_tiles):
+    matrix, whole = quantized((70, 256))
+    x = random(9, 256).requires_grad_()
+    y = frozen_product(x, matrix, torch.bfloat16)
+    y.backward(random(9, 70, seed=1))
+    exact = x.detach() @ whole.T
+    assert y.dtype == x.grad.dtype == torch.float32
+    assert 1e-4 < (y - exact).norm() / exact.norm() < 6e-3
+    gradient = random(9, 70, seed=1) @ whole
+    assert 1e-4 < (x.grad - gradient).norm() / gradient.norm() < 6e-3
+
+
+def test_tiles_share_one_buffer_and_cover_all_rows(small_tiles):
+    matrix, whole = quantized((70, 30))
+    seen, addresses = [], set()
+    for start, stop, tile in matrix.tiles(torch.float32):
+        assert torch.equal(tile, whole[start:stop])
+        seen.append((start, stop))
+        addresses.add(tile.data_ptr())
+    assert seen == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 70)]
+    assert len(addresses) == 1
+
+
+def test_output_tiles_of_a_weight_by_inputs(small_tiles):
+    matrix, whole = quantized((40, 33), by_inputs=True)
+    found = torch.cat([tile.clone() for _, _, tile in output_tiles(matrix)])
+    assert torch.equal(found, whole)
+
+
+def test_one_expert_of_a_stack_in_one_tensor_and_in_parts(small_tiles):
+    weight = random(4, 10, 24)
+    codes = nf4.quantize(weight)
+    whole = nf4.dequantize(codes, dtype=torch.float32).view(4, 10, 24)
+    fused = ExpertStack([[NF4Matrix(codes, (10, 24), offset=240 * e)] for e in range(4)], "up_proj")
+    parts = ExpertStack([[DenseMatrix(w[:4]), DenseMatrix(w[4:])] for w in whole], "up_proj")
+    x = random(3, 24)
+    for expert in range(4):
+        torch.testing.assert_close(fused(x, expert), x @ whole[expert].T)
+        torch.testing.assert_close(parts(x, expert), x @ whole[expert].T)
+        for stack in (fused, parts):
+            tiles = list(stack.dense_tiles(expert))
+            assert tiles[-1][1] == stack.out_features == 10
+
+
+def test_an_empty_batch_of_tokens(small_tiles):
+    matrix, _ = quantized((16, 64))
+    x = torch.empty(0, 64, requires_grad=True)
+    y = frozen_product(x, matrix)
+    y.sum().backward()
+    assert y.shape == (0, 16) and x.grad.shape == (0, 64)
+
+
+def test_a_weight_that_is_not_there_says_so():
+    linear = DenseLinear(DenseMatrix(torch.ones(2, 3)), "lm_head")
+    assert linear.weight.shape == (2, 3) and linear.weight.dtype == torch.float32
+    for compute in (
+        lambda: linear.weight @ torch.ones(3),
+        lambda: torch.ones(1, 3) @ linear.weight.T,
+        lambda: torch.nn.functional.linear(torch.ones(1, 3), linear.weight),
+        lambda: linear.weight * 2,
+    ):
+        with pytest.raises(Exception, match=r"lm_head|AbsentWeight"):
+            compute()

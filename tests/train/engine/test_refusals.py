@@ -1,0 +1,98 @@
+"""What cannot be trained from mapped bytes is refused, by name, before anything is computed."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from loraformat.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
+from loraformat.ops.convert import convert
+from loraformat.train import assemble, load
+from tests.train.engine.reference import make_batch
+from tests.train.tiny_bundles import make_dense
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """Returns a bundle of a llama whose config says something else."""
+
+    def make(**fields):
+        dense = make_dense(tmp_path / "dense", "llama")
+        config = json.loads((dense / "config.json").read_text())
+        (dense / "config.json").write_text(json.dumps({**config, **fields}))
+        convert(dense, tmp_path / "bundle")
+        return tmp_path / "bundle"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_hidden_layers": 3}, "config wants 3 layers, and it holds 2"),
+        ({"num_hidden_layers": 10**9}, "config wants 1000000000 layers"),
+        ({"num_hidden_layers": 1}, r"9 of its tensors have no place .*model\.layers\.1\."),
+        ({"intermediate_size": 95}, r"is \[96, 64\], and parameter .* wants \[95, 64\]"),
+        ({"attention_bias": True}, r"parameter .*q_proj\.bias has no tensor"),
+        ({"model_type": "no-such-model"}, "transformers knows no model type no-such-model"),
+        ({"model_type": "bert"}, "transformers cannot|no place|no tensor"),
+        ({"hidden_size": "wide"}, "transformers cannot"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_tensors(changed, fields, message):
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        load(changed(**fields))
+    assert "bundle" in str(caught.value.path)
+
+
+def test_a_large_parameter_of_an_unknown_class(bundle_of, monkeypatch):
+    monkeypatch.setattr(assemble, "_LARGEST_COPY", 200)
+    expected = r"layers\.0\.mlp\.gate\.weight of MixtralTopKRouter has 256 elements \(\[4, 64\]\)"
+    with pytest.raises(UnsupportedError, match=expected):
+        load(bundle_of("mixtral"))
+
+
+def test_a_class_that_computes_with_weights_itself(bundle_of):
+    with (
+        load(bundle_of("mamba")) as model,
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match=r"computes with the weight of backbone\.layers\.0"),
+    ):
+        model.loss(make_batch())
+
+
+def test_no_code_of_the_model_is_run(changed, tmp_path):
+    bundle = changed(auto_map={"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Config"})
+    (bundle / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with load(bundle) as model:
+        assert type(model.base).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_bundle_says_how_to_make_one(bundle_of, tmp_path):
+    with pytest.raises(UnsupportedError, match="is not a bundle") as caught:
+        load(bundle_of("llama").parent / "dense")
+    assert "loraformat convert" in str(caught.value)
+    with pytest.raises(InputError):
+        load(tmp_path / "nothing")
+
+
+def test_an_odd_compute_dtype(bundle_of):
+    with pytest.raises(UsageError, match="wanted float32, bfloat16 or float16"):
+        load(bundle_of("llama"), compute_dtype=torch.int8)
+
+
+def test_without_transformers(bundle_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'loraformat\[train\]'"):
+        load(bundle_of("llama"))
+
+
+def test_rows_at_once_where_rows_cannot_be_cut(bundle_of):
+    with (
+        load(bundle_of("bloom")).eval() as model,
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match="cannot be cut into groups of rows"),
+    ):
+        model.loss(make_batch(), rows_at_once=1)

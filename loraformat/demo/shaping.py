@@ -1,6 +1,7 @@
 """The demo's third chapter: adapters into other adapters.
 
-Smaller by their singular values, two into one, one out of a fine-tune, and a picture.
+Smaller by their singular values, two into one, one out of a fine-tune, one that every runtime
+reads alike, and a picture.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 from loraformat.demo import SMALL_MODEL
 from loraformat.demo.step import Step
 from loraformat.errors import MissingDependencyError
+from loraformat.ops.check.fix import fix
+from loraformat.ops.check.verb import check
 from loraformat.ops.combine.options import CombineOptions
 from loraformat.ops.combine.verb import combine
 from loraformat.ops.extract.options import ExtractOptions
@@ -23,7 +26,7 @@ __all__ = ["shape_adapters"]
 
 
 def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
-    """Reduce, combine and extract adapters, and draw one's spectrum.
+    """Reduce, combine, extract and fix adapters, and draw one's spectrum.
 
     Parameters
     ----------
@@ -60,6 +63,7 @@ def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) 
     )  # fmt: skip
     yield _combined(directory, force, say)
     yield _extracted(directory, force, say)
+    yield _fixed(directory, force, say)
     yield _drawn(directory, say)
 
 
@@ -95,6 +99,24 @@ def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step
         target,
         report.seconds,
         {"captured": report.captured, "parameters": report.parameters},
+        "adapter",
+    )
+
+
+def _fixed(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
+    say("asking which runtimes are right about manual")
+    adapter, target = directory / "bundle" / "adapters" / "manual", directory / "fixed"
+    before = [name for name, word in check(adapter).verdicts.items() if word == "wrong"]
+    report = fix(adapter, target, force=force)
+    after = [name for name, word in check(target).verdicts.items() if word == "wrong"]
+    return Step(
+        "manual, for every runtime",
+        "check bundle/adapters/manual --fix -o fixed",
+        f"wrong before: {', '.join(before) or 'none'}; after: {', '.join(after) or 'none'}; "
+        f"rank {report.ranks[0]}",
+        target,
+        report.seconds,
+        {"wrong_before": len(before), "wrong_after": len(after), "parameters": report.parameters},
         "adapter",
     )
 

@@ -56,6 +56,12 @@ def test_an_adapter_helps_on_its_own_text(report: DemoReport, steps: dict[str, S
         assert steps[kind].perplexity[kind].perplexity < 0.9 * alone
 
 
+def test_the_form_for_every_runtime_is_the_same_adapter(steps: dict[str, Step]) -> None:
+    fixed = steps["fixed"]
+    assert (fixed.figures["wrong_before"], fixed.figures["wrong_after"]) == (1, 0)
+    assert manual(fixed) == pytest.approx(manual(steps["manual"]), rel=1e-5)
+
+
 def test_merged_is_the_adapter_as_peft_applies_it(steps: dict[str, Step]) -> None:
     assert manual(steps["merged"]) == pytest.approx(manual(steps["manual"]), rel=2e-3)
 

@@ -33,6 +33,8 @@ class ModuleFacts:
         It has a magnitude; a bias of its own (``lora_bias``).
     experts : int
         Of fused experts, else 0.
+    embedding : bool
+        Its factors are ``lora_embedding_A`` and ``lora_embedding_B``.
     zero : bool
         B is zero, so that it changes nothing.
     base_shape : tuple of int or None
@@ -50,6 +52,7 @@ class ModuleFacts:
     dora: bool = False
     bias: bool = False
     experts: int = 0
+    embedding: bool = False
     zero: bool = False
     base_shape: tuple[int, ...] | None = None
 

@@ -153,6 +153,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "other shape": {
         "change": _with(model__layers__0__mlp__up_proj__lora_B__weight=torch.ones(INNER + 8, 8))
     },
+    "embedding": {
+        "change": _with(model__embed_tokens__lora_embedding_A=torch.ones(8, 2048) * 0.1,
+                        model__embed_tokens__lora_embedding_B=torch.ones(HIDDEN, 8) * 0.1),
+    },
     "head": {"change": _with(lm_head__lora_A__weight=torch.ones(8, HIDDEN),
                              lm_head__lora_B__weight=torch.ones(2048, 8))},
 }  # fmt: skip

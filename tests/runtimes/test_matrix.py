@@ -68,6 +68,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "zero": {"ZERO_DELTA": ("", ALL)},
     "unknown module": {"TARGET_UNKNOWN": (ALL, "")},
     "other shape": {"SHAPE_VS_BASE": (ALL, "")},
+    "embedding": {"EMBEDDING": ("lorax", "vllm sglang")},
     "head": {},
 }
 

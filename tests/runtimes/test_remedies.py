@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import bases
 import peft
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bases import make_base
 from features import FEATURES
 
 from loraformat.cli import main
+from loraformat.ops.check.fix import fix
 from loraformat.ops.check.verb import check
 from loraformat.ops.describe import describe
 from loraformat.runtimes.rules import RULES
@@ -88,7 +90,8 @@ def trained(base, target, **options):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = peft.LoraConfig(r=8, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    settings = {"r": 8, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
+    config = peft.LoraConfig(**settings)
     model = peft.get_peft_model(model, config)
     random = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -120,6 +123,27 @@ def test_fused_experts(tmp_path, monkeypatch):
         ("vllm", "fail"), ("sglang", "fail"), ("lorax", "fail"), ("llama.cpp", "fail"),
         ("ollama", "fail"),
     }  # fmt: skip
+
+
+def logits_of(base, adapter):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return bases.run(peft.PeftModel.from_pretrained(model, adapter).eval(), "llama")
+
+
+def test_fixed_experts_and_embeddings_are_the_same(base, tmp_path):
+    """Three-dimensional and transposed factors are padded, too."""
+    mixtral = make_base("mixtral", tmp_path / "mixtral")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    more = {"r": 4, "lora_alpha": 7, "use_rslora": True}
+    trained(mixtral, tmp_path / "A", target_modules=["q_proj"], target_parameters=names, **more)
+    trained(base, tmp_path / "B", target_modules=["embed_tokens", "q_proj", "v_proj"], **more)
+    for model, name in ((mixtral, "A"), (base, "B")):
+        fix(tmp_path / name, tmp_path / f"{name}-fixed", base=model)
+        assert check(tmp_path / f"{name}-fixed").ranks == [8]
+        wanted = logits_of(model, tmp_path / name)
+        assert bases.apart(logits_of(model, tmp_path / f"{name}-fixed"), wanted) < 1e-5
 
 
 def test_conv1d(tmp_path, monkeypatch):

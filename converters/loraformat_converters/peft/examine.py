@@ -159,6 +159,7 @@ class _Examiner:
             dora="magnitude" in parts,
             bias="bias" in parts,
             experts=experts,
+            embedding="embedding_A" in parts or "embedding_B" in parts,
             zero=b is not None and b.name in self.zero,
             base_shape=self._base_shape(owner),
         )

@@ -45,6 +45,7 @@ LORAX = Runtime(
             "LoRAX drops a type of module altogether if one layer has none, without a word",
             "fill",
         ),
+        "EMBEDDING": differs(_BY_NAME, "merge"),
         "MOE": differs(_BY_NAME, "merge"),
         "TIED_HEAD": differs("LoRAX knows the head, but not the embedding", "merge"),
     },

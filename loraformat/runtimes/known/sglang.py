@@ -33,6 +33,7 @@ SGLANG = Runtime(
             "SGLang joins q, k and v, and fails without v_proj (KeyError)", "fill"
         ),
         "KEY_PREFIX": unknown("SGLang was read for the names that PEFT writes", "rewrite"),
+        "EMBEDDING": unknown("what becomes of an embedding's delta was not looked at", "merge"),
         "MOE": differs(
             "deltas of target_parameters are dropped without a word (sgl-project/sglang#25528)",
             "merge",

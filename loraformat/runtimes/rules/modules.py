@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.layout import layer_of, type_of
-from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime, differs
 
 __all__ = ["MODULE_RULES"]
@@ -61,12 +61,13 @@ def _conv1d(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return f"{', '.join(named)} are Conv1D, whose weights are stored as (in, out)"
 
 
-def _is_expert(module: ModuleFacts) -> bool:
-    return module.experts > 0
+def _embedding(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    names = [module.name for module in adapter.modules if module.embedding]
+    return f"changes the embedding {printable(names[0])}" if names else None
 
 
 def _moe(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    experts = [module for module in adapter.modules if _is_expert(module)]
+    experts = [module for module in adapter.modules if module.experts]
     if not experts or adapter.format != "peft":
         return None
     return f"adapts fused experts ({printable(experts[0].name)}; target_parameters)"
@@ -82,6 +83,7 @@ MODULE_RULES = (
     ),
     Rule("QV_COUPLED", "`q_proj` without `v_proj`", _coupled),
     Rule("LAYERS_MISSING", "a type of module that some layers have and others do not", _layers),
+    Rule("EMBEDDING", "a delta of an embedding", _embedding),
     Rule("CONV1D", "GPT-2's `Conv1D`", _conv1d),
     Rule("MOE", "fused experts (`target_parameters`)", _moe),
 )  # fmt: skip

@@ -48,9 +48,6 @@ class Rendered:
     learned: tuple[tuple[int, int], ...]
 
 
-_Message = dict[str, Any]
-
-
 class ChatRenderer:
     """Renders conversations with the tokenizer's chat template.
 
@@ -61,9 +58,13 @@ class ChatRenderer:
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
-        self._as_parts, self._header = False, ""
+        self._as_parts, self._mute, self._header = False, False, ""
         if encoder.has_template:
-            self._as_parts = not self._says("q", "A") and self._says("q", "A", as_parts=True)
+            says = self._says_what_is_said()
+            self._as_parts = True
+            if says or not self._says_what_is_said():
+                self._as_parts = False
+                self._mute = says is False
             self._header = self._find_header()
         self._special = tuple(encoder.special_tokens)
 
@@ -92,29 +93,33 @@ class ChatRenderer:
                 "is a conversation, and the model has no chat template; "
                 "name one with --chat-template, or write prompt and completion"
             )
+        if self._mute:
+            raise KindError("the chat template leaves out what messages say; name another one")
         whole = self._text(conversation, len(conversation.messages), prompt=False)
         if everything:
             return [Rendered(whole, ((0, len(whole)),))]
         turns = [i for i, learned in enumerate(conversation.learned) if learned]
-        ranges, alone = [], []
+        ranges: list[tuple[int, int]] = []
+        alone: list[Rendered] = []
         for turn in turns:
             after = self._text(conversation, turn + 1, prompt=False)
             begin = self._begin(conversation, turn, after)
-            ranges.append((begin, self._end(after, whole)))
+            if (end := self._end(after, whole)) is not None:
+                ranges.append((begin, end))
             alone.append(Rendered(after, ((begin, len(after)),)))
-        if all(begin < end for begin, end in ranges):
+        if len(ranges) == len(turns):
             return [Rendered(whole, tuple(ranges))]
         return alone
 
-    def _end(self, after: str, whole: str) -> int:
-        """Return where a turn ends in the whole, or 0 if it does not stand there."""
+    def _end(self, after: str, whole: str) -> int | None:
+        """Return where a turn ends in the whole, or None if it does not stand there."""
         if whole.startswith(after):
             return len(after)
         after = after.rstrip()
         lacking = next((token for token in self._special if after.endswith(token)), "")
         turn = after.removesuffix(lacking)
         ended = bool(lacking) and turn.rstrip().endswith(self._special)
-        return len(turn) if ended and whole.startswith(turn) else 0
+        return len(turn) if ended and whole.startswith(turn) else None
 
     def _begin(self, conversation: Conversation, turn: int, after: str) -> int:
         before = self._text(conversation, turn, prompt=True) + self._header
@@ -149,14 +154,13 @@ class ChatRenderer:
             ]
         return self._encoder.render(messages, tools, prompt=prompt)
 
-    def _says(self, question: str, answer: str, *, as_parts: bool = False) -> bool:
-        """Tell whether a trial conversation can be told from others by its words."""
+    def _says_what_is_said(self) -> bool | None:
+        """Tell whether trial conversations can be told apart; None if there can be none."""
         try:
-            self._as_parts = as_parts
-            said = self._render(_trial(question, answer))
-            others = (self._render(_trial(question, "x")), self._render(_trial("x", answer)))
+            said = self._render(_trial("q", "A"))
+            others = (self._render(_trial("q", "x")), self._render(_trial("x", "A")))
         except Exception:  # a template that wants other messages: each row will say so
-            return False
+            return None
         return said not in others
 
     def _find_header(self) -> str:
@@ -172,11 +176,7 @@ class ChatRenderer:
         return header if header.strip() else ""
 
 
-def _part(text: str) -> list[_Message]:
-    return [{"type": "text", "text": text}]
-
-
-def _trial(*contents: str) -> list[_Message]:
+def _trial(*contents: str) -> list[dict[str, Any]]:
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
 

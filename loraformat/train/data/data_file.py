@@ -1,6 +1,6 @@
 """A file of training data: any range of its bytes at any time, and proof that it stays the same.
 
-Every read checks that the file is still what was indexed. A few hundred files stay open;
+Every read checks that the file is still what was indexed. A few dozen files stay open;
 others are opened for each read, so that a directory of a hundred thousand files needs no
 hundred thousand descriptors.
 """
@@ -19,7 +19,7 @@ from loraformat.folder import Folder
 
 __all__ = ["DataFile"]
 
-_MOST_KEPT_OPEN = 256
+_MOST_KEPT_OPEN = 64
 _KEPT_OPEN: set[int] = set()
 _FOREIGN_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"

@@ -48,11 +48,6 @@ class Encoded:
     straddling: int = 0
     is_text: bool = False
 
-    @property
-    def trained(self) -> int:
-        """Tokens that are learned; the first has nothing before it and never is."""
-        return sum(self.learned[1:])
-
 
 class RowEncoder:
     """Encodes rows with one tokenizer.

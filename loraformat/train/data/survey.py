@@ -69,21 +69,20 @@ class Survey:
 
     def _survey_row(self, number: int, source: RowSource, row: int) -> None:
         try:
-            encoded = self._encoded(source, row)
+            # What is wrong with a row shows before its first part; the parts of a long text
+            # are never all in memory.
+            for part, one in enumerate(self._parts(source, row)):
+                self.audit.rewritten += part == 1 and not one.is_text
+                self.audit.straddling += one.straddling
+                self.audit.endless += not one.ends
+                for sample in self._samples(one, Sample(number, row, part, 0, len(one.ids))):
+                    self._add(one, sample)
         except BadRowError as error:
             if self._options.bad_rows != "skip":
                 raise
             self.audit.count_bad(error)
-            return
-        if len(encoded) > 1 and not encoded[0].is_text:
-            self.audit.rewritten += 1
-        for part, one in enumerate(encoded):
-            for sample in self._samples(one, Sample(number, row, part, 0, len(one.ids))):
-                self._add(one, sample)
-            self.audit.straddling += one.straddling
-            self.audit.endless += not one.ends
 
-    def _encoded(self, source: RowSource, number: int) -> list[Encoded]:
+    def _parts(self, source: RowSource, number: int) -> Iterator[Encoded]:
         row = source.read(number)
         try:
             kind = kind_of(row.fields)
@@ -92,7 +91,7 @@ class Survey:
                 raise KindError(
                     f"a row of {kind} in a file of {self._kind}; one file holds one kind"
                 )
-            return list(self._encoder.encode(row))
+            yield from self._encoder.encode(row)
         except KindError as error:
             raise BadRowError(source.place(number), str(error), path=source.name) from None
 

@@ -191,6 +191,21 @@ def test_a_template_that_wants_parts_gets_them(tokenizer):
     assert "".join(learned) == " It is four.<|end|> \nYes: vier → 4 😀<|end|>"
 
 
+def test_a_template_that_leaves_out_what_is_said_is_refused(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: <|end|>{% endfor %}"
+    with pytest.raises(KindError, match="leaves out what messages say"):
+        encode(tokenizer, {"messages": messages()})
+
+
+def test_an_answer_of_no_words_splits_no_conversation(chat):
+    turns = [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")]
+    (encoded,) = encode(chat, {"messages": messages(turns)})
+    learned = [t for t, yes in zip(encoded.shown, encoded.learned, strict=True) if yes]
+    assert learned == ["<|im_end|>", "c", "<|im_end|>"]
+    chat.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert len(encode(chat, {"messages": messages(turns)})) == 1
+
+
 @pytest.mark.parametrize(
     "call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )', "strftime_now('%Y' ~ x)"]
 )

@@ -21,6 +21,8 @@ _MAX_FOLD = 20_000
 _MAX_PROMPT = 4_000
 _MAX_COLUMNS = 8
 _MAX_LINE = 80
+#: Nats per token; no loss that means anything is larger.
+_MAX_LOSS = 100.0
 _LOCAL = re.compile(r"(?:[A-Za-z]:[\\/]|\\\\|/|~/)(?:[^\\/\0\n]+[\\/])*([^\\/\0\n]*)")
 _STATES = ("before", "after")
 
@@ -50,14 +52,23 @@ def training_data(training: Training) -> str:
 
 
 def _data(found: Any) -> list[str]:
-    rows = [row for row in (found if isinstance(found, list) else [found]) if isinstance(row, dict)]
+    """Return a table of files, or of sources, and a line of their sums."""
+    whole = found if isinstance(found, dict) else {}
+    listed = whole.get("files", found)
+    rows = [
+        row for row in (listed if isinstance(listed, list) else [listed]) if isinstance(row, dict)
+    ]
     names = list(dict.fromkeys(key for row in rows for key in row if _is_scalar(row[key])))
-    if not names:
-        return []
     names = names[:_MAX_COLUMNS]
     lines = [[_cell(row.get(name)) for name in names] for row in rows[:_MAX_ROWS]]
-    shown = [table([plain(name) for name in names], lines)]
-    return shown + ([f"and {len(rows) - _MAX_ROWS} more."] if len(rows) > _MAX_ROWS else [])
+    shown = [table([plain(name) for name in names], lines)] if names else []
+    if len(rows) > _MAX_ROWS:
+        shown.append(f"and {len(rows) - _MAX_ROWS} more.")
+    if listed is not found:
+        sums = {key: value for key, value in whole.items() if _is_scalar(value)}
+        said = [f"{plain(key.replace('_', ' '))}: {_cell(value)}" for key, value in sums.items()]
+        shown += ["; ".join(said[:_MAX_COLUMNS])] if said else []
+    return shown
 
 
 def _prompt(found: Any) -> list[str]:
@@ -71,12 +82,11 @@ def _prompt(found: Any) -> list[str]:
 def evaluation(training: Training) -> str:
     """Return the table of numbers before and after, or nothing.
 
-    ``evaluation`` is an object with ``before`` and ``after``, or several of them by name; ``loss``
-    alone is one of them, too.
+    ``evaluation`` is an object with ``before`` and ``after``, or several of them by name; a loss
+    (nats per token) on held-out data is one of them, too.
     """
     told = _told(training)
-    loss = told.get("loss")
-    found = told.get("evaluation", {"loss": loss} if isinstance(loss, dict) else None)
+    found = told.get("evaluation", _losses(told))
     if not isinstance(found, dict):
         return ""
     sets = {"": found} if any(state in found for state in _STATES) else found
@@ -93,6 +103,20 @@ def evaluation(training: Training) -> str:
         return ""
     head = ["", "base alone", "with the adapter"]
     return f"## Evaluation\n\n{table(head, rows[:_MAX_ROWS])}"
+
+
+def _losses(told: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the trainer measured on held-out data, as an evaluation."""
+    both = {state: _numbers(told.get(f"heldout_{state}")).get("") for state in _STATES}
+    if None not in both.values():
+        measured = {
+            state: {"loss": loss, "perplexity": math.exp(min(loss, _MAX_LOSS))}
+            for state, loss in both.items()
+            if loss is not None
+        }
+        return {"held-out data": measured}
+    loss = told.get("loss")
+    return {"loss": loss} if isinstance(loss, dict) else None
 
 
 def settings(training: Training) -> str:

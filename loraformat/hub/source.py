@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from loraformat.errors import InputError
+from loraformat.errors import InputError, printable
 from loraformat.hub.explain import explained
 from loraformat.hub.tree import TreeFile, list_files
 from loraformat.hub.verified import check_snapshot
@@ -93,10 +93,32 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
         return Source(path)
     repo, revision = named
     snapshot = download(repo, revision)
-    if pickles and not any(snapshot.glob("*.safetensors")):
-        same = snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision
-        snapshot = download(repo, same, only=_ADAPTER_PICKLE)
-    return Source(snapshot, repo, snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision)
+    commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision
+    if any(snapshot.rglob("*.safetensors")):
+        return Source(snapshot, repo, commit)
+    if pickles:
+        download(repo, commit, only=_ADAPTER_PICKLE)
+    only = None if any(snapshot.glob("*.bin")) else _one_gguf(snapshot, repo, commit)
+    return Source(only or snapshot, repo, commit)
+
+
+def _one_gguf(snapshot: Path, repo: str, commit: str | None) -> Path | None:
+    """Fetch the GGUF file of a repository that holds nothing but one.
+
+    Raises
+    ------
+    InputError
+        If it holds several: nobody says which.
+    """
+    listed = _listing(repo, snapshot.name)
+    names = [name for name in listed or _fetched(snapshot, "*.gguf") if name.endswith(".gguf")]
+    if len(names) > 1:
+        raise InputError(
+            f"holds {len(names)} GGUF files, {printable(', '.join(sorted(names)))}",
+            path=repo,
+            hint=f"fetch one: loraformat pull {repo} DST --include NAME",
+        )
+    return download(repo, commit, only=names[0].replace("[", "[[]")) / names[0] if names else None
 
 
 def download(repo: str, revision: str | None, only: str | None = None) -> Path:
@@ -109,7 +131,7 @@ def download(repo: str, revision: str | None, only: str | None = None) -> Path:
     revision : str or None
         A commit, branch or tag.
     only : str, optional
-        The one file that is wanted; by default all that a checkpoint can hold.
+        Glob of the one file that is wanted; by default all that a checkpoint can hold.
 
     Returns
     -------
@@ -143,7 +165,7 @@ def _fetched(snapshot: Path, only: str | None) -> list[str]:
         if path.is_file() or path.is_symlink()
     ]
     if only is not None:
-        return [name for name in present if name == only]
+        return [name for name in present if fnmatch(name, only)]
     return [name for name in present if not any(fnmatch(name, glob) for glob in NOT_WANTED)]
 
 

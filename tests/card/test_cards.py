@@ -137,6 +137,23 @@ def test_evaluation(evaluation, row):
     assert row in text
 
 
+def test_what_the_trainer_writes():
+    data = {
+        "files": [{"name": "chat.jsonl", "rows": 12, "sha256": "0" * 64}],
+        "rows": 12, "trained_tokens": 3456, "fingerprint": "ab",
+    }  # fmt: skip
+    told = {"data": data, "heldout_before": 2.0, "heldout_after": 1.5, "settings": {"lr": 1e-4}}
+    facts = replace(ADAPTER, training=Training({"training": told, "lora": {"rank": 16}}))
+    text = adapter_card(facts).render()
+    assert "| name | rows | sha256 |" in text
+    assert "trained tokens: 3,456" in text
+    assert "| held\\-out data, loss | 2 | 1.5 |" in text
+    assert "| held\\-out data, perplexity | 7.38906 | 4.48169 |" in text
+    assert '"lr": 0.0001' in text
+    told["heldout_after"] = None
+    assert "## Evaluation" not in adapter_card(facts).render()
+
+
 def test_loss_alone_is_an_evaluation():
     told = {"training": {"loss": {"before": 3.25, "after": 2.5}}}
     text = adapter_card(replace(ADAPTER, training=Training(told))).render()

@@ -1,11 +1,13 @@
 """Adapters from the Hub: by themselves, in a bundle in the cache, and as pickles."""
 
 import json
+import shutil
 
 import numpy
 import torch
 from safetensors.numpy import save_file
 
+from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert import convert
 from tests.hub.conftest import Repository, files_of
 
@@ -78,3 +80,24 @@ def test_checking_one_from_the_hub_names_its_base_by_its_id(ask, hub, tmp_path):
     config = json.loads((tmp_path / "fixed" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/dense"
     assert 'base = "org/dense"' in (tmp_path / "run" / "run_transformers.py").read_text()
+
+
+def test_a_gguf_file_that_is_all_there_is(ask, push, shelf, tmp_path):
+    """``push`` makes such repositories."""
+    shutil.copytree(
+        SMALL_MODEL, tmp_path / "config-only", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    convert(tmp_path / "adapter", tmp_path / "polite.gguf", base=tmp_path / "config-only")
+    assert push("polite.gguf", "me/polite", "--base-model", "org/base").returncode == 0
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        result = ask("info", "me/polite", "--json", **environment)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["format"] == "gguf-lora"
+    assert ask("verify", "me/polite").returncode == 0
+    shelf.repositories["me/polite"].files["another.gguf"] = b"GGUF"
+    result = ask("info", "me/polite")
+    assert result.returncode == 3
+    assert result.stderr == (
+        "error: me/polite: holds 2 GGUF files, another.gguf, polite.gguf; fetch one: "
+        "loraformat pull me/polite DST --include NAME\n"
+    )

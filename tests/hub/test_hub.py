@@ -222,6 +222,7 @@ def test_words_that_are(monkeypatch, tmp_path, word, asked):
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(module, "download", lambda *a: seen.append(a) or Path("x"))
+    monkeypatch.setattr(module, "_one_gguf", lambda *a: None)
     source = module.resolve(word)
     assert seen == [asked]
     assert (source.repo, source.revision) == asked

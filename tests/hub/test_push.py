@@ -150,6 +150,14 @@ def test_a_card_written_by_hand_stays(push, shelf, tmp_path):
     assert (tmp_path / "adapter" / "README.md").read_text() == text
 
 
+def test_a_card_that_is_no_text(push, shelf, tmp_path):
+    (tmp_path / "adapter" / "README.md").write_bytes(b"\xff\xfe")
+    result = push("adapter", "me/new")
+    assert result.returncode == 3
+    assert "README.md: is not UTF-8" in result.stderr
+    assert "me/new" not in shelf.repositories
+
+
 def test_a_card_edited_on_the_hub_stays(push, shelf):
     assert push("adapter", "me/new").returncode == 0
     files = shelf.repositories["me/new"].files

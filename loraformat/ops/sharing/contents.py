@@ -17,12 +17,20 @@ from typing import Any
 
 from loraformat import plugins, strict_json
 from loraformat.card.training import without_paths
-from loraformat.errors import LoraFormatError, UnsupportedError
+from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.folder import Folder
 from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from loraformat.ops.sharing.upload_file import UploadFile
 
-__all__ = ["CONFIG_NAME", "RECORD_NAME", "Contents", "adapter_files", "bundle_files", "read_record"]
+__all__ = [
+    "CONFIG_NAME",
+    "RECORD_NAME",
+    "Contents",
+    "adapter_files",
+    "bundle_files",
+    "read_card",
+    "read_record",
+]
 
 CONFIG_NAME = "adapter_config.json"
 RECORD_NAME = "training_record.json"
@@ -88,7 +96,7 @@ def adapter_files(
     names = folder.names() if listed is None else sorted(listed)
     for name in names:
         if name == CARD_NAME:
-            found.card = _card(folder)
+            found.card = read_card(folder)
         elif _belongs(path / name, name) or any(fnmatch(name, glob) for glob in include):
             found.files.append(_adapter_file(folder, name, base, found.notes))
         else:
@@ -113,8 +121,20 @@ def _belongs(path: Path, name: str) -> bool:
     return False
 
 
-def _card(folder: Folder) -> str:
-    return folder.read(CARD_NAME, _MAX_CARD_BYTES).decode("utf-8", errors="replace")
+def read_card(folder: Folder) -> str:
+    """Return the card in a directory.
+
+    Raises
+    ------
+    InputError
+        If it is not UTF-8, or longer than 4 MiB.
+    """
+    try:
+        return folder.read(CARD_NAME, _MAX_CARD_BYTES).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(
+            "is not UTF-8, as the Hub wants it", path=folder.path / CARD_NAME, hint="save it anew"
+        ) from None
 
 
 def _adapter_file(folder: Folder, name: str, base: str, notes: list[str]) -> UploadFile:
@@ -169,7 +189,7 @@ def bundle_files(path: Path, manifest: Manifest) -> Contents:
     names = [MANIFEST_NAME, _INDEX_NAME, *manifest.files, *(s.file for s in manifest.shards)]
     for adapter, files in manifest.adapters.items():
         names += [f"adapters/{adapter}/{name}" for name in files]
-    found = Contents(card=_card(folder) if folder.has(CARD_NAME) else None)
+    found = Contents(card=read_card(folder) if folder.has(CARD_NAME) else None)
     found.files = [UploadFile.of_folder(folder, name) for name in sorted(set(names))]
     found.left_out = sorted(set(folder.names()) - set(names) - {CARD_NAME})
     return found

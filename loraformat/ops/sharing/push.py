@@ -17,10 +17,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from loraformat.errors import HubError, InputError, UsageError, printable
+from loraformat.folder import Folder
 from loraformat.hub import hub_id, resolve
 from loraformat.hub.repository import Commit, Repository, State, require_login
 from loraformat.hub.source import download
 from loraformat.manifest import CARD_NAME
+from loraformat.ops.sharing.contents import read_card
 from loraformat.ops.sharing.parcel import Parcel, Wishes, open_parcel
 from loraformat.ops.sharing.report import FileReport, PushReport
 from loraformat.ops.sharing.upload_file import UploadFile
@@ -171,8 +173,7 @@ def _plan(parcel: Parcel, state: State | None, repo: str) -> _Plan:
     there = state.files if state else {}
     written = parcel.written_card
     if written is None and state and CARD_NAME in there:
-        read = download(repo, state.commit, only=CARD_NAME) / CARD_NAME
-        written = read.read_text(encoding="utf-8", errors="replace")
+        written = read_card(Folder(download(repo, state.commit, only=CARD_NAME)))
     card = parcel.document.render(written)
     files = [*parcel.files, UploadFile.of_bytes(CARD_NAME, card.encode("utf-8"))]
     status = {

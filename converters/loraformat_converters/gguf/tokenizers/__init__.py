@@ -93,7 +93,9 @@ def read(checkpoint: Checkpoint, *, vocabulary: int, pre: str | None = None) -> 
 def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
     kind, convert = _room(sources)
     if kind != "byte-level BPE" and pre is not None:
-        raise UsageError(f"--pre is for byte-level BPE, and the tokenizer is {kind}")
+        raise UsageError(
+            f"--pre is for byte-level BPE, and the tokenizer is {kind}", hint="leave it out"
+        )
     found = bpe.to_gguf(sources, rows, pre) if convert is None else convert(sources, rows)
     keys, notes = found.keys, found.notes
     special = special_keys(sources, found)

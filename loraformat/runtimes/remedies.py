@@ -57,10 +57,6 @@ class Names:
         """The adapter, quoted for a shell."""
         return shlex.quote(self.adapter)
 
-    def with_base(self) -> str:
-        """Return ``--base`` and its value, or nothing where no base was named."""
-        return f" --base {shlex.quote(self.base)}" if self.base else ""
-
 
 def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Names) -> str | None:
     """Return a command line; where the user named no base, it says ``BASE``.
@@ -75,16 +71,17 @@ def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Name
     most = runtime.most or runtime.kernel_rank
     stem = shlex.quote(names.stem)
     convert = f"loraformat convert {names.quoted}"
+    held = f" --base {base}" if names.base or adapter.format != "peft" else ""
     lines: dict[Remedy, str] = {
-        "fix": f"loraformat check {names.quoted} --fix -o {stem}-fixed{names.with_base()}",
+        "fix": f"loraformat check {names.quoted} --fix -o {stem}-fixed{held}",
         "fill": f"loraformat check {names.quoted} --fix -o {stem}-fixed --base {base}",
         "gguf": f"{convert} {stem}.gguf --base {base}",
         "peft": f"{convert} {stem}-peft --base {base}",
         "merge": f"loraformat merge {base} {names.quoted} -o {stem}-merged",
         "merge-gguf": f"loraformat merge {base} {names.quoted} -o {stem}-merged.gguf",
         "reduce": f"loraformat reduce {names.quoted} -o {stem}-r{most} --rank {most}",
-        "rewrite": f"{convert} {stem}-rewritten --canonical{names.with_base()}",
-        "retype": f"{convert} {stem}-f32 --dtype f32{names.with_base()}",
+        "rewrite": f"{convert} {stem}-rewritten --canonical{held}",
+        "retype": f"{convert} {stem}-f32 --dtype f32{held}",
     }
     return lines.get(remedy)
 

@@ -8,7 +8,10 @@ from loraformat.runtimes.scaling import by_config_with_rslora
 
 __all__ = ["LORAX"]
 
-_BY_NAME = "LoRAX takes base_model.model.MODULE.lora_A.weight and lora_B.weight, and nothing else"
+_BY_NAME = (
+    "LoRAX takes base_model.model.MODULE.lora_A.weight and lora_B.weight; the rest is named in a "
+    "warning"
+)
 
 LORAX = Runtime(
     name="lorax",
@@ -25,7 +28,7 @@ LORAX = Runtime(
     treats={
         "INIT_MUTATES_BASE": differs("LoRAX does not look at the field", "advice", INIT),
         "ALORA": differs("LoRAX does not look at the field: it would act everywhere", "advice"),
-        "DORA": differs(f"use_dora is not read, and of the tensors {_BY_NAME}", "merge"),
+        "DORA": differs(f"use_dora is not read; {_BY_NAME}", "merge"),
         "BIAS": differs(_BY_NAME, "merge"),
         "MODULES_TO_SAVE": differs(_BY_NAME, "merge"),
         "TRAINED_TOKENS": differs(_BY_NAME, "merge"),
@@ -42,7 +45,7 @@ LORAX = Runtime(
         ),
         "KEY_PREFIX": differs(_BY_NAME, "rewrite"),
         "LAYERS_MISSING": differs(
-            "LoRAX drops a type of module altogether if one layer has none, without a word",
+            "LoRAX drops a type of module altogether if one layer has none, with at most a warning",
             "fill",
         ),
         "EMBEDDING": differs(_BY_NAME, "merge"),

@@ -16,11 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from loraformat import plugins
-from loraformat.bundle_update import adapter_place
+from loraformat.bundle_update import adapter_place, read_manifest
 from loraformat.checkpoint import Checkpoint, Provenance
 from loraformat.config_json import MAX_CONFIG_BYTES, split
 from loraformat.dtypes import parse_weight_dtype
-from loraformat.errors import InputError, UnsupportedError, UsageError
+from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.hub import Source, resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
@@ -35,6 +35,7 @@ from loraformat.ops.report import (
 )
 from loraformat.plugins import Converter, ReadOptions, WriteOptions
 from loraformat.publish_file import open_publication
+from loraformat.reader import is_bundle
 from loraformat.version import __version__
 
 __all__ = ["convert"]
@@ -201,6 +202,7 @@ def _convert_base(
             )
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         report = plan_report(original, checkpoint, target, reader, writer, lost)
+        report.notes.extend(_adapters_note(found.path))
         options = WriteOptions(
             shard_limit,
             _Counter(total, progress).add,
@@ -246,6 +248,17 @@ def _open(
         return reader.read_with(found.path, ReadOptions(raw, "F32"))
     dtype = parse_weight_dtype(encoding.dtype) if encoding.dtype else None
     return reader.read_with(found.path, ReadOptions(raw, dtype))
+
+
+def _adapters_note(source: Path) -> list[str]:
+    """Say what becomes of a bundle's adapters: nothing."""
+    if not is_bundle(source) or not (names := list(read_manifest(source).adapters)):
+        return []
+    place = f"BUNDLE/adapters/{printable(names[0])}"
+    return [
+        f"the base alone is written; `loraformat merge BUNDLE {place}` merges an adapter into it, "
+        "and `convert` takes one by itself"
+    ]
 
 
 class _Counter:

@@ -123,6 +123,61 @@ def test_a_bundle_leaves_its_fingerprint_and_source(base, tmp_path):
         assert json.loads(file.text("loraformat.config"))["model_type"] == "llama"
 
 
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
+def test_the_loss_is_against_the_values_of_nf4(base, dtype, tmp_path):
+    import torch
+    from loraformat_converters.gguf.blocks import dequantize
+
+    from loraformat.ops.open import open_model
+
+    convert(base("qwen2"), tmp_path / "bundle")
+    report = convert(tmp_path / "bundle", tmp_path / "model.gguf", dtype=dtype)
+    with (
+        open_gguf(tmp_path / "model.gguf") as file,
+        open_model(tmp_path / "bundle") as bundle,
+    ):
+        stored = file.tensors["blk.0.ffn_up.weight"]
+        found = dequantize(file.load(stored.name), stored.type, stored.shape).double()
+        nf4 = bundle.tensors["model.layers.0.mlp.up_proj.weight"].dequantize("F32").double()
+        other = bundle.tensors["model.layers.1.mlp.up_proj.weight"].dequantize("F32").double()
+        stored = file.tensors["blk.1.ffn_up.weight"]
+        found_other = dequantize(file.load(stored.name), stored.type, stored.shape).double()
+    errors = [float((a - b).norm() / b.norm()) for a, b in ((found, nf4), (found_other, other))]
+    wanted = torch.tensor(errors).square().mean().sqrt()
+    assert report.errors_by_kind["up_proj"] == pytest.approx(float(wanted), rel=0.01)
+
+
+def test_of_a_bundle_with_adapters_the_base_alone_is_written_and_that_is_said(base, tmp_path):
+    import peft
+    import torch
+    import transformers
+    from bases import run
+
+    from loraformat.ops.merge.verb import merge
+
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base("llama"), dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    convert(base("llama"), tmp_path / "bundle")
+    convert(tmp_path / "bundle", tmp_path / "bare.gguf")
+    place = tmp_path / "bundle" / "adapters" / "a"
+    convert(tmp_path / "adapter", place)
+    report = convert(tmp_path / "bundle", tmp_path / "base.gguf")
+    assert (tmp_path / "base.gguf").read_bytes() == (tmp_path / "bare.gguf").read_bytes()
+    assert "adapter a" in report.lost
+    assert any("base alone" in note and "loraformat merge" in note for note in report.notes)
+    with pytest.raises(UnsupportedError, match="adapter a"):
+        convert(tmp_path / "bundle", tmp_path / "strict.gguf", strict=True)
+    merge(tmp_path / "bundle", [place], tmp_path / "merged.gguf", dtype="f32")
+    convert(tmp_path / "bundle", tmp_path / "dense", to_format="safetensors", dtype="f32")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype=torch.float32, attn_implementation="eager"
+    )
+    wanted = run(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval(), "llama")
+    assert apart(by_llama_cpp(tmp_path / "merged.gguf", "llama"), wanted) < 1e-5
+
+
 def test_experts_in_one_parameter_give_the_same_file(base, tmp_path):
     """The form that transformers 5 has in memory."""
     from safetensors.torch import load_file, save_file

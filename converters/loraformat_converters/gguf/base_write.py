@@ -10,21 +10,21 @@ on the way. NF4 weights are decoded to float32 first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import sqrt
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraformat import config_json
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.manifest import FileRecord, TensorRecord
+from loraformat.manifest import FileRecord
 from loraformat.model_directory import WrittenModel
 from loraformat.plugins import Forecast
 from loraformat.writer import WrittenShards
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import Config, Recipe, Recipes, of_config, to_gguf
-from loraformat_converters.gguf.blocks import dequantize, quantized_tiles, storable_type
+from loraformat_converters.gguf.blocks import storable_type
 from loraformat_converters.gguf.general import general_keys
+from loraformat_converters.gguf.rounding import Loss, rounded
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.values import GGUFValue
 from loraformat_converters.gguf.writing import PlannedTensor, file_size, write_gguf
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["forecast", "write"]
 
-_TILE = 1 << 20
 _LOW = {GGMLType.Q5_1, GGMLType.Q5_0, GGMLType.Q4_1, GGMLType.Q4_0}
 _ALWAYS_F32 = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -168,42 +167,6 @@ def _small(name: str, values: list[float]) -> PlannedTensor:
 
 
 @dataclass
-class Loss:
-    """What rounding lost, by tensor of the source: squared error and squared norm."""
-
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def add(self, name: str, tile: torch.Tensor, stored: torch.Tensor) -> None:
-        """Take a tile, float32, and what was stored of it."""
-        import torch
-
-        error, norm = self.sums.get(name, (0.0, 0.0))
-        error += float((stored - tile).square().sum(dtype=torch.float64))
-        norm += float(tile.square().sum(dtype=torch.float64))
-        self.sums[name] = error, norm
-
-    @property
-    def total(self) -> float:
-        """Relative RMS error of all weights that were rounded."""
-        error = sum(one for one, _ in self.sums.values())
-        norm = sum(one for _, one in self.sums.values())
-        return sqrt(error / norm) if norm else 0.0
-
-    def records(self, tensors: Mapping[str, LazyTensor]) -> dict[str, TensorRecord]:
-        """Return the errors in the form that reports are made of, to three digits."""
-        return {
-            name: TensorRecord(
-                "dense",
-                tensors[name].dtype,
-                tensors[name].shape,
-                "",
-                relative_rms_error=float(f"{sqrt(error / norm):.3g}") if norm else 0.0,
-            )
-            for name, (error, norm) in self.sums.items()
-        }
-
-
-@dataclass
 class _Work:
     """Loads, transforms and rounds; at most one tensor of the source is loaded at a time."""
 
@@ -226,27 +189,24 @@ class _Work:
                 loaded = None  # or two of them were in memory
                 loaded = part.source, _values(source)
             matrix = part.of(loaded[1])
-            rows = recipe.rows_of(part)
-            step = max(1, _TILE // max(matrix.numel() // rows, 1))
-            for start in range(0, rows, step):
-                tile = recipe.transform.rows(matrix, start, min(start + step, rows))
-                yield from self._stored(part.source, source, tile, kind)
+            yield from self._rounded(recipe, part.source, matrix, kind, recipe.rows_of(part))
             self.options.progress(matrix.numel() * source.nbytes // source.count)
             if part is recipe.parts[-1] or len(recipe.sources) > 1:
                 source.release()
 
-    def _stored(
-        self, name: str, source: LazyTensor, tile: torch.Tensor, kind: GGMLType
+    def _rounded(
+        self, recipe: Recipe, name: str, matrix: torch.Tensor, kind: GGMLType, rows: int
     ) -> Iterator[bytes]:
-        import torch
-
-        data = b"".join(quantized_tiles(tile, kind, name))
-        exact = kind is GGMLType.F32 or (kind.name == source.dtype and tile.dtype.itemsize == 2)
-        if not exact:
-            values = tile.to(torch.float32)
-            stored = dequantize(memoryview(data), kind, tuple(tile.shape), name)
-            self.loss.add(name, values, stored)
-        yield data
+        transform, source = recipe.transform, self.checkpoint.tensors[name]
+        exact = kind is GGMLType.F32 or (kind.name == source.dtype and matrix.dtype.itemsize == 2)
+        return rounded(
+            lambda start, stop: transform.rows(matrix, start, stop),
+            rows,
+            matrix.numel() // max(rows, 1),
+            kind,
+            name,
+            None if exact else self.loss,
+        )
 
 
 def _values(tensor: LazyTensor) -> torch.Tensor:

@@ -55,7 +55,12 @@ _F16_OVERFLOW = 65520.0
 
 
 def dequantize(
-    view: memoryview, type: GGMLType, shape: tuple[int, ...], name: str = ""
+    view: memoryview,
+    type: GGMLType,
+    shape: tuple[int, ...],
+    name: str = "",
+    *,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """Return stored numbers as float32.
 
@@ -68,6 +73,8 @@ def dequantize(
         As numpy counts.
     name : str
         Of the tensor, for messages.
+    threads : int, optional
+        1 in a thread that shares work with others; every CPU by default.
 
     Returns
     -------
@@ -103,7 +110,7 @@ def dequantize(
         with numpy.errstate(all="ignore"):  # a scale may be infinite; so is the number then
             numbers[begin:end] = quants.dequantize(stored[begin:end], kind)
 
-    run(tile, rows, _rows_of(_TILE, length))
+    run(tile, rows, _rows_of(_TILE, length), threads)
     return torch.from_numpy(numbers).view(shape)
 
 

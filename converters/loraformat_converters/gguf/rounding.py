@@ -1,0 +1,133 @@
+"""Rounding a matrix to a stored type, a window of rows at a time, and measuring what that loses.
+
+Threads of ours share the tiles of a window. In the main thread torch would start OpenMP, whose
+barriers take longer than the work where other programs use the cores, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from loraformat.checkpoint import LazyTensor
+from loraformat.manifest import TensorRecord
+from loraformat_converters.gguf.blocks import dequantize, quantize
+from loraformat_converters.gguf.types import GGMLType
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Loss", "rounded"]
+
+#: Numbers in a tile, which one thread takes, and in a window, which is handed over.
+_TILE, _WINDOW = 1 << 18, 1 << 21
+#: Numbers whose products are summed in float32, to six digits; sums of sums are float64.
+_SUMMED = 1 << 16
+
+
+@dataclass
+class Loss:
+    """What rounding lost, by tensor of the source: squared error and squared norm."""
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, name: str, error: float, norm: float) -> None:
+        """Add the squares of some numbers of a tensor."""
+        errors, norms = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = errors + error, norms + norm
+
+    @property
+    def total(self) -> float:
+        """Relative RMS error of all weights that were rounded."""
+        error = sum(one for one, _ in self.sums.values())
+        norm = sum(one for _, one in self.sums.values())
+        return sqrt(error / norm) if norm else 0.0
+
+    def records(self, tensors: Mapping[str, LazyTensor]) -> dict[str, TensorRecord]:
+        """Return the errors in the form that reports are made of, to three digits."""
+        return {
+            name: TensorRecord(
+                "dense",
+                tensors[name].dtype,
+                tensors[name].shape,
+                "",
+                relative_rms_error=float(f"{sqrt(error / norm):.3g}") if norm else 0.0,
+            )
+            for name, (error, norm) in self.sums.items()
+        }
+
+
+def rounded(
+    rows_of: Callable[[int, int], torch.Tensor],
+    rows: int,
+    length: int,
+    kind: GGMLType,
+    name: str,
+    loss: Loss | None,
+) -> Iterator[bytes]:
+    """Yield the bytes of a matrix in a type.
+
+    Parameters
+    ----------
+    rows_of : callable
+        Returns rows ``start`` to ``stop``, floating, of any type; called by several threads.
+    rows : int
+    length : int
+        Numbers in a row.
+    kind : GGMLType
+        One of `loraformat_converters.gguf.blocks.QUANTIZABLE`.
+    name : str
+        Of the tensor of the source.
+    loss : Loss or None
+        Where the difference is added up; None if there is none.
+
+    Raises
+    ------
+    UnsupportedError, InputError
+        See `loraformat_converters.gguf.blocks.quantized_tiles`.
+    """
+    from loraformat.kernels.threads import run
+
+    step = max(1, _TILE // max(length, 1))
+    window = step * (_WINDOW // _TILE)
+    for start in range(0, rows, window):
+        stored: dict[int, bytes] = {}
+        lost: dict[int, tuple[float, float]] = {}
+
+        def tile(
+            begin: int,
+            end: int,
+            start: int = start,
+            stored: dict[int, bytes] = stored,
+            lost: dict[int, tuple[float, float]] = lost,
+        ) -> None:
+            values = rows_of(start + begin, start + end)
+            stored[begin] = quantize(values, kind, name)
+            if loss is not None:
+                lost[begin] = _difference(values, stored[begin], kind, name)
+
+        run(tile, min(window, rows - start), step, in_torch=True)
+        for begin in sorted(stored):  # in order, so that the sums are the same every time
+            if loss is not None:
+                loss.add(name, *lost[begin])
+            yield stored[begin]
+
+
+def _difference(
+    values: torch.Tensor, stored: bytes, kind: GGMLType, name: str
+) -> tuple[float, float]:
+    """Return the squared difference between numbers and what was stored of them, and their norm."""
+    import torch
+
+    values = values.to(torch.float32)
+    found = dequantize(memoryview(stored), kind, tuple(values.shape), name, threads=1)
+    off = torch.sub(found, values, out=found).view(-1)
+    return _square(off), _square(values.reshape(-1))
+
+
+def _square(vector: torch.Tensor) -> float:
+    import torch
+
+    return sum(float(torch.dot(piece, piece)) for piece in torch.split(vector, _SUMMED))

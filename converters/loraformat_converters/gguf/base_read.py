@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read"]
 
-_TILE = 1 << 20
+_TILE = 1 << 18
 _PLAIN = ("F32", "F16", "BF16")
 
 
@@ -150,6 +150,8 @@ class _Source:
         """Compute the tensor into one buffer, a tile of rows at a time where rows stay near."""
         import torch
 
+        from loraformat.kernels.threads import run
+
         transform, rows = self.recipe.transform, shape[0]
         heads = transform.heads if isinstance(transform, HeadOrder) else rows
         if len(shape) < 2 or isinstance(transform, Transpose):
@@ -159,23 +161,31 @@ class _Source:
         step = rows // heads * max(1, _TILE // max(rows // heads * shape[1], 1))
         row_bytes = kind.row_bytes(shape[1])
         result = torch.empty(shape, dtype=torch_dtype(self.dtype))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            tile = self._values(
-                view[start * row_bytes : stop * row_bytes], kind, (stop - start, shape[1])
-            )
+
+        def tile(start: int, stop: int) -> None:
+            part = view[start * row_bytes : stop * row_bytes]
+            values = self._values(part, kind, (stop - start, shape[1]), threads=1)
+            here = transform
             if isinstance(transform, HeadOrder):
                 here = HeadOrder((stop - start) * heads // rows, transform.interleaved)
-                tile = here.rows(tile, 0, stop - start)
-            else:
-                tile = transform.rows(tile, 0, stop - start)
-            result[start:stop] = tile
+            result[start:stop] = here.rows(values, 0, stop - start)
+
+        # In the main thread torch would start OpenMP, whose barriers wait for busy cores.
+        run(tile, rows, step, in_torch=True)
         return _bytes(result)
 
-    def _values(self, view: memoryview, kind: GGMLType, shape: tuple[int, ...]) -> torch.Tensor:
+    def _values(
+        self,
+        view: memoryview,
+        kind: GGMLType,
+        shape: tuple[int, ...],
+        *,
+        threads: int | None = None,
+    ) -> torch.Tensor:
         if kind.name == self.dtype:
             return tensor_view(view, self.dtype, shape)
-        return dequantize(view, kind, shape, self.recipe.parts[0].source)
+        name = self.recipe.parts[0].source
+        return dequantize(view, kind, shape, name, threads=threads)
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

@@ -27,14 +27,14 @@ GEMMA = dict(
 
 
 @cache
-def trained(name: str = "llama") -> bytes:
-    """Train a ``tokenizer.model`` on the text of this repository."""
+def trained(name: str = "llama", texts: tuple[str, ...] = tuple(CORPUS), **more: Any) -> bytes:
+    """Train a ``tokenizer.model``, by default on the text of this repository."""
     writer = io.BytesIO()
-    options = {**_TRAINED, **{"llama": {}, "gemma": GEMMA, "unigram": dict(
+    options = {**_TRAINED, **more, **{"llama": {}, "gemma": GEMMA, "unigram": dict(
         model_type="unigram"), "nfkc": dict(normalization_rule_name="nmt_nfkc",
         remove_extra_whitespaces=True)}[name]}  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=writer, **options
+        sentence_iterator=iter(texts), model_writer=writer, **options
     )
     return writer.getvalue()
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from pathlib import Path
 
 import pytest
+import sentencepiece
 from llama_runtime import tokenize
 from loraformat_converters.gguf.container import open_gguf
 from made_spm import add, pieces, tokenizer_json, trained, write
@@ -285,3 +288,19 @@ def test_special_tokens_and_templates_come_back(tmp_path):
         "The  café\n\tx 漢"
     )
     assert text
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_much_text(name, tmp_path):
+    """A part of Python's standard library, cut by four programs."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    text = "".join(file.read_text(encoding="utf-8") for file in files[:60])
+    texts = [text[at : at + 3000] for at in range(0, len(text), 3000)]
+    model = trained(name, tuple(texts[:150]), vocab_size=4000)
+    tokenizer = tokenizer_json(model)
+    source = model_of(tmp_path / "source", None, SPECIAL[name], rows=4000)
+    write(source, tokenizer)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model).encode(texts[-100:])
+    compare(source, tmp_path, texts[-100:])
+    assert ids(source, texts[-100:]) == theirs
+    assert sum(map(len, theirs)) > 50_000

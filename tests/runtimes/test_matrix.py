@@ -51,7 +51,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "pissa": {
         "INIT_MUTATES_BASE": ("vllm sglang lorax llama.cpp ollama mlx", "transformers"),
     },
-    "alora": {"ALORA": ("sglang lorax mlx", "vllm llama.cpp ollama")},
+    "alora": {"ALORA": ("sglang lorax llama.cpp ollama mlx", "vllm")},
     "loha": {
         "METHOD": ("vllm sglang lorax llama.cpp ollama mlx", "transformers"),
     },

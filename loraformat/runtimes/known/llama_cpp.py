@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraformat.runtimes.known.advice import INIT
-from loraformat.runtimes.record import Runtime, differs, mind, refuses, unknown
+from loraformat.runtimes.record import Runtime, differs, refuses, unknown
 from loraformat.runtimes.scaling import by_file_alpha
 
 __all__ = ["LLAMA_CPP"]
@@ -23,7 +23,11 @@ LLAMA_CPP = Runtime(
     scaling=by_file_alpha,
     treats={
         "INIT_MUTATES_BASE": differs("nobody changes the base there", "advice", INIT),
-        "ALORA": mind("the GGUF file carries the tokens, and llama.cpp heeds them", "advice"),
+        "ALORA": differs(
+            "the GGUF file carries the tokens, and llama.cpp begins one token early",
+            "advice",
+            "where a token matters, run it in PEFT",
+        ),
         "DORA": refuses("a GGUF adapter has no place for magnitudes", "merge-gguf"),
         "BIAS": refuses("a GGUF adapter has no place for biases", "merge-gguf"),
         "MODULES_TO_SAVE": refuses(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import peft
 import pytest
@@ -18,7 +20,7 @@ from bases import (
 from llama_runtime import embeddings, log_probabilities
 from loraformat_converters.gguf.container import open_gguf
 from peer_files import write_peer_lora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.ops.convert import convert
@@ -209,8 +211,13 @@ def test_rows_that_fill_no_block_are_f16_and_said_to_be(base, tmp_path):
         ("llama", {"modules_to_save": ["norm"]}, "norms"),
         ("llama", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "lm_head"),
         ("llama", {"trainable_token_indices": [3, 4], "target_modules": ["q_proj"]}, "rows"),
+        ("llama", {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}, "embed"),
         ("llama-tied", {"target_modules": ["lm_head"]}, "tied"),
+        ("gemma2", {"target_modules": ["lm_head"]}, "tied"),
         ("llama-tied", {"target_modules": ["embed_tokens"]}, "tied"),
+        ("gemma2", {"target_modules": ["embed_tokens"]}, "tied"),
+        ("gemma3_text", {"target_modules": ["embed_tokens"]}, "tied"),
+        ("gpt2", {"target_modules": ["wte"]}, "tied"),
     ],
 )
 def test_what_llama_cpp_would_compute_wrongly_is_refused(base, name, options, reason, tmp_path):
@@ -259,6 +266,36 @@ def test_peft_computes_with_what_comes_back(base, name, tmp_path):
     convert(tmp_path / "lora.gguf", tmp_path / "back", base=path)
     model = peft.PeftModel.from_pretrained(model_of(path, name), tmp_path / "back")
     assert apart(run(model.eval(), name), wanted) < 1e-5
+
+
+def test_experts_with_a_lora_each_are_stacked(base, tmp_path):
+    """As PEFT made them before transformers 5; of one rank each, and not for all experts."""
+    path, gguf = base("mixtral")
+    random = torch.Generator().manual_seed(0)
+    weights = load_file(path / "model.safetensors")
+    factors, changed = {}, dict(weights)
+    for layer, expert, name, rank in ((0, 0, "w1", 2), (0, 3, "w1", 4), (1, 2, "w2", 3)):
+        module = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        rows, columns = weights[f"{module}.weight"].shape
+        a = torch.randn(rank, columns, generator=random) * 0.2
+        b = torch.randn(rows, rank, generator=random) * 0.2
+        factors[f"base_model.model.{module}.lora_A.weight"] = a
+        factors[f"base_model.model.{module}.lora_B.weight"] = b
+        changed[f"{module}.weight"] = weights[f"{module}.weight"] + 6 / rank * b @ a
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {"0.w1": 2, "3.w1": 4, "2.w2": 3}
+    config = peft.LoraConfig(r=8, lora_alpha=6, target_modules=["w1", "w2"], rank_pattern=ranks)
+    config.save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "lora.gguf", base=path)
+    with open_gguf(tmp_path / "lora.gguf") as file:
+        assert file.tensors["blk.0.ffn_gate_exps.weight.lora_a"].shape == (4, 4, 64)
+    shutil.copytree(path, tmp_path / "changed")
+    save_file(changed, tmp_path / "changed" / "model.safetensors", {"format": "pt"})
+    wanted = run(model_of(tmp_path / "changed", "mixtral"), "mixtral")
+    found = by_llama_cpp("mixtral", gguf, [(tmp_path / "lora.gguf", 1.0)])
+    assert apart(found, wanted) < tolerance("mixtral")
+    assert apart(plain("mixtral", gguf), wanted) > 1e-3
 
 
 def test_it_can_be_shown_and_verified(base, tmp_path):

@@ -98,6 +98,7 @@ BERT = Architecture(
     keys=_keys,
     config=_config,
     head=None,
+    generates=False,
     bases=("", "bert."),
     unused=("pooler.", "cls.", "embeddings.position_ids"),
     notes=lambda config: ["llama.cpp's bert has no pooler and no head: embeddings only"],

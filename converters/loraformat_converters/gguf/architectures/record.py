@@ -49,6 +49,8 @@ class Architecture:
         Says what llama.cpp does differently, as sentences.
     head : Row or None
         The output head, if it may be a tensor of its own; tied heads have none.
+    generates : bool
+        Has an output head at all.
     bases : tuple of str
         What may precede the layers in tensor names; the first is what is written.
     unused : tuple of str
@@ -66,9 +68,14 @@ class Architecture:
     tensors: Callable[[Config], dict[str, list[float]]] = _no_tensors
     notes: Callable[[Config], list[str]] = _no_notes
     head: Row | None = field(default_factory=lambda: Row("output.weight", "lm_head.weight"))
+    generates: bool = True
     bases: tuple[str, ...] = ("model.", "")
     unused: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
+
+    def head_is_embedding(self, config: Config) -> bool:
+        """Tell whether the embedding is the output head, too."""
+        return self.generates and (self.head is None or config.tied)
 
     def metadata(self, config: Config) -> Keys:
         """Return the architecture's keys.

@@ -169,7 +169,7 @@ class _Reader:
             found[module] = fused(module, parts)
         if not found:
             raise InputError("holds no LoRA factors", path=self.path)
-        task = "FEATURE_EXTRACTION" if self.known.architecture.head is None else "CAUSAL_LM"
+        task = "CAUSAL_LM" if self.known.architecture.generates else "FEATURE_EXTRACTION"
         return Adapter(
             path=self.path,
             format="gguf-lora",

@@ -69,7 +69,7 @@ def refuse_homeless(
 ) -> UnsupportedError:
     """Return the error for a delta that no GGUF tensor takes."""
     module = delta.target.removesuffix(".weight")
-    if architecture.head is not None and config.tied and module.endswith("lm_head"):
+    if architecture.head_is_embedding(config) and module.endswith("lm_head"):
         return _refused(
             adapter, delta.target, "changes",
             "the head is tied to the embedding, so that llama.cpp has no tensor for it",
@@ -94,13 +94,16 @@ def refuse_embedding(
     ------
     UnsupportedError
     """
-    if architecture.head is not None and config.tied:
+    if architecture.head_is_embedding(config):
         raise UnsupportedError(
             f"changes {printable(delta.target)}, to which the head is tied: llama.cpp would "
             "abort, as it would use the delta for the head, too",
             path=adapter.path,
-            hint=f"{_MERGE}; or make the base with a head of its own (tie_word_embeddings false "
-            "and lm_head.weight, a copy), and name that with --base",
+            hint=_MERGE
+            if architecture.head is None
+            else f"{_MERGE}; or make the base with a head "
+            "of its own (tie_word_embeddings false and lm_head.weight, a copy), and name that with "
+            "--base",
         )
 
 

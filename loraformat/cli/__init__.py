@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import clean
+from loraformat.cli.console import Resumable, clean
 from loraformat.errors import LoraFormatError
 from loraformat.version import __version__
 
@@ -31,8 +31,10 @@ _VERBS = {
     "combine": "Make one adapter from several.",
     "convert": "Convert a model from one format to another.",
     "demo": "Run every verb on the small real model and its adapters.",
+    "eval": "Measure loss and perplexity, without and with adapters.",
     "extract": "Extract an adapter from a base and its fine-tune.",
     "formats": "List converters, directions and what each loses.",
+    "generate": "Let a model write on, with or without an adapter.",
     "info": "Show what a model is, without reading its weights.",
     "merge": "Merge adapters into a base, into a new model.",
     "pull": "Fetch a repository from the Hub, every file compared by hash.",
@@ -40,6 +42,7 @@ _VERBS = {
     "reduce": "Reduce an adapter's rank with the least error.",
     "remove": "Remove an adapter from a bundle.",
     "spectrum": "Show which ranks an adapter uses.",
+    "train": "Train an adapter on a bundle that stays on the disk.",
     "unmerge": "Take merged adapters out of a model again.",
     "verify": "Check every rule and every hash.",
 }
@@ -109,8 +112,10 @@ def _run(arguments: list[str]) -> int:
         return 2 if isinstance(error, click.UsageError) else 1
     except LoraFormatError as error:
         return _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        again = shlex.join(["loraformat", *arguments])
+    except (KeyboardInterrupt, click.Abort) as stop:
+        goes_on = isinstance(stop.__cause__, Resumable)  # click makes an Abort of it
+        more = ["--resume"] if goes_on and "--resume" not in arguments else []
+        again = shlex.join(["loraformat", *arguments, *more])
         return _fail(f"interrupted; nothing is broken. To continue, run: {again}", _INTERRUPTED)
     except BrokenPipeError:
         _drop_stdout()  # whoever read our output has left

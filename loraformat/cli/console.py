@@ -11,8 +11,11 @@ from typing import Any
 
 import click
 
+from loraformat.sizes import parse_size
+
 __all__ = [
     "ByteSize",
+    "Resumable",
     "clean",
     "echo_json",
     "json_option",
@@ -22,10 +25,6 @@ __all__ = [
     "size",
     "table",
 ]
-
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", 1):
-    _UNITS |= {f"{_letter}B": 1000**_power, _letter: 1000**_power, f"{_letter}IB": 1024**_power}
 
 
 def _silence_hub(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
@@ -40,6 +39,10 @@ quiet_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
+class Resumable(KeyboardInterrupt):
+    """An interruption after which the same command goes on, with ``--resume``."""
+
+
 class ByteSize(click.ParamType[int]):
     """A size such as 2GB, 500MB or 1GiB, as bytes."""
 
@@ -49,10 +52,10 @@ class ByteSize(click.ParamType[int]):
         """Return the number of bytes."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?I?B?)\s*", value.upper())
-        if match is None or match[2] not in _UNITS or not float(match[1]):
-            self.fail(f"{value!r} is not a size such as 2GB or 500MiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def size(nbytes: float) -> str:

@@ -13,19 +13,25 @@ if TYPE_CHECKING:
     from loraformat.train.lora_options import LoraOptions as LoraOptions
     from loraformat.train.model import TrainableModel as TrainableModel
     from loraformat.train.opening import load as load
+    from loraformat.train.options import TrainOptions as TrainOptions
+    from loraformat.train.run import train as train
 
 _HOMES = {
     "Batch": ("loraformat.train.batch", "Batch"),
     "LoraOptions": ("loraformat.train.lora_options", "LoraOptions"),
+    "TrainOptions": ("loraformat.train.options", "TrainOptions"),
     "TrainableModel": ("loraformat.train.model", "TrainableModel"),
     "load": ("loraformat.train.opening", "load"),
+    "train": ("loraformat.train.run", "train"),
 }
 
 __all__ = [
     "Batch",
     "LoraOptions",
+    "TrainOptions",
     "TrainableModel",
     "load",
+    "train",
 ]
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol
@@ -21,7 +21,9 @@ from loraformat.train.gradients import clipped_mean, flat, non_finite, spread
 
 __all__ = ["Differentiable", "StepSums", "accumulate", "add_up", "joined", "mean_gradient"]
 
-_SHOWN_ROWS = 12
+_SHOWN_SAMPLES = 4
+
+Place = Callable[[int], str]
 
 
 class Differentiable(Protocol):
@@ -60,6 +62,7 @@ def accumulate(
     step: int,
     world: World,
     layer_major: bool = False,
+    place: Place = str,
 ) -> StepSums:
     """Add the gradients of micro-batches up in the parameters' ``grad``.
 
@@ -75,6 +78,8 @@ def accumulate(
     world : World
     layer_major : bool
         All micro-batches go through a layer before the next layer is read.
+    place : callable
+        Says where a sample stands in the data, for messages.
 
     Raises
     ------
@@ -91,7 +96,9 @@ def accumulate(
             continue
         torch.manual_seed(_random_state(seed, step, number * world.size + world.rank))
         value = model.loss(batch, rows_at_once=rows if whole else None)
-        loss += _finite(float(value.detach()), batch, step)
+        if not math.isfinite(number_of := float(value.detach())):
+            raise _diverged(f"the loss of step {step + 1} is {number_of}", [batch], place)
+        loss += number_of
         value.backward()  # type: ignore[no-untyped-call]
         total += batch.trained
     return StepSums(loss, total, tokens)
@@ -102,16 +109,10 @@ def _random_state(seed: int, step: int, number: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _finite(value: float, batch: Batch, step: int) -> float:
-    if not math.isfinite(value):
-        raise _diverged(f"the loss of step {step + 1} is {value}", [batch])
-    return value
-
-
-def _diverged(what: str, batches: Sequence[Batch]) -> DivergedError:
+def _diverged(what: str, batches: Sequence[Batch], place: Place) -> DivergedError:
     rows = [number for batch in batches for row in batch.samples for number in row]
-    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
-    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+    shown = ", ".join(map(place, rows[:_SHOWN_SAMPLES]))
+    more = f" and {len(rows) - _SHOWN_SAMPLES} more" if len(rows) > _SHOWN_SAMPLES else ""
     return DivergedError(
         f"{what}, with the samples {shown}{more}; nothing was updated with it",
         hint="look at them, or use a smaller --lr or --clip; the last checkpoint is whole",
@@ -182,6 +183,7 @@ def mean_gradient(
     limit: float | None,
     batches: Sequence[Batch],
     step: int,
+    place: Place = str,
 ) -> float:
     """Divide summed gradients by the learned tokens, bound their norm, and return it.
 
@@ -193,5 +195,5 @@ def mean_gradient(
     length = clipped_mean(parameters.values(), sums.trained, limit)
     if not math.isfinite(length):
         name = non_finite(parameters) or "one parameter"
-        raise _diverged(f"the gradient of {name} in step {step + 1} is not finite", batches)
+        raise _diverged(f"the gradient of {name} in step {step + 1} is not finite", batches, place)
     return length

@@ -130,6 +130,8 @@ class Loop:
         Measures the held-out loss.
     sample : callable, optional
         Returns pairs of a prompt and its continuation.
+    place : callable
+        Says where a sample stands in the data.
     observe : callable
         Told of every step, evaluation, sample and checkpoint.
     """
@@ -147,6 +149,7 @@ class Loop:
     device: str = "cpu"
     evaluate: Callable[[], HeldOutLoss] | None = None
     sample: Callable[[], list[tuple[str, str]]] | None = None
+    place: Callable[[int], str] = str
     observe: Observer = lambda event: None
 
     def __post_init__(self) -> None:
@@ -232,7 +235,7 @@ class Loop:
                 batches, places = self._take()
                 sums = accumulate(
                     self.model, batches, seed=self.options.seed, step=self.state.step,
-                    world=self.world, layer_major=self.options.layer_major,
+                    world=self.world, layer_major=self.options.layer_major, place=self.place,
                 )  # fmt: skip
             flags = [interruption.wanted, self.world.leads and self._is_late()]
             sums = add_up(sums, self._parameters, self.world, flags)
@@ -257,8 +260,9 @@ class Loop:
         rate = self.schedule(self.state.step)
         if not sums.trained:
             return rate, 0.0
-        step, clip = self.state.step, self.options.clip
-        length = mean_gradient(self._parameters, sums, clip, batches, step)
+        length = mean_gradient(
+            self._parameters, sums, self.options.clip, batches, self.state.step, self.place
+        )
         self.optimizer.step(rate)
         return rate, length
 

@@ -1,5 +1,6 @@
 """What the documents show is run: every command of the README, every block of Python."""
 
+import json
 import re
 import shlex
 import shutil
@@ -32,6 +33,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for adapter, names in (("manual", ("A", "my-adapter")), ("tests", ("B", "other-adapter"))):
         for name in names:
             shutil.copytree(ADAPTERS[adapter], tmp_path / name)
+    for name in ("data.jsonl", "held-out.jsonl"):
+        rows = [{"prompt": "To be", "completion": f" or not to be, {n}"} for n in range(6)]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -63,6 +67,19 @@ def test_gguf_commands_run_in_order(workplace: Path) -> None:
     for line in lines:
         result = run(line)
         assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
+def test_training_commands_run_in_order(workplace: Path) -> None:
+    lines = commands("docs/training.md")
+    assert len(lines) >= 5
+    for line in lines:
+        result = run(line)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+    for directory in (workplace / "mine", workplace / "mine.run"):
+        shutil.rmtree(directory)
+    (snippet,) = blocks("docs/training.md", "python")
+    exec(compile(snippet, "docs/training.md", "exec"), {})
+    assert (workplace / "mine" / "adapter_model.safetensors").exists()
 
 
 def test_runtime_commands_run_in_order(workplace: Path) -> None:

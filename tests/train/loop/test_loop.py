@@ -14,7 +14,8 @@ from loraformat.train.distributed import World
 from loraformat.train.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.loop import Loop, LoopOptions
 from loraformat.train.metrics import Metrics, read_metrics
-from loraformat.train.optimizer import Optimizer, OptimizerOptions
+from loraformat.train.optimizer import Optimizer
+from loraformat.train.optimizer_options import OptimizerOptions
 from loraformat.train.run_state import RunState
 from loraformat.train.schedule import Schedule
 from tests.train.loop.fakes import FakeData, FakeModel, batch

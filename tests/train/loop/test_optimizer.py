@@ -10,7 +10,8 @@ from loraformat.errors import InputError, ResourceError, UsageError
 from loraformat.train.disk_states import DiskStates
 from loraformat.train.gradients import clipped_mean, flat, non_finite, norm, spread
 from loraformat.train.memory import resident
-from loraformat.train.optimizer import OPTIMIZERS, Optimizer, OptimizerOptions, state_bytes
+from loraformat.train.optimizer import Optimizer
+from loraformat.train.optimizer_options import OPTIMIZERS, OptimizerOptions, state_bytes
 from loraformat.train.schedule import Schedule
 
 SHAPES = {"a": (16, 96), "b": (130, 64), "magnitude": (130,)}

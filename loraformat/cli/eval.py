@@ -1,0 +1,52 @@
+"""``loraformat eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loraformat.cli.console import echo_json, json_option, quiet_option, say, table
+from loraformat.cli.train_options import chosen, data_settings, machine_settings, setting_options
+
+_EXAMPLE = """\b
+Example:
+  loraformat eval my-bundle held-out.jsonl --adapter my-adapter
+  loraformat eval my-bundle held-out.txt --adapter first --adapter second --json
+"""
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("base")
+@click.argument("data", nargs=-1, required=True)
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="ADAPTER",
+    help="Measure the base with this adapter, too. Repeatable.",
+)  # fmt: skip
+@setting_options((*data_settings(), *machine_settings()))
+@json_option
+@quiet_option
+def command(adapters: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+    """Measure loss and perplexity on held-out data: the base, and beside it each adapter.
+
+    The loss is the mean negative log-likelihood of a learned token, in nats, and the perplexity
+    its exponential; masks and rows are those of training.
+    """
+    options = chosen(given, None)
+    from loraformat.cli.train_progress import TrainingBar
+    from loraformat.train.compare import evaluate
+
+    with TrainingBar(quiet=quiet) as bar:
+        found = evaluate(options, adapters, tell=bar.batches, progress=bar.rows)
+    if as_json:
+        echo_json("eval", found.to_json())
+    elif not quiet:
+        base = found.losses[found.base].loss
+        rows = [
+            [Path(name).name, f"{one.loss:.4f}", f"{one.perplexity:.4f}", f"{one.loss - base:+.4f}"]
+            for name, one in found.losses.items()
+        ]
+        tokens = found.losses[found.base].tokens
+        say(table(["model", "loss", "perplexity", "change"], rows))
+        say(f"\n{tokens:,} tokens")

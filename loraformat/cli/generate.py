@@ -1,0 +1,90 @@
+"""``loraformat generate``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from loraformat.cli.console import echo_json, json_option, quiet_option
+from loraformat.cli.train_options import chosen, machine_settings, setting_options
+from loraformat.errors import InputError, UsageError
+
+_EXAMPLE = """\b
+Example:
+  loraformat generate my-bundle --prompt "Once upon a time" --max-tokens 64
+  loraformat generate my-bundle --adapter my-adapter --chat --prompt "What is NF4?"
+"""
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("base")
+@click.option("--adapter", metavar="ADAPTER", help="Apply this adapter.")
+@click.option("--prompt", metavar="TEXT", help="What to write on; - reads it from stdin.",
+              required=True)  # fmt: skip
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--system", metavar="TEXT", help="With --chat: the system message.")
+@click.option("--max-tokens", type=int, default=256, show_default=True, metavar="N",
+              help="Most new tokens.")  # fmt: skip
+@click.option("--temperature", type=float, default=0.7, show_default=True, metavar="T",
+              help="0 takes the likeliest token each time.")  # fmt: skip
+@click.option("--top-p", type=float, default=0.95, show_default=True, metavar="P",
+              help="Draw from the likeliest tokens of this probability.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="The same seed writes the same text.")  # fmt: skip
+@setting_options(machine_settings())
+@json_option
+@quiet_option
+def command(
+    adapter: str | None,
+    prompt: str,
+    chat: bool,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Let a model write on from a prompt; the text appears as it is written.
+
+    The base stays mapped: what does not fit in memory can be tried out, slowly.
+    """
+    if system and not chat:
+        raise UsageError("a system message needs a chat", hint="add --chat")
+    options = chosen({**given, "adapter": adapter}, None)
+    text = _stdin() if prompt == "-" else prompt
+    from loraformat.train.generation import GenerationOptions
+    from loraformat.train.write_on import write_on
+
+    drawn = GenerationOptions(max_tokens, temperature, top_p, seed)
+
+    def show(piece: str) -> None:
+        click.echo(_clean_text(piece), nl=False)
+        sys.stdout.flush()
+
+    silent = as_json or quiet
+    found = write_on(
+        options, text, drawn, chat=chat, system=system,
+        tell=(lambda piece: None) if silent else show,
+    )  # fmt: skip
+    if as_json:
+        echo_json("generate", found.to_json())
+    elif not quiet:
+        click.echo()
+        click.echo(f"{found.tokens} tokens, {found.tokens_per_second:.1f} per second", err=True)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt on stdin is not UTF-8 at byte {error.start}") from None
+
+
+def _clean_text(text: str) -> str:
+    """Keep line breaks and tabs; nothing else that a model writes may move a cursor."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,94 @@
+"""``loraformat train``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loraformat.cli.console import Resumable, echo_json, json_option, quiet_option, say
+from loraformat.cli.options import dry_run_option, force_option
+from loraformat.cli.train_options import chosen, setting_options
+
+_EXAMPLE = """\b
+Example:
+  loraformat train my-bundle data.jsonl -o my-adapter --rank 16 --alpha 32 --epochs 1
+  loraformat train my-bundle data.jsonl -o my-adapter --dry-run --max-memory 4GB
+  loraformat train --config run.yaml --lr 1e-4
+  loraformat train my-bundle data.jsonl -o my-adapter --resume
+  torchrun --nproc-per-node 2 -m loraformat train my-bundle data.jsonl -o my-adapter
+"""
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("base", required=False)
+@click.argument("data", nargs=-1)
+@click.option("-o", "--output", metavar="ADAPTER", help="The new adapter.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE",
+    help="YAML with any of these options, base, data and output; flags override it.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
+@setting_options()
+@force_option("the adapter and the run that stand there")
+@dry_run_option("Print the memory plan, steps and a measured estimate of the time; train nothing.")
+@json_option
+@quiet_option
+def command(
+    config: Path | None,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Train a LoRA adapter on a bundle that never has to fit in memory.
+
+    BASE is a bundle, DATA are JSONL, JSON, CSV, Parquet or text files, directories of them, or
+    datasets on the Hub, with rows of {"text"}, {"prompt", "completion"} or {"messages"}. The base
+    stays mapped on the disk; each layer is decoded when it is computed, and let go.
+
+    Checkpoints, record and loss curve lie in ADAPTER.run. After Ctrl-C or a crash, the same
+    command with --resume comes to the same bytes as a run without the interruption.
+    """
+    from loraformat.cli.train_progress import TrainingBar
+
+    options = chosen(given, config or _config_of_run(given, resume))
+    with TrainingBar(quiet=quiet or not _leads()) as bar:
+        from loraformat.train.run import train
+
+        try:
+            report = train(
+                options, resume=resume, force=force, dry_run=dry_run,
+                announce=lambda plan: None if dry_run else bar.announce(plan),
+                observe=bar.observe, progress=bar.rows,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            if _leads():
+                raise Resumable from None
+            raise click.exceptions.Exit(130) from None
+    if not _leads():
+        return
+    if as_json:
+        echo_json("train", report.to_json())
+    elif not quiet:
+        lines = report.plan_lines() if dry_run else report.done_lines()
+        say("\n".join([*lines, *(f"note: {note}" for note in report.notes)]))
+
+
+def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:
+    """Return the options of the run that goes on; so ``-o ADAPTER --resume`` is enough."""
+    if not resume or not given["output"]:
+        return None
+    from loraformat.train.run_directory import RunDirectory
+
+    path = RunDirectory(Path(given["output"])).config
+    return path if path.is_file() else None
+
+
+def _leads() -> bool:
+    """Tell whether this process talks: of those that torchrun started, the first."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,121 @@
+"""What ``train`` shows on stderr: the plan, one sample, a bar with loss, speed and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from loraformat.cli.console import clean, size
+
+__all__ = ["TrainingBar"]
+
+
+class TrainingBar:
+    """Draws what it is told; a context manager.
+
+    Parameters
+    ----------
+    quiet : bool
+        Draw nothing.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._steps = 0
+        self._held = ""
+
+    def __enter__(self) -> TrainingBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def rows(self, done: int, total: int) -> None:
+        """Show how many rows of the data were looked at."""
+        if self._quiet:
+            return
+        self._draw("data", "row", total)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
+    def batches(self, name: str, done: int, total: int) -> None:
+        """Show how many batches of held-out data were measured."""
+        if self._quiet:
+            return
+        self._draw(Path(name).name, "batch", total)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
+    def announce(self, report: Any) -> None:
+        """Show the plan, and one sample with what is learned of it."""
+        self._steps = report.steps
+        if self._quiet:
+            return
+        self.close()
+        for line in report.plan_lines():
+            click.echo(clean(line), err=True)
+        click.echo("a sample, what is learned between ⟦ and ⟧:", err=True)
+        for line in _first_lines(report.preview):
+            click.echo(f"  {clean(line)}", err=True)
+
+    def observe(self, event: dict[str, Any]) -> None:
+        """Show a step, an evaluation, a sample."""
+        if self._quiet:
+            return
+        if event["event"] == "step":
+            self._step(event)
+        elif event["event"] == "evaluation":
+            self._held = f"{event['eval_loss']:.4f}"
+            self._say(
+                f"step {event['step']}: held-out loss {event['eval_loss']:.4f}, "
+                f"perplexity {event['eval_perplexity']:.4g}"
+            )
+        elif event["event"] == "sample":
+            self._say(f"{event['prompt']}⟦{event['text']}⟧")
+
+    def _step(self, event: dict[str, Any]) -> None:
+        self._draw("train", "step", self._steps)
+        shown = {
+            "loss": f"{event['loss']:.4f}",
+            "tokens/s": f"{event['tokens_per_second']:.0f}",
+            "memory": size(event["memory"]),
+        }
+        if self._held:
+            shown["held-out"] = self._held
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(event["step"] - self._bar.n)
+
+    def _draw(self, label: str, unit: str, total: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=label, unit=unit, total=total, disable=None)
+        self._bar.total = total
+
+    def _say(self, text: str) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode():
+            click.echo("\n".join(map(clean, text.split("\n"))), err=True)
+
+
+def _first_lines(text: str, lines: int = 12, width: int = 400) -> list[str]:
+    shown = [line if len(line) <= width else line[:width] + " …" for line in text.split("\n")]
+    return shown if len(shown) <= lines else [*shown[:lines], "…"]

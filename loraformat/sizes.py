@@ -1,0 +1,30 @@
+"""Sizes as people write them: 2GB, 500MB, 1GiB."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["parse_size"]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS |= {f"{_letter}B": 1000**_power, _letter: 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or zero.
+
+    Examples
+    --------
+    >>> parse_size("2GB"), parse_size("1.5 KiB"), parse_size("12")
+    (2000000000, 1536, 12)
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?I?B?)\s*", text.upper())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
+        raise ValueError(f"{text!r} is not a size such as 2GB or 500MiB")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,136 @@
+"""Where a run keeps what is not the adapter: checkpoints, record, picture, options.
+
+::
+
+    my-adapter               the result: a PEFT adapter, when the run is done
+    my-adapter.run/
+        run.yaml             the options as they took effect
+        metrics.jsonl        one line per step, evaluation and sample
+        loss.png             the loss curve
+        checkpoints/         step-00000012, …, best
+        tensorboard/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from loraformat.bundle_update import adapter_place
+from loraformat.durable import locked, new_file, sync_directory, write_all
+from loraformat.errors import OutputError
+from loraformat.publish import disk_full
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """The directory of one run.
+
+    Parameters
+    ----------
+    output : Path
+        Where the adapter shall appear.
+
+    Attributes
+    ----------
+    path : Path
+        ``OUTPUT.run``; for an adapter in a bundle ``BUNDLE.NAME.run``, beside the bundle.
+    """
+
+    def __init__(self, output: Path) -> None:
+        place = adapter_place(output)
+        absolute = Path(os.path.abspath(output))
+        self.path = absolute.with_name(absolute.name + ".run")
+        if place is not None:
+            self.path = place.bundle.with_name(f"{place.bundle.name}.{place.name}.run")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The record."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The options."""
+        return self.path / "run.yaml"
+
+    @property
+    def picture(self) -> Path:
+        """The loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard reads."""
+        return self.path / "tensorboard"
+
+    def is_used(self) -> bool:
+        """Tell whether a run has been here."""
+        return self.metrics.exists() or self.checkpoints.exists()
+
+    def begin(self, *, force: bool) -> None:
+        """Make the directory for a new run.
+
+        Raises
+        ------
+        OutputError
+            If a run has been here, unless ``force`` says that it may go, or something else is.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError("is not a directory", path=self.path, hint="move it away")
+        if self.is_used():
+            if not force:
+                raise OutputError(
+                    "holds a run already", path=self.path,
+                    hint="go on with it: --resume; or begin anew, and lose it: --force",
+                )  # fmt: skip
+            self._clear()
+        try:
+            self.path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise disk_full(error, self.path) from error
+
+    def _clear(self) -> None:
+        for directory in (self.checkpoints, self.tensorboard):
+            if directory.is_dir() and not directory.is_symlink():
+                shutil.rmtree(directory)
+        for file in (self.metrics, self.config, self.picture):
+            file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from training here meanwhile.
+
+        Raises
+        ------
+        OutputError
+            If one does.
+        """
+        with locked(self.path) as free:
+            if not free:
+                raise OutputError(
+                    "is being written by another process", path=self.path,
+                    hint="wait for it to end",
+                )  # fmt: skip
+            yield
+
+    def write_config(self, text: str) -> None:
+        """Write the options, whole or not at all."""
+        beside = self.config.with_name(self.config.name + ".tmp")
+        try:
+            with new_file(beside) as file:
+                write_all(file, text.encode("utf-8"))
+                os.fsync(file.fileno())
+            os.replace(beside, self.config)
+            sync_directory(self.path)
+        except OSError as error:
+            raise disk_full(error, self.path) from error

@@ -1,0 +1,90 @@
+"""The memory plan: its sums, its advice, and that what it bounds stays below."""
+
+import json
+
+import pytest
+
+from loraformat.errors import ResourceError
+from loraformat.train.plan import Shape, advise, plan_memory
+from loraformat.train.report import duration
+
+SEVENTY = Shape(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 828_000_000)
+
+
+def plan(shape=SEVENTY, **changes):
+    members = {"rows": 2, "length": 512, "process": 240_000_000, **changes}
+    return plan_memory(shape, **members)
+
+
+def test_adam_states_are_two_numbers_each():
+    assert plan().optimizer == 8 * SEVENTY.trained
+    assert plan(states="disk").optimizer == 0
+    assert plan(optimizer="sgd").optimizer == 0
+    assert 2 * SEVENTY.trained < plan(optimizer="adamw-8bit").optimizer < 2.1 * SEVENTY.trained
+
+
+def test_one_activation_per_layer_and_what_a_layer_holds():
+    small, large = plan(), plan(length=1024)
+    assert large.activations == 2 * small.activations
+    assert small.activations > 1024 * 8192 * 4 * 81
+    assert large.mapped == small.mapped == 2 * SEVENTY.layer_bytes
+
+
+def test_advice_has_numbers_the_largest_first():
+    said = plan(limit=8 * 10**9)
+    advice = advise(said, length=512, rows=2, optimizer="adamw", states="memory", rank=64)
+    assert advice == [
+        "--rank 32 saves about 6.6 GB",
+        "--optimizer-states disk saves about 6.6 GB",
+        "--optimizer adamw-8bit saves about 5.0 GB",
+        "--seq-len 256 saves about 1.9 GB",
+        "one row at a time (--batch-size 1, no --layer-major) saves about 1.9 GB",
+    ]
+    with pytest.raises(ResourceError) as caught:
+        said.refuse_if_too_much(advice)
+    assert caught.value.exit_code == 6
+    assert "8.0 GB are allowed" in str(caught.value)
+    assert "optimizer 6.6 GB" in str(caught.value)
+    plan(limit=10**12).refuse_if_too_much(advice)
+
+
+def test_the_plan_for_people():
+    lines = plan(limit=10**12).lines()
+    assert lines[0] == "base on disk 39.5 GB, mapped, never loaded whole"
+    assert "of 1000.0 GB allowed" in lines[1]
+    assert duration(59.96) == "60.0 s"
+
+
+MEASURED = """
+import json, resource, sys
+from pathlib import Path
+from loraformat.train.run import train
+from loraformat.train import memory
+from tests.train.loop.tiny_runs import options
+where = Path(sys.argv[1])
+planned = {}
+def announce(report):
+    planned.update(report.plan.to_json())
+train(options(where / "bundle", where / "data.jsonl", where / "out", rank=32, batch_size=4,
+              seq_len=128, grad_accum=1, steps=2, dropout=0.0, packing=True), announce=announce)
+print(json.dumps({"plan": planned, "peak": memory.peak()}))
+"""
+
+
+def test_the_plan_bounds_what_is_measured(start, tmp_path):
+    """Of a model that is large enough to matter beside the process: 6 layers of 512."""
+    from tests.train.loop import tiny_runs
+    from tests.train.loop.tiny_runs import write_rows
+
+    tiny_runs.make_bundle(
+        tmp_path, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
+    )  # fmt: skip
+    write_rows(tmp_path / "data.jsonl", 400)
+    process = start("-c", MEASURED, tmp_path, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
+                    cwd=".")  # fmt: skip
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    told = json.loads(out.splitlines()[-1])
+    grown = told["peak"] - told["plan"]["process"]
+    planned = told["plan"]["total"] - told["plan"]["process"]
+    assert grown < planned < 3 * grown

@@ -1,0 +1,307 @@
+"""Whole runs of a tiny model: what they write, and that they come to the same bytes again."""
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraformat.errors import DivergedError, InputError, OutputError, ResourceError, UsageError
+from loraformat.ops.convert import convert
+from loraformat.train import saved_state
+from loraformat.train.data.tokenizer import open_tokenizer
+from loraformat.train.metrics import read_metrics
+from tests.train.loop.tiny_runs import files_of, write_rows
+
+
+def losses(output):
+    record = read_metrics(output.with_name(output.name + ".run") / "metrics.jsonl")
+    return [line["loss"] for line in record if "loss" in line]
+
+
+class Killed(BaseException):
+    pass
+
+
+def killer(step, event="checkpoint"):
+    """Ends the run as a kill would, after the checkpoint of a step."""
+
+    def observe(told):
+        if told["event"] == event and told["step"] == step:
+            raise Killed
+
+    return observe
+
+
+def test_a_run_learns_and_says_so(train_to, tmp_path, place):
+    told = []
+    report = train_to(
+        tmp_path / "a", epochs=12, observe=told.append, eval=(str(place / "held.jsonl"),),
+        eval_every=20, prompt=("bell book",), plot=True,
+    )  # fmt: skip
+    facts = report.facts
+    assert facts["last_loss"] < facts["first_loss"] - 1
+    assert facts["heldout_after"] < facts["heldout_before"] - 1
+    assert facts["data"]["files"][0]["name"] == "data.jsonl"
+    assert facts["data"]["files"][0]["rows"] == 40
+    assert len(facts["data"]["files"][0]["sha256"]) == 64
+    assert facts["steps"] == report.steps == len(losses(tmp_path / "a"))
+    assert facts["trained_tokens"] == 12 * facts["data"]["trained_tokens"]
+    record = json.loads((tmp_path / "a" / "training_record.json").read_text())
+    assert record["training"] == json.loads(json.dumps(facts))
+    directory = tmp_path / "a.run"
+    assert {path.name for path in directory.iterdir()} == {
+        "checkpoints", "metrics.jsonl", "run.yaml", "loss.png",
+    }  # fmt: skip
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    kinds = {event["event"] for event in told}
+    assert kinds == {"step", "evaluation", "sample", "checkpoint"}
+    last = directory / "checkpoints" / saved_state.name_of(report.steps)
+    saved = load_file(saved_state.adapter_of(last) / "adapter_model.safetensors")
+    final = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert all(torch.equal(final[name], saved[name]) for name in final)
+
+
+def test_the_same_options_write_the_same_bytes(train_to, tmp_path):
+    for name in ("a", "b"):
+        train_to(tmp_path / name)
+    one, other = files_of(tmp_path / "a"), files_of(tmp_path / "b")
+    assert one.pop("training_record.json") != other.pop("training_record.json")  # the output's name
+    assert one == other
+
+
+def test_another_seed_writes_others(train_to, tmp_path):
+    train_to(tmp_path / "a")
+    train_to(tmp_path / "b", seed=1)
+    one, other = files_of(tmp_path / "a"), files_of(tmp_path / "b")
+    assert one["adapter_model.safetensors"] != other["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_killed_and_gone_on_is_bit_for_bit(train_to, tmp_path, step):
+    """P7."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    os.chdir(tmp_path / "whole")
+    train_to_here = lambda **more: train_to("a", **more)  # noqa: E731
+    train_to_here()
+    os.chdir(tmp_path / "killed")
+    with pytest.raises(Killed):
+        train_to_here(save_every=step, observe=killer(step))
+    report = train_to_here(resume=True)
+    assert report.notes == []
+    assert files_of(tmp_path / "whole" / "a") == files_of(tmp_path / "killed" / "a")
+    assert losses(tmp_path / "whole" / "a") == losses(tmp_path / "killed" / "a")
+
+
+@pytest.fixture(autouse=True)
+def _home():
+    here = os.getcwd()
+    yield
+    os.chdir(here)
+
+
+def test_ways_that_do_not_change_the_bytes(train_to, tmp_path):
+    """Where states lie, how often is saved, and TensorBoard."""
+    train_to(tmp_path / "a")
+    train_to(tmp_path / "b", optimizer_states="disk", save_every=1, tensorboard=True)
+    one, other = files_of(tmp_path / "a"), files_of(tmp_path / "b")
+    name = "adapter_model.safetensors"
+    assert one[name] == other[name]
+    assert any((tmp_path / "b.run" / "tensorboard").iterdir())
+
+
+def test_resume_without_a_checkpoint_begins(train_to, tmp_path):
+    report = train_to(tmp_path / "a", resume=True)
+    assert report.notes == ["there was no checkpoint; the run began at the beginning"]
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
+    before = files_of(tmp_path / "a")
+    again = train_to(tmp_path / "a", resume=True)
+    assert again.notes == ["the run was finished already"]
+    assert files_of(tmp_path / "a") == before
+    assert again.facts["last_loss"] == report.facts["last_loss"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(train_to, tmp_path):
+    train_to(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train_to(tmp_path / "a", save_every=2, observe=killer(4))
+    newest = tmp_path / "a.run" / "checkpoints" / "step-00000004" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    report = train_to(tmp_path / "a", resume=True)
+    assert "passed over" in report.notes[0]
+    assert losses(tmp_path / "a") == losses(tmp_path / "whole")
+
+
+def test_another_run_is_not_gone_on_with(train_to, tmp_path, place):
+    with pytest.raises(Killed):
+        train_to(tmp_path / "a", save_every=2, observe=killer(2))
+    with pytest.raises(UsageError, match=r"--lr was 0\.005 and is 0\.001"):
+        train_to(tmp_path / "a", resume=True, lr=1e-3)
+    other = write_rows(tmp_path / "other.jsonl", 40, seed=9)
+    with pytest.raises(UsageError, match="the data was"):
+        train_to(tmp_path / "a", resume=True, data=other)
+    with pytest.raises(OutputError, match="holds a run already"):
+        train_to(tmp_path / "a")
+    train_to(tmp_path / "a", resume=True, keep=1)
+
+
+def test_states_and_steps_of_the_epochs(train_to, tmp_path):
+    report = train_to(tmp_path / "a", epochs=3, grad_accum=4)
+    assert report.steps == math.ceil(report.batches / 4)
+    assert report.facts["trained_tokens"] == 3 * report.facts["data"]["trained_tokens"]
+    report = train_to(tmp_path / "b", steps=3)
+    assert (report.steps, report.facts["steps"]) == (3, 3)
+
+
+def test_layer_major_and_accumulation_are_one_step(train_to, tmp_path):
+    """P4: four rows at once, four times one, and four rows layer by layer."""
+    ways = {
+        "rows": {"batch_size": 4, "grad_accum": 1},
+        "accumulated": {"batch_size": 1, "grad_accum": 4},
+        "layers": {"batch_size": 1, "grad_accum": 4, "layer_major": True},
+    }
+    found = {}
+    for name, way in ways.items():
+        train_to(
+            tmp_path / name, packing=False, shuffle=False, dropout=0.0, steps=4, optimizer="sgd",
+            lr=0.5, **way,
+        )  # fmt: skip
+        found[name] = (
+            load_file(tmp_path / name / "adapter_model.safetensors"),
+            losses(tmp_path / name),
+        )
+    for name in ("accumulated", "layers"):
+        assert found[name][1] == pytest.approx(found["rows"][1], abs=2e-6)
+        for key, tensor in found["rows"][0].items():
+            torch.testing.assert_close(found[name][0][key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_adapter_and_early_stop(train_to, tmp_path, place):
+    told = []
+    report = train_to(
+        tmp_path / "a", epochs=30, lr=0.3, eval=(str(place / "held.jsonl"),), eval_every=2,
+        early_stop=2, best=True, observe=told.append, clip=0.0,
+    )  # fmt: skip
+    held = {event["step"]: event["eval_loss"] for event in told if event["event"] == "evaluation"}
+    best = min(held, key=held.get)
+    assert report.facts["best_step"] == best
+    assert report.facts["steps"] == best + 4 < report.steps
+    assert report.facts["heldout_after"] == held[best]
+    last = tmp_path / "a.run" / "checkpoints" / f"step-{report.facts['steps']:08d}" / "adapter"
+    name = "adapter_model.safetensors"
+    assert (last / name).read_bytes() != (tmp_path / "a" / name).read_bytes()
+
+
+def test_an_adapter_into_the_bundle_and_on_from_it(train_to, tmp_path, place):
+    bundle = tmp_path / "model"
+    shutil.copytree(place / "bundle", bundle)
+    train_to(bundle / "adapters" / "first", base=bundle)
+    assert (tmp_path / "model.first.run" / "metrics.jsonl").is_file()
+    report = train_to(tmp_path / "second", base=bundle, adapter=str(bundle / "adapters" / "first"))
+    first = losses_of(tmp_path / "model.first.run")
+    assert report.facts["first_loss"] < first[0]
+
+
+def losses_of(directory):
+    return [x["loss"] for x in read_metrics(directory / "metrics.jsonl") if "loss" in x]
+
+
+# What stops a run, and what is left then
+
+
+def test_nan_names_the_lines(train_to, tmp_path, monkeypatch):
+    from loraformat.train.model import TrainableModel
+
+    original = TrainableModel.loss
+    calls = []
+
+    def poisoned(self, batch, **options):
+        calls.append(batch)
+        value = original(self, batch, **options)
+        return value * math.nan if len(calls) == 5 else value
+
+    monkeypatch.setattr(TrainableModel, "loss", poisoned)
+    with pytest.raises(DivergedError) as caught:
+        train_to(tmp_path / "a", save_every=1)
+    assert "the loss of step 3 is nan" in str(caught.value)
+    assert "data.jsonl: line" in str(caught.value)
+    assert not (tmp_path / "a").exists()
+    monkeypatch.undo()
+    train_to(tmp_path / "a", resume=True)
+    train_to(tmp_path / "whole")
+    assert losses(tmp_path / "a") == losses(tmp_path / "whole")
+
+
+def test_a_full_disk(train_to, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def fill(event):
+        if event["event"] == "step" and event["step"] == 3:
+            monkeypatch.setattr(saved_state, "write_all", full)
+
+    with pytest.raises(ResourceError, match="disk is full"):
+        train_to(tmp_path / "a", save_every=2, observe=fill)
+    monkeypatch.undo()
+    assert not (tmp_path / "a").exists()
+    found, problems = saved_state.newest(tmp_path / "a.run" / "checkpoints")
+    assert (found.step, problems) == (2, [])
+
+
+def test_existing_outputs(train_to, tmp_path):
+    train_to(tmp_path / "a", steps=1)
+    with pytest.raises(OutputError, match="already exists"):
+        train_to(tmp_path / "a", steps=1)
+    train_to(tmp_path / "a", steps=2, force=True)
+    assert len(losses(tmp_path / "a")) == 2
+    with pytest.raises(OutputError, match="no such directory"):
+        train_to(tmp_path / "nowhere" / "a")
+
+
+def test_two_in_one_directory(train_to, tmp_path):
+    problems = []
+
+    def second(event):
+        if event["event"] == "step" and event["step"] == 1:
+            with pytest.raises(OutputError, match="another process") as caught:
+                train_to(tmp_path / "a", resume=True)
+            problems.append(caught.value)
+
+    train_to(tmp_path / "a", observe=second)
+    assert len(problems) == 1
+
+
+def test_a_dry_run_writes_nothing(train_to, tmp_path):
+    report = train_to(tmp_path / "a", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    assert report.step_time.whole
+    assert report.estimated_seconds == report.step_time.seconds * report.batches
+    plan = report.plan
+    assert plan.adapter == plan.gradients == plan.optimizer // 2 == 4 * report.trained_parameters
+    assert plan.total == sum(plan.parts.values())
+
+
+def test_a_plan_over_the_limit_is_refused(train_to, tmp_path):
+    with pytest.raises(ResourceError) as caught:
+        train_to(tmp_path / "a", max_memory=10**8, seq_len=128, batch_size=16, rank=64)
+    said = str(caught.value)
+    assert "100.0 MB are allowed" in said
+    assert "--seq-len 64 saves about" in said
+    assert caught.value.exit_code == 6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tokenizer_must_fit(train_to, tmp_path, place):
+    shutil.copytree(place / "dense", tmp_path / "dense")
+    tokenizer = open_tokenizer(place / "dense").tokenizer
+    tokenizer.add_tokens([f"<extra-{number}>" for number in range(9)])
+    tokenizer.save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "model")
+    with pytest.raises(InputError, match="knows 2057 tokens, and the model 2048"):
+        train_to(tmp_path / "a", base=tmp_path / "model")
+    with pytest.raises(UsageError, match="seq-len is 129, and the model takes 128 tokens"):
+        train_to(tmp_path / "a", seq_len=129)

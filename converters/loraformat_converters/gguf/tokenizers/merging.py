@@ -75,7 +75,7 @@ def splits(texts: Collection[str], never: Collection[str] = ()) -> dict[str, lis
     {'ab': [('a', 'b')], 'abc': [('ab', 'c')]}
     """
     found: dict[str, list[Pair]] = {}
-    for text in sorted(texts, key=len):
+    for text in sorted(texts, key=lambda one: (len(one), one)):
         size = len(text)
         if size > MAX_PIECE:
             raise UnsupportedError(

@@ -158,7 +158,7 @@ def test_a_card_that_is_no_text(push, shelf, tmp_path):
     assert "me/new" not in shelf.repositories
 
 
-def test_a_card_edited_on_the_hub_stays(push, shelf):
+def test_a_card_edited_on_the_hub_stays(push, shelf, tmp_path):
     assert push("adapter", "me/new").returncode == 0
     files = shelf.repositories["me/new"].files
     files["README.md"] = files["README.md"].replace(b"# new\n", b"# new\n\nEdited there.\n")
@@ -166,6 +166,11 @@ def test_a_card_edited_on_the_hub_stays(push, shelf):
     card = published(shelf)["README.md"].decode()
     assert "Edited there." in card
     assert card.count("loraformat: end of the generated part") == 1
+    (tmp_path / "adapter" / "README.md").write_text("# Mine\n")
+    result = push("adapter", "me/new")
+    assert "note: README.md on the Hub has other words than the one here" in result.stdout
+    assert "Edited there." not in published(shelf)["README.md"].decode()
+    assert "note:" not in push("adapter", "me/new").stdout
 
 
 def test_the_licence_is_said(push, shelf):
@@ -375,12 +380,14 @@ def test_an_interrupted_upload_goes_on(push, shelf, tmp_path, model):
 def test_a_bundle_of_other_shards_replaces_the_old_ones(push, shelf, tmp_path, model):
     convert(model, tmp_path / "many", shard_limit=6_000)
     convert(model, tmp_path / "one")
+    other = {"extra/other.safetensors": b"somebody's own"}
     for name in ("many", "one"):
         result = push(name, "me/bundle", "--base-model", "org/base")
         assert (result.returncode, result.stderr) == (0, "")
         remote = published(shelf, "me/bundle")
         del remote["README.md"]
-        assert remote == files_of(tmp_path / name)
+        assert remote == files_of(tmp_path / name) | (other if name == "one" else {})
+        shelf.repositories["me/bundle"].files.update(other)
     assert "removed: model-00002-of-" in result.stdout
 
 

@@ -21,6 +21,7 @@ from loraformat.folder import Folder
 from loraformat.hub import hub_id, resolve
 from loraformat.hub.repository import Commit, Repository, State, require_login
 from loraformat.hub.source import download
+from loraformat.hub.tree import TreeFile
 from loraformat.manifest import CARD_NAME
 from loraformat.ops.sharing.contents import read_card
 from loraformat.ops.sharing.parcel import Parcel, Wishes, open_parcel
@@ -171,35 +172,43 @@ def _state(remote: Repository, parcel: Parcel, private: bool, dry_run: bool) -> 
 
 def _plan(parcel: Parcel, state: State | None, repo: str) -> _Plan:
     there = state.files if state else {}
-    written = parcel.written_card
-    if written is None and state and CARD_NAME in there:
-        written = read_card(Folder(download(repo, state.commit, only=CARD_NAME)))
-    card = parcel.document.render(written)
+    card = _card(parcel, state, repo)
     files = [*parcel.files, UploadFile.of_bytes(CARD_NAME, card.encode("utf-8"))]
-    status = {
-        file.path: "new"
-        if file.path not in there
-        else "same"
-        if file.matches(there[file.path])
-        else "changed"
-        for file in files
-    }
+    status = {file.path: _status(file, there.get(file.path)) for file in files}
     return _Plan(parcel, files, card, status, _stale(parcel, status, there))
+
+
+def _card(parcel: Parcel, state: State | None, repo: str) -> str:
+    """Return the card, around it what people wrote here; or there, if they wrote nothing here."""
+    here, there = parcel.written_card, None
+    if state and CARD_NAME in state.files:
+        there = read_card(Folder(download(repo, state.commit, only=CARD_NAME)))
+    card = parcel.document.render(there if here is None else here)
+    if here is not None and there is not None and parcel.document.render(there) != card:
+        parcel.notes.append(
+            "README.md on the Hub has other words than the one here, which replaces it; they stay "
+            "in its history"
+        )
+    return card
+
+
+def _status(file: UploadFile, there: TreeFile | None) -> str:
+    if there is None:
+        return "new"
+    return "same" if file.matches(there) else "changed"
 
 
 def _stale(parcel: Parcel, status: dict[str, str], there: Iterable[str]) -> list[str]:
     """Return files of an earlier push that would contradict this one."""
-    gone = [
-        path
-        for path in there
-        if path not in status and any(fnmatch(path, glob) for glob in parcel.replaces)
-    ]
-    weights_move = any(
-        state != "same" for path, state in status.items() if path.endswith(".safetensors")
-    )
-    if weights_move:  # a GGUF file that was made of other weights
-        gone += [path for path in there if path not in status and fnmatch(path, parcel.gguf_glob)]
-    return sorted(gone)
+    globs = parcel.replaces
+    if any(state != "same" for path, state in status.items() if path.endswith(".safetensors")):
+        globs += (parcel.gguf_glob,)  # which was made of other weights
+    return sorted(path for path in there if path not in status and _any(path, globs))
+
+
+def _any(path: str, globs: Iterable[str]) -> bool:
+    """Tell whether a glob means this path; one without a slash means no file in a folder."""
+    return any(fnmatch(path, g) and ("/" in g or "/" not in path) for g in globs)
 
 
 def _report(

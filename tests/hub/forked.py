@@ -10,7 +10,7 @@ import sys
 from types import SimpleNamespace
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["click", "numpy", "torch", "safetensors.torch"])
+CONTEXT.set_forkserver_preload(["tests.hub.preloaded"])
 _SECONDS = 100
 
 

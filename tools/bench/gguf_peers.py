@@ -26,56 +26,53 @@ with open(target, "wb", buffering=0) as copy:
 
 #: NF4 to GGUF of a type with bitsandbytes and gguf-py, tensor by tensor, without a tokenizer.
 FROM_NF4 = """
-import sys, torch
+import json, sys
+from math import prod
 from pathlib import Path
-from bitsandbytes.functional import QuantState, dequantize_4bit
-from gguf import GGMLQuantizationType, GGUFWriter, quants
-from safetensors import safe_open
-source, target, word = sys.argv[1:]
-kind = GGMLQuantizationType[word]
-writer = GGUFWriter(target, "llama", use_temp_file=False)
-shards = [safe_open(path, "pt") for path in sorted(Path(source).glob("*.safetensors"))]
-def stored(numbers):
-    if numbers.ndim < 2:
-        return numbers.float().numpy(), GGMLQuantizationType.F32
-    return quants.quantize(numbers.float().numpy(), kind), kind
-plan = []
-for shard in shards:
-    names = set(shard.keys())
-    for name in sorted(names):
-        if name.endswith(".weight"):
-            state = {n[len(name) + 1 :]: n for n in names if n.startswith(name + ".")}
-            plan.append((shard, name, state))
-def load(shard, name, state):
-    tensor = shard.get_tensor(name)
-    if not state:
-        return tensor
-    parts = {key: shard.get_tensor(full) for key, full in state.items()}
-    return dequantize_4bit(tensor, QuantState.from_dict(parts, device="cpu"))
-def shape(shard, name, state):
-    if not state:
-        return tuple(shard.get_slice(name).get_shape())
-    packed = next(key for key in state if key.startswith("quant_state"))
-    parts = {packed: shard.get_tensor(state[packed])}
-    import json
-    return tuple(json.loads(bytes(parts[packed].numpy().tobytes()))["shape"])
 import numpy
-for item in plan:
-    size = shape(*item)
-    one = GGMLQuantizationType.F32 if len(size) < 2 else kind
-    block, nbytes = __import__("gguf").GGML_QUANT_SIZES[one]
-    total = int(numpy.prod(size)) // block * nbytes
-    if one in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        dtype = numpy.float32 if one is GGMLQuantizationType.F32 else numpy.float16
-        writer.add_tensor_info(item[1], size, numpy.dtype(dtype), total)
-    else:
-        rows = (*size[:-1], size[-1] // block * nbytes)
-        writer.add_tensor_info(item[1], rows, numpy.dtype(numpy.uint8), total, raw_dtype=one)
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Type, GGUFWriter, quants
+from safetensors import safe_open
+
+source, target, word = sys.argv[1:]
+writer = GGUFWriter(target, "llama")
+weights = []
+for path in sorted(Path(source).glob("*.safetensors")):
+    shard = safe_open(path, "pt")
+    for name in shard.keys():
+        if name.endswith(".weight"):
+            parts = [part for part in shard.keys() if part.startswith(name + ".")]
+            weights.append((shard, name, {part.removeprefix(name + "."): part for part in parts}))
+
+def shape_of(shard, name, parts):
+    for key, part in parts.items():
+        if key.startswith("quant_state"):
+            return json.loads(shard.get_tensor(part).numpy().tobytes())["shape"]
+    return shard.get_slice(name).get_shape()
+
+def load(shard, name, parts):
+    tensor = shard.get_tensor(name)
+    if not parts:
+        return tensor
+    state = {key: shard.get_tensor(part) for key, part in parts.items()}
+    return dequantize_4bit(tensor, QuantState.from_dict(state, device="cpu"))
+
+kinds = []
+for weight in weights:
+    shape = list(shape_of(*weight))
+    kind = Type[word] if len(shape) > 1 else Type.F32
+    block, nbytes = GGML_QUANT_SIZES[kind]
+    total = prod(shape) // block * nbytes
+    dtype = {Type.F32: numpy.float32, Type.F16: numpy.float16}.get(kind, numpy.uint8)
+    if dtype is numpy.uint8:
+        shape[-1] = shape[-1] // block * nbytes
+    writer.add_tensor_info(weight[1], shape, numpy.dtype(dtype), total, raw_dtype=kind)
+    kinds.append(kind)
 writer.write_header_to_file()
 writer.write_kv_data_to_file()
 writer.write_ti_data_to_file()
-for item in plan:
-    writer.write_tensor_data(stored(load(*item))[0])
+for weight, kind in zip(weights, kinds):
+    writer.write_tensor_data(quants.quantize(load(*weight).float().numpy(), kind))
 writer.close()
 """
 

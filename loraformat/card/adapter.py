@@ -14,6 +14,8 @@ from loraformat.version import __version__
 
 __all__ = ["adapter_card", "pipeline_of"]
 
+#: The picture that the trainer makes.
+_LOSS_CURVE = "loss.png"
 #: What the Hub calls the task that PEFT calls so.
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -53,6 +55,7 @@ def adapter_card(facts: AdapterFacts) -> Document:
             _what(facts),
             training_data(facts.training),
             evaluation(facts.training),
+            _picture(facts),
             file_table(facts.files),
             settings(facts.training),
             footer(__version__),
@@ -73,6 +76,11 @@ def _sentence(facts: AdapterFacts) -> str:
         f"A LoRA adapter of {link(facts.base.repo)}{at}: {shape_words(facts)}; "
         f"{facts.parameters:,} parameters, {size}."
     )
+
+
+def _picture(facts: AdapterFacts) -> str:
+    there = any(file.path == _LOSS_CURVE for file in facts.files)
+    return f"![Loss curve]({_LOSS_CURVE})" if there else ""
 
 
 def _what(facts: AdapterFacts) -> str:

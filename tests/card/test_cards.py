@@ -154,6 +154,12 @@ def test_what_the_trainer_writes():
     assert "## Evaluation" not in adapter_card(facts).render()
 
 
+def test_the_loss_curve_is_shown():
+    facts = replace(ADAPTER, files=[*FILES, FileFact("loss.png", 1, "0" * 64)])
+    assert "![Loss curve](loss.png)" in adapter_card(facts).render()
+    assert "![" not in adapter_card(ADAPTER).render()
+
+
 def test_loss_alone_is_an_evaluation():
     told = {"training": {"loss": {"before": 3.25, "after": 2.5}}}
     text = adapter_card(replace(ADAPTER, training=Training(told))).render()

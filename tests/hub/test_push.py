@@ -354,7 +354,7 @@ def test_the_token_is_never_shown_or_kept(push, shelf, tmp_path):
     assert not any(TOKEN.encode() in data for data in files_of(tmp_path).values())
 
 
-def test_an_interrupted_upload_goes_on(push, shelf, tmp_path, model):
+def test_an_interrupted_upload_goes_on(push, ask, shelf, tmp_path, model):
     convert(model, tmp_path / "bundle", shard_limit=6_000)
     shelf.broken_uploads = 1
     arguments = ("bundle", "me/bundle", "--base-model", "org/base")
@@ -375,6 +375,9 @@ def test_an_interrupted_upload_goes_on(push, shelf, tmp_path, model):
     assert remote == local
     assert b"base_model_relation: quantized" in card
     assert len(shelf.repositories["me/bundle"].log) == 1
+    assert ask("pull", "me/bundle", "back").returncode == 0
+    assert files_of(tmp_path / "back") == local | {"README.md": card}
+    assert ask("verify", "back").returncode == 0
 
 
 def test_a_bundle_of_other_shards_replaces_the_old_ones(push, shelf, tmp_path, model):

@@ -19,10 +19,10 @@ from loraformat import plugins
 from loraformat.durable import sync_directory
 from loraformat.errors import HubError, InputError, LoraFormatError, UsageError, printable
 from loraformat.folder import Folder
-from loraformat.hub import hub_id, resolve
+from loraformat.hub import hub_id
 from loraformat.hub.explain import explained
 from loraformat.hub.repository import model_facts
-from loraformat.hub.source import NOT_WANTED
+from loraformat.hub.source import NOT_WANTED, download
 from loraformat.hub.tree import TreeFile, digest, list_files
 from loraformat.hub.verified import wrong_content
 from loraformat.manifest import is_portable_path
@@ -222,7 +222,5 @@ def _add_base(report: PullReport, card: dict[str, object], target: Path) -> Pull
     repo, revision = named
     if report.dry_run:
         return replace(report, base_model=repo, base_revision=revision)
-    source = resolve(f"{repo}@{revision}" if revision else repo)
-    return replace(
-        report, base_model=repo, base_revision=source.revision, base_path=str(source.path)
-    )
+    snapshot = download(repo, revision)
+    return replace(report, base_model=repo, base_revision=snapshot.name, base_path=str(snapshot))

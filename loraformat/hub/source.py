@@ -6,6 +6,7 @@ cache, and each is compared with the hash that the Hub has of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from loraformat.errors import InputError, printable
+from loraformat.errors import HubError, InputError, printable
 from loraformat.hub.explain import explained
 from loraformat.hub.tree import TreeFile, list_files
 from loraformat.hub.verified import check_snapshot
@@ -31,6 +32,8 @@ NOT_WANTED = [
 ]  # fmt: skip
 
 _ADAPTER_PICKLE = "adapter_model.bin"
+#: A file system's clock may be behind by this much (seconds).
+_CLOCK_TICK = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,8 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
         return Source(snapshot, repo, commit)
     if pickles:
         download(repo, commit, only=_ADAPTER_PICKLE)
-    only = None if any(snapshot.glob("*.bin")) else _one_gguf(snapshot, repo, commit)
-    return Source(only or snapshot, repo, commit)
+    pickle = (snapshot / _ADAPTER_PICKLE).exists()
+    return Source((not pickle and _one_gguf(snapshot, repo, commit)) or snapshot, repo, commit)
 
 
 def _one_gguf(snapshot: Path, repo: str, commit: str | None) -> Path | None:
@@ -146,7 +149,7 @@ def download(repo: str, revision: str | None, only: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     ignored = NOT_WANTED if only is None else None
-    began = time.time()
+    began = time.time() - _CLOCK_TICK
     with explained(f"{repo}@{revision}" if revision else repo, word=True):
         found = snapshot_download(
             repo, revision=revision, allow_patterns=only, ignore_patterns=ignored
@@ -170,10 +173,8 @@ def _fetched(snapshot: Path, only: str | None) -> list[str]:
 
 
 def _listing(repo: str, commit: str) -> dict[str, TreeFile]:
-    """Return what a commit holds; nothing offline, or if the cache names no commit."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or not _COMMIT.fullmatch(commit):
-        return {}
-    with explained(repo):
-        return list_files(repo, commit)
+    """Return what a commit holds; nothing if the Hub cannot be asked, as when offline."""
+    if _COMMIT.fullmatch(commit):
+        with contextlib.suppress(HubError), explained(repo):
+            return list_files(repo, commit)
+    return {}

@@ -75,3 +75,14 @@ def test_offline_a_blob_must_have_the_hash_that_names_it(ask, hub, tmp_path):
     result = ask("info", "org/dense", HF_HUB_OFFLINE="1")
     assert result.returncode == 7
     assert "git SHA-1" in result.stderr
+
+
+def test_a_hub_that_fails_is_no_hindrance_for_what_is_here(ask, hub, tmp_path):
+    assert ask("info", "org/dense").returncode == 0
+    shutil.rmtree(tmp_path / "hf-home/loraformat")
+    hub.failing = 418
+    assert ask("info", "org/dense").returncode == 0
+    shutil.rmtree(tmp_path / "hf-home/loraformat")
+    blob = (snapshot(tmp_path) / "config.json").resolve()
+    blob.write_bytes(blob.read_bytes().replace(b"{", b"[", 1))
+    assert ask("info", "org/dense").returncode == 7

@@ -243,10 +243,19 @@ def test_a_damaged_adapter_is_not_published(push, shelf, tmp_path):
     assert "me/new" not in shelf.repositories
 
 
+def test_a_pickle_is_not_published(push, shelf, tmp_path):
+    folder = tmp_path / "adapter"
+    (folder / "adapter_model.safetensors").rename(folder / "activation_statistics.safetensors")
+    (folder / "adapter_model.bin").write_bytes(b"a pickle")
+    assert push("adapter", "me/new").returncode == 3
+    assert "me/new" not in shelf.repositories
+
+
 def test_what_is_not_published(push, shelf, model):
     result = push(model, "me/new")
     assert result.returncode == 3
     assert "loraformat convert MODEL BUNDLE" in result.stderr
+    assert push("adapter", "me/new", "--base", model).returncode == 2
     for repo in ("new", "me/new@v1", "a/b/c", "me/"):
         assert push("adapter", repo).returncode == 2
 

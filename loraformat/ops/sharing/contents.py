@@ -101,7 +101,7 @@ def adapter_files(
             found.files.append(_adapter_file(folder, name, base, found.notes))
         else:
             found.left_out.append(name)
-    if not any(file.path.endswith(".safetensors") for file in found.files):
+    if not any(re.fullmatch(r"adapter_model.*\.safetensors", file.path) for file in found.files):
         raise UnsupportedError(
             "its weights are a pickle, which nobody should have to trust",
             path=path,

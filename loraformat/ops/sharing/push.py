@@ -106,10 +106,10 @@ def push(
         If the Hub refuses, or does not answer.
     """
     began = time.perf_counter()
-    _check_wishes(repo, revision, create_pr, tag)
+    wishes = Wishes(repo, with_gguf, base, base_model, licence, tuple(include), dry_run)
+    _check(wishes, revision, create_pr, tag)
     if not dry_run:
         require_login()
-    wishes = Wishes(repo, with_gguf, base, base_model, licence, tuple(include), dry_run)
     path = resolve(source).path
     remote = Repository(repo, revision or "main")
     with tempfile.TemporaryDirectory(prefix="loraformat-") as workplace:
@@ -130,9 +130,13 @@ def push(
     return replace(report, seconds=time.perf_counter() - began)
 
 
-def _check_wishes(repo: str, revision: str | None, create_pr: bool, tag: str | None) -> None:
-    if hub_id(repo) != (repo, None):
-        raise UsageError(f"{printable(repo)} is no repository: wanted ORG/NAME")
+def _check(wishes: Wishes, revision: str | None, create_pr: bool, tag: str | None) -> None:
+    if hub_id(wishes.repo) != (wishes.repo, None):
+        raise UsageError(f"{printable(wishes.repo)} is no repository: wanted ORG/NAME")
+    if wishes.base is not None and not wishes.with_gguf:
+        raise UsageError(
+            "--base is for --with-gguf", hint="to say which model it belongs to, use --base-model"
+        )
     if create_pr and (tag or revision not in (None, "main")):
         raise UsageError(
             "--create-pr goes to main and has no tag yet",

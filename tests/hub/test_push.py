@@ -373,6 +373,8 @@ def test_an_interrupted_upload_goes_on(push, ask, shelf, tmp_path, model):
     assert list(shelf.repositories["me/bundle"].files) == [".gitattributes"]
     arrived = len(shelf.objects)
     sent = shelf.uploads()
+    assert push(*arguments, "--include", "*.txt").returncode == 2
+    assert push(*arguments, "--with-gguf").returncode == 2
     result = push(*arguments)
     assert (result.returncode, result.stderr) == (0, "")
     shards = [name for name in published(shelf, "me/bundle") if name.endswith(".safetensors")]

@@ -98,8 +98,12 @@ def open_parcel(path: Path, wishes: Wishes, workplace: Path, check: Callable[[],
         If it is neither an adapter nor a bundle, or nobody says what its base is.
     """
     if is_bundle(path):
-        if wishes.with_gguf:
-            raise UsageError("--with-gguf is for adapters, and this is a bundle")
+        if wishes.with_gguf or wishes.include:
+            option = "--with-gguf" if wishes.with_gguf else "--include"
+            raise UsageError(
+                f"{option} is for adapters, and of a bundle what its manifest lists is published",
+                hint="leave it out",
+            )
         return _bundle(path, wishes, check)
     reader = plugins.sniff(path)
     if reader.kind != "adapter" or reader.read_adapter is None:

@@ -1,4 +1,4 @@
-"""Inputs by name: a local path, or ``org/name[@revision]`` on the Hugging Face Hub.
+"""Inputs by name: a local path, or ``org/name[@revision]`` on the Hugging Face Hub, or in it.
 
 A name is looked up, the files that a checkpoint can hold are fetched into huggingface_hub's
 cache, and each is compared with the hash that the Hub has of it.
@@ -18,6 +18,7 @@ from loraformat.errors import HubError, InputError, printable
 from loraformat.hub.explain import explained
 from loraformat.hub.tree import TreeFile, list_files
 from loraformat.hub.verified import check_snapshot
+from loraformat.manifest import is_adapter_name
 
 __all__ = ["NOT_WANTED", "Source", "download", "hub_id", "resolve"]
 
@@ -70,6 +71,7 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
     Parameters
     ----------
     word : str or Path
+        A path, ``org/name[@revision]``, or ``org/name[@revision]/adapters/NAME``.
     pickles : bool
         Fetch the pickle of an adapter, too, if it has nothing else.
 
@@ -86,8 +88,12 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
     PosixPath('.')
     """
     path = Path(word)
-    named = hub_id(str(word))
     exists = os.path.lexists(path)  # which, unlike Path.exists, has an answer for every word
+    bundle, inside, adapter = str(word).rpartition("/adapters/")
+    if inside and not exists and hub_id(bundle) and is_adapter_name(adapter):
+        whole = resolve(bundle)
+        return Source(whole.path / "adapters" / adapter, whole.repo, whole.revision)
+    named = hub_id(str(word))
     if exists or named is None:
         if not exists:
             raise InputError(

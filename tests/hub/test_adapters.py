@@ -101,3 +101,18 @@ def test_a_gguf_file_that_is_all_there_is(ask, push, shelf, tmp_path):
         "error: me/polite: holds 2 GGUF files, another.gguf, polite.gguf; fetch one: "
         "loraformat pull me/polite DST --include NAME\n"
     )
+
+
+def test_an_adapter_inside_a_bundle_on_the_hub(ask, hub, hub_bundle, tmp_path):
+    write_adapter(tmp_path / "adapter")
+    convert(tmp_path / "adapter", hub_bundle / "adapters" / "polite")
+    hub.repositories["org/bundle"] = Repository(files_of(hub_bundle), "b" * 40)
+    shutil.rmtree(hub_bundle)
+    for word in ("org/bundle", "org/bundle@v1"):
+        result = ask("convert", f"{word}/adapters/polite", f"out-{len(word)}", "--quiet")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert files_of(tmp_path / f"out-{len(word)}") == files_of(tmp_path / "adapter")
+    assert ask("verify", "org/bundle/adapters/polite").returncode == 0
+    assert ask("merge", "org/bundle", "org/bundle/adapters/polite", "-o", "m").returncode == 0
+    assert ask("info", "org/bundle/adapters/rude").returncode == 3
+    assert ask("info", "org/nowhere/adapters/polite").returncode == 7

@@ -10,7 +10,7 @@ import pytest
 from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert import convert
 from loraformat.ops.reduce import Reduction, reduce
-from tests.hub.conftest import BASE_COMMIT, files_of
+from tests.hub.conftest import BASE_COMMIT, Repository, files_of
 from tests.hub.fake_hub import TOKEN
 
 PEFT = ["adapter_config.json", "adapter_model.safetensors"]
@@ -233,6 +233,20 @@ def test_an_adapter_in_a_bundle(push, shelf, tmp_path):
     assert sorted(published(shelf)) == ["README.md", *PEFT, "new-lora-f16.gguf"]
     config = json.loads(published(shelf)["adapter_config.json"])
     assert config["base_model_name_or_path"] == "org/base"
+
+
+def test_a_bundle_from_the_hub_says_which_model_it_is(push, ask, shelf):
+    """With its commit; and so do its adapters, there and written anew."""
+    shelf.repositories["org/base"] = Repository(files_of(SMALL_MODEL), BASE_COMMIT)
+    assert ask("convert", "org/base", "bundle").returncode == 0
+    assert ask("convert", "local", "bundle/adapters/polite").returncode == 0
+    assert ask("convert", "bundle/adapters/polite", "anew", "--canonical").returncode == 0
+    for number, path in enumerate(("bundle", "bundle/adapters/polite", "anew")):
+        result = push(path, f"me/{number}", "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["base_model"] == "org/base"
+        card = published(shelf, f"me/{number}")["README.md"].decode()
+        assert f"| revision of the base | `{BASE_COMMIT}` |" in card
 
 
 def test_a_damaged_adapter_is_not_published(push, shelf, tmp_path):

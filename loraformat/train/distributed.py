@@ -109,7 +109,7 @@ class World:
             import torch.distributed as dist
 
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor.detach(), src=0)
 
     def leave(self) -> None:
         """End the talk."""

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Two workers of pytest share the cores, so no thread may spin while it waits; see loraformat.cli.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from tools.crash import digests, write_model
 
 

@@ -95,6 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not sys.stderr.isatty():  # huggingface_hub would draw its bars into a file, too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # OpenMP's threads spin while they wait, which on a shared machine takes the time of those that
+    # work: training took five times the CPU seconds. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _termination_as_interrupt():
         code = _run(arguments)
     sys.exit(code)

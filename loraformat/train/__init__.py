@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.train.batch import Batch as Batch
+    from loraformat.train.compare import evaluate as evaluate
     from loraformat.train.lora_options import LoraOptions as LoraOptions
     from loraformat.train.model import TrainableModel as TrainableModel
     from loraformat.train.opening import load as load
@@ -21,6 +22,7 @@ _HOMES = {
     "LoraOptions": ("loraformat.train.lora_options", "LoraOptions"),
     "TrainOptions": ("loraformat.train.options", "TrainOptions"),
     "TrainableModel": ("loraformat.train.model", "TrainableModel"),
+    "evaluate": ("loraformat.train.compare", "evaluate"),
     "load": ("loraformat.train.opening", "load"),
     "train": ("loraformat.train.run", "train"),
 }
@@ -30,6 +32,7 @@ __all__ = [
     "LoraOptions",
     "TrainOptions",
     "TrainableModel",
+    "evaluate",
     "load",
     "train",
 ]

@@ -16,7 +16,14 @@ __all__ = ["check_same", "identity_of"]
 
 
 def identity_of(
-    options: TrainOptions, *, base: str, data: str, held_out: str | None, ranks: int, steps: int
+    options: TrainOptions,
+    *,
+    base: str,
+    data: str,
+    held_out: str | None,
+    ranks: int,
+    steps: int,
+    compute: str,
 ) -> dict[str, Any]:
     """Return what a checkpoint keeps to know its run by.
 
@@ -31,6 +38,8 @@ def identity_of(
         Processes.
     steps : int
         Of the whole run.
+    compute : str
+        Device and type of products.
     """
     told = options.to_json()
     return {
@@ -40,6 +49,7 @@ def identity_of(
         "held-out data": held_out,
         "ranks": ranks,
         "steps": steps,
+        "products": compute,
     }
 
 

@@ -273,8 +273,8 @@ class TrainOptions:
         "Machine",
         "text",
         "auto",
-        "Type of products with the base.",
-        choices=("auto", "f32", "bf16", "f16"),
+        "Type of products with the base; auto: f32 on a CPU, bf16 on a GPU.",
+        choices=("auto", "fastest", "f32", "bf16", "f16"),
     )
     device_memory: int | None = _setting(
         "Machine",

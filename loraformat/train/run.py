@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 
 from loraformat.bundle_update import adapter_place
-from loraformat.errors import OutputError, UsageError
+from loraformat.errors import OutputError, ResourceError, UsageError
 from loraformat.output_rules import refuse_existing
-from loraformat.train import config_file, generation, loss_curve, saved_state
+from loraformat.train import config_file, generation, loss_curve, memory, saved_state
 from loraformat.train.distributed import World
 from loraformat.train.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.facts import facts_of
@@ -23,7 +24,9 @@ from loraformat.train.loop import Loop, LoopOptions
 from loraformat.train.loraplus import rate_ratios
 from loraformat.train.metrics import Metrics, check_tensorboard, read_metrics
 from loraformat.train.optimizer import Optimizer
+from loraformat.train.optimizer_options import state_bytes
 from loraformat.train.options import TrainOptions
+from loraformat.train.plan import readable
 from loraformat.train.probe import time_of
 from loraformat.train.report import TrainReport
 from loraformat.train.run_directory import RunDirectory
@@ -33,6 +36,7 @@ from loraformat.train.setup import Inputs, Progress, open_inputs
 
 __all__ = ["train"]
 
+_NO_MEMORY = ("out of memory", "can't allocate memory")
 _SAMPLE = generation.GenerationOptions(max_tokens=64, temperature=0.0)
 
 
@@ -86,10 +90,11 @@ def train(
         try:
             run = _Run(inputs, world, output)
             announce(run.report)
-            if dry_run:
-                run.measure()
-            else:
-                run.go(resume=resume, force=force, observe=observe)
+            with run.enough_memory():
+                if dry_run:
+                    run.measure()
+                else:
+                    run.go(resume=resume, force=force, observe=observe)
             return run.report
         finally:
             inputs.model.close()
@@ -138,9 +143,52 @@ class _Run:
             target=str(output), directory=str(self._directory.path),
             plan=inputs.plan(), data=inputs.data.audit.lines(),
             preview=inputs.data.preview(), steps=inputs.steps, batches=inputs.batches,
-            trained_parameters=sum(p.numel() for p in self._model.trainable().values()),
+            trained_parameters=inputs.shape().trained,
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
         )  # fmt: skip
+        self.report.notes += self._memory_note()
+
+    def _memory_note(self) -> list[str]:
+        free, plan = memory.available(self._options.device), self.report.plan
+        if free is None or plan.total - plan.process <= free:
+            return []
+        more, there = readable(plan.total - plan.process), readable(free)
+        return [f"the run may need {more} more, and {there} of memory are free"]
+
+    @contextmanager
+    def enough_memory(self) -> Iterator[None]:
+        """Turn what torch says when memory runs out into an error with numbers.
+
+        Raises
+        ------
+        ResourceError
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            said = str(error)
+            if not isinstance(error, MemoryError) and not any(word in said for word in _NO_MEMORY):
+                raise
+            plan = self.report.plan
+            raise ResourceError(
+                f"{self._options.device} has too little memory: the run needs about "
+                f"{readable(plan.total)}",
+                hint="; or ".join(self._inputs.advice(plan)) or "use a larger machine",
+            ) from error
+
+    def _check_disk(self) -> None:
+        """Refuse before the start when the disk cannot hold the checkpoints."""
+        plan = self.report.plan
+        states = state_bytes(self._options.optimizer, self.report.trained_parameters)
+        on_disk = states if self._options.optimizer_states == "disk" else 0
+        needed = on_disk + (self._options.keep + 1) * (2 * plan.adapter + states)
+        free = shutil.disk_usage(self._directory.path).free
+        if needed > free:
+            raise ResourceError(
+                f"checkpoints need {readable(needed)}, and the disk has {readable(free)} free",
+                path=self._directory.path,
+                hint="free some space, or keep fewer with --keep 1",
+            )
 
     def measure(self) -> None:
         """Time one micro-batch, for the report."""
@@ -159,6 +207,7 @@ class _Run:
             checkpoint = self._checkpoint() if resume else None
             if checkpoint is None and resume and self._world.leads:
                 self._directory.begin(force=True)
+            self._check_disk()
             finished = self._check_output(checkpoint, resume=resume, force=force)
             if self._world.leads:
                 self._directory.write_config(config_file.dump(self._options.to_json()))
@@ -199,7 +248,7 @@ class _Run:
             self._options, base=str(self._model.bundle.manifest.fingerprint),
             data=inputs.data.fingerprint,
             held_out=None if inputs.held_out is None else inputs.held_out.fingerprint,
-            ranks=self._world.size, steps=inputs.steps,
+            ranks=self._world.size, steps=inputs.steps, compute=self.report.compute,
         )  # fmt: skip
 
     def _train(

@@ -39,7 +39,12 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_DTYPES: dict[str, torch.dtype | str] = {
+    "fastest": "fastest",
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+}
 
 
 @dataclass(slots=True)
@@ -105,20 +110,28 @@ class Inputs:
             If it is over the limit.
         """
         options, shape = self.options, self.shape()
-        rows = options.batch_size * (options.grad_accum if options.layer_major else 1)
-        length = self.data.options.seq_len
         adapter = 4 * shape.trained
         plan = plan_memory(
-            shape, rows=rows, length=length,
+            shape, rows=self._rows(), length=self.data.options.seq_len,
             process=max(0, memory.resident() - adapter),
             optimizer=options.optimizer, states=options.optimizer_states,
             limit=options.max_memory,
         )  # fmt: skip
-        plan.refuse_if_too_much(advise(
-            plan, length=length, rows=rows, optimizer=options.optimizer,
-            states=options.optimizer_states, rank=options.rank,
-        ))  # fmt: skip
+        plan.refuse_if_too_much(self.advice(plan))
         return plan
+
+    def advice(self, plan: MemoryPlan) -> list[str]:
+        """Return what would make the run smaller, with numbers."""
+        options = self.options
+        return advise(
+            plan, length=self.data.options.seq_len, rows=self._rows(),
+            optimizer=options.optimizer, states=options.optimizer_states, rank=options.rank,
+        )  # fmt: skip
+
+    def _rows(self) -> int:
+        """Return how many rows go through the model between two updates."""
+        options = self.options
+        return options.batch_size * (options.grad_accum if options.layer_major else 1)
 
 
 def text_config(model: TrainableModel) -> Any:

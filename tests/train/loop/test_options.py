@@ -176,7 +176,15 @@ def test_options_that_make_no_sense(wrong, said):
 
 def identity(**changed):
     other = {name: changed.pop(name) for name in list(changed) if name in ("base", "ranks", "data")}
-    members = {"base": "f", "data": "d", "held_out": None, "ranks": 1, "steps": 4, **other}
+    members = {
+        "base": "f",
+        "data": "d",
+        "held_out": None,
+        "ranks": 1,
+        "steps": 4,
+        "compute": "cpu, float32",
+        **other,
+    }
     return identity_of(TrainOptions(**changed), **members)
 
 

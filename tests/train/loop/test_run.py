@@ -252,6 +252,34 @@ def test_a_full_disk(train_to, tmp_path, monkeypatch):
     assert (found.step, problems) == (2, [])
 
 
+def test_no_room_for_checkpoints(train_to, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("loraformat.train.run.shutil.disk_usage", lambda path: usage(9, 9, 1000))
+    with pytest.raises(ResourceError, match=r"checkpoints need .* 0\.0 MB free"):
+        train_to(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_while_it_runs(train_to, tmp_path, monkeypatch, error):
+    from loraformat.train.model import TrainableModel
+
+    def fail(self, *arguments, **options):
+        raise error
+
+    monkeypatch.setattr(TrainableModel, "loss", fail)
+    with pytest.raises(ResourceError, match="cpu has too little memory: the run needs about"):
+        train_to(tmp_path / "a")
+
+
 def test_existing_outputs(train_to, tmp_path):
     train_to(tmp_path / "a", steps=1)
     with pytest.raises(OutputError, match="already exists"):

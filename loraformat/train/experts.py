@@ -45,6 +45,10 @@ class ExpertStack(torch.nn.Module):
         Called with input, frozen output and the expert's number; returns the output.
     layer : int or None
         Number of the decoder layer.
+    device : torch.device
+        Where it computes.
+    quantized : bool
+        The bundle holds it in NF4.
     """
 
     def __init__(
@@ -64,16 +68,8 @@ class ExpertStack(torch.nn.Module):
         self.out_features = sum(outs)
         self.branch: torch.nn.Module | None = None
         self.layer: int | None = None
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the bundle holds it in NF4."""
-        return isinstance(self.experts[0][0], NF4Matrix)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return torch.device("cpu")
+        self.device = torch.device("cpu")
+        self.quantized = isinstance(first, NF4Matrix)
 
     def dense_tiles(self, expert: int) -> Iterator[Tile]:
         """Yield one expert's weight as (first output, end output, float32 [outputs, in])."""

@@ -42,6 +42,8 @@ class FrozenLinear(torch.nn.Module):
         Called with the input and the frozen output; returns the output.
     layer : int or None
         Number of the decoder layer it stands in; None for the head, and for other towers.
+    device : torch.device
+        Where it computes.
     """
 
     bias: torch.Tensor | None
@@ -62,17 +64,13 @@ class FrozenLinear(torch.nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.branch: torch.nn.Module | None = None
         self.layer: int | None = None
+        self.device = torch.device("cpu")
 
     @property
     def weight(self) -> AbsentWeight:
         """What says the weight's shape and dtype, and holds nothing."""
         shape = (self.out_features, self.in_features)
         return AbsentWeight(self.name, shape[::-1] if self.conv1d else shape, self.device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return torch.device("cpu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the layer.

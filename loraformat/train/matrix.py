@@ -151,7 +151,5 @@ def output_tiles(matrix: Matrix) -> Iterator[Tile]:
     if not matrix.by_inputs:
         yield from matrix.tiles(torch.float32)
         return
-    whole = torch.empty(matrix.columns, matrix.rows)
-    for start, stop, tile in matrix.tiles(torch.float32):
-        whole[:, start:stop] = tile.T
-    yield 0, matrix.columns, whole
+    columns = [tile.T.clone() for _, _, tile in matrix.tiles(torch.float32)]
+    yield 0, matrix.columns, torch.cat(columns, 1)

@@ -24,6 +24,7 @@ from loraformat.train.decoder import find_layers, head_name, number_layers
 from loraformat.train.kernel_advice import pin_malloc_threshold
 from loraformat.train.lora_options import LoraOptions
 from loraformat.train.model import TrainableModel
+from loraformat.train.placement import place_on
 from loraformat.train.recompute import Recomputation, recompute_layer
 from loraformat.train.residency import Residency
 from loraformat.train.site import Site
@@ -39,6 +40,8 @@ def load(
     *,
     lora: LoraOptions | None = None,
     adapter: str | Path | Adapter | None = None,
+    device: str | torch.device = "cpu",
+    device_memory: int | None = None,
     compute_dtype: torch.dtype | str | None = None,
     original: str | Path | Checkpoint | None = None,
 ) -> TrainableModel:
@@ -56,8 +59,13 @@ def load(
         What is trained. With `adapter` only its dropout and statistics are heeded.
     adapter : str, Path or Adapter, optional
         An adapter of this base to compute with or to train on.
+    device : str or torch.device
+        Where it computes: ``cpu``, or a GPU, on which codes are decoded.
+    device_memory : int, optional
+        Bytes that the base may take on the GPU, a share of what is free by default; layers that
+        do not fit are brought there for each use.
     compute_dtype : torch.dtype or "fastest", optional
-        Of the factors of frozen products; float32 by default. See
+        Of the factors of frozen products; float32 by default, bfloat16 on a GPU. See
         `loraformat.train.compute_dtype`.
     original : str, Path or Checkpoint, optional
         The dense model that the bundle was made from, for ``LoraOptions(init="loftq")``.
@@ -82,11 +90,16 @@ def load(
         here = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
         if here is not bundle:
             opened.callback(here.close)
-        dtype = choose_dtype(compute_dtype, torch.device("cpu"))
+        place = torch.device(device)
+        dtype = choose_dtype(compute_dtype, place)
         base, used = _build(here, dtype)
-        branches = _branches(find_sites(base, used), here, lora, adapter, original)
         weights, path = StoredWeights(here), here.folder.path
-        shared = _stream(base, weights, used, path)
+        resident: set[str] = set()
+        if place.type != "cpu":
+            resident = place_on(base, used, weights, place, device_memory)
+        branches = _branches(find_sites(base, used), here, lora, adapter, original)
+        streamed = {name: names for name, names in used.items() if name not in resident}
+        shared = _stream(base, weights, streamed, path)
         head = [span for name in used[head_name(base, path)] for span in weights.spans(name)]
         model = TrainableModel(
             base, here, shared, head_spans=head, branches=branches,

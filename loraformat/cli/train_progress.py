@@ -91,7 +91,7 @@ class TrainingBar:
             self._say(f"{event['prompt']}⟦{event['text']}⟧")
 
     def _step(self, event: dict[str, Any]) -> None:
-        self._draw("train", "step", self._steps)
+        self._draw("train", "step", self._steps, event["step"] - 1)
         shown = {
             "loss": f"{event['loss']:.4f}",
             "tokens/s": f"{event['tokens_per_second']:.0f}",
@@ -102,11 +102,11 @@ class TrainingBar:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(event["step"] - self._bar.n)
 
-    def _draw(self, label: str, unit: str, total: int) -> None:
+    def _draw(self, label: str, unit: str, total: int, done: int = 0) -> None:
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=label, unit=unit, total=total, disable=None)
+            self._bar = tqdm(desc=label, unit=unit, total=total, initial=done, disable=None)
         self._bar.total = total
 
     def _say(self, text: str) -> None:

@@ -11,6 +11,8 @@ from loraformat.train.probe import StepTime
 
 __all__ = ["TrainReport", "duration"]
 
+_RECKONED = "reckoned from one layer's linears, without attention and head"
+
 
 @dataclass(slots=True)
 class TrainReport:
@@ -90,7 +92,7 @@ class TrainReport:
         ]
         if self.step_time is not None:
             assert self.estimated_seconds is not None
-            how = "timed" if self.step_time.whole else "reckoned from one layer's linears"
+            how = "timed" if self.step_time.whole else _RECKONED
             lines.append(
                 f"time: about {duration(self.estimated_seconds)}; a micro-batch of "
                 f"{self.step_time.tokens} tokens takes {self.step_time.seconds:.3g} s ({how})"

@@ -313,6 +313,15 @@ def test_a_dry_run_writes_nothing(train_to, tmp_path):
     assert plan.total == sum(plan.parts.values())
 
 
+def test_a_time_that_is_reckoned(train_to, tmp_path, monkeypatch):
+    """Of a model whose batch would take too long to be timed whole."""
+    monkeypatch.setattr("loraformat.train.probe._PATIENCE", -1.0)
+    report = train_to(tmp_path / "a", dry_run=True)
+    assert not report.step_time.whole
+    assert 1e-5 < report.step_time.seconds < 10
+    assert "reckoned from one layer's linears" in report.plan_lines()[-1]
+
+
 def test_a_plan_over_the_limit_is_refused(train_to, tmp_path):
     with pytest.raises(ResourceError) as caught:
         train_to(tmp_path / "a", max_memory=10**8, seq_len=128, batch_size=16, rank=64)

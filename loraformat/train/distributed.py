@@ -28,8 +28,8 @@ class World:
     size : int
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, *, joined: bool = False) -> None:
+        self.rank, self.size, self._joined = rank, size, joined
 
     @classmethod
     def join(cls, device: str = "cpu") -> World:
@@ -55,9 +55,10 @@ class World:
             )
         import torch.distributed as dist
 
-        if not dist.is_initialized():
+        joined = not dist.is_initialized()
+        if joined:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), joined=joined)
 
     @property
     def leads(self) -> bool:
@@ -112,8 +113,8 @@ class World:
                 dist.broadcast(tensor.detach(), src=0)
 
     def leave(self) -> None:
-        """End the talk."""
-        if self.size > 1:
+        """End the talk, if `join` began it."""
+        if self._joined:
             import torch.distributed as dist
 
             dist.destroy_process_group()

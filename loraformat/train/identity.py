@@ -15,6 +15,17 @@ from loraformat.train.options import SETTINGS, TrainOptions
 __all__ = ["check_same", "identity_of"]
 
 
+#: The members of an identity in words.
+_NAMES = {
+    "base": "the base's fingerprint",
+    "data": "the data's fingerprint",
+    "held_out": "the held-out data's fingerprint",
+    "ranks": "the number of processes",
+    "steps": "the number of steps",
+    "compute": "device and type of products",
+}
+
+
 def identity_of(
     options: TrainOptions,
     *,
@@ -46,10 +57,10 @@ def identity_of(
         "options": {setting.flag: told[setting.flag] for setting in SETTINGS if not setting.free},
         "base": base,
         "data": data,
-        "held-out data": held_out,
+        "held_out": held_out,
         "ranks": ranks,
         "steps": steps,
-        "products": compute,
+        "compute": compute,
     }
 
 
@@ -77,7 +88,7 @@ it was begun with, or begin anew with another --output
             differences.append(_difference(f"--{flag}", was.get(flag), is_now.get(flag)))
     for name in sorted((before.keys() | now.keys()) - {"options"}):
         if before.get(name) != now.get(name):
-            differences.append(_difference(f"the {name}", before.get(name), now.get(name)))
+            differences.append(_difference(_NAMES.get(name, name), before.get(name), now.get(name)))
     if differences:
         raise UsageError(
             f"the run was begun otherwise: {', '.join(differences)}",

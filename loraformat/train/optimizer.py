@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loraformat.errors import InputError, MissingDependencyError, printable
+from loraformat.errors import InputError, MissingDependencyError, UsageError, printable
 from loraformat.train.disk_states import DiskStates
 from loraformat.train.optimizer_options import OptimizerOptions
 
@@ -38,6 +38,8 @@ class Optimizer:
 
     Raises
     ------
+    UsageError
+        If the states cannot lie where they are wanted.
     MissingDependencyError
         If bitsandbytes is wanted and not installed.
     ResourceError
@@ -61,6 +63,7 @@ class Optimizer:
         ratios: Mapping[str, float] | None = None,
         directory: Path | None = None,
     ) -> None:
+        _check_place(options, parameters)
         self._parameters = dict(parameters)
         self._ratios = {name: float((ratios or {}).get(name, 1.0)) for name in parameters}
         self._disk: DiskStates | None = None
@@ -181,6 +184,20 @@ class Optimizer:
     def _states(self) -> list[tuple[str, dict[str, Any]]]:
         homes = self._homes()
         return [(name, homes[p].state[p]) for name, p in self._parameters.items()]
+
+
+def _check_place(options: OptimizerOptions, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    on_gpu = any(parameter.is_cuda for parameter in parameters.values())
+    if options.kind.startswith("paged") and not on_gpu:
+        raise UsageError(
+            "paged states are a thing of GPUs",
+            hint="use --optimizer-states disk, or --optimizer adamw-8bit",
+        )
+    if options.states == "disk" and on_gpu:
+        raise UsageError(
+            "states of a run on a GPU cannot lie on a disk",
+            hint="use --optimizer paged-adamw-8bit",
+        )
 
 
 def _parts(parameters: Mapping[str, torch.nn.Parameter]) -> list[list[str]]:

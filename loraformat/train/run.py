@@ -84,13 +84,12 @@ def train(
     world = World.join(options.device)
     if world.size > 1 and options.device == "cuda":
         options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    torch.use_deterministic_algorithms(options.deterministic)
     try:
         inputs = open_inputs(options, world, progress)
         try:
             run = _Run(inputs, world, output)
             announce(run.report)
-            with run.enough_memory():
+            with run.enough_memory(), _determinism(options.deterministic):
                 if dry_run:
                     run.measure()
                 else:
@@ -99,8 +98,20 @@ def train(
         finally:
             inputs.model.close()
     finally:
-        torch.use_deterministic_algorithms(False)
         world.leave()
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Let torch refuse operations that do not give the same bits each time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
@@ -236,11 +247,16 @@ class _Run:
         """Tell whether there is nothing left to do; refuse an adapter of something else."""
         if not resume or not self._output.exists() or force:
             return False
-        if checkpoint is None or checkpoint.step < self._inputs.steps:
+        if checkpoint is None or not self._is_done(checkpoint):
             _refuse_output(self._output, force=False)
             return False
         self.report.notes.append("the run was finished already")
         return True
+
+    def _is_done(self, checkpoint: saved_state.Checkpoint) -> bool:
+        early = self._options.early_stop
+        stopped = bool(early) and RunState.from_json(checkpoint.facts["run"]).stale >= early
+        return stopped or checkpoint.step >= self._inputs.steps
 
     def _identity(self) -> dict[str, Any]:
         inputs = self._inputs

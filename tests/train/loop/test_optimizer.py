@@ -222,6 +222,11 @@ def test_state_bytes_are_what_states_take():
     assert state_bytes("adamw", count) == taken
 
 
+def test_paged_states_are_for_gpus():
+    with pytest.raises(UsageError, match="optimizer-states disk"):
+        Optimizer(parameters(), OptimizerOptions("paged-adamw-8bit"))
+
+
 @pytest.mark.parametrize(
     "wrong", [{"kind": "adam"}, {"states": "tape"}, {"kind": "sgd", "states": "disk"}]
 )

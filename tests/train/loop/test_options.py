@@ -194,9 +194,9 @@ def test_another_run_is_named():
     check_same(before, identity(keep=5, save_every=1, optimizer_states="disk", max_memory=10**9))
     for changed, said in (
         ({"lr": 1e-3}, "--lr was 0.0002 and is 0.001"),
-        ({"ranks": 2}, "the ranks was 1 and is 2"),
-        ({"data": "other"}, "the data was d and is other"),
-        ({"base": "g" * 64}, "the base was f and is gggggggggggg…"),
+        ({"ranks": 2}, "the number of processes was 1 and is 2"),
+        ({"data": "other"}, "the data's fingerprint was d and is other"),
+        ({"base": "g" * 64}, "the base's fingerprint was f and is gggggggggggg…"),
         ({"seq_len": 256, "rank": 4}, "--rank was 16 and is 4, --seq-len was None and is 256"),
     ):
         with pytest.raises(UsageError) as caught:

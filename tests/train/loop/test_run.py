@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,33 +81,27 @@ def test_another_seed_writes_others(train_to, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 4, 5])
-def test_killed_and_gone_on_is_bit_for_bit(train_to, tmp_path, step):
+def test_killed_and_gone_on_is_bit_for_bit(train_to, tmp_path, monkeypatch, step):
     """P7."""
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    os.chdir(tmp_path / "whole")
-    train_to_here = lambda **more: train_to("a", **more)  # noqa: E731
-    train_to_here()
-    os.chdir(tmp_path / "killed")
+    output = Path("a")  # the record holds the name
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    train_to(output)
+    monkeypatch.chdir(tmp_path / "killed")
     with pytest.raises(Killed):
-        train_to_here(save_every=step, observe=killer(step))
-    report = train_to_here(resume=True)
-    assert report.notes == []
+        train_to(output, save_every=step, observe=killer(step))
+    assert train_to(output, resume=True).notes == []
     assert files_of(tmp_path / "whole" / "a") == files_of(tmp_path / "killed" / "a")
     assert losses(tmp_path / "whole" / "a") == losses(tmp_path / "killed" / "a")
 
 
-@pytest.fixture(autouse=True)
-def _home():
-    here = os.getcwd()
-    yield
-    os.chdir(here)
-
-
 def test_ways_that_do_not_change_the_bytes(train_to, tmp_path):
-    """Where states lie, how often is saved, and TensorBoard."""
+    """Where states lie, how often is saved, TensorBoard; on a CPU the deterministic mode, too."""
     train_to(tmp_path / "a")
-    train_to(tmp_path / "b", optimizer_states="disk", save_every=1, tensorboard=True)
+    train_to(
+        tmp_path / "b", optimizer_states="disk", save_every=1, tensorboard=True, deterministic=True
+    )
     one, other = files_of(tmp_path / "a"), files_of(tmp_path / "b")
     name = "adapter_model.safetensors"
     assert one[name] == other[name]
@@ -142,7 +136,7 @@ def test_another_run_is_not_gone_on_with(train_to, tmp_path, place):
     with pytest.raises(UsageError, match=r"--lr was 0\.005 and is 0\.001"):
         train_to(tmp_path / "a", resume=True, lr=1e-3)
     other = write_rows(tmp_path / "other.jsonl", 40, seed=9)
-    with pytest.raises(UsageError, match="the data was"):
+    with pytest.raises(UsageError, match="the data's fingerprint was"):
         train_to(tmp_path / "a", resume=True, data=other)
     with pytest.raises(OutputError, match="holds a run already"):
         train_to(tmp_path / "a")
@@ -194,6 +188,11 @@ def test_the_best_adapter_and_early_stop(train_to, tmp_path, place):
     last = tmp_path / "a.run" / "checkpoints" / f"step-{report.facts['steps']:08d}" / "adapter"
     name = "adapter_model.safetensors"
     assert (last / name).read_bytes() != (tmp_path / "a" / name).read_bytes()
+    again = train_to(
+        tmp_path / "a", epochs=30, lr=0.3, eval=(str(place / "held.jsonl"),), eval_every=2,
+        early_stop=2, best=True, clip=0.0, resume=True,
+    )  # fmt: skip
+    assert again.notes == ["the run was finished already"]
 
 
 def test_an_adapter_into_the_bundle_and_on_from_it(train_to, tmp_path, place):

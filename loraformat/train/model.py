@@ -179,8 +179,13 @@ class TrainableModel(torch.nn.Module):
 
     @torch.no_grad()
     def generate(self, *arguments: Any, **options: Any) -> Any:
-        """Generate as transformers does; see its ``GenerationMixin.generate``."""
-        return self.base.generate(*arguments, **options)
+        """Generate as transformers does, without dropout; see its ``GenerationMixin.generate``."""
+        was = self.training
+        self.eval()
+        try:
+            return self.base.generate(*arguments, **options)
+        finally:
+            self.train(was)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return the parameters that are trained: float32, by place and PEFT's own key."""

@@ -81,6 +81,15 @@ def test_a_loop_of_transformers_own_trains(bundle_of, tmp_path):
         assert (model.save_adapter(tmp_path / "adapter") / "adapter_config.json").is_file()
 
 
+def test_generation_drops_nothing_and_leaves_the_mode_as_it_was(bundle_of):
+    ids = make_batch(rows=1, length=6).input_ids
+    with load(bundle_of("gpt2")) as model:  # whose config drops a tenth
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+        expected = stored_model(bundle_of("gpt2")).generate(ids, **options)
+        assert torch.equal(model.generate(ids, **options), expected)
+        assert model.training
+
+
 def test_generation_uses_a_cache_and_the_adapter(bundle_of):
     bundle = bundle_of("llama")
     ids = make_batch(rows=1, length=6).input_ids

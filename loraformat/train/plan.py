@@ -61,7 +61,7 @@ class MemoryPlan:
     process : int
         Python, torch and transformers, as they are.
     mapped : int
-        Mapped pages of the base in memory at once.
+        Pages of the base in memory at once; on a GPU what is kept there.
     activations : int
         Checkpointed ones, and those of the layer that is being computed.
     logits : int
@@ -142,6 +142,7 @@ def plan_memory(
     process: int,
     optimizer: str = "adamw",
     states: str = "memory",
+    resident: int = 0,
     limit: int | None = None,
 ) -> MemoryPlan:
     """Return the plan of a run.
@@ -156,6 +157,9 @@ def plan_memory(
         What the process holds already (bytes).
     optimizer, states : str
         As in `OptimizerOptions`.
+    resident : int
+        What of the base stays where it is computed, on a GPU, besides two layers that come and
+        go (bytes).
     limit : int, optional
         What is allowed (bytes).
 
@@ -174,7 +178,7 @@ def plan_memory(
     return MemoryPlan(
         base_on_disk=shape.base_bytes,
         process=process,
-        mapped=2 * shape.layer_bytes,
+        mapped=2 * shape.layer_bytes + resident,
         activations=tokens * shape.hidden * (shape.layers + 1) * _FLOAT + inside,
         logits=min(_LOGITS, 2 * tokens * shape.vocabulary * _FLOAT),
         workspace=_WORKSPACE,

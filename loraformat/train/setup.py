@@ -38,6 +38,8 @@ __all__ = [
     "with_length",
 ]
 
+#: What CUDA takes of a GPU before anything is put there (bytes).
+_CONTEXT = 500_000_000
 Progress = Callable[[int, int], None]
 _DTYPES: dict[str, torch.dtype | str] = {
     "fastest": "fastest",
@@ -111,9 +113,12 @@ class Inputs:
         """
         options, shape = self.options, self.shape()
         adapter = 4 * shape.trained
+        on_gpu = options.device != "cpu"
+        kept = shape.base_bytes if options.device_memory is None else options.device_memory
+        process = _CONTEXT if on_gpu else max(0, memory.resident() - adapter)
         plan = plan_memory(
             shape, rows=self._rows(), length=self.data.options.seq_len,
-            process=max(0, memory.resident() - adapter),
+            process=process, resident=min(kept, shape.base_bytes) if on_gpu else 0,
             optimizer=options.optimizer, states=options.optimizer_states,
             limit=options.max_memory,
         )  # fmt: skip

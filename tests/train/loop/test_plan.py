@@ -30,6 +30,10 @@ def test_one_activation_per_layer_and_what_a_layer_holds():
     assert large.mapped == small.mapped == 2 * SEVENTY.layer_bytes
 
 
+def test_a_base_that_stays_on_a_gpu():
+    assert plan(resident=4 * 10**9).mapped == plan().mapped + 4 * 10**9
+
+
 def test_advice_has_numbers_the_largest_first():
     said = plan(limit=8 * 10**9)
     advice = advise(said, length=512, rows=2, optimizer="adamw", states="memory", rank=64)

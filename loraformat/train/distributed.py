@@ -15,7 +15,19 @@ import torch
 
 from loraformat.errors import UsageError
 
-__all__ = ["World"]
+__all__ = ["World", "own_device"]
+
+
+def own_device(device: str) -> str:
+    """Return the GPU of this process, of those that ``torchrun`` started on this machine.
+
+    Examples
+    --------
+    >>> own_device("cpu")
+    'cpu'
+    """
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
 class World:
@@ -38,7 +50,7 @@ class World:
         Parameters
         ----------
         device : str
-            ``cuda`` talks through NCCL, anything else through gloo.
+            This process's own. On GPUs NCCL talks, else gloo.
 
         Raises
         ------
@@ -55,9 +67,13 @@ class World:
             )
         import torch.distributed as dist
 
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.set_device(torch.device(device))
         joined = not dist.is_initialized()
         if joined:
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            # Gradients travel from GPU to GPU, second moments are on the CPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         return cls(dist.get_rank(), dist.get_world_size(), joined=joined)
 
     @property

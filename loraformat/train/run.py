@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from loraformat.bundle_update import adapter_place
-from loraformat.errors import OutputError, ResourceError, UsageError
+from loraformat.errors import InputError, OutputError, ResourceError, UsageError
 from loraformat.output_rules import refuse_existing
 from loraformat.train import config_file, generation, loss_curve, memory, saved_state
-from loraformat.train.distributed import World
+from loraformat.train.distributed import World, own_device
 from loraformat.train.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.facts import facts_of
 from loraformat.train.identity import check_same, identity_of
@@ -32,7 +32,7 @@ from loraformat.train.report import TrainReport
 from loraformat.train.run_directory import RunDirectory
 from loraformat.train.run_state import RunState
 from loraformat.train.schedule import Schedule
-from loraformat.train.setup import Inputs, Progress, open_inputs
+from loraformat.train.setup import Inputs, Progress, check_device, open_inputs
 
 __all__ = ["train"]
 
@@ -81,9 +81,9 @@ def train(
         See the tree in `loraformat.errors`.
     """
     output = _check(options, resume=resume, force=force or dry_run)
+    options = replace(options, device=own_device(options.device))
+    check_device(options.device)
     world = World.join(options.device)
-    if world.size > 1 and options.device == "cuda":
-        options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     try:
         inputs = open_inputs(options, world, progress)
         try:
@@ -216,11 +216,11 @@ class _Run:
         alone = self._directory.alone() if self._world.leads else nullcontext()
         with alone:
             checkpoint = self._checkpoint() if resume else None
-            if checkpoint is None and resume and self._world.leads:
-                self._directory.begin(force=True)
-            self._check_disk()
             finished = self._check_output(checkpoint, resume=resume, force=force)
+            self._check_disk()
             if self._world.leads:
+                if checkpoint is None and resume:
+                    self._directory.begin(force=True)
                 self._directory.write_config(config_file.dump(self._options.to_json()))
             state = self._train(checkpoint, observe)
             self._finish(state, write=not finished, force=force)
@@ -231,6 +231,12 @@ class _Run:
         found = None
         if self._world.leads:
             found, problems = saved_state.newest(self._directory.checkpoints)
+            if found is None and problems:
+                raise InputError(
+                    f"none of the checkpoints is whole: {problems[0]}",
+                    path=self._directory.checkpoints,
+                    hint="begin anew, and lose them: --force without --resume",
+                )
         self.report.notes += [f"passed over: {problem}" for problem in problems]
         step = self._world.told_by_the_first(None if found is None else found.step)
         if step is None:
@@ -238,7 +244,8 @@ class _Run:
             return None
         if found is None:
             found = saved_state.read(self._directory.checkpoints / saved_state.name_of(step))
-        check_same(found.facts.get("identity", {}), self._identity())
+        if self._world.leads:  # whose device others do not have
+            check_same(found.facts.get("identity", {}), self._identity())
         return found
 
     def _check_output(

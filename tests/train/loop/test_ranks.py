@@ -77,3 +77,12 @@ def test_the_flat_vector_is_exact():
     assert (sums.loss, sums.trained, sums.tokens, sums.flags) == (4.0, 7, 16, (1.0,))
     assert weights["a"].grad.tolist() == [11.0, 22.0, 33.0]
     assert weights["b"].grad.tolist() == [40.0, 50.0]
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    from loraformat.train.distributed import own_device
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]

@@ -130,6 +130,18 @@ def test_a_damaged_checkpoint_is_passed_over(train_to, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "whole")
 
 
+def test_only_damaged_checkpoints(train_to, tmp_path):
+    """They are not thrown away unasked."""
+    with pytest.raises(Killed):
+        train_to(tmp_path / "a", save_every=2, observe=killer(2))
+    (path,) = (tmp_path / "a.run" / "checkpoints").iterdir()
+    (path / "checkpoint.json").write_text("{}")
+    with pytest.raises(InputError, match="none of the checkpoints is whole"):
+        train_to(tmp_path / "a", resume=True)
+    assert (path / "state.safetensors").is_file()
+    train_to(tmp_path / "a", force=True)
+
+
 def test_another_run_is_not_gone_on_with(train_to, tmp_path, place):
     with pytest.raises(Killed):
         train_to(tmp_path / "a", save_every=2, observe=killer(2))

@@ -22,9 +22,9 @@ from loraformat.manifest import is_adapter_name
 
 __all__ = ["NOT_WANTED", "Source", "download", "hub_id", "resolve"]
 
-_HUB_ID = re.compile(
-    r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
-)
+#: Neither part begins or ends with a dot or a hyphen: ``./x`` and ``../x`` are paths.
+_PART = r"\w(?:[\w.-]{0,94}\w)?"
+_HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[\w./-]{{1,200}}))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 #: Weights in formats that are never read; they would double the download.
 NOT_WANTED = [
@@ -58,7 +58,7 @@ def hub_id(word: str) -> tuple[str, str | None] | None:
 
     Examples
     --------
-    >>> hub_id("org/name@v1"), hub_id("org/name"), hub_id("./org/name")
+    >>> hub_id("org/name@v1"), hub_id("org/name"), hub_id("./name")
     (('org/name', 'v1'), ('org/name', None), None)
     """
     match = _HUB_ID.fullmatch(word)
@@ -87,6 +87,8 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
     >>> resolve(".").path
     PosixPath('.')
     """
+    if not str(word):
+        raise InputError("the name of an input is empty", hint="name a path, or ORG/NAME")
     path = Path(word)
     exists = os.path.lexists(path)  # which, unlike Path.exists, has an answer for every word
     bundle, inside, adapter = str(word).rpartition("/adapters/")

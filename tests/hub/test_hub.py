@@ -200,13 +200,32 @@ def test_a_local_output_is_never_asked_for_on_the_hub(ask, hub, model, tmp_path)
 
 @pytest.mark.parametrize(
     "word",
-    ["a/b/c", "./org/name", "/org/name", "org/name@", "org//name", "name", "org/na me", "org/näme"],
+    [
+        "a/b/c",
+        "./org/name",
+        "/org/name",
+        "org/name@",
+        "org//name",
+        "name",
+        "org/na me",
+        "org/näme",
+        "./name",
+        "../name",
+        "name/.",
+        "name/..",
+        "-o/name",
+    ],
 )
 def test_words_that_are_no_hub_id(monkeypatch, tmp_path, word):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "download", lambda *word: pytest.fail("asked the Hub"))
     with pytest.raises(module.InputError, match="no such file or directory"):
         module.resolve(word)
+
+
+def test_an_empty_word_is_not_the_working_directory():
+    with pytest.raises(module.InputError, match="is empty"):
+        module.resolve("")
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,12 @@ def test_words_that_lead_nowhere(ask, published, word, code, said):
     assert result.stderr.count("\n") == 1
 
 
+def test_an_empty_target_is_not_the_working_directory(ask, published):
+    result = ask("pull", "org/adapter", "", "--force")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert published.requests == []
+
+
 def test_a_gated_repository(ask, published):
     published.gated.add("org/adapter")
     result = ask("pull", "org/adapter", "out")

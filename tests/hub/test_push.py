@@ -87,6 +87,39 @@ def test_a_base_that_is_not_on_the_hub(push, shelf):
     assert "me/new" not in shelf.repositories
 
 
+@pytest.mark.parametrize("revision", ["main", BASE_COMMIT])
+def test_the_card_names_the_commit_of_the_base(push, shelf, revision):
+    assert push("local", "me/new", "--base-model", f"org/base@{revision}").returncode == 0
+    card = published(shelf)["README.md"].decode()
+    assert f"| revision of the base | `{BASE_COMMIT}` |" in card
+
+
+def test_a_revision_that_the_base_does_not_have(push, shelf):
+    result = push("local", "me/new", "--base-model", "org/base@typo")
+    assert result.returncode == 7
+    assert result.stderr.startswith("error: base model org/base@typo: has no such revision; ")
+    assert "me/new" not in shelf.repositories
+
+
+def test_a_base_that_is_a_path(push, shelf):
+    result = push("local", "me/new", "--base-model", "./base")
+    assert result.returncode == 2
+    assert "--base-model ./base: wanted ORG/NAME" in result.stderr
+    assert shelf.requests == []
+
+
+@pytest.mark.parametrize(
+    "option", [("--tag", "a b"), ("--tag", ""), ("--tag", "v1..2"), ("--tag", "-v"),
+               ("--revision", "x.lock"), ("--revision", "a" * 40), ("--revision", "/x")],
+)  # fmt: skip
+def test_names_that_git_does_not_take(push, shelf, option):
+    result = push("adapter", "me/new", *option)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {option[0]} ")
+    assert result.stderr.count("\n") == 1
+    assert shelf.requests == []
+
+
 def test_dry_run(push, shelf):
     result = push("adapter", "me/new", "--dry-run", HF_TOKEN="")
     assert (result.returncode, result.stderr) == (0, "")
@@ -101,7 +134,9 @@ def test_dry_run_without_a_hub(push, shelf):
     result = push("adapter", "me/new", "--dry-run", "--json", HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
-    assert sum("the Hub was not asked about" in note for note in said["notes"]) == 2
+    offline = "is not in the cache, and HF_HUB_OFFLINE is set"
+    assert f"base model org/base: {offline}" in said["notes"]
+    assert f"the Hub was not asked about me/new: {offline}" in said["notes"]
     assert said["commit"] is None
     assert {file["status"] for file in said["files"]} == {"new"}
 

@@ -113,12 +113,12 @@ def look_up(named: Named, licence: str | None, notes: list[str], *, offline_ok: 
     notes : list of str
         Gets what a user should know.
     offline_ok : bool
-        A Hub that does not answer is a note, not an error.
+        What the Hub says, or that it does not answer, is a note, not an error.
 
     Raises
     ------
     HubError
-        If there is no such model.
+        If there is no such model, or not in that revision.
     UsageError
         If the licence has no form that the Hub takes.
     """
@@ -128,12 +128,14 @@ def look_up(named: Named, licence: str | None, notes: list[str], *, offline_ok: 
             "example"
         )
     repo, revision = named
+    what = f"base model {repo}@{revision}" if revision else f"base model {repo}"
     said = Licence(licence) if licence else None
     try:
-        facts = model_facts(repo)
+        facts = model_facts(repo, revision)
     except HubError as error:
         if not offline_ok:
-            raise HubError(error.problem, path=f"base model {repo}", hint=error.hint) from error
-        notes.append(f"the Hub was not asked about {repo}: {error.problem}")
+            raise HubError(error.problem, path=what, hint=error.hint) from error
+        notes.append(f"{what}: {error.problem}")
         return Base(repo, revision, said)
-    return Base(repo, revision, said or licence_of(facts.card))
+    # A branch or a tag moves; the commit that it is now is what the card can name.
+    return Base(repo, facts.commit if revision else None, said or licence_of(facts.card))

@@ -75,6 +75,8 @@ def pull(
         is kept, and the same command goes on from there.
     OutputError
         If the target exists.
+    UsageError
+        If the words name no repository, or no target.
     """
     began = time.perf_counter()
     named = hub_id(word)
@@ -82,6 +84,8 @@ def pull(
         raise UsageError(
             f"{printable(word)} is no repository: wanted ORG/NAME or ORG/NAME@REVISION"
         )
+    if not str(target):
+        raise UsageError("DST is empty", hint="name the directory that shall appear")
     repo = named[0]
     facts = model_facts(repo, named[1])
     with explained(word):

@@ -19,6 +19,7 @@ from pathlib import Path
 from loraformat.errors import HubError, InputError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.hub import hub_id, resolve
+from loraformat.hub.reference import is_reference
 from loraformat.hub.repository import Commit, Repository, State, require_login
 from loraformat.hub.source import download
 from loraformat.hub.tree import TreeFile
@@ -137,6 +138,12 @@ def _check(wishes: Wishes, revision: str | None, create_pr: bool, tag: str | Non
         raise UsageError(
             "--base is for --with-gguf", hint="to say which model it belongs to, use --base-model"
         )
+    for option, name in (("--tag", tag), ("--revision", revision)):
+        if name is not None and not is_reference(name):
+            raise UsageError(
+                f"{option} {printable(name)!r} is no name for a branch or a tag",
+                hint="use letters, digits, '.', '-' and '_', v1.0 for example",
+            )
     if create_pr and (tag or revision not in (None, "main")):
         raise UsageError(
             "--create-pr goes to main and has no tag yet",

@@ -16,7 +16,13 @@ from loraformat.cli.console import (
     size,
     table,
 )
-from loraformat.cli.options import allow_base_mismatch_option, allow_pickle_option, base_option
+from loraformat.cli.options import (
+    allow_base_mismatch_option,
+    allow_pickle_option,
+    base_option,
+    config_option,
+    pre_tokenizer_option,
+)
 
 _EXAMPLE = """\b
 Example:
@@ -45,17 +51,8 @@ Example:
     help="Type of dense tensors, or of an adapter's factors; by default each keeps its own. Of a "
     "GGUF file f16 is the default, and only such a file can have those that begin with q.",
 )
-@click.option(
-    "--config",
-    metavar="FILE",
-    help="config.json of the model in a GGUF file; by default it is inferred.",
-)
-@click.option(
-    "--pre",
-    "pre_tokenizer",
-    metavar="NAME",
-    help="llama.cpp's name of the pre-tokenizer, for a GGUF file; by default it is recognised.",
-)
+@config_option
+@pre_tokenizer_option
 @click.option(
     "--block-size",
     type=int,

@@ -16,7 +16,12 @@ from loraformat.cli.console import (
     size,
     table,
 )
-from loraformat.cli.options import allow_base_mismatch_option, allow_pickle_option
+from loraformat.cli.options import (
+    allow_base_mismatch_option,
+    allow_pickle_option,
+    config_option,
+    pre_tokenizer_option,
+)
 
 _EXAMPLE = """\b
 Example:
@@ -63,6 +68,8 @@ Example:
 )
 @allow_base_mismatch_option("Merge an adapter that was made for another base.")
 @allow_pickle_option
+@config_option
+@pre_tokenizer_option
 @click.option("--modules", "show_modules", is_flag=True, help="Show every module, not the total.")
 @click.option(
     "--max-shard-size",

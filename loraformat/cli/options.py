@@ -19,6 +19,7 @@ __all__ = [
     "allow_base_mismatch_option",
     "allow_pickle_option",
     "base_option",
+    "config_option",
     "dry_run_option",
     "dtype_option",
     "energy_option",
@@ -26,6 +27,7 @@ __all__ = [
     "max_rank_option",
     "max_shard_size_option",
     "output_option",
+    "pre_tokenizer_option",
     "skip_option",
     "weight_option",
 ]
@@ -124,6 +126,17 @@ allow_pickle_option = click.option(
     "--allow-pickle",
     is_flag=True,
     help="Adapters: read a .bin, too, with a loader that makes nothing but tensors.",
+)
+config_option = click.option(
+    "--config",
+    metavar="FILE",
+    help="config.json of the model in a GGUF file; by default it is inferred.",
+)
+pre_tokenizer_option = click.option(
+    "--pre",
+    "pre_tokenizer",
+    metavar="NAME",
+    help="llama.cpp's name of the pre-tokenizer, for a GGUF file; by default it is recognised.",
 )
 skip_option = click.option(
     "--skip", multiple=True, metavar="GLOB", help="Leave these tensors alone. Repeatable."

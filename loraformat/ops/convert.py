@@ -18,14 +18,13 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.bundle_update import adapter_place, read_manifest
 from loraformat.checkpoint import Checkpoint, Provenance
-from loraformat.config_json import MAX_CONFIG_BYTES, split
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
-from loraformat.folder import Folder
 from loraformat.hub import Source, resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.ops.convert_adapter import AdapterOptions, AdapterReport, convert_adapter
 from loraformat.ops.encoding import Encoding
+from loraformat.ops.open import open_with
 from loraformat.ops.report import (
     ConversionReport,
     complete,
@@ -33,7 +32,7 @@ from loraformat.ops.report import (
     losses,
     plan_report,
 )
-from loraformat.plugins import Converter, ReadOptions, WriteOptions
+from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish_file import open_publication
 from loraformat.reader import is_bundle
 from loraformat.version import __version__
@@ -191,7 +190,8 @@ def _convert_base(
     if adapter_place(target) is not None:
         raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
     writer = plugins.for_output(target, to_format, reader.kind)
-    with _open(found, reader, writer, encoding, config) as original:
+    dtype = _read_as(writer, encoding)
+    with open_with(found, reader, dtype=dtype, config=config) as original:
         checkpoint = encoding.apply(_with_origin(original, found), writer)
         lost = list(losses(original, reader, writer))
         if strict and lost:
@@ -226,28 +226,11 @@ def _convert_base(
     return complete(report, checkpoint, written, time.perf_counter() - began)
 
 
-def _open(
-    found: Source,
-    reader: Converter,
-    writer: Converter,
-    encoding: Encoding,
-    config: str | Path | None,
-) -> Checkpoint:
-    if reader.read is None:
-        raise UsageError(f"format {reader.name!r} can be written but not read")
-    if reader.read_with is None:
-        if config is not None:
-            raise UsageError(f"--config is for GGUF files, and {found.path} is {reader.name}")
-        return reader.read(found.path)
-    raw = None
-    if config is not None:
-        place = Path(config)
-        raw = Folder(place.parent).read(place.name, MAX_CONFIG_BYTES)
-        raw, _ = split(raw, place)
-    if writer.dtypes:  # it rounds itself, and once is enough
-        return reader.read_with(found.path, ReadOptions(raw, "F32"))
-    dtype = parse_weight_dtype(encoding.dtype) if encoding.dtype else None
-    return reader.read_with(found.path, ReadOptions(raw, dtype))
+def _read_as(writer: Converter, encoding: Encoding) -> str | None:
+    """Return the type of numbers that are in one of the source's own: rounding once is enough."""
+    if writer.dtypes:
+        return "F32"  # it rounds itself
+    return parse_weight_dtype(encoding.dtype) if encoding.dtype else None
 
 
 def _adapters_note(source: Path) -> list[str]:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.checkpoint import Checkpoint
-from loraformat.errors import UnsupportedError
+from loraformat.config_json import MAX_CONFIG_BYTES, split
+from loraformat.errors import UnsupportedError, UsageError
 from loraformat.folder import Folder
-from loraformat.hub import resolve
+from loraformat.hub import Source, resolve
 from loraformat.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from loraformat.plugins import Converter, ReadOptions
 from loraformat.reader import Bundle, open_bundle
 
-__all__ = ["fingerprint_of", "open_model", "open_source"]
+__all__ = ["fingerprint_of", "open_model", "open_source", "open_with"]
 
 
 def open_source(source: str | Path) -> Bundle:
@@ -64,6 +66,38 @@ def open_model(source: str | Path) -> Checkpoint:
             path=path,
         )
     return converter.read(path)
+
+
+def open_with(
+    source: Source, reader: Converter, *, dtype: str | None = None, config: str | Path | None = None
+) -> Checkpoint:
+    """Open a base with what a format without ``config.json``, or of other numbers, leaves open.
+
+    Parameters
+    ----------
+    source : Source
+    reader : Converter
+    dtype : str, optional
+        safetensors name of the type to which numbers of the format's own types are rounded.
+    config : str or Path, optional
+        The model's ``config.json``.
+
+    Raises
+    ------
+    UsageError
+        If the format cannot be read, or has a config of its own.
+    """
+    if reader.read is None:
+        raise UsageError(f"format {reader.name!r} can be written but not read")
+    if reader.read_with is None:
+        if config is not None:
+            raise UsageError(f"--config is for GGUF files, and {source.path} is {reader.name}")
+        return reader.read(source.path)
+    raw = None
+    if config is not None:
+        place = Path(config)
+        raw, _ = split(Folder(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
+    return reader.read_with(source.path, ReadOptions(raw, dtype))
 
 
 def fingerprint_of(model: Checkpoint) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -10,8 +11,9 @@ import torch
 import transformers
 from bases import apart, by_llama_cpp, make_base, run, tolerance
 from loraformat_converters.gguf.container import open_gguf
+from safetensors.torch import load_file
 
-from loraformat.errors import UsageError
+from loraformat.errors import UnsupportedError, UsageError
 from loraformat.ops.convert import convert
 from loraformat.ops.merge.verb import merge
 
@@ -63,6 +65,43 @@ def test_a_gguf_base_is_merged_into(adapted, tmp_path):
     convert(base, tmp_path / "base.gguf", dtype="f32")
     merge(tmp_path / "base.gguf", [adapter], tmp_path / "merged.gguf", dtype="f32")
     assert apart(wanted, by_llama_cpp(tmp_path / "merged.gguf", "llama")) < 1e-5
+
+
+def test_what_a_quantized_base_holds_is_rounded_once(adapted, tmp_path):
+    base, adapter, _ = adapted("llama")
+    convert(base, tmp_path / "base.gguf", dtype="q8_0")
+    convert(tmp_path / "base.gguf", tmp_path / "dense", to_format="safetensors", dtype="f32")
+    for source, name in ((tmp_path / "base.gguf", "one"), (tmp_path / "dense", "two")):
+        merge(source, [adapter], tmp_path / name, dtype="bf16")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [None, "q8_0"])
+def test_a_dry_run_says_the_size(adapted, dtype, tmp_path):
+    base, adapter, _ = adapted("llama")
+    target = tmp_path / "merged.gguf"
+    planned = merge(base, [adapter], target, dtype=dtype, dry_run=True)
+    assert not target.exists()
+    done = merge(base, [adapter], target, dtype=dtype)
+    assert planned.output_bytes == done.output_bytes == target.stat().st_size
+
+
+def test_an_unknown_pre_tokenizer_is_named(adapted, tmp_path):
+    base, adapter, wanted = adapted("llama")
+    strange = shutil.copytree(base, tmp_path / "strange")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "odd"}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    (strange / "tokenizer.json").write_text(json.dumps(tokenizer))
+    target = tmp_path / "merged.gguf"
+    with pytest.raises(UnsupportedError, match="pre-tokenizer") as refused:
+        merge(strange, [adapter], target, dtype="f32", dry_run=True)
+    assert "--pre" in str(refused.value.hint)
+    merge(strange, [adapter], target, dtype="f32", pre_tokenizer="gpt-2")
+    assert apart(wanted, by_llama_cpp(target, "llama")) < 1e-5
 
 
 def test_what_is_merged_is_of_the_type_that_was_asked_for(adapted, tmp_path):

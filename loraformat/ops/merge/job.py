@@ -17,7 +17,7 @@ from loraformat.ops.encoding import Encoding
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.untied import untied_config
-from loraformat.plugins import Converter, WriteOptions
+from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.publish_file import open_publication
 from loraformat.version import __version__
 
@@ -41,12 +41,15 @@ class MergeOptions:
         NF4 weights stay NF4.
     shard_limit : int
         Bytes.
+    pre_tokenizer : str or None
+        What the output's format calls the model's pre-tokenizer.
     """
 
     weights: tuple[float, ...]
     dtype: str | None
     requantize: bool
     shard_limit: int
+    pre_tokenizer: str | None = None
 
 
 class MergeJob:
@@ -219,9 +222,7 @@ class MergeJob:
             if undo is not None:
                 output.resumed.clear()  # what is not computed now would be missing in the record
             try:
-                dtype = self.options.dtype if self.writer.dtypes else None
-                options = WriteOptions(self.options.shard_limit, count, dtype=dtype)
-                written = self.writer.write(self.checkpoint, output, options)
+                written = self.writer.write(self.checkpoint, output, self._write_options(count))
             except InputError as error:
                 error.path = error.path or str(self.original.path)
                 raise
@@ -231,6 +232,17 @@ class MergeJob:
                 summary = self._write_undo(Path(undo), written)
             output.commit()
         return written, summary
+
+    def _write_options(self, progress: Callable[[int], None]) -> WriteOptions:
+        dtype = self.options.dtype if self.writer.dtypes else None
+        return WriteOptions(self.options.shard_limit, progress, dtype, self.options.pre_tokenizer)
+
+    def forecast(self, target: Path) -> Forecast | None:
+        """Return what the writer knows of its output without a number; None if it cannot say."""
+        if self.writer.forecast is None:
+            return None
+        options = self._write_options(lambda nbytes: None)
+        return self.writer.forecast(self.checkpoint, target, options)
 
     def _write_undo(self, path: Path, written: WrittenModel) -> UndoSummary:
         from loraformat.ops.unmerge.recorder import write_record

@@ -33,8 +33,9 @@ from loraformat.ops.merge.beside import check_beside, merge_beside, name_of
 from loraformat.ops.merge.edits import Plan, plan_edits
 from loraformat.ops.merge.job import MergeJob, MergeOptions
 from loraformat.ops.merge.report import MergedAdapter, MergeReport, UndoSummary, advice
+from loraformat.ops.open import open_with
 from loraformat.ops.report import losses
-from loraformat.plugins import Converter
+from loraformat.plugins import Converter, Forecast
 
 if TYPE_CHECKING:
     from loraformat.ops.unmerge.recorder import Spool
@@ -56,6 +57,8 @@ def merge(
     name: str | None = None,
     allow_base_mismatch: bool = False,
     allow_pickle: bool = False,
+    pre_tokenizer: str | None = None,
+    config: str | Path | None = None,
     shard_limit: int = DEFAULT_SHARD_LIMIT,
     force: bool = False,
     dry_run: bool = False,
@@ -90,6 +93,8 @@ def merge(
         Merge although an adapter says that it was made for another base.
     allow_pickle : bool
         Read an adapter's pickle, too, with a loader that makes nothing but tensors.
+    pre_tokenizer, config
+        Of GGUF files, as in `loraformat.ops.convert.convert`.
     shard_limit, force, dry_run, progress
         As in `loraformat.ops.convert.convert`.
 
@@ -119,9 +124,13 @@ def merge(
     _refuse_options(name, dtype, undo, beside)
     if reader.read is None or reader.kind != "base":
         raise UsageError(f"format {reader.name!r} is not a base that can be read")
-    options = MergeOptions(tuple(weights) or (1.0,) * len(adapters), dtype, requantize, shard_limit)
+    options = MergeOptions(
+        tuple(weights) or (1.0,) * len(adapters), dtype, requantize, shard_limit, pre_tokenizer
+    )
     with ExitStack() as stack:
-        original = stack.enter_context(reader.read(found.path))
+        # Numbers in a format's own types are rounded once, after the sum.
+        exact = "F32" if undo is None and (writer.dtypes or dtype) else None
+        original = stack.enter_context(open_with(found, reader, dtype=exact, config=config))
         opened = [
             given if isinstance(given, Adapter) else stack.enter_context(
                 _open_adapter(given, original, allow_pickle)
@@ -162,7 +171,7 @@ def merge(
         job = MergeJob(original, opened, options, writer, spool)
         report = _planned(report, job.checkpoint, job.plan)
         if dry_run:
-            return report
+            return _foreseen(report, job.forecast(Path(target)))
         written, summary = job.write(Path(target), undo, force, progress)
     return _completed(report, job, written, summary, time.perf_counter() - began)
 
@@ -176,6 +185,13 @@ def _planned(report: MergeReport, output: Checkpoint, plan: Plan) -> MergeReport
         output_bytes=sum(tensor.nbytes for tensor in output.tensors.values()),
         notes=report.notes + ([] if report.beside else plan.notes),
     )
+
+
+def _foreseen(report: MergeReport, forecast: Forecast | None) -> MergeReport:
+    if forecast is None:
+        return report
+    notes = [*report.notes, *forecast.notes]
+    return replace(report, output_bytes=forecast.nbytes, notes=notes)
 
 
 def _written_beside(report: MergeReport, began: float, written: WrittenModel) -> MergeReport:

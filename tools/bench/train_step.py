@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in loraformat's commands
+
 import torch
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -122,15 +125,20 @@ class _OurLoss:
 
     def figures(self) -> dict[str, float]:
         traffic = self._model.traffic
-        return {"stall_seconds": traffic.stall_seconds, "layer_bytes": traffic.bytes_read}
+        return {
+            "stall_seconds": traffic.stall_seconds,
+            "decode_seconds": self._model.decode_seconds,
+            "layer_bytes": traffic.bytes_read,
+        }
 
 
 def _ours(model: Path, rank: int, compute: torch.dtype, cold: bool, device: str) -> Any:
     from loraformat import train
 
     loaded = train.load(
-        model, lora=train.LoraOptions(rank=rank, statistics=False), compute_dtype=compute
-    )
+        model, lora=train.LoraOptions(rank=rank, statistics=False), compute_dtype=compute,
+        device=device,
+    )  # fmt: skip
     loaded.residency.drop_cache = cold
     loaded.train()
     return _OurLoss(loaded), list(loaded.trainable().values())

@@ -87,7 +87,6 @@ class FakeData:
     rows: int = 2
     rank: int = 0
     size: int = 1
-    poisoned: tuple[int, ...] = ()
 
     def stream(self, place):
         epoch, index = place.get("epoch", 0), place.get("batch", 0)

@@ -57,8 +57,8 @@ def command(
         raise UsageError("a system message needs a chat", hint="add --chat")
     options = chosen({**given, "adapter": adapter}, None)
     text = _stdin() if prompt == "-" else prompt
-    from loraformat.train.generation import GenerationOptions
-    from loraformat.train.write_on import write_on
+    from loraformat.train.run.generation import GenerationOptions
+    from loraformat.train.run.write_on import write_on
 
     drawn = GenerationOptions(max_tokens, temperature, top_p, seed)
 

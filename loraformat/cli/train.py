@@ -58,7 +58,7 @@ def command(
 
     options = chosen(given, config or _config_of_run(given, resume))
     with TrainingBar(quiet=quiet or not _leads()) as bar:
-        from loraformat.train.run import train
+        from loraformat.train.run.verb import train
 
         try:
             report = train(
@@ -83,7 +83,7 @@ def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:
     """Return the options of the run that goes on; so ``-o ADAPTER --resume`` is enough."""
     if not resume or not given["output"]:
         return None
-    from loraformat.train.run_directory import RunDirectory
+    from loraformat.train.run.run_directory import RunDirectory
 
     path = RunDirectory(Path(given["output"])).config
     return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""The options of ``train``, made from the table in `loraformat.train.options`."""
+"""The options of ``train``, made from the table in `loraformat.train.run.options`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from loraformat.cli.console import ByteSize
-from loraformat.train.options import SETTINGS, Setting, TrainOptions
+from loraformat.train.run.options import SETTINGS, Setting, TrainOptions
 
 __all__ = ["chosen", "data_settings", "machine_settings", "setting_options"]
 
@@ -98,7 +98,7 @@ def chosen(given: dict[str, Any], config: Path | None) -> TrainOptions:
     """
     values: dict[str, Any] = {}
     if config is not None:
-        from loraformat.train.config_file import read
+        from loraformat.train.run.config_file import read
 
         values = read(config)
     for setting in SETTINGS:

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.train.batch import Batch as Batch
-    from loraformat.train.compare import evaluate as evaluate
-    from loraformat.train.lora_options import LoraOptions as LoraOptions
+    from loraformat.train.lora.options import LoraOptions as LoraOptions
     from loraformat.train.model import TrainableModel as TrainableModel
     from loraformat.train.opening import load as load
-    from loraformat.train.options import TrainOptions as TrainOptions
-    from loraformat.train.run import train as train
+    from loraformat.train.run.compare import evaluate as evaluate
+    from loraformat.train.run.options import TrainOptions as TrainOptions
+    from loraformat.train.run.verb import train as train
 
 _HOMES = {
     "Batch": ("loraformat.train.batch", "Batch"),
-    "LoraOptions": ("loraformat.train.lora_options", "LoraOptions"),
-    "TrainOptions": ("loraformat.train.options", "TrainOptions"),
+    "LoraOptions": ("loraformat.train.lora.options", "LoraOptions"),
+    "TrainOptions": ("loraformat.train.run.options", "TrainOptions"),
     "TrainableModel": ("loraformat.train.model", "TrainableModel"),
-    "evaluate": ("loraformat.train.compare", "evaluate"),
+    "evaluate": ("loraformat.train.run.compare", "evaluate"),
     "load": ("loraformat.train.opening", "load"),
-    "train": ("loraformat.train.run", "train"),
+    "train": ("loraformat.train.run.verb", "train"),
 }
 
 __all__ = [

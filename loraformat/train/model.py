@@ -12,22 +12,22 @@ import torch
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import CarriedFile
 from loraformat.reader import Bundle
-from loraformat.train import branches as branches_of_model
 from loraformat.train.batch import Batch
-from loraformat.train.branch import LoraBranch
-from loraformat.train.cross_entropy import frozen_head_loss, own_head_loss
-from loraformat.train.decoder import decoder_of, head_name
-from loraformat.train.head_rule import HeadRule, find_head_rule, own_logits
-from loraformat.train.linear import FrozenLinear
-from loraformat.train.lora_options import LoraOptions
-from loraformat.train.matrix import decoding
-from loraformat.train.packing import PackingCheck
-from loraformat.train.recompute import Recomputation
-from loraformat.train.residency import Residency, Traffic
-from loraformat.train.skeleton import text_config
-from loraformat.train.stored_weights import Span
-from loraformat.train.streamed_matrix import StreamedMatrix
-from loraformat.train.trained_adapter import save_adapter, trained_adapter
+from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
+from loraformat.train.engine.decoder import decoder_of, head_name
+from loraformat.train.engine.head_rule import HeadRule, find_head_rule, own_logits
+from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.matrix import decoding
+from loraformat.train.engine.packing import PackingCheck
+from loraformat.train.engine.recompute import Recomputation
+from loraformat.train.engine.residency import Residency, Traffic
+from loraformat.train.engine.skeleton import text_config
+from loraformat.train.engine.stored_weights import Span
+from loraformat.train.engine.streamed_matrix import StreamedMatrix
+from loraformat.train.lora import branches as branches_of_model
+from loraformat.train.lora.branch import LoraBranch
+from loraformat.train.lora.options import LoraOptions
+from loraformat.train.lora.trained_adapter import save_adapter, trained_adapter
 
 __all__ = ["TrainableModel"]
 

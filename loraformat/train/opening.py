@@ -15,22 +15,22 @@ from loraformat.layout import layer_of
 from loraformat.ops.adapters import open_adapter
 from loraformat.ops.open import open_model
 from loraformat.reader import Bundle, is_bundle, open_bundle
-from loraformat.train.assemble import assemble
-from loraformat.train.branch import LoraBranch
-from loraformat.train.branches import attach
-from loraformat.train.compute_dtype import choose_dtype
-from loraformat.train.continued import attach_adapter
-from loraformat.train.decoder import find_layers, head_name, number_layers
-from loraformat.train.kernel_advice import pin_malloc_threshold
-from loraformat.train.lora_options import LoraOptions
+from loraformat.train.engine.assemble import assemble
+from loraformat.train.engine.compute_dtype import choose_dtype
+from loraformat.train.engine.decoder import find_layers, head_name, number_layers
+from loraformat.train.engine.kernel_advice import pin_malloc_threshold
+from loraformat.train.engine.placement import place_on
+from loraformat.train.engine.recompute import Recomputation, recompute_layer
+from loraformat.train.engine.residency import Residency
+from loraformat.train.engine.skeleton import build_skeleton
+from loraformat.train.engine.stored_weights import StoredWeights
+from loraformat.train.lora.branch import LoraBranch
+from loraformat.train.lora.branches import attach
+from loraformat.train.lora.continued import attach_adapter
+from loraformat.train.lora.options import LoraOptions
+from loraformat.train.lora.site import Site
+from loraformat.train.lora.sites import find_sites
 from loraformat.train.model import TrainableModel
-from loraformat.train.placement import place_on
-from loraformat.train.recompute import Recomputation, recompute_layer
-from loraformat.train.residency import Residency
-from loraformat.train.site import Site
-from loraformat.train.sites import find_sites
-from loraformat.train.skeleton import build_skeleton
-from loraformat.train.stored_weights import StoredWeights
 
 __all__ = ["load"]
 
@@ -66,7 +66,7 @@ def load(
         do not fit are brought there for each use.
     compute_dtype : torch.dtype or "fastest", optional
         Of the factors of frozen products; float32 by default, bfloat16 on a GPU. See
-        `loraformat.train.compute_dtype`.
+        `loraformat.train.engine.compute_dtype`.
     original : str, Path or Checkpoint, optional
         The dense model that the bundle was made from, for ``LoraOptions(init="loftq")``.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from loraformat.train.batch import Batch
-from loraformat.train.experts import ExpertStack
-from loraformat.train.linear import FrozenLinear
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.linear import FrozenLinear
 from tests.train.tiny_bundles import VOCABULARY
 
 

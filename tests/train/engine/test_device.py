@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from loraformat import nf4
-from loraformat.train import device_matrix, opening
-from loraformat.train.device_matrix import DeviceMatrix, decode
-from loraformat.train.experts import ExpertStack
-from loraformat.train.linear import FrozenLinear
-from loraformat.train.matrix import DenseMatrix, NF4Matrix
-from loraformat.train.placement import place_on
-from loraformat.train.stored_weights import StoredWeights
+from loraformat.train import opening
+from loraformat.train.engine import device_matrix
+from loraformat.train.engine.device_matrix import DeviceMatrix, decode
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
+from loraformat.train.engine.placement import place_on
+from loraformat.train.engine.stored_weights import StoredWeights
 from tests.train.engine.reference import gradients, make_batch
 
 CPU = torch.device("cpu")

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from loraformat.train import cross_entropy, load
-from loraformat.train import matrix as matrices
-from loraformat.train.cross_entropy import frozen_head_loss, own_head_loss
-from loraformat.train.head_rule import HeadRule
-from loraformat.train.linear import DenseLinear
-from loraformat.train.matrix import DenseMatrix
+from loraformat.train import load
+from loraformat.train.engine import cross_entropy
+from loraformat.train.engine import matrix as matrices
+from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
+from loraformat.train.engine.head_rule import HeadRule
+from loraformat.train.engine.linear import DenseLinear
+from loraformat.train.engine.matrix import DenseMatrix
 from tests.train.engine.reference import dense_loss, make_batch, merged_weights, relative
 
 RULES = [

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from loraformat import nf4
-from loraformat.train import matrix as matrices
-from loraformat.train.experts import ExpertStack
-from loraformat.train.linear import DenseLinear, NF4Linear
-from loraformat.train.matrix import DenseMatrix, NF4Matrix, output_tiles
-from loraformat.train.product import frozen_product
+from loraformat.train.engine import matrix as matrices
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.linear import DenseLinear, NF4Linear
+from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
+from loraformat.train.engine.product import frozen_product
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 

@@ -8,7 +8,8 @@ import torch
 
 from loraformat.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
 from loraformat.ops.convert import convert
-from loraformat.train import assemble, load
+from loraformat.train import load
+from loraformat.train.engine import assemble
 from tests.train.engine.reference import make_batch
 from tests.train.tiny_bundles import make_dense
 

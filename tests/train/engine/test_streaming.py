@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from loraformat.train import LoraOptions, load, residency
+from loraformat.train import LoraOptions, load
+from loraformat.train.engine import residency
 from tests.train.engine.reference import make_batch
 from tests.train.tiny_bundles import make_dense
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which torch's optimizers load at their first step
 
-from loraformat.train.run import train
+from loraformat.train.run.verb import train
 from tests.train.loop import tiny_runs
 
 FILES = ("adapter_model.safetensors", "activation_statistics.safetensors", "adapter_config.json",
@@ -72,7 +72,7 @@ def hold(one, other):
 
 
 def losses(directory):
-    from loraformat.train.metrics import read_metrics
+    from loraformat.train.loop.metrics import read_metrics
 
     return [line["loss"] for line in read_metrics(directory / "adapter.run" / "metrics.jsonl")]
 

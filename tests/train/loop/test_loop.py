@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from loraformat.errors import DivergedError, InputError
-from loraformat.train import saved_state
-from loraformat.train.accumulation import accumulate, joined
-from loraformat.train.distributed import World
-from loraformat.train.evaluation import HeldOutLoss, held_out_loss
-from loraformat.train.loop import Loop, LoopOptions
-from loraformat.train.metrics import Metrics, read_metrics
-from loraformat.train.optimizer import Optimizer
-from loraformat.train.optimizer_options import OptimizerOptions
-from loraformat.train.run_state import RunState
-from loraformat.train.schedule import Schedule
+from loraformat.train.loop import saved_state
+from loraformat.train.loop.accumulation import accumulate, joined
+from loraformat.train.loop.distributed import World
+from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
+from loraformat.train.loop.loop import Loop, LoopOptions
+from loraformat.train.loop.metrics import Metrics, read_metrics
+from loraformat.train.loop.optimizer import Optimizer
+from loraformat.train.loop.optimizer_options import OptimizerOptions
+from loraformat.train.loop.run_state import RunState
+from loraformat.train.loop.schedule import Schedule
 from tests.train.loop.fakes import FakeData, FakeModel, batch
 
 
@@ -212,7 +212,7 @@ def test_checkpoints_that_are_kept(tmp_path):
 
 
 def test_a_checkpoint_every_ten_minutes(tmp_path, monkeypatch):
-    from loraformat.train import loop as module
+    from loraformat.train.loop import loop as module
 
     told = []
     monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)

@@ -10,12 +10,12 @@ import yaml
 from loraformat.cli.train import command
 from loraformat.cli.train_options import chosen
 from loraformat.errors import InputError, UsageError
-from loraformat.train import config_file
 from loraformat.train.data.options import DataOptions
-from loraformat.train.identity import check_same, identity_of
-from loraformat.train.lora_options import LoraOptions
-from loraformat.train.optimizer_options import OptimizerOptions
-from loraformat.train.options import SETTINGS, TrainOptions
+from loraformat.train.loop.optimizer_options import OptimizerOptions
+from loraformat.train.lora.options import LoraOptions
+from loraformat.train.run import config_file
+from loraformat.train.run.identity import check_same, identity_of
+from loraformat.train.run.options import SETTINGS, TrainOptions
 
 ALL = {
     "base": "b", "data": ["x.jsonl", "y"], "output": "o", "rank": 4, "alpha": 8, "rslora": True,

@@ -9,8 +9,8 @@ import torch
 
 from loraformat.train import load
 from loraformat.train.data.dataset import open_data
-from loraformat.train.metrics import read_metrics
-from loraformat.train.run import train
+from loraformat.train.loop.metrics import read_metrics
+from loraformat.train.run.verb import train
 from tests.train.loop import tiny_runs
 
 STEPS = 20

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from loraformat.errors import ResourceError
-from loraformat.train.plan import Shape, advise, plan_memory
-from loraformat.train.report import duration
+from loraformat.train.run.plan import Shape, advise, plan_memory
+from loraformat.train.run.report import duration
 
 SEVENTY = Shape(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 828_000_000)
 
@@ -62,8 +62,8 @@ def test_the_plan_for_people():
 MEASURED = """
 import json, resource, sys
 from pathlib import Path
-from loraformat.train.run import train
-from loraformat.train import memory
+from loraformat.train.run.verb import train
+from loraformat.train.loop import memory
 from tests.train.loop.tiny_runs import options
 where = Path(sys.argv[1])
 planned = {}

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from loraformat.errors import DivergedError, InputError, OutputError, ResourceError, UsageError
 from loraformat.ops.convert import convert
-from loraformat.train import saved_state
 from loraformat.train.data.tokenizer import open_tokenizer
-from loraformat.train.metrics import read_metrics
+from loraformat.train.loop import saved_state
+from loraformat.train.loop.metrics import read_metrics
 from tests.train.loop.tiny_runs import files_of, write_rows
 
 
@@ -267,7 +267,8 @@ def test_no_room_for_checkpoints(train_to, tmp_path, monkeypatch):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("loraformat.train.run.shutil.disk_usage", lambda path: usage(9, 9, 1000))
+    full = usage(9, 9, 1000)
+    monkeypatch.setattr("loraformat.train.run.verb.shutil.disk_usage", lambda path: full)
     with pytest.raises(ResourceError, match=r"checkpoints need .* 0\.0 MB free"):
         train_to(tmp_path / "a")
 
@@ -326,7 +327,7 @@ def test_a_dry_run_writes_nothing(train_to, tmp_path):
 
 def test_a_time_that_is_reckoned(train_to, tmp_path, monkeypatch):
     """Of a model whose batch would take too long to be timed whole."""
-    monkeypatch.setattr("loraformat.train.probe._PATIENCE", -1.0)
+    monkeypatch.setattr("loraformat.train.run.probe._PATIENCE", -1.0)
     report = train_to(tmp_path / "a", dry_run=True)
     assert not report.step_time.whole
     assert 1e-5 < report.step_time.seconds < 10

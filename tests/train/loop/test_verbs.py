@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from loraformat.demo import SMALL_MODEL
-from loraformat.train.metrics import read_metrics
+from loraformat.train.loop.metrics import read_metrics
 from tests.train.loop.tiny_runs import files_of
 
 QUICK = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert import convert
-from loraformat.train.options import TrainOptions
+from loraformat.train.run.options import TrainOptions
 from tests.train.tiny_bundles import make_dense
 
 CONTEXT = 128

@@ -12,8 +12,8 @@ from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.testing_models import dense
 from loraformat.testing_models import nf4 as nf4_tensor
 from loraformat.train import LoraOptions
-from loraformat.train.branch import branch_of
-from loraformat.train.initialise import initial
+from loraformat.train.lora.branch import branch_of
+from loraformat.train.lora.initialise import initial
 
 SHAPE = (48, 40)
 

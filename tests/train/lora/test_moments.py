@@ -7,10 +7,10 @@ from torch.utils.checkpoint import checkpoint
 
 from loraformat.errors import InputError
 from loraformat.train import LoraOptions
-from loraformat.train.branch import branch_of
-from loraformat.train.branches import attach, extra_state, load_extra_state
-from loraformat.train.initialise import initial
-from loraformat.train.moments import HALF_LIFE, Moments
+from loraformat.train.lora.branch import branch_of
+from loraformat.train.lora.branches import attach, extra_state, load_extra_state
+from loraformat.train.lora.initialise import initial
+from loraformat.train.lora.moments import HALF_LIFE, Moments
 
 
 def numbers(*shape, seed=0):

@@ -12,8 +12,8 @@ from tiny_bases import load_dense, tokens
 
 from loraformat.reader import open_bundle
 from loraformat.train import LoraOptions
-from loraformat.train.branches import attach, trainable
-from loraformat.train.trained_adapter import save_adapter
+from loraformat.train.lora.branches import attach, trainable
+from loraformat.train.lora.trained_adapter import save_adapter
 
 CASES = {
     "plain": ("llama", {"alpha": 6}),

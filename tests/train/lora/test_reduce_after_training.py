@@ -9,9 +9,9 @@ from tiny_bases import load_dense, tokens
 from loraformat.ops.reduce import Reduction, reduce
 from loraformat.reader import open_bundle
 from loraformat.train import LoraOptions
-from loraformat.train.branches import attach, trainable
-from loraformat.train.loraplus import parameter_groups
-from loraformat.train.trained_adapter import save_adapter
+from loraformat.train.lora.branches import attach, trainable
+from loraformat.train.lora.loraplus import parameter_groups
+from loraformat.train.lora.trained_adapter import save_adapter
 
 STEPS = 40
 

@@ -1,0 +1,1 @@
+"""The base: transformers' own classes whose weights stay in mapped shards."""

@@ -1,0 +1,90 @@
+"""Token embeddings that stay in a mapped shard: only the rows that a batch names are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from loraformat.train.engine.absent import AbsentWeight
+from loraformat.train.engine.matrix import DenseMatrix, Tile
+
+__all__ = ["MappedEmbedding"]
+
+_Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class MappedEmbedding(torch.nn.Module):
+    """Takes the place of an embedding, whatever its class makes of the rows.
+
+    The rows that are needed are gathered, widened, and given to the original module as if they
+    were its whole table, so that what the class adds (Gemma's scale) is its own.
+
+    Parameters
+    ----------
+    table : torch.Tensor
+        (vocabulary, width), any floating dtype, maybe mapped: read, never written.
+    name : str
+        Hugging Face name of the module.
+    original : torch.nn.Embedding
+        What it replaces; its own weight is not looked at.
+
+    Attributes
+    ----------
+    num_embeddings, embedding_dim : int
+    branch : Module or None
+        Called with the token numbers and the embedded rows; returns the output.
+
+    Examples
+    --------
+    >>> table = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
+    >>> embedding = MappedEmbedding(table, "wte", torch.nn.Embedding(2, 2))
+    >>> embedding(torch.tensor([[1, 1, 0]]))
+    tensor([[[3., 4.],
+             [3., 4.],
+             [1., 2.]]])
+    """
+
+    def __init__(self, table: torch.Tensor, name: str, original: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.table, self.name = table, name
+        self.num_embeddings, self.embedding_dim = table.shape
+        self.padding_idx = original.padding_idx
+        original.padding_idx = None  # it would be looked for among the gathered rows
+        del original.weight
+        self.original = original
+        self.branch: torch.nn.Module | None = None
+
+    @property
+    def weight(self) -> AbsentWeight:
+        """What says the table's shape and dtype, and holds nothing."""
+        return AbsentWeight(self.name, tuple(self.table.shape), self.table.device)
+
+    def dense_tiles(self) -> Iterator[Tile]:
+        """Yield the table as (first token, end token, float32 [tokens, width]), unscaled."""
+        return DenseMatrix(self.table).tiles(torch.float32)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embed tokens.
+
+        Parameters
+        ----------
+        input_ids : torch.Tensor
+            int64, any shape.
+
+        Returns
+        -------
+        torch.Tensor
+            float32, one more dimension.
+        """
+        used, inverse = torch.unique(input_ids, return_inverse=True)
+        rows = self.table[used.to(self.table.device)].to(input_ids.device, torch.float32)
+        self.original.weight = torch.nn.Parameter(rows, requires_grad=False)
+        try:
+            embedded: torch.Tensor = self.original(inverse)
+        finally:
+            del self.original.weight
+        if self.branch is None:
+            return embedded
+        branch: _Branch = self.branch
+        return branch(input_ids, embedded)

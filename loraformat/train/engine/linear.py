@@ -1,0 +1,122 @@
+"""Linear layers whose weight stays in a mapped shard, with a place for a LoRA branch.
+
+y = x Wᵀ + b,   then branch(x, y) if there is one: y + s · B A x (Hu 2021, equation 3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from loraformat.train.engine.absent import AbsentWeight
+from loraformat.train.engine.matrix import Matrix, Tile, output_tiles
+from loraformat.train.engine.product import frozen_product
+
+__all__ = ["DenseLinear", "FrozenLinear", "NF4Linear"]
+
+_Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class FrozenLinear(torch.nn.Module):
+    """Takes the place of ``nn.Linear`` or transformers' ``Conv1D``.
+
+    Parameters
+    ----------
+    matrix : Matrix
+    name : str
+        Hugging Face name of the module.
+    bias : torch.Tensor, optional
+        (out features,), float32.
+    conv1d : bool
+        The base's own weight is (in features, out features); how it is stored is another
+        matter, see `loraformat.checkpoint.NF4Tensor`.
+    dtype : torch.dtype
+        Of the factors of the frozen product.
+
+    Attributes
+    ----------
+    in_features, out_features : int
+    bias : torch.Tensor or None
+    branch : Module or None
+        Called with the input and the frozen output; returns the output.
+    layer : int or None
+        Number of the decoder layer it stands in; None for the head, and for other towers.
+    device : torch.device
+        Where it computes.
+    """
+
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        name: str = "",
+        bias: torch.Tensor | None = None,
+        *,
+        conv1d: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.matrix, self.name, self.conv1d, self.dtype = matrix, name, conv1d, dtype
+        sizes = (matrix.rows, matrix.columns)
+        self.in_features, self.out_features = sizes if matrix.by_inputs else sizes[::-1]
+        self.register_buffer("bias", bias, persistent=False)
+        self.branch: torch.nn.Module | None = None
+        self.layer: int | None = None
+        self.device = torch.device("cpu")
+
+    @property
+    def weight(self) -> AbsentWeight:
+        """What says the weight's shape and dtype, and holds nothing."""
+        shape = (self.out_features, self.in_features)
+        return AbsentWeight(self.name, shape[::-1] if self.conv1d else shape, self.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            (..., in features).
+
+        Returns
+        -------
+        torch.Tensor
+            (..., out features), dtype of `x`.
+        """
+        y = frozen_product(x, self.matrix, self.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        if self.branch is None:
+            return y
+        branch: _Branch = self.branch
+        return branch(x, y)
+
+    def dense_tiles(self) -> Iterator[Tile]:
+        """Yield the weight as (first output, end output, float32 [outputs, in features]).
+
+        Each tile is overwritten by the next.
+        """
+        return output_tiles(self.matrix)
+
+    def extra_repr(self) -> str:
+        """Say what it is, for ``print(model)``."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class NF4Linear(FrozenLinear):
+    """A linear layer in NF4.
+
+    Examples
+    --------
+    >>> from loraformat import nf4
+    >>> from loraformat.train.engine.matrix import NF4Matrix
+    >>> codes = nf4.quantize(torch.tensor([[2.0, -2.0]]), double_quant=False)
+    >>> NF4Linear(NF4Matrix(codes, (1, 2)))(torch.tensor([[3.0, 1.0]]))
+    tensor([[4.]])
+    """
+
+
+class DenseLinear(FrozenLinear):
+    """A linear layer whose weight the bundle keeps as ordinary numbers."""

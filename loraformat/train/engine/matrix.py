@@ -1,0 +1,155 @@
+"""The frozen weights of a base as matrices that are never whole in memory.
+
+A matrix gives itself out in tiles of some rows, each decoded into one reused buffer: NF4 codes
+are dequantized (equations 1 to 4 of QLoRA, arXiv:2305.14314, backwards), other numbers widened.
+All of it stays where it lies, mapped from a shard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from loraformat import nf4
+from loraformat.train.engine.workspace import workspace
+
+__all__ = ["DenseMatrix", "Matrix", "NF4Matrix", "Tile", "decoding", "output_tiles"]
+
+#: Elements of a tile: 8 MB of float32, which a core's cache and its matrix product both like.
+_TILE = 1 << 21
+_FEWEST_ROWS = 64
+_ALIGNED_ROWS = 16
+
+
+@dataclass(slots=True)
+class Decoding:
+    """How long this process dequantized, in seconds of wall time."""
+
+    seconds: float = 0.0
+
+
+decoding = Decoding()
+
+#: First row, end row, and these rows.
+Tile = tuple[int, int, torch.Tensor]
+
+
+class Matrix(Protocol):
+    """A frozen weight.
+
+    Attributes
+    ----------
+    rows, columns : int
+        As it is stored.
+    by_inputs : bool
+        Its rows are input features (``Conv1D``, some experts); else they are output features.
+    """
+
+    rows: int
+    columns: int
+    by_inputs: bool
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield all rows, some at a time, in order; each tile is overwritten by the next."""
+        ...
+
+
+def _row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(_FEWEST_ROWS, _TILE // max(columns, 1) // _ALIGNED_ROWS * _ALIGNED_ROWS)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class NF4Matrix:
+    """A matrix in NF4: `rows` x `columns` of the elements of a quantized tensor.
+
+    Parameters
+    ----------
+    codes : nf4.NF4
+        Maybe of a stack of matrices.
+    shape : tuple of int
+        Rows, columns.
+    offset : int
+        Element at which this matrix begins.
+    by_inputs : bool
+        As in `Matrix`.
+
+    Examples
+    --------
+    >>> weight = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
+    >>> matrix = NF4Matrix(nf4.quantize(weight, double_quant=False), (2, 2))
+    >>> [(start, stop, tile.tolist()) for start, stop, tile in matrix.tiles(torch.float32)]
+    [(0, 2, [[1.0, -1.0], [0.0, 1.0]])]
+    """
+
+    def __init__(
+        self, codes: nf4.NF4, shape: tuple[int, int], *, offset: int = 0, by_inputs: bool = False
+    ) -> None:
+        self.codes, self.offset, self.by_inputs = codes, offset, by_inputs
+        self.rows, self.columns = shape
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield dequantized rows: ``level * scale`` in float32, rounded once to `dtype`.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            float32, float16, bfloat16; or float64, which holds the float32 values.
+        """
+        decoded = torch.float32 if dtype == torch.float64 else dtype
+        for start, stop in _row_ranges(self.rows, self.columns):
+            tile = workspace.take("tile", (stop - start, self.columns), decoded)
+            first = self.offset + start * self.columns
+            last = self.offset + stop * self.columns
+            began = time.perf_counter()
+            nf4.dequantize(self.codes, out=tile, start=first, stop=last)
+            decoding.seconds += time.perf_counter() - began
+            yield start, stop, tile if decoded == dtype else tile.to(dtype)
+
+
+class DenseMatrix:
+    """A matrix of ordinary numbers.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        Two-dimensional, any floating dtype, maybe mapped: read, never written.
+    by_inputs : bool
+        As in `Matrix`.
+
+    Examples
+    --------
+    >>> matrix = DenseMatrix(torch.ones(2, 3, dtype=torch.bfloat16))
+    >>> [tile.dtype for _, _, tile in matrix.tiles(torch.float32)]
+    [torch.float32]
+    """
+
+    def __init__(self, values: torch.Tensor, *, by_inputs: bool = False) -> None:
+        self.values, self.by_inputs = values, by_inputs
+        self.rows, self.columns = values.shape
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield rows, rounded to nearest even where `dtype` holds less than they do."""
+        for start, stop in _row_ranges(self.rows, self.columns):
+            values = self.values[start:stop]
+            if values.dtype != dtype:
+                tile = workspace.take("tile", (stop - start, self.columns), dtype)
+                values = tile.copy_(values)
+            yield start, stop, values
+
+
+def output_tiles(matrix: Matrix) -> Iterator[Tile]:
+    """Yield a weight as (first output, end output, float32 [outputs, in features]).
+
+    Each tile is overwritten by the next. A matrix whose rows are input features is decoded as a
+    whole for it.
+    """
+    if not matrix.by_inputs:
+        yield from matrix.tiles(torch.float32)
+        return
+    columns = [tile.T.clone() for _, _, tile in matrix.tiles(torch.float32)]
+    yield 0, matrix.columns, torch.cat(columns, 1)

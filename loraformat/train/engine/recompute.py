@@ -1,0 +1,298 @@
+"""A decoder layer that keeps its input and nothing else until the backward pass computes it again.
+
+Gradient checkpointing (Chen 2016, arXiv:1604.06174) by layer, as one autograd function, so that it
+is known exactly when a layer is entered and left: once in the forward pass and once in the
+backward pass, which is when its weights are brought into memory and let go. Nothing depends on
+when transformers calls hooks of its layers.
+
+The first computation has no gradient and the second has: what a branch collects on the way it
+collects where ``torch.is_grad_enabled()``, and so once.
+
+With rows at once, a batch goes through a layer in groups of rows before the next layer is read:
+many micro-batches for one pass over the shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as trees
+
+from loraformat.errors import UnsupportedError
+from loraformat.train.engine.residency import Residency
+
+__all__ = ["LayerCall", "Recomputation", "recompute_layer"]
+
+#: With fewer tokens a pass is a step of generation: pages then stay where they are.
+_FEW_TOKENS = 16
+
+
+@dataclass(slots=True)
+class Recomputation:
+    """What all layers of a model share.
+
+    Attributes
+    ----------
+    residency : Residency
+    rows_at_once : int or None
+        Rows of a batch that a layer computes together; None for all.
+    inspect : callable or None
+        Shown each layer's number and its call before it is computed forward.
+    """
+
+    residency: Residency
+    rows_at_once: int | None = None
+    inspect: Callable[[int, LayerCall], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One call of a layer: its arguments, flat, and which of them have a gradient."""
+
+    leaves: list[Any]
+    structure: Any
+    differentiable: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...], options: dict[str, Any]) -> LayerCall:
+        """Record the arguments of a call."""
+        leaves, structure = trees.tree_flatten((arguments, options))
+        chosen = [i for i, x in enumerate(leaves) if torch.is_tensor(x) and x.requires_grad]
+        return cls(leaves, structure, chosen)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch: of the hidden states, which come first."""
+        for leaf in self.leaves:
+            if torch.is_tensor(leaf) and leaf.dim() == 3 and leaf.is_floating_point():
+                return int(leaf.shape[0])
+        return 1
+
+    @property
+    def tokens(self) -> int:
+        """Positions in the batch."""
+        for leaf in self.leaves:
+            if torch.is_tensor(leaf) and leaf.dim() == 3 and leaf.is_floating_point():
+                return int(leaf.shape[0] * leaf.shape[1])
+        return 0
+
+    def with_inputs(self, inputs: Sequence[torch.Tensor]) -> LayerCall:
+        """Return the call with other tensors in place of the differentiable ones."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.differentiable, inputs, strict=True):
+            leaves[position] = tensor
+        return replace(self, leaves=leaves)
+
+    def groups(self, rows_at_once: int | None) -> Iterator[tuple[slice, LayerCall]]:
+        """Cut the call into calls for some rows each."""
+        rows = self.rows
+        step = min(rows_at_once or rows, rows)
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            if step == rows:
+                yield part, self
+                return
+            leaves = [x[part] if _has_rows(x, rows) else x for x in self.leaves]
+            yield part, replace(self, leaves=leaves)
+
+    def run(self, function: Callable[..., Any]) -> Any:
+        """Call a layer."""
+        arguments, options = trees.tree_unflatten(self.leaves, self.structure)
+        return function(*arguments, **options)
+
+
+def _has_rows(leaf: Any, rows: int) -> bool:
+    """Tell whether an argument has a part for each row; rows times heads cannot be cut."""
+    if not torch.is_tensor(leaf) or leaf.dim() < 2:
+        return False
+    if leaf.dim() == 3 and leaf.shape[0] > rows and leaf.shape[0] % rows == 0:
+        raise UnsupportedError(
+            f"its layers take a tensor {list(leaf.shape)} for {rows} rows, which cannot be cut "
+            "into groups of rows",
+            hint="train without rows at once (layer-major)",
+        )
+    return bool(leaf.shape[0] == rows)
+
+
+def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) -> None:
+    """Let a layer be computed anew in the backward pass, and its weights come and go.
+
+    Parameters
+    ----------
+    layer : Module
+        Of a transformers model; its ``forward`` is wrapped, on this instance.
+    number : int
+        Of the layer, as the residency counts.
+    shared : Recomputation
+    """
+    inner = layer.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        call = LayerCall.of(arguments, options)
+        if shared.inspect is not None:
+            shared.inspect(number, call)
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        if torch.is_grad_enabled() and (call.differentiable or trained):
+            structures: list[Any] = []
+            inputs = [call.leaves[i] for i in call.differentiable]
+            outputs = _Recomputed.apply(  # type: ignore[no-untyped-call]
+                inner, call, number, shared, structures, len(inputs), *inputs, *trained
+            )
+            return trees.tree_unflatten(list(outputs), structures[0])
+        with _entered(shared.residency, number, 1, call.tokens):
+            return _join(inner, call, shared.rows_at_once)
+
+    layer.forward = forward
+
+
+@contextmanager
+def _entered(residency: Residency, number: int, direction: int, tokens: int) -> Iterator[None]:
+    if tokens < _FEW_TOKENS and not torch.is_grad_enabled() and direction > 0:
+        yield
+        return
+    residency.enter(number, direction)
+    try:
+        yield
+    finally:
+        residency.leave(number)
+
+
+def _join(inner: Callable[..., Any], call: LayerCall, rows_at_once: int | None) -> Any:
+    """Run a call in groups of rows and put the results together."""
+    results = [part.run(inner) for _, part in call.groups(rows_at_once)]
+    if len(results) == 1:
+        return results[0]
+    flat = [trees.tree_flatten(result) for result in results]
+    joined = [
+        torch.cat(pieces) if torch.is_tensor(pieces[0]) else pieces[0]
+        for pieces in zip(*(leaves for leaves, _ in flat), strict=True)
+    ]
+    return trees.tree_unflatten(joined, flat[0][1])
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inner: Callable[..., Any],
+        call: LayerCall,
+        number: int,
+        shared: Recomputation,
+        structures: list[Any],
+        count: int,
+        *tensors: torch.Tensor,
+    ) -> tuple[Any, ...]:
+        ctx.inner, ctx.number, ctx.shared, ctx.count = inner, number, shared, count
+        ctx.rows_at_once = shared.rows_at_once
+        # The arguments without gradient are held as they are; the others as autograd wants.
+        ctx.call = call.with_inputs([torch.empty(0)] * count)
+        ctx.save_for_backward(*tensors)
+        ctx.random = _random_state(tensors)
+        with _entered(shared.residency, number, 1, call.tokens or _FEW_TOKENS):
+            output = _join(inner, call, shared.rows_at_once)
+        leaves, structure = trees.tree_flatten(output)
+        structures.append(structure)
+        return tuple(leaves)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        inputs, trained = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        call = ctx.call.with_inputs(inputs)
+        found = _Gradients(inputs, trained)
+        with (
+            _entered(ctx.shared.residency, ctx.number, -1, call.tokens),
+            _random_restored(ctx.random),
+            torch.enable_grad(),
+        ):
+            for rows, part in call.groups(ctx.rows_at_once):
+                found.add(ctx.inner, part, rows, call.rows, gradients)
+        return (None,) * 6 + found.of_inputs + found.of_trained
+
+
+class _Gradients:
+    """Sums up the gradients of groups of rows."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor], trained: Sequence[torch.Tensor]) -> None:
+        self._inputs, self._trained = inputs, trained
+        self._parts: list[list[torch.Tensor]] = []
+        self._sums: list[torch.Tensor | None] = [None] * len(trained)
+        self._whole: list[torch.Tensor | None] = []
+
+    def add(
+        self,
+        inner: Callable[..., Any],
+        call: LayerCall,
+        rows: slice,
+        all_rows: int,
+        gradients: Sequence[torch.Tensor | None],
+    ) -> None:
+        fresh = [
+            call.leaves[i].detach().requires_grad_() for i in call.differentiable
+        ]  # fmt: skip
+        outputs, _ = trees.tree_flatten(call.with_inputs(fresh).run(inner))
+        whole = rows == slice(0, all_rows)
+        pairs = [
+            (output, gradient if whole else gradient[rows])
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if torch.is_tensor(output) and output.requires_grad and gradient is not None
+        ]
+        wanted = [*fresh, *self._trained]
+        results: Sequence[torch.Tensor | None] = [None] * len(wanted)
+        if pairs:
+            results = torch.autograd.grad(
+                [output for output, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+            )
+        self._gather(results, rows, all_rows)
+
+    def _gather(self, results: Sequence[torch.Tensor | None], rows: slice, all_rows: int) -> None:
+        if not self._whole:
+            self._whole = [None] * len(self._inputs)
+        for i, result in enumerate(results[: len(self._inputs)]):
+            if result is None:
+                continue
+            tensor = self._inputs[i]
+            by_rows = rows != slice(0, all_rows) and tensor.shape[0] == all_rows
+            if not by_rows:
+                earlier = self._whole[i]
+                self._whole[i] = result if earlier is None else earlier + result
+                continue
+            whole = self._whole[i]
+            if whole is None:
+                whole = self._whole[i] = torch.zeros_like(tensor)
+            whole[rows] = result
+        for i, result in enumerate(results[len(self._inputs) :]):
+            if result is not None:
+                earlier = self._sums[i]
+                self._sums[i] = result if earlier is None else earlier + result
+
+    @property
+    def of_inputs(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(self._whole)
+
+    @property
+    def of_trained(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(self._sums)
+
+
+_Random = tuple[torch.Tensor, list[tuple[torch.device, torch.Tensor]]]
+
+
+def _random_state(tensors: Sequence[torch.Tensor]) -> _Random:
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    return torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+
+@contextmanager
+def _random_restored(state: _Random) -> Iterator[None]:
+    """Draw the same random numbers again, and leave the generator as it was."""
+    devices = [device for device, _ in state[1]]
+    with torch.random.fork_rng(devices, device_type="cuda" if devices else "cpu"):
+        torch.set_rng_state(state[0])
+        for device, of_device in state[1]:
+            torch.cuda.set_rng_state(of_device, device)
+        yield

@@ -1,0 +1,98 @@
+"""The weights of an open bundle as matrices and small copies, and the bytes that they lie in."""
+
+from __future__ import annotations
+
+import torch
+
+from loraformat.checkpoint import NF4_PARTS, NF4Tensor
+from loraformat.layout import TAIL_SUFFIXES
+from loraformat.mapped import MappedFile
+from loraformat.reader import Bundle
+from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix
+
+__all__ = ["Span", "StoredWeights"]
+
+#: A file, and the first and the end byte of a range in it.
+Span = tuple[MappedFile, int, int]
+
+
+class StoredWeights:
+    """Finds weights by their name in a bundle; nothing of them is read.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._tensors = bundle.tensors
+        self._homes = {name: shard for shard in bundle.shards for name in shard.header.entries}
+
+    def names(self) -> list[str]:
+        """List all tensors."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape as in the Hugging Face model."""
+        return self._tensors[name].shape
+
+    def is_nf4(self, name: str) -> bool:
+        """Tell whether a tensor is quantized."""
+        return isinstance(self._tensors[name], NF4Tensor)
+
+    def matrix(self, name: str, *, by_inputs: bool = False) -> Matrix:
+        """Return a weight as a matrix on the mapped bytes.
+
+        Parameters
+        ----------
+        name : str
+        by_inputs : bool
+            The Hugging Face tensor is (in features, out features).
+        """
+        return self.stack(name, by_inputs=by_inputs)[0]
+
+    def stack(self, name: str, *, by_inputs: bool = False) -> list[Matrix]:
+        """Return the matrices of a weight of three dimensions; a matrix is a stack of one."""
+        tensor = self._tensors[name]
+        if isinstance(tensor, NF4Tensor):
+            rows, columns = tensor.stored_shape[-2:]
+            codes = tensor.codes(tensor.load())
+            # Where the codes run over the transpose, the rows are the other features.
+            rows_are_inputs = by_inputs != tensor.transposed
+            count = tensor.count // (rows * columns)
+            return [
+                NF4Matrix(codes, (rows, columns), offset=i * rows * columns,
+                          by_inputs=rows_are_inputs)
+                for i in range(count)
+            ]  # fmt: skip
+        values = tensor.torch()
+        values = values.view(-1, *values.shape[-2:])
+        return [DenseMatrix(part, by_inputs=by_inputs) for part in values]
+
+    def table(self, name: str) -> torch.Tensor:
+        """Return a plain tensor as it is stored, on the mapped bytes: for reading.
+
+        An NF4 one is decoded as a whole.
+        """
+        tensor = self._tensors[name]
+        return tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.torch()
+
+    def copy(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return a small tensor in memory; floating numbers as `dtype`."""
+        values = self.table(name)
+        copied = values.to(dtype) if values.is_floating_point() else values
+        return copied.clone() if copied is values or copied.data_ptr() == values.data_ptr() else (
+            copied
+        )  # fmt: skip
+
+    def spans(self, name: str) -> list[Span]:
+        """Return the byte ranges that computing with a weight reads."""
+        found = []
+        for suffix in NF4_PARTS.values() if self.is_nf4(name) else ("",):
+            part = name + suffix
+            if part in self._homes and suffix not in TAIL_SUFFIXES:
+                file = self._homes[part]
+                entry = file.header.entries[part]
+                start = file.header.data_start
+                found.append((file, start + entry.begin, start + entry.end))
+        return found

@@ -1,0 +1,1 @@
+"""Steps, optimizer, checkpoints: whatever the model is."""

@@ -1,0 +1,1 @@
+"""The adapter: where branches are, how they begin, how they are written."""

@@ -1,0 +1,192 @@
+"""Beginnings that look at the weights: their principal directions, or what quantizing lost.
+
+Both need the leading singular parts of a matrix that is seen tile by tile:
+`loraformat.subspace.block_krylov`, a few passes, no dense weight kept above 256 MiB.
+
+- PiSSA (Meng 2024): B₀ A₀ = the best approximation of W of the rank, over the scaling. Training
+  moves B A from there while W − s · B₀ A₀ stays; what is written is B A − B₀ A₀ on W itself.
+- LoftQ (Li 2023), one step of it: s · B A = the best approximation of the rank of what
+  quantizing lost, W_original − W. More steps would quantize again, and so change the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from loraformat.checkpoint import Checkpoint, DenseTensor
+from loraformat.errors import InputError, UnsupportedError, UsageError, printable
+from loraformat.subspace import Tiles, block_krylov, held
+from loraformat.train.lora.branch import Factors
+from loraformat.train.lora.site import Site
+
+__all__ = ["loftq", "pissa"]
+
+#: Share of a weight's norm that no quantizing to NF4 loses; it is about 0.09.
+_LOST_AT_MOST = 0.5
+
+
+def pissa(site: Site, rank: int, scaling: float, seed: int) -> Factors:
+    """Return the principal parts of a weight as trained factors, and as fixed ones to take off.
+
+    Parameters
+    ----------
+    site : Site
+    rank : int
+    scaling : float
+        s: the product of the factors is the weight's part over s.
+    seed : int
+        Of the random start.
+
+    Raises
+    ------
+    UsageError
+        If the rank is higher than the weight's can be.
+    """
+    _check_rank(site, rank)
+    stacked = [
+        _leading(_plain(site, expert), site, rank, scaling, seed) for expert in _experts(site)
+    ]
+    a, b = _joined(site, [pair for pair in stacked if pair is not None])
+    return Factors(a, b, (a.clone(), b.clone()))
+
+
+def loftq(
+    site: Site, rank: int, scaling: float, seed: int, original: Checkpoint | None
+) -> Factors | None:
+    """Return the leading parts of what quantizing lost; None if it lost nothing.
+
+    Parameters
+    ----------
+    site : Site
+        Whose weight is in NF4.
+    rank : int
+    scaling : float
+    seed : int
+    original : Checkpoint or None
+        The model that was quantized.
+
+    Raises
+    ------
+    UsageError
+        If it is not given, or the rank is too high.
+    InputError
+        If it has no such weight, one of another shape, or one that this is not made of.
+    """
+    if original is None:
+        raise UsageError(
+            "init loftq corrects what quantizing lost, and needs the model that was quantized",
+            hint="name the dense model, or choose another init",
+        )
+    _check_rank(site, rank)
+    if site.experts:
+        raise UnsupportedError(
+            f"init loftq cannot be used for the experts {printable(site.name)}",
+            hint="target the other linears, or choose another init",
+        )
+    tensor = _original(site, original)
+    try:
+        _check_same(site, tensor, original)
+        pair = _leading(_lost(site, tensor), site, rank, scaling, seed)
+    finally:
+        tensor.release()
+    return None if pair is None else Factors(*pair)
+
+
+def _check_rank(site: Site, rank: int) -> None:
+    most = min(site.in_features, site.out_features)
+    if rank > most:
+        raise UsageError(
+            f"{printable(site.name)} is {site.out_features} x {site.in_features}: it has "
+            f"{most} principal directions, not {rank}",
+            hint="give a lower rank, or another init",
+        )
+
+
+def _experts(site: Site) -> range:
+    return range(site.experts or 1)
+
+
+def _plain(site: Site, expert: int) -> Tiles:
+    def tiles() -> Iterator[tuple[int, torch.Tensor]]:
+        for first, _, tile in site.tiles(expert):
+            yield first, tile
+
+    return tiles
+
+
+def _original(site: Site, original: Checkpoint) -> DenseTensor:
+    tensor = original.tensors.get(site.weight_name)
+    shape = (site.out_features, site.in_features)
+    wanted = shape[::-1] if site.transposed else shape
+    if tensor is None:
+        problem = "is not there"
+    elif not isinstance(tensor, DenseTensor):
+        problem = "is quantized"
+    elif tensor.shape != wanted:
+        problem = f"is {list(tensor.shape)}, wanted {list(wanted)}"
+    else:
+        return tensor
+    raise InputError(
+        f"{printable(site.weight_name)} {problem}",
+        path=original.path,
+        hint="init loftq needs the dense model that the base was quantized from",
+    )
+
+
+def _check_same(site: Site, tensor: DenseTensor, original: Checkpoint) -> None:
+    """Refuse another model of the same shapes: its difference is no error of quantizing."""
+    lost = sum(float(tile.double().square().sum()) for _, tile in _lost(site, tensor)())
+    stored = sum(float(tile.double().square().sum()) for _, _, tile in site.tiles(0))
+    if lost > _LOST_AT_MOST**2 * stored:
+        share = (lost / stored) ** 0.5 if stored else torch.inf
+        raise InputError(
+            f"{printable(site.weight_name)} is not the weight that was quantized: it differs by "
+            f"{share:.0%} of its norm",
+            path=original.path,
+            hint="name the model that the bundle was converted from",
+        )
+
+
+def _lost(site: Site, tensor: DenseTensor) -> Tiles:
+    """Return tiles of the original minus what is stored."""
+    weight = tensor.torch()
+    weight = weight.T if site.transposed else weight
+
+    def tiles() -> Iterator[tuple[int, torch.Tensor]]:
+        for first, last, tile in site.tiles(0):
+            yield first, weight[first:last].to(tile) - tile
+
+    return tiles
+
+
+def _leading(
+    tiles: Tiles, site: Site, rank: int, scaling: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return A and B with s · B A the leading part; None if there is nothing."""
+    shape = (site.out_features, site.in_features)
+    try:
+        found = block_krylov(held(_on_cpu(tiles), shape), shape, rank, seed=seed)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise InputError(
+            f"{printable(site.weight_name)} has no singular values: it holds NaN or infinity"
+        ) from None
+    if not found.squared_norm:
+        return None
+    b, a = found.factors(rank)
+    return a / scaling**0.5, b / scaling**0.5
+
+
+def _on_cpu(tiles: Tiles) -> Callable[[], Iterator[tuple[int, torch.Tensor]]]:
+    return lambda: ((first, tile.cpu()) for first, tile in tiles())
+
+
+def _joined(
+    site: Site, pairs: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(pairs) < len(_experts(site)):
+        raise InputError(f"{printable(site.weight_name)} is zero: it has no principal directions")
+    if not site.experts:
+        return pairs[0]
+    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])

@@ -1,0 +1,142 @@
+"""From branches to the neutral adapter, and from there to a PEFT directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.adapter import Adapter, LoraDelta
+from loraformat.checkpoint import CarriedFile, DenseTensor
+from loraformat.errors import LoraFormatError, printable
+from loraformat.manifest import MANIFEST_NAME
+from loraformat.ops.adapter_target import write_adapter
+from loraformat.ops.factors import as_bytes, in_memory
+from loraformat.reader import Bundle
+from loraformat.train.lora.branch import LoraBranch
+from loraformat.train.lora.options import LoraOptions
+from loraformat.train.lora.training_record import training_record
+
+__all__ = ["save_adapter", "trained_adapter"]
+
+
+def trained_adapter(branches: Mapping[str, LoraBranch], bundle: Bundle) -> Adapter:
+    """Return the adapter that branches are at the moment in which its tensors are loaded.
+
+    Parameters
+    ----------
+    branches : mapping of str to LoraBranch
+    bundle : Bundle
+        The base; its fingerprint and source go with the adapter.
+
+    Returns
+    -------
+    Adapter
+        Factors float32, scaling resolved; with the second moments that were collected.
+    """
+    deltas = [_delta(branch) for branch in branches.values()]
+    parameters = any(branch.site.kind == "experts" for branch in branches.values())
+    dropouts = {branch.dropout for branch in branches.values() if branch.site.kind != "experts"}
+    config: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        # PEFT has no dropout where it adapts parameters.
+        "lora_dropout": 0.0 if parameters else max(dropouts, default=0.0),
+    }
+    stored = {site.weight_name: site.stored_name for site in (b.site for b in branches.values())}
+    source = dict(bundle.manifest.source)
+    provenance = bundle.checkpoint.provenance
+    return Adapter(
+        path=bundle.folder.path / MANIFEST_NAME,
+        format="trained",
+        deltas={delta.target: delta for delta in deltas},
+        spellings={target: name for target, name in stored.items() if target != name},
+        config=config,
+        base_model=provenance.repo or str(bundle.folder.path),
+        base_fingerprint=bundle.manifest.fingerprint,
+        base_source=json.dumps(source, ensure_ascii=False),
+    )
+
+
+def _delta(branch: LoraBranch) -> LoraDelta:
+    site = branch.site
+    name = site.weight_name
+    a_shape, b_shape = (tuple(factor.shape) for factor in branch.effective())
+    moment = branch.moments.second_moment()
+    magnitude = branch.magnitude
+    return LoraDelta(
+        target=name,
+        a=_lazy(f"{name}.lora_A", a_shape, lambda: branch.effective()[0]),
+        b=_lazy(f"{name}.lora_B", b_shape, lambda: branch.effective()[1]),
+        scaling=branch.scaling,
+        orientation="transposed" if site.transposed or site.kind == "embedding" else "linear",
+        magnitude=None
+        if magnitude is None
+        else _lazy(f"{name}.lora_magnitude_vector", tuple(magnitude.shape), lambda: magnitude),
+        second_moment=None if moment is None else in_memory(f"{name}.second_moment", moment),
+        alpha=branch.scaling * branch.rank,
+    )
+
+
+def _lazy(name: str, shape: tuple[int, ...], current: Callable[[], torch.Tensor]) -> DenseTensor:
+    def load() -> memoryview:
+        values = current().detach().float().cpu()
+        if not bool(values.isfinite().all()):
+            raise LoraFormatError(
+                f"{printable(name)} holds NaN or infinity: the training diverged",
+                hint="go on from an earlier checkpoint, with a lower learning rate",
+            )
+        return as_bytes(values)
+
+    return DenseTensor(name, "F32", shape, load)
+
+
+def save_adapter(
+    branches: Mapping[str, LoraBranch],
+    bundle: Bundle,
+    path: str | Path,
+    *,
+    options: LoraOptions | None = None,
+    force: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    files: tuple[CarriedFile, ...] = (),
+) -> Path:
+    """Write what was trained as a PEFT adapter: whole or not at all.
+
+    Alpha and rank are written as they were trained with where one alpha says it all; else
+    (rsLoRA, ranks of their own) the scaling is folded into B.
+
+    Parameters
+    ----------
+    branches : mapping of str to LoraBranch
+    bundle : Bundle
+    path : str or Path
+        A directory, or ``BUNDLE/adapters/NAME``.
+    options : LoraOptions, optional
+        For the record.
+    force : bool
+        Replace an adapter that stands there.
+    facts : mapping, optional
+        What the training says of itself, for `loraformat.train.lora.training_record`.
+    files : tuple of CarriedFile
+        What else shall lie beside the weights.
+
+    Returns
+    -------
+    Path
+        Where it was written.
+
+    Raises
+    ------
+    LoraFormatError
+        If it cannot be written, or a factor is not finite. Nothing appears then.
+    """
+    adapter = trained_adapter(branches, bundle)
+    base = {"fingerprint": bundle.manifest.fingerprint, "source": dict(bundle.manifest.source)}
+    parameters = sum(p.numel() for branch in branches.values() for p in branch.named().values())
+    adapter.files = (training_record(options, base, facts or {}, parameters), *files)
+    target = Path(path)
+    write_adapter(adapter, target, base=bundle.checkpoint, force=force, canonical=False)
+    return target

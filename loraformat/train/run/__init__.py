@@ -1,0 +1,1 @@
+"""One training run, evaluation or try-out, from options to report."""

@@ -1,0 +1,180 @@
+"""Text that a model writes on, piece by piece as it comes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.errors import InputError, UsageError
+from loraformat.train.loop.evaluation import evaluating
+
+__all__ = ["GenerationOptions", "TextStream", "continuation", "stop_tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How text is drawn.
+
+    Attributes
+    ----------
+    max_tokens : int
+        Most new tokens.
+    temperature : float
+        Logits are divided by it; 0 takes the likeliest token each time.
+    top_p : float
+        Tokens are drawn from the likeliest ones whose probabilities add up to this (Holtzman
+        2020); 1 from all.
+    seed : int
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UsageError(f"max-tokens is {self.max_tokens}, wanted at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature is {self.temperature}, wanted a number from 0")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p is {self.top_p}, wanted a share above 0, up to 1")
+
+
+class TextStream:
+    """Turns tokens into text as they come; what ``generate`` of transformers calls a streamer.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    tell : callable
+        Called with each new piece of text.
+
+    Attributes
+    ----------
+    tokens : list of int
+        Those that were generated.
+    """
+
+    def __init__(self, tokenizer: Any, tell: Callable[[str], None]) -> None:
+        self._tokenizer, self._tell = tokenizer, tell
+        self.tokens: list[int] = []
+        self._told = ""
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt first, then one token at a time."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self.tokens += value.reshape(-1).tolist()
+        text = self.text()
+        # Half of a character of several bytes shows as U+FFFD until its other half comes.
+        if not text.endswith("\ufffd") and text.startswith(self._told):
+            self._say(text)
+
+    def end(self) -> None:
+        """Tell what is left."""
+        if (text := self.text()).startswith(self._told):
+            self._say(text)
+
+    def text(self) -> str:
+        """Return what was generated so far."""
+        return str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+    def _say(self, text: str) -> None:
+        if len(text) > len(self._told):
+            self._tell(text[len(self._told) :])
+            self._told = text
+
+
+def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: those of the model's generation config, else EOS."""
+    from transformers import GenerationConfig
+
+    found: Any = None
+    if (directory / "generation_config.json").is_file():
+        try:
+            found = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+        except Exception as error:
+            raise InputError(
+                f"cannot be read: {' '.join(str(error).split())}",
+                path=directory / "generation_config.json",
+            ) from None
+    ids = found if isinstance(found, list) else [found]
+    return sorted({n for n in (*ids, tokenizer.eos_token_id) if isinstance(n, int)})
+
+
+def continuation(
+    model: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    options: GenerationOptions,
+    *,
+    stops: list[int],
+    device: str | torch.device = "cpu",
+    tell: Callable[[str], None] = lambda text: None,
+) -> TextStream:
+    """Let a model write on.
+
+    Parameters
+    ----------
+    model : TrainableModel
+        Anything with ``generate`` of transformers; nothing of it changes.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    prompt : list of int
+        Token ids.
+    options : GenerationOptions
+    stops : list of int
+        Tokens that end the text.
+    device : str or torch.device
+    tell : callable
+        Called with each new piece of text.
+
+    Returns
+    -------
+    TextStream
+        With the tokens, and the text.
+
+    Raises
+    ------
+    InputError
+        If the prompt is empty, or leaves no room in the model's context.
+    """
+    room = _room(model, len(prompt))
+    stream = TextStream(tokenizer, tell)
+    sampling: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+    if options.temperature > 0:
+        sampling = {
+            "do_sample": True, "temperature": options.temperature, "top_p": options.top_p,
+            "top_k": 0,
+        }  # fmt: skip
+    ids = torch.tensor([prompt], device=device)
+    with evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stream,
+            max_new_tokens=min(options.max_tokens, room), eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else 0, **sampling,
+        )  # fmt: skip
+    return stream
+
+
+def _room(model: Any, length: int) -> int:
+    if not length:
+        raise InputError("the prompt has no token", hint="give some text")
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    if length >= context:
+        raise InputError(f"the prompt has {length} tokens, and the model takes {context}")
+    return int(min(context - length, 1 << 30))

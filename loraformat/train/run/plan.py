@@ -1,0 +1,210 @@
+"""What a run will hold in memory, before it begins, and advice when that is too much.
+
+The figures are bounds made of shapes: the process as it is, two layers of mapped base, one
+checkpointed activation per layer, what one layer holds while it is computed, the logits of a few
+tokens, and for the adapter its factors, gradients and optimizer states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loraformat.errors import ResourceError
+from loraformat.train.loop.optimizer_options import state_bytes
+
+__all__ = ["MemoryPlan", "Shape", "advise", "plan_memory", "readable"]
+
+#: Logits and their gradient's parts that a loss holds at once (bytes).
+_LOGITS = 128 << 20
+#: Tiles, reused buffers, and what the allocator keeps (bytes).
+_WORKSPACE = 96 << 20
+_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that memory depends on.
+
+    Attributes
+    ----------
+    layers, hidden, inner, vocabulary : int
+        Decoder layers, hidden size, widest feed-forward size, tokens known.
+    base_bytes : int
+        Of all shards.
+    layer_bytes : int
+        Of the largest decoder layer.
+    trained : int
+        Trained numbers.
+    extra_bytes : int
+        Second moments.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    base_bytes: int
+    layer_bytes: int
+    trained: int
+    extra_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes, by what they are for.
+
+    Attributes
+    ----------
+    base_on_disk : int
+        Stays there; not part of the sum.
+    process : int
+        Python, torch and transformers, as they are.
+    mapped : int
+        Pages of the base in memory at once; on a GPU what is kept there.
+    activations : int
+        Checkpointed ones, and those of the layer that is being computed.
+    logits : int
+    workspace : int
+    adapter, gradients, optimizer, statistics : int
+        Of the adapter; states on a disk are not part of the sum.
+    limit : int or None
+        What is allowed.
+    """
+
+    base_on_disk: int
+    process: int
+    mapped: int
+    activations: int
+    logits: int
+    workspace: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    statistics: int
+    limit: int | None = None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What is in memory, by name."""
+        told = asdict(self)
+        return {name: told[name] for name in told if name not in ("base_on_disk", "limit")}
+
+    @property
+    def total(self) -> int:
+        """The sum of what is in memory."""
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures for ``json.dumps``."""
+        return {**asdict(self), "total": self.total}
+
+    def lines(self) -> list[str]:
+        """Say it for people."""
+        shown = [f"base on disk {readable(self.base_on_disk)}, mapped, never loaded whole"]
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.parts.items() if size)
+        allowed = f" of {readable(self.limit)} allowed" if self.limit is not None else ""
+        return [*shown, f"memory at most about {readable(self.total)}{allowed}: {parts}"]
+
+    def refuse_if_too_much(self, advice: list[str]) -> None:
+        """Raise if it is more than the limit.
+
+        Raises
+        ------
+        ResourceError
+        """
+        if self.limit is not None and self.total > self.limit:
+            parts = sorted(self.parts.items(), key=lambda item: -item[1])[:4]
+            told = ", ".join(f"{name} {readable(size)}" for name, size in parts)
+            raise ResourceError(
+                f"the run needs about {readable(self.total)} of memory, and "
+                f"{readable(self.limit)} are allowed ({told}, …)",
+                hint="; or ".join(advice) or "allow more with --max-memory",
+            )
+
+
+def readable(nbytes: float) -> str:
+    """Return a size for people.
+
+    Examples
+    --------
+    >>> readable(2_200_000), readable(3_140_000_000)
+    ('2.2 MB', '3.1 GB')
+    """
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def plan_memory(
+    shape: Shape,
+    *,
+    rows: int,
+    length: int,
+    process: int,
+    optimizer: str = "adamw",
+    states: str = "memory",
+    resident: int = 0,
+    limit: int | None = None,
+) -> MemoryPlan:
+    """Return the plan of a run.
+
+    Parameters
+    ----------
+    shape : Shape
+    rows, length : int
+        Of what goes through the model at once between two updates: a micro-batch, or with
+        layer-major order all of them.
+    process : int
+        What the process holds already (bytes).
+    optimizer, states : str
+        As in `OptimizerOptions`.
+    resident : int
+        What of the base stays where it is computed, on a GPU, besides two layers that come and
+        go (bytes).
+    limit : int, optional
+        What is allowed (bytes).
+
+    Examples
+    --------
+    A 70B shape, rank 8, 128 tokens:
+
+    >>> shape = Shape(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 103_500_000)
+    >>> plan = plan_memory(shape, rows=1, length=128, process=240_000_000)
+    >>> readable(plan.optimizer), readable(plan.total)
+    ('828.0 MB', '3.5 GB')
+    """
+    tokens = rows * length
+    inside = tokens * (12 * shape.hidden + 5 * shape.inner) * _FLOAT
+    on_disk = states == "disk"
+    return MemoryPlan(
+        base_on_disk=shape.base_bytes,
+        process=process,
+        mapped=2 * shape.layer_bytes + resident,
+        activations=tokens * shape.hidden * (shape.layers + 1) * _FLOAT + inside,
+        logits=min(_LOGITS, 2 * tokens * shape.vocabulary * _FLOAT),
+        workspace=_WORKSPACE,
+        adapter=shape.trained * _FLOAT,
+        gradients=shape.trained * _FLOAT,
+        optimizer=0 if on_disk else state_bytes(optimizer, shape.trained),
+        statistics=2 * shape.extra_bytes,
+        limit=limit,
+    )
+
+
+def advise(
+    plan: MemoryPlan, *, length: int, rows: int, optimizer: str, states: str, rank: int
+) -> list[str]:
+    """Return what would help, with numbers, the largest saving first."""
+    of_adapter = plan.adapter + plan.gradients + plan.optimizer
+    ideas = []
+    if length > 64:
+        ideas.append((plan.activations // 2, f"--seq-len {length // 2}"))
+    if rows > 1:
+        smaller = plan.activations * (rows - 1) // rows
+        ideas.append((smaller, "one row at a time (--batch-size 1, no --layer-major)"))
+    if rank > 1:
+        ideas.append((of_adapter // 2, f"--rank {max(1, rank // 2)}"))
+    if optimizer == "adamw" and states == "memory":
+        ideas.append((plan.optimizer, "--optimizer-states disk"))
+        ideas.append((plan.optimizer * 3 // 4, "--optimizer adamw-8bit"))
+    ideas.sort(key=lambda idea: -idea[0])
+    return [f"{what} saves about {readable(saved)}" for saved, what in ideas if saved > 1e6]

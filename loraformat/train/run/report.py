@@ -1,0 +1,137 @@
+"""What a run says of itself: before it, after it, and beside the adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraformat.train.run.plan import MemoryPlan
+from loraformat.train.run.probe import StepTime
+
+__all__ = ["TrainReport", "duration"]
+
+_RECKONED = "reckoned from one layer's linears, without attention and head"
+
+
+@dataclass(slots=True)
+class TrainReport:
+    """A run that is planned, or done.
+
+    Attributes
+    ----------
+    target : str
+        The adapter.
+    directory : str
+        Of checkpoints and record.
+    plan : MemoryPlan
+    data : list of str
+        What is in the training data, in sentences.
+    preview : str
+        One sample, what is learned of it between ⟦ and ⟧.
+    steps, batches : int
+        Of the whole run; micro-batches on this rank.
+    trained_parameters : int
+    compute : str
+        Device and type of the products.
+    step_time : StepTime or None
+        Measured in a dry run.
+    seconds : float
+        That the run took, over all its starts.
+    facts : dict
+        What is stored beside the adapter; empty before the end.
+    dry_run : bool
+    notes : list of str
+    """
+
+    target: str
+    directory: str
+    plan: MemoryPlan
+    data: list[str]
+    preview: str
+    steps: int
+    batches: int
+    trained_parameters: int
+    compute: str
+    step_time: StepTime | None = None
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    dry_run: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def estimated_seconds(self) -> float | None:
+        """How long the run will take, without evaluations."""
+        return None if self.step_time is None else self.step_time.seconds * self.batches
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for ``json.dumps``."""
+        measured = None
+        if self.step_time is not None:
+            measured = {
+                "micro_batch_seconds": self.step_time.seconds,
+                "micro_batch_tokens": self.step_time.tokens,
+                "measured": "batch" if self.step_time.whole else "layer",
+                "run_seconds": self.estimated_seconds,
+            }
+        return {
+            "target": self.target, "directory": self.directory, "dry_run": self.dry_run,
+            "steps": self.steps, "micro_batches": self.batches,
+            "trained_parameters": self.trained_parameters, "compute": self.compute,
+            "memory": self.plan.to_json(), "time": measured, "data": self.data,
+            "seconds": self.seconds, "training": self.facts, "notes": self.notes,
+        }  # fmt: skip
+
+    def plan_lines(self) -> list[str]:
+        """Say before the run what it will be."""
+        lines = [
+            *(f"data: {line}" for line in self.data),
+            f"adapter: {self.trained_parameters:,} parameters; {self.compute}",
+            *self.plan.lines(),
+            f"steps: {self.steps}, of {self.batches} micro-batches in all",
+        ]
+        if self.step_time is not None:
+            assert self.estimated_seconds is not None
+            how = "timed" if self.step_time.whole else _RECKONED
+            lines.append(
+                f"time: about {duration(self.estimated_seconds)}; a micro-batch of "
+                f"{self.step_time.tokens} tokens takes {self.step_time.seconds:.3g} s ({how})"
+            )
+        return lines
+
+    def done_lines(self) -> list[str]:
+        """Say after the run what it came to."""
+        facts = self.facts
+        loss = (
+            f"loss {facts['first_loss']:.4f} to {facts['last_loss']:.4f}" if facts["steps"] else ""
+        )
+        lines = [
+            f"wrote {self.target}: {facts['steps']} steps, {facts['tokens']:,} tokens, "
+            f"{duration(self.seconds)}, {loss}"
+        ]
+        if facts.get("heldout_before") is not None:
+            before, after = facts["heldout_before"], facts["heldout_after"]
+            lines.append(
+                f"held-out: loss {before:.4f} to {after:.4f}, perplexity "
+                f"{_exp(before):.4g} to {_exp(after):.4g}"
+            )
+        return [*lines, f"record: {self.directory}"]
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 709.0))
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people.
+
+    Examples
+    --------
+    >>> duration(7.21), duration(125), duration(7300)
+    ('7.2 s', '2 min 5 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"

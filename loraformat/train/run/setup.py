@@ -1,0 +1,292 @@
+"""What a run needs, opened and checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from loraformat.errors import InputError, ResourceError, UsageError
+from loraformat.hub import resolve
+from loraformat.layout import layer_of
+from loraformat.train.batch import Batch
+from loraformat.train.data.cursor import Cursor
+from loraformat.train.data.dataset import Dataset, open_data
+from loraformat.train.data.options import DataOptions
+from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
+from loraformat.train.loop import memory
+from loraformat.train.loop.distributed import World
+from loraformat.train.opening import load
+from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.plan import MemoryPlan, Shape, advise, plan_memory
+
+if TYPE_CHECKING:
+    from loraformat.train.model import TrainableModel
+
+__all__ = [
+    "Inputs",
+    "check_device",
+    "check_vocabulary",
+    "open_base",
+    "open_inputs",
+    "open_model",
+    "text_config",
+    "with_length",
+]
+
+#: What CUDA takes of a GPU before anything is put there (bytes).
+_CONTEXT = 500_000_000
+Progress = Callable[[int, int], None]
+_DTYPES: dict[str, torch.dtype | str] = {
+    "fastest": "fastest",
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+}
+
+
+@dataclass(slots=True)
+class Inputs:
+    """A model and its data.
+
+    Attributes
+    ----------
+    options : TrainOptions
+        As they take effect.
+    model : TrainableModel
+    encoder : TextEncoder
+    data : Dataset
+    held_out : Dataset or None
+    steps, batches : int
+        Of the whole run; micro-batches on this rank.
+    """
+
+    options: TrainOptions
+    model: TrainableModel
+    encoder: TextEncoder
+    data: Dataset
+    held_out: Dataset | None
+    steps: int
+    batches: int
+
+    def stream(self, place: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Yield micro-batches from a place on, each with the place behind it."""
+        start = Cursor.from_json(place) if place else None
+        epochs = self.options.epochs if self.options.steps is None else None
+        for batch, cursor in self.data.batches(start, epochs=epochs):
+            yield batch, cursor.to_json()
+
+    def shape(self) -> Shape:
+        """Return the sizes that memory depends on."""
+        config = text_config(self.model)
+        layers: dict[Any, int] = {}
+        total = 0
+        for tensor in self.model.bundle.checkpoint.tensors.values():
+            total += tensor.nbytes
+            found = layer_of(tensor.name)
+            if found is not None:
+                layers[found] = layers.get(found, 0) + tensor.nbytes
+        hidden = int(config.hidden_size)
+        extra = self.model.extra_state().values()
+        return Shape(
+            layers=int(config.num_hidden_layers),
+            hidden=hidden,
+            inner=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+            vocabulary=int(config.vocab_size),
+            base_bytes=total,
+            layer_bytes=max(layers.values(), default=0),
+            trained=sum(p.numel() for p in self.model.trainable().values()),
+            extra_bytes=sum(t.numel() * t.element_size() for t in extra),
+        )
+
+    def plan(self) -> MemoryPlan:
+        """Return the memory plan.
+
+        Raises
+        ------
+        ResourceError
+            If it is over the limit.
+        """
+        options, shape = self.options, self.shape()
+        adapter = 4 * shape.trained
+        on_gpu = options.device != "cpu"
+        kept = shape.base_bytes if options.device_memory is None else options.device_memory
+        process = _CONTEXT if on_gpu else max(0, memory.resident() - adapter)
+        plan = plan_memory(
+            shape, rows=self._rows(), length=self.data.options.seq_len,
+            process=process, resident=min(kept, shape.base_bytes) if on_gpu else 0,
+            optimizer=options.optimizer, states=options.optimizer_states,
+            limit=options.max_memory,
+        )  # fmt: skip
+        plan.refuse_if_too_much(self.advice(plan))
+        return plan
+
+    def advice(self, plan: MemoryPlan) -> list[str]:
+        """Return what would make the run smaller, with numbers."""
+        options = self.options
+        return advise(
+            plan, length=self.data.options.seq_len, rows=self._rows(),
+            optimizer=options.optimizer, states=options.optimizer_states, rank=options.rank,
+        )  # fmt: skip
+
+    def _rows(self) -> int:
+        """Return how many rows go through the model between two updates."""
+        options = self.options
+        return options.batch_size * (options.grad_accum if options.layer_major else 1)
+
+
+def text_config(model: TrainableModel) -> Any:
+    """Return the part of a model's config that describes the language model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises
+    ------
+    UsageError
+        If it is no device that is known here.
+    ResourceError
+        If there is no such GPU.
+    """
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device is {device!r}, wanted cpu, cuda or cuda:N") from None
+    if kind.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {device!r}, wanted cpu, cuda or cuda:N")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(
+            f"there is no GPU {device}: torch {torch.__version__} sees {torch.cuda.device_count()}",
+            hint="train with --device cpu, or install a torch for CUDA",
+        )
+
+
+def open_model(options: TrainOptions) -> TrainableModel:
+    """Open the bundle, and what is trained on it.
+
+    Raises
+    ------
+    InputError
+        If the base is no bundle, or a target is unknown.
+    """
+    return load(
+        _base(options),
+        lora=options.lora(),
+        adapter=options.adapter or None,
+        compute_dtype=_DTYPES.get(options.compute_dtype),
+        original=options.original or None,
+        **_placement(options),
+    )
+
+
+def open_base(options: TrainOptions) -> TrainableModel:
+    """Open the bundle, with an adapter if one is named, to be looked at.
+
+    Raises
+    ------
+    InputError
+        If the base is no bundle, or the adapter does not fit it.
+    """
+    return load(
+        _base(options),
+        adapter=options.adapter or None,
+        compute_dtype=_DTYPES.get(options.compute_dtype),
+        **_placement(options),
+    )
+
+
+def _base(options: TrainOptions) -> Path:
+    return resolve(options.base).path
+
+
+def _placement(options: TrainOptions) -> dict[str, Any]:
+    check_device(options.device)
+    if options.device == "cpu":
+        return {}
+    return {"device": options.device, "device_memory": options.device_memory}
+
+
+def open_inputs(options: TrainOptions, world: World, progress: Progress) -> Inputs:
+    """Open the model and the data.
+
+    Raises
+    ------
+    LoraFormatError
+        If they are not sound, or do not fit each other.
+    """
+    if not options.data:
+        raise UsageError("there are no data to train on", hint="name them behind the base")
+    model = open_model(options)
+    try:
+        return _with_data(model, options, world, progress)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _with_data(
+    model: TrainableModel, options: TrainOptions, world: World, progress: Progress
+) -> Inputs:
+    options = with_length(model, options)
+    directory = model.bundle.folder.path
+    encoder = open_tokenizer(directory, options.chat_template or None)
+    check_vocabulary(model, encoder)
+    shares = {"rank": world.rank, "world": world.size}
+    settings = options.data_options()
+    data = open_data(options.data, encoder.tokenizer, settings, progress=progress, **shares)
+    held_out = None
+    if options.eval:
+        settings = options.data_options(shuffle=False)
+        held_out = open_data(options.eval, encoder.tokenizer, settings, progress=progress, **shares)
+    steps, batches = _count(data, options)
+    return Inputs(options, model, encoder, data, held_out, steps, batches)
+
+
+def _count(data: Dataset, options: TrainOptions) -> tuple[int, int]:
+    if options.steps is not None:
+        return options.steps, options.steps * options.grad_accum
+    batches = sum(data.batches_in(epoch) for epoch in range(options.epochs))
+    return ceil(batches / options.grad_accum), batches
+
+
+def with_length(model: TrainableModel, options: TrainOptions) -> TrainOptions:
+    """Return the options with a row's length that the model takes.
+
+    Raises
+    ------
+    UsageError
+        If the one that is asked for is longer.
+    """
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    if options.seq_len is None:
+        length = DataOptions().seq_len
+        return replace(options, seq_len=min(length, context) if context else length)
+    if context and options.seq_len > context:
+        raise UsageError(
+            f"seq-len is {options.seq_len}, and the model takes {context} tokens",
+            hint=f"use --seq-len {context}",
+        )
+    return options
+
+
+def check_vocabulary(model: TrainableModel, encoder: TextEncoder) -> None:
+    """Refuse a tokenizer that knows more tokens than the model.
+
+    Raises
+    ------
+    InputError
+    """
+    known, needed = int(text_config(model).vocab_size), len(encoder.tokenizer)
+    if needed > known:
+        raise InputError(
+            f"its tokenizer knows {needed} tokens, and the model {known}: they do not belong "
+            "together",
+            path=model.bundle.folder.path,
+            hint="copy the tokenizer files of the model that the bundle was made from there",
+        )

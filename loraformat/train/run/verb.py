@@ -1,0 +1,370 @@
+"""One training run, from options to an adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.bundle_update import adapter_place
+from loraformat.errors import InputError, OutputError, ResourceError, UsageError
+from loraformat.output_rules import refuse_existing
+from loraformat.train.loop import memory, saved_state
+from loraformat.train.loop.distributed import World, own_device
+from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
+from loraformat.train.loop.loop import Loop, LoopOptions
+from loraformat.train.loop.metrics import Metrics, check_tensorboard, read_metrics
+from loraformat.train.loop.optimizer import Optimizer
+from loraformat.train.loop.optimizer_options import state_bytes
+from loraformat.train.loop.run_state import RunState
+from loraformat.train.loop.schedule import Schedule
+from loraformat.train.lora.loraplus import rate_ratios
+from loraformat.train.run import config_file, generation, loss_curve
+from loraformat.train.run.facts import facts_of
+from loraformat.train.run.identity import check_same, identity_of
+from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.plan import readable
+from loraformat.train.run.probe import time_of
+from loraformat.train.run.report import TrainReport
+from loraformat.train.run.run_directory import RunDirectory
+from loraformat.train.run.setup import Inputs, Progress, check_device, open_inputs
+
+__all__ = ["train"]
+
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+_SAMPLE = generation.GenerationOptions(max_tokens=64, temperature=0.0)
+
+
+def train(
+    options: TrainOptions,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    announce: Callable[[TrainReport], None] = lambda report: None,
+    observe: Callable[[dict[str, Any]], None] = lambda event: None,
+    progress: Progress = lambda done, total: None,
+) -> TrainReport:
+    """Train an adapter.
+
+    Parameters
+    ----------
+    options : TrainOptions
+        With base, data and output.
+    resume : bool
+        Go on from the newest checkpoint that is whole, if there is one.
+    force : bool
+        Replace an adapter and a run that stand there.
+    dry_run : bool
+        Plan and measure; write nothing.
+    announce : callable
+        Told of the plan, before the first step.
+    observe : callable
+        Told of every step, evaluation, sample and checkpoint.
+    progress : callable
+        Called with the rows looked at and the rows in total.
+
+    Returns
+    -------
+    TrainReport
+
+    Raises
+    ------
+    KeyboardInterrupt
+        When it was interrupted, after a checkpoint was written.
+    LoraFormatError
+        See the tree in `loraformat.errors`.
+    """
+    output = _check(options, resume=resume, force=force or dry_run)
+    options = replace(options, device=own_device(options.device))
+    check_device(options.device)
+    world = World.join(options.device)
+    try:
+        inputs = open_inputs(options, world, progress)
+        try:
+            run = _Run(inputs, world, output)
+            announce(run.report)
+            with run.enough_memory(), _determinism(options.deterministic):
+                if dry_run:
+                    run.measure()
+                else:
+                    run.go(resume=resume, force=force, observe=observe)
+            return run.report
+        finally:
+            inputs.model.close()
+    finally:
+        world.leave()
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Let torch refuse operations that do not give the same bits each time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
+    """Refuse before the work what would be refused after it."""
+    if not options.base:
+        raise UsageError("there is no base to train on", hint="name a bundle")
+    if not options.output:
+        raise UsageError("there is no name for the new adapter", hint="give one with --output")
+    output = Path(options.output)
+    place = adapter_place(output)
+    if not resume:
+        _refuse_output(output, force=force)
+    if place is None and not output.absolute().parent.is_dir():
+        raise OutputError("no such directory", path=output.parent, hint="make it first")
+    if options.tensorboard:
+        check_tensorboard()
+    options.lora()
+    options.data_options()
+    options.optimizer_options()
+    Schedule(options.schedule, options.lr, 1, options.warmup)
+    return output
+
+
+def _refuse_output(output: Path, *, force: bool) -> None:
+    if adapter_place(output) is None:
+        refuse_existing(output, force=force)
+    elif output.exists() and not force:
+        raise OutputError("already exists", path=output, hint="use --force to replace it")
+
+
+class _Run:
+    """A run whose inputs are open."""
+
+    def __init__(self, inputs: Inputs, world: World, output: Path) -> None:
+        self._inputs, self._world, self._output = inputs, world, output
+        options = self._options = inputs.options
+        self._directory = RunDirectory(output)
+        self._model = inputs.model
+        self.report = TrainReport(
+            target=str(output), directory=str(self._directory.path),
+            plan=inputs.plan(), data=inputs.data.audit.lines(),
+            preview=inputs.data.preview(), steps=inputs.steps, batches=inputs.batches,
+            trained_parameters=inputs.shape().trained,
+            compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
+        )  # fmt: skip
+        self.report.notes += self._memory_note()
+
+    def _memory_note(self) -> list[str]:
+        free, plan = memory.available(self._options.device), self.report.plan
+        if free is None or plan.total - plan.process <= free:
+            return []
+        more, there = readable(plan.total - plan.process), readable(free)
+        return [f"the run may need {more} more, and {there} of memory are free"]
+
+    @contextmanager
+    def enough_memory(self) -> Iterator[None]:
+        """Turn what torch says when memory runs out into an error with numbers.
+
+        Raises
+        ------
+        ResourceError
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            said = str(error)
+            if not isinstance(error, MemoryError) and not any(word in said for word in _NO_MEMORY):
+                raise
+            plan = self.report.plan
+            raise ResourceError(
+                f"{self._options.device} has too little memory: the run needs about "
+                f"{readable(plan.total)}",
+                hint="; or ".join(self._inputs.advice(plan)) or "use a larger machine",
+            ) from error
+
+    def _check_disk(self) -> None:
+        """Refuse before the start when the disk cannot hold the checkpoints."""
+        plan = self.report.plan
+        states = state_bytes(self._options.optimizer, self.report.trained_parameters)
+        on_disk = states if self._options.optimizer_states == "disk" else 0
+        needed = on_disk + (self._options.keep + 1) * (2 * plan.adapter + states)
+        free = shutil.disk_usage(self._directory.path).free
+        if needed > free:
+            raise ResourceError(
+                f"checkpoints need {readable(needed)}, and the disk has {readable(free)} free",
+                path=self._directory.path,
+                hint="free some space, or keep fewer with --keep 1",
+            )
+
+    def measure(self) -> None:
+        """Time one micro-batch, for the report."""
+        self.report.dry_run = True
+        batch, _ = next(self._inputs.stream({}))
+        layers = self._inputs.shape().layers
+        self.report.step_time = time_of(self._model, batch.to(self._options.device), layers)
+
+    def go(self, *, resume: bool, force: bool, observe: Callable[[dict[str, Any]], None]) -> None:
+        """Train, and write the adapter."""
+        if self._world.leads and not (resume and self._directory.path.is_dir()):
+            self._directory.begin(force=force)
+        self._world.told_by_the_first(None)  # that there is a directory now
+        alone = self._directory.alone() if self._world.leads else nullcontext()
+        with alone:
+            checkpoint = self._checkpoint() if resume else None
+            finished = self._check_output(checkpoint, resume=resume, force=force)
+            self._check_disk()
+            if self._world.leads:
+                if checkpoint is None and resume:
+                    self._directory.begin(force=True)
+                self._directory.write_config(config_file.dump(self._options.to_json()))
+            state = self._train(checkpoint, observe)
+            self._finish(state, write=not finished, force=force)
+
+    def _checkpoint(self) -> saved_state.Checkpoint | None:
+        """Return where to go on: rank 0 chooses."""
+        problems: list[str] = []
+        found = None
+        if self._world.leads:
+            found, problems = saved_state.newest(self._directory.checkpoints)
+            if found is None and problems:
+                raise InputError(
+                    f"none of the checkpoints is whole: {problems[0]}",
+                    path=self._directory.checkpoints,
+                    hint="begin anew, and lose them: --force without --resume",
+                )
+        self.report.notes += [f"passed over: {problem}" for problem in problems]
+        step = self._world.told_by_the_first(None if found is None else found.step)
+        if step is None:
+            self.report.notes.append("there was no checkpoint; the run began at the beginning")
+            return None
+        if found is None:
+            found = saved_state.read(self._directory.checkpoints / saved_state.name_of(step))
+        if self._world.leads:  # whose device others do not have
+            check_same(found.facts.get("identity", {}), self._identity())
+        return found
+
+    def _check_output(
+        self, checkpoint: saved_state.Checkpoint | None, *, resume: bool, force: bool
+    ) -> bool:
+        """Tell whether there is nothing left to do; refuse an adapter of something else."""
+        if not resume or not self._output.exists() or force:
+            return False
+        if checkpoint is None or not self._is_done(checkpoint):
+            _refuse_output(self._output, force=False)
+            return False
+        self.report.notes.append("the run was finished already")
+        return True
+
+    def _is_done(self, checkpoint: saved_state.Checkpoint) -> bool:
+        early = self._options.early_stop
+        stopped = bool(early) and RunState.from_json(checkpoint.facts["run"]).stale >= early
+        return stopped or checkpoint.step >= self._inputs.steps
+
+    def _identity(self) -> dict[str, Any]:
+        inputs = self._inputs
+        return identity_of(
+            self._options, base=str(self._model.bundle.manifest.fingerprint),
+            data=inputs.data.fingerprint,
+            held_out=None if inputs.held_out is None else inputs.held_out.fingerprint,
+            ranks=self._world.size, steps=inputs.steps, compute=self.report.compute,
+        )  # fmt: skip
+
+    def _train(
+        self, checkpoint: saved_state.Checkpoint | None, observe: Callable[[dict[str, Any]], None]
+    ) -> RunState:
+        state = RunState() if checkpoint is None else RunState.from_json(checkpoint.facts["run"])
+        metrics = None
+        if self._world.leads:
+            metrics = Metrics(
+                self._directory.metrics,
+                position=0 if checkpoint is None else int(checkpoint.facts["metrics"]),
+                tensorboard=self._directory.tensorboard if self._options.tensorboard else None,
+                step=state.step,
+            )
+        self._model.train()
+        with metrics or nullcontext():
+            loop = self._loop(state, metrics, observe)
+            if checkpoint is not None:
+                loop.restore(checkpoint)
+            else:
+                self._world.copy_first(self._model.trainable().values())
+            return loop.run()
+
+    def _loop(
+        self, state: RunState, metrics: Metrics | None, observe: Callable[[dict[str, Any]], None]
+    ) -> Loop:
+        options, inputs = self._options, self._inputs
+        ratios = rate_ratios(self._model.trainable(), options.lora_plus)
+        return Loop(
+            model=self._model,
+            stream=inputs.stream(state.cursor),
+            optimizer=Optimizer(
+                self._model.trainable(), options.optimizer_options(), ratios=ratios,
+                directory=self._directory.path,
+            ),
+            schedule=Schedule(options.schedule, options.lr, inputs.steps, options.warmup),
+            options=LoopOptions(
+                steps=inputs.steps, grad_accum=options.grad_accum,
+                layer_major=options.layer_major, clip=options.clip or None, seed=options.seed,
+                eval_every=options.eval_every, save_every=options.save_every, keep=options.keep,
+                early_stop=options.early_stop, best=options.best,
+            ),
+            directory=self._directory.checkpoints, metrics=metrics, state=state,
+            identity=self._identity(), world=self._world, device=options.device,
+            evaluate=self._evaluate if inputs.held_out is not None else None,
+            sample=self._sample if options.prompt and self._world.leads else None,
+            place=inputs.data.place, observe=observe,
+        )  # fmt: skip
+
+    def _evaluate(self) -> HeldOutLoss:
+        assert self._inputs.held_out is not None
+        batches = (batch for batch, _ in self._inputs.held_out.batches(epochs=1))
+        return held_out_loss(self._model, batches, world=self._world, device=self._options.device)
+
+    def _sample(self) -> list[tuple[str, str]]:
+        encoder = self._inputs.encoder
+        stops = generation.stop_tokens(self._model.bundle.folder.path, encoder.tokenizer)
+        told = []
+        for prompt in self._options.prompt:
+            ids = [*encoder.prefix, *encoder.tokenize(prompt).ids]
+            stream = generation.continuation(
+                self._model, encoder.tokenizer, ids, _SAMPLE, stops=stops,
+                device=self._options.device,
+            )  # fmt: skip
+            told.append((prompt, stream.text()))
+        return told
+
+    def _finish(self, state: RunState, *, write: bool, force: bool) -> None:
+        inputs = self._inputs
+        self._gather_statistics()
+        if not self._world.leads:
+            return
+        self.report.seconds = state.seconds
+        self.report.facts = facts_of(
+            self._options, state, inputs.data, inputs.held_out, self._world.size
+        )
+        if write:
+            self._model.save_adapter(self._output, force=force, facts=self.report.facts)
+        if self._options.plot:
+            self._draw()
+
+    def _gather_statistics(self) -> None:
+        """Add up what ranks have collected; sums are additive."""
+        extras = self._world.gather(self._model.extra_state())
+        if self._world.size > 1:
+            self._model.load_extra_state({
+                name: torch.stack([extra[name] for extra in extras]).sum(0) for name in extras[0]
+            })  # fmt: skip
+
+    def _draw(self) -> None:
+        if not loss_curve.can_draw():
+            self.report.notes.append("no loss curve: pip install 'loraformat[plot]'")
+            return
+        title = f"{self._output.name} on {Path(self._options.base).name}"
+        loss_curve.draw(read_metrics(self._directory.metrics), self._directory.picture, title)

@@ -1,0 +1,101 @@
+"""A try-out: text from a bundle, with or without an adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loraformat.errors import UsageError
+from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
+from loraformat.train.run.generation import GenerationOptions, continuation, stop_tokens
+from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.setup import check_vocabulary, open_base
+
+__all__ = ["Written", "write_on"]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A prompt and what a model wrote on.
+
+    Attributes
+    ----------
+    prompt, text : str
+    tokens : int
+        New ones.
+    seconds : float
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed, the prompt's time included."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for ``json.dumps``."""
+        return asdict(self)
+
+
+def write_on(
+    options: TrainOptions,
+    prompt: str,
+    drawn: GenerationOptions,
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Written:
+    """Let a model write on.
+
+    Parameters
+    ----------
+    options : TrainOptions
+        With base, and adapter if there is one.
+    prompt : str
+    drawn : GenerationOptions
+    chat : bool
+        Put the prompt into the model's chat template, as a user's message.
+    system : str, optional
+        The message before it.
+    tell : callable
+        Called with each new piece of text.
+
+    Raises
+    ------
+    LoraFormatError
+        If something is not sound, or does not fit together.
+    """
+    with open_base(options) as model:
+        directory = model.bundle.folder.path
+        encoder = open_tokenizer(directory)
+        check_vocabulary(model, encoder)
+        ids = _chat(encoder, prompt, system) if chat else _plain(encoder, prompt)
+        begun = time.monotonic()
+        stream = continuation(
+            model, encoder.tokenizer, ids, drawn,
+            stops=stop_tokens(directory, encoder.tokenizer), device=options.device, tell=tell,
+        )  # fmt: skip
+        seconds = time.monotonic() - begun
+    return Written(prompt, stream.text(), len(stream.tokens), seconds)
+
+
+def _plain(encoder: TextEncoder, prompt: str) -> list[int]:
+    return [*encoder.prefix, *encoder.tokenize(prompt).ids]
+
+
+def _chat(encoder: TextEncoder, prompt: str, system: str | None) -> list[int]:
+    if not encoder.has_template:
+        raise UsageError(
+            f"{encoder.name}: its tokenizer has no chat template", hint="leave --chat out"
+        )
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return encoder.tokenize(encoder.render(messages, None, prompt=True)).ids

@@ -68,6 +68,9 @@ class DenseTensor:
         ``nbytes`` bytes: mapped if they are stored so, computed otherwise.
     release : callable
         Tells the source that the loaded bytes are no longer needed.
+    stored : tuple of str and int, or None
+        If it is computed from numbers of a type that safetensors has no name for: what its
+        source calls that type, and how many bytes they take there.
     """
 
     name: str
@@ -75,6 +78,7 @@ class DenseTensor:
     shape: tuple[int, ...]
     load: Callable[[], memoryview] = field(repr=False)
     release: Callable[[], None] = field(default=_nothing, repr=False)
+    stored: tuple[str, int] | None = None
 
     @property
     def count(self) -> int:
@@ -85,6 +89,16 @@ class DenseTensor:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.count * ITEM_BYTES[self.dtype]
+
+    @property
+    def stored_as(self) -> str:
+        """Type of its numbers where they are stored."""
+        return self.dtype if self.stored is None else self.stored[0]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size where it is stored."""
+        return self.nbytes if self.stored is None else self.stored[1]
 
     def torch(self) -> torch.Tensor:
         """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""

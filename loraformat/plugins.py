@@ -213,7 +213,9 @@ class Converter:
         What the writer makes. A writer of "file" creates one file of the name
         ``publication.file_name``.
     suffixes : tuple of str
-        File name endings that choose this format for an output.
+        File name endings, in either case, that choose this format for an output.
+    pre_tokenizers : bool
+        Whether ``write`` heeds `WriteOptions.pre_tokenizer`; without it ``--pre`` is refused.
     requires : tuple of Requirement
     """
 
@@ -234,6 +236,7 @@ class Converter:
     loses: tuple[str, ...] = ()
     output: Literal["directory", "file"] = "directory"
     suffixes: tuple[str, ...] = ()
+    pre_tokenizers: bool = False
     requires: tuple[Requirement, ...] = ()
 
     @property
@@ -245,6 +248,14 @@ class Converter:
     def writes(self) -> bool:
         """Whether it can write an output."""
         return self.write is not None or self.write_adapter is not None
+
+    def check_pre_tokenizer(self, name: str | None) -> None:
+        """Raise `UsageError` for ``--pre`` if the writer knows no such thing."""
+        if name is not None and not self.pre_tokenizers:
+            raise UsageError(
+                f"--pre {name} is for GGUF files, and the output is {self.name}",
+                hint="leave it out, or write a GGUF file: --to gguf",
+            )
 
     def missing(self) -> list[str]:
         """Return the packages that are not installed."""
@@ -336,8 +347,16 @@ def sniff(path: Path) -> Converter:
     raise UnsupportedError(
         f"holds no model that loraformat knows ({', '.join(_names())})",
         path=path,
-        hint="a model directory holds .safetensors files and a config.json",
+        hint=_missing(path),
     )
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return "a model directory holds .safetensors files and a config.json"
+    if path.is_file() and not path.stat().st_size:
+        return "it is empty: download or copy it again"
+    return "it begins as none of their files does: download or copy it again"
 
 
 def _recognises(converter: Converter, path: Path) -> bool:
@@ -387,10 +406,12 @@ def for_output(
 
 
 def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | None:
+    name = path.name.lower()
     for converter in converters:
-        if converter.kind == kind and converter.writes and path.name.endswith(converter.suffixes):
+        suffixes = tuple(suffix.lower() for suffix in converter.suffixes)
+        if converter.kind == kind and converter.writes and name.endswith(suffixes):
             return converter.name
-    if path.suffix in (".gguf", ".safetensors", ".bin", ".json"):
+    if path.suffix.lower() in (".gguf", ".safetensors", ".bin", ".json"):
         said = {"base": "a base", "adapter": "an adapter"}[kind]
         raise UsageError(
             f"no installed converter writes {said} as {path.suffix} file",

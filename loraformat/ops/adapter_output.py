@@ -130,7 +130,8 @@ def plan_output(
         options = AdapterWriteOptions(base=base)
         return AdapterOutput(adapter, writer, options, True, tuple(notes), expected)
     if not canonical:
-        folded = "" if foreign else ", its scaling folded into B,"
+        # One file has one scaling for all: its writer says itself what it folds.
+        folded = "" if foreign or writer.output == "file" else ", its scaling folded into B,"
         notes.append(f"it was written anew{folded} as {reason}")
     if home is not None:
         source = json.dumps(dict(home.source), ensure_ascii=False)
@@ -158,7 +159,11 @@ def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | Non
         return f"{adapter.format} became {writer.name}"
     if dtype is not None:
         return f"its factors become {dtype}"
-    return None if adapter.verbatim else "it was a pickle or shards, or was changed"
+    if adapter.verbatim:
+        return None
+    if writer.output == "file":
+        return f"{writer.name} files always are"
+    return "it was a pickle or shards, or was changed"
 
 
 def _compare_bases(adapter: Adapter, home: Home, allowed: bool) -> list[str]:

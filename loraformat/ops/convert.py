@@ -190,6 +190,7 @@ def _convert_base(
     if adapter_place(target) is not None:
         raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
     writer = plugins.for_output(target, to_format, reader.kind)
+    writer.check_pre_tokenizer(pre_tokenizer)
     dtype = _read_as(writer, encoding)
     with open_with(found, reader, dtype=dtype, config=config) as original:
         checkpoint = encoding.apply(_with_origin(original, found), writer)

@@ -26,7 +26,11 @@ _MAX_ADAPTER_CONFIG_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """One logical tensor; ``bytes`` is what its codes and scales, or its numbers, take on disk."""
+    """One logical tensor.
+
+    ``bytes`` is what its codes and scales, or its numbers, take on disk; ``encoding`` is ``nf4``,
+    ``dense``, or the name of a GGUF block type in small letters, which becomes ``dtype``.
+    """
 
     name: str
     encoding: str
@@ -146,7 +150,7 @@ def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelSummary:
     architectures = config.get("architectures")
     dtypes: dict[str, int] = {}
     for tensor in tensors:
-        key = "NF4" if isinstance(tensor, NF4Tensor) else tensor.dtype
+        key = "NF4" if isinstance(tensor, NF4Tensor) else tensor.stored_as
         dtypes[key] = dtypes.get(key, 0) + tensor.count
     manifest = bundle.manifest if bundle else None
     return ModelSummary(
@@ -175,17 +179,27 @@ def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelSummary:
 
 
 def _sums(tensors: list[LazyTensor] | list[NF4Tensor]) -> tuple[int, int]:
-    return sum(tensor.count for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.count for tensor in tensors), sum(_bytes(tensor) for tensor in tensors)
+
+
+def _encoding(tensor: LazyTensor) -> str:
+    if isinstance(tensor, NF4Tensor):
+        return "nf4"
+    return "dense" if tensor.stored is None else tensor.stored_as.lower()
+
+
+def _bytes(tensor: LazyTensor) -> int:
+    return tensor.nbytes if isinstance(tensor, NF4Tensor) else tensor.stored_bytes
 
 
 def _tensor(tensor: LazyTensor, bundle: Bundle | None) -> TensorSummary:
     record = bundle.manifest.tensors.get(tensor.name) if bundle else None
     return TensorSummary(
         name=tensor.name,
-        encoding="nf4" if isinstance(tensor, NF4Tensor) else "dense",
+        encoding=_encoding(tensor),
         dtype=tensor.dtype,
         shape=tensor.shape,
-        bytes=tensor.nbytes,
+        bytes=_bytes(tensor),
         relative_rms_error=record.relative_rms_error if record else None,
     )
 

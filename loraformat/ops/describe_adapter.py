@@ -123,7 +123,7 @@ def description_of(adapter: Adapter, path: Path) -> AdapterDescription:
     tensors = list(tensors_of(adapter))
     dtypes: dict[str, int] = {}
     for tensor in tensors:
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.count
+        dtypes[tensor.stored_as] = dtypes.get(tensor.stored_as, 0) + tensor.count
     return AdapterDescription(
         path=str(path),
         format=adapter.format,

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.ops.convert import convert
+from loraformat.ops.describe import describe
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +118,21 @@ def test_block_types(small, kind, tmp_path):
     assert apart(ours, original) > 1e-2, "the weights are really quantized"
     convert(path, tmp_path / "again.gguf", dtype="f32")
     assert apart(ours, list(log_probabilities(tmp_path / "again.gguf", prompts))) < 5e-5
+
+
+def test_info_says_what_is_stored_and_not_what_it_becomes(made, tmp_path):
+    source, _ = made("mixtral")
+    convert(source, tmp_path / "model.gguf", dtype="q4_0")
+    summary = describe(tmp_path / "model.gguf")
+    with open_gguf(tmp_path / "model.gguf") as file:
+        stored = list(file.tensors.values())
+    assert summary.weight_bytes == sum(tensor.nbytes for tensor in stored)
+    assert summary.bits_per_weight < 10
+    kinds = {tensor.type.name for tensor in stored}
+    assert set(summary.dtypes) == kinds == {"Q4_0", "Q8_0", "F32"}
+    experts = [t for t in summary.tensors if ".experts." in t.name]
+    assert {t.encoding for t in experts} == {"q4_0"}
+    assert {t.dtype for t in experts} == {"BF16"}
 
 
 def test_block_types_become_bf16_by_default(small, tmp_path):

@@ -280,6 +280,18 @@ def test_options_of_other_formats_are_refused(base, tmp_path):
         convert(base("llama"), tmp_path / "model.gguf", block_size=64)
 
 
+def test_a_suffix_in_capitals_is_one(base, tmp_path):
+    convert(base("llama"), tmp_path / "MODEL.GGUF")
+    with open_gguf(tmp_path / "MODEL.GGUF") as file:
+        assert file.text("general.name") == "llama"
+
+
+def test_a_pre_tokenizer_is_for_gguf_files_only(base, tmp_path):
+    with pytest.raises(UsageError, match="--pre llama-bpe is for GGUF files"):
+        convert(base("llama"), tmp_path / "bundle", pre_tokenizer="llama-bpe")
+    assert not list(tmp_path.iterdir())
+
+
 def test_on_the_command_line(base, command, tmp_path):
     done = command("convert", base("llama"), "model.gguf", "--dtype", "q8_0", "--json")
     assert done.returncode == 0, done.stderr

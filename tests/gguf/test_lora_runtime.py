@@ -307,6 +307,27 @@ def test_it_can_be_shown_and_verified(base, tmp_path):
     assert not verify(tmp_path / "lora.gguf").findings
 
 
+def test_types_are_shown_as_they_are_stored(base, tmp_path):
+    path, _ = base("llama")
+    train(path, "llama", tmp_path / "adapter", r=32, target_modules=["v_proj"])
+    convert(tmp_path / "adapter", tmp_path / "lora.gguf", base=path, dtype="q8_0")
+    assert set(describe(tmp_path / "lora.gguf").dtypes) == {"Q8_0"}
+
+
+def test_another_type_of_the_same_format_is_no_pickle(base, tmp_path):
+    path, _ = base("llama")
+    train(path, "llama", tmp_path / "adapter", target_modules=["v_proj"])
+    convert(tmp_path / "adapter", tmp_path / "lora.gguf", base=path)
+    report = convert(tmp_path / "lora.gguf", tmp_path / "other.gguf", base=path)
+    assert report.notes == ["it was written anew as gguf-lora files always are"]
+
+
+def test_a_base_is_no_adapter(base, tmp_path):
+    _, gguf = base("llama")
+    with pytest.raises(UnsupportedError, match="is of type model, not a LoRA adapter"):
+        convert(gguf, tmp_path / "out", from_format="gguf-lora")
+
+
 def test_an_adapter_of_a_bundle_needs_no_base_named(base, tmp_path):
     path, gguf = base("llama")
     wanted = train(path, "llama", tmp_path / "adapter")

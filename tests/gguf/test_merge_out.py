@@ -128,6 +128,12 @@ def test_no_undo_of_what_is_rounded(adapted, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pre_tokenizer_is_for_gguf_files_only(adapted, tmp_path):
+    base, adapter, _ = adapted("llama")
+    with pytest.raises(UsageError, match="--pre gpt-2 is for GGUF files"):
+        merge(base, [adapter], tmp_path / "merged", pre_tokenizer="gpt-2")
+
+
 def test_on_the_command_line(adapted, command, tmp_path):
     base, adapter, _ = adapted("llama")
     done = command("merge", base, adapter, "-o", "merged.gguf", "--dtype", "q5_0", "--json")

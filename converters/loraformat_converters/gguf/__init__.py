@@ -90,6 +90,7 @@ CONVERTER = Converter(
     dtypes=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     loses=("the manifest with its hashes and fingerprint",),
     suffixes=(".gguf",),
+    pre_tokenizers=True,
     requires=(Requirement("gguf", "gguf"),),
 )
 

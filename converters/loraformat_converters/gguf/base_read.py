@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,10 @@ class _Source:
         return kind if kind in _PLAIN else self.dequantized
 
     def tensor(self) -> DenseTensor:
-        release = self.gguf.releaser(self.recipe.parts[0].source)
-        return DenseTensor(self.recipe.name, self.dtype, self.recipe.shape, self.load, release)
+        source, recipe = self.recipe.parts[0].source, self.recipe
+        release, kind = self.gguf.releaser(source), self.gguf.tensors[source].type
+        stored = None if kind.name in _PLAIN else (kind.name, kind.row_bytes(prod(recipe.shape)))
+        return DenseTensor(recipe.name, self.dtype, recipe.shape, self.load, release, stored)
 
     def load(self) -> memoryview:
         (part,) = self.recipe.parts

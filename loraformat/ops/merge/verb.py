@@ -120,6 +120,7 @@ def merge(
     found = resolve(base)
     reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
     writer = plugins.for_output(Path(target), to_format, default="safetensors")
+    writer.check_pre_tokenizer(pre_tokenizer)
     beside = _is_beside(writer, requantize)
     _refuse_options(name, dtype, undo, beside)
     if reader.read is None or reader.kind != "base":

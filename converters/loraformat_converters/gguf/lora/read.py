@@ -88,11 +88,10 @@ class _Reader:
     def __init__(self, gguf: GGUFFile, options: AdapterReadOptions) -> None:
         self.gguf, self.options, self.path = gguf, options, gguf.path
         self.notes: list[str] = []
-        kind = gguf.text("general.type", "model"), gguf.text("adapter.type", "")
-        if kind != ("adapter", "lora"):
-            raise UnsupportedError(
-                f"is of type {printable(' '.join(kind))}, not a LoRA adapter", path=self.path
-            )
+        kind, subtype = gguf.text("general.type", "model"), gguf.text("adapter.type", "")
+        if (kind, subtype) != ("adapter", "lora"):
+            said = printable(f"{kind} {subtype}".strip())
+            raise UnsupportedError(f"is of type {said}, not a LoRA adapter", path=self.path)
         self.tokens = invocation_tokens(gguf)
         if self.tokens and not options.conditional:
             raise UnsupportedError(
@@ -279,6 +278,7 @@ class _Reader:
         gguf, path = self.gguf, self.path
         dtype = tensor.type.name if tensor.type.name in _PLAIN else "F32"
         shape = tensor.shape[::-1] if change is _transposed else tensor.shape
+        stored = None if tensor.type.name == dtype else (tensor.type.name, tensor.nbytes)
 
         def load() -> memoryview:
             view = gguf.load(tensor.name)
@@ -294,7 +294,7 @@ class _Reader:
                 return view
             return _bytes(values if change is None else change(values))
 
-        return DenseTensor(tensor.name, dtype, shape, load, gguf.releaser(tensor.name))
+        return DenseTensor(tensor.name, dtype, shape, load, gguf.releaser(tensor.name), stored)
 
 
 def _transposed(values: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, nbytes, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names, shape_words
 from loraformat.card.training import evaluation, settings, training_data
-from loraformat.runtimes.ranks import vllm_limit
 from loraformat.runtimes.usage import Snippet, Use, llama_cpp, ollama, transformers, vllm
 from loraformat.version import __version__
 
@@ -117,15 +116,15 @@ def _use(facts: AdapterFacts) -> str:
         gguf=gguf,
         base_gguf=f"{base_name}.gguf",
     )
-    plain_lora = not (facts.dora or facts.biases or facts.replacements)
+    generates = facts.task in (None, "CAUSAL_LM")
     parts = []
-    if facts.peft and facts.task in (None, "CAUSAL_LM"):
+    if facts.peft and generates and "transformers" not in facts.wrong_in:
         parts.append(_shown("transformers and PEFT", transformers(use)))
-    if facts.peft and plain_lora and vllm_limit(use.rank) is not None:
+    if facts.peft and generates and "vllm" not in facts.wrong_in:
         parts.append(_shown("vLLM", vllm(use)))
-    if facts.gguf or (facts.peft and plain_lora):
-        first = _fetch(facts, use)
-        parts.append(_shown("llama.cpp", llama_cpp(use), first))
+    if facts.gguf or "llama.cpp" not in facts.wrong_in:
+        parts.append(_shown("llama.cpp", llama_cpp(use), _fetch(facts, use)))
+    if facts.gguf or "ollama" not in facts.wrong_in:
         parts.append(_shown("Ollama", ollama(use), "A `Modelfile` beside the same two files:"))
     return joined(["## Use", *parts]) if parts else ""
 

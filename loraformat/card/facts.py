@@ -97,6 +97,8 @@ class AdapterFacts:
     fingerprint : str or None
         Of the base that it was made for.
     training : Training
+    wrong_in : frozenset of str
+        Runtimes that would refuse it or compute something else.
     """
 
     repo: str
@@ -117,6 +119,7 @@ class AdapterFacts:
     replacements: list[str] = field(default_factory=list)
     fingerprint: str | None = None
     training: Training = field(default_factory=Training)
+    wrong_in: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

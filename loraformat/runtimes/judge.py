@@ -10,7 +10,7 @@ from loraformat.runtimes.record import Finding, Outcome, Remedy, Runtime, Treatm
 from loraformat.runtimes.remedies import Names, command, sentence
 from loraformat.runtimes.rules import FORMAT, RULES
 
-__all__ = ["findings", "judge"]
+__all__ = ["findings", "judge", "obstacles"]
 
 #: Where one finding needs the first of these, no other remedy helps any more.
 _STRONGEST: tuple[Remedy, ...] = ("advice", "merge", "merge-gguf")
@@ -74,6 +74,25 @@ def judge(
         )
         for rule, what, treatment in found
     ]
+
+
+def obstacles(found: Iterable[Finding]) -> dict[str, list[str]]:
+    """Return the rules for which no lines can make a runtime right, by runtime.
+
+    Left out is what a conversion mends: the lines for another format begin with one.
+
+    Examples
+    --------
+    >>> from loraformat.runtimes.known import RUNTIMES
+    >>> found = findings(AdapterFacts("peft", dora=True), RUNTIMES.values(), Names("A"))
+    >>> obstacles(found)["vllm"], "transformers" in obstacles(found)
+    (['DORA'], False)
+    """
+    rules: dict[str, list[str]] = {}
+    for finding in found:
+        if finding.level == "fail" and finding.rule != FORMAT and finding.kind != "gguf":
+            rules.setdefault(finding.runtime, []).append(finding.rule)
+    return rules
 
 
 def _format(adapter: AdapterFacts, runtime: Runtime, named: bool) -> tuple[str, str, Treatment]:

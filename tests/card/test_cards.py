@@ -86,8 +86,9 @@ def test_no_empty_sections():
         "fingerprint",
     ):
         assert absent not in text
-    sections = re.split(r"^#+ .*$", text, flags=re.M)
-    assert all(section.strip() for section in sections[1:]) or "## Use\n\n### " in text
+    heads = re.findall(r"^(#+) (.*)\n\n(?=(#*))", text, flags=re.M)
+    assert len(heads) == 8
+    assert [title for level, title, after in heads if after] == ["Use"]  # by its subsections
 
 
 def test_the_gguf_file_has_its_own_name():
@@ -102,11 +103,18 @@ def test_the_gguf_file_has_its_own_name():
 
 
 def test_what_no_runtime_takes_is_not_offered():
-    text = adapter_card(replace(ADAPTER, dora=2)).render()
+    wrong = frozenset({"vllm", "llama.cpp", "ollama"})
+    text = adapter_card(replace(ADAPTER, wrong_in=wrong)).render()
     assert "PeftModel" in text
-    assert "vLLM" not in text
-    assert "llama.cpp" not in text
-    assert "vLLM" not in adapter_card(replace(ADAPTER, ranks=[1024])).render()
+    for title in ("vLLM", "llama.cpp", "Ollama"):
+        assert title in adapter_card(ADAPTER).render()
+        assert title not in text
+    assert (
+        "PeftModel"
+        not in adapter_card(replace(ADAPTER, wrong_in=frozenset(["transformers"]))).render()
+    )
+    nobody = adapter_card(replace(ADAPTER, wrong_in=wrong | {"transformers"})).render()
+    assert "## Use" not in nobody
 
 
 @pytest.mark.parametrize("record", [RECORD, RECORD["training"]])

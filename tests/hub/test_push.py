@@ -205,7 +205,7 @@ def test_a_card_edited_on_the_hub_stays(push, shelf, tmp_path):
     result = push("adapter", "me/new")
     assert "note: README.md on the Hub has other words than the one here" in result.stdout
     assert "Edited there." not in published(shelf)["README.md"].decode()
-    assert "note:" not in push("adapter", "me/new").stdout
+    assert "README.md on the Hub" not in push("adapter", "me/new").stdout
 
 
 def test_the_licence_is_said(push, shelf):
@@ -214,6 +214,39 @@ def test_the_licence_is_said(push, shelf):
     result = push("adapter", "me/new", "--license", "my: own\nlicence")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
+
+
+def test_runtimes_that_would_be_wrong_are_named_and_not_offered(push, shelf, tmp_path):
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "use_rslora": True, "r": 24}))
+    result = push("adapter", "me/new", "--json")
+    assert result.returncode == 0, result.stderr
+    (note,) = [note for note in json.loads(result.stdout)["notes"] if "refused" in note]
+    assert "sglang (RSLORA_IGNORED), lorax (RANK_NOT_IN_SET)" in note
+    assert note.endswith("for the remedy run: loraformat check adapter")
+    assert "vllm" not in note  # which heeds rsLoRA
+    assert "llama.cpp" not in note  # for which it is converted
+    card = published(shelf)["README.md"].decode()
+    assert "### vLLM" in card
+    assert "### llama.cpp" in card
+
+
+def test_a_fixed_adapter_is_wrong_nowhere(push, ask, shelf):
+    assert ask("check", "adapter", "--fix", "-o", "fixed").returncode == 0
+    result = push("fixed", "me/new")
+    assert result.returncode == 0, result.stderr
+    assert "refused" not in result.stdout
+
+
+def test_what_vllm_refuses_is_not_on_the_card(push, shelf, tmp_path):
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "bias": "lora_only"}))
+    assert push("adapter", "me/new").returncode == 0
+    card = published(shelf)["README.md"].decode()
+    assert "### transformers and PEFT" in card
+    assert "### vLLM" not in card
 
 
 def test_with_gguf(push, shelf, tmp_path):

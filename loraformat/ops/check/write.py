@@ -11,9 +11,9 @@ from loraformat.errors import OutputError, UsageError
 from loraformat.hub import resolve
 from loraformat.ops.check.verb import CheckReport
 from loraformat.publish_file import open_publication
+from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
-from loraformat.runtimes.rules import FORMAT
 from loraformat.runtimes.usage import Snippet, Use, lorax, snippet
 
 __all__ = ["Written", "snippets", "write_usage"]
@@ -72,16 +72,10 @@ def snippets(report: CheckReport, *, base: str | None = None) -> tuple[list[Snip
     """Return the text for each runtime that will be right, and why others have none."""
     use = _use(report, base)
     made, left_out = [], []
+    wrong = obstacles(report.findings)
     for name in report.verdicts:
-        # What a conversion to GGUF mends is none: the lines for llama.cpp begin with one.
-        rules = {
-            finding.rule
-            for finding in report.findings
-            if finding.runtime == name and finding.level == "fail"
-            if finding.rule != FORMAT and finding.kind != "gguf"
-        }
-        if rules:
-            left_out.append(f"{name}: would be wrong ({', '.join(sorted(rules))})")
+        if name in wrong:
+            left_out.append(f"{name}: would be wrong ({', '.join(sorted(wrong[name]))})")
         elif report.format != "peft" and RUNTIMES[name].format != report.format:
             left_out.append(f"{name}: reads no {report.format}")
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from loraformat.card import AdapterFacts, Base, BundleFacts, FileFact, Training
 from loraformat.manifest import Manifest
 from loraformat.ops.describe import ModelSummary
@@ -13,7 +15,12 @@ __all__ = ["adapter_facts", "bundle_facts"]
 
 
 def adapter_facts(
-    said: AdapterDescription, task: object, repo: str, base: Base, files: list[UploadFile]
+    said: AdapterDescription,
+    task: object,
+    repo: str,
+    base: Base,
+    files: list[UploadFile],
+    wrong_in: Iterable[str],
 ) -> AdapterFacts:
     """Return what a card says of an adapter.
 
@@ -25,6 +32,8 @@ def adapter_facts(
     repo : str
     base : Base
     files : list of UploadFile
+    wrong_in : iterable of str
+        Runtimes that would refuse it or compute something else.
     """
     ggufs = [file.path for file in files if file.path.endswith(".gguf")]
     return AdapterFacts(
@@ -46,6 +55,7 @@ def adapter_facts(
         replacements=[*said.replacements, *said.replaced_rows],
         fingerprint=said.base_fingerprint,
         training=Training(read_record(files)),
+        wrong_in=frozenset(wrong_in),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from loraformat.bundle_update import adapter_place, read_manifest
 from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.manifest import Manifest
+from loraformat.ops.check.verb import check
 from loraformat.ops.describe import ModelSummary, describe
 from loraformat.ops.describe_adapter import AdapterDescription, description_of
 from loraformat.ops.sharing.base_model import adapter_base, bundle_base, look_up
@@ -20,6 +22,7 @@ from loraformat.ops.sharing.gguf import gguf_file, gguf_pattern
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.reader import is_bundle
+from loraformat.runtimes.judge import obstacles
 
 __all__ = ["Parcel", "Wishes", "open_parcel"]
 
@@ -80,7 +83,7 @@ class Parcel:
     gguf_glob: str
 
 
-def open_parcel(path: Path, wishes: Wishes, workplace: Path, check: Callable[[], None]) -> Parcel:
+def open_parcel(path: Path, wishes: Wishes, workplace: Path, verify: Callable[[], None]) -> Parcel:
     """Put together what is published of a path.
 
     Parameters
@@ -89,7 +92,7 @@ def open_parcel(path: Path, wishes: Wishes, workplace: Path, check: Callable[[],
     wishes : Wishes
     workplace : Path
         An empty directory for files that are made on the way.
-    check : callable
+    verify : callable
         Verifies the path; called once it is known to be something to publish.
 
     Raises
@@ -104,7 +107,7 @@ def open_parcel(path: Path, wishes: Wishes, workplace: Path, check: Callable[[],
                 f"{option} is for adapters, and of a bundle what its manifest lists is published",
                 hint="leave it out",
             )
-        return _bundle(path, wishes, check)
+        return _bundle(path, wishes, verify)
     reader = plugins.sniff(path)
     if reader.kind != "adapter" or reader.read_adapter is None:
         raise UnsupportedError(
@@ -112,13 +115,13 @@ def open_parcel(path: Path, wishes: Wishes, workplace: Path, check: Callable[[],
             path=path,
             hint="make a bundle of it: loraformat convert MODEL BUNDLE",
         )
-    return _adapter(path, reader, wishes, workplace, check)
+    return _adapter(path, reader, wishes, workplace, verify)
 
 
-def _bundle(path: Path, wishes: Wishes, check: Callable[[], None]) -> Parcel:
+def _bundle(path: Path, wishes: Wishes, verify: Callable[[], None]) -> Parcel:
     manifest: Manifest = read_manifest(path)
     named = bundle_base(manifest.source, wishes.base_model, str(path))
-    check()
+    verify()
     contents = bundle_files(path, manifest)
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
     said = describe(path)
@@ -128,7 +131,7 @@ def _bundle(path: Path, wishes: Wishes, check: Callable[[], None]) -> Parcel:
 
 
 def _adapter(
-    path: Path, reader: Converter, wishes: Wishes, workplace: Path, check: Callable[[], None]
+    path: Path, reader: Converter, wishes: Wishes, workplace: Path, verify: Callable[[], None]
 ) -> Parcel:
     assert reader.read_adapter is not None
     place = adapter_place(path)
@@ -139,7 +142,7 @@ def _adapter(
         named = adapter_base(adapter, wishes.base_model, manifest.source if manifest else None)
         said: AdapterDescription = description_of(adapter, path)
         task = adapter.config.get("task_type")
-    check()
+    verify()
     contents = adapter_files(path, named[0], include=wishes.include, listed=listed)
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
     if wishes.with_gguf:
@@ -157,9 +160,22 @@ def _adapter(
             )
         )
     contents.notes += said.notes
-    document = adapter_card(adapter_facts(said, task, wishes.repo, base, contents.files))
+    wrong = _wrong_in(path, contents.notes)
+    document = adapter_card(adapter_facts(said, task, wishes.repo, base, contents.files, wrong))
     replaces = () if path.is_file() else _PEFT_FILES
     return _parcel("adapter", base, contents, document, wishes, replaces)
+
+
+def _wrong_in(path: Path, notes: list[str]) -> set[str]:
+    """Return the runtimes that would refuse an adapter or compute something else; say so."""
+    wrong = obstacles(check(path).findings)
+    if wrong:
+        named = ", ".join(f"{name} ({', '.join(rules)})" for name, rules in wrong.items())
+        notes.append(
+            f"would be refused or computed otherwise by {named}; for the remedy run: "
+            f"loraformat check {shlex.quote(str(path))}"
+        )
+    return set(wrong)
 
 
 def _parcel(

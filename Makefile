@@ -27,10 +27,12 @@ test: $(VENV)/dev-installed ## the whole test suite, and every example in a docs
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest --doctest-modules loraformat converters/loraformat_converters
 
-docs: $(VENV)/dev-installed ## write docs/cli.md, the matrix of runtimes and the outputs in docs/adapters.md anew
+docs: $(VENV)/dev-installed ## write anew what tools write of docs/: verbs, runtimes, outputs, figures, pictures
 	$(BIN)/python tools/make_cli_docs.py
 	$(BIN)/python tools/make_runtime_docs.py
 	$(BIN)/python tools/make_tutorial.py
+	$(BIN)/python tools/make_which_base.py
+	$(BIN)/python tools/make_pictures.py
 
 bench: $(VENV)/dev-installed ## the figures of docs/benchmarks.md, for this machine
 	$(BIN)/python tools/bench/nf4.py

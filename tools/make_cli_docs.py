@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from loraformat.cli import commands
+from loraformat.cli import _VERBS, commands
 
 _PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 _WIDTH = 96
@@ -15,6 +15,8 @@ _INTRODUCTION = """\
 # The command line
 
 Made by `tools/make_cli_docs.py` from each verb's `--help`; do not edit.
+
+{contents}
 
 Data goes to stdout, everything else to stderr. Exit codes:
 
@@ -32,9 +34,15 @@ Data goes to stdout, everything else to stderr. Exit codes:
 """
 
 
+def _contents() -> str:
+    """Return a table of the verbs that leads to their places."""
+    rows = [f"| [`{verb}`](#loraformat-{verb}) | {line} |" for verb, line in sorted(_VERBS.items())]
+    return "\n".join(["| verb | what it does |", "|---|---|", *rows])
+
+
 def _page() -> str:
-    parts = [_INTRODUCTION]
     context = click.Context(commands, info_name="loraformat")
+    parts = [_INTRODUCTION.replace("{contents}", _contents())]
     for verb in commands.list_commands(context):
         command = commands.get_command(context, verb)
         assert command is not None

@@ -78,7 +78,7 @@ class _LazyGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="loraformat")
 def commands() -> None:
-    """NF4 base weights and LoRA deltas: convert, look at, verify.
+    """NF4 base weights and LoRA deltas: convert, train, merge, check, publish.
 
     Inputs are local paths or Hub ids (org/name, org/name@revision).
     """

@@ -8,11 +8,13 @@ import click
 
 from loraformat.cli.console import echo_json, json_option, quiet_option, say, size, table
 from loraformat.cli.options import allow_pickle_option
+from loraformat.errors import UsageError
 
 _EXAMPLE = """\b
 Example:
   loraformat info my-bundle
   loraformat info my-bundle --tensors --json
+  loraformat info my-bundle --plot errors.png
   loraformat info my-bundle/adapters/medical
 """
 
@@ -20,22 +22,53 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("path")
 @click.option("--tensors", is_flag=True, help="List every tensor, or every module of an adapter.")
+@click.option(
+    "--plot",
+    "picture",
+    metavar="FILE",
+    help="Of a bundle: draw the error of its quantization, by layer: .png, .svg or .pdf. "
+    "Needs: pip install 'loraformat[plot]'.",
+)
 @allow_pickle_option
 @json_option
 @quiet_option
-def command(path: str, tensors: bool, allow_pickle: bool, as_json: bool, quiet: bool) -> None:
+def command(
+    path: str,
+    tensors: bool,
+    picture: str | None,
+    allow_pickle: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Show what a model or an adapter is, without reading its weights.
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
     """
     from loraformat.ops.describe import describe
 
+    if picture is not None:
+        from loraformat.ops.picture import check_picture
+
+        check_picture(picture)
     summary = describe(path, allow_pickle=allow_pickle)
+    if picture is not None:
+        _draw(summary, picture)
     if as_json:
         echo_json("info", summary.to_json(tensors=tensors))
     elif not quiet:
         text = _adapter_text if summary.kind == "adapter" else _text
         say(text(summary, tensors))
+
+
+def _draw(summary: Any, picture: str) -> None:
+    if summary.kind == "adapter":
+        raise UsageError(
+            "--plot shows the errors of a bundle, and this is an adapter",
+            hint="run: loraformat spectrum ADAPTER --plot FILE",
+        )
+    from loraformat.ops.error_plot import plot_errors
+
+    plot_errors(summary, picture)
 
 
 def _text(summary: Any, tensors: bool) -> str:

@@ -59,7 +59,7 @@ Example:
 @click.option(
     "--requantize",
     is_flag=True,
-    help="Quantize the merged weights: it loses nearly all of an ordinary delta.",
+    help="Quantize the merged weights; on a base that was NF4 it loses nearly all of the delta.",
 )
 @click.option(
     "--name",

@@ -35,11 +35,12 @@ def command(
     Per module: the norm of its change, how many directions it has in effect (stable rank,
     entropy rank), and the least ranks that keep 90, 95 and 99 % of its squared norm.
     """
+    from loraformat.ops.picture import check_picture
     from loraformat.ops.spectrum import spectrum
-    from loraformat.ops.spectrum_plot import check_plot, plot
+    from loraformat.ops.spectrum_plot import plot
 
     if picture is not None:
-        check_plot(picture)
+        check_picture(picture)
     with progress_bar("spectrum", quiet=quiet) as progress:
         report = spectrum(source, allow_pickle=allow_pickle, progress=progress)
     if picture is not None:

@@ -18,9 +18,10 @@ from loraformat.ops.combine.options import CombineOptions
 from loraformat.ops.combine.verb import combine
 from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.extract.verb import extract
+from loraformat.ops.picture import check_picture
 from loraformat.ops.reduce import Reduction, reduce
 from loraformat.ops.spectrum import spectrum
-from loraformat.ops.spectrum_plot import check_plot, plot
+from loraformat.ops.spectrum_plot import plot
 
 __all__ = ["shape_adapters"]
 
@@ -129,7 +130,7 @@ def _drawn(directory: Path, say: Callable[[str], None]) -> Step:
     ranks = report.suggested
     line = ", ".join(f"{word} of the energy at rank {rank}" for word, rank in ranks.items())
     try:
-        check_plot(picture)
+        check_picture(picture)
         plot(report, picture)
     except MissingDependencyError as missing:
         picture, line = adapter, f"{line} (no picture: {missing.hint})"

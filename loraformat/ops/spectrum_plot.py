@@ -8,45 +8,25 @@ band of all its modules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loraformat.errors import MissingDependencyError, UsageError, printable
+from loraformat.ops.picture import as_label, check_picture, colors
 from loraformat.ops.spectrum import ModuleSpectrum, SpectrumReport, pooled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "plot"]
+__all__ = ["plot"]
 
-_PICTURES = (".png", ".svg", ".pdf")
 #: As many lines can still be told apart.
 _FEW = 12
 #: Below this share of the largest singular value is float32's rounding.
 _FLOOR = 1e-7
 _SUGGESTED = "95%"
-
-
-def check_plot(path: str | Path) -> None:
-    """Raise what `plot` would raise, before anything is computed.
-
-    Raises
-    ------
-    UsageError
-        If the suffix names no format.
-    MissingDependencyError
-        If matplotlib is not installed.
-    """
-    if Path(path).suffix.lower() not in _PICTURES:
-        raise UsageError(f"a picture is one of {', '.join(_PICTURES)}, not {printable(path)}")
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            "a plot needs matplotlib", hint="run: pip install 'loraformat[plot]'"
-        )
 
 
 def plot(report: SpectrumReport, path: str | Path) -> None:
@@ -60,9 +40,9 @@ def plot(report: SpectrumReport, path: str | Path) -> None:
     Raises
     ------
     UsageError, MissingDependencyError
-        See `check_plot`.
+        See `loraformat.ops.picture.check_picture`.
     """
-    check_plot(path)
+    check_picture(path)
     from matplotlib.figure import Figure
 
     rows = len({module.layer for module in report.modules})
@@ -70,9 +50,9 @@ def plot(report: SpectrumReport, path: str | Path) -> None:
                     dpi=120)  # fmt: skip
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.2])
     kinds = list(dict.fromkeys(module.kind for module in report.modules))
-    colors = dict(zip(kinds, _colors(len(kinds)), strict=True))
-    _draw_values(left, report, colors)
-    _draw_energies(middle, report, colors)
+    chosen = dict(zip(kinds, colors(len(kinds)), strict=True))
+    _draw_values(left, report, chosen)
+    _draw_energies(middle, report, chosen)
     _draw_ranks(figure, right, report, kinds)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8,
                   frameon=False)  # fmt: skip
@@ -85,17 +65,9 @@ def _title(report: SpectrumReport) -> str:
     told = "no rank" if not ranks else f"rank {ranks[0]}"
     told += f" to {ranks[-1]}" if len(ranks) > 1 else ""
     return (
-        f"{Path(report.source).name}: {len(report.modules)} modules of {told}, "
+        f"{as_label(Path(report.source).name)}: {len(report.modules)} modules of {told}, "
         f"{report.parameters:,} parameters"
     )
-
-
-def _colors(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    if count <= 10:
-        return list(colormaps["tab10"].colors[:count])  # type: ignore[attr-defined]
-    return [colormaps["turbo"]((i + 0.5) / count) for i in range(count)]
 
 
 def _by_kind(report: SpectrumReport) -> Iterator[tuple[str, list[ModuleSpectrum]]]:
@@ -125,26 +97,26 @@ def _draw_curves(
     axes.plot(places, median, color=color, linewidth=1.8, label=label)
 
 
-def _draw_values(axes: Axes, report: SpectrumReport, colors: dict[str, Any]) -> None:
+def _draw_values(axes: Axes, report: SpectrumReport, chosen: dict[str, Any]) -> None:
     few = len(report.modules) <= _FEW
     floor = _FLOOR * max((m.singular_values[0] for m in report.modules if m.norm), default=1.0)
     for kind, modules in _by_kind(report):
         shown = [[v for v in m.singular_values if v > floor] for m in modules]
         if shown := [curve for curve in shown if curve]:
-            _draw_curves(axes, shown, 1, colors[kind], kind, few)
+            _draw_curves(axes, shown, 1, chosen[kind], as_label(kind), few)
     what = "each module" if few else "median and range of each kind"
     axes.set(title=f"singular values of the deltas\n({what})", xlabel="index i",
              ylabel="singular value σᵢ", yscale="log", xlim=(1, None))  # fmt: skip
     axes.grid(alpha=0.25)
 
 
-def _draw_energies(axes: Axes, report: SpectrumReport, colors: dict[str, Any]) -> None:
+def _draw_energies(axes: Axes, report: SpectrumReport, chosen: dict[str, Any]) -> None:
     few = len(report.modules) <= _FEW
     widest = max((module.rank for module in report.modules), default=1)
     for kind, modules in _by_kind(report):
         # A module of a lower rank has kept everything from there on.
         curves = [[0.0, *m.energies, *[1.0] * (widest - m.rank)] for m in modules]
-        _draw_curves(axes, curves, 0, colors[kind], kind, few)
+        _draw_curves(axes, curves, 0, chosen[kind], as_label(kind), few)
     squares = pooled(module.singular_values for module in report.modules).square()
     whole = [0.0, *(squares.cumsum(0) / (float(squares.sum()) or 1.0)).tolist()]
     axes.plot(range(len(whole)), whole, color="black", linewidth=2.4)
@@ -182,7 +154,7 @@ def _draw_ranks(figure: Figure, axes: Axes, report: SpectrumReport, kinds: list[
     image = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0)
     figure.colorbar(image, ax=axes, label="rank", ticks=MaxNLocator(integer=True))
     axes.set(title="rank for 95 % of each module's energy\n(by layer and kind)", ylabel="layer")
-    axes.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right")
+    axes.set_xticks(range(len(kinds)), [as_label(kind) for kind in kinds], rotation=35, ha="right")
     step = max(1, -(-len(rows) // 40))
     marked = range(0, len(rows), step)
     axes.set_yticks(list(marked), ["none" if rows[i] is None else str(rows[i]) for i in marked])

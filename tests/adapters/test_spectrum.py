@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraformat.errors import MissingDependencyError
-from loraformat.ops import spectrum_plot as module
+from loraformat.ops import picture as module
 from loraformat.ops.spectrum import spectrum_of
 from loraformat.ops.spectrum_plot import plot
 from loraformat.testing import dense

@@ -77,6 +77,25 @@ def test_merging_into_the_original_is_not_worse(steps: dict[str, Step]) -> None:
     assert manual(steps["merged-original"]) < 1.01 * manual(steps["merged"])
 
 
+def test_the_page_on_bases_says_what_is_measured(
+    report: DemoReport, steps: dict[str, Step]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "which-base.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("|")]
+    written = {row[1].strip(): row[5].strip() for row in rows if len(row) == 8}
+    original, bundle = report.bases.models[:2]
+    measured = {
+        "original, without an adapter": manual(original),
+        "bundle, NF4, without an adapter": manual(bundle),
+        "bundle with the adapter beside it": manual(steps["manual"]),
+        "merged into the NF4 values, bf16": manual(steps["merged"]),
+        "merged into the original, bf16": manual(steps["merged-original"]),
+        "merged into the NF4 values, NF4 again": manual(steps["requantized"]),
+    }
+    for title, perplexity in measured.items():
+        assert float(written[title]) == pytest.approx(perplexity, rel=2e-3), title
+
+
 def test_undoing_gives_the_original(directory: Path, steps: dict[str, Step]) -> None:
     assert tensor_hashes(directory / "unmerged") == tensor_hashes(SMALL_MODEL)
     assert tensor_hashes(directory / "merged-original") != tensor_hashes(SMALL_MODEL)

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import loraformat
+import loraformat.train
 from loraformat.demo import ADAPTERS, SMALL_MODEL
+from tools.pages import examples, wording
+from tools.pages import run as run_block
 
 ROOT = Path(__file__).parents[2]
 #: These are run in tests/hub, where there is one.
@@ -89,34 +93,15 @@ def test_runtime_commands_run_in_order(workplace: Path) -> None:
     assert (workplace / "run" / "Modelfile").exists()
 
 
-@pytest.fixture
-def tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory as docs/adapters.md wants it."""
-    shutil.copytree(SMALL_MODEL, tmp_path / "my-model")
-    for name, adapter in ADAPTERS.items():
-        shutil.copytree(adapter, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def wording(text: str) -> str:
-    """Return a command's output without its numbers, which may differ in their last digit."""
-    return " ".join(re.sub(r"\d[\d.,]*(e-\d+)?", "0", text).split())
-
-
-def test_the_tutorial_prints_what_it_says(tutorial: Path) -> None:
-    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^```sh\n(loraformat .*)\n```\n\n```text\n((?:.*\n)*?)```$", text, re.M)
-    assert len(shown) >= 9
-    assert len(shown) == len(re.findall(r"^```sh\nloraformat ", text, re.M)), (
-        "a command without output"
-    )
-    for line, printed in shown:
-        result = run(line)
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
-        for part in printed.split("...\n"):
-            assert wording(part) in wording(result.stdout), line
-    assert (tutorial / "spectrum.png").exists()
+def test_the_page_on_adapters_prints_what_it_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    found = examples(page)
+    assert len(found) >= 10
+    for example in found:
+        output = run_block(example, tmp_path, {"HF_HUB_OFFLINE": "1"})
+        for part in (example.shown or "").split("...\n"):
+            assert wording(part) in wording(output), example.code
+    assert (tmp_path / "spectrum.png").exists()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
@@ -130,6 +115,28 @@ def test_python_blocks_run_in_order(page: str, workplace: Path) -> None:
         if 'convert("my-model", "my-bundle"' in snippet:
             shutil.rmtree(workplace / "my-bundle", ignore_errors=True)
         exec(compile(snippet, f"{page}, block {number}", "exec"), {})
+
+
+def test_every_public_name_is_in_the_page_on_python() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    public = {*loraformat.__all__, *loraformat.train.__all__} - {"__version__", "Batch"}
+    assert not {name for name in public if not re.search(rf"\b{name}\b", text)}
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert not {page for page in pages if f"({page})" not in index}
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_picture_is_shown_and_small() -> None:
+    shown = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    pictures = list((ROOT / "docs" / "pictures").iterdir())
+    assert len(pictures) >= 3
+    for path in pictures:
+        assert f"(pictures/{path.name})" in shown
+        assert path.stat().st_size <= 60_000
 
 
 def test_links_lead_somewhere() -> None:

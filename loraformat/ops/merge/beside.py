@@ -1,7 +1,7 @@
 """Merging into a bundle without a loss: the NF4 codes as they are, one adapter beside them.
 
 What the output computes is base + Σ ωᵢ·Dᵢ, the sum held exactly by concatenated factors:
-quantizing it instead would lose nearly all of an ordinary delta.
+quantizing it again instead would lose nearly all of an ordinary delta.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def check_beside(original: Checkpoint, base: str | Path, target: str | Path) -> 
     """
     if not any(isinstance(tensor, NF4Tensor) for tensor in original.tensors.values()):
         raise UsageError(
-            f"{base} is dense, and a bundle stores NF4, which would lose nearly all of an "
-            "ordinary delta",
+            f"{base} is dense, and a bundle stores NF4",
             hint="convert it to a bundle first, then merge into that: the adapter lies beside the "
-            "codes; or insist with --requantize",
+            "codes; or merge it in and quantize the sum with --requantize",
         )
 
 

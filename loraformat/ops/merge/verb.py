@@ -84,7 +84,8 @@ def merge(
     undo : str or Path, optional
         Where to write the record from which `unmerge` restores the base bit by bit.
     requantize : bool
-        Quantize the merged weights, which loses nearly all of an ordinary delta.
+        Quantize the merged weights, which loses nearly all of an ordinary delta if the base's
+        values come from NF4.
     name : str, optional
         Of the adapter, where the output is a bundle that keeps the codes of a quantized base
         and has the sum of the adapters beside them (``to_format="loraformat"``). By default
@@ -225,7 +226,7 @@ def _is_beside(writer: Converter, requantize: bool) -> bool:
         raise UsageError(f"{writer.name} stores dense weights; --requantize speaks of NF4")
     if writer.stores == "nf4" and not requantize and writer.name != "loraformat":
         raise UsageError(
-            f"{writer.name} stores NF4, which would lose nearly all of an ordinary delta",
+            f"{writer.name} stores NF4, which loses nearly all of an ordinary delta on NF4 values",
             hint="merge --to loraformat keeps the adapter beside the codes; or insist with "
             "--requantize",
         )

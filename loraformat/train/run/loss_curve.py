@@ -6,10 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from loraformat.ops.picture import as_label, colors
+
 __all__ = ["can_draw", "draw"]
 
-#: Steps that the bold line is a mean of, as a share of all.
-_SMOOTHED = 0.02
+#: Steps that the bold line is a mean of: a share of all, and of a short run as many as will do.
+_SMOOTHED, _SHORT = 0.02, 8
 
 
 def can_draw() -> bool:
@@ -32,16 +34,17 @@ def draw(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
 
     steps = [line for line in metrics if "loss" in line]
     held = [line for line in metrics if "eval_loss" in line]
+    training, held_out = colors(2)
     figure = Figure(figsize=(9, 5.5), layout="constrained", dpi=120)
     axes = figure.subplots()
     if steps:
         numbers, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
-        axes.plot(numbers, losses, color="tab:blue", alpha=0.35, linewidth=1)
-        axes.plot(numbers, _smooth(losses), color="tab:blue", linewidth=2, label="training")
+        axes.plot(numbers, losses, color=training, alpha=0.3, linewidth=1)
+        axes.plot(numbers, _smooth(losses), color=training, linewidth=2, label="training (mean)")
     if held:
         axes.plot([line["step"] for line in held], [line["eval_loss"] for line in held],
-                  color="tab:orange", marker="o", linewidth=2, label="held-out")  # fmt: skip
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per learned token)")
+                  color=held_out, marker="o", linewidth=2, label="held-out")  # fmt: skip
+    axes.set(title=as_label(title), xlabel="step", ylabel="loss (nats per learned token)")
     axes.grid(alpha=0.25)
     if steps:
         rates = axes.twinx()
@@ -55,7 +58,7 @@ def draw(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def _smooth(losses: list[float]) -> list[float]:
     """Return running means that know only what came before."""
-    window = max(1, round(len(losses) * _SMOOTHED))
+    window = max(1, round(len(losses) * _SMOOTHED), min(_SHORT, len(losses) // 4))
     means, total = [], 0.0
     for number, loss in enumerate(losses):
         total += loss - (losses[number - window] if number >= window else 0.0)

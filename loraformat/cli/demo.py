@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, quiet_option, size, table
+from loraformat.cli.console import clean, echo_json, json_option, quiet_option, size, table
 
 _EXAMPLE = """\b
 Example:
@@ -26,7 +26,8 @@ Example:
 def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Run every verb on the small real model and the adapters that ship with loraformat.
 
-    What is made is put into DIRECTORY. Perplexity is measured on held-out text.
+    What is made is put into DIRECTORY. An adapter is trained, too, and run in llama.cpp. Perplexity
+    is measured on held-out text.
     """
     from loraformat.demo.pipeline import run_demo
 
@@ -72,10 +73,13 @@ def _text(report: Any, directory: Path) -> str:
         "stay plain, and in a model this small they weigh much.",
         "",
         "Two adapters, trained on the NF4 values: manual learned Python's language reference,",
-        "tests learned unit tests. Perplexity on held-out text of each kind:",
+        "tests learned unit tests; learned is trained here. Perplexity on held-out text of each "
+        "kind:",
         "",
         _adapters(report),
         "",
+        *_training(report),
+        *_llama_cpp(report),
         _verbs(report),
         "",
         *[f"note: {note}" for note in report.notes],
@@ -108,6 +112,63 @@ def _adapters(report: Any) -> str:
     kinds = ("manual", "tests", "library")
     rows = [[step.title, *(_figure(step, kind, 2) for kind in kinds)] for step in measured]
     return table(["", *kinds], rows)
+
+
+def _training(report: Any) -> list[str]:
+    found = report.training
+    if found is None:
+        return []
+    steps, losses = zip(*found.losses, strict=True)
+    return [
+        f"An adapter trained on {size(found.text_bytes)} of the language reference, of which "
+        "nothing is held out:",
+        "",
+        table(["step", *map(str, steps)], [["loss", *(f"{loss:.3f}" for loss in losses)]]),
+        "",
+        f"Perplexity on held-out topics: {found.before:.2f} before, {found.after:.2f} after. "
+        "A sample:",
+        "",
+        *_indented(f"{found.prompt}⟦{found.sample}⟧"),
+        "",
+        *([f"The loss curve: {found.curve}", ""] if found.curve else []),
+    ]
+
+
+def _llama_cpp(report: Any) -> list[str]:
+    if not report.agreements:
+        return []
+    first = report.agreements[0]
+    rows = [
+        [
+            one.title,
+            f"{one.difference:.1e}",
+            f"{one.perplexity:.4f}",
+            f"{one.ours:.4f}",
+            _word(one.same_tokens),
+            _word(one.same_next),
+            _word(one.same_text),
+        ]
+        for one in report.agreements
+    ]
+    heads = ["", "difference", "perplexity", "ours", "tokenizer", "next token", "continuation"]
+    return [
+        f"The same in llama.cpp, after {first.positions} tokens of held-out text: the largest "
+        f"difference of {first.vocabulary:,}",
+        "log-probabilities each, perplexity, and whether it splits, foresees and writes the same:",
+        "",
+        table(heads, rows),
+        "",
+        *_indented(f"{first.prompt}⟦{first.text}⟧"),
+        "",
+    ]
+
+
+def _word(same: bool) -> str:
+    return "same" if same else "different"
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {clean(line)}".rstrip() for line in text.split("\n")]
 
 
 def _figure(step: Any, kind: str, digits: int) -> str:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.demo.bases import Bases, convert_bases
+from loraformat.demo.exporting import Agreement, compare_with_llama_cpp, export
 from loraformat.demo.measure import Measure
 from loraformat.demo.merging import add_adapters, merge_and_undo
 from loraformat.demo.shaping import shape_adapters
 from loraformat.demo.step import Step, measure_steps
+from loraformat.demo.training import Training, train_adapter
 
 __all__ = ["DemoReport", "run_demo"]
 
@@ -30,12 +32,18 @@ class DemoReport:
         The model in every format.
     steps : list of Step
         What was done with adapters.
+    training : Training or None
+        What was trained; None without transformers.
+    agreements : list of Agreement
+        How nearly llama.cpp computes the same; empty without xllamacpp.
     notes : list of str
     seconds : float
     """
 
     bases: Bases
     steps: list[Step] = field(default_factory=list)
+    training: Training | None = None
+    agreements: list[Agreement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -45,6 +53,8 @@ class DemoReport:
             "models": [model.to_json() for model in self.bases.models],
             "errors_by_kind": self.bases.errors_by_kind,
             "adapters": [step.to_json() for step in self.steps],
+            "training": None if self.training is None else self.training.to_json(),
+            "llama_cpp": [agreement.to_json() for agreement in self.agreements],
             "notes": self.notes,
             "seconds": self.seconds,
         }
@@ -82,6 +92,13 @@ def run_demo(
     steps = list(add_adapters(directory, force=force, say=say))
     steps += merge_and_undo(directory, force=force, say=say)
     steps += shape_adapters(directory, force=force, say=say)
+    training, trained = train_adapter(directory, notes, force=force, say=say)
+    steps += trained
+    agreements = []
+    if training is not None:
+        steps += export(directory, force=force, say=say)
+        agreements = compare_with_llama_cpp(directory, notes, say)
     say("measuring adapters and merged models")
     measure_steps(steps, directory / "bundle", measure)
-    return DemoReport(bases, steps, notes, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return DemoReport(bases, steps, training, agreements, notes, seconds)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from loraformat.cli.demo import command
 from loraformat.demo import SMALL_MODEL
+from loraformat.demo.llama_cpp import Question, ask
 from loraformat.demo.merging import tensor_hashes
 from loraformat.demo.pipeline import DemoReport, run_demo
 from loraformat.demo.step import Step
@@ -28,7 +30,7 @@ def report(directory: Path) -> DemoReport:
 
 @pytest.fixture(scope="module")
 def steps(report: DemoReport) -> dict[str, Step]:
-    return {step.path.name: step for step in report.steps}
+    return {step.path.name: step for step in reversed(report.steps)}  # the step that made it
 
 
 def manual(step: Any) -> float:
@@ -120,6 +122,51 @@ def test_extracted_is_as_good_as_what_was_merged(steps: dict[str, Step]) -> None
     assert steps["extracted"].figures["captured"] > 0.99
 
 
+def test_training_lowers_the_loss(report: DemoReport) -> None:
+    assert report.training is not None
+    steps, losses = zip(*report.training.losses, strict=True)
+    assert steps == (10, 20, 30, 40)
+    assert losses[-1] < losses[1] < losses[0] and losses[-1] < losses[0] - 0.1
+
+
+def test_what_is_learned_holds_on_text_held_out(report: DemoReport, steps: dict[str, Step]) -> None:
+    """Ours and PEFT's figures are of other windows, so they differ a little."""
+    training = report.training
+    assert training is not None
+    assert training.after < 0.88 * training.before
+    assert training.before == pytest.approx(manual(report.bases.models[1]), rel=0.01)
+    assert training.after == pytest.approx(manual(steps["learned"]), rel=0.01)
+
+
+def test_the_sample_is_text(report: DemoReport) -> None:
+    assert report.training is not None
+    assert sum(map(str.isalpha, report.training.sample)) > 40
+
+
+def test_llama_cpp_computes_the_same(report: DemoReport) -> None:
+    titles = [one.title for one in report.agreements]
+    assert titles == ["merged.gguf", "base.gguf with learned.gguf"]
+    for one in report.agreements:
+        assert (one.positions, one.vocabulary) == (64, 2048)
+        assert one.difference < 2e-4
+        assert one.perplexity == pytest.approx(one.ours, rel=1e-4)
+        assert one.same_tokens and one.same_next and one.same_text and one.text
+
+
+def test_llama_cpp_computes_something_else_without_the_adapter(
+    directory: Path, report: DemoReport
+) -> None:
+    question = Question("x", [0, 5, 6], [0, 5], 4, vocabulary=2048, ordinary=70)
+    base, adapter = directory / "base.gguf", directory / "learned.gguf"
+    without, beside = ask(base, question), ask(base, question, adapter)
+    assert np.abs(np.subtract(without.log_probabilities, beside.log_probabilities)).max() > 0.1
+
+
+def test_there_is_a_loss_curve(report: DemoReport) -> None:
+    assert report.training is not None and report.training.curve is not None
+    assert report.training.curve.read_bytes().startswith(b"\x89PNG")
+
+
 def test_there_is_a_picture(directory: Path) -> None:
     assert (directory / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
@@ -133,6 +180,9 @@ def test_the_report_is_json(report: DemoReport) -> None:
         "bitsandbytes",
     ]
     assert all(step["bytes"] > 0 for step in again["adapters"])
+    assert again["training"]["heldout_perplexity"]["after"] > 1
+    assert len(again["training"]["losses"]) == 4
+    assert [one["same_next"] for one in again["llama_cpp"]] == [True, True]
 
 
 def test_the_command_prints_tables_and_commands(
@@ -144,5 +194,10 @@ def test_the_command_prints_tables_and_commands(
     assert result.exit_code == 0, result.output
     for step in report.steps:
         assert step.command in result.output and step.result in result.output
-    for title in ("original", "bundle", "merged, then NF4 again"):
+    for title in ("original", "bundle", "merged, then NF4 again", "learned, trained here"):
         assert f"\n{title} " in result.output
+    assert report.training is not None
+    assert (
+        f"{report.training.before:.2f} before, {report.training.after:.2f} after" in result.output
+    )
+    assert "\nbase.gguf with learned.gguf " in result.output and "different" not in result.output

@@ -8,7 +8,7 @@ from typing import Any
 
 from loraformat.card.front_matter import compose, merge, split
 
-__all__ = ["BEGIN", "END", "Document", "is_template"]
+__all__ = ["BEGIN", "END", "Document", "is_template", "without_facts"]
 
 BEGIN = "<!-- loraformat: the part between these two lines is generated; edit around it -->"
 END = "<!-- loraformat: end of the generated part -->"
@@ -26,6 +26,17 @@ def is_template(text: str) -> bool:
     (True, False)
     """
     return text.count("[More Information Needed]") >= _EMPTY_SECTIONS
+
+
+def without_facts(text: str) -> str:
+    r"""Return a card without its generated part, which was true of other weights.
+
+    Examples
+    --------
+    >>> without_facts(f"# Mine\n\n{BEGIN}\nrank 24\n{END}\n\nWords.\n")
+    '# Mine\n\nWords.\n'
+    """
+    return re.sub(rf"{_PART.pattern}\n*", "", text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loraformat.adapter import Adapter
+from loraformat.card.carried import with_true_card
 from loraformat.checkpoint import Checkpoint
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UsageError, printable
@@ -139,7 +140,7 @@ def plan_output(
     options = AdapterWriteOptions(
         _dtype(writer, dtype), base, keep_scaling=foreign and not canonical
     )
-    anew = replace(adapter, verbatim=False)
+    anew = replace(adapter, verbatim=False, files=with_true_card(adapter.files))
     return AdapterOutput(anew, writer, options, False, tuple(notes))
 
 

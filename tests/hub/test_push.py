@@ -239,6 +239,27 @@ def test_a_fixed_adapter_is_wrong_nowhere(push, ask, shelf):
     assert "refused" not in result.stdout
 
 
+def test_the_facts_on_a_card_do_not_outlive_the_weights(push, ask, shelf, tmp_path):
+    (tmp_path / "adapter" / "README.md").write_text("# Mine\n\nWords.\n")
+    assert push("adapter", "me/new").returncode == 0
+    assert ask("pull", "me/new", "back", HF_TOKEN=TOKEN).returncode == 0
+    assert "| rank | 24 |" in (tmp_path / "back" / "README.md").read_text()
+    for verb in (("convert", "back", "copy"), ("reduce", "back", "-o", "reduced", "--rank", "8"),
+                 ("check", "back", "--fix", "-o", "fixed")):  # fmt: skip
+        assert ask(*verb).returncode == 0, verb
+    copied, reduced, fixed = (
+        (tmp_path / name / "README.md").read_text() for name in ("copy", "reduced", "fixed")
+    )
+    assert copied == (tmp_path / "back" / "README.md").read_text()
+    for card in (reduced, fixed):
+        assert card.startswith("---\nbase_model: org/base\n")
+        assert card.endswith("# Mine\n\nWords.\n\n")
+    assert push("reduced", "me/new").returncode == 0
+    card = published(shelf)["README.md"].decode()
+    assert "| rank | 8 |" in card
+    assert "Words." in card
+
+
 def test_what_vllm_refuses_is_not_on_the_card(push, shelf, tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())

@@ -7,7 +7,7 @@ at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import DenseTensor
 from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
 from loraformat.errors import InputError, printable
+from loraformat.ops.derived_files import derived_files
 
 __all__ = [
     "LastOnly",
@@ -31,7 +32,6 @@ __all__ = [
 
 #: Members of PEFT's config that say how a product is scaled, or how large it is.
 _SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf")
 
 #: B and A.
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -73,23 +73,27 @@ def factor_dtype(delta: LoraDelta, wanted: str | None) -> str:
     return delta.a.dtype if same else "F32"
 
 
-def rebuilt(adapter: Adapter, deltas: dict[str, LoraDelta]) -> Adapter:
+def rebuilt(
+    adapter: Adapter, deltas: dict[str, LoraDelta], others: Sequence[Adapter] = ()
+) -> Adapter:
     """Return an adapter with other deltas, without what only described the old ones.
 
-    Scalings are folded, so the config must not name any; weights among the carried files are
-    the old ones.
+    Scalings are folded, so the config must not name any; files are those of `derived_files`.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    deltas : dict of str to LoraDelta
+    others : sequence of Adapter
+        What they were computed from besides.
     """
     return replace(
         adapter,
         deltas=deltas,
         config={key: value for key, value in adapter.config.items() if key not in _SCALING},
-        files=tuple(file for file in adapter.files if not _is_weights(file.path)),
+        files=derived_files([adapter, *others]),
         verbatim=False,
     )
-
-
-def _is_weights(path: str) -> bool:
-    return path.endswith(_WEIGHTS) or path.rsplit("/", 1)[-1] == "adapter_config.json"
 
 
 def experts_of(delta: LoraDelta) -> int:

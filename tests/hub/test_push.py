@@ -260,6 +260,29 @@ def test_the_facts_on_a_card_do_not_outlive_the_weights(push, ask, shelf, tmp_pa
     assert "Words." in card
 
 
+@pytest.mark.parametrize(
+    "verb", [("reduce", "adapter", "-o", "new", "--rank", "8"),
+             ("combine", "adapter", "local", "-o", "new", "--method", "linear")],
+)  # fmt: skip
+def test_what_was_measured_of_others_is_no_evaluation(push, ask, shelf, tmp_path, verb):
+    for name in ("adapter", "local"):
+        record = {"evaluation": {"before": {"loss": 2.5}, "after": {"loss": 1.5}}, "seed": name}
+        (tmp_path / name / "training_record.json").write_text(json.dumps(record))
+        (tmp_path / name / "loss.png").write_bytes(b"png")
+    assert push("adapter", "me/old").returncode == 0
+    assert "## Evaluation" in published(shelf, "me/old")["README.md"].decode()
+    assert ask(*verb).returncode == 0
+    assert push("new", "me/new", "--base-model", "org/base").returncode == 0
+    files = published(shelf)
+    card = files["README.md"].decode()
+    assert "## Evaluation" not in card
+    assert "loss.png" not in files
+    records = json.loads(files["training_record.json"])["derived_from"]
+    assert [record["seed"] for record in records] == ["adapter", "local"][: len(records)]
+    assert len(records) == (2 if verb[0] == "combine" else 1)
+    assert '"seed": "adapter"' in card  # in the fold
+
+
 def test_what_vllm_refuses_is_not_on_the_card(push, shelf, tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())

@@ -160,7 +160,7 @@ def combine_adapters(
         raise
     notes = [*_notes(adapters, work), *whole, *more]
     result = replace(
-        rebuilt(adapters[0], work.deltas),
+        rebuilt(adapters[0], work.deltas, adapters[1:]),
         replacements=replacements,
         rows=rows,
         sources=tuple(path for adapter in adapters for path in adapter.sources),

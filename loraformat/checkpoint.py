@@ -301,11 +301,14 @@ class Provenance:
         Name of the converter that read it.
     repo, revision : str or None
         Hub id and commit, if it came from a Hub.
+    fingerprint : str or None
+        Of the bundle that it says it was made of, if it is none itself.
     """
 
     format: str
     repo: str | None = None
     revision: str | None = None
+    fingerprint: str | None = None
 
     def to_json(self) -> dict[str, str]:
         """Return the members that are known."""

@@ -126,7 +126,10 @@ def plan_output(
         strange = adapter.base_fingerprint not in (None, home.fingerprint)
         if strange:
             reason = reason or "it shall name this base"
-        notes += _compare_bases(adapter, home, allow_base_mismatch)
+        notes += _compare_bases(adapter, "is", home.fingerprint, allow_base_mismatch)
+    elif base is not None and base.provenance.fingerprint and adapter.base_fingerprint:
+        descent = base.provenance.fingerprint
+        notes += _compare_bases(adapter, "was made of", descent, allow_base_mismatch)
     if not canonical and reason is None:
         options = AdapterWriteOptions(base=base)
         return AdapterOutput(adapter, writer, options, True, tuple(notes), expected)
@@ -167,13 +170,13 @@ def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | Non
     return "it was a pickle or shards, or was changed"
 
 
-def _compare_bases(adapter: Adapter, home: Home, allowed: bool) -> list[str]:
+def _compare_bases(adapter: Adapter, this: str, fingerprint: str, allowed: bool) -> list[str]:
     found = adapter.base_fingerprint
     if found is None:
         return ["it names no base by fingerprint: only names and shapes were compared"]
-    if found == home.fingerprint:
+    if found == fingerprint:
         return []
-    bases = f"was made for the base {printable(found)}, and this one is {home.fingerprint}"
+    bases = f"was made for the base {printable(found)}, and this one {this} {fingerprint}"
     if not allowed:
         raise InputError(
             bases,

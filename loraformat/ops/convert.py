@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.bundle_update import adapter_place, read_manifest
-from loraformat.checkpoint import Checkpoint, Provenance
+from loraformat.checkpoint import Checkpoint
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
@@ -257,7 +257,7 @@ class _Counter:
 def _with_origin(checkpoint: Checkpoint, source: Source) -> Checkpoint:
     if source.repo is None:
         return checkpoint
-    origin = Provenance(checkpoint.provenance.format, source.repo, source.revision)
+    origin = replace(checkpoint.provenance, repo=source.repo, revision=source.revision)
     return replace(checkpoint, provenance=origin)
 
 

@@ -14,7 +14,7 @@ from loraformat.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifes
 from loraformat.plugins import Converter, ReadOptions
 from loraformat.reader import Bundle, open_bundle
 
-__all__ = ["fingerprint_of", "open_model", "open_source", "open_with"]
+__all__ = ["descent_of", "fingerprint_of", "open_model", "open_source", "open_with"]
 
 
 def open_source(source: str | Path) -> Bundle:
@@ -106,3 +106,12 @@ def fingerprint_of(model: Checkpoint) -> str | None:
         return None
     raw = Folder(model.path).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     return parse_manifest(raw, model.path / MANIFEST_NAME).fingerprint
+
+
+def descent_of(model: Checkpoint) -> str | None:
+    """Return the fingerprint of an open bundle, or of the bundle that a model says it came of.
+
+    Its numbers may be rounded otherwise: it tells whether an adapter was made for such a base,
+    and names none.
+    """
+    return fingerprint_of(model) or model.provenance.fingerprint

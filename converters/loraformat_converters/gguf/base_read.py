@@ -9,6 +9,7 @@ Gemma's norms become F32, so that 1 + w comes back exactly.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -38,8 +39,8 @@ from loraformat_converters.gguf.architectures.transforms import (
 )
 from loraformat_converters.gguf.blocks import dequantize
 from loraformat_converters.gguf.container import GGUFFile, open_gguf
-from loraformat_converters.gguf.general import CONFIG_KEY, GENERATION_KEY
-from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.general import CONFIG_KEY, FINGERPRINT_KEY, GENERATION_KEY
+from loraformat_converters.gguf.types import GGMLType, ValueType
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         files = (CarriedFile("generation_config.json", len(generation), lambda: generation), *files)
     return Checkpoint(
         path=gguf.path,
-        provenance=Provenance("gguf"),
+        provenance=Provenance("gguf", fingerprint=_fingerprint(gguf)),
         tensors={source.recipe.name: source.tensor() for source in sources},
         config=raw,
         files=files,
@@ -107,6 +108,13 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         sources=gguf.sources,
         close=gguf.close,
     )
+
+
+def _fingerprint(gguf: GGUFFile) -> str | None:
+    """Return that of the bundle that the file was made of; None if it names none."""
+    value = gguf.metadata.get(FINGERPRINT_KEY)
+    text = gguf.text(FINGERPRINT_KEY) if value and value.type is ValueType.STRING else ""
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
 
 
 @dataclass(frozen=True, slots=True)

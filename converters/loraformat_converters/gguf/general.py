@@ -82,6 +82,8 @@ def _name(checkpoint: Checkpoint, tokens: Mapping[str, GGUFValue]) -> str:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.provenance.format == "gguf":
+        return checkpoint.provenance.fingerprint
     if checkpoint.provenance.format != "loraformat":
         return None
     raw = Folder(checkpoint.path).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)

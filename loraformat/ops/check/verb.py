@@ -17,7 +17,7 @@ from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
 from loraformat.layout import layer_of
 from loraformat.ops.adapter_base import open_base
-from loraformat.ops.open import fingerprint_of
+from loraformat.ops.open import descent_of
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.runtimes.architectures import gguf_architecture
 from loraformat.runtimes.facts import AdapterFacts, BaseFacts
@@ -177,7 +177,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
     return BaseFacts(
         model_type=model_type,
         tied=tied_embedding(base.tensors or _AN_EMBEDDING, config) is not None,
-        fingerprint=fingerprint_of(base),
+        fingerprint=descent_of(base),
         named=bool(base.tensors),
         layers=max(layers) + 1 if layers else None,
         gguf_architecture=gguf_architecture(model_type),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
 from loraformat.errors import InputError, printable
-from loraformat.ops.open import fingerprint_of
+from loraformat.ops.open import descent_of
 
 __all__ = ["check_bases"]
 
@@ -30,10 +30,11 @@ def check_bases(base: Checkpoint, adapters: Iterable[Adapter], allowed: bool) ->
     Raises
     ------
     InputError
-        If both have a fingerprint, and not the same.
+        If both have a fingerprint, or the base says of which bundle it was made, and not the same.
     """
     notes = []
-    ours, form = fingerprint_of(base), base.provenance.format
+    ours, form = descent_of(base), base.provenance.format
+    this = "is" if base.provenance.fingerprint is None else "was made of"
     for adapter in adapters:
         wanted = adapter.base_fingerprint
         if wanted is None:
@@ -50,14 +51,19 @@ def check_bases(base: Checkpoint, adapters: Iterable[Adapter], allowed: bool) ->
             )
         elif wanted != ours and not allowed:
             raise InputError(
-                f"was made for the base {wanted[:12]}, and this one is {ours[:12]}",
+                f"was made for the base {wanted[:12]}, and this one {this} {ours[:12]}",
                 path=adapter.path,
                 hint="merge into its own base, or insist with --allow-base-mismatch",
             )
         elif wanted != ours:
             notes.append(
-                f"{adapter.path}: was made for the base {wanted[:12]}, and this one is "
+                f"{adapter.path}: was made for the base {wanted[:12]}, and this one {this} "
                 f"{ours[:12]}: what it learned there may not hold here"
+            )
+        elif base.provenance.fingerprint is not None:
+            notes.append(
+                f"{adapter.path}: was made for the bundle {wanted[:12]}, of which this {form} file "
+                "was made; the bundle's own values are those that it was trained on"
             )
     return notes
 

@@ -19,7 +19,16 @@ from pathlib import Path
 
 from loraformat.demo import SMALL_MODEL
 
-__all__ = ["Example", "examples", "loopback_hub", "run", "with_outputs", "wording"]
+__all__ = [
+    "Example",
+    "elided",
+    "examples",
+    "figures",
+    "loopback_hub",
+    "run",
+    "with_outputs",
+    "wording",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(
@@ -79,7 +88,7 @@ def elided(output: str) -> str:
     modules = [number for number, row in enumerate(rows) if row.startswith("model.layers.")]
     if len(modules) > 4:
         rows[modules[2] : modules[-1]] = ["..."]
-    return "\n".join(rows) + "\n"
+    return "\n".join(rows) + "\n" if output else output
 
 
 def with_outputs(page: str, folder: Path, variables: dict[str, str]) -> str:
@@ -103,6 +112,12 @@ def wording(text: str) -> str:
     text = re.sub(r"\d+ min( \d+ s)?", "0 s", text)
     text = re.sub(r"\b[kMG]B\b", "B", text)
     return " ".join(re.sub(r"\d[\d.,]*(e-\d+)?", "0", text).split())
+
+
+def figures(text: str) -> list[float]:
+    """Return the numbers of a command's output, but for durations."""
+    text = re.sub(r"\d+ min|\d+(\.\d+)? s\b", "", text)
+    return [float(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})*\.?\d*", text)]
 
 
 @contextmanager

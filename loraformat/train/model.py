@@ -11,13 +11,14 @@ import torch
 
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import CarriedFile
+from loraformat.errors import UnsupportedError
 from loraformat.reader import Bundle
 from loraformat.train.batch import Batch
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
 from loraformat.train.engine.decoder import decoder_of, head_name
 from loraformat.train.engine.head_rule import HeadRule, find_head_rule, own_logits
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.matrix import decoding
+from loraformat.train.engine.matrix import DenseMatrix, decoding
 from loraformat.train.engine.packing import PackingCheck
 from loraformat.train.engine.recompute import Recomputation
 from loraformat.train.engine.residency import Residency, Traffic
@@ -186,6 +187,30 @@ class TrainableModel(torch.nn.Module):
             return self.base.generate(*arguments, **options)
         finally:
             self.train(was)
+
+    def for_trl(self) -> Any:
+        """Return `base` for TRL's trainers, which multiply by the head's weight themselves.
+
+        From then on ``head.weight`` is a tensor: mapped, in its own dtype, to be read only.
+
+        Returns
+        -------
+        transformers.PreTrainedModel
+
+        Raises
+        ------
+        UnsupportedError
+            If the head is trained or in NF4, so that its weight alone would not be the head.
+        """
+        matrix = self._streamed_head.matrix
+        if self.head.branch is not None or not isinstance(matrix, DenseMatrix):
+            raise UnsupportedError(
+                "TRL computes with the head's stored weight, and this head is trained or in NF4",
+                path=self.bundle.folder.path,
+                hint="leave the head alone, or train with loraformat train",
+            )
+        self.head.shown = matrix.values
+        return self.base
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return the parameters that are trained: float32, by place and PEFT's own key."""

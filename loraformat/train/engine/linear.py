@@ -44,6 +44,8 @@ class FrozenLinear(torch.nn.Module):
         Number of the decoder layer it stands in; None for the head, and for other towers.
     device : torch.device
         Where it computes.
+    shown : torch.Tensor or None
+        What `weight` is, for those who must look at it: mapped, in its own dtype, to be read only.
     """
 
     bias: torch.Tensor | None
@@ -65,10 +67,13 @@ class FrozenLinear(torch.nn.Module):
         self.branch: torch.nn.Module | None = None
         self.layer: int | None = None
         self.device = torch.device("cpu")
+        self.shown: torch.Tensor | None = None
 
     @property
-    def weight(self) -> AbsentWeight:
-        """What says the weight's shape and dtype, and holds nothing."""
+    def weight(self) -> AbsentWeight | torch.Tensor:
+        """What says the weight's shape and dtype, and holds nothing, unless it is `shown`."""
+        if self.shown is not None:
+            return self.shown
         shape = (self.out_features, self.in_features)
         return AbsentWeight(self.name, shape[::-1] if self.conv1d else shape, self.device)
 

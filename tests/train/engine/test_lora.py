@@ -1,10 +1,14 @@
 """The engine with the branches of the LoRA side: what a user opens, trains and saves."""
 
+import datasets
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
+import trl
 
+from loraformat.errors import UnsupportedError
 from loraformat.train import LoraOptions, load
 from tests.train.engine.reference import make_batch, relative
 from tests.train.tiny_bundles import stored_model
@@ -65,7 +69,6 @@ def test_second_moments_are_collected_once_in_each_step(bundle_of, rows):
 
 
 def test_a_loop_of_transformers_own_trains(bundle_of, tmp_path):
-    """TRL's trainers are children of this one."""
     batch = make_batch(rows=4)
     pairs = zip(batch.input_ids, batch.labels, strict=True)
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
@@ -108,3 +111,35 @@ def test_generation_uses_a_cache_and_the_adapter(bundle_of):
             for position in range(6, tuned.shape[1]):
                 logits = model.eval()(input_ids=tuned[:, :position]).logits[0, -1]
                 assert logits.argmax() == tuned[0, position]
+
+
+def test_trl_trains(bundle_of, tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="b", pad_token="b"
+    )
+    batch = make_batch(rows=4)
+    rows = {"input_ids": batch.input_ids.tolist(), "labels": batch.labels.tolist()}
+    bundle = bundle_of("llama")
+    with load(bundle, lora=LoraOptions(rank=4)) as model:
+        arguments = trl.SFTConfig(
+            tmp_path, max_steps=8, learning_rate=0.02, logging_steps=1, report_to=[], bf16=False,
+            save_strategy="no", per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            model.for_trl(), arguments, train_dataset=datasets.Dataset.from_dict(rows),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        model.train()
+        begun = (model.loss(batch) / batch.trained).item()
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses[0] == pytest.approx(begun, abs=1e-4)
+        assert losses[-1] < losses[0] - 0.1
+        assert (model.save_adapter(tmp_path / "adapter") / "adapter_config.json").is_file()
+    with (
+        load(bundle, lora=LoraOptions(rank=4, head=True)) as model,
+        pytest.raises(UnsupportedError, match="this head is trained"),
+    ):
+        model.for_trl()

@@ -118,12 +118,16 @@ def _training(report: Any) -> list[str]:
     found = report.training
     if found is None:
         return []
-    steps, losses = zip(*found.losses, strict=True)
+    learned, told = dict(found.losses), dict(found.held_out)
+    rows = [
+        ["training loss", *(f"{learned[step]:.3f}" if step in learned else "-" for step in told)],
+        ["held-out loss", *(f"{loss:.3f}" for loss in told.values())],
+    ]
     return [
         f"An adapter trained on {size(found.text_bytes)} of the language reference, of which "
         "nothing is held out:",
         "",
-        table(["step", *map(str, steps)], [["loss", *(f"{loss:.3f}" for loss in losses)]]),
+        table(["step", *map(str, told)], rows),
         "",
         f"Perplexity on held-out topics: {found.before:.2f} before, {found.after:.2f} after. "
         "A sample:",

@@ -28,8 +28,8 @@ _SAMPLE_TOKENS = 64
 
 _STEPS, _RANK, _RATE, _MICRO_BATCHES = 40, 8, 3e-3, 2
 
-#: Numbers that are told of the curve; each is the mean of as many steps.
-_TOLD = 4
+#: Steps between the numbers that are told of the curve.
+_TOLD = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ class Training:
     seconds : float
     losses : list of (int, float)
         The training loss in nats per token: a step, and the mean since the one before.
+    held_out : list of (int, float)
+        The loss on held-out text, from before the first step on.
     before, after : float
         Perplexity of the bundle on held-out text, without and with the adapter.
     prompt, sample : str
@@ -59,6 +61,7 @@ class Training:
     parameters: int
     seconds: float
     losses: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
     before: float
     after: float
     prompt: str
@@ -75,6 +78,7 @@ class Training:
             "parameters": self.parameters,
             "seconds": self.seconds,
             "losses": [{"step": step, "loss": loss} for step, loss in self.losses],
+            "heldout_losses": [{"step": step, "loss": loss} for step, loss in self.held_out],
             "heldout_perplexity": {"before": self.before, "after": self.after},
             "prompt": self.prompt,
             "sample": self.sample,
@@ -112,14 +116,14 @@ def train_adapter(
     text, held_out = directory / "manual.txt", directory / "held-out.txt"
     _write(text, manual_text().encode(), force)
     _write(held_out, heldout_path("manual").read_bytes(), force)
-    report, losses = _trained(directory, text, force, say)
+    report, losses, measured = _trained(directory, force, say)
     evaluated, before, after = _evaluated(directory, held_out, say)
     written, sample = _written(directory, say)
     curve = Path(report.directory, "loss.png")
     training = Training(
         directory / "learned", text.stat().st_size, report.facts["trained_tokens"],
         report.facts["steps"], report.trained_parameters, report.seconds, _summed_up(losses),
-        before, after, PROMPT, sample, curve if curve.exists() else None,
+        measured, before, after, PROMPT, sample, curve if curve.exists() else None,
     )  # fmt: skip
     notes += report.notes
     return training, [_as_step(training), evaluated, written]
@@ -132,30 +136,32 @@ def _write(path: Path, content: bytes, force: bool) -> None:
 
 
 def _trained(
-    directory: Path, text: Path, force: bool, say: Callable[[str], None]
-) -> tuple[TrainReport, list[float]]:
+    directory: Path, force: bool, say: Callable[[str], None]
+) -> tuple[TrainReport, list[float], list[tuple[int, float]]]:
     from loraformat.train import TrainOptions, train
 
     losses: list[float] = []
+    held_out: list[tuple[int, float]] = []
 
     def observe(event: dict[str, Any]) -> None:
         if event["event"] == "step":
             losses.append(event["loss"])
-            if event["step"] % (_STEPS // _TOLD) == 0:
-                say(f"training: step {event['step']} of {_STEPS}, loss {event['loss']:.3f}")
+        elif event["event"] == "evaluation":
+            held_out.append((event["step"], event["eval_loss"]))
+            say(f"step {event['step']} of {_STEPS}, held-out loss {event['eval_loss']:.3f}")
 
     say("training an adapter on the bundle")
     options = TrainOptions(
-        base=str(directory / "bundle"), data=(str(text),), output=str(directory / "learned"),
-        rank=_RANK, steps=_STEPS, lr=_RATE, grad_accum=_MICRO_BATCHES,
+        base=str(directory / "bundle"), data=(str(directory / "manual.txt"),),
+        output=str(directory / "learned"), rank=_RANK, steps=_STEPS, lr=_RATE,
+        grad_accum=_MICRO_BATCHES, eval=(str(directory / "held-out.txt"),), eval_every=_TOLD,
     )  # fmt: skip
-    return train(options, force=force, observe=observe), losses
+    return train(options, force=force, observe=observe), losses, held_out
 
 
 def _summed_up(losses: list[float]) -> list[tuple[int, float]]:
-    size = len(losses) // _TOLD
-    ends = range(size, len(losses) + 1, size)
-    return [(end, sum(losses[end - size : end]) / size) for end in ends]
+    ends = range(_TOLD, len(losses) + 1, _TOLD)
+    return [(end, sum(losses[end - _TOLD : end]) / _TOLD) for end in ends]
 
 
 def _as_step(training: Training) -> Step:
@@ -163,7 +169,7 @@ def _as_step(training: Training) -> Step:
     return Step(
         "learned, trained here",
         f"train bundle manual.txt -o learned --rank {_RANK} --steps {training.steps} "
-        f"--lr {_RATE} --grad-accum {_MICRO_BATCHES}",
+        f"--lr {_RATE} --grad-accum {_MICRO_BATCHES} --eval held-out.txt --eval-every {_TOLD}",
         f"{training.parameters:,} parameters, {training.tokens:,} tokens: loss {first:.3f} to "
         f"{last:.3f} in {training.seconds:.0f} seconds",
         training.adapter,

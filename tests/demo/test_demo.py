@@ -127,6 +127,12 @@ def test_training_lowers_the_loss(report: DemoReport) -> None:
     steps, losses = zip(*report.training.losses, strict=True)
     assert steps == (10, 20, 30, 40)
     assert losses[-1] < losses[1] < losses[0] and losses[-1] < losses[0] - 0.1
+    steps, held_out = zip(*report.training.held_out, strict=True)
+    assert steps == (0, 10, 20, 30, 40)
+    assert list(held_out) == sorted(held_out, reverse=True)
+    assert np.exp(held_out[0]) == pytest.approx(report.training.before, rel=1e-6)
+    # The adapter was stored and read again between these two.
+    assert np.exp(held_out[-1]) == pytest.approx(report.training.after, rel=1e-5)
 
 
 def test_what_is_learned_holds_on_text_held_out(report: DemoReport, steps: dict[str, Step]) -> None:

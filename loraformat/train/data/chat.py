@@ -111,6 +111,21 @@ class ChatRenderer:
             return [Rendered(whole, tuple(ranges))]
         return alone
 
+    def shape(self) -> str | None:
+        """Return one turn as the template writes it, with braces for what people say.
+
+        None if it writes none from a question and an answer alone.
+        """
+        turn = [
+            {"role": "user", "content": "{prompt}"},
+            {"role": "assistant", "content": "{completion}"},
+        ]
+        try:
+            (rendered,) = self.render(Conversation(turn, [False, True]), everything=True)
+        except KindError:
+            return None
+        return rendered.text
+
     def _end(self, after: str, whole: str) -> int | None:
         """Return where a turn ends in the whole, or None if it does not stand there."""
         if whole.startswith(after):

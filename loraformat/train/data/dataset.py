@@ -7,13 +7,14 @@ from hashlib import sha256
 from os import PathLike
 from typing import Any
 
-from loraformat.errors import FileChangedError, InputError
+from loraformat.errors import FileChangedError, InputError, LoraFormatError
 from loraformat.train.batch import IGNORED, Batch
 from loraformat.train.data.audit import Audit
 from loraformat.train.data.collate import Tokens, collate
 from loraformat.train.data.cursor import Cursor
 from loraformat.train.data.encode import Encoded, RowEncoder
 from loraformat.train.data.index import SampleIndex
+from loraformat.train.data.kinds import KindError
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.pieces import piece_size
 from loraformat.train.data.plan import Plan, Rows
@@ -170,6 +171,17 @@ class Dataset:
         sample = self._index[number]
         source = self._sources[sample.source]
         return f"{source.name}: {source.place(sample.row)}"
+
+    def prompt_format(self) -> str | None:
+        """Return how the first row becomes text, ``{prompt}{completion}`` for example.
+
+        None if it is plain text, or cannot be read any more.
+        """
+        sample = self._index[0]
+        try:
+            return self._encoder.prompt_format(self._sources[sample.source].read(sample.row))
+        except (KindError, LoraFormatError):
+            return None
 
     def preview(self, number: int = 0) -> str:
         """Return a sample as text, what is learned of it between ⟦ and ⟧."""

@@ -92,6 +92,13 @@ class RowEncoder:
             return self._piece(row, parts, number)
         return list(self.encode(row))[number]
 
+    def prompt_format(self, row: Row) -> str | None:
+        """Return how a row like this becomes text, with braces for its own; None of plain text."""
+        meant = meaning(row.fields)
+        if isinstance(meant, Text):
+            return None
+        return "{prompt}{completion}" if isinstance(meant, Completion) else self._chat.shape()
+
     def _piece(self, row: Row, parts: list[bytes], number: int) -> Encoded:
         tokens = self._encoder.tokenize(parts[number].decode("utf-8"))
         begins = row.begins and number == 0

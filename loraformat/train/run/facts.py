@@ -41,6 +41,7 @@ def facts_of(
     """
     return {
         "data": _described(data),
+        "prompt_format": data.prompt_format(),
         "held_out_data": None if held_out is None else _described(held_out),
         "steps": state.step,
         "tokens": state.tokens,

@@ -163,3 +163,24 @@ def test_progress(dataset, write, tokenizer):
 def test_options_that_make_no_sense(name, value):
     with pytest.raises(UsageError, match=f"{name} is {value!r}, wanted"):
         DataOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ({"text": "one"}, None),
+        ({"prompt": "one", "completion": " two"}, "{prompt}{completion}"),
+        (
+            {"instruction": "one", "output": "two"},
+            "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>\n",
+        ),
+    ],
+)
+def test_the_prompt_format(dataset, chat, row, shown):
+    assert dataset([row], tokenizer=chat).prompt_format() == shown
+
+
+def test_a_file_that_has_gone_has_no_prompt_format(dataset, write):
+    opened = dataset([{"prompt": "one", "completion": " two"}])
+    write("rows.jsonl", [])
+    assert opened.prompt_format() is None

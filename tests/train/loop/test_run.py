@@ -48,6 +48,7 @@ def test_a_run_learns_and_says_so(train_to, tmp_path, place):
     assert facts["data"]["files"][0]["name"] == "data.jsonl"
     assert facts["data"]["files"][0]["rows"] == 40
     assert len(facts["data"]["files"][0]["sha256"]) == 64
+    assert facts["prompt_format"] == "{prompt}{completion}"
     assert facts["steps"] == report.steps == len(losses(tmp_path / "a"))
     assert facts["trained_tokens"] == 12 * facts["data"]["trained_tokens"]
     record = json.loads((tmp_path / "a" / "training_record.json").read_text())

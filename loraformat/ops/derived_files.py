@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from loraformat import strict_json
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import CarriedFile
+from loraformat.run_place import CURVE_NAME
 
 __all__ = ["derived_files"]
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf")
 _RECORD = "training_record.json"
-_OF_THE_OLD = ("adapter_config.json", "loss.png", _RECORD)
+_OF_THE_OLD = ("adapter_config.json", CURVE_NAME, _RECORD)
 _MAX_RECORD_BYTES = 16 << 20
 
 

@@ -283,6 +283,20 @@ def test_what_was_measured_of_others_is_no_evaluation(push, ask, shelf, tmp_path
     assert '"seed": "adapter"' in card  # in the fold
 
 
+@pytest.mark.parametrize(("record", "shown"), [({"training": {"steps": 3}}, True), ({}, False)])
+def test_the_loss_curve_of_the_run(push, shelf, tmp_path, record, shown):
+    (tmp_path / "adapter.run").mkdir()
+    (tmp_path / "adapter.run" / "loss.png").write_bytes(b"png")
+    (tmp_path / "adapter.run" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "adapter" / "training_record.json").write_text(json.dumps(record))
+    result = push("adapter", "me/new")
+    assert result.returncode == 0, result.stderr
+    files = published(shelf)
+    assert ("loss.png" in files) == shown
+    assert ("![Loss curve](loss.png)" in files["README.md"].decode()) == shown
+    assert "metrics.jsonl" not in files
+
+
 def test_what_vllm_refuses_is_not_on_the_card(push, shelf, tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())

@@ -21,6 +21,7 @@ from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.folder import Folder
 from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from loraformat.ops.sharing.upload_file import UploadFile
+from loraformat.run_place import CURVE_NAME, run_place
 
 __all__ = [
     "CONFIG_NAME",
@@ -107,7 +108,19 @@ def adapter_files(
             path=path,
             hint="convert it first: loraformat convert ADAPTER OUT --allow-pickle",
         )
+    _add_curve(found, path)
     return found
+
+
+def _add_curve(found: Contents, path: Path) -> None:
+    """Add the curve that the trainer drew of this training; it lies in the run directory."""
+    run = run_place(path)
+    there = any(file.path == CURVE_NAME for file in found.files)
+    # A directory of that name may be what is left of another adapter.
+    trained = isinstance(read_record(found.files).get("training"), dict)
+    if trained and not there and (run / CURVE_NAME).is_file():
+        found.files.append(UploadFile.of_folder(Folder(run), CURVE_NAME))
+        found.notes.append(f"{CURVE_NAME} is from {run.name}")
 
 
 def _belongs(path: Path, name: str) -> bool:

@@ -22,6 +22,7 @@ from loraformat.ops.sharing.gguf import gguf_file, gguf_pattern
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.reader import is_bundle
+from loraformat.run_place import CURVE_NAME
 from loraformat.runtimes.judge import obstacles
 
 __all__ = ["Parcel", "Wishes", "open_parcel"]
@@ -33,6 +34,7 @@ _PEFT_FILES = (
     "adapter_model.bin",
     "activation_statistics.safetensors",
     "training_record.json",
+    CURVE_NAME,
 )
 _BUNDLE_FILES = ("*.safetensors", "model.safetensors.index.json", "adapters/*")
 

@@ -19,10 +19,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraformat.bundle_update import adapter_place
 from loraformat.durable import locked, new_file, sync_directory, write_all
 from loraformat.errors import OutputError
 from loraformat.publish import disk_full
+from loraformat.run_place import CURVE_NAME, run_place
 
 __all__ = ["RunDirectory"]
 
@@ -42,11 +42,7 @@ class RunDirectory:
     """
 
     def __init__(self, output: Path) -> None:
-        place = adapter_place(output)
-        absolute = Path(os.path.abspath(output))
-        self.path = absolute.with_name(absolute.name + ".run")
-        if place is not None:
-            self.path = place.bundle.with_name(f"{place.bundle.name}.{place.name}.run")
+        self.path = run_place(output)
 
     @property
     def checkpoints(self) -> Path:
@@ -66,7 +62,7 @@ class RunDirectory:
     @property
     def picture(self) -> Path:
         """The loss curve."""
-        return self.path / "loss.png"
+        return self.path / CURVE_NAME
 
     @property
     def tensorboard(self) -> Path:

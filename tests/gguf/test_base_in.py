@@ -47,6 +47,15 @@ def small(tmp_path_factory):
     return path
 
 
+BLOCK_PROMPTS = [[0, *range(100, 130)], [0, 500, 900, 1200]]
+
+
+@pytest.fixture(scope="session")
+def original():
+    """What the small real model says before it is quantized."""
+    return by_transformers(SMALL, "llama", BLOCK_PROMPTS)
+
+
 def text_name(name):
     return "gemma3_text" if name == "gemma3" else name
 
@@ -105,19 +114,17 @@ def test_gguf_to_safetensors_to_gguf(made, name, dtype, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q8_0", "Q4_0"]
 )
-def test_block_types(small, kind, tmp_path):
+def test_block_types(small, original, kind, tmp_path):
     """Exactly ggml's numbers; in llama.cpp only its rounding of activations differs."""
     path = rewrite(small, tmp_path / "model.gguf", kind=GGMLType[kind])
     convert(path, tmp_path / "dense", to_format="safetensors", dtype="f32")
-    prompts = [[0, *range(100, 130)], [0, 500, 900, 1200]]
-    ours = by_transformers(tmp_path / "dense", "llama", prompts)
-    theirs = log_probabilities(path, prompts)
-    original = by_transformers(SMALL, "llama", prompts)
+    ours = by_transformers(tmp_path / "dense", "llama", BLOCK_PROMPTS)
+    theirs = log_probabilities(path, BLOCK_PROMPTS)
     divergence = [float((np.exp(p) * (p - q)).sum()) for p, q in zip(ours, theirs, strict=True)]
     assert max(divergence) < 1e-2
     assert apart(ours, original) > 1e-2, "the weights are really quantized"
     convert(path, tmp_path / "again.gguf", dtype="f32")
-    assert apart(ours, list(log_probabilities(tmp_path / "again.gguf", prompts))) < 5e-5
+    assert apart(ours, list(log_probabilities(tmp_path / "again.gguf", BLOCK_PROMPTS))) < 5e-5
 
 
 def test_info_says_what_is_stored_and_not_what_it_becomes(made, tmp_path):

@@ -23,8 +23,10 @@ from peer_files import write_peer_lora
 from safetensors.torch import load_file, save_file
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
+from loraformat.ops.adapters import open_adapter
 from loraformat.ops.convert import convert
 from loraformat.ops.describe import describe
+from loraformat.ops.open import open_model
 from loraformat.ops.verify import verify
 
 #: Modules of each model type whose deltas are tested, where "all-linear" is not what is meant.
@@ -241,8 +243,13 @@ def test_a_base_is_needed_and_must_fit(base, tmp_path):
     assert not (tmp_path / "lora.gguf").exists()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "f32") for name in ARCHITECTURES if name not in EXPERTS),
+        *((name, dtype) for name in ("llama", "gpt2", "phi3") for dtype in ("f16", "bf16")),
+    ],
+)
 def test_there_and_back_changes_no_bit(base, name, dtype, tmp_path):
     path, _ = base(name)
     train(path, name, tmp_path / "adapter")
@@ -255,6 +262,25 @@ def test_there_and_back_changes_no_bit(base, name, dtype, tmp_path):
     for key, values in once.items():
         assert values.dtype == again[key].dtype
         assert torch.equal(values, again[key]), key
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_there_and_back_gives_the_same_deltas_of_experts(base, name, tmp_path):
+    """PEFT gives them scalings of their own, which GGUF has not: B changes by a power of two."""
+    path, _ = base(name)
+    train(path, name, tmp_path / "adapter", target_parameters=EXPERTS[name])
+    convert(tmp_path / "adapter", tmp_path / "lora.gguf", base=path)
+    convert(tmp_path / "lora.gguf", tmp_path / "back", base=path)
+    with open_model(path) as model, open_adapter(tmp_path / "adapter", base=model) as one, \
+            open_adapter(tmp_path / "back", base=model) as other:  # fmt: skip
+        assert one.deltas.keys() == other.deltas.keys()
+        assert any("experts" in key for key in one.deltas)
+        for key, delta in one.deltas.items():
+            back = other.deltas[key]
+            assert torch.equal(delta.a.torch(), back.a.torch()), key
+            assert torch.equal(
+                delta.b.torch().double() * delta.scaling, back.b.torch().double() * back.scaling
+            ), key
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "gemma2"])

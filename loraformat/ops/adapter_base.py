@@ -65,5 +65,5 @@ def _config_alone(path: Path) -> Checkpoint | None:
     folder = path.parent if path.name == CONFIG_NAME and path.is_file() else path
     if not (folder / CONFIG_NAME).is_file() or (folder == path and any(path.glob("*.safetensors"))):
         return None
-    raw, _ = split(Folder(folder).read(CONFIG_NAME, MAX_CONFIG_BYTES))
+    raw, _ = split(Folder(folder).read(CONFIG_NAME, MAX_CONFIG_BYTES), folder / CONFIG_NAME)
     return Checkpoint(folder, Provenance("config"), {}, config=raw, sources=(folder / CONFIG_NAME,))

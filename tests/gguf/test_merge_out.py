@@ -56,7 +56,8 @@ def adapted(tmp_path_factory):
 @pytest.mark.parametrize("name", TARGETS)
 def test_merged_out(adapted, name, tmp_path):
     base, adapter, wanted = adapted(name)
-    merge(base, [adapter], tmp_path / "merged.gguf", dtype="f32")
+    report = merge(base, [adapter], tmp_path / "merged.gguf", dtype="f32")
+    assert not any("rounds" in note for note in report.notes)
     assert apart(wanted, by_llama_cpp(tmp_path / "merged.gguf", name)) < tolerance(name)
 
 
@@ -106,7 +107,8 @@ def test_an_unknown_pre_tokenizer_is_named(adapted, tmp_path):
 
 def test_what_is_merged_is_of_the_type_that_was_asked_for(adapted, tmp_path):
     base, adapter, wanted = adapted("llama")
-    merge(base, [adapter], tmp_path / "merged.gguf", dtype="q8_0")
+    report = merge(base, [adapter], tmp_path / "merged.gguf", dtype="q8_0")
+    assert any("rounds the sums to q8_0" in note for note in report.notes)
     with open_gguf(tmp_path / "merged.gguf") as file:
         assert file.tensors["blk.0.attn_q.weight"].type.name == "Q8_0"
     assert apart(wanted, by_llama_cpp(tmp_path / "merged.gguf", "llama")) < 1

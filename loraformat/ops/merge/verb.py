@@ -253,6 +253,11 @@ def _completed(
     total = job.meter.total() if job.meter.sums else None
     dtypes = [job.checkpoint.tensors[name].dtype for name in job.meter.sums]
     notes = [*report.notes, *written.notes]
+    if total and job.writer.dtypes and job.options.dtype != "f32":
+        notes.append(
+            "the deltas are measured as they were added, in float32; the file rounds the sums to "
+            f"{job.options.dtype or 'its own type'} after that"
+        )
     missing = report.merged - len(job.meter.sums)
     if missing > 0:
         notes.append(f"{missing} tensors were merged by an earlier, interrupted run: not measured")

@@ -164,10 +164,12 @@ class _Reader:
                     spellings[target] = memory
                 delta = replace(delta, target=target)
             found[delta.target] = delta
-        for module, parts in halves.items():
-            found[module] = fused(module, parts)
+        found |= {module: fused(module, parts) for module, parts in halves.items()}
         if not found:
             raise InputError("holds no LoRA factors", path=self.path)
+        return self._adapter(found, spellings)
+
+    def _adapter(self, found: dict[str, LoraDelta], spellings: dict[str, str]) -> Adapter:
         task = "CAUSAL_LM" if self.known.architecture.generates else "FEATURE_EXTRACTION"
         return Adapter(
             path=self.path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from loraformat import plugins
@@ -11,7 +12,7 @@ from loraformat.checkpoint import Checkpoint, Provenance
 from loraformat.config_json import CONFIG_NAME, MAX_CONFIG_BYTES, split
 from loraformat.errors import UsageError
 from loraformat.folder import Folder
-from loraformat.hub import resolve
+from loraformat.hub import Source, resolve
 from loraformat.ops.adapter_output import Home
 from loraformat.reader import is_bundle, open_bundle
 
@@ -45,19 +46,29 @@ def open_base(
         If what is named is no base.
     """
     path = next((place.bundle for place in places if place is not None), None)
+    source = Source(path or Path())
     if named is not None:
-        path = resolve(named).path
+        source = resolve(named)
+        path = source.path
     if path is None:
         return None, None
     if is_bundle(path):
         bundle = stack.enter_context(open_bundle(path))
         return bundle.checkpoint, Home(bundle.manifest.fingerprint, bundle.manifest.source)
     if (config := _config_alone(path)) is not None:
-        return config, None
+        return _placed(config, source), None
     reader = plugins.sniff(path)
     if reader.read is None:
         raise UsageError(f"--base {named} is no base but {reader.name}")
-    return stack.enter_context(reader.read(path)), None
+    return _placed(stack.enter_context(reader.read(path)), source), None
+
+
+def _placed(base: Checkpoint, source: Source) -> Checkpoint:
+    """Return a base that knows which repository, and which commit of it, it is from."""
+    if source.repo is None:
+        return base
+    known = replace(base.provenance, repo=source.repo, revision=source.revision)
+    return replace(base, provenance=known)
 
 
 def _config_alone(path: Path) -> Checkpoint | None:

@@ -79,6 +79,8 @@ class BaseFacts:
     layers : int or None
     gguf_architecture : str or None
         What GGUF calls its architecture, if that has a name for it.
+    commit : str or None
+        Of its repository, if it is from the Hub.
     """
 
     model_type: str | None = None
@@ -87,6 +89,7 @@ class BaseFacts:
     named: bool = False
     layers: int | None = None
     gguf_architecture: str | None = None
+    commit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,8 @@ class AdapterFacts:
         Why loraformat itself does not read it as low-rank deltas, and its advice.
     architecture : str or None
         GGUF's name of the architecture that it is for.
-    base_model, base_fingerprint : str or None
-        What it says of its base.
+    base_model, base_fingerprint, base_commit : str or None
+        What it says of its base; the commit on the Hub only if it is one.
     base : BaseFacts or None
         The one that it is held against.
     """
@@ -153,6 +156,7 @@ class AdapterFacts:
     architecture: str | None = None
     base_model: str | None = None
     base_fingerprint: str | None = None
+    base_commit: str | None = None
     base: BaseFacts | None = None
 
     @property

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert import convert
-from tests.hub.conftest import Repository, files_of
+from tests.hub.conftest import BASE_COMMIT, Repository, files_of
 
 
 def write_adapter(path):
@@ -116,3 +116,14 @@ def test_an_adapter_inside_a_bundle_on_the_hub(ask, hub, hub_bundle, tmp_path):
     assert ask("merge", "org/bundle", "org/bundle/adapters/polite", "-o", "m").returncode == 0
     assert ask("info", "org/bundle/adapters/rude").returncode == 3
     assert ask("info", "org/nowhere/adapters/polite").returncode == 7
+
+
+def test_another_commit_of_the_base(ask, shelf, tmp_path):
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for commit, rules in ((BASE_COMMIT, []), ("a" * 40, ["BASE_REVISION"]), ("main", [])):
+        path.write_text(json.dumps({**config, "revision": commit}))
+        result = ask("check", "adapter", "--base", "org/base", "--runtime", "sglang", "--json")
+        findings = json.loads(result.stdout)["findings"]
+        found = [(finding["rule"], finding["level"]) for finding in findings]
+        assert found == [(rule, "warn") for rule in rules], result.stderr

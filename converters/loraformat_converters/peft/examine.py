@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loraformat import strict_json
 from loraformat.checkpoint import Checkpoint, DenseTensor
 from loraformat.errors import FileChangedError, InputError, UnsupportedError, printable
 from loraformat.folder import Folder
-from loraformat.integrity import BASE_FINGERPRINT
+from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.plugins import AdapterReadOptions
 from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config
@@ -107,6 +108,7 @@ class _Examiner:
             refusal_hint=hint,
             base_model=_text(config.get("base_model_name_or_path")),
             base_fingerprint=self.stored.metadata.get(BASE_FINGERPRINT),
+            base_commit=_commit(self.stored.metadata.get(BASE_SOURCE), config.get("revision")),
         )
 
     def _has_biases(self, config: Mapping[str, Any], found: tuple[ModuleFacts, ...]) -> bool:
@@ -177,3 +179,13 @@ class _Examiner:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _commit(source: str | None, revision: object) -> str | None:
+    """Return the commit of the base: as a bundle wrote it down, else as the config has it."""
+    with contextlib.suppress(strict_json.StrictJsonError):
+        found = strict_json.loads(source.encode("utf-8")) if source else None
+        if isinstance(found, dict) and found.get("revision"):
+            revision = found["revision"]
+    is_commit = isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision)
+    return str(revision) if is_commit else None

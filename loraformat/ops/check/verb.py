@@ -181,4 +181,5 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
         named=bool(base.tensors),
         layers=max(layers) + 1 if layers else None,
         gguf_architecture=gguf_architecture(model_type),
+        commit=base.provenance.revision,
     )

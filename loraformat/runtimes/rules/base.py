@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
-from loraformat.runtimes.record import Rule, Runtime, differs, refuses
+from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
 
 __all__ = ["BASE_RULES"]
 
@@ -46,6 +46,15 @@ def _fingerprint(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     if here is None or made_for is None or here == made_for:
         return None
     return f"was made for the base {printable(made_for)}, and this one is {here}"
+
+
+def _revision(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if adapter.base is None or (adapter.base_fingerprint and adapter.base.fingerprint):
+        return None  # nobody knows, or the weights themselves say
+    made_for, here = adapter.base_commit, adapter.base.commit
+    if made_for is None or here is None or made_for == here:
+        return None
+    return f"was made for the base at commit {made_for[:12]}, and this one is at {here[:12]}"
 
 
 def _tied(adapter: AdapterFacts, runtime: Runtime) -> str | None:
@@ -95,6 +104,12 @@ BASE_RULES = (
         "a fingerprint of another base",
         _fingerprint,
         differs("what it learned there may not hold here", "advice", _OTHER_BASE),
+    ),
+    Rule(
+        "BASE_REVISION",
+        "another commit of the base",
+        _revision,
+        mind("its weights may be others", "advice", "load the base at that commit"),
     ),
     Rule("TIED_HEAD", "a delta of a head or embedding that are one tensor", _tied),
     Rule("ARCHITECTURE", "an architecture that it does not take", _architecture),

@@ -76,6 +76,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             if slope is not None:
                 multiplied = multiply_transposed(slope, head.matrix, head.dtype)
                 gradient[part] = multiplied.mul_(rule.before)
+        # With a large vocabulary it would be the largest of all buffers, idle until the next step.
+        workspace.forget("logits")
         ctx.save_for_backward(gradient)
         return total.to(hidden.dtype)
 

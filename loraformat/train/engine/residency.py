@@ -123,13 +123,23 @@ class Residency:
         """Let a layer go."""
         self._forget(self._layers[layer])
 
-    def read_soon(self, spans: Sequence[Span]) -> None:
+    def read_soon(self, spans: Sequence[Span]) -> Future[None] | None:
         """Have bytes read that belong to no layer, some time soon."""
-        if self.prefetch and not self._closed:
-            self._thread().submit(self._read, list(_mapped(spans)))
+        if not self.prefetch or self._closed:
+            return None
+        return self._thread().submit(self._read, list(_mapped(spans)))
 
-    def let_go(self, spans: Sequence[Span]) -> None:
-        """Let bytes go that belong to no layer."""
+    def let_go(self, spans: Sequence[Span], reading: Future[None] | None = None) -> None:
+        """Let bytes go that belong to no layer.
+
+        Parameters
+        ----------
+        spans : sequence of Span
+        reading : Future, optional
+            What `read_soon` returned for them: one that lags behind would bring them back.
+        """
+        if reading is not None and not reading.cancel():
+            reading.result()
         self._forget(list(_mapped(spans)))
 
     def _forget(self, ranges: Sequence[tuple[int, Span]]) -> None:

@@ -54,11 +54,14 @@ class StreamedMatrix:
         if not self._streaming:
             yield from self.matrix.tiles(dtype)
             return
+        reading = None
         for start, stop, tile in self.matrix.tiles(dtype):
             # The tile is decoded already: while it is computed with, the next ones are read.
-            self._residency.read_soon(self._of_rows(stop, min(2 * stop - start, self.rows)))
+            after = self._of_rows(stop, min(2 * stop - start, self.rows))
+            coming = self._residency.read_soon(after)
             yield start, stop, tile
-            self._residency.let_go(self._of_rows(start, stop))
+            self._residency.let_go(self._of_rows(start, stop), reading)
+            reading = coming
 
     def _of_rows(self, start: int, stop: int) -> list[Span]:
         found = []

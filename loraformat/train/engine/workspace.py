@@ -52,9 +52,11 @@ class Workspace(threading.local):
             self._buffers[key] = buffer
         return buffer[:count].view(shape)
 
-    def forget(self) -> None:
-        """Give this thread's buffers back."""
-        self._buffers.clear()
+    def forget(self, purpose: str | None = None) -> None:
+        """Give this thread's buffers back: all, or those of a purpose."""
+        for key in list(self._buffers):
+            if purpose in (None, key[0]):
+                del self._buffers[key]
 
 
 workspace = Workspace()

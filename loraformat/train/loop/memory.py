@@ -22,7 +22,16 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """Return the most bytes of memory that this process ever had."""
+    """Return the most bytes of memory that this process ever had.
+
+    Linux's ``ru_maxrss`` would begin at the size of the process that started this one.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

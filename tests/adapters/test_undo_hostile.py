@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 
 import pytest
 
@@ -11,6 +10,7 @@ from loraformat.errors import LoraFormatError
 from loraformat.ops.merge.verb import merge
 from loraformat.ops.unmerge.verb import unmerge
 from tests.adapters.merging import Q, adapter, delta, small
+from tests.peak_memory import PeakGrowth
 
 
 @pytest.fixture
@@ -71,10 +71,10 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_lies_cost_no_memory(merged, lie):
     raw = with_record((merged[0] / "undo.lfu").read_bytes(), LIES[lie])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    growth = PeakGrowth()
     error = refused(merged, raw)
     assert error.exit_code == 3
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+    assert growth.nbytes < 300_000 * 1024
 
 
 def test_paths_are_not_followed(merged):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from raw_gguf import (
 
 from loraformat.errors import InputError, LoraFormatError
 from loraformat.ops.convert import convert
+from tests.peak_memory import PeakGrowth
 
 CASES = int(os.environ.get("LORAFORMAT_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("LORAFORMAT_FUZZ_SEED", "1"))
@@ -256,7 +256,7 @@ def test_mutations_are_refused_or_read_as_gguf_reads_them(tmp_path):
         path.write_bytes(original.data)
         look_at_everything(path)
     outcomes: Counter[str] = Counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    growth = PeakGrowth()
     for number in range(CASES):
         what, data = mutate(originals[number % 2], rng)
         case = f"seed {SEED}, case {number}: {what}"
@@ -277,8 +277,7 @@ def test_mutations_are_refused_or_read_as_gguf_reads_them(tmp_path):
                 peer = {t.name: (int(t.data_offset), int(t.n_bytes)) for t in reader.tensors}
                 assert places == peer, case
                 del reader
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    assert grown < 200 * 1024, f"{grown} KiB"
+    assert growth.nbytes < 200 * MEBIBYTE, f"{growth.nbytes / MEBIBYTE:.0f} MiB"
     assert 0.02 * CASES < outcomes["accepted"] < 0.4 * CASES, outcomes
     assert len(outcomes) > 25, outcomes
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from loraformat.errors import InputError
 from loraformat.train.data.data_file import DataFile
+from loraformat.train.data.file_rows import FileRows
 from loraformat.train.data.row import LONGEST_ROW, BadRowError, Row
 
 __all__ = ["CsvRows"]
@@ -52,7 +53,7 @@ class _Lines:
             yield line.decode("utf-8", "replace")
 
 
-class CsvRows:
+class CsvRows(FileRows):
     """The records of a file under its header; 16 bytes of memory each.
 
     Parameters
@@ -68,8 +69,9 @@ class CsvRows:
     """
 
     def __init__(self, file: DataFile, delimiter: str) -> None:
-        self._file, self._delimiter = file, delimiter
-        self._begins, self._lengths, self._numbers = array("q"), array("I"), array("I")
+        super().__init__(file)
+        self._delimiter = delimiter
+        self._numbers = array("I")
         self._header: list[str] = []
         with file.opened() as stream, _long_fields():
             lines = _Lines(stream, self.name, file.text_begin())
@@ -80,8 +82,7 @@ class CsvRows:
                     if not self._header:
                         self._header = self._checked_header(record)
                     elif record:
-                        self._begins.append(begin)
-                        self._lengths.append(lines.offset - begin)
+                        self._put(begin, lines.offset - begin)
                         self._numbers.append(number)
                     begin, number = lines.begin_record()
             except csv.Error as error:
@@ -93,14 +94,6 @@ class CsvRows:
                 "line 1: wanted a header with a different name for each column", path=self.name
             )
         return names
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self._file.path)
-
-    def __len__(self) -> int:
-        return len(self._begins)
 
     def place(self, number: int) -> str:
         """Say on which line the record begins, counted from 1."""
@@ -114,14 +107,12 @@ class CsvRows:
         BadRowError
             If it is not UTF-8, or has another number of fields than the header.
         """
-        begin = self._begins[number]
-        data = self._file.between(begin, begin + self._lengths[number])
         place = self.place(number)
         try:
-            text = data.decode("utf-8")
+            text = self._bytes(number).decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadRowError(
-                place, f"not UTF-8 at byte {begin + error.start}", path=self.name
+                place, f"not UTF-8 at byte {self._begins[number] + error.start}", path=self.name
             ) from None
         with _long_fields():
             record = next(csv.reader(_split(text), delimiter=self._delimiter, strict=True))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import mmap
 import re
-from array import array
 
 from loraformat.errors import InputError
 from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.json_lines import JsonLines
-from loraformat.train.data.row import LONGEST_ROW, BadRowError, Row, RowSource, parse_object
+from loraformat.train.data.json_rows import JsonRows
+from loraformat.train.data.row import LONGEST_ROW, RowSource
 
 __all__ = ["JsonArray", "open_json"]
 
@@ -23,46 +23,20 @@ _SCALAR_END = re.compile(rb"[\s,\]}]")
 _SPACE = re.compile(rb"[ \t\r\n]*")
 
 
-class JsonArray:
+class JsonArray(JsonRows):
     """The elements of an array; 12 bytes of memory each."""
 
     def __init__(self, file: DataFile, scan: _Scan, begin: int) -> None:
-        self._file = file
-        self._begins, self._lengths = array("q"), array("I")
+        super().__init__(file)
         position = scan.skip_space(begin + 1)
         while scan.byte(position) != b"]":
             end = scan.value_end(position)
-            self._begins.append(position)
-            self._lengths.append(min(end - position, LONGEST_ROW + 1))
+            self._put(position, min(end - position, LONGEST_ROW + 1))
             position = scan.after_comma(end, b"]")
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self._file.path)
-
-    def __len__(self) -> int:
-        return len(self._begins)
 
     def place(self, number: int) -> str:
         """Say which element it is, counted from 1, and at which byte it stands."""
         return f"element {number + 1} (byte {self._begins[number]})"
-
-    def read(self, number: int) -> Row:
-        """Return an element.
-
-        Raises
-        ------
-        BadRowError
-            If it is too long, or is no strict JSON object.
-        """
-        begin, length = self._begins[number], self._lengths[number]
-        if length > LONGEST_ROW:
-            raise BadRowError(
-                self.place(number), f"longer than {LONGEST_ROW} bytes", path=self.name
-            )
-        data = self._file.between(begin, begin + length)
-        return Row(parse_object(data, self.place(number), self.name))
 
 
 class _Scan:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from loraformat.train.data.data_file import DataFile
+from loraformat.train.data.file_rows import FileRows
 from loraformat.train.data.pieces import cut
 from loraformat.train.data.row import BadRowError, Row
 
@@ -16,7 +17,7 @@ _BEGINS, _ENDS = 1, 2
 _LINE_PART = 1 << 16
 
 
-class TextFile:
+class TextFile(FileRows):
     """The pieces of a text file; 13 bytes of memory each.
 
     Parameters
@@ -31,8 +32,9 @@ class TextFile:
     """
 
     def __init__(self, file: DataFile, *, paragraphs: bool, longest: int) -> None:
-        self._file, self._longest = file, longest
-        self._begins, self._lengths, self._flags = array("q"), array("I"), array("B")
+        super().__init__(file)
+        self._longest = longest
+        self._flags = array("B")
         whole = ((file.text_begin(), file.nbytes),)
         with file.opened() as stream:
             for begin, end in _paragraphs(file) if paragraphs else whole:
@@ -45,18 +47,9 @@ class TextFile:
             if end - begin > self._longest:
                 stream.seek(begin)
                 stop = begin + cut(stream.read(self._longest))
-            self._begins.append(begin)
-            self._lengths.append(stop - begin)
+            self._put(begin, stop - begin)
             self._flags.append(flags | (_ENDS if stop == end else 0))
             begin, flags = stop, 0
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self._file.path)
-
-    def __len__(self) -> int:
-        return len(self._begins)
 
     def place(self, number: int) -> str:
         """Say at which byte the piece begins."""
@@ -70,13 +63,11 @@ class TextFile:
         BadRowError
             If it is not UTF-8.
         """
-        begin = self._begins[number]
-        data = self._file.between(begin, begin + self._lengths[number])
         try:
-            text = data.decode("utf-8")
+            text = self._bytes(number).decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadRowError(
-                f"byte {begin + error.start}", "not UTF-8 text", path=self.name
+                f"byte {self._begins[number] + error.start}", "not UTF-8 text", path=self.name
             ) from None
         flags = self._flags[number]
         return Row({"text": text}, bool(flags & _BEGINS), bool(flags & _ENDS))

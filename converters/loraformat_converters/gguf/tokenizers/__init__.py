@@ -6,9 +6,8 @@ on ``model.type`` of ``tokenizer.json`` one way and on ``tokenizer.ggml.model`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loraformat.checkpoint import CarriedFile, Checkpoint
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError, printable
@@ -24,10 +23,30 @@ from loraformat_converters.gguf.values import GGUFValue
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container import GGUFFile
 
-__all__ = ["Tokenizer", "TokenizerFiles", "files", "read"]
+__all__ = ["Convert", "Tokenizer", "TokenizerFiles", "files", "read"]
 
 _HINT = "put the tokenizer's files beside the weights"
-_Convert = Callable[[Sources, int], Converted]
+
+
+class Convert(Protocol):
+    """How a room that has nothing to choose makes a tokenizer llama.cpp's."""
+
+    def __call__(self, sources: Sources, rows: int) -> Converted:
+        """Return what becomes of the tokenizer.
+
+        Parameters
+        ----------
+        sources : Sources
+        rows : int
+            Of the embedding.
+
+        Raises
+        ------
+        UnsupportedError
+            If llama.cpp would cut texts otherwise.
+        InputError
+            If a file is damaged.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +128,7 @@ def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
     return Tokenizer(keys | template_keys(sources), notes + found.vocabulary.notes())
 
 
-def _room(sources: Sources) -> tuple[str, _Convert | None]:
+def _room(sources: Sources) -> tuple[str, Convert | None]:
     """Return what a tokenizer is, and who converts it, if not byte-level BPE."""
     if not sources.has("tokenizer.json"):
         if sources.has(sentencepiece_model.FILE):

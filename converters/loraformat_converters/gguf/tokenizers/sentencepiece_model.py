@@ -26,21 +26,7 @@ _MAX_BYTES = 64 << 20
 
 
 def to_gguf(sources: Sources, rows: int) -> Converted:
-    """Return what becomes of the tokenizer.
-
-    Parameters
-    ----------
-    sources : Sources
-    rows : int
-        Of the embedding.
-
-    Raises
-    ------
-    UnsupportedError
-        If llama.cpp would cut texts otherwise.
-    InputError
-        If a file is damaged.
-    """
+    """Return what becomes of the tokenizer; see `tokenizers.Convert`."""
     model = _read(sources)
     _check(sources, model)
     vocabulary = Vocabulary(rows, FILE)

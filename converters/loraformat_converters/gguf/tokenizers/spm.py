@@ -40,21 +40,7 @@ SPECIAL_IDS = {"bos": 1, "eos": 2, "unk": 0}
 
 
 def to_gguf(sources: Sources, rows: int) -> Converted:
-    """Return what becomes of the tokenizer, from ``tokenizer.json``.
-
-    Parameters
-    ----------
-    sources : Sources
-    rows : int
-        Of the embedding.
-
-    Raises
-    ------
-    UnsupportedError
-        If llama.cpp would cut texts otherwise.
-    InputError
-        If the file is damaged.
-    """
+    """Return what becomes of the tokenizer, from ``tokenizer.json``; see `tokenizers.Convert`."""
     model = sources.tokenizer["model"]
     _check_options(sources, model)
     spaces = spaces_of(sources)

@@ -36,21 +36,7 @@ SPECIAL_IDS = {"bos": 101, "unk": 100, "sep": 102, "pad": 0, "mask": 103}
 
 
 def to_gguf(sources: Sources, rows: int) -> Converted:
-    """Return what becomes of the tokenizer.
-
-    Parameters
-    ----------
-    sources : Sources
-    rows : int
-        Of the embedding.
-
-    Raises
-    ------
-    UnsupportedError
-        If llama.cpp would cut texts otherwise.
-    InputError
-        If ``tokenizer.json`` is damaged.
-    """
+    """Return what becomes of the tokenizer; see `tokenizers.Convert`."""
     model = sources.tokenizer["model"]
     prefix = model.get("continuing_subword_prefix", "##")
     if not isinstance(prefix, str) or not prefix:

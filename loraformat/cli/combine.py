@@ -8,9 +8,9 @@ import click
 
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
 from loraformat.cli.options import (
+    adapter_base_option,
     allow_base_mismatch_option,
     allow_pickle_option,
-    base_option,
     dry_run_option,
     dtype_option,
     force_option,
@@ -56,10 +56,7 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
     "--seed", type=int, default=0, show_default=True, metavar="N", help="Of random dropping."
 )
 @dtype_option("Type of the new factors; by default they keep theirs.")
-@base_option(
-    "What names and shapes are held against; a GGUF adapter needs its config.json (a directory "
-    "with that alone will do). In a bundle it is known."
-)
+@adapter_base_option
 @allow_base_mismatch_option("Write for this base what was made for another.")
 @allow_pickle_option
 @force_option()

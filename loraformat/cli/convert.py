@@ -21,6 +21,8 @@ from loraformat.cli.options import (
     allow_pickle_option,
     base_option,
     config_option,
+    dry_run_option,
+    force_option,
     pre_tokenizer_option,
 )
 
@@ -90,9 +92,9 @@ Example:
 @allow_base_mismatch_option(
     "Adapters: take one that names another base; it is written anew and names this one."
 )
-@click.option("--force", is_flag=True, help="Replace what stands at DST.")
+@force_option()
 @click.option("--strict", is_flag=True, help="Refuse if DST cannot hold all that SRC holds.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the sizes, write nothing.")
+@dry_run_option()
 @json_option
 @quiet_option
 def command(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from loraformat.cli.console import clean, echo_json, json_option, quiet_option, size, table
+from loraformat.cli.options import force_option
 
 _EXAMPLE = """\b
 Example:
@@ -20,7 +21,7 @@ Example:
 @click.argument(
     "directory", default="loraformat-demo", type=click.Path(path_type=Path, file_okay=False)
 )
-@click.option("--force", is_flag=True, help="Replace what an earlier run made.")
+@force_option("what an earlier run made")
 @json_option
 @quiet_option
 def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:

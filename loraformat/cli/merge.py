@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from loraformat.cli.console import (
-    ByteSize,
     echo_json,
     json_option,
     progress_bar,
@@ -20,7 +19,12 @@ from loraformat.cli.options import (
     allow_base_mismatch_option,
     allow_pickle_option,
     config_option,
+    dry_run_option,
+    force_option,
+    max_shard_size_option,
+    output_option,
     pre_tokenizer_option,
+    weight_option,
 )
 
 _EXAMPLE = """\b
@@ -34,15 +38,8 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("base", metavar="BASE")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
-@click.option("-o", "--output", "target", metavar="OUT", required=True, help="Output directory.")
-@click.option(
-    "--weight",
-    "weights",
-    type=float,
-    multiple=True,
-    metavar="W",
-    help="Factor of each adapter, in their order. [default: 1]",
-)
+@output_option("Output directory.", "OUT")
+@weight_option("Factor of each adapter, in their order. [default: 1]")
 @click.option(
     "--from", "from_format", metavar="FORMAT", help="Format of BASE; by default its content tells."
 )
@@ -71,15 +68,9 @@ Example:
 @config_option
 @pre_tokenizer_option
 @click.option("--modules", "show_modules", is_flag=True, help="Show every module, not the total.")
-@click.option(
-    "--max-shard-size",
-    type=ByteSize(),
-    default="2GB",
-    show_default=True,
-    help="Tensor bytes per file.",
-)
-@click.option("--force", is_flag=True, help="Replace a model that stands at OUT.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the sizes, write nothing.")
+@max_shard_size_option
+@force_option("a model that stands at OUT")
+@dry_run_option()
 @json_option
 @quiet_option
 def command(

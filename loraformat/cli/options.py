@@ -16,6 +16,7 @@ from loraformat.cli.console import ByteSize
 __all__ = [
     "ParameterCount",
     "RankOrAuto",
+    "adapter_base_option",
     "allow_base_mismatch_option",
     "allow_pickle_option",
     "base_option",
@@ -122,6 +123,10 @@ def allow_base_mismatch_option(help_text: str) -> Callable[[_Command], _Command]
     return click.option("--allow-base-mismatch", is_flag=True, help=help_text)
 
 
+adapter_base_option = base_option(
+    "What names and shapes are held against; a GGUF adapter needs its config.json (a directory "
+    "with that alone will do). In a bundle it is known."
+)
 allow_pickle_option = click.option(
     "--allow-pickle",
     is_flag=True,

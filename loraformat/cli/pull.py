@@ -15,6 +15,7 @@ from loraformat.cli.console import (
     size,
     table,
 )
+from loraformat.cli.options import dry_run_option, force_option
 
 _EXAMPLE = """\b
 Example:
@@ -36,8 +37,8 @@ Example:
     metavar="GLOB",
     help="Fetch these files only; by default all but pickles and other frameworks' weights.",
 )
-@click.option("--force", is_flag=True, help="Replace what stands at DST.")
-@click.option("--dry-run", is_flag=True, help="Print the files and their sizes, fetch nothing.")
+@force_option()
+@dry_run_option("Print the files and their sizes, fetch nothing.")
 @json_option
 @quiet_option
 def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) -> None:

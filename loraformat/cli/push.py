@@ -15,6 +15,7 @@ from loraformat.cli.console import (
     size,
     table,
 )
+from loraformat.cli.options import dry_run_option
 
 _EXAMPLE = """\b
 Example:
@@ -57,7 +58,7 @@ Example:
 @click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
 @click.option("--tag", metavar="NAME", help="Tag the commit, v1.0 for example.")
 @click.option("--message", metavar="TEXT", help="Message of the commit.")
-@click.option("--dry-run", is_flag=True, help="Print the files, their sizes and the card.")
+@dry_run_option("Print the files, their sizes and the card.")
 @json_option
 @quiet_option
 def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) -> None:

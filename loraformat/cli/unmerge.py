@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from loraformat.cli.console import (
-    ByteSize,
     echo_json,
     json_option,
     progress_bar,
@@ -15,7 +14,14 @@ from loraformat.cli.console import (
     say,
     size,
 )
-from loraformat.cli.options import allow_pickle_option
+from loraformat.cli.options import (
+    allow_pickle_option,
+    dry_run_option,
+    force_option,
+    max_shard_size_option,
+    output_option,
+    weight_option,
+)
 
 _EXAMPLE = """\b
 Example:
@@ -26,7 +32,7 @@ Example:
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("merged", metavar="MERGED")
-@click.option("-o", "--output", "target", metavar="OUT", required=True, help="Output directory.")
+@output_option("Output directory.", "OUT")
 @click.option("--undo", metavar="FILE", help="The record that `merge --undo` wrote.")
 @click.option(
     "--adapter",
@@ -35,25 +41,12 @@ Example:
     metavar="ADAPTER",
     help="With --undo: where the adapters are now. Without: what to subtract. Repeatable.",
 )
-@click.option(
-    "--weight",
-    "weights",
-    type=float,
-    multiple=True,
-    metavar="W",
-    help="Without --undo: the weight of each adapter. [default: 1]",
-)
+@weight_option("Without --undo: the weight of each adapter. [default: 1]")
 @allow_pickle_option
 @click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
-@click.option(
-    "--max-shard-size",
-    type=ByteSize(),
-    default="2GB",
-    show_default=True,
-    help="Tensor bytes per file.",
-)
-@click.option("--force", is_flag=True, help="Replace a model that stands at OUT.")
-@click.option("--dry-run", is_flag=True, help="Check what belongs together, write nothing.")
+@max_shard_size_option
+@force_option("a model that stands at OUT")
+@dry_run_option("Check what belongs together, write nothing.")
 @json_option
 @quiet_option
 def command(

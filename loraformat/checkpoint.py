@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from loraformat.dtypes import ITEM_BYTES, torch_dtype
@@ -353,12 +352,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

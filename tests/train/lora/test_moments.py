@@ -10,7 +10,7 @@ from loraformat.train import LoraOptions
 from loraformat.train.lora.branch import branch_of
 from loraformat.train.lora.branches import attach, extra_state, load_extra_state
 from loraformat.train.lora.initialise import initial
-from loraformat.train.lora.moments import HALF_LIFE, Moments
+from loraformat.train.lora.moments import HALF_LIFE, Moments, observe, share_of_noise
 
 
 def numbers(*shape, seed=0):
@@ -46,6 +46,37 @@ def test_it_is_that_of_the_rows_with_a_gradient(init, dora):
     step(branch, x, weight, trained)
     assert branch.moments.count == 3
     assert torch.allclose(branch.moments.second_moment(), direct(branch, x[trained]), rtol=1e-5)
+
+
+def counted(gradient, dtype=torch.float32):
+    """How many of the rows count that get these gradients."""
+    gradient = torch.tensor(gradient, dtype=dtype)
+    moments = Moments(2)
+    leaf = torch.zeros(gradient.shape, dtype=dtype, requires_grad=True)
+    observe(leaf * 1, torch.ones(*gradient.shape[:-1], 2), moments).backward(gradient)
+    return moments.count.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_gradient_whatever_the_scale(dtype):
+    share = share_of_noise(dtype)
+    for largest in (1.0, 1e-3, 100.0):
+        rows = [[0, -largest], [2 * share * largest, 0], [share * largest / 2, 0], [0, 0]]
+        assert counted(rows, dtype) == 2
+        assert counted([rows], dtype) == 2
+
+
+def test_no_gradient_at_all_counts_nothing():
+    assert counted([[0.0, 0.0], [0.0, 0.0]]) == 0
+    assert counted([[1e-40, 0.0], [0.0, 0.0]]) == 1  # so small that its share is zero
+    assert counted([[torch.inf, 0.0], [1.0, 0.0]]) == counted([[torch.nan, 0.0], [1.0, 0.0]]) == 0
+
+
+def test_an_expert_without_tokens_counts_nothing():
+    moments = Moments(2, experts=3)
+    output = torch.zeros(0, 4, requires_grad=True) * 1
+    observe(output, torch.zeros(0, 2), moments, 1).backward(torch.zeros(0, 4))
+    assert moments.count.tolist() == [0, 0, 0]
 
 
 def test_dropout_does_not_enlarge_it():

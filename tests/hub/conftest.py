@@ -12,9 +12,15 @@ from tests.conftest import environment
 from tests.hub import forked
 from tests.hub.fake_hub import COMMIT, TOKEN, Repository, files_of, serve
 
-__all__ = ["BASE_COMMIT", "COMMIT", "TOKEN", "Repository", "files_of"]
+__all__ = ["BASE_COMMIT", "COMMIT", "PEFT", "TOKEN", "Repository", "files_of", "published"]
 
 BASE_COMMIT = "d" * 40
+PEFT = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def published(server, repo="me/new"):
+    """What a push made, without the file that the Hub itself puts there."""
+    return {p: d for p, d in server.repositories[repo].files.items() if p != ".gitattributes"}
 
 
 @pytest.fixture

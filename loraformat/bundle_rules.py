@@ -1,7 +1,7 @@
 """The rules that hold between the files of a bundle: manifest, shards, index, config.
 
 What one file must be by itself is checked where it is parsed (`loraformat.header`,
-`loraformat.manifest`, `loraformat.quant_state`, `loraformat.stored`). Here they are held
+`loraformat.manifest_rules`, `loraformat.quant_state`, `loraformat.stored`). Here they are held
 against each other. Rules ``B..``, ``L03`` to ``L06``, ``N08`` and ``V02`` of
 ``spec/loraformat-1.0.md``.
 """

@@ -36,18 +36,11 @@ from loraformat.durable import (
 from loraformat.errors import InputError, OutputError, UnsupportedError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.integrity import file_record
-from loraformat.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    FileRecord,
-    Manifest,
-    is_adapter_name,
-    is_portable_path,
-    parse_manifest,
-)
+from loraformat.manifest import FORMAT_VERSION, MANIFEST_NAME, FileRecord, Manifest
+from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.publish import Publication, disk_full
 from loraformat.reader import is_bundle
+from loraformat.safe_paths import is_adapter_name, is_portable_path
 
 __all__ = [
     "Place",

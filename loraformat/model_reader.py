@@ -19,8 +19,9 @@ from loraformat.adapter import is_adapter_file
 from loraformat.checkpoint import CarriedFile, Checkpoint, Provenance
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.folder import Folder
-from loraformat.manifest import MANIFEST_NAME, is_safe_path
+from loraformat.manifest import MANIFEST_NAME
 from loraformat.mapped import MappedFile
+from loraformat.safe_paths import is_safe_path
 from loraformat.stored import collect
 
 __all__ = ["is_bitsandbytes", "open_model", "peek_config", "weight_files"]

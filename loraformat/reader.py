@@ -36,13 +36,8 @@ from loraformat.checkpoint import (
 )
 from loraformat.errors import FormatError, printable
 from loraformat.folder import Folder
-from loraformat.manifest import (
-    CARD_NAME,
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    parse_manifest,
-)
+from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.mapped import MappedFile
 from loraformat.stored import collect
 

@@ -27,7 +27,7 @@ from vectors import (
 
 from loraformat.errors import FormatError
 from loraformat.integrity import verify_bundle
-from loraformat.manifest import parse_manifest
+from loraformat.manifest_rules import parse_manifest
 from loraformat.reader import open_bundle
 
 quantized = pytest.mark.parametrize("vector", QUANTIZED, ids=[v["name"] for v in QUANTIZED])

@@ -21,10 +21,11 @@ from loraformat.dtypes import ITEM_BYTES
 from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
 from loraformat.header import is_clean_name
-from loraformat.manifest import FileRecord, is_safe_path
+from loraformat.manifest import FileRecord
 from loraformat.model_directory import WrittenModel
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
+from loraformat.safe_paths import is_safe_path
 from loraformat.writer import WrittenShards
 
 WEIGHTS, INDEX, CONFIG = "model.npz", "npz.json", config_json.CONFIG_NAME

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from loraformat.checkpoint import Checkpoint
 from loraformat.folder import Folder
-from loraformat.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from loraformat.manifest import MANIFEST_NAME
+from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
 

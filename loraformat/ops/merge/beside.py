@@ -14,10 +14,10 @@ from pathlib import Path
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import InputError, UsageError, printable
-from loraformat.manifest import is_adapter_name
 from loraformat.model_directory import WrittenModel
 from loraformat.plugins import WriteOptions
 from loraformat.publish_file import open_publication
+from loraformat.safe_paths import is_adapter_name
 from loraformat.version import __version__
 
 __all__ = ["check_beside", "merge_beside", "name_of"]

@@ -25,10 +25,10 @@ from loraformat.hub.repository import model_facts
 from loraformat.hub.source import NOT_WANTED, download
 from loraformat.hub.tree import TreeFile, digest, list_files
 from loraformat.hub.verified import wrong_content
-from loraformat.manifest import is_portable_path
 from loraformat.ops.sharing.pulled_base import base_named_by
 from loraformat.ops.sharing.report import FileReport, PullReport
 from loraformat.publish import Publication
+from loraformat.safe_paths import is_portable_path
 
 __all__ = ["pull"]
 

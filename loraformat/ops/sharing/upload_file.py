@@ -13,7 +13,7 @@ from loraformat.errors import UnsupportedError, printable
 from loraformat.folder import Folder
 from loraformat.hub.tree import TreeFile, digest
 from loraformat.integrity import file_record
-from loraformat.manifest import is_portable_path
+from loraformat.safe_paths import is_portable_path
 
 __all__ = ["UploadFile"]
 

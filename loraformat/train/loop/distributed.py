@@ -15,7 +15,19 @@ import torch
 
 from loraformat.errors import UsageError
 
-__all__ = ["World", "own_device"]
+__all__ = ["World", "added_up", "own_device"]
+
+
+def added_up(members: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the sums over the members that `World.gather` returned.
+
+    Examples
+    --------
+    >>> added_up([{"count": torch.tensor(2.0)}, {"count": torch.tensor(3.0)}])
+    {'count': tensor(5.)}
+    """
+    first = members[0]
+    return {name: torch.stack([member[name] for member in members]).sum(0) for name in first}
 
 
 def own_device(device: str) -> str:

@@ -26,7 +26,7 @@ from loraformat.train.loop.accumulation import (
     add_up,
     mean_gradient,
 )
-from loraformat.train.loop.distributed import World
+from loraformat.train.loop.distributed import World, added_up
 from loraformat.train.loop.evaluation import HeldOutLoss
 from loraformat.train.loop.interruption import Interruption
 from loraformat.train.loop.metrics import Metrics
@@ -47,7 +47,7 @@ class Trainable(Differentiable, Protocol):
         ...
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Return what else a run needs to go on."""
+        """Return what else a run needs to go on; an adapter holds its sum over the ranks."""
         ...
 
     def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -313,9 +313,19 @@ class Loop:
             tensors |= _prefixed(f"extra:{rank}:", extra)
         self.directory.mkdir(parents=True, exist_ok=True)
         target = self.directory / saved_state.name_of(self.state.step)
-        saved_state.write(target, facts, tensors, save_adapter=self.model.save_adapter)
+        saved_state.write(
+            target, facts, tensors, save_adapter=lambda path: self._save_adapter(path, extras)
+        )
         saved_state.prune(self.directory, self.options.keep)
         self.observe({"event": "checkpoint", "step": self.state.step, "path": str(target)})
+
+    def _save_adapter(self, path: Path, extras: list[dict[str, torch.Tensor]]) -> None:
+        """Write the adapter with what all ranks have collected; each goes on with its own."""
+        self.model.load_extra_state(added_up(extras))
+        try:
+            self.model.save_adapter(path)
+        finally:
+            self.model.load_extra_state(extras[self.world.rank])
 
     def restore(self, checkpoint: saved_state.Checkpoint) -> None:
         """Go on from a checkpoint.

@@ -3,7 +3,7 @@
 `loraformat.reduce` needs E[z zᵀ] of the A that is stored, and training changes A: what was
 seen long ago is of another A. So the sums fade: a token counts half once `HALF_LIFE` more have
 been seen. Sum and count fade alike, so that their quotient stays a weighted mean; several
-processes add their sums and counts.
+processes add their sums and counts, and each fades faster by their number (`Moments.share`).
 
 Counted are the positions that a trained token depends on: those with a gradient. So padding never
 counts, whatever the model does with it, and a layer that is computed twice for one gradient
@@ -68,6 +68,8 @@ class Moments:
         float64 (rank, rank), or (experts, rank, rank).
     count : torch.Tensor
         float64 (), or (experts,): tokens, faded.
+    half_life : float
+        Tokens seen here after which one counts half.
 
     Examples
     --------
@@ -82,6 +84,23 @@ class Moments:
         leading = (experts,) if experts else ()
         self.total = torch.zeros(*leading, rank, rank, dtype=torch.float64)
         self.count = torch.zeros(leading, dtype=torch.float64)
+        self.half_life: float = HALF_LIFE
+
+    def share(self, processes: int) -> None:
+        """Fade as one of several processes that see a part of the tokens each.
+
+        Parameters
+        ----------
+        processes : int
+
+        Examples
+        --------
+        >>> moments = Moments(2)
+        >>> moments.share(4)
+        >>> moments.half_life
+        8192.0
+        """
+        self.half_life = HALF_LIFE / processes
 
     def add(self, z: torch.Tensor, expert: int | None = None) -> None:
         """Add observations.
@@ -98,7 +117,7 @@ class Moments:
         if self.total.device != z.device:
             self.total, self.count = self.total.to(z.device), self.count.to(z.device)
         at = ... if expert is None else expert
-        fade = 0.5 ** (len(z) / HALF_LIFE)
+        fade = 0.5 ** (len(z) / self.half_life)
         wide = z.double()
         self.total[at] = self.total[at] * fade + wide.mT @ wide
         self.count[at] = self.count[at] * fade + len(z)

@@ -16,7 +16,7 @@ from loraformat.bundle_update import adapter_place
 from loraformat.errors import InputError, OutputError, ResourceError, UsageError
 from loraformat.output_rules import refuse_existing
 from loraformat.train.loop import memory, saved_state
-from loraformat.train.loop.distributed import World, own_device
+from loraformat.train.loop.distributed import World, added_up, own_device
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.loop.loop import Loop, LoopOptions
 from loraformat.train.loop.metrics import Metrics, check_tensorboard, read_metrics
@@ -288,6 +288,8 @@ class _Run:
                 step=state.step,
             )
         self._model.train()
+        for branch in self._model.branches.values():
+            branch.moments.share(self._world.size)
         with metrics or nullcontext():
             loop = self._loop(state, metrics, observe)
             if checkpoint is not None:
@@ -358,9 +360,7 @@ class _Run:
         """Add up what ranks have collected; sums are additive."""
         extras = self._world.gather(self._model.extra_state())
         if self._world.size > 1:
-            self._model.load_extra_state({
-                name: torch.stack([extra[name] for extra in extras]).sum(0) for name in extras[0]
-            })  # fmt: skip
+            self._model.load_extra_state(added_up(extras))
 
     def _draw(self) -> None:
         if not loss_curve.can_draw():

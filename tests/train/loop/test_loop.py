@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loraformat.errors import DivergedError, InputError
 from loraformat.train.loop import saved_state
@@ -209,6 +210,27 @@ def test_checkpoints_that_are_kept(tmp_path):
     assert names == ["step-00000006", "step-00000008"]
     adapter = saved_state.adapter_of(tmp_path / "checkpoints" / names[0])
     assert (adapter / "a.safetensors").is_file()
+
+
+def test_an_adapter_in_a_checkpoint_holds_what_all_ranks_have_collected(tmp_path):
+    class Imagined(World):
+        """Two ranks, of which the other has collected ones, and learned nothing."""
+
+        def sum(self, vector):
+            pass
+
+        def gather(self, tensors):
+            other = {name: torch.ones_like(value) for name, value in tensors.items()}
+            return [{name: value.clone() for name, value in tensors.items()}, other]
+
+    loop = make(tmp_path, world=Imagined(0, 2), loop={"steps": 1})
+    loop.run()
+    found, _ = saved_state.newest(tmp_path / "checkpoints")
+    own = found.tensors["extra:0:layer.moment"]
+    assert torch.equal(own, loop.model.moment)  # it goes on with its own
+    assert torch.equal(found.tensors["extra:1:layer.moment"], torch.ones_like(own))
+    saved = load_file(saved_state.adapter_of(found.path) / "a.safetensors")
+    assert torch.equal(saved["layer.moment"], own + 1)
 
 
 def test_a_checkpoint_every_ten_minutes(tmp_path, monkeypatch):

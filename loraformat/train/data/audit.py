@@ -39,6 +39,9 @@ class Audit:
         Where the first one stands.
     dropped, truncated, cut : int
         Over-length samples left out, or cut, and the tokens cut off.
+    split, parts : int
+        Over-length samples split, and into how many; those with nothing to learn are among
+        `unlearned`, too.
     rewritten : int
         Conversations that became one sample per turn, as the template rewrites old turns.
     straddling : int
@@ -63,6 +66,8 @@ class Audit:
     dropped: int = 0
     truncated: int = 0
     cut: int = 0
+    split: int = 0
+    parts: int = 0
     rewritten: int = 0
     straddling: int = 0
     endless: int = 0
@@ -94,6 +99,7 @@ class Audit:
             (self.bad, "bad rows skipped"),
             (self.dropped, "samples longer than seq_len dropped"),
             (self.truncated, f"samples longer than seq_len truncated, {self.cut} tokens cut off"),
+            (self.split, f"samples longer than seq_len split into {self.parts}"),
             (self.unlearned, "samples left out: no token of them is learned"),
             (self.all_learned, "samples without a prompt: every token of them is learned"),
             (self.rewritten, "conversations became one sample per assistant turn: "
@@ -124,7 +130,7 @@ class Audit:
                 f"longest {self.longest}; the first is {self.first_over_length}",
                 path=path,
                 hint=f"allow for them with --seq-len {self.longest}, or choose what becomes of "
-                "them: --over-length drop, truncate (the end is cut off) or truncate-start",
+                "them: --over-length drop, split, truncate (the end is cut off) or truncate-start",
             )
         if self.trained == 0:
             raise InputError(

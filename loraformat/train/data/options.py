@@ -26,10 +26,11 @@ class DataOptions:
     train_on : {"completions", "all"}
         Learn completions and assistant turns only, or every token. Of ``{"text"}`` every
         token is learned either way.
-    over_length : {"refuse", "drop", "truncate", "truncate-start"}
+    over_length : {"refuse", "drop", "split", "truncate", "truncate-start"}
         What becomes of a conversation or prompt with completion of more than ``seq_len``
-        tokens: an error that says how many and how long; left out; its end cut off; its
-        start cut off. Text is never over-length, it is cut into pieces of ``seq_len``.
+        tokens: an error that says how many and how long; left out; cut into several samples,
+        of which all but the first lack what stands before them; its end cut off; its start
+        cut off. Text is never over-length, it is cut into pieces of ``seq_len``.
     packing : bool
         Put several samples into one row, each in its own segment. Otherwise a row is one
         sample, and a batch is made of samples of similar length.
@@ -62,7 +63,7 @@ class DataOptions:
     seq_len: int = 512
     batch_size: int = 1
     train_on: Literal["completions", "all"] = "completions"
-    over_length: Literal["refuse", "drop", "truncate", "truncate-start"] = "refuse"
+    over_length: Literal["refuse", "drop", "split", "truncate", "truncate-start"] = "refuse"
     packing: bool = True
     shuffle: bool = True
     seed: int = 0

@@ -114,6 +114,12 @@ class Survey:
                 audit.first_over_length or f"{source.name}: {source.place(whole.row)}"
             )
             return
+        if self._options.over_length == "split":
+            parts = list(_split(whole, limit))
+            audit.split += 1
+            audit.parts += len(parts)
+            yield from parts
+            return
         audit.truncated += 1
         audit.cut += whole.length - limit
         at_start = self._options.over_length == "truncate-start"
@@ -134,3 +140,12 @@ class Survey:
         self._hash.update(np.array([sample.length], "<i8").tobytes())
         self._hash.update(np.array(one.ids[sample.begin : end], "<i8").tobytes())
         self._hash.update(np.array(one.learned[sample.begin : end], "u1").tobytes())
+
+
+def _split(whole: Sample, limit: int) -> Iterator[Sample]:
+    """Yield samples of so many tokens; each begins with the last token of the one before.
+
+    So every token but the very first has one before it in just one sample: each is learned once.
+    """
+    for begin in range(0, whole.length - 1, limit - 1):
+        yield replace(whole, begin=begin, length=min(limit, whole.length - begin))

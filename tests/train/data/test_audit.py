@@ -1,5 +1,7 @@
 """What is counted and what is refused before training."""
 
+from itertools import pairwise
+
 import pytest
 
 from loraformat.errors import InputError, UsageError
@@ -104,6 +106,48 @@ def test_over_length_is_truncated(dataset, tokenizer, policy):
     learns_to_stop = batch.labels[0, -1] == tokenizer.eos_token_id
     assert learns_to_stop == (policy == "truncate-start")
     assert batch.trained == opened.audit.trained
+
+
+@pytest.mark.parametrize("seq_len", [2, 3, 16, 64])
+@pytest.mark.parametrize("train_on", ["completions", "all"])
+def test_over_length_is_split_and_each_token_learned_once(dataset, tokenizer, seq_len, train_on):
+    prompt, completion = LONG["prompt"], LONG["completion"]
+    ids = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+    options = {"train_on": train_on, "shuffle": False, "packing": False}
+    whole = dataset([LONG], seq_len=4096, **options)
+    ((one, _),) = whole.batches(epochs=1)
+    opened = dataset([LONG], seq_len=seq_len, over_length="split", **options)
+    audit = opened.audit
+    assert audit.trained == whole.audit.trained  # not one is lost
+    assert (audit.over_length, audit.split, audit.longest) == (1, 1, len(ids))
+    assert audit.parts == audit.samples + audit.unlearned == -(-(len(ids) - 1) // (seq_len - 1))
+    assert f"1 samples longer than seq_len split into {audit.parts}" in audit.lines()
+    batches = [batch for batch, _ in opened.batches(epochs=1)]
+    assert all(batch.input_ids.shape[1] <= seq_len for batch in batches)
+    learned = [label for batch in batches for label in batch.labels[0].tolist() if label >= 0]
+    assert learned == [label for label in one.labels[0].tolist() if label >= 0]
+    # Each begins with the last token of the one before.
+    for before, after in pairwise(batches):
+        assert before.input_ids[0, -1] == after.input_ids[0, 0]
+
+
+def test_a_prompt_alone_is_no_sample_of_a_split(dataset):
+    opened = dataset([GOOD, LONG], seq_len=16, over_length="split")
+    audit = opened.audit
+    assert audit.unlearned > 0 and audit.parts == audit.samples - 1 + audit.unlearned
+    assert {opened.place(number) for number in range(len(opened))} == {
+        opened.place(0), opened.place(len(opened) - 1)
+    }  # fmt: skip
+    assert all(batch.trained for batch, _ in opened.batches(epochs=1))
+
+
+def test_a_long_conversation_is_split(dataset, chat):
+    turns = [turn for i in range(8) for turn in asked(f"say {i}", f"{i} it is")["messages"]]
+    whole = dataset([{"messages": turns}], seq_len=4096)
+    opened = dataset([{"messages": turns}], seq_len=24, over_length="split", packing=False)
+    assert opened.audit.split == 1 and opened.audit.samples > 3
+    assert opened.audit.trained == whole.audit.trained
+    assert sum(batch.trained for batch, _ in opened.batches(epochs=1)) == whole.audit.trained
 
 
 def test_truncation_that_leaves_nothing_to_learn_is_no_training(dataset):

@@ -132,6 +132,8 @@ class AdapterFacts:
         GGUF's name of the architecture that it is for.
     base_model, base_fingerprint, base_commit : str or None
         What it says of its base; the commit on the Hub only if it is one.
+    tokenizer_change, template_change : str or None
+        What its own tokenizer, or chat template, has otherwise than the base's, in a sentence.
     base : BaseFacts or None
         The one that it is held against.
     """
@@ -157,6 +159,8 @@ class AdapterFacts:
     base_model: str | None = None
     base_fingerprint: str | None = None
     base_commit: str | None = None
+    tokenizer_change: str | None = None
+    template_change: str | None = None
     base: BaseFacts | None = None
 
     @property

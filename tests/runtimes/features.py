@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from loraformat.demo import SMALL_MODEL
+
 PREFIX = "base_model.model."
 LAYERS, HIDDEN, INNER, ROWS, KEYS = 2, 64, 96, 96, 48
 SHAPES = {
@@ -84,6 +86,13 @@ def _nan(tensors: Tensors) -> Tensors:
 
 def _zero(tensors: Tensors) -> Tensors:
     return {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in tensors.items()}
+
+
+def _more_tokens() -> str:
+    """The tokenizer of the base, with one token behind the others."""
+    tokenizer = json.loads((SMALL_MODEL / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({"id": 2048, "content": "<|turn|>", "special": True})
+    return json.dumps(tokenizer)
 
 
 def _of_rank(rank: int) -> dict[str, Any]:
@@ -157,6 +166,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         "change": _with(model__embed_tokens__lora_embedding_A=torch.ones(8, 2048) * 0.1,
                         model__embed_tokens__lora_embedding_B=torch.ones(HIDDEN, 8) * 0.1),
     },
+    "more tokens": {"files": {"tokenizer.json": _more_tokens}},
+    "chat template": {"files": {"chat_template.jinja": lambda: "{{ messages[0].content }}"}},
     "head": {"change": _with(lm_head__lora_A__weight=torch.ones(8, HIDDEN),
                              lm_head__lora_B__weight=torch.ones(2048, 8))},
 }  # fmt: skip
@@ -173,6 +184,8 @@ def write(feature: str, folder: Path) -> Path:
         _write_shards(folder, tensors)
     else:
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    for name, content in made.get("files", {}).items():
+        (folder / name).write_text(content())
     text = json.dumps(config(**made.get("config", {})), indent=2)
     (folder / "adapter_config.json").write_text(text)
     return folder

@@ -69,6 +69,8 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "unknown module": {"TARGET_UNKNOWN": (ALL, "")},
     "other shape": {"SHAPE_VS_BASE": (ALL, "")},
     "embedding": {"EMBEDDING": ("lorax", "vllm sglang")},
+    "more tokens": {"TOKENIZER_CHANGED": ("", ALL)},
+    "chat template": {"CHAT_TEMPLATE_CHANGED": ("", ALL)},
     "head": {},
 }
 
@@ -117,7 +119,7 @@ def test_every_treatment_is_of_a_rule():
 
 
 def test_without_a_base_nothing_is_guessed(adapter):
-    for feature in ("unknown module", "other shape"):
+    for feature in ("unknown module", "other shape", "more tokens", "chat template"):
         assert not found_in(check(adapter(feature)))
 
 

@@ -11,12 +11,14 @@ from typing import Any
 from loraformat import plugins
 from loraformat.architecture import tied_embedding
 from loraformat.bundle_update import adapter_place
+from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.checkpoint import Checkpoint
 from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
 from loraformat.layout import layer_of
 from loraformat.ops.adapter_base import open_base
+from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
 from loraformat.ops.open import descent_of
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.runtimes.architectures import gguf_architecture
@@ -157,7 +159,20 @@ def examine(
         facts = _facts(converter, path, AdapterReadOptions(opened, allow_pickle, True, True))
         if opened is None:
             return facts, None
-        return replace(facts, base=_base_facts(opened)), str(opened.path)
+        return _held(facts, path, opened), str(opened.path)
+
+
+def _held(facts: AdapterFacts, path: Path, base: Checkpoint) -> AdapterFacts:
+    """Return what is known of an adapter once it is held against its base."""
+    facts = replace(facts, base=_base_facts(base))
+    if not base.files:  # a config alone: nothing is known of its tokenizer
+        return facts
+    ours, its = tokenizer_beside(path), CarriedTokenizer(base.files, base.path)
+    return replace(
+        facts,
+        tokenizer_change=tokenizer_change(ours, its),
+        template_change=template_change(ours, its),
+    )
 
 
 def _facts(converter: Converter, path: Path, options: AdapterReadOptions) -> AdapterFacts:

@@ -51,5 +51,15 @@ LORAX = Runtime(
         "EMBEDDING": differs(_BY_NAME, "merge"),
         "MOE": differs(_BY_NAME, "merge"),
         "TIED_HEAD": differs("LoRAX knows the head, but not the embedding", "merge"),
+        "TOKENIZER_CHANGED": mind(
+            "LoRAX has one tokenizer for the base and all adapters (predibase/lorax#538)",
+            "advice",
+            "put the adapter's tokenizer files in the place of the base's",
+        ),
+        "CHAT_TEMPLATE_CHANGED": mind(
+            "LoRAX has one chat template for the base and all adapters (predibase/lorax#538)",
+            "advice",
+            "start it with --tokenizer-config-path and the adapter's tokenizer_config.json",
+        ),
     },
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from loraformat.runtimes.known.advice import INIT
-from loraformat.runtimes.record import Runtime, differs, refuses
+from loraformat.runtimes.record import Runtime, differs, mind, refuses
 from loraformat.runtimes.scaling import as_trained
 
 __all__ = ["MLX"]
+
+_MERGED = "a merged model has the tokenizer files of the base"
+_COPY = "copy the adapter's over those of the merged model"
 
 MLX = Runtime(
     name="mlx",
@@ -19,5 +22,7 @@ MLX = Runtime(
     treats={
         "INIT_MUTATES_BASE": differs("the factors belong to a changed base", "advice", INIT),
         "ALORA": refuses("it acts on some tokens only, and cannot be merged", "advice"),
+        "TOKENIZER_CHANGED": mind(_MERGED, "advice", _COPY),
+        "CHAT_TEMPLATE_CHANGED": mind(_MERGED, "advice", _COPY),
     },
 )

@@ -38,6 +38,12 @@ OLLAMA = replace(
             "architecture must be the base's",
             "gguf",
         ),
+        "CHAT_TEMPLATE_CHANGED": mind(
+            "the chat template is in the base's GGUF file, or in a Modelfile in a language of "
+            "Ollama's own",
+            "advice",
+            "say the adapter's template with TEMPLATE in the Modelfile",
+        ),
         "ROW_ORDER": mind(
             "Q and K of llama models are stored with reordered rows; Ollama's import of PEFT "
             "directories reorders A, where B has the rows",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraformat.runtimes.known.advice import INIT
-from loraformat.runtimes.record import Runtime, differs, refuses, unknown
+from loraformat.runtimes.record import Runtime, differs, mind, refuses, unknown
 from loraformat.runtimes.scaling import by_config
 
 __all__ = ["SGLANG"]
@@ -39,5 +39,16 @@ SGLANG = Runtime(
             "merge",
         ),
         "TIED_HEAD": unknown("what becomes of a tied head was not looked at", "merge"),
+        "TOKENIZER_CHANGED": mind(
+            "SGLang has one tokenizer for the base and all adapters, and refuses tokens beyond the "
+            "base's vocabulary",
+            "advice",
+            "start it with --tokenizer-path and the adapter's directory",
+        ),
+        "CHAT_TEMPLATE_CHANGED": mind(
+            "SGLang has one chat template for the base and all adapters",
+            "advice",
+            "start it with --chat-template and the adapter's template",
+        ),
     },
 )

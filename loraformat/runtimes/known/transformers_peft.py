@@ -31,5 +31,13 @@ TRANSFORMERS = Runtime(
             "too",
             "merge",
         ),
+        "TOKENIZER_CHANGED": mind(
+            "PEFT loads no tokenizer", "advice", "load the tokenizer from the adapter's directory"
+        ),
+        "CHAT_TEMPLATE_CHANGED": mind(
+            "PEFT loads no tokenizer, which has the chat template",
+            "advice",
+            "load the tokenizer from the adapter's directory",
+        ),
     },
 )

@@ -47,5 +47,15 @@ VLLM = Runtime(
             "merge",
         ),
         "TIED_HEAD": unknown("what becomes of a tied head was not looked at", "merge"),
+        "TOKENIZER_CHANGED": mind(
+            "vLLM has one tokenizer for the base and all adapters (vllm-project/vllm#24078)",
+            "advice",
+            "start it with --tokenizer and the adapter's directory",
+        ),
+        "CHAT_TEMPLATE_CHANGED": mind(
+            "vLLM has one chat template for the base and all adapters",
+            "advice",
+            "start it with --chat-template and the adapter's template",
+        ),
     },
 )

@@ -7,6 +7,7 @@ from loraformat.runtimes.rules.base import BASE_RULES
 from loraformat.runtimes.rules.files import FILE_RULES
 from loraformat.runtimes.rules.method import METHOD_RULES
 from loraformat.runtimes.rules.modules import MODULE_RULES
+from loraformat.runtimes.rules.prompts import PROMPT_RULES
 from loraformat.runtimes.rules.ranks import RANK_RULES
 from loraformat.runtimes.rules.scaling import SCALING_RULES
 from loraformat.runtimes.rules.values import VALUE_RULES
@@ -24,5 +25,6 @@ RULES: tuple[Rule, ...] = (
     *MODULE_RULES,
     *FILE_RULES,
     *BASE_RULES,
+    *PROMPT_RULES,
     *VALUE_RULES,
 )

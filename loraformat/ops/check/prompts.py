@@ -1,0 +1,155 @@
+"""What an adapter's own tokenizer files say otherwise than its base's.
+
+Runtimes take the base's. What is held against each other is what decides about the numbers that
+a model sees: the tokens with their numbers, the merges, first and last tokens, and the chat
+templates. How a file says it is not, for the same tokenizer is written anew by every version of
+the libraries, and by a conversion from GGUF.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraformat.carried_tokenizer import CarriedTokenizer
+from loraformat.checkpoint import CarriedFile
+from loraformat.errors import printable
+from loraformat.folder import Folder
+
+__all__ = ["template_change", "tokenizer_beside", "tokenizer_change"]
+
+_MAX_BYTES = 128 << 20
+_NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_MODEL = "tokenizer.model"
+_ROLES = {"bos": "begins texts with", "eos": "ends texts with"}
+
+
+def tokenizer_beside(adapter: Path) -> CarriedTokenizer:
+    """Return what lies beside an adapter's weights; of a single file nothing does.
+
+    Parameters
+    ----------
+    adapter : Path
+    """
+    files = []
+    if adapter.is_dir():
+        folder = Folder(adapter)
+        for name in filter(folder.has, _NAMES):
+            read = partial(folder.read, name, _MAX_BYTES)
+            files.append(CarriedFile(name, folder.size(name), read))
+    return CarriedTokenizer(files, adapter)
+
+
+def tokenizer_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
+    """Say where a text would become other numbers than with the base's tokenizer.
+
+    Parameters
+    ----------
+    ours : CarriedTokenizer
+        The adapter's.
+    base : CarriedTokenizer
+
+    Returns
+    -------
+    str or None
+        A sentence without a full stop; None if nothing is different, or known.
+
+    Raises
+    ------
+    InputError
+        If a file is damaged.
+    """
+    return _vocabulary(ours, base) or _merges(ours, base) or _roles(ours, base)
+
+
+def template_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
+    """Say which chat template is another than the base's; as `tokenizer_change`."""
+    there = base.chat_templates
+    for name, text in ours.chat_templates.items():
+        called = "" if name == "default" else f" {printable(name)}"
+        if name not in there:
+            return f"brings a chat template{called}, and its base has none"
+        if text.rstrip("\n") != there[name].rstrip("\n"):  # which the template's language drops
+            return f"brings another chat template{called} than its base's"
+    return None
+
+
+def _vocabulary(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
+    here, there = _tokens(ours), _tokens(base)
+    if not here or not there:
+        both = ours.has(_MODEL) and base.has(_MODEL)
+        return f"its {_MODEL} is another" if both and _differ(_MODEL, ours, base) else None
+    new = [text for text in here if text not in there]
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        return f"its tokenizer has {printable(new[0])}{more}, which the base's has not"
+    for text, number in here.items():
+        if there[text] != number:
+            return (
+                f"its tokenizer gives {printable(text)} the number {printable(number)}, and the "
+                f"base's {printable(there[text])}"
+            )
+    return None
+
+
+def _merges(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
+    here, there = (_model(tokenizer).get("merges") for tokenizer in (ours, base))
+    if not isinstance(here, list) or not isinstance(there, list):
+        return None
+    return "its tokenizer merges otherwise" if _pairs(here) != _pairs(there) else None
+
+
+def _roles(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
+    for kind, does in _ROLES.items():
+        here, there = ours.special.get(kind), base.special.get(kind)
+        if here is not None and there is not None and here != there:
+            return f"its tokenizer {does} {printable(here)}, and the base's with {printable(there)}"
+        adds = [t.config.get(f"add_{kind}_token") for t in (ours, base)]
+        if {True, False} == {add for add in adds if isinstance(add, bool)}:
+            who = "its tokenizer" if adds[0] else "the base's tokenizer"
+            other = "the base's" if adds[0] else "its own"
+            return f"{who} adds a token where it {does.split()[0]} a text, and {other} does not"
+    return None
+
+
+def _differ(name: str, ours: CarriedTokenizer, base: CarriedTokenizer) -> bool:
+    return ours.size(name) != base.size(name) or ours.bytes(name) != base.bytes(name)
+
+
+def _model(tokenizer: CarriedTokenizer) -> dict[str, Any]:
+    found = tokenizer.tokenizer.get("model")
+    return found if isinstance(found, dict) else {}
+
+
+def _tokens(tokenizer: CarriedTokenizer) -> dict[str, object]:
+    """Return the number of each token; nothing where no file that can be read here says it."""
+    vocabulary = _model(tokenizer).get("vocab", tokenizer.json("vocab.json"))
+    if isinstance(vocabulary, list):  # of pieces with scores
+        firsts = (piece[0] if isinstance(piece, list) and piece else None for piece in vocabulary)
+        vocabulary = {str(first): number for number, first in enumerate(firsts)}
+    if not vocabulary and tokenizer.has("vocab.txt"):
+        lines = tokenizer.bytes("vocab.txt").decode("utf-8", "replace").splitlines()
+        vocabulary = {line: number for number, line in enumerate(lines)}
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        return {}
+    added = tokenizer.tokenizer.get("added_tokens")
+    listed = [one for one in added if isinstance(one, dict)] if isinstance(added, list) else []
+    more = {str(one.get("content")): one.get("id") for one in listed}
+    return {**vocabulary, **tokenizer.json("added_tokens.json"), **more}
+
+
+def _pairs(merges: list[Any]) -> list[Any]:
+    """Return merges in the older of the two ways in which they are written."""
+    return [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in merges]

@@ -1,40 +1,67 @@
 """QLoRA on memory-mapped shards: an adapter trained against a bundle that stays on disk.
 
 The names below are loaded on first use; this is the only package that needs transformers.
+
+OpenMP's threads spin while they wait, unless ``OMP_WAIT_POLICY`` says otherwise before torch is
+imported. Importing this package says so, as loraformat's commands do, if it comes before torch and
+the variable is not set.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if TYPE_CHECKING:
     from loraformat.train.batch import Batch as Batch
+    from loraformat.train.lora.loraplus import parameter_groups as parameter_groups
     from loraformat.train.lora.options import LoraOptions as LoraOptions
     from loraformat.train.model import TrainableModel as TrainableModel
     from loraformat.train.opening import load as load
+    from loraformat.train.run.compare import Comparison as Comparison
     from loraformat.train.run.compare import evaluate as evaluate
+    from loraformat.train.run.generation import GenerationOptions as GenerationOptions
     from loraformat.train.run.options import TrainOptions as TrainOptions
+    from loraformat.train.run.report import TrainReport as TrainReport
     from loraformat.train.run.verb import train as train
+    from loraformat.train.run.write_on import Written as Written
+    from loraformat.train.run.write_on import write_on as write_on
 
 _HOMES = {
     "Batch": ("loraformat.train.batch", "Batch"),
+    "Comparison": ("loraformat.train.run.compare", "Comparison"),
+    "GenerationOptions": ("loraformat.train.run.generation", "GenerationOptions"),
     "LoraOptions": ("loraformat.train.lora.options", "LoraOptions"),
     "TrainOptions": ("loraformat.train.run.options", "TrainOptions"),
+    "TrainReport": ("loraformat.train.run.report", "TrainReport"),
     "TrainableModel": ("loraformat.train.model", "TrainableModel"),
+    "Written": ("loraformat.train.run.write_on", "Written"),
     "evaluate": ("loraformat.train.run.compare", "evaluate"),
     "load": ("loraformat.train.opening", "load"),
+    "parameter_groups": ("loraformat.train.lora.loraplus", "parameter_groups"),
     "train": ("loraformat.train.run.verb", "train"),
+    "write_on": ("loraformat.train.run.write_on", "write_on"),
 }
 
 __all__ = [
     "Batch",
+    "Comparison",
+    "GenerationOptions",
     "LoraOptions",
     "TrainOptions",
+    "TrainReport",
     "TrainableModel",
+    "Written",
     "evaluate",
     "load",
+    "parameter_groups",
     "train",
+    "write_on",
 ]
 
 

@@ -11,6 +11,7 @@ import click
 from loraformat.cli.console import Resumable, echo_json, json_option, quiet_option, say
 from loraformat.cli.options import dry_run_option, force_option
 from loraformat.cli.train_options import chosen, setting_options
+from loraformat.errors import InputError
 
 _EXAMPLE = """\b
 Example:
@@ -80,13 +81,26 @@ def command(
 
 
 def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:
-    """Return the options of the run that goes on; so ``-o ADAPTER --resume`` is enough."""
+    """Return the options of the run that goes on; so ``-o ADAPTER --resume`` is enough.
+
+    Raises
+    ------
+    InputError
+        If there is no such run, and nothing that says how to begin one.
+    """
     if not resume or not given["output"]:
         return None
     from loraformat.train.run.run_directory import RunDirectory
 
-    path = RunDirectory(Path(given["output"])).config
-    return path if path.is_file() else None
+    directory = RunDirectory(Path(given["output"]))
+    if directory.config.is_file():
+        return directory.config
+    if not given["base"]:
+        raise InputError(
+            "holds no run to go on with", path=directory.path,
+            hint="give the --output that it was begun with, or base and data to begin",
+        )  # fmt: skip
+    return None
 
 
 def _leads() -> bool:

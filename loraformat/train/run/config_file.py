@@ -179,16 +179,20 @@ _CONVERSIONS = {
 def dump(options: Mapping[str, Any]) -> str:
     """Return options, as `TrainOptions.to_json` gives them, as YAML.
 
-    What is not set is left out, so that the text can be read back.
+    What is not set is left out, and so is what is empty by default; the text can be read back.
 
     Examples
     --------
-    >>> print(dump({"rank": 8, "targets": ["mlp"], "alpha": None}), end="")
+    >>> print(dump({"rank": 8, "targets": [], "ranks": {}, "alpha": None}), end="")
     rank: 8
-    targets:
-    - mlp
+    targets: []
     """
     import yaml
 
-    told = {name: value for name, value in options.items() if value not in (None, "", [], {})}
+    empty = {setting.flag: setting.plain(setting.default) for setting in SETTINGS}
+    told = {
+        name: value
+        for name, value in options.items()
+        if value is not None and (value not in ("", [], {}) or value != empty.get(name))
+    }
     return str(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))

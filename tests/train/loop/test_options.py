@@ -65,6 +65,9 @@ def test_what_is_written_is_what_was_read(tmp_path):
     assert TrainOptions(**config_file.read(write(tmp_path / "b.yaml", text))) == first
     text = config_file.dump(TrainOptions().to_json())
     assert TrainOptions(**config_file.read(write(tmp_path / "c.yaml", text))) == TrainOptions()
+    emptied = TrainOptions(targets=(), embeddings=True, split="")  # and not by default
+    text = config_file.dump(emptied.to_json())
+    assert TrainOptions(**config_file.read(write(tmp_path / "d.yaml", text))) == emptied
 
 
 def test_every_option_has_a_flag():

@@ -118,6 +118,7 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
     ("arguments", "code", "said"),
     [
         (["train"], 2, "there is no base to train on"),
+        (["train", "-o", "a", "--resume"], 3, "a.run: holds no run to go on with"),
         (["train", "BUNDLE"], 2, "there is no name for the new adapter"),
         (["train", "BUNDLE", "-o", "a"], 2, "there are no data to train on"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--targets", "q_prj"], 2, "q_proj"),

@@ -81,18 +81,28 @@ def test_another_seed_writes_others(train_to, tmp_path):
     assert one["adapter_model.safetensors"] != other["adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("step", [1, 4, 5])
-def test_killed_and_gone_on_is_bit_for_bit(train_to, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (1, {}),
+        (4, {}),
+        (5, {}),
+        # What is taken off beside the factors is no parameter: it is found in the base again.
+        (3, {"init": "pissa"}),
+        (3, {"init": "pissa", "dora": True}),
+    ],
+)
+def test_killed_and_gone_on_is_bit_for_bit(train_to, tmp_path, monkeypatch, step, changes):
     """P7."""
     output = Path("a")  # the record holds the name
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "whole")
-    train_to(output)
+    train_to(output, **changes)
     monkeypatch.chdir(tmp_path / "killed")
     with pytest.raises(Killed):
-        train_to(output, save_every=step, observe=killer(step))
-    assert train_to(output, resume=True).notes == []
+        train_to(output, save_every=step, observe=killer(step), **changes)
+    assert train_to(output, resume=True, **changes).notes == []
     assert files_of(tmp_path / "whole" / "a") == files_of(tmp_path / "killed" / "a")
     assert losses(tmp_path / "whole" / "a") == losses(tmp_path / "killed" / "a")
 

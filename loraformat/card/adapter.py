@@ -115,6 +115,7 @@ def _use(facts: AdapterFacts) -> str:
         rank=max(facts.ranks, default=1),
         gguf=gguf,
         base_gguf=f"{base_name}.gguf",
+        revision=facts.base.revision,
     )
     generates = facts.task in (None, "CAUSAL_LM")
     parts = []
@@ -131,11 +132,11 @@ def _use(facts: AdapterFacts) -> str:
 
 def _fetch(facts: AdapterFacts, use: Use) -> str:
     """Return how the two files for llama.cpp come to be."""
-    base = f"loraformat convert {facts.base.repo} {use.base_gguf} --dtype f16"
+    base = f"loraformat convert {use.pinned_base} {use.base_gguf} --dtype f16"
     if facts.gguf:
         lora = f"hf download {facts.repo} {facts.gguf} --local-dir ."
     else:
-        lora = f"loraformat convert {facts.repo} {use.gguf} --base {facts.base.repo}"
+        lora = f"loraformat convert {facts.repo} {use.gguf} --base {use.pinned_base}"
     return fence(f"{base}\n{lora}", "sh")
 
 

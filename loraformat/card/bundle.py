@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from loraformat.card.document import Document
+from loraformat.card.document import BUNDLE_TAGS, Document
 from loraformat.card.facts import BundleFacts
 from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, nbytes, numbers, table
@@ -22,7 +22,7 @@ def bundle_card(facts: BundleFacts) -> Document:
     facts : BundleFacts
     """
     generates = re.search(r"ForCausalLM$|LMHeadModel$", facts.architecture or "")
-    tags = ["loraformat", *(["nf4", "4-bit", "bitsandbytes"] if facts.block_sizes else [])]
+    tags = list(BUNDLE_TAGS if facts.block_sizes else BUNDLE_TAGS[:1])
     body = joined(
         [
             _sentence(facts),

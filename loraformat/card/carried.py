@@ -1,14 +1,14 @@
-"""Cards that travel with an adapter whose weights were written anew."""
+"""Cards that travel with weights that were written anew."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from loraformat.card.document import without_facts
+from loraformat.card.document import own_words, without_facts
 from loraformat.checkpoint import CarriedFile
 from loraformat.manifest import CARD_NAME
 
-__all__ = ["with_true_card"]
+__all__ = ["with_own_words", "with_true_card"]
 
 _MAX_CARD_BYTES = 4 << 20
 
@@ -24,15 +24,42 @@ def with_true_card(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
     return tuple(_true(file) if file.path == CARD_NAME else file for file in files)
 
 
+def with_own_words(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
+    """Return the files of a base whose card is what people wrote; none if they wrote nothing.
+
+    What is made of a bundle is another thing: its card, with sizes and hashes, would be untrue.
+
+    Parameters
+    ----------
+    files : iterable of CarriedFile
+    """
+    kept = []
+    for file in files:
+        text = _text(file) if file.path == CARD_NAME else None
+        words = None if text is None else own_words(text)
+        if text is None or words == text:
+            kept.append(file)
+        elif words is not None:
+            kept.append(_of_text(file.path, words))
+    return tuple(kept)
+
+
 def _true(file: CarriedFile) -> CarriedFile:
+    written = _text(file)
+    kept = None if written is None else without_facts(written)
+    return file if kept is None or kept == written else _of_text(file.path, kept)
+
+
+def _text(file: CarriedFile) -> str | None:
+    """Return a card's text; None if it is none, or too long to be one."""
     if file.nbytes > _MAX_CARD_BYTES:
-        return file
+        return None
     try:
-        written = file.read().decode("utf-8")
+        return file.read().decode("utf-8")
     except UnicodeDecodeError:
-        return file
-    kept = without_facts(written)
-    if kept == written:
-        return file
-    data = kept.encode("utf-8")
-    return CarriedFile(file.path, len(data), lambda: data)
+        return None
+
+
+def _of_text(path: str, text: str) -> CarriedFile:
+    data = text.encode("utf-8")
+    return CarriedFile(path, len(data), lambda: data)

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraformat.card.front_matter import compose, merge, split
+from loraformat.errors import InputError
 
-__all__ = ["BEGIN", "END", "Document", "is_template", "without_facts"]
+__all__ = ["BEGIN", "BUNDLE_TAGS", "END", "Document", "is_template", "own_words", "without_facts"]
 
 BEGIN = "<!-- loraformat: the part between these two lines is generated; edit around it -->"
 END = "<!-- loraformat: end of the generated part -->"
 _PART = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+_TITLE = re.compile(r"\A\s*#[^\n]*")
+#: What tags say of a bundle, and would say wrongly of what is made of it.
+BUNDLE_TAGS = ("loraformat", "nf4", "4-bit", "bitsandbytes")
 #: An untouched template says this often that it says nothing.
 _EMPTY_SECTIONS = 25
 
@@ -37,6 +41,39 @@ def without_facts(text: str) -> str:
     '# Mine\n\nWords.\n'
     """
     return re.sub(rf"{_PART.pattern}\n*", "", text, flags=re.DOTALL)
+
+
+def own_words(text: str) -> str | None:
+    r"""Return what people wrote of a card, as it is if nothing of it is generated.
+
+    Returns
+    -------
+    str or None
+        None if there is a generated part, and around it nothing but its title. Front matter that
+        says how the weights relate to a base goes, too.
+
+    Examples
+    --------
+    >>> own_words(f"---\ntags: [nf4, x]\n---\n# A\n\n{BEGIN}\n4.1 bits\n{END}\n\nWords.\n")
+    '---\ntags:\n- x\n---\n# A\n\nWords.\n'
+    >>> own_words(f"# A\n\n{BEGIN}\n4.1 bits\n{END}\n") is None
+    True
+    """
+    if not _PART.search(text):
+        return text
+    kept = without_facts(text)
+    try:
+        fields, body = split(kept)
+    except InputError:  # what the Hub would not read is not for us to mend
+        return kept
+    if not _TITLE.sub("", body, count=1).strip():
+        return None
+    fields.pop("base_model_relation", None)
+    if isinstance(tags := fields.get("tags"), list):
+        fields["tags"] = [tag for tag in tags if tag not in BUNDLE_TAGS]
+    # Our title, before a card that has one of its own.
+    body = re.sub(r"\A\s*# [^\n]*\s+(?=# )", "", body)
+    return (compose(fields) if fields else "") + body
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from loraformat import plugins
+from loraformat.card.carried import with_own_words
 from loraformat.checkpoint import Checkpoint
 from loraformat.config_json import MAX_CONFIG_BYTES, split
 from loraformat.errors import UnsupportedError, UsageError
@@ -72,7 +74,9 @@ def open_model(source: str | Path) -> Checkpoint:
 def open_with(
     source: Source, reader: Converter, *, dtype: str | None = None, config: str | Path | None = None
 ) -> Checkpoint:
-    """Open a base with what a format without ``config.json``, or of other numbers, leaves open.
+    """Open a base from which another is made, without a card that was written of itself alone.
+
+    What a format without ``config.json``, or of other numbers, leaves open is said here.
 
     Parameters
     ----------
@@ -93,12 +97,16 @@ def open_with(
     if reader.read_with is None:
         if config is not None:
             raise UsageError(f"--config is for GGUF files, and {source.path} is {reader.name}")
-        return reader.read(source.path)
+        return _with_own_words(reader.read(source.path))
     raw = None
     if config is not None:
         place = Path(config)
         raw, _ = split(Folder(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
-    return reader.read_with(source.path, ReadOptions(raw, dtype))
+    return _with_own_words(reader.read_with(source.path, ReadOptions(raw, dtype)))
+
+
+def _with_own_words(model: Checkpoint) -> Checkpoint:
+    return replace(model, files=with_own_words(model.files))
 
 
 def fingerprint_of(model: Checkpoint) -> str | None:

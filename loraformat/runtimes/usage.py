@@ -51,6 +51,8 @@ class Use:
         The base's.
     prompt : str
         For the examples.
+    revision : str, optional
+        Commit of the base, which is a Hub id then.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class Use:
     gguf: str = "lora.gguf"
     base_gguf: str = "model.gguf"
     prompt: str = _PROMPT
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -76,6 +79,16 @@ class Use:
                     "characters",
                     hint="give the adapter, or its base, another name",
                 )
+
+    @property
+    def pinned_base(self) -> str:
+        """The base as loraformat loads it: ``org/name@commit``, where the commit is known."""
+        return f"{self.base}@{self.revision}" if self.revision else self.base
+
+    @property
+    def revision_option(self) -> str:
+        """``--revision`` with a blank before it, for a shell; empty where none is known."""
+        return f" --revision {shlex.quote(self.revision)}" if self.revision else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +130,15 @@ def transformers(use: Use) -> Snippet:
     >>> print(transformers(Use("polite", "org/base", "org/polite", 8)).text.split("\n")[3])
     base = "org/base"
     """
+    said = f"\nrevision = {json.dumps(use.revision)}" if use.revision else ""
+    pinned = ", revision=revision" if use.revision else ""
     text = f"""\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = {json.dumps(use.base)}
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+base = {json.dumps(use.base)}{said}
+tokenizer = AutoTokenizer.from_pretrained(base{pinned})
+model = AutoModelForCausalLM.from_pretrained(base{pinned}, dtype="auto")
 model = PeftModel.from_pretrained(model, {json.dumps(use.adapter)})
 inputs = tokenizer({json.dumps(use.prompt)}, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)
@@ -160,7 +175,7 @@ def vllm(use: Use) -> Snippet:
         )
     request = {"model": use.name, "prompt": use.prompt, "max_tokens": 64}
     text = f"""\
-vllm serve {_path(use.base)} --enable-lora \\
+vllm serve {_path(use.base)}{use.revision_option} --enable-lora \\
   --max-lora-rank {limit} --lora-modules {shlex.quote(f"{use.name}={use.adapter}")}
 
 {_request("http://127.0.0.1:8000/v1/completions", request)}"""
@@ -183,7 +198,7 @@ def sglang(use: Use) -> Snippet:
         "lora_path": use.name,
     }
     text = f"""\
-python -m sglang.launch_server --model-path {_path(use.base)} --enable-lora \\
+python -m sglang.launch_server --model-path {_path(use.base)}{use.revision_option} --enable-lora \\
   --max-lora-rank {use.rank} --lora-paths {shlex.quote(f"{use.name}={use.adapter}")}
 
 {_request("http://127.0.0.1:30000/generate", request)}"""
@@ -214,7 +229,7 @@ def lorax(use: Use, *, local: bool = True) -> Snippet:
         },
     }
     text = f"""\
-lorax-launcher --model-id {_path(use.base)} --port 8080
+lorax-launcher --model-id {_path(use.base)}{use.revision_option} --port 8080
 
 {_request("http://127.0.0.1:8080/generate", request)}"""
     return Snippet("lorax", "run_lorax.sh", "sh", text)
@@ -267,7 +282,7 @@ def mlx(use: Use) -> Snippet:
     """
     merged = _path(f"{use.name}-merged")
     text = f"""\
-loraformat merge {_path(use.base)} {_path(use.adapter)} -o {merged}
+loraformat merge {_path(use.pinned_base)} {_path(use.adapter)} -o {merged}
 mlx_lm.generate --model {merged} --prompt {shlex.quote(use.prompt)}
 """
     return Snippet("mlx", "run_mlx.sh", "sh", text)

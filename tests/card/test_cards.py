@@ -71,7 +71,11 @@ def test_an_adapter_says_what_it_is():
     assert 'PeftModel.from_pretrained(model, "me/polite")' in text
     assert "--max-lora-rank 16 --lora-modules polite=me/polite" in text
     assert "llama-server -m base_model.gguf --lora polite.gguf" in text
-    assert "loraformat convert me/polite polite.gguf --base org/base_model" in text
+    pinned = f"org/base_model@{'b' * 40}"
+    assert f"loraformat convert {pinned} base_model.gguf --dtype f16" in text
+    assert f"loraformat convert me/polite polite.gguf --base {pinned}" in text
+    assert f'revision = "{"b" * 40}"\n' in text
+    assert f"vllm serve org/base_model --revision {'b' * 40} --enable-lora" in text
     assert "ADAPTER ./polite.gguf" in text
 
 

@@ -48,6 +48,8 @@ def test_the_card_names_the_commit_of_the_base(push, shelf, revision):
     assert push("local", "me/new", "--base-model", f"org/base@{revision}").returncode == 0
     card = published(shelf)["README.md"].decode()
     assert f"| revision of the base | `{BASE_COMMIT}` |" in card
+    assert f'revision = "{BASE_COMMIT}"' in card
+    assert f"loraformat convert org/base@{BASE_COMMIT} base.gguf" in card
 
 
 def test_a_revision_that_the_base_does_not_have(push, shelf):

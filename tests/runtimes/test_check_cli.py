@@ -195,6 +195,22 @@ def test_write(run, adapter, base, tmp_path):
     assert all(line.startswith("# ") for line in lines[:-2])
 
 
+def test_the_commit_of_the_base_that_an_adapter_names_is_loaded(run, adapter, tmp_path):
+    folder, commit = tmp_path / "A", "0123456789" * 4
+    shutil.copytree(adapter("plain"), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": commit}))
+    assert run(folder, "--write", "run").code == 0
+    assert (
+        f"vllm serve org/tiny-llama --revision {commit}"
+        in (tmp_path / "run" / "run_vllm.sh").read_text()
+    )
+    assert (
+        f"loraformat convert org/tiny-llama@{commit} model.gguf"
+        in (tmp_path / "run" / "run_llama_cpp.sh").read_text()
+    )
+
+
 def test_the_files_of_a_gguf_adapter_name_it(run, adapter, base, tmp_path):
     with pytest.raises(SystemExit):
         main(["convert", str(adapter("plain")), str(tmp_path / "a b.gguf"), "--base", str(base),

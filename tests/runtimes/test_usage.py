@@ -51,6 +51,26 @@ def test_vllm_gets_a_limit_that_it_accepts(rank, limit):
     assert words[words.index("--max-lora-rank") + 1] == str(limit)
 
 
+COMMIT = "0123456789" * 4
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "sglang", "lorax", "mlx", "transformers"])
+def test_a_known_commit_of_the_base_is_what_is_loaded(runtime):
+    text = snippet(runtime, dataclasses.replace(PLAIN, revision=COMMIT)).text
+    if runtime == "transformers":
+        compile(text, "script", "exec")
+        assert f'base = "org/base"\nrevision = "{COMMIT}"\n' in text
+        assert text.count("(base, revision=revision") == 2
+    elif runtime == "mlx":
+        assert shell_words(text)[2] == f"org/base@{COMMIT}"
+    else:
+        words = shell_words(text)
+        assert words[words.index("--revision") + 1] == COMMIT
+        assert words[words.index("org/base") + 1] == "--revision"
+    assert COMMIT not in snippet(runtime, PLAIN).text
+    assert "revision" not in snippet(runtime, PLAIN).text
+
+
 def test_vllm_serves_no_larger_rank():
     with pytest.raises(UsageError, match="reduce"):
         vllm(dataclasses.replace(PLAIN, rank=513))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraformat.errors import OutputError, UsageError
-from loraformat.hub import resolve
+from loraformat.hub import hub_id, resolve
 from loraformat.ops.check.verb import CheckReport
 from loraformat.publish_file import open_publication
 from loraformat.runtimes.judge import obstacles
@@ -87,15 +87,21 @@ def _use(report: CheckReport, base: str | None) -> Use:
     named = base or report.base or report.facts.base_model
     if not named:
         raise UsageError("neither the adapter nor you name its base", hint="name it with --base")
+    repo, revision = named, None
+    if not os.path.lexists(named) and (found := hub_id(named)) is not None:
+        repo, revision = found
+        if named == report.facts.base_model:
+            revision = revision or report.facts.base_commit
     stem = Names(report.path).stem
     is_gguf = report.format == "gguf-lora"
     return Use(
         name=stem,
-        base=_placed(named),
+        base=_placed(repo),
         adapter=_placed(report.path),
         rank=max(report.facts.rank, 1),
         gguf=_placed(report.path) if is_gguf else f"{stem}.gguf",
         base_gguf=_placed(named) if named.endswith(".gguf") else "model.gguf",
+        revision=revision,
     )
 
 
@@ -119,9 +125,9 @@ def _conversions(use: Use, *, comment: bool) -> str:
     """Return the commands that make the GGUF files which the lines after them name."""
     lines = []
     if use.base_gguf == "model.gguf":
-        lines.append(f"loraformat convert {shlex.quote(use.base)} model.gguf --dtype f16")
+        lines.append(f"loraformat convert {shlex.quote(use.pinned_base)} model.gguf --dtype f16")
     lines.append(
         f"loraformat convert {shlex.quote(use.adapter)} {shlex.quote(use.gguf)} "
-        f"--base {shlex.quote(use.base)}"
+        f"--base {shlex.quote(use.pinned_base)}"
     )
     return "".join(f"{'# ' if comment else ''}{line}\n" for line in lines)

@@ -19,7 +19,15 @@ from loraformat.train.batch import IGNORED, Batch
 from loraformat.train.loop.distributed import World
 from loraformat.train.loop.gradients import clipped_mean, flat, non_finite, spread
 
-__all__ = ["Differentiable", "StepSums", "accumulate", "add_up", "joined", "mean_gradient"]
+__all__ = [
+    "Differentiable",
+    "StepSums",
+    "accumulate",
+    "add_up",
+    "diverged_elsewhere",
+    "joined",
+    "mean_gradient",
+]
 
 _SHOWN_SAMPLES = 4
 
@@ -115,7 +123,15 @@ def _diverged(what: str, batches: Sequence[Batch], place: Place) -> DivergedErro
     more = f" and {len(rows) - _SHOWN_SAMPLES} more" if len(rows) > _SHOWN_SAMPLES else ""
     return DivergedError(
         f"{what}, with the samples {shown}{more}; nothing was updated with it",
-        hint="look at them, or use a smaller --lr or --clip; the last checkpoint is whole",
+        hint="look at them, or use a smaller --lr or --clip; earlier checkpoints are whole",
+    )
+
+
+def diverged_elsewhere(step: int) -> DivergedError:
+    """Return the error of a rank whose own losses of a step, the first being 0, are sound."""
+    return DivergedError(
+        f"a loss of step {step + 1} is not finite on another process, which names the samples",
+        hint="see what it said",
     )
 
 

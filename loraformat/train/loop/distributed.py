@@ -8,12 +8,13 @@ sums that every rank needs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from loraformat.errors import UsageError
+from loraformat.errors import LoraFormatError, UsageError, printable
 
 __all__ = ["World", "added_up", "own_device"]
 
@@ -40,6 +41,20 @@ def own_device(device: str) -> str:
     """
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "cuda" and local is not None else device
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """Say of a process that has ended what it means for those that wait for it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise LoraFormatError(
+            f"another process of this run has ended, or does not answer: {printable(error)}",
+            hint="see what it said; the run goes on with --resume",
+        ) from error
 
 
 class World:
@@ -98,7 +113,8 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(vector)
+            with _talking():
+                dist.all_reduce(vector)
 
     def sum_numbers(self, numbers: Sequence[float], device: str | torch.device) -> list[float]:
         """Return numbers added up over all ranks, in float64."""
@@ -117,7 +133,8 @@ class World:
         gathered: list[dict[str, torch.Tensor]] = [{} for _ in range(self.size)]
         for name, tensor in tensors.items():
             copies = [torch.empty_like(tensor) for _ in range(self.size)]
-            dist.all_gather(copies, tensor.contiguous())
+            with _talking():
+                dist.all_gather(copies, tensor.contiguous())
             for copied, members in zip(copies, gathered, strict=True):
                 members[name] = copied
         return gathered
@@ -129,7 +146,8 @@ class World:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _talking():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def copy_first(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -138,7 +156,8 @@ class World:
             import torch.distributed as dist
 
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), src=0)
+                with _talking():
+                    dist.broadcast(tensor.detach(), src=0)
 
     def leave(self) -> None:
         """End the talk, if `join` began it."""

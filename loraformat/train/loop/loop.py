@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from loraformat.errors import InputError, printable
+from loraformat.errors import DivergedError, InputError, printable
 from loraformat.train.batch import Batch
 from loraformat.train.loop import memory, saved_state
 from loraformat.train.loop.accumulation import (
@@ -24,6 +24,7 @@ from loraformat.train.loop.accumulation import (
     StepSums,
     accumulate,
     add_up,
+    diverged_elsewhere,
     mean_gradient,
 )
 from loraformat.train.loop.distributed import World, added_up
@@ -233,12 +234,13 @@ class Loop:
         try:
             with interruption.at_once():
                 batches, places = self._take()
-                sums = accumulate(
-                    self.model, batches, seed=self.options.seed, step=self.state.step,
-                    world=self.world, layer_major=self.options.layer_major, place=self.place,
-                )  # fmt: skip
-            flags = [interruption.wanted, self.world.leads and self._is_late()]
+                sums, diverged = self._accumulate(batches)
+            flags = [
+                interruption.wanted, self.world.leads and self._is_late(), diverged is not None,
+            ]  # fmt: skip
             sums = add_up(sums, self._parameters, self.world, flags)
+            if sums.flags[2] > 0:  # all ranks know, and end together
+                raise diverged or diverged_elsewhere(self.state.step)
             rate, length = self._update(sums, batches)
         except BaseException:
             self.model.load_extra_state(before)
@@ -250,6 +252,17 @@ class Loop:
         self._tell_step(sums, rate, length, time.monotonic() - begun)
         if self.world.size > 1 and sums.flags[0] > 0:  # all ranks know, and stop here
             raise KeyboardInterrupt
+
+    def _accumulate(self, batches: list[Batch]) -> tuple[StepSums, DivergedError | None]:
+        """Return this rank's sums; what it found is not raised before the others know it, too."""
+        try:
+            sums = accumulate(
+                self.model, batches, seed=self.options.seed, step=self.state.step,
+                world=self.world, layer_major=self.options.layer_major, place=self.place,
+            )  # fmt: skip
+        except DivergedError as error:
+            return StepSums(), error
+        return sums, None
 
     def _take(self) -> tuple[list[Batch], list[dict[str, Any]]]:
         taken = list(islice(self.stream, self.options.grad_accum))

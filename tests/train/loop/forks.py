@@ -4,6 +4,7 @@
 
     python forks.py kills PLACE WORK COUNT     kill -9 so many runs at random
     python forks.py ranks PLACE WORK           stop two ranks with Ctrl-C, and go on
+    python forks.py lost PLACE WORK            kill one of two ranks
 
 A process of its own, since a fork must have one thread.
 """
@@ -134,9 +135,20 @@ def ranks(place, work):
     print("two ranks stopped and went on")
 
 
+def lost(place, work):
+    """Kill the second of two ranks: the first says that it waits for nobody."""
+
+    def die(event):
+        if event["event"] == "step" and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    first, second = pair(place, work, die)
+    assert ended(first, second) == [1, -signal.SIGKILL]
+
+
 if __name__ == "__main__":
     wanted, where, there, *rest = sys.argv[1:]
     if wanted == "kills":
         kills(Path(where), Path(there), int(rest[0]))
     else:
-        ranks(Path(where), Path(there))
+        {"ranks": ranks, "lost": lost}[wanted](Path(where), Path(there))

@@ -17,12 +17,13 @@ def work(tmp_path):
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def run(start, *arguments):
+def run(start, *arguments, said=""):
     process = start(
         FORKS, *arguments, cwd=FORKS.parents[3], env={"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     )
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
+    assert said in err
     return out
 
 
@@ -34,3 +35,7 @@ def test_fifty_kills(start, place, work):
 
 def test_two_ranks_stop_together_and_go_on(start, place, work):
     assert run(start, "ranks", place, work) == "two ranks stopped and went on\n"
+
+
+def test_a_rank_that_is_lost_is_not_waited_for(start, place, work):
+    run(start, "lost", place, work, said="LoraFormatError: another process of this run has ended")

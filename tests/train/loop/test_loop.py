@@ -346,6 +346,33 @@ def test_nan_stops_with_the_samples_named(tmp_path):
     assert same(found.part("extra:0:"), loop.model.extra_state())
 
 
+class Talk(World):
+    """One of two ranks; what the other says is made up."""
+
+    def __init__(self, diverged):
+        super().__init__(0, 2)
+        self.diverged, self.sums = diverged, 0
+
+    def sum(self, vector):
+        self.sums += 1
+        vector[-1] += self.diverged  # the last flag
+
+
+def test_ranks_stop_together_when_one_finds_nan(tmp_path):
+    (tmp_path / "own").mkdir()
+    poisoned = FakeModel()
+    poisoned.b.data.fill_(math.nan)
+    world = Talk(diverged=0)
+    with pytest.raises(DivergedError, match="step 1 is nan, with the samples 0, 1"):
+        make(tmp_path / "own", model=poisoned, world=world).run()
+    assert world.sums == 1  # and the other heard of it
+    model = FakeModel()
+    with pytest.raises(DivergedError, match="step 1 is not finite on another process"):
+        make(tmp_path, model=model, world=Talk(diverged=1)).run()
+    assert same(model.trainable(), FakeModel().trainable())
+    assert same(model.extra_state(), FakeModel().extra_state())
+
+
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     class Poisoned(FakeModel):
         def loss(self, batch, **options):

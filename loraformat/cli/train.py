@@ -77,7 +77,8 @@ def command(
         echo_json("train", report.to_json())
     elif not quiet:
         lines = report.plan_lines() if dry_run else report.done_lines()
-        say("\n".join([*lines, *(f"note: {note}" for note in report.notes)]))
+        notes = (f"note: {note}" for note in report.notes[bar.notes_told :])
+        say("\n".join([*lines, *notes]))
 
 
 def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:

@@ -19,6 +19,11 @@ class TrainingBar:
     ----------
     quiet : bool
         Draw nothing.
+
+    Attributes
+    ----------
+    notes_told : int
+        How many of a report's notes were shown before the run.
     """
 
     def __init__(self, *, quiet: bool) -> None:
@@ -26,6 +31,7 @@ class TrainingBar:
         self._bar: Any = None
         self._steps = 0
         self._held = ""
+        self.notes_told = 0
 
     def __enter__(self) -> TrainingBar:
         return self
@@ -58,12 +64,13 @@ class TrainingBar:
             self.close()
 
     def announce(self, report: Any) -> None:
-        """Show the plan, and one sample with what is learned of it."""
+        """Show the plan, its notes, and one sample with what is learned of it."""
         self._steps = report.steps
         if self._quiet:
             return
         self.close()
-        for line in report.plan_lines():
+        self.notes_told = len(report.notes)
+        for line in (*report.plan_lines(), *(f"note: {note}" for note in report.notes)):
             click.echo(clean(line), err=True)
         click.echo("a sample, what is learned between ⟦ and ⟧:", err=True)
         for line in _first_lines(report.preview):

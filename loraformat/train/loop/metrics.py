@@ -33,7 +33,7 @@ class Metrics:
     tensorboard : Path, optional
         Directory of TensorBoard's files.
     step : int
-        First step that TensorBoard is told; it drops what it knew of later ones.
+        First step that TensorBoard is told; what it knew of this one and later ones is dropped.
 
     Examples
     --------
@@ -71,7 +71,8 @@ class Metrics:
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, members["step"])
             elif name == "text":
-                self._board.add_text("sample", value, members["step"])
+                shown = f"{members['prompt']}⟦{value}⟧"
+                self._board.add_text("sample", shown, members["step"])
 
     def position(self) -> int:
         """Return the length of the file, which is on the disk then (bytes)."""

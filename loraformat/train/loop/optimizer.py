@@ -17,7 +17,7 @@ from loraformat.errors import InputError, MissingDependencyError, UsageError, pr
 from loraformat.train.loop.disk_states import DiskStates
 from loraformat.train.loop.optimizer_options import OptimizerOptions
 
-__all__ = ["Optimizer"]
+__all__ = ["Optimizer", "check_optimizer"]
 
 #: Parameters of one update when states lie on a disk: what is in memory of them at once (bytes).
 _PART_BYTES = 64 << 20
@@ -63,7 +63,8 @@ class Optimizer:
         ratios: Mapping[str, float] | None = None,
         directory: Path | None = None,
     ) -> None:
-        _check_place(options, parameters)
+        on_gpu = any(parameter.is_cuda for parameter in parameters.values())
+        check_optimizer(options, on_gpu=on_gpu)
         self._parameters = dict(parameters)
         self._ratios = {name: float((ratios or {}).get(name, 1.0)) for name in parameters}
         self._disk: DiskStates | None = None
@@ -186,8 +187,16 @@ class Optimizer:
         return [(name, homes[p].state[p]) for name, p in self._parameters.items()]
 
 
-def _check_place(options: OptimizerOptions, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    on_gpu = any(parameter.is_cuda for parameter in parameters.values())
+def check_optimizer(options: OptimizerOptions, *, on_gpu: bool) -> None:
+    """Refuse states that cannot lie where they are wanted, or that nobody here can make.
+
+    Raises
+    ------
+    UsageError
+        If they cannot lie there.
+    MissingDependencyError
+        If bitsandbytes is wanted and not installed.
+    """
     if options.kind.startswith("paged") and not on_gpu:
         raise UsageError(
             "paged states are a thing of GPUs",
@@ -197,6 +206,11 @@ def _check_place(options: OptimizerOptions, parameters: Mapping[str, torch.nn.Pa
         raise UsageError(
             "states of a run on a GPU cannot lie on a disk",
             hint="use --optimizer paged-adamw-8bit",
+        )
+    if "8bit" in options.kind and find_spec("bitsandbytes") is None:
+        raise MissingDependencyError(
+            f"the optimizer {options.kind} needs bitsandbytes",
+            hint="run: pip install bitsandbytes",
         )
 
 
@@ -219,11 +233,6 @@ def _maker(options: OptimizerOptions) -> Callable[[list[dict[str, Any]]], torch.
     if options.kind == "adamw":
         return lambda groups: torch.optim.AdamW(
             groups, lr=0.0, betas=options.betas, eps=options.epsilon, fused=True
-        )
-    if find_spec("bitsandbytes") is None:
-        raise MissingDependencyError(
-            f"the optimizer {options.kind} needs bitsandbytes",
-            hint="run: pip install bitsandbytes",
         )
     import bitsandbytes
 

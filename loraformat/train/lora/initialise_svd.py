@@ -77,7 +77,7 @@ def loftq(
     if original is None:
         raise UsageError(
             "init loftq corrects what quantizing lost, and needs the model that was quantized",
-            hint="name the dense model, or choose another init",
+            hint="name the dense model (--original), or choose another init",
         )
     _check_rank(site, rank)
     if site.experts:

@@ -126,7 +126,9 @@ class TrainOptions:
     statistics: bool = _setting(
         "LoRA", "flag", True, "Collect second moments, for reduce, on the way."
     )
-    adapter: str = _setting("LoRA", "text", "", "Begin with this adapter.", metavar="PATH")
+    adapter: str = _setting(
+        "LoRA", "text", "", "Begin with this adapter, its ranks and its scaling.", metavar="PATH"
+    )
 
     seq_len: int | None = _setting(
         "Data",
@@ -323,6 +325,20 @@ class TrainOptions:
         names = {entry.name for entry in fields(LoraOptions)}
         members = {name: getattr(self, name) for name in names}
         return LoraOptions(**{**members, "ranks": dict(self.ranks)})
+
+    def unheeded(self) -> tuple[str, ...]:
+        """Return the flags that say nothing, since an adapter that is trained on has its own.
+
+        Examples
+        --------
+        >>> TrainOptions(adapter="first", rank=8, dropout=0.1).unheeded()
+        ('rank',)
+        """
+        if not self.adapter:
+            return ()
+        heeded = ("dropout", "statistics", "adapter")
+        of_lora = [s.flag for s in SETTINGS if s.section == "LoRA" and s.name not in heeded]
+        return tuple(flag for flag in self.changed() if flag in of_lora)
 
     def data_options(self, **other: Any) -> DataOptions:
         """Return how data become batches; ``other`` overrides."""

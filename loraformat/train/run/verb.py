@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from loraformat.train.loop.distributed import World, added_up, own_device
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.loop.loop import Loop, LoopOptions
 from loraformat.train.loop.metrics import Metrics, check_tensorboard, read_metrics
-from loraformat.train.loop.optimizer import Optimizer
+from loraformat.train.loop.optimizer import Optimizer, check_optimizer
 from loraformat.train.loop.optimizer_options import state_bytes
 from loraformat.train.loop.run_state import RunState
 from loraformat.train.loop.schedule import Schedule
@@ -38,6 +39,8 @@ from loraformat.train.run.setup import Inputs, Progress, check_device, open_inpu
 __all__ = ["train"]
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_GO_ON = "free some space, and go on with --resume"
 _SAMPLE = generation.GenerationOptions(max_tokens=64, temperature=0.0)
 
 
@@ -90,7 +93,7 @@ def train(
         try:
             run = _Run(inputs, world, output)
             announce(run.report)
-            with run.enough_memory(), _determinism(options.deterministic):
+            with run.enough_memory(), run.room_on_disk(), _determinism(options.deterministic):
                 if dry_run:
                     run.measure()
                 else:
@@ -129,9 +132,15 @@ def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
         raise OutputError("no such directory", path=output.parent, hint="make it first")
     if options.tensorboard:
         check_tensorboard()
+    on_cpu = options.device.startswith("cpu")
+    if on_cpu and options.device_memory is not None:
+        raise UsageError(
+            "device-memory is what the base may take on a GPU, and the device is cpu",
+            hint="say --device cuda, or bound the whole run with --max-memory",
+        )
     options.lora()
     options.data_options()
-    options.optimizer_options()
+    check_optimizer(options.optimizer_options(), on_gpu=not on_cpu)
     Schedule(options.schedule, options.lr, 1, options.warmup)
     return output
 
@@ -158,7 +167,11 @@ class _Run:
             trained_parameters=inputs.shape().trained,
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
         )  # fmt: skip
-        self.report.notes += self._memory_note()
+        self.report.notes += [*self._unheeded_note(), *self._memory_note()]
+
+    def _unheeded_note(self) -> list[str]:
+        flags = ", ".join(f"--{flag}" for flag in self._options.unheeded())
+        return [f"{flags}: not heeded, --adapter brings its own"] if flags else []
 
     def _memory_note(self) -> list[str]:
         free, plan = memory.available(self._options.device), self.report.plan
@@ -187,6 +200,27 @@ class _Run:
                 f"{readable(plan.total)}",
                 hint="; or ".join(self._inputs.advice(plan)) or "use a larger machine",
             ) from error
+
+    @contextmanager
+    def room_on_disk(self) -> Iterator[None]:
+        """Say of a disk that is full how the run goes on.
+
+        Raises
+        ------
+        ResourceError
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            path = error.filename or self._directory.path
+            raise ResourceError("the disk is full", path=path, hint=_GO_ON) from error
+        except ResourceError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+                error.hint = _GO_ON
+            raise
 
     def _check_disk(self) -> None:
         """Refuse before the start when the disk cannot hold the checkpoints."""
@@ -285,7 +319,7 @@ class _Run:
                 self._directory.metrics,
                 position=0 if checkpoint is None else int(checkpoint.facts["metrics"]),
                 tensorboard=self._directory.tensorboard if self._options.tensorboard else None,
-                step=state.step,
+                step=0 if checkpoint is None else state.step + 1,
             )
         self._model.train()
         for branch in self._model.branches.values():
@@ -367,4 +401,7 @@ class _Run:
             self.report.notes.append("no loss curve: pip install 'loraformat[plot]'")
             return
         title = f"{self._output.name} on {Path(self._options.base).name}"
-        loss_curve.draw(read_metrics(self._directory.metrics), self._directory.picture, title)
+        try:
+            loss_curve.draw(read_metrics(self._directory.metrics), self._directory.picture, title)
+        except OSError as error:  # the adapter stands already
+            self.report.notes.append(f"no loss curve: {error.strerror or error}")

@@ -13,7 +13,7 @@ from loraformat.errors import DivergedError, InputError, OutputError, ResourceEr
 from loraformat.ops.convert import convert
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.loop import saved_state
-from loraformat.train.loop.metrics import read_metrics
+from loraformat.train.loop.metrics import Metrics, read_metrics
 from tests.train.loop.tiny_runs import files_of, write_rows
 
 
@@ -117,6 +117,23 @@ def test_ways_that_do_not_change_the_bytes(train_to, tmp_path):
     name = "adapter_model.safetensors"
     assert one[name] == other[name]
     assert any((tmp_path / "b.run" / "tensorboard").iterdir())
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(train_to, tmp_path, place):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = {"tensorboard": True, "eval": (str(place / "held.jsonl"),), "eval_every": 2}
+    more["prompt"] = ("bell",)
+    with pytest.raises(Killed):
+        train_to(tmp_path / "a", save_every=2, observe=killer(3, "step"), **more)
+    steps = train_to(tmp_path / "a", resume=True, **more).steps
+    events = EventAccumulator(str(tmp_path / "a.run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, steps + 1))
+    evaluated = [*range(0, steps, 2), steps]
+    assert [event.step for event in events.Scalars("eval_loss")] == evaluated
+    (text,) = events.Tensors("sample/text_summary")[0].tensor_proto.string_val
+    assert text.decode().startswith("bell⟦")
 
 
 def test_resume_without_a_checkpoint_begins(train_to, tmp_path):
@@ -266,12 +283,39 @@ def test_a_full_disk(train_to, tmp_path, monkeypatch):
         if event["event"] == "step" and event["step"] == 3:
             monkeypatch.setattr(saved_state, "write_all", full)
 
-    with pytest.raises(ResourceError, match="disk is full"):
+    with pytest.raises(ResourceError, match="disk is full; free some space, and go on with"):
         train_to(tmp_path / "a", save_every=2, observe=fill)
     monkeypatch.undo()
     assert not (tmp_path / "a").exists()
     found, problems = saved_state.newest(tmp_path / "a.run" / "checkpoints")
     assert (found.step, problems) == (2, [])
+
+
+def test_a_full_disk_under_the_record(train_to, tmp_path, monkeypatch):
+    real = Metrics.add
+
+    def add(self, members):
+        if members["step"] == 3:
+            raise OSError(28, "No space left on device")
+        real(self, members)
+
+    monkeypatch.setattr(Metrics, "add", add)
+    with pytest.raises(ResourceError, match=r"a\.run: the disk is full; .* --resume"):
+        train_to(tmp_path / "a")
+    monkeypatch.undo()
+    train_to(tmp_path / "a", resume=True)
+    train_to(tmp_path / "whole")
+    assert losses(tmp_path / "a") == losses(tmp_path / "whole")
+
+
+def test_an_adapter_stands_whatever_becomes_of_its_picture(train_to, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loraformat.train.run.verb.loss_curve.draw", full)
+    report = train_to(tmp_path / "a", plot=True)
+    assert report.notes == ["no loss curve: No space left on device"]
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
 
 
 def test_no_room_for_checkpoints(train_to, tmp_path, monkeypatch):

@@ -61,6 +61,17 @@ def test_the_written_config_is_the_run(run, call, tmp_path):
     assert json.loads(result.out)["steps"] == 1
 
 
+def test_notes_come_before_the_run(run, call, tmp_path):
+    """What an adapter that is trained on leaves unheeded, for one."""
+    assert run(*call, "--quiet").code == 0
+    result = run(*call, "-o", tmp_path / "b", "--adapter", tmp_path / "a")
+    assert result.code == 0
+    told = "note: --rank, --alpha: not heeded, --adapter brings its own"
+    assert result.err.index(told) < result.err.index("a sample, what is learned")
+    assert told not in result.out
+    assert told in run(*call, "-o", tmp_path / "c", "--adapter", tmp_path / "a", "--dry-run").out
+
+
 def test_dry_run(run, call, tmp_path):
     result = run(*call, "--dry-run")
     assert (result.code, result.err) == (0, "")
@@ -127,6 +138,12 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
         (["train", "BUNDLE", "DATA", "-o", "a", "--ranks", "q"], 2, "GLOB=RANK"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--seq-len", "999"], 2, "takes 128 tokens"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--device", "gpu"], 2, "wanted cpu, cuda"),
+        (
+            ["train", "BUNDLE", "DATA", "-o", "a", "--optimizer", "paged-adamw-8bit"],
+            2,
+            "use --optimizer-states disk",
+        ),
+        (["train", "BUNDLE", "DATA", "-o", "a", "--device-memory", "1GB"], 2, "--max-memory"),
         (["train", "BUNDLE", "nowhere.jsonl", "-o", "a"], 3, "nowhere.jsonl"),
         (["train", "nowhere", "DATA", "-o", "a"], 3, "no such file"),
         (["train", "SMALL", "DATA", "-o", "a"], 3, "loraformat convert"),

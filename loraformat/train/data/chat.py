@@ -27,7 +27,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loraformat.errors import printable
 from loraformat.train.data.kinds import Conversation, KindError
+from loraformat.train.data.template_process import TemplateRefusalError
 from loraformat.train.data.tokenizer import TextEncoder
 
 __all__ = ["ChatRenderer", "Rendered"]
@@ -87,6 +89,8 @@ class ChatRenderer:
         KindError
             If there is no template, it refuses the conversation, or its generation prompt
             is not how it begins a turn.
+        InputError
+            If the template takes more than its share of time or memory.
         """
         if not self._encoder.has_template:
             raise KindError(
@@ -151,9 +155,9 @@ class ChatRenderer:
     def _text(self, conversation: Conversation, stop: int, *, prompt: bool) -> str:
         try:
             return self._render(conversation.messages[:stop], conversation.tools, prompt=prompt)
-        except Exception as error:  # jinja2's own, and whatever a template makes of odd messages
+        except TemplateRefusalError as error:
             shown = "" if stop == len(conversation.messages) else f" its first {stop} messages"
-            raise KindError(f"the chat template refuses{shown}: {error}") from None
+            raise KindError(f"the chat template refuses{shown}: {printable(error)}") from None
 
     def _render(
         self,
@@ -174,7 +178,7 @@ class ChatRenderer:
         try:
             said = self._render(_trial("q", "A"))
             others = (self._render(_trial("q", "x")), self._render(_trial("x", "A")))
-        except Exception:  # a template that wants other messages: each row will say so
+        except TemplateRefusalError:  # it wants other messages: each row will say so
             return None
         return said not in others
 
@@ -184,7 +188,7 @@ class ChatRenderer:
             if self._render(_trial("q"), prompt=True) != asked:
                 return ""
             common = _common(self._render(_trial("q", "A")), self._render(_trial("q", "b")))
-        except Exception:  # as above
+        except TemplateRefusalError:  # as above
             return ""
         header = common[len(asked) :] if common.startswith(asked) else ""
         # White space alone is no header: "[/INST] answer" begins with a space of the answer's.

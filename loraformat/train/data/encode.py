@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from loraformat.train.data.chat import ChatRenderer
 from loraformat.train.data.kinds import Completion, Conversation, Text, meaning
@@ -64,7 +65,11 @@ class RowEncoder:
     def __init__(self, encoder: TextEncoder, *, everything: bool, longest_piece: int) -> None:
         self._encoder = encoder
         self._everything, self._longest_piece = everything, longest_piece
-        self._chat = ChatRenderer(encoder)
+
+    @cached_property
+    def _chat(self) -> ChatRenderer:
+        """Made for the first conversation: others need none of its trials."""
+        return ChatRenderer(self._encoder)
 
     def encode(self, row: Row) -> Iterator[Encoded]:
         """Yield what a row consists of: pieces of its text, its conversation or its turns.

@@ -11,6 +11,7 @@ from typing import Any
 from loraformat.errors import InputError, MissingDependencyError, UnsupportedError
 from loraformat.folder import Folder
 from loraformat.train.data.template_date import on_one_day
+from loraformat.train.data.template_process import TemplateRefusalError, shared
 
 __all__ = ["TextEncoder", "TokenizedText", "open_tokenizer"]
 
@@ -122,19 +123,26 @@ class TextEncoder:
         prompt : bool
             Also write what stands before the assistant's next words.
 
+        Raises
+        ------
+        TemplateRefusalError
+            If the template does not take it.
+        InputError
+            If the template takes more than its share of time or memory.
+
         Notes
         -----
+        It is rendered in a process of its own; see `loraformat.train.data.template_process`.
         A template that writes today's date writes 26 July 2024 on every day; see `on_one_day`.
         """
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=on_one_day(self.tokenizer.get_chat_template(tools=tools)),
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
-        )
+        try:
+            template = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:  # several, and none of them by default
+            raise TemplateRefusalError(str(error)) from None
+        return shared().render(
+            on_one_day(template), messages, tools=tools, prompt=prompt,
+            tokens=self.tokenizer.special_tokens_map, name=self.name,
+        )  # fmt: skip
 
 
 def open_tokenizer(

@@ -46,7 +46,8 @@ Example:
 @click.option(
     "--base",
     metavar="PATH",
-    help="For --with-gguf: the base; by default its config.json is fetched from the Hub.",
+    help="The base, to hold names and shapes against, and whose config.json serves --with-gguf. "
+    "[default: a copy that is here already]",
 )
 @click.option(
     "--include", multiple=True, metavar="GLOB", help="Publish these files of PATH, too. Repeatable."

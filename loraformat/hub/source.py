@@ -20,7 +20,7 @@ from loraformat.hub.tree import TreeFile, list_files
 from loraformat.hub.verified import check_snapshot
 from loraformat.safe_paths import is_adapter_name
 
-__all__ = ["NOT_WANTED", "Source", "download", "hub_id", "resolve"]
+__all__ = ["NOT_WANTED", "Source", "cached", "download", "hub_id", "resolve"]
 
 #: Neither part begins or ends with a dot or a hyphen: ``./x`` and ``../x`` are paths.
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
@@ -166,6 +166,30 @@ def download(repo: str, revision: str | None, only: str | None = None) -> Path:
     names = _fetched(snapshot, only)
     check_snapshot(snapshot, repo, names, lambda: _listing(repo, snapshot.name), since=began)
     return snapshot
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """Return what the Hub's cache has of a repository; the Hub is not asked.
+
+    Parameters
+    ----------
+    repo : str
+        ``org/name``.
+    revision : str or None
+        A commit, branch or tag.
+
+    Returns
+    -------
+    Path or None
+        As `download` returns it, but files may be missing; None if there is nothing.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _fetched(snapshot: Path, only: str | None) -> list[str]:

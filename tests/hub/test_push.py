@@ -144,7 +144,6 @@ def test_what_is_not_published(push, shelf, model):
     result = push(model, "me/new")
     assert result.returncode == 3
     assert "loraformat convert MODEL BUNDLE" in result.stderr
-    assert push("adapter", "me/new", "--base", model).returncode == 2
     for repo in ("new", "me/new@v1", "a/b/c", "me/"):
         assert push("adapter", repo).returncode == 2
 

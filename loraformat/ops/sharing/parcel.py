@@ -10,7 +10,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.bundle_update import adapter_place, read_manifest
 from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
-from loraformat.errors import UnsupportedError, UsageError
+from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.manifest import Manifest
 from loraformat.ops.check.verb import check
 from loraformat.ops.describe import ModelSummary, describe
@@ -19,6 +19,7 @@ from loraformat.ops.sharing.base_model import adapter_base, bundle_base, look_up
 from loraformat.ops.sharing.contents import Contents, adapter_files, bundle_files
 from loraformat.ops.sharing.facts import adapter_facts, bundle_facts
 from loraformat.ops.sharing.gguf import gguf_file, gguf_pattern
+from loraformat.ops.sharing.near_base import NearBase, near_base
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.reader import is_bundle
@@ -103,8 +104,12 @@ def open_parcel(path: Path, wishes: Wishes, workplace: Path, verify: Callable[[]
         If it is neither an adapter nor a bundle, or nobody says what its base is.
     """
     if is_bundle(path):
-        if wishes.with_gguf or wishes.include:
-            option = "--with-gguf" if wishes.with_gguf else "--include"
+        given = {
+            "--with-gguf": wishes.with_gguf,
+            "--include": wishes.include,
+            "--base": wishes.base,
+        }
+        if option := next((option for option, value in given.items() if value), None):
             raise UsageError(
                 f"{option} is for adapters, and of a bundle what its manifest lists is published",
                 hint="leave it out",
@@ -143,7 +148,7 @@ def _adapter(
     with reader.read_adapter(path, options) as adapter:
         named = adapter_base(adapter, wishes.base_model, manifest.source if manifest else None)
         said: AdapterDescription = description_of(adapter, path)
-        task = adapter.config.get("task_type")
+        task, local = adapter.config.get("task_type"), adapter.base_model
     verify()
     contents = adapter_files(path, named[0], include=wishes.include, listed=listed)
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
@@ -162,20 +167,30 @@ def _adapter(
             )
         )
     contents.notes += said.notes
-    wrong = _wrong_in(path, contents.notes)
+    in_bundle = listed is not None and wishes.base is None
+    near = None if in_bundle else near_base(wishes.base, local, base)
+    wrong = _wrong_in(path, near, is_given=wishes.base is not None, notes=contents.notes)
     document = adapter_card(adapter_facts(said, task, wishes.repo, base, contents.files, wrong))
     replaces = () if path.is_file() else _PEFT_FILES
     return _parcel("adapter", base, contents, document, wishes, replaces)
 
 
-def _wrong_in(path: Path, notes: list[str]) -> set[str]:
+def _wrong_in(path: Path, near: NearBase | None, *, is_given: bool, notes: list[str]) -> set[str]:
     """Return the runtimes that would refuse an adapter or compute something else; say so."""
-    wrong = obstacles(check(path).findings)
+    try:
+        report = check(path, base=None if near is None else near.path)
+    except LoraFormatError as error:
+        if near is None or is_given:
+            raise
+        notes.append(f"not held against {near.word}: {error}")
+        near, report = None, check(path)
+    wrong = obstacles(report.findings)
     if wrong:
         named = ", ".join(f"{name} ({', '.join(rules)})" for name, rules in wrong.items())
         notes.append(
             f"would be refused or computed otherwise by {named}; for the remedy run: "
             f"loraformat check {shlex.quote(str(path))}"
+            + (f" --base {shlex.quote(near.word)}" if near is not None else "")
         )
     return set(wrong)
 

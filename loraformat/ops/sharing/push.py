@@ -83,7 +83,9 @@ def push(
     with_gguf : bool
         Convert a PEFT adapter for llama.cpp, too, and publish it beside.
     base : str, optional
-        For that: the base, if its ``config.json`` shall not come from the Hub.
+        What an adapter is held against: names, shapes, architecture, tokenizer; and whose
+        ``config.json`` serves ``with_gguf``. By default a copy of the base that is here already:
+        the path that the adapter names, or what the Hub's cache has.
     base_model : str, optional
         ``org/name[@revision]``, where the files know a local path only.
     licence : str, optional
@@ -134,10 +136,6 @@ def push(
 def _check(wishes: Wishes, revision: str | None, create_pr: bool, tag: str | None) -> None:
     if hub_id(wishes.repo) != (wishes.repo, None):
         raise UsageError(f"{printable(wishes.repo)} is no repository: wanted ORG/NAME")
-    if wishes.base is not None and not wishes.with_gguf:
-        raise UsageError(
-            "--base is for --with-gguf", hint="to say which model it belongs to, use --base-model"
-        )
     for option, name in (("--tag", tag), ("--revision", revision)):
         if name is not None and not is_reference(name):
             raise UsageError(

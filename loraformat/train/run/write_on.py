@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loraformat.errors import UsageError
+from loraformat.errors import InputError, UsageError, printable
+from loraformat.train.data.template_process import TemplateRefusalError
 from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 from loraformat.train.run.generation import GenerationOptions, continuation, stop_tokens
 from loraformat.train.run.options import TrainOptions
@@ -98,4 +99,11 @@ def _chat(encoder: TextEncoder, prompt: str, system: str | None) -> list[int]:
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return encoder.tokenize(encoder.render(messages, None, prompt=True)).ids
+    try:
+        return encoder.tokenize(encoder.render(messages, None, prompt=True)).ids
+    except TemplateRefusalError as error:
+        raise InputError(
+            f"its chat template refuses the prompt: {printable(error)}",
+            path=encoder.name,
+            hint="leave --chat out" if system is None else "try it without --system",
+        ) from None

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import time
 
@@ -171,6 +172,21 @@ def test_errors(run, place, tmp_path, monkeypatch, arguments, code, said):
     assert result.out == ""
     assert "Traceback" not in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_template_that_refuses_is_no_traceback(run, place, tmp_path):
+    shutil.copytree(place / "dense", tmp_path / "dense")
+    path = tmp_path / "dense" / "tokenizer_config.json"
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no \x1b system') }}{% endif %}"
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template + "bell"}))
+    assert run("convert", tmp_path / "dense", tmp_path / "b").code == 0
+    words = ["generate", tmp_path / "b", "--prompt", "x", "--chat", "--max-tokens", "1"]
+    assert run(*words).code == 0
+    result = run(*words, "--system", "y")
+    assert result.code == 3
+    assert "its chat template refuses the prompt: no \\x1b system; try" in result.err
 
 
 # eval

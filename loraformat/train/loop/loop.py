@@ -211,26 +211,42 @@ class Loop:
         return self.evaluate()
 
     def _take_evaluation(self, loss: HeldOutLoss, samples: list[tuple[str, str]]) -> None:
-        if self.state.take_evaluation(loss.loss) and self.options.best and self.world.leads:
-            facts = {"step": self.state.step, "loss": loss.loss}
-            self.directory.mkdir(parents=True, exist_ok=True)
-            saved_state.write(self.best_path, facts, _prefixed("parameter:", self._parameters))
+        if self.state.take_evaluation(loss.loss) and self.options.best:
+            self._keep_best(loss)
         self._tell("evaluation", {"eval_loss": loss.loss, "eval_perplexity": loss.perplexity})
         for prompt, text in samples:
             self._tell("sample", {"prompt": prompt, "text": text})
 
+    def _keep_best(self, loss: HeldOutLoss) -> None:
+        extras = self.world.gather(self.model.extra_state())
+        if self.world.leads:
+            facts = {"step": self.state.step, "loss": loss.loss}
+            tensors = _prefixed("parameter:", self._parameters)
+            tensors |= _prefixed("extra:", added_up(extras))
+            self.directory.mkdir(parents=True, exist_ok=True)
+            saved_state.write(self.best_path, facts, tensors)
+
     def _take_best(self) -> None:
+        """Take the best parameters, and what was collected up to them.
+
+        The sum over the ranks is rank 0's then, and the others have nothing to add.
+        """
         if not self.options.best or self.state.best_step in (None, self.state.step):
             return
         if self.world.leads:
-            _copy(saved_state.read(self.best_path).part("parameter:"), self._parameters)
+            best = saved_state.read(self.best_path)
+            _copy(best.part("parameter:"), self._parameters)
+            self.model.load_extra_state(_copies(best.part("extra:")))
+        else:
+            state = self.model.extra_state().items()
+            self.model.load_extra_state({name: torch.zeros_like(value) for name, value in state})
 
     # Steps
 
     def _step(self, interruption: Interruption) -> None:
         begun = time.monotonic()
         # Moments are collected on the way: a step that is given up must not have counted.
-        before = {name: value.clone() for name, value in self.model.extra_state().items()}
+        before = _copies(self.model.extra_state())
         try:
             with interruption.at_once():
                 batches, places = self._take()
@@ -350,12 +366,15 @@ class Loop:
         """
         _copy(checkpoint.part("parameter:"), self._parameters)
         self.optimizer.restore(checkpoint.part("optimizer:"), checkpoint.facts["optimizer"])
-        extra = checkpoint.part(f"extra:{self.world.rank}:")
-        self.model.load_extra_state({name: value.clone() for name, value in extra.items()})
+        self.model.load_extra_state(_copies(checkpoint.part(f"extra:{self.world.rank}:")))
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {prefix + name: value for name, value in tensors.items()}
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
 
 
 def _copy(source: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:

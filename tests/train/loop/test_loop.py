@@ -299,15 +299,44 @@ def test_the_best_parameters_end_the_run(tmp_path):
 
     def observe(event):
         if event["event"] == "step":
-            kept[event["step"]] = {k: v.detach().clone() for k, v in model.trainable().items()}
+            now = model.trainable() | model.extra_state()
+            kept[event["step"]] = {k: v.detach().clone() for k, v in now.items()}
 
     evaluate = scripted([5.0, 4.0, 3.0, math.nan, 3.5, 6.0, 7.0, 8.0, 9.0])
     make(
         tmp_path, model=model, evaluate=evaluate, observe=observe,
         loop={"eval_every": 1, "best": True},
     ).run()  # fmt: skip
-    assert same(model.trainable(), kept[2])
-    assert not same(model.trainable(), kept[8])
+    # With what was collected up to there: later sums are of a later A.
+    assert same(model.trainable() | model.extra_state(), kept[2])
+    assert not same(model.trainable(), {k: kept[8][k] for k in model.trainable()})
+    assert not torch.equal(model.moment, kept[8]["layer.moment"])
+
+
+def test_the_best_statistics_of_all_ranks_are_counted_once(tmp_path):
+    class Imagined(World):
+        """One of two ranks; the other has collected ones."""
+
+        def sum(self, vector):
+            pass
+
+        def gather(self, tensors):
+            other = {name: torch.ones_like(value) for name, value in tensors.items()}
+            return [{name: value.clone() for name, value in tensors.items()}, other]
+
+    seen, models = {}, [FakeModel(), FakeModel()]
+
+    def observe(event):
+        seen[event["event"], event["step"]] = models[0].moment.clone()
+
+    for rank, model in enumerate(models):
+        make(
+            tmp_path, model=model, world=Imagined(rank, 2), evaluate=scripted([3.0, 2.0, 5.0, 5.0]),
+            observe=observe if rank == 0 else lambda event: None,
+            loop={"eval_every": 1, "best": True, "steps": 3},
+        ).run()  # fmt: skip
+    assert torch.equal(models[0].moment, seen["step", 1] + 1)
+    assert not models[1].moment.any()  # so that the sum of both is that
 
 
 def test_an_interrupted_evaluation_is_made_again(tmp_path):

@@ -18,12 +18,16 @@ def anonymous() -> int:
     raise AssertionError
 
 
-def growth(bundle: str, tokens: int) -> int:
-    model = load(bundle, lora=LoraOptions(rank=1, targets=("q_proj",), statistics=False))
+def one_sample(tokens: int) -> Batch:
     ids = torch.arange(tokens)[None] % 100
     labels = torch.full_like(ids, -100)
     labels[:, -4:] = 5
-    batch = Batch(ids, labels, torch.arange(tokens)[None], torch.ones_like(ids), ((0,),))
+    return Batch(ids, labels, torch.arange(tokens)[None], torch.ones_like(ids), ((0,),))
+
+
+def growth(bundle: str, tokens: int) -> int:
+    model = load(bundle, lora=LoraOptions(rank=1, targets=("q_proj",), statistics=False))
+    batch = one_sample(tokens)
     peak, enter = 0, model.residency.enter
 
     def watched(layer: int, direction: int) -> None:

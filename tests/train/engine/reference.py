@@ -36,20 +36,29 @@ def places(model):
     }
 
 
-def merged_weights(model, dense, dtype=torch.float32):
+def factors_of(model, dtype=torch.float32):
+    """Return copies of A and B of each branch, which can be differentiated."""
+    return {
+        name: tuple(
+            x.detach().to(dtype, copy=True).requires_grad_()
+            for x in (module.branch.a, module.branch.b)
+        )
+        for name, module in places(model).items()
+        if module.branch is not None
+    }
+
+
+def merged_weights(model, dense, factors=None):
     """Return the factors of each branch, and the dense model's weights with B A added."""
-    factors, weights = {}, {}
-    for name, module in places(model).items():
-        if module.branch is None:
-            continue
-        a, b = (x.detach().to(dtype).requires_grad_() for x in (module.branch.a, module.branch.b))
-        factors[name] = a, b
+    factors, weights = factors or factors_of(model), {}
+    for name, (a, b) in factors.items():
+        module = places(model)[name]
         delta = b @ a
         if isinstance(module, ExpertStack):
             target, delta = name, delta.mT if module.by_inputs else delta
         else:
             target, delta = f"{name}.weight", delta[0].T if module.conv1d else delta[0]
-        weights[target] = dense.get_parameter(target).to(dtype) + delta
+        weights[target] = dense.get_parameter(target) + delta
     return factors, weights
 
 

@@ -1,4 +1,4 @@
-"""P1 and P8 of the parity protocol: losses, gradients and logits of a dense float32 model."""
+"""P1, P2 and P8 of the parity protocol: losses, gradients and logits of a dense model."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from tests.train.engine.reference import (
     dense_logits,
     dense_loss,
+    factors_of,
     gradients,
     make_batch,
     merged_weights,
@@ -39,6 +40,38 @@ def test_gradients_are_those_of_a_dense_model(opened, attach, architecture):
     for name, (a, b) in factors.items():
         assert relative(found[f"{name}.branch.a"], a.grad) < 1e-5, name
         assert relative(found[f"{name}.branch.b"], b.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "starcoder2", "phi"])
+def test_gradients_are_finite_differences_in_float64(opened, attach, architecture):
+    """P2: of two entries of A and two of B in each place; these classes compute in float64."""
+    model, dense = opened(architecture)
+    attach(model)
+    batch = make_batch()
+    model.loss(batch).backward()
+    found, dense, chance = gradients(model), dense.double(), torch.Generator().manual_seed(0)
+    factors = factors_of(model, torch.float64)
+
+    def loss_at(factor, entry, value):
+        before = factor[entry].item()
+        factor[entry] = value
+        loss = dense_loss(dense, batch, merged_weights(model, dense, factors)[1]).item()
+        factor[entry] = before
+        return loss
+
+    step, compared = 1e-4, 0
+    for name, pair in factors.items():
+        for which, factor in zip("ab", pair, strict=True):
+            gradient = found[f"{name}.branch.{which}"]
+            for place in torch.randint(gradient.numel(), (2,), generator=chance):
+                entry = tuple(int(i) for i in torch.unravel_index(place, factor.shape))
+                with torch.no_grad():
+                    middle = factor[entry].item()
+                    ahead, behind = (loss_at(factor, entry, middle + h) for h in (step, -step))
+                slope = (ahead - behind) / (2 * step)
+                assert abs(gradient[entry] - slope) < 1e-5 * gradient.abs().max(), (name, which)
+                compared += 1
+    assert compared >= 20
 
 
 @pytest.mark.parametrize("architecture", LOSSES)

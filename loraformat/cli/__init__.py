@@ -118,7 +118,8 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort) as stop:
         goes_on = isinstance(stop.__cause__, Resumable)  # click makes an Abort of it
         more = ["--resume"] if goes_on and "--resume" not in arguments else []
-        again = shlex.join(["loraformat", *arguments, *more])
+        program = _program() if goes_on else ["loraformat"]
+        again = shlex.join([*program, *arguments, *more])
         return _fail(f"interrupted; nothing is broken. To continue, run: {again}", _INTERRUPTED)
     except BrokenPipeError:
         _drop_stdout()  # whoever read our output has left
@@ -127,6 +128,16 @@ def _run(arguments: list[str]) -> int:
         if os.environ.get("LORAFORMAT_DEBUG"):
             raise
         return _unexpected(error)
+
+
+def _program() -> list[str]:
+    """Return the words that start this program with as many processes as it has."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    here = os.environ.get("LOCAL_WORLD_SIZE", processes)
+    if processes == "1":
+        return ["loraformat"]
+    machines = [] if here == processes else ["--nnodes", str(int(processes) // int(here))]
+    return ["torchrun", *machines, "--nproc-per-node", here, "-m", "loraformat"]
 
 
 def _unexpected(error: Exception) -> int:

@@ -119,6 +119,30 @@ def test_ctrl_c_and_the_command_that_it_names(start, call, tmp_path, place):
     assert [line["loss"] for line in kept[0]] == [line["loss"] for line in kept[1]]
 
 
+@pytest.mark.parametrize(
+    ("processes", "here", "program"),
+    [
+        (None, None, "loraformat"),
+        ("2", "2", "torchrun --nproc-per-node 2 -m loraformat"),
+        ("8", "4", "torchrun --nnodes 2 --nproc-per-node 4 -m loraformat"),
+    ],
+)
+def test_the_command_starts_as_many_processes(
+    run, call, monkeypatch, tmp_path, processes, here, program
+):
+    def interrupted(*arguments, **options):
+        if processes is not None:
+            monkeypatch.setenv("WORLD_SIZE", processes)
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loraformat.train.run.verb.train", interrupted)
+    result = run(*call)
+    assert result.code == 130
+    words = shlex.join(map(str, call))
+    assert f"To continue, run: {program} {words} --resume" in result.err
+
+
 def test_resume_needs_only_the_output(run, call, tmp_path):
     assert run(*call, "--quiet").code == 0
     result = run("train", "-o", tmp_path / "a", "--resume")

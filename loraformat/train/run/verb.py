@@ -15,7 +15,7 @@ import torch
 
 from loraformat.bundle_update import adapter_place
 from loraformat.errors import InputError, OutputError, ResourceError, UsageError
-from loraformat.output_rules import refuse_existing
+from loraformat.output_rules import refuse_existing, refuse_input_as_output
 from loraformat.train.loop import memory, saved_state
 from loraformat.train.loop.distributed import World, added_up, own_device
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
@@ -126,6 +126,7 @@ def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
         raise UsageError("there is no name for the new adapter", hint="give one with --output")
     output = Path(options.output)
     place = adapter_place(output)
+    _refuse_inputs(options, output)
     if not resume:
         _refuse_output(output, force=force)
     if place is None and not output.absolute().parent.is_dir():
@@ -143,6 +144,15 @@ def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
     check_optimizer(options.optimizer_options(), on_gpu=not on_cpu)
     Schedule(options.schedule, options.lr, 1, options.warmup)
     return output
+
+
+def _refuse_inputs(options: TrainOptions, output: Path) -> None:
+    """Refuse an output that is an input, or whose record would lie among the data."""
+    named = [*options.data, *options.eval, options.adapter, options.original]
+    if adapter_place(output) is None:
+        named.append(options.base)
+    inputs = [Path(name) for name in named if name and os.path.lexists(name)]
+    refuse_input_as_output(output.absolute(), RunDirectory(output).path, inputs)
 
 
 def _refuse_output(output: Path, *, force: bool) -> None:

@@ -357,6 +357,31 @@ def test_existing_outputs(train_to, tmp_path):
         train_to(tmp_path / "nowhere" / "a")
 
 
+def test_an_input_is_no_output(train_to, tmp_path, place):
+    """Found out before the training, and not when it is done."""
+    shutil.copytree(place / "bundle", tmp_path / "model")
+    for output in (tmp_path / "model", tmp_path / "model" / "inside"):
+        with pytest.raises(OutputError, match="the input"):
+            train_to(output, base=tmp_path / "model", force=True)
+    train_to(tmp_path / "a", steps=1)
+    checkpoint = tmp_path / "a.run" / "checkpoints" / "step-00000001" / "adapter"
+    for adapter in (tmp_path / "a", checkpoint):
+        with pytest.raises(OutputError, match="is the input, or holds it"):
+            train_to(tmp_path / "a", adapter=str(adapter), force=True)
+    assert not (tmp_path / "model.run").exists()
+    assert checkpoint.is_dir()
+
+
+def test_no_record_among_the_data(train_to, tmp_path):
+    """It would be read as data when the run goes on."""
+    (tmp_path / "texts").mkdir()
+    write_rows(tmp_path / "texts" / "rows.jsonl", 8)
+    with pytest.raises(OutputError, match="lies inside the input"):
+        train_to(tmp_path / "texts" / "a", data=tmp_path / "texts", steps=1)
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["rows.jsonl"]
+    train_to(tmp_path / "a", data=tmp_path / "texts", steps=1)
+
+
 def test_two_in_one_directory(train_to, tmp_path):
     problems = []
 

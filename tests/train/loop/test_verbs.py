@@ -173,7 +173,7 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
         (["train", "nowhere", "DATA", "-o", "a"], 3, "no such file"),
         (["train", "SMALL", "DATA", "-o", "a"], 3, "loraformat convert"),
         (["train", "--config", "nowhere.yaml"], 3, "nowhere.yaml: cannot be read"),
-        (["train", "BUNDLE", "DATA", "-o", "BUNDLE"], 5, "already exists"),
+        (["train", "BUNDLE", "DATA", "-o", "BUNDLE"], 5, "is the input, or holds it"),
         (["train", "BUNDLE", "DATA", "-o", "no/where"], 5, "no such directory"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--device", "cuda:7"], 6, "no GPU cuda:7"),
         (["eval", "BUNDLE", "nowhere.jsonl"], 3, "nowhere.jsonl"),

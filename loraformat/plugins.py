@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from loraformat.errors import (
     InputError,
@@ -25,8 +25,10 @@ from loraformat.errors import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from loraformat.adapter import Adapter
-    from loraformat.checkpoint import Checkpoint
+    from loraformat.checkpoint import Checkpoint, LazyTensor
     from loraformat.model_directory import WrittenModel
     from loraformat.publish import Publication
     from loraformat.runtimes.facts import AdapterFacts
@@ -39,6 +41,7 @@ __all__ = [
     "Forecast",
     "ReadOptions",
     "Requirement",
+    "Watch",
     "WriteOptions",
     "all_converters",
     "for_output",
@@ -75,6 +78,34 @@ class ReadOptions:
     dtype: str | None = None
 
 
+class Watch(Protocol):
+    """Sees what a writer stores of tensors, beside what they were."""
+
+    def before(self, name: str) -> LazyTensor | None:
+        """Return what a tensor of the checkpoint was, in its shape; None if nobody asks."""
+
+    def compare(
+        self,
+        before: torch.Tensor,
+        wanted: torch.Tensor,
+        stored: torch.Tensor,
+        untouched: torch.Tensor | None,
+    ) -> object:
+        """Measure some of its numbers; several threads may call.
+
+        Parameters
+        ----------
+        before, wanted : torch.Tensor
+            What they were and what they are, before they are rounded; float32, of one shape.
+        stored, untouched : torch.Tensor
+            What is read again of ``wanted``, and what would be of ``before``: some writers say
+            that of a part of all numbers, which is enough to count by, and None of the others.
+        """
+
+    def add(self, name: str, measured: object) -> None:
+        """Take what `compare` returned, piece by piece, in the order of the file."""
+
+
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
     """What a user may ask of every writer.
@@ -90,12 +121,15 @@ class WriteOptions:
         One of the converter's own ``dtypes``, if it has any.
     pre_tokenizer : str or None
         The pre-tokenizer's name in the format, where it is not to be recognised.
+    watch : Watch or None
+        Of a writer that rounds to types of its own: who wants to see what it stores.
     """
 
     shard_limit: int
     progress: Callable[[int], None]
     dtype: str | None = None
     pre_tokenizer: str | None = None
+    watch: Watch | None = None
 
 
 def _no_note(sentence: str) -> None:
@@ -205,8 +239,9 @@ class Converter:
         quantize. "both" takes them as they come.
     dtypes : tuple of str
         Words for ``--dtype`` that the writer heeds itself. Then it gets all weights as they
-        are, those in NF4 as float32, and rounds them once. A writer of adapters rounds in
-        any case; without this it is asked for ``f32``, ``f16`` and ``bf16`` only.
+        are, those in NF4 as float32, rounds them once, and shows `WriteOptions.watch` what it
+        stores. A writer of adapters rounds in any case; without this it is asked for ``f32``,
+        ``f16`` and ``bf16`` only.
     loses : tuple of str
         What the format cannot express, as sentences. A loss that both formats name is none.
     output : {"directory", "file"}

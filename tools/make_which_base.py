@@ -77,8 +77,7 @@ def row(way: Way, folder: Path, measure: Measure) -> list[str]:
             to_format="loraformat" if way.requantize else None, requantize=way.requantize,
         )  # fmt: skip
         assert report.total is not None
-        # Of a GGUF file the report counts what comes before the rounding to its type.
-        kept.append("" if way.suffix else f"{report.total.gain:.0%}")
+        kept.append(f"{report.total.gain:.0%}")
         size, opened = size_of(merged), merged
         if way.suffix:
             # What transformers cannot open is read back, value by value.

@@ -21,10 +21,17 @@ from loraformat.model_directory import WrittenModel
 from loraformat.plugins import Forecast
 from loraformat.writer import WrittenShards
 from loraformat_converters.gguf import tokenizers
-from loraformat_converters.gguf.architectures import Config, Recipe, Recipes, of_config, to_gguf
+from loraformat_converters.gguf.architectures import (
+    Config,
+    Part,
+    Recipe,
+    Recipes,
+    of_config,
+    to_gguf,
+)
 from loraformat_converters.gguf.blocks import storable_type
 from loraformat_converters.gguf.general import general_keys
-from loraformat_converters.gguf.rounding import Loss, rounded
+from loraformat_converters.gguf.rounding import Loss, Watched, rounded
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.values import GGUFValue
 from loraformat_converters.gguf.writing import PlannedTensor, file_size, write_gguf
@@ -182,22 +189,40 @@ class _Work:
         return PlannedTensor(recipe.name, recipe.shape, kind, lambda: self._chunks(recipe, kind))
 
     def _chunks(self, recipe: Recipe, kind: GGMLType) -> Iterator[bytes]:
-        loaded: tuple[str, torch.Tensor] | None = None
+        loaded: tuple[str, torch.Tensor, torch.Tensor | None] | None = None
         for part in recipe.parts:
             source = self.checkpoint.tensors[part.source]
             if loaded is None or loaded[0] != part.source:  # the parts of fused experts share one
                 loaded = None  # or two of them were in memory
-                loaded = part.source, _values(source)
-            matrix = part.of(loaded[1])
-            yield from self._rounded(recipe, part.source, matrix, kind, recipe.rows_of(part))
+                loaded = part.source, _values(source), self._before(part.source)
+            matrix, before = part.of(loaded[1]), loaded[2]
+            yield from self._rounded(
+                recipe, part, matrix, None if before is None else part.of(before), kind
+            )
             self.options.progress(matrix.numel() * source.nbytes // source.count)
             if part is recipe.parts[-1] or len(recipe.sources) > 1:
                 source.release()
 
+    def _before(self, name: str) -> torch.Tensor | None:
+        """Return what a tensor was, if somebody wants to see what becomes of it."""
+        watch = self.options.watch
+        tensor = None if watch is None else watch.before(name)
+        return None if tensor is None else _values(tensor)
+
     def _rounded(
-        self, recipe: Recipe, name: str, matrix: torch.Tensor, kind: GGMLType, rows: int
+        self,
+        recipe: Recipe,
+        part: Part,
+        matrix: torch.Tensor,
+        before: torch.Tensor | None,
+        kind: GGMLType,
     ) -> Iterator[bytes]:
+        name, rows, watched = part.source, recipe.rows_of(part), None
         transform, source = recipe.transform, self.checkpoint.tensors[name]
+        if before is not None and self.options.watch is not None:
+            watched = Watched(
+                self.options.watch, lambda start, stop: transform.rows(before, start, stop)
+            )
         exact = kind is GGMLType.F32 or (kind.name == source.dtype and matrix.dtype.itemsize == 2)
         return rounded(
             lambda start, stop: transform.rows(matrix, start, stop),
@@ -206,6 +231,7 @@ class _Work:
             kind,
             name,
             None if exact else self.loss,
+            watched,
         )
 
 

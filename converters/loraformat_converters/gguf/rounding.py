@@ -19,7 +19,9 @@ from loraformat_converters.gguf.types import GGMLType
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Loss", "rounded"]
+    from loraformat.plugins import Watch
+
+__all__ = ["Loss", "Watched", "rounded"]
 
 #: Numbers in a tile, which one thread takes, and in a window, which is handed over.
 _TILE, _WINDOW = 1 << 18, 1 << 21
@@ -59,6 +61,21 @@ class Loss:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A matrix of which somebody wants to see what is stored.
+
+    Attributes
+    ----------
+    watch : Watch
+    before : callable
+        Returns rows of what the matrix was, as `rounded` asks for those of what it is.
+    """
+
+    watch: Watch
+    before: Callable[[int, int], torch.Tensor]
+
+
 def rounded(
     rows_of: Callable[[int, int], torch.Tensor],
     rows: int,
@@ -66,6 +83,7 @@ def rounded(
     kind: GGMLType,
     name: str,
     loss: Loss | None,
+    watched: Watched | None = None,
 ) -> Iterator[bytes]:
     """Yield the bytes of a matrix in a type.
 
@@ -82,6 +100,7 @@ def rounded(
         Of the tensor of the source.
     loss : Loss or None
         Where the difference is added up; None if there is none.
+    watched : Watched, optional
 
     Raises
     ------
@@ -95,6 +114,7 @@ def rounded(
     for start in range(0, rows, window):
         stored: dict[int, bytes] = {}
         lost: dict[int, tuple[float, float]] = {}
+        measured: dict[int, object] = {}
 
         def tile(
             begin: int,
@@ -102,27 +122,46 @@ def rounded(
             start: int = start,
             stored: dict[int, bytes] = stored,
             lost: dict[int, tuple[float, float]] = lost,
+            measured: dict[int, object] = measured,
         ) -> None:
             values = rows_of(start + begin, start + end)
             stored[begin] = quantize(values, kind, name)
+            if loss is None and watched is None:
+                return
+            found = _read(stored[begin], values, kind, name)
+            if watched is not None:
+                before = watched.before(start + begin, start + end)
+                # Rounding takes longest: one tile of a window is enough to count by.
+                asked = begin == 0
+                alone = _read(quantize(before, kind, name), before, kind, name) if asked else None
+                measured[begin] = watched.watch.compare(
+                    before.float(), values.float(), found, alone
+                )
             if loss is not None:
-                lost[begin] = _difference(values, stored[begin], kind, name)
+                lost[begin] = _difference(values, found)
 
         run(tile, min(window, rows - start), step, in_torch=True)
         for begin in sorted(stored):  # in order, so that the sums are the same every time
             if loss is not None:
                 loss.add(name, *lost[begin])
+            if watched is not None:
+                watched.watch.add(name, measured[begin])
             yield stored[begin]
 
 
-def _difference(
-    values: torch.Tensor, stored: bytes, kind: GGMLType, name: str
-) -> tuple[float, float]:
-    """Return the squared difference between numbers and what was stored of them, and their norm."""
+def _read(stored: bytes, values: torch.Tensor, kind: GGMLType, name: str) -> torch.Tensor:
+    """Return what is read of numbers that were stored."""
+    return dequantize(memoryview(stored), kind, tuple(values.shape), name, threads=1)
+
+
+def _difference(values: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+    """Return the squared difference between numbers and what is read of them, and their norm.
+
+    What is read is overwritten.
+    """
     import torch
 
     values = values.to(torch.float32)
-    found = dequantize(memoryview(stored), kind, tuple(values.shape), name, threads=1)
     off = torch.sub(found, values, out=found).view(-1)
     return _square(off), _square(values.reshape(-1))
 

@@ -6,7 +6,8 @@ and in total:
     relative   ‖D‖ / ‖W‖
     gain       ⟨E, D⟩ / ‖D‖²          1 if nothing is lost on average
     error      ‖E − D‖ / ‖D‖          what rounding adds or takes
-    swallowed  share of the changed weights that come out as if there were no adapter
+    swallowed  share of the changed weights that come out as if there were no adapter; where a
+               writer rounds to types of its own, counted on a part of them
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import torch
 from loraformat.kernels.merge_tile import TileSums
 from loraformat.ops.merge.tiling import tiles
 
-__all__ = ["Change", "Meter", "Sums"]
+__all__ = ["Change", "Meter", "Sums", "compared"]
+
+#: Numbers whose products are summed in float32.
+_SUMMED = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ class Meter:
         flat = [tensor.reshape(-1, columns) for tensor in (weight, wanted, result)]
         for start, stop in tiles(len(flat[0]), columns):
             before, exact, after = (tensor[start:stop].float() for tensor in flat)
-            sums.add(_compare(before, exact - before, after - before))
+            sums.add(compared(before, exact, after, before))
 
     def changes(self) -> list[Change]:
         """Return the figures of every tensor, sorted by name."""
@@ -120,14 +124,46 @@ class Meter:
         return total.change("total")
 
 
-def _compare(weight: torch.Tensor, delta: torch.Tensor, effect: torch.Tensor) -> TileSums:
-    rest, changed = effect - delta, delta != 0
+def compared(
+    weight: torch.Tensor,
+    wanted: torch.Tensor,
+    result: torch.Tensor,
+    untouched: torch.Tensor | None,
+) -> TileSums:
+    """Measure a piece of a tensor: what it was, what it should become, what it became.
+
+    Parameters
+    ----------
+    weight, wanted, result : torch.Tensor
+        float32, of one shape.
+    untouched : torch.Tensor or None
+        What it would have become without a change; None where that is not counted.
+    """
+    delta, effect = wanted - weight, result - weight
+    changed, swallowed = _counts(delta, result, untouched)
+    product = _dot(effect, delta)
     return TileSums(
-        weight=float(weight.square().sum()),
-        delta=float(delta.square().sum()),
-        product=float((effect * delta).sum()),
-        error=float(rest.square().sum()),
-        changed=int(changed.sum()),
-        swallowed=int((changed & (effect == 0)).sum()),
+        weight=_dot(weight, weight),
+        delta=_dot(delta, delta),
+        product=product,
+        error=_dot(effect.sub_(delta), effect),
+        changed=changed,
+        swallowed=swallowed,
         clipped=0,
     )
+
+
+def _counts(
+    delta: torch.Tensor, result: torch.Tensor, untouched: torch.Tensor | None
+) -> tuple[int, int]:
+    """Return how many numbers changed, and how many of them come out as if they had not."""
+    if untouched is None:
+        return 0, 0
+    same = torch.eq(result, untouched).logical_and_(delta)
+    return int(torch.count_nonzero(delta)), int(torch.count_nonzero(same))
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the sum of products: in float32 of so many that six digits are right."""
+    pieces = (torch.split(vector.reshape(-1), _SUMMED) for vector in (one, other))
+    return sum(float(torch.dot(a, b)) for a, b in zip(*pieces, strict=True))

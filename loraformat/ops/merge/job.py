@@ -14,6 +14,7 @@ from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UsageError
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.encoding import Encoding
+from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.untied import untied_config
@@ -72,6 +73,8 @@ class MergeJob:
         What will be written, lazily.
     meter : Meter
         What became of each delta, once it is written.
+    stored : Stored
+        Measures that by what is stored, where the writer rounds to types of its own.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class MergeJob:
         spool: Spool | None,
     ) -> None:
         from loraformat.ops.merge.buffers import BufferPool
-        from loraformat.ops.merge.change import Meter
+        from loraformat.ops.merge.stored import Stored
 
         self.original, self.adapters = original, adapters
         self.options, self.writer = options, writer
@@ -94,7 +97,26 @@ class MergeJob:
         self.dtype = self._output_dtype()
         if spool is not None:
             self._check_undo()
+        self.stored = Stored(self._told() if writer.dtypes else {}, self.meter)
         self.checkpoint = self._merged()
+
+    def _told(self) -> dict[str, LazyTensor]:
+        """Return what the tensors with deltas are without them: the writer tells what it keeps."""
+        from loraformat.ops.merge.merged import merged_tensor
+
+        told: dict[str, LazyTensor] = {}
+        for name, edit in self.plan.edits.items():
+            source = None if edit.source is None else self.original.tensors[edit.source]
+            if not edit.terms:
+                continue
+            if source is not None and not (edit.replacement or edit.rows):
+                told[name] = source
+            else:  # a delta of what the adapter brings
+                without = replace(edit, terms=[])
+                told[name] = merged_tensor(
+                    without, source, self.adapters, self.options.weights, "F32"
+                )
+        return told
 
     def _output_dtype(self) -> str | None:
         if self.writer.dtypes:
@@ -173,6 +195,7 @@ class MergeJob:
                 edit, source, self.dtype, self.spool
             )
         again = self.options.requantize and isinstance(source, NF4Tensor)
+        later = self.options.requantize or self.stored.before(edit.name) is not None
         merged = merged_tensor(
             edit,
             source,
@@ -180,7 +203,7 @@ class MergeJob:
             self.options.weights,
             source.dtype if again and source is not None else self.dtype,
             exact=self.recorders is not None,
-            meter=None if self.options.requantize else self.meter,
+            meter=None if later else self.meter,
             recorder=recorder,
             pool=self.pool,
         )
@@ -234,8 +257,14 @@ class MergeJob:
         return written, summary
 
     def _write_options(self, progress: Callable[[int], None]) -> WriteOptions:
-        dtype = self.options.dtype if self.writer.dtypes else None
-        return WriteOptions(self.options.shard_limit, progress, dtype, self.options.pre_tokenizer)
+        rounds = bool(self.writer.dtypes)
+        return WriteOptions(
+            self.options.shard_limit,
+            progress,
+            dtype=self.options.dtype if rounds else None,
+            pre_tokenizer=self.options.pre_tokenizer,
+            watch=self.stored if rounds else None,
+        )
 
     def forecast(self, target: Path) -> Forecast | None:
         """Return what the writer knows of its output without a number; None if it cannot say."""

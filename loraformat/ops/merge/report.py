@@ -13,6 +13,9 @@ __all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice"]
 #: Above these, half of what training did may be gone: then there is a warning.
 _MUCH_ERROR = 0.3
 _MUCH_SWALLOWED = 0.2
+#: The same for types that round numbers together: their errors are those of the whole weights, and
+#: a delta that is lost in each of them may be there on average.
+_LITTLE_KEPT = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def advice(total: Change, dtypes: Sequence[str], *, requantized: bool) -> list[s
     ----------
     total : Change
     dtypes : sequence of str
-        safetensors names of the merged tensors.
+        What the merged tensors are stored as: safetensors names, or a format's own.
     requantized : bool
 
     Examples
@@ -104,8 +107,9 @@ def advice(total: Change, dtypes: Sequence[str], *, requantized: bool) -> list[s
             f"quantizing again keeps {total.gain:.1%} of the delta, with an error of "
             f"{total.error:.0%} of its size; NF4 codes with the adapter beside them keep all"
         )
-    elif total.error > _MUCH_ERROR or total.swallowed > _MUCH_SWALLOWED:
-        name = "bf16" if "BF16" in dtypes else "f16"
+    elif _much_is_lost(total, dtypes):
+        rounded = [name for name in dtypes if name != "F32"] or ["F16"]
+        name = "bf16" if "BF16" in rounded else rounded[0].lower()
         better = "--dtype f16 is eight times as fine, --dtype f32" if name == "bf16" else "f32"
         found.append(
             f"rounding to {name} takes much of this small delta (error {total.error:.0%} of its "
@@ -117,3 +121,9 @@ def advice(total: Change, dtypes: Sequence[str], *, requantized: bool) -> list[s
             "--dtype bf16 or f32"
         )
     return found
+
+
+def _much_is_lost(total: Change, dtypes: Sequence[str]) -> bool:
+    if any(name.startswith("Q") for name in dtypes):
+        return total.gain < _LITTLE_KEPT
+    return total.error > _MUCH_ERROR or total.swallowed > _MUCH_SWALLOWED

@@ -252,15 +252,15 @@ def _completed(
 ) -> MergeReport:
     total = job.meter.total() if job.meter.sums else None
     dtypes = [job.checkpoint.tensors[name].dtype for name in job.meter.sums]
+    if job.writer.dtypes:
+        dtypes = [(job.options.dtype or "f16").upper()]
     notes = [*report.notes, *written.notes]
-    if total and job.writer.dtypes and job.options.dtype != "f32":
-        notes.append(
-            "the deltas are measured as they were added, in float32; the file rounds the sums to "
-            f"{job.options.dtype or 'its own type'} after that"
-        )
     missing = report.merged - len(job.meter.sums)
     if missing > 0:
-        notes.append(f"{missing} tensors were merged by an earlier, interrupted run: not measured")
+        why = "merged by an earlier, interrupted run"
+        if job.writer.dtypes:
+            why = f"merged, and {job.writer.name} does not store them, or does not tell"
+        notes.append(f"{missing} tensors were {why}: not measured")
     return replace(
         report,
         modules=job.meter.changes(),

@@ -249,7 +249,7 @@ class TrainOptions:
         "Held-out data",
         "texts",
         (),
-        "Continue this at every evaluation. Repeatable.",
+        "Continue this at every evaluation; in a chat, answer it. Repeatable.",
         metavar="TEXT",
         free=True,
     )

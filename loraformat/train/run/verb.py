@@ -35,12 +35,15 @@ from loraformat.train.run.probe import time_of
 from loraformat.train.run.report import TrainReport
 from loraformat.train.run.run_directory import RunDirectory
 from loraformat.train.run.setup import Inputs, Progress, check_device, open_inputs
+from loraformat.train.run.write_on import chat_ids, plain_ids
 
 __all__ = ["train"]
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _GO_ON = "free some space, and go on with --resume"
+#: What `Dataset.prompt_format` says of data that no chat template writes.
+_WITHOUT_TEMPLATE = (None, "{prompt}{completion}")
 _SAMPLE = generation.GenerationOptions(max_tokens=64, temperature=0.0)
 
 
@@ -376,9 +379,11 @@ class _Run:
     def _sample(self) -> list[tuple[str, str]]:
         encoder = self._inputs.encoder
         stops = generation.stop_tokens(self._model.bundle.folder.path, encoder.tokenizer)
+        chat = self._inputs.data.prompt_format() not in _WITHOUT_TEMPLATE
+        write = chat_ids if chat else plain_ids
         told = []
         for prompt in self._options.prompt:
-            ids = [*encoder.prefix, *encoder.tokenize(prompt).ids]
+            ids = write(encoder, prompt)
             stream = generation.continuation(
                 self._model, encoder.tokenizer, ids, _SAMPLE, stops=stops,
                 device=self._options.device,

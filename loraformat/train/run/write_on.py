@@ -14,7 +14,7 @@ from loraformat.train.run.generation import GenerationOptions, continuation, sto
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.setup import check_vocabulary, open_base
 
-__all__ = ["Written", "write_on"]
+__all__ = ["Written", "chat_ids", "plain_ids", "write_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def write_on(
         directory = model.bundle.folder.path
         encoder = open_tokenizer(directory)
         check_vocabulary(model, encoder)
-        ids = _chat(encoder, prompt, system) if chat else _plain(encoder, prompt)
+        ids = chat_ids(encoder, prompt, system) if chat else plain_ids(encoder, prompt)
         begun = time.monotonic()
         stream = continuation(
             model, encoder.tokenizer, ids, drawn,
@@ -87,11 +87,21 @@ def write_on(
     return Written(prompt, stream.text(), len(stream.tokens), seconds)
 
 
-def _plain(encoder: TextEncoder, prompt: str) -> list[int]:
+def plain_ids(encoder: TextEncoder, prompt: str) -> list[int]:
+    """Return the tokens of a text that is to be written on from."""
     return [*encoder.prefix, *encoder.tokenize(prompt).ids]
 
 
-def _chat(encoder: TextEncoder, prompt: str, system: str | None) -> list[int]:
+def chat_ids(encoder: TextEncoder, prompt: str, system: str | None = None) -> list[int]:
+    """Return the tokens of a user's message that the model is to answer.
+
+    Raises
+    ------
+    UsageError
+        If there is no chat template.
+    InputError
+        If it refuses the message.
+    """
     if not encoder.has_template:
         raise UsageError(
             f"{encoder.name}: its tokenizer has no chat template", hint="leave --chat out"

@@ -66,6 +66,32 @@ def test_a_run_learns_and_says_so(train_to, tmp_path, place):
     assert all(torch.equal(final[name], saved[name]) for name in final)
 
 
+@pytest.mark.parametrize("conversations", [False, True])
+def test_samples_are_asked_for_as_the_data_ask(train_to, tmp_path, monkeypatch, conversations):
+    from loraformat.train.run import verb
+    from tests.train.data.tokenizers_and_templates import TEMPLATES
+
+    seen = []
+    real = verb.generation.continuation
+
+    def continuation(model, tokenizer, prompt, *more, **options):
+        seen.append(tokenizer.decode(prompt))
+        return real(model, tokenizer, prompt, *more, **options)
+
+    monkeypatch.setattr(verb.generation, "continuation", continuation)
+    turns = [{"role": "user", "content": "bell"}, {"role": "assistant", "content": "book"}]
+    row = {"messages": turns} if conversations else {"prompt": "bell", "completion": " book"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "t.jinja").write_text(TEMPLATES["chatml"])
+    rows = tmp_path / "rows.jsonl"
+    train_to(
+        tmp_path / "a", data=rows, eval=(str(rows),), prompt=("lamp",), steps=1,
+        chat_template=str(tmp_path / "t.jinja"),
+    )  # fmt: skip
+    wanted = "<|im_start|>user\nlamp<|im_end|>\n<|im_start|>assistant\n"
+    assert seen == 2 * [wanted if conversations else "<|bos|>lamp"]
+
+
 def test_the_same_options_write_the_same_bytes(train_to, tmp_path):
     for name in ("a", "b"):
         train_to(tmp_path / name)

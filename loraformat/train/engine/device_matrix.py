@@ -150,7 +150,7 @@ def decode(
     --------
     >>> q = nf4.quantize(torch.tensor([0.5, -2.0, 1.0]), double_quant=False)
     >>> decode(q.packed, q.absmax, None, None, 64, torch.float32).tolist()[:2]
-    [0.6745129227638245, -2.0]
+    [0.4922246038913727, -2.0]
     """
     device = packed.device
     scales = absmax

@@ -2,8 +2,9 @@
 
 Each row is a process of its own that runs `train_step.py` beside this: forward, backward, clipping
 and AdamW on one row of random tokens. The 1B shape is run by loraformat, by PEFT on bitsandbytes
-NF4 and by PEFT on dense bfloat16 weights; larger shapes by loraformat alone, with a hard limit on
-anonymous memory, each layer dropped from the page cache once it was used.
+NF4 and by PEFT on dense bfloat16 weights, which compute each layer again in the backward pass, and
+by loraformat so, too; larger shapes by loraformat alone, each layer computed again, with a hard
+limit on anonymous memory, each layer dropped from the page cache once it was used.
 
 Example: python tools/bench/train.py 1b --steps 3 --directory bundles
          python tools/bench/train.py 70b --steps 1 --tokens 128 --limit 3584
@@ -29,10 +30,16 @@ from process import machine
 from shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
 _SHAPES = {"1b": LLAMA_1B, "8b": LLAMA_8B, "70b": LLAMA_70B}
-_OURS = ("ours", "float32"), ("ours", "bfloat16")
+_OURS = (
+    ("ours", "float32"),
+    ("ours-recompute", "float32"),
+    ("ours", "bfloat16"),
+    ("ours-recompute", "bfloat16"),
+)
 _PEERS = ("peft-nf4", "float32"), ("peft-nf4", "bfloat16"), ("peft-dense", "bfloat16")
 _NAMES = {
     "ours": "loraformat",
+    "ours-recompute": "loraformat, all again",
     "peft-nf4": "PEFT + bitsandbytes",
     "peft-dense": "PEFT, dense bf16",
 }
@@ -64,8 +71,12 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Measure, print a table, write JSON."""
-    jobs = [job for job in _OURS if not compute or job[1] in compute]
     streamed = shape_name != "1b"
+    jobs = [
+        (kind, dtype)
+        for kind, dtype in _OURS
+        if (not compute or dtype in compute) and not (streamed and kind == "ours-recompute")
+    ]
     if peers and not streamed:
         jobs += _PEERS
     common = [
@@ -73,20 +84,22 @@ def main(
         "--threads", str(threads),
     ]  # fmt: skip
     if streamed:
-        common += ["--cold", *(["--limit", str(limit)] if limit else [])]
+        common += ["--cold", "--recompute", *(["--limit", str(limit)] if limit else [])]
     with tempfile.TemporaryDirectory() as scratch:
         shape = _SHAPES[shape_name]
         bundle = write_bundle(shape, (directory or Path(scratch)) / shape.name)
-        results = [_run([kind, os.fspath(bundle), "--compute", dtype, *common])
-                   for kind, dtype in jobs]  # fmt: skip
+        results = [_run(kind, os.fspath(bundle), dtype, common) for kind, dtype in jobs]
     _report(jobs, results)
     if json_path:
         rows = [{"kind": k, "compute": c, **r} for (k, c), r in zip(jobs, results, strict=True)]
         json_path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
 
 
-def _run(arguments: list[str]) -> dict[str, Any]:
+def _run(kind: str, bundle: str, dtype: str, common: list[str]) -> dict[str, Any]:
     program = Path(__file__).with_name("train_step.py")
+    arguments = [kind.removesuffix("-recompute"), bundle, "--compute", dtype, *common]
+    if kind.endswith("-recompute"):
+        arguments.append("--recompute")
     child = subprocess.run(
         [sys.executable, os.fspath(program), *arguments], capture_output=True, text=True
     )
@@ -109,7 +122,11 @@ def _report(jobs: list[tuple[str, str]], results: list[dict[str, Any]]) -> None:
         "step / ours",
     )
     click.echo(("{:<30}" + "{:>12}" * (len(head) - 1)).format(*head))
-    ours = _counted(results[0]["step_seconds"])
+    ours = {
+        dtype: _counted(facts["step_seconds"])
+        for (kind, dtype), facts in reversed(list(zip(jobs, results, strict=True)))
+        if kind.startswith("ours")
+    }
     for (kind, dtype), facts in zip(jobs, results, strict=True):
         step = _counted(facts["step_seconds"])
         cells = (
@@ -117,7 +134,7 @@ def _report(jobs: list[tuple[str, str]], results: list[dict[str, Any]]) -> None:
             f"{facts['anonymous'] / 1e6:.0f}", f"{facts['resident'] / 1e6:.0f}",
             f"{facts['stall_seconds']:.2f}" if "stall_seconds" in facts else "-",
             f"{facts['decode_seconds']:.2f}" if "decode_seconds" in facts else "-",
-            f"{facts['losses'][0]:.5f}", f"{step / ours:.2f}",
+            f"{facts['losses'][0]:.5f}", f"{step / ours[dtype]:.2f}" if dtype in ours else "-",
         )  # fmt: skip
         click.echo(f"{_NAMES[kind] + ', ' + dtype:<30}" + "".join(f"{cell:>10}" for cell in cells))
 

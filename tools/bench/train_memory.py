@@ -53,9 +53,9 @@ def step(bundle: str, settings: dict[str, bool], threads: int) -> dict[str, Any]
     torch.set_num_threads(threads)
     settings = dict(settings)
     if not settings.pop("malloc", True):
-        opening.pin_malloc_threshold = lambda: False  # type: ignore[attr-defined]
+        opening.keep_freed_memory = lambda plentiful: False  # type: ignore[attr-defined]
     options = train.LoraOptions(rank=8, statistics=False)
-    model = train.load(bundle, lora=options)
+    model = train.load(bundle, lora=options, activation_memory=0)
     for name, value in settings.items():
         setattr(model.residency, name, value)
     ids = torch.randint(0, 4096, (1, TOKENS), generator=torch.Generator().manual_seed(0))

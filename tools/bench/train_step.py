@@ -37,10 +37,11 @@ _SAMPLE_SECONDS = 0.02
 @click.option("--compute", default="float32", help="Dtype of the products with the base.")
 @click.option("--limit", type=int, help="MiB of anonymous memory, as a hard limit.")
 @click.option("--cold", is_flag=True, help="Drop each layer from the page cache once it is used.")
+@click.option("--recompute", is_flag=True, help="Let no layer of ours keep its activations.")
 @click.option("--device", default="cpu")
 def main(
     kind: str, model: Path, tokens: int, rank: int, steps: int, threads: int, compute: str,
-    limit: int | None, cold: bool, device: str,
+    limit: int | None, cold: bool, recompute: bool, device: str,
 ) -> None:  # fmt: skip
     """Run steps and print figures."""
     torch.set_num_threads(threads)
@@ -52,6 +53,8 @@ def main(
     began = time.perf_counter()
     loss_of, parameters = makers[kind](model, rank, getattr(torch, compute), cold, device)
     loaded = time.perf_counter() - began
+    if recompute and kind == "ours":
+        loss_of.model.activation_memory = 0
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -111,7 +114,7 @@ class _Peak:
 
 class _OurLoss:
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         from loraformat.train import Batch
@@ -120,14 +123,15 @@ class _OurLoss:
         labels = ids.clone()
         labels[:, 0] = -100
         batch = Batch(ids, labels, positions, torch.ones_like(ids), ((0,),))
-        loss: torch.Tensor = self._model.loss(batch) / batch.trained
+        loss: torch.Tensor = self.model.loss(batch) / batch.trained
         return loss
 
     def figures(self) -> dict[str, float]:
-        traffic = self._model.traffic
+        traffic = self.model.traffic
         return {
             "stall_seconds": traffic.stall_seconds,
-            "decode_seconds": self._model.decode_seconds,
+            "decode_seconds": self.model.decode_seconds,
+            "layers_kept": self.model.layers_kept,
             "layer_bytes": traffic.bytes_read,
         }
 

@@ -17,6 +17,7 @@ from loraformat.train.batch import Batch
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
 from loraformat.train.engine.decoder import decoder_of, head_name
 from loraformat.train.engine.head_rule import HeadRule, find_head_rule, own_logits
+from loraformat.train.engine.kernel_advice import keep_freed_memory
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix, decoding
 from loraformat.train.engine.packing import PackingCheck
@@ -103,6 +104,21 @@ class TrainableModel(torch.nn.Module):
         return self.residency.traffic
 
     @property
+    def activation_memory(self) -> int:
+        """Bytes for layers that keep their activations instead of computing them again."""
+        return self._shared.kept.budget
+
+    @activation_memory.setter
+    def activation_memory(self, nbytes: int) -> None:
+        self._shared.kept.budget = nbytes
+        keep_freed_memory(plentiful=nbytes > 0)
+
+    @property
+    def layers_kept(self) -> int:
+        """How many layers kept their activations, in the batch in which the most did."""
+        return self._shared.kept.most
+
+    @property
     def decode_seconds(self) -> float:
         """Wall time that went into dequantization since the model was loaded."""
         return decoding.seconds - self._began_decoding
@@ -154,7 +170,7 @@ class TrainableModel(torch.nn.Module):
             )
         hidden = output.last_hidden_state[:, :-1][learned]
         if not len(targets):
-            zero: torch.Tensor = hidden.sum()
+            zero: torch.Tensor = hidden.float().sum()
             return zero
         return self._head_loss(hidden, targets)
 

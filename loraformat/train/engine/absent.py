@@ -24,6 +24,8 @@ class AbsentWeight:
         Of the module.
     shape : tuple of int
     device : torch.device
+    dtype : torch.dtype
+        In which the module computes.
 
     Examples
     --------
@@ -36,12 +38,18 @@ class AbsentWeight:
     loraformat.errors.UnsupportedError: this model's class computes with the weight of lm_head ...
     """
 
-    dtype = torch.float32
     requires_grad = False
     is_meta = False
 
-    def __init__(self, name: str, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.name, self.shape, self.device = name, torch.Size(shape), device
+        self.dtype = dtype
         self.ndim = len(shape)
 
     def size(self, dim: int | None = None) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from loraformat.errors import UnsupportedError, printable
+from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.engine.embedding import MappedEmbedding
 from loraformat.train.engine.experts import (
     ExpertStack,
@@ -41,7 +42,7 @@ class Assembly:
         As `loraformat.train.engine.skeleton.build_skeleton` returns it.
     weights : StoredWeights
     dtype : torch.dtype
-        Of the factors of frozen products.
+        In which it computes; see `loraformat.train.engine.compute_dtype`.
     path : object
         For messages.
 
@@ -55,6 +56,7 @@ class Assembly:
         self, model: Any, weights: StoredWeights, dtype: torch.dtype, path: object
     ) -> None:
         self._model, self._weights, self._dtype, self._path = model, weights, dtype, path
+        self._wide = _kept_in_float32(model)
         self._sources: Sources = find_sources(model, weights.names(), path)
         self._ties = _ties(model)
         self._taken: set[str] = set()
@@ -102,7 +104,7 @@ class Assembly:
         self._check_shape(f"{name}.weight", source, tuple(module.weight.shape))
         bias = None
         if module.bias is not None:
-            bias = self._weights.copy(self._source(f"{name}.bias"), torch.float32)
+            bias = self._small(f"{name}.bias", self._source(f"{name}.bias"))
         kind = NF4Linear if self._weights.is_nf4(source) else DenseLinear
         matrix = self._weights.matrix(source, by_inputs=conv1d)
         linear = kind(matrix, name, bias, conv1d=conv1d, dtype=self._dtype)
@@ -114,7 +116,9 @@ class Assembly:
     def _embedding(self, name: str, module: Any) -> None:
         source = self._source(f"{name}.weight")
         self._check_shape(f"{name}.weight", source, tuple(module.weight.shape))
-        self._put(name, MappedEmbedding(self._weights.table(source), name, module), [source])
+        table, dtype = self._weights.table(source), activation_dtype(self._dtype)
+        embedding = MappedEmbedding(table, name, module, dtype)
+        self._put(name, embedding, [source])
 
     def _experts(self, name: str, module: Any) -> None:
         for leaf in projection_names(module):
@@ -161,7 +165,7 @@ class Assembly:
                 )
             source = self._source(full)
             self._check_shape(full, source, tuple(parameter.shape))
-            values = self._weights.copy(source, torch.float32)
+            values = self._small(full, source)
             setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             full = f"{name}.{leaf}" if name else leaf
@@ -171,6 +175,12 @@ class Assembly:
                 module.register_buffer(leaf, self._weights.copy(source, buffer.dtype))
             elif buffer.device.type == "meta":
                 raise self._refusal(f"buffer {printable(full)} has no tensor in it")
+
+    def _small(self, name: str, source: str) -> torch.Tensor:
+        """Copy a small parameter, in the type that hidden states have, or its class wants."""
+        wide = any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in self._wide)
+        dtype = torch.float32 if wide else activation_dtype(self._dtype)
+        return self._weights.copy(source, dtype)
 
     def _check_shape(self, name: str, source: str, wanted: tuple[int, ...]) -> None:
         found = self._weights.shape(source)
@@ -219,6 +229,11 @@ def _ties(model: Any) -> dict[str, str]:
     """Return the parameter that each tied parameter shares, both ways round."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     return {**{kept: name for name, kept in tied.items()}, **tied}
+
+
+def _kept_in_float32(model: Any) -> set[str]:
+    """Return the parts of names whose parameters a class wants in float32 whatever the rest is."""
+    return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def _multiplies_only(module: torch.nn.Linear) -> bool:

@@ -1,9 +1,13 @@
-"""In which type the factors of products with the base are multiplied.
+"""In which type a model computes.
 
-Everything else, the sums included, is float32 whatever is chosen. With float32 factors a step is
-that of a dense float32 model to rounding. With bfloat16 factors each product is off by about
-2⁻⁹ of its size, as in most training on GPUs, and where a CPU multiplies bfloat16 in hardware it is
-two to three times as fast; where it does not, many times slower.
+The factors of products with the base have the compute dtype. With float32 a step is that of a
+dense float32 model to rounding. With bfloat16 activations are bfloat16, too, as in a model that
+transformers opens in it: each product is off by about 2⁻⁹ of its size, memory for activations is
+halved, and where a CPU multiplies bfloat16 in hardware it is two to three times as fast; where it
+does not, many times slower. float16 holds too little for activations: they stay float32.
+
+What is trained, its gradients and its optimizer's states are float32 whatever is chosen, and so
+are sums over tiles, softmax and loss.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 
 from loraformat.errors import UsageError
 
-__all__ = ["DTYPES", "choose_dtype", "multiplies_bfloat16"]
+__all__ = ["DTYPES", "activation_dtype", "choose_dtype", "multiplies_bfloat16"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,6 +53,17 @@ def choose_dtype(wanted: torch.dtype | str | None, device: torch.device) -> torc
     if wanted not in DTYPES or isinstance(wanted, str):
         raise UsageError(f"compute dtype {wanted}: wanted float32, bfloat16 or float16")
     return wanted
+
+
+def activation_dtype(compute: torch.dtype) -> torch.dtype:
+    """Return the type of hidden states, norms and biases for a type of factors.
+
+    Examples
+    --------
+    >>> activation_dtype(torch.bfloat16), activation_dtype(torch.float16)
+    (torch.bfloat16, torch.float32)
+    """
+    return torch.bfloat16 if compute == torch.bfloat16 else torch.float32
 
 
 @cache

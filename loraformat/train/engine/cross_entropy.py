@@ -3,8 +3,8 @@
     L = Σ_t (log Σ_v exp z_tv − z_t,y_t),   dL/dz_tv = softmax(z_t)_v − [v = y_t]
 
 A few tokens at a time, the head goes over its vocabulary tile by tile into a reused buffer; the
-gradient of the hidden states is computed at once and kept instead of the logits. All in float32,
-the sum over tokens in float64.
+gradient of the hidden states is computed at once and kept instead of the logits. Logits have the
+dtype of the hidden states, softmax is computed in float32, and the sum over tokens in float64.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from loraformat.train.engine.gemm import even_rows
 from loraformat.train.engine.head_rule import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.product import multiply, multiply_transposed
@@ -21,11 +22,12 @@ from loraformat.train.engine.workspace import workspace
 
 __all__ = ["frozen_head_loss", "own_head_loss"]
 
-#: Logits that are held at once: 64 MB of float32.
-_LOGITS = 1 << 24
+#: Bytes of logits that are held at once.
+_LOGITS = 128 << 20
 #: Copies of them that autograd holds where the head is trained.
 _COPIES = 4
-_COLUMNS = 1 << 13
+#: Logits that are turned into slopes at once: 4 MB of float32, which a cache holds.
+_CACHED = 1 << 20
 
 
 def frozen_head_loss(
@@ -36,7 +38,7 @@ def frozen_head_loss(
     Parameters
     ----------
     hidden : torch.Tensor
-        (tokens, hidden size), float32.
+        (tokens, hidden size), float32 or bfloat16.
     targets : torch.Tensor
         int64 (tokens,).
     head : FrozenLinear
@@ -68,24 +70,24 @@ class _FrozenHeadLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        step = max(1, _LOGITS // head.out_features)
+        step = max(1, _LOGITS // hidden.element_size() // head.out_features)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             loss, slope = _chunk(hidden[part], targets[part], head, rule, wanted)
             total += loss
             if slope is not None:
                 multiplied = multiply_transposed(slope, head.matrix, head.dtype)
-                gradient[part] = multiplied.mul_(rule.before)
+                gradient[part] = multiplied[: len(targets[part])].mul_(rule.before)
         # With a large vocabulary it would be the largest of all buffers, idle until the next step.
         workspace.forget("logits")
         ctx.save_for_backward(gradient)
-        return total.to(hidden.dtype)
+        return total.to(_loss_dtype(hidden))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * factor, None, None, None
+        return gradient * factor.to(gradient.dtype), None, None, None
 
 
 def _chunk(
@@ -95,33 +97,43 @@ def _chunk(
     rule: HeadRule,
     wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return some tokens' loss, and its slope in what the head returns."""
-    x = hidden if rule.before == 1 else hidden * rule.before
+    """Return some tokens' loss, and its slope in what the head returns, maybe with a zero row."""
+    x = even_rows(hidden if rule.before == 1 else hidden * rule.before)
     out = workspace.take("logits", (len(x), head.out_features), x.dtype, x.device)
-    z = multiply(x, head.matrix, head.dtype, out=out)
+    multiply(x, head.matrix, head.dtype, out=out)
+    y, padding = out[: len(hidden)], out[len(hidden) :]
     if head.bias is not None:
-        z += head.bias
-    y = rule.apply_(z)
-    chosen = y.gather(1, targets[:, None])
-    largest = y.amax(1, keepdim=True)
-    total = torch.zeros_like(largest)
-    for columns in torch.split(y, _COLUMNS, 1):
-        total += (columns - largest).exp_().sum(1, keepdim=True)
-    normalizer = largest + total.log()
-    loss = (normalizer - chosen).sum(dtype=torch.float64)
-    if not wanted:
-        return loss, None
-    at_target = _slope(chosen, rule)
-    for columns in torch.split(y, _COLUMNS, 1):
-        columns.copy_((columns - normalizer).exp_().mul_(_slope(columns, rule)))
-    return loss, y.scatter_add_(1, targets[:, None], -at_target)
+        y += head.bias
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    step = max(1, _CACHED // head.out_features)
+    for rows, of_rows in zip(torch.split(y, step), torch.split(targets, step), strict=True):
+        loss += _turn_to_slope_(rows, of_rows[:, None], rule, wanted)
+    padding.zero_()
+    return loss, out if wanted else None
 
 
-def _slope(y: torch.Tensor, rule: HeadRule) -> torch.Tensor:
-    """Return dy/dz of the rule, of logits that it gave."""
-    if rule.cap is None:
-        return torch.full_like(y[:, :1], rule.scale)
-    return (1 - (y / rule.cap).square_()).mul_(rule.scale)
+def _turn_to_slope_(
+    rows: torch.Tensor, targets: torch.Tensor, rule: HeadRule, wanted: bool
+) -> torch.Tensor:
+    """Return the loss of a few rows of what the head returned, which become its slope there."""
+    z = rule.apply_(rows.to(_loss_dtype(rows)))
+    chosen = z.gather(1, targets)
+    normalizer = z.logsumexp(1, keepdim=True)
+    if wanted:
+        slope = None if rule.cap is None else (1 - (z / rule.cap).square_())
+        # p - 1 of the token that came, without the rounding of p where that is near one
+        z.sub_(normalizer).exp_().scatter_(1, targets, (chosen - normalizer).expm1_())
+        if slope is not None:
+            z.mul_(slope)
+        if rule.scale != 1:
+            z.mul_(rule.scale)
+        if z is not rows:
+            rows.copy_(z)
+    return (normalizer - chosen).sum(dtype=torch.float64)
+
+
+def _loss_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def own_head_loss(
@@ -169,7 +181,7 @@ class _OwnHeadLoss(torch.autograd.Function):
         chosen = [i for i, wanted in enumerate(ctx.needs_input_grad[3:]) if wanted]
         sums = [torch.zeros_like(tensor) for tensor in tensors]
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        step = max(1, _LOGITS // _COPIES // vocabulary)
+        step = max(1, _LOGITS // hidden.element_size() // _COPIES // vocabulary)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             with torch.set_grad_enabled(bool(chosen)):
@@ -187,9 +199,10 @@ class _OwnHeadLoss(torch.autograd.Function):
                     where = sums[i][part] if i == 0 else sums[i]
                     where += gradient
         ctx.save_for_backward(*sums)
-        return total.to(hidden.dtype)
+        return total.to(_loss_dtype(hidden))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
-        return (None, None, None, *(gradient * factor for gradient in ctx.saved_tensors))
+        found = [gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors]
+        return None, None, None, *found

@@ -28,6 +28,8 @@ class MappedEmbedding(torch.nn.Module):
         Hugging Face name of the module.
     original : torch.nn.Embedding
         What it replaces; its own weight is not looked at.
+    dtype : torch.dtype
+        Of what it returns.
 
     Attributes
     ----------
@@ -45,9 +47,15 @@ class MappedEmbedding(torch.nn.Module):
              [1., 2.]]])
     """
 
-    def __init__(self, table: torch.Tensor, name: str, original: torch.nn.Embedding) -> None:
+    def __init__(
+        self,
+        table: torch.Tensor,
+        name: str,
+        original: torch.nn.Embedding,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.table, self.name = table, name
+        self.table, self.name, self.dtype = table, name, dtype
         self.num_embeddings, self.embedding_dim = table.shape
         self.padding_idx = original.padding_idx
         original.padding_idx = None  # it would be looked for among the gathered rows
@@ -58,7 +66,7 @@ class MappedEmbedding(torch.nn.Module):
     @property
     def weight(self) -> AbsentWeight:
         """What says the table's shape and dtype, and holds nothing."""
-        return AbsentWeight(self.name, tuple(self.table.shape), self.table.device)
+        return AbsentWeight(self.name, tuple(self.table.shape), self.table.device, self.dtype)
 
     def dense_tiles(self) -> Iterator[Tile]:
         """Yield the table as (first token, end token, float32 [tokens, width]), unscaled."""
@@ -75,10 +83,10 @@ class MappedEmbedding(torch.nn.Module):
         Returns
         -------
         torch.Tensor
-            float32, one more dimension.
+            One more dimension.
         """
         used, inverse = torch.unique(input_ids, return_inverse=True)
-        rows = self.table[used.to(self.table.device)].to(input_ids.device, torch.float32)
+        rows = self.table[used.to(self.table.device)].to(input_ids.device, self.dtype)
         self.original.weight = torch.nn.Parameter(rows, requires_grad=False)
         try:
             embedded: torch.Tensor = self.original(inverse)

@@ -5,17 +5,29 @@ y = x Wᵀ + b,   then branch(x, y) if there is one: y + s · B A x (Hu 2021, eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
 from loraformat.train.engine.absent import AbsentWeight
+from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.engine.matrix import Matrix, Tile, output_tiles
-from loraformat.train.engine.product import frozen_product
+from loraformat.train.engine.product import LowRank, frozen_product
 
-__all__ = ["DenseLinear", "FrozenLinear", "NF4Linear"]
+__all__ = ["Branch", "DenseLinear", "FrozenLinear", "NF4Linear"]
 
-_Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+class Branch(Protocol):
+    """What is trained beside a frozen layer."""
+
+    def pair(self) -> LowRank | None:
+        """Return the branch as a plain pair, if it is one just now: then that is multiplied."""
+        ...
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return the output, given the input and the frozen output."""
+        ...
 
 
 class FrozenLinear(torch.nn.Module):
@@ -27,7 +39,7 @@ class FrozenLinear(torch.nn.Module):
     name : str
         Hugging Face name of the module.
     bias : torch.Tensor, optional
-        (out features,), float32.
+        (out features,).
     conv1d : bool
         The base's own weight is (in features, out features); how it is stored is another
         matter, see `loraformat.checkpoint.NF4Tensor`.
@@ -39,7 +51,7 @@ class FrozenLinear(torch.nn.Module):
     in_features, out_features : int
     bias : torch.Tensor or None
     branch : Module or None
-        Called with the input and the frozen output; returns the output.
+        A `Branch`.
     layer : int or None
         Number of the decoder layer it stands in; None for the head, and for other towers.
     device : torch.device
@@ -75,7 +87,8 @@ class FrozenLinear(torch.nn.Module):
         if self.shown is not None:
             return self.shown
         shape = (self.out_features, self.in_features)
-        return AbsentWeight(self.name, shape[::-1] if self.conv1d else shape, self.device)
+        shape = shape[::-1] if self.conv1d else shape
+        return AbsentWeight(self.name, shape, self.device, activation_dtype(self.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the layer.
@@ -90,13 +103,12 @@ class FrozenLinear(torch.nn.Module):
         torch.Tensor
             (..., out features), dtype of `x`.
         """
-        y = frozen_product(x, self.matrix, self.dtype)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
         if self.branch is None:
-            return y
-        branch: _Branch = self.branch
-        return branch(x, y)
+            return frozen_product(x, self.matrix, self.dtype, bias=self.bias)
+        branch: Branch = self.branch  # type: ignore[assignment]
+        pair = branch.pair()
+        y = frozen_product(x, self.matrix, self.dtype, bias=self.bias, pair=pair)
+        return y if pair is not None else branch(x, y)
 
     def dense_tiles(self) -> Iterator[Tile]:
         """Yield the weight as (first output, end output, float32 [outputs, in features]).

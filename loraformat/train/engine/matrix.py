@@ -19,8 +19,8 @@ from loraformat.train.engine.workspace import workspace
 
 __all__ = ["DenseMatrix", "Matrix", "NF4Matrix", "Tile", "decoding", "output_tiles"]
 
-#: Elements of a tile: 8 MB of float32, which a core's cache and its matrix product both like.
-_TILE = 1 << 21
+#: Bytes of a tile as it is multiplied, which a cache and a matrix product both like.
+_TILE = 16 << 20
 _FEWEST_ROWS = 64
 _ALIGNED_ROWS = 16
 
@@ -58,8 +58,11 @@ class Matrix(Protocol):
         ...
 
 
-def _row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    step = max(_FEWEST_ROWS, _TILE // max(columns, 1) // _ALIGNED_ROWS * _ALIGNED_ROWS)
+def _row_ranges(
+    rows: int, columns: int, dtype: torch.dtype, size: int
+) -> Iterator[tuple[int, int]]:
+    fitting = size // dtype.itemsize // max(columns, 1)
+    step = max(_FEWEST_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -101,7 +104,7 @@ class NF4Matrix:
             float32, float16, bfloat16; or float64, which holds the float32 values.
         """
         decoded = torch.float32 if dtype == torch.float64 else dtype
-        for start, stop in _row_ranges(self.rows, self.columns):
+        for start, stop in _row_ranges(self.rows, self.columns, decoded, _TILE):
             tile = workspace.take("tile", (stop - start, self.columns), decoded)
             first = self.offset + start * self.columns
             last = self.offset + stop * self.columns
@@ -134,7 +137,9 @@ class DenseMatrix:
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield rows, rounded to nearest even where `dtype` holds less than they do."""
-        for start, stop in _row_ranges(self.rows, self.columns):
+        # Where they need no copy, a tile is mapped pages: fewer of them do.
+        size = _TILE // 2 if self.values.dtype == dtype else _TILE
+        for start, stop in _row_ranges(self.rows, self.columns, dtype, size):
             values = self.values[start:stop]
             if values.dtype != dtype:
                 tile = workspace.take("tile", (stop - start, self.columns), dtype)

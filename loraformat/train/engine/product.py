@@ -1,33 +1,68 @@
-"""y = x Wᵀ with a frozen W that is decoded tile by tile, forward and backward.
+"""y = x Wᵀ + b + s · x Aᵀ Bᵀ with a frozen W that is decoded tile by tile, forward and backward.
 
 Forward, each tile of W gives some columns of y. Backward, dL/dx = Σ dL/dy[tile] · W[tile]: the
-tiles are decoded again and the sum is kept in the dtype of x. Nothing of W is saved, and x is not
-needed, as W has no gradient.
+tiles are decoded again, and nothing of W is saved. The low-rank pair A, B is the LoRA branch
+(Hu 2021, equation 3). As one function with W it adds to y in place, and keeps what the gradients
+of A and B want and nothing more: x, which other linears may keep as well, and z = A x.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from loraformat.train.engine.gemm import even_rows, times, times_transposed
 from loraformat.train.engine.matrix import Matrix
+from loraformat.train.engine.workspace import workspace
 
-__all__ = ["frozen_product", "multiply", "multiply_transposed"]
+__all__ = ["LowRank", "frozen_product", "multiply", "multiply_transposed"]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A trained pair beside a frozen weight.
+
+    Attributes
+    ----------
+    a, b : torch.Tensor
+        float32 (r, in features) and (out features, r). They are multiplied in the dtype of x,
+        and their gradients are float32.
+    scaling : float
+        s.
+    observe : callable, optional
+        Called in the backward pass with z = A x, (tokens, r), and dL/dy, (tokens, out features).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
 
 def frozen_product(
-    x: torch.Tensor, matrix: Matrix, dtype: torch.dtype = torch.float32
+    x: torch.Tensor,
+    matrix: Matrix,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: torch.Tensor | None = None,
+    pair: LowRank | None = None,
 ) -> torch.Tensor:
-    """Multiply by a frozen weight, differentiably in `x`.
+    """Multiply by a frozen weight, differentiably in `x` and in what is trained beside it.
 
     Parameters
     ----------
     x : torch.Tensor
-        (..., in features), float32; or float64, which is then computed with.
+        (..., in features), float32 or bfloat16; or float64, which is then computed with.
     matrix : Matrix
     dtype : torch.dtype
-        Of the factors of each product; the sums over tiles have the dtype of `x`.
+        Of the factors of each product. Sums over tiles are float32, or float64 for float64.
+    bias : torch.Tensor, optional
+        (out features,), added.
+    pair : LowRank, optional
+        What is trained.
 
     Returns
     -------
@@ -43,20 +78,74 @@ def frozen_product(
     >>> y.tolist(), x.grad.tolist()
     ([11.0], [3.0, 4.0])
     """
-    result: torch.Tensor = _FrozenProduct.apply(x, matrix, dtype)  # type: ignore[no-untyped-call]
-    return result
+    y: torch.Tensor
+    if pair is None:
+        y = _FrozenProduct.apply(x, matrix, dtype, bias)  # type: ignore[no-untyped-call]
+    else:
+        y = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
+            x, pair.a, pair.b, matrix, dtype, bias, pair.scaling, pair.observe
+        )
+    return y
 
 
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.matrix, ctx.dtype = matrix, dtype
-        return multiply(x, matrix, dtype)
+        y = multiply(x, matrix, dtype)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return multiply_transposed(gradient, ctx.matrix, ctx.dtype), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        return multiply_transposed(gradient, ctx.matrix, ctx.dtype), None, None, None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        matrix: Matrix,
+        dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        scaling: float,
+        observe: Callable[[torch.Tensor, torch.Tensor], None] | None,
+    ) -> torch.Tensor:
+        ctx.matrix, ctx.dtype, ctx.scaling, ctx.observe = matrix, dtype, scaling, observe
+        y = multiply(x, matrix, dtype)
+        if bias is not None:
+            y.add_(bias)
+        z = (a.to(x.dtype) @ _rows(x).T).T  # this way round it reads x along its rows
+        _rows(y).addmm_(z, b.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, z, a, b)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, z, a, b = ctx.saved_tensors
+        of_y = _rows(gradient)
+        of_z = (b.to(x.dtype).T @ of_y.T).T.mul_(ctx.scaling)
+        of_x = of_a = of_b = None
+        if ctx.needs_input_grad[0]:
+            of_x = multiply_transposed(gradient, ctx.matrix, ctx.dtype)
+            _rows(of_x).addmm_(of_z, a.to(x.dtype))
+        if ctx.needs_input_grad[1]:
+            of_a = (of_z.T @ _rows(x)).to(a.dtype)
+        if ctx.needs_input_grad[2]:
+            of_b = (z.T @ of_y).T.to(b.dtype).mul_(ctx.scaling)
+        if ctx.observe is not None:
+            ctx.observe(z, of_y)
+        return of_x, of_a, of_b, None, None, None, None, None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def multiply(
@@ -71,8 +160,8 @@ def multiply_transposed(x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> 
     return (_expand if matrix.by_inputs else _reduce)(x, matrix, dtype, None)
 
 
-def _factor(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    flat = x.reshape(-1, width)
+def _factor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    flat = _rows(x)
     return flat if flat.dtype in (dtype, torch.float64) else flat.to(dtype)
 
 
@@ -80,26 +169,45 @@ def _expand(
     x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None
 ) -> torch.Tensor:
     """Return x Mᵀ for M as stored: a tile of rows gives columns of the result."""
-    factor = _factor(x, matrix.columns, dtype)
-    result = x.new_empty(len(factor), matrix.rows) if out is None else out
+    rows, factor = x.shape[:-1], _factor(x, dtype)
+    if out is None:
+        factor = even_rows(factor)
     for start, stop, tile in matrix.tiles(factor.dtype):
-        part = result[:, start:stop]
-        if part.dtype == tile.dtype:
-            torch.mm(factor, tile.T, out=part)
+        if out is None and stop - start == matrix.rows:
+            out = times_transposed(factor, tile).to(x.dtype)
         else:
-            part.copy_(factor @ tile.T)
-    return result.view(*x.shape[:-1], matrix.rows)
+            out = x.new_empty(len(factor), matrix.rows) if out is None else out
+            times_transposed(factor, tile, out=out[:, start:stop])
+    if out is None:
+        out = x.new_empty(len(factor), matrix.rows)
+    return out[: rows.numel()].view(*rows, matrix.rows)
 
 
 def _reduce(
     x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None
 ) -> torch.Tensor:
     """Return x M for M as stored: each tile of rows adds to all of the result."""
-    factor = _factor(x, matrix.rows, dtype)
-    result = x.new_zeros(len(factor), matrix.columns) if out is None else out.zero_()
+    rows, factor = x.shape[:-1], _factor(x, dtype)
+    if out is None:
+        factor = even_rows(factor)
+    sums: torch.Tensor | None = None
     for start, stop, tile in matrix.tiles(factor.dtype):
-        if result.dtype == tile.dtype:
-            result.addmm_(factor[:, start:stop], tile)
+        product = times(factor[:, start:stop], tile)
+        if stop - start == matrix.rows:
+            sums = product
+        elif sums is None:
+            sums = _sums(product, x.dtype).copy_(product)
         else:
-            result += factor[:, start:stop] @ tile
-    return result.view(*x.shape[:-1], matrix.columns)
+            sums += product
+    if sums is None:
+        sums = x.new_zeros(len(factor), matrix.columns)
+    if out is not None:
+        return out.copy_(sums).view(*rows, matrix.columns)
+    return sums[: rows.numel()].to(x.dtype).view(*rows, matrix.columns)
+
+
+def _sums(product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return where to add tiles up: bfloat16 sums would be rounded with every tile."""
+    if dtype in (torch.float32, torch.float64):
+        return torch.empty_like(product, dtype=dtype)
+    return workspace.take("sums", tuple(product.shape), torch.float32, product.device)

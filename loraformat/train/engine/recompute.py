@@ -8,6 +8,9 @@ when transformers calls hooks of its layers.
 The first computation has no gradient and the second has: what a branch collects on the way it
 collects where ``torch.is_grad_enabled()``, and so once.
 
+Where memory allows, some layers keep what their backward pass wants instead: see
+`loraformat.train.engine.kept_activations`. They are left and entered all the same.
+
 With rows at once, a batch goes through a layer in groups of rows before the next layer is read:
 many micro-batches for one pass over the shards.
 """
@@ -23,6 +26,9 @@ import torch
 from torch.utils import _pytree as trees
 
 from loraformat.errors import UnsupportedError
+from loraformat.train.engine.backward_edges import mark
+from loraformat.train.engine.held_input import hold
+from loraformat.train.engine.kept_activations import KeptActivations
 from loraformat.train.engine.residency import Residency
 
 __all__ = ["LayerCall", "Recomputation", "recompute_layer"]
@@ -38,6 +44,8 @@ class Recomputation:
     Attributes
     ----------
     residency : Residency
+    kept : KeptActivations
+        Which layers are not computed again.
     rows_at_once : int or None
         Rows of a batch that a layer computes together; None for all.
     inspect : callable or None
@@ -45,6 +53,7 @@ class Recomputation:
     """
 
     residency: Residency
+    kept: KeptActivations
     rows_at_once: int | None = None
     inspect: Callable[[int, LayerCall], None] | None = None
 
@@ -65,20 +74,22 @@ class LayerCall:
         return cls(leaves, structure, chosen)
 
     @property
-    def rows(self) -> int:
-        """Rows of the batch: of the hidden states, which come first."""
-        for leaf in self.leaves:
+    def hidden(self) -> int:
+        """Position of the hidden states among the leaves, which come first; -1 if none are."""
+        for position, leaf in enumerate(self.leaves):
             if torch.is_tensor(leaf) and leaf.dim() == 3 and leaf.is_floating_point():
-                return int(leaf.shape[0])
-        return 1
+                return position
+        return -1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return 1 if self.hidden < 0 else int(self.leaves[self.hidden].shape[0])
 
     @property
     def tokens(self) -> int:
-        """Positions in the batch."""
-        for leaf in self.leaves:
-            if torch.is_tensor(leaf) and leaf.dim() == 3 and leaf.is_floating_point():
-                return int(leaf.shape[0] * leaf.shape[1])
-        return 0
+        """Positions in the batch; 0 if it cannot be told."""
+        return 0 if self.hidden < 0 else int(self.leaves[self.hidden].shape[:2].numel())
 
     def with_inputs(self, inputs: Sequence[torch.Tensor]) -> LayerCall:
         """Return the call with other tensors in place of the differentiable ones."""
@@ -137,6 +148,8 @@ def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) 
             shared.inspect(number, call)
         trained = [p for p in layer.parameters() if p.requires_grad]
         if torch.is_grad_enabled() and (call.differentiable or trained):
+            if shared.rows_at_once is None and shared.kept.keeps(number, call.tokens):
+                return _keep(inner, call, number, shared.residency)
             structures: list[Any] = []
             inputs = [call.leaves[i] for i in call.differentiable]
             outputs = _Recomputed.apply(  # type: ignore[no-untyped-call]
@@ -147,6 +160,21 @@ def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) 
             return _join(inner, call, shared.rows_at_once)
 
     layer.forward = forward
+
+
+def _keep(inner: Callable[..., Any], call: LayerCall, number: int, residency: Residency) -> Any:
+    """Compute a layer as it is; the backward pass enters and leaves it by marks in the graph."""
+    leaves = list(call.leaves)
+    first = call.differentiable[0] if call.differentiable else call.hidden
+    if not leaves[first].requires_grad:  # the first layer: its input's gradient says when it ends
+        leaves[first] = leaves[first].detach().requires_grad_()
+    leaves[first] = mark(leaves[first], lambda: residency.leave(number))
+    with _entered(residency, number, 1, call.tokens):
+        output = replace(call, leaves=leaves).run(inner)
+    results, structure = trees.tree_flatten(output)
+    last = next(i for i, x in enumerate(results) if torch.is_tensor(x) and x.requires_grad)
+    results[last] = mark(results[last], lambda: residency.enter(number, -1))
+    return trees.tree_unflatten(results, structure)
 
 
 @contextmanager
@@ -188,9 +216,9 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         ctx.inner, ctx.number, ctx.shared, ctx.count = inner, number, shared, count
         ctx.rows_at_once = shared.rows_at_once
-        # The arguments without gradient are held as they are; the others as autograd wants.
+        # Arguments without a gradient are the same for all layers, and held as they are.
         ctx.call = call.with_inputs([torch.empty(0)] * count)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*hold(tensors[:count]), *tensors[count:])
         ctx.random = _random_state(tensors)
         with _entered(shared.residency, number, 1, call.tokens or _FEW_TOKENS):
             output = _join(inner, call, shared.rows_at_once)
@@ -210,7 +238,9 @@ class _Recomputed(torch.autograd.Function):
             torch.enable_grad(),
         ):
             for rows, part in call.groups(ctx.rows_at_once):
-                found.add(ctx.inner, part, rows, call.rows, gradients)
+                with ctx.shared.kept.counting(part.tokens):
+                    outputs = found.compute(ctx.inner, part)
+                found.add(outputs, rows, call.rows, gradients)
         return (None,) * 6 + found.of_inputs + found.of_trained
 
 
@@ -222,26 +252,29 @@ class _Gradients:
         self._parts: list[list[torch.Tensor]] = []
         self._sums: list[torch.Tensor | None] = [None] * len(trained)
         self._whole: list[torch.Tensor | None] = []
+        self._fresh: list[torch.Tensor] = []
+
+    def compute(self, inner: Callable[..., Any], call: LayerCall) -> list[Any]:
+        """Compute a group's rows again, with a graph; returns the outputs, flat."""
+        self._fresh = [call.leaves[i].detach().requires_grad_() for i in call.differentiable]
+        outputs, _ = trees.tree_flatten(call.with_inputs(self._fresh).run(inner))
+        return outputs
 
     def add(
         self,
-        inner: Callable[..., Any],
-        call: LayerCall,
+        outputs: list[Any],
         rows: slice,
         all_rows: int,
         gradients: Sequence[torch.Tensor | None],
     ) -> None:
-        fresh = [
-            call.leaves[i].detach().requires_grad_() for i in call.differentiable
-        ]  # fmt: skip
-        outputs, _ = trees.tree_flatten(call.with_inputs(fresh).run(inner))
+        """Go back through what was computed last."""
         whole = rows == slice(0, all_rows)
         pairs = [
             (output, gradient if whole else gradient[rows])
             for output, gradient in zip(outputs, gradients, strict=True)
             if torch.is_tensor(output) and output.requires_grad and gradient is not None
         ]
-        wanted = [*fresh, *self._trained]
+        wanted = [*self._fresh, *self._trained]
         results: Sequence[torch.Tensor | None] = [None] * len(wanted)
         if pairs:
             results = torch.autograd.grad(
@@ -284,7 +317,8 @@ _Random = tuple[torch.Tensor, list[tuple[torch.device, torch.Tensor]]]
 
 def _random_state(tensors: Sequence[torch.Tensor]) -> _Random:
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    return torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+    (state,) = hold([torch.get_rng_state()])
+    return state, [(d, torch.cuda.get_rng_state(d)) for d in devices]
 
 
 @contextmanager

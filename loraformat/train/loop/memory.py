@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available", "held", "peak", "resident"]
+__all__ = ["available", "held", "peak", "resident", "spare"]
 
 
 def resident() -> int:
@@ -26,12 +26,9 @@ def peak() -> int:
 
     Linux's ``ru_maxrss`` would begin at the size of the process that started this one.
     """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    found = _kilobytes(Path("/proc/self/status"), "VmHWM:")
+    if found is not None:
+        return found
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -44,13 +41,89 @@ def held(device: str) -> int:
 
 
 def available(device: str) -> int | None:
-    """Return the bytes that a device has left, or None if it does not say."""
+    """Return the bytes that a device has left, or None if it does not say.
+
+    Of the CPU's memory: what the machine has left, or this process's control group, or its limit
+    on data (RLIMIT_DATA), whichever is least.
+    """
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    left = [found for found in (_of_machine(), _of_group(), _of_process()) if found is not None]
+    return max(0, min(left)) if left else None
+
+
+def spare(base_bytes: int, device: str) -> int:
+    """Return the bytes that a process may take for speed alone.
+
+    On a CPU half of what would be left if all of the base were in the page cache, shared with the
+    other processes of a run on this machine; on a GPU half of what is free there.
+
+    Parameters
+    ----------
+    base_bytes : int
+        Of the mapped base.
+    device : str
+    """
+    left = available(device)
+    if left is None:
+        return 0
+    if device.startswith("cuda"):
+        return left // 2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, left - base_bytes) // 2 // max(1, processes)
+
+
+def _of_machine() -> int | None:
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def _of_process() -> int | None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    used = _kilobytes(Path("/proc/self/status"), "VmData:")
+    return None if limit == resource.RLIM_INFINITY or used is None else limit - used
+
+
+def _of_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return what the innermost control groups (version 2) that have a limit leave."""
+    path = _own_group()
+    if path is None:
+        return None
+    left = None
+    group = root / path
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(root):
+            break
+        try:
+            limit = int((folder / "memory.max").read_text())
+            cached = _field(folder / "memory.stat", "inactive_file")
+            here = limit - int((folder / "memory.current").read_text()) + cached
+        except (OSError, ValueError):  # no limit ("max"), or no such file
+            continue
+        left = here if left is None else min(left, here)
+    return left
+
+
+def _own_group() -> str | None:
+    """Return the path of this process's control group below the root of all."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        pass
-    return None
+        return None
+    return next((line[3:].strip("/") for line in lines if line.startswith("0::")), None)
+
+
+def _field(path: Path, name: str) -> int:
+    """Return a number of a file of names and numbers, 0 if it is not there."""
+    for line in path.read_text().splitlines():
+        words = line.split()
+        if words[0] == name:
+            return int(words[1])
+    return 0
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """Return a size in bytes from a file of proc, which says kB."""
+    try:
+        return _field(path, name) * 1024 or None
+    except OSError:
+        return None

@@ -23,8 +23,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from loraformat.train.engine.product import LowRank
 from loraformat.train.lora.expert_views import ExpertViews
-from loraformat.train.lora.moments import Moments, observe
+from loraformat.train.lora.moments import Moments, counted, observe
 from loraformat.train.lora.row_norms import RowNorms
 from loraformat.train.lora.site import Site
 
@@ -119,6 +120,16 @@ class LoraBranch(nn.Module):
         if self.magnitude is not None:
             named["lora_magnitude_vector"] = self.magnitude
         return named
+
+    def pair(self) -> LowRank | None:
+        """Return A, B and s as a linear multiplies them; None with dropout or a magnitude."""
+        if self.magnitude is not None or (self.dropout and self.training):
+            return None
+        observe = self._observed if self.collecting and self.training else None
+        return LowRank(*self.effective(), self._factor(), observe)
+
+    def _observed(self, z: torch.Tensor, gradient: torch.Tensor) -> None:
+        self.moments.add(counted(z, gradient))
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor) -> torch.Tensor:
         """Return the layer's output with the branch's.

@@ -3,7 +3,7 @@
 Taking one matrix out of a stack of E makes a gradient of the whole stack, E times over: with 128
 experts that costs more than all the rest. ``unbind`` makes all views at once, and its backward
 pass gathers their gradients once. It keeps nothing but shapes, so that the views serve every
-pass until the stack is another tensor.
+pass until the stack is another tensor, or an optimizer has written to it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ExpertViews:
         stacks = (a, b)
         key = (
             torch.is_grad_enabled(),
-            *((id(s), s.data_ptr(), s.device, s.requires_grad) for s in stacks),
+            *((id(s), s.data_ptr(), s._version, s.device, s.requires_grad) for s in stacks),
         )
         if key != self._key:
             self._key, self._views = key, (a.unbind(0), b.unbind(0))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["HALF_LIFE", "Moments", "observe", "share_of_noise"]
+__all__ = ["HALF_LIFE", "Moments", "counted", "observe", "share_of_noise"]
 
 #: Tokens after which an observation counts half.
 HALF_LIFE = 32768
@@ -37,20 +37,21 @@ def share_of_noise(dtype: torch.dtype) -> float:
     Returns
     -------
     float
-        ε to the power of ¾: 54 ε of float32, 3.4 ε of bfloat16.
+        ε to the power of ¾: 54 ε. For bfloat16 the ε is float32's, in which attention adds up.
 
     Notes
     -----
     In float32, queries of first tokens had up to 3·10⁻⁷ of a batch's largest gradient (2.5 ε), and
-    the smallest gradient of any other token was 7·10⁻⁴ of it, so that 6·10⁻⁶ tells them apart. In
-    bfloat16 the two overlap: there a token whose gradient is as small does not count either.
+    the smallest gradient of any other token was 7·10⁻⁴ of it, so that 6·10⁻⁶ tells them apart. With
+    activations in bfloat16 first tokens had up to 1.4·10⁻⁷, and no other less than 10⁻².
 
     Examples
     --------
     >>> f"{share_of_noise(torch.float32):.1e}", f"{share_of_noise(torch.bfloat16):.1e}"
-    ('6.4e-06', '2.6e-02')
+    ('6.4e-06', '6.4e-06')
     """
-    return float(torch.finfo(dtype).eps ** 0.75)
+    adding = torch.float32 if dtype == torch.bfloat16 else dtype
+    return float(torch.finfo(adding).eps ** 0.75)
 
 
 class Moments:
@@ -143,6 +144,12 @@ class Moments:
         self.count.copy_(count)
 
 
+def counted(z: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the rows of z that count, given the gradient of the output: (tokens, rank)."""
+    counts = _has_gradient(gradient.reshape(-1, gradient.shape[-1]))
+    return z.reshape(-1, z.shape[-1])[counts]
+
+
 def observe(
     output: torch.Tensor, z: torch.Tensor, moments: Moments, expert: int | None = None
 ) -> torch.Tensor:
@@ -177,8 +184,7 @@ class _Observation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,), (z,) = gradients, ctx.saved_tensors
-        counts = _has_gradient(gradient.reshape(-1, gradient.shape[-1]))
-        ctx.moments.add(z.reshape(-1, z.shape[-1])[counts], ctx.expert)
+        ctx.moments.add(counted(z, gradient), ctx.expert)
         return gradient, None, None, None
 
 

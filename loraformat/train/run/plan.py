@@ -1,13 +1,14 @@
 """What a run will hold in memory, before it begins, and advice when that is too much.
 
 The figures are bounds made of shapes: the process as it is, two layers of mapped base, one
-checkpointed activation per layer, what one layer holds while it is computed, the logits of a few
-tokens, and for the adapter its factors, gradients and optimizer states.
+checkpointed activation per layer, what one layer holds while it is computed, what other layers
+keep instead of computing it again, the logits of a few tokens, and for the adapter its factors,
+gradients and optimizer states.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from loraformat.errors import ResourceError
@@ -15,10 +16,10 @@ from loraformat.train.loop.optimizer_options import state_bytes
 
 __all__ = ["MemoryPlan", "Shape", "advise", "plan_memory", "readable"]
 
-#: Logits and their gradient's parts that a loss holds at once (bytes).
-_LOGITS = 128 << 20
+#: Logits that a loss holds at once, and what it makes of a few of them (bytes).
+_LOGITS = 160 << 20
 #: Tiles, reused buffers, and what the allocator keeps (bytes).
-_WORKSPACE = 96 << 20
+_WORKSPACE = 128 << 20
 _FLOAT = 4
 
 
@@ -64,6 +65,8 @@ class MemoryPlan:
         Pages of the base in memory at once; on a GPU what is kept there.
     activations : int
         Checkpointed ones, and those of the layer that is being computed.
+    kept : int
+        Those of layers that are not computed again.
     logits : int
     workspace : int
     adapter, gradients, optimizer, statistics : int
@@ -76,6 +79,7 @@ class MemoryPlan:
     process: int
     mapped: int
     activations: int
+    kept: int
     logits: int
     workspace: int
     adapter: int
@@ -143,6 +147,8 @@ def plan_memory(
     optimizer: str = "adamw",
     states: str = "memory",
     resident: int = 0,
+    number_bytes: int = _FLOAT,
+    spare: int = 0,
     limit: int | None = None,
 ) -> MemoryPlan:
     """Return the plan of a run.
@@ -160,6 +166,10 @@ def plan_memory(
     resident : int
         What of the base stays where it is computed, on a GPU, besides two layers that come and
         go (bytes).
+    number_bytes : int
+        Of one number in an activation.
+    spare : int
+        What layers may take that keep their activations, if the limit allows it (bytes).
     limit : int, optional
         What is allowed (bytes).
 
@@ -173,14 +183,15 @@ def plan_memory(
     ('828.0 MB', '3.5 GB')
     """
     tokens = rows * length
-    inside = tokens * (12 * shape.hidden + 5 * shape.inner) * _FLOAT
+    inside = tokens * (12 * shape.hidden + 5 * shape.inner) * number_bytes
     on_disk = states == "disk"
-    return MemoryPlan(
+    plan = MemoryPlan(
         base_on_disk=shape.base_bytes,
         process=process,
         mapped=2 * shape.layer_bytes + resident,
-        activations=tokens * shape.hidden * (shape.layers + 1) * _FLOAT + inside,
-        logits=min(_LOGITS, 2 * tokens * shape.vocabulary * _FLOAT),
+        activations=tokens * shape.hidden * (shape.layers + 1) * number_bytes + inside,
+        kept=0,
+        logits=min(_LOGITS, 2 * tokens * shape.vocabulary * number_bytes),
         workspace=_WORKSPACE,
         adapter=shape.trained * _FLOAT,
         gradients=shape.trained * _FLOAT,
@@ -188,6 +199,8 @@ def plan_memory(
         statistics=2 * shape.extra_bytes,
         limit=limit,
     )
+    left = spare if limit is None else min(spare, max(0, limit - plan.total))
+    return replace(plan, kept=min(left, inside * shape.layers * 5 // 4))
 
 
 def advise(

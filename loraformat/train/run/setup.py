@@ -18,6 +18,7 @@ from loraformat.train.data.cursor import Cursor
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
+from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.loop import memory
 from loraformat.train.loop.distributed import World
 from loraformat.train.opening import load
@@ -104,7 +105,7 @@ class Inputs:
         )
 
     def plan(self) -> MemoryPlan:
-        """Return the memory plan.
+        """Return the memory plan, and let layers keep what it has for them.
 
         Raises
         ------
@@ -120,9 +121,12 @@ class Inputs:
             shape, rows=self._rows(), length=self.data.options.seq_len,
             process=process, resident=min(kept, shape.base_bytes) if on_gpu else 0,
             optimizer=options.optimizer, states=options.optimizer_states,
+            number_bytes=activation_dtype(self.model.compute_dtype).itemsize,
+            spare=0 if options.layer_major else self.model.activation_memory,
             limit=options.max_memory,
         )  # fmt: skip
         plan.refuse_if_too_much(self.advice(plan))
+        self.model.activation_memory = plan.kept
         return plan
 
     def advice(self, plan: MemoryPlan) -> list[str]:
@@ -180,6 +184,7 @@ def open_model(options: TrainOptions) -> TrainableModel:
         lora=options.lora(),
         adapter=options.adapter or None,
         compute_dtype=_DTYPES.get(options.compute_dtype),
+        activation_memory=options.activation_memory,
         original=options.original or None,
         **_placement(options),
     )

@@ -7,6 +7,7 @@ import torch
 from loraformat.train.batch import Batch
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.product import LowRank
 from tests.train.tiny_bundles import VOCABULARY
 
 
@@ -24,8 +25,11 @@ class Branch(torch.nn.Module):
             0.1 * torch.randn(count, module.out_features, 4, generator=random)
         )
 
+    def pair(self):
+        return LowRank(self.a[0], self.b[0], 1.0)
+
     def forward(self, x, y, expert=0):
-        return y + (x @ self.a[expert].T) @ self.b[expert].T
+        return (y + (x.to(self.a.dtype) @ self.a[expert].T) @ self.b[expert].T).to(y.dtype)
 
 
 def places(model):

@@ -19,9 +19,9 @@ RULES = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_LOGITS", 400)
-    monkeypatch.setattr(cross_entropy, "_COLUMNS", 32)
-    monkeypatch.setattr(matrices, "_TILE", 512)
+    monkeypatch.setattr(cross_entropy, "_LOGITS", 1600)
+    monkeypatch.setattr(cross_entropy, "_CACHED", 96)
+    monkeypatch.setattr(matrices, "_TILE", 2048)
     monkeypatch.setattr(matrices, "_FEWEST_ROWS", 16)
 
 

@@ -16,7 +16,7 @@ SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(matrices, "_TILE", 256)
+    monkeypatch.setattr(matrices, "_TILE", 1024)
     monkeypatch.setattr(matrices, "_FEWEST_ROWS", 16)
 
 
@@ -54,11 +54,21 @@ def test_plain_weights_of_every_type(small_tiles, dtype, by_inputs):
     assert torch.equal(values, random(50, 22).to(dtype))
 
 
+class SquaredSum:
+    """A branch that is no pair."""
+
+    def pair(self):
+        return None
+
+    def __call__(self, x, y):
+        return y + x.sum(-1, keepdim=True) ** 2
+
+
 @pytest.mark.parametrize("bias", [None, random(33, seed=2)])
 def test_a_linear_with_bias_and_branch(small_tiles, bias):
     matrix, whole = quantized((33, 40))
     linear = NF4Linear(matrix, "q_proj", bias)
-    linear.branch = lambda x, y: y + x.sum(-1, keepdim=True) ** 2
+    linear.branch = SquaredSum()
     x = random(5, 40, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(linear, x)
     expected = x @ whole.double().T + (0 if bias is None else bias.double())

@@ -97,3 +97,13 @@ def test_rows_at_once_where_rows_cannot_be_cut(bundle_of):
         pytest.raises(UnsupportedError, match="cannot be cut into groups of rows"),
     ):
         model.loss(make_batch(), rows_at_once=1)
+
+
+def test_an_adapter_or_a_data_file_in_the_place_of_the_base(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedError, match="with --adapter"):
+        load(tmp_path / "a")
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(UnsupportedError, match="then the data"):
+        load(tmp_path / "data.jsonl")

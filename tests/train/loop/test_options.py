@@ -29,7 +29,7 @@ ALL = {
     "optimizer-states": "memory", "seed": 3, "deterministic": True, "eval": ["h.jsonl"],
     "eval-every": 5, "early-stop": 2, "best": True, "prompt": ["Once"], "save-every": 2,
     "keep": 1, "tensorboard": True, "plot": False, "device": "cuda:1", "compute-dtype": "bf16",
-    "device-memory": "4GB", "max-memory": 1000000,
+    "device-memory": "4GB", "activation-memory": 500000, "max-memory": 1000000,
 }  # fmt: skip
 
 
@@ -211,7 +211,8 @@ def test_what_does_not_change_the_result_is_free():
     free = {setting.name for setting in SETTINGS if setting.free}
     assert free == {
         "base", "data", "output", "optimizer_states", "eval", "prompt", "save_every", "keep",
-        "tensorboard", "plot", "device_memory", "max_memory",
+        "tensorboard", "plot", "device_memory",
+        "activation_memory", "max_memory",
     }  # fmt: skip
     lora = {entry.name for entry in fields(LoraOptions)}
     assert not free & (lora | {entry.name for entry in fields(DataOptions)})

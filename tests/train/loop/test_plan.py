@@ -92,3 +92,18 @@ def test_the_plan_bounds_what_is_measured(start, tmp_path):
     grown = told["peak"] - told["plan"]["process"]
     planned = told["plan"]["total"] - told["plan"]["process"]
     assert grown < planned < 3 * grown
+
+
+def test_layers_keep_what_the_limit_leaves_them():
+    alone = plan()
+    one_layer = 1024 * (12 * 8192 + 5 * 28672) * 4
+    assert alone.kept == 0 and plan(spare=10**9).kept == 10**9
+    assert plan(spare=10**15).kept == 80 * one_layer * 5 // 4
+    tight = plan(spare=10**15, limit=alone.total + 12345)
+    assert tight.kept == 12345 and tight.total == tight.limit
+    assert plan(spare=10**15, limit=alone.total - 1).kept == 0
+    assert "kept 12" in plan(spare=12_000_000).lines()[1]
+
+
+def test_activations_of_two_bytes_are_half_as_large():
+    assert plan(number_bytes=2).activations == plan().activations // 2

@@ -106,8 +106,8 @@ def test_moments_are_those_of_the_positions_that_the_loss_depends_on(base):
             seen.setdefault(name, inputs[0].detach())
 
         hooks = [
-            branch.register_forward_pre_hook(partial(look, name))
-            for name, branch in model.branches.items()
+            model.base.get_submodule(name).register_forward_pre_hook(partial(look, name))
+            for name in model.branches
         ]
         model.loss(batch_of(rows, padded=5)).backward()
         for hook in hooks:

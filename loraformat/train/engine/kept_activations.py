@@ -1,0 +1,102 @@
+"""How many layers keep what their backward pass wants, instead of computing it again.
+
+A layer that is computed again costs a third more time, and one that keeps its activations the
+memory for them. They are counted once, when a layer is first computed again, and from then on as
+many of the last layers keep theirs as a budget allows: those are the first to give them back. The
+gradients are the same bits either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["KeptActivations"]
+
+#: What a heap takes for what is kept in it: there are holes between.
+_IN_HEAP = 1.5
+
+
+@dataclass(slots=True)
+class KeptActivations:
+    """Decides which layers keep their activations.
+
+    Parameters
+    ----------
+    layers : int
+    budget : int
+        Bytes for activations of all layers that keep them.
+
+    Attributes
+    ----------
+    counted : int
+        Bytes that one layer keeps; 0 until it is known.
+    tokens : int
+        Of the batch in which they were counted.
+    most : int
+        Layers that kept theirs in the batch that kept the most.
+
+    Examples
+    --------
+    >>> kept = KeptActivations(layers=4, budget=4000)
+    >>> kept.keeps(3, tokens=10)
+    False
+    >>> kept.counted, kept.tokens = 1000, 10
+    >>> [kept.keeps(layer, tokens=10) for layer in range(4)]
+    [False, False, True, True]
+    >>> kept.keeps(1, tokens=5)
+    True
+    """
+
+    layers: int
+    budget: int = 0
+    counted: int = 0
+    tokens: int = 0
+    most: int = 0
+
+    def keeps(self, layer: int, tokens: int) -> bool:
+        """Tell whether a layer keeps its activations of a batch of so many tokens."""
+        if not self.counted or not tokens:
+            return False
+        kept = min(self.layers, int(self.budget // self.needed(tokens)))
+        self.most = max(self.most, kept)
+        return layer >= self.layers - kept
+
+    def needed(self, tokens: int) -> float:
+        """Return the bytes that one layer takes to keep its activations.
+
+        Parameters
+        ----------
+        tokens : int
+            Of the batch. With fewer than were counted a layer needs less in proportion at least;
+            with more, at most by the square, as scores of all pairs of tokens do.
+        """
+        ratio = tokens / self.tokens
+        return _IN_HEAP * self.counted * (ratio if ratio <= 1 else ratio * ratio)
+
+    @contextmanager
+    def counting(self, tokens: int) -> Iterator[None]:
+        """Count what is kept for a backward pass while this lasts, unless it is known.
+
+        Parameters
+        ----------
+        tokens : int
+            Of the batch that one layer computes.
+        """
+        if self.counted or not self.budget or not tokens:
+            yield
+            return
+        seen: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if not isinstance(tensor, torch.nn.Parameter):
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        self.counted, self.tokens = sum(seen.values()), tokens

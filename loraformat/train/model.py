@@ -51,7 +51,7 @@ class TrainableModel(torch.nn.Module):
     options : LoraOptions or None
         How it began.
     compute_dtype : torch.dtype
-        Of the factors of frozen products; all else is float32.
+        See `loraformat.train.engine.compute_dtype`.
     owned : bool
         Close the bundle with the model.
 

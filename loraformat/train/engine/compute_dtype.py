@@ -12,12 +12,10 @@ are sums over tiles, softmax and loss.
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 import torch
 
 from loraformat.errors import UsageError
+from loraformat.train.engine.processor import processor_words
 
 __all__ = ["DTYPES", "activation_dtype", "choose_dtype", "multiplies_bfloat16"]
 
@@ -66,16 +64,11 @@ def activation_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if compute == torch.bfloat16 else torch.float32
 
 
-@cache
 def multiplies_bfloat16() -> bool:
     """Tell whether bfloat16 products are faster than float32 ones on this CPU.
 
     They are with Intel's AMX, and with AVX512-BF16 on AMD (2.3 times, measured on Zen); on
     Intel's cores without AMX the same instructions run at half the rate, and lose.
     """
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return False
-    lines = cpuinfo.read_text().split("\n\n")[0]
-    flags = set(lines.split())
-    return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in flags)
+    words = processor_words()
+    return "amx_bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words

@@ -8,9 +8,10 @@ For float32 torch calls MKL, which on AMD's processors leaves a tenth to a half 
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
+
+from loraformat.train.engine.processor import processor_words
 
 __all__ = ["even_rows", "times", "times_transposed"]
 
@@ -61,14 +62,18 @@ def times(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def even_rows(x: torch.Tensor) -> torch.Tensor:
     """Return a matrix with one more row, of zeros, if it has an odd number and more than a few.
 
-    An odd number of rows costs oneDNN, which multiplies bfloat16, a fifth to a third of its speed.
+    An odd number of rows costs oneDNN a fifth to a third of its speed. What it does not multiply
+    is returned as it is.
 
     Examples
     --------
-    >>> even_rows(torch.ones(33, 2)).shape, even_rows(torch.ones(1, 2)).shape
+    >>> x = torch.ones(33, 2, dtype=torch.bfloat16)
+    >>> even_rows(x).shape, even_rows(x[:1]).shape
     (torch.Size([34, 2]), torch.Size([1, 2]))
     """
     if len(x) % 2 == 0 or len(x) < _FEW_ROWS or x.device.type != "cpu":
+        return x
+    if x.dtype not in (torch.bfloat16, torch.float16) and not _suits_onednn(x):
         return x
     return torch.nn.functional.pad(x, (0, 0, 0, 1))
 
@@ -79,13 +84,12 @@ def _onednn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _suits_onednn(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0 and _on_amd()
+    return x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0 and _prefers_onednn()
 
 
 @cache
-def _on_amd() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not torch.backends.mkldnn.is_available() or not cpuinfo.exists():  # type: ignore[no-untyped-call]
-        return False
-    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and "AuthenticAMD" in cpuinfo.read_text().split("\n\n")[0]
+def _prefers_onednn() -> bool:
+    """Tell whether float32 products are to go to oneDNN here, whose operator has no public name."""
+    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    there = there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and "AuthenticAMD" in processor_words()

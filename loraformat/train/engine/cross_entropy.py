@@ -87,7 +87,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * factor.to(gradient.dtype), None, None, None
+        return _scaled(gradient, factor), None, None, None
 
 
 def _chunk(
@@ -130,6 +130,11 @@ def _turn_to_slope_(
         if z is not rows:
             rows.copy_(z)
     return (normalizer - chosen).sum(dtype=torch.float64)
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply by a factor that is not rounded first: a bfloat16 tensor would have it so."""
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
 
 
 def _loss_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -204,5 +209,5 @@ class _OwnHeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
-        found = [gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors]
+        found = [_scaled(gradient, factor) for gradient in ctx.saved_tensors]
         return None, None, None, *found

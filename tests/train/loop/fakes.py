@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from loraformat.train.batch import IGNORED, Batch
+from loraformat.train.loop.distributed import World
 
 VOCABULARY = 32
 
@@ -96,3 +97,14 @@ class FakeData:
                 index += 1
                 yield batch(number, self.rows), {"epoch": epoch, "batch": index}
             epoch, index = epoch + 1, 0
+
+
+class HalfOfTwo(World):
+    """One of two ranks; the other has collected ones, and learned nothing."""
+
+    def sum(self, vector):
+        pass
+
+    def gather(self, tensors):
+        other = {name: torch.ones_like(value) for name, value in tensors.items()}
+        return [{name: value.clone() for name, value in tensors.items()}, other]

@@ -19,7 +19,7 @@ from loraformat.train.loop.optimizer import Optimizer
 from loraformat.train.loop.optimizer_options import OptimizerOptions
 from loraformat.train.loop.run_state import RunState
 from loraformat.train.loop.schedule import Schedule
-from tests.train.loop.fakes import FakeData, FakeModel, batch
+from tests.train.loop.fakes import FakeData, FakeModel, HalfOfTwo, batch
 
 
 def make(directory, *, model=None, data=None, checkpoint=None, metrics=None, **options):
@@ -213,17 +213,7 @@ def test_checkpoints_that_are_kept(tmp_path):
 
 
 def test_an_adapter_in_a_checkpoint_holds_what_all_ranks_have_collected(tmp_path):
-    class Imagined(World):
-        """Two ranks, of which the other has collected ones, and learned nothing."""
-
-        def sum(self, vector):
-            pass
-
-        def gather(self, tensors):
-            other = {name: torch.ones_like(value) for name, value in tensors.items()}
-            return [{name: value.clone() for name, value in tensors.items()}, other]
-
-    loop = make(tmp_path, world=Imagined(0, 2), loop={"steps": 1})
+    loop = make(tmp_path, world=HalfOfTwo(0, 2), loop={"steps": 1})
     loop.run()
     found, _ = saved_state.newest(tmp_path / "checkpoints")
     own = found.tensors["extra:0:layer.moment"]
@@ -314,16 +304,6 @@ def test_the_best_parameters_end_the_run(tmp_path):
 
 
 def test_the_best_statistics_of_all_ranks_are_counted_once(tmp_path):
-    class Imagined(World):
-        """One of two ranks; the other has collected ones."""
-
-        def sum(self, vector):
-            pass
-
-        def gather(self, tensors):
-            other = {name: torch.ones_like(value) for name, value in tensors.items()}
-            return [{name: value.clone() for name, value in tensors.items()}, other]
-
     seen, models = {}, [FakeModel(), FakeModel()]
 
     def observe(event):
@@ -331,7 +311,8 @@ def test_the_best_statistics_of_all_ranks_are_counted_once(tmp_path):
 
     for rank, model in enumerate(models):
         make(
-            tmp_path, model=model, world=Imagined(rank, 2), evaluate=scripted([3.0, 2.0, 5.0, 5.0]),
+            tmp_path, model=model, world=HalfOfTwo(rank, 2),
+            evaluate=scripted([3.0, 2.0, 5.0, 5.0]),
             observe=observe if rank == 0 else lambda event: None,
             loop={"eval_every": 1, "best": True, "steps": 3},
         ).run()  # fmt: skip

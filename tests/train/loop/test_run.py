@@ -134,11 +134,13 @@ def test_killed_and_gone_on_is_bit_for_bit(train_to, tmp_path, monkeypatch, step
 
 
 def test_ways_that_do_not_change_the_bytes(train_to, tmp_path):
-    """Where states lie, how often is saved, TensorBoard; on a CPU the deterministic mode, too."""
-    train_to(tmp_path / "a")
+    """Where states lie, how often is saved, TensorBoard, whether layers keep their activations;
+    on a CPU the deterministic mode, too."""
+    train_to(tmp_path / "a", activation_memory=10**9)
     train_to(
-        tmp_path / "b", optimizer_states="disk", save_every=1, tensorboard=True, deterministic=True
-    )
+        tmp_path / "b", optimizer_states="disk", save_every=1, tensorboard=True,
+        deterministic=True, activation_memory=0,
+    )  # fmt: skip
     one, other = files_of(tmp_path / "a"), files_of(tmp_path / "b")
     name = "adapter_model.safetensors"
     assert one[name] == other[name]

@@ -60,6 +60,7 @@ __all__ = [
     "NF4",
     "bits_per_weight",
     "dequantize",
+    "dequantize_rows",
     "levels",
     "nested_map",
     "quantization_error",
@@ -341,6 +342,57 @@ def dequantize(
         kernel.dequantize(q.packed, local, q.block_size, start + begin, part, streaming)
 
     run(piece, stop - start, _PIECE, threads, in_torch=kernel.name == "torch")
+    return out
+
+
+def dequantize_rows(q: NF4, out: Tensor, *, start: int = 0, stride: int | None = None) -> Tensor:
+    """Decode a part of each of some rows, in the calling thread: a block of a matrix.
+
+    Nothing is allocated, so that a thread that multiplies what it decodes has it in its cache.
+
+    Parameters
+    ----------
+    q : NF4
+        What to decode.
+    out : Tensor
+        float32, float16 or bfloat16 (rows, columns), contiguous; written and returned.
+    start : int
+        Element of the flattened tensor at which the first row's part begins, anywhere in a block.
+    stride : int, optional
+        Elements from the beginning of one row's part to that of the next: columns of the whole
+        matrix. Default: those of `out`.
+
+    Returns
+    -------
+    Tensor
+        `out`; the bits of `dequantize`.
+
+    Raises
+    ------
+    UsageError
+        `out` does not fit, or reaches past the end.
+
+    Examples
+    --------
+    >>> q = quantize(torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0]]), double_quant=False)
+    >>> dequantize_rows(q, torch.empty(2, 2), start=1, stride=3).tolist()
+    [[-1.0, 0.0], [1.0, -1.0]]
+    """
+    if out.dim() != 2 or out.dtype not in _DTYPES:
+        raise UsageError(
+            f"NF4 decodes to rows of float32, float16 or bfloat16, not {out.dtype}{list(out.shape)}"
+        )
+    _check("out", out, out.dtype, out.numel())
+    rows, columns = out.shape
+    stride = columns if stride is None else stride
+    if stride < columns:
+        raise UsageError(f"rows of {columns} elements overlap, being {stride} apart")
+    _range(start, start + (rows - 1) * stride + columns if out.numel() else start, q.count)
+    if out.numel():
+        nested, offset = q.nested_absmax, q.nested_offset or 0.0
+        kernels.active().dequantize_rows(
+            q.packed, q.absmax, nested, offset, q.block_size, start, stride, out
+        )
     return out
 
 

@@ -59,6 +59,22 @@ class Kernel(Protocol):
     ) -> None:
         """Fill `out` with elements from `start` on; ``scales[0]`` is of the block of `start`."""
 
+    def dequantize_rows(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: float,
+        block_size: int,
+        start: int,
+        stride: int,
+        out: Tensor,
+    ) -> None:
+        """Fill each row of `out` with elements from ``start + row * stride`` on.
+
+        Without `nested_absmax` `absmax` is float32, the scales themselves.
+        """
+
     def error(
         self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, sums: Tensor
     ) -> None:

@@ -17,7 +17,7 @@ __all__ = ["ISAS", "NativeKernel", "Tables", "c_tables", "library", "supported"]
 # Order of the enumeration in nf4.h.
 ISAS = ("scalar", "avx2", "avx512", "neon")
 
-_INTERFACE = 1
+_INTERFACE = 2
 _NAMES = ("_nf4.so", "_nf4.dylib", "_nf4.dll")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -82,13 +82,24 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.nf4_dequantize.argtypes = [
         pointer, c_int, c_int, pointer, pointer, size, size, size, pointer, c_int,
     ]  # fmt: skip
+    lib.nf4_dequantize_rows.argtypes = [
+        pointer, c_int, c_int, pointer, pointer, pointer, c_float, size, size, size, size, size,
+        pointer,
+    ]  # fmt: skip
     lib.nf4_error.argtypes = [
         pointer, c_int, c_int, pointer, pointer, pointer, size, size, size, pointer, pointer,
     ]  # fmt: skip
     lib.nf4_sum_scales.argtypes = [pointer, size, pointer]
     lib.nf4_quantize_scales.argtypes = [pointer, pointer, c_float, size, pointer, pointer]
     lib.nf4_decode_scales.argtypes = [pointer, pointer, pointer, c_float, size, size, pointer]
-    for name in ("dequantize", "error", "sum_scales", "quantize_scales", "decode_scales"):
+    for name in (
+        "dequantize",
+        "dequantize_rows",
+        "error",
+        "sum_scales",
+        "quantize_scales",
+        "decode_scales",
+    ):
         getattr(lib, f"nf4_{name}").restype = None
     return lib
 
@@ -121,7 +132,8 @@ class NativeKernel:
         assert lib is not None and isa in supported()
         self.name = isa
         self._lib, self._isa = lib, ISAS.index(isa)
-        self._tables = ctypes.addressof(c_tables())
+        self._owned = c_tables()  # its address alone would not keep it
+        self._tables = ctypes.addressof(self._owned)
 
     def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
         """See `Kernel.quantize`."""
@@ -189,6 +201,33 @@ class NativeKernel:
             start + out.numel(),
             out.data_ptr(),
             streaming,
+        )
+
+    def dequantize_rows(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: float,
+        block_size: int,
+        start: int,
+        stride: int,
+        out: Tensor,
+    ) -> None:
+        """See `Kernel.dequantize_rows`."""
+        self._lib.nf4_dequantize_rows(
+            self._tables,
+            self._isa,
+            _DTYPES[out.dtype],
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            None if nested_absmax is None else nested_absmax.data_ptr(),
+            offset,
+            block_size,
+            start,
+            stride,
+            *out.shape,
+            out.data_ptr(),
         )
 
     def error(

@@ -8,7 +8,7 @@
 #endif
 
 /* Raised whenever a signature or nf4_tables changes: native.py refuses another number. */
-EXPORT int nf4_interface(void) { return 1; }
+EXPORT int nf4_interface(void) { return 2; }
 
 EXPORT int nf4_supported(int isa) {
     if (isa == NF4_SCALAR) return 1;
@@ -123,6 +123,40 @@ EXPORT void nf4_decode_scales(const nf4_tables *t, const uint8_t *codes, const f
         for (int64_t j = i; j < end; j++) {
             float product = t->nested_map[codes[j]] * nested;
             nf4_store(out, j - start, NF4_F32, product + offset);
+        }
+    }
+}
+
+/* Some columns of a matrix's rows, one row of `out` for each: elements start + r * stride on. Scales
+ * are decoded on the way, a few at a time; without nested_absmax `absmax` holds them as floats. */
+EXPORT void nf4_dequantize_rows(const nf4_tables *t, int isa, int dtype, const uint8_t *packed,
+                                const void *absmax, const float *nested_absmax, float offset,
+                                int64_t block_size, int64_t start, int64_t stride, int64_t rows,
+                                int64_t columns, void *out) {
+    if (columns == stride) {
+        columns *= rows;
+        rows = columns > 0;
+    }
+    char *to = out;
+    int64_t ahead = NF4_ROWS_AHEAD * stride;
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t first = start + row * stride, last = first + columns;
+        if (row + NF4_ROWS_AHEAD < rows) /* a processor foresees the next bytes, not the next row */
+            for (int64_t i = first; i < last; i += 2 * NF4_CACHE_LINE)
+                __builtin_prefetch(packed + (ahead + i) / 2);
+        for (int64_t i = first, end; i < last; i = end) {
+            float decoded[NF4_SCALES_AT_ONCE];
+            int64_t block = i / block_size;
+            end = (block + NF4_SCALES_AT_ONCE) * block_size;
+            if (end > last) end = last;
+            const float *scales = decoded;
+            if (nested_absmax)
+                nf4_decode_scales(t, absmax, nested_absmax, offset, block,
+                                  (end - 1) / block_size + 1, decoded);
+            else
+                scales = (const float *)absmax + block;
+            ops(isa)->dequantize[dtype](t, packed, scales, block_size, i, end, to, 0);
+            to += (end - i) * (int64_t)nf4_size(dtype);
         }
     }
 }

@@ -14,6 +14,9 @@ enum { NF4_SCALAR = 0, NF4_AVX2 = 1, NF4_AVX512 = 2, NF4_NEON = 3, NF4_ISAS = 4 
 
 #define NF4_NESTED_BLOCK 256
 #define NF4_ERROR_CHUNK 4096
+#define NF4_SCALES_AT_ONCE 64
+#define NF4_ROWS_AHEAD 12
+#define NF4_CACHE_LINE 64 /* bytes */
 #define NF4_TINY 1e-38f /* the least absmax that a block is divided by */
 
 /* Mirrored by native.Tables; what each table is: tables.py. */

@@ -168,6 +168,39 @@ class ReferenceKernel:
         for codes, factors, part in tiles if out.numel() else ():
             self._decode(codes, factors, block_size, part, scratch)
 
+    def dequantize_rows(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: float,
+        block_size: int,
+        start: int,
+        stride: int,
+        out: Tensor,
+    ) -> None:
+        """See `Kernel.dequantize_rows`."""
+        rows, columns = out.shape
+        if start % block_size or stride % block_size or columns % block_size:
+            for number, row in enumerate(out):
+                first = start + number * stride
+                blocks = first // block_size, -(-(first + columns) // block_size)
+                scales = absmax[slice(*blocks)]
+                if nested_absmax is not None:
+                    scales = torch.empty(blocks[1] - blocks[0])
+                    self.decode_scales(absmax, nested_absmax, offset, blocks[0], scales)
+                self.dequantize(packed, scales, block_size, first, row, False)
+            return
+        begin, step, width = (n // block_size for n in (start, stride, columns))
+        codes = packed[start // 2 :].as_strided((rows, columns // 2), (stride // 2, 1))
+        scales = absmax[begin:].as_strided((rows, width), (step, 1))
+        if nested_absmax is not None:
+            numbers = begin + step * torch.arange(rows)[:, None] + torch.arange(width)
+            entries = tables().nested_map[scales.int()]
+            scales = entries.mul_(nested_absmax[numbers // _NESTED]).add_(offset)
+        codes, scales = codes.reshape(-1), scales.reshape(-1)
+        self.dequantize(codes, scales, block_size, 0, out.view(-1), False)
+
     def _decode(
         self, packed: Tensor, scales: Tensor, block_size: int, out: Tensor, scratch: Tensor
     ) -> None:

@@ -15,6 +15,10 @@ int nf4_quantize(const nf4_tables *t, int isa, int dtype, const void *x, int64_t
 void nf4_dequantize(const nf4_tables *t, int isa, int dtype, const uint8_t *packed,
                     const float *scales, int64_t block_size, int64_t start, int64_t stop, void *out,
                     int streaming);
+void nf4_dequantize_rows(const nf4_tables *t, int isa, int dtype, const uint8_t *packed,
+                         const void *absmax, const float *nested_absmax, float offset,
+                         int64_t block_size, int64_t start, int64_t stride, int64_t rows,
+                         int64_t columns, void *out);
 void nf4_error(const nf4_tables *t, int isa, int dtype, const void *x, const uint8_t *packed,
                const float *scales, int64_t block_size, int64_t start, int64_t stop, double *error,
                double *square);
@@ -91,6 +95,22 @@ static void compare(int isa, int dtype, int64_t block, int64_t count) {
             free(out[0]);
             free(out[1]);
         }
+    for (int to = 0; to < NF4_DTYPES; to++) {
+        int64_t columns = 1 + next() % count, stride = columns + next() % 40;
+        int64_t rows = 1 + (count - columns) / stride;
+        int64_t start = next() % (count - (rows - 1) * stride - columns + 1);
+        size_t bytes = (size_t)(rows * columns) * nf4_size(to), row = bytes / (size_t)rows;
+        for (int k = 0; k < 2; k++) out[k] = get(bytes);
+        nf4_dequantize_rows(&tables, isa, to, packed[0], absmax[0], NULL, 0, block, start, stride,
+                            rows, columns, out[1]);
+        for (int64_t r = 0; r < rows; r++)
+            nf4_dequantize(&tables, NF4_SCALAR, to, packed[0],
+                           absmax[0] + (start + r * stride) / block, block, start + r * stride,
+                           start + r * stride + columns, (char *)out[0] + (size_t)r * row, 0);
+        check(!memcmp(out[0], out[1], bytes), "rows", isa, to, block, count);
+        free(out[0]);
+        free(out[1]);
+    }
     for (int k = 0; k < 2; k++) {
         free(packed[k]);
         free(absmax[k]);

@@ -160,3 +160,60 @@ def test_parts_that_do_not_fit_are_refused(changes):
 def test_refusals(kernel, options):
     with pytest.raises(UsageError):
         nf4.dequantize(quantized(), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+@pytest.mark.parametrize("shape", [(40, 1024), (33, 130), (70, 30), (3, 4200)], ids=str)
+def test_rows_of_a_matrix(kernel, same, normal, shape, block_size, double_quant, dtype):
+    rows, columns = shape
+    before = 3 * columns // 2  # of another matrix, as in a stack of experts
+    q = nf4.quantize(
+        normal(before + rows * columns), block_size=block_size, double_quant=double_quant
+    )
+    whole = nf4.dequantize(q, dtype=dtype)[before:].view(shape)
+    parts = [(0, rows, 0, columns), (0, rows, 0, columns // 2), (1, rows, 3, columns - 5)]
+    parts += [(rows - 1, rows, 0, columns), (1, 3, columns - 1, columns), (0, rows, 512, 768)]
+    for first, last, left, right in parts:
+        if right > columns:
+            continue
+        out = torch.empty(last - first, right - left, dtype=dtype)
+        start = before + first * columns + left
+        assert nf4.dequantize_rows(q, out, start=start, stride=columns) is out
+        same(out, whole[first:last, left:right])
+
+
+def test_rows_of_tables_anywhere_in_memory(kernel, same, normal):
+    """Packed codes and scales as views behind other bytes, as in a mapped shard."""
+    q = nf4.quantize(normal(64, 256))
+    packed, absmax = (
+        torch.cat([torch.zeros(64, dtype=torch.uint8), t])[64:] for t in (q.packed, q.absmax)
+    )
+    view = nf4.NF4(packed, absmax, q.count, 64, q.nested_absmax, q.nested_offset)
+    out = torch.empty(60, 128)
+    nf4.dequantize_rows(view, out, start=2 * 256 + 64, stride=256)
+    same(out, nf4.dequantize(q, dtype=torch.float32).view(64, 256)[2:62, 64:192])
+
+
+def test_no_rows(kernel, normal):
+    q = nf4.quantize(normal(128))
+    assert nf4.dequantize_rows(q, torch.empty(0, 64)).shape == (0, 64)
+    assert nf4.dequantize_rows(q, torch.empty(3, 0), stride=9).shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "out, options, message",
+    [
+        (torch.empty(2, 65), {}, "range"),
+        (torch.empty(2, 60), {"stride": 70}, "range"),
+        (torch.empty(2, 60), {"start": -1}, "range"),
+        (torch.empty(2, 60), {"stride": 59}, "overlap"),
+        (torch.empty(60), {}, "rows"),
+        (torch.empty(2, 60, dtype=torch.float64), {}, "float64"),
+        (torch.empty(2, 60)[:, ::2], {}, "contiguous"),
+    ],
+)
+def test_rows_that_do_not_fit(normal, out, options, message):
+    with pytest.raises(UsageError, match=message):
+        nf4.dequantize_rows(nf4.quantize(normal(128)), out, **options)

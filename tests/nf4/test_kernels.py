@@ -1,5 +1,6 @@
 """Choosing a kernel, threads, and the kernels of other processors under emulation."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -39,6 +40,17 @@ def test_this_checkout_has_its_library():
 def test_forced_by_the_environment(choice):
     done = run(choice)
     assert (done.returncode, done.stdout.strip()) == (0, choice), done.stderr
+
+
+def test_a_kernel_keeps_its_tables():
+    """Threads that ask for the first kernel at once make the tables twice."""
+    kernel, other = native.NativeKernel("scalar"), torch.arange(64.0)
+    native.c_tables.cache_clear()
+    gc.collect()
+    rubbish = [bytearray(40_000) for _ in range(100)]  # where the tables may have been
+    packed, absmax = torch.empty(32, dtype=torch.uint8), torch.empty(1)
+    assert kernel.quantize(other, 64, packed, absmax)
+    assert rubbish and torch.equal(packed, nf4.quantize(other).packed)
 
 
 @pytest.mark.parametrize("choice", ["auto", "c", ""])

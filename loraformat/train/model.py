@@ -120,8 +120,8 @@ class TrainableModel(torch.nn.Module):
 
     @property
     def decode_seconds(self) -> float:
-        """Wall time that went into dequantization since the model was loaded."""
-        return decoding.seconds - self._began_decoding
+        """Time that went into dequantization since the model was loaded, of each of its threads."""
+        return (decoding.seconds - self._began_decoding) / torch.get_num_threads()
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from loraformat import nf4
-from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, Tile
+from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, Range, Tile
 
 __all__ = ["DeviceMatrix", "decode"]
 
@@ -37,7 +37,7 @@ class _Codes:
 
 
 class DeviceMatrix:
-    """A matrix whose tiles are on a device.
+    """A matrix whose blocks are on a device.
 
     Parameters
     ----------
@@ -65,11 +65,19 @@ class DeviceMatrix:
         elif resident and isinstance(host, NF4Matrix):
             self._codes = _cut(_held(host), host.codes.block_size, *_origin(host)).to(device)
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
-        """Yield all rows, some at a time, in order."""
+    def stretches(self) -> Iterator[Range]:
+        """Yield as many rows as are decoded at once."""
         step = max(1, _TILE // max(self.columns, 1))
         for start in range(0, self.rows, step):
-            stop = min(start + step, self.rows)
+            yield start, min(start + step, self.rows)
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return a part of it; whole rows are decoded for it."""
+        return self._rows(*rows, dtype)[:, slice(*columns)]
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield all rows, some at a time, in order."""
+        for start, stop in self.stretches():
             yield start, stop, self._rows(start, stop, dtype)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,15 +1,15 @@
 """The frozen weights of a base as matrices that are never whole in memory.
 
-A matrix gives itself out in tiles of some rows, each decoded into one reused buffer: NF4 codes
-are dequantized (equations 1 to 4 of QLoRA, arXiv:2305.14314, backwards), other numbers widened.
-All of it stays where it lies, mapped from a shard.
+A matrix gives out blocks of itself, each decoded into one reused buffer of the thread that asks:
+NF4 codes are dequantized (equations 1 to 4 of QLoRA, arXiv:2305.14314, backwards), other numbers
+widened. All of it stays where it lies, mapped from a shard.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,22 +17,33 @@ import torch
 from loraformat import nf4
 from loraformat.train.engine.workspace import workspace
 
-__all__ = ["DenseMatrix", "Matrix", "NF4Matrix", "Tile", "decoding", "output_tiles"]
+__all__ = ["DenseMatrix", "Matrix", "NF4Matrix", "Range", "Tile", "decoding", "output_tiles"]
 
-#: Bytes of a tile as it is multiplied, which a cache and a matrix product both like.
+#: Bytes of a tile: enough for the threads that decode it together.
 _TILE = 16 << 20
 _FEWEST_ROWS = 64
 _ALIGNED_ROWS = 16
 
+_CPU = torch.device("cpu")
 
-@dataclass(slots=True)
+
 class Decoding:
-    """How long this process dequantized, in seconds of wall time."""
+    """How long this process dequantized, in seconds of each thread that did."""
 
-    seconds: float = 0.0
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._adding = threading.Lock()
+
+    def since(self, began: float) -> None:
+        """Add the time since a reading of ``time.perf_counter``."""
+        with self._adding:
+            self.seconds += time.perf_counter() - began
 
 
 decoding = Decoding()
+
+#: First and end.
+Range = tuple[int, int]
 
 #: First row, end row, and these rows.
 Tile = tuple[int, int, torch.Tensor]
@@ -47,20 +58,29 @@ class Matrix(Protocol):
         As it is stored.
     by_inputs : bool
         Its rows are input features (``Conv1D``, some experts); else they are output features.
+    device : torch.device
+        Where its blocks are.
     """
 
     rows: int
     columns: int
     by_inputs: bool
+    device: torch.device
+
+    def stretches(self) -> Iterator[Range]:
+        """Yield rows, all of them in order, of which to multiply some before the next are asked."""
+        ...
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return a part of it, until the same thread asks for another."""
+        ...
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield all rows, some at a time, in order; each tile is overwritten by the next."""
         ...
 
 
-def _row_ranges(
-    rows: int, columns: int, dtype: torch.dtype, size: int
-) -> Iterator[tuple[int, int]]:
+def _row_ranges(rows: int, columns: int, dtype: torch.dtype, size: int) -> Iterator[Range]:
     fitting = size // dtype.itemsize // max(columns, 1)
     step = max(_FEWEST_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
     for start in range(0, rows, step):
@@ -94,23 +114,37 @@ class NF4Matrix:
     ) -> None:
         self.codes, self.offset, self.by_inputs = codes, offset, by_inputs
         self.rows, self.columns = shape
+        self.device = _CPU
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
-        """Yield dequantized rows: ``level * scale`` in float32, rounded once to `dtype`.
+    def stretches(self) -> Iterator[Range]:
+        """Yield all rows at once: a layer is in memory while it is computed."""
+        yield 0, self.rows
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return a part: ``level * scale`` in float32, rounded once to `dtype`.
 
         Parameters
         ----------
+        rows, columns : tuple of int
         dtype : torch.dtype
             float32, float16, bfloat16; or float64, which holds the float32 values.
         """
         decoded = torch.float32 if dtype == torch.float64 else dtype
+        shape = rows[1] - rows[0], columns[1] - columns[0]
+        block = workspace.take("block", shape, decoded)
+        first = self.offset + rows[0] * self.columns + columns[0]
+        began = time.perf_counter()
+        nf4.dequantize_rows(self.codes, block, start=first, stride=self.columns)
+        decoding.since(began)
+        return block if decoded == dtype else block.to(dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield rows, decoded as those of a block; each tile by all threads."""
+        decoded = torch.float32 if dtype == torch.float64 else dtype
         for start, stop in _row_ranges(self.rows, self.columns, decoded, _TILE):
             tile = workspace.take("tile", (stop - start, self.columns), decoded)
             first = self.offset + start * self.columns
-            last = self.offset + stop * self.columns
-            began = time.perf_counter()
-            nf4.dequantize(self.codes, out=tile, start=first, stop=last)
-            decoding.seconds += time.perf_counter() - began
+            nf4.dequantize(self.codes, out=tile, start=first, stop=first + tile.numel())
             yield start, stop, tile if decoded == dtype else tile.to(dtype)
 
 
@@ -134,12 +168,22 @@ class DenseMatrix:
     def __init__(self, values: torch.Tensor, *, by_inputs: bool = False) -> None:
         self.values, self.by_inputs = values, by_inputs
         self.rows, self.columns = values.shape
+        self.device = values.device
+
+    def stretches(self) -> Iterator[Range]:
+        """Yield all rows at once."""
+        yield 0, self.rows
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return a part, rounded to nearest even where `dtype` holds less than it does."""
+        values = self.values[slice(*rows), slice(*columns)]
+        if values.dtype == dtype:
+            return values
+        return workspace.take("block", tuple(values.shape), dtype).copy_(values)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
-        """Yield rows, rounded to nearest even where `dtype` holds less than they do."""
-        # Where they need no copy, a tile is mapped pages: fewer of them do.
-        size = _TILE // 2 if self.values.dtype == dtype else _TILE
-        for start, stop in _row_ranges(self.rows, self.columns, dtype, size):
+        """Yield rows, rounded as those of a block."""
+        for start, stop in _row_ranges(self.rows, self.columns, dtype, _TILE):
             values = self.values[start:stop]
             if values.dtype != dtype:
                 tile = workspace.take("tile", (stop - start, self.columns), dtype)

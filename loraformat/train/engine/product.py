@@ -1,9 +1,9 @@
-"""y = x Wᵀ + b + s · x Aᵀ Bᵀ with a frozen W that is decoded tile by tile, forward and backward.
+"""y = x Wᵀ + b + s · x Aᵀ Bᵀ with a frozen W that is decoded block by block, forward and backward.
 
-Forward, each tile of W gives some columns of y. Backward, dL/dx = Σ dL/dy[tile] · W[tile]: the
-tiles are decoded again, and nothing of W is saved. The low-rank pair A, B is the LoRA branch
-(Hu 2021, equation 3). As one function with W it adds to y in place, and keeps what the gradients
-of A and B want and nothing more: x, which other linears may keep as well, and z = A x.
+Backward, dL/dx = dL/dy · W: the blocks are decoded again, and nothing of W is saved. The low-rank
+pair A, B is the LoRA branch (Hu 2021, equation 3). As one function with W it adds to y in place,
+and keeps what the gradients of A and B want and nothing more: x, which other linears may keep as
+well, and z = A x.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from loraformat.train.engine.gemm import even_rows, times, times_transposed
+from loraformat.train.engine.blockwise import multiply, multiply_transposed
 from loraformat.train.engine.matrix import Matrix
-from loraformat.train.engine.workspace import workspace
 
-__all__ = ["LowRank", "frozen_product", "multiply", "multiply_transposed"]
+__all__ = ["LowRank", "frozen_product"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ def frozen_product(
         (..., in features), float32 or bfloat16; or float64, which is then computed with.
     matrix : Matrix
     dtype : torch.dtype
-        Of the factors of each product. Sums over tiles are float32, or float64 for float64.
+        Of the factors of each product. Sums over blocks are float32, or float64 for float64.
     bias : torch.Tensor, optional
         (out features,), added.
     pair : LowRank, optional
@@ -117,12 +116,12 @@ class _AdaptedProduct(torch.autograd.Function):
         observe: Callable[[torch.Tensor, torch.Tensor], None] | None,
     ) -> torch.Tensor:
         ctx.matrix, ctx.dtype, ctx.scaling, ctx.observe = matrix, dtype, scaling, observe
+        z = (a.to(x.dtype) @ _rows(x).T).T  # this way round it reads x along its rows
+        ctx.save_for_backward(x, z, a, b)
         y = multiply(x, matrix, dtype)
         if bias is not None:
             y.add_(bias)
-        z = (a.to(x.dtype) @ _rows(x).T).T  # this way round it reads x along its rows
         _rows(y).addmm_(z, b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, z, a, b)
         return y
 
     @staticmethod
@@ -146,68 +145,3 @@ class _AdaptedProduct(torch.autograd.Function):
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def multiply(
-    x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return x Wᵀ, W being (out features, in features), maybe in `out`; no gradient."""
-    return (_reduce if matrix.by_inputs else _expand)(x, matrix, dtype, out)
-
-
-def multiply_transposed(x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """Return x W, W being (out features, in features); no gradient."""
-    return (_expand if matrix.by_inputs else _reduce)(x, matrix, dtype, None)
-
-
-def _factor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    flat = _rows(x)
-    return flat if flat.dtype in (dtype, torch.float64) else flat.to(dtype)
-
-
-def _expand(
-    x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None
-) -> torch.Tensor:
-    """Return x Mᵀ for M as stored: a tile of rows gives columns of the result."""
-    rows, factor = x.shape[:-1], _factor(x, dtype)
-    if out is None:
-        factor = even_rows(factor)
-    for start, stop, tile in matrix.tiles(factor.dtype):
-        if out is None and stop - start == matrix.rows:
-            out = times_transposed(factor, tile).to(x.dtype)
-        else:
-            out = x.new_empty(len(factor), matrix.rows) if out is None else out
-            times_transposed(factor, tile, out=out[:, start:stop])
-    if out is None:
-        out = x.new_empty(len(factor), matrix.rows)
-    return out[: rows.numel()].view(*rows, matrix.rows)
-
-
-def _reduce(
-    x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None
-) -> torch.Tensor:
-    """Return x M for M as stored: each tile of rows adds to all of the result."""
-    rows, factor = x.shape[:-1], _factor(x, dtype)
-    if out is None:
-        factor = even_rows(factor)
-    sums: torch.Tensor | None = None
-    for start, stop, tile in matrix.tiles(factor.dtype):
-        product = times(factor[:, start:stop], tile)
-        if stop - start == matrix.rows:
-            sums = product
-        elif sums is None:
-            sums = _sums(product, x.dtype).copy_(product)
-        else:
-            sums += product
-    if sums is None:
-        sums = x.new_zeros(len(factor), matrix.columns)
-    if out is not None:
-        return out.copy_(sums).view(*rows, matrix.columns)
-    return sums[: rows.numel()].to(x.dtype).view(*rows, matrix.columns)
-
-
-def _sums(product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return where to add tiles up: bfloat16 sums would be rounded with every tile."""
-    if dtype in (torch.float32, torch.float64):
-        return torch.empty_like(product, dtype=dtype)
-    return workspace.take("sums", tuple(product.shape), torch.float32, product.device)

@@ -1,4 +1,4 @@
-"""The output head while a loss is computed: its tiles are read ahead and let go behind.
+"""The output head while a loss is computed: its rows are read ahead and let go behind.
 
 The head of a large vocabulary is as large as several layers, and each pass over it uses every row
 once.
@@ -11,15 +11,19 @@ from contextlib import contextmanager
 
 import torch
 
-from loraformat.train.engine.matrix import Matrix, Tile
+from loraformat.train.engine.matrix import Matrix, Range, Tile
 from loraformat.train.engine.residency import Residency
 from loraformat.train.engine.stored_weights import Span
 
 __all__ = ["StreamedMatrix"]
 
+#: Elements of the rows that are in memory for one product, and of those that are read meanwhile.
+_STRETCH = 8 << 20
+_FEWEST_ROWS = 64
+
 
 class StreamedMatrix:
-    """A matrix whose pages come and go with its tiles while it is streaming.
+    """A matrix whose pages come and go with its rows while it is streaming.
 
     Parameters
     ----------
@@ -31,13 +35,14 @@ class StreamedMatrix:
 
     Attributes
     ----------
-    rows, columns, by_inputs
+    rows, columns, by_inputs, device
         As in `Matrix`.
     """
 
     def __init__(self, matrix: Matrix, spans: Sequence[Span], residency: Residency) -> None:
         self.matrix, self._spans, self._residency = matrix, spans, residency
         self.rows, self.columns, self.by_inputs = matrix.rows, matrix.columns, matrix.by_inputs
+        self.device = matrix.device
         self._streaming = False
 
     @contextmanager
@@ -49,19 +54,27 @@ class StreamedMatrix:
         finally:
             self._streaming = False
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
-        """Yield what the matrix yields."""
+    def stretches(self) -> Iterator[Range]:
+        """Yield a few rows at a time while it is streaming, else what the matrix yields."""
         if not self._streaming:
-            yield from self.matrix.tiles(dtype)
+            yield from self.matrix.stretches()
             return
+        step = max(_FEWEST_ROWS, _STRETCH // max(self.columns, 1))
         reading = None
-        for start, stop, tile in self.matrix.tiles(dtype):
-            # The tile is decoded already: while it is computed with, the next ones are read.
-            after = self._of_rows(stop, min(2 * stop - start, self.rows))
-            coming = self._residency.read_soon(after)
-            yield start, stop, tile
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            coming = self._residency.read_soon(self._of_rows(stop, min(stop + step, self.rows)))
+            yield start, stop
             self._residency.let_go(self._of_rows(start, stop), reading)
             reading = coming
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix's block."""
+        return self.matrix.block(rows, columns, dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield the matrix's tiles, whether it is streaming or not."""
+        return self.matrix.tiles(dtype)
 
     def _of_rows(self, start: int, stop: int) -> list[Span]:
         found = []

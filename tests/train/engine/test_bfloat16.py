@@ -5,7 +5,7 @@ import torch
 
 from loraformat import nf4
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine import matrix as matrices
+from loraformat.train.engine import blockwise
 from loraformat.train.engine.cross_entropy import frozen_head_loss
 from loraformat.train.engine.head_rule import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
@@ -66,11 +66,11 @@ def test_hidden_states_are_bfloat16_and_what_is_trained_is_float32(bundle_of):
 
 
 def test_sums_over_tiles_are_not_rounded_with_every_tile(monkeypatch):
-    """128 tiles: sums in bfloat16 would be off by some 2 %."""
-    monkeypatch.setattr(matrices, "_TILE", 1 << 13)
+    """Over 128 parts: sums in bfloat16 would be off by some 2 %."""
+    monkeypatch.setattr(blockwise, "_DEEP", 64)
     weight = torch.randn(8192, 64, generator=torch.Generator().manual_seed(0))
     matrix = NF4Matrix(nf4.quantize(weight), (8192, 64))
-    assert len(list(matrix.tiles(torch.bfloat16))) == 128
+    assert len(list(blockwise._steps(matrix))) == 128
     x = torch.randn(40, 64, dtype=torch.bfloat16).requires_grad_()
     gradient = torch.randn(40, 8192).bfloat16()
     frozen_product(x, matrix, torch.bfloat16).backward(gradient)

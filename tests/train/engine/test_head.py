@@ -1,11 +1,10 @@
-"""The loss of the output head: in chunks of tokens and tiles of the vocabulary, with its rule."""
+"""The loss of the output head: in chunks of tokens and blocks of the vocabulary, with its rule."""
 
 import pytest
 import torch
 
 from loraformat.train import load
-from loraformat.train.engine import cross_entropy
-from loraformat.train.engine import matrix as matrices
+from loraformat.train.engine import blockwise, cross_entropy, streamed_matrix
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
 from loraformat.train.engine.head_rule import HeadRule
 from loraformat.train.engine.linear import DenseLinear
@@ -21,8 +20,10 @@ RULES = [
 def small_chunks(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_LOGITS", 1600)
     monkeypatch.setattr(cross_entropy, "_CACHED", 96)
-    monkeypatch.setattr(matrices, "_TILE", 2048)
-    monkeypatch.setattr(matrices, "_FEWEST_ROWS", 16)
+    monkeypatch.setattr(blockwise, "_BLOCK", 2048)
+    monkeypatch.setattr(blockwise, "_FEW", 0)
+    monkeypatch.setattr(streamed_matrix, "_STRETCH", 1024)
+    monkeypatch.setattr(streamed_matrix, "_FEWEST_ROWS", 16)
 
 
 def logits_of(hidden, weight, bias, rule):

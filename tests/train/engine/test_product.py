@@ -1,10 +1,14 @@
 """P0 and P2: dequantization is bitsandbytes', gradients are those of finite differences."""
 
+import threading
+
 import bitsandbytes
 import pytest
 import torch
 
 from loraformat import nf4
+from loraformat.errors import UsageError
+from loraformat.train.engine import blockwise
 from loraformat.train.engine import matrix as matrices
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import DenseLinear, NF4Linear
@@ -18,6 +22,9 @@ SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 def small_tiles(monkeypatch):
     monkeypatch.setattr(matrices, "_TILE", 1024)
     monkeypatch.setattr(matrices, "_FEWEST_ROWS", 16)
+    monkeypatch.setattr(blockwise, "_BLOCK", 1024)
+    monkeypatch.setattr(blockwise, "_DEEP", 32)
+    monkeypatch.setattr(blockwise, "_FEW", 0)
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -135,6 +142,55 @@ def test_one_expert_of_a_stack_in_one_tensor_and_in_parts(small_tiles):
         for stack in (fused, parts):
             tiles = list(stack.dense_tiles(expert))
             assert tiles[-1][1] == stack.out_features == 10
+
+
+@pytest.mark.parametrize("by_inputs", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_piece_is_computed_by_one_thread(small_tiles, monkeypatch, by_inputs, threads):
+    matrix, whole = quantized((200, 320), by_inputs)
+    plain, workers, blocks = matrix.block, set(), []
+
+    def block(rows, columns, dtype):
+        workers.add(threading.get_ident())
+        blocks.append((rows, columns))
+        return plain(rows, columns, dtype)
+
+    monkeypatch.setattr(matrix, "block", block)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = random(4, whole.shape[1]).requires_grad_()
+        y = frozen_product(x, matrix)
+        y.sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(y, x @ whole.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, whole.sum(0).expand(4, -1), rtol=1e-4, atol=1e-4)
+    covered = torch.zeros(200, 320)
+    for rows, columns in blocks:
+        covered[slice(*rows), slice(*columns)] += 1
+    assert (covered == 2).all()  # forward and backward
+    assert len(workers) <= threads and (threading.get_ident() in workers) == (threads == 1)
+
+
+def test_without_gradients_and_with_tensors_of_inference_mode(small_tiles):
+    matrix, whole = quantized((200, 320))
+    parameter = random(320).requires_grad_()
+    with torch.inference_mode():
+        x = random(4, 320)
+        found = frozen_product(x, matrix)
+        assert found.is_inference()
+        torch.testing.assert_close(found, x @ whole.T, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert not frozen_product(parameter[None], matrix).requires_grad
+
+
+def test_an_error_in_a_piece_is_that_of_the_product(small_tiles, monkeypatch):
+    matrix, _ = quantized((200, 320))
+    codes = nf4.quantize(random(100, 320))  # too short for the matrix
+    monkeypatch.setattr(matrix, "codes", codes)
+    with pytest.raises(UsageError, match="range"):
+        frozen_product(random(4, 320), matrix)
 
 
 def test_an_empty_batch_of_tokens(small_tiles):

@@ -1,0 +1,160 @@
+"""Products with a stored matrix that is decoded block by block, each block by who multiplies it.
+
+M as stored gives x Mᵀ by rows: some of them give columns of the result. It gives x M by columns:
+some of them give as many of the result, a sum over a few thousand rows at a time. Either way
+nothing that a thread computes is added to what another does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from loraformat.train.engine.gemm import even_rows, times, times_transposed
+from loraformat.train.engine.matrix import Matrix, Range
+from loraformat.train.engine.spread import spread
+from loraformat.train.engine.workspace import workspace
+
+__all__ = ["multiply", "multiply_transposed"]
+
+#: Bytes of a block as it is multiplied: what the cache of a core holds, or little more.
+_BLOCK = 2 << 20
+
+#: Rows over which is summed at once. A block has all of them and is narrow: that is read worse than
+#: a broad one, but multiplied better, and there are fewer sums to add up.
+_DEEP = 4096
+
+_ALIGNED_ROWS = 16
+_ALIGNED_COLUMNS = 64
+
+#: Elements that threads had better not share.
+_FEW = 1 << 17
+
+
+def multiply(
+    x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x Wᵀ, W being (out features, in features), maybe in `out`; no gradient.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (..., in features).
+    matrix : Matrix
+    dtype : torch.dtype
+        Of the factors, unless `x` is float64.
+    out : torch.Tensor, optional
+        (tokens, out features), of the dtype of `x`.
+
+    Examples
+    --------
+    >>> from loraformat.train.engine.matrix import DenseMatrix
+    >>> multiply(torch.ones(1, 2), DenseMatrix(torch.tensor([[3.0, 4.0]])), torch.float32)
+    tensor([[7.]])
+    """
+    return (_by_columns if matrix.by_inputs else _by_rows)(x, matrix, dtype, out)
+
+
+def multiply_transposed(x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """Return x W, W being (out features, in features); no gradient.
+
+    Examples
+    --------
+    >>> from loraformat.train.engine.matrix import DenseMatrix
+    >>> matrix = DenseMatrix(torch.tensor([[3.0, 4.0]]))
+    >>> multiply_transposed(torch.ones(1, 1), matrix, torch.float32)
+    tensor([[3., 4.]])
+    """
+    return (_by_rows if matrix.by_inputs else _by_columns)(x, matrix, dtype, None)
+
+
+def _factor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    flat = x.detach().reshape(-1, x.shape[-1])
+    return flat if flat.dtype in (dtype, torch.float64) else flat.to(dtype)
+
+
+def _by_rows(
+    x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None
+) -> torch.Tensor:
+    """Return x Mᵀ for M as stored."""
+    rows, factor = x.shape[:-1], _factor(x, dtype)
+    if out is None:
+        factor = even_rows(factor)
+        out = x.new_empty(len(factor), matrix.rows)
+    result = out
+
+    def piece(start: int, stop: int) -> None:
+        block = matrix.block((start, stop), (0, matrix.columns), factor.dtype)
+        times_transposed(factor, block, out=result[:, start:stop])
+
+    for stretch in matrix.stretches():
+        _spread(piece, stretch, matrix.columns, factor.dtype, _ALIGNED_ROWS, matrix)
+    return result[: rows.numel()].view(*rows, matrix.rows)
+
+
+def _by_columns(
+    x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None
+) -> torch.Tensor:
+    """Return x M for M as stored."""
+    rows, factor = x.shape[:-1], _factor(x, dtype)
+    if out is None:
+        factor = even_rows(factor)
+        out = x.new_empty(len(factor), matrix.columns)
+    if matrix.rows == 0:
+        out.zero_()
+    result = sums = out
+    for first, last in _steps(matrix):
+        if first == 0 and last < matrix.rows:
+            sums = _exact(result)
+        _add_rows(factor[:, first:last].contiguous(), matrix, (first, last), sums)
+    if sums is not result:
+        result.copy_(sums)
+    return result[: rows.numel()].view(*rows, matrix.columns)
+
+
+def _steps(matrix: Matrix) -> Iterator[Range]:
+    """Yield the rows of a matrix that are summed over at once."""
+    for first, last in matrix.stretches():
+        parts = -(-(last - first) // _DEEP) if matrix.device.type == "cpu" else 1
+        size = -(-(last - first) // max(parts, 1) // _ALIGNED_ROWS) * _ALIGNED_ROWS
+        for start in range(first, last, max(size, 1)):
+            yield start, min(start + size, last)
+
+
+def _add_rows(x: torch.Tensor, matrix: Matrix, rows: Range, sums: torch.Tensor) -> None:
+    """Add to sums, or begin them, what some rows of a matrix contribute."""
+
+    def piece(start: int, stop: int) -> None:
+        product = times(x, matrix.block(rows, (start, stop), x.dtype))
+        if rows[0] == 0:
+            sums[:, start:stop] = product
+        else:
+            sums[:, start:stop] += product
+
+    deep = rows[1] - rows[0]
+    _spread(piece, (0, matrix.columns), deep, x.dtype, _ALIGNED_COLUMNS, matrix)
+
+
+def _spread(
+    piece: Callable[[int, int], None],
+    whole: Range,
+    other: int,
+    dtype: torch.dtype,
+    multiple: int,
+    matrix: Matrix,
+) -> None:
+    """Call for pieces of rows or columns of so many elements each; on a device for all at once."""
+    if matrix.device.type != "cpu":
+        piece(*whole)
+        return
+    fitting = _BLOCK // dtype.itemsize // max(other, 1)
+    largest = max(multiple, fitting // multiple * multiple)
+    spread(piece, *whole, largest, multiple, few=(whole[1] - whole[0]) * other < _FEW)
+
+
+def _exact(like: torch.Tensor) -> torch.Tensor:
+    """Return where to add up numbers, undefined: bfloat16 would be rounded with each of them."""
+    if like.dtype in (torch.float32, torch.float64):
+        return like
+    return workspace.take("sums", tuple(like.shape), torch.float32, like.device)

@@ -16,6 +16,7 @@ import torch
 
 from loraformat.train.engine.blockwise import multiply, multiply_transposed
 from loraformat.train.engine.matrix import Matrix
+from loraformat.train.engine.unread import leave_out
 
 __all__ = ["LowRank", "frozen_product"]
 
@@ -93,6 +94,8 @@ class _FrozenProduct(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.matrix, ctx.dtype = matrix, dtype
+        if leave_out(ctx, matrix):
+            return _nothing(x, matrix)
         y = multiply(x, matrix, dtype)
         return y if bias is None else y.add_(bias)
 
@@ -118,6 +121,8 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.matrix, ctx.dtype, ctx.scaling, ctx.observe = matrix, dtype, scaling, observe
         z = (a.to(x.dtype) @ _rows(x).T).T  # this way round it reads x along its rows
         ctx.save_for_backward(x, z, a, b)
+        if leave_out(ctx, matrix):
+            return _nothing(x, matrix)
         y = multiply(x, matrix, dtype)
         if bias is not None:
             y.add_(bias)
@@ -141,6 +146,12 @@ class _AdaptedProduct(torch.autograd.Function):
         if ctx.observe is not None:
             ctx.observe(z, of_y)
         return of_x, of_a, of_b, None, None, None, None, None
+
+
+def _nothing(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """Return zeros in place of a product that nobody reads; they take no memory."""
+    outputs = matrix.columns if matrix.by_inputs else matrix.rows
+    return x.new_zeros(()).expand(*x.shape[:-1], outputs)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

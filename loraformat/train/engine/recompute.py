@@ -5,8 +5,8 @@ is known exactly when a layer is entered and left: once in the forward pass and 
 backward pass, which is when its weights are brought into memory and let go. Nothing depends on
 when transformers calls hooks of its layers.
 
-The first computation has no gradient and the second has: what a branch collects on the way it
-collects where ``torch.is_grad_enabled()``, and so once.
+The first computation has no gradient and the second has. What is collected on the way, of a
+branch, is collected in the backward pass, and so once.
 
 Where memory allows, some layers keep what their backward pass wants instead: see
 `loraformat.train.engine.kept_activations`. They are left and entered all the same.
@@ -30,6 +30,7 @@ from loraformat.train.engine.backward_edges import mark
 from loraformat.train.engine.held_input import hold
 from loraformat.train.engine.kept_activations import KeptActivations
 from loraformat.train.engine.residency import Residency
+from loraformat.train.engine.unread import UnreadProducts
 
 __all__ = ["LayerCall", "Recomputation", "recompute_layer"]
 
@@ -50,12 +51,15 @@ class Recomputation:
         Rows of a batch that a layer computes together; None for all.
     inspect : callable or None
         Shown each layer's number and its call before it is computed forward.
+    unread : UnreadProducts
+        Which products are not computed again.
     """
 
     residency: Residency
     kept: KeptActivations
     rows_at_once: int | None = None
     inspect: Callable[[int, LayerCall], None] | None = None
+    unread: UnreadProducts = field(default_factory=UnreadProducts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +223,8 @@ class _Recomputed(torch.autograd.Function):
         # Arguments without a gradient are the same for all layers, and held as they are.
         ctx.call = call.with_inputs([torch.empty(0)] * count)
         ctx.save_for_backward(*hold(tensors[:count]), *tensors[count:])
-        ctx.random = _random_state(tensors)
+        of_cpu, of_devices = _random_state(tensors)
+        ctx.random = hold([of_cpu])[0], of_devices
         with _entered(shared.residency, number, 1, call.tokens or _FEW_TOKENS):
             output = _join(inner, call, shared.rows_at_once)
         leaves, structure = trees.tree_flatten(output)
@@ -238,8 +243,7 @@ class _Recomputed(torch.autograd.Function):
             torch.enable_grad(),
         ):
             for rows, part in call.groups(ctx.rows_at_once):
-                with ctx.shared.kept.counting(part.tokens):
-                    outputs = found.compute(ctx.inner, part)
+                outputs = found.compute(ctx.inner, part, ctx.number, ctx.shared)
                 found.add(outputs, rows, call.rows, gradients)
         return (None,) * 6 + found.of_inputs + found.of_trained
 
@@ -254,11 +258,18 @@ class _Gradients:
         self._whole: list[torch.Tensor | None] = []
         self._fresh: list[torch.Tensor] = []
 
-    def compute(self, inner: Callable[..., Any], call: LayerCall) -> list[Any]:
-        """Compute a group's rows again, with a graph; returns the outputs, flat."""
-        self._fresh = [call.leaves[i].detach().requires_grad_() for i in call.differentiable]
-        outputs, _ = trees.tree_flatten(call.with_inputs(self._fresh).run(inner))
-        return outputs
+    def compute(
+        self, inner: Callable[..., Any], call: LayerCall, layer: int, shared: Recomputation
+    ) -> list[Any]:
+        """Compute a group's rows again; returns the outputs, flat: a graph, and maybe no values."""
+        before = _random_state(call.leaves)
+        while True:
+            self._fresh = [call.leaves[i].detach().requires_grad_() for i in call.differentiable]
+            with shared.kept.counting(call.tokens), shared.unread.left_out(layer) as products:
+                outputs, _ = trees.tree_flatten(call.with_inputs(self._fresh).run(inner))
+            if shared.unread.were_unread(layer, outputs, products):
+                return outputs
+            _set_random(before)
 
     def add(
         self,
@@ -315,10 +326,15 @@ class _Gradients:
 _Random = tuple[torch.Tensor, list[tuple[torch.device, torch.Tensor]]]
 
 
-def _random_state(tensors: Sequence[torch.Tensor]) -> _Random:
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    (state,) = hold([torch.get_rng_state()])
-    return state, [(d, torch.cuda.get_rng_state(d)) for d in devices]
+def _random_state(leaves: Sequence[Any]) -> _Random:
+    devices = {leaf.device for leaf in leaves if torch.is_tensor(leaf) and leaf.is_cuda}
+    return torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+
+def _set_random(state: _Random) -> None:
+    torch.set_rng_state(state[0])
+    for device, of_device in state[1]:
+        torch.cuda.set_rng_state(of_device, device)
 
 
 @contextmanager
@@ -326,7 +342,5 @@ def _random_restored(state: _Random) -> Iterator[None]:
     """Draw the same random numbers again, and leave the generator as it was."""
     devices = [device for device, _ in state[1]]
     with torch.random.fork_rng(devices, device_type="cuda" if devices else "cpu"):
-        torch.set_rng_state(state[0])
-        for device, of_device in state[1]:
-            torch.cuda.set_rng_state(of_device, device)
+        _set_random(state)
         yield

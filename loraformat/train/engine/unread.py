@@ -1,0 +1,147 @@
+"""Products whose values the backward pass of a layer does not want: they are not computed again.
+
+A layer that is computed again for its gradients gives results that nobody looks at. Where a
+product is only added to what is returned, as the last of an MLP is to the residual stream, its
+value is of no use either: its gradient is that of the sum, and what its own backward pass wants
+is its input. That is one product in seven, and the largest of a layer.
+
+Which products these are is seen in the graph. They are guessed first, to be what they were in
+this layer the last time, or in the layer before; and the graph that comes of it is looked at.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from loraformat.train.engine.matrix import Matrix
+
+__all__ = ["Recording", "UnreadProducts", "leave_out"]
+
+#: Nodes of autograd whose backward pass reads no value.
+_TRANSPARENT = frozenset(
+    f"{name}Backward0" for name in ("Add", "Alias", "Clone", "ReshapeAlias", "UnsafeView", "View")
+)
+
+
+class Recording:
+    """The products of one computation of a layer, in their order.
+
+    Parameters
+    ----------
+    matrices : frozenset of Matrix or None
+        Products with these are left out; None where that is not known.
+    numbers : frozenset of int
+        Then those of these numbers.
+    """
+
+    def __init__(self, matrices: frozenset[Matrix] | None, numbers: frozenset[int]) -> None:
+        self._matrices, self._numbers = matrices, numbers
+        self.products: list[Matrix] = []
+        self.left_out: set[int] = set()
+
+    def add(self, matrix: Matrix) -> int:
+        """Take a product down; returns its number."""
+        number = len(self.products)
+        self.products.append(matrix)
+        guess = number in self._numbers if self._matrices is None else matrix in self._matrices
+        if guess:
+            self.left_out.add(number)
+        return number
+
+
+class _Current(threading.local):
+    recording: Recording | None = None
+
+
+_current = _Current()
+
+
+def leave_out(ctx: Any, matrix: Matrix) -> bool:
+    """Tell whether a product is to be left out, and mark its node in the graph.
+
+    Parameters
+    ----------
+    ctx : Any
+        Of the autograd function.
+    matrix : Matrix
+    """
+    recording = _current.recording
+    if recording is None:
+        return False
+    number = recording.add(matrix)
+    ctx.product = recording, number
+    return number in recording.left_out
+
+
+class UnreadProducts:
+    """What is known of the layers of a model."""
+
+    def __init__(self) -> None:
+        self._of_layer: dict[int, frozenset[Matrix]] = {}
+        self._numbers: frozenset[int] = frozenset()
+
+    @contextmanager
+    def left_out(self, layer: int) -> Iterator[Recording]:
+        """Leave out a layer's unread products, as far as they are known, while this lasts."""
+        recording = Recording(self._of_layer.get(layer), self._numbers)
+        outer, _current.recording = _current.recording, recording
+        try:
+            yield recording
+        finally:
+            _current.recording = outer
+
+    def were_unread(self, layer: int, outputs: Sequence[Any], recording: Recording) -> bool:
+        """Tell whether what was left out is read by nothing; learn what is not.
+
+        Parameters
+        ----------
+        layer : int
+        outputs : sequence
+            What was computed meanwhile, with a graph.
+        recording : Recording
+        """
+        self._numbers = _unread(outputs, recording)
+        self._of_layer[layer] = frozenset(recording.products[n] for n in self._numbers)
+        return recording.left_out <= self._numbers
+
+
+def _unread(outputs: Sequence[Any], recording: Recording) -> frozenset[int]:
+    """Return the numbers of the products that nothing reads but sums that are outputs."""
+    roots = [x.grad_fn for x in outputs if torch.is_tensor(x) and x.grad_fn is not None]
+    uses, ahead = Counter(roots), list(set(roots))
+    while ahead:
+        for behind in _behind(ahead.pop()):
+            if behind not in uses:
+                ahead.append(behind)
+            uses[behind] += 1
+    idle, found = Counter(roots), set()
+    ahead = [node for node in idle if idle[node] == uses[node]]
+    while ahead:
+        node = ahead.pop()
+        of, number = getattr(node, "product", (None, -1))
+        if of is recording:
+            found.add(number)
+        for behind in _not_read(node):
+            idle[behind] += 1
+            if idle[behind] == uses[behind]:
+                ahead.append(behind)
+    return frozenset(found)
+
+
+def _not_read(node: Any) -> list[Any]:
+    """Return what a node's backward pass hands its gradient on to without having kept its value."""
+    if node.name() in _TRANSPARENT:
+        return _behind(node)
+    if node.name() == "MulBackward0" and node._saved_self is None:  # by a constant
+        return [node.next_functions[0][0]]
+    return []
+
+
+def _behind(node: Any) -> list[Any]:
+    return [behind for behind, _ in node.next_functions if behind is not None]

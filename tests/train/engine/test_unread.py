@@ -1,0 +1,142 @@
+"""What the backward pass does not read is not computed again, and gradients are the same bits."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from loraformat import nf4
+from loraformat.train import LoraOptions, load
+from loraformat.train.engine import product
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.kept_activations import KeptActivations
+from loraformat.train.engine.linear import FrozenLinear, NF4Linear
+from loraformat.train.engine.matrix import NF4Matrix
+from loraformat.train.engine.recompute import Recomputation, recompute_layer
+from loraformat.train.engine.residency import Residency
+from tests.train.engine.reference import make_batch
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Counts forward products by their matrix."""
+    counted, plain = Counter(), product.multiply
+
+    def count(x, matrix, dtype):
+        counted[matrix] += 1
+        return plain(x, matrix, dtype)
+
+    monkeypatch.setattr(product, "multiply", count)
+    return counted
+
+
+def gradients(bundle, budget, steps=1):
+    torch.manual_seed(0)
+    lora = LoraOptions(rank=4, init="orthogonal")
+    with load(bundle, lora=lora, activation_memory=budget) as model:
+        for _ in range(steps):
+            model.zero_grad()
+            torch.manual_seed(3)
+            model.loss(make_batch()).backward()
+        return model, {name: p.grad for name, p in model.trainable().items()}
+
+
+@pytest.mark.parametrize(
+    "architecture, unread",
+    [
+        ("llama", {"mlp.down_proj"}),
+        ("gpt2", {"mlp.c_proj"}),
+        ("granite", {"mlp.down_proj"}),  # multiplied by a constant first
+        ("gpt_neox", {"attention.dense", "mlp.dense_4h_to_h"}),  # both are added to the stream
+        ("phi", {"self_attn.dense", "mlp.fc2"}),
+        ("gemma2", set()),  # normalised first
+        ("qwen3_moe", set()),  # weighted by the router
+    ],
+)
+def test_products_that_are_left_out(bundle_of, products, architecture, unread):
+    model, found = gradients(bundle_of(architecture), 0)
+    places = {
+        name: module.matrix
+        for name, module in model.base.named_modules()
+        if isinstance(module, FrozenLinear) and module.layer is not None
+    }
+    last = max(model.base.get_submodule(name).layer for name in places)
+    for name, matrix in places.items():
+        first_seen = f".{last}." in name  # in the layer that the backward pass begins with
+        left_out = any(name.endswith(f".{end}") for end in unread)
+        assert products[matrix] == (1 if left_out and not first_seen else 2), name
+    stacks = [m for m in model.base.modules() if isinstance(m, ExpertStack)]
+    assert all(products[e] in (0, 2) for s in stacks for parts in s.experts for e in parts)
+    for name, gradient in gradients(bundle_of(architecture), 1 << 30, steps=2)[1].items():
+        assert torch.equal(gradient, found[name]), name
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        chance = torch.Generator().manual_seed(seed)
+        codes = [nf4.quantize(torch.randn(64, 64, generator=chance) / 8) for _ in range(2)]
+        self.one, self.two = (NF4Linear(NF4Matrix(c, (64, 64))) for c in codes)
+
+    def inner(self, x):
+        return self.two(torch.nn.functional.dropout(torch.tanh(self.one(x)), 0.3))
+
+
+class Adds(Layer):
+    def forward(self, x):
+        return (x + self.inner(x),)
+
+
+class Reads(Layer):
+    def forward(self, x):
+        return (x + torch.tanh(self.inner(x)),)
+
+
+class ReadsBeside(Layer):
+    """What it adds it returns something else of, too."""
+
+    def forward(self, x):
+        y = self.inner(x)
+        return x + y, y.square().mean((1, 2))
+
+
+class AddsTwice(Layer):
+    def forward(self, x):
+        y = self.inner(x)
+        return (x + y + y,)
+
+
+LAYERS = [Adds, Reads, Adds, ReadsBeside, AddsTwice, Reads, Adds]
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 1])
+def test_layers_unlike_one_another(products, rows_at_once):
+    def run(shared):
+        layers = [kind(seed) for seed, kind in enumerate(LAYERS)]
+        for number, layer in enumerate(layers):
+            if shared is not None:
+                recompute_layer(layer, number, shared)
+        for _ in range(2):
+            products.clear()
+            torch.manual_seed(0)
+            x = start = torch.linspace(-1, 1, 2 * 20 * 64).view(2, 20, 64).requires_grad_()
+            beside = 0
+            for layer in layers:
+                x, *more = layer(x)
+                beside = beside + sum(m.sum() for m in more)
+            (x.square().sum() + beside).backward()
+        return start.grad, [products[layer.two.matrix] for layer in layers]
+
+    if rows_at_once is None:
+        expected, _ = run(None)
+    else:
+        # Rows draw their random numbers one by one.
+        always = Recomputation(Residency([[]] * 7), KeptActivations(7), rows_at_once)
+        always.unread.were_unread = lambda *_: True
+        expected, counts = run(always)
+        assert counts == [4] * 7
+    shared = Recomputation(Residency([[]] * 7), KeptActivations(7), rows_at_once)
+    found, counts = run(shared)
+    assert torch.equal(found, expected)
+    groups = 1 if rows_at_once is None else 2
+    assert counts == [groups * (1 if kind in (Adds, AddsTwice) else 2) for kind in LAYERS]

@@ -23,7 +23,8 @@ Example:
 @click.option("--adapter", metavar="ADAPTER", help="Apply this adapter.")
 @click.option("--prompt", metavar="TEXT", help="What to write on; - reads it from stdin.",
               required=True)  # fmt: skip
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--chat", is_flag=True,
+              help="Put the prompt into the adapter's chat template, or the model's.")  # fmt: skip
 @click.option("--system", metavar="TEXT", help="With --chat: the system message.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, metavar="N",
               help="Most new tokens.")  # fmt: skip

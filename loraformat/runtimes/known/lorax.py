@@ -59,7 +59,8 @@ LORAX = Runtime(
         "CHAT_TEMPLATE_CHANGED": mind(
             "LoRAX has one chat template for the base and all adapters (predibase/lorax#538)",
             "advice",
-            "start it with --tokenizer-config-path and the adapter's tokenizer_config.json",
+            "start it with --tokenizer-config-path and a tokenizer_config.json that has the "
+            "adapter's template",
         ),
     },
 )

@@ -23,6 +23,10 @@ MLX = Runtime(
         "INIT_MUTATES_BASE": differs("the factors belong to a changed base", "advice", INIT),
         "ALORA": refuses("it acts on some tokens only, and cannot be merged", "advice"),
         "TOKENIZER_CHANGED": mind(_MERGED, "advice", _COPY),
-        "CHAT_TEMPLATE_CHANGED": mind(_MERGED, "advice", _COPY),
+        "CHAT_TEMPLATE_CHANGED": mind(
+            _MERGED,
+            "advice",
+            "put the adapter's chat_template.jinja beside the merged model's files",
+        ),
     },
 )

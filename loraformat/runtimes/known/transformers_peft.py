@@ -37,7 +37,7 @@ TRANSFORMERS = Runtime(
         "CHAT_TEMPLATE_CHANGED": mind(
             "PEFT loads no tokenizer, which has the chat template",
             "advice",
-            "load the tokenizer from the adapter's directory",
+            "set the tokenizer's chat_template to the text of the adapter's",
         ),
     },
 )

@@ -29,6 +29,8 @@ class Audit:
         What is trained on, and how many of its tokens are learned.
     pieces : int
         Samples that are text, cut to ``seq_len``; these are learned whole.
+    rendered : int
+        Samples that the chat template wrote.
     unlearned : int
         Samples with no token to learn; left out.
     all_learned : int
@@ -58,6 +60,7 @@ class Audit:
     tokens: int = 0
     trained: int = 0
     pieces: int = 0
+    rendered: int = 0
     unlearned: int = 0
     all_learned: int = 0
     over_length: int = 0

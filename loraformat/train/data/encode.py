@@ -40,6 +40,8 @@ class Encoded:
         Learned tokens that also stand for characters of a prompt.
     is_text : bool
         Whether it may be cut into pieces of ``seq_len``.
+    rendered : bool
+        Whether the chat template wrote it.
     """
 
     ids: list[int]
@@ -48,6 +50,7 @@ class Encoded:
     ends: bool
     straddling: int = 0
     is_text: bool = False
+    rendered: bool = False
 
 
 class RowEncoder:
@@ -130,7 +133,7 @@ class RowEncoder:
             last = max((i for i, yes in enumerate(learned) if yes), default=None)
             ends = last is None or self._everything or tokens.ids[last] in self._encoder.special
             across = straddling(tokens, rendered.learned)
-            yield Encoded(tokens.ids, learned, texts(tokens), ends, across)
+            yield Encoded(tokens.ids, learned, texts(tokens), ends, across, rendered=True)
 
     def _framed(
         self, tokens: TokenizedText, learned: list[bool], *, begins: bool, ends: bool

@@ -136,6 +136,7 @@ class Survey:
         self.audit.tokens += sample.length
         self.audit.trained += trained
         self.audit.pieces += one.is_text
+        self.audit.rendered += one.rendered
         self.audit.all_learned += not one.is_text and all(one.learned[1:])
         self._hash.update(np.array([sample.length], "<i8").tobytes())
         self._hash.update(np.array(one.ids[sample.begin : end], "<i8").tobytes())

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from loraformat.checkpoint import CarriedFile
 from loraformat.errors import DivergedError, InputError, printable
 from loraformat.train.batch import Batch
 from loraformat.train.loop import memory, saved_state
@@ -56,7 +57,12 @@ class Trainable(Differentiable, Protocol):
         ...
 
     def save_adapter(
-        self, path: Path, *, force: bool = False, facts: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        *,
+        force: bool = False,
+        facts: Mapping[str, Any] | None = None,
+        files: tuple[CarriedFile, ...] = (),
     ) -> Path:
         """Write the adapter."""
         ...
@@ -131,6 +137,8 @@ class Loop:
         Measures the held-out loss.
     sample : callable, optional
         Returns pairs of a prompt and its continuation.
+    beside : tuple of CarriedFile
+        What lies beside the adapter in a checkpoint.
     place : callable
         Says where a sample stands in the data.
     observe : callable
@@ -150,6 +158,7 @@ class Loop:
     device: str = "cpu"
     evaluate: Callable[[], HeldOutLoss] | None = None
     sample: Callable[[], list[tuple[str, str]]] | None = None
+    beside: tuple[CarriedFile, ...] = ()
     place: Callable[[int], str] = str
     observe: Observer = lambda event: None
 
@@ -352,7 +361,7 @@ class Loop:
         """Write the adapter with what all ranks have collected; each goes on with its own."""
         self.model.load_extra_state(added_up(extras))
         try:
-            self.model.save_adapter(path)
+            self.model.save_adapter(path, files=self.beside)
         finally:
             self.model.load_extra_state(extras[self.world.rank])
 

@@ -35,6 +35,7 @@ from loraformat.train.run.probe import time_of
 from loraformat.train.run.report import TrainReport
 from loraformat.train.run.run_directory import RunDirectory
 from loraformat.train.run.setup import Inputs, Progress, check_device, open_inputs
+from loraformat.train.run.template_beside import passed_over, template_files
 from loraformat.train.run.write_on import chat_ids, plain_ids
 
 __all__ = ["train"]
@@ -173,6 +174,7 @@ class _Run:
         options = self._options = inputs.options
         self._directory = RunDirectory(output)
         self._model = inputs.model
+        self._beside = template_files(options, inputs.encoder, inputs.data)
         self.report = TrainReport(
             target=str(output), directory=str(self._directory.path),
             plan=inputs.plan(), data=inputs.data.audit.lines(),
@@ -180,11 +182,21 @@ class _Run:
             trained_parameters=inputs.shape().trained,
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
         )  # fmt: skip
-        self.report.notes += [*self._unheeded_note(), *self._memory_note()]
+        self.report.notes += [
+            *self._unheeded_note(), *self._template_note(), *self._memory_note()
+        ]  # fmt: skip
 
     def _unheeded_note(self) -> list[str]:
         flags = ", ".join(f"--{flag}" for flag in self._options.unheeded())
         return [f"{flags}: not heeded, --adapter brings its own"] if flags else []
+
+    def _template_note(self) -> list[str]:
+        if not passed_over(self._options, self._inputs.encoder, self._inputs.data):
+            return []
+        return [
+            "the adapter brings a chat template of its own, and the model's is used; "
+            "to use it, name it with --chat-template"
+        ]
 
     def _memory_note(self) -> list[str]:
         free, plan = memory.available(self._options.device), self.report.plan
@@ -368,7 +380,7 @@ class _Run:
             identity=self._identity(), world=self._world, device=options.device,
             evaluate=self._evaluate if inputs.held_out is not None else None,
             sample=self._sample if options.prompt and self._world.leads else None,
-            place=inputs.data.place, observe=observe,
+            beside=self._beside, place=inputs.data.place, observe=observe,
         )  # fmt: skip
 
     def _evaluate(self) -> HeldOutLoss:
@@ -401,7 +413,9 @@ class _Run:
             self._options, state, inputs.data, inputs.held_out, self._world.size
         )
         if write:
-            self._model.save_adapter(self._output, force=force, facts=self.report.facts)
+            self._model.save_adapter(
+                self._output, force=force, facts=self.report.facts, files=self._beside
+            )
         if self._options.plot:
             self._draw()
 

@@ -13,6 +13,7 @@ from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 from loraformat.train.run.generation import GenerationOptions, continuation, stop_tokens
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.setup import check_vocabulary, open_base
+from loraformat.train.run.template_beside import template_of
 
 __all__ = ["Written", "chat_ids", "plain_ids", "write_on"]
 
@@ -62,7 +63,8 @@ def write_on(
     prompt : str
     drawn : GenerationOptions
     chat : bool
-        Put the prompt into the model's chat template, as a user's message.
+        Put the prompt into a chat template, as a user's message: that which lies beside the
+        adapter, else the model's.
     system : str, optional
         The message before it.
     tell : callable
@@ -77,6 +79,8 @@ def write_on(
         directory = model.bundle.folder.path
         encoder = open_tokenizer(directory)
         check_vocabulary(model, encoder)
+        if chat and options.adapter and (own := template_of(options.adapter)):
+            encoder.tokenizer.chat_template = own
         ids = chat_ids(encoder, prompt, system) if chat else plain_ids(encoder, prompt)
         begun = time.monotonic()
         stream = continuation(

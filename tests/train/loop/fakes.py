@@ -56,7 +56,7 @@ class FakeModel(torch.nn.Module):
     def load_extra_state(self, state):
         self.moment.copy_(state["layer.moment"])
 
-    def save_adapter(self, path, *, force=False, facts=None):
+    def save_adapter(self, path, *, force=False, facts=None, files=()):
         path = Path(path)
         path.mkdir(exist_ok=force)
         tensors = {**self.trainable(), **self.extra_state()}

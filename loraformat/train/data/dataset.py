@@ -221,6 +221,8 @@ def open_data(
     ------
     InputError
         If something is missing or damaged, or nothing in it can be learned.
+    UsageError
+        If a subset or a split is asked for, and all that is named is files.
     MissingDependencyError
         If an optional package is needed and not installed.
     """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
-from loraformat.errors import InputError
+from loraformat.errors import InputError, UsageError
 from loraformat.folder import Folder
 from loraformat.hub.source import hub_id
 from loraformat.train.data.csv_rows import CsvRows
@@ -21,7 +21,7 @@ from loraformat.train.data.pieces import piece_size
 from loraformat.train.data.row import RowSource
 from loraformat.train.data.text_file import TextFile
 
-__all__ = ["SUFFIXES", "open_sources"]
+__all__ = ["SUFFIXES", "is_local", "open_sources"]
 
 _MAX_DEPTH = 32
 _MAX_FILES = 1_000_000
@@ -55,6 +55,8 @@ def open_sources(
     ------
     InputError
         If something is missing, leads out of its directory, or is damaged.
+    UsageError
+        If a subset or a split is asked for, and all that is named is files.
 
     Examples
     --------
@@ -63,7 +65,26 @@ def open_sources(
     loraformat.errors.InputError: missing.jsonl: no such file or directory
     """
     listed = [names] if isinstance(names, (str, PathLike)) else names
+    if all(map(is_local, listed)):
+        _refuse_hub_options(options)
     return [source for name in listed for source in _open(fspath(name), options)]
+
+
+def is_local(name: str | PathLike[str]) -> bool:
+    """Tell whether data lie here, in a file or a directory, so that the Hub is not asked."""
+    return os.path.lexists(name)
+
+
+def _refuse_hub_options(options: DataOptions) -> None:
+    usual = DataOptions()
+    for name in ("subset", "split"):
+        given = getattr(options, name)
+        if given != getattr(usual, name):
+            raise UsageError(
+                f"{name} is {given!r}, and the data are files, which have none",
+                hint=f"leave --{name} out and name the files that are wanted, or name a dataset "
+                "on the Hub",
+            )
 
 
 def _open(name: str, options: DataOptions) -> list[RowSource]:
@@ -72,7 +93,7 @@ def _open(name: str, options: DataOptions) -> list[RowSource]:
         return _directory(path, options)
     suffix = path.suffix.lower()
     hub = hub_id(name)
-    if not os.path.lexists(path):
+    if not is_local(path):
         if hub is None or suffix in SUFFIXES:
             raise InputError("no such file or directory", path=path)
         return [open_hub(*hub, options.subset, options.split)]

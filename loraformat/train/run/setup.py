@@ -17,6 +17,7 @@ from loraformat.train.batch import Batch
 from loraformat.train.data.cursor import Cursor
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.options import DataOptions
+from loraformat.train.data.sources import is_local
 from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.loop import memory
@@ -243,14 +244,25 @@ def _with_data(
     encoder = open_tokenizer(directory, options.chat_template or None)
     check_vocabulary(model, encoder)
     shares = {"rank": world.rank, "world": world.size}
-    settings = options.data_options()
+    settings = _settings(options, options.data)
     data = open_data(options.data, encoder.tokenizer, settings, progress=progress, **shares)
     held_out = None
     if options.eval:
-        settings = options.data_options(shuffle=False)
+        settings = _settings(options, options.eval, shuffle=False)
         held_out = open_data(options.eval, encoder.tokenizer, settings, progress=progress, **shares)
     steps, batches = _count(data, options)
     return Inputs(options, model, encoder, data, held_out, steps, batches)
+
+
+def _settings(options: TrainOptions, names: tuple[str, ...], **other: Any) -> DataOptions:
+    """Return how some of the data become batches.
+
+    Where these are files and the others are on the Hub, subset and split are meant for those.
+    """
+    if all(map(is_local, names)) and not all(map(is_local, (*options.data, *options.eval))):
+        usual = DataOptions()
+        other |= {"subset": usual.subset, "split": usual.split}
+    return options.data_options(**other)
 
 
 def _count(data: Dataset, options: TrainOptions) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from loraformat.errors import HubError, InputError, MissingDependencyError
+from loraformat.errors import HubError, InputError, MissingDependencyError, UsageError
 from loraformat.train.data import DataOptions, open_data
 from loraformat.train.data.hub_rows import HubRows, open_hub
 
@@ -77,3 +77,39 @@ def test_without_datasets(monkeypatch, tokenizer):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'loraformat\[data\]'"):
         open_data("org/name", tokenizer)
+
+
+@pytest.mark.parametrize("given", [{"subset": "en"}, {"split": "test"}])
+def test_files_have_no_subset(write, chat, given):
+    path = write("a.jsonl", [{"messages": MESSAGES}])
+    (name,) = given
+    for named in (path, path.parent, [path, path]):
+        with pytest.raises(UsageError, match=f"{name} is .*, and the data are files"):
+            open_data(named, chat, DataOptions(**given))
+    with pytest.raises(InputError, match="no such file"):
+        open_data([path, "nowhere.jsonl"], chat, DataOptions(**given))
+
+
+def test_a_subset_is_meant_for_those_on_the_hub(write, chat, monkeypatch):
+    from loraformat.train.data import sources
+    from loraformat.train.run.options import TrainOptions
+    from loraformat.train.run.setup import _settings
+
+    seen = []
+
+    def open_hub(repo, revision, subset, split):
+        seen.append((subset, split))
+        return HubRows(repo, datasets.Dataset.from_list([{"messages": MESSAGES}]))
+
+    monkeypatch.setattr(sources, "open_hub", open_hub)
+    path = str(write("a.jsonl", [{"messages": MESSAGES}]))
+    opened = open_data([path, "org/name"], chat, DataOptions(subset="en"))
+    assert (opened.audit.rows, seen) == (2, [("en", "train")])
+    for data, held in ((path, "org/name"), ("org/name", path)):
+        options = TrainOptions(data=(data,), eval=(held,), subset="en", split="test")
+        for names in (options.data, options.eval):
+            open_data(names, chat, _settings(options, names))
+    assert seen[1:] == 2 * [("en", "test")]
+    options = TrainOptions(data=(path,), eval=(path,), subset="en")
+    with pytest.raises(UsageError, match="leave --subset out"):
+        open_data(options.data, chat, _settings(options, options.data))

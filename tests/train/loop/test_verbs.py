@@ -170,6 +170,13 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
         ),
         (["train", "BUNDLE", "DATA", "-o", "a", "--device-memory", "1GB"], 2, "--max-memory"),
         (["train", "BUNDLE", "nowhere.jsonl", "-o", "a"], 3, "nowhere.jsonl"),
+        (
+            ["train", "BUNDLE", "DATA", "-o", "a", "--subset", "en"],
+            2,
+            "subset is 'en', and the data are files, which have none; leave --subset out",
+        ),
+        (["train", "BUNDLE", "DATA", "-o", "a", "--split", "test"], 2, "leave --split out"),
+        (["eval", "BUNDLE", "DATA", "--subset", "en"], 2, "leave --subset out"),
         (["train", "nowhere", "DATA", "-o", "a"], 3, "no such file"),
         (["train", "SMALL", "DATA", "-o", "a"], 3, "loraformat convert"),
         (["train", "--config", "nowhere.yaml"], 3, "nowhere.yaml: cannot be read"),

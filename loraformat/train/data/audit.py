@@ -100,9 +100,9 @@ class Audit:
         ]
         notes = (
             (self.bad, "bad rows skipped"),
-            (self.dropped, "samples longer than seq_len dropped"),
-            (self.truncated, f"samples longer than seq_len truncated, {self.cut} tokens cut off"),
-            (self.split, f"samples longer than seq_len split into {self.parts}"),
+            (self.dropped, "samples longer than seq-len dropped"),
+            (self.truncated, f"samples longer than seq-len truncated, {self.cut} tokens cut off"),
+            (self.split, f"samples longer than seq-len split into {self.parts}"),
             (self.unlearned, "samples left out: no token of them is learned"),
             (self.all_learned, "samples without a prompt: every token of them is learned"),
             (self.rewritten, "conversations became one sample per assistant turn: "

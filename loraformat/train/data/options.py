@@ -57,7 +57,7 @@ class DataOptions:
     --------
     >>> DataOptions(seq_len=1)
     Traceback (most recent call last):
-    loraformat.errors.UsageError: seq_len is 1, wanted at least 2
+    loraformat.errors.UsageError: seq-len is 1, wanted at least 2
     """
 
     seq_len: int = 512
@@ -76,11 +76,14 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
-                raise UsageError(f"{name} is {getattr(self, name)}, wanted at least {smallest}")
+                raise _out_of_range(name, getattr(self, name), f"at least {smallest}")
         hints = get_type_hints(DataOptions)
         for name in ("train_on", "over_length", "bad_rows", "split_text"):
             words = get_args(hints[name])
             if getattr(self, name) not in words:
-                raise UsageError(
-                    f"{name} is {getattr(self, name)!r}, wanted one of {', '.join(words)}"
-                )
+                raise _out_of_range(name, repr(getattr(self, name)), f"one of {', '.join(words)}")
+
+
+def _out_of_range(name: str, value: object, wanted: str) -> UsageError:
+    """Return an error that names an option as flags and YAML keys are written."""
+    return UsageError(f"{name.replace('_', '-')} is {value}, wanted {wanted}")

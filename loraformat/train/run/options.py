@@ -355,7 +355,7 @@ class TrainOptions:
         names = {entry.name for entry in fields(DataOptions)}
         members = {name: getattr(self, name) for name in names}
         members["chat_template"] = self.chat_template or None
-        members["seq_len"] = self.seq_len or DataOptions().seq_len
+        members["seq_len"] = DataOptions().seq_len if self.seq_len is None else self.seq_len
         return DataOptions(**{**members, **other})
 
     def optimizer_options(self) -> OptimizerOptions:

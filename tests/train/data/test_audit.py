@@ -91,7 +91,7 @@ def test_over_length_is_dropped(dataset):
     opened = dataset([GOOD, LONG, LONG], seq_len=64, over_length="drop")
     audit = opened.audit
     assert (audit.rows, audit.samples, audit.over_length, audit.dropped) == (3, 1, 2, 2)
-    assert "2 samples longer than seq_len dropped" in "\n".join(audit.lines())
+    assert "2 samples longer than seq-len dropped" in "\n".join(audit.lines())
 
 
 @pytest.mark.parametrize("policy", ["truncate", "truncate-start"])
@@ -121,7 +121,7 @@ def test_over_length_is_split_and_each_token_learned_once(dataset, tokenizer, se
     assert audit.trained == whole.audit.trained  # not one is lost
     assert (audit.over_length, audit.split, audit.longest) == (1, 1, len(ids))
     assert audit.parts == audit.samples + audit.unlearned == -(-(len(ids) - 1) // (seq_len - 1))
-    assert f"1 samples longer than seq_len split into {audit.parts}" in audit.lines()
+    assert f"1 samples longer than seq-len split into {audit.parts}" in audit.lines()
     batches = [batch for batch, _ in opened.batches(epochs=1)]
     assert all(batch.input_ids.shape[1] <= seq_len for batch in batches)
     learned = [label for batch in batches for label in batch.labels[0].tolist() if label >= 0]
@@ -205,7 +205,8 @@ def test_progress(dataset, write, tokenizer):
      ("over_length", "cut"), ("bad_rows", "ignore"), ("split_text", "lines")],
 )  # fmt: skip
 def test_options_that_make_no_sense(name, value):
-    with pytest.raises(UsageError, match=f"{name} is {value!r}, wanted"):
+    flag = name.replace("_", "-")
+    with pytest.raises(UsageError, match=f"^{flag} is {value!r}, wanted"):
         DataOptions(**{name: value})
 
 

@@ -161,6 +161,8 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
         (["train", "BUNDLE", "DATA", "-o", "a", "--rank", "0"], 2, "rank is 0"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--lr", "0"], 2, "lr is 0.0"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--ranks", "q"], 2, "GLOB=RANK"),
+        (["train", "BUNDLE", "DATA", "-o", "a", "--batch-size", "0"], 2, "batch-size is 0"),
+        (["train", "BUNDLE", "DATA", "-o", "a", "--seq-len", "0"], 2, "seq-len is 0, wanted"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--seq-len", "999"], 2, "takes 128 tokens"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--device", "gpu"], 2, "wanted cpu, cuda"),
         (

@@ -11,6 +11,7 @@ import os
 from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from loraformat.errors import UsageError
@@ -73,6 +74,24 @@ class Kernel(Protocol):
         """Fill each row of `out` with elements from ``start + row * stride`` on.
 
         Without `nested_absmax` `absmax` is float32, the scales themselves.
+        """
+
+    def multiply_rows(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: float,
+        block_size: int,
+        start: int,
+        dtype: torch.dtype,
+        x: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Fill `out` float32[tokens, rows] with `x` float32[tokens, columns] times rows.
+
+        Row r is of elements ``start + r * columns`` on, rounded to `dtype`. Only here kernels
+        differ, in the last places: torch adds up in another order.
         """
 
     def error(

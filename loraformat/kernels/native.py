@@ -17,7 +17,8 @@ __all__ = ["ISAS", "NativeKernel", "Tables", "c_tables", "library", "supported"]
 # Order of the enumeration in nf4.h.
 ISAS = ("scalar", "avx2", "avx512", "neon")
 
-_INTERFACE = 2
+_INTERFACE = 3
+_DOT_TOKENS = 4  # NF4_DOT_TOKENS
 _NAMES = ("_nf4.so", "_nf4.dylib", "_nf4.dll")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -86,6 +87,10 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         pointer, c_int, c_int, pointer, pointer, pointer, c_float, size, size, size, size, size,
         pointer,
     ]  # fmt: skip
+    lib.nf4_multiply_rows.argtypes = [
+        pointer, c_int, c_int, pointer, pointer, pointer, c_float, size, size, size, size, pointer,
+        size, pointer, size,
+    ]  # fmt: skip
     lib.nf4_error.argtypes = [
         pointer, c_int, c_int, pointer, pointer, pointer, size, size, size, pointer, pointer,
     ]  # fmt: skip
@@ -95,6 +100,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name in (
         "dequantize",
         "dequantize_rows",
+        "multiply_rows",
         "error",
         "sum_scales",
         "quantize_scales",
@@ -229,6 +235,38 @@ class NativeKernel:
             *out.shape,
             out.data_ptr(),
         )
+
+    def multiply_rows(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: float,
+        block_size: int,
+        start: int,
+        dtype: torch.dtype,
+        x: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `Kernel.multiply_rows`."""
+        for first in range(0, len(x), _DOT_TOKENS):
+            self._lib.nf4_multiply_rows(
+                self._tables,
+                self._isa,
+                _DTYPES[dtype],
+                packed.data_ptr(),
+                absmax.data_ptr(),
+                None if nested_absmax is None else nested_absmax.data_ptr(),
+                offset,
+                block_size,
+                start,
+                out.shape[1],
+                x.shape[1],
+                x[first].data_ptr(),
+                min(_DOT_TOKENS, len(x) - first),
+                out[first].data_ptr(),
+                out.stride(0),
+            )
 
     def error(
         self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, sums: Tensor

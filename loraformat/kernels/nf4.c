@@ -8,7 +8,7 @@
 #endif
 
 /* Raised whenever a signature or nf4_tables changes: native.py refuses another number. */
-EXPORT int nf4_interface(void) { return 2; }
+EXPORT int nf4_interface(void) { return 3; }
 
 EXPORT int nf4_supported(int isa) {
     if (isa == NF4_SCALAR) return 1;
@@ -127,17 +127,43 @@ EXPORT void nf4_decode_scales(const nf4_tables *t, const uint8_t *codes, const f
     }
 }
 
+typedef struct {
+    const nf4_tables *t;
+    const void *absmax; /* float scales; codes with nested_absmax */
+    const float *nested_absmax;
+    float offset;
+    int64_t block_size;
+} scale_source;
+
+/* The scales of the blocks that hold elements [start, stop), maybe decoded into a buffer. */
+static const float *scales_of(const scale_source *from, int64_t start, int64_t stop, float *buffer) {
+    int64_t block = start / from->block_size;
+    if (!from->nested_absmax) return (const float *)from->absmax + block;
+    nf4_decode_scales(from->t, from->absmax, from->nested_absmax, from->offset, block,
+                      (stop - 1) / from->block_size + 1, buffer);
+    return buffer;
+}
+
+/* Where the blocks end of which so many scales, or `most` elements, from `start` on are needed. */
+static int64_t end_of_part(int64_t start, int64_t stop, int64_t block_size, int64_t most) {
+    int64_t end = (start / block_size + NF4_SCALES_AT_ONCE) * block_size;
+    if (end > start + most) end = start + most;
+    return end > stop ? stop : end;
+}
+
 /* Some columns of a matrix's rows, one row of `out` for each: elements start + r * stride on. Scales
  * are decoded on the way, a few at a time; without nested_absmax `absmax` holds them as floats. */
 EXPORT void nf4_dequantize_rows(const nf4_tables *t, int isa, int dtype, const uint8_t *packed,
                                 const void *absmax, const float *nested_absmax, float offset,
                                 int64_t block_size, int64_t start, int64_t stride, int64_t rows,
                                 int64_t columns, void *out) {
+    const scale_source from = {t, absmax, nested_absmax, offset, block_size};
+    float buffer[NF4_SCALES_AT_ONCE];
+    char *to = out;
     if (columns == stride) {
         columns *= rows;
         rows = columns > 0;
     }
-    char *to = out;
     int64_t ahead = NF4_ROWS_AHEAD * stride;
     for (int64_t row = 0; row < rows; row++) {
         int64_t first = start + row * stride, last = first + columns;
@@ -145,18 +171,35 @@ EXPORT void nf4_dequantize_rows(const nf4_tables *t, int isa, int dtype, const u
             for (int64_t i = first; i < last; i += 2 * NF4_CACHE_LINE)
                 __builtin_prefetch(packed + (ahead + i) / 2);
         for (int64_t i = first, end; i < last; i = end) {
-            float decoded[NF4_SCALES_AT_ONCE];
-            int64_t block = i / block_size;
-            end = (block + NF4_SCALES_AT_ONCE) * block_size;
-            if (end > last) end = last;
-            const float *scales = decoded;
-            if (nested_absmax)
-                nf4_decode_scales(t, absmax, nested_absmax, offset, block,
-                                  (end - 1) / block_size + 1, decoded);
-            else
-                scales = (const float *)absmax + block;
+            end = end_of_part(i, last, block_size, last - i);
+            const float *scales = scales_of(&from, i, end, buffer);
             ops(isa)->dequantize[dtype](t, packed, scales, block_size, i, end, to, 0);
             to += (end - i) * (int64_t)nf4_size(dtype);
+        }
+    }
+}
+
+/* out[token][row] = the sum of value * x[token] over a row of a matrix, for at most NF4_DOT_TOKENS
+ * tokens: values rounded to dtype, products and sums float, in lanes that are folded in halves. */
+EXPORT void nf4_multiply_rows(const nf4_tables *t, int isa, int dtype, const uint8_t *packed,
+                              const void *absmax, const float *nested_absmax, float offset,
+                              int64_t block_size, int64_t start, int64_t rows, int64_t columns,
+                              const float *x, int64_t tokens, float *out, int64_t out_stride) {
+    const scale_source from = {t, absmax, nested_absmax, offset, block_size};
+    float buffer[NF4_SCALES_AT_ONCE];
+    for (int64_t row = 0; row < rows; row++, start += columns) {
+        float sums[NF4_DOT_TOKENS * NF4_DOT_LANES] = {0};
+        for (int64_t i = start, end; i < start + columns; i = end) {
+            end = end_of_part(i, start + columns, block_size, NF4_DOT_CHUNK);
+            const float *scales = scales_of(&from, i, end, buffer);
+            ops(isa)->dot[dtype](t, packed, scales, block_size, i, end, x + (i - start), columns,
+                                 tokens, sums);
+        }
+        for (int64_t token = 0; token < tokens; token++) {
+            float *s = sums + token * NF4_DOT_LANES;
+            for (int half = NF4_DOT_LANES / 2; half; half /= 2)
+                for (int k = 0; k < half; k++) s[k] += s[k + half];
+            out[token * out_stride + row] = s[0];
         }
     }
 }

@@ -15,6 +15,9 @@ enum { NF4_SCALAR = 0, NF4_AVX2 = 1, NF4_AVX512 = 2, NF4_NEON = 3, NF4_ISAS = 4 
 #define NF4_NESTED_BLOCK 256
 #define NF4_ERROR_CHUNK 4096
 #define NF4_SCALES_AT_ONCE 64
+#define NF4_DOT_CHUNK 4096
+#define NF4_DOT_LANES 32
+#define NF4_DOT_TOKENS 4 /* at most, at once */
 #define NF4_ROWS_AHEAD 12
 #define NF4_CACHE_LINE 64 /* bytes */
 #define NF4_TINY 1e-38f /* the least absmax that a block is divided by */
@@ -42,10 +45,16 @@ typedef void (*nf4_error_fn)(const nf4_tables *t, const void *x, const uint8_t *
                              const float *scales, int64_t block_size, int64_t start, int64_t stop,
                              double *error, double *square);
 
+/* value * x of elements [start, stop), added to NF4_DOT_LANES sums for each token. */
+typedef void (*nf4_dot_fn)(const nf4_tables *t, const uint8_t *packed, const float *scales,
+                           int64_t block_size, int64_t start, int64_t stop, const float *x,
+                           int64_t x_stride, int64_t tokens, float *sums);
+
 typedef struct {
     nf4_quantize_fn quantize[NF4_DTYPES];
     nf4_dequantize_fn dequantize[NF4_DTYPES];
     nf4_error_fn error[NF4_DTYPES];
+    nf4_dot_fn dot[NF4_DTYPES];
 } nf4_ops;
 
 extern const nf4_ops nf4_ops_scalar;

@@ -102,6 +102,40 @@ NF4_INLINE void error_any(const nf4_tables *t, const void *x, const uint8_t *pac
     }
 }
 
+typedef float dot_vector __attribute__((vector_size(8 * LANES)));
+
+/* Adds value * x of elements [start, stop), at most NF4_DOT_CHUNK, to NF4_DOT_LANES sums for each of
+ * some tokens, element i (from start) in lane i % NF4_DOT_LANES; rows of x are x_stride apart. */
+NF4_INLINE void dot_any(const nf4_tables *t, const uint8_t *packed, const float *scales,
+                        int64_t block_size, int64_t start, int64_t stop, const float *x,
+                        int64_t x_stride, int64_t tokens, float *sums, int dtype) {
+    char narrow[2 * NF4_DOT_CHUNK];
+    float value[NF4_DOT_CHUNK], rest[NF4_DOT_LANES];
+    int64_t n = stop - start, whole = n & ~(int64_t)(NF4_DOT_LANES - 1);
+    void *decoded = dtype == NF4_F32 ? (void *)value : (void *)narrow;
+    dequantize_any(t, packed, scales, block_size, start, stop, decoded, dtype, 0);
+    if (dtype != NF4_F32) {
+        block_widen(narrow, whole, dtype, value);
+        for (int64_t i = whole; i < n; i++) value[i] = nf4_load(narrow, i, dtype);
+    }
+    for (int64_t i = n; i & (NF4_DOT_LANES - 1); i++) value[i] = 0;
+    for (int64_t token = 0; token < tokens; token++, x += x_stride, sums += NF4_DOT_LANES) {
+        dot_vector s[NF4_DOT_LANES / (2 * LANES)];
+        memcpy(s, sums, sizeof s);
+        for (int k = 0; k < NF4_DOT_LANES; k++) rest[k] = whole + k < n ? x[whole + k] : 0;
+        for (int64_t i = 0; i < n; i += NF4_DOT_LANES) {
+            const float *from = i < whole ? x + i : rest;
+            for (int k = 0; k < NF4_DOT_LANES / (2 * LANES); k++) {
+                dot_vector a, b;
+                memcpy(&a, value + i + 2 * LANES * k, sizeof a);
+                memcpy(&b, from + 2 * LANES * k, sizeof b);
+                s[k] += a * b;
+            }
+        }
+        memcpy(sums, s, sizeof s);
+    }
+}
+
 #define NF4_DEFINE(suffix, dtype)                                                                  \
     static TARGET int64_t quantize_##suffix(const nf4_tables *t, const void *x, int64_t blocks,    \
                                             int64_t block_size, uint8_t *packed, float *absmax) {  \
@@ -127,6 +161,15 @@ NF4_INLINE void error_any(const nf4_tables *t, const void *x, const uint8_t *pac
                                       const float *scales, int64_t block_size, int64_t start,      \
                                       int64_t stop, double *error, double *square) {               \
         error_any(t, x, packed, scales, block_size, start, stop, error, square, dtype);            \
+    }                                                                                              \
+    static TARGET void dot_##suffix(const nf4_tables *t, const uint8_t *packed,                    \
+                                    const float *scales, int64_t block_size, int64_t start,        \
+                                    int64_t stop, const float *x, int64_t x_stride,                \
+                                    int64_t tokens, float *sums) {                                 \
+        if (block_size == 64)                                                                      \
+            dot_any(t, packed, scales, 64, start, stop, x, x_stride, tokens, sums, dtype);         \
+        else                                                                                       \
+            dot_any(t, packed, scales, block_size, start, stop, x, x_stride, tokens, sums, dtype); \
     }
 
 NF4_DEFINE(f32, NF4_F32)
@@ -137,4 +180,5 @@ const nf4_ops ISA(nf4_ops) = {
     {quantize_f32, quantize_f16, quantize_bf16},
     {dequantize_f32, dequantize_f16, dequantize_bf16},
     {error_f32, error_f16, error_bf16},
+    {dot_f32, dot_f16, dot_bf16},
 };

@@ -16,6 +16,7 @@ _TINY = 1e-38
 _NESTED = 256
 _CHUNK = 4096
 _ERROR_STEP = 1 << 16
+_PRODUCT_TILE = 1 << 20
 
 
 def _tile() -> int:
@@ -200,6 +201,30 @@ class ReferenceKernel:
             scales = entries.mul_(nested_absmax[numbers // _NESTED]).add_(offset)
         codes, scales = codes.reshape(-1), scales.reshape(-1)
         self.dequantize(codes, scales, block_size, 0, out.view(-1), False)
+
+    def multiply_rows(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: float,
+        block_size: int,
+        start: int,
+        dtype: torch.dtype,
+        x: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `Kernel.multiply_rows`."""
+        rows, columns = out.shape[1], x.shape[1]
+        step = max(1, _PRODUCT_TILE // columns)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            block = torch.empty(last - first, columns, dtype=dtype)
+            begin = start + first * columns
+            self.dequantize_rows(
+                packed, absmax, nested_absmax, offset, block_size, begin, columns, block
+            )
+            out[:, first:last] = x @ block.float().T
 
     def _decode(
         self, packed: Tensor, scales: Tensor, block_size: int, out: Tensor, scratch: Tensor

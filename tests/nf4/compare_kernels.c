@@ -19,6 +19,10 @@ void nf4_dequantize_rows(const nf4_tables *t, int isa, int dtype, const uint8_t 
                          const void *absmax, const float *nested_absmax, float offset,
                          int64_t block_size, int64_t start, int64_t stride, int64_t rows,
                          int64_t columns, void *out);
+void nf4_multiply_rows(const nf4_tables *t, int isa, int dtype, const uint8_t *packed,
+                       const void *absmax, const float *nested_absmax, float offset,
+                       int64_t block_size, int64_t start, int64_t rows, int64_t columns,
+                       const float *x, int64_t tokens, float *out, int64_t out_stride);
 void nf4_error(const nf4_tables *t, int isa, int dtype, const void *x, const uint8_t *packed,
                const float *scales, int64_t block_size, int64_t start, int64_t stop, double *error,
                double *square);
@@ -108,6 +112,20 @@ static void compare(int isa, int dtype, int64_t block, int64_t count) {
                            absmax[0] + (start + r * stride) / block, block, start + r * stride,
                            start + r * stride + columns, (char *)out[0] + (size_t)r * row, 0);
         check(!memcmp(out[0], out[1], bytes), "rows", isa, to, block, count);
+        free(out[0]);
+        free(out[1]);
+        int64_t tokens = 1 + next() % NF4_DOT_TOKENS;
+        float *vectors = get((size_t)(tokens * columns) * 4);
+        for (int64_t i = 0; i < tokens * columns; i++) vectors[i] = number();
+        rows = (count - start) / columns;
+        bytes = (size_t)(rows * tokens) * 4;
+        for (int k = 0; k < 2; k++) {
+            out[k] = get(bytes);
+            nf4_multiply_rows(&tables, k ? isa : NF4_SCALAR, to, packed[0], absmax[0], NULL, 0,
+                              block, start, rows, columns, vectors, tokens, out[k], rows);
+        }
+        check(!memcmp(out[0], out[1], bytes), "products", isa, to, block, count);
+        free(vectors);
         free(out[0]);
         free(out[1]);
     }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from loraformat.train.engine.gemm import even_rows, times, times_transposed
-from loraformat.train.engine.matrix import Matrix, Range
+from loraformat.train.engine.matrix import Matrix, NF4Matrix, Range
 from loraformat.train.engine.spread import spread
 from loraformat.train.engine.workspace import workspace
 
@@ -30,6 +30,10 @@ _ALIGNED_COLUMNS = 64
 
 #: Elements that threads had better not share.
 _FEW = 1 << 17
+
+#: Tokens for which weights are multiplied as they are decoded, and of how many at a time.
+_FEW_TOKENS = 4
+_PRODUCT = 1 << 21
 
 
 def multiply(
@@ -83,14 +87,30 @@ def _by_rows(
         factor = even_rows(factor)
         out = x.new_empty(len(factor), matrix.rows)
     result = out
+    exact = factor.dtype == torch.float64
+    if len(factor) <= _FEW_TOKENS and not exact and isinstance(matrix, NF4Matrix):
+        result.copy_(_by_rows_of_few(factor, matrix))
+        return result.view(*rows, matrix.rows)
 
     def piece(start: int, stop: int) -> None:
         block = matrix.block((start, stop), (0, matrix.columns), factor.dtype)
         times_transposed(factor, block, out=result[:, start:stop])
 
     for stretch in matrix.stretches():
-        _spread(piece, stretch, matrix.columns, factor.dtype, _ALIGNED_ROWS, matrix)
+        _spread(piece, stretch, matrix.columns, _fitting(factor.dtype), _ALIGNED_ROWS, matrix)
     return result[: rows.numel()].view(*rows, matrix.rows)
+
+
+def _by_rows_of_few(factor: torch.Tensor, matrix: NF4Matrix) -> torch.Tensor:
+    """Return x Mᵀ in float32 for so few tokens that M had better not be written to memory."""
+    x = factor.float().contiguous()
+    y = x.new_empty(len(x), matrix.rows)
+
+    def piece(start: int, stop: int) -> None:
+        matrix.multiply_few(x, (start, stop), factor.dtype, y)
+
+    _spread(piece, (0, matrix.rows), matrix.columns, _PRODUCT, _ALIGNED_ROWS, matrix)
+    return y
 
 
 def _by_columns(
@@ -133,24 +153,27 @@ def _add_rows(x: torch.Tensor, matrix: Matrix, rows: Range, sums: torch.Tensor) 
             sums[:, start:stop] += product
 
     deep = rows[1] - rows[0]
-    _spread(piece, (0, matrix.columns), deep, x.dtype, _ALIGNED_COLUMNS, matrix)
+    _spread(piece, (0, matrix.columns), deep, _fitting(x.dtype), _ALIGNED_COLUMNS, matrix)
 
 
 def _spread(
     piece: Callable[[int, int], None],
     whole: Range,
     other: int,
-    dtype: torch.dtype,
+    elements: int,
     multiple: int,
     matrix: Matrix,
 ) -> None:
-    """Call for pieces of rows or columns of so many elements each; on a device for all at once."""
+    """Call for pieces of rows or columns, of at most so many elements; on a device for all."""
     if matrix.device.type != "cpu":
         piece(*whole)
         return
-    fitting = _BLOCK // dtype.itemsize // max(other, 1)
-    largest = max(multiple, fitting // multiple * multiple)
+    largest = max(multiple, elements // max(other, 1) // multiple * multiple)
     spread(piece, *whole, largest, multiple, few=(whole[1] - whole[0]) * other < _FEW)
+
+
+def _fitting(dtype: torch.dtype) -> int:
+    return _BLOCK // dtype.itemsize
 
 
 def _exact(like: torch.Tensor) -> torch.Tensor:

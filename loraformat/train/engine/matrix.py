@@ -138,6 +138,26 @@ class NF4Matrix:
         decoding.since(began)
         return block if decoded == dtype else block.to(dtype)
 
+    def multiply_few(
+        self, x: torch.Tensor, rows: Range, dtype: torch.dtype, out: torch.Tensor
+    ) -> None:
+        """Write x Mᵀ of some rows of M, as `block` decodes them, for very few rows of x.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            float32 (tokens, columns), contiguous.
+        rows : tuple of int
+        dtype : torch.dtype
+            What weights are rounded to; of `x` it is the caller who rounds.
+        out : torch.Tensor
+            float32 (tokens, rows of the whole matrix).
+        """
+        began = time.perf_counter()
+        first = self.offset + rows[0] * self.columns
+        nf4.multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=dtype)
+        decoding.since(began)
+
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield rows, decoded as those of a block; each tile by all threads."""
         decoded = torch.float32 if dtype == torch.float64 else dtype

@@ -159,13 +159,13 @@ def test_every_piece_is_computed_by_one_thread(small_tiles, monkeypatch, by_inpu
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x = random(4, whole.shape[1]).requires_grad_()
+        x = random(6, whole.shape[1]).requires_grad_()
         y = frozen_product(x, matrix)
         y.sum().backward()
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(y, x @ whole.T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(x.grad, whole.sum(0).expand(4, -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, whole.sum(0).expand(6, -1), rtol=1e-4, atol=1e-4)
     covered = torch.zeros(200, 320)
     for rows, columns in blocks:
         covered[slice(*rows), slice(*columns)] += 1
@@ -185,12 +185,34 @@ def test_without_gradients_and_with_tensors_of_inference_mode(small_tiles):
         assert not frozen_product(parameter[None], matrix).requires_grad
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_very_few_tokens_are_multiplied_by_what_is_not_written(
+    small_tiles, monkeypatch, tokens, dtype
+):
+    matrix, whole = quantized((200, 320))
+    plain, decoded = matrix.block, []
+
+    def block(*place):
+        decoded.append(place)
+        return plain(*place)
+
+    monkeypatch.setattr(matrix, "block", block)
+    x = random(1, tokens, 320).to(dtype)
+    exact = x.double() @ whole.to(dtype).double().T
+    y = frozen_product(x, matrix, dtype)
+    assert y.dtype == dtype and y.shape == (1, tokens, 200)
+    bound = 1e-6 if dtype == torch.float32 else 4e-3
+    assert (y.double() - exact).norm() < bound * exact.norm()
+    assert bool(decoded) == (tokens == 5)
+
+
 def test_an_error_in_a_piece_is_that_of_the_product(small_tiles, monkeypatch):
     matrix, _ = quantized((200, 320))
     codes = nf4.quantize(random(100, 320))  # too short for the matrix
     monkeypatch.setattr(matrix, "codes", codes)
     with pytest.raises(UsageError, match="range"):
-        frozen_product(random(4, 320), matrix)
+        frozen_product(random(5, 320), matrix)
 
 
 def test_an_empty_batch_of_tokens(small_tiles):

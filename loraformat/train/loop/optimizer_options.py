@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from loraformat.errors import UsageError
 
-__all__ = ["OPTIMIZERS", "OptimizerOptions", "state_bytes"]
+__all__ = ["OPTIMIZERS", "SMALL", "OptimizerOptions", "state_bytes"]
 
 #: Words for `OptimizerOptions.kind`, and bytes of state per trained number.
 OPTIMIZERS = {"adamw": 8.0, "sgd": 0.0, "adamw-8bit": 2.04, "paged-adamw-8bit": 2.04}
+#: A tensor of fewer numbers than this has states of 32 bits in bitsandbytes.
+SMALL = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,24 @@ class OptimizerOptions:
             )
 
 
-def state_bytes(kind: str, parameters: int) -> int:
-    """Return what an optimizer keeps for so many trained numbers (bytes)."""
-    return round(OPTIMIZERS[kind] * parameters)
+def state_bytes(kind: str, parameters: int, small: int = 0) -> int:
+    """Return what an optimizer keeps for so many trained numbers (bytes).
+
+    Parameters
+    ----------
+    kind : str
+    parameters : int
+        Trained numbers.
+    small : int
+        How many of them are in tensors smaller than `SMALL`.
+
+    Examples
+    --------
+    >>> state_bytes("adamw", 10_000), state_bytes("adamw-8bit", 10_000)
+    (80000, 20400)
+    >>> state_bytes("adamw-8bit", 10_000, small=10_000)
+    80000
+    """
+    if "8bit" not in kind:
+        return round(OPTIMIZERS[kind] * parameters)
+    return round(OPTIMIZERS[kind] * (parameters - small)) + 8 * small

@@ -39,6 +39,10 @@ class Shape:
         Trained numbers.
     extra_bytes : int
         Second moments.
+    small : int
+        Trained numbers in tensors that 8-bit optimizers keep states of 32 bits for.
+    fixed : int
+        Numbers of factors that are not trained: what PiSSA takes off.
     """
 
     layers: int
@@ -49,6 +53,8 @@ class Shape:
     layer_bytes: int
     trained: int
     extra_bytes: int = 0
+    small: int = 0
+    fixed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +199,9 @@ def plan_memory(
         kept=0,
         logits=min(_LOGITS, 2 * tokens * shape.vocabulary * number_bytes),
         workspace=_WORKSPACE,
-        adapter=shape.trained * _FLOAT,
+        adapter=(shape.trained + shape.fixed) * _FLOAT,
         gradients=shape.trained * _FLOAT,
-        optimizer=0 if on_disk else state_bytes(optimizer, shape.trained),
+        optimizer=0 if on_disk else state_bytes(optimizer, shape.trained, shape.small),
         statistics=2 * shape.extra_bytes,
         limit=limit,
     )

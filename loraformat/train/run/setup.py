@@ -22,6 +22,7 @@ from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.loop import memory
 from loraformat.train.loop.distributed import World
+from loraformat.train.loop.optimizer_options import SMALL
 from loraformat.train.opening import load
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.plan import MemoryPlan, Shape, advise, plan_memory
@@ -94,6 +95,9 @@ class Inputs:
                 layers[found] = layers.get(found, 0) + tensor.nbytes
         hidden = int(config.hidden_size)
         extra = self.model.extra_state().values()
+        trained = [parameter.numel() for parameter in self.model.trainable().values()]
+        branches = self.model.branches.values()
+        fixed = (factor for branch in branches for factor in (branch.fixed_a, branch.fixed_b))
         return Shape(
             layers=int(config.num_hidden_layers),
             hidden=hidden,
@@ -101,8 +105,10 @@ class Inputs:
             vocabulary=int(config.vocab_size),
             base_bytes=total,
             layer_bytes=max(layers.values(), default=0),
-            trained=sum(p.numel() for p in self.model.trainable().values()),
+            trained=sum(trained),
             extra_bytes=sum(t.numel() * t.element_size() for t in extra),
+            small=sum(numbers for numbers in trained if numbers < SMALL),
+            fixed=sum(factor.numel() for factor in fixed if factor is not None),
         )
 
     def plan(self) -> MemoryPlan:
@@ -114,7 +120,7 @@ class Inputs:
             If it is over the limit.
         """
         options, shape = self.options, self.shape()
-        adapter = 4 * shape.trained
+        adapter = 4 * (shape.trained + shape.fixed)
         on_gpu = options.device != "cpu"
         kept = shape.base_bytes if options.device_memory is None else options.device_memory
         process = _CONTEXT if on_gpu else max(0, memory.resident() - adapter)

@@ -250,7 +250,8 @@ class _Run:
     def _check_disk(self) -> None:
         """Refuse before the start when the disk cannot hold the checkpoints."""
         plan = self.report.plan
-        states = state_bytes(self._options.optimizer, self.report.trained_parameters)
+        shape = self._inputs.shape()
+        states = state_bytes(self._options.optimizer, shape.trained, shape.small)
         on_disk = states if self._options.optimizer_states == "disk" else 0
         needed = on_disk + (self._options.keep + 1) * (2 * plan.adapter + states)
         free = shutil.disk_usage(self._directory.path).free

@@ -11,7 +11,7 @@ from loraformat.train.loop.disk_states import DiskStates
 from loraformat.train.loop.gradients import clipped_mean, flat, non_finite, norm, spread
 from loraformat.train.loop.memory import resident
 from loraformat.train.loop.optimizer import Optimizer
-from loraformat.train.loop.optimizer_options import OPTIMIZERS, OptimizerOptions, state_bytes
+from loraformat.train.loop.optimizer_options import OPTIMIZERS, SMALL, OptimizerOptions, state_bytes
 from loraformat.train.loop.schedule import Schedule
 
 SHAPES = {"a": (16, 96), "b": (130, 64), "magnitude": (130,)}
@@ -215,11 +215,16 @@ def test_strange_states_are_refused():
         optimizer.restore({**kept, name: torch.zeros(3)}, {})
 
 
-def test_state_bytes_are_what_states_take():
-    named, optimizer = trained(OptimizerOptions("adamw"), steps=1)
-    count = sum(p.numel() for p in named.values())
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "adamw-8bit"])
+def test_state_bytes_are_what_states_take(kind):
+    """Of 8-bit ones a bound, near enough to tell them from the 8 bytes that small tensors have."""
+    named, optimizer = trained(OptimizerOptions(kind), steps=1)
+    sizes = [p.numel() for p in named.values()]
+    small = sum(size for size in sizes if size < SMALL)
+    assert 0 < small < sum(sizes)
     taken = sum(v.numel() * v.element_size() for v in optimizer.tensors().values() if v.ndim)
-    assert state_bytes("adamw", count) == taken
+    reckoned = state_bytes(kind, sum(sizes), small)
+    assert taken <= reckoned <= 1.01 * taken
 
 
 def test_paged_states_are_for_gpus():

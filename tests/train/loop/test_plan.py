@@ -1,6 +1,7 @@
 """The memory plan: its sums, its advice, and that what it bounds stays below."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,12 @@ def test_adam_states_are_two_numbers_each():
     assert plan(states="disk").optimizer == 0
     assert plan(optimizer="sgd").optimizer == 0
     assert 2 * SEVENTY.trained < plan(optimizer="adamw-8bit").optimizer < 2.1 * SEVENTY.trained
+
+
+def test_small_tensors_have_states_of_32_bits_whatever_the_optimizer():
+    small = replace(SEVENTY, small=SEVENTY.trained)
+    assert plan(small, optimizer="adamw-8bit").optimizer == plan().optimizer
+    assert plan(small).optimizer == plan().optimizer
 
 
 def test_one_activation_per_layer_and_what_a_layer_holds():

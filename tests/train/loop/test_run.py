@@ -433,6 +433,13 @@ def test_a_dry_run_writes_nothing(train_to, tmp_path):
     assert plan.total == sum(plan.parts.values())
 
 
+def test_the_plan_counts_what_pissa_takes_off_and_small_tensors(train_to, tmp_path):
+    report = train_to(tmp_path / "a", dry_run=True, init="pissa", optimizer="adamw-8bit")
+    assert report.plan.adapter == 2 * report.plan.gradients == 8 * report.trained_parameters
+    # Every factor of the tiny model is smaller than what 8-bit states begin at.
+    assert report.plan.optimizer == 8 * report.trained_parameters
+
+
 def test_a_time_that_is_reckoned(train_to, tmp_path, monkeypatch):
     """Of a model whose batch would take too long to be timed whole."""
     monkeypatch.setattr("loraformat.train.run.probe._PATIENCE", -1.0)

@@ -160,6 +160,12 @@ class TemplateProcess:
             )
         return LoraFormatError(f"the process that renders chat templates ended with code {code}")
 
+    @property
+    def number(self) -> int | None:
+        """The process's number in the system; None if it does not run."""
+        process = self._process
+        return None if process is None or process.poll() is not None else process.pid
+
     def close(self) -> None:
         """End the process; the next conversation starts another."""
         if self._process is not None:

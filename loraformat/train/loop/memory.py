@@ -9,15 +9,27 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available", "held", "peak", "resident", "spare"]
+__all__ = ["available", "held", "peak", "resident", "resident_of", "spare"]
 
 
 def resident() -> int:
     """Return the bytes of memory that this process has now, mapped pages included."""
+    found = resident_of(os.getpid())
+    return peak() if found is None else found
+
+
+def resident_of(process: int) -> int | None:
+    """Return the bytes of memory that another process has now; None if that is not to be known.
+
+    Parameters
+    ----------
+    process : int
+        Its number.
+    """
     try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
-    except OSError:  # no Linux
-        return peak()
+        pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+    except OSError:  # no Linux, or no such process
+        return None
     return int(pages) * os.sysconf("SC_PAGESIZE")
 
 

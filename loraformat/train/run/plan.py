@@ -67,6 +67,8 @@ class MemoryPlan:
         Stays there; not part of the sum.
     process : int
         Python, torch and transformers, as they are.
+    templates : int
+        The process that renders chat templates.
     mapped : int
         Pages of the base in memory at once; on a GPU what is kept there.
     activations : int
@@ -83,6 +85,7 @@ class MemoryPlan:
 
     base_on_disk: int
     process: int
+    templates: int
     mapped: int
     activations: int
     kept: int
@@ -104,6 +107,11 @@ class MemoryPlan:
     def total(self) -> int:
         """The sum of what is in memory."""
         return sum(self.parts.values())
+
+    @property
+    def to_come(self) -> int:
+        """What is not in memory yet."""
+        return self.total - self.process - self.templates
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for ``json.dumps``."""
@@ -154,6 +162,7 @@ def plan_memory(
     states: str = "memory",
     resident: int = 0,
     number_bytes: int = _FLOAT,
+    templates: int = 0,
     spare: int = 0,
     limit: int | None = None,
 ) -> MemoryPlan:
@@ -174,6 +183,8 @@ def plan_memory(
         go (bytes).
     number_bytes : int
         Of one number in an activation.
+    templates : int
+        What the process holds that renders chat templates (bytes).
     spare : int
         What layers may take that keep their activations, if the limit allows it (bytes).
     limit : int, optional
@@ -194,6 +205,7 @@ def plan_memory(
     plan = MemoryPlan(
         base_on_disk=shape.base_bytes,
         process=process,
+        templates=templates,
         mapped=2 * shape.layer_bytes + resident,
         activations=tokens * shape.hidden * (shape.layers + 1) * number_bytes + inside,
         kept=0,

@@ -14,6 +14,7 @@ from loraformat.errors import InputError, ResourceError, UsageError
 from loraformat.hub import resolve
 from loraformat.layout import layer_of
 from loraformat.train.batch import Batch
+from loraformat.train.data import template_process
 from loraformat.train.data.cursor import Cursor
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.options import DataOptions
@@ -43,6 +44,8 @@ __all__ = [
 
 #: What CUDA takes of a GPU before anything is put there (bytes).
 _CONTEXT = 500_000_000
+#: What the process takes that renders chat templates, where the system does not say (bytes).
+_TEMPLATES = 60_000_000
 Progress = Callable[[int, int], None]
 _DTYPES: dict[str, torch.dtype | str] = {
     "fastest": "fastest",
@@ -129,6 +132,7 @@ class Inputs:
             process=process, resident=min(kept, shape.base_bytes) if on_gpu else 0,
             optimizer=options.optimizer, states=options.optimizer_states,
             number_bytes=activation_dtype(self.model.compute_dtype).itemsize,
+            templates=0 if on_gpu else self._template_process(),
             spare=0 if options.layer_major else self.model.activation_memory,
             limit=options.max_memory,
         )  # fmt: skip
@@ -143,6 +147,14 @@ class Inputs:
             plan, length=self.data.options.seq_len, rows=self._rows(),
             optimizer=options.optimizer, states=options.optimizer_states, rank=options.rank,
         )  # fmt: skip
+
+    def _template_process(self) -> int:
+        """Return the bytes that the process holds which renders conversations, if there are any."""
+        sets = [self.data] if self.held_out is None else [self.data, self.held_out]
+        if not any(one.audit.rendered for one in sets):
+            return 0
+        number = template_process.shared().number
+        return (number and memory.resident_of(number)) or _TEMPLATES
 
     def _rows(self) -> int:
         """Return how many rows go through the model between two updates."""

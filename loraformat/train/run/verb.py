@@ -200,9 +200,9 @@ class _Run:
 
     def _memory_note(self) -> list[str]:
         free, plan = memory.available(self._options.device), self.report.plan
-        if free is None or plan.total - plan.process <= free:
+        if free is None or plan.to_come <= free:
             return []
-        more, there = readable(plan.total - plan.process), readable(free)
+        more, there = readable(plan.to_come), readable(free)
         return [f"the run may need {more} more, and {there} of memory are free"]
 
     @contextmanager

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from loraformat.errors import DivergedError, InputError, OutputError, ResourceError, UsageError
 from loraformat.ops.convert import convert
+from loraformat.train.data import template_process
 from loraformat.train.data.tokenizer import open_tokenizer
-from loraformat.train.loop import saved_state
+from loraformat.train.loop import memory, saved_state
 from loraformat.train.loop.metrics import Metrics, read_metrics
 from tests.train.loop.tiny_runs import files_of, write_rows
 
@@ -438,6 +439,25 @@ def test_the_plan_counts_what_pissa_takes_off_and_small_tensors(train_to, tmp_pa
     assert report.plan.adapter == 2 * report.plan.gradients == 8 * report.trained_parameters
     # Every factor of the tiny model is smaller than what 8-bit states begin at.
     assert report.plan.optimizer == 8 * report.trained_parameters
+
+
+def test_the_plan_counts_the_process_that_renders_templates(train_to, tmp_path):
+    from tests.train.data.tokenizers_and_templates import TEMPLATES
+
+    turns = [{"role": "user", "content": "bell"}, {"role": "assistant", "content": "book"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "t.jinja").write_text(TEMPLATES["chatml"])
+    template, rows = str(tmp_path / "t.jinja"), tmp_path / "rows.jsonl"
+    plan = train_to(tmp_path / "a", dry_run=True, data=rows, chat_template=template).plan
+    held = memory.resident_of(template_process.shared().number) or 60e6
+    assert plan.templates == pytest.approx(held, rel=0.1)
+    assert 20e6 < plan.templates < 200e6
+    assert plan.to_come == plan.total - plan.process - plan.templates
+    # It runs still, but not for these data; for held-out ones it does.
+    assert train_to(tmp_path / "a", dry_run=True).plan.templates == 0
+    more = {"eval": (str(rows),), "chat_template": template}
+    again = train_to(tmp_path / "a", dry_run=True, **more).plan.templates
+    assert again == pytest.approx(plan.templates, rel=0.1)
 
 
 def test_a_time_that_is_reckoned(train_to, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Approximation", "Tiles", "block_krylov", "held"]
+__all__ = ["Approximation", "Tiles", "block_krylov", "held", "working_bytes"]
 
 #: Called once per pass: yields (first row, tile), tiles in float32, in order.
 Tiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
@@ -125,6 +125,36 @@ def block_krylov(
         if not z.shape[1]:
             break  # the span holds all of D
     return _principal(images, basis[:, :filled], squared_norm)
+
+
+def working_bytes(shape: tuple[int, int], block: int, *, passes: int = 4) -> int:
+    """Return what `block_krylov` over `held` tiles takes at most, besides one tile (bytes).
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (m, n).
+    block, passes : int
+        As there.
+
+    Notes
+    -----
+    With b columns per block and c in the basis: the matrix, if it is held; basis and images,
+    4 c (m + n); a block in float32 and float64 while it is made orthogonal, 36 b n; the Gram
+    matrix with what its eigenvectors take, 48 c², and the rows that it is summed from; the
+    factors, and what they are scaled to, 12 b (m + n).
+
+    Examples
+    --------
+    >>> working_bytes((4096, 4096), 16)
+    76591104
+    """
+    m, n = shape
+    b = min(max(block, _NARROWEST), m, n)
+    c = min((passes + 1) * b, n)
+    matrix = 4 * m * n if 4 * m * n <= _HELD_BYTES else 0
+    wide = 2 * 8 * c * min(m, _WIDE_ROWS)
+    return matrix + 4 * c * (m + n) + 36 * b * n + 48 * c * c + wide + 12 * b * (m + n)
 
 
 def _look(

@@ -17,14 +17,40 @@ import torch
 
 from loraformat.checkpoint import Checkpoint, DenseTensor
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
-from loraformat.subspace import Tiles, block_krylov, held
+from loraformat.subspace import Tiles, block_krylov, held, working_bytes
 from loraformat.train.lora.branch import Factors
 from loraformat.train.lora.site import Site
 
-__all__ = ["loftq", "pissa"]
+__all__ = ["loftq", "pissa", "svd_bytes"]
 
 #: Share of a weight's norm that no quantizing to NF4 loses; it is about 0.09.
 _LOST_AT_MOST = 0.5
+#: Most of a tile that a site gives (bytes), and how many there are at once: LoftQ's difference
+#: has tiles of its own, and its norms are added up in float64.
+_TILE = 16 << 20
+_TILES = {"pissa": 1, "loftq": 6}
+#: LAPACK's, and what the allocator keeps (bytes).
+_WORKSPACE = 16 << 20
+
+
+def svd_bytes(site: Site, rank: int, init: str) -> int:
+    """Return what finding the factors of one module takes at its peak, besides them (bytes).
+
+    Parameters
+    ----------
+    site : Site
+    rank : int
+    init : str
+        0 for others than ``pissa`` and ``loftq``, and where these begin at random.
+    """
+    if init not in _TILES or site.kind == "embedding" or (init == "loftq" and not site.quantized):
+        return 0
+    rows, columns = site.out_features, site.in_features
+    matrix = 4 * rows * columns
+    taken = working_bytes((rows, columns), rank) + _TILES[init] * min(_TILE, matrix) + _WORKSPACE
+    if init == "loftq":
+        return taken + matrix  # the original's, mapped, which has 4 bytes a number at most
+    return taken + 4 * site.experts * rank * (rows + columns)  # before they are one tensor
 
 
 def pissa(site: Site, rank: int, scaling: float, seed: int) -> Factors:

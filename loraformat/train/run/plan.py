@@ -21,6 +21,7 @@ _LOGITS = 160 << 20
 #: Tiles, reused buffers, and what the allocator keeps (bytes).
 _WORKSPACE = 128 << 20
 _FLOAT = 4
+_NO_PARTS = ("base_on_disk", "initialisation", "limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Shape:
         Trained numbers in tensors that 8-bit optimizers keep states of 32 bits for.
     fixed : int
         Numbers of factors that are not trained: what PiSSA takes off.
+    initial_bytes : int
+        What it takes to find the factors of one module, where they are not drawn at random.
     """
 
     layers: int
@@ -55,6 +58,7 @@ class Shape:
     extra_bytes: int = 0
     small: int = 0
     fixed: int = 0
+    initial_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,9 @@ class MemoryPlan:
     workspace : int
     adapter, gradients, optimizer, statistics : int
         Of the adapter; states on a disk are not part of the sum.
+    initialisation : int
+        Before the first step, beside process and adapter: for the factors that one module begins
+        with. Not part of the sum, for it is gone before the rest comes.
     limit : int or None
         What is allowed.
     """
@@ -95,23 +102,34 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     statistics: int
+    initialisation: int = 0
     limit: int | None = None
 
     @property
     def parts(self) -> dict[str, int]:
         """What is in memory, by name."""
         told = asdict(self)
-        return {name: told[name] for name in told if name not in ("base_on_disk", "limit")}
+        return {name: told[name] for name in told if name not in _NO_PARTS}
 
     @property
     def total(self) -> int:
-        """The sum of what is in memory."""
+        """The most that is in memory, in the steps or before them."""
+        return max(self.running, self.before)
+
+    @property
+    def running(self) -> int:
+        """What is in memory during a step: the sum of the parts."""
         return sum(self.parts.values())
 
     @property
+    def before(self) -> int:
+        """What is in memory before the first step, while factors are found."""
+        return self.process + self.adapter + self.initialisation
+
+    @property
     def to_come(self) -> int:
-        """What is not in memory yet."""
-        return self.total - self.process - self.templates
+        """What is not in memory when the plan is made."""
+        return self.running - self.process - self.templates
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for ``json.dumps``."""
@@ -122,7 +140,13 @@ class MemoryPlan:
         shown = [f"base on disk {readable(self.base_on_disk)}, mapped, never loaded whole"]
         parts = ", ".join(f"{name} {readable(size)}" for name, size in self.parts.items() if size)
         allowed = f" of {readable(self.limit)} allowed" if self.limit is not None else ""
-        return [*shown, f"memory at most about {readable(self.total)}{allowed}: {parts}"]
+        shown.append(f"memory at most about {readable(self.total)}{allowed}: {parts}")
+        if self.initialisation:
+            shown.append(
+                f"before the first step {readable(self.before)}, of which it takes "
+                f"{readable(self.initialisation)} to find the factors to begin with"
+            )
+        return shown
 
     def refuse_if_too_much(self, advice: list[str]) -> None:
         """Raise if it is more than the limit.
@@ -132,13 +156,19 @@ class MemoryPlan:
         ResourceError
         """
         if self.limit is not None and self.total > self.limit:
-            parts = sorted(self.parts.items(), key=lambda item: -item[1])[:4]
+            parts = sorted(self._largest().items(), key=lambda item: -item[1])[:4]
             told = ", ".join(f"{name} {readable(size)}" for name, size in parts)
             raise ResourceError(
                 f"the run needs about {readable(self.total)} of memory, and "
                 f"{readable(self.limit)} are allowed ({told}, …)",
                 hint="; or ".join(advice) or "allow more with --max-memory",
             )
+
+    def _largest(self) -> dict[str, int]:
+        """Return the parts of the total."""
+        if self.running >= self.before:
+            return self.parts
+        return {name: getattr(self, name) for name in ("process", "adapter", "initialisation")}
 
 
 def readable(nbytes: float) -> str:
@@ -215,9 +245,10 @@ def plan_memory(
         gradients=shape.trained * _FLOAT,
         optimizer=0 if on_disk else state_bytes(optimizer, shape.trained, shape.small),
         statistics=2 * shape.extra_bytes,
+        initialisation=shape.initial_bytes,
         limit=limit,
     )
-    left = spare if limit is None else min(spare, max(0, limit - plan.total))
+    left = spare if limit is None else min(spare, max(0, limit - plan.running))
     return replace(plan, kept=min(left, inside * shape.layers * 5 // 4))
 
 
@@ -225,6 +256,8 @@ def advise(
     plan: MemoryPlan, *, length: int, rows: int, optimizer: str, states: str, rank: int
 ) -> list[str]:
     """Return what would help, with numbers, the largest saving first."""
+    if plan.limit is not None and plan.running <= plan.limit < plan.before:
+        return ["choose another --init, whose factors are drawn at random"]
     of_adapter = plan.adapter + plan.gradients + plan.optimizer
     ideas = []
     if length > 64:

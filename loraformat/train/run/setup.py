@@ -24,6 +24,7 @@ from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.loop import memory
 from loraformat.train.loop.distributed import World
 from loraformat.train.loop.optimizer_options import SMALL
+from loraformat.train.lora.initialise_svd import svd_bytes
 from loraformat.train.opening import load
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.plan import MemoryPlan, Shape, advise, plan_memory
@@ -112,7 +113,16 @@ class Inputs:
             extra_bytes=sum(t.numel() * t.element_size() for t in extra),
             small=sum(numbers for numbers in trained if numbers < SMALL),
             fixed=sum(factor.numel() for factor in fixed if factor is not None),
+            initial_bytes=max(self._beginnings(), default=0),
         )
+
+    def _beginnings(self) -> Iterator[int]:
+        """Yield what it took to find each module's factors, in the memory that is planned."""
+        options = self.options
+        if options.adapter or options.device != "cpu":  # they are found on the CPU
+            return
+        for branch in self.model.branches.values():
+            yield svd_bytes(branch.site, branch.a.shape[-2], options.init)
 
     def plan(self) -> MemoryPlan:
         """Return the memory plan, and let layers keep what it has for them.

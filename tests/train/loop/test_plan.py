@@ -66,6 +66,66 @@ def test_the_plan_for_people():
     assert duration(59.96) == "60.0 s"
 
 
+def test_what_it_takes_to_begin_counts_where_it_is_more():
+    small = replace(SEVENTY, trained=1_000_000, initial_bytes=10**8)
+    said = plan(small)
+    assert said.total == said.running == sum(said.parts.values())
+    assert "before the first step 344.0 MB, of which it takes 100.0 MB" in said.lines()[2]
+    assert len(plan().lines()) == 2
+    limit = plan(small).running
+    said = plan(replace(small, initial_bytes=10**10), limit=limit)
+    assert said.total == said.before == 240_000_000 + 4_000_000 + 10**10
+    assert said.to_come == said.running - 240_000_000
+    advice = advise(said, length=512, rows=2, optimizer="adamw", states="memory", rank=64)
+    assert advice == ["choose another --init, whose factors are drawn at random"]
+    with pytest.raises(ResourceError, match=r"initialisation 10\.0 GB, process 240\.0 MB, adapter"):
+        said.refuse_if_too_much(advice)
+
+
+BEGINNING = """
+import json, sys
+from pathlib import Path
+import torch
+from loraformat.train import LoraOptions, load
+from loraformat.train.lora.initialise_svd import svd_bytes
+from tests.peak_memory import PeakGrowth
+where, init, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+original = where / "dense" if init == "loftq" else None
+def begun(target):
+    options = LoraOptions(rank=rank, targets=(target,), init=init)
+    grown = PeakGrowth()
+    with load(where / "bundle", lora=options, original=original) as model:
+        reckoned = max(svd_bytes(b.site, rank, init) for b in model.branches.values())
+        adapter = sum(2 * b.a.nbytes + 2 * b.b.nbytes for b in model.branches.values())
+        return {"grown": grown.nbytes, "reckoned": reckoned + adapter}
+begun("k_proj")
+print(json.dumps(begun("down_proj")))
+"""
+
+
+@pytest.mark.parametrize(("init", "rank"), [("pissa", 16), ("pissa", 64), ("loftq", 16)])
+def test_what_it_takes_to_begin_is_bounded(start, wide, init, rank):
+    process = start("-c", BEGINNING, wide, init, str(rank), env=ALONE, cwd=".")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    told = json.loads(out.splitlines()[-1])
+    assert told["grown"] < told["reckoned"] < 2 * told["grown"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model of one layer, whose matrices are larger than what else a process takes by the way."""
+    from tests.train.loop import tiny_runs
+
+    directory = tmp_path_factory.mktemp("wide")
+    tiny_runs.make_bundle(
+        directory, hidden_size=1024, intermediate_size=4096, num_hidden_layers=1
+    )  # fmt: skip
+    return directory
+
+
+ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+
 MEASURED = """
 import json, resource, sys
 from pathlib import Path
@@ -91,8 +151,7 @@ def test_the_plan_bounds_what_is_measured(start, tmp_path):
         tmp_path, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
     )  # fmt: skip
     write_rows(tmp_path / "data.jsonl", 400)
-    process = start("-c", MEASURED, tmp_path, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
-                    cwd=".")  # fmt: skip
+    process = start("-c", MEASURED, tmp_path, env=ALONE, cwd=".")
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     told = json.loads(out.splitlines()[-1])

@@ -18,7 +18,7 @@ enum { NF4_SCALAR = 0, NF4_AVX2 = 1, NF4_AVX512 = 2, NF4_NEON = 3, NF4_ISAS = 4 
 #define NF4_DOT_CHUNK 4096
 #define NF4_DOT_LANES 32
 #define NF4_DOT_TOKENS 4 /* at most, at once */
-#define NF4_ROWS_AHEAD 12
+#define NF4_ROWS_AHEAD 8
 #define NF4_CACHE_LINE 64 /* bytes */
 #define NF4_TINY 1e-38f /* the least absmax that a block is divided by */
 

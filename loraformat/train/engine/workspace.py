@@ -44,11 +44,13 @@ class Workspace(threading.local):
             The CPU by default.
         """
         count = torch.Size(shape).numel()
-        key = purpose, dtype, device or torch.device("cpu")
+        device = torch.device("cpu") if device is None else device
+        key = purpose, dtype, device
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < count:
             self._buffers.pop(key, None)  # the old one may go before the new one comes
-            buffer = torch.empty(count, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a tensor of inference could not be written later
+                buffer = torch.empty(count, dtype=dtype, device=device)
             self._buffers[key] = buffer
         return buffer[:count].view(shape)
 

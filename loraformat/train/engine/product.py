@@ -97,7 +97,7 @@ class _FrozenProduct(torch.autograd.Function):
         if leave_out(ctx, matrix):
             return _nothing(x, matrix)
         y = multiply(x, matrix, dtype)
-        return y if bias is None else y.add_(bias)
+        return _own(y if bias is None else y.add_(bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -127,7 +127,7 @@ class _AdaptedProduct(torch.autograd.Function):
         if bias is not None:
             y.add_(bias)
         _rows(y).addmm_(z, b.to(x.dtype).T, alpha=scaling)
-        return y
+        return _own(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -148,10 +148,18 @@ class _AdaptedProduct(torch.autograd.Function):
         return of_x, of_a, of_b, None, None, None, None, None
 
 
+def _own(y: torch.Tensor) -> torch.Tensor:
+    """Return a product as what autograd takes for no view: a model may add to it in place."""
+    return y.data
+
+
 def _nothing(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """Return zeros in place of a product that nobody reads; they take no memory."""
+    """Return NaN in place of a product that nobody reads: if somebody does, it is seen.
+
+    They take memory as the product does, since a model may add to it in place.
+    """
     outputs = matrix.columns if matrix.by_inputs else matrix.rows
-    return x.new_zeros(()).expand(*x.shape[:-1], outputs)
+    return x.new_full((*x.shape[:-1], outputs), torch.nan)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from loraformat.train.engine.backward_edges import mark
 from loraformat.train.engine.held_input import hold
 from loraformat.train.engine.kept_activations import KeptActivations
 from loraformat.train.engine.residency import Residency
-from loraformat.train.engine.unread import UnreadProducts
+from loraformat.train.engine.unread import UnreadProducts, has_forward_hooks
 
 __all__ = ["LayerCall", "Recomputation", "recompute_layer"]
 
@@ -157,7 +157,7 @@ def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) 
             structures: list[Any] = []
             inputs = [call.leaves[i] for i in call.differentiable]
             outputs = _Recomputed.apply(  # type: ignore[no-untyped-call]
-                inner, call, number, shared, structures, len(inputs), *inputs, *trained
+                layer, inner, call, number, shared, structures, len(inputs), *inputs, *trained
             )
             return trees.tree_unflatten(list(outputs), structures[0])
         with _entered(shared.residency, number, 1, call.tokens):
@@ -210,6 +210,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        layer: torch.nn.Module,
         inner: Callable[..., Any],
         call: LayerCall,
         number: int,
@@ -218,7 +219,8 @@ class _Recomputed(torch.autograd.Function):
         count: int,
         *tensors: torch.Tensor,
     ) -> tuple[Any, ...]:
-        ctx.inner, ctx.number, ctx.shared, ctx.count = inner, number, shared, count
+        ctx.layer, ctx.inner, ctx.number, ctx.shared = layer, inner, number, shared
+        ctx.count = count
         ctx.rows_at_once = shared.rows_at_once
         # Arguments without a gradient are the same for all layers, and held as they are.
         ctx.call = call.with_inputs([torch.empty(0)] * count)
@@ -243,9 +245,10 @@ class _Recomputed(torch.autograd.Function):
             torch.enable_grad(),
         ):
             for rows, part in call.groups(ctx.rows_at_once):
-                outputs = found.compute(ctx.inner, part, ctx.number, ctx.shared)
+                guess = not has_forward_hooks(ctx.layer)
+                outputs = found.compute(ctx.inner, part, ctx.number, ctx.shared, guess)
                 found.add(outputs, rows, call.rows, gradients)
-        return (None,) * 6 + found.of_inputs + found.of_trained
+        return (None,) * 7 + found.of_inputs + found.of_trained
 
 
 class _Gradients:
@@ -259,16 +262,22 @@ class _Gradients:
         self._fresh: list[torch.Tensor] = []
 
     def compute(
-        self, inner: Callable[..., Any], call: LayerCall, layer: int, shared: Recomputation
+        self,
+        inner: Callable[..., Any],
+        call: LayerCall,
+        layer: int,
+        shared: Recomputation,
+        guess: bool,
     ) -> list[Any]:
         """Compute a group's rows again; returns the outputs, flat: a graph, and maybe no values."""
-        before = _random_state(call.leaves)
+        before, left_out = _random_state(call.leaves), shared.unread.left_out
         while True:
             self._fresh = [call.leaves[i].detach().requires_grad_() for i in call.differentiable]
-            with shared.kept.counting(call.tokens), shared.unread.left_out(layer) as products:
+            with shared.kept.counting(call.tokens), left_out(layer, guess=guess) as products:
                 outputs, _ = trees.tree_flatten(call.with_inputs(self._fresh).run(inner))
-            if shared.unread.were_unread(layer, outputs, products):
+            if shared.unread.were_unread(layer, outputs, products) or not guess:
                 return outputs
+            guess = False
             _set_random(before)
 
     def add(

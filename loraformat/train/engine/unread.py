@@ -7,6 +7,9 @@ is its input. That is one product in seven, and the largest of a layer.
 
 Which products these are is seen in the graph. They are guessed first, to be what they were in
 this layer the last time, or in the layer before; and the graph that comes of it is looked at.
+What reads values is thus known as far as it has gradients; of what has none, the factors by which
+a product is multiplied are looked at. A layer with forward hooks is computed as a whole, since
+these may read anything.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 
 from loraformat.train.engine.matrix import Matrix
 
-__all__ = ["Recording", "UnreadProducts", "leave_out"]
+__all__ = ["Recording", "UnreadProducts", "has_forward_hooks", "leave_out"]
 
 #: Nodes of autograd whose backward pass reads no value.
 _TRANSPARENT = frozenset(
@@ -40,7 +43,11 @@ class Recording:
         Then those of these numbers.
     """
 
-    def __init__(self, matrices: frozenset[Matrix] | None, numbers: frozenset[int]) -> None:
+    def __init__(
+        self,
+        matrices: frozenset[Matrix] | None = frozenset(),
+        numbers: frozenset[int] = frozenset(),
+    ) -> None:
         self._matrices, self._numbers = matrices, numbers
         self.products: list[Matrix] = []
         self.left_out: set[int] = set()
@@ -79,19 +86,48 @@ def leave_out(ctx: Any, matrix: Matrix) -> bool:
     return number in recording.left_out
 
 
+def has_forward_hooks(layer: torch.nn.Module) -> bool:
+    """Tell whether something looks at what the modules in a layer compute.
+
+    Its own hooks are called with what it has computed for good, and not in the backward pass.
+
+    Examples
+    --------
+    >>> layer = torch.nn.Sequential(torch.nn.Tanh())
+    >>> handle = layer[0].register_forward_hook(lambda *_: None)
+    >>> has_forward_hooks(layer)
+    True
+    """
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    inside = (module for module in layer.modules() if module is not layer)
+    return any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+
+
 class UnreadProducts:
     """What is known of the layers of a model."""
 
     def __init__(self) -> None:
         self._of_layer: dict[int, frozenset[Matrix]] = {}
         self._numbers: frozenset[int] = frozenset()
+        self._read: set[Matrix] = set()  # some time, what is multiplied by these
 
     @contextmanager
-    def left_out(self, layer: int) -> Iterator[Recording]:
-        """Leave out a layer's unread products, as far as they are known, while this lasts."""
-        recording = Recording(self._of_layer.get(layer), self._numbers)
-        outer, _current.recording = _current.recording, recording
+    def left_out(self, layer: int, *, guess: bool = True) -> Iterator[Recording]:
+        """Leave out a layer's unread products, as far as they are known, while this lasts.
+
+        Parameters
+        ----------
+        layer : int
+        guess : bool
+            Else none is left out.
+        """
+        known = self._of_layer.get(layer)
+        recording = Recording(known, self._numbers) if guess else Recording()
+        outer = _current.recording
         try:
+            _current.recording = recording
             yield recording
         finally:
             _current.recording = outer
@@ -106,9 +142,10 @@ class UnreadProducts:
             What was computed meanwhile, with a graph.
         recording : Recording
         """
-        self._numbers = _unread(outputs, recording)
-        self._of_layer[layer] = frozenset(recording.products[n] for n in self._numbers)
-        return recording.left_out <= self._numbers
+        self._numbers = unread = _unread(outputs, recording)
+        self._read.update(m for n, m in enumerate(recording.products) if n not in unread)
+        self._of_layer[layer] = frozenset(recording.products[n] for n in unread) - self._read
+        return recording.left_out <= unread
 
 
 def _unread(outputs: Sequence[Any], recording: Recording) -> frozenset[int]:
@@ -138,9 +175,22 @@ def _not_read(node: Any) -> list[Any]:
     """Return what a node's backward pass hands its gradient on to without having kept its value."""
     if node.name() in _TRANSPARENT:
         return _behind(node)
-    if node.name() == "MulBackward0" and node._saved_self is None:  # by a constant
-        return [node.next_functions[0][0]]
+    if node.name() == "MulBackward0" and node._saved_self is None:
+        return [node.next_functions[0][0]] if _is_constant(node._saved_other) else []
     return []
+
+
+def _is_constant(factor: torch.Tensor) -> bool:
+    """Tell whether a factor without gradient is not made of a value that is not there.
+
+    Then it would be NaN; or everywhere the same, if that is all that NaN compares to.
+    """
+    if factor.numel() == 0 or factor.is_complex():
+        return False
+    least, most = torch.aminmax(factor)
+    if factor.numel() == 1:
+        return bool(torch.isfinite(least)) and bool(least != 0)
+    return bool(least < most)
 
 
 def _behind(node: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import DenseLinear, NF4Linear
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
 from loraformat.train.engine.product import frozen_product
+from loraformat.train.engine.workspace import workspace
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 
@@ -234,3 +235,37 @@ def test_a_weight_that_is_not_there_says_so():
     ):
         with pytest.raises(Exception, match=r"lm_head|AbsentWeight"):
             compute()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [40, 9000])
+def test_products_after_those_of_inference(stored, rows):
+    """Buffers that were made in inference mode are written again outside of it."""
+    found = []
+
+    def work():  # in a thread that has no buffers yet
+        x = random(4, rows).bfloat16()
+        matrix = DenseMatrix(random(rows, 64, seed=1).to(stored))
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                found.append(blockwise.multiply_transposed(x, matrix, torch.float32))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(found) == 2 and torch.equal(*found)
+
+
+def test_a_default_device_is_not_that_of_buffers():
+    matrix, whole = quantized((33, 40))
+    x = random(5, 40)
+    workspace.forget("block")
+    with torch.device("meta"):
+        found = frozen_product(x, matrix)
+    torch.testing.assert_close(found, x @ whole.T)
+
+
+def test_a_product_may_be_changed_in_place():
+    matrix, _ = quantized((33, 40))
+    x = random(2, 5, 40, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: frozen_product(x, matrix).mul_(2), x)

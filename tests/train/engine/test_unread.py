@@ -49,6 +49,7 @@ def gradients(bundle, budget, steps=1):
         ("granite", {"mlp.down_proj"}),  # multiplied by a constant first
         ("gpt_neox", {"attention.dense", "mlp.dense_4h_to_h"}),  # both are added to the stream
         ("phi", {"self_attn.dense", "mlp.fc2"}),
+        ("falcon", {"self_attention.dense", "mlp.dense_4h_to_h"}),  # one in place to the other
         ("gemma2", set()),  # normalised first
         ("qwen3_moe", set()),  # weighted by the router
     ],
@@ -106,7 +107,55 @@ class AddsTwice(Layer):
         return (x + y + y,)
 
 
-LAYERS = [Adds, Reads, Adds, ReadsBeside, AddsTwice, Reads, Adds]
+class AddsInPlace(Layer):
+    def forward(self, x):
+        y = self.inner(x)
+        y += x
+        return (y,)
+
+
+class ReadsOnce(Layer):
+    """Multiplies by one matrix twice, and only adds what comes of the second time."""
+
+    def forward(self, x):
+        return (x + self.two(self.inner(x)),)
+
+
+class ReadsWithoutGradient(Layer):
+    def factor(self, y):
+        return y.square().mean()
+
+    def forward(self, x):
+        y = self.inner(x)
+        with torch.no_grad():
+            factor = self.factor(y)
+        return (x + y * factor,)
+
+
+class ReadsNumber(ReadsWithoutGradient):
+    def factor(self, y):
+        return y.square().mean().item()
+
+
+class ReadsSigns(ReadsWithoutGradient):
+    def factor(self, y):
+        return (y > 0).to(y.dtype)
+
+
+class MultipliesByConstant(ReadsWithoutGradient):
+    def factor(self, y):
+        return torch.linspace(1, 2, y.shape[-1])
+
+
+LAYERS = [
+    Adds, Reads, AddsInPlace, Adds, ReadsBeside, AddsTwice, ReadsOnce, ReadsWithoutGradient,
+    ReadsNumber, AddsInPlace, ReadsSigns, MultipliesByConstant, Reads, Adds,
+]  # fmt: skip
+
+
+def sharing(rows_at_once=None):
+    layers = len(LAYERS)
+    return Recomputation(Residency([[]] * layers), KeptActivations(layers), rows_at_once)
 
 
 @pytest.mark.parametrize("rows_at_once", [None, 1])
@@ -116,7 +165,7 @@ def test_layers_unlike_one_another(products, rows_at_once):
         for number, layer in enumerate(layers):
             if shared is not None:
                 recompute_layer(layer, number, shared)
-        for _ in range(2):
+        for _ in range(3):
             products.clear()
             torch.manual_seed(0)
             x = start = torch.linspace(-1, 1, 2 * 20 * 64).view(2, 20, 64).requires_grad_()
@@ -131,12 +180,23 @@ def test_layers_unlike_one_another(products, rows_at_once):
         expected, _ = run(None)
     else:
         # Rows draw their random numbers one by one.
-        always = Recomputation(Residency([[]] * 7), KeptActivations(7), rows_at_once)
+        always = sharing(rows_at_once)
         always.unread.were_unread = lambda *_: True
         expected, counts = run(always)
-        assert counts == [4] * 7
-    shared = Recomputation(Residency([[]] * 7), KeptActivations(7), rows_at_once)
-    found, counts = run(shared)
+        assert counts == [8 if kind is ReadsOnce else 4 for kind in LAYERS]
+    found, counts = run(sharing(rows_at_once))
     assert torch.equal(found, expected)
     groups = 1 if rows_at_once is None else 2
-    assert counts == [groups * (1 if kind in (Adds, AddsTwice) else 2) for kind in LAYERS]
+    times = {Adds: 1, AddsTwice: 1, AddsInPlace: 1, MultipliesByConstant: 1, ReadsOnce: 4}
+    assert counts == [groups * times.get(kind, 2) for kind in LAYERS]
+
+
+def test_a_hook_inside_a_layer_sees_every_value():
+    layer, shared, seen = Adds(0), sharing(), []
+    recompute_layer(layer, 0, shared)
+    x = torch.linspace(-1, 1, 2 * 20 * 64).view(2, 20, 64).requires_grad_()
+    for _ in range(2):
+        layer(x)[0].sum().backward()
+    layer.two.register_forward_hook(lambda module, inputs, y: seen.append(y.detach().clone()))
+    layer(x)[0].sum().backward()
+    assert len(seen) == 2 and torch.equal(*seen)

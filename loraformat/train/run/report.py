@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraformat.train.run.disk_plan import DiskPlan
 from loraformat.train.run.plan import MemoryPlan
 from loraformat.train.run.probe import StepTime
 
@@ -25,6 +26,7 @@ class TrainReport:
     directory : str
         Of checkpoints and record.
     plan : MemoryPlan
+    disk : DiskPlan
     data : list of str
         What is in the training data, in sentences.
     preview : str
@@ -47,6 +49,7 @@ class TrainReport:
     target: str
     directory: str
     plan: MemoryPlan
+    disk: DiskPlan
     data: list[str]
     preview: str
     steps: int
@@ -78,8 +81,8 @@ class TrainReport:
             "target": self.target, "directory": self.directory, "dry_run": self.dry_run,
             "steps": self.steps, "micro_batches": self.batches,
             "trained_parameters": self.trained_parameters, "compute": self.compute,
-            "memory": self.plan.to_json(), "time": measured, "data": self.data,
-            "seconds": self.seconds, "training": self.facts, "notes": self.notes,
+            "memory": self.plan.to_json(), "disk": self.disk.to_json(), "time": measured,
+            "data": self.data, "seconds": self.seconds, "training": self.facts, "notes": self.notes,
         }  # fmt: skip
 
     def plan_lines(self) -> list[str]:
@@ -88,6 +91,7 @@ class TrainReport:
             *(f"data: {line}" for line in self.data),
             f"adapter: {self.trained_parameters:,} parameters; {self.compute}",
             *self.plan.lines(),
+            self.disk.line(),
             f"steps: {self.steps}, of {self.batches} micro-batches in all",
         ]
         if self.step_time is not None:

@@ -73,6 +73,10 @@ class RunDirectory:
         """Tell whether a run has been here."""
         return self.metrics.exists() or self.checkpoints.exists()
 
+    def nbytes(self) -> int:
+        """Return what the checkpoints take that lie here already (bytes)."""
+        return sum(p.stat().st_size for p in self.checkpoints.rglob("*") if p.is_file())
+
     def begin(self, *, force: bool) -> None:
         """Make the directory for a new run.
 

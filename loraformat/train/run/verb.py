@@ -22,11 +22,11 @@ from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.loop.loop import Loop, LoopOptions
 from loraformat.train.loop.metrics import Metrics, check_tensorboard, read_metrics
 from loraformat.train.loop.optimizer import Optimizer, check_optimizer
-from loraformat.train.loop.optimizer_options import state_bytes
 from loraformat.train.loop.run_state import RunState
 from loraformat.train.loop.schedule import Schedule
 from loraformat.train.lora.loraplus import rate_ratios
 from loraformat.train.run import config_file, generation, loss_curve
+from loraformat.train.run.disk_plan import plan_disk
 from loraformat.train.run.facts import facts_of
 from loraformat.train.run.identity import check_same, identity_of
 from loraformat.train.run.options import TrainOptions
@@ -177,7 +177,8 @@ class _Run:
         self._beside = template_files(options, inputs.encoder, inputs.data)
         self.report = TrainReport(
             target=str(output), directory=str(self._directory.path),
-            plan=inputs.plan(), data=inputs.data.audit.lines(),
+            plan=inputs.plan(), disk=plan_disk(inputs.shape(), options, world.size),
+            data=inputs.data.audit.lines(),
             preview=inputs.data.preview(), steps=inputs.steps, batches=inputs.batches,
             trained_parameters=inputs.shape().trained,
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
@@ -248,16 +249,13 @@ class _Run:
             raise
 
     def _check_disk(self) -> None:
-        """Refuse before the start when the disk cannot hold the checkpoints."""
-        plan = self.report.plan
-        shape = self._inputs.shape()
-        states = state_bytes(self._options.optimizer, shape.trained, shape.small)
-        on_disk = states if self._options.optimizer_states == "disk" else 0
-        needed = on_disk + (self._options.keep + 1) * (2 * plan.adapter + states)
+        """Refuse before the start when the disk cannot hold what the run will write."""
+        needed = self.report.disk.total - self._directory.nbytes()
         free = shutil.disk_usage(self._directory.path).free
         if needed > free:
             raise ResourceError(
-                f"checkpoints need {readable(needed)}, and the disk has {readable(free)} free",
+                f"checkpoints and adapter need {readable(needed)}, and the disk has "
+                f"{readable(free)} free",
                 path=self._directory.path,
                 hint="free some space, or keep fewer with --keep 1",
             )

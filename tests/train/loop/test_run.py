@@ -353,7 +353,7 @@ def test_no_room_for_checkpoints(train_to, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     full = usage(9, 9, 1000)
     monkeypatch.setattr("loraformat.train.run.verb.shutil.disk_usage", lambda path: full)
-    with pytest.raises(ResourceError, match=r"checkpoints need .* 0\.0 MB free"):
+    with pytest.raises(ResourceError, match=r"checkpoints and adapter need .* 0\.0 MB free"):
         train_to(tmp_path / "a")
 
 

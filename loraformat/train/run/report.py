@@ -43,6 +43,8 @@ class TrainReport:
     facts : dict
         What is stored beside the adapter; empty before the end.
     dry_run : bool
+    was_complete : bool
+        The run that was to go on had ended, and its adapter stands: nothing was done.
     notes : list of str
     """
 
@@ -60,6 +62,7 @@ class TrainReport:
     seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False
+    was_complete: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -79,6 +82,7 @@ class TrainReport:
             }
         return {
             "target": self.target, "directory": self.directory, "dry_run": self.dry_run,
+            "was_complete": self.was_complete,
             "steps": self.steps, "micro_batches": self.batches,
             "trained_parameters": self.trained_parameters, "compute": self.compute,
             "memory": self.plan.to_json(), "disk": self.disk.to_json(), "time": measured,
@@ -109,8 +113,11 @@ class TrainReport:
         loss = (
             f"loss {facts['first_loss']:.4f} to {facts['last_loss']:.4f}" if facts["steps"] else ""
         )
+        done = f"wrote {self.target}"
+        if self.was_complete:
+            done = f"{self.target} was complete already, nothing was done"
         lines = [
-            f"wrote {self.target}: {facts['steps']} steps, {facts['tokens']:,} tokens, "
+            f"{done}: {facts['steps']} steps, {facts['tokens']:,} tokens, "
             f"{duration(self.seconds)}, {loss}"
         ]
         if facts.get("heldout_before") is not None:

@@ -276,7 +276,8 @@ class _Run:
         with alone:
             checkpoint = self._checkpoint() if resume else None
             finished = self._check_output(checkpoint, resume=resume, force=force)
-            self._check_disk()
+            if not finished:
+                self._check_disk()
             if self._world.leads:
                 if checkpoint is None and resume:
                     self._directory.begin(force=True)
@@ -316,7 +317,7 @@ class _Run:
         if checkpoint is None or not self._is_done(checkpoint):
             _refuse_output(self._output, force=False)
             return False
-        self.report.notes.append("the run was finished already")
+        self.report.was_complete = True
         return True
 
     def _is_done(self, checkpoint: saved_state.Checkpoint) -> bool:

@@ -170,8 +170,9 @@ def test_resume_without_a_checkpoint_begins(train_to, tmp_path):
     assert report.notes == ["there was no checkpoint; the run began at the beginning"]
     assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
     before = files_of(tmp_path / "a")
+    assert not report.was_complete
     again = train_to(tmp_path / "a", resume=True)
-    assert again.notes == ["the run was finished already"]
+    assert again.was_complete and again.notes == []
     assert files_of(tmp_path / "a") == before
     assert again.facts["last_loss"] == report.facts["last_loss"]
 
@@ -261,7 +262,7 @@ def test_the_best_adapter_and_early_stop(train_to, tmp_path, place):
         tmp_path / "a", epochs=30, lr=0.3, eval=(str(place / "held.jsonl"),), eval_every=2,
         early_stop=2, best=True, clip=0.0, resume=True,
     )  # fmt: skip
-    assert again.notes == ["the run was finished already"]
+    assert again.was_complete and again.notes == []
 
 
 def test_an_adapter_into_the_bundle_and_on_from_it(train_to, tmp_path, place):

@@ -144,10 +144,17 @@ def test_the_command_starts_as_many_processes(
 
 
 def test_resume_needs_only_the_output(run, call, tmp_path):
-    assert run(*call, "--quiet").code == 0
+    first = run(*call)
+    assert first.code == 0
     result = run("train", "-o", tmp_path / "a", "--resume")
     assert result.code == 0
-    assert "note: the run was finished already" in result.out
+    told = f"{tmp_path / 'a'} was complete already, nothing was done: "
+    assert result.out == first.out.replace(f"wrote {tmp_path / 'a'}: ", told)
+    members = json.loads(run("train", "-o", tmp_path / "a", "--resume", "--json", "-q").out)
+    assert members["was_complete"]
+    shutil.rmtree(tmp_path / "a")  # what is missing is written from the last checkpoint
+    result = run("train", "-o", tmp_path / "a", "--resume")
+    assert result.out == first.out
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
@@ -89,7 +89,8 @@ def run(
     UsageError
         `threads` is less than 1.
     Exception
-        Whatever `task` raised first; remaining pieces are dropped.
+        Whatever `task` raised first, or a signal in the calling thread; remaining pieces are
+        dropped, and none is at work any more.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads cannot work, wanted at least 1")
@@ -97,8 +98,16 @@ def run(
     pieces = -(-total // grain)
 
     def work() -> None:
-        for start in starts:
-            task(start, min(start + grain, total))
+        try:
+            for start in starts:
+                task(start, min(start + grain, total))
+        except BaseException:
+            drop()
+            raise
+
+    def drop() -> None:
+        for _ in starts:
+            pass
 
     workers = min(default_threads() if threads is None else threads, pieces)
     apart = in_torch and torch.get_num_threads() > 1
@@ -107,12 +116,12 @@ def run(
     try:
         if not apart:
             work()
-    except BaseException:
-        for _ in starts:  # leave nothing for the helpers
-            pass
+        wait(helpers)
+    except BaseException:  # of the calling thread: nobody is to write where it may not expect it
+        drop()
+        wait(helpers)
         raise
-    finally:
-        errors = [helper.exception() for helper in helpers]
-    for error in errors:
+    for helper in helpers:
+        error = helper.exception()
         if error is not None:
             raise error

@@ -3,9 +3,11 @@
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,57 @@ def test_the_error_of_a_piece_comes_out(bad):
     for count in (1, 4):
         with pytest.raises(ValueError, match=str(bad)):
             threads.run(task, 100, 1, count)
+
+
+@pytest.mark.parametrize("in_torch", [False, True])
+def test_no_piece_is_at_work_after_an_error(in_torch, torch_threads):
+    """Helpers finish the piece that they are at, and begin no other."""
+    torch_threads(2)
+    begun, ended, at_work = [], [], threading.Barrier(2, timeout=30)
+
+    def task(start, stop):
+        begun.append(start)
+        if start < 2:
+            at_work.wait()
+        if start == 0:
+            raise ValueError(start)
+        time.sleep(0.05)
+        ended.append(start)
+
+    with pytest.raises(ValueError, match="0"):
+        threads.run(task, 100, 1, 2, in_torch=in_torch)
+    seen = len(begun)
+    assert seen < 100 and len(ended) == seen - 1
+    time.sleep(0.1)
+    assert len(begun) == seen
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a signal comes between two instructions")
+def test_no_piece_is_at_work_after_an_interruption(torch_threads):
+    torch_threads(2)
+    begun, ended = [], []
+
+    def task(start, stop):
+        begun.append(start)
+        if start == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        ended.append(start)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            threads.run(task, 50, 1, 2, in_torch=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert sorted(begun) == sorted(ended) and len(begun) < 50
+
+
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")

@@ -191,7 +191,7 @@ class NF4:
         nested, offset = self.nested_absmax, self.nested_offset
         if nested is None or offset is None:
             return self.absmax[start:stop]
-        out = torch.empty(stop - start)
+        out = torch.empty(stop - start, dtype=torch.float32, device="cpu")
         kernels.active().decode_scales(self.absmax, nested, offset, start, out)
         return out
 
@@ -240,8 +240,8 @@ def quantize(
     _check_block_size(block_size)
     flat = _flat(x)
     count, kernel = flat.numel(), kernels.active()
-    packed = torch.empty(_ceil(count, 2), dtype=torch.uint8)
-    absmax = torch.empty(_ceil(count, block_size))
+    packed = torch.empty(_ceil(count, 2), dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(_ceil(count, block_size), dtype=torch.float32, device="cpu")
 
     def piece(start: int, stop: int) -> None:
         codes = packed[start // 2 : _ceil(stop, 2)]
@@ -259,16 +259,16 @@ def _quantize_scales(
     kernel: kernels.Kernel, absmax: Tensor, count: int, block_size: int, threads: int | None
 ) -> tuple[Tensor, int, int, Tensor, float]:
     blocks = absmax.numel()
-    codes = torch.empty(blocks, dtype=torch.uint8)
-    nested_absmax = torch.empty(_ceil(blocks, NESTED_BLOCK_SIZE))
-    sums = torch.empty(nested_absmax.numel(), dtype=torch.float64)
+    codes = absmax.new_empty(blocks, dtype=torch.uint8)
+    nested_absmax = absmax.new_empty(_ceil(blocks, NESTED_BLOCK_SIZE))
+    sums = absmax.new_empty(nested_absmax.numel(), dtype=torch.float64)
 
     def add(start: int, stop: int) -> None:
         nested = slice(start // NESTED_BLOCK_SIZE, _ceil(stop, NESTED_BLOCK_SIZE))
         kernel.sum_scales(absmax[start:stop], sums[nested])
 
     run(add, blocks, _SCALES, threads, in_torch=kernel.name == "torch")
-    offset = torch.tensor(math.fsum(sums.tolist()) / max(blocks, 1)).item()
+    offset = absmax.new_tensor(math.fsum(sums.tolist()) / max(blocks, 1)).item()
 
     def encode(start: int, stop: int) -> None:
         nested = slice(start // NESTED_BLOCK_SIZE, _ceil(stop, NESTED_BLOCK_SIZE))
@@ -328,7 +328,7 @@ def dequantize(
     start, stop = _range(start, stop, q.count)
     streaming = out is not None and stop - start == q.count and out.nbytes >= _STREAM_BYTES
     if out is None:
-        out = torch.empty(stop - start, dtype=dtype)
+        out = torch.empty(stop - start, dtype=dtype, device="cpu")
     if out.dtype not in _DTYPES:
         raise UsageError(f"NF4 decodes to float32, float16 or bfloat16, not {out.dtype}")
     _check("out", out, out.dtype, stop - start)
@@ -490,7 +490,7 @@ def quantization_error(x: Tensor, q: NF4, *, threads: int | None = None) -> tupl
     """
     flat, kernel, scales = _flat(x), kernels.active(), q.scales()
     _check("x", flat, flat.dtype, q.count)
-    sums = torch.empty(2, _ceil(q.count, _ERROR_CHUNK), dtype=torch.float64)
+    sums = torch.empty(2, _ceil(q.count, _ERROR_CHUNK), dtype=torch.float64, device="cpu")
 
     def piece(start: int, stop: int) -> None:
         chunks = slice(start // _ERROR_CHUNK, _ceil(stop, _ERROR_CHUNK))

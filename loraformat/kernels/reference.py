@@ -5,6 +5,9 @@ Everything runs in tiles that fit the cache; `loraformat.kernels.threads` parall
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,9 @@ _NESTED = 256
 _CHUNK = 4096
 _ERROR_STEP = 1 << 16
 _PRODUCT_TILE = 1 << 20
+
+#: Whatever the program's default dtype and default device are.
+_NUMBERS: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 def _tile() -> int:
@@ -31,10 +37,10 @@ def _pair_tables() -> tuple[Tensor, Tensor]:
     8-byte look-up then does the work of two 4-byte ones.
     """
     t = tables()
-    thresholds = torch.zeros(32, 256, 2)
+    thresholds = torch.zeros(32, 256, 2, **_NUMBERS)
     thresholds[:, :32, 0] = t.bin_threshold
     thresholds[:, :32, 1] = t.bin_threshold[:, None]
-    codes = torch.zeros(32, 256, dtype=torch.int32)
+    codes = torch.zeros(32, 256, dtype=torch.int32, device="cpu")
     codes[:, :32] = t.bin_code * 16 + t.bin_code[:, None]
     return thresholds.flatten().view(torch.int64), codes.to(torch.uint8).flatten()
 
@@ -65,7 +71,7 @@ class ReferenceKernel:
         # Both levels of a byte as one 8-byte item, so that one look-up fetches two.
         self._levels = pairs.contiguous().view(torch.int64).flatten()
         self._thresholds, self._codes = _pair_tables()
-        self._bins = torch.tensor(15.5)
+        self._bins = torch.tensor(15.5, **_NUMBERS)
 
     def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
         """See `Kernel.quantize`."""
@@ -101,12 +107,12 @@ class ReferenceKernel:
         if not absmax.item() < torch.inf:
             return False
         absmax.clamp_(min=_TINY)
-        self._encode(torch.cat([x / absmax, torch.zeros(x.numel() % 2)]), packed)
+        self._encode(torch.cat([x / absmax, x.new_zeros(x.numel() % 2)]), packed)
         return True
 
     def sum_scales(self, absmax: Tensor, sums: Tensor) -> None:
         """See `Kernel.sum_scales`."""
-        padded = torch.zeros(sums.numel() * _NESTED, dtype=torch.float64)
+        padded = sums.new_zeros(sums.numel() * _NESTED)
         padded[: absmax.numel()] = absmax
         sums.copy_(_fold(padded.view(-1, _NESTED).T, _NESTED))
 
@@ -152,9 +158,9 @@ class ReferenceKernel:
         """See `Kernel.dequantize`."""
         del streaming
         skip, tile = start % block_size, _tile()
-        scratch = torch.empty(min(out.numel() + skip + 1, tile))
+        scratch = torch.empty(min(out.numel() + skip + 1, tile), **_NUMBERS)
         if skip:  # the rest of a block, by way of the whole of it
-            block = torch.empty(min(block_size, skip + out.numel()), dtype=out.dtype)
+            block = out.new_empty(min(block_size, skip + out.numel()))
             self._decode(packed[(start - skip) // 2 :], scales[:1], block_size, block, scratch)
             head = block.numel() - skip
             out[:head] = block[skip:]
@@ -182,25 +188,31 @@ class ReferenceKernel:
     ) -> None:
         """See `Kernel.dequantize_rows`."""
         rows, columns = out.shape
-        if start % block_size or stride % block_size or columns % block_size:
-            for number, row in enumerate(out):
-                first = start + number * stride
-                blocks = first // block_size, -(-(first + columns) // block_size)
-                scales = absmax[slice(*blocks)]
-                if nested_absmax is not None:
-                    scales = torch.empty(blocks[1] - blocks[0])
-                    self.decode_scales(absmax, nested_absmax, offset, blocks[0], scales)
-                self.dequantize(packed, scales, block_size, first, row, False)
+        if columns == stride or rows == 1:
+            first, last = start // block_size, -(-(start + out.numel()) // block_size)
+            scales = absmax[first:last]
+            if nested_absmax is not None:
+                scales = torch.empty(last - first, **_NUMBERS)
+                self.decode_scales(absmax, nested_absmax, offset, first, scales)
+            self.dequantize(packed, scales, block_size, start, out.view(-1), False)
             return
-        begin, step, width = (n // block_size for n in (start, stride, columns))
-        codes = packed[start // 2 :].as_strided((rows, columns // 2), (stride // 2, 1))
-        scales = absmax[begin:].as_strided((rows, width), (step, 1))
+        # Parts of blocks, all of one length, that no row's end and no block's end falls into.
+        size = math.gcd(block_size, start, stride, columns)
+        along = torch.arange(0, columns, size, device="cpu")
+        elements = start + stride * torch.arange(rows, device="cpu")[:, None] + along
+        blocks = elements // block_size
+        scales = absmax[blocks]
         if nested_absmax is not None:
-            numbers = begin + step * torch.arange(rows)[:, None] + torch.arange(width)
             entries = tables().nested_map[scales.int()]
-            scales = entries.mul_(nested_absmax[numbers // _NESTED]).add_(offset)
-        codes, scales = codes.reshape(-1), scales.reshape(-1)
-        self.dequantize(codes, scales, block_size, 0, out.view(-1), False)
+            scales = entries.mul_(nested_absmax[blocks // _NESTED]).add_(offset)
+        if size == 1:
+            codes = (
+                packed[elements // 2].bitwise_right_shift_(4 - elements % 2 * 4).bitwise_and_(15)
+            )
+            out.copy_(tables().levels[codes.int()].mul_(scales))
+            return
+        codes = packed[start // 2 :].as_strided((rows, columns // 2), (stride // 2, 1))
+        self.dequantize(codes.reshape(-1), scales.reshape(-1), size, 0, out.view(-1), False)
 
     def multiply_rows(
         self,
@@ -219,7 +231,7 @@ class ReferenceKernel:
         step = max(1, _PRODUCT_TILE // columns)
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            block = torch.empty(last - first, columns, dtype=dtype)
+            block = x.new_empty(last - first, columns, dtype=dtype)
             begin = start + first * columns
             self.dequantize_rows(
                 packed, absmax, nested_absmax, offset, block_size, begin, columns, block
@@ -256,7 +268,7 @@ class ReferenceKernel:
             # The order of nf4_body.h: 16 lanes, four rows in pairs, then in order, lanes in halves.
             rows = squares.view(2, last - first, _CHUNK // 64, 4, 16)
             groups = (rows[..., 0, :] + rows[..., 1, :]) + (rows[..., 2, :] + rows[..., 3, :])
-            lanes = torch.zeros(2, last - first, 16, dtype=torch.float64)
+            lanes = squares.new_zeros(2, last - first, 16)
             for group in groups.unbind(2):
                 lanes += group
             sums[:, first:last] = _fold(lanes.permute(2, 0, 1), 16)
@@ -265,10 +277,10 @@ class ReferenceKernel:
         self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, chunks: int
     ) -> Tensor:
         """Square differences and values, as float64[2, whole chunks] filled up with zeros."""
-        squares = torch.empty(2, chunks * _CHUNK, dtype=torch.float64)
+        squares = torch.empty(2, chunks * _CHUNK, dtype=torch.float64, device="cpu")
         squares[:, x.numel() :] = 0
         tile = min(_tile(), x.numel())
-        value = torch.empty(tile)
+        value = torch.empty(tile, **_NUMBERS)
         for start in range(0, x.numel(), tile):
             wide = x[start : start + tile].float()
             local = value[: wide.numel()]

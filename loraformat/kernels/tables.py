@@ -27,7 +27,7 @@ def from_bits(bits: tuple[int, ...]) -> Tensor:
         float32, one element per pattern.
     """
     signed = [b - (1 << 32) if b >> 31 else b for b in bits]
-    return torch.tensor(signed, dtype=torch.int32).view(torch.float32)
+    return torch.tensor(signed, dtype=torch.int32, device="cpu").view(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +62,11 @@ class Tables:
 
 
 def _midpoints(values: Tensor) -> Tensor:
-    return torch.cat([(values[:-1] + values[1:]) / 2, torch.tensor([torch.inf])])
+    return torch.cat([(values[:-1] + values[1:]) / 2, values.new_tensor([torch.inf])])
 
 
 def _bins(thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    edges = torch.arange(33, dtype=torch.float64) / 15.5 - 1.0
+    edges = torch.arange(33, dtype=torch.float64, device="cpu") / 15.5 - 1.0
     below = torch.searchsorted(thresholds.double(), edges)
     inside = below[1:] > below[:-1]
     threshold = torch.where(inside, thresholds[below[:-1].clamp(max=15)], torch.inf)
@@ -74,7 +74,7 @@ def _bins(thresholds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leading_bits(bounds: Tensor) -> Tensor:
-    key = torch.arange(1 << 15, dtype=torch.int64)
+    key = torch.arange(1 << 15, dtype=torch.int64, device="cpu")
     # The least float of a negative interval is the one whose trailing bits are all ones.
     least = (key << 17) | torch.where(key >= 1 << 14, (1 << 17) - 1, 0)
     values = torch.where(least >= 1 << 31, least - (1 << 32), least).to(torch.int32)

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from loraformat import nf4
+from loraformat import kernels, nf4
 from loraformat.errors import UsageError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -194,6 +194,21 @@ def test_rows_of_tables_anywhere_in_memory(kernel, same, normal):
     out = torch.empty(60, 128)
     nf4.dequantize_rows(view, out, start=2 * 256 + 64, stride=256)
     same(out, nf4.dequantize(q, dtype=torch.float32).view(64, 256)[2:62, 64:192])
+
+
+@pytest.mark.parametrize("start, stride, columns", [(64, 256, 192), (2, 254, 128), (1, 253, 77)])
+def test_torch_decodes_rows_together(monkeypatch, same, normal, start, stride, columns):
+    """Not row by row, whatever blocks their parts begin in: thousands of rows make a block."""
+    q, calls, one = nf4.quantize(normal(5000), block_size=128), [], kernels.get("torch")
+    plain = one.dequantize
+    monkeypatch.setattr(one, "dequantize", lambda *a: (calls.append(a), plain(*a)), raising=False)
+    monkeypatch.setenv(kernels.VARIABLE, "torch")
+    out = torch.empty(19, columns)
+    nf4.dequantize_rows(q, out, start=start, stride=stride)
+    assert len(calls) <= 1
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
+    whole = nf4.dequantize(q, dtype=torch.float32)
+    same(out, whole.as_strided((19, columns), (stride, 1), start).contiguous())
 
 
 def test_no_rows(kernel, normal):

@@ -113,6 +113,26 @@ def test_the_error_of_a_piece_comes_out(bad):
             threads.run(task, 100, 1, count)
 
 
+@pytest.mark.parametrize("choice", kernels.available())
+def test_default_dtype_and_device_are_not_those_of_kernels(choice):
+    """In a process of its own: tables are made once."""
+    program = (
+        "import torch\nfrom loraformat import nf4\n"
+        "decode, decode_rows = nf4.dequantize, nf4.dequantize_rows\n"
+        "x = torch.linspace(-1, 1, 9001)\ntorch.set_default_dtype(torch.float64)\n"
+        "with torch.device('meta'):\n"
+        "    q = nf4.quantize(x)\n    out = [x.new_empty(3, 33) for _ in 'ab']\n"
+        "    a = decode(q, start=5), q.scales(), decode_rows(q, out.pop(), stride=300)\n"
+        "    error = nf4.quantization_error(x, q)\n"
+        "torch.set_default_dtype(torch.float32)\n"
+        "b = decode(q, start=5), q.scales(), decode_rows(q, out.pop(), stride=300)\n"
+        "assert all(map(torch.equal, a, b)) and error == nf4.quantization_error(x, q)\n"
+        "print(q.packed.sum().item() == nf4.quantize(x).packed.sum().item())"
+    )
+    done = run(choice, program)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
 @pytest.mark.parametrize("in_torch", [False, True])
 def test_no_piece_is_at_work_after_an_error(in_torch, torch_threads):
     """Helpers finish the piece that they are at, and begin no other."""

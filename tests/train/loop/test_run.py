@@ -213,6 +213,24 @@ def test_another_run_is_not_gone_on_with(train_to, tmp_path, place):
     train_to(tmp_path / "a", resume=True, keep=1)
 
 
+def test_the_epoch_of_a_step_is_how_many_have_been_seen_behind_it(train_to, tmp_path):
+    report = train_to(
+        tmp_path / "a", epochs=3, grad_accum=2, batch_size=8, packing=False, shuffle=False
+    )  # fmt: skip
+    record = read_metrics(tmp_path / "a.run" / "metrics.jsonl")
+    assert report.batches == 3 * 5
+    assert [line["epoch"] for line in record] == [0, 0, 1, 1, 2, 2, 2, 3]
+
+
+def test_every_member_of_the_record_is_in_the_documents(train_to, tmp_path, place):
+    train_to(tmp_path / "a", steps=1, eval=(str(place / "held.jsonl"),), prompt=("bell",))
+    record = read_metrics(tmp_path / "a.run" / "metrics.jsonl")
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    members = {member for line in record for member in line}
+    assert {"epoch", "eval_loss", "text"} <= members
+    assert {member for member in members if f"`{member}`" not in text} == set()
+
+
 def test_states_and_steps_of_the_epochs(train_to, tmp_path):
     report = train_to(tmp_path / "a", epochs=3, grad_accum=4)
     assert report.steps == math.ceil(report.batches / 4)

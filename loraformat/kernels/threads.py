@@ -34,11 +34,17 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+class _Thread(threading.local):
+    ours = False
+
+
+_this = _Thread()
 _settling = threading.Lock()
 
 
 def _compute_alone() -> None:
-    """Keep torch from starting OpenMP threads on behalf of this thread."""
+    """Keep torch, and `run`, from starting threads on behalf of this thread."""
+    _this.ours = True
     with _settling:
         count = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -109,10 +115,14 @@ def run(
         for _ in starts:
             pass
 
-    workers = min(default_threads() if threads is None else threads, pieces)
+    cpus = default_threads()
+    workers = min(cpus if threads is None else threads, pieces)
+    if _this.ours:  # one of them that waited for the others could wait for ever
+        workers = min(workers, 1)
     apart = in_torch and torch.get_num_threads() > 1
-    count = workers if apart else workers - 1
-    helpers = [_pool(count).submit(work) for _ in range(count)]
+    count = workers if apart else max(workers - 1, 0)
+    # One pool for all counts: threads have buffers of their own.
+    helpers = [_pool(max(count, cpus)).submit(work) for _ in range(count)]
     try:
         if not apart:
             work()

@@ -133,6 +133,25 @@ def test_default_dtype_and_device_are_not_those_of_kernels(choice):
     assert done.stdout.split() == ["True"], done.stderr
 
 
+def test_threads_are_as_many_as_work_at_once(monkeypatch):
+    monkeypatch.setattr(threads, "default_threads", lambda: 5)
+    before = set(threading.enumerate())
+    for count in (2, 3, 4, 5, 6, 2):
+        threads.run(lambda start, stop: time.sleep(0.01), 12, 1, count)
+    assert 0 < len(set(threading.enumerate()) - before) <= 5
+
+
+def test_a_piece_may_have_pieces():
+    program = (
+        "from loraformat.kernels.threads import run\nfound = []\n"
+        "inner = lambda start, stop: found.append(start)\n"
+        "run(lambda start, stop: run(inner, 9, 1, 3), 60, 1, 3)\n"
+        "print(len(found), sum(found))"
+    )
+    done = run("auto", program)
+    assert done.stdout.split() == ["540", "2160"], done.stderr
+
+
 @pytest.mark.parametrize("in_torch", [False, True])
 def test_no_piece_is_at_work_after_an_error(in_torch, torch_threads):
     """Helpers finish the piece that they are at, and begin no other."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from loraformat.train.engine.fresh import fresh
 from loraformat.train.engine.gemm import even_rows, times, times_transposed
 from loraformat.train.engine.matrix import Matrix, NF4Matrix, Range
 from loraformat.train.engine.spread import spread
@@ -85,7 +86,7 @@ def _by_rows(
     rows, factor = x.shape[:-1], _factor(x, dtype)
     if out is None:
         factor = even_rows(factor)
-        out = x.new_empty(len(factor), matrix.rows)
+        out = fresh(x, len(factor), matrix.rows)
     result = out
     exact = factor.dtype == torch.float64
     if len(factor) <= _FEW_TOKENS and not exact and isinstance(matrix, NF4Matrix):
@@ -120,7 +121,7 @@ def _by_columns(
     rows, factor = x.shape[:-1], _factor(x, dtype)
     if out is None:
         factor = even_rows(factor)
-        out = x.new_empty(len(factor), matrix.columns)
+        out = fresh(x, len(factor), matrix.columns)
     if matrix.rows == 0:
         out.zero_()
     result = sums = out

@@ -16,8 +16,8 @@ import torch
 
 __all__ = ["KeptActivations"]
 
-#: What a heap takes for what is kept in it: there are holes between.
-_IN_HEAP = 1.5
+#: What a heap takes for what is kept in it: there are holes between. 1.65 to 1.75 were measured.
+_IN_HEAP = 1.8
 
 
 @dataclass(slots=True)

@@ -20,6 +20,8 @@ __all__ = ["default_threads", "run"]
 
 Task = Callable[[int, int], None]
 
+_SECONDS_DEAF = 0.2
+
 
 def default_threads() -> int:
     """Count the CPUs that this process may use.
@@ -126,7 +128,9 @@ def run(
     try:
         if not apart:
             work()
-        wait(helpers)
+        # In parts: a signal that comes just before a wait is seen only when it ends.
+        while wait(helpers, timeout=_SECONDS_DEAF).not_done:
+            pass
     except BaseException:  # of the calling thread: nobody is to write where it may not expect it
         drop()
         wait(helpers)

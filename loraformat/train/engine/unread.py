@@ -7,9 +7,9 @@ is its input. That is one product in seven, and the largest of a layer.
 
 Which products these are is seen in the graph. They are guessed first, to be what they were in
 this layer the last time, or in the layer before; and the graph that comes of it is looked at.
-What reads values is thus known as far as it has gradients; of what has none, the factors by which
-a product is multiplied are looked at. A layer with forward hooks is computed as a whole, since
-these may read anything.
+What reads values is thus known as far as it has gradients; of what has none, a product may be
+multiplied by a plain number and by nothing else. A layer with forward hooks is computed as a
+whole, since these may read anything.
 """
 
 from __future__ import annotations
@@ -176,21 +176,20 @@ def _not_read(node: Any) -> list[Any]:
     if node.name() in _TRANSPARENT:
         return _behind(node)
     if node.name() == "MulBackward0" and node._saved_self is None:
-        return [node.next_functions[0][0]] if _is_constant(node._saved_other) else []
+        number = _is_number(node._saved_other, node._input_metadata[0].dtype)
+        return [node.next_functions[0][0]] if number else []
     return []
 
 
-def _is_constant(factor: torch.Tensor) -> bool:
-    """Tell whether a factor without gradient is not made of a value that is not there.
+def _is_number(factor: torch.Tensor, product: torch.dtype) -> bool:
+    """Tell whether a factor without gradient is a number of the program's text, as Granite's is.
 
-    Then it would be NaN; or everywhere the same, if that is all that NaN compares to.
+    Any tensor may be made of the value that is not there, by a comparison even. A Python number
+    is a float64 without dimensions; one that was computed of the value would be NaN, or zero.
     """
-    if factor.numel() == 0 or factor.is_complex():
+    if factor.dim() != 0 or factor.dtype != torch.float64 or product == torch.float64:
         return False
-    least, most = torch.aminmax(factor)
-    if factor.numel() == 1:
-        return bool(torch.isfinite(least)) and bool(least != 0)
-    return bool(least < most)
+    return bool(torch.isfinite(factor)) and bool(factor != 0)
 
 
 def _behind(node: Any) -> list[Any]:

@@ -390,10 +390,7 @@ def dequantize_rows(q: NF4, out: Tensor, *, start: int = 0, stride: int | None =
         raise UsageError(f"rows of {columns} elements overlap, being {stride} apart")
     _range(start, start + (rows - 1) * stride + columns if out.numel() else start, q.count)
     if out.numel():
-        nested, offset = q.nested_absmax, q.nested_offset or 0.0
-        kernels.active().dequantize_rows(
-            q.packed, q.absmax, nested, offset, q.block_size, start, stride, out
-        )
+        kernels.active().dequantize_rows(_codes(q), start, stride, out)
     return out
 
 
@@ -449,11 +446,13 @@ def multiply_rows(
     if x.numel() == 0:
         return out.zero_()
     if out.numel():
-        nested, offset = q.nested_absmax, q.nested_offset or 0.0
-        kernels.active().multiply_rows(
-            q.packed, q.absmax, nested, offset, q.block_size, start, dtype, x, out
-        )
+        kernels.active().multiply_rows(_codes(q), start, dtype, x, out)
     return out
+
+
+def _codes(q: NF4) -> kernels.Codes:
+    offset = q.nested_offset or 0.0
+    return kernels.Codes(q.packed, q.absmax, q.nested_absmax, offset, q.block_size)
 
 
 def quantization_error(x: Tensor, q: NF4, *, threads: int | None = None) -> tuple[float, float]:

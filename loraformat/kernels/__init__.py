@@ -16,9 +16,10 @@ from torch import Tensor
 
 from loraformat.errors import UsageError
 from loraformat.kernels import native
+from loraformat.kernels.codes import Codes
 from loraformat.kernels.reference import ReferenceKernel
 
-__all__ = ["CHOICES", "VARIABLE", "Kernel", "active", "available", "get"]
+__all__ = ["CHOICES", "VARIABLE", "Codes", "Kernel", "active", "available", "get"]
 
 VARIABLE = "LORAFORMAT_KERNEL"
 CHOICES = ("auto", "c", *native.ISAS, "torch")
@@ -60,33 +61,11 @@ class Kernel(Protocol):
     ) -> None:
         """Fill `out` with elements from `start` on; ``scales[0]`` is of the block of `start`."""
 
-    def dequantize_rows(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        offset: float,
-        block_size: int,
-        start: int,
-        stride: int,
-        out: Tensor,
-    ) -> None:
-        """Fill each row of `out` with elements from ``start + row * stride`` on.
-
-        Without `nested_absmax` `absmax` is float32, the scales themselves.
-        """
+    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Tensor) -> None:
+        """Fill each row of `out` with elements from ``start + row * stride`` on."""
 
     def multiply_rows(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        offset: float,
-        block_size: int,
-        start: int,
-        dtype: torch.dtype,
-        x: Tensor,
-        out: Tensor,
+        self, codes: Codes, start: int, dtype: torch.dtype, x: Tensor, out: Tensor
     ) -> None:
         """Fill `out` float32[tokens, rows] with `x` float32[tokens, columns] times rows.
 

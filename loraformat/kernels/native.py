@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraformat.kernels.codes import Codes
 from loraformat.kernels.tables import tables
 
 __all__ = ["ISAS", "NativeKernel", "Tables", "c_tables", "library", "supported"]
@@ -209,27 +210,13 @@ class NativeKernel:
             streaming,
         )
 
-    def dequantize_rows(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        offset: float,
-        block_size: int,
-        start: int,
-        stride: int,
-        out: Tensor,
-    ) -> None:
+    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Tensor) -> None:
         """See `Kernel.dequantize_rows`."""
         self._lib.nf4_dequantize_rows(
             self._tables,
             self._isa,
             _DTYPES[out.dtype],
-            packed.data_ptr(),
-            absmax.data_ptr(),
-            None if nested_absmax is None else nested_absmax.data_ptr(),
-            offset,
-            block_size,
+            *_pointers(codes),
             start,
             stride,
             *out.shape,
@@ -237,16 +224,7 @@ class NativeKernel:
         )
 
     def multiply_rows(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        offset: float,
-        block_size: int,
-        start: int,
-        dtype: torch.dtype,
-        x: Tensor,
-        out: Tensor,
+        self, codes: Codes, start: int, dtype: torch.dtype, x: Tensor, out: Tensor
     ) -> None:
         """See `Kernel.multiply_rows`."""
         for first in range(0, len(x), _DOT_TOKENS):
@@ -254,11 +232,7 @@ class NativeKernel:
                 self._tables,
                 self._isa,
                 _DTYPES[dtype],
-                packed.data_ptr(),
-                absmax.data_ptr(),
-                None if nested_absmax is None else nested_absmax.data_ptr(),
-                offset,
-                block_size,
+                *_pointers(codes),
                 start,
                 out.shape[1],
                 x.shape[1],
@@ -285,3 +259,15 @@ class NativeKernel:
             sums[0].data_ptr(),
             sums[1].data_ptr(),
         )
+
+
+def _pointers(codes: Codes) -> tuple[int, int, int | None, float, int]:
+    """Return codes as the C functions of rows take them."""
+    nested = codes.nested_absmax
+    return (
+        codes.packed.data_ptr(),
+        codes.absmax.data_ptr(),
+        None if nested is None else nested.data_ptr(),
+        codes.nested_offset,
+        codes.block_size,
+    )

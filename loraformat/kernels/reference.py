@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraformat.kernels.codes import Codes
 from loraformat.kernels.tables import tables
 
 __all__ = ["ReferenceKernel"]
@@ -175,18 +176,9 @@ class ReferenceKernel:
         for codes, factors, part in tiles if out.numel() else ():
             self._decode(codes, factors, block_size, part, scratch)
 
-    def dequantize_rows(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        offset: float,
-        block_size: int,
-        start: int,
-        stride: int,
-        out: Tensor,
-    ) -> None:
+    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Tensor) -> None:
         """See `Kernel.dequantize_rows`."""
+        packed, absmax, nested_absmax, offset, block_size = codes
         rows, columns = out.shape
         if columns == stride or rows == 1:
             first, last = start // block_size, -(-(start + out.numel()) // block_size)
@@ -206,25 +198,16 @@ class ReferenceKernel:
             entries = tables().nested_map[scales.int()]
             scales = entries.mul_(nested_absmax[blocks // _NESTED]).add_(offset)
         if size == 1:
-            codes = (
+            numbers = (
                 packed[elements // 2].bitwise_right_shift_(4 - elements % 2 * 4).bitwise_and_(15)
             )
-            out.copy_(tables().levels[codes.int()].mul_(scales))
+            out.copy_(tables().levels[numbers.int()].mul_(scales))
             return
-        codes = packed[start // 2 :].as_strided((rows, columns // 2), (stride // 2, 1))
-        self.dequantize(codes.reshape(-1), scales.reshape(-1), size, 0, out.view(-1), False)
+        part = packed[start // 2 :].as_strided((rows, columns // 2), (stride // 2, 1))
+        self.dequantize(part.reshape(-1), scales.reshape(-1), size, 0, out.view(-1), False)
 
     def multiply_rows(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        offset: float,
-        block_size: int,
-        start: int,
-        dtype: torch.dtype,
-        x: Tensor,
-        out: Tensor,
+        self, codes: Codes, start: int, dtype: torch.dtype, x: Tensor, out: Tensor
     ) -> None:
         """See `Kernel.multiply_rows`."""
         rows, columns = out.shape[1], x.shape[1]
@@ -233,9 +216,7 @@ class ReferenceKernel:
             last = min(first + step, rows)
             block = x.new_empty(last - first, columns, dtype=dtype)
             begin = start + first * columns
-            self.dequantize_rows(
-                packed, absmax, nested_absmax, offset, block_size, begin, columns, block
-            )
+            self.dequantize_rows(codes, begin, columns, block)
             out[:, first:last] = x @ block.float().T
 
     def _decode(

@@ -74,24 +74,34 @@ def multiply_transposed(x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> 
     return (_by_rows if matrix.by_inputs else _by_columns)(x, matrix, dtype, None)
 
 
-def _factor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    flat = x.detach().reshape(-1, x.shape[-1])
-    return flat if flat.dtype in (dtype, torch.float64) else flat.to(dtype)
+def _operands(
+    x: torch.Tensor, dtype: torch.dtype, width: int, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x as a matrix to be multiplied, and where the product goes: maybe a row more."""
+    factor = x.detach().reshape(-1, x.shape[-1])
+    if factor.dtype not in (dtype, torch.float64):
+        factor = factor.to(dtype)
+    if out is not None:
+        return factor, out
+    factor = even_rows(factor)
+    return factor, fresh(x, len(factor), width)
+
+
+def _shaped(result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the rows that are x's, in its shape."""
+    rows = x.shape[:-1]
+    return result[: rows.numel()].view(*rows, result.shape[1])
 
 
 def _by_rows(
     x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None
 ) -> torch.Tensor:
     """Return x Mᵀ for M as stored."""
-    rows, factor = x.shape[:-1], _factor(x, dtype)
-    if out is None:
-        factor = even_rows(factor)
-        out = fresh(x, len(factor), matrix.rows)
-    result = out
+    factor, result = _operands(x, dtype, matrix.rows, out)
     exact = factor.dtype == torch.float64
     if len(factor) <= _FEW_TOKENS and not exact and isinstance(matrix, NF4Matrix):
         result.copy_(_by_rows_of_few(factor, matrix))
-        return result.view(*rows, matrix.rows)
+        return _shaped(result, x)
 
     def piece(start: int, stop: int) -> None:
         block = matrix.block((start, stop), (0, matrix.columns), factor.dtype)
@@ -99,7 +109,7 @@ def _by_rows(
 
     for stretch in matrix.stretches():
         _spread(piece, stretch, matrix.columns, _fitting(factor.dtype), _ALIGNED_ROWS, matrix)
-    return result[: rows.numel()].view(*rows, matrix.rows)
+    return _shaped(result, x)
 
 
 def _by_rows_of_few(factor: torch.Tensor, matrix: NF4Matrix) -> torch.Tensor:
@@ -118,20 +128,17 @@ def _by_columns(
     x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None
 ) -> torch.Tensor:
     """Return x M for M as stored."""
-    rows, factor = x.shape[:-1], _factor(x, dtype)
-    if out is None:
-        factor = even_rows(factor)
-        out = fresh(x, len(factor), matrix.columns)
+    factor, result = _operands(x, dtype, matrix.columns, out)
     if matrix.rows == 0:
-        out.zero_()
-    result = sums = out
+        result.zero_()
+    sums = result
     for first, last in _steps(matrix):
         if first == 0 and last < matrix.rows:
             sums = _exact(result)
         _add_rows(_columns(factor, first, last), matrix, (first, last), sums)
     if sums is not result:
         result.copy_(sums)
-    return result[: rows.numel()].view(*rows, matrix.columns)
+    return _shaped(result, x)
 
 
 def _columns(x: torch.Tensor, first: int, last: int) -> torch.Tensor:

@@ -1,0 +1,33 @@
+"""What elements of a quantized tensor are decoded from, as it is stored."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Codes"]
+
+
+class Codes(NamedTuple):
+    """A whole tensor; nothing of it is checked here.
+
+    Attributes
+    ----------
+    packed : Tensor
+        uint8: two codes per byte.
+    absmax : Tensor
+        One per block: uint8 codes, or float32 scales without `nested_absmax`.
+    nested_absmax : Tensor or None
+        float32, one per 256 blocks.
+    nested_offset : float
+        Zero without `nested_absmax`.
+    block_size : int
+        Elements.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: float
+    block_size: int

@@ -1,6 +1,7 @@
 """P7 at random: fifty times kill -9; and two ranks that are stopped."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ FORKS = Path(__file__).with_name("forks.py")
 def work(tmp_path):
     """In memory where there is such a place: a kill does not ask for the disk."""
     memory = Path("/dev/shm")
-    directory = memory / f"loraformat-{tmp_path.name}" if memory.is_dir() else tmp_path / "work"
+    # New whatever a test that was itself killed has left there: its runs would be gone on with.
+    directory = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else tmp_path))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
 

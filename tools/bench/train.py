@@ -6,7 +6,11 @@ NF4 and by PEFT on dense bfloat16 weights, which compute each layer again in the
 by loraformat so, too; larger shapes by loraformat alone, each layer computed again, with a hard
 limit on anonymous memory, each layer dropped from the page cache once it was used.
 
-Example: python tools/bench/train.py 1b --steps 3 --directory bundles
+A machine is faster in one minute than in the next, so rounds run every row once each: a row tells
+the medians of its rounds, and its ratio is the median of the ratios within rounds, with the least
+and the greatest.
+
+Example: python tools/bench/train.py 1b --steps 3 --rounds 3 --directory bundles
          python tools/bench/train.py 70b --steps 1 --tokens 128 --limit 3584
 """
 
@@ -53,6 +57,7 @@ _COLUMNS = ("step s", "CPU s", "anon MB", "RSS MB", "stall s", "decode s", "loss
 @click.option("--tokens", default=512, show_default=True)
 @click.option("--rank", default=8, show_default=True)
 @click.option("--steps", default=3, show_default=True, help="The first is not counted, if others.")
+@click.option("--rounds", default=1, show_default=True, help="Runs of every row, in turn.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--limit", type=int, help="MiB of anonymous memory for the larger shapes.")
 @click.option("--compute", multiple=True, help="Only these dtypes of ours. Repeatable.")
@@ -64,6 +69,7 @@ def main(
     tokens: int,
     rank: int,
     steps: int,
+    rounds: int,
     threads: int,
     limit: int | None,
     compute: tuple[str, ...],
@@ -78,7 +84,7 @@ def main(
         if (not compute or dtype in compute) and not (streamed and kind == "ours-recompute")
     ]
     if peers and not streamed:
-        jobs += _PEERS
+        jobs = sorted([*jobs, *_PEERS], key=lambda job: job[1], reverse=True)
     common = [
         "--tokens", str(tokens), "--rank", str(rank), "--steps", str(steps),
         "--threads", str(threads),
@@ -88,10 +94,17 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         shape = _SHAPES[shape_name]
         bundle = write_bundle(shape, (directory or Path(scratch)) / shape.name)
-        results = [_run(kind, os.fspath(bundle), dtype, common) for kind, dtype in jobs]
-    _report(jobs, results)
+        runs = [
+            [_run(kind, os.fspath(bundle), dtype, common) for kind, dtype in jobs]
+            for _ in range(rounds)
+        ]
+    _report(jobs, runs)
     if json_path:
-        rows = [{"kind": k, "compute": c, **r} for (k, c), r in zip(jobs, results, strict=True)]
+        rows = [
+            {"round": number, "kind": kind, "compute": dtype, **facts}
+            for number, results in enumerate(runs)
+            for (kind, dtype), facts in zip(jobs, results, strict=True)
+        ]
         json_path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
 
 
@@ -109,34 +122,36 @@ def _run(kind: str, bundle: str, dtype: str, common: list[str]) -> dict[str, Any
     return facts
 
 
-def _report(jobs: list[tuple[str, str]], results: list[dict[str, Any]]) -> None:
-    head = (
-        "",
-        "step s",
-        "CPU s",
-        "anon MB",
-        "RSS MB",
-        "stall s",
-        "decode s",
-        "loss",
-        "step / ours",
-    )
-    click.echo(("{:<30}" + "{:>12}" * (len(head) - 1)).format(*head))
+def _report(jobs: list[tuple[str, str]], runs: list[list[dict[str, Any]]]) -> None:
+    click.echo(f"{'':<30}" + "".join(f"{column:>10}" for column in _COLUMNS))
     ours = {
-        dtype: _counted(facts["step_seconds"])
-        for (kind, dtype), facts in reversed(list(zip(jobs, results, strict=True)))
+        dtype: index
+        for index, (kind, dtype) in reversed(list(enumerate(jobs)))
         if kind.startswith("ours")
     }
-    for (kind, dtype), facts in zip(jobs, results, strict=True):
-        step = _counted(facts["step_seconds"])
+    steps = [[_counted(facts["step_seconds"]) for facts in results] for results in runs]
+    for index, (kind, dtype) in enumerate(jobs):
+        rows = [results[index] for results in runs]
+        ratios = [s[index] / s[ours[dtype]] for s in steps if dtype in ours]
         cells = (
-            f"{step:.2f}", f"{_counted(facts['step_cpu_seconds']):.2f}",
-            f"{facts['anonymous'] / 1e6:.0f}", f"{facts['resident'] / 1e6:.0f}",
-            f"{facts['stall_seconds']:.2f}" if "stall_seconds" in facts else "-",
-            f"{facts['decode_seconds']:.2f}" if "decode_seconds" in facts else "-",
-            f"{facts['losses'][0]:.5f}", f"{step / ours[dtype]:.2f}" if dtype in ours else "-",
-        )  # fmt: skip
-        click.echo(f"{_NAMES[kind] + ', ' + dtype:<30}" + "".join(f"{cell:>10}" for cell in cells))
+            f"{median(seconds[index] for seconds in steps):.2f}",
+            f"{median(_counted(facts['step_cpu_seconds']) for facts in rows):.2f}",
+            f"{median(facts['anonymous'] for facts in rows) / 1e6:.0f}",
+            f"{median(facts['resident'] for facts in rows) / 1e6:.0f}",
+            *(_per_step(rows, name) for name in ("stall_seconds", "decode_seconds")),
+            f"{rows[0]['losses'][0]:.5f}",
+            f"{median(ratios):.2f}" if ratios else "-",
+        )
+        spread = f"  ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+        name = f"{_NAMES[kind]}, {dtype}"
+        click.echo(f"{name:<30}" + "".join(f"{cell:>10}" for cell in cells) + spread)
+
+
+def _per_step(rows: list[dict[str, Any]], name: str) -> str:
+    """Return the median of what was summed over all steps of a run, for one of them."""
+    if name not in rows[0]:
+        return "-"
+    return f"{median(facts[name] / len(facts['step_seconds']) for facts in rows):.2f}"
 
 
 def _counted(seconds: list[float]) -> float:

@@ -19,14 +19,15 @@ from loraformat.train.engine.workspace import workspace
 
 __all__ = ["multiply", "multiply_transposed"]
 
-#: Bytes of a block as it is multiplied: what the cache of a core holds, or little more.
-_BLOCK = 2 << 20
+#: Bytes of a block as it is multiplied: read from a cache that cores may share, and large enough
+#: for products to run at full speed.
+_BLOCK = 4 << 20
 
 #: Rows over which is summed at once. A block has all of them and is narrow: that is read worse than
 #: a broad one, but multiplied better, and there are fewer sums to add up.
-_DEEP = 4096
+_DEEP = 8192
 
-_ALIGNED_ROWS = 16
+_ALIGNED_ROWS = 64
 _ALIGNED_COLUMNS = 64
 
 #: Elements that threads had better not share.

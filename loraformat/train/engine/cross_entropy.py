@@ -18,6 +18,7 @@ from loraformat.train.engine.blockwise import multiply, multiply_transposed
 from loraformat.train.engine.gemm import even_rows
 from loraformat.train.engine.head_rule import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.spread import spread
 from loraformat.train.engine.workspace import workspace
 
 __all__ = ["frozen_head_loss", "own_head_loss"]
@@ -26,8 +27,12 @@ __all__ = ["frozen_head_loss", "own_head_loss"]
 _LOGITS = 128 << 20
 #: Copies of them that autograd holds where the head is trained.
 _COPIES = 4
-#: Logits that are turned into slopes at once: 4 MB of float32, which a cache holds.
-_CACHED = 1 << 20
+#: Logits that are turned into slopes at once: by a thread half a MB of float32, which its cache
+#: holds, and by another device so many that their copies take little memory.
+_CACHED = 1 << 17
+_ON_DEVICE = 1 << 20
+#: Tokens that a thread takes on at once.
+_PIECE_ROWS = 32
 
 
 def frozen_head_loss(
@@ -104,18 +109,28 @@ def _chunk(
     y, padding = out[: len(hidden)], out[len(hidden) :]
     if head.bias is not None:
         y += head.bias
-    loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    step = max(1, _CACHED // head.out_features)
-    for rows, of_rows in zip(torch.split(y, step), torch.split(targets, step), strict=True):
-        loss += _turn_to_slope_(rows, of_rows[:, None], rule, wanted)
+    losses = torch.empty(len(y), dtype=torch.float64, device=x.device)
+
+    on_cpu = x.device.type == "cpu"
+    step = max(1, (_CACHED if on_cpu else _ON_DEVICE) // head.out_features)
+
+    def piece(start: int, stop: int) -> None:
+        for first in range(start, stop, step):
+            part = slice(first, min(first + step, stop))
+            losses[part] = _turn_to_slope_(y[part], targets[part, None], rule, wanted)
+
+    if on_cpu:
+        spread(piece, 0, len(y), _PIECE_ROWS, 1)
+    else:
+        piece(0, len(y))
     padding.zero_()
-    return loss, out if wanted else None
+    return losses.sum(), out if wanted else None
 
 
 def _turn_to_slope_(
     rows: torch.Tensor, targets: torch.Tensor, rule: HeadRule, wanted: bool
 ) -> torch.Tensor:
-    """Return the loss of a few rows of what the head returned, which become its slope there."""
+    """Return the losses of some rows of what the head returned, which become its slope there."""
     z = rule.apply_(rows.to(_loss_dtype(rows)))
     chosen = z.gather(1, targets)
     normalizer = z.logsumexp(1, keepdim=True)
@@ -129,7 +144,7 @@ def _turn_to_slope_(
             z.mul_(rule.scale)
         if z is not rows:
             rows.copy_(z)
-    return (normalizer - chosen).sum(dtype=torch.float64)
+    return (normalizer - chosen)[:, 0].double()
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

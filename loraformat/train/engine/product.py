@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from loraformat.train.engine.blockwise import multiply, multiply_transposed
+from loraformat.train.engine.gemm import times, times_transposed
 from loraformat.train.engine.matrix import Matrix
 from loraformat.train.engine.unread import leave_out
 
@@ -119,7 +120,8 @@ class _AdaptedProduct(torch.autograd.Function):
         observe: Callable[[torch.Tensor, torch.Tensor], None] | None,
     ) -> torch.Tensor:
         ctx.matrix, ctx.dtype, ctx.scaling, ctx.observe = matrix, dtype, scaling, observe
-        z = (a.to(x.dtype) @ _rows(x).T).T  # this way round it reads x along its rows
+        # this way round it reads x along its rows
+        z = times_transposed(a.to(x.dtype), _rows(x)).T
         ctx.save_for_backward(x, z, a, b)
         if leave_out(ctx, matrix):
             return _nothing(x, matrix)
@@ -134,15 +136,15 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, z, a, b = ctx.saved_tensors
         of_y = _rows(gradient)
-        of_z = (b.to(x.dtype).T @ of_y.T).T.mul_(ctx.scaling)
+        of_z = times_transposed(b.to(x.dtype).T, of_y).T.mul_(ctx.scaling)
         of_x = of_a = of_b = None
         if ctx.needs_input_grad[0]:
             of_x = multiply_transposed(gradient, ctx.matrix, ctx.dtype)
             _rows(of_x).addmm_(of_z, a.to(x.dtype))
         if ctx.needs_input_grad[1]:
-            of_a = (of_z.T @ _rows(x)).to(a.dtype)
+            of_a = times(of_z.T, _rows(x)).to(a.dtype)
         if ctx.needs_input_grad[2]:
-            of_b = (z.T @ of_y).T.to(b.dtype).mul_(ctx.scaling)
+            of_b = times(z.T, of_y).T.to(b.dtype).mul_(ctx.scaling)
         if ctx.observe is not None:
             ctx.observe(z, of_y)
         return of_x, of_a, of_b, None, None, None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from ctypes import c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
@@ -61,7 +62,8 @@ def library() -> ctypes.CDLL | None:
     Returns
     -------
     ctypes.CDLL or None
-        None when it was not built, cannot be loaded, or belongs to another version.
+        None when it was not built; with a warning, too, when it cannot be loaded or belongs to
+        another version, as that of a checkout does that was updated and not installed again.
     """
     for name in _NAMES:
         path = Path(__file__).with_name(name)
@@ -71,8 +73,15 @@ def library() -> ctypes.CDLL | None:
             loaded = ctypes.CDLL(str(path))
             if loaded.nf4_interface() == _INTERFACE:
                 return _declare(loaded)
-        except (OSError, AttributeError):
-            continue
+            problem = "belongs to another version"
+        except (OSError, AttributeError) as error:
+            problem = f"cannot be used ({error})"
+        warnings.warn(
+            f"{name} {problem}: torch computes in its place, many times slower; install loraformat "
+            "again, and it is built",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return None
 
 

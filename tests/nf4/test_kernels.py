@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,10 @@ def test_without_a_usable_library(monkeypatch, tmp_path, content):
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     if content:
         (tmp_path / "_nf4.so").write_bytes(content)
+    told = pytest.warns(RuntimeWarning, match="_nf4.so cannot be used") if content else nullcontext()
     try:
-        assert kernels.available() == ("torch",)
+        with told:
+            assert kernels.available() == ("torch",)
         assert kernels.get("auto").name == "torch"
         for choice in ("c", "scalar"):
             with pytest.raises(UsageError, match="has torch; unset it"):
@@ -88,6 +91,12 @@ def test_without_a_usable_library(monkeypatch, tmp_path, content):
     finally:
         for cached in (native.library, kernels.get):
             cached.cache_clear()
+
+
+def test_a_library_of_another_version_is_told(monkeypatch):
+    monkeypatch.setattr(native, "_INTERFACE", 0)
+    with pytest.warns(RuntimeWarning, match="belongs to another version.*install loraformat again"):
+        assert native.library.__wrapped__() is None
 
 
 def test_pieces_cover_the_range_once():

@@ -25,14 +25,15 @@ from typing import Any
 import torch
 from torch.utils import _pytree as trees
 
-from loraformat.errors import UnsupportedError
 from loraformat.train.engine.backward_edges import mark
 from loraformat.train.engine.held_input import hold
 from loraformat.train.engine.kept_activations import KeptActivations
+from loraformat.train.engine.layer_call import LayerCall
+from loraformat.train.engine.random_state import random_restored, random_state, set_random
 from loraformat.train.engine.residency import Residency
 from loraformat.train.engine.unread import UnreadProducts, has_forward_hooks
 
-__all__ = ["LayerCall", "Recomputation", "recompute_layer"]
+__all__ = ["Recomputation", "recompute_layer"]
 
 #: With fewer tokens a pass is a step of generation: pages then stay where they are.
 _FEW_TOKENS = 16
@@ -60,77 +61,6 @@ class Recomputation:
     rows_at_once: int | None = None
     inspect: Callable[[int, LayerCall], None] | None = None
     unread: UnreadProducts = field(default_factory=UnreadProducts)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """One call of a layer: its arguments, flat, and which of them have a gradient."""
-
-    leaves: list[Any]
-    structure: Any
-    differentiable: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, arguments: tuple[Any, ...], options: dict[str, Any]) -> LayerCall:
-        """Record the arguments of a call."""
-        leaves, structure = trees.tree_flatten((arguments, options))
-        chosen = [i for i, x in enumerate(leaves) if torch.is_tensor(x) and x.requires_grad]
-        return cls(leaves, structure, chosen)
-
-    @property
-    def hidden(self) -> int:
-        """Position of the hidden states among the leaves, which come first; -1 if none are."""
-        for position, leaf in enumerate(self.leaves):
-            if torch.is_tensor(leaf) and leaf.dim() == 3 and leaf.is_floating_point():
-                return position
-        return -1
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch."""
-        return 1 if self.hidden < 0 else int(self.leaves[self.hidden].shape[0])
-
-    @property
-    def tokens(self) -> int:
-        """Positions in the batch; 0 if it cannot be told."""
-        return 0 if self.hidden < 0 else int(self.leaves[self.hidden].shape[:2].numel())
-
-    def with_inputs(self, inputs: Sequence[torch.Tensor]) -> LayerCall:
-        """Return the call with other tensors in place of the differentiable ones."""
-        leaves = list(self.leaves)
-        for position, tensor in zip(self.differentiable, inputs, strict=True):
-            leaves[position] = tensor
-        return replace(self, leaves=leaves)
-
-    def groups(self, rows_at_once: int | None) -> Iterator[tuple[slice, LayerCall]]:
-        """Cut the call into calls for some rows each."""
-        rows = self.rows
-        step = min(rows_at_once or rows, rows)
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
-            if step == rows:
-                yield part, self
-                return
-            leaves = [x[part] if _has_rows(x, rows) else x for x in self.leaves]
-            yield part, replace(self, leaves=leaves)
-
-    def run(self, function: Callable[..., Any]) -> Any:
-        """Call a layer."""
-        arguments, options = trees.tree_unflatten(self.leaves, self.structure)
-        return function(*arguments, **options)
-
-
-def _has_rows(leaf: Any, rows: int) -> bool:
-    """Tell whether an argument has a part for each row; rows times heads cannot be cut."""
-    if not torch.is_tensor(leaf) or leaf.dim() < 2:
-        return False
-    if leaf.dim() == 3 and leaf.shape[0] > rows and leaf.shape[0] % rows == 0:
-        raise UnsupportedError(
-            f"its layers take a tensor {list(leaf.shape)} for {rows} rows, which cannot be cut "
-            "into groups of rows",
-            hint="train without rows at once (layer-major)",
-        )
-    return bool(leaf.shape[0] == rows)
 
 
 def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) -> None:
@@ -225,7 +155,7 @@ class _Recomputed(torch.autograd.Function):
         # Arguments without a gradient are the same for all layers, and held as they are.
         ctx.call = call.with_inputs([torch.empty(0)] * count)
         ctx.save_for_backward(*hold(tensors[:count]), *tensors[count:])
-        of_cpu, of_devices = _random_state(tensors)
+        of_cpu, of_devices = random_state(tensors)
         ctx.random = hold([of_cpu])[0], of_devices
         with _entered(shared.residency, number, 1, call.tokens or _FEW_TOKENS):
             output = _join(inner, call, shared.rows_at_once)
@@ -241,7 +171,7 @@ class _Recomputed(torch.autograd.Function):
         found = _Gradients(inputs, trained)
         with (
             _entered(ctx.shared.residency, ctx.number, -1, call.tokens),
-            _random_restored(ctx.random),
+            random_restored(ctx.random),
             torch.enable_grad(),
         ):
             for rows, part in call.groups(ctx.rows_at_once):
@@ -270,7 +200,7 @@ class _Gradients:
         guess: bool,
     ) -> list[Any]:
         """Compute a group's rows again; returns the outputs, flat: a graph, and maybe no values."""
-        before, left_out = _random_state(call.leaves), shared.unread.left_out
+        before, left_out = random_state(call.leaves), shared.unread.left_out
         while True:
             self._fresh = [call.leaves[i].detach().requires_grad_() for i in call.differentiable]
             with shared.kept.counting(call.tokens), left_out(layer, guess=guess) as products:
@@ -278,7 +208,7 @@ class _Gradients:
             if shared.unread.were_unread(layer, outputs, products) or not guess:
                 return outputs
             guess = False
-            _set_random(before)
+            set_random(before)
 
     def add(
         self,
@@ -332,24 +262,3 @@ class _Gradients:
         return tuple(self._sums)
 
 
-_Random = tuple[torch.Tensor, list[tuple[torch.device, torch.Tensor]]]
-
-
-def _random_state(leaves: Sequence[Any]) -> _Random:
-    devices = {leaf.device for leaf in leaves if torch.is_tensor(leaf) and leaf.is_cuda}
-    return torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
-
-
-def _set_random(state: _Random) -> None:
-    torch.set_rng_state(state[0])
-    for device, of_device in state[1]:
-        torch.cuda.set_rng_state(of_device, device)
-
-
-@contextmanager
-def _random_restored(state: _Random) -> Iterator[None]:
-    """Draw the same random numbers again, and leave the generator as it was."""
-    devices = [device for device, _ in state[1]]
-    with torch.random.fork_rng(devices, device_type="cuda" if devices else "cpu"):
-        _set_random(state)
-        yield

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -56,6 +57,29 @@ def _compute_alone() -> None:
         restoring.join()
 
 
+@contextmanager
+def _one_of_ours() -> Iterator[None]:
+    """Let the calling thread be like those of the pool while this lasts.
+
+    A thread elsewhere that calls torch for the first time meanwhile computes alone, too.
+    """
+    before, count = _this.ours, torch.get_num_threads()
+    try:
+        _this.ours = True
+        _use(1)
+        yield
+    finally:
+        _this.ours = before
+        _use(count)
+
+
+def _use(count: int) -> None:
+    """Set the number of torch's threads in the calling one, and in those to come."""
+    if torch.get_num_threads() != count:
+        with _settling:
+            torch.set_num_threads(count)
+
+
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="loraformat", initializer=_compute_alone)
@@ -89,8 +113,8 @@ def run(
     threads : int, optional
         Most threads at work, the calling one included; default: every CPU of the process.
     in_torch : bool
-        The task computes with torch, which would use OpenMP in the calling thread: leave all of
-        it to threads of ours.
+        The task computes with torch: keep it from starting threads in the calling one, too, which
+        is one of ours while this lasts.
 
     Raises
     ------
@@ -121,12 +145,10 @@ def run(
     workers = min(cpus if threads is None else threads, pieces)
     if _this.ours:  # one of them that waited for the others could wait for ever
         workers = min(workers, 1)
-    apart = in_torch and torch.get_num_threads() > 1
-    count = workers if apart else max(workers - 1, 0)
     # One pool for all counts: threads have buffers of their own.
-    helpers = [_pool(max(count, cpus)).submit(work) for _ in range(count)]
+    helpers = [_pool(max(workers - 1, cpus)).submit(work) for _ in range(workers - 1)]
     try:
-        if not apart:
+        with _one_of_ours() if in_torch else nullcontext():
             work()
         # In parts: a signal that comes just before a wait is seen only when it ends.
         while wait(helpers, timeout=_SECONDS_DEAF).not_done:

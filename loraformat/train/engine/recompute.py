@@ -260,5 +260,3 @@ class _Gradients:
     @property
     def of_trained(self) -> tuple[torch.Tensor | None, ...]:
         return tuple(self._sums)
-
-

@@ -84,7 +84,8 @@ def _onednn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _suits_onednn(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0 and _prefers_onednn()
+    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+    return on_cpu and x.numel() > 0 and _prefers_onednn()
 
 
 @cache

@@ -21,6 +21,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_LOGITS", 1600)
     monkeypatch.setattr(cross_entropy, "_CACHED", 96)
     monkeypatch.setattr(blockwise, "_BLOCK", 2048)
+    monkeypatch.setattr(blockwise, "_ALIGNED_ROWS", 16)
     monkeypatch.setattr(blockwise, "_FEW", 0)
     monkeypatch.setattr(streamed_matrix, "_STRETCH", 1024)
     monkeypatch.setattr(streamed_matrix, "_FEWEST_ROWS", 16)

@@ -145,8 +145,9 @@ def run(
     workers = min(cpus if threads is None else threads, pieces)
     if _this.ours:  # one of them that waited for the others could wait for ever
         workers = min(workers, 1)
-    # One pool for all counts: threads have buffers of their own.
-    helpers = [_pool(max(workers - 1, cpus)).submit(work) for _ in range(workers - 1)]
+    # One pool for all counts, no larger than it must be: threads have buffers of their own.
+    others = max(cpus - 1, 1)
+    helpers = [_pool(others).submit(work) for _ in range(min(workers - 1, others))]
     try:
         with _one_of_ours() if in_torch else nullcontext():
             work()

@@ -111,7 +111,8 @@ def run(
     grain : int
         Length of a piece; the last one may be shorter.
     threads : int, optional
-        Most threads at work, the calling one included; default: every CPU of the process.
+        Most threads at work, the calling one included; default: every CPU of the process. No more
+        than these, or two, work in any case.
     in_torch : bool
         The task computes with torch: keep it from starting threads in the calling one, too, which
         is one of ours while this lasts.

@@ -150,10 +150,11 @@ def test_one_expert_of_a_stack_in_one_tensor_and_in_parts(small_tiles):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_every_piece_is_computed_by_one_thread(small_tiles, monkeypatch, by_inputs, threads):
     matrix, whole = quantized((200, 320), by_inputs)
-    plain, workers, blocks = matrix.block, set(), []
+    plain, workers, torch_threads, blocks = matrix.block, set(), set(), []
 
     def block(rows, columns, dtype):
         workers.add(threading.get_ident())
+        torch_threads.add(torch.get_num_threads())
         blocks.append((rows, columns))
         return plain(rows, columns, dtype)
 
@@ -172,7 +173,7 @@ def test_every_piece_is_computed_by_one_thread(small_tiles, monkeypatch, by_inpu
     for rows, columns in blocks:
         covered[slice(*rows), slice(*columns)] += 1
     assert (covered == 2).all()  # forward and backward
-    assert len(workers) <= threads
+    assert len(workers) <= threads and torch_threads == {1}
 
 
 def test_without_gradients_and_with_tensors_of_inference_mode(small_tiles):

@@ -14,7 +14,9 @@ def work(tmp_path):
     """In memory where there is such a place: a kill does not ask for the disk."""
     memory = Path("/dev/shm")
     # New whatever a test that was itself killed has left there: its runs would be gone on with.
-    directory = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else tmp_path))
+    directory = Path(
+        tempfile.mkdtemp(prefix="loraformat-", dir=memory if memory.is_dir() else tmp_path)
+    )
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
 

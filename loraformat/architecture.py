@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from loraformat.checkpoint import LazyTensor
+from loraformat.families import family_of
 from loraformat.layout import layer_of
 
 __all__ = [
@@ -25,8 +26,6 @@ __all__ = [
     "tied_embedding",
 ]
 
-#: Model types whose linears are transformers' ``Conv1D``: weights of shape (in, out).
-_CONV1D_TYPES = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp"}
 _CONV1D_MODULES = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
 
 #: Never quantized unless asked for: routers, experts (transformers fuses them into 3-D
@@ -89,7 +88,8 @@ def is_conv1d(name: str, model_type: str | None) -> bool:
     >>> is_conv1d("transformer.h.0.attn.c_attn.weight", "gpt2")
     True
     """
-    return model_type in _CONV1D_TYPES and bool(_CONV1D_MODULES.search(module_of(name)))
+    conv1d = family_of({"model_type": model_type}).conv1d
+    return conv1d and bool(_CONV1D_MODULES.search(module_of(name)))
 
 
 def is_plain_in_peers(name: str) -> bool:

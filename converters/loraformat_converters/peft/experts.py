@@ -20,6 +20,7 @@ from loraformat.adapter import LoraDelta
 from loraformat.checkpoint import Checkpoint, DenseTensor
 from loraformat.config_json import parse
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.families import EXPERT_LEAVES, family_of, spelled_in_memory
 from loraformat_converters.peft.config import LoraSettings
 from loraformat_converters.peft.keys import BaseNames
 
@@ -34,13 +35,6 @@ _ORDER = (
     "down_proj",
     "down_proj_bias",
 )
-#: Models whose experts are (E, in, out); their modules say ``is_transposed``.
-_TRANSPOSED = ("gpt_oss", "aria", "openai_privacy_filter")
-#: The experts' own tensors on disk that a fused parameter is made of, row after row.
-_ON_DISK = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
 _SINCE = (0, 19)
 _GIVE_BASE = "name the base (--base), whose shapes decide it"
 
@@ -91,10 +85,7 @@ class ExpertReader:
         if self._base is None or not self._base.config:
             named = str(self._settings.config.get("base_model_name_or_path") or "").lower()
             return "gpt-oss" in named or "gpt_oss" in named
-        config = parse(self._base.config)
-        inner = config.get("text_config")
-        configs = [config, inner] if isinstance(inner, dict) else [config]
-        return any(str(one.get("model_type")).startswith(_TRANSPOSED) for one in configs)
+        return family_of(parse(self._base.config)).transposed_experts
 
     def parameters(self, module: str, depths: Sequence[int]) -> list[str]:
         """Return the names of a module's wrapped parameters; [] if it is an ordinary layer."""
@@ -121,7 +112,7 @@ class ExpertReader:
             return _Parameter(name, None)
         if (found := self._names.find(name)) is not None:
             return _Parameter(found, self._base.tensors[found].shape)
-        for leaves in _ON_DISK.get(leaf, ()):
+        for leaves in EXPERT_LEAVES.get(leaf, ()):
             first = self._names.find(f"{module}.0.{leaves[0]}.weight")
             if first is not None:
                 return self._fused(first, leaf, leaves, name)
@@ -142,7 +133,7 @@ class ExpertReader:
         renamed = ".block_sparse_moe." in home and ".mlp." in name
         rows = sum(shape[0] for shape in shapes)
         # Mixtral's name stays that of memory: the one that PEFT writes and merging expects.
-        target = f"{home.replace('.block_sparse_moe.', '.mlp.') if renamed else home}.{leaf}"
+        target = f"{spelled_in_memory(home) if renamed else home}.{leaf}"
         return _Parameter(target, (experts, rows, shapes[0][1]))
 
     def deltas(self, module: str, pairs: Mapping[int, Pair]) -> Iterator[tuple[str, LoraDelta]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from loraformat.architecture import is_conv1d
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
 from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 from loraformat.errors import InputError, printable
+from loraformat.families import family_of
 from loraformat.ops.extract.difference import PRECISIONS, Difference
 from loraformat.ops.extract.fit import Fit, fit
 from loraformat.ops.extract.options import ExtractOptions
@@ -42,8 +43,6 @@ __all__ = [
 ]
 
 _EMBEDDING = re.compile(r"(^|\.)(?!embed_out$)(\w*embed\w*|wte|wpe)$")
-#: Experts in one parameter of shape (experts, in, out); others are (experts, out, in).
-_TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
 _Orientation = Literal["linear", "transposed"]
 
 
@@ -107,11 +106,8 @@ def extract(
     )
 
 
-def _model_type(model: Checkpoint) -> str | None:
-    if model.config is None:
-        return None
-    found = config_json.parse(model.config, model.path).get("model_type")
-    return found if isinstance(found, str) else None
+def _config(model: Checkpoint) -> dict[str, Any]:
+    return config_json.parse(model.config, model.path) if model.config else {}
 
 
 def extract_adapter(
@@ -148,7 +144,7 @@ def extract_adapter(
             hint="extract wants a base and its own fine-tune",
         )
     pairs = pairs_of(base, tuned)
-    work = _Extraction(options, _model_type(tuned), pairs.tied)
+    work = _Extraction(options, _config(tuned), pairs.tied)
     total = sum(tensor.nbytes for _, tensor in pairs.tensors)
     done = 0
     try:
@@ -166,8 +162,9 @@ def extract_adapter(
 
 
 class _Extraction:
-    def __init__(self, options: ExtractOptions, model_type: str | None, tied: str | None) -> None:
-        self.options, self.model_type, self.tied = options, model_type, tied
+    def __init__(self, options: ExtractOptions, config: dict[str, Any], tied: str | None) -> None:
+        self.options, self.tied = options, tied
+        self.model_type, self.family = config.get("model_type"), family_of(config)
         self.spool = Spool()
         self.deltas: dict[str, LoraDelta] = {}
         self.replacements: dict[str, DenseTensor] = {}
@@ -259,7 +256,7 @@ class _Extraction:
 
     def _orientation(self, tensor: LazyTensor) -> _Orientation:
         if len(tensor.shape) == 3:
-            turned = self.model_type in _TRANSPOSED_EXPERTS
+            turned = self.family.transposed_experts
         else:
             embedding = _EMBEDDING.search(tensor.name.removesuffix(".weight"))
             turned = bool(embedding) or is_conv1d(tensor.name, self.model_type)

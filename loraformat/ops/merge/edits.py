@@ -16,14 +16,10 @@ from loraformat.architecture import module_of, tied_embedding
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError, nearest, printable
+from loraformat.families import EXPERT_LEAVES
 
 __all__ = ["Edit", "Plan", "Term", "plan_edits"]
 
-#: Leaves of the tensors on disk, by the fused parameter in memory, in the order of its rows.
-_EXPERT_LEAVES = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
 #: transformers renames these modules in memory; the checkpoint has the second spelling.
 _EXPERT_HOMES = ((".mlp.experts", ".mlp.experts"), (".mlp.experts", ".block_sparse_moe.experts"))
 _HEAD = "lm_head.weight"
@@ -264,7 +260,7 @@ class _Planner:
         if not (number.isascii() and number.isdigit() and len(number) < 10):
             return None
         for memory, spelling in _EXPERT_HOMES:
-            for name, spellings in _EXPERT_LEAVES.items():
+            for name, spellings in EXPERT_LEAVES.items():
                 found = f"{disk.replace(spelling, memory)}.{name}"
                 stack = self.tensors.get(found)
                 leaves = next((leaves for leaves in spellings if leaf in leaves), None)
@@ -280,7 +276,7 @@ class _Planner:
         fused, _, leaf = target.removesuffix(".weight").rpartition(".")
         for memory, disk in _EXPERT_HOMES:
             home = fused.replace(memory, disk)
-            for leaves in _EXPERT_LEAVES.get(leaf, ()):
+            for leaves in EXPERT_LEAVES.get(leaf, ()):
                 if f"{home}.0.{leaves[0]}.weight" in self.tensors:
                     return home, leaves
         return fused, ()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loraformat.families import spelled_in_memory, spelled_on_disk
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.names import ExpertRow, Row, conv1d
 from loraformat_converters.gguf.architectures.record import Architecture
@@ -106,7 +107,7 @@ def _places(architecture: Architecture, config: Config, inner: str, module: str)
 
 def _weights(inner: str) -> tuple[str, str]:
     """Names that a module's weight may have in a file; see mixtral in transformers 5."""
-    return f"{inner}.weight", f"{inner.replace('.mlp.', '.block_sparse_moe.')}.weight"
+    return f"{inner}.weight", f"{spelled_on_disk(inner)}.weight"
 
 
 def _place(row: Row, config: Config, module: str, number: int | None) -> LoraPlace:
@@ -156,5 +157,5 @@ def lora_module(architecture: Architecture, config: Config, tensor: str) -> Lora
             module = row.fused.format(base=base, layer=number)
             return LoraPlace(module, tensor, half=row.half, experts=config.experts)
         name = row.hf.format(base=base, layer=number).removesuffix(".weight")
-        return _place(row, config, name.replace(".block_sparse_moe.", ".mlp."), number)
+        return _place(row, config, spelled_in_memory(name), number)
     return None

@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.families import spelled_in_memory
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.dimensions import check_dimensions
 from loraformat_converters.gguf.architectures.names import ExpertRow, Row
@@ -176,7 +177,7 @@ def _single(
     if row.gguf == "output.weight":
         names += [base.removesuffix("model.") + names[0]]
     # In memory transformers 5 calls mixtral's blocks differently than in files.
-    names += [name.replace(".block_sparse_moe.", ".mlp.") for name in names]
+    names += [spelled_in_memory(name) for name in names]
     found = next((name for name in names if name in shapes), None)
     if found is None:
         if row.required:

@@ -17,6 +17,7 @@ from loraformat import config_json
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import Checkpoint, DenseTensor, tensor_view
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, printable
+from loraformat.families import spelled_in_memory
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,
@@ -47,8 +48,6 @@ __all__ = ["read_adapter"]
 
 _PLAIN = ("F32", "F16", "BF16")
 _LAYER = re.compile(r"blk\.([0-9]{1,3})\.")
-#: Spellings on disk and in memory of one module.
-_DISK, _MEMORY = ".block_sparse_moe.", ".mlp."
 
 
 def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
@@ -160,7 +159,7 @@ class _Reader:
             if not place.experts:
                 memory = f"{place.module}.weight"
                 target = names.get(tensor, memory)
-                if target != memory and target.replace(_DISK, _MEMORY) == memory:
+                if target != memory and spelled_in_memory(target) == memory:
                     spellings[target] = memory
                 delta = replace(delta, target=target)
             found[delta.target] = delta

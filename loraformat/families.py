@@ -1,0 +1,146 @@
+"""What families of models differ in, as far as an adapter must know it.
+
+Everything here is a fact of transformers or of PEFT, kept as data so that neither is needed to
+read an adapter; ``tests/adapters/test_families.py`` holds it against both. Everything else about
+architectures is asked of transformers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "EXPERT_LEAVES",
+    "Family",
+    "family_of",
+    "is_router",
+    "model_types",
+    "spelled_in_memory",
+    "spelled_on_disk",
+]
+
+#: Linears are transformers' ``Conv1D``: weights of shape (in, out).
+_CONV1D = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp"}
+
+#: Fused experts lie as (experts, in, out), and their class says ``is_transposed``. Those of
+#: Llama 4 lie so, too, but their class does not say it: to PEFT they are (experts, out, in).
+_TRANSPOSED_EXPERTS = {"aria", "aria_text", "gpt_oss", "openai_privacy_filter"}
+
+#: Experts had one tensor each, by these names, before transformers 5 fused them. PEFT takes every
+#: module of such a model whose name ends in one of them for a part of the experts, the dense MLP
+#: beside them included.
+_LIKE_MIXTRAL = {"minimax", "minimax_m2", "mixtral"}
+_LIKE_QWEN2_MOE = {
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+    "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe",
+    "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker",
+    "solar_open",
+}  # fmt: skip
+
+#: The leaves of the experts' own tensors on disk, by the fused parameter that transformers makes
+#: of them, in the order of its rows.
+EXPERT_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",),),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+_ROUTERS = {"gate", "router"}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How the weights of a model lie, and how PEFT reads the names of its modules.
+
+    Attributes
+    ----------
+    conv1d : bool
+        Its linears are ``Conv1D``, whose weight is (in, out).
+    transposed_experts : bool
+        Its fused experts are (experts, in, out) instead of (experts, out, in).
+    expert_leaves : frozenset of str
+        Last parts of module names that PEFT takes for those of experts when they stand in
+        ``target_modules``. A linear of such a name that is none can only be named in
+        ``target_parameters``.
+    """
+
+    conv1d: bool = False
+    transposed_experts: bool = False
+    expert_leaves: frozenset[str] = frozenset()
+
+
+def model_types(config: Mapping[str, Any]) -> list[str]:
+    """Return the model type that a config names, and that of the language model inside.
+
+    Examples
+    --------
+    >>> model_types({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}})
+    ['llama4', 'llama4_text']
+    """
+    inner = config.get("text_config")
+    found = [part.get("model_type") for part in (config, inner) if isinstance(part, Mapping)]
+    return [one for one in found if isinstance(one, str)]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the facts of the model that a config describes.
+
+    Examples
+    --------
+    >>> family_of({"model_type": "gpt_oss"}).transposed_experts
+    True
+    >>> sorted(family_of({"model_type": "mixtral"}).expert_leaves)
+    ['gate', 'w1', 'w2', 'w3']
+    >>> family_of({"model_type": "llama"}) == Family()
+    True
+    """
+    types = set(model_types(config))
+    leaves: set[str] = set()
+    if types & _LIKE_MIXTRAL:
+        leaves |= {"gate", "w1", "w2", "w3"}
+    if types & _LIKE_QWEN2_MOE:
+        leaves |= {"gate", "gate_proj", "up_proj", "down_proj"}
+    return Family(
+        conv1d=bool(types & _CONV1D),
+        transposed_experts=bool(types & _TRANSPOSED_EXPERTS),
+        expert_leaves=frozenset(leaves),
+    )
+
+
+def is_router(module: str) -> bool:
+    """Tell whether a module sends tokens to experts, by its name.
+
+    transformers 5 computes most routers from a parameter and not from a linear: an adapter of
+    one names its weight.
+
+    Examples
+    --------
+    >>> is_router("model.layers.0.mlp.gate"), is_router("model.layers.0.mlp.gate_proj")
+    (True, False)
+    """
+    return module.rpartition(".")[2] in _ROUTERS
+
+
+def spelled_in_memory(name: str) -> str:
+    """Return what transformers calls a tensor of Mixtral's, whose home it renames.
+
+    Examples
+    --------
+    >>> spelled_in_memory("model.layers.0.block_sparse_moe.gate.weight")
+    'model.layers.0.mlp.gate.weight'
+    """
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
+def spelled_on_disk(name: str) -> str:
+    """Return what Mixtral's checkpoints call a tensor of the model in memory.
+
+    Examples
+    --------
+    >>> spelled_on_disk("model.layers.0.mlp.gate.weight")
+    'model.layers.0.block_sparse_moe.gate.weight'
+    """
+    return name.replace(".mlp.", ".block_sparse_moe.")

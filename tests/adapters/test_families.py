@@ -1,0 +1,66 @@
+"""The table of model families says what transformers and PEFT do."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft.utils import transformers_weight_conversion as peft_conversion
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING,
+    model_type_to_module_name,
+)
+
+from loraformat.families import Family, family_of
+from tests.adapters import moe_models
+
+
+def families(found):
+    """What `family_of` says of each model type, where that is anything."""
+    types = set(CONFIG_MAPPING)
+    return {one for one in types if found(family_of({"model_type": one}))}
+
+
+@pytest.mark.parametrize("model_type", moe_models.model_types())
+def test_experts_are_transposed_where_their_class_says_so(model_type):
+    config = moe_models.config_of(model_type)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    said = {m.is_transposed for m in model.modules() if hasattr(m, "is_transposed")}
+    assert said <= {family_of(config.to_dict()).transposed_experts}
+
+
+def test_no_other_family_is_called_transposed():
+    marked = families(lambda family: family.transposed_experts)
+    assert marked == {"aria", "aria_text", "gpt_oss", "openai_privacy_filter"}
+    models = Path(transformers.__file__).parent / "models"
+    saying = {
+        file.parent.name for file in models.glob("*/modeling_*.py")
+        if "is_transposed=True" in file.read_text()
+    }  # fmt: skip
+    assert saying == {"aria", "gpt_oss", "openai_privacy_filter"}
+
+
+def test_peft_moves_the_leaves_of_experts_in_just_these_families():
+    patterns = peft_conversion._MODEL_TO_CONVERSION_PATTERN
+    mapping = peft_conversion._MOE_TARGET_MODULE_MAPPING
+    for model_type in CONFIG_MAPPING:
+        moved = mapping.get(patterns.get(model_type), {})
+        assert family_of({"model_type": model_type}).expert_leaves == set(moved), model_type
+
+
+def test_conv1d_families_are_those_whose_classes_use_it():
+    models = Path(transformers.__file__).parent / "models"
+    using = {
+        file.parent.name for file in models.glob("*/modeling_*.py")
+        if re.search(r"= Conv1D\(", file.read_text())
+    }  # fmt: skip
+    known = families(lambda family: family.conv1d)
+    assert using == {model_type_to_module_name(model_type) for model_type in known}
+
+
+def test_the_language_model_inside_counts():
+    inner = {"model_type": "llava", "text_config": {"model_type": "gpt_oss"}}
+    assert family_of(inner).transposed_experts
+    assert family_of({"model_type": ["gpt_oss"], "text_config": 3}) == Family()

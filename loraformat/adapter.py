@@ -16,10 +16,19 @@ from typing import Any, Literal
 
 from loraformat.checkpoint import CarriedFile, DenseTensor
 
-__all__ = ["STATISTICS_NAME", "Adapter", "LoraDelta", "RowReplacement", "is_adapter_file"]
+__all__ = [
+    "LARGEST_SCALING",
+    "STATISTICS_NAME",
+    "Adapter",
+    "LoraDelta",
+    "RowReplacement",
+    "is_adapter_file",
+]
 
 #: File with the second moments of activations, beside an adapter's weights.
 STATISTICS_NAME = "activation_statistics.safetensors"
+#: float32's largest number: every runtime scales in float32 or less.
+LARGEST_SCALING = (2 - 2**-23) * 2.0**127
 
 
 def is_adapter_file(name: str) -> bool:

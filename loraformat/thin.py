@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Thin", "factorize", "tall_product", "wide_product"]
+__all__ = ["Thin", "factorize", "gram", "tall_product", "wide_product"]
 
 #: Elements of a tile in float64: 512 KiB, which stays in a core's second cache.
 _TILE_ELEMENTS = 1 << 15
@@ -76,11 +76,11 @@ def factorize(x: torch.Tensor) -> Thin:
 
 
 def _by_cholesky(x: torch.Tensor) -> Thin | None:
-    gram = _gram(x)
-    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    products = gram(x)
+    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
     if not bool(((lengths > 0) & lengths.isfinite()).all()):
         return None
-    unit = gram / lengths[..., None, :] / lengths[..., :, None]
+    unit = products / lengths[..., None, :] / lengths[..., :, None]
     upper, failed = torch.linalg.cholesky_ex(unit, upper=True)
     if bool(failed.any()):
         return None
@@ -91,12 +91,29 @@ def _by_cholesky(x: torch.Tensor) -> Thin | None:
     return Thin(x, inverse / lengths[..., :, None], upper * lengths[..., None, :])
 
 
-def _gram(x: torch.Tensor) -> torch.Tensor:
-    gram = torch.zeros(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64)
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """Return Xᵀ X in float64; X is converted in tiles.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (..., m, k), any floating dtype.
+
+    Returns
+    -------
+    torch.Tensor
+        float64 (..., k, k).
+
+    Examples
+    --------
+    >>> gram(torch.tensor([[3.0], [4.0]]))
+    tensor([[25.]], dtype=torch.float64)
+    """
+    products = torch.zeros(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64)
     for start, stop in _tiles(x):
         tile = x[..., start:stop, :].double()
-        gram += tile.mT @ tile
-    return gram
+        products += tile.mT @ tile
+    return products
 
 
 def tall_product(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

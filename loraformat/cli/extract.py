@@ -34,7 +34,8 @@ Example:
     "--rank",
     type=RankOrAuto(),
     metavar="R|auto",
-    help="Rank of every module; auto stops where the rounding noise of TUNED begins.",
+    help="Rank of every module that holds more than the rounding noise of TUNED; auto, the "
+    "default, stops where that begins.",
 )
 @energy_option("Capture this share of each difference's squared norm.")
 @max_rank_option("For --rank auto and --energy.", default=256)
@@ -79,7 +80,7 @@ def command(
 def _text(report: Any) -> str:
     rows = [
         [m.target, m.rank, f"{m.captured:.4%}", f"{m.error:.4f}", f"{m.norm:.4g}",
-         "-" if m.noise is None else f"{m.noise:.4g}"]
+         f"{m.noise:.4g}"]
         for m in report.modules
     ]  # fmt: skip
     would = "would write" if report.dry_run else "wrote"

@@ -7,11 +7,12 @@ at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from loraformat import lora
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import DenseTensor
 from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
@@ -22,12 +23,15 @@ __all__ = [
     "LastOnly",
     "Pair",
     "as_bytes",
+    "compute_factors",
     "delta_of",
+    "error_with_rounding",
     "experts_of",
     "factor_dtype",
     "finite",
     "in_memory",
     "rebuilt",
+    "rounded",
 ]
 
 #: Members of PEFT's config that say how a product is scaled, or how large it is.
@@ -128,8 +132,64 @@ def in_memory(name: str, tensor: torch.Tensor, dtype: str | None = None) -> Dens
     return DenseTensor(name, dtype or "F32", tuple(held.shape), lambda: as_bytes(held))
 
 
+def rounded(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
+    """Return a factor in the dtype that it is stored in, rounded to nearest even.
+
+    Raises
+    ------
+    InputError
+        If one lies beyond the dtype's range.
+    """
+    stored = values.to(torch_dtype(dtype))
+    if not bool(torch.isfinite(stored).all()):
+        raise InputError(
+            f"tensor {printable(name)} would exceed the range of {dtype}",
+            hint="check lora_alpha and the weights, or store wider numbers with --dtype f32",
+        )
+    return stored
+
+
+def error_with_rounding(error: float, rounding: float) -> float:
+    """Return the relative error of a delta that was truncated, and then rounded.
+
+    Parameters
+    ----------
+    error : float
+        ‖D − T‖ / ‖D‖ of the best approximation T, which is orthogonal to what it leaves.
+    rounding : float
+        ‖T − T'‖ / ‖T‖ of the factors' rounding, which has no direction of its own.
+
+    Examples
+    --------
+    >>> error_with_rounding(0.0, 0.25), error_with_rounding(0.6, 0.0)
+    (0.25, 0.6)
+    """
+    return float((error**2 + (1 - error**2) * rounding**2) ** 0.5)
+
+
+def compute_factors(adapter: Adapter, rounding: Mapping[str, float]) -> None:
+    """Compute the factors that no writer has asked for, so that their rounding is known.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Of deltas that `delta_of` made.
+    rounding : mapping of str to float
+        What they have been measured to be so far.
+    """
+    for target, delta in adapter.deltas.items():
+        if target not in rounding:
+            delta.b.load()
+            delta.b.release()
+
+
 def delta_of(
-    source: LoraDelta, rank: int, dtype: str, compute: Callable[[], Pair], memo: LastOnly
+    source: LoraDelta,
+    rank: int,
+    dtype: str,
+    compute: Callable[[], Pair],
+    memo: LastOnly,
+    rounding: dict[str, float],
 ) -> LoraDelta:
     """Return a delta of another rank, scaling folded in, factors computed when loaded.
 
@@ -144,13 +204,21 @@ def delta_of(
         Returns B and A in any float dtype.
     memo : LastOnly
         Shared by all modules of an adapter.
+    rounding : dict of str to float
+        Takes, by target, the relative error of the product that rounding to `dtype` makes, once
+        the factors are computed.
     """
+
+    def stored() -> Pair:
+        exact = compute()
+        rounding[source.target] = lora.rounding_error(*exact, torch_dtype(dtype))
+        return rounded(exact[0], dtype, source.b.name), rounded(exact[1], dtype, source.a.name)
 
     def loader(which: int) -> Callable[[], memoryview]:
         def load() -> memoryview:
-            pair = memo.get((id(source), rank, dtype), compute)
+            pair = memo.get((id(source), rank, dtype), stored)
             assert isinstance(pair, tuple)
-            return as_bytes(pair[which].to(torch_dtype(dtype)))
+            return as_bytes(pair[which])
 
         return load
 

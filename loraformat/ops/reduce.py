@@ -13,12 +13,13 @@ import torch
 
 from loraformat import lora
 from loraformat.adapter import Adapter, LoraDelta
-from loraformat.dtypes import torch_dtype
 from loraformat.errors import InputError, UsageError
 from loraformat.ops.factors import (
     LastOnly,
     Pair,
+    compute_factors,
     delta_of,
+    error_with_rounding,
     experts_of,
     factor_dtype,
     finite,
@@ -90,8 +91,11 @@ class ReducedModule:
         Share of the squared norm that is kept; of the mean squared output if
         `activation_aware`.
     error : float
-        √(1 − energy): the relative error of the delta, or of its output.
+        √(1 − energy): the relative error of the delta, or of its output. `reduce` adds what
+        rounding the new factors to their dtype costs, `reduce_adapter` does not know it.
     activation_aware : bool
+    norm : float
+        Of the delta, or the root mean square of its output.
     """
 
     target: str
@@ -100,6 +104,7 @@ class ReducedModule:
     energy: float
     error: float
     activation_aware: bool
+    norm: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +192,15 @@ def reduce(
         opened = open_adapter(source, base=goal.base, allow_pickle=allow_pickle)
         adapter = stack.enter_context(opened)
         goal.check(adapter)
-        smaller, report = reduce_adapter(adapter, reduction, progress=progress)
+        rounding: dict[str, float] = {}
+        smaller, report = reduce_adapter(adapter, reduction, rounding=rounding, progress=progress)
         notes = [*report.notes, *goal.put(smaller)]
+        compute_factors(smaller, rounding)
+    modules = [_with_rounding(module, rounding) for module in report.modules]
     return replace(
         report,
+        modules=modules,
+        energy=None if report.energy is None else _total_energy(modules),
         source=str(source),
         target=str(target),
         notes=notes,
@@ -203,6 +213,7 @@ def reduce_adapter(
     adapter: Adapter,
     reduction: Reduction,
     *,
+    rounding: dict[str, float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Adapter, ReductionReport]:
     """Return the reduced adapter, lazily, and what it keeps.
@@ -214,6 +225,9 @@ def reduce_adapter(
     ----------
     adapter : Adapter
     reduction : Reduction
+    rounding : dict of str to float, optional
+        Takes, by target, the relative error that rounding the new factors makes, once they are
+        loaded.
     progress : callable
         Called with bytes done and in total.
 
@@ -232,11 +246,12 @@ def reduce_adapter(
     values = _all_values(adapter, aware, progress)
     ranks = _choose(adapter, values, reduction)
     memo, deltas, modules = LastOnly(), {}, []
+    rounding = {} if rounding is None else rounding
     for target, delta in adapter.deltas.items():
         rank = ranks[target]
         modules.append(_module(delta, values[target], rank, target in aware))
         if rank:
-            deltas[target] = _reduced(delta, rank, target in aware, reduction.dtype, memo)
+            deltas[target] = _reduced(delta, rank, target in aware, reduction.dtype, memo, rounding)
     if not deltas and adapter.deltas:
         raise InputError(
             "no rank is left in any module: every delta is zero, or the budget holds not one rank",
@@ -251,7 +266,7 @@ def reduce_adapter(
         modules=modules,
         old_parameters=sum(delta.parameters for delta in adapter.deltas.values()),
         new_parameters=sum(delta.parameters for delta in deltas.values()),
-        energy=_total_energy(values, modules, aware),
+        energy=_total_energy(modules),
         notes=[*adapter.notes, *notes],
     )
 
@@ -326,21 +341,32 @@ def _least(delta: LoraDelta) -> int:
 def _module(delta: LoraDelta, s: torch.Tensor, rank: int, aware: bool) -> ReducedModule:
     total, lost = float(s.square().sum()), float(s[rank:].square().sum())
     lost_share = lost / total if total else 0.0
-    return ReducedModule(delta.target, delta.rank, rank, 1 - lost_share, lost_share**0.5, aware)
+    error, norm = lost_share**0.5, total**0.5
+    return ReducedModule(delta.target, delta.rank, rank, 1 - lost_share, error, aware, norm)
 
 
-def _total_energy(
-    values: dict[str, torch.Tensor], modules: list[ReducedModule], aware: set[str]
-) -> float | None:
-    if aware and len(aware) < len(modules):
+def _with_rounding(module: ReducedModule, rounding: dict[str, float]) -> ReducedModule:
+    if module.target not in rounding:
+        return module
+    error = error_with_rounding(module.error, rounding[module.target])
+    return replace(module, energy=1 - error**2, error=error)
+
+
+def _total_energy(modules: list[ReducedModule]) -> float | None:
+    if len({module.activation_aware for module in modules}) > 1:
         return None
-    totals = [float(values[module.target].square().sum()) for module in modules]
-    kept = sum(t * module.energy for t, module in zip(totals, modules, strict=True))
-    return kept / sum(totals) if sum(totals) else 1.0
+    total = sum(module.norm**2 for module in modules)
+    kept = sum(module.norm**2 * module.energy for module in modules)
+    return kept / total if total else 1.0
 
 
 def _reduced(
-    delta: LoraDelta, rank: int, aware: bool, dtype: str | None, memo: LastOnly
+    delta: LoraDelta,
+    rank: int,
+    aware: bool,
+    dtype: str | None,
+    memo: LastOnly,
+    rounding: dict[str, float],
 ) -> LoraDelta:
     stored = factor_dtype(delta, dtype)
 
@@ -349,9 +375,10 @@ def _reduced(
         return lora.core(finite(delta.b), finite(delta.a), delta.scaling, moment)
 
     def compute() -> Pair:
-        return lora.truncate(decompose(), rank, torch_dtype(stored))
+        # Rounded once, where its error is measured.
+        return lora.truncate(decompose(), rank, torch.float64)
 
-    smaller = delta_of(delta, rank, stored, compute, memo)
+    smaller = delta_of(delta, rank, stored, compute, memo, rounding)
     bias, moment = delta.bias, None
     if bias is not None:  # scaling · bias was added: fold it too
         bias = in_memory(

@@ -8,8 +8,7 @@ import tempfile
 import torch
 
 from loraformat.checkpoint import DenseTensor
-from loraformat.dtypes import torch_dtype
-from loraformat.ops.factors import as_bytes
+from loraformat.ops.factors import as_bytes, rounded
 
 __all__ = ["Spool"]
 
@@ -32,8 +31,13 @@ class Spool:
         tensor : torch.Tensor
         dtype : str
             safetensors name.
+
+        Raises
+        ------
+        InputError
+            If a value lies beyond the dtype's range.
         """
-        data = tensor.to(torch_dtype(dtype)).contiguous()
+        data = rounded(tensor, dtype, name).contiguous()
         start = self._file.seek(0, os.SEEK_END)
         nbytes = self._file.write(as_bytes(data))
         self._file.flush()

@@ -53,6 +53,43 @@ def test_auto_leaves_noise_out():
         extract(base, tuned, rank="auto")
 
 
+@pytest.mark.parametrize("members", [{}, {"rank": 8}, {"rank": "auto"}, {"energy": 0.9}])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_becomes_no_module_at_any_rank(members, dtype):
+    base, tuned, _ = pair(dtype=dtype)
+    random = torch.Generator().manual_seed(3)
+    exact = torch.randn(64, 48, generator=random) * 1e-4  # subnormal in float16
+    head = "lm_head.weight"
+    before = checkpoint(*base.tensors.values(), dense(head, exact))
+    after = checkpoint(*tuned.tensors.values(), dense(head, exact.to(dtype)))
+    found, report = extract(before, after, **members)
+    assert list(found.deltas) == [Q]
+    assert [m.rank for m in report.modules if m.target == head] == [0]
+    assert any("rounding noise only" in note for note in report.notes)
+
+
+def test_auto_is_the_default():
+    assert ExtractOptions().rank == "auto"
+    assert ExtractOptions(energy=0.5).rank is None
+
+
+@pytest.mark.parametrize("members", [{}, {"rank": 4}, {"energy": 0.99}])
+def test_the_error_is_that_of_the_factors_as_they_are_stored(members):
+    base, tuned, _ = pair(rank=4, relative=0.2)
+    raw = (tuned.tensors[Q].torch().float() - base.tensors[Q].torch().float()).double()
+    found, report = extract(base, tuned, dtype="bf16", **members)
+    assert report.modules[0].error == pytest.approx(
+        distance(effect(found.deltas[Q]), raw), abs=2e-4
+    )
+
+
+def test_what_a_stored_dtype_cannot_hold_is_refused():
+    base = checkpoint(dense(Q, torch.zeros(8, 8)))
+    tuned = checkpoint(dense(Q, torch.full((8, 8), 1e12)))
+    with pytest.raises(InputError, match=r"range of F16.*--dtype f32"):
+        extract(base, tuned, rank=1, dtype="f16")
+
+
 def test_a_fixed_rank_is_nearly_optimal_and_certified():
     base, tuned, _ = pair(rank=40)
     raw = (tuned.tensors[Q].torch().float() - base.tensors[Q].torch().float()).double()
@@ -132,6 +169,12 @@ def test_nf4_base_is_dequantized():
     tuned = checkpoint(dense(Q, plain + d))
     found, report = extract(base, tuned, rank=4)
     assert distance(effect(found.deltas[Q]), d.double()) < 1e-4
+    # Where the fine-tune began at the dequantized weights, their error is not in the difference.
+    small = planted(random, 192, 256, 4, 0.01, weight)
+    tuned = checkpoint(dense(Q, plain + small))
+    found, report = extract(base, tuned)
+    assert report.modules[0].rank == 4
+    assert distance(effect(found.deltas[Q]), small.double()) < 1e-3
     # The quantization error is noise to a base in NF4: no rank is spent on it.
     tuned = checkpoint(dense(Q, weight + d))
     _, report = extract(base, tuned, rank="auto")
@@ -212,7 +255,7 @@ def test_models_that_are_strangers_or_the_same():
 
 
 @pytest.mark.parametrize(
-    "members", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0}, {"energy": 2},
+    "members", [{"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0}, {"energy": 2},
                 {"rank": "auto", "max_rank": 0}]
 )  # fmt: skip
 def test_options(members):

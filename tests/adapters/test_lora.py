@@ -280,3 +280,15 @@ def test_drop_keeps_the_mean():
 def test_elect():
     one, other = torch.tensor([3.0, -1.0, 0.0, 2.0]), torch.tensor([-1.0, -2.0, 5.0, 2.0])
     assert elect([one, other]).tolist() == [3.0, -1.5, 5.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("experts", [(), (3,)])
+def test_rounding_error_is_that_of_the_rounded_product(dtype, experts):
+    random = torch.Generator().manual_seed(1)
+    b = torch.randn(*experts, 40, 6, generator=random, dtype=torch.float64)
+    a = torch.randn(*experts, 6, 30, generator=random, dtype=torch.float64)
+    near = b.to(dtype).double() @ a.to(dtype).double()
+    wanted = float((b @ a - near).norm() / (b @ a).norm())
+    assert lora.rounding_error(b, a, dtype) == pytest.approx(wanted, rel=1e-6)
+    assert lora.rounding_error(0 * b, a, dtype) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat import strict_json
+from loraformat.adapter import LARGEST_SCALING
 from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
 from loraformat_converters.peft.patterns import PatternTable
@@ -128,8 +129,22 @@ class LoraSettings:
         return int(found[0][1]) if found else self._rank
 
     def scaling(self, module: str, rank: int) -> float:
-        """Return α/r, or α/√r with rsLoRA; r is the rank of the module's own factors."""
-        return self.alpha(module) / (math.sqrt(rank) if self.rslora else rank)
+        """Return α/r, or α/√r with rsLoRA; r is the rank of the module's own factors.
+
+        Raises
+        ------
+        InputError
+            If float32 does not hold it.
+        """
+        alpha = self.alpha(module)
+        scaling = alpha / (math.sqrt(rank) if self.rslora else rank)
+        if abs(scaling) > LARGEST_SCALING:
+            raise InputError(
+                f"lora_alpha of {printable(module)} is {alpha:g}, and its scaling exceeds float32",
+                path=self._path,
+                hint="correct lora_alpha; common values are the rank and twice the rank",
+            )
+        return scaling
 
 
 def _version(value: Any) -> tuple[int, int]:

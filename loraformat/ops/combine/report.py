@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from loraformat.ops.factors import error_with_rounding
 
 __all__ = ["CombinationReport", "CombinedModule"]
 
@@ -22,7 +24,7 @@ class CombinedModule:
     energy : float
         Share of the combined delta's squared norm that this rank holds.
     error : float
-        √(1 − energy).
+        √(1 − energy). `combine` adds what rounding the new factors to their dtype costs.
     """
 
     target: str
@@ -30,6 +32,11 @@ class CombinedModule:
     rank: int
     energy: float
     error: float
+
+    def with_rounding(self, rounding: float) -> CombinedModule:
+        """Return the module with the error of its factors' rounding added."""
+        error = error_with_rounding(self.error, rounding)
+        return replace(self, energy=1 - error**2, error=error)
 
 
 @dataclass(frozen=True, slots=True)

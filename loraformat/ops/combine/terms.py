@@ -9,6 +9,7 @@ import torch
 
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.ops.adapter_weights import effective_scaling
 from loraformat.ops.factors import finite
 
 __all__ = ["Term", "refuse_dora", "terms_of"]
@@ -45,7 +46,7 @@ def terms_of(adapters: Sequence[Adapter], weights: Sequence[float], target: str)
         If two adapters disagree on its dimensions.
     """
     found = [
-        Term(i, weight * adapter.deltas[target].scaling, adapter.deltas[target])
+        Term(i, effective_scaling(adapter, target, weight), adapter.deltas[target])
         for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
         if target in adapter.deltas
     ]

@@ -16,16 +16,27 @@ from pathlib import Path
 
 import torch
 
+from loraformat import lora
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import DenseTensor
-from loraformat.errors import InputError, UsageError
+from loraformat.dtypes import torch_dtype
+from loraformat.errors import InputError
+from loraformat.ops.adapter_weights import adapter_weights
 from loraformat.ops.combine.elementwise import interfered
 from loraformat.ops.combine.exact import weighted_sum
 from loraformat.ops.combine.options import EXACT, METHODS, CombineOptions, Method
 from loraformat.ops.combine.report import CombinationReport, CombinedModule
 from loraformat.ops.combine.terms import Term, refuse_dora, terms_of
 from loraformat.ops.combine.whole import combined_replacements, combined_rows
-from loraformat.ops.factors import LastOnly, delta_of, factor_dtype, finite, in_memory, rebuilt
+from loraformat.ops.factors import (
+    LastOnly,
+    compute_factors,
+    delta_of,
+    factor_dtype,
+    finite,
+    in_memory,
+    rebuilt,
+)
 from loraformat.ops.spool import Spool
 
 __all__ = [
@@ -96,11 +107,16 @@ def combine(
             opened = open_adapter(source, base=goal.base, allow_pickle=allow_pickle)
             adapters.append(stack.enter_context(opened))
             goal.check(adapters[-1])
-        result, report = combine_adapters(adapters, options, weights=weights, progress=progress)
+        rounding: dict[str, float] = {}
+        result, report = combine_adapters(
+            adapters, options, weights=weights, rounding=rounding, progress=progress
+        )
         with result:
             notes = [*report.notes, *goal.put(result)]
+            compute_factors(result, rounding)
     return replace(
         report,
+        modules=[module.with_rounding(rounding.get(module.target, 0)) for module in report.modules],
         sources=[str(source) for source in sources],
         target=str(target),
         notes=notes,
@@ -114,6 +130,7 @@ def combine_adapters(
     options: CombineOptions | None = None,
     *,
     weights: Sequence[float] | None = None,
+    rounding: dict[str, float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Adapter, CombinationReport]:
     """Return one adapter from several, and what each module of it holds.
@@ -124,6 +141,9 @@ def combine_adapters(
         They must stay open until the result is written.
     options : CombineOptions, optional
     weights : sequence of float, optional
+    rounding : dict of str to float, optional
+        Takes, by target, the relative error that rounding the new factors makes, once they are
+        loaded.
     progress : callable
 
     Returns
@@ -142,13 +162,13 @@ def combine_adapters(
         If adapters disagree on a module's dimensions.
     """
     options = options or CombineOptions()
-    weights = _weights(adapters, weights)
+    weights = adapter_weights(weights, len(adapters))
     refuse_dora(adapters)
     targets = list(dict.fromkeys(target for adapter in adapters for target in adapter.deltas))
     exact = options.method in EXACT
     replacements, whole = combined_replacements(adapters, weights, exact=exact)
     rows, more = combined_rows(adapters, weights, exact=exact)
-    work = _Combination(options)
+    work = _Combination(options, {} if rounding is None else rounding)
     try:
         for number, target in enumerate(targets, 1):
             work.add(terms_of(adapters, weights, target))
@@ -182,8 +202,8 @@ def combine_adapters(
 class _Combination:
     """The modules of a combination, one after the other."""
 
-    def __init__(self, options: CombineOptions) -> None:
-        self.options = options
+    def __init__(self, options: CombineOptions, rounding: dict[str, float]) -> None:
+        self.options, self.rounding = options, rounding
         self.spool = Spool()
         self.deltas: dict[str, LoraDelta] = {}
         self.modules: list[CombinedModule] = []
@@ -196,10 +216,11 @@ class _Combination:
         stored = dtypes.pop() if len(dtypes) == 1 else "F32"
         if self.options.method in EXACT:
             rank, energy, compute = weighted_sum(terms, self.options)
-            combined = delta_of(first, rank, stored, compute, self._memo)
+            combined = delta_of(first, rank, stored, compute, self._memo, self.rounding)
         else:
             energy, (b, a) = interfered(terms, self.options)
             rank = a.shape[-2]
+            self.rounding[first.target] = lora.rounding_error(b, a, torch_dtype(stored))
             combined = replace(
                 first,
                 a=self.spool.put(first.a.name, a, stored),
@@ -213,17 +234,6 @@ class _Combination:
         if rank:
             bias = _bias(terms, stored)
             self.deltas[first.target] = replace(combined, bias=bias, second_moment=None)
-
-
-def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> Sequence[float]:
-    weights = weights or [1.0] * len(adapters)
-    if len(weights) != len(adapters):
-        raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters")
-    if not adapters:
-        raise UsageError("combine wants at least one adapter")
-    if not all(torch.isfinite(torch.tensor(weights))):
-        raise UsageError("weights are finite numbers")
-    return weights
 
 
 def _bias(terms: Sequence[Term], dtype: str) -> DenseTensor | None:

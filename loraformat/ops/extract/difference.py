@@ -21,6 +21,8 @@ __all__ = ["PRECISIONS", "Difference"]
 
 #: Bits of a significand, of the dtypes that hold real numbers.
 PRECISIONS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
+#: The step between subnormal numbers, as an exponent of two: no rounding is finer.
+_LEAST_STEPS = {"F64": -1074, "F32": -149, "F16": -24, "BF16": -133, "F8_E4M3": -9, "F8_E5M2": -16}
 _TILE_ELEMENTS = 1 << 21
 _NF4_ERROR = 0.092  # ‖W − NF4(W)‖ / ‖W‖ of ordinary weights, where none is recorded
 
@@ -87,25 +89,33 @@ class Difference:
         """Return the singular value below which the difference is rounding.
 
         The fine-tune was rounded to its dtype: step² / 12 per element. A base in NF4 adds the
-        variance of its own error.
+        variance of its own error, unless the difference is too small to hold it: then the
+        fine-tune began at the dequantized weights.
         """
-        precision, squares, total = PRECISIONS[self._tuned_dtype], 0.0, 0.0
+        precision = PRECISIONS[self._tuned_dtype]
+        least = 2.0 ** _LEAST_STEPS[self._tuned_dtype]
+        steps, base_squares, squares = 0.0, 0.0, 0.0
         for first, last in self._ranges():
-            tuned = self._tuned.read(first, last)
+            base, tuned = self._base.read(first, last), self._tuned.read(first, last)
             exponents = torch.frexp(tuned.float()).exponent.double()
-            # A zero has no step of its own.
-            steps = torch.where(tuned != 0, torch.exp2(exponents - precision), 0.0)
-            total += float(steps.square().sum())
+            step = torch.exp2(exponents - precision).clamp(min=least)
+            steps += float(step.square().sum())
             if self._quantized is not None:
-                base = self._base.read(first, last)
-                squares += float(torch.linalg.vector_norm(base, dtype=torch.float32)) ** 2
+                base_squares += _squared_norm(base.float())
+                squares += _squared_norm(tuned.float() - base.float())
         count = self.shape[0] * self.shape[1]
-        sigma = rounding_noise(total / count)
+        sigma = rounding_noise(steps / count)
         variance = 0.0
         if self._quantized is not None:
             error = self._quantized.load().relative_rms_error
-            variance = squares * (_NF4_ERROR if error is None else error) ** 2 / count
+            quantization = base_squares * (_NF4_ERROR if error is None else error) ** 2
+            if squares > quantization / 2:
+                variance = quantization / count
         return noise_edge(math.sqrt(sigma**2 + variance), *self.shape)
+
+
+def _squared_norm(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float32)) ** 2
 
 
 class _Rows:

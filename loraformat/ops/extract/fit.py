@@ -28,8 +28,8 @@ class Fit:
     rank : int
     kept, squared_norm : float
         ‖B A‖² and ‖D‖².
-    edge : float or None
-        Singular value where the noise begins, if that decided the rank.
+    edge : float
+        Singular value where the rounding noise of the difference begins.
     capped : bool
         More parts were wanted than the largest rank allows.
     """
@@ -38,7 +38,7 @@ class Fit:
     rank: int
     kept: float
     squared_norm: float
-    edge: float | None
+    edge: float
     capped: bool
 
     def padded(self, rank: int) -> Pair:
@@ -50,10 +50,11 @@ class Fit:
 def fit(difference: Difference, options: ExtractOptions) -> Fit:
     """Approximate a difference.
 
-    The rank is not known beforehand if an energy or the noise edge decides it: blocks are
-    doubled until they hold more than is wanted.
+    The rank is 0 if nothing stands out of the rounding noise, whatever rank is asked for. It is
+    not known beforehand if an energy or the noise edge decides it: blocks are doubled until
+    they hold more than is wanted.
     """
-    edge = difference.noise_edge() if options.rank == "auto" else None
+    edge = difference.noise_edge()
     most = min(difference.shape)
     fixed = options.rank if isinstance(options.rank, int) else None
     limit = min(fixed or options.max_rank, most)
@@ -63,10 +64,12 @@ def fit(difference: Difference, options: ExtractOptions) -> Fit:
         del found  # before the next one, which is twice as large
         found = block_krylov(tiles, difference.shape, block, seed=options.seed)
         wanted = limit if fixed else _wanted(found, edge, options)
+        if not bool((found.values > edge).any()):
+            wanted = 0
         if wanted < block:
             break
     assert found is not None
-    rank = min(wanted, limit) if found.squared_norm else 0
+    rank = min(wanted, limit)
     return Fit(
         pair=found.factors(rank),
         rank=rank,
@@ -85,11 +88,10 @@ def _blocks(limit: int, fixed: bool) -> Iterator[int]:
     yield limit
 
 
-def _wanted(found: Approximation, edge: float | None, options: ExtractOptions) -> int:
+def _wanted(found: Approximation, edge: float, options: ExtractOptions) -> int:
     values = found.values
-    if edge is not None:
+    if options.energy is None:
         return int((values > edge).sum())
-    assert options.energy is not None
     # float32's rounding of the certificate must not send an exact fit looking for more.
     goal = options.energy * found.squared_norm * (1 - 1e-6)
     return int((values.square().cumsum(0) < goal).sum()) + 1 if goal else 0

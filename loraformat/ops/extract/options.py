@@ -18,7 +18,8 @@ class ExtractOptions:
     Attributes
     ----------
     rank : int, "auto" or None
-        ``"auto"``: as many parts as stand out of the rounding noise of the checkpoint.
+        ``"auto"``, the default without an energy: as many parts as stand out of the rounding
+        noise of the checkpoint. A module that is nothing but noise is left out at any rank.
     energy : float or None
         Instead of a rank: the share of each difference's squared norm to capture.
     max_rank : int
@@ -33,7 +34,7 @@ class ExtractOptions:
     Raises
     ------
     UsageError
-        If neither or both of rank and energy are given, or one is out of its range.
+        If both rank and energy are given, or one is out of its range.
     """
 
     rank: int | Literal["auto"] | None = None
@@ -44,8 +45,10 @@ class ExtractOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.energy is None):
-            raise UsageError("extract wants a rank, or an energy")
+        if self.rank is not None and self.energy is not None:
+            raise UsageError("extract wants a rank or an energy, not both")
+        if self.rank is None and self.energy is None:
+            object.__setattr__(self, "rank", "auto")
         if self.rank != "auto" and self.rank is not None and self.rank < 1:
             raise UsageError("rank is at least 1, or auto")
         if self.energy is not None and not 0 < self.energy <= 1:

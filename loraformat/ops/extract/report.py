@@ -18,13 +18,14 @@ class ExtractedModule:
     rank : int
         0: nothing in the difference stands out of the noise, and it is left out.
     captured : float
-        Share of the difference's squared norm in the delta: measured, not estimated.
+        Share of the difference's squared norm in the delta, whose factors are rounded to their
+        dtype: measured, not estimated.
     error : float
         √(1 − captured).
     norm : float
         ‖D‖ of the difference.
-    noise : float or None
-        Where the noise edge is, in units of singular values, for rank ``"auto"``.
+    noise : float
+        Where the noise edge is, in units of singular values.
     capped : bool
         More parts were wanted than the largest rank allows.
     """
@@ -34,7 +35,7 @@ class ExtractedModule:
     captured: float
     error: float
     norm: float
-    noise: float | None = None
+    noise: float = 0.0
     capped: bool = False
 
 

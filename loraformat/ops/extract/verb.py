@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import torch
 
-from loraformat import config_json
+from loraformat import config_json, lora
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.architecture import is_conv1d
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
-from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype
+from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
 from loraformat.errors import InputError, printable
 from loraformat.families import family_of
 from loraformat.ops.extract.difference import PRECISIONS, Difference
@@ -50,7 +50,7 @@ def extract(
     base: str | Path,
     tuned: str | Path,
     target: str | Path,
-    options: ExtractOptions,
+    options: ExtractOptions | None = None,
     *,
     allow_base_mismatch: bool = False,
     force: bool = False,
@@ -66,7 +66,7 @@ def extract(
     target : str or Path
         A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
         ``force``.
-    options : ExtractOptions
+    options : ExtractOptions, optional
     allow_base_mismatch : bool
         Write it into a bundle although that is not the base.
     force : bool
@@ -83,6 +83,7 @@ def extract(
     from loraformat.ops.adapter_target import open_target, refuse_standing
 
     began = time.perf_counter()
+    options = options or ExtractOptions()
     if not dry_run:
         refuse_standing(target, force=force)
     with ExitStack() as stack:
@@ -222,10 +223,12 @@ class _Extraction:
             self.unchanged += 1
             return
         rank = max(part.rank for part in parts)
-        self.modules.append(_module(tuned.name, rank, parts))
+        padded = [part.padded(rank) for part in parts]
+        dtype = torch_dtype(self._dtype(tuned))
+        rounding = [lora.rounding_error(b, a, dtype) for b, a in padded]
+        self.modules.append(_module(tuned.name, rank, parts, rounding))
         if not rank:
             return
-        padded = [part.padded(rank) for part in parts]
         self._add_delta(tuned, tuned.name, padded, self._orientation(tuned))
         if tuned.name == self.tied:
             self._add_delta(tuned, HEAD, padded, "linear")
@@ -242,8 +245,7 @@ class _Extraction:
         b, a = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
         if len(tuned.shape) == 2:
             b, a = b[0], a[0]
-        own = tuned.dtype if tuned.dtype in WEIGHT_DTYPES.values() else "F32"
-        dtype = parse_weight_dtype(self.options.dtype) if self.options.dtype else own
+        dtype = self._dtype(tuned)
         module = target.removesuffix(".weight")
         self.deltas[target] = LoraDelta(
             target,
@@ -253,6 +255,12 @@ class _Extraction:
             orientation,
             alpha=float(a.shape[-2]),
         )
+
+    def _dtype(self, tuned: LazyTensor) -> str:
+        """Return the dtype of a tensor's factors."""
+        if self.options.dtype:
+            return parse_weight_dtype(self.options.dtype)
+        return tuned.dtype if tuned.dtype in WEIGHT_DTYPES.values() else "F32"
 
     def _orientation(self, tensor: LazyTensor) -> _Orientation:
         if len(tensor.shape) == 3:
@@ -316,17 +324,17 @@ class _Extraction:
             )
 
 
-def _module(name: str, rank: int, parts: list[Fit]) -> ExtractedModule:
+def _module(name: str, rank: int, parts: list[Fit], rounding: list[float]) -> ExtractedModule:
     total = sum(part.squared_norm for part in parts)
-    captured = min(sum(part.kept for part in parts) / total, 1.0)
-    edges = [part.edge for part in parts if part.edge is not None]
+    kept = sum(part.kept * (1 - r**2) for part, r in zip(parts, rounding, strict=True))
+    captured = min(kept / total, 1.0)
     return ExtractedModule(
         target=name,
         rank=rank,
         captured=captured,
         error=(1 - captured) ** 0.5,
         norm=total**0.5,
-        noise=max(edges) if edges else None,
+        noise=max(part.edge for part in parts),
         capped=any(part.capped for part in parts),
     )
 

@@ -17,6 +17,7 @@ from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError, nearest, printable
 from loraformat.families import EXPERT_LEAVES
+from loraformat.ops.adapter_weights import effective_scaling
 
 __all__ = ["Edit", "Plan", "Term", "plan_edits"]
 
@@ -134,6 +135,7 @@ class _Planner:
 
     def add(self, number: int, adapter: Adapter, weight: float) -> None:
         for target, delta in adapter.deltas.items():
+            effective_scaling(adapter, target, weight)
             for term, name in self._places(number, adapter, delta, weight):
                 self._check(adapter, delta, term, name)
                 self._edit(name).terms.append(term)

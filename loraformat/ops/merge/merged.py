@@ -7,6 +7,7 @@ buffer that is used again once the tensor is released.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -240,6 +241,22 @@ class _Merged:
                 self.meter.add(self.edit.name, sums)
             if self.recorder is not None:
                 self.recorder.keep(encoded[number], (stop - start) * weight.shape[1])
+        if deltas is not None:
+            self._refuse_overflow(weight, result)
+
+    def _refuse_overflow(self, weight: torch.Tensor, result: torch.Tensor) -> None:
+        """Refuse a merged matrix that is not finite where the base is; float16 saturates."""
+        if math.isfinite(float(result.sum())):
+            return
+        overflown = weight.isfinite() & ~result.isfinite()
+        if bool(overflown.any()):
+            first = self.edit.terms[0]
+            raise UnsupportedError(
+                f"merged into {printable(self.edit.name)}, {int(overflown.sum())} weights exceed "
+                f"the range of {self.dtype}",
+                path=self.adapters[first.adapter].path,
+                hint="give a smaller --weight, or correct lora_alpha",
+            )
 
 
 def _rows(deltas: Product, start: int, stop: int, exact: bool) -> torch.Tensor:

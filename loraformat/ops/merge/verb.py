@@ -28,6 +28,7 @@ from loraformat.errors import UsageError
 from loraformat.hub import resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.model_directory import WrittenModel
+from loraformat.ops.adapter_weights import adapter_weights
 from loraformat.ops.merge.bases import check_bases
 from loraformat.ops.merge.beside import check_beside, merge_beside, name_of
 from loraformat.ops.merge.edits import Plan, plan_edits
@@ -114,10 +115,7 @@ def merge(
     W' = m · (W + s B A) / ‖W + s B A‖ by output feature.
     """
     began = time.perf_counter()
-    if not adapters:
-        raise UsageError("no adapter to merge, wanted at least one")
-    if weights and len(weights) != len(adapters):
-        raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters, wanted one each")
+    factors = adapter_weights(weights, len(adapters))
     found = resolve(base)
     reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
     writer = plugins.for_output(Path(target), to_format, default="safetensors")
@@ -126,9 +124,7 @@ def merge(
     _refuse_options(name, dtype, undo, beside)
     if reader.read is None or reader.kind != "base":
         raise UsageError(f"format {reader.name!r} is not a base that can be read")
-    options = MergeOptions(
-        tuple(weights) or (1.0,) * len(adapters), dtype, requantize, shard_limit, pre_tokenizer
-    )
+    options = MergeOptions(factors, dtype, requantize, shard_limit, pre_tokenizer)
     with ExitStack() as stack:
         # Numbers in a format's own types are rounded once, after the sum.
         exact = "F32" if undo is None and (writer.dtypes or dtype) else None

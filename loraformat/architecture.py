@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from loraformat.checkpoint import LazyTensor
 from loraformat.families import family_of
@@ -23,7 +22,6 @@ __all__ = [
     "kind_of",
     "module_of",
     "skip_modules",
-    "tied_embedding",
 ]
 
 _CONV1D_MODULES = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
@@ -176,44 +174,3 @@ def _candidates(module: str) -> Iterator[set[str]]:
         yield {".".join(parts[: parts.index(tower) + 1]), f"model.{tower}"}
     if renamed := _LANGUAGE_MODEL.search(module):
         yield {module, renamed[1]}
-
-
-_HEAD_WEIGHT = "lm_head.weight"
-_EMBEDDING_WEIGHTS = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-)  # fmt: skip
-
-
-def tied_embedding(names: Iterable[str], config: dict[str, Any]) -> str | None:
-    """Return the embedding that is the head, too; None if nothing is tied.
-
-    Parameters
-    ----------
-    names : iterable of str
-        Of all tensors: a head that is stored is not tied.
-    config : dict
-        ``config.json``.
-
-    Examples
-    --------
-    >>> tied_embedding(["model.embed_tokens.weight"], {"architectures": ["LlamaForCausalLM"]})
-    'model.embed_tokens.weight'
-    """
-    names = list(names)
-    if any(name.endswith(_HEAD_WEIGHT) for name in names) or not _ties(config):
-        return None
-    found = [name for name in names if name.endswith(_EMBEDDING_WEIGHTS)]
-    text = [name for name in found if "vision" not in name and "audio" not in name]
-    return text[0] if len(text) == 1 else None
-
-
-def _ties(config: dict[str, Any]) -> bool:
-    """Tell whether the model has a head that is tied unless it is stored."""
-    names = config.get("architectures") or [""]
-    if not any(mark in str(names[0]) for mark in ("LMHead", "CausalLM", "ConditionalGeneration")):
-        return False
-    inner = config.get("text_config")
-    named = config.get("tie_word_embeddings")
-    if named is None and isinstance(inner, dict):
-        named = inner.get("tie_word_embeddings")
-    return named is not False

@@ -40,6 +40,26 @@ _LIKE_QWEN2_MOE = {
     "solar_open",
 }  # fmt: skip
 
+#: Their class takes the embedding for the output head where the config does not say.
+_TIED = {
+    "aya_vision", "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt",
+    "blenderbot", "blenderbot-small", "blip", "bloom", "camembert", "cohere", "cohere2",
+    "cohere2_moe", "cohere2_vision", "cohere_compass_text", "cpmant", "ctrl", "data2vec-text",
+    "deepseek_vl", "deepseek_vl_hybrid", "diffusion_gemma", "electra", "ernie", "ernie4_5",
+    "ernie4_5_moe", "ernie4_5_vl_moe", "falcon", "falcon_mamba", "florence2", "gemma", "gemma2",
+    "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified",
+    "gemma4_unified_assistant", "gemma4_unified_text", "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode",
+    "gpt_neo", "gpt_neox_japanese", "granite_docling", "granite_swa", "hunyuan_vl",
+    "hyperclovax_vision_v2", "internvl", "janus", "jetmoe", "kimi_k25", "kosmos-2", "kosmos-2.5",
+    "lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl", "lighton_ocr", "mamba", "marian", "mbart",
+    "megatron-bert", "minicpm3", "minicpm_ocr", "mistral3", "modernbert-decoder",
+    "moss_transcribe_diarize", "mpt", "mvp", "openai-gpt", "opt", "ovis2", "paddleocr_vl",
+    "paligemma", "pegasus", "plbart", "pp_chart2table", "prophetnet", "recurrent_gemma", "roberta",
+    "roberta-prelayernorm", "roc_bert", "roformer", "shieldgemma2", "smollm3", "starcoder2",
+    "t5gemma2", "trocr", "udop", "vaultgemma", "whisper", "xglm", "xlm", "xlm-roberta",
+    "xlm-roberta-xl", "xlnet", "xmod", "youtu", "zamba", "zamba2", "zaya",
+}  # fmt: skip
+
 #: The leaves of the experts' own tensors on disk, by the fused parameter that transformers makes
 #: of them, in the order of its rows.
 EXPERT_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -65,11 +85,14 @@ class Family:
         Last parts of module names that PEFT takes for those of experts when they stand in
         ``target_modules``. A linear of such a name that is none can only be named in
         ``target_parameters``.
+    tied : bool
+        Its head is its embedding where the config does not say.
     """
 
     conv1d: bool = False
     transposed_experts: bool = False
     expert_leaves: frozenset[str] = frozenset()
+    tied: bool = False
 
 
 def model_types(config: Mapping[str, Any]) -> list[str]:
@@ -107,6 +130,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         conv1d=bool(types & _CONV1D),
         transposed_experts=bool(types & _TRANSPOSED_EXPERTS),
         expert_leaves=frozenset(leaves),
+        tied=any(config.get("model_type") == one for one in types & _TIED),  # not one inside
     )
 
 

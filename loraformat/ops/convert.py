@@ -35,6 +35,7 @@ from loraformat.ops.report import (
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish_file import open_publication
 from loraformat.reader import is_bundle
+from loraformat.tied_head import settled
 from loraformat.version import __version__
 
 __all__ = ["convert"]
@@ -193,7 +194,7 @@ def _convert_base(
     writer.check_pre_tokenizer(pre_tokenizer)
     dtype = _read_as(writer, encoding)
     with open_with(found, reader, dtype=dtype, config=config) as original:
-        checkpoint = encoding.apply(_with_origin(original, found), writer)
+        checkpoint, told = settled(encoding.apply(_with_origin(original, found), writer))
         lost = list(losses(original, reader, writer))
         if strict and lost:
             raise UnsupportedError(
@@ -203,7 +204,7 @@ def _convert_base(
             )
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         report = plan_report(original, checkpoint, target, reader, writer, lost)
-        report.notes.extend(_adapters_note(found.path))
+        report.notes.extend([*told, *_adapters_note(found.path)])
         options = WriteOptions(
             shard_limit,
             _Counter(total, progress).add,

@@ -1,8 +1,14 @@
-"""GGUF's names of model types, where they differ from transformers'."""
+"""GGUF's names of model types, where they differ from transformers', and what they cannot hold."""
 
 from __future__ import annotations
 
-__all__ = ["gguf_architecture"]
+from loraformat.runtimes.facts import AdapterFacts
+
+__all__ = ["HEADLESS", "gguf_architecture", "merges_into_gguf"]
+
+#: Generating architectures of llama.cpp whose head is the embedding, whatever the file holds.
+HEADLESS = {"gemma2"}
+_ENDS = ("lm_head", "embed_tokens")
 
 _OTHER_NAMES = {
     "mistral": "llama",
@@ -22,3 +28,22 @@ def gguf_architecture(model_type: str | None) -> str | None:
     ('llama', 'qwen2', None)
     """
     return None if model_type is None else _OTHER_NAMES.get(model_type, model_type)
+
+
+def merges_into_gguf(adapter: AdapterFacts) -> bool:
+    """Tell whether llama.cpp has a place for the head of the base with the adapter merged in.
+
+    Examples
+    --------
+    >>> from loraformat.runtimes.facts import BaseFacts, ModuleFacts
+    >>> head = ModuleFacts("lm_head", 8, 64, 1000, 8.0, 1.0)
+    >>> for name in ("gemma2", "gemma3"):
+    ...     base = BaseFacts(tied=True, gguf_architecture=name)
+    ...     print(merges_into_gguf(AdapterFacts("peft", (head,), base=base)))
+    False
+    True
+    """
+    if adapter.base is None or adapter.base.gguf_architecture not in HEADLESS:
+        return True
+    changed = [*adapter.leaves, *(name.removesuffix(".weight") for name in adapter.replaced)]
+    return not any(name.endswith(_ENDS) for name in changed)

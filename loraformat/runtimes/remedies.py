@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from loraformat.runtimes.architectures import merges_into_gguf
 from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.ranks import vllm_limit
 from loraformat.runtimes.record import Remedy, Runtime, Treatment
@@ -70,6 +71,8 @@ def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Name
     base = shlex.quote(names.base) if names.base else "BASE"
     most = runtime.most or runtime.kernel_rank
     stem = shlex.quote(names.stem)
+    if remedy == "merge-gguf" and not merges_into_gguf(adapter):
+        remedy = "merge"
     convert = f"loraformat convert {names.quoted}"
     held = f" --base {base}" if names.base or adapter.format != "peft" else ""
     lines: dict[Remedy, str] = {
@@ -99,4 +102,6 @@ def sentence(treatment: Treatment, adapter: AdapterFacts) -> str:
     """
     if treatment.advice is not None:
         return treatment.advice.format(limit=vllm_limit(adapter.rank) or adapter.rank)
+    if treatment.remedy == "merge-gguf" and not merges_into_gguf(adapter):
+        return "merge it into safetensors for transformers or vLLM: llama.cpp has no head for it"
     return _SAYS.get(treatment.remedy, "")

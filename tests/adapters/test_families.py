@@ -1,5 +1,6 @@
 """The table of model families says what transformers and PEFT do."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft.utils import transformers_weight_conversion as peft_conversion
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import (
     CONFIG_MAPPING,
     model_type_to_module_name,
@@ -64,3 +66,18 @@ def test_the_language_model_inside_counts():
     inner = {"model_type": "llava", "text_config": {"model_type": "gpt_oss"}}
     assert family_of(inner).transposed_experts
     assert family_of({"model_type": ["gpt_oss"], "text_config": 3}) == Family()
+
+
+def test_families_are_tied_where_their_class_is():
+    named = {
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    known = {}
+    for model_type in named:
+        with contextlib.suppress(Exception):  # a config of other configs, or of a file
+            known[model_type] = CONFIG_MAPPING[model_type]()
+    assert len(known) > 250
+    for model_type, config in known.items():
+        ties = getattr(config, "tie_word_embeddings", None) is True
+        assert family_of({"model_type": model_type}).tied is ties, model_type

@@ -230,7 +230,6 @@ def test_a_config_that_is_named_is_used_and_checked(made, tmp_path):
         ({"num_key_value_heads": 4}, "head_count_kv 4, and the file 2"),
         ({"vocab_size": 4096}, "vocab_size is 4096"),
         ({"model_type": "qwen2"}, "architecture qwen2"),
-        ({"tie_word_embeddings": True}, "output head"),
         ({"rope_parameters": {"rope_theta": 1e5}}, "rope_freqs"),
     ]:
         (tmp_path / "wrong.json").write_text(json.dumps({**wrong, **change}), encoding="utf-8")

@@ -20,6 +20,7 @@ from loraformat import config_json
 from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance, tensor_view
 from loraformat.dtypes import TORCH_NAMES, torch_dtype
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
+from loraformat.tied_head import untied_config
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Architecture,
@@ -30,7 +31,7 @@ from loraformat_converters.gguf.architectures import (
     of_gguf,
     to_huggingface,
 )
-from loraformat_converters.gguf.architectures.decoder import float_tensor
+from loraformat_converters.gguf.architectures.decoder import float_tensor, has_own_head
 from loraformat_converters.gguf.architectures.transforms import (
     IDENTITY,
     HeadOrder,
@@ -218,7 +219,7 @@ def _main_dtype(sources: list[_Source]) -> str:
 def _config(gguf: GGUFFile, architecture: Architecture, given: bytes | None) -> bytes | None:
     """Return the config that was given, or the one in the file if it still describes it."""
     if given is not None:
-        given = _text_alone(given, architecture)
+        given = _with_head(gguf, _text_alone(given, architecture))
         if difference := _difference(gguf, architecture, given):
             raise InputError(
                 f"the config is not that of this model: {difference}",
@@ -229,7 +230,7 @@ def _config(gguf: GGUFFile, architecture: Architecture, given: bytes | None) -> 
     if CONFIG_KEY not in gguf.metadata:
         return None
     try:
-        stored = _text_alone(gguf.text(CONFIG_KEY).encode(), architecture)
+        stored = _with_head(gguf, _text_alone(gguf.text(CONFIG_KEY).encode(), architecture))
         if _unexplained(gguf, architecture, stored) or _difference(gguf, architecture, stored):
             return None  # somebody has edited the metadata, which llama.cpp computes by
         return stored
@@ -248,6 +249,12 @@ def _text_alone(raw: bytes, architecture: Architecture) -> bytes:
     return _json({**carried, **text, "model_type": model_type, "architectures": [name]})
 
 
+def _with_head(gguf: GGUFFile, raw: bytes) -> bytes:
+    """Return a config that does not tie an output head which the file has of its own."""
+    _, config = of_config(config_json.parse(raw))
+    return untied_config(raw) if config.tied and has_own_head(gguf) else raw
+
+
 def _difference(gguf: GGUFFile, architecture: Architecture, raw: bytes) -> str | None:
     """Say where a config and the file's metadata differ, None if they do not."""
     record, config = of_config(config_json.parse(raw))
@@ -256,8 +263,6 @@ def _difference(gguf: GGUFFile, architecture: Architecture, raw: bytes) -> str |
     rows = gguf.tensors["token_embd.weight"].shape[0]
     if rows != config.integer("vocab_size"):
         return f"vocab_size is {config.integer('vocab_size')}, and the file has {rows} tokens"
-    if config.tied and architecture.head is not None and architecture.head.gguf in gguf.tensors:
-        return "tie_word_embeddings is true, and the file has an output head"
     for key, value in architecture.metadata(config).items():
         if key in gguf.metadata and not _same(gguf.metadata[key].value, value.value):
             return f"it says {key} {value.value}, and the file {gguf.metadata[key].value}"

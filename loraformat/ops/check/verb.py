@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from loraformat import plugins
-from loraformat.architecture import tied_embedding
 from loraformat.bundle_update import adapter_place
 from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from loraformat.runtimes.judge import findings
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.record import Finding
 from loraformat.runtimes.remedies import Names
+from loraformat.tied_head import tied_embedding, tied_head
 
 __all__ = ["CheckReport", "check", "examine"]
 
@@ -191,10 +191,16 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
     layers = {layer[1] for name in base.tensors if (layer := layer_of(name))}
     return BaseFacts(
         model_type=model_type,
-        tied=tied_embedding(base.tensors or _AN_EMBEDDING, config) is not None,
+        tied=_is_tied(base, config),
         fingerprint=descent_of(base),
         named=bool(base.tensors),
         layers=max(layers) + 1 if layers else None,
         gguf_architecture=gguf_architecture(model_type),
         commit=base.provenance.revision,
     )
+
+
+def _is_tied(base: Checkpoint, config: dict[str, Any]) -> bool:
+    if not base.tensors:
+        return tied_embedding(_AN_EMBEDDING, config) is not None
+    return tied_head(base) is not None

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loraformat import config_json
-from loraformat.architecture import tied_embedding
 from loraformat.checkpoint import Checkpoint, LazyTensor
+from loraformat.tied_head import HEAD, tied_embedding
 
-__all__ = ["HEAD", "Pairs", "pairs_of"]
-
-HEAD = "lm_head.weight"
+__all__ = ["Pairs", "pairs_of"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,12 @@ from loraformat.families import family_of
 from loraformat.ops.extract.difference import PRECISIONS, Difference
 from loraformat.ops.extract.fit import Fit, fit
 from loraformat.ops.extract.options import ExtractOptions
-from loraformat.ops.extract.pairs import HEAD, pairs_of
+from loraformat.ops.extract.pairs import pairs_of
 from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
 from loraformat.ops.factors import Pair
 from loraformat.ops.open import fingerprint_of, open_model
 from loraformat.ops.spool import Spool
+from loraformat.tied_head import HEAD
 
 __all__ = [
     "ExtractOptions",

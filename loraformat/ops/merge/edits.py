@@ -8,22 +8,21 @@ memory and many tensors on disk. Nothing is computed here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from loraformat.adapter import Adapter, LoraDelta
-from loraformat.architecture import module_of, tied_embedding
+from loraformat.architecture import module_of
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
-from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError, nearest, printable
 from loraformat.families import EXPERT_LEAVES
 from loraformat.ops.adapter_weights import effective_scaling
+from loraformat.tied_head import HEAD, TiedHead, contradicting_head, tied_head
 
 __all__ = ["Edit", "Plan", "Term", "plan_edits"]
 
 #: transformers renames these modules in memory; the checkpoint has the second spelling.
 _EXPERT_HOMES = ((".mlp.experts", ".mlp.experts"), (".mlp.experts", ".block_sparse_moe.experts"))
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class Plan:
     edits : dict of str to Edit
         By the name of the tensor in the output.
     untied : bool
-        The head becomes a tensor of its own.
+        The head is a tensor of its own, and the base's config says that it is not.
     notes : list of str
     """
 
@@ -129,9 +128,9 @@ def plan_edits(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[
 class _Planner:
     def __init__(self, base: Checkpoint) -> None:
         self.tensors: Mapping[str, LazyTensor] = base.tensors
-        self.config = parse(base.config) if base.config else {}
         self.plan = Plan()
-        self.embedding = tied_embedding(self.tensors, self.config)
+        self.tied: TiedHead | None = tied_head(base)
+        self.contradicting = None if self.tied else contradicting_head(base)
 
     def add(self, number: int, adapter: Adapter, weight: float) -> None:
         for target, delta in adapter.deltas.items():
@@ -187,7 +186,7 @@ class _Planner:
         edit.replacement = (number, tensor)
 
     def _edit(self, name: str) -> Edit:
-        source = self.embedding if self._is_tied_head(name) else name
+        source = self.tied.embedding if self.tied and self._is_tied_head(name) else name
         return self.plan.edits.setdefault(name, Edit(name, source))
 
     def _shape(self, edit: Edit) -> tuple[int, ...]:
@@ -195,7 +194,8 @@ class _Planner:
         return self.tensors[edit.source].shape
 
     def _is_tied_head(self, name: str) -> bool:
-        return self.embedding is not None and name.endswith(_HEAD) and name not in self.tensors
+        """Tell whether a name is that of a head which no tensor stands for but the embedding."""
+        return self.tied is not None and name.endswith(HEAD) and name not in self.tensors
 
     def _known(self, adapter: Adapter, name: str) -> str:
         if name in self.tensors or self._is_tied_head(name):
@@ -310,24 +310,40 @@ class _Planner:
             )
 
     def finish(self, adapters: Sequence[Adapter]) -> Plan:
-        """Untie the head if the adapters make it differ from the embedding."""
-        heads = [name for name in self.plan.edits if self._is_tied_head(name)]
-        if self.embedding is None:
-            return self.plan
-        embedding = self.plan.edits.get(self.embedding)
+        """Untie the head if the adapters make it differ from the embedding, or if it does."""
+        if self.contradicting is not None:
+            self._untie(
+                f"{printable(self.contradicting)} differs from the embedding, to which config.json "
+                "ties it: the tensor is kept, and tie_word_embeddings becomes false"
+            )
+        if self.tied is not None:
+            together = all(adapter.config.get("ensure_weight_tying") for adapter in adapters)
+            self._finish_tied(self.tied, together=together)
+        return self.plan
+
+    def _finish_tied(self, tied: TiedHead, *, together: bool) -> None:
+        head = tied.copy or next(filter(self._is_tied_head, self.plan.edits), HEAD)
+        embedding, own = self.plan.edits.get(tied.embedding), self.plan.edits.get(head)
         changed = embedding is not None and bool(embedding.terms or embedding.replacement)
-        together = all(adapter.config.get("ensure_weight_tying") for adapter in adapters)
-        if together and changed:
-            for head in heads:
-                del self.plan.edits[head]
-        elif heads or changed:
-            head = heads[0] if heads else _HEAD
-            edit = self._edit(head)
-            if embedding is not None and not edit.rows:
-                edit.rows = list(embedding.rows)  # PEFT shows new tokens to a tied head, too
-            self.plan.untied = True
-            self.plan.notes.append(
-                f"{printable(head)} was tied to {printable(self.embedding)}; they differ now, so "
+        if embedding is not None and changed and together:
+            self._follow(tied, head, embedding)
+        elif own is not None or changed:
+            own = self._edit(head)
+            if embedding is not None and not own.rows:
+                own.rows = list(embedding.rows)  # PEFT shows new tokens to a tied head, too
+            self._untie(
+                f"{printable(head)} was tied to {printable(tied.embedding)}; they differ now, so "
                 "it is written and tie_word_embeddings becomes false"
             )
-        return self.plan
+        elif embedding is not None:
+            self._follow(tied, head, embedding)
+
+    def _follow(self, tied: TiedHead, head: str, embedding: Edit) -> None:
+        """Let a head stay what its embedding becomes."""
+        self.plan.edits.pop(head, None)
+        if tied.copy is not None:
+            self.plan.edits[head] = replace(embedding, name=head, source=head)
+
+    def _untie(self, note: str) -> None:
+        self.plan.untied = True
+        self.plan.notes.append(note)

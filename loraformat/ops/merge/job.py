@@ -17,9 +17,9 @@ from loraformat.ops.encoding import Encoding
 from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.untied import untied_config
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.publish_file import open_publication
+from loraformat.tied_head import untied_config
 from loraformat.version import __version__
 
 if TYPE_CHECKING:

@@ -37,6 +37,7 @@ from loraformat.ops.merge.report import MergedAdapter, MergeReport, UndoSummary,
 from loraformat.ops.open import open_with
 from loraformat.ops.report import losses
 from loraformat.plugins import Converter, Forecast
+from loraformat.tied_head import settled
 
 if TYPE_CHECKING:
     from loraformat.ops.unmerge.recorder import Spool
@@ -151,9 +152,11 @@ def merge(
         )
         if beside:
             check_beside(original, base, target)
+            original, told = settled(original)
             several = len(opened) > 1  # of one, the writer says the same
             report = replace(report, beside=name_of(adapters, name), notes=notes if several else [])
             report = _planned(report, original, plan_edits(original, opened, options.weights))
+            report.notes.extend(told)
             if dry_run:
                 return report
             return _written_beside(

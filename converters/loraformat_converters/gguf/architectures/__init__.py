@@ -103,9 +103,11 @@ def of_config(values: Mapping[str, Any]) -> tuple[Architecture, Config]:
     text = values.get("text_config")
     if text is not None and not isinstance(text, Mapping):
         raise InputError("text_config is not an object", path=CONFIG_NAME)
-    return record, Config(
-        {**values, **text} if text is not None else values, record.defaults[str(named)]
-    )
+    if text is not None:
+        # Whether the head is tied is asked of the whole model, if it says.
+        outer = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
+        values = {**values, **text, **outer}
+    return record, Config(values, record.defaults[str(named)])
 
 
 def named_by(gguf: GGUFFile) -> Architecture:

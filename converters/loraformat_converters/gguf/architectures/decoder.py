@@ -28,10 +28,14 @@ __all__ = [
     "bounded",
     "common_config",
     "float_tensor",
+    "has_own_head",
     "rope_config",
     "sliding_note",
     "with_biases",
 ]
+
+#: Bytes that are compared at a time.
+_COMPARED = 1 << 22
 
 #: Around the layers.
 DECODER_ROWS = (
@@ -117,7 +121,7 @@ def common_config(gguf: GGUFFile) -> dict[str, Any]:
         "max_position_embeddings": bounded(gguf, "{arch}.context_length"),
         "rms_norm_eps": short(gguf.number("{arch}.attention.layer_norm_rms_epsilon")),
         "vocab_size": vocabulary(gguf),
-        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "tie_word_embeddings": not has_own_head(gguf),
         "hidden_act": "silu",
     }
     config["head_dim"] = bounded(
@@ -131,6 +135,20 @@ def common_config(gguf: GGUFFile) -> dict[str, Any]:
     if f"{gguf.architecture}.expert_count" in gguf.metadata:
         config["experts"] = bounded(gguf, "{arch}.expert_count", MAX_EXPERTS)
     return config
+
+
+def has_own_head(gguf: GGUFFile) -> bool:
+    """Tell whether a file has an output head that is more than a copy of its embedding."""
+    import numpy
+
+    embedding, head = (gguf.tensors.get(n) for n in ("token_embd.weight", "output.weight"))
+    if embedding is None or head is None:
+        return head is not None
+    if (embedding.type, embedding.shape) != (head.type, head.shape):
+        return True
+    one, other = (numpy.frombuffer(gguf.load(t.name), "u1") for t in (embedding, head))
+    starts = range(0, len(one), _COMPARED)
+    return any((one[n : n + _COMPARED] != other[n : n + _COMPARED]).any() for n in starts)
 
 
 def vocabulary(gguf: GGUFFile) -> int:

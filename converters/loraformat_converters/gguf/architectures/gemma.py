@@ -2,7 +2,8 @@
 
 Norms scale by 1 + w, and llama.cpp stores the sum. It scales attention by the root of the
 head's dimensions, or, in the 27B models, of hidden size over heads: no key says so, the
-number of layers decides. A config with another ``query_pre_attn_scalar`` cannot run.
+number of layers decides. A config with another ``query_pre_attn_scalar`` cannot run. gemma3 may
+have an output head of its own; gemma2 computes with its embedding, whatever the file holds.
 """
 
 from __future__ import annotations
@@ -72,7 +73,6 @@ def _gemma_keys(config: Config, keys: Keys) -> None:
         "hidden_activation", "gelu_pytorch_tanh", "gelu_new", "gelu", None,
         why="llama.cpp computes with gelu",
     )  # fmt: skip
-    config.only("tie_word_embeddings", True, why="llama.cpp takes the embedding as output head")
     config.only("attention_bias", False, None, why="llama.cpp has no biases here")
     config.only("use_bidirectional_attention", False, None, why="llama.cpp looks back only")
     _check_scalar(config, keys.architecture)
@@ -222,6 +222,5 @@ GEMMA3 = Architecture(
     rows=lambda config: (*_ROWS, *_QK_NORMS),
     keys=_gemma3_keys,
     config=_gemma3_config,
-    head=None,
     bases=("model.", "language_model.model.", "model.language_model.", ""),
 )

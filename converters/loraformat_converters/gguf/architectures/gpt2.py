@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loraformat_converters.gguf.architectures.config import MAX_LAYERS, Config
-from loraformat_converters.gguf.architectures.decoder import bounded, short, vocabulary
+from loraformat_converters.gguf.architectures.decoder import (
+    bounded,
+    has_own_head,
+    short,
+    vocabulary,
+)
 from loraformat_converters.gguf.architectures.keys import Keys
 from loraformat_converters.gguf.architectures.names import bias, conv1d, layer, row
 from loraformat_converters.gguf.architectures.record import Architecture
@@ -63,7 +68,7 @@ def _config(gguf: GGUFFile) -> dict[str, Any]:
         "n_inner": bounded(gguf, "{arch}.feed_forward_length"),
         "layer_norm_epsilon": short(gguf.number("{arch}.attention.layer_norm_epsilon")),
         "activation_function": "gelu_new",
-        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "tie_word_embeddings": not has_own_head(gguf),
     }
 
 

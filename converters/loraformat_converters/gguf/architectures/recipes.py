@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Recipe", "Recipes", "to_gguf", "to_huggingface"]
 
+_NO_HEAD = "write it as safetensors, for transformers or vLLM: to a directory, --to safetensors"
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -123,6 +125,7 @@ def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Recip
         If llama.cpp has no place for a tensor.
     """
     base = _base(architecture, config, shapes)
+    _check_head(architecture, config)
     used: set[str] = set()
     recipes = Recipes()
     for row, number in _places(architecture, config):
@@ -163,6 +166,16 @@ def _base(architecture: Architecture, config: Config, shapes: Shapes) -> str:
         f"holds no tensor {first.hf.format(base=architecture.bases[0])}",
         hint="is config.json that of these weights?",
     )
+
+
+def _check_head(architecture: Architecture, config: Config) -> None:
+    """Refuse a head of its own where llama.cpp computes with the embedding instead."""
+    if architecture.generates and architecture.head is None and not config.tied:
+        raise UnsupportedError(
+            f"the output head is not the embedding, with which llama.cpp's {architecture.name} "
+            "computes, whatever the file holds",
+            hint=_NO_HEAD,
+        )
 
 
 def _heads(architecture: Architecture, base: str) -> list[str]:
@@ -282,6 +295,8 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     """
     check_dimensions(architecture.name, config, shapes)
     used: set[str] = set(architecture.extras)
+    if architecture.head is not None and config.tied:
+        used.add(architecture.head.gguf)  # a copy of the embedding
     recipes = Recipes()
     base = architecture.bases[0]
     for row, number in _places(architecture, config):

@@ -135,7 +135,7 @@ def plan_pairs(adapter: Adapter, architecture: Architecture, config: Config) -> 
     """
     pairs: dict[str, Pair] = {}
     for delta in adapter.deltas.values():
-        refuse_delta(delta, adapter)
+        refuse_delta(delta, adapter, architecture, config)
         places = lora_places(architecture, config, delta.target.removesuffix(".weight"))
         if not places or any(place.tensor in _NEVER_ADAPTED for place in places):
             raise refuse_homeless(delta, adapter, architecture, config)

@@ -18,6 +18,7 @@ from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import Checkpoint, DenseTensor, tensor_view
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, printable
 from loraformat.families import spelled_in_memory
+from loraformat.tied_head import settled
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,
@@ -104,7 +105,8 @@ class _Reader:
     def _known(self) -> _Known:
         base, named = self.options.base, named_by(self.gguf)
         if base is not None and base.config is not None:
-            architecture, config = of_config(config_json.parse(base.config))
+            config_of_base = settled(base)[0].config or b"{}"
+            architecture, config = of_config(config_json.parse(config_of_base))
             if architecture is not named:
                 raise InputError(
                     f"is for the architecture {named.name}, and the base is {architecture.name}",

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from loraformat import config_json
 from loraformat.adapter import Adapter, LoraDelta
-from loraformat.architecture import tied_embedding
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.errors import UnsupportedError, printable
+from loraformat.tied_head import tied_embedding
 from loraformat_converters.gguf.architectures import Architecture, Config
 
 __all__ = ["refuse_delta", "refuse_embedding", "refuse_homeless", "refuse_whole"]
 
 _MERGE = "merge it: loraformat merge BASE ADAPTER -o merged.gguf"
+_MERGE_DENSE = (
+    "merge it into safetensors, for transformers or vLLM: loraformat merge BASE ADAPTER -o merged; "
+    "or train it again without the head and the embedding"
+)
 
 
-def refuse_whole(adapter: Adapter, base: Checkpoint) -> None:
+def refuse_whole(
+    adapter: Adapter, base: Checkpoint, architecture: Architecture, config: Config
+) -> None:
     """Refuse an adapter that is more than low-rank deltas.
 
     PEFT saves whole embeddings beside their deltas, trained or not: those that are the base's own
@@ -24,9 +30,12 @@ def refuse_whole(adapter: Adapter, base: Checkpoint) -> None:
     ------
     UnsupportedError
     """
+    remedy = _remedy(adapter, architecture, config)
     if adapter.rows:
         name = next(iter(adapter.rows))
-        raise _refused(adapter, name, "replaces rows of", "llama.cpp adds low-rank deltas only")
+        raise _refused(
+            adapter, name, "replaces rows of", "llama.cpp adds low-rank deltas only", remedy
+        )
     shared = tied_embedding(base.tensors, config_json.parse(base.config or b"{}"))
     for name, tensor in adapter.replacements.items():
         own = shared if shared and name.endswith("lm_head.weight") else name
@@ -40,28 +49,35 @@ def refuse_whole(adapter: Adapter, base: Checkpoint) -> None:
             reason = "llama.cpp adds low-rank deltas only"
         if name in adapter.deltas and not base.tensors:
             reason += " (if it is only a copy of the base's, name a base with weights)"
-        raise _refused(adapter, name, "replaces", reason)
+        raise _refused(adapter, name, "replaces", reason, remedy)
     if not adapter.deltas:
         raise UnsupportedError("has no low-rank delta", path=adapter.path)
 
 
-def refuse_delta(delta: LoraDelta, adapter: Adapter) -> None:
+def refuse_delta(
+    delta: LoraDelta, adapter: Adapter, architecture: Architecture, config: Config
+) -> None:
     """Refuse a delta with a part that GGUF has no place for.
 
     Raises
     ------
     UnsupportedError
     """
+    remedy = _remedy(adapter, architecture, config)
     if delta.magnitude is not None:
-        raise _refused(adapter, delta.target, "uses DoRA for", "that is not a low-rank delta")
+        raise _refused(
+            adapter, delta.target, "uses DoRA for", "that is not a low-rank delta", remedy
+        )
     if delta.bias is not None:
         raise _refused(
-            adapter, delta.target, "has a bias (lora_bias) for", "a GGUF adapter holds no biases"
-        )
+            adapter, delta.target, "has a bias (lora_bias) for", "a GGUF adapter holds no biases",
+            remedy,
+        )  # fmt: skip
     if len(delta.a.shape) == 3 and delta.orientation != "linear":
         raise _refused(
-            adapter, delta.target, "has transposed experts for", "no architecture of GGUF has them"
-        )
+            adapter, delta.target, "has transposed experts for", "no architecture of GGUF has them",
+            remedy,
+        )  # fmt: skip
 
 
 def refuse_homeless(
@@ -73,6 +89,7 @@ def refuse_homeless(
         return _refused(
             adapter, delta.target, "changes",
             "the head is tied to the embedding, so that llama.cpp has no tensor for it",
+            _remedy(adapter, architecture, config),
         )  # fmt: skip
     return UnsupportedError(
         f"changes {printable(module)}, which has no delta in llama.cpp's {architecture.name} with "
@@ -99,7 +116,7 @@ def refuse_embedding(
             f"changes {printable(delta.target)}, to which the head is tied: llama.cpp would "
             "abort, as it would use the delta for the head, too",
             path=adapter.path,
-            hint=_MERGE
+            hint=_MERGE_DENSE
             if architecture.head is None
             else f"{_MERGE}; or make the base with a head "
             "of its own (tie_word_embeddings false and lm_head.weight, a copy), and name that with "
@@ -118,5 +135,16 @@ def _is_the_bases_own(tensor: DenseTensor, stored: LazyTensor | None) -> bool:
     return same
 
 
-def _refused(adapter: Adapter, name: str, does: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(f"{does} {printable(name)}: {reason}", path=adapter.path, hint=_MERGE)
+def _remedy(adapter: Adapter, architecture: Architecture, config: Config) -> str:
+    """Return what to do instead: merging to GGUF, where llama.cpp has a place for what comes out.
+
+    Merged, a head that was tied becomes a tensor of its own if it or the embedding has changed.
+    """
+    changed = (*adapter.deltas, *adapter.replacements)
+    unties = any(name.endswith(("lm_head.weight", "embed_tokens.weight")) for name in changed)
+    headless = architecture.generates and architecture.head is None
+    return _MERGE_DENSE if headless and unties else _MERGE
+
+
+def _refused(adapter: Adapter, name: str, does: str, reason: str, remedy: str) -> UnsupportedError:
+    return UnsupportedError(f"{does} {printable(name)}: {reason}", path=adapter.path, hint=remedy)

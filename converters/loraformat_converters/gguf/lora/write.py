@@ -13,6 +13,7 @@ from loraformat import config_json
 from loraformat.adapter import Adapter
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.plugins import Forecast
+from loraformat.tied_head import settled
 from loraformat_converters.gguf.architectures import of_config
 from loraformat_converters.gguf.blocks import quantized_tiles, storable_type
 from loraformat_converters.gguf.lora.metadata import adapter_keys
@@ -89,12 +90,14 @@ def _plan(
             hint="name it with --base BASE: a bundle, a GGUF file, or a directory with "
             "config.json, with or without weights",
         )
+    base, _ = settled(base)
+    assert base.config is not None
     try:
         architecture, config = of_config(config_json.parse(base.config))
     except LoraFormatError as error:
         error.path = str(base.path)
         raise
-    refuse_whole(adapter, base)
+    refuse_whole(adapter, base, architecture, config)
     pairs = plan_pairs(adapter, architecture, config)
     alpha = choose_alpha(pairs)
     kind = GGMLType[options.dtype or "F32"]

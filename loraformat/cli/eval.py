@@ -50,3 +50,5 @@ def command(adapters: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
         tokens = found.losses[found.base].tokens
         say(table(["model", "loss", "perplexity", "change"], rows))
         say(f"\n{tokens:,} tokens")
+        for note in found.notes:
+            say(f"note: {note}")

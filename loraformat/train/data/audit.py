@@ -50,6 +50,10 @@ class Audit:
         Learned tokens that also stand for the end of a prompt.
     endless : int
         Samples that end without a special token: nothing in them teaches to stop.
+    wordless : int
+        Answers without a word, which are not learned.
+    unwritten : dict of str to int
+        What rows say and the chat template does not write, and how often.
     """
 
     sources: list[tuple[str, int]] = field(default_factory=list)
@@ -74,6 +78,8 @@ class Audit:
     rewritten: int = 0
     straddling: int = 0
     endless: int = 0
+    wordless: int = 0
+    unwritten: dict[str, int] = field(default_factory=dict)
 
     def count_bad(self, problem: object) -> None:
         """Count a row that is skipped."""
@@ -104,6 +110,7 @@ class Audit:
             (self.truncated, f"samples longer than seq-len truncated, {self.cut} tokens cut off"),
             (self.split, f"samples longer than seq-len split into {self.parts}"),
             (self.unlearned, "samples left out: no token of them is learned"),
+            (self.wordless, "answers without a word are not learned"),
             (self.all_learned, "samples without a prompt: every token of them is learned"),
             (self.rewritten, "conversations became one sample per assistant turn: "
              "the chat template rewrites earlier turns"),
@@ -113,6 +120,10 @@ class Audit:
              "the model does not learn from them to stop"),
         )  # fmt: skip
         said += [f"{count} {what}" for count, what in notes if count]
+        said += [
+            f"{count} {what} left out: the chat template does not write them"
+            for what, count in sorted(self.unwritten.items())
+        ]
         return said + [f"skipped: {problem}" for problem in self.bad_examples]
 
     def refuse_if_useless(self, options: DataOptions) -> None:

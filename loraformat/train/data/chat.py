@@ -16,23 +16,35 @@ sample per assistant turn, each rendered as it stood when that turn was written.
 the whole lacks of a is a special token behind the end of the turn, such as an EOS that is
 written once at the very end, the turn itself reads the same, and one sample it stays.
 
-Templates without a generation prompt that write a header before the assistant's words
-("ASSISTANT: ") are recognized by a trial conversation: the header is what two renderings
-with different answers have in common, and is not learned. The same trial shows whether a
-template wants what is said as a list of parts, as those of models that also see do.
+What the assistant says before anybody asked has no such b where a template takes no empty
+conversation; it begins where two renderings with different words part.
+
+What a template wants, and how it frames a turn, is found by trial conversations
+(`loraformat.train.data.template_trials`). What it does not write of a row is found by trials of the
+row (`loraformat.train.data.unwritten`): a row of which nothing would be learned where something was
+said is refused, and other things are counted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from loraformat.errors import printable
-from loraformat.train.data.kinds import Conversation, KindError
+from loraformat.train.data.field_types import KindError, from_json
+from loraformat.train.data.kinds import Conversation
+from loraformat.train.data.messages import CALLS
 from loraformat.train.data.template_process import TemplateRefusalError
+from loraformat.train.data.template_trials import TemplateTrials
+from loraformat.train.data.text_search import common_prefix
 from loraformat.train.data.tokenizer import TextEncoder
+from loraformat.train.data.unwritten import UnwrittenParts, described
 
 __all__ = ["ChatRenderer", "Rendered"]
+
+_OTHER_TEMPLATE = "name another template with --chat-template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +56,13 @@ class Rendered:
     text : str
     learned : tuple of (int, int)
         Ranges of characters that the assistant wrote.
+    unwritten : tuple of str
+        Kinds of things that the row says and the template leaves out, one for each time.
     """
 
     text: str
     learned: tuple[tuple[int, int], ...]
+    unwritten: tuple[str, ...] = ()
 
 
 class ChatRenderer:
@@ -60,15 +75,15 @@ class ChatRenderer:
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
-        self._as_parts, self._mute, self._header = False, False, ""
-        if encoder.has_template:
-            says = self._says_what_is_said()
-            self._as_parts = True
-            if says or not self._says_what_is_said():
-                self._as_parts = False
-                self._mute = says is False
-            self._header = self._find_header()
         self._special = tuple(encoder.special_tokens)
+        self._unwritten = UnwrittenParts(lambda messages, tools: self._render(messages, tools))
+
+    @cached_property
+    def _trials(self) -> TemplateTrials:
+        return TemplateTrials(
+            lambda messages, prompt: self._encoder.render(messages, None, prompt=prompt),
+            self._special,
+        )
 
     def render(self, conversation: Conversation, *, everything: bool) -> list[Rendered]:
         """Render one conversation.
@@ -97,22 +112,28 @@ class ChatRenderer:
                 "is a conversation, and the model has no chat template; "
                 "name one with --chat-template, or write prompt and completion"
             )
-        if self._mute:
-            raise KindError("the chat template leaves out what messages say; name another one")
+        if self._trials.mute:
+            raise KindError(f"the chat template leaves out what messages say; {_OTHER_TEMPLATE}")
+        conversation = replace(
+            conversation, messages=[self._formed(one) for one in conversation.messages]
+        )
         whole = self._text(conversation, len(conversation.messages), prompt=False)
+        unwritten = tuple(self._left_out(conversation))
         if everything:
-            return [Rendered(whole, ((0, len(whole)),))]
+            end = len(whole.removesuffix(self._trials.trailer))
+            return [Rendered(whole, ((0, end),), unwritten)]
         turns = [i for i, learned in enumerate(conversation.learned) if learned]
         ranges: list[tuple[int, int]] = []
         alone: list[Rendered] = []
         for turn in turns:
             after = self._text(conversation, turn + 1, prompt=False)
+            after = after.removesuffix(self._trials.trailer)
             begin = self._begin(conversation, turn, after)
-            if (end := self._end(after, whole)) is not None:
-                ranges.append((begin, end))
-            alone.append(Rendered(after, ((begin, len(after)),)))
+            if (stop := self._end(after, whole)) is not None:
+                ranges.append((begin, stop))
+            alone.append(Rendered(after, ((begin, len(after)),), () if alone else unwritten))
         if len(ranges) == len(turns):
-            return [Rendered(whole, tuple(ranges))]
+            return [Rendered(whole, tuple(ranges), unwritten)]
         return alone
 
     def shape(self) -> str | None:
@@ -141,16 +162,68 @@ class ChatRenderer:
         return len(turn) if ended and whole.startswith(turn) else None
 
     def _begin(self, conversation: Conversation, turn: int, after: str) -> int:
-        before = self._text(conversation, turn, prompt=True) + self._header
-        if after.startswith(before):
+        try:
+            before = self._text(conversation, turn, prompt=True) + self._trials.header
+        except KindError:
+            before = None
+        if before is not None and after.startswith(before):
             return len(before)
-        common = _common(before, after)
+        if not any(one["role"] == "user" for one in conversation.messages[:turn]):
+            return self._begin_unasked(conversation, turn, after)
+        before = before or self._text(conversation, turn, prompt=True)
+        common = common_prefix(before, after)
         raise KindError(
             f"message {turn + 1}: the chat template asks for it with "
             f"{before[len(common) :][:60]!r}, but writes {after[len(common) :][:60]!r}, so what is "
             "asked for is not what would be learned; let answers begin as it asks (with their "
-            "reasoning), or name another template with --chat-template"
+            f"reasoning), or {_OTHER_TEMPLATE}"
         )
+
+    def _begin_unasked(self, conversation: Conversation, turn: int, after: str) -> int:
+        """Return where words begin that answer nobody: where other words would begin."""
+        message = conversation.messages[turn]
+        said = message["content"] or ""
+        others = [
+            replace(conversation, messages=[
+                *conversation.messages[:turn], message | {"content": other + said}
+            ])
+            for other in ("Xa", "Yb")
+        ]  # fmt: skip
+        texts = [self._text(other, turn + 1, prompt=False) for other in others]
+        return len(common_prefix(common_prefix(*texts), after))
+
+    def _left_out(self, conversation: Conversation) -> list[str]:
+        """Return what the template does not write; refuse a row whose answers are among it."""
+        messages, tools = conversation.messages, conversation.tools
+        found = []
+        for place, message in enumerate(messages):
+            for name in self._unwritten.of_message(messages, place, tools):
+                what = described(message["role"], name)
+                if conversation.learned[place] and name in ("content", CALLS):
+                    beside = " of a message that also says something" if message["content"] else ""
+                    beside = beside if name == CALLS else ""
+                    raise KindError(
+                        f"message {place + 1}: the chat template does not write {what}{beside}, so "
+                        f"that something else would be learned; {_OTHER_TEMPLATE}, or give the "
+                        'message "weight": 0'
+                    )
+                found.append(what)
+        if self._unwritten.of_tools(messages, tools):
+            found.append("descriptions of tools")
+        return found
+
+    def _formed(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return a message with its calls in the form in which the template writes them."""
+        form = self._trials.call_form if CALLS in message else None
+        if form is None:
+            return message
+        calls = [
+            call | {"function": call["function"] | {
+                "arguments": _arguments(call["function"].get("arguments", {}), form.arguments)
+            }}
+            for call in message[CALLS]
+        ]  # fmt: skip
+        return form.applied(message | {CALLS: calls})
 
     def _text(self, conversation: Conversation, stop: int, *, prompt: bool) -> str:
         try:
@@ -166,45 +239,17 @@ class ChatRenderer:
         *,
         prompt: bool = False,
     ) -> str:
-        if self._as_parts:
-            messages = [
-                message | {"content": [{"type": "text", "text": message["content"]}]}
-                for message in messages
-            ]
-        return self._encoder.render(messages, tools, prompt=prompt)
-
-    def _says_what_is_said(self) -> bool | None:
-        """Tell whether trial conversations can be told apart; None if there can be none."""
-        try:
-            said = self._render(_trial("q", "A"))
-            others = (self._render(_trial("q", "x")), self._render(_trial("x", "A")))
-        except TemplateRefusalError:  # it wants other messages: each row will say so
-            return None
-        return said not in others
-
-    def _find_header(self) -> str:
-        try:
-            asked = self._render(_trial("q"))
-            if self._render(_trial("q"), prompt=True) != asked:
-                return ""
-            common = _common(self._render(_trial("q", "A")), self._render(_trial("q", "b")))
-        except TemplateRefusalError:  # as above
-            return ""
-        header = common[len(asked) :] if common.startswith(asked) else ""
-        # White space alone is no header: "[/INST] answer" begins with a space of the answer's.
-        return header if header.strip() else ""
+        parts = [self._trials.in_parts(message) for message in messages]
+        return self._encoder.render(parts, tools, prompt=prompt)
 
 
-def _trial(*contents: str) -> list[dict[str, Any]]:
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
-
-
-def _common(one: str, other: str) -> str:
-    """Return what both begin with."""
-    shorter = min(len(one), len(other))
-    low, high = 0, shorter
-    while low < high:  # equality of slices is compared in C, characters in Python are not
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return one[:low]
+def _arguments(given: Any, wanted: str) -> Any:
+    """Return a call's arguments as an object or a string of JSON, whichever is wanted."""
+    if wanted == "object" and isinstance(given, str):
+        found = from_json(given, "arguments") if given.strip() else {}
+        if not isinstance(found, dict):
+            raise KindError('"arguments" of a call are a string of JSON, and not of an object')
+        return found
+    if wanted == "string" and not isinstance(given, str):
+        return json.dumps(given, ensure_ascii=False)
+    return given

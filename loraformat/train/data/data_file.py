@@ -139,9 +139,9 @@ class DataFile:
             )
         if head[:2] == b"\x1f\x8b" or head == b"\x28\xb5\x2f\xfd":
             raise InputError(
-                "is compressed, and rows are read from any place of the file",
+                "is compressed, and its name does not say so",
                 path=self.path,
-                hint="decompress it first: gunzip --keep, zstd -d",
+                hint=f"name it {self.path.name}.{'gz' if head[:1] == bytes([31]) else 'zst'}",
             )
         return len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0
 

@@ -13,8 +13,8 @@ from loraformat.train.data.audit import Audit
 from loraformat.train.data.collate import Tokens, collate
 from loraformat.train.data.cursor import Cursor
 from loraformat.train.data.encode import Encoded, RowEncoder
+from loraformat.train.data.field_types import KindError
 from loraformat.train.data.index import SampleIndex
-from loraformat.train.data.kinds import KindError
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.pieces import piece_size
 from loraformat.train.data.plan import Plan, Rows
@@ -38,6 +38,8 @@ class Dataset:
     options : DataOptions
     fingerprint : str
         Of tokens, masks, options and the number of ranks: what a cursor must agree with.
+    stops : list of int
+        The special tokens with which what is learned ends: where a trained model stops.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Dataset:
         survey = Survey(sources, self._encoder, options, progress)
         self.audit: Audit = survey.audit
         self._index: SampleIndex = survey.index
+        self.stops: list[int] = sorted(survey.stops)
+        self._row_hashes = survey.row_hashes
         self._plan = Plan(self._index.lengths(), options)
         self._counts: dict[int, int] = {}
         self._last: tuple[tuple[int, int, int], Encoded] | None = None
@@ -139,10 +143,10 @@ class Dataset:
         return batch
 
     def _tokens(self, number: int) -> Tokens:
-        encoded, begin, end = self._encoded(number)
-        return Tokens(encoded.ids[begin:end], encoded.learned[begin:end])
+        encoded = self._encoded(number)
+        return Tokens(encoded.ids, encoded.learned)
 
-    def _encoded(self, number: int) -> tuple[Encoded, int, int]:
+    def _encoded(self, number: int) -> Encoded:
         sample = self._index[number]
         source = self._sources[sample.source]
         part = (sample.source, sample.row, sample.part)
@@ -152,13 +156,20 @@ class Dataset:
         else:
             encoded = self._encoder.encode_part(source.read(sample.row), sample.part)
             self._last = (part, encoded)
-        end = sample.begin + sample.length
-        if end > len(encoded.ids):
+        piece = encoded.piece(
+            sample.begin, sample.length, encoded.lead_within(self.options.seq_len)
+        )
+        if len(piece.ids) < sample.length:
             raise FileChangedError(
                 f"{source.place(sample.row)}: fewer tokens than when it was surveyed",
                 path=source.name,
             )
-        return encoded, sample.begin, end
+        return piece
+
+    def rows_also_in(self, other: Dataset) -> int:
+        """Count the rows that stand in other data, too: those of the same tokens, learned alike."""
+        there = set(other._row_hashes)
+        return sum(one in there for one in self._row_hashes)
 
     def place(self, number: int) -> str:
         """Say where a sample stands, such as ``data.jsonl: line 7``.
@@ -185,8 +196,7 @@ class Dataset:
 
     def preview(self, number: int = 0) -> str:
         """Return a sample as text, what is learned of it between ⟦ and ⟧."""
-        encoded, begin, end = self._encoded(number)
-        return marked(encoded, begin, end - begin)
+        return marked(self._encoded(number))
 
 
 def open_data(

@@ -11,12 +11,18 @@ Nothing here knows the ids of padding: a batch is padded later, by length.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loraformat.train.data.chat import ChatRenderer
 from loraformat.train.data.kinds import Completion, Conversation, Text, meaning
-from loraformat.train.data.mask import forget_space_behind_ends, overlapping, straddling, texts
+from loraformat.train.data.mask import (
+    forget_space_behind_ends,
+    last_learned,
+    overlapping,
+    straddling,
+    texts,
+)
 from loraformat.train.data.pieces import pieces
 from loraformat.train.data.row import Row
 from loraformat.train.data.tokenizer import TextEncoder, TokenizedText
@@ -42,6 +48,14 @@ class Encoded:
         Whether it may be cut into pieces of ``seq_len``.
     rendered : bool
         Whether the chat template wrote it.
+    lead : int
+        Tokens at the beginning with which each later piece of it begins, too, such as BOS.
+    stops : tuple of int
+        Special tokens with which learned turns end.
+    unwritten : tuple of str
+        What the row says and the chat template leaves out; of the row's first part only.
+    wordless : int
+        Answers without a word, which are not learned; of the row's first part only.
     """
 
     ids: list[int]
@@ -51,6 +65,28 @@ class Encoded:
     straddling: int = 0
     is_text: bool = False
     rendered: bool = False
+    lead: int = 0
+    stops: tuple[int, ...] = ()
+    unwritten: tuple[str, ...] = ()
+    wordless: int = 0
+
+    def lead_within(self, limit: int) -> int:
+        """Return how many tokens begin each later piece of at most so many tokens."""
+        return self.lead if limit > self.lead + 1 else 0
+
+    def piece(self, begin: int, length: int, lead: int) -> Encoded:
+        """Return a piece of so many tokens, those among them that begin each later one.
+
+        The token behind these has its context in another piece, and is not learned.
+        """
+        lead = lead if begin else 0
+        end = begin + length - lead
+        learned = self.learned[:lead] + self.learned[begin:end]
+        learned[: lead + 1] = [False] * min(lead + 1, len(learned))
+        return replace(
+            self, ids=self.ids[:lead] + self.ids[begin:end], learned=learned,
+            shown=self.shown[:lead] + self.shown[begin:end],
+        )  # fmt: skip
 
 
 class RowEncoder:
@@ -111,8 +147,12 @@ class RowEncoder:
         tokens = self._encoder.tokenize(parts[number].decode("utf-8"))
         begins = row.begins and number == 0
         ends = row.ends and number == len(parts) - 1
-        piece = self._framed(tokens, [True] * len(tokens.ids), begins=begins, ends=ends)
+        piece = self._framed(tokens, [True] * len(tokens.ids), ends=ends)
         piece.is_text = True
+        if not begins and piece.lead < len(piece.ids):
+            piece.learned[piece.lead] = False  # its context is in the piece before
+        if begins and ends and not tokens.ids:  # no document, and no end of one
+            piece.learned = [False] * len(piece.ids)
         return piece
 
     def _completion(self, meant: Completion) -> Encoded:
@@ -120,32 +160,52 @@ class RowEncoder:
         begin = 0 if self._everything else len(meant.prompt)
         ranges = ((begin, len(tokens.text)),)
         learned = overlapping(tokens, ranges)
-        encoded = self._framed(tokens, learned, begins=True, ends=True)
+        encoded = self._framed(tokens, learned, ends=True)
         encoded.straddling = straddling(tokens, ranges)
+        if not meant.completion:
+            encoded.wordless = 1
+            if not self._everything:
+                encoded.learned = [False] * len(encoded.ids)
         return encoded
 
     def _conversation(self, meant: Conversation) -> Iterator[Encoded]:
+        wordless = meant.wordless
+        special = self._encoder.special
         for rendered in self._chat.render(meant, everything=self._everything):
             tokens = self._encoder.tokenize(rendered.text)
             learned = overlapping(tokens, rendered.learned)
             if not self._everything:
-                forget_space_behind_ends(learned, tokens, rendered.learned, self._encoder.special)
-            last = max((i for i, yes in enumerate(learned) if yes), default=None)
-            ends = last is None or self._everything or tokens.ids[last] in self._encoder.special
-            across = straddling(tokens, rendered.learned)
-            yield Encoded(tokens.ids, learned, texts(tokens), ends, across, rendered=True)
+                forget_space_behind_ends(learned, tokens, rendered.learned, special)
+            last = last_learned(learned, tokens, rendered.learned)
+            stops = [tokens.ids[n] for n in last if tokens.ids[n] in special]
+            yield Encoded(
+                tokens.ids, learned, texts(tokens), len(stops) == len(last),
+                straddling(tokens, rendered.learned), rendered=True,
+                lead=self._lead(tokens.ids),
+                stops=tuple(stops), unwritten=rendered.unwritten, wordless=wordless,
+            )  # fmt: skip
+            wordless = 0
 
-    def _framed(
-        self, tokens: TokenizedText, learned: list[bool], *, begins: bool, ends: bool
-    ) -> Encoded:
+    def _framed(self, tokens: TokenizedText, learned: list[bool], *, ends: bool) -> Encoded:
         prefix, suffix = self._encoder.prefix, self._encoder.suffix
         # A text may spell out BOS or EOS itself; twice would be what no model has seen.
-        before = prefix if begins and tokens.ids[: len(prefix)] != prefix else []
+        before = prefix if tokens.ids[: len(prefix)] != prefix else []
         after = suffix if ends and (not tokens.ids or tokens.ids[-1:] != suffix[-1:]) else []
         names = self._encoder.tokenizer.convert_ids_to_tokens
+        ids = before + tokens.ids + after
         return Encoded(
-            before + tokens.ids + after,
+            ids,
             [self._everything] * len(before) + learned + [True] * len(after),
             [*names(before), *texts(tokens), *names(after)],
             ends=bool(suffix) or not ends,
+            lead=self._lead(ids),
+            stops=tuple(suffix[-1:]) if ends else (),
         )
+
+    def _lead(self, ids: list[int]) -> int:
+        """Return how many tokens at the beginning stand at the beginning of every text."""
+        first = self._encoder.tokenizer.bos_token_id
+        for start in (self._encoder.prefix, [] if first is None else [first]):
+            if start and ids[: len(start)] == start:
+                return len(start)
+        return 0

@@ -7,6 +7,7 @@ from typing import Any
 from loraformat.errors import HubError, InputError, MissingDependencyError, printable
 from loraformat.train.data.kinds import FIELDS
 from loraformat.train.data.row import Row
+from loraformat.train.data.row_spool import without_nulls
 
 __all__ = ["HubRows", "open_hub"]
 
@@ -47,7 +48,7 @@ class HubRows:
 
     def read(self, number: int) -> Row:
         """Return a row."""
-        return Row(dict(self._table[number]))
+        return Row(without_nulls(dict(self._table[number])))
 
 
 def open_hub(repo: str, revision: str | None, subset: str, split: str) -> HubRows:

@@ -10,9 +10,10 @@
     {"instruction": "…", "input": "…", "output": "…"}   Alpaca's: one question, one answer
 
 Conversations may carry ``tools``, and a ``system`` text beside Alpaca's and ShareGPT's
-fields. An assistant's message with ``"weight": 0`` is not learned. Other fields are
-ignored, and so is a field that is ``null``; a row that is two of these at once
-is an error.
+fields; Alpaca's may have a ``history`` of pairs. An assistant's message with ``"weight": 0`` is
+not learned, nor is one that says nothing. Other fields are ignored, and so is a field that is
+``null``. A ``text`` beside another kind is passed over if it holds what that kind says last, as
+tatsu-lab/alpaca's does; any other row that is two of these at once is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FIELDS", "Completion", "Conversation", "KindError", "Text", "kind_of", "meaning"]
+from loraformat.train.data.field_types import KindError, as_list, as_string
+from loraformat.train.data.messages import (
+    checked_message,
+    from_sharegpt,
+    history_turns,
+    says_nothing,
+    system_message,
+    tool_list,
+)
+
+__all__ = ["FIELDS", "Completion", "Conversation", "Text", "kind_of", "meaning"]
 
 FIELDS = frozenset(
     [
@@ -33,6 +44,7 @@ FIELDS = frozenset(
         "input",
         "output",
         "system",
+        "history",
         "tools",
     ]
 )
@@ -45,15 +57,6 @@ _NEEDED = {
     "conversations": ("conversations",),
     "instruction and output": ("instruction", "output"),
 }
-_SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-    "model": "assistant", "chatgpt": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool",
-}  # fmt: skip
-
-
-class KindError(ValueError):
-    """A row that means nothing, or two things."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +86,14 @@ class Conversation:
         For each message whether it is learned.
     tools : list or None
         Descriptions of tools, as the template wants them.
+    wordless : int
+        Messages of the assistant's that say nothing, and are not learned therefore.
     """
 
     messages: list[dict[str, Any]]
     learned: list[bool]
     tools: list[Any] | None = None
+    wordless: int = 0
 
 
 def kind_of(fields: dict[str, Any]) -> str:
@@ -111,9 +117,20 @@ def kind_of(fields: dict[str, Any]) -> str:
             f"fields {found}; wanted text, prompt and completion, messages, conversations, "
             "or instruction and output"
         )
+    if len(kinds) > 1 and kinds[0] == "text" and _retold(fields, kinds[1]):
+        kinds = kinds[1:]
     if len(kinds) > 1:
         raise KindError(f"has the fields of two kinds of row: {', and '.join(kinds)}; keep one")
     return kinds[0]
+
+
+def _retold(fields: dict[str, Any], kind: str) -> bool:
+    """Tell whether a row's text holds what the row says last in another way."""
+    said = fields[_NEEDED[kind][-1]]
+    if isinstance(said, list) and said and isinstance(said[-1], dict):
+        said = said[-1].get("content", said[-1].get("value"))
+    text = fields["text"]
+    return isinstance(said, str) and isinstance(text, str) and said.strip() in text
 
 
 def meaning(fields: dict[str, Any]) -> Text | Completion | Conversation:
@@ -131,23 +148,25 @@ def meaning(fields: dict[str, Any]) -> Text | Completion | Conversation:
     """
     kind = kind_of(fields)
     if kind == "text":
-        return Text(_string(fields, "text"))
+        return Text(as_string(fields, "text"))
     if kind == "prompt and completion":
         return _completion(fields)
     if kind == "messages":
         return _conversation(fields["messages"], fields.get("tools"))
     if kind == "conversations":
-        spoken = _list(fields["conversations"], "conversations")
-        turns = [_from_sharegpt(turn) for turn in spoken]
-        return _conversation(_system(fields) + turns, fields.get("tools"))
-    question = _string(fields, "instruction")
+        spoken = as_list(fields["conversations"], "conversations")
+        turns = [from_sharegpt(turn) for turn in spoken]
+        return _conversation(system_message(fields) + turns, fields.get("tools"))
+    question = as_string(fields, "instruction")
     if fields.get("input"):
-        question += "\n\n" + _string(fields, "input")
+        question += "\n\n" + as_string(fields, "input")
     turns = [
+        *system_message(fields),
+        *history_turns(fields.get("history")),
         {"role": "user", "content": question},
-        {"role": "assistant", "content": _string(fields, "output")},
+        {"role": "assistant", "content": as_string(fields, "output")},
     ]
-    return _conversation(_system(fields) + turns, None)
+    return _conversation(turns, fields.get("tools"))
 
 
 def _completion(fields: dict[str, Any]) -> Completion | Conversation:
@@ -155,79 +174,19 @@ def _completion(fields: dict[str, Any]) -> Completion | Conversation:
         asked = _conversation(fields["prompt"], fields.get("tools"))
         answered = _conversation(fields["completion"], None)
         learned = [False] * len(asked.messages) + answered.learned
-        return Conversation(asked.messages + answered.messages, learned, asked.tools)
-    return Completion(_string(fields, "prompt"), _string(fields, "completion"))
+        return Conversation(
+            asked.messages + answered.messages, learned, asked.tools, answered.wordless
+        )
+    return Completion(as_string(fields, "prompt"), as_string(fields, "completion"))
 
 
 def _conversation(messages: Any, tools: Any) -> Conversation:
-    checked = [_message(message) for message in _list(messages, "messages")]
-    if tools is not None:
-        tools = _list(tools, "tools")
-    learned = [
+    checked = [checked_message(message) for message in as_list(messages, "messages")]
+    answers = [
         message["role"] == "assistant" and message.pop("weight", 1) != 0 for message in checked
     ]
-    return Conversation(checked, learned, tools or None)
-
-
-def _message(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise KindError('a message is not an object with a "role"')
-    checked = {name: value for name, value in message.items() if value is not None}
-    content = checked.get("content", "")
-    if isinstance(content, list):
-        content = "".join(map(_text_part, content))
-    if not isinstance(content, str):
-        raise KindError(f'"content" of a message is {_name(content)}, wanted a string')
-    if checked.get("weight", 1) not in (0, 1):
-        raise KindError('"weight" of a message is neither 0 nor 1')
-    if "content" not in checked and "tool_calls" not in checked:
-        raise KindError('a message without "content"')
-    return checked | {"content": content}
-
-
-def _text_part(part: Any) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise KindError('a part of a "content" that is not text')
-    return text
-
-
-def _from_sharegpt(turn: Any) -> dict[str, Any]:
-    if isinstance(turn, dict) and "role" in turn:
-        return turn
-    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
-        raise KindError('a turn of "conversations" is not an object with "from" and "value"')
-    role = _SHAREGPT_ROLES.get(turn["from"])
-    if role is None:
-        raise KindError(
-            f'"from" is {turn["from"][:40]!r}, wanted one of {", ".join(_SHAREGPT_ROLES)}'
-        )
-    renamed = {"role": role, "content": turn.get("value")}
-    return renamed | ({"weight": turn["weight"]} if turn.get("weight") is not None else {})
-
-
-def _system(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    return (
-        [{"role": "system", "content": _string(fields, "system")}] if fields.get("system") else []
-    )
-
-
-def _string(fields: dict[str, Any], name: str) -> str:
-    value = fields[name]
-    if not isinstance(value, str):
-        raise KindError(f'"{name}" is {_name(value)}, wanted a string')
-    return value
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise KindError(f'"{name}" is {_name(value) if value != [] else "empty"}, wanted a list')
-    return value
-
-
-def _name(value: Any) -> str:
-    names: dict[type, str] = {
-        str: "a string", list: "a list", dict: "an object", bool: "true or false",
-        int: "a number", float: "a number", type(None): "null",
-    }  # fmt: skip
-    return names.get(type(value), type(value).__name__)
+    learned = [
+        answer and not says_nothing(message)
+        for answer, message in zip(answers, checked, strict=True)
+    ]
+    return Conversation(checked, learned, tool_list(tools), sum(answers) - sum(learned))

@@ -9,7 +9,14 @@ import numpy as np
 
 from loraformat.train.data.tokenizer import TokenizedText
 
-__all__ = ["Ranges", "forget_space_behind_ends", "overlapping", "straddling", "texts"]
+__all__ = [
+    "Ranges",
+    "forget_space_behind_ends",
+    "last_learned",
+    "overlapping",
+    "straddling",
+    "texts",
+]
 
 Ranges = tuple[tuple[int, int], ...]
 """Characters from … to before …, in order."""
@@ -62,6 +69,28 @@ def forget_space_behind_ends(
         if place >= 0 and tokens.ids[place] in special:
             for one in space:
                 learned[one] = False
+
+
+def last_learned(learned: list[bool], tokens: TokenizedText, ranges: Ranges) -> list[int]:
+    r"""Return for each range the last token in it that is learned and no white space.
+
+    Examples
+    --------
+    >>> tokens = TokenizedText("a b\n", [1, 2, 3], [(0, 1), (1, 3), (3, 4)])
+    >>> last_learned([True, True, True], tokens, ((0, 1), (1, 4)))
+    [0, 1]
+    """
+    begins = [begin for begin, _ in tokens.spans]
+    found = []
+    for start, stop in ranges:
+        place = int(np.searchsorted(begins, stop)) - 1
+        while place >= 0 and tokens.spans[place][1] > start:
+            begin, end = tokens.spans[place]
+            if learned[place] and tokens.text[begin:end].strip():
+                found.append(place)
+                break
+            place -= 1
+    return found
 
 
 def texts(tokens: TokenizedText) -> list[str]:

@@ -1,21 +1,19 @@
-"""Parquet, through pyarrow: read once from front to back into a temporary file of JSON Lines.
+"""Parquet, through pyarrow.
 
-Rows of Parquet can only be had with the whole row group around them, tens of megabytes
-unpacked, and a shuffled epoch asks for them in any order. The temporary file has no name,
-lies in ``TMPDIR``, and is gone when the process ends.
+Rows of Parquet can only be had with the whole row group around them, tens of megabytes unpacked, so
+that they are written into a temporary file.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
-from loraformat.errors import InputError, LoraFormatError, MissingDependencyError, ResourceError
+from loraformat.errors import InputError
 from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.json_lines import JsonLines
 from loraformat.train.data.kinds import FIELDS
+from loraformat.train.data.row_spool import table_rows
 
 __all__ = ["open_parquet"]
 
@@ -37,38 +35,15 @@ def open_parquet(file: DataFile) -> JsonLines:
         If the temporary directory is full.
     """
     _check_frame(file)
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingDependencyError(
-            "Parquet needs pyarrow, which is not installed",
-            path=file.path,
-            hint="run: pip install 'loraformat[data]'",
-        ) from None
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows
-    with file.opened() as stream:
-        try:
-            table = pyarrow.parquet.ParquetFile(stream)
-            columns = [name for name in table.schema_arrow.names if name in FIELDS]
-            number = 0
-            for rows in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
-                for row in rows.to_pylist():
-                    number += 1
-                    spool.write(_line(row, number, file))
-            spool.flush()
-        except LoraFormatError:
-            raise
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise ResourceError(
-                    "no space for the rows of a Parquet file",
-                    path=tempfile.gettempdir(),
-                    hint="name another directory with TMPDIR",
-                ) from None
-            raise InputError(f"not sound Parquet: {error}", path=file.path) from None
-        except Exception as error:  # pyarrow's tree is wide, and a stranger chose the bytes
-            raise InputError(f"not sound Parquet: {error}", path=file.path) from None
-    return JsonLines(DataFile.spooled(file.path, spool), unit="row")
+    return table_rows(file, "Parquet", _batches)
+
+
+def _batches(stream: BinaryIO) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(stream)
+    columns = [name for name in table.schema_arrow.names if name in FIELDS]
+    yield from table.iter_batches(_ROWS_AT_ONCE, columns=columns)
 
 
 def _check_frame(file: DataFile) -> None:
@@ -81,10 +56,3 @@ def _check_frame(file: DataFile) -> None:
             "bytes inside the file",
             path=file.path,
         )
-
-
-def _line(row: dict[str, Any], number: int, file: DataFile) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-    except (TypeError, ValueError) as error:
-        raise InputError(f"row {number}: holds no text: {error}", path=file.path) from None

@@ -9,14 +9,13 @@ from loraformat.train.data.encode import Encoded
 __all__ = ["marked"]
 
 
-def marked(encoded: Encoded, begin: int, length: int) -> str:
+def marked(encoded: Encoded) -> str:
     """Return the text of some tokens, runs of learned ones between ⟦ and ⟧.
 
     Parameters
     ----------
     encoded : Encoded
-    begin, length : int
-        Which tokens. The first has nothing before it and is not learned.
+        The first token has nothing before it and is not learned.
 
     Returns
     -------
@@ -26,13 +25,12 @@ def marked(encoded: Encoded, begin: int, length: int) -> str:
     Examples
     --------
     >>> sample = Encoded([1, 2, 3], [False, True, True], ["Say ", "hello", "</s>"], True)
-    >>> marked(sample, 0, 3)
+    >>> marked(sample)
     'Say ⟦hello</s>⟧'
     """
-    end = begin + length
-    learned = [False, *encoded.learned[begin + 1 : end]]
+    learned = [False, *encoded.learned[1:]]
     said = []
-    for yes, run in groupby(zip(learned, encoded.shown[begin:end], strict=True), lambda x: x[0]):
+    for yes, run in groupby(zip(learned, encoded.shown, strict=True), lambda x: x[0]):
         text = "".join(shown for _, shown in run)
         said.append(f"⟦{text}⟧" if yes else text)
     return "".join(said)

@@ -10,6 +10,8 @@ from pathlib import Path
 from loraformat.errors import InputError, UsageError
 from loraformat.folder import Folder
 from loraformat.hub.source import hub_id
+from loraformat.train.data.arrow_file import open_arrow
+from loraformat.train.data.compressed import COMPRESSIONS, unpacked
 from loraformat.train.data.csv_rows import CsvRows
 from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.hub_rows import open_hub
@@ -19,6 +21,7 @@ from loraformat.train.data.options import DataOptions
 from loraformat.train.data.parquet import open_parquet
 from loraformat.train.data.pieces import piece_size
 from loraformat.train.data.row import RowSource
+from loraformat.train.data.saved_dataset import has_splits, is_saved, open_saved
 from loraformat.train.data.text_file import TextFile
 
 __all__ = ["SUFFIXES", "is_local", "open_sources"]
@@ -33,12 +36,13 @@ _OPENERS: dict[str, Callable[[DataFile, DataOptions], RowSource]] = {
     ".csv": lambda file, options: CsvRows(file, ","),
     ".tsv": lambda file, options: CsvRows(file, "\t"),
     ".parquet": lambda file, options: open_parquet(file),
+    ".arrow": lambda file, options: open_arrow(file),
     ".txt": lambda file, options: TextFile(
         file, paragraphs=options.split_text == "paragraphs", longest=piece_size(options.seq_len)
     ),
 }
 SUFFIXES = tuple(_OPENERS)
-"""Of files that hold rows."""
+"""Of files that hold rows; each may have one of a compression behind it."""
 
 
 def open_sources(
@@ -66,7 +70,7 @@ def open_sources(
     """
     listed = [names] if isinstance(names, (str, PathLike)) else names
     if all(map(is_local, listed)):
-        _refuse_hub_options(options)
+        _refuse_hub_options(options, split=not any(has_splits(Path(name)) for name in listed))
     return [source for name in listed for source in _open(fspath(name), options)]
 
 
@@ -75,9 +79,9 @@ def is_local(name: str | PathLike[str]) -> bool:
     return os.path.lexists(name)
 
 
-def _refuse_hub_options(options: DataOptions) -> None:
+def _refuse_hub_options(options: DataOptions, *, split: bool) -> None:
     usual = DataOptions()
-    for name in ("subset", "split"):
+    for name in ("subset", "split") if split else ("subset",):
         given = getattr(options, name)
         if given != getattr(usual, name):
             raise UsageError(
@@ -90,28 +94,42 @@ def _refuse_hub_options(options: DataOptions) -> None:
 def _open(name: str, options: DataOptions) -> list[RowSource]:
     path = Path(name)
     if path.is_dir():
+        if is_saved(path):
+            return open_saved(path, options.split)
         return _directory(path, options)
-    suffix = path.suffix.lower()
     hub = hub_id(name)
     if not is_local(path):
-        if hub is None or suffix in SUFFIXES:
+        if hub is None or _suffixes(name) is not None:
             raise InputError("no such file or directory", path=path)
         return [open_hub(*hub, options.subset, options.split)]
-    if suffix not in _OPENERS:
+    if _suffixes(name) is None:
         raise InputError(
-            f"suffix {suffix or 'missing'} says nothing about what is in it",
+            f"suffix {path.suffix.lower() or 'missing'} says nothing about what is in it",
             path=path,
-            hint=f"name it {', '.join(SUFFIXES)}",
+            hint=f"name it {', '.join(SUFFIXES)}, with {' or '.join(COMPRESSIONS)} behind that if "
+            "it is compressed",
         )
-    return [_OPENERS[suffix](DataFile.at(path), options)]
+    return [_file(DataFile.at(path), name, options)]
+
+
+def _suffixes(name: str) -> tuple[str, str] | None:
+    """Return what a file is and how it is compressed, by its name; None if it holds no rows."""
+    path = Path(name.lower())
+    packed = path.suffix if path.suffix in COMPRESSIONS else ""
+    suffix = path.with_suffix("").suffix if packed else path.suffix
+    return (suffix, packed) if suffix in _OPENERS else None
+
+
+def _file(file: DataFile, name: str, options: DataOptions) -> RowSource:
+    found = _suffixes(name)
+    assert found is not None
+    suffix, packed = found
+    return _OPENERS[suffix](unpacked(file, packed) if packed else file, options)
 
 
 def _directory(path: Path, options: DataOptions) -> list[RowSource]:
     folder = Folder(path)
-    sources: list[RowSource] = [
-        _OPENERS[Path(name).suffix.lower()](DataFile.inside(folder, name), options)
-        for name in _walk(path, "", 0)
-    ]
+    sources = [_file(DataFile.inside(folder, name), name, options) for name in _walk(path, "", 0)]
     if not sources:
         raise InputError(f"holds no file named {', '.join(SUFFIXES)}", path=path)
     return sources
@@ -128,7 +146,7 @@ def _walk(directory: Path, prefix: str, depth: int) -> Iterator[str]:
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", depth + 1)
-        elif Path(entry.name).suffix.lower() in _OPENERS:
+        elif _suffixes(entry.name) is not None:
             yield f"{prefix}{entry.name}"
         elif entry.is_dir():
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -10,8 +11,9 @@ import numpy as np
 
 from loraformat.train.data.audit import Audit
 from loraformat.train.data.encode import Encoded, RowEncoder
+from loraformat.train.data.field_types import KindError
 from loraformat.train.data.index import Sample, SampleIndex
-from loraformat.train.data.kinds import KindError, kind_of
+from loraformat.train.data.kinds import kind_of
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.row import BadRowError, RowSource
 
@@ -35,6 +37,10 @@ class Survey:
     audit : Audit
     fingerprint : str
         Hash of all tokens and of what is learned of them.
+    stops : set of int
+        Special tokens with which what is learned ends.
+    row_hashes : array of uint64
+        One number for each row with samples, the same for the same tokens, learned alike.
 
     Raises
     ------
@@ -54,6 +60,8 @@ class Survey:
         self._sources = sources
         self._encoder, self._options = encoder, options
         self._hash = sha256()
+        self.stops: set[int] = set()
+        self.row_hashes = array("Q")
         total = sum(map(len, sources))
         for number, source in enumerate(sources):
             self.audit.sources.append((source.name, len(source)))
@@ -68,6 +76,8 @@ class Survey:
         self.fingerprint = self._hash.hexdigest()
 
     def _survey_row(self, number: int, source: RowSource, row: int) -> None:
+        self._row = sha256()
+        samples = self.audit.samples
         try:
             # What is wrong with a row shows before its first part; the parts of a long text
             # are never all in memory.
@@ -75,12 +85,17 @@ class Survey:
                 self.audit.rewritten += part == 1 and not one.is_text
                 self.audit.straddling += one.straddling
                 self.audit.endless += not one.ends
+                self.audit.wordless += one.wordless
+                for what in one.unwritten:
+                    self.audit.unwritten[what] = self.audit.unwritten.get(what, 0) + 1
                 for sample in self._samples(one, Sample(number, row, part, 0, len(one.ids))):
                     self._add(one, sample)
         except BadRowError as error:
             if self._options.bad_rows != "skip":
                 raise
             self.audit.count_bad(error)
+        if self.audit.samples > samples:
+            self.row_hashes.append(int.from_bytes(self._row.digest()[:8], "little"))
 
     def _parts(self, source: RowSource, number: int) -> Iterator[Encoded]:
         row = source.read(number)
@@ -97,10 +112,10 @@ class Survey:
 
     def _samples(self, one: Encoded, whole: Sample) -> Iterator[Sample]:
         limit, audit = self._options.seq_len, self.audit
+        lead = one.lead_within(limit)
         if one.is_text:
             audit.longest = max(audit.longest, min(whole.length, limit))
-            for begin in range(0, whole.length, limit):
-                yield replace(whole, begin=begin, length=min(limit, whole.length - begin))
+            yield from _cut(whole, limit, lead, overlap=0)
             return
         audit.longest = max(audit.longest, whole.length)
         if whole.length <= limit:
@@ -115,19 +130,22 @@ class Survey:
             )
             return
         if self._options.over_length == "split":
-            parts = list(_split(whole, limit))
+            # Each begins with the last token of the one before, so that every token but the very
+            # first has one before it in just one sample: each is learned once.
+            parts = list(_cut(whole, limit, lead, overlap=1))
             audit.split += 1
             audit.parts += len(parts)
             yield from parts
             return
-        audit.truncated += 1
-        audit.cut += whole.length - limit
         at_start = self._options.over_length == "truncate-start"
-        yield replace(whole, begin=whole.length - limit if at_start else 0, length=limit)
+        kept = limit - lead if at_start else limit
+        audit.truncated += 1
+        audit.cut += whole.length - kept - (lead if at_start else 0)
+        yield replace(whole, begin=whole.length - kept if at_start else 0, length=limit)
 
     def _add(self, one: Encoded, sample: Sample) -> None:
-        end = sample.begin + sample.length
-        trained = sum(one.learned[sample.begin + 1 : end])
+        piece = one.piece(sample.begin, sample.length, one.lead_within(self._options.seq_len))
+        trained = sum(piece.learned)
         if trained == 0:
             self.audit.unlearned += 1
             return
@@ -138,15 +156,18 @@ class Survey:
         self.audit.pieces += one.is_text
         self.audit.rendered += one.rendered
         self.audit.all_learned += not one.is_text and all(one.learned[1:])
-        self._hash.update(np.array([sample.length], "<i8").tobytes())
-        self._hash.update(np.array(one.ids[sample.begin : end], "<i8").tobytes())
-        self._hash.update(np.array(one.learned[sample.begin : end], "u1").tobytes())
+        self.stops.update(one.stops)
+        for digest in (self._hash, self._row):
+            digest.update(np.array([sample.length], "<i8").tobytes())
+            digest.update(np.array(piece.ids, "<i8").tobytes())
+            digest.update(np.array(piece.learned, "u1").tobytes())
 
 
-def _split(whole: Sample, limit: int) -> Iterator[Sample]:
-    """Yield samples of so many tokens; each begins with the last token of the one before.
-
-    So every token but the very first has one before it in just one sample: each is learned once.
-    """
-    for begin in range(0, whole.length - 1, limit - 1):
-        yield replace(whole, begin=begin, length=min(limit, whole.length - begin))
+def _cut(whole: Sample, limit: int, lead: int, *, overlap: int) -> Iterator[Sample]:
+    """Yield samples of so many tokens, of which the later ones begin with the same few."""
+    begin = 0
+    while begin < max(whole.length - overlap, 1):
+        repeated = lead if begin else 0
+        length = min(limit, whole.length - begin + repeated)
+        yield replace(whole, begin=begin, length=length)
+        begin += length - repeated - overlap

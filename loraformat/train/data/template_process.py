@@ -76,7 +76,6 @@ class TemplateProcess:
         template : str
             Jinja, as transformers understands it.
         messages : sequence of mapping
-            Members that are None are as if they were not there.
         tools : sequence, optional
         prompt : bool
             Also write what stands before the assistant's next words.
@@ -95,10 +94,7 @@ class TemplateProcess:
         if not messages:
             raise TemplateRefusalError("there is no message")
         request = {
-            "messages": [
-                {key: value for key, value in message.items() if value is not None}
-                for message in messages
-            ],
+            "messages": [dict(message) for message in messages],
             "tools": tools, "prompt": prompt, "tokens": dict(tokens or {}),
         }  # fmt: skip
         with self._lock:

@@ -13,6 +13,7 @@ from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.setup import Progress, check_vocabulary, open_base, with_length
+from loraformat.train.run.trained_files import trained_on
 
 __all__ = ["Comparison", "evaluate"]
 
@@ -28,11 +29,14 @@ class Comparison:
         Of the base under its own name, then of each adapter.
     data : list of str
         What is in the data, in sentences.
+    notes : list of str
+        What a user should know.
     """
 
     base: str
     losses: dict[str, HeldOutLoss] = field(default_factory=dict)
     data: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return it for ``json.dumps``."""
@@ -44,6 +48,7 @@ class Comparison:
                 for name, found in self.losses.items()
             ],
             "data": self.data,
+            "notes": self.notes,
         }  # fmt: skip
 
 
@@ -84,6 +89,8 @@ def evaluate(
                 settings = options.data_options(shuffle=False)
                 data = open_data(options.data, encoder.tokenizer, settings, progress=progress)
                 found.data = data.audit.lines()
+            if adapter:
+                found.notes += trained_on(adapter, data.audit.sources)
             name = adapter or options.base
             total = data.batches_in(0)
             batches = _counted(data, partial(tell, name), total)

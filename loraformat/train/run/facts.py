@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraformat.train.loop.run_state import RunState
     from loraformat.train.run.options import TrainOptions
 
-__all__ = ["facts_of"]
+__all__ = ["facts_of", "hash_of"]
 
 _READ_AT_ONCE = 1 << 20
 
@@ -42,7 +42,9 @@ def facts_of(
     return {
         "data": _described(data),
         "prompt_format": data.prompt_format(),
-        "held_out_data": None if held_out is None else _described(held_out),
+        "held_out_data": None
+        if held_out is None
+        else {**_described(held_out), "trained_too": held_out.rows_also_in(data)},
         "steps": state.step,
         "tokens": state.tokens,
         "trained_tokens": state.trained,
@@ -61,7 +63,7 @@ def _described(data: Dataset) -> dict[str, Any]:
     audit = data.audit
     return {
         "files": [
-            {"name": Path(name).name, "rows": rows, "sha256": _hash(Path(name))}
+            {"name": Path(name).name, "rows": rows, "sha256": hash_of(Path(name))}
             for name, rows in audit.sources
         ],
         "rows": audit.rows,
@@ -72,7 +74,7 @@ def _described(data: Dataset) -> dict[str, Any]:
     }
 
 
-def _hash(path: Path) -> str | None:
+def hash_of(path: Path) -> str | None:
     """Return a file's SHA-256; None for what is no file, a dataset on the Hub for example."""
     if not path.is_file():
         return None

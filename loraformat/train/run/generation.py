@@ -13,7 +13,17 @@ import torch
 from loraformat.errors import InputError, UsageError
 from loraformat.train.loop.evaluation import evaluating
 
-__all__ = ["GenerationOptions", "TextStream", "continuation", "stop_tokens"]
+__all__ = [
+    "GENERATION_CONFIG",
+    "GenerationOptions",
+    "TextStream",
+    "continuation",
+    "ids_of",
+    "stop_tokens",
+]
+
+GENERATION_CONFIG = "generation_config.json"
+"""Where transformers keeps which tokens end a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +108,26 @@ def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
     from transformers import GenerationConfig
 
     found: Any = None
-    if (directory / "generation_config.json").is_file():
+    if (directory / GENERATION_CONFIG).is_file():
         try:
             found = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
         except Exception as error:
             raise InputError(
                 f"cannot be read: {' '.join(str(error).split())}",
-                path=directory / "generation_config.json",
+                path=directory / GENERATION_CONFIG,
             ) from None
-    ids = found if isinstance(found, list) else [found]
-    return sorted({n for n in (*ids, tokenizer.eos_token_id) if isinstance(n, int)})
+    return sorted({*ids_of(found), *ids_of(tokenizer.eos_token_id)})
+
+
+def ids_of(value: Any) -> list[int]:
+    """Return what an ``eos_token_id`` holds as a list.
+
+    Examples
+    --------
+    >>> ids_of(2), ids_of([2, 3]), ids_of(None), ids_of(True)
+    ([2], [2, 3], [], [])
+    """
+    return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
 
 
 def continuation(

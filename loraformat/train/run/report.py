@@ -123,10 +123,18 @@ class TrainReport:
         if facts.get("heldout_before") is not None:
             before, after = facts["heldout_before"], facts["heldout_after"]
             lines.append(
-                f"held-out: loss {before:.4f} to {after:.4f}, perplexity "
+                f"{self._evaluated()}: loss {before:.4f} to {after:.4f}, perplexity "
                 f"{_exp(before):.4g} to {_exp(after):.4g}"
             )
         return [*lines, f"record: {self.directory}"]
+
+    def _evaluated(self) -> str:
+        """Name the data of evaluations: held out, unless rows of them are trained on."""
+        known = self.facts.get("held_out_data") or {}
+        trained, rows = known.get("trained_too", 0), known.get("rows", 0)
+        if not trained:
+            return "held-out"
+        return f"evaluated, {trained} of {rows} rows trained on"
 
 
 def _exp(loss: float) -> float:

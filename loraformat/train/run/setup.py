@@ -70,6 +70,8 @@ class Inputs:
     held_out : Dataset or None
     steps, batches : int
         Of the whole run; micro-batches on this rank.
+    trained_too : int
+        Rows of the held-out data that are among those that are trained on.
     """
 
     options: TrainOptions
@@ -79,6 +81,7 @@ class Inputs:
     held_out: Dataset | None
     steps: int
     batches: int
+    trained_too: int = 0
 
     def stream(self, place: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Yield micro-batches from a place on, each with the place behind it."""
@@ -279,7 +282,8 @@ def _with_data(
         settings = _settings(options, options.eval, shuffle=False)
         held_out = open_data(options.eval, encoder.tokenizer, settings, progress=progress, **shares)
     steps, batches = _count(data, options)
-    return Inputs(options, model, encoder, data, held_out, steps, batches)
+    trained_too = 0 if held_out is None else held_out.rows_also_in(data)
+    return Inputs(options, model, encoder, data, held_out, steps, batches, trained_too)
 
 
 def _settings(options: TrainOptions, names: tuple[str, ...], **other: Any) -> DataOptions:

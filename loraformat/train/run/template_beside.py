@@ -1,19 +1,28 @@
-"""The chat template beside an adapter that was trained with another one than its base's.
+"""What lies beside an adapter that is prompted, or stops, otherwise than its base.
 
-Whoever prompts the adapter otherwise than it was trained gets less than was trained. So the
-template goes with it, in the file in which transformers keeps one, and is found there again.
+Whoever prompts the adapter otherwise than it was trained gets less than was trained. So a template
+that is not the base's goes with it, in the file in which transformers keeps one. Turns may end with
+another token than the one that ends the base's texts (Llama 3's ``<|eot_id|>``, ChatML's
+``<|im_end|>`` on a base that knows only documents): whoever waits for that one reads on and on. So
+the tokens that were learned to end turns lie in a ``generation_config.json``, where transformers
+looks for them. Both are found there again.
 """
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.checkpoint import CarriedFile
 from loraformat.ops.adapters import open_adapter
 from loraformat.train.data.dataset import Dataset
 from loraformat.train.data.tokenizer import TextEncoder
+from loraformat.train.run.generation import GENERATION_CONFIG, ids_of, stop_tokens
 from loraformat.train.run.options import TrainOptions
 
-__all__ = ["passed_over", "template_files", "template_of"]
+__all__ = ["learned_stops", "passed_over", "stop_files", "stops_of", "template_files",
+           "template_of"]  # fmt: skip
 
 _NAME = "chat_template.jinja"
 
@@ -35,6 +44,59 @@ def template_files(
         return ()
     text = str(encoder.tokenizer.chat_template).encode("utf-8")
     return (CarriedFile(_NAME, len(text), lambda: text),)
+
+
+def learned_stops(
+    options: TrainOptions, encoder: TextEncoder, data: Dataset, directory: Path
+) -> list[int]:
+    """Return the tokens that end turns in the data and end nothing yet for the base.
+
+    Parameters
+    ----------
+    options, encoder, data
+        As in `template_files`.
+    directory : Path
+        The base.
+    """
+    known = stop_tokens(directory, encoder.tokenizer)
+    before = stops_of(options.adapter) if options.adapter else []
+    return sorted({*data.stops, *before} - set(known))
+
+
+def stop_files(
+    options: TrainOptions, encoder: TextEncoder, data: Dataset, directory: Path
+) -> tuple[CarriedFile, ...]:
+    """Return what shall lie beside the adapter: the tokens that end a text, if there are new ones.
+
+    Parameters
+    ----------
+    options, encoder, data, directory
+        As in `learned_stops`.
+    """
+    learned = learned_stops(options, encoder, data, directory)
+    if not learned:
+        return ()
+    ids = [*stop_tokens(directory, encoder.tokenizer), *learned]
+    text = json.dumps({"eos_token_id": ids}, indent=2).encode("utf-8") + b"\n"
+    return (CarriedFile(GENERATION_CONFIG, len(text), lambda: text),)
+
+
+def stops_of(adapter: str) -> list[int]:
+    """Return the tokens that end a text by what an adapter brings.
+
+    Parameters
+    ----------
+    adapter : str
+        A path, or a Hub id.
+
+    Raises
+    ------
+    LoraFormatError
+        If it is no adapter, or its generation config is damaged.
+    """
+    with open_adapter(adapter) as opened:
+        found = CarriedTokenizer(opened.files, opened.path).json(GENERATION_CONFIG)
+    return ids_of(found.get("eos_token_id"))
 
 
 def passed_over(options: TrainOptions, encoder: TextEncoder, data: Dataset) -> bool:

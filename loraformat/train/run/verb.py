@@ -35,7 +35,12 @@ from loraformat.train.run.probe import time_of
 from loraformat.train.run.report import TrainReport
 from loraformat.train.run.run_directory import RunDirectory
 from loraformat.train.run.setup import Inputs, Progress, check_device, open_inputs
-from loraformat.train.run.template_beside import passed_over, template_files
+from loraformat.train.run.template_beside import (
+    learned_stops,
+    passed_over,
+    stop_files,
+    template_files,
+)
 from loraformat.train.run.write_on import chat_ids, plain_ids
 
 __all__ = ["train"]
@@ -174,7 +179,9 @@ class _Run:
         options = self._options = inputs.options
         self._directory = RunDirectory(output)
         self._model = inputs.model
-        self._beside = template_files(options, inputs.encoder, inputs.data)
+        self._chat = (options, inputs.encoder, inputs.data)
+        self._base = inputs.model.bundle.folder.path
+        self._beside = (*template_files(*self._chat), *stop_files(*self._chat, self._base))
         self.report = TrainReport(
             target=str(output), directory=str(self._directory.path),
             plan=inputs.plan(), disk=plan_disk(inputs.shape(), options, world.size),
@@ -184,7 +191,8 @@ class _Run:
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
         )  # fmt: skip
         self.report.notes += [
-            *self._unheeded_note(), *self._template_note(), *self._memory_note()
+            *self._unheeded_note(), *self._template_note(), *self._stops_note(),
+            *self._overlap_note(), *self._memory_note(),
         ]  # fmt: skip
 
     def _unheeded_note(self) -> list[str]:
@@ -197,6 +205,27 @@ class _Run:
         return [
             "the adapter brings a chat template of its own, and the model's is used; "
             "to use it, name it with --chat-template"
+        ]
+
+    def _stops_note(self) -> list[str]:
+        learned = learned_stops(*self._chat, self._base)
+        if not learned:
+            return []
+        tokenizer = self._inputs.encoder.tokenizer
+        ends = " and ".join(tokenizer.convert_ids_to_tokens(learned))
+        usual = f", not with {tokenizer.eos_token}" if tokenizer.eos_token else ""
+        return [
+            f"turns end with {ends}{usual}: generate stops there; {generation.GENERATION_CONFIG} "
+            "beside the adapter tells others"
+        ]
+
+    def _overlap_note(self) -> list[str]:
+        held_out, trained = self._inputs.held_out, self._inputs.trained_too
+        if held_out is None or not trained:
+            return []
+        return [
+            f"{trained} of the {held_out.audit.rows} rows of --eval are in the training data: "
+            "the loss on them is no held-out loss"
         ]
 
     def _memory_note(self) -> list[str]:
@@ -390,7 +419,8 @@ class _Run:
 
     def _sample(self) -> list[tuple[str, str]]:
         encoder = self._inputs.encoder
-        stops = generation.stop_tokens(self._model.bundle.folder.path, encoder.tokenizer)
+        stops = generation.stop_tokens(self._base, encoder.tokenizer)
+        stops = sorted({*stops, *learned_stops(*self._chat, self._base)})
         chat = self._inputs.data.prompt_format() not in _WITHOUT_TEMPLATE
         write = chat_ids if chat else plain_ids
         told = []

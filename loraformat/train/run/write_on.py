@@ -13,7 +13,7 @@ from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 from loraformat.train.run.generation import GenerationOptions, continuation, stop_tokens
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.setup import check_vocabulary, open_base
-from loraformat.train.run.template_beside import template_of
+from loraformat.train.run.template_beside import stops_of, template_of
 
 __all__ = ["Written", "chat_ids", "plain_ids", "write_on"]
 
@@ -82,10 +82,13 @@ def write_on(
         if chat and options.adapter and (own := template_of(options.adapter)):
             encoder.tokenizer.chat_template = own
         ids = chat_ids(encoder, prompt, system) if chat else plain_ids(encoder, prompt)
+        stops = set(stop_tokens(directory, encoder.tokenizer))
+        if options.adapter:
+            stops.update(stops_of(options.adapter))
         begun = time.monotonic()
         stream = continuation(
             model, encoder.tokenizer, ids, drawn,
-            stops=stop_tokens(directory, encoder.tokenizer), device=options.device, tell=tell,
+            stops=sorted(stops), device=options.device, tell=tell,
         )  # fmt: skip
         seconds = time.monotonic() - begun
     return Written(prompt, stream.text(), len(stream.tokens), seconds)

@@ -5,7 +5,7 @@ from tokenizers import processors
 
 from loraformat.errors import InputError
 from loraformat.train.data.encode import RowEncoder
-from loraformat.train.data.kinds import KindError
+from loraformat.train.data.field_types import KindError
 from loraformat.train.data.row import Row
 from loraformat.train.data.tokenizer import TextEncoder
 from tests.train.data.tokenizers_and_templates import TEMPLATES, byte_level
@@ -197,13 +197,24 @@ def test_a_template_that_leaves_out_what_is_said_is_refused(tokenizer):
         encode(tokenizer, {"messages": messages()})
 
 
-def test_an_answer_of_no_words_splits_no_conversation(chat):
+def test_an_answer_of_no_words_is_not_learned_and_splits_no_conversation(chat, dataset):
     turns = [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")]
     (encoded,) = encode(chat, {"messages": messages(turns)})
     learned = [t for t, yes in zip(encoded.shown, encoded.learned, strict=True) if yes]
-    assert learned == ["<|im_end|>", "c", "<|im_end|>"]
+    assert learned == ["c", "<|im_end|>"] and encoded.wordless == 1
+    opened = dataset([{"messages": messages(turns)}] * 2 + [{"messages": messages(turns[:2])}])
+    assert (opened.audit.wordless, opened.audit.unlearned, len(opened)) == (3, 1, 2)
+    assert "3 answers without a word are not learned" in opened.audit.lines()
     chat.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     assert len(encode(chat, {"messages": messages(turns)})) == 1
+
+
+@pytest.mark.parametrize("row", [{"text": ""}, {"prompt": "two plus two?", "completion": ""}])
+def test_a_row_that_says_nothing_is_left_out(dataset, row):
+    good = {"text": "a b"} if "text" in row else {"prompt": "two plus two?", "completion": " four"}
+    opened = dataset([row, good])
+    assert (opened.audit.unlearned, len(opened)) == (1, 1)
+    assert opened.place(0).endswith("line 2")
 
 
 @pytest.mark.parametrize(

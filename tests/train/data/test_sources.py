@@ -1,20 +1,24 @@
 """Every kind of file gives the same rows; hostile ones give one line that says where."""
 
 import csv
+import gzip
 import io
 import json
 import os
 import sys
 import tracemalloc
 
+import datasets
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraformat.errors import FileChangedError, InputError, MissingDependencyError
+from loraformat.errors import FileChangedError, InputError, MissingDependencyError, UsageError
 from loraformat.train.data import DataOptions
+from loraformat.train.data.hub_rows import HubRows
 from loraformat.train.data.row import LONGEST_ROW
 from loraformat.train.data.sources import open_sources
 
@@ -49,6 +53,13 @@ def as_parquet(rows, **options):
     return file.getvalue()
 
 
+def as_arrow(rows, opened=pa.ipc.new_stream):
+    table, file = pa.Table.from_pylist(rows), io.BytesIO()
+    with opened(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return file.getvalue()
+
+
 def as_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
@@ -62,6 +73,12 @@ FORMS = {
     "f.csv": as_csv(ROWS),
     "g.tsv": b"\xef\xbb\xbf" + as_csv(ROWS, "\t", "\n"),
     "h.parquet": as_parquet(ROWS, row_group_size=2),
+    "i.arrow": as_arrow(ROWS),
+    "j.arrow": as_arrow(ROWS, pa.ipc.new_file),
+    "k.jsonl.gz": gzip.compress(as_lines(ROWS[:1])) + gzip.compress(as_lines(ROWS[1:])),
+    "l.JSONL.zst": pa.compress(as_lines(ROWS), "zstd", asbytes=True),
+    "m.csv.gz": gzip.compress(as_csv(ROWS)),
+    "n.json.zst": pa.compress(json.dumps(ROWS).encode(), "zstd", asbytes=True),
 }
 
 
@@ -83,6 +100,50 @@ def test_a_directory_is_read_in_the_order_of_names(tmp_path):
         path.write_bytes(as_csv(rows) if name.endswith("csv") else as_lines(rows))
     assert [row["text"] for row in read(tmp_path)] == ["1", "2", "0"]
     assert [row["text"] for row in read(tmp_path / "z", tmp_path / "a.jsonl")] == ["2", "0", "1"]
+
+
+def test_what_datasets_saves(tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    table.select([2, 0, 1]).save_to_disk(tmp_path / "one")  # an order of its own, flattened
+    assert read(tmp_path / "one") == [ROWS[2], ROWS[0], ROWS[1]]
+    splits = {"train": table, "test": table.select([1])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two", num_shards={"train": 2, "test": 1})
+    assert read(tmp_path / "two") == ROWS
+    assert read(tmp_path / "two", split="test") == read(tmp_path / "two" / "test") == [ROWS[1]]
+    with pytest.raises(InputError, match=r"two: has no split 'dev'; it has train, test; name one"):
+        read(tmp_path / "two", split="dev")
+    with pytest.raises(UsageError, match="split is 'test', and the data are files"):
+        read(tmp_path / "one", split="test")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"_data_files": [{"filename": "../secret.arrow"}]}, r"\.\."),
+        ({"_data_files": [{"filename": 5}]}, "names no files"),
+        ({"_data_files": []}, "names no files"),
+        ([], "is not a JSON object"),
+    ],
+)  # fmt: skip
+def test_a_saved_data_set_that_is_not_sound(tmp_path, state, message):
+    (tmp_path / "secret.arrow").write_bytes(as_arrow(ROWS))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "dataset_info.json").write_text("{}")
+    (saved / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=message):
+        read(saved)
+
+
+def test_members_that_arrow_adds_are_left_out(tmp_path):
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": given}}]}]}
+        for given in ({"city": "Paris", "near": ["a"]}, {"unit": "h"})
+    ]
+    (tmp_path / "a.parquet").write_bytes(as_parquet(rows))
+    (tmp_path / "b.arrow").write_bytes(as_arrow(rows))
+    assert read(tmp_path / "a.parquet") == read(tmp_path / "b.arrow") == rows
+    assert HubRows("org/name", datasets.Dataset.from_list(rows)).read(1).fields == rows[1]
 
 
 def test_links_that_lead_out_of_a_directory(tmp_path):
@@ -112,7 +173,15 @@ def test_links_that_lead_out_of_a_directory(tmp_path):
         ("a.jsonl", b'{"text": "a", "text": "b"}', "line 1: .* stands twice"),
         ("a.jsonl", b"[" * 100_000, "line 1: not strict JSON: nested deeper"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 or UTF-32, wanted UTF-8"),
-        ("a.jsonl", b"\x1f\x8b\x08\x00", "is compressed"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", r"is compressed, .*; name it a\.jsonl\.gz"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "not sound gzip"),
+        ("a.jsonl.gz", gzip.compress(as_lines(ROWS))[:-9], "not sound gzip"),
+        ("a.jsonl.zst", pa.compress(as_lines(ROWS), "zstd", asbytes=True)[:-5], "not sound Zstan"),
+        ("a.jsonl.zst", as_lines(ROWS), "not sound Zstandard"),
+        ("a.txt.gz", gzip.compress(bytes(70 << 20)), "unpacks to more than 1000 times its size"),
+        ("a.gz", gzip.compress(b"a"), r"suffix \.gz says nothing"),
+        ("a.arrow", as_arrow(ROWS)[:100], "not sound Arrow"),
+        ("a.arrow", b"ARROW1 and more", "not sound Arrow"),
         ("a.json", b'[{"text": "a"}, {"text": "b"', "not JSON: brackets that do not close"),
         ("a.json", b'[{"text": "a}]', "not JSON: a string that does not end"),
         ("a.json", b'[{"text": "a"},]', "not JSON: a comma before the end"),
@@ -217,7 +286,12 @@ def test_any_csv(tmp_path, rows):
 
 
 @quick
-@given(st.binary(max_size=300), st.sampled_from([".json", ".jsonl", ".csv", ".txt", ".parquet"]))
+@given(
+    st.binary(max_size=300),
+    st.sampled_from(
+        [".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow", ".jsonl.gz", ".txt.zst"]
+    ),
+)
 def test_any_bytes_are_rows_or_an_error(tmp_path, data, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(data)

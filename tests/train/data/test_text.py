@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from loraformat.train.data import DataOptions, open_data
 from loraformat.train.data.pieces import piece_size, pieces
 from loraformat.train.data.sources import open_sources
+from tests.train.data.tokenizers_and_templates import TEMPLATES
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -91,17 +92,48 @@ def test_a_long_row_of_text_is_tokenized_in_pieces(dataset, tokenizer):
     assert opened._index[len(opened) - 1].part == 2
 
 
-def test_bos_and_eos_stand_at_the_ends_of_documents_only(tmp_path, tokenizers):
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_every_piece_of_a_document_begins_with_bos_and_the_last_one_ends_with_eos(
+    tmp_path, tokenizers, suffix
+):
     tokenizer = tokenizers["metaspace"]
-    path = tmp_path / "a.txt"
-    path.write_text("It is four.\n" * 1000 + "\n\nIt is.")
-    options = DataOptions(seq_len=128, shuffle=False, split_text="paragraphs")
+    path = tmp_path / f"a.{suffix}"
+    said = ["It is four.\n" * 1000, "It is."]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in said)
+    path.write_text(rows if suffix == "jsonl" else "\n\n".join(said))
+    options = DataOptions(seq_len=128, shuffle=False, split_text="paragraphs", packing=False)
     opened = open_data(path, tokenizer, options)
-    ids = [i for batch, _ in opened.batches(epochs=1) for i in batch.input_ids[0].tolist()]
-    assert ids.count(tokenizer.bos_token_id) == 2 and ids[0] == tokenizer.bos_token_id
-    assert ids[-1] == tokenizer.eos_token_id
-    first = ids.index(tokenizer.eos_token_id)
-    assert ids[first + 1] == tokenizer.bos_token_id
+    batches = [batch for batch, _ in opened.batches(epochs=1)]
+    samples = [batch.input_ids[0].tolist() for batch in batches]
+    assert len(samples) > 15
+    assert all(ids[0] == tokenizer.bos_token_id for ids in samples)
+    assert sum(ids.count(tokenizer.bos_token_id) for ids in samples) == len(samples)
+    ends = [n for n, ids in enumerate(samples) if ids[-1] == tokenizer.eos_token_id]
+    assert ends == [len(samples) - 2, len(samples) - 1]
+    assert max(map(len, samples)) == 128
+    # What stands at a cut has its context in the piece before, and is not learned from BOS.
+    assert batches[0].labels[0, 1] >= 0 and batches[-1].labels[0, 1] >= 0
+    assert all(batch.labels[0, :2].tolist() == [-100, -100] for batch in batches[1:-1])
+    assert sum(batch.trained for batch in batches) == opened.audit.trained
+
+
+@pytest.mark.parametrize("over_length", ["split", "truncate-start"])
+def test_later_pieces_of_a_conversation_begin_with_bos(dataset, tokenizer, over_length):
+    tokenizer.chat_template = TEMPLATES["llama3"]
+    turns = [
+        {"role": role, "content": f"two plus two is four {place}"}
+        for place, role in enumerate(("user", "assistant") * 6)
+    ]
+    whole = dataset([{"messages": turns}], seq_len=4096)
+    opened = dataset(
+        [{"messages": turns}], seq_len=40, over_length=over_length, packing=False, shuffle=False
+    )
+    samples = [batch.input_ids[0].tolist() for batch, _ in opened.batches(epochs=1)]
+    assert all(ids[0] == tokenizer.bos_token_id and len(ids) <= 40 for ids in samples)
+    if over_length == "split":
+        assert len(samples) > 3 and opened.audit.trained == whole.audit.trained
+    else:
+        assert opened.audit.cut == whole.audit.longest - 40 and len(samples) == 1
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv"])

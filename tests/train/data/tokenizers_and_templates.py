@@ -50,6 +50,55 @@ TEMPLATES = {
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     ),
+    "always_asks": (  # Llama 3's first one: a header ends it, wanted or not
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    ),
+    "always_asks_in_words": (
+        "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}### assistant: "
+    ),
+    "calls_if_none": (  # as DeepSeek's: joins strings, and writes a call only instead of words
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+        "{% elif m.role == 'assistant' and m.content is none %}<|assistant|>{% for c in "
+        "m.tool_calls %}{{ 'CALL ' + c.function.name + ' ' + c.function.arguments }}{% endfor %}"
+        "</s>{% elif m.role == 'assistant' and m.content is not none %}"
+        "<|assistant|>{{ m.content + '</s>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "calls_in_json": (  # fails on a content that is none, as Qwen 3's does
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+        "{{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "calls_if_absent": (  # prints what content holds, if there is one
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is defined %}"
+        "{{ m.content }}{% else %}{{ m.tool_calls[0].function }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ).replace(
+        "{{ m.tool_calls[0].function }}",
+        "{{ m.tool_calls[0].function.name }} {{ m.tool_calls[0].function.arguments }}",
+    ),
+    "calls_by_item": (  # as GLM's: walks through the arguments
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% for k, v in "
+        "c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "two_roles": (
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "thoughts": (  # of answers that nobody has answered yet
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and "
+        "m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
 }
 
 _CORPUS = [

@@ -323,25 +323,32 @@ def _appear(bundle: Path, name: str) -> None:
     sync_directory(bundle)
 
 
+def _is_unlisted_adapter(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and (path / "adapter_config.json").is_file()
+
+
 def remove_adapter(place: Place) -> None:
     """Remove an adapter from a bundle: first from the manifest, then from the disk.
+
+    What a killed removal has left on the disk is removed, too.
 
     Raises
     ------
     InputError
-        If the manifest does not list it.
+        If the manifest does not list it, and what stands there, if anything, is no adapter.
     """
+    # No adapter's name begins with a dot, so nobody prepares one under this one.
+    leaving = place.path.with_name(f"..{place.name}.partial")
     try:
         with _exclusive(place.bundle):
             manifest = read_manifest(place.bundle)
             _refuse(place, manifest, force=True)
-            if place.name not in manifest.adapters:
+            if place.name in manifest.adapters:
+                others = {n: files for n, files in manifest.adapters.items() if n != place.name}
+                _prepare(place.bundle, _MANIFEST_NEW, replace(manifest, adapters=others))
+                _appear(place.bundle, _MANIFEST_NEW)
+            elif not leaving.is_dir() and not _is_unlisted_adapter(place.path):
                 raise InputError("is no adapter that the manifest lists", path=place.path)
-            rest = {name: files for name, files in manifest.adapters.items() if name != place.name}
-            _prepare(place.bundle, _MANIFEST_NEW, replace(manifest, adapters=rest))
-            _appear(place.bundle, _MANIFEST_NEW)
-            # No adapter's name begins with a dot, so nobody prepares one under this one.
-            leaving = place.path.with_name(f"..{place.name}.partial")
             _sweep(place.bundle, leaving)
             if leaving.is_dir():
                 shutil.rmtree(leaving)

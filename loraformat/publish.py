@@ -69,6 +69,8 @@ class Publication:
     resumed : dict
         What `record` kept of an interrupted run with the same plan, by file name. Nothing
         says that those files are still whole: who uses one checks it.
+    published : bool
+        The output stands at the target.
 
     Raises
     ------
@@ -90,6 +92,7 @@ class Publication:
         self.target = Path(os.path.abspath(target))
         self.work = self.target.parent / (work_name or self.target.name + ".partial")
         self.resumed: dict[str, Any] = {}
+        self.published = False
         self._plan = sha256(plan.encode("utf-8")).hexdigest()
         self._inputs = [Path(path) for path in inputs]
         self._force = force
@@ -286,11 +289,13 @@ class Publication:
                 self._refuse_existing()
                 self._close_journal()
                 exchange_directories(self.work, self.target)
+                self.published = True
                 sync_directory(self.target.parent)
                 self._remove_old()
         else:
             self._close_journal()
             os.rename(self.work, self.target)
+            self.published = True
             sync_directory(self.target.parent)
 
     def _close_journal(self) -> None:

@@ -45,6 +45,7 @@ class FilePublication(Publication):
             os.replace(written, self.target)
         else:
             self._appear(written)
+        self.published = True
         sync_directory(self.target.parent)
         self._remove_work()
 

@@ -58,6 +58,8 @@ def command(
     from loraformat.cli.train_progress import TrainingBar
 
     options = chosen(given, config or _config_of_run(given, resume))
+    if config is not None and options.output:
+        _keep_config(config, Path(options.output))
     with TrainingBar(quiet=quiet or not _leads()) as bar:
         from loraformat.train.run.verb import train
 
@@ -79,6 +81,16 @@ def command(
         lines = report.plan_lines() if dry_run else report.done_lines()
         notes = (f"note: {note}" for note in report.notes[bar.notes_told :])
         say("\n".join([*lines, *notes]))
+
+
+def _keep_config(config: Path, output: Path) -> None:
+    """Refuse an output that would take the place of the options' file."""
+    from loraformat.output_rules import refuse_input_as_output
+    from loraformat.train.run.run_directory import RunDirectory
+
+    run = RunDirectory(output)
+    if config.resolve() != run.config.resolve():  # a run's own is what --resume goes on with
+        refuse_input_as_output(output.absolute(), run.path, [config])
 
 
 def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:

@@ -230,6 +230,8 @@ def publish_adapter(
     """
     adapter = output.adapter
     inputs = [adapter.path, *adapter.sources]
+    if output.options.base is not None:  # an adapter may lie beside its base, not in its place
+        inputs += output.options.base.sources
     with open_publication(
         output.writer.output, target, plan="adapter", inputs=inputs, force=force
     ) as stage:

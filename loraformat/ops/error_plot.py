@@ -16,7 +16,7 @@ from loraformat import nf4
 from loraformat.architecture import kind_of
 from loraformat.errors import InputError
 from loraformat.layout import layer_of
-from loraformat.ops.picture import as_label, check_picture, colors
+from loraformat.ops.picture import as_label, check_picture, colors, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def plot_errors(summary: ModelSummary, path: str | Path) -> None:
     axes.set_ylabel("relative RMS error (%)")
     axes.grid(alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def _draw_errors(axes: Axes, errors: dict[str, dict[int | None, float]]) -> None:

@@ -102,7 +102,8 @@ def open_with(
     if config is not None:
         place = Path(config)
         raw, _ = split(Folder(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
-    return _with_own_words(reader.read_with(source.path, ReadOptions(raw, dtype)))
+    model = _with_own_words(reader.read_with(source.path, ReadOptions(raw, dtype)))
+    return model if config is None else replace(model, sources=(*model.sources, Path(config)))
 
 
 def _with_own_words(model: Checkpoint) -> Checkpoint:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loraformat.errors import MissingDependencyError, UsageError, printable
+from loraformat.errors import MissingDependencyError, OutputError, UsageError, printable
+from loraformat.publish_file import FilePublication
 
-__all__ = ["as_label", "check_picture", "colors"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["as_label", "check_picture", "colors", "save_picture"]
 
 _SUFFIXES = (".png", ".svg", ".pdf")
+#: How such files begin: an SVG file after its XML declaration.
+_SIGNATURES = (b"\x89PNG\r\n", b"<svg", b"%PDF-")
+_HEAD_BYTES = 1024
 #: Paul Tol's "muted" scheme, made for colour-blind readers; the strongest first.
 _MUTED = (
     "#332288", "#CC6677", "#117733", "#88CCEE", "#AA4499", "#DDCC77", "#44AA99", "#882255",
@@ -32,6 +41,8 @@ def check_picture(path: str | Path) -> None:
         If the suffix names no format.
     MissingDependencyError
         If matplotlib is not installed.
+    OutputError
+        If something stands there that is not a picture; an older picture is replaced.
     """
     if Path(path).suffix.lower() not in _SUFFIXES:
         raise UsageError(f"a picture is one of {', '.join(_SUFFIXES)}, not {printable(path)}")
@@ -39,6 +50,52 @@ def check_picture(path: str | Path) -> None:
         raise MissingDependencyError(
             "a plot needs matplotlib", hint="run: pip install 'loraformat[plot]'"
         )
+    _refuse_existing(Path(path))
+
+
+def _refuse_existing(target: Path) -> None:
+    """Refuse to replace anything but a picture, least of all through a link."""
+    if os.path.lexists(target) and not _is_picture(target):
+        raise OutputError(
+            "exists and is no picture, and will not be replaced",
+            path=target,
+            hint="choose another file",
+        )
+
+
+def _is_picture(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return not head or any(sign in head for sign in _SIGNATURES)
+
+
+def save_picture(figure: Figure, path: str | Path) -> None:
+    """Save a figure, whole or not at all; an older picture of that name is replaced.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+    path : str or Path
+        Its suffix chooses the format.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    target = Path(path)
+    data = BytesIO()
+    figure.savefig(data, format=target.suffix[1:].lower())
+    with _PicturePublication(target, plan="picture", force=True) as stage:
+        stage.write(stage.file_name, data.getvalue())
+        stage.commit()
+
+
+class _PicturePublication(FilePublication):
+    def _refuse_existing(self) -> None:
+        _refuse_existing(self.target)
 
 
 def colors(count: int) -> list[Any]:

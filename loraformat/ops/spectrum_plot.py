@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loraformat.ops.picture import as_label, check_picture, colors
+from loraformat.ops.picture import as_label, check_picture, colors, save_picture
 from loraformat.ops.spectrum import ModuleSpectrum, SpectrumReport, pooled
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def plot(report: SpectrumReport, path: str | Path) -> None:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8,
                   frameon=False)  # fmt: skip
     figure.suptitle(_title(report), fontsize=13)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def _title(report: SpectrumReport) -> str:

@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 from loraformat.durable import locked
-from loraformat.errors import LoraFormatError, OutputError
+from loraformat.errors import InputError, LoraFormatError, OutputError
 from loraformat.integrity import verify_bundle
 from loraformat.ops.convert import convert
 from loraformat.ops.remove import remove
@@ -175,7 +175,17 @@ def test_a_kill_while_removing(work, snapshot, monkeypatch):
         assert verify_bundle(work.bundle) == []
         if not os.WIFSIGNALED(status):
             break
-        convert(work.adapter, target, force=True)
-        remove(target)
+        if target.exists() or any((work.bundle / "adapters").glob(".*")):
+            remove(target)  # the same command again
+        assert os.listdir(work.bundle / "adapters") == []
         assert snapshot(work.bundle) == before
     assert wanted > 5
+
+
+def test_only_an_adapter_is_removed_without_the_manifest(work):
+    other = work.bundle / "adapters" / "notes"
+    other.mkdir(parents=True)
+    (other / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="no adapter that the manifest lists"):
+        remove(other)
+    assert (other / "mine.txt").read_text() == "mine"

@@ -61,7 +61,8 @@ def write_usage(report: CheckReport, target: str | Path, *, base: str | None = N
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise OutputError("already exists", path=path, hint="name a new directory")
     made, left_out = snippets(report, base=base)
-    with open_publication("directory", path, plan="runtime files") as stage:
+    inputs = [Path(word) for word in (report.path, base) if word and os.path.lexists(word)]
+    with open_publication("directory", path, plan="runtime files", inputs=inputs) as stage:
         for piece in made:
             stage.write(piece.file, piece.text.encode("utf-8"))
         stage.commit()

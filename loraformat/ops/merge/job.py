@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,13 @@ from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.plugins import Converter, Forecast, WriteOptions
+from loraformat.publish import Publication
 from loraformat.publish_file import open_publication
 from loraformat.tied_head import untied_config
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
+    from loraformat.ops.unmerge.record_file import RecordPublication
     from loraformat.ops.unmerge.recorder import Spool, UndoRecorder
 
 __all__ = ["MergeJob", "MergeOptions"]
@@ -225,7 +228,7 @@ class MergeJob:
         force: bool,
         progress: Callable[[int, int], None],
     ) -> tuple[WrittenModel, UndoSummary | None]:
-        """Write the output, and the record before it appears."""
+        """Write the output and, if asked for, its undo record; both appear, or neither."""
         total = sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
         done = 0
 
@@ -234,15 +237,20 @@ class MergeJob:
             done += nbytes
             progress(done, total)
 
-        inputs = [self.original.path, *self.original.sources]
-        for adapter in self.adapters:
-            inputs += [adapter.path, *adapter.sources]
-        inputs = [path for path in inputs if path.exists()]
         assert self.writer.write is not None
-        with open_publication(
-            self.writer.output, target, plan=self._describe(), inputs=inputs, force=force
-        ) as output:
+        with ExitStack() as stack:
+            output = stack.enter_context(
+                open_publication(
+                    self.writer.output,
+                    target,
+                    plan=self._describe(),
+                    inputs=self.inputs(),
+                    force=force,
+                )
+            )
+            record = None
             if undo is not None:
+                record = stack.enter_context(self._record(Path(undo), output, force))
                 output.resumed.clear()  # what is not computed now would be missing in the record
             try:
                 written = self.writer.write(self.checkpoint, output, self._write_options(count))
@@ -250,11 +258,24 @@ class MergeJob:
                 error.path = error.path or str(self.original.path)
                 raise
             self.original.close()  # raises if an input changed, before anything is published
-            summary = None
-            if undo is not None:
-                summary = self._write_undo(Path(undo), written)
-            output.commit()
+            if record is None:
+                output.commit()
+                return written, None
+            summary = self._write_record(record, written)
+            record.commit()
         return written, summary
+
+    def inputs(self) -> list[Path]:
+        """Return every file and directory that is read."""
+        paths = [self.original.path, *self.original.sources]
+        for adapter in self.adapters:
+            paths += [adapter.path, *adapter.sources]
+        return [path for path in paths if path.exists()]
+
+    def _record(self, path: Path, output: Publication, force: bool) -> RecordPublication:
+        from loraformat.ops.unmerge.record_file import RecordPublication
+
+        return RecordPublication(path, output, self.inputs(), force=force)
 
     def _write_options(self, progress: Callable[[int], None]) -> WriteOptions:
         rounds = bool(self.writer.dtypes)
@@ -273,12 +294,12 @@ class MergeJob:
         options = self._write_options(lambda nbytes: None)
         return self.writer.forecast(self.checkpoint, target, options)
 
-    def _write_undo(self, path: Path, written: WrittenModel) -> UndoSummary:
+    def _write_record(self, record: Publication, written: WrittenModel) -> UndoSummary:
         from loraformat.ops.unmerge.recorder import write_record
 
         assert self.recorders is not None
         return write_record(
-            path, self.original, self.adapters, self.options.weights, self.recorders, written
+            record, self.original, self.adapters, self.options.weights, self.recorders, written
         )
 
     def _describe(self) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from loraformat import plugins
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
-from loraformat.errors import UsageError
+from loraformat.errors import OutputError, UsageError
 from loraformat.hub import resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.model_directory import WrittenModel
@@ -168,8 +168,10 @@ def merge(
                     force=force, progress=progress,
                 ),
             )  # fmt: skip
-        spool = None if undo is None else _spool(stack, Path(undo), force)
+        spool = None if undo is None else _spool(stack, Path(undo))
         job = MergeJob(original, opened, options, writer, spool)
+        if undo is not None:
+            _refuse_record_path(Path(undo), Path(target), job, force)
         report = _planned(report, job.checkpoint, job.plan)
         if dry_run:
             return _foreseen(report, job.forecast(Path(target)))
@@ -204,13 +206,21 @@ def _written_beside(report: MergeReport, began: float, written: WrittenModel) ->
     )
 
 
-def _spool(stack: ExitStack, undo: Path, force: bool) -> Spool:
-    from loraformat.ops.unmerge.recorder import Spool, check_undo_path
+def _spool(stack: ExitStack, undo: Path) -> Spool:
+    from loraformat.ops.unmerge.recorder import Spool
 
-    check_undo_path(undo, force)
-    spool = Spool(undo.absolute().parent)
+    directory = undo.absolute().parent
+    if not directory.is_dir():
+        raise OutputError("no such directory", path=directory, hint="make it first")
+    spool = Spool(directory)
     stack.callback(spool.close)
     return spool
+
+
+def _refuse_record_path(undo: Path, target: Path, job: MergeJob, force: bool) -> None:
+    from loraformat.ops.unmerge.record_file import refuse_record_path
+
+    refuse_record_path(undo, target, job.inputs(), force=force)
 
 
 def _open_adapter(source: str | Path, base: Checkpoint, allow_pickle: bool) -> Adapter:

@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint, LazyTensor
-from loraformat.errors import OutputError
+from loraformat.durable import write_all
 from loraformat.interval_code import Unmergeable, encode_tile
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.merge.edits import Edit, Term
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.tiling import TILE_ELEMENTS
-from loraformat.publish import disk_full
+from loraformat.publish import Publication
 from loraformat.undo import (
     AdapterRecord,
     UndoRecord,
@@ -32,7 +32,7 @@ from loraformat.undo import (
 )
 from loraformat.version import __version__
 
-__all__ = ["Spool", "UndoRecorder", "adapter_digest", "check_undo_path", "write_record"]
+__all__ = ["Spool", "UndoRecorder", "adapter_digest", "write_record"]
 
 _COPY_BYTES = 1 << 20
 
@@ -57,13 +57,13 @@ class Spool:
             self._file.write(data)
             return begin, len(data)
 
-    def copy(self, piece: tuple[int, int], target: IO[bytes]) -> None:
+    def copy(self, piece: tuple[int, int], target: BinaryIO) -> None:
         """Write kept bytes to another file."""
         position, left = piece
         while left:
             self._file.seek(position)
             data = self._file.read(min(left, _COPY_BYTES))
-            target.write(data)
+            write_all(target, data)
             position, left = position + len(data), left - len(data)
 
     def close(self) -> None:
@@ -205,29 +205,28 @@ def adapter_digest(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def check_undo_path(path: Path, force: bool) -> None:
-    """Refuse before the merge what could not be written after it.
-
-    Raises
-    ------
-    OutputError
-        If a file stands there, or its directory is missing.
-    """
-    if path.is_dir() or (os.path.lexists(path) and not force):
-        raise OutputError("already exists", path=path, hint="use --force to replace it")
-    if not path.absolute().parent.is_dir():
-        raise OutputError("no such directory", path=path.absolute().parent, hint="make it first")
-
-
 def write_record(
-    path: Path,
+    output: Publication,
     original: Checkpoint,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     recorders: Mapping[str, UndoRecorder],
     written: WrittenModel,
 ) -> UndoSummary:
-    """Write the record of a merge, whole or not at all."""
+    """Write the record of a merge to its work directory.
+
+    Parameters
+    ----------
+    output : Publication
+        Of the record.
+    original : Checkpoint
+    adapters : sequence of Adapter
+    weights : sequence of float
+    recorders : mapping of str to UndoRecorder
+        By tensor.
+    written : WrittenModel
+        What the merge wrote.
+    """
     digests = {name: record.sha256 for name, record in written.shards.tensors.items()}
     record = UndoRecord(
         created_by=f"loraformat {__version__}",
@@ -250,21 +249,11 @@ def write_record(
     sizes = {part: sum(length for _, length in kept) for part, kept in pieces.items()}
     header, _ = encode_record(record, sizes)
     spool = next(iter(recorders.values())).spool
-    try:
-        _publish(path, header, [piece for kept in pieces.values() for piece in kept], spool)
-    except OSError as error:
-        raise disk_full(error, path) from error
+    with output.create(output.file_name) as file:
+        write_all(file, header)
+        for kept in pieces.values():
+            for piece in kept:
+                spool.copy(piece, file)
     merged = sum(prod(written.shards.tensors[name].shape) for name in recorders)
-    nbytes = path.stat().st_size
-    return UndoSummary(str(path), nbytes, 8 * nbytes / max(merged, 1))
-
-
-def _publish(path: Path, header: bytes, pieces: list[tuple[int, int]], spool: Spool) -> None:
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("wb") as file:
-        file.write(header)
-        for piece in pieces:
-            spool.copy(piece, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    nbytes = len(header) + sum(sizes.values())
+    return UndoSummary(str(output.target), nbytes, 8 * nbytes / max(merged, 1))

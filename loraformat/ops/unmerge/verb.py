@@ -123,6 +123,9 @@ def unmerge(
              [[state.st_size, state.st_mtime_ns] for state in states]]
         )  # fmt: skip
         inputs = [checkpoint.path, *checkpoint.sources, path]
+        for adapter in undoing.adapters:
+            inputs += [adapter.path, *adapter.sources]
+        inputs = [each for each in inputs if each.exists()]
         assert writer.write is not None
         with open_publication(
             writer.output, Path(target), plan=plan, inputs=inputs, force=force

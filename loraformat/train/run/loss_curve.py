@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loraformat.ops.picture import as_label, colors
+from loraformat.ops.picture import as_label, colors, save_picture
 
 __all__ = ["can_draw", "draw"]
 
@@ -53,7 +53,7 @@ def draw(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
         rates.set_ylabel("learning rate", color="grey")
     if steps or held:
         axes.legend()
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def _smooth(losses: list[float]) -> list[float]:

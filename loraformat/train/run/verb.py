@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from loraformat.bundle_update import adapter_place
-from loraformat.errors import InputError, OutputError, ResourceError, UsageError
+from loraformat.errors import InputError, LoraFormatError, OutputError, ResourceError, UsageError
 from loraformat.output_rules import refuse_existing, refuse_input_as_output
 from loraformat.train.loop import memory, saved_state
 from loraformat.train.loop.distributed import World, added_up, own_device
@@ -157,7 +157,7 @@ def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
 
 def _refuse_inputs(options: TrainOptions, output: Path) -> None:
     """Refuse an output that is an input, or whose record would lie among the data."""
-    named = [*options.data, *options.eval, options.adapter, options.original]
+    named = [*options.data, *options.eval, options.adapter, options.original, options.chat_template]
     if adapter_place(output) is None:
         named.append(options.base)
     inputs = [Path(name) for name in named if name and os.path.lexists(name)]
@@ -462,5 +462,5 @@ class _Run:
         title = f"{self._output.name} on {Path(self._options.base).name}"
         try:
             loss_curve.draw(read_metrics(self._directory.metrics), self._directory.picture, title)
-        except OSError as error:  # the adapter stands already
-            self.report.notes.append(f"no loss curve: {error.strerror or error}")
+        except (OSError, LoraFormatError) as error:  # the adapter stands already
+            self.report.notes.append(f"no loss curve: {error}")

@@ -214,7 +214,7 @@ def check_index(folder: Folder, shards: Sequence[MappedFile]) -> None:
             "B03", "is missing; transformers cannot open the bundle without it", path=path
         )
     raw = read_bounded(folder, index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES, "B03")
-    weight_map, total = index_json.parse_index(raw, path)
+    weight_map, total = index_json.parse_index(raw, path, strict=True)
     stored = {name: shard.path.name for shard in shards for name in shard.header.entries}
     for name in stored.keys() | weight_map.keys():
         if stored.get(name) != weight_map.get(name):

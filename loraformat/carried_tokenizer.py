@@ -1,4 +1,4 @@
-"""The files of a tokenizer that travel with a model or an adapter, read strictly and once."""
+"""The files of a tokenizer that travel with a model or an adapter, read once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import cached_property
 from os import PathLike
 from typing import Any
 
-from loraformat import strict_json
 from loraformat.checkpoint import CarriedFile
 from loraformat.errors import InputError, printable
+from loraformat.foreign_json import ForeignJsonError, loads
 
 __all__ = ["CarriedTokenizer"]
 
@@ -57,14 +57,14 @@ class CarriedTokenizer:
         Raises
         ------
         InputError
-            If it is not strict JSON, or not an object.
+            If it is not JSON, or not an object.
         """
         if name not in self._files:
             return {}
         try:
-            found = strict_json.loads(self.bytes(name))
-        except strict_json.StrictJsonError as error:
-            raise self.wrong(name, f"is not strict JSON: {error}") from None
+            found = loads(self.bytes(name))
+        except ForeignJsonError as error:
+            raise self.wrong(name, f"is not JSON: {error}") from None
         if not isinstance(found, dict):
             raise self.wrong(name, "is not a JSON object")
         return found

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 
-from loraformat import strict_json
+from loraformat import foreign_json, strict_json
 from loraformat.errors import FormatError, printable
 from loraformat.header import is_clean_name
 
@@ -37,8 +37,18 @@ def encode_index(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def parse_index(raw: bytes, path: str | PathLike[str]) -> tuple[dict[str, str], int | None]:
+def parse_index(
+    raw: bytes, path: str | PathLike[str], *, strict: bool = False
+) -> tuple[dict[str, str], int | None]:
     """Return the weight map and the total size, None if the index does not give it.
+
+    Parameters
+    ----------
+    raw : bytes
+    path : path-like
+        For messages.
+    strict : bool, optional
+        As in a bundle; otherwise the index is another program's, and read as that reads it.
 
     Raises
     ------
@@ -52,9 +62,11 @@ def parse_index(raw: bytes, path: str | PathLike[str]) -> tuple[dict[str, str], 
     loraformat.errors.FormatError: index.json: shard name ../../etc/x.safetensors is not ...
     """
     try:
-        index = strict_json.loads(raw)
+        index = strict_json.loads(raw) if strict else foreign_json.loads(raw)
     except strict_json.StrictJsonError as error:
         raise FormatError("B03", f"not strict JSON: {error}", path=path) from None
+    except foreign_json.ForeignJsonError as error:
+        raise FormatError("B03", f"not JSON: {error}", path=path) from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise FormatError("B03", "is not an object with a weight_map", path=path)

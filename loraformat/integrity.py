@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from loraformat import strict_json
-from loraformat.errors import FormatError, printable
+from loraformat.errors import FormatError, InputError, printable
 from loraformat.folder import Folder
+from loraformat.foreign_json import parse_object
 from loraformat.manifest import FileRecord
 from loraformat.mapped import MappedFile
 from loraformat.reader import Bundle, load_verified, open_bundle
@@ -161,11 +161,9 @@ def check_adapter(folder: Folder, directory: str, fingerprint: str | None) -> No
     if folder.size(config) > _MAX_ADAPTER_CONFIG_BYTES:
         raise FormatError("A02", "longer than 1 MiB", path=folder.path / config)
     try:
-        fields = strict_json.loads(folder.read(config, _MAX_ADAPTER_CONFIG_BYTES))
-    except strict_json.StrictJsonError as error:
-        raise FormatError("A02", f"not strict JSON: {error}", path=folder.path / config) from None
-    if not isinstance(fields, dict):
-        raise FormatError("A02", "not a JSON object", path=folder.path / config)
+        parse_object(folder.read(config, _MAX_ADAPTER_CONFIG_BYTES), config)
+    except InputError as error:
+        raise FormatError("A02", error.problem, path=folder.path / config) from None
     weights = MappedFile(folder, f"{directory}/adapter_model.safetensors")
     weights.close()
     named = weights.header.metadata.get(BASE_FINGERPRINT, fingerprint)

@@ -1,9 +1,9 @@
-"""JSON from strangers: one meaning or an error.
+"""JSON of the format's own files: one meaning or an error.
 
 Python's own parser keeps the last of two equal keys, accepts ``NaN``, and can be
 made to recurse or to build numbers of any length. Files that two programs read
 differently are how a checked file and a loaded file come to differ, so all of
-that is refused here.
+that is refused here. Files that belong to other programs are read by `loraformat.foreign_json`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "StrictJsonError", "loads"]
+__all__ = ["MAX_DEPTH", "StrictJsonError", "check_depth", "check_surrogates", "loads"]
 
 #: Deepest nesting of objects and arrays that is read.
 MAX_DEPTH = 32
@@ -20,6 +20,9 @@ MAX_DEPTH = 32
 _LONGEST_INTEGER = 20
 _STRING = re.compile(rb'"[^"]*"?')
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_BRACKETS_AT_ONCE = 1 << 20
+_OPENS = 0b10  # the bit that tells [ from ], and { from }
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class StrictJsonError(ValueError):
@@ -52,18 +55,34 @@ def _float(digits: str) -> float:
     return value
 
 
-def _check_depth(data: bytes) -> None:
+def check_depth(data: bytes, most: int) -> None:
+    """Refuse JSON whose objects and arrays are nested too deep, before it is parsed.
+
+    Parameters
+    ----------
+    data : bytes
+    most : int
+        Levels; ``[]`` is one.
+
+    Raises
+    ------
+    StrictJsonError
+    """
     # Only a text with many brackets can be deep; this keeps the parser's recursion bounded.
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+    if data.count(b"[") + data.count(b"{") <= most:
         return
+    import numpy as np
+
     # Every step is linear: what a stranger writes must not decide how long the check takes.
     unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = _STRING.sub(b"", unescaped).translate(None, _NOT_BRACKETS)
-    for _ in range(MAX_DEPTH):
-        brackets = brackets.replace(b"{}", b"").replace(b"[]", b"")
-        if not brackets:
-            return
-    raise StrictJsonError(f"nested deeper than {MAX_DEPTH} levels, or brackets that do not match")
+    depth = 0
+    for start in range(0, len(brackets), _BRACKETS_AT_ONCE):
+        part = np.frombuffer(brackets[start : start + _BRACKETS_AT_ONCE], np.uint8)
+        depths = depth + np.cumsum(np.where(part & _OPENS, 1, -1))
+        if depths.max() > most:
+            raise StrictJsonError(f"nested deeper than {most} levels")
+        depth = int(depths[-1])
 
 
 def loads(data: bytes) -> Any:
@@ -98,7 +117,7 @@ def loads(data: bytes) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise StrictJsonError(f"not UTF-8 at byte {error.start}") from None
-    _check_depth(data)
+    check_depth(data, MAX_DEPTH)
     try:
         value = json.loads(
             text,
@@ -109,12 +128,25 @@ def loads(data: bytes) -> Any:
         )
     except json.JSONDecodeError as error:
         raise StrictJsonError(f"not JSON: {error.msg} at character {error.pos}") from None
-    if "\\u" in text:
-        _check_surrogates(value)
+    check_surrogates(text, value)
     return value
 
 
-def _check_surrogates(value: Any) -> None:
+def check_surrogates(text: str, value: Any) -> None:
+    """Refuse an unpaired surrogate escape in JSON.
+
+    Parameters
+    ----------
+    text : str
+    value : object
+        What it was parsed to.
+
+    Raises
+    ------
+    StrictJsonError
+    """
+    if not _SURROGATE.search(text):
+        return
     # "\ud800" is legal JSON but no text: it cannot be printed, stored or used as a file name.
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")

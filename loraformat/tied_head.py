@@ -8,13 +8,12 @@ written therefore says of a head that differs that it is not tied.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
-from loraformat.config_json import parse
+from loraformat.config_json import encode, members, parse
 from loraformat.errors import printable
 from loraformat.families import family_of
 
@@ -119,11 +118,11 @@ def untied_config(config: bytes) -> bytes:
     >>> untied_config(b'{"tie_word_embeddings": true}')
     b'{\n  "tie_word_embeddings": false\n}\n'
     """
-    fields = parse(config)
+    fields = members(config)
     for key in _LANGUAGE_MODELS:
         if isinstance(fields.get(key), dict):
             fields[key] = _with_flag(fields[key])
-    return (json.dumps(_with_flag(fields), indent=2) + "\n").encode()
+    return encode(_with_flag(fields))
 
 
 def _with_flag(fields: dict[str, Any]) -> dict[str, Any]:

@@ -43,21 +43,23 @@ def need(rule, ok, what=""):
 def sha(data):
     return hashlib.sha256(data).hexdigest()
 
-def strict(raw, rule, what, limit=1 << 27):
-    def once(pairs):
-        return dict(pairs) if len(dict(pairs)) == len(pairs) else int("")  # int("") is a ValueError
+def strict(raw, rule, what, limit=1 << 27, carried=False):
+    digits, levels = (4300, 128) if carried else (20, 32)
+    def only(value, fine):
+        return value if carried or fine else int("")  # int("") is a ValueError
     def deep(value):
         inner = value.values() if type(value) is dict else value if type(value) is list else None
         return 0 if inner is None else 1 + max(map(deep, inner), default=0)
     try:
         need(rule, len(raw) <= limit, f"{what} is too long")
-        value = json.loads(raw.decode(), object_pairs_hook=once, parse_constant=int,
-                           parse_int=lambda digits: int(digits if len(digits) <= 20 else ""),
-                           parse_float=lambda x: float(x) if math.isfinite(float(x)) else int(""))
+        value = json.loads(raw.decode(), parse_constant=float if carried else int,
+                           object_pairs_hook=lambda x: only(dict(x), len(dict(x)) == len(x)),
+                           parse_int=lambda x: int(x if len(x) <= digits else ""),
+                           parse_float=lambda x: only(float(x), math.isfinite(float(x))))
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         value = Broken
-    need(rule, value is not Broken and deep(value) <= 32, f"{what} is not strict JSON")
+    need(rule, value is not Broken and deep(value) <= levels, f"{what} is not such JSON")
     return value
 
 def is_text(value, pattern=TEXT):
@@ -238,7 +240,7 @@ def check_files(root, m, stored, quantized):
         need("B05", (root / path).stat().st_size == record["bytes"], path)
         need("V03", sha((root / path).read_bytes()) == record["sha256"], path)
     if "config.json" in m["files"]:
-        config = strict((root / "config.json").read_bytes(), "B06", "config.json", 1 << 24)
+        config = strict((root / "config.json").read_bytes(), "B06", "config.json", 1 << 24, True)
         need("B06", type(config) is dict, "config.json")
         need("B06", quantized == ("quantization_config" in config), "config.json")
         q = config.get("quantization_config", {})
@@ -247,7 +249,7 @@ def check_files(root, m, stored, quantized):
             and q.get("bnb_4bit_quant_type") == "nf4")), "config.json")
     for name in m["adapters"]:
         config = (root / f"adapters/{name}/adapter_config.json").read_bytes()
-        need("A02", type(strict(config, "A02", name, 1 << 20)) is dict, name)
+        need("A02", type(strict(config, "A02", name, 1 << 20, True)) is dict, name)
         meta = read_header(root / f"adapters/{name}/adapter_model.safetensors", profile=False)[1]
         named = meta.get("loraformat.base_fingerprint", m["fingerprint"])
         need("A01", named == m["fingerprint"], f"{name} was made for {named}")

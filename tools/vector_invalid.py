@@ -218,8 +218,11 @@ def _bundle_rules() -> Iterator[tuple[str, str, str, Draft]]:
     spurious.files["config.json"] = text({"quantization_config": QUANTIZATION})
     yield "B06", "nothing-quantized", "a quantization_config without an NF4 weight", spurious
     broken = dense()
-    broken.files["config.json"] = b'{"vocab_size": NaN}\n'
-    yield "B06", "not-json", "config.json holds NaN", broken
+    broken.files["config.json"] = b'{"vocab_size": None}\n'
+    yield "B06", "not-json", "config.json holds a word that is no JSON", broken
+    deep = dense()
+    deep.files["config.json"] = b'{"vocab_size": ' + b"[" * 128 + b"]" * 128 + b"}\n"
+    yield "B06", "too-deep", "config.json is nested 129 deep", deep
     yield (
         "B07",
         "total-size",
@@ -335,7 +338,6 @@ def _hash_rules() -> Iterator[tuple[str, str, str, Draft]]:
         "an adapter that names another base",
         with_adapter(sha256(b"another base").hexdigest()),
     )
-    duplicate = with_adapter()
-    config = duplicate.adapters["poet"]["adapter_config.json"]
-    duplicate.adapters["poet"]["adapter_config.json"] = config.replace(b'"r": 1', b'"r": 1, "r": 2')
-    yield "A02", "duplicate-key", "the adapter's config gives r twice", duplicate
+    listed = with_adapter()
+    listed.adapters["poet"]["adapter_config.json"] = b"[]\n"
+    yield "A02", "not-an-object", "the adapter's config is a list", listed

@@ -68,6 +68,11 @@ def valid() -> Iterator[tuple[str, str, Draft]]:
         quantized(shape=[6, 32], transposed=True),
     )
     yield "nf4-one-dimension", "a weight with one dimension", quantized(shape=[100])
+    odd = dense()
+    odd.files["config.json"] = (
+        b'{"limits": [0.0, Infinity, -Infinity, NaN], "n": 1, "n": ' + b"9" * 40 + b"}\n"
+    )
+    yield "carried-json", "config.json as only the programs that own it read it", odd
     large = nf4.round_to([x * 2e6 for x in nf4.sample([2, 64], "up")], "F16")
     yield "nf4-float16-overflow", "decoded scales beyond float16 round to infinity", overflow(large)
     yield "nf4-negative-scale", "a scale may be negative: codes are what they are", negative()

@@ -8,11 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from loraformat import plugins, strict_json
+from loraformat import plugins
 from loraformat.checkpoint import Checkpoint, LazyTensor, NF4Tensor
-from loraformat.config_json import parse
-from loraformat.errors import InputError
+from loraformat.config_json import members
 from loraformat.folder import Folder
+from loraformat.foreign_json import parse_object
 from loraformat.hub import resolve
 from loraformat.layout import layer_of
 from loraformat.mapped import MappedFile
@@ -21,6 +21,7 @@ from loraformat.reader import Bundle, is_bundle, open_bundle
 
 __all__ = ["AdapterSummary", "ModelSummary", "TensorSummary", "describe"]
 
+_ADAPTER_CONFIG = "adapter_config.json"
 _MAX_ADAPTER_CONFIG_BYTES = 1 << 20
 
 
@@ -146,7 +147,7 @@ def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelSummary:
     quantized = [tensor for tensor in tensors if isinstance(tensor, NF4Tensor)]
     parameters, weight_bytes = _sums(tensors)
     quantized_parameters, quantized_bytes = _sums(quantized)
-    config = parse(checkpoint.config) if checkpoint.config else {}
+    config = members(checkpoint.config) if checkpoint.config else {}
     architectures = config.get("architectures")
     dtypes: dict[str, int] = {}
     for tensor in tensors:
@@ -206,17 +207,13 @@ def _tensor(tensor: LazyTensor, bundle: Bundle | None) -> TensorSummary:
 
 def _adapter(bundle: Bundle, name: str) -> AdapterSummary:
     folder = Folder(bundle.folder.path / "adapters" / name)
-    try:
-        config = strict_json.loads(folder.read("adapter_config.json", _MAX_ADAPTER_CONFIG_BYTES))
-    except strict_json.StrictJsonError as error:
-        raise InputError(
-            f"not strict JSON: {error}", path=folder.path / "adapter_config.json"
-        ) from None
+    raw = folder.read(_ADAPTER_CONFIG, _MAX_ADAPTER_CONFIG_BYTES)
+    config = parse_object(raw, folder.path / _ADAPTER_CONFIG)
     with contextlib.closing(MappedFile(folder, "adapter_model.safetensors")) as file:
         entries = list(file.header.entries.values())
         # lora_A is (rank, in): the shapes say the rank, whatever the config says.
         downs = [entry for entry in entries if ".lora_A" in entry.name and entry.shape]
-        base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+        base = config.get("base_model_name_or_path")
         return AdapterSummary(
             name=name,
             parameters=sum(prod(entry.shape) for entry in entries),

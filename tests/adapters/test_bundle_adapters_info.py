@@ -89,8 +89,8 @@ def test_what_no_rule_forbids_and_nothing_can_use(work, capsys, change, said):
     assert not capsys.readouterr().out.startswith(":")
 
 
-def twice(path):
-    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "peft_type": "LORA"}')
+def no_object(path):
+    (path / "adapter_config.json").write_text('["LORA"]')
 
 
 def cut(path):
@@ -105,7 +105,7 @@ def newline(path):
     weights.write_bytes(data)
 
 
-BROKEN = {"A02": twice, "H09": cut, "H02": newline}
+BROKEN = {"A02": no_object, "H09": cut, "H02": newline}
 
 
 @pytest.mark.parametrize("rule", BROKEN)

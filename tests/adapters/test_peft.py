@@ -97,7 +97,7 @@ def test_hostile_configs_are_refused(plain: Path, fields: dict[str, object]) -> 
 def test_nan_in_the_config_is_refused(plain: Path) -> None:
     file = plain / "adapter_config.json"
     file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": NaN'))
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(InputError, match="lora_alpha is nan"):
         open_adapter(plain)
 
 

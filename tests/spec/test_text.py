@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from vectors import INDEX, SPEC, VECTORS
 
-from loraformat import header, manifest_rules, quant_state, strict_json
+from loraformat import foreign_json, header, manifest_rules, quant_state, strict_json
 
 TEXT = (SPEC / "loraformat-1.0.md").read_text("utf-8")
 SHARD = (VECTORS / "valid" / "nf4-odd-count" / "model-00001-of-00001.safetensors").read_bytes()
@@ -58,7 +58,7 @@ def test_limits_are_the_codes() -> None:
     assert f"{header.MAX_HEADER_BYTES:,} bytes" in TEXT
     assert manifest_rules.MAX_MANIFEST_BYTES == 2**26 and "64 MiB" in TEXT
     assert quant_state.MAX_QUANT_STATE_BYTES == 4096
-    assert strict_json.MAX_DEPTH == 32
+    assert strict_json.MAX_DEPTH == 32 and foreign_json.MAX_DEPTH == 128
 
 
 def test_rules_stand_in_the_order_of_their_numbers_in_each_section() -> None:

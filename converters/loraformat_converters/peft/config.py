@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from loraformat import strict_json
 from loraformat.adapter import LARGEST_SCALING
 from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
+from loraformat.foreign_json import parse_object
 from loraformat_converters.peft.patterns import PatternTable
 from loraformat_converters.peft.refusals import INVOCATION, refuse_by_name, unknown_fields
 
@@ -168,18 +168,11 @@ def read_settings(folder: Folder, *, conditional: bool = False) -> LoraSettings:
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
-    """Read a config as strict JSON.
+    """Read a config, as PEFT does.
 
     Raises
     ------
     InputError
         If it is damaged or hostile.
     """
-    path = folder.path / CONFIG_NAME
-    try:
-        config = strict_json.loads(folder.read(CONFIG_NAME, MAX_CONFIG_BYTES))
-    except strict_json.StrictJsonError as error:
-        raise InputError(f"not strict JSON: {error}", path=path) from None
-    if not isinstance(config, dict):
-        raise InputError("not a JSON object", path=path)
-    return config
+    return parse_object(folder.read(CONFIG_NAME, MAX_CONFIG_BYTES), folder.path / CONFIG_NAME)

@@ -19,6 +19,7 @@ from loraformat import plugins, strict_json
 from loraformat.card.training import without_paths
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.folder import Folder
+from loraformat.foreign_json import parse_object
 from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.run_place import CURVE_NAME, run_place
@@ -170,12 +171,15 @@ def _adapter_file(folder: Folder, name: str, base: str, notes: list[str]) -> Upl
 
 
 def _json(folder: Folder, name: str) -> dict[str, Any]:
+    raw, path = folder.read(name, _MAX_JSON_BYTES), folder.path / name
+    if name == CONFIG_NAME:
+        return parse_object(raw, path)
     try:
-        found = strict_json.loads(folder.read(name, _MAX_JSON_BYTES))
+        found = strict_json.loads(raw)
     except strict_json.StrictJsonError as error:
-        raise UnsupportedError(f"not strict JSON: {error}", path=folder.path / name) from None
+        raise UnsupportedError(f"not strict JSON: {error}", path=path) from None
     if not isinstance(found, dict):
-        raise UnsupportedError("not a JSON object", path=folder.path / name)
+        raise UnsupportedError("not a JSON object", path=path)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from loraformat import strict_json
+from loraformat import config_json
 from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.checkpoint import Checkpoint
 from loraformat.errors import UnsupportedError
@@ -34,11 +34,7 @@ class Sources(CarriedTokenizer):
         """``config.json`` of the model."""
         if self.checkpoint.config is None:
             return {}
-        try:
-            found = strict_json.loads(self.checkpoint.config)
-        except strict_json.StrictJsonError as error:
-            raise self.wrong("config.json", f"is not strict JSON: {error}") from None
-        return found if isinstance(found, dict) else {}
+        return config_json.parse(self.checkpoint.config)
 
     @cached_property
     def special_ids(self) -> dict[str, int]:

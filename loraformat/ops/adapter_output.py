@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loraformat.adapter import Adapter
+from loraformat.architecture import module_of
+from loraformat.base_names import names_of
 from loraformat.card.carried import with_true_card
 from loraformat.checkpoint import Checkpoint
 from loraformat.dtypes import parse_weight_dtype
@@ -140,11 +142,27 @@ def plan_output(
     if home is not None:
         source = json.dumps(dict(home.source), ensure_ascii=False)
         adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
+    if base is not None and writer.name == "peft":
+        adapter = _in_memory(adapter, base)
     options = AdapterWriteOptions(
         _dtype(writer, dtype), base, keep_scaling=foreign and not canonical
     )
     anew = replace(adapter, verbatim=False, files=with_true_card(adapter.files))
     return AdapterOutput(anew, writer, options, False, tuple(notes))
+
+
+def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter that is written under the names that PEFT has for the base's modules."""
+    names = names_of(base)
+    changed = [*adapter.deltas, *adapter.replacements, *adapter.rows]
+    found = {target: names.in_memory(target) for target in changed}
+    modules = {module_of(target): module_of(name) for target, name in found.items()}
+    saved = adapter.config.get("modules_to_save") or []
+    config = adapter.config
+    if any(modules.get(name, name) != name for name in saved):
+        config = {**config, "modules_to_save": [modules.get(name, name) for name in saved]}
+    spellings = {target: name for target, name in found.items() if target != name}
+    return replace(adapter, spellings=spellings, config=config)
 
 
 def _dtype(writer: Converter, word: str | None) -> str | None:

@@ -47,7 +47,7 @@ def with_one_rank(adapter: Adapter, base: Checkpoint | None = None) -> Adapter:
     _refuse_more(adapter)
     rank = even_rank(max((delta.rank for delta in adapter.deltas.values()), default=1))
     deltas = {name: _padded(delta, rank) for name, delta in adapter.deltas.items()}
-    if base is not None and not adapter.spellings:  # else its names are not the base's
+    if base is not None:
         deltas |= {delta.target: delta for delta in _missing(deltas, base, rank)}
     return replace(adapter, deltas=deltas, verbatim=False)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AdapterFacts", "BaseFacts", "ModuleFacts"]
+__all__ = ["AdapterFacts", "BaseFacts", "Loading", "ModuleFacts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,32 @@ class BaseFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """What PEFT does with an adapter on a base of these shapes.
+
+    Attributes
+    ----------
+    problem : str or None
+        Why it does not load.
+    ignored : tuple of str
+        Tensors that are left out without an error, though the base has what they change: their
+        names are others, or the config does not name them.
+    unknown : tuple of str
+        Tensors that are left out as the base has nothing of the kind.
+    taken : int
+        Tensors that are loaded.
+    proven : bool
+        PEFT itself has loaded it; else rules say so.
+    """
+
+    problem: str | None = None
+    ignored: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    taken: int = 0
+    proven: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterFacts:
     """An adapter.
 
@@ -136,6 +162,10 @@ class AdapterFacts:
         What its own tokenizer, or chat template, has otherwise than the base's, in a sentence.
     base : BaseFacts or None
         The one that it is held against.
+    foreign : tuple of str
+        Modules and tensors of that base under names that it has neither on disk nor in memory.
+    loading : Loading or None
+        What PEFT does with it on that base.
     """
 
     format: str
@@ -162,6 +192,8 @@ class AdapterFacts:
     tokenizer_change: str | None = None
     template_change: str | None = None
     base: BaseFacts | None = None
+    foreign: tuple[str, ...] = ()
+    loading: Loading | None = None
 
     @property
     def ranks(self) -> list[int]:

@@ -128,6 +128,9 @@ class Runtime:
         A type of module must be adapted in every layer, or in none.
     replaces : tuple of str
         Modules that it lets an adapter replace.
+    asks_peft : bool
+        It loads adapters with PEFT, so that what PEFT's own load says outranks rules about names
+        and shapes.
     imports : tuple of str
         GGUF architectures whose PEFT adapters it converts itself.
     treats : mapping of str to Treatment or None
@@ -149,8 +152,13 @@ class Runtime:
     couples: tuple[tuple[str, str], ...] = ()
     whole_types: bool = False
     replaces: tuple[str, ...] = ()
+    asks_peft: bool = False
     imports: tuple[str, ...] = ()
     treats: Mapping[str, Treatment | None] = field(default_factory=dict)
+
+    def has_proof(self, adapter: AdapterFacts) -> bool:
+        """Whether it is known, not concluded, how an adapter loads into its base."""
+        return self.asks_peft and adapter.loading is not None and adapter.loading.proven
 
     @property
     def in_peft(self) -> bool:

@@ -25,6 +25,7 @@ SHAPES = {
     "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }  # fmt: skip
+LEAVES = [name.rpartition(".")[2] for name in SHAPES]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -52,7 +53,7 @@ def config(**changes: Any) -> dict[str, Any]:
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "bias": "none",
         "base_model_name_or_path": "org/tiny-llama", "lora_dropout": 0.0, "use_rslora": False,
-        "target_modules": [name.rpartition(".")[2] for name in SHAPES], "rank_pattern": {},
+        "target_modules": LEAVES, "rank_pattern": {},
         "alpha_pattern": {}, "modules_to_save": None, "inference_mode": True,
         "peft_version": "0.21.2", "init_lora_weights": True, **changes,
     }  # fmt: skip
@@ -131,7 +132,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "change": _with(model__layers__0__mlp__up_proj__lora_B__bias=torch.ones(INNER)),
     },
     "trained norm": {
-        "config": {"modules_to_save": ["norm"]},
+        "config": {"modules_to_save": ["model.norm"]},
         "change": _with(model__norm__weight=torch.ones(HIDDEN)),
     },
     "trained score": {
@@ -162,14 +163,20 @@ FEATURES: dict[str, dict[str, Any]] = {
     "other shape": {
         "change": _with(model__layers__0__mlp__up_proj__lora_B__weight=torch.ones(INNER + 8, 8))
     },
+    "doubled prefix": {"change": _renamed(r"model\.layers", "model.model.layers")},
+    "no tensors": {"change": lambda tensors: {}},
     "embedding": {
+        "config": {"target_modules": [*LEAVES, "embed_tokens"]},
         "change": _with(model__embed_tokens__lora_embedding_A=torch.ones(8, 2048) * 0.1,
                         model__embed_tokens__lora_embedding_B=torch.ones(HIDDEN, 8) * 0.1),
     },
     "more tokens": {"files": {"tokenizer.json": _more_tokens}},
     "chat template": {"files": {"chat_template.jinja": lambda: "{{ messages[0].content }}"}},
-    "head": {"change": _with(lm_head__lora_A__weight=torch.ones(8, HIDDEN),
-                             lm_head__lora_B__weight=torch.ones(2048, 8))},
+    "head": {
+        "config": {"target_modules": [*LEAVES, "lm_head"]},
+        "change": _with(lm_head__lora_A__weight=torch.ones(8, HIDDEN),
+                        lm_head__lora_B__weight=torch.ones(2048, 8)),
+    },
 }  # fmt: skip
 
 

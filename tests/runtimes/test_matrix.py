@@ -40,7 +40,10 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "rank 160": {"RANK_NOT_IN_SET": ("", "vllm"), "RANK_LIMIT": ("", "lorax")},
     "rank 600": {"RANK_LIMIT": ("vllm", "lorax"), "RANK_NOT_IN_SET": ("lorax", "")},
     "dora": {"DORA": (SERVERS, "")},
-    "bias": {"BIAS": ("vllm lorax llama.cpp ollama", "sglang")},
+    "bias": {
+        "BIAS": ("vllm lorax llama.cpp ollama", "sglang"),
+        "LOAD_UNKNOWN": ("transformers", ""),  # the base has none
+    },
     "lora_bias": {"BIAS": ("vllm lorax llama.cpp ollama", "sglang")},
     "trained norm": {"MODULES_TO_SAVE": ("vllm lorax llama.cpp ollama", "sglang")},
     "trained score": {
@@ -59,15 +62,32 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "q without v": {"QV_COUPLED": ("sglang", "")},
     "one layer": {"LAYERS_MISSING": ("lorax", "")},
     "half a pair": {"PAIR_MISSING": (ALL, "")},
-    "no prefix": {"KEY_PREFIX": ("transformers vllm lorax", "sglang llama.cpp ollama")},
-    "left-over default": {"KEY_PREFIX": ("transformers vllm lorax", "sglang llama.cpp ollama")},
-    "compiled": {"KEY_PREFIX": ("transformers vllm lorax", "sglang llama.cpp ollama")},
+    "no prefix": {
+        "KEY_PREFIX": ("vllm lorax", "sglang llama.cpp ollama"),
+        "LOAD_IGNORES": ("transformers", ""),
+    },
+    "left-over default": {"KEY_PREFIX": ("vllm lorax", "sglang llama.cpp ollama")},
+    "compiled": {
+        "KEY_PREFIX": ("vllm lorax", "sglang llama.cpp ollama"),
+        "LOAD_IGNORES": ("transformers", ""),
+    },
+    "doubled prefix": {
+        "FOREIGN_NAMES": ("vllm", ""),
+        "LOAD_IGNORES": ("transformers", ""),
+    },
+    "no tensors": {"NO_TENSORS": (ALL, "")},
     "shards": {"SHARDED": (f"transformers {SERVERS}", "")},
     "float64": {"DTYPE": ("", SERVERS)},
     "nan": {"NONFINITE": (ALL, "")},
     "zero": {"ZERO_DELTA": ("", ALL)},
-    "unknown module": {"TARGET_UNKNOWN": (ALL, "")},
-    "other shape": {"SHAPE_VS_BASE": (ALL, "")},
+    "unknown module": {
+        "TARGET_UNKNOWN": (f"{SERVERS} mlx", ""),
+        "LOAD_UNKNOWN": ("transformers", ""),
+    },
+    "other shape": {
+        "SHAPE_VS_BASE": (f"{SERVERS} mlx", ""),
+        "LOAD_FAILS": ("transformers", ""),
+    },
     "embedding": {"EMBEDDING": ("lorax", "vllm sglang")},
     "more tokens": {"TOKENIZER_CHANGED": ("", ALL)},
     "chat template": {"CHAT_TEMPLATE_CHANGED": ("", ALL)},
@@ -107,6 +127,7 @@ def test_every_feature_and_every_rule_is_in_the_matrix():
         "ARCHITECTURE",
         "BASE_HASH_MISMATCH",
         "BASE_REVISION",
+        "LOAD_UNPROVEN",
     }
     tested = {rule for rules in EXPECTED.values() for rule in rules} | held_elsewhere | ALWAYS
     assert tested == {rule.id for rule in RULES} | {"FORMAT"}

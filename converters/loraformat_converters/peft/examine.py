@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from loraformat import strict_json
+from loraformat.base_names import names_of
 from loraformat.checkpoint import Checkpoint, DenseTensor
+from loraformat.config_json import parse
 from loraformat.errors import FileChangedError, InputError, UnsupportedError, printable
 from loraformat.folder import Folder
 from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.plugins import AdapterReadOptions
-from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+from loraformat.runtimes.facts import AdapterFacts, Loading, ModuleFacts
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config
-from loraformat_converters.peft.keys import PREFIX, BaseNames, parse_key
+from loraformat_converters.peft.keys import PREFIX, parse_key
+from loraformat_converters.peft.load_on_meta import Stored
+from loraformat_converters.peft.loading import judge_loading
 from loraformat_converters.peft.refusals import changing_start, refuse_by_name, unknown_fields
 from loraformat_converters.peft.weights import INDEX_NAME, StoredTensors, open_tensors
 
@@ -71,7 +75,7 @@ class _Examiner:
         self, settings: LoraSettings, stored: StoredTensors, base: Checkpoint | None
     ) -> None:
         self.settings, self.stored, self.base = settings, stored, base
-        self.names = BaseNames(base.tensors) if base is not None else None
+        self.names = names_of(base) if base is not None else None
         self.nonfinite: list[str] = []
         self.odd: list[str] = []
         self.strange: str | None = None
@@ -109,7 +113,27 @@ class _Examiner:
             base_model=_text(config.get("base_model_name_or_path")),
             base_fingerprint=self.stored.metadata.get(BASE_FINGERPRINT),
             base_commit=_commit(self.stored.metadata.get(BASE_SOURCE), config.get("revision")),
+            foreign=self._foreign(),
+            loading=None if problem else self._loading(config),
         )
+
+    def _foreign(self) -> tuple[str, ...]:
+        """Return what the base has under another name than the adapter."""
+        if self.names is None or self.base is None:
+            return ()
+        modules = [f"{owner}.weight" for owner, _ in self.modules]
+        found = {name: self.names.find(name) for name in (*modules, *self.replaced)}
+        return tuple(
+            name
+            for name, stored in found.items()
+            if stored is not None and name not in (stored, self.names.in_memory(stored))
+        )
+
+    def _loading(self, config: dict[str, Any]) -> Loading | None:
+        if self.base is None or self.names is None or not self.base.config:
+            return None
+        tensors = {n: Stored(t.dtype, t.shape) for n, t in self.stored.tensors.items()}
+        return judge_loading(config, tensors, parse(self.base.config), self.names)
 
     def _has_biases(self, config: Mapping[str, Any], found: tuple[ModuleFacts, ...]) -> bool:
         said = config.get("bias") not in (None, "none") or config.get("lora_bias") is True

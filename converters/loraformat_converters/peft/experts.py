@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.adapter import LoraDelta
+from loraformat.base_names import BaseNames
 from loraformat.checkpoint import Checkpoint, DenseTensor
 from loraformat.config_json import parse
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.families import EXPERT_LEAVES, family_of, spelled_in_memory
 from loraformat_converters.peft.config import LoraSettings
-from loraformat_converters.peft.keys import BaseNames
 
 __all__ = ["ExpertReader", "parameter_order", "stacked"]
 
@@ -110,8 +110,8 @@ class ExpertReader:
         name = f"{module}.{leaf}"
         if self._base is None or self._names is None:
             return _Parameter(name, None)
-        if (found := self._names.find(name)) is not None:
-            return _Parameter(found, self._base.tensors[found].shape)
+        if (found := self._names.parameter(name)) is not None:
+            return _Parameter(found.target, found.shape)
         for leaves in EXPERT_LEAVES.get(leaf, ()):
             first = self._names.find(f"{module}.0.{leaves[0]}.weight")
             if first is not None:

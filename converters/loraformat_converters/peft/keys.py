@@ -1,14 +1,11 @@
-"""The names of PEFT's tensors: which module, which part of it, and what the base calls it."""
+"""The names of PEFT's tensors: which module, and which part of it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from loraformat.checkpoint import LazyTensor
-
-__all__ = ["PREFIX", "BaseNames", "Key", "parse_key"]
+__all__ = ["PREFIX", "Key", "parse_key"]
 
 PREFIX = "base_model.model."
 
@@ -18,8 +15,6 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B)(\.default)?\.(?P<leaf>
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<part>A|B)(\.default)?")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.default)?")
-#: What architectures, and versions of transformers, put before the layers.
-_PLACES = re.compile(r"^(?:(?:model|language_model|transformer)\.)+")
 
 
 class Key(NamedTuple):
@@ -68,44 +63,3 @@ def parse_key(name: str) -> Key:
     if "lora_" in bare or "trainable_tokens" in bare:
         return Key(bare, "unknown")
     return Key(bare.replace(".default.", "."), "")
-
-
-class BaseNames:
-    """Finds a base's tensor by the name that an adapter has for it.
-
-    Versions of transformers put the layers of a language model at other places
-    (``model.language_model.``, ``language_model.model.``), and checkpoints leave out a prefix
-    or keep it. A name is found if it is there, or if one tensor alone ends alike.
-
-    Examples
-    --------
-    >>> names = BaseNames({"model.language_model.layers.0.q.weight": None})
-    >>> names.find("language_model.model.layers.0.q.weight")
-    'model.language_model.layers.0.q.weight'
-    >>> names.find("model.layers.1.q.weight") is None
-    True
-    """
-
-    def __init__(self, tensors: Mapping[str, LazyTensor | None]) -> None:
-        self._tensors = tensors
-        self._bare: dict[str, list[str]] = {}
-        self._tails: dict[str, list[str]] = {}
-        for name in tensors:
-            self._bare.setdefault(_PLACES.sub("", name), []).append(name)
-            parts = name.split(".")
-            for first in range(1, min(len(parts), 12)):
-                self._tails.setdefault(".".join(parts[first:]), []).append(name)
-
-    def find(self, name: str) -> str | None:
-        """Return the base's name, or None."""
-        if name in self._tensors:
-            return name
-        spellings = [name]
-        if ".mlp." in name:  # transformers renames Mixtral's in memory
-            spellings.append(name.replace(".mlp.", ".block_sparse_moe."))
-        for spelling in spellings:
-            bare = _PLACES.sub("", spelling)
-            for alike in (self._bare.get(bare, []), self._tails.get(bare, [])):
-                if len(alike) == 1:
-                    return alike[0]
-        return None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loraformat.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.architecture import is_conv1d
+from loraformat.base_names import names_of
 from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor
 from loraformat.config_json import parse
 from loraformat.errors import InputError, UnsupportedError, nearest, printable
@@ -19,7 +20,7 @@ from loraformat.mapped import MappedFile
 from loraformat.plugins import AdapterReadOptions
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.experts import ExpertReader
-from loraformat_converters.peft.keys import BaseNames, parse_key
+from loraformat_converters.peft.keys import parse_key
 from loraformat_converters.peft.moments import read_moments
 from loraformat_converters.peft.rows import read_rows
 from loraformat_converters.peft.weights import StoredTensors, open_tensors
@@ -111,7 +112,7 @@ class _Reader:
         self, settings: LoraSettings, stored: StoredTensors, base: Checkpoint | None
     ) -> None:
         self._settings, self._base, self._path = settings, base, stored.path
-        self._names = None if base is None else BaseNames(base.tensors)
+        self._names = None if base is None else names_of(base)
         self._modules: dict[str, _Module] = {}
         self._replaced: dict[str, DenseTensor] = {}
         self.tokens: dict[str, DenseTensor] = {}
@@ -142,7 +143,8 @@ class _Reader:
 
     def in_base(self, name: str) -> str:
         """Return the base's name of a tensor, or its own."""
-        return self._spelled((self._names.find(name) if self._names else None) or name, name)
+        found = self._names.parameter(name) if self._names else None
+        return self._spelled(found.target if found else name, name)
 
     def _spelled(self, target: str, name: str) -> str:
         if target != name:

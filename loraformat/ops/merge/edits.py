@@ -13,6 +13,8 @@ from typing import Literal
 
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.architecture import module_of
+from loraformat.base_names import BaseNames, names_of
+from loraformat.base_names.sources import Chunk
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.errors import UnsupportedError, nearest, printable
 from loraformat.families import EXPERT_LEAVES
@@ -128,6 +130,7 @@ def plan_edits(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[
 class _Planner:
     def __init__(self, base: Checkpoint) -> None:
         self.tensors: Mapping[str, LazyTensor] = base.tensors
+        self.names: BaseNames = names_of(base)
         self.plan = Plan()
         self.tied: TiedHead | None = tied_head(base)
         self.contradicting = None if self.tied else contradicting_head(base)
@@ -220,6 +223,10 @@ class _Planner:
                 home, expert, into = fused
                 yield Term(number, name, weight, block=expert, expert=None, into=into), home
                 return
+            if name not in self.tensors and (chunk := self.names.chunk(name)) is not None:
+                into = self._chunk_rows(adapter, delta, chunk)
+                yield Term(number, name, weight, into=into), chunk.tensor
+                return
             yield Term(number, name, weight), self._known(adapter, name)
         elif name in self.tensors:
             for expert in range(experts):
@@ -231,13 +238,19 @@ class _Planner:
         self, number: int, adapter: Adapter, delta: LoraDelta, weight: float, experts: int
     ) -> Iterator[tuple[Term, str]]:
         """Spread a delta of a fused parameter over the experts' own tensors: rows in order."""
-        home, leaves = self._expert_tensors(delta.target)
-        if not leaves or delta.orientation != "linear":
+        stack = self._expert_tensors(delta.target, experts)
+        if not stack or delta.orientation != "linear":
             raise self._unmatched(adapter, delta.target)
-        for expert in range(experts):
+        if len(stack) != experts:
+            raise UnsupportedError(
+                f"has {experts} experts for {printable(delta.target)}, the base {len(stack)}",
+                path=adapter.path,
+                hint="was it made for another base?",
+            )
+        for expert, tensors in enumerate(stack):
             start = 0
-            for leaf in leaves:
-                name = self._known(adapter, f"{home}.{expert}.{leaf}.weight")
+            for tensor in tensors:
+                name = self._known(adapter, tensor)
                 stop = start + self.tensors[name].shape[0]
                 term = Term(number, delta.target, weight, expert=expert, rows=(start, stop))
                 yield term, name
@@ -274,14 +287,31 @@ class _Planner:
                     return found, int(number), (start, start + height)
         return None
 
-    def _expert_tensors(self, target: str) -> tuple[str, tuple[str, ...]]:
+    def _chunk_rows(self, adapter: Adapter, delta: LoraDelta, chunk: Chunk) -> tuple[int, int]:
+        """Return the rows of a stored tensor that are the parameter of a delta."""
+        stored = self.tensors[chunk.tensor]
+        rows = stored.shape[0] // chunk.of
+        wanted = (rows, *stored.shape[1:])
+        if delta.orientation != "linear" or (delta.out_features, delta.in_features) != wanted:
+            raise UnsupportedError(
+                f"has a delta of shape {(delta.out_features, delta.in_features)} for "
+                f"{printable(delta.target)}, whose shape is {wanted}",
+                path=adapter.path,
+                hint="was it made for another base?",
+            )
+        return chunk.number * rows, (chunk.number + 1) * rows
+
+    def _expert_tensors(self, target: str, experts: int) -> Sequence[Sequence[str]]:
+        """Return the tensors that a fused parameter is made of, expert by expert."""
         fused, _, leaf = target.removesuffix(".weight").rpartition(".")
         for memory, disk in _EXPERT_HOMES:
             home = fused.replace(memory, disk)
             for leaves in EXPERT_LEAVES.get(leaf, ()):
                 if f"{home}.0.{leaves[0]}.weight" in self.tensors:
-                    return home, leaves
-        return fused, ()
+                    names = [[f"{home}.{e}.{leaf}.weight" for leaf in leaves]
+                             for e in range(experts)]  # fmt: skip
+                    return names
+        return self.names.stack(target)
 
     def _check(self, adapter: Adapter, delta: LoraDelta, term: Term, name: str) -> None:
         source = self._edit(name).source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraformat.runtimes.record import Runtime, differs, mind
+from loraformat.runtimes.record import Runtime, differs, mind, refuses, unknown
 from loraformat.runtimes.scaling import as_trained
 
 __all__ = ["TRANSFORMERS"]
@@ -15,6 +15,7 @@ TRANSFORMERS = Runtime(
     format_remedy="peft",
     format_why="PEFT reads directories with adapter_config.json",
     scaling=as_trained,
+    asks_peft=True,
     treats={
         "METHOD": mind("PEFT knows its own methods; loraformat cannot tell", "advice"),
         "INIT_MUTATES_BASE": mind(
@@ -24,6 +25,26 @@ TRANSFORMERS = Runtime(
         ),
         "KEY_PREFIX": differs(
             "PEFT loads the rest and leaves these at their start, with a warning", "rewrite"
+        ),
+        "LOAD_FAILS": refuses(
+            "PEFT raises this error",
+            "advice",
+            "name the base that it was trained on; one whose vocabulary was resized must be "
+            "resized before it is loaded, or merged: loraformat merge does both",
+        ),
+        "LOAD_IGNORES": differs(
+            "PEFT leaves them out, at most with a warning, and their layers as they were",
+            "rewrite",
+        ),
+        "LOAD_UNKNOWN": differs(
+            "PEFT leaves them out, at most with a warning",
+            "advice",
+            "name the base that it was trained on",
+        ),
+        "LOAD_UNPROVEN": unknown(
+            "only PEFT knows how it loads an adapter into each class of transformers",
+            "advice",
+            "install both beside loraformat, and check again: pip install 'loraformat[demo]'",
         ),
         "DTYPE": None,  # cast as they are loaded
         "TIED_HEAD": mind(

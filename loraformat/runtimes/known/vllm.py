@@ -41,6 +41,11 @@ VLLM = Runtime(
             "(vllm-project/vllm#39278)",
             "rewrite",
         ),
+        "FOREIGN_NAMES": differs(
+            "a module whose end is known under a prefix that is not is loaded without effect "
+            "(vllm-project/vllm#39278)",
+            "rewrite",
+        ),
         "EMBEDDING": unknown("what becomes of an embedding's delta was not looked at", "merge"),
         "MOE": refuses(
             "adapters of target_parameters are not loaded (vllm-project/vllm#41384, #52194)",

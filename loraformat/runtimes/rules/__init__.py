@@ -5,6 +5,7 @@ from __future__ import annotations
 from loraformat.runtimes.record import Rule
 from loraformat.runtimes.rules.base import BASE_RULES
 from loraformat.runtimes.rules.files import FILE_RULES
+from loraformat.runtimes.rules.loading import LOADING_RULES
 from loraformat.runtimes.rules.method import METHOD_RULES
 from loraformat.runtimes.rules.modules import MODULE_RULES
 from loraformat.runtimes.rules.prompts import PROMPT_RULES
@@ -25,6 +26,7 @@ RULES: tuple[Rule, ...] = (
     *MODULE_RULES,
     *FILE_RULES,
     *BASE_RULES,
+    *LOADING_RULES,
     *PROMPT_RULES,
     *VALUE_RULES,
 )

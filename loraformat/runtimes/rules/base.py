@@ -22,12 +22,14 @@ def _held(adapter: AdapterFacts) -> list[ModuleFacts]:
 
 def _unknown(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     missing = [module.name for module in _held(adapter) if module.base_shape is None]
-    if not missing:
+    if not missing or runtime.has_proof(adapter):
         return None
     return f"the base has none of {len(missing)} modules ({printable(missing[0])}, ...)"
 
 
 def _shape(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if runtime.has_proof(adapter):
+        return None
     for module in _held(adapter):
         linear = (module.out_features, module.in_features)
         if module.missing or module.base_shape in (None, linear, linear[::-1]):

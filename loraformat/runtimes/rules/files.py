@@ -12,7 +12,7 @@ _ORDINARY = {"F32", "F16", "BF16"}
 
 
 def _names(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    if not adapter.odd_names:
+    if not adapter.odd_names or runtime.has_proof(adapter):
         return None
     return (
         f"{len(adapter.odd_names)} tensors are not called as PEFT calls them "

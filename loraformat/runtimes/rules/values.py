@@ -16,6 +16,11 @@ def _nonfinite(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return f"{printable(adapter.nonfinite[0])}{more} holds NaN or infinity"
 
 
+def _nothing(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    there = adapter.modules or adapter.replaced or adapter.rows or adapter.refusal
+    return None if there else "holds no tensors"
+
+
 def _zero(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     whole = [module for module in adapter.modules if not module.missing]
     if not whole or adapter.replaced or adapter.rows or not all(m.zero for m in whole):
@@ -32,6 +37,12 @@ VALUE_RULES = (
             "most loaders take them, and every output is NaN", "advice",
             "use an earlier checkpoint: the training diverged, or the file is damaged",
         ),
+    ),
+    Rule(
+        "NO_TENSORS",
+        "a file without tensors",
+        _nothing,
+        differs("it loads, and changes nothing", "advice", "save it again where it was trained"),
     ),
     Rule(
         "ZERO_DELTA",

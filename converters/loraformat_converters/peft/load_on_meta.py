@@ -1,0 +1,154 @@
+"""PEFT's own load of an adapter into a base of shapes alone: what it refuses, and what it ignores.
+
+PEFT converts names, ranks and targets as it loads, in another way for each family of models, so
+that only PEFT knows. It is given the base as transformers builds it on ``meta`` and tensors without
+numbers, which costs seconds and no memory. Where PEFT or transformers is not installed, or does
+not know the base, nothing is proven.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loraformat.base_names.skeleton import TASKS, build_on_meta
+from loraformat.errors import printable
+
+__all__ = ["Loaded", "Stored", "load_on_meta"]
+
+_ADAPTER = "default"
+#: What changes the base's weights, or wants some, as PEFT puts its layers in: no matter of shapes.
+_STARTS = {
+    "init_lora_weights": True, "loftq_config": {}, "eva_config": None, "corda_config": None,
+    "lora_ga_config": None, "inference_mode": True,
+}  # fmt: skip
+
+#: A head with one row for each label.
+_HEAD = re.compile(r"(^|\.)(score|classifier|out_proj)(\.|$)")
+_SIZE = r"torch\.Size\((\[[\d, ]*\])\)"
+_MISMATCH = re.compile(rf"size mismatch for ([\w.]+):.*?{_SIZE}.*?{_SIZE}", re.DOTALL)
+
+
+class Stored(NamedTuple):
+    """A tensor of an adapter: type as safetensors names it, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Loaded(NamedTuple):
+    """What PEFT made of an adapter.
+
+    Attributes
+    ----------
+    problem : str or None
+        What it raised.
+    ignored : tuple of str
+        Tensors that it left out, with no more than a warning or none.
+    """
+
+    problem: str | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def load_on_meta(
+    config: Mapping[str, Any], tensors: Mapping[str, Stored], base: Mapping[str, Any]
+) -> Loaded | None:
+    """Load an adapter into a base as ``PeftModel.from_pretrained`` does.
+
+    Parameters
+    ----------
+    config : mapping
+        ``adapter_config.json``.
+    tensors : mapping of str to Stored
+        By their names in the file.
+    base : mapping
+        The base's ``config.json``.
+
+    Returns
+    -------
+    Loaded or None
+        None if PEFT or transformers is not installed, or transformers cannot build the base.
+    """
+    try:
+        import peft
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answers = [_try(peft, model, config, tensors) for model in _models(config, tensors, base)]
+    clean = [answer for answer in answers if answer == Loaded()]
+    return clean[0] if clean else answers[-1] if answers else None
+
+
+def _models(
+    config: Mapping[str, Any], tensors: Mapping[str, Stored], base: Mapping[str, Any]
+) -> Iterator[Any]:
+    """Yield the base as the class of the adapter's task, and as the class that it names."""
+    task = config.get("task_type")
+    heads = [t.shape[0] for n, t in tensors.items() if _HEAD.search(n) and t.shape and t.shape[0]]
+    labels = min(heads, default=2)
+    for wanted in (task, None):
+        if wanted is None or wanted in TASKS:
+            model = build_on_meta(base, task=wanted, labels=labels)
+            if model is not None:
+                yield model
+
+
+def _try(peft: Any, model: Any, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Loaded:
+    try:
+        return _load(peft, model, config, tensors)
+    except Exception as error:  # whatever PEFT raises is the answer
+        return Loaded(_sentence(error))
+
+
+def _load(
+    peft: Any, model: Any, config: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> Loaded:
+    from peft.utils import set_peft_model_state_dict
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "adapter_config.json").write_text(json.dumps({**config, **_STARTS}))
+        settings = peft.LoraConfig.from_pretrained(folder)
+    kinds = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    adapted = kinds.get(settings.task_type, peft.PeftModel)(
+        model, settings, _ADAPTER, low_cpu_mem_usage=True
+    )
+    _check_rows(adapted)
+    result = set_peft_model_state_dict(
+        adapted, {name: _empty(stored) for name, stored in tensors.items()},
+        adapter_name=_ADAPTER, low_cpu_mem_usage=True,
+    )  # fmt: skip
+    return Loaded(None, tuple(sorted(result.unexpected_keys)))
+
+
+def _check_rows(model: Any) -> None:
+    """Raise what taking rows that an embedding does not have raises, which ``meta`` does not."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableTokensLayer):
+            rows = module.get_base_layer().weight.shape[0]
+            last = max(module.token_indices[_ADAPTER], default=0)
+            if last >= rows:
+                raise IndexError(f"token {last} is out of range for {rows} rows of {name}")
+
+
+def _empty(stored: Stored) -> Any:
+    import torch
+
+    from loraformat.dtypes import torch_dtype
+
+    return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype), device="meta")
+
+
+def _sentence(error: Exception) -> str:
+    """Return what PEFT says: the first mismatch of many, on one line."""
+    if (sizes := _MISMATCH.search(str(error))) is not None:
+        return printable(f"{sizes[1].replace('.default', '')} is {sizes[2]}, wanted {sizes[3]}")
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -1,0 +1,55 @@
+"""Rules about PEFT's own load of an adapter into a base of these shapes."""
+
+from __future__ import annotations
+
+from loraformat.errors import printable
+from loraformat.runtimes.facts import AdapterFacts, Loading
+from loraformat.runtimes.record import Rule, Runtime
+
+__all__ = ["LOADING_RULES"]
+
+
+def _fails(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if adapter.loading is None or adapter.loading.problem is None:
+        return None
+    return f"does not load into this base: {printable(adapter.loading.problem)}"
+
+
+def _ignores(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if adapter.loading is None or adapter.loading.problem is not None:
+        return None
+    return _left_out(adapter.loading, adapter.loading.ignored)
+
+
+def _unknown(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if adapter.loading is None or adapter.loading.problem is not None:
+        return None
+    return _left_out(adapter.loading, adapter.loading.unknown)
+
+
+def _left_out(loading: Loading, names: tuple[str, ...]) -> str | None:
+    if not names:
+        return None
+    total = len(loading.ignored) + len(loading.unknown) + loading.taken
+    return f"{len(names)} of {total} tensors find no place in this base ({printable(names[0])})"
+
+
+def _foreign(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if not adapter.foreign:
+        return None
+    return f"calls {len(adapter.foreign)} modules otherwise ({printable(adapter.foreign[0])})"
+
+
+def _unproven(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if adapter.loading is None or adapter.loading.proven:
+        return None
+    return "was compared with the base's names and shapes, not loaded"
+
+
+LOADING_RULES = (
+    Rule("LOAD_FAILS", "an adapter that PEFT cannot load into the base's shapes", _fails),
+    Rule("LOAD_IGNORES", "tensors under names that PEFT does not look for", _ignores),
+    Rule("LOAD_UNKNOWN", "tensors of which the base has nothing to change", _unknown),
+    Rule("FOREIGN_NAMES", "modules under names of another version of transformers", _foreign),
+    Rule("LOAD_UNPROVEN", "no PEFT or transformers here, or none that knows the base", _unproven),
+)

@@ -132,21 +132,27 @@ def plan_output(
     elif base is not None and base.provenance.fingerprint and adapter.base_fingerprint:
         descent = base.provenance.fingerprint
         notes += _compare_bases(adapter, "was made of", descent, allow_base_mismatch)
+    renamed = False
+    if base is not None and writer.name == "peft":
+        ours = _in_memory(adapter, base)
+        renamed = _names_in_file(adapter) != _names_in_file(ours)
+        if renamed and not foreign:
+            reason = reason or "PEFT has other names for this base's modules"
     if not canonical and reason is None:
         options = AdapterWriteOptions(base=base)
         return AdapterOutput(adapter, writer, options, True, tuple(notes), expected)
     if not canonical:
         # One file has one scaling for all: its writer says itself what it folds.
-        folded = "" if foreign or writer.output == "file" else ", its scaling folded into B,"
+        kept = foreign or renamed or writer.output == "file"
+        folded = "" if kept else ", its scaling folded into B,"
         notes.append(f"it was written anew{folded} as {reason}")
     if home is not None:
         source = json.dumps(dict(home.source), ensure_ascii=False)
         adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
     if base is not None and writer.name == "peft":
         adapter = _in_memory(adapter, base)
-    options = AdapterWriteOptions(
-        _dtype(writer, dtype), base, keep_scaling=foreign and not canonical
-    )
+    keep = (foreign or renamed) and not canonical
+    options = AdapterWriteOptions(_dtype(writer, dtype), base, keep_scaling=keep)
     anew = replace(adapter, verbatim=False, files=with_true_card(adapter.files))
     return AdapterOutput(anew, writer, options, False, tuple(notes))
 
@@ -163,6 +169,12 @@ def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
         config = {**config, "modules_to_save": [modules.get(name, name) for name in saved]}
     spellings = {target: name for target, name in found.items() if target != name}
     return replace(adapter, spellings=spellings, config=config)
+
+
+def _names_in_file(adapter: Adapter) -> list[str]:
+    """Return the names under which an adapter holds what it changes."""
+    changed = [*adapter.deltas, *adapter.replacements, *adapter.rows]
+    return [adapter.spellings.get(target, target) for target in changed]
 
 
 def _dtype(writer: Converter, word: str | None) -> str | None:
@@ -185,7 +197,7 @@ def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | Non
         return None
     if writer.output == "file":
         return f"{writer.name} files always are"
-    return "it was a pickle or shards, or was changed"
+    return "it was a pickle or shards, had names that PEFT does not look for, or was changed"
 
 
 def _compare_bases(adapter: Adapter, this: str, fingerprint: str, allowed: bool) -> list[str]:

@@ -148,6 +148,8 @@ class AdapterFacts:
         The config, or a tensor, says that it has biases.
     odd_names : tuple of str
         Tensors whose names are not those that PEFT writes.
+    empty : tuple of str
+        Tensors without elements.
     sharded : bool
         Its tensors lie in several files with an index.
     nonfinite : tuple of str
@@ -181,6 +183,7 @@ class AdapterFacts:
     dora: bool = False
     bias: bool = False
     odd_names: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
     sharded: bool = False
     nonfinite: tuple[str, ...] = ()
     refusal: str | None = None

@@ -164,6 +164,9 @@ FEATURES: dict[str, dict[str, Any]] = {
         "change": _with(model__layers__0__mlp__up_proj__lora_B__weight=torch.ones(INNER + 8, 8))
     },
     "doubled prefix": {"change": _renamed(r"model\.layers", "model.model.layers")},
+    "never gathered": {
+        "change": lambda tensors: {n: torch.zeros(0) for n in tensors},
+    },
     "no tensors": {"change": lambda tensors: {}},
     "embedding": {
         "config": {"target_modules": [*LEAVES, "embed_tokens"]},

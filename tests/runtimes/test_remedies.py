@@ -19,7 +19,11 @@ from loraformat.ops.describe import describe
 from loraformat.runtimes.rules import RULES
 
 #: Features that need no base of their own, and every command of theirs that is another.
-SHOWN = [name for name in FEATURES if name not in ("unknown module", "other shape", "head", "no tensors")]
+SHOWN = [
+    name
+    for name in FEATURES
+    if name not in ("unknown module", "other shape", "head", "no tensors", "never gathered")
+]
 
 
 def run(command: str) -> None:

@@ -22,7 +22,7 @@ from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.plugins import AdapterReadOptions
 from loraformat.runtimes.facts import AdapterFacts, Loading, ModuleFacts
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config
-from loraformat_converters.peft.keys import PREFIX, parse_key
+from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.load_on_meta import Stored
 from loraformat_converters.peft.loading import judge_loading
 from loraformat_converters.peft.refusals import changing_start, refuse_by_name, unknown_fields
@@ -30,7 +30,7 @@ from loraformat_converters.peft.weights import INDEX_NAME, StoredTensors, open_t
 
 __all__ = ["examine"]
 
-_LEFT_OVER = re.compile(r"\.default(\.|$)|(^|\.)(_orig_mod|_fsdp_wrapped_module)\.")
+_LEFT_OVER = re.compile(r"\.default(\.|$)")
 
 
 def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
@@ -78,6 +78,8 @@ class _Examiner:
         self.names = names_of(base) if base is not None else None
         self.nonfinite: list[str] = []
         self.odd: list[str] = []
+        self.empty: list[str] = []
+        self.adapter = adapter_in(stored.tensors)
         self.strange: str | None = None
         self.modules: dict[tuple[str, int], dict[str, DenseTensor]] = {}
         self.replaced: list[str] = []
@@ -106,6 +108,7 @@ class _Examiner:
             dora=config.get("use_dora") is True or any(module.dora for module in found),
             bias=self._has_biases(config, found),
             odd_names=tuple(self.odd),
+            empty=tuple(self.empty),
             sharded=self.stored.path.name == INDEX_NAME,
             nonfinite=tuple(self.nonfinite),
             refusal=problem,
@@ -142,9 +145,11 @@ class _Examiner:
 
     def _sort(self, name: str, tensor: DenseTensor) -> None:
         self._look_at_numbers(name, tensor)
-        key = parse_key(name)
-        if not name.startswith(PREFIX) or _LEFT_OVER.search(name):
+        key = parse_key(name, self.adapter)
+        if not is_usual(name, self.adapter) or _LEFT_OVER.search(name):
             self.odd.append(name)
+        if not all(tensor.shape):
+            self.empty.append(name)
         if key.part == "unknown":
             self.strange = self.strange or name
         elif key.part == "":

@@ -1,20 +1,56 @@
-"""The names of PEFT's tensors: which module, and which part of it."""
+"""The names of PEFT's tensors: which module, and which part of it.
+
+PEFT takes an adapter's own name out of its tensors' names as it saves them. Whoever saves the
+states of a model instead (a trainer that shards, ``torch.compile``) leaves it in, and what wraps
+modules while they are trained.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["PREFIX", "Key", "parse_key"]
+from loraformat.errors import UnsupportedError, printable
+
+__all__ = ["PREFIX", "Key", "adapter_in", "is_usual", "parse_key"]
 
 PREFIX = "base_model.model."
+#: Its adapter's name unless one is given; PEFT takes it in names, too.
+_DEFAULT = "default"
 
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer|modules_to_save)(?=\.|$)")
+#: What wraps a module while it is trained, and stays in names when its states are saved.
+_TRAINING = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)(?=\.|$)"
+)
+_IN_PEFT = re.compile(r"(^|\.)(base_layer|modules_to_save)(?=\.|$)")
+#: What holds the whole model: DistributedDataParallel, DeepSpeed, a LightningModule.
+_HOLDERS = re.compile(rf"^(?:(?:module|model)\.)+(?={re.escape(PREFIX)})|^(?:module\.)+")
 _NESTED = re.compile(r"(?:\.base_layer)+(?=\.lora_)")
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B)(\.default)?\.(?P<leaf>weight|bias)")
-_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<part>A|B)(\.default)?")
-_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
-_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.default)?")
+_NAMED = re.compile(
+    r"\.lora_(?:[AB]\.(?P<one>[^.]+)\.(?:weight|bias)|embedding_[AB]\.(?P<two>[^.]+))"
+)
+
+
+class _Patterns(NamedTuple):
+    factor: re.Pattern[str]
+    embedding: re.Pattern[str]
+    magnitude: re.Pattern[str]
+    tokens: re.Pattern[str]
+    replaced: re.Pattern[str]
+
+
+@lru_cache(maxsize=8)
+def _patterns(adapter: str) -> _Patterns:
+    name = rf"(?:\.{re.escape(adapter)})?"
+    return _Patterns(
+        re.compile(rf"(?P<module>.+)\.lora_(?P<part>A|B){name}\.(?P<leaf>weight|bias)"),
+        re.compile(rf"(?P<module>.+)\.lora_embedding_(?P<part>A|B){name}"),
+        re.compile(rf"(?P<module>.+)\.lora_magnitude_vector{name}(\.weight)?"),
+        re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{name}"),
+        re.compile(rf"(?<=\.modules_to_save)\.{re.escape(adapter)}(?=\.)"),
+    )
 
 
 class Key(NamedTuple):
@@ -35,8 +71,39 @@ class Key(NamedTuple):
     depth: int = 0
 
 
-def parse_key(name: str) -> Key:
+def adapter_in(names: Iterable[str]) -> str:
+    """Return the name that an adapter has in the names of its tensors.
+
+    Raises
+    ------
+    UnsupportedError
+        If there are several.
+
+    Examples
+    --------
+    >>> adapter_in(["q_proj.lora_A.polite.weight", "q_proj.lora_B.polite.weight"])
+    'polite'
+    >>> adapter_in(["q_proj.lora_A.weight"])
+    'default'
+    """
+    matches = (_NAMED.search(name) for name in names)
+    found = sorted({match["one"] or match["two"] for match in matches if match is not None})
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"holds the adapters {printable(', '.join(found))} in one file",
+            hint="save them one by one: model.save_pretrained(OUT, selected_adapters=[NAME])",
+        )
+    return found[0] if found else _DEFAULT
+
+
+def parse_key(name: str, adapter: str = _DEFAULT) -> Key:
     """Split the name of a stored tensor.
+
+    Parameters
+    ----------
+    name : str
+    adapter : str
+        The adapter's own name, if that is in the tensors' names; see `adapter_in`.
 
     Examples
     --------
@@ -44,22 +111,37 @@ def parse_key(name: str) -> Key:
     Key(owner='model.layers.0.mlp.up_proj', part='A', depth=0)
     >>> parse_key("base_model.model.lm_head.modules_to_save.default.weight")
     Key(owner='lm_head.weight', part='', depth=0)
+    >>> parse_key("module._orig_mod.base_model.model.h.0.q.lora_A.polite.weight", "polite")
+    Key(owner='h.0.q', part='A', depth=0)
     >>> parse_key("base_model.model.h.experts.base_layer.lora_B.weight").depth
     1
     """
+    patterns = _patterns(adapter)
     nested = _NESTED.search(name)
     depth = nested[0].count("base_layer") if nested else 0
-    bare = _WRAPPERS.sub("", name).lstrip(".").removeprefix(PREFIX)
-    if match := _FACTOR.fullmatch(bare):
+    bare = _HOLDERS.sub("", _TRAINING.sub("", name).lstrip("."))
+    bare = _IN_PEFT.sub("", patterns.replaced.sub("", bare)).lstrip(".").removeprefix(PREFIX)
+    if match := patterns.factor.fullmatch(bare):
         if match["leaf"] == "weight":
             return Key(match["module"], match["part"], depth)
         return Key(match["module"], "bias" if match["part"] == "B" else "unknown", depth)
-    if match := _EMBEDDING.fullmatch(bare):
+    if match := patterns.embedding.fullmatch(bare):
         return Key(match["module"], f"embedding_{match['part']}")
-    if match := _MAGNITUDE.fullmatch(bare):
+    if match := patterns.magnitude.fullmatch(bare):
         return Key(match["module"], "magnitude")
-    if match := _TOKENS.fullmatch(bare):
+    if match := patterns.tokens.fullmatch(bare):
         return Key(match["module"], "tokens")
     if "lora_" in bare or "trainable_tokens" in bare:
         return Key(bare, "unknown")
-    return Key(bare.replace(".default.", "."), "")
+    return Key(bare, "")
+
+
+def is_usual(name: str, adapter: str = _DEFAULT) -> bool:
+    """Tell whether a name is of the form in which PEFT looks for tensors.
+
+    Examples
+    --------
+    >>> is_usual("base_model.model.lm_head.lora_A.weight"), is_usual("lm_head.lora_A.weight")
+    (True, False)
+    """
+    return name.startswith(PREFIX) and adapter == _DEFAULT and not _TRAINING.search(name)

@@ -20,10 +20,10 @@ from loraformat.mapped import MappedFile
 from loraformat.plugins import AdapterReadOptions
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.experts import ExpertReader
-from loraformat_converters.peft.keys import parse_key
+from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.moments import read_moments
 from loraformat_converters.peft.rows import read_rows
-from loraformat_converters.peft.weights import StoredTensors, open_tensors
+from loraformat_converters.peft.weights import GATHER, StoredTensors, open_tensors
 
 __all__ = ["read_adapter", "sniff"]
 
@@ -76,7 +76,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
             base_fingerprint=stored.metadata.get(BASE_FINGERPRINT),
             base_source=stored.metadata.get(BASE_SOURCE),
             files=_files(folder),
-            verbatim=stored.verbatim,
+            verbatim=stored.verbatim and reader.usual,
             sources=tuple(folder.path / name for name in folder.names()),
             notes=tuple(settings.notes),
             close=opened.pop_all().close,
@@ -117,13 +117,27 @@ class _Reader:
         self._replaced: dict[str, DenseTensor] = {}
         self.tokens: dict[str, DenseTensor] = {}
         self.spellings: dict[str, str] = {}
+        self._refuse_empty(stored)
+        self._adapter = adapter_in(stored.tensors)
+        self.usual = all(is_usual(name, self._adapter) for name in stored.tensors)
         for name, tensor in stored.tensors.items():
             self._sort(name, tensor)
         if not (self._modules or self._replaced or self.tokens):
             raise InputError("holds no LoRA factors", path=stored.path)
 
+    def _refuse_empty(self, stored: StoredTensors) -> None:
+        empty = [name for name, tensor in stored.tensors.items() if not all(tensor.shape)]
+        if empty:
+            raise InputError(
+                f"{len(empty)} of {len(stored.tensors)} tensors are empty "
+                f"({printable(empty[0])}, {list(stored.tensors[empty[0]].shape)}): they were "
+                "sharded (DeepSpeed ZeRO-3, FSDP), and saved without being gathered",
+                path=self._path,
+                hint=GATHER,
+            )
+
     def _sort(self, name: str, tensor: DenseTensor) -> None:
-        key = parse_key(name)
+        key = parse_key(name, self._adapter)
         if key.part == "unknown":
             raise UnsupportedError(
                 f"tensor {printable(name)} is no part of a LoRA adapter",

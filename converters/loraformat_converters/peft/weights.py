@@ -24,12 +24,18 @@ from loraformat.folder import Folder
 from loraformat.index_json import parse_index
 from loraformat.mapped import MappedFile
 
-__all__ = ["INDEX_NAME", "PICKLE_NAME", "WEIGHTS_NAME", "StoredTensors", "open_tensors"]
+__all__ = ["GATHER", "INDEX_NAME", "PICKLE_NAME", "WEIGHTS_NAME", "StoredTensors", "open_tensors"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 PICKLE_NAME = "adapter_model.bin"
 
+#: What mends a file of empty tensors.
+GATHER = (
+    "gather and save again: with stage3_gather_16bit_weights_on_model_save (accelerate: "
+    "zero3_save_16bit_model) in the DeepSpeed config; or make the states of a checkpoint whole "
+    "with the zero_to_fp32.py that lies in it"
+)
 _MAX_INDEX_BYTES = 64 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 #: Read as F32, which holds each of their values.

@@ -28,7 +28,7 @@ def _unknown(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 
 def _shape(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    if runtime.has_proof(adapter):
+    if adapter.empty or runtime.has_proof(adapter):
         return None
     for module in _held(adapter):
         linear = (module.out_features, module.in_features)

@@ -10,7 +10,7 @@ __all__ = ["LOADING_RULES"]
 
 
 def _fails(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    if adapter.loading is None or adapter.loading.problem is None:
+    if adapter.loading is None or adapter.loading.problem is None or adapter.empty:
         return None
     return f"does not load into this base: {printable(adapter.loading.problem)}"
 

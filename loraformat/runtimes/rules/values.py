@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.runtimes.facts import AdapterFacts
-from loraformat.runtimes.record import Rule, Runtime, differs, mind
+from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
 
 __all__ = ["VALUE_RULES"]
 
@@ -21,9 +21,21 @@ def _nothing(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return None if there else "holds no tensors"
 
 
+def _empty(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if not adapter.empty:
+        return None
+    return f"{len(adapter.empty)} tensors are empty ({printable(adapter.empty[0])})"
+
+
 def _zero(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     whole = [module for module in adapter.modules if not module.missing]
-    if not whole or adapter.replaced or adapter.rows or not all(m.zero for m in whole):
+    if (
+        not whole
+        or adapter.empty
+        or adapter.replaced
+        or adapter.rows
+        or not all(m.zero for m in whole)
+    ):
         return None
     return "every B is zero"
 
@@ -43,6 +55,16 @@ VALUE_RULES = (
         "a file without tensors",
         _nothing,
         differs("it loads, and changes nothing", "advice", "save it again where it was trained"),
+    ),
+    Rule(
+        "EMPTY",
+        "tensors of shape [0]",
+        _empty,
+        refuses(
+            "what was sharded (DeepSpeed ZeRO-3, FSDP) was saved without being gathered", "advice",
+            "gather and save again: stage3_gather_16bit_weights_on_model_save in the DeepSpeed "
+            "config, or zero_to_fp32.py on the checkpoint",
+        ),
     ),
     Rule(
         "ZERO_DELTA",

@@ -153,10 +153,11 @@ class _Examiner:
         if key.part == "unknown":
             self.strange = self.strange or name
         elif key.part == "":
-            self.replaced.append(key.owner)
+            if key.owner not in self.replaced:  # PEFT saves a trained embedding under two names
+                self.replaced.append(key.owner)
         elif key.part == "tokens":
             self.rows.append(key.owner)
-        else:
+        elif key.part != "original":
             self.modules.setdefault((key.owner, key.depth), {})[key.part] = tensor
 
     def _look_at_numbers(self, name: str, tensor: DenseTensor) -> None:

@@ -24,7 +24,8 @@ _DEFAULT = "default"
 _TRAINING = re.compile(
     r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)(?=\.|$)"
 )
-_IN_PEFT = re.compile(r"(^|\.)(base_layer|modules_to_save)(?=\.|$)")
+_IN_PEFT = re.compile(r"(^|\.)(base_layer|modules_to_save|token_adapter(?=\.base_layer\.))(?=\.|$)")
+_UNTRAINED = re.compile(r"(^|\.)original_module\.")
 #: What holds the whole model: DistributedDataParallel, DeepSpeed, a LightningModule.
 _HOLDERS = re.compile(rf"^(?:(?:module|model)\.)+(?={re.escape(PREFIX)})|^(?:module\.)+")
 _NESTED = re.compile(r"(?:\.base_layer)+(?=\.lora_)")
@@ -61,7 +62,8 @@ class Key(NamedTuple):
     owner : str
         The module; for a tensor that replaces the base's own, that tensor.
     part : str
-        A, B, embedding_A, embedding_B, bias, magnitude, tokens, unknown, or "" for a replacement.
+        A, B, embedding_A, embedding_B, bias, magnitude, tokens, unknown, original (what a module
+        of ``modules_to_save`` was before its training), or "" for a replacement.
     depth : int
         How many wrappers of parameters lie around it: 0 is the outermost.
     """
@@ -113,6 +115,8 @@ def parse_key(name: str, adapter: str = _DEFAULT) -> Key:
     Key(owner='lm_head.weight', part='', depth=0)
     >>> parse_key("module._orig_mod.base_model.model.h.0.q.lora_A.polite.weight", "polite")
     Key(owner='h.0.q', part='A', depth=0)
+    >>> parse_key("base_model.model.wte.token_adapter.base_layer.weight")
+    Key(owner='wte.weight', part='', depth=0)
     >>> parse_key("base_model.model.h.experts.base_layer.lora_B.weight").depth
     1
     """
@@ -133,6 +137,8 @@ def parse_key(name: str, adapter: str = _DEFAULT) -> Key:
         return Key(match["module"], "tokens")
     if "lora_" in bare or "trainable_tokens" in bare:
         return Key(bare, "unknown")
+    if _UNTRAINED.search(bare):
+        return Key(_UNTRAINED.sub(r"\1", bare), "original")
     return Key(bare, "")
 
 

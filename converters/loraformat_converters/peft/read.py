@@ -18,6 +18,7 @@ from loraformat.folder import Folder
 from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.mapped import MappedFile
 from loraformat.plugins import AdapterReadOptions
+from loraformat.vocabulary import per_token
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.experts import ExpertReader
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
@@ -98,6 +99,12 @@ def _files(folder: Folder) -> tuple[CarriedFile, ...]:
     return tuple(CarriedFile(n, s, partial(folder.read, n, s)) for n, s in sizes.items())
 
 
+def _is_copy(one: DenseTensor, other: DenseTensor) -> bool:
+    """Tell whether two tensors of one place are what PEFT writes under two names."""
+    wrapped = [".modules_to_save." in tensor.name for tensor in (one, other)]
+    return one.shape == other.shape and sum(wrapped) == 1
+
+
 @dataclass(slots=True)
 class _Module:
     """The stored parts of one module, by name of the part; of a wrapped one, by depth, too."""
@@ -113,8 +120,10 @@ class _Reader:
     ) -> None:
         self._settings, self._base, self._path = settings, base, stored.path
         self._names = None if base is None else names_of(base)
+        self._per_token = {} if base is None else per_token(base.tensors)
         self._modules: dict[str, _Module] = {}
         self._replaced: dict[str, DenseTensor] = {}
+        self._untrained: dict[str, str] = {}
         self.tokens: dict[str, DenseTensor] = {}
         self.spellings: dict[str, str] = {}
         self._refuse_empty(stored)
@@ -122,6 +131,7 @@ class _Reader:
         self.usual = all(is_usual(name, self._adapter) for name in stored.tensors)
         for name, tensor in stored.tensors.items():
             self._sort(name, tensor)
+        self._check_trained()
         if not (self._modules or self._replaced or self.tokens):
             raise InputError("holds no LoRA factors", path=stored.path)
 
@@ -144,6 +154,9 @@ class _Reader:
                 path=self._path,
                 hint="its method cannot be read as a low-rank delta; merge it with PEFT",
             )
+        if key.part == "original":
+            self._untrained[key.owner] = name
+            return
         if key.part == "":
             parts, place = self._replaced, key.owner
         elif key.part == "tokens":
@@ -151,9 +164,26 @@ class _Reader:
         else:
             module = self._modules.setdefault(key.owner, _Module())
             parts, place = module.layers.setdefault(key.depth, {}), key.part
+        if place in parts and key.part == "" and _is_copy(parts[place], tensor):
+            # PEFT saves a trained embedding once more under its wrapper's name, and loads this.
+            parts[place] = min(
+                parts[place], tensor, key=lambda one: ".modules_to_save." in one.name
+            )
+            return
         if place in parts:
             raise InputError(f"tensor {printable(name)} stands there twice", path=self._path)
         parts[place] = tensor
+
+    def _check_trained(self) -> None:
+        """Refuse a module whose original was saved, and what was trained of it was not."""
+        for owner, name in self._untrained.items():
+            if owner not in self._replaced:
+                raise InputError(
+                    f"tensor {printable(name)} is a module as it was before its training, and what "
+                    "was trained of it is missing",
+                    path=self._path,
+                    hint="the file is incomplete: save the adapter again",
+                )
 
     def in_base(self, name: str) -> str:
         """Return the base's name of a tensor, or its own."""
@@ -250,15 +280,18 @@ class _Reader:
         stored = self._base.tensors.get(target) if self._base is not None else None
         if stored is None:
             return self._settings.conv1d and not target.endswith("lm_head.weight")
-        if stored.shape not in (linear, linear[::-1]):
+        shape = stored.shape
+        if target in self._per_token and shape[1:] == linear[1:]:
+            return False  # of any number of tokens: who applies it resizes the base
+        if shape not in (linear, linear[::-1]):
             raise InputError(
                 f"module {printable(target)}: the delta is {list(linear)}, the base's weight is "
-                f"{list(stored.shape)}",
+                f"{list(shape)}",
                 path=self._path,
                 hint="the adapter was made for another base",
             )
         if linear[0] != linear[1]:
-            return stored.shape != linear
+            return shape != linear
         config = parse(self._base.config) if self._base is not None and self._base.config else {}
         return self._settings.conv1d or is_conv1d(target, config.get("model_type"))
 

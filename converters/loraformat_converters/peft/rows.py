@@ -47,6 +47,8 @@ def read_rows(
         raise InputError(f"{FIELD} names tokens, and no tensor holds their rows", path=path)
     found = {}
     for module, tensor in tensors.items():
+        if _is_of_a_tied_head(module, tensors, named):
+            continue
         indices = _indices(module, named, path)
         if len(tensor.shape) != 2 or tensor.shape[0] != len(indices):
             raise InputError(
@@ -57,6 +59,19 @@ def read_rows(
         target = in_base(module + ".weight")
         found[target] = RowReplacement(target, indices, replace(tensor, name=target))
     return found
+
+
+def _is_of_a_tied_head(module: str, tensors: Mapping[str, DenseTensor], named: Any) -> bool:
+    """Tell whether rows are the embedding's once more.
+
+    PEFT saves them so where it saves whole embeddings and the head is tied; its config names those
+    of the embedding alone.
+    """
+    if not isinstance(named, dict) or not module.endswith("lm_head"):
+        return False
+    others = [other for other in tensors if any(other.endswith(key) for key in named)]
+    shape = tensors[module].shape
+    return module not in others and any(tensors[other].shape == shape for other in others)
 
 
 def _indices(module: str, named: Any, path: Path) -> tuple[int, ...]:

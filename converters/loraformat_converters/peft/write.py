@@ -71,10 +71,7 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
         for piece in _pieces(delta, options, depths, delta.scaling if alpha is None else 1.0)
     ]
     for name, tensor in adapter.replacements.items():
-        # What belongs to a layer that has a delta lies inside PEFT's wrapper.
-        module, _, leaf = name.rpartition(".")
-        inner = f"{module}.base_layer.{leaf}" if f"{module}.weight" in adapter.deltas else name
-        pieces.append(_Piece(PREFIX + inner, tensor, tensor.dtype))
+        pieces.append(_Piece(PREFIX + _inside_wrapper(name, adapter), tensor, tensor.dtype))
     for target, rows in adapter.rows.items():
         name = f"{PREFIX}{target.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"
         pieces.append(_Piece(name, rows.rows, options.dtype or rows.rows.dtype))
@@ -95,6 +92,16 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
         if not _is_ours(file.path):
             publication.write(file.path, file.read())
     publication.write(CONFIG_NAME, config)
+
+
+def _inside_wrapper(name: str, adapter: Adapter) -> str:
+    """Return PEFT's name of a replaced tensor: a layer that it adapts lies inside a wrapper."""
+    module, _, leaf = name.rpartition(".")
+    if f"{module}.weight" in adapter.rows:
+        return f"{module}.token_adapter.base_layer.{leaf}"
+    if f"{module}.weight" in adapter.deltas:
+        return f"{module}.base_layer.{leaf}"
+    return name
 
 
 def _one_alpha(adapter: Adapter) -> float | None:

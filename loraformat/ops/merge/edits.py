@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from loraformat.adapter import Adapter, LoraDelta
+from loraformat.adapter import Adapter, LoraDelta, RowReplacement
 from loraformat.architecture import module_of
 from loraformat.base_names import BaseNames, names_of
 from loraformat.base_names.sources import Chunk
@@ -19,7 +19,9 @@ from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.errors import UnsupportedError, nearest, printable
 from loraformat.families import EXPERT_LEAVES
 from loraformat.ops.adapter_weights import effective_scaling
+from loraformat.ops.merge.vocabulary import wanted_size
 from loraformat.tied_head import HEAD, TiedHead, contradicting_head, tied_head
+from loraformat.vocabulary import Resize, per_token
 
 __all__ = ["Edit", "Plan", "Term", "plan_edits"]
 
@@ -76,6 +78,8 @@ class Edit:
         Adapter number and new values.
     rows : list of int
         Numbers of the adapters that replace rows.
+    height : int or None
+        Rows of the tensor, where the vocabulary grows or shrinks; None for the source's own.
     """
 
     name: str
@@ -83,6 +87,12 @@ class Edit:
     terms: list[Term] = field(default_factory=list)
     replacement: tuple[int, DenseTensor] | None = None
     rows: list[int] = field(default_factory=list)
+    height: int | None = None
+
+    @property
+    def only_deltas(self) -> bool:
+        """Whether low-rank terms are all that happens to its source."""
+        return not (self.replacement or self.rows or self.height)
 
 
 @dataclass(slots=True)
@@ -95,11 +105,14 @@ class Plan:
         By the name of the tensor in the output.
     untied : bool
         The head is a tensor of its own, and the base's config says that it is not.
+    resize : Resize or None
+        The vocabulary becomes another.
     notes : list of str
     """
 
     edits: dict[str, Edit] = field(default_factory=dict)
     untied: bool = False
+    resize: Resize | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -117,9 +130,10 @@ def plan_edits(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[
     ------
     UnsupportedError
         If a target is not in the base, naming the nearest; if shapes differ; if an adapter
-        changes nothing.
+        changes nothing; if adapters want different vocabularies.
     """
     planner = _Planner(base)
+    planner.plan.resize = wanted_size(base.tensors, adapters, planner.tied)
     for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         if not (adapter.deltas or adapter.replacements or adapter.rows):
             raise UnsupportedError("changes no module of any base", path=adapter.path)
@@ -134,6 +148,7 @@ class _Planner:
         self.plan = Plan()
         self.tied: TiedHead | None = tied_head(base)
         self.contradicting = None if self.tied else contradicting_head(base)
+        self.per_token = per_token(self.tensors)
 
     def add(self, number: int, adapter: Adapter, weight: float) -> None:
         for target, delta in adapter.deltas.items():
@@ -155,15 +170,25 @@ class _Planner:
             self._replace(number, adapter, name, tensor)
         for name, rows in adapter.rows.items():
             edit = self._edit(self._known(adapter, name))
-            shape = self._shape(edit)
-            if rows.rows.shape != (len(rows.indices), *shape[1:]) or not all(
-                0 <= index < shape[0] for index in rows.indices
-            ):
-                raise UnsupportedError(
-                    f"replaces rows that {printable(name)} of shape {shape} does not have",
-                    path=adapter.path,
-                )
+            self._check_rows(adapter, rows, self._shape(edit))
             edit.rows.append(number)
+
+    def _check_rows(self, adapter: Adapter, rows: RowReplacement, shape: tuple[int, ...]) -> None:
+        if rows.rows.shape != (len(rows.indices), *shape[1:]):
+            raise UnsupportedError(
+                f"has rows of shape {rows.rows.shape} for {printable(rows.target)}, whose shape is "
+                f"{shape}",
+                path=adapter.path,
+                hint="was it made for another base?",
+            )
+        largest = max(rows.indices, default=0)
+        if largest >= shape[0]:
+            raise UnsupportedError(
+                f"has a row for token {largest}, and {printable(rows.target)} has {shape[0]} rows",
+                path=adapter.path,
+                hint="it was trained on a base with more tokens: grow the base with transformers "
+                "(model.resize_token_embeddings, save_pretrained), and name that one",
+            )
 
     def _replace(self, number: int, adapter: Adapter, name: str, tensor: DenseTensor) -> None:
         if name not in self.tensors and not self._is_tied_head(name):
@@ -184,17 +209,25 @@ class _Planner:
                 f"replaces {printable(name)} by shape {tensor.shape}, the base has "
                 f"{self._shape(edit)}",
                 path=adapter.path,
-                hint="the adapter was made for another base, or one with a resized vocabulary",
+                hint="was it made for another base?",
             )
         edit.replacement = (number, tensor)
 
     def _edit(self, name: str) -> Edit:
         source = self.tied.embedding if self.tied and self._is_tied_head(name) else name
-        return self.plan.edits.setdefault(name, Edit(name, source))
+        height = self._height(source)
+        return self.plan.edits.setdefault(name, Edit(name, source, height=height))
+
+    def _height(self, source: str | None) -> int | None:
+        """Return the rows that a tensor will have, if the vocabulary becomes another."""
+        resize = self.plan.resize
+        known = resize is not None and self.per_token.get(source or "") == resize.before
+        return resize.after if resize is not None and known else None
 
     def _shape(self, edit: Edit) -> tuple[int, ...]:
         assert edit.source is not None
-        return self.tensors[edit.source].shape
+        shape = self.tensors[edit.source].shape
+        return shape if edit.height is None else (edit.height, *shape[1:])
 
     def _is_tied_head(self, name: str) -> bool:
         """Tell whether a name is that of a head which no tensor stands for but the embedding."""
@@ -314,14 +347,14 @@ class _Planner:
         return self.names.stack(target)
 
     def _check(self, adapter: Adapter, delta: LoraDelta, term: Term, name: str) -> None:
-        source = self._edit(name).source
-        assert source is not None
-        stored = self.tensors[source]
+        edit = self._edit(name)
+        assert edit.source is not None
+        stored = self._shape(edit)
         if term.into is not None:  # `_fused` has compared the rest
-            if term.block >= stored.shape[0] or delta.magnitude is not None:
+            if term.block >= stored[0] or delta.magnitude is not None:
                 raise UnsupportedError(
                     f"cannot change {printable(delta.target)} inside {printable(name)} of shape "
-                    f"{stored.shape}" + (" with DoRA" if delta.magnitude is not None else ""),
+                    f"{stored}" + (" with DoRA" if delta.magnitude is not None else ""),
                     path=adapter.path,
                     hint="merge into a checkpoint that stores each expert by itself",
                 )
@@ -329,32 +362,39 @@ class _Planner:
         start, stop = term.rows or (0, delta.out_features)
         wanted = (stop - start, delta.in_features)
         wanted = wanted if delta.orientation == "linear" else wanted[::-1]
-        fits = stored.shape[-2:] == wanted and len(stored.shape) in (2, 3)
-        stack = stored.shape[0] if len(stored.shape) == 3 else 1
-        if not fits or term.block >= stack or (len(stored.shape) == 3 and term.expert is None):
+        fits = stored[-2:] == wanted and len(stored) in (2, 3)
+        stack = stored[0] if len(stored) == 3 else 1
+        if not fits or term.block >= stack or (len(stored) == 3 and term.expert is None):
             raise UnsupportedError(
-                f"has a delta of shape {wanted} for {printable(name)}, whose shape is "
-                f"{stored.shape}",
+                f"has a delta of shape {wanted} for {printable(name)}, whose shape is {stored}",
                 path=adapter.path,
                 hint="was it made for another base?",
             )
 
     def finish(self, adapters: Sequence[Adapter]) -> Plan:
-        """Untie the head if the adapters make it differ from the embedding, or if it does."""
+        """Untie a head that differs from the embedding, and resize the rest of the vocabulary."""
         if self.contradicting is not None:
             self._untie(
                 f"{printable(self.contradicting)} differs from the embedding, to which config.json "
                 "ties it: the tensor is kept, and tie_word_embeddings becomes false"
             )
         if self.tied is not None:
-            together = all(adapter.config.get("ensure_weight_tying") for adapter in adapters)
-            self._finish_tied(self.tied, together=together)
+            self._finish_tied(self.tied, adapters)
+        for name in self.tensors:
+            if self._height(name) is not None:
+                self._edit(name)
         return self.plan
 
-    def _finish_tied(self, tied: TiedHead, *, together: bool) -> None:
+    def _finish_tied(self, tied: TiedHead, adapters: Sequence[Adapter]) -> None:
         head = tied.copy or next(filter(self._is_tied_head, self.plan.edits), HEAD)
         embedding, own = self.plan.edits.get(tied.embedding), self.plan.edits.get(head)
         changed = embedding is not None and bool(embedding.terms or embedding.replacement)
+        if embedding is not None and own is None and (saved := _resaved(embedding, adapters)):
+            # PEFT's tied head is the embedding as it was saved, without what was trained of it.
+            own = self._edit(head)
+            own.replacement = saved
+        together = all(adapter.config.get("ensure_weight_tying") for adapter in adapters)
+        together = together or (embedding is not None and _alike(embedding, own))
         if embedding is not None and changed and together:
             self._follow(tied, head, embedding)
         elif own is not None or changed:
@@ -377,3 +417,32 @@ class _Planner:
     def _untie(self, note: str) -> None:
         self.plan.untied = True
         self.plan.notes.append(note)
+
+
+def _resaved(edit: Edit, adapters: Sequence[Adapter]) -> tuple[int, DenseTensor] | None:
+    """Return the replacement of an embedding that was only saved, not trained, as a whole."""
+    if edit.replacement is None:
+        return None
+    saved = adapters[edit.replacement[0]].config.get("modules_to_save") or ()
+    trained = any(part in saved for part in module_of(edit.name).split("."))
+    return None if trained else edit.replacement
+
+
+def _alike(embedding: Edit, head: Edit | None) -> bool:
+    """Tell whether an embedding and its head become one tensor again."""
+    one, other = embedding.replacement, None if head is None else head.replacement
+    if (
+        head is None
+        or one is None
+        or other is None
+        or embedding.terms
+        or head.terms
+        or one[0] != other[0]
+    ):
+        return False
+    if head.rows not in ([], embedding.rows) or one[1].dtype != other[1].dtype:
+        return False
+    same = one[1].shape == other[1].shape and one[1].load() == other[1].load()
+    for _, tensor in (one, other):
+        tensor.release()
+    return same

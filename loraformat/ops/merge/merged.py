@@ -26,6 +26,7 @@ from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.edits import Edit
 from loraformat.ops.merge.matrices import Matrix, block_matrices, finite
 from loraformat.ops.merge.tiling import TILE_ELEMENTS, for_each, one_thread, tiles
+from loraformat.vocabulary import resized
 
 __all__ = ["Recorder", "merged_tensor"]
 
@@ -119,7 +120,8 @@ def merged_tensor(
         made.give_back()
         start.release()
 
-    return DenseTensor(edit.name, made.dtype, start.shape, made.load, release)
+    shape = start.shape if edit.height is None else (edit.height, *start.shape[1:])
+    return DenseTensor(edit.name, made.dtype, shape, made.load, release)
 
 
 @dataclass(frozen=True)
@@ -174,15 +176,18 @@ class _Merged:
 
     def _replaced(self, original: torch.Tensor | None) -> torch.Tensor:
         """Put replacements in; with a weight ω they are W + ω (R − W)."""
+        if original is not None and self.edit.height is not None:
+            original = resized(original, self.edit.height)
         values = original
         if self.edit.replacement is not None:
             number, tensor = self.edit.replacement
             values = _blend(original, _finite_as_stored(tensor), self.weights[number])
         assert values is not None
+        if self.edit.rows:
+            values = values.clone()  # it may be mapped, and is not written to
         for number in self.edit.rows:
             rows = self._rows_of(self.adapters[number])
             index = torch.tensor(rows.indices, dtype=torch.long)
-            values = values.clone() if values is original else values
             new = _blend(values[index], _finite_as_stored(rows.rows), self.weights[number])
             if new.dtype != values.dtype:
                 values = values.float()

@@ -183,7 +183,7 @@ def _planned(report: MergeReport, output: Checkpoint, plan: Plan) -> MergeReport
     return replace(
         report,
         merged=sum(bool(edit.terms) for edit in plan.edits.values()),
-        replaced=sum(bool(edit.replacement or edit.rows) for edit in plan.edits.values()),
+        replaced=sum(not edit.only_deltas for edit in plan.edits.values()),
         tensors=len(output.tensors),
         output_bytes=sum(tensor.nbytes for tensor in output.tensors.values()),
         notes=report.notes + ([] if report.beside else plan.notes),

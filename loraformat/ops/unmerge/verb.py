@@ -25,6 +25,7 @@ from loraformat.publish_file import open_publication
 from loraformat.undo import UndoRecord
 from loraformat.undo_rules import parse_record
 from loraformat.version import __version__
+from loraformat.vocabulary import per_token, tokenizer_files
 
 __all__ = ["UnmergeReport", "unmerge"]
 
@@ -106,6 +107,7 @@ def unmerge(
             tensors=len(original.tensors),
             restored=sum(tensor.mode != "new" for tensor in record.tensors.values()),
             output_bytes=sum(tensor.nbytes for tensor in original.tensors.values()),
+            notes=_tokenizer_note(checkpoint, original),
             dry_run=dry_run,
         )
         if dry_run:
@@ -137,9 +139,20 @@ def unmerge(
     return replace(
         report,
         output_bytes=written.nbytes,
-        notes=written.notes,
+        notes=[*report.notes, *written.notes],
         seconds=time.perf_counter() - began,
     )
+
+
+def _tokenizer_note(merged: Checkpoint, original: Checkpoint) -> list[str]:
+    """Say whose tokenizer the output has, where the merge changed the vocabulary."""
+    now, then = (set(per_token(model.tensors).values()) for model in (merged, original))
+    if now == then or not tokenizer_files(merged.files):
+        return []
+    return [
+        f"the vocabulary is again one of {max(then, default=0)} tokens, and the tokenizer is still "
+        "the merged model's: copy that of the base over it"
+    ]
 
 
 def _adapters(

@@ -1,0 +1,111 @@
+"""Which vocabulary adapters were trained for, and the tokenizer that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from loraformat.adapter import Adapter
+from loraformat.checkpoint import CarriedFile, LazyTensor
+from loraformat.errors import UnsupportedError, printable
+from loraformat.tied_head import HEAD, TiedHead
+from loraformat.vocabulary import Resize, per_token, tokenizer_files
+
+__all__ = ["brought_tokenizer", "wanted_size"]
+
+#: Tokens up to which a low-rank delta alone, which is small however many it names, is believed.
+_MOST_BY_DELTA = 1 << 20
+
+
+def wanted_size(
+    tensors: Mapping[str, LazyTensor], adapters: Sequence[Adapter], tied: TiedHead | None
+) -> Resize | None:
+    """Return how the base's vocabulary changes; None if it does not.
+
+    An adapter says its number of tokens by the shapes of what it has for the embedding and the
+    head: replacements, and deltas. One that has neither fits any vocabulary.
+
+    Parameters
+    ----------
+    tensors : mapping of str to LazyTensor
+        The base's.
+    adapters : sequence of Adapter
+    tied : TiedHead or None
+        The base's.
+
+    Raises
+    ------
+    UnsupportedError
+        If adapters, or parts of one, are of different vocabularies.
+    """
+    before = _rows(tensors)
+    if before is None:
+        return None
+    first: tuple[int, str, Adapter] | None = None
+    for adapter in adapters:
+        for name, rows in _sizes(tensors, adapter, tied):
+            first = first or (rows, name, adapter)
+            if rows == first[0]:
+                continue
+            other = "" if adapter is first[2] else f" of {first[2].path}"
+            raise UnsupportedError(
+                f"has {rows} tokens in {printable(name)}, and {first[0]} in "
+                f"{printable(first[1])}{other}",
+                path=adapter.path,
+                hint="merge adapters of one vocabulary only, the others into the result"
+                if other
+                else "the file is damaged: save the adapter again",
+            )
+    return None if first is None or first[0] == before else Resize(before, first[0])
+
+
+def _rows(tensors: Mapping[str, LazyTensor]) -> int | None:
+    """Return the number of tokens of a base: the rows of its embedding, or else of its head."""
+    found = sorted(per_token(tensors).items(), key=lambda item: "head" in item[0])
+    return found[0][1] if found else None
+
+
+def _sizes(
+    tensors: Mapping[str, LazyTensor], adapter: Adapter, tied: TiedHead | None
+) -> Iterator[tuple[str, int]]:
+    known = per_token(tensors)
+
+    def width(name: str) -> tuple[int, ...] | None:
+        source = tied.embedding if tied and name.endswith(HEAD) and name not in tensors else name
+        return tensors[source].shape[1:] if source in known else None
+
+    for name, tensor in adapter.replacements.items():
+        if tensor.shape and tensor.shape[1:] == width(name):
+            yield name, tensor.shape[0]
+    for name, delta in adapter.deltas.items():
+        sizes = (delta.out_features, delta.in_features)
+        rows, columns = sizes if delta.orientation == "linear" else sizes[::-1]
+        if len(delta.a.shape) == 2 and (columns,) == width(name):
+            if rows > _MOST_BY_DELTA and name not in adapter.replacements:
+                raise UnsupportedError(
+                    f"has a delta of {rows} tokens for {printable(name)}, wanted at most "
+                    f"{_MOST_BY_DELTA} without the rows themselves",
+                    path=adapter.path,
+                    hint="save it with save_embedding_layers=True",
+                )
+            yield name, rows
+
+
+def brought_tokenizer(
+    adapters: Sequence[Adapter], resize: Resize
+) -> tuple[tuple[CarriedFile, ...], str]:
+    """Return the tokenizer of a vocabulary that adapters bring, and what is to be said of it.
+
+    Parameters
+    ----------
+    adapters : sequence of Adapter
+        That of the first that has one is taken.
+    resize : Resize
+    """
+    change = f"the vocabulary goes from {resize.before} to {resize.after} tokens"
+    for adapter in adapters:
+        if found := tokenizer_files(adapter.files):
+            return found, f"{change}; the tokenizer is the one beside {adapter.path}"
+    return (), (
+        f"{change}, and no tokenizer lies beside the adapter: the base's is kept; put the one that "
+        "the adapter was trained with beside it and merge again, or over the output's"
+    )

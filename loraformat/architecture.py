@@ -18,6 +18,7 @@ from loraformat.layout import layer_of
 __all__ = [
     "is_conv1d",
     "is_decoder_linear",
+    "is_matrix_weight",
     "is_plain_in_peers",
     "kind_of",
     "module_of",
@@ -35,6 +36,8 @@ _PLAIN = re.compile(
     r"vision\w*|visual\w*|audio\w*|image\w*|lora_\w+"
     r")(\.|$)"
 )
+
+_BIAS_OR_NORM = re.compile(r"bias$|(^|\.)(\w*norm\w*|ln_\w+)(\.weight)?$")
 
 #: Parts of a model that see or hear, by the name of their module.
 _TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower"}
@@ -76,6 +79,19 @@ def is_decoder_linear(name: str, shape: tuple[int, ...]) -> bool:
         and layer_of(name) is not None
         and not _PLAIN.search(module_of(name))
     )
+
+
+def is_matrix_weight(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor is a matrix that something is multiplied by: no bias, no norm.
+
+    Examples
+    --------
+    >>> is_matrix_weight("lm_head.weight", (1000, 64))
+    True
+    >>> is_matrix_weight("model.layers.0.mlp.experts.gate_up_proj_bias", (4, 64))
+    False
+    """
+    return len(shape) == 2 and not _BIAS_OR_NORM.search(name)
 
 
 def is_conv1d(name: str, model_type: str | None) -> bool:

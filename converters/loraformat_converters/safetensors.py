@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraformat.adapter import is_adapter_file
+from loraformat.card.carried import base_model_of
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.model_directory import WrittenModel, write_model_directory
 from loraformat.model_reader import is_bitsandbytes, open_model, peek_config
+from loraformat.packed_weights import refuse_packed
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import is_bundle
@@ -44,22 +46,25 @@ def read(path: Path) -> Checkpoint:
         If they are quantized, by any method: naming it.
     """
     checkpoint = open_model(path, "safetensors")
-    if checkpoint.quantization_config is not None:
+    try:
+        _refuse_quantized(checkpoint)
+    except BaseException:
         checkpoint.close()
-        method = checkpoint.quantization_config.get("quant_method", "an unnamed method")
-        raise UnsupportedError(
-            f"is quantized with {method}, not dense",
-            path=path,
-            hint="start from the original weights"
-            if method != "bitsandbytes"
-            else "use --from bitsandbytes",
-        )
-    if any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values()):
-        checkpoint.close()
-        raise UnsupportedError(
-            "holds NF4 weights, not dense ones", path=path, hint="use --from bitsandbytes"
-        )
+        raise
     return checkpoint
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    settings = checkpoint.quantization_config
+    method = None if settings is None else settings.get("quant_method", "an unnamed method")
+    tensors = checkpoint.tensors
+    if method == "bitsandbytes" or any(isinstance(t, NF4Tensor) for t in tensors.values()):
+        raise UnsupportedError(
+            "is quantized with bitsandbytes, not dense",
+            path=checkpoint.path,
+            hint="use --from bitsandbytes",
+        )
+    refuse_packed(checkpoint.path, tensors, method, base_model_of(checkpoint.files))
 
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:

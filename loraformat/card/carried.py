@@ -5,12 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from loraformat.card.document import own_words, without_facts
+from loraformat.card.front_matter import split
 from loraformat.checkpoint import CarriedFile
+from loraformat.errors import InputError
 from loraformat.manifest import CARD_NAME
 
-__all__ = ["with_own_words", "with_true_card"]
+__all__ = ["base_model_of", "with_own_words", "with_true_card"]
 
 _MAX_CARD_BYTES = 4 << 20
+
+
+def base_model_of(files: Iterable[CarriedFile]) -> str | None:
+    """Return the model that a card names as the one it was made of; None if it names none.
+
+    Parameters
+    ----------
+    files : iterable of CarriedFile
+        Those beside the weights.
+    """
+    for file in files:
+        text = _text(file) if file.path == CARD_NAME else None
+        if text is None:
+            continue
+        try:
+            named = split(text)[0].get("base_model")
+        except InputError:
+            return None
+        first = named[0] if isinstance(named, list) and named else named
+        return first if isinstance(first, str) and first else None
+    return None
 
 
 def with_true_card(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:

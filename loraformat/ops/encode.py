@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from loraformat.architecture import is_conv1d, is_decoder_linear
+from loraformat.architecture import is_conv1d, is_decoder_linear, is_matrix_weight
 from loraformat.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, tensor_view
 from loraformat.dtypes import WEIGHT_DTYPES, torch_dtype
 from loraformat.errors import UnsupportedError, UsageError
@@ -60,7 +60,7 @@ class QuantizationPolicy:
         if matches(tensor.name, self.skip):
             return False
         if matches(tensor.name, self.include):
-            return len(tensor.shape) == 2
+            return is_matrix_weight(tensor.name, tensor.shape)
         return is_decoder_linear(tensor.name, tensor.shape)
 
 

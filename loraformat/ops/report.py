@@ -96,18 +96,23 @@ def plan_report(
         input_bytes=sum(path.stat().st_size for path in original.sources),
         output_bytes=output,
         bits_per_weight=8 * output / max(parameters, 1),
-        notes=_notes(checkpoint),
+        notes=_notes(checkpoint, to_nf4=writer.stores == "nf4"),
         lost=lost,
     )
 
 
-def _notes(checkpoint: Checkpoint) -> list[str]:
+def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
     quantized_now = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
     plain = [t for t in checkpoint.tensors.values() if isinstance(t, DenseTensor)]
     experts = [tensor for tensor in plain if ".experts." in tensor.name]
     unusual = [tensor for tensor in quantized_now if is_plain_in_peers(tensor.name)]
     notes = []
-    if quantized_now and experts:
+    if to_nf4 and not quantized_now:
+        notes.append(
+            "nothing was quantized: no tensor is the weight of a linear inside a decoder layer, by "
+            "its name and shape; --include GLOB names others"
+        )
+    if to_nf4 and experts:
         gigabytes = sum(tensor.nbytes for tensor in experts) / 1e9
         notes.append(
             f"{len(experts)} expert weights ({gigabytes:.2f} GB) stay plain: transformers fuses "

@@ -52,6 +52,19 @@ Example:
 @click.option(
     "--include", multiple=True, metavar="GLOB", help="Publish these files of PATH, too. Repeatable."
 )
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave these files of PATH here. Repeatable."
+)
+@click.option(
+    "--with-statistics",
+    is_flag=True,
+    help="Publish activation statistics, too: moments of what the training data made layers see.",
+)
+@click.option(
+    "--whole-record",
+    is_flag=True,
+    help="Publish hashes of the training data, and prompts of samples, in training_record.json.",
+)
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option(
     "--revision", metavar="BRANCH", help="Branch, made if it is missing.  [default: main]"
@@ -59,7 +72,7 @@ Example:
 @click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
 @click.option("--tag", metavar="NAME", help="Tag the commit, v1.0 for example.")
 @click.option("--message", metavar="TEXT", help="Message of the commit.")
-@dry_run_option("Print the files, their sizes and the card.")
+@dry_run_option("Print the files, how they compare with what the Hub has, and the card.")
 @json_option
 @quiet_option
 def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) -> None:

@@ -12,7 +12,15 @@ from loraformat.hub.explain import explained
 from loraformat.hub.tree import TreeFile, tree_files
 from loraformat.version import __version__
 
-__all__ = ["Commit", "ModelFacts", "Repository", "State", "model_facts", "require_login"]
+__all__ = [
+    "Commit",
+    "ModelFacts",
+    "Repository",
+    "State",
+    "is_logged_in",
+    "model_facts",
+    "require_login",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +73,21 @@ class ModelFacts:
     card: dict[str, Any]
 
 
+def is_logged_in() -> bool:
+    """Tell whether huggingface_hub has a token; the token itself is not looked at."""
+    from huggingface_hub import get_token
+
+    return bool(get_token())
+
+
 def require_login() -> None:
-    """Refuse before any work if nobody is logged in; the token itself is not looked at.
+    """Refuse before any work if nobody is logged in.
 
     Raises
     ------
     HubError
     """
-    from huggingface_hub import get_token
-
-    if not get_token():
+    if not is_logged_in():
         raise HubError("nobody is logged in on this machine", hint="run: hf auth login")
 
 

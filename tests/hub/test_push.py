@@ -4,6 +4,8 @@ import hashlib
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert import convert
@@ -60,7 +62,88 @@ def test_dry_run_without_a_hub(push, shelf):
     assert f"base model org/base: {offline}" in said["notes"]
     assert f"the Hub was not asked about me/new: {offline}" in said["notes"]
     assert said["commit"] is None
-    assert {file["status"] for file in said["files"]} == {"new"}
+    assert {file["status"] for file in said["files"]} == {"not asked"}
+
+
+def test_a_dry_run_compares_with_the_hub(push, shelf, tmp_path):
+    assert push("adapter", "me/new").returncode == 0
+    (tmp_path / "adapter" / "loss.png").write_bytes(b"png")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    said = json.loads(push("adapter", "me/new", "--dry-run", "--json").stdout)
+    assert {file["path"]: file["status"] for file in said["files"]} == {
+        "README.md": "changed", "adapter_config.json": "changed", "loss.png": "new",
+        "adapter_model.safetensors": "same",
+    }  # fmt: skip
+    unseen = "the Hub shows no me/hidden to somebody who is not logged in"
+    hidden = push("adapter", "me/hidden", "--dry-run", "--json", HF_TOKEN="")
+    assert any(note.startswith(unseen) for note in json.loads(hidden.stdout)["notes"])
+
+
+DATA = {"files": [{"name": "chat.jsonl", "rows": 3, "sha256": "ab" * 32}], "fingerprint": "cd" * 32}
+RECORD = {
+    "base": {"fingerprint": "ef" * 32},
+    "training": {
+        "data": DATA, "held_out_data": DATA, "steps": 3,
+        "settings": {"lr": 1e-4, "prompt": ["Who is Ann?"]},
+    },
+}  # fmt: skip
+
+
+def test_traces_of_the_data_stay_here_unless_they_are_meant(push, shelf, tmp_path):
+    folder = tmp_path / "adapter"
+    factors = load_file(folder / "adapter_model.safetensors")
+    name, factor = next((n, t) for n, t in factors.items() if n.endswith("lora_A.weight"))
+    moment = {
+        name.removeprefix("base_model.model.").replace("lora_A.weight", "second_moment"):
+        torch.eye(len(factor))
+    }  # fmt: skip
+    save_file(moment, folder / "activation_statistics.safetensors")
+    (folder / "training_record.json").write_text(json.dumps(RECORD))
+    result = push("adapter", "me/new")
+    assert result.returncode == 0, result.stderr
+    assert "activation_statistics.safetensors stays here: it is made of the" in result.stdout
+    assert "samples stay here; --whole-record publishes them" in result.stdout
+    files = published(shelf)
+    assert sorted(files) == ["README.md", *PEFT, "training_record.json"]
+    for secret in ("ab" * 32, "cd" * 32, "Who is Ann?"):
+        assert not any(secret.encode() in data for data in files.values())
+    record = json.loads(files["training_record.json"])
+    assert record["base"] == RECORD["base"]
+    assert record["training"]["data"] == {"files": [{"name": "chat.jsonl", "rows": 3}]}
+    assert record["training"]["settings"] == {"lr": 1e-4}
+    assert b"| `chat.jsonl` |" in files["README.md"]
+
+    # Both remedies that are named.
+    result = push("adapter", "me/new", "--with-statistics", "--whole-record")
+    assert "activation_statistics.safetensors is published: it is made of the" in result.stdout
+    assert "prompts of its samples are published" in result.stdout
+    files = published(shelf)
+    assert json.loads(files["training_record.json"]) == RECORD
+    assert "activation_statistics.safetensors" in files
+
+    # What stays here from now on leaves the Hub.
+    assert "removed: activation_statistics.safetensors" in push("adapter", "me/new").stdout
+    assert "activation_statistics.safetensors" not in published(shelf)
+
+
+def test_what_is_excluded_stays_here(push, shelf, tmp_path):
+    folder = tmp_path / "adapter"
+    (folder / "notes.txt").write_text("mine")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "training_record.json").write_text(json.dumps(RECORD))
+    more = ["--include", "*.txt", "--exclude", "notes*", "--exclude", "t*"]
+    result = push("adapter", "me/new", *more, "--json")
+    assert result.returncode == 0, result.stderr
+    left_out = json.loads(result.stdout)["left_out"]
+    assert left_out == ["notes.txt", "tokenizer.json", "training_record.json"]
+    assert sorted(published(shelf)) == ["README.md", *PEFT]
+    refused = push("adapter", "me/new", "--exclude", "adapter_*")
+    assert refused.returncode == 2
+    assert "--exclude leaves out adapter_config.json, without which nobody" in refused.stderr
+    convert(SMALL_MODEL, tmp_path / "bundle")
+    for option in (["--exclude", "*.md"], ["--with-statistics"], ["--whole-record"]):
+        assert push("bundle", "me/b", "--base-model", "org/base", *option).returncode == 2
 
 
 def test_what_is_nobodys_business_stays_here(push, shelf, tmp_path):

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from loraformat import plugins, strict_json
+from loraformat.adapter import STATISTICS_NAME
 from loraformat.card.training import without_paths
-from loraformat.errors import InputError, LoraFormatError, UnsupportedError
+from loraformat.errors import InputError, LoraFormatError, UnsupportedError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.foreign_json import parse_object
 from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from loraformat.ops.sharing.private_parts import TRACES, without_traces
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.run_place import CURVE_NAME, run_place
 
 __all__ = [
     "CONFIG_NAME",
     "RECORD_NAME",
+    "Choice",
     "Contents",
     "adapter_files",
     "bundle_files",
@@ -37,6 +40,7 @@ __all__ = [
 CONFIG_NAME = "adapter_config.json"
 RECORD_NAME = "training_record.json"
 _INDEX_NAME = "model.safetensors.index.json"
+_NEEDED = re.compile(r"adapter_config\.json|adapter_model.*\.(safetensors|json)")
 _MAX_JSON_BYTES = 16 << 20
 _MAX_CARD_BYTES = 4 << 20
 _ADAPTER = re.compile(
@@ -69,8 +73,36 @@ class Contents:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which files of an adapter's directory are published.
+
+    Attributes
+    ----------
+    include, exclude : tuple of str
+        Globs of files that shall be published, too, and of those that shall not.
+    statistics : bool
+        Also activation statistics.
+    whole_record : bool
+        Also the traces of the data in the training record.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    statistics: bool = False
+    whole_record: bool = False
+
+    def takes(self, name: str, *, belongs: bool) -> bool:
+        """Tell whether a file is published."""
+        if any(fnmatch(name, glob) for glob in self.exclude):
+            return False
+        if any(fnmatch(name, glob) for glob in self.include):
+            return True
+        return belongs and (self.statistics or name != STATISTICS_NAME)
+
+
 def adapter_files(
-    path: Path, base: str, *, include: Iterable[str] = (), listed: Iterable[str] | None = None
+    path: Path, base: str, choice: Choice, *, listed: Iterable[str] | None = None
 ) -> Contents:
     """Return the files of an adapter.
 
@@ -80,8 +112,7 @@ def adapter_files(
         A PEFT directory, or a single file.
     base : str
         The base's Hub id: the published config names it.
-    include : iterable of str
-        Globs of files that shall be published, too.
+    choice : Choice
     listed : iterable of str, optional
         The files that a bundle's manifest lists, if it lies in one.
 
@@ -89,6 +120,8 @@ def adapter_files(
     ------
     UnsupportedError
         If its weights are in no file that may be published.
+    UsageError
+        If what it cannot be loaded without shall stay here.
     """
     if path.is_file():
         folder = Folder(path.parent)
@@ -99,9 +132,10 @@ def adapter_files(
     for name in names:
         if name == CARD_NAME:
             found.card = read_card(folder)
-        elif _belongs(path / name, name) or any(fnmatch(name, glob) for glob in include):
-            found.files.append(_adapter_file(folder, name, base, found.notes))
+        elif choice.takes(name, belongs=_belongs(path / name, name)):
+            found.files.append(_adapter_file(folder, name, base, choice, found.notes))
         else:
+            _refuse_without(name, choice)
             found.left_out.append(name)
     if not any(re.fullmatch(r"adapter_model.*\.safetensors", file.path) for file in found.files):
         raise UnsupportedError(
@@ -109,8 +143,28 @@ def adapter_files(
             path=path,
             hint="convert it first: loraformat convert ADAPTER OUT --allow-pickle",
         )
-    _add_curve(found, path)
+    if not any(fnmatch(CURVE_NAME, glob) for glob in choice.exclude):
+        _add_curve(found, path)
+    _say_statistics(found)
     return found
+
+
+def _refuse_without(name: str, choice: Choice) -> None:
+    if _NEEDED.fullmatch(name) and any(fnmatch(name, glob) for glob in choice.exclude):
+        raise UsageError(
+            f"--exclude leaves out {printable(name)}, without which nobody can load the adapter",
+            hint="name what else shall stay here",
+        )
+
+
+def _say_statistics(found: Contents) -> None:
+    if STATISTICS_NAME in found.left_out:
+        found.notes.append(
+            f"{STATISTICS_NAME} stays here: it is made of the training data; "
+            "--with-statistics publishes it, for `reduce`"
+        )
+    elif any(file.path == STATISTICS_NAME for file in found.files):
+        found.notes.append(f"{STATISTICS_NAME} is published: it is made of the training data")
 
 
 def _add_curve(found: Contents, path: Path) -> None:
@@ -151,7 +205,9 @@ def read_card(folder: Folder) -> str:
         ) from None
 
 
-def _adapter_file(folder: Folder, name: str, base: str, notes: list[str]) -> UploadFile:
+def _adapter_file(
+    folder: Folder, name: str, base: str, choice: Choice, notes: list[str]
+) -> UploadFile:
     """Return a file as it is; a config and a record without what is local."""
     if name not in (CONFIG_NAME, RECORD_NAME):
         return UploadFile.of_folder(folder, name)
@@ -163,11 +219,25 @@ def _adapter_file(folder: Folder, name: str, base: str, notes: list[str]) -> Upl
     else:
         said = without_paths(found)
         note = f"{name}: in the published copy absolute paths are file names"
+        _say_traces(found, choice, notes)
+        if not choice.whole_record:
+            shown, said = said, without_traces(said)
+            note = note if shown != found else ""
     if said == found:
         return UploadFile.of_folder(folder, name)
-    notes.append(note)
+    notes += [note] if note else []
     text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
     return UploadFile.of_bytes(name, text.encode("utf-8"))
+
+
+def _say_traces(record: dict[str, Any], choice: Choice, notes: list[str]) -> None:
+    if without_traces(record) == record:
+        return
+    notes.append(
+        f"{RECORD_NAME}: {TRACES} are published"
+        if choice.whole_record
+        else f"{RECORD_NAME}: {TRACES} stay here; --whole-record publishes them"
+    )
 
 
 def _json(folder: Folder, name: str) -> dict[str, Any]:
@@ -209,4 +279,10 @@ def bundle_files(path: Path, manifest: Manifest) -> Contents:
     found = Contents(card=read_card(folder) if folder.has(CARD_NAME) else None)
     found.files = [UploadFile.of_folder(folder, name) for name in sorted(set(names))]
     found.left_out = sorted(set(folder.names()) - set(names) - {CARD_NAME})
+    private = [n for n in names if n.rpartition("/")[2] in (STATISTICS_NAME, RECORD_NAME)]
+    if private:
+        found.notes.append(
+            f"{', '.join(map(printable, sorted(private)))}: traces of training data are published, "
+            "since the bundle's manifest lists them"
+        )
     return found

@@ -16,7 +16,7 @@ from loraformat.ops.check.verb import check
 from loraformat.ops.describe import ModelSummary, describe
 from loraformat.ops.describe_adapter import AdapterDescription, description_of
 from loraformat.ops.sharing.base_model import adapter_base, bundle_base, look_up
-from loraformat.ops.sharing.contents import Contents, adapter_files, bundle_files
+from loraformat.ops.sharing.contents import Choice, Contents, adapter_files, bundle_files
 from loraformat.ops.sharing.facts import adapter_facts, bundle_facts
 from loraformat.ops.sharing.gguf import gguf_file, gguf_pattern
 from loraformat.ops.sharing.near_base import NearBase, near_base
@@ -49,7 +49,7 @@ class Wishes:
     base: str | None
     base_model: str | None
     licence: str | None
-    include: tuple[str, ...]
+    choice: Choice
     dry_run: bool
 
 
@@ -106,7 +106,10 @@ def open_parcel(path: Path, wishes: Wishes, workplace: Path, verify: Callable[[]
     if is_bundle(path):
         given = {
             "--with-gguf": wishes.with_gguf,
-            "--include": wishes.include,
+            "--include": wishes.choice.include,
+            "--exclude": wishes.choice.exclude,
+            "--with-statistics": wishes.choice.statistics,
+            "--whole-record": wishes.choice.whole_record,
             "--base": wishes.base,
         }
         if option := next((option for option, value in given.items() if value), None):
@@ -150,7 +153,7 @@ def _adapter(
         said: AdapterDescription = description_of(adapter, path)
         task, local = adapter.config.get("task_type"), adapter.base_model
     verify()
-    contents = adapter_files(path, named[0], include=wishes.include, listed=listed)
+    contents = adapter_files(path, named[0], wishes.choice, listed=listed)
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
     if wishes.with_gguf:
         if path.is_file():

@@ -20,11 +20,17 @@ from loraformat.errors import HubError, InputError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.hub import hub_id, resolve
 from loraformat.hub.reference import is_reference
-from loraformat.hub.repository import Commit, Repository, State, require_login
+from loraformat.hub.repository import (
+    Commit,
+    Repository,
+    State,
+    is_logged_in,
+    require_login,
+)
 from loraformat.hub.source import download
 from loraformat.hub.tree import TreeFile
 from loraformat.manifest import CARD_NAME
-from loraformat.ops.sharing.contents import read_card
+from loraformat.ops.sharing.contents import Choice, read_card
 from loraformat.ops.sharing.parcel import Parcel, Wishes, open_parcel
 from loraformat.ops.sharing.report import FileReport, PushReport
 from loraformat.ops.sharing.upload_file import UploadFile
@@ -61,6 +67,9 @@ def push(
     base_model: str | None = None,
     licence: str | None = None,
     include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    with_statistics: bool = False,
+    whole_record: bool = False,
     tag: str | None = None,
     message: str | None = None,
     dry_run: bool = False,
@@ -92,6 +101,12 @@ def push(
         The Hub's identifier; the base's by default.
     include : sequence of str
         Globs of more files of the directory.
+    exclude : sequence of str
+        Globs of files that stay here; they win over ``include``.
+    with_statistics : bool
+        Publish activation statistics, too, which are made of the training data.
+    whole_record : bool
+        Publish the training record with hashes of the data and with prompts of samples.
     tag : str, optional
         Name for the commit.
     message : str, optional
@@ -109,7 +124,8 @@ def push(
         If the Hub refuses, or does not answer.
     """
     began = time.perf_counter()
-    wishes = Wishes(repo, with_gguf, base, base_model, licence, tuple(include), dry_run)
+    choice = Choice(tuple(include), tuple(exclude), with_statistics, whole_record)
+    wishes = Wishes(repo, with_gguf, base, base_model, licence, choice, dry_run)
     _check(wishes, revision, create_pr, tag)
     if not dry_run:
         require_login()
@@ -117,8 +133,8 @@ def push(
     remote = Repository(repo, revision or "main")
     with tempfile.TemporaryDirectory(prefix="loraformat-") as workplace:
         parcel = open_parcel(path, wishes, Path(workplace), lambda: _verify(path, progress))
-        state = _state(remote, parcel, private, dry_run)
-        plan = _plan(parcel, state, repo)
+        asked, state = _state(remote, parcel, private, dry_run)
+        plan = _plan(parcel, state, repo, asked=asked)
         report = _report(source, remote, plan, tag if dry_run else None, dry_run)
         if not dry_run:
             report = _publish(
@@ -161,29 +177,38 @@ def _verify(path: Path, progress: Callable[[int, int], None]) -> None:
         )
 
 
-def _state(remote: Repository, parcel: Parcel, private: bool, dry_run: bool) -> State | None:
-    """Return what is on the Hub now; of a dry run without one, nothing."""
+def _state(
+    remote: Repository, parcel: Parcel, private: bool, dry_run: bool
+) -> tuple[bool, State | None]:
+    """Return whether the Hub has answered, as it need not to a dry run; and what is there now."""
     try:
         state = remote.state()
     except HubError as error:
         if not dry_run:
             raise
         parcel.notes.append(f"the Hub was not asked about {remote.repo}: {error.problem}")
-        return None
+        return False, None
+    if state is None and not is_logged_in():
+        parcel.notes.append(
+            f"the Hub shows no {remote.repo} to somebody who is not logged in; a private one would "
+            "not be shown"
+        )
     if state is not None and private and not state.private:
         raise HubError(
             "exists and is public, and --private only makes new repositories private",
             path=remote.repo,
             hint="change it in its settings on the Hub, then push without --private",
         )
-    return state
+    return True, state
 
 
-def _plan(parcel: Parcel, state: State | None, repo: str) -> _Plan:
+def _plan(parcel: Parcel, state: State | None, repo: str, *, asked: bool) -> _Plan:
     there = state.files if state else {}
     card = _card(parcel, state, repo)
     files = [*parcel.files, UploadFile.of_bytes(CARD_NAME, card.encode("utf-8"))]
-    status = {file.path: _status(file, there.get(file.path)) for file in files}
+    status = {
+        file.path: _status(file, there.get(file.path)) if asked else "not asked" for file in files
+    }
     return _Plan(parcel, files, card, status, _stale(parcel, status, there))
 
 

@@ -20,7 +20,8 @@ class FileReport:
     sha256 : str or None
         Of a pulled small file the Hub has none.
     status : str
-        ``new``, ``changed`` or ``same`` compared with what was there; of a pull, ``fetched`` or
+        ``new``, ``changed`` or ``same`` compared with what was there; of a dry run without a Hub
+        ``not asked``; of a pull, ``fetched`` or
         ``kept`` from an interrupted one.
     """
 

@@ -9,10 +9,12 @@ not know the base, nothing is proven.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,15 +77,27 @@ def load_on_meta(
     Loaded or None
         None if PEFT or transformers is not installed, or transformers cannot build the base.
     """
-    try:
-        import peft
-    except ImportError:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
+        try:
+            import peft
+        except ImportError:
+            return None
         answers = [_try(peft, model, config, tensors) for model in _models(config, tensors, base)]
     clean = [answer for answer in answers if answer == Loaded()]
     return clean[0] if clean else answers[-1] if answers else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep warnings away that are about running models; bitsandbytes has some for its import."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _models(

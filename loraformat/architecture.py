@@ -128,7 +128,9 @@ def kind_of(name: str) -> str:
     return module_of(name).rsplit(".", 1)[-1]
 
 
-def skip_modules(dense: Iterable[LazyTensor], quantized: Iterable[str]) -> list[str] | None:
+def skip_modules(
+    dense: Iterable[LazyTensor], quantized: Iterable[str], absent: str | None = None
+) -> list[str] | None:
     """Return what peers must be told not to quantize, for ``llm_int8_skip_modules``.
 
     transformers replaces every linear by a 4-bit one unless its name matches an entry of
@@ -142,6 +144,8 @@ def skip_modules(dense: Iterable[LazyTensor], quantized: Iterable[str]) -> list[
         The tensors that are not quantized.
     quantized : iterable of str
         Names of the weights that are.
+    absent : str, optional
+        A part that the model's class has and the checkpoint may lack: it has no 4-bit form, then.
 
     Returns
     -------
@@ -165,6 +169,8 @@ def skip_modules(dense: Iterable[LazyTensor], quantized: Iterable[str]) -> list[
             heads.add(module)
         elif not _EMBEDDING.search(module):
             names |= _patterns(module, modules)
+    if absent is not None and not any(absent in module.split(".") for module in modules):
+        names.add(absent)
     if any(_HEAD.search(module) for module in modules):
         return sorted(names)
     return sorted(names | heads) if names else None

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from loraformat.architecture import skip_modules
 from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
-from loraformat.config_json import join, model_dtype
+from loraformat.config_json import join, model_dtype, parse
+from loraformat.families import Family, family_of
 from loraformat.manifest import CARD_NAME, MANIFEST_NAME, FileRecord, Manifest, fingerprint
 from loraformat.model_directory import WrittenModel, write_model_directory
 from loraformat.plugins import Converter, WriteOptions
@@ -105,12 +106,18 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
         "bnb_4bit_use_double_quant": any(tensor.double_quant for tensor in quantized),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_modules(dense, (tensor.name for tensor in quantized)),
+        "llm_int8_skip_modules": skip_modules(
+            dense, (tensor.name for tensor in quantized), _family(checkpoint).optional
+        ),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    return family_of(parse(checkpoint.config) if checkpoint.config else {})
 
 
 CONVERTER = Converter(

@@ -70,6 +70,20 @@ EXPERT_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 _ROUTERS = {"gate", "router"}
 
+#: Their classes multiply and add norms, biases and routers as they are stored: in 4 bits such a
+#: model runs only if all of its dense tensors are of one type.
+_ONE_TYPE = {
+    "bert", "bloom", "glm", "gpt2", "gpt_neox", "granite", "lfm2", "llama", "mistral", "mixtral",
+    "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "starcoder2",
+}  # fmt: skip
+#: Their classes cast what a norm returns.
+_CASTING = {
+    "cohere", "falcon", "gemma2", "gemma3", "gemma3_text", "nemotron", "olmo2", "stablelm",
+}  # fmt: skip
+
+#: A part that its class has, and that checkpoints may leave out: the class makes one of chance.
+_OPTIONAL = {"bert": "pooler"}
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -87,12 +101,19 @@ class Family:
         ``target_parameters``.
     tied : bool
         Its head is its embedding where the config does not say.
+    one_type : bool or None
+        Its dense tensors must all be of one type, or a model with 4-bit linears does not run;
+        None where that is not known.
+    optional : str or None
+        A part that a checkpoint may leave out.
     """
 
     conv1d: bool = False
     transposed_experts: bool = False
     expert_leaves: frozenset[str] = frozenset()
     tied: bool = False
+    one_type: bool | None = None
+    optional: str | None = None
 
 
 def model_types(config: Mapping[str, Any]) -> list[str]:
@@ -130,6 +151,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
         conv1d=bool(types & _CONV1D),
         transposed_experts=bool(types & _TRANSPOSED_EXPERTS),
         expert_leaves=frozenset(leaves),
+        one_type=True if types & _ONE_TYPE else False if types & _CASTING else None,
+        optional=next((part for name, part in _OPTIONAL.items() if name in types), None),
         tied=any(config.get("model_type") == one for one in types & _TIED),  # not one inside
     )
 

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.bundle_update import adapter_place, read_manifest
-from loraformat.checkpoint import Checkpoint
+from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.ops.convert_adapter import AdapterOptions, AdapterReport, convert_adapter
 from loraformat.ops.encoding import Encoding
+from loraformat.ops.one_dtype import Alignment, aligned
 from loraformat.ops.open import open_with
 from loraformat.ops.report import (
     ConversionReport,
@@ -195,6 +196,7 @@ def _convert_base(
     dtype = _read_as(writer, encoding)
     with open_with(found, reader, dtype=dtype, config=config) as original:
         checkpoint, told = settled(encoding.apply(_with_origin(original, found), writer))
+        checkpoint, alignment = _aligned(original, checkpoint)
         lost = list(losses(original, reader, writer))
         if strict and lost:
             raise UnsupportedError(
@@ -212,6 +214,7 @@ def _convert_base(
             pre_tokenizer=pre_tokenizer,
         )
         if dry_run:
+            report.notes.extend(alignment.notes())
             return foreseen(report, checkpoint, writer, target, options)
         plan = _plan(checkpoint, encoding, writer, shard_limit)
         with open_publication(
@@ -225,7 +228,15 @@ def _convert_base(
                 raise
             original.close()  # raises if an input changed, before anything is published
             output.commit()
+    report.notes.extend(alignment.notes())  # measured on the way
     return complete(report, checkpoint, written, time.perf_counter() - began)
+
+
+def _aligned(original: Checkpoint, checkpoint: Checkpoint) -> tuple[Checkpoint, Alignment]:
+    """Give what is quantized now one dense type; a source in NF4 keeps its bytes."""
+    if any(isinstance(tensor, NF4Tensor) for tensor in original.tensors.values()):
+        return checkpoint, Alignment()
+    return aligned(checkpoint)
 
 
 def _read_as(writer: Converter, encoding: Encoding) -> str | None:

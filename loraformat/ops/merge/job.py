@@ -19,6 +19,7 @@ from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.vocabulary import brought_tokenizer
+from loraformat.ops.one_dtype import Alignment, aligned
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.publish import Publication
 from loraformat.publish_file import open_publication
@@ -78,6 +79,8 @@ class MergeJob:
         What will be written, lazily.
     meter : Meter
         What became of each delta, once it is written.
+    alignment : Alignment
+        What became of dense tensors of another type than most, once they are written.
     stored : Stored
         Measures that by what is stored, where the writer rounds to types of its own.
     """
@@ -103,6 +106,7 @@ class MergeJob:
         if spool is not None:
             self._check_undo()
         self.stored = Stored(self._told() if writer.dtypes else {}, self.meter)
+        self.alignment = Alignment()
         self.checkpoint = self._merged()
 
     def _told(self) -> dict[str, LazyTensor]:
@@ -162,6 +166,8 @@ class MergeJob:
         if self.writer.dtypes:
             word = self.options.dtype
         encoded = Encoding(word, None, None, (), ()).apply(merged, self.writer)
+        if not any(isinstance(tensor, NF4Tensor) for tensor in self.original.tensors.values()):
+            encoded, self.alignment = aligned(encoded)
         if self.options.requantize:
             encoded.tensors = {
                 name: self._measured(tensor, tensors) for name, tensor in encoded.tensors.items()

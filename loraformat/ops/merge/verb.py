@@ -263,7 +263,7 @@ def _completed(
     dtypes = [job.checkpoint.tensors[name].dtype for name in job.meter.sums]
     if job.writer.dtypes:
         dtypes = [(job.options.dtype or "f16").upper()]
-    notes = [*report.notes, *written.notes]
+    notes = [*report.notes, *written.notes, *job.alignment.notes()]
     missing = report.merged - len(job.meter.sums)
     if missing > 0:
         why = "merged by an earlier, interrupted run"

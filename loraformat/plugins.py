@@ -23,6 +23,7 @@ from loraformat.errors import (
     UnsupportedError,
     UsageError,
 )
+from loraformat.foreign_adapters import refuse_foreign_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -360,8 +361,14 @@ def get(name: str) -> Converter:
     return converter
 
 
-def sniff(path: Path) -> Converter:
+def sniff(path: Path, kind: str | None = None) -> Converter:
     """Return the converter that recognises a path by its content.
+
+    Parameters
+    ----------
+    path : Path
+    kind : {"base", "adapter"}, optional
+        What is wanted, where a directory holds one of each.
 
     Raises
     ------
@@ -373,6 +380,10 @@ def sniff(path: Path) -> Converter:
     if not path.exists():
         raise InputError("no such file or directory", path=path)
     known = [converter for converter in all_converters() if _recognises(converter, path)]
+    if all(converter.kind == "base" for converter in known):
+        refuse_foreign_adapter(path, recognised=bool(known))
+    if len(known) > 1 and kind is not None:
+        known = [converter for converter in known if converter.kind == kind] or known
     if len(known) == 1:
         known[0].check_installed()
         return known[0]

@@ -26,6 +26,8 @@ def sniff(path: Path) -> bool:
     """Tell whether a path is a safetensors file or a directory of them that is nothing else."""
     if path.is_file():
         return path.suffix == ".safetensors" and not is_bitsandbytes(path)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return False  # what lies beside an adapter is no model
     if is_bundle(path) or all(is_adapter_file(f.name) for f in path.glob("*.safetensors")):
         return False
     method = _method(path)

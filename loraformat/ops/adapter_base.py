@@ -57,7 +57,7 @@ def open_base(
         return bundle.checkpoint, Home(bundle.manifest.fingerprint, bundle.manifest.source)
     if (config := _config_alone(path)) is not None:
         return _placed(config, source), None
-    reader = plugins.sniff(path)
+    reader = plugins.sniff(path, "base")
     if reader.read is None:
         raise UsageError(f"--base {named} is no base but {reader.name}")
     return _placed(stack.enter_context(reader.read(path)), source), None

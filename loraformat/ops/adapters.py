@@ -11,6 +11,7 @@ from loraformat.checkpoint import Checkpoint
 from loraformat.durable import write_all
 from loraformat.errors import FileChangedError, UnsupportedError
 from loraformat.folder import Folder
+from loraformat.foreign_adapters import adapters_below
 from loraformat.hub import resolve
 from loraformat.plugins import AdapterReadOptions
 from loraformat.publish import Publication
@@ -40,10 +41,13 @@ def open_adapter(
         If it is no adapter, damaged, or more than a low-rank delta.
     """
     path = resolve(source, pickles=allow_pickle).path
-    converter = plugins.sniff(path)
+    converter = plugins.sniff(path, "adapter")
     if converter.read_adapter is None:
+        below = adapters_below(path)
         raise UnsupportedError(
-            f"is a {converter.kind} ({converter.name}), not an adapter", path=path
+            f"is a {converter.kind} ({converter.name}), not an adapter",
+            path=path,
+            hint=f"an adapter of it is {below[-1]}" if below else None,
         )
     return converter.read_adapter(path, AdapterReadOptions(base, allow_pickle))
 

@@ -60,7 +60,7 @@ def open_model(source: str | Path) -> Checkpoint:
         If it is an adapter, or a format that can only be written.
     """
     path = resolve(source).path
-    converter = plugins.sniff(path)
+    converter = plugins.sniff(path, "base")
     if converter.kind != "base" or converter.read is None:
         raise UnsupportedError(
             f"is an adapter ({converter.name}), not a model"

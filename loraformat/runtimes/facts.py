@@ -150,6 +150,8 @@ class AdapterFacts:
         Tensors whose names are not those that PEFT writes.
     empty : tuple of str
         Tensors without elements.
+    beside : tuple of str
+        Other files of weights in its directory.
     sharded : bool
         Its tensors lie in several files with an index.
     nonfinite : tuple of str
@@ -184,6 +186,7 @@ class AdapterFacts:
     bias: bool = False
     odd_names: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     sharded: bool = False
     nonfinite: tuple[str, ...] = ()
     refusal: str | None = None

@@ -164,6 +164,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "change": _with(model__layers__0__mlp__up_proj__lora_B__weight=torch.ones(INNER + 8, 8))
     },
     "doubled prefix": {"change": _renamed(r"model\.layers", "model.model.layers")},
+    "projector beside it": {"files": {"non_lora_trainables.bin": lambda: "PK"}},
     "never gathered": {
         "change": lambda tensors: {n: torch.zeros(0) for n in tensors},
     },

@@ -75,6 +75,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "FOREIGN_NAMES": ("vllm", ""),
         "LOAD_IGNORES": ("transformers", ""),
     },
+    "projector beside it": {"OTHER_WEIGHTS": ("", ALL)},
     "never gathered": {"EMPTY": (ALL, "")},
     "no tensors": {"NO_TENSORS": (ALL, "")},
     "shards": {"SHARDED": (f"transformers {SERVERS}", "")},

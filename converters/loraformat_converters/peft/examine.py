@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.load_on_meta import Stored
 from loraformat_converters.peft.loading import judge_loading
 from loraformat_converters.peft.refusals import changing_start, refuse_by_name, unknown_fields
-from loraformat_converters.peft.weights import INDEX_NAME, StoredTensors, open_tensors
+from loraformat_converters.peft.weights import (
+    INDEX_NAME,
+    StoredTensors,
+    open_tensors,
+    other_weights,
+)
 
 __all__ = ["examine"]
 
@@ -58,7 +64,8 @@ def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
     with contextlib.ExitStack() as opened:
         stored = open_tensors(folder, allow_pickle=options.allow_pickle)
         opened.callback(stored.close)
-        return _Examiner(settings, stored, options.base).facts(refusal)
+        facts = _Examiner(settings, stored, options.base).facts(refusal)
+        return replace(facts, beside=tuple(other_weights(folder.names())))
 
 
 def _refusal(config: dict[str, Any], path: Path) -> UnsupportedError | None:

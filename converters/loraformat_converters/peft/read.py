@@ -24,7 +24,7 @@ from loraformat_converters.peft.experts import ExpertReader
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.moments import read_moments
 from loraformat_converters.peft.rows import read_rows
-from loraformat_converters.peft.weights import GATHER, StoredTensors, open_tensors
+from loraformat_converters.peft.weights import GATHER, StoredTensors, open_tensors, other_weights
 
 __all__ = ["read_adapter", "sniff"]
 
@@ -79,7 +79,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
             files=_files(folder),
             verbatim=stored.verbatim and reader.usual,
             sources=tuple(folder.path / name for name in folder.names()),
-            notes=tuple(settings.notes),
+            notes=(*settings.notes, *_beside(folder)),
             close=opened.pop_all().close,
         )
     try:
@@ -92,6 +92,14 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _beside(folder: Folder) -> list[str]:
+    return [
+        f"{printable(name)} lies beside it and was not read: if it holds what was trained with the "
+        "adapter (a projector, a head), load it as the program that wrote it does"
+        for name in other_weights(folder.names())
+    ]
 
 
 def _files(folder: Folder) -> tuple[CarriedFile, ...]:

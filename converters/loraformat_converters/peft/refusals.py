@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
+from loraformat.foreign_adapters import MLX_HINT
 
 __all__ = ["INVOCATION", "changing_start", "refuse_by_name", "unknown_fields"]
 
+#: Fields that mlx-lm writes into a file of the same name.
+_MLX = {"fine_tune_type", "lora_parameters", "lora_layers"}
 #: Tokens from which on an aLoRA acts.
 INVOCATION = "alora_invocation_tokens"
 
@@ -70,6 +73,10 @@ def refuse_by_name(config: dict[str, Any], path: Path, *, conditional: bool = Fa
         Naming the field, with the remedy.
     """
     kind = config.get("peft_type")
+    if kind is None and _MLX & config.keys():
+        raise UnsupportedError(
+            "is an adapter in the form of mlx-lm, not PEFT's", path=path, hint=MLX_HINT
+        )
     if kind != "LORA":
         raise UnsupportedError(
             f"peft_type is {printable(kind)}, and only LORA is a low-rank delta",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -24,7 +25,15 @@ from loraformat.folder import Folder
 from loraformat.index_json import parse_index
 from loraformat.mapped import MappedFile
 
-__all__ = ["GATHER", "INDEX_NAME", "PICKLE_NAME", "WEIGHTS_NAME", "StoredTensors", "open_tensors"]
+__all__ = [
+    "GATHER",
+    "INDEX_NAME",
+    "PICKLE_NAME",
+    "WEIGHTS_NAME",
+    "StoredTensors",
+    "open_tensors",
+    "other_weights",
+]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
@@ -36,10 +45,34 @@ GATHER = (
     "zero3_save_16bit_model) in the DeepSpeed config; or make the states of a checkpoint whole "
     "with the zero_to_fp32.py that lies in it"
 )
+_OURS = re.compile(r"adapter_model(-\d+-of-\d+)?\.(safetensors|bin)")
 _MAX_INDEX_BYTES = 64 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 #: Read as F32, which holds each of their values.
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+
+
+#: States of a training, which are no weights, and what lies beside an adapter on purpose.
+_NO_WEIGHTS = re.compile(
+    r"(.*/)?(optimizer|scheduler|scaler|rng_state(_\d+)?|training_args|.*_states?)\.(bin|pt|pth)"
+    r"|global_step\d+/.*|checkpoint-\d+/.*|activation_statistics\.safetensors"
+)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack")
+
+
+def other_weights(names: Iterable[str]) -> list[str]:
+    """Return the files beside an adapter that look like weights, and are none of PEFT's.
+
+    Examples
+    --------
+    >>> other_weights(["adapter_model.safetensors", "non_lora_trainables.bin", "optimizer.pt"])
+    ['non_lora_trainables.bin']
+    """
+    return [
+        name
+        for name in names
+        if name.endswith(_WEIGHTS) and not _OURS.fullmatch(name) and not _NO_WEIGHTS.fullmatch(name)
+    ]
 
 
 @dataclass(slots=True)

@@ -57,7 +57,7 @@ def fix(
             hint="name a directory, and convert that to GGUF",
         )
     found = resolve(source, pickles=allow_pickle)
-    reader = plugins.sniff(found.path)
+    reader = plugins.sniff(found.path, "adapter")
     if reader.kind != "adapter":
         raise UnsupportedError(f"is a model ({reader.name}), not an adapter", path=found.path)
     options = AdapterOptions(

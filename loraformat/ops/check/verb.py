@@ -146,7 +146,7 @@ def examine(
         If it is no adapter.
     """
     path = resolve(source, pickles=allow_pickle).path
-    converter = plugins.sniff(path)
+    converter = plugins.sniff(path, "adapter")
     if converter.kind != "adapter":
         raise UnsupportedError(
             f"is a model ({converter.name}), not an adapter",

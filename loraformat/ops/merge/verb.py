@@ -118,7 +118,7 @@ def merge(
     began = time.perf_counter()
     factors = adapter_weights(weights, len(adapters))
     found = resolve(base)
-    reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
+    reader = plugins.get(from_format) if from_format else plugins.sniff(found.path, "base")
     writer = plugins.for_output(Path(target), to_format, default="safetensors")
     writer.check_pre_tokenizer(pre_tokenizer)
     beside = _is_beside(writer, requantize)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.runtimes.facts import AdapterFacts
-from loraformat.runtimes.record import Rule, Runtime, refuses, unknown
+from loraformat.runtimes.record import Rule, Runtime, mind, refuses, unknown
 
 __all__ = ["FILE_RULES"]
 
@@ -24,6 +24,10 @@ def _shards(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return "its tensors lie in shards with an index" if adapter.sharded else None
 
 
+def _beside(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    return f"{printable(adapter.beside[0])} lies beside it" if adapter.beside else None
+
+
 def _dtype(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     odd = {dtype for module in adapter.modules for dtype in module.dtypes} - _ORDINARY
     return f"factors are {', '.join(sorted(odd))}" if odd and adapter.format == "peft" else None
@@ -37,6 +41,16 @@ FILE_RULES = (
         _shards,
         refuses("every loader wants one adapter_model.safetensors", "rewrite"),
         of_files=True,
+    ),
+    Rule(
+        "OTHER_WEIGHTS",
+        "`non_lora_trainables.bin` and other files of weights beside it",
+        _beside,
+        mind(
+            "no loader of adapters reads such a file, which may hold what was trained with it",
+            "advice",
+            "load it as the program that wrote it does",
+        ),
     ),
     Rule(
         "DTYPE",

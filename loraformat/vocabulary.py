@@ -16,7 +16,7 @@ import torch
 from loraformat.checkpoint import CarriedFile, LazyTensor
 from loraformat.config_json import parse
 
-__all__ = ["Resize", "per_token", "resized", "resized_config", "tokenizer_files"]
+__all__ = ["Resize", "per_token", "resized", "resized_config", "tokenizer_files", "with_tokenizer"]
 
 _PER_TOKEN = re.compile(
     r"(^|\.)((embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight"
@@ -140,3 +140,19 @@ def tokenizer_files(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
     """
     found = tuple(file for file in files if _TOKENIZER.fullmatch(file.path))
     return found if any(file.path in _VOCABULARIES for file in found) else ()
+
+
+def with_tokenizer(
+    files: Iterable[CarriedFile], tokenizer: tuple[CarriedFile, ...]
+) -> tuple[CarriedFile, ...]:
+    """Return files with another tokenizer in place of theirs; as they are if it is empty.
+
+    Examples
+    --------
+    >>> old = (CarriedFile("vocab.json", 0, bytes), CarriedFile("LICENSE", 0, bytes))
+    >>> new = (CarriedFile("tokenizer.json", 0, bytes),)
+    >>> [file.path for file in with_tokenizer(old, new)]
+    ['LICENSE', 'tokenizer.json']
+    """
+    kept = tuple(file for file in files if not (tokenizer and _TOKENIZER.fullmatch(file.path)))
+    return (*kept, *tokenizer)

@@ -216,8 +216,13 @@ def _compare_bases(adapter: Adapter, this: str, fingerprint: str, allowed: bool)
     return [f"it {bases}: what it learned there may not hold here"]
 
 
-def check_fits(adapter: Adapter, base: Checkpoint) -> None:
+def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:
     """Check that a base has all that an adapter changes, in the right shapes.
+
+    Returns
+    -------
+    list of str
+        What a user should know, where the shapes are those of another vocabulary.
 
     Raises
     ------
@@ -226,7 +231,14 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
     """
     # A bias where the base has none cannot be merged, but PEFT adds it at run time.
     deltas = {name: replace(delta, bias=None) for name, delta in adapter.deltas.items()}
-    plan_edits(base, [replace(adapter, deltas=deltas)], [1.0])
+    plan = plan_edits(base, [replace(adapter, deltas=deltas)], [1.0])
+    if plan.resize is None:
+        return []
+    return [
+        f"its vocabulary has {plan.resize.after} tokens, and this base's {plan.resize.before}: "
+        "merge, eval, generate and train resize the base, and in PEFT "
+        f"model.resize_token_embeddings({plan.resize.after}) comes before loading the adapter"
+    ]
 
 
 def check_values(adapter: Adapter) -> None:

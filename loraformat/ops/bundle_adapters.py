@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraformat import bundle, plugins
@@ -109,14 +109,15 @@ def plan_incoming(incoming: Incoming, base: Checkpoint, home: Home) -> AdapterOu
         home=home,
         allow_base_mismatch=incoming.allow_base_mismatch,
     )
-    check_incoming(incoming.adapter, base)
-    return output
+    notes = check_incoming(incoming.adapter, base)
+    return replace(output, notes=(*output.notes, *notes))
 
 
-def check_incoming(adapter: Adapter, base: Checkpoint) -> None:
-    """Check that an adapter fits a base, and that all its values are finite."""
-    check_fits(adapter, base)
+def check_incoming(adapter: Adapter, base: Checkpoint) -> list[str]:
+    """Check that an adapter fits a base, and that all its values are finite; see `check_fits`."""
+    notes = check_fits(adapter, base)
     check_values(adapter)
+    return notes
 
 
 def put(

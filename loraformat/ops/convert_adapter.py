@@ -163,9 +163,9 @@ def convert_adapter(
             expected=listed,
         )
         if place is not None and base is not None:
-            check_incoming(adapter, base)
+            notes += check_incoming(adapter, base)
         elif base is not None and base.tensors:
-            check_fits(adapter, base)
+            notes += check_fits(adapter, base)
         report = _report(source, target, output, lost, notes)
         if options.dry_run:
             return _foreseen(report, output, target)

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from tests.adapters import peft_models
@@ -29,12 +31,19 @@ def gemma3() -> torch.nn.Module:
     return Gemma3ForCausalLM(config)
 
 
+def wide() -> torch.nn.Module:
+    """Return a model whose rows are whole blocks of 64, which bitsandbytes wants on a CPU."""
+    sizes = {**peft_models.SIZES, "hidden_size": 64, "intermediate_size": 128}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
+
+
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": peft_models.llama,
     "llama tied": peft_models.llama_tied,
     "gemma3": gemma3,
     "gpt2": peft_models.gpt2,
 }
+BUILD = {**MODELS, "wide": wide}
 
 
 def names(model: str) -> tuple[str, list[str]]:
@@ -63,7 +72,7 @@ def adapter(
 ) -> torch.nn.Module:
     """Save a base and an adapter that was made after a resize; return PEFT's model."""
     torch.manual_seed(0)
-    base = MODELS[model]()
+    base = BUILD[model]()
     with torch.no_grad():
         for parameter in base.parameters():
             if parameter.ndim > 1:

@@ -21,7 +21,7 @@ import torch
 from loraformat import config_json, lora
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.architecture import is_conv1d
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, tensor_view
 from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
 from loraformat.errors import InputError, printable
 from loraformat.families import family_of
@@ -30,10 +30,11 @@ from loraformat.ops.extract.fit import Fit, fit
 from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.extract.pairs import pairs_of
 from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
-from loraformat.ops.factors import Pair
+from loraformat.ops.factors import Pair, as_bytes
 from loraformat.ops.open import fingerprint_of, open_model
 from loraformat.ops.spool import Spool
 from loraformat.tied_head import HEAD
+from loraformat.vocabulary import per_token, tokenizer_files
 
 __all__ = [
     "ExtractOptions",
@@ -174,6 +175,7 @@ class _Extraction:
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
         self.unchanged = 0
+        self.resized = False
 
     def add(self, base: LazyTensor | None, tuned: LazyTensor) -> None:
         """Compare one tensor with its base."""
@@ -195,15 +197,18 @@ class _Extraction:
                 tensor.release()
 
     def _reshaped(self, base: LazyTensor, tuned: LazyTensor) -> None:
-        grown = len(base.shape) == len(tuned.shape) == 2 and base.shape[1] == tuned.shape[1]
-        if grown and base.shape[0] < tuned.shape[0] and isinstance(tuned, DenseTensor):
-            self.replacements[tuned.name] = tuned
+        if tuned.name in per_token({tuned.name: tuned}) and base.shape[1:] == tuned.shape[1:]:
+            whole = tuned if isinstance(tuned, DenseTensor) else _decoded(tuned)
+            self.replacements[tuned.name] = whole
             if tuned.name == self.tied:
-                self.replacements[HEAD] = replace(tuned, name=HEAD)
+                self.replacements[HEAD] = replace(whole, name=HEAD)
+            before, after = base.shape[0], tuned.shape[0]
             self.notes.append(
-                f"{tuned.name} grew from {base.shape[0]} to {tuned.shape[0]} rows and is replaced "
-                "as a whole: resize the base's vocabulary before loading the adapter"
+                f"{tuned.name} {'grew' if before < after else 'shrank'} from {before} to {after} "
+                "rows and is replaced as a whole: loraformat merge resizes the base; in PEFT "
+                f"model.resize_token_embeddings({after}) comes before loading the adapter"
             )
+            self.resized = True
         else:
             sizes = "x".join(map(str, base.shape)), "x".join(map(str, tuned.shape))
             self.left_out[tuned.name] = f"changed its shape from {sizes[0]} to {sizes[1]}"
@@ -286,6 +291,7 @@ class _Extraction:
             replacements=self.replacements,
             config={"modules_to_save": self._saved_modules() or None},
             base_model=base.provenance.repo or str(base.path),
+            files=tokenizer_files(tuned.files) if self.resized else (),
             sources=(*base.sources, *tuned.sources),
             notes=tuple(self.notes),
             close=self.spool.close,
@@ -338,6 +344,14 @@ def _module(name: str, rank: int, parts: list[Fit], rounding: list[float]) -> Ex
         noise=max(part.edge for part in parts),
         capped=any(part.capped for part in parts),
     )
+
+
+def _decoded(tensor: NF4Tensor) -> DenseTensor:
+    """Return an NF4 weight as one of its dense type."""
+    return DenseTensor(
+        tensor.name, tensor.dtype, tensor.shape,
+        lambda: as_bytes(tensor.dequantize()), tensor.release,
+    )  # fmt: skip
 
 
 def _alike(base: LazyTensor, tuned: LazyTensor) -> bool:

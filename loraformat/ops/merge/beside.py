@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from loraformat.adapter import Adapter
-from loraformat.checkpoint import Checkpoint, NF4Tensor
+from loraformat.checkpoint import Checkpoint, LazyTensor, NF4Tensor
 from loraformat.errors import InputError, UsageError, printable
 from loraformat.model_directory import WrittenModel
+from loraformat.ops.merge.edits import Edit
+from loraformat.ops.merge.vocabulary import resized_base
 from loraformat.plugins import WriteOptions
 from loraformat.publish_file import open_publication
 from loraformat.safe_paths import is_adapter_name
 from loraformat.version import __version__
+from loraformat.vocabulary import Resize, per_token
 
-__all__ = ["check_beside", "merge_beside", "name_of"]
+__all__ = ["check_beside", "merge_beside", "name_of", "with_vocabulary"]
 
 
 def check_beside(original: Checkpoint, base: str | Path, target: str | Path) -> None:
@@ -72,6 +76,41 @@ def name_of(adapters: Sequence[str | Path | Adapter], wanted: str | None) -> str
             hint="choose one with --name",
         )
     return wanted
+
+
+def with_vocabulary(
+    original: Checkpoint, adapters: Sequence[Adapter], resize: Resize
+) -> tuple[Checkpoint, list[Adapter], str]:
+    """Return a base of the adapters' vocabulary, and the adapters as ones of that base.
+
+    Its embedding and head are resized as transformers does it, so that PEFT loads what lies beside
+    them as it is. All other tensors stay.
+
+    Parameters
+    ----------
+    original : Checkpoint
+    adapters : sequence of Adapter
+    resize : Resize
+
+    Returns
+    -------
+    Checkpoint
+    list of Adapter
+        None of them names the base by the fingerprint that it had.
+    str
+        What is to be said.
+    """
+    from loraformat.ops.merge.merged import merged_tensor
+
+    tensors: dict[str, LazyTensor] = dict(original.tensors)
+    for name, rows in per_token(original.tensors).items():
+        if rows == resize.before:
+            edit = Edit(name, name, height=resize.after)
+            tensors[name] = merged_tensor(edit, original.tensors[name], (), (), None)
+    base, note = resized_base(original, resize, adapters, tensors)
+    named = [replace(one, base_fingerprint=None, verbatim=False) if one.base_fingerprint else one
+             for one in adapters]  # fmt: skip
+    return base, named, note
 
 
 def merge_beside(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.adapter import Adapter
-from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UsageError
 from loraformat.model_directory import WrittenModel
@@ -18,14 +18,13 @@ from loraformat.ops.encoding import Encoding
 from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.vocabulary import brought_tokenizer
+from loraformat.ops.merge.vocabulary import resized_base
 from loraformat.ops.one_dtype import Alignment, aligned
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.publish import Publication
 from loraformat.publish_file import open_publication
 from loraformat.tied_head import untied_config
 from loraformat.version import __version__
-from loraformat.vocabulary import Resize, resized_config, tokenizer_files
 
 if TYPE_CHECKING:
     from loraformat.ops.unmerge.record_file import RecordPublication
@@ -151,17 +150,16 @@ class MergeJob:
         for name, edit in self._edits().items():
             source = None if edit.source is None else self.original.tensors[edit.source]
             tensors[name] = self._tensor(edit, source)
-        config, files = self.original.config, self.original.files
+        original, resize = self.original, self.plan.resize
+        if resize is not None:
+            original, note = resized_base(original, resize, self.adapters, tensors)
+            self.plan.notes.append(note)
+        config = original.config
         if self.plan.untied and config is not None:
             config = untied_config(config)
-        if self.plan.resize is not None:
-            config = config and resized_config(config, self.plan.resize)
-            files = self._with_tokenizer(files, self.plan.resize)
         # What is merged is not what the base's fingerprint says any more.
-        origin = replace(self.original.provenance, format="merge")
-        merged = replace(
-            self.original, tensors=tensors, config=config, files=files, provenance=origin
-        )
+        origin = replace(original.provenance, format="merge")
+        merged = replace(original, tensors=tensors, config=config, provenance=origin)
         word = {"F32": "f32", "F16": "f16", "BF16": "bf16", None: None}[self.dtype]
         if self.writer.dtypes:
             word = self.options.dtype
@@ -174,27 +172,14 @@ class MergeJob:
             }
         return encoded
 
-    def _with_tokenizer(
-        self, files: tuple[CarriedFile, ...], resize: Resize
-    ) -> tuple[CarriedFile, ...]:
-        """Return the base's files with the tokenizer that the adapters bring, if they do."""
-        brought, note = brought_tokenizer(self.adapters, resize)
-        self.plan.notes.append(note)
-        if not brought:
-            return files
-        old = {file.path for file in tokenizer_files(files)}
-        return (*(file for file in files if file.path not in old), *brought)
-
     def _measured(self, tensor: LazyTensor, merged: dict[str, LazyTensor]) -> LazyTensor:
         """Measure what quantizing a merged dense weight leaves of its delta."""
         from loraformat.ops.merge.requantized import requantized
 
         edit, dense = self.plan.edits.get(tensor.name), merged[tensor.name]
-        if edit is None or edit.source is None or not isinstance(dense, DenseTensor):
+        if edit is None or edit.source is None or edit.height is not None:
             return tensor
-        if edit.height is not None:
-            return tensor
-        if not isinstance(tensor, NF4Tensor):
+        if not isinstance(dense, DenseTensor) or not isinstance(tensor, NF4Tensor):
             return tensor
         source = self.original.tensors[edit.source]
         return requantized(

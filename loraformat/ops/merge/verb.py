@@ -30,7 +30,12 @@ from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.adapter_weights import adapter_weights
 from loraformat.ops.merge.bases import check_bases
-from loraformat.ops.merge.beside import check_beside, merge_beside, name_of
+from loraformat.ops.merge.beside import (
+    check_beside,
+    merge_beside,
+    name_of,
+    with_vocabulary,
+)
 from loraformat.ops.merge.edits import Plan, plan_edits
 from loraformat.ops.merge.job import MergeJob, MergeOptions
 from loraformat.ops.merge.report import MergedAdapter, MergeReport, UndoSummary, advice
@@ -155,7 +160,11 @@ def merge(
             original, told = settled(original)
             several = len(opened) > 1  # of one, the writer says the same
             report = replace(report, beside=name_of(adapters, name), notes=notes if several else [])
-            report = _planned(report, original, plan_edits(original, opened, options.weights))
+            plan = plan_edits(original, opened, options.weights)
+            if plan.resize is not None:
+                original, opened, note = with_vocabulary(original, opened, plan.resize)
+                told = [*told, note]
+            report = _planned(report, original, plan)
             report.notes.extend(told)
             if dry_run:
                 return report

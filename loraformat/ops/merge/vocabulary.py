@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from loraformat.adapter import Adapter
-from loraformat.checkpoint import CarriedFile, LazyTensor
+from loraformat.checkpoint import CarriedFile, Checkpoint, LazyTensor
 from loraformat.errors import UnsupportedError, printable
 from loraformat.tied_head import HEAD, TiedHead
-from loraformat.vocabulary import Resize, per_token, tokenizer_files
+from loraformat.vocabulary import (
+    Resize,
+    per_token,
+    resized_config,
+    tokenizer_files,
+    with_tokenizer,
+)
 
-__all__ = ["brought_tokenizer", "wanted_size"]
+__all__ = ["brought_tokenizer", "resized_base", "wanted_size"]
 
 #: Tokens up to which a low-rank delta alone, which is small however many it names, is believed.
 _MOST_BY_DELTA = 1 << 20
@@ -109,3 +116,32 @@ def brought_tokenizer(
         f"{change}, and no tokenizer lies beside the adapter: the base's is kept; put the one that "
         "the adapter was trained with beside it and merge again, or over the output's"
     )
+
+
+def resized_base(
+    base: Checkpoint,
+    resize: Resize,
+    adapters: Sequence[Adapter],
+    tensors: Mapping[str, LazyTensor],
+) -> tuple[Checkpoint, str]:
+    """Return a base of another vocabulary, with the config and the tokenizer of it.
+
+    Parameters
+    ----------
+    base : Checkpoint
+    resize : Resize
+    adapters : sequence of Adapter
+        Which may bring the tokenizer.
+    tensors : mapping of str to LazyTensor
+        Those of the result.
+
+    Returns
+    -------
+    Checkpoint
+    str
+        What is to be said.
+    """
+    tokenizer, note = brought_tokenizer(adapters, resize)
+    config = None if base.config is None else resized_config(base.config, resize)
+    files = with_tokenizer(base.files, tokenizer)
+    return replace(base, tensors=tensors, config=config, files=files), note

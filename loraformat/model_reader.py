@@ -19,12 +19,13 @@ from loraformat.adapter import is_adapter_file
 from loraformat.checkpoint import CarriedFile, Checkpoint, Provenance
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.folder import Folder
+from loraformat.header import Entry
 from loraformat.manifest import MANIFEST_NAME
 from loraformat.mapped import MappedFile
 from loraformat.safe_paths import is_safe_path
 from loraformat.stored import collect
 
-__all__ = ["is_bitsandbytes", "open_model", "peek_config", "weight_files"]
+__all__ = ["is_bitsandbytes", "open_model", "peek_config", "stored_entries", "weight_files"]
 
 _SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -104,17 +105,25 @@ def is_bitsandbytes(path: Path) -> bool:
 
     A model that cannot be opened answers no: reading it will say what is wrong.
     """
+    return any(map(_BITSANDBYTES.search, stored_entries(path)))
+
+
+def stored_entries(path: Path) -> dict[str, Entry]:
+    """Return what the headers of a model say of its tensors, for recognising it.
+
+    Empty for a model that cannot be opened: reading it will say what is wrong.
+    """
     if path.is_file() and path.suffix != ".safetensors":
-        return False
+        return {}
+    entries: dict[str, Entry] = {}
     try:
         folder = Folder(path if path.is_dir() else path.parent)
         for name in weight_files(folder) if path.is_dir() else [path.name]:
             with contextlib.closing(MappedFile(folder, name)) as file:
-                if any(map(_BITSANDBYTES.search, file.header.entries)):
-                    return True
+                entries |= file.header.entries
     except InputError:
-        pass
-    return False
+        return {}
+    return entries
 
 
 def _others(folder: Folder, carried: Iterable[CarriedFile], config: bytes | None) -> list[str]:

@@ -11,14 +11,29 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from loraformat.checkpoint import LazyTensor
 from loraformat.errors import UnsupportedError, printable
 
-__all__ = ["PackedWeights", "packed_weights", "refuse_packed"]
+__all__ = ["FLOAT8", "MXFP4", "PackedWeights", "Stored", "packed_weights", "refuse_packed"]
 
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+#: Methods that converters read.
+FLOAT8, MXFP4 = "float8", "MXFP4"
+
+_FLOATS = ("F8_E4M3", "F8_E5M2")
 _INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+
+
+class Stored(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +60,7 @@ class _Method:
     suffixes: tuple[str, ...]
     dtypes: tuple[str, ...]  # of the first of them
 
-    def gave_away(self, tensors: Mapping[str, LazyTensor]) -> str | None:
+    def gave_away(self, tensors: Mapping[str, Stored]) -> str | None:
         first, *others = self.suffixes
         for name, tensor in tensors.items():
             if name.endswith(first) and tensor.dtype in self.dtypes:
@@ -61,35 +76,27 @@ _METHODS = (
     _Method("AWQ", (".qweight", ".qzeros"), ("I32",)),
     _Method("MLX", (".weight", ".scales", ".biases"), ("U32",)),
     _Method("MLX (mxfp4)", (".weight", ".scales"), ("U32",)),
-    _Method("MXFP4", ("_blocks", "_scales"), ("U8",)),
+    _Method(MXFP4, ("_blocks", "_scales"), ("U8",)),
     _Method("compressed-tensors", (".weight_packed",), ("I32", "U8")),
     _Method("NVFP4", (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
     _Method("HQQ", (".W_q",), _INTEGERS),
     _Method("EXL2", (".q_weight", ".q_scale"), ("I32",)),
     _Method("EXL3", (".trellis",), ("I16", "U16")),
     _Method("AQLM", (".codes", ".codebooks"), _INTEGERS),
-    _Method("optimum-quanto", (".weight._data",), ("I8", "U8", *_FLOAT8)),
-    _Method("torchao", ("._weight_qdata",), ("I8", "U8", "I32", *_FLOAT8)),
+    _Method("optimum-quanto", (".weight._data",), ("I8", "U8", *_FLOATS)),
+    _Method("torchao", ("._weight_qdata",), ("I8", "U8", "I32", *_FLOATS)),
 )
 #: Integer tensors of two dimensions with this ending are codes, whoever wrote them.
 _WEIGHT = re.compile(r"(^|\.)(weight|\w+_proj)$")
 
-_DECODED = (
-    "decode it once with transformers, which needs the memory for it: "
-    "AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16', "
-    "quantization_config={}(dequantize=True)).save_pretrained(DENSE, save_original_format=False)"
-)
-#: Methods whose weights were published in no other form, and transformers' class that decodes them.
-_DECODERS = {"float8": "FineGrainedFP8Config", "MXFP4": "Mxfp4Config"}
 
-
-def packed_weights(tensors: Mapping[str, LazyTensor]) -> PackedWeights | None:
+def packed_weights(tensors: Mapping[str, Stored]) -> PackedWeights | None:
     """Return the method that quantized some of the tensors; None for dense ones.
 
     Parameters
     ----------
-    tensors : mapping of str to LazyTensor
-        By name; no number is read.
+    tensors : mapping of str to Stored
+        By name: entries of headers, or lazy tensors; no number is read.
 
     Examples
     --------
@@ -103,22 +110,22 @@ def packed_weights(tensors: Mapping[str, LazyTensor]) -> PackedWeights | None:
         if found := method.gave_away(tensors):
             return PackedWeights(method.name, found)
     for name, tensor in tensors.items():
-        if tensor.dtype in _FLOAT8:
-            return PackedWeights("float8", name)
+        if tensor.dtype in _FLOATS:
+            return PackedWeights(FLOAT8, name)
         if tensor.dtype in _INTEGERS and len(tensor.shape) > 1 and _WEIGHT.search(name):
             return PackedWeights("an unknown method", name)
     return None
 
 
 def refuse_packed(
-    path: Path, tensors: Mapping[str, LazyTensor], method: object, original: str | None
+    path: Path, tensors: Mapping[str, Stored], method: object, original: str | None
 ) -> None:
     """Refuse weights that another method quantized, and say how dense ones are had.
 
     Parameters
     ----------
     path : Path
-    tensors : mapping of str to LazyTensor
+    tensors : mapping of str to Stored
     method : object
         What the config calls the method; None if it names none.
     original : str or None
@@ -140,8 +147,8 @@ def refuse_packed(
 
 
 def _remedy(method: str, original: str | None) -> str:
-    if method in _DECODERS:
-        return _DECODED.format(f"transformers.{_DECODERS[method]}")
+    if method in (FLOAT8, MXFP4):
+        return f"use --from {method.lower()}"
     if original is not None:
         return f"start from the model that was quantized: {printable(original)}, by its README.md"
     return "start from the model that was quantized; its page on the Hub names it as base model"

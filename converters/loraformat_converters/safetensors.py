@@ -13,8 +13,8 @@ from loraformat.card.carried import base_model_of
 from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
 from loraformat.model_directory import WrittenModel, write_model_directory
-from loraformat.model_reader import is_bitsandbytes, open_model, peek_config
-from loraformat.packed_weights import refuse_packed
+from loraformat.model_reader import is_bitsandbytes, open_model, peek_config, stored_entries
+from loraformat.packed_weights import FLOAT8, MXFP4, packed_weights, refuse_packed
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import is_bundle
@@ -25,13 +25,21 @@ __all__ = ["CONVERTER", "read", "sniff", "write"]
 def sniff(path: Path) -> bool:
     """Tell whether a path is a safetensors file or a directory of them that is nothing else."""
     if path.is_file():
-        return path.suffix == ".safetensors" and not is_bitsandbytes(path)
+        return path.suffix == ".safetensors" and not is_bitsandbytes(path) and not _packed(path)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return False  # what lies beside an adapter is no model
     if is_bundle(path) or all(is_adapter_file(f.name) for f in path.glob("*.safetensors")):
         return False
     method = _method(path)
-    return method != "bitsandbytes" and (method is not None or not is_bitsandbytes(path))
+    if method == "bitsandbytes" or (method is None and is_bitsandbytes(path)):
+        return False
+    return not _packed(path)
+
+
+def _packed(path: Path) -> bool:
+    """Tell whether another converter reads the weights; of other methods `read` says which."""
+    found = packed_weights(stored_entries(path))
+    return found is not None and found.method in (FLOAT8, MXFP4)
 
 
 def _method(path: Path) -> object:

@@ -1,0 +1,177 @@
+"""float8 checkpoints: decoded as transformers decodes them, in every form of scales."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
+
+from loraformat import plugins
+from loraformat.errors import InputError, UnsupportedError, UsageError
+from loraformat.ops.convert import convert
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+W = "model.layers.0.mlp.up_proj.weight"
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def write(path, tensors, **config):
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    return path
+
+
+def gauss(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def decoded(path, name=W):
+    with plugins.sniff(path).read(path) as model:
+        tensor = model.tensors[name]
+        return tensor.torch().clone(), tensor
+
+
+def test_what_transformers_decodes(tmp_path):
+    """A model of 128 x 128 blocks, as DeepSeek and Qwen publish them."""
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=256,
+    )  # fmt: skip
+    LlamaForCausalLM(sizes).bfloat16().save_pretrained(tmp_path / "dense")
+    stored = {}
+    for name, weight in load_file(tmp_path / "dense/model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = weight
+            continue
+        rows, columns = weight.shape
+        blocks = weight.float().reshape(rows // 128, 128, columns // 128, 128)
+        scale = blocks.abs().amax((1, 3)) / 448
+        stored[name] = (blocks / scale[:, None, :, None]).reshape(rows, columns).to(E4M3)
+        stored[f"{name}_scale_inv"] = scale
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    write(tmp_path / "float8", stored, **config, quantization_config=BLOCKS)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float8", quantization_config=FineGrainedFP8Config(dequantize=True),
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    report = convert(tmp_path / "float8", tmp_path / "plain", to_format="safetensors")
+    assert report.source_format == "float8"
+    found = load_file(tmp_path / "plain/model.safetensors")
+    wanted = model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")  # no trace of float8 is left
+    ids = torch.arange(10)[None]
+    assert torch.equal(opened(ids).logits, model(ids).logits)
+    report = convert(tmp_path / "float8", tmp_path / "bundle")
+    assert report.quantized == 14
+
+
+SCALES = {
+    "tensor": ((64, 96), ()),
+    "tensor of one": ((64, 96), (1,)),
+    "rows": ((64, 96), (64,)),
+    "rows of one": ((64, 96), (64, 1)),
+    "ragged blocks": ((200, 300), (2, 3)),
+    "one block": ((64, 96), (1, 1)),
+    "experts": ((3, 200, 300), (3, 2, 3)),
+    "experts by row": ((3, 64, 96), (3, 64, 1)),
+    "experts by column": ((3, 64, 96), (3, 1, 96)),
+    "experts each": ((3, 64, 96), (3, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize("code", [E4M3, E5M2])
+@pytest.mark.parametrize("form", SCALES)
+def test_every_form_of_scales(tmp_path, form, code, suffix):
+    shape, scaled = SCALES[form]
+    codes = (gauss(*shape) * 40).to(code)
+    scale = gauss(*scaled, seed=1).abs() + 0.01
+    path = write(tmp_path / "m", {W: codes, W + suffix: scale}, quantization_config=BLOCKS)
+    full = scale.reshape(*scaled, 1) if form == "rows" else scale
+    for dimension, count in enumerate(shape):
+        if full.ndim == len(shape) and full.shape[dimension] not in (1, count):
+            full = full.repeat_interleave(128, dimension).narrow(dimension, 0, count)
+    found, tensor = decoded(path)
+    assert torch.equal(found, (codes.float() * full).bfloat16())
+    assert tensor.stored_as == f"float8 {'E4M3' if code is E4M3 else 'E5M2'}"
+    assert tensor.stored_bytes == codes.numel() + 4 * scale.numel()
+
+
+def test_without_scales_codes_are_the_weights(tmp_path):
+    codes = gauss(64, 96).to(E4M3)
+    path = write(tmp_path / "m", {W: codes})
+    assert torch.equal(decoded(path)[0], codes.bfloat16())
+    single = tmp_path / "m/model.safetensors"
+    assert plugins.sniff(single).name == "float8"
+
+
+def test_a_large_tensor_is_decoded_in_tiles_of_the_same_numbers(tmp_path):
+    codes, scale = gauss(2000, 1500).to(E4M3), gauss(16, 12, seed=2).abs()
+    path = write(tmp_path / "m", {W: codes, W + "_scale_inv": scale})
+    full = scale.repeat_interleave(128, 0)[:2000].repeat_interleave(128, 1)[:, :1500]
+    assert torch.equal(decoded(path)[0], (codes.float() * full).bfloat16())
+
+
+def test_numbers_are_rounded_once_to_what_is_asked_for(tmp_path):
+    codes, scale = gauss(64, 64).to(E4M3), torch.tensor(1 / 3)
+    path = write(tmp_path / "m", {W: codes, W + "_scale": scale})
+    convert(path, tmp_path / "f32", to_format="safetensors", dtype="f32")
+    found = load_file(tmp_path / "f32/model.safetensors")[W]
+    assert torch.equal(found, codes.float() * scale)
+
+
+def test_scales_of_activations_stay_behind_and_are_named(tmp_path):
+    attention = "model.layers.0.self_attn"
+    path = write(
+        tmp_path / "m",
+        {
+            W: gauss(8, 8).to(E4M3), W + "_scale": torch.ones(()),
+            "model.layers.0.mlp.up_proj.input_scale": torch.ones(()),
+            f"{attention}.k_scale": torch.ones(()), f"{attention}.v_scale": torch.ones(()),
+        },
+    )  # fmt: skip
+    with plugins.sniff(path).read(path) as model:
+        assert list(model.tensors) == [W]
+        assert any("3 scales of activations" in said for said in model.left_behind)
+
+
+@pytest.mark.parametrize(
+    ("scale", "config"),
+    [
+        (torch.ones(3, 3), {}),
+        (torch.ones(5), {}),
+        (torch.ones(1, 1, 1), {}),
+        (torch.ones(2, 3), {"weight_block_size": [64, 128]}),
+        (torch.ones(2, 2, dtype=torch.int32), {}),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(tmp_path, scale, config):
+    tensors = {W: gauss(200, 300).to(E4M3), W + "_scale_inv": scale}
+    path = write(tmp_path / "m", tensors, quantization_config={**BLOCKS, **config})
+    with pytest.raises(InputError, match=r"up_proj\.weight_scale_inv is .* scales no weight"):
+        convert(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", [[0, 128], [128], "128", [128, 1.5], [128, 1 << 40], {}])
+def test_a_block_size_that_is_none(tmp_path, size):
+    tensors = {W: gauss(8, 8).to(E4M3), W + "_scale_inv": torch.ones(1, 1)}
+    settings = {**BLOCKS, "weight_block_size": size}
+    path = write(tmp_path / "m", tensors, quantization_config=settings)
+    if size:
+        with pytest.raises(InputError, match="weight_block_size"):
+            convert(path, tmp_path / "out")
+
+
+def test_other_methods_beside_it_are_refused(tmp_path):
+    integers = {W.replace("0", "1"): torch.zeros(8, 8, dtype=torch.int8)}
+    tensors = {W: gauss(8, 8).to(E4M3), **integers}
+    with pytest.raises(UnsupportedError, match="an unknown method beside float8"):
+        convert(write(tmp_path / "m", tensors), tmp_path / "out")
+    path = write(tmp_path / "n", {W: gauss(8, 8).to(E4M3)})
+    with pytest.raises(UsageError, match="--config"):
+        convert(path, tmp_path / "out", config=path / "config.json")

@@ -62,9 +62,11 @@ def printable(text: object) -> str:
     >>> printable("layer\x1b[31m")
     'layer\\x1b[31m'
     """
-    shown = "".join(
-        c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: _LONGEST_QUOTE + 1]
-    )
+    try:
+        said = str(text)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        said = "an integer of thousands of digits"
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said[: _LONGEST_QUOTE + 1])
     return shown if len(shown) <= _LONGEST_QUOTE else shown[: _LONGEST_QUOTE - 1] + "…"
 
 

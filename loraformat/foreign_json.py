@@ -9,13 +9,14 @@ bounds. Files that the format itself defines are read by `loraformat.strict_json
 from __future__ import annotations
 
 import json
+import sys
 from os import PathLike
-from typing import Any
+from typing import Any, TypeGuard
 
 from loraformat.errors import InputError
 from loraformat.strict_json import StrictJsonError, check_depth, check_surrogates
 
-__all__ = ["MAX_DEPTH", "ForeignJsonError", "loads", "parse_object"]
+__all__ = ["MAX_DEPTH", "ForeignJsonError", "is_finite", "loads", "parse_object"]
 
 #: Deepest nesting that is read: that of serde_json, with which tokenizers parses.
 MAX_DEPTH = 128
@@ -101,3 +102,16 @@ def parse_object(data: bytes, path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError("not a JSON object", path=path)
     return value
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Tell whether a value is a number that a float can hold, which not every integer is.
+
+    Examples
+    --------
+    >>> [is_finite(value) for value in (8, 0.5, True, "8", float("nan"), 10**400)]
+    [True, True, False, False, False, False]
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max

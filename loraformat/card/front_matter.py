@@ -45,7 +45,8 @@ def _parsed(raw: str) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw, loader)):
             raise InputError("it has aliases")
         found = yaml.load(raw, loader)
-    except (yaml.YAMLError, RecursionError, ValueError, InputError) as error:
+        compose(found)  # it is going to be written again, which 0xfff... of 5000 digits cannot be
+    except Exception as error:  # KeyError for "!!bool x", AttributeError for "!!timestamp x", ...
         where = getattr(error, "problem", None) or type(error).__name__
         raise InputError(f"front matter {_WANTED}: {printable(where)}", hint="mend it") from None
     if found is None:

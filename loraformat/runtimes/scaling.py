@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from loraformat.foreign_json import is_finite
 from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
 
 __all__ = ["as_trained", "by_config", "by_config_with_rslora", "by_file_alpha"]
@@ -67,7 +68,7 @@ def by_config_with_rslora(adapter: AdapterFacts, module: ModuleFacts) -> float:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 8.0  # PEFT's default
+    return float(value) if is_finite(value) else 8.0  # PEFT's default
 
 
 def _rank(adapter: AdapterFacts, module: ModuleFacts) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from loraformat.adapter import LARGEST_SCALING
 from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
-from loraformat.foreign_json import parse_object
+from loraformat.foreign_json import is_finite, parse_object
 from loraformat_converters.peft.patterns import PatternTable
 from loraformat_converters.peft.refusals import INVOCATION, refuse_by_name, unknown_fields
 
@@ -96,8 +96,9 @@ class LoraSettings:
             raise
 
     def _number(self, value: Any, what: str, *, whole: bool = False) -> float:
-        numeric = type(value) is int or (type(value) is float and math.isfinite(value))
-        if not numeric or (whole and (type(value) is not int or not 1 <= value <= _MAX_RANK)):
+        if not is_finite(value) or (
+            whole and (type(value) is not int or not 1 <= value <= _MAX_RANK)
+        ):
             wanted = f"an integer from 1 to {_MAX_RANK}" if whole else "a finite number"
             raise InputError(f"{what} is {printable(value)}, wanted {wanted}", path=self._path)
         return float(value)

@@ -8,7 +8,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from loraformat.errors import InputError, MissingDependencyError, UnsupportedError
+from loraformat.errors import (
+    InputError,
+    LoraFormatError,
+    MissingDependencyError,
+    UnsupportedError,
+    printable,
+)
 from loraformat.folder import Folder
 from loraformat.train.data.template_date import on_one_day
 from loraformat.train.data.template_process import TemplateRefusalError, shared
@@ -176,6 +182,10 @@ def open_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             fspath(directory), local_files_only=True, trust_remote_code=False
         )
+        _check_length(tokenizer, Path(directory))
+        encoder = TextEncoder(tokenizer, fspath(directory))
+    except LoraFormatError:
+        raise
     except Exception as error:  # from JSON errors to Rust panics, depending on what is broken
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -183,10 +193,18 @@ def open_tokenizer(
             path=directory,
             hint="copy the tokenizer files of the original model there",
         ) from None
-    encoder = TextEncoder(tokenizer, fspath(directory))
     if chat_template is not None:
         encoder.use_template(chat_template)
     return encoder
+
+
+def _check_length(tokenizer: Any, directory: Path) -> None:
+    longest = tokenizer.model_max_length  # transformers takes anything, and compares with it later
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise InputError(
+            f"model_max_length is {printable(longest)}, wanted a number",
+            path=directory / "tokenizer_config.json",
+        )
 
 
 def _check_files(directory: Path) -> None:

@@ -73,11 +73,12 @@ def build_skeleton(config: bytes, layers: int, path: object) -> Any:
     try:
         made = CONFIG_MAPPING[model_type].from_dict(fields)
         wanted = text_config(made).num_hidden_layers
+        fits = wanted <= layers
     except Exception as error:
         raise _unsupported(f"transformers cannot read its config: {printable(error)}", path) from (
             error
         )
-    if wanted > layers:
+    if not fits:
         raise _unsupported(f"its config wants {wanted} layers, and it holds {layers}", path)
     return _build(AutoModelForCausalLM, made, path)
 

@@ -82,7 +82,9 @@ def _load(path: Path) -> dict[Any, Any]:
         loaded = yaml.safe_load(data.decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", path=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # KeyError for "!!bool x", AttributeError for "!!timestamp x", ...
         raise InputError(f"is no YAML: {_one_line(error)}", path=path) from None
     if loaded is None:
         return {}

@@ -101,6 +101,7 @@ class Inputs:
             if found is not None:
                 layers[found] = layers.get(found, 0) + tensor.nbytes
         hidden = int(config.hidden_size)
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
         extra = self.model.extra_state().values()
         trained = [parameter.numel() for parameter in self.model.trainable().values()]
         branches = self.model.branches.values()
@@ -108,7 +109,7 @@ class Inputs:
         return Shape(
             layers=int(config.num_hidden_layers),
             hidden=hidden,
-            inner=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+            inner=int(max(inner) if isinstance(inner, list | tuple) else inner),
             vocabulary=int(config.vocab_size),
             base_bytes=total,
             layer_bytes=max(layers.values(), default=0),

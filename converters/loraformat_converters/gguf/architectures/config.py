@@ -7,11 +7,11 @@ because that is what transformers computes with.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
 
 from loraformat.config_json import CONFIG_NAME
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.foreign_json import is_finite
 
 __all__ = ["MAX_EXPERTS", "MAX_LAYERS", "Config"]
 
@@ -55,7 +55,7 @@ class Config:
     def number(self, key: str, default: float | None = None) -> float:
         """Return a finite number."""
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        if not is_finite(value):
             raise _wrong(key, value, "a finite number")
         return float(value)
 
@@ -84,7 +84,7 @@ class Config:
         value = self.values.get(key)
         if value not in wanted:
             raise UnsupportedError(
-                f"{CONFIG_NAME} has {key} {printable(str(value))}: {why}",
+                f"{CONFIG_NAME} has {key} {printable(value)}: {why}",
                 hint="this model cannot run in llama.cpp as it is",
             )
 
@@ -136,5 +136,5 @@ class Config:
 
 
 def _wrong(key: str, value: object, wanted: str) -> InputError:
-    found = "is missing" if value is None else f"is {printable(str(value)[:80])}"
+    found = "is missing" if value is None else f"is {printable(value)}"
     return InputError(f"{key} {found}, wanted {wanted}", path=CONFIG_NAME)

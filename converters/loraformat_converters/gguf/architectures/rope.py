@@ -9,11 +9,12 @@ a magnitude of (1 + 0.1 ln factor) Â· ``rope.scaling.attn_factor``. The factoráµ
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import isfinite, log, pi, sqrt
+from math import log, pi, sqrt
 from typing import Any
 
 from loraformat.config_json import CONFIG_NAME
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.foreign_json import is_finite
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.keys import Keys
 
@@ -168,7 +169,7 @@ class Rope:
         if (
             not isinstance(values, Sequence)
             or len(values) != wanted
-            or not all(isinstance(v, int | float) and isfinite(v) and v for v in values)
+            or not all(is_finite(v) and v for v in values)
         ):
             raise InputError(f"{key} is no list of {wanted} numbers", path=CONFIG_NAME)
         return [float(value) for value in values]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from loraformat import convert, describe, foreign_json, merge, verify
+from loraformat.card import front_matter
 from loraformat.config_json import parse
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError
@@ -135,3 +136,38 @@ def test_a_member_of_another_type_is_named(tmp_path: Path, member: str, value: o
     with pytest.raises(InputError, match=rf"config\.json: {member} "):
         merge(tmp_path / "base", [ADAPTERS["manual"]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["256", [256], {}, True])
+def test_a_length_that_is_no_number_is_named(tmp_path: Path, value: object) -> None:
+    from loraformat.train.data.tokenizer import open_tokenizer
+
+    shutil.copytree(SMALL_MODEL, tmp_path / "model")
+    file = tmp_path / "model/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": value}))
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: model_max_length is .* number"):
+        open_tokenizer(tmp_path / "model")
+
+
+def test_a_length_of_31_digits_is_a_length(tmp_path: Path) -> None:
+    from loraformat.train.data.tokenizer import open_tokenizer
+
+    shutil.copytree(SMALL_MODEL, tmp_path / "model")
+    file = tmp_path / "model/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": int(1e30)}))
+    assert open_tokenizer(tmp_path / "model").tokenize("a line").ids
+    convert(tmp_path / "model", tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("tag", ["!!bool x", "!!timestamp x", f"0x{'f' * 5000}", "!!int x", "*a"])
+def test_yaml_that_cannot_be_read_is_a_card_that_cannot(tag: str) -> None:
+    with pytest.raises(InputError, match="front matter"):
+        front_matter.split(f"---\nlicense: {tag}\n---\n# Title\n")
+
+
+def test_numbers_that_no_float_holds_are_named(tmp_path: Path) -> None:
+    shutil.copytree(ADAPTERS["manual"], tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 10**400}))
+    with pytest.raises(InputError, match=r"lora_alpha is 1000.*wanted a finite number"):
+        describe(tmp_path / "adapter")

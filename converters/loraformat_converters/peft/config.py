@@ -10,7 +10,7 @@ from loraformat.adapter import LARGEST_SCALING
 from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
 from loraformat.foreign_json import is_finite, parse_object
-from loraformat_converters.peft.patterns import PatternTable
+from loraformat_converters.peft.pattern_table import PatternTable
 from loraformat_converters.peft.refusals import INVOCATION, refuse_by_name, unknown_fields
 
 __all__ = ["CONFIG_NAME", "MAX_CONFIG_BYTES", "LoraSettings", "read_config", "read_settings"]
@@ -20,6 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 #: Rule A02 of the specification.
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 16384
+_MOST_PARAMETERS = 64
 
 
 class LoraSettings:
@@ -60,6 +61,7 @@ class LoraSettings:
         self.version = _version(config.get("peft_version"))
         self.invocation_tokens = self._invocation_tokens()
         self.target_parameters = tuple(self._names("target_parameters"))
+        self._leaves = self._leaves_by_home()
         self._rank = int(self._number(config.get("r", 8), "r", whole=True))
         self._alpha = self._number(config.get("lora_alpha", 8), "lora_alpha")
         self._alphas = self._table("alpha_pattern", whole=False)
@@ -80,6 +82,31 @@ class LoraSettings:
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise InputError(f"{field} is not a list of names", path=self._path)
         return value
+
+    def _leaves_by_home(self) -> dict[str, list[tuple[int, str]]]:
+        found: dict[str, list[tuple[int, str]]] = {}
+        for number, entry in enumerate(dict.fromkeys(self.target_parameters)):
+            home, _, leaf = entry.rpartition(".")
+            found.setdefault(home, []).append((number, leaf))
+        if any(len(leaves) > _MOST_PARAMETERS for leaves in found.values()):
+            raise InputError(
+                f"target_parameters names more than {_MOST_PARAMETERS} parameters of one module",
+                path=self._path,
+            )
+        return found
+
+    def parameters_of(self, module: str) -> list[tuple[str, str]]:
+        """Return home and name of the target parameters that may be a module's, in their order.
+
+        The home is empty where an entry names a parameter only, which any module may have.
+        """
+        tails = [module[place:] for place in _beginnings_of_parts(module)]
+        entries = [
+            (number, home, leaf)
+            for home in ("", *tails)
+            for number, leaf in self._leaves.get(home, ())
+        ]
+        return [(home, leaf) for _, home, leaf in sorted(entries)]
 
     def _table(self, field: str, *, whole: bool) -> PatternTable:
         value = self.config.get(field) or {}
@@ -146,6 +173,10 @@ class LoraSettings:
                 hint="correct lora_alpha; common values are the rank and twice the rank",
             )
         return scaling
+
+
+def _beginnings_of_parts(name: str) -> list[int]:
+    return [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
 
 
 def _version(value: Any) -> tuple[int, int]:

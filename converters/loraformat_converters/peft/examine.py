@@ -204,8 +204,7 @@ class _Examiner:
         )
 
     def _is_parameter(self, owner: str, depth: int) -> bool:
-        parents = {name.rpartition(".")[0] for name in self.settings.target_parameters}
-        return depth > 0 or any(owner == p or owner.endswith(f".{p}") for p in parents)
+        return depth > 0 or any(home for home, _ in self.settings.parameters_of(owner))
 
     def _base_shape(self, owner: str) -> tuple[int, ...] | None:
         if self.base is None or self.names is None:

@@ -89,11 +89,7 @@ class ExpertReader:
 
     def parameters(self, module: str, depths: Sequence[int]) -> list[str]:
         """Return the names of a module's wrapped parameters; [] if it is an ordinary layer."""
-        named = []
-        for entry in self._settings.target_parameters:
-            home, _, leaf = entry.rpartition(".")
-            if module == home or module.endswith("." + home) or not home:
-                named.append((home, leaf))
+        named = self._settings.parameters_of(module)
         there = [leaf for _, leaf in named if self._find(module, leaf).shape is not None]
         sure = [leaf for home, leaf in named if home or module.endswith("experts") or max(depths)]
         found = list(dict.fromkeys(there or sure))

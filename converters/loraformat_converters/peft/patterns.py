@@ -2,28 +2,27 @@ r"""PEFT's name patterns, matched in bounded time.
 
 ``rank_pattern`` and ``alpha_pattern`` map regular expressions to values. PEFT takes the first
 one, in the order of the file, for which ``re.match(rf"(.*\.)?({key})$", name)`` succeeds. A
-stranger's pattern can keep `re` busy for years (``(a+)+$``), so that only patterns without
-repetition go to it. For the others the set of positions where a part of the pattern can end
-is computed from the set where it can begin, once for each part and position: at most
-parts x length² steps, whatever the pattern. It finds what `re` finds, because PEFT asks
-only *whether* a pattern matches.
+stranger's pattern can keep `re` busy for years (``(a+)+$``), so that only parts without
+repetition go to it. The set of positions where a part of the pattern can end is computed from
+the set where it can begin, once for each part and position; every such step is taken from a
+`Budget`, also those of repetitions. It finds what `re` finds, because PEFT asks only *whether* a
+pattern matches.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from loraformat.errors import InputError, UnsupportedError, printable
 
-__all__ = ["Pattern", "PatternTable"]
+__all__ = ["REMEDY", "Budget", "Pattern", "TooCostlyError"]
+
+REMEDY = "name the modules in full, one pattern for each"
 
 _LONGEST = 512
 _DEEPEST = 32
-#: Steps for all patterns on all modules of an adapter: about half a minute.
-_MOST_STEPS = 30_000_000
 
 _TOKEN = re.compile(
     r"(?P<refused>\(\?(?!:|P<)|\\[1-9])|(?P<open>\((?:\?:|\?P<\w+>)?)|(?P<close>\))|(?P<bar>\|)"
@@ -32,16 +31,46 @@ _TOKEN = re.compile(
     r"|\\(?:x..|u.{4}|U.{8}|N\{[^}]*\}|0[0-7]{0,2}|.)|.)",
     re.DOTALL,
 )
-#: Letters, dots (of any kind), digits: a name, more or less.
-_WITHOUT_REPETITION = re.compile(r"(?:[\w.^$-]|\\[.\-_])*", re.ASCII)
-_LITERAL = re.compile(r"(?:[\w-]|\\[.\-_])+", re.ASCII)
+
+
+_CHARACTERS = re.compile(r"(?:[\w.-]|\\[.\-_])+", re.ASCII)
+_ESCAPED = re.compile(r"\\.")
+
+
+class TooCostlyError(Exception):
+    """A `Budget` is spent."""
+
+
+class Budget:
+    """Steps that matching may still take.
+
+    Parameters
+    ----------
+    steps : int
+        Two million take about a second.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def take(self, steps: int) -> None:
+        """Use up some.
+
+        Raises
+        ------
+        TooCostlyError
+            If there are none left.
+        """
+        self.left -= steps
+        if self.left < 0:
+            raise TooCostlyError
 
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """A part of a pattern: an atom, all of `parts` in order, one of them, or the first repeated."""
+    """A part of a pattern: `text` that repeats nothing, or `parts`: in order, one, or repeated."""
 
-    atom: re.Pattern[str] | None = None
+    text: str | None = None
     parts: tuple[_Node, ...] = ()
     either: bool = False
     low: int = 1
@@ -69,35 +98,63 @@ class Pattern:
     def __init__(self, key: str) -> None:
         if len(key) > _LONGEST:
             raise UnsupportedError(
-                f"pattern {printable(key)} has more than {_LONGEST} characters", hint=_REMEDY
+                f"pattern {printable(key)} has more than {_LONGEST} characters", hint=REMEDY
             )
+        _check_depth(key)
         self.key = key
         text = rf"(.*\.)?({key})$"
-        self.slow = not _WITHOUT_REPETITION.fullmatch(key)
-        if self.slow:
-            _check_depth(key)
         try:
-            self._regex = re.compile(text)
+            re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(
-                f"pattern {printable(key)} is no regular expression: {error}", hint=_REMEDY
+                f"pattern {printable(key)} is no regular expression: {error}", hint=REMEDY
             ) from None
-        if self.slow:
+        alone = _Parser(key, key)
+        self._root = alone.whole()
+        self._alone = alone.done  # not so for "a)|(b"
+        if not self._alone:
             self._root = _Parser(key, text).whole()
+        self._tail = _tail(self._root) if self._alone else None
 
-    def matches(self, name: str) -> bool:
-        """Tell whether PEFT would take this pattern for a module of that name."""
-        return self.steps(name)[0]
+    def matches(self, name: str, budget: Budget | None = None) -> bool:
+        """Tell whether PEFT would take this pattern for a module of that name.
 
-    def steps(self, name: str) -> tuple[bool, int]:
-        """Return what `matches` does, and how many steps that took."""
-        if not self.slow:
-            return self._regex.match(name) is not None, 1
-        run = _Run(name)
-        return run.ends(self._root, 0) != 0, run.steps
+        Raises
+        ------
+        TooCostlyError
+            If that takes more steps than the budget has, one million by default.
+        """
+        budget = budget or Budget(1_000_000)
+        if self._tail is not None and not name.endswith("\n"):
+            budget.take(1)
+            ending, width = self._tail
+            if width > len(name) or not ending.match(name, len(name) - width):
+                return False
+        run = _Run(name, budget)
+        if not self._alone:
+            return run.ends(self._root, 0) != 0
+        ends = run.from_all(self._root, _beginnings(name))
+        last = {len(name), len(name) - name.endswith("\n")}
+        return any(ends >> position & 1 for position in last)
 
 
-_REMEDY = "name the modules in full, one pattern for each"
+def _tail(root: _Node) -> tuple[re.Pattern[str], int] | None:
+    """Return the characters that every match ends with, and their number, if that is plain."""
+    in_order = root.parts and not root.either and (root.low, root.high) == (1, 1)
+    text = (root.parts[-1] if in_order else root).text
+    if text is None or not _CHARACTERS.fullmatch(text):
+        return None
+    return re.compile(text), len(_ESCAPED.sub(".", text))
+
+
+def _beginnings(name: str) -> int:
+    r"""Return where ``(.*\.)?`` can end, as bits."""
+    found, position = 1, name.find(".")
+    line = name.find("\n") % (len(name) + 1)
+    while 0 <= position < line:
+        found |= 1 << position + 1
+        position = name.find(".", position + 1)
+    return found
 
 
 def _check_depth(key: str) -> None:
@@ -108,7 +165,7 @@ def _check_depth(key: str) -> None:
         deepest = max(deepest, depth)
     if deepest > _DEEPEST:
         raise UnsupportedError(
-            f"pattern {printable(key)} nests more than {_DEEPEST} groups", hint=_REMEDY
+            f"pattern {printable(key)} nests more than {_DEEPEST} groups", hint=REMEDY
         )
 
 
@@ -122,6 +179,10 @@ class _Parser:
 
     def whole(self) -> _Node:
         return self._choice()
+
+    @property
+    def done(self) -> bool:
+        return self._next == len(self._tokens)
 
     def _choice(self) -> _Node:
         branches = [self._sequence()]
@@ -145,7 +206,8 @@ class _Parser:
             elif token["repeat"]:
                 parts[-1] = self._repeated(parts[-1], token)
             else:
-                parts.append(_Node(atom=_atom(token[0])))
+                parts.append(_Node(text=token[0]))
+        parts = _joined(parts)
         return parts[0] if len(parts) == 1 else _Node(parts=tuple(parts))
 
     def _repeated(self, part: _Node, token: re.Match[str]) -> _Node:
@@ -161,39 +223,57 @@ class _Parser:
         raise UnsupportedError(
             f"pattern {printable(self._key)} uses {printable(part)} (a back-reference, looking "
             "around, flags, or a possessive or atomic part), which is not matched here",
-            hint=_REMEDY,
+            hint=REMEDY,
         )
 
 
-@lru_cache(maxsize=1024)
-def _atom(text: str) -> re.Pattern[str]:
+def _joined(parts: list[_Node]) -> list[_Node]:
+    """Make one of neighbours without repetition: each can end in one place only, so both can."""
+    found: list[_Node] = []
+    for part in parts:
+        if part.text is not None and found and found[-1].text is not None:
+            found[-1] = _Node(text=found[-1].text + part.text)
+        else:
+            found.append(part)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _compiled(text: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
 class _Run:
     """One pattern on one name: sets of positions are the bits of an integer."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, budget: Budget) -> None:
+        self._name, self._budget = name, budget
         self._known: dict[tuple[_Node, int], int] = {}
-
-    @property
-    def steps(self) -> int:
-        """Parts times positions that were looked at."""
-        return len(self._known)
 
     def ends(self, node: _Node, start: int) -> int:
         """Return where a part can end that begins at a position."""
+        self._budget.take(1)
         key = (node, start)
         found = self._known.get(key)
         if found is None:
+            self._budget.take(2)
             found = self._known[key] = self._compute(node, start)
+        return found
+
+    def from_all(self, node: _Node, starts: int) -> int:
+        """Return where a part can end that begins at any of some positions."""
+        found = 0
+        while starts:
+            last = starts & -starts
+            found |= self.ends(node, last.bit_length() - 1)
+            starts ^= last
         return found
 
     def _compute(self, node: _Node, start: int) -> int:
         here = 1 << start
-        if node.atom is not None:
-            match = node.atom.match(self._name, start)
+        if node.text is not None:
+            self._budget.take(len(node.text) // 32)
+            match = _compiled(node.text).match(self._name, start)
             return 0 if match is None else 1 << match.end()
         if node.either:
             found = 0
@@ -202,79 +282,23 @@ class _Run:
             return found
         if (node.low, node.high) == (1, 1):
             for part in node.parts:
-                here = self._from_all(part, here)
+                here = self.from_all(part, here)
             return here
         return self._repeat(node, here)
-
-    def _from_all(self, node: _Node, starts: int) -> int:
-        found = 0
-        while starts:
-            last = starts & -starts
-            found |= self.ends(node, last.bit_length() - 1)
-            starts ^= last
-        return found
 
     def _repeat(self, node: _Node, here: int) -> int:
         # More rounds than the name has positions change nothing: a part that moves runs out of
         # name, and one that does not may be repeated at will.
         most, part = len(self._name) + 1, node.parts[0]
         for _ in range(min(node.low, most)):
-            here = self._from_all(part, here)
+            before, here = here, self.from_all(part, here)
+            if here in (before, 0):
+                break
         rounds = most if node.high is None else min(node.high - node.low, most)
         reached = here
         for _ in range(rounds):
-            here = self._from_all(part, here) & ~reached
+            here = self.from_all(part, here) & ~reached
             if not here:
                 break
             reached |= here
         return reached
-
-
-class PatternTable:
-    """Values by pattern: the first that matches wins.
-
-    Parameters
-    ----------
-    values : mapping of str to float
-        In the order of the file.
-    field : str
-        Its name in the config, for messages.
-
-    Examples
-    --------
-    >>> PatternTable({"q_proj": 3, ".*_proj": 5}, "alpha_pattern").all("layers.0.q_proj")
-    [('q_proj', 3), ('.*_proj', 5)]
-    """
-
-    def __init__(self, values: Mapping[str, float], field: str) -> None:
-        self._field = field
-        self._exact: dict[str, tuple[int, str, float]] = {}
-        self._patterns: list[tuple[int, Pattern, float]] = []
-        self._left = _MOST_STEPS
-        for number, (key, value) in enumerate(values.items()):
-            if _LITERAL.fullmatch(key):
-                self._exact.setdefault(key.replace("\\", ""), (number, key, value))
-            else:
-                self._patterns.append((number, Pattern(key), value))
-
-    def all(self, name: str) -> list[tuple[str, float]]:
-        """Return every pattern that matches a module, and its value, in order.
-
-        Raises
-        ------
-        UnsupportedError
-            If there are too many patterns for so many modules.
-        """
-        parts = name.split(".")
-        tails = (".".join(parts[first:]) for first in range(len(parts)))
-        found = [self._exact[tail] for tail in tails if tail in self._exact]
-        for number, pattern, value in self._patterns:
-            matches, steps = pattern.steps(name)
-            self._left -= steps
-            if self._left < 0:
-                raise UnsupportedError(
-                    f"{self._field} has too many patterns for so many modules", hint=_REMEDY
-                )
-            if matches:
-                found.append((number, pattern.key, value))
-        return [(key, value) for _, key, value in sorted(found)]

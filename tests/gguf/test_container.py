@@ -11,7 +11,6 @@ import pytest
 import torch
 from loraformat_converters.gguf.blocks import (
     DEQUANTIZABLE,
-    QUANTIZABLE,
     dequantize,
     quantize,
     storable_type,
@@ -137,8 +136,10 @@ def test_types_that_only_ggml_reads_are_refused_by_name():
         dequantize(memoryview(bytes(292)), GGMLType.Q8_K, (1, 256), "x")
 
 
-@pytest.mark.parametrize("kind", sorted(QUANTIZABLE), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_quantize_is_that_of_gguf(kind):
+    """Other types have scales of our own: see test_scale_search.py."""
+    kind = GGMLType[kind]
     data = RNG.standard_normal((5, 900, 1024), np.float32)  # more than a window
     expected = gguf.quants.quantize(data, gguf.GGMLQuantizationType(int(kind)))
     assert quantize(torch.from_numpy(data), kind) == expected.tobytes()

@@ -24,13 +24,25 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def quantize(values: np.ndarray, kind: GGMLType) -> bytes:
-    """Return a matrix of float32 in any type that ggml quantizes to without statistics."""
+def quantize(values: np.ndarray, kind: GGMLType, importance: np.ndarray | None = None) -> bytes:
+    """Return a matrix of float32 in any type that ggml quantizes to.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+    kind : GGMLType
+    importance : numpy.ndarray, optional
+        Of each column, as an imatrix says it; some types need it, and Q4_0 to Q5_1 search
+        their scales with it only.
+    """
     values = np.ascontiguousarray(values, dtype=np.float32)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
     rows, length = values.reshape(-1, values.shape[-1]).shape
     out = np.empty(rows * kind.row_bytes(length), dtype=np.uint8)
     written = _library().ggml_quantize_chunk(
-        int(kind), values.ctypes.data, out.ctypes.data, 0, rows, length, None
-    )
+        int(kind), values.ctypes.data, out.ctypes.data, 0, rows, length,
+        None if importance is None else importance.ctypes.data,
+    )  # fmt: skip
     assert written == out.nbytes
     return out.tobytes()

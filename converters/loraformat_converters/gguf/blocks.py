@@ -1,18 +1,17 @@
 """Stored numbers to float32 and back, in tiles of rows that threads share.
 
-The plain types (F32, F16, BF16, F64, I8 to I64) are torch's own. The block types are
-computed by `gguf.quants`, which is bit-identical to ggml wherever both can do it and
-quantizes fewer types than it dequantizes; Q8_0 is made here, with the same bits, faster.
+The plain types (F32, F16, BF16, F64, I8 to I64) are torch's own. Block types are read by
+`gguf.quants`, bit for bit as ggml does, and made by `loraformat_converters.gguf.block_bytes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat_converters.gguf.block_bytes import store_blocks
 from loraformat_converters.gguf.types import GGMLType
 
 if TYPE_CHECKING:
@@ -167,8 +166,8 @@ def quantized_tiles(
         Floating; rows are its last dimension. NaN and infinities are kept by F32, F16 and
         BF16.
     type : GGMLType
-        One of `QUANTIZABLE`. F16 and BF16 round to nearest even; the block types round as
-        ggml does.
+        One of `QUANTIZABLE`. F16 and BF16 round to nearest even; for block types see
+        `loraformat_converters.gguf.block_bytes`.
     name : str
         Of the tensor, for messages.
 
@@ -230,13 +229,12 @@ def _storing(type: GGMLType, name: str) -> Callable[[torch.Tensor, torch.Tensor]
             stored.view(dtype).copy_(tile)
 
         return store
-    make = _q8_0 if type is GGMLType.Q8_0 else partial(_foreign_blocks, type)
 
-    def store_blocks(tile: torch.Tensor, stored: torch.Tensor) -> None:
+    def store_checked(tile: torch.Tensor, stored: torch.Tensor) -> None:
         _check_range(tile, type, name)
-        make(tile.to(torch.float32), stored)
+        store_blocks(tile.to(torch.float32), stored, type)
 
-    return store_blocks
+    return store_checked
 
 
 def _check_range(tile: torch.Tensor, type: GGMLType, name: str) -> None:
@@ -258,31 +256,3 @@ def _check_range(tile: torch.Tensor, type: GGMLType, name: str) -> None:
             f"{what} {beyond[0].item()}, beyond the largest F16 number, 65504",
             hint="use bf16 or f32",
         )
-
-
-def _q8_0(tile: torch.Tensor, stored: torch.Tensor) -> None:
-    """Store blocks of 32 as ggml does: d = max |x| / 127 in F16, then round(x / d) in int8.
-
-    The quotient is x times the float32 1/d; halves round away from zero
-    (``quantize_row_q8_0_ref``).
-    """
-    import torch
-
-    blocks = tile.reshape(-1, 32)
-    scale = blocks.abs().amax(1, keepdim=True) / 127
-    inverse = torch.where(scale == 0, 0, 1 / scale)
-    numbers = blocks * inverse
-    whole = numbers.to(torch.int8)  # towards zero; what is left decides
-    whole += numbers.sub_(whole).mul_(2).to(torch.int8)
-    out = stored.view(-1, 34)
-    out[:, :2] = scale.to(torch.float16).view(torch.uint8)
-    out[:, 2:] = whole.view(torch.uint8)
-
-
-def _foreign_blocks(type: GGMLType, tile: torch.Tensor, stored: torch.Tensor) -> None:
-    import numpy
-    from gguf import GGMLQuantizationType, quants
-
-    with numpy.errstate(all="ignore"):  # the scale of a block of zeros
-        made = quants.quantize(tile.contiguous().numpy(), GGMLQuantizationType(type.value))
-    stored.numpy()[:] = made

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from loraformat.plugins import Watch
 
-__all__ = ["Loss", "Watched", "rounded"]
+__all__ = ["Loss", "Lost", "Watched", "rounded"]
 
 #: Numbers in a tile, which one thread takes, and in a window, which is handed over.
 _TILE, _WINDOW = 1 << 18, 1 << 21
@@ -29,23 +29,64 @@ _TILE, _WINDOW = 1 << 18, 1 << 21
 _SUMMED = 1 << 16
 
 
+@dataclass(slots=True)
+class Lost:
+    """What rounding lost of some numbers: sums over them.
+
+    Attributes
+    ----------
+    error, norm : float
+        Squares of the errors, and of the numbers.
+    shift : float
+        The errors themselves.
+    count : int
+    """
+
+    error: float = 0.0
+    norm: float = 0.0
+    shift: float = 0.0
+    count: int = 0
+
+    def add(self, other: Lost) -> None:
+        """Add those of other numbers."""
+        self.error += other.error
+        self.norm += other.norm
+        self.shift += other.shift
+        self.count += other.count
+
+    @property
+    def relative(self) -> float:
+        """Relative RMS error."""
+        return sqrt(self.error / self.norm) if self.norm else 0.0
+
+    @property
+    def bias(self) -> float:
+        """Mean of the errors, in units of the numbers' RMS."""
+        return self.shift / sqrt(self.norm * self.count) if self.norm else 0.0
+
+
 @dataclass
 class Loss:
-    """What rounding lost, by tensor of the source: squared error and squared norm."""
+    """What rounding lost, by tensor of the source."""
 
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    sums: dict[str, Lost] = field(default_factory=dict)
 
-    def add(self, name: str, error: float, norm: float) -> None:
-        """Add the squares of some numbers of a tensor."""
-        errors, norms = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = errors + error, norms + norm
+    def add(self, name: str, lost: Lost) -> None:
+        """Add what was lost of some numbers of a tensor."""
+        self.sums.setdefault(name, Lost()).add(lost)
 
     @property
     def total(self) -> float:
         """Relative RMS error of all weights that were rounded."""
-        error = sum(one for one, _ in self.sums.values())
-        norm = sum(one for _, one in self.sums.values())
-        return sqrt(error / norm) if norm else 0.0
+        whole = Lost()
+        for lost in self.sums.values():
+            whole.add(lost)
+        return whole.relative
+
+    @property
+    def largest_bias(self) -> float:
+        """The `Lost.bias` of the tensor that has the largest one in magnitude."""
+        return max((lost.bias for lost in self.sums.values()), key=abs, default=0.0)
 
     def records(self, tensors: Mapping[str, LazyTensor]) -> dict[str, TensorRecord]:
         """Return the errors in the form that reports are made of, to three digits."""
@@ -55,9 +96,9 @@ class Loss:
                 tensors[name].dtype,
                 tensors[name].shape,
                 "",
-                relative_rms_error=float(f"{sqrt(error / norm):.3g}") if norm else 0.0,
+                relative_rms_error=float(f"{lost.relative:.3g}"),
             )
-            for name, (error, norm) in self.sums.items()
+            for name, lost in self.sums.items()
         }
 
 
@@ -113,7 +154,7 @@ def rounded(
     window = step * (_WINDOW // _TILE)
     for start in range(0, rows, window):
         stored: dict[int, bytes] = {}
-        lost: dict[int, tuple[float, float]] = {}
+        lost: dict[int, Lost] = {}
         measured: dict[int, object] = {}
 
         def tile(
@@ -121,7 +162,7 @@ def rounded(
             end: int,
             start: int = start,
             stored: dict[int, bytes] = stored,
-            lost: dict[int, tuple[float, float]] = lost,
+            lost: dict[int, Lost] = lost,
             measured: dict[int, object] = measured,
         ) -> None:
             values = rows_of(start + begin, start + end)
@@ -143,7 +184,7 @@ def rounded(
         run(tile, min(window, rows - start), step, in_torch=True)
         for begin in sorted(stored):  # in order, so that the sums are the same every time
             if loss is not None:
-                loss.add(name, *lost[begin])
+                loss.add(name, lost[begin])
             if watched is not None:
                 watched.watch.add(name, measured[begin])
             yield stored[begin]
@@ -154,16 +195,14 @@ def _read(stored: bytes, values: torch.Tensor, kind: GGMLType, name: str) -> tor
     return dequantize(memoryview(stored), kind, tuple(values.shape), name, threads=1)
 
 
-def _difference(values: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
-    """Return the squared difference between numbers and what is read of them, and their norm.
-
-    What is read is overwritten.
-    """
+def _difference(values: torch.Tensor, found: torch.Tensor) -> Lost:
+    """Compare numbers with what is read of them, which is overwritten."""
     import torch
 
     values = values.to(torch.float32)
     off = torch.sub(found, values, out=found).view(-1)
-    return _square(off), _square(values.reshape(-1))
+    shift = float(off.sum(dtype=torch.float64))
+    return Lost(_square(off), _square(values.reshape(-1)), shift, off.numel())
 
 
 def _square(vector: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ from loraformat.manifest import CARD_NAME, MANIFEST_NAME, FileRecord, Manifest, 
 from loraformat.model_directory import WrittenModel, write_model_directory
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
+from loraformat.quantization_history import EXTENSION, to_extension
 from loraformat.reader import is_bundle, open_bundle
 from loraformat.version import __version__
 
@@ -65,6 +66,7 @@ def write(
         progress=options.progress,
     )
     base = fingerprint(written.shards.tensors)
+    quantized = checkpoint.provenance.quantized
     manifest = Manifest(
         created_by=f"loraformat {__version__}",
         source=checkpoint.provenance.to_json(),
@@ -74,6 +76,7 @@ def write(
         files={path: file for path, file in written.files.items() if path != CARD_NAME},
         fingerprint=base,
         adapters=add_adapters(base),
+        extensions={EXTENSION: to_extension(quantized)} if quantized else {},
     )
     publication.write(MANIFEST_NAME, manifest.encode())
     if checkpoint.config is None:

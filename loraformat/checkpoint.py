@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.dtypes import ITEM_BYTES, torch_dtype
 from loraformat.quant_state import NESTED_BLOCK_SIZE, QuantState
+from loraformat.quantization_history import Quantized
 
 if TYPE_CHECKING:
     import torch
@@ -302,12 +303,15 @@ class Provenance:
         Hub id and commit, if it came from a Hub.
     fingerprint : str or None
         Of the bundle that it says it was made of, if it is none itself.
+    quantized : tuple of Quantized
+        How its numbers were quantized before they got the form that they have here.
     """
 
     format: str
     repo: str | None = None
     revision: str | None = None
     fingerprint: str | None = None
+    quantized: tuple[Quantized, ...] = ()
 
     def to_json(self) -> dict[str, str]:
         """Return the members that are known."""

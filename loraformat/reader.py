@@ -39,6 +39,7 @@ from loraformat.folder import Folder
 from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.mapped import MappedFile
+from loraformat.quantization_history import from_extension
 from loraformat.stored import collect
 
 __all__ = ["Bundle", "is_bundle", "load_verified", "open_bundle"]
@@ -84,7 +85,11 @@ class Bundle:
         names = [MANIFEST_NAME, index_json.INDEX_NAME, *shards, *self.manifest.files, *carried]
         return Checkpoint(
             path=self.folder.path,
-            provenance=Provenance("loraformat", **_origin(self.manifest.source)),
+            provenance=Provenance(
+                "loraformat",
+                **_origin(self.manifest.source),
+                quantized=from_extension(self.manifest.extensions),
+            ),
             tensors={
                 name: _verifying(self.tensors[name], record.sha256, self.folder.path)
                 for name, record in self.manifest.tensors.items()

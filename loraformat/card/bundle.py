@@ -94,9 +94,13 @@ def _what(facts: BundleFacts) -> str:
         rows.append(
             [
                 "relative RMS error of a weight",
-                f"{min(facts.errors):.4f} to {max(facts.errors):.4f}",
+                f"{min(facts.errors):.4f} to {max(facts.errors):.4f}"
+                + (", against the quantized source" if facts.quantized_before else ""),
             ]
         )
+    if facts.quantized_before:
+        said = f"{code(facts.quantized_before)}, not the original weights"
+        rows.append(["quantized already when it was made", said])
     rows.append(["fingerprint", code(facts.fingerprint)])
     return f"## What it is\n\n{table(['', ''], rows)}"
 

@@ -141,6 +141,8 @@ class BundleFacts:
     errors : tuple of float
         Smallest and largest relative RMS error of a weight, ‖W − NF4(W)‖ / ‖W‖; empty if
         nobody measured.
+    quantized_before : str or None
+        How its weights were quantized before, against which the errors are then.
     adapters : dict of str to AdapterFacts
         Those beside the base, by name; their ``repo`` and ``files`` are not used.
     files : list of FileFact
@@ -159,4 +161,5 @@ class BundleFacts:
     fingerprint: str
     errors: tuple[float, ...]
     files: list[FileFact]
+    quantized_before: str | None = None
     adapters: dict[str, AdapterFacts] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from loraformat.cli.console import (
     table,
 )
 from loraformat.cli.options import (
+    WeightType,
     allow_base_mismatch_option,
     allow_pickle_option,
     base_option,
@@ -49,9 +50,10 @@ Example:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
-    help="Type of dense tensors, or of an adapter's factors; by default each keeps its own. Of a "
-    "GGUF file f16 is the default, and only such a file can have those that begin with q.",
+    type=WeightType(),
+    help="Type of dense tensors, or of an adapter's factors; by default each keeps its own, "
+    "and GGUF's block types become f32. Of a GGUF file f16 is the default, and only such a file "
+    "can have those that begin with q.",
 )
 @config_option
 @pre_tokenizer_option
@@ -158,7 +160,8 @@ def _base_text(report: Any) -> str:
     ]
     if report.errors_by_kind:
         rows = [[kind, f"{error:.4f}"] for kind, error in report.errors_by_kind.items()]
-        lines += ["", table(["quantized", "relative RMS error"], rows), ""]
+        against = "error against the quantized source" if report.quantized_before else "error"
+        lines += ["", table(["quantized", f"relative RMS {against}"], rows), ""]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"not carried over: {loss}" for loss in report.lost]
     return "\n".join(lines)

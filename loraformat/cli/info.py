@@ -89,6 +89,11 @@ def _text(summary: Any, tensors: bool) -> str:
     if summary.fingerprint:
         facts.append(("fingerprint", summary.fingerprint))
         facts.append(("made by", f"{summary.created_by} from {_origin(summary.source)}"))
+    if summary.quantized_before:
+        from loraformat.quantization_history import spelled
+
+        steps = spelled(summary.quantized_before)
+        facts.append(("before", f"{steps}; errors are against those, not against the original"))
     lines = [f"{name + ':':14}{value}" for name, value in facts]
     for adapter in summary.adapters:
         ranks = ", ".join(map(str, adapter.ranks)) or "none"

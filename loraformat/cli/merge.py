@@ -16,6 +16,7 @@ from loraformat.cli.console import (
     table,
 )
 from loraformat.cli.options import (
+    WeightType,
     allow_base_mismatch_option,
     allow_pickle_option,
     config_option,
@@ -46,8 +47,9 @@ Example:
 @click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
 @click.option(
     "--dtype",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
-    help="Type of the output; by default each tensor keeps its own, NF4 becomes bf16. Of a GGUF "
+    type=WeightType(),
+    help="Type of the output; by default each tensor keeps its own, NF4 becomes bf16, "
+    "GGUF's block types f32. Of a GGUF "
     "file f16 is the default, and only such a file can have those that begin with q.",
 )
 @click.option(

@@ -16,6 +16,7 @@ from loraformat.cli.console import ByteSize
 __all__ = [
     "ParameterCount",
     "RankOrAuto",
+    "WeightType",
     "adapter_base_option",
     "allow_base_mismatch_option",
     "allow_pickle_option",
@@ -64,6 +65,23 @@ class RankOrAuto(click.ParamType[int | Literal["auto"]]):
         if not str(value).isdecimal() or not 0 < int(value) < 1 << 31:
             self.fail(f"{value!r} is neither a rank nor auto", param, ctx)
         return int(value)
+
+
+class WeightType(click.Choice[str]):
+    """A type of weights; those that llama.cpp makes are let through to where they are refused."""
+
+    name = "choice"
+
+    def __init__(self) -> None:
+        super().__init__(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the type."""
+        from loraformat.ops.llama_quantize import is_llama_type
+
+        if is_llama_type(str(value)):
+            return str(value)
+        return super().convert(value, param, ctx)
 
 
 def output_option(help_text: str, metavar: str = "DST") -> Callable[[_Command], _Command]:

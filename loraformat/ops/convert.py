@@ -23,9 +23,12 @@ from loraformat.errors import InputError, UnsupportedError, UsageError, printabl
 from loraformat.hub import Source, resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.ops.convert_adapter import AdapterOptions, AdapterReport, convert_adapter
+from loraformat.ops.decoded import DECODED, with_decoded_dtype
 from loraformat.ops.encoding import Encoding
+from loraformat.ops.llama_quantize import refuse_llama_type
 from loraformat.ops.one_dtype import Alignment, aligned
 from loraformat.ops.open import open_with
+from loraformat.ops.quantized_again import again_as, with_history
 from loraformat.ops.report import (
     ConversionReport,
     complete,
@@ -78,7 +81,8 @@ def convert(
         Converter names. By default the source is recognised by its content, and a directory
         becomes a bundle, or of an adapter a PEFT directory.
     dtype : str, optional
-        ``f32``, ``f16`` or ``bf16`` for dense tensors; by default each keeps its own.
+        ``f32``, ``f16`` or ``bf16`` for dense tensors; by default each keeps its own, and
+        GGUF's block types become ``f32`` in a dense output, which holds them exactly.
         Rounded to nearest even. GGUF has more, and ``f16`` is its default.
     block_size : int, optional
         Elements per scale, 64 by default.
@@ -123,6 +127,7 @@ def convert(
     LoraFormatError
         Nothing appears at the target then.
     """
+    refuse_llama_type(dtype, Path(target), ["loraformat", "convert", str(source)])
     found = resolve(source, pickles=allow_pickle)
     reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
     for_bases = {
@@ -195,7 +200,10 @@ def _convert_base(
     writer.check_pre_tokenizer(pre_tokenizer)
     dtype = _read_as(writer, encoding)
     with open_with(found, reader, dtype=dtype, config=config) as original:
-        checkpoint, told = settled(encoding.apply(_with_origin(original, found), writer))
+        kept = writer.stores != "dense"
+        before = with_history(_with_origin(original, found), codes_kept=kept)
+        before, decoded = with_decoded_dtype(before, writer, encoding.dtype)
+        checkpoint, told = settled(encoding.apply(before, writer))
         checkpoint, alignment = _aligned(original, checkpoint)
         lost = list(losses(original, reader, writer))
         if strict and lost:
@@ -206,7 +214,8 @@ def _convert_base(
             )
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         report = plan_report(original, checkpoint, target, reader, writer, lost)
-        report.notes.extend([*told, *_adapters_note(found.path)])
+        again = again_as(original, checkpoint.tensors, writer, encoding.dtype)
+        report.notes.extend([*told, *_adapters_note(found.path), *decoded])
         options = WriteOptions(
             shard_limit,
             _Counter(total, progress).add,
@@ -215,7 +224,7 @@ def _convert_base(
         )
         if dry_run:
             report.notes.extend(alignment.notes())
-            return foreseen(report, checkpoint, writer, target, options)
+            return foreseen(report, checkpoint, writer, target, options, again)
         plan = _plan(checkpoint, encoding, writer, shard_limit)
         with open_publication(
             writer.output, target, plan=plan, inputs=_inputs(original), force=force
@@ -229,7 +238,7 @@ def _convert_base(
             original.close()  # raises if an input changed, before anything is published
             output.commit()
     report.notes.extend(alignment.notes())  # measured on the way
-    return complete(report, checkpoint, written, time.perf_counter() - began)
+    return complete(report, checkpoint, written, again, time.perf_counter() - began)
 
 
 def _aligned(original: Checkpoint, checkpoint: Checkpoint) -> tuple[Checkpoint, Alignment]:
@@ -243,7 +252,9 @@ def _read_as(writer: Converter, encoding: Encoding) -> str | None:
     """Return the type of numbers that are in one of the source's own: rounding once is enough."""
     if writer.dtypes:
         return "F32"  # it rounds itself
-    return parse_weight_dtype(encoding.dtype) if encoding.dtype else None
+    if encoding.dtype:
+        return parse_weight_dtype(encoding.dtype)
+    return DECODED if writer.stores == "dense" else None
 
 
 def _adapters_note(source: Path) -> list[str]:

@@ -17,6 +17,7 @@ from loraformat.hub import resolve
 from loraformat.layout import layer_of
 from loraformat.mapped import MappedFile
 from loraformat.ops.describe_adapter import AdapterDescription, describe_adapter
+from loraformat.quantization_history import Quantized
 from loraformat.reader import Bundle, is_bundle, open_bundle
 
 __all__ = ["AdapterSummary", "ModelSummary", "TensorSummary", "describe"]
@@ -78,6 +79,8 @@ class ModelSummary:
     fingerprint, created_by : str or None
         Of a bundle.
     source : dict of str to str
+    quantized_before : list of Quantized
+        How the weights were quantized before they got their present form, as far as it is known.
     adapters : list of AdapterSummary
     tensors : list of TensorSummary
     kind : str
@@ -101,6 +104,7 @@ class ModelSummary:
     fingerprint: str | None = None
     created_by: str | None = None
     source: dict[str, str] = field(default_factory=dict)
+    quantized_before: list[Quantized] = field(default_factory=list)
     adapters: list[AdapterSummary] = field(default_factory=list)
     tensors: list[TensorSummary] = field(default_factory=list)
     kind: str = "base"
@@ -174,6 +178,7 @@ def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelSummary:
         fingerprint=manifest.fingerprint if manifest else None,
         created_by=manifest.created_by if manifest else None,
         source=dict(manifest.source) if manifest else {},
+        quantized_before=list(checkpoint.provenance.quantized),
         adapters=[_adapter(bundle, name) for name in bundle.manifest.adapters] if bundle else [],
         tensors=[_tensor(tensor, bundle) for tensor in tensors],
     )

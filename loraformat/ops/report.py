@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from loraformat.architecture import is_plain_in_peers, kind_of
 from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.layout import execution_units, plan_shards
 from loraformat.model_directory import WrittenModel
+from loraformat.ops.quantized_again import history, sentence
 from loraformat.plugins import Converter, WriteOptions
+from loraformat.quantization_history import Quantized
 
 __all__ = ["ConversionReport", "complete", "losses", "plan_report", "shard_notes"]
 
@@ -34,6 +36,9 @@ class ConversionReport:
         Output bits per parameter, everything included.
     errors_by_kind : dict of str to float
         Relative RMS error of the weights quantized now, by kind of layer.
+    quantized_before : list of Quantized
+        How the source's weights were quantized, as far as it is known: the errors are against
+        those numbers then, not against the original's.
     notes : list of str
         What a user should know.
     lost : list of str
@@ -53,6 +58,7 @@ class ConversionReport:
     output_bytes: int
     bits_per_weight: float
     errors_by_kind: dict[str, float] = field(default_factory=dict)
+    quantized_before: list[Quantized] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -96,7 +102,12 @@ def plan_report(
         input_bytes=sum(path.stat().st_size for path in original.sources),
         output_bytes=output,
         bits_per_weight=8 * output / max(parameters, 1),
+<<<<<<< HEAD
         notes=_notes(checkpoint, to_nf4=writer.stores == "nf4"),
+=======
+        quantized_before=list(history(original)),
+        notes=_notes(checkpoint),
+>>>>>>> b3881e6 (Say where weights are quantized a second time, keep the values of blocks, name the way to q4_k_m)
         lost=lost,
     )
 
@@ -147,14 +158,20 @@ def foreseen(
     writer: Converter,
     target: Path,
     options: WriteOptions,
+    again: Mapping[str, str],
 ) -> ConversionReport:
     """Return the report of a dry run: the writer's own forecast, or the sizes of the shards.
+
+    What is ``again`` quantized is told as `complete` tells it, without a figure.
 
     Raises
     ------
     LoraFormatError
         What the writer would refuse.
     """
+    said = sentence(report.quantized_before, again)
+    if said is not None:
+        report = replace(report, notes=[*report.notes, said])
     if writer.forecast is None:
         shards = shard_notes(checkpoint, options.shard_limit)
         notes = [*report.notes, *(shards if writer.output == "directory" else ())]
@@ -170,15 +187,23 @@ def foreseen(
 
 
 def complete(
-    report: ConversionReport, checkpoint: Checkpoint, written: WrittenModel, seconds: float
+    report: ConversionReport,
+    checkpoint: Checkpoint,
+    written: WrittenModel,
+    again: Mapping[str, str],
+    seconds: float,
 ) -> ConversionReport:
-    """Return the report of a conversion that is done, in ``seconds``."""
+    """Return the report of a conversion that is done, in ``seconds``.
+
+    ``again`` are the weights that were quantized a second time, and their new types.
+    """
+    said = sentence(report.quantized_before, again, written.shards.tensors)
     return replace(
         report,
         output_bytes=written.nbytes,
         bits_per_weight=8 * written.nbytes / max(report.parameters, 1),
         errors_by_kind=_errors_by_kind(checkpoint, written),
-        notes=[*report.notes, *written.notes],
+        notes=[*report.notes, *([] if said is None else [said]), *written.notes],
         seconds=seconds,
     )
 

@@ -142,15 +142,15 @@ def test_info_says_what_is_stored_and_not_what_it_becomes(made, tmp_path):
     assert {t.dtype for t in experts} == {"BF16"}
 
 
-def test_block_types_become_bf16_by_default(small, tmp_path):
+def test_block_types_are_rounded_where_that_is_asked_for(small, tmp_path):
     path = rewrite(small, tmp_path / "model.gguf", kind=GGMLType.Q6_K, drop=("loraformat.",))
-    convert(path, tmp_path / "dense", to_format="safetensors")
-    convert(path, tmp_path / "exact", to_format="safetensors", dtype="f32")
+    convert(path, tmp_path / "dense", to_format="safetensors", dtype="bf16")
+    convert(path, tmp_path / "exact", to_format="safetensors")
     rounded, exact = (
         load_file(tmp_path / name / "model.safetensors") for name in ("dense", "exact")
     )
     for key, value in rounded.items():
-        assert value.dtype == (torch.float32 if value.ndim == 1 else torch.bfloat16)
+        assert value.dtype == torch.bfloat16 and exact[key].dtype == torch.float32
         assert torch.equal(value, exact[key].to(value.dtype))
     assert json.loads((tmp_path / "dense" / "config.json").read_bytes())["dtype"] == "bfloat16"
 

@@ -1,8 +1,8 @@
 """A GGUF base as a lazy checkpoint: tensors, ``config.json``, tokenizer, as transformers has them.
 
 Tensors stored as F32, F16 or BF16 keep their type. Those of block types are dequantized when
-they are loaded, bit for bit as ggml does, and rounded to BF16 unless another type is asked
-for: that error (0.17 %) is far below what any block type but Q8_0 (0.5 %) has lost already.
+they are loaded, bit for bit as ggml does, and rounded to BF16 (at an error of 0.17 %) unless
+another type is asked for; a dense export asks for F32, which holds them exactly.
 Gemma's norms become F32, so that 1 + w comes back exactly.
 """
 
@@ -20,6 +20,7 @@ from loraformat import config_json
 from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance, tensor_view
 from loraformat.dtypes import TORCH_NAMES, torch_dtype
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
+from loraformat.quantization_history import from_text
 from loraformat.tied_head import untied_config
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
@@ -40,7 +41,12 @@ from loraformat_converters.gguf.architectures.transforms import (
 )
 from loraformat_converters.gguf.blocks import dequantize
 from loraformat_converters.gguf.container import GGUFFile, open_gguf
-from loraformat_converters.gguf.general import CONFIG_KEY, FINGERPRINT_KEY, GENERATION_KEY
+from loraformat_converters.gguf.general import (
+    CONFIG_KEY,
+    FINGERPRINT_KEY,
+    GENERATION_KEY,
+    QUANTIZED_KEY,
+)
 from loraformat_converters.gguf.types import GGMLType, ValueType
 
 if TYPE_CHECKING:
@@ -101,7 +107,11 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         files = (CarriedFile("generation_config.json", len(generation), lambda: generation), *files)
     return Checkpoint(
         path=gguf.path,
-        provenance=Provenance("gguf", fingerprint=_fingerprint(gguf)),
+        provenance=Provenance(
+            "gguf",
+            fingerprint=_fingerprint(gguf),
+            quantized=from_text(_said(gguf, QUANTIZED_KEY)),
+        ),
         tensors={source.recipe.name: source.tensor() for source in sources},
         config=raw,
         files=files,
@@ -113,9 +123,14 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
 
 def _fingerprint(gguf: GGUFFile) -> str | None:
     """Return that of the bundle that the file was made of; None if it names none."""
-    value = gguf.metadata.get(FINGERPRINT_KEY)
-    text = gguf.text(FINGERPRINT_KEY) if value and value.type is ValueType.STRING else ""
+    text = _said(gguf, FINGERPRINT_KEY)
     return text if re.fullmatch("[0-9a-f]{64}", text) else None
+
+
+def _said(gguf: GGUFFile, key: str) -> str:
+    """Return the text of a key that anybody may have written; nothing if it is no text."""
+    value = gguf.metadata.get(key)
+    return gguf.text(key) if value and value.type is ValueType.STRING else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,26 @@ from loraformat.checkpoint import Checkpoint
 from loraformat.folder import Folder
 from loraformat.manifest import MANIFEST_NAME
 from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
+from loraformat.quantization_history import to_text
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
-__all__ = ["CONFIG_KEY", "FILE_TYPES", "FINGERPRINT_KEY", "GENERATION_KEY", "general_keys"]
+__all__ = [
+    "CONFIG_KEY",
+    "FILE_TYPES",
+    "FINGERPRINT_KEY",
+    "GENERATION_KEY",
+    "QUANTIZED_KEY",
+    "general_keys",
+]
 
 #: ``config.json`` and ``generation_config.json`` of the model that a base was made of.
 CONFIG_KEY = "loraformat.config"
 GENERATION_KEY = "loraformat.generation_config"
 #: Of the bundle that a base was made of.
 FINGERPRINT_KEY = "loraformat.base.fingerprint"
+#: How the numbers were quantized before they came here, see `loraformat.quantization_history`.
+QUANTIZED_KEY = "loraformat.source.quantized"
 
 #: llama.cpp's number of a file of mostly one type.
 FILE_TYPES = {
@@ -66,6 +76,7 @@ def general_keys(
         "loraformat.source.format": origin.format,
         "loraformat.source.repo": origin.repo,
         "loraformat.source.revision": origin.revision,
+        QUANTIZED_KEY: to_text(origin.quantized) if origin.quantized else None,
         CONFIG_KEY: _text(checkpoint.config),
         GENERATION_KEY: _text(_carried(checkpoint, "generation_config.json")),
     }

@@ -18,8 +18,12 @@ from loraformat.ops.encoding import Encoding
 from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
+<<<<<<< HEAD
 from loraformat.ops.merge.vocabulary import resized_base
 from loraformat.ops.one_dtype import Alignment, aligned
+=======
+from loraformat.ops.quantized_again import again_as, sentence, with_history
+>>>>>>> b3881e6 (Say where weights are quantized a second time, keep the values of blocks, name the way to q4_k_m)
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.publish import Publication
 from loraformat.publish_file import open_publication
@@ -158,8 +162,17 @@ class MergeJob:
         if self.plan.untied and config is not None:
             config = untied_config(config)
         # What is merged is not what the base's fingerprint says any more.
+<<<<<<< HEAD
         origin = replace(original.provenance, format="merge")
         merged = replace(original, tensors=tensors, config=config, provenance=origin)
+=======
+        told = with_history(
+            self.original,
+            codes_kept=self.writer.stores != "dense" and not self.options.requantize,
+        )
+        origin = replace(told.provenance, format="merge")
+        merged = replace(self.original, tensors=tensors, config=config, provenance=origin)
+>>>>>>> b3881e6 (Say where weights are quantized a second time, keep the values of blocks, name the way to q4_k_m)
         word = {"F32": "f32", "F16": "f16", "BF16": "bf16", None: None}[self.dtype]
         if self.writer.dtypes:
             word = self.options.dtype
@@ -171,6 +184,13 @@ class MergeJob:
                 name: self._measured(tensor, tensors) for name, tensor in encoded.tensors.items()
             }
         return encoded
+
+    def quantized_again(self, written: WrittenModel | None) -> list[str]:
+        """Say, if it is so, that the base was quantized before; of a dry run without a figure."""
+        again = again_as(self.original, self.checkpoint.tensors, self.writer, self.options.dtype)
+        steps = with_history(self.original, codes_kept=False).provenance.quantized
+        said = sentence(steps, again, None if written is None else written.shards.tensors)
+        return [] if said is None else [said]
 
     def _measured(self, tensor: LazyTensor, merged: dict[str, LazyTensor]) -> LazyTensor:
         """Measure what quantizing a merged dense weight leaves of its delta."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loraformat.ops.merge.change import Change
+from loraformat.quantization_history import Quantized
 
 __all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice"]
 
@@ -16,6 +17,8 @@ _MUCH_SWALLOWED = 0.2
 #: The same for types that round numbers together: their errors are those of the whole weights, and
 #: a delta that is lost in each of them may be there on average.
 _LITTLE_KEPT = 0.8
+#: How many times as large as the delta is what quantizing a quantized base again adds.
+_DROWNING = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class MergeReport:
     undo : UndoSummary or None
     beside : str or None
         Name of the adapter in the output, if that keeps the base as it is.
+    quantized_before : list of Quantized
+        How the base's weights were quantized, as far as it is known.
     notes, warnings, lost : list of str
         What to know, what to worry about, what the source held and the output does not.
     seconds : float
@@ -75,6 +80,7 @@ class MergeReport:
     output_bytes: int = 0
     undo: UndoSummary | None = None
     beside: str | None = None
+    quantized_before: list[Quantized] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -86,7 +92,9 @@ class MergeReport:
         return asdict(self)
 
 
-def advice(total: Change, dtypes: Sequence[str], *, requantized: bool) -> list[str]:
+def advice(
+    total: Change, dtypes: Sequence[str], *, requantized: bool, beside: Sequence[str] = ()
+) -> list[str]:
     """Say what a user should worry about, and the remedy.
 
     Parameters
@@ -95,6 +103,8 @@ def advice(total: Change, dtypes: Sequence[str], *, requantized: bool) -> list[s
     dtypes : sequence of str
         What the merged tensors are stored as: safetensors names, or a format's own.
     requantized : bool
+    beside : sequence of str
+        Of a base that was quantized already: commands that leave it as it is.
 
     Examples
     --------
@@ -107,6 +117,13 @@ def advice(total: Change, dtypes: Sequence[str], *, requantized: bool) -> list[s
             f"quantizing again keeps {total.gain:.1%} of the delta, with an error of "
             f"{total.error:.0%} of its size; NF4 codes with the adapter beside them keep all"
         )
+    elif beside and _in_blocks(dtypes):
+        if total.gain < _LITTLE_KEPT or total.error > _DROWNING:
+            found.append(
+                "the base was quantized already, and quantizing it again keeps "
+                f"{total.gain:.1%} of the delta, with an error of {total.error:.1f} times its "
+                "size; beside the base as it is the adapter keeps all: " + "; ".join(beside)
+            )
     elif _much_is_lost(total, dtypes):
         rounded = [name for name in dtypes if name != "F32"] or ["F16"]
         name = "bf16" if "BF16" in rounded else rounded[0].lower()
@@ -124,6 +141,10 @@ def advice(total: Change, dtypes: Sequence[str], *, requantized: bool) -> list[s
 
 
 def _much_is_lost(total: Change, dtypes: Sequence[str]) -> bool:
-    if any(name.startswith("Q") for name in dtypes):
+    if _in_blocks(dtypes):
         return total.gain < _LITTLE_KEPT
     return total.error > _MUCH_ERROR or total.swallowed > _MUCH_SWALLOWED
+
+
+def _in_blocks(dtypes: Sequence[str]) -> bool:
+    return any(name.startswith("Q") for name in dtypes)

@@ -29,6 +29,8 @@ from loraformat.hub import resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.adapter_weights import adapter_weights
+from loraformat.ops.decoded import DECODED, with_decoded_dtype
+from loraformat.ops.llama_quantize import refuse_llama_type
 from loraformat.ops.merge.bases import check_bases
 from loraformat.ops.merge.beside import (
     check_beside,
@@ -38,8 +40,15 @@ from loraformat.ops.merge.beside import (
 )
 from loraformat.ops.merge.edits import Plan, plan_edits
 from loraformat.ops.merge.job import MergeJob, MergeOptions
-from loraformat.ops.merge.report import MergedAdapter, MergeReport, UndoSummary, advice
+from loraformat.ops.merge.report import (
+    MergedAdapter,
+    MergeReport,
+    UndoSummary,
+    advice,
+)
+from loraformat.ops.merge.side_by_side import commands
 from loraformat.ops.open import open_with
+from loraformat.ops.quantized_again import history
 from loraformat.ops.report import losses
 from loraformat.plugins import Converter, Forecast
 from loraformat.tied_head import settled
@@ -87,7 +96,7 @@ def merge(
         Converter names, for the base and the output. The output is dense safetensors by default.
     dtype : str, optional
         ``f32``, ``f16`` or ``bf16`` for all floating tensors. By default each keeps its own,
-        and what comes from a quantized base becomes bf16.
+        what comes from NF4 becomes bf16, and what from GGUF's block types f32, which holds it.
     undo : str or Path, optional
         Where to write the record from which `unmerge` restores the base bit by bit.
     requantize : bool
@@ -122,6 +131,7 @@ def merge(
     """
     began = time.perf_counter()
     factors = adapter_weights(weights, len(adapters))
+    refuse_llama_type(dtype, Path(target), _command(base, adapters, factors))
     found = resolve(base)
     reader = plugins.get(from_format) if from_format else plugins.sniff(found.path, "base")
     writer = plugins.for_output(Path(target), to_format, default="safetensors")
@@ -132,16 +142,17 @@ def merge(
         raise UsageError(f"format {reader.name!r} is not a base that can be read")
     options = MergeOptions(factors, dtype, requantize, shard_limit, pre_tokenizer)
     with ExitStack() as stack:
-        # Numbers in a format's own types are rounded once, after the sum.
-        exact = "F32" if undo is None and (writer.dtypes or dtype) else None
+        # Numbers in a format's own types are rounded once, after the sum, or not at all.
+        exact = DECODED if writer.stores == "dense" else None
         original = stack.enter_context(open_with(found, reader, dtype=exact, config=config))
+        original, decoded = with_decoded_dtype(original, writer, dtype)
         opened = [
             given if isinstance(given, Adapter) else stack.enter_context(
                 _open_adapter(given, original, allow_pickle)
             )
             for given in adapters
         ]  # fmt: skip
-        notes = check_bases(original, opened, allow_base_mismatch)
+        notes = [*check_bases(original, opened, allow_base_mismatch), *decoded]
         report = MergeReport(
             source=str(base),
             target=str(target),
@@ -152,6 +163,7 @@ def merge(
                 for adapter, weight in zip(opened, options.weights, strict=True)
             ],
             notes=notes,
+            quantized_before=list(history(original)),
             lost=list(losses(original, reader, writer)),
             dry_run=dry_run,
         )
@@ -183,9 +195,19 @@ def merge(
             _refuse_record_path(Path(undo), Path(target), job, force)
         report = _planned(report, job.checkpoint, job.plan)
         if dry_run:
+            report = replace(report, notes=[*report.notes, *job.quantized_again(None)])
             return _foreseen(report, job.forecast(Path(target)))
         written, summary = job.write(Path(target), undo, force, progress)
     return _completed(report, job, written, summary, time.perf_counter() - began)
+
+
+def _command(
+    base: str | Path, adapters: Sequence[str | Path | Adapter], weights: Sequence[float]
+) -> list[str]:
+    """Return the command line of this merge, its output left out."""
+    paths = [str(a.path if isinstance(a, Adapter) else a) for a in adapters]
+    factors = [] if set(weights) == {1.0} else [f"--weight={weight:g}" for weight in weights]
+    return ["loraformat", "merge", str(base), *paths, *factors, "-o"]
 
 
 def _planned(report: MergeReport, output: Checkpoint, plan: Plan) -> MergeReport:
@@ -272,7 +294,11 @@ def _completed(
     dtypes = [job.checkpoint.tensors[name].dtype for name in job.meter.sums]
     if job.writer.dtypes:
         dtypes = [(job.options.dtype or "f16").upper()]
+<<<<<<< HEAD
     notes = [*report.notes, *written.notes, *job.alignment.notes()]
+=======
+    notes = [*report.notes, *job.quantized_again(written), *written.notes]
+>>>>>>> b3881e6 (Say where weights are quantized a second time, keep the values of blocks, name the way to q4_k_m)
     missing = report.merged - len(job.meter.sums)
     if missing > 0:
         why = "merged by an earlier, interrupted run"
@@ -286,6 +312,13 @@ def _completed(
         output_bytes=written.nbytes,
         undo=undo,
         notes=notes,
-        warnings=advice(total, dtypes, requantized=job.options.requantize) if total else [],
+        warnings=[]
+        if total is None
+        else advice(
+            total,
+            dtypes,
+            requantized=job.options.requantize,
+            beside=commands(report) if report.quantized_before else (),
+        ),
         seconds=seconds,
     )

@@ -10,6 +10,7 @@ from loraformat.ops.describe import ModelSummary
 from loraformat.ops.describe_adapter import AdapterDescription
 from loraformat.ops.sharing.contents import CONFIG_NAME, read_record
 from loraformat.ops.sharing.upload_file import UploadFile
+from loraformat.quantization_history import spelled
 
 __all__ = ["adapter_facts", "bundle_facts"]
 
@@ -82,6 +83,7 @@ def bundle_facts(
         fingerprint=manifest.fingerprint,
         errors=(min(errors), max(errors)) if errors else (),
         files=_files(files),
+        quantized_before=spelled(said.quantized_before) if said.quantized_before else None,
         adapters={
             adapter.name: AdapterFacts(
                 repo=repo,

@@ -1,0 +1,55 @@
+"""Types that llama.cpp's own ``llama-quantize`` makes of a GGUF file, and nothing here does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import join
+
+from loraformat.errors import UsageError
+
+__all__ = ["is_llama_type", "refuse_llama_type"]
+
+#: Its words for types, but for those that are written here.
+_WORDS = re.compile(
+    r"q2_k(_s)?|q3_k(_[sml])?|q[45]_k(_[sm])?|q6_k|i?q[1-4]_(xxs|xs|nl|s|m)|tq[12]_0|mxfp4_moe"
+)
+
+
+def is_llama_type(word: str) -> bool:
+    """Tell whether a word is one of its types that are not written here.
+
+    Examples
+    --------
+    >>> is_llama_type("Q4_K_M"), is_llama_type("iq4_xs"), is_llama_type("q8_0")
+    (True, True, False)
+    """
+    return _WORDS.fullmatch(word.lower()) is not None
+
+
+def refuse_llama_type(dtype: str | None, target: Path, command: Sequence[str]) -> None:
+    """Refuse such a type, and name the two commands that lead to it.
+
+    Parameters
+    ----------
+    dtype : str or None
+        What the user asked for.
+    target : Path
+        The output.
+    command : sequence of str
+        What writes a GGUF file of the same model, the output's name and the type left out.
+
+    Raises
+    ------
+    UsageError
+    """
+    if dtype is None or not is_llama_type(dtype):
+        return
+    out = target if target.suffix == ".gguf" else target.with_name(f"{target.name}.gguf")
+    plain = out.with_name(f"{out.stem}-f16.gguf")
+    raise UsageError(
+        f"{dtype} is a type that llama.cpp's llama-quantize makes of a GGUF file in f16",
+        hint=f"run: {join([*command, str(plain), '--dtype', 'f16'])}; then: "
+        f"{join(['llama-quantize', str(plain), str(out), dtype.upper()])}",
+    )

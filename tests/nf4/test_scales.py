@@ -42,6 +42,30 @@ def test_bitsandbytes_with_the_same_offset(kernel, same, normal, count):
     same(q.scales(), decoded)
 
 
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_how_far_the_whole_is_from_bitsandbytes(kernel, same, normal, block_size):
+    """What README claims: the same 4-bit codes; 8-bit ones differ by a step, and ours is nearer."""
+    import bitsandbytes.functional as bnb
+
+    x = normal(block_size * 40_000, seed=11)
+    q = nf4.quantize(x, block_size=block_size)
+    peer, state = bnb.quantize_4bit(x, blocksize=block_size, compress_statistics=True,
+                                    quant_type="nf4")  # fmt: skip
+    same(q.packed, peer.flatten())
+    assert abs(q.nested_offset - state.offset.item()) <= 4 * np.spacing(np.float32(q.nested_offset))
+    off = (q.absmax.int() - state.absmax.int()).abs()
+    assert 0 < (off > 0).double().mean() < 0.005
+    exact = nf4.quantize(x, block_size=block_size, double_quant=False).absmax.double()
+    levels = nf4.nested_map().double()
+    wanted = (exact - q.nested_offset) / q.nested_absmax.double().repeat_interleave(256)[: len(off)]
+    # Around zero the levels stand closer than the last bits of the two means.
+    assert off[wanted.abs() > 1e-5].max() <= 1
+    ours, theirs = (
+        (levels[codes.long()] - wanted).abs()[off > 0] for codes in (q.absmax, state.absmax)
+    )
+    assert (ours <= theirs + 1e-6).all() and ours.mean() < theirs.mean()
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_offset_is_the_exact_mean_rounded(kernel, normal, count):
     q = nf4.quantize(normal(count))

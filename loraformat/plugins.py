@@ -73,10 +73,13 @@ class ReadOptions:
     dtype : str or None
         safetensors name of the type to which numbers of the format's own types are rounded;
         None for the reader's default.
+    exact : bool
+        Without a ``dtype``: rather a wider default than one that does not hold them.
     """
 
     config: bytes | None = None
     dtype: str | None = None
+    exact: bool = False
 
 
 class Watch(Protocol):

@@ -8,6 +8,7 @@ extension of its manifest that nobody must understand, in a GGUF file as a value
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +27,8 @@ __all__ = [
 
 #: Name of the extension of a manifest.
 EXTENSION = "pypi.org/project/loraformat/quantized-before"
-_MOST_STEPS, _MOST_TYPES, _LONGEST = 16, 16, 32
+_MOST_STEPS, _MOST_TYPES = 16, 16
+_NAME = re.compile(r"[A-Za-z0-9_ ]{1,32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Quantized:
     Attributes
     ----------
     types : dict of str to int
-        How many weights by type: ``NF4``, or a GGUF block type's name.
+        How many weights by type: ``NF4``, a GGUF block type's name, ``MXFP4``, ``float8 E4M3``.
     bits_per_weight : float
         Of these weights together.
 
@@ -110,7 +112,7 @@ def _step(found: object) -> Quantized | None:
     if not isinstance(types, dict) or not 0 < len(types) <= _MOST_TYPES:
         return None
     for name, count in types.items():
-        if not (name.isascii() and name.isidentifier() and len(name) <= _LONGEST):
+        if _NAME.fullmatch(name) is None:
             return None
         if type(count) is not int or not 0 < count < 1 << 53:
             return None

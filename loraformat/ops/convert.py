@@ -23,7 +23,7 @@ from loraformat.errors import InputError, UnsupportedError, UsageError, printabl
 from loraformat.hub import Source, resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.ops.convert_adapter import AdapterOptions, AdapterReport, convert_adapter
-from loraformat.ops.decoded import DECODED, with_decoded_dtype
+from loraformat.ops.decoded import with_decoded_dtype
 from loraformat.ops.encoding import Encoding
 from loraformat.ops.llama_quantize import refuse_llama_type
 from loraformat.ops.one_dtype import Alignment, aligned
@@ -199,7 +199,8 @@ def _convert_base(
     writer = plugins.for_output(target, to_format, reader.kind)
     writer.check_pre_tokenizer(pre_tokenizer)
     dtype = _read_as(writer, encoding)
-    with open_with(found, reader, dtype=dtype, config=config) as original:
+    exact = writer.stores == "dense"
+    with open_with(found, reader, dtype=dtype, exact=exact, config=config) as original:
         kept = writer.stores != "dense"
         before = with_history(_with_origin(original, found), codes_kept=kept)
         before, decoded = with_decoded_dtype(before, writer, encoding.dtype)
@@ -252,9 +253,7 @@ def _read_as(writer: Converter, encoding: Encoding) -> str | None:
     """Return the type of numbers that are in one of the source's own: rounding once is enough."""
     if writer.dtypes:
         return "F32"  # it rounds itself
-    if encoding.dtype:
-        return parse_weight_dtype(encoding.dtype)
-    return DECODED if writer.stores == "dense" else None
+    return parse_weight_dtype(encoding.dtype) if encoding.dtype else None
 
 
 def _adapters_note(source: Path) -> list[str]:

@@ -9,11 +9,11 @@ from loraformat.config_json import with_dtype
 from loraformat.dtypes import TORCH_NAMES
 from loraformat.plugins import Converter
 
-__all__ = ["DECODED", "with_decoded_dtype"]
+__all__ = ["with_decoded_dtype"]
 
 #: A block's scale, a float16, times a code, plus a minimum: of the plain types only this one
 #: holds every such number exactly.
-DECODED = "F32"
+_EXACT = "F32"
 
 
 def with_decoded_dtype(
@@ -42,11 +42,11 @@ def with_decoded_dtype(
         tensor for tensor in checkpoint.tensors.values()
         if isinstance(tensor, DenseTensor) and tensor.stored is not None
     ]  # fmt: skip
-    if not decoded or any(tensor.dtype != DECODED for tensor in decoded):
+    if not decoded or any(tensor.dtype != _EXACT for tensor in decoded):
         return checkpoint, []
     config = checkpoint.config
     if config is not None:
-        checkpoint = replace(checkpoint, config=with_dtype(config, TORCH_NAMES[DECODED]))
+        checkpoint = replace(checkpoint, config=with_dtype(config, TORCH_NAMES[_EXACT]))
     return checkpoint, [
         f"{len(decoded)} weights of block types are f32 now, which holds them exactly; half as "
         "large are --dtype f16 (error 0.02%) and --dtype bf16 (0.17%)"

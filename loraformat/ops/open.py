@@ -72,7 +72,12 @@ def open_model(source: str | Path) -> Checkpoint:
 
 
 def open_with(
-    source: Source, reader: Converter, *, dtype: str | None = None, config: str | Path | None = None
+    source: Source,
+    reader: Converter,
+    *,
+    dtype: str | None = None,
+    exact: bool = False,
+    config: str | Path | None = None,
 ) -> Checkpoint:
     """Open a base from which another is made, without a card that was written of itself alone.
 
@@ -84,6 +89,8 @@ def open_with(
     reader : Converter
     dtype : str, optional
         safetensors name of the type to which numbers of the format's own types are rounded.
+    exact : bool
+        Without it: rather a wider type than one that does not hold them.
     config : str or Path, optional
         The model's ``config.json``.
 
@@ -102,7 +109,7 @@ def open_with(
     if config is not None:
         place = Path(config)
         raw, _ = split(Folder(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
-    model = _with_own_words(reader.read_with(source.path, ReadOptions(raw, dtype)))
+    model = _with_own_words(reader.read_with(source.path, ReadOptions(raw, dtype, exact)))
     return model if config is None else replace(model, sources=(*model.sources, Path(config)))
 
 

@@ -102,12 +102,8 @@ def plan_report(
         input_bytes=sum(path.stat().st_size for path in original.sources),
         output_bytes=output,
         bits_per_weight=8 * output / max(parameters, 1),
-<<<<<<< HEAD
-        notes=_notes(checkpoint, to_nf4=writer.stores == "nf4"),
-=======
         quantized_before=list(history(original)),
-        notes=_notes(checkpoint),
->>>>>>> b3881e6 (Say where weights are quantized a second time, keep the values of blocks, name the way to q4_k_m)
+        notes=_notes(checkpoint, to_nf4=writer.stores == "nf4"),
         lost=lost,
     )
 

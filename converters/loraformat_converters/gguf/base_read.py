@@ -2,7 +2,7 @@
 
 Tensors stored as F32, F16 or BF16 keep their type. Those of block types are dequantized when
 they are loaded, bit for bit as ggml does, and rounded to BF16 (at an error of 0.17 %) unless
-another type is asked for; a dense export asks for F32, which holds them exactly.
+another type is asked for, or one that holds them exactly: F32.
 Gemma's norms become F32, so that 1 + w comes back exactly.
 """
 
@@ -97,7 +97,8 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
     except LoraFormatError as error:
         error.path = error.path or str(gguf.path)
         raise
-    sources = [_Source(gguf, recipe, options.dtype or "BF16") for recipe in recipes.tensors]
+    decoded = options.dtype or ("F32" if options.exact else "BF16")
+    sources = [_Source(gguf, recipe, decoded) for recipe in recipes.tensors]
     if raw is None:
         raw = _derived(gguf, architecture, config, _main_dtype(sources))
     generation = _generation(gguf)

@@ -18,12 +18,9 @@ from loraformat.ops.encoding import Encoding
 from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
-<<<<<<< HEAD
 from loraformat.ops.merge.vocabulary import resized_base
 from loraformat.ops.one_dtype import Alignment, aligned
-=======
 from loraformat.ops.quantized_again import again_as, sentence, with_history
->>>>>>> b3881e6 (Say where weights are quantized a second time, keep the values of blocks, name the way to q4_k_m)
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.publish import Publication
 from loraformat.publish_file import open_publication
@@ -162,17 +159,12 @@ class MergeJob:
         if self.plan.untied and config is not None:
             config = untied_config(config)
         # What is merged is not what the base's fingerprint says any more.
-<<<<<<< HEAD
-        origin = replace(original.provenance, format="merge")
-        merged = replace(original, tensors=tensors, config=config, provenance=origin)
-=======
         told = with_history(
             self.original,
             codes_kept=self.writer.stores != "dense" and not self.options.requantize,
         )
         origin = replace(told.provenance, format="merge")
-        merged = replace(self.original, tensors=tensors, config=config, provenance=origin)
->>>>>>> b3881e6 (Say where weights are quantized a second time, keep the values of blocks, name the way to q4_k_m)
+        merged = replace(original, tensors=tensors, config=config, provenance=origin)
         word = {"F32": "f32", "F16": "f16", "BF16": "bf16", None: None}[self.dtype]
         if self.writer.dtypes:
             word = self.options.dtype

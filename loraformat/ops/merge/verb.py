@@ -29,7 +29,7 @@ from loraformat.hub import resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.adapter_weights import adapter_weights
-from loraformat.ops.decoded import DECODED, with_decoded_dtype
+from loraformat.ops.decoded import with_decoded_dtype
 from loraformat.ops.llama_quantize import refuse_llama_type
 from loraformat.ops.merge.bases import check_bases
 from loraformat.ops.merge.beside import (
@@ -143,8 +143,11 @@ def merge(
     options = MergeOptions(factors, dtype, requantize, shard_limit, pre_tokenizer)
     with ExitStack() as stack:
         # Numbers in a format's own types are rounded once, after the sum, or not at all.
-        exact = DECODED if writer.stores == "dense" else None
-        original = stack.enter_context(open_with(found, reader, dtype=exact, config=config))
+        read_as = "F32" if undo is None and (writer.dtypes or dtype) else None
+        exact = writer.stores == "dense"
+        original = stack.enter_context(
+            open_with(found, reader, dtype=read_as, exact=exact, config=config)
+        )
         original, decoded = with_decoded_dtype(original, writer, dtype)
         opened = [
             given if isinstance(given, Adapter) else stack.enter_context(
@@ -294,11 +297,7 @@ def _completed(
     dtypes = [job.checkpoint.tensors[name].dtype for name in job.meter.sums]
     if job.writer.dtypes:
         dtypes = [(job.options.dtype or "f16").upper()]
-<<<<<<< HEAD
-    notes = [*report.notes, *written.notes, *job.alignment.notes()]
-=======
-    notes = [*report.notes, *job.quantized_again(written), *written.notes]
->>>>>>> b3881e6 (Say where weights are quantized a second time, keep the values of blocks, name the way to q4_k_m)
+    notes = [*report.notes, *job.quantized_again(written), *written.notes, *job.alignment.notes()]
     missing = report.merged - len(job.meter.sums)
     if missing > 0:
         why = "merged by an earlier, interrupted run"

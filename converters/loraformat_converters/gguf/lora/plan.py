@@ -26,6 +26,7 @@ from loraformat_converters.gguf.lora.refusals import (
     refuse_delta,
     refuse_embedding,
     refuse_homeless,
+    refuse_vocabulary,
 )
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def plan_pairs(adapter: Adapter, architecture: Architecture, config: Config) -> 
             raise refuse_homeless(delta, adapter, architecture, config)
         for place in places:
             _check(delta, place, adapter)
+            refuse_vocabulary(delta, place.tensor, adapter, architecture, config)
             if place.embedding:
                 refuse_embedding(delta, adapter, architecture, config)
             new = Pair(place.tensor, place.experts, place.embedding)

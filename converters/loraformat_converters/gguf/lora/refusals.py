@@ -9,7 +9,13 @@ from loraformat.errors import UnsupportedError, printable
 from loraformat.tied_head import tied_embedding
 from loraformat_converters.gguf.architectures import Architecture, Config
 
-__all__ = ["refuse_delta", "refuse_embedding", "refuse_homeless", "refuse_whole"]
+__all__ = [
+    "refuse_delta",
+    "refuse_embedding",
+    "refuse_homeless",
+    "refuse_vocabulary",
+    "refuse_whole",
+]
 
 _MERGE = "merge it: loraformat merge BASE ADAPTER -o merged.gguf"
 _MERGE_DENSE = (
@@ -122,6 +128,35 @@ def refuse_embedding(
             "of its own (tie_word_embeddings false and lm_head.weight, a copy), and name that with "
             "--base",
         )
+
+
+def refuse_vocabulary(
+    delta: LoraDelta, tensor: str, adapter: Adapter, architecture: Architecture, config: Config
+) -> None:
+    """Refuse a delta of more or fewer tokens than the base has.
+
+    Parameters
+    ----------
+    delta : LoraDelta
+    tensor : str
+        GGUF's name of the weight.
+    adapter : Adapter
+    architecture : Architecture
+    config : Config
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    if tensor not in ("output.weight", "token_embd.weight"):
+        return
+    own = delta.in_features if delta.orientation == "transposed" else delta.out_features
+    if own != (tokens := config.integer("vocab_size")):
+        raise _refused(
+            adapter, delta.target, "changes",
+            f"it has {own} tokens and the base {tokens}, and llama.cpp resizes no vocabulary",
+            _remedy(adapter, architecture, config),
+        )  # fmt: skip
 
 
 def _is_the_bases_own(tensor: DenseTensor, stored: LazyTensor | None) -> bool:

@@ -8,7 +8,10 @@ from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, nbytes, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names, shape_words
 from loraformat.card.training import evaluation, settings, training_data
-from loraformat.runtimes.usage import Snippet, Use, llama_cpp, ollama, transformers, vllm
+from loraformat.runtimes.chat import GENERATION_NAME, chat_of
+from loraformat.runtimes.modelfile import ollama
+from loraformat.runtimes.usage import llama_cpp, transformers, vllm
+from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
 from loraformat.version import __version__
 
 __all__ = ["adapter_card", "pipeline_of"]
@@ -108,14 +111,22 @@ def _use(facts: AdapterFacts) -> str:
     name = facts.repo.rpartition("/")[2]
     gguf = facts.gguf or f"{name}.gguf"
     base_name = facts.base.repo.rpartition("/")[2]
+    beside = {file.path for file in facts.files}
+    chat = chat_of(
+        facts.training.record,
+        template=TEMPLATE_NAME if TEMPLATE_NAME in beside else None,
+        ends_otherwise=GENERATION_NAME in beside,
+    )
     use = Use(
         name=name,
         base=facts.base.repo,
-        adapter=facts.repo,
+        adapter=facts.repo if facts.peft else gguf,
         rank=max(facts.ranks, default=1),
         gguf=gguf,
         base_gguf=f"{base_name}.gguf",
         revision=facts.base.revision,
+        chat=chat,
+        on_hub=facts.peft,
     )
     generates = facts.task in (None, "CAUSAL_LM")
     parts = []
@@ -126,7 +137,11 @@ def _use(facts: AdapterFacts) -> str:
     if facts.gguf or "llama.cpp" not in facts.wrong_in:
         parts.append(_shown("llama.cpp", llama_cpp(use), _fetch(facts, use)))
     if facts.gguf or "ollama" not in facts.wrong_in:
-        parts.append(_shown("Ollama", ollama(use), "A `Modelfile` beside the same two files:"))
+        parts.append(
+            _shown(
+                "Ollama", ollama(use), "A `Modelfile`; its first line makes the file that it names:"
+            )
+        )
     return joined(["## Use", *parts]) if parts else ""
 
 

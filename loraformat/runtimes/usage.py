@@ -1,7 +1,8 @@
 """How each runtime is told to load an adapter: commands and files with this adapter's own names.
 
 Pure text from a few facts: no file is looked at, so that a card, a terminal and a directory of
-files show the same lines.
+files show the same lines. An adapter that was trained on conversations is talked to: through its
+chat template, and up to the ends of turns that it has learned.
 """
 
 from __future__ import annotations
@@ -9,117 +10,22 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 
-from loraformat.errors import UsageError, printable
+from loraformat.errors import UsageError
+from loraformat.runtimes.modelfile import ollama
 from loraformat.runtimes.ranks import vllm_limit
+from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use, shell_path
 
 __all__ = [
     "SNIPPETS",
-    "Snippet",
-    "Use",
     "llama_cpp",
     "lorax",
     "mlx",
-    "ollama",
     "sglang",
     "snippet",
     "transformers",
     "vllm",
 ]
-
-_PROMPT = "Once upon a time"
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """What the lines below are made of.
-
-    Attributes
-    ----------
-    name : str
-        What the adapter is called in requests.
-    base : str
-        Its base as transformers, vLLM and SGLang load it: a Hub id or a path.
-    adapter : str
-        Its PEFT directory: a path, or a Hub id.
-    rank : int
-        The largest of its ranks.
-    gguf : str
-        Its GGUF file for llama.cpp and Ollama.
-    base_gguf : str
-        The base's.
-    prompt : str
-        For the examples.
-    revision : str, optional
-        Commit of the base, which is a Hub id then.
-
-    Raises
-    ------
-    UsageError
-        If one of them holds a line break or another control character, which no shell line and
-        no Modelfile can quote safely.
-    """
-
-    name: str
-    base: str
-    adapter: str
-    rank: int
-    gguf: str = "lora.gguf"
-    base_gguf: str = "model.gguf"
-    prompt: str = _PROMPT
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str) and not (value and value.isprintable()):
-                raise UsageError(
-                    f"{field.name} is {printable(repr(value))}, wanted text without control "
-                    "characters",
-                    hint="give the adapter, or its base, another name",
-                )
-
-    @property
-    def pinned_base(self) -> str:
-        """The base as loraformat loads it: ``org/name@commit``, where the commit is known."""
-        return f"{self.base}@{self.revision}" if self.revision else self.base
-
-    @property
-    def revision_option(self) -> str:
-        """``--revision`` with a blank before it, for a shell; empty where none is known."""
-        return f" --revision {shlex.quote(self.revision)}" if self.revision else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Snippet:
-    """Text to copy.
-
-    Attributes
-    ----------
-    runtime : str
-    file : str
-        A name for it, ``Modelfile`` for example.
-    language : str
-        For a fence in Markdown: python, sh, or text.
-    text : str
-        Ends with a line break.
-    """
-
-    runtime: str
-    file: str
-    language: str
-    text: str
-
-
-def _path(word: str) -> str:
-    """Return a path that no program takes for an option, quoted for a shell."""
-    return shlex.quote(f"./{word}" if word.startswith("-") else word)
-
-
-def _file(word: str) -> str:
-    """Return a path as a Modelfile has it: with a slash, so that it is no model's name."""
-    return word if word.startswith(("/", "./", "../")) else f"./{word}"
 
 
 def transformers(use: Use) -> Snippet:
@@ -132,19 +38,45 @@ def transformers(use: Use) -> Snippet:
     """
     said = f"\nrevision = {json.dumps(use.revision)}" if use.revision else ""
     pinned = ", revision=revision" if use.revision else ""
+    more, imports, ends = "", "", ""
+    if use.chat is None:
+        inputs = f'inputs = tokenizer({json.dumps(use.prompt)}, return_tensors="pt")'
+        shown = "output[0]"
+    else:
+        inputs = f"""\
+messages = {json.dumps(use.messages())}
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
+        shown = 'output[0, inputs["input_ids"].shape[1] :]'
+        if use.chat.template is not None:
+            imports = "from transformers.utils import cached_file\n"
+            more = f"""\
+with open(cached_file({json.dumps(use.adapter)}, "{TEMPLATE_NAME}"), encoding="utf-8") as file:
+    tokenizer.chat_template = file.read()
+"""
+        if use.chat.stop_ids:
+            ends = f", eos_token_id={json.dumps(list(use.chat.stop_ids))}"
     text = f"""\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
+{imports}
 base = {json.dumps(use.base)}{said}
 tokenizer = AutoTokenizer.from_pretrained(base{pinned})
-model = AutoModelForCausalLM.from_pretrained(base{pinned}, dtype="auto")
+{more}model = AutoModelForCausalLM.from_pretrained(base{pinned}, dtype="auto")
 model = PeftModel.from_pretrained(model, {json.dumps(use.adapter)})
-inputs = tokenizer({json.dumps(use.prompt)}, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+{inputs}
+output = model.generate(**inputs, max_new_tokens=64{ends})
+print(tokenizer.decode({shown}, skip_special_tokens=True))
 """
     return Snippet("transformers", "run_transformers.py", "python", text)
+
+
+def _chat_request(server: str, use: Use, model: str) -> str:
+    body: dict[str, object] = {"model": model, "messages": use.messages(), "max_tokens": 64}
+    if use.chat is not None and use.chat.stop_ids:
+        body["stop_token_ids"] = list(use.chat.stop_ids)
+    return _request(f"{server}/v1/chat/completions", body)
 
 
 def _request(url: str, body: Mapping[str, object]) -> str:
@@ -173,12 +105,19 @@ def vllm(use: Use) -> Snippet:
             f"rank {use.rank} is more than vLLM serves",
             hint="reduce it first: loraformat reduce ADAPTER -o REDUCED --rank 512",
         )
-    request = {"model": use.name, "prompt": use.prompt, "max_tokens": 64}
+    server = "http://127.0.0.1:8000"
+    said = {"model": use.name, "prompt": use.prompt, "max_tokens": 64}
+    request = (
+        _request(f"{server}/v1/completions", said)
+        if use.chat is None
+        else _chat_request(server, use, use.name)
+    )
     text = f"""\
-vllm serve {_path(use.base)}{use.revision_option} --enable-lora \\
-  --max-lora-rank {limit} --lora-modules {shlex.quote(f"{use.name}={use.adapter}")}
+{use.fetched}vllm serve {shell_path(use.base)}{use.revision_option} --enable-lora \\
+  --max-lora-rank {limit} --lora-modules {shlex.quote(f"{use.name}={use.adapter}")}\
+{use.server_option("--chat-template")}
 
-{_request("http://127.0.0.1:8000/v1/completions", request)}"""
+{request}"""
     return Snippet("vllm", "run_vllm.sh", "sh", text)
 
 
@@ -188,20 +127,29 @@ def sglang(use: Use) -> Snippet:
     Examples
     --------
     >>> print(sglang(Use("polite", "org/base", "A", 8)).text.split("curl")[0], end="")
-    python -m sglang.launch_server --model-path org/base --enable-lora \
-      --max-lora-rank 8 --lora-paths polite=A
+    python -m sglang.launch_server --model-path org/base \
+      --enable-lora --max-lora-rank 8 \
+      --lora-paths polite=A
     <BLANKLINE>
     """
-    request = {
+    server = "http://127.0.0.1:30000"
+    said = {
         "text": use.prompt,
         "sampling_params": {"max_new_tokens": 64},
         "lora_path": use.name,
     }
+    request = (
+        _request(f"{server}/generate", said)
+        if use.chat is None
+        else _chat_request(server, use, f"{use.base}:{use.name}")
+    )
+    model = f"{shell_path(use.base)}{use.revision_option}"
     text = f"""\
-python -m sglang.launch_server --model-path {_path(use.base)}{use.revision_option} --enable-lora \\
-  --max-lora-rank {use.rank} --lora-paths {shlex.quote(f"{use.name}={use.adapter}")}
+{use.fetched}python -m sglang.launch_server --model-path {model} \\
+  --enable-lora --max-lora-rank {use.rank} \\
+  --lora-paths {shlex.quote(f"{use.name}={use.adapter}")}{use.server_option("--chat-template")}
 
-{_request("http://127.0.0.1:30000/generate", request)}"""
+{request}"""
     return Snippet("sglang", "run_sglang.sh", "sh", text)
 
 
@@ -220,7 +168,8 @@ def lorax(use: Use, *, local: bool = True) -> Snippet:
     True
     """
     source = "local" if local else "hub"
-    request = {
+    server = "http://127.0.0.1:8080"
+    said = {
         "inputs": use.prompt,
         "parameters": {
             "max_new_tokens": 64,
@@ -228,10 +177,15 @@ def lorax(use: Use, *, local: bool = True) -> Snippet:
             "adapter_source": source,
         },
     }
+    chat = use.chat is not None
+    request = (
+        _chat_request(server, use, use.adapter) if chat else _request(f"{server}/generate", said)
+    )
+    option = f" --adapter-source {source}" if chat else ""
     text = f"""\
-lorax-launcher --model-id {_path(use.base)}{use.revision_option} --port 8080
+lorax-launcher --model-id {shell_path(use.base)}{use.revision_option} --port 8080{option}
 
-{_request("http://127.0.0.1:8080/generate", request)}"""
+{request}"""
     return Snippet("lorax", "run_lorax.sh", "sh", text)
 
 
@@ -243,33 +197,20 @@ def llama_cpp(use: Use) -> Snippet:
     >>> print(llama_cpp(Use("polite", "org/base", "A", 8)).text.splitlines()[0])
     llama-server -m model.gguf --lora lora.gguf
     """
-    model, lora = _path(use.base_gguf), _path(use.gguf)
+    model, lora = shell_path(use.base_gguf), shell_path(use.gguf)
     # llama.cpp splits at both, and has no way to quote them.
     scalable = not set(use.gguf) & set(":,")
-    scaled = f"llama-server -m {model} --lora-scaled {_path(f'{use.gguf}:0.5')}\n"
+    own = use.server_option("--jinja --chat-template-file")
+    scaled = f"llama-server -m {model} --lora-scaled {shell_path(f'{use.gguf}:0.5')}{own}\n"
+    talk = f"-cnv{own}" if use.chat else f"-p {shlex.quote(use.prompt)}"
     text = f"""\
-llama-server -m {model} --lora {lora}
-{scaled if scalable else ""}llama-cli -m {model} --lora {lora} -p {shlex.quote(use.prompt)}
+{use.fetched}llama-server -m {model} --lora {lora}{own}
+{scaled if scalable else ""}llama-cli -m {model} --lora {lora} {talk}
 """
+    if use.chat is not None:
+        body = {"messages": use.messages(), "max_tokens": 64}
+        text += "\n" + _request("http://127.0.0.1:8080/v1/chat/completions", body)
     return Snippet("llama.cpp", "run_llama_cpp.sh", "sh", text)
-
-
-def ollama(use: Use) -> Snippet:
-    """Return a Modelfile; its paths are relative to where it lies.
-
-    Examples
-    --------
-    >>> print(ollama(Use("polite", "org/base", "A", 8)).text, end="")
-    # ollama create polite -f Modelfile && ollama run polite
-    FROM ./model.gguf
-    ADAPTER ./lora.gguf
-    """
-    text = f"""\
-# ollama create {shlex.quote(use.name)} -f Modelfile && ollama run {shlex.quote(use.name)}
-FROM {_file(use.base_gguf)}
-ADAPTER {_file(use.gguf)}
-"""
-    return Snippet("ollama", "Modelfile", "text", text)
 
 
 def mlx(use: Use) -> Snippet:
@@ -280,10 +221,13 @@ def mlx(use: Use) -> Snippet:
     >>> print(mlx(Use("polite", "org/base", "A", 8)).text.splitlines()[0])
     loraformat merge org/base A -o polite-merged
     """
-    merged = _path(f"{use.name}-merged")
+    merged = shell_path(f"{use.name}-merged")
+    own = ""  # mlx_lm.generate uses the template that lies in the model's directory
+    if use.own_template is not None:
+        own = f"{use.fetched}cp {shell_path(use.own_template)} {merged}/{TEMPLATE_NAME}\n"
     text = f"""\
-loraformat merge {_path(use.pinned_base)} {_path(use.adapter)} -o {merged}
-mlx_lm.generate --model {merged} --prompt {shlex.quote(use.prompt)}
+loraformat merge {shell_path(use.pinned_base)} {shell_path(use.adapter)} -o {merged}
+{own}mlx_lm.generate --model {merged} --prompt {shlex.quote(use.prompt)}
 """
     return Snippet("mlx", "run_mlx.sh", "sh", text)
 

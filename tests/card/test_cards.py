@@ -79,6 +79,36 @@ def test_an_adapter_says_what_it_is():
     assert "ADAPTER ./polite.gguf" in text
 
 
+def test_an_adapter_of_conversations_is_talked_to():
+    pieces = {"begin": "", "system": None, "user": "<u>", "answer": "<a>", "end": "<e>"}
+    chat = {"format": pieces, "stops": ["<e>"], "stop_ids": [5]}
+    record = {"training": {**RECORD["training"], "chat": chat}}
+    plain = adapter_card(ADAPTER).render()
+    assert "Once upon a time" in plain and "apply_chat_template" not in plain
+    text = adapter_card(replace(ADAPTER, training=Training(record))).render()
+    assert "Once upon a time" not in text
+    assert "tokenizer.apply_chat_template(" in text and "eos_token_id" not in text
+    assert "/v1/chat/completions" in text and "stop_token_ids" not in text
+    assert "llama-cli -m base_model.gguf --lora polite.gguf -cnv\n" in text
+    assert 'TEMPLATE """<u>{{ .Prompt }}<a>{{ .Response }}<e>"""\nPARAMETER stop "<e>"\n' in text
+    assert "chat_template.jinja" not in text
+    beside = [FileFact(name, 9, "c" * 64) for name in ("chat_template.jinja",
+                                                       "generation_config.json")]  # fmt: skip
+    own = adapter_card(replace(ADAPTER, files=[*FILES, *beside], training=Training(record)))
+    for words in (
+        'cached_file("me/polite", "chat_template.jinja")',
+        "eos_token_id=[5]",
+        '"stop_token_ids": [5]',
+        "hf download me/polite chat_template.jinja --local-dir .\nvllm serve",
+        "--chat-template chat_template.jinja",
+        "--jinja --chat-template-file chat_template.jinja",
+    ):
+        assert words in own.render(), words
+    # Somebody else's, who says no more than that there is a template.
+    text = adapter_card(replace(ADAPTER, files=[*FILES, beside[0]])).render()
+    assert "apply_chat_template" in text and "not put in Ollama's language here" in text
+
+
 def test_no_empty_sections():
     text = adapter_card(replace(ADAPTER, base=Base("org/base"), fingerprint=None)).render()
     for absent in (

@@ -191,8 +191,32 @@ def test_write(run, adapter, base, tmp_path):
         if name.endswith(".sh"):
             assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
     lines = files["Modelfile"].splitlines()
-    assert lines[-2:] == ["FROM ./model.gguf", "ADAPTER ./plain.gguf"]
-    assert all(line.startswith("# ") for line in lines[:-2])
+    assert [line for line in lines if line[:2] not in ("# ", "")] == ["FROM ./plain-merged.gguf"]
+    older = lines.index("# FROM ./model.gguf")
+    assert lines[older + 1] == "# ADAPTER ./plain.gguf"
+    assert lines[older + 3].startswith("# loraformat convert ")
+
+
+def test_write_for_an_adapter_of_conversations(run, adapter, base, tmp_path):
+    folder = shutil.copytree(adapter("plain"), tmp_path / "A")
+    pieces = {"begin": "", "system": ["<s>", "</s>"], "user": "<u>", "answer": "<a>", "end": "<e>"}
+    said = {"format": pieces, "stops": ["<e>"], "stop_ids": [5]}
+    (folder / "training_record.json").write_text(json.dumps({"training": {"chat": said}}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    assert run(folder, "--base", base, "--write", "run").code in (0, 4)
+    files = {path.name: path.read_text() for path in (tmp_path / "run").iterdir()}
+    assert not any("Once upon a time" in text for text in files.values())
+    assert 'TEMPLATE """{{ if .System }}<s>{{ .System }}</s>{{ end }}<u>' in files["Modelfile"]
+    assert 'PARAMETER stop "<e>"' in files["Modelfile"]
+    assert f"--chat-template {folder}/chat_template.jinja" in files["run_vllm.sh"]
+    assert '"stop_token_ids": [5]' in files["run_vllm.sh"]
+    assert "-cnv" in files["run_llama_cpp.sh"]
+    assert "apply_chat_template" in files["run_transformers.py"]
+    compile(files["run_transformers.py"], "script", "exec")
+    (folder / "training_record.json").write_text("{")
+    assert run(folder, "--base", base, "--write", "again").code == 3
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_commit_of_the_base_that_an_adapter_names_is_loaded(run, adapter, tmp_path):
@@ -220,21 +244,24 @@ def test_the_files_of_a_gguf_adapter_name_it(run, adapter, base, tmp_path):
         "Modelfile", "run_llama_cpp.sh"
     }  # fmt: skip
     assert "note: nothing for vllm: reads no gguf-lora" in result.out
-    assert f"ADAPTER {tmp_path}/a b.gguf" in (tmp_path / "run" / "Modelfile").read_text()
+    assert f"# ADAPTER {tmp_path}/a b.gguf" in (tmp_path / "run" / "Modelfile").read_text()
     assert f"'{tmp_path}/a b.gguf'" in (tmp_path / "run" / "run_llama_cpp.sh").read_text()
 
 
 def test_the_commands_in_front_make_the_files_that_are_named(run, adapter, base, tmp_path):
-    run(adapter("rslora"), "--base", base, "--runtime", "llama.cpp", "--fix", "-o", "f", "--write",
-        "run")  # fmt: skip
+    named = ["--runtime", "llama.cpp", "--runtime", "ollama"]
+    run(adapter("rslora"), "--base", base, *named, "--fix", "-o", "f", "--write", "run")
     script = (tmp_path / "run" / "run_llama_cpp.sh").read_text()
     made = [line for line in script.splitlines() if line.startswith("loraformat ")]
-    assert len(made) == 2
+    modelfile = (tmp_path / "run" / "Modelfile").read_text()
+    made.append(modelfile.splitlines()[0].removeprefix("# "))
+    assert len(made) == 3 and " merge " in made[2]
     for line in made:
         runner = line.replace("loraformat", f"{sys.executable} -m loraformat", 1)
         subprocess.run(runner, shell=True, check=True, capture_output=True, cwd=tmp_path)
     assert (tmp_path / "model.gguf").is_file()
     assert (tmp_path / "f.gguf").is_file()
+    assert "\nFROM ./f-merged.gguf\n" in modelfile and (tmp_path / "f-merged.gguf").is_file()
 
 
 def test_nothing_is_written_for_a_runtime_that_would_be_wrong(run, adapter, base, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import pytest
 
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import UsageError
-from loraformat.runtimes.usage import SNIPPETS, Use, lorax, snippet, vllm
+from loraformat.runtimes.chat import Chat, ChatFormat
+from loraformat.runtimes.usage import SNIPPETS, lorax, snippet, vllm
+from loraformat.runtimes.use import Use
 
 PLAIN = Use("polite", "org/base", "out/polite", 8)
 NASTY = Use("a b'; rm -rf $HOME #", "-base dir", 'x"$(touch y)`z`', 8, "-l.gguf", "m 'q'.gguf")
@@ -24,7 +27,9 @@ def shell_words(text):
 def test_names_stay_what_they_are_in_a_shell(runtime):
     text = snippet(runtime, NASTY).text
     if runtime == "ollama":
-        assert "FROM ./m 'q'.gguf\nADAPTER ./-l.gguf\n" in text
+        assert "\nFROM ./a b'; rm -rf $HOME #-merged.gguf\n" in text
+        assert "\n# FROM ./m 'q'.gguf\n# ADAPTER ./-l.gguf\n" in text
+        assert all(line[:1] in ("#", "") or line.startswith("FROM") for line in text.split("\n"))
         return
     words = shell_words(text)
     assert not {"rm", "touch", "$HOME"} & set(words)
@@ -88,6 +93,65 @@ def test_lorax_says_where_the_adapter_is():
     sources = {local: shell_words(lorax(PLAIN, local=local).text)[-1] for local in (True, False)}
     assert json.loads(sources[True])["parameters"]["adapter_source"] == "local"
     assert json.loads(sources[False])["parameters"]["adapter_source"] == "hub"
+
+
+CHAT = Chat(
+    ChatFormat("", None, "<|u|>", "<|a|>", "<|e|>"),
+    ("<|e|>",),
+    (7,),
+    "out/polite/chat_template.jinja",
+)
+TALKS = dataclasses.replace(PLAIN, chat=CHAT, prompt="What can you do?")
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "sglang", "lorax", "llama.cpp"])
+def test_an_adapter_of_conversations_is_talked_to(runtime):
+    text = snippet(runtime, TALKS).text
+    assert "Once upon a time" not in text and "/v1/chat/completions" in text
+    words = shell_words(text)
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["messages"] == [{"role": "user", "content": "What can you do?"}]
+    if runtime == "llama.cpp":
+        assert words.count("-cnv") == 1
+        option = words[words.index("--chat-template-file") + 1]
+        assert words.count("--jinja") == 3
+    else:
+        assert body["stop_token_ids"] == [7]
+        named = {"vllm": "polite", "sglang": "org/base:polite", "lorax": "out/polite"}
+        assert body["model"] == named[runtime]
+    if runtime == "lorax":
+        assert words[words.index("--adapter-source") + 1] == "local"
+    elif runtime != "llama.cpp":
+        option = words[words.index("--chat-template") + 1]
+    if runtime != "lorax":
+        assert option == "out/polite/chat_template.jinja"
+        fetched = shell_words(snippet(runtime, dataclasses.replace(TALKS, on_hub=True)).text)
+        assert fetched[:4] == ["hf", "download", "out/polite", "chat_template.jinja"]
+
+
+def test_a_modelfile_of_conversations():
+    text = snippet("ollama", TALKS).text
+    assert 'TEMPLATE """<|u|>{{ .Prompt }}<|a|>{{ .Response }}<|e|>"""\n' in text
+    assert 'PARAMETER stop "<|e|>"\n' in text
+    first = text.splitlines()[0]
+    assert shell_words(first.removeprefix("# ")) == [
+        "loraformat", "merge", "org/base", "out/polite", "-o", "polite-merged.gguf"
+    ]  # fmt: skip
+    assert "# Ollama before 0.34.1 also takes the adapter" in text
+
+
+def test_the_transformers_snippet_of_a_conversation_runs(tmp_path):
+    adapter = shutil.copytree(ADAPTERS["manual"], tmp_path / "adapter")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    (adapter / "chat_template.jinja").write_text(template)
+    chat = Chat(None, ("<|pad|>",), (0, 1), str(adapter / "chat_template.jinja"))
+    use = Use("manual", str(SMALL_MODEL), str(adapter), 8, chat=chat)
+    script = tmp_path / snippet("transformers", use).file
+    script.write_text(snippet("transformers", use).text)
+    assert "eos_token_id=[0, 1]" in script.read_text()
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "What can you do?" not in done.stdout
 
 
 def test_the_transformers_snippet_runs(tmp_path):

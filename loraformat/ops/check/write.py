@@ -5,18 +5,26 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from loraformat.carried_tokenizer import CarriedTokenizer
+from loraformat.checkpoint import CarriedFile
 from loraformat.errors import OutputError, UsageError
+from loraformat.folder import Folder
 from loraformat.hub import hub_id, resolve
 from loraformat.ops.check.verb import CheckReport
 from loraformat.publish_file import open_publication
+from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME, Chat, chat_of
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
-from loraformat.runtimes.usage import Snippet, Use, lorax, snippet
+from loraformat.runtimes.usage import lorax, snippet
+from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
 
 __all__ = ["Written", "snippets", "write_usage"]
+
+_LARGEST_RECORD = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +111,25 @@ def _use(report: CheckReport, base: str | None) -> Use:
         gguf=_placed(report.path) if is_gguf else f"{stem}.gguf",
         base_gguf=_placed(named) if named.endswith(".gguf") else "model.gguf",
         revision=revision,
+        chat=_chat(report.path),
+        on_hub=resolve(report.path).repo is not None,
+    )
+
+
+def _chat(path: str) -> Chat | None:
+    """Return how an adapter is prompted, by what lies beside its weights."""
+    place = resolve(path).path
+    if not place.is_dir():
+        return None
+    folder, record = Folder(place), {}
+    if folder.has(RECORD_NAME):
+        read = partial(folder.read, RECORD_NAME, _LARGEST_RECORD)
+        file = CarriedFile(RECORD_NAME, folder.size(RECORD_NAME), read)
+        record = CarriedTokenizer([file], place).json(RECORD_NAME)
+    return chat_of(
+        record,
+        template=str(place.absolute() / TEMPLATE_NAME) if folder.has(TEMPLATE_NAME) else None,
+        ends_otherwise=folder.has(GENERATION_NAME),
     )
 
 
@@ -116,14 +143,15 @@ def _snippet(name: str, report: CheckReport, use: Use) -> Snippet:
         return lorax(use, local=resolve(report.path).repo is None)
     piece = snippet(name, use)
     if report.format == "peft" and RUNTIMES[name].format == "gguf-lora":
-        return replace(
-            piece, text=_conversions(use, comment=piece.file == "Modelfile") + piece.text
-        )
+        made = _conversions(use, comment=piece.file == "Modelfile")
+        if piece.file == "Modelfile":  # whose last lines name these files
+            return replace(piece, text=f"{piece.text}# These two are made so:\n{made}")
+        return replace(piece, text=made + piece.text)
     return piece
 
 
 def _conversions(use: Use, *, comment: bool) -> str:
-    """Return the commands that make the GGUF files which the lines after them name."""
+    """Return the commands that make the GGUF files of base and adapter."""
     lines = []
     if use.base_gguf == "model.gguf":
         lines.append(f"loraformat convert {shlex.quote(use.pinned_base)} model.gguf --dtype f16")

@@ -25,10 +25,10 @@ from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from loraformat.ops.sharing.private_parts import TRACES, without_traces
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.run_place import CURVE_NAME, run_place
+from loraformat.runtimes.chat import RECORD_NAME
 
 __all__ = [
     "CONFIG_NAME",
-    "RECORD_NAME",
     "Choice",
     "Contents",
     "adapter_files",
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 CONFIG_NAME = "adapter_config.json"
-RECORD_NAME = "training_record.json"
 _INDEX_NAME = "model.safetensors.index.json"
 _NEEDED = re.compile(r"adapter_config\.json|adapter_model.*\.(safetensors|json)")
 _MAX_JSON_BYTES = 16 << 20

@@ -1,6 +1,10 @@
 """Ollama: llama.cpp's rules for GGUF files, and an import of PEFT directories of its own.
 
 ``convert/convert.go`` (``ConvertAdapter``) and ``convert_llama_adapter.go``.
+
+From 0.34.1 on ``ollama create`` is reported to refuse a Modelfile with ``ADAPTER``
+(generative-computing/mellea#1651, of ollama/ollama#14969): the merged model is what is left there.
+Models that were built with it before are served on.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ OLLAMA = replace(
     name="ollama",
     title="Ollama",
     version="fb30760 of 2026-08-21, its source read",
-    format_why="Ollama takes GGUF files; of PEFT directories it imports few, and Q and K wrongly",
+    format_why="Ollama takes GGUF files: merged ones, and before 0.34.1 adapters beside their "
+    "base; of PEFT directories it imports few, and Q and K wrongly",
     imports=("llama", "gemma2"),
     treats={
         **LLAMA_CPP.treats,

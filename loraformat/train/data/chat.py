@@ -33,6 +33,8 @@ from functools import cached_property
 from typing import Any
 
 from loraformat.errors import printable
+from loraformat.runtimes.chat import ChatFormat
+from loraformat.train.data.chat_format import chat_format
 from loraformat.train.data.field_types import KindError, from_json
 from loraformat.train.data.kinds import Conversation
 from loraformat.train.data.messages import CALLS
@@ -150,6 +152,12 @@ class ChatRenderer:
         except KindError:
             return None
         return rendered.text
+
+    def format(self) -> ChatFormat | None:
+        """Return the pieces that the template puts around words; None if it does more than that."""
+        if not self._encoder.has_template or self._trials.mute:
+            return None
+        return chat_format(self._trials, self._encoder.tokenizer.bos_token)
 
     def _end(self, after: str, whole: str) -> int | None:
         """Return where a turn ends in the whole, or None if it does not stand there."""

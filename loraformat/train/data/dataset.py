@@ -194,6 +194,20 @@ class Dataset:
         except (KindError, LoraFormatError):
             return None
 
+    def chat(self) -> dict[str, Any] | None:
+        """Return for a record how conversations in the data are written and where turns end.
+
+        None if no chat template wrote any of the samples.
+        """
+        if not self.audit.rendered:
+            return None
+        pieces = self._encoder.chat_format()
+        return {
+            "format": None if pieces is None else pieces.to_json(),
+            "stops": self._encoder.names_of(self.stops),
+            "stop_ids": self.stops,
+        }
+
     def preview(self, number: int = 0) -> str:
         """Return a sample as text, what is learned of it between ⟦ and ⟧."""
         return marked(self._encoded(number))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from loraformat.runtimes.chat import ChatFormat
 from loraformat.train.data.chat import ChatRenderer
 from loraformat.train.data.kinds import Completion, Conversation, Text, meaning
 from loraformat.train.data.mask import (
@@ -142,6 +143,14 @@ class RowEncoder:
         if isinstance(meant, Text):
             return None
         return "{prompt}{completion}" if isinstance(meant, Completion) else self._chat.shape()
+
+    def names_of(self, ids: list[int]) -> list[str]:
+        """Return the texts of tokens."""
+        return list(self._encoder.tokenizer.convert_ids_to_tokens(ids))
+
+    def chat_format(self) -> ChatFormat | None:
+        """Return the pieces that the chat template puts around words, if it has some."""
+        return self._chat.format()
 
     def _piece(self, row: Row, parts: list[bytes], number: int) -> Encoded:
         tokens = self._encoder.tokenize(parts[number].decode("utf-8"))

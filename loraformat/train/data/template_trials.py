@@ -103,24 +103,31 @@ class TemplateTrials:
                 )  # fmt: skip
         return None
 
-    def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+    def render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+        """Return messages as the template writes them.
+
+        Raises
+        ------
+        TemplateRefusalError
+            If it does not take them.
+        """
         return self._plain([self.in_parts(message) for message in messages], prompt)
 
     def _says_what_is_said(self) -> bool | None:
         """Tell whether trial conversations can be told apart; None if there can be none."""
         try:
-            said = self._render(_turns("q", "A"))
-            others = (self._render(_turns("q", "x")), self._render(_turns("x", "A")))
+            said = self.render(_turns("q", "A"))
+            others = (self.render(_turns("q", "x")), self.render(_turns("x", "A")))
         except TemplateRefusalError:  # it wants other messages: each row will say so
             return None
         return said not in others
 
     def _header(self) -> str:
         try:
-            asked = self._render(_turns("q"))
-            if self._render(_turns("q"), prompt=True) != asked:
+            asked = self.render(_turns("q"))
+            if self.render(_turns("q"), prompt=True) != asked:
                 return ""
-            common = common_prefix(self._render(_turns("q", "A")), self._render(_turns("q", "b")))
+            common = common_prefix(self.render(_turns("q", "A")), self.render(_turns("q", "b")))
         except TemplateRefusalError:  # as above
             return ""
         header = common[len(asked) :] if common.startswith(asked) else ""
@@ -130,11 +137,11 @@ class TemplateTrials:
     def _trailer(self) -> str:
         """Return the header that stands behind the last turn; empty if none does."""
         try:
-            asked = self._render(_turns(_ASKED))
-            if self._render(_turns(_ASKED), prompt=True) != asked:
+            asked = self.render(_turns(_ASKED))
+            if self.render(_turns(_ASKED), prompt=True) != asked:
                 return ""
-            short = self._render(_turns(_ASKED, _ANSWERED))
-            long = self._render(_turns(_ASKED, _ANSWERED, _GOES_ON))
+            short = self.render(_turns(_ASKED, _ANSWERED))
+            long = self.render(_turns(_ASKED, _ANSWERED, _GOES_ON))
         except TemplateRefusalError:
             return ""
         first, _, behind = short.partition(_ANSWERED)
@@ -163,8 +170,8 @@ class TemplateTrials:
         if content is _ABSENT:
             del call["content"]
         try:
-            text = self._render([*_turns("q"), call])
-            without = self._render(_turns("q"))
+            text = self.render([*_turns("q"), call])
+            without = self.render(_turns("q"))
         except TemplateRefusalError:
             return False
         if content is None and text.count("None") > without.count("None"):

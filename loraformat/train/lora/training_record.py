@@ -13,12 +13,11 @@ from typing import Any
 
 from loraformat.checkpoint import CarriedFile
 from loraformat.errors import LoraFormatError
+from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.train.lora.options import LoraOptions
 from loraformat.version import __version__
 
-__all__ = ["RECORD_NAME", "training_record"]
-
-RECORD_NAME = "training_record.json"
+__all__ = ["training_record"]
 
 
 def training_record(

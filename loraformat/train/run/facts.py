@@ -42,6 +42,7 @@ def facts_of(
     return {
         "data": _described(data),
         "prompt_format": data.prompt_format(),
+        "chat": data.chat(),
         "held_out_data": None
         if held_out is None
         else {**_described(held_out), "trained_too": held_out.rows_also_in(data)},

@@ -11,19 +11,16 @@ from typing import Any
 import torch
 
 from loraformat.errors import InputError, UsageError
+from loraformat.runtimes.chat import GENERATION_NAME
 from loraformat.train.loop.evaluation import evaluating
 
 __all__ = [
-    "GENERATION_CONFIG",
     "GenerationOptions",
     "TextStream",
     "continuation",
     "ids_of",
     "stop_tokens",
 ]
-
-GENERATION_CONFIG = "generation_config.json"
-"""Where transformers keeps which tokens end a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +105,13 @@ def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
     from transformers import GenerationConfig
 
     found: Any = None
-    if (directory / GENERATION_CONFIG).is_file():
+    if (directory / GENERATION_NAME).is_file():
         try:
             found = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
         except Exception as error:
             raise InputError(
                 f"cannot be read: {' '.join(str(error).split())}",
-                path=directory / GENERATION_CONFIG,
+                path=directory / GENERATION_NAME,
             ) from None
     return sorted({*ids_of(found), *ids_of(tokenizer.eos_token_id)})
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.checkpoint import CarriedFile
 from loraformat.ops.adapters import open_adapter
+from loraformat.runtimes.chat import GENERATION_NAME
+from loraformat.runtimes.use import TEMPLATE_NAME
 from loraformat.train.data.dataset import Dataset
 from loraformat.train.data.tokenizer import TextEncoder
-from loraformat.train.run.generation import GENERATION_CONFIG, ids_of, stop_tokens
+from loraformat.train.run.generation import ids_of, stop_tokens
 from loraformat.train.run.options import TrainOptions
 
 __all__ = ["learned_stops", "passed_over", "stop_files", "stops_of", "template_files",
            "template_of"]  # fmt: skip
-
-_NAME = "chat_template.jinja"
 
 
 def template_files(
@@ -43,7 +43,7 @@ def template_files(
     if not options.chat_template or not data.audit.rendered:
         return ()
     text = str(encoder.tokenizer.chat_template).encode("utf-8")
-    return (CarriedFile(_NAME, len(text), lambda: text),)
+    return (CarriedFile(TEMPLATE_NAME, len(text), lambda: text),)
 
 
 def learned_stops(
@@ -78,7 +78,7 @@ def stop_files(
         return ()
     ids = [*stop_tokens(directory, encoder.tokenizer), *learned]
     text = json.dumps({"eos_token_id": ids}, indent=2).encode("utf-8") + b"\n"
-    return (CarriedFile(GENERATION_CONFIG, len(text), lambda: text),)
+    return (CarriedFile(GENERATION_NAME, len(text), lambda: text),)
 
 
 def stops_of(adapter: str) -> list[int]:
@@ -95,7 +95,7 @@ def stops_of(adapter: str) -> list[int]:
         If it is no adapter, or its generation config is damaged.
     """
     with open_adapter(adapter) as opened:
-        found = CarriedTokenizer(opened.files, opened.path).json(GENERATION_CONFIG)
+        found = CarriedTokenizer(opened.files, opened.path).json(GENERATION_NAME)
     return ids_of(found.get("eos_token_id"))
 
 

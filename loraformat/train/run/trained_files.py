@@ -8,7 +8,7 @@ from typing import Any
 
 from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.ops.adapters import open_adapter
-from loraformat.train.lora.training_record import RECORD_NAME
+from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.train.run.facts import hash_of
 
 __all__ = ["trained_on"]

@@ -16,6 +16,7 @@ import torch
 from loraformat.bundle_update import adapter_place
 from loraformat.errors import InputError, LoraFormatError, OutputError, ResourceError, UsageError
 from loraformat.output_rules import refuse_existing, refuse_input_as_output
+from loraformat.runtimes.chat import GENERATION_NAME
 from loraformat.train.loop import memory, saved_state
 from loraformat.train.loop.distributed import World, added_up, own_device
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
@@ -215,7 +216,7 @@ class _Run:
         ends = " and ".join(tokenizer.convert_ids_to_tokens(learned))
         usual = f", not with {tokenizer.eos_token}" if tokenizer.eos_token else ""
         return [
-            f"turns end with {ends}{usual}: generate stops there; {generation.GENERATION_CONFIG} "
+            f"turns end with {ends}{usual}: generate stops there; {GENERATION_NAME} "
             "beside the adapter tells others"
         ]
 

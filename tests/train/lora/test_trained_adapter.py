@@ -14,12 +14,12 @@ from loraformat.ops.adapters import open_adapter
 from loraformat.ops.convert import convert
 from loraformat.ops.verify import verify
 from loraformat.reader import open_bundle
+from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.testing_models import dense
 from loraformat.train import LoraOptions
 from loraformat.train.lora.branches import attach, trainable
 from loraformat.train.lora.continued import attach_adapter
 from loraformat.train.lora.trained_adapter import save_adapter, trained_adapter
-from loraformat.train.lora.training_record import RECORD_NAME
 
 
 def trained(paths, **options):

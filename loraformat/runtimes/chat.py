@@ -1,0 +1,151 @@
+"""How an adapter that was trained on conversations is prompted, and where it stops.
+
+A training record says it, under ``training`` and ``chat``: the pieces that the chat template puts
+around what people say, and the tokens that were learned to end turns. From the pieces follows the
+template in the language of Go that Ollama wants, without anybody having to run Jinja again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["GENERATION_NAME", "RECORD_NAME", "Chat", "ChatFormat", "chat_of"]
+
+RECORD_NAME = "training_record.json"
+"""What is to be known of a training."""
+GENERATION_NAME = "generation_config.json"
+"""Where transformers keeps which tokens end a text."""
+
+_LONGEST = 4096
+_MOST_STOPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    r"""What stands around the words of a turn: question and answer, and a system's words if any.
+
+    Attributes
+    ----------
+    begin : str
+        Of each turn.
+    system : tuple of (str, str) or None
+        What stands around a system's words, behind `begin`; None if there is no place for them.
+    user : str
+        Before the question.
+    answer : str
+        Between question and answer.
+    end : str
+        Behind the answer.
+
+    Examples
+    --------
+    >>> ChatFormat("", ("<s>", "</s>\n"), "USER: ", "\nMODEL: ", "\n").ollama()
+    '{{ if .System }}<s>{{ .System }}</s>\n{{ end }}USER: {{ .Prompt }}\nMODEL: {{ .Response }}\n'
+    """
+
+    begin: str
+    system: tuple[str, str] | None
+    user: str
+    answer: str
+    end: str
+
+    def ollama(self) -> str | None:
+        """Return the template for a Modelfile; None if it cannot be quoted there."""
+        system = ""
+        if self.system is not None:
+            before, behind = map(_literal, self.system)
+            system = f"{{{{ if .System }}}}{before}{{{{ .System }}}}{behind}{{{{ end }}}}"
+        text = (
+            f"{_literal(self.begin)}{system}{_literal(self.user)}{{{{ .Prompt }}}}"
+            f"{_literal(self.answer)}{{{{ .Response }}}}{_literal(self.end)}"
+        )
+        return None if '"""' in text else text
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for ``json.dumps``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> ChatFormat | None:
+        """Return what `to_json` wrote; None for anything else."""
+        if not isinstance(value, Mapping):
+            return None
+        pieces = [value.get(name) for name in ("begin", "user", "answer", "end")]
+        system = value.get("system")
+        around = [] if system is None else system
+        if not isinstance(around, (list, tuple)) or len(around) not in (0, 2):
+            return None
+        texts = [piece for piece in (*pieces, *around) if isinstance(piece, str)]
+        if len(texts) != 4 + len(around) or not all(map(_is_plain, texts)):
+            return None
+        begin, user, answer, end = texts[:4]
+        return cls(begin, (texts[4], texts[5]) if around else None, user, answer, end)
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """How a runtime is to prompt an adapter.
+
+    Attributes
+    ----------
+    format : ChatFormat or None
+        None where a template does more than to put pieces around words, or is not known.
+    stops : tuple of str
+        Texts of the tokens that end a turn.
+    stop_ids : tuple of int
+        Their numbers, if the base does not stop at all of them by itself.
+    template : str or None
+        Where the adapter's own chat template lies, if it is not the base's.
+    """
+
+    format: ChatFormat | None = None
+    stops: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    template: str | None = None
+
+
+def chat_of(
+    record: Mapping[str, Any], *, template: str | None = None, ends_otherwise: bool = False
+) -> Chat | None:
+    """Return how an adapter is prompted; None if not through a chat template, or nobody says.
+
+    Parameters
+    ----------
+    record : mapping
+        Its training record; any JSON, a stranger's.
+    template : str, optional
+        Where its own chat template lies.
+    ends_otherwise : bool
+        Whether it brings a generation config with ends of turns.
+
+    Examples
+    --------
+    >>> chat_of({"training": {"chat": {"stops": ["<|im_end|>"], "stop_ids": [7]}}}).stops
+    ('<|im_end|>',)
+    >>> chat_of({}) is None
+    True
+    """
+    told = record.get("training")
+    said = told.get("chat") if isinstance(told, Mapping) else None
+    if not isinstance(said, Mapping):
+        return Chat(template=template) if template else None
+    listed, numbers = said.get("stops"), said.get("stop_ids")
+    stops = [s for s in listed if isinstance(s, str)] if isinstance(listed, list) else []
+    ids = [n for n in numbers if type(n) is int] if isinstance(numbers, list) else []
+    return Chat(
+        ChatFormat.from_json(said.get("format")),
+        tuple(s for s in stops if s and s.isprintable())[:_MOST_STOPS],
+        tuple(ids)[:_MOST_STOPS] if ends_otherwise else (),
+        template,
+    )
+
+
+def _literal(text: str) -> str:
+    """Return text that Go's template language prints as it stands."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def _is_plain(text: str) -> bool:
+    return len(text) <= _LONGEST and all(c.isprintable() or c in "\n\t" for c in text)

@@ -26,6 +26,7 @@ from loraformat.train.engine.residency import Residency, Traffic
 from loraformat.train.engine.skeleton import text_config
 from loraformat.train.engine.stored_weights import Span
 from loraformat.train.engine.streamed_matrix import StreamedMatrix
+from loraformat.train.engine.trial import Trial
 from loraformat.train.lora import branches as branches_of_model
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.options import LoraOptions
@@ -78,9 +79,11 @@ class TrainableModel(torch.nn.Module):
         self._shared, self._owned, self._closed = shared, owned, False
         self._began_decoding = decoding.seconds
         self._packing = PackingCheck(base, shared, bundle.folder.path)
+        self._trial = Trial(base, shared, bundle.folder.path)
         self._head_name = head_name(base, bundle.folder.path)
         self._streamed_head = StreamedMatrix(self.head.matrix, head_spans, shared.residency)
         self.head.matrix = self._streamed_head
+        self._trial.forward()
         self._head_rule = self._find_head_rule()
 
     def _find_head_rule(self) -> HeadRule | None:
@@ -137,6 +140,8 @@ class TrainableModel(torch.nn.Module):
         """
         if torch.is_grad_enabled():
             options.setdefault("use_cache", False)
+            if input_ids is not None:
+                self._trial.gradients(input_ids)
         return self.base(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             labels=labels, **options,
@@ -160,8 +165,11 @@ class TrainableModel(torch.nn.Module):
         Raises
         ------
         UnsupportedError
-            If rows hold several samples and the model cannot keep them apart.
+            If rows hold several samples and the model cannot keep them apart, or if gradients
+            of its class are not those of plain autograd, see `loraformat.train.engine.trial`.
         """
+        if torch.is_grad_enabled():
+            self._trial.gradients(batch.input_ids, rows_at_once)
         learned = batch.labels[:, 1:] >= 0
         targets = batch.labels[:, 1:][learned]
         with self._rows_at_once(rows_at_once), self._packing.of(batch):
@@ -225,6 +233,7 @@ class TrainableModel(torch.nn.Module):
                 path=self.bundle.folder.path,
                 hint="leave the head alone, or train with loraformat train",
             )
+        self._trial.gradients(torch.zeros(1, 1, dtype=torch.int64, device=self.head.device))
         self.head.shown = matrix.values
         return self.base
 

@@ -15,6 +15,7 @@ from loraformat.train.engine.fresh import fresh
 from loraformat.train.engine.gemm import even_rows, times, times_transposed
 from loraformat.train.engine.matrix import Matrix, NF4Matrix, Range
 from loraformat.train.engine.spread import spread
+from loraformat.train.engine.stand_in import StandIn
 from loraformat.train.engine.workspace import workspace
 
 __all__ = ["multiply", "multiply_transposed"]
@@ -59,6 +60,8 @@ def multiply(
     >>> multiply(torch.ones(1, 2), DenseMatrix(torch.tensor([[3.0, 4.0]])), torch.float32)
     tensor([[7.]])
     """
+    if isinstance(matrix, StandIn):
+        return matrix.product(x)
     return (_by_columns if matrix.by_inputs else _by_rows)(x, matrix, dtype, out)
 
 
@@ -72,6 +75,8 @@ def multiply_transposed(x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> 
     >>> multiply_transposed(torch.ones(1, 1), matrix, torch.float32)
     tensor([[3., 4.]])
     """
+    if isinstance(matrix, StandIn):
+        return matrix.transposed_product(x)
     return (_by_rows if matrix.by_inputs else _by_columns)(x, matrix, dtype, None)
 
 

@@ -8,8 +8,7 @@ gradients are the same bits either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,26 +76,17 @@ class KeptActivations:
         ratio = tokens / self.tokens
         return _IN_HEAP * self.counted * (ratio if ratio <= 1 else ratio * ratio)
 
-    @contextmanager
-    def counting(self, tokens: int) -> Iterator[None]:
-        """Count what is kept for a backward pass while this lasts, unless it is known.
+    def count(self, saved: Sequence[torch.Tensor], tokens: int) -> None:
+        """Count what a layer saved for its backward pass, unless it is known.
 
         Parameters
         ----------
+        saved : sequence of torch.Tensor
+            Without parameters.
         tokens : int
-            Of the batch that one layer computes.
+            Of the batch that one layer computed.
         """
         if self.counted or not self.budget or not tokens:
-            yield
             return
-        seen: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if not isinstance(tensor, torch.nn.Parameter):
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            yield
-        self.counted, self.tokens = sum(seen.values()), tokens
+        storages = {s.data_ptr(): s.nbytes() for s in map(torch.Tensor.untyped_storage, saved)}
+        self.counted, self.tokens = sum(storages.values()), tokens

@@ -55,12 +55,8 @@ def test_a_large_parameter_of_an_unknown_class(bundle_of, monkeypatch):
 
 
 def test_a_class_that_computes_with_weights_itself(bundle_of):
-    with (
-        load(bundle_of("mamba")) as model,
-        torch.no_grad(),
-        pytest.raises(UnsupportedError, match=r"computes with the weight of backbone\.layers\.0"),
-    ):
-        model.loss(make_batch())
+    with pytest.raises(UnsupportedError, match=r"computes with the weight of backbone\.layers\.0"):
+        load(bundle_of("mamba"))
 
 
 def test_no_code_of_the_model_is_run(changed, tmp_path):

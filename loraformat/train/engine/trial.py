@@ -1,0 +1,247 @@
+"""A few tokens go through all layers of a model before any work is done with it.
+
+A class of transformers may compute in a way that this engine does not know: with a weight of its
+own accord, or with state that layers share in a place that nobody sees. So it is tried, on
+stand-ins for its weights, which cost nothing and read nothing:
+
+- it computes at all;
+- what it computes when layers are computed again, or in groups of rows, is what it computes by
+  plain autograd: the hidden states, and the gradients of what goes into the first layer and of
+  what is trained there. Whatever a layer gets from an earlier one it gets from the first, so a path
+  that is lost anywhere is missing there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from loraformat.errors import LoraFormatError, UnsupportedError, printable
+from loraformat.train.engine.decoder import decoder_of, find_layers
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.kept_activations import KeptActivations
+from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.random_state import random_restored, random_state
+from loraformat.train.engine.recompute import Recomputation
+from loraformat.train.engine.residency import Residency
+from loraformat.train.engine.stand_in import StandIn
+
+__all__ = ["Trial"]
+
+#: Positions in a row, and rows where they go through layers one by one.
+_TOKENS = 8
+_ROWS = 2
+#: Relative difference of gradients; equal bits but for a GPU, which adds in any order.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_COARSE = 3e-2
+_PLENTY = 1 << 60
+
+
+class Trial:
+    """Tries a model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Its layers wrapped, its linears on mapped bytes.
+    shared : Recomputation
+    path : object
+        For messages.
+    """
+
+    def __init__(self, model: Any, shared: Recomputation, path: object) -> None:
+        self._model, self._shared, self._path = model, shared, path
+        self._layers = find_layers(model, path)[1]
+        self._passed: set[bool] = set()
+
+    def forward(self) -> None:
+        """Compute a few tokens, without gradients.
+
+        Raises
+        ------
+        UnsupportedError
+            If its class cannot, or needs weights for it that stay on the disk.
+        """
+        with self._set_up(KeptActivations(0)), torch.no_grad():
+            try:
+                self._hidden(self._any_tokens())
+            except Exception as error:
+                raise self._refusal("cannot be computed with its weights on the disk", error) from (
+                    error
+                )
+
+    def gradients(self, ids: torch.Tensor, rows_at_once: int | None = None) -> None:
+        """Compare gradients, the first time that a model is trained.
+
+        Parameters
+        ----------
+        ids : torch.Tensor
+            int64 (rows, tokens): of a batch.
+        rows_at_once : int or None
+            Whether rows go through a layer in groups.
+
+        Raises
+        ------
+        UnsupportedError
+            If they differ.
+        """
+        in_groups = rows_at_once is not None
+        if in_groups in self._passed:
+            return
+        ids = ids[:1, :_TOKENS].repeat(_ROWS, 1)
+        ids[1] = ids[1].flip(0)
+        with self._drawing_alike(in_groups):
+            self._compare(ids, in_groups)
+        self._passed.add(in_groups)
+
+    def _compare(self, ids: torch.Tensor, in_groups: bool) -> None:
+        state = random_state([ids])
+        try:
+            with random_restored(state):
+                plain = self._of(ids, _PLENTY, None)
+        except Exception as error:
+            raise self._refusal("cannot be computed with its weights on the disk", error) from error
+        try:
+            with random_restored(state):
+                again = self._of(ids, 0, 1 if in_groups else None)
+        except Exception as error:
+            raise self._lost(in_groups, error) from error
+        if not all(map(_alike, plain, again)):
+            raise self._lost(in_groups)
+
+    @contextmanager
+    def _drawing_alike(self, in_groups: bool) -> Iterator[None]:
+        """Drop nothing out where rows, one by one, draw other random numbers than all at once."""
+        training = [module for module in self._model.modules() if module.training]
+        if in_groups:
+            self._model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _of(self, ids: torch.Tensor, budget: int, rows: int | None) -> list[torch.Tensor | None]:
+        """Return hidden states, and gradients of the first layer."""
+        kept = KeptActivations(len(self._layers), budget=budget, counted=1, tokens=1)
+        with self._set_up(kept, rows), torch.enable_grad(), _watched_input(self._model) as seen:
+            hidden = self._hidden(ids)
+            weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device)
+            total = (hidden * weights.view_as(hidden).to(hidden.dtype)).sum()
+            wanted = [*seen, *_first_trained(self._layers)]
+            found = torch.autograd.grad(total, wanted, allow_unused=True) if wanted else ()
+        return [hidden.detach(), *found]
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+        decoder = decoder_of(self._model)
+        output: torch.Tensor = decoder(
+            input_ids=ids, position_ids=places, use_cache=False
+        ).last_hidden_state
+        return output
+
+    @contextmanager
+    def _set_up(self, kept: KeptActivations, rows: int | None = None) -> Iterator[None]:
+        """Let layers be computed on stand-ins, and nothing be learned of it."""
+        shared = self._shared
+        nowhere = Residency([[]] * len(self._layers), prefetch=False, release=False)
+        trial = Recomputation(nowhere, kept, rows)
+        with ExitStack() as restoring, _standing_in(self._model):
+            for name in ("residency", "kept", "rows_at_once", "inspect", "unread", "visit"):
+                restoring.callback(setattr, shared, name, getattr(shared, name))
+                setattr(shared, name, getattr(trial, name))
+            yield
+
+    def _any_tokens(self) -> torch.Tensor:
+        known = int(getattr(self._model.get_input_embeddings(), "num_embeddings", 1))
+        linears = (m for m in self._model.modules() if isinstance(m, FrozenLinear))
+        device = next((linear.device for linear in linears), None)
+        return torch.arange(_TOKENS, device=device)[None] % known
+
+    def _refusal(self, problem: str, error: Exception) -> LoraFormatError:
+        if isinstance(error, LoraFormatError):
+            error.path = error.path or f"{self._path}"
+            return error
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return UnsupportedError(
+            f"{printable(type(self._model).__name__)} {problem}: {printable(said)}",
+            path=f"{self._path}",
+        )
+
+    def _lost(self, in_groups: bool, error: Exception | None = None) -> LoraFormatError:
+        """Return the refusal of a class whose layers share what is not carried."""
+        name = printable(type(self._model).__name__)
+        how = "in groups of rows" if in_groups else "again, layer by layer,"
+        hint = "train it without rows at once (no --layer-major)" if in_groups else (
+            "train it with PEFT, which keeps all activations; the adapter can be converted and "
+            "merged here"
+        )  # fmt: skip
+        more = "" if error is None else f" ({printable(' '.join(str(error).split()))})"
+        return UnsupportedError(
+            f"{name} cannot be trained: computed {how} its gradients are not those of plain "
+            f"autograd, for its layers share state in a way that is not known here{more}",
+            path=f"{self._path}",
+            hint=hint,
+        )
+
+
+def _alike(plain: torch.Tensor | None, again: torch.Tensor | None) -> bool:
+    if plain is None or again is None:
+        return plain is again
+    tolerance = _TOLERANCE.get(plain.dtype, _COARSE)
+    largest = float(plain.nan_to_num().abs().max())
+    return plain.shape == again.shape and torch.allclose(
+        plain, again, rtol=tolerance, atol=tolerance * largest, equal_nan=True
+    )
+
+
+def _first_trained(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Return what is trained in the first layer in which something is."""
+    for layer in layers:
+        if trained := [p for p in layer.parameters() if p.requires_grad]:
+            return trained
+    return []
+
+
+@contextmanager
+def _watched_input(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Give what is embedded a gradient of its own; yields it once it is computed."""
+    seen: list[torch.Tensor] = []
+
+    def watch(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1] * 1  # which a class may change in place
+
+    handle = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _standing_in(model: torch.nn.Module) -> Iterator[None]:
+    """Let every linear and every stack of experts multiply by stand-ins while this lasts.
+
+    No branch collects anything meanwhile, and no hook of anybody's sees it.
+    """
+    with ExitStack() as restoring:
+        for module in model.modules():
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                if before := getattr(module, hooks):
+                    restoring.callback(setattr, module, hooks, before)
+                    setattr(module, hooks, OrderedDict())
+            if getattr(module, "collecting", False):
+                restoring.callback(setattr, module, "collecting", True)
+                module.collecting = False  # type: ignore[assignment]
+            if isinstance(module, FrozenLinear):
+                restoring.callback(setattr, module, "matrix", module.matrix)
+                module.matrix = StandIn(module.matrix)
+            elif isinstance(module, ExpertStack):
+                restoring.callback(setattr, module, "experts", module.experts)
+                module.experts = [[StandIn(m) for m in parts] for parts in module.experts]
+        yield

@@ -80,6 +80,8 @@ class Edit:
         Numbers of the adapters that replace rows.
     height : int or None
         Rows of the tensor, where the vocabulary grows or shrinks; None for the source's own.
+    in_turn : bool
+        An adapter rescales what others add to: each changes what those before it made.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Edit:
     replacement: tuple[int, DenseTensor] | None = None
     rows: list[int] = field(default_factory=list)
     height: int | None = None
+    in_turn: bool = False
 
     @property
     def only_deltas(self) -> bool:
@@ -383,7 +386,23 @@ class _Planner:
         for name in self.tensors:
             if self._height(name) is not None:
                 self._edit(name)
+        self._order(adapters)
         return self.plan
+
+    def _order(self, adapters: Sequence[Adapter]) -> None:
+        """Let adapters follow each other where one of several uses DoRA, and say so."""
+        ordered = 0
+        for edit in self.plan.edits.values():
+            deltas = [t for t in edit.terms if t.part == "delta"]
+            edit.in_turn = len({term.adapter for term in deltas}) > 1 and any(
+                adapters[term.adapter].deltas[term.target].magnitude is not None for term in deltas
+            )
+            ordered += edit.in_turn
+        if ordered:
+            self.plan.notes.append(
+                f"{ordered} tensors are changed by DoRA and another adapter: each rescales what "
+                "those before it made, as in PEFT, so that another order gives other weights"
+            )
 
     def _finish_tied(self, tied: TiedHead, adapters: Sequence[Adapter]) -> None:
         head = tied.copy or next(filter(self._is_tied_head, self.plan.edits), HEAD)

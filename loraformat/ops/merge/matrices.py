@@ -22,6 +22,9 @@ from loraformat.ops.merge.tiling import for_each, tiles
 
 __all__ = ["Matrix", "block_matrices", "finite"]
 
+#: A gain that leaves nothing of a weight, and by which a delta can be divided.
+_UNSEEN = 2.0**-96
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -84,36 +87,73 @@ class Matrix:
         return (a.T, b.T) if self.transposed else (b, a)
 
     def combined(
-        self, gains: Sequence[torch.Tensor], *, exact: bool
+        self, gains: Sequence[torch.Tensor], *, exact: bool, in_turn: bool = False
     ) -> tuple[Product, torch.Tensor | None]:
         """Return the sum of all terms as one product, and the gain of each row.
 
-        With DoRA's gain gᵢ and the user's weight ωᵢ the merged weight is
+        Parameters
+        ----------
+        gains : sequence of torch.Tensor
+            As `measured_gains` returns them.
+        exact : bool
+            See `loraformat.fixed_point.product`.
+        in_turn : bool
+            Each term changes what those before it made; else all change the original.
+
+        Notes
+        -----
+        With DoRA's gain gᵢ, 1 without, and the user's weight ωᵢ the merged weight is
 
             W + Σ ωᵢ (gᵢ (W + Dᵢ) − W) = G · (W + Σ (ωᵢ gᵢ / G) Dᵢ),   G = 1 + Σ ωᵢ (gᵢ − 1)
 
-        so that it stays one low-rank delta and one gain; gᵢ = 1 without DoRA.
+        so that it stays one low-rank delta and one gain. In turn it is, as in PEFT 0.21, which
+        measures every norm on the original,
+
+            Wᵢ = hᵢ Wᵢ₋₁ + ωᵢ gᵢ Dᵢ,   hᵢ = 1 + ωᵢ (gᵢ − 1),   G = Π hᵢ
+
+        with the same form: ωᵢ gᵢ Π hⱼ / G over the j behind i in place of ωᵢ gᵢ / G.
         """
         rows = self.factors[0][0].shape[0]
-        total = torch.ones(rows, dtype=torch.float64)
         by_term, left = [], iter(gains)
-        for (*_, magnitude), user in zip(self.factors, self.weights, strict=True):
-            gain = torch.ones_like(total) if magnitude is None else next(left).double()
-            by_term.append(gain)
-            if magnitude is not None:
-                total = gain.clone() if user == 1 and len(gains) == 1 else total + user * (gain - 1)
+        for *_, magnitude in self.factors:
+            one = torch.ones(rows, dtype=torch.float64)
+            by_term.append(one if magnitude is None else next(left).double())
+        if in_turn:
+            total, shares = _in_turn(by_term, self.weights)
+        else:
+            total, shares = self._at_once(by_term, len(gains)), by_term
         rounded = total.float()
         divisor = torch.where(rounded == 0, torch.inf, rounded.double())
         scaled = [
-            b * (user * scaling * gain / divisor)[:, None]
-            for (b, _, scaling, _), user, gain in zip(
-                self.factors, self.weights, by_term, strict=True
+            b * (user * scaling * share / divisor)[:, None]
+            for (b, _, scaling, _), user, share in zip(
+                self.factors, self.weights, shares, strict=True
             )
         ]
         b = torch.cat(scaled, 1)
         a = torch.cat([a for _, a, _, _ in self.factors])
         along = rounded[None, :] if self.transposed else rounded[:, None]
         return product(*self._oriented(b, a), exact=exact), along if self.has_gain else None
+
+    def _at_once(self, by_term: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+        """Return G where all terms change the original; ``count`` of them have gains."""
+        total = torch.ones_like(by_term[0])
+        for (*_, magnitude), user, gain in zip(self.factors, self.weights, by_term, strict=True):
+            if magnitude is not None:
+                total = gain.clone() if user == 1 and count == 1 else total + user * (gain - 1)
+        return total
+
+
+def _in_turn(
+    by_term: Sequence[torch.Tensor], weights: Sequence[float]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return G and, by term, gᵢ Π hⱼ over the terms behind it."""
+    shares, behind = [], torch.ones_like(by_term[0])
+    for gain, user in zip(reversed(by_term), reversed(weights), strict=True):
+        shares.append(gain * behind)
+        behind = behind * (gain if user == 1 else 1 + user * (gain - 1))
+    # A row that one term makes zero begins anew with the next: nothing is seen of the original.
+    return torch.where(behind == 0, _UNSEEN, behind), shares[::-1]
 
 
 def block_matrices(

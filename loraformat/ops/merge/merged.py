@@ -221,7 +221,7 @@ class _Merged:
             if self.recorder is not None:
                 for found in gains:
                     self.recorder.gains(found)
-            deltas, gain = matrix.combined(gains, exact=self.exact)
+            deltas, gain = matrix.combined(gains, exact=self.exact, in_turn=self.edit.in_turn)
         by_row = gain is not None and len(gain) == len(weight)
         elements = _PLAIN_TILE_ELEMENTS if self.recorder is None else TILE_ELEMENTS
         pieces = list(tiles(len(weight), weight.shape[1], elements))

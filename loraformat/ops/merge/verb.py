@@ -127,7 +127,8 @@ def merge(
     Notes
     -----
     W' = W + Σ ωᵢ sᵢ Bᵢ Aᵢ (Hu 2021, section 4.1); with DoRA (Liu 2024, equation 5)
-    W' = m · (W + s B A) / ‖W + s B A‖ by output feature.
+    W' = m · (W + s B A) / ‖W + s B A‖ by output feature. Of several adapters with DoRA among them
+    each changes what those before it made, with the norms of the original, as in PEFT 0.21.
     """
     began = time.perf_counter()
     factors = adapter_weights(weights, len(adapters))

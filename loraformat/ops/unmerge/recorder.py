@@ -104,8 +104,8 @@ class UndoRecorder:
         edit, source = self.edit, self.source
         if source is None or edit.source != edit.name:
             return "new"
-        if edit.height is not None:
-            return "raw"  # intervals and rows are those of a tensor of one shape
+        if edit.height is not None or edit.in_turn:
+            return "raw"  # version 1 of the record knows one shape, and terms that do not follow
         if edit.replacement is not None or any(term.into is not None for term in edit.terms):
             return "raw"  # version 1 of the record has no word for a part of a matrix
         if edit.rows:

@@ -68,6 +68,7 @@ def test_what_transformers_decodes(tmp_path):
     assert torch.equal(opened(ids).logits, model(ids).logits)
     report = convert(tmp_path / "float8", tmp_path / "bundle")
     assert report.quantized == 14
+    assert any("float8 E4M3 (14 weights" in note for note in report.notes), "quantized twice"
 
 
 SCALES = {

@@ -16,6 +16,7 @@ from loraformat.errors import InputError, UsageError
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.encoding import Encoding
 from loraformat.ops.merge.change import Meter
+from loraformat.ops.merge.conversation import with_conversation
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.vocabulary import resized_base
@@ -155,6 +156,8 @@ class MergeJob:
         if resize is not None:
             original, note = resized_base(original, resize, self.adapters, tensors)
             self.plan.notes.append(note)
+        files, notes = with_conversation(original.files, self.adapters)
+        self.plan.notes.extend(notes)
         config = original.config
         if self.plan.untied and config is not None:
             config = untied_config(config)
@@ -164,7 +167,7 @@ class MergeJob:
             codes_kept=self.writer.stores != "dense" and not self.options.requantize,
         )
         origin = replace(told.provenance, format="merge")
-        merged = replace(original, tensors=tensors, config=config, provenance=origin)
+        merged = replace(original, tensors=tensors, config=config, files=files, provenance=origin)
         word = {"F32": "f32", "F16": "f16", "BF16": "bf16", None: None}[self.dtype]
         if self.writer.dtypes:
             word = self.options.dtype

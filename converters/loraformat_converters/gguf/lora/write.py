@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from loraformat import config_json
 from loraformat.adapter import Adapter
+from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.plugins import Forecast
 from loraformat.tied_head import settled
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from loraformat.checkpoint import Checkpoint
     from loraformat.plugins import AdapterWriteOptions
     from loraformat.publish import Publication
 
@@ -103,8 +105,20 @@ def _plan(
     kind = GGMLType[options.dtype or "F32"]
     tensors = [tensor for pair in pairs for tensor in _planned(pair, kind, alpha)]
     notes = [_ALORA] if adapter.invocation_tokens else []
+    notes += _template_note(adapter, base)
     notes += _notes(pairs, alpha, tensors, kind)
     return adapter_keys(adapter, base, architecture.name, alpha), tensors, notes
+
+
+def _template_note(adapter: Adapter, base: Checkpoint) -> list[str]:
+    """Say that the runtime would prompt the adapter otherwise than it was trained."""
+    own, there = (CarriedTokenizer(m.files, m.path).chat_templates for m in (adapter, base))
+    if "default" not in own or own["default"].rstrip("\n") == there.get("default", "").rstrip("\n"):
+        return []
+    return [
+        "its chat template has no place in the file, and llama.cpp takes the base's: start "
+        "llama-server with --chat-template-file chat_template.jinja, the adapter's, or merge"
+    ]
 
 
 def _planned(pair: Pair, kind: GGMLType, alpha: float) -> Iterator[PlannedTensor]:

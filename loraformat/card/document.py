@@ -17,6 +17,8 @@ _PART = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 _TITLE = re.compile(r"\A\s*#[^\n]*")
 #: What tags say of a bundle, and would say wrongly of what is made of it.
 BUNDLE_TAGS = ("loraformat", "nf4", "4-bit", "bitsandbytes")
+#: Front matter that holds for whatever is made of a model.
+_LASTING = ("license", "license_name", "license_link", "language", "base_model")
 #: An untouched template says this often that it says nothing.
 _EMPTY_SECTIONS = 25
 
@@ -49,8 +51,8 @@ def own_words(text: str) -> str | None:
     Returns
     -------
     str or None
-        None if there is a generated part, and around it nothing but its title. Front matter that
-        says how the weights relate to a base goes, too.
+        None if there is a generated part, and around it nothing but its title, and no licence.
+        Front matter that says how the weights relate to a base goes, too.
 
     Examples
     --------
@@ -67,7 +69,8 @@ def own_words(text: str) -> str | None:
     except InputError:  # what the Hub would not read is not for us to mend
         return kept
     if not _TITLE.sub("", body, count=1).strip():
-        return None
+        lasting = {key: fields[key] for key in _LASTING if key in fields}
+        return compose(lasting) if "license" in lasting else None
     fields.pop("base_model_relation", None)
     if isinstance(tags := fields.get("tags"), list):
         fields["tags"] = [tag for tag in tags if tag not in BUNDLE_TAGS]

@@ -47,6 +47,7 @@ from loraformat_converters.gguf.general import (
     GENERATION_KEY,
     QUANTIZED_KEY,
 )
+from loraformat_converters.gguf.model_card import card_file, left_out
 from loraformat_converters.gguf.types import GGMLType, ValueType
 
 if TYPE_CHECKING:
@@ -106,6 +107,9 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
     files = tokenizer.files
     if not any(file.path == "generation_config.json" for file in files) and generation:
         files = (CarriedFile("generation_config.json", len(generation), lambda: generation), *files)
+    ours = any(key.startswith("loraformat.") for key in gguf.metadata)
+    files = (*files, *card_file(gguf, ours=ours))
+    missing = () if tokenizer.missing is None else (tokenizer.missing,)
     return Checkpoint(
         path=gguf.path,
         provenance=Provenance(
@@ -116,7 +120,7 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         tensors={source.recipe.name: source.tensor() for source in sources},
         config=raw,
         files=files,
-        left_behind=() if tokenizer.missing is None else (tokenizer.missing,),
+        left_behind=(*missing, *left_out(gguf)),
         sources=gguf.sources,
         close=gguf.close,
     )

@@ -31,6 +31,7 @@ from loraformat_converters.gguf.architectures import (
 )
 from loraformat_converters.gguf.blocks import storable_type
 from loraformat_converters.gguf.general import general_keys
+from loraformat_converters.gguf.model_card import without_place
 from loraformat_converters.gguf.rounding import Loss, Watched, rounded
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.values import GGUFValue
@@ -134,6 +135,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> _Plan:
     planned = [_small(name, values) for name, values in architecture.tensors(config).items()]
     planned += [work.planned(recipe, types[recipe.name]) for recipe in recipes.tensors]
     notes = architecture.notes(config) + tokenizer.notes + _notes(kind, types, recipes)
+    notes += without_place(checkpoint.files)
     return _Plan(kind, recipes, metadata, planned, notes, work.loss)
 
 

@@ -10,6 +10,7 @@ from loraformat.folder import Folder
 from loraformat.manifest import MANIFEST_NAME
 from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.quantization_history import to_text
+from loraformat_converters.gguf.model_card import card_keys, model_name
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
@@ -69,6 +70,7 @@ def general_keys(
     if origin.repo:
         texts["general.source.repo_url"] = f"https://huggingface.co/{origin.repo}"
     keys = {key: GGUFValue.of(ValueType.STRING, text) for key, text in texts.items()}
+    keys |= card_keys(checkpoint.files)
     keys["general.file_type"] = GGUFValue.of(ValueType.UINT32, FILE_TYPES[kind])
     keys["general.quantization_version"] = GGUFValue.of(ValueType.UINT32, 2)
     ours = {
@@ -87,7 +89,8 @@ def general_keys(
 
 def _name(checkpoint: Checkpoint, tokens: Mapping[str, GGUFValue]) -> str:
     origin = checkpoint.provenance.repo or checkpoint.path.resolve().name
-    name = origin.rsplit("/", 1)[-1].removesuffix(".gguf") or "model"
+    name = model_name(checkpoint.files)
+    name = name or origin.rsplit("/", 1)[-1].removesuffix(".gguf") or "model"
     if _PHI3.search(name) and not set(tokens["tokenizer.ggml.tokens"].value) >= _PHI3_TOKENS:
         return _PHI3.sub("phi_3", name)
     return name

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert import convert
 from loraformat.ops.merge.verb import merge
+from loraformat.ops.unmerge.verb import unmerge
 
 BASE_TEMPLATE = "{% for m in messages %}base {{ m['content'] }}{% endfor %}"
 OWN = "{% for m in messages %}<own>{{ m['content'] }}{% endfor %}"
@@ -130,3 +131,22 @@ def test_a_gguf_adapter_says_that_its_template_stays_behind(base, tmp_path):
     plain = adapter(tmp_path / "b", template=BASE_TEMPLATE)
     report = convert(plain, tmp_path / "plain.gguf", base=base)
     assert not any("template" in note for note in report.notes)
+
+
+def test_taken_out_again_it_is_said_whose_template_stays(base, tmp_path):
+    lora = adapter(tmp_path / "a")
+    merge(base, [lora], tmp_path / "out", undo=tmp_path / "undo.lfu")
+    exact = unmerge(tmp_path / "out", tmp_path / "back", undo=tmp_path / "undo.lfu")
+    near = unmerge(tmp_path / "out", tmp_path / "near", adapters=[lora])
+    for report in (exact, near):
+        assert any("still the one beside" in note for note in report.notes)
+    plain = adapter(tmp_path / "b", template=None)
+    merge(base, [plain], tmp_path / "plain")
+    report = unmerge(tmp_path / "plain", tmp_path / "again", adapters=[plain])
+    assert not any("template" in note for note in report.notes)
+
+
+def test_what_is_subtracted_brings_no_template(base, tmp_path):
+    merge(base, [adapter(tmp_path / "a", stops=[7])], tmp_path / "out", weights=[-1])
+    assert prompt(tmp_path / "out") == "base hi"
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1

@@ -45,6 +45,14 @@ def test_a_generated_card_stays_behind(bundle, tmp_path):
     assert (bundle / "README.md").read_text() == DOCUMENT.render()
 
 
+def test_the_licence_of_a_generated_card_comes_along(bundle, tmp_path):
+    card = DOCUMENT.render().replace("---\n", "---\nlicense: gemma\nlanguage: [en]\n", 1)
+    (bundle / "README.md").write_text(card)
+    for made in outputs(bundle, tmp_path):
+        kept = (made / "README.md").read_text()
+        assert kept == "---\nlicense: gemma\nlanguage:\n- en\nbase_model: org/base\n---\n"
+
+
 def test_words_that_people_wrote_come_along_without_what_was_generated(bundle, tmp_path):
     card = DOCUMENT.render(WORDS)
     assert "4.800 bits per weight" in card

@@ -14,7 +14,7 @@ from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.checkpoint import CarriedFile
 from loraformat.config_json import encode
 
-__all__ = ["with_conversation"]
+__all__ = ["still_prompted_by", "with_conversation"]
 
 _TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
@@ -50,6 +50,27 @@ def with_conversation(
     kept, notes = _with_template(tuple(files), known)
     kept, more = _with_stops(kept, known)
     return kept, [*notes, *more, *_other_tokenizers(kept, known)]
+
+
+def still_prompted_by(files: Sequence[CarriedFile], adapters: Iterable[Adapter]) -> list[str]:
+    """Say of which adapter the template is that a model keeps after it was taken out of it.
+
+    Parameters
+    ----------
+    files : sequence of CarriedFile
+        The merged model's.
+    adapters : iterable of Adapter
+        That were merged into it.
+    """
+    there = _template(files)
+    for adapter in adapters:
+        own = _template(adapter.files)
+        if there is not None and own is not None and _same(own, there):
+            return [
+                f"the chat template is still the one beside {adapter.path}: if the base has "
+                "another, copy it, and generation_config.json, over the output's"
+            ]
+    return []
 
 
 def _other_tokenizers(files: Sequence[CarriedFile], adapters: list[Adapter]) -> list[str]:

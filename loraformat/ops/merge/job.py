@@ -156,7 +156,8 @@ class MergeJob:
         if resize is not None:
             original, note = resized_base(original, resize, self.adapters, tensors)
             self.plan.notes.append(note)
-        files, notes = with_conversation(original.files, self.adapters)
+        added = [a for a, w in zip(self.adapters, self.options.weights, strict=True) if w > 0]
+        files, notes = with_conversation(original.files, added)
         self.plan.notes.extend(notes)
         config = original.config
         if self.plan.untied and config is not None:

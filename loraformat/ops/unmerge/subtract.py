@@ -20,6 +20,7 @@ from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint, DenseTensor
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
+from loraformat.ops.merge.conversation import still_prompted_by
 from loraformat.ops.merge.verb import merge
 from loraformat.ops.unmerge.report import Deviation, UnmergeReport
 
@@ -65,8 +66,10 @@ def subtract(
         raise UsageError("wanted --undo with the merge's record, or --adapter to subtract")
     with ExitStack() as stack:
         checkpoint = _opened(stack, merged)
-        for adapter in adapters:
-            _refuse_what_cannot_be_subtracted(_adapter(stack, adapter, checkpoint, allow_pickle))
+        opened = [_adapter(stack, adapter, checkpoint, allow_pickle) for adapter in adapters]
+        for adapter in opened:
+            _refuse_what_cannot_be_subtracted(adapter)
+        prompted = still_prompted_by(checkpoint.files, opened)
     report = merge(
         merged, list(adapters), target,
         weights=[-weight for weight in weights or [1.0] * len(adapters)],
@@ -83,7 +86,7 @@ def subtract(
         error_bound=bound,
         modules=[found.deviation() for found in bounds],
         output_bytes=report.output_bytes,
-        notes=[_note(bounds, bound), *report.warnings],
+        notes=[_note(bounds, bound), *report.warnings, *prompted],
         seconds=report.seconds,
         dry_run=report.dry_run,
     )

@@ -17,6 +17,7 @@ from loraformat.folder import Folder
 from loraformat.hub import resolve
 from loraformat.layout import DEFAULT_SHARD_LIMIT
 from loraformat.mapped import MappedFile
+from loraformat.ops.merge.conversation import still_prompted_by
 from loraformat.ops.unmerge.report import UnmergeReport
 from loraformat.ops.unmerge.subtract import subtract
 from loraformat.ops.unmerge.undoing import Undoing
@@ -107,7 +108,10 @@ def unmerge(
             tensors=len(original.tensors),
             restored=sum(tensor.mode != "new" for tensor in record.tensors.values()),
             output_bytes=sum(tensor.nbytes for tensor in original.tensors.values()),
-            notes=_tokenizer_note(checkpoint, original),
+            notes=[
+                *_tokenizer_note(checkpoint, original),
+                *still_prompted_by(checkpoint.files, undoing.adapters),
+            ],
             dry_run=dry_run,
         )
         if dry_run:

@@ -17,7 +17,7 @@ INDEX_NAME = "model.safetensors.index.json"
 #: Longest index that is read (bytes).
 MAX_INDEX_BYTES = 64 << 20
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}", re.ASCII)
 
 
 def encode_index(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
@@ -38,7 +38,7 @@ def encode_index(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
 
 
 def parse_index(
-    raw: bytes, path: str | PathLike[str], *, strict: bool = False
+    raw: bytes, path: str | PathLike[str], *, strict: bool = False, suffix: str = ".safetensors"
 ) -> tuple[dict[str, str], int | None]:
     """Return the weight map and the total size, None if the index does not give it.
 
@@ -49,6 +49,8 @@ def parse_index(
         For messages.
     strict : bool, optional
         As in a bundle; otherwise the index is another program's, and read as that reads it.
+    suffix : str, optional
+        Of the shards' names.
 
     Raises
     ------
@@ -73,10 +75,11 @@ def parse_index(
     if not all(map(is_clean_name, weight_map)):
         raise FormatError("B04", "has a tensor name in weight_map that is not clean", path=path)
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+        bare = isinstance(shard, str) and shard.endswith(suffix)
+        if not bare or not _SHARD_NAME.fullmatch(shard.removesuffix(suffix)):
             raise FormatError(
                 "B04",
-                f"shard name {printable(shard)} is not a bare .safetensors file name",
+                f"shard name {printable(shard)} is not a bare {suffix} file name",
                 path=path,
                 hint="do not use this checkpoint unless you trust where it comes from",
             )

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraformat import config_json, index_json
 from loraformat.adapter import is_adapter_file
-from loraformat.checkpoint import CarriedFile, Checkpoint, Provenance
+from loraformat.checkpoint import CarriedFile, Checkpoint, LazyTensor, Provenance
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.folder import Folder
 from loraformat.header import Entry
@@ -25,7 +25,14 @@ from loraformat.mapped import MappedFile
 from loraformat.safe_paths import is_safe_path
 from loraformat.stored import collect
 
-__all__ = ["is_bitsandbytes", "open_model", "peek_config", "stored_entries", "weight_files"]
+__all__ = [
+    "as_checkpoint",
+    "is_bitsandbytes",
+    "open_model",
+    "peek_config",
+    "stored_entries",
+    "weight_files",
+]
 
 _SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -67,7 +74,6 @@ def open_model(
     alone = path.is_file()
     folder = Folder(path.parent if alone else path)
     names = [path.name] if alone else weight_files(folder)
-    config, quantization = (None, None) if alone else _config(folder)
     with contextlib.ExitStack() as opened:
         files = [MappedFile(folder, name) for name in names]
         for file in files:
@@ -75,20 +81,60 @@ def open_model(
         tensors = collect(files, transposed=transposed, any_storage=any_storage)
         if not alone:
             _check_index(folder, files)
-        carried, left_behind = ((), ()) if alone else _carry(folder, names)
-        return Checkpoint(
-            path=path,
-            provenance=Provenance(format_name),
-            tensors=tensors,
-            config=config,
-            quantization_config=quantization,
-            files=tuple(carried),
-            sources=tuple(
-                folder.path / name for name in [*names, *_others(folder, carried, config)]
-            ),
-            left_behind=tuple(left_behind),
-            close=opened.pop_all().close,
-        )
+        if alone:
+            return Checkpoint(
+                path,
+                Provenance(format_name),
+                tensors,
+                sources=(path,),
+                close=opened.pop_all().close,
+            )
+        if folder.has(index_json.INDEX_NAME):
+            names = [*names, index_json.INDEX_NAME]
+        return as_checkpoint(path, format_name, names, tensors, opened.pop_all().close)
+
+
+def as_checkpoint(
+    path: Path,
+    format_name: str,
+    names: Sequence[str],
+    tensors: dict[str, LazyTensor],
+    close: Callable[[], None],
+) -> Checkpoint:
+    """Return a model directory's tensors with its config and the files that travel along.
+
+    Parameters
+    ----------
+    path : Path
+        The directory.
+    format_name : str
+        For the checkpoint's provenance.
+    names : sequence of str
+        The files that hold the tensors, or say where they are.
+    tensors : dict of str to LazyTensor
+    close : callable
+
+    Raises
+    ------
+    InputError
+        If the config is none.
+    """
+    folder = Folder(path)
+    config, quantization = _config(folder)
+    carried, left_behind = _carry(folder, names)
+    others = [file.path for file in carried]
+    others += [config_json.CONFIG_NAME] if config is not None else []
+    return Checkpoint(
+        path=path,
+        provenance=Provenance(format_name),
+        tensors=tensors,
+        config=config,
+        quantization_config=quantization,
+        files=tuple(carried),
+        sources=tuple(folder.path / name for name in [*names, *others]),
+        left_behind=tuple(left_behind),
+        close=close,
+    )
 
 
 def peek_config(path: Path) -> dict[str, Any]:
@@ -124,13 +170,6 @@ def stored_entries(path: Path) -> dict[str, Entry]:
     except InputError:
         return {}
     return entries
-
-
-def _others(folder: Folder, carried: Iterable[CarriedFile], config: bytes | None) -> list[str]:
-    names = [file.path for file in carried]
-    names += [config_json.CONFIG_NAME] if config is not None else []
-    names += [index_json.INDEX_NAME] if folder.has(index_json.INDEX_NAME) else []
-    return names
 
 
 def _config(folder: Folder) -> tuple[bytes | None, dict[str, Any] | None]:

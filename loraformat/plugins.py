@@ -75,11 +75,14 @@ class ReadOptions:
         None for the reader's default.
     exact : bool
         Without a ``dtype``: rather a wider default than one that does not hold them.
+    allow_pickle : bool
+        Read a pickle, with a loader that makes nothing but tensors.
     """
 
     config: bytes | None = None
     dtype: str | None = None
     exact: bool = False
+    allow_pickle: bool = False
 
 
 class Watch(Protocol):

@@ -148,7 +148,7 @@ adapter_base_option = base_option(
 allow_pickle_option = click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Adapters: read a .bin, too, with a loader that makes nothing but tensors.",
+    help="Read a .bin, too, with a loader that makes nothing but tensors.",
 )
 config_option = click.option(
     "--config",

@@ -32,7 +32,8 @@ NOT_WANTED = [
     "*.gguf", "*.mlmodel", "*.npz", "original/*", "onnx/*", "openvino/*", "coreml/*",
 ]  # fmt: skip
 
-_ADAPTER_PICKLE = "adapter_model.bin"
+#: Pickled weights that are read on request.
+_PICKLES = ("adapter_model.bin", "pytorch_model*.bin")
 #: A file system's clock may be behind by this much (seconds).
 _CLOCK_TICK = 0.1
 
@@ -73,7 +74,7 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
     word : str or Path
         A path, ``org/name[@revision]``, or ``org/name[@revision]/adapters/NAME``.
     pickles : bool
-        Fetch the pickle of an adapter, too, if it has nothing else.
+        Fetch pickled weights, too, if it has nothing else.
 
     Raises
     ------
@@ -108,8 +109,9 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
     if any(snapshot.rglob("*.safetensors")):
         return Source(snapshot, repo, commit)
     if pickles:
-        download(repo, commit, only=_ADAPTER_PICKLE)
-    pickle = (snapshot / _ADAPTER_PICKLE).exists()
+        for glob in _PICKLES:
+            download(repo, commit, only=glob)
+    pickle = any(any(snapshot.glob(glob)) for glob in _PICKLES)
     return Source((not pickle and _one_gguf(snapshot, repo, commit)) or snapshot, repo, commit)
 
 

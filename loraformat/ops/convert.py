@@ -103,10 +103,10 @@ def convert(
     canonical : bool
         Write an adapter anew where it would be copied byte for byte: scaling folded into B,
         alpha equal to the rank, the base's fingerprint and source in its metadata.
-    allow_pickle : bool
-        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
     allow_base_mismatch : bool
-        Take an adapter that names another base. These four are for adapters.
+        Take an adapter that names another base. These three are for adapters.
+    allow_pickle : bool
+        Read a pickle, too, with a loader that makes nothing but tensors.
     force : bool
         Replace what stands at the target.
     strict : bool
@@ -142,7 +142,6 @@ def convert(
     for_adapters = {
         "--base": base is not None,
         "--canonical": canonical,
-        "--allow-pickle": allow_pickle,
         "--allow-base-mismatch": allow_base_mismatch,
     }
     if reader.kind == "adapter":
@@ -164,7 +163,7 @@ def convert(
     return _convert_base(
         found, reader, Path(target), encoding, to_format=to_format,
         shard_limit=DEFAULT_SHARD_LIMIT if shard_limit is None else shard_limit,
-        pre_tokenizer=pre_tokenizer, config=config,
+        pre_tokenizer=pre_tokenizer, config=config, allow_pickle=allow_pickle,
         force=force, strict=strict, dry_run=dry_run, progress=progress,
     )  # fmt: skip
 
@@ -188,6 +187,7 @@ def _convert_base(
     shard_limit: int,
     pre_tokenizer: str | None,
     config: str | Path | None,
+    allow_pickle: bool,
     force: bool,
     strict: bool,
     dry_run: bool,
@@ -200,7 +200,9 @@ def _convert_base(
     writer.check_pre_tokenizer(pre_tokenizer)
     dtype = _read_as(writer, encoding)
     exact = writer.stores == "dense"
-    with open_with(found, reader, dtype=dtype, exact=exact, config=config) as original:
+    with open_with(
+        found, reader, dtype=dtype, exact=exact, config=config, allow_pickle=allow_pickle
+    ) as original:
         kept = writer.stores != "dense"
         before = with_history(_with_origin(original, found), codes_kept=kept)
         before, decoded = with_decoded_dtype(before, writer, encoding.dtype)

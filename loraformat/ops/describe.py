@@ -17,6 +17,7 @@ from loraformat.hub import resolve
 from loraformat.layout import layer_of
 from loraformat.mapped import MappedFile
 from loraformat.ops.describe_adapter import AdapterDescription, describe_adapter
+from loraformat.ops.open import read_model
 from loraformat.quantization_history import Quantized
 from loraformat.reader import Bundle, is_bundle, open_bundle
 
@@ -127,7 +128,7 @@ def describe(
     source : str or Path
         A local path or a Hub id.
     allow_pickle : bool
-        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
+        Read a pickle, too, with a loader that makes nothing but tensors.
 
     Raises
     ------
@@ -141,8 +142,7 @@ def describe(
     reader = plugins.sniff(path)
     if reader.kind == "adapter":
         return describe_adapter(path, reader, allow_pickle=allow_pickle)
-    assert reader.read is not None
-    with reader.read(path) as checkpoint:
+    with read_model(reader, path, allow_pickle=allow_pickle) as checkpoint:
         return _summary(checkpoint, None)
 
 

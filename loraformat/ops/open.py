@@ -17,7 +17,7 @@ from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.plugins import Converter, ReadOptions
 from loraformat.reader import Bundle, open_bundle
 
-__all__ = ["descent_of", "fingerprint_of", "open_model", "open_source", "open_with"]
+__all__ = ["descent_of", "fingerprint_of", "open_model", "open_source", "open_with", "read_model"]
 
 
 def open_source(source: str | Path) -> Bundle:
@@ -78,6 +78,7 @@ def open_with(
     dtype: str | None = None,
     exact: bool = False,
     config: str | Path | None = None,
+    allow_pickle: bool = False,
 ) -> Checkpoint:
     """Open a base from which another is made, without a card that was written of itself alone.
 
@@ -93,6 +94,8 @@ def open_with(
         Without it: rather a wider type than one that does not hold them.
     config : str or Path, optional
         The model's ``config.json``.
+    allow_pickle : bool
+        Read a pickle, with a loader that makes nothing but tensors.
 
     Raises
     ------
@@ -109,8 +112,26 @@ def open_with(
     if config is not None:
         place = Path(config)
         raw, _ = split(Folder(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
-    model = _with_own_words(reader.read_with(source.path, ReadOptions(raw, dtype, exact)))
+    model = _with_own_words(
+        reader.read_with(source.path, ReadOptions(raw, dtype, exact, allow_pickle))
+    )
     return model if config is None else replace(model, sources=(*model.sources, Path(config)))
+
+
+def read_model(reader: Converter, path: Path, *, allow_pickle: bool) -> Checkpoint:
+    """Open a path by the converter that knows it; a pickle only if that is allowed.
+
+    Parameters
+    ----------
+    reader : Converter
+        Of base models.
+    path : Path
+    allow_pickle : bool
+    """
+    if allow_pickle and reader.read_with is not None:
+        return reader.read_with(path, ReadOptions(allow_pickle=True))
+    assert reader.read is not None
+    return reader.read(path)
 
 
 def _with_own_words(model: Checkpoint) -> Checkpoint:

@@ -16,6 +16,7 @@ from loraformat.hub import resolve
 from loraformat.integrity import Finding, check_adapter, check_listed, verify_bundle
 from loraformat.ops.adapter_output import check_values
 from loraformat.ops.convert_adapter import tensors_of
+from loraformat.ops.open import read_model
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.reader import is_bundle
 
@@ -59,7 +60,7 @@ def verify(
     source : str or Path
         A local path or a Hub id.
     allow_pickle : bool
-        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
+        Read a pickle, too, with a loader that makes nothing but tensors.
     progress : callable
         Called with the bytes done and the bytes in total.
 
@@ -74,10 +75,9 @@ def verify(
     reader = plugins.sniff(path)
     if reader.kind == "adapter":
         return _adapter(path, reader, allow_pickle)
-    assert reader.read is not None
     count, findings = 0, []
     try:
-        with reader.read(path) as checkpoint:
+        with read_model(reader, path, allow_pickle=allow_pickle) as checkpoint:
             tensors = list(checkpoint.tensors.values())
             for count, tensor in enumerate(tensors, 1):
                 if isinstance(tensor, NF4Tensor):

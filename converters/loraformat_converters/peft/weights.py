@@ -8,22 +8,19 @@ for NaN as they are loaded.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from loraformat.checkpoint import DenseTensor, tensor_view
-from loraformat.dtypes import ITEM_BYTES, TORCH_NAMES
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.folder import Folder
 from loraformat.index_json import parse_index
 from loraformat.mapped import MappedFile
+from loraformat.pickled import open_pickle
 
 __all__ = [
     "GATHER",
@@ -198,61 +195,7 @@ def _bytes_of(values: Any) -> memoryview:
 
 
 def _unpickle(folder: Folder) -> StoredTensors:
-    """Load a pickle with torch's loader that makes nothing but tensors, mapped from the file."""
-    import torch
-
     path = folder.path / PICKLE_NAME
-    with os.fdopen(folder.open(PICKLE_NAME), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        _check_archive(file, path)
-    try:
-        loaded = torch.load(path.resolve(), map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a stranger's pickle may fail in any way
-        raise InputError(
-            f"cannot be loaded as tensors alone: {printable(str(error).splitlines()[0])}",
-            path=path,
-            hint="do not load it with anything else unless you trust where it comes from",
-        ) from None
-    if not isinstance(loaded, dict):
-        raise InputError("holds no dictionary of tensors", path=path)
-    names = {getattr(torch, word): name for name, word in TORCH_NAMES.items()}
-    tensors = {}
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not _is_plain(value, names):
-            raise InputError(f"entry {printable(name)} is no tensor of numbers", path=path)
-        dtype, shape = names[value.dtype], tuple(value.shape)
-        if prod(shape) * ITEM_BYTES[dtype] > size:
-            # A view may show a few bytes as any number of elements.
-            raise InputError(
-                f"tensor {printable(name)} of shape {list(shape)} is larger than the file",
-                path=path,
-            )
-        stored = DenseTensor(name, dtype, shape, partial(_bytes_of, value.detach()))
-        tensors[name] = checked(stored, path)
-    return StoredTensors(path, tensors, verbatim=False)
-
-
-def _is_plain(value: Any, names: dict[Any, str]) -> bool:
-    import torch
-
-    return (
-        type(value) in (torch.Tensor, torch.nn.Parameter)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and value.dtype in names
-    )
-
-
-def _check_archive(file: Any, path: Path) -> None:
-    """Refuse what is not an archive of uncompressed members, as torch writes it since 1.6."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            packed = [entry for entry in archive.infolist() if entry.compress_type]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise InputError(
-            f"is no archive of torch: {printable(error)}",
-            path=path,
-            hint="files of torch before 1.6 must be saved again with a newer one",
-        ) from None
-    if packed:
-        raise InputError(f"member {printable(packed[0].filename)} is compressed", path=path)
+    file = open_pickle(folder, PICKLE_NAME)
+    tensors = {name: checked(tensor, path) for name, tensor in file.tensors.items()}
+    return StoredTensors(path, tensors, verbatim=False, close=file.close)

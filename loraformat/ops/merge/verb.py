@@ -109,7 +109,7 @@ def merge(
     allow_base_mismatch : bool
         Merge although an adapter says that it was made for another base.
     allow_pickle : bool
-        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
+        Read a pickle, too, with a loader that makes nothing but tensors.
     pre_tokenizer, config
         Of GGUF files, as in `loraformat.ops.convert.convert`.
     shard_limit, force, dry_run, progress
@@ -133,7 +133,7 @@ def merge(
     began = time.perf_counter()
     factors = adapter_weights(weights, len(adapters))
     refuse_llama_type(dtype, Path(target), _command(base, adapters, factors))
-    found = resolve(base)
+    found = resolve(base, pickles=allow_pickle)
     reader = plugins.get(from_format) if from_format else plugins.sniff(found.path, "base")
     writer = plugins.for_output(Path(target), to_format, default="safetensors")
     writer.check_pre_tokenizer(pre_tokenizer)
@@ -147,7 +147,9 @@ def merge(
         read_as = "F32" if undo is None and (writer.dtypes or dtype) else None
         exact = writer.stores == "dense"
         original = stack.enter_context(
-            open_with(found, reader, dtype=read_as, exact=exact, config=config)
+            open_with(
+                found, reader, dtype=read_as, exact=exact, config=config, allow_pickle=allow_pickle
+            )
         )
         original, decoded = with_decoded_dtype(original, writer, dtype)
         opened = [

@@ -1,0 +1,126 @@
+"""``pytorch_model.bin``: weights as torch pickles them, in one file or in shards with an index.
+
+What transformers saved before safetensors. A pickle can hold a program, so that it is read on
+request only (``--allow-pickle``), and then by a loader that makes nothing but tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from loraformat.checkpoint import Checkpoint, LazyTensor
+from loraformat.errors import FormatError, InputError, UnsupportedError, UsageError, printable
+from loraformat.folder import Folder
+from loraformat.index_json import MAX_INDEX_BYTES, parse_index
+from loraformat.model_reader import as_checkpoint
+from loraformat.packed_weights import refuse_packed
+from loraformat.pickled import open_pickle
+from loraformat.plugins import Converter, ReadOptions
+from loraformat.tied_head import HEAD
+
+__all__ = ["CONVERTER", "read", "sniff"]
+
+_SINGLE = "pytorch_model.bin"
+_INDEX = "pytorch_model.bin.index.json"
+
+
+def sniff(path: Path) -> bool:
+    """Tell whether a directory holds ``pytorch_model.bin``, or its index, and no safetensors."""
+    named = path.is_dir() and any((path / name).is_file() for name in (_SINGLE, _INDEX))
+    return named and not any(path.glob("*.safetensors"))
+
+
+def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
+    """Open pickled weights.
+
+    Parameters
+    ----------
+    path : Path
+    options : ReadOptions, optional
+        Without its ``allow_pickle`` nothing is read.
+
+    Raises
+    ------
+    UnsupportedError
+        If that was not allowed, or the weights are quantized.
+    InputError
+        If a file is missing, damaged, or no pickle of tensors alone.
+    """
+    folder = Folder(path)
+    weight_map = _weight_map(folder)
+    names = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    if options is None or not options.allow_pickle:
+        raise UnsupportedError(
+            "is a pickle, which can hold a program instead of tensors",
+            path=path / names[0],
+            hint="if you trust where it comes from: loraformat convert "
+            f"{printable(path)} DENSE --to safetensors --allow-pickle, which loads tensors only",
+        )
+    if options.config is not None:
+        raise UsageError(f"--config is for GGUF files, and {path} is pytorch")
+    tensors: dict[str, LazyTensor] = {}
+    homes: dict[str, str] = {}
+    with contextlib.ExitStack() as opened:
+        for name in names:
+            _check_present(folder, name)
+            file = open_pickle(folder, name)
+            opened.callback(file.close)
+            for key, tensor in file.tensors.items():
+                if key in homes:
+                    raise FormatError(
+                        "H10",
+                        f"tensor {printable(key)} stands in {homes[key]} too",
+                        path=path / name,
+                    )
+                homes[key] = name
+                # The head's pickle names the embedding's own numbers: transformers ties them.
+                if not (key == HEAD and key in file.same):
+                    tensors[key] = tensor
+        _check_index(weight_map, homes, path)
+        checkpoint = as_checkpoint(
+            path, "pytorch", [*names, *([_INDEX] if weight_map is not None else [])], tensors,
+            opened.pop_all().close,
+        )  # fmt: skip
+    try:
+        settings = checkpoint.quantization_config
+        refuse_packed(path, tensors, settings and settings.get("quant_method"), None)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def _weight_map(folder: Folder) -> dict[str, str] | None:
+    if not folder.has(_INDEX):
+        return None
+    raw = folder.read(_INDEX, MAX_INDEX_BYTES)
+    return parse_index(raw, folder.path / _INDEX, suffix=".bin")[0]
+
+
+def _check_present(folder: Folder, name: str) -> None:
+    if not folder.has(name):
+        raise InputError(
+            "is missing", path=folder.path / name, hint="the download is incomplete; fetch it again"
+        )
+
+
+def _check_index(weight_map: dict[str, str] | None, homes: dict[str, str], path: Path) -> None:
+    for name, shard in (weight_map or {}).items():
+        if homes.get(name) != shard:
+            raise FormatError(
+                "B03",
+                f"puts tensor {printable(name)} into {shard}, which does not hold it",
+                path=path / _INDEX,
+                hint="the shards belong to another index; fetch the checkpoint again",
+            )
+
+
+CONVERTER = Converter(
+    name="pytorch",
+    kind="base",
+    summary="pytorch_model.bin: pickled weights, one file or sharded; with --allow-pickle",
+    sniff=sniff,
+    read=read,
+    read_with=read,
+)

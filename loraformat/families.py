@@ -68,6 +68,11 @@ EXPERT_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 
+#: Names of modules whose adapters PEFT only finds by another name in the file: it renames tensors
+#: while loading as transformers does, and Laguna's pattern for the shared expert takes its plural,
+#: the name in memory, for the singular on disk.
+_PEFT_KEYS = {"laguna": (".mlp.shared_experts.", ".mlp.shared_expert.")}
+
 _ROUTERS = {"gate", "router"}
 
 #: Their classes multiply and add norms, biases and routers as they are stored: in 4 bits such a
@@ -106,6 +111,8 @@ class Family:
         None where that is not known.
     optional : str or None
         A part that a checkpoint may leave out.
+    renamed : tuple of (str, str)
+        Parts of module names: in memory, and in the file of an adapter that PEFT opens.
     """
 
     conv1d: bool = False
@@ -114,6 +121,19 @@ class Family:
     tied: bool = False
     one_type: bool | None = None
     optional: str | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def peft_key(self, name: str) -> str:
+        """Return a name as it stands in the keys of an adapter's tensors."""
+        for memory, stored in self.renamed:
+            name = name.replace(memory, stored)
+        return name
+
+    def in_memory(self, name: str) -> str:
+        """Return a name as transformers has it, from one in the keys of an adapter's tensors."""
+        for memory, stored in self.renamed:
+            name = name.replace(stored, memory)
+        return name
 
 
 def model_types(config: Mapping[str, Any]) -> list[str]:
@@ -154,6 +174,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         one_type=True if types & _ONE_TYPE else False if types & _CASTING else None,
         optional=next((part for name, part in _OPTIONAL.items() if name in types), None),
         tied=any(config.get("model_type") == one for one in types & _TIED),  # not one inside
+        renamed=tuple(_PEFT_KEYS[one] for one in sorted(types & _PEFT_KEYS.keys())),
     )
 
 

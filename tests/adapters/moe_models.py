@@ -20,6 +20,7 @@ transformers.utils.logging.disable_progress_bar()
 
 VOCABULARY = 128
 EXPERTS = 4
+TOKENS = torch.arange(3, 19).view(2, 8)
 _SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
@@ -109,5 +110,5 @@ def make(model_type: str, **changes: Any) -> Any:
 def logits(model: Any) -> torch.Tensor:
     """Return the logits of a few tokens."""
     with torch.no_grad():
-        found: torch.Tensor = model(torch.arange(3, 15).view(2, 6), use_cache=False).logits
+        found: torch.Tensor = model(TOKENS, use_cache=False).logits
     return found

@@ -376,7 +376,7 @@ def test_very_many_modules_keep_the_config_small(
     some = rewrite(
         adapter, lambda tensors: {k: v for k, v in tensors.items() if "layers.0.mlp" not in k}
     )
-    monkeypatch.setattr("loraformat_converters.peft.write._MOST_NAMES", 2)
+    monkeypatch.setattr("loraformat_converters.peft.wrapping._MOST_NAMES", 2)
     with open_adapter(some) as opened:
         write_adapter(opened, tmp_path / "short")
         config = json.loads((tmp_path / "short" / CONFIG).read_text())

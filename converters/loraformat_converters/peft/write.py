@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from loraformat.adapter import STATISTICS_NAME, Adapter, LoraDelta
+from loraformat.architecture import module_of
 from loraformat.checkpoint import DenseTensor, tensor_view
 from loraformat.dtypes import ITEM_BYTES, torch_dtype
 from loraformat.durable import write_all
@@ -31,18 +32,18 @@ from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.plugins import AdapterWriteOptions
 from loraformat.publish import Publication
 from loraformat_converters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
-from loraformat_converters.peft.experts import parameter_order, stacked
+from loraformat_converters.peft.experts import stacked
 from loraformat_converters.peft.keys import PREFIX
 from loraformat_converters.peft.moments import SUFFIX
 from loraformat_converters.peft.refusals import INVOCATION
 from loraformat_converters.peft.rows import FIELD, rows_config
 from loraformat_converters.peft.weights import INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME
+from loraformat_converters.peft.wrapping import Wrapping
 
 __all__ = ["write_adapter"]
 
 #: Since this version experts are stored as they are written here.
 _EXPERTS_SINCE = "0.19.0"
-_MOST_NAMES = 4096
 
 
 def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
@@ -63,12 +64,12 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
     """
     adapter = _as_spelled(adapter)
     alpha = _one_alpha(adapter) if options.keep_scaling else None
-    config = _encoded(adapter, alpha)
-    depths = _depths(adapter)
+    wrapping = Wrapping(adapter, options.base)
+    config = _encoded(adapter, alpha, wrapping)
     pieces = [
         piece
         for delta in adapter.deltas.values()
-        for piece in _pieces(delta, options, depths, delta.scaling if alpha is None else 1.0)
+        for piece in _pieces(delta, options, wrapping, delta.scaling if alpha is None else 1.0)
     ]
     for name, tensor in adapter.replacements.items():
         pieces.append(_Piece(PREFIX + _inside_wrapper(name, adapter), tensor, tensor.dtype))
@@ -82,7 +83,7 @@ def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWr
         metadata[BASE_SOURCE] = adapter.base_source
     _write_tensors(pieces, publication, WEIGHTS_NAME, metadata)
     moments = [
-        _Piece(_module(delta) + SUFFIX, delta.second_moment, "F32")
+        _Piece(module_of(delta.target) + SUFFIX, delta.second_moment, "F32")
         for delta in adapter.deltas.values()
         if delta.second_moment is not None
     ]
@@ -136,7 +137,7 @@ def _is_ours(path: str) -> bool:
     return path in ours or bool(re.fullmatch(shards, path))
 
 
-def _encoded(adapter: Adapter, alpha: float | None) -> bytes:
+def _encoded(adapter: Adapter, alpha: float | None, wrapping: Wrapping) -> bytes:
     """Return the config's text.
 
     Raises
@@ -144,7 +145,7 @@ def _encoded(adapter: Adapter, alpha: float | None) -> bytes:
     UnsupportedError
         If it is longer than any reader of ours takes.
     """
-    text = json.dumps(_config(adapter, alpha), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(_config(adapter, alpha, wrapping), indent=2, sort_keys=True) + "\n"
     if len(text) > MAX_CONFIG_BYTES:
         raise UnsupportedError(
             f"its config would be {len(text)} bytes long, wanted at most {MAX_CONFIG_BYTES}: too "
@@ -164,57 +165,20 @@ class _Piece(NamedTuple):
     factor: float = 1.0
 
 
-def _module(delta: LoraDelta) -> str:
-    """Return the module of a delta; for a parameter that is no weight, its own name."""
-    return delta.target.removesuffix(".weight")
-
-
-def _is_parameter(delta: LoraDelta) -> bool:
-    return len(delta.a.shape) == 3 or not delta.target.endswith(".weight")
-
-
 def _is_embedding(delta: LoraDelta) -> bool:
     return delta.orientation == "transposed" and bool(re.search(r"embed|wte|wpe", delta.target))
 
 
-def _depths(adapter: Adapter) -> dict[str, int]:
-    """Return how many wrappers lie around that of each parameter: the last is the outermost."""
-    by_module: dict[str, list[str]] = {}
-    for target, delta in adapter.deltas.items():
-        if _is_parameter(delta):
-            _check_parameter(delta, adapter)
-            module, _, leaf = target.rpartition(".")
-            by_module.setdefault(module, []).append(leaf)
-    found = {}
-    for module, leaves in by_module.items():
-        # Where the order is not known it is that in which they were read.
-        for depth, leaf in enumerate(reversed(parameter_order(leaves) or leaves)):
-            found[f"{module}.{leaf}"] = depth
-    return found
-
-
-def _check_parameter(delta: LoraDelta, adapter: Adapter) -> None:
-    if delta.magnitude is not None or delta.bias is not None:
-        raise UnsupportedError(
-            f"{printable(delta.target)} is a parameter with a magnitude or a bias, which PEFT "
-            "cannot hold",
-            path=adapter.path,
-        )
-
-
 def _pieces(
-    delta: LoraDelta, options: AdapterWriteOptions, depths: dict[str, int], scaling: float
+    delta: LoraDelta, options: AdapterWriteOptions, wrapping: Wrapping, scaling: float
 ) -> Iterator[_Piece]:
     """Yield a delta's tensors, with what is left of its scaling folded in."""
-    stem, a, b = PREFIX + _module(delta), delta.a, delta.b
-    if _is_parameter(delta):
-        wrappers = ".base_layer" * depths[delta.target]
-        stem = f"{PREFIX}{delta.target.rpartition('.')[0]}{wrappers}"
-        if len(a.shape) == 3:
-            experts, rank, columns = a.shape
-            a = stacked(a, (experts * rank, columns))
-            b = stacked(b, b.shape, (1, 2, 0))
-            b = stacked(b, (b.shape[0], rank * experts))
+    stem, a, b = wrapping.stem_of(delta), delta.a, delta.b
+    if len(a.shape) == 3:
+        experts, rank, columns = a.shape
+        a = stacked(a, (experts * rank, columns))
+        b = stacked(b, b.shape, (1, 2, 0))
+        b = stacked(b, (b.shape[0], rank * experts))
     names = (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
     if _is_embedding(delta):
         names = (f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B")
@@ -269,13 +233,12 @@ def _write_tensors(
             piece.tensor.release()
 
 
-def _config(adapter: Adapter, alpha: float | None) -> dict[str, Any]:
+def _config(adapter: Adapter, alpha: float | None, wrapping: Wrapping) -> dict[str, Any]:
     """Return the config: the source's own fields, and what the deltas say."""
     deltas = adapter.deltas.values()
-    ranks = {_module(delta): delta.rank for delta in deltas}
+    ranks = {wrapping.name_of(delta): delta.rank for delta in deltas}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != usual}
-    parameters = sorted(delta.target for delta in deltas if _is_parameter(delta))
     kept = {key: value for key, value in adapter.config.items() if key not in _DESCRIBES_TENSORS}
     config = {
         "task_type": "CAUSAL_LM",
@@ -295,10 +258,10 @@ def _config(adapter: Adapter, alpha: float | None) -> dict[str, Any]:
         "fan_in_fan_out": any(
             delta.orientation == "transposed"
             and not _is_embedding(delta)
-            and not _is_parameter(delta)
+            and not wrapping.is_parameter(delta)
             for delta in deltas
         ),
-        "target_modules": _target_modules(adapter),
+        "target_modules": wrapping.target_modules(),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -307,25 +270,13 @@ def _config(adapter: Adapter, alpha: float | None) -> dict[str, Any]:
         INVOCATION: list(adapter.invocation_tokens) or None,
         FIELD: rows_config(adapter.rows, adapter.config.get(FIELD)),
     }
-    if parameters:
+    if wrapping.parameters:
         config |= {
-            "target_parameters": parameters,
+            "target_parameters": wrapping.parameters,
             "peft_version": _EXPERTS_SINCE,
             "lora_dropout": 0.0,
         }
     return config
-
-
-def _target_modules(adapter: Adapter) -> list[str]:
-    """Name the modules in full; very many by their last part, so that the config stays small.
-
-    What PEFT wraps beyond them has no tensors, begins with B = 0, and changes nothing.
-    """
-    deltas = adapter.deltas.values()
-    names = sorted(_module(delta) for delta in deltas if not _is_parameter(delta))
-    if len(names) > _MOST_NAMES:
-        return sorted({name.rsplit(".", 1)[-1] for name in names})
-    return names
 
 
 #: Fields of the source that described its tensors, or how they were trained.

@@ -1,0 +1,143 @@
+"""What PEFT wraps for each delta: a module, or a parameter of one.
+
+A module is named in ``target_modules``. Some can only be adapted by a parameter of theirs, named
+in ``target_parameters``: fused experts; routers, which transformers 5 computes without a linear;
+and in families whose experts had tensors of their own once, every linear that is called like one
+of theirs, because PEFT takes its name for the experts' and doubles their rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from loraformat.adapter import Adapter, LoraDelta
+from loraformat.architecture import module_of
+from loraformat.checkpoint import Checkpoint
+from loraformat.config_json import parse
+from loraformat.errors import UnsupportedError, printable
+from loraformat.families import Family, family_of, is_router
+from loraformat_converters.peft.experts import parameter_order
+from loraformat_converters.peft.keys import PREFIX
+
+__all__ = ["Wrapping"]
+
+_MOST_NAMES = 4096
+
+
+class Wrapping:
+    """How PEFT wraps what an adapter changes.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Under the names of the model in memory.
+    base : Checkpoint or None
+        Its config says the family.
+
+    Attributes
+    ----------
+    parameters : list of str
+        Targets that are adapted as parameters, sorted: ``target_parameters``.
+
+    Raises
+    ------
+    UnsupportedError
+        If PEFT cannot hold them together.
+    """
+
+    def __init__(self, adapter: Adapter, base: Checkpoint | None) -> None:
+        config = parse(base.config) if base is not None and base.config else {}
+        self._family: Family = family_of(config)
+        self._named = _Named(adapter.config)
+        self._deltas = list(adapter.deltas.values())
+        self._depths = _depths(d.target for d in self._deltas if self._needs_parameter(d))
+        self.parameters = sorted(self._family.in_memory(target) for target in self._depths)
+        self._check(adapter)
+
+    def _needs_parameter(self, delta: LoraDelta) -> bool:
+        target, module = delta.target, module_of(delta.target)
+        if len(delta.a.shape) == 3 or module == target:
+            return True
+        if module.rpartition(".")[2] in self._family.expert_leaves:
+            return True
+        if self._named.as_parameter(target):
+            return True
+        return is_router(module) and not self._named.as_module(module)
+
+    def _check(self, adapter: Adapter) -> None:
+        unable = [d for d in self._deltas if d.magnitude is not None or d.bias is not None]
+        if not self.parameters or not unable:
+            return
+        what = "magnitudes (DoRA)" if unable[0].magnitude is not None else "biases (lora_bias)"
+        raise UnsupportedError(
+            f"has {what}, and PEFT can adapt {printable(self.parameters[0])} only as a parameter, "
+            "which it refuses beside them",
+            path=adapter.path,
+            hint="merge it into its base; or train it anew without them",
+        )
+
+    def name_of(self, delta: LoraDelta) -> str:
+        """Return the name that rank patterns are held against."""
+        name = self._family.in_memory(delta.target)
+        return name if delta.target in self._depths else module_of(name)
+
+    def is_parameter(self, delta: LoraDelta) -> bool:
+        """Tell whether a delta is that of a parameter."""
+        return delta.target in self._depths
+
+    def stem_of(self, delta: LoraDelta) -> str:
+        """Return the stored name of a delta's tensors, up to ``.lora_A.weight``."""
+        if delta.target not in self._depths:
+            return PREFIX + self._family.peft_key(module_of(delta.target))
+        module = delta.target.rpartition(".")[0]
+        wrappers = ".base_layer" * self._depths[delta.target]
+        return f"{PREFIX}{self._family.peft_key(module)}{wrappers}"
+
+    def target_modules(self) -> list[str]:
+        """Name the modules in full; very many by their last part, so that the config stays small.
+
+        What PEFT wraps beyond them has no tensors, begins with B = 0, and changes nothing.
+        """
+        deltas = [delta for delta in self._deltas if delta.target not in self._depths]
+        names = sorted(self.name_of(delta) for delta in deltas)
+        if len(names) > _MOST_NAMES:
+            return sorted({name.rsplit(".", 1)[-1] for name in names})
+        return names
+
+
+class _Named:
+    """What the source's own config names, as PEFT matches it: by the end of a name."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._modules = _strings(config.get("target_modules"))
+        self._parameters = _strings(config.get("target_parameters"))
+
+    def as_module(self, name: str) -> bool:
+        return _ends(name, self._modules)
+
+    def as_parameter(self, name: str) -> bool:
+        return _ends(name, self._parameters)
+
+
+def _strings(value: object) -> set[str]:
+    return {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()
+
+
+def _ends(name: str, words: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[first:]) in words for first in range(len(parts)))
+
+
+def _depths(parameters: Iterable[str]) -> dict[str, int]:
+    """Return how many wrappers lie around that of each parameter: the last is the outermost."""
+    by_module: dict[str, list[str]] = {}
+    for target in parameters:
+        module, _, leaf = target.rpartition(".")
+        by_module.setdefault(module, []).append(leaf)
+    found = {}
+    for module, leaves in by_module.items():
+        # Where the order is not known it is that in which they were read.
+        for depth, leaf in enumerate(reversed(parameter_order(leaves) or leaves)):
+            found[f"{module}.{leaf}"] = depth
+    return found

@@ -1,0 +1,69 @@
+"""Adapters of every mixture of experts that transformers has: ours in PEFT."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers
+
+from loraformat.errors import UnsupportedError
+from loraformat.ops.convert import convert
+from loraformat.train import LoraOptions, load
+from tests.adapters import moe_models
+
+#: What the trainer may still refuse, by name; whatever it opens must hold.
+MAY_BE_REFUSED = {
+    "bailing_hybrid", "deepseek_v4", "granitemoehybrid", "inkling2_text", "inkling_text", "jamba",
+    "kimi_linear", "longcat_flash", "nemotron_h",
+}  # fmt: skip
+
+
+def dense_model(folder):
+    """The dense float32 model whose weights are those that the bundle's codes stand for."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "dense", dtype=torch.float32, attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()  # fmt: skip
+
+
+def bases(folder, model_type):
+    """A tiny model as bundle, and dense with the bundle's values."""
+    moe_models.make(model_type).save_pretrained(folder / "original")
+    convert(folder / "original", folder / "bundle")
+    convert(folder / "bundle", folder / "dense", to_format="safetensors", dtype="f32")
+    return folder / "bundle"
+
+
+def opened(bundle, model_type, **options):
+    """The model, or None if it is one that may be refused, and is."""
+    try:
+        model = load(bundle, **options).eval()
+        moe_models.logits(model)
+    except UnsupportedError:
+        assert model_type in MAY_BE_REFUSED
+        return None
+    return model
+
+
+@pytest.mark.parametrize("model_type", moe_models.model_types())
+def test_what_is_trained_loads_in_peft_and_computes_the_same(model_type, tmp_path):
+    bundle = bases(tmp_path, model_type)
+    model = opened(bundle, model_type, lora=LoraOptions(rank=4, alpha=8))
+    if model is None:
+        return
+    random = torch.Generator().manual_seed(0)
+    with model, torch.no_grad():
+        before = moe_models.logits(model)
+        for branch in model.branches.values():
+            branch.b.copy_(torch.randn(branch.b.shape, generator=random) * 0.1)
+        trained = moe_models.logits(model)
+        model.save_adapter(tmp_path / "adapter")
+    assert (trained - before).abs().max() > 0.05
+    dense = dense_model(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        theirs = moe_models.logits(peft.PeftModel.from_pretrained(dense, tmp_path / "adapter"))
+    torch.testing.assert_close(theirs, trained, atol=1e-4, rtol=0)
+    with load(bundle, adapter=tmp_path / "adapter").eval() as again:
+        torch.testing.assert_close(moe_models.logits(again), trained, atol=1e-5, rtol=0)

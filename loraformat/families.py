@@ -68,6 +68,10 @@ EXPERT_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 
+#: Linears that a state-space kernel multiplies by itself; PEFT refuses to adapt them.
+_REFUSED = {"conv1d", "out_proj"}
+_STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
 #: Names of modules whose adapters PEFT only finds by another name in the file: it renames tensors
 #: while loading as transformers does, and Laguna's pattern for the shared expert takes its plural,
 #: the name in memory, for the singular on disk.
@@ -111,6 +115,8 @@ class Family:
         None where that is not known.
     optional : str or None
         A part that a checkpoint may leave out.
+    refused_leaves : frozenset of str
+        Last parts of module names that PEFT refuses to adapt.
     renamed : tuple of (str, str)
         Parts of module names: in memory, and in the file of an adapter that PEFT opens.
     """
@@ -121,6 +127,7 @@ class Family:
     tied: bool = False
     one_type: bool | None = None
     optional: str | None = None
+    refused_leaves: frozenset[str] = frozenset()
     renamed: tuple[tuple[str, str], ...] = ()
 
     def peft_key(self, name: str) -> str:
@@ -174,6 +181,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         one_type=True if types & _ONE_TYPE else False if types & _CASTING else None,
         optional=next((part for name, part in _OPTIONAL.items() if name in types), None),
         tied=any(config.get("model_type") == one for one in types & _TIED),  # not one inside
+        refused_leaves=frozenset(_REFUSED if types & _STATE_SPACE else ()),
         renamed=tuple(_PEFT_KEYS[one] for one in sorted(types & _PEFT_KEYS.keys())),
     )
 

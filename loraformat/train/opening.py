@@ -10,12 +10,14 @@ import torch
 
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
+from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError
+from loraformat.families import family_of
 from loraformat.layout import layer_of
 from loraformat.ops.adapters import open_adapter
 from loraformat.ops.open import open_model
 from loraformat.reader import Bundle, is_bundle, open_bundle
-from loraformat.train.engine.assemble import assemble
+from loraformat.train.engine.assemble import Assembly, assemble
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.decoder import find_layers, head_name, number_layers
 from loraformat.train.engine.kept_activations import KeptActivations
@@ -99,12 +101,15 @@ def load(
             opened.callback(here.close)
         place = torch.device(device)
         dtype = choose_dtype(compute_dtype, place)
-        base, used = _build(here, dtype)
+        base, assembly = _build(here, dtype)
+        used = assembly.used
         weights, path = StoredWeights(here), here.folder.path
         resident: set[str] = set()
         if place.type != "cpu":
             resident = place_on(base, used, weights, place, device_memory)
-        branches = _branches(find_sites(base, used), here, lora, adapter, original)
+        family = family_of(parse(here.checkpoint.config or b"{}"))
+        sites = find_sites(base, used | assembly.copied, family)
+        branches = _branches(sites, here, lora, adapter, original)
         streamed = {name: names for name, names in used.items() if name not in resident}
         shared = _stream(base, weights, streamed, path)
         if activation_memory is None:
@@ -153,18 +158,18 @@ def _open(path: Path) -> Bundle:
     return open_bundle(path)
 
 
-def _build(bundle: Bundle, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
-    """Return the model, and the tensors that its modules read."""
+def _build(bundle: Bundle, dtype: torch.dtype) -> tuple[Any, Assembly]:
+    """Return the model, and what it was made of."""
     path, config = bundle.folder.path, bundle.checkpoint.config
     if config is None:
         raise UnsupportedError("has no config.json, which says how to compute it", path=path)
     weights = StoredWeights(bundle)
     numbers = [found[1] for name in weights.names() if (found := layer_of(name))]
     base = build_skeleton(config, max(numbers, default=-1) + 1, path)
-    used = assemble(base, weights, dtype, path)
+    assembly = assemble(base, weights, dtype, path)
     base.requires_grad_(False)
     number_layers(base, path)
-    return base, used
+    return base, assembly
 
 
 def _stream(

@@ -3,10 +3,13 @@
 import contextlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers
+from peft.tuners import tuners_utils
 from peft.utils import transformers_weight_conversion as peft_conversion
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import (
@@ -50,6 +53,19 @@ def test_peft_moves_the_leaves_of_experts_in_just_these_families():
     for model_type in CONFIG_MAPPING:
         moved = mapping.get(patterns.get(model_type), {})
         assert family_of({"model_type": model_type}).expert_leaves == set(moved), model_type
+
+
+def test_peft_refuses_these_modules_in_just_these_families():
+    config = peft.LoraConfig()
+    for model_type in CONFIG_MAPPING:
+        model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+        refused = set()
+        for leaf in ("conv1d", "out_proj", "in_proj", "x_proj", "dt_proj", "down_proj"):
+            try:
+                tuners_utils._check_lora_target_modules_mamba(config, model, leaf)
+            except ValueError:
+                refused.add(leaf)
+        assert family_of({"model_type": model_type}).refused_leaves == refused, model_type
 
 
 def test_conv1d_families_are_those_whose_classes_use_it():

@@ -67,3 +67,37 @@ def test_what_is_trained_loads_in_peft_and_computes_the_same(model_type, tmp_pat
     torch.testing.assert_close(theirs, trained, atol=1e-4, rtol=0)
     with load(bundle, adapter=tmp_path / "adapter").eval() as again:
         torch.testing.assert_close(moe_models.logits(again), trained, atol=1e-5, rtol=0)
+
+
+#: What PEFT refuses, or wraps as a linear although its class returns more than a product.
+NOT_BY_PEFT = {
+    "llama4": ["router"], "llama4_text": ["router"], "phimoe": ["router"],
+    "nemotron_h": ["out_proj"],
+}  # fmt: skip
+
+
+def made_in_peft(folder, model_type):
+    """An adapter as PEFT makes it with all-linear, routers included, beside its model."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False,
+        exclude_modules=NOT_BY_PEFT.get(model_type),
+    )  # fmt: skip
+    model = peft.get_peft_model(dense_model(folder), config).eval()
+    model.save_pretrained(folder / "theirs")
+    return model
+
+
+@pytest.mark.parametrize("model_type", moe_models.model_types())
+def test_adapters_of_all_linears_compute_as_in_peft(model_type, tmp_path):
+    bundle = bases(tmp_path, model_type)
+    theirs = made_in_peft(tmp_path, model_type)
+    model = opened(bundle, model_type, adapter=tmp_path / "theirs")
+    if model is None:
+        return
+    with model:
+        ours = moe_models.logits(model)
+        model.save_adapter(tmp_path / "again")
+    torch.testing.assert_close(ours, moe_models.logits(theirs), atol=1e-4, rtol=0)
+    again = peft.PeftModel.from_pretrained(dense_model(tmp_path), tmp_path / "again")
+    torch.testing.assert_close(moe_models.logits(again), ours, atol=1e-4, rtol=0)

@@ -50,6 +50,8 @@ class Assembly:
     ----------
     used : dict of str to list of str
         The tensors that each mapped module reads, by its name in the model.
+    copied : dict of str to list of str
+        The tensor of each parameter that was copied, by its name in the model.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Assembly:
         self._ties = _ties(model)
         self._taken: set[str] = set()
         self.used: dict[str, list[str]] = {}
+        self.copied: dict[str, list[str]] = {}
 
     def run(self) -> None:
         """Replace and copy everything.
@@ -167,6 +170,7 @@ class Assembly:
             self._check_shape(full, source, tuple(parameter.shape))
             values = self._small(full, source)
             setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
+            self.copied[full] = [source]
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             full = f"{name}.{leaf}" if name else leaf
             if full in self._sources.single:
@@ -210,19 +214,11 @@ class Assembly:
         return UnsupportedError(problem, path=f"{self._path}")
 
 
-def assemble(
-    model: Any, weights: StoredWeights, dtype: torch.dtype, path: object
-) -> dict[str, list[str]]:
-    """Give a model its weights; see `Assembly`.
-
-    Returns
-    -------
-    dict of str to list of str
-        The tensors that each mapped module reads.
-    """
+def assemble(model: Any, weights: StoredWeights, dtype: torch.dtype, path: object) -> Assembly:
+    """Give a model its weights; see `Assembly`."""
     assembly = Assembly(model, weights, dtype, path)
     assembly.run()
-    return assembly.used
+    return assembly
 
 
 def _ties(model: Any) -> dict[str, str]:

@@ -5,7 +5,9 @@ A is (r, in), B is (out, r), both float32 whatever the layer computes in. Varian
 - a linear's branch sees the layer's input and output (`LoraBranch`); with a magnitude m the
   result is m · (W x + s · B A x) / ‖W + s · B A‖, the norm a constant (DoRA, Liu 2024);
 - an embedding's sees token ids: A x is a column of A (`EmbeddingBranch`);
-- a stack of experts has a pair for each (`ExpertBranch`).
+- a stack of experts has a pair for each (`ExpertBranch`);
+- a matrix that its class multiplies by itself, a router's, is changed before it does
+  (`ParameterBranch`).
 
 A branch may begin at a base's own directions (PiSSA): then s · B A x is computed with the first
 factors taken off, s · (B A − B₀ A₀) x, so that the base stays what it is. Side by side, A over
@@ -29,7 +31,9 @@ from loraformat.train.lora.moments import Moments, counted, observe
 from loraformat.train.lora.row_norms import RowNorms
 from loraformat.train.lora.site import Site
 
-__all__ = ["EmbeddingBranch", "ExpertBranch", "Factors", "LoraBranch", "branch_of"]
+__all__ = [
+    "EmbeddingBranch", "ExpertBranch", "Factors", "LoraBranch", "ParameterBranch", "branch_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,11 +241,28 @@ class ExpertBranch(LoraBranch):
         return self._added(z, b, base_output, z, expert)
 
 
+class ParameterBranch(LoraBranch):
+    """The branch of a parameter that its class computes with by itself.
+
+    Nothing of the inputs is seen: there is no dropout, no magnitude, and no statistics.
+    """
+
+    def __init__(self, site: Site, factors: Factors, scaling: float) -> None:
+        super().__init__(site, factors, scaling, collecting=False)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return the weight with its delta, (out, in), rounded once to its dtype."""
+        a, b = self.effective()
+        return torch.addmm(weight.to(b.dtype), b, a, alpha=self.scaling).to(weight.dtype)
+
+
 def branch_of(
     site: Site, factors: Factors, scaling: float, *, dropout: float, dora: bool, collecting: bool
 ) -> LoraBranch:
     """Return the branch that fits a site; see `LoraBranch`."""
     if site.kind == "experts":
         return ExpertBranch(site, factors, scaling, collecting=collecting)
+    if site.kind == "parameter":
+        return ParameterBranch(site, factors, scaling)
     kind = EmbeddingBranch if site.kind == "embedding" else LoraBranch
     return kind(site, factors, scaling, dropout=dropout, dora=dora, collecting=collecting)

@@ -69,9 +69,10 @@ def attach(
 
 def _check_dora(sites: Iterable[Site]) -> None:
     for site in sites:
-        if site.kind == "experts":
+        if site.in_peft == "parameter":
             raise UsageError(
-                f"{printable(site.name)} holds fused experts, for which PEFT has no DoRA",
+                f"PEFT adapts {printable(site.name)} as a parameter (experts, routers, and in some "
+                "families what is called like experts), for which it has no DoRA",
                 hint="target the other linears (attention, for example), or leave DoRA out",
             )
 

@@ -24,9 +24,10 @@ class Site:
     ----------
     name : str
         Of the module in transformers' model; of experts, the name of their parameter
-        (``model.layers.0.mlp.experts.down_proj``).
-    kind : {"linear", "head", "embedding", "experts"}
-        A linear of a decoder layer, the output head, the token embedding, or a stack of linears.
+        (``model.layers.0.mlp.experts.down_proj``), and of a router (``...mlp.gate.weight``).
+    kind : {"linear", "head", "embedding", "experts", "parameter"}
+        A linear of a decoder layer, the output head, the token embedding, a stack of linears, or
+        a matrix that its class multiplies by itself: that of a router.
     in_features, out_features : int
         Of y = W x. Of an embedding: tokens and width.
     tiles : callable
@@ -51,10 +52,14 @@ class Site:
         What the layer multiplies its rows by before the branch sees them (Gemma's embedding).
     device : torch.device or None
         Where the layer computes; None for the CPU.
+    in_peft : {"module", "parameter", "refused"}
+        What PEFT wraps to adapt it. Parameters have neither dropout nor magnitudes there.
+    in_layers : bool
+        It stands in a decoder layer; what does not is trained if it is named.
     """
 
     name: str
-    kind: Literal["linear", "head", "embedding", "experts"]
+    kind: Literal["linear", "head", "embedding", "experts", "parameter"]
     in_features: int
     out_features: int
     tiles: Callable[[int], Iterator[tuple[int, int, torch.Tensor]]]
@@ -66,6 +71,8 @@ class Site:
     bias: torch.Tensor | None = None
     output_scale: float = 1.0
     device: torch.device | None = None
+    in_peft: Literal["module", "parameter", "refused"] = "module"
+    in_layers: bool = True
 
     @property
     def weight_name(self) -> str:
@@ -75,4 +82,4 @@ class Site:
     @property
     def stored_name(self) -> str:
         """Name of the weight in transformers' model."""
-        return self.name if self.kind == "experts" else f"{self.name}.weight"
+        return self.name if self.kind in ("experts", "parameter") else f"{self.name}.weight"

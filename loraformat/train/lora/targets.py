@@ -26,7 +26,12 @@ _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
 
 def _is_linear(site: Site) -> bool:
-    return site.kind in ("linear", "experts") and not _ROUTER.search(site.name)
+    return (
+        site.kind in ("linear", "experts")
+        and site.in_layers
+        and site.in_peft != "refused"
+        and not _ROUTER.search(site.name)
+    )
 
 
 def _is_attention(site: Site) -> bool:
@@ -36,6 +41,8 @@ def _is_attention(site: Site) -> bool:
 def _is_mlp(site: Site) -> bool:
     return _is_linear(site) and not _is_attention(site) and bool(_MLP.search(site.name))
 
+
+_GLOB = re.compile(r"[*?\[]")
 
 #: Words that stand for groups.
 GROUPS: dict[str, Callable[[Site], bool]] = {
@@ -99,7 +106,13 @@ def _of_kind(sites: Sequence[Site], kind: str) -> list[Site]:
 
 def _meant(sites: Sequence[Site], word: str) -> list[Site]:
     group = GROUPS.get(word)
-    found = [site for site in sites if (group(site) if group else matches(site.name, word))]
+    found = [site for site in sites if (group(site) if group else _is_named(site, word))]
+    if refused := [site for site in found if site.in_peft == "refused"]:
+        raise UsageError(
+            f"PEFT refuses to adapt {printable(refused[0].name)}: a state-space kernel multiplies "
+            "by its weight",
+            hint="leave it out; all-linear does",
+        )
     if found:
         return found
     names = [site.name for site in sites]
@@ -107,6 +120,13 @@ def _meant(sites: Sequence[Site], word: str) -> list[Site]:
         f"target {printable(word)} is no module of this model" + _nearest(word, names),
         hint=f"wanted {', '.join(GROUPS)}, the name of a module, its last part, or a glob",
     )
+
+
+def _is_named(site: Site, word: str) -> bool:
+    """Tell whether a word means a place. A router is meant by its name, and not by a glob."""
+    if site.kind == "parameter" and _GLOB.search(word):
+        return False
+    return matches(site.name, word)
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:

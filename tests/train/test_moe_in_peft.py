@@ -11,6 +11,7 @@ from loraformat.errors import UnsupportedError
 from loraformat.ops.convert import convert
 from loraformat.train import LoraOptions, load
 from tests.adapters import moe_models
+from tests.train.engine.reference import make_batch
 
 #: What the trainer may still refuse, by name; whatever it opens must hold.
 MAY_BE_REFUSED = {
@@ -69,19 +70,19 @@ def test_what_is_trained_loads_in_peft_and_computes_the_same(model_type, tmp_pat
         torch.testing.assert_close(moe_models.logits(again), trained, atol=1e-5, rtol=0)
 
 
-#: What PEFT refuses, or wraps as a linear although its class returns more than a product.
+#: What PEFT refuses, or wraps as a linear although its class computes more than a product.
 NOT_BY_PEFT = {
     "llama4": ["router"], "llama4_text": ["router"], "phimoe": ["router"],
-    "nemotron_h": ["out_proj"],
+    "nemotron_h": ["out_proj"], "deepseek_v4": ["o_a_proj"],
 }  # fmt: skip
 
 
-def made_in_peft(folder, model_type):
-    """An adapter as PEFT makes it with all-linear, routers included, beside its model."""
+def made_in_peft(folder, model_type, **options):
+    """An adapter as PEFT makes it with all-linear, beside its model."""
     torch.manual_seed(0)
     config = peft.LoraConfig(
         r=4, target_modules="all-linear", init_lora_weights=False,
-        exclude_modules=NOT_BY_PEFT.get(model_type),
+        exclude_modules=NOT_BY_PEFT.get(model_type), **options,
     )  # fmt: skip
     model = peft.get_peft_model(dense_model(folder), config).eval()
     model.save_pretrained(folder / "theirs")
@@ -101,3 +102,35 @@ def test_adapters_of_all_linears_compute_as_in_peft(model_type, tmp_path):
     torch.testing.assert_close(ours, moe_models.logits(theirs), atol=1e-4, rtol=0)
     again = peft.PeftModel.from_pretrained(dense_model(tmp_path), tmp_path / "again")
     torch.testing.assert_close(moe_models.logits(again), ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "parameters"),
+    [
+        ("mixtral", None),
+        ("deepseek_v3", None),
+        ("gpt_oss", ["router.weight"]),
+        ("granitemoe", ["router.weight"]),
+    ],
+)
+@pytest.mark.parametrize("kept", [0, 1 << 30], ids=["recomputed", "kept"])
+def test_routers_get_the_gradients_of_peft(model_type, parameters, kept, tmp_path):
+    bundle = bases(tmp_path, model_type)
+    theirs = made_in_peft(tmp_path, model_type, target_parameters=parameters)
+    batch = make_batch(length=8, vocabulary=moe_models.VOCABULARY)
+    learned = (batch.labels[:, 1:] >= 0).sum()
+    loss = theirs(batch.input_ids, labels=batch.labels, use_cache=False).loss
+    (loss * learned).backward()
+    wanted = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for name, parameter in theirs.named_parameters() if "lora_" in name
+    }  # fmt: skip
+    routers = 0
+    with load(bundle, adapter=tmp_path / "theirs", activation_memory=kept) as model:
+        model.loss(batch).backward()
+        for name, parameter in model.trainable().items():
+            key = name.replace(".weight.lora_", ".lora_")
+            if key in wanted:  # experts have other keys
+                routers += ".weight.lora_" in name
+                torch.testing.assert_close(parameter.grad, wanted[key], atol=1e-4, rtol=1e-3)
+    assert routers

@@ -69,7 +69,7 @@ def attach(
 
 def _check_dora(sites: Iterable[Site]) -> None:
     for site in sites:
-        if site.in_peft == "parameter":
+        if site.is_parameter:
             raise UsageError(
                 f"PEFT adapts {printable(site.name)} as a parameter (experts, routers, and in some "
                 "families what is called like experts), for which it has no DoRA",

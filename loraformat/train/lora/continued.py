@@ -54,7 +54,7 @@ def attach_adapter(
         site = by_weight.get(target) or by_stored.get(adapter.spellings.get(target, target))
         if site is None:
             raise _unknown(target, list(by_weight), adapter)
-        if delta.magnitude is not None and site.in_peft == "parameter":
+        if delta.magnitude is not None and site.is_parameter:
             raise UnsupportedError(
                 f"has a magnitude of {printable(target)}, which PEFT adapts as a parameter",
                 path=adapter.path,
@@ -88,6 +88,8 @@ def _check_kind(adapter: Adapter) -> None:
         problem = f"replaces {printable(next(iter(adapter.replacements)))} as a whole"
     elif adapter.rows:
         problem = f"replaces rows of {printable(next(iter(adapter.rows)))}"
+    elif any(d.magnitude is not None and len(d.a.shape) == 3 for d in adapter.deltas.values()):
+        problem = "has magnitudes of fused experts"
     elif any(delta.bias is not None for delta in adapter.deltas.values()):
         problem = "has biases of its own (lora_bias)"
     if problem:

@@ -53,7 +53,7 @@ class Site:
     device : torch.device or None
         Where the layer computes; None for the CPU.
     in_peft : {"module", "parameter", "refused"}
-        What PEFT wraps to adapt it. Parameters have neither dropout nor magnitudes there.
+        What PEFT wraps to adapt a linear; see `is_parameter`.
     in_layers : bool
         It stands in a decoder layer; what does not is trained if it is named.
     """
@@ -73,6 +73,11 @@ class Site:
     device: torch.device | None = None
     in_peft: Literal["module", "parameter", "refused"] = "module"
     in_layers: bool = True
+
+    @property
+    def is_parameter(self) -> bool:
+        """Tell whether PEFT adapts a parameter here, which has neither dropout nor magnitude."""
+        return self.kind in ("experts", "parameter") or self.in_peft == "parameter"
 
     @property
     def weight_name(self) -> str:

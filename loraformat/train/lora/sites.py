@@ -100,7 +100,6 @@ def _parameters(
                 attach=partial(_parametrize, module, leaf),
                 target=sources[full][0],
                 device=parameter.device,
-                in_peft="parameter",
             )
 
 
@@ -126,7 +125,6 @@ def _experts(module: ExpertStack, sources: Sequence[str]) -> Site:
         transposed=module.by_inputs,
         quantized=module.quantized,
         device=module.device,
-        in_peft="parameter",
     )
 
 

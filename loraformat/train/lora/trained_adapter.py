@@ -38,7 +38,7 @@ def trained_adapter(branches: Mapping[str, LoraBranch], bundle: Bundle) -> Adapt
         Factors float32, scaling resolved; with the second moments that were collected.
     """
     deltas = [_delta(branch) for branch in branches.values()]
-    parameters = any(branch.site.in_peft == "parameter" for branch in branches.values())
+    parameters = any(branch.site.is_parameter for branch in branches.values())
     dropouts = {branch.dropout for branch in branches.values()}
     config: dict[str, Any] = {
         "task_type": "CAUSAL_LM",

@@ -109,9 +109,17 @@ def test_experts_keep_right_gradients_over_steps_and_copies():
     assert not torch.equal(branch(x, x @ stack[1].T, 1), x @ stack[1].T)
 
 
-def test_experts_have_no_dora():
-    with pytest.raises(UsageError, match="PEFT has no DoRA"):
-        one(plain_site("mlp.experts.up_proj", numbers(3, 12, 10)), dora=True)
+@pytest.mark.parametrize(
+    "site",
+    [
+        plain_site("mlp.experts.up_proj", numbers(3, 12, 10)),
+        plain_site("mlp.up_proj", numbers(12, 10), in_peft="parameter"),
+    ],
+    ids=["experts", "called like experts"],
+)
+def test_what_peft_adapts_as_a_parameter_has_no_dora(site):
+    with pytest.raises(UsageError, match=r"as a parameter .* no DoRA"):
+        one(site, dora=True)
 
 
 def test_progress_counts_branches():

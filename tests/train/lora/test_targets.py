@@ -92,3 +92,25 @@ def test_ranks_by_pattern_the_last_one_wins(sites):
     assert found["lm_head"] == 8
     with pytest.raises(UsageError, match=r"rank of k_proj is of no module.*nearest"):
         resolve(sites, LoraOptions(ranks={"k_proj": 2}))
+
+
+def test_a_router_is_trained_if_it_is_named_and_by_no_glob():
+    router = plain_site("model.layers.0.mlp.gate.weight", torch.ones(2, 2), kind="parameter")
+    sites = [plain_site("model.layers.0.mlp.up_proj", torch.ones(2, 2)), router]
+    assert chosen(sites, "gate.weight") == [router.name]
+    assert chosen(sites, "all-linear") == chosen(sites, "*.mlp.*") == [sites[0].name]
+
+
+def test_what_peft_refuses_is_left_out_and_refused_if_it_is_named():
+    refused = plain_site("model.layers.0.mixer.out_proj", torch.ones(2, 2), in_peft="refused")
+    sites = [plain_site("model.layers.0.mixer.in_proj", torch.ones(2, 2)), refused]
+    assert chosen(sites, "all-linear") == [sites[0].name]
+    with pytest.raises(UsageError, match=r"out_proj.*leave it out"):
+        chosen(sites, "out_proj")
+
+
+def test_linears_beside_the_layers_are_trained_if_they_are_named():
+    beside = plain_site("model.mixer.proj", torch.ones(2, 2), in_layers=False)
+    sites = [plain_site("model.layers.0.mlp.up_proj", torch.ones(2, 2)), beside]
+    assert chosen(sites, "all-linear") == [sites[0].name]
+    assert chosen(sites, "proj") == [beside.name]

@@ -47,9 +47,17 @@ def opened(bundle, model_type, **options):
     return model
 
 
-@pytest.mark.parametrize("model_type", moe_models.model_types())
-def test_what_is_trained_loads_in_peft_and_computes_the_same(model_type, tmp_path):
-    bundle = bases(tmp_path, model_type)
+@pytest.fixture(scope="module", params=moe_models.model_types())
+def base(request, tmp_path_factory):
+    """A model type, and where its bases are."""
+    folder = tmp_path_factory.mktemp(request.param)
+    bases(folder, request.param)
+    return request.param, folder
+
+
+def test_what_is_trained_loads_in_peft_and_computes_the_same(base):
+    model_type, folder = base
+    bundle = folder / "bundle"
     model = opened(bundle, model_type, lora=LoraOptions(rank=4, alpha=8))
     if model is None:
         return
@@ -59,14 +67,14 @@ def test_what_is_trained_loads_in_peft_and_computes_the_same(model_type, tmp_pat
         for branch in model.branches.values():
             branch.b.copy_(torch.randn(branch.b.shape, generator=random) * 0.1)
         trained = moe_models.logits(model)
-        model.save_adapter(tmp_path / "adapter")
+        model.save_adapter(folder / "adapter")
     assert (trained - before).abs().max() > 0.05
-    dense = dense_model(tmp_path)
+    dense = dense_model(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        theirs = moe_models.logits(peft.PeftModel.from_pretrained(dense, tmp_path / "adapter"))
+        theirs = moe_models.logits(peft.PeftModel.from_pretrained(dense, folder / "adapter"))
     torch.testing.assert_close(theirs, trained, atol=1e-4, rtol=0)
-    with load(bundle, adapter=tmp_path / "adapter").eval() as again:
+    with load(bundle, adapter=folder / "adapter").eval() as again:
         torch.testing.assert_close(moe_models.logits(again), trained, atol=1e-5, rtol=0)
 
 
@@ -89,18 +97,17 @@ def made_in_peft(folder, model_type, **options):
     return model
 
 
-@pytest.mark.parametrize("model_type", moe_models.model_types())
-def test_adapters_of_all_linears_compute_as_in_peft(model_type, tmp_path):
-    bundle = bases(tmp_path, model_type)
-    theirs = made_in_peft(tmp_path, model_type)
-    model = opened(bundle, model_type, adapter=tmp_path / "theirs")
+def test_adapters_of_all_linears_compute_as_in_peft(base):
+    model_type, folder = base
+    bundle, theirs = folder / "bundle", made_in_peft(folder, model_type)
+    model = opened(bundle, model_type, adapter=folder / "theirs")
     if model is None:
         return
     with model:
         ours = moe_models.logits(model)
-        model.save_adapter(tmp_path / "again")
+        model.save_adapter(folder / "again")
     torch.testing.assert_close(ours, moe_models.logits(theirs), atol=1e-4, rtol=0)
-    again = peft.PeftModel.from_pretrained(dense_model(tmp_path), tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(dense_model(folder), folder / "again")
     torch.testing.assert_close(moe_models.logits(again), ours, atol=1e-4, rtol=0)
 
 

@@ -45,6 +45,8 @@ class InMemory:
         Of fused parameters the stored tensors, expert by expert, one below the other.
     chunks : dict of str to Chunk
         Parameters that are some rows of a stored tensor.
+    computed : dict of str to str
+        Parameters that are made of stored tensors in any other way, and by what.
     """
 
     def __init__(self, model: Any, stored: Iterable[str]) -> None:
@@ -54,6 +56,7 @@ class InMemory:
         sources = find_sources(model, stored)
         self.stacks: dict[str, list[list[str]]] = sources.stacked
         self.chunks: dict[str, Chunk] = sources.chunks
+        self.computed: dict[str, str] = sources.computed
         self._stored = sources.single
         self._names = {tensor: name for name, tensor in sources.single.items()}
         self._table = conversions_of(model)

@@ -92,7 +92,7 @@ class BaseNames:
             return name
         if self.memory is not None and (found := self.memory.find(name)) is not None:
             stored = self.memory.stored_as(found)
-            if stored is not None or self.stack(found) or self.chunk(found):
+            if stored is not None or self._is_made(found):
                 return stored
         spellings = [name]
         if ".mlp." in name:  # transformers renames Mixtral's in memory
@@ -114,9 +114,19 @@ class BaseNames:
         if stored is not None:
             return Parameter(stored, self._shapes[stored])
         found = self.memory.find(name) if self.memory is not None else None
-        if self.memory is None or found is None or not (self.stack(found) or self.chunk(found)):
+        if self.memory is None or found is None or not self._is_made(found):
             return None
         return Parameter(found, self.memory.shapes[found])
+
+    def _is_made(self, name: str) -> bool:
+        """Tell whether a parameter is made of stored tensors, and is none of them as a whole."""
+        assert self.memory is not None
+        made = (self.memory.stacks, self.memory.chunks, self.memory.computed)
+        return any(name in parameters for parameters in made)
+
+    def computed(self, target: str) -> str | None:
+        """Return how transformers makes a parameter that cannot be followed, or None."""
+        return self.memory.computed.get(target) if self.memory is not None else None
 
     def stack(self, target: str) -> list[list[str]]:
         """Return the stored tensors of a fused parameter: expert by expert, in order of rows."""

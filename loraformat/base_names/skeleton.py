@@ -23,8 +23,8 @@ TASKS = {
 _REMOTE = ("auto_map", "quantization_config")
 #: A stranger's config may ask for any number of modules, each of which costs memory.
 _MOST_MODULES = 4096
-_COUNTS = ("layer", "block", "depth", "expert", "stage", "num_")
-_NOT_COUNTS = ("size", "dim", "hidden", "token", "position", "label", "rank", "channel", "feature")
+_COUNTS = ("layer", "block", "depth", "expert", "stage")
+_SIZES = ("size", "dim", "tokens", "capacity", "rank")
 _DEEPEST = 8
 
 
@@ -86,9 +86,10 @@ def _is_huge(value: Any, key: str = "", depth: int = 0) -> bool:
     if isinstance(value, Mapping):
         return any(_is_huge(inner, str(name), depth + 1) for name, inner in value.items())
     if isinstance(value, list):
-        return len(value) > _MOST_MODULES and _counts(key)
+        long = len(value) > _MOST_MODULES and _counts(key)
+        return long or any(_is_huge(one, key, depth + 1) for one in value)
     return type(value) is int and value > _MOST_MODULES and _counts(key)
 
 
 def _counts(key: str) -> bool:
-    return any(word in key for word in _COUNTS) and not any(word in key for word in _NOT_COUNTS)
+    return any(word in key for word in _COUNTS) and not key.endswith(_SIZES)

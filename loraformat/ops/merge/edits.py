@@ -242,6 +242,13 @@ class _Planner:
         raise self._unmatched(adapter, name)
 
     def _unmatched(self, adapter: Adapter, name: str) -> UnsupportedError:
+        if (how := self.names.computed(name)) is not None:
+            return UnsupportedError(
+                f"changes {printable(name)}, which transformers makes of the base's tensors as it "
+                f"loads them ({how}), and merging does not know how to go back",
+                path=adapter.path,
+                hint="merge it with PEFT: model.merge_and_unload(), then save_pretrained()",
+            )
         return UnsupportedError(
             f"changes {printable(name)}, which the base does not have"
             + nearest(name, self.tensors),

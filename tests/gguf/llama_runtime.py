@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RuntimeFailure", "embeddings", "log_probabilities", "tokenize"]
+__all__ = ["RuntimeFailure", "apply_template", "embeddings", "log_probabilities", "tokenize"]
 
 _TIMEOUT = 120
 Adapters = Sequence[tuple[str | Path, float]]
@@ -94,6 +94,11 @@ def tokenize(
     request = {"ask": "tokenize", "texts": list(texts), "add_special": add_special,
                "parse_special": parse_special}  # fmt: skip
     return _run(base, (), request, options)
+
+
+def apply_template(base: str | Path, chats: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+    """Return the prompt that llama.cpp's server makes of each conversation."""
+    return _run(base, (), {"ask": "template", "chats": [list(chat) for chat in chats]}, None)
 
 
 def embeddings(
@@ -170,7 +175,10 @@ def _serve(answer: Path) -> None:
     for name, value in request["options"].items():
         setattr(params, name, value)
     server = x.Server(params)
-    ask = {"logprobs": _ask_logprobs, "tokenize": _ask_tokens, "embeddings": _ask_embeddings}
+    ask = {
+        "logprobs": _ask_logprobs, "tokenize": _ask_tokens, "embeddings": _ask_embeddings,
+        "template": _ask_template,
+    }  # fmt: skip
     answer.write_text(json.dumps(ask[request["ask"]](server.listening_address, request)))
     os._exit(0)  # its threads need not be asked to end
 
@@ -216,6 +224,10 @@ def _ask_tokens(url: str, request: dict[str, Any]) -> list[list[int]]:
     return [
         _post(url, "tokenize", {"content": text, **flags})["tokens"] for text in request["texts"]
     ]
+
+
+def _ask_template(url: str, request: dict[str, Any]) -> list[str]:
+    return [_post(url, "apply-template", {"messages": chat})["prompt"] for chat in request["chats"]]
 
 
 def _ask_embeddings(url: str, request: dict[str, Any]) -> list[list[list[float]]]:

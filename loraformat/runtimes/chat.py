@@ -20,6 +20,7 @@ GENERATION_NAME = "generation_config.json"
 
 _LONGEST = 4096
 _MOST_STOPS = 16
+_MOST_SOURCES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +128,8 @@ def chat_of(
     >>> chat_of({}) is None
     True
     """
-    told = record.get("training")
-    said = told.get("chat") if isinstance(told, Mapping) else None
-    if not isinstance(said, Mapping):
+    said = _told(record)
+    if said is None:
         return Chat(template=template) if template else None
     listed, numbers = said.get("stops"), said.get("stop_ids")
     stops = [s for s in listed if isinstance(s, str)] if isinstance(listed, list) else []
@@ -140,6 +140,18 @@ def chat_of(
         tuple(ids)[:_MOST_STOPS] if ends_otherwise else (),
         template,
     )
+
+
+def _told(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a record says of chats, or those all say that an adapter was computed from."""
+    told = record.get("training")
+    if isinstance(told, Mapping):
+        said = told.get("chat")
+        return said if isinstance(said, Mapping) else None
+    older = record.get("derived_from")
+    listed = older if isinstance(older, list) else []
+    found = [_told(one) for one in listed[:_MOST_SOURCES] if isinstance(one, Mapping)]
+    return found[0] if found and all(one == found[0] for one in found) else None
 
 
 def _literal(text: str) -> str:

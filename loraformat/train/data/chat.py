@@ -238,7 +238,10 @@ class ChatRenderer:
             return self._render(conversation.messages[:stop], conversation.tools, prompt=prompt)
         except TemplateRefusalError as error:
             shown = "" if stop == len(conversation.messages) else f" its first {stop} messages"
-            raise KindError(f"the chat template refuses{shown}: {printable(error)}") from None
+            roles = [one["role"] for one in conversation.messages if one["role"] != "system"]
+            first = "; the assistant speaks first: leave that message out, or name another template"
+            hint = first if roles[:1] == ["assistant"] else ""
+            raise KindError(f"the chat template refuses{shown}: {printable(error)}{hint}") from None
 
     def _render(
         self,

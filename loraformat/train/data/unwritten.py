@@ -22,7 +22,8 @@ __all__ = ["UnwrittenParts", "described"]
 #: ``(messages, tools) -> text``; raises TemplateRefusalError.
 Render = Callable[[list[dict[str, Any]], "list[Any] | None"], str]
 
-_MOST_KINDS = 1024
+#: Roles are a stranger's words: whoever has more of them is not tried any further.
+_MOST_KINDS = 256
 _OTHER = "Xq7"
 
 
@@ -57,13 +58,15 @@ class UnwrittenParts:
         lacking = []
         for name in has:
             kind = (message["role"], name, place == 0, *has)
-            if kind not in self._written:
+            if kind not in self._written and len(self._written) < _MOST_KINDS:
                 others = [
                     [*messages[:place], message | {name: other}, *messages[place + 1 :]]
                     for other in _others(message[name])
                 ]
-                self._keep(kind, all(self._differs(messages, o, place, tools) for o in others))
-            if not self._written[kind]:
+                self._written[kind] = all(
+                    self._differs(messages, other, place, tools) for other in others
+                )
+            if not self._written.get(kind, True):
                 lacking.append(name)
         return lacking
 
@@ -74,7 +77,7 @@ class UnwrittenParts:
         if (kind := ("tools",)) not in self._written:
             other = json.loads(json.dumps(tools, default=str))
             _rename(other)
-            self._keep(kind, self._text(messages, tools) != self._text(messages, other))
+            self._written[kind] = self._text(messages, tools) != self._text(messages, other)
         return not self._written[kind]
 
     def _differs(
@@ -96,11 +99,6 @@ class UnwrittenParts:
             return self._render(messages, tools)
         except TemplateRefusalError:
             return None
-
-    def _keep(self, kind: tuple[object, ...], written: bool) -> None:
-        if len(self._written) >= _MOST_KINDS:  # roles are a stranger's words
-            self._written.clear()
-        self._written[kind] = written
 
 
 def described(role: str, name: str) -> str:

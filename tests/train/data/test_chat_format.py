@@ -153,6 +153,14 @@ def test_what_the_record_says(dataset, tokenizer):
     assert dataset([{"text": "a b"}]).chat() is None
 
 
+def test_what_is_computed_from_adapters_is_prompted_as_all_of_them():
+    one, other = ({"training": {"chat": {"stops": [stop]}}} for stop in ("<e>", "<f>"))
+    assert chat_of({"derived_from": [one]}).stops == ("<e>",)
+    assert chat_of({"derived_from": [one, {"derived_from": [one]}]}).stops == ("<e>",)
+    for mixed in ([one, other], [one, {"training": {}}], [], 5):
+        assert chat_of({"derived_from": mixed}) is None
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -242,8 +242,12 @@ def test_what_the_template_refuses_is_said_with_the_row(tokenizer, dataset):
     tokenizer.chat_template = TEMPLATES["mistral"]
     good = {"messages": messages()}
     bad = {"messages": messages([("assistant", "I begin"), ("user", "no")])}
-    with pytest.raises(InputError, match=r"rows\.jsonl: line 2: .*roles must alternate"):
+    match = r"rows\.jsonl: line 2: .*roles must alternate; the assistant speaks first: leave that"
+    with pytest.raises(InputError, match=match):
         dataset([good, bad])
+    bad["messages"] += messages()
+    del bad["messages"][0:2]
+    assert len(dataset([good, bad])) == 2
 
 
 def test_no_template(tokenizer):

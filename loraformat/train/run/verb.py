@@ -464,4 +464,5 @@ class _Run:
         try:
             loss_curve.draw(read_metrics(self._directory.metrics), self._directory.picture, title)
         except (OSError, LoraFormatError) as error:  # the adapter stands already
-            self.report.notes.append(f"no loss curve: {error}")
+            reason = getattr(error, "strerror", None) or error
+            self.report.notes.append(f"no loss curve: {reason}")

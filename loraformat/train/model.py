@@ -29,6 +29,7 @@ from loraformat.train.engine.streamed_matrix import StreamedMatrix
 from loraformat.train.engine.trial import Trial
 from loraformat.train.lora import branches as branches_of_model
 from loraformat.train.lora.branch import LoraBranch
+from loraformat.train.lora.brought import Brought
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.trained_adapter import save_adapter, trained_adapter
 
@@ -55,6 +56,8 @@ class TrainableModel(torch.nn.Module):
         See `loraformat.train.engine.compute_dtype`.
     owned : bool
         Close the bundle with the model.
+    brought : Brought, optional
+        What the adapter that goes on brought besides its deltas.
 
     Attributes
     ----------
@@ -72,8 +75,10 @@ class TrainableModel(torch.nn.Module):
         options: LoraOptions | None,
         compute_dtype: torch.dtype,
         owned: bool,
+        brought: Brought | None = None,
     ) -> None:
         super().__init__()
+        self.brought = brought
         self.base, self.bundle, self.compute_dtype = base, bundle, compute_dtype
         self.branches, self.options, self.config = branches, options, base.config
         self._shared, self._owned, self._closed = shared, owned, False
@@ -95,6 +100,12 @@ class TrainableModel(torch.nn.Module):
         """The output head."""
         head: FrozenLinear = self.base.get_submodule(self._head_name)
         return head
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer lies: the bundle, or an adapter with a vocabulary of its own."""
+        own = None if self.brought is None else self.brought.tokenizer
+        return own or self.bundle.folder.path
 
     @property
     def residency(self) -> Residency:
@@ -257,7 +268,7 @@ class TrainableModel(torch.nn.Module):
 
     def adapter(self) -> Adapter:
         """Return what was trained as the neutral adapter, its scaling resolved."""
-        return trained_adapter(self.branches, self.bundle)
+        return trained_adapter(self.branches, self.bundle, self.brought)
 
     def save_adapter(
         self,
@@ -286,7 +297,7 @@ class TrainableModel(torch.nn.Module):
         """
         return save_adapter(
             self.branches, self.bundle, path, options=self.options, force=force, facts=facts,
-            files=files,
+            files=files, brought=self.brought,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -297,6 +308,8 @@ class TrainableModel(torch.nn.Module):
         self.residency.close()
         if self._owned:
             self.bundle.close()
+        if self.brought is not None:
+            self.brought.close()
 
     def __enter__(self) -> TrainableModel:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from loraformat.train.engine.stored_weights import StoredWeights
 from loraformat.train.loop import memory
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.branches import attach
+from loraformat.train.lora.brought import brought_by
 from loraformat.train.lora.continued import attach_adapter
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.site import Site
@@ -101,15 +103,24 @@ def load(
             opened.callback(here.close)
         place = torch.device(device)
         dtype = choose_dtype(compute_dtype, place)
-        base, assembly = _build(here, dtype)
+        owned = adapter is not None and not isinstance(adapter, Adapter)
+        adapter = None if adapter is None else _adapter(opened, adapter, here)
+        brought = None if adapter is None else brought_by(adapter, here.checkpoint)
+        weights = StoredWeights(here, brought.tensors if brought is not None else None)
+        config = brought.config if brought is not None else here.checkpoint.config
+        path = here.folder.path
+        base, assembly = _build(path, weights, config, dtype)
         used = assembly.used
-        weights, path = StoredWeights(here), here.folder.path
         resident: set[str] = set()
         if place.type != "cpu":
             resident = place_on(base, used, weights, place, device_memory)
-        family = family_of(parse(here.checkpoint.config or b"{}"))
-        sites = find_sites(base, used | assembly.copied, family)
-        branches = _branches(sites, here, lora, adapter, original)
+        sites = find_sites(base, used | assembly.copied, family_of(parse(config or b"{}")))
+        branches = _branches(sites, here, lora, adapter, original, has_brought=brought is not None)
+        if adapter is not None and owned:
+            if brought is None:
+                adapter.close()  # its factors have been copied
+            else:
+                brought = replace(brought, close=adapter.close)
         streamed = {name: names for name, names in used.items() if name not in resident}
         shared = _stream(base, weights, streamed, path)
         if activation_memory is None:
@@ -121,6 +132,7 @@ def load(
         model = TrainableModel(
             base, here, shared, head_spans=head, branches=branches,
             options=None if adapter else lora, compute_dtype=dtype, owned=here is not bundle,
+            brought=brought,
         )  # fmt: skip
         opened.pop_all()
     return model
@@ -130,19 +142,25 @@ def _branches(
     sites: list[Site],
     bundle: Bundle,
     lora: LoraOptions | None,
-    adapter: str | Path | Adapter | None,
+    adapter: Adapter | None,
     original: str | Path | Checkpoint | None,
+    *,
+    has_brought: bool,
 ) -> dict[str, LoraBranch]:
+    if adapter is not None:
+        return attach_adapter(sites, adapter, bundle, lora, has_brought=has_brought)
+    if lora is None:
+        return {}
     with ExitStack() as opened:
-        if adapter is not None:
-            if not isinstance(adapter, Adapter):
-                adapter = opened.enter_context(open_adapter(adapter, base=bundle.checkpoint))
-            return attach_adapter(sites, adapter, bundle, lora)
-        if lora is None:
-            return {}
         if original is not None and not isinstance(original, Checkpoint):
             original = opened.enter_context(open_model(original))
         return attach(sites, lora, original=original)
+
+
+def _adapter(opened: ExitStack, adapter: str | Path | Adapter, bundle: Bundle) -> Adapter:
+    if isinstance(adapter, Adapter):
+        return adapter
+    return opened.enter_context(open_adapter(adapter, base=bundle.checkpoint))
 
 
 def _open(path: Path) -> Bundle:
@@ -158,12 +176,12 @@ def _open(path: Path) -> Bundle:
     return open_bundle(path)
 
 
-def _build(bundle: Bundle, dtype: torch.dtype) -> tuple[Any, Assembly]:
+def _build(
+    path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
+) -> tuple[Any, Assembly]:
     """Return the model, and what it was made of."""
-    path, config = bundle.folder.path, bundle.checkpoint.config
     if config is None:
         raise UnsupportedError("has no config.json, which says how to compute it", path=path)
-    weights = StoredWeights(bundle)
     numbers = [found[1] for name in weights.names() if (found := layer_of(name))]
     base = build_skeleton(config, max(numbers, default=-1) + 1, path)
     assembly = assemble(base, weights, dtype, path)

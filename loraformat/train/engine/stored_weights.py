@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from loraformat.checkpoint import NF4_PARTS, NF4Tensor
+from loraformat.checkpoint import NF4_PARTS, DenseTensor, NF4Tensor
 from loraformat.layout import TAIL_SUFFIXES
 from loraformat.mapped import MappedFile
 from loraformat.reader import Bundle
@@ -22,11 +24,19 @@ class StoredWeights:
     Parameters
     ----------
     bundle : Bundle
+    replaced : mapping of str to DenseTensor, optional
+        What takes the place of tensors of the bundle, or is added to them.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._tensors = bundle.tensors
-        self._homes = {name: shard for shard in bundle.shards for name in shard.header.entries}
+    def __init__(self, bundle: Bundle, replaced: Mapping[str, DenseTensor] | None = None) -> None:
+        replaced = replaced or {}
+        self._tensors = {**bundle.tensors, **replaced}
+        self._homes = {
+            name: shard
+            for shard in bundle.shards
+            for name in shard.header.entries
+            if name not in replaced
+        }
 
     def names(self) -> list[str]:
         """List all tensors."""

@@ -19,7 +19,12 @@ __all__ = ["attach_adapter"]
 
 
 def attach_adapter(
-    sites: Sequence[Site], adapter: Adapter, bundle: Bundle, options: LoraOptions | None = None
+    sites: Sequence[Site],
+    adapter: Adapter,
+    bundle: Bundle,
+    options: LoraOptions | None = None,
+    *,
+    has_brought: bool = False,
 ) -> dict[str, LoraBranch]:
     """Give a model the branches of an adapter, to compute with it or to train it on.
 
@@ -32,6 +37,8 @@ def attach_adapter(
     bundle : Bundle
     options : LoraOptions, optional
         Only its dropout and statistics are heeded: all else is as in the adapter.
+    has_brought : bool
+        The model has what the adapter replaces, see `loraformat.train.lora.brought`.
 
     Returns
     -------
@@ -46,7 +53,7 @@ def attach_adapter(
         If it is more than low-rank deltas.
     """
     _check_base(adapter, bundle)
-    _check_kind(adapter)
+    _check_kind(adapter, has_brought)
     by_weight = {site.weight_name: site for site in sites}
     by_stored = {site.stored_name: site for site in sites}
     found: dict[str, tuple[Site, LoraDelta]] = {}
@@ -80,13 +87,13 @@ def _check_base(adapter: Adapter, bundle: Bundle) -> None:
         )
 
 
-def _check_kind(adapter: Adapter) -> None:
+def _check_kind(adapter: Adapter, has_brought: bool) -> None:
     problem = None
     if adapter.invocation_tokens:
         problem = "acts on some tokens only (aLoRA)"
-    elif adapter.replacements:
+    elif adapter.replacements and not has_brought:
         problem = f"replaces {printable(next(iter(adapter.replacements)))} as a whole"
-    elif adapter.rows:
+    elif adapter.rows and not has_brought:
         problem = f"replaces rows of {printable(next(iter(adapter.rows)))}"
     elif any(d.magnitude is not None and len(d.a.shape) == 3 for d in adapter.deltas.values()):
         problem = "has magnitudes of fused experts"

@@ -17,13 +17,20 @@ from loraformat.ops.adapter_target import write_adapter
 from loraformat.ops.factors import as_bytes, in_memory
 from loraformat.reader import Bundle
 from loraformat.train.lora.branch import LoraBranch
+from loraformat.train.lora.brought import Brought
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.training_record import training_record
+from loraformat.vocabulary import tokenizer_files
 
 __all__ = ["save_adapter", "trained_adapter"]
 
+#: Members of PEFT's config that belong to what was brought.
+_BROUGHT = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
 
-def trained_adapter(branches: Mapping[str, LoraBranch], bundle: Bundle) -> Adapter:
+
+def trained_adapter(
+    branches: Mapping[str, LoraBranch], bundle: Bundle, brought: Brought | None = None
+) -> Adapter:
     """Return the adapter that branches are at the moment in which its tensors are loaded.
 
     Parameters
@@ -31,6 +38,8 @@ def trained_adapter(branches: Mapping[str, LoraBranch], bundle: Bundle) -> Adapt
     branches : mapping of str to LoraBranch
     bundle : Bundle
         The base; its fingerprint and source go with the adapter.
+    brought : Brought, optional
+        What goes into the adapter as it came.
 
     Returns
     -------
@@ -48,11 +57,20 @@ def trained_adapter(branches: Mapping[str, LoraBranch], bundle: Bundle) -> Adapt
     stored = {site.weight_name: site.stored_name for site in (b.site for b in branches.values())}
     source = dict(bundle.manifest.source)
     provenance = bundle.checkpoint.provenance
+    spellings = {target: name for target, name in stored.items() if target != name}
+    replacements, rows = {}, {}
+    if brought is not None:
+        earlier = brought.adapter
+        config |= {key: earlier.config.get(key) for key in _BROUGHT}
+        spellings = {**earlier.spellings, **spellings}
+        replacements, rows = earlier.replacements, earlier.rows
     return Adapter(
         path=bundle.folder.path / MANIFEST_NAME,
         format="trained",
         deltas={delta.target: delta for delta in deltas},
-        spellings={target: name for target, name in stored.items() if target != name},
+        replacements=replacements,
+        rows=rows,
+        spellings=spellings,
         config=config,
         base_model=provenance.repo or str(bundle.folder.path),
         base_fingerprint=bundle.manifest.fingerprint,
@@ -102,6 +120,7 @@ def save_adapter(
     force: bool = False,
     facts: Mapping[str, Any] | None = None,
     files: tuple[CarriedFile, ...] = (),
+    brought: Brought | None = None,
 ) -> Path:
     """Write what was trained as a PEFT adapter: whole or not at all.
 
@@ -122,6 +141,8 @@ def save_adapter(
         What the training says of itself, for `loraformat.train.lora.training_record`.
     files : tuple of CarriedFile
         What else shall lie beside the weights.
+    brought : Brought, optional
+        As in `trained_adapter`; a tokenizer of its own goes along.
 
     Returns
     -------
@@ -133,7 +154,11 @@ def save_adapter(
     LoraFormatError
         If it cannot be written, or a factor is not finite. Nothing appears then.
     """
-    adapter = trained_adapter(branches, bundle)
+    adapter = trained_adapter(branches, bundle, brought)
+    if brought is not None and brought.tokenizer is not None:
+        beside = {file.path for file in files}
+        tokenizer = tokenizer_files(brought.adapter.files)
+        files = (*files, *(file for file in tokenizer if file.path not in beside))
     base = {"fingerprint": bundle.manifest.fingerprint, "source": dict(bundle.manifest.source)}
     parameters = sum(p.numel() for branch in branches.values() for p in branch.named().values())
     adapter.files = (training_record(options, base, facts or {}, parameters), *files)

@@ -17,6 +17,8 @@ from loraformat.train.run.trained_files import trained_on
 
 __all__ = ["Comparison", "evaluate"]
 
+_OTHER_TOKENS = "has another vocabulary than the one before it: its loss is by its own tokens"
+
 
 @dataclass(slots=True)
 class Comparison:
@@ -79,12 +81,15 @@ def evaluate(
     """
     found = Comparison(options.base)
     data: Dataset | None = None
+    tokenizer = None
     for adapter in (None, *adapters):
         with open_base(replace(options, adapter=adapter or "")) as model:
-            if data is None:
+            if data is None or model.tokenizer_directory != tokenizer:
+                if data is not None:
+                    found.notes.append(f"{adapter or options.base}: {_OTHER_TOKENS}")
                 options = with_length(model, options)
-                directory = model.bundle.folder.path
-                encoder = open_tokenizer(directory, options.chat_template or None)
+                tokenizer = model.tokenizer_directory
+                encoder = open_tokenizer(tokenizer, options.chat_template or None)
                 check_vocabulary(model, encoder)
                 settings = options.data_options(shuffle=False)
                 data = open_data(options.data, encoder.tokenizer, settings, progress=progress)

@@ -272,8 +272,7 @@ def _with_data(
     model: TrainableModel, options: TrainOptions, world: World, progress: Progress
 ) -> Inputs:
     options = with_length(model, options)
-    directory = model.bundle.folder.path
-    encoder = open_tokenizer(directory, options.chat_template or None)
+    encoder = open_tokenizer(model.tokenizer_directory, options.chat_template or None)
     check_vocabulary(model, encoder)
     shares = {"rank": world.rank, "world": world.size}
     settings = _settings(options, options.data)

@@ -77,7 +77,7 @@ def write_on(
     """
     with open_base(options) as model:
         directory = model.bundle.folder.path
-        encoder = open_tokenizer(directory)
+        encoder = open_tokenizer(model.tokenizer_directory)
         check_vocabulary(model, encoder)
         if chat and options.adapter and (own := template_of(options.adapter)):
             encoder.tokenizer.chat_template = own

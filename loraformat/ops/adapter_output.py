@@ -132,18 +132,18 @@ def plan_output(
     elif base is not None and base.provenance.fingerprint and adapter.base_fingerprint:
         descent = base.provenance.fingerprint
         notes += _compare_bases(adapter, "was made of", descent, allow_base_mismatch)
-    renamed = False
+    rewritten = not adapter.verbatim
     if base is not None and writer.name == "peft":
         ours = _in_memory(adapter, base)
-        renamed = _names_in_file(adapter) != _names_in_file(ours)
-        if renamed and not foreign:
+        rewritten = rewritten or _names_in_file(adapter) != _names_in_file(ours)
+        if rewritten and not foreign:
             reason = reason or "PEFT has other names for this base's modules"
     if not canonical and reason is None:
         options = AdapterWriteOptions(base=base)
         return AdapterOutput(adapter, writer, options, True, tuple(notes), expected)
     if not canonical:
         # One file has one scaling for all: its writer says itself what it folds.
-        kept = foreign or renamed or writer.output == "file"
+        kept = foreign or rewritten or writer.output == "file"
         folded = "" if kept else ", its scaling folded into B,"
         notes.append(f"it was written anew{folded} as {reason}")
     if home is not None:
@@ -151,7 +151,7 @@ def plan_output(
         adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
     if base is not None and writer.name == "peft":
         adapter = _in_memory(adapter, base)
-    keep = (foreign or renamed) and not canonical
+    keep = (foreign or rewritten) and not canonical
     options = AdapterWriteOptions(_dtype(writer, dtype), base, keep_scaling=keep)
     anew = replace(adapter, verbatim=False, files=with_true_card(adapter.files))
     return AdapterOutput(anew, writer, options, False, tuple(notes))

@@ -1,10 +1,13 @@
 """Adapters in bundles: added, listed, replaced, removed; the base stays as it is."""
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loraformat.integrity import verify_bundle
 from loraformat.ops.adapters import open_adapter
 from loraformat.ops.bundle_adapters import Incoming, add_adapters, write_bundle
+from loraformat.ops.convert import convert
 from loraformat.plugins import WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import open_bundle
@@ -42,6 +45,33 @@ def test_peft_computes_the_same_from_the_bundle(work):
     found = logits(work.bundle, work.bundle / "adapters" / "canonical")
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert (wanted - logits(work.bundle)).abs().max() > 1e-2
+
+
+FOREIGN = {
+    "no prefix": ("base_model.model.", ""),
+    "compiled": ("base_model.", "_orig_mod.base_model."),
+    "text of a wrapped model": ("model.layers.", "model.language_model.layers."),
+    "doubled": ("model.layers.", "model.model.layers."),
+}
+
+
+@pytest.mark.parametrize("spelling", FOREIGN)
+def test_names_that_peft_ignores_are_put_right(work, tmp_path, spelling):
+    """A copy, byte for byte, would be loaded without effect: and no bit of a factor changes."""
+    wanted, before = logits(work.bundle, work.adapter), logits(work.bundle)
+    weights = work.adapter / "adapter_model.safetensors"
+    usual = load_file(weights)
+    save_file({name.replace(*FOREIGN[spelling]): t for name, t in usual.items()}, weights)
+    assert torch.equal(logits(work.bundle, work.adapter), before)
+    report = convert(work.adapter, work.bundle / "adapters" / "medical")
+    assert not report.verbatim
+    assert any("written anew as" in note and "PEFT" in note for note in report.notes)
+    inside = work.bundle / "adapters" / "medical"
+    assert torch.equal(logits(work.bundle, inside), wanted)
+    written = load_file(inside / "adapter_model.safetensors")
+    assert written.keys() == usual.keys()
+    assert all(torch.equal(written[name], usual[name]) for name in usual)
+    assert verify_bundle(work.bundle) == []
 
 
 def test_a_new_bundle_may_have_adapters(work, tmp_path):

@@ -1,6 +1,7 @@
 """The same adapter in other files, spellings and types: it computes what it computed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from loraformat.checkpoint import Checkpoint
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.ops.adapter_target import write_adapter
 from loraformat.ops.adapters import open_adapter
+from loraformat.ops.check.fix import fix
+from loraformat.ops.convert import convert
 from loraformat.ops.merge.verb import merge
 from loraformat.ops.reduce import Reduction, reduce
 from tests.adapters.peft_models import (
@@ -66,6 +69,17 @@ SPELLINGS = {
     "compiled": lambda key: key.replace("model.model.", "model._orig_mod.model."),
     "compiled layers": lambda key: key.replace(".mlp.", "._orig_mod.mlp."),
     "fsdp": lambda key: f"{FSDP}.{key}".replace(".mlp.", f".{FSDP}.mlp."),
+    "checkpointed": lambda key: key.replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
+    "fsdp, checkpointed": lambda key: f"{FSDP}.{key}".replace(
+        ".mlp.", f".{FSDP}._checkpoint_wrapped_module.mlp."
+    ),
+    "data parallel": lambda key: f"module.{key}",
+    "data parallel, compiled": lambda key: f"_orig_mod.module.{key}",
+    "data parallel, bare": lambda key: f"module.{key.removeprefix('base_model.model.')}",
+    "lightning": lambda key: f"model.{key}",
+    "fabric": lambda key: f"_forward_module.{key}",
+    "its own name": lambda key: key.replace(".weight", ".polite.weight"),
+    "doubled": lambda key: key.replace("model.layers", "model.model.layers"),
     "language model": lambda key: key.replace("model.layers", "model.language_model.layers"),
     "older language model": lambda key: key.replace("model.layers", "language_model.model.layers"),
 }  # fmt: skip
@@ -84,6 +98,79 @@ def test_spellings_of_keys(plain: tuple[Path, Path], spelling: str) -> None:
         assert first.deltas.keys() == second.deltas.keys() <= base.tensors.keys()
         for name, delta in first.deltas.items():
             assert torch.equal(dense(delta), dense(second.deltas[name]))
+
+
+@pytest.mark.parametrize(
+    "spelling", [s for s in SPELLINGS if s != "default"]
+)  # which PEFT takes, too
+def test_what_is_written_is_spelled_as_peft_spells_it(
+    plain: tuple[Path, Path], spelling: str, tmp_path: Path
+) -> None:
+    """With the base in any case; without it unless only the base tells where the layers are."""
+    base, adapter = plain
+    usual = load_file(adapter / WEIGHTS)
+    spell = SPELLINGS[spelling]
+    other = rewrite(adapter, lambda tensors: {spell(k): v for k, v in tensors.items()})
+    convert(other, tmp_path / "with", base=base)
+    assert load_file(tmp_path / "with" / WEIGHTS).keys() == usual.keys()
+    if not re.search("language|half|doubled", spelling):
+        convert(other, tmp_path / "without")
+        assert load_file(tmp_path / "without" / WEIGHTS).keys() == usual.keys()
+
+
+def test_what_is_trained_whole_under_the_adapters_own_name(plain: tuple[Path, Path]) -> None:
+    base, adapter = plain
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    key = "base_model.model.lm_head.modules_to_save.polite.weight"
+    other = rewrite(
+        adapter,
+        lambda tensors: (
+            {k.replace(".weight", ".polite.weight"): v for k, v in tensors.items()}
+            | {key: head + 1}
+        ),
+    )
+    with open_adapter(other) as opened:
+        assert list(opened.replacements) == ["lm_head.weight"]
+
+
+def test_two_adapters_in_one_file_are_refused(plain: tuple[Path, Path]) -> None:
+    _, adapter = plain
+    other = rewrite(
+        adapter,
+        lambda tensors: {
+            k.replace(".weight", f".{name}.weight"): v.clone()
+            for k, v in tensors.items()
+            for name in ("one", "two")
+        },
+    )
+    with pytest.raises(UnsupportedError, match=r"one, two.*selected_adapters"):
+        open_adapter(other)
+
+
+@pytest.mark.parametrize("which", ["lora_", "lora_B", "modules_to_save"])
+def test_shards_that_were_never_gathered(plain: tuple[Path, Path], tmp_path: Path, which) -> None:
+    """DeepSpeed's ZeRO-3 leaves tensors of shape [0] in each process's own states."""
+    base, adapter = plain
+    whole = {"base_model.model.lm_head.modules_to_save.weight": torch.ones(2)}
+    other = rewrite(
+        adapter,
+        lambda tensors: {
+            key: torch.zeros(0) if which in key else value
+            for key, value in (tensors | whole).items()
+        },
+    )
+    verbs = {
+        "open": lambda: open_adapter(other),
+        "merge": lambda: merge(base, [other], tmp_path / "out"),
+        "reduce": lambda: reduce(other, tmp_path / "out", Reduction(rank=2)),
+        "convert": lambda: convert(other, tmp_path / "out"),
+        "gguf": lambda: convert(other, tmp_path / "out.gguf", base=base),
+        "fix": lambda: fix(other, tmp_path / "out", base=base),
+    }
+    for verb, call in verbs.items():
+        with pytest.raises(InputError, match=r"without being gathered.*zero_to_fp32\.py"):
+            call()
+        assert not (tmp_path / "out").exists(), verb
 
 
 @pytest.mark.parametrize("names", ["model.language_model.", "language_model.model."])

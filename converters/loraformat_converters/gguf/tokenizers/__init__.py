@@ -15,8 +15,14 @@ from loraformat_converters.gguf.tokenizers import bpe, sentencepiece_model, spm,
 from loraformat_converters.gguf.tokenizers.chat import template_keys
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.spaces import marks_spaces
-from loraformat_converters.gguf.tokenizers.special import around, around_keys, special_keys
+from loraformat_converters.gguf.tokenizers.special import (
+    around,
+    around_keys,
+    around_notes,
+    special_keys,
+)
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
+from loraformat_converters.gguf.tokenizers.vocabulary_files import stand_alone
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_files
 from loraformat_converters.gguf.values import GGUFValue
 
@@ -123,8 +129,10 @@ def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
     else:
         alone = kind == "tokenizer.model"
         sides = sentencepiece_model.around(sources, special) if alone else around(sources, special)
-        more, said = around_keys(sides, special, found.vocabulary.texts)
+        texts = found.vocabulary.texts
+        more, said = around_keys(sides, special, texts)
         keys, notes = keys | more, notes + said
+        notes += [] if alone else around_notes(sources, sides, texts)
     return Tokenizer(keys | template_keys(sources), notes + found.vocabulary.notes())
 
 
@@ -133,7 +141,11 @@ def _room(sources: Sources) -> tuple[str, Convert | None]:
     if not sources.has("tokenizer.json"):
         if sources.has(sentencepiece_model.FILE):
             return sentencepiece_model.FILE, sentencepiece_model.to_gguf
-        raise sources.refused("has no tokenizer.json and no tokenizer.model", hint=_HINT)
+        if not stand_alone(sources):
+            raise sources.refused(
+                "has no tokenizer.json, no tokenizer.model and no vocab.json with merges.txt",
+                hint=_HINT,
+            )
     model = sources.tokenizer.get("model")
     model = model if isinstance(model, dict) else {}
     kind = model.get("type")

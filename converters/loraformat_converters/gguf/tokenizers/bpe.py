@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["from_gguf", "merge_pairs", "to_gguf"]
 
 _FILE = "tokenizer.json"
+_NFC = (
+    "tokenizer.json normalizes texts to NFC, and llama.cpp does not: letters whose "
+    "accents are characters of their own get other tokens"
+)
 
 
 def to_gguf(sources: Sources, rows: int, pre: str | None) -> Converted:
@@ -87,7 +91,7 @@ def _pre_tokenizer(
                 hint=f"known are {', '.join(NAMES)}",
             )
         return pre, []
-    _check_options(sources, model)
+    said = _check_options(sources, model)
     steps = steps_of(sources.tokenizer.get("pre_tokenizer"))
     found = None if steps is None else recognised(steps, ignore_merges)
     if found is None:
@@ -96,7 +100,9 @@ def _pre_tokenizer(
             hint="if you know that llama.cpp has it, name it with --pre; known are "
             + ", ".join(NAMES),
         )
-    notes = [] if found.approximate is None else [f"{found.approximate} ({found.names[0]})"]
+    notes = said
+    if found.approximate is not None:
+        notes.append(f"{found.approximate} ({found.names[0]})")
     if found.ignore_merges != ignore_merges:
         verb = "takes" if found.ignore_merges else "does not take"
         notes.append(
@@ -107,7 +113,8 @@ def _pre_tokenizer(
     return found.names[0], notes
 
 
-def _check_options(sources: Sources, model: dict[str, Any]) -> None:
+def _check_options(sources: Sources, model: dict[str, Any]) -> list[str]:
+    """Refuse what llama.cpp cannot do; return what it leaves out."""
     normalizer = sources.tokenizer.get("normalizer")
     steps = [normalizer] if isinstance(normalizer, dict) else []
     if steps and steps[0].get("type") == "Sequence":
@@ -119,11 +126,13 @@ def _check_options(sources: Sources, model: dict[str, Any]) -> None:
             "byte-level BPE does not",
             hint="name a pre-tokenizer with --pre to convert it all the same",
         )
+    notes = [_NFC] if kinds else []
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             raise sources.refused(
                 f"{_FILE} is BPE with {option}, which llama.cpp's byte-level BPE does not have"
             )
+    return notes
 
 
 def model_vocabulary(sources: Sources, model: dict[str, Any]) -> dict[str, int]:

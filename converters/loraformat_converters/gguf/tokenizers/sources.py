@@ -9,6 +9,10 @@ from loraformat import config_json
 from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.checkpoint import Checkpoint
 from loraformat.errors import UnsupportedError
+from loraformat_converters.gguf.tokenizers.vocabulary_files import (
+    made_by_transformers,
+    stand_alone,
+)
 
 __all__ = ["Sources"]
 
@@ -35,6 +39,13 @@ class Sources(CarriedTokenizer):
         if self.checkpoint.config is None:
             return {}
         return config_json.parse(self.checkpoint.config)
+
+    @cached_property
+    def tokenizer(self) -> dict[str, Any]:
+        """``tokenizer.json``, or what transformers makes of a vocabulary without one."""
+        if self.has("tokenizer.json") or not stand_alone(self):
+            return self.json("tokenizer.json")
+        return made_by_transformers(self, self.model_config.get("model_type"))
 
     @cached_property
     def special_ids(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from loraformat_converters.gguf.tokenizers.vocabulary import Converted
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
-__all__ = ["Around", "around", "around_keys", "number_keys", "special_keys"]
+__all__ = ["Around", "around", "around_keys", "around_notes", "number_keys", "special_keys"]
 
 #: llama.cpp's names; "seperator" is how it spells it.
 NAMES = {
@@ -67,6 +67,37 @@ def around(sources: Sources, special: dict[str, int]) -> Around:
             for kind in ("bos", "eos")
         ]
         return Around(*sides)
+    return _by_processor(sources)
+
+
+def around_notes(sources: Sources, found: Around, texts: list[str]) -> list[str]:
+    """Say where transformers 5 puts other tokens around a text than `around` found.
+
+    It does not heed ``add_bos_token`` beside a ``tokenizer.json``; transformers 4 did for the
+    classes that have it, and so does llama.cpp's converter.
+    """
+    if not isinstance(sources.tokenizer.get("post_processor"), dict):
+        return []
+    theirs, notes = _by_processor(sources), []
+    for kind, side, ids, others in (
+        ("bos", "before", found.first, theirs.first),
+        ("eos", "after", found.last, theirs.last),
+    ):
+        if ids != others:
+            notes.append(
+                f"llama.cpp puts {_named(ids, texts)} {side} a text, as add_{kind}_token of "
+                f"tokenizer_config.json says; transformers 5 puts {_named(others, texts)}, as the "
+                "post-processor of tokenizer.json does"
+            )
+    return notes
+
+
+def _named(ids: tuple[int, ...], texts: list[str]) -> str:
+    shown = [texts[one] if 0 <= one < len(texts) else str(one) for one in ids]
+    return printable(" ".join(shown)) or "nothing"
+
+
+def _by_processor(sources: Sources) -> Around:
     first: list[int] = []
     last: list[int] = []
     for step in _processors(sources.tokenizer.get("post_processor")):

@@ -13,6 +13,20 @@ from loraformat_converters.gguf.values import GGUFValue
 __all__ = ["TokenKind", "Vocabulary"]
 
 
+#: Texts that make llama.cpp override a token's kind (llama-vocab.cpp); of some only the first.
+_LOOKS = frozenset({
+    "</s>", "<EOT>", "_<EOT>", "< EOT >", "[EOT]", "[EOS]", "[PAD]", "<eos>", "<end_of_turn>",
+    "<end_of_utterance>", "<turn|>", "<|calls|>", "<|call|>", "<|channel|>", "<|constrain|>",
+    "<|end_of_text|>", "<|end|>", "<|endoftext|>", "<|eom_id|>", "<|eot_id|>", "<|flush|>",
+    "<|im_end|>", "<|return|>", "<|tool_response>", "<｜end▁of▁sentence｜>",
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<|code_prefix|>", "<｜fim▁begin｜>", "<PRE>",
+    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<|code_suffix|>", "<｜fim▁hole｜>", "<SUF>",
+    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<|code_middle|>", "<｜fim▁end｜>", "<MID>",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
+    "<REPO>", "<reponame>", "<|file_sep|>", "<|prefix|>", "<|suffix|>", "<|middle|>",
+})  # fmt: skip
+
+
 class TokenKind(IntEnum):
     """``tokenizer.ggml.token_type``."""
 
@@ -145,10 +159,18 @@ class Vocabulary:
         return found
 
     def notes(self) -> list[str]:
-        """Say what has no place."""
-        if not self.beyond:
-            return []
-        return [
-            f"{len(self.beyond)} added tokens have numbers beyond the embedding and were left "
-            f"out ({printable(self.beyond[0])}, ...)"
-        ]
+        """Say what has no place, and what llama.cpp takes for something else."""
+        notes = []
+        if self.beyond:
+            notes.append(
+                f"{len(self.beyond)} added tokens have numbers beyond the embedding and were left "
+                f"out ({printable(self.beyond[0])}, ...)"
+            )
+        pairs = zip(self._texts, self.kinds, strict=True)
+        looks = [text for text, kind in pairs if text in _LOOKS and kind == TokenKind.NORMAL]
+        if looks:
+            notes.append(
+                f"{printable(', '.join(looks))}, a plain token, may be a control token in "
+                "llama.cpp, which goes by the text: what spells it becomes that token"
+            )
+        return notes

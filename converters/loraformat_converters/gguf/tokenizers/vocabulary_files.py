@@ -1,0 +1,83 @@
+"""A tokenizer that is a vocabulary alone: ``vocab.json`` with ``merges.txt``, or ``vocab.txt``.
+
+How such a file becomes a tokenizer is known to the class that the model names, so transformers
+makes ``tokenizer.json`` of it; in a directory of its own, without any code of the model's.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from loraformat.carried_tokenizer import CarriedTokenizer
+from loraformat.errors import InputError, MissingDependencyError
+from loraformat.foreign_json import parse_object
+
+__all__ = ["made_by_transformers", "stand_alone"]
+
+_VOCABULARIES = (("vocab.json", "merges.txt"), ("vocab.txt",))
+_BESIDE = ("special_tokens_map.json", "added_tokens.json")
+_CONFIG = "tokenizer_config.json"
+_FILE = "tokenizer.json"
+_MOST_BYTES = 64 << 20
+
+
+def stand_alone(files: CarriedTokenizer) -> bool:
+    """Tell whether there is a vocabulary of which transformers can make a tokenizer."""
+    return any(all(map(files.has, names)) for names in _VOCABULARIES)
+
+
+def made_by_transformers(files: CarriedTokenizer, model_type: str | None) -> dict[str, Any]:
+    """Return the ``tokenizer.json`` that transformers makes of a vocabulary.
+
+    Parameters
+    ----------
+    files : CarriedTokenizer
+    model_type : str or None
+        The model's, which names the class where ``tokenizer_config.json`` does not.
+
+    Raises
+    ------
+    InputError
+        If it cannot.
+    MissingDependencyError
+        If transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingDependencyError(
+            "a tokenizer without tokenizer.json needs transformers, which is not installed",
+            hint="run: pip install 'loraformat[train]'",
+        ) from None
+    names = [name for name in (*sum(_VOCABULARIES, ()), *_BESIDE) if files.has(name)]
+    if sum(map(files.size, names)) > _MOST_BYTES:
+        raise files.wrong(names[0], f"and its kin have more than {_MOST_BYTES} bytes")
+    with tempfile.TemporaryDirectory() as directory:
+        here = Path(directory)
+        for name in names:
+            (here / name).write_bytes(files.bytes(name))
+        config = {key: value for key, value in files.config.items() if key != "auto_map"}
+        (here / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        (here / "config.json").write_text(
+            json.dumps({"model_type": model_type} if model_type else {})
+        )
+        try:
+            made = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+            text = made.backend_tokenizer.to_str()
+        except Exception as error:  # whatever a damaged file makes of transformers' code
+            raise _not_made(files, names, error) from None
+        return parse_object(text.encode(), files.path)
+
+
+def _not_made(files: CarriedTokenizer, names: list[str], error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(
+        f"transformers makes no tokenizer of {', '.join(names)}: {reason}",
+        path=files.path,
+        hint=f"save one: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIR) writes {_FILE}",
+    )

@@ -123,14 +123,14 @@ def _document(files: Files, rng: Random) -> tuple[str, Files]:
         tree = json.loads(files[name])
     except ValueError:
         return f"{name} is no JSON any more", files
-    what, data = _spoil(tree, rng)
+    what, data = spoil(tree, rng)
     return f"{name}: {what}", {**files, name: data}
 
 
 def _header(files: Files, rng: Random) -> tuple[str, Files]:
     name = rng.choice(sorted(name for name in files if name.endswith(".safetensors")))
     header, data = split(files[name])
-    what, raw = _spoil(header, rng)
+    what, raw = spoil(header, rng)
     alignment = 8 if "/" in name or rng.random() < 0.05 else 4096
     raw = raw.ljust(-(-(len(raw) + 8) // alignment) * alignment - 8)
     return f"header of {name}: {what}", {**files, name: len(raw).to_bytes(8, "little") + raw + data}
@@ -142,7 +142,7 @@ def _state(files: Files, rng: Random) -> tuple[str, Files]:
         return _header(files, rng)
     name, header, data, owner = found
     begin, end = header[owner]["data_offsets"]
-    what, raw = _spoil(json.loads(data[begin:end]), rng)
+    what, raw = spoil(json.loads(data[begin:end]), rng)
     return f"state of {owner}: {what}", _replaced(files, name, header, data, owner, raw)
 
 
@@ -191,7 +191,7 @@ def _replaced(
     return {**files, name: join(header, data[:begin] + raw + data[end:])}
 
 
-def _spoil(tree: Any, rng: Random) -> tuple[str, bytes]:
+def spoil(tree: Any, rng: Random) -> tuple[str, bytes]:
     """Change one node of a JSON tree and write it again."""
     path, parent = _pick(tree, rng)
     if parent is None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loraformat.errors import printable
 from loraformat.train.data.field_types import KindError, as_list, as_string
 from loraformat.train.data.messages import (
     checked_message,
@@ -112,7 +113,7 @@ def kind_of(fields: dict[str, Any]) -> str:
     present = {name for name, value in fields.items() if value is not None}
     kinds = [kind for kind, needed in _NEEDED.items() if present.issuperset(needed)]
     if not kinds:
-        found = ", ".join(sorted(present)[:8]) or "nothing"
+        found = printable(", ".join(sorted(present)[:8])) or "nothing"
         raise KindError(
             f"fields {found}; wanted text, prompt and completion, messages, conversations, "
             "or instruction and output"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loraformat.errors import InputError
+from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
@@ -55,4 +55,6 @@ class Keys(dict[str, GGUFValue]):
         try:
             self[f"{self.architecture}.{key}"] = GGUFValue.of(kind, value)
         except (ValueError, OverflowError) as error:
-            raise InputError(f"{key} is {value}, which GGUF cannot store: {error}") from None
+            raise InputError(
+                f"{key} is {printable(value)}, which GGUF cannot store: {printable(error)}"
+            ) from None

@@ -70,6 +70,8 @@ class Rope:
         self._config = config
         self._values = parameters(config, layer_type)
         self.theta = self._number("rope_theta", config.number("rope_theta", theta))
+        if self.theta <= 0:
+            raise InputError(f"rope_theta is {self.theta:g}, wanted more than 0", path=CONFIG_NAME)
         kind = self._values.get("rope_type", self._values.get("type", "default"))
         self.kind = {"su": "longrope"}.get(kind, kind) if isinstance(kind, str) else "?"
         if self.kind not in ("default", *kinds):
@@ -142,6 +144,10 @@ class Rope:
             return self._number("attention_factor")
         whole = self._config.integer("max_position_embeddings")
         factor = self._number("factor", whole / self.context)
+        if self.context < 2:
+            raise InputError(
+                "original_max_position_embeddings is 1, wanted at least 2", path=CONFIG_NAME
+            )
         return sqrt(1 + log(factor) / log(self.context)) if factor > 1 else 1.0
 
     def tensors(self) -> dict[str, list[float]]:

@@ -22,7 +22,8 @@ def added_tokens(sources: Sources) -> list[dict[str, Any]]:
     """
     found = sources.tokenizer.get("added_tokens") or []
     if not isinstance(found, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("content"), str) for one in found
+        isinstance(one, dict) and isinstance(one.get("content"), str) and type(one.get("id")) is int
+        for one in found
     ):
         raise sources.wrong("tokenizer.json", "has damaged added_tokens")
     return found

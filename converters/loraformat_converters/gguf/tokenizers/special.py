@@ -123,8 +123,10 @@ def _processors(processor: Any) -> list[dict[str, Any]]:
 
 def _template(sources: Sources, step: dict[str, Any], first: list[int], last: list[int]) -> None:
     side = first
-    known = step.get("special_tokens")
-    for piece in step.get("single") or []:
+    known, pieces = step.get("special_tokens"), step.get("single") or []
+    if not isinstance(pieces, list):
+        raise sources.wrong("tokenizer.json", "has a damaged post_processor")
+    for piece in pieces:
         if isinstance(piece, dict) and "Sequence" in piece:
             side = last
             continue

@@ -219,6 +219,32 @@ def test_write_for_an_adapter_of_conversations(run, adapter, base, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_write_for_another_trainer_s_adapter_of_conversations(run, adapter, base, tmp_path, name):
+    folder = shutil.copytree(adapter("plain"), tmp_path / "A")
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    config = {"bos_token": "<s>", "eos_token": "<|end|>"}
+    if name == "tokenizer_config.json":
+        config["chat_template"] = template
+    else:
+        (folder / name).write_text(template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert run(folder, "--base", base, "--write", "run").code in (0, 4)
+    modelfile = (tmp_path / "run" / "Modelfile").read_text()
+    assert (
+        'TEMPLATE """{{ if .System }}<|system|>{{ .System }}<|end|>{{ end }}<|user|>{{ .Prompt }}'
+        '<|end|><|assistant|>{{ .Response }}<|end|>"""\nPARAMETER stop "<|end|>"\n'
+    ) in modelfile
+    assert "-cnv" in (tmp_path / "run" / "run_llama_cpp.sh").read_text()
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('none') }}")
+    assert run(folder, "--base", base, "--write", "again").code in (0, 4)
+    modelfile = (tmp_path / "again" / "Modelfile").read_text()
+    assert 'TEMPLATE "' not in modelfile and "not put in Ollama's language here" in modelfile
+
+
 def test_the_commit_of_the_base_that_an_adapter_names_is_loaded(run, adapter, tmp_path):
     folder, commit = tmp_path / "A", "0123456789" * 4
     shutil.copytree(adapter("plain"), folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,18 +14,27 @@ from loraformat.checkpoint import CarriedFile
 from loraformat.errors import OutputError, UsageError
 from loraformat.folder import Folder
 from loraformat.hub import hub_id, resolve
+from loraformat.ops.check.prompts import tokenizer_beside
 from loraformat.ops.check.verb import CheckReport
 from loraformat.publish_file import open_publication
-from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME, Chat, chat_of
+from loraformat.runtimes.chat import (
+    GENERATION_NAME,
+    RECORD_NAME,
+    Chat,
+    ChatFormat,
+    chat_of,
+)
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
 from loraformat.runtimes.usage import lorax, snippet
 from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
 
-__all__ = ["Written", "snippets", "write_usage"]
+__all__ = ["FormatOf", "Written", "snippets", "write_usage"]
 
 _LARGEST_RECORD = 16 << 20
+FormatOf = Callable[[str, Mapping[str, str]], ChatFormat | None]
+"""Finds the pieces of a chat template, given the texts of special tokens by kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,17 @@ class Written:
     left_out: list[str]
 
 
-def write_usage(report: CheckReport, target: str | Path, *, base: str | None = None) -> Written:
+def _not_tried(template: str, special: Mapping[str, str]) -> ChatFormat | None:
+    return None
+
+
+def write_usage(
+    report: CheckReport,
+    target: str | Path,
+    *,
+    base: str | None = None,
+    format_of: FormatOf = _not_tried,
+) -> Written:
     """Write one file for each runtime of a report that will be right.
 
     Local paths are absolute in them, so that the files can be moved.
@@ -57,6 +77,8 @@ def write_usage(report: CheckReport, target: str | Path, *, base: str | None = N
         A new directory.
     base : str, optional
         The base, where the adapter does not say it, or is held against another copy.
+    format_of : callable
+        Renders the chat template of an adapter that no record tells the pieces of.
 
     Raises
     ------
@@ -68,7 +90,7 @@ def write_usage(report: CheckReport, target: str | Path, *, base: str | None = N
     path = Path(target)
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise OutputError("already exists", path=path, hint="name a new directory")
-    made, left_out = snippets(report, base=base)
+    made, left_out = snippets(report, base=base, format_of=format_of)
     inputs = [Path(word) for word in (report.path, base) if word and os.path.lexists(word)]
     with open_publication("directory", path, plan="runtime files", inputs=inputs) as stage:
         for piece in made:
@@ -77,9 +99,11 @@ def write_usage(report: CheckReport, target: str | Path, *, base: str | None = N
     return Written(str(path), [piece.file for piece in made], left_out)
 
 
-def snippets(report: CheckReport, *, base: str | None = None) -> tuple[list[Snippet], list[str]]:
+def snippets(
+    report: CheckReport, *, base: str | None = None, format_of: FormatOf = _not_tried
+) -> tuple[list[Snippet], list[str]]:
     """Return the text for each runtime that will be right, and why others have none."""
-    use = _use(report, base)
+    use = _use(report, base, format_of)
     made, left_out = [], []
     wrong = obstacles(report.findings)
     for name in report.verdicts:
@@ -92,7 +116,7 @@ def snippets(report: CheckReport, *, base: str | None = None) -> tuple[list[Snip
     return made, left_out
 
 
-def _use(report: CheckReport, base: str | None) -> Use:
+def _use(report: CheckReport, base: str | None, format_of: FormatOf) -> Use:
     named = base or report.base or report.facts.base_model
     if not named:
         raise UsageError("neither the adapter nor you name its base", hint="name it with --base")
@@ -111,12 +135,12 @@ def _use(report: CheckReport, base: str | None) -> Use:
         gguf=_placed(report.path) if is_gguf else f"{stem}.gguf",
         base_gguf=_placed(named) if named.endswith(".gguf") else "model.gguf",
         revision=revision,
-        chat=_chat(report.path),
+        chat=_chat(report.path, named, format_of),
         on_hub=resolve(report.path).repo is not None,
     )
 
 
-def _chat(path: str) -> Chat | None:
+def _chat(path: str, base: str, format_of: FormatOf) -> Chat | None:
     """Return how an adapter is prompted, by what lies beside its weights."""
     place = resolve(path).path
     if not place.is_dir():
@@ -126,11 +150,19 @@ def _chat(path: str) -> Chat | None:
         read = partial(folder.read, RECORD_NAME, _LARGEST_RECORD)
         file = CarriedFile(RECORD_NAME, folder.size(RECORD_NAME), read)
         record = CarriedTokenizer([file], place).json(RECORD_NAME)
-    return chat_of(
+    chat = chat_of(
         record,
         template=str(place.absolute() / TEMPLATE_NAME) if folder.has(TEMPLATE_NAME) else None,
         ends_otherwise=folder.has(GENERATION_NAME),
     )
+    ours = tokenizer_beside(place)
+    template = ours.chat_templates.get("default")
+    if template is None or (chat is not None and chat.format is not None):
+        return chat
+    special = {**tokenizer_beside(Path(base)).special, **ours.special}
+    chat = chat or Chat()
+    ends = chat.stops or tuple(filter(None, [special.get("eos")]))
+    return replace(chat, format=format_of(template, special), stops=ends)
 
 
 def _placed(word: str) -> str:

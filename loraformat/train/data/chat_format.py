@@ -8,14 +8,16 @@ such pieces. What the template adds for a system's words is what a question with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from loraformat.runtimes.chat import ChatFormat
-from loraformat.train.data.template_process import TemplateRefusalError
+from loraformat.train.data.template_date import on_one_day
+from loraformat.train.data.template_process import TemplateRefusalError, shared
 from loraformat.train.data.template_trials import TemplateTrials
 from loraformat.train.data.text_search import common_prefix
 
-__all__ = ["chat_format"]
+__all__ = ["chat_format", "format_of_template"]
 
 _ASKED, _SAID, _MORE, _SYSTEM = "Xask1X", "Xsay1X", "Xask2X", "Xsys1X"
 
@@ -44,6 +46,30 @@ def chat_format(trials: TemplateTrials, bos: str | None) -> ChatFormat | None:
     end = tail[: len(tail) - len(finish)]
     begin, system, user = _system(trials, bos, before, answer)
     return ChatFormat(begin, system, user, answer, end)
+
+
+def format_of_template(template: str, special: Mapping[str, str]) -> ChatFormat | None:
+    """Return the pieces of a template that no tokenizer is opened for.
+
+    Parameters
+    ----------
+    template : str
+        Jinja.
+    special : mapping of str to str
+        Texts of special tokens by kind: ``bos``, ``eos``, ...
+
+    Raises
+    ------
+    InputError
+        If it takes more than its share of time or memory.
+    """
+    tokens = {f"{kind}_token": text for kind, text in special.items()}
+
+    def render(messages: list[dict[str, Any]], prompt: bool) -> str:
+        return shared().render(on_one_day(template), messages, prompt=prompt, tokens=tokens)
+
+    trials = TemplateTrials(render, special.values())
+    return None if trials.mute else chat_format(trials, special.get("bos"))
 
 
 def _system(

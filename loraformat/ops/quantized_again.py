@@ -15,7 +15,7 @@ from loraformat.manifest import TensorRecord
 from loraformat.plugins import Converter
 from loraformat.quantization_history import Quantized, spelled
 
-__all__ = ["again_as", "history", "sentence", "with_history"]
+__all__ = ["again_as", "history", "original_of", "sentence", "with_history"]
 
 _PLAIN = ("f32", "f16", "bf16")
 #: A relative error below which a second rounding has found the numbers of the first.
@@ -77,6 +77,7 @@ def sentence(
     steps: Iterable[Quantized],
     again: Mapping[str, str],
     records: Mapping[str, TensorRecord] | None = None,
+    original: str | None = None,
 ) -> str | None:
     """Say that weights are quantized a second time, and what that adds.
 
@@ -88,6 +89,8 @@ def sentence(
         From `again_as`.
     records : mapping of str to TensorRecord, optional
         What was written, with errors; none of a dry run.
+    original : str, optional
+        Where the weights are as they were first, if that is known.
 
     Returns
     -------
@@ -98,18 +101,26 @@ def sentence(
         return None
     said = f"quantized already: the source's weights were {spelled(steps)}"
     now = " and ".join(sorted(set(again.values())))
+    start = "Start from the original weights" + (f", {original}" if original else " where you can")
     if records is None:
-        return f"{said}; {now} quantizes them again. {_START}"
+        return f"{said}; {now} quantizes them again. {start}"
     error = _error(records[name] for name in again if name in records)
     if error < _NONE:
         return None
     return (
         f"{said}; {now} adds an error of {error:.1%} (relative RMS, against the quantized source, "
-        f"not the original). {_START}"
+        f"not the original). {start}"
     )
 
 
-_START = "Start from the original weights where you can"
+def original_of(checkpoint: Checkpoint) -> str | None:
+    """Return the Hub id of the weights that a bundle was quantized from, if it says it.
+
+    A bundle that was made of quantized weights names those.
+    """
+    origin = checkpoint.provenance
+    known = origin.format == "loraformat" and not origin.quantized
+    return origin.repo if known else None
 
 
 def _error(records: Iterable[TensorRecord]) -> float:

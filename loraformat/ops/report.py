@@ -11,7 +11,7 @@ from loraformat.architecture import is_plain_in_peers, kind_of
 from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.layout import execution_units, plan_shards
 from loraformat.model_directory import WrittenModel
-from loraformat.ops.quantized_again import history, sentence
+from loraformat.ops.quantized_again import history, original_of, sentence
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.quantization_history import Quantized
 
@@ -36,6 +36,8 @@ class ConversionReport:
         Output bits per parameter, everything included.
     errors_by_kind : dict of str to float
         Relative RMS error of the weights quantized now, by kind of layer.
+    original : str or None
+        The Hub id of the weights that a bundle was quantized from.
     quantized_before : list of Quantized
         How the source's weights were quantized, as far as it is known: the errors are against
         those numbers then, not against the original's.
@@ -59,6 +61,7 @@ class ConversionReport:
     bits_per_weight: float
     errors_by_kind: dict[str, float] = field(default_factory=dict)
     quantized_before: list[Quantized] = field(default_factory=list)
+    original: str | None = None
     notes: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -103,6 +106,7 @@ def plan_report(
         output_bytes=output,
         bits_per_weight=8 * output / max(parameters, 1),
         quantized_before=list(history(original)),
+        original=original_of(original),
         notes=_notes(checkpoint, to_nf4=writer.stores == "nf4"),
         lost=lost,
     )
@@ -165,7 +169,7 @@ def foreseen(
     LoraFormatError
         What the writer would refuse.
     """
-    said = sentence(report.quantized_before, again)
+    said = sentence(report.quantized_before, again, original=report.original)
     if said is not None:
         report = replace(report, notes=[*report.notes, said])
     if writer.forecast is None:
@@ -193,7 +197,7 @@ def complete(
 
     ``again`` are the weights that were quantized a second time, and their new types.
     """
-    said = sentence(report.quantized_before, again, written.shards.tensors)
+    said = sentence(report.quantized_before, again, written.shards.tensors, report.original)
     return replace(
         report,
         output_bytes=written.nbytes,

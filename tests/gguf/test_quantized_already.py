@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -257,3 +258,20 @@ def test_the_values_are_those_of_the_file(source, tmp_path):
         list(log_probabilities(tmp_path / name, PROMPTS)) for name in ("back.gguf", "exact.gguf")
     )
     assert apart(one, other) < 1e-5
+
+
+def test_the_original_is_named_where_it_is_known(source, tmp_path):
+    bundle = shutil.copytree(source("bundle"), tmp_path / "bundle")
+    path = bundle / MANIFEST_NAME
+    said = json.loads(path.read_text())
+    said["source"] |= {"repo": "org/small", "revision": "abc"}
+    path.write_text(json.dumps(said))
+    report = convert(bundle, tmp_path / "model.gguf", dtype="q4_0")
+    assert lines(report)[0].endswith("Start from the original weights, org/small")
+    assert any("llama-quantize makes q4_k_m of an f16 file" in note for note in report.notes)
+    convert(source("q4_1.gguf"), tmp_path / "twice")
+    said = json.loads((tmp_path / "twice" / MANIFEST_NAME).read_text())
+    said["source"] |= {"repo": "org/small-gguf"}
+    (tmp_path / "twice" / MANIFEST_NAME).write_text(json.dumps(said))
+    report = convert(tmp_path / "twice", tmp_path / "again.gguf", dtype="q4_0")
+    assert "org/" not in lines(report)[0], "which are no original"

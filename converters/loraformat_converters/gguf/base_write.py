@@ -79,7 +79,7 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
     return WrittenModel(
         WrittenShards(tensors=plan.loss.records(checkpoint.tensors)),
         {publication.file_name: record},
-        [*plan.notes, *_loss_notes(plan)],
+        [*plan.notes, *_loss_notes(plan, checkpoint)],
     )
 
 
@@ -260,11 +260,14 @@ def _notes(kind: GGMLType, types: Mapping[str, GGMLType], recipes: Recipes) -> l
     return notes
 
 
-def _loss_notes(plan: _Plan) -> list[str]:
+def _loss_notes(plan: _Plan, checkpoint: Checkpoint) -> list[str]:
     if plan.kind not in _LOW:
         return []
+    steps = checkpoint.provenance.quantized
+    of_nf4 = bool(steps) and "NF4" in steps[-1].types
+    better = ", and llama-quantize makes q4_k_m of an f16 file" if of_nf4 else ""
     return [
         f"{plan.kind.name} keeps the weights to {plan.loss.total:.1%} only (relative RMS, "
         f"measured; the mean error of a tensor is {abs(plan.loss.largest_bias):.2%} of its RMS at "
-        "most); q8_0 keeps them to about 0.5%"
+        f"most); q8_0 keeps them to about 0.5%{better}"
     ]

@@ -21,7 +21,7 @@ from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.vocabulary import resized_base
 from loraformat.ops.one_dtype import Alignment, aligned
-from loraformat.ops.quantized_again import again_as, sentence, with_history
+from loraformat.ops.quantized_again import again_as, original_of, sentence, with_history
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.publish import Publication
 from loraformat.publish_file import open_publication
@@ -185,7 +185,8 @@ class MergeJob:
         """Say, if it is so, that the base was quantized before; of a dry run without a figure."""
         again = again_as(self.original, self.checkpoint.tensors, self.writer, self.options.dtype)
         steps = with_history(self.original, codes_kept=False).provenance.quantized
-        said = sentence(steps, again, None if written is None else written.shards.tensors)
+        records = None if written is None else written.shards.tensors
+        said = sentence(steps, again, records, original_of(self.original))
         return [] if said is None else [said]
 
     def _measured(self, tensor: LazyTensor, merged: dict[str, LazyTensor]) -> LazyTensor:

@@ -72,6 +72,18 @@ EXPERT_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
 _REFUSED = {"conv1d", "out_proj"}
 _STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
+#: Linears whose weight the class around them multiplies by itself: PEFT's adapters of them change
+#: nothing before they are merged.
+_READ = {
+    "falcon_mamba": {"dt_proj"},
+    "jamba": {"dt_proj"},
+    "longcat_flash": {"classifier"},
+    "mamba": {"dt_proj"},
+    "zamba": {"dt_proj"},
+}
+#: Linears whose class computes more than a product, which PEFT adapts by their parameter only.
+_OWN = {"deepseek_v4": {"o_a_proj"}}
+
 #: Names of modules whose adapters PEFT only finds by another name in the file: it renames tensors
 #: while loading as transformers does, and Laguna's pattern for the shared expert takes its plural,
 #: the name in memory, for the singular on disk.
@@ -117,6 +129,11 @@ class Family:
         A part that a checkpoint may leave out.
     refused_leaves : frozenset of str
         Last parts of module names that PEFT refuses to adapt.
+    read_leaves : frozenset of str
+        Last parts of names of linears beside which an adapter has no effect in PEFT, because the
+        class around them reads their weight.
+    own_leaves : frozenset of str
+        Those of linears whose class computes more than a product: adapted as parameters.
     renamed : tuple of (str, str)
         Parts of module names: in memory, and in the file of an adapter that PEFT opens.
     """
@@ -128,6 +145,8 @@ class Family:
     one_type: bool | None = None
     optional: str | None = None
     refused_leaves: frozenset[str] = frozenset()
+    read_leaves: frozenset[str] = frozenset()
+    own_leaves: frozenset[str] = frozenset()
     renamed: tuple[tuple[str, str], ...] = ()
 
     def peft_key(self, name: str) -> str:
@@ -182,8 +201,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
         optional=next((part for name, part in _OPTIONAL.items() if name in types), None),
         tied=any(config.get("model_type") == one for one in types & _TIED),  # not one inside
         refused_leaves=frozenset(_REFUSED if types & _STATE_SPACE else ()),
+        read_leaves=_leaves(_READ, types),
+        own_leaves=_leaves(_OWN, types),
         renamed=tuple(_PEFT_KEYS[one] for one in sorted(types & _PEFT_KEYS.keys())),
     )
+
+
+def _leaves(table: Mapping[str, set[str]], types: set[str]) -> frozenset[str]:
+    return frozenset(leaf for one in types for leaf in table.get(one, ()))
 
 
 def is_router(module: str) -> bool:

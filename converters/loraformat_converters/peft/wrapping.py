@@ -59,7 +59,7 @@ class Wrapping:
         target, module = delta.target, module_of(delta.target)
         if len(delta.a.shape) == 3 or module == target:
             return True
-        if module.rpartition(".")[2] in self._family.expert_leaves:
+        if module.rpartition(".")[2] in self._family.expert_leaves | self._family.own_leaves:
             return True
         if self._named.as_parameter(target):
             return True

@@ -7,7 +7,7 @@ ranges where they are NF4.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -32,16 +32,24 @@ class Difference:
 
     Parameters
     ----------
-    base, tuned : LazyTensor
-        Of one shape: a vector (one row), a matrix, or experts.
+    base, tuned : LazyTensor, or list of LazyTensor
+        Of one shape: a vector (one row), a matrix, or experts; or several matrices that lie one
+        below the other.
     expert : int, optional
         Which matrix of three dimensions.
     """
 
-    def __init__(self, base: LazyTensor, tuned: LazyTensor, expert: int = 0) -> None:
-        self.name, self._tuned_dtype = tuned.name, tuned.dtype
-        self._base, self._tuned = _Rows(base, expert), _Rows(tuned, expert)
-        self._quantized = base if isinstance(base, NF4Tensor) and base.count else None
+    def __init__(
+        self,
+        base: LazyTensor | Sequence[LazyTensor],
+        tuned: LazyTensor | Sequence[LazyTensor],
+        expert: int = 0,
+    ) -> None:
+        bases, all_tuned = _listed(base), _listed(tuned)
+        self.name, self._tuned_dtype = all_tuned[0].name, all_tuned[0].dtype
+        self._base, self._tuned = _rows(bases, expert), _rows(all_tuned, expert)
+        first = bases[0]
+        self._quantized = first if isinstance(first, NF4Tensor) and first.count else None
         self.shape = self._tuned.shape
 
     def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -116,6 +124,32 @@ class Difference:
 
 def _squared_norm(values: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float32)) ** 2
+
+
+def _listed(tensors: LazyTensor | Sequence[LazyTensor]) -> Sequence[LazyTensor]:
+    return tensors if isinstance(tensors, Sequence) else [tensors]
+
+
+def _rows(tensors: Sequence[LazyTensor], expert: int) -> _Rows | _Below:
+    rows = [_Rows(tensor, expert) for tensor in tensors]
+    return rows[0] if len(rows) == 1 else _Below(rows)
+
+
+class _Below:
+    """The rows of several weights, one below the other."""
+
+    def __init__(self, parts: Sequence[_Rows]) -> None:
+        self._parts = parts
+        self.shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        found, start = [], 0
+        for part in self._parts:
+            stop = start + part.shape[0]
+            if first < stop and last > start:
+                found.append(part.read(max(first, start) - start, min(last, stop) - start))
+            start = stop
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class _Rows:

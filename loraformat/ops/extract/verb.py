@@ -20,7 +20,7 @@ import torch
 
 from loraformat import config_json, lora
 from loraformat.adapter import Adapter, LoraDelta
-from loraformat.architecture import is_conv1d
+from loraformat.architecture import is_conv1d, kind_of
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, tensor_view
 from loraformat.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
 from loraformat.errors import InputError, printable
@@ -30,6 +30,7 @@ from loraformat.ops.extract.fit import Fit, fit
 from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.extract.pairs import pairs_of
 from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
+from loraformat.ops.extract.stacks import Stack, stacks_of
 from loraformat.ops.factors import Pair, as_bytes
 from loraformat.ops.open import fingerprint_of, open_model
 from loraformat.ops.spool import Spool
@@ -151,7 +152,12 @@ def extract_adapter(
     total = sum(tensor.nbytes for _, tensor in pairs.tensors)
     done = 0
     try:
-        for before, after in pairs.tensors:
+        stacks, rest = stacks_of(pairs.tensors, tuned, options.skip)
+        for stack in stacks:
+            work.add_stack(stack)
+            done += stack.nbytes
+            progress(done, total)
+        for before, after in rest:
             if not any(fnmatch.fnmatchcase(after.name, pattern) for pattern in options.skip):
                 work.add(before, after)
             done += after.nbytes
@@ -188,12 +194,30 @@ class _Extraction:
             self.unchanged += 1
         elif base.dtype not in PRECISIONS or tuned.dtype not in PRECISIONS:
             self.left_out[name] = f"changed, and is not of real numbers ({tuned.dtype})"
+        elif kind_of(name) in self.family.refused_leaves | self.family.read_leaves:
+            self._replace(base, tuned)  # a delta would be refused in PEFT, or without effect
         elif (len(tuned.shape) == 2 and name.endswith(".weight")) or len(tuned.shape) == 3:
             self._low_rank(base, tuned)
         else:
             self._replace(base, tuned)
         for tensor in (base, tuned):
             if tensor is not None:
+                tensor.release()
+
+    def add_stack(self, stack: Stack) -> None:
+        """Compare the experts that transformers makes one parameter of."""
+        changed = [
+            not _alike(base, tuned)
+            for expert in stack.experts
+            for base, tuned in zip(expert.base, expert.tuned, strict=True)
+        ]
+        if any(changed):
+            differences = [Difference(expert.base, expert.tuned) for expert in stack.experts]
+            self._fit(stack.name, differences, stack.experts[0].tuned[0], "linear")
+        else:
+            self.unchanged += len(changed)
+        for expert in stack.experts:
+            for tensor in (*expert.base, *expert.tuned):
                 tensor.release()
 
     def _reshaped(self, base: LazyTensor, tuned: LazyTensor) -> None:
@@ -223,7 +247,18 @@ class _Extraction:
 
     def _low_rank(self, base: LazyTensor, tuned: LazyTensor) -> None:
         experts = tuned.shape[0] if len(tuned.shape) == 3 else 1
-        parts = [fit(Difference(base, tuned, e), self.options) for e in range(experts)]
+        differences = [Difference(base, tuned, expert) for expert in range(experts)]
+        self._fit(tuned.name, differences, tuned, self._orientation(tuned))
+
+    def _fit(
+        self,
+        name: str,
+        differences: list[Difference],
+        tuned: LazyTensor,
+        orientation: _Orientation,
+    ) -> None:
+        """Add the delta of one tensor, or of a parameter that tensors like `tuned` make."""
+        parts = [fit(difference, self.options) for difference in differences]
         total = sum(part.squared_norm for part in parts)
         if not total:
             self.unchanged += 1
@@ -232,26 +267,32 @@ class _Extraction:
         padded = [part.padded(rank) for part in parts]
         dtype = torch_dtype(self._dtype(tuned))
         rounding = [lora.rounding_error(b, a, dtype) for b, a in padded]
-        self.modules.append(_module(tuned.name, rank, parts, rounding))
+        self.modules.append(_module(name, rank, parts, rounding))
         if not rank:
             return
-        self._add_delta(tuned, tuned.name, padded, self._orientation(tuned))
-        if tuned.name == self.tied:
-            self._add_delta(tuned, HEAD, padded, "linear")
+        stacked = name != tuned.name or len(tuned.shape) == 3
+        self._add_delta(name, padded, orientation, dtype=self._dtype(tuned), stacked=stacked)
+        if name == self.tied:
+            self._add_delta(HEAD, padded, "linear", dtype=self._dtype(tuned))
             self.notes.append(
-                f"the head is tied to {tuned.name}: the adapter changes both. PEFT computes that "
+                f"the head is tied to {name}: the adapter changes both. PEFT computes that "
                 "rightly, but its merge adds either change twice; loraformat merge does not"
             )
 
     def _add_delta(
-        self, tuned: LazyTensor, target: str, pairs: list[Pair], orientation: _Orientation
+        self,
+        target: str,
+        pairs: list[Pair],
+        orientation: _Orientation,
+        *,
+        dtype: str,
+        stacked: bool = False,
     ) -> None:
         if orientation == "transposed":  # the tensor is Dᵀ = (B A)ᵀ
             pairs = [(a.T, b.T) for b, a in pairs]
         b, a = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
-        if len(tuned.shape) == 2:
+        if not stacked:
             b, a = b[0], a[0]
-        dtype = self._dtype(tuned)
         module = target.removesuffix(".weight")
         self.deltas[target] = LoraDelta(
             target,
@@ -284,6 +325,10 @@ class _Extraction:
                 f"does not differ from {printable(base.path)} in anything an adapter can hold",
                 path=tuned.path,
             )
+        for module in self._saved_modules():  # PEFT wants all of a module that it replaces
+            bias = tuned.tensors.get(f"{module}.bias")
+            if isinstance(bias, DenseTensor):
+                self.replacements.setdefault(bias.name, bias)
         return Adapter(
             path=tuned.path,
             format="extracted",
@@ -324,9 +369,12 @@ class _Extraction:
             yield f"{capped} modules wanted more than rank {self.options.max_rank} (--max-rank)"
         if silent := sum(not module.rank for module in self.modules):
             yield f"{silent} modules changed by rounding noise only and are left out"
-        if experts := sum(".experts." in target for target in self.deltas):
+        single = [
+            d for d in self.deltas.values() if ".experts." in d.target and len(d.a.shape) == 2
+        ]
+        if single:
             yield (
-                f"{experts} deltas are of experts, under the names in the checkpoint; "
+                f"{len(single)} deltas are of single experts, under the names in the checkpoint; "
                 "transformers fuses experts in memory, and PEFT may not find these"
             )
 

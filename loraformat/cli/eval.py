@@ -31,7 +31,8 @@ def command(adapters: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     """Measure loss and perplexity on held-out data: the base, and beside it each adapter.
 
     The loss is the mean negative log-likelihood of a learned token, in nats, and the perplexity
-    its exponential; masks and rows are those of training.
+    its exponential; masks and rows are those of training. BASE is a bundle, or a model in any other
+    format: a directory of safetensors, a bitsandbytes checkpoint, a GGUF file.
     """
     options = chosen(given, None)
     from loraformat.cli.train_progress import TrainingBar

@@ -52,7 +52,8 @@ def command(
 ) -> None:
     """Let a model write on from a prompt; the text appears as it is written.
 
-    The base stays mapped: what does not fit in memory can be tried out, slowly.
+    BASE is a bundle, or a model in any other format: a directory of safetensors, a bitsandbytes
+    checkpoint, a GGUF file. It stays mapped: what does not fit in memory can be tried out, slowly.
     """
     if system and not chat:
         raise UsageError("a system message needs a chat", hint="add --chat")

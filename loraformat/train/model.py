@@ -21,6 +21,7 @@ from loraformat.train.engine.kernel_advice import keep_freed_memory
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix, decoding
 from loraformat.train.engine.packing import PackingCheck
+from loraformat.train.engine.readable_base import ReadableBase
 from loraformat.train.engine.recompute import Recomputation
 from loraformat.train.engine.residency import Residency, Traffic
 from loraformat.train.engine.skeleton import text_config
@@ -44,7 +45,7 @@ class TrainableModel(torch.nn.Module):
     base : transformers.PreTrainedModel
         Its linears, embeddings and experts read a bundle; its layers are computed anew in the
         backward pass.
-    bundle : Bundle
+    bundle : Bundle or ReadableBase
     shared : Recomputation
     head_spans : sequence of Span
         The bytes of the output head.
@@ -68,7 +69,7 @@ class TrainableModel(torch.nn.Module):
     def __init__(
         self,
         base: Any,
-        bundle: Bundle,
+        bundle: Bundle | ReadableBase,
         shared: Recomputation,
         head_spans: Sequence[Span],
         branches: dict[str, LoraBranch],
@@ -83,9 +84,9 @@ class TrainableModel(torch.nn.Module):
         self.branches, self.options, self.config = branches, options, base.config
         self._shared, self._owned, self._closed = shared, owned, False
         self._began_decoding = decoding.seconds
-        self._packing = PackingCheck(base, shared, bundle.folder.path)
-        self._trial = Trial(base, shared, bundle.folder.path)
-        self._head_name = head_name(base, bundle.folder.path)
+        self._packing = PackingCheck(base, shared, bundle.checkpoint.path)
+        self._trial = Trial(base, shared, bundle.checkpoint.path)
+        self._head_name = head_name(base, bundle.checkpoint.path)
         self._streamed_head = StreamedMatrix(self.head.matrix, head_spans, shared.residency)
         self.head.matrix = self._streamed_head
         self._trial.forward()
@@ -94,6 +95,12 @@ class TrainableModel(torch.nn.Module):
     def _find_head_rule(self) -> HeadRule | None:
         cap = getattr(text_config(self.config), "final_logit_softcapping", None)
         return find_head_rule(self.base, self.head, cap)
+
+    @property
+    def directory(self) -> Path:
+        """Where the files of the base lie that are no weights."""
+        here = self.bundle
+        return here.folder.path if isinstance(here, Bundle) else here.directory
 
     @property
     def head(self) -> FrozenLinear:
@@ -105,7 +112,7 @@ class TrainableModel(torch.nn.Module):
     def tokenizer_directory(self) -> Path:
         """Where the tokenizer lies: the bundle, or an adapter with a vocabulary of its own."""
         own = None if self.brought is None else self.brought.tokenizer
-        return own or self.bundle.folder.path
+        return own or self.directory
 
     @property
     def residency(self) -> Residency:
@@ -241,7 +248,7 @@ class TrainableModel(torch.nn.Module):
         if self.head.branch is not None or not isinstance(matrix, DenseMatrix):
             raise UnsupportedError(
                 "TRL computes with the head's stored weight, and this head is trained or in NF4",
-                path=self.bundle.folder.path,
+                path=self.bundle.checkpoint.path,
                 hint="leave the head alone, or train with loraformat train",
             )
         self._trial.gradients(torch.zeros(1, 1, dtype=torch.int64, device=self.head.device))
@@ -268,7 +275,14 @@ class TrainableModel(torch.nn.Module):
 
     def adapter(self) -> Adapter:
         """Return what was trained as the neutral adapter, its scaling resolved."""
-        return trained_adapter(self.branches, self.bundle, self.brought)
+        return trained_adapter(self.branches, self._trained_on(), self.brought)
+
+    def _trained_on(self) -> Bundle:
+        """Return the bundle; what was opened to be looked at alone is none."""
+        if isinstance(self.bundle, Bundle):
+            return self.bundle
+        raise UnsupportedError("is not a bundle, and only bundles are trained on",
+                               path=self.bundle.path)  # fmt: skip
 
     def save_adapter(
         self,
@@ -296,7 +310,7 @@ class TrainableModel(torch.nn.Module):
         Path
         """
         return save_adapter(
-            self.branches, self.bundle, path, options=self.options, force=force, facts=facts,
+            self.branches, self._trained_on(), path, options=self.options, force=force, facts=facts,
             files=files, brought=self.brought,
         )  # fmt: skip
 

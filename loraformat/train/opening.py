@@ -12,7 +12,7 @@ import torch
 from loraformat.adapter import Adapter
 from loraformat.checkpoint import Checkpoint
 from loraformat.config_json import parse
-from loraformat.errors import UnsupportedError
+from loraformat.errors import LoraFormatError, UnsupportedError, printable
 from loraformat.families import family_of
 from loraformat.layout import layer_of
 from loraformat.ops.adapters import open_adapter
@@ -24,6 +24,7 @@ from loraformat.train.engine.decoder import find_layers, head_name, number_layer
 from loraformat.train.engine.kept_activations import KeptActivations
 from loraformat.train.engine.kernel_advice import keep_freed_memory
 from loraformat.train.engine.placement import place_on
+from loraformat.train.engine.readable_base import ReadableBase
 from loraformat.train.engine.recompute import Recomputation, recompute_layer
 from loraformat.train.engine.residency import Residency
 from loraformat.train.engine.skeleton import build_skeleton
@@ -51,6 +52,7 @@ def load(
     activation_memory: int | None = None,
     compute_dtype: torch.dtype | str | None = None,
     original: str | Path | Checkpoint | None = None,
+    to_train: bool = True,
 ) -> TrainableModel:
     """Open a bundle as a model of transformers' own classes that can be trained.
 
@@ -80,6 +82,9 @@ def load(
         float32 by default, bfloat16 on a GPU. See `loraformat.train.engine.compute_dtype`.
     original : str, Path or Checkpoint, optional
         The dense model that the bundle was made from, for ``LoraOptions(init="loftq")``.
+    to_train : bool
+        Else it is opened to be computed with, and may be a model in any format that can be read:
+        a directory of safetensors, a bitsandbytes checkpoint, a GGUF file.
 
     Returns
     -------
@@ -98,7 +103,7 @@ def load(
         If transformers is not installed.
     """
     with ExitStack() as opened:
-        here = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
+        here = bundle if isinstance(bundle, Bundle) else _open(Path(bundle), to_train=to_train)
         if here is not bundle:
             opened.callback(here.close)
         place = torch.device(device)
@@ -108,8 +113,8 @@ def load(
         brought = None if adapter is None else brought_by(adapter, here.checkpoint)
         weights = StoredWeights(here, brought.tensors if brought is not None else None)
         config = brought.config if brought is not None else here.checkpoint.config
-        path = here.folder.path
-        base, assembly = _build(path, weights, config, dtype)
+        path = here.checkpoint.path
+        base, assembly = _built(path, weights, config, dtype)
         used = assembly.used
         resident: set[str] = set()
         if place.type != "cpu":
@@ -140,7 +145,7 @@ def load(
 
 def _branches(
     sites: list[Site],
-    bundle: Bundle,
+    bundle: Bundle | ReadableBase,
     lora: LoraOptions | None,
     adapter: Adapter | None,
     original: str | Path | Checkpoint | None,
@@ -148,7 +153,7 @@ def _branches(
     has_brought: bool,
 ) -> dict[str, LoraBranch]:
     if adapter is not None:
-        return attach_adapter(sites, adapter, bundle, lora, has_brought=has_brought)
+        return attach_adapter(sites, adapter, bundle.checkpoint, lora, has_brought=has_brought)
     if lora is None:
         return {}
     with ExitStack() as opened:
@@ -157,23 +162,40 @@ def _branches(
         return attach(sites, lora, original=original)
 
 
-def _adapter(opened: ExitStack, adapter: str | Path | Adapter, bundle: Bundle) -> Adapter:
+def _adapter(
+    opened: ExitStack, adapter: str | Path | Adapter, base: Bundle | ReadableBase
+) -> Adapter:  # fmt: skip
     if isinstance(adapter, Adapter):
         return adapter
-    return opened.enter_context(open_adapter(adapter, base=bundle.checkpoint))
+    return opened.enter_context(open_adapter(adapter, base=base.checkpoint))
 
 
-def _open(path: Path) -> Bundle:
-    if path.exists() and not is_bundle(path):
-        hint = f"make one: loraformat convert {path} my-bundle --to loraformat"
-        if (path / "adapter_config.json").exists():
-            hint = "that is an adapter: name its base here, and the adapter with --adapter"
-        elif not path.is_dir() and path.suffix != ".gguf":
-            hint = "name the base's bundle first, then the data"
+def _open(path: Path, *, to_train: bool) -> Bundle | ReadableBase:
+    if not path.exists() or is_bundle(path):
+        return open_bundle(path)
+    hint = f"make one: loraformat convert {path} my-bundle --to loraformat"
+    if (path / "adapter_config.json").exists():
+        hint = "that is an adapter: name its base here, and the adapter with --adapter"
+    elif not path.is_dir() and path.suffix not in (".gguf", ".safetensors"):
+        hint = "name the base first, then the data"
+    elif not to_train:
+        return ReadableBase(open_model(path))
+    raise UnsupportedError("is not a bundle, and only bundles are trained on", path=path, hint=hint)
+
+
+def _built(
+    path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
+) -> tuple[Any, Assembly]:
+    """Return what `_build` does; whatever a class of transformers trips over is a refusal."""
+    try:
+        return _build(path, weights, config, dtype)
+    except (LoraFormatError, MemoryError):
+        raise
+    except Exception as error:
         raise UnsupportedError(
-            "is not a bundle, and only bundles are trained on", path=path, hint=hint
-        )
-    return open_bundle(path)
+            f"cannot be opened for training: {type(error).__name__}: {printable(error)}",
+            path=path,
+        ) from error
 
 
 def _build(

@@ -67,6 +67,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         vocab_size=VOCABULARY, max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=1,
     ),
     "bloom": dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCABULARY),
+    "gemma3n_text": dict(
+        _HEADS, num_hidden_layers=4, sliding_window=8, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=64,
+        vocab_size_per_layer_input=VOCABULARY, altup_num_inputs=2, laurel_rank=64,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "gemma4_text": dict(
+        _HEADS, num_hidden_layers=4, sliding_window=8, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=64,
+        vocab_size_per_layer_input=VOCABULARY, global_head_dim=24,
+    ),
     "lfm2": dict(_COMMON, layer_types=["conv", "full_attention"]),
     "mamba": dict(hidden_size=64, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=8),
 }  # fmt: skip

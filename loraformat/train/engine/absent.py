@@ -9,7 +9,28 @@ import torch
 
 from loraformat.errors import UnsupportedError, printable
 
-__all__ = ["AbsentWeight"]
+__all__ = ["AbsentWeight", "WeightWanted"]
+
+
+class WeightWanted(UnsupportedError, AttributeError):
+    """A class looks at a weight that is not there.
+
+    Parameters
+    ----------
+    module : str
+        Whose weight.
+
+    Attributes
+    ----------
+    module : str
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        super().__init__(
+            f"this model's class computes with the weight of {printable(module)} outside of its "
+            "module, and training leaves that on disk"
+        )
 
 
 class AbsentWeight:
@@ -69,8 +90,12 @@ class AbsentWeight:
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
         every = [*args, *(kwargs or {}).values()]
-        name = next((x.name for x in every if isinstance(x, AbsentWeight)), "a module")
-        raise UnsupportedError(
-            f"this model's class computes with the weight of {printable(name)} outside of its "
-            "module, and training leaves that on disk"
-        )
+        raise WeightWanted(next((x.name for x in every if isinstance(x, AbsentWeight)), "a module"))
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        raise WeightWanted(self.name)
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        raise WeightWanted(self.name)

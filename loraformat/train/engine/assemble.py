@@ -119,7 +119,7 @@ class Assembly:
     def _embedding(self, name: str, module: Any) -> None:
         source = self._source(f"{name}.weight")
         self._check_shape(f"{name}.weight", source, tuple(module.weight.shape))
-        table, dtype = self._weights.table(source), activation_dtype(self._dtype)
+        table, dtype = self._weights.rows(source), activation_dtype(self._dtype)
         embedding = MappedEmbedding(table, name, module, dtype)
         self._put(name, embedding, [source])
 

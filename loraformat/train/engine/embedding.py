@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from loraformat.train.engine.absent import AbsentWeight
 from loraformat.train.engine.matrix import DenseMatrix, Tile
+from loraformat.train.engine.readable_base import ComputedTable
 
 __all__ = ["MappedEmbedding"]
 
 _Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Rows(AbsentWeight):
+    """Where a class looks a token up in its table itself, as Gemma 4 does for padding."""
+
+    def __init__(self, *arguments: Any, table: torch.Tensor | ComputedTable) -> None:
+        super().__init__(*arguments)
+        self._table = table
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if not isinstance(first, (int, torch.Tensor)):
+            return super().__getitem__(index)
+        rows = torch.as_tensor(first, device=self.device)
+        if rows.dtype != torch.int64:
+            return super().__getitem__(index)
+        found = self._table[rows].to(self.dtype)
+        return found[(slice(None),) * rows.dim() + tuple(rest)] if rest else found
 
 
 class MappedEmbedding(torch.nn.Module):
@@ -22,7 +42,7 @@ class MappedEmbedding(torch.nn.Module):
 
     Parameters
     ----------
-    table : torch.Tensor
+    table : torch.Tensor or ComputedTable
         (vocabulary, width), any floating dtype, maybe mapped: read, never written.
     name : str
         Hugging Face name of the module.
@@ -49,7 +69,7 @@ class MappedEmbedding(torch.nn.Module):
 
     def __init__(
         self,
-        table: torch.Tensor,
+        table: torch.Tensor | ComputedTable,
         name: str,
         original: torch.nn.Embedding,
         dtype: torch.dtype = torch.float32,
@@ -65,12 +85,15 @@ class MappedEmbedding(torch.nn.Module):
 
     @property
     def weight(self) -> AbsentWeight:
-        """What says the table's shape and dtype, and holds nothing."""
-        return AbsentWeight(self.name, tuple(self.table.shape), self.table.device, self.dtype)
+        """What says the table's shape and dtype; of its numbers it has rows that are asked for."""
+        shape = tuple(self.table.shape)
+        return _Rows(self.name, shape, self.table.device, self.dtype, table=self.table)
 
     def dense_tiles(self) -> Iterator[Tile]:
         """Yield the table as (first token, end token, float32 [tokens, width]), unscaled."""
-        return DenseMatrix(self.table).tiles(torch.float32)
+        table = self.table
+        matrix = DenseMatrix(table) if isinstance(table, torch.Tensor) else table.matrix()
+        return matrix.tiles(torch.float32)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed tokens.

@@ -122,9 +122,12 @@ def find_head_rule(model: Any, head: FrozenLinear, cap: float | None) -> HeadRul
     """
     z = torch.cat([torch.tensor([1.0, 1e-3]), torch.linspace(-90.0, 90.0, 62)]).repeat(2, 1)
     hidden = torch.linspace(-2.0, 2.0, 2 * head.in_features).view(2, -1) + 0.01
-    with torch.no_grad(), _standing_in(head, z.clone()[None]) as stand_in:
-        found = own_logits(model, hidden.clone())
-        seen = stand_in.seen
+    try:
+        with torch.no_grad(), _standing_in(head, z.clone()[None]) as stand_in:
+            found = own_logits(model, hidden.clone())
+            seen = stand_in.seen
+    except Exception:  # a class of anybody's, with more than a rule before its head
+        return None
     if seen is None or found.shape != z.shape or seen.numel() != hidden.numel():
         return None
     before = float(seen.reshape(-1)[0] / hidden.reshape(-1)[0])

@@ -12,7 +12,7 @@ import torch
 
 from loraformat.train.engine.absent import AbsentWeight
 from loraformat.train.engine.compute_dtype import activation_dtype
-from loraformat.train.engine.matrix import Matrix, Tile, output_tiles
+from loraformat.train.engine.matrix import DenseMatrix, Matrix, Tile, output_tiles
 from loraformat.train.engine.product import LowRank, frozen_product
 
 __all__ = ["Branch", "DenseLinear", "FrozenLinear", "NF4Linear"]
@@ -116,6 +116,15 @@ class FrozenLinear(torch.nn.Module):
         Each tile is overwritten by the next.
         """
         return output_tiles(self.matrix)
+
+    def hold(self) -> None:
+        """Take the weight into memory, for a class that computes with it in its own way."""
+        weight = torch.empty(self.out_features, self.in_features)
+        for start, stop, tile in self.dense_tiles():
+            weight[start:stop] = tile
+        dtype = activation_dtype(self.dtype)
+        self.shown = (weight.T if self.conv1d else weight).to(self.device, dtype)
+        self.matrix = DenseMatrix(self.shown, by_inputs=self.conv1d)
 
     def extra_repr(self) -> str:
         """Say what it is, for ``print(model)``."""

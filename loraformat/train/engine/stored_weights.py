@@ -11,6 +11,12 @@ from loraformat.layout import TAIL_SUFFIXES
 from loraformat.mapped import MappedFile
 from loraformat.reader import Bundle
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix
+from loraformat.train.engine.readable_base import (
+    Computed,
+    ComputedTable,
+    ReadableBase,
+    is_computed,
+)
 
 __all__ = ["Span", "StoredWeights"]
 
@@ -23,14 +29,25 @@ class StoredWeights:
 
     Parameters
     ----------
-    bundle : Bundle
+    bundle : Bundle or ReadableBase
     replaced : mapping of str to DenseTensor, optional
         What takes the place of tensors of the bundle, or is added to them.
     """
 
-    def __init__(self, bundle: Bundle, replaced: Mapping[str, DenseTensor] | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | ReadableBase,
+        replaced: Mapping[str, DenseTensor] | None = None,
+    ) -> None:
         replaced = replaced or {}
         self._tensors = {**bundle.tensors, **replaced}
+        form = bundle.checkpoint.provenance.format
+        self._made = {
+            name: tensor
+            for name, tensor in self._tensors.items()
+            if name not in replaced and is_computed(tensor, form)
+        }
+        self._computed = Computed()
         self._homes = {
             name: shard
             for shard in bundle.shards
@@ -75,9 +92,17 @@ class StoredWeights:
                           by_inputs=rows_are_inputs)
                 for i in range(count)
             ]  # fmt: skip
+        if name in self._made:
+            return list(self._computed.stack(self._made[name], by_inputs=by_inputs))
         values = tensor.torch()
         values = values.view(-1, *values.shape[-2:])
         return [DenseMatrix(part, by_inputs=by_inputs) for part in values]
+
+    def rows(self, name: str) -> torch.Tensor | ComputedTable:
+        """Return a table of which rows are looked up; see `table`."""
+        if name in self._made:
+            return self._computed.table(self._made[name])
+        return self.table(name)
 
     def table(self, name: str) -> torch.Tensor:
         """Return a plain tensor as it is stored, on the mapped bytes: for reading.

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
+from loraformat.train.engine.absent import WeightWanted
 from loraformat.train.engine.decoder import decoder_of, find_layers
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.kept_activations import KeptActivations
@@ -39,6 +40,9 @@ _ROWS = 2
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 3e-2
 _PLENTY = 1 << 60
+#: Numbers in weights that are taken into memory because a class computes with them itself: 64 MB.
+_MOST_HELD = 1 << 24
+_NOT_COMPUTED = "cannot be computed with its weights on the disk"
 
 
 class Trial:
@@ -59,20 +63,46 @@ class Trial:
         self._passed: set[bool] = set()
 
     def forward(self) -> None:
-        """Compute a few tokens, without gradients.
+        """Compute a few tokens, without gradients, as in training and as afterwards.
 
         Raises
         ------
         UnsupportedError
             If its class cannot, or needs weights for it that stay on the disk.
         """
-        with self._set_up(KeptActivations(0)), torch.no_grad():
+        room = _MOST_HELD
+        while True:
             try:
-                self._hidden(self._any_tokens())
+                with self._set_up(KeptActivations(0)), torch.no_grad():
+                    self._hidden(self._any_tokens())
+                    self._check_places(self._any_tokens())
+                return
+            except WeightWanted as error:
+                room -= self._held(error, room)
             except Exception as error:
-                raise self._refusal("cannot be computed with its weights on the disk", error) from (
-                    error
-                )
+                raise self._refusal(_NOT_COMPUTED, error) from error
+
+    def _held(self, wanted: WeightWanted, room: int) -> int:
+        """Take a small weight into memory that the class computes with itself; returns its size."""
+        named = (m for m in self._model.modules() if isinstance(m, FrozenLinear))
+        linear = next((m for m in named if m.name == wanted.module and m.shown is None), None)
+        size = 0 if linear is None else linear.in_features * linear.out_features
+        if linear is None or size > room:
+            raise self._refusal(_NOT_COMPUTED, wanted) from wanted
+        linear.hold()
+        return size
+
+    def _check_places(self, ids: torch.Tensor) -> None:
+        """Refuse a class that counts positions in its own way, as RoBERTa's does."""
+        with self._drawing_alike(in_groups=True):
+            found = self._hidden(ids)
+            own = decoder_of(self._model)(input_ids=ids, use_cache=False).last_hidden_state
+        if not _alike(own, found):
+            raise UnsupportedError(
+                f"{printable(type(self._model).__name__)} counts positions in a way of its own, "
+                "which is not known here",
+                path=f"{self._path}",
+            )
 
     def gradients(self, ids: torch.Tensor, rows_at_once: int | None = None) -> None:
         """Compare gradients, the first time that a model is trained.
@@ -104,7 +134,7 @@ class Trial:
             with random_restored(state):
                 plain = self._of(ids, _PLENTY, None)
         except Exception as error:
-            raise self._refusal("cannot be computed with its weights on the disk", error) from error
+            raise self._refusal(_NOT_COMPUTED, error) from error
         try:
             with random_restored(state):
                 again = self._of(ids, 0, 1 if in_groups else None)

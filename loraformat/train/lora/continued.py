@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from loraformat.adapter import Adapter, LoraDelta
+from loraformat.checkpoint import Checkpoint
 from loraformat.errors import InputError, UnsupportedError, nearest, printable
 from loraformat.ops.factors import finite
-from loraformat.reader import Bundle
+from loraformat.ops.open import descent_of
 from loraformat.train.lora.branch import Factors, LoraBranch, branch_of
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.site import Site
@@ -21,7 +22,7 @@ __all__ = ["attach_adapter"]
 def attach_adapter(
     sites: Sequence[Site],
     adapter: Adapter,
-    bundle: Bundle,
+    base: Checkpoint,
     options: LoraOptions | None = None,
     *,
     has_brought: bool = False,
@@ -33,8 +34,8 @@ def attach_adapter(
     sites : sequence of Site
         All that the model has.
     adapter : Adapter
-        Opened against the bundle.
-    bundle : Bundle
+        Opened against the base.
+    base : Checkpoint
     options : LoraOptions, optional
         Only its dropout and statistics are heeded: all else is as in the adapter.
     has_brought : bool
@@ -52,7 +53,7 @@ def attach_adapter(
     UnsupportedError
         If it is more than low-rank deltas.
     """
-    _check_base(adapter, bundle)
+    _check_base(adapter, base)
     _check_kind(adapter, has_brought)
     by_weight = {site.weight_name: site for site in sites}
     by_stored = {site.stored_name: site for site in sites}
@@ -76,9 +77,9 @@ def attach_adapter(
     return branches
 
 
-def _check_base(adapter: Adapter, bundle: Bundle) -> None:
-    made_for, is_here = adapter.base_fingerprint, bundle.manifest.fingerprint
-    if made_for not in (None, is_here):
+def _check_base(adapter: Adapter, base: Checkpoint) -> None:
+    made_for, is_here = adapter.base_fingerprint, descent_of(base)
+    if is_here is not None and made_for not in (None, is_here):
         raise InputError(
             f"was made for the base {printable(made_for)}, and this one is {is_here}",
             path=adapter.path,

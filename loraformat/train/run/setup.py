@@ -224,17 +224,18 @@ def open_model(options: TrainOptions) -> TrainableModel:
 
 
 def open_base(options: TrainOptions) -> TrainableModel:
-    """Open the bundle, with an adapter if one is named, to be looked at.
+    """Open the base, in any format, with an adapter if one is named, to be looked at.
 
     Raises
     ------
     InputError
-        If the base is no bundle, or the adapter does not fit it.
+        If the base is no model, or the adapter does not fit it.
     """
     return load(
         _base(options),
         adapter=options.adapter or None,
         compute_dtype=_DTYPES.get(options.compute_dtype),
+        to_train=False,
         **_placement(options),
     )
 
@@ -324,6 +325,11 @@ def with_length(model: TrainableModel, options: TrainOptions) -> TrainOptions:
     return options
 
 
+def _widest(sizes: Any) -> int:
+    """Return a feed-forward size, the largest where each layer has its own; 0 if none is told."""
+    return max((int(n) for n in (sizes if isinstance(sizes, list) else [sizes]) if n), default=0)
+
+
 def check_vocabulary(model: TrainableModel, encoder: TextEncoder) -> None:
     """Refuse a tokenizer that knows more tokens than the model.
 
@@ -336,6 +342,6 @@ def check_vocabulary(model: TrainableModel, encoder: TextEncoder) -> None:
         raise InputError(
             f"its tokenizer knows {needed} tokens, and the model {known}: they do not belong "
             "together",
-            path=model.bundle.folder.path,
+            path=model.bundle.checkpoint.path,
             hint="copy the tokenizer files of the model that the bundle was made from there",
         )

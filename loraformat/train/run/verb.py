@@ -15,6 +15,7 @@ import torch
 
 from loraformat.bundle_update import adapter_place
 from loraformat.errors import InputError, LoraFormatError, OutputError, ResourceError, UsageError
+from loraformat.ops.open import fingerprint_of
 from loraformat.output_rules import refuse_existing, refuse_input_as_output
 from loraformat.runtimes.chat import GENERATION_NAME
 from loraformat.train.loop import memory, saved_state
@@ -181,7 +182,7 @@ class _Run:
         self._directory = RunDirectory(output)
         self._model = inputs.model
         self._chat = (options, inputs.encoder, inputs.data)
-        self._base = inputs.model.bundle.folder.path
+        self._base = inputs.model.directory
         self._beside = (*template_files(*self._chat), *stop_files(*self._chat, self._base))
         self.report = TrainReport(
             target=str(output), directory=str(self._directory.path),
@@ -358,7 +359,7 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         inputs = self._inputs
         return identity_of(
-            self._options, base=str(self._model.bundle.manifest.fingerprint),
+            self._options, base=str(fingerprint_of(self._model.bundle.checkpoint)),
             data=inputs.data.fingerprint,
             held_out=None if inputs.held_out is None else inputs.held_out.fingerprint,
             ranks=self._world.size, steps=inputs.steps, compute=self.report.compute,

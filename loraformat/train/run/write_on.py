@@ -76,7 +76,7 @@ def write_on(
         If something is not sound, or does not fit together.
     """
     with open_base(options) as model:
-        directory = model.bundle.folder.path
+        directory = model.directory
         encoder = open_tokenizer(model.tokenizer_directory)
         check_vocabulary(model, encoder)
         if chat and options.adapter and (own := template_of(options.adapter)):

@@ -19,7 +19,7 @@ GRADIENTS = [
 ]  # fmt: skip
 LOSSES = [
     "olmo2", "granite", "starcoder2", "stablelm", "cohere", "glm", "nemotron", "falcon", "gpt_neox",
-    "phi", "opt", "bloom", "lfm2",
+    "phi", "opt", "bloom", "lfm2", "mamba",
 ]  # fmt: skip
 
 

@@ -120,6 +120,24 @@ def test_what_layers_share_has_its_gradient(sharing, way):
             assert relative(found[f"{name}.branch.b"], b.grad) < 1e-5, name
 
 
+@pytest.mark.parametrize("architecture", ["gemma3n_text", "gemma4_text"])
+def test_models_that_share_keys_and_values(opened, attach, architecture):
+    model, dense = opened(architecture)
+    attach(model)
+    batch = make_batch()
+    model.activation_memory = 0
+    model.loss(batch).backward()
+    factors, weights = merged_weights(model, dense)
+    dense_loss(dense, batch, weights).backward()
+    found = gradients(model)
+    for name, (a, b) in factors.items():
+        assert relative(found[f"{name}.branch.a"], a.grad) < 1e-4, name
+        assert relative(found[f"{name}.branch.b"], b.grad) < 1e-4, name
+    assert len(found) == 2 * len(factors) > 40
+    model.train()  # where Gemma 3n bounds some of its weights
+    assert relative(model.loss(batch).detach(), dense_loss(dense.train(), batch, weights)) < 1e-5
+
+
 @pytest.mark.parametrize("way", REFUSED)
 def test_a_class_that_shares_state_in_a_way_that_is_not_known_is_refused(sharing, way):
     model, _ = sharing(*REFUSED[way])

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from loraformat.demo import SMALL_MODEL
+from loraformat.ops.convert import convert
 from loraformat.train.loop.metrics import read_metrics
 from tests.train.loop.tiny_runs import files_of
 
@@ -193,7 +194,7 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
         (["train", "BUNDLE", "DATA", "-o", "no/where"], 5, "no such directory"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--device", "cuda:7"], 6, "no GPU cuda:7"),
         (["eval", "BUNDLE", "nowhere.jsonl"], 3, "nowhere.jsonl"),
-        (["eval", "SMALL", "DATA"], 3, "loraformat convert"),
+        (["eval", "DATA", "DATA"], 3, "name the base first, then the data"),
         (["eval", "BUNDLE", "DATA", "--adapter", "nowhere"], 3, "nowhere"),
         (["generate", "BUNDLE", "--prompt", "x", "--chat"], 2, "no chat template"),
         (["generate", "BUNDLE", "--prompt", "x", "--top-p", "0"], 2, "top-p is 0"),
@@ -212,6 +213,21 @@ def test_errors(run, place, tmp_path, monkeypatch, arguments, code, said):
     assert result.out == ""
     assert "Traceback" not in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_says_what_nf4_cost(run, place, tmp_path):
+    convert(place / "bundle", tmp_path / "back.gguf", dtype="f32")
+    losses = {}
+    for base in (place / "bundle", tmp_path / "back.gguf", SMALL_MODEL):
+        told = json.loads(run("eval", base, place / "data.jsonl", "--json").out)
+        losses[base.name] = told["results"][0]["loss"]
+    assert losses["back.gguf"] == pytest.approx(losses["bundle"], rel=1e-5)
+    assert losses["small_model"] < losses["bundle"] - 1e-3
+    texts = [
+        run("generate", base, "--prompt", "import ", "--max-tokens", "6", "--temperature", "0").out
+        for base in (place / "bundle", tmp_path / "back.gguf")
+    ]
+    assert texts[0] == texts[1] and texts[0].strip()
 
 
 def test_a_template_that_refuses_is_no_traceback(run, place, tmp_path):

@@ -77,6 +77,8 @@ class BaseFacts:
     named : bool
         Its tensors are known, not its config alone.
     layers : int or None
+    tokens : int or None
+        Rows of its embedding.
     gguf_architecture : str or None
         What GGUF calls its architecture, if that has a name for it.
     commit : str or None
@@ -88,6 +90,7 @@ class BaseFacts:
     fingerprint: str | None = None
     named: bool = False
     layers: int | None = None
+    tokens: int | None = None
     gguf_architecture: str | None = None
     commit: str | None = None
 
@@ -131,6 +134,8 @@ class AdapterFacts:
         Tensors that it replaces as a whole.
     rows : tuple of str
         Embeddings of which it replaces rows.
+    last_token : int or None
+        The largest of the tokens whose rows it replaces.
     config_rank : int or None
         ``r``, if there is a config.
     config_alpha : object
@@ -176,6 +181,7 @@ class AdapterFacts:
     modules: tuple[ModuleFacts, ...] = ()
     replaced: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
+    last_token: int | None = None
     config_rank: int | None = None
     config_alpha: Any = None
     rslora: bool = False

@@ -29,6 +29,7 @@ def facts_of(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
         modules=modules,
         replaced=tuple(adapter.replacements),
         rows=tuple(adapter.rows),
+        last_token=max((n for row in adapter.rows.values() for n in row.indices), default=None),
         invocation_tokens=bool(adapter.invocation_tokens),
         dora=any(module.dora for module in modules),
         bias=biases or any(module.bias for module in modules),

@@ -145,6 +145,17 @@ FEATURES: dict[str, dict[str, Any]] = {
             model__embed_tokens__token_adapter__trainable_tokens_delta=torch.ones(2, HIDDEN)
         ),
     },
+    "tokens beyond": {
+        "config": {"trainable_token_indices": {"embed_tokens": [3, 2049]}},
+        "change": _with(
+            model__embed_tokens__token_adapter__trainable_tokens_delta=torch.ones(2, HIDDEN)
+        ),
+    },
+    "grown head": {
+        "config": {"target_modules": [*LEAVES, "lm_head"]},
+        "change": _with(lm_head__lora_A__weight=torch.ones(8, HIDDEN),
+                        lm_head__lora_B__weight=torch.ones(2052, 8)),
+    },
     "pissa": {"config": {"init_lora_weights": "pissa_niter_4"}},
     "alora": {"config": {"alora_invocation_tokens": [5, 9]}},
     "loha": {"config": {"peft_type": "LOHA"}, "change": _renamed("lora_A", "hada_w1_a")},

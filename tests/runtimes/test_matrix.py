@@ -51,6 +51,8 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "CLASSIFIER": ("llama.cpp ollama", ""),
     },
     "trained tokens": {"TRAINED_TOKENS": (SERVERS, "")},
+    "tokens beyond": {"TRAINED_TOKENS": (SERVERS, ""), "TOKENS_BEYOND": (ALL, "")},
+    "grown head": {"VOCABULARY": (f"{SERVERS} mlx", ""), "LOAD_FAILS": ("transformers", "")},
     "pissa": {
         "INIT_MUTATES_BASE": ("vllm sglang lorax llama.cpp ollama mlx", "transformers"),
     },

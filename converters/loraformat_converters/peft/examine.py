@@ -27,6 +27,7 @@ from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.load_on_meta import Stored
 from loraformat_converters.peft.loading import judge_loading
 from loraformat_converters.peft.refusals import changing_start, refuse_by_name, unknown_fields
+from loraformat_converters.peft.rows import FIELD
 from loraformat_converters.peft.weights import (
     INDEX_NAME,
     StoredTensors,
@@ -106,6 +107,7 @@ class _Examiner:
             modules=found,
             replaced=tuple(self.replaced),
             rows=tuple(self.rows),
+            last_token=_last_token(config) if self.rows else None,
             config_rank=config.get("r", 8),
             config_alpha=config.get("lora_alpha", 8),
             rslora=self.settings.rslora,
@@ -211,6 +213,14 @@ class _Examiner:
             return None
         found = self.names.find(f"{owner}.weight")
         return None if found is None else self.base.tensors[found].shape
+
+
+def _last_token(config: Mapping[str, Any]) -> int | None:
+    """Return the largest of the trained tokens; None if the config does not name them rightly."""
+    named = config.get(FIELD)
+    lists = named.values() if isinstance(named, dict) else [named]
+    tokens = [n for some in lists if isinstance(some, list) for n in some if type(n) is int]
+    return max(tokens, default=None)
 
 
 def _text(value: object) -> str | None:

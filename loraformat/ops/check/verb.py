@@ -28,6 +28,7 @@ from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.record import Finding
 from loraformat.runtimes.remedies import Names
 from loraformat.tied_head import tied_embedding, tied_head
+from loraformat.vocabulary import per_token
 
 __all__ = ["CheckReport", "check", "examine"]
 
@@ -195,6 +196,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
         fingerprint=descent_of(base),
         named=bool(base.tensors),
         layers=max(layers) + 1 if layers else None,
+        tokens=max(per_token(base.tensors).values(), default=None),
         gguf_architecture=gguf_architecture(model_type),
         commit=base.provenance.revision,
     )

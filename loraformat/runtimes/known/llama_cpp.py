@@ -40,6 +40,7 @@ LLAMA_CPP = Runtime(
             "run it with transformers or vLLM",
         ),
         "TRAINED_TOKENS": refuses("a GGUF adapter holds low-rank deltas", "merge-gguf"),
+        "VOCABULARY": refuses("llama.cpp resizes no vocabulary", "merge-gguf"),
         "RSLORA_IGNORED": differs(_ONE_ALPHA, "gguf"),
         "PATTERN_IGNORED": differs(_ONE_ALPHA, "gguf"),
         "ALPHA_ZERO": differs("an alpha of 0 means no scaling there: the delta acts", "gguf"),

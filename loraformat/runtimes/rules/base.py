@@ -6,9 +6,13 @@ from loraformat.errors import printable
 from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
 from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
 
-__all__ = ["BASE_RULES"]
+__all__ = ["BASE_RULES", "tokens_beyond"]
 
 _OTHER_BASE = "name the base that it was trained on"
+_GROW = (
+    "it was trained on a base with more tokens: grow the base with transformers "
+    "(model.resize_token_embeddings, save_pretrained), and name that one"
+)
 _HEADS = ("lm_head", "embed_tokens", "wte", "embed_out")
 
 
@@ -34,12 +38,54 @@ def _shape(adapter: AdapterFacts, runtime: Runtime) -> str | None:
         linear = (module.out_features, module.in_features)
         if module.missing or module.base_shape in (None, linear, linear[::-1]):
             continue
+        if _tokens_of(module) is not None:
+            continue
         assert module.base_shape is not None
         return (
             f"the delta of {printable(module.name)} is {list(linear)}, the base's weight "
             f"{list(module.base_shape)}"
         )
     return None
+
+
+def _tokens_of(module: ModuleFacts) -> int | None:
+    """Return the tokens that a delta has, if that is how it differs from the base's weight."""
+    if module.leaf not in _HEADS or module.base_shape is None or module.missing:
+        return None
+    sizes = module.out_features, module.in_features
+    tokens, width = sizes[::-1] if module.embedding else sizes
+    rows, *columns = module.base_shape
+    return tokens if columns == [width] and tokens != rows else None
+
+
+def _vocabulary(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if adapter.base is None or runtime.has_proof(adapter):
+        return None
+    for module in adapter.modules:
+        if (tokens := _tokens_of(module)) is not None and module.base_shape is not None:
+            return (
+                f"{printable(module.name)} has a delta of {tokens} tokens, and the base has "
+                f"{module.base_shape[0]}"
+            )
+    return None
+
+
+def tokens_beyond(adapter: AdapterFacts) -> str | None:
+    """Return what is wrong with rows of tokens that the base does not have; None if nothing is.
+
+    Where the adapter has the embedding, too, it says how many tokens there are.
+    """
+    here = adapter.base.tokens if adapter.base is not None else None
+    if here is None or adapter.last_token is None or adapter.last_token < here:
+        return None
+    saved = any(name.removesuffix(".weight").endswith(_HEADS) for name in adapter.replaced)
+    if saved or any(_tokens_of(module) is not None for module in adapter.modules):
+        return None
+    return f"has a row for token {adapter.last_token}, and the base has {here}"
+
+
+def _beyond(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    return tokens_beyond(adapter)
 
 
 def _fingerprint(adapter: AdapterFacts, runtime: Runtime) -> str | None:
@@ -100,6 +146,18 @@ BASE_RULES = (
         "deltas of another shape than the base's weights",
         _shape,
         refuses("it cannot be added", "advice", _OTHER_BASE),
+    ),
+    Rule(
+        "VOCABULARY",
+        "deltas of more or fewer tokens than the base has",
+        _vocabulary,
+        refuses("it serves the base's vocabulary", "merge"),
+    ),
+    Rule(
+        "TOKENS_BEYOND",
+        "rows of tokens that the base does not have",
+        _beyond,
+        refuses("there are no such rows", "advice", _GROW),
     ),
     Rule(
         "BASE_HASH_MISMATCH",

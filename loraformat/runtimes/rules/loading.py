@@ -5,12 +5,15 @@ from __future__ import annotations
 from loraformat.errors import printable
 from loraformat.runtimes.facts import AdapterFacts, Loading
 from loraformat.runtimes.record import Rule, Runtime
+from loraformat.runtimes.rules.base import tokens_beyond
 
 __all__ = ["LOADING_RULES"]
 
 
 def _fails(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     if adapter.loading is None or adapter.loading.problem is None or adapter.empty:
+        return None
+    if tokens_beyond(adapter) is not None:
         return None
     return f"does not load into this base: {printable(adapter.loading.problem)}"
 

@@ -79,6 +79,11 @@ class BaseNames:
                     self._tails.setdefault(".".join(parts[first:]), []).append(name)
 
     @property
+    def known(self) -> bool:
+        """Whether the base's tensors are known, not its config alone."""
+        return bool(self._shapes)
+
+    @property
     def memory(self) -> InMemory | None:
         """What transformers knows of the base; None if it knows nothing."""
         if not self._asked:

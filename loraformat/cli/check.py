@@ -139,7 +139,7 @@ def _refuse_options(fixing: bool, target: str | None, dtype: str | None, force: 
 
 def _text(report: Any) -> list[str]:
     ranks = ", ".join(map(str, report.ranks)) or "none"
-    against = f", held against {report.base}" if report.base else ""
+    against = f", held against {report.base or 'no base (--base)'}"
     lines = [f"{report.format} {report.path}: {report.modules} modules, rank {ranks}{against}", ""]
     rows = [
         [runtime, _WORDS[verdict], ", ".join(_rules(report, runtime)) or "-"]

@@ -182,3 +182,19 @@ def test_a_config_that_asks_for_millions_of_layers(base, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**9}))
     report = check(adapter, base=Path(other), runtimes=["transformers"])
     assert {finding.rule for finding in report.findings} == {"LOAD_UNPROVEN"}
+
+
+@pytest.mark.parametrize("missing", [None, "peft"])
+def test_of_a_config_alone(base, tmp_path, monkeypatch, missing):
+    """Its shapes are enough for PEFT; without PEFT nothing is known."""
+    adapter = trained(base, tmp_path / "adapter")
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    report = check(adapter, base=base / "config.json", runtimes=["transformers"])
+    assert report.verdicts == {"transformers": "care" if missing else "right"}
+
+
+def test_of_weights_without_a_config(base, tmp_path):
+    adapter = trained(base, tmp_path / "adapter")
+    report = check(adapter, base=base / "model.safetensors", runtimes=["transformers"])
+    assert {finding.rule for finding in report.findings} == {"LOAD_UNPROVEN"}

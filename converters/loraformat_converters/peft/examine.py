@@ -142,10 +142,11 @@ class _Examiner:
         )
 
     def _loading(self, config: dict[str, Any]) -> Loading | None:
-        if self.base is None or self.names is None or not self.base.config:
+        if self.base is None or self.names is None:
             return None
         tensors = {n: Stored(t.dtype, t.shape) for n, t in self.stored.tensors.items()}
-        return judge_loading(config, tensors, parse(self.base.config), self.names)
+        base = parse(self.base.config) if self.base.config else {}
+        return judge_loading(config, tensors, base, self.names)
 
     def _has_biases(self, config: Mapping[str, Any], found: tuple[ModuleFacts, ...]) -> bool:
         said = config.get("bias") not in (None, "none") or config.get("lora_bias") is True

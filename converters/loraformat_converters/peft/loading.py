@@ -6,6 +6,7 @@ too plain to cost any.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -55,6 +56,8 @@ def judge_loading(
     loaded = ask(config, tensors, base)
     if loaded is not None:
         problem, left_out = loaded.problem, loaded.ignored
+    elif not names.known:  # of the base there is a config alone
+        problem, left_out = None, ()
     else:
         left_out = tuple(name for name in tensors if not _is_expected(name, names))
         problem = next((p for n, s in tensors.items() if (p := _misfit(n, s, names))), None)
@@ -105,9 +108,10 @@ def _in_a_process(
 
 def serve() -> None:
     """Answer one request from standard input; what runs in the process of its own."""
-    import resource
+    with contextlib.suppress(ImportError):  # where there is none, the time that is waited is left
+        import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     config, tensors, base = json.load(sys.stdin)
     stored = {name: Stored(dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()}
     sys.stdout.write("\n" + json.dumps(load_on_meta(config, stored, base)) + "\n")

@@ -46,7 +46,7 @@ def _foreign(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 def _unproven(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     if adapter.loading is None or adapter.loading.proven:
         return None
-    return "was compared with the base's names and shapes, not loaded"
+    return "was not loaded by PEFT itself: names and shapes alone were looked at"
 
 
 LOADING_RULES = (

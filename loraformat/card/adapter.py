@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loraformat.card.document import Document
 from loraformat.card.facts import AdapterFacts
 from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, nbytes, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names, shape_words
 from loraformat.card.training import evaluation, settings, training_data
-from loraformat.runtimes.chat import GENERATION_NAME, chat_of
+from loraformat.runtimes.chat import GENERATION_NAME
 from loraformat.runtimes.modelfile import ollama
 from loraformat.runtimes.usage import llama_cpp, transformers, vllm
 from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
@@ -112,11 +114,13 @@ def _use(facts: AdapterFacts) -> str:
     gguf = facts.gguf or f"{name}.gguf"
     base_name = facts.base.repo.rpartition("/")[2]
     beside = {file.path for file in facts.files}
-    chat = chat_of(
-        facts.training.record,
-        template=TEMPLATE_NAME if TEMPLATE_NAME in beside else None,
-        ends_otherwise=GENERATION_NAME in beside,
-    )
+    chat = facts.chat
+    if chat is not None:  # only what is published can be fetched
+        chat = replace(
+            chat,
+            template=TEMPLATE_NAME if TEMPLATE_NAME in beside else None,
+            stop_ids=chat.stop_ids if GENERATION_NAME in beside else (),
+        )
     use = Use(
         name=name,
         base=facts.base.repo,

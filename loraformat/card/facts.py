@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraformat.runtimes.chat import Chat
+
 __all__ = ["AdapterFacts", "Base", "BundleFacts", "FileFact", "Licence", "Training"]
 
 
@@ -99,6 +101,8 @@ class AdapterFacts:
     training : Training
     wrong_in : frozenset of str
         Runtimes that would refuse it or compute something else.
+    chat : Chat, optional
+        How it is prompted, if it was trained on conversations.
     """
 
     repo: str
@@ -120,6 +124,7 @@ class AdapterFacts:
     fingerprint: str | None = None
     training: Training = field(default_factory=Training)
     wrong_in: frozenset[str] = frozenset()
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from loraformat.cli.console import echo_json, json_option, quiet_option, say, table
+from loraformat.cli.template_pieces import format_of
 from loraformat.errors import UsageError
-
-if TYPE_CHECKING:
-    from loraformat.runtimes.chat import ChatFormat
 
 _EXAMPLE = """\b
 Example:
@@ -107,7 +103,7 @@ def command(
     members = report.to_json() | members
     lines += _text(report)
     if directory is not None:
-        written = write_usage(report, directory, base=base, format_of=_format_of)
+        written = write_usage(report, directory, base=base, format_of=format_of)
         members["written"] = {"path": written.path, "files": written.files,
                               "left_out": written.left_out}  # fmt: skip
         lines += ["", f"wrote {written.path}: {', '.join(written.files)}"]
@@ -117,15 +113,6 @@ def command(
     elif not quiet:
         say("\n".join(lines))
     return _FOUND_SOMETHING if report.failed else 0
-
-
-def _format_of(template: str, special: Mapping[str, str]) -> ChatFormat | None:
-    """Render a chat template to find its pieces; where transformers is missing, nothing is."""
-    if find_spec("transformers") is None:
-        return None
-    from loraformat.train.data.chat_format import format_of_template
-
-    return format_of_template(template, special)
 
 
 def _refuse_options(fixing: bool, target: str | None, dtype: str | None, force: bool) -> None:

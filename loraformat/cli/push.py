@@ -16,6 +16,7 @@ from loraformat.cli.console import (
     table,
 )
 from loraformat.cli.options import dry_run_option
+from loraformat.cli.template_pieces import format_of
 
 _EXAMPLE = """\b
 Example:
@@ -87,7 +88,7 @@ def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) ->
     from loraformat.ops.sharing.push import push
 
     with progress_bar("verify", quiet=quiet) as progress:
-        report = push(path, repo, progress=progress, **options)
+        report = push(path, repo, progress=progress, format_of=format_of, **options)
     if as_json:
         echo_json("push", report.to_json())
     elif not quiet:

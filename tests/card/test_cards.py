@@ -19,6 +19,7 @@ from loraformat.card import (
 )
 from loraformat.card.document import BEGIN, END
 from loraformat.card.training import without_paths
+from loraformat.runtimes.chat import Chat, ChatFormat
 
 BASE = Base("org/base_model", "b" * 40, Licence("other", "llama3.2", "LICENSE"))
 FILES = [FileFact("adapter_model.safetensors", 4096, "a" * 64)]
@@ -80,12 +81,10 @@ def test_an_adapter_says_what_it_is():
 
 
 def test_an_adapter_of_conversations_is_talked_to():
-    pieces = {"begin": "", "system": None, "user": "<u>", "answer": "<a>", "end": "<e>"}
-    chat = {"format": pieces, "stops": ["<e>"], "stop_ids": [5]}
-    record = {"training": {**RECORD["training"], "chat": chat}}
+    chat = Chat(ChatFormat("", None, "<u>", "<a>", "<e>"), ("<e>",), (5,))
     plain = adapter_card(ADAPTER).render()
     assert "Once upon a time" in plain and "apply_chat_template" not in plain
-    text = adapter_card(replace(ADAPTER, training=Training(record))).render()
+    text = adapter_card(replace(ADAPTER, chat=chat)).render()
     assert "Once upon a time" not in text
     assert "tokenizer.apply_chat_template(" in text and "eos_token_id" not in text
     assert "/v1/chat/completions" in text and "stop_token_ids" not in text
@@ -94,7 +93,7 @@ def test_an_adapter_of_conversations_is_talked_to():
     assert "chat_template.jinja" not in text
     beside = [FileFact(name, 9, "c" * 64) for name in ("chat_template.jinja",
                                                        "generation_config.json")]  # fmt: skip
-    own = adapter_card(replace(ADAPTER, files=[*FILES, *beside], training=Training(record)))
+    own = adapter_card(replace(ADAPTER, files=[*FILES, *beside], chat=chat))
     for words in (
         'cached_file("me/polite", "chat_template.jinja")',
         "eos_token_id=[5]",
@@ -105,7 +104,7 @@ def test_an_adapter_of_conversations_is_talked_to():
     ):
         assert words in own.render(), words
     # Somebody else's, who says no more than that there is a template.
-    text = adapter_card(replace(ADAPTER, files=[*FILES, beside[0]])).render()
+    text = adapter_card(replace(ADAPTER, files=[*FILES, beside[0]], chat=Chat())).render()
     assert "apply_chat_template" in text and "not put in Ollama's language here" in text
 
 

@@ -146,3 +146,18 @@ def test_the_loss_curve_of_the_run(push, shelf, tmp_path, record, shown):
     assert ("loss.png" in files) == shown
     assert ("![Loss curve](loss.png)" in files["README.md"].decode()) == shown
     assert "metrics.jsonl" not in files
+
+
+def test_the_card_of_an_adapter_of_conversations_talks_to_it(push, shelf, tmp_path):
+    folder = tmp_path / "adapter"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    text = push("adapter", "me/new", "--dry-run").stdout
+    assert "Once upon a time" not in text and "apply_chat_template" in text
+    assert '{{ .Prompt }}<|end|><|assistant|>{{ .Response }}<|end|>"""' in text
+    assert 'PARAMETER stop "<|end|>"' in text
+    hidden = push("adapter", "me/new", "--dry-run", "--exclude", "chat_template.jinja").stdout
+    assert "cached_file" in text and "cached_file" not in hidden

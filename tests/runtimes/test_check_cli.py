@@ -214,6 +214,10 @@ def test_write_for_an_adapter_of_conversations(run, adapter, base, tmp_path):
     assert "-cnv" in files["run_llama_cpp.sh"]
     assert "apply_chat_template" in files["run_transformers.py"]
     compile(files["run_transformers.py"], "script", "exec")
+    # Trained on documents, with the base's template beside it.
+    (folder / "training_record.json").write_text(json.dumps({"training": {"chat": None}}))
+    assert run(folder, "--base", base, "--write", "plain").code in (0, 4)
+    assert "TEMPLATE" not in (tmp_path / "plain" / "Modelfile").read_text()
     (folder / "training_record.json").write_text("{")
     assert run(folder, "--base", base, "--write", "again").code == 3
     assert not (tmp_path / "again").exists()

@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from loraformat.carried_tokenizer import CarriedTokenizer
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import OutputError, UsageError
-from loraformat.folder import Folder
 from loraformat.hub import hub_id, resolve
-from loraformat.ops.check.prompts import tokenizer_beside
+from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
 from loraformat.ops.check.verb import CheckReport
 from loraformat.publish_file import open_publication
-from loraformat.runtimes.chat import (
-    GENERATION_NAME,
-    RECORD_NAME,
-    Chat,
-    ChatFormat,
-    chat_of,
-)
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
 from loraformat.runtimes.usage import lorax, snippet
-from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
+from loraformat.runtimes.use import Snippet, Use
 
-__all__ = ["FormatOf", "Written", "snippets", "write_usage"]
-
-_LARGEST_RECORD = 16 << 20
-FormatOf = Callable[[str, Mapping[str, str]], ChatFormat | None]
-"""Finds the pieces of a chat template, given the texts of special tokens by kind."""
+__all__ = ["Written", "snippets", "write_usage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +39,12 @@ class Written:
     left_out: list[str]
 
 
-def _not_tried(template: str, special: Mapping[str, str]) -> ChatFormat | None:
-    return None
-
-
 def write_usage(
     report: CheckReport,
     target: str | Path,
     *,
     base: str | None = None,
-    format_of: FormatOf = _not_tried,
+    format_of: FormatOf = not_tried,
 ) -> Written:
     """Write one file for each runtime of a report that will be right.
 
@@ -100,7 +80,7 @@ def write_usage(
 
 
 def snippets(
-    report: CheckReport, *, base: str | None = None, format_of: FormatOf = _not_tried
+    report: CheckReport, *, base: str | None = None, format_of: FormatOf = not_tried
 ) -> tuple[list[Snippet], list[str]]:
     """Return the text for each runtime that will be right, and why others have none."""
     use = _use(report, base, format_of)
@@ -135,34 +115,9 @@ def _use(report: CheckReport, base: str | None, format_of: FormatOf) -> Use:
         gguf=_placed(report.path) if is_gguf else f"{stem}.gguf",
         base_gguf=_placed(named) if named.endswith(".gguf") else "model.gguf",
         revision=revision,
-        chat=_chat(report.path, named, format_of),
+        chat=chat_beside(resolve(report.path).path, Path(named), format_of),
         on_hub=resolve(report.path).repo is not None,
     )
-
-
-def _chat(path: str, base: str, format_of: FormatOf) -> Chat | None:
-    """Return how an adapter is prompted, by what lies beside its weights."""
-    place = resolve(path).path
-    if not place.is_dir():
-        return None
-    folder, record = Folder(place), {}
-    if folder.has(RECORD_NAME):
-        read = partial(folder.read, RECORD_NAME, _LARGEST_RECORD)
-        file = CarriedFile(RECORD_NAME, folder.size(RECORD_NAME), read)
-        record = CarriedTokenizer([file], place).json(RECORD_NAME)
-    chat = chat_of(
-        record,
-        template=str(place.absolute() / TEMPLATE_NAME) if folder.has(TEMPLATE_NAME) else None,
-        ends_otherwise=folder.has(GENERATION_NAME),
-    )
-    ours = tokenizer_beside(place)
-    template = ours.chat_templates.get("default")
-    if template is None or (chat is not None and chat.format is not None):
-        return chat
-    special = {**tokenizer_beside(Path(base)).special, **ours.special}
-    chat = chat or Chat()
-    ends = chat.stops or tuple(filter(None, [special.get("eos")]))
-    return replace(chat, format=format_of(template, special), stops=ends)
 
 
 def _placed(word: str) -> str:

@@ -11,6 +11,7 @@ from loraformat.ops.describe_adapter import AdapterDescription
 from loraformat.ops.sharing.contents import CONFIG_NAME, read_record
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.quantization_history import spelled
+from loraformat.runtimes.chat import Chat
 
 __all__ = ["adapter_facts", "bundle_facts"]
 
@@ -22,6 +23,7 @@ def adapter_facts(
     base: Base,
     files: list[UploadFile],
     wrong_in: Iterable[str],
+    chat: Chat | None = None,
 ) -> AdapterFacts:
     """Return what a card says of an adapter.
 
@@ -35,6 +37,8 @@ def adapter_facts(
     files : list of UploadFile
     wrong_in : iterable of str
         Runtimes that would refuse it or compute something else.
+    chat : Chat, optional
+        How it is prompted.
     """
     ggufs = [file.path for file in files if file.path.endswith(".gguf")]
     return AdapterFacts(
@@ -57,6 +61,7 @@ def adapter_facts(
         fingerprint=said.base_fingerprint,
         training=Training(read_record(files)),
         wrong_in=frozenset(wrong_in),
+        chat=chat,
     )
 
 

@@ -12,6 +12,7 @@ from loraformat.bundle_update import adapter_place, read_manifest
 from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.manifest import Manifest
+from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
 from loraformat.ops.check.verb import check
 from loraformat.ops.describe import ModelSummary, describe
 from loraformat.ops.describe_adapter import AdapterDescription, description_of
@@ -51,6 +52,7 @@ class Wishes:
     licence: str | None
     choice: Choice
     dry_run: bool
+    format_of: FormatOf = not_tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,10 @@ def _adapter(
     in_bundle = listed is not None and wishes.base is None
     near = None if in_bundle else near_base(wishes.base, local, base)
     wrong = _wrong_in(path, near, is_given=wishes.base is not None, notes=contents.notes)
-    document = adapter_card(adapter_facts(said, task, wishes.repo, base, contents.files, wrong))
+    at = None if near is None else Path(near.path)
+    chat = chat_beside(path, at, wishes.format_of)
+    facts = adapter_facts(said, task, wishes.repo, base, contents.files, wrong, chat)
+    document = adapter_card(facts)
     replaces = () if path.is_file() else _PEFT_FILES
     return _parcel("adapter", base, contents, document, wishes, replaces)
 

@@ -30,6 +30,7 @@ from loraformat.hub.repository import (
 from loraformat.hub.source import download
 from loraformat.hub.tree import TreeFile
 from loraformat.manifest import CARD_NAME
+from loraformat.ops.check.chats import FormatOf, not_tried
 from loraformat.ops.sharing.contents import Choice, read_card
 from loraformat.ops.sharing.parcel import Parcel, Wishes, open_parcel
 from loraformat.ops.sharing.report import FileReport, PushReport
@@ -74,6 +75,7 @@ def push(
     message: str | None = None,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    format_of: FormatOf = not_tried,
 ) -> PushReport:
     """Publish an adapter or a bundle on the Hub.
 
@@ -115,6 +117,8 @@ def push(
         Upload nothing; report files, sizes and the card.
     progress : callable
         Called with the bytes verified and the bytes in total.
+    format_of : callable
+        Renders the chat template of an adapter that no record tells the pieces of, for its card.
 
     Raises
     ------
@@ -125,7 +129,7 @@ def push(
     """
     began = time.perf_counter()
     choice = Choice(tuple(include), tuple(exclude), with_statistics, whole_record)
-    wishes = Wishes(repo, with_gguf, base, base_model, licence, choice, dry_run)
+    wishes = Wishes(repo, with_gguf, base, base_model, licence, choice, dry_run, format_of)
     _check(wishes, revision, create_pr, tag)
     if not dry_run:
         require_login()

@@ -1,0 +1,68 @@
+"""How an adapter is talked to: by its record, or the template and tokenizer beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from loraformat.carried_tokenizer import CarriedTokenizer
+from loraformat.checkpoint import CarriedFile
+from loraformat.folder import Folder
+from loraformat.ops.check.prompts import tokenizer_beside
+from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME, Chat, ChatFormat, chat_of
+from loraformat.runtimes.use import TEMPLATE_NAME
+
+__all__ = ["FormatOf", "chat_beside", "not_tried"]
+
+_LARGEST_RECORD = 16 << 20
+FormatOf = Callable[[str, Mapping[str, str]], ChatFormat | None]
+"""Finds the pieces of a chat template, given the texts of special tokens by kind."""
+
+
+def not_tried(template: str, special: Mapping[str, str]) -> ChatFormat | None:
+    """Find nothing: the `FormatOf` of those who cannot render templates."""
+    return None
+
+
+def chat_beside(place: Path, base: Path | None, format_of: FormatOf) -> Chat | None:
+    """Return how an adapter is prompted, by what lies beside its weights.
+
+    Parameters
+    ----------
+    place : Path
+        Of the adapter; beside a single file nothing lies.
+    base : Path or None
+        Whose special tokens count where the adapter brings no tokenizer.
+    format_of : callable
+        Renders a chat template that no record tells the pieces of.
+
+    Raises
+    ------
+    InputError
+        If a file beside it is damaged.
+    """
+    if not place.is_dir():
+        return None
+    folder, record = Folder(place), {}
+    if folder.has(RECORD_NAME):
+        read = partial(folder.read, RECORD_NAME, _LARGEST_RECORD)
+        file = CarriedFile(RECORD_NAME, folder.size(RECORD_NAME), read)
+        record = CarriedTokenizer([file], place).json(RECORD_NAME)
+    told = record.get("training")
+    if isinstance(told, dict) and told.get("chat", record) is None:
+        return None  # the template is the base's, and had no part in the training
+    chat = chat_of(
+        record,
+        template=str(place.absolute() / TEMPLATE_NAME) if folder.has(TEMPLATE_NAME) else None,
+        ends_otherwise=folder.has(GENERATION_NAME),
+    )
+    ours = tokenizer_beside(place)
+    template = ours.chat_templates.get("default")
+    if template is None or (chat is not None and chat.format is not None):
+        return chat
+    special = {**({} if base is None else tokenizer_beside(base).special), **ours.special}
+    chat = chat or Chat()
+    ends = chat.stops or tuple(filter(None, [special.get("eos")]))
+    return replace(chat, format=format_of(template, special), stops=ends)

@@ -10,7 +10,7 @@ else's business: conversions are functions from lazy tensors to lazy tensors, se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from math import prod
@@ -333,11 +333,11 @@ class Checkpoint:
         ``config.json`` without ``quantization_config``.
     quantization_config : dict or None
         What ``config.json`` said about quantization: bitsandbytes' own members.
-    files : tuple of CarriedFile
+    files : sequence of CarriedFile
         Everything else, without ``config.json``.
     sources : tuple of Path
         Every file that is read, to refuse an output that would overwrite one.
-    left_behind : tuple of str
+    left_behind : sequence of str
         What the source holds and a checkpoint cannot carry, as sentences for the report.
     close : callable
         Unmaps the files; raises `FileChangedError` if one changed meanwhile.
@@ -348,9 +348,9 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     config: bytes | None = None
     quantization_config: dict[str, Any] | None = None
-    files: tuple[CarriedFile, ...] = ()
+    files: Sequence[CarriedFile] = ()
     sources: tuple[Path, ...] = ()
-    left_behind: tuple[str, ...] = ()
+    left_behind: Sequence[str] = ()
     close: Callable[[], None] = _nothing
 
     def __enter__(self) -> Checkpoint:

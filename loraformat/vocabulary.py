@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraformat.checkpoint import CarriedFile, LazyTensor
 from loraformat.config_json import parse
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Resize", "per_token", "resized", "resized_config", "tokenizer_files", "with_tokenizer"]
 
@@ -81,11 +82,14 @@ def resized(values: torch.Tensor, rows: int) -> torch.Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> resized(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), 3)
     tensor([[1., 2.],
             [3., 6.],
             [2., 4.]])
     """
+    import torch
+
     before = len(values)
     if rows <= before:
         return values[:rows]

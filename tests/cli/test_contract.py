@@ -11,6 +11,8 @@ import pytest
 
 from loraformat import __version__
 from loraformat.cli import _VERBS, commands, main
+from loraformat.demo import SMALL_MODEL
+from loraformat.ops.convert import convert
 
 VERBS = sorted(_VERBS)
 
@@ -65,11 +67,14 @@ def test_help_imports_nothing_heavy(arguments):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_info_needs_no_torch(bundle):
+@pytest.mark.parametrize("verb", ["info", "verify"])
+def test_looking_needs_no_torch(model, bundle, tmp_path, verb):
+    convert(SMALL_MODEL, tmp_path / "model.gguf", dtype="f16")
     code = (
         "import sys\nfrom loraformat.cli import main\n"
-        f"try: main(['info', {str(bundle)!r}])\n"
-        "except SystemExit as leave: assert leave.code == 0\n"
+        f"for path in {[str(path) for path in (model, bundle, tmp_path / 'model.gguf')]}:\n"
+        f"    try: main([{verb!r}, path])\n"
+        "    except SystemExit as leave: assert leave.code == 0\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat import config_json
 from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance, tensor_view
+from loraformat.deferred import Deferred
 from loraformat.dtypes import TORCH_NAMES, torch_dtype
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.quantization_history import from_text
@@ -48,6 +49,7 @@ from loraformat_converters.gguf.general import (
     QUANTIZED_KEY,
 )
 from loraformat_converters.gguf.model_card import card_file, left_out
+from loraformat_converters.gguf.tokenizers import TokenizerFiles
 from loraformat_converters.gguf.types import GGMLType, ValueType
 
 if TYPE_CHECKING:
@@ -102,14 +104,8 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
     sources = [_Source(gguf, recipe, decoded) for recipe in recipes.tensors]
     if raw is None:
         raw = _derived(gguf, architecture, config, _main_dtype(sources))
-    generation = _generation(gguf)
-    tokenizer = tokenizers.files(gguf)
-    files = tokenizer.files
-    if not any(file.path == "generation_config.json" for file in files) and generation:
-        files = (CarriedFile("generation_config.json", len(generation), lambda: generation), *files)
-    ours = any(key.startswith("loraformat.") for key in gguf.metadata)
-    files = (*files, *card_file(gguf, ours=ours))
-    missing = () if tokenizer.missing is None else (tokenizer.missing,)
+    # A vocabulary takes seconds, and who only looks at the weights has no use for it.
+    tokenizer = Deferred(lambda: [tokenizers.files(gguf)])
     return Checkpoint(
         path=gguf.path,
         provenance=Provenance(
@@ -119,11 +115,25 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         ),
         tensors={source.recipe.name: source.tensor() for source in sources},
         config=raw,
-        files=files,
-        left_behind=(*missing, *left_out(gguf)),
+        files=Deferred(lambda: _files(gguf, tokenizer[0])),
+        left_behind=Deferred(lambda: _left_behind(gguf, tokenizer[0])),
         sources=gguf.sources,
         close=gguf.close,
     )
+
+
+def _files(gguf: GGUFFile, tokenizer: TokenizerFiles) -> Iterator[CarriedFile]:
+    generation = _generation(gguf)
+    if generation and not any(file.path == "generation_config.json" for file in tokenizer.files):
+        yield CarriedFile("generation_config.json", len(generation), lambda: generation)
+    yield from tokenizer.files
+    yield from card_file(gguf, ours=any(key.startswith("loraformat.") for key in gguf.metadata))
+
+
+def _left_behind(gguf: GGUFFile, tokenizer: TokenizerFiles) -> Iterator[str]:
+    if tokenizer.missing is not None:
+        yield tokenizer.missing
+    yield from left_out(gguf)
 
 
 def _fingerprint(gguf: GGUFFile) -> str | None:

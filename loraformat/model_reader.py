@@ -79,7 +79,8 @@ def open_model(
         for file in files:
             opened.callback(file.close)
         tensors = collect(files, transposed=transposed, any_storage=any_storage)
-        if not alone:
+        indexed = not alone and folder.has(index_json.INDEX_NAME) and names != [_SINGLE]
+        if indexed:
             _check_index(folder, files)
         if alone:
             return Checkpoint(
@@ -89,7 +90,7 @@ def open_model(
                 sources=(path,),
                 close=opened.pop_all().close,
             )
-        if folder.has(index_json.INDEX_NAME):
+        if indexed:
             names = [*names, index_json.INDEX_NAME]
         return as_checkpoint(path, format_name, names, tensors, opened.pop_all().close)
 
@@ -182,21 +183,21 @@ def _config(folder: Folder) -> tuple[bytes | None, dict[str, Any] | None]:
 def weight_files(folder: Folder) -> list[str]:
     """Return the safetensors files that make up the model, as transformers would choose them.
 
-    The index decides; without one ``model.safetensors`` alone; else every safetensors file
-    of the directory, of which numbered ones must be complete.
+    ``model.safetensors`` alone, if it is there; else the index decides; else every safetensors
+    file of the directory, of which numbered ones must be complete.
 
     Raises
     ------
     InputError
         If there are none, or one is missing.
     """
-    if folder.has(index_json.INDEX_NAME):
+    if folder.has(_SINGLE):
+        names = [_SINGLE]
+    elif folder.has(index_json.INDEX_NAME):
         path = folder.path / index_json.INDEX_NAME
         raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
         weight_map, _ = index_json.parse_index(raw, path)
         names = sorted(set(weight_map.values()))
-    elif folder.has(_SINGLE):
-        names = [_SINGLE]
     else:
         names = sorted(
             p.name for p in folder.path.glob("*.safetensors") if not is_adapter_file(p.name)
@@ -227,8 +228,6 @@ def _check_numbering(folder: Folder, names: Sequence[str]) -> None:
 
 
 def _check_index(folder: Folder, files: Sequence[MappedFile]) -> None:
-    if not folder.has(index_json.INDEX_NAME):
-        return
     path = folder.path / index_json.INDEX_NAME
     raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
     weight_map, _ = index_json.parse_index(raw, path)
@@ -248,11 +247,11 @@ def _carry(folder: Folder, weights: Sequence[str]) -> tuple[list[CarriedFile], l
     carried: list[CarriedFile] = []
     left_behind: list[str] = []
     for name in folder.names():
-        if name in (*weights, config_json.CONFIG_NAME, index_json.INDEX_NAME, MANIFEST_NAME):
+        if name in (*weights, config_json.CONFIG_NAME, MANIFEST_NAME):
             continue
         size = folder.size(name)
         if _WEIGHTS.search(name):
-            left_behind.append(f"{printable(name)} (weights that this model's index does not name)")
+            left_behind.append(f"{printable(name)} (weights that transformers would not load)")
         elif not is_safe_path(name):
             left_behind.append(f"{printable(name)} (its name is not portable)")
         elif any(name.lower() == other.path.lower() for other in carried):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ from loraformat.checkpoint import NF4Tensor
 from loraformat.errors import FormatError, InputError
 from loraformat.folder import Folder
 from loraformat.hub import resolve
+from loraformat.index_json import INDEX_NAME
 from loraformat.integrity import Finding, check_adapter, check_listed, verify_bundle
+from loraformat.manifest import CARD_NAME
 from loraformat.ops.adapter_output import check_values
 from loraformat.ops.convert_adapter import tensors_of
 from loraformat.ops.open import read_model
@@ -23,6 +26,13 @@ from loraformat.reader import is_bundle
 __all__ = ["Verification", "verify"]
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+#: Files that transformers loads from a model's directory because they lie there.
+_LOADED = re.compile(
+    r"(model\.safetensors(\.index\.json)?|generation_config\.json|adapter_config\.json"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|(pre)?processor_config\.json|(tokenizer|spiece)\.model|vocab\.txt|merges\.txt"
+    r"|chat_template\.jinja|(additional_)?chat_templates/.*|[^/]*\.py)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +147,20 @@ def _bundle(path: Path, progress: Callable[[int, int], None]) -> Verification:
         progress(done, total)
 
     findings = verify_bundle(path, progress=count)
+    if not findings:  # else the manifest itself may be what is wrong
+        findings = [*_unlisted(path)]
     return Verification(str(path), "loraformat", tensors, True, findings)
+
+
+def _unlisted(path: Path) -> Iterator[Finding]:
+    """Yield files that no hash covers, and that transformers would load."""
+    manifest = read_manifest(path)
+    listed = {*manifest.files, *(shard.file for shard in manifest.shards), INDEX_NAME, CARD_NAME}
+    for name in Folder(path).names():
+        if name not in listed and _LOADED.fullmatch(name):
+            yield Finding(
+                "",
+                str(path / name),
+                "is not listed in the manifest, and transformers would load it; move it away, or "
+                "convert again with it beside the source",
+            )

@@ -64,6 +64,7 @@ def write(
         config=quantized_config(checkpoint),
         shard_limit=options.shard_limit,
         progress=options.progress,
+        tell_history=False,  # the manifest does
     )
     base = fingerprint(written.shards.tensors)
     quantized = checkpoint.provenance.quantized

@@ -16,6 +16,7 @@ from loraformat.index_json import INDEX_NAME, encode_index
 from loraformat.layout import execution_units, plan_shards
 from loraformat.manifest import FileRecord
 from loraformat.publish import Publication
+from loraformat.quantization_history import metadata_of
 from loraformat.safe_paths import is_safe_path
 from loraformat.writer import Progress, WrittenShards, planned_bytes, write_shards
 
@@ -53,6 +54,7 @@ def write_model_directory(
     shard_limit: int,
     progress: Progress,
     single_name: str | None = None,
+    tell_history: bool = True,
 ) -> WrittenModel:
     """Write a checkpoint as a model directory.
 
@@ -68,6 +70,8 @@ def write_model_directory(
         See `loraformat.writer.write_shards`.
     single_name : str, optional
         If there is one shard only: its file name, and there will be no index.
+    tell_history : bool
+        Say in the shards how the numbers were quantized before, if they were.
 
     Raises
     ------
@@ -84,7 +88,13 @@ def write_model_directory(
         - _present(publication)
     )
     written = WrittenModel(
-        write_shards(shards, publication, progress=progress, single_name=single_name)
+        write_shards(
+            shards,
+            publication,
+            progress=progress,
+            single_name=single_name,
+            metadata=metadata_of(checkpoint.provenance.quantized if tell_history else ()),
+        )
     )
     if single_name is None or len(shards) > 1:
         index = encode_index(written.shards.weight_map, written.shards.total_bytes)

@@ -22,6 +22,7 @@ from loraformat.folder import Folder
 from loraformat.header import Entry
 from loraformat.manifest import MANIFEST_NAME
 from loraformat.mapped import MappedFile
+from loraformat.quantization_history import from_metadata
 from loraformat.safe_paths import is_safe_path
 from loraformat.stored import collect
 
@@ -82,17 +83,20 @@ def open_model(
         indexed = not alone and folder.has(index_json.INDEX_NAME) and names != [_SINGLE]
         if indexed:
             _check_index(folder, files)
+        origin = Provenance(format_name, quantized=from_metadata(files[0].header.metadata))
         if alone:
             return Checkpoint(
                 path,
-                Provenance(format_name),
+                origin,
                 tensors,
                 sources=(path,),
                 close=opened.pop_all().close,
             )
         if indexed:
             names = [*names, index_json.INDEX_NAME]
-        return as_checkpoint(path, format_name, names, tensors, opened.pop_all().close)
+        model = as_checkpoint(path, format_name, names, tensors, opened.pop_all().close)
+        model.provenance = origin
+        return model
 
 
 def as_checkpoint(

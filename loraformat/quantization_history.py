@@ -2,7 +2,8 @@
 
 A model that is quantized a second time is further from its original than a report of that time
 can tell, because the original is not at hand. So what is known is passed on: in a bundle as an
-extension of its manifest that nobody must understand, in a GGUF file as a value of its head.
+extension of its manifest that nobody must understand, in a GGUF file as a value of its head, in
+other safetensors files as one of their ``__metadata__``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ __all__ = [
     "EXTENSION",
     "Quantized",
     "from_extension",
+    "from_metadata",
     "from_text",
+    "metadata_of",
     "spelled",
     "to_extension",
     "to_text",
@@ -27,7 +30,9 @@ __all__ = [
 
 #: Name of the extension of a manifest.
 EXTENSION = "pypi.org/project/loraformat/quantized-before"
-_MOST_STEPS, _MOST_TYPES = 16, 16
+#: Member of the ``__metadata__`` of safetensors files.
+_MEMBER = "loraformat.quantized_before"
+_MOST_STEPS, _MOST_TYPES, _LONGEST_TEXT = 16, 16, 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_ ]{1,32}")
 
 
@@ -91,8 +96,21 @@ def from_extension(extensions: Mapping[str, Any]) -> tuple[Quantized, ...]:
     return _steps(body.get("steps")) if isinstance(body, dict) else ()
 
 
+def metadata_of(steps: Iterable[Quantized]) -> dict[str, str]:
+    """Return the ``__metadata__`` of a safetensors file; transformers wants the first member."""
+    known = list(steps)
+    return {"format": "pt"} | ({_MEMBER: to_text(known)} if known else {})
+
+
+def from_metadata(metadata: Mapping[str, str]) -> tuple[Quantized, ...]:
+    """Return what `metadata_of` wrote; nothing of any other."""
+    return from_text(metadata.get(_MEMBER, ""))
+
+
 def from_text(text: str) -> tuple[Quantized, ...]:
     """Return what `to_text` wrote; nothing of any other text."""
+    if len(text) > _LONGEST_TEXT:
+        return ()
     try:
         return _steps(strict_json.loads(text.encode()))
     except (strict_json.StrictJsonError, UnicodeEncodeError):

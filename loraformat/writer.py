@@ -79,6 +79,7 @@ def write_shards(
     *,
     progress: Progress = lambda nbytes: None,
     single_name: str | None = None,
+    metadata: Mapping[str, str] = _METADATA,
 ) -> WrittenShards:
     """Write all shards of a checkpoint.
 
@@ -91,6 +92,8 @@ def write_shards(
         Called with the bytes of each tensor, as ``tensor.nbytes`` counts them, when it is written.
     single_name : str, optional
         File name if there is one shard only (``model.safetensors``).
+    metadata : mapping of str to str
+        ``__metadata__`` of every shard.
 
     Returns
     -------
@@ -104,7 +107,7 @@ def write_shards(
             name = single_name
         done = _resumed(tensors, name, publication)
         if done is None:
-            done = _write_shard(tensors, name, publication, progress)
+            done = _write_shard(_Plan(tensors, metadata), name, publication, progress)
             publication.record(name, done)
         else:
             progress(sum(tensor.nbytes for tensor in tensors))
@@ -173,8 +176,10 @@ def _add(
 class _Plan:
     """Places in one shard that are known before anything is computed."""
 
-    def __init__(self, tensors: Sequence[LazyTensor]) -> None:
-        self.tensors = tensors
+    def __init__(
+        self, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] = _METADATA
+    ) -> None:
+        self.tensors, self.metadata = tensors, metadata
         self.body = body_order(tensors)
         self.body_bytes = self.body[-1].entry.end if self.body else 0
         longest = {
@@ -185,22 +190,23 @@ class _Plan:
         }
         tail = tail_order(tensors, longest, self.body_bytes)
         # Offsets in the real tail are at most these, so its JSON is at most this long.
-        self.header_bytes = len(_header(self.body, tail, alignment=DATA_ALIGNMENT))
+        self.header_bytes = len(self.header(tail, alignment=DATA_ALIGNMENT))
         self.upper_bound = self.header_bytes + (tail[-1].entry.end if tail else self.body_bytes)
 
-
-def _header(body: Sequence[Placed], tail: Sequence[Placed], **room: int) -> bytes:
-    return encode_header((placed.entry for placed in (*body, *tail)), _METADATA, **room)
+    def header(self, tail: Sequence[Placed], **room: int) -> bytes:
+        """Return the file's header."""
+        return encode_header(
+            (placed.entry for placed in (*self.body, *tail)), self.metadata, **room
+        )
 
 
 def _write_shard(
-    tensors: Sequence[LazyTensor], name: str, publication: Publication, progress: Progress
+    plan: _Plan, name: str, publication: Publication, progress: Progress
 ) -> dict[str, Any]:
-    plan = _Plan(tensors)
     with publication.create(name) as file:
         sink = _Sink(file, plan, progress)
         with BackgroundConsumer(sink.write) as background:
-            for tensor in tensors:
+            for tensor in plan.tensors:
                 loaded = tensor.load()
                 background.put((tensor, loaded), nbytes=_held_bytes(loaded))
         return sink.finish()
@@ -247,7 +253,7 @@ class _Sink:
         tail = tail_order(self.plan.tensors, states, self.plan.body_bytes)
         for placed in tail:
             self._put(self.tails[placed.owner][placed.suffix], placed.entry)
-        header = _header(self.plan.body, tail, room=self.plan.header_bytes)
+        header = self.plan.header(tail, room=self.plan.header_bytes)
         self._write_at(header, 0)
         stored = [placed.entry for placed in (*self.plan.body, *tail)]
         tensor_bytes = sum(entry.nbytes for entry in stored)

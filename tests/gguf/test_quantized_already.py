@@ -147,6 +147,18 @@ def test_every_step_travels(source, tmp_path):
     assert "then NF4 (21 weights, 4.13 bits each), then Q5_0" in lines(report)[0]
 
 
+def test_a_dense_detour_is_no_way_around(source, tmp_path):
+    convert(source("bundle"), tmp_path / "dense", to_format="safetensors")
+    report = convert(tmp_path / "dense", tmp_path / "q4_0.gguf", dtype="q4_0")
+    assert "NF4 (21 weights" in lines(report)[0]
+    merge(source("q4_1.gguf"), [LORA], tmp_path / "merged")
+    assert "Q4_1 and Q8_0" in lines(convert(tmp_path / "merged", tmp_path / "bundle"))[0]
+    convert(source("q4_1.gguf"), tmp_path / "bnb", to_format="bitsandbytes")
+    report = convert(tmp_path / "bnb", tmp_path / "again.gguf", dtype="q8_0")
+    assert "Q4_1 and Q8_0 (22 weights, 5.84 bits each), then NF4" in lines(report)[0]
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+
+
 @pytest.mark.parametrize(
     "body",
     [

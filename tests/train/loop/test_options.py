@@ -216,3 +216,11 @@ def test_what_does_not_change_the_result_is_free():
     }  # fmt: skip
     lora = {entry.name for entry in fields(LoraOptions)}
     assert not free & (lora | {entry.name for entry in fields(DataOptions)})
+
+
+@pytest.mark.parametrize("value", ["!!bool x", "!!timestamp x", "!!int x", "*a"])
+def test_yaml_that_cannot_be_read_is_refused(tmp_path, value):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"rank: {value}\n")
+    with pytest.raises(InputError, match="is no YAML"):
+        config_file.read(path)

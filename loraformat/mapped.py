@@ -5,9 +5,10 @@ it was opened, from the same descriptor, and `MappedFile.close` says so if the f
 changed meanwhile. Pages that have been used are given back to the kernel at once, so
 that walking over a large file does not fill memory.
 
-A mapped file that somebody truncates kills the process that looks at it (SIGBUS). Where
-that is likely (a network file system), set ``LORAFORMAT_IO=pread``: tensors are then
-read into memory one at a time, and a file that became shorter is an error.
+A mapped file that somebody truncates kills the process that looks at it (SIGBUS), the
+command line with a sentence (`loraformat.truncation`). Where that is likely (a network
+file system), set ``LORAFORMAT_IO=pread``: tensors are then read into memory one at a
+time, and a file that became shorter is an error.
 """
 
 from __future__ import annotations

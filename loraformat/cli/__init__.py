@@ -20,7 +20,9 @@ from typing import Any
 import click
 
 from loraformat.cli.console import Resumable, clean
-from loraformat.errors import LoraFormatError
+from loraformat.cli.limits import limit_of, refuse_torch_without_room
+from loraformat.errors import LoraFormatError, MissingDependencyError
+from loraformat.truncation import say_truncated
 from loraformat.version import __version__
 
 __all__ = ["commands", "main"]
@@ -98,6 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     # OpenMP's threads spin while they wait, which on a shared machine takes the time of those that
     # work: training took five times the CPU seconds. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    say_truncated()
+    refuse_torch_without_room()
     with _termination_as_interrupt():
         code = _run(arguments)
     sys.exit(code)
@@ -114,6 +118,8 @@ def _run(arguments: list[str]) -> int:
         error.show()
         return 2 if isinstance(error, click.UsageError) else 1
     except LoraFormatError as error:
+        if isinstance(error, MissingDependencyError) and (limit := limit_of(error)):
+            return _fail(limit, 6)  # it is installed, and could not be mapped
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort) as stop:
         goes_on = isinstance(stop.__cause__, Resumable)  # click makes an Abort of it
@@ -141,8 +147,8 @@ def _program() -> list[str]:
 
 
 def _unexpected(error: Exception) -> int:
-    if _is_memory(error):
-        return _fail("not enough memory; close other programs, or use a larger machine", 6)
+    if (limit := limit_of(error)) is not None:
+        return _fail(limit, 6)
     if isinstance(error, OSError):
         _drop_stdout()  # it may be what failed, and Python writes to it again at exit
         where = f"{error.filename}: " if error.filename else ""
@@ -152,12 +158,6 @@ def _unexpected(error: Exception) -> int:
         "(please report it; LORAFORMAT_DEBUG=1 shows where)",
         1,
     )
-
-
-def _is_memory(error: Exception) -> bool:
-    """Tell whether memory ran out; torch says so with a RuntimeError."""
-    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return no_memory or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _drop_stdout() -> None:

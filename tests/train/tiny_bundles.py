@@ -78,6 +78,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=64,
         vocab_size_per_layer_input=VOCABULARY, global_head_dim=24,
     ),
+    "nanochat": _COMMON,
+    "electra": dict(_COMMON, embedding_size=64, is_decoder=True),
+    "roberta": dict(_COMMON, is_decoder=True),
     "lfm2": dict(_COMMON, layer_types=["conv", "full_attention"]),
     "mamba": dict(hidden_size=64, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=8),
 }  # fmt: skip

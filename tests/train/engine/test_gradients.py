@@ -20,6 +20,7 @@ GRADIENTS = [
 LOSSES = [
     "olmo2", "granite", "starcoder2", "stablelm", "cohere", "glm", "nemotron", "falcon", "gpt_neox",
     "phi", "opt", "bloom", "lfm2", "mamba",
+    "nanochat", "electra",
 ]  # fmt: skip
 
 

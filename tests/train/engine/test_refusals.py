@@ -60,6 +60,11 @@ def test_a_class_that_computes_with_large_weights_itself(bundle_of, monkeypatch)
         load(bundle_of("mamba"))
 
 
+def test_a_class_that_counts_positions_in_its_own_way(bundle_of):
+    with pytest.raises(UnsupportedError, match="RobertaForCausalLM counts positions"):
+        load(bundle_of("roberta"))
+
+
 def test_no_code_of_the_model_is_run(changed, tmp_path):
     bundle = changed(auto_map={"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Config"})
     (bundle / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

@@ -230,6 +230,19 @@ class TrainableModel(torch.nn.Module):
         finally:
             self.train(was)
 
+    @contextmanager
+    def sparing(self) -> Iterator[None]:
+        """Let generation take no more of the base into memory than training does, while it lasts.
+
+        Else its pages stay where they are from token to token, which is faster.
+        """
+        self._shared.sparing = True
+        try:
+            with self._streamed_head.streaming():
+                yield
+        finally:
+            self._shared.sparing = False
+
     def for_trl(self) -> Any:
         """Return `base` for TRL's trainers, which multiply by the head's weight themselves.
 

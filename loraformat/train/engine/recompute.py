@@ -59,6 +59,8 @@ class Recomputation:
         Which products are not computed again.
     visit : BackwardVisit
         Of the residency, in backward passes.
+    sparing : bool
+        Let layers go after a few tokens, too: slower generation, in as much memory as training.
     """
 
     residency: Residency
@@ -67,6 +69,7 @@ class Recomputation:
     inspect: Callable[[int, LayerCall], None] | None = None
     unread: UnreadProducts = field(default_factory=UnreadProducts)
     visit: BackwardVisit = field(init=False)
+    sparing: bool = False
 
     def __post_init__(self) -> None:
         self.visit = BackwardVisit(self.residency)
@@ -92,7 +95,7 @@ def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) 
         trained = any(parameter.requires_grad for parameter in layer.parameters())
         if torch.is_grad_enabled() and (call.differentiable or trained):
             return _Layer(layer, inner, number, shared).compute(call.with_gradient())
-        with _entered(shared.residency, number, call.tokens):
+        with _entered(shared.residency, number, _FEW_TOKENS if shared.sparing else call.tokens):
             return _joined([part.run(inner) for part in call.groups(shared.rows_at_once)])
 
     layer.forward = forward

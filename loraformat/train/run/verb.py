@@ -428,10 +428,11 @@ class _Run:
         told = []
         for prompt in self._options.prompt:
             ids = write(encoder, prompt)
-            stream = generation.continuation(
-                self._model, encoder.tokenizer, ids, _SAMPLE, stops=stops,
-                device=self._options.device,
-            )  # fmt: skip
+            with self._model.sparing():
+                stream = generation.continuation(
+                    self._model, encoder.tokenizer, ids, _SAMPLE, stops=stops,
+                    device=self._options.device,
+                )  # fmt: skip
             told.append((prompt, stream.text()))
         return told
 

@@ -97,6 +97,23 @@ def test_a_step_of_generation_leaves_pages_where_they_are(bundle, advice):
     assert not advice
 
 
+def test_generation_within_a_run_lets_layers_and_head_go(bundle, advice):
+    tokens = torch.tensor([[5, 6, 7]])
+    with load(bundle) as model:
+        wanted = model.generate(tokens, max_new_tokens=3, do_sample=False)
+        assert not advice
+        with model.sparing():
+            found = model.generate(tokens, max_new_tokens=3, do_sample=False)
+        assert torch.equal(found, wanted)
+        assert model.traffic.visits == [0, 1, 2, 3, 4, 5] * 3
+        layers = [
+            {(a, end - begin) for a, (_, begin, end) in one} for one in model.residency._layers
+        ]
+    let_go = [(address, nbytes) for word, address, nbytes in advice if word == "forget_pages"]
+    assert all(let_go.count(part) == 3 for layer in layers for part in layer)
+    assert len(let_go) > 3 * sum(map(len, layers))  # the head
+
+
 def test_a_closed_model_holds_no_thread_and_no_file(bundle):
     import threading
 

@@ -20,8 +20,11 @@ _MLX = {"fine_tune_type", "lora_parameters", "lora_layers"}
 #: Tokens from which on an aLoRA acts.
 INVOCATION = "alora_invocation_tokens"
 
-_MERGE_IT = "merge it with PEFT, where it was trained, and take the merged model"
-_EXTRACT = "merge it with PEFT, then extract a LoRA from base and merged model"
+_EXTRACT = (
+    "merge it with PEFT, PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
+    ".save_pretrained(MERGED), and use that, or the LoRA that loraformat extract BASE MERGED finds"
+)
+_UNMERGED = "use it in PEFT, unmerged: it is no change of weights"
 
 #: By field: what it does, and the remedy.
 _REFUSED = {
@@ -31,7 +34,7 @@ _REFUSED = {
     ),
     "arrow_config": ("Arrow routes between adapters", "use it in PEFT, unmerged"),
     "use_bdlora": ("BD-LoRA's factors are block-diagonal", _EXTRACT),
-    "kasa_config": ("KaSA truncates the base as PEFT loads it", _MERGE_IT),
+    "kasa_config": ("KaSA truncates the base as PEFT loads it", _EXTRACT),
     "monteclora_config": ("MonteCLoRA samples its factors", _EXTRACT),
     "use_qalora": ("QALoRA pools its input", _EXTRACT),
     "layer_replication": (
@@ -44,11 +47,10 @@ _REFUSED = {
 #: Starts of init_lora_weights by which PEFT changes the base whenever it loads the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-_OTHER_METHODS = {
-    "ADALORA": "convert it in PEFT to LoRA (convert_to_lora), or merge it there",
-    "LOHA": "convert it in PEFT to LoRA (convert_to_lora), or merge it there",
-    "LOKR": "convert it in PEFT to LoRA (convert_to_lora), or merge it there",
-    "TRAINABLE_TOKENS": "train it as LoRA with trainable_token_indices",
+#: Methods that PEFT cannot merge: tokens or states are added, or the change depends on the input.
+_NOT_MERGED = {
+    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING"),
+    *("PROMPT_TUNING", "P_TUNING", "LILY", "POLY", "SHADOW", "XLORA"),
 }
 
 #: Fields that are honoured, or that only matter while training or choosing modules.
@@ -81,7 +83,7 @@ def refuse_by_name(config: dict[str, Any], path: Path, *, conditional: bool = Fa
         raise UnsupportedError(
             f"peft_type is {printable(kind)}, and only LORA is a low-rank delta",
             path=path,
-            hint=_OTHER_METHODS.get(str(kind), _MERGE_IT),
+            hint=_method_remedy(str(kind)),
         )
     for field, (reason, remedy) in _REFUSED.items():
         if config.get(field) and not (conditional and field == INVOCATION):
@@ -102,12 +104,18 @@ def changing_start(config: dict[str, Any]) -> str | None:
     return str(start) if changes else None
 
 
+def _method_remedy(kind: str) -> str:
+    if kind == "TRAINABLE_TOKENS":
+        return "train it as LoRA with trainable_token_indices"
+    return _UNMERGED if kind in _NOT_MERGED else _EXTRACT
+
+
 def _remedy(start: str) -> str:
     if start.startswith("loftq"):
         return "save the changed base beside the adapter, and set init_lora_weights to true"
     return (
-        "save it with path_initial_model_for_weight_conversion, as PEFT's documentation shows; "
-        "loraformat reduce can then bring the doubled rank down, and says what that loses"
+        "save it with path_initial_model_for_weight_conversion, as PEFT's documentation shows, and "
+        "loraformat reduce brings the doubled rank down; if the training is over, " + _EXTRACT
     )
 
 
@@ -129,7 +137,7 @@ def unknown_fields(config: dict[str, Any], path: Path) -> list[str]:
                 f"field {printable(field)} is unknown here and switched on, so that the factors "
                 "may not mean what they seem to",
                 path=path,
-                hint=f"remove it if it changes nothing that the adapter computes; else {_MERGE_IT}",
+                hint=f"remove it if it changes nothing that the adapter computes; else {_EXTRACT}",
             )
         notes.append(f"adapter_config.json: field {printable(field)} is unknown and was ignored")
     return notes

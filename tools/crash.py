@@ -113,7 +113,16 @@ def write_model(directory: Path, *, layers: int = 6, width: int = 64, seed: int 
     }
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_attention_heads": 4,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 4,
+        "vocab_size": 2 * width,
+    }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "tokenizer.json").write_text('{"version": "1.0"}\n')
     return directory

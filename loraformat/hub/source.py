@@ -109,8 +109,10 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
     if any(snapshot.rglob("*.safetensors")):
         return Source(snapshot, repo, commit)
     if pickles:
+        names = _listing(repo, snapshot.name) or _fetched(snapshot, "*.bin")
         for glob in _PICKLES:
-            download(repo, commit, only=glob)
+            if any(fnmatch(name, glob) for name in names):
+                download(repo, commit, only=glob)
     pickle = any(any(snapshot.glob(glob)) for glob in _PICKLES)
     return Source((not pickle and _one_gguf(snapshot, repo, commit)) or snapshot, repo, commit)
 

@@ -28,8 +28,8 @@ def findings(
     names : Names
         For the commands.
     named : bool
-        The user asked about these runtimes and no others: then an adapter in a format that
-        the runtime does not read fails, too, instead of being a warning.
+        The user asked about these runtimes and no others, and names no base: then an adapter in
+        a format that the runtime does not read fails, too, instead of being a warning.
     """
     return [
         finding for runtime in runtimes for finding in judge(adapter, runtime, names, named=named)

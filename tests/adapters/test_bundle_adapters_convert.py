@@ -271,7 +271,7 @@ def test_exit_2_for_options_of_bases(work, capsys, options, named):
 
 @pytest.mark.parametrize(
     "option",
-    [["--canonical"], ["--allow-pickle"], ["--allow-base-mismatch"], ["--base", "x"]],
+    [["--canonical"], ["--allow-base-mismatch"], ["--base", "x"]],
 )
 def test_exit_2_for_options_of_adapters(work, capsys, option):
     assert cli("convert", work.base, work.path / "out", *option) == 2

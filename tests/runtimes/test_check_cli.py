@@ -315,3 +315,14 @@ def test_write_wants_a_base_and_a_new_directory(run, adapter, base, tmp_path):
     (tmp_path / "run" / "mine").touch()
     assert run("A", "--base", base, "--write", "run").code == 5
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_a_named_runtime_of_another_format_is_right_after_the_command_it_names(
+    run, adapter, base, tmp_path
+):
+    alone = run(adapter("plain"), "--runtime", "llama.cpp")
+    assert (alone.code, "FORMAT" in alone.out) == (4, True)
+    held = run(adapter("plain"), "--runtime", "llama.cpp", "--base", base, "--json")
+    (finding,) = json.loads(held.out)["findings"]
+    assert (held.code, finding["rule"], finding["level"]) == (0, "FORMAT", "warn")
+    assert finding["command"].startswith("loraformat convert ")

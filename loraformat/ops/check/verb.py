@@ -95,7 +95,8 @@ def check(
         of a bundle is held against that.
     runtimes : sequence of str
         Names of `loraformat.runtimes.known.RUNTIMES`; all by default. Of those that are named,
-        one that reads another format is ``wrong``; by default that is a warning.
+        one that reads another format is ``wrong`` where no base is known, with which the adapter
+        could be converted; else that is a warning with the command.
     allow_pickle : bool
         Look into a pickle, too, with a loader that makes nothing but tensors.
 
@@ -112,7 +113,7 @@ def check(
     facts, base_path = examine(source, base=base, allow_pickle=allow_pickle)
     chosen = [RUNTIMES[name] for name in dict.fromkeys(runtimes)] or list(RUNTIMES.values())
     names = Names(str(source), str(base) if base is not None else base_path)
-    found = findings(facts, chosen, names, named=bool(runtimes))
+    found = findings(facts, chosen, names, named=bool(runtimes) and names.base is None)
     return CheckReport(
         path=str(source),
         format=facts.format,

@@ -16,11 +16,13 @@ from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.config_json import encode, members, parse
 from loraformat.errors import printable
 from loraformat.families import family_of
+from loraformat.model_class import names_base_class, names_language_head
 
 __all__ = [
     "HEAD",
     "TiedHead",
     "contradicting_head",
+    "lacks_head",
     "settled",
     "tied_embedding",
     "tied_head",
@@ -105,9 +107,39 @@ def tied_embedding(names: Iterable[str], config: Mapping[str, Any]) -> str | Non
     'model.embed_tokens.weight'
     """
     names = list(names)
-    if _head(names) is not None or not _has_head(config) or _flag(config) is False:
+    if _head(names) is not None or not names_language_head(config) or _flag(config) is False:
         return None
     return _embedding(names)
+
+
+def lacks_head(names: Iterable[str], config: Mapping[str, Any]) -> bool:
+    """Tell whether a model has no output head: it was saved from a base class, for embeddings.
+
+    Nothing is tied, no head is stored, and the config names a class without one, or the tensors
+    are called as in a base class: Qwen3-Embedding's config names ``Qwen3ForCausalLM``. A model
+    of which a head is missing otherwise is incomplete.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Of all tensors.
+    config : mapping
+        ``config.json``.
+
+    Examples
+    --------
+    >>> lacks_head(["model.embed_tokens.weight"], {"architectures": ["LlamaModel"]})
+    True
+    >>> causal = {"architectures": ["Qwen3ForCausalLM"]}
+    >>> lacks_head(["embed_tokens.weight"], causal)
+    True
+    >>> lacks_head(["model.embed_tokens.weight"], causal)
+    False
+    """
+    names = list(names)
+    if _head(names) is not None or _says_tied(config):
+        return False
+    return names_base_class(config) or _embedding(names) in _EMBEDDINGS
 
 
 def untied_config(config: bytes) -> bytes:
@@ -140,8 +172,12 @@ def _promised_pair(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str
     embedding, head = _embedding(names), _head(names)
     if embedding is None or head is None:
         return None
+    return (embedding, head) if _says_tied(config) else None
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool:
     named = _flag(config)
-    return (embedding, head) if (family_of(config).tied if named is None else named) else None
+    return family_of(config).tied if named is None else named
 
 
 def _head(names: list[str]) -> str | None:
@@ -152,12 +188,6 @@ def _embedding(names: list[str]) -> str | None:
     found = [name for name in names if name.endswith(_EMBEDDINGS)]
     text = [name for name in found if "vision" not in name and "audio" not in name]
     return text[0] if len(text) == 1 else None
-
-
-def _has_head(config: Mapping[str, Any]) -> bool:
-    classes = config.get("architectures") or [""]
-    marks = ("LMHead", "CausalLM", "ConditionalGeneration")
-    return any(mark in str(classes[0]) for mark in marks)
 
 
 def _flag(config: Mapping[str, Any]) -> bool | None:

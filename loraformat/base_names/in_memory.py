@@ -92,9 +92,14 @@ class InMemory:
         return str(found)
 
 
-def in_memory(config: Mapping[str, Any], stored: Iterable[str]) -> InMemory | None:
-    """Return a base as transformers has it in memory; None if that cannot be known."""
+def in_memory(
+    config: Mapping[str, Any], stored: Iterable[str], task: str | None = None
+) -> InMemory | None:
+    """Return a base as transformers has it in memory; None if that cannot be known.
+
+    Its class is that of the task, see `loraformat.base_names.skeleton.build_on_meta`.
+    """
     with warnings.catch_warnings():  # transformers' own, about its own attributes
         warnings.simplefilter("ignore")
-        model = build_on_meta(config)
+        model = build_on_meta(config, task=task)
         return None if model is None else InMemory(model, stored)

@@ -8,9 +8,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from loraformat.base_names.in_memory import InMemory, bare, in_memory
+from loraformat.base_names.skeleton import task_of
 from loraformat.base_names.sources import Chunk
 from loraformat.checkpoint import Checkpoint
 from loraformat.config_json import parse
+from loraformat.model_class import names_base_class
 
 __all__ = ["BaseNames", "Parameter", "names_of"]
 
@@ -53,6 +55,9 @@ class BaseNames:
         Of the stored tensors.
     config : mapping, optional
         ``config.json``; without it transformers is not asked.
+    task : str, optional
+        ``task_type`` of the adapter, which may be for another class than the config names; see
+        `loraformat.base_names.skeleton.task_of`.
 
     Examples
     --------
@@ -64,9 +69,16 @@ class BaseNames:
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None = None
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        config: Mapping[str, Any] | None = None,
+        task: str | None = None,
     ) -> None:
         self._shapes, self._config = shapes, config or {}
+        self._task = task_of(self._config, task)
+        base_class = names_base_class(self._config) or self._task == "FEATURE_EXTRACTION"
+        #: What the names begin with if the class is the one that the checkpoint was saved from.
+        self._prefix = None if base_class else _AS_STORED.get(str(self._config.get("model_type")))
         self._memory: InMemory | None = None
         self._asked = not self._config
         self._bare: dict[str, list[str]] = {}
@@ -88,7 +100,7 @@ class BaseNames:
         """What transformers knows of the base; None if it knows nothing."""
         if not self._asked:
             self._asked = True
-            self._memory = in_memory(self._config, self._shapes)
+            self._memory = in_memory(self._config, self._shapes, self._task)
         return self._memory
 
     def find(self, name: str) -> str | None:
@@ -149,8 +161,7 @@ class BaseNames:
         >>> BaseNames({}).in_memory("language_model.model.layers.0.mlp.up_proj.weight")
         'model.language_model.layers.0.mlp.up_proj.weight'
         """
-        prefix = _AS_STORED.get(str(self._config.get("model_type")))
-        if prefix is not None and target.startswith((prefix, "lm_head.")):
+        if self._prefix is not None and target.startswith((self._prefix, "lm_head.")):
             return target
         if self.memory is not None:
             found = self.memory.name_of(target)
@@ -160,11 +171,14 @@ class BaseNames:
         return target
 
 
-def names_of(base: Checkpoint) -> BaseNames:
-    """Return the names of a base; those of the last few bases are kept."""
-    return _names(tuple((name, one.shape) for name, one in base.tensors.items()), base.config)
+def names_of(base: Checkpoint, task: Any = None) -> BaseNames:
+    """Return the names of a base for adapters of a task; those of the last few bases are kept."""
+    shapes = tuple((name, one.shape) for name, one in base.tensors.items())
+    return _names(shapes, base.config, task if isinstance(task, str) else None)
 
 
 @lru_cache(maxsize=4)
-def _names(shapes: tuple[tuple[str, tuple[int, ...]], ...], config: bytes | None) -> BaseNames:
-    return BaseNames(dict(shapes), parse(config) if config else None)
+def _names(
+    shapes: tuple[tuple[str, tuple[int, ...]], ...], config: bytes | None, task: str | None
+) -> BaseNames:
+    return BaseNames(dict(shapes), parse(config) if config else None, task)

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["TASKS", "build_on_meta"]
+from loraformat.model_class import names_base_class
+
+__all__ = ["TASKS", "build_on_meta", "task_of"]
 
 #: PEFT's word for a task, and transformers' mapping to the class that has its head. Of such a model
 #: the config names the class only once it was saved.
 TASKS = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
@@ -26,6 +29,23 @@ _MOST_MODULES = 4096
 _COUNTS = ("layer", "block", "depth", "expert", "stage")
 _SIZES = ("size", "dim", "tokens", "capacity", "rank")
 _DEEPEST = 8
+
+
+def task_of(config: Mapping[str, Any], task: Any) -> str | None:
+    """Return the task whose class a user opens instead of the one that the config names, or None.
+
+    An adapter of an embedding model names the modules of ``AutoModel``'s class, whatever class
+    the checkpoint was saved from; one that generates those of the class with a head.
+
+    Examples
+    --------
+    >>> task_of({"architectures": ["Qwen3ForCausalLM"]}, "FEATURE_EXTRACTION")
+    'FEATURE_EXTRACTION'
+    >>> task_of({"architectures": ["Qwen3Model"]}, "FEATURE_EXTRACTION") is None
+    True
+    """
+    other = {True: "CAUSAL_LM", False: "FEATURE_EXTRACTION"}[names_base_class(config)]
+    return other if task == other else None
 
 
 def build_on_meta(config: Mapping[str, Any], *, task: str | None = None, labels: int = 2) -> Any:

@@ -16,15 +16,18 @@ from loraformat.architecture import module_of
 from loraformat.base_names import names_of
 from loraformat.card.carried import with_true_card
 from loraformat.checkpoint import Checkpoint
+from loraformat.config_json import parse
 from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.integrity import check_listed
 from loraformat.manifest import FileRecord
+from loraformat.model_class import names_base_class
 from loraformat.ops.adapters import copy_adapter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.plugins import AdapterWriteOptions, Converter
 from loraformat.publish import Publication
+from loraformat.tied_head import lacks_head
 
 __all__ = ["AdapterOutput", "Home", "check_fits", "check_values", "plan_output"]
 
@@ -159,7 +162,8 @@ def plan_output(
 
 def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter that is written under the names that PEFT has for the base's modules."""
-    names = names_of(base)
+    adapter = _with_task(adapter, base)
+    names = names_of(base, adapter.config.get("task_type"))
     changed = [*adapter.deltas, *adapter.replacements, *adapter.rows]
     found = {target: names.in_memory(target) for target in changed}
     modules = {module_of(target): module_of(name) for target, name in found.items()}
@@ -169,6 +173,16 @@ def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
         config = {**config, "modules_to_save": [modules.get(name, name) for name in saved]}
     spellings = {target: name for target, name in found.items() if target != name}
     return replace(adapter, spellings=spellings, config=config)
+
+
+def _with_task(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter that says for which class it is, where the base is an embedding model."""
+    if adapter.config.get("task_type") is not None or base.config is None:
+        return adapter
+    config = parse(base.config)
+    if not (names_base_class(config) or lacks_head(base.tensors, config)):
+        return adapter
+    return replace(adapter, config={**adapter.config, "task_type": "FEATURE_EXTRACTION"})
 
 
 def _names_in_file(adapter: Adapter) -> list[str]:

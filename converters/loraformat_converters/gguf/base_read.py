@@ -22,7 +22,7 @@ from loraformat.deferred import Deferred
 from loraformat.dtypes import TORCH_NAMES, torch_dtype
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.quantization_history import from_text
-from loraformat.tied_head import untied_config
+from loraformat.tied_head import HEAD, untied_config
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Architecture,
@@ -49,6 +49,7 @@ from loraformat_converters.gguf.general import (
     QUANTIZED_KEY,
 )
 from loraformat_converters.gguf.model_card import card_file, left_out
+from loraformat_converters.gguf.pooling import pooling_key, without_pooling
 from loraformat_converters.gguf.tokenizers import TokenizerFiles
 from loraformat_converters.gguf.types import GGMLType, ValueType
 
@@ -93,7 +94,8 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         raise UnsupportedError("is an adapter, not a model", path=gguf.path)
     architecture = named_by(gguf)
     raw = _config(gguf, architecture, options.config)
-    _, config = of_gguf(gguf) if raw is None else of_config(config_json.parse(raw))
+    given = options.config is not None
+    _, config = of_gguf(gguf) if raw is None else _of_config(gguf, raw, given=given)
     shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
     try:
         recipes = to_huggingface(architecture, config, shapes)
@@ -133,6 +135,7 @@ def _files(gguf: GGUFFile, tokenizer: TokenizerFiles) -> Iterator[CarriedFile]:
 def _left_behind(gguf: GGUFFile, tokenizer: TokenizerFiles) -> Iterator[str]:
     if tokenizer.missing is not None:
         yield tokenizer.missing
+    yield from without_pooling(gguf)
     yield from left_out(gguf)
 
 
@@ -279,9 +282,15 @@ def _text_alone(raw: bytes, architecture: Architecture) -> bytes:
     return _json({**carried, **text, "model_type": model_type, "architectures": [name]})
 
 
+def _of_config(gguf: GGUFFile, raw: bytes, *, given: bool) -> tuple[Architecture, Config]:
+    """Return what a config says; one that lay in the file may have lost its head before."""
+    names = [HEAD] if "output.weight" in gguf.tensors else [] if given else ["embed_tokens.weight"]
+    return of_config(config_json.parse(raw), names)
+
+
 def _with_head(gguf: GGUFFile, raw: bytes) -> bytes:
     """Return a config that does not tie an output head which the file has of its own."""
-    _, config = of_config(config_json.parse(raw))
+    _, config = of_config(config_json.parse(raw), [HEAD])
     return untied_config(raw) if config.tied and has_own_head(gguf) else raw
 
 
@@ -304,7 +313,7 @@ def _unexplained(gguf: GGUFFile, architecture: Architecture, raw: bytes) -> set[
     _, config = of_config(config_json.parse(raw))
     prefix = f"{architecture.name}."
     return {key for key in gguf.metadata if key.startswith(prefix)}.difference(
-        architecture.metadata(config)
+        architecture.metadata(config), [pooling_key(architecture.name)]
     )
 
 

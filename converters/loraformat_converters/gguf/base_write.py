@@ -32,6 +32,7 @@ from loraformat_converters.gguf.architectures import (
 from loraformat_converters.gguf.blocks import storable_type
 from loraformat_converters.gguf.general import general_keys
 from loraformat_converters.gguf.model_card import without_place
+from loraformat_converters.gguf.pooling import pooling
 from loraformat_converters.gguf.rounding import Loss, Watched, rounded
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.values import GGUFValue
@@ -122,7 +123,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> _Plan:
             path=checkpoint.path,
             hint="put it beside the weights",
         )
-    architecture, config = of_config(config_json.parse(checkpoint.config))
+    architecture, config = of_config(config_json.parse(checkpoint.config), checkpoint.tensors)
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values()}
     recipes = to_gguf(architecture, config, shapes)
     kind = GGMLType[(options.dtype or "f16").upper()]
@@ -130,12 +131,15 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> _Plan:
     metadata = general_keys(checkpoint, architecture.name, kind, tokenizer.keys)
     metadata |= architecture.metadata(config)
     metadata |= tokenizer.keys
+    pooled, pooling_notes = pooling(checkpoint.files, architecture.name)
+    metadata |= pooled
     work = _Work(checkpoint, options, Loss())
     types = {recipe.name: _type(recipe, kind, config.tied) for recipe in recipes.tensors}
     planned = [_small(name, values) for name, values in architecture.tensors(config).items()]
     planned += [work.planned(recipe, types[recipe.name]) for recipe in recipes.tensors]
-    notes = architecture.notes(config) + tokenizer.notes + _notes(kind, types, recipes)
-    notes += without_place(checkpoint.files)
+    notes = architecture.notes(config) + _headless_notes(config, pooled) + tokenizer.notes
+    notes += _notes(kind, types, recipes)
+    notes += pooling_notes + without_place(checkpoint.files)
     return _Plan(kind, recipes, metadata, planned, notes, work.loss)
 
 
@@ -242,6 +246,16 @@ def _values(tensor: LazyTensor) -> torch.Tensor:
         return tensor.dequantize("F32")
     assert isinstance(tensor, DenseTensor)
     return tensor.torch()
+
+
+def _headless_notes(config: Config, pooled: Mapping[str, GGUFValue]) -> list[str]:
+    if not config.headless:
+        return []
+    how = "" if pooled else " --pooling mean, cls or last, which its files do not say"
+    return [
+        f"the model has no output head: it is for embeddings (llama-server --embeddings{how}), and "
+        "what llama.cpp would generate with its embedding as a head means nothing"
+    ]
 
 
 def _notes(kind: GGMLType, types: Mapping[str, GGMLType], recipes: Recipes) -> list[str]:

@@ -83,7 +83,7 @@ class _Examiner:
         self, settings: LoraSettings, stored: StoredTensors, base: Checkpoint | None
     ) -> None:
         self.settings, self.stored, self.base = settings, stored, base
-        self.names = names_of(base) if base is not None else None
+        self.names = names_of(base, settings.config.get("task_type")) if base is not None else None
         self.nonfinite: list[str] = []
         self.odd: list[str] = []
         self.empty: list[str] = []

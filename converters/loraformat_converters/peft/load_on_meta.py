@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loraformat.base_names.skeleton import TASKS, build_on_meta
+from loraformat.base_names.skeleton import TASKS, build_on_meta, task_of
 from loraformat.errors import printable
 
 __all__ = ["Loaded", "Stored", "load_on_meta"]
@@ -105,6 +105,7 @@ def _models(
 ) -> Iterator[Any]:
     """Yield the base as the class of the adapter's task, and as the class that it names."""
     task = config.get("task_type")
+    task = task_of(base, task) if task == "CAUSAL_LM" else task
     heads = [t.shape[0] for n, t in tensors.items() if _HEAD.search(n) and t.shape and t.shape[0]]
     labels = min(heads, default=2)
     for wanted in (task, None):

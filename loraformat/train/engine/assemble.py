@@ -98,7 +98,7 @@ class Assembly:
         single = self._sources.single
         found = single.get(name) or single.get(self._ties.get(name, ""))
         if found is None:
-            raise self._refusal(f"parameter {printable(name)} has no tensor in it")
+            raise self._without_tensor(name)
         self._taken.add(found)
         return found
 
@@ -209,6 +209,19 @@ class Assembly:
                 f"{len(left)} of its tensors have no place in "
                 f"{printable(type(self._model).__name__)}: {shown}"
             )
+
+    def _without_tensor(self, name: str) -> UnsupportedError:
+        """Return the refusal of a model that lacks a part: of its body, or of its head."""
+        problem = f"parameter {printable(name)} has no tensor in it"
+        if name.startswith(f"{self._model.base_model_prefix}."):
+            return self._refusal(problem)
+        return UnsupportedError(
+            f"has no output head to predict tokens with: {problem}",
+            path=f"{self._path}",
+            hint="an embedding model runs in transformers' AutoModel and in llama-server "
+            "--embeddings, and PEFT trains it (task_type FEATURE_EXTRACTION); else name the "
+            "checkpoint that has its head",
+        )
 
     def _refusal(self, problem: str) -> UnsupportedError:
         return UnsupportedError(problem, path=f"{self._path}")

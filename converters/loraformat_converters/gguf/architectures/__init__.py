@@ -27,11 +27,12 @@ sides, but for embeddings (``place.embedding``), where GGUF wants it transposed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraformat.config_json import CONFIG_NAME
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.tied_head import lacks_head
 from loraformat_converters.gguf.architectures.bert import BERT
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.gemma import GEMMA2, GEMMA3
@@ -79,13 +80,15 @@ _BY_MODEL_TYPE = {
 }
 
 
-def of_config(values: Mapping[str, Any]) -> tuple[Architecture, Config]:
+def of_config(values: Mapping[str, Any], names: Iterable[str] = ()) -> tuple[Architecture, Config]:
     """Return the architecture that can run a model, and the model's hyperparameters.
 
     Parameters
     ----------
     values : mapping
         ``config.json``.
+    names : iterable of str
+        Of the model's tensors, as far as they are known: they tell whether it has a head.
 
     Raises
     ------
@@ -100,6 +103,7 @@ def of_config(values: Mapping[str, Any]) -> tuple[Architecture, Config]:
             "architecture here",
             hint="there is one for " + ", ".join(sorted(_BY_MODEL_TYPE)),
         )
+    headless = record.generates and lacks_head(names, values)
     text = values.get("text_config")
     if text is not None and not isinstance(text, Mapping):
         raise InputError("text_config is not an object", path=CONFIG_NAME)
@@ -107,7 +111,7 @@ def of_config(values: Mapping[str, Any]) -> tuple[Architecture, Config]:
         # Whether the head is tied is asked of the whole model, if it says.
         outer = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
         values = {**values, **text, **outer}
-    return record, Config(values, record.defaults[str(named)])
+    return record, Config(values, record.defaults[str(named)], headless=headless)
 
 
 def named_by(gguf: GGUFFile) -> Architecture:

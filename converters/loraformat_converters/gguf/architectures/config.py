@@ -30,9 +30,14 @@ class Config:
         ``config.json``; of a model with more than text, its ``text_config``.
     defaults : mapping
         Of the model's class.
+    headless : bool
+        The model has no output head. llama.cpp takes its embedding for one, as if it were tied.
     """
 
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any], *, headless: bool = False
+    ) -> None:
+        self.headless = headless
         self.values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
 
     def get(self, key: str) -> Any:
@@ -131,8 +136,8 @@ class Config:
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the embedding."""
-        return self.flag("tie_word_embeddings")
+        """Whether the output head is the embedding, or would be if there was one."""
+        return self.headless or self.flag("tie_word_embeddings")
 
 
 def _wrong(key: str, value: object, wanted: str) -> InputError:

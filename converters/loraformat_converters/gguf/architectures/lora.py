@@ -144,7 +144,7 @@ def lora_module(architecture: Architecture, config: Config, tensor: str) -> Lora
     LoraPlace or None
         Its module in the names that transformers has in memory; of experts the parameter.
     """
-    base = architecture.bases[0]
+    base = architecture.base_of(config)
     number = next((int(part) for part in tensor.split(".") if part.isdecimal()), None)
     if number is not None and number >= config.layers:
         return None

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Part", "Recipe", "Recipes", "to_gguf", "to_huggingface"]
 
 _NO_HEAD = "write it as safetensors, for transformers or vLLM: to a directory, --to safetensors"
+_EMBEDS = (
+    "complete the checkpoint; if it is an embedding model, name the class without a head in "
+    'config.json, such as "architectures": ["LlamaModel"]'
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -194,7 +198,10 @@ def _single(
     found = next((name for name in names if name in shapes), None)
     if found is None:
         if row.required:
-            raise InputError(f"tensor {printable(names[0])} is missing")
+            raise InputError(
+                f"tensor {printable(names[0])} is missing",
+                hint=_EMBEDS if row.gguf == "output.weight" else None,
+            )
         return None
     transform = row.transform(config)
     shape = shapes[found]
@@ -298,7 +305,7 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     if architecture.head is not None and config.tied:
         used.add(architecture.head.gguf)  # a copy of the embedding
     recipes = Recipes()
-    base = architecture.bases[0]
+    base = architecture.base_of(config)
     for row, number in _places(architecture, config):
         name = row.gguf.format(layer=number)
         if isinstance(row, ExpertRow):

@@ -73,6 +73,10 @@ class Architecture:
     unused: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
 
+    def base_of(self, config: Config) -> str:
+        """Return what stands before the layers in the names of transformers."""
+        return "" if config.headless else self.bases[0]
+
     def head_is_embedding(self, config: Config) -> bool:
         """Tell whether the embedding is the output head, too."""
         return self.generates and (self.head is None or config.tied)

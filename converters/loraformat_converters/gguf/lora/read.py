@@ -106,7 +106,7 @@ class _Reader:
         base, named = self.options.base, named_by(self.gguf)
         if base is not None and base.config is not None:
             config_of_base = settled(base)[0].config or b"{}"
-            architecture, config = of_config(config_json.parse(config_of_base))
+            architecture, config = of_config(config_json.parse(config_of_base), base.tensors)
             if architecture is not named:
                 raise InputError(
                     f"is for the architecture {named.name}, and the base is {architecture.name}",
@@ -171,14 +171,13 @@ class _Reader:
         return self._adapter(found, spellings)
 
     def _adapter(self, found: dict[str, LoraDelta], spellings: dict[str, str]) -> Adapter:
-        task = "CAUSAL_LM" if self.known.architecture.generates else "FEATURE_EXTRACTION"
         return Adapter(
             path=self.path,
             format="gguf-lora",
             deltas=found,
             invocation_tokens=self.tokens,
             spellings=spellings,
-            config={"task_type": task},
+            config=self._task(),
             base_model=base_model(self.gguf),
             base_fingerprint=self.gguf.text(FINGERPRINT_KEY, "") or None,
             base_source=self.gguf.text(SOURCE_KEY, "") or None,
@@ -186,6 +185,11 @@ class _Reader:
             notes=tuple(self.notes),
             close=self.gguf.close,
         )
+
+    def _task(self) -> dict[str, Any]:
+        """Return the task, if the base has no head that generates; else the writer knows it."""
+        headless = self.known.config.headless or not self.known.architecture.generates
+        return {"task_type": "FEATURE_EXTRACTION"} if headless else {}
 
     def _base_names(self) -> Mapping[str, str]:
         """Return the base's own name of each weight of two dimensions, by GGUF name."""

@@ -95,7 +95,7 @@ def _plan(
     base, _ = settled(base)
     assert base.config is not None
     try:
-        architecture, config = of_config(config_json.parse(base.config))
+        architecture, config = of_config(config_json.parse(base.config), base.tensors)
     except LoraFormatError as error:
         error.path = str(base.path)
         raise

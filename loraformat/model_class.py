@@ -1,0 +1,39 @@
+"""What the class that a ``config.json`` names says of the model's end: a language head, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["names_base_class", "names_language_head"]
+
+_LANGUAGE_HEADS = ("LMHead", "CausalLM", "ConditionalGeneration")
+
+
+def names_language_head(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config names a class that ends with a distribution over tokens.
+
+    Examples
+    --------
+    >>> names_language_head({"architectures": ["GPT2LMHeadModel"]})
+    True
+    """
+    return any(mark in _named(config) for mark in _LANGUAGE_HEADS)
+
+
+def names_base_class(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config names a class that ends with hidden states.
+
+    Examples
+    --------
+    >>> names_base_class({"architectures": ["LlamaModel"]})
+    True
+    >>> names_base_class({"architectures": ["GPT2LMHeadModel"]})
+    False
+    """
+    return _named(config).endswith("Model") and not names_language_head(config)
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    classes = config.get("architectures")
+    return str(classes[0]) if isinstance(classes, list) and classes else ""

@@ -84,11 +84,13 @@ def missing_shard(model):
 
 
 def index_that_climbs(model):
+    (model / "model.safetensors").rename(model / "weights.safetensors")
     index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def index_with_a_missing_shard(model):
+    (model / "model.safetensors").rename(model / "weights.safetensors")
     index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 

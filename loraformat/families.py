@@ -184,8 +184,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     True
     >>> sorted(family_of({"model_type": "mixtral"}).expert_leaves)
     ['gate', 'w1', 'w2', 'w3']
-    >>> family_of({"model_type": "llama"}) == Family()
-    True
+    >>> family_of({"model_type": "llama"}).conv1d, family_of({"model_type": "gpt2"}).conv1d
+    (False, True)
     """
     types = set(model_types(config))
     leaves: set[str] = set()

@@ -43,8 +43,11 @@ def judge(
 
     Examples
     --------
+    >>> from loraformat.runtimes.facts import ModuleFacts
     >>> from loraformat.runtimes.known import RUNTIMES
-    >>> found = judge(AdapterFacts("peft", dora=True), RUNTIMES["vllm"], Names("A"))
+    >>> module = ModuleFacts("model.layers.0.self_attn.q_proj", 16, 64, 64, 16.0, 1.0, dora=True)
+    >>> facts = AdapterFacts("peft", (module,), dora=True)
+    >>> found = judge(facts, RUNTIMES["vllm"], Names("A"))
     >>> [(finding.rule, finding.level, finding.command) for finding in found]
     [('DORA', 'fail', 'loraformat merge BASE A -o A-merged')]
     """
@@ -83,8 +86,10 @@ def obstacles(found: Iterable[Finding]) -> dict[str, list[str]]:
 
     Examples
     --------
+    >>> from loraformat.runtimes.facts import ModuleFacts
     >>> from loraformat.runtimes.known import RUNTIMES
-    >>> found = findings(AdapterFacts("peft", dora=True), RUNTIMES.values(), Names("A"))
+    >>> module = ModuleFacts("model.layers.0.self_attn.q_proj", 16, 64, 64, 16.0, 1.0, dora=True)
+    >>> found = findings(AdapterFacts("peft", (module,), dora=True), RUNTIMES.values(), Names("A"))
     >>> obstacles(found)["vllm"], "transformers" in obstacles(found)
     (['DORA'], False)
     """

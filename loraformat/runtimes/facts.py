@@ -136,6 +136,8 @@ class AdapterFacts:
         Embeddings of which it replaces rows.
     last_token : int or None
         The largest of the tokens whose rows it replaces.
+    task : str or None
+        ``task_type`` of its config.
     config_rank : int or None
         ``r``, if there is a config.
     config_alpha : object
@@ -182,6 +184,7 @@ class AdapterFacts:
     replaced: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     last_token: int | None = None
+    task: str | None = None
     config_rank: int | None = None
     config_alpha: Any = None
     rslora: bool = False

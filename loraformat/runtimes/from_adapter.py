@@ -23,12 +23,14 @@ def facts_of(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
     modules = tuple(_module(delta, base, nonfinite) for delta in adapter.deltas.values())
     for tensor in (*adapter.replacements.values(), *(row.rows for row in adapter.rows.values())):
         _is_zero(tensor, nonfinite)
+    task = adapter.config.get("task_type")
     biases = any(name.endswith(".bias") for name in adapter.replacements)
     return AdapterFacts(
         format=adapter.format,
         modules=modules,
         replaced=tuple(adapter.replacements),
         rows=tuple(adapter.rows),
+        task=task if isinstance(task, str) else None,
         last_token=max((n for row in adapter.rows.values() for n in row.indices), default=None),
         invocation_tokens=bool(adapter.invocation_tokens),
         dora=any(module.dora for module in modules),

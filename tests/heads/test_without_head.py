@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from loraformat.cli import main
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.ops.check.verb import check
+from loraformat.ops.check.write import write_usage
 from loraformat.ops.convert import convert
 from loraformat.ops.describe import describe
 from loraformat.ops.extract.verb import ExtractOptions, extract
@@ -149,6 +151,35 @@ def test_an_adapter_keeps_the_names_of_the_class_that_it_is_for(tmp_path, named,
         assert apart(hidden(opened(source, one, auto=auto)), expected) < 1e-5
         found = check(one, base=source, runtimes=["transformers"])
         assert found.verdicts == {"transformers": "right"}
+
+
+def test_an_adapter_of_a_grown_vocabulary_is_merged(base, tmp_path):
+    source, grown = base("Qwen3Model"), opened(base("Qwen3Model"))
+    torch.manual_seed(3)
+    grown.resize_token_embeddings(grown.config.vocab_size + 3, mean_resizing=False)
+    config = peft.LoraConfig(
+        task_type="FEATURE_EXTRACTION", r=4, target_modules=["q_proj"], init_lora_weights=False,
+        modules_to_save=["embed_tokens"],
+    )  # fmt: skip
+    model = peft.get_peft_model(grown, config).eval()
+    model.save_pretrained(tmp_path / "lora")
+    merge(source, [tmp_path / "lora"], tmp_path / "merged")
+    assert apart(states(tmp_path / "merged"), hidden(model)) < 1e-4
+    merge(source, [tmp_path / "lora"], tmp_path / "merged.gguf", dtype="f32")
+    (found,) = embeddings(tmp_path / "merged.gguf", [IDS])
+    assert apart(found, hidden(model)) < 1e-5
+
+
+def test_the_files_for_runtimes_embed(base, tmp_path, capsys):
+    source, lora = base("Qwen3Model"), tmp_path / "lora"
+    adapter(source, lora, ["q_proj", "v_proj"])
+    written = write_usage(check(lora, base=source), tmp_path / "run", base=str(source))
+    assert written.files == ["run_transformers.py", "run_llama_cpp.sh"]
+    assert any("mlx" in reason and "the adapter embeds" in reason for reason in written.left_out)
+    exec((tmp_path / "run" / "run_transformers.py").read_text(), {})
+    assert "torch.Size([1, " in capsys.readouterr().out
+    lines = (tmp_path / "run" / "run_llama_cpp.sh").read_text()
+    assert "--lora lora.gguf --embeddings" in lines and "llama-cli" not in lines
 
 
 def test_a_delta_of_the_embedding_is_refused_beside_its_base_and_merged(base, tmp_path):

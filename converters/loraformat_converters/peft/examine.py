@@ -108,6 +108,7 @@ class _Examiner:
             replaced=tuple(self.replaced),
             rows=tuple(self.rows),
             last_token=_last_token(config) if self.rows else None,
+            task=_text(config.get("task_type")),
             config_rank=config.get("r", 8),
             config_alpha=config.get("lora_alpha", 8),
             rslora=self.settings.rslora,

@@ -12,6 +12,7 @@ from loraformat.hub import hub_id, resolve
 from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
 from loraformat.ops.check.verb import CheckReport
 from loraformat.publish_file import open_publication
+from loraformat.runtimes.embedding_usage import EMBEDDING_SNIPPETS
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
@@ -19,6 +20,9 @@ from loraformat.runtimes.usage import lorax, snippet
 from loraformat.runtimes.use import Snippet, Use
 
 __all__ = ["Written", "snippets", "write_usage"]
+
+#: PEFT's word for the task of an adapter that gives vectors.
+_EMBEDS = "FEATURE_EXTRACTION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ def snippets(
             left_out.append(f"{name}: would be wrong ({', '.join(sorted(wrong[name]))})")
         elif report.format != "peft" and RUNTIMES[name].format != report.format:
             left_out.append(f"{name}: reads no {report.format}")
+        elif report.facts.task == _EMBEDS and name not in EMBEDDING_SNIPPETS:
+            left_out.append(f"{name}: its lines here would generate, and the adapter embeds")
         else:
             made.append(_snippet(name, report, use))
     return made, left_out
@@ -128,7 +134,8 @@ def _placed(word: str) -> str:
 def _snippet(name: str, report: CheckReport, use: Use) -> Snippet:
     if name == "lorax":
         return lorax(use, local=resolve(report.path).repo is None)
-    piece = snippet(name, use)
+    embeds = report.facts.task == _EMBEDS
+    piece = EMBEDDING_SNIPPETS[name](use) if embeds else snippet(name, use)
     if report.format == "peft" and RUNTIMES[name].format == "gguf-lora":
         made = _conversions(use, comment=piece.file == "Modelfile")
         if piece.file == "Modelfile":  # whose last lines name these files

@@ -15,10 +15,12 @@ from loraformat.runtimes.chat import GENERATION_NAME
 from loraformat.train.loop.evaluation import evaluating
 
 __all__ = [
+    "SAMPLE",
     "GenerationOptions",
     "TextStream",
     "continuation",
     "ids_of",
+    "room_for",
     "stop_tokens",
 ]
 
@@ -51,6 +53,10 @@ class GenerationOptions:
             raise UsageError(f"temperature is {self.temperature}, wanted a number from 0")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p is {self.top_p}, wanted a share above 0, up to 1")
+
+
+#: What a run writes on from each of its prompts.
+SAMPLE = GenerationOptions(max_tokens=64, temperature=0.0)
 
 
 class TextStream:
@@ -163,7 +169,7 @@ def continuation(
     InputError
         If the prompt is empty, or leaves no room in the model's context.
     """
-    room = _room(model, len(prompt))
+    room = room_for(model.config, len(prompt))
     stream = TextStream(tokenizer, tell)
     sampling: dict[str, Any] = {
         "do_sample": False,
@@ -187,11 +193,26 @@ def continuation(
     return stream
 
 
-def _room(model: Any, length: int) -> int:
+def room_for(config: Any, length: int) -> int:
+    """Return how many tokens a model can write after a prompt of a length.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+    length : int
+        Tokens of the prompt.
+
+    Raises
+    ------
+    InputError
+        If the prompt is empty, or leaves no room in the model's context.
+    """
     if not length:
         raise InputError("the prompt has no token", hint="give some text")
-    config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    if length >= context:
-        raise InputError(f"the prompt has {length} tokens, and the model takes {context}")
-    return int(min(context - length, 1 << 30))
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context and length >= context:
+        raise InputError(
+            f"the prompt has {length} tokens, and the model takes {context}",
+            hint="give a shorter one",
+        )
+    return int(context - length) if context else 1 << 30

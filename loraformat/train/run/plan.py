@@ -2,8 +2,8 @@
 
 The figures are bounds made of shapes: the process as it is, two layers of mapped base, one
 checkpointed activation per layer, what one layer holds while it is computed, what other layers
-keep instead of computing it again, the logits of a few tokens, and for the adapter its factors,
-gradients and optimizer states.
+keep instead of computing it again, the logits of a few tokens, what writing on from a prompt
+takes, and for the adapter its factors, gradients and optimizer states.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ class MemoryPlan:
         Those of layers that are not computed again.
     logits : int
     workspace : int
+    generation : int
+        What writing on from the longest prompt takes.
     adapter, gradients, optimizer, statistics : int
         Of the adapter; states on a disk are not part of the sum.
     initialisation : int
@@ -98,6 +100,7 @@ class MemoryPlan:
     kept: int
     logits: int
     workspace: int
+    generation: int
     adapter: int
     gradients: int
     optimizer: int
@@ -193,6 +196,7 @@ def plan_memory(
     resident: int = 0,
     number_bytes: int = _FLOAT,
     templates: int = 0,
+    generation: int = 0,
     spare: int = 0,
     limit: int | None = None,
 ) -> MemoryPlan:
@@ -215,6 +219,9 @@ def plan_memory(
         Of one number in an activation.
     templates : int
         What the process holds that renders chat templates (bytes).
+    generation : int
+        What writing on from a prompt takes, see `generation_bytes`. It does not come while a step
+        is computed, but what a step frees stays with the process, in pieces that may not fit.
     spare : int
         What layers may take that keep their activations, if the limit allows it (bytes).
     limit : int, optional
@@ -241,6 +248,7 @@ def plan_memory(
         kept=0,
         logits=min(_LOGITS, 2 * tokens * shape.vocabulary * number_bytes),
         workspace=_WORKSPACE,
+        generation=generation,
         adapter=(shape.trained + shape.fixed) * _FLOAT,
         gradients=shape.trained * _FLOAT,
         optimizer=0 if on_disk else state_bytes(optimizer, shape.trained, shape.small),
@@ -265,6 +273,8 @@ def advise(
     if rows > 1:
         smaller = plan.activations * (rows - 1) // rows
         ideas.append((smaller, "one row at a time (--batch-size 1, no --layer-major)"))
+    if plan.generation:
+        ideas.append((plan.generation, "no --prompt"))
     if rank > 1:
         ideas.append((of_adapter // 2, f"--rank {max(1, rank // 2)}"))
     if optimizer == "adamw" and states == "memory":

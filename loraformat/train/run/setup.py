@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,11 @@ from loraformat.train.loop.distributed import World
 from loraformat.train.loop.optimizer_options import SMALL
 from loraformat.train.lora.initialise_svd import svd_bytes
 from loraformat.train.opening import load
+from loraformat.train.run.generation import SAMPLE, room_for
+from loraformat.train.run.generation_plan import generation_bytes, inner_width
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.plan import MemoryPlan, Shape, advise, plan_memory
+from loraformat.train.run.prompt import chat_ids, plain_ids
 
 if TYPE_CHECKING:
     from loraformat.train.model import TrainableModel
@@ -47,6 +50,8 @@ __all__ = [
 _CONTEXT = 500_000_000
 #: What the process takes that renders chat templates, where the system does not say (bytes).
 _TEMPLATES = 60_000_000
+#: What `Dataset.prompt_format` says of data that no chat template writes.
+_WITHOUT_TEMPLATE = (None, "{prompt}{completion}")
 Progress = Callable[[int, int], None]
 _DTYPES: dict[str, torch.dtype | str] = {
     "fastest": "fastest",
@@ -72,6 +77,8 @@ class Inputs:
         Of the whole run; micro-batches on this rank.
     trained_too : int
         Rows of the held-out data that are among those that are trained on.
+    prompts : list of list of int
+        The tokens of each prompt, written as the data are.
     """
 
     options: TrainOptions
@@ -82,6 +89,7 @@ class Inputs:
     steps: int
     batches: int
     trained_too: int = 0
+    prompts: list[list[int]] = field(default_factory=list)
 
     def stream(self, place: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Yield micro-batches from a place on, each with the place behind it."""
@@ -101,7 +109,6 @@ class Inputs:
             if found is not None:
                 layers[found] = layers.get(found, 0) + tensor.nbytes
         hidden = int(config.hidden_size)
-        inner = getattr(config, "intermediate_size", None) or 4 * hidden
         extra = self.model.extra_state().values()
         trained = [parameter.numel() for parameter in self.model.trainable().values()]
         branches = self.model.branches.values()
@@ -109,7 +116,7 @@ class Inputs:
         return Shape(
             layers=int(config.num_hidden_layers),
             hidden=hidden,
-            inner=int(max(inner) if isinstance(inner, list | tuple) else inner),
+            inner=inner_width(config),
             vocabulary=int(config.vocab_size),
             base_bytes=total,
             layer_bytes=max(layers.values(), default=0),
@@ -146,7 +153,7 @@ class Inputs:
             process=process, resident=min(kept, shape.base_bytes) if on_gpu else 0,
             optimizer=options.optimizer, states=options.optimizer_states,
             number_bytes=activation_dtype(self.model.compute_dtype).itemsize,
-            templates=0 if on_gpu else self._template_process(),
+            templates=0 if on_gpu else self._template_process(), generation=self._generation(),
             spare=0 if options.layer_major else self.model.activation_memory,
             limit=options.max_memory,
         )  # fmt: skip
@@ -164,11 +171,21 @@ class Inputs:
 
     def _template_process(self) -> int:
         """Return the bytes that the process holds which renders conversations, if there are any."""
-        sets = [self.data] if self.held_out is None else [self.data, self.held_out]
-        if not any(one.audit.rendered for one in sets):
-            return 0
         number = template_process.shared().number
+        sets = [self.data] if self.held_out is None else [self.data, self.held_out]
+        if number is None and not any(one.audit.rendered for one in sets):
+            return 0
         return (number and memory.resident_of(number)) or _TEMPLATES
+
+    def _generation(self) -> int:
+        """Return the bytes that the longest prompt takes while it is written on from."""
+        config = text_config(self.model)
+        number_bytes = activation_dtype(self.model.compute_dtype).itemsize
+        new = SAMPLE.max_tokens
+        return max(
+            (generation_bytes(config, len(ids), new, number_bytes) for ids in self.prompts),
+            default=0,
+        )
 
     def _rows(self) -> int:
         """Return how many rows go through the model between two updates."""
@@ -284,7 +301,21 @@ def _with_data(
         held_out = open_data(options.eval, encoder.tokenizer, settings, progress=progress, **shares)
     steps, batches = _count(data, options)
     trained_too = 0 if held_out is None else held_out.rows_also_in(data)
-    return Inputs(options, model, encoder, data, held_out, steps, batches, trained_too)
+    prompts = _prompts(model, encoder, data, options.prompt)
+    return Inputs(options, model, encoder, data, held_out, steps, batches, trained_too, prompts)
+
+
+def _prompts(
+    model: TrainableModel, encoder: TextEncoder, data: Dataset, prompts: tuple[str, ...]
+) -> list[list[int]]:
+    """Return the tokens of prompts, as users' messages where the data are conversations."""
+    if not prompts:
+        return []
+    write = plain_ids if data.prompt_format() in _WITHOUT_TEMPLATE else chat_ids
+    found = [write(encoder, prompt) for prompt in prompts]
+    for ids in found:
+        room_for(model.config, len(ids))
+    return found
 
 
 def _settings(options: TrainOptions, names: tuple[str, ...], **other: Any) -> DataOptions:
@@ -323,11 +354,6 @@ def with_length(model: TrainableModel, options: TrainOptions) -> TrainOptions:
             hint=f"use --seq-len {context}",
         )
     return options
-
-
-def _widest(sizes: Any) -> int:
-    """Return a feed-forward size, the largest where each layer has its own; 0 if none is told."""
-    return max((int(n) for n in (sizes if isinstance(sizes, list) else [sizes]) if n), default=0)
 
 
 def check_vocabulary(model: TrainableModel, encoder: TextEncoder) -> None:

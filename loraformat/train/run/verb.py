@@ -43,16 +43,12 @@ from loraformat.train.run.template_beside import (
     stop_files,
     template_files,
 )
-from loraformat.train.run.write_on import chat_ids, plain_ids
 
 __all__ = ["train"]
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _GO_ON = "free some space, and go on with --resume"
-#: What `Dataset.prompt_format` says of data that no chat template writes.
-_WITHOUT_TEMPLATE = (None, "{prompt}{completion}")
-_SAMPLE = generation.GenerationOptions(max_tokens=64, temperature=0.0)
 
 
 def train(
@@ -423,14 +419,11 @@ class _Run:
         encoder = self._inputs.encoder
         stops = generation.stop_tokens(self._base, encoder.tokenizer)
         stops = sorted({*stops, *learned_stops(*self._chat, self._base)})
-        chat = self._inputs.data.prompt_format() not in _WITHOUT_TEMPLATE
-        write = chat_ids if chat else plain_ids
         told = []
-        for prompt in self._options.prompt:
-            ids = write(encoder, prompt)
+        for prompt, ids in zip(self._options.prompt, self._inputs.prompts, strict=True):
             with self._model.sparing():
                 stream = generation.continuation(
-                    self._model, encoder.tokenizer, ids, _SAMPLE, stops=stops,
+                    self._model, encoder.tokenizer, ids, generation.SAMPLE, stops=stops,
                     device=self._options.device,
                 )  # fmt: skip
             told.append((prompt, stream.text()))

@@ -7,15 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loraformat.errors import InputError, UsageError, printable
-from loraformat.train.data.template_process import TemplateRefusalError
-from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
+from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.run.generation import GenerationOptions, continuation, stop_tokens
 from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.prompt import chat_ids, plain_ids
 from loraformat.train.run.setup import check_vocabulary, open_base
 from loraformat.train.run.template_beside import stops_of, template_of
 
-__all__ = ["Written", "chat_ids", "plain_ids", "write_on"]
+__all__ = ["Written", "write_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,35 +91,3 @@ def write_on(
         )  # fmt: skip
         seconds = time.monotonic() - begun
     return Written(prompt, stream.text(), len(stream.tokens), seconds)
-
-
-def plain_ids(encoder: TextEncoder, prompt: str) -> list[int]:
-    """Return the tokens of a text that is to be written on from."""
-    return [*encoder.prefix, *encoder.tokenize(prompt).ids]
-
-
-def chat_ids(encoder: TextEncoder, prompt: str, system: str | None = None) -> list[int]:
-    """Return the tokens of a user's message that the model is to answer.
-
-    Raises
-    ------
-    UsageError
-        If there is no chat template.
-    InputError
-        If it refuses the message.
-    """
-    if not encoder.has_template:
-        raise UsageError(
-            f"{encoder.name}: its tokenizer has no chat template", hint="leave --chat out"
-        )
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        return encoder.tokenize(encoder.render(messages, None, prompt=True)).ids
-    except TemplateRefusalError as error:
-        raise InputError(
-            f"its chat template refuses the prompt: {printable(error)}",
-            path=encoder.name,
-            hint="leave --chat out" if system is None else "try it without --system",
-        ) from None

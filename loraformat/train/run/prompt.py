@@ -1,0 +1,41 @@
+"""A prompt as the tokens that a model writes on from."""
+
+from __future__ import annotations
+
+from loraformat.errors import InputError, UsageError, printable
+from loraformat.train.data.template_process import TemplateRefusalError
+from loraformat.train.data.tokenizer import TextEncoder
+
+__all__ = ["chat_ids", "plain_ids"]
+
+
+def plain_ids(encoder: TextEncoder, prompt: str) -> list[int]:
+    """Return the tokens of a text that is to be written on from."""
+    return [*encoder.prefix, *encoder.tokenize(prompt).ids]
+
+
+def chat_ids(encoder: TextEncoder, prompt: str, system: str | None = None) -> list[int]:
+    """Return the tokens of a user's message that the model is to answer.
+
+    Raises
+    ------
+    UsageError
+        If there is no chat template.
+    InputError
+        If it refuses the message.
+    """
+    if not encoder.has_template:
+        raise UsageError(
+            f"{encoder.name}: its tokenizer has no chat template", hint="leave --chat out"
+        )
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return encoder.tokenize(encoder.render(messages, None, prompt=True)).ids
+    except TemplateRefusalError as error:
+        raise InputError(
+            f"its chat template refuses the prompt: {printable(error)}",
+            path=encoder.name,
+            hint="leave --chat out" if system is None else "try it without --system",
+        ) from None

@@ -16,8 +16,9 @@ def generation_bytes(config: Any, prompt: int, new: int, number_bytes: int = _FL
     """Return a bound on what one continuation holds, besides the weights.
 
     Keys and values of all layers for prompt and new tokens, twice: they grow by a copy for each
-    token, and what is let go lies in pieces that are too small for the next. The prompt goes
-    through at once: what a layer holds for it, as in a step without gradients.
+    token, and what is let go lies in pieces that are too small for the next. One layer's at a time
+    are there for each of the heads that share them. The prompt goes through at once: what a layer
+    holds for it, as in a step without gradients.
 
     Parameters
     ----------
@@ -36,13 +37,14 @@ def generation_bytes(config: Any, prompt: int, new: int, number_bytes: int = _FL
     ...     num_attention_heads=8,
     ... )
     >>> generation_bytes(config, 100, 64), generation_bytes(config, 1000, 64)
-    (22634256, 161403456)
+    (23306000, 165761600)
     """
-    hidden, tokens = int(config.hidden_size), prompt + new
+    hidden, tokens = _attention_width(config), prompt + new
     cache = 2 * tokens * int(config.num_hidden_layers) * _cached_width(config) * number_bytes
     inside = prompt * (13 * hidden + 5 * inner_width(config)) * number_bytes
+    repeated = 2 * tokens * hidden * number_bytes
     logits = _LOGITS_AT_ONCE * int(config.vocab_size) * _FLOAT
-    return cache + inside + logits + _scores(config, prompt, number_bytes)
+    return cache + repeated + inside + logits + _scores(config, prompt, number_bytes)
 
 
 def inner_width(config: Any) -> int:
@@ -57,13 +59,31 @@ def inner_width(config: Any) -> int:
 
 
 def _cached_width(config: Any) -> int:
-    """Return how many numbers a layer keeps of a token: keys and values of all their heads."""
-    hidden = int(config.hidden_size)
+    """Return how many numbers a layer keeps of a token.
+
+    Keys and values of all their heads, or what both are computed from (latent attention).
+    """
+    heads = _number(config, "num_key_value_heads") or _number(config, "num_attention_heads") or 1
+    if latent := _number(config, "kv_lora_rank"):
+        return latent + _number(config, "qk_rope_head_dim")
+    shared = getattr(config, "multi_query", False)  # by all heads, but for Falcon's newer models
+    if shared and not getattr(config, "new_decoder_architecture", False):
+        heads = 1
+    return 2 * heads * _head_width(config)
+
+
+def _attention_width(config: Any) -> int:
+    """Return the widest of what goes through a layer besides its feed-forward part."""
     heads = _number(config, "num_attention_heads") or 1
-    keys = _number(config, "num_key_value_heads") or heads
-    widths = ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")
-    width = max((_number(config, name) for name in widths), default=0) or -(-hidden // heads)
-    return 2 * keys * width
+    return max(int(config.hidden_size), heads * _head_width(config))
+
+
+def _head_width(config: Any) -> int:
+    """Return the widest head's size."""
+    heads = _number(config, "num_attention_heads") or 1
+    names = ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")
+    widest = max(_number(config, name) for name in names)
+    return widest or -(-int(config.hidden_size) // heads)
 
 
 def _scores(config: Any, prompt: int, number_bytes: int) -> int:

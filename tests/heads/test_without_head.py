@@ -239,3 +239,23 @@ def test_a_checkpoint_that_lost_its_head_is_refused_and_can_be_declared_headless
     convert(source, tmp_path / "m.gguf", dtype="f32")
     (found,) = embeddings(tmp_path / "m.gguf", [IDS])
     assert apart(found, states(source)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "pooling, said",
+    [
+        ('{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}', "cls_token, mean_"),
+        ('{"pooling_mode_weightedmean_tokens": true}', "weightedmean_tokens"),
+        ('{"pooling_mode": "max"}', "says max"),
+        ("[1]", "nothing that is known"),
+    ],
+)
+def test_what_llama_cpp_does_not_do_behind_the_model_is_named(tmp_path, pooling, said):
+    source = make("Qwen3Model", "base class", tmp_path / "m")
+    for folder, text in (("1_Pooling", pooling), ("2_Dense", '{"in_features": 64}')):
+        (source / folder).mkdir()
+        (source / folder / "config.json").write_text(text)
+    notes = convert(source, tmp_path / "m.gguf", dry_run=True).notes
+    assert any(said in note and "mean, cls or last token" in note for note in notes)
+    assert any(note.startswith("2_Dense, which") for note in notes)
+    assert any("--pooling mean, cls or last" in note for note in notes)

@@ -171,10 +171,10 @@ class Inputs:
 
     def _template_process(self) -> int:
         """Return the bytes that the process holds which renders conversations, if there are any."""
-        number = template_process.shared().number
         sets = [self.data] if self.held_out is None else [self.data, self.held_out]
-        if number is None and not any(one.audit.rendered for one in sets):
+        if not any(one.audit.rendered for one in sets):
             return 0
+        number = template_process.shared().number
         return (number and memory.resident_of(number)) or _TEMPLATES
 
     def _generation(self) -> int:

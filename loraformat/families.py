@@ -94,12 +94,13 @@ _ROUTERS = {"gate", "router"}
 #: Their classes multiply and add norms, biases and routers as they are stored: in 4 bits such a
 #: model runs only if all of its dense tensors are of one type.
 _ONE_TYPE = {
-    "bert", "bloom", "glm", "gpt2", "gpt_neox", "granite", "lfm2", "llama", "mistral", "mixtral",
-    "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "starcoder2",
+    "bert", "bloom", "electra", "glm", "gpt2", "gpt_neox", "granite", "lfm2", "llama", "mistral",
+    "mixtral", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "roberta", "starcoder2",
 }  # fmt: skip
-#: Their classes cast what a norm returns.
+#: Their classes cast what a norm returns, or have none with weights.
 _CASTING = {
-    "cohere", "falcon", "gemma2", "gemma3", "gemma3_text", "nemotron", "olmo2", "stablelm",
+    "cohere", "falcon", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4",
+    "gemma4_text", "nanochat", "nemotron", "olmo2", "stablelm",
 }  # fmt: skip
 
 #: A part that its class has, and that checkpoints may leave out: the class makes one of chance.

@@ -22,6 +22,8 @@ FLOAT8, MXFP4 = "float8", "MXFP4"
 
 _FLOATS = ("F8_E4M3", "F8_E5M2")
 _INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+#: Integers that stand under a weight's own name where a method packs its codes.
+_PACKED = ("U8", "I8", "U32", "I32", "U64", "I64")
 
 
 class Stored(Protocol):
@@ -112,7 +114,7 @@ def packed_weights(tensors: Mapping[str, Stored]) -> PackedWeights | None:
     for name, tensor in tensors.items():
         if tensor.dtype in _FLOATS:
             return PackedWeights(FLOAT8, name)
-        if tensor.dtype in _INTEGERS and len(tensor.shape) > 1 and _WEIGHT.search(name):
+        if tensor.dtype in _PACKED and len(tensor.shape) > 1 and _WEIGHT.search(name):
             return PackedWeights("an unknown method", name)
     return None
 

@@ -65,7 +65,8 @@ def test_a_placed_model_computes_the_same(opened, attach, architecture, budget):
     model.loss(make_batch()).backward()
     expected = gradients(model)
     weights = StoredWeights(model.bundle)
-    placed, assembly = opening._build(model.bundle, torch.float32)
+    config = model.bundle.checkpoint.config
+    placed, assembly = opening._build(model.bundle.folder.path, weights, config, torch.float32)
     used = assembly.used
     resident = place_on(placed, used, weights, CPU, budget)
     sizes = {name: sum(e - b for n in used[name] for _, b, e in weights.spans(n)) for name in used}

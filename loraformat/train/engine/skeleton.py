@@ -80,7 +80,24 @@ def build_skeleton(config: bytes, layers: int, path: object) -> Any:
         )
     if not fits:
         raise _unsupported(f"its config wants {wanted} layers, and it holds {layers}", path)
+    _refuse_other_tasks(made, path)
     return _build(AutoModelForCausalLM, made, path)
+
+
+def _refuse_other_tasks(config: Any, path: object) -> None:
+    """Refuse a model that transformers has, but not as one that predicts text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        raise UnsupportedError(
+            f"is a model of images and text ({printable(config.model_type)}), and this trains and "
+            "runs models of text",
+            path=f"{path}",
+            hint="PEFT trains on a bundle of it, opened by "
+            "transformers.AutoModelForImageTextToText.from_pretrained(BUNDLE)",
+        )
 
 
 def _build(auto_class: Any, config: Any, path: object) -> Any:

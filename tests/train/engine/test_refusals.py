@@ -5,6 +5,14 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from loraformat.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
 from loraformat.ops.convert import convert
@@ -109,3 +117,27 @@ def test_an_adapter_or_a_data_file_in_the_place_of_the_base(tmp_path):
     (tmp_path / "data.jsonl").write_text("{}")
     with pytest.raises(UnsupportedError, match="then the data"):
         load(tmp_path / "data.jsonl")
+
+
+def test_a_model_of_images_is_trained_as_the_refusal_says(tmp_path):
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=16, projection_dim=32,
+    )  # fmt: skip
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=255)
+    LlavaForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "bundle")
+    with pytest.raises(UnsupportedError, match=r"model of images and text \(llava\)") as refused:
+        load(tmp_path / "bundle")
+    assert "AutoModelForImageTextToText.from_pretrained(BUNDLE)" in refused.value.hint
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "bundle", dtype=torch.float32)
+    targets = r".*language_model.*(q_proj|v_proj)"
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets))
+    ids = torch.arange(10)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert sum(parameter.grad is not None for parameter in model.parameters()) == 8

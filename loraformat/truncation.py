@@ -1,4 +1,4 @@
-"""A sentence where the kernel would end the process without one.
+"""Error message for a mapped file that is truncated while it is read (SIGBUS).
 
 A mapped file that another program truncates, or a disk that fails, sends SIGBUS to whoever looks at
 the bytes that are gone. No Python runs then: the handler is in the compiled library.

@@ -1,4 +1,4 @@
-"""What a process ran out of, in words: memory, address space, threads."""
+"""Explanations of exhausted resources: memory, address space, threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of a format's own block types, written as plain ones: which type holds them."""
+"""The dtype of weights that are decoded from a format's own block types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an adapter that was trained on conversations is prompted, and where it stops.
+"""Prompt format and stop tokens of an adapter that was trained on conversations.
 
 A training record says it, under ``training`` and ``chat``: the pieces that the chat template puts
 around what people say, and the tokens that were learned to end turns. From the pieces follows the

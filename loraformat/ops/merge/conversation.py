@@ -1,4 +1,4 @@
-"""How adapters were prompted, and where their texts end: a merged model takes both along.
+"""Chat template and stop tokens of merged adapters, which the merged model takes along.
 
 An adapter that was trained on conversations lies beside the chat template that it was trained
 with, if that was not the base's, and beside a ``generation_config.json`` with the tokens that end

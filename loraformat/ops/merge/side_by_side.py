@@ -1,4 +1,4 @@
-"""A quantized base as it is, an adapter beside it: the commands for llama.cpp."""
+"""Commands for llama.cpp that keep a quantized base and load the adapter beside it."""
 
 from __future__ import annotations
 

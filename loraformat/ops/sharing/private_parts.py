@@ -1,4 +1,4 @@
-"""What of a training is nobody's business unless it is meant: traces of its data.
+"""Traces of the training data in an adapter's files, which push leaves out unless asked.
 
 Activation statistics are second moments of what the data made the layers see. A training record
 has hashes of the data, by which anybody who has a copy can tell that it was trained on, and prompts

@@ -1,4 +1,4 @@
-"""What a row says and its chat template does not write, found by saying it otherwise.
+"""Fields of a conversation that its chat template does not render, found by varying them.
 
 A template that has no place for a role, for calls or for descriptions of tools leaves them out
 without a word. So each kind of thing that messages hold is tried once, in the first conversation

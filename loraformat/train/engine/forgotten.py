@@ -1,4 +1,4 @@
-"""What a computation saves for its backward pass, forgotten at once and computed again when wanted.
+"""Saved tensors of a checkpointed computation, which are recomputed when autograd asks for them.
 
 The graph is autograd's own, made once: a tensor that a layer leaves anywhere for another layer has
 its gradient, whichever way it gets there. Only the numbers in the graph are not kept.

@@ -1,4 +1,4 @@
-"""A model in any format, to be computed with as bundles are: not to be trained on.
+"""A model in any format, opened for evaluation and generation but not for training.
 
 What a format maps stays mapped. What it must compute, as a GGUF file's blocks, is computed tensor
 by tensor when a layer wants it, and some of it is kept, within a bound.

@@ -1,4 +1,4 @@
-"""A few tokens go through all layers of a model before any work is done with it.
+"""A trial of a few tokens through all layers of a model, before any other work is done.
 
 A class of transformers may compute in a way that this engine does not know: with a weight of its
 own accord, or with state that layers share in a place that nobody sees. So it is tried, on

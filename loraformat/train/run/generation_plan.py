@@ -1,4 +1,4 @@
-"""What it takes of memory to let a model write on from a prompt."""
+"""The memory that text generation takes: keys and values, activations of the prompt, logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt as the tokens that a model writes on from."""
+"""Encoding of a prompt for text generation."""
 
 from __future__ import annotations
 

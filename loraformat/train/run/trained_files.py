@@ -1,4 +1,4 @@
-"""Whether data that an adapter is measured on are data that it was trained on, by its record."""
+"""Evaluation files that an adapter was trained on, recognised by the hashes in its record."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What comes from the Hub is compared with the Hub's hashes: once, and also offline."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -35,6 +36,7 @@ def test_an_old_file_is_named_and_left_alone(ask, hub, tmp_path):
     changed = bytearray(blob.read_bytes())
     changed[-1] ^= 1
     blob.write_bytes(changed)
+    os.utime(blob, (0, 0))  # no download's file, however soon after this one begins
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
         result = ask("info", "org/dense", **environment)
         assert result.returncode == 7

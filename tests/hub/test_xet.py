@@ -1,6 +1,7 @@
 """Publishing and fetching through Xet, with hf_xet's own local store behind the Hub."""
 
 import hashlib
+import os
 import shutil
 
 import pytest
@@ -49,6 +50,7 @@ def test_a_cache_that_repositories_share(ask, xet, tmp_path):
     shutil.rmtree(tmp_path / "hf-home/loraformat")
     assert ask("info", "me/new", **XET, HF_HUB_OFFLINE="1").returncode == 0
     shared.write_bytes(b"\0" + shared.read_bytes()[1:])
+    os.utime(shared, (0, 0))  # no download's file, however soon the next one begins
     result = ask("info", "me/new", **XET, HF_HUB_OFFLINE="1")
     assert result.returncode == 7
     assert "its SHA-256 is" in result.stderr

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["names_base_class", "names_language_head"]
+__all__ = ["base_class", "names_base_class", "names_language_head"]
 
 _LANGUAGE_HEADS = ("LMHead", "CausalLM", "ConditionalGeneration")
+
+
+def base_class(named: str) -> str:
+    """Return the class without a head, from one with a language head.
+
+    Examples
+    --------
+    >>> base_class("Qwen3ForCausalLM"), base_class("GPT2LMHeadModel")
+    ('Qwen3Model', 'GPT2Model')
+    """
+    return re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "Model", named)
 
 
 def names_language_head(config: Mapping[str, Any]) -> bool:

@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
-from loraformat.config_json import encode, members, parse
-from loraformat.errors import printable
+from loraformat.config_json import CONFIG_NAME, encode, members, parse
+from loraformat.errors import InputError, printable
 from loraformat.families import family_of
-from loraformat.model_class import names_base_class, names_language_head
+from loraformat.layout import layer_of
+from loraformat.model_class import base_class, names_base_class, names_language_head
 
 __all__ = [
     "HEAD",
     "TiedHead",
     "contradicting_head",
     "lacks_head",
+    "refuse_lost_head",
     "settled",
     "tied_embedding",
     "tied_head",
@@ -142,6 +144,33 @@ def lacks_head(names: Iterable[str], config: Mapping[str, Any]) -> bool:
     return names_base_class(config) or _embedding(names) in _EMBEDDINGS
 
 
+def refuse_lost_head(model: Checkpoint) -> None:
+    """Refuse a model whose output head is missing: a program that loads it makes one of chance.
+
+    Its config names a class with a head and says, as transformers always writes, that it is not
+    tied; and no tensor outside of the layers could be one, by whatever name.
+
+    Raises
+    ------
+    InputError
+    """
+    config = _config(model)
+    embedding = _embedding(list(model.tensors))
+    if embedding is None or not names_language_head(config) or _flag(config) is not False:
+        return
+    if lacks_head(model.tensors, config) or _may_be_head(model.tensors, embedding):
+        return
+    named = str(config["architectures"][0])
+    raise InputError(
+        f"tensor {HEAD} is missing: {CONFIG_NAME} names {printable(named)}, whose output head is "
+        "not the embedding, and transformers would make one of random numbers",
+        path=model.path,
+        hint=f"fetch all weight files again; or, if the head is the embedding, write "
+        f'"{_FLAG}": true into {CONFIG_NAME}; of an embedding model, which has no head, '
+        f'"architectures": ["{printable(base_class(named))}"]',
+    )
+
+
 def untied_config(config: bytes) -> bytes:
     r"""Return ``config.json`` with ``tie_word_embeddings`` false, also for the model within it.
 
@@ -178,6 +207,16 @@ def _promised_pair(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str
 def _says_tied(config: Mapping[str, Any]) -> bool:
     named = _flag(config)
     return family_of(config).tied if named is None else named
+
+
+def _may_be_head(tensors: Mapping[str, LazyTensor], embedding: str) -> bool:
+    """Tell whether a tensor beside the embedding has its width, and as good as all its rows."""
+    rows, width = (*tensors[embedding].shape, 0, 0)[:2]
+    return any(
+        len(tensor.shape) == 2 and tensor.shape[1] == width and 2 * tensor.shape[0] >= rows
+        for name, tensor in tensors.items()
+        if name != embedding and layer_of(name) is None
+    )
 
 
 def _head(names: list[str]) -> str | None:

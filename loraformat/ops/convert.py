@@ -39,7 +39,7 @@ from loraformat.ops.report import (
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish_file import open_publication
 from loraformat.reader import is_bundle
-from loraformat.tied_head import settled
+from loraformat.tied_head import refuse_lost_head, settled
 from loraformat.version import __version__
 
 __all__ = ["convert"]
@@ -203,6 +203,7 @@ def _convert_base(
     with open_with(
         found, reader, dtype=dtype, exact=exact, config=config, allow_pickle=allow_pickle
     ) as original:
+        refuse_lost_head(original)
         kept = writer.stores != "dense"
         before = with_history(_with_origin(original, found), codes_kept=kept)
         before, decoded = with_decoded_dtype(before, writer, encoding.dtype)

@@ -25,7 +25,7 @@ from loraformat.ops.quantized_again import again_as, original_of, sentence, with
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.publish import Publication
 from loraformat.publish_file import open_publication
-from loraformat.tied_head import untied_config
+from loraformat.tied_head import refuse_lost_head, untied_config
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ class MergeJob:
         )
         origin = replace(told.provenance, format="merge")
         merged = replace(original, tensors=tensors, config=config, files=files, provenance=origin)
+        refuse_lost_head(merged)
         word = {"F32": "f32", "F16": "f16", "BF16": "bf16", None: None}[self.dtype]
         if self.writer.dtypes:
             word = self.options.dtype

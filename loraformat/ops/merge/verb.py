@@ -51,7 +51,7 @@ from loraformat.ops.open import open_with
 from loraformat.ops.quantized_again import history
 from loraformat.ops.report import losses
 from loraformat.plugins import Converter, Forecast
-from loraformat.tied_head import settled
+from loraformat.tied_head import refuse_lost_head, settled
 
 if TYPE_CHECKING:
     from loraformat.ops.unmerge.recorder import Spool
@@ -175,6 +175,7 @@ def merge(
         )
         if beside:
             check_beside(original, base, target)
+            refuse_lost_head(original)
             original, told = settled(original)
             several = len(opened) > 1  # of one, the writer says the same
             report = replace(report, beside=name_of(adapters, name), notes=notes if several else [])

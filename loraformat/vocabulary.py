@@ -17,7 +17,10 @@ from loraformat.config_json import parse
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Resize", "per_token", "resized", "resized_config", "tokenizer_files", "with_tokenizer"]
+__all__ = [
+    "Resize", "is_per_token", "per_token", "resized", "resized_config", "tokenizer_files",
+    "with_tokenizer",
+]  # fmt: skip
 
 _PER_TOKEN = re.compile(
     r"(^|\.)((embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight"
@@ -48,6 +51,17 @@ class Resize(NamedTuple):
     after: int
 
 
+def is_per_token(name: str) -> bool:
+    """Tell whether a tensor has a row for each token, by its name.
+
+    Examples
+    --------
+    >>> is_per_token("model.embed_tokens.weight"), is_per_token("model.norm.weight")
+    (True, False)
+    """
+    return bool(_PER_TOKEN.search(name)) and not _OTHER_TOWERS.search(name)
+
+
 def per_token(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
     """Return the tensors with a row for each token, and how many rows they have.
 
@@ -61,7 +75,7 @@ def per_token(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
     return {
         name: tensor.shape[0]
         for name, tensor in tensors.items()
-        if _PER_TOKEN.search(name) and not _OTHER_TOWERS.search(name) and tensor.shape
+        if is_per_token(name) and tensor.shape
     }
 
 

@@ -9,6 +9,6 @@ without weights).
 
 from __future__ import annotations
 
-from loraformat.base_names.resolver import BaseNames, names_of
+from loraformat.base_names.resolver import BaseNames, Parameter, names_of
 
-__all__ = ["BaseNames", "names_of"]
+__all__ = ["BaseNames", "Parameter", "names_of"]

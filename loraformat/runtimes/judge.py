@@ -13,7 +13,9 @@ from loraformat.runtimes.rules import FORMAT, RULES
 __all__ = ["findings", "judge", "obstacles"]
 
 #: Where one finding needs the first of these, no other remedy helps any more.
-_STRONGEST: tuple[Remedy, ...] = ("advice", "merge", "merge-gguf")
+_STRONGEST: tuple[Remedy, ...] = ("advice", "other-base", "merge", "merge-gguf")
+#: What a user does before anything that mends the adapter.
+_FIRST = ("advice", "other-base")
 
 
 def findings(
@@ -110,5 +112,5 @@ def _with_remedy(treatment: Treatment, rule: str, stronger: Treatment) -> Treatm
     """Return a treatment whose own command would not be enough with that of the stronger one."""
     if treatment.remedy in ("advice", stronger.remedy):
         return treatment
-    advice = f"first: {rule}" if stronger.remedy == "advice" else None
+    advice = f"first: {rule}" if stronger.remedy in _FIRST else None
     return replace(treatment, remedy=stronger.remedy, advice=advice)

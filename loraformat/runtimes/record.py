@@ -33,8 +33,9 @@ Level = Literal["warn", "fail"]
 Outcome = Literal["refuses", "differs", "mind", "unknown"]
 #: What mends it: a command of loraformat's, or (advice) nothing that a command could do.
 Remedy = Literal[
-    "fix", "gguf", "peft", "merge", "merge-gguf", "reduce", "rewrite", "retype", "fill", "advice"
-]
+    "fix", "gguf", "peft", "merge", "merge-gguf", "reduce", "rewrite", "retype", "fill",
+    "other-base", "advice",
+]  # fmt: skip
 
 _LEVELS: dict[Outcome, Level] = {
     "refuses": "fail",

@@ -23,6 +23,7 @@ _SAYS: dict[Remedy, str] = {
     "reduce": "reduce its rank",
     "rewrite": "write it anew",
     "retype": "write it anew",
+    "other-base": "name the base that it was trained on",
 }
 
 
@@ -85,8 +86,16 @@ def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Name
         "reduce": f"loraformat reduce {names.quoted} -o {stem}-r{most} --rank {most}",
         "rewrite": f"{convert} {stem}-rewritten --canonical{held}",
         "retype": f"{convert} {stem}-f32 --dtype f32{held}",
+        "other-base": f"loraformat check {names.quoted} --base {_its_base(adapter, names)}",
     }
     return lines.get(remedy)
+
+
+def _its_base(adapter: AdapterFacts, names: Names) -> str:
+    """Return the base that an adapter names, if that is another than the one that was tried."""
+    named = adapter.base_model
+    known = named and named.isprintable() and not named.startswith("-") and named != names.base
+    return shlex.quote(named) if named and known else "BASE"
 
 
 def sentence(treatment: Treatment, adapter: AdapterFacts) -> str:

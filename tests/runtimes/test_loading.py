@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import warnings
@@ -16,7 +17,9 @@ from bases import make_base, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from loraformat.cli import main
 from loraformat.ops.check.verb import check
+from loraformat.ops.merge.verb import merge
 
 WEIGHTS = "adapter_model.safetensors"
 TEXT = "model.layers."
@@ -125,9 +128,92 @@ def test_a_base_of_another_size(tmp_path, base):
     config["intermediate_size"] += 32
     AutoModelForCausalLM.from_config(type(opened(base).config)(**config)).save_pretrained(other)
     (finding,) = check(adapter, base=other, runtimes=["transformers"]).findings
-    assert (finding.rule, finding.level) == ("LOAD_FAILS", "fail")
+    assert (finding.rule, finding.level) == ("LOAD_OTHER_BASE", "fail")
     assert "wanted [" in finding.what
     assert in_peft(other, adapter) == "raises"
+    assert shlex.split(finding.command)[-1] == str(base)  # which the adapter names
+    assert followed(finding) == 0
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(config_of(adapter) | {"base_model_name_or_path": str(other)})
+    )
+    (finding,) = check(adapter, base=other, runtimes=["transformers"]).findings
+    assert finding.command.endswith("--base BASE")
+
+
+def config_of(adapter) -> dict:
+    return json.loads((adapter / "adapter_config.json").read_text())
+
+
+def followed(finding) -> int:
+    """Run the command of a finding; return its status."""
+    words = shlex.split(finding.command)
+    assert words[0] == "loraformat"
+    more = ["--runtime", "transformers"] if words[1] == "check" else []
+    with pytest.raises(SystemExit) as left:
+        main([*words[1:], *more, "--quiet"])
+    return left.value.code
+
+
+def of_experts(base, folder):
+    """Its config names the fused experts in PEFT's two ways, by which PEFT doubles a rank."""
+    base = make_base("mixtral", folder / "mixtral")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = trained(base, folder / "adapter", target_parameters=names)
+    return base, adapter, {"target_modules": ["q_proj", "w1", "w3"]}
+
+
+UNLOADABLE = {
+    "another rank than its tensors": lambda base, folder: (
+        base, trained(base, folder / "adapter"), {"r": 8}),
+    "a module too many": lambda base, folder: (
+        base, trained(base, folder / "adapter"), {"modules_to_save": ["nothing"], "r": 16}),
+    "experts": of_experts,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNLOADABLE)
+def test_what_fits_but_does_not_load_is_written_anew(base, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, adapter, change = UNLOADABLE[name](base, tmp_path)
+    expected = merged(base, adapter, tmp_path / "before")
+    (adapter / "adapter_config.json").write_text(json.dumps(config_of(adapter) | change))
+    assert in_peft(base, adapter) == "raises"
+    (finding,) = check(adapter, base=base, runtimes=["transformers"]).findings
+    assert finding.rule == "LOAD_FAILS"
+    assert followed(finding) == 0
+    assert check("adapter-rewritten", base=base).verdicts["transformers"] == "right"
+    assert in_peft(base, "adapter-rewritten") == "works"
+    if "r" not in change:  # of which the scaling is a part
+        found = merged(base, "adapter-rewritten", tmp_path / "after")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def merged(base, adapter, target) -> dict[str, torch.Tensor]:
+    merge(base, [adapter], target)
+    return load_file(target / "model.safetensors")
+
+
+@pytest.mark.parametrize("rows", [2052, 2040])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_another_vocabulary_is_merged(base, tmp_path, monkeypatch, rows, tied):
+    monkeypatch.chdir(tmp_path)
+    if tied:
+        base = make_base("llama-tied", tmp_path / "tied")
+    whole = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    adapter = trained(base, tmp_path / "adapter", rows, modules_to_save=whole)
+    (finding,) = (
+        f for f in check(adapter, base=base, runtimes=["transformers"]).findings
+        if f.rule.startswith("LOAD")
+    )  # fmt: skip
+    assert finding.rule == "LOAD_RESIZED"
+    here = opened(base).get_input_embeddings().weight.shape[0]
+    assert f"for {rows} tokens, and this base has {here}" in finding.what
+    assert followed(finding) == 0
+    model = opened(base)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    apart = bases.apart(run(model, "llama"), run(opened("adapter-merged"), "llama"))
+    assert apart < 1e-4
 
 
 def test_of_fused_experts_peft_knows_the_ranks(tmp_path):

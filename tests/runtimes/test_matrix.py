@@ -52,7 +52,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     },
     "trained tokens": {"TRAINED_TOKENS": (SERVERS, "")},
     "tokens beyond": {"TRAINED_TOKENS": (SERVERS, ""), "TOKENS_BEYOND": (ALL, "")},
-    "grown head": {"VOCABULARY": (f"{SERVERS} mlx", ""), "LOAD_FAILS": ("transformers", "")},
+    "grown head": {"VOCABULARY": (f"{SERVERS} mlx", ""), "LOAD_RESIZED": ("transformers", "")},
     "pissa": {
         "INIT_MUTATES_BASE": ("vllm sglang lorax llama.cpp ollama mlx", "transformers"),
     },
@@ -90,7 +90,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     },
     "other shape": {
         "SHAPE_VS_BASE": (f"{SERVERS} mlx", ""),
-        "LOAD_FAILS": ("transformers", ""),
+        "LOAD_OTHER_BASE": ("transformers", ""),
     },
     "embedding": {"EMBEDDING": ("lorax", "vllm sglang")},
     "more tokens": {"TOKENIZER_CHANGED": ("", ALL)},
@@ -131,6 +131,7 @@ def test_every_feature_and_every_rule_is_in_the_matrix():
         "ARCHITECTURE",
         "BASE_HASH_MISMATCH",
         "BASE_REVISION",
+        "LOAD_FAILS",
         "LOAD_UNPROVEN",
     }
     tested = {rule for rules in EXPECTED.values() for rule in rules} | held_elsewhere | ALWAYS

@@ -22,6 +22,8 @@ from loraformat.folder import Folder
 from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.plugins import AdapterReadOptions
 from loraformat.runtimes.facts import AdapterFacts, Loading, ModuleFacts
+from loraformat.runtimes.task_usage import labels_of
+from loraformat.tied_head import tied_embedding
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.load_on_meta import Stored
@@ -109,6 +111,10 @@ class _Examiner:
             rows=tuple(self.rows),
             last_token=_last_token(config) if self.rows else None,
             task=_text(config.get("task_type")),
+            labels=labels_of(
+                (parse_key(name, self.adapter).owner, tensor.shape)
+                for name, tensor in self.stored.tensors.items()
+            ),
             config_rank=config.get("r", 8),
             config_alpha=config.get("lora_alpha", 8),
             rslora=self.settings.rslora,
@@ -147,7 +153,8 @@ class _Examiner:
             return None
         tensors = {n: Stored(t.dtype, t.shape) for n, t in self.stored.tensors.items()}
         base = parse(self.base.config) if self.base.config else {}
-        return judge_loading(config, tensors, base, self.names)
+        tied = tied_embedding(self.base.tensors, base)
+        return judge_loading(config, tensors, base, self.names, self.adapter, tied)
 
     def _has_biases(self, config: Mapping[str, Any], found: tuple[ModuleFacts, ...]) -> bool:
         said = config.get("bias") not in (None, "none") or config.get("lora_bias") is True

@@ -13,10 +13,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from loraformat.base_names import BaseNames
+from loraformat.base_names import BaseNames, Parameter
 from loraformat.runtimes.facts import Loading
+from loraformat.tied_head import HEAD
+from loraformat.vocabulary import is_per_token
 from loraformat_converters.peft.keys import PREFIX, parse_key
 from loraformat_converters.peft.load_on_meta import Loaded, Stored, load_on_meta
 
@@ -38,6 +41,8 @@ def judge_loading(
     tensors: Mapping[str, Stored],
     base: Mapping[str, Any],
     names: BaseNames,
+    adapter: str = "default",
+    tied: str | None = None,
 ) -> Loading:
     """Tell what PEFT does with an adapter on a base of these shapes.
 
@@ -51,23 +56,32 @@ def judge_loading(
         The base's ``config.json``.
     names : BaseNames
         The base's, for the rules.
+    adapter : str
+        The adapter's own name, if that is in the tensors' names.
+    tied : str, optional
+        The base's embedding, if that is its head, too.
     """
     ask = load_on_meta if _is_cheap(config) else _in_a_process
     loaded = ask(config, tensors, base)
+    held = _Held(names, adapter, tied)
+    misfits = {n: s for n, t in tensors.items() if (s := held.misfit(n, t)) is not None}
     if loaded is not None:
         problem, left_out = loaded.problem, loaded.ignored
     elif not names.known:  # of the base there is a config alone
         problem, left_out = None, ()
     else:
-        left_out = tuple(name for name in tensors if not _is_expected(name, names))
-        problem = next((p for n, s in tensors.items() if (p := _misfit(n, s, names))), None)
-    known = {name for name in left_out if names.parameter(_owner(name)) is not None}
+        left_out = tuple(name for name in tensors if not held.is_expected(name))
+        problem = next(iter(misfits.values()), None)
+    known = {name for name in tensors if held.parameter(name) is not None}
+    placed = all(name in known or held.is_of_experts(name) for name in tensors)
     return Loading(
         problem,
         ignored=tuple(name for name in left_out if name in known),
         unknown=tuple(name for name in left_out if name not in known),
         taken=max(len(tensors) - len(left_out), 0),
         proven=loaded is not None,
+        fits=placed and not misfits,
+        vocabularies=held.vocabularies({n: tensors[n] for n in misfits}) if placed else None,
     )
 
 
@@ -117,36 +131,77 @@ def serve() -> None:
     sys.stdout.write("\n" + json.dumps(load_on_meta(config, stored, base)) + "\n")
 
 
-def _is_expected(name: str, names: BaseNames) -> bool:
-    """Tell whether a tensor is called as PEFT would look for it, as far as rules know."""
-    owner = _owner(name)
-    stored = names.find(owner)
-    wanted = names.in_memory(stored) if stored is not None else owner
-    return name.startswith(PREFIX) and wanted == owner
+@dataclass(frozen=True)
+class _Held:
+    """Tensors of an adapter against those of a base, as far as rules know."""
 
+    names: BaseNames
+    adapter: str
+    tied: str | None
 
-def _owner(name: str) -> str:
-    """Return the tensor of the base that a stored tensor is about."""
-    key = parse_key(name)
-    return key.owner if key.part in ("", "unknown") else f"{key.owner}.weight"
+    def owner(self, name: str) -> str:
+        """Return the tensor of the base that a stored tensor is about."""
+        key = parse_key(name, self.adapter)
+        return key.owner if key.part in ("", "original", "unknown") else f"{key.owner}.weight"
 
+    def parameter(self, name: str) -> Parameter | None:
+        """Return the base's parameter that a stored tensor is about."""
+        owner = self.owner(name)
+        found = self.names.parameter(owner)
+        if found is None and self.tied is not None and owner.endswith(HEAD):
+            return self.names.parameter(self.tied)
+        return found
 
-def _misfit(name: str, tensor: Stored, names: BaseNames) -> str | None:
-    """Say how a tensor does not fit the base's, as far as rules know; None if it does."""
-    key = parse_key(name)
-    found = names.parameter(_owner(name))
-    if not all(tensor.shape):
-        return f"tensor {name} is empty"
-    if found is None or len(found.shape) != 2 or key.depth:
-        return None
-    rows, columns = found.shape
-    sizes = {
-        "": [found.shape], "A": [(0, columns), (0, rows)], "B": [(rows, 0), (columns, 0)],
-        "tokens": [(0, columns)], "embedding_A": [(0, rows)], "embedding_B": [(columns, 0)],
-    }.get(key.part)  # fmt: skip
-    if sizes is None or any(_fits(tensor.shape, size) for size in sizes):
-        return None
-    return f"tensor {name} of shape {list(tensor.shape)} does not fit {list(found.shape)}"
+    def is_of_experts(self, name: str) -> bool:
+        """Tell whether a tensor is of fused experts, whose parameter the config alone names."""
+        key = parse_key(name, self.adapter)
+        return key.depth > 0 or key.owner.endswith(".experts")
+
+    def is_expected(self, name: str) -> bool:
+        """Tell whether a tensor is called as PEFT would look for it."""
+        owner = self.owner(name)
+        stored = self.names.find(owner)
+        wanted = self.names.in_memory(stored) if stored is not None else owner
+        return name.startswith(PREFIX) and wanted == owner
+
+    def misfit(self, name: str, tensor: Stored) -> str | None:
+        """Say how a tensor does not fit the base's; None if it does."""
+        found = self.parameter(name)
+        if not all(tensor.shape):
+            return f"tensor {name} is empty"
+        sizes = self._sizes(name, found)
+        if found is None or sizes is None or any(_fits(tensor.shape, size) for size in sizes):
+            return None
+        return f"tensor {name} of shape {list(tensor.shape)} does not fit {list(found.shape)}"
+
+    def vocabularies(self, misfits: Mapping[str, Stored]) -> tuple[int, int] | None:
+        """Return the tokens of the adapter and of the base, if nothing else does not fit."""
+        pairs = {self._tokens(name, tensor) for name, tensor in misfits.items()}
+        return pairs.pop() if len(pairs) == 1 else None
+
+    def _tokens(self, name: str, tensor: Stored) -> tuple[int, int] | None:
+        found, part = self.parameter(name), parse_key(name, self.adapter).part
+        place = {"": 0, "original": 0, "B": 0, "embedding_A": 1}.get(part)
+        if found is None or place is None or not is_per_token(self.owner(name)):
+            return None
+        if len(tensor.shape) < 2 or (
+            part in ("", "original") and tensor.shape[1:] != found.shape[1:]
+        ):
+            return None
+        return tensor.shape[place], found.shape[0]
+
+    def _sizes(self, name: str, found: Parameter | None) -> list[tuple[int, ...]] | None:
+        """Return the shapes that a tensor may have, 0 for any size; None if no rule knows."""
+        key = parse_key(name, self.adapter)
+        if found is None or len(found.shape) != 2 or key.depth:
+            return None
+        rows, columns = found.shape
+        sizes: dict[str, list[tuple[int, ...]]] = {
+            "": [found.shape], "original": [found.shape], "A": [(0, columns), (0, rows)],
+            "B": [(rows, 0), (columns, 0)], "tokens": [(0, columns)], "embedding_A": [(0, rows)],
+            "embedding_B": [(columns, 0)],
+        }  # fmt: skip
+        return sizes.get(key.part)
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

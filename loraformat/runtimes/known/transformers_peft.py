@@ -26,20 +26,21 @@ TRANSFORMERS = Runtime(
         "KEY_PREFIX": differs(
             "PEFT loads the rest and leaves these at their start, with a warning", "rewrite"
         ),
-        "LOAD_FAILS": refuses(
+        "LOAD_FAILS": refuses("PEFT raises this error", "rewrite"),
+        "LOAD_RESIZED": refuses(
             "PEFT raises this error",
-            "advice",
-            "name the base that it was trained on; one whose vocabulary was resized must be "
-            "resized before it is loaded, or merged: loraformat merge does both",
+            "merge",
+            "merge it, which resizes the base; or resize the base before PEFT loads it: "
+            "model.resize_token_embeddings",
         ),
+        "LOAD_OTHER_BASE": refuses("PEFT raises this error", "other-base"),
         "LOAD_IGNORES": differs(
             "PEFT leaves them out, at most with a warning, and their layers as they were",
             "rewrite",
         ),
         "LOAD_UNKNOWN": differs(
             "PEFT leaves them out, at most with a warning",
-            "advice",
-            "name the base that it was trained on",
+            "other-base",
         ),
         "LOAD_UNPROVEN": unknown(
             "only PEFT knows how it loads an adapter into each class of transformers",

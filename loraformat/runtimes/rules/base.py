@@ -8,7 +8,6 @@ from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
 
 __all__ = ["BASE_RULES", "tokens_beyond"]
 
-_OTHER_BASE = "name the base that it was trained on"
 _GROW = (
     "it was trained on a base with more tokens: grow the base with transformers "
     "(model.resize_token_embeddings, save_pretrained), and name that one"
@@ -139,13 +138,13 @@ BASE_RULES = (
         "TARGET_UNKNOWN",
         "modules that the base does not have",
         _unknown,
-        refuses("there is nothing to add it to", "advice", _OTHER_BASE),
+        refuses("there is nothing to add it to", "other-base"),
     ),
     Rule(
         "SHAPE_VS_BASE",
         "deltas of another shape than the base's weights",
         _shape,
-        refuses("it cannot be added", "advice", _OTHER_BASE),
+        refuses("it cannot be added", "other-base"),
     ),
     Rule(
         "VOCABULARY",
@@ -163,7 +162,7 @@ BASE_RULES = (
         "BASE_HASH_MISMATCH",
         "a fingerprint of another base",
         _fingerprint,
-        differs("what it learned there may not hold here", "advice", _OTHER_BASE),
+        differs("what it learned there may not hold here", "other-base"),
     ),
     Rule(
         "BASE_REVISION",

@@ -10,12 +10,33 @@ from loraformat.runtimes.rules.base import tokens_beyond
 __all__ = ["LOADING_RULES"]
 
 
-def _fails(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+def _problem(adapter: AdapterFacts) -> str | None:
+    """Return what PEFT says, if no other rule says it better."""
     if adapter.loading is None or adapter.loading.problem is None or adapter.empty:
         return None
-    if tokens_beyond(adapter) is not None:
+    return None if tokens_beyond(adapter) is not None else printable(adapter.loading.problem)
+
+
+def _fails(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    problem, loading = _problem(adapter), adapter.loading
+    if problem is None or loading is None or not loading.fits:
         return None
-    return f"does not load into this base: {printable(adapter.loading.problem)}"
+    return f"does not load, though its tensors fit this base: {problem}"
+
+
+def _resized(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    problem, loading = _problem(adapter), adapter.loading
+    if problem is None or loading is None or loading.vocabularies is None:
+        return None
+    there, here = loading.vocabularies
+    return f"is for {there} tokens, and this base has {here}: {problem}"
+
+
+def _other(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    problem, loading = _problem(adapter), adapter.loading
+    if problem is None or loading is None or loading.fits or loading.vocabularies is not None:
+        return None
+    return f"does not load into this base: {problem}"
 
 
 def _ignores(adapter: AdapterFacts, runtime: Runtime) -> str | None:
@@ -50,7 +71,9 @@ def _unproven(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 
 LOADING_RULES = (
-    Rule("LOAD_FAILS", "an adapter that PEFT cannot load into the base's shapes", _fails),
+    Rule("LOAD_FAILS", "a config that PEFT cannot load its tensors by", _fails),
+    Rule("LOAD_RESIZED", "another vocabulary than the base's", _resized),
+    Rule("LOAD_OTHER_BASE", "tensors that PEFT cannot load into the base's shapes", _other),
     Rule("LOAD_IGNORES", "tensors under names that PEFT does not look for", _ignores),
     Rule("LOAD_UNKNOWN", "tensors of which the base has nothing to change", _unknown),
     Rule("FOREIGN_NAMES", "modules under names of another version of transformers", _foreign),

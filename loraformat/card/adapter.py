@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from loraformat.card.document import Document
@@ -11,8 +12,8 @@ from loraformat.card.markup import code, fence, link, nbytes, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names, shape_words
 from loraformat.card.training import evaluation, settings, training_data
 from loraformat.runtimes.chat import GENERATION_NAME
-from loraformat.runtimes.modelfile import ollama
-from loraformat.runtimes.usage import llama_cpp, transformers, vllm
+from loraformat.runtimes.task_usage import TASK_USAGE
+from loraformat.runtimes.usage import SNIPPETS
 from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
 from loraformat.version import __version__
 
@@ -131,21 +132,21 @@ def _use(facts: AdapterFacts) -> str:
         revision=facts.base.revision,
         chat=chat,
         on_hub=facts.peft,
+        labels=facts.labels,
     )
-    generates = facts.task in (None, "CAUSAL_LM")
+    usage = TASK_USAGE.get(facts.task or "")
+    lines: Mapping[str, Callable[[Use], Snippet]] = SNIPPETS if usage is None else usage.snippets
+    shown = {name for name in lines if name not in facts.wrong_in}
     parts = []
-    if facts.peft and generates and "transformers" not in facts.wrong_in:
-        parts.append(_shown("transformers and PEFT", transformers(use)))
-    if facts.peft and generates and "vllm" not in facts.wrong_in:
-        parts.append(_shown("vLLM", vllm(use)))
-    if facts.gguf or "llama.cpp" not in facts.wrong_in:
-        parts.append(_shown("llama.cpp", llama_cpp(use), _fetch(facts, use)))
-    if facts.gguf or "ollama" not in facts.wrong_in:
-        parts.append(
-            _shown(
-                "Ollama", ollama(use), "A `Modelfile`; its first line makes the file that it names:"
-            )
-        )
+    if facts.peft and "transformers" in shown:
+        parts.append(_shown("transformers and PEFT", lines["transformers"](use)))
+    if facts.peft and "vllm" in shown:
+        parts.append(_shown("vLLM", lines["vllm"](use)))
+    if "llama.cpp" in shown or (facts.gguf and "llama.cpp" in lines):
+        parts.append(_shown("llama.cpp", lines["llama.cpp"](use), _fetch(facts, use)))
+    if "ollama" in shown or (facts.gguf and "ollama" in lines):
+        before = "A `Modelfile`; its first line makes the file that it names:"
+        parts.append(_shown("Ollama", lines["ollama"](use), before))
     return joined(["## Use", *parts]) if parts else ""
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import re
-
 from loraformat.card.document import BUNDLE_TAGS, Document
 from loraformat.card.facts import BundleFacts
 from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, nbytes, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names
+from loraformat.model_class import names_base_class
 from loraformat.version import __version__
 
 __all__ = ["bundle_card"]
+
+#: By the end of the name of the class in the config: transformers' class that finds it, and what
+#: the Hub calls its task.
+_OPENINGS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+}
+_EMBEDS = ("AutoModel", "feature-extraction")
 
 
 def bundle_card(facts: BundleFacts) -> Document:
@@ -21,19 +31,18 @@ def bundle_card(facts: BundleFacts) -> Document:
     ----------
     facts : BundleFacts
     """
-    generates = re.search(r"ForCausalLM$|LMHeadModel$", facts.architecture or "")
+    auto, pipeline = _opening(facts)
     tags = list(BUNDLE_TAGS if facts.block_sizes else BUNDLE_TAGS[:1])
     body = joined(
         [
             _sentence(facts),
-            _use(facts, bool(generates)),
+            _use(facts, auto),
             _what(facts),
             _adapters(facts),
             file_table(facts.files),
             footer(__version__),
         ]
     )
-    pipeline = "text-generation" if generates else None
     relation = "quantized" if facts.block_sizes else "finetune"
     return Document(
         title=facts.repo.rpartition("/")[2],
@@ -54,15 +63,25 @@ def _sentence(facts: BundleFacts) -> str:
     )
 
 
-def _use(facts: BundleFacts, generates: bool) -> str:
+def _opening(facts: BundleFacts) -> tuple[str | None, str | None]:
+    """Return transformers' class that opens a bundle, and the Hub's word for its task, if known."""
+    if facts.headless or names_base_class({"architectures": [facts.architecture]}):
+        return _EMBEDS
+    for ending, opening in _OPENINGS.items():
+        if (facts.architecture or "").endswith(ending):
+            return opening
+    return None, None
+
+
+def _use(facts: BundleFacts, auto: str | None) -> str:
     name = facts.repo.rpartition("/")[2]
     parts = ["## Use"]
-    if generates:
+    if auto is not None:
         needs = ", with bitsandbytes installed" if facts.block_sizes else ""
         code_lines = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"from transformers import {auto}, AutoTokenizer\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")\n'
-            f'model = AutoModelForCausalLM.from_pretrained("{facts.repo}")'
+            f'model = {auto}.from_pretrained("{facts.repo}")'
         )
         parts += [f"### transformers{needs}", fence(code_lines, "python")]
     lines = [

@@ -92,6 +92,8 @@ class AdapterFacts:
         The GGUF file among them.
     task : str or None
         ``CAUSAL_LM``, ...
+    labels : int or None
+        Of an adapter that classifies and brings its head.
     dora, biases : int
         How many modules have a magnitude, a bias.
     replacements : list of str
@@ -118,6 +120,7 @@ class AdapterFacts:
     peft: bool = True
     gguf: str | None = None
     task: str | None = None
+    labels: int | None = None
     dora: int = 0
     biases: int = 0
     replacements: list[str] = field(default_factory=list)
@@ -137,6 +140,8 @@ class BundleFacts:
     base : Base
         The model that it was quantized from.
     architecture : str or None
+    headless : bool
+        It has no output head: it is an embedding model, whatever class is named.
     layers, parameters, quantized_parameters : int
     weight_bytes : int
     bits_per_weight : float
@@ -167,4 +172,5 @@ class BundleFacts:
     errors: tuple[float, ...]
     files: list[FileFact]
     quantized_before: str | None = None
+    headless: bool = False
     adapters: dict[str, AdapterFacts] = field(default_factory=dict)

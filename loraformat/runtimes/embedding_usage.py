@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 
+from loraformat.runtimes.loading_lines import loading_lines
 from loraformat.runtimes.use import Snippet, Use, shell_path
 
 __all__ = ["EMBEDDING_SNIPPETS", "llama_cpp", "transformers"]
@@ -19,18 +20,9 @@ def transformers(use: Use) -> Snippet:
     >>> print(transformers(Use("near", "org/base", "org/near", 8)).text.split("\n")[4])
     base = "org/base"
     """
-    said = f"\nrevision = {json.dumps(use.revision)}" if use.revision else ""
-    pinned = ", revision=revision" if use.revision else ""
     text = f"""\
 import torch
-from peft import PeftModel
-from transformers import AutoModel, AutoTokenizer
-
-base = {json.dumps(use.base)}{said}
-tokenizer = AutoTokenizer.from_pretrained(base{pinned})
-model = AutoModel.from_pretrained(base{pinned}, dtype="auto")
-model = PeftModel.from_pretrained(model, {json.dumps(use.adapter)})
-inputs = tokenizer({json.dumps(use.prompt)}, return_tensors="pt")
+{loading_lines(use, "AutoModel")}inputs = tokenizer({json.dumps(use.prompt)}, return_tensors="pt")
 with torch.no_grad():
     states = model(**inputs).last_hidden_state
 print(states.shape)  # a vector for each token, to be pooled as the base's are

@@ -112,6 +112,10 @@ class Loading:
         Tensors that are loaded.
     proven : bool
         PEFT itself has loaded it; else rules say so.
+    fits : bool
+        Each of its tensors belongs to one of the base's, and has its sizes.
+    vocabularies : tuple of int or None
+        Tokens of the adapter and of the base, if these are all that does not fit.
     """
 
     problem: str | None = None
@@ -119,6 +123,8 @@ class Loading:
     unknown: tuple[str, ...] = ()
     taken: int = 0
     proven: bool = True
+    fits: bool = False
+    vocabularies: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,8 @@ class AdapterFacts:
         The largest of the tokens whose rows it replaces.
     task : str or None
         ``task_type`` of its config.
+    labels : int or None
+        Rows of the head that it replaces, if that classifies.
     config_rank : int or None
         ``r``, if there is a config.
     config_alpha : object
@@ -185,6 +193,7 @@ class AdapterFacts:
     rows: tuple[str, ...] = ()
     last_token: int | None = None
     task: str | None = None
+    labels: int | None = None
     config_rank: int | None = None
     config_alpha: Any = None
     rslora: bool = False

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Callable, Mapping
 
 from loraformat.errors import UsageError
+from loraformat.runtimes.loading_lines import loading_lines
 from loraformat.runtimes.modelfile import ollama
 from loraformat.runtimes.ranks import vllm_limit
 from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use, shell_path
@@ -36,8 +37,6 @@ def transformers(use: Use) -> Snippet:
     >>> print(transformers(Use("polite", "org/base", "org/polite", 8)).text.split("\n")[3])
     base = "org/base"
     """
-    said = f"\nrevision = {json.dumps(use.revision)}" if use.revision else ""
-    pinned = ", revision=revision" if use.revision else ""
     more, imports, ends = "", "", ""
     if use.chat is None:
         inputs = f'inputs = tokenizer({json.dumps(use.prompt)}, return_tensors="pt")'
@@ -57,15 +56,9 @@ with open(cached_file({json.dumps(use.adapter)}, "{TEMPLATE_NAME}"), encoding="u
 """
         if use.chat.stop_ids:
             ends = f", eos_token_id={json.dumps(list(use.chat.stop_ids))}"
+    loading = loading_lines(use, "AutoModelForCausalLM", imports=imports, prepared=more)
     text = f"""\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-{imports}
-base = {json.dumps(use.base)}{said}
-tokenizer = AutoTokenizer.from_pretrained(base{pinned})
-{more}model = AutoModelForCausalLM.from_pretrained(base{pinned}, dtype="auto")
-model = PeftModel.from_pretrained(model, {json.dumps(use.adapter)})
-{inputs}
+{loading}{inputs}
 output = model.generate(**inputs, max_new_tokens=64{ends})
 print(tokenizer.decode({shown}, skip_special_tokens=True))
 """

@@ -43,6 +43,8 @@ class Use:
         How it is prompted, if it was trained on conversations.
     on_hub : bool
         `adapter` is a Hub id.
+    labels : int, optional
+        Rows of the head of an adapter that classifies.
 
     Raises
     ------
@@ -61,6 +63,7 @@ class Use:
     revision: str | None = None
     chat: Chat | None = None
     on_hub: bool = False
+    labels: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

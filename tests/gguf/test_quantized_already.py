@@ -123,7 +123,7 @@ def test_a_bundle_says_it_in_manifest_card_and_info(source, tmp_path, capsys):
     assert step.types == {"Q4_1": 21, "Q8_0": 1} and 5 < step.bits_per_weight < 6
     assert not verify(bundle).findings
     summary = describe(bundle)
-    facts = bundle_facts(summary, manifest, "me/small", Base("org/base"), [])
+    facts = bundle_facts(summary, manifest, "me/small", Base("org/base"), [], {})
     card = bundle_card(facts).render()
     assert "quantized already when it was made" in card
     assert "against the quantized source" in card

@@ -10,14 +10,18 @@ import transformers
 from loraformat_converters.gguf.container import open_gguf
 from transformers import AutoModelForCausalLM
 
+from loraformat.bundle_update import read_manifest
+from loraformat.card import Base, bundle_card
 from loraformat.cli import main
 from loraformat.errors import InputError, UnsupportedError
+from loraformat.model_reader import peek_config
 from loraformat.ops.check.verb import check
 from loraformat.ops.check.write import write_usage
 from loraformat.ops.convert import convert
 from loraformat.ops.describe import describe
 from loraformat.ops.extract.verb import ExtractOptions, extract
 from loraformat.ops.merge.verb import merge
+from loraformat.ops.sharing.facts import bundle_facts
 from loraformat.ops.verify import verify
 from tests.gguf.llama_runtime import embeddings
 from tests.heads.embedders import (
@@ -87,6 +91,23 @@ def test_bundle_and_bitsandbytes_give_the_states_of_the_dequantized_weights(
     assert apart(expected, states(source)) > 0.1  # what NF4 costs
     assert apart(in_float32(tmp_path / "bundle"), expected) < 1e-4
     assert apart(in_float32(tmp_path / "bnb"), expected) < 1e-4
+
+
+@pytest.mark.parametrize("kind, form", CASES)
+def test_the_card_of_a_bundle_opens_it_as_what_it_is(base, tmp_path, kind, form):
+    bundle = tmp_path / "bundle"
+    convert(base(kind, form), bundle)
+    facts = bundle_facts(
+        describe(bundle), read_manifest(bundle), "me/bundle", Base("org/base"), [],
+        peek_config(bundle),
+    )  # fmt: skip
+    document = bundle_card(facts)
+    assert "feature-extraction" in document.fields.values()
+    code = document.body.partition("```python\n")[2].partition("```")[0]
+    assert "AutoModelForCausalLM" not in code
+    scope: dict = {}
+    exec(code.replace("me/bundle", str(bundle)), scope)
+    assert hidden(scope["model"]).shape == (len(IDS), 64)
 
 
 @pytest.mark.parametrize("kind, form", CASES)

@@ -12,17 +12,14 @@ from loraformat.hub import hub_id, resolve
 from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
 from loraformat.ops.check.verb import CheckReport
 from loraformat.publish_file import open_publication
-from loraformat.runtimes.embedding_usage import EMBEDDING_SNIPPETS
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
+from loraformat.runtimes.task_usage import TASK_USAGE, task_snippet
 from loraformat.runtimes.usage import lorax, snippet
 from loraformat.runtimes.use import Snippet, Use
 
 __all__ = ["Written", "snippets", "write_usage"]
-
-#: PEFT's word for the task of an adapter that gives vectors.
-_EMBEDS = "FEATURE_EXTRACTION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +92,8 @@ def snippets(
             left_out.append(f"{name}: would be wrong ({', '.join(sorted(wrong[name]))})")
         elif report.format != "peft" and RUNTIMES[name].format != report.format:
             left_out.append(f"{name}: reads no {report.format}")
-        elif report.facts.task == _EMBEDS and name not in EMBEDDING_SNIPPETS:
-            left_out.append(f"{name}: its lines here would generate, and the adapter embeds")
+        elif (usage := TASK_USAGE.get(report.facts.task or "")) and name not in usage.snippets:
+            left_out.append(f"{name}: its lines here would generate, and the adapter {usage.does}")
         else:
             made.append(_snippet(name, report, use))
     return made, left_out
@@ -123,6 +120,7 @@ def _use(report: CheckReport, base: str | None, format_of: FormatOf) -> Use:
         revision=revision,
         chat=chat_beside(resolve(report.path).path, Path(named), format_of),
         on_hub=resolve(report.path).repo is not None,
+        labels=report.facts.labels,
     )
 
 
@@ -134,8 +132,8 @@ def _placed(word: str) -> str:
 def _snippet(name: str, report: CheckReport, use: Use) -> Snippet:
     if name == "lorax":
         return lorax(use, local=resolve(report.path).repo is None)
-    embeds = report.facts.task == _EMBEDS
-    piece = EMBEDDING_SNIPPETS[name](use) if embeds else snippet(name, use)
+    of_task = task_snippet(name, report.facts.task)
+    piece = snippet(name, use) if of_task is None else of_task(use)
     if report.format == "peft" and RUNTIMES[name].format == "gguf-lora":
         made = _conversions(use, comment=piece.file == "Modelfile")
         if piece.file == "Modelfile":  # whose last lines name these files

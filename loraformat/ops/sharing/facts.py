@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from loraformat.card import AdapterFacts, Base, BundleFacts, FileFact, Training
 from loraformat.manifest import Manifest
@@ -12,6 +13,7 @@ from loraformat.ops.sharing.contents import CONFIG_NAME, read_record
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.quantization_history import spelled
 from loraformat.runtimes.chat import Chat
+from loraformat.tied_head import lacks_head
 
 __all__ = ["adapter_facts", "bundle_facts"]
 
@@ -24,6 +26,7 @@ def adapter_facts(
     files: list[UploadFile],
     wrong_in: Iterable[str],
     chat: Chat | None = None,
+    labels: int | None = None,
 ) -> AdapterFacts:
     """Return what a card says of an adapter.
 
@@ -39,6 +42,8 @@ def adapter_facts(
         Runtimes that would refuse it or compute something else.
     chat : Chat, optional
         How it is prompted.
+    labels : int, optional
+        Of one that classifies.
     """
     ggufs = [file.path for file in files if file.path.endswith(".gguf")]
     return AdapterFacts(
@@ -55,6 +60,7 @@ def adapter_facts(
         peft=any(file.path == CONFIG_NAME for file in files),
         gguf=ggufs[0] if ggufs else None,
         task=task if isinstance(task, str) else None,
+        labels=labels,
         dora=said.dora,
         biases=said.biases,
         replacements=[*said.replacements, *said.replaced_rows],
@@ -66,9 +72,14 @@ def adapter_facts(
 
 
 def bundle_facts(
-    said: ModelSummary, manifest: Manifest, repo: str, base: Base, files: list[UploadFile]
+    said: ModelSummary,
+    manifest: Manifest,
+    repo: str,
+    base: Base,
+    files: list[UploadFile],
+    config: Mapping[str, Any],
 ) -> BundleFacts:
-    """Return what a card says of a bundle; parameters as above."""
+    """Return what a card says of a bundle with this config; other parameters as above."""
     errors = [
         record.relative_rms_error
         for record in manifest.tensors.values()
@@ -88,6 +99,7 @@ def bundle_facts(
         fingerprint=manifest.fingerprint,
         errors=(min(errors), max(errors)) if errors else (),
         files=_files(files),
+        headless=lacks_head(manifest.tensors, config),
         quantized_before=spelled(said.quantized_before) if said.quantized_before else None,
         adapters={
             adapter.name: AdapterFacts(

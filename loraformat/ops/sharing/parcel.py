@@ -12,6 +12,7 @@ from loraformat.bundle_update import adapter_place, read_manifest
 from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.manifest import Manifest
+from loraformat.model_reader import peek_config
 from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
 from loraformat.ops.check.verb import check
 from loraformat.ops.describe import ModelSummary, describe
@@ -26,6 +27,7 @@ from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.reader import is_bundle
 from loraformat.run_place import CURVE_NAME
 from loraformat.runtimes.judge import obstacles
+from loraformat.runtimes.task_usage import labels_of
 
 __all__ = ["Parcel", "Wishes", "open_parcel"]
 
@@ -138,7 +140,8 @@ def _bundle(path: Path, wishes: Wishes, verify: Callable[[], None]) -> Parcel:
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
     said = describe(path)
     assert isinstance(said, ModelSummary)
-    document = bundle_card(bundle_facts(said, manifest, wishes.repo, base, contents.files))
+    facts = bundle_facts(said, manifest, wishes.repo, base, contents.files, peek_config(path))
+    document = bundle_card(facts)
     return _parcel("bundle", base, contents, document, wishes, _BUNDLE_FILES)
 
 
@@ -154,6 +157,7 @@ def _adapter(
         named = adapter_base(adapter, wishes.base_model, manifest.source if manifest else None)
         said: AdapterDescription = description_of(adapter, path)
         task, local = adapter.config.get("task_type"), adapter.base_model
+        labels = labels_of((name, tensor.shape) for name, tensor in adapter.replacements.items())
     verify()
     contents = adapter_files(path, named[0], wishes.choice, listed=listed)
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
@@ -177,7 +181,7 @@ def _adapter(
     wrong = _wrong_in(path, near, is_given=wishes.base is not None, notes=contents.notes)
     at = None if near is None else Path(near.path)
     chat = chat_beside(path, at, wishes.format_of)
-    facts = adapter_facts(said, task, wishes.repo, base, contents.files, wrong, chat)
+    facts = adapter_facts(said, task, wishes.repo, base, contents.files, wrong, chat, labels)
     document = adapter_card(facts)
     replaces = () if path.is_file() else _PEFT_FILES
     return _parcel("adapter", base, contents, document, wishes, replaces)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from loraformat.train.engine import gemm
+from loraformat.train.engine import blockwise, gemm
+from loraformat.train.engine.matrix import DenseMatrix
+from loraformat.train.engine.product import frozen_product
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
@@ -32,6 +34,69 @@ def test_products_are_those_of_float64(library, rows, dtype):
     assert torch.equal(into[:, 10:90], found) and (into[:, :10] == 7).all()
     gemm.times_transposed(x, w, out=wide)
     assert (wide.double() - exact).norm() < max(bound, 1e-5) * exact.norm()
+
+
+#: Second factors, by how they lie in a wider matrix.
+LAYOUTS = {
+    "one piece": lambda wide: wide[:96, :80].contiguous(),
+    "one piece, turned": lambda wide: wide[:96, :80].T.contiguous().T,
+    "some columns": lambda wide: wide[:96, 8:88],
+    "some columns, turned": lambda wide: wide.T[:96, 8:88],
+    "every other number": lambda wide: wide[::2, ::2][:96, :80],
+    "one row for all": lambda wide: wide[:1, :80].expand(96, 80),
+    "one column for all": lambda wide: wide[:96, :1].expand(96, 80),
+    "rows that overlap": lambda wide: wide.as_strided((96, 80), (1, 1)),
+    "one column": lambda wide: wide[:96, :1],
+    "one row": lambda wide: wide[:1, :80],
+}
+
+
+@pytest.fixture
+def factors(monkeypatch):
+    """The second factors that oneDNN is given, or would be where torch comes without it."""
+    seen = []
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, w, *more: x @ w.T)
+    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: True)
+
+    def multiply(x, w, *more):
+        seen.append(w)
+        return operator(x, w, *more)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", multiply, raising=False)
+    return seen
+
+
+def in_one_piece(w):
+    return w.is_contiguous() or w.T.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_oneDNN_is_given_factors_in_one_piece(factors, layout):
+    """Others it multiplies by a plain loop: a step of Gemma 3 270M took half a minute."""
+    w = LAYOUTS[layout](torch.randn(200, 200, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(3, len(w), generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ w.double()
+    for found in (gemm.times(x, w), gemm.times_transposed(x, w.T)):
+        assert (found.double() - exact).norm() < 1e-6 * exact.norm()
+    assert len(factors) == 2 and all(in_one_piece(w) for w in factors)
+
+
+@pytest.mark.parametrize("by_inputs", [False, True])
+def test_blocks_of_dense_weights_are_given_in_one_piece(factors, monkeypatch, by_inputs):
+    """Some columns of them at a time: of a head in the backward pass, of Conv1D forwards."""
+    monkeypatch.setattr(blockwise, "_BLOCK", 1024)
+    monkeypatch.setattr(blockwise, "_FEW", 0)
+    chance = torch.Generator().manual_seed(0)
+    values, x = (torch.randn(shape, generator=chance) for shape in ((130, 320), (5, 320)))
+    matrix = DenseMatrix(values, by_inputs=by_inputs)
+    whole = (values.T if by_inputs else values).double()
+    x = x[:, : whole.shape[1]].clone().requires_grad_()
+    y = frozen_product(x, matrix)
+    y.sum().backward()
+    exact, slope = x.double() @ whole.T, whole.sum(0).expand(5, -1)
+    assert (y.double() - exact).norm() < 1e-6 * exact.norm()
+    assert (x.grad.double() - slope).norm() < 1e-6 * slope.norm()
+    assert len(factors) > 4 and all(in_one_piece(w) for w in factors)
 
 
 def test_rows_are_padded_only_for_oneDNN(library):

@@ -97,6 +97,12 @@ class CarriedTokenizer:
         return found
 
     @cached_property
+    def stops(self) -> list[int]:
+        """Tokens that end texts, by ``generation_config.json``; none where that does not say."""
+        value = self.json("generation_config.json").get("eos_token_id")
+        return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+
+    @cached_property
     def chat_templates(self) -> dict[str, str]:
         """Chat templates by name, as text: they are never rendered."""
         found: dict[str, str] = {}

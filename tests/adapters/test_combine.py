@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.interference import prune
 from loraformat.ops.combine import elementwise
 from loraformat.ops.combine.verb import METHODS, CombineOptions, combine_adapters
-from loraformat.testing import dense
+from loraformat.testing import carried, dense
 from tests.adapters.memory_adapters import (
     LAYER,
     adapter,
@@ -357,3 +358,57 @@ def test_peft_linear_has_cross_terms():
     after, _ = combine(wholes, "linear")
     assert distance(effect(after.deltas["0.weight"]), d) < 1e-6
     assert distance(peft_delta(model, "linear", (1.0, 1.0)), d) > 0.5
+
+
+def with_files(whole, path, **texts):
+    """An adapter with files beside it, by their names with ``__`` for a dot."""
+    files = [carried(name.replace("__", "."), text.encode()) for name, text in texts.items()]
+    return replace(whole, path=Path(path), files=tuple(files))
+
+
+VOCABULARY = '{"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": %s}'
+PLAIN = {
+    "tokenizer__json": VOCABULARY % "[]",
+    "chat_template__jinja": "{{ messages }}\n",
+    "generation_config__json": '{"eos_token_id": [1]}',
+}
+OTHERS = {
+    "tokens": ({"tokenizer__json": VOCABULARY % '[{"id": 2, "content": "<c>"}]'},
+               "its tokenizer has <c>, which the first one's has not"),
+    "template": ({"chat_template__jinja": "{{ other }}"}, "its chat template is another"),
+    "ends": ({"generation_config__json": '{"eos_token_id": [1, 0]}'}, "end with the tokens 1, 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("method", ["svd", "ties"])
+def test_another_tokenizer_is_named_and_the_order_chooses(name, method):
+    change, sentence = OTHERS[name]
+    one, other = (random_adapter(seed) for seed in (0, 1))
+    one = with_files(one, "one", **PLAIN)
+    other = with_files(other, "other", **{**PLAIN, **change})
+    first, report = combine([one, other], method)
+    (note,) = (note for note in report.notes if note.startswith("other: "))
+    assert sentence in note and "name other first" in note
+    second, report = combine([other, one], method)  # which is the remedy
+    covered = name == "tokens"  # by those of the first
+    assert any(note.startswith("one: ") for note in report.notes) != covered
+    for result, source in ((first, one), (second, other)):
+        found = {file.path: file.read() for file in result.files}
+        assert found == {file.path: file.read() for file in source.files}
+    if method == "svd":
+        for target, change in first.deltas.items():
+            assert distance(effect(second.deltas[target]), effect(change)) < 1e-6
+
+
+def test_what_the_first_lacks_is_named():
+    bare = with_files(random_adapter(0), "bare")
+    whole = with_files(random_adapter(1), "whole", **PLAIN)
+    (note,) = (n for n in combine([bare, whole])[1].notes if n.startswith("whole: "))
+    assert "brings a tokenizer, and the first one none; brings a chat template" in note
+    assert not [n for n in combine([whole, bare])[1].notes if "tokenizer" in n]
+
+
+def test_the_same_tokenizer_is_not_spoken_of():
+    adapters = [with_files(random_adapter(i), str(i), **PLAIN) for i in range(3)]
+    assert not combine(adapters)[1].notes

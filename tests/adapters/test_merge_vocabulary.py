@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loraformat.errors import UnsupportedError
+from loraformat.ops.convert import convert
 from loraformat.ops.merge.verb import merge
 from loraformat.ops.unmerge.verb import unmerge
 from loraformat.testing import dense
@@ -47,6 +48,48 @@ def test_rows_that_were_not_saved_are_those_that_transformers_grows(tmp_path, mo
     # transformers adds noise to the mean: 1e-9 times the variance of what is there
     again = logits(reloaded(tmp_path, ROWS + 4))
     assert apart(logits(opened(tmp_path / "merged")), again) < 1e-3 < apart(again, 0 * again)
+
+
+def write_tokenizer(folder, tokens, form="tokenizer.json"):
+    """A tokenizer of that many tokens; the last ones stand beside a vocabulary of 60."""
+    words = {f"t{number}": number for number in range(tokens)}
+    first = dict(list(words.items())[:60])
+    if form == "tokenizer.json":
+        added = [{"id": n, "content": text} for text, n in words.items() if n >= 60]
+        data = {"added_tokens": added, "model": {"type": "BPE", "vocab": first, "merges": []}}
+        (folder / "tokenizer.json").write_text(json.dumps(data))
+        return
+    (folder / "vocab.json").write_text(json.dumps(first))
+    more = {text: n for text, n in words.items() if n >= 60}
+    (folder / "added_tokens.json").write_text(json.dumps(more))
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("to", ["safetensors", "loraformat"])
+def test_tokens_of_which_nothing_was_saved_are_named_and_the_remedy_holds(tmp_path, form, to):
+    for saved in (False, True):
+        folder = tmp_path / str(saved)
+        adapter("wide", "saved by itself", ROWS + 4, folder, {"save_embedding_layers": saved})
+        write_tokenizer(folder / "base", ROWS, form)
+        write_tokenizer(folder / "adapter", ROWS + 4, form)
+        base = folder / "base"
+        if to == "loraformat":
+            convert(base, folder / "bundle")
+            base = folder / "bundle"
+        report = merge(base, [folder / "adapter"], folder / "merged", to_format=to)
+        said = [note for note in report.notes if "no rows for that" in note]
+        assert len(said) == (not saved)
+        assert saved or f"t{ROWS} and 3 more beyond the {ROWS} tokens" in said[0]
+        assert vocab_size(folder / "merged") == ROWS + 4 * saved
+
+
+def test_a_tokenizer_smaller_than_the_rows_is_not_spoken_of(tmp_path):
+    adapter("llama", "saved by itself", ROWS + 4, tmp_path, {"save_embedding_layers": False})
+    write_tokenizer(tmp_path / "base", ROWS - 4)
+    write_tokenizer(tmp_path / "adapter", ROWS)
+    report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    assert not [note for note in report.notes if "no rows" in note]
+    assert [note for note in report.notes if f"its tokenizer has t{ROWS - 4} and 3 more" in note]
 
 
 def test_a_tied_head_stays_tied_where_both_become_the_same(tmp_path):

@@ -17,7 +17,7 @@ from loraformat.checkpoint import CarriedFile
 from loraformat.errors import printable
 from loraformat.folder import Folder
 
-__all__ = ["template_change", "tokenizer_beside", "tokenizer_change"]
+__all__ = ["template_change", "token_numbers", "tokenizer_beside", "tokenizer_change"]
 
 _MAX_BYTES = 128 << 20
 _NAMES = (
@@ -52,7 +52,9 @@ def tokenizer_beside(adapter: Path) -> CarriedTokenizer:
     return CarriedTokenizer(files, adapter)
 
 
-def tokenizer_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
+def tokenizer_change(
+    ours: CarriedTokenizer, base: CarriedTokenizer, whose: str = "the base's"
+) -> str | None:
     """Say where a text would become other numbers than with the base's tokenizer.
 
     Parameters
@@ -60,6 +62,8 @@ def tokenizer_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | No
     ours : CarriedTokenizer
         The adapter's.
     base : CarriedTokenizer
+    whose : str
+        What the sentence calls that one.
 
     Returns
     -------
@@ -71,7 +75,7 @@ def tokenizer_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | No
     InputError
         If a file is damaged.
     """
-    return _vocabulary(ours, base) or _merges(ours, base) or _roles(ours, base)
+    return _vocabulary(ours, base, whose) or _merges(ours, base) or _roles(ours, base, whose)
 
 
 def template_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
@@ -86,55 +90,24 @@ def template_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | Non
     return None
 
 
-def _vocabulary(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
-    here, there = _tokens(ours), _tokens(base)
-    if not here or not there:
-        both = ours.has(_MODEL) and base.has(_MODEL)
-        return f"its {_MODEL} is another" if both and _differ(_MODEL, ours, base) else None
-    new = [text for text in here if text not in there]
-    if new:
-        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
-        return f"its tokenizer has {printable(new[0])}{more}, which the base's has not"
-    for text, number in here.items():
-        if there[text] != number:
-            return (
-                f"its tokenizer gives {printable(text)} the number {printable(number)}, and the "
-                f"base's {printable(there[text])}"
-            )
-    return None
+def token_numbers(tokenizer: CarriedTokenizer) -> dict[str, object]:
+    """Return the number of each token; nothing where no file that can be read here says it.
 
+    Parameters
+    ----------
+    tokenizer : CarriedTokenizer
 
-def _merges(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
-    here, there = (_model(tokenizer).get("merges") for tokenizer in (ours, base))
-    if not isinstance(here, list) or not isinstance(there, list):
-        return None
-    return "its tokenizer merges otherwise" if _pairs(here) != _pairs(there) else None
+    Raises
+    ------
+    InputError
+        If a file is damaged.
 
-
-def _roles(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
-    for kind, does in _ROLES.items():
-        here, there = ours.special.get(kind), base.special.get(kind)
-        if here is not None and there is not None and here != there:
-            return f"its tokenizer {does} {printable(here)}, and the base's with {printable(there)}"
-        adds = [t.config.get(f"add_{kind}_token") for t in (ours, base)]
-        if {True, False} == {add for add in adds if isinstance(add, bool)}:
-            who = "its tokenizer" if adds[0] else "the base's tokenizer"
-            other = "the base's" if adds[0] else "its own"
-            return f"{who} adds a token where it {does.split()[0]} a text, and {other} does not"
-    return None
-
-
-def _differ(name: str, ours: CarriedTokenizer, base: CarriedTokenizer) -> bool:
-    return ours.size(name) != base.size(name) or ours.bytes(name) != base.bytes(name)
-
-
-def _model(tokenizer: CarriedTokenizer) -> dict[str, Any]:
-    found = tokenizer.tokenizer.get("model")
-    return found if isinstance(found, dict) else {}
-
-
-def _tokens(tokenizer: CarriedTokenizer) -> dict[str, object]:
-    """Return the number of each token; nothing where no file that can be read here says it."""
+    Examples
+    --------
+    >>> file = CarriedFile("vocab.json", 10, lambda: b'{"a": 0}')
+    >>> token_numbers(CarriedTokenizer([file], "my-model"))
+    {'a': 0}
+    """
     vocabulary = _model(tokenizer).get("vocab", tokenizer.json("vocab.json"))
     if isinstance(vocabulary, list):  # of pieces with scores
         firsts = (piece[0] if isinstance(piece, list) and piece else None for piece in vocabulary)
@@ -148,6 +121,53 @@ def _tokens(tokenizer: CarriedTokenizer) -> dict[str, object]:
     listed = [one for one in added if isinstance(one, dict)] if isinstance(added, list) else []
     more = {str(one.get("content")): one.get("id") for one in listed}
     return {**vocabulary, **tokenizer.json("added_tokens.json"), **more}
+
+
+def _vocabulary(ours: CarriedTokenizer, base: CarriedTokenizer, whose: str) -> str | None:
+    here, there = token_numbers(ours), token_numbers(base)
+    if not here or not there:
+        both = ours.has(_MODEL) and base.has(_MODEL)
+        return f"its {_MODEL} is another" if both and _differ(_MODEL, ours, base) else None
+    new = [text for text in here if text not in there]
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        return f"its tokenizer has {printable(new[0])}{more}, which {whose} has not"
+    for text, number in here.items():
+        if there[text] != number:
+            return (
+                f"its tokenizer gives {printable(text)} the number {printable(number)}, and "
+                f"{whose} {printable(there[text])}"
+            )
+    return None
+
+
+def _merges(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
+    here, there = (_model(tokenizer).get("merges") for tokenizer in (ours, base))
+    if not isinstance(here, list) or not isinstance(there, list):
+        return None
+    return "its tokenizer merges otherwise" if _pairs(here) != _pairs(there) else None
+
+
+def _roles(ours: CarriedTokenizer, base: CarriedTokenizer, whose: str) -> str | None:
+    for kind, does in _ROLES.items():
+        here, there = ours.special.get(kind), base.special.get(kind)
+        if here is not None and there is not None and here != there:
+            return f"its tokenizer {does} {printable(here)}, and {whose} with {printable(there)}"
+        adds = [t.config.get(f"add_{kind}_token") for t in (ours, base)]
+        if {True, False} == {add for add in adds if isinstance(add, bool)}:
+            who = "its tokenizer" if adds[0] else f"{whose} tokenizer"
+            other = whose if adds[0] else "its own"
+            return f"{who} adds a token where it {does.split()[0]} a text, and {other} does not"
+    return None
+
+
+def _differ(name: str, ours: CarriedTokenizer, base: CarriedTokenizer) -> bool:
+    return ours.size(name) != base.size(name) or ours.bytes(name) != base.bytes(name)
+
+
+def _model(tokenizer: CarriedTokenizer) -> dict[str, Any]:
+    found = tokenizer.tokenizer.get("model")
+    return found if isinstance(found, dict) else {}
 
 
 def _pairs(merges: list[Any]) -> list[Any]:

@@ -27,6 +27,7 @@ from loraformat.ops.combine.exact import weighted_sum
 from loraformat.ops.combine.options import EXACT, METHODS, CombineOptions, Method
 from loraformat.ops.combine.report import CombinationReport, CombinedModule
 from loraformat.ops.combine.terms import Term, refuse_dora, terms_of
+from loraformat.ops.combine.tokenizers import other_tokenizers
 from loraformat.ops.combine.whole import combined_replacements, combined_rows
 from loraformat.ops.factors import (
     LastOnly,
@@ -261,6 +262,7 @@ def _notes(adapters: Sequence[Adapter], work: _Combination) -> list[str]:
             "activation statistics are not carried over: they say nothing of how the adapters' "
             "inner activations go together"
         )
+    notes += other_tokenizers(adapters)
     if gone := len(work.modules) - len(work.deltas):
         notes.append(f"{gone} modules cancel to zero and are left out")
     return notes

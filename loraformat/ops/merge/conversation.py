@@ -142,9 +142,9 @@ def _with_stops(
     files: tuple[CarriedFile, ...], adapters: list[Adapter]
 ) -> tuple[tuple[CarriedFile, ...], list[str]]:
     for adapter in adapters:
-        learned = _stops(CarriedTokenizer(adapter.files, adapter.path))
+        learned = CarriedTokenizer(adapter.files, adapter.path).stops
         base = CarriedTokenizer(files, "")
-        if not learned or not set(learned) - set(_stops(base)):
+        if not learned or not set(learned) - set(base.stops):
             continue
         fields = base.json(_GENERATION) | {"eos_token_id": learned}
         kept = (file for file in files if file.path != _GENERATION)
@@ -152,11 +152,6 @@ def _with_stops(
         note = f"texts end with the tokens {ids}, as {adapter.path} learned it"
         return (*kept, _of_fields(_GENERATION, fields)), [f"{note} ({_GENERATION})"]
     return files, []
-
-
-def _stops(tokenizer: CarriedTokenizer) -> list[int]:
-    value = tokenizer.json(_GENERATION).get("eos_token_id")
-    return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
 
 
 def _of_fields(path: str, fields: dict[str, object]) -> CarriedFile:

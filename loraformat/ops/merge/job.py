@@ -19,7 +19,7 @@ from loraformat.ops.merge.change import Meter
 from loraformat.ops.merge.conversation import with_conversation
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.vocabulary import resized_base
+from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
 from loraformat.ops.one_dtype import Alignment, aligned
 from loraformat.ops.quantized_again import again_as, original_of, sentence, with_history
 from loraformat.plugins import Converter, Forecast, WriteOptions
@@ -156,6 +156,8 @@ class MergeJob:
         if resize is not None:
             original, note = resized_base(original, resize, self.adapters, tensors)
             self.plan.notes.append(note)
+        else:
+            self.plan.notes.extend(tokens_without_rows(original, self.adapters))
         added = [a for a, w in zip(self.adapters, self.options.weights, strict=True) if w > 0]
         files, notes = with_conversation(original.files, added)
         self.plan.notes.extend(notes)

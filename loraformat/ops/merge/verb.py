@@ -47,6 +47,7 @@ from loraformat.ops.merge.report import (
     advice,
 )
 from loraformat.ops.merge.side_by_side import commands
+from loraformat.ops.merge.vocabulary import tokens_without_rows
 from loraformat.ops.open import open_with
 from loraformat.ops.quantized_again import history
 from loraformat.ops.report import losses
@@ -183,6 +184,8 @@ def merge(
             if plan.resize is not None:
                 original, opened, note = with_vocabulary(original, opened, plan.resize)
                 told = [*told, note]
+            else:
+                told = [*told, *tokens_without_rows(original, opened)]
             report = _planned(report, original, plan)
             report.notes.extend(told)
             if dry_run:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from loraformat.adapter import Adapter
+from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.checkpoint import CarriedFile, Checkpoint, LazyTensor
 from loraformat.errors import UnsupportedError, printable
 from loraformat.tied_head import HEAD, TiedHead
@@ -17,7 +18,7 @@ from loraformat.vocabulary import (
     with_tokenizer,
 )
 
-__all__ = ["brought_tokenizer", "resized_base", "wanted_size"]
+__all__ = ["brought_tokenizer", "resized_base", "tokens_without_rows", "wanted_size"]
 
 #: Tokens up to which a low-rank delta alone, which is small however many it names, is believed.
 _MOST_BY_DELTA = 1 << 20
@@ -116,6 +117,43 @@ def brought_tokenizer(
         f"{change}, and no tokenizer lies beside the adapter: the base's is kept; put the one that "
         "the adapter was trained with beside it and merge again, or over the output's"
     )
+
+
+def tokens_without_rows(base: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
+    """Say which adapters were trained with tokens that have no row in the base, nor in them.
+
+    PEFT leaves embeddings out where it is told to, or cannot see that they were resized.
+
+    Parameters
+    ----------
+    base : Checkpoint
+        Whose vocabulary stays as it is.
+    adapters : sequence of Adapter
+
+    Raises
+    ------
+    InputError
+        If a tokenizer file is damaged.
+    """
+    from loraformat.ops.check.prompts import token_numbers
+
+    rows = _rows(base.tensors)
+    if rows is None:
+        return []
+    notes = []
+    for adapter in adapters:
+        numbers = token_numbers(CarriedTokenizer(adapter.files, adapter.path))
+        beyond = [text for text, n in numbers.items() if type(n) is int and n >= rows]
+        if not beyond:
+            continue
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        notes.append(
+            f"{adapter.path}: its tokenizer has {printable(beyond[0])}{more} beyond the {rows} "
+            "tokens of the base, and the adapter has no rows for that: what it learned of them is "
+            "not in the result; save it again with the embeddings, "
+            "save_pretrained(OUT, save_embedding_layers=True), and merge that"
+        )
+    return notes
 
 
 def resized_base(

@@ -1,0 +1,53 @@
+"""Whose tokenizer a combination has, and what those of the other adapters say otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from loraformat.adapter import Adapter
+from loraformat.carried_tokenizer import CarriedTokenizer
+from loraformat.ops.check.prompts import token_numbers, tokenizer_change
+
+__all__ = ["other_tokenizers"]
+
+_WHOSE = "the first one's"
+
+
+def other_tokenizers(adapters: Sequence[Adapter]) -> list[str]:
+    """Say which adapters were trained with other tokens, another template or other stop tokens.
+
+    Parameters
+    ----------
+    adapters : sequence of Adapter
+        Of which the first gives its files to the result.
+
+    Raises
+    ------
+    InputError
+        If a tokenizer file is damaged.
+    """
+    first = CarriedTokenizer(adapters[0].files, adapters[0].path)
+    notes = []
+    for adapter in adapters[1:]:
+        own = CarriedTokenizer(adapter.files, adapter.path)
+        changes = list(_changes(own, first))
+        if changes:
+            notes.append(
+                f"{adapter.path}: {'; '.join(changes)}; the tokenizer files are those of "
+                f"{adapters[0].path}: to keep the others, name {adapter.path} first"
+            )
+    return notes
+
+
+def _changes(own: CarriedTokenizer, first: CarriedTokenizer) -> Iterator[str]:
+    if token_numbers(own) and not token_numbers(first):
+        yield "brings a tokenizer, and the first one none"
+    elif change := tokenizer_change(own, first, _WHOSE):
+        yield change
+    here, there = (one.chat_templates.get("default") for one in (own, first))
+    if here is not None and there is None:
+        yield "brings a chat template, and the first one none"
+    elif here is not None and there is not None and here.rstrip("\n") != there.rstrip("\n"):
+        yield f"its chat template is another than {_WHOSE}"
+    if own.stops and set(own.stops) != set(first.stops):
+        yield f"its texts end with the tokens {', '.join(map(str, own.stops))}"

@@ -13,15 +13,19 @@ from loraformat.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ITEM_BYTES", "TORCH_NAMES", "WEIGHT_DTYPES", "parse_weight_dtype", "torch_dtype"]
+__all__ = [
+    "FORMAT_DTYPES", "ITEM_BYTES", "TORCH_NAMES", "UNREAD_DTYPES", "WEIGHT_DTYPES",
+    "parse_weight_dtype", "torch_dtype",
+]  # fmt: skip
 
-#: Bytes of one element, by safetensors dtype name. A dtype that is not here is refused (rule H06).
+#: Bytes of one element, by safetensors dtype name, of every type that is read.
 ITEM_BYTES: dict[str, int] = {
     "BOOL": 1,
     "U8": 1,
     "I8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
     "U16": 2,
     "I16": 2,
     "F16": 2,
@@ -35,6 +39,18 @@ ITEM_BYTES: dict[str, int] = {
     "C64": 8,
 }
 
+#: Those of the specification: neither bundles (rules H06 and M05) nor undo records hold others.
+FORMAT_DTYPES = frozenset(ITEM_BYTES) - {"F8_E8M0"}
+
+#: What safetensors names besides, and nothing here decodes.
+UNREAD_DTYPES: dict[str, str] = {
+    "F4": "4-bit floats, two in a byte",
+    "F6_E2M3": "6-bit floats",
+    "F6_E3M2": "6-bit floats",
+    "F8_E4M3FNUZ": "8-bit floats of older AMD GPUs",
+    "F8_E5M2FNUZ": "8-bit floats of older AMD GPUs",
+}
+
 #: Name of the same type in torch (and in configuration files), by safetensors dtype name.
 TORCH_NAMES: dict[str, str] = {
     "BOOL": "bool",
@@ -42,6 +58,7 @@ TORCH_NAMES: dict[str, str] = {
     "I8": "int8",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "U16": "uint16",
     "I16": "int16",
     "F16": "float16",

@@ -18,8 +18,8 @@ from os import PathLike
 from typing import Any
 
 from loraformat import strict_json
-from loraformat.dtypes import ITEM_BYTES
-from loraformat.errors import FormatError, printable
+from loraformat.dtypes import FORMAT_DTYPES, ITEM_BYTES, UNREAD_DTYPES
+from loraformat.errors import FormatError, UnsupportedError, printable
 
 __all__ = [
     "DATA_ALIGNMENT",
@@ -159,7 +159,12 @@ def data_start(prefix: bytes, file_bytes: int, path: str | PathLike[str]) -> int
 
 
 def parse_header(
-    raw: bytes, file_bytes: int, path: str | PathLike[str], *, profile: bool = False
+    raw: bytes,
+    file_bytes: int,
+    path: str | PathLike[str],
+    *,
+    profile: bool = False,
+    foreign: bool = False,
 ) -> Header:
     """Parse and check the JSON header of a safetensors file.
 
@@ -173,11 +178,15 @@ def parse_header(
         For messages.
     profile : bool
         Also hold the file to the rules for shards of a bundle (L01, L02).
+    foreign : bool
+        It is no part of a bundle: it may have types that the specification has not (H06).
 
     Raises
     ------
     FormatError
         Naming the broken rule, H02 to H09, L01 or L02.
+    UnsupportedError
+        If a foreign file has a type that safetensors names and nothing here reads.
 
     Examples
     --------
@@ -186,7 +195,7 @@ def parse_header(
     (2,)
     """
     fields, metadata = _parse_json(raw, path)
-    entries = [_entry(name, value, path) for name, value in fields.items()]
+    entries = [_entry(name, value, path, foreign) for name, value in fields.items()]
     start = _LENGTH_BYTES + len(raw)
     ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
     _check_coverage(ordered, file_bytes - start, path)
@@ -214,7 +223,7 @@ def _is_count(value: object, limit: int) -> bool:
     return type(value) is int and 0 <= value < limit
 
 
-def _entry(name: str, value: Any, path: str | PathLike[str]) -> Entry:
+def _entry(name: str, value: Any, path: str | PathLike[str], foreign: bool) -> Entry:
     def broken(rule: str, problem: str) -> FormatError:
         return FormatError(rule, f"tensor {printable(name)} {problem}", path=path)
 
@@ -225,7 +234,15 @@ def _entry(name: str, value: Any, path: str | PathLike[str]) -> Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise broken("H06", "must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if foreign and isinstance(dtype, str) and dtype in UNREAD_DTYPES:
+        raise UnsupportedError(
+            f"tensor {printable(name)} is of type {dtype} ({UNREAD_DTYPES[dtype]}), which is not "
+            "read here",
+            path=path,
+            hint="start from the model that was quantized, or from a copy in bfloat16 or float8; "
+            "its page on the Hub names it as base model",
+        )
+    if not isinstance(dtype, str) or dtype not in (ITEM_BYTES if foreign else FORMAT_DTYPES):
         raise broken("H06", f"has unknown dtype {printable(dtype)}")
     if (
         not isinstance(shape, list)

@@ -12,7 +12,7 @@ from os import PathLike
 from typing import Any
 
 from loraformat import strict_json
-from loraformat.dtypes import ITEM_BYTES, WEIGHT_DTYPES
+from loraformat.dtypes import FORMAT_DTYPES, WEIGHT_DTYPES
 from loraformat.errors import FormatError, printable
 from loraformat.header import is_clean_name, is_clean_text
 from loraformat.manifest import (
@@ -167,7 +167,7 @@ class _Parser:
         if encoding == "nf4":
             required |= {"block_size", "double_quant", "transposed", "relative_rms_error"}
         self.members("M05", what, value, required, newer)
-        dtypes = ITEM_BYTES if encoding == "dense" else WEIGHT_DTYPES.values()
+        dtypes = FORMAT_DTYPES if encoding == "dense" else WEIGHT_DTYPES.values()
         if not isinstance(value["dtype"], str) or value["dtype"] not in dtypes:
             raise self.broken("M05", f"{what} has dtype {printable(value['dtype'])}")
         shape = value["shape"]

@@ -151,6 +151,8 @@ class MappedFile(MappedBytes):
         File name in that folder.
     profile : bool
         Hold it to the rules for shards of a bundle.
+    foreign : bool
+        It is no part of a bundle, and may have types that the specification has not.
 
     Attributes
     ----------
@@ -167,22 +169,24 @@ class MappedFile(MappedBytes):
         If the header breaks a rule; nothing is mapped then.
     """
 
-    def __init__(self, folder: Folder, name: str, *, profile: bool = False) -> None:
+    def __init__(
+        self, folder: Folder, name: str, *, profile: bool = False, foreign: bool = False
+    ) -> None:
         super().__init__(folder, name)
         try:
-            self.header: Header = self._read_header(profile)
+            self.header: Header = self._read_header(profile, foreign)
             self.map()
         except BaseException:
             self.abandon()
             raise
 
-    def _read_header(self, profile: bool) -> Header:
+    def _read_header(self, profile: bool, foreign: bool) -> Header:
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             prefix = file.read(8)
             start = headers.data_start(prefix, self.nbytes, self.path)
             raw = file.read(start - 8)
         self.header_sha256 = sha256(prefix + raw).hexdigest()
-        return headers.parse_header(raw, self.nbytes, self.path, profile=profile)
+        return headers.parse_header(raw, self.nbytes, self.path, profile=profile, foreign=foreign)
 
     def view(self, name: str) -> memoryview:
         """Return a tensor's bytes: a read-only view on the mapping, nothing is read yet."""

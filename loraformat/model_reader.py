@@ -76,7 +76,7 @@ def open_model(
     folder = Folder(path.parent if alone else path)
     names = [path.name] if alone else weight_files(folder)
     with contextlib.ExitStack() as opened:
-        files = [MappedFile(folder, name) for name in names]
+        files = [MappedFile(folder, name, foreign=True) for name in names]
         for file in files:
             opened.callback(file.close)
         tensors = collect(files, transposed=transposed, any_storage=any_storage)
@@ -170,7 +170,7 @@ def stored_entries(path: Path) -> dict[str, Entry]:
     try:
         folder = Folder(path if path.is_dir() else path.parent)
         for name in weight_files(folder) if path.is_dir() else [path.name]:
-            with contextlib.closing(MappedFile(folder, name)) as file:
+            with contextlib.closing(MappedFile(folder, name, foreign=True)) as file:
                 entries |= file.header.entries
     except InputError:
         return {}

@@ -21,6 +21,8 @@ __all__ = ["FLOAT8", "MXFP4", "PackedWeights", "Stored", "packed_weights", "refu
 FLOAT8, MXFP4 = "float8", "MXFP4"
 
 _FLOATS = ("F8_E4M3", "F8_E5M2")
+#: A type of scales alone.
+_EXPONENTS = "F8_E8M0"
 _INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 #: Integers that stand under a weight's own name where a method packs its codes.
 _PACKED = ("U8", "I8", "U32", "I32", "U64", "I64")
@@ -79,6 +81,7 @@ _METHODS = (
     _Method("MLX", (".weight", ".scales", ".biases"), ("U32",)),
     _Method("MLX (mxfp4)", (".weight", ".scales"), ("U32",)),
     _Method(MXFP4, ("_blocks", "_scales"), ("U8",)),
+    _Method("FP4", (".weight", ".scale"), ("I8", "U8")),
     _Method("compressed-tensors", (".weight_packed",), ("I32", "U8")),
     _Method("NVFP4", (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
     _Method("HQQ", (".W_q",), _INTEGERS),
@@ -116,7 +119,9 @@ def packed_weights(tensors: Mapping[str, Stored]) -> PackedWeights | None:
             return PackedWeights(FLOAT8, name)
         if tensor.dtype in _PACKED and len(tensor.shape) > 1 and _WEIGHT.search(name):
             return PackedWeights("an unknown method", name)
-    return None
+    scales = (name for name, tensor in tensors.items() if tensor.dtype == _EXPONENTS)
+    found_scale = next(scales, None)
+    return None if found_scale is None else PackedWeights("an unknown method", found_scale)
 
 
 def refuse_packed(

@@ -14,7 +14,7 @@ from os import PathLike
 from typing import Any
 
 from loraformat import strict_json
-from loraformat.dtypes import ITEM_BYTES
+from loraformat.dtypes import FORMAT_DTYPES, ITEM_BYTES
 from loraformat.errors import FormatError, printable
 from loraformat.header import Entry, Header, is_clean_name
 from loraformat.undo import (
@@ -142,7 +142,7 @@ class _Text:
         if mode == "new":
             self.need(dtype == "" and shape == () and fields["sha256"] == "", f"{name} is new")
         else:
-            self.need(isinstance(dtype, str) and dtype in ITEM_BYTES, f"dtype of {name}")
+            self.need(isinstance(dtype, str) and dtype in FORMAT_DTYPES, f"dtype of {name}")
             self.digest(fields["sha256"], name)
         if mode == "interval":
             self.need(dtype in _FLOATS and len(shape) <= 3, f"no intervals for {name}")

@@ -3,7 +3,10 @@
 Published by DeepSeek, Qwen, Meta, Mistral and others, and made by compressed-tensors, FBGEMM and
 transformers. Beside a weight ``W`` of type E4M3 or E5M2 stands ``W_scale_inv`` (DeepSeek's name)
 or ``W_scale``, one number for the tensor, for each output feature, or for each block; either is
-multiplied: W = scale · code. Scales of activations belong to float8 arithmetic and stay behind.
+multiplied: W = scale · code. DeepSeek-V4 calls it ``scale`` and Mistral ``qscale_weight``, beside
+``weight``. It may be a power of two of type E8M0 (UE8M0), stored as such or as bytes; so are those
+of MXFP8, one for 32 values of a row (OCP Microscaling Formats 1.0). Scales of activations belong to
+float8 arithmetic and stay behind.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
 from loraformat.dtypes import torch_dtype
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.model_reader import open_model, stored_entries
@@ -29,8 +32,15 @@ __all__ = ["CONVERTER", "read", "sniff"]
 
 _CODES = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")
-_ACTIVATIONS = re.compile(r"\.(input|output|k|v|q|kv)_scale(_ub)?$|_proj_input_scale$")
+#: In the place of ``weight``.
+_SCALES_BESIDE = ("scale", "qscale_weight")
+_ACTIVATIONS = re.compile(
+    r"\.((input|output|activation|k|v|q|kv)_scale(_ub)?|qscale_act)$|_proj_input_scale$"
+)
 _USUAL_BLOCK = (128, 128)
+_MX_BLOCK = (1, 32)
+#: Types of scales: numbers, and exponents of two.
+_NUMBERS, _EXPONENTS = ("F32", "BF16", "F16"), ("F8_E8M0", "U8")
 _TILE_ELEMENTS = 1 << 20
 
 
@@ -68,6 +78,8 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
             raise UnsupportedError(
                 f"is quantized with {other.method} beside float8 ({printable(other.tensor)})",
                 path=path,
+                hint="start from the model that was quantized; its page on the Hub names it as "
+                "base model",
             )
     except BaseException:
         stored.close()
@@ -81,11 +93,13 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
 def _decoded(stored: Checkpoint, dtype: str) -> tuple[dict[str, LazyTensor], int]:
     """Return the weights without their scales, and how many scales of activations there were."""
     block = _block_size(stored)
+    codes = [name for name, tensor in stored.tensors.items() if tensor.dtype in _CODES]
     scales = {
-        name + suffix: name
-        for name, tensor in stored.tensors.items() if tensor.dtype in _CODES
-        for suffix in _SCALES if name + suffix in stored.tensors
-    }  # fmt: skip
+        scale: name for name in codes for scale in _scale_names(name) if scale in stored.tensors
+    }
+    if len(scales) > len(set(scales.values())):
+        raise InputError("a weight in it has two scales", path=stored.path)
+    _refuse_unknown_scales(stored, set(codes) - set(scales.values()))
     by_weight = {
         weight: found for scale, weight in scales.items()
         if isinstance(found := stored.tensors[scale], DenseTensor)
@@ -102,6 +116,30 @@ def _decoded(stored: Checkpoint, dtype: str) -> tuple[dict[str, LazyTensor], int
         else:
             tensors[name] = tensor
     return tensors, dropped
+
+
+def _scale_names(weight: str) -> list[str]:
+    """Return the names that the scale of a weight may have."""
+    beside = weight.removesuffix("weight")
+    others = [beside + name for name in _SCALES_BESIDE] if beside != weight else []
+    return [*(weight + suffix for suffix in _SCALES), *others]
+
+
+def _refuse_unknown_scales(stored: Checkpoint, bare: set[str]) -> None:
+    """Refuse codes without a scale that is known, but with one by another name beside them."""
+    owners = {name.removesuffix("weight").rstrip(".") for name in bare}
+    for name in stored.tensors:
+        if "scale" not in name.rpartition(".")[2] or _ACTIVATIONS.search(name):
+            continue
+        if name.rpartition(".")[0] in owners or any(
+            name[:at] in bare for at, sign in enumerate(name) if sign == "_"
+        ):
+            raise UnsupportedError(
+                f"tensor {printable(name)} scales float8 weights in a way that is not known here",
+                path=stored.path,
+                hint="start from the model that was quantized, or let the program that wrote it "
+                "write bfloat16",
+            )
 
 
 def _block_size(stored: Checkpoint) -> tuple[int, int]:
@@ -154,22 +192,35 @@ def _repeats(
         If the shapes fit in no way.
     """
     shape, own = codes.shape, _aligned(scale.shape, codes.shape)
-    sizes = ((1,) * (len(shape) - 2) + block)[-len(shape) :]
-    fits = scale.dtype in ("F32", "BF16", "F16") and len(own) == len(shape)
-    repeats = []
-    for count, scales, size in zip(shape, own, sizes, strict=False):
-        if scales in (1, count):
-            repeats.append(1)
-        else:
-            repeats.append(size)
-            fits = fits and scales == -(-count // size)
-    if not fits:
+    found = None
+    if scale.dtype in _NUMBERS + _EXPONENTS and len(own) == len(shape):
+        found = _repeats_in(shape, own, block)
+        if found is None and scale.dtype in _EXPONENTS:
+            found = _repeats_in(shape, own, _MX_BLOCK)
+    if found is None:
         raise InputError(
             f"tensor {printable(scale.name)} is {scale.dtype} {list(scale.shape)}, which scales no "
             f"weight of shape {list(shape)} in blocks of {block[0]} x {block[1]}",
             path=path,
             hint="fetch the checkpoint again, with the config.json that belongs to it",
         )
+    return found
+
+
+def _repeats_in(
+    shape: tuple[int, ...], own: tuple[int, ...], block: tuple[int, int]
+) -> tuple[int, ...] | None:
+    """Return the same for blocks of this size; None if the scales are not as many."""
+    repeats = []
+    for count, scales, size in zip(
+        shape, own, ((1,) * (len(shape) - 2) + block)[-len(shape) :], strict=False
+    ):
+        if scales in (1, count):
+            repeats.append(1)
+        elif scales == -(-count // size):
+            repeats.append(size)
+        else:
+            return None
     return tuple(repeats)
 
 
@@ -191,10 +242,10 @@ def _decode(
     values = codes.torch()
     result = torch.empty(codes.shape, dtype=torch_dtype(dtype))
     if scale is None or not codes.shape:
-        factor = 1.0 if scale is None else scale.torch().float()
+        factor = 1.0 if scale is None else _numbers(scale)
         result.copy_(values.float() * factor)
     else:
-        factors = scale.torch().float().reshape(_aligned(scale.shape, codes.shape))
+        factors = _numbers(scale).reshape(_aligned(scale.shape, codes.shape))
         rows = codes.shape[0]
         height = max(1, _TILE_ELEMENTS * rows // max(codes.count, 1))
         for start in range(0, rows, height):
@@ -203,6 +254,17 @@ def _decode(
             result[start:stop] = tile.mul_(_spread(factors, start, stop, codes.shape, repeats))
     flat: Any = result.view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
+
+
+def _numbers(scale: DenseTensor) -> torch.Tensor:
+    """Return scales in float32: of a byte e, 2 to the power of e - 127, and NaN of 255."""
+    import torch
+
+    if scale.dtype in _NUMBERS:
+        return scale.torch().float()
+    exponents = tensor_view(scale.load(), "U8", scale.shape).int()
+    bits = (exponents << 23).where(exponents > 0, 1 << 22)  # the least is half the least normal
+    return bits.view(torch.float32).where(exponents < 255, torch.nan)
 
 
 def _spread(

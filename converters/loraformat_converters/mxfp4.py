@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
 from loraformat.dtypes import torch_dtype
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.model_reader import open_model, peek_config, stored_entries
@@ -102,13 +102,13 @@ def _parameter(
     if not (
         isinstance(scales, DenseTensor)
         and fits
-        and scales.dtype == "U8"
+        and scales.dtype in ("U8", "F8_E8M0")
         and scales.shape == shape[:3]
     ):
         said = "no scales" if scales is None else f"scales {scales.dtype} {list(scales.shape)}"
         raise InputError(
             f"tensor {printable(blocks.name)} is {blocks.dtype} {list(shape)} with {said}, wanted "
-            "U8 (experts, out, in / 32, 16) and U8 (experts, out, in / 32)",
+            "U8 (experts, out, in / 32, 16) and U8 or F8_E8M0 (experts, out, in / 32)",
             path=path,
             hint="fetch the checkpoint again",
         )
@@ -134,7 +134,7 @@ def _decode(blocks: DenseTensor, scales: DenseTensor, dtype: str) -> memoryview:
 
     experts, out, groups, _ = blocks.shape
     levels = torch.tensor(_LEVELS)
-    codes, exponents = blocks.torch(), scales.torch()
+    codes, exponents = blocks.torch(), tensor_view(scales.load(), "U8", scales.shape)
     result = torch.empty(experts, groups * _BLOCK, out, dtype=torch_dtype(dtype))
     for expert in range(experts):
         pairs = codes[expert].int()

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 from loraformat import plugins
-from loraformat.errors import InputError, UnsupportedError, UsageError
+from loraformat.errors import FormatError, InputError, UnsupportedError, UsageError
+from loraformat.header import parse_header
 from loraformat.ops.convert import convert
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 W = "model.layers.0.mlp.up_proj.weight"
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
@@ -33,8 +35,32 @@ def decoded(path, name=W):
         return tensor.torch().clone(), tensor
 
 
-def test_what_transformers_decodes(tmp_path):
-    """A model of 128 x 128 blocks, as DeepSeek and Qwen publish them."""
+def exponents(scale):
+    """The powers of two not below some scales, as bytes."""
+    return (scale.log2().ceil() + 127).to(torch.uint8)
+
+
+#: By form: the scale as it is stored, from its numbers, and its name in place of ``weight``.
+STORED = {
+    "numbers": (lambda scale: scale, "weight_scale_inv", {}),
+    "UE8M0": (lambda scale: exponents(scale).view(E8M0), "weight_scale_inv", {}),
+    "UE8M0 in bytes": (exponents, "weight_scale_inv", {"scale_fmt": "ue8m0"}),
+    "as in DeepSeek-V4": (
+        lambda scale: exponents(scale).view(E8M0), "scale", {"scale_fmt": "ue8m0"}),
+    "as in Mistral Large 4": (lambda scale: scale, "qscale_weight", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", STORED)
+@pytest.mark.parametrize("block", [(128, 128), (1, 32)])
+def test_what_transformers_decodes(tmp_path, form, block):
+    """A model of 128 x 128 blocks, as DeepSeek and Qwen publish them, and of MXFP8's."""
+    store, called, settings = STORED[form]
+    settings = {**BLOCKS, **settings}
+    if block != (128, 128):
+        if form not in ("UE8M0", "UE8M0 in bytes"):
+            block = (64, 64)
+        settings["weight_block_size"] = list(block)
     torch.manual_seed(0)
     sizes = LlamaConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -47,12 +73,13 @@ def test_what_transformers_decodes(tmp_path):
             stored[name] = weight
             continue
         rows, columns = weight.shape
-        blocks = weight.float().reshape(rows // 128, 128, columns // 128, 128)
+        high, wide = block
+        blocks = weight.float().reshape(rows // high, high, columns // wide, wide)
         scale = blocks.abs().amax((1, 3)) / 448
         stored[name] = (blocks / scale[:, None, :, None]).reshape(rows, columns).to(E4M3)
-        stored[f"{name}_scale_inv"] = scale
+        stored[name.removesuffix("weight") + called] = store(scale)
     config = json.loads((tmp_path / "dense/config.json").read_text())
-    write(tmp_path / "float8", stored, **config, quantization_config=BLOCKS)
+    write(tmp_path / "float8", stored, **config, quantization_config=settings)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "float8", quantization_config=FineGrainedFP8Config(dequantize=True),
         dtype=torch.bfloat16,
@@ -176,3 +203,88 @@ def test_other_methods_beside_it_are_refused(tmp_path):
     path = write(tmp_path / "n", {W: gauss(8, 8).to(E4M3)})
     with pytest.raises(UsageError, match="--config"):
         convert(path, tmp_path / "out", config=path / "config.json")
+
+
+def test_every_exponent_is_the_number_that_torch_takes_it_for(tmp_path):
+    every = torch.arange(256, dtype=torch.uint8)
+    for name, scale in {"e8m0": every.view(E8M0), "bytes": every}.items():
+        codes = torch.ones(256, 4).to(E4M3)
+        path = write(tmp_path / name, {W: codes, W + "_scale": scale})
+        with plugins.sniff(path).read(path, plugins.ReadOptions(dtype="F32")) as model:
+            found = model.tensors[W].torch().clone()
+        wanted = every.view(E8M0).float()
+        assert bool(wanted[255].isnan()) and float(wanted[0]) == 2.0**-127
+        assert torch.equal(found[:255, 0], wanted[:255])
+        assert bool(found[255].isnan().all())
+
+
+@pytest.mark.parametrize("name", ["weight_scales", "weight_scale_2", "block_scale", "scales"])
+def test_a_scale_by_another_name_is_never_left_out(tmp_path, name):
+    """The codes alone are no weights."""
+    tensors = {W: gauss(8, 8).to(E4M3), W.removesuffix("weight") + name: torch.ones(())}
+    with pytest.raises(UnsupportedError, match=f"{name} scales float8 weights in a way") as error:
+        convert(write(tmp_path / "m", tensors), tmp_path / "out", to_format="safetensors")
+    assert "bfloat16" in error.value.hint
+
+
+def test_a_weight_has_one_scale(tmp_path):
+    tensors = {W: gauss(8, 8).to(E4M3), W + "_scale": torch.ones(()),
+               W + "_scale_inv": torch.ones(())}  # fmt: skip
+    with pytest.raises(InputError, match="has two scales"):
+        convert(write(tmp_path / "m", tensors), tmp_path / "out", to_format="safetensors")
+
+
+def header_only(path, dtype, nbytes):
+    """A file of one tensor of 32 numbers, in a type that torch may not have."""
+    entry = {"dtype": dtype, "shape": [1, 32], "data_offsets": [0, nbytes]}
+    text = json.dumps({W: entry}).encode()
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    raw = len(text).to_bytes(8, "little") + text + bytes(nbytes)
+    (path / "model.safetensors").write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nbytes"),
+    [("F4", 16), ("F6_E2M3", 24), ("F6_E3M2", 24), ("F8_E4M3FNUZ", 32), ("F8_E5M2FNUZ", 32)],
+)
+def test_other_types_of_safetensors_are_refused_by_name(tmp_path, dtype, nbytes):
+    path = header_only(tmp_path / "m", dtype, nbytes)
+    with safe_open(path / "model.safetensors", "pt") as file:
+        assert file.get_slice(W).get_dtype() == dtype  # the library knows it
+    for source in (path, path / "model.safetensors"):
+        with pytest.raises(UnsupportedError, match=f"of type {dtype}") as error:
+            convert(source, tmp_path / "out")
+        assert "the model that was quantized" in error.value.hint
+
+
+def test_scales_without_codes_are_of_another_method(tmp_path):
+    tensors = {W: gauss(8, 8), W + "_scale": torch.ones(8, 8).to(E8M0)}
+    with pytest.raises(UnsupportedError, match="an unknown method"):
+        convert(write(tmp_path / "m", tensors), tmp_path / "out")
+
+
+def test_four_bit_experts_beside_it_are_named(tmp_path):
+    """DeepSeek-V4's: two codes in a byte, with scales for 32."""
+    expert = W.replace("mlp", "ffn.experts.0")
+    tensors = {
+        W: gauss(8, 64).to(E4M3), W.removesuffix("weight") + "scale": torch.ones(1, 1).to(E8M0),
+        expert: torch.zeros(8, 32, dtype=torch.int8),
+        expert.removesuffix("weight") + "scale": torch.ones(8, 2).to(E8M0),
+    }  # fmt: skip
+    with pytest.raises(UnsupportedError, match="is quantized with FP4") as error:
+        convert(write(tmp_path / "m", tensors), tmp_path / "out")
+    assert "start from the model that was quantized" in error.value.hint
+
+
+def test_a_bundle_holds_none_of_it(tmp_path):
+    """The specification has its own list of types (H06), for shards and for adapters."""
+    raw = (header_only(tmp_path / "m", "F8_E8M0", 32) / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = raw[8:start]
+    assert parse_header(header, len(raw), "x", foreign=True).entries[W].nbytes == 32
+    for profile in (False, True):
+        with pytest.raises(FormatError, match="unknown dtype F8_E8M0") as error:
+            parse_header(header, len(raw), "x", profile=profile)
+        assert error.value.rule == "H06"

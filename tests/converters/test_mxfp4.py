@@ -71,6 +71,18 @@ def test_what_transformers_decodes(published, tmp_path):
     assert any("expert weights" in note for note in report.notes)
 
 
+def test_scales_may_be_of_their_own_type(published, tmp_path):
+    def typed(tensors):
+        return {n: t.view(torch.float8_e8m0fnu) if n.endswith("_scales") else t
+                for n, t in tensors.items()}  # fmt: skip
+
+    saved = copy(published, tmp_path / "typed", typed)
+    for name, source in (("one", published), ("other", saved)):
+        convert(source, tmp_path / name, to_format="safetensors")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_bfloat16_holds_every_value(published, tmp_path):
     convert(published, tmp_path / "f32", to_format="safetensors", dtype="f32")
     convert(published, tmp_path / "bf16", to_format="safetensors")

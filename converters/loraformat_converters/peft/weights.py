@@ -137,7 +137,7 @@ def _open_files(folder: Folder, name: str, shards: dict[str, set[str] | None]) -
     found = StoredTensors(folder.path / name, {}, verbatim=name == WEIGHTS_NAME)
     with contextlib.ExitStack() as opened:
         for shard, wanted in shards.items():
-            file = MappedFile(folder, shard)
+            file = MappedFile(folder, shard, foreign=True)
             opened.callback(file.close)
             entries = file.header.entries
             if wanted is not None and wanted != set(entries):

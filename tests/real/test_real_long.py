@@ -40,8 +40,11 @@ MODELS = ("smollm2", "gemma3")
 TEXTS = ["The capital of France is", "def fibonacci(n):\n    ", "Der Hund und die Katze"]
 #: Of float32 log-probabilities; GELU is a table of float16 in llama.cpp.
 EXACT = {"smollm2": 5e-4, "gemma3": 0.03}
-#: Of losses, relative: float32 on both sides and sums in another order; measured 7e-4.
-CLOSE = 5e-3
+#: Of losses, relative: float32 on both sides, sums in another order. Measured at most 4.4e-5 for
+#: Gemma 3 and 8e-6 for SmolLM2, growing with the learning rate: 2e-3 lets losses jump, and then
+#: they are 1.7e-3 apart. From gradients in float64, those of a first step are 3e-6 and 8e-6 away,
+#: PEFT's 35e-6 and 8e-6.
+CLOSE = 2e-4
 STEPS = 8
 
 
@@ -110,7 +113,7 @@ def trained(made, tmp_path_factory):
             options = TrainOptions(
                 base=str(made(name) / "bundle"), data=(str(write_rows(folder / "data.jsonl", 64)),),
                 output=str(folder / "adapter"), rank=8, alpha=16.0, seq_len=64, batch_size=4,
-                grad_accum=1, steps=STEPS, lr=2e-3, schedule="constant", warmup=0.0, dropout=0.0,
+                grad_accum=1, steps=STEPS, lr=5e-4, schedule="constant", warmup=0.0, dropout=0.0,
                 packing=False, plot=False, compute_dtype="float32",
             )  # fmt: skip
             with load(options.base, lora=options.lora()) as model:
@@ -158,9 +161,9 @@ def heldout_loss(model, batches):
     return total / sum(batch.trained for batch in batches)
 
 
-def test_a_short_qlora_run_learns_what_peft_s_learns(made, trained, tmp_path):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_short_qlora_run_learns_what_peft_s_learns(made, trained, tmp_path, name):
     """Loss by loss, and on held-out rows: from the same bytes, rows and first factors."""
-    name = "smollm2"
     options, first = trained(name)
     bundle = made(name) / "bundle"
     stream = open_data(options.data, bundle, options.data_options()).batches()

@@ -101,6 +101,13 @@ def apply_template(base: str | Path, chats: Sequence[Sequence[dict[str, str]]]) 
     return _run(base, (), {"ask": "template", "chats": [list(chat) for chat in chats]}, None)
 
 
+def complete(base: str | Path, prompt: Sequence[int], count: int) -> tuple[list[int], str]:
+    """Return the likeliest tokens after a prompt, and why they end: ``eos`` or ``limit``."""
+    request = {"ask": "complete", "prompt": list(map(int, prompt)), "count": count}
+    tokens, why = _run(base, (), request, None)
+    return tokens, why
+
+
 def embeddings(
     base: str | Path,
     prompts: Sequence[Sequence[int]],
@@ -177,7 +184,7 @@ def _serve(answer: Path) -> None:
     server = x.Server(params)
     ask = {
         "logprobs": _ask_logprobs, "tokenize": _ask_tokens, "embeddings": _ask_embeddings,
-        "template": _ask_template,
+        "template": _ask_template, "complete": _ask_completion,
     }  # fmt: skip
     answer.write_text(json.dumps(ask[request["ask"]](server.listening_address, request)))
     os._exit(0)  # its threads need not be asked to end
@@ -202,6 +209,13 @@ def _ask_logprobs(url: str, request: dict[str, Any]) -> list[list[float]]:
             row[entry["id"]] = entry["logprob"]
         found.append(row)
     return found
+
+
+def _ask_completion(url: str, request: dict[str, Any]) -> tuple[list[int], str]:
+    body = {"prompt": request["prompt"], "n_predict": request["count"], "temperature": 0,
+            "return_tokens": True}  # fmt: skip
+    reply = _post(url, "completion", body)
+    return reply["tokens"], reply["stop_type"]
 
 
 def _vocabulary(base: str) -> tuple[int, int]:

@@ -358,7 +358,11 @@ def _special_tokens(gguf: GGUFFile) -> dict[str, int]:
 def _generation(gguf: GGUFFile) -> bytes:
     if GENERATION_KEY in gguf.metadata:
         return gguf.text(GENERATION_KEY).encode()
-    tokens = _special_tokens(gguf)
+    tokens: dict[str, Any] = dict(_special_tokens(gguf))
+    ends = [gguf.integer(f"tokenizer.ggml.{kind}_token_id", -1) for kind in ("eos", "eot", "eom")]
+    ends = [number for number in dict.fromkeys(ends) if number >= 0]
+    if len(ends) > 1:
+        tokens["eos_token_id"] = ends
     return _json(tokens) if tokens else b""
 
 

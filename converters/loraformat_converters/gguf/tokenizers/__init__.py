@@ -21,6 +21,7 @@ from loraformat_converters.gguf.tokenizers.special import (
     around_notes,
     special_keys,
 )
+from loraformat_converters.gguf.tokenizers.turn_ends import turn_end_keys
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
 from loraformat_converters.gguf.tokenizers.vocabulary_files import stand_alone
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_files
@@ -133,6 +134,9 @@ def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
         more, said = around_keys(sides, special, texts)
         keys, notes = keys | more, notes + said
         notes += [] if alone else around_notes(sources, sides, texts)
+        eos = keys.get("tokenizer.ggml.eos_token_id")
+        more, said = turn_end_keys(sources, None if eos is None else int(eos.value), texts)
+        keys, notes = keys | more, notes + said
     return Tokenizer(keys | template_keys(sources), notes + found.vocabulary.notes())
 
 

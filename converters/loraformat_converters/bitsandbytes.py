@@ -6,12 +6,13 @@ directory that transformers wrote. Codes and scales go through untouched, both w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from loraformat.architecture import is_conv1d
 from loraformat.bundle import quantized_config
 from loraformat.checkpoint import Checkpoint, NF4Tensor
-from loraformat.errors import UnsupportedError
+from loraformat.errors import UnsupportedError, printable
 from loraformat.folder import Folder
 from loraformat.mapped import MappedFile
 from loraformat.model_directory import WrittenModel, write_model_directory
@@ -91,7 +92,7 @@ def _foreign_parts(path: Path) -> str | None:
 
 def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
     """Write what transformers writes for a 4-bit model: the same tensors, names and config."""
-    return write_model_directory(
+    written = write_model_directory(
         checkpoint,
         publication,
         config=quantized_config(checkpoint),
@@ -99,6 +100,24 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
         progress=options.progress,
         single_name="model.safetensors",
     )
+    return replace(written, notes=[*written.notes, *_wrong_on_a_cpu(checkpoint)])
+
+
+def _wrong_on_a_cpu(checkpoint: Checkpoint) -> list[str]:
+    """Say which weights bitsandbytes decodes wrongly on a CPU with AVX-512: version 0.50.2, run."""
+    wrong = [
+        tensor.name
+        for tensor in checkpoint.tensors.values()
+        if isinstance(tensor, NF4Tensor) and tensor.stored_shape
+        if (columns := tensor.stored_shape[-1]) % 16 == 0 and columns % tensor.block_size
+    ]
+    if not wrong:
+        return []
+    return [
+        f"{len(wrong)} weights ({printable(wrong[0])}, ...) have rows that are no whole number of "
+        "blocks: bitsandbytes 0.50.2 decodes these wrongly on a CPU with AVX-512, its own, too; to "
+        "run there, keep them plain with --skip, or quantize with a --block-size that divides rows"
+    ]
 
 
 CONVERTER = Converter(

@@ -191,3 +191,37 @@ class TestRefused:
         source = write(tmp_path / "source", quantize(weight), NF4_CONFIG)
         with pytest.raises(UsageError, match="never quantized twice"):
             convert(source, tmp_path / "bundle", **options)
+
+
+@pytest.mark.parametrize(
+    ("columns", "block_size", "is_said"),
+    [(96, 64, True), (160, 64, True), (192, 128, True), (64, 64, False), (192, 64, False),
+     (96, 32, False), (33, 64, False)],
+)  # fmt: skip
+def test_rows_that_bitsandbytes_decodes_wrongly_on_a_cpu_are_named(
+    tmp_path, columns, block_size, is_said
+):
+    weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
+    write(tmp_path / "m", {NAME: weight})
+    options = {"block_size": block_size, "to_format": "bitsandbytes"}
+    report = convert(tmp_path / "m", tmp_path / "out", **options)
+    assert any("no whole number of blocks" in note for note in report.notes) == is_said
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    parts = {n.removeprefix(f"{NAME}."): t for n, t in tensors.items() if n != NAME}
+    state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
+    found = bnb.dequantize_4bit(tensors[NAME], state).float()
+    convert(tmp_path / "out", tmp_path / "dense", to_format="safetensors", dtype="f32")
+    wanted = load_file(tmp_path / "dense" / "model.safetensors")[NAME]
+    assert float((wanted - weight).norm() / weight.norm()) < 0.2, "the codes are right"
+    if not is_said:
+        assert torch.allclose(found, wanted, atol=1e-5)
+    elif torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert not torch.allclose(found, wanted, atol=0.1), "bitsandbytes has mended it: say so"
+
+
+def test_the_remedies_for_a_cpu_hold(tmp_path):
+    weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
+    write(tmp_path / "m", {NAME: weight, NAME.replace("up", "down"): weight[:, :64].clone()})
+    for name, options in {"blocks": {"block_size": 32}, "plain": {"skip": ["*.up_proj"]}}.items():
+        report = convert(tmp_path / "m", tmp_path / name, to_format="bitsandbytes", **options)
+        assert not any("no whole number" in note for note in report.notes)

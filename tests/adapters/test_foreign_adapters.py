@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraformat.errors import LoraFormatError, UnsupportedError
+from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.ops.adapters import open_adapter
 from loraformat.ops.check.verb import check
 from loraformat.ops.convert import convert
 from loraformat.ops.describe import describe
 from loraformat.plugins import sniff
+from tests.adapters.test_peft_files import read_base
 
 A, B = torch.ones(4, 8), torch.ones(8, 4)
 #: File, tensors, and words of the message.
@@ -46,13 +47,13 @@ FOREIGN = {
     "torchtune": (
         "adapter_0.safetensors",
         {"layers.0.attn.q_proj.lora_a.weight": A, "layers.0.attn.q_proj.lora_b.weight": B},
-        ["torchtune", "FullModelHFCheckpointer"],
+        ["torchtune", "FullModelHFCheckpointer", "loraformat extract BASE epoch_N"],
     ),
     "mlx": (
         "adapters.safetensors",
         {"model.layers.0.self_attn.q_proj.lora_a": A.T.contiguous(),
          "model.layers.0.self_attn.q_proj.lora_b": B.T.contiguous()},
-        ["mlx-lm", "mlx_lm.fuse", "loraformat extract"],
+        ["mlx-lm", "mlx_lm.fuse", "loraformat extract BASE FUSED", "mlx_lm.convert"],
     ),
 }  # fmt: skip
 
@@ -154,7 +155,43 @@ def test_a_directory_of_a_model_above(peft_files, tmp_path):
 
 def test_shards_of_deepspeed(tmp_path):
     (tmp_path / "global_step100").mkdir()
-    assert "zero_to_fp32.py" in message(open_adapter, tmp_path)
+    assert "python zero_to_fp32.py CHECKPOINT OUT" in message(open_adapter, tmp_path)
+
+
+def test_a_sharded_training_that_saved_no_tensor(peft_files):
+    save_file({}, peft_files / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"holds no LoRA factors.*python zero_to_fp32\.py"):
+        open_adapter(peft_files)
+    (finding,) = (
+        one for one in check(peft_files, runtimes=["vllm"]).findings if one.rule == "NO_TENSORS"
+    )
+    assert "python zero_to_fp32.py" in finding.remedy
+
+
+def test_what_torchtune_writes(peft_files, tmp_path):
+    """The files of its epoch_N: PEFT's form, its own, and the merged model; see tests/real, too."""
+    (peft_files / "adapter_model.pt").write_bytes(b"PK")
+    assert "name the directory epoch_N" in message(open_adapter, peft_files / "adapter_model.pt")
+    (note,) = open_adapter(peft_files).notes
+    assert "q_proj and k_proj of Qwen 2" in note
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({name: torch.ones(8, 8)}, llama / "model.safetensors")
+    (llama / "config.json").write_text('{"model_type": "llama"}')
+    with read_base(llama) as base, open_adapter(peft_files, base=base) as adapter:
+        assert not any("Qwen" in note for note in adapter.notes)
+
+
+def test_a_model_and_an_adapter_in_one_directory(peft_files, tmp_path):
+    save_file({"model.norm.weight": torch.ones(8)}, peft_files / "model.safetensors")
+    (peft_files / "config.json").write_text('{"model_type": "llama"}')
+    assert "move the adapter's files" in message(describe, peft_files)
+    (tmp_path / "own").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (peft_files / name).rename(tmp_path / "own" / name)
+    assert describe(peft_files).kind == "base"
+    assert open_adapter(tmp_path / "own").deltas
 
 
 @pytest.mark.parametrize(

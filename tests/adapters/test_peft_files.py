@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -100,9 +100,7 @@ def test_spellings_of_keys(plain: tuple[Path, Path], spelling: str) -> None:
             assert torch.equal(dense(delta), dense(second.deltas[name]))
 
 
-@pytest.mark.parametrize(
-    "spelling", [s for s in SPELLINGS if s != "default"]
-)  # which PEFT takes, too
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_what_is_written_is_spelled_as_peft_spells_it(
     plain: tuple[Path, Path], spelling: str, tmp_path: Path
 ) -> None:
@@ -116,6 +114,21 @@ def test_what_is_written_is_spelled_as_peft_spells_it(
     if not re.search("language|half|doubled", spelling):
         convert(other, tmp_path / "without")
         assert load_file(tmp_path / "without" / WEIGHTS).keys() == usual.keys()
+
+
+def test_what_is_trained_whole_under_the_name_default_is_written_as_peft_reads_it(
+    plain: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """PEFT takes factors of that name, and stops with a KeyError at such a head."""
+    base, adapter = plain
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    key = "base_model.model.lm_head.modules_to_save.default.weight"
+    other = rewrite(adapter, lambda tensors: tensors | {key: head + 1}, modules_to_save=["lm_head"])
+    convert(other, tmp_path / "written")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "written"
+    ).merge_and_unload()
+    assert torch.equal(model.lm_head.weight, head + 1)
 
 
 def test_what_is_trained_whole_under_the_adapters_own_name(plain: tuple[Path, Path]) -> None:

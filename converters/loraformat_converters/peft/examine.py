@@ -39,8 +39,6 @@ from loraformat_converters.peft.weights import (
 
 __all__ = ["examine"]
 
-_LEFT_OVER = re.compile(r"\.default(\.|$)")
-
 
 def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
     """Look at an adapter: its config, its tensors' names and shapes, and all its numbers.
@@ -164,7 +162,7 @@ class _Examiner:
     def _sort(self, name: str, tensor: DenseTensor) -> None:
         self._look_at_numbers(name, tensor)
         key = parse_key(name, self.adapter)
-        if not is_usual(name, self.adapter) or _LEFT_OVER.search(name):
+        if not is_usual(name, self.adapter):
             self.odd.append(name)
         if not all(tensor.shape):
             self.empty.append(name)

@@ -24,6 +24,8 @@ _DEFAULT = "default"
 _TRAINING = re.compile(
     r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)(?=\.|$)"
 )
+#: PEFT's name of an adapter, which its own files do not have: it would look for it twice.
+_LEFT_OVER = re.compile(rf"\.{_DEFAULT}(\.|$)")
 _IN_PEFT = re.compile(r"(^|\.)(base_layer|modules_to_save|token_adapter(?=\.base_layer\.))(?=\.|$)")
 _UNTRAINED = re.compile(r"(^|\.)original_module\.")
 #: What holds the whole model: DistributedDataParallel, DeepSpeed, a LightningModule.
@@ -149,5 +151,8 @@ def is_usual(name: str, adapter: str = _DEFAULT) -> bool:
     --------
     >>> is_usual("base_model.model.lm_head.lora_A.weight"), is_usual("lm_head.lora_A.weight")
     (True, False)
+    >>> is_usual("base_model.model.lm_head.lora_A.default.weight")
+    False
     """
-    return name.startswith(PREFIX) and adapter == _DEFAULT and not _TRAINING.search(name)
+    trained = _TRAINING.search(name) or _LEFT_OVER.search(name)
+    return name.startswith(PREFIX) and adapter == _DEFAULT and not trained

@@ -18,13 +18,14 @@ from loraformat.folder import Folder
 from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.mapped import MappedFile
 from loraformat.plugins import AdapterReadOptions
+from loraformat.unsharding import GATHER
 from loraformat.vocabulary import per_token
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.experts import ExpertReader
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.moments import read_moments
 from loraformat_converters.peft.rows import read_rows
-from loraformat_converters.peft.weights import GATHER, StoredTensors, open_tensors, other_weights
+from loraformat_converters.peft.weights import StoredTensors, open_tensors, other_weights
 
 __all__ = ["read_adapter", "sniff"]
 
@@ -79,7 +80,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
             files=_files(folder),
             verbatim=stored.verbatim and reader.usual,
             sources=tuple(folder.path / name for name in folder.names()),
-            notes=(*settings.notes, *_beside(folder)),
+            notes=(*settings.notes, *_beside(folder), *_by_torchtune(folder, options.base)),
             close=opened.pop_all().close,
         )
     try:
@@ -99,6 +100,18 @@ def _beside(folder: Folder) -> list[str]:
         f"{printable(name)} lies beside it and was not read: if it holds what was trained with the "
         "adapter (a projector, a head), load it as the program that wrote it does"
         for name in other_weights(folder.names())
+    ]
+
+
+def _by_torchtune(folder: Folder, base: Checkpoint | None) -> list[str]:
+    """Return what torchtune 0.6.1, its last version, writes wrongly, if it wrote the adapter."""
+    config = parse(base.config) if base is not None and base.config else {}
+    if not folder.has("adapter_model.pt") or config.get("model_type", "qwen2") != "qwen2":
+        return []
+    return [
+        "torchtune wrote it, which puts the rows of q_proj and k_proj of Qwen 2 models in a wrong "
+        "order in this form: if it is one, take it out of the merged model that lies beside it: "
+        f"loraformat extract BASE {printable(str(folder.path))} -o OUT"
     ]
 
 
@@ -141,7 +154,11 @@ class _Reader:
             self._sort(name, tensor)
         self._check_trained()
         if not (self._modules or self._replaced or self.tokens):
-            raise InputError("holds no LoRA factors", path=stored.path)
+            raise InputError(
+                "holds no LoRA factors",
+                path=stored.path,
+                hint=None if stored.tensors else f"if the training was sharded, {GATHER}",
+            )
 
     def _refuse_empty(self, stored: StoredTensors) -> None:
         empty = [name for name, tensor in stored.tensors.items() if not all(tensor.shape)]

@@ -23,7 +23,6 @@ from loraformat.mapped import MappedFile
 from loraformat.pickled import open_pickle
 
 __all__ = [
-    "GATHER",
     "INDEX_NAME",
     "PICKLE_NAME",
     "WEIGHTS_NAME",
@@ -36,12 +35,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 PICKLE_NAME = "adapter_model.bin"
 
-#: What mends a file of empty tensors.
-GATHER = (
-    "gather and save again: with stage3_gather_16bit_weights_on_model_save (accelerate: "
-    "zero3_save_16bit_model) in the DeepSpeed config; or make the states of a checkpoint whole "
-    "with the zero_to_fp32.py that lies in it"
-)
 _OURS = re.compile(r"adapter_model(-\d+-of-\d+)?\.(safetensors|bin)")
 _MAX_INDEX_BYTES = 64 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -49,10 +42,11 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 
 
-#: States of a training, which are no weights, and what lies beside an adapter on purpose.
+#: States of a training, which are no weights, and what lies beside an adapter on purpose
+#: (adapter_model.pt is the same adapter in torchtune's own form).
 _NO_WEIGHTS = re.compile(
     r"(.*/)?(optimizer|scheduler|scaler|rng_state(_\d+)?|training_args|.*_states?)\.(bin|pt|pth)"
-    r"|global_step\d+/.*|checkpoint-\d+/.*|activation_statistics\.safetensors"
+    r"|adapter_model\.pt|global_step\d+/.*|checkpoint-\d+/.*|activation_statistics\.safetensors"
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loraformat.errors import printable
 from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
+from loraformat.unsharding import GATHER
 
 __all__ = ["VALUE_RULES"]
 
@@ -54,7 +55,10 @@ VALUE_RULES = (
         "NO_TENSORS",
         "a file without tensors",
         _nothing,
-        differs("it loads, and changes nothing", "advice", "save it again where it was trained"),
+        differs(
+            "it loads, and changes nothing", "advice",
+            f"save it again where it was trained; if that was sharded, {GATHER}",
+        ),
     ),
     Rule(
         "EMPTY",
@@ -62,8 +66,7 @@ VALUE_RULES = (
         _empty,
         refuses(
             "what was sharded (DeepSpeed ZeRO-3, FSDP) was saved without being gathered", "advice",
-            "gather and save again: stage3_gather_16bit_weights_on_model_save in the DeepSpeed "
-            "config, or zero_to_fp32.py on the checkpoint",
+            GATHER,
         ),
     ),
     Rule(

@@ -89,6 +89,9 @@ _OWN = {"deepseek_v4": {"o_a_proj"}}
 #: the name in memory, for the singular on disk.
 _PEFT_KEYS = {"laguna": (".mlp.shared_experts.", ".mlp.shared_expert.")}
 
+#: A block that stands in several layers with the same weights.
+_SHARED = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
+
 _ROUTERS = {"gate", "router"}
 
 #: Their classes multiply and add norms, biases and routers as they are stored: in 4 bits such a
@@ -135,6 +138,9 @@ class Family:
         class around them reads their weight.
     own_leaves : frozenset of str
         Those of linears whose class computes more than a product: adapted as parameters.
+    shared_block : str or None
+        The part of a name below which several layers have the same weights: a delta of one would
+        act in all of them, where PEFT adapts the one that it names.
     renamed : tuple of (str, str)
         Parts of module names: in memory, and in the file of an adapter that PEFT opens.
     """
@@ -148,7 +154,21 @@ class Family:
     refused_leaves: frozenset[str] = frozenset()
     read_leaves: frozenset[str] = frozenset()
     own_leaves: frozenset[str] = frozenset()
+    shared_block: str | None = None
     renamed: tuple[tuple[str, str], ...] = ()
+
+    def is_shared(self, name: str) -> bool:
+        """Tell whether a tensor is the weight of several layers.
+
+        Examples
+        --------
+        >>> zamba2 = family_of({"model_type": "zamba2"})
+        >>> zamba2.is_shared("model.layers.5.shared_transformer.self_attn.q_proj.weight")
+        True
+        >>> zamba2.is_shared("model.layers.5.linear.weight")
+        False
+        """
+        return self.shared_block is not None and self.shared_block in name.split(".")
 
     def peft_key(self, name: str) -> str:
         """Return a name as it stands in the keys of an adapter's tensors."""
@@ -204,6 +224,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         refused_leaves=frozenset(_REFUSED if types & _STATE_SPACE else ()),
         read_leaves=_leaves(_READ, types),
         own_leaves=_leaves(_OWN, types),
+        shared_block=next((part for name, part in _SHARED.items() if name in types), None),
         renamed=tuple(_PEFT_KEYS[one] for one in sorted(types & _PEFT_KEYS.keys())),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,21 +85,31 @@ def config_of(model_type: str, **changes: Any) -> Any:
     if isinstance(inner := fields.get("text_config"), dict):
         return config_of(inner["model_type"], **changes)
     config_class = CONFIG_MAPPING[model_type]
-    known = fields.keys() | getattr(config_class, "attribute_map", {}).keys()
-    values = {name: value for name, value in _SIZES.items() if name in known}
+    return config_class(**sizes_of(config_class()) | changes)
+
+
+def sizes_of(config: Any, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the sizes that make a config of a class tiny; `more` are names besides those here."""
+    fields = config.to_dict()
+    known = fields.keys() | getattr(config, "attribute_map", {}).keys()
+    values = {name: value for name, value in (_SIZES | dict(more or {})).items() if name in known}
     for name in ("layer_types", "mlp_layer_types"):
         if fields.get(name):
             values[name] = [fields[name][0], fields[name][-1]]
-    return config_class(**values | _OF_ITS_OWN.get(model_type, {}) | changes)
+    return values | _OF_ITS_OWN.get(config.model_type, {})
 
 
 def make(model_type: str, **changes: Any) -> Any:
     """Return a float32 model with seeded weights, no norm and no bias constant."""
+    return with_weights(config_of(model_type, **changes))
+
+
+def with_weights(config: Any) -> Any:
+    """Return the model of a config as `make` does."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
-        config_of(model_type, **changes), dtype=torch.float32, attn_implementation="eager",
-        experts_implementation="eager",
-    )  # fmt: skip
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -78,6 +78,11 @@ def test_conv1d_families_are_those_whose_classes_use_it():
     assert using == {model_type_to_module_name(model_type) for model_type in known}
 
 
+def test_no_other_family_is_said_to_share_weights_between_layers():
+    """`make real` asks every class; that these two do is tried with their gradients, too."""
+    assert families(lambda family: family.shared_block is not None) == {"zamba", "zamba2"}
+
+
 def test_the_language_model_inside_counts():
     inner = {"model_type": "llava", "text_config": {"model_type": "gpt_oss"}}
     assert family_of(inner).transposed_experts

@@ -16,8 +16,9 @@ from loraformat.architecture import module_of
 from loraformat.base_names import BaseNames, names_of
 from loraformat.base_names.sources import Chunk
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError, nearest, printable
-from loraformat.families import EXPERT_LEAVES
+from loraformat.families import EXPERT_LEAVES, family_of
 from loraformat.ops.adapter_weights import effective_scaling
 from loraformat.ops.merge.vocabulary import wanted_size
 from loraformat.tied_head import HEAD, TiedHead, contradicting_head, tied_head
@@ -152,10 +153,12 @@ class _Planner:
         self.tied: TiedHead | None = tied_head(base)
         self.contradicting = None if self.tied else contradicting_head(base)
         self.per_token = per_token(self.tensors)
+        self.family = family_of(parse(base.config or b"{}"))
 
     def add(self, number: int, adapter: Adapter, weight: float) -> None:
         for target, delta in adapter.deltas.items():
             effective_scaling(adapter, target, weight)
+            self._check_shared(adapter, target)
             for term, name in self._places(number, adapter, delta, weight):
                 self._check(adapter, delta, term, name)
                 self._edit(name).terms.append(term)
@@ -175,6 +178,16 @@ class _Planner:
             edit = self._edit(self._known(adapter, name))
             self._check_rows(adapter, rows, self._shape(edit))
             edit.rows.append(number)
+
+    def _check_shared(self, adapter: Adapter, target: str) -> None:
+        if self.family.is_shared(target):
+            raise UnsupportedError(
+                f"changes {printable(target)}, a weight of several layers: PEFT adapts the one "
+                "that is named, and merged it would act in all of them",
+                path=adapter.path,
+                hint="use it beside its base, in PEFT; or train one that leaves such linears out, "
+                "as loraformat train does",
+            )
 
     def _check_rows(self, adapter: Adapter, rows: RowReplacement, shape: tuple[int, ...]) -> None:
         if rows.rows.shape != (len(rows.indices), *shape[1:]):

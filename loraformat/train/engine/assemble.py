@@ -62,6 +62,7 @@ class Assembly:
         self._sources: Sources = find_sources(model, weights.names(), path)
         self._ties = _ties(model)
         self._taken: set[str] = set()
+        self._embeddings: list[str] = []
         self.used: dict[str, list[str]] = {}
         self.copied: dict[str, list[str]] = {}
 
@@ -79,7 +80,7 @@ class Assembly:
             if handler is not None:
                 handler(name, module)
         for name, module in list(self._model.named_modules()):
-            self._copy_small(name, module)
+            self._copy_small(self._in_its_class(name), module)
         self._check_all_used()
 
     def _handler(self, module: torch.nn.Module) -> Callable[[str, Any], None] | None:
@@ -122,6 +123,7 @@ class Assembly:
         table, dtype = self._weights.rows(source), activation_dtype(self._dtype)
         embedding = MappedEmbedding(table, name, module, dtype)
         self._put(name, embedding, [source])
+        self._embeddings.append(name)
 
     def _experts(self, name: str, module: Any) -> None:
         for leaf in projection_names(module):
@@ -166,11 +168,9 @@ class Assembly:
                     f"{parameter.numel()} elements ({list(parameter.shape)}): too large to be "
                     "copied into memory, and of no class that is read from mapped bytes"
                 )
-            source = self._source(full)
-            self._check_shape(full, source, tuple(parameter.shape))
-            values = self._small(full, source)
+            sources, values = self._whole_or_joined(full, tuple(parameter.shape))
             setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
-            self.copied[full] = [source]
+            self.copied[full] = sources
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             full = f"{name}.{leaf}" if name else leaf
             if full in self._sources.single:
@@ -179,6 +179,32 @@ class Assembly:
                 module.register_buffer(leaf, self._weights.copy(source, buffer.dtype))
             elif buffer.device.type == "meta":
                 raise self._refusal(f"buffer {printable(full)} has no tensor in it")
+
+    def _in_its_class(self, name: str) -> str:
+        """Return what a module's class calls it, be it inside of an embedding that was replaced."""
+        for mapped in self._embeddings:
+            inside = f"{mapped}.original"
+            if name == inside or name.startswith(f"{inside}."):
+                return mapped + name.removeprefix(inside)
+        return name
+
+    def _whole_or_joined(self, name: str, shape: tuple[int, ...]) -> tuple[list[str], torch.Tensor]:
+        """Copy a small parameter: a tensor, or several below each other; returns their names."""
+        parts = self._sources.stacked.get(name, [])
+        if len(parts) != 1:
+            source = self._source(name)
+            self._check_shape(name, source, shape)
+            return [source], self._small(name, source)
+        self._taken.update(parts[0])
+        heights = [self._weights.shape(part)[0] for part in parts[0]]
+        for part, height in zip(parts[0], heights, strict=True):
+            self._check_shape(name, part, (height, *shape[1:]))
+        if sum(heights) != shape[0]:
+            raise self._refusal(
+                f"parameter {printable(name)} wants {shape[0]} rows, and its tensors "
+                f"({', '.join(map(printable, parts[0]))}) have {sum(heights)}"
+            )
+        return parts[0], torch.cat([self._small(name, part) for part in parts[0]])
 
     def _small(self, name: str, source: str) -> torch.Tensor:
         """Copy a small parameter, in the type that hidden states have, or its class wants."""
@@ -212,6 +238,13 @@ class Assembly:
 
     def _without_tensor(self, name: str) -> UnsupportedError:
         """Return the refusal of a model that lacks a part: of its body, or of its head."""
+        if name in self._sources.stacked:
+            parts = [part for some in self._sources.stacked[name] for part in some]
+            return self._refusal(
+                f"parameter {printable(name)} is put together of {len(parts)} tensors "
+                f"({printable(parts[0])}, ...) when transformers loads it, which training on "
+                "mapped weights does not know"
+            )
         problem = f"parameter {printable(name)} has no tensor in it"
         if name.startswith(f"{self._model.base_model_prefix}."):
             return self._refusal(problem)

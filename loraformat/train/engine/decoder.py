@@ -17,8 +17,8 @@ __all__ = ["decoder_of", "find_layers", "head_name", "number_layers"]
 def decoder_of(model: Any) -> Any:
     """Return the part of a causal language model that turns tokens into hidden states."""
     found = model.get_decoder()
-    if found is not model:
-        return found
+    if found is not model and found is not model.get_output_embeddings():
+        return found  # ModernBERT calls its head the decoder
     from transformers import PreTrainedModel
 
     return next((m for m in model.children() if isinstance(m, PreTrainedModel)), model)

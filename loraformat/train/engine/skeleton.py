@@ -28,6 +28,8 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _EMPTY:
             kwargs["device"] = "meta"
+        if func is torch.Tensor.copy_ and isinstance(args[0], torch.nn.Parameter):
+            return args[0]  # what a class initialises with random numbers that are not there
         return func(*args, **kwargs)
 
 
@@ -72,14 +74,25 @@ def build_skeleton(config: bytes, layers: int, path: object) -> Any:
         raise _unsupported(f"transformers knows no model type {printable(model_type)}", path)
     try:
         made = CONFIG_MAPPING[model_type].from_dict(fields)
-        wanted = text_config(made).num_hidden_layers
-        fits = wanted <= layers
+        wanted = getattr(text_config(made), "num_hidden_layers", None)
+        fits = wanted is not None and wanted <= layers
     except Exception as error:
         raise _unsupported(f"transformers cannot read its config: {printable(error)}", path) from (
             error
         )
+    if wanted is None:
+        raise UnsupportedError(
+            f"its config ({printable(type(made).__name__)}) says of no list of layers how many it "
+            "has, and they are computed one by one",
+            path=f"{path}",
+        )
     if not fits:
-        raise _unsupported(f"its config wants {wanted} layers, and it holds {layers}", path)
+        raise UnsupportedError(
+            f"its config wants {wanted} layers, and it holds {layers}",
+            path=f"{path}",
+            hint="if files of the checkpoint are missing, fetch them and convert it again; a class "
+            "that computes one layer several times, or counts parts of it, is not trained here",
+        )
     _refuse_other_tasks(made, path)
     return _build(AutoModelForCausalLM, made, path)
 

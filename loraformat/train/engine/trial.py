@@ -4,7 +4,7 @@ A class of transformers may compute in a way that this engine does not know: wit
 own accord, or with state that layers share in a place that nobody sees. So it is tried, on
 stand-ins for its weights, which cost nothing and read nothing:
 
-- it computes at all;
+- it computes at all, with positions that are counted from 0, and logits of its last hidden states;
 - what it computes when layers are computed again, or in groups of rows, is what it computes by
   plain autograd: the hidden states, and the gradients of what goes into the first layer and of
   what is trained there. Whatever a layer gets from an earlier one it gets from the first, so a path
@@ -24,6 +24,7 @@ from loraformat.errors import LoraFormatError, UnsupportedError, printable
 from loraformat.train.engine.absent import WeightWanted
 from loraformat.train.engine.decoder import decoder_of, find_layers
 from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.head_rule import own_logits
 from loraformat.train.engine.kept_activations import KeptActivations
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.random_state import random_restored, random_state
@@ -74,8 +75,11 @@ class Trial:
         while True:
             try:
                 with self._set_up(KeptActivations(0)), torch.no_grad():
-                    self._hidden(self._any_tokens())
-                    self._check_places(self._any_tokens())
+                    ids = self._any_tokens()
+                    self._hidden(ids)
+                    for some in (ids, ids.flip(1)):  # whichever of them is the padding
+                        self._check_places(some)
+                    self._check_head(ids)
                 return
             except WeightWanted as error:
                 room -= self._held(error, room)
@@ -101,6 +105,24 @@ class Trial:
             raise UnsupportedError(
                 f"{printable(type(self._model).__name__)} counts positions in a way of its own, "
                 "which is not known here",
+                path=f"{self._path}",
+            )
+
+    def _check_head(self, ids: torch.Tensor) -> None:
+        """Refuse a class whose logits are made of more than its last hidden states."""
+        with self._drawing_alike(in_groups=True):
+            whole = self._model(input_ids=ids, use_cache=False).logits
+            try:
+                own = own_logits(self._model, self._hidden(ids)[0])
+                same = _alike(whole.flatten(0, -2), own)
+            except WeightWanted:
+                raise
+            except Exception:  # it looks for what else its decoder returns
+                same = False
+        if not same:
+            raise UnsupportedError(
+                f"{printable(type(self._model).__name__)} computes its logits of more than its "
+                "last hidden states, which is not known here",
                 path=f"{self._path}",
             )
 

@@ -62,6 +62,14 @@ def attach_adapter(
         site = by_weight.get(target) or by_stored.get(adapter.spellings.get(target, target))
         if site is None:
             raise _unknown(target, list(by_weight), adapter)
+        if site.shared:
+            raise UnsupportedError(
+                f"changes {printable(target)}, a weight of several layers: PEFT adapts the one "
+                "that is named, and a delta of the weight would act in all of them",
+                path=adapter.path,
+                hint="use it in PEFT; or train one that leaves such linears out, as all-linear "
+                "does",
+            )
         if delta.magnitude is not None and site.is_parameter:
             raise UnsupportedError(
                 f"has a magnitude of {printable(target)}, which PEFT adapts as a parameter",

@@ -30,8 +30,9 @@ class LoraOptions:
     rslora : bool
         Rank-stabilised scaling (Kalajdzievski 2023).
     targets : tuple of str
-        ``all-linear`` (every linear of the decoder layers, fused experts too), ``attention``,
-        ``mlp``, names of modules or their last parts, globs of either.
+        ``all-linear`` (every linear of the decoder layers, fused experts too; but none whose
+        weight several layers share), ``attention``, ``mlp``, names of modules or their last parts,
+        globs of either.
     ranks : mapping of str to int
         Ranks by name or glob, as in `targets`; of several that match the last one wins.
     dropout : float

@@ -54,6 +54,8 @@ class Site:
         Where the layer computes; None for the CPU.
     in_peft : {"module", "parameter", "refused"}
         What PEFT wraps to adapt a linear; see `is_parameter`.
+    shared : bool
+        Other places compute with the same weight, and a delta of it would act in all of them.
     in_layers : bool
         It stands in a decoder layer; what does not is trained if it is named.
     """
@@ -72,6 +74,7 @@ class Site:
     output_scale: float = 1.0
     device: torch.device | None = None
     in_peft: Literal["module", "parameter", "refused"] = "module"
+    shared: bool = False
     in_layers: bool = True
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -57,7 +59,8 @@ def find_sites(
             found.append(_linear(module, sources[name], module is head, family))
         elif id(module) in in_layers:
             found += _parameters(module, name, sources)
-    return found
+    times = Counter(site.weight_name for site in found)
+    return [replace(site, shared=times[site.weight_name] > 1) for site in found]
 
 
 def _linear(module: FrozenLinear, sources: Sequence[str], head: bool, family: Family) -> Site:

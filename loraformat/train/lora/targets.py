@@ -30,6 +30,7 @@ def _is_linear(site: Site) -> bool:
         site.kind in ("linear", "experts")
         and site.in_layers
         and site.in_peft != "refused"
+        and not site.shared
         and not _ROUTER.search(site.name)
     )
 
@@ -107,6 +108,12 @@ def _of_kind(sites: Sequence[Site], kind: str) -> list[Site]:
 def _meant(sites: Sequence[Site], word: str) -> list[Site]:
     group = GROUPS.get(word)
     found = [site for site in sites if (group(site) if group else _is_named(site, word))]
+    if shared := [site for site in found if site.shared]:
+        raise UsageError(
+            f"{printable(shared[0].name)} shares its weight with other layers: PEFT would adapt "
+            "one of them, and a merge all",
+            hint="leave it out; all-linear does",
+        )
     if refused := [site for site in found if site.in_peft == "refused"]:
         raise UsageError(
             f"PEFT refuses to adapt {printable(refused[0].name)}: a state-space kernel multiplies "

@@ -32,6 +32,7 @@ lint: $(VENV)/dev-installed ## style, types, import directions, spec and docs in
 	$(BIN)/python tools/make_vectors.py --check
 	$(BIN)/python tools/make_cli_docs.py --check
 	$(BIN)/python tools/make_runtime_docs.py --check
+	$(BIN)/python tools/make_model_docs.py --check
 
 test: $(VENV)/dev-installed ## the whole test suite, and every example in a docstring
 	$(BIN)/python -m pytest -n 2
@@ -43,6 +44,7 @@ real: $(VENV)/real-installed ## longer tests: Gemma 3, QLoRA against PEFT, llama
 docs: $(VENV)/dev-installed ## write anew what tools write of docs/: verbs, runtimes, outputs, figures, pictures
 	$(BIN)/python tools/make_cli_docs.py
 	$(BIN)/python tools/make_runtime_docs.py
+	$(BIN)/python tools/make_model_docs.py
 	$(BIN)/python tools/make_tutorial.py
 	$(BIN)/python tools/make_which_base.py
 	$(BIN)/python tools/make_pictures.py

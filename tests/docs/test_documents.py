@@ -173,7 +173,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-@pytest.mark.parametrize("name", ["make_cli_docs.py", "make_runtime_docs.py"])
+@pytest.mark.parametrize("name", ["make_cli_docs.py", "make_model_docs.py", "make_runtime_docs.py"])
 def test_made_pages_are_up_to_date(name: str) -> None:
     tool = ROOT / "tools" / name
     result = subprocess.run(

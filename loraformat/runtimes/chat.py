@@ -52,6 +52,15 @@ class ChatFormat:
     answer: str
     end: str
 
+    @property
+    def turn_end(self) -> str:
+        """The text at which an answer is over; empty where nothing is behind it.
+
+        White space alone may be within an answer: with it goes what begins the next question.
+        """
+        end = self.end if self.end.strip() else f"{self.end}{self.begin}{self.user}"
+        return end.strip()
+
     def ollama(self) -> str | None:
         """Return the template for a Modelfile; None if it cannot be quoted there."""
         system = ""
@@ -105,6 +114,19 @@ class Chat:
     stops: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     template: str | None = None
+
+    @property
+    def stop_text(self) -> str | None:
+        """The text at which an answer is over, if none of the tokens ends it.
+
+        Examples
+        --------
+        >>> pieces = ChatFormat("", None, "Q: ", "A: ", "</turn>")
+        >>> Chat(pieces).stop_text, Chat(pieces, ("</turn>",)).stop_text
+        ('</turn>', None)
+        """
+        end = "" if self.format is None else self.format.turn_end
+        return None if not end or any(stop in end for stop in self.stops) else end
 
 
 def chat_of(

@@ -54,7 +54,8 @@ def _ollama_chat(chat: Chat | None) -> str:
             "# file if it knows that; say it with TEMPLATE otherwise.",
         ]
     )
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in chat.stops if _quoted(stop)]
+    stops = [*chat.stops, *filter(str.isprintable, filter(None, [chat.stop_text]))]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops if _quoted(stop)]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -56,6 +56,8 @@ with open(cached_file({json.dumps(use.adapter)}, "{TEMPLATE_NAME}"), encoding="u
 """
         if use.chat.stop_ids:
             ends = f", eos_token_id={json.dumps(list(use.chat.stop_ids))}"
+        if use.chat.stop_text:
+            ends += f", stop_strings=[{json.dumps(use.chat.stop_text)}], tokenizer=tokenizer"
     loading = loading_lines(use, "AutoModelForCausalLM", imports=imports, prepared=more)
     text = f"""\
 {loading}{inputs}
@@ -69,6 +71,8 @@ def _chat_request(server: str, use: Use, model: str) -> str:
     body: dict[str, object] = {"model": model, "messages": use.messages(), "max_tokens": 64}
     if use.chat is not None and use.chat.stop_ids:
         body["stop_token_ids"] = list(use.chat.stop_ids)
+    if use.chat is not None and use.chat.stop_text:
+        body["stop"] = [use.chat.stop_text]
     return _request(f"{server}/v1/chat/completions", body)
 
 
@@ -201,7 +205,9 @@ def llama_cpp(use: Use) -> Snippet:
 {scaled if scalable else ""}llama-cli -m {model} --lora {lora} {talk}
 """
     if use.chat is not None:
-        body = {"messages": use.messages(), "max_tokens": 64}
+        body: dict[str, object] = {"messages": use.messages(), "max_tokens": 64}
+        if use.chat.stop_text:
+            body["stop"] = [use.chat.stop_text]
         text += "\n" + _request("http://127.0.0.1:8080/v1/chat/completions", body)
     return Snippet("llama.cpp", "run_llama_cpp.sh", "sh", text)
 

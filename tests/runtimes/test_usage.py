@@ -129,6 +129,24 @@ def test_an_adapter_of_conversations_is_talked_to(runtime):
         assert fetched[:4] == ["hf", "download", "out/polite", "chat_template.jinja"]
 
 
+ENDS = dataclasses.replace(
+    TALKS, chat=Chat(ChatFormat("", None, "Q: ", "A: ", "</turn>\n"), ("<|eos|>",))
+)
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "sglang", "lorax", "llama.cpp"])
+def test_a_turn_that_no_token_ends_is_ended_by_its_text(runtime):
+    words = shell_words(snippet(runtime, ENDS).text)
+    assert json.loads(words[words.index("-d") + 1])["stop"] == ["</turn>"]
+    words = shell_words(snippet(runtime, TALKS).text)
+    assert "stop" not in json.loads(words[words.index("-d") + 1])
+
+
+def test_in_a_modelfile_too():
+    text = snippet("ollama", ENDS).text
+    assert 'PARAMETER stop "<|eos|>"\nPARAMETER stop "</turn>"\n' in text
+
+
 def test_a_modelfile_of_conversations():
     text = snippet("ollama", TALKS).text
     assert 'TEMPLATE """<|u|>{{ .Prompt }}<|a|>{{ .Response }}<|e|>"""\n' in text
@@ -144,7 +162,8 @@ def test_the_transformers_snippet_of_a_conversation_runs(tmp_path):
     adapter = shutil.copytree(ADAPTERS["manual"], tmp_path / "adapter")
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     (adapter / "chat_template.jinja").write_text(template)
-    chat = Chat(None, ("<|pad|>",), (0, 1), str(adapter / "chat_template.jinja"))
+    pieces = ChatFormat("", None, "user: ", "", "</turn>")
+    chat = Chat(pieces, ("<|pad|>",), (0, 1), str(adapter / "chat_template.jinja"))
     use = Use("manual", str(SMALL_MODEL), str(adapter), 8, chat=chat)
     script = tmp_path / snippet("transformers", use).file
     script.write_text(snippet("transformers", use).text)

@@ -67,6 +67,8 @@ class TextStream:
     tokenizer : transformers.PreTrainedTokenizerBase
     tell : callable
         Called with each new piece of text.
+    end : str, optional
+        Text that ends what is told, and is no part of it.
 
     Attributes
     ----------
@@ -74,8 +76,8 @@ class TextStream:
         Those that were generated.
     """
 
-    def __init__(self, tokenizer: Any, tell: Callable[[str], None]) -> None:
-        self._tokenizer, self._tell = tokenizer, tell
+    def __init__(self, tokenizer: Any, tell: Callable[[str], None], end: str | None = None) -> None:
+        self._tokenizer, self._tell, self._end = tokenizer, tell, end
         self.tokens: list[int] = []
         self._told = ""
         self._prompt = True
@@ -89,7 +91,7 @@ class TextStream:
         text = self.text()
         # Half of a character of several bytes shows as U+FFFD until its other half comes.
         if not text.endswith("\ufffd") and text.startswith(self._told):
-            self._say(text)
+            self._say(self._certain(text))
 
     def end(self) -> None:
         """Tell what is left."""
@@ -98,7 +100,14 @@ class TextStream:
 
     def text(self) -> str:
         """Return what was generated so far."""
-        return str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        text = str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        return text if self._end is None else text.partition(self._end)[0]
+
+    def _certain(self, text: str) -> str:
+        """Return a text without what may be the first part of its end."""
+        end = self._end or ""
+        longest = range(min(len(end) - 1, len(text)), 0, -1)
+        return text[: len(text) - next((n for n in longest if text.endswith(end[:n])), 0)]
 
     def _say(self, text: str) -> None:
         if len(text) > len(self._told):
@@ -140,6 +149,7 @@ def continuation(
     options: GenerationOptions,
     *,
     stops: list[int],
+    end: str | None = None,
     device: str | torch.device = "cpu",
     tell: Callable[[str], None] = lambda text: None,
 ) -> TextStream:
@@ -155,6 +165,8 @@ def continuation(
     options : GenerationOptions
     stops : list of int
         Tokens that end the text.
+    end : str, optional
+        Text that ends it, which is no single token.
     device : str or torch.device
     tell : callable
         Called with each new piece of text.
@@ -170,7 +182,7 @@ def continuation(
         If the prompt is empty, or leaves no room in the model's context.
     """
     room = room_for(model.config, len(prompt))
-    stream = TextStream(tokenizer, tell)
+    stream = TextStream(tokenizer, tell, end)
     sampling: dict[str, Any] = {
         "do_sample": False,
         "temperature": None,
@@ -188,7 +200,8 @@ def continuation(
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stream,
             max_new_tokens=min(options.max_tokens, room), eos_token_id=stops or None,
-            pad_token_id=stops[0] if stops else 0, **sampling,
+            pad_token_id=stops[0] if stops else 0,
+            **({} if end is None else {"stop_strings": [end], "tokenizer": tokenizer}), **sampling,
         )  # fmt: skip
     return stream
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from loraformat.errors import InputError, UsageError, printable
+from loraformat.train.data.chat import ChatRenderer
 from loraformat.train.data.template_process import TemplateRefusalError
 from loraformat.train.data.tokenizer import TextEncoder
 
-__all__ = ["chat_ids", "plain_ids"]
+__all__ = ["chat_ids", "plain_ids", "turn_end"]
 
 
 def plain_ids(encoder: TextEncoder, prompt: str) -> list[int]:
@@ -39,3 +42,27 @@ def chat_ids(encoder: TextEncoder, prompt: str, system: str | None = None) -> li
             path=encoder.name,
             hint="leave --chat out" if system is None else "try it without --system",
         ) from None
+
+
+def turn_end(encoder: TextEncoder, stops: Collection[int]) -> str | None:
+    """Return the text that the chat template puts behind an answer, where no token ends it.
+
+    Parameters
+    ----------
+    encoder : TextEncoder
+        With a chat template.
+    stops : collection of int
+        Tokens that end texts.
+
+    Returns
+    -------
+    str or None
+        None if such a token is in it, or the template does more than to put pieces around words.
+    """
+    found = ChatRenderer(encoder).format()
+    if found is None:
+        return None
+    end = found.turn_end
+    if not end or set(encoder.tokenize(end).ids) & set(stops):
+        return None
+    return end

@@ -10,7 +10,7 @@ from typing import Any
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.run.generation import GenerationOptions, continuation, stop_tokens
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.prompt import chat_ids, plain_ids
+from loraformat.train.run.prompt import chat_ids, plain_ids, turn_end
 from loraformat.train.run.setup import check_vocabulary, open_base
 from loraformat.train.run.template_beside import stops_of, template_of
 
@@ -84,10 +84,11 @@ def write_on(
         stops = set(stop_tokens(directory, encoder.tokenizer))
         if options.adapter:
             stops.update(stops_of(options.adapter))
+        end = turn_end(encoder, stops) if chat else None
         begun = time.monotonic()
         stream = continuation(
             model, encoder.tokenizer, ids, drawn,
-            stops=sorted(stops), device=options.device, tell=tell,
+            stops=sorted(stops), end=end, device=options.device, tell=tell,
         )  # fmt: skip
         seconds = time.monotonic() - begun
     return Written(prompt, stream.text(), len(stream.tokens), seconds)

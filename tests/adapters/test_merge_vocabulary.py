@@ -92,6 +92,15 @@ def test_a_tokenizer_smaller_than_the_rows_is_not_spoken_of(tmp_path):
     assert [note for note in report.notes if f"its tokenizer has t{ROWS - 4} and 3 more" in note]
 
 
+def test_what_the_base_has_no_row_for_either_is_not_spoken_of(tmp_path):
+    """Gemma 3's tokenizer has a token for images, and its text models no row for it."""
+    adapter("llama", "saved by itself", ROWS + 4, tmp_path, {"save_embedding_layers": False})
+    for name in ("base", "adapter"):
+        write_tokenizer(tmp_path / name, ROWS + 1)
+    report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    assert not [note for note in report.notes if "no rows" in note]
+
+
 def test_a_tied_head_stays_tied_where_both_become_the_same(tmp_path):
     for number, (form, tied) in enumerate(
         [("saved by itself", True), ("tokens", True), ("modules_to_save", False)]

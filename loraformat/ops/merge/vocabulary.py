@@ -122,7 +122,8 @@ def brought_tokenizer(
 def tokens_without_rows(base: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
     """Say which adapters were trained with tokens that have no row in the base, nor in them.
 
-    PEFT leaves embeddings out where it is told to, or cannot see that they were resized.
+    PEFT leaves embeddings out where it is told to, or cannot see that they were resized. What the
+    base's own tokenizer has beyond its rows is the base's matter: Gemma 3's has a token for images.
 
     Parameters
     ----------
@@ -144,6 +145,9 @@ def tokens_without_rows(base: Checkpoint, adapters: Sequence[Adapter]) -> list[s
     for adapter in adapters:
         numbers = token_numbers(CarriedTokenizer(adapter.files, adapter.path))
         beyond = [text for text, n in numbers.items() if type(n) is int and n >= rows]
+        if beyond:
+            known = token_numbers(CarriedTokenizer(base.files, base.path))
+            beyond = [text for text in beyond if text not in known]
         if not beyond:
             continue
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""

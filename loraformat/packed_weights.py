@@ -81,7 +81,7 @@ _METHODS = (
     _Method("MLX", (".weight", ".scales", ".biases"), ("U32",)),
     _Method("MLX (mxfp4)", (".weight", ".scales"), ("U32",)),
     _Method(MXFP4, ("_blocks", "_scales"), ("U8",)),
-    _Method("FP4", (".weight", ".scale"), ("I8", "U8")),
+    _Method("FP4 or INT8", (".weight", ".scale"), ("I8", "U8")),
     _Method("compressed-tensors", (".weight_packed",), ("I32", "U8")),
     _Method("NVFP4", (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
     _Method("HQQ", (".W_q",), _INTEGERS),

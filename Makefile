@@ -70,7 +70,7 @@ $(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_b
 
 $(VENV)/real-installed: $(VENV)/dev-installed
 	$(PIP) --no-deps $(REAL_IN_REAL)
-	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --upgrade --target $(PEERS) $(PEERS_IN_REAL)
+	DS_BUILD_OPS=0 $(PIP) --no-deps --upgrade --target $(PEERS) $(PEERS_IN_REAL)
 	touch $@
 
 clean:

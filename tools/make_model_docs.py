@@ -24,7 +24,7 @@ def _table() -> str:
     for model_type, (_, reason) in (REFUSED | NOT_BUILT).items():
         by_reason.setdefault(reason, []).append(f"`{model_type}`")
     lines = [f"| {', '.join(types)} | {reason} |" for reason, types in by_reason.items()]
-    return "\n".join(["| not trained | since |", "|---|---|", *lines]) + "\n"
+    return "\n".join(["| not trained | why |", "|---|---|", *lines]) + "\n"
 
 
 @click.command()

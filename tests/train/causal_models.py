@@ -79,7 +79,7 @@ _NOT_BY_TRANSFORMERS = (
 #: What training refuses: how the reason begins, and what that means for the documentation.
 REFUSED: dict[str, tuple[str, str]] = {
     "blt": (
-        "its config (BltConfig) says of no list of layers how many it has",
+        "its config (BltConfig) has no num_hidden_layers",
         "it has layers for bytes and for patches, and no one list of them",
     ),
     "emu3": _NOT_BY_TRANSFORMERS,
@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         "it counts each layer as two",
     ),
     "prophetnet": (
-        "ProphetNetForCausalLM computes its logits of more than its last hidden states",
+        "ProphetNetForCausalLM computes its logits from more than its last hidden states",
         "it predicts several tokens at once, from streams beside the hidden states",
     ),
     "reformer": (

@@ -82,8 +82,8 @@ def build_skeleton(config: bytes, layers: int, path: object) -> Any:
         )
     if wanted is None:
         raise UnsupportedError(
-            f"its config ({printable(type(made).__name__)}) says of no list of layers how many it "
-            "has, and they are computed one by one",
+            f"its config ({printable(type(made).__name__)}) has no num_hidden_layers, and a model "
+            "is computed layer by layer here",
             path=f"{path}",
         )
     if not fits:

@@ -4,7 +4,7 @@ A class of transformers may compute in a way that this engine does not know: wit
 own accord, or with state that layers share in a place that nobody sees. So it is tried, on
 stand-ins for its weights, which cost nothing and read nothing:
 
-- it computes at all, with positions that are counted from 0, and logits of its last hidden states;
+- it computes at all, positions counted from 0, and logits from its last hidden states;
 - what it computes when layers are computed again, or in groups of rows, is what it computes by
   plain autograd: the hidden states, and the gradients of what goes into the first layer and of
   what is trained there. Whatever a layer gets from an earlier one it gets from the first, so a path
@@ -109,7 +109,7 @@ class Trial:
             )
 
     def _check_head(self, ids: torch.Tensor) -> None:
-        """Refuse a class whose logits are made of more than its last hidden states."""
+        """Refuse a class whose logits are made from more than its last hidden states."""
         with self._drawing_alike(in_groups=True):
             whole = self._model(input_ids=ids, use_cache=False).logits
             try:
@@ -121,8 +121,8 @@ class Trial:
                 same = False
         if not same:
             raise UnsupportedError(
-                f"{printable(type(self._model).__name__)} computes its logits of more than its "
-                "last hidden states, which is not known here",
+                f"{printable(type(self._model).__name__)} computes its logits from more than "
+                "its last hidden states, which is not known here",
                 path=f"{self._path}",
             )
 

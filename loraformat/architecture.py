@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from loraformat.checkpoint import LazyTensor
 from loraformat.families import family_of
-from loraformat.layout import layer_of
+from loraformat.tensor_names import layer_of
 
 __all__ = [
     "is_conv1d",

@@ -13,12 +13,14 @@ from loraformat.architecture import skip_modules
 from loraformat.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.config_json import join, model_dtype, parse
 from loraformat.families import Family, family_of
-from loraformat.manifest import CARD_NAME, MANIFEST_NAME, FileRecord, Manifest, fingerprint
+from loraformat.manifest import Manifest, fingerprint
 from loraformat.model_directory import WrittenModel, write_model_directory
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
 from loraformat.quantization_history import EXTENSION, to_extension
 from loraformat.reader import is_bundle, open_bundle
+from loraformat.records import FileRecord
+from loraformat.reserved_names import CARD_NAME, MANIFEST_NAME
 from loraformat.version import __version__
 
 __all__ = [

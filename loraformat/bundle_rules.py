@@ -17,9 +17,12 @@ from loraformat import config_json, index_json
 from loraformat.checkpoint import LazyTensor, NF4Tensor
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.folder import Folder
-from loraformat.layout import TAIL_SUFFIXES, layer_of
-from loraformat.manifest import MANIFEST_NAME, FileRecord, Manifest
+from loraformat.layout import TAIL_SUFFIXES
+from loraformat.manifest import Manifest
 from loraformat.mapped import MappedFile
+from loraformat.records import FileRecord
+from loraformat.reserved_names import MANIFEST_NAME
+from loraformat.tensor_names import layer_of
 
 __all__ = [
     "check_files",

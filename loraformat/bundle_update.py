@@ -36,10 +36,12 @@ from loraformat.durable import (
 from loraformat.errors import InputError, OutputError, UnsupportedError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.integrity import file_record
-from loraformat.manifest import FORMAT_VERSION, MANIFEST_NAME, FileRecord, Manifest
+from loraformat.manifest import FORMAT_VERSION, Manifest
 from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.publish import Publication, disk_full
 from loraformat.reader import is_bundle
+from loraformat.records import FileRecord
+from loraformat.reserved_names import MANIFEST_NAME
 from loraformat.safe_paths import is_adapter_name, is_portable_path
 
 __all__ = [

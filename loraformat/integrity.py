@@ -15,9 +15,9 @@ from pathlib import Path
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.folder import Folder
 from loraformat.foreign_json import parse_object
-from loraformat.manifest import FileRecord
 from loraformat.mapped import MappedFile
 from loraformat.reader import Bundle, load_verified, open_bundle
+from loraformat.records import FileRecord
 
 __all__ = [
     "BASE_FINGERPRINT",

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from loraformat.checkpoint import NF4_PARTS, LazyTensor, NF4Tensor
 from loraformat.header import Entry
+from loraformat.tensor_names import layer_of, natural
 
 __all__ = [
     "DEFAULT_SHARD_LIMIT",
@@ -31,10 +32,8 @@ __all__ = [
     "Unit",
     "body_order",
     "execution_units",
-    "layer_of",
     "plan_shards",
     "tail_order",
-    "type_of",
 ]
 
 #: Bytes of body per shard unless the user asks otherwise.
@@ -46,47 +45,6 @@ _ALIGNMENT = 64
 _FIRST = re.compile(r"embed|\b(wte|wpe)\b|embeddings")
 _LAST = re.compile(r"(lm_head|embed_out|score|classifier|output)\b")
 _TOWER = re.compile(r"vision|visual|audio|image|encoder")
-_DIGITS = re.compile(r"(\d+)")
-
-
-def layer_of(name: str) -> tuple[str, int] | None:
-    """Return the layer a tensor belongs to: the name up to its first number, and the number.
-
-    Examples
-    --------
-    >>> layer_of("model.layers.12.mlp.experts.3.w1.weight")
-    ('model.layers', 12)
-    >>> layer_of("model.norm.weight") is None
-    True
-    """
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        # At most 9 digits: the number of a layer, not an attack on int().
-        if index and part.isascii() and part.isdigit() and len(part) < 10:
-            return ".".join(parts[:index]), int(part)
-    return None
-
-
-def type_of(name: str) -> str:
-    """Return a tensor's name with a star for the number of its layer.
-
-    Examples
-    --------
-    >>> type_of("model.layers.12.mlp.up_proj.weight"), type_of("model.norm.weight")
-    ('model.layers.*.mlp.up_proj.weight', 'model.norm.weight')
-    """
-    layer = layer_of(name)
-    if layer is None:
-        return name
-    rest = name[len(layer[0]) + 1 :].partition(".")[2]
-    return f"{layer[0]}.*.{rest}"
-
-
-def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that puts expert 2 before expert 10."""
-    return tuple(
-        (1, int(piece), "") if piece.isdecimal() else (0, 0, piece) for piece in _DIGITS.split(name)
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,9 @@ from loraformat import strict_json
 from loraformat.dtypes import FORMAT_DTYPES, WEIGHT_DTYPES
 from loraformat.errors import FormatError, printable
 from loraformat.header import is_clean_name, is_clean_text
-from loraformat.manifest import (
-    MANIFEST_NAME,
-    FileRecord,
-    Manifest,
-    ShardRecord,
-    TensorRecord,
-    fingerprint,
-)
+from loraformat.manifest import Manifest, fingerprint
+from loraformat.records import FileRecord, ShardRecord, TensorRecord
+from loraformat.reserved_names import MANIFEST_NAME
 from loraformat.safe_paths import is_adapter_name, is_portable_path, is_safe_path
 
 __all__ = ["MAX_MANIFEST_BYTES", "parse_manifest"]

@@ -14,9 +14,9 @@ from loraformat.config_json import CONFIG_NAME
 from loraformat.errors import UnsupportedError, printable
 from loraformat.index_json import INDEX_NAME, encode_index
 from loraformat.layout import execution_units, plan_shards
-from loraformat.manifest import FileRecord
 from loraformat.publish import Publication
 from loraformat.quantization_history import metadata_of
+from loraformat.records import FileRecord
 from loraformat.safe_paths import is_safe_path
 from loraformat.writer import Progress, WrittenShards, planned_bytes, write_shards
 

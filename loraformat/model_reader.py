@@ -20,9 +20,9 @@ from loraformat.checkpoint import CarriedFile, Checkpoint, LazyTensor, Provenanc
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.folder import Folder
 from loraformat.header import Entry
-from loraformat.manifest import MANIFEST_NAME
 from loraformat.mapped import MappedFile
 from loraformat.quantization_history import from_metadata
+from loraformat.reserved_names import MANIFEST_NAME
 from loraformat.safe_paths import is_safe_path
 from loraformat.stored import collect
 

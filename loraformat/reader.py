@@ -36,10 +36,11 @@ from loraformat.checkpoint import (
 )
 from loraformat.errors import FormatError, printable
 from loraformat.folder import Folder
-from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from loraformat.manifest import Manifest
 from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.mapped import MappedFile
 from loraformat.quantization_history import from_extension
+from loraformat.reserved_names import CARD_NAME, MANIFEST_NAME
 from loraformat.stored import collect
 
 __all__ = ["Bundle", "is_bundle", "load_verified", "open_bundle"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from loraformat.manifest import MANIFEST_NAME
+from loraformat.reserved_names import MANIFEST_NAME
 
 __all__ = ["is_adapter_name", "is_portable_path", "is_safe_path"]
 

@@ -23,10 +23,10 @@ from loraformat.errors import InputError
 from loraformat.folder import Folder
 from loraformat.header import DATA_ALIGNMENT, Entry, encode_header
 from loraformat.layout import Placed, body_order, tail_order
-from loraformat.manifest import ShardRecord, TensorRecord
 from loraformat.mapped import MappedFile
 from loraformat.publish import Publication
 from loraformat.quant_state import LONGEST_OFFSET
+from loraformat.records import ShardRecord, TensorRecord
 from loraformat.stored import collect
 
 __all__ = ["WrittenShards", "planned_bytes", "shard_name", "write_shards"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from loraformat.layout import natural
+from loraformat.tensor_names import natural
 
 __all__ = ["Chunk", "Sources", "conversions_of", "find_sources"]
 

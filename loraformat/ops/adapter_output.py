@@ -21,12 +21,12 @@ from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.integrity import check_listed
-from loraformat.manifest import FileRecord
 from loraformat.model_class import names_base_class
 from loraformat.ops.adapters import copy_adapter
 from loraformat.ops.merge.edits import plan_edits
 from loraformat.plugins import AdapterWriteOptions, Converter
 from loraformat.publish import Publication
+from loraformat.records import FileRecord
 from loraformat.tied_head import lacks_head
 
 __all__ = ["AdapterOutput", "Home", "check_fits", "check_values", "plan_output"]

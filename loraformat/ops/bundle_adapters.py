@@ -18,7 +18,6 @@ from loraformat.checkpoint import Checkpoint
 from loraformat.errors import UsageError
 from loraformat.folder import Folder
 from loraformat.integrity import check_adapter
-from loraformat.manifest import FileRecord
 from loraformat.model_directory import WrittenModel
 from loraformat.ops.adapter_output import (
     AdapterOutput,
@@ -30,6 +29,7 @@ from loraformat.ops.adapter_output import (
 from loraformat.plugins import WriteOptions
 from loraformat.publish import Publication
 from loraformat.reader import open_bundle
+from loraformat.records import FileRecord
 from loraformat.safe_paths import is_adapter_name
 
 __all__ = ["Incoming", "add_adapters", "write_bundle"]

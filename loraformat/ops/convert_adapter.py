@@ -26,13 +26,13 @@ from loraformat.errors import UnsupportedError, UsageError
 from loraformat.folder import Folder
 from loraformat.hub import Source, resolve
 from loraformat.integrity import check_listed
-from loraformat.manifest import FileRecord
 from loraformat.ops.adapter_base import open_base
 from loraformat.ops.adapter_output import AdapterOutput, Home, check_fits, plan_output
 from loraformat.ops.adapter_target import publish_adapter
 from loraformat.ops.bundle_adapters import check_incoming, put
 from loraformat.ops.one_rank import with_one_rank
 from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.records import FileRecord
 
 __all__ = ["AdapterReport", "convert_adapter", "tensors_of"]
 

@@ -14,12 +14,12 @@ from loraformat.config_json import members
 from loraformat.folder import Folder
 from loraformat.foreign_json import parse_object
 from loraformat.hub import resolve
-from loraformat.layout import layer_of
 from loraformat.mapped import MappedFile
 from loraformat.ops.describe_adapter import AdapterDescription, describe_adapter
 from loraformat.ops.open import read_model
 from loraformat.quantization_history import Quantized
 from loraformat.reader import Bundle, is_bundle, open_bundle
+from loraformat.tensor_names import layer_of
 
 __all__ = ["AdapterSummary", "ModelSummary", "TensorSummary", "describe"]
 

@@ -15,8 +15,8 @@ import torch
 from loraformat import nf4
 from loraformat.architecture import kind_of
 from loraformat.errors import InputError
-from loraformat.layout import layer_of
 from loraformat.ops.picture import as_label, check_picture, colors, save_picture
+from loraformat.tensor_names import layer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import Checkpoint, DenseTensor, tensor_view
 from loraformat.dtypes import ITEM_BYTES
 from loraformat.errors import UnsupportedError, printable
-from loraformat.layout import type_of
 from loraformat.runtimes.ranks import even_rank
+from loraformat.tensor_names import type_of
 
 __all__ = ["with_one_rank"]
 

@@ -12,10 +12,10 @@ from loraformat.config_json import MAX_CONFIG_BYTES, split
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.folder import Folder
 from loraformat.hub import Source, resolve
-from loraformat.manifest import MANIFEST_NAME
 from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.plugins import Converter, ReadOptions
 from loraformat.reader import Bundle, open_bundle
+from loraformat.reserved_names import MANIFEST_NAME
 
 __all__ = ["descent_of", "fingerprint_of", "open_model", "open_source", "open_with", "read_model"]
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 from math import sqrt
 
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
-from loraformat.manifest import TensorRecord
 from loraformat.plugins import Converter
 from loraformat.quantization_history import Quantized, spelled
+from loraformat.records import TensorRecord
 
 __all__ = ["again_as", "history", "original_of", "sentence", "with_history"]
 

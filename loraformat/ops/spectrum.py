@@ -12,9 +12,9 @@ import torch
 from loraformat import lora
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.architecture import kind_of
-from loraformat.layout import layer_of
 from loraformat.ops.factors import experts_of, finite
 from loraformat.ranks import entropy_rank, stable_rank
+from loraformat.tensor_names import layer_of
 
 __all__ = [
     "ENERGIES",

@@ -16,12 +16,12 @@ from loraformat.folder import Folder
 from loraformat.hub import resolve
 from loraformat.index_json import INDEX_NAME
 from loraformat.integrity import Finding, check_adapter, check_listed, verify_bundle
-from loraformat.manifest import CARD_NAME
 from loraformat.ops.adapter_output import check_values
 from loraformat.ops.convert_adapter import tensors_of
 from loraformat.ops.open import read_model
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.reader import is_bundle
+from loraformat.reserved_names import CARD_NAME
 
 __all__ = ["Verification", "verify"]
 

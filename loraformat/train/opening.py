@@ -14,10 +14,10 @@ from loraformat.checkpoint import Checkpoint
 from loraformat.config_json import parse
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
 from loraformat.families import family_of
-from loraformat.layout import layer_of
 from loraformat.ops.adapters import open_adapter
 from loraformat.ops.open import open_model
 from loraformat.reader import Bundle, is_bundle, open_bundle
+from loraformat.tensor_names import layer_of
 from loraformat.train.engine.assemble import Assembly, assemble
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.decoder import find_layers, head_name, number_layers

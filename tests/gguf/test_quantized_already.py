@@ -20,7 +20,6 @@ from loraformat import quantization_history as past
 from loraformat.card import Base, bundle_card
 from loraformat.cli import main
 from loraformat.demo import ADAPTERS
-from loraformat.manifest import MANIFEST_NAME
 from loraformat.manifest_rules import parse_manifest
 from loraformat.ops.convert import convert
 from loraformat.ops.describe import describe
@@ -28,6 +27,7 @@ from loraformat.ops.merge.verb import merge
 from loraformat.ops.open import open_model
 from loraformat.ops.sharing.facts import bundle_facts
 from loraformat.ops.verify import verify
+from loraformat.reserved_names import MANIFEST_NAME
 
 LORA = ADAPTERS["manual"]
 PROMPTS = [[0, *range(first, first + 10)] for first in range(100, 1100, 100)]

@@ -21,10 +21,10 @@ from loraformat.dtypes import ITEM_BYTES
 from loraformat.errors import InputError, printable
 from loraformat.folder import Folder
 from loraformat.header import is_clean_name
-from loraformat.manifest import FileRecord
 from loraformat.model_directory import WrittenModel
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.publish import Publication
+from loraformat.records import FileRecord
 from loraformat.safe_paths import is_safe_path
 from loraformat.writer import WrittenShards
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from loraformat import config_json
 from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.manifest import FileRecord
 from loraformat.model_directory import WrittenModel
 from loraformat.plugins import Forecast
+from loraformat.records import FileRecord
 from loraformat.writer import WrittenShards
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (

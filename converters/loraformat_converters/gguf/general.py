@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from loraformat.checkpoint import Checkpoint
 from loraformat.folder import Folder
-from loraformat.manifest import MANIFEST_NAME
 from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.quantization_history import to_text
+from loraformat.reserved_names import MANIFEST_NAME
 from loraformat_converters.gguf.model_card import card_keys, model_name
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue

@@ -15,7 +15,6 @@ from loraformat.checkpoint import Checkpoint
 from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
-from loraformat.layout import layer_of
 from loraformat.ops.adapter_base import open_base
 from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
 from loraformat.ops.open import descent_of
@@ -27,6 +26,7 @@ from loraformat.runtimes.judge import findings
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.record import Finding
 from loraformat.runtimes.remedies import Names
+from loraformat.tensor_names import layer_of
 from loraformat.tied_head import tied_embedding, tied_head
 from loraformat.vocabulary import per_token
 

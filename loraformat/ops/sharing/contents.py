@@ -21,9 +21,10 @@ from loraformat.card.training import without_paths
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, UsageError, printable
 from loraformat.folder import Folder
 from loraformat.foreign_json import parse_object
-from loraformat.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from loraformat.manifest import Manifest
 from loraformat.ops.sharing.private_parts import TRACES, without_traces
 from loraformat.ops.sharing.upload_file import UploadFile
+from loraformat.reserved_names import CARD_NAME, MANIFEST_NAME
 from loraformat.run_place import CURVE_NAME, run_place
 from loraformat.runtimes.chat import RECORD_NAME
 

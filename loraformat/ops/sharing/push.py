@@ -29,13 +29,13 @@ from loraformat.hub.repository import (
 )
 from loraformat.hub.source import download
 from loraformat.hub.tree import TreeFile
-from loraformat.manifest import CARD_NAME
 from loraformat.ops.check.chats import FormatOf, not_tried
 from loraformat.ops.sharing.contents import Choice, read_card
 from loraformat.ops.sharing.parcel import Parcel, Wishes, open_parcel
 from loraformat.ops.sharing.report import FileReport, PushReport
 from loraformat.ops.sharing.upload_file import UploadFile
 from loraformat.ops.verify import verify
+from loraformat.reserved_names import CARD_NAME
 from loraformat.version import __version__
 
 __all__ = ["push"]

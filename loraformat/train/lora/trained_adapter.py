@@ -12,10 +12,10 @@ import torch
 from loraformat.adapter import Adapter, LoraDelta
 from loraformat.checkpoint import CarriedFile, DenseTensor
 from loraformat.errors import LoraFormatError, printable
-from loraformat.manifest import MANIFEST_NAME
 from loraformat.ops.adapter_target import write_adapter
 from loraformat.ops.factors import as_bytes, in_memory
 from loraformat.reader import Bundle
+from loraformat.reserved_names import MANIFEST_NAME
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.brought import Brought
 from loraformat.train.lora.options import LoraOptions

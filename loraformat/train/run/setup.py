@@ -12,7 +12,7 @@ import torch
 
 from loraformat.errors import InputError, ResourceError, UsageError
 from loraformat.hub import resolve
-from loraformat.layout import layer_of
+from loraformat.tensor_names import layer_of
 from loraformat.train.batch import Batch
 from loraformat.train.data import template_process
 from loraformat.train.data.cursor import Cursor

@@ -62,7 +62,7 @@ $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) '.[demo,plot]'
 	touch $@
 
-$(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py $(wildcard loraformat/kernels/*.[ch])
+$(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py $(wildcard loraformat/nf4/kernels/*.[ch])
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps $(REAL_IN_CHECK)

@@ -22,7 +22,7 @@ try:
 except ImportError:  # ``python hatch_build.py`` needs no hatchling
     BuildHookInterface = object  # type: ignore[assignment, misc]
 
-KERNELS = Path("loraformat", "kernels")
+KERNELS = Path("loraformat", "nf4", "kernels")
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 LIBRARY = KERNELS / f"_nf4{SUFFIX}"
 # No contraction into fused operations and no -ffast-math: every kernel computes the same bits.
@@ -45,7 +45,7 @@ def compiler() -> list[str] | None:
 
 
 def compile_kernels(root: Path) -> str | None:
-    """Compile ``loraformat/kernels/*.c`` into one shared library beside them.
+    """Compile ``loraformat/nf4/kernels/*.c`` into one shared library beside them.
 
     Parameters
     ----------

@@ -12,23 +12,23 @@ from loraformat.version import __version__
 
 if TYPE_CHECKING:
     from loraformat.errors import LoraFormatError as LoraFormatError
+    from loraformat.ops.check.check import check as check
     from loraformat.ops.check.fix import fix as fix
-    from loraformat.ops.check.verb import check as check
+    from loraformat.ops.combine.combine import combine as combine
     from loraformat.ops.combine.options import CombineOptions as CombineOptions
-    from loraformat.ops.combine.verb import combine as combine
-    from loraformat.ops.convert import convert as convert
-    from loraformat.ops.describe import describe as describe
+    from loraformat.ops.convert.convert import convert as convert
+    from loraformat.ops.extract.extract import extract as extract
     from loraformat.ops.extract.options import ExtractOptions as ExtractOptions
-    from loraformat.ops.extract.verb import extract as extract
-    from loraformat.ops.merge.verb import merge as merge
-    from loraformat.ops.open import open_source as open
+    from loraformat.ops.info.model import describe as describe
+    from loraformat.ops.merge.merge import merge as merge
+    from loraformat.ops.opening.model import open_source as open
+    from loraformat.ops.pull.pull import pull as pull
+    from loraformat.ops.push.push import push as push
     from loraformat.ops.reduce import Reduction as Reduction
     from loraformat.ops.reduce import reduce as reduce
     from loraformat.ops.remove import remove as remove
-    from loraformat.ops.sharing.pull import pull as pull
-    from loraformat.ops.sharing.push import push as push
-    from loraformat.ops.spectrum import spectrum as spectrum
-    from loraformat.ops.unmerge.verb import unmerge as unmerge
+    from loraformat.ops.spectrum.spectrum import spectrum as spectrum
+    from loraformat.ops.unmerge.unmerge import unmerge as unmerge
     from loraformat.ops.verify import verify as verify
 
 _HOMES = {
@@ -36,20 +36,20 @@ _HOMES = {
     "ExtractOptions": ("loraformat.ops.extract.options", "ExtractOptions"),
     "LoraFormatError": ("loraformat.errors", "LoraFormatError"),
     "Reduction": ("loraformat.ops.reduce", "Reduction"),
-    "check": ("loraformat.ops.check.verb", "check"),
-    "combine": ("loraformat.ops.combine.verb", "combine"),
-    "convert": ("loraformat.ops.convert", "convert"),
-    "describe": ("loraformat.ops.describe", "describe"),
-    "extract": ("loraformat.ops.extract.verb", "extract"),
+    "check": ("loraformat.ops.check.check", "check"),
+    "combine": ("loraformat.ops.combine.combine", "combine"),
+    "convert": ("loraformat.ops.convert.convert", "convert"),
+    "describe": ("loraformat.ops.info.model", "describe"),
+    "extract": ("loraformat.ops.extract.extract", "extract"),
     "fix": ("loraformat.ops.check.fix", "fix"),
-    "merge": ("loraformat.ops.merge.verb", "merge"),
-    "open": ("loraformat.ops.open", "open_source"),
-    "pull": ("loraformat.ops.sharing.pull", "pull"),
-    "push": ("loraformat.ops.sharing.push", "push"),
+    "merge": ("loraformat.ops.merge.merge", "merge"),
+    "open": ("loraformat.ops.opening.model", "open_source"),
+    "pull": ("loraformat.ops.pull.pull", "pull"),
+    "push": ("loraformat.ops.push.push", "push"),
     "reduce": ("loraformat.ops.reduce", "reduce"),
     "remove": ("loraformat.ops.remove", "remove"),
-    "spectrum": ("loraformat.ops.spectrum", "spectrum"),
-    "unmerge": ("loraformat.ops.unmerge.verb", "unmerge"),
+    "spectrum": ("loraformat.ops.spectrum.spectrum", "spectrum"),
+    "unmerge": ("loraformat.ops.unmerge.unmerge", "unmerge"),
     "verify": ("loraformat.ops.verify", "verify"),
 }
 

@@ -23,16 +23,16 @@ from loraformat.errors import (
     UnsupportedError,
     UsageError,
 )
-from loraformat.foreign_adapters import refuse_foreign_adapter
+from loraformat.model.foreign_adapters import refuse_foreign_adapter
 
 if TYPE_CHECKING:
     import torch
 
-    from loraformat.adapter import Adapter
-    from loraformat.checkpoint import Checkpoint, LazyTensor
-    from loraformat.model_directory import WrittenModel
-    from loraformat.publish import Publication
+    from loraformat.model.adapter import Adapter
+    from loraformat.model.checkpoint import Checkpoint, LazyTensor
     from loraformat.runtimes.facts import AdapterFacts
+    from loraformat.shards.write_directory import WrittenModel
+    from loraformat.storage.atomic_output import Publication
 
 __all__ = [
     "GROUP",

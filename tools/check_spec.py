@@ -112,12 +112,12 @@ def schema_findings() -> Iterator[str]:
 def table_findings(text: str) -> Iterator[str]:
     """Yield the tables of the text that are not those of the code."""
     sys.path.insert(0, str(ROOT))
-    from loraformat.nf4_tables import LEVEL_BITS, NESTED_MAP_BITS
+    from loraformat.nf4.tables import LEVEL_BITS, NESTED_MAP_BITS
 
     rows = re.findall(r"^ *(\d+): ((?:[0-9a-f]{8} ?){8})$", text, re.MULTILINE)
     printed = [int(word, 16) for _, row in rows for word in row.split()]
     if printed != [*LEVEL_BITS, *NESTED_MAP_BITS]:
-        yield "the printed tables are not those of loraformat.nf4_tables"
+        yield "the printed tables are not those of loraformat.nf4.tables"
 
 
 def spec_findings(spec: Specification) -> Iterator[str]:

@@ -70,15 +70,15 @@ def steps(act: Callable[[int, str], None]) -> Iterator[None]:
             return WatchedFile(descriptor, mode)
         return fdopen(descriptor, mode, *rest, **options)
 
-    from loraformat import publish
-    from loraformat.exchange import exchange_directories
+    from loraformat.storage import atomic_output
+    from loraformat.storage.atomic_swap import exchange_directories
 
     with ExitStack() as patches:
         for name in _STEPS:
             patches.enter_context(mock.patch.object(os, name, watched(name, getattr(os, name))))
         patches.enter_context(mock.patch.object(os, "fdopen", open_watched))
         exchange = watched("exchange", exchange_directories)
-        patches.enter_context(mock.patch.object(publish, "exchange_directories", exchange))
+        patches.enter_context(mock.patch.object(atomic_output, "exchange_directories", exchange))
         yield
 
 
@@ -175,7 +175,7 @@ class Bench:
             shutil.copytree(self.room.parent / "old", self.target)
 
     def _convert(self, shard_limit: int) -> None:
-        from loraformat.ops.convert import convert
+        from loraformat.ops.convert.convert import convert
 
         convert(
             self.source, self.target, to_format=self.to_format, shard_limit=shard_limit,
@@ -280,8 +280,8 @@ def main(
     from loraformat import plugins
 
     # Once, before the forks; and what is not needed would only make them slower.
-    quantizes = ("torch", "loraformat.nf4") if to_format != "safetensors" else ()
-    for module in (*quantizes, "loraformat.ops.convert"):
+    quantizes = ("torch", "loraformat.nf4.codec") if to_format != "safetensors" else ()
+    for module in (*quantizes, "loraformat.ops.convert.convert"):
         import_module(module)
     plugins.all_converters()
     report: Counter[str] = Counter()

@@ -20,7 +20,7 @@ import click
 from pages import ROOT, Example, examples, run
 
 from loraformat.demo import ADAPTERS, SMALL_MODEL
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 PICTURES = ROOT / "docs" / "pictures"
 _LONGER = "--steps 160 --eval-every 16"

@@ -50,7 +50,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from loraformat.demo import SMALL_ADAPTERS, SMALL_MODEL
 from loraformat.demo.perplexity import Perplexity, perplexity_of
 from loraformat.demo.texts import KINDS, heldout, heldout_path
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 #: Topics of the manual, and test files, that are held out; in this order.
 HELDOUT_TOPICS = ("assert", "import", "raise", "with")

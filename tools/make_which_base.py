@@ -19,8 +19,8 @@ import click
 
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.demo.measure import Measure
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "which-base.md"
 BEGIN = "<!-- made by tools/make_which_base.py; do not edit -->"

@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from loraformat.architecture import is_conv1d
-from loraformat.bundle import quantized_config
-from loraformat.checkpoint import Checkpoint, NF4Tensor
+from loraformat.bundle.converter import quantized_config
+from loraformat.bundle.reader import is_bundle
 from loraformat.errors import UnsupportedError, printable
-from loraformat.folder import Folder
-from loraformat.mapped import MappedFile
-from loraformat.model_directory import WrittenModel, write_model_directory
-from loraformat.model_reader import is_bitsandbytes, open_model, peek_config, weight_files
+from loraformat.model.architecture import is_conv1d
+from loraformat.model.checkpoint import Checkpoint, NF4Tensor
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.publish import Publication
-from loraformat.reader import is_bundle
+from loraformat.shards.read_directory import is_bitsandbytes, open_model, peek_config, weight_files
+from loraformat.shards.write_directory import WrittenModel, write_model_directory
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["CONVERTER", "read", "sniff", "write"]
 

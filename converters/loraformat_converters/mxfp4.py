@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
-from loraformat.dtypes import torch_dtype
+from loraformat.bundle.reader import is_bundle
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
-from loraformat.model_reader import open_model, peek_config, stored_entries
-from loraformat.packed_weights import MXFP4, packed_weights
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
+from loraformat.model.packed_weights import MXFP4, packed_weights
 from loraformat.plugins import Converter, ReadOptions
-from loraformat.reader import is_bundle
+from loraformat.shards.read_directory import open_model, peek_config, stored_entries
+from loraformat.tensors.dtypes import torch_dtype
 
 __all__ = ["CONVERTER", "read", "sniff"]
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from loraformat.checkpoint import Checkpoint, LazyTensor
 from loraformat.errors import FormatError, InputError, UnsupportedError, UsageError, printable
-from loraformat.folder import Folder
-from loraformat.index_json import MAX_INDEX_BYTES, parse_index
-from loraformat.model_reader import as_checkpoint
-from loraformat.packed_weights import refuse_packed
-from loraformat.pickled import open_pickle
+from loraformat.model.checkpoint import Checkpoint, LazyTensor
+from loraformat.model.packed_weights import refuse_packed
+from loraformat.model.pickled import open_pickle
+from loraformat.model.tied_head import HEAD
 from loraformat.plugins import Converter, ReadOptions
-from loraformat.tied_head import HEAD
+from loraformat.shards.index_json import MAX_INDEX_BYTES, parse_index
+from loraformat.shards.read_directory import as_checkpoint
+from loraformat.storage.safe_directory import Folder
 
 __all__ = ["CONVERTER", "read", "sniff"]
 

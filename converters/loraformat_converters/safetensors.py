@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraformat.adapter import is_adapter_file
+from loraformat.bundle.reader import is_bundle
 from loraformat.card.carried import base_model_of
-from loraformat.checkpoint import Checkpoint, NF4Tensor
 from loraformat.errors import UnsupportedError
-from loraformat.model_directory import WrittenModel, write_model_directory
-from loraformat.model_reader import is_bitsandbytes, open_model, peek_config, stored_entries
-from loraformat.packed_weights import FLOAT8, MXFP4, packed_weights, refuse_packed
+from loraformat.model.adapter import is_adapter_file
+from loraformat.model.checkpoint import Checkpoint, NF4Tensor
+from loraformat.model.packed_weights import FLOAT8, MXFP4, packed_weights, refuse_packed
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.publish import Publication
-from loraformat.reader import is_bundle
+from loraformat.shards.read_directory import (
+    is_bitsandbytes,
+    open_model,
+    peek_config,
+    stored_entries,
+)
+from loraformat.shards.write_directory import WrittenModel, write_model_directory
+from loraformat.storage.atomic_output import Publication
 
 __all__ = ["CONVERTER", "read", "sniff", "write"]
 

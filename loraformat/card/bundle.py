@@ -7,7 +7,7 @@ from loraformat.card.facts import BundleFacts
 from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, nbytes, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names
-from loraformat.model_class import names_base_class
+from loraformat.families.model_class import names_base_class
 from loraformat.version import __version__
 
 __all__ = ["bundle_card"]

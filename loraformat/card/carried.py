@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from loraformat.card.document import own_words, without_facts
 from loraformat.card.front_matter import split
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import InputError
-from loraformat.reserved_names import CARD_NAME
+from loraformat.model.checkpoint import CarriedFile
+from loraformat.storage.reserved_names import CARD_NAME
 
 __all__ = ["base_model_of", "with_own_words", "with_true_card"]
 

@@ -22,7 +22,7 @@ import click
 from loraformat.cli.console import Resumable, clean
 from loraformat.cli.limits import limit_of, refuse_torch_without_room
 from loraformat.errors import LoraFormatError, MissingDependencyError
-from loraformat.truncation import say_truncated
+from loraformat.tensors.truncation import say_truncated
 from loraformat.version import __version__
 
 __all__ = ["commands", "main"]

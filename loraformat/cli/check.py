@@ -87,8 +87,8 @@ def command(
     rank for all modules, which every runtime reads alike. What is more than low-rank deltas is
     refused: merge it.
     """
+    from loraformat.ops.check.check import check
     from loraformat.ops.check.fix import fix
-    from loraformat.ops.check.verb import check
     from loraformat.ops.check.write import write_usage
 
     _refuse_options(fixing, target, dtype, force)

@@ -81,7 +81,7 @@ def command(
     What is combined are the changes the adapters make in effect, rsLoRA and patterns included,
     never their factors one by one. Ranks and targets may differ.
     """
-    from loraformat.ops.combine.verb import CombineOptions, combine
+    from loraformat.ops.combine.combine import CombineOptions, combine
 
     chosen = CombineOptions(method=method, rank=rank, density=density, seed=seed, dtype=dtype)
     with progress_bar("combine", quiet=quiet) as progress:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from loraformat.sizes import parse_size
+from loraformat.storage.byte_sizes import parse_size
 
 __all__ = [
     "ByteSize",

@@ -115,7 +115,7 @@ def command(
     An adapter may go to BUNDLE/adapters/NAME, and out again; its files are copied byte for byte
     where the formats allow. Nothing else in the bundle changes but its manifest.
     """
-    from loraformat.ops.convert import convert
+    from loraformat.ops.convert.convert import convert
 
     with progress_bar("convert", quiet=quiet or options["dry_run"]) as progress:
         report = convert(

@@ -36,7 +36,7 @@ def command(adapters: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     """
     options = chosen(given, None)
     from loraformat.cli.train_progress import TrainingBar
-    from loraformat.train.run.compare import evaluate
+    from loraformat.train.run.evaluate import evaluate
 
     with TrainingBar(quiet=quiet) as bar:
         found = evaluate(options, adapters, tell=bar.batches, progress=bar.rows)

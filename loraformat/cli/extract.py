@@ -63,7 +63,7 @@ def command(
     grown vocabularies are replaced as a whole. The share of the difference that was captured is
     measured and reported for each module.
     """
-    from loraformat.ops.extract.verb import ExtractOptions, extract
+    from loraformat.ops.extract.extract import ExtractOptions, extract
 
     chosen = ExtractOptions(**options)
     with progress_bar("extract", quiet=quiet) as progress:

@@ -44,10 +44,10 @@ def command(
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
     """
-    from loraformat.ops.describe import describe
+    from loraformat.ops.info.model import describe
 
     if picture is not None:
-        from loraformat.ops.picture import check_picture
+        from loraformat.ops.plots import check_picture
 
         check_picture(picture)
     summary = describe(path, allow_pickle=allow_pickle)
@@ -66,7 +66,7 @@ def _draw(summary: Any, picture: str) -> None:
             "--plot shows the errors of a bundle, and this is an adapter",
             hint="run: loraformat spectrum ADAPTER --plot FILE",
         )
-    from loraformat.ops.error_plot import plot_errors
+    from loraformat.ops.info.error_plot import plot_errors
 
     plot_errors(summary, picture)
 
@@ -90,7 +90,7 @@ def _text(summary: Any, tensors: bool) -> str:
         facts.append(("fingerprint", summary.fingerprint))
         facts.append(("made by", f"{summary.created_by} from {_origin(summary.source)}"))
     if summary.quantized_before:
-        from loraformat.quantization_history import spelled
+        from loraformat.model.quantization_history import spelled
 
         steps = spelled(summary.quantized_before)
         facts.append(("before", f"{steps}; errors are against those, not against the original"))

@@ -91,7 +91,7 @@ def command(
     quantized BASE gives dense weights: quantizing again would lose the adapter. With
     `--to loraformat` it keeps its codes, and the sum of the adapters lies beside them.
     """
-    from loraformat.ops.merge.verb import merge
+    from loraformat.ops.merge.merge import merge
 
     with progress_bar("merge", quiet=quiet or options["dry_run"]) as progress:
         report = merge(

@@ -77,7 +77,7 @@ class WeightType(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the type."""
-        from loraformat.ops.llama_quantize import is_llama_type
+        from loraformat.ops.encoding.llama_quantize import is_llama_type
 
         if is_llama_type(str(value)):
             return str(value)

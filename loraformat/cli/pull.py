@@ -47,7 +47,7 @@ def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) 
     DST appears when everything has arrived and is what the Hub has. After an interruption the
     same command goes on; files that have arrived are not fetched again.
     """
-    from loraformat.ops.sharing.pull import pull
+    from loraformat.ops.pull.pull import pull
 
     with progress_bar("compare", quiet=quiet or options["dry_run"]) as progress:
         report = pull(repo, target, progress=progress, **options)

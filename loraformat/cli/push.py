@@ -85,7 +85,7 @@ def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) ->
 
     The login is huggingface_hub's: hf auth login.
     """
-    from loraformat.ops.sharing.push import push
+    from loraformat.ops.push.push import push
 
     with progress_bar("verify", quiet=quiet) as progress:
         report = push(path, repo, progress=progress, format_of=format_of, **options)

@@ -35,9 +35,9 @@ def command(
     Per module: the norm of its change, how many directions it has in effect (stable rank,
     entropy rank), and the least ranks that keep 90, 95 and 99 % of its squared norm.
     """
-    from loraformat.ops.picture import check_picture
-    from loraformat.ops.spectrum import spectrum
-    from loraformat.ops.spectrum_plot import plot
+    from loraformat.ops.plots import check_picture
+    from loraformat.ops.spectrum.plot import plot
+    from loraformat.ops.spectrum.spectrum import spectrum
 
     if picture is not None:
         check_picture(picture)

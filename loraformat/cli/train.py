@@ -61,7 +61,7 @@ def command(
     if config is not None and options.output:
         _keep_config(config, Path(options.output))
     with TrainingBar(quiet=quiet or not _leads()) as bar:
-        from loraformat.train.run.verb import train
+        from loraformat.train.run.train import train
 
         try:
             report = train(
@@ -85,7 +85,7 @@ def command(
 
 def _keep_config(config: Path, output: Path) -> None:
     """Refuse an output that would take the place of the options' file."""
-    from loraformat.output_rules import refuse_input_as_output
+    from loraformat.storage.output_rules import refuse_input_as_output
     from loraformat.train.run.run_directory import RunDirectory
 
     run = RunDirectory(output)

@@ -57,7 +57,7 @@ def command(
     With its undo record every bit of the original comes back, proven by hash; several merges
     are undone in reverse order. Without one the adapters are subtracted, which is near.
     """
-    from loraformat.ops.unmerge.verb import unmerge
+    from loraformat.ops.unmerge.unmerge import unmerge
 
     with progress_bar("unmerge", quiet=quiet or options["dry_run"]) as progress:
         report = unmerge(merged, target, shard_limit=max_shard_size, progress=progress, **options)

@@ -13,9 +13,9 @@ from typing import Any
 from loraformat.demo import SMALL_MODEL
 from loraformat.demo.measure import Measure, Measured, summary_of
 from loraformat.errors import LoraFormatError
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import ModelSummary
-from loraformat.ops.report import ConversionReport
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.convert.report import ConversionReport
+from loraformat.ops.info.model import ModelSummary
 from loraformat.ops.verify import verify
 
 __all__ = ["Bases", "Model", "convert_bases"]

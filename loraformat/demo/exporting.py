@@ -15,9 +15,9 @@ from loraformat.demo import llama_cpp
 from loraformat.demo.step import Step
 from loraformat.demo.texts import heldout
 from loraformat.demo.training import PROMPT
-from loraformat.ops.convert import convert
-from loraformat.ops.convert_adapter import AdapterReport
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.adapter import AdapterReport
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 
 if TYPE_CHECKING:
     import numpy as np
@@ -178,7 +178,7 @@ def _asked_of_us(directory: Path) -> tuple[llama_cpp.Question, _Ours]:
     from loraformat.train import load
     from loraformat.train.data.tokenizer import open_tokenizer
     from loraformat.train.loop.evaluation import evaluating
-    from loraformat.train.run.generation import GenerationOptions, continuation, stop_tokens
+    from loraformat.train.run.text_generation import GenerationOptions, continuation, stop_tokens
 
     bundle = directory / "bundle"
     encoder = open_tokenizer(bundle)

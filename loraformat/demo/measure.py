@@ -13,7 +13,7 @@ from typing import Any
 
 from loraformat.demo.perplexity import Perplexity, load, perplexity_of
 from loraformat.demo.texts import heldout
-from loraformat.ops.describe import ModelSummary, describe
+from loraformat.ops.info.model import ModelSummary, describe
 
 __all__ = ["Measure", "Measured", "summary_of"]
 

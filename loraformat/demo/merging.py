@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from loraformat import plugins
-from loraformat.checkpoint import DenseTensor
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.demo.step import Step
 from loraformat.errors import LoraFormatError
-from loraformat.ops.convert import convert
-from loraformat.ops.convert_adapter import AdapterReport
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.model.checkpoint import DenseTensor
+from loraformat.ops.convert.adapter import AdapterReport
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
 
 __all__ = ["add_adapters", "merge_and_undo", "tensor_hashes"]
 

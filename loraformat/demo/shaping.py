@@ -12,16 +12,16 @@ from pathlib import Path
 from loraformat.demo import SMALL_MODEL
 from loraformat.demo.step import Step
 from loraformat.errors import MissingDependencyError
+from loraformat.ops.check.check import check
 from loraformat.ops.check.fix import fix
-from loraformat.ops.check.verb import check
+from loraformat.ops.combine.combine import combine
 from loraformat.ops.combine.options import CombineOptions
-from loraformat.ops.combine.verb import combine
+from loraformat.ops.extract.extract import extract
 from loraformat.ops.extract.options import ExtractOptions
-from loraformat.ops.extract.verb import extract
-from loraformat.ops.picture import check_picture
+from loraformat.ops.plots import check_picture
 from loraformat.ops.reduce import Reduction, reduce
-from loraformat.ops.spectrum import spectrum
-from loraformat.ops.spectrum_plot import plot
+from loraformat.ops.spectrum.plot import plot
+from loraformat.ops.spectrum.spectrum import spectrum
 
 __all__ = ["shape_adapters"]
 

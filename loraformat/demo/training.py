@@ -203,8 +203,8 @@ def _evaluated(
 
 def _written(directory: Path, say: Callable[[str], None]) -> tuple[Step, str]:
     from loraformat.train import TrainOptions
-    from loraformat.train.run.generation import GenerationOptions
-    from loraformat.train.run.write_on import write_on
+    from loraformat.train.run.generate import write_on
+    from loraformat.train.run.text_generation import GenerationOptions
 
     say("letting it write")
     options = TrainOptions(base=str(directory / "bundle"), adapter=str(directory / "learned"))

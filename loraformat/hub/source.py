@@ -18,7 +18,7 @@ from loraformat.errors import HubError, InputError, printable
 from loraformat.hub.explain import explained
 from loraformat.hub.tree import TreeFile, list_files
 from loraformat.hub.verified import check_snapshot
-from loraformat.safe_paths import is_adapter_name
+from loraformat.storage.safe_paths import is_adapter_name
 
 __all__ = ["NOT_WANTED", "Source", "cached", "download", "hub_id", "resolve"]
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from loraformat.durable import new_file, write_all
 from loraformat.errors import HubError
-from loraformat.folder import Folder
 from loraformat.hub.tree import TreeFile, digest, from_hash
+from loraformat.storage.durable import new_file, write_all
+from loraformat.storage.safe_directory import Folder
 
 __all__ = ["check_snapshot", "wrong_content"]
 

@@ -1,4 +1,5 @@
-"""The verbs: each walks over lazy tensors, one at a time.
+"""The verbs, one package or module each, named as the verb; each walks over lazy tensors.
 
-The four larger ones are packages whose ``verb`` is the way in.
+What several verbs share: `opening` (inputs by name), `encoding` (types of tensors),
+`deltas` (factors), `adapter_output` (writing adapters), `plots` (picture files).
 """

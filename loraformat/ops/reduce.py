@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from loraformat import lora
-from loraformat.adapter import Adapter, LoraDelta
+from loraformat.algebra import lora
+from loraformat.algebra.ranks import allocate
 from loraformat.errors import InputError, UsageError
-from loraformat.ops.factors import (
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.ops.deltas.factors import (
     LastOnly,
     Pair,
     compute_factors,
@@ -26,7 +27,6 @@ from loraformat.ops.factors import (
     in_memory,
     rebuilt,
 )
-from loraformat.ranks import allocate
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]
 
@@ -180,8 +180,8 @@ def reduce(
     -------
     ReductionReport
     """
-    from loraformat.ops.adapter_target import open_target
-    from loraformat.ops.adapters import open_adapter
+    from loraformat.ops.adapter_output.target import open_target
+    from loraformat.ops.opening.adapter import open_adapter
 
     began = time.perf_counter()
     with ExitStack() as stack:

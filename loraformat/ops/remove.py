@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraformat.bundle_update import Place, adapter_place, remove_adapter
+from loraformat.bundle.update import Place, adapter_place, remove_adapter
 from loraformat.errors import UsageError
 
 __all__ = ["remove"]

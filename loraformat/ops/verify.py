@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 
 from loraformat import plugins
-from loraformat.bundle_update import adapter_place, read_manifest
-from loraformat.checkpoint import NF4Tensor
+from loraformat.bundle.integrity import Finding, check_adapter, check_listed, verify_bundle
+from loraformat.bundle.reader import is_bundle
+from loraformat.bundle.update import adapter_place, read_manifest
 from loraformat.errors import FormatError, InputError
-from loraformat.folder import Folder
 from loraformat.hub import resolve
-from loraformat.index_json import INDEX_NAME
-from loraformat.integrity import Finding, check_adapter, check_listed, verify_bundle
-from loraformat.ops.adapter_output import check_values
-from loraformat.ops.convert_adapter import tensors_of
-from loraformat.ops.open import read_model
+from loraformat.model.checkpoint import NF4Tensor
+from loraformat.ops.adapter_output.form import check_values
+from loraformat.ops.convert.adapter import tensors_of
+from loraformat.ops.opening.model import read_model
 from loraformat.plugins import AdapterReadOptions, Converter
-from loraformat.reader import is_bundle
-from loraformat.reserved_names import CARD_NAME
+from loraformat.shards.index_json import INDEX_NAME
+from loraformat.storage.reserved_names import CARD_NAME
+from loraformat.storage.safe_directory import Folder
 
 __all__ = ["Verification", "verify"]
 

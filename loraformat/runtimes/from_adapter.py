@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from loraformat.adapter import Adapter, LoraDelta
-from loraformat.checkpoint import Checkpoint, DenseTensor
 from loraformat.errors import FileChangedError, InputError
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
 
 __all__ = ["facts_of"]

@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from loraformat.train.lora.options import LoraOptions as LoraOptions
     from loraformat.train.model import TrainableModel as TrainableModel
     from loraformat.train.opening import load as load
-    from loraformat.train.run.compare import Comparison as Comparison
-    from loraformat.train.run.compare import evaluate as evaluate
-    from loraformat.train.run.generation import GenerationOptions as GenerationOptions
+    from loraformat.train.run.evaluate import Comparison as Comparison
+    from loraformat.train.run.evaluate import evaluate as evaluate
+    from loraformat.train.run.generate import Written as Written
+    from loraformat.train.run.generate import write_on as write_on
     from loraformat.train.run.options import TrainOptions as TrainOptions
     from loraformat.train.run.report import TrainReport as TrainReport
-    from loraformat.train.run.verb import train as train
-    from loraformat.train.run.write_on import Written as Written
-    from loraformat.train.run.write_on import write_on as write_on
+    from loraformat.train.run.text_generation import GenerationOptions as GenerationOptions
+    from loraformat.train.run.train import train as train
 
 _HOMES = {
     "Batch": ("loraformat.train.batch", "Batch"),
-    "Comparison": ("loraformat.train.run.compare", "Comparison"),
-    "GenerationOptions": ("loraformat.train.run.generation", "GenerationOptions"),
+    "Comparison": ("loraformat.train.run.evaluate", "Comparison"),
+    "GenerationOptions": ("loraformat.train.run.text_generation", "GenerationOptions"),
     "LoraOptions": ("loraformat.train.lora.options", "LoraOptions"),
     "TrainOptions": ("loraformat.train.run.options", "TrainOptions"),
     "TrainReport": ("loraformat.train.run.report", "TrainReport"),
     "TrainableModel": ("loraformat.train.model", "TrainableModel"),
-    "Written": ("loraformat.train.run.write_on", "Written"),
-    "evaluate": ("loraformat.train.run.compare", "evaluate"),
+    "Written": ("loraformat.train.run.generate", "Written"),
+    "evaluate": ("loraformat.train.run.evaluate", "evaluate"),
     "load": ("loraformat.train.opening", "load"),
     "parameter_groups": ("loraformat.train.lora.loraplus", "parameter_groups"),
-    "train": ("loraformat.train.run.verb", "train"),
-    "write_on": ("loraformat.train.run.write_on", "write_on"),
+    "train": ("loraformat.train.run.train", "train"),
+    "write_on": ("loraformat.train.run.generate", "write_on"),
 }
 
 __all__ = [

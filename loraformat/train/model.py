@@ -9,29 +9,29 @@ from typing import Any
 
 import torch
 
-from loraformat.adapter import Adapter
-from loraformat.checkpoint import CarriedFile
+from loraformat.bundle.reader import Bundle
 from loraformat.errors import UnsupportedError
-from loraformat.reader import Bundle
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import CarriedFile
 from loraformat.train.batch import Batch
+from loraformat.train.engine.checkpointing import Recomputation
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
 from loraformat.train.engine.decoder import decoder_of, head_name
 from loraformat.train.engine.head_rule import HeadRule, find_head_rule, own_logits
-from loraformat.train.engine.kernel_advice import keep_freed_memory
+from loraformat.train.engine.layer_prefetch import Residency, Traffic
 from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.matrix import DenseMatrix, decoding
+from loraformat.train.engine.meta_model import text_config
 from loraformat.train.engine.packing import PackingCheck
 from loraformat.train.engine.readable_base import ReadableBase
-from loraformat.train.engine.recompute import Recomputation
-from loraformat.train.engine.residency import Residency, Traffic
-from loraformat.train.engine.skeleton import text_config
 from loraformat.train.engine.stored_weights import Span
 from loraformat.train.engine.streamed_matrix import StreamedMatrix
 from loraformat.train.engine.trial import Trial
 from loraformat.train.lora import branches as branches_of_model
 from loraformat.train.lora.branch import LoraBranch
-from loraformat.train.lora.brought import Brought
 from loraformat.train.lora.options import LoraOptions
+from loraformat.train.lora.replaced_weights import Brought
 from loraformat.train.lora.trained_adapter import save_adapter, trained_adapter
 
 __all__ = ["TrainableModel"]

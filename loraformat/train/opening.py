@@ -9,34 +9,34 @@ from typing import Any
 
 import torch
 
-from loraformat.adapter import Adapter
-from loraformat.checkpoint import Checkpoint
-from loraformat.config_json import parse
+from loraformat.bundle.reader import Bundle, is_bundle, open_bundle
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
-from loraformat.families import family_of
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.open import open_model
-from loraformat.reader import Bundle, is_bundle, open_bundle
-from loraformat.tensor_names import layer_of
-from loraformat.train.engine.assemble import Assembly, assemble
+from loraformat.families.table import family_of
+from loraformat.families.tensor_names import layer_of
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.config_json import parse
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
+from loraformat.train.engine.activation_budget import KeptActivations
+from loraformat.train.engine.bind_weights import Assembly, assemble
+from loraformat.train.engine.checkpointing import Recomputation, recompute_layer
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.decoder import find_layers, head_name, number_layers
-from loraformat.train.engine.kept_activations import KeptActivations
-from loraformat.train.engine.kernel_advice import keep_freed_memory
+from loraformat.train.engine.layer_prefetch import Residency
+from loraformat.train.engine.madvise import keep_freed_memory
+from loraformat.train.engine.meta_model import build_skeleton
 from loraformat.train.engine.placement import place_on
 from loraformat.train.engine.readable_base import ReadableBase
-from loraformat.train.engine.recompute import Recomputation, recompute_layer
-from loraformat.train.engine.residency import Residency
-from loraformat.train.engine.skeleton import build_skeleton
 from loraformat.train.engine.stored_weights import StoredWeights
 from loraformat.train.loop import memory
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.branches import attach
-from loraformat.train.lora.brought import brought_by
-from loraformat.train.lora.continued import attach_adapter
+from loraformat.train.lora.continued_adapter import attach_adapter
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.site import Site
-from loraformat.train.lora.sites import find_sites
+from loraformat.train.lora.replaced_weights import brought_by
+from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_modules import find_sites
 from loraformat.train.model import TrainableModel
 
 __all__ = ["load"]

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 IDS = torch.arange(12)[None]
 

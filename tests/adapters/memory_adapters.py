@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from loraformat.adapter import Adapter, LoraDelta
+from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.testing import dense
 
 LAYER = "model.layers.{}.self_attn.{}.weight"

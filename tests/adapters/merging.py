@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraformat.adapter import Adapter, LoraDelta
+from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.testing import dense
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

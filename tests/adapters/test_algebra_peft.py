@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraformat.cli import main
-from loraformat.ops.adapter_target import write_adapter
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.convert import convert
-from loraformat.ops.extract.verb import ExtractOptions, extract
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.extract.extract import ExtractOptions, extract
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.testing import dense
 from tests.adapters import peft_models
 from tests.adapters.memory_adapters import distance, effects

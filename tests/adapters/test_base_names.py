@@ -15,14 +15,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from loraformat.base_names import BaseNames, names_of
-from loraformat.base_names.resolver import _AS_STORED
 from loraformat.errors import UnsupportedError
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.check.verb import check
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.open import open_model
+from loraformat.model.base_names import BaseNames, names_of
+from loraformat.model.base_names.resolver import _AS_STORED
+from loraformat.ops.check.check import check
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from tests.adapters import moe_models
 
 SIZES = {

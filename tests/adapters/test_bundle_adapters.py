@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraformat.integrity import verify_bundle
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.bundle_adapters import Incoming, add_adapters, write_bundle
-from loraformat.ops.convert import convert
+from loraformat.bundle.integrity import verify_bundle
+from loraformat.bundle.reader import open_bundle
+from loraformat.ops.adapter_output.in_bundle import Incoming, add_adapters, write_bundle
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.plugins import WriteOptions
-from loraformat.publish import Publication
-from loraformat.reader import open_bundle
+from loraformat.storage.atomic_output import Publication
 from tests.adapters.bundles import logits, manifest
 
 

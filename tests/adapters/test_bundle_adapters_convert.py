@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 
-from loraformat.bundle_update import adapter_place, remove_adapter
+from loraformat.bundle.integrity import BASE_FINGERPRINT, BASE_SOURCE, verify_bundle
+from loraformat.bundle.update import adapter_place, remove_adapter
 from loraformat.cli import main
 from loraformat.errors import FormatError, InputError, OutputError, UnsupportedError, UsageError
-from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE, verify_bundle
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.opening.adapter import open_adapter
 from tests.adapters.bundles import logits, manifest, name_base
 
 OTHER = "0" * 64
@@ -40,8 +40,8 @@ def test_canonical_names_its_base_and_computes_the_same(work):
     report = convert(work.adapter, work.bundle / "adapters" / "anew", canonical=True)
     assert not report.verbatim
     assert report.base_fingerprint == manifest(work.bundle)["fingerprint"]
-    from loraformat.folder import Folder
-    from loraformat.mapped import MappedFile
+    from loraformat.storage.safe_directory import Folder
+    from loraformat.tensors.mapped import MappedFile
 
     file = MappedFile(Folder(work.bundle / "adapters" / "anew"), "adapter_model.safetensors")
     assert file.header.metadata[BASE_FINGERPRINT] == report.base_fingerprint

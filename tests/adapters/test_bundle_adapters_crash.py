@@ -9,11 +9,11 @@ import traceback
 
 import pytest
 
-from loraformat.durable import locked
+from loraformat.bundle.integrity import verify_bundle
 from loraformat.errors import InputError, LoraFormatError, OutputError
-from loraformat.integrity import verify_bundle
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.ops.remove import remove
+from loraformat.storage.durable import locked
 from tests.adapters.bundles import manifest
 from tools.crash import steps
 

@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loraformat.cli import main
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import describe
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.model import describe
 from loraformat.ops.verify import verify
 from tests.adapters.bundles import manifest, name_base
 
@@ -130,7 +130,7 @@ def test_a_broken_adapter_of_a_bundle_is_named(work, rule):
 
 def list_again(bundle, change):
     """Change the adapter ``bad`` and let the manifest list it as it is now."""
-    from loraformat.bundle_update import records_of
+    from loraformat.bundle.update import records_of
 
     directory = bundle / "adapters" / "bad"
     change(directory)

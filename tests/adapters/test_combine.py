@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraformat import subspace
-from loraformat.adapter import RowReplacement
+from loraformat.algebra import subspace
+from loraformat.algebra.interference import prune
 from loraformat.errors import InputError, UnsupportedError, UsageError
-from loraformat.interference import prune
+from loraformat.model.adapter import RowReplacement
 from loraformat.ops.combine import elementwise
-from loraformat.ops.combine.verb import METHODS, CombineOptions, combine_adapters
-from loraformat.testing import carried, dense
+from loraformat.ops.combine.combine import METHODS, CombineOptions, combine_adapters
+from loraformat.testing.models import carried, dense
 from tests.adapters.memory_adapters import (
     LAYER,
     adapter,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraformat.errors import InputError, UsageError
-from loraformat.ops.extract.verb import ExtractOptions, extract_adapter
+from loraformat.ops.extract.extract import ExtractOptions, extract_adapter
 from loraformat.ops.reduce import Reduction, reduce_adapter
 from loraformat.testing import checkpoint, dense, nf4
 from tests.adapters.memory_adapters import distance, effect

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import (
     model_type_to_module_name,
 )
 
-from loraformat.families import Family, family_of
+from loraformat.families.table import Family, family_of
 from tests.adapters import moe_models
 
 

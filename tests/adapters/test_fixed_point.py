@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraformat.errors import UnsupportedError
-from loraformat.fixed_point import fixed_point_bits, merge_values, product, to_fixed_point
+from loraformat.undo.fixed_point import fixed_point_bits, merge_values, product, to_fixed_point
 
 
 def factors(rank, seed=0):

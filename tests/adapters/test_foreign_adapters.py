@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.check.verb import check
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import describe
+from loraformat.ops.check.check import check
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.model import describe
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.plugins import sniff
 from tests.adapters.test_peft_files import read_base
 

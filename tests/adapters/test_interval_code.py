@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from loraformat.fixed_point import merge_values
-from loraformat.interval_code import Unmergeable, decode_tile, encode_tile
+from loraformat.undo.fixed_point import merge_values
+from loraformat.undo.interval_code import Unmergeable, decode_tile, encode_tile
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

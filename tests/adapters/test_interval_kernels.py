@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraformat import kernels
-from loraformat.fixed_point import merge_values
-from loraformat.interval_code import Unmergeable, decode_tile, encode_tile
-from loraformat.kernels import interval_native
+from loraformat.nf4 import kernels
+from loraformat.nf4.kernels import interval_native
+from loraformat.undo.fixed_point import merge_values
+from loraformat.undo.interval_code import Unmergeable, decode_tile, encode_tile
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from loraformat import lora
-from loraformat.interference import drop, elect, magnitude_threshold, prune
-from loraformat.ranks import allocate, entropy_rank, noise_edge, stable_rank
-from loraformat.subspace import block_krylov
+from loraformat.algebra import lora
+from loraformat.algebra.interference import drop, elect, magnitude_threshold, prune
+from loraformat.algebra.ranks import allocate, entropy_rank, noise_edge, stable_rank
+from loraformat.algebra.subspace import block_krylov
 
 
 @pytest.fixture

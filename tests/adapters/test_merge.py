@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from loraformat.adapter import RowReplacement
 from loraformat.errors import InputError, OutputError, UnsupportedError, UsageError
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.model.adapter import RowReplacement
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
 from loraformat.testing import dense
 from tests.adapters.merging import (
     EMBED,
@@ -298,13 +298,13 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
     base, _ = small(tmp_path)
     given = adapter(delta(Q, 32, 32))
     merge(base, [given], tmp_path / "straight", shard_limit=3000)
-    from loraformat.ops.merge import merged
+    from loraformat.ops.merge import merged_tensor
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged, "merge_tile", interrupt)
+        patch.setattr(merged_tensor, "merge_tile", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(base, [given], tmp_path / "out", shard_limit=1500)
     assert (tmp_path / "out.partial").is_dir()
@@ -317,13 +317,13 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
 def test_an_interrupted_merge_with_a_record_starts_again(tmp_path, monkeypatch):
     base, tensors = small(tmp_path)
     given, undo = adapter(delta(Q, 32, 32)), tmp_path / "undo.lfu"
-    from loraformat.ops.merge import merged
+    from loraformat.ops.merge import merged_tensor
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged, "merge_tile", interrupt)
+        patch.setattr(merged_tensor, "merge_tile", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(base, [given], tmp_path / "out", shard_limit=1500, undo=undo)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out.partial"]
@@ -337,9 +337,9 @@ def test_an_interrupted_merge_with_a_record_starts_again(tmp_path, monkeypatch):
 def test_a_merge_that_goes_on_says_what_it_did_not_measure(tmp_path, monkeypatch):
     base, _ = small(tmp_path)
     given = adapter(delta(K, 16, 32), delta(Q, 32, 32))
-    from loraformat.ops.merge import merged
+    from loraformat.ops.merge import merged_tensor
 
-    genuine, calls = merged.merge_tile, []
+    genuine, calls = merged_tensor.merge_tile, []
 
     def interrupt_the_second(*arguments, **options):
         calls.append(arguments)
@@ -348,7 +348,7 @@ def test_a_merge_that_goes_on_says_what_it_did_not_measure(tmp_path, monkeypatch
         return genuine(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged, "merge_tile", interrupt_the_second)
+        patch.setattr(merged_tensor, "merge_tile", interrupt_the_second)
         with pytest.raises(KeyboardInterrupt):
             merge(base, [given], tmp_path / "out", shard_limit=1500)
     report = merge(base, [given], tmp_path / "out", shard_limit=1500)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from loraformat.bundle.integrity import verify_bundle
 from loraformat.errors import InputError, UnsupportedError, UsageError
-from loraformat.integrity import verify_bundle
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 from tests.adapters.bundles import logits, manifest, name_base, save_adapter
 
 

@@ -11,9 +11,9 @@ from loraformat_converters.gguf.container import open_gguf
 from transformers import AutoTokenizer, GenerationConfig
 
 from loraformat.demo import ADAPTERS, SMALL_MODEL
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
 
 BASE_TEMPLATE = "{% for m in messages %}base {{ m['content'] }}{% endfor %}"
 OWN = "{% for m in messages %}<own>{{ m['content'] }}{% endfor %}"

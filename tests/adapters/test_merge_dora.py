@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
 from tests.adapters import merging, peft_models
 from tests.adapters.peft_models import logits
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraformat.adapter import Adapter, LoraDelta
-from loraformat.ops.merge.verb import merge
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.ops.merge.merge import merge
 from loraformat.testing import dense
 
 peft = import_module("peft")

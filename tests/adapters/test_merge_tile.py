@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from loraformat import kernels
-from loraformat.kernels.merge_tile import merge_tile, merge_tile_in_torch
+from loraformat.nf4 import kernels
+from loraformat.nf4.kernels.merge_tile import merge_tile, merge_tile_in_torch
 from tests.adapters.merging import TYPES, gauss
 
 SHAPES = [(5, 19), (3, 64), (7, 1), (1, 1023), (2, 1)]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from loraformat.errors import UnsupportedError
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.model.vocabulary import Resize, per_token, resized, resized_config
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
 from loraformat.testing import dense
-from loraformat.vocabulary import Resize, per_token, resized, resized_config
 from tests.adapters import merging
 from tests.adapters.vocabularies import FORMS, MODELS, ROWS, adapter, logits, opened, reloaded
 

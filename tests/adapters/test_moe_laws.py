@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from loraformat.ops.extract.verb import ExtractOptions, extract
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.extract.extract import ExtractOptions, extract
+from loraformat.ops.merge.merge import merge
 from loraformat.ops.reduce import Reduction, reduce
 from tests.adapters import moe_models
 

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from loraformat.demo import ADAPTERS
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, UsageError
-from loraformat.ops.adapter_target import write_adapter
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.combine.verb import CombineOptions, combine
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.combine.combine import CombineOptions, combine
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.reduce import Reduction, reduce
 from tests.adapters.memory_adapters import distance, effects, random_adapter
 from tests.adapters.merging import Q, adapter, delta, small

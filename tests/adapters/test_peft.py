@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraformat import plugins
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.ops.adapters import copy_adapter, open_adapter
-from loraformat.ops.factors import rebuilt
-from loraformat.publish import Publication
+from loraformat.ops.deltas.factors import rebuilt
+from loraformat.ops.opening.adapter import copy_adapter, open_adapter
+from loraformat.storage.atomic_output import Publication
 from tests.adapters.peft_models import llama, logits, shake
 
 ALL = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -152,10 +152,10 @@ def test_a_base_of_other_shapes_is_refused(plain: Path, tmp_path: Path) -> None:
 
 
 def test_the_verbs_on_adapters_of_peft(tmp_path: Path) -> None:
-    from loraformat.ops.combine.verb import CombineOptions, combine
-    from loraformat.ops.merge.verb import merge
+    from loraformat.ops.combine.combine import CombineOptions, combine
+    from loraformat.ops.merge.merge import merge
     from loraformat.ops.reduce import Reduction, reduce
-    from loraformat.ops.unmerge.verb import unmerge
+    from loraformat.ops.unmerge.unmerge import unmerge
 
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
     for name, rslora in (("A", False), ("B", True)):

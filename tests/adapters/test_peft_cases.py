@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraformat.ops.adapter_target import write_adapter
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
 from tests.adapters.peft_models import (
     gpt2,
     gpt_oss,

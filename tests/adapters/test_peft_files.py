@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loraformat import plugins
-from loraformat.adapter import LoraDelta
-from loraformat.checkpoint import Checkpoint
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.ops.adapter_target import write_adapter
-from loraformat.ops.adapters import open_adapter
+from loraformat.model.adapter import LoraDelta
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.ops.adapter_output.target import write_adapter
 from loraformat.ops.check.fix import fix
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.reduce import Reduction, reduce
 from tests.adapters.peft_models import (
     IDS,

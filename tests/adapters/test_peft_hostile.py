@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
-from loraformat.ops.adapter_target import write_adapter
-from loraformat.ops.adapters import open_adapter
+from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.opening.adapter import open_adapter
 from tests.adapters.peft_models import llama, trained
 
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"

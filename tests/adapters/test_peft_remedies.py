@@ -17,9 +17,9 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraformat.errors import UnsupportedError
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.extract.verb import extract
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.extract.extract import extract
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
 
 IDS = torch.arange(20)[None]
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}

@@ -15,12 +15,12 @@ from loraformat_converters.peft import refusals
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from loraformat.checkpoint import NF4Tensor
 from loraformat.errors import UnsupportedError
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.combine.verb import CombineOptions, combine
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.model.checkpoint import NF4Tensor
+from loraformat.ops.combine.combine import CombineOptions, combine
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
 from tests.adapters.peft_models import (
     IDS,
     llama,

@@ -9,8 +9,8 @@ import signal
 import pytest
 
 from loraformat.errors import LoraFormatError, OutputError
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
 from tests.adapters.merging import Q, adapter, delta, small, weights_of
 from tests.adapters.test_bundle_adapters_crash import in_child
 from tools.crash import steps

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import InputError, UsageError
+from loraformat.model.checkpoint import CarriedFile
 from loraformat.ops.reduce import Reduction, reduce_adapter
 from loraformat.testing import dense
 from tests.adapters.memory_adapters import adapter, delta, distance, effect, effects, random_adapter
@@ -209,7 +209,7 @@ def test_options_that_contradict(members):
 
 
 def test_factors_are_computed_once_per_module_and_only_when_loaded(monkeypatch):
-    from loraformat import lora
+    from loraformat.algebra import lora
 
     calls = []
     original = lora.core

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from loraformat.errors import MissingDependencyError
-from loraformat.ops import picture as module
-from loraformat.ops.spectrum import spectrum_of
-from loraformat.ops.spectrum_plot import plot
+from loraformat.ops import plots as module
+from loraformat.ops.spectrum.plot import plot
+from loraformat.ops.spectrum.spectrum import spectrum_of
 from loraformat.testing import dense
 from tests.adapters.memory_adapters import adapter, delta, effect, random_adapter
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from loraformat import lora, thin
-from loraformat.thin import factorize, tall_product, wide_product
+from loraformat.algebra import lora, thin_qr
+from loraformat.algebra.thin_qr import factorize, tall_product, wide_product
 
 
 @pytest.fixture
@@ -106,4 +106,4 @@ def test_large_factors_are_never_converted_as_a_whole(random, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "double", watched)
     b, a = torch.randn(20_000, 8, generator=random), torch.randn(8, 30_000, generator=random)
     lora.truncate(lora.core(b, a), 4)
-    assert 0 < largest <= thin._TILE_ELEMENTS
+    assert 0 < largest <= thin_qr._TILE_ELEMENTS

@@ -7,8 +7,8 @@ import pytest
 
 from loraformat.cli import main
 from loraformat.errors import LoraFormatError
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
 from tests.adapters.merging import Q, adapter, delta, small
 from tests.peak_memory import PeakGrowth
 

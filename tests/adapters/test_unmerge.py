@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraformat.adapter import RowReplacement
 from loraformat.errors import FormatError, OutputError, UnsupportedError, UsageError
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.model.adapter import RowReplacement
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
 from loraformat.testing import dense
 from tests.adapters.merging import (
     EMBED,

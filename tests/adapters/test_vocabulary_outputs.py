@@ -8,14 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from loraformat.integrity import verify_bundle
-from loraformat.ops.combine.verb import combine
-from loraformat.ops.convert import convert
+from loraformat.bundle.integrity import verify_bundle
+from loraformat.model.vocabulary import per_token
+from loraformat.ops.combine.combine import combine
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.extract.extract import extract
 from loraformat.ops.extract.options import ExtractOptions
-from loraformat.ops.extract.verb import extract
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.merge.merge import merge
 from loraformat.ops.reduce import Reduction, reduce
-from loraformat.vocabulary import per_token
 from tests.adapters import merging
 from tests.adapters.bundles import manifest
 from tests.adapters.vocabularies import IDS, ROWS, adapter, logits, opened

@@ -5,8 +5,8 @@ import pytest
 from loraformat.card import Base, BundleFacts, bundle_card
 from loraformat.card.document import BEGIN
 from loraformat.demo import ADAPTERS, SMALL_MODEL
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 from loraformat.ops.verify import verify
 
 DOCUMENT = bundle_card(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from loraformat.cli import main
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 
 @pytest.fixture

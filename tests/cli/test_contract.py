@@ -12,7 +12,7 @@ import pytest
 from loraformat import __version__
 from loraformat.cli import _VERBS, commands, main
 from loraformat.demo import SMALL_MODEL
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 VERBS = sorted(_VERBS)
 
@@ -181,7 +181,7 @@ def test_exit_1_for_an_internal_error(run, model, tmp_path, monkeypatch):
     def explode(*arguments, **options):
         raise RuntimeError("boom\nand more")
 
-    monkeypatch.setattr("loraformat.ops.convert.convert", explode)
+    monkeypatch.setattr("loraformat.ops.convert.convert.convert", explode)
     monkeypatch.delenv("LORAFORMAT_DEBUG", raising=False)
     result = run("convert", model, tmp_path / "out")
     assert result.code == 1
@@ -265,7 +265,7 @@ def test_exit_6_when_memory_or_disk_runs_out(run, model, tmp_path, monkeypatch, 
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("loraformat.ops.convert.convert", fail)
+    monkeypatch.setattr("loraformat.ops.convert.convert.convert", fail)
     monkeypatch.setattr("loraformat.cli._drop_stdout", lambda: None)
     result = run("convert", model, tmp_path / "out")
     assert result.code == 6
@@ -298,7 +298,7 @@ def test_exit_130(run, model, tmp_path, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraformat.ops.convert.convert", interrupt)
+    monkeypatch.setattr("loraformat.ops.convert.convert.convert", interrupt)
     result = run("convert", model, tmp_path / "a name", "--to", "safetensors")
     assert result.code == 130
     assert f"To continue, run: loraformat convert {model} '{tmp_path / 'a name'}'" in result.err

@@ -9,8 +9,8 @@ import pytest
 
 from loraformat.cli import _VERBS, commands
 from loraformat.demo import ADAPTERS, SMALL_MODEL
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 
 #: Command lines by the option that names an output; OUT stands for it.
 OUTPUTS = {

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 
 @pytest.fixture(params=["loraformat", "safetensors", "bitsandbytes"])

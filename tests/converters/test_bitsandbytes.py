@@ -10,7 +10,7 @@ from loraformat_converters import bitsandbytes, safetensors
 from safetensors.torch import load_file, save_file
 
 from loraformat.errors import FormatError, InputError, UnsupportedError, UsageError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 NF4_CONFIG = {

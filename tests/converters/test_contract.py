@@ -2,7 +2,7 @@
 
 from loraformat_converters import bitsandbytes, safetensors
 
-from loraformat import bundle
+from loraformat.bundle import converter as bundle
 from loraformat.testing import ConverterContract
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from loraformat import plugins
 from loraformat.errors import FormatError, InputError, OutputError, UnsupportedError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.testing import checkpoint, contents, dense, file_tree, save
 
 INDEX = "model.safetensors.index.json"

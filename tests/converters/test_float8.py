@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig
 
 from loraformat import plugins
 from loraformat.errors import FormatError, InputError, UnsupportedError, UsageError
-from loraformat.header import parse_header
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
+from loraformat.tensors.header import parse_header
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 W = "model.layers.0.mlp.up_proj.weight"

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from loraformat import convert, describe, foreign_json, merge, verify
+from loraformat import convert, describe, merge, verify
 from loraformat.card import front_matter
-from loraformat.config_json import parse
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError
-from loraformat.tied_head import untied_config
+from loraformat.model.config_json import parse
+from loraformat.model.tied_head import untied_config
+from loraformat.storage import foreign_json
 
 #: What json.loads takes, and strict JSON does not have.
 ODD = (

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, 
 
 from loraformat import plugins
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 SETTINGS = {
     "quant_method": "mxfp4",

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.errors import UnsupportedError
-from loraformat.ops.convert import convert
-from loraformat.packed_weights import packed_weights
+from loraformat.model.packed_weights import packed_weights
+from loraformat.ops.convert.convert import convert
 from loraformat.testing import dense
 
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraformat import plugins
 from loraformat.errors import FileChangedError, FormatError, InputError, UnsupportedError
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import describe
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.model import describe
+from loraformat.ops.merge.merge import merge
 from loraformat.ops.verify import verify
 from loraformat.plugins import ReadOptions
 from tests.adapters.merging import adapter, delta

@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from loraformat.cli.info import command
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError, UsageError
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import ModelSummary, TensorSummary, describe
-from loraformat.ops.error_plot import errors_by_layer, normal_error, plot_errors
-from loraformat.ops.picture import as_label, colors
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.error_plot import errors_by_layer, normal_error, plot_errors
+from loraformat.ops.info.model import ModelSummary, TensorSummary, describe
+from loraformat.ops.plots import as_label, colors
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 import loraformat
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 #: Code, numbers, runs of white space, other scripts, emoji, specials, nothing.
 TEXTS = [
@@ -33,7 +33,7 @@ TEXTS = [
 ]
 ADDED = ["<|start|>", "<|end|>"]
 CORPUS = [
-    path.read_text() for path in sorted(Path(loraformat.__file__).parent.glob("*.py"))[:12]
+    path.read_text() for path in sorted(Path(loraformat.__file__).parent.rglob("*.py"))[:12]
 ] + TEXTS * 3
 
 

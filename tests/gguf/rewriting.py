@@ -11,7 +11,7 @@ from loraformat_converters.gguf.container import open_gguf
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 
-from loraformat.publish_file import FilePublication
+from loraformat.storage.atomic_file import FilePublication
 
 
 def rewrite(

@@ -13,8 +13,8 @@ from loraformat_converters.gguf.container import open_gguf
 from transformers import AutoModelForCausalLM
 
 from loraformat.cli import main
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 
 CLOSE = 1e-5
 

@@ -13,7 +13,7 @@ from llama_runtime import RuntimeFailure, log_probabilities
 from loraformat_converters.gguf.container import open_gguf
 from transformers import AutoModelForCausalLM
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 INVOCATION = [100, 101]
 SAME, OTHER = 1e-5, 1e-2

@@ -20,8 +20,8 @@ from rewriting import rewrite
 from safetensors.torch import load_file
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import describe
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.model import describe
 
 
 @pytest.fixture(scope="session")

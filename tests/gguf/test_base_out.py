@@ -21,7 +21,7 @@ from llama_runtime import log_probabilities, tokenize
 from loraformat_converters.gguf.container import open_gguf
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +113,7 @@ def test_a_bundle_gives_what_its_dense_form_gives(base, name, dtype, tmp_path):
 
 
 def test_a_bundle_leaves_its_fingerprint_and_source(base, tmp_path):
-    from loraformat.ops.open import fingerprint_of, open_model
+    from loraformat.ops.opening.model import fingerprint_of, open_model
 
     convert(base("llama"), tmp_path / "bundle")
     convert(tmp_path / "bundle", tmp_path / "model.gguf")
@@ -128,7 +128,7 @@ def test_the_loss_is_against_the_values_of_nf4(base, dtype, tmp_path):
     import torch
     from loraformat_converters.gguf.blocks import dequantize
 
-    from loraformat.ops.open import open_model
+    from loraformat.ops.opening.model import open_model
 
     convert(base("qwen2"), tmp_path / "bundle")
     report = convert(tmp_path / "bundle", tmp_path / "model.gguf", dtype=dtype)
@@ -153,7 +153,7 @@ def test_of_a_bundle_with_adapters_the_base_alone_is_written_and_that_is_said(ba
     import transformers
     from bases import run
 
-    from loraformat.ops.merge.verb import merge
+    from loraformat.ops.merge.merge import merge
 
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_pretrained(base("llama"), dtype=torch.float32)

@@ -10,10 +10,10 @@ from loraformat_converters.gguf.values import GGUFValue
 from rewriting import rewrite
 
 from loraformat.errors import InputError
-from loraformat.ops.check.verb import check
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.open import descent_of, fingerprint_of, open_model
+from loraformat.ops.check.check import check
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.model import descent_of, fingerprint_of, open_model
 
 KEY = "loraformat.base.fingerprint"
 

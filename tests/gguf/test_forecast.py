@@ -8,7 +8,7 @@ from bases import make_base
 from transformers import AutoModelForCausalLM
 
 from loraformat.errors import UnsupportedError, UsageError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 
 @pytest.fixture(scope="module")

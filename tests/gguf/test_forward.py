@@ -16,9 +16,9 @@ from bases import MODELS, auto_class, make_base
 from rewriting import rewrite
 from safetensors.torch import load_file, save_file
 
-from loraformat.families import family_of
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.families.table import family_of
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 from tests.train import tiny_bundles
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, auto_class
 
 from loraformat.errors import UnsupportedError
-from loraformat.ops.check.verb import check
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
-from loraformat.publish_file import FilePublication
+from loraformat.ops.check.check import check
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 from loraformat.runtimes.architectures import HEADLESS
+from loraformat.storage.atomic_file import FilePublication
 
 #: A model of each architecture that generates.
 KINDS = {

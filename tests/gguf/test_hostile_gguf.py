@@ -32,7 +32,7 @@ from raw_gguf import (
 )
 
 from loraformat.errors import InputError, LoraFormatError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tests.peak_memory import PeakGrowth
 
 CASES = int(os.environ.get("LORAFORMAT_FUZZ_CASES", "20000"))

@@ -14,7 +14,7 @@ from rewriting import rewrite
 
 from loraformat.cli import main
 from loraformat.demo import ADAPTERS
-from loraformat.ops.llama_quantize import is_llama_type
+from loraformat.ops.encoding.llama_quantize import is_llama_type
 
 PROMPTS = [[0, *range(first, first + 10)] for first in range(100, 1100, 100)]
 #: What ``llama-quantize --help`` lists, build 11549, that is not written here.

@@ -23,10 +23,10 @@ from peer_files import write_peer_lora
 from safetensors.torch import load_file, save_file
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import describe
-from loraformat.ops.open import open_model
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.model import describe
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from loraformat.ops.verify import verify
 
 #: Modules of each model type whose deltas are tested, where "all-linear" is not what is meant.

@@ -11,7 +11,7 @@ import torch
 from bases import SMALL, TOKENIZER
 from safetensors.torch import save_file
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tests.anonymous_memory import grown
 
 MB = 1_000_000

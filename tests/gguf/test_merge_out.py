@@ -14,8 +14,8 @@ from loraformat_converters.gguf.container import open_gguf
 from safetensors.torch import load_file
 
 from loraformat.errors import UnsupportedError, UsageError
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

@@ -15,8 +15,8 @@ from loraformat_converters.gguf.values import GGUFValue
 from rewriting import rewrite
 
 from loraformat.demo import ADAPTERS
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 
 SAID = {
     "general.name": "Gemma 3 270m",

@@ -14,7 +14,7 @@ from test_tokenizers_wordpiece import trained as wordpiece
 from tiny_models import make_model
 from tokenizers import Tokenizer
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 #: As the models' own tokenizer_config.json say.
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",

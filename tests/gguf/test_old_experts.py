@@ -11,8 +11,8 @@ from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 from safetensors.torch import load_file
 
 from loraformat.errors import InputError
-from loraformat.ops.convert import convert
-from loraformat.publish_file import FilePublication
+from loraformat.ops.convert.convert import convert
+from loraformat.storage.atomic_file import FilePublication
 
 
 @pytest.fixture(scope="module")

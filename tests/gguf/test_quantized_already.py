@@ -16,18 +16,18 @@ from loraformat_converters.gguf.blocks import dequantize
 from loraformat_converters.gguf.container import open_gguf
 from safetensors.torch import load_file
 
-from loraformat import quantization_history as past
+from loraformat.bundle.manifest_rules import parse_manifest
 from loraformat.card import Base, bundle_card
 from loraformat.cli import main
 from loraformat.demo import ADAPTERS
-from loraformat.manifest_rules import parse_manifest
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import describe
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.open import open_model
-from loraformat.ops.sharing.facts import bundle_facts
+from loraformat.model import quantization_history as past
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.model import describe
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.model import open_model
+from loraformat.ops.push.card_facts import bundle_facts
 from loraformat.ops.verify import verify
-from loraformat.reserved_names import MANIFEST_NAME
+from loraformat.storage.reserved_names import MANIFEST_NAME
 
 LORA = ADAPTERS["manual"]
 PROMPTS = [[0, *range(first, first + 10)] for first in range(100, 1100, 100)]

@@ -14,9 +14,9 @@ from loraformat_converters.gguf.scale_search import offset_codes, signed_codes
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 
-from loraformat import nf4
-from loraformat.ops.convert import convert
-from loraformat.publish_file import FilePublication
+from loraformat.nf4 import codec
+from loraformat.ops.convert.convert import convert
+from loraformat.storage.atomic_file import FilePublication
 
 SEARCHED = [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1]
 SHAPE = (128, 1024)
@@ -27,8 +27,8 @@ def read(stored, kind, shape=SHAPE):
 
 
 def in_nf4(weight, block_size=64, double_quant=True):
-    codes = nf4.quantize(weight, block_size=block_size, double_quant=double_quant)
-    return nf4.dequantize(codes, dtype=torch.float32).view(weight.shape)
+    codes = codec.quantize(weight, block_size=block_size, double_quant=double_quant)
+    return codec.dequantize(codes, dtype=torch.float32).view(weight.shape)
 
 
 def sources():

@@ -18,7 +18,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from test_tokenizers_spm import ROWS, mixtures
 
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 #: SentencePiece knows no special tokens in a text, and cuts it at NUL.
 PLAIN = [text for text in TEXTS + mixtures() if "<s>" not in text and "|>" not in text

@@ -13,7 +13,7 @@ from test_tokenizers_wordpiece import trained as wordpiece
 from tokenizers import Tokenizer, processors
 
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 GPT2 = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|start|>", "eos_token": "<|end|>",
         "unk_token": "<|end|>"}  # fmt: skip

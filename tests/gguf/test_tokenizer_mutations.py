@@ -20,9 +20,9 @@ from test_tokenizers_wordpiece import CONFIG
 from test_tokenizers_wordpiece import trained as wordpiece
 from tokenizers import Tokenizer
 
-from loraformat.checkpoint import CarriedFile, Checkpoint, Provenance
 from loraformat.errors import InputError
-from loraformat.ops.convert import convert
+from loraformat.model.checkpoint import CarriedFile, Checkpoint, Provenance
+from loraformat.ops.convert.convert import convert
 
 STRANGE = [
     None, True, False, 0, -1, 10**30, 1.5, "", "x", "▁", "\x00", "\ud800", [], {}, [[]], [None],

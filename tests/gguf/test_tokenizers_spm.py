@@ -15,7 +15,7 @@ from made_spm import add, pieces, tokenizer_json, trained, write
 from made_tokenizers import TEXTS, compare, ids, model_of
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 ROWS = 720
 SPECIAL = {

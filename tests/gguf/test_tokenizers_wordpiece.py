@@ -12,7 +12,7 @@ from made_tokenizers import CORPUS, TEXTS, compare, ids, model_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from loraformat.errors import UnsupportedError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 ROWS = 640
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]"]

@@ -11,11 +11,11 @@ from llama_runtime import complete
 from loraformat_converters.gguf.container import open_gguf
 from loraformat_converters.gguf.tokenizers.turn_ends import turn_end_keys
 
-from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.demo import ADAPTERS, SMALL_MODEL
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
-from loraformat.testing import carried
+from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.testing.models import carried
 
 PROMPT = list(range(300, 312))
 KEYS = gguf.Keys.Tokenizer

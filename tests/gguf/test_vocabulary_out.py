@@ -15,8 +15,8 @@ from loraformat_converters.gguf.container import open_gguf
 from loraformat_converters.gguf.types import ValueType
 
 from loraformat.errors import UnsupportedError
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 
 ROWS = 2048
 TARGETS = {"llama": ["q_proj", "up_proj"], "gemma3_text": ["q_proj"], "gpt2": ["c_attn"],

@@ -20,7 +20,7 @@ from loraformat_converters.gguf.writing import PlannedTensor, WrittenGGUF, write
 from peer_files import tiny_llama, write_peer_base
 
 from loraformat.errors import InputError
-from loraformat.publish_file import FilePublication
+from loraformat.storage.atomic_file import FilePublication
 
 
 def write(path, metadata, tensors, **options) -> WrittenGGUF:
@@ -206,7 +206,7 @@ def test_values_that_do_not_fit_their_type(kind, value):
 _WRITE_LARGE = """
 import sys
 from pathlib import Path
-from loraformat.publish_file import FilePublication
+from loraformat.storage.atomic_file import FilePublication
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 

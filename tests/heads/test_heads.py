@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraformat import tied_head
-from loraformat.ops.check.verb import check
-from loraformat.ops.convert import convert
-from loraformat.ops.extract.verb import ExtractOptions, extract
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.open import open_model
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.model import tied_head
+from loraformat.ops.check.check import check
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.extract.extract import ExtractOptions, extract
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.model import open_model
+from loraformat.ops.unmerge.unmerge import unmerge
 from tests.heads.models import IDS, KINDS, adapter, flags, logits, make, opened
 
 FORMATS = ("safetensors", "loraformat", "bitsandbytes")
@@ -203,7 +203,7 @@ def test_the_trainer_computes_with_the_file_s_head(base, tmp_path, monkeypatch, 
     from loraformat.train import load
 
     if old:  # a bundle of earlier times, with the source's config
-        monkeypatch.setattr("loraformat.ops.convert.settled", lambda model: (model, []))
+        monkeypatch.setattr("loraformat.ops.convert.convert.settled", lambda model: (model, []))
     convert(base("llama", head), tmp_path / "bundle")
     assert flags(tmp_path / "bundle") == [old or head != "other"]
     convert(tmp_path / "bundle", tmp_path / "dense", to_format="safetensors", dtype="f32")

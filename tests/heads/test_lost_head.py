@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from loraformat.errors import InputError
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.open import open_model
-from loraformat.tied_head import refuse_lost_head
+from loraformat.model.tied_head import refuse_lost_head
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.model import open_model
 from tests.heads.models import IDS, adapter, logits, make, opened
 
 
@@ -59,7 +59,7 @@ def test_no_merge_writes_one(lost, tmp_path, options):
 
 def test_a_bundle_that_an_older_version_wrote_is_not_written_on(lost, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("loraformat.ops.convert.refuse_lost_head", lambda model: None)
+        patch.setattr("loraformat.ops.convert.convert.refuse_lost_head", lambda model: None)
         convert(lost / "base", tmp_path / "bundle")
     refusal(lambda: convert(tmp_path / "bundle", tmp_path / "out", to_format="safetensors"))
     refusal(

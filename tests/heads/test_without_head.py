@@ -10,19 +10,19 @@ import transformers
 from loraformat_converters.gguf.container import open_gguf
 from transformers import AutoModelForCausalLM
 
-from loraformat.bundle_update import read_manifest
+from loraformat.bundle.update import read_manifest
 from loraformat.card import Base, bundle_card
 from loraformat.cli import main
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.model_reader import peek_config
-from loraformat.ops.check.verb import check
+from loraformat.ops.check.check import check
 from loraformat.ops.check.write import write_usage
-from loraformat.ops.convert import convert
-from loraformat.ops.describe import describe
-from loraformat.ops.extract.verb import ExtractOptions, extract
-from loraformat.ops.merge.verb import merge
-from loraformat.ops.sharing.facts import bundle_facts
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.extract.extract import ExtractOptions, extract
+from loraformat.ops.info.model import describe
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.push.card_facts import bundle_facts
 from loraformat.ops.verify import verify
+from loraformat.shards.read_directory import peek_config
 from tests.gguf.llama_runtime import embeddings
 from tests.heads.embedders import (
     CASES,

@@ -9,10 +9,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from loraformat.checkpoint import NF4Parts, NF4Tensor
+from loraformat.bundle.integrity import verify_bundle
+from loraformat.bundle.reader import open_bundle
 from loraformat.errors import FormatError, InputError
-from loraformat.integrity import verify_bundle
-from loraformat.reader import open_bundle
+from loraformat.model.checkpoint import NF4Parts, NF4Tensor
 
 ROOT = Path(__file__).parents[2]
 VALID = ROOT / "spec" / "vectors" / "valid"

@@ -29,10 +29,11 @@ from bundles import (
     write,
 )
 
-from loraformat import header, strict_json
+from loraformat.bundle.reader import open_bundle
 from loraformat.errors import FormatError, InputError
-from loraformat.quant_state import parse_quant_state
-from loraformat.reader import open_bundle
+from loraformat.nf4.quant_state import parse_quant_state
+from loraformat.storage import strict_json
+from loraformat.tensors import header
 
 Spoil = Callable[[Path], Any]
 _POSIX = pytest.mark.skipif(os.name != "posix", reason="needs links and FIFOs")
@@ -330,7 +331,7 @@ def test_huge_sparse_shard_within_a_small_address_space(tmp_path: Path) -> None:
     os.truncate(path / SHARD, 100_000_000)
     program = (
         "import numpy, resource, sys; from pathlib import Path\n"
-        "from loraformat.integrity import verify_bundle\n"
+        "from loraformat.bundle.integrity import verify_bundle\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 450_000_000,) * 2)\n"
         "print(verify_bundle(Path(sys.argv[1]))[0].rule)\n"

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from loraformat.demo import ADAPTERS, SMALL_MODEL
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tests.conftest import environment
 from tests.hub import forked
 from tests.hub.fake_hub import COMMIT, TOKEN, Repository, files_of, serve

@@ -7,8 +7,10 @@ import torch
 import yaml
 
 from loraformat import plugins
-from loraformat.ops import describe, verify
-from loraformat.ops.sharing import pull, push
+from loraformat.ops import verify
+from loraformat.ops.info import model as describe
+from loraformat.ops.pull import pull
+from loraformat.ops.push import push
 
 __all__ = ["describe", "fsspec", "httpx2", "pull", "push", "safetensors", "torch", "verify", "yaml"]
 

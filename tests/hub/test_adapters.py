@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import save_file
 
 from loraformat.demo import SMALL_MODEL
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tests.hub.conftest import BASE_COMMIT, Repository, files_of
 
 

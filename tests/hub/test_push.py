@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraformat.demo import SMALL_MODEL
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tests.hub.conftest import PEFT, files_of, published
 
 

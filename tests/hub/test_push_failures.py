@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tests.hub.conftest import TOKEN, files_of, published
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 from loraformat.demo import SMALL_MODEL
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.ops.reduce import Reduction, reduce
 from tests.hub.conftest import PEFT, published
 

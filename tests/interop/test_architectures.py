@@ -6,7 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 # NF4 weights, of 2 layers each: attention and MLP, fused in phi3 and gpt2, without experts in MoE.
 QUANTIZED = {

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "mixtral"])

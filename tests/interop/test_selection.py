@@ -6,7 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 CASES = {
     "one kind": ("llama", ["*.down_proj"], [], 12),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 ARCHITECTURES = ["llama", "llama-tied", "qwen2", "gemma2", "gemma3", "phi3", "gpt2", "mixtral"]
 CONFIG = ("config.json", "generation_config.json")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loraformat import kernels, nf4
+from loraformat.nf4 import codec, kernels
 
 TINY = 1e-38
 
@@ -42,7 +42,7 @@ def codes(x, block_size):
     s, absmax = normalize(x.flatten().float(), block_size)
     if x.numel() % block_size:
         absmax[-1].clamp_(min=TINY)
-    return torch.bucketize(s, midpoints(nf4.levels())), absmax
+    return torch.bucketize(s, midpoints(codec.levels())), absmax
 
 
 def pack(code):
@@ -54,20 +54,20 @@ def pack(code):
 def nested(absmax, offset):
     """-> 8-bit codes, nested absmax."""
     s, largest = normalize(absmax - torch.tensor(offset), 256)
-    return torch.bucketize(s, midpoints(nf4.nested_map())).to(torch.uint8), largest
+    return torch.bucketize(s, midpoints(codec.nested_map())).to(torch.uint8), largest
 
 
 def decode_scales(q):
     if q.nested_absmax is None:
         return q.absmax
     outer = q.nested_absmax.repeat_interleave(256)[: q.blocks]
-    return nf4.nested_map()[q.absmax.long()] * outer + torch.tensor(q.nested_offset)
+    return codec.nested_map()[q.absmax.long()] * outer + torch.tensor(q.nested_offset)
 
 
 def decode(q, dtype=torch.float32):
     code = torch.stack([q.packed >> 4, q.packed & 15], 1).flatten()[: q.count].long()
     scales = decode_scales(q).repeat_interleave(q.block_size)[: q.count]
-    return (nf4.levels()[code] * scales).to(dtype)
+    return (codec.levels()[code] * scales).to(dtype)
 
 
 @pytest.fixture

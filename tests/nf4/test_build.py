@@ -26,8 +26,8 @@ path = "hatch_build.py"
 """
 PROGRAM = """\
 import torch
-from loraformat import kernels, nf4
-q = nf4.quantize(torch.linspace(-1, 1, 1000))
+from loraformat.nf4 import kernels, codec
+q = codec.quantize(torch.linspace(-1, 1, 1000))
 print(kernels.active().name, sum(q.packed.tolist()), kernels.__file__)
 """
 
@@ -83,7 +83,7 @@ def test_wheel_without_a_compiler(tree, tmp_path, compiler):
     assert wheel.name == "loraformat-0-py3-none-any.whl"
     assert said.count("not compiled, the torch fallback will be used") == 1
     names = zipfile.ZipFile(wheel).namelist()
-    assert "loraformat/kernels/nf4.c" in names
+    assert "loraformat/nf4/kernels/nf4.c" in names
     assert not [name for name in names if name.endswith((".so", ".dylib", ".dll"))]
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     assert imported(tmp_path / "site")[0] == "torch"
@@ -104,7 +104,8 @@ def test_source_distribution_carries_the_c_files_only(tree):
     with tarfile.open(archive) as opened:
         names = [name.split("/", 1)[1] for name in opened.getnames()]
     assert "not compiled" not in said, "nothing is compiled for an sdist"
-    assert {"hatch_build.py", "loraformat/kernels/nf4.c", "loraformat/kernels/nf4.h"} <= set(names)
+    kernels = {"loraformat/nf4/kernels/nf4.c", "loraformat/nf4/kernels/nf4.h"}
+    assert {"hatch_build.py", *kernels} <= set(names)
     assert not [name for name in names if name.endswith(".so")]
 
 
@@ -123,8 +124,10 @@ def test_editable_install_finds_the_library_in_the_checkout(tree, tmp_path):
 def test_in_place(tree):
     command = [sys.executable, "hatch_build.py"]
     subprocess.run(command, cwd=tree, check=True)
-    assert list((tree / "loraformat" / "kernels").glob("_nf4.*"))
+    assert list((tree / "loraformat" / "nf4" / "kernels").glob("_nf4.*"))
     failing = os.environ | {"CC": "/bin/false"}
     done = subprocess.run(command, cwd=tree, env=failing, capture_output=True, text=True)
     assert done.returncode == 1 and "the C compiler failed (1)" in done.stderr
-    assert not list((tree / "loraformat" / "kernels").glob("_nf4.*")), "a stale library is removed"
+    assert not list((tree / "loraformat" / "nf4" / "kernels").glob("_nf4.*")), (
+        "a stale library is removed"
+    )

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraformat import kernels, nf4
 from loraformat.errors import UsageError
-from loraformat.kernels import native, threads
+from loraformat.nf4 import codec, kernels
+from loraformat.nf4.kernels import native, threads
 
 HERE = Path(__file__).parent
 SOURCES = Path(kernels.__file__).parent
-PROGRAM = "from loraformat import kernels; print(kernels.active().name)"
+PROGRAM = "from loraformat.nf4 import kernels; print(kernels.active().name)"
 
 
 def run(choice, program=PROGRAM):
@@ -53,7 +53,7 @@ def test_a_kernel_keeps_its_tables():
     rubbish = [bytearray(40_000) for _ in range(100)]  # where the tables may have been
     packed, absmax = torch.empty(32, dtype=torch.uint8), torch.empty(1)
     assert kernel.quantize(other, 64, packed, absmax)
-    assert rubbish and torch.equal(packed, nf4.quantize(other).packed)
+    assert rubbish and torch.equal(packed, codec.quantize(other).packed)
 
 
 @pytest.mark.parametrize("choice", ["auto", "c", ""])
@@ -126,17 +126,17 @@ def test_the_error_of_a_piece_comes_out(bad):
 def test_default_dtype_and_device_are_not_those_of_kernels(choice):
     """In a process of its own: tables are made once."""
     program = (
-        "import torch\nfrom loraformat import nf4\n"
-        "decode, decode_rows = nf4.dequantize, nf4.dequantize_rows\n"
+        "import torch\nfrom loraformat.nf4 import codec\n"
+        "decode, decode_rows = codec.dequantize, codec.dequantize_rows\n"
         "x = torch.linspace(-1, 1, 9001)\ntorch.set_default_dtype(torch.float64)\n"
         "with torch.device('meta'):\n"
-        "    q = nf4.quantize(x)\n    out = [x.new_empty(3, 33) for _ in 'ab']\n"
+        "    q = codec.quantize(x)\n    out = [x.new_empty(3, 33) for _ in 'ab']\n"
         "    a = decode(q, start=5), q.scales(), decode_rows(q, out.pop(), stride=300)\n"
-        "    error = nf4.quantization_error(x, q)\n"
+        "    error = codec.quantization_error(x, q)\n"
         "torch.set_default_dtype(torch.float32)\n"
         "b = decode(q, start=5), q.scales(), decode_rows(q, out.pop(), stride=300)\n"
-        "assert all(map(torch.equal, a, b)) and error == nf4.quantization_error(x, q)\n"
-        "print(q.packed.sum().item() == nf4.quantize(x).packed.sum().item())"
+        "assert all(map(torch.equal, a, b)) and error == codec.quantization_error(x, q)\n"
+        "print(q.packed.sum().item() == codec.quantize(x).packed.sum().item())"
     )
     done = run(choice, program)
     assert done.stdout.split() == ["True"], done.stderr
@@ -152,7 +152,7 @@ def test_threads_are_as_many_as_work_at_once(monkeypatch):
 
 def test_a_piece_may_have_pieces():
     program = (
-        "from loraformat.kernels.threads import run\nfound = []\n"
+        "from loraformat.nf4.kernels.threads import run\nfound = []\n"
         "inner = lambda start, stop: found.append(start)\n"
         "run(lambda start, stop: run(inner, 9, 1, 3), 60, 1, 3)\n"
         "print(len(found), sum(found))"
@@ -229,11 +229,11 @@ def torch_threads():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 def test_a_forked_child_has_its_own_threads():
     program = (
-        "import os, torch\nfrom loraformat import nf4\n"
+        "import os, torch\nfrom loraformat.nf4 import codec\n"
         "torch.set_num_threads(1)\n"  # OpenMP itself does not survive a fork
         "x = torch.randn(1 << 20)\n"
-        "a = nf4.quantize(x, threads=4)\npid = os.fork()\n"
-        "same = torch.equal(nf4.quantize(x, threads=4).packed, a.packed)\n"
+        "a = codec.quantize(x, threads=4)\npid = os.fork()\n"
+        "same = torch.equal(codec.quantize(x, threads=4).packed, a.packed)\n"
         "if not pid: os._exit(0 if same else 1)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), same)"
     )
@@ -275,13 +275,13 @@ def test_instruction_sets_agree_with_scalar_code(machine, tmp_path):
 def test_torch_in_one_thread_takes_larger_steps(monkeypatch, formula, same, normal):
     monkeypatch.setenv(kernels.VARIABLE, "torch")
     x = normal(300_007)
-    many, before = nf4.quantize(x), torch.get_num_threads()
-    error = nf4.quantization_error(x, many)
+    many, before = codec.quantize(x), torch.get_num_threads()
+    error = codec.quantization_error(x, many)
     torch.set_num_threads(1)
     try:
-        one = nf4.quantize(x)
-        same(nf4.dequantize(one, start=5), formula.decode(many, torch.bfloat16)[5:])
-        assert nf4.quantization_error(x, one) == error
+        one = codec.quantize(x)
+        same(codec.dequantize(one, start=5), formula.decode(many, torch.bfloat16)[5:])
+        assert codec.quantization_error(x, one) == error
     finally:
         torch.set_num_threads(before)
     same(one.packed, many.packed)
@@ -293,9 +293,9 @@ def test_a_worker_thread_may_call(normal):
     from concurrent.futures import ThreadPoolExecutor
 
     x = normal(600_000)
-    expected = nf4.quantize(x).packed
+    expected = codec.quantize(x).packed
     with ThreadPoolExecutor(4) as pool:
-        for got in pool.map(lambda _: nf4.quantize(x, threads=3).packed, range(8)):
+        for got in pool.map(lambda _: codec.quantize(x, threads=3).packed, range(8)):
             assert torch.equal(got, expected)
 
 
@@ -304,7 +304,7 @@ def test_the_fallback_leaves_torch_threads_as_they_are(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        nf4.quantize(torch.randn(1 << 20), threads=3)
+        codec.quantize(torch.randn(1 << 20), threads=3)
         seen = []
         fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         fresh.start()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from loraformat import kernels, nf4
 from loraformat.errors import UsageError
+from loraformat.nf4 import codec, kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -17,14 +17,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def test_products(kernel, normal, shape, vectors, block_size, double_quant, dtype):
     rows, columns = shape
     before = 3 * columns // 2  # of another matrix, as in a stack of experts
-    q = nf4.quantize(
+    q = codec.quantize(
         normal(before + rows * columns), block_size=block_size, double_quant=double_quant
     )
-    whole = nf4.dequantize(q, dtype=dtype)[before:].view(shape)
+    whole = codec.dequantize(q, dtype=dtype)[before:].view(shape)
     x = normal(vectors, columns)
     wide = torch.full((vectors, rows + 2), 7.0)
     out = wide[:, 1:-1]
-    assert nf4.multiply_rows(q, x, out, start=before, dtype=dtype) is out
+    assert codec.multiply_rows(q, x, out, start=before, dtype=dtype) is out
     exact = x.double() @ whole.double().T
     size = x.double().abs() @ whole.double().abs().T
     assert ((out - exact).abs() <= 2e-7 * size * columns**0.5 + 1e-30).all()
@@ -33,18 +33,18 @@ def test_products(kernel, normal, shape, vectors, block_size, double_quant, dtyp
 
 @pytest.mark.parametrize("columns", [64, 96, 4160, 77])
 def test_compiled_kernels_have_the_same_bits(monkeypatch, normal, columns):
-    q, x, found = nf4.quantize(normal(40 * columns)), normal(5, columns), []
+    q, x, found = codec.quantize(normal(40 * columns)), normal(5, columns), []
     for name in kernels.available()[1:]:
         monkeypatch.setenv(kernels.VARIABLE, name)
-        found.append(nf4.multiply_rows(q, x, torch.empty(5, 40), dtype=torch.bfloat16))
+        found.append(codec.multiply_rows(q, x, torch.empty(5, 40), dtype=torch.bfloat16))
     assert len(found) > 0 and all(torch.equal(found[0], other) for other in found)
 
 
 def test_nothing_to_multiply(kernel, normal):
-    q = nf4.quantize(normal(128))
-    assert nf4.multiply_rows(q, torch.empty(0, 64), torch.empty(0, 2)).shape == (0, 2)
-    assert nf4.multiply_rows(q, torch.ones(3, 64), torch.empty(3, 0)).shape == (3, 0)
-    assert nf4.multiply_rows(q, torch.empty(3, 0), torch.ones(3, 2)).tolist() == [[0, 0]] * 3
+    q = codec.quantize(normal(128))
+    assert codec.multiply_rows(q, torch.empty(0, 64), torch.empty(0, 2)).shape == (0, 2)
+    assert codec.multiply_rows(q, torch.ones(3, 64), torch.empty(3, 0)).shape == (3, 0)
+    assert codec.multiply_rows(q, torch.empty(3, 0), torch.ones(3, 2)).tolist() == [[0, 0]] * 3
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_nothing_to_multiply(kernel, normal):
 )
 def test_what_does_not_fit(normal, x, out, options, message):
     with pytest.raises(UsageError, match=message):
-        nf4.multiply_rows(nf4.quantize(normal(128)), x, out, **options)
+        codec.multiply_rows(codec.quantize(normal(128)), x, out, **options)

@@ -4,8 +4,8 @@ import hashlib
 
 import torch
 
-from loraformat import nf4
-from loraformat.kernels.tables import tables
+from loraformat.nf4 import codec
+from loraformat.nf4.kernels.tables import tables
 
 # SHA-256 of the little-endian bytes of bitsandbytes 0.50.2's quant_map and nested_quant_map.
 LEVELS = "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"
@@ -17,19 +17,19 @@ def sha256(values):
 
 
 def test_bits_are_those_of_checkpoints():
-    assert sha256(nf4.levels()) == LEVELS
-    assert sha256(nf4.nested_map()) == NESTED
+    assert sha256(codec.levels()) == LEVELS
+    assert sha256(codec.nested_map()) == NESTED
 
 
 def test_bits_are_those_of_bitsandbytes():
     import bitsandbytes.functional as bnb
 
-    assert torch.equal(nf4.levels(), bnb.get_4bit_type("nf4", device="cpu").float())
-    assert torch.equal(nf4.nested_map(), bnb.create_dynamic_map().float())
+    assert torch.equal(codec.levels(), bnb.get_4bit_type("nf4", device="cpu").float())
+    assert torch.equal(codec.nested_map(), bnb.create_dynamic_map().float())
 
 
 def test_thresholds_are_midpoints():
-    middle = (nf4.levels()[:-1] + nf4.levels()[1:]) / 2
+    middle = (codec.levels()[:-1] + codec.levels()[1:]) / 2
     assert torch.equal(tables().thresholds[:15], middle)
     assert tables().thresholds[15] == torch.inf
 
@@ -52,13 +52,13 @@ def test_leading_bits_leave_at_most_one_bound():
 
 
 def test_public_tables_are_copies():
-    nf4.levels().zero_()
-    assert nf4.levels()[0] == -1
+    codec.levels().zero_()
+    assert codec.levels()[0] == -1
 
 
 def test_bits_per_weight():
-    assert nf4.bits_per_weight() == 4 + 8 / 64 + 32 / (64 * 256)
-    assert nf4.bits_per_weight(32, double_quant=False) == 5.0
-    q = nf4.quantize(torch.zeros(1 << 20))
+    assert codec.bits_per_weight() == 4 + 8 / 64 + 32 / (64 * 256)
+    assert codec.bits_per_weight(32, double_quant=False) == 5.0
+    q = codec.quantize(torch.zeros(1 << 20))
     stored = q.packed.nbytes + q.absmax.nbytes + q.nested_absmax.nbytes
-    assert 8 * stored / q.count == nf4.bits_per_weight()
+    assert 8 * stored / q.count == codec.bits_per_weight()

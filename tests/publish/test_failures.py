@@ -12,7 +12,7 @@ from collections import namedtuple
 import pytest
 
 from loraformat.errors import FileChangedError, LoraFormatError, OutputError, ResourceError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tools.crash import steps, write_model
 
 LIMIT = 60_000

@@ -13,7 +13,7 @@ MB = 1_000_000
 CHILD = """
 import json, sys, threading, time
 from pathlib import Path
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 small, large, to_format = map(str, sys.argv[1:])
 

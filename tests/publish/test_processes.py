@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from loraformat.errors import OutputError
-from loraformat.ops.convert import convert
-from loraformat.publish import Publication
+from loraformat.ops.convert.convert import convert
+from loraformat.storage.atomic_output import Publication
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 20_000
@@ -22,7 +22,7 @@ LIMIT = 20_000
 STUCK = """
 import sys, time
 from loraformat.cli import main
-from loraformat.ops import convert as module
+from loraformat.ops.convert import convert as module
 
 class Stuck(module._Counter):
     seen = 0

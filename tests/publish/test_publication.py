@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from loraformat import exchange, publish
 from loraformat.errors import OutputError, ResourceError
-from loraformat.publish import Publication
+from loraformat.storage import atomic_output, atomic_swap
+from loraformat.storage.atomic_output import Publication
 
 
 def fill(publication, name="model.safetensors", data=b"new"):
@@ -87,7 +87,7 @@ def test_an_existing_output_is_refused_and_untouched(tmp_path):
 @pytest.mark.parametrize("fallback", [False, True])
 def test_force_replaces_the_whole_directory(tmp_path, monkeypatch, fallback):
     if fallback:  # as on a file system that cannot exchange
-        monkeypatch.setattr(exchange, "_exchange_at_once", cannot)
+        monkeypatch.setattr(atomic_swap, "_exchange_at_once", cannot)
     target = make(tmp_path / "out", model="old", another="old")
     with Publication(target, plan="p", force=True) as publication:
         fill(publication)
@@ -113,10 +113,10 @@ def test_a_failed_exchange_puts_the_old_output_back(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "no")
         rename(source, target)
 
-    monkeypatch.setattr(exchange, "_exchange_at_once", cannot)
+    monkeypatch.setattr(atomic_swap, "_exchange_at_once", cannot)
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(OSError, match="no"):
-        exchange.exchange_directories(one, other)
+        atomic_swap.exchange_directories(one, other)
     assert ((one / "a.safetensors").read_text(), (other / "a.safetensors").read_text()) == (
         "1",
         "2",
@@ -125,7 +125,7 @@ def test_a_failed_exchange_puts_the_old_output_back(tmp_path, monkeypatch):
 
 def test_other_errors_of_the_exchange_are_not_worked_around(tmp_path):
     with pytest.raises(FileNotFoundError):
-        exchange.exchange_directories(tmp_path / "a", tmp_path / "b")
+        atomic_swap.exchange_directories(tmp_path / "a", tmp_path / "b")
 
 
 def test_an_output_that_a_killed_exchange_put_aside_comes_back(tmp_path):
@@ -379,8 +379,8 @@ def test_file_systems_that_cannot_sync_a_directory_are_tolerated(tmp_path, monke
 
 
 def test_check_space(tmp_path, monkeypatch):
-    usage = publish.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = atomic_output.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(atomic_output.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with Publication(tmp_path / "out", plan="p") as publication:
         publication.check_space(900)
         with pytest.raises(ResourceError, match=r"needs 0\.0 MB, and the disk has 0\.0 MB free"):

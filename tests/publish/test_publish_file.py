@@ -9,10 +9,11 @@ import stat
 
 import pytest
 
-from loraformat import plugins, publish_file
+from loraformat import plugins
 from loraformat.errors import LoraFormatError, OutputError, UsageError
-from loraformat.publish import Publication
-from loraformat.publish_file import FilePublication, open_publication
+from loraformat.storage import atomic_file
+from loraformat.storage.atomic_file import FilePublication, open_publication
+from loraformat.storage.atomic_output import Publication
 from tools.crash import steps
 
 
@@ -134,7 +135,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch)
         publication.commit()
     assert target.read_bytes() == b"theirs"
     target.unlink()
-    monkeypatch.setattr(publish_file, "refuse_existing_file", lambda target, force: None)
+    monkeypatch.setattr(atomic_file, "refuse_existing_file", lambda target, force: None)
     with (
         pytest.raises(OutputError, match="has appeared meanwhile"),
         FilePublication(target, plan="p") as publication,

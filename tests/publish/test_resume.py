@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loraformat import writer
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
+from loraformat.shards import writer
 
 LIMIT = 6_000
 

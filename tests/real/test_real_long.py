@@ -13,14 +13,14 @@ import pytest
 import torch
 import transformers
 
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 from loraformat.train import load
 from loraformat.train.data.dataset import open_data
 from loraformat.train.loop.metrics import read_metrics
-from loraformat.train.run.compare import evaluate
+from loraformat.train.run.evaluate import evaluate
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.verb import train
+from loraformat.train.run.train import train
 from tests.real.comparing import (
     apart,
     by_llama_cpp,

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tests.real.comparing import (
     apart,
     apply_template,

@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import loraformat.demo
 from loraformat.errors import LoraFormatError
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.extract.extract import extract
 from loraformat.ops.extract.options import ExtractOptions
-from loraformat.ops.extract.verb import extract
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
 from tests.real.peers import commands, follow, peer_module, start
 
 pytestmark = pytest.mark.real

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loraformat.errors import UnsupportedError, UsageError
-from loraformat.ops.adapters import open_adapter
+from loraformat.ops.check.check import check
 from loraformat.ops.check.fix import fix
-from loraformat.ops.check.verb import check
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.runtimes.known import RUNTIMES
 
 FIXABLE = [

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loraformat.cli import main
-from loraformat.ops.check.verb import check
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.check.check import check
+from loraformat.ops.merge.merge import merge
 
 WEIGHTS = "adapter_model.safetensors"
 TEXT = "model.layers."

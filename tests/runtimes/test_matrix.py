@@ -8,7 +8,7 @@ import shutil
 import features
 import pytest
 
-from loraformat.ops.check.verb import check
+from loraformat.ops.check.check import check
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.rules import RULES
 

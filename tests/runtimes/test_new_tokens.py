@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from loraformat.cli import main
-from loraformat.ops.check.verb import check
+from loraformat.ops.check.check import check
 from tests.adapters.vocabularies import FORMS, ROWS, adapter
 
 SAVINGS = [None, {"save_embedding_layers": False}]

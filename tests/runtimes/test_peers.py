@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tiny_models import MODELS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loraformat.ops.check.verb import check, examine
-from loraformat.ops.convert import convert
+from loraformat.ops.check.check import check, examine
+from loraformat.ops.convert.convert import convert
 from loraformat.runtimes.architectures import gguf_architecture
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.scaling import by_file_alpha

@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 
-from loraformat.carried_tokenizer import CarriedTokenizer
-from loraformat.checkpoint import CarriedFile
 from loraformat.demo import SMALL_MODEL
 from loraformat.errors import InputError
+from loraformat.model.checkpoint import CarriedFile
+from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.ops.check.check import check
 from loraformat.ops.check.prompts import template_change, tokenizer_change
-from loraformat.ops.check.verb import check
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 
 def carried(**files):

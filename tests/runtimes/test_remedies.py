@@ -13,9 +13,9 @@ from bases import make_base
 from features import FEATURES
 
 from loraformat.cli import main
+from loraformat.ops.check.check import check
 from loraformat.ops.check.fix import fix
-from loraformat.ops.check.verb import check
-from loraformat.ops.describe import describe
+from loraformat.ops.info.model import describe
 from loraformat.runtimes.rules import RULES
 
 #: Features that need no base of their own, and every command of theirs that is another.

@@ -8,7 +8,10 @@ from itertools import pairwise
 
 from vectors import INDEX, SPEC, VECTORS
 
-from loraformat import foreign_json, header, manifest_rules, quant_state, strict_json
+from loraformat.bundle import manifest_rules
+from loraformat.nf4 import quant_state
+from loraformat.storage import foreign_json, strict_json
+from loraformat.tensors import header
 
 TEXT = (SPEC / "loraformat-1.0.md").read_text("utf-8")
 SHARD = (VECTORS / "valid" / "nf4-odd-count" / "model-00001-of-00001.safetensors").read_bytes()

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from vectors import SPEC, VECTORS, load
 
-from loraformat import kernels
-from loraformat.adapter import Adapter, LoraDelta
-from loraformat.checkpoint import DenseTensor
 from loraformat.errors import FormatError
-from loraformat.folder import Folder
-from loraformat.mapped import MappedFile
-from loraformat.ops.unmerge.verb import unmerge
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import DenseTensor
+from loraformat.nf4 import kernels
+from loraformat.ops.unmerge.unmerge import unmerge
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
 
 UNDO = VECTORS / "undo"
 INDEX: dict[str, list[dict[str, Any]]] = json.loads((UNDO / "index.json").read_text("utf-8"))

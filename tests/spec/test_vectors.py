@@ -25,10 +25,10 @@ from vectors import (
     minireader_verdict,
 )
 
+from loraformat.bundle.integrity import verify_bundle
+from loraformat.bundle.manifest_rules import parse_manifest
+from loraformat.bundle.reader import open_bundle
 from loraformat.errors import FormatError
-from loraformat.integrity import verify_bundle
-from loraformat.manifest_rules import parse_manifest
-from loraformat.reader import open_bundle
 
 quantized = pytest.mark.parametrize("vector", QUANTIZED, ids=[v["name"] for v in QUANTIZED])
 
@@ -73,7 +73,7 @@ def test_fingerprint(vector: dict[str, Any]) -> None:
 
 @quantized
 def test_package_decodes_the_expected_values(vector: dict[str, Any]) -> None:
-    from loraformat.checkpoint import NF4Tensor
+    from loraformat.model.checkpoint import NF4Tensor
 
     with open_bundle(VECTORS / "valid" / vector["name"]) as bundle:
         for name, wanted in vector["dequantized"].items():
@@ -166,7 +166,7 @@ def test_our_quantizer_makes_the_vectors_bytes() -> None:
     """The encoder's advice: the package and the plain-Python encoder agree bit for bit."""
     import torch
 
-    from loraformat import nf4
+    from loraformat.nf4 import codec
 
     sys.path.insert(0, str(ROOT / "tools"))
     try:
@@ -183,7 +183,7 @@ def test_our_quantizer_makes_the_vectors_bytes() -> None:
         values = encoder.sample(shape, "encoder", "F32")
         weight = encoder.Weight(shape, values, "F32", block, double)
         parts = encoder.encode(weight)
-        ours = nf4.quantize(torch.tensor(values), block_size=block, double_quant=double)
+        ours = codec.quantize(torch.tensor(values), block_size=block, double_quant=double)
         assert _bytes(ours.packed) == parts[""][2]
         assert _bytes(ours.absmax) == parts[".absmax"][2]
         if double:

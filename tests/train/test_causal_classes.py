@@ -3,7 +3,7 @@
 import pytest
 
 from loraformat.errors import UnsupportedError, UsageError
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.merge.merge import merge
 from loraformat.train import LoraOptions, load
 from tests.adapters.moe_models import logits
 from tests.train import causal_models

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from loraformat.errors import UnsupportedError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.train import LoraOptions, load
 from tests.adapters import moe_models
 from tests.train.causal_models import REFUSED

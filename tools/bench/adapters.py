@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # run as a file, too
 
 from process import machine
 
-from loraformat import lora
-from loraformat.subspace import block_krylov
+from loraformat.algebra import lora
+from loraformat.algebra.subspace import block_krylov
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

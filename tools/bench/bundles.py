@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from shapes import Shape
 
-from loraformat import bundle
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Parts, Provenance
-from loraformat.layout import DEFAULT_SHARD_LIMIT
-from loraformat.ops.encode import QuantizationPolicy, quantized
+from loraformat.bundle import converter
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Parts, Provenance
+from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
 from loraformat.plugins import WriteOptions
-from loraformat.publish import Publication
+from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
+from loraformat.storage.atomic_output import Publication
 
 __all__ = ["write_bundle"]
 
@@ -49,7 +49,7 @@ def write_bundle(shape: Shape, target: Path) -> Path:
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with Publication(target, plan=shape.name) as publication:
-        bundle.write(model, publication, WriteOptions(DEFAULT_SHARD_LIMIT, lambda nbytes: None))
+        converter.write(model, publication, WriteOptions(DEFAULT_SHARD_LIMIT, lambda nbytes: None))
         publication.commit()
     return target
 

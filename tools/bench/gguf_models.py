@@ -34,8 +34,8 @@ from process import Cost, machine, median_cost, run_python
 from shapes import LLAMA_1B, write_model
 
 from loraformat.demo import SMALL_MODEL
-from loraformat.ops.convert import convert
-from loraformat.publish_file import open_publication
+from loraformat.ops.convert.convert import convert
+from loraformat.storage.atomic_file import open_publication
 
 _QUANTIZED_ROWS = 256
 

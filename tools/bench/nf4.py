@@ -26,8 +26,8 @@ sys.path.insert(0, os.fspath(Path(__file__).parent))
 
 from process import machine
 
-from loraformat import nf4
-from loraformat.kernels import VARIABLE, available
+from loraformat.nf4 import codec
+from loraformat.nf4.kernels import VARIABLE, available
 
 SHAPES = ((4096, 4096), (4096, 14336))
 DTYPES = (torch.bfloat16, torch.float32)
@@ -40,7 +40,7 @@ def forced(choice: str, work: Work) -> Work:
     Parameters
     ----------
     choice : str
-        One of `loraformat.kernels.CHOICES`.
+        One of `loraformat.nf4.kernels.CHOICES`.
     work : callable
         Without arguments.
 
@@ -79,7 +79,7 @@ def contenders(x: torch.Tensor, threads: int, choices: list[str]) -> dict[str, d
     """
     import bitsandbytes.functional as bnb
 
-    q = nf4.quantize(x)
+    q = codec.quantize(x)
     packed, state = bnb.quantize_4bit(x, compress_statistics=True, quant_type="nf4")
     out = torch.empty_like(x)
     scales, rows = q.scales(), torch.empty(256, x.shape[1])
@@ -87,14 +87,14 @@ def contenders(x: torch.Tensor, threads: int, choices: list[str]) -> dict[str, d
     def tiles() -> None:
         for start in range(0, x.numel(), rows.numel()):
             stop = start + rows.numel()
-            nf4.dequantize(q, out=rows, start=start, stop=stop, scales=scales, threads=threads)
+            codec.dequantize(q, out=rows, start=start, stop=stop, scales=scales, threads=threads)
 
     ours: dict[str, Work] = {
-        "quantize": lambda: nf4.quantize(x, threads=threads),
-        "dequantize": lambda: nf4.dequantize(q, out=out, threads=threads),
-        "dequantize, fresh output": lambda: nf4.dequantize(q, dtype=x.dtype, threads=threads),
+        "quantize": lambda: codec.quantize(x, threads=threads),
+        "dequantize": lambda: codec.dequantize(q, out=out, threads=threads),
+        "dequantize, fresh output": lambda: codec.dequantize(q, dtype=x.dtype, threads=threads),
         "float32 tiles of 256 rows": tiles,
-        "quantization error": lambda: nf4.quantization_error(x, q, threads=threads),
+        "quantization error": lambda: codec.quantization_error(x, q, threads=threads),
     }
     decode: Work = lambda: bnb.dequantize_4bit(packed, state)  # noqa: E731
     theirs: dict[str, Work] = {

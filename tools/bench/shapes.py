@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from loraformat.header import Entry, encode_header
+from loraformat.tensors.header import Entry, encode_header
 
 __all__ = ["LLAMA_1B", "LLAMA_8B", "LLAMA_70B", "Shape", "write_model"]
 

@@ -31,10 +31,10 @@ sys.path.insert(0, os.fspath(Path(__file__).parent))
 
 from process import machine
 
-from loraformat.fixed_point import merge_values, product
-from loraformat.interval_code import decode_tile, encode_tile
-from loraformat.kernels import VARIABLE, available
-from loraformat.ops.merge.tiling import tiles
+from loraformat.nf4.kernels import VARIABLE, available
+from loraformat.ops.merge.row_tiles import tiles
+from loraformat.undo.fixed_point import merge_values, product
+from loraformat.undo.interval_code import decode_tile, encode_tile
 
 _RANK, _RELATIVE = 16, 0.01
 _TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

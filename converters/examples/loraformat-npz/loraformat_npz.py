@@ -15,18 +15,19 @@ from typing import IO, Any
 
 import numpy
 
-from loraformat import config_json, strict_json
-from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance
-from loraformat.dtypes import ITEM_BYTES
 from loraformat.errors import InputError, printable
-from loraformat.folder import Folder
-from loraformat.header import is_clean_name
-from loraformat.model_directory import WrittenModel
+from loraformat.model import config_json
+from loraformat.model.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.publish import Publication
-from loraformat.records import FileRecord
-from loraformat.safe_paths import is_safe_path
-from loraformat.writer import WrittenShards
+from loraformat.shards.records import FileRecord
+from loraformat.shards.write_directory import WrittenModel
+from loraformat.shards.writer import WrittenShards
+from loraformat.storage import strict_json
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_paths import is_safe_path
+from loraformat.tensors.dtypes import ITEM_BYTES
+from loraformat.tensors.header import is_clean_name
 
 WEIGHTS, INDEX, CONFIG = "model.npz", "npz.json", config_json.CONFIG_NAME
 LONGEST_INDEX = 64 << 20

@@ -28,11 +28,11 @@ from loraformat.plugins import (
 )
 
 if TYPE_CHECKING:
-    from loraformat.adapter import Adapter
-    from loraformat.checkpoint import Checkpoint
-    from loraformat.model_directory import WrittenModel
-    from loraformat.publish import Publication
+    from loraformat.model.adapter import Adapter
+    from loraformat.model.checkpoint import Checkpoint
     from loraformat.runtimes.facts import AdapterFacts
+    from loraformat.shards.write_directory import WrittenModel
+    from loraformat.storage.atomic_output import Publication
 
 __all__ = ["CONVERTER", "LORA_CONVERTER"]
 

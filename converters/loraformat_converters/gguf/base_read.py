@@ -16,13 +16,19 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat import config_json
-from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance, tensor_view
-from loraformat.deferred import Deferred
-from loraformat.dtypes import TORCH_NAMES, torch_dtype
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
-from loraformat.quantization_history import from_text
-from loraformat.tied_head import HEAD, untied_config
+from loraformat.model import config_json
+from loraformat.model.checkpoint import (
+    CarriedFile,
+    Checkpoint,
+    DenseTensor,
+    Provenance,
+    tensor_view,
+)
+from loraformat.model.quantization_history import from_text
+from loraformat.model.tied_head import HEAD, untied_config
+from loraformat.tensors.dtypes import TORCH_NAMES, torch_dtype
+from loraformat.tensors.lazy_sequence import Deferred
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Architecture,
@@ -195,7 +201,7 @@ class _Source:
         """Compute the tensor into one buffer, a tile of rows at a time where rows stay near."""
         import torch
 
-        from loraformat.kernels.threads import run
+        from loraformat.nf4.kernels.threads import run
 
         transform, rows = self.recipe.transform, shape[0]
         heads = transform.heads if isinstance(transform, HeadOrder) else rows

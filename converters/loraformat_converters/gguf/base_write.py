@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraformat import config_json
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.model_directory import WrittenModel
+from loraformat.model import config_json
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.plugins import Forecast
-from loraformat.records import FileRecord
-from loraformat.writer import WrittenShards
+from loraformat.shards.records import FileRecord
+from loraformat.shards.write_directory import WrittenModel
+from loraformat.shards.writer import WrittenShards
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Config,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from loraformat.plugins import WriteOptions
-    from loraformat.publish import Publication
+    from loraformat.storage.atomic_output import Publication
 
 __all__ = ["forecast", "write"]
 

@@ -99,7 +99,7 @@ def dequantize(
     kind = _foreign_type(type, name)
     from gguf import quants
 
-    from loraformat.kernels.threads import run
+    from loraformat.nf4.kernels.threads import run
 
     rows, length = prod(shape[:-1]), shape[-1]
     stored = numpy.frombuffer(view, dtype=numpy.uint8).reshape(rows, type.row_bytes(length))
@@ -114,7 +114,7 @@ def dequantize(
 
 
 def _plain(view: memoryview, type: GGMLType) -> torch.Tensor:
-    from loraformat.checkpoint import tensor_view
+    from loraformat.model.checkpoint import tensor_view
 
     return tensor_view(view, type.name)
 
@@ -181,7 +181,7 @@ def quantized_tiles(
     """
     import torch
 
-    from loraformat.kernels.threads import run
+    from loraformat.nf4.kernels.threads import run
 
     if type not in QUANTIZABLE:
         wanted = ", ".join(sorted(kind.name for kind in QUANTIZABLE))

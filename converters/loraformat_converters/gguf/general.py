@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from loraformat.checkpoint import Checkpoint
-from loraformat.folder import Folder
-from loraformat.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
-from loraformat.quantization_history import to_text
-from loraformat.reserved_names import MANIFEST_NAME
+from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.quantization_history import to_text
+from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.storage.safe_directory import Folder
 from loraformat_converters.gguf.model_card import card_keys, model_name
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
@@ -28,7 +28,7 @@ CONFIG_KEY = "loraformat.config"
 GENERATION_KEY = "loraformat.generation_config"
 #: Of the bundle that a base was made of.
 FINGERPRINT_KEY = "loraformat.base.fingerprint"
-#: How the numbers were quantized before they came here, see `loraformat.quantization_history`.
+#: How the numbers were quantized before, see `loraformat.model.quantization_history`.
 QUANTIZED_KEY = "loraformat.source.quantized"
 
 #: llama.cpp's number of a file of mostly one type.

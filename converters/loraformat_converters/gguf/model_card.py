@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraformat.card.front_matter import compose, split
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import InputError, printable
-from loraformat.reserved_names import CARD_NAME
+from loraformat.model.checkpoint import CarriedFile
+from loraformat.storage.reserved_names import CARD_NAME
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 

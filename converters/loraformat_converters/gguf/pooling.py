@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import InputError, printable
-from loraformat.foreign_json import parse_object
+from loraformat.model.checkpoint import CarriedFile
+from loraformat.storage.foreign_json import parse_object
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 

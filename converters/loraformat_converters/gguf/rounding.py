@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from loraformat.checkpoint import LazyTensor
-from loraformat.records import TensorRecord
+from loraformat.model.checkpoint import LazyTensor
+from loraformat.shards.records import TensorRecord
 from loraformat_converters.gguf.blocks import dequantize, quantize
 from loraformat_converters.gguf.types import GGMLType
 
@@ -148,7 +148,7 @@ def rounded(
     UnsupportedError, InputError
         See `loraformat_converters.gguf.blocks.quantized_tiles`.
     """
-    from loraformat.kernels.threads import run
+    from loraformat.nf4.kernels.threads import run
 
     step = max(1, _TILE // max(length, 1))
     window = step * (_WINDOW // _TILE)

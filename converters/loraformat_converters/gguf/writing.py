@@ -14,8 +14,8 @@ from hashlib import sha256
 from math import prod
 from typing import TYPE_CHECKING, BinaryIO
 
-from loraformat.background import BackgroundConsumer
-from loraformat.durable import write_all
+from loraformat.storage.background import BackgroundConsumer
+from loraformat.storage.durable import write_all
 from loraformat_converters.gguf.header import DEFAULT_ALIGNMENT, aligned, parse_header
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
@@ -23,7 +23,7 @@ from loraformat_converters.gguf.values import GGUFValue
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraformat.publish import Publication
+    from loraformat.storage.atomic_output import Publication
 
 __all__ = ["PlannedTensor", "WrittenGGUF", "encode_head", "file_size", "write_gguf"]
 

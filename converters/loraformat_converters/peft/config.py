@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from loraformat.adapter import LARGEST_SCALING
 from loraformat.errors import InputError, printable
-from loraformat.folder import Folder
-from loraformat.foreign_json import is_finite, parse_object
+from loraformat.model.adapter import LARGEST_SCALING
+from loraformat.storage.foreign_json import is_finite, parse_object
+from loraformat.storage.safe_directory import Folder
 from loraformat_converters.peft.pattern_table import PatternTable
 from loraformat_converters.peft.refusals import INVOCATION, refuse_by_name, unknown_fields
 

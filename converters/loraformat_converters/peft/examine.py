@@ -13,17 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraformat import strict_json
-from loraformat.base_names import names_of
-from loraformat.checkpoint import Checkpoint, DenseTensor
-from loraformat.config_json import parse
+from loraformat.bundle.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.errors import FileChangedError, InputError, UnsupportedError, printable
-from loraformat.folder import Folder
-from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
+from loraformat.model.base_names import names_of
+from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.model.config_json import parse
+from loraformat.model.tied_head import tied_embedding
 from loraformat.plugins import AdapterReadOptions
 from loraformat.runtimes.facts import AdapterFacts, Loading, ModuleFacts
 from loraformat.runtimes.task_usage import labels_of
-from loraformat.tied_head import tied_embedding
+from loraformat.storage import strict_json
+from loraformat.storage.safe_directory import Folder
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.load_on_meta import Stored

@@ -16,12 +16,12 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from loraformat.adapter import LoraDelta
-from loraformat.base_names import BaseNames
-from loraformat.checkpoint import Checkpoint, DenseTensor
-from loraformat.config_json import parse
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.families import EXPERT_LEAVES, family_of, spelled_in_memory
+from loraformat.families.table import EXPERT_LEAVES, family_of, spelled_in_memory
+from loraformat.model.adapter import LoraDelta
+from loraformat.model.base_names import BaseNames
+from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.model.config_json import parse
 from loraformat_converters.peft.config import LoraSettings
 
 __all__ = ["ExpertReader", "parameter_order", "stacked"]

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loraformat.base_names.skeleton import TASKS, build_on_meta, task_of
 from loraformat.errors import printable
+from loraformat.model.base_names.skeleton import TASKS, build_on_meta, task_of
 
 __all__ = ["Loaded", "Stored", "load_on_meta"]
 
@@ -157,7 +157,7 @@ def _check_rows(model: Any) -> None:
 def _empty(stored: Stored) -> Any:
     import torch
 
-    from loraformat.dtypes import torch_dtype
+    from loraformat.tensors.dtypes import torch_dtype
 
     return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype), device="meta")
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from loraformat.adapter import STATISTICS_NAME, LoraDelta
-from loraformat.checkpoint import DenseTensor, tensor_view
 from loraformat.errors import InputError, nearest, printable
-from loraformat.mapped import MappedFile
+from loraformat.model.adapter import STATISTICS_NAME, LoraDelta
+from loraformat.model.checkpoint import DenseTensor, tensor_view
+from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["SUFFIX", "read_moments"]
 

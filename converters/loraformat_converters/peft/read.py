@@ -8,18 +8,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from loraformat.adapter import STATISTICS_NAME, Adapter, LoraDelta
-from loraformat.architecture import is_conv1d
-from loraformat.base_names import names_of
-from loraformat.checkpoint import CarriedFile, Checkpoint, DenseTensor
-from loraformat.config_json import parse
+from loraformat.bundle.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.errors import InputError, UnsupportedError, nearest, printable
-from loraformat.folder import Folder
-from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
-from loraformat.mapped import MappedFile
+from loraformat.model.adapter import STATISTICS_NAME, Adapter, LoraDelta
+from loraformat.model.architecture import is_conv1d
+from loraformat.model.base_names import names_of
+from loraformat.model.checkpoint import CarriedFile, Checkpoint, DenseTensor
+from loraformat.model.config_json import parse
+from loraformat.model.unsharding import GATHER
+from loraformat.model.vocabulary import per_token
 from loraformat.plugins import AdapterReadOptions
-from loraformat.unsharding import GATHER
-from loraformat.vocabulary import per_token
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.experts import ExpertReader
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
-from loraformat.foreign_adapters import MLX_HINT
+from loraformat.model.foreign_adapters import MLX_HINT
 
 __all__ = ["INVOCATION", "changing_start", "refuse_by_name", "unknown_fields"]
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraformat.adapter import RowReplacement
-from loraformat.checkpoint import DenseTensor
 from loraformat.errors import InputError, printable
+from loraformat.model.adapter import RowReplacement
+from loraformat.model.checkpoint import DenseTensor
 
 __all__ = ["FIELD", "read_rows", "rows_config"]
 

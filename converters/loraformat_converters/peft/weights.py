@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraformat.checkpoint import DenseTensor, tensor_view
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.folder import Folder
-from loraformat.index_json import parse_index
-from loraformat.mapped import MappedFile
-from loraformat.pickled import open_pickle
+from loraformat.model.checkpoint import DenseTensor, tensor_view
+from loraformat.model.pickled import open_pickle
+from loraformat.shards.index_json import parse_index
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
 
 __all__ = [
     "INDEX_NAME",

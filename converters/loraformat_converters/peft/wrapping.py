@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from loraformat.adapter import Adapter, LoraDelta
-from loraformat.architecture import module_of
-from loraformat.checkpoint import Checkpoint
-from loraformat.config_json import parse
 from loraformat.errors import UnsupportedError, printable
-from loraformat.families import Family, family_of, is_router
+from loraformat.families.table import Family, family_of, is_router
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.architecture import module_of
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.config_json import parse
 from loraformat_converters.peft.experts import parameter_order
 from loraformat_converters.peft.keys import PREFIX
 

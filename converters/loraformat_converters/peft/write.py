@@ -21,16 +21,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from loraformat.adapter import STATISTICS_NAME, Adapter, LoraDelta
-from loraformat.architecture import module_of
-from loraformat.checkpoint import DenseTensor, tensor_view
-from loraformat.dtypes import ITEM_BYTES, torch_dtype
-from loraformat.durable import write_all
+from loraformat.bundle.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.errors import UnsupportedError, printable
-from loraformat.header import Entry, encode_header
-from loraformat.integrity import BASE_FINGERPRINT, BASE_SOURCE
+from loraformat.model.adapter import STATISTICS_NAME, Adapter, LoraDelta
+from loraformat.model.architecture import module_of
+from loraformat.model.checkpoint import DenseTensor, tensor_view
 from loraformat.plugins import AdapterWriteOptions
-from loraformat.publish import Publication
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.durable import write_all
+from loraformat.tensors.dtypes import ITEM_BYTES, torch_dtype
+from loraformat.tensors.header import Entry, encode_header
 from loraformat_converters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from loraformat_converters.peft.experts import stacked
 from loraformat_converters.peft.keys import PREFIX

@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from loraformat.carried_tokenizer import CarriedTokenizer
-from loraformat.checkpoint import CarriedFile
-from loraformat.folder import Folder
+from loraformat.model.checkpoint import CarriedFile
+from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.ops.check.prompts import tokenizer_beside
 from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME, Chat, ChatFormat, chat_of
 from loraformat.runtimes.use import TEMPLATE_NAME
+from loraformat.storage.safe_directory import Folder
 
 __all__ = ["FormatOf", "chat_beside", "not_tried"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
-from loraformat.ops.convert_adapter import AdapterOptions, AdapterReport, convert_adapter
+from loraformat.ops.convert.adapter import AdapterOptions, AdapterReport, convert_adapter
 
 __all__ = ["fix"]
 

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraformat.carried_tokenizer import CarriedTokenizer
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import printable
-from loraformat.folder import Folder
+from loraformat.model.checkpoint import CarriedFile
+from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.storage.safe_directory import Folder
 
 __all__ = ["template_change", "token_numbers", "tokenizer_beside", "tokenizer_change"]
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from loraformat.errors import OutputError, UsageError
 from loraformat.hub import hub_id, resolve
 from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
-from loraformat.ops.check.verb import CheckReport
-from loraformat.publish_file import open_publication
+from loraformat.ops.check.check import CheckReport
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
 from loraformat.runtimes.task_usage import TASK_USAGE, task_snippet
 from loraformat.runtimes.usage import lorax, snippet
 from loraformat.runtimes.use import Snippet, Use
+from loraformat.storage.atomic_file import open_publication
 
 __all__ = ["Written", "snippets", "write_usage"]
 

@@ -1,7 +1,7 @@
 """Pruning, dropping and electing on whole deltas, which only exist in row tiles.
 
-The methods of `loraformat.interference` are taken of the effective deltas; the result has full
-rank, and block Krylov iteration finds its best low-rank part without ever holding it.
+The methods of `loraformat.algebra.interference` are taken of the effective deltas; the result has
+full rank, and block Krylov iteration finds its best low-rank part without ever holding it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import partial
 
 import torch
 
-from loraformat.interference import drop, elect, magnitude_threshold, prune
+from loraformat.algebra.interference import drop, elect, magnitude_threshold, prune
+from loraformat.algebra.subspace import block_krylov, held
 from loraformat.ops.combine.options import CombineOptions
-from loraformat.ops.combine.terms import Term
-from loraformat.ops.factors import Pair
-from loraformat.subspace import block_krylov, held
+from loraformat.ops.combine.weighted_deltas import Term
+from loraformat.ops.deltas.factors import Pair
 
 __all__ = ["interfered"]
 

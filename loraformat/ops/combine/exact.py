@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from loraformat import lora
+from loraformat.algebra import lora
 from loraformat.ops.combine.options import CombineOptions
-from loraformat.ops.combine.terms import Term
-from loraformat.ops.factors import Pair
+from loraformat.ops.combine.weighted_deltas import Term
+from loraformat.ops.deltas.factors import Pair
 
 __all__ = ["weighted_sum"]
 

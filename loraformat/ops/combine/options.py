@@ -25,7 +25,7 @@ class CombineOptions:
         ``svd``: the exact weighted sum, then its best approximation of `rank`. ``cat``: the
         exact sum as concatenated factors. ``linear``: the exact sum at the least rank that
         holds it. ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``: see
-        `loraformat.interference`; the result has full rank and is approximated.
+        `loraformat.algebra.interference`; the result has full rank and is approximated.
     rank : int or None
         Of each module; by default the largest of its adapters'. Not for ``cat``.
     density : float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from loraformat.ops.factors import error_with_rounding
+from loraformat.ops.deltas.factors import error_with_rounding
 
 __all__ = ["CombinationReport", "CombinedModule"]
 

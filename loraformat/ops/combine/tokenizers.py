@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from loraformat.adapter import Adapter
-from loraformat.carried_tokenizer import CarriedTokenizer
+from loraformat.model.adapter import Adapter
+from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.ops.check.prompts import token_numbers, tokenizer_change
 
 __all__ = ["other_tokenizers"]

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from loraformat import nf4
-from loraformat.checkpoint import LazyTensor, NF4Tensor
-from loraformat.dtypes import torch_dtype
+from loraformat.algebra.ranks import noise_edge, rounding_noise
 from loraformat.errors import InputError, printable
-from loraformat.ranks import noise_edge, rounding_noise
+from loraformat.model.checkpoint import LazyTensor, NF4Tensor
+from loraformat.nf4 import codec
+from loraformat.tensors.dtypes import torch_dtype
 
 __all__ = ["PRECISIONS", "Difference"]
 
@@ -173,7 +173,7 @@ class _Rows:
         if self._dense is not None:
             return self._dense[first:last]
         columns = self.shape[1]
-        flat = nf4.dequantize(
+        flat = codec.dequantize(
             self._codes, dtype=self._dtype, start=first * columns, stop=last * columns,
             scales=self._scales,
         )  # fmt: skip

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from loraformat.algebra.subspace import Approximation, block_krylov, held
+from loraformat.ops.deltas.factors import Pair
 from loraformat.ops.extract.difference import Difference
 from loraformat.ops.extract.options import ExtractOptions
-from loraformat.ops.factors import Pair
-from loraformat.subspace import Approximation, block_krylov, held
 
 __all__ = ["Fit", "fit"]
 

@@ -9,23 +9,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.adapter import Adapter
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
-from loraformat.dtypes import parse_weight_dtype
 from loraformat.errors import InputError, UsageError
-from loraformat.model_directory import WrittenModel
-from loraformat.ops.encoding import Encoding
-from loraformat.ops.merge.change import Meter
-from loraformat.ops.merge.conversation import with_conversation
-from loraformat.ops.merge.edits import plan_edits
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.tied_head import refuse_lost_head, untied_config
+from loraformat.ops.encoding.choice import Encoding
+from loraformat.ops.encoding.one_dtype import Alignment, aligned
+from loraformat.ops.encoding.requantization import again_as, original_of, sentence, with_history
+from loraformat.ops.merge.chat_files import with_conversation
+from loraformat.ops.merge.plan import plan_edits
 from loraformat.ops.merge.report import UndoSummary
+from loraformat.ops.merge.retention import Meter
 from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
-from loraformat.ops.one_dtype import Alignment, aligned
-from loraformat.ops.quantized_again import again_as, original_of, sentence, with_history
 from loraformat.plugins import Converter, Forecast, WriteOptions
-from loraformat.publish import Publication
-from loraformat.publish_file import open_publication
-from loraformat.tied_head import refuse_lost_head, untied_config
+from loraformat.shards.write_directory import WrittenModel
+from loraformat.storage.atomic_file import open_publication
+from loraformat.storage.atomic_output import Publication
+from loraformat.tensors.dtypes import parse_weight_dtype
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class MergeJob:
         writer: Converter,
         spool: Spool | None,
     ) -> None:
-        from loraformat.ops.merge.buffers import BufferPool
-        from loraformat.ops.merge.stored import Stored
+        from loraformat.ops.merge.buffer_pool import BufferPool
+        from loraformat.ops.merge.stored_delta import Stored
 
         self.original, self.adapters = original, adapters
         self.options, self.writer = options, writer
@@ -112,7 +112,7 @@ class MergeJob:
 
     def _told(self) -> dict[str, LazyTensor]:
         """Return what the tensors with deltas are without them: the writer tells what it keeps."""
-        from loraformat.ops.merge.merged import merged_tensor
+        from loraformat.ops.merge.merged_tensor import merged_tensor
 
         told: dict[str, LazyTensor] = {}
         for name, edit in self.plan.edits.items():
@@ -208,7 +208,7 @@ class MergeJob:
 
     def _edits(self) -> dict[str, Any]:
         """Add to the plan, if it shall be undone, what a cast changes."""
-        from loraformat.ops.merge.edits import Edit
+        from loraformat.ops.merge.plan import Edit
 
         edits = dict(self.plan.edits)
         if self.recorders is not None and self.dtype is not None:
@@ -218,7 +218,7 @@ class MergeJob:
         return edits
 
     def _tensor(self, edit: Any, source: LazyTensor | None) -> LazyTensor:
-        from loraformat.ops.merge.merged import merged_tensor
+        from loraformat.ops.merge.merged_tensor import merged_tensor
         from loraformat.ops.merge.requantized import requantized
 
         recorder = None

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loraformat.ops.merge.change import Change
-from loraformat.quantization_history import Quantized
+from loraformat.model.quantization_history import Quantized
+from loraformat.ops.merge.retention import Change
 
 __all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loraformat.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
-from loraformat.ops.encode import QuantizationPolicy, quantized
-from loraformat.ops.merge.change import Meter
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
+from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
+from loraformat.ops.merge.retention import Meter
 
 __all__ = ["requantized"]
 

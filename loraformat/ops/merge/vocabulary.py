@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from loraformat.adapter import Adapter
-from loraformat.carried_tokenizer import CarriedTokenizer
-from loraformat.checkpoint import CarriedFile, Checkpoint, LazyTensor
 from loraformat.errors import UnsupportedError, printable
-from loraformat.tied_head import HEAD, TiedHead
-from loraformat.vocabulary import (
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import CarriedFile, Checkpoint, LazyTensor
+from loraformat.model.tied_head import HEAD, TiedHead
+from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.model.vocabulary import (
     Resize,
     per_token,
     resized_config,

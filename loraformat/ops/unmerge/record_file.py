@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from loraformat.durable import sync_directory
 from loraformat.errors import LoraFormatError, OutputError
-from loraformat.folder import Folder
-from loraformat.mapped import MappedFile
-from loraformat.output_rules import refuse_input_as_output
-from loraformat.publish import Publication
-from loraformat.publish_file import FilePublication
-from loraformat.undo import METADATA_KEY
+from loraformat.storage.atomic_file import FilePublication
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.durable import sync_directory
+from loraformat.storage.output_rules import refuse_input_as_output
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
+from loraformat.undo.record import METADATA_KEY
 
 __all__ = ["RecordPublication", "refuse_record_path"]
 

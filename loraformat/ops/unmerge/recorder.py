@@ -14,22 +14,16 @@ from typing import IO, Any, BinaryIO
 
 import torch
 
-from loraformat.adapter import Adapter
-from loraformat.checkpoint import Checkpoint, LazyTensor
-from loraformat.durable import write_all
-from loraformat.interval_code import Unmergeable, encode_tile
-from loraformat.model_directory import WrittenModel
-from loraformat.ops.merge.edits import Edit, Term
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint, LazyTensor
+from loraformat.ops.merge.plan import Edit, Term
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.tiling import TILE_ELEMENTS
-from loraformat.publish import Publication
-from loraformat.undo import (
-    AdapterRecord,
-    UndoRecord,
-    UndoTensor,
-    encode_record,
-    part_names,
-)
+from loraformat.ops.merge.row_tiles import TILE_ELEMENTS
+from loraformat.shards.write_directory import WrittenModel
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.durable import write_all
+from loraformat.undo.interval_code import Unmergeable, encode_tile
+from loraformat.undo.record import AdapterRecord, UndoRecord, UndoTensor, encode_record, part_names
 from loraformat.version import __version__
 
 __all__ = ["Spool", "UndoRecorder", "adapter_digest", "write_record"]

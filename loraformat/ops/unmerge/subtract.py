@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat import plugins
-from loraformat.adapter import Adapter
-from loraformat.checkpoint import Checkpoint, DenseTensor
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
-from loraformat.ops.merge.conversation import still_prompted_by
-from loraformat.ops.merge.verb import merge
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.ops.merge.chat_files import still_prompted_by
+from loraformat.ops.merge.merge import merge
 from loraformat.ops.unmerge.report import Deviation, UnmergeReport
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def subtract(
     Parameters
     ----------
     merged, target, adapters, weights, dry_run, allow_pickle, options
-        As of `loraformat.ops.merge.verb.merge`; the weights are those of the merge.
+        As of `loraformat.ops.merge.merge.merge`; the weights are those of the merge.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def _adapter(
 ) -> Adapter:
     if isinstance(source, Adapter):
         return source
-    from loraformat.ops.adapters import open_adapter
+    from loraformat.ops.opening.adapter import open_adapter
 
     return stack.enter_context(open_adapter(source, base=base, allow_pickle=allow_pickle))
 

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from loraformat.adapter import Adapter
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
-from loraformat.dtypes import torch_dtype
 from loraformat.errors import FormatError, UnsupportedError, printable
-from loraformat.mapped import MappedFile
-from loraformat.undo import UndoRecord, UndoTensor, part_names
-from loraformat.undo_rules import tile_rows
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
+from loraformat.tensors.dtypes import torch_dtype
+from loraformat.tensors.mapped import MappedFile
+from loraformat.undo.record import UndoRecord, UndoTensor, part_names
+from loraformat.undo.rules import tile_rows
 
 if TYPE_CHECKING:
     import torch
 
-    from loraformat.ops.merge.edits import Term
-    from loraformat.ops.merge.matrices import Matrix
+    from loraformat.ops.merge.low_rank_updates import Matrix
+    from loraformat.ops.merge.plan import Term
 
 __all__ = ["Undoing"]
 
@@ -157,7 +157,7 @@ class Undoing:
     ) -> memoryview:
         import torch
 
-        from loraformat.interval_code import Unmergeable
+        from loraformat.undo.interval_code import Unmergeable
 
         name = tensor.name
         matrices = self._matrices(name, undo)
@@ -184,8 +184,8 @@ class Undoing:
 
     def _matrices(self, name: str, undo: UndoTensor) -> list[Matrix | None]:
         """Return what was added to each matrix, after the checks of U10."""
-        from loraformat.ops.merge.edits import Term
-        from loraformat.ops.merge.matrices import block_matrices
+        from loraformat.ops.merge.low_rank_updates import block_matrices
+        from loraformat.ops.merge.plan import Term
 
         terms = [Term(**term) for term in undo.terms]
         stack, rows, columns, _ = tile_rows(undo.shape, self.record.tile_elements)
@@ -283,8 +283,8 @@ def _decode_matrix(
     """Fill `restored`, tile by tile, on all CPUs."""
     import torch
 
-    from loraformat.interval_code import decode_tile
-    from loraformat.ops.merge.tiling import for_each
+    from loraformat.ops.merge.row_tiles import for_each
+    from loraformat.undo.interval_code import decode_tile
 
     deltas, gain = (None, None) if matrix is None else matrix.combined(gains, exact=True)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from loraformat.errors import printable
+from loraformat.families.tensor_names import layer_of, type_of
 from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime, differs
-from loraformat.tensor_names import layer_of, type_of
 
 __all__ = ["MODULE_RULES"]
 

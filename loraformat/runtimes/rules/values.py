@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from loraformat.errors import printable
+from loraformat.model.unsharding import GATHER
 from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
-from loraformat.unsharding import GATHER
 
 __all__ = ["VALUE_RULES"]
 

@@ -17,15 +17,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loraformat.train.data.audit import Audit as Audit
-    from loraformat.train.data.cursor import Cursor as Cursor
+    from loraformat.train.data.data_position import Cursor as Cursor
     from loraformat.train.data.dataset import Dataset as Dataset
     from loraformat.train.data.dataset import open_data as open_data
+    from loraformat.train.data.dataset_stats import Audit as Audit
     from loraformat.train.data.options import DataOptions as DataOptions
 
 _HOMES = {
-    "Audit": ("loraformat.train.data.audit", "Audit"),
-    "Cursor": ("loraformat.train.data.cursor", "Cursor"),
+    "Audit": ("loraformat.train.data.dataset_stats", "Audit"),
+    "Cursor": ("loraformat.train.data.data_position", "Cursor"),
     "DataOptions": ("loraformat.train.data.options", "DataOptions"),
     "Dataset": ("loraformat.train.data.dataset", "Dataset"),
     "open_data": ("loraformat.train.data.dataset", "open_data"),

@@ -20,9 +20,9 @@ What the assistant says before anybody asked has no such b where a template take
 conversation; it begins where two renderings with different words part.
 
 What a template wants, and how it frames a turn, is found by trial conversations
-(`loraformat.train.data.template_trials`). What it does not write of a row is found by trials of the
-row (`loraformat.train.data.unwritten`): a row of which nothing would be learned where something was
-said is refused, and other things are counted.
+(`loraformat.train.data.template_probe`). What it does not write of a row is found by trials of the
+row (`loraformat.train.data.ignored_fields`): a row of which nothing would be learned where
+something was said is refused, and other things are counted.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from loraformat.errors import printable
 from loraformat.runtimes.chat import ChatFormat
 from loraformat.train.data.chat_format import chat_format
 from loraformat.train.data.field_types import KindError, from_json
-from loraformat.train.data.kinds import Conversation
+from loraformat.train.data.ignored_fields import UnwrittenParts, described
 from loraformat.train.data.messages import CALLS
+from loraformat.train.data.row_formats import Conversation
+from loraformat.train.data.template_probe import TemplateTrials
 from loraformat.train.data.template_process import TemplateRefusalError
-from loraformat.train.data.template_trials import TemplateTrials
 from loraformat.train.data.text_search import common_prefix
 from loraformat.train.data.tokenizer import TextEncoder
-from loraformat.train.data.unwritten import UnwrittenParts, described
 
 __all__ = ["ChatRenderer", "Rendered"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from loraformat.runtimes.chat import ChatFormat
 from loraformat.train.data.template_date import on_one_day
+from loraformat.train.data.template_probe import TemplateTrials
 from loraformat.train.data.template_process import TemplateRefusalError, shared
-from loraformat.train.data.template_trials import TemplateTrials
 from loraformat.train.data.text_search import common_prefix
 
 __all__ = ["chat_format", "format_of_template"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from loraformat.train.batch import IGNORED, Batch
-from loraformat.train.data.plan import Rows
+from loraformat.train.data.batch_plan import Rows
 
 __all__ = ["Tokens", "collate"]
 

@@ -8,7 +8,7 @@ from typing import IO, Any, BinaryIO
 
 from loraformat.errors import InputError, MissingDependencyError
 from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.row_spool import spooled
+from loraformat.train.data.spooled_rows import spooled
 
 __all__ = ["COMPRESSIONS", "unpacked"]
 

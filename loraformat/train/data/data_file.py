@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from loraformat.errors import FileChangedError, InputError
-from loraformat.folder import Folder
+from loraformat.storage.safe_directory import Folder
 
 __all__ = ["DataFile"]
 

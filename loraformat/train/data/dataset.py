@@ -9,20 +9,20 @@ from typing import Any
 
 from loraformat.errors import FileChangedError, InputError, LoraFormatError
 from loraformat.train.batch import IGNORED, Batch
-from loraformat.train.data.audit import Audit
+from loraformat.train.data.batch_plan import Plan, Rows
 from loraformat.train.data.collate import Tokens, collate
-from loraformat.train.data.cursor import Cursor
+from loraformat.train.data.data_position import Cursor
+from loraformat.train.data.dataset_scan import Survey
+from loraformat.train.data.dataset_stats import Audit
 from loraformat.train.data.encode import Encoded, RowEncoder
 from loraformat.train.data.field_types import KindError
-from loraformat.train.data.index import SampleIndex
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.pieces import piece_size
-from loraformat.train.data.plan import Plan, Rows
 from loraformat.train.data.prefetch import ahead
 from loraformat.train.data.preview import marked
 from loraformat.train.data.row import RowSource
-from loraformat.train.data.sources import open_sources
-from loraformat.train.data.survey import Survey
+from loraformat.train.data.row_sources import open_sources
+from loraformat.train.data.sample_index import SampleIndex
 from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 
 __all__ = ["Dataset", "open_data"]

@@ -16,8 +16,7 @@ from functools import cached_property
 
 from loraformat.runtimes.chat import ChatFormat
 from loraformat.train.data.chat import ChatRenderer
-from loraformat.train.data.kinds import Completion, Conversation, Text, meaning
-from loraformat.train.data.mask import (
+from loraformat.train.data.loss_mask import (
     forget_space_behind_ends,
     last_learned,
     overlapping,
@@ -26,6 +25,7 @@ from loraformat.train.data.mask import (
 )
 from loraformat.train.data.pieces import pieces
 from loraformat.train.data.row import Row
+from loraformat.train.data.row_formats import Completion, Conversation, Text, meaning
 from loraformat.train.data.tokenizer import TextEncoder, TokenizedText
 
 __all__ = ["Encoded", "RowEncoder"]

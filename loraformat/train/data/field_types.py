@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraformat import strict_json
+from loraformat.storage import strict_json
 
 __all__ = ["KindError", "as_list", "as_string", "from_json", "type_name"]
 

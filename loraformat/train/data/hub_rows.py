@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from loraformat.errors import HubError, InputError, MissingDependencyError, printable
-from loraformat.train.data.kinds import FIELDS
 from loraformat.train.data.row import Row
-from loraformat.train.data.row_spool import without_nulls
+from loraformat.train.data.row_formats import FIELDS
+from loraformat.train.data.spooled_rows import without_nulls
 
 __all__ = ["HubRows", "open_hub"]
 

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 from loraformat.errors import InputError
 from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.json_lines import JsonLines
-from loraformat.train.data.kinds import FIELDS
-from loraformat.train.data.row_spool import table_rows
+from loraformat.train.data.row_formats import FIELDS
+from loraformat.train.data.spooled_rows import table_rows
 
 __all__ = ["open_parquet"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
 
-from loraformat import strict_json
 from loraformat.errors import InputError
+from loraformat.storage import strict_json
 
 __all__ = ["LONGEST_ROW", "BadRowError", "Row", "RowSource", "parse_object"]
 
@@ -46,7 +46,7 @@ class Row:
     Attributes
     ----------
     fields : dict
-        Of any shape; `loraformat.train.data.kinds` says what it means.
+        Of any shape; `loraformat.train.data.row_formats` says what it means.
     begins, ends : bool
         Whether text is the beginning, and the end, of its document.
     """

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loraformat import strict_json
 from loraformat.errors import InputError, printable
-from loraformat.folder import Folder
+from loraformat.storage import strict_json
+from loraformat.storage.safe_directory import Folder
 from loraformat.train.data.arrow_file import open_arrow
 from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.row import RowSource

@@ -15,7 +15,7 @@ from loraformat.errors import (
     UnsupportedError,
     printable,
 )
-from loraformat.folder import Folder
+from loraformat.storage.safe_directory import Folder
 from loraformat.train.data.template_date import on_one_day
 from loraformat.train.data.template_process import TemplateRefusalError, shared
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from loraformat.errors import UsageError
-from loraformat.train.engine.processor import processor_words
+from loraformat.train.engine.cpu_features import processor_words
 
 __all__ = ["DTYPES", "activation_dtype", "choose_dtype", "multiplies_bfloat16"]
 

@@ -9,7 +9,7 @@ import torch
 from loraformat.errors import UnsupportedError, printable
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.skeleton import text_config
+from loraformat.train.engine.meta_model import text_config
 
 __all__ = ["decoder_of", "find_layers", "head_name", "number_layers"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraformat import nf4
+from loraformat.nf4 import codec
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, Range, Tile
 
 __all__ = ["DeviceMatrix", "decode"]
@@ -107,7 +107,7 @@ def _held(host: NF4Matrix) -> _Codes:
 
 def _groups(host: NF4Matrix, first: int, last: int) -> tuple[int, int]:
     """Return the elements of whole groups of nested scales that cover a range."""
-    group = host.codes.block_size * nf4.NESTED_BLOCK_SIZE
+    group = host.codes.block_size * codec.NESTED_BLOCK_SIZE
     return first // group * group, min(-(-last // group) * group, host.codes.count)
 
 
@@ -118,7 +118,7 @@ def _origin(host: NF4Matrix) -> tuple[int, int]:
 
 def _cut(codes: _Codes, size: int, first: int, last: int) -> _Codes:
     blocks = slice(first // size, -(-last // size))
-    group, nested = nf4.NESTED_BLOCK_SIZE, codes.nested_absmax
+    group, nested = codec.NESTED_BLOCK_SIZE, codes.nested_absmax
     return _Codes(
         codes.packed[first // 2 : -(-last // 2)],
         codes.absmax[blocks],
@@ -134,7 +134,7 @@ def decode(
     block_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Dequantize with torch alone, on whatever device the codes are: the bits of `loraformat.nf4`.
+    """Dequantize with torch alone on the device of the codes: the bits of `loraformat.nf4.codec`.
 
     Parameters
     ----------
@@ -156,17 +156,17 @@ def decode(
 
     Examples
     --------
-    >>> q = nf4.quantize(torch.tensor([0.5, -2.0, 1.0]), double_quant=False)
+    >>> q = codec.quantize(torch.tensor([0.5, -2.0, 1.0]), double_quant=False)
     >>> decode(q.packed, q.absmax, None, None, 64, torch.float32).tolist()[:2]
     [0.4922246038913727, -2.0]
     """
     device = packed.device
     scales = absmax
     if nested_absmax is not None and nested_offset is not None:
-        scales = nf4.nested_map().to(device)[absmax.long()]
-        scales = scales * nested_absmax.repeat_interleave(nf4.NESTED_BLOCK_SIZE)[: len(scales)]
+        scales = codec.nested_map().to(device)[absmax.long()]
+        scales = scales * nested_absmax.repeat_interleave(codec.NESTED_BLOCK_SIZE)[: len(scales)]
         scales = scales + nested_offset
-    levels = nf4.levels().to(device)
+    levels = codec.levels().to(device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
     values = pairs[packed.long()].view(-1)
     values *= scales.repeat_interleave(block_size)[: len(values)]

@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as trees
 
 from loraformat.errors import UnsupportedError
-from loraformat.train.engine.held_input import hold
+from loraformat.train.engine.saved_inputs import hold
 from loraformat.train.engine.shared_state import copied
 
 __all__ = ["LayerCall"]

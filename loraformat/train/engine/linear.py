@@ -10,10 +10,10 @@ from typing import Protocol
 
 import torch
 
-from loraformat.train.engine.absent import AbsentWeight
 from loraformat.train.engine.compute_dtype import activation_dtype
+from loraformat.train.engine.lora_matmul import LowRank, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, Tile, output_tiles
-from loraformat.train.engine.product import LowRank, frozen_product
+from loraformat.train.engine.placeholder_weight import AbsentWeight
 
 __all__ = ["Branch", "DenseLinear", "FrozenLinear", "NF4Linear"]
 
@@ -42,7 +42,7 @@ class FrozenLinear(torch.nn.Module):
         (out features,).
     conv1d : bool
         The base's own weight is (in features, out features); how it is stored is another
-        matter, see `loraformat.checkpoint.NF4Tensor`.
+        matter, see `loraformat.model.checkpoint.NF4Tensor`.
     dtype : torch.dtype
         Of the factors of the frozen product.
 
@@ -136,9 +136,9 @@ class NF4Linear(FrozenLinear):
 
     Examples
     --------
-    >>> from loraformat import nf4
+    >>> from loraformat.nf4 import codec
     >>> from loraformat.train.engine.matrix import NF4Matrix
-    >>> codes = nf4.quantize(torch.tensor([[2.0, -2.0]]), double_quant=False)
+    >>> codes = codec.quantize(torch.tensor([[2.0, -2.0]]), double_quant=False)
     >>> NF4Linear(NF4Matrix(codes, (1, 2)))(torch.tensor([[3.0, 1.0]]))
     tensor([[4.]])
     """

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from loraformat import nf4
+from loraformat.nf4 import codec
 from loraformat.train.engine.workspace import workspace
 
 __all__ = ["DenseMatrix", "Matrix", "NF4Matrix", "Range", "Tile", "decoding", "output_tiles"]
@@ -104,13 +104,13 @@ class NF4Matrix:
     Examples
     --------
     >>> weight = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
-    >>> matrix = NF4Matrix(nf4.quantize(weight, double_quant=False), (2, 2))
+    >>> matrix = NF4Matrix(codec.quantize(weight, double_quant=False), (2, 2))
     >>> [(start, stop, tile.tolist()) for start, stop, tile in matrix.tiles(torch.float32)]
     [(0, 2, [[1.0, -1.0], [0.0, 1.0]])]
     """
 
     def __init__(
-        self, codes: nf4.NF4, shape: tuple[int, int], *, offset: int = 0, by_inputs: bool = False
+        self, codes: codec.NF4, shape: tuple[int, int], *, offset: int = 0, by_inputs: bool = False
     ) -> None:
         self.codes, self.offset, self.by_inputs = codes, offset, by_inputs
         self.rows, self.columns = shape
@@ -134,7 +134,7 @@ class NF4Matrix:
         block = workspace.take("block", shape, decoded)
         first = self.offset + rows[0] * self.columns + columns[0]
         began = time.perf_counter()
-        nf4.dequantize_rows(self.codes, block, start=first, stride=self.columns)
+        codec.dequantize_rows(self.codes, block, start=first, stride=self.columns)
         decoding.since(began)
         return block if decoded == dtype else block.to(dtype)
 
@@ -155,7 +155,7 @@ class NF4Matrix:
         """
         began = time.perf_counter()
         first = self.offset + rows[0] * self.columns
-        nf4.multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=dtype)
+        codec.multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=dtype)
         decoding.since(began)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
@@ -164,7 +164,7 @@ class NF4Matrix:
         for start, stop in _row_ranges(self.rows, self.columns, decoded, _TILE):
             tile = workspace.take("tile", (stop - start, self.columns), decoded)
             first = self.offset + start * self.columns
-            nf4.dequantize(self.codes, out=tile, start=first, stop=first + tile.numel())
+            codec.dequantize(self.codes, out=tile, start=first, stop=first + tile.numel())
             yield start, stop, tile if decoded == dtype else tile.to(dtype)
 
 

@@ -15,9 +15,9 @@ import torch
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.train.batch import Batch
+from loraformat.train.engine.checkpointing import Recomputation
 from loraformat.train.engine.layer_call import LayerCall
-from loraformat.train.engine.recompute import Recomputation
-from loraformat.train.engine.skeleton import text_config
+from loraformat.train.engine.meta_model import text_config
 
 __all__ = ["PackingCheck", "lets_through"]
 

@@ -17,9 +17,9 @@ from typing import TypeGuard
 
 import torch
 
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
-from loraformat.config_json import CONFIG_NAME
-from loraformat.mapped import MappedFile
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.model.config_json import CONFIG_NAME
+from loraformat.tensors.mapped import MappedFile
 from loraformat.train.engine.matrix import DenseMatrix
 
 __all__ = ["Computed", "ComputedMatrix", "ComputedTable", "ReadableBase", "is_computed"]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from loraformat.checkpoint import NF4_PARTS, DenseTensor, NF4Tensor
-from loraformat.layout import TAIL_SUFFIXES
-from loraformat.mapped import MappedFile
-from loraformat.reader import Bundle
+from loraformat.bundle.reader import Bundle
+from loraformat.model.checkpoint import NF4_PARTS, DenseTensor, NF4Tensor
+from loraformat.shards.layout import TAIL_SUFFIXES
+from loraformat.tensors.mapped import MappedFile
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix
 from loraformat.train.engine.readable_base import (
     Computed,

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from loraformat.train.engine.layer_prefetch import Residency
 from loraformat.train.engine.matrix import Matrix, Range, Tile
-from loraformat.train.engine.residency import Residency
 from loraformat.train.engine.stored_weights import Span
 
 __all__ = ["StreamedMatrix"]

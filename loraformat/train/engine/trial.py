@@ -21,16 +21,16 @@ from typing import Any
 import torch
 
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
-from loraformat.train.engine.absent import WeightWanted
+from loraformat.train.engine.activation_budget import KeptActivations
+from loraformat.train.engine.checkpointing import Recomputation
 from loraformat.train.engine.decoder import decoder_of, find_layers
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.head_rule import own_logits
-from loraformat.train.engine.kept_activations import KeptActivations
+from loraformat.train.engine.layer_prefetch import Residency
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.random_state import random_restored, random_state
-from loraformat.train.engine.recompute import Recomputation
-from loraformat.train.engine.residency import Residency
-from loraformat.train.engine.stand_in import StandIn
+from loraformat.train.engine.placeholder_weight import WeightWanted
+from loraformat.train.engine.rng_state import random_restored, random_state
+from loraformat.train.engine.stand_in_matrix import StandIn
 
 __all__ = ["Trial"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from loraformat.errors import UsageError
-from loraformat.publish import disk_full
+from loraformat.storage.atomic_output import disk_full
 
 __all__ = ["DiskStates"]
 

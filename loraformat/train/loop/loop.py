@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import DivergedError, InputError, printable
+from loraformat.model.checkpoint import CarriedFile
 from loraformat.train.batch import Batch
 from loraformat.train.loop import memory, saved_state
 from loraformat.train.loop.accumulation import (

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from loraformat import strict_json
-from loraformat.dtypes import TORCH_NAMES, torch_dtype
-from loraformat.durable import write_all
 from loraformat.errors import FormatError, InputError, printable
-from loraformat.folder import Folder
-from loraformat.header import Entry, encode_header
-from loraformat.mapped import MappedFile
-from loraformat.publish import Publication
+from loraformat.storage import strict_json
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.durable import write_all
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.dtypes import TORCH_NAMES, torch_dtype
+from loraformat.tensors.header import Entry, encode_header
+from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["Checkpoint", "adapter_of", "name_of", "newest", "prune", "read", "write"]
 

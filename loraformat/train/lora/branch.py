@@ -25,11 +25,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from loraformat.train.engine.product import LowRank
+from loraformat.train.engine.lora_matmul import LowRank
 from loraformat.train.lora.expert_views import ExpertViews
-from loraformat.train.lora.moments import Moments, counted, observe
 from loraformat.train.lora.row_norms import RowNorms
-from loraformat.train.lora.site import Site
+from loraformat.train.lora.second_moments import Moments, counted, observe
+from loraformat.train.lora.target_module import Site
 
 __all__ = [
     "EmbeddingBranch", "ExpertBranch", "Factors", "LoraBranch", "ParameterBranch", "branch_of",

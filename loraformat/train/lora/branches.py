@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from loraformat.checkpoint import Checkpoint
 from loraformat.errors import InputError, UsageError, printable
+from loraformat.model.checkpoint import Checkpoint
 from loraformat.train.lora.branch import LoraBranch, branch_of
 from loraformat.train.lora.initialise import initial
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.site import Site
-from loraformat.train.lora.targets import resolve
+from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_selection import resolve
 
 __all__ = ["attach", "extra_state", "load_extra_state", "trainable"]
 

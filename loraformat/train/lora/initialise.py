@@ -21,12 +21,12 @@ import math
 
 import torch
 
-from loraformat.checkpoint import Checkpoint
 from loraformat.errors import UsageError, printable
+from loraformat.model.checkpoint import Checkpoint
 from loraformat.train.lora.branch import Factors
 from loraformat.train.lora.initialise_svd import loftq, pissa
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.site import Site
+from loraformat.train.lora.target_module import Site
 
 __all__ = ["initial", "seed_of"]
 

@@ -1,7 +1,7 @@
 """Beginnings that look at the weights: their principal directions, or what quantizing lost.
 
 Both need the leading singular parts of a matrix that is seen tile by tile:
-`loraformat.subspace.block_krylov`, a few passes, no dense weight kept above 256 MiB.
+`loraformat.algebra.subspace.block_krylov`, a few passes, no dense weight kept above 256 MiB.
 
 - PiSSA (Meng 2024): B₀ A₀ = the best approximation of W of the rank, over the scaling. Training
   moves B A from there while W − s · B₀ A₀ stays; what is written is B A − B₀ A₀ on W itself.
@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from loraformat.checkpoint import Checkpoint, DenseTensor
+from loraformat.algebra.subspace import Tiles, block_krylov, held, working_bytes
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
-from loraformat.subspace import Tiles, block_krylov, held, working_bytes
+from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.train.lora.branch import Factors
-from loraformat.train.lora.site import Site
+from loraformat.train.lora.target_module import Site
 
 __all__ = ["loftq", "pissa", "svd_bytes"]
 

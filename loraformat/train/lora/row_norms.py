@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from loraformat.train.lora.site import Site
+from loraformat.train.lora.target_module import Site
 
 __all__ = ["RowNorms", "row_norms"]
 

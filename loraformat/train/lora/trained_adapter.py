@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from loraformat.adapter import Adapter, LoraDelta
-from loraformat.checkpoint import CarriedFile, DenseTensor
+from loraformat.bundle.reader import Bundle
 from loraformat.errors import LoraFormatError, printable
-from loraformat.ops.adapter_target import write_adapter
-from loraformat.ops.factors import as_bytes, in_memory
-from loraformat.reader import Bundle
-from loraformat.reserved_names import MANIFEST_NAME
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import CarriedFile, DenseTensor
+from loraformat.model.vocabulary import tokenizer_files
+from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.deltas.factors import as_bytes, in_memory
+from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.train.lora.branch import LoraBranch
-from loraformat.train.lora.brought import Brought
 from loraformat.train.lora.options import LoraOptions
+from loraformat.train.lora.replaced_weights import Brought
 from loraformat.train.lora.training_record import training_record
-from loraformat.vocabulary import tokenizer_files
 
 __all__ = ["save_adapter", "trained_adapter"]
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import LoraFormatError
+from loraformat.model.checkpoint import CarriedFile
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.train.lora.options import LoraOptions
 from loraformat.version import __version__

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.errors import InputError, MissingDependencyError, printable
-from loraformat.sizes import parse_size
+from loraformat.storage.byte_sizes import parse_size
 from loraformat.train.run.options import SETTINGS, Setting
 
 __all__ = ["dump", "read"]

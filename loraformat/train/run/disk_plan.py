@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loraformat.train.loop.optimizer_options import state_bytes
+from loraformat.train.run.memory_plan import Shape, readable
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.plan import Shape, readable
 
 __all__ = ["DiskPlan", "plan_disk"]
 

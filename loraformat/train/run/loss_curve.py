@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loraformat.ops.picture import as_label, colors, save_picture
+from loraformat.ops.plots import as_label, colors, save_picture
 
 __all__ = ["can_draw", "draw"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraformat.train.run.disk_plan import DiskPlan
-from loraformat.train.run.plan import MemoryPlan
-from loraformat.train.run.probe import StepTime
+from loraformat.train.run.memory_plan import MemoryPlan
+from loraformat.train.run.step_timing import StepTime
 
 __all__ = ["TrainReport", "duration"]
 

@@ -19,10 +19,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraformat.durable import locked, new_file, sync_directory, write_all
+from loraformat.bundle.run_paths import CURVE_NAME, run_place
 from loraformat.errors import OutputError
-from loraformat.publish import disk_full
-from loraformat.run_place import CURVE_NAME, run_place
+from loraformat.storage.atomic_output import disk_full
+from loraformat.storage.durable import locked, new_file, sync_directory, write_all
 
 __all__ = ["RunDirectory"]
 

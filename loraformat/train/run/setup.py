@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loraformat.errors import InputError, ResourceError, UsageError
+from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
-from loraformat.tensor_names import layer_of
 from loraformat.train.batch import Batch
 from loraformat.train.data import template_process
-from loraformat.train.data.cursor import Cursor
+from loraformat.train.data.data_position import Cursor
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.options import DataOptions
-from loraformat.train.data.sources import is_local
+from loraformat.train.data.row_sources import is_local
 from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.loop import memory
@@ -26,11 +26,11 @@ from loraformat.train.loop.distributed import World
 from loraformat.train.loop.optimizer_options import SMALL
 from loraformat.train.lora.initialise_svd import svd_bytes
 from loraformat.train.opening import load
-from loraformat.train.run.generation import SAMPLE, room_for
 from loraformat.train.run.generation_plan import generation_bytes, inner_width
+from loraformat.train.run.memory_plan import MemoryPlan, Shape, advise, plan_memory
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.plan import MemoryPlan, Shape, advise, plan_memory
 from loraformat.train.run.prompt import chat_ids, plain_ids
+from loraformat.train.run.text_generation import SAMPLE, room_for
 
 if TYPE_CHECKING:
     from loraformat.train.model import TrainableModel

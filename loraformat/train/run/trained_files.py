@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraformat.carried_tokenizer import CarriedTokenizer
-from loraformat.ops.adapters import open_adapter
+from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.runtimes.chat import RECORD_NAME
-from loraformat.train.run.facts import hash_of
+from loraformat.train.run.training_facts import hash_of
 
 __all__ = ["trained_on"]
 

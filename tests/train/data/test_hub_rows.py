@@ -36,10 +36,12 @@ def test_a_split_is_read_with_the_fields_that_mean_something(repo):
 
 
 def test_the_same_samples_as_from_the_file(repo, chat, monkeypatch):
-    from loraformat.train.data import sources
+    from loraformat.train.data import row_sources
 
     monkeypatch.setattr(
-        sources, "open_hub", lambda id_, revision, subset, split: open_hub(repo, None, "", split)
+        row_sources,
+        "open_hub",
+        lambda id_, revision, subset, split: open_hub(repo, None, "", split),
     )
     opened = open_data("org/name", chat, DataOptions(split="train"))
     again = open_data(f"{repo}/train.jsonl", chat)
@@ -52,7 +54,7 @@ def test_the_same_samples_as_from_the_file(repo, chat, monkeypatch):
 def test_null_columns_are_as_if_they_were_not_there(chat):
     table = datasets.Dataset.from_list([{"messages": MESSAGES, "tools": None, "text": None}])
     assert set(HubRows("org/name", table).read(0).fields) == {"messages"}
-    from loraformat.train.data.kinds import kind_of
+    from loraformat.train.data.row_formats import kind_of
 
     assert kind_of(HubRows("org/name", table).read(0).fields) == "messages"
 
@@ -91,7 +93,7 @@ def test_files_have_no_subset(write, chat, given):
 
 
 def test_a_subset_is_meant_for_those_on_the_hub(write, chat, monkeypatch):
-    from loraformat.train.data import sources
+    from loraformat.train.data import row_sources
     from loraformat.train.run.options import TrainOptions
     from loraformat.train.run.setup import _settings
 
@@ -101,7 +103,7 @@ def test_a_subset_is_meant_for_those_on_the_hub(write, chat, monkeypatch):
         seen.append((subset, split))
         return HubRows(repo, datasets.Dataset.from_list([{"messages": MESSAGES}]))
 
-    monkeypatch.setattr(sources, "open_hub", open_hub)
+    monkeypatch.setattr(row_sources, "open_hub", open_hub)
     path = str(write("a.jsonl", [{"messages": MESSAGES}]))
     opened = open_data([path, "org/name"], chat, DataOptions(subset="en"))
     assert (opened.audit.rows, seen) == (2, [("en", "train")])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraformat.train.data import DataOptions, open_data
 from loraformat.train.data.pieces import piece_size, pieces
-from loraformat.train.data.sources import open_sources
+from loraformat.train.data.row_sources import open_sources
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 
 quick = settings(

@@ -7,7 +7,7 @@ import torch
 from loraformat.train.batch import Batch
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.product import LowRank
+from loraformat.train.engine.lora_matmul import LowRank
 from tests.train.tiny_bundles import VOCABULARY
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraformat import nf4
+from loraformat.nf4 import codec
 from loraformat.train import opening
 from loraformat.train.engine import device_matrix
 from loraformat.train.engine.device_matrix import DeviceMatrix, decode
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def quantized(count, **options):
-    return nf4.quantize(torch.randn(count, generator=torch.Generator().manual_seed(0)), **options)
+    return codec.quantize(torch.randn(count, generator=torch.Generator().manual_seed(0)), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -30,7 +30,7 @@ def test_torch_decodes_the_bits_of_the_kernels(count, options, dtype):
     codes = quantized(count, **options)
     nested = codes.nested_absmax, codes.nested_offset
     found = decode(codes.packed, codes.absmax, *nested, codes.block_size, dtype)
-    assert torch.equal(found[:count], nf4.dequantize(codes, dtype=dtype))
+    assert torch.equal(found[:count], codec.dequantize(codes, dtype=dtype))
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -39,7 +39,7 @@ def test_a_stack_that_begins_anywhere_in_a_block(monkeypatch, resident, double_q
     monkeypatch.setattr(device_matrix, "_TILE", 1000)
     rows, columns, experts = 75, 70, 7  # 5250 elements: no block and no group begins with one
     codes = quantized(rows * columns * experts, double_quant=double_quant)
-    whole = nf4.dequantize(codes, dtype=torch.float32).view(experts, rows, columns)
+    whole = codec.dequantize(codes, dtype=torch.float32).view(experts, rows, columns)
     for expert in range(experts):
         host = NF4Matrix(codes, (rows, columns), offset=expert * rows * columns)
         matrix = DeviceMatrix(host, CPU, resident=resident)

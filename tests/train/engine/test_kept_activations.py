@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine.kept_activations import KeptActivations
+from loraformat.train.engine.activation_budget import KeptActivations
 from tests.train.engine.reference import make_batch
 
 PLENTY = 1 << 30

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from tests.train.tiny_bundles import make_dense
 
 HERE = Path(__file__).parent

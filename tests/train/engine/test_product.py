@@ -6,14 +6,14 @@ import bitsandbytes
 import pytest
 import torch
 
-from loraformat import nf4
 from loraformat.errors import UsageError
-from loraformat.train.engine import blockwise, gemm
+from loraformat.nf4 import codec
+from loraformat.train.engine import dequantized_matmul, gemm
 from loraformat.train.engine import matrix as matrices
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import DenseLinear, NF4Linear
+from loraformat.train.engine.lora_matmul import LowRank, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
-from loraformat.train.engine.product import LowRank, frozen_product
 from loraformat.train.engine.workspace import workspace
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
@@ -23,10 +23,10 @@ SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 def small_tiles(monkeypatch):
     monkeypatch.setattr(matrices, "_TILE", 1024)
     monkeypatch.setattr(matrices, "_FEWEST_ROWS", 16)
-    monkeypatch.setattr(blockwise, "_BLOCK", 1024)
-    monkeypatch.setattr(blockwise, "_ALIGNED_ROWS", 16)
-    monkeypatch.setattr(blockwise, "_DEEP", 32)
-    monkeypatch.setattr(blockwise, "_FEW", 0)
+    monkeypatch.setattr(dequantized_matmul, "_BLOCK", 1024)
+    monkeypatch.setattr(dequantized_matmul, "_ALIGNED_ROWS", 16)
+    monkeypatch.setattr(dequantized_matmul, "_DEEP", 32)
+    monkeypatch.setattr(dequantized_matmul, "_FEW", 0)
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -35,8 +35,8 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 def quantized(shape, by_inputs=False, **options):
     weight = random(*shape)
-    codes = nf4.quantize(weight, **options)
-    whole = nf4.dequantize(codes, dtype=torch.float32).view(shape)
+    codes = codec.quantize(weight, **options)
+    whole = codec.dequantize(codes, dtype=torch.float32).view(shape)
     return NF4Matrix(codes, shape, by_inputs=by_inputs), whole.T if by_inputs else whole
 
 
@@ -95,7 +95,7 @@ def test_what_is_multiplied_is_what_bitsandbytes_decodes(small_tiles, shape, dou
     options = {}
     if double_quant:
         options = {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.item()}
-    codes = nf4.NF4(packed.view(-1), state.absmax, weight.numel(), 64, **options)
+    codes = codec.NF4(packed.view(-1), state.absmax, weight.numel(), 64, **options)
     linear = NF4Linear(NF4Matrix(codes, shape))
     # Each sum is of one weight and zeros.
     assert torch.equal(linear(torch.eye(shape[1])).T, expected)
@@ -133,8 +133,8 @@ def test_output_tiles_of_a_weight_by_inputs(small_tiles):
 
 def test_one_expert_of_a_stack_in_one_tensor_and_in_parts(small_tiles):
     weight = random(4, 10, 24)
-    codes = nf4.quantize(weight)
-    whole = nf4.dequantize(codes, dtype=torch.float32).view(4, 10, 24)
+    codes = codec.quantize(weight)
+    whole = codec.dequantize(codes, dtype=torch.float32).view(4, 10, 24)
     fused = ExpertStack([[NF4Matrix(codes, (10, 24), offset=240 * e)] for e in range(4)], "up_proj")
     parts = ExpertStack([[DenseMatrix(w[:4]), DenseMatrix(w[4:])] for w in whole], "up_proj")
     x = random(3, 24)
@@ -212,7 +212,7 @@ def test_very_few_tokens_are_multiplied_by_what_is_not_written(
 
 def test_an_error_in_a_piece_is_that_of_the_product(small_tiles, monkeypatch):
     matrix, _ = quantized((200, 320))
-    codes = nf4.quantize(random(100, 320))  # too short for the matrix
+    codes = codec.quantize(random(100, 320))  # too short for the matrix
     monkeypatch.setattr(matrix, "codes", codes)
     with pytest.raises(UsageError, match="range"):
         frozen_product(random(5, 320), matrix)
@@ -259,7 +259,7 @@ def test_products_after_those_of_inference(stored, rows):
         matrix = DenseMatrix(random(rows, 64, seed=1).to(stored))
         for inference in (True, False):
             with torch.inference_mode(inference):
-                found.append(blockwise.multiply_transposed(x, matrix, torch.float32))
+                found.append(dequantized_matmul.multiply_transposed(x, matrix, torch.float32))
 
     thread = threading.Thread(target=work)
     thread.start()

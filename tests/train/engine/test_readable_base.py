@@ -6,7 +6,7 @@ import transformers
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.errors import UnsupportedError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.train import LoraOptions, load
 from loraformat.train.engine import readable_base
 from tests.train.engine.reference import make_batch, relative

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from loraformat.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.train import load
-from loraformat.train.engine import assemble, trial
+from loraformat.train.engine import bind_weights, trial
 from tests.train.engine.reference import make_batch
 from tests.train.tiny_bundles import make_dense
 
@@ -56,7 +56,7 @@ def test_a_config_that_does_not_fit_the_tensors(changed, fields, message):
 
 
 def test_a_large_parameter_of_an_unknown_class(bundle_of, monkeypatch):
-    monkeypatch.setattr(assemble, "_LARGEST_COPY", 200)
+    monkeypatch.setattr(bind_weights, "_LARGEST_COPY", 200)
     expected = r"layers\.0\.mlp\.gate\.weight of MixtralTopKRouter has 256 elements \(\[4, 64\]\)"
     with pytest.raises(UnsupportedError, match=expected):
         load(bundle_of("mixtral"))

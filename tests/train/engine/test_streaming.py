@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine import residency
+from loraformat.train.engine import layer_prefetch
 from tests.train.engine.reference import make_batch
 from tests.train.tiny_bundles import make_dense
 
@@ -12,7 +12,7 @@ from tests.train.tiny_bundles import make_dense
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     """Six layers, one in each shard and larger than a page."""
-    from loraformat.ops.convert import convert
+    from loraformat.ops.convert.convert import convert
 
     directory = tmp_path_factory.mktemp("streaming")
     make_dense(directory / "dense", "llama", num_hidden_layers=6, hidden_size=128)
@@ -25,13 +25,13 @@ def advice(monkeypatch):
     """What is read and let go, as (word, address, bytes)."""
     calls = []
     for word in ("read_pages", "forget_pages"):
-        real = getattr(residency, word)
+        real = getattr(layer_prefetch, word)
 
         def record(address, nbytes, word=word, real=real):
             calls.append((word, address, nbytes))
             real(address, nbytes)
 
-        monkeypatch.setattr(residency, word, record)
+        monkeypatch.setattr(layer_prefetch, word, record)
     return calls
 
 

@@ -5,28 +5,28 @@ from collections import Counter
 import pytest
 import torch
 
-from loraformat import nf4
+from loraformat.nf4 import codec
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine import product
+from loraformat.train.engine import lora_matmul
+from loraformat.train.engine.activation_budget import KeptActivations
+from loraformat.train.engine.checkpointing import Recomputation, recompute_layer
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.kept_activations import KeptActivations
+from loraformat.train.engine.layer_prefetch import Residency
 from loraformat.train.engine.linear import FrozenLinear, NF4Linear
 from loraformat.train.engine.matrix import NF4Matrix
-from loraformat.train.engine.recompute import Recomputation, recompute_layer
-from loraformat.train.engine.residency import Residency
 from tests.train.engine.reference import make_batch
 
 
 @pytest.fixture
 def products(monkeypatch):
     """Counts forward products by their matrix."""
-    counted, plain = Counter(), product.multiply
+    counted, plain = Counter(), lora_matmul.multiply
 
     def count(x, matrix, dtype):
         counted[matrix] += 1
         return plain(x, matrix, dtype)
 
-    monkeypatch.setattr(product, "multiply", count)
+    monkeypatch.setattr(lora_matmul, "multiply", count)
     return counted
 
 
@@ -76,7 +76,7 @@ class Layer(torch.nn.Module):
     def __init__(self, seed):
         super().__init__()
         chance = torch.Generator().manual_seed(seed)
-        codes = [nf4.quantize(torch.randn(64, 64, generator=chance) / 8) for _ in range(2)]
+        codes = [codec.quantize(torch.randn(64, 64, generator=chance) / 8) for _ in range(2)]
         self.one, self.two = (NF4Linear(NF4Matrix(c, (64, 64))) for c in codes)
 
     def inner(self, x):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which torch's optimizers load at their first step
 
-from loraformat.train.run.verb import train
+from loraformat.train.run.train import train
 from tests.train.loop import tiny_runs
 
 #: So that runs end, too, on a machine that others make slower meanwhile.

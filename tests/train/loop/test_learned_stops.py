@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from loraformat.ops.check.verb import check
+from loraformat.ops.check.check import check
 from tests.train.loop.test_template_beside import ROW
 
 NAME = "generation_config.json"
@@ -52,7 +52,7 @@ def test_there_is_none_where_the_base_ends_so_too(train_to, tmp_path, rows, temp
     assert not (tmp_path / "a" / NAME).exists()
     assert not [note for note in report.notes if "turns end" in note]
     base = tmp_path / "bundle"
-    from loraformat.ops.convert import convert
+    from loraformat.ops.convert.convert import convert
 
     shutil.copytree(place / "dense", tmp_path / "dense")
     both = json.dumps({"eos_token_id": list(ids_of(place))})

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loraformat.train.run.compare import evaluate
-from loraformat.train.run.generation import GenerationOptions
-from loraformat.train.run.verb import train
-from loraformat.train.run.write_on import write_on
+from loraformat.train.run.evaluate import evaluate
+from loraformat.train.run.generate import write_on
+from loraformat.train.run.text_generation import GenerationOptions
+from loraformat.train.run.train import train
 from tests.train.loop.tiny_runs import make_bundle, options
 
 ROWS = 2050

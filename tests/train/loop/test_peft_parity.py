@@ -10,7 +10,7 @@ import torch
 from loraformat.train import load
 from loraformat.train.data.dataset import open_data
 from loraformat.train.loop.metrics import read_metrics
-from loraformat.train.run.verb import train
+from loraformat.train.run.train import train
 from tests.train.loop import tiny_runs
 
 STEPS = 20

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from loraformat.errors import ResourceError
-from loraformat.train.run.plan import Shape, advise, plan_memory
+from loraformat.train.run.memory_plan import Shape, advise, plan_memory
 from loraformat.train.run.report import duration
 
 SEVENTY = Shape(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 828_000_000)
@@ -129,7 +129,7 @@ ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
 MEASURED = """
 import json, resource, sys
 from pathlib import Path
-from loraformat.train.run.verb import train
+from loraformat.train.run.train import train
 from loraformat.train.loop import memory
 from tests.train.loop.tiny_runs import options
 where = Path(sys.argv[1])

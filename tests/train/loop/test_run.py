@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraformat.errors import DivergedError, InputError, OutputError, ResourceError, UsageError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.train.data import template_process
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.loop import memory, saved_state
@@ -69,17 +69,17 @@ def test_a_run_learns_and_says_so(train_to, tmp_path, place):
 
 @pytest.mark.parametrize("conversations", [False, True])
 def test_samples_are_asked_for_as_the_data_ask(train_to, tmp_path, monkeypatch, conversations):
-    from loraformat.train.run import verb
+    from loraformat.train.run import train
     from tests.train.data.tokenizers_and_templates import TEMPLATES
 
     seen = []
-    real = verb.generation.continuation
+    real = train.generation.continuation
 
     def continuation(model, tokenizer, prompt, *more, **options):
         seen.append(tokenizer.decode(prompt))
         return real(model, tokenizer, prompt, *more, **options)
 
-    monkeypatch.setattr(verb.generation, "continuation", continuation)
+    monkeypatch.setattr(train.generation, "continuation", continuation)
     turns = [{"role": "user", "content": "bell"}, {"role": "assistant", "content": "book"}]
     row = {"messages": turns} if conversations else {"prompt": "bell", "completion": " book"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
@@ -360,7 +360,7 @@ def test_an_adapter_stands_whatever_becomes_of_its_picture(train_to, tmp_path, m
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loraformat.train.run.verb.loss_curve.draw", full)
+    monkeypatch.setattr("loraformat.train.run.train.loss_curve.draw", full)
     report = train_to(tmp_path / "a", plot=True)
     assert report.notes == ["no loss curve: No space left on device"]
     assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
@@ -371,7 +371,7 @@ def test_no_room_for_checkpoints(train_to, tmp_path, monkeypatch):
 
     usage = namedtuple("usage", "total used free")
     full = usage(9, 9, 1000)
-    monkeypatch.setattr("loraformat.train.run.verb.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr("loraformat.train.run.train.shutil.disk_usage", lambda path: full)
     with pytest.raises(ResourceError, match=r"checkpoints and adapter need .* 0\.0 MB free"):
         train_to(tmp_path / "a")
 
@@ -481,7 +481,7 @@ def test_the_plan_counts_the_process_that_renders_templates(train_to, tmp_path):
 
 def test_a_time_that_is_reckoned(train_to, tmp_path, monkeypatch):
     """Of a model whose batch would take too long to be timed whole."""
-    monkeypatch.setattr("loraformat.train.run.probe._PATIENCE", -1.0)
+    monkeypatch.setattr("loraformat.train.run.step_timing._PATIENCE", -1.0)
     report = train_to(tmp_path / "a", dry_run=True)
     assert not report.step_time.whole
     assert 1e-5 < report.step_time.seconds < 10

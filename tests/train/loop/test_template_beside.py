@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loraformat.errors import UsageError
-from loraformat.ops.check.verb import check
+from loraformat.ops.check.check import check
 from loraformat.train.loop.saved_state import adapter_of
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 from tests.train.loop.test_run import Killed, killer
@@ -46,7 +46,7 @@ def test_it_lies_beside_every_adapter_of_the_run(train_to, tmp_path, template, r
 def test_the_base_s_own_is_no_finding(train_to, tmp_path, template, rows, place):
     import shutil
 
-    from loraformat.ops.convert import convert
+    from loraformat.ops.convert.convert import convert
 
     shutil.copytree(place / "dense", tmp_path / "dense")
     shutil.copy(template, tmp_path / "dense" / NAME)
@@ -85,7 +85,7 @@ def test_gone_on_with(train_to, tmp_path, template, rows):
 def test_in_a_bundle_and_prompted_with(train_to, run, tmp_path, template, rows, place, monkeypatch):
     import shutil
 
-    from loraformat.train.run import write_on
+    from loraformat.train.run import generate
 
     bundle = shutil.copytree(place / "bundle", tmp_path / "model")
     adapter = bundle / "adapters" / "mine"
@@ -93,13 +93,13 @@ def test_in_a_bundle_and_prompted_with(train_to, run, tmp_path, template, rows, 
     assert (adapter / NAME).read_bytes() == template.read_bytes()
     assert run("verify", bundle).code == 0
     seen = []
-    real = write_on.continuation
+    real = generate.continuation
 
     def continuation(model, tokenizer, prompt, *more, **options):
         seen.append(tokenizer.decode(prompt))
         return real(model, tokenizer, prompt, *more, **options)
 
-    monkeypatch.setattr(write_on, "continuation", continuation)
+    monkeypatch.setattr(generate, "continuation", continuation)
     words = ["--prompt", "lamp", "--chat", "--max-tokens", 1, "-q"]
     result = run("generate", bundle, "--adapter", adapter, *words)
     assert (result.code, result.err) == (0, "")
@@ -111,7 +111,7 @@ def test_in_a_bundle_and_prompted_with(train_to, run, tmp_path, template, rows, 
 def test_trained_on_with_another(train_to, tmp_path, template, rows, place):
     import shutil
 
-    from loraformat.ops.convert import convert
+    from loraformat.ops.convert.convert import convert
 
     shutil.copytree(place / "dense", tmp_path / "dense")
     (tmp_path / "dense" / NAME).write_text(TEMPLATES["llama3"])

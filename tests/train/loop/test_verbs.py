@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from loraformat.demo import SMALL_MODEL
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.train.loop.metrics import read_metrics
 from tests.train.loop.tiny_runs import files_of
 
@@ -137,7 +137,7 @@ def test_the_command_starts_as_many_processes(
             monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraformat.train.run.verb.train", interrupted)
+    monkeypatch.setattr("loraformat.train.run.train.train", interrupted)
     result = run(*call)
     assert result.code == 130
     words = shlex.join(map(str, call))

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from loraformat.demo import SMALL_MODEL
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.train.run.options import TrainOptions
 from tests.train.tiny_bundles import make_dense
 

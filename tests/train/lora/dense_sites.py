@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from loraformat.train.lora.site import Site
+from loraformat.train.lora.target_module import Site
 
 ROWS_AT_ONCE = 5
 

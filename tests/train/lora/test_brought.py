@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from loraformat.ops.convert import convert
-from loraformat.ops.merge.verb import merge
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
 from loraformat.train import load
 from loraformat.train.batch import Batch
 from tests.adapters.vocabularies import FORMS, IDS, ROWS, adapter, logits, opened

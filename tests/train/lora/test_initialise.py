@@ -6,11 +6,11 @@ import torch
 from dense_sites import plain_site
 from torch import nn
 
-from loraformat import nf4
-from loraformat.checkpoint import Checkpoint, Provenance
 from loraformat.errors import InputError, UnsupportedError, UsageError
-from loraformat.testing_models import dense
-from loraformat.testing_models import nf4 as nf4_tensor
+from loraformat.model.checkpoint import Checkpoint, Provenance
+from loraformat.nf4 import codec
+from loraformat.testing.models import dense
+from loraformat.testing.models import nf4 as nf4_tensor
 from loraformat.train import LoraOptions
 from loraformat.train.lora.branch import branch_of
 from loraformat.train.lora.initialise import initial
@@ -108,7 +108,7 @@ def test_pissa_trains_the_residual_base_and_leaves_the_stored_one():
 
 
 def quantized(matrix):
-    return nf4.dequantize(nf4.quantize(matrix)).view(matrix.shape)
+    return codec.dequantize(codec.quantize(matrix)).view(matrix.shape)
 
 
 def original(**tensors):

@@ -10,7 +10,7 @@ from loraformat.train import LoraOptions
 from loraformat.train.lora.branch import branch_of
 from loraformat.train.lora.branches import attach, extra_state, load_extra_state
 from loraformat.train.lora.initialise import initial
-from loraformat.train.lora.moments import HALF_LIFE, Moments, observe, share_of_noise
+from loraformat.train.lora.second_moments import HALF_LIFE, Moments, observe, share_of_noise
 
 
 def numbers(*shape, seed=0):

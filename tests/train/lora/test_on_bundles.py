@@ -9,11 +9,11 @@ import torch
 import transformers
 from tiny_bases import load_dense, tokens
 
+from loraformat.bundle.reader import open_bundle
 from loraformat.errors import InputError, UsageError
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 from loraformat.ops.reduce import Reduction, reduce
 from loraformat.ops.verify import verify
-from loraformat.reader import open_bundle
 from loraformat.train import Batch, LoraOptions, load
 from loraformat.train.lora.loraplus import parameter_groups
 

@@ -10,7 +10,7 @@ import torch
 from dense_sites import sites_of
 from tiny_bases import load_dense, tokens
 
-from loraformat.reader import open_bundle
+from loraformat.bundle.reader import open_bundle
 from loraformat.train import LoraOptions
 from loraformat.train.lora.branches import attach, trainable
 from loraformat.train.lora.trained_adapter import save_adapter

@@ -6,8 +6,8 @@ import torch
 from dense_sites import sites_of
 from tiny_bases import load_dense, tokens
 
+from loraformat.bundle.reader import open_bundle
 from loraformat.ops.reduce import Reduction, reduce
-from loraformat.reader import open_bundle
 from loraformat.train import LoraOptions
 from loraformat.train.lora.branches import attach, trainable
 from loraformat.train.lora.loraplus import parameter_groups

@@ -8,17 +8,17 @@ import torch
 from dense_sites import sites_of
 from tiny_bases import load_dense, tokens
 
-from loraformat.adapter import STATISTICS_NAME, RowReplacement
+from loraformat.bundle.reader import open_bundle
 from loraformat.errors import InputError, LoraFormatError, OutputError, UnsupportedError
-from loraformat.ops.adapters import open_adapter
-from loraformat.ops.convert import convert
+from loraformat.model.adapter import STATISTICS_NAME, RowReplacement
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.verify import verify
-from loraformat.reader import open_bundle
 from loraformat.runtimes.chat import RECORD_NAME
-from loraformat.testing_models import dense
+from loraformat.testing.models import dense
 from loraformat.train import LoraOptions
 from loraformat.train.lora.branches import attach, trainable
-from loraformat.train.lora.continued import attach_adapter
+from loraformat.train.lora.continued_adapter import attach_adapter
 from loraformat.train.lora.trained_adapter import save_adapter, trained_adapter
 
 

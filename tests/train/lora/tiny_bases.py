@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from loraformat.ops.convert import convert
+from loraformat.ops.convert.convert import convert
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -30,9 +30,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from loraformat.config_json import CONFIG_NAME
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.tied_head import lacks_head
+from loraformat.model.config_json import CONFIG_NAME
+from loraformat.model.tied_head import lacks_head
 from loraformat_converters.gguf.architectures.bert import BERT
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.gemma import GEMMA2, GEMMA3
@@ -41,14 +41,14 @@ from loraformat_converters.gguf.architectures.llama import LLAMA
 from loraformat_converters.gguf.architectures.lora import LoraPlace, lora_module, lora_places
 from loraformat_converters.gguf.architectures.phi3 import PHI3
 from loraformat_converters.gguf.architectures.qwen import QWEN2, QWEN3, QWEN3MOE
-from loraformat_converters.gguf.architectures.recipes import (
+from loraformat_converters.gguf.architectures.record import Architecture
+from loraformat_converters.gguf.architectures.tensor_map import (
     Part,
     Recipe,
     Recipes,
     to_gguf,
     to_huggingface,
 )
-from loraformat_converters.gguf.architectures.record import Architecture
 
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container import GGUFFile

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loraformat.config_json import CONFIG_NAME
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.foreign_json import is_finite
+from loraformat.model.config_json import CONFIG_NAME
+from loraformat.storage.foreign_json import is_finite
 
 __all__ = ["MAX_EXPERTS", "MAX_LAYERS", "Config"]
 

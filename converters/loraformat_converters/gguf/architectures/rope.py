@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from math import log, pi, sqrt
 from typing import Any
 
-from loraformat.config_json import CONFIG_NAME
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.foreign_json import is_finite
+from loraformat.model.config_json import CONFIG_NAME
+from loraformat.storage.foreign_json import is_finite
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.keys import Keys
 

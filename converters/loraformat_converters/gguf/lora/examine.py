@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from loraformat import config_json
-from loraformat.checkpoint import Checkpoint
 from loraformat.errors import LoraFormatError
+from loraformat.model import config_json
+from loraformat.model.checkpoint import Checkpoint
 from loraformat.plugins import AdapterReadOptions
 from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.from_adapter import facts_of

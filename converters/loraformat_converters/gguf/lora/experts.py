@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from loraformat.adapter import LoraDelta
-from loraformat.checkpoint import DenseTensor
+from loraformat.model.adapter import LoraDelta
+from loraformat.model.checkpoint import DenseTensor
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def _lazy(
     def load() -> memoryview:
         import torch
 
-        from loraformat.dtypes import torch_dtype
+        from loraformat.tensors.dtypes import torch_dtype
 
         values = make().to(torch_dtype(dtype)).contiguous()
         flat: Any = values.view(-1).view(torch.uint8).numpy()

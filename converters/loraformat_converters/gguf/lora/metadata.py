@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from loraformat.adapter import Adapter
-from loraformat.checkpoint import Checkpoint
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint
 from loraformat_converters.gguf.container import GGUFFile
 from loraformat_converters.gguf.general import CONFIG_KEY, FINGERPRINT_KEY
 from loraformat_converters.gguf.types import ValueType

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from struct import pack, unpack
 from typing import TYPE_CHECKING
 
-from loraformat.adapter import Adapter, LoraDelta
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,

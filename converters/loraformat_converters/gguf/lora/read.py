@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat import config_json
-from loraformat.adapter import Adapter, LoraDelta
-from loraformat.checkpoint import Checkpoint, DenseTensor, tensor_view
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, printable
-from loraformat.families import spelled_in_memory
-from loraformat.tied_head import settled
+from loraformat.families.table import spelled_in_memory
+from loraformat.model import config_json
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, tensor_view
+from loraformat.model.tied_head import settled
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from loraformat import config_json
-from loraformat.adapter import Adapter, LoraDelta
-from loraformat.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.errors import UnsupportedError, printable
-from loraformat.tied_head import tied_embedding
+from loraformat.model import config_json
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.model.tied_head import tied_embedding
 from loraformat_converters.gguf.architectures import Architecture, Config
 
 __all__ = [

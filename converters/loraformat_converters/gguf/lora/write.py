@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from loraformat import config_json
-from loraformat.adapter import Adapter
-from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
+from loraformat.model import config_json
+from loraformat.model.adapter import Adapter
+from loraformat.model.tied_head import settled
+from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.plugins import Forecast
-from loraformat.tied_head import settled
 from loraformat_converters.gguf.architectures import of_config
 from loraformat_converters.gguf.blocks import quantized_tiles, storable_type
 from loraformat_converters.gguf.lora.metadata import adapter_keys
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from loraformat.checkpoint import Checkpoint
+    from loraformat.model.checkpoint import Checkpoint
     from loraformat.plugins import AdapterWriteOptions
-    from loraformat.publish import Publication
+    from loraformat.storage.atomic_output import Publication
 
 __all__ = ["forecast_adapter", "write_adapter"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loraformat.checkpoint import CarriedFile, Checkpoint
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError, printable
+from loraformat.model.checkpoint import CarriedFile, Checkpoint
 from loraformat_converters.gguf.tokenizers import bpe, sentencepiece_model, spm, wordpiece
 from loraformat_converters.gguf.tokenizers.chat import template_keys
 from loraformat_converters.gguf.tokenizers.sources import Sources

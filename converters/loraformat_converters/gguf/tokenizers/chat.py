@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from loraformat.checkpoint import CarriedFile
+from loraformat.model.checkpoint import CarriedFile
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue

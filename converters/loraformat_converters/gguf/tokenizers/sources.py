@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from loraformat import config_json
-from loraformat.carried_tokenizer import CarriedTokenizer
-from loraformat.checkpoint import Checkpoint
 from loraformat.errors import UnsupportedError
+from loraformat.model import config_json
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat_converters.gguf.tokenizers.vocabulary_files import (
     made_by_transformers,
     stand_alone,

@@ -7,8 +7,8 @@ understood by other programs, too.
 
 from __future__ import annotations
 
-from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.errors import printable
+from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
@@ -47,7 +47,7 @@ def turn_end_keys(
 
     Examples
     --------
-    >>> from loraformat.checkpoint import CarriedFile
+    >>> from loraformat.model.checkpoint import CarriedFile
     >>> file = CarriedFile("generation_config.json", 24, lambda: b'{"eos_token_id": [0, 1]}')
     >>> list(turn_end_keys(CarriedTokenizer([file], "m"), 0, ["<eos>", "<|im_end|>"])[0])
     ['tokenizer.ggml.eot_token_id']

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loraformat.carried_tokenizer import CarriedTokenizer
 from loraformat.errors import InputError, MissingDependencyError
-from loraformat.foreign_json import parse_object
+from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.storage.foreign_json import parse_object
 
 __all__ = ["made_by_transformers", "stand_alone"]
 

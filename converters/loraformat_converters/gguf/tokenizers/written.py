@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from loraformat.checkpoint import CarriedFile
 from loraformat.errors import InputError
+from loraformat.model.checkpoint import CarriedFile
 from loraformat_converters.gguf.tokenizers.chat import template_files
 from loraformat_converters.gguf.tokenizers.special import NAMES
 from loraformat_converters.gguf.tokenizers.vocabulary import TokenKind

@@ -1,0 +1,5 @@
+"""Low-rank linear algebra on tensors; nothing here knows files or models.
+
+Start with `lora` (a delta as factors, truncation by SVD); `thin_qr` and `subspace` are what it
+computes with, `ranks` chooses ranks, `interference` combines whole deltas (TIES, DARE).
+"""

@@ -1,0 +1,5 @@
+"""The format of ``spec/loraformat-1.0.md``: one base in NF4, adapters, a manifest.
+
+Read `manifest` and `manifest_rules`, then `reader` (opening) with `rules`, `converter` (reading and
+writing as every converter does), `update` (adapters in and out) and `integrity` (hashes).
+"""

@@ -1,0 +1,137 @@
+"""The bundle as a converter: read one, write one.
+
+Writing is a model directory with a manifest. The manifest comes last; without it the
+directory is not a bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from loraformat.bundle.manifest import Manifest, fingerprint
+from loraformat.bundle.reader import is_bundle, open_bundle
+from loraformat.families.table import Family, family_of
+from loraformat.model.architecture import skip_modules
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, NF4Tensor
+from loraformat.model.config_json import join, model_dtype, parse
+from loraformat.model.quantization_history import EXTENSION, to_extension
+from loraformat.plugins import Converter, WriteOptions
+from loraformat.shards.records import FileRecord
+from loraformat.shards.write_directory import WrittenModel, write_model_directory
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
+from loraformat.version import __version__
+
+__all__ = [
+    "CONVERTER",
+    "AdapterRecords",
+    "quantization_config",
+    "quantized_config",
+    "read",
+    "write",
+]
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a bundle's base; every tensor is compared with its SHA-256 when it is loaded."""
+    return open_bundle(path).checkpoint
+
+
+#: Name, and path in the adapter's directory, of what belongs to an adapter.
+AdapterRecords = dict[str, dict[str, FileRecord]]
+
+
+def write(
+    checkpoint: Checkpoint,
+    publication: Publication,
+    options: WriteOptions,
+    *,
+    add_adapters: Callable[[str], AdapterRecords] = lambda fingerprint: {},
+) -> WrittenModel:
+    """Write a bundle.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    publication : Publication
+    options : WriteOptions
+    add_adapters : callable, optional
+        Called with the fingerprint of the base once it is written; writes ``adapters/NAME``
+        into the publication and returns what the manifest shall list.
+    """
+    written = write_model_directory(
+        checkpoint,
+        publication,
+        config=quantized_config(checkpoint),
+        shard_limit=options.shard_limit,
+        progress=options.progress,
+        tell_history=False,  # the manifest does
+    )
+    base = fingerprint(written.shards.tensors)
+    quantized = checkpoint.provenance.quantized
+    manifest = Manifest(
+        created_by=f"loraformat {__version__}",
+        source=checkpoint.provenance.to_json(),
+        shard_limit=options.shard_limit,
+        shards=tuple(written.shards.shards),
+        tensors=written.shards.tensors,
+        files={path: file for path, file in written.files.items() if path != CARD_NAME},
+        fingerprint=base,
+        adapters=add_adapters(base),
+        extensions={EXTENSION: to_extension(quantized)} if quantized else {},
+    )
+    publication.write(MANIFEST_NAME, manifest.encode())
+    if checkpoint.config is None:
+        written.notes.append("no config.json: transformers cannot open this bundle")
+    return written
+
+
+def quantized_config(checkpoint: Checkpoint) -> bytes | None:
+    """Return ``config.json`` with the ``quantization_config`` that makes peers open NF4."""
+    if checkpoint.config is None:
+        return None
+    quantized = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
+    if not quantized:
+        return checkpoint.config
+    return join(
+        checkpoint.config, checkpoint.quantization_config or quantization_config(checkpoint)
+    )
+
+
+def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
+    """Return what transformers writes for a model quantized as this one."""
+    quantized = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
+    dense = [t for t in checkpoint.tensors.values() if isinstance(t, DenseTensor)]
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": model_dtype(checkpoint.config) or "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(tensor.double_quant for tensor in quantized),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skip_modules(
+            dense, (tensor.name for tensor in quantized), _family(checkpoint).optional
+        ),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    return family_of(parse(checkpoint.config) if checkpoint.config else {})
+
+
+CONVERTER = Converter(
+    name="loraformat",
+    kind="base",
+    summary="a bundle: NF4 base weights with manifest, hashes and room for adapters",
+    sniff=is_bundle,
+    read=read,
+    write=write,
+    stores="nf4",
+)

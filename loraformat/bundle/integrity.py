@@ -1,0 +1,176 @@
+"""Verifying: every rule and every hash of a bundle.
+
+Structure is checked by opening; here every byte is read and compared with its SHA-256,
+and adapters are opened. Rules ``A..`` and ``V..`` of ``spec/loraformat-1.0.md``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from loraformat.bundle.reader import Bundle, load_verified, open_bundle
+from loraformat.errors import FormatError, InputError, printable
+from loraformat.shards.records import FileRecord
+from loraformat.storage.foreign_json import parse_object
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
+
+__all__ = [
+    "BASE_FINGERPRINT",
+    "BASE_SOURCE",
+    "Finding",
+    "check_adapter",
+    "check_listed",
+    "file_record",
+    "verify_bundle",
+]
+
+#: Members of an adapter's ``__metadata__`` that name the base it was trained on.
+BASE_FINGERPRINT = "loraformat.base_fingerprint"
+BASE_SOURCE = "loraformat.base_source"
+
+_MAX_ADAPTER_CONFIG_BYTES = 1 << 20
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One broken rule.
+
+    Attributes
+    ----------
+    rule : str
+        Its id; empty for what no rule of the specification forbids, in formats that are not
+        ours.
+    path : str
+        The file.
+    problem : str
+    """
+
+    rule: str
+    path: str
+    problem: str
+
+
+def verify_bundle(
+    path: Path, *, progress: Callable[[int], None] = lambda nbytes: None
+) -> list[Finding]:
+    """Check a bundle completely.
+
+    Parameters
+    ----------
+    path : Path
+    progress : callable
+        Called with the number of bytes that have been verified since the last call.
+
+    Returns
+    -------
+    list of Finding
+        Empty for a sound bundle. A broken structure is one finding, as nothing behind it
+        can be trusted; otherwise every wrong hash is listed.
+    """
+    try:
+        bundle = open_bundle(path)
+    except FormatError as error:
+        return [_finding(error)]
+    with bundle:
+        findings = _verify_files(bundle)
+        for name in bundle.manifest.adapters:
+            try:
+                check_adapter(bundle.folder, f"adapters/{name}", bundle.manifest.fingerprint)
+            except FormatError as error:
+                findings.append(_finding(error))
+        for name, record in bundle.manifest.tensors.items():
+            tensor = bundle.tensors[name]
+            try:
+                load_verified(tensor, record.sha256, path)
+            except FormatError as error:
+                findings.append(_finding(error))
+            tensor.release()
+            progress(tensor.nbytes)
+    return findings
+
+
+def _finding(error: FormatError) -> Finding:
+    return Finding(error.rule, error.path or "", error.problem)
+
+
+def _verify_files(bundle: Bundle) -> list[Finding]:
+    records = dict(bundle.manifest.files)
+    for name, files in bundle.manifest.adapters.items():
+        records |= {f"adapters/{name}/{path}": record for path, record in files.items()}
+    findings = []
+    for path, record in records.items():
+        if file_record(bundle.folder, path).sha256 != record.sha256:
+            findings.append(
+                Finding("V03", str(bundle.folder.path / path), "its SHA-256 is not the manifest's")
+            )
+    return findings
+
+
+def file_record(folder: Folder, path: str) -> FileRecord:
+    """Return a file's size and SHA-256, as a manifest lists them."""
+    digest, nbytes = sha256(), 0
+    with os.fdopen(folder.open(path), "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            nbytes += len(piece)
+    return FileRecord(nbytes, digest.hexdigest())
+
+
+def check_listed(folder: Folder, records: Mapping[str, FileRecord]) -> None:
+    """Compare files with what a manifest says of them.
+
+    Raises
+    ------
+    FormatError
+        B05 or V03, naming the first file that is missing or another.
+    """
+    for name, record in records.items():
+        path = folder.path / name
+        if not folder.has(name):
+            raise FormatError("B05", "is missing or is not a regular file", path=path)
+        if folder.size(name) != record.bytes:
+            problem = f"{folder.size(name)} bytes long, the manifest says {record.bytes}"
+            raise FormatError("B05", problem, path=path)
+        if file_record(folder, name) != record:
+            raise FormatError("V03", "its SHA-256 is not the manifest's", path=path)
+
+
+def check_adapter(folder: Folder, directory: str, fingerprint: str | None) -> None:
+    """Check that an adapter can be read, and is one of this base: A01, A02 and the H rules.
+
+    Parameters
+    ----------
+    folder : Folder
+    directory : str
+        Where the adapter lies in it.
+    fingerprint : str or None
+        Of the bundle; None for an adapter outside one, where A01 says nothing.
+
+    Raises
+    ------
+    FormatError
+        Naming the broken rule.
+    """
+    config = f"{directory}/adapter_config.json"
+    if folder.size(config) > _MAX_ADAPTER_CONFIG_BYTES:
+        raise FormatError("A02", "longer than 1 MiB", path=folder.path / config)
+    try:
+        parse_object(folder.read(config, _MAX_ADAPTER_CONFIG_BYTES), config)
+    except InputError as error:
+        raise FormatError("A02", error.problem, path=folder.path / config) from None
+    weights = MappedFile(folder, f"{directory}/adapter_model.safetensors")
+    weights.close()
+    named = weights.header.metadata.get(BASE_FINGERPRINT, fingerprint)
+    if fingerprint is not None and named != fingerprint:
+        raise FormatError(
+            "A01",
+            f"was made for the base {printable(named)}, this bundle's is {fingerprint}",
+            path=weights.path,
+            hint="keep the adapter beside the bundle that it was trained on",
+        )

@@ -1,0 +1,30 @@
+"""Where a training keeps what is not the adapter: beside it, under a name made of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loraformat.bundle.update import adapter_place
+
+__all__ = ["CURVE_NAME", "run_place"]
+
+#: The picture of the loss in it.
+CURVE_NAME = "loss.png"
+
+
+def run_place(output: Path) -> Path:
+    """Return the run directory of an adapter.
+
+    ``OUTPUT.run``; of an adapter in a bundle ``BUNDLE.NAME.run``, beside the bundle.
+
+    Examples
+    --------
+    >>> run_place(Path("out/mine")).name
+    'mine.run'
+    """
+    place = adapter_place(output)
+    if place is not None:
+        return place.bundle.with_name(f"{place.bundle.name}.{place.name}.run")
+    absolute = Path(os.path.abspath(output))
+    return absolute.with_name(absolute.name + ".run")

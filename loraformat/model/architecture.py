@@ -1,0 +1,198 @@
+"""What a tensor's name and the model type say about it.
+
+The core needs to know three things of an architecture: which weights are the linears of
+its decoder layers (those are quantized), which of them are stored transposed (``Conv1D``),
+and which module names must be named to peers as not quantized. All else about model
+architectures is transformers' business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from loraformat.families.table import family_of
+from loraformat.families.tensor_names import layer_of
+from loraformat.model.checkpoint import LazyTensor
+
+__all__ = [
+    "is_conv1d",
+    "is_decoder_linear",
+    "is_matrix_weight",
+    "is_plain_in_peers",
+    "kind_of",
+    "module_of",
+    "skip_modules",
+]
+
+_CONV1D_MODULES = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
+
+#: Never quantized unless asked for: routers, experts (transformers fuses them into 3-D
+#: parameters, which bitsandbytes leaves alone), embeddings, other towers than the decoder.
+_PLAIN = re.compile(
+    r"(^|\.)("
+    r"gate|router|shared_expert_gate|experts|"
+    r"\w*embed\w*|wte|wpe|\w*norm\w*|ln_\w+|relative_attention_bias|"
+    r"vision\w*|visual\w*|audio\w*|image\w*|lora_\w+"
+    r")(\.|$)"
+)
+
+_BIAS_OR_NORM = re.compile(r"bias$|(^|\.)(\w*norm\w*|ln_\w+)(\.weight)?$")
+
+#: Parts of a model that see or hear, by the name of their module.
+_TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower"}
+#: The layers of a language model inside a larger one; what precedes them is renamed in memory.
+_LANGUAGE_MODEL = re.compile(r"(?:^|\.)language_model\.(?:model\.)?(\w+\.\d+\..+)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
+_FUSED = re.compile(r"(^|\.)(gate|router|experts)(\.|$)")
+#: Peers read the list as regular expressions: what is no module's name stays out of it.
+_MODULE_NAME = re.compile(r"[\w.-]+", re.ASCII)
+
+
+def module_of(name: str) -> str:
+    """Return the module that owns a weight.
+
+    Examples
+    --------
+    >>> module_of("model.layers.0.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj'
+    """
+    return name.removesuffix(".weight")
+
+
+def is_decoder_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor is the weight of a linear inside a decoder layer.
+
+    Examples
+    --------
+    >>> is_decoder_linear("model.layers.0.self_attn.q_proj.weight", (64, 64))
+    True
+    >>> is_decoder_linear("model.layers.0.block_sparse_moe.gate.weight", (8, 64))
+    False
+    >>> is_decoder_linear("lm_head.weight", (1000, 64))
+    False
+    """
+    return (
+        name.endswith(".weight")
+        and len(shape) == 2
+        and layer_of(name) is not None
+        and not _PLAIN.search(module_of(name))
+    )
+
+
+def is_matrix_weight(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor is a matrix that something is multiplied by: no bias, no norm.
+
+    Examples
+    --------
+    >>> is_matrix_weight("lm_head.weight", (1000, 64))
+    True
+    >>> is_matrix_weight("model.layers.0.mlp.experts.gate_up_proj_bias", (4, 64))
+    False
+    """
+    return len(shape) == 2 and not _BIAS_OR_NORM.search(name)
+
+
+def is_conv1d(name: str, model_type: str | None) -> bool:
+    """Tell whether a weight is stored as (in, out), as transformers' ``Conv1D`` does.
+
+    Examples
+    --------
+    >>> is_conv1d("transformer.h.0.attn.c_attn.weight", "gpt2")
+    True
+    """
+    conv1d = family_of({"model_type": model_type}).conv1d
+    return conv1d and bool(_CONV1D_MODULES.search(module_of(name)))
+
+
+def is_plain_in_peers(name: str) -> bool:
+    """Tell whether transformers has no 4-bit module for a weight: an embedding, router or expert.
+
+    Examples
+    --------
+    >>> is_plain_in_peers("model.embed_tokens.weight"), is_plain_in_peers("lm_head.weight")
+    (True, False)
+    """
+    return bool(_EMBEDDING.search(module_of(name)) or _FUSED.search(module_of(name)))
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of layer a weight belongs to: its module's own name.
+
+    Examples
+    --------
+    >>> kind_of("model.layers.7.mlp.up_proj.weight"), kind_of("h.0.mlp.experts.3.w1.weight")
+    ('up_proj', 'w1')
+    """
+    return module_of(name).rsplit(".", 1)[-1]
+
+
+def skip_modules(
+    dense: Iterable[LazyTensor], quantized: Iterable[str], absent: str | None = None
+) -> list[str] | None:
+    """Return what peers must be told not to quantize, for ``llm_int8_skip_modules``.
+
+    transformers replaces every linear by a 4-bit one unless its name matches an entry of
+    this list, at its end or, as a regular expression, at its start; without a list it leaves
+    the output head alone. Routers, experts and whole towers are named by one name part, which
+    keeps the list short; any other plain linear is named in full.
+
+    Parameters
+    ----------
+    dense : iterable of LazyTensor
+        The tensors that are not quantized.
+    quantized : iterable of str
+        Names of the weights that are.
+    absent : str, optional
+        A part that the model's class has and the checkpoint may lack: it has no 4-bit form, then.
+
+    Returns
+    -------
+    list of str or None
+        None if transformers' own default says the same.
+
+    Examples
+    --------
+    >>> skip_modules([], ["model.layers.0.mlp.up_proj.weight"]) is None
+    True
+    >>> skip_modules([], ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+    []
+    """
+    modules = {module_of(name) for name in quantized}
+    heads, names = {"lm_head"}, set[str]()
+    for tensor in dense:
+        module = module_of(tensor.name)
+        if module == tensor.name or len(tensor.shape) != 2 or not _MODULE_NAME.fullmatch(module):
+            continue
+        if _HEAD.search(module):
+            heads.add(module)
+        elif not _EMBEDDING.search(module):
+            names |= _patterns(module, modules)
+    if absent is not None and not any(absent in module.split(".") for module in modules):
+        names.add(absent)
+    if any(_HEAD.search(module) for module in modules):
+        return sorted(names)
+    return sorted(names | heads) if names else None
+
+
+def _patterns(module: str, quantized: set[str]) -> set[str]:
+    """Return short patterns for a module that match none of the quantized ones."""
+    for candidates in _candidates(module):
+        pairs = ((pattern, name) for pattern in candidates for name in quantized)
+        if not any(name.startswith(pattern) or name.endswith(pattern) for pattern, name in pairs):
+            return candidates
+    return {module}
+
+
+def _candidates(module: str) -> Iterator[set[str]]:
+    parts = module.split(".")
+    if "experts" in parts:
+        yield {"experts"}
+    elif parts[-1] == "gate":
+        yield {"gate"}
+    for tower in _TOWERS.intersection(parts):
+        # In memory transformers puts towers below "model", whatever the checkpoint does.
+        yield {".".join(parts[: parts.index(tower) + 1]), f"model.{tower}"}
+    if renamed := _LANGUAGE_MODEL.search(module):
+        yield {module, renamed[1]}

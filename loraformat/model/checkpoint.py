@@ -1,0 +1,414 @@
+"""The neutral model: what every converter reads into and writes from.
+
+A `Checkpoint` maps Hugging Face tensor names to *lazy* tensors. A tensor knows its
+dtype and shape at once and its bytes only when `load` is called, so a checkpoint of
+any size costs nothing until a writer walks over it, one tensor at a time. What a
+tensor's ``load`` does (look at mapped bytes, cast, quantize, dequantize) is nobody
+else's business: conversions are functions from lazy tensors to lazy tensors, see
+`loraformat.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraformat.model.quantization_history import Quantized
+from loraformat.nf4.quant_state import NESTED_BLOCK_SIZE, QuantState
+from loraformat.tensors.dtypes import ITEM_BYTES, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraformat.nf4 import codec
+
+__all__ = [
+    "NF4_PARTS",
+    "CarriedFile",
+    "Checkpoint",
+    "DenseTensor",
+    "LazyTensor",
+    "NF4Parts",
+    "NF4Tensor",
+    "Part",
+    "Provenance",
+    "nf4_digest",
+    "tensor_view",
+]
+
+#: Name suffix of each stored tensor of an NF4 weight, in the order in which they are hashed.
+NF4_PARTS = {
+    "packed": "",
+    "absmax": ".absmax",
+    "nested_absmax": ".nested_absmax",
+    "quant_map": ".quant_map",
+    "nested_quant_map": ".nested_quant_map",
+    "quant_state": ".quant_state.bitsandbytes__nf4",
+}
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTensor:
+    """A tensor of ordinary numbers.
+
+    Attributes
+    ----------
+    name, dtype, shape
+        dtype is a safetensors name.
+    load : callable
+        Returns the tensor's bytes, row-major and little-endian, as a flat memoryview of
+        ``nbytes`` bytes: mapped if they are stored so, computed otherwise.
+    release : callable
+        Tells the source that the loaded bytes are no longer needed.
+    stored : tuple of str and int, or None
+        If it is computed from numbers of a type that safetensors has no name for: what its
+        source calls that type, and how many bytes they take there.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    load: Callable[[], memoryview] = field(repr=False)
+    release: Callable[[], None] = field(default=_nothing, repr=False)
+    stored: tuple[str, int] | None = None
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.count * ITEM_BYTES[self.dtype]
+
+    @property
+    def stored_as(self) -> str:
+        """Type of its numbers where they are stored."""
+        return self.dtype if self.stored is None else self.stored[0]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size where it is stored."""
+        return self.nbytes if self.stored is None else self.stored[1]
+
+    def torch(self) -> torch.Tensor:
+        """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""
+        return tensor_view(self.load(), self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stored tensor of an NF4 weight, without its bytes."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class NF4Parts:
+    """The bytes of an NF4 weight, as flat memoryviews; None for parts it does not have.
+
+    Attributes
+    ----------
+    packed : memoryview
+        Two 4-bit codes per byte, the first in the high nibble.
+    absmax : memoryview
+        Scales: uint8 codes with double quantization, float32 without; one per block.
+    nested_absmax : memoryview or None
+        float32, one per 256 scales.
+    quant_map, nested_quant_map : memoryview
+        float32: the 16 levels; the 256 values of the scale codes, or None.
+    quant_state : bytes
+        The JSON text.
+    relative_rms_error : float or None
+        ‖W − NF4(W)‖ / ‖W‖, when it was quantized just now or recorded in a bundle.
+    """
+
+    packed: memoryview
+    absmax: memoryview
+    nested_absmax: memoryview | None
+    quant_map: memoryview
+    nested_quant_map: memoryview | None
+    quant_state: bytes
+    relative_rms_error: float | None = None
+
+    def by_suffix(self) -> dict[str, memoryview]:
+        """Return the parts that exist, by name suffix, in hashing order."""
+        views = {suffix: getattr(self, part) for part, suffix in NF4_PARTS.items()}
+        return {suffix: memoryview(view) for suffix, view in views.items() if view is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class NF4Tensor:
+    """A weight in NF4.
+
+    Attributes
+    ----------
+    name : str
+    dtype : str
+        Type of the original and of the dequantized weight.
+    shape : tuple of int
+        As in the Hugging Face model.
+    block_size : int
+        Elements per scale.
+    double_quant : bool
+    transposed : bool
+        The codes run over the transpose of the weight: bitsandbytes turns ``Conv1D``
+        weights (GPT-2) into linears before it quantizes them.
+    load : callable
+        Returns `NF4Parts`: mapped, or quantized now.
+    release : callable
+        As in `DenseTensor`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    block_size: int
+    double_quant: bool
+    transposed: bool
+    load: Callable[[], NF4Parts] = field(repr=False)
+    release: Callable[[], None] = field(default=_nothing, repr=False)
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape that the codes run over."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def blocks(self) -> int:
+        """Number of scales."""
+        return -(-self.count // self.block_size)
+
+    def parts(self, quant_state_bytes: int) -> list[Part]:
+        """List the stored tensors of this weight, in hashing order.
+
+        Parameters
+        ----------
+        quant_state_bytes : int
+            Length of the JSON text, which is known only once the weight is quantized.
+        """
+        scale_type = "U8" if self.double_quant else "F32"
+        parts = [
+            Part("", "U8", ((self.count + 1) // 2, 1)),
+            Part(NF4_PARTS["absmax"], scale_type, (self.blocks,)),
+        ]
+        if self.double_quant:
+            nested = -(-self.blocks // NESTED_BLOCK_SIZE)
+            parts.append(Part(NF4_PARTS["nested_absmax"], "F32", (nested,)))
+        parts.append(Part(NF4_PARTS["quant_map"], "F32", (16,)))
+        if self.double_quant:
+            parts.append(Part(NF4_PARTS["nested_quant_map"], "F32", (256,)))
+        parts.append(Part(NF4_PARTS["quant_state"], "U8", (quant_state_bytes,)))
+        return parts
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of codes and scales, without the constant maps and the JSON."""
+        return sum(part.nbytes for part in self.parts(0) if "map" not in part.suffix)
+
+    def state(self, nested_offset: float | None) -> QuantState:
+        """Return the quant state for this weight."""
+        return QuantState(self.stored_shape, self.dtype, self.block_size, nested_offset)
+
+    def dequantize(self, dtype: str | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the weight as dense numbers, as bitsandbytes would.
+
+        Parameters
+        ----------
+        dtype : str, optional
+            safetensors name, F32, F16 or BF16; the weight's own by default. Each value is
+            computed in float32 and rounded once, to nearest even.
+        out : torch.Tensor, optional
+            Flat buffer of ``count`` elements to fill.
+
+        Returns
+        -------
+        torch.Tensor
+            Of shape ``shape``; a view on the buffer, transposed if the codes are.
+        """
+        from loraformat.nf4 import codec
+
+        weight = codec.dequantize(
+            self.codes(self.load()), dtype=torch_dtype(dtype or self.dtype), out=out
+        ).view(self.stored_shape)
+        return weight.T if self.transposed else weight
+
+    def codes(self, parts: NF4Parts) -> codec.NF4:
+        """Return loaded parts as the codec's own record."""
+        from loraformat.nf4 import codec
+        from loraformat.nf4.quant_state import parse_quant_state
+
+        nested = parts.nested_absmax
+        return codec.NF4(
+            packed=tensor_view(parts.packed, "U8"),
+            absmax=tensor_view(parts.absmax, "U8" if self.double_quant else "F32"),
+            count=self.count,
+            block_size=self.block_size,
+            nested_absmax=None if nested is None else tensor_view(nested, "F32"),
+            nested_offset=parse_quant_state(parts.quant_state, self.name, "").nested_offset,
+        )
+
+
+LazyTensor = DenseTensor | NF4Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedFile:
+    """A file that travels with the weights unchanged: tokenizer, licence, card.
+
+    Attributes
+    ----------
+    path : str
+        Relative to the model's directory, with ``/``.
+    nbytes : int
+    read : callable
+        Returns the file's bytes.
+    """
+
+    path: str
+    nbytes: int
+    read: Callable[[], bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a checkpoint came from.
+
+    Attributes
+    ----------
+    format : str
+        Name of the converter that read it.
+    repo, revision : str or None
+        Hub id and commit, if it came from a Hub.
+    fingerprint : str or None
+        Of the bundle that it says it was made of, if it is none itself.
+    quantized : tuple of Quantized
+        How its numbers were quantized before they got the form that they have here.
+    """
+
+    format: str
+    repo: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+    quantized: tuple[Quantized, ...] = ()
+
+    def to_json(self) -> dict[str, str]:
+        """Return the members that are known."""
+        fields = {"format": self.format, "repo": self.repo, "revision": self.revision}
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A model's weights and everything that travels with them.
+
+    Attributes
+    ----------
+    path : Path
+        The directory or file it was read from.
+    provenance : Provenance
+    tensors : mapping of str to LazyTensor
+    config : bytes or None
+        ``config.json`` without ``quantization_config``.
+    quantization_config : dict or None
+        What ``config.json`` said about quantization: bitsandbytes' own members.
+    files : sequence of CarriedFile
+        Everything else, without ``config.json``.
+    sources : tuple of Path
+        Every file that is read, to refuse an output that would overwrite one.
+    left_behind : sequence of str
+        What the source holds and a checkpoint cannot carry, as sentences for the report.
+    close : callable
+        Unmaps the files; raises `FileChangedError` if one changed meanwhile.
+    """
+
+    path: Path
+    provenance: Provenance
+    tensors: Mapping[str, LazyTensor]
+    config: bytes | None = None
+    quantization_config: dict[str, Any] | None = None
+    files: Sequence[CarriedFile] = ()
+    sources: tuple[Path, ...] = ()
+    left_behind: Sequence[str] = ()
+    close: Callable[[], None] = _nothing
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def tensor_view(data: memoryview, dtype: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Show bytes as a torch tensor, without copying where alignment allows.
+
+    Parameters
+    ----------
+    data : memoryview
+        Flat bytes; may be read-only: the result is for reading.
+    dtype : str
+        safetensors name.
+    shape : tuple of int, optional
+        One dimension by default.
+
+    Examples
+    --------
+    >>> tensor_view(memoryview(bytes(4)), "BF16").shape
+    torch.Size([2])
+    """
+    import warnings
+
+    import numpy
+    import torch
+
+    wanted = torch_dtype(dtype)
+    if not len(data):
+        return torch.empty(shape or (0,), dtype=wanted)
+    with warnings.catch_warnings():
+        # torch warns that the bytes are read-only; nothing here writes to them.
+        warnings.simplefilter("ignore", UserWarning)
+        flat = torch.frombuffer(data, dtype=torch.uint8)
+    if flat.data_ptr() % ITEM_BYTES[dtype]:
+        flat = torch.from_numpy(numpy.frombuffer(data, dtype=numpy.uint8).copy())
+    flat = flat.view(wanted)
+    return flat if shape is None else flat.view(shape)
+
+
+def nf4_digest(parts: NF4Parts) -> str:
+    """Return the SHA-256 of an NF4 weight: its six parts, each after its length in bytes.
+
+    The lengths are 8-byte little-endian integers; a part that does not exist has length 0.
+
+    Returns
+    -------
+    str
+        64 lowercase hexadecimal digits.
+    """
+    digest = sha256()
+    present = parts.by_suffix()
+    for suffix in NF4_PARTS.values():
+        view = present.get(suffix, memoryview(b""))
+        digest.update(len(view).to_bytes(8, "little"))
+        digest.update(view)
+    return digest.hexdigest()

@@ -1,0 +1,177 @@
+"""``config.json``: read as transformers reads it, and rewritten with all else as it was.
+
+`parse` gives the values that transformers sees. What writes a config anew starts from `members`,
+the values as they stand in the file, so that infinities keep the form that they have there. A file
+in the form that transformers writes (two spaces, sorted keys) comes back byte for byte after
+``quantization_config`` was taken out and put in again.
+"""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from loraformat.errors import InputError, printable
+from loraformat.storage.foreign_json import parse_object
+
+__all__ = [
+    "CONFIG_NAME",
+    "MAX_CONFIG_BYTES",
+    "encode",
+    "join",
+    "members",
+    "model_dtype",
+    "parse",
+    "split",
+    "with_dtype",
+]
+
+CONFIG_NAME = "config.json"
+#: Longest config that is read (bytes).
+MAX_CONFIG_BYTES = 16 << 20
+
+_MEMBER = "quantization_config"
+#: What is asked of every config, whatever the model, may be absent or null.
+_KINDS: dict[str, tuple[type, str]] = {
+    "model_type": (str, "a string"),
+    "architectures": (list, "a list of names"),
+    "text_config": (dict, "an object"),
+    "tie_word_embeddings": (bool, "true or false"),
+}
+#: transformers 5 writes ``{"__float__": "Infinity"}`` for a number that JSON has not.
+_MARK = "__float__"
+_MARKED = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+
+
+def members(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> dict[str, Any]:
+    """Return the config's members as they stand in the file, to be changed and encoded again.
+
+    Raises
+    ------
+    InputError
+        If it is not a JSON object.
+    """
+    return parse_object(raw, path)
+
+
+def parse(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> dict[str, Any]:
+    r"""Return the config's values, as transformers sees them.
+
+    Raises
+    ------
+    InputError
+        If it is not a JSON object, or a member that says which model it is has another type than
+        transformers takes.
+
+    Examples
+    --------
+    >>> parse(b'{"time_step_limit": [0.0, {"__float__": "Infinity"}]}')
+    {'time_step_limit': [0.0, inf]}
+    """
+    found = {key: _unmarked(value) for key, value in members(raw, path).items()}
+    for key, (kind, wanted) in _KINDS.items():
+        value = found.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise _wrong(f"{key} is {printable(value)}, wanted {wanted}", path)
+    if not all(isinstance(name, str) for name in found.get("architectures") or ()):
+        raise _wrong("architectures holds something else than names", path)
+    return found
+
+
+def _wrong(problem: str, path: str | PathLike[str]) -> InputError:
+    inside = "" if Path(path).name == CONFIG_NAME else f"{CONFIG_NAME}: "  # a model's directory
+    return InputError(inside + problem, path=path)
+
+
+def _unmarked(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unmarked(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    mark = value.get(_MARK)
+    if len(value) == 1 and isinstance(mark, str) and mark in _MARKED:
+        return _MARKED[mark]
+    return {key: _unmarked(item) for key, item in value.items()}
+
+
+def encode(fields: dict[str, Any]) -> bytes:
+    """Return the text of a config.
+
+    Parameters
+    ----------
+    fields : dict
+        Of `members`.
+    """
+    return (json.dumps(fields, indent=2, ensure_ascii=True) + "\n").encode("utf-8")
+
+
+def split(
+    raw: bytes, path: str | PathLike[str] = CONFIG_NAME
+) -> tuple[bytes, dict[str, Any] | None]:
+    r"""Separate the quantization from the rest.
+
+    Returns
+    -------
+    config : bytes
+        The file without ``quantization_config``; the very same bytes if it had none.
+    quantization : dict or None
+
+    Examples
+    --------
+    >>> split(b'{"model_type": "llama", "quantization_config": {"bits": 4}}')
+    (b'{\n  "model_type": "llama"\n}\n', {'bits': 4})
+    """
+    config = members(raw, path)
+    if _MEMBER not in config:
+        return raw, None
+    quantization = config.pop(_MEMBER)
+    if not isinstance(quantization, dict):
+        raise InputError(f"{_MEMBER} is not an object", path=path)
+    return encode(config), quantization
+
+
+def join(config: bytes, quantization: dict[str, Any]) -> bytes:
+    """Return ``config.json`` with a ``quantization_config``, in its place if keys are sorted.
+
+    Examples
+    --------
+    >>> join(b'{"a": 1, "z": 2}', {"bits": 4}).decode().split()
+    ['{', '"a":', '1,', '"quantization_config":', '{', '"bits":', '4', '},', '"z":', '2', '}']
+    """
+    fields = members(config)
+    keys = list(fields)
+    fields[_MEMBER] = quantization
+    if keys == sorted(keys):
+        fields = dict(sorted(fields.items()))
+    return encode(fields)
+
+
+def model_dtype(config: bytes | None) -> str | None:
+    """Return the dtype that a config names, as torch spells it.
+
+    Examples
+    --------
+    >>> model_dtype(b'{"dtype": "bfloat16"}')
+    'bfloat16'
+    """
+    fields = parse(config) if config else {}
+    named = fields.get("dtype", fields.get("torch_dtype"))
+    return named if isinstance(named, str) else None
+
+
+def with_dtype(config: bytes, dtype: str) -> bytes:
+    r"""Return ``config.json`` naming another dtype (torch's spelling), if it names one at all.
+
+    Examples
+    --------
+    >>> with_dtype(b'{"dtype": "bfloat16"}', "float32")
+    b'{\n  "dtype": "float32"\n}\n'
+    """
+    fields = members(config)
+    named = [key for key in ("dtype", "torch_dtype") if key in fields]
+    if all(fields[key] == dtype for key in named):
+        return config
+    fields.update(dict.fromkeys(named, dtype))
+    return encode(fields)

@@ -1,0 +1,179 @@
+"""Adapters that are not where, or not what, a user takes them for: what they are, and what to do.
+
+An adapter that loraformat reads is a directory with ``adapter_config.json`` as PEFT writes it, or
+a GGUF file. Users have more: a file out of such a directory, the directory above it, and the files
+of other programs, which only their tensors' names tell apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.model.unsharding import CONSOLIDATE
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
+
+__all__ = ["MLX_HINT", "adapters_below", "refuse_foreign_adapter"]
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_MOST_LOOKED_AT = 8
+_MOST_FOLDERS = 1000
+
+MLX_HINT = (
+    "make a model of it, and take the adapter out of that again: mlx_lm.fuse --model BASE "
+    "--adapter-path ADAPTER --save-path FUSED --dequantize; loraformat extract BASE FUSED -o OUT "
+    "--rank RANK (of its lora_parameters). If BASE is quantized, extract from what it stands for: "
+    "mlx_lm.convert --hf-path BASE --mlx-path DENSE --dequantize; loraformat extract DENSE FUSED "
+    "-o OUT --rank RANK"
+)
+_IMAGES = (
+    "loraformat adapts language models of transformers: merge it where it was trained "
+    "(fuse_lora() in diffusers, sd-scripts, ComfyUI)"
+)
+_TORCHTUNE_HINT = (
+    "name the directory epoch_N of its FullModelHFCheckpointer, which holds PEFT's form, too "
+    "(adapter_config.json, adapter_model.safetensors); where it holds none (Phi) or a wrong one "
+    "(q_proj and k_proj of Qwen 2), take the adapter out of the merged model that lies there: "
+    "loraformat extract BASE epoch_N -o OUT --rank RANK"
+)
+#: What names of tensors say, in this order: whose adapter it is, and what to do.
+_KINDS = (
+    (
+        re.compile(r"^(lora_(unet|te\d?|transformer)_|lycoris_)|\.(lora_down|hada_w1_a|lokr_w1)\b"),
+        "is an adapter in the form of kohya's sd-scripts",
+        _IMAGES,
+    ),
+    (
+        re.compile(
+            r"^(unet|text_encoder(_2)?|transformer)\.(?!h\.).*lora|(_lora|\.processor)\.\w*\.?"
+            r"(down|up)\.weight$|^(transformer|unet)\..*\.lora_[AB]\.weight$"
+        ),
+        "is an adapter in the form of diffusers",
+        _IMAGES,
+    ),
+    (
+        re.compile(r"^(decoder\.)?layers\.\d+\.(attn|mlp)\.\w+\.lora_[ab]\.weight$"),
+        "is an adapter in the form of torchtune",
+        _TORCHTUNE_HINT,
+    ),
+    (re.compile(r"\.lora_[ab]$"), "is an adapter in the form of mlx-lm", MLX_HINT),
+)
+_PEFT = re.compile(r"\.lora_([AB]|embedding_[AB]|magnitude_vector)\b")
+_PEFT_FILE = re.compile(r"adapter_model(-\d+-of-\d+)?\.(safetensors|bin)|adapter_config\.json")
+_TORCHTUNE_FILE = re.compile(r"adapter_(\d+\.(pt|bin|safetensors)|model\.pt)")
+
+
+def refuse_foreign_adapter(path: Path, *, recognised: bool = False) -> None:
+    """Refuse a path that is an adapter of another program, or beside one, and say which.
+
+    Parameters
+    ----------
+    path : Path
+        It exists.
+    recognised : bool
+        It looks like a model, so that adapters below it are its own.
+
+    Raises
+    ------
+    UnsupportedError
+        Naming what it is, or where the adapter lies, and what to do.
+    """
+    if path.is_file():
+        _refuse_file(path)
+    elif path.is_dir() and not (path / _CONFIG).is_file():
+        if not (path / "config.json").is_file():
+            for file in _weights(path):
+                _refuse_file(file)
+        if not recognised:
+            _refuse_parent(path)
+
+
+def adapters_below(path: Path) -> list[Path]:
+    """Return the adapters in the directories of a directory, the last that was saved at the end.
+
+    A trainer writes them to ``checkpoint-N``, PEFT to one of the adapter's name, a bundle to
+    ``adapters/NAME``.
+    """
+    if not path.is_dir():
+        return []
+    folders = [entry for entry in path.iterdir() if entry.is_dir()][:_MOST_FOLDERS]
+    found = {entry for entry in folders if (entry / _CONFIG).is_file()}
+    for holder in (entry for entry in folders if entry.name == "adapters"):
+        found |= {inner for inner in holder.iterdir() if (inner / _CONFIG).is_file()}
+    return sorted(found, key=_step)
+
+
+def _refuse_file(path: Path) -> None:
+    if _PEFT_FILE.fullmatch(path.name) and (path.parent / _CONFIG).is_file():
+        raise UnsupportedError(
+            "is one file of an adapter, which is a directory",
+            path=path,
+            hint=f"name that: {path.parent}",
+        )
+    names = _tensor_names(path)
+    for pattern, problem, hint in _KINDS:
+        if any(pattern.search(name) for name in names):
+            raise UnsupportedError(problem, path=path, hint=hint)
+    if _TORCHTUNE_FILE.fullmatch(path.name):
+        raise UnsupportedError(
+            "is an adapter in the form of torchtune", path=path, hint=_TORCHTUNE_HINT
+        )
+    if any(_PEFT.search(name) for name in names) or _PEFT_FILE.fullmatch(path.name):
+        raise UnsupportedError(
+            f"is one file of an adapter, and no {_CONFIG} lies beside it, which says what its "
+            "tensors mean",
+            path=path,
+            hint=f"bring the {_CONFIG} that was saved with it, and name the directory of both",
+        )
+
+
+def _weights(folder: Path) -> list[Path]:
+    files = (file for file in folder.iterdir() if file.suffix in _WEIGHTS and file.is_file())
+    return sorted(files)[:_MOST_LOOKED_AT]
+
+
+def _tensor_names(path: Path) -> list[str]:
+    """Return the names in a safetensors file; none of another, or of one that is damaged."""
+    if path.suffix != ".safetensors":
+        return []
+    try:
+        file = MappedFile(Folder(path.parent), path.name)
+    except InputError:
+        return []
+    try:
+        return list(file.header.entries)
+    finally:
+        file.close()
+
+
+def _refuse_parent(path: Path) -> None:
+    """Refuse a directory above adapters, naming the one that was saved last."""
+    if below := adapters_below(path):
+        names = _listed(str(one.relative_to(path)) for one in below)
+        raise UnsupportedError(
+            f"is a directory above adapters ({names})",
+            path=path,
+            hint=f"name one of them: {below[-1]}",
+        )
+    folders = [entry for entry in path.iterdir() if entry.is_dir()]
+    sharded = [one for one in folders if re.fullmatch(r"global_step\d+", one.name)]
+    if sharded and not any(path.glob("*.safetensors")):
+        raise UnsupportedError(
+            f"holds the shards of a DeepSpeed run ({printable(sharded[0].name)}), and no adapter",
+            path=path,
+            hint=f"make one file of them: {CONSOLIDATE}",
+        )
+
+
+def _step(folder: Path) -> tuple[int, str]:
+    number = re.search(r"-(\d{1,12})$", folder.name)
+    return (int(number[1]) if number else -1, folder.name)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [printable(name) for name in names]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, ..., {names[-1]}"

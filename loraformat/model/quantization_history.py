@@ -1,0 +1,139 @@
+"""How a model's numbers were quantized before they got their present form, step by step.
+
+A model that is quantized a second time is further from its original than a report of that time
+can tell, because the original is not at hand. So what is known is passed on: in a bundle as an
+extension of its manifest that nobody must understand, in a GGUF file as a value of its head, in
+other safetensors files as one of their ``__metadata__``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loraformat.storage import strict_json
+
+__all__ = [
+    "EXTENSION",
+    "Quantized",
+    "from_extension",
+    "from_metadata",
+    "from_text",
+    "metadata_of",
+    "spelled",
+    "to_extension",
+    "to_text",
+]
+
+#: Name of the extension of a manifest.
+EXTENSION = "pypi.org/project/loraformat/quantized-before"
+#: Member of the ``__metadata__`` of safetensors files.
+_MEMBER = "loraformat.quantized_before"
+_MOST_STEPS, _MOST_TYPES, _LONGEST_TEXT = 16, 16, 1 << 16
+_NAME = re.compile(r"[A-Za-z0-9_ ]{1,32}")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """One time that weights were quantized.
+
+    Attributes
+    ----------
+    types : dict of str to int
+        How many weights by type: ``NF4``, a GGUF block type's name, ``MXFP4``, ``float8 E4M3``.
+    bits_per_weight : float
+        Of these weights together.
+
+    Examples
+    --------
+    >>> str(Quantized({"Q4_K": 144, "Q6_K": 38}, 5.1))
+    'Q4_K and Q6_K (182 weights, 5.10 bits each)'
+    """
+
+    types: Mapping[str, int]
+    bits_per_weight: float
+
+    def __str__(self) -> str:
+        *most, last = self.types
+        names = f"{', '.join(most)} and {last}" if most else last
+        weights = sum(self.types.values())
+        return f"{names} ({weights} weights, {self.bits_per_weight:.2f} bits each)"
+
+
+def spelled(steps: Iterable[Quantized]) -> str:
+    """Return all steps as words.
+
+    Examples
+    --------
+    >>> spelled([Quantized({"Q4_1": 210}, 5.0), Quantized({"NF4": 210}, 4.127)])
+    'Q4_1 (210 weights, 5.00 bits each), then NF4 (210 weights, 4.13 bits each)'
+    """
+    return ", then ".join(map(str, steps))
+
+
+def to_extension(steps: Iterable[Quantized]) -> dict[str, Any]:
+    """Return the extension of a manifest that says it."""
+    return {"must_understand": False, "steps": [asdict(step) for step in steps]}
+
+
+def to_text(steps: Iterable[Quantized]) -> str:
+    """Return it as a JSON array."""
+    return json.dumps([asdict(step) for step in steps])
+
+
+def from_extension(extensions: Mapping[str, Any]) -> tuple[Quantized, ...]:
+    """Return what a manifest says; nothing if it is said in no way that is known here.
+
+    Parameters
+    ----------
+    extensions : mapping
+        Of a manifest; a stranger's.
+    """
+    body = extensions.get(EXTENSION)
+    return _steps(body.get("steps")) if isinstance(body, dict) else ()
+
+
+def metadata_of(steps: Iterable[Quantized]) -> dict[str, str]:
+    """Return the ``__metadata__`` of a safetensors file; transformers wants the first member."""
+    known = list(steps)
+    return {"format": "pt"} | ({_MEMBER: to_text(known)} if known else {})
+
+
+def from_metadata(metadata: Mapping[str, str]) -> tuple[Quantized, ...]:
+    """Return what `metadata_of` wrote; nothing of any other."""
+    return from_text(metadata.get(_MEMBER, ""))
+
+
+def from_text(text: str) -> tuple[Quantized, ...]:
+    """Return what `to_text` wrote; nothing of any other text."""
+    if len(text) > _LONGEST_TEXT:
+        return ()
+    try:
+        return _steps(strict_json.loads(text.encode()))
+    except (strict_json.StrictJsonError, UnicodeEncodeError):
+        return ()
+
+
+def _steps(found: object) -> tuple[Quantized, ...]:
+    if not isinstance(found, list) or not 0 < len(found) <= _MOST_STEPS:
+        return ()
+    steps = [_step(one) for one in found]
+    return tuple(step for step in steps if step is not None) if all(steps) else ()
+
+
+def _step(found: object) -> Quantized | None:
+    types = found.get("types") if isinstance(found, dict) else None
+    bits = found.get("bits_per_weight") if isinstance(found, dict) else None
+    if not isinstance(types, dict) or not 0 < len(types) <= _MOST_TYPES:
+        return None
+    for name, count in types.items():
+        if _NAME.fullmatch(name) is None:
+            return None
+        if type(count) is not int or not 0 < count < 1 << 53:
+            return None
+    if not isinstance(bits, int | float) or not 0 < bits <= 64:
+        return None
+    return Quantized(types, float(bits))

@@ -1,0 +1,269 @@
+"""Output heads that are the embedding, too: what the config says, and what the tensors say.
+
+A config may say that both are one tensor, and a file may hold two. Where these are equal,
+nothing is contradicted. Where they differ, the tensors are right: so reads transformers 5,
+while its predecessors and other runtimes follow the config and ignore the head. Whatever is
+written therefore says of a head that differs that it is not tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loraformat.errors import InputError, printable
+from loraformat.families.model_class import base_class, names_base_class, names_language_head
+from loraformat.families.table import family_of
+from loraformat.families.tensor_names import layer_of
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.config_json import CONFIG_NAME, encode, members, parse
+
+__all__ = [
+    "HEAD",
+    "TiedHead",
+    "contradicting_head",
+    "lacks_head",
+    "refuse_lost_head",
+    "settled",
+    "tied_embedding",
+    "tied_head",
+    "untied_config",
+]
+
+HEAD = "lm_head.weight"
+_FLAG = "tie_word_embeddings"
+_EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
+)  # fmt: skip
+#: Members of a config that hold that of the language model within a larger one.
+_LANGUAGE_MODELS = ("text_config", "language_config", "llm_config")
+#: Elements that are compared at a time.
+_TILE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TiedHead:
+    """A head that is one with the embedding in memory.
+
+    Attributes
+    ----------
+    embedding : str
+        The tensor that is both.
+    copy : str or None
+        The head's own tensor, where the file holds the same numbers twice.
+    """
+
+    embedding: str
+    copy: str | None = None
+
+
+def tied_head(model: Checkpoint) -> TiedHead | None:
+    """Return the head that is tied; None where the model has one of its own, or none at all.
+
+    Numbers are compared only if the config says tied and the file has both tensors.
+    """
+    config = _config(model)
+    pair = _promised_pair(model.tensors, config)
+    if pair is None:
+        embedding = tied_embedding(model.tensors, config)
+        return None if embedding is None else TiedHead(embedding)
+    embedding, head = pair
+    same = _same(model.tensors[embedding], model.tensors[head])
+    return TiedHead(embedding, head) if same else None
+
+
+def contradicting_head(model: Checkpoint) -> str | None:
+    """Return the head that differs from the embedding although the config says tied, if any."""
+    pair = _promised_pair(model.tensors, _config(model))
+    if pair is None or _same(model.tensors[pair[0]], model.tensors[pair[1]]):
+        return None
+    return pair[1]
+
+
+def settled(model: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """Return a model whose config says of its head what the tensors say, and what was changed."""
+    head = contradicting_head(model)
+    if head is None or model.config is None:
+        return model, []
+    note = (
+        f"{printable(head)} differs from the embedding, to which config.json ties it: the tensor "
+        f"is kept, and {_FLAG} becomes false"
+    )
+    return replace(model, config=untied_config(model.config)), [note]
+
+
+def tied_embedding(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """Return the embedding that is the head, too, as names tell; None if nothing is tied.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Of all tensors: a head that is stored counts as one of its own; see `tied_head`.
+    config : mapping
+        ``config.json``.
+
+    Examples
+    --------
+    >>> tied_embedding(["model.embed_tokens.weight"], {"architectures": ["LlamaForCausalLM"]})
+    'model.embed_tokens.weight'
+    """
+    names = list(names)
+    if _head(names) is not None or not names_language_head(config) or _flag(config) is False:
+        return None
+    return _embedding(names)
+
+
+def lacks_head(names: Iterable[str], config: Mapping[str, Any]) -> bool:
+    """Tell whether a model has no output head: it was saved from a base class, for embeddings.
+
+    Nothing is tied, no head is stored, and the config names a class without one, or the tensors
+    are called as in a base class: Qwen3-Embedding's config names ``Qwen3ForCausalLM``. A model
+    of which a head is missing otherwise is incomplete.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Of all tensors.
+    config : mapping
+        ``config.json``.
+
+    Examples
+    --------
+    >>> lacks_head(["model.embed_tokens.weight"], {"architectures": ["LlamaModel"]})
+    True
+    >>> causal = {"architectures": ["Qwen3ForCausalLM"]}
+    >>> lacks_head(["embed_tokens.weight"], causal)
+    True
+    >>> lacks_head(["model.embed_tokens.weight"], causal)
+    False
+    """
+    names = list(names)
+    if _head(names) is not None or _says_tied(config):
+        return False
+    return names_base_class(config) or _embedding(names) in _EMBEDDINGS
+
+
+def refuse_lost_head(model: Checkpoint) -> None:
+    """Refuse a model whose output head is missing: a program that loads it makes one of chance.
+
+    Its config names a class with a head and says, as transformers always writes, that it is not
+    tied; and no tensor outside of the layers could be one, by whatever name.
+
+    Raises
+    ------
+    InputError
+    """
+    config = _config(model)
+    embedding = _embedding(list(model.tensors))
+    if embedding is None or not names_language_head(config) or _flag(config) is not False:
+        return
+    if lacks_head(model.tensors, config) or _may_be_head(model.tensors, embedding):
+        return
+    named = str(config["architectures"][0])
+    raise InputError(
+        f"tensor {HEAD} is missing: {CONFIG_NAME} names {printable(named)}, whose output head is "
+        "not the embedding, and transformers would make one of random numbers",
+        path=model.path,
+        hint=f"fetch all weight files again; or, if the head is the embedding, write "
+        f'"{_FLAG}": true into {CONFIG_NAME}; of an embedding model, which has no head, '
+        f'"architectures": ["{printable(base_class(named))}"]',
+    )
+
+
+def untied_config(config: bytes) -> bytes:
+    r"""Return ``config.json`` with ``tie_word_embeddings`` false, also for the model within it.
+
+    Examples
+    --------
+    >>> untied_config(b'{"tie_word_embeddings": true}')
+    b'{\n  "tie_word_embeddings": false\n}\n'
+    """
+    fields = members(config)
+    for key in _LANGUAGE_MODELS:
+        if isinstance(fields.get(key), dict):
+            fields[key] = _with_flag(fields[key])
+    return encode(_with_flag(fields))
+
+
+def _with_flag(fields: dict[str, Any]) -> dict[str, Any]:
+    changed = {**fields, _FLAG: False}
+    return dict(sorted(changed.items())) if list(fields) == sorted(fields) else changed
+
+
+def _config(model: Checkpoint) -> dict[str, Any]:
+    return parse(model.config, model.path) if model.config else {}
+
+
+def _promised_pair(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return embedding and head where both are stored and the config ties them."""
+    names = list(names)
+    embedding, head = _embedding(names), _head(names)
+    if embedding is None or head is None:
+        return None
+    return (embedding, head) if _says_tied(config) else None
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool:
+    named = _flag(config)
+    return family_of(config).tied if named is None else named
+
+
+def _may_be_head(tensors: Mapping[str, LazyTensor], embedding: str) -> bool:
+    """Tell whether a tensor beside the embedding has its width, and as good as all its rows."""
+    rows, width = (*tensors[embedding].shape, 0, 0)[:2]
+    return any(
+        len(tensor.shape) == 2 and tensor.shape[1] == width and 2 * tensor.shape[0] >= rows
+        for name, tensor in tensors.items()
+        if name != embedding and layer_of(name) is None
+    )
+
+
+def _head(names: list[str]) -> str | None:
+    return min((name for name in names if name.endswith(HEAD)), key=len, default=None)
+
+
+def _embedding(names: list[str]) -> str | None:
+    found = [name for name in names if name.endswith(_EMBEDDINGS)]
+    text = [name for name in found if "vision" not in name and "audio" not in name]
+    return text[0] if len(text) == 1 else None
+
+
+def _flag(config: Mapping[str, Any]) -> bool | None:
+    """Return what a config says; None if it says nothing."""
+    for fields in (config, *_inner(config)):
+        if fields.get(_FLAG) is not None:
+            return fields[_FLAG] is not False
+    return None
+
+
+def _inner(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [config[key] for key in _LANGUAGE_MODELS if isinstance(config.get(key), dict)]
+
+
+def _same(one: LazyTensor, other: LazyTensor) -> bool:
+    """Tell whether two tensors hold the same numbers."""
+    if one.shape != other.shape:
+        return False
+    try:
+        if isinstance(one, DenseTensor) and isinstance(other, DenseTensor):
+            return _same_numbers(one, other)
+        if isinstance(one, NF4Tensor) and isinstance(other, NF4Tensor):
+            return one.load().by_suffix() == other.load().by_suffix()
+        return False
+    finally:
+        one.release()
+        other.release()
+
+
+def _same_numbers(one: DenseTensor, other: DenseTensor) -> bool:
+    import torch
+
+    first, second = one.torch().reshape(-1), other.torch().reshape(-1)
+    for start in range(0, len(first), _TILE):
+        a, b = (values[start : start + _TILE] for values in (first, second))
+        if a.dtype != b.dtype:
+            a, b = a.double(), b.double()
+        if not torch.equal(a, b):
+            return False
+    return True

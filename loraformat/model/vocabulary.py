@@ -1,0 +1,176 @@
+"""What of a model has a row for each token, and how it becomes one of another vocabulary.
+
+As transformers' ``resize_token_embeddings`` does it: rows are cut off at the end, or added there
+with the mean of those that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loraformat.model.checkpoint import CarriedFile, LazyTensor
+from loraformat.model.config_json import parse
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Resize", "is_per_token", "per_token", "resized", "resized_config", "tokenizer_files",
+    "with_tokenizer",
+]  # fmt: skip
+
+_PER_TOKEN = re.compile(
+    r"(^|\.)((embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight"
+    r"|(lm_head|embed_out)\.bias)$"
+)
+_OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|image)")
+_SUMMED_ELEMENTS = 1 << 20
+
+#: Without one of these the other files are no tokenizer.
+_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
+_TOKENIZER = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|(tokenizer|spiece)\.model|vocab\.txt|merges\.txt|chat_template\.jinja"
+    r"|(additional_chat_templates|chat_templates)/[^/]+\.jinja"
+)
+
+
+class Resize(NamedTuple):
+    """A change of the number of tokens.
+
+    Attributes
+    ----------
+    before, after : int
+        Rows of the embedding.
+    """
+
+    before: int
+    after: int
+
+
+def is_per_token(name: str) -> bool:
+    """Tell whether a tensor has a row for each token, by its name.
+
+    Examples
+    --------
+    >>> is_per_token("model.embed_tokens.weight"), is_per_token("model.norm.weight")
+    (True, False)
+    """
+    return bool(_PER_TOKEN.search(name)) and not _OTHER_TOWERS.search(name)
+
+
+def per_token(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
+    """Return the tensors with a row for each token, and how many rows they have.
+
+    Those are the embedding of a language model, its head, and the head's bias.
+
+    Examples
+    --------
+    >>> per_token({})
+    {}
+    """
+    return {
+        name: tensor.shape[0]
+        for name, tensor in tensors.items()
+        if is_per_token(name) and tensor.shape
+    }
+
+
+def resized(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a tensor with another number of rows.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        Its first dimension is the token; any floating dtype.
+    rows : int
+
+    Returns
+    -------
+    torch.Tensor
+        Of the same dtype: the first rows as they are, and what is new the mean of all that were
+        there, summed in float64 and rounded to nearest even.
+
+    Examples
+    --------
+    >>> import torch
+    >>> resized(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), 3)
+    tensor([[1., 2.],
+            [3., 6.],
+            [2., 4.]])
+    """
+    import torch
+
+    before = len(values)
+    if rows <= before:
+        return values[:rows]
+    grown = values.new_empty((rows, *values.shape[1:]))
+    grown[:before] = values
+    total = torch.zeros(values.shape[1:], dtype=torch.float64)
+    height = max(1, _SUMMED_ELEMENTS // max(total.numel(), 1))
+    for start in range(0, before, height):
+        total += values[start : start + height].sum(0, dtype=torch.float64)
+    grown[before:] = total / max(before, 1)
+    return grown
+
+
+def resized_config(config: bytes, change: Resize) -> bytes:
+    r"""Return ``config.json`` with another ``vocab_size``.
+
+    Parameters
+    ----------
+    config : bytes
+    change : Resize
+
+    Examples
+    --------
+    >>> resized_config(b'{"vocab_size": 8}', Resize(8, 9))
+    b'{\n  "vocab_size": 9\n}\n'
+    >>> json.loads(resized_config(b'{"text_config": {}, "model_type": "x"}', Resize(8, 9)))
+    {'text_config': {'vocab_size': 9}, 'model_type': 'x'}
+    """
+    fields = parse(config)
+    named = [part for part in _parts(fields) if part.get("vocab_size") == change.before]
+    inner = fields.get("text_config")
+    for part in named or [inner if isinstance(inner, dict) else fields]:
+        part["vocab_size"] = change.after
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def _parts(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    yield fields
+    for name, value in fields.items():
+        if isinstance(value, dict) and not _OTHER_TOWERS.search(name):
+            yield from _parts(value)
+
+
+def tokenizer_files(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
+    """Return the files of a tokenizer; none if they have no vocabulary among them.
+
+    Examples
+    --------
+    >>> names = ("README.md", "tokenizer_config.json", "tokenizer.json")
+    >>> [f.path for f in tokenizer_files(CarriedFile(name, 0, bytes) for name in names)]
+    ['tokenizer_config.json', 'tokenizer.json']
+    """
+    found = tuple(file for file in files if _TOKENIZER.fullmatch(file.path))
+    return found if any(file.path in _VOCABULARIES for file in found) else ()
+
+
+def with_tokenizer(
+    files: Iterable[CarriedFile], tokenizer: tuple[CarriedFile, ...]
+) -> tuple[CarriedFile, ...]:
+    """Return files with another tokenizer in place of theirs; as they are if it is empty.
+
+    Examples
+    --------
+    >>> old = (CarriedFile("vocab.json", 0, bytes), CarriedFile("LICENSE", 0, bytes))
+    >>> new = (CarriedFile("tokenizer.json", 0, bytes),)
+    >>> [file.path for file in with_tokenizer(old, new)]
+    ['LICENSE', 'tokenizer.json']
+    """
+    kept = tuple(file for file in files if not (tokenizer and _TOKENIZER.fullmatch(file.path)))
+    return (*kept, *tokenizer)

@@ -1,0 +1,154 @@
+"""NF4 kernels that compute the same bits: C for several instruction sets, and plain torch.
+
+`active` chooses: the fastest one by default, or what the environment variable
+``LORAFORMAT_KERNEL`` names: ``auto``, ``c`` (the fastest compiled one), ``scalar``, ``avx2``,
+``avx512``, ``neon`` or ``torch``.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraformat.errors import UsageError
+from loraformat.nf4.kernels import native
+from loraformat.nf4.kernels.codes import Codes
+from loraformat.nf4.kernels.reference import ReferenceKernel
+
+__all__ = ["CHOICES", "VARIABLE", "Codes", "Kernel", "active", "available", "get"]
+
+VARIABLE = "LORAFORMAT_KERNEL"
+CHOICES = ("auto", "c", *native.ISAS, "torch")
+
+
+class Kernel(Protocol):
+    """Work on one piece of a tensor, in the calling thread.
+
+    Every tensor is contiguous, on the CPU and of the length that its neighbours imply; nothing is
+    checked here. `blocks` below means ``ceil(x.numel() / block_size)``.
+    """
+
+    name: str
+
+    def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
+        """Fill `packed` uint8[ceil(n / 2)] and `absmax` float32[blocks]; False if not finite."""
+
+    def sum_scales(self, absmax: Tensor, sums: Tensor) -> None:
+        """Fill `sums` float64[ceil(blocks / 256)] with the sum of each 256, folded in halves."""
+
+    def quantize_scales(
+        self, absmax: Tensor, offset: float, codes: Tensor, nested_absmax: Tensor
+    ) -> None:
+        """Fill `codes` uint8[blocks] and `nested_absmax` float32[ceil(blocks / 256)]."""
+
+    def decode_scales(
+        self, codes: Tensor, nested_absmax: Tensor, offset: float, start: int, out: Tensor
+    ) -> None:
+        """Fill `out` float32 with the absmax of the blocks from number `start` on."""
+
+    def dequantize(
+        self,
+        packed: Tensor,
+        scales: Tensor,
+        block_size: int,
+        start: int,
+        out: Tensor,
+        streaming: bool,
+    ) -> None:
+        """Fill `out` with elements from `start` on; ``scales[0]`` is of the block of `start`."""
+
+    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Tensor) -> None:
+        """Fill each row of `out` with elements from ``start + row * stride`` on."""
+
+    def multiply_rows(
+        self, codes: Codes, start: int, dtype: torch.dtype, x: Tensor, out: Tensor
+    ) -> None:
+        """Fill `out` float32[tokens, rows] with `x` float32[tokens, columns] times rows.
+
+        Row r is of elements ``start + r * columns`` on, rounded to `dtype`. Only here kernels
+        differ, in the last places: torch adds up in another order.
+        """
+
+    def error(
+        self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, sums: Tensor
+    ) -> None:
+        """Fill `sums` float64[2, ceil(n / 4096)] with sums of (x - value)² and of x²."""
+
+
+def available() -> tuple[str, ...]:
+    """List the kernels that this machine can run.
+
+    Returns
+    -------
+    tuple of str
+        Slowest first; "torch" is always there.
+
+    Examples
+    --------
+    >>> "torch" in available()
+    True
+    """
+    return ("torch", *native.supported())
+
+
+@cache
+def get(choice: str = "auto") -> Kernel:
+    """Look a kernel up.
+
+    Parameters
+    ----------
+    choice : str
+        One of `CHOICES`.
+
+    Returns
+    -------
+    Kernel
+        Shared by all callers and threads.
+
+    Raises
+    ------
+    UsageError
+        The choice is unknown, or this machine cannot run it.
+
+    Examples
+    --------
+    >>> get("torch").name
+    'torch'
+    """
+    names = available()
+    if choice not in CHOICES:
+        raise UsageError(f"{VARIABLE} is {choice!r}, wanted one of {', '.join(CHOICES)}")
+    if choice in ("auto", "c"):
+        choice = names[-1] if choice == "auto" or len(names) > 1 else choice
+    if choice not in names:
+        raise UsageError(
+            f"{VARIABLE} asks for the {choice!r} kernel; this installation on this CPU has "
+            f"{', '.join(names)}",
+            hint="unset it, or reinstall where a C compiler is found",
+        )
+    return ReferenceKernel() if choice == "torch" else native.NativeKernel(choice)
+
+
+def active() -> Kernel:
+    """Return the kernel that ``LORAFORMAT_KERNEL`` names, else the fastest.
+
+    Returns
+    -------
+    Kernel
+        See `get`.
+
+    Raises
+    ------
+    UsageError
+        As `get`.
+
+    Examples
+    --------
+    >>> active().name in available()
+    True
+    """
+    return get(os.environ.get(VARIABLE) or "auto")

@@ -1,0 +1,282 @@
+"""The compiled kernels through ctypes: one C call per piece of work."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from ctypes import c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraformat.nf4.kernels.codes import Codes
+from loraformat.nf4.kernels.tables import tables
+
+__all__ = ["ISAS", "NativeKernel", "Tables", "c_tables", "library", "supported"]
+
+# Order of the enumeration in nf4.h.
+ISAS = ("scalar", "avx2", "avx512", "neon")
+
+_INTERFACE = 3
+_DOT_TOKENS = 4  # NF4_DOT_TOKENS
+_NAMES = ("_nf4.so", "_nf4.dylib", "_nf4.dll")
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Tables(ctypes.Structure):
+    """``nf4_tables`` of nf4.h."""
+
+    _fields_ = (
+        ("levels", c_float * 16),
+        ("bin_threshold", c_float * 32),
+        ("bin_code", c_int32 * 32),
+        ("thresholds", c_float * 16),
+        ("nested_map", c_float * 256),
+        ("nested_bounds", c_float * 256),
+        ("nested_base", c_uint8 * 32768),
+    )
+
+
+@cache
+def c_tables() -> Tables:
+    """Copy the tables into the structure of nf4.h, once.
+
+    Returns
+    -------
+    Tables
+        Read by every call into the library.
+    """
+    made, source = Tables(), tables()
+    for name, kind in Tables._fields_:
+        tensor: Tensor = getattr(source, name)
+        setattr(made, name, kind.from_buffer_copy(bytes(tensor.view(torch.uint8).tolist())))
+    return made
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Load the shared library beside this file.
+
+    Returns
+    -------
+    ctypes.CDLL or None
+        None when it was not built; with a warning, too, when it cannot be loaded or belongs to
+        another version, as that of a checkout does that was updated and not installed again.
+    """
+    for name in _NAMES:
+        path = Path(__file__).with_name(name)
+        if not path.is_file():
+            continue
+        try:
+            loaded = ctypes.CDLL(str(path))
+            if loaded.nf4_interface() == _INTERFACE:
+                return _declare(loaded)
+            problem = "belongs to another version"
+        except (OSError, AttributeError) as error:
+            problem = f"cannot be used ({error})"
+        warnings.warn(
+            f"{name} {problem}: torch computes in its place, many times slower; install loraformat "
+            "again, and it is built",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return None
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, size = c_void_p, c_int64
+    lib.nf4_quantize.argtypes = [
+        pointer, c_int, c_int, pointer, size, size, pointer, pointer,
+    ]  # fmt: skip
+    lib.nf4_dequantize.argtypes = [
+        pointer, c_int, c_int, pointer, pointer, size, size, size, pointer, c_int,
+    ]  # fmt: skip
+    lib.nf4_dequantize_rows.argtypes = [
+        pointer, c_int, c_int, pointer, pointer, pointer, c_float, size, size, size, size, size,
+        pointer,
+    ]  # fmt: skip
+    lib.nf4_multiply_rows.argtypes = [
+        pointer, c_int, c_int, pointer, pointer, pointer, c_float, size, size, size, size, pointer,
+        size, pointer, size,
+    ]  # fmt: skip
+    lib.nf4_error.argtypes = [
+        pointer, c_int, c_int, pointer, pointer, pointer, size, size, size, pointer, pointer,
+    ]  # fmt: skip
+    lib.nf4_sum_scales.argtypes = [pointer, size, pointer]
+    lib.nf4_quantize_scales.argtypes = [pointer, pointer, c_float, size, pointer, pointer]
+    lib.nf4_decode_scales.argtypes = [pointer, pointer, pointer, c_float, size, size, pointer]
+    for name in (
+        "dequantize",
+        "dequantize_rows",
+        "multiply_rows",
+        "error",
+        "sum_scales",
+        "quantize_scales",
+        "decode_scales",
+    ):
+        getattr(lib, f"nf4_{name}").restype = None
+    return lib
+
+
+def supported() -> tuple[str, ...]:
+    """List the instruction sets that the library has and this CPU can run.
+
+    Returns
+    -------
+    tuple of str
+        Slowest first; empty without a library.
+    """
+    lib = library()
+    if lib is None:
+        return ()
+    return tuple(name for number, name in enumerate(ISAS) if lib.nf4_supported(number))
+
+
+class NativeKernel:
+    """The `loraformat.nf4.kernels.Kernel` methods on one instruction set of the C library.
+
+    Parameters
+    ----------
+    isa : str
+        One of `supported`.
+    """
+
+    def __init__(self, isa: str) -> None:
+        lib = library()
+        assert lib is not None and isa in supported()
+        self.name = isa
+        self._lib, self._isa = lib, ISAS.index(isa)
+        self._owned = c_tables()  # its address alone would not keep it
+        self._tables = ctypes.addressof(self._owned)
+
+    def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
+        """See `Kernel.quantize`."""
+        finite: int = self._lib.nf4_quantize(
+            self._tables,
+            self._isa,
+            _DTYPES[x.dtype],
+            x.data_ptr(),
+            x.numel(),
+            block_size,
+            packed.data_ptr(),
+            absmax.data_ptr(),
+        )
+        return bool(finite)
+
+    def sum_scales(self, absmax: Tensor, sums: Tensor) -> None:
+        """See `Kernel.sum_scales`."""
+        self._lib.nf4_sum_scales(absmax.data_ptr(), absmax.numel(), sums.data_ptr())
+
+    def quantize_scales(
+        self, absmax: Tensor, offset: float, codes: Tensor, nested_absmax: Tensor
+    ) -> None:
+        """See `Kernel.quantize_scales`."""
+        self._lib.nf4_quantize_scales(
+            self._tables,
+            absmax.data_ptr(),
+            offset,
+            absmax.numel(),
+            codes.data_ptr(),
+            nested_absmax.data_ptr(),
+        )
+
+    def decode_scales(
+        self, codes: Tensor, nested_absmax: Tensor, offset: float, start: int, out: Tensor
+    ) -> None:
+        """See `Kernel.decode_scales`."""
+        self._lib.nf4_decode_scales(
+            self._tables,
+            codes.data_ptr(),
+            nested_absmax.data_ptr(),
+            offset,
+            start,
+            start + out.numel(),
+            out.data_ptr(),
+        )
+
+    def dequantize(
+        self,
+        packed: Tensor,
+        scales: Tensor,
+        block_size: int,
+        start: int,
+        out: Tensor,
+        streaming: bool,
+    ) -> None:
+        """See `Kernel.dequantize`."""
+        self._lib.nf4_dequantize(
+            self._tables,
+            self._isa,
+            _DTYPES[out.dtype],
+            packed.data_ptr(),
+            scales.data_ptr(),
+            block_size,
+            start,
+            start + out.numel(),
+            out.data_ptr(),
+            streaming,
+        )
+
+    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Tensor) -> None:
+        """See `Kernel.dequantize_rows`."""
+        self._lib.nf4_dequantize_rows(
+            self._tables,
+            self._isa,
+            _DTYPES[out.dtype],
+            *_pointers(codes),
+            start,
+            stride,
+            *out.shape,
+            out.data_ptr(),
+        )
+
+    def multiply_rows(
+        self, codes: Codes, start: int, dtype: torch.dtype, x: Tensor, out: Tensor
+    ) -> None:
+        """See `Kernel.multiply_rows`."""
+        for first in range(0, len(x), _DOT_TOKENS):
+            self._lib.nf4_multiply_rows(
+                self._tables,
+                self._isa,
+                _DTYPES[dtype],
+                *_pointers(codes),
+                start,
+                out.shape[1],
+                x.shape[1],
+                x[first].data_ptr(),
+                min(_DOT_TOKENS, len(x) - first),
+                out[first].data_ptr(),
+                out.stride(0),
+            )
+
+    def error(
+        self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, sums: Tensor
+    ) -> None:
+        """See `Kernel.error`."""
+        self._lib.nf4_error(
+            self._tables,
+            self._isa,
+            _DTYPES[x.dtype],
+            x.data_ptr(),
+            packed.data_ptr(),
+            scales.data_ptr(),
+            block_size,
+            0,
+            x.numel(),
+            sums[0].data_ptr(),
+            sums[1].data_ptr(),
+        )
+
+
+def _pointers(codes: Codes) -> tuple[int, int, int | None, float, int]:
+    """Return codes as the C functions of rows take them."""
+    nested = codes.nested_absmax
+    return (
+        codes.packed.data_ptr(),
+        codes.absmax.data_ptr(),
+        None if nested is None else nested.data_ptr(),
+        codes.nested_offset,
+        codes.block_size,
+    )

@@ -1,0 +1,172 @@
+"""The quant state: the small JSON text that bitsandbytes keeps beside each NF4 weight.
+
+It holds what the packed bytes do not say: block size, dtype, shape, and with double
+quantization the offset of the scales. bitsandbytes parses it with ``json.loads``;
+`QuantState.encode` writes the very bytes that bitsandbytes writes.
+Rules ``N05`` to ``N07`` of ``spec/loraformat-1.0.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import isfinite, prod
+from os import PathLike
+from typing import Any
+
+from loraformat.errors import FormatError, printable
+from loraformat.storage import strict_json
+from loraformat.tensors.dtypes import TORCH_NAMES, WEIGHT_DTYPES
+
+__all__ = [
+    "BLOCK_SIZES",
+    "LONGEST_OFFSET",
+    "MAX_QUANT_STATE_BYTES",
+    "NESTED_BLOCK_SIZE",
+    "QuantState",
+    "parse_quant_state",
+]
+
+#: Elements that may share one scale.
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+#: Scales that share one second-level scale.
+NESTED_BLOCK_SIZE = 256
+#: Longest quant state that is read (bytes).
+MAX_QUANT_STATE_BYTES = 4096
+#: Characters of the longest ``nested_offset``: the repr of a float32 widened to float64.
+LONGEST_OFFSET = 24
+
+_PLAIN_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
+_NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+_DTYPES = {TORCH_NAMES[name]: name for name in WEIGHT_DTYPES.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantState:
+    """What the JSON says.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the weight that was quantized, as the module holds it: (out, in) for a linear.
+    dtype : str
+        safetensors name of the type that dequantization returns.
+    block_size : int
+        Elements per scale.
+    nested_offset : float or None
+        Added to each decoded scale; a float32 value. None without double quantization.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    block_size: int
+    nested_offset: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Elements of the weight."""
+        return prod(self.shape)
+
+    def encode(self) -> bytes:
+        """Return the bytes that bitsandbytes writes for this state.
+
+        Examples
+        --------
+        >>> QuantState((2, 64), "BF16", 64).encode()
+        b'{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64]}'
+        """
+        fields: dict[str, Any] = {
+            "quant_type": "nf4",
+            "blocksize": self.block_size,
+            "dtype": TORCH_NAMES[self.dtype],
+            "shape": list(self.shape),
+        }
+        if self.nested_offset is not None:
+            fields["nested_blocksize"] = NESTED_BLOCK_SIZE
+            fields["nested_dtype"] = "float32"
+            fields["nested_offset"] = self.nested_offset
+        return json.dumps(fields).encode("ascii")
+
+
+def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> QuantState:
+    """Parse and check a quant state.
+
+    Parameters
+    ----------
+    raw : bytes
+        The JSON text.
+    tensor : str
+        Name of the weight, for messages.
+    path : path-like
+        The shard, for messages.
+
+    Raises
+    ------
+    FormatError
+        N05 (not the JSON object it must be), N06 (a quantization that is not NF4, a block
+        size or dtype that does not exist) or N07 (the double quantization's members).
+
+    Examples
+    --------
+    >>> raw = QuantState((2, 64), "BF16", 64, 0.5).encode()
+    >>> parse_quant_state(raw, "w", "x.safetensors").nested_offset
+    0.5
+    """
+
+    def broken(rule: str, problem: str) -> FormatError:
+        return FormatError(rule, f"tensor {printable(tensor)}: {problem}", path=path)
+
+    if len(raw) > MAX_QUANT_STATE_BYTES:
+        raise broken("N05", f"quant state of {len(raw)} bytes")
+    try:
+        fields = strict_json.loads(raw)
+    except strict_json.StrictJsonError as error:
+        raise broken("N05", f"quant state is not strict JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.keys() not in (
+        _PLAIN_KEYS,
+        _PLAIN_KEYS | _NESTED_KEYS,
+    ):
+        raise broken("N05", "quant state has other members than bitsandbytes writes")
+    shape = fields["shape"]
+    if (
+        not isinstance(shape, list)
+        or len(shape) > 8
+        or not all(type(n) is int and 0 < n < 1 << 48 for n in shape)
+    ):
+        raise broken("N05", f"quant state has shape {printable(shape)}")
+    if fields["quant_type"] != "nf4":
+        raise broken("N06", f"quant_type is {printable(fields['quant_type'])}, wanted nf4")
+    if type(fields["blocksize"]) is not int or fields["blocksize"] not in BLOCK_SIZES:
+        raise broken(
+            "N06",
+            f"blocksize is {printable(fields['blocksize'])}, wanted a power of two, 32 to 4096",
+        )
+    if not isinstance(fields["dtype"], str) or fields["dtype"] not in _DTYPES:
+        raise broken("N06", f"dtype is {printable(fields['dtype'])}, wanted {', '.join(_DTYPES)}")
+    offset = None
+    if "nested_offset" in fields:
+        nested = fields["nested_blocksize"]
+        if (
+            type(nested) is not int
+            or nested != NESTED_BLOCK_SIZE
+            or fields["nested_dtype"] != "float32"
+        ):
+            raise broken("N07", "nested_blocksize must be 256 and nested_dtype float32")
+        offset = _float32(fields["nested_offset"])
+        if offset is None:
+            raise broken(
+                "N07",
+                f"nested_offset is {printable(fields['nested_offset'])}, wanted a finite float32",
+            )
+    return QuantState(tuple(shape), _DTYPES[fields["dtype"]], fields["blocksize"], offset)
+
+
+def _float32(value: Any) -> float | None:
+    if type(value) not in (int, float) or not isfinite(value):
+        return None
+    try:
+        (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    except OverflowError:
+        return None
+    return float(rounded) if rounded == value else None

@@ -1,0 +1,1 @@
+"""Writing an adapter: into a format of its own, or into a bundle."""

@@ -1,0 +1,273 @@
+"""How an adapter is written: copied byte for byte, or anew in canonical form.
+
+A copy is the rule where source and output have one format. It is written anew where
+somebody asks for it (``--canonical``, ``--dtype``), where the source is a pickle or was
+changed in memory, and where it shall belong to another base than it says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from loraformat.bundle.integrity import check_listed
+from loraformat.card.carried import with_true_card
+from loraformat.errors import InputError, UsageError, printable
+from loraformat.families.model_class import names_base_class
+from loraformat.model.adapter import Adapter
+from loraformat.model.architecture import module_of
+from loraformat.model.base_names import names_of
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.config_json import parse
+from loraformat.model.tied_head import lacks_head
+from loraformat.ops.merge.plan import plan_edits
+from loraformat.ops.opening.adapter import copy_adapter
+from loraformat.plugins import AdapterWriteOptions, Converter
+from loraformat.shards.records import FileRecord
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.dtypes import parse_weight_dtype
+
+__all__ = ["AdapterOutput", "Home", "check_fits", "check_values", "plan_output"]
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The base that an adapter shall belong to.
+
+    Attributes
+    ----------
+    fingerprint : str
+    source : dict of str to str
+        As in the bundle's manifest.
+    """
+
+    fingerprint: str
+    source: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOutput:
+    """An adapter, ready to be written.
+
+    Attributes
+    ----------
+    adapter : Adapter
+        As it will be read again.
+    writer : Converter
+    options : AdapterWriteOptions
+    verbatim : bool
+        Its files are copied.
+    notes : tuple of str
+        What a user should know.
+    expected : dict of str to FileRecord or None
+        What the manifest of the bundle that it comes from says of its files.
+    """
+
+    adapter: Adapter
+    writer: Converter
+    options: AdapterWriteOptions
+    verbatim: bool
+    notes: tuple[str, ...]
+    expected: Mapping[str, FileRecord] | None = None
+
+    def write(self, publication: Publication) -> list[str]:
+        """Write it into a publication's work directory, and return the writer's notes."""
+        notes: list[str] = []
+        if self.verbatim:
+            copy_adapter(self.adapter, publication)
+            if self.expected is not None:  # the source was compared before: now the copy
+                check_listed(Folder(publication.work), self.expected)
+            return notes
+        assert self.writer.write_adapter is not None
+        options = replace(self.options, note=notes.append)
+        self.writer.write_adapter(self.adapter, publication, options)
+        return notes
+
+
+def plan_output(
+    adapter: Adapter,
+    writer: Converter,
+    *,
+    canonical: bool = False,
+    dtype: str | None = None,
+    base: Checkpoint | None = None,
+    home: Home | None = None,
+    allow_base_mismatch: bool = False,
+    expected: Mapping[str, FileRecord] | None = None,
+) -> AdapterOutput:
+    """Decide how an adapter is written.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    writer : Converter
+        Of adapters.
+    canonical : bool
+        Write it anew in any case.
+    dtype : str, optional
+        ``f32``, ``f16``, ``bf16`` or another of the writer's for the factors, rounded to
+        nearest even. By default each keeps its own where folding the scaling loses nothing in
+        it.
+    base : Checkpoint, optional
+        For writers that need its config or shapes.
+    home : Home, optional
+        The base whose fingerprint it shall have, or none.
+    allow_base_mismatch : bool
+        Give it that fingerprint although it has another.
+    expected : mapping of str to FileRecord, optional
+        Of each file that is copied; a difference is an error.
+
+    Raises
+    ------
+    InputError
+        If it was made for another base.
+    """
+    notes = []
+    reason = _reason(adapter, writer, dtype)
+    foreign = adapter.format != writer.name
+    if home is not None:
+        strange = adapter.base_fingerprint not in (None, home.fingerprint)
+        if strange:
+            reason = reason or "it shall name this base"
+        notes += _compare_bases(adapter, "is", home.fingerprint, allow_base_mismatch)
+    elif base is not None and base.provenance.fingerprint and adapter.base_fingerprint:
+        descent = base.provenance.fingerprint
+        notes += _compare_bases(adapter, "was made of", descent, allow_base_mismatch)
+    rewritten = not adapter.verbatim
+    if base is not None and writer.name == "peft":
+        ours = _in_memory(adapter, base)
+        rewritten = rewritten or _names_in_file(adapter) != _names_in_file(ours)
+        if rewritten and not foreign:
+            reason = reason or "PEFT has other names for this base's modules"
+    if not canonical and reason is None:
+        options = AdapterWriteOptions(base=base)
+        return AdapterOutput(adapter, writer, options, True, tuple(notes), expected)
+    if not canonical:
+        # One file has one scaling for all: its writer says itself what it folds.
+        kept = foreign or rewritten or writer.output == "file"
+        folded = "" if kept else ", its scaling folded into B,"
+        notes.append(f"it was written anew{folded} as {reason}")
+    if home is not None:
+        source = json.dumps(dict(home.source), ensure_ascii=False)
+        adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
+    if base is not None and writer.name == "peft":
+        adapter = _in_memory(adapter, base)
+    keep = (foreign or rewritten) and not canonical
+    options = AdapterWriteOptions(_dtype(writer, dtype), base, keep_scaling=keep)
+    anew = replace(adapter, verbatim=False, files=with_true_card(adapter.files))
+    return AdapterOutput(anew, writer, options, False, tuple(notes))
+
+
+def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter that is written under the names that PEFT has for the base's modules."""
+    adapter = _with_task(adapter, base)
+    names = names_of(base, adapter.config.get("task_type"))
+    changed = [*adapter.deltas, *adapter.replacements, *adapter.rows]
+    found = {target: names.in_memory(target) for target in changed}
+    modules = {module_of(target): module_of(name) for target, name in found.items()}
+    saved = adapter.config.get("modules_to_save") or []
+    config = adapter.config
+    if any(modules.get(name, name) != name for name in saved):
+        config = {**config, "modules_to_save": [modules.get(name, name) for name in saved]}
+    spellings = {target: name for target, name in found.items() if target != name}
+    return replace(adapter, spellings=spellings, config=config)
+
+
+def _with_task(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter that says for which class it is, where the base is an embedding model."""
+    if adapter.config.get("task_type") is not None or base.config is None:
+        return adapter
+    config = parse(base.config)
+    if not (names_base_class(config) or lacks_head(base.tensors, config)):
+        return adapter
+    return replace(adapter, config={**adapter.config, "task_type": "FEATURE_EXTRACTION"})
+
+
+def _names_in_file(adapter: Adapter) -> list[str]:
+    """Return the names under which an adapter holds what it changes."""
+    changed = [*adapter.deltas, *adapter.replacements, *adapter.rows]
+    return [adapter.spellings.get(target, target) for target in changed]
+
+
+def _dtype(writer: Converter, word: str | None) -> str | None:
+    if word is None:
+        return None
+    if not writer.dtypes:
+        return parse_weight_dtype(word)
+    if word not in writer.dtypes:
+        raise UsageError(f"--dtype {word}: {writer.name} wants one of {', '.join(writer.dtypes)}")
+    return word.upper()
+
+
+def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | None:
+    """Say why a copy would not do; None if it would."""
+    if adapter.format != writer.name:
+        return f"{adapter.format} became {writer.name}"
+    if dtype is not None:
+        return f"its factors become {dtype}"
+    if adapter.verbatim:
+        return None
+    if writer.output == "file":
+        return f"{writer.name} files always are"
+    return "it was a pickle or shards, had names that PEFT does not look for, or was changed"
+
+
+def _compare_bases(adapter: Adapter, this: str, fingerprint: str, allowed: bool) -> list[str]:
+    found = adapter.base_fingerprint
+    if found is None:
+        return ["it names no base by fingerprint: only names and shapes were compared"]
+    if found == fingerprint:
+        return []
+    bases = f"was made for the base {printable(found)}, and this one {this} {fingerprint}"
+    if not allowed:
+        raise InputError(
+            bases,
+            path=adapter.path,
+            hint="use the base that it was trained on, or insist with --allow-base-mismatch",
+        )
+    return [f"it {bases}: what it learned there may not hold here"]
+
+
+def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:
+    """Check that a base has all that an adapter changes, in the right shapes.
+
+    Returns
+    -------
+    list of str
+        What a user should know, where the shapes are those of another vocabulary.
+
+    Raises
+    ------
+    UnsupportedError
+        Naming the module, and the nearest one that the base has.
+    """
+    # A bias where the base has none cannot be merged, but PEFT adds it at run time.
+    deltas = {name: replace(delta, bias=None) for name, delta in adapter.deltas.items()}
+    plan = plan_edits(base, [replace(adapter, deltas=deltas)], [1.0])
+    if plan.resize is None:
+        return []
+    return [
+        f"its vocabulary has {plan.resize.after} tokens, and this base's {plan.resize.before}: "
+        "merge, eval, generate and train resize the base, and in PEFT "
+        f"model.resize_token_embeddings({plan.resize.after}) comes before loading the adapter"
+    ]
+
+
+def check_values(adapter: Adapter) -> None:
+    """Load every tensor once; readers of adapters refuse NaN and infinity.
+
+    Raises
+    ------
+    InputError
+        Naming the tensor.
+    """
+    for delta in adapter.deltas.values():
+        for tensor in (delta.a, delta.b, delta.magnitude, delta.bias, delta.second_moment):
+            if tensor is not None:
+                tensor.load()
+                tensor.release()
+    for tensor in (*adapter.replacements.values(), *(r.rows for r in adapter.rows.values())):
+        tensor.load()
+        tensor.release()

@@ -1,0 +1,209 @@
+"""Checking an adapter: its files and its base against what each runtime does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loraformat import plugins
+from loraformat.bundle.update import adapter_place
+from loraformat.errors import UnsupportedError, UsageError
+from loraformat.families.tensor_names import layer_of
+from loraformat.hub import resolve
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.config_json import parse
+from loraformat.model.tied_head import tied_embedding, tied_head
+from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.model.vocabulary import per_token
+from loraformat.ops.adapter_output.base import open_base
+from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
+from loraformat.ops.opening.model import descent_of
+from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.runtimes.architectures import gguf_architecture
+from loraformat.runtimes.facts import AdapterFacts, BaseFacts
+from loraformat.runtimes.from_adapter import facts_of
+from loraformat.runtimes.judge import findings
+from loraformat.runtimes.known import RUNTIMES
+from loraformat.runtimes.record import Finding
+from loraformat.runtimes.remedies import Names
+
+__all__ = ["CheckReport", "check", "examine"]
+
+#: Stands for the tensors of a base of which there is a config alone.
+_AN_EMBEDDING = ("model.embed_tokens.weight",)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a check found.
+
+    Attributes
+    ----------
+    path, format : str
+        The adapter.
+    base : str or None
+        What it was held against.
+    ranks : list of int
+    modules : int
+    verdicts : dict of str to str
+        By runtime: ``right``; ``care``, with warnings; ``wrong``, which refuses it or would
+        compute something else.
+    findings : list of Finding
+    facts : AdapterFacts
+        Not part of the JSON.
+    """
+
+    path: str
+    format: str
+    base: str | None
+    ranks: list[int]
+    modules: int
+    verdicts: dict[str, str]
+    findings: list[Finding]
+    facts: AdapterFacts = field(repr=False)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a runtime would refuse it or compute something else."""
+        return "wrong" in self.verdicts.values()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        members = asdict(replace(self, facts=AdapterFacts(self.format)))
+        del members["facts"]
+        return members
+
+
+def check(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    runtimes: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> CheckReport:
+    """Tell which runtimes will load an adapter and compute what it was trained to.
+
+    Parameters
+    ----------
+    source : str or Path
+        A PEFT directory, a GGUF adapter, ``BUNDLE/adapters/NAME``, or a Hub id.
+    base : str or Path, optional
+        Its base: names, shapes, architecture and fingerprint are held against it. An adapter
+        of a bundle is held against that.
+    runtimes : sequence of str
+        Names of `loraformat.runtimes.known.RUNTIMES`; all by default. Of those that are named,
+        one that reads another format is ``wrong`` where no base is known, with which the adapter
+        could be converted; else that is a warning with the command.
+    allow_pickle : bool
+        Look into a pickle, too, with a loader that makes nothing but tensors.
+
+    Raises
+    ------
+    UsageError
+        If there is no runtime of that name.
+    InputError
+        If the adapter is damaged.
+    """
+    unknown = [name for name in runtimes if name not in RUNTIMES]
+    if unknown:
+        raise UsageError(f"no runtime {unknown[0]!r}, wanted one of {', '.join(RUNTIMES)}")
+    facts, base_path = examine(source, base=base, allow_pickle=allow_pickle)
+    chosen = [RUNTIMES[name] for name in dict.fromkeys(runtimes)] or list(RUNTIMES.values())
+    names = Names(str(source), str(base) if base is not None else base_path)
+    found = findings(facts, chosen, names, named=bool(runtimes) and names.base is None)
+    return CheckReport(
+        path=str(source),
+        format=facts.format,
+        base=names.base,
+        ranks=facts.ranks,
+        modules=len(facts.modules),
+        verdicts={runtime.name: _verdict(runtime.name, found) for runtime in chosen},
+        findings=found,
+        facts=facts,
+    )
+
+
+def _verdict(runtime: str, found: Sequence[Finding]) -> str:
+    levels = {finding.level for finding in found if finding.runtime == runtime}
+    return "wrong" if "fail" in levels else "care" if levels else "right"
+
+
+def examine(
+    source: str | Path, *, base: str | Path | None = None, allow_pickle: bool = False
+) -> tuple[AdapterFacts, str | None]:
+    """Look at an adapter, and at its base if that is known.
+
+    Returns
+    -------
+    facts : AdapterFacts
+    base : str or None
+        The path of the bundle that it lies in, or of the base that was named.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is no adapter.
+    """
+    path = resolve(source, pickles=allow_pickle).path
+    converter = plugins.sniff(path, "adapter")
+    if converter.kind != "adapter":
+        raise UnsupportedError(
+            f"is a model ({converter.name}), not an adapter",
+            path=path,
+            hint="check looks at adapters; a bundle's are BUNDLE/adapters/NAME",
+        )
+    place = adapter_place(path)
+    with ExitStack() as stack:
+        opened, _ = open_base(stack, base, place)
+        facts = _facts(converter, path, AdapterReadOptions(opened, allow_pickle, True, True))
+        if opened is None:
+            return facts, None
+        return _held(facts, path, opened), str(opened.path)
+
+
+def _held(facts: AdapterFacts, path: Path, base: Checkpoint) -> AdapterFacts:
+    """Return what is known of an adapter once it is held against its base."""
+    facts = replace(facts, base=_base_facts(base))
+    if not base.files:  # a config alone: nothing is known of its tokenizer
+        return facts
+    ours, its = tokenizer_beside(path), CarriedTokenizer(base.files, base.path)
+    return replace(
+        facts,
+        tokenizer_change=tokenizer_change(ours, its),
+        template_change=template_change(ours, its),
+    )
+
+
+def _facts(converter: Converter, path: Path, options: AdapterReadOptions) -> AdapterFacts:
+    if converter.examine is not None:
+        return converter.examine(path, options)
+    if converter.read_adapter is None:
+        raise UnsupportedError(f"is {converter.name}, which can be written but not read", path=path)
+    with converter.read_adapter(path, options) as adapter:
+        return facts_of(adapter, options.base)
+
+
+def _base_facts(base: Checkpoint) -> BaseFacts:
+    config = parse(base.config) if base.config else {}
+    kind = config.get("model_type")
+    model_type = kind if isinstance(kind, str) else None
+    layers = {layer[1] for name in base.tensors if (layer := layer_of(name))}
+    return BaseFacts(
+        model_type=model_type,
+        tied=_is_tied(base, config),
+        fingerprint=descent_of(base),
+        named=bool(base.tensors),
+        layers=max(layers) + 1 if layers else None,
+        tokens=max(per_token(base.tensors).values(), default=None),
+        gguf_architecture=gguf_architecture(model_type),
+        commit=base.provenance.revision,
+    )
+
+
+def _is_tied(base: Checkpoint, config: dict[str, Any]) -> bool:
+    if not base.tensors:
+        return tied_embedding(_AN_EMBEDDING, config) is not None
+    return tied_head(base) is not None

@@ -1,0 +1,268 @@
+"""Combination: one adapter from several, on the deltas that they have in effect.
+
+What is combined is Dᵢ = sᵢ·Bᵢ Aᵢ with each module's own resolved scaling, never A and B by
+themselves: factors of different adapters live in different bases. (B₁ + B₂)(A₁ + A₂) has the
+cross terms B₁A₂ + B₂A₁, which no adapter was trained for; and an element of B that is small,
+or has another sign, says nothing of the elements of D.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from loraformat.algebra import lora
+from loraformat.errors import InputError
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import DenseTensor
+from loraformat.ops.combine.elementwise import interfered
+from loraformat.ops.combine.exact import weighted_sum
+from loraformat.ops.combine.options import EXACT, METHODS, CombineOptions, Method
+from loraformat.ops.combine.replacements import combined_replacements, combined_rows
+from loraformat.ops.combine.report import CombinationReport, CombinedModule
+from loraformat.ops.combine.tokenizers import other_tokenizers
+from loraformat.ops.combine.weighted_deltas import Term, refuse_dora, terms_of
+from loraformat.ops.deltas.factors import (
+    LastOnly,
+    compute_factors,
+    delta_of,
+    factor_dtype,
+    finite,
+    in_memory,
+    rebuilt,
+)
+from loraformat.ops.deltas.spool import Spool
+from loraformat.ops.opening.adapter_weights import adapter_weights
+from loraformat.tensors.dtypes import torch_dtype
+
+__all__ = [
+    "METHODS",
+    "CombinationReport",
+    "CombineOptions",
+    "CombinedModule",
+    "Method",
+    "combine",
+    "combine_adapters",
+]
+
+
+def combine(
+    sources: Sequence[str | Path],
+    target: str | Path,
+    options: CombineOptions | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: str | Path | None = None,
+    allow_pickle: bool = False,
+    allow_base_mismatch: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CombinationReport:
+    """Combine adapters and write the result.
+
+    Parameters
+    ----------
+    sources : sequence of str or Path
+        Adapters in any format, or Hub ids.
+    target : str or Path
+        A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
+        ``force``.
+    options : CombineOptions, optional
+    weights : sequence of float, optional
+        One for each adapter, 1 by default; negative ones subtract.
+    base : str or Path, optional
+        The base: names and shapes are held against it, and a GGUF adapter, as source or
+        target, needs its config. Of adapters in a bundle it is known.
+    allow_pickle : bool
+        Read pickles, too, with a loader that makes nothing but tensors.
+    allow_base_mismatch : bool
+        Write it for this base although an adapter says that it was made for another.
+    force : bool
+        Replace what stands at the target.
+    dry_run : bool
+        Write nothing.
+    progress : callable
+        Called with modules done and in total.
+
+    Returns
+    -------
+    CombinationReport
+    """
+    from loraformat.ops.adapter_output.target import open_target
+    from loraformat.ops.opening.adapter import open_adapter
+
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        goal = open_target(
+            stack, target, sources, base=base, dtype=options.dtype if options else None,
+            force=force, dry_run=dry_run, allow_base_mismatch=allow_base_mismatch,
+        )  # fmt: skip
+        adapters = []
+        for source in sources:
+            opened = open_adapter(source, base=goal.base, allow_pickle=allow_pickle)
+            adapters.append(stack.enter_context(opened))
+            goal.check(adapters[-1])
+        rounding: dict[str, float] = {}
+        result, report = combine_adapters(
+            adapters, options, weights=weights, rounding=rounding, progress=progress
+        )
+        with result:
+            notes = [*report.notes, *goal.put(result)]
+            compute_factors(result, rounding)
+    return replace(
+        report,
+        modules=[module.with_rounding(rounding.get(module.target, 0)) for module in report.modules],
+        sources=[str(source) for source in sources],
+        target=str(target),
+        notes=notes,
+        seconds=time.perf_counter() - began,
+        dry_run=dry_run,
+    )
+
+
+def combine_adapters(
+    adapters: Sequence[Adapter],
+    options: CombineOptions | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    rounding: dict[str, float] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Adapter, CombinationReport]:
+    """Return one adapter from several, and what each module of it holds.
+
+    Parameters
+    ----------
+    adapters : sequence of Adapter
+        They must stay open until the result is written.
+    options : CombineOptions, optional
+    weights : sequence of float, optional
+    rounding : dict of str to float, optional
+        Takes, by target, the relative error that rounding the new factors makes, once they are
+        loaded.
+    progress : callable
+
+    Returns
+    -------
+    Adapter
+        To be closed; factors that took long to find are in a temporary file.
+    CombinationReport
+
+    Raises
+    ------
+    UsageError
+        If the weights do not fit the adapters.
+    UnsupportedError
+        For what has no weighted sum: DoRA, whole tensors that differ.
+    InputError
+        If adapters disagree on a module's dimensions.
+    """
+    options = options or CombineOptions()
+    weights = adapter_weights(weights, len(adapters))
+    refuse_dora(adapters)
+    targets = list(dict.fromkeys(target for adapter in adapters for target in adapter.deltas))
+    exact = options.method in EXACT
+    replacements, whole = combined_replacements(adapters, weights, exact=exact)
+    rows, more = combined_rows(adapters, weights, exact=exact)
+    work = _Combination(options, {} if rounding is None else rounding)
+    try:
+        for number, target in enumerate(targets, 1):
+            work.add(terms_of(adapters, weights, target))
+            progress(number, len(targets))
+        if targets and not work.deltas:
+            raise InputError("the weighted sum of the adapters is zero in every module")
+    except BaseException:
+        work.spool.close()
+        raise
+    notes = [*_notes(adapters, work), *whole, *more]
+    result = replace(
+        rebuilt(adapters[0], work.deltas, adapters[1:]),
+        replacements=replacements,
+        rows=rows,
+        sources=tuple(path for adapter in adapters for path in adapter.sources),
+        notes=tuple(notes),
+        base_fingerprint=_common([adapter.base_fingerprint for adapter in adapters]),
+        close=work.spool.close,
+    )
+    return result, CombinationReport(
+        sources=[str(adapter.path) for adapter in adapters],
+        target="",
+        method=options.method,
+        weights=list(weights),
+        modules=work.modules,
+        parameters=sum(delta.parameters for delta in work.deltas.values()),
+        notes=notes,
+    )
+
+
+class _Combination:
+    """The modules of a combination, one after the other."""
+
+    def __init__(self, options: CombineOptions, rounding: dict[str, float]) -> None:
+        self.options, self.rounding = options, rounding
+        self.spool = Spool()
+        self.deltas: dict[str, LoraDelta] = {}
+        self.modules: list[CombinedModule] = []
+        self._memo = LastOnly()
+
+    def add(self, terms: list[Term]) -> None:
+        """Combine one target."""
+        first = terms[0].delta
+        dtypes = {factor_dtype(term.delta, self.options.dtype) for term in terms}
+        stored = dtypes.pop() if len(dtypes) == 1 else "F32"
+        if self.options.method in EXACT:
+            rank, energy, compute = weighted_sum(terms, self.options)
+            combined = delta_of(first, rank, stored, compute, self._memo, self.rounding)
+        else:
+            energy, (b, a) = interfered(terms, self.options)
+            rank = a.shape[-2]
+            self.rounding[first.target] = lora.rounding_error(b, a, torch_dtype(stored))
+            combined = replace(
+                first,
+                a=self.spool.put(first.a.name, a, stored),
+                b=self.spool.put(first.b.name, b, stored),
+                scaling=1.0,
+                alpha=float(rank),
+            )
+        ranks = [term.delta.rank for term in terms]
+        error = max(1 - energy, 0.0) ** 0.5
+        self.modules.append(CombinedModule(first.target, ranks, rank, energy, error))
+        if rank:
+            bias = _bias(terms, stored)
+            self.deltas[first.target] = replace(combined, bias=bias, second_moment=None)
+
+
+def _bias(terms: Sequence[Term], dtype: str) -> DenseTensor | None:
+    parts = [(term.weight, term.delta.bias) for term in terms if term.delta.bias is not None]
+    if not parts:
+        return None
+    total = sum(weight * finite(bias).double() for weight, bias in parts)
+    assert isinstance(total, torch.Tensor)
+    return in_memory(parts[0][1].name, total, dtype)
+
+
+def _common(values: Sequence[str | None]) -> str | None:
+    return values[0] if len(set(values)) == 1 else None
+
+
+def _notes(adapters: Sequence[Adapter], work: _Combination) -> list[str]:
+    notes = []
+    names = sorted({adapter.base_model for adapter in adapters if adapter.base_model})
+    if len(names) > 1:
+        notes.append(f"the adapters name different bases: {', '.join(names)}")
+    if len({a.base_fingerprint for a in adapters if a.base_fingerprint}) > 1:
+        notes.append("the adapters were made for bases with different fingerprints")
+    if any(d.second_moment for adapter in adapters for d in adapter.deltas.values()):
+        notes.append(
+            "activation statistics are not carried over: they say nothing of how the adapters' "
+            "inner activations go together"
+        )
+    notes += other_tokenizers(adapters)
+    if gone := len(work.modules) - len(work.deltas):
+        notes.append(f"{gone} modules cancel to zero and are left out")
+    return notes

@@ -1,0 +1,1 @@
+"""``loraformat convert``: any format into any other."""

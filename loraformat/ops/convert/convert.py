@@ -1,0 +1,293 @@
+"""Conversion: any base format into any other, tensor by tensor; adapters have their own module.
+
+::
+
+    source ── reader ──> Checkpoint ── encode (lazily) ──> Checkpoint
+                                                               │
+    output <── rename ── work directory <── writer ────────────┘
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.bundle.reader import is_bundle
+from loraformat.bundle.update import adapter_place, read_manifest
+from loraformat.errors import InputError, UnsupportedError, UsageError, printable
+from loraformat.hub import Source, resolve
+from loraformat.model.checkpoint import Checkpoint, NF4Tensor
+from loraformat.model.tied_head import refuse_lost_head, settled
+from loraformat.ops.convert.adapter import AdapterOptions, AdapterReport, convert_adapter
+from loraformat.ops.convert.report import ConversionReport, complete, foreseen, losses, plan_report
+from loraformat.ops.encoding.choice import Encoding
+from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
+from loraformat.ops.encoding.llama_quantize import refuse_llama_type
+from loraformat.ops.encoding.one_dtype import Alignment, aligned
+from loraformat.ops.encoding.requantization import again_as, with_history
+from loraformat.ops.opening.model import open_with
+from loraformat.plugins import Converter, WriteOptions
+from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
+from loraformat.storage.atomic_file import open_publication
+from loraformat.tensors.dtypes import parse_weight_dtype
+from loraformat.version import __version__
+
+__all__ = ["convert"]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    from_format: str | None = None,
+    to_format: str | None = None,
+    dtype: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    shard_limit: int | None = None,
+    pre_tokenizer: str | None = None,
+    config: str | Path | None = None,
+    base: str | Path | None = None,
+    canonical: bool = False,
+    allow_pickle: bool = False,
+    allow_base_mismatch: bool = False,
+    force: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ConversionReport | AdapterReport:
+    """Convert a model, or an adapter.
+
+    Parameters
+    ----------
+    source : str or Path
+        A local path, or ``org/name[@revision]`` on the Hub.
+    target : str or Path
+        The output; it must not exist, unless ``force``. An adapter's may be
+        ``BUNDLE/adapters/NAME``: the bundle's manifest lists it then.
+    from_format, to_format : str, optional
+        Converter names. By default the source is recognised by its content, and a directory
+        becomes a bundle, or of an adapter a PEFT directory.
+    dtype : str, optional
+        ``f32``, ``f16`` or ``bf16`` for dense tensors; by default each keeps its own, and
+        GGUF's block types become ``f32`` in a dense output, which holds them exactly.
+        Rounded to nearest even. GGUF has more, and ``f16`` is its default.
+    block_size : int, optional
+        Elements per scale, 64 by default.
+    double_quant : bool, optional
+        Quantize the scales too; true by default.
+    skip, include : sequence of str
+        See `QuantizationPolicy`.
+    shard_limit : int, optional
+        Bytes of tensor data per file, 2 GB by default.
+    pre_tokenizer : str, optional
+        What the target format calls the model's pre-tokenizer; by default it is recognised.
+    config : str or Path, optional
+        The ``config.json`` of a source whose format has none (GGUF); by default it is inferred.
+        These seven are for bases.
+    base : str or Path, optional
+        The base of an adapter outside a bundle: names, shapes and orientation are held
+        against it.
+    canonical : bool
+        Write an adapter anew where it would be copied byte for byte: scaling folded into B,
+        alpha equal to the rank, the base's fingerprint and source in its metadata.
+    allow_base_mismatch : bool
+        Take an adapter that names another base. These three are for adapters.
+    allow_pickle : bool
+        Read a pickle, too, with a loader that makes nothing but tensors.
+    force : bool
+        Replace what stands at the target.
+    strict : bool
+        Refuse if the target cannot hold all that the source holds.
+    dry_run : bool
+        Write nothing, report what would be written.
+    progress : callable
+        Called with the bytes done and the bytes in total after each tensor.
+
+    Returns
+    -------
+    ConversionReport or AdapterReport
+
+    Raises
+    ------
+    UsageError
+        If an option is not for what the source is.
+    LoraFormatError
+        Nothing appears at the target then.
+    """
+    refuse_llama_type(dtype, Path(target), ["loraformat", "convert", str(source)])
+    found = resolve(source, pickles=allow_pickle)
+    reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
+    for_bases = {
+        "--block-size": block_size is not None,
+        "--no-double-quant": double_quant is not None,
+        "--skip": bool(skip),
+        "--include": bool(include),
+        "--max-shard-size": shard_limit is not None,
+        "--pre": pre_tokenizer is not None,
+        "--config": config is not None,
+    }
+    for_adapters = {
+        "--base": base is not None,
+        "--canonical": canonical,
+        "--allow-base-mismatch": allow_base_mismatch,
+    }
+    if reader.kind == "adapter":
+        _refuse_options(source, f"an adapter ({reader.name})", "bases", for_bases)
+        wanted = AdapterOptions(
+            to_format=to_format,
+            dtype=dtype,
+            base=base,
+            canonical=canonical,
+            allow_pickle=allow_pickle,
+            allow_base_mismatch=allow_base_mismatch,
+            force=force,
+            strict=strict,
+            dry_run=dry_run,
+        )
+        return convert_adapter(found, reader, Path(target), wanted)
+    _refuse_options(source, f"a base ({reader.name})", "adapters", for_adapters)
+    encoding = Encoding(dtype, block_size, double_quant, tuple(skip), tuple(include))
+    return _convert_base(
+        found, reader, Path(target), encoding, to_format=to_format,
+        shard_limit=DEFAULT_SHARD_LIMIT if shard_limit is None else shard_limit,
+        pre_tokenizer=pre_tokenizer, config=config, allow_pickle=allow_pickle,
+        force=force, strict=strict, dry_run=dry_run, progress=progress,
+    )  # fmt: skip
+
+
+def _refuse_options(source: str | Path, what: str, others: str, given: dict[str, bool]) -> None:
+    if wrong := [option for option, is_given in given.items() if is_given]:
+        raise UsageError(
+            f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} for {others}, and {source} "
+            f"is {what}",
+            hint="leave out what does not apply",
+        )
+
+
+def _convert_base(
+    found: Source,
+    reader: Converter,
+    target: Path,
+    encoding: Encoding,
+    *,
+    to_format: str | None,
+    shard_limit: int,
+    pre_tokenizer: str | None,
+    config: str | Path | None,
+    allow_pickle: bool,
+    force: bool,
+    strict: bool,
+    dry_run: bool,
+    progress: Callable[[int, int], None],
+) -> ConversionReport:
+    began = time.perf_counter()
+    if adapter_place(target) is not None:
+        raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
+    writer = plugins.for_output(target, to_format, reader.kind)
+    writer.check_pre_tokenizer(pre_tokenizer)
+    dtype = _read_as(writer, encoding)
+    exact = writer.stores == "dense"
+    with open_with(
+        found, reader, dtype=dtype, exact=exact, config=config, allow_pickle=allow_pickle
+    ) as original:
+        refuse_lost_head(original)
+        kept = writer.stores != "dense"
+        before = with_history(_with_origin(original, found), codes_kept=kept)
+        before, decoded = with_decoded_dtype(before, writer, encoding.dtype)
+        checkpoint, told = settled(encoding.apply(before, writer))
+        checkpoint, alignment = _aligned(original, checkpoint)
+        lost = list(losses(original, reader, writer))
+        if strict and lost:
+            raise UnsupportedError(
+                f"{writer.name} cannot hold: {'; '.join(lost)}",
+                path=found.path,
+                hint="leave out --strict to go on without",
+            )
+        total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        report = plan_report(original, checkpoint, target, reader, writer, lost)
+        again = again_as(original, checkpoint.tensors, writer, encoding.dtype)
+        report.notes.extend([*told, *_adapters_note(found.path), *decoded])
+        options = WriteOptions(
+            shard_limit,
+            _Counter(total, progress).add,
+            dtype=encoding.dtype if writer.dtypes else None,
+            pre_tokenizer=pre_tokenizer,
+        )
+        if dry_run:
+            report.notes.extend(alignment.notes())
+            return foreseen(report, checkpoint, writer, target, options, again)
+        plan = _plan(checkpoint, encoding, writer, shard_limit)
+        with open_publication(
+            writer.output, target, plan=plan, inputs=_inputs(original), force=force
+        ) as output:
+            assert writer.write is not None
+            try:
+                written = writer.write(checkpoint, output, options)
+            except InputError as error:
+                error.path = error.path or str(found.path)  # a tensor knows its name, not its file
+                raise
+            original.close()  # raises if an input changed, before anything is published
+            output.commit()
+    report.notes.extend(alignment.notes())  # measured on the way
+    return complete(report, checkpoint, written, again, time.perf_counter() - began)
+
+
+def _aligned(original: Checkpoint, checkpoint: Checkpoint) -> tuple[Checkpoint, Alignment]:
+    """Give what is quantized now one dense type; a source in NF4 keeps its bytes."""
+    if any(isinstance(tensor, NF4Tensor) for tensor in original.tensors.values()):
+        return checkpoint, Alignment()
+    return aligned(checkpoint)
+
+
+def _read_as(writer: Converter, encoding: Encoding) -> str | None:
+    """Return the type of numbers that are in one of the source's own: rounding once is enough."""
+    if writer.dtypes:
+        return "F32"  # it rounds itself
+    return parse_weight_dtype(encoding.dtype) if encoding.dtype else None
+
+
+def _adapters_note(source: Path) -> list[str]:
+    """Say what becomes of a bundle's adapters: nothing."""
+    if not is_bundle(source) or not (names := list(read_manifest(source).adapters)):
+        return []
+    place = f"BUNDLE/adapters/{printable(names[0])}"
+    return [
+        f"the base alone is written; `loraformat merge BUNDLE {place}` merges an adapter into it, "
+        "and `convert` takes one by itself"
+    ]
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        self.progress(self.done, self.total)
+
+
+def _with_origin(checkpoint: Checkpoint, source: Source) -> Checkpoint:
+    if source.repo is None:
+        return checkpoint
+    origin = replace(checkpoint.provenance, repo=source.repo, revision=source.revision)
+    return replace(checkpoint, provenance=origin)
+
+
+def _inputs(checkpoint: Checkpoint) -> list[Path]:
+    return [checkpoint.path, *checkpoint.sources]
+
+
+def _plan(checkpoint: Checkpoint, encoding: Encoding, writer: Converter, shard_limit: int) -> str:
+    """Describe input and options, so that only the same conversion continues a work directory."""
+    inputs = []
+    for path in checkpoint.sources:
+        status = path.stat()
+        inputs.append([path.name, status.st_size, status.st_mtime_ns])
+    return json.dumps([__version__, writer.name, asdict(encoding), shard_limit, inputs])

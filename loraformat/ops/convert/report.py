@@ -1,0 +1,227 @@
+"""What a conversion reports: sizes, errors, what to know and what was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loraformat.model.architecture import is_plain_in_peers, kind_of
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, NF4Tensor
+from loraformat.model.quantization_history import Quantized
+from loraformat.ops.encoding.requantization import history, original_of, sentence
+from loraformat.plugins import Converter, WriteOptions
+from loraformat.shards.layout import execution_units, plan_shards
+from loraformat.shards.write_directory import WrittenModel
+
+__all__ = ["ConversionReport", "complete", "losses", "plan_report", "shard_notes"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes
+    ----------
+    source, target : str
+    source_format, target_format : str
+    tensors, quantized : int
+        Logical tensors, and how many of them are in NF4.
+    parameters : int
+        Elements of all tensors.
+    input_bytes, output_bytes : int
+        Sizes on disk; of a dry run the output's is an estimate.
+    bits_per_weight : float
+        Output bits per parameter, everything included.
+    errors_by_kind : dict of str to float
+        Relative RMS error of the weights quantized now, by kind of layer.
+    original : str or None
+        The Hub id of the weights that a bundle was quantized from.
+    quantized_before : list of Quantized
+        How the source's weights were quantized, as far as it is known: the errors are against
+        those numbers then, not against the original's.
+    notes : list of str
+        What a user should know.
+    lost : list of str
+        What the source held and the target does not.
+    seconds : float
+    dry_run : bool
+    """
+
+    source: str
+    target: str
+    source_format: str
+    target_format: str
+    tensors: int
+    quantized: int
+    parameters: int
+    input_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    errors_by_kind: dict[str, float] = field(default_factory=dict)
+    quantized_before: list[Quantized] = field(default_factory=list)
+    original: str | None = None
+    notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        return asdict(self)
+
+
+def plan_report(
+    original: Checkpoint,
+    checkpoint: Checkpoint,
+    target: Path,
+    reader: Converter,
+    writer: Converter,
+    lost: list[str],
+) -> ConversionReport:
+    """Return what is known before anything is computed.
+
+    Parameters
+    ----------
+    original, checkpoint : Checkpoint
+        As it was read, and as it will be written.
+    target : Path
+    reader, writer : Converter
+    lost : list of str
+        From `losses`.
+    """
+    tensors = checkpoint.tensors.values()
+    parameters = sum(tensor.count for tensor in tensors)
+    output = sum(tensor.nbytes for tensor in tensors)
+    return ConversionReport(
+        source=str(original.path),
+        target=str(target),
+        source_format=reader.name,
+        target_format=writer.name,
+        tensors=len(checkpoint.tensors),
+        quantized=sum(isinstance(tensor, NF4Tensor) for tensor in tensors),
+        parameters=parameters,
+        input_bytes=sum(path.stat().st_size for path in original.sources),
+        output_bytes=output,
+        bits_per_weight=8 * output / max(parameters, 1),
+        quantized_before=list(history(original)),
+        original=original_of(original),
+        notes=_notes(checkpoint, to_nf4=writer.stores == "nf4"),
+        lost=lost,
+    )
+
+
+def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
+    quantized_now = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
+    plain = [t for t in checkpoint.tensors.values() if isinstance(t, DenseTensor)]
+    experts = [tensor for tensor in plain if ".experts." in tensor.name]
+    unusual = [tensor for tensor in quantized_now if is_plain_in_peers(tensor.name)]
+    notes = []
+    if to_nf4 and not quantized_now:
+        notes.append(
+            "nothing was quantized: no tensor is the weight of a linear inside a decoder layer, by "
+            "its name and shape; --include GLOB names others"
+        )
+    if to_nf4 and experts:
+        gigabytes = sum(tensor.nbytes for tensor in experts) / 1e9
+        notes.append(
+            f"{len(experts)} expert weights ({gigabytes:.2f} GB) stay plain: transformers fuses "
+            "experts into parameters that bitsandbytes does not quantize"
+        )
+    if misaligned := [t for t in quantized_now if t.stored_shape[-1] % t.block_size]:
+        notes.append(
+            f"{len(misaligned)} weights have rows that are not whole blocks ({misaligned[0].name}, "
+            "...): bitsandbytes up to 0.50.2 decodes them wrongly on CPUs with AVX-512"
+        )
+    if unusual:
+        notes.append(
+            f"{len(unusual)} embeddings, routers or experts are in NF4 ({unusual[0].name}, ...): "
+            "transformers cannot open the result"
+        )
+    return notes
+
+
+def shard_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
+    """Say how large each shard will be."""
+    shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
+    sizes = [sum(tensor.nbytes for tensor in shard) for shard in shards]
+    return [
+        f"shard {number} of {len(sizes)}: {size / 1e6:,.1f} MB"
+        for number, size in enumerate(sizes, 1)
+    ]
+
+
+def foreseen(
+    report: ConversionReport,
+    checkpoint: Checkpoint,
+    writer: Converter,
+    target: Path,
+    options: WriteOptions,
+    again: Mapping[str, str],
+) -> ConversionReport:
+    """Return the report of a dry run: the writer's own forecast, or the sizes of the shards.
+
+    What is ``again`` quantized is told as `complete` tells it, without a figure.
+
+    Raises
+    ------
+    LoraFormatError
+        What the writer would refuse.
+    """
+    said = sentence(report.quantized_before, again, original=report.original)
+    if said is not None:
+        report = replace(report, notes=[*report.notes, said])
+    if writer.forecast is None:
+        shards = shard_notes(checkpoint, options.shard_limit)
+        notes = [*report.notes, *(shards if writer.output == "directory" else ())]
+        return replace(report, dry_run=True, notes=notes)
+    forecast = writer.forecast(checkpoint, target, options)
+    return replace(
+        report,
+        dry_run=True,
+        output_bytes=forecast.nbytes,
+        bits_per_weight=8 * forecast.nbytes / max(report.parameters, 1),
+        notes=[*report.notes, *forecast.notes],
+    )
+
+
+def complete(
+    report: ConversionReport,
+    checkpoint: Checkpoint,
+    written: WrittenModel,
+    again: Mapping[str, str],
+    seconds: float,
+) -> ConversionReport:
+    """Return the report of a conversion that is done, in ``seconds``.
+
+    ``again`` are the weights that were quantized a second time, and their new types.
+    """
+    said = sentence(report.quantized_before, again, written.shards.tensors, report.original)
+    return replace(
+        report,
+        output_bytes=written.nbytes,
+        bits_per_weight=8 * written.nbytes / max(report.parameters, 1),
+        errors_by_kind=_errors_by_kind(checkpoint, written),
+        notes=[*report.notes, *([] if said is None else [said]), *written.notes],
+        seconds=seconds,
+    )
+
+
+def _errors_by_kind(checkpoint: Checkpoint, written: WrittenModel) -> dict[str, float]:
+    """Root of the element-weighted mean square of the relative errors, by kind of layer."""
+    sums: dict[str, tuple[float, int]] = {}
+    for name, record in written.shards.tensors.items():
+        if record.relative_rms_error is not None:
+            square, count = sums.get(kind_of(name), (0.0, 0))
+            weight = checkpoint.tensors[name].count
+            sums[kind_of(name)] = (square + weight * record.relative_rms_error**2, count + weight)
+    return {kind: (square / count) ** 0.5 for kind, (square, count) in sorted(sums.items())}
+
+
+def losses(original: Checkpoint, reader: Converter, writer: Converter) -> Iterable[str]:
+    """Say what the source holds and the target will not."""
+    yield from original.left_behind
+    if reader.name != writer.name:
+        # What the source's format cannot hold either was not there to be lost.
+        yield from (loss for loss in writer.loses if loss not in reader.loses)

@@ -1,0 +1,1 @@
+"""Between the lazy tensors of adapters and the factors that `loraformat.algebra` computes with."""

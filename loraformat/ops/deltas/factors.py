@@ -1,0 +1,235 @@
+"""Between lazy tensors and the mathematics of factors.
+
+The algebra of adapters is lazy like everything else: the shapes of a result are decided
+from singular values, and its factors are computed when a writer loads them, one module
+at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from loraformat.algebra import lora
+from loraformat.errors import InputError, printable
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import DenseTensor
+from loraformat.ops.deltas.derived_files import derived_files
+from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
+
+__all__ = [
+    "LastOnly",
+    "Pair",
+    "as_bytes",
+    "compute_factors",
+    "delta_of",
+    "error_with_rounding",
+    "experts_of",
+    "factor_dtype",
+    "finite",
+    "in_memory",
+    "rebuilt",
+    "rounded",
+]
+
+#: Members of PEFT's config that say how a product is scaled, or how large it is.
+_SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+
+#: B and A.
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def finite(tensor: DenseTensor) -> torch.Tensor:
+    """Load a tensor as float32, or float64 if it is, and let go of the source.
+
+    Float64 comes where sums are formed: see `loraformat.algebra.thin_qr`.
+
+    Raises
+    ------
+    InputError
+        If it holds NaN or infinity: no decomposition survives one.
+    """
+    wide = torch.float64 if tensor.dtype == "F64" else torch.float32
+    values = tensor.torch().to(wide, copy=True)
+    tensor.release()
+    if not torch.isfinite(values).all():
+        raise InputError(
+            f"tensor {printable(tensor.name)} holds NaN or infinity",
+            hint="the adapter is damaged, or its training diverged: use an earlier checkpoint",
+        )
+    return values
+
+
+def factor_dtype(delta: LoraDelta, wanted: str | None) -> str:
+    """Return the safetensors dtype for a module's new factors.
+
+    Parameters
+    ----------
+    delta : LoraDelta
+    wanted : str or None
+        ``f32``, ``f16``, ``bf16``; by default the factors keep theirs, if both have the same.
+    """
+    if wanted is not None:
+        return parse_weight_dtype(wanted)
+    same = delta.a.dtype == delta.b.dtype and delta.a.dtype in WEIGHT_DTYPES.values()
+    return delta.a.dtype if same else "F32"
+
+
+def rebuilt(
+    adapter: Adapter, deltas: dict[str, LoraDelta], others: Sequence[Adapter] = ()
+) -> Adapter:
+    """Return an adapter with other deltas, without what only described the old ones.
+
+    Scalings are folded, so the config must not name any; files are those of `derived_files`.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    deltas : dict of str to LoraDelta
+    others : sequence of Adapter
+        What they were computed from besides.
+    """
+    return replace(
+        adapter,
+        deltas=deltas,
+        config={key: value for key, value in adapter.config.items() if key not in _SCALING},
+        files=derived_files([adapter, *others]),
+        verbatim=False,
+    )
+
+
+def experts_of(delta: LoraDelta) -> int:
+    """Return how many matrices a delta holds; 1 if it is one."""
+    return delta.a.shape[0] if len(delta.a.shape) == 3 else 1
+
+
+class LastOnly:
+    """Remembers the last result of an expensive function: A and B come from one computation."""
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._value: object = None
+
+    def get(self, key: Hashable, compute: Callable[[], object]) -> object:
+        """Return the remembered value of this key, or compute it in place of the last one."""
+        if self._key != key:
+            self._key = self._value = None  # free it before the next one is built
+            self._value = compute()
+            self._key = key
+        return self._value
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes, flat."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def in_memory(name: str, tensor: torch.Tensor, dtype: str | None = None) -> DenseTensor:
+    """Return a small tensor as a lazy one; float32 unless another dtype is named."""
+    held = tensor.to(torch_dtype(dtype or "F32")).contiguous()
+    return DenseTensor(name, dtype or "F32", tuple(held.shape), lambda: as_bytes(held))
+
+
+def rounded(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
+    """Return a factor in the dtype that it is stored in, rounded to nearest even.
+
+    Raises
+    ------
+    InputError
+        If one lies beyond the dtype's range.
+    """
+    stored = values.to(torch_dtype(dtype))
+    if not bool(torch.isfinite(stored).all()):
+        raise InputError(
+            f"tensor {printable(name)} would exceed the range of {dtype}",
+            hint="check lora_alpha and the weights, or store wider numbers with --dtype f32",
+        )
+    return stored
+
+
+def error_with_rounding(error: float, rounding: float) -> float:
+    """Return the relative error of a delta that was truncated, and then rounded.
+
+    Parameters
+    ----------
+    error : float
+        ‖D − T‖ / ‖D‖ of the best approximation T, which is orthogonal to what it leaves.
+    rounding : float
+        ‖T − T'‖ / ‖T‖ of the factors' rounding, which has no direction of its own.
+
+    Examples
+    --------
+    >>> error_with_rounding(0.0, 0.25), error_with_rounding(0.6, 0.0)
+    (0.25, 0.6)
+    """
+    return float((error**2 + (1 - error**2) * rounding**2) ** 0.5)
+
+
+def compute_factors(adapter: Adapter, rounding: Mapping[str, float]) -> None:
+    """Compute the factors that no writer has asked for, so that their rounding is known.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Of deltas that `delta_of` made.
+    rounding : mapping of str to float
+        What they have been measured to be so far.
+    """
+    for target, delta in adapter.deltas.items():
+        if target not in rounding:
+            delta.b.load()
+            delta.b.release()
+
+
+def delta_of(
+    source: LoraDelta,
+    rank: int,
+    dtype: str,
+    compute: Callable[[], Pair],
+    memo: LastOnly,
+    rounding: dict[str, float],
+) -> LoraDelta:
+    """Return a delta of another rank, scaling folded in, factors computed when loaded.
+
+    Parameters
+    ----------
+    source : LoraDelta
+        Gives names, dimensions and whatever else belongs to the module.
+    rank : int
+    dtype : str
+        safetensors name.
+    compute : callable
+        Returns B and A in any float dtype.
+    memo : LastOnly
+        Shared by all modules of an adapter.
+    rounding : dict of str to float
+        Takes, by target, the relative error of the product that rounding to `dtype` makes, once
+        the factors are computed.
+    """
+
+    def stored() -> Pair:
+        exact = compute()
+        rounding[source.target] = lora.rounding_error(*exact, torch_dtype(dtype))
+        return rounded(exact[0], dtype, source.b.name), rounded(exact[1], dtype, source.a.name)
+
+    def loader(which: int) -> Callable[[], memoryview]:
+        def load() -> memoryview:
+            pair = memo.get((id(source), rank, dtype), stored)
+            assert isinstance(pair, tuple)
+            return as_bytes(pair[which])
+
+        return load
+
+    def shaped(tensor: DenseTensor, shape: tuple[int, ...], which: int) -> DenseTensor:
+        return DenseTensor(tensor.name, dtype, shape, loader(which))
+
+    experts = source.a.shape[:-2]
+    return replace(
+        source,
+        a=shaped(source.a, (*experts, rank, source.in_features), 1),
+        b=shaped(source.b, (*experts, source.out_features, rank), 0),
+        scaling=1.0,
+        alpha=float(rank),
+    )

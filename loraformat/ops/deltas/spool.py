@@ -1,0 +1,54 @@
+"""Factors on their way to the writer: in an unnamed file, not in memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import torch
+
+from loraformat.model.checkpoint import DenseTensor
+from loraformat.ops.deltas.factors import as_bytes, rounded
+
+__all__ = ["Spool"]
+
+
+class Spool:
+    """A temporary file of tensors, for results that are all needed before one can be written.
+
+    The file has no name, so that nothing is left behind whatever happens.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the adapter
+
+    def put(self, name: str, tensor: torch.Tensor, dtype: str) -> DenseTensor:
+        """Store a tensor, rounded to a dtype, and return it as a lazy one.
+
+        Parameters
+        ----------
+        name : str
+        tensor : torch.Tensor
+        dtype : str
+            safetensors name.
+
+        Raises
+        ------
+        InputError
+            If a value lies beyond the dtype's range.
+        """
+        data = rounded(tensor, dtype, name).contiguous()
+        start = self._file.seek(0, os.SEEK_END)
+        nbytes = self._file.write(as_bytes(data))
+        self._file.flush()
+        shape = tuple(data.shape)
+
+        def load() -> memoryview:
+            self._file.seek(start)
+            return memoryview(self._file.read(nbytes))
+
+        return DenseTensor(name, dtype, shape, load)
+
+    def close(self) -> None:
+        """Give the space back; what was stored can no longer be loaded."""
+        self._file.close()

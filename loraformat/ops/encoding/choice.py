@@ -1,0 +1,101 @@
+"""Which encoding each tensor of a conversion gets: what the user asked, what the target takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loraformat.errors import UsageError
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.config_json import parse, with_dtype
+from loraformat.ops.encoding.encode import QuantizationPolicy, cast, dequantized, matches, quantized
+from loraformat.plugins import Converter
+from loraformat.tensors.dtypes import TORCH_NAMES, parse_weight_dtype
+
+__all__ = ["Encoding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """What the user wants of the weights."""
+
+    dtype: str | None
+    block_size: int | None
+    double_quant: bool | None
+    skip: tuple[str, ...]
+    include: tuple[str, ...]
+
+    def apply(self, checkpoint: Checkpoint, writer: Converter) -> Checkpoint:
+        """Return the checkpoint as the writer takes it; nothing is computed yet."""
+        if writer.dtypes:
+            return self._for_own_dtypes(checkpoint, writer)
+        dtype = parse_weight_dtype(self.dtype) if self.dtype else None
+        if writer.stores == "nf4":
+            tensors = self._to_nf4(checkpoint, dtype)
+        else:
+            self._refuse_quantization(writer)
+            tensors = [self._to_dense(t, dtype, writer) for t in checkpoint.tensors.values()]
+        config = checkpoint.config
+        if config is not None and dtype is not None:
+            config = with_dtype(config, TORCH_NAMES[dtype])
+        keeps = any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values())
+        return replace(
+            checkpoint,
+            tensors={tensor.name: tensor for tensor in tensors},
+            config=config,
+            quantization_config=checkpoint.quantization_config
+            if keeps and not self.include
+            else None,
+        )
+
+    def _for_own_dtypes(self, checkpoint: Checkpoint, writer: Converter) -> Checkpoint:
+        """Leave the rounding to the writer; what is in NF4 is decoded without any."""
+        self._refuse_quantization(writer)
+        if self.dtype is not None and self.dtype not in writer.dtypes:
+            raise UsageError(
+                f"{writer.name} has no dtype {self.dtype}, wanted one of {', '.join(writer.dtypes)}"
+            )
+        tensors = [
+            dequantized(tensor, "F32") if isinstance(tensor, NF4Tensor) else tensor
+            for tensor in checkpoint.tensors.values()
+        ]
+        named = {tensor.name: tensor for tensor in tensors}
+        return replace(checkpoint, tensors=named, quantization_config=None)
+
+    def _refuse_quantization(self, writer: Converter) -> None:
+        if self.block_size or self.double_quant is not None or self.skip or self.include:
+            raise UsageError(
+                f"{writer.name} stores dense weights; --block-size, --no-double-quant, --skip and "
+                "--include speak of quantization"
+            )
+
+    def _to_dense(self, tensor: LazyTensor, dtype: str | None, writer: Converter) -> LazyTensor:
+        if isinstance(tensor, NF4Tensor):
+            return tensor if writer.stores == "both" else dequantized(tensor, dtype)
+        return cast(tensor, dtype)
+
+    def _to_nf4(self, checkpoint: Checkpoint, dtype: str | None) -> list[LazyTensor]:
+        already = any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values())
+        if already and (self.block_size or self.double_quant is not None or self.skip):
+            raise UsageError(
+                "the source is in NF4 already, and weights are never quantized twice; "
+                "start from the original to change block size, double quantization or --skip"
+            )
+        policy = QuantizationPolicy(
+            self.block_size or 64, self.double_quant is not False, self.skip, self.include
+        )
+        model_type = _model_type(checkpoint)
+        tensors: list[LazyTensor] = []
+        for tensor in checkpoint.tensors.values():
+            tensor = cast(tensor, dtype)
+            if isinstance(tensor, DenseTensor):
+                # What a quantized source left plain was left so on purpose.
+                wanted = matches(tensor.name, self.include) if already else True
+                if wanted and policy.selects(tensor):
+                    tensor = quantized(tensor, policy, model_type)
+            tensors.append(tensor)
+        return tensors
+
+
+def _model_type(checkpoint: Checkpoint) -> str | None:
+    named = parse(checkpoint.config).get("model_type") if checkpoint.config else None
+    return named if isinstance(named, str) else None

@@ -1,0 +1,193 @@
+"""From dense to NF4, from NF4 to dense, from one dtype to another: lazily.
+
+Each function takes a lazy tensor and returns a lazy tensor; the work happens when a
+writer loads it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from loraformat.errors import UnsupportedError, UsageError
+from loraformat.model.architecture import is_conv1d, is_decoder_linear, is_matrix_weight
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, tensor_view
+from loraformat.nf4.quant_state import BLOCK_SIZES, QuantState
+from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
+from loraformat.tensors.dtypes import WEIGHT_DTYPES, torch_dtype
+
+__all__ = ["QuantizationPolicy", "cast", "dequantized", "quantized"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationPolicy:
+    """Which weights become NF4, and how.
+
+    Attributes
+    ----------
+    block_size : int
+        Elements per scale: a power of two from 32 to 4096.
+    double_quant : bool
+        Quantize the scales too (Dettmers 2023, section 3).
+    skip, include : sequence of str
+        Patterns (``*`` matches anything) over tensor or module names: weights to keep plain,
+        weights to quantize though they are not linears of decoder layers. ``skip`` wins.
+
+    Raises
+    ------
+    UsageError
+        For a block size that does not exist.
+    """
+
+    block_size: int = 64
+    double_quant: bool = True
+    skip: Sequence[str] = ()
+    include: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise UsageError(
+                f"block size {self.block_size}, wanted one of {', '.join(map(str, BLOCK_SIZES))}"
+            )
+
+    def selects(self, tensor: DenseTensor) -> bool:
+        """Tell whether a tensor becomes NF4."""
+        if not tensor.count or tensor.dtype not in WEIGHT_DTYPES.values():
+            return False
+        if matches(tensor.name, self.skip):
+            return False
+        if matches(tensor.name, self.include):
+            return is_matrix_weight(tensor.name, tensor.shape)
+        return is_decoder_linear(tensor.name, tensor.shape)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether a tensor's name, or its module's, matches one of the patterns.
+
+    Examples
+    --------
+    >>> matches("model.layers.0.mlp.up_proj.weight", ["*.up_proj"])
+    True
+    """
+    names = (name, name.removesuffix(".weight"))
+    return any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in patterns)
+
+
+def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str | None) -> NF4Tensor:
+    """Return a weight in NF4; it is quantized when it is loaded.
+
+    Parameters
+    ----------
+    tensor : DenseTensor
+        F32, F16 or BF16, two dimensions.
+    policy : QuantizationPolicy
+    model_type : str or None
+        ``Conv1D`` weights are turned into linears first, as bitsandbytes does.
+    """
+    transposed = is_conv1d(tensor.name, model_type)
+
+    def load() -> NF4Parts:
+        return _quantize(tensor, policy, transposed)
+
+    return NF4Tensor(
+        tensor.name,
+        tensor.dtype,
+        tensor.shape,
+        policy.block_size,
+        policy.double_quant,
+        transposed,
+        load,
+        tensor.release,
+    )
+
+
+def _quantize(tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool) -> NF4Parts:
+    from loraformat.nf4 import codec
+
+    weight = tensor.torch()
+    if transposed:
+        weight = weight.T.contiguous()
+    codes = codec.quantize(
+        weight, block_size=policy.block_size, double_quant=policy.double_quant, name=tensor.name
+    )
+    squared_error, squared_norm = codec.quantization_error(weight, codes)
+    nested = codes.nested_absmax
+    return NF4Parts(
+        packed=_bytes_of(codes.packed),
+        absmax=_bytes_of(codes.absmax),
+        nested_absmax=None if nested is None else _bytes_of(nested),
+        quant_map=memoryview(LEVEL_BYTES),
+        nested_quant_map=None if nested is None else memoryview(NESTED_MAP_BYTES),
+        quant_state=QuantState(
+            tuple(weight.shape), tensor.dtype, policy.block_size, codes.nested_offset
+        ).encode(),
+        # Three digits: enough to judge by, and the same on every machine.
+        relative_rms_error=float(f"{sqrt(squared_error / squared_norm):.3g}")
+        if squared_norm
+        else 0.0,
+    )
+
+
+def dequantized(tensor: NF4Tensor, dtype: str | None = None) -> DenseTensor:
+    """Return an NF4 weight as dense numbers; it is dequantized when it is loaded.
+
+    Parameters
+    ----------
+    tensor : NF4Tensor
+    dtype : str, optional
+        safetensors name; the weight's own by default.
+    """
+
+    def load() -> memoryview:
+        return _bytes_of(tensor.dequantize(dtype))
+
+    return DenseTensor(tensor.name, dtype or tensor.dtype, tensor.shape, load, tensor.release)
+
+
+def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
+    """Return a floating-point tensor in another dtype, rounded to nearest even; others as they are.
+
+    Parameters
+    ----------
+    tensor : LazyTensor
+    dtype : str or None
+        safetensors name, F32, F16 or BF16. None changes nothing. Of an NF4 weight only the
+        dtype that dequantization returns could change, and it is stored; it stays.
+
+    Raises
+    ------
+    UnsupportedError
+        On loading, if a finite number becomes infinite (float16 ends at 65504).
+    """
+    floating = tensor.dtype in ("F64", *WEIGHT_DTYPES.values())
+    if dtype is None or dtype == tensor.dtype or not floating or isinstance(tensor, NF4Tensor):
+        return tensor
+
+    def load() -> memoryview:
+        return _cast(tensor, dtype)
+
+    return DenseTensor(tensor.name, dtype, tensor.shape, load, tensor.release)
+
+
+def _cast(tensor: DenseTensor, dtype: str) -> memoryview:
+    source = tensor_view(tensor.load(), tensor.dtype)
+    result = source.to(torch_dtype(dtype))
+    if dtype == "F16":
+        lost = int((result.isinf() & source.isfinite()).sum())
+        if lost:
+            raise UnsupportedError(
+                f"tensor {tensor.name}: {lost} values are beyond float16's 65504",
+                hint="use --dtype bf16 or --dtype f32",
+            )
+    return _bytes_of(result)
+
+
+def _bytes_of(tensor: object) -> memoryview:
+    import torch
+
+    assert isinstance(tensor, torch.Tensor)
+    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

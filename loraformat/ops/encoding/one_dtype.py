@@ -1,0 +1,123 @@
+"""One type for the dense tensors of a model whose linears are in 4 bits.
+
+GGUF files have norms, biases and routers in F32 beside weights of 16 bits, and some checkpoints
+have so, too. A dense model is cast when it is opened. A quantized one is not: most classes then
+multiply F32 by BF16 and stop. The type is that of most of the dense numbers, embedding and head;
+what the others lose in it is measured, and of norms that were trained in 16 bits that is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from loraformat.families.table import family_of
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, tensor_view
+from loraformat.model.config_json import parse, with_dtype
+from loraformat.ops.encoding.encode import cast
+from loraformat.tensors.dtypes import TORCH_NAMES, WEIGHT_DTYPES
+
+__all__ = ["Alignment", "aligned"]
+
+_FLOATS = tuple(WEIGHT_DTYPES.values())
+_TILE = 1 << 18
+_SMALLEST = 1e-30
+
+
+@dataclass(slots=True)
+class Alignment:
+    """What became of tensors of another type; known once they were loaded.
+
+    Attributes
+    ----------
+    dtype : str or None
+        safetensors name of the type; None if nothing is to be said.
+    names : list of str
+    cast : bool
+        False if they were left as they are.
+    lost : float or None
+        Largest relative error of a number; None until one is loaded.
+    """
+
+    dtype: str | None = None
+    names: list[str] = field(default_factory=list)
+    cast: bool = True
+    lost: float | None = None
+
+    def notes(self) -> list[str]:
+        """Return a sentence, if there is anything to say."""
+        if not self.names:
+            return []
+        one = self.names[0]
+        if not self.cast:
+            return [
+                f"{len(self.names)} dense tensors are not {self.dtype}, the type of most "
+                f"({one}, ...): if transformers will not compute with both, convert with --dtype"
+            ]
+        what = f"{len(self.names)} norms and other dense tensors ({one}, ...)"
+        type_ = f"{self.dtype}, the type of most"
+        if self.lost is None:
+            return [f"{what} become {type_}: transformers computes with one; --dtype f32 is exact"]
+        cost = f"rounded by up to {self.lost:.2g} of a number" if self.lost else "without a loss"
+        exact = "; --dtype f32 is exact" if self.lost else ""
+        return [f"{what} became {type_}, {cost}: transformers computes with one{exact}"]
+
+
+def aligned(model: Checkpoint) -> tuple[Checkpoint, Alignment]:
+    """Give the dense tensors of a quantized model one type, where its class wants that.
+
+    Parameters
+    ----------
+    model : Checkpoint
+        As it will be written.
+
+    Returns
+    -------
+    Checkpoint
+        Tensors are cast when they are loaded, and ``config.json`` names the type.
+    Alignment
+    """
+    counts: dict[str, int] = {}
+    for tensor in model.tensors.values():
+        if isinstance(tensor, DenseTensor) and tensor.dtype in _FLOATS:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.count
+    quantized = any(isinstance(tensor, NF4Tensor) for tensor in model.tensors.values())
+    if not quantized or model.config is None or not counts:
+        return model, Alignment()
+    dtype = max(counts, key=lambda one: counts[one])
+    one_type = family_of(parse(model.config)).one_type
+    if one_type is False:
+        return model, Alignment()
+    found = Alignment(dtype, _others(model.tensors, dtype), cast=bool(one_type))
+    if not found.names or not found.cast:
+        return model, found
+    config = with_dtype(model.config, TORCH_NAMES[dtype])
+    tensors = dict(model.tensors)
+    for name in found.names:
+        tensor = tensors[name]
+        assert isinstance(tensor, DenseTensor)
+        tensors[name] = _measured(tensor, cast(tensor, dtype), found)
+    return replace(model, tensors=tensors, config=config), found
+
+
+def _others(tensors: Mapping[str, LazyTensor], dtype: str) -> list[str]:
+    return [
+        tensor.name for tensor in tensors.values()
+        if isinstance(tensor, DenseTensor) and tensor.dtype in _FLOATS and tensor.dtype != dtype
+    ]  # fmt: skip
+
+
+def _measured(before: DenseTensor, after: LazyTensor, found: Alignment) -> DenseTensor:
+    assert isinstance(after, DenseTensor)
+
+    def load() -> memoryview:
+        data = after.load()
+        exact = before.torch().reshape(-1)
+        rounded = tensor_view(data, after.dtype)
+        for start in range(0, len(exact), _TILE):
+            one, other = (t[start : start + _TILE].double() for t in (exact, rounded))
+            error = (one - other).abs() / one.abs().clamp_min(_SMALLEST)
+            found.lost = max(found.lost or 0.0, float(error.max()))
+        return data
+
+    return replace(after, load=load)

@@ -1,0 +1,155 @@
+"""Quantizing what was quantized: which weights, and how it is said.
+
+Nobody can measure what the first time has lost: the original is not at hand. A report says so,
+and calls its errors what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import sqrt
+
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.quantization_history import Quantized, spelled
+from loraformat.plugins import Converter
+from loraformat.shards.records import TensorRecord
+
+__all__ = ["again_as", "history", "original_of", "sentence", "with_history"]
+
+_PLAIN = ("f32", "f16", "bf16")
+#: A relative error below which a second rounding has found the numbers of the first.
+_NONE = 1e-4
+
+
+def history(checkpoint: Checkpoint) -> tuple[Quantized, ...]:
+    """Return how the numbers of an open model were quantized, their present form included."""
+    tensors = [tensor for tensor in checkpoint.tensors.values() if _is_quantized(tensor)]
+    return (*checkpoint.provenance.quantized, *_step(tensors))
+
+
+def with_history(checkpoint: Checkpoint, *, codes_kept: bool) -> Checkpoint:
+    """Return a model that tells its writer how its numbers were quantized before.
+
+    If NF4 codes are kept, they are the present form, and not told.
+    """
+    steps = history(checkpoint)
+    if codes_kept:
+        decoded = [
+            tensor for tensor in checkpoint.tensors.values()
+            if isinstance(tensor, DenseTensor) and tensor.stored is not None
+        ]  # fmt: skip
+        steps = (*checkpoint.provenance.quantized, *_step(decoded))
+    origin = replace(checkpoint.provenance, quantized=steps)
+    return replace(checkpoint, provenance=origin)
+
+
+def again_as(
+    original: Checkpoint, written: Mapping[str, LazyTensor], writer: Converter, dtype: str | None
+) -> dict[str, str]:
+    """Return the weights that are quantized a second time, and the type that they get.
+
+    Parameters
+    ----------
+    original : Checkpoint
+        As it was read.
+    written : mapping of str to LazyTensor
+        As they are handed to the writer.
+    writer : Converter
+    dtype : str or None
+        What the user asked for.
+    """
+    before = bool(original.provenance.quantized)
+    asked = dtype if writer.dtypes and dtype not in (None, *_PLAIN) else None
+    found = {}
+    for name, tensor in written.items():
+        source = original.tensors.get(name)
+        if source is None or not (before or _is_quantized(source)):
+            continue
+        if isinstance(tensor, NF4Tensor) and not isinstance(source, NF4Tensor):
+            found[name] = "NF4"
+        elif asked is not None and len(source.shape) > 1:
+            found[name] = asked.upper()
+    return found
+
+
+def sentence(
+    steps: Iterable[Quantized],
+    again: Mapping[str, str],
+    records: Mapping[str, TensorRecord] | None = None,
+    original: str | None = None,
+) -> str | None:
+    """Say that weights are quantized a second time, and what that adds.
+
+    Parameters
+    ----------
+    steps : iterable of Quantized
+        How they were quantized before.
+    again : mapping of str to str
+        From `again_as`.
+    records : mapping of str to TensorRecord, optional
+        What was written, with errors; none of a dry run.
+    original : str, optional
+        Where the weights are as they were first, if that is known.
+
+    Returns
+    -------
+    str or None
+        None if no weight is, or none is changed by it.
+    """
+    if not again:
+        return None
+    said = f"quantized already: the source's weights were {spelled(steps)}"
+    now = " and ".join(sorted(set(again.values())))
+    start = "Start from the original weights" + (f", {original}" if original else " where you can")
+    if records is None:
+        return f"{said}; {now} quantizes them again. {start}"
+    error = _error(records[name] for name in again if name in records)
+    if error < _NONE:
+        return None
+    return (
+        f"{said}; {now} adds an error of {error:.1%} (relative RMS, against the quantized source, "
+        f"not the original). {start}"
+    )
+
+
+def original_of(checkpoint: Checkpoint) -> str | None:
+    """Return the Hub id of the weights that a bundle was quantized from, if it says it.
+
+    A bundle that was made of quantized weights names those.
+    """
+    origin = checkpoint.provenance
+    known = origin.format == "loraformat" and not origin.quantized
+    return origin.repo if known else None
+
+
+def _error(records: Iterable[TensorRecord]) -> float:
+    """Root of the element-weighted mean square of relative errors."""
+    square, count = 0.0, 0
+    for record in records:
+        if record.relative_rms_error is not None:
+            size = 1
+            for length in record.shape:
+                size *= length
+            square, count = square + size * record.relative_rms_error**2, count + size
+    return sqrt(square / count) if count else 0.0
+
+
+def _is_quantized(tensor: LazyTensor) -> bool:
+    return isinstance(tensor, NF4Tensor) or tensor.stored is not None
+
+
+def _step(tensors: Sequence[LazyTensor]) -> tuple[Quantized, ...]:
+    if not tensors:
+        return ()
+    types: dict[str, int] = {}
+    for tensor in tensors:
+        name = tensor.stored_as if isinstance(tensor, DenseTensor) else "NF4"
+        types[name] = types.get(name, 0) + 1
+    stored = sum(
+        tensor.stored_bytes if isinstance(tensor, DenseTensor) else tensor.nbytes
+        for tensor in tensors
+    )
+    bits = 8 * stored / max(sum(tensor.count for tensor in tensors), 1)
+    ordered = dict(sorted(types.items(), key=lambda item: -item[1]))
+    return (Quantized(ordered, round(bits, 4)),)

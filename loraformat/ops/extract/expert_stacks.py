@@ -1,0 +1,93 @@
+"""Experts that have tensors of their own on disk and are one parameter in transformers' memory.
+
+A delta of such a parameter is what an adapter of PEFT holds, and what a merge spreads over the
+tensors again: the difference is taken of all that makes the parameter up.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraformat.model.base_names import names_of
+from loraformat.model.checkpoint import Checkpoint, LazyTensor
+from loraformat.ops.extract.difference import PRECISIONS
+
+__all__ = ["Expert", "Stack", "stacks_of"]
+
+_Pairs = Sequence[tuple[LazyTensor | None, LazyTensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """The matrices of one expert in both models, one below the other."""
+
+    base: list[LazyTensor]
+    tuned: list[LazyTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A fused parameter.
+
+    Attributes
+    ----------
+    name : str
+        In transformers' memory.
+    experts : list of Expert
+    """
+
+    name: str
+    experts: list[Expert]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the fine-tune's tensors."""
+        return sum(tensor.nbytes for expert in self.experts for tensor in expert.tuned)
+
+
+def stacks_of(
+    pairs: _Pairs, tuned: Checkpoint, skip: Sequence[str]
+) -> tuple[list[Stack], list[tuple[LazyTensor | None, LazyTensor]]]:
+    """Part tensors into those that make up fused parameters, and all others.
+
+    A parameter of which a part is new, of another shape, not of real numbers, or to be skipped is
+    left to be looked at tensor by tensor.
+
+    Parameters
+    ----------
+    pairs : sequence of (LazyTensor or None, LazyTensor)
+        Of the base and the fine-tune.
+    tuned : Checkpoint
+    skip : sequence of str
+        Globs of tensors to leave out.
+
+    Returns
+    -------
+    list of Stack
+    list of (LazyTensor or None, LazyTensor)
+    """
+    memory = names_of(tuned).memory
+    if memory is None:
+        return [], list(pairs)
+    usable = {
+        after.name: (before, after)
+        for before, after in pairs
+        if before is not None
+        and before.shape == after.shape
+        and len(after.shape) == 2
+        and {before.dtype, after.dtype} <= PRECISIONS.keys()
+        and not any(fnmatch.fnmatchcase(after.name, pattern) for pattern in skip)
+    }
+    stacks, taken = [], set[str]()
+    for name, stored in memory.stacks.items():
+        tensors = [tensor for parts in stored for tensor in parts]
+        if usable.keys() >= set(tensors) and len(memory.shapes[name]) == 3:
+            experts = [
+                Expert([usable[part][0] for part in parts], [usable[part][1] for part in parts])
+                for parts in stored
+            ]
+            stacks.append(Stack(name, experts))
+            taken.update(tensors)
+    return stacks, [(before, after) for before, after in pairs if after.name not in taken]

@@ -1,0 +1,418 @@
+"""Extraction: the adapter that leads from a base to its fine-tune.
+
+Each changed matrix becomes a low-rank delta, found by block Krylov iteration on the
+difference, which only exists in row tiles; each changed vector (norms, biases) and each
+grown vocabulary is replaced as a whole; what is neither is listed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from loraformat.algebra import lora
+from loraformat.errors import InputError, printable
+from loraformat.families.table import family_of
+from loraformat.model import config_json
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.architecture import is_conv1d, kind_of
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, tensor_view
+from loraformat.model.tied_head import HEAD
+from loraformat.model.vocabulary import per_token, tokenizer_files
+from loraformat.ops.deltas.factors import Pair, as_bytes
+from loraformat.ops.deltas.spool import Spool
+from loraformat.ops.extract.difference import PRECISIONS, Difference
+from loraformat.ops.extract.expert_stacks import Stack, stacks_of
+from loraformat.ops.extract.fit import Fit, fit
+from loraformat.ops.extract.options import ExtractOptions
+from loraformat.ops.extract.paired_tensors import pairs_of
+from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
+from loraformat.ops.opening.model import fingerprint_of, open_model
+from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
+
+__all__ = [
+    "ExtractOptions",
+    "ExtractedModule",
+    "ExtractionReport",
+    "extract",
+    "extract_adapter",
+]
+
+_EMBEDDING = re.compile(r"(^|\.)(?!embed_out$)(\w*embed\w*|wte|wpe)$")
+_Orientation = Literal["linear", "transposed"]
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    target: str | Path,
+    options: ExtractOptions | None = None,
+    *,
+    allow_base_mismatch: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ExtractionReport:
+    """Extract an adapter from a base and its fine-tune, and write it.
+
+    Parameters
+    ----------
+    base, tuned : str or Path
+        Models in any format, or Hub ids. NF4 weights are dequantized.
+    target : str or Path
+        A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
+        ``force``.
+    options : ExtractOptions, optional
+    allow_base_mismatch : bool
+        Write it into a bundle although that is not the base.
+    force : bool
+        Replace what stands at the target.
+    dry_run : bool
+        Write nothing; everything is computed for the report.
+    progress : callable
+        Called with bytes done and in total.
+
+    Returns
+    -------
+    ExtractionReport
+    """
+    from loraformat.ops.adapter_output.target import open_target, refuse_standing
+
+    began = time.perf_counter()
+    options = options or ExtractOptions()
+    if not dry_run:
+        refuse_standing(target, force=force)
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(open_model(model)) for model in (base, tuned))
+        goal = open_target(
+            stack, target, base=one, dtype=options.dtype, force=force, dry_run=dry_run,
+            allow_base_mismatch=allow_base_mismatch,
+        )  # fmt: skip
+        adapter, report = extract_adapter(one, other, options, progress=progress)
+        with adapter:
+            named = replace(adapter, base_model=str(base), base_fingerprint=fingerprint_of(one))
+            notes = [*report.notes, *goal.put(named)]
+    return replace(
+        report,
+        base=str(base),
+        tuned=str(tuned),
+        target=str(target),
+        notes=notes,
+        seconds=time.perf_counter() - began,
+        dry_run=dry_run,
+    )
+
+
+def _config(model: Checkpoint) -> dict[str, Any]:
+    return config_json.parse(model.config, model.path) if model.config else {}
+
+
+def extract_adapter(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    options: ExtractOptions,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Adapter, ExtractionReport]:
+    """Return the adapter between two open models, and what it captures.
+
+    Parameters
+    ----------
+    base, tuned : Checkpoint
+        They must stay open until the adapter is written.
+    options : ExtractOptions
+    progress : callable
+
+    Returns
+    -------
+    Adapter
+        To be closed; its factors are in a temporary file.
+    ExtractionReport
+
+    Raises
+    ------
+    InputError
+        If the models have nothing in common, or hold NaN.
+    """
+    if not set(base.tensors) & set(tuned.tensors):
+        raise InputError(
+            f"has no tensor in common with {printable(base.path)}",
+            path=tuned.path,
+            hint="extract wants a base and its own fine-tune",
+        )
+    pairs = pairs_of(base, tuned)
+    work = _Extraction(options, _config(tuned), pairs.tied)
+    total = sum(tensor.nbytes for _, tensor in pairs.tensors)
+    done = 0
+    try:
+        stacks, rest = stacks_of(pairs.tensors, tuned, options.skip)
+        for stack in stacks:
+            work.add_stack(stack)
+            done += stack.nbytes
+            progress(done, total)
+        for before, after in rest:
+            if not any(fnmatch.fnmatchcase(after.name, pattern) for pattern in options.skip):
+                work.add(before, after)
+            done += after.nbytes
+            progress(done, total)
+    except BaseException:
+        work.spool.close()
+        raise
+    for name in pairs.only_base:
+        work.left_out[name] = "is only in the base"
+    return work.adapter(base, tuned), work.report(base, tuned)
+
+
+class _Extraction:
+    def __init__(self, options: ExtractOptions, config: dict[str, Any], tied: str | None) -> None:
+        self.options, self.tied = options, tied
+        self.model_type, self.family = config.get("model_type"), family_of(config)
+        self.spool = Spool()
+        self.deltas: dict[str, LoraDelta] = {}
+        self.replacements: dict[str, DenseTensor] = {}
+        self.modules: list[ExtractedModule] = []
+        self.left_out: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.unchanged = 0
+        self.resized = False
+
+    def add(self, base: LazyTensor | None, tuned: LazyTensor) -> None:
+        """Compare one tensor with its base."""
+        name = tuned.name
+        if base is None:
+            self.left_out[name] = "is only in the fine-tune"
+        elif base.shape != tuned.shape:
+            self._reshaped(base, tuned)
+        elif _alike(base, tuned):
+            self.unchanged += 1
+        elif base.dtype not in PRECISIONS or tuned.dtype not in PRECISIONS:
+            self.left_out[name] = f"changed, and is not of real numbers ({tuned.dtype})"
+        elif kind_of(name) in self.family.refused_leaves | self.family.read_leaves:
+            self._replace(base, tuned)  # a delta would be refused in PEFT, or without effect
+        elif (len(tuned.shape) == 2 and name.endswith(".weight")) or len(tuned.shape) == 3:
+            self._low_rank(base, tuned)
+        else:
+            self._replace(base, tuned)
+        for tensor in (base, tuned):
+            if tensor is not None:
+                tensor.release()
+
+    def add_stack(self, stack: Stack) -> None:
+        """Compare the experts that transformers makes one parameter of."""
+        changed = [
+            not _alike(base, tuned)
+            for expert in stack.experts
+            for base, tuned in zip(expert.base, expert.tuned, strict=True)
+        ]
+        if any(changed):
+            differences = [Difference(expert.base, expert.tuned) for expert in stack.experts]
+            self._fit(stack.name, differences, stack.experts[0].tuned[0], "linear")
+        else:
+            self.unchanged += len(changed)
+        for expert in stack.experts:
+            for tensor in (*expert.base, *expert.tuned):
+                tensor.release()
+
+    def _reshaped(self, base: LazyTensor, tuned: LazyTensor) -> None:
+        if tuned.name in per_token({tuned.name: tuned}) and base.shape[1:] == tuned.shape[1:]:
+            whole = tuned if isinstance(tuned, DenseTensor) else _decoded(tuned)
+            self.replacements[tuned.name] = whole
+            if tuned.name == self.tied:
+                self.replacements[HEAD] = replace(whole, name=HEAD)
+            before, after = base.shape[0], tuned.shape[0]
+            self.notes.append(
+                f"{tuned.name} {'grew' if before < after else 'shrank'} from {before} to {after} "
+                "rows and is replaced as a whole: loraformat merge resizes the base; in PEFT "
+                f"model.resize_token_embeddings({after}) comes before loading the adapter"
+            )
+            self.resized = True
+        else:
+            sizes = "x".join(map(str, base.shape)), "x".join(map(str, tuned.shape))
+            self.left_out[tuned.name] = f"changed its shape from {sizes[0]} to {sizes[1]}"
+
+    def _replace(self, base: LazyTensor, tuned: LazyTensor) -> None:
+        if len(tuned.shape) > 2 or not isinstance(tuned, DenseTensor):
+            self.left_out[tuned.name] = "changed, and is neither a matrix nor a vector"
+        elif Difference(base, tuned).is_zero():
+            self.unchanged += 1
+        else:
+            self.replacements[tuned.name] = tuned
+
+    def _low_rank(self, base: LazyTensor, tuned: LazyTensor) -> None:
+        experts = tuned.shape[0] if len(tuned.shape) == 3 else 1
+        differences = [Difference(base, tuned, expert) for expert in range(experts)]
+        self._fit(tuned.name, differences, tuned, self._orientation(tuned))
+
+    def _fit(
+        self,
+        name: str,
+        differences: list[Difference],
+        tuned: LazyTensor,
+        orientation: _Orientation,
+    ) -> None:
+        """Add the delta of one tensor, or of a parameter that tensors like `tuned` make."""
+        parts = [fit(difference, self.options) for difference in differences]
+        total = sum(part.squared_norm for part in parts)
+        if not total:
+            self.unchanged += 1
+            return
+        rank = max(part.rank for part in parts)
+        padded = [part.padded(rank) for part in parts]
+        dtype = torch_dtype(self._dtype(tuned))
+        rounding = [lora.rounding_error(b, a, dtype) for b, a in padded]
+        self.modules.append(_module(name, rank, parts, rounding))
+        if not rank:
+            return
+        stacked = name != tuned.name or len(tuned.shape) == 3
+        self._add_delta(name, padded, orientation, dtype=self._dtype(tuned), stacked=stacked)
+        if name == self.tied:
+            self._add_delta(HEAD, padded, "linear", dtype=self._dtype(tuned))
+            self.notes.append(
+                f"the head is tied to {name}: the adapter changes both. PEFT computes that "
+                "rightly, but its merge adds either change twice; loraformat merge does not"
+            )
+
+    def _add_delta(
+        self,
+        target: str,
+        pairs: list[Pair],
+        orientation: _Orientation,
+        *,
+        dtype: str,
+        stacked: bool = False,
+    ) -> None:
+        if orientation == "transposed":  # the tensor is Dᵀ = (B A)ᵀ
+            pairs = [(a.T, b.T) for b, a in pairs]
+        b, a = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
+        if not stacked:
+            b, a = b[0], a[0]
+        module = target.removesuffix(".weight")
+        self.deltas[target] = LoraDelta(
+            target,
+            self.spool.put(f"{module}.lora_A.weight", a, dtype),
+            self.spool.put(f"{module}.lora_B.weight", b, dtype),
+            1.0,
+            orientation,
+            alpha=float(a.shape[-2]),
+        )
+
+    def _dtype(self, tuned: LazyTensor) -> str:
+        """Return the dtype of a tensor's factors."""
+        if self.options.dtype:
+            return parse_weight_dtype(self.options.dtype)
+        return tuned.dtype if tuned.dtype in WEIGHT_DTYPES.values() else "F32"
+
+    def _orientation(self, tensor: LazyTensor) -> _Orientation:
+        if len(tensor.shape) == 3:
+            turned = self.family.transposed_experts
+        else:
+            embedding = _EMBEDDING.search(tensor.name.removesuffix(".weight"))
+            turned = bool(embedding) or is_conv1d(tensor.name, self.model_type)
+        return "transposed" if turned else "linear"
+
+    def adapter(self, base: Checkpoint, tuned: Checkpoint) -> Adapter:
+        """Return what was found."""
+        if not self.deltas and not self.replacements:
+            self.spool.close()
+            raise InputError(
+                f"does not differ from {printable(base.path)} in anything an adapter can hold",
+                path=tuned.path,
+            )
+        for module in self._saved_modules():  # PEFT wants all of a module that it replaces
+            bias = tuned.tensors.get(f"{module}.bias")
+            if isinstance(bias, DenseTensor):
+                self.replacements.setdefault(bias.name, bias)
+        return Adapter(
+            path=tuned.path,
+            format="extracted",
+            deltas=self.deltas,
+            replacements=self.replacements,
+            config={"modules_to_save": self._saved_modules() or None},
+            base_model=base.provenance.repo or str(base.path),
+            files=tokenizer_files(tuned.files) if self.resized else (),
+            sources=(*base.sources, *tuned.sources),
+            notes=tuple(self.notes),
+            close=self.spool.close,
+        )
+
+    def _saved_modules(self) -> list[str]:
+        """Return the modules that are replaced: PEFT looks for those that its config names."""
+        modules = {name.removesuffix(".weight") for name in self.replacements}
+        return sorted(m for m in modules if f"{m}.weight" in self.replacements)
+
+    def report(self, base: Checkpoint, tuned: Checkpoint) -> ExtractionReport:
+        """Return what is to be said."""
+        total = sum(module.norm**2 for module in self.modules)
+        kept = sum(module.norm**2 * module.captured for module in self.modules)
+        return ExtractionReport(
+            base=str(base.path),
+            tuned=str(tuned.path),
+            target="",
+            modules=self.modules,
+            replaced=sorted(self.replacements),
+            unchanged=self.unchanged,
+            left_out=dict(sorted(self.left_out.items())),
+            parameters=sum(delta.parameters for delta in self.deltas.values()),
+            captured=kept / total if total else 1.0,
+            notes=[*self.notes, *self._remarks()],
+        )
+
+    def _remarks(self) -> Iterator[str]:
+        if capped := sum(module.capped for module in self.modules):
+            yield f"{capped} modules wanted more than rank {self.options.max_rank} (--max-rank)"
+        if silent := sum(not module.rank for module in self.modules):
+            yield f"{silent} modules changed by rounding noise only and are left out"
+        single = [
+            d for d in self.deltas.values() if ".experts." in d.target and len(d.a.shape) == 2
+        ]
+        if single:
+            yield (
+                f"{len(single)} deltas are of single experts, under the names in the checkpoint; "
+                "transformers fuses experts in memory, and PEFT may not find these"
+            )
+
+
+def _module(name: str, rank: int, parts: list[Fit], rounding: list[float]) -> ExtractedModule:
+    total = sum(part.squared_norm for part in parts)
+    kept = sum(part.kept * (1 - r**2) for part, r in zip(parts, rounding, strict=True))
+    captured = min(kept / total, 1.0)
+    return ExtractedModule(
+        target=name,
+        rank=rank,
+        captured=captured,
+        error=(1 - captured) ** 0.5,
+        norm=total**0.5,
+        noise=max(part.edge for part in parts),
+        capped=any(part.capped for part in parts),
+    )
+
+
+def _decoded(tensor: NF4Tensor) -> DenseTensor:
+    """Return an NF4 weight as one of its dense type."""
+    return DenseTensor(
+        tensor.name, tensor.dtype, tensor.shape,
+        lambda: as_bytes(tensor.dequantize()), tensor.release,
+    )  # fmt: skip
+
+
+def _alike(base: LazyTensor, tuned: LazyTensor) -> bool:
+    """Tell whether two tensors are the same bytes, of the same type."""
+    if type(base) is not type(tuned) or base.dtype != tuned.dtype:
+        return False
+    one, other = _raw(base), _raw(tuned)
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor_view(one[part], "U8"), tensor_view(other[part], "U8")) for part in one
+    )
+
+
+def _raw(tensor: LazyTensor) -> dict[str, memoryview]:
+    loaded = tensor.load()
+    return {"": loaded} if isinstance(loaded, memoryview) else loaded.by_suffix()

@@ -1,0 +1,143 @@
+"""The picture of what quantization cost: the error of each kind of weight, layer by layer.
+
+The dotted line is what the same quantization costs normally distributed weights; a weight far
+above it has outliers, and is one to keep plain with ``convert --skip``.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraformat.errors import InputError
+from loraformat.families.tensor_names import layer_of
+from loraformat.model.architecture import kind_of
+from loraformat.nf4 import codec
+from loraformat.ops.plots import as_label, check_picture, colors, save_picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from loraformat.ops.info.model import ModelSummary, TensorSummary
+
+__all__ = ["errors_by_layer", "normal_error", "plot_errors"]
+
+_MARKERS = "osD^vP*X<>"
+_SAMPLES = 1 << 20
+#: Least height of the picture, in percentage points: what differs by less looks alike.
+_LEAST = 1.0
+
+
+def normal_error(block_size: int, double_quant: bool) -> float:
+    """Return the relative RMS error of normally distributed weights.
+
+    Parameters
+    ----------
+    block_size : int
+    double_quant : bool
+
+    Examples
+    --------
+    >>> round(normal_error(64, True), 2)
+    0.09
+    """
+    weights = torch.randn(_SAMPLES, generator=torch.Generator().manual_seed(0))
+    codes = codec.quantize(weights, block_size=block_size, double_quant=double_quant)
+    error, square = codec.quantization_error(weights, codes)
+    return math.sqrt(error / square)
+
+
+def errors_by_layer(tensors: list[TensorSummary]) -> dict[str, dict[int | None, float]]:
+    """Return relative RMS errors by kind and layer; of several weights, their weighted mean.
+
+    Parameters
+    ----------
+    tensors : list of TensorSummary
+        Those without an error are passed over.
+
+    Returns
+    -------
+    dict of str to dict of int or None to float
+        Root of the mean square, weighted by elements; None is outside the layers.
+    """
+    sums: dict[str, dict[int | None, tuple[float, int]]] = {}
+    for tensor in tensors:
+        if tensor.relative_rms_error is None:
+            continue
+        layer = layer_of(tensor.name)
+        row = sums.setdefault(kind_of(tensor.name), {})
+        at = None if layer is None else layer[1]
+        square, count = row.get(at, (0.0, 0))
+        elements = math.prod(tensor.shape)
+        row[at] = (square + elements * tensor.relative_rms_error**2, count + elements)
+    return {
+        kind: {at: math.sqrt(square / max(count, 1)) for at, (square, count) in row.items()}
+        for kind, row in sums.items()
+    }
+
+
+def plot_errors(summary: ModelSummary, path: str | Path) -> None:
+    """Draw the errors that a bundle's manifest records; the suffix chooses the format.
+
+    Parameters
+    ----------
+    summary : ModelSummary
+    path : str or Path
+
+    Raises
+    ------
+    UsageError, MissingDependencyError
+        See `loraformat.ops.plots.check_picture`.
+    InputError
+        If no error is recorded: it is no bundle, or its codes came from a checkpoint whose
+        original nobody had.
+    """
+    check_picture(path)
+    errors = errors_by_layer(summary.tensors)
+    if not errors:
+        raise InputError(
+            "records no errors of quantization", path=Path(summary.path),
+            hint="a bundle that was converted from dense weights does",
+        )  # fmt: skip
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.8), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    _draw_errors(axes, errors)
+    if len(summary.block_sizes) == 1:
+        usual = 100 * normal_error(summary.block_sizes[0], summary.double_quant)
+        axes.axhline(usual, color="black", linestyle=":", linewidth=1.5,
+                     label=f"normally distributed\nweights: {usual:.2f} %")  # fmt: skip
+    _widen(axes)
+    blocks = ", ".join(map(str, summary.block_sizes))
+    axes.set_title(f"{as_label(Path(summary.path).name)}: what NF4 costs (block size {blocks})")
+    axes.set_ylabel("relative RMS error (%)")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    save_picture(figure, path)
+
+
+def _draw_errors(axes: Axes, errors: dict[str, dict[int | None, float]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    layers = sorted({at for row in errors.values() for at in row if at is not None})
+    outside = layers[-1] + 1 if layers else 0
+    alone = any(None in row for row in errors.values())
+    chosen = colors(len(errors))
+    for number, (kind, row) in enumerate(errors.items()):
+        points = sorted((outside if at is None else at, 100 * e) for at, e in row.items())
+        axes.plot(*zip(*points, strict=True), color=chosen[number], linewidth=1.5,
+                  marker=_MARKERS[number % len(_MARKERS)], label=as_label(kind),
+                  markersize=7 if len(layers) <= 12 else 4)  # fmt: skip
+    axes.set_xlabel("layer" + (f" ({outside}: outside the layers)" if alone else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _widen(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    if high - low < _LEAST:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - _LEAST / 2, middle + _LEAST / 2)

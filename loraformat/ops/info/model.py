@@ -1,0 +1,229 @@
+"""Describing a model without reading a weight: what `loraformat info` shows."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from loraformat import plugins
+from loraformat.bundle.reader import Bundle, is_bundle, open_bundle
+from loraformat.families.tensor_names import layer_of
+from loraformat.hub import resolve
+from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
+from loraformat.model.config_json import members
+from loraformat.model.quantization_history import Quantized
+from loraformat.ops.info.adapter import AdapterDescription, describe_adapter
+from loraformat.ops.opening.model import read_model
+from loraformat.storage.foreign_json import parse_object
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
+
+__all__ = ["AdapterSummary", "ModelSummary", "TensorSummary", "describe"]
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_MAX_ADAPTER_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary:
+    """One logical tensor.
+
+    ``bytes`` is what its codes and scales, or its numbers, take on disk; ``encoding`` is ``nf4``,
+    ``dense``, or the name of a GGUF block type in small letters, which becomes ``dtype``.
+    """
+
+    name: str
+    encoding: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    relative_rms_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """One adapter of a bundle, from its headers and config alone."""
+
+    name: str
+    parameters: int
+    bytes: int
+    ranks: list[int]
+    targets: list[str]
+    base: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """A model.
+
+    Attributes
+    ----------
+    path, format : str
+    architecture, model_type : str or None
+        From ``config.json``.
+    layers : int
+    parameters, quantized_parameters : int
+        Elements.
+    weight_bytes, total_bytes : int
+        Codes, scales and numbers; all files.
+    bits_per_weight : float
+        8 · weight_bytes / parameters.
+    quantized_bits_per_weight : float or None
+        The same over the NF4 weights alone.
+    block_sizes : list of int
+    double_quant : bool
+    dtypes : dict of str to int
+        Parameters by encoding and dtype.
+    fingerprint, created_by : str or None
+        Of a bundle.
+    source : dict of str to str
+    quantized_before : list of Quantized
+        How the weights were quantized before they got their present form, as far as it is known.
+    adapters : list of AdapterSummary
+    tensors : list of TensorSummary
+    kind : str
+        ``"base"``, always.
+    """
+
+    path: str
+    format: str
+    architecture: str | None
+    model_type: str | None
+    layers: int
+    parameters: int
+    quantized_parameters: int
+    weight_bytes: int
+    total_bytes: int
+    bits_per_weight: float
+    quantized_bits_per_weight: float | None
+    block_sizes: list[int]
+    double_quant: bool
+    dtypes: dict[str, int]
+    fingerprint: str | None = None
+    created_by: str | None = None
+    source: dict[str, str] = field(default_factory=dict)
+    quantized_before: list[Quantized] = field(default_factory=list)
+    adapters: list[AdapterSummary] = field(default_factory=list)
+    tensors: list[TensorSummary] = field(default_factory=list)
+    kind: str = "base"
+
+    def to_json(self, *, tensors: bool) -> dict[str, Any]:
+        """Return JSON members, with or without the list of tensors."""
+        members = asdict(self)
+        if not tensors:
+            del members["tensors"]
+        return members
+
+
+def describe(
+    source: str | Path, *, allow_pickle: bool = False
+) -> ModelSummary | AdapterDescription:
+    """Describe a model, or an adapter.
+
+    Parameters
+    ----------
+    source : str or Path
+        A local path or a Hub id.
+    allow_pickle : bool
+        Read a pickle, too, with a loader that makes nothing but tensors.
+
+    Raises
+    ------
+    LoraFormatError
+        If it cannot be opened.
+    """
+    path = resolve(source, pickles=allow_pickle).path
+    if is_bundle(path):
+        with open_bundle(path) as bundle:
+            return _summary(bundle.checkpoint, bundle)
+    reader = plugins.sniff(path)
+    if reader.kind == "adapter":
+        return describe_adapter(path, reader, allow_pickle=allow_pickle)
+    with read_model(reader, path, allow_pickle=allow_pickle) as checkpoint:
+        return _summary(checkpoint, None)
+
+
+def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelSummary:
+    tensors = list(checkpoint.tensors.values())
+    quantized = [tensor for tensor in tensors if isinstance(tensor, NF4Tensor)]
+    parameters, weight_bytes = _sums(tensors)
+    quantized_parameters, quantized_bytes = _sums(quantized)
+    config = members(checkpoint.config) if checkpoint.config else {}
+    architectures = config.get("architectures")
+    dtypes: dict[str, int] = {}
+    for tensor in tensors:
+        key = "NF4" if isinstance(tensor, NF4Tensor) else tensor.stored_as
+        dtypes[key] = dtypes.get(key, 0) + tensor.count
+    manifest = bundle.manifest if bundle else None
+    return ModelSummary(
+        path=str(checkpoint.path),
+        format=checkpoint.provenance.format,
+        architecture=architectures[0]
+        if isinstance(architectures, list) and architectures
+        else None,
+        model_type=config.get("model_type"),
+        layers=len({layer for tensor in tensors if (layer := layer_of(tensor.name))}),
+        parameters=parameters,
+        quantized_parameters=quantized_parameters,
+        weight_bytes=weight_bytes,
+        total_bytes=sum(path.stat().st_size for path in checkpoint.sources if path.is_file()),
+        bits_per_weight=8 * weight_bytes / max(parameters, 1),
+        quantized_bits_per_weight=8 * quantized_bytes / quantized_parameters if quantized else None,
+        block_sizes=sorted({tensor.block_size for tensor in quantized}),
+        double_quant=any(tensor.double_quant for tensor in quantized),
+        dtypes=dtypes,
+        fingerprint=manifest.fingerprint if manifest else None,
+        created_by=manifest.created_by if manifest else None,
+        source=dict(manifest.source) if manifest else {},
+        quantized_before=list(checkpoint.provenance.quantized),
+        adapters=[_adapter(bundle, name) for name in bundle.manifest.adapters] if bundle else [],
+        tensors=[_tensor(tensor, bundle) for tensor in tensors],
+    )
+
+
+def _sums(tensors: list[LazyTensor] | list[NF4Tensor]) -> tuple[int, int]:
+    return sum(tensor.count for tensor in tensors), sum(_bytes(tensor) for tensor in tensors)
+
+
+def _encoding(tensor: LazyTensor) -> str:
+    if isinstance(tensor, NF4Tensor):
+        return "nf4"
+    return "dense" if tensor.stored is None else tensor.stored_as.lower()
+
+
+def _bytes(tensor: LazyTensor) -> int:
+    return tensor.nbytes if isinstance(tensor, NF4Tensor) else tensor.stored_bytes
+
+
+def _tensor(tensor: LazyTensor, bundle: Bundle | None) -> TensorSummary:
+    record = bundle.manifest.tensors.get(tensor.name) if bundle else None
+    return TensorSummary(
+        name=tensor.name,
+        encoding=_encoding(tensor),
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        bytes=_bytes(tensor),
+        relative_rms_error=record.relative_rms_error if record else None,
+    )
+
+
+def _adapter(bundle: Bundle, name: str) -> AdapterSummary:
+    folder = Folder(bundle.folder.path / "adapters" / name)
+    raw = folder.read(_ADAPTER_CONFIG, _MAX_ADAPTER_CONFIG_BYTES)
+    config = parse_object(raw, folder.path / _ADAPTER_CONFIG)
+    with contextlib.closing(MappedFile(folder, "adapter_model.safetensors")) as file:
+        entries = list(file.header.entries.values())
+        # lora_A is (rank, in): the shapes say the rank, whatever the config says.
+        downs = [entry for entry in entries if ".lora_A" in entry.name and entry.shape]
+        base = config.get("base_model_name_or_path")
+        return AdapterSummary(
+            name=name,
+            parameters=sum(prod(entry.shape) for entry in entries),
+            bytes=file.nbytes,
+            ranks=sorted({entry.shape[0] for entry in downs}),
+            targets=sorted({entry.name.split(".lora_A")[0].rsplit(".", 1)[-1] for entry in downs}),
+            base=base if isinstance(base, str) else None,
+        )

@@ -1,0 +1,75 @@
+"""Whether adapters belong to the base that they are merged into, and what follows if not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loraformat.errors import InputError, printable
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.ops.opening.model import descent_of
+
+__all__ = ["check_bases"]
+
+
+def check_bases(base: Checkpoint, adapters: Iterable[Adapter], allowed: bool) -> list[str]:
+    """Compare the base with what each adapter says of its own.
+
+    Parameters
+    ----------
+    base : Checkpoint
+    adapters : iterable of Adapter
+    allowed : bool
+        Take an adapter that was made for another base.
+
+    Returns
+    -------
+    list of str
+        What a user should know.
+
+    Raises
+    ------
+    InputError
+        If both have a fingerprint, or the base says of which bundle it was made, and not the same.
+    """
+    notes = []
+    ours, form = descent_of(base), base.provenance.format
+    this = "is" if base.provenance.fingerprint is None else "was made of"
+    for adapter in adapters:
+        wanted = adapter.base_fingerprint
+        if wanted is None:
+            named = f" {printable(adapter.base_model)}" if adapter.base_model else ""
+            notes.append(
+                f"{adapter.path}: names its base{named} by no fingerprint; only shapes were "
+                "compared" + _trained_in_nf4(adapter, base)
+            )
+        elif ours is None:
+            notes.append(
+                f"{adapter.path}: was made for the base {wanted[:12]}, and a {form} "
+                "model has no fingerprint to compare; if it was trained on NF4, the bundle that "
+                "it was trained on is the better base to merge into"
+            )
+        elif wanted != ours and not allowed:
+            raise InputError(
+                f"was made for the base {wanted[:12]}, and this one {this} {ours[:12]}",
+                path=adapter.path,
+                hint="merge into its own base, or insist with --allow-base-mismatch",
+            )
+        elif wanted != ours:
+            notes.append(
+                f"{adapter.path}: was made for the base {wanted[:12]}, and this one {this} "
+                f"{ours[:12]}: what it learned there may not hold here"
+            )
+        elif base.provenance.fingerprint is not None:
+            notes.append(
+                f"{adapter.path}: was made for the bundle {wanted[:12]}, of which this {form} file "
+                "was made; the bundle's own values are those that it was trained on"
+            )
+    return notes
+
+
+def _trained_in_nf4(adapter: Adapter, base: Checkpoint) -> str:
+    """Say what a base of other values than those of the training means."""
+    if base.provenance.format in ("loraformat", "bitsandbytes") or not adapter.base_source:
+        return ""
+    return "; it was trained on a bundle, whose NF4 values differ from these"

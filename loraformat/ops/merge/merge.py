@@ -1,0 +1,325 @@
+"""Merging: adapters into a base, tensor by tensor, into a new model.
+
+::
+
+    base ───── reader ──> Checkpoint ─┐
+    adapters ─ open_adapter ─> edits ─┴─> Checkpoint of merged tensors ── writer ──> output
+                                              └── undo record (if asked for)
+
+The base is never changed. A weight gets all its deltas at once and is rounded once. The
+output of a quantized base is dense, or a bundle that keeps the codes and has the adapter
+beside them; quantizing again leaves next to nothing of an ordinary delta and must be asked
+for by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraformat import plugins
+from loraformat.errors import OutputError, UsageError
+from loraformat.hub import resolve
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.tied_head import refuse_lost_head, settled
+from loraformat.ops.convert.report import losses
+from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
+from loraformat.ops.encoding.llama_quantize import refuse_llama_type
+from loraformat.ops.encoding.requantization import history
+from loraformat.ops.merge.base_match import check_bases
+from loraformat.ops.merge.job import MergeJob, MergeOptions
+from loraformat.ops.merge.llama_cpp_commands import commands
+from loraformat.ops.merge.plan import Plan, plan_edits
+from loraformat.ops.merge.report import (
+    MergedAdapter,
+    MergeReport,
+    UndoSummary,
+    advice,
+)
+from loraformat.ops.merge.separate_delta import check_beside, merge_beside, name_of, with_vocabulary
+from loraformat.ops.merge.vocabulary import tokens_without_rows
+from loraformat.ops.opening.adapter_weights import adapter_weights
+from loraformat.ops.opening.model import open_with
+from loraformat.plugins import Converter, Forecast
+from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
+from loraformat.shards.write_directory import WrittenModel
+
+if TYPE_CHECKING:
+    from loraformat.ops.unmerge.recorder import Spool
+
+__all__ = ["merge"]
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[str | Path | Adapter],
+    target: str | Path,
+    *,
+    weights: Sequence[float] = (),
+    from_format: str | None = None,
+    to_format: str | None = None,
+    dtype: str | None = None,
+    undo: str | Path | None = None,
+    requantize: bool = False,
+    name: str | None = None,
+    allow_base_mismatch: bool = False,
+    allow_pickle: bool = False,
+    pre_tokenizer: str | None = None,
+    config: str | Path | None = None,
+    shard_limit: int = DEFAULT_SHARD_LIMIT,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MergeReport:
+    """Merge adapters into a base.
+
+    Parameters
+    ----------
+    base : str or Path
+        A local path, or ``org/name[@revision]`` on the Hub; any base format.
+    adapters : sequence of str, Path or Adapter
+        At least one. An open `Adapter` stays open.
+    target : str or Path
+        The output directory.
+    weights : sequence of float
+        One per adapter; 1 by default.
+    from_format, to_format : str, optional
+        Converter names, for the base and the output. The output is dense safetensors by default.
+    dtype : str, optional
+        ``f32``, ``f16`` or ``bf16`` for all floating tensors. By default each keeps its own,
+        what comes from NF4 becomes bf16, and what from GGUF's block types f32, which holds it.
+    undo : str or Path, optional
+        Where to write the record from which `unmerge` restores the base bit by bit.
+    requantize : bool
+        Quantize the merged weights, which loses nearly all of an ordinary delta if the base's
+        values come from NF4.
+    name : str, optional
+        Of the adapter, where the output is a bundle that keeps the codes of a quantized base
+        and has the sum of the adapters beside them (``to_format="loraformat"``). By default
+        that of an only adapter's directory, ``merged`` for several.
+    allow_base_mismatch : bool
+        Merge although an adapter says that it was made for another base.
+    allow_pickle : bool
+        Read a pickle, too, with a loader that makes nothing but tensors.
+    pre_tokenizer, config
+        Of GGUF files, as in `loraformat.ops.convert.convert`.
+    shard_limit, force, dry_run, progress
+        As in `loraformat.ops.convert.convert`.
+
+    Returns
+    -------
+    MergeReport
+
+    Raises
+    ------
+    LoraFormatError
+        Nothing appears at the target then.
+
+    Notes
+    -----
+    W' = W + Σ ωᵢ sᵢ Bᵢ Aᵢ (Hu 2021, section 4.1); with DoRA (Liu 2024, equation 5)
+    W' = m · (W + s B A) / ‖W + s B A‖ by output feature. Of several adapters with DoRA among them
+    each changes what those before it made, with the norms of the original, as in PEFT 0.21.
+    """
+    began = time.perf_counter()
+    factors = adapter_weights(weights, len(adapters))
+    refuse_llama_type(dtype, Path(target), _command(base, adapters, factors))
+    found = resolve(base, pickles=allow_pickle)
+    reader = plugins.get(from_format) if from_format else plugins.sniff(found.path, "base")
+    writer = plugins.for_output(Path(target), to_format, default="safetensors")
+    writer.check_pre_tokenizer(pre_tokenizer)
+    beside = _is_beside(writer, requantize)
+    _refuse_options(name, dtype, undo, beside)
+    if reader.read is None or reader.kind != "base":
+        raise UsageError(f"format {reader.name!r} is not a base that can be read")
+    options = MergeOptions(factors, dtype, requantize, shard_limit, pre_tokenizer)
+    with ExitStack() as stack:
+        # Numbers in a format's own types are rounded once, after the sum, or not at all.
+        read_as = "F32" if undo is None and (writer.dtypes or dtype) else None
+        exact = writer.stores == "dense"
+        original = stack.enter_context(
+            open_with(
+                found, reader, dtype=read_as, exact=exact, config=config, allow_pickle=allow_pickle
+            )
+        )
+        original, decoded = with_decoded_dtype(original, writer, dtype)
+        opened = [
+            given if isinstance(given, Adapter) else stack.enter_context(
+                _open_adapter(given, original, allow_pickle)
+            )
+            for given in adapters
+        ]  # fmt: skip
+        notes = [*check_bases(original, opened, allow_base_mismatch), *decoded]
+        report = MergeReport(
+            source=str(base),
+            target=str(target),
+            source_format=reader.name,
+            target_format=writer.name,
+            adapters=[
+                MergedAdapter(str(adapter.path), adapter.format, weight, adapter.notes)
+                for adapter, weight in zip(opened, options.weights, strict=True)
+            ],
+            notes=notes,
+            quantized_before=list(history(original)),
+            lost=list(losses(original, reader, writer)),
+            dry_run=dry_run,
+        )
+        if beside:
+            check_beside(original, base, target)
+            refuse_lost_head(original)
+            original, told = settled(original)
+            several = len(opened) > 1  # of one, the writer says the same
+            report = replace(report, beside=name_of(adapters, name), notes=notes if several else [])
+            plan = plan_edits(original, opened, options.weights)
+            if plan.resize is not None:
+                original, opened, note = with_vocabulary(original, opened, plan.resize)
+                told = [*told, note]
+            else:
+                told = [*told, *tokens_without_rows(original, opened)]
+            report = _planned(report, original, plan)
+            report.notes.extend(told)
+            if dry_run:
+                return report
+            return _written_beside(
+                report,
+                began,
+                merge_beside(
+                    original, opened, options.weights, report.beside or "", Path(target),
+                    shard_limit=shard_limit, allow_base_mismatch=allow_base_mismatch,
+                    force=force, progress=progress,
+                ),
+            )  # fmt: skip
+        spool = None if undo is None else _spool(stack, Path(undo))
+        job = MergeJob(original, opened, options, writer, spool)
+        if undo is not None:
+            _refuse_record_path(Path(undo), Path(target), job, force)
+        report = _planned(report, job.checkpoint, job.plan)
+        if dry_run:
+            report = replace(report, notes=[*report.notes, *job.quantized_again(None)])
+            return _foreseen(report, job.forecast(Path(target)))
+        written, summary = job.write(Path(target), undo, force, progress)
+    return _completed(report, job, written, summary, time.perf_counter() - began)
+
+
+def _command(
+    base: str | Path, adapters: Sequence[str | Path | Adapter], weights: Sequence[float]
+) -> list[str]:
+    """Return the command line of this merge, its output left out."""
+    paths = [str(a.path if isinstance(a, Adapter) else a) for a in adapters]
+    factors = [] if set(weights) == {1.0} else [f"--weight={weight:g}" for weight in weights]
+    return ["loraformat", "merge", str(base), *paths, *factors, "-o"]
+
+
+def _planned(report: MergeReport, output: Checkpoint, plan: Plan) -> MergeReport:
+    return replace(
+        report,
+        merged=sum(bool(edit.terms) for edit in plan.edits.values()),
+        replaced=sum(not edit.only_deltas for edit in plan.edits.values()),
+        tensors=len(output.tensors),
+        output_bytes=sum(tensor.nbytes for tensor in output.tensors.values()),
+        notes=report.notes + ([] if report.beside else plan.notes),
+    )
+
+
+def _foreseen(report: MergeReport, forecast: Forecast | None) -> MergeReport:
+    if forecast is None:
+        return report
+    notes = [*report.notes, *forecast.notes]
+    return replace(report, output_bytes=forecast.nbytes, notes=notes)
+
+
+def _written_beside(report: MergeReport, began: float, written: WrittenModel) -> MergeReport:
+    return replace(
+        report,
+        output_bytes=written.nbytes,
+        notes=[*report.notes, *written.notes],
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _spool(stack: ExitStack, undo: Path) -> Spool:
+    from loraformat.ops.unmerge.recorder import Spool
+
+    directory = undo.absolute().parent
+    if not directory.is_dir():
+        raise OutputError("no such directory", path=directory, hint="make it first")
+    spool = Spool(directory)
+    stack.callback(spool.close)
+    return spool
+
+
+def _refuse_record_path(undo: Path, target: Path, job: MergeJob, force: bool) -> None:
+    from loraformat.ops.unmerge.record_file import refuse_record_path
+
+    refuse_record_path(undo, target, job.inputs(), force=force)
+
+
+def _open_adapter(source: str | Path, base: Checkpoint, allow_pickle: bool) -> Adapter:
+    from loraformat.ops.opening.adapter import open_adapter
+
+    return open_adapter(source, base=base, allow_pickle=allow_pickle)
+
+
+def _is_beside(writer: Converter, requantize: bool) -> bool:
+    """Tell whether the output is a bundle that keeps the base's codes."""
+    if writer.stores == "dense" and requantize:
+        raise UsageError(f"{writer.name} stores dense weights; --requantize speaks of NF4")
+    if writer.stores == "nf4" and not requantize and writer.name != "loraformat":
+        raise UsageError(
+            f"{writer.name} stores NF4, which loses nearly all of an ordinary delta on NF4 values",
+            hint="merge --to loraformat keeps the adapter beside the codes; or insist with "
+            "--requantize",
+        )
+    return writer.stores == "nf4" and not requantize
+
+
+def _refuse_options(name: str | None, dtype: str | None, undo: object, beside: bool) -> None:
+    if name is not None and not beside:
+        raise UsageError("--name is for an adapter inside a bundle: add --to loraformat")
+    if beside and (dtype is not None or undo is not None):
+        raise UsageError(
+            "--dtype and --undo are for dense outputs; this one keeps the base as it is",
+            hint="leave them out",
+        )
+
+
+def _completed(
+    report: MergeReport,
+    job: MergeJob,
+    written: WrittenModel,
+    undo: UndoSummary | None,
+    seconds: float,
+) -> MergeReport:
+    total = job.meter.total() if job.meter.sums else None
+    dtypes = [job.checkpoint.tensors[name].dtype for name in job.meter.sums]
+    if job.writer.dtypes:
+        dtypes = [(job.options.dtype or "f16").upper()]
+    notes = [*report.notes, *job.quantized_again(written), *written.notes, *job.alignment.notes()]
+    missing = report.merged - len(job.meter.sums)
+    if missing > 0:
+        why = "merged by an earlier, interrupted run"
+        if job.writer.dtypes:
+            why = f"merged, and {job.writer.name} does not store them, or does not tell"
+        notes.append(f"{missing} tensors were {why}: not measured")
+    return replace(
+        report,
+        modules=job.meter.changes(),
+        total=total,
+        output_bytes=written.nbytes,
+        undo=undo,
+        notes=notes,
+        warnings=[]
+        if total is None
+        else advice(
+            total,
+            dtypes,
+            requantized=job.options.requantize,
+            beside=commands(report) if report.quantized_before else (),
+        ),
+        seconds=seconds,
+    )

@@ -1,0 +1,299 @@
+"""Merged tensors, lazily: an edit becomes a dense tensor that is computed when it is loaded.
+
+A tensor is walked over in tiles of whole rows. For each one the delta is formed, added,
+rounded and measured; nothing of the size of the delta is ever held. The result lies in a
+buffer that is used again once the tensor is released.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from loraformat.errors import UnsupportedError, printable
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor, tensor_view
+from loraformat.model.vocabulary import resized
+from loraformat.nf4.kernels.merge_tile import TileSums, merge_tile
+from loraformat.ops.merge.buffer_pool import BufferPool
+from loraformat.ops.merge.low_rank_updates import Matrix, block_matrices, finite
+from loraformat.ops.merge.plan import Edit
+from loraformat.ops.merge.retention import Meter
+from loraformat.ops.merge.row_tiles import TILE_ELEMENTS, for_each, one_thread, tiles
+from loraformat.tensors.dtypes import torch_dtype
+from loraformat.undo.fixed_point import Product
+
+__all__ = ["Recorder", "merged_tensor"]
+
+#: Elements of a tile where no record says so: larger ones spend less time in Python.
+_PLAIN_TILE_ELEMENTS = 1 << 17
+_FLOAT16_MAX = 65504.0
+_FLOATS = ("F32", "F16", "BF16")
+_own = threading.local()
+
+
+class Recorder(Protocol):
+    """Sees every tile of a merge, in order, to write down what rounding loses."""
+
+    def encode(
+        self,
+        weight: torch.Tensor,
+        delta: torch.Tensor,
+        gain: torch.Tensor | None,
+        merged: torch.Tensor,
+    ) -> Any:
+        """Return what is lost of a tile; called from several threads."""
+
+    def keep(self, encoded: Any, elements: int) -> None:
+        """Take what `encode` returned of the next tile, in order."""
+
+    def gains(self, gains: torch.Tensor) -> None:
+        """Take DoRA's gains of one term of one block, float32, before the block's tiles."""
+
+    def finish(self, source: memoryview, rows: Sequence[int] = ()) -> None:
+        """Take the whole original, and which of its rows were replaced."""
+
+
+def merged_tensor(
+    edit: Edit,
+    source: LazyTensor | None,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    dtype: str | None,
+    *,
+    exact: bool = False,
+    meter: Meter | None = None,
+    recorder: Recorder | None = None,
+    pool: BufferPool | None = None,
+) -> DenseTensor:
+    """Return a tensor with its edit; it is computed when it is loaded.
+
+    Parameters
+    ----------
+    edit : Edit
+    source : LazyTensor or None
+        What it starts from; None if it is new.
+    adapters, weights
+        As the edit counts them.
+    dtype : str or None
+        safetensors name of the output; the source's own by default.
+    exact : bool
+        See `loraformat.undo.fixed_point.product`.
+    meter : Meter, optional
+        Takes what the report says.
+    recorder : Recorder, optional
+        Takes what undoing needs.
+    pool : BufferPool, optional
+        Where the result's buffer comes from, and goes when it is released.
+
+    Raises
+    ------
+    UnsupportedError
+        If the weights are of no type that can be merged.
+    """
+    start = source if source is not None else edit.replacement[1] if edit.replacement else None
+    assert start is not None
+    if start.dtype not in _FLOATS:
+        raise UnsupportedError(
+            f"tensor {printable(edit.name)} is {start.dtype}, and only F32, F16, BF16 and NF4 "
+            "weights can be merged",
+            hint="convert the base with --dtype first",
+        )
+    made = _Merged(
+        edit,
+        source,
+        adapters,
+        weights,
+        dtype or start.dtype,
+        exact,
+        meter,
+        recorder,
+        pool or BufferPool(),
+    )
+
+    def release() -> None:
+        made.give_back()
+        start.release()
+
+    shape = start.shape if edit.height is None else (edit.height, *start.shape[1:])
+    return DenseTensor(edit.name, made.dtype, shape, made.load, release)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    edit: Edit
+    source: LazyTensor | None
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    dtype: str
+    exact: bool
+    meter: Meter | None
+    recorder: Recorder | None
+    pool: BufferPool
+    held: list[torch.Tensor] = field(default_factory=list)
+
+    def load(self) -> memoryview:
+        with one_thread():
+            return self._load()
+
+    def _load(self) -> memoryview:
+        original = self._original()
+        start = self._replaced(original)
+        if self.edit.terms or self.recorder is not None:
+            merged = self._walk(start)
+        elif start.dtype == torch_dtype(self.dtype):
+            merged = start
+        else:
+            merged = _cast(start, torch_dtype(self.dtype))
+        if self.recorder is not None:
+            rows = [i for n in self.edit.rows for i in self._rows_of(self.adapters[n]).indices]
+            whole = memoryview(b"") if original is None else _bytes_of(original)
+            self.recorder.finish(whole, rows)
+        return _bytes_of(merged)
+
+    def give_back(self) -> None:
+        while self.held:
+            self.pool.give(self.held.pop())
+
+    def _buffer(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a flat buffer, held until the tensor is released."""
+        nbytes = count * dtype.itemsize
+        self.held.append(self.pool.take(nbytes))
+        return self.held[-1][:nbytes].view(dtype)
+
+    def _original(self) -> torch.Tensor | None:
+        if isinstance(self.source, NF4Tensor):
+            values = self._buffer(self.source.count, torch.float32)
+            return self.source.dequantize("F32", out=values).contiguous()
+        if self.source is None:
+            return None
+        return tensor_view(self.source.load(), self.source.dtype, self.source.shape)
+
+    def _replaced(self, original: torch.Tensor | None) -> torch.Tensor:
+        """Put replacements in; with a weight ω they are W + ω (R − W)."""
+        if original is not None and self.edit.height is not None:
+            original = resized(original, self.edit.height)
+        values = original
+        if self.edit.replacement is not None:
+            number, tensor = self.edit.replacement
+            values = _blend(original, _finite_as_stored(tensor), self.weights[number])
+        assert values is not None
+        if self.edit.rows:
+            values = values.clone()  # it may be mapped, and is not written to
+        for number in self.edit.rows:
+            rows = self._rows_of(self.adapters[number])
+            index = torch.tensor(rows.indices, dtype=torch.long)
+            new = _blend(values[index], _finite_as_stored(rows.rows), self.weights[number])
+            if new.dtype != values.dtype:
+                values = values.float()
+            values[index] = new.to(values.dtype)
+        return values
+
+    def _rows_of(self, adapter: Adapter) -> Any:
+        found = adapter.rows.get(self.edit.name) or adapter.rows.get(self.edit.source or "")
+        return found or next(iter(adapter.rows.values()))  # of the embedding a head was tied to
+
+    def _walk(self, start: torch.Tensor) -> torch.Tensor:
+        shape, dtype = tuple(start.shape), torch_dtype(self.dtype)
+        merged = self._buffer(start.numel(), dtype).view(shape)
+        columns = shape[-1] if shape else 1
+        height = shape[-2] if len(shape) > 1 else 1
+        weights, results = (t.view(-1, height, columns) for t in (start.contiguous(), merged))
+        matrices = block_matrices(shape, self.edit.terms, self.adapters)
+        for weight, result, matrix in zip(weights, results, matrices, strict=True):
+            if matrix is None and self.recorder is None:
+                result.copy_(_cast(weight, dtype))
+            else:
+                self._merge_matrix(weight, result, matrix)
+        return merged
+
+    def _merge_matrix(
+        self, weight: torch.Tensor, result: torch.Tensor, matrix: Matrix | None
+    ) -> None:
+        deltas, gain = None, None
+        if matrix is not None:
+            gains = matrix.measured_gains(lambda start, stop: weight[start:stop])
+            if self.recorder is not None:
+                for found in gains:
+                    self.recorder.gains(found)
+            deltas, gain = matrix.combined(gains, exact=self.exact, in_turn=self.edit.in_turn)
+        by_row = gain is not None and len(gain) == len(weight)
+        elements = _PLAIN_TILE_ELEMENTS if self.recorder is None else TILE_ELEMENTS
+        pieces = list(tiles(len(weight), weight.shape[1], elements))
+        measured: list[TileSums | None] = [None] * len(pieces)
+        encoded: list[Any] = [None] * len(pieces)
+
+        def work(number: int) -> None:
+            start, stop = pieces[number]
+            delta = None if deltas is None else _rows(deltas, start, stop, self.exact)
+            own = gain[start:stop] if gain is not None and by_row else gain
+            part, values = weight[start:stop], result[start:stop]
+            measure = self.meter is not None and deltas is not None
+            measured[number] = merge_tile(part, delta, own, values, measure=measure)
+            if self.recorder is not None:
+                change = torch.zeros(()) if delta is None else delta
+                encoded[number] = self.recorder.encode(part, change, own, values)
+
+        for_each(work, len(pieces))
+        for number, (start, stop) in enumerate(pieces):
+            sums = measured[number]
+            if self.meter is not None and sums is not None:
+                self.meter.add(self.edit.name, sums)
+            if self.recorder is not None:
+                self.recorder.keep(encoded[number], (stop - start) * weight.shape[1])
+        if deltas is not None:
+            self._refuse_overflow(weight, result)
+
+    def _refuse_overflow(self, weight: torch.Tensor, result: torch.Tensor) -> None:
+        """Refuse a merged matrix that is not finite where the base is; float16 saturates."""
+        if math.isfinite(float(result.sum())):
+            return
+        overflown = weight.isfinite() & ~result.isfinite()
+        if bool(overflown.any()):
+            first = self.edit.terms[0]
+            raise UnsupportedError(
+                f"merged into {printable(self.edit.name)}, {int(overflown.sum())} weights exceed "
+                f"the range of {self.dtype}",
+                path=self.adapters[first.adapter].path,
+                hint="give a smaller --weight, or correct lora_alpha",
+            )
+
+
+def _rows(deltas: Product, start: int, stop: int, exact: bool) -> torch.Tensor:
+    """Return rows of a product; in float32 in this thread's buffer, until the next call."""
+    if exact:
+        return deltas.rows(start, stop)
+    shape = stop - start, deltas.right.shape[1]
+    count = shape[0] * shape[1]
+    buffer: torch.Tensor | None = getattr(_own, "delta", None)
+    if buffer is None or buffer.numel() < count:
+        buffer = _own.delta = torch.empty(count)
+    out = buffer[:count].view(shape)
+    return torch.mm(deltas.left[start:stop], deltas.right, out=out)
+
+
+def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.float16:
+        values = values.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
+    return values.to(dtype)
+
+
+def _finite_as_stored(tensor: DenseTensor) -> torch.Tensor:
+    finite(tensor, tensor.torch())
+    return tensor.torch()
+
+
+def _blend(original: torch.Tensor | None, new: torch.Tensor, weight: float) -> torch.Tensor:
+    if weight == 1 or original is None:
+        return new
+    return original.float() + weight * (new.float() - original.float())
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -1,0 +1,91 @@
+"""Opening and copying adapters, whatever their format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.errors import FileChangedError, UnsupportedError
+from loraformat.hub import resolve
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.foreign_adapters import adapters_below
+from loraformat.plugins import AdapterReadOptions
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.durable import write_all
+from loraformat.storage.safe_directory import Folder
+
+__all__ = ["copy_adapter", "open_adapter"]
+
+_COPIED_AT_ONCE = 4 << 20
+
+
+def open_adapter(
+    source: str | Path, *, base: Checkpoint | None = None, allow_pickle: bool = False
+) -> Adapter:
+    """Open an adapter.
+
+    Parameters
+    ----------
+    source : str or Path
+        A local path, ``BUNDLE/adapters/NAME`` too, or a Hub id.
+    base : Checkpoint, optional
+        The base it will be applied to: names and orientation are held against it.
+    allow_pickle : bool
+        Read a pickled file, too, with a loader that makes nothing but tensors.
+
+    Raises
+    ------
+    LoraFormatError
+        If it is no adapter, damaged, or more than a low-rank delta.
+    """
+    path = resolve(source, pickles=allow_pickle).path
+    converter = plugins.sniff(path, "adapter")
+    if converter.read_adapter is None:
+        below = adapters_below(path)
+        raise UnsupportedError(
+            f"is a {converter.kind} ({converter.name}), not an adapter",
+            path=path,
+            hint=f"an adapter of it is {below[-1]}" if below else None,
+        )
+    return converter.read_adapter(path, AdapterReadOptions(base, allow_pickle))
+
+
+def copy_adapter(adapter: Adapter, output: Publication, folder: str = "") -> None:
+    """Copy an adapter's own files, byte for byte.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    output : Publication
+        Takes the files; committing it is the caller's.
+    folder : str
+        Where in it they shall lie, ``adapters/NAME`` for example.
+
+    Raises
+    ------
+    UnsupportedError
+        If a copy would not be the adapter (`Adapter.verbatim`): it was changed in memory,
+        or read from a pickle.
+    FileChangedError
+        If a file changed since the adapter was opened.
+    """
+    if not adapter.verbatim:
+        raise UnsupportedError(
+            "cannot be copied byte for byte: it was read from a pickle, or changed since",
+            path=adapter.path,
+            hint="convert it, which writes it anew",
+        )
+    source = Folder(adapter.path)
+    for file in adapter.files:
+        left = file.nbytes
+        with (
+            os.fdopen(source.open(file.path), "rb") as stream,
+            output.create(f"{folder}/{file.path}" if folder else file.path) as copy,
+        ):
+            while piece := stream.read(_COPIED_AT_ONCE):
+                left -= len(piece)
+                write_all(copy, piece)
+        if left:
+            raise FileChangedError("changed while it was being copied", path=adapter.path)

@@ -1,0 +1,1 @@
+"""``loraformat pull``: a repository of the Hugging Face Hub as a directory."""

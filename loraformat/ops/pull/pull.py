@@ -1,0 +1,230 @@
+"""Fetching a repository as it was at one commit: every file compared by hash, whole or not at all.
+
+Files are fetched into a hidden directory of the work directory, which huggingface_hub
+continues after an interruption; each is compared with the Hub's hash and moved to its place;
+then everything appears at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.errors import HubError, InputError, LoraFormatError, UsageError, printable
+from loraformat.hub import hub_id
+from loraformat.hub.explain import explained
+from loraformat.hub.repository import model_facts
+from loraformat.hub.source import NOT_WANTED, download
+from loraformat.hub.tree import TreeFile, digest, list_files
+from loraformat.hub.verified import wrong_content
+from loraformat.ops.pull.base_of_repository import base_named_by
+from loraformat.ops.push.report import FileReport, PullReport
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.durable import sync_directory
+from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_paths import is_portable_path
+
+__all__ = ["pull"]
+
+_ARRIVING = ".arriving"
+_MAX_FILES = 20_000
+#: Weights that nothing here reads; a GGUF file may be the adapter.
+_LEFT_OUT = [glob for glob in NOT_WANTED if glob != "*.gguf"]
+
+
+def pull(
+    word: str,
+    target: str | Path,
+    *,
+    with_base: bool = False,
+    include: Sequence[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PullReport:
+    """Fetch a repository from the Hub.
+
+    Parameters
+    ----------
+    word : str
+        ``org/name`` or ``org/name@revision``.
+    target : str or Path
+        The directory to appear.
+    with_base : bool
+        Fetch the base that it names, too, into the Hub's cache.
+    include : sequence of str
+        Globs of the files that are wanted; by default all but pickles and the weights of other
+        frameworks.
+    force : bool
+        Replace a model that stands at the target.
+    dry_run : bool
+        Fetch nothing; report the files.
+    progress : callable
+        Called with the bytes compared and the bytes in total.
+
+    Raises
+    ------
+    HubError
+        If the Hub refuses or does not answer, or a file is not what it has. What has arrived
+        is kept, and the same command goes on from there.
+    OutputError
+        If the target exists.
+    UsageError
+        If the words name no repository, or no target.
+    """
+    began = time.perf_counter()
+    named = hub_id(word)
+    if named is None:
+        raise UsageError(
+            f"{printable(word)} is no repository: wanted ORG/NAME or ORG/NAME@REVISION"
+        )
+    if not str(target):
+        raise UsageError("DST is empty", hint="name the directory that shall appear")
+    repo = named[0]
+    facts = model_facts(repo, named[1])
+    with explained(word):
+        tree = list_files(repo, facts.commit)
+    wanted, left_out = _choose(tree, include, word)
+    target = Path(target)
+    report = PullReport(
+        repo=repo,
+        commit=facts.commit,
+        target=str(target),
+        format=None,
+        files=[FileReport(f.path, f.nbytes, f.sha256, "fetched") for f in wanted],
+        left_out=left_out,
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        kept = _fetch(repo, facts.commit, wanted, target, force, progress)
+        files = [replace(f, status="kept" if f.path in kept else "fetched") for f in report.files]
+        report = replace(report, files=files, format=_format(target))
+    if with_base:
+        report = _add_base(report, facts.card, target)
+    return replace(report, seconds=time.perf_counter() - began)
+
+
+def _choose(
+    tree: dict[str, TreeFile], include: Sequence[str], word: str
+) -> tuple[list[TreeFile], list[str]]:
+    """Return the files to fetch and the paths of the others; refuse names that are traps."""
+    if len(tree) > _MAX_FILES:
+        raise InputError(f"holds more than {_MAX_FILES} files, no model does", path=word)
+    wanted, left_out = [], []
+    seen: dict[str, str] = {}
+    for path in sorted(tree):
+        parts = path.split("/")
+        chosen = not include or any(fnmatch(path, glob) for glob in include)
+        unwanted = not include and any(fnmatch(path, glob) for glob in _LEFT_OUT)
+        hidden = any(part.startswith(".") for part in parts)
+        if ".." not in parts and (hidden or unwanted or not chosen):
+            left_out.append(path)
+            continue
+        if not is_portable_path(path):
+            raise InputError(
+                f"{printable(path)} leads out of it, or is no name that every system takes",
+                path=word,
+            )
+        other = seen.setdefault(path.lower(), path)
+        if other != path:
+            raise InputError(
+                f"{printable(other)} and {printable(path)} are one file on some systems", path=word
+            )
+        wanted.append(tree[path])
+    if not wanted:
+        raise InputError("holds no file that is wanted", path=word, hint="see --include")
+    return wanted, left_out
+
+
+def _fetch(
+    repo: str,
+    commit: str,
+    wanted: list[TreeFile],
+    target: Path,
+    force: bool,
+    progress: Callable[[int, int], None],
+) -> set[str]:
+    """Let the files appear at the target; return those that an interrupted run had brought."""
+    plan = f"pull {repo} {commit} {[(file.path, file.hash) for file in wanted]}"
+    total = sum(file.nbytes for file in wanted)
+    with Publication(target, plan=plan, force=force) as output:
+        arriving = output.work / _ARRIVING
+        kept = {file.path for file in wanted if (arriving / file.path).is_file()}
+        output.check_space(total - sum((arriving / path).stat().st_size for path in kept))
+        arriving.mkdir(exist_ok=True)
+        output.record(_ARRIVING, {})  # which keeps it if we are interrupted
+        _download(repo, commit, wanted, arriving)
+        done = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        for file in wanted:
+            _check(Folder(arriving), file, repo, count)
+        for file in wanted:
+            _move(arriving / file.path, output.work, file.path)
+        shutil.rmtree(arriving)
+        output.commit()
+    return kept
+
+
+def _download(repo: str, commit: str, wanted: list[TreeFile], arriving: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    # Names are patterns here, and ours hold nothing else that is special.
+    globs = [file.path.replace("[", "[[]") for file in wanted]
+    with explained(repo):
+        snapshot_download(repo, revision=commit, local_dir=arriving, allow_patterns=globs)
+
+
+def _check(folder: Folder, file: TreeFile, repo: str, count: Callable[[int], None]) -> None:
+    path = folder.path / file.path
+    if not path.is_file():
+        raise HubError("did not arrive", path=f"{repo}/{file.path}", hint="run again")
+    with os.fdopen(folder.open(file.path), "rb") as stream:
+        found = digest(stream, file, count)
+        os.fsync(stream.fileno())
+    if found != file.hash:
+        path.unlink()
+        raise wrong_content(f"{repo}/{file.path}", found, file, "run again to fetch it anew")
+
+
+def _move(source: Path, work: Path, name: str) -> None:
+    place = work / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, place)
+    for directory in place.parents:
+        sync_directory(directory)
+        if directory == work:
+            break
+
+
+def _format(path: Path) -> str | None:
+    """Return what was fetched: the directory's format, or that of its one GGUF file."""
+    ggufs = sorted(path.glob("*.gguf"))
+    for candidate in (path, *ggufs[:1]):
+        try:
+            return plugins.sniff(candidate).name
+        except LoraFormatError:
+            continue
+    return None
+
+
+def _add_base(report: PullReport, card: dict[str, object], target: Path) -> PullReport:
+    named = base_named_by(None if report.dry_run else target, card)
+    if named is None:
+        note = "names no base model on the Hub: nothing else was fetched"
+        return replace(report, notes=[*report.notes, note])
+    repo, revision = named
+    if report.dry_run:
+        return replace(report, base_model=repo, base_revision=revision)
+    snapshot = download(repo, revision)
+    return replace(report, base_model=repo, base_revision=snapshot.name, base_path=str(snapshot))

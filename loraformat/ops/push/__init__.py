@@ -1,0 +1,1 @@
+"""``loraformat push``: an adapter or a bundle on the Hugging Face Hub."""

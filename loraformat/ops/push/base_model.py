@@ -1,0 +1,141 @@
+"""Which model on the Hub an adapter, or a bundle, belongs to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from loraformat.card import Base, Licence
+from loraformat.card.front_matter import licence_of
+from loraformat.errors import HubError, UnsupportedError, UsageError, printable
+from loraformat.hub import hub_id
+from loraformat.hub.repository import model_facts
+from loraformat.model.adapter import Adapter
+from loraformat.storage import strict_json
+
+__all__ = ["Named", "adapter_base", "bundle_base", "look_up"]
+
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_HINT = "say which model on the Hub it is with --base-model ORG/NAME"
+
+#: A repository and the revision that is known of it.
+Named = tuple[str, str | None]
+
+
+def adapter_base(
+    adapter: Adapter, option: str | None, bundle_source: Mapping[str, str] | None
+) -> Named:
+    """Return the base that an adapter names, or that the user does.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    option : str or None
+        ``--base-model``: ``org/name`` or ``org/name@revision``.
+    bundle_source : mapping or None
+        The ``source`` of the bundle that it lies in.
+
+    Raises
+    ------
+    UnsupportedError
+        If only a local path is known, or nothing at all.
+    """
+    if option is not None:
+        return _said(option)
+    for name, revision in _known(adapter, bundle_source):
+        if (found := hub_id(name)) is not None and not os.path.lexists(name):
+            return found[0], found[1] or revision
+    what = "names no base model"
+    if adapter.base_model:
+        what = f"names its base {printable(adapter.base_model)}, which is no model on the Hub"
+    raise UnsupportedError(what, path=adapter.path, hint=_HINT)
+
+
+def bundle_base(source: Mapping[str, str], option: str | None, path: str) -> Named:
+    """Return the model that a bundle was made from.
+
+    Raises
+    ------
+    UnsupportedError
+        If it was made from local files, and the user does not say from which.
+    """
+    if option is not None:
+        return _said(option)
+    if "repo" in source and hub_id(source["repo"]):
+        return source["repo"], source.get("revision")
+    raise UnsupportedError(
+        "was made from local files and does not say which model it is", path=path, hint=_HINT
+    )
+
+
+def _said(option: str) -> Named:
+    found = hub_id(option)
+    if found is None:
+        raise UsageError(f"--base-model {printable(option)}: wanted ORG/NAME, or ORG/NAME@REVISION")
+    return found
+
+
+def _known(
+    adapter: Adapter, bundle_source: Mapping[str, str] | None
+) -> Iterator[tuple[str, str | None]]:
+    """Yield what is said of the base, the best first."""
+    for source in (_json(adapter.base_source), bundle_source or {}):
+        if isinstance(source.get("repo"), str):
+            yield source["repo"], _text(source.get("revision"))
+    if adapter.base_model:
+        yield adapter.base_model, _text(adapter.config.get("revision"))
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    try:
+        found = strict_json.loads(text.encode("utf-8")) if text else {}
+    except strict_json.StrictJsonError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    """Return a revision that may stand in a card; a stranger's word otherwise."""
+    tame = isinstance(value, str) and re.fullmatch(r"[\w./-]{1,200}", value, re.ASCII)
+    return str(value) if tame else None
+
+
+def look_up(named: Named, licence: str | None, notes: list[str], *, offline_ok: bool) -> Base:
+    """Ask the Hub whether the base exists, and under which licence it is.
+
+    Parameters
+    ----------
+    named : tuple
+    licence : str or None
+        What the user says instead.
+    notes : list of str
+        Gets what a user should know.
+    offline_ok : bool
+        What the Hub says, or that it does not answer, is a note, not an error.
+
+    Raises
+    ------
+    HubError
+        If there is no such model, or not in that revision.
+    UsageError
+        If the licence has no form that the Hub takes.
+    """
+    if licence is not None and not _LICENCE.fullmatch(licence):
+        raise UsageError(
+            f"--license {printable(licence)}: wanted an identifier of the Hub's, apache-2.0 for "
+            "example"
+        )
+    repo, revision = named
+    what = f"base model {repo}@{revision}" if revision else f"base model {repo}"
+    said = Licence(licence) if licence else None
+    try:
+        facts = model_facts(repo, revision)
+    except HubError as error:
+        if not offline_ok:
+            raise HubError(error.problem, path=what, hint=error.hint) from error
+        notes.append(f"{what}: {error.problem}")
+        return Base(repo, revision, said)
+    # A branch or a tag moves; the commit that it is now is what the card can name.
+    return Base(repo, facts.commit if revision else None, said or licence_of(facts.card))

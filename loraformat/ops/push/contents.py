@@ -1,0 +1,289 @@
+"""What is published of a directory: the files that belong to it, and no others.
+
+A training directory holds much that is nobody's business: optimizer states, logs, notes. So
+files are published by name, and what is left out is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from loraformat import plugins
+from loraformat.bundle.manifest import Manifest
+from loraformat.bundle.run_paths import CURVE_NAME, run_place
+from loraformat.card.training import without_paths
+from loraformat.errors import InputError, LoraFormatError, UnsupportedError, UsageError, printable
+from loraformat.model.adapter import STATISTICS_NAME
+from loraformat.ops.push.private_parts import TRACES, without_traces
+from loraformat.ops.push.upload_file import UploadFile
+from loraformat.runtimes.chat import RECORD_NAME
+from loraformat.storage import strict_json
+from loraformat.storage.foreign_json import parse_object
+from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
+from loraformat.storage.safe_directory import Folder
+
+__all__ = [
+    "CONFIG_NAME",
+    "Choice",
+    "Contents",
+    "adapter_files",
+    "bundle_files",
+    "read_card",
+    "read_record",
+]
+
+CONFIG_NAME = "adapter_config.json"
+_INDEX_NAME = "model.safetensors.index.json"
+_NEEDED = re.compile(r"adapter_config\.json|adapter_model.*\.(safetensors|json)")
+_MAX_JSON_BYTES = 16 << 20
+_MAX_CARD_BYTES = 4 << 20
+_ADAPTER = re.compile(
+    r"adapter_config\.json|adapter_model(-\d+-of-\d+)?\.safetensors|"
+    r"adapter_model\.safetensors\.index\.json|activation_statistics\.safetensors|"
+    r"training_record\.json|tokenizer.*\.(json|model)|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)|"
+    r"spiece\.model|generation_config\.json|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*|"
+    r"[\w.-]+\.(png|svg|gguf)"
+)
+
+
+@dataclass(slots=True)
+class Contents:
+    """The files of a repository to be, the card still missing.
+
+    Attributes
+    ----------
+    files : list of UploadFile
+    left_out : list of str
+        What else lies in the directory.
+    card : str or None
+        The card that lies there.
+    notes : list of str
+    """
+
+    files: list[UploadFile] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    card: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which files of an adapter's directory are published.
+
+    Attributes
+    ----------
+    include, exclude : tuple of str
+        Globs of files that shall be published, too, and of those that shall not.
+    statistics : bool
+        Also activation statistics.
+    whole_record : bool
+        Also the traces of the data in the training record.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    statistics: bool = False
+    whole_record: bool = False
+
+    def takes(self, name: str, *, belongs: bool) -> bool:
+        """Tell whether a file is published."""
+        if any(fnmatch(name, glob) for glob in self.exclude):
+            return False
+        if any(fnmatch(name, glob) for glob in self.include):
+            return True
+        return belongs and (self.statistics or name != STATISTICS_NAME)
+
+
+def adapter_files(
+    path: Path, base: str, choice: Choice, *, listed: Iterable[str] | None = None
+) -> Contents:
+    """Return the files of an adapter.
+
+    Parameters
+    ----------
+    path : Path
+        A PEFT directory, or a single file.
+    base : str
+        The base's Hub id: the published config names it.
+    choice : Choice
+    listed : iterable of str, optional
+        The files that a bundle's manifest lists, if it lies in one.
+
+    Raises
+    ------
+    UnsupportedError
+        If its weights are in no file that may be published.
+    UsageError
+        If what it cannot be loaded without shall stay here.
+    """
+    if path.is_file():
+        folder = Folder(path.parent)
+        return Contents([UploadFile.of_folder(folder, path.name)])
+    folder = Folder(path)
+    found = Contents()
+    names = folder.names() if listed is None else sorted(listed)
+    for name in names:
+        if name == CARD_NAME:
+            found.card = read_card(folder)
+        elif choice.takes(name, belongs=_belongs(path / name, name)):
+            found.files.append(_adapter_file(folder, name, base, choice, found.notes))
+        else:
+            _refuse_without(name, choice)
+            found.left_out.append(name)
+    if not any(re.fullmatch(r"adapter_model.*\.safetensors", file.path) for file in found.files):
+        raise UnsupportedError(
+            "its weights are a pickle, which nobody should have to trust",
+            path=path,
+            hint="convert it first: loraformat convert ADAPTER OUT --allow-pickle",
+        )
+    if not any(fnmatch(CURVE_NAME, glob) for glob in choice.exclude):
+        _add_curve(found, path)
+    _say_statistics(found)
+    return found
+
+
+def _refuse_without(name: str, choice: Choice) -> None:
+    if _NEEDED.fullmatch(name) and any(fnmatch(name, glob) for glob in choice.exclude):
+        raise UsageError(
+            f"--exclude leaves out {printable(name)}, without which nobody can load the adapter",
+            hint="name what else shall stay here",
+        )
+
+
+def _say_statistics(found: Contents) -> None:
+    if STATISTICS_NAME in found.left_out:
+        found.notes.append(
+            f"{STATISTICS_NAME} stays here: it is made of the training data; "
+            "--with-statistics publishes it, for `reduce`"
+        )
+    elif any(file.path == STATISTICS_NAME for file in found.files):
+        found.notes.append(f"{STATISTICS_NAME} is published: it is made of the training data")
+
+
+def _add_curve(found: Contents, path: Path) -> None:
+    """Add the curve that the trainer drew of this training; it lies in the run directory."""
+    run = run_place(path)
+    there = any(file.path == CURVE_NAME for file in found.files)
+    # A directory of that name may be what is left of another adapter.
+    trained = isinstance(read_record(found.files).get("training"), dict)
+    if trained and not there and (run / CURVE_NAME).is_file():
+        found.files.append(UploadFile.of_folder(Folder(run), CURVE_NAME))
+        found.notes.append(f"{CURVE_NAME} is from {run.name}")
+
+
+def _belongs(path: Path, name: str) -> bool:
+    """Tell whether a file is part of an adapter; of GGUF files only one that is an adapter is."""
+    if not _ADAPTER.fullmatch(name):
+        return False
+    if not name.endswith(".gguf"):
+        return True
+    with contextlib.suppress(LoraFormatError):
+        return plugins.sniff(path).kind == "adapter"
+    return False
+
+
+def read_card(folder: Folder) -> str:
+    """Return the card in a directory.
+
+    Raises
+    ------
+    InputError
+        If it is not UTF-8, or longer than 4 MiB.
+    """
+    try:
+        return folder.read(CARD_NAME, _MAX_CARD_BYTES).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(
+            "is not UTF-8, as the Hub wants it", path=folder.path / CARD_NAME, hint="save it anew"
+        ) from None
+
+
+def _adapter_file(
+    folder: Folder, name: str, base: str, choice: Choice, notes: list[str]
+) -> UploadFile:
+    """Return a file as it is; a config and a record without what is local."""
+    if name not in (CONFIG_NAME, RECORD_NAME):
+        return UploadFile.of_folder(folder, name)
+    found = _json(folder, name)
+    said = dict(found)
+    if name == CONFIG_NAME:
+        said["base_model_name_or_path"] = base
+        note = f"{name}: the published copy names {base} as its base"
+    else:
+        said = without_paths(found)
+        note = f"{name}: in the published copy absolute paths are file names"
+        _say_traces(found, choice, notes)
+        if not choice.whole_record:
+            shown, said = said, without_traces(said)
+            note = note if shown != found else ""
+    if said == found:
+        return UploadFile.of_folder(folder, name)
+    notes += [note] if note else []
+    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    return UploadFile.of_bytes(name, text.encode("utf-8"))
+
+
+def _say_traces(record: dict[str, Any], choice: Choice, notes: list[str]) -> None:
+    if without_traces(record) == record:
+        return
+    notes.append(
+        f"{RECORD_NAME}: {TRACES} are published"
+        if choice.whole_record
+        else f"{RECORD_NAME}: {TRACES} stay here; --whole-record publishes them"
+    )
+
+
+def _json(folder: Folder, name: str) -> dict[str, Any]:
+    raw, path = folder.read(name, _MAX_JSON_BYTES), folder.path / name
+    if name == CONFIG_NAME:
+        return parse_object(raw, path)
+    try:
+        found = strict_json.loads(raw)
+    except strict_json.StrictJsonError as error:
+        raise UnsupportedError(f"not strict JSON: {error}", path=path) from None
+    if not isinstance(found, dict):
+        raise UnsupportedError("not a JSON object", path=path)
+    return found
+
+
+def read_record(files: Iterable[UploadFile]) -> dict[str, Any]:
+    """Return the training record among files that are going to be published, or nothing."""
+    for file in files:
+        if file.path == RECORD_NAME:
+            with file.open() as stream:
+                found = strict_json.loads(stream.read(_MAX_JSON_BYTES))
+            return without_paths(found) if isinstance(found, dict) else {}
+    return {}
+
+
+def bundle_files(path: Path, manifest: Manifest) -> Contents:
+    """Return the files that a bundle's manifest lists, and itself.
+
+    Parameters
+    ----------
+    path : Path
+    manifest : Manifest
+        Of that bundle, which was verified.
+    """
+    folder = Folder(path)
+    names = [MANIFEST_NAME, _INDEX_NAME, *manifest.files, *(s.file for s in manifest.shards)]
+    for adapter, files in manifest.adapters.items():
+        names += [f"adapters/{adapter}/{name}" for name in files]
+    found = Contents(card=read_card(folder) if folder.has(CARD_NAME) else None)
+    found.files = [UploadFile.of_folder(folder, name) for name in sorted(set(names))]
+    found.left_out = sorted(set(folder.names()) - set(names) - {CARD_NAME})
+    private = [n for n in names if n.rpartition("/")[2] in (STATISTICS_NAME, RECORD_NAME)]
+    if private:
+        found.notes.append(
+            f"{', '.join(map(printable, sorted(private)))}: traces of training data are published, "
+            "since the bundle's manifest lists them"
+        )
+    return found

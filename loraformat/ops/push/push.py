@@ -1,0 +1,342 @@
+"""Publishing an adapter or a bundle: checked, with a card, in one commit, and read again.
+
+::
+
+    files ── verify ──> contents + card ── compare with the Hub ──> one commit ──> tag
+                                                                        │
+                                       every hash compared again <──────┘
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from loraformat.errors import HubError, InputError, UsageError, printable
+from loraformat.hub import hub_id, resolve
+from loraformat.hub.reference import is_reference
+from loraformat.hub.repository import (
+    Commit,
+    Repository,
+    State,
+    is_logged_in,
+    require_login,
+)
+from loraformat.hub.source import download
+from loraformat.hub.tree import TreeFile
+from loraformat.ops.check.chats import FormatOf, not_tried
+from loraformat.ops.push.contents import Choice, read_card
+from loraformat.ops.push.report import FileReport, PushReport
+from loraformat.ops.push.upload_file import UploadFile
+from loraformat.ops.push.upload_plan import Parcel, Wishes, open_parcel
+from loraformat.ops.verify import verify
+from loraformat.storage.reserved_names import CARD_NAME
+from loraformat.storage.safe_directory import Folder
+from loraformat.version import __version__
+
+__all__ = ["push"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a push is going to do."""
+
+    parcel: Parcel
+    files: list[UploadFile]
+    card: str
+    status: dict[str, str]
+    removed: list[str]
+
+    @property
+    def changed(self) -> dict[str, Path | bytes]:
+        return {f.path: f.content for f in self.files if self.status[f.path] != "same"}
+
+
+def push(
+    source: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    with_gguf: bool = False,
+    base: str | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    with_statistics: bool = False,
+    whole_record: bool = False,
+    tag: str | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    format_of: FormatOf = not_tried,
+) -> PushReport:
+    """Publish an adapter or a bundle on the Hub.
+
+    Parameters
+    ----------
+    source : str or Path
+        A PEFT directory, a GGUF LoRA, ``BUNDLE/adapters/NAME``, or a bundle.
+    repo : str
+        ``org/name``.
+    private : bool
+        Make a new repository private; refused if it is there and public.
+    revision : str, optional
+        Branch; made if it is missing. ``main`` by default.
+    create_pr : bool
+        Propose the commit as a pull request.
+    with_gguf : bool
+        Convert a PEFT adapter for llama.cpp, too, and publish it beside.
+    base : str, optional
+        What an adapter is held against: names, shapes, architecture, tokenizer; and whose
+        ``config.json`` serves ``with_gguf``. By default a copy of the base that is here already:
+        the path that the adapter names, or what the Hub's cache has.
+    base_model : str, optional
+        ``org/name[@revision]``, where the files know a local path only.
+    licence : str, optional
+        The Hub's identifier; the base's by default.
+    include : sequence of str
+        Globs of more files of the directory.
+    exclude : sequence of str
+        Globs of files that stay here; they win over ``include``.
+    with_statistics : bool
+        Publish activation statistics, too, which are made of the training data.
+    whole_record : bool
+        Publish the training record with hashes of the data and with prompts of samples.
+    tag : str, optional
+        Name for the commit.
+    message : str, optional
+        Of the commit.
+    dry_run : bool
+        Upload nothing; report files, sizes and the card.
+    progress : callable
+        Called with the bytes verified and the bytes in total.
+    format_of : callable
+        Renders the chat template of an adapter that no record tells the pieces of, for its card.
+
+    Raises
+    ------
+    InputError
+        If the files are not sound, or do not say what their base is.
+    HubError
+        If the Hub refuses, or does not answer.
+    """
+    began = time.perf_counter()
+    choice = Choice(tuple(include), tuple(exclude), with_statistics, whole_record)
+    wishes = Wishes(repo, with_gguf, base, base_model, licence, choice, dry_run, format_of)
+    _check(wishes, revision, create_pr, tag)
+    if not dry_run:
+        require_login()
+    path = resolve(source).path
+    remote = Repository(repo, revision or "main")
+    with tempfile.TemporaryDirectory(prefix="loraformat-") as workplace:
+        parcel = open_parcel(path, wishes, Path(workplace), lambda: _verify(path, progress))
+        asked, state = _state(remote, parcel, private, dry_run)
+        plan = _plan(parcel, state, repo, asked=asked)
+        report = _report(source, remote, plan, tag if dry_run else None, dry_run)
+        if not dry_run:
+            report = _publish(
+                _ready(remote, state, private=private, create_pr=create_pr),
+                remote,
+                plan,
+                report,
+                create_pr=create_pr,
+                tag=tag,
+                message=message,
+            )
+    return replace(report, seconds=time.perf_counter() - began)
+
+
+def _check(wishes: Wishes, revision: str | None, create_pr: bool, tag: str | None) -> None:
+    if hub_id(wishes.repo) != (wishes.repo, None):
+        raise UsageError(f"{printable(wishes.repo)} is no repository: wanted ORG/NAME")
+    for option, name in (("--tag", tag), ("--revision", revision)):
+        if name is not None and not is_reference(name):
+            raise UsageError(
+                f"{option} {printable(name)!r} is no name for a branch or a tag",
+                hint="use letters, digits, '.', '-' and '_', v1.0 for example",
+            )
+    if create_pr and (tag or revision not in (None, "main")):
+        raise UsageError(
+            "--create-pr goes to main and has no tag yet",
+            hint="leave out --tag and --revision; tag it when it is merged",
+        )
+
+
+def _verify(path: Path, progress: Callable[[int, int], None]) -> None:
+    findings = verify(path, progress=progress).findings
+    if findings:
+        first = findings[0]
+        more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
+        raise InputError(
+            f"is not sound: {first.rule}{': ' if first.rule else ''}{first.problem}{more}",
+            path=first.path,
+            hint=f"run: loraformat verify {path}",
+        )
+
+
+def _state(
+    remote: Repository, parcel: Parcel, private: bool, dry_run: bool
+) -> tuple[bool, State | None]:
+    """Return whether the Hub has answered, as it need not to a dry run; and what is there now."""
+    try:
+        state = remote.state()
+    except HubError as error:
+        if not dry_run:
+            raise
+        parcel.notes.append(f"the Hub was not asked about {remote.repo}: {error.problem}")
+        return False, None
+    if state is None and not is_logged_in():
+        parcel.notes.append(
+            f"the Hub shows no {remote.repo} to somebody who is not logged in; a private one would "
+            "not be shown"
+        )
+    if state is not None and private and not state.private:
+        raise HubError(
+            "exists and is public, and --private only makes new repositories private",
+            path=remote.repo,
+            hint="change it in its settings on the Hub, then push without --private",
+        )
+    return True, state
+
+
+def _plan(parcel: Parcel, state: State | None, repo: str, *, asked: bool) -> _Plan:
+    there = state.files if state else {}
+    card = _card(parcel, state, repo)
+    files = [*parcel.files, UploadFile.of_bytes(CARD_NAME, card.encode("utf-8"))]
+    status = {
+        file.path: _status(file, there.get(file.path)) if asked else "not asked" for file in files
+    }
+    return _Plan(parcel, files, card, status, _stale(parcel, status, there))
+
+
+def _card(parcel: Parcel, state: State | None, repo: str) -> str:
+    """Return the card, around it what people wrote here; or there, if they wrote nothing here."""
+    here, there = parcel.written_card, None
+    if state and CARD_NAME in state.files:
+        there = read_card(Folder(download(repo, state.commit, only=CARD_NAME)))
+    card = parcel.document.render(there if here is None else here)
+    if here is not None and there is not None and parcel.document.render(there) != card:
+        parcel.notes.append(
+            "README.md on the Hub has other words than the one here, which replaces it; they stay "
+            "in its history"
+        )
+    return card
+
+
+def _status(file: UploadFile, there: TreeFile | None) -> str:
+    if there is None:
+        return "new"
+    return "same" if file.matches(there) else "changed"
+
+
+def _stale(parcel: Parcel, status: dict[str, str], there: Iterable[str]) -> list[str]:
+    """Return files of an earlier push that would contradict this one."""
+    globs = parcel.replaces
+    if any(state != "same" for path, state in status.items() if path.endswith(".safetensors")):
+        globs += (parcel.gguf_glob,)  # which was made of other weights
+    return sorted(path for path in there if path not in status and _any(path, globs))
+
+
+def _any(path: str, globs: Iterable[str]) -> bool:
+    """Tell whether a glob means this path; one without a slash means no file in a folder."""
+    return any(fnmatch(path, g) and ("/" in g or "/" not in path) for g in globs)
+
+
+def _report(
+    source: str | Path, remote: Repository, plan: _Plan, tag: str | None, dry_run: bool
+) -> PushReport:
+    ordered = sorted(plan.files, key=lambda file: file.path)
+    return PushReport(
+        source=str(source),
+        repo=remote.repo,
+        url=remote.url,
+        kind=plan.parcel.kind,
+        base_model=plan.parcel.base.repo,
+        files=[FileReport(f.path, f.nbytes, f.sha256, plan.status[f.path]) for f in ordered],
+        removed=plan.removed,
+        left_out=plan.parcel.left_out,
+        card=plan.card,
+        tag=tag,
+        notes=plan.parcel.notes,
+        dry_run=dry_run,
+    )
+
+
+def _ready(
+    remote: Repository, state: State | None, *, private: bool, create_pr: bool
+) -> tuple[str, set[str]]:
+    """Return the commit to build on and what it holds; make repository and branch if need be."""
+    if state is None:
+        if create_pr:
+            raise HubError(
+                "does not exist, and a pull request needs something to change",
+                path=remote.repo,
+                hint="push without --create-pr first",
+            )
+        remote.create(private=private)
+        state = remote.state()
+    if state is not None and not state.has_branch:
+        remote.create_branch()
+    if state is None:
+        raise HubError("was made, but the Hub does not show it", path=remote.repo, hint="run again")
+    return state.commit, set(state.files)
+
+
+def _publish(
+    ready: tuple[str, set[str]],
+    remote: Repository,
+    plan: _Plan,
+    report: PushReport,
+    *,
+    create_pr: bool,
+    tag: str | None,
+    message: str | None,
+) -> PushReport:
+    parent, there = ready
+    known = _check_tag(remote, tag, parent, report.changed)
+    done = Commit(parent, remote.url, parent)
+    if report.changed:
+        done = remote.commit(
+            plan.changed,
+            [path for path in plan.removed if path in there],
+            parent=parent,
+            message=message or f"Upload {plan.parcel.kind} with loraformat {__version__}",
+            pull_request=create_pr,
+        )
+    _compare(remote, done, plan.files)
+    if tag is not None and not known:
+        remote.tag(tag, done.oid)
+    return replace(report, commit=done.oid, pull_request=done.pull_request, tag=tag)
+
+
+def _check_tag(remote: Repository, tag: str | None, commit: str, changed: bool) -> bool:
+    """Tell whether the tag is there already, on what is there; refuse if it is elsewhere."""
+    if tag is None:
+        return False
+    there = remote.tags().get(tag)
+    if there is not None and (changed or there != commit):
+        raise HubError(
+            f"has a tag {printable(tag)} already, on commit {there[:12]}",
+            path=remote.repo,
+            hint="choose another tag",
+        )
+    return there is not None
+
+
+def _compare(remote: Repository, done: Commit, files: list[UploadFile]) -> None:
+    """Read the commit's tree again: every file must be there with our hash."""
+    there = remote.files(done.revision)
+    wrong = sorted(file.path for file in files if not file.matches(there.get(file.path)))
+    if wrong:
+        raise HubError(
+            f"commit {done.oid[:12]} does not hold what was sent: {', '.join(wrong[:5])}",
+            path=remote.repo,
+            hint="a file may have changed while it was sent; run again",
+        )

@@ -1,0 +1,232 @@
+"""What is going to be published: files, card, base."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.bundle.manifest import Manifest
+from loraformat.bundle.reader import is_bundle
+from loraformat.bundle.run_paths import CURVE_NAME
+from loraformat.bundle.update import adapter_place, read_manifest
+from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
+from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
+from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
+from loraformat.ops.check.check import check
+from loraformat.ops.info.adapter import AdapterDescription, description_of
+from loraformat.ops.info.model import ModelSummary, describe
+from loraformat.ops.push.base_model import adapter_base, bundle_base, look_up
+from loraformat.ops.push.card_facts import adapter_facts, bundle_facts
+from loraformat.ops.push.contents import Choice, Contents, adapter_files, bundle_files
+from loraformat.ops.push.gguf import gguf_file, gguf_pattern
+from loraformat.ops.push.local_base import NearBase, near_base
+from loraformat.ops.push.upload_file import UploadFile
+from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.runtimes.judge import obstacles
+from loraformat.runtimes.task_usage import labels_of
+from loraformat.shards.read_directory import peek_config
+
+__all__ = ["Parcel", "Wishes", "open_parcel"]
+
+#: Files of an earlier push that belong to the weights, by what is pushed now.
+_PEFT_FILES = (
+    "adapter_model*.safetensors",
+    "adapter_model.safetensors.index.json",
+    "adapter_model.bin",
+    "activation_statistics.safetensors",
+    "training_record.json",
+    CURVE_NAME,
+)
+_BUNDLE_FILES = ("*.safetensors", "model.safetensors.index.json", "adapters/*")
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user asked for; see `loraformat.ops.push.push.push`."""
+
+    repo: str
+    with_gguf: bool
+    base: str | None
+    base_model: str | None
+    licence: str | None
+    choice: Choice
+    dry_run: bool
+    format_of: FormatOf = not_tried
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Files and a card.
+
+    Attributes
+    ----------
+    kind : str
+        ``adapter`` or ``bundle``.
+    base : Base
+    files : list of UploadFile
+        Without the card.
+    document : Document
+        The generated part of the card.
+    written_card : str or None
+        The card that people wrote, which lies beside the files.
+    left_out, notes : list of str
+    replaces : tuple of str
+        Globs of files on the Hub that leave if they are not among these.
+    gguf_glob : str
+        The same, if the weights are others.
+    """
+
+    kind: str
+    base: Base
+    files: list[UploadFile]
+    document: Document
+    written_card: str | None
+    left_out: list[str]
+    notes: list[str]
+    replaces: tuple[str, ...]
+    gguf_glob: str
+
+
+def open_parcel(path: Path, wishes: Wishes, workplace: Path, verify: Callable[[], None]) -> Parcel:
+    """Put together what is published of a path.
+
+    Parameters
+    ----------
+    path : Path
+    wishes : Wishes
+    workplace : Path
+        An empty directory for files that are made on the way.
+    verify : callable
+        Verifies the path; called once it is known to be something to publish.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is neither an adapter nor a bundle, or nobody says what its base is.
+    """
+    if is_bundle(path):
+        given = {
+            "--with-gguf": wishes.with_gguf,
+            "--include": wishes.choice.include,
+            "--exclude": wishes.choice.exclude,
+            "--with-statistics": wishes.choice.statistics,
+            "--whole-record": wishes.choice.whole_record,
+            "--base": wishes.base,
+        }
+        if option := next((option for option, value in given.items() if value), None):
+            raise UsageError(
+                f"{option} is for adapters, and of a bundle what its manifest lists is published",
+                hint="leave it out",
+            )
+        return _bundle(path, wishes, verify)
+    reader = plugins.sniff(path)
+    if reader.kind != "adapter" or reader.read_adapter is None:
+        raise UnsupportedError(
+            f"is {reader.name}, and adapters and bundles are published",
+            path=path,
+            hint="make a bundle of it: loraformat convert MODEL BUNDLE",
+        )
+    return _adapter(path, reader, wishes, workplace, verify)
+
+
+def _bundle(path: Path, wishes: Wishes, verify: Callable[[], None]) -> Parcel:
+    manifest: Manifest = read_manifest(path)
+    named = bundle_base(manifest.source, wishes.base_model, str(path))
+    verify()
+    contents = bundle_files(path, manifest)
+    base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
+    said = describe(path)
+    assert isinstance(said, ModelSummary)
+    facts = bundle_facts(said, manifest, wishes.repo, base, contents.files, peek_config(path))
+    document = bundle_card(facts)
+    return _parcel("bundle", base, contents, document, wishes, _BUNDLE_FILES)
+
+
+def _adapter(
+    path: Path, reader: Converter, wishes: Wishes, workplace: Path, verify: Callable[[], None]
+) -> Parcel:
+    assert reader.read_adapter is not None
+    place = adapter_place(path)
+    manifest = None if place is None else read_manifest(place.bundle)
+    listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
+    options = AdapterReadOptions(conditional=True, inspect=True)
+    with reader.read_adapter(path, options) as adapter:
+        named = adapter_base(adapter, wishes.base_model, manifest.source if manifest else None)
+        said: AdapterDescription = description_of(adapter, path)
+        task, local = adapter.config.get("task_type"), adapter.base_model
+        labels = labels_of((name, tensor.shape) for name, tensor in adapter.replacements.items())
+    verify()
+    contents = adapter_files(path, named[0], wishes.choice, listed=listed)
+    base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
+    if wishes.with_gguf:
+        if path.is_file():
+            raise UsageError("--with-gguf is for PEFT adapters, and this is one file")
+        contents.files.append(
+            gguf_file(
+                path,
+                wishes.repo,
+                base,
+                workplace,
+                given=wishes.base,
+                in_bundle=listed is not None,
+                notes=contents.notes,
+            )
+        )
+    contents.notes += said.notes
+    in_bundle = listed is not None and wishes.base is None
+    near = None if in_bundle else near_base(wishes.base, local, base)
+    wrong = _wrong_in(path, near, is_given=wishes.base is not None, notes=contents.notes)
+    at = None if near is None else Path(near.path)
+    chat = chat_beside(path, at, wishes.format_of)
+    facts = adapter_facts(said, task, wishes.repo, base, contents.files, wrong, chat, labels)
+    document = adapter_card(facts)
+    replaces = () if path.is_file() else _PEFT_FILES
+    return _parcel("adapter", base, contents, document, wishes, replaces)
+
+
+def _wrong_in(path: Path, near: NearBase | None, *, is_given: bool, notes: list[str]) -> set[str]:
+    """Return the runtimes that would refuse an adapter or compute something else; say so."""
+    try:
+        report = check(path, base=None if near is None else near.path)
+    except LoraFormatError as error:
+        if near is None or is_given:
+            raise
+        notes.append(f"not held against {near.word}: {error}")
+        near, report = None, check(path)
+    wrong = obstacles(report.findings)
+    if wrong:
+        named = ", ".join(f"{name} ({', '.join(rules)})" for name, rules in wrong.items())
+        notes.append(
+            f"would be refused or computed otherwise by {named}; for the remedy run: "
+            f"loraformat check {shlex.quote(str(path))}"
+            + (f" --base {shlex.quote(near.word)}" if near is not None else "")
+        )
+    return set(wrong)
+
+
+def _parcel(
+    kind: str,
+    base: Base,
+    contents: Contents,
+    document: Document,
+    wishes: Wishes,
+    replaces: tuple[str, ...],
+) -> Parcel:
+    if wishes.licence is not None:  # said now, it wins over what was written before
+        document = replace(document, facts=document.facts | {"license"})
+    if contents.card is not None and is_template(contents.card):
+        contents.notes.append("README.md is an empty form: the card replaces its text")
+    return Parcel(
+        kind=kind,
+        base=base,
+        files=contents.files,
+        document=document,
+        written_card=contents.card,
+        left_out=contents.left_out,
+        notes=contents.notes,
+        replaces=replaces,
+        gguf_glob=gguf_pattern(wishes.repo),
+    )

@@ -1,0 +1,208 @@
+"""Spectra: what ranks an adapter uses, and what ranks would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.algebra import lora
+from loraformat.algebra.ranks import entropy_rank, stable_rank
+from loraformat.families.tensor_names import layer_of
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.architecture import kind_of
+from loraformat.ops.deltas.factors import experts_of, finite
+
+__all__ = [
+    "ENERGIES",
+    "ModuleSpectrum",
+    "SpectrumReport",
+    "pooled",
+    "spectrum",
+    "spectrum_of",
+]
+
+#: Shares of the squared norm for which ranks are suggested.
+ENERGIES = (0.90, 0.95, 0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpectrum:
+    """The spectrum of one module's delta.
+
+    Attributes
+    ----------
+    target, kind : str
+    layer : int or None
+    rank : int
+    out_features, in_features, experts : int
+    singular_values : list of float
+        Descending, scaling included. Of experts: √Σ over them, part by part.
+    norm : float
+        ‖D‖ in the Frobenius norm.
+    stable_rank, entropy_rank : float
+        See `loraformat.algebra.ranks`.
+    energies : list of float
+        Share of ‖D‖² in the first 1, 2, ... parts.
+    suggested : dict of str to int
+        Least rank for 90, 95 and 99 % of ‖D‖².
+    output_suggested : dict of str to int or None
+        The same for the mean squared output, if the adapter carries activation statistics.
+    """
+
+    target: str
+    kind: str
+    layer: int | None
+    rank: int
+    out_features: int
+    in_features: int
+    experts: int
+    singular_values: list[float]
+    norm: float
+    stable_rank: float
+    entropy_rank: float
+    energies: list[float]
+    suggested: dict[str, int]
+    output_suggested: dict[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumReport:
+    """The spectra of an adapter.
+
+    Attributes
+    ----------
+    source : str
+    modules : list of ModuleSpectrum
+    parameters : int
+    suggested : dict of str to int
+        Least rank that, given to every module, keeps 90, 95 and 99 % of Σ‖D‖².
+    suggested_parameters : dict of str to int
+        Parameters if every module has its own suggested rank.
+    notes : list of str
+    """
+
+    source: str
+    modules: list[ModuleSpectrum]
+    parameters: int
+    suggested: dict[str, int]
+    suggested_parameters: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON members."""
+        return asdict(self)
+
+
+def spectrum(
+    source: str | Path,
+    *,
+    allow_pickle: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SpectrumReport:
+    """Decompose an adapter.
+
+    Parameters
+    ----------
+    source : str or Path
+        An adapter in any format, or a Hub id.
+    allow_pickle : bool
+        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
+    progress : callable
+        Called with bytes done and in total.
+
+    Returns
+    -------
+    SpectrumReport
+    """
+    from loraformat.ops.opening.adapter import open_adapter
+
+    with open_adapter(source, allow_pickle=allow_pickle) as adapter:
+        return spectrum_of(adapter, progress=progress)
+
+
+def spectrum_of(
+    adapter: Adapter, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> SpectrumReport:
+    """Decompose an adapter that is open.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    progress : callable
+    """
+    total = sum(delta.a.nbytes + delta.b.nbytes for delta in adapter.deltas.values())
+    done, modules = 0, []
+    for delta in adapter.deltas.values():
+        modules.append(_module(delta))
+        done += delta.a.nbytes + delta.b.nbytes
+        progress(done, total)
+    notes = list(adapter.notes)
+    if any(delta.magnitude is not None for delta in adapter.deltas.values()):
+        notes.append("DoRA: the spectra are those of the direction B A, without magnitudes")
+    return SpectrumReport(
+        source=str(adapter.path),
+        modules=modules,
+        parameters=sum(delta.parameters for delta in adapter.deltas.values()),
+        suggested=_suggest(pooled(module.singular_values for module in modules)),
+        suggested_parameters={
+            word: sum(module.suggested[word] * _cost(module) for module in modules)
+            for word in map(_percent, ENERGIES)
+        },
+        notes=notes,
+    )
+
+
+def _module(delta: LoraDelta) -> ModuleSpectrum:
+    b, a = finite(delta.b), finite(delta.a)
+    values = _flat(lora.singular_values(b, a, delta.scaling))
+    squares = values.square()
+    total = float(squares.sum())
+    output, layer = None, layer_of(delta.target)
+    if delta.second_moment is not None:
+        moment = finite(delta.second_moment)
+        output = _suggest(_flat(lora.singular_values(b, a, delta.scaling, moment)))
+    return ModuleSpectrum(
+        target=delta.target,
+        kind=kind_of(delta.target),
+        layer=None if layer is None else layer[1],
+        rank=delta.rank,
+        out_features=delta.out_features,
+        in_features=delta.in_features,
+        experts=experts_of(delta),
+        singular_values=values.tolist(),
+        norm=total**0.5,
+        stable_rank=stable_rank(values),
+        entropy_rank=entropy_rank(values),
+        energies=(squares.cumsum(0) / total).tolist() if total else [1.0] * len(values),
+        suggested=_suggest(values),
+        output_suggested=output,
+    )
+
+
+def _flat(values: torch.Tensor) -> torch.Tensor:
+    return values.square().sum(0).sqrt() if values.ndim == 2 else values
+
+
+def pooled(spectra: Iterable[list[float]]) -> torch.Tensor:
+    """Return what rank k, given to every module, adds: √Σ σₖ² over the modules."""
+    held = [torch.tensor(values, dtype=torch.float64) for values in spectra]
+    sums = torch.zeros(max(map(len, held), default=0), dtype=torch.float64)
+    for values in held:
+        sums[: len(values)] += values.square()
+    return sums.sqrt()
+
+
+def _percent(energy: float) -> str:
+    return f"{energy:.0%}"
+
+
+def _suggest(values: torch.Tensor) -> dict[str, int]:
+    return {_percent(energy): lora.energy_rank(values, energy) for energy in ENERGIES}
+
+
+def _cost(module: ModuleSpectrum) -> int:
+    return module.experts * (module.out_features + module.in_features)

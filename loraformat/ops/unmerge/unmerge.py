@@ -1,0 +1,200 @@
+"""Undoing a merge: exactly with its undo record, approximately without."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.errors import FormatError, InputError, UsageError
+from loraformat.hub import resolve
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.vocabulary import per_token, tokenizer_files
+from loraformat.ops.merge.chat_files import still_prompted_by
+from loraformat.ops.unmerge.report import UnmergeReport
+from loraformat.ops.unmerge.subtract import subtract
+from loraformat.ops.unmerge.undoing import Undoing
+from loraformat.plugins import WriteOptions
+from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
+from loraformat.storage.atomic_file import open_publication
+from loraformat.storage.safe_directory import Folder
+from loraformat.tensors.mapped import MappedFile
+from loraformat.undo.record import UndoRecord
+from loraformat.undo.rules import parse_record
+from loraformat.version import __version__
+
+__all__ = ["UnmergeReport", "unmerge"]
+
+
+def unmerge(
+    merged: str | Path,
+    target: str | Path,
+    *,
+    undo: str | Path | None = None,
+    adapters: Sequence[str | Path | Adapter] = (),
+    weights: Sequence[float] = (),
+    allow_pickle: bool = False,
+    to_format: str | None = None,
+    shard_limit: int = DEFAULT_SHARD_LIMIT,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> UnmergeReport:
+    """Take merged adapters out of a model again.
+
+    Parameters
+    ----------
+    merged : str or Path
+        What `merge` wrote. Of several merges the last one is undone first.
+    target : str or Path
+        The output directory.
+    undo : str or Path, optional
+        The merge's record: the output is the original, bit by bit, or there is none.
+    adapters : sequence of str, Path or Adapter
+        With a record, where the adapters are now, if not where they were. Without one, what
+        to subtract.
+    weights : sequence of float
+        Without a record: one per adapter, 1 by default.
+    allow_pickle : bool
+        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
+    to_format : str, optional
+        Converter name; dense safetensors by default.
+    shard_limit, force, dry_run, progress
+        As in `merge`.
+
+    Returns
+    -------
+    UnmergeReport
+
+    Raises
+    ------
+    FormatError
+        If the record, the model or an adapter is not the one that belongs to the others.
+    """
+    if undo is None:
+        return subtract(
+            merged, target, adapters, weights, allow_pickle=allow_pickle, to_format=to_format,
+            shard_limit=shard_limit, force=force, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
+    if weights:
+        raise UsageError("the undo record knows the weights; leave out --weight")
+    began = time.perf_counter()
+    found = resolve(merged)
+    reader = plugins.sniff(found.path)
+    writer = plugins.for_output(Path(target), to_format, default="safetensors")
+    if writer.stores != "dense":
+        raise UsageError(f"{writer.name} stores NF4, and the original's weights are dense")
+    if reader.read is None:
+        raise UsageError(f"format {reader.name!r} can be written but not read")
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(reader.read(found.path))
+        path = Path(undo)
+        file = MappedFile(Folder(path.absolute().parent), path.name)
+        stack.callback(file.close)
+        record = parse_record(file.header, path)
+        undoing = Undoing(checkpoint, record, file)
+        original = undoing.checkpoint()
+        undoing.adapters = _adapters(stack, original, record, adapters, allow_pickle)
+        report = UnmergeReport(
+            source=str(merged),
+            target=str(target),
+            exact=True,
+            tensors=len(original.tensors),
+            restored=sum(tensor.mode != "new" for tensor in record.tensors.values()),
+            output_bytes=sum(tensor.nbytes for tensor in original.tensors.values()),
+            notes=[
+                *_tokenizer_note(checkpoint, original),
+                *still_prompted_by(checkpoint.files, undoing.adapters),
+            ],
+            dry_run=dry_run,
+        )
+        if dry_run:
+            return report
+        total, done = report.output_bytes, 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        states = [source.stat() for source in (*checkpoint.sources, path)]
+        plan = json.dumps(
+            [__version__, "unmerge", writer.name, shard_limit,
+             [[state.st_size, state.st_mtime_ns] for state in states]]
+        )  # fmt: skip
+        inputs = [checkpoint.path, *checkpoint.sources, path]
+        for adapter in undoing.adapters:
+            inputs += [adapter.path, *adapter.sources]
+        inputs = [each for each in inputs if each.exists()]
+        assert writer.write is not None
+        with open_publication(
+            writer.output, Path(target), plan=plan, inputs=inputs, force=force
+        ) as output:
+            written = writer.write(original, output, WriteOptions(shard_limit, count))
+            undoing.check(written.shards.tensors)
+            checkpoint.close()
+            output.commit()
+    return replace(
+        report,
+        output_bytes=written.nbytes,
+        notes=[*report.notes, *written.notes],
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _tokenizer_note(merged: Checkpoint, original: Checkpoint) -> list[str]:
+    """Say whose tokenizer the output has, where the merge changed the vocabulary."""
+    now, then = (set(per_token(model.tensors).values()) for model in (merged, original))
+    if now == then or not tokenizer_files(merged.files):
+        return []
+    return [
+        f"the vocabulary is again one of {max(then, default=0)} tokens, and the tokenizer is still "
+        "the merged model's: copy that of the base over it"
+    ]
+
+
+def _adapters(
+    stack: ExitStack,
+    original: Checkpoint,
+    record: UndoRecord,
+    given: Sequence[str | Path | Adapter],
+    allow_pickle: bool,
+) -> list[Adapter]:
+    """Open the record's adapters, and compare them with it."""
+    from loraformat.ops.unmerge.recorder import adapter_digest
+
+    if given and len(given) != len(record.adapters):
+        raise UsageError(f"{len(given)} adapters, the record is of {len(record.adapters)}")
+    if not any(tensor.terms for tensor in record.tensors.values()):
+        return []
+    opened = []
+    for number, known in enumerate(record.adapters):
+        source = given[number] if given else known.path
+        try:
+            adapter = _open(stack, source, original, allow_pickle)
+        except InputError as error:
+            error.hint = error.hint or "say where the adapter is now with --adapter"
+            raise
+        if adapter_digest(adapter) != known.sha256:
+            raise FormatError(
+                "U05", "is not the adapter that was merged, or was changed since",
+                path=adapter.path, hint="say where the right one is with --adapter",
+            )  # fmt: skip
+        opened.append(adapter)
+    return opened
+
+
+def _open(
+    stack: ExitStack, source: str | Path | Adapter, base: Checkpoint, allow_pickle: bool
+) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    from loraformat.ops.opening.adapter import open_adapter
+
+    return stack.enter_context(open_adapter(source, base=base, allow_pickle=allow_pickle))

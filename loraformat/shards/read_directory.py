@@ -1,0 +1,268 @@
+"""Reading a model directory as transformers lays it out: weight files, config, the rest.
+
+`open_model` finds the safetensors files of a directory (or takes a single file), checks
+their headers, puts NF4 weights together, and carries every other file along. What makes
+a dense model or a bitsandbytes checkpoint of it is decided in the converters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraformat.errors import FormatError, InputError, printable
+from loraformat.model import config_json
+from loraformat.model.adapter import is_adapter_file
+from loraformat.model.checkpoint import CarriedFile, Checkpoint, LazyTensor, Provenance
+from loraformat.model.quantization_history import from_metadata
+from loraformat.shards import index_json
+from loraformat.shards.stored_tensors import collect
+from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_paths import is_safe_path
+from loraformat.tensors.header import Entry
+from loraformat.tensors.mapped import MappedFile
+
+__all__ = [
+    "as_checkpoint",
+    "is_bitsandbytes",
+    "open_model",
+    "peek_config",
+    "stored_entries",
+    "weight_files",
+]
+
+_SINGLE = "model.safetensors"
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|tflite|npz|mlmodel)$"
+    r"|\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$"
+)
+_BITSANDBYTES = re.compile(r"\.quant_state\.bitsandbytes__\w+$|\.SCB$")
+_MAX_CARRIED_BYTES = 128 << 20
+
+
+def open_model(
+    path: Path,
+    format_name: str,
+    *,
+    transposed: Callable[[str], bool] = lambda name: False,
+    any_storage: bool = False,
+) -> Checkpoint:
+    """Open a model directory, or one safetensors file, as a lazy checkpoint.
+
+    Parameters
+    ----------
+    path : Path
+    format_name : str
+        For the checkpoint's provenance.
+    transposed, any_storage
+        See `loraformat.shards.stored_tensors.collect`.
+
+    Returns
+    -------
+    Checkpoint
+        On mapped files: no weight has been read.
+
+    Raises
+    ------
+    InputError
+        If files are missing, damaged or hostile.
+    """
+    alone = path.is_file()
+    folder = Folder(path.parent if alone else path)
+    names = [path.name] if alone else weight_files(folder)
+    with contextlib.ExitStack() as opened:
+        files = [MappedFile(folder, name, foreign=True) for name in names]
+        for file in files:
+            opened.callback(file.close)
+        tensors = collect(files, transposed=transposed, any_storage=any_storage)
+        indexed = not alone and folder.has(index_json.INDEX_NAME) and names != [_SINGLE]
+        if indexed:
+            _check_index(folder, files)
+        origin = Provenance(format_name, quantized=from_metadata(files[0].header.metadata))
+        if alone:
+            return Checkpoint(
+                path,
+                origin,
+                tensors,
+                sources=(path,),
+                close=opened.pop_all().close,
+            )
+        if indexed:
+            names = [*names, index_json.INDEX_NAME]
+        model = as_checkpoint(path, format_name, names, tensors, opened.pop_all().close)
+        model.provenance = origin
+        return model
+
+
+def as_checkpoint(
+    path: Path,
+    format_name: str,
+    names: Sequence[str],
+    tensors: dict[str, LazyTensor],
+    close: Callable[[], None],
+) -> Checkpoint:
+    """Return a model directory's tensors with its config and the files that travel along.
+
+    Parameters
+    ----------
+    path : Path
+        The directory.
+    format_name : str
+        For the checkpoint's provenance.
+    names : sequence of str
+        The files that hold the tensors, or say where they are.
+    tensors : dict of str to LazyTensor
+    close : callable
+
+    Raises
+    ------
+    InputError
+        If the config is none.
+    """
+    folder = Folder(path)
+    config, quantization = _config(folder)
+    carried, left_behind = _carry(folder, names)
+    others = [file.path for file in carried]
+    others += [config_json.CONFIG_NAME] if config is not None else []
+    return Checkpoint(
+        path=path,
+        provenance=Provenance(format_name),
+        tensors=tensors,
+        config=config,
+        quantization_config=quantization,
+        files=tuple(carried),
+        sources=tuple(folder.path / name for name in [*names, *others]),
+        left_behind=tuple(left_behind),
+        close=close,
+    )
+
+
+def peek_config(path: Path) -> dict[str, Any]:
+    """Return a model directory's config for recognising it; empty if there is none to be read."""
+    try:
+        folder = Folder(path)
+        return config_json.parse(folder.read(config_json.CONFIG_NAME, config_json.MAX_CONFIG_BYTES))
+    except InputError:
+        return {}
+
+
+def is_bitsandbytes(path: Path) -> bool:
+    """Tell from the headers, without a config, whether bitsandbytes quantized a model.
+
+    A model that cannot be opened answers no: reading it will say what is wrong.
+    """
+    return any(map(_BITSANDBYTES.search, stored_entries(path)))
+
+
+def stored_entries(path: Path) -> dict[str, Entry]:
+    """Return what the headers of a model say of its tensors, for recognising it.
+
+    Empty for a model that cannot be opened: reading it will say what is wrong.
+    """
+    if path.is_file() and path.suffix != ".safetensors":
+        return {}
+    entries: dict[str, Entry] = {}
+    try:
+        folder = Folder(path if path.is_dir() else path.parent)
+        for name in weight_files(folder) if path.is_dir() else [path.name]:
+            with contextlib.closing(MappedFile(folder, name, foreign=True)) as file:
+                entries |= file.header.entries
+    except InputError:
+        return {}
+    return entries
+
+
+def _config(folder: Folder) -> tuple[bytes | None, dict[str, Any] | None]:
+    name = config_json.CONFIG_NAME
+    if not folder.has(name):
+        return None, None
+    return config_json.split(folder.read(name, config_json.MAX_CONFIG_BYTES), folder.path / name)
+
+
+def weight_files(folder: Folder) -> list[str]:
+    """Return the safetensors files that make up the model, as transformers would choose them.
+
+    ``model.safetensors`` alone, if it is there; else the index decides; else every safetensors
+    file of the directory, of which numbered ones must be complete.
+
+    Raises
+    ------
+    InputError
+        If there are none, or one is missing.
+    """
+    if folder.has(_SINGLE):
+        names = [_SINGLE]
+    elif folder.has(index_json.INDEX_NAME):
+        path = folder.path / index_json.INDEX_NAME
+        raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
+        weight_map, _ = index_json.parse_index(raw, path)
+        names = sorted(set(weight_map.values()))
+    else:
+        names = sorted(
+            p.name for p in folder.path.glob("*.safetensors") if not is_adapter_file(p.name)
+        )
+        _check_numbering(folder, names)
+    if not names:
+        raise InputError("holds no .safetensors file", path=folder.path)
+    for name in names:
+        if not folder.has(name):
+            raise InputError(
+                "is missing",
+                path=folder.path / name,
+                hint="the download is incomplete; fetch it again",
+            )
+    return names
+
+
+def _check_numbering(folder: Folder, names: Sequence[str]) -> None:
+    for match in filter(None, map(_NUMBERED.fullmatch, names)):
+        for number in range(1, min(int(match["count"]), 99_999) + 1):
+            wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
+            if wanted not in names:
+                raise InputError(
+                    "is missing",
+                    path=folder.path / wanted,
+                    hint="the download is incomplete; fetch it again",
+                )
+
+
+def _check_index(folder: Folder, files: Sequence[MappedFile]) -> None:
+    path = folder.path / index_json.INDEX_NAME
+    raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
+    weight_map, _ = index_json.parse_index(raw, path)
+    homes = {name: file.path.name for file in files for name in file.header.entries}
+    for name, shard in weight_map.items():
+        if homes.get(name) != shard:
+            raise FormatError(
+                "B03",
+                f"puts tensor {printable(name)} into {shard}, which does not hold it",
+                path=path,
+                hint="the shards belong to another index; fetch the checkpoint again",
+            )
+
+
+def _carry(folder: Folder, weights: Sequence[str]) -> tuple[list[CarriedFile], list[str]]:
+    """Sort all other files into those that travel and those that stay, with the reason."""
+    carried: list[CarriedFile] = []
+    left_behind: list[str] = []
+    for name in folder.names():
+        if name in (*weights, config_json.CONFIG_NAME, MANIFEST_NAME):
+            continue
+        size = folder.size(name)
+        if _WEIGHTS.search(name):
+            left_behind.append(f"{printable(name)} (weights that transformers would not load)")
+        elif not is_safe_path(name):
+            left_behind.append(f"{printable(name)} (its name is not portable)")
+        elif any(name.lower() == other.path.lower() for other in carried):
+            left_behind.append(f"{printable(name)} (its name differs from another only in case)")
+        elif size > _MAX_CARRIED_BYTES:
+            left_behind.append(f"{printable(name)} ({size / 1e6:.0f} MB)")
+        else:
+            carried.append(CarriedFile(name, size, partial(folder.read, name, size)))
+    return carried, left_behind

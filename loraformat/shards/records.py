@@ -1,0 +1,76 @@
+"""What is recorded of written files: each tensor, each shard, each carried file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["FileRecord", "ShardRecord", "TensorRecord"]
+
+Encoding = Literal["dense", "nf4"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One logical tensor of the base.
+
+    Attributes
+    ----------
+    encoding : {"dense", "nf4"}
+    dtype : str
+        safetensors name of the stored type (dense) or of the type that dequantization
+        returns (NF4: the dtype of the original).
+    shape : tuple of int
+        As in the Hugging Face model.
+    sha256 : str
+        Of the tensor's bytes; for NF4 of its six parts, see
+        `loraformat.model.checkpoint.nf4_digest`.
+    block_size : int
+        Elements per scale; 0 for a dense tensor.
+    double_quant : bool
+    transposed : bool
+        The NF4 codes run over the transpose (``Conv1D`` weights, as in GPT-2).
+    relative_rms_error : float or None
+        ‖W − NF4(W)‖ / ‖W‖ if the original was at hand.
+    """
+
+    encoding: Encoding
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    block_size: int = 0
+    double_quant: bool = False
+    transposed: bool = False
+    relative_rms_error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object, members in their specified order."""
+        fields: dict[str, Any] = {
+            "encoding": self.encoding,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
+        if self.encoding == "nf4":
+            fields["block_size"] = self.block_size
+            fields["double_quant"] = self.double_quant
+            fields["transposed"] = self.transposed
+            fields["relative_rms_error"] = self.relative_rms_error
+        fields["sha256"] = self.sha256
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """One shard file: its name, its size in bytes, the SHA-256 of its header (length included)."""
+
+    file: str
+    bytes: int
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A carried file: its size in bytes and its SHA-256."""
+
+    bytes: int
+    sha256: str

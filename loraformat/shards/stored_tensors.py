@@ -1,0 +1,228 @@
+"""Stored tensors to logical ones: finds the NF4 weights among the tensors of shards.
+
+A weight in NF4 lies in its shard as four or six tensors that share a name. `collect`
+puts them together, checks that they fit each other (rules ``N01`` to ``N08``), and
+returns lazy tensors. Bundles and bitsandbytes checkpoints are both read through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+
+from loraformat.errors import FormatError, printable
+from loraformat.model.checkpoint import NF4_PARTS, DenseTensor, LazyTensor, NF4Parts, NF4Tensor
+from loraformat.nf4.quant_state import (
+    MAX_QUANT_STATE_BYTES,
+    NESTED_BLOCK_SIZE,
+    QuantState,
+    parse_quant_state,
+)
+from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
+from loraformat.tensors.mapped import MappedFile
+
+__all__ = ["STATE_SUFFIX", "collect"]
+
+STATE_SUFFIX = NF4_PARTS["quant_state"]
+
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+
+def collect(
+    files: Sequence[MappedFile],
+    *,
+    transposed: Callable[[str], bool] = lambda name: False,
+    errors: Mapping[str, float | None] | None = None,
+    any_storage: bool = False,
+) -> dict[str, LazyTensor]:
+    """Return the logical tensors of some shards.
+
+    Parameters
+    ----------
+    files : sequence of MappedFile
+    transposed : callable
+        Tells of an NF4 weight, by name, whether its codes run over the transpose.
+    errors : mapping of str to float or None, optional
+        Recorded quantization error of each NF4 weight.
+    any_storage : bool
+        Accept packed codes that are stored as another dtype (``bnb_4bit_quant_storage``):
+        the bytes are the same, only their label differs.
+
+    Returns
+    -------
+    dict of str to LazyTensor
+        In the order of the shards and of the bytes in them.
+
+    Raises
+    ------
+    FormatError
+        H10 if two shards hold a tensor of one name, or an N rule.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    stored: set[str] = set()
+    for file in files:
+        if twice := stored.intersection(file.header.entries):
+            raise FormatError(
+                "H10", f"tensor {printable(min(twice))} stands in another shard too", path=file.path
+            )
+        stored.update(file.header.entries)
+        tensors |= _tensors_of(file, transposed, errors or {}, any_storage)
+    return tensors
+
+
+def _tensors_of(
+    file: MappedFile,
+    transposed: Callable[[str], bool],
+    errors: Mapping[str, float | None],
+    any_storage: bool,
+) -> dict[str, LazyTensor]:
+    entries = file.header.entries
+    owners = {name.removesuffix(STATE_SUFFIX) for name in entries if name.endswith(STATE_SUFFIX)}
+    tensors: dict[str, LazyTensor] = {}
+    for name, entry in entries.items():
+        owner = _owner(name, owners)
+        if owner is None:
+            _refuse_stray_part(name, file.path)
+            tensors[name] = DenseTensor(
+                name,
+                entry.dtype,
+                entry.shape,
+                partial(file.view, name),
+                file.releaser(name),
+            )
+        elif owner not in tensors:
+            tensor, state = _nf4_tensor(file, owner, transposed(owner), errors.get(owner))
+            _check_parts(file, tensor, state, any_storage)
+            tensors[owner] = tensor
+    return tensors
+
+
+def _owner(name: str, owners: set[str]) -> str | None:
+    """Return the NF4 weight that a stored tensor is a part of."""
+    if name in owners:
+        return name
+    for suffix in NF4_PARTS.values():
+        if suffix and name.endswith(suffix) and name.removesuffix(suffix) in owners:
+            return name.removesuffix(suffix)
+    return None
+
+
+def _refuse_stray_part(name: str, path: str | PathLike[str]) -> None:
+    for suffix in NF4_PARTS.values():
+        if suffix and name.endswith(".weight" + suffix):
+            raise FormatError(
+                "N01",
+                f"tensor {printable(name)} belongs to an NF4 weight whose quant state is missing",
+                path=path,
+            )
+
+
+def _nf4_tensor(
+    file: MappedFile, name: str, transposed: bool, error: float | None
+) -> tuple[NF4Tensor, QuantState]:
+    entries = file.header.entries
+    state_name = name + STATE_SUFFIX
+    state_entry = entries[state_name]
+    if state_entry.dtype != "U8" or not 0 < state_entry.nbytes <= MAX_QUANT_STATE_BYTES:
+        raise FormatError(
+            "N05",
+            f"tensor {printable(state_name)} is not 1 to {MAX_QUANT_STATE_BYTES} bytes of text",
+            path=file.path,
+        )
+    state = parse_quant_state(bytes(file.view(state_name)), name, file.path)
+    tensor = NF4Tensor(
+        name=name,
+        dtype=state.dtype,
+        shape=state.shape[::-1] if transposed else state.shape,
+        block_size=state.block_size,
+        double_quant=state.nested_offset is not None,
+        transposed=transposed,
+        load=lambda: _load(file, name, state, error),
+        release=file.releaser(*(n for s in NF4_PARTS.values() if (n := name + s) in entries)),
+    )
+    return tensor, state
+
+
+def _load(file: MappedFile, name: str, state: QuantState, error: float | None) -> NF4Parts:
+    entries = file.header.entries
+    views = {
+        part: file.view(name + suffix) if name + suffix in entries else None
+        for part, suffix in NF4_PARTS.items()
+    }
+    packed, absmax, quant_map = views["packed"], views["absmax"], views["quant_map"]
+    assert packed is not None and absmax is not None and quant_map is not None
+    _check_scales(file, name, state, absmax, views["nested_absmax"])
+    if state.count % 2 and packed[-1] & 0x0F != 7:
+        raise FormatError(
+            "V05",
+            f"tensor {printable(name)} does not end with the code 7 that pads it",
+            path=file.path,
+        )
+    return NF4Parts(
+        packed=packed,
+        absmax=absmax,
+        nested_absmax=views["nested_absmax"],
+        quant_map=quant_map,
+        nested_quant_map=views["nested_quant_map"],
+        quant_state=bytes(views["quant_state"] or b""),
+        relative_rms_error=error,
+    )
+
+
+def _check_scales(
+    file: MappedFile, name: str, state: QuantState, absmax: memoryview, nested: memoryview | None
+) -> None:
+    """V04: every scale, once decoded, is finite."""
+    import numpy
+
+    scales = numpy.frombuffer(absmax if nested is None else nested, dtype="<f4")
+    # No entry of the map is beyond 1, so this sum bounds every decoded scale.
+    largest = float(numpy.abs(scales).max()) + abs(state.nested_offset or 0.0)
+    if largest <= _LARGEST_FLOAT32:
+        return
+    if nested is not None:
+        table = numpy.frombuffer(NESTED_MAP_BYTES, dtype="<f4")
+        codes = numpy.frombuffer(absmax, dtype=numpy.uint8)
+        with numpy.errstate(all="ignore"):
+            scales = table[codes] * numpy.repeat(scales, NESTED_BLOCK_SIZE)[: len(codes)]
+            scales = scales + numpy.float32(state.nested_offset or 0.0)
+    finite = numpy.isfinite(scales)
+    if not finite.all():
+        raise FormatError(
+            "V04",
+            f"tensor {printable(name)} has a scale that is not finite, of block {finite.argmin()}",
+            path=file.path,
+        )
+
+
+def _check_parts(file: MappedFile, tensor: NF4Tensor, state: QuantState, any_storage: bool) -> None:
+    def broken(rule: str, suffix: str, problem: str) -> FormatError:
+        return FormatError(
+            rule, f"tensor {printable(tensor.name + suffix)} {problem}", path=file.path
+        )
+
+    entries = file.header.entries
+    state_bytes = entries[tensor.name + STATE_SUFFIX].nbytes
+    wanted = {part.suffix: part for part in tensor.parts(state_bytes)}
+    for suffix in NF4_PARTS.values():
+        if (suffix in wanted) != (tensor.name + suffix in entries):
+            problem = (
+                "is missing" if suffix in wanted else "has no place without double quantization"
+            )
+            raise broken("N01", suffix, problem)
+    for suffix, part in wanted.items():
+        entry = entries[tensor.name + suffix]
+        if any_storage and suffix == "" and entry.nbytes == part.nbytes:
+            continue
+        if (entry.dtype, entry.shape) != (part.dtype, part.shape):
+            raise broken(
+                "N02" if suffix == "" else "N03",
+                suffix,
+                f"is {entry.dtype} {list(entry.shape)}, wanted {part.dtype} {list(part.shape)} "
+                f"for a weight of shape {list(state.shape)}",
+            )
+    for part_name, table in (("quant_map", LEVEL_BYTES), ("nested_quant_map", NESTED_MAP_BYTES)):
+        suffix = NF4_PARTS[part_name]
+        if suffix in wanted and bytes(file.view(tensor.name + suffix)) != table:
+            raise broken("N04", suffix, "is not the table of NF4, bit for bit")

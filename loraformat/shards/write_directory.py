@@ -1,0 +1,130 @@
+"""Writing a model directory: shards, index, ``config.json`` and the files that travel along.
+
+A bundle, a dense safetensors model and a bitsandbytes checkpoint are the same directory
+but for what is added: every writer of one goes through `write_model_directory`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from loraformat.errors import UnsupportedError, printable
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.config_json import CONFIG_NAME
+from loraformat.model.quantization_history import metadata_of
+from loraformat.shards.index_json import INDEX_NAME, encode_index
+from loraformat.shards.layout import execution_units, plan_shards
+from loraformat.shards.records import FileRecord
+from loraformat.shards.writer import Progress, WrittenShards, planned_bytes, write_shards
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.safe_paths import is_safe_path
+
+__all__ = ["WrittenModel", "write_model_directory"]
+
+
+@dataclass(slots=True)
+class WrittenModel:
+    """What a writer wrote.
+
+    Attributes
+    ----------
+    shards : WrittenShards
+    files : dict of str to FileRecord
+        All other files.
+    notes : list of str
+        What a user should know, as sentences.
+    """
+
+    shards: WrittenShards
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of everything in bytes."""
+        return sum(s.bytes for s in self.shards.shards) + sum(f.bytes for f in self.files.values())
+
+
+def write_model_directory(
+    checkpoint: Checkpoint,
+    publication: Publication,
+    *,
+    config: bytes | None,
+    shard_limit: int,
+    progress: Progress,
+    single_name: str | None = None,
+    tell_history: bool = True,
+) -> WrittenModel:
+    """Write a checkpoint as a model directory.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    publication : Publication
+    config : bytes or None
+        ``config.json``.
+    shard_limit : int
+        Bytes of tensor data per shard.
+    progress : callable
+        See `loraformat.shards.writer.write_shards`.
+    single_name : str, optional
+        If there is one shard only: its file name, and there will be no index.
+    tell_history : bool
+        Say in the shards how the numbers were quantized before, if they were.
+
+    Raises
+    ------
+    ResourceError
+        Before the first byte, if the disk is too small.
+    """
+    if not checkpoint.tensors:
+        raise UnsupportedError("holds no tensors", path=checkpoint.path)
+    _check_names(checkpoint)
+    shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
+    publication.check_space(
+        planned_bytes(shards)
+        + sum(file.nbytes for file in checkpoint.files)
+        - _present(publication)
+    )
+    written = WrittenModel(
+        write_shards(
+            shards,
+            publication,
+            progress=progress,
+            single_name=single_name,
+            metadata=metadata_of(checkpoint.provenance.quantized if tell_history else ()),
+        )
+    )
+    if single_name is None or len(shards) > 1:
+        index = encode_index(written.shards.weight_map, written.shards.total_bytes)
+        publication.write(INDEX_NAME, index)
+    if config is not None:
+        _write_file(publication, CONFIG_NAME, config, written)
+    for file in checkpoint.files:
+        _write_file(publication, file.path, file.read(), written)
+    return written
+
+
+def _check_names(checkpoint: Checkpoint) -> None:
+    """Refuse files that would be written outside the output, or over each other (M08, M12)."""
+    seen: set[str] = set()
+    for file in checkpoint.files:
+        if not is_safe_path(file.path) or file.path.lower() in seen:
+            raise UnsupportedError(
+                f"file name {printable(file.path)} cannot travel along",
+                path=checkpoint.path,
+                hint="rename or remove it",
+            )
+        seen.add(file.path.lower())
+
+
+def _present(publication: Publication) -> int:
+    """Return the bytes that an interrupted run has written already."""
+    paths = (publication.work / name for name in publication.resumed)
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _write_file(publication: Publication, name: str, data: bytes, written: WrittenModel) -> None:
+    publication.write(name, data)
+    written.files[name] = FileRecord(len(data), sha256(data).hexdigest())

@@ -1,0 +1,74 @@
+"""Publishing a single file whole or not at all, as `atomic_output` does a directory.
+
+The file is prepared in the same work directory beside the target, with the same lock and
+journal; what appears at the end is the file, and the work directory goes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from loraformat.errors import OutputError
+from loraformat.storage.atomic_output import Publication
+from loraformat.storage.durable import sync_directory
+from loraformat.storage.output_rules import refuse_existing_file
+
+__all__ = ["FilePublication", "open_publication"]
+
+
+class FilePublication(Publication):
+    """A file being written: ``create(publication.file_name)`` opens it.
+
+    Parameters and errors are those of `Publication`; ``force`` replaces a file of weights.
+    """
+
+    def _refuse_existing(self) -> None:
+        refuse_existing_file(self.target, force=self._force)
+
+    def _undo_interrupted(self) -> None:
+        """Nothing is ever missing between two states of a file."""
+
+    def commit(self) -> None:
+        """Let the file appear at the target.
+
+        Raises
+        ------
+        OutputError
+            If something else has appeared there meanwhile.
+        """
+        self._refuse_existing()
+        written = self.work / self.file_name
+        if self._force:
+            os.replace(written, self.target)
+        else:
+            self._appear(written)
+        self.published = True
+        sync_directory(self.target.parent)
+        self._remove_work()
+
+    def _appear(self, written: Path) -> None:
+        """Give the file its name, which a rename would take from another file."""
+        try:
+            os.link(written, self.target)
+        except FileExistsError:
+            raise OutputError(
+                "has appeared meanwhile", path=self.target, hint="use --force to replace it"
+            ) from None
+        except OSError:  # a file system without hard links
+            os.replace(written, self.target)
+
+
+def open_publication(
+    output: Literal["directory", "file"],
+    target: Path,
+    *,
+    plan: str,
+    inputs: Iterable[Path] = (),
+    force: bool = False,
+) -> Publication:
+    """Return the publication for a converter's ``output``; parameters as of `Publication`."""
+    kind = FilePublication if output == "file" else Publication
+    return kind(target, plan=plan, inputs=inputs, force=force)

@@ -1,0 +1,26 @@
+"""The kit for authors of converters: tests to inherit, and small models in memory.
+
+`loraformat.testing.contract` has the tests, `loraformat.testing.models` the models.
+"""
+
+from loraformat.testing.contract import (
+    ConverterContract,
+    checkpoint,
+    contents,
+    dense,
+    file_tree,
+    nf4,
+    samples,
+    save,
+)
+
+__all__ = [
+    "ConverterContract",
+    "checkpoint",
+    "contents",
+    "dense",
+    "file_tree",
+    "nf4",
+    "samples",
+    "save",
+]

@@ -1,0 +1,195 @@
+"""Small models in memory, for the tests of converters; see `loraformat.testing`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.model.checkpoint import (
+    CarriedFile,
+    Checkpoint,
+    DenseTensor,
+    LazyTensor,
+    NF4Tensor,
+    Provenance,
+)
+from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
+from loraformat.tensors.dtypes import TORCH_NAMES
+
+__all__ = ["carried", "checkpoint", "dense", "nf4", "samples"]
+
+_DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+
+
+def dense(name: str, values: torch.Tensor) -> DenseTensor:
+    r"""Return a lazy tensor that holds these values.
+
+    Examples
+    --------
+    >>> tensor = dense("model.norm.weight", torch.ones(4, dtype=torch.bfloat16))
+    >>> tensor.dtype, tensor.shape, bytes(tensor.load()[:2])
+    ('BF16', (4,), b'\x80?')
+    """
+    dtype = _DTYPE_NAMES[str(values.dtype).removeprefix("torch.")]
+    data = values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return DenseTensor(name, dtype, tuple(values.shape), lambda: memoryview(data))
+
+
+def nf4(
+    name: str, weight: torch.Tensor, *, block_size: int = 64, double_quant: bool = True,
+    model_type: str | None = None,
+) -> NF4Tensor:  # fmt: skip
+    """Return a weight in NF4; it is quantized whenever it is loaded.
+
+    Examples
+    --------
+    >>> tensor = nf4("model.layers.0.mlp.up_proj.weight", torch.ones(2, 64))
+    >>> tensor.nbytes, sorted(tensor.load().by_suffix())[:2]
+    (70, ['', '.absmax'])
+    """
+    policy = QuantizationPolicy(block_size, double_quant)
+    return quantized(dense(name, weight), policy, model_type)
+
+
+def checkpoint(
+    *tensors: LazyTensor,
+    config: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Checkpoint:
+    r"""Return a model made of these tensors.
+
+    Parameters
+    ----------
+    *tensors : LazyTensor
+    config : mapping, optional
+        Becomes ``config.json`` in the form that transformers writes.
+    files : mapping of str to bytes, optional
+        Files that travel along, by path.
+
+    Examples
+    --------
+    >>> model = checkpoint(dense("lm_head.weight", torch.ones(2, 2)), config={"vocab_size": 2})
+    >>> list(model.tensors), model.config
+    (['lm_head.weight'], b'{\n  "vocab_size": 2\n}\n')
+    """
+    text = None if config is None else json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return Checkpoint(
+        path=Path("memory"),
+        provenance=Provenance("memory"),
+        tensors={tensor.name: tensor for tensor in tensors},
+        config=None if text is None else text.encode(),
+        files=tuple(carried(path, data) for path, data in (files or {}).items()),
+    )
+
+
+def carried(path: str, data: bytes) -> CarriedFile:
+    """Make a file that travels along."""
+    return CarriedFile(path, len(data), lambda: data)
+
+
+def samples(stores: str) -> dict[str, Checkpoint]:
+    """Return models with all that a format may meet, as far as its writer takes them.
+
+    Parameters
+    ----------
+    stores : {"nf4", "dense", "both"}
+        As in `loraformat.plugins.Converter`.
+    """
+    found = {"weights": _weights(), "odd names": _odd_names(), "odd shapes": _odd_shapes()}
+    if stores == "dense":
+        return found
+    if stores == "nf4":  # such a format is about NF4: each model holds some
+        found = {name: _with_nf4(model) for name, model in found.items()}
+    return found | {
+        "NF4": _with_nf4(_weights()),
+        "NF4 without double quantization": _with_nf4(_weights(), double_quant=False),
+        "NF4 in large blocks": _with_nf4(_weights(), block_size=1024),
+        "NF4 of Conv1D": _conv1d(),
+    }
+
+
+def _weights() -> Checkpoint:
+    """Return all that stands in an ordinary model: three float types, config, other files."""
+    random = torch.Generator().manual_seed(0)
+
+    def weight(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> DenseTensor:
+        return dense(name, torch.randn(shape, generator=random).to(dtype))
+
+    return checkpoint(
+        weight("model.embed_tokens.weight", 24, 64),
+        weight("model.layers.0.self_attn.q_proj.weight", 64, 64),
+        weight("model.layers.0.self_attn.q_proj.bias", 64, dtype=torch.float16),
+        weight("model.layers.0.input_layernorm.weight", 64, dtype=torch.float32),
+        weight("model.layers.1.self_attn.q_proj.weight", 64, 64, dtype=torch.float16),
+        weight("model.norm.weight", 64, dtype=torch.float32),
+        weight("lm_head.weight", 24, 64, dtype=torch.float32),
+        config={"architectures": ["Sample"], "dtype": "bfloat16", "model_type": "sample", "é": "ü"},
+        files={
+            "README.md": "# Größe\r\n".encode(),
+            "chat_template.jinja": b"{{ messages }}",
+            "tokenizer.json": b'{"version": "1.0"}',
+            "1_Pooling/config.json": b"{}",
+            "vocab.txt": bytes(range(256)),
+        },
+    )
+
+
+def _odd_names() -> Checkpoint:
+    names = [
+        "a",
+        "α.β🙂",
+        "with space",
+        "'quoted' \"name\"",
+        "x.weight.absmaxx",
+        "...",
+        "CON",
+        "n" * 255,
+    ]
+    return checkpoint(*(dense(name, torch.tensor([float(i)])) for i, name in enumerate(names)))
+
+
+def _odd_shapes() -> Checkpoint:
+    def values(name: str, dtype: torch.dtype, *shape: int) -> DenseTensor:
+        count = torch.Size(shape).numel()
+        return dense(name, torch.arange(count).view(shape).to(dtype))
+
+    return checkpoint(
+        values("scalar", torch.float32),
+        values("empty", torch.float16, 0),
+        values("empty.rows", torch.bfloat16, 0, 7),
+        values("cube", torch.bfloat16, 3, 1, 5),
+        values("i64", torch.int64, 3),
+        values("i32", torch.int32, 2, 2),
+        values("u8", torch.uint8, 5),
+        values("bool", torch.bool, 3),
+        values("f64", torch.float64, 3),
+        dense("special", torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])),
+    )
+
+
+def _with_nf4(model: Checkpoint, *, block_size: int = 64, double_quant: bool = True) -> Checkpoint:
+    random = torch.Generator().manual_seed(1)
+    shapes = {"up_proj": (128, 64), "down_proj": (64, 128), "odd_proj": (3, 25)}
+    weights = [
+        nf4(
+            f"model.layers.0.mlp.{kind}.weight", torch.randn(shape, generator=random),
+            block_size=block_size, double_quant=double_quant,
+        )
+        for kind, shape in shapes.items()
+    ]  # fmt: skip
+    return replace(model, tensors={**model.tensors, **{weight.name: weight for weight in weights}})
+
+
+def _conv1d() -> Checkpoint:
+    """Return a model whose linears are stored transposed, as in GPT-2."""
+    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(2))
+    return checkpoint(
+        nf4("transformer.h.0.attn.c_attn.weight", weight, model_type="gpt2"),
+        dense("transformer.wte.weight", torch.ones(8, 64)),
+        config={"model_type": "gpt2"},
+    )

@@ -1,0 +1,175 @@
+"""Which layers are in memory: the next is read while one is computed, the last is let go.
+
+A layer is a contiguous range of a shard, or a few. `enter` waits until its pages are there and
+asks a thread for the next ones in the direction of the pass: up in the forward pass, down in the
+backward pass. `leave` gives its pages back to the kernel. Mapped pages are never anonymous memory,
+so what a step holds does not depend on the size of the base.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from loraformat.train.engine.madvise import drop_cached, forget_pages, read_pages
+from loraformat.train.engine.stored_weights import Span
+
+__all__ = ["Residency", "Traffic", "merged"]
+
+#: Bytes that are asked for at a time, so that closing never waits long.
+_PIECE = 32 << 20
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What streaming did.
+
+    Attributes
+    ----------
+    stall_seconds : float
+        How long computing waited for pages.
+    bytes_read : int
+        Bytes that were asked for, from the page cache or the disk.
+    visits : list of int
+        The layers in the order in which they were entered.
+    """
+
+    stall_seconds: float = 0.0
+    bytes_read: int = 0
+    visits: list[int] = field(default_factory=list)
+
+
+def merged(spans: Sequence[Span]) -> list[Span]:
+    """Return the least ranges that cover these; gaps below a page are covered too.
+
+    Examples
+    --------
+    >>> merged([(None, 0, 10), (None, 10, 20), (None, 9000, 9010)])
+    [(None, 0, 20), (None, 9000, 9010)]
+    """
+    found: list[Span] = []
+    for file, begin, end in sorted(spans, key=lambda span: (id(span[0]), span[1])):
+        if found and found[-1][0] is file and begin - found[-1][2] < 4096:
+            found[-1] = (file, found[-1][1], max(found[-1][2], end))
+        else:
+            found.append((file, begin, end))
+    return found
+
+
+def _mapped(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+    """Yield the address of each range; none where files are read instead of mapped."""
+    for file, begin, end in merged(spans):
+        if file.address is not None:
+            yield file.address + begin, (file, begin, end)
+
+
+class Residency:
+    """Brings layers into memory before they are needed, and lets them go after.
+
+    Parameters
+    ----------
+    layers : sequence of sequence of Span
+        What each layer reads.
+    prefetch : bool
+        Read the next layer on a thread while one is computed.
+    release : bool
+        Give a layer's pages back when it is left.
+    drop_cache : bool
+        Also drop them from the page cache, as if memory were full: for measurements.
+
+    Attributes
+    ----------
+    traffic : Traffic
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Span]],
+        *,
+        prefetch: bool = True,
+        release: bool = True,
+        drop_cache: bool = False,
+    ) -> None:
+        self._layers = [list(_mapped(spans)) for spans in layers]
+        self.prefetch, self.release, self.drop_cache = prefetch, release, drop_cache
+        self.traffic = Traffic()
+        self._pending: dict[int, Future[None]] = {}
+        self._reader: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    def enter(self, layer: int, direction: int) -> None:
+        """Wait until a layer is in memory, and have the next one read.
+
+        Parameters
+        ----------
+        layer : int
+        direction : {1, -1}
+            Of the pass.
+        """
+        self.traffic.visits.append(layer)
+        if not self.prefetch:
+            return
+        began = time.perf_counter()
+        self._ask(layer)
+        self._pending.pop(layer).result()
+        self.traffic.stall_seconds += time.perf_counter() - began
+        following = layer + direction
+        if 0 <= following < len(self._layers):
+            self._ask(following)
+
+    def leave(self, layer: int) -> None:
+        """Let a layer go."""
+        self._forget(self._layers[layer])
+
+    def read_soon(self, spans: Sequence[Span]) -> Future[None] | None:
+        """Have bytes read that belong to no layer, some time soon."""
+        if not self.prefetch or self._closed:
+            return None
+        return self._thread().submit(self._read, list(_mapped(spans)))
+
+    def let_go(self, spans: Sequence[Span], reading: Future[None] | None = None) -> None:
+        """Let bytes go that belong to no layer.
+
+        Parameters
+        ----------
+        spans : sequence of Span
+        reading : Future, optional
+            What `read_soon` returned for them: one that lags behind would bring them back.
+        """
+        if reading is not None and not reading.cancel():
+            reading.result()
+        self._forget(list(_mapped(spans)))
+
+    def _forget(self, ranges: Sequence[tuple[int, Span]]) -> None:
+        if not self.release and not self.drop_cache:
+            return
+        for address, (file, begin, end) in ranges:
+            forget_pages(address, end - begin)
+            if self.drop_cache:
+                drop_cached(file.descriptor, begin, end - begin)
+
+    def _ask(self, layer: int) -> None:
+        if layer not in self._pending:
+            self._pending[layer] = self._thread().submit(self._read, self._layers[layer])
+
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="loraformat-residency")
+        return self._reader
+
+    def _read(self, ranges: Sequence[tuple[int, Span]]) -> None:
+        for address, (_, begin, end) in ranges:
+            for start in range(0, end - begin, _PIECE):
+                if self._closed:
+                    return
+                read_pages(address + start, min(_PIECE, end - begin - start))
+            self.traffic.bytes_read += end - begin
+
+    def close(self) -> None:
+        """Stop reading; nothing may be entered after."""
+        self._closed = True
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._reader = None

@@ -29,24 +29,24 @@ __all__ = ["commands", "main"]
 
 #: Verb and its line in ``--help``; the verb's module holds a click command named ``command``.
 _VERBS = {
-    "check": "Tell which runtimes will be right about an adapter; fix it.",
-    "combine": "Make one adapter from several.",
-    "convert": "Convert a model from one format to another.",
-    "demo": "Run every verb on the small real model and its adapters.",
-    "eval": "Measure loss and perplexity, without and with adapters.",
+    "check": "Check how inference runtimes load an adapter; fix it.",
+    "combine": "Combine several adapters into one.",
+    "convert": "Convert a model or an adapter to another format.",
+    "demo": "Run every verb on a small bundled model and its adapters.",
+    "eval": "Measure loss and perplexity with and without adapters.",
     "extract": "Extract an adapter from a base and its fine-tune.",
-    "formats": "List converters, directions and what each loses.",
-    "generate": "Let a model write on, with or without an adapter.",
-    "info": "Show what a model is, without reading its weights.",
-    "merge": "Merge adapters into a base, into a new model.",
-    "pull": "Fetch a repository from the Hub, every file compared by hash.",
-    "push": "Publish an adapter or a bundle on the Hub, with a card.",
-    "reduce": "Reduce an adapter's rank with the least error.",
+    "formats": "List the converters, their directions and their limits.",
+    "generate": "Generate text, with or without an adapter.",
+    "info": "Describe a model or an adapter without reading its weights.",
+    "merge": "Merge adapters into a base and write a new model.",
+    "pull": "Download a repository from the Hub and verify every file.",
+    "push": "Publish an adapter or a bundle on the Hub with a model card.",
+    "reduce": "Reduce an adapter's rank with the smallest possible error.",
     "remove": "Remove an adapter from a bundle.",
-    "spectrum": "Show which ranks an adapter uses.",
-    "train": "Train an adapter on a bundle that stays on the disk.",
-    "unmerge": "Take merged adapters out of a model again.",
-    "verify": "Check every rule and every hash.",
+    "spectrum": "Show the singular value spectrum and effective ranks of an adapter.",
+    "train": "Train a LoRA adapter on a memory-mapped bundle.",
+    "unmerge": "Undo a merge and restore the base.",
+    "verify": "Verify structure and hashes.",
 }
 
 _INTERRUPTED = 130
@@ -74,9 +74,9 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 input invalid, 4 verify or check found "
-    "something, 5 output exists or is locked, 6 no space or memory, 7 network or Hub, "
-    "130 interrupted.",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 input invalid, 4 verify or check reported "
+    "findings, 5 output exists or is locked, 6 no space or memory, 7 network or Hub, 130 "
+    "interrupted (run the same command again to continue).",
 )
 @click.version_option(__version__, prog_name="loraformat")
 def commands() -> None:

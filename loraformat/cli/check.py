@@ -27,8 +27,8 @@ _WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
 @click.option(
     "--base",
     metavar="BASE",
-    help="Hold names, shapes, architecture and fingerprint against it. An adapter in a bundle is "
-    "held against that.",
+    help="Compare names, shapes, architecture and fingerprint with this base. An adapter in a "
+    "bundle is compared with that bundle.",
 )
 @click.option(
     "--runtime",
@@ -41,25 +41,26 @@ _WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
     "--fix",
     "fixing",
     is_flag=True,
-    help="Write the form that is right everywhere to OUT; check it.",
+    help="Write a portable form of the adapter to OUT and check that.",
 )
 @click.option("-o", "--output", "target", metavar="OUT", help="With --fix: the new adapter.")
 @click.option(
     "--dtype",
     type=click.Choice(["f32", "f16", "bf16"]),
-    help="With --fix: type of the factors; by default they keep theirs where that loses nothing.",
+    help="With --fix: dtype of the factors. [default: unchanged if lossless]",
 )
-@click.option("--force", is_flag=True, help="With --fix: replace what stands at OUT.")
+@click.option("--force", is_flag=True, help="With --fix: overwrite an existing OUT.")
 @click.option(
     "--write",
     "directory",
     metavar="DIR",
-    help="Write a Modelfile, command lines and a script that load this adapter to a new DIR.",
+    help="Write a Modelfile, command lines and a script that load this adapter into a new "
+    "directory DIR.",
 )
 @click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Read a .bin, too, with a loader that makes nothing but tensors.",
+    help="Also read pickled .bin files, with a loader restricted to tensors.",
 )
 @json_option
 @quiet_option
@@ -76,16 +77,17 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Tell which runtimes will be right about an adapter; exit 4 if one will not.
+    """Check how inference runtimes load an adapter; exit with code 4 on a failure.
 
-    ADAPTER is a PEFT directory, a GGUF file, BUNDLE/adapters/NAME, or a Hub id. Each finding
-    says what the runtime does, why, and the command that mends it: fail if it refuses the
-    adapter or computes something else, warn if there is something to do or to know. An adapter
-    in a format that a runtime does not read is a warning, and fails where --runtime names it.
+    ADAPTER is a PEFT directory, a GGUF file, BUNDLE/adapters/NAME, or a Hub id. Each finding says
+    what the runtime does, why, and which command fixes it. A finding is a failure if the runtime
+    rejects the adapter or computes a different result, and a warning if some action or caution is
+    needed. A format that a runtime cannot read is a warning, or a failure if --runtime names that
+    runtime.
 
-    --fix writes the same deltas with the scaling folded into B, alpha equal to the rank, and one
-    rank for all modules, which every runtime reads alike. What is more than low-rank deltas is
-    refused: merge it.
+    --fix writes the same deltas with the scaling folded into B, alpha equal to the rank, and a
+    single rank for all modules, which every runtime interprets the same way. Adapters that contain
+    more than low-rank deltas are rejected; merge those instead.
     """
     from loraformat.ops.check.check import check
     from loraformat.ops.check.fix import fix

@@ -28,21 +28,24 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("sources", metavar="ADAPTER...", nargs=-1, required=True)
-@output_option("The new adapter; NAME.gguf for llama.cpp, BUNDLE/adapters/NAME into a bundle.")
+@output_option(
+    "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
+)
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
     default="svd",
     show_default=True,
-    help="svd: the exact sum at its best rank R. cat: the exact sum, ranks added. linear: the "
-    "exact sum at the least rank that holds it. The others prune or drop elements first.",
+    help="svd: best rank-R approximation of the weighted sum. cat: exact sum, ranks added. "
+    "linear: exact sum at the smallest sufficient rank. The others prune or drop elements "
+    "first.",
 )
-@weight_option("One for each adapter, in their order; may be negative. [default: 1 each]")
+@weight_option("Weight of each adapter, in the same order; may be negative. [default: 1 each]")
 @click.option(
     "--rank",
     type=click.IntRange(1),
     metavar="R",
-    help="Rank of the result. [default: the largest of each module's]",
+    help="Rank of the result. [default: the largest input rank, per module]",
 )
 @click.option(
     "--density",
@@ -50,17 +53,17 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
     default=0.5,
     show_default=True,
     metavar="D",
-    help="Share of elements that pruning and dropping keep.",
+    help="Fraction of elements kept by pruning or dropping.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, metavar="N", help="Of random dropping."
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed for dropping."
 )
-@dtype_option("Type of the new factors; by default they keep theirs.")
+@dtype_option("Dtype of the new factors. [default: unchanged]")
 @adapter_base_option
-@allow_base_mismatch_option("Write for this base what was made for another.")
+@allow_base_mismatch_option("Accept an adapter that was made for another base.")
 @allow_pickle_option
 @force_option()
-@dry_run_option("Print ranks and errors, write nothing.")
+@dry_run_option("Print ranks and errors without writing anything.")
 @json_option
 @quiet_option
 def command(
@@ -76,10 +79,10 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Combine adapters into one.
+    """Combine several adapters into one.
 
-    What is combined are the changes the adapters make in effect, rsLoRA and patterns included,
-    never their factors one by one. Ranks and targets may differ.
+    The effective deltas are combined (including rsLoRA and per-module patterns), not the factors A
+    and B separately. Ranks and target modules may differ.
     """
     from loraformat.ops.combine.combine import CombineOptions, combine
 

@@ -34,7 +34,7 @@ def _silence_hub(context: click.Context, parameter: click.Parameter, quiet: bool
 
 
 quiet_option = click.option(
-    "--quiet", "-q", is_flag=True, callback=_silence_hub, help="Print nothing but errors."
+    "--quiet", "-q", is_flag=True, callback=_silence_hub, help="Print errors only."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 

@@ -39,21 +39,18 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option(
-    "--from", "from_format", metavar="FORMAT", help="Format of SRC; by default its content tells."
-)
+@click.option("--from", "from_format", metavar="FORMAT", help="Format of SRC. [default: detected]")
 @click.option(
     "--to",
     "to_format",
     metavar="FORMAT",
-    help="Format of DST; by default its suffix tells, else loraformat, or peft for an adapter.",
+    help="Format of DST. [default: from its suffix, else loraformat, or peft for an adapter]",
 )
 @click.option(
     "--dtype",
     type=WeightType(),
-    help="Type of dense tensors, or of an adapter's factors; by default each keeps its own, "
-    "and GGUF's block types become f32. Of a GGUF file f16 is the default, and only such a file "
-    "can have those that begin with q.",
+    help="Dtype of dense tensors, or of an adapter's factors. [default: unchanged; f16 for a GGUF "
+    "output; GGUF block types become f32] The q types are only for GGUF outputs.",
 )
 @config_option
 @pre_tokenizer_option
@@ -61,41 +58,42 @@ Example:
     "--block-size",
     type=int,
     metavar="N",
-    help="Elements per scale: a power of two, 32 to 4096. [default: 64]",
+    help="Elements per absmax scale: a power of two from 32 to 4096. [default: 64]",
 )
 @click.option(
     "--no-double-quant",
     is_flag=True,
-    help="Keep the scales in float32: 4.5 instead of 4.127 bits per weight.",
+    help="Keep absmax scales in float32: 4.5 instead of 4.127 bits per weight.",
 )
 @click.option(
     "--skip",
     multiple=True,
     metavar="GLOB",
-    help="Keep these weights plain. Repeatable; wins over --include.",
+    help="Do not quantize matching weights. Repeatable; overrides --include.",
 )
 @click.option(
-    "--include", multiple=True, metavar="GLOB", help="Quantize these weights too. Repeatable."
+    "--include", multiple=True, metavar="GLOB", help="Also quantize matching weights. Repeatable."
 )
 @click.option(
     "--max-shard-size",
     "shard_limit",
     type=ByteSize(),
     show_default="2GB",
-    help="Tensor bytes per file.",
+    help="Maximum tensor bytes per file.",
 )
-@base_option("Adapters: the base to hold names and shapes against.")
+@base_option("Adapters: base to compare names and shapes with.")
 @click.option(
     "--canonical",
     is_flag=True,
-    help="Adapters: write anew what would be copied: scaling folded into B, alpha = rank.",
+    help="Adapters: convert to canonical form instead of copying: scaling folded into B, alpha = "
+    "rank.",
 )
 @allow_pickle_option
 @allow_base_mismatch_option(
-    "Adapters: take one that names another base; it is written anew and names this one."
+    "Adapters: accept one made for another base; the output records this base."
 )
 @force_option()
-@click.option("--strict", is_flag=True, help="Refuse if DST cannot hold all that SRC holds.")
+@click.option("--strict", is_flag=True, help="Fail if DST cannot hold everything in SRC.")
 @dry_run_option()
 @json_option
 @quiet_option
@@ -107,13 +105,14 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Convert a model, or an adapter, from one format to another.
+    """Convert a model or an adapter to another format.
 
     SRC is a local path or a Hub id (org/name, org/name@revision). Weights are read, converted
-    and written one tensor at a time; DST appears when everything is written.
+    and written one tensor at a time; DST appears only when it is complete.
 
-    An adapter may go to BUNDLE/adapters/NAME, and out again; its files are copied byte for byte
-    where the formats allow. Nothing else in the bundle changes but its manifest.
+    To add an adapter to a bundle, use BUNDLE/adapters/NAME as DST; to export it, use that as SRC.
+    Its files are copied byte for byte where the formats allow. Apart from its manifest, nothing
+    else in the bundle changes.
     """
     from loraformat.ops.convert.convert import convert
 

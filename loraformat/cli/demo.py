@@ -21,14 +21,14 @@ Example:
 @click.argument(
     "directory", default="loraformat-demo", type=click.Path(path_type=Path, file_okay=False)
 )
-@force_option("what an earlier run made")
+@force_option("the output of an earlier run")
 @json_option
 @quiet_option
 def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:
-    """Run every verb on the small real model and the adapters that ship with loraformat.
+    """Run every verb on the small model and the adapters that ship with loraformat.
 
-    What is made is put into DIRECTORY. An adapter is trained, too, and run in llama.cpp. Perplexity
-    is measured on held-out text.
+    Outputs go to DIRECTORY. The demo also trains an adapter and runs it in llama.cpp. Perplexity is
+    measured on held-out text.
     """
     from loraformat.demo.pipeline import run_demo
 

@@ -22,17 +22,17 @@ Example:
 @click.argument("data", nargs=-1, required=True)
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="ADAPTER",
-    help="Measure the base with this adapter, too. Repeatable.",
+    help="Also measure the base with this adapter. Repeatable.",
 )  # fmt: skip
 @setting_options((*data_settings(), *machine_settings()))
 @json_option
 @quiet_option
 def command(adapters: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
-    """Measure loss and perplexity on held-out data: the base, and beside it each adapter.
+    """Measure loss and perplexity of a base on held-out data, without and with each adapter.
 
-    The loss is the mean negative log-likelihood of a learned token, in nats, and the perplexity
-    its exponential; masks and rows are those of training. BASE is a bundle, or a model in any other
-    format: a directory of safetensors, a bitsandbytes checkpoint, a GGUF file.
+    The loss is the mean negative log-likelihood of the target tokens in nats; perplexity is its
+    exponential. Data formats and loss masks are those of training. BASE is a bundle or a model in
+    any other format: a safetensors directory, a bitsandbytes checkpoint or a GGUF file.
     """
     options = chosen(given, None)
     from loraformat.cli.train_progress import TrainingBar

@@ -29,21 +29,23 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
-@output_option("The adapter; NAME.gguf for llama.cpp, BUNDLE/adapters/NAME into a bundle.")
+@output_option(
+    "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
+)
 @click.option(
     "--rank",
     type=RankOrAuto(),
     metavar="R|auto",
-    help="Rank of every module that holds more than the rounding noise of TUNED; auto, the "
-    "default, stops where that begins.",
+    help="Rank of every module that differs by more than rounding noise; auto picks the rank at "
+    "which rounding noise of TUNED begins. [default: auto]",
 )
-@energy_option("Capture this share of each difference's squared norm.")
-@max_rank_option("For --rank auto and --energy.", default=256)
+@energy_option("Capture this fraction of each difference's squared norm.")
+@max_rank_option("Upper bound for --rank auto and --energy.", default=256)
 @skip_option
-@dtype_option("Type of the factors; by default that of TUNED.")
-@allow_base_mismatch_option("Write into a bundle that is not BASE.")
+@dtype_option("Dtype of the factors. [default: that of TUNED]")
+@allow_base_mismatch_option("Allow an output bundle other than BASE.")
 @force_option()
-@dry_run_option("Print ranks and what they capture, write nothing.")
+@dry_run_option("Print ranks and captured shares without writing anything.")
 @json_option
 @quiet_option
 def command(
@@ -59,9 +61,9 @@ def command(
 ) -> None:
     """Extract an adapter from a base and its fine-tune.
 
-    Matrices become low-rank deltas of the difference in float32; changed norms and biases and
-    grown vocabularies are replaced as a whole. The share of the difference that was captured is
-    measured and reported for each module.
+    The float32 difference of each matrix is approximated by a low-rank delta; changed norms,
+    changed biases and resized embeddings are stored in full. The captured share of each module's
+    difference is measured and reported.
     """
     from loraformat.ops.extract.extract import ExtractOptions, extract
 

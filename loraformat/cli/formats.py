@@ -16,7 +16,7 @@ Example:
 @json_option
 @quiet_option
 def command(as_json: bool, quiet: bool) -> None:
-    """List converters, directions, what each loses and what is missing to install."""
+    """List the converters, their directions, what each cannot represent, and missing packages."""
     from loraformat.plugins import all_converters
 
     converters = all_converters()

@@ -21,19 +21,20 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("base")
 @click.option("--adapter", metavar="ADAPTER", help="Apply this adapter.")
-@click.option("--prompt", metavar="TEXT", help="What to write on; - reads it from stdin.",
+@click.option("--prompt", metavar="TEXT", help="Prompt text; - reads it from stdin.",
               required=True)  # fmt: skip
 @click.option("--chat", is_flag=True,
-              help="Put the prompt into the adapter's chat template, or the model's.")  # fmt: skip
+              help="Apply the adapter's chat template, or the model's, to the prompt.")  # fmt: skip
 @click.option("--system", metavar="TEXT", help="With --chat: the system message.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, metavar="N",
-              help="Most new tokens.")  # fmt: skip
+              help="Maximum number of new tokens.")  # fmt: skip
 @click.option("--temperature", type=float, default=0.7, show_default=True, metavar="T",
-              help="0 takes the likeliest token each time.")  # fmt: skip
+              help="Sampling temperature; 0 is greedy decoding.")  # fmt: skip
 @click.option("--top-p", type=float, default=0.95, show_default=True, metavar="P",
-              help="Draw from the likeliest tokens of this probability.")  # fmt: skip
+              help="Nucleus sampling: sample from the smallest set of tokens with this total "
+                   "probability.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
-              help="The same seed writes the same text.")  # fmt: skip
+              help="Random seed for sampling.")  # fmt: skip
 @setting_options(machine_settings())
 @json_option
 @quiet_option
@@ -50,10 +51,10 @@ def command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Let a model write on from a prompt; the text appears as it is written.
+    """Generate text from a prompt and print it token by token.
 
-    BASE is a bundle, or a model in any other format: a directory of safetensors, a bitsandbytes
-    checkpoint, a GGUF file. It stays mapped: what does not fit in memory can be tried out, slowly.
+    BASE is a bundle or a model in any other format: a safetensors directory, a bitsandbytes
+    checkpoint or a GGUF file. It is memory-mapped, so a model larger than memory works, slowly.
     """
     if system and not chat:
         raise UsageError("a system message needs a chat", hint="add --chat")

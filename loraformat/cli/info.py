@@ -21,13 +21,15 @@ Example:
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("path")
-@click.option("--tensors", is_flag=True, help="List every tensor, or every module of an adapter.")
+@click.option(
+    "--tensors", is_flag=True, help="List every tensor, or every target module of an adapter."
+)
 @click.option(
     "--plot",
     "picture",
     metavar="FILE",
-    help="Of a bundle: draw the error of its quantization, by layer: .png, .svg or .pdf. "
-    "Needs: pip install 'loraformat[plot]'.",
+    help="Bundles: plot the quantization error by layer to a .png, .svg or .pdf file. Needs: pip "
+    "install 'loraformat[plot]'.",
 )
 @allow_pickle_option
 @json_option
@@ -40,7 +42,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Show what a model or an adapter is, without reading its weights.
+    """Describe a model or an adapter without reading its weights.
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
     """

@@ -40,38 +40,40 @@ Example:
 @click.argument("base", metavar="BASE")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @output_option("Output directory.", "OUT")
-@weight_option("Factor of each adapter, in their order. [default: 1]")
-@click.option(
-    "--from", "from_format", metavar="FORMAT", help="Format of BASE; by default its content tells."
-)
+@weight_option("Weight of each adapter, in the same order. [default: 1]")
+@click.option("--from", "from_format", metavar="FORMAT", help="Format of BASE. [default: detected]")
 @click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
 @click.option(
     "--dtype",
     type=WeightType(),
-    help="Type of the output; by default each tensor keeps its own, NF4 becomes bf16, "
-    "GGUF's block types f32. Of a GGUF "
-    "file f16 is the default, and only such a file can have those that begin with q.",
+    help="Dtype of the output. [default: unchanged; NF4 becomes bf16, GGUF block types f32; f16 "
+    "for a GGUF output] The q types are only for GGUF outputs.",
 )
 @click.option(
-    "--undo", metavar="FILE", help="Write the record from which `unmerge` restores BASE exactly."
+    "--undo",
+    metavar="FILE",
+    help="Write an undo record, from which `unmerge` restores BASE exactly.",
 )
 @click.option(
     "--requantize",
     is_flag=True,
-    help="Quantize the merged weights; on a base that was NF4 it loses nearly all of the delta.",
+    help="Quantize the merged weights to NF4. For a base that was already NF4 this loses nearly "
+    "all of the delta.",
 )
 @click.option(
     "--name",
     metavar="NAME",
-    help="With --to loraformat: the adapter's name in the bundle; by default its directory's.",
+    help="With --to loraformat: name of the adapter in the bundle. [default: its directory's name]",
 )
-@allow_base_mismatch_option("Merge an adapter that was made for another base.")
+@allow_base_mismatch_option("Accept an adapter that was made for another base.")
 @allow_pickle_option
 @config_option
 @pre_tokenizer_option
-@click.option("--modules", "show_modules", is_flag=True, help="Show every module, not the total.")
+@click.option(
+    "--modules", "show_modules", is_flag=True, help="Show one row per module as well as the total."
+)
 @max_shard_size_option
-@force_option("a model that stands at OUT")
+@force_option("an existing model at OUT")
 @dry_run_option()
 @json_option
 @quiet_option
@@ -85,11 +87,12 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Merge adapters into a base, into a new model.
+    """Merge adapters into a base and write a new model.
 
-    BASE is never changed. Every weight gets the sum of all deltas and is rounded once. A
-    quantized BASE gives dense weights: quantizing again would lose the adapter. With
-    `--to loraformat` it keeps its codes, and the sum of the adapters lies beside them.
+    BASE is never modified. The sum of all deltas is added to each weight and rounded once. A
+    quantized BASE is written as dense weights, because requantizing would lose most of the delta.
+    With `--to loraformat` the NF4 codes are kept and the combined adapter is stored separately in
+    the bundle.
     """
     from loraformat.ops.merge.merge import merge
 

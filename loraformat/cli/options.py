@@ -94,13 +94,13 @@ def dtype_option(help_text: str) -> Callable[[_Command], _Command]:
     return click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help=help_text)
 
 
-def force_option(what: str = "what stands at DST") -> Callable[[_Command], _Command]:
+def force_option(what: str = "an existing DST") -> Callable[[_Command], _Command]:
     """Allow to overwrite, which nothing does without it."""
     return click.option("--force", is_flag=True, help=f"Replace {what}.")
 
 
 def dry_run_option(
-    help_text: str = "Print the plan and the sizes, write nothing.",
+    help_text: str = "Print the plan and the sizes without writing anything.",
 ) -> Callable[[_Command], _Command]:
     """Do everything but write."""
     return click.option("--dry-run", is_flag=True, help=help_text)
@@ -142,32 +142,32 @@ def allow_base_mismatch_option(help_text: str) -> Callable[[_Command], _Command]
 
 
 adapter_base_option = base_option(
-    "What names and shapes are held against; a GGUF adapter needs its config.json (a directory "
-    "with that alone will do). In a bundle it is known."
+    "Base to compare names and shapes with; a GGUF adapter needs its config.json (a directory "
+    "holding only that file is enough). Not needed for an adapter in a bundle."
 )
 allow_pickle_option = click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Read a .bin, too, with a loader that makes nothing but tensors.",
+    help="Also read pickled .bin files, with a loader restricted to tensors.",
 )
 config_option = click.option(
     "--config",
     metavar="FILE",
-    help="config.json of the model in a GGUF file; by default it is inferred.",
+    help="config.json of the model in a GGUF file. [default: inferred]",
 )
 pre_tokenizer_option = click.option(
     "--pre",
     "pre_tokenizer",
     metavar="NAME",
-    help="llama.cpp's name of the pre-tokenizer, for a GGUF file; by default it is recognised.",
+    help="llama.cpp's name of the pre-tokenizer, for a GGUF output. [default: detected]",
 )
 skip_option = click.option(
-    "--skip", multiple=True, metavar="GLOB", help="Leave these tensors alone. Repeatable."
+    "--skip", multiple=True, metavar="GLOB", help="Leave out matching tensors. Repeatable."
 )
 max_shard_size_option = click.option(
     "--max-shard-size",
     type=ByteSize(),
     default="2GB",
     show_default=True,
-    help="Tensor bytes per file.",
+    help="Maximum tensor bytes per file.",
 )

@@ -29,23 +29,24 @@ Example:
 @click.argument("repo", metavar="REPO_ID[@REVISION]")
 @click.argument("target", metavar="DST")
 @click.option(
-    "--with-base", is_flag=True, help="Fetch the base that it names, too, into the Hub's cache."
+    "--with-base", is_flag=True, help="Also download the base model it names into the Hub cache."
 )
 @click.option(
     "--include",
     multiple=True,
     metavar="GLOB",
-    help="Fetch these files only; by default all but pickles and other frameworks' weights.",
+    help="Download matching files only. Repeatable. [default: all but pickles and weights of "
+    "other frameworks]",
 )
 @force_option()
-@dry_run_option("Print the files and their sizes, fetch nothing.")
+@dry_run_option("Print the files and their sizes without downloading them.")
 @json_option
 @quiet_option
 def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Fetch a repository from the Hub as it is at one commit, every file compared by hash.
+    """Download a repository from the Hub at one commit and verify every file by hash.
 
-    DST appears when everything has arrived and is what the Hub has. After an interruption the
-    same command goes on; files that have arrived are not fetched again.
+    DST appears only when all files are complete and match the Hub. To continue after an
+    interruption, run the same command again; complete files are not downloaded twice.
     """
     from loraformat.ops.pull.pull import pull
 

@@ -33,57 +33,67 @@ Example:
 @click.option(
     "--base-model",
     metavar="ORG/NAME",
-    help="The base on the Hub, where the files know a local path only. ORG/NAME@REVISION, too.",
+    help="Base model on the Hub, if the files record only a local path. ORG/NAME@REVISION selects "
+    "a revision.",
 )
 @click.option(
     "--license",
     "licence",
     metavar="ID",
-    help="The Hub's identifier of the licence; by default that of the base.",
+    help="Licence identifier as used on the Hub. [default: that of the base]",
 )
 @click.option(
-    "--with-gguf", is_flag=True, help="Publish an adapter for llama.cpp, too, made from PATH."
+    "--with-gguf", is_flag=True, help="Also publish a GGUF version of the adapter for llama.cpp."
 )
 @click.option(
     "--base",
     metavar="PATH",
-    help="The base, to hold names and shapes against, and whose config.json serves --with-gguf. "
-    "[default: a copy that is here already]",
+    help="Base to compare names and shapes with; its config.json is used for --with-gguf. "
+    "[default: a local copy, if there is one]",
 )
 @click.option(
-    "--include", multiple=True, metavar="GLOB", help="Publish these files of PATH, too. Repeatable."
+    "--include",
+    multiple=True,
+    metavar="GLOB",
+    help="Also publish matching files of PATH. Repeatable.",
 )
 @click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Leave these files of PATH here. Repeatable."
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Do not publish matching files of PATH. Repeatable.",
 )
 @click.option(
     "--with-statistics",
     is_flag=True,
-    help="Publish activation statistics, too: moments of what the training data made layers see.",
+    help="Also publish activation statistics: second moments of layer inputs on the training data.",
 )
 @click.option(
     "--whole-record",
     is_flag=True,
-    help="Publish hashes of the training data, and prompts of samples, in training_record.json.",
+    help="Keep hashes of the training data and sample prompts in the published "
+    "training_record.json.",
 )
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--private", is_flag=True, help="Create a new repository as private.")
 @click.option(
-    "--revision", metavar="BRANCH", help="Branch, made if it is missing.  [default: main]"
+    "--revision", metavar="BRANCH", help="Branch to commit to; created if missing.  [default: main]"
 )
-@click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
-@click.option("--tag", metavar="NAME", help="Tag the commit, v1.0 for example.")
-@click.option("--message", metavar="TEXT", help="Message of the commit.")
-@dry_run_option("Print the files, how they compare with what the Hub has, and the card.")
+@click.option(
+    "--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch."
+)
+@click.option("--tag", metavar="NAME", help="Tag the commit, for example v1.0.")
+@click.option("--message", metavar="TEXT", help="Commit message.")
+@dry_run_option("Print the files, their status on the Hub, and the model card, without uploading.")
 @json_option
 @quiet_option
 def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Publish an adapter or a bundle on the Hub, with a card written from its facts.
+    """Publish an adapter or a bundle on the Hub with a generated model card.
 
-    PATH is a PEFT directory, a GGUF LoRA, BUNDLE/adapters/NAME, or a bundle. It is verified;
-    everything appears in one commit, which is then read again and compared by hash. What the
-    Hub has already is not sent again, so an interrupted upload goes on where it was.
+    PATH is a PEFT directory, a GGUF LoRA, BUNDLE/adapters/NAME, or a bundle. It is verified first
+    and published in a single commit, whose files are then compared by hash. Files already on the
+    Hub are not uploaded again, so an interrupted upload resumes where it stopped.
 
-    The login is huggingface_hub's: hf auth login.
+    Log in with: hf auth login.
     """
     from loraformat.ops.push.push import push
 

@@ -30,27 +30,30 @@ Example:
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("source", metavar="ADAPTER")
-@output_option("The new adapter; NAME.gguf for llama.cpp, BUNDLE/adapters/NAME into a bundle.")
-@click.option("--rank", type=click.IntRange(1), metavar="R", help="This rank in every module.")
-@energy_option("Keep this share of each module's squared norm, 0.99 for example.")
+@output_option(
+    "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
+)
+@click.option("--rank", type=click.IntRange(1), metavar="R", help="Rank of every module.")
+@energy_option("Keep this fraction of each module's squared norm, for example 0.99.")
 @click.option(
     "--budget",
     type=ParameterCount(),
     metavar="N",
-    help="Keep so many parameters in all (4M, 500k), where they hold most.",
+    help="Total number of parameters (4M, 500k), distributed over the modules where they retain "
+    "most.",
 )
-@max_rank_option("No module gets more; alone or with --energy or --budget.")
+@max_rank_option("Upper bound per module; alone, or with --energy or --budget.")
 @click.option(
     "--no-statistics",
     is_flag=True,
-    help="Ignore activation statistics in the adapter: weigh every input alike.",
+    help="Ignore activation statistics: minimise the error of the weights, not of the outputs.",
 )
-@dtype_option("Type of the new factors; by default they keep theirs.")
+@dtype_option("Dtype of the new factors. [default: unchanged]")
 @adapter_base_option
-@allow_base_mismatch_option("Write for this base what was made for another.")
+@allow_base_mismatch_option("Accept an adapter that was made for another base.")
 @allow_pickle_option
 @force_option()
-@dry_run_option("Print ranks and errors, write nothing.")
+@dry_run_option("Print ranks and errors without writing anything.")
 @json_option
 @quiet_option
 def command(
@@ -66,12 +69,12 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Reduce an adapter's rank, with the least possible error.
+    """Reduce an adapter's rank with the smallest possible error.
 
-    Each module's delta is replaced by its best approximation, computed from the factors in
-    float64. If the adapter carries activation statistics, best means: the least change of the
-    module's output. The new factors are balanced and ordered, so that any prefix of them is the
-    best adapter of that rank; rsLoRA and patterns are folded in.
+    Each module's delta is replaced by its best low-rank approximation, computed from the factors
+    in float64. If the adapter has activation statistics, the error of the module's output is
+    minimised instead. The new factors are balanced and ordered by singular value, so any prefix of
+    them is the best adapter of that rank. rsLoRA and per-module patterns are folded in.
     """
     from loraformat.ops.reduce import Reduction, reduce
 

@@ -19,8 +19,8 @@ Example:
 def command(path: str, as_json: bool, quiet: bool) -> None:
     """Remove an adapter from a bundle.
 
-    PATH is BUNDLE/adapters/NAME. The manifest forgets it first, then its files go; nothing else
-    in the bundle changes.
+    PATH is BUNDLE/adapters/NAME. The adapter is removed from the manifest first, then its files
+    are deleted. Nothing else in the bundle changes.
     """
     from loraformat.ops.remove import remove
 

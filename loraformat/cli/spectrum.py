@@ -22,7 +22,7 @@ Example:
     "--plot",
     "picture",
     metavar="FILE",
-    help="Draw it, too: .png, .svg or .pdf. Needs: pip install 'loraformat[plot]'.",
+    help="Also plot it to a .png, .svg or .pdf file. Needs: pip install 'loraformat[plot]'.",
 )
 @allow_pickle_option
 @json_option
@@ -30,10 +30,10 @@ Example:
 def command(
     source: str, picture: str | None, allow_pickle: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Show which ranks an adapter uses.
+    """Show the singular value spectrum and effective ranks of an adapter.
 
-    Per module: the norm of its change, how many directions it has in effect (stable rank,
-    entropy rank), and the least ranks that keep 90, 95 and 99 % of its squared norm.
+    Per module: the norm of the delta, its effective rank (stable rank and entropy rank), and
+    the smallest ranks that keep 90, 95 and 99 % of its squared norm.
     """
     from loraformat.ops.plots import check_picture
     from loraformat.ops.spectrum.plot import plot

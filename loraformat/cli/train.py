@@ -29,12 +29,14 @@ Example:
 @click.option("-o", "--output", metavar="ADAPTER", help="The new adapter.")
 @click.option(
     "--config", type=click.Path(path_type=Path), metavar="FILE",
-    help="YAML with any of these options, base, data and output; flags override it.",
+    help="YAML file with any of these options, base, data and output; flags override it.",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
+@click.option("--resume", is_flag=True, help="Resume from the newest complete checkpoint.")
 @setting_options()
-@force_option("the adapter and the run that stand there")
-@dry_run_option("Print the memory plan, steps and a measured estimate of the time; train nothing.")
+@force_option("an existing adapter and its run directory")
+@dry_run_option(
+    "Print the memory plan, the number of steps and a measured time estimate without training."
+)
 @json_option
 @quiet_option
 def command(
@@ -46,14 +48,14 @@ def command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Train a LoRA adapter on a bundle that never has to fit in memory.
+    """Train a LoRA adapter on a bundle that need not fit in memory.
 
     BASE is a bundle, DATA are JSONL, JSON, CSV, Parquet or text files, directories of them, or
     datasets on the Hub, with rows of {"text"}, {"prompt", "completion"} or {"messages"}. The base
-    stays mapped on the disk; each layer is decoded when it is computed, and let go.
+    is memory-mapped from disk; each layer is dequantized when it is needed and released afterwards.
 
-    Checkpoints, record and loss curve lie in ADAPTER.run. After Ctrl-C or a crash, the same
-    command with --resume comes to the same bytes as a run without the interruption.
+    Checkpoints, the training record and the loss curve are written to ADAPTER.run. After Ctrl-C or
+    a crash, the same command with --resume produces the same bytes as an uninterrupted run.
     """
     from loraformat.cli.train_progress import TrainingBar
 

@@ -33,29 +33,30 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("merged", metavar="MERGED")
 @output_option("Output directory.", "OUT")
-@click.option("--undo", metavar="FILE", help="The record that `merge --undo` wrote.")
+@click.option("--undo", metavar="FILE", help="The undo record written by `merge --undo`.")
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="ADAPTER",
-    help="With --undo: where the adapters are now. Without: what to subtract. Repeatable.",
+    help="With --undo: current location of a merged adapter. Without: adapter to subtract. "
+    "Repeatable.",
 )
-@weight_option("Without --undo: the weight of each adapter. [default: 1]")
+@weight_option("Without --undo: weight of each adapter. [default: 1]")
 @allow_pickle_option
 @click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
 @max_shard_size_option
-@force_option("a model that stands at OUT")
-@dry_run_option("Check what belongs together, write nothing.")
+@force_option("an existing model at OUT")
+@dry_run_option("Check that record, model and adapters match without writing anything.")
 @json_option
 @quiet_option
 def command(
     merged: str, target: str, max_shard_size: int, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Take merged adapters out of a model again.
+    """Undo a merge and restore the base.
 
-    With its undo record every bit of the original comes back, proven by hash; several merges
-    are undone in reverse order. Without one the adapters are subtracted, which is near.
+    With its undo record the base is restored bit for bit, verified by hash; undo several
+    merges in reverse order. Without one the adapters are subtracted, which is only approximate.
     """
     from loraformat.ops.unmerge.unmerge import unmerge
 

@@ -24,11 +24,11 @@ _FOUND_SOMETHING = 4
 @json_option
 @quiet_option
 def command(path: str, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
-    """Check every rule and every hash; exit 4 on a finding.
+    """Verify structure and hashes; exit with code 4 on a finding.
 
-    PATH is a local path or a Hub id, of a model or an adapter. A bundle, and an adapter in one,
-    is compared with the hashes in its manifest; other formats have none: their headers and
-    scales are checked, and an adapter's pairs, shapes and values.
+    PATH is a local path or a Hub id, of a model or an adapter. A bundle, or an adapter in one, is
+    verified against the hashes in its manifest. Other formats have no hashes: their headers and
+    scales are checked, and an adapter's factor pairs, shapes and values.
     """
     from loraformat.ops.verify import verify
 

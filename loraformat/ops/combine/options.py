@@ -29,9 +29,9 @@ class CombineOptions:
     rank : int or None
         Of each module; by default the largest of its adapters'. Not for ``cat``.
     density : float
-        Share of elements that pruning and dropping keep.
+        Fraction of elements kept by pruning or dropping.
     seed : int
-        Of random dropping.
+        Random seed for dropping.
     dtype : str or None
         Of the new factors.
     """

@@ -57,7 +57,7 @@ def pull(
     target : str or Path
         The directory to appear.
     with_base : bool
-        Fetch the base that it names, too, into the Hub's cache.
+        Also download the base model it names into the Hub cache.
     include : sequence of str
         Globs of the files that are wanted; by default all but pickles and the weights of other
         frameworks.

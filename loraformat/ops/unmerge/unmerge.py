@@ -45,7 +45,7 @@ def unmerge(
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> UnmergeReport:
-    """Take merged adapters out of a model again.
+    """Undo a merge and restore the base.
 
     Parameters
     ----------

@@ -90,7 +90,7 @@ class LoopOptions:
     save_every : int or None
         Steps from one checkpoint to the next; None: every ten minutes.
     keep : int
-        Checkpoints that are kept.
+        Number of checkpoints to keep.
     early_stop : int
         Evaluations without a new lowest loss that end the run; 0: it goes on.
     best : bool

@@ -86,142 +86,162 @@ class TrainOptions:
 
     base: str = _setting("run", "text", "", "The bundle to train on.", free=True)
     data: tuple[str, ...] = _setting(
-        "run", "texts", (), "Files, directories, Hub datasets.", free=True
+        "run", "texts", (), "Files, directories or datasets on the Hub.", free=True
     )
     output: str = _setting("run", "text", "", "The new adapter.", free=True)
 
     rank: int = _setting("LoRA", "integer", 16, "Rank of every module.", metavar="R")
     alpha: float | None = _setting(
-        "LoRA", "number", None, "Scale by alpha/rank; by default the rank itself.", metavar="A"
+        "LoRA",
+        "number",
+        None,
+        "LoRA alpha; deltas are scaled by alpha/rank. [default: the rank]",
+        metavar="A",
     )
-    rslora: bool = _setting("LoRA", "flag", False, "Scale by alpha over the rank's square root.")
+    rslora: bool = _setting(
+        "LoRA", "flag", False, "Rank-stabilised LoRA: scale by alpha/sqrt(rank)."
+    )
     targets: tuple[str, ...] = _setting(
         "LoRA",
         "names",
         ("all-linear",),
-        "all-linear, attention, mlp, names of modules, or globs; comma-separated, repeatable.",
+        "Target modules: all-linear, attention, mlp, module names or globs; comma-separated, "
+        "repeatable.",
         metavar="T",
     )
     ranks: tuple[tuple[str, int], ...] = _setting(
         "LoRA",
         "ranks",
         (),
-        "Another rank for modules of that name or glob. Repeatable.",
+        "Rank of modules that match a name or glob. Repeatable.",
         metavar="GLOB=R",
     )
-    dropout: float = _setting(
-        "LoRA", "number", 0.0, "Share of inputs that A does not see.", metavar="P"
+    dropout: float = _setting("LoRA", "number", 0.0, "LoRA dropout probability.", metavar="P")
+    init: str = _setting(
+        "LoRA", "text", "kaiming", "Initialisation of the factors.", choices=INITIALISATIONS
     )
-    init: str = _setting("LoRA", "text", "kaiming", "How factors begin.", choices=INITIALISATIONS)
     original: str = _setting(
         "LoRA",
         "text",
         "",
-        "The model that the base was quantized from, for --init loftq.",
+        "Unquantized original of the base, for --init loftq.",
         metavar="PATH",
     )
-    dora: bool = _setting("LoRA", "flag", False, "Train a magnitude per output, too.")
-    embeddings: bool = _setting("LoRA", "flag", False, "Train the token embeddings, too.")
-    head: bool = _setting("LoRA", "flag", False, "Train the output head, too.")
-    statistics: bool = _setting(
-        "LoRA", "flag", True, "Collect second moments, for reduce, on the way."
-    )
+    dora: bool = _setting("LoRA", "flag", False, "DoRA: also train a magnitude per output feature.")
+    embeddings: bool = _setting("LoRA", "flag", False, "Also adapt the token embeddings.")
+    head: bool = _setting("LoRA", "flag", False, "Also adapt the output head.")
+    statistics: bool = _setting("LoRA", "flag", True, "Collect activation statistics for `reduce`.")
     adapter: str = _setting(
-        "LoRA", "text", "", "Begin with this adapter, its ranks and its scaling.", metavar="PATH"
+        "LoRA",
+        "text",
+        "",
+        "Continue training this adapter, with its ranks and scaling.",
+        metavar="PATH",
     )
 
     seq_len: int | None = _setting(
         "Data",
         "integer",
         None,
-        "Most tokens in a row; by default 512, or the model's context if that is less.",
+        "Maximum sequence length in tokens. [default: 512, or the model's context if shorter]",
         metavar="N",
     )
-    batch_size: int = _setting("Data", "integer", 1, "Rows of a micro-batch.", metavar="N")
+    batch_size: int = _setting("Data", "integer", 1, "Sequences per micro-batch.", metavar="N")
     train_on: str = _setting(
         "Data",
         "text",
         "completions",
-        "Learn completions and assistant turns only, or all.",
+        "Compute the loss on completions and assistant turns only, or on all tokens.",
         choices=_words("train_on"),
     )
     over_length: str = _setting(
         "Data",
         "text",
         "refuse",
-        "What becomes of samples that are too long.",
+        "What to do with samples longer than --seq-len.",
         choices=_words("over_length"),
     )
-    packing: bool = _setting("Data", "flag", True, "Put several samples into one row.")
-    shuffle: bool = _setting("Data", "flag", True, "Another order in each epoch.")
+    packing: bool = _setting("Data", "flag", True, "Pack several samples into one sequence.")
+    shuffle: bool = _setting("Data", "flag", True, "Shuffle the samples in each epoch.")
     bad_rows: str = _setting(
         "Data",
         "text",
         "refuse",
-        "What becomes of rows that cannot be read.",
+        "What to do with rows that cannot be read.",
         choices=_words("bad_rows"),
     )
     split_text: str = _setting(
         "Data",
         "text",
         "document",
-        "What is one document in a text file.",
+        "Treat a text file as one document, or each paragraph as one.",
         choices=_words("split_text"),
     )
     chat_template: str = _setting(
-        "Data", "text", "", "Jinja file, instead of the tokenizer's.", metavar="FILE"
+        "Data", "text", "", "Jinja chat template that replaces the tokenizer's.", metavar="FILE"
     )
-    subset: str = _setting("Data", "text", "", "Subset of a Hub dataset.", metavar="NAME")
-    split: str = _setting("Data", "text", "train", "Split of a Hub dataset.", metavar="NAME")
+    subset: str = _setting("Data", "text", "", "Subset of a dataset on the Hub.", metavar="NAME")
+    split: str = _setting("Data", "text", "train", "Split of a dataset on the Hub.", metavar="NAME")
 
-    epochs: int = _setting("Steps", "integer", 1, "Times that the data are seen.", metavar="N")
+    epochs: int = _setting("Steps", "integer", 1, "Number of epochs.", metavar="N")
     steps: int | None = _setting(
-        "Steps", "integer", None, "So many steps, instead of epochs.", metavar="N"
+        "Steps", "integer", None, "Number of optimizer steps; overrides --epochs.", metavar="N"
     )
     grad_accum: int = _setting(
         "Steps",
         "integer",
         4,
-        "Micro-batches of a step, weighted by their learned tokens.",
+        "Gradient accumulation: micro-batches per step, weighted by their target tokens.",
         metavar="N",
     )
     layer_major: bool = _setting(
         "Steps",
         "flag",
         False,
-        "Take all micro-batches through a layer before the next is read: for slow disks.",
+        "Run all micro-batches of a step through one layer before reading the next; for slow "
+        "disks.",
     )
-    lr: float = _setting("Steps", "number", 2e-4, "Highest learning rate.", metavar="X")
-    schedule: str = _setting("Steps", "text", "cosine", "The way down from it.", choices=SCHEDULES)
+    lr: float = _setting("Steps", "number", 2e-4, "Peak learning rate.", metavar="X")
+    schedule: str = _setting(
+        "Steps", "text", "cosine", "Learning-rate schedule after warmup.", choices=SCHEDULES
+    )
     warmup: float = _setting(
-        "Steps", "number", 0.03, "Steps of the way up; below 1 a share.", metavar="N"
+        "Steps", "number", 0.03, "Warmup steps, or a fraction of all steps if below 1.", metavar="N"
     )
     lora_plus: float = _setting(
-        "Steps", "number", 1.0, "B's learning rate over A's (LoRA+).", metavar="X"
+        "Steps", "number", 1.0, "LoRA+: ratio of the learning rate of B to that of A.", metavar="X"
     )
-    weight_decay: float = _setting("Steps", "number", 0.0, "Decoupled, on matrices.", metavar="X")
+    weight_decay: float = _setting(
+        "Steps", "number", 0.0, "Decoupled weight decay of matrices.", metavar="X"
+    )
     clip: float = _setting(
-        "Steps", "number", 1.0, "Largest norm of the gradient; 0: any.", metavar="X"
+        "Steps", "number", 1.0, "Maximum gradient norm; 0 disables clipping.", metavar="X"
     )
     optimizer: str = _setting(
-        "Steps", "text", "adamw", "The 8-bit ones need bitsandbytes.", choices=tuple(OPTIMIZERS)
+        "Steps",
+        "text",
+        "adamw",
+        "Optimizer; the 8-bit ones need bitsandbytes.",
+        choices=tuple(OPTIMIZERS),
     )
     optimizer_states: str = _setting(
         "Steps",
         "text",
         "memory",
-        "Where AdamW's states lie; the same bits.",
+        "Where to keep the AdamW states; does not affect the result.",
         choices=("memory", "disk"),
         free=True,
     )
-    seed: int = _setting("Steps", "integer", 0, "Of factors, order and dropout.", metavar="N")
-    deterministic: bool = _setting("Steps", "flag", False, "Refuse GPU kernels that are not.")
+    seed: int = _setting(
+        "Steps", "integer", 0, "Random seed for initialisation, shuffling and dropout.", metavar="N"
+    )
+    deterministic: bool = _setting("Steps", "flag", False, "Fail on non-deterministic GPU kernels.")
 
     eval: tuple[str, ...] = _setting(
         "Held-out data",
         "texts",
         (),
-        "Measure the loss on these. Repeatable.",
+        "Held-out data to evaluate on. Repeatable.",
         metavar="DATA",
         free=True,
     )
@@ -229,27 +249,27 @@ class TrainOptions:
         "Held-out data",
         "integer",
         0,
-        "Steps between evaluations; 0: before and after only.",
+        "Steps between evaluations; 0 evaluates only before and after training.",
         metavar="N",
     )
     early_stop: int = _setting(
         "Held-out data",
         "integer",
         0,
-        "Stop after so many evaluations without a lower loss; 0: never.",
+        "Stop after this many evaluations without a lower held-out loss; 0 disables it.",
         metavar="N",
     )
     best: bool = _setting(
         "Held-out data",
         "flag",
         False,
-        "Write the adapter of the lowest held-out loss, not the last.",
+        "Write the adapter with the lowest held-out loss instead of the last.",
     )
     prompt: tuple[str, ...] = _setting(
         "Held-out data",
         "texts",
         (),
-        "Continue this at every evaluation; in a chat, answer it. Repeatable.",
+        "Generate a sample from this prompt at every evaluation. Repeatable.",
         metavar="TEXT",
         free=True,
     )
@@ -258,32 +278,32 @@ class TrainOptions:
         "Record",
         "integer",
         None,
-        "Steps between checkpoints; by default one every ten minutes.",
+        "Steps between checkpoints. [default: one every ten minutes]",
         metavar="N",
         free=True,
     )
     keep: int = _setting(
-        "Record", "integer", 2, "Checkpoints that are kept.", metavar="N", free=True
+        "Record", "integer", 2, "Number of checkpoints to keep.", metavar="N", free=True
     )
-    tensorboard: bool = _setting("Record", "flag", False, "Write for TensorBoard, too.", free=True)
+    tensorboard: bool = _setting("Record", "flag", False, "Also log to TensorBoard.", free=True)
     plot: bool = _setting(
-        "Record", "flag", True, "Draw the loss curve, if matplotlib is there.", free=True
+        "Record", "flag", True, "Plot the loss curve, if matplotlib is installed.", free=True
     )
 
-    device: str = _setting("Machine", "text", "cpu", "cpu, cuda, cuda:1 …", metavar="D")
+    device: str = _setting("Machine", "text", "cpu", "Device: cpu, cuda, cuda:1, …", metavar="D")
     compute_dtype: str = _setting(
         "Machine",
         "text",
         "auto",
-        "Type of activations and products (f16: of products alone). auto: f32 on a CPU, bf16 on a "
-        "GPU; fastest: bf16 where the CPU multiplies it faster, too.",
+        "Dtype of activations and matrix products (f16: of products only). auto: f32 on a CPU, "
+        "bf16 on a GPU; fastest: bf16 also on a CPU that multiplies it faster.",
         choices=("auto", "fastest", "f32", "bf16", "f16"),
     )
     device_memory: int | None = _setting(
         "Machine",
         "size",
         None,
-        "What the base may take on the GPU; the rest is streamed.",
+        "GPU memory for base weights; the rest is streamed.",
         metavar="SIZE",
         free=True,
     )
@@ -291,8 +311,9 @@ class TrainOptions:
         "Machine",
         "size",
         None,
-        "What layers may take that keep their activations; the others compute them again. By "
-        "default half of the memory that is left when the whole base is cached.",
+        "Memory for activations that are kept for the backward pass; other layers recompute "
+        "theirs (gradient checkpointing). [default: half of the memory left when the whole base "
+        "is cached]",
         metavar="SIZE",
         free=True,
     )
@@ -300,7 +321,7 @@ class TrainOptions:
         "Machine",
         "size",
         None,
-        "Refuse to start if the plan needs more.",
+        "Fail before training if the memory plan needs more.",
         metavar="SIZE",
         free=True,
     )

@@ -32,9 +32,9 @@ class GenerationOptions:
     Attributes
     ----------
     max_tokens : int
-        Most new tokens.
+        Maximum number of new tokens.
     temperature : float
-        Logits are divided by it; 0 takes the likeliest token each time.
+        Logits are divided by it; 0 is greedy decoding.
     top_p : float
         Tokens are drawn from the likeliest ones whose probabilities add up to this (Holtzman
         2020); 1 from all.

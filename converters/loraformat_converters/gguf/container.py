@@ -17,7 +17,7 @@ from typing import Any
 
 from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.header import TensorEntry
-from loraformat_converters.gguf.tensor_slices import Part, open_parts
+from loraformat_converters.gguf.split_files import Part, open_parts
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from loraformat.model.checkpoint import Checkpoint, LazyTensor
     from loraformat.runtimes.facts import AdapterFacts
     from loraformat.shards.write_directory import WrittenModel
-    from loraformat.storage.atomic_output import Publication
+    from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = [
     "GROUP",
@@ -42,7 +42,7 @@ __all__ = [
     "Forecast",
     "ReadOptions",
     "Requirement",
-    "Watch",
+    "RoundingObserver",
     "WriteOptions",
     "all_converters",
     "for_output",
@@ -85,7 +85,7 @@ class ReadOptions:
     allow_pickle: bool = False
 
 
-class Watch(Protocol):
+class RoundingObserver(Protocol):
     """Sees what a writer stores of tensors, beside what they were."""
 
     def before(self, name: str) -> LazyTensor | None:
@@ -128,7 +128,7 @@ class WriteOptions:
         One of the converter's own ``dtypes``, if it has any.
     pre_tokenizer : str or None
         The pre-tokenizer's name in the format, where it is not to be recognised.
-    watch : Watch or None
+    watch : RoundingObserver or None
         Of a writer that rounds to types of its own: who wants to see what it stores.
     """
 
@@ -136,7 +136,7 @@ class WriteOptions:
     progress: Callable[[int], None]
     dtype: str | None = None
     pre_tokenizer: str | None = None
-    watch: Watch | None = None
+    watch: RoundingObserver | None = None
 
 
 def _no_note(sentence: str) -> None:
@@ -235,7 +235,7 @@ class Converter:
     examine : callable or None
         Looks at an adapter as other programs find it, for ``loraformat check``, and refuses
         nothing but damage. Without it an adapter is read, and what that refuses is an error.
-    forecast : callable or None
+    estimate : callable or None
         Tells of a checkpoint and a target path what ``write`` would write, and refuses what it
         would refuse. Without it a dry run adds up the tensors.
     forecast_adapter : callable or None
@@ -268,10 +268,10 @@ class Converter:
     read: Callable[[Path], Checkpoint] | None = None
     read_with: Callable[[Path, ReadOptions], Checkpoint] | None = None
     read_adapter: Callable[[Path, AdapterReadOptions], Adapter] | None = None
-    write_adapter: Callable[[Adapter, Publication, AdapterWriteOptions], None] | None = None
+    write_adapter: Callable[[Adapter, AtomicOutput, AdapterWriteOptions], None] | None = None
     examine: Callable[[Path, AdapterReadOptions], AdapterFacts] | None = None
-    write: Callable[[Checkpoint, Publication, WriteOptions], WrittenModel] | None = None
-    forecast: Callable[[Checkpoint, Path, WriteOptions], Forecast] | None = None
+    write: Callable[[Checkpoint, AtomicOutput, WriteOptions], WrittenModel] | None = None
+    estimate: Callable[[Checkpoint, Path, WriteOptions], Forecast] | None = None
     forecast_adapter: Callable[[Adapter, Path, AdapterWriteOptions], Forecast] | None = None
     stores: Literal["nf4", "dense", "both"] = "dense"
     dtypes: tuple[str, ...] = ()

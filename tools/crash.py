@@ -71,14 +71,14 @@ def steps(act: Callable[[int, str], None]) -> Iterator[None]:
         return fdopen(descriptor, mode, *rest, **options)
 
     from loraformat.storage import atomic_output
-    from loraformat.storage.atomic_swap import exchange_directories
+    from loraformat.storage.atomic_swap import swap_directories
 
     with ExitStack() as patches:
         for name in _STEPS:
             patches.enter_context(mock.patch.object(os, name, watched(name, getattr(os, name))))
         patches.enter_context(mock.patch.object(os, "fdopen", open_watched))
-        exchange = watched("exchange", exchange_directories)
-        patches.enter_context(mock.patch.object(atomic_output, "exchange_directories", exchange))
+        exchange = watched("exchange", swap_directories)
+        patches.enter_context(mock.patch.object(atomic_output, "swap_directories", exchange))
         yield
 
 

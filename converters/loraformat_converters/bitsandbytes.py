@@ -17,8 +17,8 @@ from loraformat.model.checkpoint import Checkpoint, NF4Tensor
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.read_directory import is_bitsandbytes, open_model, peek_config, weight_files
 from loraformat.shards.write_directory import WrittenModel, write_model_directory
-from loraformat.storage.atomic_output import Publication
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.atomic_output import AtomicOutput
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["CONVERTER", "read", "sniff", "write"]
@@ -78,7 +78,7 @@ def _refuse_other_types(path: Path, config: dict[str, object]) -> None:
 
 def _foreign_parts(path: Path) -> str | None:
     """Return the type of quantization that the tensors' names give away, if it is not NF4."""
-    folder = Folder(path if path.is_dir() else path.parent)
+    folder = SafeDirectory(path if path.is_dir() else path.parent)
     for name in weight_files(folder) if path.is_dir() else [path.name]:
         file = MappedFile(folder, name)
         names = list(file.header.entries)
@@ -90,7 +90,7 @@ def _foreign_parts(path: Path) -> str | None:
     return None
 
 
-def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:
     """Write what transformers writes for a 4-bit model: the same tensors, names and config."""
     written = write_model_directory(
         checkpoint,

@@ -17,7 +17,7 @@ from loraformat.model.tied_head import HEAD
 from loraformat.plugins import Converter, ReadOptions
 from loraformat.shards.index_json import MAX_INDEX_BYTES, parse_index
 from loraformat.shards.read_directory import as_checkpoint
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["CONVERTER", "read", "sniff"]
 
@@ -47,7 +47,7 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
     InputError
         If a file is missing, damaged, or no pickle of tensors alone.
     """
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     weight_map = _weight_map(folder)
     names = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     if options is None or not options.allow_pickle:
@@ -91,14 +91,14 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
     return checkpoint
 
 
-def _weight_map(folder: Folder) -> dict[str, str] | None:
+def _weight_map(folder: SafeDirectory) -> dict[str, str] | None:
     if not folder.has(_INDEX):
         return None
     raw = folder.read(_INDEX, MAX_INDEX_BYTES)
     return parse_index(raw, folder.path / _INDEX, suffix=".bin")[0]
 
 
-def _check_present(folder: Folder, name: str) -> None:
+def _check_present(folder: SafeDirectory, name: str) -> None:
     if not folder.has(name):
         raise InputError(
             "is missing", path=folder.path / name, hint="the download is incomplete; fetch it again"

@@ -22,7 +22,7 @@ from loraformat.shards.read_directory import (
     stored_entries,
 )
 from loraformat.shards.write_directory import WrittenModel, write_model_directory
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = ["CONVERTER", "read", "sniff", "write"]
 
@@ -82,7 +82,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     refuse_packed(checkpoint.path, tensors, method, base_model_of(checkpoint.files))
 
 
-def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:
     """Write dense weights as transformers does: ``model.safetensors``, or shards and an index."""
     return write_model_directory(
         checkpoint,

@@ -19,7 +19,7 @@ from loraformat.model.quantization_history import EXTENSION, to_extension
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.records import FileRecord
 from loraformat.shards.write_directory import WrittenModel, write_model_directory
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
 from loraformat.version import __version__
 
@@ -44,7 +44,7 @@ AdapterRecords = dict[str, dict[str, FileRecord]]
 
 def write(
     checkpoint: Checkpoint,
-    publication: Publication,
+    publication: AtomicOutput,
     options: WriteOptions,
     *,
     add_adapters: Callable[[str], AdapterRecords] = lambda fingerprint: {},
@@ -54,7 +54,7 @@ def write(
     Parameters
     ----------
     checkpoint : Checkpoint
-    publication : Publication
+    publication : AtomicOutput
     options : WriteOptions
     add_adapters : callable, optional
         Called with the fingerprint of the base once it is written; writes ``adapters/NAME``

@@ -16,7 +16,7 @@ from loraformat.bundle.reader import Bundle, load_verified, open_bundle
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.shards.records import FileRecord
 from loraformat.storage.foreign_json import parse_object
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = [
@@ -112,7 +112,7 @@ def _verify_files(bundle: Bundle) -> list[Finding]:
     return findings
 
 
-def file_record(folder: Folder, path: str) -> FileRecord:
+def file_record(folder: SafeDirectory, path: str) -> FileRecord:
     """Return a file's size and SHA-256, as a manifest lists them."""
     digest, nbytes = sha256(), 0
     with os.fdopen(folder.open(path), "rb") as file:
@@ -122,7 +122,7 @@ def file_record(folder: Folder, path: str) -> FileRecord:
     return FileRecord(nbytes, digest.hexdigest())
 
 
-def check_listed(folder: Folder, records: Mapping[str, FileRecord]) -> None:
+def check_listed(folder: SafeDirectory, records: Mapping[str, FileRecord]) -> None:
     """Compare files with what a manifest says of them.
 
     Raises
@@ -141,12 +141,12 @@ def check_listed(folder: Folder, records: Mapping[str, FileRecord]) -> None:
             raise FormatError("V03", "its SHA-256 is not the manifest's", path=path)
 
 
-def check_adapter(folder: Folder, directory: str, fingerprint: str | None) -> None:
+def check_adapter(folder: SafeDirectory, directory: str, fingerprint: str | None) -> None:
     """Check that an adapter can be read, and is one of this base: A01, A02 and the H rules.
 
     Parameters
     ----------
-    folder : Folder
+    folder : SafeDirectory
     directory : str
         Where the adapter lies in it.
     fingerprint : str or None

@@ -41,7 +41,7 @@ from loraformat.model.quantization_history import from_extension
 from loraformat.shards import index_json
 from loraformat.shards.stored_tensors import collect
 from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["Bundle", "is_bundle", "load_verified", "open_bundle"]
@@ -52,7 +52,7 @@ class Bundle:
 
     Attributes
     ----------
-    folder : Folder
+    folder : SafeDirectory
     manifest : Manifest
     shards : tuple of MappedFile
     tensors : dict of str to LazyTensor
@@ -61,7 +61,9 @@ class Bundle:
         The base for conversions: its tensors compare their SHA-256 when they are loaded.
     """
 
-    def __init__(self, folder: Folder, manifest: Manifest, shards: tuple[MappedFile, ...]) -> None:
+    def __init__(
+        self, folder: SafeDirectory, manifest: Manifest, shards: tuple[MappedFile, ...]
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.shards = shards
@@ -140,7 +142,7 @@ def open_bundle(path: Path) -> Bundle:
     InputError
         If a file cannot be read.
     """
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     if not folder.has(MANIFEST_NAME):
         raise FormatError("B01", f"no {MANIFEST_NAME}", path=path, hint="this is not a bundle")
     raw = read_bounded(folder, MANIFEST_NAME, MAX_MANIFEST_BYTES, "M01")

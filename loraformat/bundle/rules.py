@@ -23,7 +23,7 @@ from loraformat.shards import index_json
 from loraformat.shards.layout import TAIL_SUFFIXES
 from loraformat.shards.records import FileRecord
 from loraformat.storage.reserved_names import MANIFEST_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-def read_bounded(folder: Folder, name: str, limit: int, rule: str) -> bytes:
+def read_bounded(folder: SafeDirectory, name: str, limit: int, rule: str) -> bytes:
     """Return a file's bytes, or say by which rule it is too long."""
     if (size := folder.size(name)) > limit:
         problem = f"{size} bytes long, wanted at most {limit}"
@@ -46,13 +46,13 @@ def read_bounded(folder: Folder, name: str, limit: int, rule: str) -> bytes:
 
 
 def open_shards(
-    folder: Folder, manifest: Manifest, opened: contextlib.ExitStack
+    folder: SafeDirectory, manifest: Manifest, opened: contextlib.ExitStack
 ) -> tuple[MappedFile, ...]:
     """Open all shards, and hold them to B02, B05 and V02.
 
     Parameters
     ----------
-    folder : Folder
+    folder : SafeDirectory
     manifest : Manifest
     opened : contextlib.ExitStack
         Closes them.
@@ -62,7 +62,7 @@ def open_shards(
     return tuple(_open_shard(folder, manifest, number, opened) for number in range(count))
 
 
-def _check_shard_files(folder: Folder, manifest: Manifest) -> None:
+def _check_shard_files(folder: SafeDirectory, manifest: Manifest) -> None:
     listed = {shard.file for shard in manifest.shards}
     present = {path.name for path in folder.path.glob("*.safetensors")}
     if missing := sorted(listed - present):
@@ -79,7 +79,7 @@ def _check_shard_files(folder: Folder, manifest: Manifest) -> None:
 
 
 def _open_shard(
-    folder: Folder, manifest: Manifest, number: int, opened: contextlib.ExitStack
+    folder: SafeDirectory, manifest: Manifest, number: int, opened: contextlib.ExitStack
 ) -> MappedFile:
     record = manifest.shards[number]
     shard = MappedFile(folder, record.file, profile=True)
@@ -98,7 +98,9 @@ def _open_shard(
     return shard
 
 
-def check_tensors(folder: Folder, manifest: Manifest, tensors: Mapping[str, LazyTensor]) -> None:
+def check_tensors(
+    folder: SafeDirectory, manifest: Manifest, tensors: Mapping[str, LazyTensor]
+) -> None:
     """N08: the manifest and the shards describe the same weights."""
     records, path = manifest.tensors, folder.path / MANIFEST_NAME
     for name in records.keys() ^ tensors.keys():
@@ -137,7 +139,7 @@ def _stored_owners(shard: MappedFile) -> Iterator[tuple[str, bool]]:
 
 
 def check_layout(
-    folder: Folder,
+    folder: SafeDirectory,
     manifest: Manifest,
     shards: Sequence[MappedFile],
     tensors: Mapping[str, LazyTensor],
@@ -188,7 +190,7 @@ def _enter_layer(
 
 
 def _check_splits(
-    folder: Folder,
+    folder: SafeDirectory,
     manifest: Manifest,
     tensors: Mapping[str, LazyTensor],
     homes: Mapping[tuple[str, int], list[int]],
@@ -211,7 +213,7 @@ def _check_splits(
             )
 
 
-def check_index(folder: Folder, shards: Sequence[MappedFile]) -> None:
+def check_index(folder: SafeDirectory, shards: Sequence[MappedFile]) -> None:
     """B03, B04, B07: the index, which peers read, says what the headers say."""
     path = folder.path / index_json.INDEX_NAME
     if not folder.has(index_json.INDEX_NAME):
@@ -236,7 +238,7 @@ def check_index(folder: Folder, shards: Sequence[MappedFile]) -> None:
         )
 
 
-def check_files(folder: Folder, manifest: Manifest) -> None:
+def check_files(folder: SafeDirectory, manifest: Manifest) -> None:
     """B05, B08: carried files and adapters are there, as long as the manifest says."""
     config = config_json.CONFIG_NAME
     if config not in manifest.files and folder.has(config):
@@ -266,7 +268,7 @@ def _all_files(manifest: Manifest) -> Iterator[tuple[str, FileRecord]]:
 
 
 def split_config(
-    folder: Folder, manifest: Manifest, tensors: Mapping[str, LazyTensor]
+    folder: SafeDirectory, manifest: Manifest, tensors: Mapping[str, LazyTensor]
 ) -> tuple[bytes | None, dict[str, Any] | None]:
     """B06: ``config.json`` tells peers the quantization that the shards have."""
     name = config_json.CONFIG_NAME

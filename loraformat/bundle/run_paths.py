@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loraformat.bundle.update import adapter_place
+from loraformat.bundle.update import parse_bundle_slot
 
 __all__ = ["CURVE_NAME", "run_place"]
 
@@ -23,7 +23,7 @@ def run_place(output: Path) -> Path:
     >>> run_place(Path("out/mine")).name
     'mine.run'
     """
-    place = adapter_place(output)
+    place = parse_bundle_slot(output)
     if place is not None:
         return place.bundle.with_name(f"{place.bundle.name}.{place.name}.run")
     absolute = Path(os.path.abspath(output))

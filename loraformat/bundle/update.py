@@ -29,7 +29,7 @@ from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.bundle.reader import is_bundle
 from loraformat.errors import InputError, OutputError, UnsupportedError, UsageError, printable
 from loraformat.shards.records import FileRecord
-from loraformat.storage.atomic_output import Publication, disk_full
+from loraformat.storage.atomic_output import AtomicOutput, disk_full
 from loraformat.storage.durable import (
     identity,
     identity_of,
@@ -41,13 +41,13 @@ from loraformat.storage.durable import (
     write_all,
 )
 from loraformat.storage.reserved_names import MANIFEST_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_adapter_name, is_portable_path
 
 __all__ = [
-    "Place",
-    "adapter_place",
+    "BundleSlot",
     "add_adapter",
+    "parse_bundle_slot",
     "read_manifest",
     "records_of",
     "remove_adapter",
@@ -59,7 +59,7 @@ _MANIFEST_WITHOUT = f".{MANIFEST_NAME}.without"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BundleSlot:
     """Where an adapter is, or will be: a bundle's directory and a name."""
 
     bundle: Path
@@ -71,7 +71,7 @@ class Place:
         return self.bundle / ADAPTERS / self.name
 
 
-def adapter_place(path: Path) -> Place | None:
+def parse_bundle_slot(path: Path) -> BundleSlot | None:
     """Return the place that a path names if it is ``BUNDLE/adapters/NAME``.
 
     Parameters
@@ -96,12 +96,12 @@ def adapter_place(path: Path) -> Place | None:
             f"{printable(absolute.name)} cannot be the name of an adapter: wanted 1 to 96 letters, "
             "digits, '.', '_' and '-', a letter or digit first, and no device of Windows (rule M09)"
         )
-    return Place(absolute.parent.parent, absolute.name)
+    return BundleSlot(absolute.parent.parent, absolute.name)
 
 
 def read_manifest(bundle: Path) -> Manifest:
     """Read and check a bundle's manifest, and nothing else."""
-    raw = Folder(bundle).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    raw = SafeDirectory(bundle).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     return parse_manifest(raw, bundle / MANIFEST_NAME)
 
 
@@ -113,7 +113,7 @@ def records_of(directory: Path) -> dict[str, FileRecord]:
     UnsupportedError
         If a name breaks M08 or M12, so that the file cannot be part of a bundle.
     """
-    folder = Folder(directory)
+    folder = SafeDirectory(directory)
     names = folder.names()
     _check_names(names, directory)
     return {name: file_record(folder, name) for name in names}
@@ -133,8 +133,8 @@ def _check_names(names: Iterable[str], directory: Path) -> None:
 
 
 def add_adapter(
-    place: Place,
-    write: Callable[[Publication], None],
+    place: BundleSlot,
+    write: Callable[[AtomicOutput], None],
     *,
     inputs: Iterable[Path] = (),
     force: bool = False,
@@ -143,7 +143,7 @@ def add_adapter(
 
     Parameters
     ----------
-    place : Place
+    place : BundleSlot
     write : callable
         Writes the adapter's files into a publication, without committing it.
     inputs : iterable of Path
@@ -169,7 +169,7 @@ def add_adapter(
         _make_room(place.bundle)
         # An unlisted directory may be what a killed run left: whether it may go is seen below.
         unlisted = place.name not in manifest.adapters
-        with Publication(
+        with AtomicOutput(
             target,
             plan="adapter",
             inputs=inputs,
@@ -186,7 +186,7 @@ def add_adapter(
     return records
 
 
-def _refuse(place: Place, manifest: Manifest, force: bool) -> None:
+def _refuse(place: BundleSlot, manifest: Manifest, force: bool) -> None:
     path = place.bundle / MANIFEST_NAME
     if path.is_symlink():
         raise OutputError(
@@ -253,7 +253,9 @@ def _sweep(bundle: Path, own: Path) -> None:
                     shutil.rmtree(path)
 
 
-def _list(place: Place, stage: Publication, records: dict[str, FileRecord], force: bool) -> None:
+def _list(
+    place: BundleSlot, stage: AtomicOutput, records: dict[str, FileRecord], force: bool
+) -> None:
     """Take steps 1 to 4, with the bundle's lock held."""
     manifest = read_manifest(place.bundle)
     _refuse(place, manifest, force)
@@ -283,7 +285,7 @@ def _holds(directory: Path, records: dict[str, FileRecord]) -> bool:
     """Tell whether a directory holds these files, and no other."""
     if directory.is_symlink() or not directory.is_dir():
         return False
-    folder = Folder(directory)
+    folder = SafeDirectory(directory)
     return folder.names() == sorted(records) and all(
         file_record(folder, name) == record for name, record in records.items()
     )
@@ -294,7 +296,7 @@ def _is_filled(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _manifest_stays_true(place: Place, before: Manifest) -> Iterator[None]:
+def _manifest_stays_true(place: BundleSlot, before: Manifest) -> Iterator[None]:
     """If the swap fails, list what is in place: the old adapter, or the new one."""
     old = identity(place.path) if place.path.is_dir() else None
     try:
@@ -329,7 +331,7 @@ def _is_unlisted_adapter(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and (path / "adapter_config.json").is_file()
 
 
-def remove_adapter(place: Place) -> None:
+def remove_adapter(place: BundleSlot) -> None:
     """Remove an adapter from a bundle: first from the manifest, then from the disk.
 
     What a killed removal has left on the disk is removed, too.

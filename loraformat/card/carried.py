@@ -10,7 +10,7 @@ from loraformat.errors import InputError
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.storage.reserved_names import CARD_NAME
 
-__all__ = ["base_model_of", "with_own_words", "with_true_card"]
+__all__ = ["base_model_of", "keep_user_text", "with_true_card"]
 
 _MAX_CARD_BYTES = 4 << 20
 
@@ -47,7 +47,7 @@ def with_true_card(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
     return tuple(_true(file) if file.path == CARD_NAME else file for file in files)
 
 
-def with_own_words(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
+def keep_user_text(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
     """Return the files of a base whose card is what people wrote; none if they wrote nothing.
 
     What is made of a bundle is another thing: its card, with sizes and hashes, would be untrue.

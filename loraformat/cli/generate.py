@@ -60,7 +60,7 @@ def command(
         raise UsageError("a system message needs a chat", hint="add --chat")
     options = chosen({**given, "adapter": adapter}, None)
     text = _stdin() if prompt == "-" else prompt
-    from loraformat.train.run.generate import write_on
+    from loraformat.train.run.generate import generate
     from loraformat.train.run.text_generation import GenerationOptions
 
     drawn = GenerationOptions(max_tokens, temperature, top_p, seed)
@@ -70,7 +70,7 @@ def command(
         sys.stdout.flush()
 
     silent = as_json or quiet
-    found = write_on(
+    found = generate(
         options, text, drawn, chat=chat, system=system,
         tell=(lambda piece: None) if silent else show,
     )  # fmt: skip

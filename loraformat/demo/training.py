@@ -203,12 +203,12 @@ def _evaluated(
 
 def _written(directory: Path, say: Callable[[str], None]) -> tuple[Step, str]:
     from loraformat.train import TrainOptions
-    from loraformat.train.run.generate import write_on
+    from loraformat.train.run.generate import generate
     from loraformat.train.run.text_generation import GenerationOptions
 
     say("letting it write")
     options = TrainOptions(base=str(directory / "bundle"), adapter=str(directory / "learned"))
-    found = write_on(options, PROMPT, GenerationOptions(_SAMPLE_TOKENS))
+    found = generate(options, PROMPT, GenerationOptions(_SAMPLE_TOKENS))
     step = Step(
         "a sample of it",
         f"generate bundle --adapter learned --prompt '{PROMPT}' --max-tokens {_SAMPLE_TOKENS}",

@@ -17,7 +17,7 @@ from typing import Any
 from loraformat.errors import HubError
 from loraformat.hub.tree import TreeFile, digest, from_hash
 from loraformat.storage.durable import new_file, write_all
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["check_snapshot", "wrong_content"]
 
@@ -53,7 +53,7 @@ def check_snapshot(
         If a file leads out of the repository's place in the cache.
     """
     memory = _Memory(repo)
-    folder = Folder(snapshot)
+    folder = SafeDirectory(snapshot)
     unknown = [name for name in names if not memory.holds(snapshot / name)]
     if not unknown:
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.unsharding import CONSOLIDATE
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["MLX_HINT", "adapters_below", "refuse_foreign_adapter"]
@@ -141,7 +141,7 @@ def _tensor_names(path: Path) -> list[str]:
     if path.suffix != ".safetensors":
         return []
     try:
-        file = MappedFile(Folder(path.parent), path.name)
+        file = MappedFile(SafeDirectory(path.parent), path.name)
     except InputError:
         return []
     try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import FileChangedError, InputError, printable
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES, TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ class Pickled:
     close: Callable[[], None]
 
 
-def open_pickle(folder: Folder, name: str) -> Pickled:
+def open_pickle(folder: SafeDirectory, name: str) -> Pickled:
     """Open a file that ``torch.save`` wrote of a dictionary of tensors.
 
     Parameters
     ----------
-    folder : Folder
+    folder : SafeDirectory
     name : str
 
     Raises

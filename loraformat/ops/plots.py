@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import MissingDependencyError, OutputError, UsageError, printable
-from loraformat.storage.atomic_file import FilePublication
+from loraformat.storage.atomic_file import AtomicFile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +93,7 @@ def save_picture(figure: Figure, path: str | Path) -> None:
         stage.commit()
 
 
-class _PicturePublication(FilePublication):
+class _PicturePublication(AtomicFile):
     def _refuse_existing(self) -> None:
         _refuse_existing(self.target)
 

@@ -16,16 +16,16 @@ from loraformat.algebra.ranks import allocate
 from loraformat.errors import InputError, UsageError
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.ops.deltas.factors import (
-    LastOnly,
     Pair,
+    SingleEntryCache,
     compute_factors,
-    delta_of,
     error_with_rounding,
     experts_of,
     factor_dtype,
     finite,
     in_memory,
-    rebuilt,
+    lazy_delta,
+    with_deltas,
 )
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]
@@ -245,7 +245,7 @@ def reduce_adapter(
     aware = _aware(adapter, reduction)
     values = _all_values(adapter, aware, progress)
     ranks = _choose(adapter, values, reduction)
-    memo, deltas, modules = LastOnly(), {}, []
+    memo, deltas, modules = SingleEntryCache(), {}, []
     rounding = {} if rounding is None else rounding
     for target, delta in adapter.deltas.items():
         rank = ranks[target]
@@ -259,7 +259,7 @@ def reduce_adapter(
             hint="give a larger budget, or --rank, which keeps zero deltas too",
         )
     notes = _notes(adapter, reduction, modules, aware)
-    smaller = replace(rebuilt(adapter, deltas), notes=(*adapter.notes, *notes))
+    smaller = replace(with_deltas(adapter, deltas), notes=(*adapter.notes, *notes))
     return smaller, ReductionReport(
         source=str(adapter.path),
         target="",
@@ -365,7 +365,7 @@ def _reduced(
     rank: int,
     aware: bool,
     dtype: str | None,
-    memo: LastOnly,
+    memo: SingleEntryCache,
     rounding: dict[str, float],
 ) -> LoraDelta:
     stored = factor_dtype(delta, dtype)
@@ -378,7 +378,7 @@ def _reduced(
         # Rounded once, where its error is measured.
         return lora.truncate(decompose(), rank, torch.float64)
 
-    smaller = delta_of(delta, rank, stored, compute, memo, rounding)
+    smaller = lazy_delta(delta, rank, stored, compute, memo, rounding)
     bias, moment = delta.bias, None
     if bias is not None:  # scaling · bias was added: fold it too
         bias = in_memory(

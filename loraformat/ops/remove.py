@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraformat.bundle.update import Place, adapter_place, remove_adapter
+from loraformat.bundle.update import BundleSlot, parse_bundle_slot, remove_adapter
 from loraformat.errors import UsageError
 
 __all__ = ["remove"]
 
 
-def remove(path: str | Path) -> Place:
+def remove(path: str | Path) -> BundleSlot:
     """Remove an adapter from a bundle; its base and other adapters stay as they are.
 
     Parameters
@@ -20,7 +20,7 @@ def remove(path: str | Path) -> Place:
 
     Returns
     -------
-    Place
+    BundleSlot
         What was removed, from where.
 
     Raises
@@ -30,7 +30,7 @@ def remove(path: str | Path) -> Place:
     InputError
         If the manifest does not list it.
     """
-    place = adapter_place(Path(path))
+    place = parse_bundle_slot(Path(path))
     if place is None:
         raise UsageError(f"{path} is no adapter in a bundle, wanted BUNDLE/adapters/NAME")
     remove_adapter(place)

@@ -11,7 +11,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.bundle.integrity import Finding, check_adapter, check_listed, verify_bundle
 from loraformat.bundle.reader import is_bundle
-from loraformat.bundle.update import adapter_place, read_manifest
+from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import FormatError, InputError
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import NF4Tensor
@@ -21,7 +21,7 @@ from loraformat.ops.opening.model import read_model
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.shards.index_json import INDEX_NAME
 from loraformat.storage.reserved_names import CARD_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["Verification", "verify"]
 
@@ -101,8 +101,8 @@ def verify(
 
 def _adapter(path: Path, reader: Converter, allow_pickle: bool) -> Verification:
     """Check an adapter: its files and, in a bundle, their hashes; then that it means something."""
-    folder = Folder(path) if path.is_dir() else None
-    place = adapter_place(path)
+    folder = SafeDirectory(path) if path.is_dir() else None
+    place = parse_bundle_slot(path)
     manifest = None if place is None else read_manifest(place.bundle)
     listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
     count = 0
@@ -156,7 +156,7 @@ def _unlisted(path: Path) -> Iterator[Finding]:
     """Yield files that no hash covers, and that transformers would load."""
     manifest = read_manifest(path)
     listed = {*manifest.files, *(shard.file for shard in manifest.shards), INDEX_NAME, CARD_NAME}
-    for name in Folder(path).names():
+    for name in SafeDirectory(path).names():
         if name not in listed and _LOADED.fullmatch(name):
             yield Finding(
                 "",

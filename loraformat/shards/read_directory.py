@@ -22,7 +22,7 @@ from loraformat.model.quantization_history import from_metadata
 from loraformat.shards import index_json
 from loraformat.shards.stored_tensors import collect
 from loraformat.storage.reserved_names import MANIFEST_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_safe_path
 from loraformat.tensors.header import Entry
 from loraformat.tensors.mapped import MappedFile
@@ -74,7 +74,7 @@ def open_model(
         If files are missing, damaged or hostile.
     """
     alone = path.is_file()
-    folder = Folder(path.parent if alone else path)
+    folder = SafeDirectory(path.parent if alone else path)
     names = [path.name] if alone else weight_files(folder)
     with contextlib.ExitStack() as opened:
         files = [MappedFile(folder, name, foreign=True) for name in names]
@@ -125,7 +125,7 @@ def as_checkpoint(
     InputError
         If the config is none.
     """
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     config, quantization = _config(folder)
     carried, left_behind = _carry(folder, names)
     others = [file.path for file in carried]
@@ -146,7 +146,7 @@ def as_checkpoint(
 def peek_config(path: Path) -> dict[str, Any]:
     """Return a model directory's config for recognising it; empty if there is none to be read."""
     try:
-        folder = Folder(path)
+        folder = SafeDirectory(path)
         return config_json.parse(folder.read(config_json.CONFIG_NAME, config_json.MAX_CONFIG_BYTES))
     except InputError:
         return {}
@@ -169,7 +169,7 @@ def stored_entries(path: Path) -> dict[str, Entry]:
         return {}
     entries: dict[str, Entry] = {}
     try:
-        folder = Folder(path if path.is_dir() else path.parent)
+        folder = SafeDirectory(path if path.is_dir() else path.parent)
         for name in weight_files(folder) if path.is_dir() else [path.name]:
             with contextlib.closing(MappedFile(folder, name, foreign=True)) as file:
                 entries |= file.header.entries
@@ -178,14 +178,14 @@ def stored_entries(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _config(folder: Folder) -> tuple[bytes | None, dict[str, Any] | None]:
+def _config(folder: SafeDirectory) -> tuple[bytes | None, dict[str, Any] | None]:
     name = config_json.CONFIG_NAME
     if not folder.has(name):
         return None, None
     return config_json.split(folder.read(name, config_json.MAX_CONFIG_BYTES), folder.path / name)
 
 
-def weight_files(folder: Folder) -> list[str]:
+def weight_files(folder: SafeDirectory) -> list[str]:
     """Return the safetensors files that make up the model, as transformers would choose them.
 
     ``model.safetensors`` alone, if it is there; else the index decides; else every safetensors
@@ -220,7 +220,7 @@ def weight_files(folder: Folder) -> list[str]:
     return names
 
 
-def _check_numbering(folder: Folder, names: Sequence[str]) -> None:
+def _check_numbering(folder: SafeDirectory, names: Sequence[str]) -> None:
     for match in filter(None, map(_NUMBERED.fullmatch, names)):
         for number in range(1, min(int(match["count"]), 99_999) + 1):
             wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
@@ -232,7 +232,7 @@ def _check_numbering(folder: Folder, names: Sequence[str]) -> None:
                 )
 
 
-def _check_index(folder: Folder, files: Sequence[MappedFile]) -> None:
+def _check_index(folder: SafeDirectory, files: Sequence[MappedFile]) -> None:
     path = folder.path / index_json.INDEX_NAME
     raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
     weight_map, _ = index_json.parse_index(raw, path)
@@ -247,7 +247,7 @@ def _check_index(folder: Folder, files: Sequence[MappedFile]) -> None:
             )
 
 
-def _carry(folder: Folder, weights: Sequence[str]) -> tuple[list[CarriedFile], list[str]]:
+def _carry(folder: SafeDirectory, weights: Sequence[str]) -> tuple[list[CarriedFile], list[str]]:
     """Sort all other files into those that travel and those that stay, with the reason."""
     carried: list[CarriedFile] = []
     left_behind: list[str] = []

@@ -17,7 +17,7 @@ from loraformat.shards.index_json import INDEX_NAME, encode_index
 from loraformat.shards.layout import execution_units, plan_shards
 from loraformat.shards.records import FileRecord
 from loraformat.shards.writer import Progress, WrittenShards, planned_bytes, write_shards
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_paths import is_safe_path
 
 __all__ = ["WrittenModel", "write_model_directory"]
@@ -48,7 +48,7 @@ class WrittenModel:
 
 def write_model_directory(
     checkpoint: Checkpoint,
-    publication: Publication,
+    publication: AtomicOutput,
     *,
     config: bytes | None,
     shard_limit: int,
@@ -61,7 +61,7 @@ def write_model_directory(
     Parameters
     ----------
     checkpoint : Checkpoint
-    publication : Publication
+    publication : AtomicOutput
     config : bytes or None
         ``config.json``.
     shard_limit : int
@@ -119,12 +119,12 @@ def _check_names(checkpoint: Checkpoint) -> None:
         seen.add(file.path.lower())
 
 
-def _present(publication: Publication) -> int:
+def _present(publication: AtomicOutput) -> int:
     """Return the bytes that an interrupted run has written already."""
     paths = (publication.work / name for name in publication.resumed)
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def _write_file(publication: Publication, name: str, data: bytes, written: WrittenModel) -> None:
+def _write_file(publication: AtomicOutput, name: str, data: bytes, written: WrittenModel) -> None:
     publication.write(name, data)
     written.files[name] = FileRecord(len(data), sha256(data).hexdigest())

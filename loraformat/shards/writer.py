@@ -23,9 +23,9 @@ from loraformat.nf4.quant_state import LONGEST_OFFSET
 from loraformat.shards.layout import Placed, body_order, tail_order
 from loraformat.shards.records import ShardRecord, TensorRecord
 from loraformat.shards.stored_tensors import collect
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.background import BackgroundConsumer
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.header import DATA_ALIGNMENT, Entry, encode_header
 from loraformat.tensors.mapped import MappedFile
 
@@ -75,7 +75,7 @@ def planned_bytes(shards: Sequence[Sequence[LazyTensor]]) -> int:
 
 def write_shards(
     shards: Sequence[Sequence[LazyTensor]],
-    publication: Publication,
+    publication: AtomicOutput,
     *,
     progress: Progress = lambda nbytes: None,
     single_name: str | None = None,
@@ -87,7 +87,7 @@ def write_shards(
     ----------
     shards : sequence of sequence of LazyTensor
         From `loraformat.shards.layout.plan_shards`.
-    publication : Publication
+    publication : AtomicOutput
     progress : callable
         Called with the bytes of each tensor, as ``tensor.nbytes`` counts them, when it is written.
     single_name : str, optional
@@ -116,14 +116,14 @@ def write_shards(
 
 
 def _resumed(
-    tensors: Sequence[LazyTensor], name: str, publication: Publication
+    tensors: Sequence[LazyTensor], name: str, publication: AtomicOutput
 ) -> Mapping[str, Any] | None:
     """Return what an interrupted run recorded of a shard, if every byte of it is as it was."""
     done = publication.resumed.get(name)
     if done is None:
         return None
     try:
-        with closing(MappedFile(Folder(publication.work), name, profile=True)) as file:
+        with closing(MappedFile(SafeDirectory(publication.work), name, profile=True)) as file:
             whole = (
                 done["bytes"] == file.nbytes
                 and done["header_sha256"] == file.header_sha256
@@ -201,7 +201,7 @@ class _Plan:
 
 
 def _write_shard(
-    plan: _Plan, name: str, publication: Publication, progress: Progress
+    plan: _Plan, name: str, publication: AtomicOutput, progress: Progress
 ) -> dict[str, Any]:
     with publication.create(name) as file:
         sink = _Sink(file, plan, progress)

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 from loraformat.errors import OutputError
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import sync_directory
 from loraformat.storage.output_rules import refuse_existing_file
 
-__all__ = ["FilePublication", "open_publication"]
+__all__ = ["AtomicFile", "open_publication"]
 
 
-class FilePublication(Publication):
+class AtomicFile(AtomicOutput):
     """A file being written: ``create(publication.file_name)`` opens it.
 
-    Parameters and errors are those of `Publication`; ``force`` replaces a file of weights.
+    Parameters and errors are those of `AtomicOutput`; ``force`` replaces a file of weights.
     """
 
     def _refuse_existing(self) -> None:
@@ -68,7 +68,7 @@ def open_publication(
     plan: str,
     inputs: Iterable[Path] = (),
     force: bool = False,
-) -> Publication:
-    """Return the publication for a converter's ``output``; parameters as of `Publication`."""
-    kind = FilePublication if output == "file" else Publication
+) -> AtomicOutput:
+    """Return the publication for a converter's ``output``; parameters as of `AtomicOutput`."""
+    kind = AtomicFile if output == "file" else AtomicOutput
     return kind(target, plan=plan, inputs=inputs, force=force)

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from loraformat.errors import HubError, LoraFormatError, OutputError, ResourceError, printable
-from loraformat.storage.atomic_swap import exchange_directories, undo_interrupted_exchange
+from loraformat.storage.atomic_swap import swap_directories, undo_interrupted_swap
 from loraformat.storage.durable import (
     identity,
     identity_of,
@@ -35,7 +35,7 @@ from loraformat.storage.durable import (
 )
 from loraformat.storage.output_rules import holds_weights, refuse_existing, refuse_input_as_output
 
-__all__ = ["Publication", "disk_full"]
+__all__ = ["AtomicOutput", "disk_full"]
 
 _JOURNAL = ".loraformat-journal.json"
 _JOURNAL_NEW = _JOURNAL + ".new"
@@ -46,7 +46,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _RESUMABLE = (KeyboardInterrupt, ResourceError, MemoryError, HubError)
 
 
-class Publication:
+class AtomicOutput:
     """A directory being written.
 
     Parameters
@@ -104,7 +104,7 @@ class Publication:
         """What to `create` where the output is a single file: the target's name."""
         return self.target.name
 
-    def __enter__(self) -> Publication:
+    def __enter__(self) -> AtomicOutput:
         try:
             refuse_input_as_output(self.target, self.work, self._inputs)
             self._refuse_existing()
@@ -127,7 +127,7 @@ class Publication:
         refuse_existing(self.target, force=self._force)
 
     def _undo_interrupted(self) -> None:
-        undo_interrupted_exchange(self.work, self.target)
+        undo_interrupted_swap(self.work, self.target)
 
     def _open_work(self) -> None:
         while True:
@@ -288,7 +288,7 @@ class Publication:
                     )
                 self._refuse_existing()
                 self._close_journal()
-                exchange_directories(self.work, self.target)
+                swap_directories(self.work, self.target)
                 self.published = True
                 sync_directory(self.target.parent)
                 self._remove_old()

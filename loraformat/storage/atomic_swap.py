@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-__all__ = ["exchange_directories", "undo_interrupted_exchange"]
+__all__ = ["swap_directories", "undo_interrupted_swap"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -17,7 +17,7 @@ _RENAME_EXCHANGE = 2
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
-def exchange_directories(one: Path, other: Path) -> None:
+def swap_directories(one: Path, other: Path) -> None:
     """Let two directories change places.
 
     On Linux this is one system call, so that nobody ever sees neither. Elsewhere, and on
@@ -42,13 +42,13 @@ def exchange_directories(one: Path, other: Path) -> None:
         _exchange_by_renames(one, other)
 
 
-def undo_interrupted_exchange(one: Path, other: Path) -> None:
+def undo_interrupted_swap(one: Path, other: Path) -> None:
     """Put ``other`` back if a process was killed in the moment in which it is missing.
 
     Parameters
     ----------
     one, other : Path
-        As in `exchange_directories`; nobody else may be writing to them.
+        As in `swap_directories`; nobody else may be writing to them.
     """
     aside = _aside(one)
     if not os.path.lexists(other):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loraformat.errors import InputError, printable
 
-__all__ = ["Folder"]
+__all__ = ["SafeDirectory"]
 
 _MAX_FILES = 10_000
 _MAX_FLOORS = 4
@@ -25,7 +25,7 @@ _SHARED = ".huggingface-shared-blobs"
 _SKIPPED = {"__pycache__", "node_modules"}
 
 
-class Folder:
+class SafeDirectory:
     """A directory whose files are only ever opened inside it.
 
     Parameters

@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from loraformat.errors import FileChangedError, InputError, printable
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors import header as headers
 from loraformat.tensors.header import Entry, Header
 
@@ -33,7 +33,7 @@ class MappedBytes:
 
     Parameters
     ----------
-    folder : Folder
+    folder : SafeDirectory
         Where it lies.
     name : str
         File name in that folder.
@@ -45,7 +45,7 @@ class MappedBytes:
         Size of the file.
     """
 
-    def __init__(self, folder: Folder, name: str) -> None:
+    def __init__(self, folder: SafeDirectory, name: str) -> None:
         self.path: Path = folder.path / name
         self._descriptor = folder.open(name)
         self._map: mmap.mmap | None = None
@@ -145,7 +145,7 @@ class MappedFile(MappedBytes):
 
     Parameters
     ----------
-    folder : Folder
+    folder : SafeDirectory
         Where it lies.
     name : str
         File name in that folder.
@@ -170,7 +170,7 @@ class MappedFile(MappedBytes):
     """
 
     def __init__(
-        self, folder: Folder, name: str, *, profile: bool = False, foreign: bool = False
+        self, folder: SafeDirectory, name: str, *, profile: bool = False, foreign: bool = False
     ) -> None:
         super().__init__(folder, name)
         try:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from loraformat.train.opening import load as load
     from loraformat.train.run.evaluate import Comparison as Comparison
     from loraformat.train.run.evaluate import evaluate as evaluate
-    from loraformat.train.run.generate import Written as Written
-    from loraformat.train.run.generate import write_on as write_on
+    from loraformat.train.run.generate import Generation as Generation
+    from loraformat.train.run.generate import generate as generate
     from loraformat.train.run.options import TrainOptions as TrainOptions
     from loraformat.train.run.report import TrainReport as TrainReport
     from loraformat.train.run.text_generation import GenerationOptions as GenerationOptions
@@ -40,28 +40,28 @@ _HOMES = {
     "TrainOptions": ("loraformat.train.run.options", "TrainOptions"),
     "TrainReport": ("loraformat.train.run.report", "TrainReport"),
     "TrainableModel": ("loraformat.train.model", "TrainableModel"),
-    "Written": ("loraformat.train.run.generate", "Written"),
+    "Generation": ("loraformat.train.run.generate", "Generation"),
     "evaluate": ("loraformat.train.run.evaluate", "evaluate"),
     "load": ("loraformat.train.opening", "load"),
     "parameter_groups": ("loraformat.train.lora.loraplus", "parameter_groups"),
     "train": ("loraformat.train.run.train", "train"),
-    "write_on": ("loraformat.train.run.generate", "write_on"),
+    "generate": ("loraformat.train.run.generate", "generate"),
 }
 
 __all__ = [
     "Batch",
     "Comparison",
+    "Generation",
     "GenerationOptions",
     "LoraOptions",
     "TrainOptions",
     "TrainReport",
     "TrainableModel",
-    "Written",
     "evaluate",
+    "generate",
     "load",
     "parameter_groups",
     "train",
-    "write_on",
 ]
 
 

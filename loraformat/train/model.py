@@ -18,7 +18,7 @@ from loraformat.train.engine.checkpointing import Recomputation
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
 from loraformat.train.engine.decoder import decoder_of, head_name
 from loraformat.train.engine.head_rule import HeadRule, find_head_rule, own_logits
-from loraformat.train.engine.layer_prefetch import Residency, Traffic
+from loraformat.train.engine.layer_prefetch import IoStats, Residency
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.matrix import DenseMatrix, decoding
@@ -120,7 +120,7 @@ class TrainableModel(torch.nn.Module):
         return self._shared.residency
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> IoStats:
         """What streaming did since the model was loaded."""
         return self.residency.traffic
 

@@ -18,7 +18,7 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.train.engine.activation_budget import KeptActivations
+from loraformat.train.engine.activation_budget import ActivationBudget
 from loraformat.train.engine.bind_weights import Assembly, assemble
 from loraformat.train.engine.checkpointing import Recomputation, recompute_layer
 from loraformat.train.engine.compute_dtype import choose_dtype
@@ -35,7 +35,7 @@ from loraformat.train.lora.branches import attach
 from loraformat.train.lora.continued_adapter import attach_adapter
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.replaced_weights import brought_by
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 from loraformat.train.lora.target_modules import find_sites
 from loraformat.train.model import TrainableModel
 
@@ -144,7 +144,7 @@ def load(
 
 
 def _branches(
-    sites: list[Site],
+    sites: list[TargetModule],
     bundle: Bundle | ReadableBase,
     lora: LoraOptions | None,
     adapter: Adapter | None,
@@ -222,7 +222,7 @@ def _stream(
         prefix = f"{stem}.{number}."
         names = [one for module, some in used.items() if module.startswith(prefix) for one in some]
         spans.append([span for name in names for span in weights.spans(name)])
-    shared = Recomputation(Residency(spans), KeptActivations(len(layers)))
+    shared = Recomputation(Residency(spans), ActivationBudget(len(layers)))
     for number, layer in enumerate(layers):
         recompute_layer(layer, number, shared)
     return shared

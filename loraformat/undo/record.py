@@ -59,7 +59,7 @@ class UndoTensor:
     sha256, merged_sha256 : str
         Before and after the merge; of a new tensor the first is empty.
     terms : list of dict
-        What was added, see `loraformat.ops.merge.plan.Term`.
+        What was added, see `loraformat.ops.merge.plan.DeltaTerm`.
     rows : list of int
         Of mode "rows".
     """

@@ -6,11 +6,11 @@ from safetensors.torch import load_file, save_file
 
 from loraformat.bundle.integrity import verify_bundle
 from loraformat.bundle.reader import open_bundle
-from loraformat.ops.adapter_output.in_bundle import Incoming, add_adapters, write_bundle
+from loraformat.ops.adapter_output.in_bundle import NewAdapter, add_adapters, write_bundle
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.plugins import WriteOptions
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from tests.adapters.bundles import logits, manifest
 
 
@@ -19,7 +19,7 @@ def add(work, name="medical", *, force=False, **options):
         open_bundle(work.bundle) as bundle,
         open_adapter(work.adapter, base=bundle.checkpoint) as adapter,
     ):
-        return add_adapters(work.bundle, {name: Incoming(adapter, **options)}, force=force)
+        return add_adapters(work.bundle, {name: NewAdapter(adapter, **options)}, force=force)
 
 
 def test_every_file_is_copied_and_listed(work, snapshot):
@@ -78,9 +78,12 @@ def test_a_new_bundle_may_have_adapters(work, tmp_path):
     with (
         open_bundle(work.bundle) as bundle,
         open_adapter(work.adapter, base=bundle.checkpoint) as adapter,
-        Publication(tmp_path / "new", plan="p") as output,
+        AtomicOutput(tmp_path / "new", plan="p") as output,
     ):
-        incoming = {"as-is": Incoming(adapter), "as-is.partial": Incoming(adapter, canonical=True)}
+        incoming = {
+            "as-is": NewAdapter(adapter),
+            "as-is.partial": NewAdapter(adapter, canonical=True),
+        }
         written = write_bundle(
             bundle.checkpoint, output, WriteOptions(1 << 30, lambda nbytes: None), incoming
         )

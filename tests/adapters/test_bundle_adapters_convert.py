@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraformat.bundle.integrity import BASE_FINGERPRINT, BASE_SOURCE, verify_bundle
-from loraformat.bundle.update import adapter_place, remove_adapter
+from loraformat.bundle.update import parse_bundle_slot, remove_adapter
 from loraformat.cli import main
 from loraformat.errors import FormatError, InputError, OutputError, UnsupportedError, UsageError
 from loraformat.ops.convert.convert import convert
@@ -40,10 +40,10 @@ def test_canonical_names_its_base_and_computes_the_same(work):
     report = convert(work.adapter, work.bundle / "adapters" / "anew", canonical=True)
     assert not report.verbatim
     assert report.base_fingerprint == manifest(work.bundle)["fingerprint"]
-    from loraformat.storage.safe_directory import Folder
+    from loraformat.storage.safe_directory import SafeDirectory
     from loraformat.tensors.mapped import MappedFile
 
-    file = MappedFile(Folder(work.bundle / "adapters" / "anew"), "adapter_model.safetensors")
+    file = MappedFile(SafeDirectory(work.bundle / "adapters" / "anew"), "adapter_model.safetensors")
     assert file.header.metadata[BASE_FINGERPRINT] == report.base_fingerprint
     assert json.loads(file.header.metadata[BASE_SOURCE]) == {"format": "safetensors"}
     file.close()
@@ -218,7 +218,7 @@ def test_a_manifest_in_a_hub_cache_is_not_replaced(work):
 def test_removing(work, snapshot):
     before = snapshot(work.bundle)
     convert(work.adapter, work.bundle / "adapters" / "medical")
-    place = adapter_place(work.bundle / "adapters" / "medical")
+    place = parse_bundle_slot(work.bundle / "adapters" / "medical")
     remove_adapter(place)
     assert snapshot(work.bundle) == before
     with pytest.raises(InputError, match="lists"):
@@ -340,5 +340,5 @@ def test_an_adapter_whose_files_are_gone_can_be_removed(work):
     convert(work.adapter, target)
     shutil.rmtree(target)
     assert verify_bundle(work.bundle) != []
-    remove_adapter(adapter_place(target))
+    remove_adapter(parse_bundle_slot(target))
     assert verify_bundle(work.bundle) == []

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraformat import plugins
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.ops.deltas.factors import rebuilt
+from loraformat.ops.deltas.factors import with_deltas
 from loraformat.ops.opening.adapter import copy_adapter, open_adapter
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from tests.adapters.peft_models import llama, logits, shake
 
 ALL = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -35,7 +35,7 @@ def change_config(path: Path, **fields: object) -> Path:
 def test_a_copy_is_the_adapter_byte_for_byte(plain: Path, tmp_path: Path) -> None:
     with (
         open_adapter(plain) as adapter,
-        Publication(tmp_path / "out", plan="copy", inputs=adapter.sources) as output,
+        AtomicOutput(tmp_path / "out", plan="copy", inputs=adapter.sources) as output,
     ):
         copy_adapter(adapter, output, "adapters/plain")
         output.commit()
@@ -47,10 +47,10 @@ def test_a_copy_is_the_adapter_byte_for_byte(plain: Path, tmp_path: Path) -> Non
 def test_a_changed_adapter_is_not_copied(plain: Path, tmp_path: Path) -> None:
     with (
         open_adapter(plain) as adapter,
-        Publication(tmp_path / "out", plan="copy") as output,
+        AtomicOutput(tmp_path / "out", plan="copy") as output,
         pytest.raises(UnsupportedError, match="byte for byte"),
     ):
-        copy_adapter(rebuilt(adapter, adapter.deltas), output)
+        copy_adapter(with_deltas(adapter, adapter.deltas), output)
 
 
 @pytest.mark.parametrize(

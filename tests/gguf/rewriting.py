@@ -11,7 +11,7 @@ from loraformat_converters.gguf.container import open_gguf
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 
-from loraformat.storage.atomic_file import FilePublication
+from loraformat.storage.atomic_file import AtomicFile
 
 
 def rewrite(
@@ -26,7 +26,7 @@ def rewrite(
 
     ``changes`` are values by key, with ``__`` for the dot.
     """
-    with open_gguf(source) as file, FilePublication(target, plan="rewrite") as output:
+    with open_gguf(source) as file, AtomicFile(target, plan="rewrite") as output:
         metadata = {k: v for k, v in file.metadata.items() if not k.startswith(drop or ("\0",))}
         metadata |= {key.replace("__", "."): value for key, value in changes.items()}
         tensors = []

@@ -13,7 +13,7 @@ from loraformat.errors import InputError
 from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
-from loraformat.ops.opening.model import descent_of, fingerprint_of, open_model
+from loraformat.ops.opening.model import fingerprint_of, open_model, origin_fingerprint
 
 KEY = "loraformat.base.fingerprint"
 
@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 def test_it_is_of_the_bundle_and_is_not_the_bundle(made):
     with open_model(made / "bundle") as bundle, open_model(made / "bundle.gguf") as base:
         assert fingerprint_of(base) is None
-        assert descent_of(base) == fingerprint_of(bundle) == descent_of(bundle)
+        assert origin_fingerprint(base) == fingerprint_of(bundle) == origin_fingerprint(bundle)
 
 
 def test_its_adapter_goes_with_it(made, tmp_path):
@@ -81,4 +81,4 @@ def test_another_type_is_of_the_same_bundle(made, tmp_path):
 def test_what_is_no_fingerprint_is_none(made, value, tmp_path):
     rewrite(made / "bundle.gguf", tmp_path / "x.gguf", **{KEY.replace(".", "__"): value})
     with open_model(tmp_path / "x.gguf") as base:
-        assert descent_of(base) is None
+        assert origin_fingerprint(base) is None

@@ -23,7 +23,7 @@ from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.runtimes.architectures import HEADLESS
-from loraformat.storage.atomic_file import FilePublication
+from loraformat.storage.atomic_file import AtomicFile
 
 #: A model of each architecture that generates.
 KINDS = {
@@ -101,7 +101,7 @@ def test_equal_heads_are_one_tensor(base, name, tmp_path):
 
 def with_output(path, target):
     """Add a copy of the embedding to a GGUF file, as its output head."""
-    with open_gguf(path) as file, FilePublication(target, plan="head") as output:
+    with open_gguf(path) as file, AtomicFile(target, plan="head") as output:
         tensors = [
             PlannedTensor(t.name, t.shape, t.type, lambda name=t.name: [file.load(name)])
             for t in file.tensors.values()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from loraformat.errors import InputError
 from loraformat.ops.convert.convert import convert
-from loraformat.storage.atomic_file import FilePublication
+from loraformat.storage.atomic_file import AtomicFile
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def mixtral(tmp_path_factory):
 
 def unstack(source, target, leave_out=(), widths=()):
     """Write the experts of a file as tensors of their own, without any key of ours."""
-    with open_gguf(source) as file, FilePublication(target, plan="old") as output:
+    with open_gguf(source) as file, AtomicFile(target, plan="old") as output:
         metadata = {k: v for k, v in file.metadata.items() if not k.startswith("loraformat.")}
         tensors = []
         for tensor in file.tensors.values():

@@ -16,7 +16,7 @@ from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 
 from loraformat.nf4 import codec
 from loraformat.ops.convert.convert import convert
-from loraformat.storage.atomic_file import FilePublication
+from loraformat.storage.atomic_file import AtomicFile
 
 SEARCHED = [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1]
 SHAPE = (128, 1024)
@@ -135,7 +135,7 @@ def test_in_llama_cpp_nf4_goes_to_four_bits_with_less_loss(tmp_path):
     with (
         open_gguf(tmp_path / "f32.gguf") as exact,
         open_gguf(tmp_path / "q4_0.gguf") as ours,
-        FilePublication(tmp_path / "plain.gguf", plan="plain") as output,
+        AtomicFile(tmp_path / "plain.gguf", plan="plain") as output,
     ):
         tensors = []
         for tensor in ours.tensors.values():

@@ -20,11 +20,11 @@ from loraformat_converters.gguf.writing import PlannedTensor, WrittenGGUF, write
 from peer_files import tiny_llama, write_peer_base
 
 from loraformat.errors import InputError
-from loraformat.storage.atomic_file import FilePublication
+from loraformat.storage.atomic_file import AtomicFile
 
 
 def write(path, metadata, tensors, **options) -> WrittenGGUF:
-    with FilePublication(path, plan="test", force=True) as output:
+    with AtomicFile(path, plan="test", force=True) as output:
         written = write_gguf(output, metadata, tensors, **options)
         output.commit()
     assert written.nbytes == path.stat().st_size

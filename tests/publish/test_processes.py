@@ -13,7 +13,7 @@ import pytest
 
 from loraformat.errors import OutputError
 from loraformat.ops.convert.convert import convert
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 20_000
@@ -140,7 +140,7 @@ def test_readers_never_see_a_mix_or_nothing(tmp_path):
     names = [f"part-{n}.safetensors" for n in range(5)]
 
     def publish(generation):
-        with Publication(tmp_path / "out", plan=str(generation), force=True) as publication:
+        with AtomicOutput(tmp_path / "out", plan=str(generation), force=True) as publication:
             for name in names:
                 publication.write(name, str(generation).encode())
             publication.commit()
@@ -186,10 +186,10 @@ def read_at(name, directory):
 
 
 def test_a_lock_within_one_process(tmp_path):
-    with Publication(tmp_path / "out", plan="p") as publication:
+    with AtomicOutput(tmp_path / "out", plan="p") as publication:
         with (
             pytest.raises(OutputError, match=rf"by another process \(process {os.getpid()}\)"),
-            Publication(tmp_path / "out", plan="p"),
+            AtomicOutput(tmp_path / "out", plan="p"),
         ):
             pass
         publication.write("model.safetensors", b"")

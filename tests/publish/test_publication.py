@@ -9,7 +9,7 @@ import pytest
 
 from loraformat.errors import OutputError, ResourceError
 from loraformat.storage import atomic_output, atomic_swap
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 
 
 def fill(publication, name="model.safetensors", data=b"new"):
@@ -29,7 +29,7 @@ def make(directory, **files):
 def test_modes_follow_the_umask(tmp_path, mask, file_mode, directory_mode):
     before = os.umask(mask)
     try:
-        with Publication(tmp_path / "out", plan="p") as publication:
+        with AtomicOutput(tmp_path / "out", plan="p") as publication:
             fill(publication)
             fill(publication, "sub/notes.txt")
             publication.commit()
@@ -49,7 +49,7 @@ def test_modes_follow_the_umask(tmp_path, mask, file_mode, directory_mode):
 
 def test_nothing_appears_before_commit_and_nothing_else_after(tmp_path):
     target = tmp_path / "out"
-    with Publication(target, plan="p") as publication:
+    with AtomicOutput(target, plan="p") as publication:
         fill(publication)
         assert not target.exists()
         publication.commit()
@@ -58,7 +58,7 @@ def test_nothing_appears_before_commit_and_nothing_else_after(tmp_path):
 
 
 def test_without_commit_nothing_is_left(tmp_path):
-    with Publication(tmp_path / "out", plan="p") as publication:
+    with AtomicOutput(tmp_path / "out", plan="p") as publication:
         fill(publication)
         publication.record("model.safetensors", {})
     assert list(tmp_path.iterdir()) == []
@@ -67,7 +67,7 @@ def test_without_commit_nothing_is_left(tmp_path):
 def test_an_empty_directory_is_taken(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
-    with Publication(target, plan="p") as publication:
+    with AtomicOutput(target, plan="p") as publication:
         fill(publication)
         publication.commit()
     assert (target / "model.safetensors").read_bytes() == b"new"
@@ -77,7 +77,7 @@ def test_an_existing_output_is_refused_and_untouched(tmp_path):
     target = make(tmp_path / "out")
     with (
         pytest.raises(OutputError, match="already exists; use --force"),
-        Publication(target, plan="p"),
+        AtomicOutput(target, plan="p"),
     ):
         pass
     assert (target / "model.safetensors").read_text() == "old"
@@ -89,7 +89,7 @@ def test_force_replaces_the_whole_directory(tmp_path, monkeypatch, fallback):
     if fallback:  # as on a file system that cannot exchange
         monkeypatch.setattr(atomic_swap, "_exchange_at_once", cannot)
     target = make(tmp_path / "out", model="old", another="old")
-    with Publication(target, plan="p", force=True) as publication:
+    with AtomicOutput(target, plan="p", force=True) as publication:
         fill(publication)
         assert (target / "model.safetensors").read_text() == "old"
         publication.commit()
@@ -116,7 +116,7 @@ def test_a_failed_exchange_puts_the_old_output_back(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_swap, "_exchange_at_once", cannot)
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(OSError, match="no"):
-        atomic_swap.exchange_directories(one, other)
+        atomic_swap.swap_directories(one, other)
     assert ((one / "a.safetensors").read_text(), (other / "a.safetensors").read_text()) == (
         "1",
         "2",
@@ -125,14 +125,14 @@ def test_a_failed_exchange_puts_the_old_output_back(tmp_path, monkeypatch):
 
 def test_other_errors_of_the_exchange_are_not_worked_around(tmp_path):
     with pytest.raises(FileNotFoundError):
-        atomic_swap.exchange_directories(tmp_path / "a", tmp_path / "b")
+        atomic_swap.swap_directories(tmp_path / "a", tmp_path / "b")
 
 
 def test_an_output_that_a_killed_exchange_put_aside_comes_back(tmp_path):
     make(tmp_path / "out.partial.old")
     with (
         pytest.raises(OutputError, match="already exists"),
-        Publication(tmp_path / "out", plan="p"),
+        AtomicOutput(tmp_path / "out", plan="p"),
     ):
         pass
     assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
@@ -142,7 +142,7 @@ def test_an_output_that_a_killed_exchange_put_aside_comes_back(tmp_path):
 def test_what_a_killed_exchange_put_aside_goes_once_it_was_replaced(tmp_path):
     target = make(tmp_path / "out")
     make(tmp_path / "out.partial.old")
-    with Publication(target, plan="p", force=True) as publication:
+    with AtomicOutput(target, plan="p", force=True) as publication:
         fill(publication)
         publication.commit()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -154,7 +154,7 @@ def test_force_does_not_replace_what_is_no_model(tmp_path):
     (target / "letter.txt").write_text("dear")
     with (
         pytest.raises(OutputError, match="without weights"),
-        Publication(target, plan="p", force=True),
+        AtomicOutput(target, plan="p", force=True),
     ):
         pass
     assert (target / "letter.txt").read_text() == "dear"
@@ -165,7 +165,7 @@ def test_force_does_not_lose_adapters(tmp_path):
     (target / "adapters" / "polite").mkdir(parents=True)
     with (
         pytest.raises(OutputError, match="holds adapters that would be lost: polite"),
-        Publication(target, plan="p", force=True),
+        AtomicOutput(target, plan="p", force=True),
     ):
         pass
 
@@ -181,21 +181,21 @@ def test_an_output_that_is_no_directory_is_refused(tmp_path, kind):
         target.symlink_to(tmp_path / "nowhere")
     else:
         os.mkfifo(target)
-    with pytest.raises(OutputError), Publication(target, plan="p", force=True):
+    with pytest.raises(OutputError), AtomicOutput(target, plan="p", force=True):
         pass
     assert os.path.lexists(target)
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_mount_point_is_refused():
-    with pytest.raises(OutputError, match="mount point"), Publication(Path("/proc"), plan="p"):
+    with pytest.raises(OutputError, match="mount point"), AtomicOutput(Path("/proc"), plan="p"):
         pass
 
 
 def test_a_missing_parent_is_named(tmp_path):
     with (
         pytest.raises(OutputError, match="no such directory; make it first"),
-        Publication(tmp_path / "a" / "b", plan="p"),
+        AtomicOutput(tmp_path / "a" / "b", plan="p"),
     ):
         pass
 
@@ -203,7 +203,7 @@ def test_a_missing_parent_is_named(tmp_path):
 def test_a_name_that_is_too_long_is_refused(tmp_path):
     with (
         pytest.raises(OutputError, match="name too long"),
-        Publication(tmp_path / ("x" * 252), plan="p"),
+        AtomicOutput(tmp_path / ("x" * 252), plan="p"),
     ):
         pass
 
@@ -212,7 +212,7 @@ def test_something_that_appears_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out"
     with (
         pytest.raises(OutputError, match="already exists"),
-        Publication(target, plan="p") as publication,
+        AtomicOutput(target, plan="p") as publication,
     ):
         fill(publication)
         make(target)
@@ -252,7 +252,7 @@ def test_the_input_is_never_the_output(tmp_path, snapshot, way):
             link.symlink_to(source / "model.safetensors")
     with (
         pytest.raises(OutputError, match="input"),
-        Publication(target, plan="p", inputs=inputs_of(source), force=True),
+        AtomicOutput(target, plan="p", inputs=inputs_of(source), force=True),
     ):
         pass
     assert snapshot(source) == before
@@ -264,7 +264,7 @@ def test_an_input_where_the_work_directory_goes_is_not_emptied(tmp_path, snapsho
     before = snapshot(source)
     with (
         pytest.raises(OutputError, match=r"is the input, or holds it, and is where .* prepared"),
-        Publication(tmp_path / "out", plan="p", inputs=inputs_of(source)),
+        AtomicOutput(tmp_path / "out", plan="p", inputs=inputs_of(source)),
     ):
         pass
     assert snapshot(source) == before
@@ -274,7 +274,7 @@ def test_an_input_where_the_work_directory_goes_is_not_emptied(tmp_path, snapsho
 
 
 def interrupted(target, plan, *names):
-    with pytest.raises(KeyboardInterrupt), Publication(target, plan=plan) as publication:
+    with pytest.raises(KeyboardInterrupt), AtomicOutput(target, plan=plan) as publication:
         for name in names:
             fill(publication, name)
             publication.record(name, {"of": name})
@@ -285,7 +285,7 @@ def interrupted(target, plan, *names):
 def test_the_same_plan_is_continued_and_only_finished_files_are_kept(tmp_path):
     interrupted(tmp_path / "out", "plan", "one.safetensors")
     (tmp_path / "out.partial" / "stray").write_text("?")
-    with Publication(tmp_path / "out", plan="plan") as publication:
+    with AtomicOutput(tmp_path / "out", plan="plan") as publication:
         assert publication.resumed == {"one.safetensors": {"of": "one.safetensors"}}
         names = {path.name for path in publication.work.iterdir()}
         assert names == {"one.safetensors", ".loraformat-journal.json"}
@@ -309,14 +309,14 @@ def test_another_plan_or_a_broken_journal_starts_anew(tmp_path, journal):
     interrupted(tmp_path / "out", "plan", "one.safetensors")
     if journal is not None:
         (tmp_path / "out.partial" / ".loraformat-journal.json").write_bytes(journal)
-    with Publication(tmp_path / "out", plan="another plan") as publication:
+    with AtomicOutput(tmp_path / "out", plan="another plan") as publication:
         assert publication.resumed == {}
         assert [path.name for path in publication.work.iterdir()] == [".loraformat-journal.json"]
 
 
 def test_a_work_directory_without_journal_is_taken_if_it_is_a_model(tmp_path):
     make(tmp_path / "out.partial")  # as a kill between two steps of publishing leaves it
-    with Publication(tmp_path / "out", plan="p") as publication:
+    with AtomicOutput(tmp_path / "out", plan="p") as publication:
         fill(publication)
         publication.commit()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -328,7 +328,7 @@ def test_a_strangers_directory_of_that_name_is_left_alone(tmp_path):
     (stranger / "thesis.tex").write_text("years of work")
     with (
         pytest.raises(OutputError, match="no work directory of loraformat"),
-        Publication(tmp_path / "out", plan="p"),
+        AtomicOutput(tmp_path / "out", plan="p"),
     ):
         pass
     assert (stranger / "thesis.tex").read_text() == "years of work"
@@ -345,7 +345,7 @@ def test_something_else_of_that_name_is_refused(tmp_path, kind):
         os.mkfifo(work)
     with (
         pytest.raises(OutputError, match="is not a directory"),
-        Publication(tmp_path / "out", plan="p"),
+        AtomicOutput(tmp_path / "out", plan="p"),
     ):
         pass
     assert os.path.lexists(work)
@@ -356,7 +356,7 @@ def test_a_full_disk_keeps_finished_files_and_other_errors_do_not(tmp_path):
         (errno.ENOSPC, ResourceError, True),
         (errno.EIO, OutputError, False),
     ):
-        with pytest.raises(kind), Publication(tmp_path / "out", plan="p") as publication:
+        with pytest.raises(kind), AtomicOutput(tmp_path / "out", plan="p") as publication:
             fill(publication)
             publication.record("model.safetensors", {})
             raise OSError(number, os.strerror(number))
@@ -372,7 +372,7 @@ def test_file_systems_that_cannot_sync_a_directory_are_tolerated(tmp_path, monke
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", only_files)
-    with Publication(tmp_path / "out", plan="p") as publication:
+    with AtomicOutput(tmp_path / "out", plan="p") as publication:
         fill(publication)
         publication.commit()
     assert (tmp_path / "out").is_dir()
@@ -381,7 +381,7 @@ def test_file_systems_that_cannot_sync_a_directory_are_tolerated(tmp_path, monke
 def test_check_space(tmp_path, monkeypatch):
     usage = atomic_output.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(atomic_output.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with Publication(tmp_path / "out", plan="p") as publication:
+    with AtomicOutput(tmp_path / "out", plan="p") as publication:
         publication.check_space(900)
         with pytest.raises(ResourceError, match=r"needs 0\.0 MB, and the disk has 0\.0 MB free"):
             publication.check_space(1000)

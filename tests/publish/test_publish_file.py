@@ -12,8 +12,8 @@ import pytest
 from loraformat import plugins
 from loraformat.errors import LoraFormatError, OutputError, UsageError
 from loraformat.storage import atomic_file
-from loraformat.storage.atomic_file import FilePublication, open_publication
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_file import AtomicFile, open_publication
+from loraformat.storage.atomic_output import AtomicOutput
 from tools.crash import steps
 
 
@@ -29,7 +29,7 @@ def test_a_file_appears_whole_at_commit_with_the_umask_s_mode(tmp_path):
     target = tmp_path / "model.gguf"
     before = os.umask(0o027)
     try:
-        with FilePublication(target, plan="p") as publication:
+        with AtomicFile(target, plan="p") as publication:
             fill(publication)
             assert not target.exists()
             publication.commit()
@@ -41,19 +41,19 @@ def test_a_file_appears_whole_at_commit_with_the_umask_s_mode(tmp_path):
 
 
 def test_without_commit_nothing_is_left(tmp_path):
-    with FilePublication(tmp_path / "model.gguf", plan="p") as publication:
+    with AtomicFile(tmp_path / "model.gguf", plan="p") as publication:
         fill(publication)
     assert names(tmp_path) == []
 
 
 def test_an_interrupted_file_that_was_recorded_is_offered_again(tmp_path):
     target = tmp_path / "model.gguf"
-    with pytest.raises(KeyboardInterrupt), FilePublication(target, plan="p") as publication:
+    with pytest.raises(KeyboardInterrupt), AtomicFile(target, plan="p") as publication:
         fill(publication)
         publication.record(publication.file_name, {"bytes": 3})
         raise KeyboardInterrupt
     assert names(tmp_path) == ["model.gguf.partial"]
-    with FilePublication(target, plan="p") as publication:
+    with AtomicFile(target, plan="p") as publication:
         assert publication.resumed == {"model.gguf": {"bytes": 3}}
         publication.commit()
     assert names(tmp_path) == ["model.gguf"] and target.read_bytes() == b"new"
@@ -64,14 +64,14 @@ def test_an_existing_file_is_replaced_only_with_force(tmp_path, force):
     target = tmp_path / "model.gguf"
     target.write_bytes(b"old")
     if force:
-        with FilePublication(target, plan="p", force=True) as publication:
+        with AtomicFile(target, plan="p", force=True) as publication:
             fill(publication)
             assert target.read_bytes() == b"old"
             publication.commit()
     else:
         with (
             pytest.raises(OutputError, match="already exists; use --force"),
-            FilePublication(target, plan="p"),
+            AtomicFile(target, plan="p"),
         ):
             pass
     assert target.read_bytes() == (b"new" if force else b"old")
@@ -91,7 +91,7 @@ def test_force_replaces_nothing_but_a_file(tmp_path, make, problem):
     make(target)
     with (
         pytest.raises(OutputError, match=problem),
-        FilePublication(target, plan="p", force=True),
+        AtomicFile(target, plan="p", force=True),
     ):
         pass
     assert os.path.lexists(target) and names(tmp_path) == ["model.gguf"]
@@ -102,7 +102,7 @@ def test_force_does_not_replace_what_is_no_model_by_its_name(tmp_path):
     target.write_text("years of work")
     with (
         pytest.raises(OutputError, match="no file of weights by its name"),
-        FilePublication(target, plan="p", force=True),
+        AtomicFile(target, plan="p", force=True),
     ):
         pass
     assert target.read_text() == "years of work"
@@ -118,7 +118,7 @@ def test_the_input_is_never_the_output(tmp_path, link):
         link(source, target)
     with (
         pytest.raises(OutputError),
-        FilePublication(target, plan="p", inputs=[source], force=True),
+        AtomicFile(target, plan="p", inputs=[source], force=True),
     ):
         pass
     assert source.read_bytes() == b"old" and not list(tmp_path.glob("*.partial"))
@@ -128,7 +128,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch)
     target = tmp_path / "model.gguf"
     with (
         pytest.raises(OutputError, match="already exists"),
-        FilePublication(target, plan="p") as publication,
+        AtomicFile(target, plan="p") as publication,
     ):
         fill(publication)
         target.write_bytes(b"theirs")
@@ -138,7 +138,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch)
     monkeypatch.setattr(atomic_file, "refuse_existing_file", lambda target, force: None)
     with (
         pytest.raises(OutputError, match="has appeared meanwhile"),
-        FilePublication(target, plan="p") as publication,
+        AtomicFile(target, plan="p") as publication,
     ):
         fill(publication)
         target.write_bytes(b"theirs")
@@ -151,14 +151,14 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "link", cannot)
-    with FilePublication(tmp_path / "model.gguf", plan="p") as publication:
+    with AtomicFile(tmp_path / "model.gguf", plan="p") as publication:
         fill(publication)
         publication.commit()
     assert names(tmp_path) == ["model.gguf"]
 
 
 def publish(target, *, force):
-    with FilePublication(target, plan="p", force=force) as publication:
+    with AtomicFile(target, plan="p", force=force) as publication:
         fill(publication)
         publication.record(publication.file_name, {"bytes": 3})
         publication.commit()
@@ -232,16 +232,16 @@ def test_a_failure_at_every_step(tmp_path, force, number):
 def test_two_writers_of_one_file(tmp_path):
     target = tmp_path / "model.gguf"
     with (
-        FilePublication(target, plan="p"),
+        AtomicFile(target, plan="p"),
         pytest.raises(OutputError, match="being written by another process"),
-        FilePublication(target, plan="p"),
+        AtomicFile(target, plan="p"),
     ):
         pass
 
 
 def test_a_converter_says_what_it_makes(tmp_path):
-    assert type(open_publication("directory", tmp_path / "a", plan="p")) is Publication
-    assert type(open_publication("file", tmp_path / "a", plan="p")) is FilePublication
+    assert type(open_publication("directory", tmp_path / "a", plan="p")) is AtomicOutput
+    assert type(open_publication("file", tmp_path / "a", plan="p")) is AtomicFile
 
 
 def test_the_suffix_chooses_by_kind(monkeypatch, tmp_path):

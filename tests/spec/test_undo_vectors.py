@@ -19,7 +19,7 @@ from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.nf4 import kernels
 from loraformat.ops.unmerge.unmerge import unmerge
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
 UNDO = VECTORS / "undo"
@@ -36,7 +36,7 @@ def adapters_of(folder: Path) -> list[Adapter]:
 
 def open_adapter(path: Path) -> Adapter:
     """Open deltas that are written in the terms of the specification."""
-    file = MappedFile(Folder(path.parent), path.name)
+    file = MappedFile(SafeDirectory(path.parent), path.name)
 
     def leaf(target: str, name: str) -> DenseTensor | None:
         entry = file.header.entries.get(f"{target}.{name}")

@@ -19,7 +19,7 @@ from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
 from loraformat.plugins import WriteOptions
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = ["write_bundle"]
 
@@ -48,7 +48,7 @@ def write_bundle(shape: Shape, target: Path) -> Path:
         config=(json.dumps(shape.config(), indent=2, sort_keys=True) + "\n").encode(),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with Publication(target, plan=shape.name) as publication:
+    with AtomicOutput(target, plan=shape.name) as publication:
         converter.write(model, publication, WriteOptions(DEFAULT_SHARD_LIMIT, lambda nbytes: None))
         publication.commit()
     return target

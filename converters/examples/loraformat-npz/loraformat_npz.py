@@ -23,8 +23,8 @@ from loraformat.shards.records import FileRecord
 from loraformat.shards.write_directory import WrittenModel
 from loraformat.shards.writer import WrittenShards
 from loraformat.storage import strict_json
-from loraformat.storage.atomic_output import Publication
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.atomic_output import AtomicOutput
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_safe_path
 from loraformat.tensors.dtypes import ITEM_BYTES
 from loraformat.tensors.header import is_clean_name
@@ -42,7 +42,7 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path) -> Checkpoint:
     """Open a model: the index and the archive's directory are read, no tensor is."""
-    folder = Folder(path)  # opens nothing outside itself, whatever links and names say
+    folder = SafeDirectory(path)  # opens nothing outside itself, whatever links and names say
     index = read_index(folder)
     stream = os.fdopen(folder.open(WEIGHTS), "rb")
     try:
@@ -68,7 +68,7 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def read_index(folder: Folder) -> dict[str, Any]:
+def read_index(folder: SafeDirectory) -> dict[str, Any]:
     """Return the index; strict JSON, because a stranger wrote it."""
     try:
         index = strict_json.loads(folder.read(INDEX, LONGEST_INDEX))
@@ -79,12 +79,12 @@ def read_index(folder: Folder) -> dict[str, Any]:
     return index
 
 
-def read_config(folder: Folder) -> bytes | None:
+def read_config(folder: SafeDirectory) -> bytes | None:
     """Return ``config.json``, if there is one."""
     return folder.read(CONFIG, config_json.MAX_CONFIG_BYTES) if folder.has(CONFIG) else None
 
 
-def carried_file(folder: Folder, name: str) -> CarriedFile:
+def carried_file(folder: SafeDirectory, name: str) -> CarriedFile:
     """Return a file that travels along; it is read when a writer asks for it."""
     return CarriedFile(name, folder.size(name), lambda: folder.read(name, LONGEST_FILE))
 
@@ -127,7 +127,7 @@ def storage_type(dtype: str) -> numpy.dtype[Any]:
     return numpy.dtype(f"<{kind}{ITEM_BYTES[dtype]}")
 
 
-def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:
     """Write a model, one tensor in memory at a time, into the publication's work directory."""
     publication.check_space(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     tensors = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, DenseTensor)]

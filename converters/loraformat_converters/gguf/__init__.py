@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from loraformat.model.checkpoint import Checkpoint
     from loraformat.runtimes.facts import AdapterFacts
     from loraformat.shards.write_directory import WrittenModel
-    from loraformat.storage.atomic_output import Publication
+    from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = ["CONVERTER", "LORA_CONVERTER"]
 
@@ -62,18 +62,18 @@ def read_with(path: Path, options: ReadOptions) -> Checkpoint:
     return base_read.read(path, options)
 
 
-def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:
     """Write one file."""
     from loraformat_converters.gguf import base_write
 
     return base_write.write(checkpoint, publication, options)
 
 
-def forecast(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> Forecast:
+def estimate(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> Forecast:
     """Tell what `write` would write."""
     from loraformat_converters.gguf import base_write
 
-    return base_write.forecast(checkpoint, target, options)
+    return base_write.estimate(checkpoint, target, options)
 
 
 CONVERTER = Converter(
@@ -84,7 +84,7 @@ CONVERTER = Converter(
     read=read,
     read_with=read_with,
     write=write,
-    forecast=forecast,
+    estimate=estimate,
     output="file",
     stores="dense",
     dtypes=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
@@ -109,7 +109,7 @@ def read_lora(path: Path, options: AdapterReadOptions) -> Adapter:
     return read_adapter(path, options)
 
 
-def write_lora(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
+def write_lora(adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions) -> None:
     """Write an adapter; see `loraformat_converters.gguf.lora.write`."""
     from loraformat_converters.gguf.lora.write import write_adapter
 

@@ -33,7 +33,7 @@ from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,
-    Recipe,
+    TensorMapping,
     named_by,
     of_config,
     of_gguf,
@@ -162,7 +162,7 @@ class _Source:
     """A tensor to be: loads its one part, undoes what the file has done to it."""
 
     gguf: GGUFFile
-    recipe: Recipe
+    recipe: TensorMapping
     dequantized: str
 
     @property

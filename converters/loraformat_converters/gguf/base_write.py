@@ -23,9 +23,9 @@ from loraformat.shards.writer import WrittenShards
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Config,
-    Part,
-    Recipe,
-    Recipes,
+    TensorMap,
+    TensorMapping,
+    TensorSlice,
     of_config,
     to_gguf,
 )
@@ -44,23 +44,23 @@ if TYPE_CHECKING:
     import torch
 
     from loraformat.plugins import WriteOptions
-    from loraformat.storage.atomic_output import Publication
+    from loraformat.storage.atomic_output import AtomicOutput
 
-__all__ = ["forecast", "write"]
+__all__ = ["estimate", "write"]
 
 _LOW = {GGMLType.Q5_1, GGMLType.Q5_0, GGMLType.Q4_1, GGMLType.Q4_0}
 _ALWAYS_F32 = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def write(checkpoint: Checkpoint, publication: Publication, options: WriteOptions) -> WrittenModel:
+def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:
     """Write a model as ``publication.file_name``.
 
     Parameters
     ----------
     checkpoint : Checkpoint
         With a ``config.json`` and a tokenizer.
-    publication : Publication
+    publication : AtomicOutput
         Of a single file.
     options : WriteOptions
         ``dtype`` and ``pre_tokenizer`` are heeded.
@@ -84,7 +84,7 @@ def write(checkpoint: Checkpoint, publication: Publication, options: WriteOption
     )
 
 
-def forecast(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> Forecast:
+def estimate(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> Forecast:
     """Return the size of the file that `write` would write, and what it would say but losses.
 
     Raises
@@ -109,7 +109,7 @@ class _Plan:
     """
 
     kind: GGMLType
-    recipes: Recipes
+    recipes: TensorMap
     metadata: dict[str, GGUFValue]
     tensors: list[PlannedTensor]
     notes: list[str]
@@ -144,7 +144,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> _Plan:
 
 
 def _tokenizer(
-    checkpoint: Checkpoint, config: Config, recipes: Recipes, options: WriteOptions
+    checkpoint: Checkpoint, config: Config, recipes: TensorMap, options: WriteOptions
 ) -> tokenizers.Tokenizer:
     vocabulary = next(r.shape[0] for r in recipes.tensors if r.name == "token_embd.weight")
     if vocabulary != config.integer("vocab_size"):
@@ -156,7 +156,7 @@ def _tokenizer(
     return tokenizers.read(checkpoint, vocabulary=vocabulary, pre=options.pre_tokenizer)
 
 
-def _type(recipe: Recipe, kind: GGMLType, tied: bool) -> GGMLType:
+def _type(recipe: TensorMapping, kind: GGMLType, tied: bool) -> GGMLType:
     name = recipe.name
     if (
         len(recipe.shape) < 2
@@ -187,14 +187,14 @@ class _Work:
     options: WriteOptions
     loss: Loss
 
-    def planned(self, recipe: Recipe, kind: GGMLType) -> PlannedTensor:
+    def planned(self, recipe: TensorMapping, kind: GGMLType) -> PlannedTensor:
         for name in recipe.sources:
             tensor = self.checkpoint.tensors[name]
             if tensor.dtype not in _FLOATS:
                 raise UnsupportedError(f"tensor {name} is of type {tensor.dtype}, not of floats")
         return PlannedTensor(recipe.name, recipe.shape, kind, lambda: self._chunks(recipe, kind))
 
-    def _chunks(self, recipe: Recipe, kind: GGMLType) -> Iterator[bytes]:
+    def _chunks(self, recipe: TensorMapping, kind: GGMLType) -> Iterator[bytes]:
         loaded: tuple[str, torch.Tensor, torch.Tensor | None] | None = None
         for part in recipe.parts:
             source = self.checkpoint.tensors[part.source]
@@ -217,8 +217,8 @@ class _Work:
 
     def _rounded(
         self,
-        recipe: Recipe,
-        part: Part,
+        recipe: TensorMapping,
+        part: TensorSlice,
         matrix: torch.Tensor,
         before: torch.Tensor | None,
         kind: GGMLType,
@@ -258,7 +258,7 @@ def _headless_notes(config: Config, pooled: Mapping[str, GGUFValue]) -> list[str
     ]
 
 
-def _notes(kind: GGMLType, types: Mapping[str, GGMLType], recipes: Recipes) -> list[str]:
+def _notes(kind: GGMLType, types: Mapping[str, GGMLType], recipes: TensorMap) -> list[str]:
     notes = []
     small = [name for name, one in types.items() if kind.block > 1 and one is GGMLType.F16]
     if small:

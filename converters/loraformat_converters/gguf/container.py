@@ -17,7 +17,7 @@ from typing import Any
 
 from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.header import TensorEntry
-from loraformat_converters.gguf.split_files import Part, open_parts
+from loraformat_converters.gguf.split_files import SplitFile, open_parts
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
@@ -105,7 +105,7 @@ class GGUFFile:
     ``{arch}.block_count``.
     """
 
-    def __init__(self, path: Path, parts: list[Part]) -> None:
+    def __init__(self, path: Path, parts: list[SplitFile]) -> None:
         self.path = path
         self.sources = tuple(part.path for part in parts)
         self.version = parts[0].header.version

@@ -9,7 +9,7 @@ from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import to_text
 from loraformat.storage.reserved_names import MANIFEST_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat_converters.gguf.model_card import card_keys, model_name
 from loraformat_converters.gguf.types import GGMLType, ValueType
 from loraformat_converters.gguf.values import GGUFValue
@@ -101,7 +101,7 @@ def _fingerprint(checkpoint: Checkpoint) -> str | None:
         return checkpoint.provenance.fingerprint
     if checkpoint.provenance.format != "loraformat":
         return None
-    raw = Folder(checkpoint.path).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    raw = SafeDirectory(checkpoint.path).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     return parse_manifest(raw, checkpoint.path / MANIFEST_NAME).fingerprint
 
 

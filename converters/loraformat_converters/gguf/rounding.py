@@ -19,7 +19,7 @@ from loraformat_converters.gguf.types import GGMLType
 if TYPE_CHECKING:
     import torch
 
-    from loraformat.plugins import Watch
+    from loraformat.plugins import RoundingObserver
 
 __all__ = ["Loss", "Lost", "Watched", "rounded"]
 
@@ -108,12 +108,12 @@ class Watched:
 
     Attributes
     ----------
-    watch : Watch
+    watch : RoundingObserver
     before : callable
         Returns rows of what the matrix was, as `rounded` asks for those of what it is.
     """
 
-    watch: Watch
+    watch: RoundingObserver
     before: Callable[[int, int], torch.Tensor]
 
 

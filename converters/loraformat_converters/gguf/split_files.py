@@ -10,18 +10,18 @@ import re
 from pathlib import Path
 
 from loraformat.errors import InputError, printable
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedBytes
 from loraformat_converters.gguf.cursor import MAX_HEAD_BYTES
 from loraformat_converters.gguf.header import MAX_KEYS, MAX_TENSORS, GGUFHeader, parse_header
 
-__all__ = ["Part", "open_parts"]
+__all__ = ["SplitFile", "open_parts"]
 
 MAX_PARTS = 512
 _NAME = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 
 
-class Part:
+class SplitFile:
     """One file on the disk and its head.
 
     Attributes
@@ -33,7 +33,7 @@ class Part:
         How many it has.
     """
 
-    def __init__(self, folder: Folder, name: str) -> None:
+    def __init__(self, folder: SafeDirectory, name: str) -> None:
         self.file = MappedBytes(folder, name)
         self.path = self.file.path
         try:
@@ -56,7 +56,7 @@ class Part:
         return int(value.value)
 
 
-def open_parts(path: Path) -> list[Part]:
+def open_parts(path: Path) -> list[SplitFile]:
     """Open a file, and if it was split all its parts, in order, whichever is named.
 
     Parameters
@@ -68,8 +68,8 @@ def open_parts(path: Path) -> list[Part]:
     InputError
         If a part is missing or damaged, or they do not belong together.
     """
-    folder = Folder(path.parent)
-    named = Part(folder, path.name)
+    folder = SafeDirectory(path.parent)
+    named = SplitFile(folder, path.name)
     try:
         count = named.number_of("split.count", 1)
         names = _names(named, count)
@@ -79,7 +79,7 @@ def open_parts(path: Path) -> list[Part]:
     if count < 2:
         return [named]
     named.file.close()  # it is opened again, in its place
-    parts: list[Part] = []
+    parts: list[SplitFile] = []
     try:
         for number, name in enumerate(names):
             if not folder.has(name):
@@ -88,7 +88,7 @@ def open_parts(path: Path) -> list[Part]:
                     path=path,
                     hint="download all parts into one directory",
                 )
-            parts.append(Part(folder, name))
+            parts.append(SplitFile(folder, name))
             _check_part(parts, number, count)
         _check_count(parts)
     except BaseException:
@@ -98,7 +98,7 @@ def open_parts(path: Path) -> list[Part]:
     return parts
 
 
-def _names(named: Part, count: int) -> list[str]:
+def _names(named: SplitFile, count: int) -> list[str]:
     match = _NAME.fullmatch(named.path.name)
     if count > MAX_PARTS:
         raise InputError(
@@ -114,7 +114,7 @@ def _names(named: Part, count: int) -> list[str]:
     return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
 
 
-def _check_part(parts: list[Part], number: int, count: int) -> None:
+def _check_part(parts: list[SplitFile], number: int, count: int) -> None:
     """Check the last part's own words, and that all together are within the bounds of one."""
     part = parts[-1]
     said = part.number_of("split.no", -1), part.number_of("split.count", -1)
@@ -137,7 +137,7 @@ def _check_part(parts: list[Part], number: int, count: int) -> None:
         part.header.metadata.clear()
 
 
-def _check_count(parts: list[Part]) -> None:
+def _check_count(parts: list[SplitFile]) -> None:
     claimed = parts[0].number_of("split.tensors.count", -1)
     found = sum(len(part.header.tensors) for part in parts)
     if claimed not in (-1, found):

@@ -23,7 +23,7 @@ from loraformat_converters.gguf.values import GGUFValue
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraformat.storage.atomic_output import Publication
+    from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = ["PlannedTensor", "WrittenGGUF", "encode_head", "file_size", "write_gguf"]
 
@@ -82,7 +82,7 @@ class WrittenGGUF:
 
 
 def write_gguf(
-    publication: Publication,
+    publication: AtomicOutput,
     metadata: Mapping[str, GGUFValue],
     tensors: Sequence[PlannedTensor],
     *,
@@ -93,7 +93,7 @@ def write_gguf(
 
     Parameters
     ----------
-    publication : Publication
+    publication : AtomicOutput
     metadata : mapping of str to GGUFValue
         In this order. ``general.alignment`` is honoured, 32 without it.
     tensors : sequence of PlannedTensor

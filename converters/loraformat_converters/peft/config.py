@@ -9,7 +9,7 @@ from typing import Any
 from loraformat.errors import InputError, printable
 from loraformat.model.adapter import LARGEST_SCALING
 from loraformat.storage.foreign_json import is_finite, parse_object
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat_converters.peft.pattern_table import PatternTable
 from loraformat_converters.peft.refusals import INVOCATION, refuse_by_name, unknown_fields
 
@@ -185,7 +185,7 @@ def _version(value: Any) -> tuple[int, int]:
     return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, 0)
 
 
-def read_settings(folder: Folder, *, conditional: bool = False) -> LoraSettings:
+def read_settings(folder: SafeDirectory, *, conditional: bool = False) -> LoraSettings:
     """Read and check a config; that of an aLoRA only if ``conditional``.
 
     Raises
@@ -199,7 +199,7 @@ def read_settings(folder: Folder, *, conditional: bool = False) -> LoraSettings:
     return LoraSettings(config, folder.path / CONFIG_NAME, conditional=conditional)
 
 
-def read_config(folder: Folder) -> dict[str, Any]:
+def read_config(folder: SafeDirectory) -> dict[str, Any]:
     """Read a config, as PEFT does.
 
     Raises

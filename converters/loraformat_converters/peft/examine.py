@@ -23,7 +23,7 @@ from loraformat.plugins import AdapterReadOptions
 from loraformat.runtimes.facts import AdapterFacts, Loading, ModuleFacts
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.storage import strict_json
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.load_on_meta import Stored
@@ -56,7 +56,7 @@ def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
     UnsupportedError
         If the tensors lie in a pickle and that was not allowed.
     """
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     config = read_config(folder)
     refusal = _refusal(config, path)
     if refusal is not None and config.get("peft_type") != "LORA":  # its tensors have other names

@@ -18,7 +18,7 @@ from loraformat.model.config_json import parse
 from loraformat.model.unsharding import GATHER
 from loraformat.model.vocabulary import per_token
 from loraformat.plugins import AdapterReadOptions
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
 from loraformat_converters.peft.experts import ExpertReader
@@ -52,7 +52,7 @@ def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
     UnsupportedError
         If the adapter is more than a low-rank delta and replacements.
     """
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     settings = read_settings(folder, conditional=options.conditional)
     with contextlib.ExitStack() as opened:
         stored = open_tensors(folder, allow_pickle=options.allow_pickle)
@@ -95,7 +95,7 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _beside(folder: Folder) -> list[str]:
+def _beside(folder: SafeDirectory) -> list[str]:
     return [
         f"{printable(name)} lies beside it and was not read: if it holds what was trained with the "
         "adapter (a projector, a head), load it as the program that wrote it does"
@@ -103,7 +103,7 @@ def _beside(folder: Folder) -> list[str]:
     ]
 
 
-def _by_torchtune(folder: Folder, base: Checkpoint | None) -> list[str]:
+def _by_torchtune(folder: SafeDirectory, base: Checkpoint | None) -> list[str]:
     """Return what torchtune 0.6.1, its last version, writes wrongly, if it wrote the adapter."""
     config = parse(base.config) if base is not None and base.config else {}
     if not folder.has("adapter_model.pt") or config.get("model_type", "qwen2") != "qwen2":
@@ -115,7 +115,7 @@ def _by_torchtune(folder: Folder, base: Checkpoint | None) -> list[str]:
     ]
 
 
-def _files(folder: Folder) -> tuple[CarriedFile, ...]:
+def _files(folder: SafeDirectory) -> tuple[CarriedFile, ...]:
     sizes = {name: folder.size(name) for name in folder.names()}
     return tuple(CarriedFile(n, s, partial(folder.read, n, s)) for n, s in sizes.items())
 

@@ -19,7 +19,7 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.checkpoint import DenseTensor, tensor_view
 from loraformat.model.pickled import open_pickle
 from loraformat.shards.index_json import parse_index
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = [
@@ -89,7 +89,7 @@ class StoredTensors:
     close: Callable[[], None] = lambda: None
 
 
-def open_tensors(folder: Folder, *, allow_pickle: bool) -> StoredTensors:
+def open_tensors(folder: SafeDirectory, *, allow_pickle: bool) -> StoredTensors:
     """Open whatever holds the tensors; safetensors is taken before a pickle, as PEFT does.
 
     Raises
@@ -127,7 +127,9 @@ def open_tensors(folder: Folder, *, allow_pickle: bool) -> StoredTensors:
     return _unpickle(folder)
 
 
-def _open_files(folder: Folder, name: str, shards: dict[str, set[str] | None]) -> StoredTensors:
+def _open_files(
+    folder: SafeDirectory, name: str, shards: dict[str, set[str] | None]
+) -> StoredTensors:
     found = StoredTensors(folder.path / name, {}, verbatim=name == WEIGHTS_NAME)
     with contextlib.ExitStack() as opened:
         for shard, wanted in shards.items():
@@ -188,7 +190,7 @@ def _bytes_of(values: Any) -> memoryview:
     return memoryview(data)
 
 
-def _unpickle(folder: Folder) -> StoredTensors:
+def _unpickle(folder: SafeDirectory) -> StoredTensors:
     path = folder.path / PICKLE_NAME
     file = open_pickle(folder, PICKLE_NAME)
     tensors = {name: checked(tensor, path) for name, tensor in file.tensors.items()}

@@ -27,7 +27,7 @@ from loraformat.model.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.model.architecture import module_of
 from loraformat.model.checkpoint import DenseTensor, tensor_view
 from loraformat.plugins import AdapterWriteOptions
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
 from loraformat.tensors.dtypes import ITEM_BYTES, torch_dtype
 from loraformat.tensors.header import Entry, encode_header
@@ -46,13 +46,15 @@ __all__ = ["write_adapter"]
 _EXPERTS_SINCE = "0.19.0"
 
 
-def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
+def write_adapter(
+    adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions
+) -> None:
     """Write an adapter into a publication's work directory.
 
     Parameters
     ----------
     adapter : Adapter
-    publication : Publication
+    publication : AtomicOutput
     options : AdapterWriteOptions
         ``dtype`` is that of all factors, rounded to nearest even; None keeps each one's own
         where that loses nothing. ``keep_scaling`` is heeded where one alpha says it all.
@@ -218,7 +220,7 @@ def _load(piece: _Piece) -> memoryview:
 
 
 def _write_tensors(
-    pieces: Iterable[_Piece], publication: Publication, name: str, metadata: dict[str, str]
+    pieces: Iterable[_Piece], publication: AtomicOutput, name: str, metadata: dict[str, str]
 ) -> None:
     entries, position = [], 0
     for piece in pieces:

@@ -8,20 +8,20 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.bundle.reader import is_bundle, open_bundle
-from loraformat.bundle.update import Place
+from loraformat.bundle.update import BundleSlot
 from loraformat.errors import UsageError
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint, Provenance
 from loraformat.model.config_json import CONFIG_NAME, MAX_CONFIG_BYTES, split
-from loraformat.ops.adapter_output.form import Home
-from loraformat.storage.safe_directory import Folder
+from loraformat.ops.adapter_output.form import BaseIdentity
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["open_base"]
 
 
 def open_base(
-    stack: ExitStack, named: str | Path | None, *places: Place | None
-) -> tuple[Checkpoint | None, Home | None]:
+    stack: ExitStack, named: str | Path | None, *places: BundleSlot | None
+) -> tuple[Checkpoint | None, BaseIdentity | None]:
     """Open the base that was named, else the bundle of the first place, else none.
 
     Parameters
@@ -37,7 +37,7 @@ def open_base(
     Returns
     -------
     Checkpoint or None
-    Home or None
+    BaseIdentity or None
         Of a bundle only.
 
     Raises
@@ -54,7 +54,7 @@ def open_base(
         return None, None
     if is_bundle(path):
         bundle = stack.enter_context(open_bundle(path))
-        return bundle.checkpoint, Home(bundle.manifest.fingerprint, bundle.manifest.source)
+        return bundle.checkpoint, BaseIdentity(bundle.manifest.fingerprint, bundle.manifest.source)
     if (config := _config_alone(path)) is not None:
         return _placed(config, source), None
     reader = plugins.sniff(path, "base")
@@ -76,5 +76,5 @@ def _config_alone(path: Path) -> Checkpoint | None:
     folder = path.parent if path.name == CONFIG_NAME and path.is_file() else path
     if not (folder / CONFIG_NAME).is_file() or (folder == path and any(path.glob("*.safetensors"))):
         return None
-    raw, _ = split(Folder(folder).read(CONFIG_NAME, MAX_CONFIG_BYTES), folder / CONFIG_NAME)
+    raw, _ = split(SafeDirectory(folder).read(CONFIG_NAME, MAX_CONFIG_BYTES), folder / CONFIG_NAME)
     return Checkpoint(folder, Provenance("config"), {}, config=raw, sources=(folder / CONFIG_NAME,))

@@ -25,15 +25,15 @@ from loraformat.ops.merge.plan import plan_edits
 from loraformat.ops.opening.adapter import copy_adapter
 from loraformat.plugins import AdapterWriteOptions, Converter
 from loraformat.shards.records import FileRecord
-from loraformat.storage.atomic_output import Publication
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.atomic_output import AtomicOutput
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import parse_weight_dtype
 
-__all__ = ["AdapterOutput", "Home", "check_fits", "check_values", "plan_output"]
+__all__ = ["AdapterOutput", "BaseIdentity", "check_fits", "check_values", "plan_output"]
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class BaseIdentity:
     """The base that an adapter shall belong to.
 
     Attributes
@@ -72,13 +72,13 @@ class AdapterOutput:
     notes: tuple[str, ...]
     expected: Mapping[str, FileRecord] | None = None
 
-    def write(self, publication: Publication) -> list[str]:
+    def write(self, publication: AtomicOutput) -> list[str]:
         """Write it into a publication's work directory, and return the writer's notes."""
         notes: list[str] = []
         if self.verbatim:
             copy_adapter(self.adapter, publication)
             if self.expected is not None:  # the source was compared before: now the copy
-                check_listed(Folder(publication.work), self.expected)
+                check_listed(SafeDirectory(publication.work), self.expected)
             return notes
         assert self.writer.write_adapter is not None
         options = replace(self.options, note=notes.append)
@@ -93,7 +93,7 @@ def plan_output(
     canonical: bool = False,
     dtype: str | None = None,
     base: Checkpoint | None = None,
-    home: Home | None = None,
+    home: BaseIdentity | None = None,
     allow_base_mismatch: bool = False,
     expected: Mapping[str, FileRecord] | None = None,
 ) -> AdapterOutput:
@@ -112,7 +112,7 @@ def plan_output(
         it.
     base : Checkpoint, optional
         For writers that need its config or shapes.
-    home : Home, optional
+    home : BaseIdentity, optional
         The base whose fingerprint it shall have, or none.
     allow_base_mismatch : bool
         Give it that fingerprint although it has another.

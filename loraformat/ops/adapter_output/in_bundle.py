@@ -10,13 +10,13 @@ from loraformat import plugins
 from loraformat.bundle import converter
 from loraformat.bundle.integrity import check_adapter
 from loraformat.bundle.reader import open_bundle
-from loraformat.bundle.update import Place, adapter_place, add_adapter, records_of
+from loraformat.bundle.update import BundleSlot, add_adapter, parse_bundle_slot, records_of
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.ops.adapter_output.form import (
     AdapterOutput,
-    Home,
+    BaseIdentity,
     check_fits,
     check_values,
     plan_output,
@@ -24,15 +24,15 @@ from loraformat.ops.adapter_output.form import (
 from loraformat.plugins import WriteOptions
 from loraformat.shards.records import FileRecord
 from loraformat.shards.write_directory import WrittenModel
-from loraformat.storage.atomic_output import Publication
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.atomic_output import AtomicOutput
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_adapter_name
 
-__all__ = ["Incoming", "add_adapters", "write_bundle"]
+__all__ = ["NewAdapter", "add_adapters", "write_bundle"]
 
 
 @dataclass(frozen=True, slots=True)
-class Incoming:
+class NewAdapter:
     """An adapter that shall be in a bundle.
 
     Attributes
@@ -54,7 +54,9 @@ class Incoming:
     allow_base_mismatch: bool = False
 
 
-def add_adapters(path: Path, adapters: Mapping[str, Incoming], *, force: bool = False) -> list[str]:
+def add_adapters(
+    path: Path, adapters: Mapping[str, NewAdapter], *, force: bool = False
+) -> list[str]:
     """Add adapters to a bundle, one after the other; each appears whole or not at all.
 
     Parameters
@@ -78,7 +80,7 @@ def add_adapters(path: Path, adapters: Mapping[str, Incoming], *, force: bool = 
     """
     notes = []
     with open_bundle(path) as opened:
-        home = Home(opened.manifest.fingerprint, opened.manifest.source)
+        home = BaseIdentity(opened.manifest.fingerprint, opened.manifest.source)
         for name, incoming in adapters.items():
             place = _place(path, name)
             output = plan_incoming(incoming, opened.checkpoint, home)
@@ -87,14 +89,14 @@ def add_adapters(path: Path, adapters: Mapping[str, Incoming], *, force: bool = 
     return notes
 
 
-def _place(path: Path, name: str) -> Place:
-    place = adapter_place(path / "adapters" / name)
+def _place(path: Path, name: str) -> BundleSlot:
+    place = parse_bundle_slot(path / "adapters" / name)
     if place is None or place.name != name:
         raise UsageError(f"{name!r} cannot be the name of an adapter")
     return place
 
 
-def plan_incoming(incoming: Incoming, base: Checkpoint, home: Home) -> AdapterOutput:
+def plan_incoming(incoming: NewAdapter, base: Checkpoint, home: BaseIdentity) -> AdapterOutput:
     """Hold an adapter against its bundle, and decide how it is written."""
     output = plan_output(
         incoming.adapter,
@@ -118,7 +120,7 @@ def check_incoming(adapter: Adapter, base: Checkpoint) -> list[str]:
 
 def put(
     output: AdapterOutput,
-    place: Place,
+    place: BundleSlot,
     fingerprint: str,
     *,
     force: bool,
@@ -129,7 +131,7 @@ def put(
     Parameters
     ----------
     output : AdapterOutput
-    place : Place
+    place : BundleSlot
     fingerprint : str
         Of the bundle.
     force : bool
@@ -138,9 +140,9 @@ def put(
         Called when all is read; what it raises leaves the bundle as it was.
     """
 
-    def write(stage: Publication) -> None:
+    def write(stage: AtomicOutput) -> None:
         output.write(stage)
-        check_adapter(Folder(stage.work), ".", fingerprint)
+        check_adapter(SafeDirectory(stage.work), ".", fingerprint)
         finish()
 
     inputs = [output.adapter.path, *output.adapter.sources]
@@ -149,9 +151,9 @@ def put(
 
 def write_bundle(
     checkpoint: Checkpoint,
-    publication: Publication,
+    publication: AtomicOutput,
     options: WriteOptions,
-    adapters: Mapping[str, Incoming],
+    adapters: Mapping[str, NewAdapter],
 ) -> WrittenModel:
     """Write a new bundle with adapters in it, in one publication.
 
@@ -159,7 +161,7 @@ def write_bundle(
     ----------
     checkpoint : Checkpoint
         As `loraformat.bundle.converter.write` takes it.
-    publication : Publication
+    publication : AtomicOutput
     options : WriteOptions
     adapters : mapping of str to Incoming
         By name; opened against a base of the same tensors.
@@ -175,15 +177,15 @@ def write_bundle(
         check_incoming(incoming.adapter, checkpoint)
 
     def add(fingerprint: str) -> converter.AdapterRecords:
-        home = Home(fingerprint, checkpoint.provenance.to_json())
+        home = BaseIdentity(fingerprint, checkpoint.provenance.to_json())
         records = {}
         for name, incoming in adapters.items():
             output = plan_incoming(incoming, checkpoint, home)
             directory = publication.work / "adapters" / name
             directory.parent.mkdir(exist_ok=True)
-            with Publication(directory, plan="adapter", work_name=f".{name}.partial") as stage:
+            with AtomicOutput(directory, plan="adapter", work_name=f".{name}.partial") as stage:
                 output.write(stage)
-                check_adapter(Folder(stage.work), ".", fingerprint)
+                check_adapter(SafeDirectory(stage.work), ".", fingerprint)
                 stage.commit()
             records[name] = records_of(directory)
             notes.extend(f"adapter {name}: {note}" for note in output.notes)

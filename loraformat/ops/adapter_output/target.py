@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraformat import plugins
-from loraformat.bundle.update import Place, adapter_place
+from loraformat.bundle.update import BundleSlot, parse_bundle_slot
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.ops.adapter_output.base import open_base
-from loraformat.ops.adapter_output.form import AdapterOutput, Home, check_fits, plan_output
-from loraformat.ops.adapter_output.in_bundle import Incoming, add_adapters
+from loraformat.ops.adapter_output.form import AdapterOutput, BaseIdentity, check_fits, plan_output
+from loraformat.ops.adapter_output.in_bundle import NewAdapter, add_adapters
 from loraformat.plugins import Converter
 from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.output_rules import refuse_existing, refuse_existing_file
 
-__all__ = ["AdapterTarget", "open_target", "publish_adapter", "refuse_standing", "write_adapter"]
+__all__ = ["AdapterTarget", "ensure_not_exists", "open_target", "publish_adapter", "write_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class AdapterTarget:
     ----------
     path : Path
     writer : Converter
-    place : Place or None
+    place : BundleSlot or None
         In a bundle.
     base : Checkpoint or None
         What adapters are held against, and what the writer may need.
-    home : Home or None
+    home : BaseIdentity or None
         Of a base that is a bundle.
     dtype : str or None
         Of the factors.
@@ -49,9 +49,9 @@ class AdapterTarget:
 
     path: Path
     writer: Converter
-    place: Place | None
+    place: BundleSlot | None
     base: Checkpoint | None
-    home: Home | None
+    home: BaseIdentity | None
     dtype: str | None
     force: bool
     dry_run: bool
@@ -80,7 +80,7 @@ class AdapterTarget:
             What a user should know.
         """
         if self.place is not None and not self.dry_run:
-            incoming = Incoming(adapter, self.canonical, self.dtype, self.allow_base_mismatch)
+            incoming = NewAdapter(adapter, self.canonical, self.dtype, self.allow_base_mismatch)
             return add_adapters(self.place.bundle, {self.place.name: incoming}, force=self.force)
         output = self._planned(adapter)
         if self.dry_run:
@@ -141,14 +141,14 @@ def open_target(
         If a base is named for a target in a bundle.
     """
     path = Path(target)
-    place = adapter_place(path)
+    place = parse_bundle_slot(path)
     if place is not None and isinstance(base, str | Path):
         raise UsageError("--base: the bundle is the base", hint="leave it out")
     writer = _writer(path)
     if not dry_run:
-        refuse_standing(path, force=force)
+        ensure_not_exists(path, force=force)
     found: Checkpoint | None
-    home: Home | None
+    home: BaseIdentity | None
     if isinstance(base, Checkpoint) and place is None:
         found, home = base, None
     else:
@@ -160,7 +160,7 @@ def open_target(
     )
 
 
-def refuse_standing(target: str | Path, *, force: bool) -> None:
+def ensure_not_exists(target: str | Path, *, force: bool) -> None:
     """Refuse to replace what stands at an adapter's target, unless ``force`` says so.
 
     Raises
@@ -173,7 +173,7 @@ def refuse_standing(target: str | Path, *, force: bool) -> None:
 
 
 def _writer(path: Path) -> Converter:
-    if adapter_place(path) is not None:
+    if parse_bundle_slot(path) is not None:
         return plugins.get("peft")
     return plugins.for_output(path, None, "adapter")
 
@@ -201,9 +201,9 @@ def write_adapter(
         return opened.put(adapter)
 
 
-def _common_origin(sources: Iterable[str | Path]) -> Place | None:
+def _common_origin(sources: Iterable[str | Path]) -> BundleSlot | None:
     """Return the place of an adapter in the bundle that holds all of them."""
-    places = [adapter_place(Path(source)) for source in sources]
+    places = [parse_bundle_slot(Path(source)) for source in sources]
     bundles = {None if place is None else place.bundle.resolve() for place in places}
     return places[0] if len(bundles) == 1 else None
 

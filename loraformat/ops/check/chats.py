@@ -12,7 +12,7 @@ from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.ops.check.prompts import tokenizer_beside
 from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME, Chat, ChatFormat, chat_of
 from loraformat.runtimes.use import TEMPLATE_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["FormatOf", "chat_beside", "not_tried"]
 
@@ -45,7 +45,7 @@ def chat_beside(place: Path, base: Path | None, format_of: FormatOf) -> Chat | N
     """
     if not place.is_dir():
         return None
-    folder, record = Folder(place), {}
+    folder, record = SafeDirectory(place), {}
     if folder.has(RECORD_NAME):
         read = partial(folder.read, RECORD_NAME, _LARGEST_RECORD)
         file = CarriedFile(RECORD_NAME, folder.size(RECORD_NAME), read)

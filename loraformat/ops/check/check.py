@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat import plugins
-from loraformat.bundle.update import adapter_place
+from loraformat.bundle.update import parse_bundle_slot
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
@@ -20,7 +20,7 @@ from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.model.vocabulary import per_token
 from loraformat.ops.adapter_output.base import open_base
 from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
-from loraformat.ops.opening.model import descent_of
+from loraformat.ops.opening.model import origin_fingerprint
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.runtimes.architectures import gguf_architecture
 from loraformat.runtimes.facts import AdapterFacts, BaseFacts
@@ -155,7 +155,7 @@ def examine(
             path=path,
             hint="check looks at adapters; a bundle's are BUNDLE/adapters/NAME",
         )
-    place = adapter_place(path)
+    place = parse_bundle_slot(path)
     with ExitStack() as stack:
         opened, _ = open_base(stack, base, place)
         facts = _facts(converter, path, AdapterReadOptions(opened, allow_pickle, True, True))
@@ -194,7 +194,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
     return BaseFacts(
         model_type=model_type,
         tied=_is_tied(base, config),
-        fingerprint=descent_of(base),
+        fingerprint=origin_fingerprint(base),
         named=bool(base.tensors),
         layers=max(layers) + 1 if layers else None,
         tokens=max(per_token(base.tensors).values(), default=None),

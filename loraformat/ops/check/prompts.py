@@ -15,7 +15,7 @@ from typing import Any
 from loraformat.errors import printable
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.model.tokenizer_files import CarriedTokenizer
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["template_change", "token_numbers", "tokenizer_beside", "tokenizer_change"]
 
@@ -45,7 +45,7 @@ def tokenizer_beside(adapter: Path) -> CarriedTokenizer:
     """
     files = []
     if adapter.is_dir():
-        folder = Folder(adapter)
+        folder = SafeDirectory(adapter)
         for name in filter(folder.has, _NAMES):
             read = partial(folder.read, name, _MAX_BYTES)
             files.append(CarriedFile(name, folder.size(name), read))

@@ -26,15 +26,15 @@ from loraformat.ops.combine.options import EXACT, METHODS, CombineOptions, Metho
 from loraformat.ops.combine.replacements import combined_replacements, combined_rows
 from loraformat.ops.combine.report import CombinationReport, CombinedModule
 from loraformat.ops.combine.tokenizers import other_tokenizers
-from loraformat.ops.combine.weighted_deltas import Term, refuse_dora, terms_of
+from loraformat.ops.combine.weighted_deltas import WeightedDelta, refuse_dora, terms_of
 from loraformat.ops.deltas.factors import (
-    LastOnly,
+    SingleEntryCache,
     compute_factors,
-    delta_of,
     factor_dtype,
     finite,
     in_memory,
-    rebuilt,
+    lazy_delta,
+    with_deltas,
 )
 from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.opening.adapter_weights import adapter_weights
@@ -181,7 +181,7 @@ def combine_adapters(
         raise
     notes = [*_notes(adapters, work), *whole, *more]
     result = replace(
-        rebuilt(adapters[0], work.deltas, adapters[1:]),
+        with_deltas(adapters[0], work.deltas, adapters[1:]),
         replacements=replacements,
         rows=rows,
         sources=tuple(path for adapter in adapters for path in adapter.sources),
@@ -208,16 +208,16 @@ class _Combination:
         self.spool = Spool()
         self.deltas: dict[str, LoraDelta] = {}
         self.modules: list[CombinedModule] = []
-        self._memo = LastOnly()
+        self._memo = SingleEntryCache()
 
-    def add(self, terms: list[Term]) -> None:
+    def add(self, terms: list[WeightedDelta]) -> None:
         """Combine one target."""
         first = terms[0].delta
         dtypes = {factor_dtype(term.delta, self.options.dtype) for term in terms}
         stored = dtypes.pop() if len(dtypes) == 1 else "F32"
         if self.options.method in EXACT:
             rank, energy, compute = weighted_sum(terms, self.options)
-            combined = delta_of(first, rank, stored, compute, self._memo, self.rounding)
+            combined = lazy_delta(first, rank, stored, compute, self._memo, self.rounding)
         else:
             energy, (b, a) = interfered(terms, self.options)
             rank = a.shape[-2]
@@ -237,7 +237,7 @@ class _Combination:
             self.deltas[first.target] = replace(combined, bias=bias, second_moment=None)
 
 
-def _bias(terms: Sequence[Term], dtype: str) -> DenseTensor | None:
+def _bias(terms: Sequence[WeightedDelta], dtype: str) -> DenseTensor | None:
     parts = [(term.weight, term.delta.bias) for term in terms if term.delta.bias is not None]
     if not parts:
         return None

@@ -16,7 +16,7 @@ import torch
 from loraformat.algebra.interference import drop, elect, magnitude_threshold, prune
 from loraformat.algebra.subspace import block_krylov, held
 from loraformat.ops.combine.options import CombineOptions
-from loraformat.ops.combine.weighted_deltas import Term
+from loraformat.ops.combine.weighted_deltas import WeightedDelta
 from loraformat.ops.deltas.factors import Pair
 
 __all__ = ["interfered"]
@@ -24,7 +24,7 @@ __all__ = ["interfered"]
 _TILE_ELEMENTS = 1 << 18
 
 
-def interfered(terms: Sequence[Term], options: CombineOptions) -> tuple[float, Pair]:
+def interfered(terms: Sequence[WeightedDelta], options: CombineOptions) -> tuple[float, Pair]:
     """Combine one target by a method that looks at elements.
 
     Returns
@@ -50,7 +50,7 @@ def interfered(terms: Sequence[Term], options: CombineOptions) -> tuple[float, P
     return kept / total, (b, a)
 
 
-def _matrices(terms: Sequence[Term], options: CombineOptions) -> Iterator[_Matrix]:
+def _matrices(terms: Sequence[WeightedDelta], options: CombineOptions) -> Iterator[_Matrix]:
     """Yield the matrix, or one after the other those of the experts."""
     loaded = [(term, *term.factors()) for term in terms]
     experts = loaded[0][1].shape[0] if loaded[0][1].ndim == 3 else None
@@ -66,7 +66,7 @@ def _matrices(terms: Sequence[Term], options: CombineOptions) -> Iterator[_Matri
         yield _Matrix(parts, options)
 
 
-def _seed(seed: int, term: Term, expert: int) -> int:
+def _seed(seed: int, term: WeightedDelta, expert: int) -> int:
     """Return a seed of the module's own: no module's numbers depend on the others."""
     words = repr((seed, term.adapter, f"{term.delta.target}/{expert}"))
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")

@@ -12,7 +12,7 @@ import torch
 
 from loraformat.algebra import lora
 from loraformat.ops.combine.options import CombineOptions
-from loraformat.ops.combine.weighted_deltas import Term
+from loraformat.ops.combine.weighted_deltas import WeightedDelta
 from loraformat.ops.deltas.factors import Pair
 
 __all__ = ["weighted_sum"]
@@ -21,7 +21,7 @@ _ROUNDING = 1e-12
 
 
 def weighted_sum(
-    terms: Sequence[Term], options: CombineOptions
+    terms: Sequence[WeightedDelta], options: CombineOptions
 ) -> tuple[int, float, Callable[[], Pair]]:
     """Plan ``svd``, ``cat`` or ``linear`` of one target.
 
@@ -50,11 +50,11 @@ def weighted_sum(
     return rank, energy, lambda: lora.truncate(lora.core(*_factors(terms)), rank, torch.float64)
 
 
-def _factors(terms: Sequence[Term]) -> Pair:
+def _factors(terms: Sequence[WeightedDelta]) -> Pair:
     return lora.combine_factors([(term.weight, *term.factors()) for term in terms])
 
 
-def _concatenated(terms: Sequence[Term]) -> Pair:
+def _concatenated(terms: Sequence[WeightedDelta]) -> Pair:
     """Return [f₁·B₁ …] and [2^e₁·A₁ …] with wᵢ = fᵢ·2^eᵢ.
 
     A power of two changes no digit: A is rounded nowhere, B once, and not at all by weights

@@ -12,11 +12,11 @@ from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.ops.deltas.factors import finite
 from loraformat.ops.opening.adapter_weights import effective_scaling
 
-__all__ = ["Term", "refuse_dora", "terms_of"]
+__all__ = ["WeightedDelta", "refuse_dora", "terms_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class WeightedDelta:
     """One delta in a sum.
 
     Attributes
@@ -37,7 +37,9 @@ class Term:
         return finite(self.delta.b), finite(self.delta.a)
 
 
-def terms_of(adapters: Sequence[Adapter], weights: Sequence[float], target: str) -> list[Term]:
+def terms_of(
+    adapters: Sequence[Adapter], weights: Sequence[float], target: str
+) -> list[WeightedDelta]:
     """Return the terms of one target, from the adapters that change it.
 
     Raises
@@ -46,7 +48,7 @@ def terms_of(adapters: Sequence[Adapter], weights: Sequence[float], target: str)
         If two adapters disagree on its dimensions.
     """
     found = [
-        Term(i, effective_scaling(adapter, target, weight), adapter.deltas[target])
+        WeightedDelta(i, effective_scaling(adapter, target, weight), adapter.deltas[target])
         for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
         if target in adapter.deltas
     ]

@@ -19,19 +19,19 @@ from typing import Any
 
 from loraformat import plugins
 from loraformat.bundle.integrity import check_listed
-from loraformat.bundle.update import Place, adapter_place, read_manifest
+from loraformat.bundle.update import BundleSlot, parse_bundle_slot, read_manifest
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.ops.adapter_output.base import open_base
-from loraformat.ops.adapter_output.form import AdapterOutput, Home, check_fits, plan_output
+from loraformat.ops.adapter_output.form import AdapterOutput, BaseIdentity, check_fits, plan_output
 from loraformat.ops.adapter_output.in_bundle import check_incoming, put
 from loraformat.ops.adapter_output.one_rank import with_one_rank
 from loraformat.ops.adapter_output.target import publish_adapter
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.shards.records import FileRecord
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES
 
 __all__ = ["AdapterReport", "convert_adapter", "tensors_of"]
@@ -128,7 +128,7 @@ def convert_adapter(
         Nothing appears at the target then, and a bundle is as it was.
     """
     began = time.perf_counter()
-    place, origin = adapter_place(target), adapter_place(source.path)
+    place, origin = parse_bundle_slot(target), parse_bundle_slot(source.path)
     writer = _writer(target, place, options)
     if reader.read_adapter is None:
         raise UsageError(f"format {reader.name!r} can be written but not read")
@@ -150,7 +150,7 @@ def convert_adapter(
             adapter = replace(with_one_rank(adapter, base), base_model=named)
         listed, notes = _listed(origin)
         if listed is not None:
-            check_listed(Folder(source.path), listed)
+            check_listed(SafeDirectory(source.path), listed)
             adapter = replace(adapter, files=tuple(f for f in adapter.files if f.path in listed))
         output = plan_output(
             adapter,
@@ -183,7 +183,7 @@ def convert_adapter(
     return replace(report, output_bytes=nbytes, seconds=seconds, notes=[*report.notes, *said])
 
 
-def _writer(target: Path, place: Place | None, options: AdapterOptions) -> Converter:
+def _writer(target: Path, place: BundleSlot | None, options: AdapterOptions) -> Converter:
     if place is None:
         return plugins.for_output(target, options.to_format, "adapter")
     if options.to_format not in (None, "peft"):
@@ -196,14 +196,14 @@ def _writer(target: Path, place: Place | None, options: AdapterOptions) -> Conve
     return plugins.get("peft")
 
 
-def _repository(base: str | Path | None, home: Home | None) -> str | None:
+def _repository(base: str | Path | None, home: BaseIdentity | None) -> str | None:
     """Return the Hub id of a base, which means the same everywhere; None if it has none."""
     if home is not None and "repo" in home.source:
         return home.source["repo"]
     return resolve(base).repo if base is not None else None
 
 
-def _listed(origin: Place | None) -> tuple[dict[str, FileRecord] | None, list[str]]:
+def _listed(origin: BundleSlot | None) -> tuple[dict[str, FileRecord] | None, list[str]]:
     """Return the files that a manifest lists for the source, if that lies in a bundle."""
     if origin is None:
         return None, []
@@ -226,9 +226,9 @@ def _foreseen(report: AdapterReport, output: AdapterOutput, target: Path) -> Ada
     """Return the report of a dry run; what the writer would refuse is refused."""
     if output.verbatim or output.writer.forecast_adapter is None:
         return replace(report, dry_run=True)
-    forecast = output.writer.forecast_adapter(output.adapter, target, output.options)
-    notes = [*report.notes, *forecast.notes]
-    return replace(report, dry_run=True, output_bytes=forecast.nbytes, notes=notes)
+    estimate = output.writer.forecast_adapter(output.adapter, target, output.options)
+    notes = [*report.notes, *estimate.notes]
+    return replace(report, dry_run=True, output_bytes=estimate.nbytes, notes=notes)
 
 
 def _report(

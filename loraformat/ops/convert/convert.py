@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.bundle.reader import is_bundle
-from loraformat.bundle.update import adapter_place, read_manifest
+from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint, NF4Tensor
@@ -188,7 +188,7 @@ def _convert_base(
     progress: Callable[[int, int], None],
 ) -> ConversionReport:
     began = time.perf_counter()
-    if adapter_place(target) is not None:
+    if parse_bundle_slot(target) is not None:
         raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
     writer = plugins.for_output(target, to_format, reader.kind)
     writer.check_pre_tokenizer(pre_tokenizer)

@@ -172,17 +172,17 @@ def foreseen(
     said = sentence(report.quantized_before, again, original=report.original)
     if said is not None:
         report = replace(report, notes=[*report.notes, said])
-    if writer.forecast is None:
+    if writer.estimate is None:
         shards = shard_notes(checkpoint, options.shard_limit)
         notes = [*report.notes, *(shards if writer.output == "directory" else ())]
         return replace(report, dry_run=True, notes=notes)
-    forecast = writer.forecast(checkpoint, target, options)
+    estimate = writer.estimate(checkpoint, target, options)
     return replace(
         report,
         dry_run=True,
-        output_bytes=forecast.nbytes,
-        bits_per_weight=8 * forecast.nbytes / max(report.parameters, 1),
-        notes=[*report.notes, *forecast.notes],
+        output_bytes=estimate.nbytes,
+        bits_per_weight=8 * estimate.nbytes / max(report.parameters, 1),
+        notes=[*report.notes, *estimate.notes],
     )
 
 

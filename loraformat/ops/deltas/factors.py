@@ -20,18 +20,18 @@ from loraformat.ops.deltas.derived_files import derived_files
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
 
 __all__ = [
-    "LastOnly",
     "Pair",
+    "SingleEntryCache",
     "as_bytes",
     "compute_factors",
-    "delta_of",
     "error_with_rounding",
     "experts_of",
     "factor_dtype",
     "finite",
     "in_memory",
-    "rebuilt",
+    "lazy_delta",
     "rounded",
+    "with_deltas",
 ]
 
 #: Members of PEFT's config that say how a product is scaled, or how large it is.
@@ -77,7 +77,7 @@ def factor_dtype(delta: LoraDelta, wanted: str | None) -> str:
     return delta.a.dtype if same else "F32"
 
 
-def rebuilt(
+def with_deltas(
     adapter: Adapter, deltas: dict[str, LoraDelta], others: Sequence[Adapter] = ()
 ) -> Adapter:
     """Return an adapter with other deltas, without what only described the old ones.
@@ -105,7 +105,7 @@ def experts_of(delta: LoraDelta) -> int:
     return delta.a.shape[0] if len(delta.a.shape) == 3 else 1
 
 
-class LastOnly:
+class SingleEntryCache:
     """Remembers the last result of an expensive function: A and B come from one computation."""
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ def compute_factors(adapter: Adapter, rounding: Mapping[str, float]) -> None:
     Parameters
     ----------
     adapter : Adapter
-        Of deltas that `delta_of` made.
+        Of deltas that `lazy_delta` made.
     rounding : mapping of str to float
         What they have been measured to be so far.
     """
@@ -183,12 +183,12 @@ def compute_factors(adapter: Adapter, rounding: Mapping[str, float]) -> None:
             delta.b.release()
 
 
-def delta_of(
+def lazy_delta(
     source: LoraDelta,
     rank: int,
     dtype: str,
     compute: Callable[[], Pair],
-    memo: LastOnly,
+    memo: SingleEntryCache,
     rounding: dict[str, float],
 ) -> LoraDelta:
     """Return a delta of another rank, scaling folded in, factors computed when loaded.
@@ -202,7 +202,7 @@ def delta_of(
         safetensors name.
     compute : callable
         Returns B and A in any float dtype.
-    memo : LastOnly
+    memo : SingleEntryCache
         Shared by all modules of an adapter.
     rounding : dict of str to float
         Takes, by target, the relative error of the product that rounding to `dtype` makes, once

@@ -84,12 +84,12 @@ def extract(
     -------
     ExtractionReport
     """
-    from loraformat.ops.adapter_output.target import open_target, refuse_standing
+    from loraformat.ops.adapter_output.target import ensure_not_exists, open_target
 
     began = time.perf_counter()
     options = options or ExtractOptions()
     if not dry_run:
-        refuse_standing(target, force=force)
+        ensure_not_exists(target, force=force)
     with ExitStack() as stack:
         one, other = (stack.enter_context(open_model(model)) for model in (base, tuned))
         goal = open_target(

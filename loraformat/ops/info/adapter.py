@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraformat.bundle.update import adapter_place, read_manifest
+from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import UnsupportedError
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.ops.convert.adapter import tensors_of
@@ -153,7 +153,7 @@ def _acts_on(adapter: Adapter) -> list[str]:
 
 
 def _bundle(path: Path) -> str | None:
-    place = adapter_place(path)
+    place = parse_bundle_slot(path)
     listed = place is not None and place.name in read_manifest(place.bundle).adapters
     return str(place.bundle) if place is not None and listed else None
 

@@ -18,7 +18,7 @@ from loraformat.model.quantization_history import Quantized
 from loraformat.ops.info.adapter import AdapterDescription, describe_adapter
 from loraformat.ops.opening.model import read_model
 from loraformat.storage.foreign_json import parse_object
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["AdapterSummary", "ModelSummary", "TensorSummary", "describe"]
@@ -211,7 +211,7 @@ def _tensor(tensor: LazyTensor, bundle: Bundle | None) -> TensorSummary:
 
 
 def _adapter(bundle: Bundle, name: str) -> AdapterSummary:
-    folder = Folder(bundle.folder.path / "adapters" / name)
+    folder = SafeDirectory(bundle.folder.path / "adapters" / name)
     raw = folder.read(_ADAPTER_CONFIG, _MAX_ADAPTER_CONFIG_BYTES)
     config = parse_object(raw, folder.path / _ADAPTER_CONFIG)
     with contextlib.closing(MappedFile(folder, "adapter_model.safetensors")) as file:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from loraformat.errors import InputError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.ops.opening.model import descent_of
+from loraformat.ops.opening.model import origin_fingerprint
 
 __all__ = ["check_bases"]
 
@@ -33,7 +33,7 @@ def check_bases(base: Checkpoint, adapters: Iterable[Adapter], allowed: bool) ->
         If both have a fingerprint, or the base says of which bundle it was made, and not the same.
     """
     notes = []
-    ours, form = descent_of(base), base.provenance.format
+    ours, form = origin_fingerprint(base), base.provenance.format
     this = "is" if base.provenance.fingerprint is None else "was made of"
     for adapter in adapters:
         wanted = adapter.base_fingerprint

@@ -24,7 +24,7 @@ from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.atomic_file import open_publication
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.tensors.dtypes import parse_weight_dtype
 from loraformat.version import __version__
 
@@ -208,13 +208,13 @@ class MergeJob:
 
     def _edits(self) -> dict[str, Any]:
         """Add to the plan, if it shall be undone, what a cast changes."""
-        from loraformat.ops.merge.plan import Edit
+        from loraformat.ops.merge.plan import TensorEdit
 
         edits = dict(self.plan.edits)
         if self.recorders is not None and self.dtype is not None:
             for name, tensor in self.original.tensors.items():
                 if tensor.dtype in ("F64", "F32", "F16", "BF16") and tensor.dtype != self.dtype:
-                    edits.setdefault(name, Edit(name, name))
+                    edits.setdefault(name, TensorEdit(name, name))
         return edits
 
     def _tensor(self, edit: Any, source: LazyTensor | None) -> LazyTensor:
@@ -303,7 +303,7 @@ class MergeJob:
             paths += [adapter.path, *adapter.sources]
         return [path for path in paths if path.exists()]
 
-    def _record(self, path: Path, output: Publication, force: bool) -> RecordPublication:
+    def _record(self, path: Path, output: AtomicOutput, force: bool) -> RecordPublication:
         from loraformat.ops.unmerge.record_file import RecordPublication
 
         return RecordPublication(path, output, self.inputs(), force=force)
@@ -318,14 +318,14 @@ class MergeJob:
             watch=self.stored if rounds else None,
         )
 
-    def forecast(self, target: Path) -> Forecast | None:
+    def estimate(self, target: Path) -> Forecast | None:
         """Return what the writer knows of its output without a number; None if it cannot say."""
-        if self.writer.forecast is None:
+        if self.writer.estimate is None:
             return None
         options = self._write_options(lambda nbytes: None)
-        return self.writer.forecast(self.checkpoint, target, options)
+        return self.writer.estimate(self.checkpoint, target, options)
 
-    def _write_record(self, record: Publication, written: WrittenModel) -> UndoSummary:
+    def _write_record(self, record: AtomicOutput, written: WrittenModel) -> UndoSummary:
         from loraformat.ops.unmerge.recorder import write_record
 
         assert self.recorders is not None

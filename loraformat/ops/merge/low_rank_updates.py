@@ -16,18 +16,18 @@ import torch
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.ops.merge.plan import Term
+from loraformat.ops.merge.plan import DeltaTerm
 from loraformat.ops.merge.row_tiles import for_each, tiles
 from loraformat.undo.fixed_point import Product, product
 
-__all__ = ["Matrix", "block_matrices", "finite"]
+__all__ = ["LowRankUpdate", "block_matrices", "finite"]
 
 #: A gain that leaves nothing of a weight, and by which a delta can be divided.
 _UNSEEN = 2.0**-96
 
 
 @dataclass(frozen=True)
-class Matrix:
+class LowRankUpdate:
     """One matrix of a stored tensor, and the low-rank terms that are added to it.
 
     Attributes
@@ -157,8 +157,8 @@ def _in_turn(
 
 
 def block_matrices(
-    shape: tuple[int, ...], terms: Sequence[Term], adapters: Sequence[Adapter]
-) -> Iterator[Matrix | None]:
+    shape: tuple[int, ...], terms: Sequence[DeltaTerm], adapters: Sequence[Adapter]
+) -> Iterator[LowRankUpdate | None]:
     """Return what is added to each matrix of a stored tensor, a stack of them; None for nothing.
 
     A vector is a matrix of one row.
@@ -166,7 +166,7 @@ def block_matrices(
     stack = shape[0] if len(shape) == 3 else 1
     columns = shape[-1] if shape else 1
     rows = shape[-2] if len(shape) > 1 else 1
-    by_block: dict[int, list[Term]] = {}
+    by_block: dict[int, list[DeltaTerm]] = {}
     for term in terms:
         by_block.setdefault(term.block, []).append(term)
     for block in range(stack):
@@ -174,7 +174,9 @@ def block_matrices(
         yield _matrix((rows, columns), own, adapters) if own else None
 
 
-def _matrix(shape: tuple[int, int], terms: list[Term], adapters: Sequence[Adapter]) -> Matrix:
+def _matrix(
+    shape: tuple[int, int], terms: list[DeltaTerm], adapters: Sequence[Adapter]
+) -> LowRankUpdate:
     deltas = [adapters[term.adapter].deltas[term.target] for term in terms]
     transposed = {delta.orientation == "transposed" and t.part == "delta"
                   for delta, t in zip(deltas, terms, strict=True)}  # fmt: skip
@@ -189,11 +191,11 @@ def _matrix(shape: tuple[int, int], terms: list[Term], adapters: Sequence[Adapte
     except UnsupportedError as error:
         error.path = error.path or str(adapters[terms[0].adapter].path)
         raise
-    return Matrix(shape, transposed.pop(), factors, tuple(term.weight for term in terms))
+    return LowRankUpdate(shape, transposed.pop(), factors, tuple(term.weight for term in terms))
 
 
 def _factors(
-    delta: LoraDelta, term: Term, rows: int
+    delta: LoraDelta, term: DeltaTerm, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None]:
     scaling = delta.scaling
     if term.part == "bias":

@@ -34,7 +34,7 @@ from loraformat.ops.encoding.requantization import history
 from loraformat.ops.merge.base_match import check_bases
 from loraformat.ops.merge.job import MergeJob, MergeOptions
 from loraformat.ops.merge.llama_cpp_commands import commands
-from loraformat.ops.merge.plan import Plan, plan_edits
+from loraformat.ops.merge.plan import MergePlan, plan_edits
 from loraformat.ops.merge.report import (
     MergedAdapter,
     MergeReport,
@@ -201,7 +201,7 @@ def merge(
         report = _planned(report, job.checkpoint, job.plan)
         if dry_run:
             report = replace(report, notes=[*report.notes, *job.quantized_again(None)])
-            return _foreseen(report, job.forecast(Path(target)))
+            return _foreseen(report, job.estimate(Path(target)))
         written, summary = job.write(Path(target), undo, force, progress)
     return _completed(report, job, written, summary, time.perf_counter() - began)
 
@@ -215,7 +215,7 @@ def _command(
     return ["loraformat", "merge", str(base), *paths, *factors, "-o"]
 
 
-def _planned(report: MergeReport, output: Checkpoint, plan: Plan) -> MergeReport:
+def _planned(report: MergeReport, output: Checkpoint, plan: MergePlan) -> MergeReport:
     return replace(
         report,
         merged=sum(bool(edit.terms) for edit in plan.edits.values()),
@@ -226,11 +226,11 @@ def _planned(report: MergeReport, output: Checkpoint, plan: Plan) -> MergeReport
     )
 
 
-def _foreseen(report: MergeReport, forecast: Forecast | None) -> MergeReport:
-    if forecast is None:
+def _foreseen(report: MergeReport, estimate: Forecast | None) -> MergeReport:
+    if estimate is None:
         return report
-    notes = [*report.notes, *forecast.notes]
-    return replace(report, output_bytes=forecast.nbytes, notes=notes)
+    notes = [*report.notes, *estimate.notes]
+    return replace(report, output_bytes=estimate.nbytes, notes=notes)
 
 
 def _written_beside(report: MergeReport, began: float, written: WrittenModel) -> MergeReport:

@@ -21,8 +21,8 @@ from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor, tens
 from loraformat.model.vocabulary import resized
 from loraformat.nf4.kernels.merge_tile import TileSums, merge_tile
 from loraformat.ops.merge.buffer_pool import BufferPool
-from loraformat.ops.merge.low_rank_updates import Matrix, block_matrices, finite
-from loraformat.ops.merge.plan import Edit
+from loraformat.ops.merge.low_rank_updates import LowRankUpdate, block_matrices, finite
+from loraformat.ops.merge.plan import TensorEdit
 from loraformat.ops.merge.retention import Meter
 from loraformat.ops.merge.row_tiles import TILE_ELEMENTS, for_each, one_thread, tiles
 from loraformat.tensors.dtypes import torch_dtype
@@ -60,7 +60,7 @@ class Recorder(Protocol):
 
 
 def merged_tensor(
-    edit: Edit,
+    edit: TensorEdit,
     source: LazyTensor | None,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
@@ -75,7 +75,7 @@ def merged_tensor(
 
     Parameters
     ----------
-    edit : Edit
+    edit : TensorEdit
     source : LazyTensor or None
         What it starts from; None if it is new.
     adapters, weights
@@ -126,7 +126,7 @@ def merged_tensor(
 
 @dataclass(frozen=True)
 class _Merged:
-    edit: Edit
+    edit: TensorEdit
     source: LazyTensor | None
     adapters: Sequence[Adapter]
     weights: Sequence[float]
@@ -213,7 +213,7 @@ class _Merged:
         return merged
 
     def _merge_matrix(
-        self, weight: torch.Tensor, result: torch.Tensor, matrix: Matrix | None
+        self, weight: torch.Tensor, result: torch.Tensor, matrix: LowRankUpdate | None
     ) -> None:
         deltas, gain = None, None
         if matrix is not None:

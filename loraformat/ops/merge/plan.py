@@ -24,14 +24,14 @@ from loraformat.model.vocabulary import Resize, per_token
 from loraformat.ops.merge.vocabulary import wanted_size
 from loraformat.ops.opening.adapter_weights import effective_scaling
 
-__all__ = ["Edit", "Plan", "Term", "plan_edits"]
+__all__ = ["DeltaTerm", "MergePlan", "TensorEdit", "plan_edits"]
 
 #: transformers renames these modules in memory; the checkpoint has the second spelling.
 _EXPERT_HOMES = ((".mlp.experts", ".mlp.experts"), (".mlp.experts", ".block_sparse_moe.experts"))
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class DeltaTerm:
     """One low-rank part of what is added to a stored tensor.
 
     Attributes
@@ -64,7 +64,7 @@ class Term:
 
 
 @dataclass(slots=True)
-class Edit:
+class TensorEdit:
     """What happens to one stored tensor.
 
     Attributes
@@ -87,7 +87,7 @@ class Edit:
 
     name: str
     source: str | None
-    terms: list[Term] = field(default_factory=list)
+    terms: list[DeltaTerm] = field(default_factory=list)
     replacement: tuple[int, DenseTensor] | None = None
     rows: list[int] = field(default_factory=list)
     height: int | None = None
@@ -100,7 +100,7 @@ class Edit:
 
 
 @dataclass(slots=True)
-class Plan:
+class MergePlan:
     """What merging adapters does to a base.
 
     Attributes
@@ -114,13 +114,15 @@ class Plan:
     notes : list of str
     """
 
-    edits: dict[str, Edit] = field(default_factory=dict)
+    edits: dict[str, TensorEdit] = field(default_factory=dict)
     untied: bool = False
     resize: Resize | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def plan_edits(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]) -> Plan:
+def plan_edits(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]
+) -> MergePlan:
     """Find the stored tensors that adapters change.
 
     Parameters
@@ -149,7 +151,7 @@ class _Planner:
     def __init__(self, base: Checkpoint) -> None:
         self.tensors: Mapping[str, LazyTensor] = base.tensors
         self.names: BaseNames = names_of(base)
-        self.plan = Plan()
+        self.plan = MergePlan()
         self.tied: TiedHead | None = tied_head(base)
         self.contradicting = None if self.tied else contradicting_head(base)
         self.per_token = per_token(self.tensors)
@@ -171,7 +173,7 @@ class _Planner:
                         path=adapter.path,
                         hint="the architecture has no room for it; train without lora_bias",
                     )
-                self._edit(bias).terms.append(Term(number, target, weight, "bias"))
+                self._edit(bias).terms.append(DeltaTerm(number, target, weight, "bias"))
         for name, tensor in adapter.replacements.items():
             self._replace(number, adapter, name, tensor)
         for name, rows in adapter.rows.items():
@@ -212,7 +214,7 @@ class _Planner:
             if not any(part in saved for part in module_of(name).split(".")):
                 raise self._unmatched(adapter, name)
             self.plan.notes.append(f"{printable(name)} is new: the base does not have it")
-            self.plan.edits[name] = Edit(name, None, replacement=(number, tensor))
+            self.plan.edits[name] = TensorEdit(name, None, replacement=(number, tensor))
             return
         edit = self._edit(name)
         if edit.replacement is not None:
@@ -229,10 +231,10 @@ class _Planner:
             )
         edit.replacement = (number, tensor)
 
-    def _edit(self, name: str) -> Edit:
+    def _edit(self, name: str) -> TensorEdit:
         source = self.tied.embedding if self.tied and self._is_tied_head(name) else name
         height = self._height(source)
-        return self.plan.edits.setdefault(name, Edit(name, source, height=height))
+        return self.plan.edits.setdefault(name, TensorEdit(name, source, height=height))
 
     def _height(self, source: str | None) -> int | None:
         """Return the rows that a tensor will have, if the vocabulary becomes another."""
@@ -240,7 +242,7 @@ class _Planner:
         known = resize is not None and self.per_token.get(source or "") == resize.before
         return resize.after if resize is not None and known else None
 
-    def _shape(self, edit: Edit) -> tuple[int, ...]:
+    def _shape(self, edit: TensorEdit) -> tuple[int, ...]:
         assert edit.source is not None
         shape = self.tensors[edit.source].shape
         return shape if edit.height is None else (edit.height, *shape[1:])
@@ -271,28 +273,28 @@ class _Planner:
 
     def _places(
         self, number: int, adapter: Adapter, delta: LoraDelta, weight: float
-    ) -> Iterator[tuple[Term, str]]:
+    ) -> Iterator[tuple[DeltaTerm, str]]:
         name, experts = delta.target, delta.a.shape[0] if len(delta.a.shape) == 3 else None
         if experts is None:
             fused = None if name in self.tensors else self._fused(delta)
             if fused is not None:
                 home, expert, into = fused
-                yield Term(number, name, weight, block=expert, expert=None, into=into), home
+                yield DeltaTerm(number, name, weight, block=expert, expert=None, into=into), home
                 return
             if name not in self.tensors and (chunk := self.names.chunk(name)) is not None:
                 into = self._chunk_rows(adapter, delta, chunk)
-                yield Term(number, name, weight, into=into), chunk.tensor
+                yield DeltaTerm(number, name, weight, into=into), chunk.tensor
                 return
-            yield Term(number, name, weight), self._known(adapter, name)
+            yield DeltaTerm(number, name, weight), self._known(adapter, name)
         elif name in self.tensors:
             for expert in range(experts):
-                yield Term(number, name, weight, block=expert, expert=expert), name
+                yield DeltaTerm(number, name, weight, block=expert, expert=expert), name
         else:
             yield from self._split(number, adapter, delta, weight, experts)
 
     def _split(
         self, number: int, adapter: Adapter, delta: LoraDelta, weight: float, experts: int
-    ) -> Iterator[tuple[Term, str]]:
+    ) -> Iterator[tuple[DeltaTerm, str]]:
         """Spread a delta of a fused parameter over the experts' own tensors: rows in order."""
         stack = self._expert_tensors(delta.target, experts)
         if not stack or delta.orientation != "linear":
@@ -308,7 +310,7 @@ class _Planner:
             for tensor in tensors:
                 name = self._known(adapter, tensor)
                 stop = start + self.tensors[name].shape[0]
-                term = Term(number, delta.target, weight, expert=expert, rows=(start, stop))
+                term = DeltaTerm(number, delta.target, weight, expert=expert, rows=(start, stop))
                 yield term, name
                 start = stop
             if start != delta.out_features:
@@ -369,7 +371,7 @@ class _Planner:
                     return names
         return self.names.stack(target)
 
-    def _check(self, adapter: Adapter, delta: LoraDelta, term: Term, name: str) -> None:
+    def _check(self, adapter: Adapter, delta: LoraDelta, term: DeltaTerm, name: str) -> None:
         edit = self._edit(name)
         assert edit.source is not None
         stored = self._shape(edit)
@@ -394,7 +396,7 @@ class _Planner:
                 hint="was it made for another base?",
             )
 
-    def finish(self, adapters: Sequence[Adapter]) -> Plan:
+    def finish(self, adapters: Sequence[Adapter]) -> MergePlan:
         """Untie a head that differs from the embedding, and resize the rest of the vocabulary."""
         if self.contradicting is not None:
             self._untie(
@@ -447,7 +449,7 @@ class _Planner:
         elif embedding is not None:
             self._follow(tied, head, embedding)
 
-    def _follow(self, tied: TiedHead, head: str, embedding: Edit) -> None:
+    def _follow(self, tied: TiedHead, head: str, embedding: TensorEdit) -> None:
         """Let a head stay what its embedding becomes."""
         self.plan.edits.pop(head, None)
         if tied.copy is not None:
@@ -458,7 +460,7 @@ class _Planner:
         self.plan.notes.append(note)
 
 
-def _resaved(edit: Edit, adapters: Sequence[Adapter]) -> tuple[int, DenseTensor] | None:
+def _resaved(edit: TensorEdit, adapters: Sequence[Adapter]) -> tuple[int, DenseTensor] | None:
     """Return the replacement of an embedding that was only saved, not trained, as a whole."""
     if edit.replacement is None:
         return None
@@ -467,7 +469,7 @@ def _resaved(edit: Edit, adapters: Sequence[Adapter]) -> tuple[int, DenseTensor]
     return None if trained else edit.replacement
 
 
-def _alike(embedding: Edit, head: Edit | None) -> bool:
+def _alike(embedding: TensorEdit, head: TensorEdit | None) -> bool:
     """Tell whether an embedding and its head become one tensor again."""
     one, other = embedding.replacement, None if head is None else head.replacement
     if (

@@ -16,7 +16,7 @@ from loraformat.errors import InputError, UsageError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
 from loraformat.model.vocabulary import Resize, per_token
-from loraformat.ops.merge.plan import Edit
+from loraformat.ops.merge.plan import TensorEdit
 from loraformat.ops.merge.vocabulary import resized_base
 from loraformat.plugins import WriteOptions
 from loraformat.shards.write_directory import WrittenModel
@@ -105,7 +105,7 @@ def with_vocabulary(
     tensors: dict[str, LazyTensor] = dict(original.tensors)
     for name, rows in per_token(original.tensors).items():
         if rows == resize.before:
-            edit = Edit(name, name, height=resize.after)
+            edit = TensorEdit(name, name, height=resize.after)
             tensors[name] = merged_tensor(edit, original.tensors[name], (), (), None)
     base, note = resized_base(original, resize, adapters, tensors)
     named = [replace(one, base_fingerprint=None, verbatim=False) if one.base_fingerprint else one
@@ -143,7 +143,7 @@ def merge_beside(
     UnsupportedError
         If the weighted sum is no adapter: DoRA with a weight or beside another, for example.
     """
-    from loraformat.ops.adapter_output.in_bundle import Incoming, write_bundle
+    from loraformat.ops.adapter_output.in_bundle import NewAdapter, write_bundle
 
     total = sum(tensor.nbytes for tensor in original.tensors.values())
     done = 0
@@ -173,7 +173,7 @@ def merge_beside(
                 original,
                 output,
                 WriteOptions(shard_limit, count),
-                {name: Incoming(combined, allow_base_mismatch=allow_base_mismatch)},
+                {name: NewAdapter(combined, allow_base_mismatch=allow_base_mismatch)},
             )
         except InputError as error:
             error.path = error.path or str(original.path)

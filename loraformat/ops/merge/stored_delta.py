@@ -14,7 +14,7 @@ __all__ = ["Stored"]
 
 
 class Stored:
-    """Measures merged tensors as they are stored; a `loraformat.plugins.Watch`.
+    """Measures merged tensors as they are stored; a `loraformat.plugins.RoundingObserver`.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Stored:
         stored: torch.Tensor,
         untouched: torch.Tensor | None,
     ) -> object:
-        """Measure some numbers; see `loraformat.plugins.Watch`."""
+        """Measure some numbers; see `loraformat.plugins.RoundingObserver`."""
         return compared(before, wanted, stored, untouched)
 
     def add(self, name: str, measured: object) -> None:

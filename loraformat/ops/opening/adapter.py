@@ -12,9 +12,9 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.foreign_adapters import adapters_below
 from loraformat.plugins import AdapterReadOptions
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["copy_adapter", "open_adapter"]
 
@@ -52,13 +52,13 @@ def open_adapter(
     return converter.read_adapter(path, AdapterReadOptions(base, allow_pickle))
 
 
-def copy_adapter(adapter: Adapter, output: Publication, folder: str = "") -> None:
+def copy_adapter(adapter: Adapter, output: AtomicOutput, folder: str = "") -> None:
     """Copy an adapter's own files, byte for byte.
 
     Parameters
     ----------
     adapter : Adapter
-    output : Publication
+    output : AtomicOutput
         Takes the files; committing it is the caller's.
     folder : str
         Where in it they shall lie, ``adapters/NAME`` for example.
@@ -77,7 +77,7 @@ def copy_adapter(adapter: Adapter, output: Publication, folder: str = "") -> Non
             path=adapter.path,
             hint="convert it, which writes it anew",
         )
-    source = Folder(adapter.path)
+    source = SafeDirectory(adapter.path)
     for file in adapter.files:
         left = file.nbytes
         with (

@@ -8,16 +8,23 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.bundle.reader import Bundle, open_bundle
-from loraformat.card.carried import with_own_words
+from loraformat.card.carried import keep_user_text
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import MAX_CONFIG_BYTES, split
 from loraformat.plugins import Converter, ReadOptions
 from loraformat.storage.reserved_names import MANIFEST_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["descent_of", "fingerprint_of", "open_model", "open_source", "open_with", "read_model"]
+__all__ = [
+    "fingerprint_of",
+    "open_model",
+    "open_source",
+    "open_with",
+    "origin_fingerprint",
+    "read_model",
+]
 
 
 def open_source(source: str | Path) -> Bundle:
@@ -111,7 +118,7 @@ def open_with(
     raw = None
     if config is not None:
         place = Path(config)
-        raw, _ = split(Folder(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
+        raw, _ = split(SafeDirectory(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
     model = _with_own_words(
         reader.read_with(source.path, ReadOptions(raw, dtype, exact, allow_pickle))
     )
@@ -135,18 +142,18 @@ def read_model(reader: Converter, path: Path, *, allow_pickle: bool) -> Checkpoi
 
 
 def _with_own_words(model: Checkpoint) -> Checkpoint:
-    return replace(model, files=with_own_words(model.files))
+    return replace(model, files=keep_user_text(model.files))
 
 
 def fingerprint_of(model: Checkpoint) -> str | None:
     """Return the fingerprint of an open bundle; None for every other format."""
     if model.provenance.format != "loraformat":
         return None
-    raw = Folder(model.path).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    raw = SafeDirectory(model.path).read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     return parse_manifest(raw, model.path / MANIFEST_NAME).fingerprint
 
 
-def descent_of(model: Checkpoint) -> str | None:
+def origin_fingerprint(model: Checkpoint) -> str | None:
     """Return the fingerprint of an open bundle, or of the bundle that a model says it came of.
 
     Its numbers may be rounded otherwise: it tells whether an adapter was made for such a base,

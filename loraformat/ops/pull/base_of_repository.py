@@ -9,13 +9,13 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.errors import LoraFormatError, UnsupportedError
 from loraformat.hub import hub_id
-from loraformat.ops.push.base_model import Named, adapter_base
+from loraformat.ops.push.base_model import BaseRef, adapter_base
 from loraformat.plugins import AdapterReadOptions
 
 __all__ = ["base_named_by"]
 
 
-def base_named_by(path: Path | None, card: Mapping[str, object]) -> Named | None:
+def base_named_by(path: Path | None, card: Mapping[str, object]) -> BaseRef | None:
     """Return the base as ``org/name`` and a revision, if one is named.
 
     Parameters
@@ -38,7 +38,7 @@ def _card_base(card: Mapping[str, object]) -> str | None:
     return named[0] if named else None
 
 
-def _adapter_base(path: Path) -> Named | None:
+def _adapter_base(path: Path) -> BaseRef | None:
     try:
         reader = plugins.sniff(path)
         if reader.read_adapter is None:

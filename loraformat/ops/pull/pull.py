@@ -25,9 +25,9 @@ from loraformat.hub.tree import TreeFile, digest, list_files
 from loraformat.hub.verified import wrong_content
 from loraformat.ops.pull.base_of_repository import base_named_by
 from loraformat.ops.push.report import FileReport, PullReport
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import sync_directory
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_portable_path
 
 __all__ = ["pull"]
@@ -153,7 +153,7 @@ def _fetch(
     """Let the files appear at the target; return those that an interrupted run had brought."""
     plan = f"pull {repo} {commit} {[(file.path, file.hash) for file in wanted]}"
     total = sum(file.nbytes for file in wanted)
-    with Publication(target, plan=plan, force=force) as output:
+    with AtomicOutput(target, plan=plan, force=force) as output:
         arriving = output.work / _ARRIVING
         kept = {file.path for file in wanted if (arriving / file.path).is_file()}
         output.check_space(total - sum((arriving / path).stat().st_size for path in kept))
@@ -168,7 +168,7 @@ def _fetch(
             progress(done, total)
 
         for file in wanted:
-            _check(Folder(arriving), file, repo, count)
+            _check(SafeDirectory(arriving), file, repo, count)
         for file in wanted:
             _move(arriving / file.path, output.work, file.path)
         shutil.rmtree(arriving)
@@ -185,7 +185,7 @@ def _download(repo: str, commit: str, wanted: list[TreeFile], arriving: Path) ->
         snapshot_download(repo, revision=commit, local_dir=arriving, allow_patterns=globs)
 
 
-def _check(folder: Folder, file: TreeFile, repo: str, count: Callable[[int], None]) -> None:
+def _check(folder: SafeDirectory, file: TreeFile, repo: str, count: Callable[[int], None]) -> None:
     path = folder.path / file.path
     if not path.is_file():
         raise HubError("did not arrive", path=f"{repo}/{file.path}", hint="run again")

@@ -15,18 +15,18 @@ from loraformat.hub.repository import model_facts
 from loraformat.model.adapter import Adapter
 from loraformat.storage import strict_json
 
-__all__ = ["Named", "adapter_base", "bundle_base", "look_up"]
+__all__ = ["BaseRef", "adapter_base", "bundle_base", "look_up"]
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _HINT = "say which model on the Hub it is with --base-model ORG/NAME"
 
 #: A repository and the revision that is known of it.
-Named = tuple[str, str | None]
+BaseRef = tuple[str, str | None]
 
 
 def adapter_base(
     adapter: Adapter, option: str | None, bundle_source: Mapping[str, str] | None
-) -> Named:
+) -> BaseRef:
     """Return the base that an adapter names, or that the user does.
 
     Parameters
@@ -53,7 +53,7 @@ def adapter_base(
     raise UnsupportedError(what, path=adapter.path, hint=_HINT)
 
 
-def bundle_base(source: Mapping[str, str], option: str | None, path: str) -> Named:
+def bundle_base(source: Mapping[str, str], option: str | None, path: str) -> BaseRef:
     """Return the model that a bundle was made from.
 
     Raises
@@ -70,7 +70,7 @@ def bundle_base(source: Mapping[str, str], option: str | None, path: str) -> Nam
     )
 
 
-def _said(option: str) -> Named:
+def _said(option: str) -> BaseRef:
     found = hub_id(option)
     if found is None:
         raise UsageError(f"--base-model {printable(option)}: wanted ORG/NAME, or ORG/NAME@REVISION")
@@ -102,7 +102,7 @@ def _text(value: object) -> str | None:
     return str(value) if tame else None
 
 
-def look_up(named: Named, licence: str | None, notes: list[str], *, offline_ok: bool) -> Base:
+def look_up(named: BaseRef, licence: str | None, notes: list[str], *, offline_ok: bool) -> Base:
     """Ask the Hub whether the base exists, and under which licence it is.
 
     Parameters

@@ -27,7 +27,7 @@ from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage import strict_json
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = [
     "CONFIG_NAME",
@@ -125,9 +125,9 @@ def adapter_files(
         If what it cannot be loaded without shall stay here.
     """
     if path.is_file():
-        folder = Folder(path.parent)
+        folder = SafeDirectory(path.parent)
         return Contents([UploadFile.of_folder(folder, path.name)])
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     found = Contents()
     names = folder.names() if listed is None else sorted(listed)
     for name in names:
@@ -175,7 +175,7 @@ def _add_curve(found: Contents, path: Path) -> None:
     # A directory of that name may be what is left of another adapter.
     trained = isinstance(read_record(found.files).get("training"), dict)
     if trained and not there and (run / CURVE_NAME).is_file():
-        found.files.append(UploadFile.of_folder(Folder(run), CURVE_NAME))
+        found.files.append(UploadFile.of_folder(SafeDirectory(run), CURVE_NAME))
         found.notes.append(f"{CURVE_NAME} is from {run.name}")
 
 
@@ -190,7 +190,7 @@ def _belongs(path: Path, name: str) -> bool:
     return False
 
 
-def read_card(folder: Folder) -> str:
+def read_card(folder: SafeDirectory) -> str:
     """Return the card in a directory.
 
     Raises
@@ -207,7 +207,7 @@ def read_card(folder: Folder) -> str:
 
 
 def _adapter_file(
-    folder: Folder, name: str, base: str, choice: Choice, notes: list[str]
+    folder: SafeDirectory, name: str, base: str, choice: Choice, notes: list[str]
 ) -> UploadFile:
     """Return a file as it is; a config and a record without what is local."""
     if name not in (CONFIG_NAME, RECORD_NAME):
@@ -241,7 +241,7 @@ def _say_traces(record: dict[str, Any], choice: Choice, notes: list[str]) -> Non
     )
 
 
-def _json(folder: Folder, name: str) -> dict[str, Any]:
+def _json(folder: SafeDirectory, name: str) -> dict[str, Any]:
     raw, path = folder.read(name, _MAX_JSON_BYTES), folder.path / name
     if name == CONFIG_NAME:
         return parse_object(raw, path)
@@ -273,7 +273,7 @@ def bundle_files(path: Path, manifest: Manifest) -> Contents:
     manifest : Manifest
         Of that bundle, which was verified.
     """
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     names = [MANIFEST_NAME, _INDEX_NAME, *manifest.files, *(s.file for s in manifest.shards)]
     for adapter, files in manifest.adapters.items():
         names += [f"adapters/{adapter}/{name}" for name in files]

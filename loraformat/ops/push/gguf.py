@@ -10,7 +10,7 @@ from loraformat.hub.source import download
 from loraformat.model.config_json import CONFIG_NAME
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.push.upload_file import UploadFile
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["gguf_file", "gguf_name", "gguf_pattern"]
 
@@ -73,4 +73,4 @@ def gguf_file(
         error.hint = f"{error.hint}; or leave out --with-gguf" if error.hint else None
         raise
     notes += [f"{gguf_name(repo)}: {note}" for note in report.notes]
-    return UploadFile.of_folder(Folder(workplace), gguf_name(repo))
+    return UploadFile.of_folder(SafeDirectory(workplace), gguf_name(repo))

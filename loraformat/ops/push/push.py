@@ -32,10 +32,10 @@ from loraformat.ops.check.chats import FormatOf, not_tried
 from loraformat.ops.push.contents import Choice, read_card
 from loraformat.ops.push.report import FileReport, PushReport
 from loraformat.ops.push.upload_file import UploadFile
-from loraformat.ops.push.upload_plan import Parcel, Wishes, open_parcel
+from loraformat.ops.push.upload_plan import Parcel, PushOptions, open_parcel
 from loraformat.ops.verify import verify
 from loraformat.storage.reserved_names import CARD_NAME
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.version import __version__
 
 __all__ = ["push"]
@@ -129,7 +129,7 @@ def push(
     """
     began = time.perf_counter()
     choice = Choice(tuple(include), tuple(exclude), with_statistics, whole_record)
-    wishes = Wishes(repo, with_gguf, base, base_model, licence, choice, dry_run, format_of)
+    wishes = PushOptions(repo, with_gguf, base, base_model, licence, choice, dry_run, format_of)
     _check(wishes, revision, create_pr, tag)
     if not dry_run:
         require_login()
@@ -153,7 +153,7 @@ def push(
     return replace(report, seconds=time.perf_counter() - began)
 
 
-def _check(wishes: Wishes, revision: str | None, create_pr: bool, tag: str | None) -> None:
+def _check(wishes: PushOptions, revision: str | None, create_pr: bool, tag: str | None) -> None:
     if hub_id(wishes.repo) != (wishes.repo, None):
         raise UsageError(f"{printable(wishes.repo)} is no repository: wanted ORG/NAME")
     for option, name in (("--tag", tag), ("--revision", revision)):
@@ -220,7 +220,7 @@ def _card(parcel: Parcel, state: State | None, repo: str) -> str:
     """Return the card, around it what people wrote here; or there, if they wrote nothing here."""
     here, there = parcel.written_card, None
     if state and CARD_NAME in state.files:
-        there = read_card(Folder(download(repo, state.commit, only=CARD_NAME)))
+        there = read_card(SafeDirectory(download(repo, state.commit, only=CARD_NAME)))
     card = parcel.document.render(there if here is None else here)
     if here is not None and there is not None and parcel.document.render(there) != card:
         parcel.notes.append(

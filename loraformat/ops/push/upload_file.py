@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 from loraformat.bundle.integrity import file_record
 from loraformat.errors import UnsupportedError, printable
 from loraformat.hub.tree import TreeFile, digest
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_portable_path
 
 __all__ = ["UploadFile"]
@@ -43,7 +43,7 @@ class UploadFile:
         return cls(path, data, len(data), sha256(data).hexdigest())
 
     @classmethod
-    def of_folder(cls, folder: Folder, name: str, path: str | None = None) -> UploadFile:
+    def of_folder(cls, folder: SafeDirectory, name: str, path: str | None = None) -> UploadFile:
         """Hash a file of a directory.
 
         Raises

@@ -11,7 +11,7 @@ from loraformat import plugins
 from loraformat.bundle.manifest import Manifest
 from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.run_paths import CURVE_NAME
-from loraformat.bundle.update import adapter_place, read_manifest
+from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
@@ -29,7 +29,7 @@ from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.shards.read_directory import peek_config
 
-__all__ = ["Parcel", "Wishes", "open_parcel"]
+__all__ = ["Parcel", "PushOptions", "open_parcel"]
 
 #: Files of an earlier push that belong to the weights, by what is pushed now.
 _PEFT_FILES = (
@@ -44,7 +44,7 @@ _BUNDLE_FILES = ("*.safetensors", "model.safetensors.index.json", "adapters/*")
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class PushOptions:
     """What a user asked for; see `loraformat.ops.push.push.push`."""
 
     repo: str
@@ -90,13 +90,15 @@ class Parcel:
     gguf_glob: str
 
 
-def open_parcel(path: Path, wishes: Wishes, workplace: Path, verify: Callable[[], None]) -> Parcel:
+def open_parcel(
+    path: Path, wishes: PushOptions, workplace: Path, verify: Callable[[], None]
+) -> Parcel:
     """Put together what is published of a path.
 
     Parameters
     ----------
     path : Path
-    wishes : Wishes
+    wishes : PushOptions
     workplace : Path
         An empty directory for files that are made on the way.
     verify : callable
@@ -132,7 +134,7 @@ def open_parcel(path: Path, wishes: Wishes, workplace: Path, verify: Callable[[]
     return _adapter(path, reader, wishes, workplace, verify)
 
 
-def _bundle(path: Path, wishes: Wishes, verify: Callable[[], None]) -> Parcel:
+def _bundle(path: Path, wishes: PushOptions, verify: Callable[[], None]) -> Parcel:
     manifest: Manifest = read_manifest(path)
     named = bundle_base(manifest.source, wishes.base_model, str(path))
     verify()
@@ -146,10 +148,10 @@ def _bundle(path: Path, wishes: Wishes, verify: Callable[[], None]) -> Parcel:
 
 
 def _adapter(
-    path: Path, reader: Converter, wishes: Wishes, workplace: Path, verify: Callable[[], None]
+    path: Path, reader: Converter, wishes: PushOptions, workplace: Path, verify: Callable[[], None]
 ) -> Parcel:
     assert reader.read_adapter is not None
-    place = adapter_place(path)
+    place = parse_bundle_slot(path)
     manifest = None if place is None else read_manifest(place.bundle)
     listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
     options = AdapterReadOptions(conditional=True, inspect=True)
@@ -212,7 +214,7 @@ def _parcel(
     base: Base,
     contents: Contents,
     document: Document,
-    wishes: Wishes,
+    wishes: PushOptions,
     replaces: tuple[str, ...],
 ) -> Parcel:
     if wishes.licence is not None:  # said now, it wins over what was written before

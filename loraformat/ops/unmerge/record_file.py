@@ -9,11 +9,11 @@ from contextlib import closing
 from pathlib import Path
 
 from loraformat.errors import LoraFormatError, OutputError
-from loraformat.storage.atomic_file import FilePublication
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_file import AtomicFile
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import sync_directory
 from loraformat.storage.output_rules import refuse_input_as_output
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 from loraformat.undo.record import METADATA_KEY
 
@@ -65,20 +65,20 @@ def _is_record(path: Path) -> bool:
     if not path.stat().st_size:
         return True
     try:
-        file = MappedFile(Folder(path.parent), path.name)
+        file = MappedFile(SafeDirectory(path.parent), path.name)
     except LoraFormatError:
         return False
     with closing(file):
         return METADATA_KEY in file.header.metadata
 
 
-class RecordPublication(FilePublication):
+class RecordPublication(AtomicFile):
     """An undo record that is written before its model appears, and appears with it.
 
     Parameters
     ----------
     path : Path
-    model : Publication
+    model : AtomicOutput
         Of the merged model.
     inputs : sequence of Path
     force : bool
@@ -91,7 +91,7 @@ class RecordPublication(FilePublication):
     """
 
     def __init__(
-        self, path: Path, model: Publication, inputs: Sequence[Path], *, force: bool
+        self, path: Path, model: AtomicOutput, inputs: Sequence[Path], *, force: bool
     ) -> None:
         super().__init__(path, plan="undo record", inputs=inputs, force=force)
         self._model, self._sources = model, list(inputs)

@@ -16,11 +16,11 @@ import torch
 
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
-from loraformat.ops.merge.plan import Edit, Term
+from loraformat.ops.merge.plan import DeltaTerm, TensorEdit
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.row_tiles import TILE_ELEMENTS
 from loraformat.shards.write_directory import WrittenModel
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
 from loraformat.undo.interval_code import Unmergeable, encode_tile
 from loraformat.undo.record import AdapterRecord, UndoRecord, UndoTensor, encode_record, part_names
@@ -78,7 +78,7 @@ class UndoRecorder:
 
     Parameters
     ----------
-    edit : Edit
+    edit : TensorEdit
     source : LazyTensor or None
     dtype : str or None
         Of the output; None keeps the source's.
@@ -86,7 +86,7 @@ class UndoRecorder:
     """
 
     def __init__(
-        self, edit: Edit, source: LazyTensor | None, dtype: str | None, spool: Spool
+        self, edit: TensorEdit, source: LazyTensor | None, dtype: str | None, spool: Spool
     ) -> None:
         self.edit, self.source, self.spool = edit, source, spool
         self.mode = self._mode(dtype)
@@ -177,7 +177,7 @@ class UndoRecorder:
         )
 
 
-def _described(term: Term) -> dict[str, Any]:
+def _described(term: DeltaTerm) -> dict[str, Any]:
     members = asdict(term)
     del members["into"]
     return members
@@ -202,7 +202,7 @@ def adapter_digest(adapter: Adapter) -> str:
 
 
 def write_record(
-    output: Publication,
+    output: AtomicOutput,
     original: Checkpoint,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
@@ -213,7 +213,7 @@ def write_record(
 
     Parameters
     ----------
-    output : Publication
+    output : AtomicOutput
         Of the record.
     original : Checkpoint
     adapters : sequence of Adapter

@@ -22,8 +22,8 @@ from loraformat.undo.rules import tile_rows
 if TYPE_CHECKING:
     import torch
 
-    from loraformat.ops.merge.low_rank_updates import Matrix
-    from loraformat.ops.merge.plan import Term
+    from loraformat.ops.merge.low_rank_updates import LowRankUpdate
+    from loraformat.ops.merge.plan import DeltaTerm
 
 __all__ = ["Undoing"]
 
@@ -182,12 +182,12 @@ class Undoing:
         made: Any = flat.view(torch.uint8).numpy()
         return memoryview(made)
 
-    def _matrices(self, name: str, undo: UndoTensor) -> list[Matrix | None]:
+    def _matrices(self, name: str, undo: UndoTensor) -> list[LowRankUpdate | None]:
         """Return what was added to each matrix, after the checks of U10."""
         from loraformat.ops.merge.low_rank_updates import block_matrices
-        from loraformat.ops.merge.plan import Term
+        from loraformat.ops.merge.plan import DeltaTerm
 
-        terms = [Term(**term) for term in undo.terms]
+        terms = [DeltaTerm(**term) for term in undo.terms]
         stack, rows, columns, _ = tile_rows(undo.shape, self.record.tile_elements)
         for term in terms:
             if problem := self._misfit(term, stack):
@@ -207,7 +207,7 @@ class Undoing:
                     raise self._damaged("U10", name, f"a delta of {shape}")
         return matrices
 
-    def _misfit(self, term: Term, stack: int) -> str:
+    def _misfit(self, term: DeltaTerm, stack: int) -> str:
         """Return what of a term does not exist, or nothing."""
         if term.adapter >= len(self.adapters):
             return f"adapter {term.adapter}"
@@ -236,7 +236,7 @@ class Undoing:
             raise self._damaged("U09", name, "lengths of tiles")
         return list(accumulate(lengths, initial=0))
 
-    def _gains(self, name: str, matrices: list[Matrix | None]) -> list[list[torch.Tensor]]:
+    def _gains(self, name: str, matrices: list[LowRankUpdate | None]) -> list[list[torch.Tensor]]:
         """Return the gains of each matrix' terms that have some."""
         import torch
 
@@ -274,7 +274,7 @@ class Undoing:
 def _decode_matrix(
     merged: torch.Tensor,
     restored: torch.Tensor,
-    matrix: Matrix | None,
+    matrix: LowRankUpdate | None,
     gains: list[torch.Tensor],
     residual: memoryview,
     ends: list[int],

@@ -22,7 +22,7 @@ from loraformat.ops.unmerge.undoing import Undoing
 from loraformat.plugins import WriteOptions
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
 from loraformat.storage.atomic_file import open_publication
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 from loraformat.undo.record import UndoRecord
 from loraformat.undo.rules import parse_record
@@ -95,7 +95,7 @@ def unmerge(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(reader.read(found.path))
         path = Path(undo)
-        file = MappedFile(Folder(path.absolute().parent), path.name)
+        file = MappedFile(SafeDirectory(path.absolute().parent), path.name)
         stack.callback(file.close)
         record = parse_record(file.header, path)
         undoing = Undoing(checkpoint, record, file)

@@ -17,25 +17,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loraformat.train.data.data_position import Cursor as Cursor
+    from loraformat.train.data.data_position import DataPosition as DataPosition
     from loraformat.train.data.dataset import Dataset as Dataset
     from loraformat.train.data.dataset import open_data as open_data
-    from loraformat.train.data.dataset_stats import Audit as Audit
+    from loraformat.train.data.dataset_stats import DatasetStats as DatasetStats
     from loraformat.train.data.options import DataOptions as DataOptions
 
 _HOMES = {
-    "Audit": ("loraformat.train.data.dataset_stats", "Audit"),
-    "Cursor": ("loraformat.train.data.data_position", "Cursor"),
+    "DatasetStats": ("loraformat.train.data.dataset_stats", "DatasetStats"),
+    "DataPosition": ("loraformat.train.data.data_position", "DataPosition"),
     "DataOptions": ("loraformat.train.data.options", "DataOptions"),
     "Dataset": ("loraformat.train.data.dataset", "Dataset"),
     "open_data": ("loraformat.train.data.dataset", "open_data"),
 }
 
 __all__ = [
-    "Audit",
-    "Cursor",
     "DataOptions",
+    "DataPosition",
     "Dataset",
+    "DatasetStats",
     "open_data",
 ]
 

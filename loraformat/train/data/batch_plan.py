@@ -17,7 +17,7 @@ from loraformat.train.data.options import DataOptions
 from loraformat.train.data.packing import best_fit, next_fit
 from loraformat.train.data.permutation import Permutation
 
-__all__ = ["Plan", "Rows"]
+__all__ = ["BatchPlan", "Rows"]
 
 Rows = list[tuple[int, ...]]
 """A batch: for each row the samples in it."""
@@ -27,7 +27,7 @@ _BATCHES_SORTED_TOGETHER = 64
 _SAMPLES, _ROWS = 0, 1  # what a permutation is for: part of its key
 
 
-class Plan:
+class BatchPlan:
     """The batches of every epoch.
 
     Parameters

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from loraformat.errors import FileChangedError, InputError
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["DataFile"]
 
@@ -65,10 +65,10 @@ class DataFile:
     def at(cls, path: Path) -> DataFile:
         """Open a file that the user named, through links or not."""
         real = Path(os.path.realpath(path))
-        return cls(path, lambda: Folder(real.parent).open(real.name))
+        return cls(path, lambda: SafeDirectory(real.parent).open(real.name))
 
     @classmethod
-    def inside(cls, folder: Folder, name: str) -> DataFile:
+    def inside(cls, folder: SafeDirectory, name: str) -> DataFile:
         """Open a file of a directory; a link that leads out of it is refused."""
         return cls(folder.path / name, lambda: folder.open(name))
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from loraformat.errors import InputError
 
-__all__ = ["Cursor"]
+__all__ = ["DataPosition"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cursor:
+class DataPosition:
     """The next batch: of which epoch, and which in it.
 
     Attributes
@@ -27,7 +27,7 @@ class Cursor:
 
     Examples
     --------
-    >>> Cursor.from_json(Cursor(epoch=1, batch=20).to_json())
+    >>> DataPosition.from_json(DataPosition(epoch=1, batch=20).to_json())
     Cursor(epoch=1, batch=20, data='')
     """
 
@@ -40,7 +40,7 @@ class Cursor:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Cursor:
+    def from_json(cls, fields: Mapping[str, Any]) -> DataPosition:
         """Return the cursor that `to_json` wrote.
 
         Raises

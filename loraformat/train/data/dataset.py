@@ -9,16 +9,16 @@ from typing import Any
 
 from loraformat.errors import FileChangedError, InputError, LoraFormatError
 from loraformat.train.batch import IGNORED, Batch
-from loraformat.train.data.batch_plan import Plan, Rows
+from loraformat.train.data.batch_plan import BatchPlan, Rows
 from loraformat.train.data.collate import Tokens, collate
-from loraformat.train.data.data_position import Cursor
-from loraformat.train.data.dataset_scan import Survey
-from loraformat.train.data.dataset_stats import Audit
+from loraformat.train.data.data_position import DataPosition
+from loraformat.train.data.dataset_scan import DatasetScan
+from loraformat.train.data.dataset_stats import DatasetStats
 from loraformat.train.data.encode import Encoded, RowEncoder
 from loraformat.train.data.field_types import KindError
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.pieces import piece_size
-from loraformat.train.data.prefetch import ahead
+from loraformat.train.data.prefetch import prefetch
 from loraformat.train.data.preview import marked
 from loraformat.train.data.row import RowSource
 from loraformat.train.data.row_sources import open_sources
@@ -33,8 +33,8 @@ class Dataset:
 
     Attributes
     ----------
-    audit : Audit
-        What is in the data; `Audit.lines` is for people.
+    audit : DatasetStats
+        What is in the data; `DatasetStats.lines` is for people.
     options : DataOptions
     fingerprint : str
         Of tokens, masks, options and the number of ranks: what a cursor must agree with.
@@ -54,12 +54,12 @@ class Dataset:
             everything=options.train_on == "all",
             longest_piece=piece_size(options.seq_len),
         )
-        survey = Survey(sources, self._encoder, options, progress)
-        self.audit: Audit = survey.audit
+        survey = DatasetScan(sources, self._encoder, options, progress)
+        self.audit: DatasetStats = survey.audit
         self._index: SampleIndex = survey.index
         self.stops: list[int] = sorted(survey.stops)
         self._row_hashes = survey.row_hashes
-        self._plan = Plan(self._index.lengths(), options)
+        self._plan = BatchPlan(self._index.lengths(), options)
         self._counts: dict[int, int] = {}
         self._last: tuple[tuple[int, int, int], Encoded] | None = None
         order = (
@@ -79,13 +79,13 @@ class Dataset:
         return self._counts[epoch]
 
     def batches(
-        self, start: Cursor | None = None, *, epochs: int | None = None
-    ) -> Iterator[tuple[Batch, Cursor]]:
+        self, start: DataPosition | None = None, *, epochs: int | None = None
+    ) -> Iterator[tuple[Batch, DataPosition]]:
         """Yield this rank's batches, each with the cursor of what is left behind it.
 
         Parameters
         ----------
-        start : Cursor, optional
+        start : DataPosition, optional
             Where to begin; at the beginning of the first epoch if not given.
         epochs : int, optional
             Epochs in total, counted from the first: ends where ``cursor.epoch`` reaches
@@ -105,7 +105,7 @@ class Dataset:
         no label to learn (``batch.trained`` is 0), so that all take the same number of
         steps and nothing is learned twice.
         """
-        start = start or Cursor()
+        start = start or DataPosition()
         if start.data not in ("", self.fingerprint):
             raise InputError(
                 "the data, their order or the number of ranks are not those of the cursor",
@@ -113,16 +113,18 @@ class Dataset:
             )
         if start.batch > self.batches_in(start.epoch):
             raise InputError(f"the cursor is behind the end of epoch {start.epoch}")
-        return ahead(self._batches(start, epochs))
+        return prefetch(self._batches(start, epochs))
 
-    def _batches(self, start: Cursor, epochs: int | None) -> Iterator[tuple[Batch, Cursor]]:
+    def _batches(
+        self, start: DataPosition, epochs: int | None
+    ) -> Iterator[tuple[Batch, DataPosition]]:
         epoch, skipped = start.epoch, start.batch
         while epochs is None or epoch < epochs:
             count = self.batches_in(epoch)
             for number, (rows, learned) in enumerate(self._shares(epoch)):
                 if number >= skipped:
                     after = (epoch, number + 1) if number + 1 < count else (epoch + 1, 0)
-                    yield self._batch(rows, learned), Cursor(*after, self.fingerprint)
+                    yield self._batch(rows, learned), DataPosition(*after, self.fingerprint)
             epoch, skipped = epoch + 1, 0
 
     def _shares(self, epoch: int) -> Iterator[tuple[Rows, bool]]:

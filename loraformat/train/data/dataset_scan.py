@@ -9,7 +9,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from loraformat.train.data.dataset_stats import Audit
+from loraformat.train.data.dataset_stats import DatasetStats
 from loraformat.train.data.encode import Encoded, RowEncoder
 from loraformat.train.data.field_types import KindError
 from loraformat.train.data.options import DataOptions
@@ -17,10 +17,10 @@ from loraformat.train.data.row import BadRowError, RowSource
 from loraformat.train.data.row_formats import kind_of
 from loraformat.train.data.sample_index import Sample, SampleIndex
 
-__all__ = ["Survey"]
+__all__ = ["DatasetScan"]
 
 
-class Survey:
+class DatasetScan:
     """Index and audit of some sources.
 
     Parameters
@@ -34,7 +34,7 @@ class Survey:
     Attributes
     ----------
     index : SampleIndex
-    audit : Audit
+    audit : DatasetStats
     fingerprint : str
         Hash of all tokens and of what is learned of them.
     stops : set of int
@@ -56,7 +56,7 @@ class Survey:
         options: DataOptions,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self.index, self.audit = SampleIndex(sources), Audit()
+        self.index, self.audit = SampleIndex(sources), DatasetStats()
         self._sources = sources
         self._encoder, self._options = encoder, options
         self._hash = sha256()

@@ -8,13 +8,13 @@ from typing import Any
 from loraformat.errors import InputError
 from loraformat.train.data.options import DataOptions
 
-__all__ = ["Audit"]
+__all__ = ["DatasetStats"]
 
 _BAD_ROWS_SHOWN = 5
 
 
 @dataclass(slots=True)
-class Audit:
+class DatasetStats:
     """Counts over one pass of all rows.
 
     Attributes
@@ -96,7 +96,7 @@ class Audit:
 
         Examples
         --------
-        >>> Audit(rows=2, samples=2, tokens=10, trained=4, longest=6).lines()
+        >>> DatasetStats(rows=2, samples=2, tokens=10, trained=4, longest=6).lines()
         ['2 rows, 2 samples, 10 tokens, 4 of them learned (40.0 %), longest sample 6']
         """
         share = 100 * self.trained / max(self.tokens, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loraformat.errors import InputError, UsageError
 from loraformat.hub.source import hub_id
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.train.data.arrow_file import open_arrow
 from loraformat.train.data.compressed import COMPRESSIONS, unpacked
 from loraformat.train.data.csv_rows import CsvRows
@@ -128,7 +128,7 @@ def _file(file: DataFile, name: str, options: DataOptions) -> RowSource:
 
 
 def _directory(path: Path, options: DataOptions) -> list[RowSource]:
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     sources = [_file(DataFile.inside(folder, name), name, options) for name in _walk(path, "", 0)]
     if not sources:
         raise InputError(f"holds no file named {', '.join(SUFFIXES)}", path=path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from loraformat.errors import InputError, printable
 from loraformat.storage import strict_json
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.train.data.arrow_file import open_arrow
 from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.row import RowSource
@@ -46,7 +46,7 @@ def open_saved(directory: Path, split: str) -> list[RowSource]:
     InputError
         If there is no such split, or the directory is not sound.
     """
-    folder, within = Folder(directory), ""
+    folder, within = SafeDirectory(directory), ""
     if has_splits(directory):
         splits = _read(folder, _SPLITS).get("splits")
         if not isinstance(splits, list) or split not in splits:
@@ -67,7 +67,7 @@ def open_saved(directory: Path, split: str) -> list[RowSource]:
     return [open_arrow(DataFile.inside(folder, within + name)) for name in names]
 
 
-def _read(folder: Folder, name: str) -> dict[str, Any]:
+def _read(folder: SafeDirectory, name: str) -> dict[str, Any]:
     try:
         found = strict_json.loads(folder.read(name, _LARGEST_STATE))
     except strict_json.StrictJsonError as error:

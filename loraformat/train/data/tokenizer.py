@@ -15,7 +15,7 @@ from loraformat.errors import (
     UnsupportedError,
     printable,
 )
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.train.data.template_date import on_one_day
 from loraformat.train.data.template_process import TemplateRefusalError, shared
 
@@ -208,7 +208,7 @@ def _check_length(tokenizer: Any, directory: Path) -> None:
 
 
 def _check_files(directory: Path) -> None:
-    folder = Folder(directory)
+    folder = SafeDirectory(directory)
     for name in folder.names():
         words = ("token", "config", "vocab", "merges", "chat_template", "special")
         if not name.startswith("adapters/") and any(word in name for word in words):
@@ -217,7 +217,7 @@ def _check_files(directory: Path) -> None:
 
 def _template(path: Path) -> str:
     real = path.resolve()
-    raw = Folder(real.parent).read(real.name, _LARGEST_TEMPLATE)
+    raw = SafeDirectory(real.parent).read(real.name, _LARGEST_TEMPLATE)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["KeptActivations"]
+__all__ = ["ActivationBudget"]
 
 #: What a heap takes for what is kept in it: there are holes between. 1.65 to 1.75 were measured.
 _IN_HEAP = 1.8
 
 
 @dataclass(slots=True)
-class KeptActivations:
+class ActivationBudget:
     """Decides which layers keep their activations.
 
     Parameters
@@ -40,7 +40,7 @@ class KeptActivations:
 
     Examples
     --------
-    >>> kept = KeptActivations(layers=4, budget=4000)
+    >>> kept = ActivationBudget(layers=4, budget=4000)
     >>> kept.keeps(3, tokens=10)
     False
     >>> kept.counted, kept.tokens = 1000, 10

@@ -110,7 +110,7 @@ class Assembly:
         if module.bias is not None:
             bias = self._small(f"{name}.bias", self._source(f"{name}.bias"))
         kind = NF4Linear if self._weights.is_nf4(source) else DenseLinear
-        matrix = self._weights.matrix(source, by_inputs=conv1d)
+        matrix = self._weights.matrix(source, in_out_layout=conv1d)
         linear = kind(matrix, name, bias, conv1d=conv1d, dtype=self._dtype)
         self._put(name, linear, [source])
 
@@ -129,19 +129,19 @@ class Assembly:
         for leaf in projection_names(module):
             parameter = f"{name}.{leaf}"
             sources = self._sources.stacked.get(parameter)
-            by_inputs = bool(module.is_transposed)
+            in_out_layout = bool(module.is_transposed)
             if sources is None:
                 whole = self._source(parameter)
                 self._check_shape(parameter, whole, tuple(getattr(module, leaf).shape))
-                experts = [[m] for m in self._weights.stack(whole, by_inputs=by_inputs)]
+                experts = [[m] for m in self._weights.stack(whole, in_out_layout=in_out_layout)]
                 names = [whole]
             else:
                 experts = [[self._weights.matrix(one) for one in parts] for parts in sources]
                 names = [one for parts in sources for one in parts]
                 self._taken.update(names)
-            stack = ExpertStack(experts, parameter, by_inputs=by_inputs, dtype=self._dtype)
+            stack = ExpertStack(experts, parameter, in_out_layout=in_out_layout, dtype=self._dtype)
             count, *sizes = getattr(module, leaf).shape
-            wanted = (sizes[0], sizes[1]) if by_inputs else (sizes[1], sizes[0])
+            wanted = (sizes[0], sizes[1]) if in_out_layout else (sizes[1], sizes[0])
             if (stack.count, stack.in_features, stack.out_features) != (count, *wanted):
                 raise self._refusal(
                     f"parameter {printable(parameter)} wants {count} experts of {wanted[1]} x "

@@ -27,7 +27,7 @@ from weakref import WeakSet
 import torch
 from torch.utils import _pytree as trees
 
-from loraformat.train.engine.activation_budget import KeptActivations
+from loraformat.train.engine.activation_budget import ActivationBudget
 from loraformat.train.engine.backward_layer import BackwardVisit
 from loraformat.train.engine.layer_call import LayerCall
 from loraformat.train.engine.layer_prefetch import Residency
@@ -49,7 +49,7 @@ class Recomputation:
     Attributes
     ----------
     residency : Residency
-    kept : KeptActivations
+    kept : ActivationBudget
         Which layers are not computed again.
     rows_at_once : int or None
         Rows of a batch that a layer computes together; None for all.
@@ -64,7 +64,7 @@ class Recomputation:
     """
 
     residency: Residency
-    kept: KeptActivations
+    kept: ActivationBudget
     rows_at_once: int | None = None
     inspect: Callable[[int, LayerCall], None] | None = None
     unread: UnreadProducts = field(default_factory=UnreadProducts)

@@ -62,7 +62,7 @@ def multiply(
     """
     if isinstance(matrix, StandIn):
         return matrix.product(x)
-    return (_by_columns if matrix.by_inputs else _by_rows)(x, matrix, dtype, out)
+    return (_by_columns if matrix.in_out_layout else _by_rows)(x, matrix, dtype, out)
 
 
 def multiply_transposed(x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
@@ -77,7 +77,7 @@ def multiply_transposed(x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> 
     """
     if isinstance(matrix, StandIn):
         return matrix.transposed_product(x)
-    return (_by_rows if matrix.by_inputs else _by_columns)(x, matrix, dtype, None)
+    return (_by_rows if matrix.in_out_layout else _by_columns)(x, matrix, dtype, None)
 
 
 def _operands(
@@ -113,7 +113,7 @@ def _by_rows(
         block = matrix.block((start, stop), (0, matrix.columns), factor.dtype)
         times_transposed(factor, block, out=result[:, start:stop])
 
-    for stretch in matrix.stretches():
+    for stretch in matrix.row_chunks():
         _spread(piece, stretch, matrix.columns, _fitting(factor.dtype), _ALIGNED_ROWS, matrix)
     return _shaped(result, x)
 
@@ -160,7 +160,7 @@ def _columns(x: torch.Tensor, first: int, last: int) -> torch.Tensor:
 
 def _steps(matrix: Matrix) -> Iterator[Range]:
     """Yield the rows of a matrix that are summed over at once."""
-    for first, last in matrix.stretches():
+    for first, last in matrix.row_chunks():
         parts = -(-(last - first) // _DEEP) if matrix.device.type == "cpu" else 1
         size = -(-(last - first) // max(parts, 1) // _ALIGNED_ROWS) * _ALIGNED_ROWS
         for start in range(first, last, max(size, 1)):

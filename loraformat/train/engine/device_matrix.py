@@ -49,7 +49,7 @@ class DeviceMatrix:
 
     Attributes
     ----------
-    rows, columns, by_inputs
+    rows, columns, in_out_layout
         As in `Matrix`.
     """
 
@@ -57,7 +57,7 @@ class DeviceMatrix:
         self, host: NF4Matrix | DenseMatrix, device: torch.device, *, resident: bool
     ) -> None:
         self.host, self.device = host, device
-        self.rows, self.columns, self.by_inputs = host.rows, host.columns, host.by_inputs
+        self.rows, self.columns, self.in_out_layout = host.rows, host.columns, host.in_out_layout
         self._values: torch.Tensor | None = None
         self._codes: _Codes | None = None
         if resident and isinstance(host, DenseMatrix):
@@ -65,7 +65,7 @@ class DeviceMatrix:
         elif resident and isinstance(host, NF4Matrix):
             self._codes = _cut(_held(host), host.codes.block_size, *_origin(host)).to(device)
 
-    def stretches(self) -> Iterator[Range]:
+    def row_chunks(self) -> Iterator[Range]:
         """Yield as many rows as are decoded at once."""
         step = max(1, _TILE // max(self.columns, 1))
         for start in range(0, self.rows, step):
@@ -77,7 +77,7 @@ class DeviceMatrix:
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield all rows, some at a time, in order."""
-        for start, stop in self.stretches():
+        for start, stop in self.row_chunks():
             yield start, stop, self._rows(start, stop, dtype)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:

@@ -32,7 +32,7 @@ class ExpertStack(torch.nn.Module):
         ``gate_up_proj`` that of the gate and the other.
     name : str
         Hugging Face name of the parameter.
-    by_inputs : bool
+    in_out_layout : bool
         The base's own parameter is (experts, in features, out features).
     dtype : torch.dtype
         Of the factors of the frozen product.
@@ -56,15 +56,20 @@ class ExpertStack(torch.nn.Module):
         experts: Sequence[Sequence[Matrix]],
         name: str,
         *,
-        by_inputs: bool = False,
+        in_out_layout: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.experts, self.name, self.by_inputs, self.dtype = experts, name, by_inputs, dtype
+        self.experts, self.name, self.in_out_layout, self.dtype = (
+            experts,
+            name,
+            in_out_layout,
+            dtype,
+        )
         self.count = len(experts)
-        outs = [m.columns if m.by_inputs else m.rows for m in experts[0]]
+        outs = [m.columns if m.in_out_layout else m.rows for m in experts[0]]
         first = experts[0][0]
-        self.in_features = first.rows if first.by_inputs else first.columns
+        self.in_features = first.rows if first.in_out_layout else first.columns
         self.out_features = sum(outs)
         self.branch: torch.nn.Module | None = None
         self.layer: int | None = None
@@ -77,7 +82,7 @@ class ExpertStack(torch.nn.Module):
         for matrix in self.experts[expert]:
             for start, stop, tile in output_tiles(matrix):
                 yield first + start, first + stop, tile
-            first += matrix.columns if matrix.by_inputs else matrix.rows
+            first += matrix.columns if matrix.in_out_layout else matrix.rows
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """Compute one expert's projection.

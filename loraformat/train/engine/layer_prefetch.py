@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from loraformat.train.engine.madvise import drop_cached, forget_pages, read_pages
 from loraformat.train.engine.stored_weights import Span
 
-__all__ = ["Residency", "Traffic", "merged"]
+__all__ = ["IoStats", "Residency", "merged"]
 
 #: Bytes that are asked for at a time, so that closing never waits long.
 _PIECE = 32 << 20
 
 
 @dataclass(slots=True)
-class Traffic:
+class IoStats:
     """What streaming did.
 
     Attributes
@@ -81,7 +81,7 @@ class Residency:
 
     Attributes
     ----------
-    traffic : Traffic
+    traffic : IoStats
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Residency:
     ) -> None:
         self._layers = [list(_mapped(spans)) for spans in layers]
         self.prefetch, self.release, self.drop_cache = prefetch, release, drop_cache
-        self.traffic = Traffic()
+        self.traffic = IoStats()
         self._pending: dict[int, Future[None]] = {}
         self._reader: ThreadPoolExecutor | None = None
         self._closed = False
@@ -123,20 +123,20 @@ class Residency:
         """Let a layer go."""
         self._forget(self._layers[layer])
 
-    def read_soon(self, spans: Sequence[Span]) -> Future[None] | None:
+    def read_ahead(self, spans: Sequence[Span]) -> Future[None] | None:
         """Have bytes read that belong to no layer, some time soon."""
         if not self.prefetch or self._closed:
             return None
         return self._thread().submit(self._read, list(_mapped(spans)))
 
-    def let_go(self, spans: Sequence[Span], reading: Future[None] | None = None) -> None:
+    def evict(self, spans: Sequence[Span], reading: Future[None] | None = None) -> None:
         """Let bytes go that belong to no layer.
 
         Parameters
         ----------
         spans : sequence of Span
         reading : Future, optional
-            What `read_soon` returned for them: one that lags behind would bring them back.
+            What `read_ahead` returned for them: one that lags behind would bring them back.
         """
         if reading is not None and not reading.cancel():
             reading.result()

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from loraformat.train.engine.compute_dtype import activation_dtype
-from loraformat.train.engine.lora_matmul import LowRank, frozen_product
+from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, Tile, output_tiles
 from loraformat.train.engine.placeholder_weight import AbsentWeight
 
@@ -21,7 +21,7 @@ __all__ = ["Branch", "DenseLinear", "FrozenLinear", "NF4Linear"]
 class Branch(Protocol):
     """What is trained beside a frozen layer."""
 
-    def pair(self) -> LowRank | None:
+    def pair(self) -> LoraFactors | None:
         """Return the branch as a plain pair, if it is one just now: then that is multiplied."""
         ...
 
@@ -74,7 +74,7 @@ class FrozenLinear(torch.nn.Module):
         super().__init__()
         self.matrix, self.name, self.conv1d, self.dtype = matrix, name, conv1d, dtype
         sizes = (matrix.rows, matrix.columns)
-        self.in_features, self.out_features = sizes if matrix.by_inputs else sizes[::-1]
+        self.in_features, self.out_features = sizes if matrix.in_out_layout else sizes[::-1]
         self.register_buffer("bias", bias, persistent=False)
         self.branch: torch.nn.Module | None = None
         self.layer: int | None = None
@@ -124,7 +124,7 @@ class FrozenLinear(torch.nn.Module):
             weight[start:stop] = tile
         dtype = activation_dtype(self.dtype)
         self.shown = (weight.T if self.conv1d else weight).to(self.device, dtype)
-        self.matrix = DenseMatrix(self.shown, by_inputs=self.conv1d)
+        self.matrix = DenseMatrix(self.shown, in_out_layout=self.conv1d)
 
     def extra_repr(self) -> str:
         """Say what it is, for ``print(model)``."""

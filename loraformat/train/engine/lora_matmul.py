@@ -19,11 +19,11 @@ from loraformat.train.engine.gemm import times, times_transposed
 from loraformat.train.engine.matrix import Matrix
 from loraformat.train.engine.unneeded_products import leave_out
 
-__all__ = ["LowRank", "frozen_product"]
+__all__ = ["LoraFactors", "frozen_product"]
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LoraFactors:
     """A trained pair beside a frozen weight.
 
     Attributes
@@ -49,7 +49,7 @@ def frozen_product(
     dtype: torch.dtype = torch.float32,
     *,
     bias: torch.Tensor | None = None,
-    pair: LowRank | None = None,
+    pair: LoraFactors | None = None,
 ) -> torch.Tensor:
     """Multiply by a frozen weight, differentiably in `x` and in what is trained beside it.
 
@@ -62,7 +62,7 @@ def frozen_product(
         Of the factors of each product. Sums over blocks are float32, or float64 for float64.
     bias : torch.Tensor, optional
         (out features,), added.
-    pair : LowRank, optional
+    pair : LoraFactors, optional
         What is trained.
 
     Returns
@@ -160,7 +160,7 @@ def _nothing(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
 
     They take memory as the product does, since a model may add to it in place.
     """
-    outputs = matrix.columns if matrix.by_inputs else matrix.rows
+    outputs = matrix.columns if matrix.in_out_layout else matrix.rows
     return x.new_full((*x.shape[:-1], outputs), torch.nan)
 
 

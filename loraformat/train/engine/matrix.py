@@ -27,7 +27,7 @@ _ALIGNED_ROWS = 16
 _CPU = torch.device("cpu")
 
 
-class Decoding:
+class DequantTimer:
     """How long this process dequantized, in seconds of each thread that did."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Decoding:
             self.seconds += time.perf_counter() - began
 
 
-decoding = Decoding()
+decoding = DequantTimer()
 
 #: First and end.
 Range = tuple[int, int]
@@ -56,7 +56,7 @@ class Matrix(Protocol):
     ----------
     rows, columns : int
         As it is stored.
-    by_inputs : bool
+    in_out_layout : bool
         Its rows are input features (``Conv1D``, some experts); else they are output features.
     device : torch.device
         Where its blocks are.
@@ -64,10 +64,10 @@ class Matrix(Protocol):
 
     rows: int
     columns: int
-    by_inputs: bool
+    in_out_layout: bool
     device: torch.device
 
-    def stretches(self) -> Iterator[Range]:
+    def row_chunks(self) -> Iterator[Range]:
         """Yield rows, all of them in order, of which to multiply some before the next are asked."""
         ...
 
@@ -98,7 +98,7 @@ class NF4Matrix:
         Rows, columns.
     offset : int
         Element at which this matrix begins.
-    by_inputs : bool
+    in_out_layout : bool
         As in `Matrix`.
 
     Examples
@@ -110,13 +110,18 @@ class NF4Matrix:
     """
 
     def __init__(
-        self, codes: codec.NF4, shape: tuple[int, int], *, offset: int = 0, by_inputs: bool = False
+        self,
+        codes: codec.NF4,
+        shape: tuple[int, int],
+        *,
+        offset: int = 0,
+        in_out_layout: bool = False,
     ) -> None:
-        self.codes, self.offset, self.by_inputs = codes, offset, by_inputs
+        self.codes, self.offset, self.in_out_layout = codes, offset, in_out_layout
         self.rows, self.columns = shape
         self.device = _CPU
 
-    def stretches(self) -> Iterator[Range]:
+    def row_chunks(self) -> Iterator[Range]:
         """Yield all rows at once: a layer is in memory while it is computed."""
         yield 0, self.rows
 
@@ -175,7 +180,7 @@ class DenseMatrix:
     ----------
     values : torch.Tensor
         Two-dimensional, any floating dtype, maybe mapped: read, never written.
-    by_inputs : bool
+    in_out_layout : bool
         As in `Matrix`.
 
     Examples
@@ -185,12 +190,12 @@ class DenseMatrix:
     [torch.float32]
     """
 
-    def __init__(self, values: torch.Tensor, *, by_inputs: bool = False) -> None:
-        self.values, self.by_inputs = values, by_inputs
+    def __init__(self, values: torch.Tensor, *, in_out_layout: bool = False) -> None:
+        self.values, self.in_out_layout = values, in_out_layout
         self.rows, self.columns = values.shape
         self.device = values.device
 
-    def stretches(self) -> Iterator[Range]:
+    def row_chunks(self) -> Iterator[Range]:
         """Yield all rows at once."""
         yield 0, self.rows
 
@@ -217,7 +222,7 @@ def output_tiles(matrix: Matrix) -> Iterator[Tile]:
     Each tile is overwritten by the next. A matrix whose rows are input features is decoded as a
     whole for it.
     """
-    if not matrix.by_inputs:
+    if not matrix.in_out_layout:
         yield from matrix.tiles(torch.float32)
         return
     columns = [tile.T.clone() for _, _, tile in matrix.tiles(torch.float32)]

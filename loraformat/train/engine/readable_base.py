@@ -107,7 +107,7 @@ class Computed:
     def __init__(self) -> None:
         self._kept = _Kept()
 
-    def stack(self, tensor: DenseTensor, *, by_inputs: bool) -> list[ComputedMatrix]:
+    def stack(self, tensor: DenseTensor, *, in_out_layout: bool) -> list[ComputedMatrix]:
         """Return the matrices of a tensor of two or three dimensions."""
         shape = (tensor.shape[-2], tensor.shape[-1])
         count = tensor.count // max(1, shape[0] * shape[1])
@@ -115,7 +115,10 @@ class Computed:
         def part(number: int) -> torch.Tensor:
             return self._kept.of(tensor).view(-1, *shape)[number]
 
-        return [ComputedMatrix(partial(part, i), shape, by_inputs=by_inputs) for i in range(count)]
+        return [
+            ComputedMatrix(partial(part, i), shape, in_out_layout=in_out_layout)
+            for i in range(count)
+        ]
 
     def table(self, tensor: DenseTensor) -> ComputedTable:
         """Return a table of rows."""
@@ -130,7 +133,7 @@ class ComputedMatrix(DenseMatrix):
     compute : callable
         Returns them.
     shape : tuple of int
-    by_inputs : bool
+    in_out_layout : bool
         As in `Matrix`.
 
     Examples
@@ -141,10 +144,10 @@ class ComputedMatrix(DenseMatrix):
 
     def __init__(
         self, compute: Callable[[], torch.Tensor], shape: tuple[int, int], *,
-        by_inputs: bool = False,
+        in_out_layout: bool = False,
     ) -> None:  # fmt: skip
         self._compute = compute
-        self.by_inputs = by_inputs
+        self.in_out_layout = in_out_layout
         self.rows, self.columns = shape
         self.device = torch.device("cpu")
 

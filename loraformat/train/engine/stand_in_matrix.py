@@ -38,10 +38,14 @@ class StandIn:
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
-        self.rows, self.columns, self.by_inputs = matrix.rows, matrix.columns, matrix.by_inputs
+        self.rows, self.columns, self.in_out_layout = (
+            matrix.rows,
+            matrix.columns,
+            matrix.in_out_layout,
+        )
         self.device = matrix.device
         self._inputs, self._outputs = (
-            (self.rows, self.columns) if self.by_inputs else (self.columns, self.rows)
+            (self.rows, self.columns) if self.in_out_layout else (self.columns, self.rows)
         )
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,9 +63,9 @@ class StandIn:
         numbers = torch.arange(self._outputs, device=like.device)
         return numbers * _STRIDE % self._inputs, (0.5 - numbers % 2).to(like.dtype)
 
-    def stretches(self) -> Iterator[Range]:
+    def row_chunks(self) -> Iterator[Range]:
         """Yield what the matrix yields."""
-        return self.matrix.stretches()
+        return self.matrix.row_chunks()
 
     def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix's block."""

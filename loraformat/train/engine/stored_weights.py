@@ -67,36 +67,36 @@ class StoredWeights:
         """Tell whether a tensor is quantized."""
         return isinstance(self._tensors[name], NF4Tensor)
 
-    def matrix(self, name: str, *, by_inputs: bool = False) -> Matrix:
+    def matrix(self, name: str, *, in_out_layout: bool = False) -> Matrix:
         """Return a weight as a matrix on the mapped bytes.
 
         Parameters
         ----------
         name : str
-        by_inputs : bool
+        in_out_layout : bool
             The Hugging Face tensor is (in features, out features).
         """
-        return self.stack(name, by_inputs=by_inputs)[0]
+        return self.stack(name, in_out_layout=in_out_layout)[0]
 
-    def stack(self, name: str, *, by_inputs: bool = False) -> list[Matrix]:
+    def stack(self, name: str, *, in_out_layout: bool = False) -> list[Matrix]:
         """Return the matrices of a weight of three dimensions; a matrix is a stack of one."""
         tensor = self._tensors[name]
         if isinstance(tensor, NF4Tensor):
             rows, columns = tensor.stored_shape[-2:]
             codes = tensor.codes(tensor.load())
             # Where the codes run over the transpose, the rows are the other features.
-            rows_are_inputs = by_inputs != tensor.transposed
+            rows_are_inputs = in_out_layout != tensor.transposed
             count = tensor.count // (rows * columns)
             return [
                 NF4Matrix(codes, (rows, columns), offset=i * rows * columns,
-                          by_inputs=rows_are_inputs)
+                          in_out_layout=rows_are_inputs)
                 for i in range(count)
             ]  # fmt: skip
         if name in self._made:
-            return list(self._computed.stack(self._made[name], by_inputs=by_inputs))
+            return list(self._computed.stack(self._made[name], in_out_layout=in_out_layout))
         values = tensor.torch()
         values = values.view(-1, *values.shape[-2:])
-        return [DenseMatrix(part, by_inputs=by_inputs) for part in values]
+        return [DenseMatrix(part, in_out_layout=in_out_layout) for part in values]
 
     def rows(self, name: str) -> torch.Tensor | ComputedTable:
         """Return a table of which rows are looked up; see `table`."""

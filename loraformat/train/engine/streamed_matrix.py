@@ -35,13 +35,17 @@ class StreamedMatrix:
 
     Attributes
     ----------
-    rows, columns, by_inputs, device
+    rows, columns, in_out_layout, device
         As in `Matrix`.
     """
 
     def __init__(self, matrix: Matrix, spans: Sequence[Span], residency: Residency) -> None:
         self.matrix, self._spans, self._residency = matrix, spans, residency
-        self.rows, self.columns, self.by_inputs = matrix.rows, matrix.columns, matrix.by_inputs
+        self.rows, self.columns, self.in_out_layout = (
+            matrix.rows,
+            matrix.columns,
+            matrix.in_out_layout,
+        )
         self.device = matrix.device
         self._streaming = False
 
@@ -54,18 +58,18 @@ class StreamedMatrix:
         finally:
             self._streaming = False
 
-    def stretches(self) -> Iterator[Range]:
+    def row_chunks(self) -> Iterator[Range]:
         """Yield a few rows at a time while it is streaming, else what the matrix yields."""
         if not self._streaming:
-            yield from self.matrix.stretches()
+            yield from self.matrix.row_chunks()
             return
         step = max(_FEWEST_ROWS, _STRETCH // max(self.columns, 1))
         reading = None
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
-            coming = self._residency.read_soon(self._of_rows(stop, min(stop + step, self.rows)))
+            coming = self._residency.read_ahead(self._of_rows(stop, min(stop + step, self.rows)))
             yield start, stop
-            self._residency.let_go(self._of_rows(start, stop), reading)
+            self._residency.evict(self._of_rows(start, stop), reading)
             reading = coming
 
     def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:

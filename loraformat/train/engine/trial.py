@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
-from loraformat.train.engine.activation_budget import KeptActivations
+from loraformat.train.engine.activation_budget import ActivationBudget
 from loraformat.train.engine.checkpointing import Recomputation
 from loraformat.train.engine.decoder import decoder_of, find_layers
 from loraformat.train.engine.experts import ExpertStack
@@ -74,7 +74,7 @@ class Trial:
         room = _MOST_HELD
         while True:
             try:
-                with self._set_up(KeptActivations(0)), torch.no_grad():
+                with self._set_up(ActivationBudget(0)), torch.no_grad():
                     ids = self._any_tokens()
                     self._hidden(ids)
                     for some in (ids, ids.flip(1)):  # whichever of them is the padding
@@ -179,7 +179,7 @@ class Trial:
 
     def _of(self, ids: torch.Tensor, budget: int, rows: int | None) -> list[torch.Tensor | None]:
         """Return hidden states, and gradients of the first layer."""
-        kept = KeptActivations(len(self._layers), budget=budget, counted=1, tokens=1)
+        kept = ActivationBudget(len(self._layers), budget=budget, counted=1, tokens=1)
         with self._set_up(kept, rows), torch.enable_grad(), _watched_input(self._model) as seen:
             hidden = self._hidden(ids)
             weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device)
@@ -197,7 +197,7 @@ class Trial:
         return output
 
     @contextmanager
-    def _set_up(self, kept: KeptActivations, rows: int | None = None) -> Iterator[None]:
+    def _set_up(self, kept: ActivationBudget, rows: int | None = None) -> Iterator[None]:
         """Let layers be computed on stand-ins, and nothing be learned of it."""
         shared = self._shared
         nowhere = Residency([[]] * len(self._layers), prefetch=False, release=False)

@@ -139,7 +139,7 @@ class World:
                 members[name] = copied
         return gathered
 
-    def told_by_the_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value, a JSON-like object, on every rank."""
         if self.size == 1:
             return value
@@ -150,7 +150,7 @@ class World:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def copy_first(self, tensors: Iterable[torch.Tensor]) -> None:
+    def broadcast_parameters(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give every rank the numbers of rank 0's tensors."""
         if self.size > 1:
             import torch.distributed as dist

@@ -22,9 +22,9 @@ import torch
 
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.storage import strict_json
-from loraformat.storage.atomic_output import Publication
+from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
-from loraformat.storage.safe_directory import Folder
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import TORCH_NAMES, torch_dtype
 from loraformat.tensors.header import Entry, encode_header
 from loraformat.tensors.mapped import MappedFile
@@ -94,7 +94,7 @@ def write(
     ResourceError
         If the disk is full; what stood there stands there still.
     """
-    with Publication(target, plan="checkpoint", force=True) as publication:
+    with AtomicOutput(target, plan="checkpoint", force=True) as publication:
         publication.check_space(sum(t.numel() * t.element_size() for t in tensors.values()))
         digest = _write_state(publication, tensors)
         told = {**facts, "schema": "loraformat.checkpoint", "schema_version": 1, "state": digest}
@@ -105,7 +105,7 @@ def write(
         publication.commit()
 
 
-def _write_state(publication: Publication, tensors: Mapping[str, torch.Tensor]) -> str:
+def _write_state(publication: AtomicOutput, tensors: Mapping[str, torch.Tensor]) -> str:
     # The widest types first, as the safetensors library does it, so that each is aligned.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     entries, position = [], 0
@@ -144,7 +144,7 @@ def read(path: Path) -> Checkpoint:
     InputError
         If it is incomplete or damaged.
     """
-    folder = Folder(path)
+    folder = SafeDirectory(path)
     facts = _read_facts(folder)
     file = MappedFile(folder, _STATE)
     whole = sha256(file.bytes_between(0, file.nbytes)).hexdigest()
@@ -154,7 +154,7 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, facts, tensors)
 
 
-def _read_facts(folder: Folder) -> dict[str, Any]:
+def _read_facts(folder: SafeDirectory) -> dict[str, Any]:
     path = folder.path / _FACTS
     try:
         facts = strict_json.loads(folder.read(_FACTS, _MAX_FACTS_BYTES))

@@ -25,11 +25,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from loraformat.train.engine.lora_matmul import LowRank
+from loraformat.train.engine.lora_matmul import LoraFactors
 from loraformat.train.lora.expert_views import ExpertViews
 from loraformat.train.lora.row_norms import RowNorms
 from loraformat.train.lora.second_moments import Moments, counted, observe
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 
 __all__ = [
     "EmbeddingBranch", "ExpertBranch", "Factors", "LoraBranch", "ParameterBranch", "branch_of",
@@ -58,7 +58,7 @@ class LoraBranch(nn.Module):
 
     Parameters
     ----------
-    site : Site
+    site : TargetModule
     factors : Factors
         Where it begins.
     scaling : float
@@ -83,7 +83,7 @@ class LoraBranch(nn.Module):
 
     def __init__(
         self,
-        site: Site,
+        site: TargetModule,
         factors: Factors,
         scaling: float,
         *,
@@ -125,12 +125,12 @@ class LoraBranch(nn.Module):
             named["lora_magnitude_vector"] = self.magnitude
         return named
 
-    def pair(self) -> LowRank | None:
+    def pair(self) -> LoraFactors | None:
         """Return A, B and s as a linear multiplies them; None with dropout or a magnitude."""
         if self.magnitude is not None or (self.dropout and self.training):
             return None
         observe = self._observed if self.collecting and self.training else None
-        return LowRank(*self.effective(), self._factor(), observe)
+        return LoraFactors(*self.effective(), self._factor(), observe)
 
     def _observed(self, z: torch.Tensor, gradient: torch.Tensor) -> None:
         self.moments.add(counted(z, gradient))
@@ -217,7 +217,7 @@ class ExpertBranch(LoraBranch):
     """
 
     def __init__(
-        self, site: Site, factors: Factors, scaling: float, *, collecting: bool = True
+        self, site: TargetModule, factors: Factors, scaling: float, *, collecting: bool = True
     ) -> None:
         super().__init__(site, factors, scaling, collecting=collecting)
         self._views = ExpertViews()
@@ -247,7 +247,7 @@ class ParameterBranch(LoraBranch):
     Nothing of the inputs is seen: there is no dropout, no magnitude, and no statistics.
     """
 
-    def __init__(self, site: Site, factors: Factors, scaling: float) -> None:
+    def __init__(self, site: TargetModule, factors: Factors, scaling: float) -> None:
         super().__init__(site, factors, scaling, collecting=False)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -257,7 +257,13 @@ class ParameterBranch(LoraBranch):
 
 
 def branch_of(
-    site: Site, factors: Factors, scaling: float, *, dropout: float, dora: bool, collecting: bool
+    site: TargetModule,
+    factors: Factors,
+    scaling: float,
+    *,
+    dropout: float,
+    dora: bool,
+    collecting: bool,
 ) -> LoraBranch:
     """Return the branch that fits a site; see `LoraBranch`."""
     if site.kind == "experts":

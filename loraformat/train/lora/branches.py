@@ -11,14 +11,14 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.train.lora.branch import LoraBranch, branch_of
 from loraformat.train.lora.initialise import initial
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 from loraformat.train.lora.target_selection import resolve
 
 __all__ = ["attach", "extra_state", "load_extra_state", "trainable"]
 
 
 def attach(
-    sites: Sequence[Site],
+    sites: Sequence[TargetModule],
     options: LoraOptions,
     *,
     original: Checkpoint | None = None,
@@ -67,7 +67,7 @@ def attach(
     return branches
 
 
-def _check_dora(sites: Iterable[Site]) -> None:
+def _check_dora(sites: Iterable[TargetModule]) -> None:
     for site in sites:
         if site.is_parameter:
             raise UsageError(

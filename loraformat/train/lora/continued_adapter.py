@@ -11,16 +11,16 @@ from loraformat.errors import InputError, UnsupportedError, nearest, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.ops.deltas.factors import finite
-from loraformat.ops.opening.model import descent_of
+from loraformat.ops.opening.model import origin_fingerprint
 from loraformat.train.lora.branch import Factors, LoraBranch, branch_of
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 
 __all__ = ["attach_adapter"]
 
 
 def attach_adapter(
-    sites: Sequence[Site],
+    sites: Sequence[TargetModule],
     adapter: Adapter,
     base: Checkpoint,
     options: LoraOptions | None = None,
@@ -57,7 +57,7 @@ def attach_adapter(
     _check_kind(adapter, has_brought)
     by_weight = {site.weight_name: site for site in sites}
     by_stored = {site.stored_name: site for site in sites}
-    found: dict[str, tuple[Site, LoraDelta]] = {}
+    found: dict[str, tuple[TargetModule, LoraDelta]] = {}
     for target, delta in adapter.deltas.items():
         site = by_weight.get(target) or by_stored.get(adapter.spellings.get(target, target))
         if site is None:
@@ -86,7 +86,7 @@ def attach_adapter(
 
 
 def _check_base(adapter: Adapter, base: Checkpoint) -> None:
-    made_for, is_here = adapter.base_fingerprint, descent_of(base)
+    made_for, is_here = adapter.base_fingerprint, origin_fingerprint(base)
     if is_here is not None and made_for not in (None, is_here):
         raise InputError(
             f"was made for the base {printable(made_for)}, and this one is {is_here}",
@@ -124,7 +124,7 @@ def _unknown(target: str, known: list[str], adapter: Adapter) -> InputError:
     )
 
 
-def _check_shapes(site: Site, delta: LoraDelta, adapter: Adapter) -> None:
+def _check_shapes(site: TargetModule, delta: LoraDelta, adapter: Adapter) -> None:
     leading = (site.experts,) if site.experts else ()
     wanted = (
         (*leading, delta.rank, site.in_features),
@@ -139,7 +139,7 @@ def _check_shapes(site: Site, delta: LoraDelta, adapter: Adapter) -> None:
         )
 
 
-def _branch(site: Site, delta: LoraDelta, options: LoraOptions) -> LoraBranch:
+def _branch(site: TargetModule, delta: LoraDelta, options: LoraOptions) -> LoraBranch:
     factors = Factors(finite(delta.a).float(), finite(delta.b).float())
     if not math.isfinite(delta.scaling):
         raise InputError(f"the scaling of {printable(delta.target)} is {delta.scaling}")

@@ -26,7 +26,7 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.train.lora.branch import Factors
 from loraformat.train.lora.initialise_svd import loftq, pissa
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 
 __all__ = ["initial", "seed_of"]
 
@@ -44,13 +44,13 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def initial(
-    site: Site, rank: int, options: LoraOptions, original: Checkpoint | None = None
+    site: TargetModule, rank: int, options: LoraOptions, original: Checkpoint | None = None
 ) -> Factors:
     """Return the factors that a branch begins with.
 
     Parameters
     ----------
-    site : Site
+    site : TargetModule
     rank : int
     options : LoraOptions
         Its ``init``, ``seed`` and scaling.
@@ -82,7 +82,7 @@ def initial(
     return _random(site, rank, options.init, random)
 
 
-def _random(site: Site, rank: int, way: str, random: torch.Generator) -> Factors:
+def _random(site: TargetModule, rank: int, way: str, random: torch.Generator) -> Factors:
     leading = (site.experts,) if site.experts else ()
     a_shape = (*leading, rank, site.in_features)
     b_shape = (*leading, site.out_features, rank)
@@ -96,7 +96,7 @@ def _random(site: Site, rank: int, way: str, random: torch.Generator) -> Factors
 
 
 def _orthogonal(
-    site: Site, a_shape: tuple[int, ...], b_shape: tuple[int, ...], random: torch.Generator
+    site: TargetModule, a_shape: tuple[int, ...], b_shape: tuple[int, ...], random: torch.Generator
 ) -> Factors:
     """Return factors through two halves of one orthonormal basis of the inner space.
 

@@ -19,7 +19,7 @@ from loraformat.algebra.subspace import Tiles, block_krylov, held, working_bytes
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.train.lora.branch import Factors
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 
 __all__ = ["loftq", "pissa", "svd_bytes"]
 
@@ -33,12 +33,12 @@ _TILES = {"pissa": 1, "loftq": 6}
 _WORKSPACE = 16 << 20
 
 
-def svd_bytes(site: Site, rank: int, init: str) -> int:
+def svd_bytes(site: TargetModule, rank: int, init: str) -> int:
     """Return what finding the factors of one module takes at its peak, besides them (bytes).
 
     Parameters
     ----------
-    site : Site
+    site : TargetModule
     rank : int
     init : str
         0 for others than ``pissa`` and ``loftq``, and where these begin at random.
@@ -53,12 +53,12 @@ def svd_bytes(site: Site, rank: int, init: str) -> int:
     return taken + 4 * site.experts * rank * (rows + columns)  # before they are one tensor
 
 
-def pissa(site: Site, rank: int, scaling: float, seed: int) -> Factors:
+def pissa(site: TargetModule, rank: int, scaling: float, seed: int) -> Factors:
     """Return the principal parts of a weight as trained factors, and as fixed ones to take off.
 
     Parameters
     ----------
-    site : Site
+    site : TargetModule
     rank : int
     scaling : float
         s: the product of the factors is the weight's part over s.
@@ -79,13 +79,13 @@ def pissa(site: Site, rank: int, scaling: float, seed: int) -> Factors:
 
 
 def loftq(
-    site: Site, rank: int, scaling: float, seed: int, original: Checkpoint | None
+    site: TargetModule, rank: int, scaling: float, seed: int, original: Checkpoint | None
 ) -> Factors | None:
     """Return the leading parts of what quantizing lost; None if it lost nothing.
 
     Parameters
     ----------
-    site : Site
+    site : TargetModule
         Whose weight is in NF4.
     rank : int
     scaling : float
@@ -120,7 +120,7 @@ def loftq(
     return None if pair is None else Factors(*pair)
 
 
-def _check_rank(site: Site, rank: int) -> None:
+def _check_rank(site: TargetModule, rank: int) -> None:
     most = min(site.in_features, site.out_features)
     if rank > most:
         raise UsageError(
@@ -130,11 +130,11 @@ def _check_rank(site: Site, rank: int) -> None:
         )
 
 
-def _experts(site: Site) -> range:
+def _experts(site: TargetModule) -> range:
     return range(site.experts or 1)
 
 
-def _plain(site: Site, expert: int) -> Tiles:
+def _plain(site: TargetModule, expert: int) -> Tiles:
     def tiles() -> Iterator[tuple[int, torch.Tensor]]:
         for first, _, tile in site.tiles(expert):
             yield first, tile
@@ -142,7 +142,7 @@ def _plain(site: Site, expert: int) -> Tiles:
     return tiles
 
 
-def _original(site: Site, original: Checkpoint) -> DenseTensor:
+def _original(site: TargetModule, original: Checkpoint) -> DenseTensor:
     tensor = original.tensors.get(site.weight_name)
     shape = (site.out_features, site.in_features)
     wanted = shape[::-1] if site.transposed else shape
@@ -161,7 +161,7 @@ def _original(site: Site, original: Checkpoint) -> DenseTensor:
     )
 
 
-def _check_same(site: Site, tensor: DenseTensor, original: Checkpoint) -> None:
+def _check_same(site: TargetModule, tensor: DenseTensor, original: Checkpoint) -> None:
     """Refuse another model of the same shapes: its difference is no error of quantizing."""
     lost = sum(float(tile.double().square().sum()) for _, tile in _lost(site, tensor)())
     stored = sum(float(tile.double().square().sum()) for _, _, tile in site.tiles(0))
@@ -175,7 +175,7 @@ def _check_same(site: Site, tensor: DenseTensor, original: Checkpoint) -> None:
         )
 
 
-def _lost(site: Site, tensor: DenseTensor) -> Tiles:
+def _lost(site: TargetModule, tensor: DenseTensor) -> Tiles:
     """Return tiles of the original minus what is stored."""
     weight = tensor.torch()
     weight = weight.T if site.transposed else weight
@@ -188,7 +188,7 @@ def _lost(site: Site, tensor: DenseTensor) -> Tiles:
 
 
 def _leading(
-    tiles: Tiles, site: Site, rank: int, scaling: float, seed: int
+    tiles: Tiles, site: TargetModule, rank: int, scaling: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return A and B with s · B A the leading part; None if there is nothing."""
     shape = (site.out_features, site.in_features)
@@ -209,7 +209,7 @@ def _on_cpu(tiles: Tiles) -> Callable[[], Iterator[tuple[int, torch.Tensor]]]:
 
 
 def _joined(
-    site: Site, pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    site: TargetModule, pairs: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if len(pairs) < len(_experts(site)):
         raise InputError(f"{printable(site.weight_name)} is zero: it has no principal directions")

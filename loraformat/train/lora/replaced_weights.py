@@ -15,7 +15,7 @@ from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.tied_head import HEAD, untied_config
 from loraformat.model.vocabulary import per_token, resized_config, tokenizer_files
 from loraformat.ops.merge.merged_tensor import merged_tensor
-from loraformat.ops.merge.plan import Edit, plan_edits
+from loraformat.ops.merge.plan import TensorEdit, plan_edits
 
 __all__ = ["Brought", "brought_by"]
 
@@ -81,7 +81,7 @@ def brought_by(adapter: Adapter, base: Checkpoint) -> Brought | None:
     )
 
 
-def _tensor(edit: Edit, adapter: Adapter, base: Checkpoint) -> DenseTensor:
+def _tensor(edit: TensorEdit, adapter: Adapter, base: Checkpoint) -> DenseTensor:
     if edit.replacement is not None and not edit.rows:
         return replace(edit.replacement[1], name=edit.name)
     source = None if edit.source is None else base.tensors[edit.source]

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import torch
 
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 
 __all__ = ["RowNorms", "row_norms"]
 
 
-def row_norms(site: Site, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+def row_norms(site: TargetModule, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return ‖W + scaling · B A‖ for each output feature.
 
     Parameters
     ----------
-    site : Site
+    site : TargetModule
         A linear, or an embedding, whose weight is the transpose of what a linear has.
     a : torch.Tensor
         float32 (r, in).
@@ -52,10 +52,10 @@ class RowNorms:
 
     Parameters
     ----------
-    site : Site
+    site : TargetModule
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: TargetModule) -> None:
         self._site = site
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._norms: torch.Tensor | None = None

@@ -1,7 +1,7 @@
-"""A place in a model where a low-rank branch can be trained.
+"""A module that a low-rank branch can be added to.
 
-The engine's layers describe themselves by a `Site`; the LoRA side knows nothing else of them:
-a name, a shape, the weight in tiles, and where the branch goes.
+The engine's layers describe themselves by a `TargetModule`; the LoRA side knows nothing else of
+them: a name, a shape, the weight in tiles, and where the branch goes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Site"]
+__all__ = ["TargetModule"]
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class TargetModule:
     """A place where a branch can be trained.
 
     Attributes

@@ -17,7 +17,7 @@ from loraformat.train.engine.embedding import MappedEmbedding
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear, NF4Linear
 from loraformat.train.engine.matrix import Tile
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 
 __all__ = ["find_sites"]
 
@@ -27,7 +27,7 @@ _Place = FrozenLinear | ExpertStack | MappedEmbedding
 
 def find_sites(
     model: Any, sources: Mapping[str, Sequence[str]], family: Family = _PLAIN
-) -> list[Site]:
+) -> list[TargetModule]:
     """List the places of a model in its order.
 
     Those are the linears, fused experts and routers of the decoder, the token embedding and the
@@ -63,9 +63,11 @@ def find_sites(
     return [replace(site, shared=times[site.weight_name] > 1) for site in found]
 
 
-def _linear(module: FrozenLinear, sources: Sequence[str], head: bool, family: Family) -> Site:
+def _linear(
+    module: FrozenLinear, sources: Sequence[str], head: bool, family: Family
+) -> TargetModule:
     leaf = module.name.rpartition(".")[2]
-    return Site(
+    return TargetModule(
         name=module.name,
         kind="head" if head else "linear",
         in_features=module.in_features,
@@ -89,12 +91,12 @@ def _linear(module: FrozenLinear, sources: Sequence[str], head: bool, family: Fa
 
 def _parameters(
     module: torch.nn.Module, name: str, sources: Mapping[str, Sequence[str]]
-) -> Iterator[Site]:
+) -> Iterator[TargetModule]:
     """Yield the matrices that a module's own class computes with: those of routers."""
     for leaf, parameter in module.named_parameters(recurse=False):
         full = f"{name}.{leaf}"
         if parameter.ndim == 2 and full in sources:
-            yield Site(
+            yield TargetModule(
                 name=full,
                 kind="parameter",
                 in_features=parameter.shape[1],
@@ -115,8 +117,8 @@ def _parametrize(module: torch.nn.Module, leaf: str, branch: torch.nn.Module) ->
     register_parametrization(module, leaf, branch, unsafe=True)
 
 
-def _experts(module: ExpertStack, sources: Sequence[str]) -> Site:
-    return Site(
+def _experts(module: ExpertStack, sources: Sequence[str]) -> TargetModule:
+    return TargetModule(
         name=module.name,
         kind="experts",
         in_features=module.in_features,
@@ -125,17 +127,17 @@ def _experts(module: ExpertStack, sources: Sequence[str]) -> Site:
         attach=_attaching(module),
         target=sources[0] if len(sources) == 1 else "",
         experts=module.count,
-        transposed=module.by_inputs,
+        transposed=module.in_out_layout,
         quantized=module.quantized,
         device=module.device,
     )
 
 
-def _embedding(module: MappedEmbedding, sources: Sequence[str]) -> Site:
+def _embedding(module: MappedEmbedding, sources: Sequence[str]) -> TargetModule:
     def tiles(_: int) -> Iterator[Tile]:
         return module.dense_tiles()
 
-    return Site(
+    return TargetModule(
         name=module.name,
         kind="embedding",
         in_features=module.num_embeddings,

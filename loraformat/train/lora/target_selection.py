@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from loraformat.errors import UsageError, nearest, printable
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 
 __all__ = ["GROUPS", "matches", "resolve"]
 
@@ -25,7 +25,7 @@ _MLP = re.compile(
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
 
-def _is_linear(site: Site) -> bool:
+def _is_linear(site: TargetModule) -> bool:
     return (
         site.kind in ("linear", "experts")
         and site.in_layers
@@ -35,18 +35,18 @@ def _is_linear(site: Site) -> bool:
     )
 
 
-def _is_attention(site: Site) -> bool:
+def _is_attention(site: TargetModule) -> bool:
     return _is_linear(site) and bool(_ATTENTION.search(site.name))
 
 
-def _is_mlp(site: Site) -> bool:
+def _is_mlp(site: TargetModule) -> bool:
     return _is_linear(site) and not _is_attention(site) and bool(_MLP.search(site.name))
 
 
 _GLOB = re.compile(r"[*?\[]")
 
 #: Words that stand for groups.
-GROUPS: dict[str, Callable[[Site], bool]] = {
+GROUPS: dict[str, Callable[[TargetModule], bool]] = {
     "all-linear": _is_linear,
     "attention": _is_attention,
     "mlp": _is_mlp,
@@ -68,7 +68,7 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def resolve(sites: Sequence[Site], options: LoraOptions) -> dict[str, int]:
+def resolve(sites: Sequence[TargetModule], options: LoraOptions) -> dict[str, int]:
     """Return the rank of every place that is trained, by name, in the model's order.
 
     Parameters
@@ -98,14 +98,14 @@ def resolve(sites: Sequence[Site], options: LoraOptions) -> dict[str, int]:
     return ranks
 
 
-def _of_kind(sites: Sequence[Site], kind: str) -> list[Site]:
+def _of_kind(sites: Sequence[TargetModule], kind: str) -> list[TargetModule]:
     found = [site for site in sites if site.kind == kind]
     if not found:
         raise UsageError(f"this model has no {kind} that can be trained")
     return found
 
 
-def _meant(sites: Sequence[Site], word: str) -> list[Site]:
+def _meant(sites: Sequence[TargetModule], word: str) -> list[TargetModule]:
     group = GROUPS.get(word)
     found = [site for site in sites if (group(site) if group else _is_named(site, word))]
     if shared := [site for site in found if site.shared]:
@@ -129,7 +129,7 @@ def _meant(sites: Sequence[Site], word: str) -> list[Site]:
     )
 
 
-def _is_named(site: Site, word: str) -> bool:
+def _is_named(site: TargetModule, word: str) -> bool:
     """Tell whether a word means a place. A router is meant by its name, and not by a glob."""
     if site.kind == "parameter" and _GLOB.search(word):
         return False

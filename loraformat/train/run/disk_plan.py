@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loraformat.train.loop.optimizer_options import state_bytes
-from loraformat.train.run.memory_plan import Shape, readable
+from loraformat.train.run.memory_plan import ModelDims, format_bytes
 from loraformat.train.run.options import TrainOptions
 
 __all__ = ["DiskPlan", "plan_disk"]
@@ -53,16 +53,18 @@ class DiskPlan:
 
     def line(self) -> str:
         """Say it for people."""
-        parts = ", ".join(f"{name} {readable(size)}" for name, size in asdict(self).items() if size)
-        return f"disk at most about {readable(self.total)}: {parts}"
+        parts = ", ".join(
+            f"{name} {format_bytes(size)}" for name, size in asdict(self).items() if size
+        )
+        return f"disk at most about {format_bytes(self.total)}: {parts}"
 
 
-def plan_disk(shape: Shape, options: TrainOptions, ranks: int = 1) -> DiskPlan:
+def plan_disk(shape: ModelDims, options: TrainOptions, ranks: int = 1) -> DiskPlan:
     """Return the plan of a run.
 
     Parameters
     ----------
-    shape : Shape
+    shape : ModelDims
     options : TrainOptions
     ranks : int
         Processes, each with statistics of its own.
@@ -71,7 +73,7 @@ def plan_disk(shape: Shape, options: TrainOptions, ranks: int = 1) -> DiskPlan:
     --------
     A million numbers, AdamW, two checkpoints kept:
 
-    >>> shape = Shape(2, 64, 256, 1000, 10**6, 10**5, trained=10**6)
+    >>> shape = ModelDims(2, 64, 256, 1000, 10**6, 10**5, trained=10**6)
     >>> plan_disk(shape, TrainOptions()).line()
     'disk at most about 59.0 MB: checkpoints 54.0 MB, adapter 5.0 MB'
     """

@@ -14,11 +14,11 @@ from loraformat.train.run.prompt import chat_ids, plain_ids, turn_end
 from loraformat.train.run.setup import check_vocabulary, open_base
 from loraformat.train.run.text_generation import GenerationOptions, continuation, stop_tokens
 
-__all__ = ["Written", "write_on"]
+__all__ = ["Generation", "generate"]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class Generation:
     """A prompt and what a model wrote on.
 
     Attributes
@@ -44,7 +44,7 @@ class Written:
         return asdict(self)
 
 
-def write_on(
+def generate(
     options: TrainOptions,
     prompt: str,
     drawn: GenerationOptions,
@@ -52,7 +52,7 @@ def write_on(
     chat: bool = False,
     system: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
-) -> Written:
+) -> Generation:
     """Let a model write on.
 
     Parameters
@@ -91,4 +91,4 @@ def write_on(
             stops=sorted(stops), end=end, device=options.device, tell=tell,
         )  # fmt: skip
         seconds = time.monotonic() - begun
-    return Written(prompt, stream.text(), len(stream.tokens), seconds)
+    return Generation(prompt, stream.text(), len(stream.tokens), seconds)

@@ -14,7 +14,7 @@ from typing import Any
 from loraformat.errors import ResourceError
 from loraformat.train.loop.optimizer_options import state_bytes
 
-__all__ = ["MemoryPlan", "Shape", "advise", "plan_memory", "readable"]
+__all__ = ["MemoryPlan", "ModelDims", "advise", "format_bytes", "plan_memory"]
 
 #: Logits that a loss holds at once, and what it makes of a few of them (bytes).
 _LOGITS = 160 << 20
@@ -25,7 +25,7 @@ _NO_PARTS = ("base_on_disk", "initialisation", "limit")
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelDims:
     """The sizes that memory depends on.
 
     Attributes
@@ -140,14 +140,16 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """Say it for people."""
-        shown = [f"base on disk {readable(self.base_on_disk)}, mapped, never loaded whole"]
-        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.parts.items() if size)
-        allowed = f" of {readable(self.limit)} allowed" if self.limit is not None else ""
-        shown.append(f"memory at most about {readable(self.total)}{allowed}: {parts}")
+        shown = [f"base on disk {format_bytes(self.base_on_disk)}, mapped, never loaded whole"]
+        parts = ", ".join(
+            f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size
+        )
+        allowed = f" of {format_bytes(self.limit)} allowed" if self.limit is not None else ""
+        shown.append(f"memory at most about {format_bytes(self.total)}{allowed}: {parts}")
         if self.initialisation:
             shown.append(
-                f"before the first step {readable(self.before)}, of which it takes "
-                f"{readable(self.initialisation)} to find the factors to begin with"
+                f"before the first step {format_bytes(self.before)}, of which it takes "
+                f"{format_bytes(self.initialisation)} to find the factors to begin with"
             )
         return shown
 
@@ -160,10 +162,10 @@ class MemoryPlan:
         """
         if self.limit is not None and self.total > self.limit:
             parts = sorted(self._largest().items(), key=lambda item: -item[1])[:4]
-            told = ", ".join(f"{name} {readable(size)}" for name, size in parts)
+            told = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
             raise ResourceError(
-                f"the run needs about {readable(self.total)} of memory, and "
-                f"{readable(self.limit)} are allowed ({told}, …)",
+                f"the run needs about {format_bytes(self.total)} of memory, and "
+                f"{format_bytes(self.limit)} are allowed ({told}, …)",
                 hint="; or ".join(advice) or "allow more with --max-memory",
             )
 
@@ -174,19 +176,19 @@ class MemoryPlan:
         return {name: getattr(self, name) for name in ("process", "adapter", "initialisation")}
 
 
-def readable(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """Return a size for people.
 
     Examples
     --------
-    >>> readable(2_200_000), readable(3_140_000_000)
+    >>> format_bytes(2_200_000), format_bytes(3_140_000_000)
     ('2.2 MB', '3.1 GB')
     """
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def plan_memory(
-    shape: Shape,
+    shape: ModelDims,
     *,
     rows: int,
     length: int,
@@ -204,7 +206,7 @@ def plan_memory(
 
     Parameters
     ----------
-    shape : Shape
+    shape : ModelDims
     rows, length : int
         Of what goes through the model at once between two updates: a micro-batch, or with
         layer-major order all of them.
@@ -231,9 +233,9 @@ def plan_memory(
     --------
     A 70B shape, rank 8, 128 tokens:
 
-    >>> shape = Shape(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 103_500_000)
+    >>> shape = ModelDims(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 103_500_000)
     >>> plan = plan_memory(shape, rows=1, length=128, process=240_000_000)
-    >>> readable(plan.optimizer), readable(plan.total)
+    >>> format_bytes(plan.optimizer), format_bytes(plan.total)
     ('828.0 MB', '3.5 GB')
     """
     tokens = rows * length
@@ -281,4 +283,4 @@ def advise(
         ideas.append((plan.optimizer, "--optimizer-states disk"))
         ideas.append((plan.optimizer * 3 // 4, "--optimizer adamw-8bit"))
     ideas.sort(key=lambda idea: -idea[0])
-    return [f"{what} saves about {readable(saved)}" for saved, what in ideas if saved > 1e6]
+    return [f"{what} saves about {format_bytes(saved)}" for saved, what in ideas if saved > 1e6]

@@ -357,12 +357,12 @@ class TrainOptions:
         members = {name: getattr(self, name) for name in names}
         return LoraOptions(**{**members, "ranks": dict(self.ranks)})
 
-    def unheeded(self) -> tuple[str, ...]:
+    def ignored_flags(self) -> tuple[str, ...]:
         """Return the flags that say nothing, since an adapter that is trained on has its own.
 
         Examples
         --------
-        >>> TrainOptions(adapter="first", rank=8, dropout=0.1).unheeded()
+        >>> TrainOptions(adapter="first", rank=8, dropout=0.1).ignored_flags()
         ('rank',)
         """
         if not self.adapter:

@@ -15,7 +15,7 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.train.batch import Batch
 from loraformat.train.data import template_process
-from loraformat.train.data.data_position import Cursor
+from loraformat.train.data.data_position import DataPosition
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.row_sources import is_local
@@ -27,7 +27,7 @@ from loraformat.train.loop.optimizer_options import SMALL
 from loraformat.train.lora.initialise_svd import svd_bytes
 from loraformat.train.opening import load
 from loraformat.train.run.generation_plan import generation_bytes, inner_width
-from loraformat.train.run.memory_plan import MemoryPlan, Shape, advise, plan_memory
+from loraformat.train.run.memory_plan import MemoryPlan, ModelDims, advise, plan_memory
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.prompt import chat_ids, plain_ids
 from loraformat.train.run.text_generation import SAMPLE, room_for
@@ -93,12 +93,12 @@ class Inputs:
 
     def stream(self, place: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Yield micro-batches from a place on, each with the place behind it."""
-        start = Cursor.from_json(place) if place else None
+        start = DataPosition.from_json(place) if place else None
         epochs = self.options.epochs if self.options.steps is None else None
         for batch, cursor in self.data.batches(start, epochs=epochs):
             yield batch, cursor.to_json()
 
-    def shape(self) -> Shape:
+    def shape(self) -> ModelDims:
         """Return the sizes that memory depends on."""
         config = text_config(self.model)
         layers: dict[Any, int] = {}
@@ -113,7 +113,7 @@ class Inputs:
         trained = [parameter.numel() for parameter in self.model.trainable().values()]
         branches = self.model.branches.values()
         fixed = (factor for branch in branches for factor in (branch.fixed_a, branch.fixed_b))
-        return Shape(
+        return ModelDims(
             layers=int(config.num_hidden_layers),
             hidden=hidden,
             inner=inner_width(config),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loraformat.bundle.update import adapter_place
+from loraformat.bundle.update import parse_bundle_slot
 from loraformat.errors import InputError, LoraFormatError, OutputError, ResourceError, UsageError
 from loraformat.ops.opening.model import fingerprint_of
 from loraformat.runtimes.chat import GENERATION_NAME
@@ -35,7 +35,7 @@ from loraformat.train.run.adapter_template import (
     template_files,
 )
 from loraformat.train.run.disk_plan import plan_disk
-from loraformat.train.run.memory_plan import readable
+from loraformat.train.run.memory_plan import format_bytes
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.report import TrainReport
 from loraformat.train.run.run_directory import RunDirectory
@@ -132,7 +132,7 @@ def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
     if not options.output:
         raise UsageError("there is no name for the new adapter", hint="give one with --output")
     output = Path(options.output)
-    place = adapter_place(output)
+    place = parse_bundle_slot(output)
     _refuse_inputs(options, output)
     if not resume:
         _refuse_output(output, force=force)
@@ -156,14 +156,14 @@ def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
 def _refuse_inputs(options: TrainOptions, output: Path) -> None:
     """Refuse an output that is an input, or whose record would lie among the data."""
     named = [*options.data, *options.eval, options.adapter, options.original, options.chat_template]
-    if adapter_place(output) is None:
+    if parse_bundle_slot(output) is None:
         named.append(options.base)
     inputs = [Path(name) for name in named if name and os.path.lexists(name)]
     refuse_input_as_output(output.absolute(), RunDirectory(output).path, inputs)
 
 
 def _refuse_output(output: Path, *, force: bool) -> None:
-    if adapter_place(output) is None:
+    if parse_bundle_slot(output) is None:
         refuse_existing(output, force=force)
     elif output.exists() and not force:
         raise OutputError("already exists", path=output, hint="use --force to replace it")
@@ -194,7 +194,7 @@ class _Run:
         ]  # fmt: skip
 
     def _unheeded_note(self) -> list[str]:
-        flags = ", ".join(f"--{flag}" for flag in self._options.unheeded())
+        flags = ", ".join(f"--{flag}" for flag in self._options.ignored_flags())
         return [f"{flags}: not heeded, --adapter brings its own"] if flags else []
 
     def _template_note(self) -> list[str]:
@@ -230,7 +230,7 @@ class _Run:
         free, plan = memory.available(self._options.device), self.report.plan
         if free is None or plan.to_come <= free:
             return []
-        more, there = readable(plan.to_come), readable(free)
+        more, there = format_bytes(plan.to_come), format_bytes(free)
         return [f"the run may need {more} more, and {there} of memory are free"]
 
     @contextmanager
@@ -250,7 +250,7 @@ class _Run:
             plan = self.report.plan
             raise ResourceError(
                 f"{self._options.device} has too little memory: the run needs about "
-                f"{readable(plan.total)}",
+                f"{format_bytes(plan.total)}",
                 hint="; or ".join(self._inputs.advice(plan)) or "use a larger machine",
             ) from error
 
@@ -281,8 +281,8 @@ class _Run:
         free = shutil.disk_usage(self._directory.path).free
         if needed > free:
             raise ResourceError(
-                f"checkpoints and adapter need {readable(needed)}, and the disk has "
-                f"{readable(free)} free",
+                f"checkpoints and adapter need {format_bytes(needed)}, and the disk has "
+                f"{format_bytes(free)} free",
                 path=self._directory.path,
                 hint="free some space, or keep fewer with --keep 1",
             )
@@ -298,7 +298,7 @@ class _Run:
         """Train, and write the adapter."""
         if self._world.leads and not (resume and self._directory.path.is_dir()):
             self._directory.begin(force=force)
-        self._world.told_by_the_first(None)  # that there is a directory now
+        self._world.broadcast_object(None)  # that there is a directory now
         alone = self._directory.alone() if self._world.leads else nullcontext()
         with alone:
             checkpoint = self._checkpoint() if resume else None
@@ -325,7 +325,7 @@ class _Run:
                     hint="begin anew, and lose them: --force without --resume",
                 )
         self.report.notes += [f"passed over: {problem}" for problem in problems]
-        step = self._world.told_by_the_first(None if found is None else found.step)
+        step = self._world.broadcast_object(None if found is None else found.step)
         if step is None:
             self.report.notes.append("there was no checkpoint; the run began at the beginning")
             return None
@@ -381,7 +381,7 @@ class _Run:
             if checkpoint is not None:
                 loop.restore(checkpoint)
             else:
-                self._world.copy_first(self._model.trainable().values())
+                self._world.broadcast_parameters(self._model.trainable().values())
             return loop.run()
 
     def _loop(

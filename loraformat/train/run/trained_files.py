@@ -25,7 +25,7 @@ def trained_on(adapter: str, sources: Sequence[tuple[str, int]]) -> list[str]:
     adapter : str
         A path, or a Hub id.
     sources : sequence of (str, int)
-        Names and rows of what is evaluated, as in `loraformat.train.data.Audit`.
+        Names and rows of what is evaluated, as in `loraformat.train.data.DatasetStats`.
 
     Returns
     -------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loraformat.errors import FileChangedError, InputError
 from loraformat.train.batch import IGNORED
-from loraformat.train.data import Cursor, DataOptions, open_data
+from loraformat.train.data import DataOptions, DataPosition, open_data
 
 ROWS = [{"prompt": f"add {i}:", "completion": " four" * (1 + i % 7)} for i in range(45)]
 
@@ -100,7 +100,7 @@ def test_any_cut_continues_with_exactly_the_rest(opened, cut, seed, packing, shu
     again = opened(packing=packing, shuffle=shuffle, seed=seed)
     rest = [
         (flat(batch), cursor) for batch, cursor in
-        again.batches(Cursor.from_json(saved), epochs=3)
+        again.batches(DataPosition.from_json(saved), epochs=3)
     ]  # fmt: skip
     assert rest == whole[cut + 1 :]
 
@@ -152,12 +152,12 @@ def test_a_cursor_of_other_data_is_refused(opened, other):
 )  # fmt: skip
 def test_what_is_no_cursor(fields):
     with pytest.raises(InputError, match="not a data cursor"):
-        Cursor.from_json(fields)
+        DataPosition.from_json(fields)
 
 
 def test_a_cursor_behind_the_end(opened):
     with pytest.raises(InputError, match="behind the end of epoch 0"):
-        opened().batches(Cursor(0, 10_000))
+        opened().batches(DataPosition(0, 10_000))
 
 
 def test_a_file_that_changes_is_noticed(dataset, write):

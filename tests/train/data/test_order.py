@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraformat.train.data import DataOptions
-from loraformat.train.data.batch_plan import Plan
+from loraformat.train.data.batch_plan import BatchPlan
 from loraformat.train.data.packing import best_fit, next_fit
 from loraformat.train.data.permutation import Permutation
 
@@ -105,7 +105,7 @@ def test_every_epoch_holds_every_sample_once(lengths, packing, shuffle, batch_si
     options = DataOptions(
         seq_len=16, batch_size=batch_size, packing=packing, shuffle=shuffle, seed=seed
     )
-    batches = list(Plan(np.array(lengths, dtype=np.uint32), options).batches(epoch))
+    batches = list(BatchPlan(np.array(lengths, dtype=np.uint32), options).batches(epoch))
     samples = [sample for batch in batches for row in batch for sample in row]
     assert sorted(samples) == list(range(len(lengths)))
     if not shuffle:
@@ -118,7 +118,7 @@ def test_every_epoch_holds_every_sample_once(lengths, packing, shuffle, batch_si
 def test_batches_are_of_similar_lengths():
     lengths = np.array([1 + 37 * i % 500 for i in range(640)], dtype=np.uint32)
     options = DataOptions(seq_len=512, batch_size=8, packing=False)
-    batches = list(Plan(lengths, options).batches(0))
+    batches = list(BatchPlan(lengths, options).batches(0))
     padded = sum(max(lengths[list(map(lambda r: r[0], b))]) * len(b) for b in batches)
     assert padded < 1.05 * lengths.sum()
     means = [lengths[[row[0] for row in batch]].mean() for batch in batches]
@@ -129,7 +129,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     lengths = np.full(64, 4, dtype=np.uint32)
 
     def order(seed, epoch):
-        plan = Plan(lengths, DataOptions(seq_len=16, seed=seed))
+        plan = BatchPlan(lengths, DataOptions(seq_len=16, seed=seed))
         return [row for batch in plan.batches(epoch) for row in batch]
 
     assert order(0, 0) == order(0, 0)

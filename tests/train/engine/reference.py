@@ -7,7 +7,7 @@ import torch
 from loraformat.train.batch import Batch
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.lora_matmul import LowRank
+from loraformat.train.engine.lora_matmul import LoraFactors
 from tests.train.tiny_bundles import VOCABULARY
 
 
@@ -26,7 +26,7 @@ class Branch(torch.nn.Module):
         )
 
     def pair(self):
-        return LowRank(self.a[0], self.b[0], 1.0)
+        return LoraFactors(self.a[0], self.b[0], 1.0)
 
     def forward(self, x, y, expert=0):
         return (y + (x.to(self.a.dtype) @ self.a[expert].T) @ self.b[expert].T).to(y.dtype)
@@ -59,7 +59,7 @@ def merged_weights(model, dense, factors=None):
         module = places(model)[name]
         delta = b @ a
         if isinstance(module, ExpertStack):
-            target, delta = name, delta.mT if module.by_inputs else delta
+            target, delta = name, delta.mT if module.in_out_layout else delta
         else:
             target, delta = f"{name}.weight", delta[0].T if module.conv1d else delta[0]
         weights[target] = dense.get_parameter(target) + delta

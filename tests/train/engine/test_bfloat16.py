@@ -9,7 +9,7 @@ from loraformat.train.engine import dequantized_matmul
 from loraformat.train.engine.cross_entropy import frozen_head_loss
 from loraformat.train.engine.head_rule import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.lora_matmul import LowRank, frozen_product
+from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
 from tests.train.engine.reference import (
     dense_loss,
@@ -102,7 +102,7 @@ def test_odd_and_even_numbers_of_rows(rows, dtype):
     whole = codec.dequantize(matrix.codes, dtype=torch.float32).view(48, 128)
     a, b = (torch.randn(s, generator=chance).requires_grad_() for s in ((4, 128), (48, 4)))
     x = torch.randn(rows, 128, generator=chance).to(dtype).requires_grad_()
-    y = frozen_product(x, matrix, dtype, pair=LowRank(a, b, 0.5))
+    y = frozen_product(x, matrix, dtype, pair=LoraFactors(a, b, 0.5))
     y.backward(torch.ones_like(y))
     found = [y.detach(), x.grad, a.grad, b.grad]
     wide = [t.detach().double().requires_grad_() for t in (x, a, b)]

@@ -51,9 +51,9 @@ def test_a_stack_that_begins_anywhere_in_a_block(monkeypatch, resident, double_q
 @pytest.mark.parametrize("resident", [True, False])
 def test_plain_numbers(resident):
     values = torch.randn(9, 5).bfloat16()
-    matrix = DeviceMatrix(DenseMatrix(values, by_inputs=True), CPU, resident=resident)
+    matrix = DeviceMatrix(DenseMatrix(values, in_out_layout=True), CPU, resident=resident)
     ((start, stop, tile),) = matrix.tiles(torch.float32)
-    assert (start, stop, matrix.by_inputs) == (0, 9, True)
+    assert (start, stop, matrix.in_out_layout) == (0, 9, True)
     assert torch.equal(tile, values.float())
 
 

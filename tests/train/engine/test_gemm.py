@@ -81,15 +81,15 @@ def test_oneDNN_is_given_factors_in_one_piece(factors, layout):
     assert len(factors) == 2 and all(in_one_piece(w) for w in factors)
 
 
-@pytest.mark.parametrize("by_inputs", [False, True])
-def test_blocks_of_dense_weights_are_given_in_one_piece(factors, monkeypatch, by_inputs):
+@pytest.mark.parametrize("in_out_layout", [False, True])
+def test_blocks_of_dense_weights_are_given_in_one_piece(factors, monkeypatch, in_out_layout):
     """Some columns of them at a time: of a head in the backward pass, of Conv1D forwards."""
     monkeypatch.setattr(dequantized_matmul, "_BLOCK", 1024)
     monkeypatch.setattr(dequantized_matmul, "_FEW", 0)
     chance = torch.Generator().manual_seed(0)
     values, x = (torch.randn(shape, generator=chance) for shape in ((130, 320), (5, 320)))
-    matrix = DenseMatrix(values, by_inputs=by_inputs)
-    whole = (values.T if by_inputs else values).double()
+    matrix = DenseMatrix(values, in_out_layout=in_out_layout)
+    whole = (values.T if in_out_layout else values).double()
     x = x[:, : whole.shape[1]].clone().requires_grad_()
     y = frozen_product(x, matrix)
     y.sum().backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine.activation_budget import KeptActivations
+from loraformat.train.engine.activation_budget import ActivationBudget
 from tests.train.engine.reference import make_batch
 
 PLENTY = 1 << 30
@@ -102,7 +102,7 @@ def test_a_second_backward_pass_through_one_graph(bundle_of):
 
 
 def test_more_tokens_are_reckoned_by_the_square_and_fewer_in_proportion():
-    kept = KeptActivations(layers=10, budget=10_000, counted=1000, tokens=100)
+    kept = ActivationBudget(layers=10, budget=10_000, counted=1000, tokens=100)
     of_one = kept.needed(100)
     assert kept.needed(50) == of_one / 2 and kept.needed(200) == 4 * of_one
     assert not any(kept.keeps(layer, 0) for layer in range(10))

@@ -12,7 +12,7 @@ from loraformat.train.engine import dequantized_matmul, gemm
 from loraformat.train.engine import matrix as matrices
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import DenseLinear, NF4Linear
-from loraformat.train.engine.lora_matmul import LowRank, frozen_product
+from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
 from loraformat.train.engine.workspace import workspace
 
@@ -33,18 +33,18 @@ def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def quantized(shape, by_inputs=False, **options):
+def quantized(shape, in_out_layout=False, **options):
     weight = random(*shape)
     codes = codec.quantize(weight, **options)
     whole = codec.dequantize(codes, dtype=torch.float32).view(shape)
-    return NF4Matrix(codes, shape, by_inputs=by_inputs), whole.T if by_inputs else whole
+    return NF4Matrix(codes, shape, in_out_layout=in_out_layout), whole.T if in_out_layout else whole
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("by_inputs", [False, True])
+@pytest.mark.parametrize("in_out_layout", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_those_of_finite_differences(small_tiles, shape, by_inputs, double_quant):
-    matrix, whole = quantized(shape, by_inputs, double_quant=double_quant)
+def test_gradients_are_those_of_finite_differences(small_tiles, shape, in_out_layout, double_quant):
+    matrix, whole = quantized(shape, in_out_layout, double_quant=double_quant)
     x = random(3, whole.shape[1], dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: frozen_product(x, matrix), x)
     expected = x @ whole.double().T
@@ -52,11 +52,11 @@ def test_gradients_are_those_of_finite_differences(small_tiles, shape, by_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("by_inputs", [False, True])
-def test_plain_weights_of_every_type(small_tiles, dtype, by_inputs):
+@pytest.mark.parametrize("in_out_layout", [False, True])
+def test_plain_weights_of_every_type(small_tiles, dtype, in_out_layout):
     values = random(50, 22).to(dtype)
-    matrix = DenseMatrix(values, by_inputs=by_inputs)
-    whole = (values.T if by_inputs else values).double()
+    matrix = DenseMatrix(values, in_out_layout=in_out_layout)
+    whole = (values.T if in_out_layout else values).double()
     x = random(2, 4, whole.shape[1], dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: frozen_product(x, matrix), x)
     torch.testing.assert_close(frozen_product(x, matrix), x @ whole.T)
@@ -126,7 +126,7 @@ def test_tiles_share_one_buffer_and_cover_all_rows(small_tiles):
 
 
 def test_output_tiles_of_a_weight_by_inputs(small_tiles):
-    matrix, whole = quantized((40, 33), by_inputs=True)
+    matrix, whole = quantized((40, 33), in_out_layout=True)
     found = torch.cat([tile.clone() for _, _, tile in output_tiles(matrix)])
     assert torch.equal(found, whole)
 
@@ -146,10 +146,10 @@ def test_one_expert_of_a_stack_in_one_tensor_and_in_parts(small_tiles):
             assert tiles[-1][1] == stack.out_features == 10
 
 
-@pytest.mark.parametrize("by_inputs", [False, True])
+@pytest.mark.parametrize("in_out_layout", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_every_piece_is_computed_by_one_thread(small_tiles, monkeypatch, by_inputs, threads):
-    matrix, whole = quantized((200, 320), by_inputs)
+def test_every_piece_is_computed_by_one_thread(small_tiles, monkeypatch, in_out_layout, threads):
+    matrix, whole = quantized((200, 320), in_out_layout)
     plain, workers, torch_threads, blocks = matrix.block, set(), set(), []
 
     def block(rows, columns, dtype):
@@ -227,7 +227,7 @@ def test_an_empty_batch_of_tokens(small_tiles, monkeypatch, onednn):
     x, a, b = torch.empty(0, 64), random(4, 64), random(16, 4)
     for tensor in (x, a, b):
         tensor.requires_grad_()
-    for pair in (None, LowRank(a, b, 2.0)):
+    for pair in (None, LoraFactors(a, b, 2.0)):
         x.grad = None
         y = frozen_product(x, matrix, pair=pair)
         y.sum().backward()

@@ -109,9 +109,9 @@ def test_generation_within_a_run_lets_layers_and_head_go(bundle, advice):
         layers = [
             {(a, end - begin) for a, (_, begin, end) in one} for one in model.residency._layers
         ]
-    let_go = [(address, nbytes) for word, address, nbytes in advice if word == "forget_pages"]
-    assert all(let_go.count(part) == 3 for layer in layers for part in layer)
-    assert len(let_go) > 3 * sum(map(len, layers))  # the head
+    evict = [(address, nbytes) for word, address, nbytes in advice if word == "forget_pages"]
+    assert all(evict.count(part) == 3 for layer in layers for part in layer)
+    assert len(evict) > 3 * sum(map(len, layers))  # the head
 
 
 def test_a_closed_model_holds_no_thread_and_no_file(bundle):

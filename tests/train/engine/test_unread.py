@@ -8,7 +8,7 @@ import torch
 from loraformat.nf4 import codec
 from loraformat.train import LoraOptions, load
 from loraformat.train.engine import lora_matmul
-from loraformat.train.engine.activation_budget import KeptActivations
+from loraformat.train.engine.activation_budget import ActivationBudget
 from loraformat.train.engine.checkpointing import Recomputation, recompute_layer
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.layer_prefetch import Residency
@@ -162,7 +162,7 @@ LAYERS = [
 
 def sharing(rows_at_once=None):
     layers = len(LAYERS)
-    return Recomputation(Residency([[]] * layers), KeptActivations(layers), rows_at_once)
+    return Recomputation(Residency([[]] * layers), ActivationBudget(layers), rows_at_once)
 
 
 @pytest.mark.parametrize("rows_at_once", [None, 1])

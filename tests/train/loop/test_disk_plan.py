@@ -6,10 +6,10 @@ import pytest
 
 from loraformat.train.loop import loop, saved_state
 from loraformat.train.run.disk_plan import plan_disk
-from loraformat.train.run.memory_plan import Shape
+from loraformat.train.run.memory_plan import ModelDims
 from loraformat.train.run.options import TrainOptions
 
-SHAPE = Shape(2, 64, 256, 1000, 10**6, 10**5, trained=10**6, extra_bytes=10**5, small=10**4)
+SHAPE = ModelDims(2, 64, 256, 1000, 10**6, 10**5, trained=10**6, extra_bytes=10**5, small=10**4)
 
 
 def plan(shape=SHAPE, ranks=1, **options):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loraformat.train.run.evaluate import evaluate
-from loraformat.train.run.generate import write_on
+from loraformat.train.run.generate import generate
 from loraformat.train.run.text_generation import GenerationOptions
 from loraformat.train.run.train import train
 from tests.train.loop.tiny_runs import make_bundle, options
@@ -55,7 +55,7 @@ def test_eval_counts_the_tokens_of_its_own_tokenizer(made):
 def test_generate_writes_on_from_new_tokens(made, tmp_path):
     run = options(made / "bundle", made / "rows.jsonl", tmp_path / "none",
                   adapter=str(made / "adapter"))  # fmt: skip
-    written = write_on(run, f"{TURN} the", GenerationOptions(max_tokens=4, temperature=0.0))
+    written = generate(run, f"{TURN} the", GenerationOptions(max_tokens=4, temperature=0.0))
     assert written.tokens == 4
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from loraformat.errors import ResourceError
-from loraformat.train.run.memory_plan import Shape, advise, plan_memory
+from loraformat.train.run.memory_plan import ModelDims, advise, plan_memory
 from loraformat.train.run.report import duration
 
-SEVENTY = Shape(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 828_000_000)
+SEVENTY = ModelDims(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 828_000_000)
 
 
 def plan(shape=SEVENTY, **changes):

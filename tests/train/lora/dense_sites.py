@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from loraformat.train.lora.target_module import Site
+from loraformat.train.lora.target_module import TargetModule
 
 ROWS_AT_ONCE = 5
 
@@ -45,7 +45,7 @@ def site_of(name, module, **options):
         shape = weight.shape[::-1]
     else:
         shape = weight.shape[::-1]
-    return Site(
+    return TargetModule(
         name=name, in_features=shape[0], out_features=shape[1], tiles=tiles_of(weight),
         attach=attach, bias=getattr(module, "bias", None),
         **{"kind": "linear", **options},
@@ -96,7 +96,7 @@ def plain_site(name, weight, **options):
     """A site of a weight that nothing computes with."""
     experts = {"kind": "experts", "experts": len(weight)} if weight.dim() == 3 else {}
     sizes = weight.shape[-2:] if options.get("kind") == "embedding" else weight.shape[:-3:-1]
-    return Site(
+    return TargetModule(
         name=name, in_features=sizes[0], out_features=sizes[1],
         tiles=tiles_of(weight),
         **{"kind": "linear", "attach": lambda branch: None, **experts, **options},

@@ -8,8 +8,8 @@ One record per architecture of llama.cpp, made of a table of names and two funct
 - `Architecture.metadata` gives llama.cpp's keys, or refuses what it would compute differently;
   `Architecture.tensors` the few tensors that stand for hyperparameters (RoPE factors);
   `Architecture.config` the members of ``config.json`` that a file implies.
-- `to_gguf` and `to_huggingface` give a `Recipe` for every tensor: which parts of which tensors,
-  transformed how (`transforms`), a tile of rows at a time.
+- `to_gguf` and `to_huggingface` give a `TensorMapping` for every tensor: which parts of which
+  tensors, transformed how (`transforms`), a tile of rows at a time.
 - `lora_places` says where the delta of a module goes, `lora_module` whence a GGUF tensor's came:
 
 >>> config = {"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2,
@@ -38,14 +38,14 @@ from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.gemma import GEMMA2, GEMMA3
 from loraformat_converters.gguf.architectures.gpt2 import GPT2
 from loraformat_converters.gguf.architectures.llama import LLAMA
-from loraformat_converters.gguf.architectures.lora import LoraPlace, lora_module, lora_places
+from loraformat_converters.gguf.architectures.lora import LoraTarget, lora_module, lora_places
 from loraformat_converters.gguf.architectures.phi3 import PHI3
 from loraformat_converters.gguf.architectures.qwen import QWEN2, QWEN3, QWEN3MOE
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.tensor_map import (
-    Part,
-    Recipe,
-    Recipes,
+    TensorMap,
+    TensorMapping,
+    TensorSlice,
     to_gguf,
     to_huggingface,
 )
@@ -57,10 +57,10 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Config",
-    "LoraPlace",
-    "Part",
-    "Recipe",
-    "Recipes",
+    "LoraTarget",
+    "TensorMap",
+    "TensorMapping",
+    "TensorSlice",
     "lora_module",
     "lora_places",
     "named_by",

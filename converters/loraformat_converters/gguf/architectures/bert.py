@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat_converters.gguf.architectures.config import MAX_LAYERS, Config
 from loraformat_converters.gguf.architectures.decoder import bounded, short, vocabulary
-from loraformat_converters.gguf.architectures.keys import Keys
-from loraformat_converters.gguf.architectures.names import Row, bias, layer, row
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
+from loraformat_converters.gguf.architectures.names import WeightName, bias, layer, row
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["BERT"]
 
 
-def _both(gguf: str, hf: str) -> tuple[Row, Row]:
+def _both(gguf: str, hf: str) -> tuple[WeightName, WeightName]:
     weight = layer(gguf, hf, path="encoder.layer")
     return weight, bias(weight, required=True)
 
@@ -41,7 +41,7 @@ _ROWS = (
 )
 
 
-def _keys(config: Config, keys: Keys) -> None:
+def _keys(config: Config, keys: MetadataBuilder) -> None:
     config.only(
         "hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh", why="llama.cpp computes with gelu"
     )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError
 from loraformat_converters.gguf.architectures.config import MAX_EXPERTS, MAX_LAYERS, Config
-from loraformat_converters.gguf.architectures.keys import Keys
-from loraformat_converters.gguf.architectures.names import Row, bias, layer, row
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
+from loraformat_converters.gguf.architectures.names import WeightName, bias, layer, row
 from loraformat_converters.gguf.architectures.rope import (
     LONG_FACTORS,
     ROPE_FREQUENCIES,
@@ -59,12 +59,12 @@ QK_NORMS = (
 )
 
 
-def with_biases(rows: tuple[Row, ...], *, required: bool = False) -> tuple[Row, ...]:
+def with_biases(rows: tuple[WeightName, ...], *, required: bool = False) -> tuple[WeightName, ...]:
     """Return rows of weights with those of their biases."""
     return tuple(one for weight in rows for one in (weight, bias(weight, required=required)))
 
 
-def add_common_keys(config: Config, keys: Keys) -> None:
+def add_common_keys(config: Config, keys: MetadataBuilder) -> None:
     """Add what the runtime asks of every decoder."""
     keys.uint("block_count", config.layers)
     keys.uint("context_length", config.integer("max_position_embeddings"))
@@ -76,7 +76,7 @@ def add_common_keys(config: Config, keys: Keys) -> None:
     keys.uint("vocab_size", config.integer("vocab_size"))
 
 
-def add_head_size(config: Config, keys: Keys) -> None:
+def add_head_size(config: Config, keys: MetadataBuilder) -> None:
     """Add the dimensions of a head."""
     keys.uint("attention.key_length", config.head_dim)
     keys.uint("attention.value_length", config.head_dim)

@@ -22,7 +22,7 @@ from loraformat_converters.gguf.architectures.decoder import (
     rope_config,
     short,
 )
-from loraformat_converters.gguf.architectures.keys import Keys
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
 from loraformat_converters.gguf.architectures.names import layer, plus_one, row
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.rope import Rope
@@ -68,7 +68,7 @@ def _check_scalar(config: Config, architecture: str) -> None:
         )
 
 
-def _gemma_keys(config: Config, keys: Keys) -> None:
+def _gemma_keys(config: Config, keys: MetadataBuilder) -> None:
     config.only(
         "hidden_activation", "gelu_pytorch_tanh", "gelu_new", "gelu", None,
         why="llama.cpp computes with gelu",
@@ -93,14 +93,14 @@ def _pattern(config: Config, every: int) -> list[bool]:
     return [kind == _SLIDING for kind in kinds]
 
 
-def _add_window(config: Config, keys: Keys, every: int) -> None:
+def _add_window(config: Config, keys: MetadataBuilder, every: int) -> None:
     sliding = _pattern(config, every)
     keys.uint("attention.sliding_window", config.integer("sliding_window"))
     if sliding != [bool((number + 1) % every) for number in range(config.layers)]:
         keys.flags("attention.sliding_window_pattern", sliding)
 
 
-def _gemma2_keys(config: Config, keys: Keys) -> None:
+def _gemma2_keys(config: Config, keys: MetadataBuilder) -> None:
     _gemma_keys(config, keys)
     Rope(config, kinds=("linear",)).add_keys(keys)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -108,7 +108,7 @@ def _gemma2_keys(config: Config, keys: Keys) -> None:
     _add_window(config, keys, 2)
 
 
-def _gemma3_keys(config: Config, keys: Keys) -> None:
+def _gemma3_keys(config: Config, keys: MetadataBuilder) -> None:
     _gemma_keys(config, keys)
     config.only("attn_logit_softcapping", None, why="llama.cpp has none in gemma3")
     Rope(config, kinds=("linear",), theta=1e6, layer_type=_FULL).add_keys(keys)

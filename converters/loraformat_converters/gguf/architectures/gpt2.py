@@ -11,18 +11,18 @@ from loraformat_converters.gguf.architectures.decoder import (
     short,
     vocabulary,
 )
-from loraformat_converters.gguf.architectures.keys import Keys
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
 from loraformat_converters.gguf.architectures.names import bias, conv1d, layer, row
 from loraformat_converters.gguf.architectures.record import Architecture
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.architectures.names import Row
+    from loraformat_converters.gguf.architectures.names import WeightName
     from loraformat_converters.gguf.container import GGUFFile
 
 __all__ = ["GPT2"]
 
 
-def _both(weight: Row) -> tuple[Row, Row]:
+def _both(weight: WeightName) -> tuple[WeightName, WeightName]:
     return weight, bias(weight, required=True)
 
 
@@ -39,7 +39,7 @@ _ROWS = (
 )
 
 
-def _keys(config: Config, keys: Keys) -> None:
+def _keys(config: Config, keys: MetadataBuilder) -> None:
     config.only(
         "activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu",
         why="llama.cpp computes with gelu",

@@ -9,10 +9,10 @@ from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
-__all__ = ["Keys"]
+__all__ = ["MetadataBuilder"]
 
 
-class Keys(dict[str, GGUFValue]):
+class MetadataBuilder(dict[str, GGUFValue]):
     """Metadata being collected, under one architecture's prefix.
 
     Parameters
@@ -21,7 +21,7 @@ class Keys(dict[str, GGUFValue]):
 
     Examples
     --------
-    >>> keys = Keys("llama")
+    >>> keys = MetadataBuilder("llama")
     >>> keys.uint("block_count", 2)
     >>> keys
     {'llama.block_count': GGUFValue(UINT32, 2)}

@@ -20,10 +20,10 @@ from loraformat_converters.gguf.architectures.decoder import (
     sliding_note,
     with_biases,
 )
-from loraformat_converters.gguf.architectures.keys import Keys
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
 from loraformat_converters.gguf.architectures.names import (
-    ExpertRow,
-    Row,
+    ExpertWeightName,
+    WeightName,
     key_heads,
     layer,
     query_heads,
@@ -55,19 +55,19 @@ _ATTENTION = (
 )
 _MOE = "{base}layers.{layer}.block_sparse_moe"
 _FUSED = "{base}layers.{layer}.mlp.experts"
-_EXPERTS: tuple[Row | ExpertRow, ...] = (
-    Row("blk.{layer}.ffn_gate_inp.weight", f"{_MOE}.gate.weight"),
-    ExpertRow("blk.{layer}.ffn_gate_exps.weight", f"{_MOE}.experts.{{expert}}.w1.weight",
+_EXPERTS: tuple[WeightName | ExpertWeightName, ...] = (
+    WeightName("blk.{layer}.ffn_gate_inp.weight", f"{_MOE}.gate.weight"),
+    ExpertWeightName("blk.{layer}.ffn_gate_exps.weight", f"{_MOE}.experts.{{expert}}.w1.weight",
               f"{_FUSED}.gate_up_proj", 0),
-    ExpertRow("blk.{layer}.ffn_up_exps.weight", f"{_MOE}.experts.{{expert}}.w3.weight",
+    ExpertWeightName("blk.{layer}.ffn_up_exps.weight", f"{_MOE}.experts.{{expert}}.w3.weight",
               f"{_FUSED}.gate_up_proj", 1),
-    ExpertRow("blk.{layer}.ffn_down_exps.weight", f"{_MOE}.experts.{{expert}}.w2.weight",
+    ExpertWeightName("blk.{layer}.ffn_down_exps.weight", f"{_MOE}.experts.{{expert}}.w2.weight",
               f"{_FUSED}.down_proj"),
 )  # fmt: skip
 _KINDS = ("linear", "yarn", "llama3", "longrope")
 
 
-def _rows(config: Config) -> tuple[Row | ExpertRow, ...]:
+def _rows(config: Config) -> tuple[WeightName | ExpertWeightName, ...]:
     return (*DECODER_ROWS, *_ATTENTION, *(_EXPERTS if config.experts else with_biases(MLP)))
 
 
@@ -75,7 +75,7 @@ def _rope(config: Config) -> Rope:
     return Rope(config, kinds=_KINDS, theta=1e6 if config.experts else 1e4)
 
 
-def _keys(config: Config, keys: Keys) -> None:
+def _keys(config: Config, keys: MetadataBuilder) -> None:
     config.only("hidden_act", "silu", why="llama.cpp computes with silu")
     add_common_keys(config, keys)
     add_head_size(config, keys)

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 from loraformat.families.table import spelled_in_memory, spelled_on_disk
 from loraformat_converters.gguf.architectures.config import Config
-from loraformat_converters.gguf.architectures.names import ExpertRow, Row, conv1d
+from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName, conv1d
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoraPlace", "lora_module", "lora_places"]
+__all__ = ["LoraTarget", "lora_module", "lora_places"]
 
 
 @dataclass(frozen=True, slots=True)
-class LoraPlace:
+class LoraTarget:
     """A GGUF tensor, and which rows of a module's B belong to it.
 
     Attributes
@@ -64,7 +64,7 @@ class LoraPlace:
         return b if self.rows is IDENTITY else self.rows.inverse.rows(b, 0, b.shape[0])
 
 
-def lora_places(architecture: Architecture, config: Config, module: str) -> list[LoraPlace]:
+def lora_places(architecture: Architecture, config: Config, module: str) -> list[LoraTarget]:
     """Return where the delta of a module goes.
 
     Parameters
@@ -77,7 +77,7 @@ def lora_places(architecture: Architecture, config: Config, module: str) -> list
 
     Returns
     -------
-    list of LoraPlace
+    list of LoraTarget
         Empty if llama.cpp has no such weight. Of a tied model the head has none.
     """
     for base in sorted(architecture.bases, key=len, reverse=True):
@@ -89,19 +89,21 @@ def lora_places(architecture: Architecture, config: Config, module: str) -> list
     return []
 
 
-def _places(architecture: Architecture, config: Config, inner: str, module: str) -> list[LoraPlace]:
+def _places(
+    architecture: Architecture, config: Config, inner: str, module: str
+) -> list[LoraTarget]:
     found = []
     number = next((int(part) for part in inner.split(".") if part.isdecimal()), None)
     if number is not None and number >= config.layers:
         return []
     for row in architecture.rows(config):
-        if isinstance(row, ExpertRow):
+        if isinstance(row, ExpertWeightName):
             found += _expert_places(row, config, inner, module, number)
         elif row.hf.format(base="", layer=number) in _weights(inner):
             found.append(_place(row, config, module, number))
     head = architecture.head
     if head is not None and not config.tied and module.endswith("lm_head"):
-        found.append(LoraPlace(module, head.gguf))
+        found.append(LoraTarget(module, head.gguf))
     return found
 
 
@@ -110,26 +112,26 @@ def _weights(inner: str) -> tuple[str, str]:
     return f"{inner}.weight", f"{spelled_on_disk(inner)}.weight"
 
 
-def _place(row: Row, config: Config, module: str, number: int | None) -> LoraPlace:
+def _place(row: WeightName, config: Config, module: str, number: int | None) -> LoraTarget:
     # PEFT's factors of a Conv1D are those of the linear that it computes.
     rows = IDENTITY if row.transform is conv1d else row.transform(config)
     tensor = row.gguf.format(layer=number)
-    return LoraPlace(module, tensor, rows, embedding=tensor == "token_embd.weight")
+    return LoraTarget(module, tensor, rows, embedding=tensor == "token_embd.weight")
 
 
 def _expert_places(
-    row: ExpertRow, config: Config, inner: str, module: str, number: int | None
-) -> list[LoraPlace]:
+    row: ExpertWeightName, config: Config, inner: str, module: str, number: int | None
+) -> list[LoraTarget]:
     tensor = row.gguf.format(layer=number)
     if inner == row.fused.format(base="", layer=number):
-        return [LoraPlace(module, tensor, half=row.half, experts=config.experts)]
+        return [LoraTarget(module, tensor, half=row.half, experts=config.experts)]
     for expert in range(config.experts):
         if row.hf.format(base="", layer=number, expert=expert) == f"{inner}.weight":
-            return [LoraPlace(module, tensor, experts=config.experts, expert=expert)]
+            return [LoraTarget(module, tensor, experts=config.experts, expert=expert)]
     return []
 
 
-def lora_module(architecture: Architecture, config: Config, tensor: str) -> LoraPlace | None:
+def lora_module(architecture: Architecture, config: Config, tensor: str) -> LoraTarget | None:
     """Return the module that a GGUF weight's delta belongs to, None if there is none.
 
     Parameters
@@ -141,7 +143,7 @@ def lora_module(architecture: Architecture, config: Config, tensor: str) -> Lora
 
     Returns
     -------
-    LoraPlace or None
+    LoraTarget or None
         Its module in the names that transformers has in memory; of experts the parameter.
     """
     base = architecture.base_of(config)
@@ -149,13 +151,13 @@ def lora_module(architecture: Architecture, config: Config, tensor: str) -> Lora
     if number is not None and number >= config.layers:
         return None
     if architecture.head is not None and tensor == architecture.head.gguf:
-        return None if config.tied else LoraPlace("lm_head", tensor)
+        return None if config.tied else LoraTarget("lm_head", tensor)
     for row in architecture.rows(config):
         if row.gguf.format(layer=number) != tensor:
             continue
-        if isinstance(row, ExpertRow):
+        if isinstance(row, ExpertWeightName):
             module = row.fused.format(base=base, layer=number)
-            return LoraPlace(module, tensor, half=row.half, experts=config.experts)
+            return LoraTarget(module, tensor, half=row.half, experts=config.experts)
         name = row.hf.format(base=base, layer=number).removesuffix(".weight")
         return _place(row, config, spelled_in_memory(name), number)
     return None

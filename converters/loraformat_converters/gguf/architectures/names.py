@@ -20,8 +20,8 @@ from loraformat_converters.gguf.architectures.transforms import (
 
 __all__ = [
     "Chooser",
-    "ExpertRow",
-    "Row",
+    "ExpertWeightName",
+    "WeightName",
     "bias",
     "conv1d",
     "identity",
@@ -61,7 +61,7 @@ def conv1d(config: Config) -> Transform:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class WeightName:
     """One tensor here, one tensor there.
 
     Attributes
@@ -88,7 +88,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertRow:
+class ExpertWeightName:
     """The experts of a layer: one tensor with a leading dimension in GGUF.
 
     Attributes
@@ -114,15 +114,15 @@ class ExpertRow:
 
         Examples
         --------
-        >>> ExpertRow("blk.{layer}.ffn_up_exps.weight", "", "").single
+        >>> ExpertWeightName("blk.{layer}.ffn_up_exps.weight", "", "").single
         'blk.{layer}.ffn_up.{expert}.weight'
         """
         return self.gguf.replace("_exps.weight", ".{expert}.weight")
 
 
-def row(gguf: str, hf: str, transform: Chooser = identity, *, required: bool = True) -> Row:
+def row(gguf: str, hf: str, transform: Chooser = identity, *, required: bool = True) -> WeightName:
     """Return a row for a tensor outside the layers; ``hf`` follows ``{base}``."""
-    return Row(gguf, "{base}" + hf, transform, required)
+    return WeightName(gguf, "{base}" + hf, transform, required)
 
 
 def layer(
@@ -132,9 +132,9 @@ def layer(
     *,
     path: str = "layers",
     required: bool = True,
-) -> Row:
+) -> WeightName:
     """Return a row for the weight of a module in each layer, by both modules' names."""
-    return Row(
+    return WeightName(
         f"blk.{{layer}}.{gguf}.weight",
         f"{{base}}{path}.{{layer}}.{hf}.weight",
         transform,
@@ -142,10 +142,10 @@ def layer(
     )
 
 
-def bias(weight: Row, *, required: bool = False) -> Row:
+def bias(weight: WeightName, *, required: bool = False) -> WeightName:
     """Return the row of the bias that belongs to a weight; a bias is never transposed."""
     transform = identity if weight.transform is conv1d else weight.transform
-    return Row(
+    return WeightName(
         weight.gguf.removesuffix("weight") + "bias",
         weight.hf.removesuffix("weight") + "bias",
         transform,

@@ -12,7 +12,7 @@ from loraformat_converters.gguf.architectures.decoder import (
     rope_config,
     sliding_note,
 )
-from loraformat_converters.gguf.architectures.keys import Keys
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
 from loraformat_converters.gguf.architectures.names import layer
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.rope import LONG_FACTORS, SHORT_FACTORS, Rope
@@ -37,7 +37,7 @@ def _rope(config: Config) -> Rope:
     return Rope(config, kinds=("linear", "yarn", "longrope"), partial=True)
 
 
-def _keys(config: Config, keys: Keys) -> None:
+def _keys(config: Config, keys: MetadataBuilder) -> None:
     config.only("hidden_act", "silu", why="llama.cpp computes with silu")
     config.only(
         "head_dim", None, config.integer("hidden_size") // config.heads,

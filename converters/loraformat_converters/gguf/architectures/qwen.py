@@ -20,8 +20,8 @@ from loraformat_converters.gguf.architectures.decoder import (
     sliding_note,
     with_biases,
 )
-from loraformat_converters.gguf.architectures.keys import Keys
-from loraformat_converters.gguf.architectures.names import ExpertRow, Row, layer
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
+from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName, layer
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.rope import Rope
 
@@ -38,13 +38,13 @@ _NORMS = (
 _ATTENTION = (*with_biases(PROJECTIONS[:3]), PROJECTIONS[3], *_NORMS)
 _QWEN2_ATTENTION = (*with_biases(PROJECTIONS[:3], required=True), PROJECTIONS[3], *_NORMS)
 _FUSED = "{base}layers.{layer}.mlp.experts"
-_EXPERTS: tuple[Row | ExpertRow, ...] = (
+_EXPERTS: tuple[WeightName | ExpertWeightName, ...] = (
     layer("ffn_gate_inp", "mlp.gate"),
-    ExpertRow("blk.{layer}.ffn_gate_exps.weight", f"{_FUSED}.{{expert}}.gate_proj.weight",
+    ExpertWeightName("blk.{layer}.ffn_gate_exps.weight", f"{_FUSED}.{{expert}}.gate_proj.weight",
               f"{_FUSED}.gate_up_proj", 0),
-    ExpertRow("blk.{layer}.ffn_up_exps.weight", f"{_FUSED}.{{expert}}.up_proj.weight",
+    ExpertWeightName("blk.{layer}.ffn_up_exps.weight", f"{_FUSED}.{{expert}}.up_proj.weight",
               f"{_FUSED}.gate_up_proj", 1),
-    ExpertRow("blk.{layer}.ffn_down_exps.weight", f"{_FUSED}.{{expert}}.down_proj.weight",
+    ExpertWeightName("blk.{layer}.ffn_down_exps.weight", f"{_FUSED}.{{expert}}.down_proj.weight",
               f"{_FUSED}.down_proj"),
 )  # fmt: skip
 
@@ -53,13 +53,13 @@ def _rope(config: Config) -> Rope:
     return Rope(config, kinds=("linear", "yarn"))
 
 
-def _qwen_keys(config: Config, keys: Keys) -> None:
+def _qwen_keys(config: Config, keys: MetadataBuilder) -> None:
     config.only("hidden_act", "silu", why="llama.cpp computes with silu")
     add_common_keys(config, keys)
     _rope(config).add_keys(keys)
 
 
-def _qwen2_keys(config: Config, keys: Keys) -> None:
+def _qwen2_keys(config: Config, keys: MetadataBuilder) -> None:
     if config.head_dim * config.heads != config.integer("hidden_size"):
         raise UnsupportedError(
             f"heads of {config.head_dim} dimensions do not add up to hidden_size, as llama.cpp "
@@ -68,12 +68,12 @@ def _qwen2_keys(config: Config, keys: Keys) -> None:
     _qwen_keys(config, keys)
 
 
-def _qwen3_keys(config: Config, keys: Keys) -> None:
+def _qwen3_keys(config: Config, keys: MetadataBuilder) -> None:
     _qwen_keys(config, keys)
     add_head_size(config, keys)
 
 
-def _qwen3moe_keys(config: Config, keys: Keys) -> None:
+def _qwen3moe_keys(config: Config, keys: MetadataBuilder) -> None:
     config.only("norm_topk_prob", True, why="llama.cpp makes the chosen experts' weights add to 1")
     config.only("decoder_sparse_step", 1, why="llama.cpp has experts in every layer")
     config.only("mlp_only_layers", [], why="llama.cpp has experts in every layer")

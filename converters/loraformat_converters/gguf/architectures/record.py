@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraformat_converters.gguf.architectures.config import Config
-from loraformat_converters.gguf.architectures.keys import Keys
-from loraformat_converters.gguf.architectures.names import ExpertRow, Row
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
+from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName
 
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container import GGUFFile
@@ -47,7 +47,7 @@ class Architecture:
         Returns small float32 tensors that stand for hyperparameters, by GGUF name.
     notes : callable
         Says what llama.cpp does differently, as sentences.
-    head : Row or None
+    head : WeightName or None
         The output head, if it may be a tensor of its own; tied heads have none.
     generates : bool
         Has an output head at all.
@@ -62,12 +62,14 @@ class Architecture:
     name: str
     models: Mapping[str, str]
     defaults: Mapping[str, Mapping[str, Any]]
-    rows: Callable[[Config], tuple[Row | ExpertRow, ...]]
-    keys: Callable[[Config, Keys], None]
+    rows: Callable[[Config], tuple[WeightName | ExpertWeightName, ...]]
+    keys: Callable[[Config, MetadataBuilder], None]
     config: Callable[[GGUFFile], dict[str, Any]]
     tensors: Callable[[Config], dict[str, list[float]]] = _no_tensors
     notes: Callable[[Config], list[str]] = _no_notes
-    head: Row | None = field(default_factory=lambda: Row("output.weight", "lm_head.weight"))
+    head: WeightName | None = field(
+        default_factory=lambda: WeightName("output.weight", "lm_head.weight")
+    )
     generates: bool = True
     bases: tuple[str, ...] = ("model.", "")
     unused: tuple[str, ...] = ()
@@ -81,7 +83,7 @@ class Architecture:
         """Tell whether the embedding is the output head, too."""
         return self.generates and (self.head is None or config.tied)
 
-    def metadata(self, config: Config) -> Keys:
+    def metadata(self, config: Config) -> MetadataBuilder:
         """Return the architecture's keys.
 
         Raises
@@ -91,6 +93,6 @@ class Architecture:
         InputError
             If the config is damaged.
         """
-        keys = Keys(self.name)
+        keys = MetadataBuilder(self.name)
         self.keys(config, keys)
         return keys

@@ -16,7 +16,7 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.config_json import CONFIG_NAME
 from loraformat.storage.foreign_json import is_finite
 from loraformat_converters.gguf.architectures.config import Config
-from loraformat_converters.gguf.architectures.keys import Keys
+from loraformat_converters.gguf.architectures.keys import MetadataBuilder
 
 __all__ = [
     "LONG_FACTORS",
@@ -100,7 +100,7 @@ class Rope:
         )
         return said
 
-    def add_keys(self, keys: Keys) -> None:
+    def add_keys(self, keys: MetadataBuilder) -> None:
         """Add frequency base and scaling."""
         keys.float("rope.freq_base", self.theta)
         if self.kind == "linear":
@@ -113,7 +113,7 @@ class Rope:
             keys.uint("rope.scaling.original_context_length", self.context)
             keys.float("rope.scaling.attn_factor", self._longrope_magnitude())
 
-    def _add_yarn(self, keys: Keys) -> None:
+    def _add_yarn(self, keys: MetadataBuilder) -> None:
         wanted = {"beta_fast": (None, 32), "beta_slow": (None, 1), "truncate": (None, True)}
         for key, values in wanted.items():
             if self._values.get(key) not in values:

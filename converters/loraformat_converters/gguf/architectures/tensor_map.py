@@ -16,14 +16,14 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.families.table import spelled_in_memory
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.dimensions import check_dimensions
-from loraformat_converters.gguf.architectures.names import ExpertRow, Row
+from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Part", "Recipe", "Recipes", "to_gguf", "to_huggingface"]
+__all__ = ["TensorMap", "TensorMapping", "TensorSlice", "to_gguf", "to_huggingface"]
 
 _NO_HEAD = "write it as safetensors, for transformers or vLLM: to a directory, --to safetensors"
 _EMBEDS = (
@@ -35,7 +35,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorSlice:
     """A matrix (or vector) within a stored tensor.
 
     Attributes
@@ -62,7 +62,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TensorMapping:
     """How one tensor is made.
 
     Attributes
@@ -78,7 +78,7 @@ class Recipe:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorSlice, ...]
     transform: Transform = IDENTITY
 
     @property
@@ -86,13 +86,13 @@ class Recipe:
         """Names of the tensors that it is made of, each once."""
         return list(dict.fromkeys(part.source for part in self.parts))
 
-    def rows_of(self, part: Part) -> int:
+    def rows_of(self, part: TensorSlice) -> int:
         """Return how many rows a part gives."""
         return self.transform.shape(part.shape)[0]
 
 
 @dataclass(slots=True)
-class Recipes:
+class TensorMap:
     """All tensors of a conversion.
 
     Attributes
@@ -102,11 +102,11 @@ class Recipes:
         Tensors of the source that the target has no room for.
     """
 
-    tensors: list[Recipe] = field(default_factory=list)
+    tensors: list[TensorMapping] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
 
-def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Recipes:
+def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> TensorMap:
     """Return how a Hugging Face model's tensors make those of a GGUF file.
 
     Parameters
@@ -118,7 +118,7 @@ def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Recip
 
     Returns
     -------
-    Recipes
+    TensorMap
         Embedding first, then layer by layer, then the rest.
 
     Raises
@@ -131,10 +131,10 @@ def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Recip
     base = _base(architecture, config, shapes)
     _check_head(architecture, config)
     used: set[str] = set()
-    recipes = Recipes()
+    recipes = TensorMap()
     for row, number in _places(architecture, config):
-        recipe: Recipe | None
-        if isinstance(row, ExpertRow):
+        recipe: TensorMapping | None
+        if isinstance(row, ExpertWeightName):
             recipe = _experts(row, number, config, shapes, base)
         else:
             recipe = _single(row, number, config, shapes, base)
@@ -148,10 +148,10 @@ def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Recip
 
 def _places(
     architecture: Architecture, config: Config
-) -> Iterator[tuple[Row | ExpertRow, int | None]]:
+) -> Iterator[tuple[WeightName | ExpertWeightName, int | None]]:
     """Walk over the table in execution order."""
     rows = list(architecture.rows(config))
-    outside = [row for row in rows if isinstance(row, Row) and not row.in_layers]
+    outside = [row for row in rows if isinstance(row, WeightName) and not row.in_layers]
     last = [row for row in outside if row.gguf.startswith("output")]
     yield from ((row, None) for row in outside if row not in last)
     for number in range(config.layers):
@@ -162,7 +162,7 @@ def _places(
 
 
 def _base(architecture: Architecture, config: Config, shapes: Shapes) -> str:
-    first = next(row for row, _ in _places(architecture, config) if isinstance(row, Row))
+    first = next(row for row, _ in _places(architecture, config) if isinstance(row, WeightName))
     for base in architecture.bases:
         if first.hf.format(base=base) in shapes:
             return base
@@ -188,8 +188,8 @@ def _heads(architecture: Architecture, base: str) -> list[str]:
 
 
 def _single(
-    row: Row, number: int | None, config: Config, shapes: Shapes, base: str
-) -> Recipe | None:
+    row: WeightName, number: int | None, config: Config, shapes: Shapes, base: str
+) -> TensorMapping | None:
     names = [row.hf.format(base=base, layer=number)]
     if row.gguf == "output.weight":
         names += [base.removesuffix("model.") + names[0]]
@@ -209,7 +209,9 @@ def _single(
         raise InputError(f"tensor {printable(found)} has shape {list(shape)}")
     _check_heads(found, shape, transform)
     target = transform.shape(shape)
-    return Recipe(row.gguf.format(layer=number), target, (Part(found, shape),), transform)
+    return TensorMapping(
+        row.gguf.format(layer=number), target, (TensorSlice(found, shape),), transform
+    )
 
 
 def _check_heads(name: str, shape: tuple[int, ...], transform: Transform) -> None:
@@ -219,14 +221,14 @@ def _check_heads(name: str, shape: tuple[int, ...], transform: Transform) -> Non
 
 
 def _experts(
-    row: ExpertRow, number: int | None, config: Config, shapes: Shapes, base: str
-) -> Recipe:
+    row: ExpertWeightName, number: int | None, config: Config, shapes: Shapes, base: str
+) -> TensorMapping:
     names = [
         row.hf.format(base=base, layer=number, expert=expert) for expert in range(config.experts)
     ]
     fused = row.fused.format(base=base, layer=number)
     if names[0] in shapes:
-        parts = tuple(Part(name, _matrix(name, shapes)) for name in names)
+        parts = tuple(TensorSlice(name, _matrix(name, shapes)) for name in names)
     elif (found := next((n for n in (fused, fused + ".weight") if n in shapes), "")) != "":
         parts = _fused_parts(row, found, shapes[found], config.experts)
     else:
@@ -234,7 +236,7 @@ def _experts(
     if len({part.shape for part in parts}) > 1:
         raise InputError(f"the experts of {printable(names[0])} have different shapes")
     shape = (len(parts), *parts[0].shape)
-    return Recipe(row.gguf.format(layer=number), shape, parts)
+    return TensorMapping(row.gguf.format(layer=number), shape, parts)
 
 
 def _matrix(name: str, shapes: Shapes) -> tuple[int, ...]:
@@ -246,8 +248,8 @@ def _matrix(name: str, shapes: Shapes) -> tuple[int, ...]:
 
 
 def _fused_parts(
-    row: ExpertRow, name: str, shape: tuple[int, ...], experts: int
-) -> tuple[Part, ...]:
+    row: ExpertWeightName, name: str, shape: tuple[int, ...], experts: int
+) -> tuple[TensorSlice, ...]:
     if len(shape) != 3 or shape[0] != experts or not prod(shape):
         raise InputError(
             f"tensor {printable(name)} has shape {list(shape)}, wanted {experts} matrices"
@@ -258,7 +260,7 @@ def _fused_parts(
             raise InputError(f"tensor {printable(name)} has {rows} rows, which have no half")
         rows //= 2
         start = row.half * rows
-    return tuple(Part(name, (rows, shape[2]), expert, start) for expert in range(experts))
+    return tuple(TensorSlice(name, (rows, shape[2]), expert, start) for expert in range(experts))
 
 
 def _check_leftovers(
@@ -267,7 +269,7 @@ def _check_leftovers(
     base: str,
     shapes: Shapes,
     used: set[str],
-    recipes: Recipes,
+    recipes: TensorMap,
 ) -> None:
     for name in shapes:
         if name in used:
@@ -294,7 +296,7 @@ def _is_tower(name: str) -> bool:
     return any(part.startswith(kinds) for part in name.split("."))
 
 
-def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -> Recipes:
+def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -> TensorMap:
     """Return how a GGUF file's tensors make those of a Hugging Face model; see `to_gguf`.
 
     Experts become one tensor each, as transformers stores them. A fused ``attn_qkv`` of a
@@ -304,11 +306,11 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     used: set[str] = set(architecture.extras)
     if architecture.head is not None and config.tied:
         used.add(architecture.head.gguf)  # a copy of the embedding
-    recipes = Recipes()
+    recipes = TensorMap()
     base = architecture.base_of(config)
     for row, number in _places(architecture, config):
         name = row.gguf.format(layer=number)
-        if isinstance(row, ExpertRow):
+        if isinstance(row, ExpertWeightName):
             experts = _unstacked(row, name, number, config, shapes, base)
             recipes.tensors += experts
             used.update(part.source for recipe in experts for part in recipe.parts)
@@ -320,7 +322,7 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
         undo = row.transform(config).inverse
         _check_heads(name, part.shape, undo)
         target = row.hf.format(base=base, layer=number)
-        recipes.tensors.append(Recipe(target, undo.shape(part.shape), (part,), undo))
+        recipes.tensors.append(TensorMapping(target, undo.shape(part.shape), (part,), undo))
     for name in shapes:
         if name not in used:
             raise UnsupportedError(
@@ -330,12 +332,12 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     return recipes
 
 
-def _stored(row: Row, name: str, config: Config, shapes: Shapes) -> Part | None:
+def _stored(row: WeightName, name: str, config: Config, shapes: Shapes) -> TensorSlice | None:
     if name in shapes:
         shape = shapes[name]
         if not shape or len(shape) > 2 or not prod(shape):
             raise InputError(f"tensor {printable(name)} has shape {list(shape)}")
-        return Part(name, shape)
+        return TensorSlice(name, shape)
     for place, kind in enumerate(("q", "k", "v")):
         fused = name.replace(f".attn_{kind}.", ".attn_qkv.")
         if fused != name and fused in shapes:
@@ -345,22 +347,24 @@ def _stored(row: Row, name: str, config: Config, shapes: Shapes) -> Part | None:
     return None
 
 
-def _cut(name: str, shape: tuple[int, ...], place: int, config: Config) -> Part:
+def _cut(name: str, shape: tuple[int, ...], place: int, config: Config) -> TensorSlice:
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     if not shape or shape[0] != queries + 2 * keys:
         raise InputError(f"tensor {printable(name)} has shape {list(shape)}")
     start = (0, queries, queries + keys)[place]
-    return Part(name, (keys if place else queries, *shape[1:]), None, start)
+    return TensorSlice(name, (keys if place else queries, *shape[1:]), None, start)
 
 
 def _unstacked(
-    row: ExpertRow, name: str, number: int | None, config: Config, shapes: Shapes, base: str
-) -> list[Recipe]:
+    row: ExpertWeightName, name: str, number: int | None, config: Config, shapes: Shapes, base: str
+) -> list[TensorMapping]:
     shape = shapes.get(name)
     if shape is None:
         parts = _single_experts(row, name, number, config, shapes)
         return [
-            Recipe(row.hf.format(base=base, layer=number, expert=expert), part.shape, (part,))
+            TensorMapping(
+                row.hf.format(base=base, layer=number, expert=expert), part.shape, (part,)
+            )
             for expert, part in enumerate(parts)
         ]
     if len(shape) != 3 or shape[0] != config.experts or not prod(shape):
@@ -368,23 +372,23 @@ def _unstacked(
             f"tensor {printable(name)} has shape {list(shape)}, wanted {config.experts} matrices"
         )
     return [
-        Recipe(
+        TensorMapping(
             row.hf.format(base=base, layer=number, expert=expert),
             shape[1:],
-            (Part(name, shape[1:], expert),),
+            (TensorSlice(name, shape[1:], expert),),
         )
         for expert in range(config.experts)
     ]
 
 
 def _single_experts(
-    row: ExpertRow, name: str, number: int | None, config: Config, shapes: Shapes
-) -> list[Part]:
+    row: ExpertWeightName, name: str, number: int | None, config: Config, shapes: Shapes
+) -> list[TensorSlice]:
     """Return the experts of a file of early 2024, which has a tensor for each of them."""
     names = [row.single.format(layer=number, expert=expert) for expert in range(config.experts)]
     if not any(one in shapes for one in names):
         raise InputError(f"tensor {printable(name)} is missing")
-    matrices = [Part(one, _matrix(one, shapes)) for one in names]
+    matrices = [TensorSlice(one, _matrix(one, shapes)) for one in names]
     if len({part.shape for part in matrices}) > 1:
         raise InputError(f"the experts {printable(names[0])}, ... have different shapes")
     return matrices

@@ -18,7 +18,7 @@ from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,
-    LoraPlace,
+    LoraTarget,
     lora_places,
 )
 from loraformat_converters.gguf.architectures.transforms import HeadOrder
@@ -51,14 +51,14 @@ class Pair:
         Of a weight with three dimensions, else 0.
     embedding : bool
         A is stored as (vocabulary, r).
-    members : list of (LoraPlace, LoraDelta)
+    members : list of (LoraTarget, LoraDelta)
         One, but for experts with deltas of their own.
     """
 
     tensor: str
     experts: int
     embedding: bool
-    members: list[tuple[LoraPlace, LoraDelta]] = field(default_factory=list)
+    members: list[tuple[LoraTarget, LoraDelta]] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -152,7 +152,7 @@ def plan_pairs(adapter: Adapter, architecture: Architecture, config: Config) -> 
     return list(pairs.values())
 
 
-def _check(delta: LoraDelta, place: LoraPlace, adapter: Adapter) -> None:
+def _check(delta: LoraDelta, place: LoraTarget, adapter: Adapter) -> None:
     stacked, rows = len(delta.a.shape) == 3, delta.out_features
     if stacked != bool(place.experts and place.expert is None):
         problem = f"is of {'many experts' if stacked else 'one matrix'}"
@@ -172,7 +172,7 @@ def _check(delta: LoraDelta, place: LoraPlace, adapter: Adapter) -> None:
     )
 
 
-def _check_member(pair: Pair, place: LoraPlace, delta: LoraDelta, adapter: Adapter) -> None:
+def _check_member(pair: Pair, place: LoraTarget, delta: LoraDelta, adapter: Adapter) -> None:
     if not pair.members:
         return
     single = all(one.expert is not None for one, _ in [*pair.members, (place, delta)])

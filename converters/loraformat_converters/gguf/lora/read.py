@@ -22,7 +22,7 @@ from loraformat.model.tied_head import settled
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,
-    LoraPlace,
+    LoraTarget,
     lora_module,
     lora_places,
     named_by,
@@ -229,7 +229,7 @@ class _Reader:
             )
         return list(found)
 
-    def _delta(self, tensor: str, place: LoraPlace) -> LoraDelta:
+    def _delta(self, tensor: str, place: LoraTarget) -> LoraDelta:
         a, b = (self.gguf.tensors[f"{tensor}.lora_{part}"] for part in "ab")
         self._check(tensor, place, a, b)
         rank = b.shape[-1]
@@ -244,12 +244,12 @@ class _Reader:
             alpha=self.alpha or float(rank),
         )
 
-    def _in_out(self, place: LoraPlace) -> bool:
+    def _in_out(self, place: LoraTarget) -> bool:
         """Tell whether Hugging Face stores the weight as (in, out): embeddings and Conv1D."""
         linear = place.tensor.startswith("output.") or self.known.architecture.name != "gpt2"
         return place.embedding or not linear
 
-    def _check(self, tensor: str, place: LoraPlace, a: GGUFTensor, b: GGUFTensor) -> None:
+    def _check(self, tensor: str, place: LoraTarget, a: GGUFTensor, b: GGUFTensor) -> None:
         wanted = 3 if place.experts else 2
         shapes = f"A {list(a.shape)} and B {list(b.shape)}"
         rank = a.shape[-1] if place.embedding else a.shape[-2] if len(a.shape) > 1 else 0
@@ -265,7 +265,7 @@ class _Reader:
             return
         raise InputError(problem, path=self.path, hint="was it made for another base?")
 
-    def _order(self, tensor: str, place: LoraPlace) -> Callable[[Any], Any] | None:
+    def _order(self, tensor: str, place: LoraTarget) -> Callable[[Any], Any] | None:
         if place.rows is IDENTITY:
             return None
         if self.known.heads:

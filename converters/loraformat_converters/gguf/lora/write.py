@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from loraformat.model.checkpoint import Checkpoint
     from loraformat.plugins import AdapterWriteOptions
-    from loraformat.storage.atomic_output import Publication
+    from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = ["forecast_adapter", "write_adapter"]
 
@@ -41,13 +41,15 @@ _ALORA = (
 )
 
 
-def write_adapter(adapter: Adapter, publication: Publication, options: AdapterWriteOptions) -> None:
+def write_adapter(
+    adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions
+) -> None:
     """Write an adapter as ``publication.file_name``.
 
     Parameters
     ----------
     adapter : Adapter
-    publication : Publication
+    publication : AtomicOutput
         Of a single file.
     options : AdapterWriteOptions
         ``base`` must have a config. ``dtype`` is F32 by default, F16, BF16 or Q8_0; of the

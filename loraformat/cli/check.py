@@ -99,10 +99,10 @@ def command(
     if fixing:
         assert target is not None
         fixed = fix(source, target, base=base, dtype=dtype, allow_pickle=allow_pickle, force=force)
-        members["fixed"] = fixed.to_json()
+        members["fixed"] = fixed.to_dict()
         lines = [f"wrote {target}: {fixed.modules} modules, rank {fixed.ranks[0]}", ""]
     report = check(target or source, base=base, runtimes=runtimes, allow_pickle=allow_pickle)
-    members = report.to_json() | members
+    members = report.to_dict() | members
     lines += _text(report)
     if directory is not None:
         written = write_usage(report, directory, base=base, format_of=format_of)

@@ -97,7 +97,7 @@ def command(
             **options,
         )
     if as_json:
-        echo_json("combine", report.to_json())
+        echo_json("combine", report.to_dict())
     elif not quiet:
         say(_text(report))
 

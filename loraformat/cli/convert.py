@@ -125,7 +125,7 @@ def command(
             **options,
         )
     if as_json:
-        echo_json("convert", report.to_json())
+        echo_json("convert", report.to_dict())
     elif not quiet:
         say(_text(report))
 

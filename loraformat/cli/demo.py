@@ -40,7 +40,7 @@ def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:
 
     report = run_demo(directory, force=force, say=say)
     if as_json:
-        echo_json("demo", report.to_json())
+        echo_json("demo", report.to_dict())
     elif not quiet:
         click.echo(_text(report, directory))
 

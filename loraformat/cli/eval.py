@@ -41,7 +41,7 @@ def command(adapters: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     with TrainingBar(quiet=quiet) as bar:
         found = evaluate(options, adapters, tell=bar.batches, progress=bar.rows)
     if as_json:
-        echo_json("eval", found.to_json())
+        echo_json("eval", found.to_dict())
     elif not quiet:
         base = found.losses[found.base].loss
         rows = [

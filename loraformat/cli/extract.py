@@ -74,7 +74,7 @@ def command(
             dry_run=dry_run, progress=progress,
         )  # fmt: skip
     if as_json:
-        echo_json("extract", report.to_json())
+        echo_json("extract", report.to_dict())
     elif not quiet:
         say(_text(report))
 

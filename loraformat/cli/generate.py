@@ -75,7 +75,7 @@ def command(
         tell=(lambda piece: None) if silent else show,
     )  # fmt: skip
     if as_json:
-        echo_json("generate", found.to_json())
+        echo_json("generate", found.to_dict())
     elif not quiet:
         click.echo()
         click.echo(f"{found.tokens} tokens, {found.tokens_per_second:.1f} per second", err=True)

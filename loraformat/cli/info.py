@@ -56,7 +56,7 @@ def command(
     if picture is not None:
         _draw(summary, picture)
     if as_json:
-        echo_json("info", summary.to_json(tensors=tensors))
+        echo_json("info", summary.to_dict(tensors=tensors))
     elif not quiet:
         text = _adapter_text if summary.kind == "adapter" else _text
         say(text(summary, tensors))

@@ -101,7 +101,7 @@ def command(
             base, list(adapters), target, shard_limit=max_shard_size, progress=progress, **options
         )
     if as_json:
-        echo_json("merge", report.to_json())
+        echo_json("merge", report.to_dict())
     elif not quiet:
         say(_text(report, show_modules))
 

@@ -53,7 +53,7 @@ def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) 
     with progress_bar("compare", quiet=quiet or options["dry_run"]) as progress:
         report = pull(repo, target, progress=progress, **options)
     if as_json:
-        echo_json("pull", report.to_json())
+        echo_json("pull", report.to_dict())
     elif not quiet:
         say(_text(report))
 

@@ -100,7 +100,7 @@ def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) ->
     with progress_bar("verify", quiet=quiet) as progress:
         report = push(path, repo, progress=progress, format_of=format_of, **options)
     if as_json:
-        echo_json("push", report.to_json())
+        echo_json("push", report.to_dict())
     elif not quiet:
         say(_text(report))
 

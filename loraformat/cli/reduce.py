@@ -82,7 +82,7 @@ def command(
     with progress_bar("reduce", quiet=quiet) as progress:
         report = reduce(source, target, reduction, progress=progress, **options)
     if as_json:
-        echo_json("reduce", report.to_json())
+        echo_json("reduce", report.to_dict())
     elif not quiet:
         say(_text(report))
 

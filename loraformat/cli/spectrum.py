@@ -46,7 +46,7 @@ def command(
     if picture is not None:
         plot(report, picture)
     if as_json:
-        echo_json("spectrum", report.to_json())
+        echo_json("spectrum", report.to_dict())
     elif not quiet:
         say(_text(report))
 

@@ -78,7 +78,7 @@ def command(
     if not _leads():
         return
     if as_json:
-        echo_json("train", report.to_json())
+        echo_json("train", report.to_dict())
     elif not quiet:
         lines = report.plan_lines() if dry_run else report.done_lines()
         notes = (f"note: {note}" for note in report.notes[bar.notes_told :])

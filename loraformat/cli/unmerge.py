@@ -63,7 +63,7 @@ def command(
     with progress_bar("unmerge", quiet=quiet or options["dry_run"]) as progress:
         report = unmerge(merged, target, shard_limit=max_shard_size, progress=progress, **options)
     if as_json:
-        echo_json("unmerge", report.to_json())
+        echo_json("unmerge", report.to_dict())
     elif not quiet:
         say(_text(report))
 

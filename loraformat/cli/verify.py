@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import click
 
 from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say
@@ -35,7 +33,7 @@ def command(path: str, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
     with progress_bar("verify", quiet=quiet) as progress:
         result = verify(path, allow_pickle=allow_pickle, progress=progress)
     if as_json:
-        echo_json("verify", asdict(result))
+        echo_json("verify", result.to_dict())
     else:
         for finding in result.findings:
             rule = f"{finding.rule}: " if finding.rule else ""

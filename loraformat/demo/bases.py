@@ -15,7 +15,7 @@ from loraformat.demo.measure import Measure, Measured, summary_of
 from loraformat.errors import LoraFormatError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.convert.report import ConversionReport
-from loraformat.ops.info.model import ModelSummary
+from loraformat.ops.info.report import ModelInfo
 from loraformat.ops.verify import verify
 
 __all__ = ["Bases", "Model", "convert_bases"]
@@ -29,7 +29,7 @@ class Model:
     ----------
     title : str
     path : Path
-    summary : ModelSummary
+    summary : ModelInfo
     seconds : float
         That making it took; 0 for the original.
     perplexity : dict of str to Perplexity
@@ -38,7 +38,7 @@ class Model:
 
     title: str
     path: Path
-    summary: ModelSummary
+    summary: ModelInfo
     seconds: float
     perplexity: Measured
 

@@ -15,7 +15,7 @@ from loraformat.demo import llama_cpp
 from loraformat.demo.step import Step
 from loraformat.demo.texts import heldout
 from loraformat.demo.training import PROMPT
-from loraformat.ops.convert.adapter import AdapterReport
+from loraformat.ops.convert.adapter import AdapterConversion
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 
@@ -111,7 +111,7 @@ def export(directory: Path, *, force: bool, say: Callable[[str], None]) -> Itera
     )
     target = directory / "learned.gguf"
     adapter = convert(learned, target, dtype="f32", base=bundle, force=force)
-    assert isinstance(adapter, AdapterReport)
+    assert isinstance(adapter, AdapterConversion)
     yield Step(
         "itself, for llama.cpp",
         "convert learned learned.gguf --dtype f32 --base bundle",

@@ -13,7 +13,8 @@ from typing import Any
 
 from loraformat.demo.perplexity import Perplexity, load, perplexity_of
 from loraformat.demo.texts import heldout
-from loraformat.ops.info.model import ModelSummary, describe
+from loraformat.ops.info.model import describe
+from loraformat.ops.info.report import ModelInfo
 
 __all__ = ["Measure", "Measured", "summary_of"]
 
@@ -21,10 +22,10 @@ __all__ = ["Measure", "Measured", "summary_of"]
 Measured = dict[str, Perplexity]
 
 
-def summary_of(model: Path) -> ModelSummary:
+def summary_of(model: Path) -> ModelInfo:
     """Describe a model of the demo."""
     summary = describe(model)
-    assert isinstance(summary, ModelSummary)
+    assert isinstance(summary, ModelInfo)
     return summary
 
 

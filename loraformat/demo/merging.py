@@ -16,7 +16,7 @@ from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.demo.step import Step
 from loraformat.errors import LoraFormatError
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.ops.convert.adapter import AdapterReport
+from loraformat.ops.convert.adapter import AdapterConversion
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.unmerge.unmerge import unmerge
@@ -42,7 +42,7 @@ def add_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) ->
         say(f"adding {name} to the bundle")
         target = directory / "bundle" / "adapters" / name
         report = convert(source, target, force=force)
-        assert isinstance(report, AdapterReport)
+        assert isinstance(report, AdapterConversion)
         how = "byte for byte" if report.verbatim else "anew"
         line = f"{report.modules} modules, {report.parameters:,} parameters, copied {how}"
         yield Step(

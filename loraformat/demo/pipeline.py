@@ -18,12 +18,13 @@ from loraformat.demo.merging import add_adapters, merge_and_undo
 from loraformat.demo.shaping import shape_adapters
 from loraformat.demo.step import Step, measure_steps
 from loraformat.demo.training import Training, train_adapter
+from loraformat.ops.report import Report
 
 __all__ = ["DemoReport", "run_demo"]
 
 
-@dataclass(slots=True)
-class DemoReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class DemoReport(Report):
     """All that the demo has to show.
 
     Attributes
@@ -36,18 +37,14 @@ class DemoReport:
         What was trained; None without transformers.
     agreements : list of Agreement
         How nearly llama.cpp computes the same; empty without xllamacpp.
-    notes : list of str
-    seconds : float
     """
 
     bases: Bases
     steps: list[Step] = field(default_factory=list)
     training: Training | None = None
     agreements: list[Agreement] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the members for ``--json``."""
         return {
             "models": [model.to_json() for model in self.bases.models],
@@ -101,4 +98,4 @@ def run_demo(
     say("measuring adapters and merged models")
     measure_steps(steps, directory / "bundle", measure)
     seconds = time.perf_counter() - began
-    return DemoReport(bases, steps, training, agreements, notes, seconds)
+    return DemoReport(bases, steps, training, agreements, notes=notes, seconds=seconds)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from loraformat.ops.deltas.factors import (
     lazy_delta,
     with_deltas,
 )
+from loraformat.ops.report import Report
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]
 
@@ -107,8 +107,8 @@ class ReducedModule:
     norm: float
 
 
-@dataclass(frozen=True, slots=True)
-class ReductionReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ReductionReport(Report):
     """What a reduction did.
 
     Attributes
@@ -120,9 +120,6 @@ class ReductionReport:
     energy : float or None
         Share of the whole adapter's squared norm that is kept; None if some modules are
         measured at their outputs and others are not.
-    notes : list of str
-    seconds : float
-    dry_run : bool
     """
 
     source: str
@@ -131,13 +128,6 @@ class ReductionReport:
     old_parameters: int
     new_parameters: int
     energy: float | None
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)
 
 
 def reduce(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from loraformat import plugins
 from loraformat.bundle.integrity import Finding, check_adapter, check_listed, verify_bundle
@@ -18,12 +19,13 @@ from loraformat.model.checkpoint import NF4Tensor
 from loraformat.ops.adapter_output.form import check_values
 from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.opening.model import read_model
+from loraformat.ops.report import Report
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.shards.index_json import INDEX_NAME
 from loraformat.storage.reserved_names import CARD_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["Verification", "verify"]
+__all__ = ["VerificationReport", "verify"]
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: Files that transformers loads from a model's directory because they lie there.
@@ -35,8 +37,8 @@ _LOADED = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
+@dataclass(frozen=True, slots=True, repr=False)
+class VerificationReport(Report):
     """What was checked.
 
     Attributes
@@ -50,6 +52,8 @@ class Verification:
         Empty if it is sound.
     """
 
+    _shared: ClassVar[tuple[str, ...]] = ()
+
     path: str
     format: str
     tensors: int
@@ -62,7 +66,7 @@ def verify(
     *,
     allow_pickle: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Verification:
+) -> VerificationReport:
     """Check a model, or an adapter.
 
     Parameters
@@ -96,10 +100,10 @@ def verify(
                 progress(count, len(tensors))
     except FormatError as error:
         findings = [Finding(error.rule, error.path or str(path), error.problem)]
-    return Verification(str(path), reader.name, count, False, findings)
+    return VerificationReport(str(path), reader.name, count, False, findings)
 
 
-def _adapter(path: Path, reader: Converter, allow_pickle: bool) -> Verification:
+def _adapter(path: Path, reader: Converter, allow_pickle: bool) -> VerificationReport:
     """Check an adapter: its files and, in a bundle, their hashes; then that it means something."""
     folder = SafeDirectory(path) if path.is_dir() else None
     place = parse_bundle_slot(path)
@@ -123,7 +127,7 @@ def _adapter(path: Path, reader: Converter, allow_pickle: bool) -> Verification:
         checks.append(partial(check_adapter, folder, ".", fingerprint))
     findings = [finding for check in checks for finding in _finding(check, path)]
     findings = findings or _finding(values, path)
-    return Verification(str(path), reader.name, count, listed is not None, findings)
+    return VerificationReport(str(path), reader.name, count, listed is not None, findings)
 
 
 def _finding(check: Callable[[], None], path: Path) -> list[Finding]:
@@ -136,7 +140,7 @@ def _finding(check: Callable[[], None], path: Path) -> list[Finding]:
     return []
 
 
-def _bundle(path: Path, progress: Callable[[int, int], None]) -> Verification:
+def _bundle(path: Path, progress: Callable[[int, int], None]) -> VerificationReport:
     total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     done = tensors = 0
 
@@ -149,7 +153,7 @@ def _bundle(path: Path, progress: Callable[[int, int], None]) -> Verification:
     findings = verify_bundle(path, progress=count)
     if not findings:  # else the manifest itself may be what is wrong
         findings = [*_unlisted(path)]
-    return Verification(str(path), "loraformat", tensors, True, findings)
+    return VerificationReport(str(path), "loraformat", tensors, True, findings)
 
 
 def _unlisted(path: Path) -> Iterator[Finding]:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from loraformat.train.lora.options import LoraOptions as LoraOptions
     from loraformat.train.model import TrainableModel as TrainableModel
     from loraformat.train.opening import load as load
-    from loraformat.train.run.evaluate import Comparison as Comparison
+    from loraformat.train.run.evaluate import EvaluationReport as EvaluationReport
     from loraformat.train.run.evaluate import evaluate as evaluate
-    from loraformat.train.run.generate import Generation as Generation
+    from loraformat.train.run.generate import GenerationReport as GenerationReport
     from loraformat.train.run.generate import generate as generate
     from loraformat.train.run.options import TrainOptions as TrainOptions
     from loraformat.train.run.report import TrainReport as TrainReport
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": ("loraformat.train.batch", "Batch"),
-    "Comparison": ("loraformat.train.run.evaluate", "Comparison"),
+    "EvaluationReport": ("loraformat.train.run.evaluate", "EvaluationReport"),
     "GenerationOptions": ("loraformat.train.run.text_generation", "GenerationOptions"),
     "LoraOptions": ("loraformat.train.lora.options", "LoraOptions"),
     "TrainOptions": ("loraformat.train.run.options", "TrainOptions"),
     "TrainReport": ("loraformat.train.run.report", "TrainReport"),
     "TrainableModel": ("loraformat.train.model", "TrainableModel"),
-    "Generation": ("loraformat.train.run.generate", "Generation"),
+    "GenerationReport": ("loraformat.train.run.generate", "GenerationReport"),
     "evaluate": ("loraformat.train.run.evaluate", "evaluate"),
     "load": ("loraformat.train.opening", "load"),
     "parameter_groups": ("loraformat.train.lora.loraplus", "parameter_groups"),
@@ -50,9 +50,9 @@ _HOMES = {
 
 __all__ = [
     "Batch",
-    "Comparison",
-    "Generation",
+    "EvaluationReport",
     "GenerationOptions",
+    "GenerationReport",
     "LoraOptions",
     "TrainOptions",
     "TrainReport",

@@ -220,7 +220,7 @@ def test_everything_is_handled_or_listed():
     }
     assert any("grew from 20 to 23 rows" in note for note in report.notes)
     assert found.replacements["model.norm.weight"].torch()[0] == 1.5
-    assert report.to_json()["modules"][0]["target"] == Q
+    assert report.to_dict()["modules"][0]["target"] == Q
     skipped, _ = extract(base, tuned, rank=2, skip=("*.q_proj.*", "model.n*"))
     assert not skipped.deltas
     assert list(skipped.replacements) == ["model.embed_tokens.weight"]

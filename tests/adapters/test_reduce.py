@@ -31,7 +31,7 @@ def test_rank_is_optimal_and_scaling_folded(rank):
         assert module.energy == pytest.approx(1 - module.error**2)
     assert report.new_parameters == sum(x.parameters for x in after.deltas.values())
     assert report.old_parameters == sum(x.parameters for x in before.deltas.values())
-    assert report.to_json()["modules"][0]["new_rank"] == rank
+    assert report.to_dict()["modules"][0]["new_rank"] == rank
 
 
 def test_any_prefix_is_the_smaller_adapter():

@@ -68,7 +68,7 @@ def test_zeros_experts_and_magnitudes():
     assert (zero.norm, zero.stable_rank, zero.suggested["99%"]) == (0, 0, 0)
     assert experts.experts == 2
     assert any("DoRA" in note for note in report.notes)
-    json.dumps(report.to_json(), allow_nan=False)
+    json.dumps(report.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

@@ -178,7 +178,7 @@ def test_there_is_a_picture(directory: Path) -> None:
 
 
 def test_the_report_is_json(report: DemoReport) -> None:
-    again = json.loads(json.dumps(report.to_json()))
+    again = json.loads(json.dumps(report.to_dict()))
     assert [model["title"] for model in again["models"]] == [
         "original",
         "bundle",

@@ -63,7 +63,7 @@ def test_the_report_does_without_a_training(tmp_path: Path) -> None:
 
     report = DemoReport(Bases())
     assert _training(report) == []
-    assert report.to_json()["training"] is None and report.to_json()["llama_cpp"] == []
+    assert report.to_dict()["training"] is None and report.to_dict()["llama_cpp"] == []
 
 
 def test_llama_cpps_refusal_names_the_file(tmp_path: Path) -> None:

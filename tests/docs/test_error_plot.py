@@ -10,7 +10,8 @@ from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError, UsageError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.error_plot import errors_by_layer, normal_error, plot_errors
-from loraformat.ops.info.model import ModelSummary, TensorSummary, describe
+from loraformat.ops.info.model import describe
+from loraformat.ops.info.report import ModelInfo, TensorSummary
 from loraformat.ops.plots import as_label, colors
 
 
@@ -22,9 +23,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def summary(bundle: Path) -> ModelSummary:
+def summary(bundle: Path) -> ModelInfo:
     found = describe(bundle)
-    assert isinstance(found, ModelSummary)
+    assert isinstance(found, ModelInfo)
     return found
 
 
@@ -54,7 +55,7 @@ def test_normal_weights_cost_more_in_larger_blocks() -> None:
     assert normal_error(32, False) < normal_error(64, False) < normal_error(256, False)
 
 
-def test_the_small_models_errors_are_all_drawn(summary: ModelSummary, tmp_path: Path) -> None:
+def test_the_small_models_errors_are_all_drawn(summary: ModelInfo, tmp_path: Path) -> None:
     errors = errors_by_layer(summary.tensors)
     assert len(errors) == 7
     assert all(sorted(row) == [0, 1, 2] for row in errors.values())

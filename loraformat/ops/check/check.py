@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loraformat import plugins
 from loraformat.bundle.update import parse_bundle_slot
@@ -21,6 +21,7 @@ from loraformat.model.vocabulary import per_token
 from loraformat.ops.adapter_output.base import open_base
 from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
 from loraformat.ops.opening.model import origin_fingerprint
+from loraformat.ops.report import Report
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.runtimes.architectures import gguf_architecture
 from loraformat.runtimes.facts import AdapterFacts, BaseFacts
@@ -36,8 +37,8 @@ __all__ = ["CheckReport", "check", "examine"]
 _AN_EMBEDDING = ("model.embed_tokens.weight",)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class CheckReport(Report):
     """What a check found.
 
     Attributes
@@ -56,6 +57,8 @@ class CheckReport:
         Not part of the JSON.
     """
 
+    _shared: ClassVar[tuple[str, ...]] = ()
+
     path: str
     format: str
     base: str | None
@@ -70,9 +73,9 @@ class CheckReport:
         """Whether a runtime would refuse it or compute something else."""
         return "wrong" in self.verdicts.values()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON members."""
-        members = asdict(replace(self, facts=AdapterFacts(self.format)))
+        members = Report.to_dict(replace(self, facts=AdapterFacts(self.format)))
         del members["facts"]
         return members
 

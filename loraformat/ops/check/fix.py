@@ -7,7 +7,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
-from loraformat.ops.convert.adapter import AdapterOptions, AdapterReport, convert_adapter
+from loraformat.ops.convert.adapter import AdapterConversion, AdapterOptions, convert_adapter
 
 __all__ = ["fix"]
 
@@ -21,7 +21,7 @@ def fix(
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
-) -> AdapterReport:
+) -> AdapterConversion:
     """Write an adapter in the form that is right in every runtime, and equal in effect.
 
     The scaling is folded into B, alpha equals the rank and is an integer, all modules have one

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from loraformat.ops.deltas.factors import error_with_rounding
+from loraformat.ops.report import Report
 
 __all__ = ["CombinationReport", "CombinedModule"]
 
@@ -39,8 +39,8 @@ class CombinedModule:
         return replace(self, energy=1 - error**2, error=error)
 
 
-@dataclass(frozen=True, slots=True)
-class CombinationReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class CombinationReport(Report):
     """What a combination did.
 
     Attributes
@@ -51,9 +51,6 @@ class CombinationReport:
     weights : list of float
     modules : list of CombinedModule
     parameters : int
-    notes : list of str
-    seconds : float
-    dry_run : bool
     """
 
     sources: list[str]
@@ -62,10 +59,3 @@ class CombinationReport:
     weights: list[float]
     modules: list[CombinedModule]
     parameters: int
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,63 +29,48 @@ from loraformat.ops.adapter_output.form import AdapterOutput, BaseIdentity, chec
 from loraformat.ops.adapter_output.in_bundle import check_incoming, put
 from loraformat.ops.adapter_output.one_rank import with_one_rank
 from loraformat.ops.adapter_output.target import publish_adapter
+from loraformat.ops.convert.report import ConversionReport
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.shards.records import FileRecord
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES
 
-__all__ = ["AdapterReport", "convert_adapter", "tensors_of"]
+__all__ = ["AdapterConversion", "convert_adapter", "tensors_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterReport:
+#: What a report has of models alone.
+_OF_MODELS = ("quantized", "errors_by_kind")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class AdapterConversion(ConversionReport):
     """What the conversion of an adapter did.
 
     Attributes
     ----------
-    source, target : str
-    source_format, target_format : str
     verbatim : bool
         Its files were copied byte for byte; else it was written anew in canonical form.
-    modules, parameters : int
-        Weights that it changes or replaces; elements of its tensors.
+    modules : int
+        Weights that it changes or replaces.
     ranks : list of int
         Every rank that occurs.
-    input_bytes, output_bytes : int
-        Sizes on disk; of a dry run the output's is an estimate.
     base_model, base_fingerprint : str or None
         What it says of its base now.
-    notes : list of str
-        What a user should know.
-    lost : list of str
-        What the target cannot hold.
-    seconds : float
-    dry_run : bool
     kind : str
         ``"adapter"``, always.
     """
 
-    source: str
-    target: str
-    source_format: str
-    target_format: str
     verbatim: bool
     modules: int
-    parameters: int
     ranks: list[int]
-    input_bytes: int
-    output_bytes: int
     base_model: str | None
     base_fingerprint: str | None
-    notes: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
     kind: str = "adapter"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the members that ``--json`` prints."""
+        members = ConversionReport.to_dict(self)
+        return {name: members[name] for name in members if name not in _OF_MODELS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +95,7 @@ class AdapterOptions:
 
 def convert_adapter(
     source: Source, reader: Converter, target: Path, options: AdapterOptions
-) -> AdapterReport:
+) -> AdapterConversion:
     """Convert an adapter.
 
     Parameters
@@ -222,7 +207,7 @@ def tensors_of(adapter: Adapter) -> Iterator[DenseTensor]:
     yield from (rows.rows for rows in adapter.rows.values())
 
 
-def _foreseen(report: AdapterReport, output: AdapterOutput, target: Path) -> AdapterReport:
+def _foreseen(report: AdapterConversion, output: AdapterOutput, target: Path) -> AdapterConversion:
     """Return the report of a dry run; what the writer would refuse is refused."""
     if output.verbatim or output.writer.forecast_adapter is None:
         return replace(report, dry_run=True)
@@ -233,7 +218,7 @@ def _foreseen(report: AdapterReport, output: AdapterOutput, target: Path) -> Ada
 
 def _report(
     source: Source, target: Path, output: AdapterOutput, lost: list[str], notes: list[str]
-) -> AdapterReport:
+) -> AdapterConversion:
     adapter = output.adapter
     parameters = sum(tensor.count for tensor in tensors_of(adapter))
     if output.verbatim:
@@ -241,7 +226,7 @@ def _report(
     else:
         dtype = output.options.dtype
         estimate = sum(t.count * ITEM_BYTES.get(dtype or t.dtype, 2) for t in tensors_of(adapter))
-    return AdapterReport(
+    return AdapterConversion(
         source=source.repo or str(source.path),
         target=str(target),
         source_format=adapter.format,

@@ -22,7 +22,7 @@ from loraformat.errors import InputError, UnsupportedError, UsageError, printabl
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint, NF4Tensor
 from loraformat.model.tied_head import refuse_lost_head, settled
-from loraformat.ops.convert.adapter import AdapterOptions, AdapterReport, convert_adapter
+from loraformat.ops.convert.adapter import AdapterOptions, convert_adapter
 from loraformat.ops.convert.report import ConversionReport, complete, foreseen, losses, plan_report
 from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
@@ -61,7 +61,7 @@ def convert(
     strict: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ConversionReport | AdapterReport:
+) -> ConversionReport:
     """Convert a model, or an adapter.
 
     Parameters
@@ -112,7 +112,8 @@ def convert(
 
     Returns
     -------
-    ConversionReport or AdapterReport
+    ConversionReport
+        A `ModelConversion`, or an `AdapterConversion`.
 
     Raises
     ------

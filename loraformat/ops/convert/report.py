@@ -3,73 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loraformat.model.architecture import is_plain_in_peers, kind_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.model.quantization_history import Quantized
 from loraformat.ops.encoding.requantization import history, original_of, sentence
+from loraformat.ops.report import Report
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.layout import execution_units, plan_shards
 from loraformat.shards.write_directory import WrittenModel
 
-__all__ = ["ConversionReport", "complete", "losses", "plan_report", "shard_notes"]
+__all__ = [
+    "ConversionReport",
+    "ModelConversion",
+    "complete",
+    "losses",
+    "plan_report",
+    "shard_notes",
+]
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionReport:
-    """What a conversion did.
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ConversionReport(Report):
+    """What the conversion of a model or an adapter did.
 
     Attributes
     ----------
     source, target : str
     source_format, target_format : str
-    tensors, quantized : int
-        Logical tensors, and how many of them are in NF4.
     parameters : int
         Elements of all tensors.
     input_bytes, output_bytes : int
         Sizes on disk; of a dry run the output's is an estimate.
-    bits_per_weight : float
-        Output bits per parameter, everything included.
+    quantized : int
+        Tensors of the output in NF4; of an adapter none.
     errors_by_kind : dict of str to float
         Relative RMS error of the weights quantized now, by kind of layer.
-    original : str or None
-        The Hub id of the weights that a bundle was quantized from.
-    quantized_before : list of Quantized
-        How the source's weights were quantized, as far as it is known: the errors are against
-        those numbers then, not against the original's.
-    notes : list of str
-        What a user should know.
-    lost : list of str
-        What the source held and the target does not.
-    seconds : float
-    dry_run : bool
     """
+
+    _shared: ClassVar[tuple[str, ...]] = ("notes", "lost", "seconds", "dry_run")
 
     source: str
     target: str
     source_format: str
     target_format: str
-    tensors: int
-    quantized: int
     parameters: int
     input_bytes: int
     output_bytes: int
-    bits_per_weight: float
+    quantized: int = 0
     errors_by_kind: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Output bits per parameter, everything included."""
+        return 8 * self.output_bytes / max(self.parameters, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ModelConversion(ConversionReport):
+    """What the conversion of a model did.
+
+    Attributes
+    ----------
+    tensors : int
+        Logical tensors.
+    original : str or None
+        The Hub id of the weights that a bundle was quantized from.
+    quantized_before : list of Quantized
+        How the source's weights were quantized, as far as it is known: the errors are against
+        those numbers then, not against the original's.
+    """
+
+    tensors: int
     quantized_before: list[Quantized] = field(default_factory=list)
     original: str | None = None
-    notes: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the members that ``--json`` prints."""
+        return {**ConversionReport.to_dict(self), "bits_per_weight": self.bits_per_weight}
 
 
 def plan_report(
@@ -79,7 +93,7 @@ def plan_report(
     reader: Converter,
     writer: Converter,
     lost: list[str],
-) -> ConversionReport:
+) -> ModelConversion:
     """Return what is known before anything is computed.
 
     Parameters
@@ -94,7 +108,7 @@ def plan_report(
     tensors = checkpoint.tensors.values()
     parameters = sum(tensor.count for tensor in tensors)
     output = sum(tensor.nbytes for tensor in tensors)
-    return ConversionReport(
+    return ModelConversion(
         source=str(original.path),
         target=str(target),
         source_format=reader.name,
@@ -104,7 +118,6 @@ def plan_report(
         parameters=parameters,
         input_bytes=sum(path.stat().st_size for path in original.sources),
         output_bytes=output,
-        bits_per_weight=8 * output / max(parameters, 1),
         quantized_before=list(history(original)),
         original=original_of(original),
         notes=_notes(checkpoint, to_nf4=writer.stores == "nf4"),
@@ -153,13 +166,13 @@ def shard_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
 
 
 def foreseen(
-    report: ConversionReport,
+    report: ModelConversion,
     checkpoint: Checkpoint,
     writer: Converter,
     target: Path,
     options: WriteOptions,
     again: Mapping[str, str],
-) -> ConversionReport:
+) -> ModelConversion:
     """Return the report of a dry run: the writer's own forecast, or the sizes of the shards.
 
     What is ``again`` quantized is told as `complete` tells it, without a figure.
@@ -181,18 +194,17 @@ def foreseen(
         report,
         dry_run=True,
         output_bytes=estimate.nbytes,
-        bits_per_weight=8 * estimate.nbytes / max(report.parameters, 1),
         notes=[*report.notes, *estimate.notes],
     )
 
 
 def complete(
-    report: ConversionReport,
+    report: ModelConversion,
     checkpoint: Checkpoint,
     written: WrittenModel,
     again: Mapping[str, str],
     seconds: float,
-) -> ConversionReport:
+) -> ModelConversion:
     """Return the report of a conversion that is done, in ``seconds``.
 
     ``again`` are the weights that were quantized a second time, and their new types.
@@ -201,7 +213,6 @@ def complete(
     return replace(
         report,
         output_bytes=written.nbytes,
-        bits_per_weight=8 * written.nbytes / max(report.parameters, 1),
         errors_by_kind=_errors_by_kind(checkpoint, written),
         notes=[*report.notes, *([] if said is None else [said]), *written.notes],
         seconds=seconds,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from loraformat.ops.report import Report
 
 __all__ = ["ExtractedModule", "ExtractionReport"]
 
@@ -39,8 +40,8 @@ class ExtractedModule:
     capped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ExtractionReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ExtractionReport(Report):
     """What an extraction found.
 
     Attributes
@@ -56,9 +57,6 @@ class ExtractionReport:
         Elements of A and B.
     captured : float
         Share of the squared norm of all matrices' differences.
-    notes : list of str
-    seconds : float
-    dry_run : bool
     """
 
     base: str
@@ -70,10 +68,3 @@ class ExtractionReport:
     left_out: dict[str, str]
     parameters: int
     captured: float
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)

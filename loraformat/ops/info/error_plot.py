@@ -21,7 +21,7 @@ from loraformat.ops.plots import as_label, check_picture, colors, save_picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from loraformat.ops.info.model import ModelSummary, TensorSummary
+    from loraformat.ops.info.report import ModelInfo, TensorSummary
 
 __all__ = ["errors_by_layer", "normal_error", "plot_errors"]
 
@@ -79,12 +79,12 @@ def errors_by_layer(tensors: list[TensorSummary]) -> dict[str, dict[int | None, 
     }
 
 
-def plot_errors(summary: ModelSummary, path: str | Path) -> None:
+def plot_errors(summary: ModelInfo, path: str | Path) -> None:
     """Draw the errors that a bundle's manifest records; the suffix chooses the format.
 
     Parameters
     ----------
-    summary : ModelSummary
+    summary : ModelInfo
     path : str or Path
 
     Raises

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from loraformat import plugins
 from loraformat.bundle.reader import Bundle, is_bundle, open_bundle
@@ -14,113 +12,25 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
 from loraformat.model.config_json import members
-from loraformat.model.quantization_history import Quantized
-from loraformat.ops.info.adapter import AdapterDescription, describe_adapter
+from loraformat.ops.info.adapter import describe_adapter
+from loraformat.ops.info.report import (
+    AdapterSummary,
+    InfoReport,
+    ModelInfo,
+    TensorSummary,
+)
 from loraformat.ops.opening.model import read_model
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
-__all__ = ["AdapterSummary", "ModelSummary", "TensorSummary", "describe"]
+__all__ = ["AdapterSummary", "ModelInfo", "TensorSummary", "describe"]
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _MAX_ADAPTER_CONFIG_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSummary:
-    """One logical tensor.
-
-    ``bytes`` is what its codes and scales, or its numbers, take on disk; ``encoding`` is ``nf4``,
-    ``dense``, or the name of a GGUF block type in small letters, which becomes ``dtype``.
-    """
-
-    name: str
-    encoding: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    relative_rms_error: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSummary:
-    """One adapter of a bundle, from its headers and config alone."""
-
-    name: str
-    parameters: int
-    bytes: int
-    ranks: list[int]
-    targets: list[str]
-    base: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSummary:
-    """A model.
-
-    Attributes
-    ----------
-    path, format : str
-    architecture, model_type : str or None
-        From ``config.json``.
-    layers : int
-    parameters, quantized_parameters : int
-        Elements.
-    weight_bytes, total_bytes : int
-        Codes, scales and numbers; all files.
-    bits_per_weight : float
-        8 · weight_bytes / parameters.
-    quantized_bits_per_weight : float or None
-        The same over the NF4 weights alone.
-    block_sizes : list of int
-    double_quant : bool
-    dtypes : dict of str to int
-        Parameters by encoding and dtype.
-    fingerprint, created_by : str or None
-        Of a bundle.
-    source : dict of str to str
-    quantized_before : list of Quantized
-        How the weights were quantized before they got their present form, as far as it is known.
-    adapters : list of AdapterSummary
-    tensors : list of TensorSummary
-    kind : str
-        ``"base"``, always.
-    """
-
-    path: str
-    format: str
-    architecture: str | None
-    model_type: str | None
-    layers: int
-    parameters: int
-    quantized_parameters: int
-    weight_bytes: int
-    total_bytes: int
-    bits_per_weight: float
-    quantized_bits_per_weight: float | None
-    block_sizes: list[int]
-    double_quant: bool
-    dtypes: dict[str, int]
-    fingerprint: str | None = None
-    created_by: str | None = None
-    source: dict[str, str] = field(default_factory=dict)
-    quantized_before: list[Quantized] = field(default_factory=list)
-    adapters: list[AdapterSummary] = field(default_factory=list)
-    tensors: list[TensorSummary] = field(default_factory=list)
-    kind: str = "base"
-
-    def to_json(self, *, tensors: bool) -> dict[str, Any]:
-        """Return JSON members, with or without the list of tensors."""
-        members = asdict(self)
-        if not tensors:
-            del members["tensors"]
-        return members
-
-
-def describe(
-    source: str | Path, *, allow_pickle: bool = False
-) -> ModelSummary | AdapterDescription:
+def describe(source: str | Path, *, allow_pickle: bool = False) -> InfoReport:
     """Describe a model, or an adapter.
 
     Parameters
@@ -146,7 +56,7 @@ def describe(
         return _summary(checkpoint, None)
 
 
-def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelSummary:
+def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelInfo:
     tensors = list(checkpoint.tensors.values())
     quantized = [tensor for tensor in tensors if isinstance(tensor, NF4Tensor)]
     parameters, weight_bytes = _sums(tensors)
@@ -158,7 +68,7 @@ def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelSummary:
         key = "NF4" if isinstance(tensor, NF4Tensor) else tensor.stored_as
         dtypes[key] = dtypes.get(key, 0) + tensor.count
     manifest = bundle.manifest if bundle else None
-    return ModelSummary(
+    return ModelInfo(
         path=str(checkpoint.path),
         format=checkpoint.provenance.format,
         architecture=architectures[0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from loraformat.model.quantization_history import Quantized
 from loraformat.ops.merge.retention import Change
+from loraformat.ops.report import Report
 
 __all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice"]
 
@@ -40,8 +41,8 @@ class UndoSummary:
     bits_per_weight: float
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeReport(Report):
     """What a merge did.
 
     Attributes
@@ -63,9 +64,9 @@ class MergeReport:
         How the base's weights were quantized, as far as it is known.
     notes, warnings, lost : list of str
         What to know, what to worry about, what the source held and the output does not.
-    seconds : float
-    dry_run : bool
     """
+
+    _shared: ClassVar[tuple[str, ...]] = ("notes", "lost", "seconds", "dry_run")
 
     source: str
     target: str
@@ -81,15 +82,7 @@ class MergeReport:
     undo: UndoSummary | None = None
     beside: str | None = None
     quantized_before: list[Quantized] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)
 
 
 def advice(

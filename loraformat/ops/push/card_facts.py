@@ -9,8 +9,7 @@ from loraformat.bundle.manifest import Manifest
 from loraformat.card import AdapterFacts, Base, BundleFacts, FileFact, Training
 from loraformat.model.quantization_history import spelled
 from loraformat.model.tied_head import lacks_head
-from loraformat.ops.info.adapter import AdapterDescription
-from loraformat.ops.info.model import ModelSummary
+from loraformat.ops.info.report import AdapterInfo, ModelInfo
 from loraformat.ops.push.contents import CONFIG_NAME, read_record
 from loraformat.ops.push.upload_file import UploadFile
 from loraformat.runtimes.chat import Chat
@@ -19,7 +18,7 @@ __all__ = ["adapter_facts", "bundle_facts"]
 
 
 def adapter_facts(
-    said: AdapterDescription,
+    said: AdapterInfo,
     task: object,
     repo: str,
     base: Base,
@@ -32,7 +31,7 @@ def adapter_facts(
 
     Parameters
     ----------
-    said : AdapterDescription
+    said : AdapterInfo
     task : object
         ``task_type`` of its config, whatever that is.
     repo : str
@@ -72,7 +71,7 @@ def adapter_facts(
 
 
 def bundle_facts(
-    said: ModelSummary,
+    said: ModelInfo,
     manifest: Manifest,
     repo: str,
     base: Base,

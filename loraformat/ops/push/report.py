@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from loraformat.ops.report import Report
 
 __all__ = ["FileReport", "PullReport", "PushReport"]
 
@@ -31,8 +33,8 @@ class FileReport:
     status: str
 
 
-@dataclass(frozen=True, slots=True)
-class PushReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class PushReport(Report):
     """What was published, or of a dry run would be.
 
     Attributes
@@ -51,9 +53,6 @@ class PushReport:
     commit : str or None
         None of a dry run.
     pull_request, tag : str or None
-    notes : list of str
-    seconds : float
-    dry_run : bool
     """
 
     source: str
@@ -68,22 +67,19 @@ class PushReport:
     commit: str | None = None
     pull_request: str | None = None
     tag: str | None = None
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
 
     @property
     def changed(self) -> bool:
         """Whether there is anything to publish."""
         return bool(self.removed) or any(file.status != "same" for file in self.files)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON members."""
-        return {**asdict(self), "changed": self.changed}
+        return {**Report.to_dict(self), "changed": self.changed}
 
 
-@dataclass(frozen=True, slots=True)
-class PullReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class PullReport(Report):
     """What was fetched, or of a dry run would be.
 
     Attributes
@@ -95,9 +91,6 @@ class PullReport:
     left_out : list of str
     base_model, base_revision, base_path : str or None
         With ``--with-base``: where it is in the Hub's cache.
-    notes : list of str
-    seconds : float
-    dry_run : bool
     """
 
     repo: str
@@ -109,10 +102,3 @@ class PullReport:
     base_model: str | None = None
     base_revision: str | None = None
     base_path: str | None = None
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)

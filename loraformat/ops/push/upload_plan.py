@@ -16,8 +16,9 @@ from loraformat.card import Base, Document, adapter_card, bundle_card, is_templa
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
 from loraformat.ops.check.check import check
-from loraformat.ops.info.adapter import AdapterDescription, description_of
-from loraformat.ops.info.model import ModelSummary, describe
+from loraformat.ops.info.adapter import description_of
+from loraformat.ops.info.model import describe
+from loraformat.ops.info.report import AdapterInfo, ModelInfo
 from loraformat.ops.push.base_model import adapter_base, bundle_base, look_up
 from loraformat.ops.push.card_facts import adapter_facts, bundle_facts
 from loraformat.ops.push.contents import Choice, Contents, adapter_files, bundle_files
@@ -141,7 +142,7 @@ def _bundle(path: Path, wishes: PushOptions, verify: Callable[[], None]) -> Parc
     contents = bundle_files(path, manifest)
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
     said = describe(path)
-    assert isinstance(said, ModelSummary)
+    assert isinstance(said, ModelInfo)
     facts = bundle_facts(said, manifest, wishes.repo, base, contents.files, peek_config(path))
     document = bundle_card(facts)
     return _parcel("bundle", base, contents, document, wishes, _BUNDLE_FILES)
@@ -157,7 +158,7 @@ def _adapter(
     options = AdapterReadOptions(conditional=True, inspect=True)
     with reader.read_adapter(path, options) as adapter:
         named = adapter_base(adapter, wishes.base_model, manifest.source if manifest else None)
-        said: AdapterDescription = description_of(adapter, path)
+        said: AdapterInfo = description_of(adapter, path)
         task, local = adapter.config.get("task_type"), adapter.base_model
         labels = labels_of((name, tensor.shape) for name, tensor in adapter.replacements.items())
     verify()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 
@@ -15,6 +15,7 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import kind_of
 from loraformat.ops.deltas.factors import experts_of, finite
+from loraformat.ops.report import Report
 
 __all__ = [
     "ENERGIES",
@@ -69,8 +70,8 @@ class ModuleSpectrum:
     output_suggested: dict[str, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SpectrumReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class SpectrumReport(Report):
     """The spectra of an adapter.
 
     Attributes
@@ -82,19 +83,15 @@ class SpectrumReport:
         Least rank that, given to every module, keeps 90, 95 and 99 % of Σ‖D‖².
     suggested_parameters : dict of str to int
         Parameters if every module has its own suggested rank.
-    notes : list of str
     """
+
+    _shared: ClassVar[tuple[str, ...]] = ("notes",)
 
     source: str
     modules: list[ModuleSpectrum]
     parameters: int
     suggested: dict[str, int]
     suggested_parameters: dict[str, int]
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)
 
 
 def spectrum(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+
+from loraformat.ops.report import Report
 
 __all__ = ["Deviation", "UnmergeReport"]
 
@@ -34,8 +35,8 @@ class Deviation:
     saturated: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class UnmergeReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class UnmergeReport(Report):
     """What undoing a merge did.
 
     Attributes
@@ -51,9 +52,6 @@ class UnmergeReport:
     modules : list of Deviation
         The same for each tensor.
     output_bytes : int
-    notes : list of str
-    seconds : float
-    dry_run : bool
     """
 
     source: str
@@ -64,10 +62,3 @@ class UnmergeReport:
     error_bound: float = 0.0
     modules: list[Deviation] = field(default_factory=list)
     output_bytes: int = 0
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dry_run: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON members."""
-        return asdict(self)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from loraformat.ops.report import Report
 from loraformat.train.batch import Batch
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.tokenizer import open_tokenizer
@@ -15,13 +16,13 @@ from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.setup import Progress, check_vocabulary, open_base, with_length
 from loraformat.train.run.trained_files import trained_on
 
-__all__ = ["Comparison", "evaluate"]
+__all__ = ["EvaluationReport", "evaluate"]
 
 _OTHER_TOKENS = "has another vocabulary than the one before it: its loss is by its own tokens"
 
 
-@dataclass(slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class EvaluationReport(Report):
     """Losses on the same tokens.
 
     Attributes
@@ -31,16 +32,13 @@ class Comparison:
         Of the base under its own name, then of each adapter.
     data : list of str
         What is in the data, in sentences.
-    notes : list of str
-        What a user should know.
     """
 
     base: str
     losses: dict[str, HeldOutLoss] = field(default_factory=dict)
     data: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it for ``json.dumps``."""
         return {
             "base": self.base,
@@ -60,7 +58,7 @@ def evaluate(
     *,
     tell: Callable[[str, int, int], None] = lambda name, done, total: None,
     progress: Progress = lambda done, total: None,
-) -> Comparison:
+) -> EvaluationReport:
     """Measure losses.
 
     Parameters
@@ -79,7 +77,7 @@ def evaluate(
     LoraFormatError
         If something is not sound, or does not fit together.
     """
-    found = Comparison(options.base)
+    found = EvaluationReport(options.base)
     data: Dataset | None = None
     tokenizer = None
     for adapter in (None, *adapters):
@@ -93,9 +91,9 @@ def evaluate(
                 check_vocabulary(model, encoder)
                 settings = options.data_options(shuffle=False)
                 data = open_data(options.data, encoder.tokenizer, settings, progress=progress)
-                found.data = data.audit.lines()
+                found.data[:] = data.audit.lines()
             if adapter:
-                found.notes += trained_on(adapter, data.audit.sources)
+                found.notes.extend(trained_on(adapter, data.audit.sources))
             name = adapter or options.base
             total = data.batches_in(0)
             batches = _counted(data, partial(tell, name), total)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
+from loraformat.ops.report import Report
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.run.adapter_template import stops_of, template_of
 from loraformat.train.run.options import TrainOptions
@@ -14,11 +15,11 @@ from loraformat.train.run.prompt import chat_ids, plain_ids, turn_end
 from loraformat.train.run.setup import check_vocabulary, open_base
 from loraformat.train.run.text_generation import GenerationOptions, continuation, stop_tokens
 
-__all__ = ["Generation", "generate"]
+__all__ = ["GenerationReport", "generate"]
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+@dataclass(frozen=True, slots=True, repr=False)
+class GenerationReport(Report):
     """A prompt and what a model wrote on.
 
     Attributes
@@ -26,22 +27,18 @@ class Generation:
     prompt, text : str
     tokens : int
         New ones.
-    seconds : float
     """
+
+    _shared: ClassVar[tuple[str, ...]] = ("seconds",)
 
     prompt: str
     text: str
     tokens: int
-    seconds: float
 
     @property
     def tokens_per_second(self) -> float:
         """Speed, the prompt's time included."""
         return self.tokens / max(self.seconds, 1e-9)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it for ``json.dumps``."""
-        return asdict(self)
 
 
 def generate(
@@ -52,7 +49,7 @@ def generate(
     chat: bool = False,
     system: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
-) -> Generation:
+) -> GenerationReport:
     """Let a model write on.
 
     Parameters
@@ -91,4 +88,4 @@ def generate(
             stops=sorted(stops), end=end, device=options.device, tell=tell,
         )  # fmt: skip
         seconds = time.monotonic() - begun
-    return Generation(prompt, stream.text(), len(stream.tokens), seconds)
+    return GenerationReport(prompt, stream.text(), len(stream.tokens), seconds=seconds)

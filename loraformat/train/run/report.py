@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraformat.ops.report import Report
 from loraformat.train.run.disk_plan import DiskPlan
 from loraformat.train.run.memory_plan import MemoryPlan
 from loraformat.train.run.step_timing import StepTime
@@ -15,8 +16,8 @@ __all__ = ["TrainReport", "duration"]
 _RECKONED = "reckoned from one layer's linears, without attention and head"
 
 
-@dataclass(slots=True)
-class TrainReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class TrainReport(Report):
     """A run that is planned, or done.
 
     Attributes
@@ -38,14 +39,10 @@ class TrainReport:
         Device and type of the products.
     step_time : StepTime or None
         Measured in a dry run.
-    seconds : float
-        That the run took, over all its starts.
     facts : dict
         What is stored beside the adapter; empty before the end.
-    dry_run : bool
     was_complete : bool
         The run that was to go on had ended, and its adapter stands: nothing was done.
-    notes : list of str
     """
 
     target: str
@@ -59,18 +56,15 @@ class TrainReport:
     trained_parameters: int
     compute: str
     step_time: StepTime | None = None
-    seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
-    dry_run: bool = False
     was_complete: bool = False
-    notes: list[str] = field(default_factory=list)
 
     @property
     def estimated_seconds(self) -> float | None:
         """How long the run will take, without evaluations."""
         return None if self.step_time is None else self.step_time.seconds * self.batches
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it for ``json.dumps``."""
         measured = None
         if self.step_time is not None:

@@ -188,10 +188,10 @@ class _Run:
             trained_parameters=inputs.shape().trained,
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
         )  # fmt: skip
-        self.report.notes += [
+        self.report.notes.extend([
             *self._unheeded_note(), *self._template_note(), *self._stops_note(),
             *self._overlap_note(), *self._memory_note(),
-        ]  # fmt: skip
+        ])  # fmt: skip
 
     def _unheeded_note(self) -> list[str]:
         flags = ", ".join(f"--{flag}" for flag in self._options.ignored_flags())
@@ -289,10 +289,10 @@ class _Run:
 
     def measure(self) -> None:
         """Time one micro-batch, for the report."""
-        self.report.dry_run = True
         batch, _ = next(self._inputs.stream({}))
         layers = self._inputs.shape().layers
-        self.report.step_time = time_of(self._model, batch.to(self._options.device), layers)
+        step_time = time_of(self._model, batch.to(self._options.device), layers)
+        self.report = replace(self.report, dry_run=True, step_time=step_time)
 
     def go(self, *, resume: bool, force: bool, observe: Callable[[dict[str, Any]], None]) -> None:
         """Train, and write the adapter."""
@@ -324,7 +324,7 @@ class _Run:
                     path=self._directory.checkpoints,
                     hint="begin anew, and lose them: --force without --resume",
                 )
-        self.report.notes += [f"passed over: {problem}" for problem in problems]
+        self.report.notes.extend(f"passed over: {problem}" for problem in problems)
         step = self._world.broadcast_object(None if found is None else found.step)
         if step is None:
             self.report.notes.append("there was no checkpoint; the run began at the beginning")
@@ -344,7 +344,7 @@ class _Run:
         if checkpoint is None or not self._is_done(checkpoint):
             _refuse_output(self._output, force=False)
             return False
-        self.report.was_complete = True
+        self.report = replace(self.report, was_complete=True)
         return True
 
     def _is_done(self, checkpoint: saved_state.Checkpoint) -> bool:
@@ -434,10 +434,8 @@ class _Run:
         self._gather_statistics()
         if not self._world.leads:
             return
-        self.report.seconds = state.seconds
-        self.report.facts = facts_of(
-            self._options, state, inputs.data, inputs.held_out, self._world.size
-        )
+        facts = facts_of(self._options, state, inputs.data, inputs.held_out, self._world.size)
+        self.report = replace(self.report, seconds=state.seconds, facts=facts)
         if write:
             self._model.save_adapter(
                 self._output, force=force, facts=self.report.facts, files=self._beside

@@ -14,8 +14,8 @@ from functools import cache
 
 import torch
 
+from loraformat.train.engine.buffers import workspace
 from loraformat.train.engine.cpu_features import processor_words
-from loraformat.train.engine.workspace import workspace
 
 __all__ = ["even_rows", "times", "times_transposed"]
 

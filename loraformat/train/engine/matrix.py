@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from loraformat.nf4 import codec
-from loraformat.train.engine.workspace import workspace
+from loraformat.train.engine.buffers import workspace
 
 __all__ = ["DenseMatrix", "Matrix", "NF4Matrix", "Range", "Tile", "decoding", "output_tiles"]
 

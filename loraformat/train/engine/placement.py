@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loraformat.train.engine.device_matrix import DeviceMatrix
+from loraformat.train.engine.device import DeviceMatrix
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix

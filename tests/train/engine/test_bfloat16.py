@@ -5,7 +5,7 @@ import torch
 
 from loraformat.nf4 import codec
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine import dequantized_matmul
+from loraformat.train.engine import matmul
 from loraformat.train.engine.cross_entropy import frozen_head_loss
 from loraformat.train.engine.head_rule import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
@@ -67,10 +67,10 @@ def test_hidden_states_are_bfloat16_and_what_is_trained_is_float32(bundle_of):
 
 def test_sums_over_tiles_are_not_rounded_with_every_tile(monkeypatch):
     """Over 128 parts: sums in bfloat16 would be off by some 2 %."""
-    monkeypatch.setattr(dequantized_matmul, "_DEEP", 64)
+    monkeypatch.setattr(matmul, "_DEEP", 64)
     weight = torch.randn(8192, 64, generator=torch.Generator().manual_seed(0))
     matrix = NF4Matrix(codec.quantize(weight), (8192, 64))
-    assert len(list(dequantized_matmul._steps(matrix))) == 128
+    assert len(list(matmul._steps(matrix))) == 128
     x = torch.randn(40, 64, dtype=torch.bfloat16).requires_grad_()
     gradient = torch.randn(40, 8192).bfloat16()
     frozen_product(x, matrix, torch.bfloat16).backward(gradient)

@@ -5,8 +5,8 @@ import torch
 
 from loraformat.nf4 import codec
 from loraformat.train import opening
-from loraformat.train.engine import device_matrix
-from loraformat.train.engine.device_matrix import DeviceMatrix, decode
+from loraformat.train.engine import device
+from loraformat.train.engine.device import DeviceMatrix, decode
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
@@ -36,7 +36,7 @@ def test_torch_decodes_the_bits_of_the_kernels(count, options, dtype):
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_stack_that_begins_anywhere_in_a_block(monkeypatch, resident, double_quant):
-    monkeypatch.setattr(device_matrix, "_TILE", 1000)
+    monkeypatch.setattr(device, "_TILE", 1000)
     rows, columns, experts = 75, 70, 7  # 5250 elements: no block and no group begins with one
     codes = quantized(rows * columns * experts, double_quant=double_quant)
     whole = codec.dequantize(codes, dtype=torch.float32).view(experts, rows, columns)

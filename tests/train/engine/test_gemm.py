@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraformat.train.engine import dequantized_matmul, gemm
+from loraformat.train.engine import gemm, matmul
 from loraformat.train.engine.lora_matmul import frozen_product
 from loraformat.train.engine.matrix import DenseMatrix
 
@@ -84,8 +84,8 @@ def test_oneDNN_is_given_factors_in_one_piece(factors, layout):
 @pytest.mark.parametrize("in_out_layout", [False, True])
 def test_blocks_of_dense_weights_are_given_in_one_piece(factors, monkeypatch, in_out_layout):
     """Some columns of them at a time: of a head in the backward pass, of Conv1D forwards."""
-    monkeypatch.setattr(dequantized_matmul, "_BLOCK", 1024)
-    monkeypatch.setattr(dequantized_matmul, "_FEW", 0)
+    monkeypatch.setattr(matmul, "_BLOCK", 1024)
+    monkeypatch.setattr(matmul, "_FEW", 0)
     chance = torch.Generator().manual_seed(0)
     values, x = (torch.randn(shape, generator=chance) for shape in ((130, 320), (5, 320)))
     matrix = DenseMatrix(values, in_out_layout=in_out_layout)

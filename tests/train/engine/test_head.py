@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraformat.train import load
-from loraformat.train.engine import cross_entropy, dequantized_matmul, streamed_matrix
+from loraformat.train.engine import cross_entropy, matmul, streamed_matrix
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
 from loraformat.train.engine.head_rule import HeadRule
 from loraformat.train.engine.linear import DenseLinear
@@ -20,9 +20,9 @@ RULES = [
 def small_chunks(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_LOGITS", 1600)
     monkeypatch.setattr(cross_entropy, "_CACHED", 96)
-    monkeypatch.setattr(dequantized_matmul, "_BLOCK", 2048)
-    monkeypatch.setattr(dequantized_matmul, "_ALIGNED_ROWS", 16)
-    monkeypatch.setattr(dequantized_matmul, "_FEW", 0)
+    monkeypatch.setattr(matmul, "_BLOCK", 2048)
+    monkeypatch.setattr(matmul, "_ALIGNED_ROWS", 16)
+    monkeypatch.setattr(matmul, "_FEW", 0)
     monkeypatch.setattr(streamed_matrix, "_STRETCH", 1024)
     monkeypatch.setattr(streamed_matrix, "_FEWEST_ROWS", 16)
 

@@ -8,13 +8,13 @@ import torch
 
 from loraformat.errors import UsageError
 from loraformat.nf4 import codec
-from loraformat.train.engine import dequantized_matmul, gemm
+from loraformat.train.engine import gemm, matmul
 from loraformat.train.engine import matrix as matrices
+from loraformat.train.engine.buffers import workspace
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import DenseLinear, NF4Linear
 from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
-from loraformat.train.engine.workspace import workspace
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 
@@ -23,10 +23,10 @@ SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 def small_tiles(monkeypatch):
     monkeypatch.setattr(matrices, "_TILE", 1024)
     monkeypatch.setattr(matrices, "_FEWEST_ROWS", 16)
-    monkeypatch.setattr(dequantized_matmul, "_BLOCK", 1024)
-    monkeypatch.setattr(dequantized_matmul, "_ALIGNED_ROWS", 16)
-    monkeypatch.setattr(dequantized_matmul, "_DEEP", 32)
-    monkeypatch.setattr(dequantized_matmul, "_FEW", 0)
+    monkeypatch.setattr(matmul, "_BLOCK", 1024)
+    monkeypatch.setattr(matmul, "_ALIGNED_ROWS", 16)
+    monkeypatch.setattr(matmul, "_DEEP", 32)
+    monkeypatch.setattr(matmul, "_FEW", 0)
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -259,7 +259,7 @@ def test_products_after_those_of_inference(stored, rows):
         matrix = DenseMatrix(random(rows, 64, seed=1).to(stored))
         for inference in (True, False):
             with torch.inference_mode(inference):
-                found.append(dequantized_matmul.multiply_transposed(x, matrix, torch.float32))
+                found.append(matmul.multiply_transposed(x, matrix, torch.float32))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from loraformat.train.engine.allocation import fresh
+from loraformat.train.engine.buffers import workspace
 from loraformat.train.engine.gemm import even_rows, times, times_transposed
 from loraformat.train.engine.matrix import Matrix, NF4Matrix, Range
 from loraformat.train.engine.stand_in_matrix import StandIn
 from loraformat.train.engine.threaded_product import spread
-from loraformat.train.engine.workspace import workspace
 
 __all__ = ["multiply", "multiply_transposed"]
 

@@ -16,9 +16,14 @@ from loraformat.model.checkpoint import CarriedFile
 from loraformat.train.batch import Batch
 from loraformat.train.engine.checkpointing import Recomputation
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
-from loraformat.train.engine.decoder import decoder_of, head_name
-from loraformat.train.engine.head_rule import HeadRule, find_head_rule, own_logits
-from loraformat.train.engine.layer_prefetch import IoStats, Residency
+from loraformat.train.engine.decoder import (
+    HeadRule,
+    decoder_of,
+    find_head_rule,
+    head_name,
+    own_logits,
+)
+from loraformat.train.engine.layer_prefetch import IoStats, Residency, StreamedMatrix
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.matrix import DenseMatrix, decoding
@@ -26,7 +31,6 @@ from loraformat.train.engine.meta_model import text_config
 from loraformat.train.engine.packing import PackingCheck
 from loraformat.train.engine.readable_base import ReadableBase
 from loraformat.train.engine.stored_weights import Span
-from loraformat.train.engine.streamed_matrix import StreamedMatrix
 from loraformat.train.engine.trial import Trial
 from loraformat.train.lora import branches as branches_of_model
 from loraformat.train.lora.branch import LoraBranch

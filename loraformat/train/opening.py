@@ -23,10 +23,10 @@ from loraformat.train.engine.bind_weights import Assembly, assemble
 from loraformat.train.engine.checkpointing import Recomputation, recompute_layer
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.decoder import find_layers, head_name, number_layers
+from loraformat.train.engine.device import place_on
 from loraformat.train.engine.layer_prefetch import Residency
 from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.meta_model import build_skeleton
-from loraformat.train.engine.placement import place_on
 from loraformat.train.engine.readable_base import ReadableBase
 from loraformat.train.engine.stored_weights import StoredWeights
 from loraformat.train.loop import memory

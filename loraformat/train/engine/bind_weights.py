@@ -24,8 +24,7 @@ from loraformat.train.engine.experts import (
     projection_names,
 )
 from loraformat.train.engine.linear import DenseLinear, FrozenLinear, NF4Linear
-from loraformat.train.engine.stored_weights import StoredWeights
-from loraformat.train.engine.tensor_sources import Sources, find_sources
+from loraformat.train.engine.stored_weights import Sources, StoredWeights, find_sources
 
 __all__ = ["Assembly", "assemble"]
 

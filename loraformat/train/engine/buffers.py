@@ -1,12 +1,39 @@
-"""Buffers that are used again and again: fresh memory costs more than what is computed in it."""
+"""Memory for tensors: reused buffers, allocations that fit freed memory, copies outside the heap.
+
+Three kinds, by how long their contents live:
+
+- `workspace`: one buffer per thread and purpose, overwritten by the next product. Fresh memory
+  would cost more than what is computed in it.
+- `fresh`: the result of a product. torch asks for aligned memory, and glibc does not make an
+  aligned block of a freed one of the same size: it wants a few bytes more, which small objects have
+  taken by then. The heap would grow with every layer. Plain memory, with room to align it in, fits
+  where the last one was.
+- `hold`: what a checkpointed layer keeps until its backward pass. In the heap such long-lived
+  copies would lie between the short-lived tensors of their layers and keep the holes around them
+  from being reused: memory would grow with every layer almost as if nothing were recomputed. In
+  mappings of their own they leave the heap alone.
+"""
 
 from __future__ import annotations
 
+import mmap
+import os
 import threading
+from collections.abc import Sequence
 
+import numpy
 import torch
 
-__all__ = ["Workspace", "workspace"]
+__all__ = ["Workspace", "fresh", "hold", "workspace"]
+
+_ALIGNMENT = 64
+#: Smaller results may lie anywhere (bytes).
+_SMALL_RESULT = 1 << 20
+
+#: Smaller inputs stay where they are (bytes).
+_SMALL_INPUT = mmap.PAGESIZE
+#: Memory of this process, counted as such; by default Python's is shared with its children.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
 
 
 class Workspace(threading.local):
@@ -62,3 +89,53 @@ class Workspace(threading.local):
 
 
 workspace = Workspace()
+
+
+def fresh(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Return an undefined matrix of the dtype and on the device of another tensor.
+
+    Examples
+    --------
+    >>> fresh(torch.ones(1, dtype=torch.bfloat16), 1024, 2048).shape
+    torch.Size([1024, 2048])
+    """
+    nbytes = rows * columns * like.element_size()
+    if nbytes < _SMALL_RESULT or like.device.type != "cpu":
+        return like.new_empty(rows, columns)
+    memory = torch.from_numpy(numpy.empty(nbytes + _ALIGNMENT, dtype=numpy.uint8))
+    start = -memory.data_ptr() % _ALIGNMENT
+    return memory[start : start + nbytes].view(like.dtype).view(rows, columns)
+
+
+def hold(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors to keep, the large ones on a CPU as copies; without gradient.
+
+    Parameters
+    ----------
+    tensors : sequence of torch.Tensor
+
+    Returns
+    -------
+    list of torch.Tensor
+        Contiguous where they are copies; each gives its memory back when it is let go.
+
+    Examples
+    --------
+    >>> (kept,) = hold([torch.ones(1 << 16)])
+    >>> kept.sum()
+    tensor(65536.)
+    """
+    return [_copy(x.detach()) if _is_large(x) else x.detach() for x in tensors]
+
+
+def _is_large(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() * x.element_size() >= _SMALL_INPUT
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    nbytes = x.numel() * x.element_size()
+    try:
+        memory = mmap.mmap(-1, nbytes, **_PRIVATE)
+    except OSError:
+        raise MemoryError(f"can't allocate memory: {nbytes} bytes for a layer's input") from None
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape).copy_(x)

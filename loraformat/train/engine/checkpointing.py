@@ -1,16 +1,15 @@
-"""A decoder layer that keeps its input and nothing else until the backward pass computes it again.
+"""Gradient-checkpointed decoder layers, whose weights are in memory only while they are computed.
 
-Gradient checkpointing (Chen 2016, arXiv:1604.06174) by layer. The graph is autograd's own, without
-the numbers in it, so that gradients go wherever a class lets tensors go: into the next layer, or by
-an object or a module that layers share. The numbers are computed again when the first of them is
-wanted, from the arguments as they were.
+Gradient checkpointing (Chen 2016, arXiv:1604.06174) by layer. The graph is autograd's own, made
+once, without the numbers in it, so that gradients go wherever a class lets tensors go: into the
+next layer, or through an object or a module that layers share. The numbers are computed again when
+the backward pass asks for the first of them, from the arguments as they were.
 
-It is known when a layer is entered and left, once in the forward pass and once in the backward
-pass, which is when its weights are brought into memory and let go. Nothing depends on when
-transformers calls hooks of its layers.
+A layer is entered and left once in the forward pass and once in the backward pass, which is when
+its weights are read and evicted. Nothing depends on when transformers calls hooks of its layers.
 
-Where memory allows, some layers keep what their backward pass wants instead: see
-`loraformat.train.engine.activation_budget`. They are left and entered all the same.
+Where memory allows, some layers save their activations instead: see
+`loraformat.train.engine.activation_budget`. They are entered and left all the same.
 
 With rows at once, a batch goes through a layer in groups of rows before the next layer is read:
 many micro-batches for one pass over the shards.
@@ -19,7 +18,7 @@ many micro-batches for one pass over the shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -27,16 +26,14 @@ from weakref import WeakSet
 import torch
 from torch.utils import _pytree as trees
 
+from loraformat.errors import UnsupportedError
 from loraformat.train.engine.activation_budget import ActivationBudget
-from loraformat.train.engine.backward_layer import BackwardVisit
-from loraformat.train.engine.layer_call import LayerCall
-from loraformat.train.engine.layer_prefetch import Residency
-from loraformat.train.engine.recomputed_tensors import Forgotten, capturing
-from loraformat.train.engine.rng_state import RandomState, random_restored, random_state
-from loraformat.train.engine.saved_inputs import hold
+from loraformat.train.engine.buffers import hold
+from loraformat.train.engine.layer_call import LayerCall, RandomState, random_restored, random_state
+from loraformat.train.engine.layer_prefetch import BackwardVisit, Residency
 from loraformat.train.engine.unneeded_products import UnreadProducts, has_forward_hooks
 
-__all__ = ["Recomputation", "recompute_layer"]
+__all__ = ["Forgotten", "Recomputation", "capturing", "recompute_layer"]
 
 #: With fewer tokens a pass is a step of generation: pages then stay where they are.
 _FEW_TOKENS = 16
@@ -192,3 +189,81 @@ def _joined(results: list[Any]) -> Any:
         for pieces in zip(*(leaves for leaves, _ in flat), strict=True)
     ]
     return trees.tree_unflatten(joined, flat[0][1])
+
+
+class Forgotten:
+    """Stands for the tensors that one computation saved.
+
+    Parameters
+    ----------
+    again : callable
+        Makes the computation again and returns what it saved, in the same order.
+
+    Examples
+    --------
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> def again():
+    ...     with torch.enable_grad(), capturing() as saved:
+    ...         x * x
+    ...     return saved
+    >>> forgotten = Forgotten(again)
+    >>> with forgotten.saving():
+    ...     y = x * x
+    >>> y.sum().backward()
+    >>> x.grad
+    tensor([2., 4.])
+    """
+
+    def __init__(self, again: Callable[[], Sequence[torch.Tensor]]) -> None:
+        self._again = again
+        self._count = 0
+        self._values: dict[int, torch.Tensor] = {}
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """Forget what is saved for the backward pass while this lasts."""
+        return torch.autograd.graph.saved_tensors_hooks(self._save, self._recall)
+
+    def _save(self, tensor: torch.Tensor) -> Any:
+        if isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        self._count += 1
+        return self._count - 1
+
+    def _recall(self, saved: Any) -> torch.Tensor:
+        if torch.is_tensor(saved):
+            return saved
+        if saved not in self._values:
+            found = self._again()
+            if len(found) != self._count:
+                raise UnsupportedError(
+                    f"a layer kept {self._count} tensors for its gradients, and when it was "
+                    f"computed again {len(found)}: its class does not compute the same twice",
+                    hint="give it the memory not to compute again: --activation-memory",
+                )
+            self._values = dict(enumerate(found))
+        return self._values.pop(saved)
+
+    def clear(self) -> None:
+        """Let go what was computed again, and not wanted."""
+        self._values.clear()
+
+
+@contextmanager
+def capturing() -> Iterator[list[torch.Tensor]]:
+    """Collect what is saved for a backward pass that will not be: all tensors but parameters.
+
+    The graph itself holds none of them, for as long as this is over and the list is gone.
+    """
+    found: list[torch.Tensor] = []
+
+    def save(tensor: torch.Tensor) -> Any:
+        if isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        found.append(tensor.detach())
+        return len(found) - 1
+
+    def look(saved: Any) -> torch.Tensor:
+        return saved if torch.is_tensor(saved) else found[saved]
+
+    with torch.autograd.graph.saved_tensors_hooks(save, look):
+        yield found

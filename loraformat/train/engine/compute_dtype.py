@@ -1,4 +1,4 @@
-"""In which type a model computes.
+"""The compute dtype of a model: which one is asked for, and which one this CPU is fastest in.
 
 The factors of products with the base have the compute dtype. With float32 a step is that of a
 dense float32 model to rounding. With bfloat16 activations are bfloat16, too, as in a model that
@@ -6,18 +6,20 @@ transformers opens in it: each product is off by about 2⁻⁹ of its size, memo
 halved, and where a CPU multiplies bfloat16 in hardware it is two to three times as fast; where it
 does not, many times slower. float16 holds too little for activations: they stay float32.
 
-What is trained, its gradients and its optimizer's states are float32 whatever is chosen, and so
-are sums over tiles, softmax and loss.
+Trained parameters, their gradients and their optimizer states are float32 whatever is chosen, and
+so are sums over tiles, softmax and loss.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 
 from loraformat.errors import UsageError
-from loraformat.train.engine.cpu_features import processor_words
 
-__all__ = ["DTYPES", "activation_dtype", "choose_dtype", "multiplies_bfloat16"]
+__all__ = ["DTYPES", "activation_dtype", "choose_dtype", "multiplies_bfloat16", "processor_words"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,3 +74,20 @@ def multiplies_bfloat16() -> bool:
     """
     words = processor_words()
     return "amx_bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
+
+
+@cache
+def processor_words() -> frozenset[str]:
+    """Return the words that Linux says of the first processor: its maker, its flags, and more.
+
+    Empty elsewhere.
+
+    Examples
+    --------
+    >>> "no such flag" in processor_words()
+    False
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return frozenset()
+    return frozenset(cpuinfo.read_text().split("\n\n")[0].split())

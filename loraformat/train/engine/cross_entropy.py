@@ -15,11 +15,9 @@ from typing import Any
 import torch
 
 from loraformat.train.engine.buffers import workspace
-from loraformat.train.engine.gemm import even_rows
-from loraformat.train.engine.head_rule import HeadRule
+from loraformat.train.engine.decoder import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.matmul import multiply, multiply_transposed
-from loraformat.train.engine.threaded_product import spread
+from loraformat.train.engine.matmul import even_rows, multiply, multiply_transposed, spread
 
 __all__ = ["frozen_head_loss", "own_head_loss"]
 

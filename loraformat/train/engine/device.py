@@ -1,23 +1,32 @@
-"""Frozen weights for a device: codes travel, numbers are made where they are multiplied.
+"""Frozen weights on a GPU: NF4 codes are copied there, and dequantized where they are multiplied.
 
-A sixth to a quarter of the bytes of a dense weight crosses the bus. A matrix that is resident has
-its codes on the device for good; of any other they come with each use, and go.
+A sixth to a quarter of the bytes of a dense weight crosses the bus. As many layers as fit are
+resident: their codes are on the device for good. Those of any other layer are copied with each use.
+
+Nothing here has been run on a GPU yet; its parts that do not depend on one are tested on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from loraformat.nf4 import codec
-from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, Range, Tile
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix, Range, Tile
+from loraformat.train.engine.stored_weights import StoredWeights
 
-__all__ = ["DeviceMatrix", "decode"]
+__all__ = ["DeviceMatrix", "decode", "place_on"]
 
 #: Elements that are decoded at once on a device: 64 MB of bfloat16.
 _TILE = 1 << 25
+
+#: Share of the free device memory that the base may take if nobody says how much.
+_SHARE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +180,63 @@ def decode(
     values = pairs[packed.long()].view(-1)
     values *= scales.repeat_interleave(block_size)[: len(values)]
     return values.to(dtype)
+
+
+def place_on(
+    model: Any,
+    used: Mapping[str, Sequence[str]],
+    weights: StoredWeights,
+    device: torch.device,
+    budget: int | None,
+) -> set[str]:
+    """Let a model compute on a device.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Assembled; its embedding stays where it is, only its rows travel.
+    used : mapping of str to sequence of str
+        The tensors that its modules read.
+    weights : StoredWeights
+    device : torch.device
+    budget : int or None
+        Bytes that the base may take on the device; None for a share of what is free.
+
+    Returns
+    -------
+    set of str
+        Modules whose weights are on the device for good.
+    """
+    left = _free(device) if budget is None else budget
+    model.to(device)
+    resident = set()
+    for name, module in _frozen(model):
+        size = sum(end - begin for one in used[name] for _, begin, end in weights.spans(one))
+        stays = size <= left
+        if stays:
+            resident.add(name)
+            left -= size
+        module.device = device
+        if isinstance(module, FrozenLinear):
+            module.matrix = _placed(module.matrix, device, stays)
+        else:
+            module.experts = [
+                [_placed(m, device, stays) for m in parts] for parts in module.experts
+            ]
+    return resident
+
+
+def _frozen(model: Any) -> Iterator[tuple[str, FrozenLinear | ExpertStack]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear | ExpertStack):
+            yield name, module
+
+
+def _placed(matrix: Matrix, device: torch.device, resident: bool) -> Matrix:
+    assert isinstance(matrix, NF4Matrix | DenseMatrix)
+    return DeviceMatrix(matrix, device, resident=resident)
+
+
+def _free(device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _SHARE)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loraformat.train.engine.matrix import DenseMatrix, Tile
-from loraformat.train.engine.placeholder_weight import AbsentWeight
+from loraformat.train.engine.meta_model import AbsentWeight
 from loraformat.train.engine.readable_base import ComputedTable
 
 __all__ = ["MappedEmbedding"]

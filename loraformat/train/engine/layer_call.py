@@ -1,19 +1,45 @@
-"""One call of a decoder layer, as something that can be made again, and cut into rows."""
+"""A recorded call of a decoder layer: it can be repeated exactly, and split into groups of rows.
+
+To repeat a call, three things must be as they were: its arguments, the objects that it shares with
+other layers (in which it may find keys and values that earlier layers put there, and puts some
+itself, which on repetition are for nobody), and the states of torch's random generators.
+
+Examples
+--------
+>>> state = random_state([])
+>>> first = torch.rand(3)
+>>> with random_restored(state):
+...     again = torch.rand(3)
+>>> torch.equal(first, again)
+True
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as trees
 
 from loraformat.errors import UnsupportedError
-from loraformat.train.engine.saved_inputs import hold
-from loraformat.train.engine.shared_state import copied
+from loraformat.train.engine.buffers import hold
 
-__all__ = ["LayerCall"]
+__all__ = ["LayerCall", "RandomState", "copied", "random_restored", "random_state", "set_random"]
+
+_PLAIN = (
+    type(None), bool, int, float, str, bytes, type, Enum, FunctionType, MethodType, torch.Tensor,
+    torch.dtype, torch.device, torch.nn.Module,
+)  # fmt: skip
+
+#: Of the CPU, and of devices.
+RandomState = tuple[torch.Tensor, list[tuple[torch.device, torch.Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +161,62 @@ def _not_cut(leaf: torch.Tensor, rows: int) -> UnsupportedError:
         "into groups of rows",
         hint="train without rows at once (layer-major)",
     )
+
+
+class _SameNumbers(TorchFunctionMode):
+    """A tensor's copy is the same numbers, without what they were computed from."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.__deepcopy__:
+            return args[0].detach().requires_grad_(args[0].requires_grad)
+        return func(*args, **(kwargs or {}))
+
+
+def copied(value: Any) -> Any:
+    """Return an object of its own with the same numbers; what is no container, itself.
+
+    Parameters
+    ----------
+    value : Any
+        An argument of a layer. What cannot be copied is returned as it is.
+
+    Examples
+    --------
+    >>> from collections import UserDict
+    >>> shared = UserDict(keys=torch.ones(2))
+    >>> other = copied(shared)
+    >>> other["more"] = 1
+    >>> sorted(shared), other["keys"].data_ptr() == shared["keys"].data_ptr()
+    (['keys'], True)
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    try:
+        with _SameNumbers():
+            return copy.deepcopy(value)
+    except Exception:  # an object of any class: a lock in it is enough
+        return value
+
+
+def random_state(leaves: Sequence[Any]) -> RandomState:
+    """Return the state of the CPU's generator, and of those of devices on which tensors are."""
+    devices = {leaf.device for leaf in leaves if torch.is_tensor(leaf) and leaf.is_cuda}
+    return torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+
+def set_random(state: RandomState) -> None:
+    """Draw from here on what was drawn after a state."""
+    torch.set_rng_state(state[0])
+    for device, of_device in state[1]:
+        torch.cuda.set_rng_state(of_device, device)
+
+
+@contextmanager
+def random_restored(state: RandomState) -> Iterator[None]:
+    """Draw the same random numbers again, and leave the generator as it was."""
+    devices = [device for device, _ in state[1]]
+    with torch.random.fork_rng(devices, device_type="cuda" if devices else "cpu"):
+        set_random(state)
+        yield

@@ -1,9 +1,12 @@
-"""Which layers are in memory: the next is read while one is computed, the last is let go.
+"""Layer prefetch: the next layer's pages are read while one is computed, the last are evicted.
 
-A layer is a contiguous range of a shard, or a few. `enter` waits until its pages are there and
-asks a thread for the next ones in the direction of the pass: up in the forward pass, down in the
-backward pass. `leave` gives its pages back to the kernel. Mapped pages are never anonymous memory,
-so what a step holds does not depend on the size of the base.
+A layer is a contiguous range of a shard, or a few. `Residency.enter` waits until its pages are in
+memory and asks a thread for the next ones in the direction of the pass: up in the forward pass,
+down in the backward pass. `Residency.leave` gives its pages back to the kernel. Mapped pages are
+never anonymous memory, so what a step holds does not depend on the size of the base.
+
+The output head of a large vocabulary is as large as several layers, and each pass over it uses
+every row once: `StreamedMatrix` prefetches and evicts its rows in the same way.
 """
 
 from __future__ import annotations
@@ -11,15 +14,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from loraformat.train.engine.madvise import drop_cached, forget_pages, read_pages
+from loraformat.train.engine.matrix import Matrix, Range, Tile
 from loraformat.train.engine.stored_weights import Span
 
-__all__ = ["IoStats", "Residency", "merged"]
+__all__ = ["BackwardVisit", "IoStats", "Residency", "StreamedMatrix", "merged"]
 
 #: Bytes that are asked for at a time, so that closing never waits long.
 _PIECE = 32 << 20
+
+#: Elements of the rows that are in memory for one product, and of those that are read meanwhile.
+_STRETCH = 8 << 20
+_FEWEST_ROWS = 64
 
 
 @dataclass(slots=True)
@@ -173,3 +184,107 @@ class Residency:
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._reader = None
+
+
+class BackwardVisit:
+    """Enters and leaves layers on the way back, one at a time and each once.
+
+    Parameters
+    ----------
+    residency : Residency
+
+    Examples
+    --------
+    >>> residency = Residency([[], []])
+    >>> visit = BackwardVisit(residency)
+    >>> for step in (visit.enter, visit.enter, visit.leave, visit.leave):
+    ...     step(1)
+    >>> residency.traffic.visits
+    [1]
+    """
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._layer: int | None = None
+
+    def enter(self, layer: int) -> None:
+        """Have a layer's weights in memory from here on, and those of no other."""
+        if layer == self._layer:
+            return
+        if self._layer is not None:
+            self._residency.leave(self._layer)
+        self._layer = layer
+        self._residency.enter(layer, -1)
+
+    def leave(self, layer: int) -> None:
+        """Let a layer go, unless that was done."""
+        if layer == self._layer:
+            self._layer = None
+            self._residency.leave(layer)
+
+
+class StreamedMatrix:
+    """A matrix whose pages come and go with its rows while it is streaming.
+
+    Parameters
+    ----------
+    matrix : Matrix
+    spans : sequence of Span
+        Its bytes: of each span a share that goes with the rows, as it is with dense numbers,
+        packed codes and scales.
+    residency : Residency
+
+    Attributes
+    ----------
+    rows, columns, in_out_layout, device
+        As in `Matrix`.
+    """
+
+    def __init__(self, matrix: Matrix, spans: Sequence[Span], residency: Residency) -> None:
+        self.matrix, self._spans, self._residency = matrix, spans, residency
+        self.rows, self.columns, self.in_out_layout = (
+            matrix.rows,
+            matrix.columns,
+            matrix.in_out_layout,
+        )
+        self.device = matrix.device
+        self._streaming = False
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Let pages go as soon as they are used, as long as this lasts."""
+        self._streaming = True
+        try:
+            yield
+        finally:
+            self._streaming = False
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield a few rows at a time while it is streaming, else what the matrix yields."""
+        if not self._streaming:
+            yield from self.matrix.row_chunks()
+            return
+        step = max(_FEWEST_ROWS, _STRETCH // max(self.columns, 1))
+        reading = None
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            coming = self._residency.read_ahead(self._of_rows(stop, min(stop + step, self.rows)))
+            yield start, stop
+            self._residency.evict(self._of_rows(start, stop), reading)
+            reading = coming
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix's block."""
+        return self.matrix.block(rows, columns, dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield the matrix's tiles, whether it is streaming or not."""
+        return self.matrix.tiles(dtype)
+
+    def _of_rows(self, start: int, stop: int) -> list[Span]:
+        found = []
+        for file, begin, end in self._spans:
+            size = end - begin
+            part = begin + size * start // self.rows, begin + -(-size * stop // self.rows)
+            found.append((file, *part))
+        return found

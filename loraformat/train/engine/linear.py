@@ -13,7 +13,7 @@ import torch
 from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, Tile, output_tiles
-from loraformat.train.engine.placeholder_weight import AbsentWeight
+from loraformat.train.engine.meta_model import AbsentWeight
 
 __all__ = ["Branch", "DenseLinear", "FrozenLinear", "NF4Linear"]
 

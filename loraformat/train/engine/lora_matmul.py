@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from loraformat.train.engine.gemm import times, times_transposed
-from loraformat.train.engine.matmul import multiply, multiply_transposed
+from loraformat.train.engine.matmul import multiply, multiply_transposed, times, times_transposed
 from loraformat.train.engine.matrix import Matrix
 from loraformat.train.engine.unneeded_products import leave_out
 

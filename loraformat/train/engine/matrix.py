@@ -1,8 +1,8 @@
-"""The frozen weights of a base as matrices that are never whole in memory.
+"""Frozen weights as matrices that give out blocks of themselves and are never whole in memory.
 
-A matrix gives out blocks of itself, each decoded into one reused buffer of the thread that asks:
-NF4 codes are dequantized (equations 1 to 4 of QLoRA, arXiv:2305.14314, backwards), other numbers
-widened. All of it stays where it lies, mapped from a shard.
+Each block is written into one reused buffer of the thread that asks: NF4 codes are dequantized
+(equations 1 to 4 of QLoRA, arXiv:2305.14314, backwards), other numbers widened. The matrix itself
+stays where it lies, mapped from a shard.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import torch
 from loraformat.nf4 import codec
 from loraformat.train.engine.buffers import workspace
 
-__all__ = ["DenseMatrix", "Matrix", "NF4Matrix", "Range", "Tile", "decoding", "output_tiles"]
+__all__ = [
+    "DenseMatrix",
+    "Matrix",
+    "NF4Matrix",
+    "Range",
+    "StandIn",
+    "Tile",
+    "decoding",
+    "output_tiles",
+]
 
 #: Bytes of a tile: enough for the threads that decode it together.
 _TILE = 16 << 20
@@ -25,6 +34,9 @@ _FEWEST_ROWS = 64
 _ALIGNED_ROWS = 16
 
 _CPU = torch.device("cpu")
+
+#: Apart, so that neighbouring outputs read inputs that are none.
+_STRIDE = 7919
 
 
 class DequantTimer:
@@ -227,3 +239,61 @@ def output_tiles(matrix: Matrix) -> Iterator[Tile]:
         return
     columns = [tile.T.clone() for _, _, tile in matrix.tiles(torch.float32)]
     yield 0, matrix.columns, torch.cat(columns, 1)
+
+
+class StandIn:
+    """Multiplies as if each output were one input, times 1/2 or -1/2.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        For which it stands; its numbers are those of this one, for who asks.
+
+    Examples
+    --------
+    >>> from loraformat.train.engine.matrix import DenseMatrix
+    >>> matrix = StandIn(DenseMatrix(torch.zeros(3, 2)))
+    >>> matrix.product(torch.tensor([2.0, 4.0]))
+    tensor([ 1., -2.,  1.])
+    >>> matrix.transposed_product(torch.tensor([2.0, 4.0, 2.0]))
+    tensor([ 2., -2.])
+    """
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self.rows, self.columns, self.in_out_layout = (
+            matrix.rows,
+            matrix.columns,
+            matrix.in_out_layout,
+        )
+        self.device = matrix.device
+        self._inputs, self._outputs = (
+            (self.rows, self.columns) if self.in_out_layout else (self.columns, self.rows)
+        )
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Wᵀ."""
+        places, signs = self._places(x)
+        return x.detach().index_select(-1, places) * signs
+
+    def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return y W."""
+        places, signs = self._places(gradient)
+        result = gradient.new_zeros(*gradient.shape[:-1], self._inputs)
+        return result.index_add_(-1, places, gradient.detach() * signs)
+
+    def _places(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = torch.arange(self._outputs, device=like.device)
+        return numbers * _STRIDE % self._inputs, (0.5 - numbers % 2).to(like.dtype)
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield what the matrix yields."""
+        return self.matrix.row_chunks()
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix's block."""
+        return self.matrix.block(rows, columns, dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield the matrix's tiles."""
+        return self.matrix.tiles(dtype)

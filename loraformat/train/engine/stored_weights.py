@@ -1,12 +1,16 @@
-"""The weights of an open bundle as matrices and small copies, and the bytes that they lie in."""
+"""The weights of an open model as matrices, tables and copies, and the bytes that they lie in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from loraformat.bundle.reader import Bundle
+from loraformat.errors import UnsupportedError, printable
+from loraformat.model.base_names.sources import Sources
+from loraformat.model.base_names.sources import find_sources as find_any_sources
 from loraformat.model.checkpoint import NF4_PARTS, DenseTensor, NF4Tensor
 from loraformat.shards.layout import TAIL_SUFFIXES
 from loraformat.tensors.mapped import MappedFile
@@ -18,7 +22,7 @@ from loraformat.train.engine.readable_base import (
     is_computed,
 )
 
-__all__ = ["Span", "StoredWeights"]
+__all__ = ["Sources", "Span", "StoredWeights", "find_sources"]
 
 #: A file, and the first and the end byte of a range in it.
 Span = tuple[MappedFile, int, int]
@@ -131,3 +135,30 @@ class StoredWeights:
                 start = file.header.data_start
                 found.append((file, start + entry.begin, start + entry.end))
         return found
+
+
+def find_sources(model: Any, names: Iterable[str], path: object) -> Sources:
+    """Assign the tensors of a bundle to a model's parameters.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    names : iterable of str
+        Of all tensors.
+    path : object
+        For messages.
+
+    Raises
+    ------
+    UnsupportedError
+        If transformers would compute a parameter from several tensors in another way.
+    """
+    sources = find_any_sources(model, names)
+    computed = sources.computed | dict.fromkeys(sources.chunks, "Chunk")
+    for target, how in computed.items():
+        raise UnsupportedError(
+            f"parameter {printable(target)} is made by {how} when transformers loads it, which "
+            "training on mapped weights does not know",
+            path=f"{path}",
+        )
+    return sources

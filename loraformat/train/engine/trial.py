@@ -23,14 +23,13 @@ import torch
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
 from loraformat.train.engine.activation_budget import ActivationBudget
 from loraformat.train.engine.checkpointing import Recomputation
-from loraformat.train.engine.decoder import decoder_of, find_layers
+from loraformat.train.engine.decoder import decoder_of, find_layers, own_logits
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.head_rule import own_logits
+from loraformat.train.engine.layer_call import random_restored, random_state
 from loraformat.train.engine.layer_prefetch import Residency
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.placeholder_weight import WeightWanted
-from loraformat.train.engine.rng_state import random_restored, random_state
-from loraformat.train.engine.stand_in_matrix import StandIn
+from loraformat.train.engine.matrix import StandIn
+from loraformat.train.engine.meta_model import WeightWanted
 
 __all__ = ["Trial"]
 

@@ -6,11 +6,10 @@ import torch
 from loraformat.nf4 import codec
 from loraformat.train import opening
 from loraformat.train.engine import device
-from loraformat.train.engine.device import DeviceMatrix, decode
+from loraformat.train.engine.device import DeviceMatrix, decode, place_on
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
-from loraformat.train.engine.placement import place_on
 from loraformat.train.engine.stored_weights import StoredWeights
 from tests.train.engine.reference import gradients, make_batch
 

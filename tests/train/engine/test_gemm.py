@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraformat.train.engine import gemm, matmul
+from loraformat.train.engine import matmul
 from loraformat.train.engine.lora_matmul import frozen_product
 from loraformat.train.engine.matrix import DenseMatrix
 
@@ -11,7 +11,7 @@ from loraformat.train.engine.matrix import DenseMatrix
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
 def library(request, monkeypatch):
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: request.param and there)
+    monkeypatch.setattr(matmul, "_prefers_onednn", lambda: request.param and there)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33, 64])
@@ -24,15 +24,15 @@ def test_products_are_those_of_float64(library, rows, dtype):
     wide = torch.empty(rows, 80, dtype=torch.float32)
     bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
     for found in (
-        gemm.times_transposed(x, w),
-        gemm.times(x, w.T),
-        gemm.times(x, w.T.contiguous()),
-        gemm.times_transposed(x, w, out=into[:, 10:90]),
+        matmul.times_transposed(x, w),
+        matmul.times(x, w.T),
+        matmul.times(x, w.T.contiguous()),
+        matmul.times_transposed(x, w, out=into[:, 10:90]),
     ):
         assert found.dtype == dtype
         assert (found.double() - exact).norm() < bound * exact.norm()
     assert torch.equal(into[:, 10:90], found) and (into[:, :10] == 7).all()
-    gemm.times_transposed(x, w, out=wide)
+    matmul.times_transposed(x, w, out=wide)
     assert (wide.double() - exact).norm() < max(bound, 1e-5) * exact.norm()
 
 
@@ -56,7 +56,7 @@ def factors(monkeypatch):
     """The second factors that oneDNN is given, or would be where torch comes without it."""
     seen = []
     operator = getattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, w, *more: x @ w.T)
-    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(matmul, "_prefers_onednn", lambda: True)
 
     def multiply(x, w, *more):
         seen.append(w)
@@ -76,7 +76,7 @@ def test_oneDNN_is_given_factors_in_one_piece(factors, layout):
     w = LAYOUTS[layout](torch.randn(200, 200, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(3, len(w), generator=torch.Generator().manual_seed(1))
     exact = x.double() @ w.double()
-    for found in (gemm.times(x, w), gemm.times_transposed(x, w.T)):
+    for found in (matmul.times(x, w), matmul.times_transposed(x, w.T)):
         assert (found.double() - exact).norm() < 1e-6 * exact.norm()
     assert len(factors) == 2 and all(in_one_piece(w) for w in factors)
 
@@ -100,7 +100,7 @@ def test_blocks_of_dense_weights_are_given_in_one_piece(factors, monkeypatch, in
 
 
 def test_rows_are_padded_only_for_oneDNN(library):
-    assert len(gemm.even_rows(torch.ones(33, 2, dtype=torch.float64))) == 33
-    assert len(gemm.even_rows(torch.ones(33, 2, dtype=torch.bfloat16))) == 34
-    assert len(gemm.even_rows(torch.ones(33, 2))) == (34 if gemm._prefers_onednn() else 33)
-    assert not gemm.even_rows(torch.ones(33, 2, dtype=torch.bfloat16))[33].any()
+    assert len(matmul.even_rows(torch.ones(33, 2, dtype=torch.float64))) == 33
+    assert len(matmul.even_rows(torch.ones(33, 2, dtype=torch.bfloat16))) == 34
+    assert len(matmul.even_rows(torch.ones(33, 2))) == (34 if matmul._prefers_onednn() else 33)
+    assert not matmul.even_rows(torch.ones(33, 2, dtype=torch.bfloat16))[33].any()

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from loraformat.train import load
-from loraformat.train.engine import cross_entropy, matmul, streamed_matrix
+from loraformat.train.engine import cross_entropy, layer_prefetch, matmul
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
-from loraformat.train.engine.head_rule import HeadRule
+from loraformat.train.engine.decoder import HeadRule
 from loraformat.train.engine.linear import DenseLinear
 from loraformat.train.engine.matrix import DenseMatrix
 from tests.train.engine.reference import dense_loss, make_batch, merged_weights, relative
@@ -23,8 +23,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(matmul, "_BLOCK", 2048)
     monkeypatch.setattr(matmul, "_ALIGNED_ROWS", 16)
     monkeypatch.setattr(matmul, "_FEW", 0)
-    monkeypatch.setattr(streamed_matrix, "_STRETCH", 1024)
-    monkeypatch.setattr(streamed_matrix, "_FEWEST_ROWS", 16)
+    monkeypatch.setattr(layer_prefetch, "_STRETCH", 1024)
+    monkeypatch.setattr(layer_prefetch, "_FEWEST_ROWS", 16)
 
 
 def logits_of(hidden, weight, bias, rule):

@@ -8,7 +8,7 @@ import torch
 
 from loraformat.errors import UsageError
 from loraformat.nf4 import codec
-from loraformat.train.engine import gemm, matmul
+from loraformat.train.engine import matmul
 from loraformat.train.engine import matrix as matrices
 from loraformat.train.engine.buffers import workspace
 from loraformat.train.engine.experts import ExpertStack
@@ -222,7 +222,7 @@ def test_an_error_in_a_piece_is_that_of_the_product(small_tiles, monkeypatch):
 def test_an_empty_batch_of_tokens(small_tiles, monkeypatch, onednn):
     """As an expert gets that no token was sent to."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: onednn and there)
+    monkeypatch.setattr(matmul, "_prefers_onednn", lambda: onednn and there)
     matrix, _ = quantized((16, 64))
     x, a, b = torch.empty(0, 64), random(4, 64), random(16, 4)
     for tensor in (x, a, b):

@@ -28,7 +28,7 @@ class DataPosition:
     Examples
     --------
     >>> DataPosition.from_json(DataPosition(epoch=1, batch=20).to_json())
-    Cursor(epoch=1, batch=20, data='')
+    DataPosition(epoch=1, batch=20, data='')
     """
 
     epoch: int = 0

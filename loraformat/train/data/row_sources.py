@@ -11,17 +11,17 @@ from loraformat.errors import InputError, UsageError
 from loraformat.hub.source import hub_id
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.train.data.arrow_file import open_arrow
+from loraformat.train.data.columnar import has_splits, is_saved, open_saved
 from loraformat.train.data.compressed import COMPRESSIONS, unpacked
-from loraformat.train.data.csv_rows import CsvRows
+from loraformat.train.data.csv_file import CsvRows
 from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.hub_rows import open_hub
-from loraformat.train.data.json_array import open_json
+from loraformat.train.data.json_file import open_json
 from loraformat.train.data.json_lines import JsonLines
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.parquet import open_parquet
 from loraformat.train.data.pieces import piece_size
 from loraformat.train.data.row import RowSource
-from loraformat.train.data.saved_dataset import has_splits, is_saved, open_saved
 from loraformat.train.data.text_file import TextFile
 
 __all__ = ["SUFFIXES", "is_local", "open_sources"]

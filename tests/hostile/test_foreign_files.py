@@ -26,7 +26,7 @@ from loraformat.model.tied_head import settled, untied_config
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.shards.read_directory import open_model
 from loraformat.testing.models import carried, checkpoint, dense
-from loraformat.train.data.field_types import KindError
+from loraformat.train.data.messages import KindError
 from loraformat.train.data.row import BadRowError, parse_object
 from loraformat.train.data.row_formats import meaning
 

@@ -34,14 +34,11 @@ from typing import Any
 
 from loraformat.errors import printable
 from loraformat.runtimes.chat import ChatFormat
-from loraformat.train.data.chat_format import chat_format
-from loraformat.train.data.field_types import KindError, from_json
 from loraformat.train.data.ignored_fields import UnwrittenParts, described
-from loraformat.train.data.messages import CALLS
+from loraformat.train.data.messages import CALLS, KindError, from_json
 from loraformat.train.data.row_formats import Conversation
-from loraformat.train.data.template_probe import TemplateTrials
+from loraformat.train.data.template_probe import TemplateTrials, chat_format, common_prefix
 from loraformat.train.data.template_process import TemplateRefusalError
-from loraformat.train.data.text_search import common_prefix
 from loraformat.train.data.tokenizer import TextEncoder
 
 __all__ = ["ChatRenderer", "Rendered"]

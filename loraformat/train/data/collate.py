@@ -1,16 +1,21 @@
-"""Encoded samples behind each other in rows, and rows padded to the longest: a batch."""
+"""Encoded samples as padded batches, made ahead on a second thread."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from loraformat.train.batch import IGNORED, Batch
 from loraformat.train.data.batch_plan import Rows
 
-__all__ = ["Tokens", "collate"]
+__all__ = ["Tokens", "collate", "prefetch"]
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +68,26 @@ def collate(rows: Rows, sample: Callable[[int], Tokens], padding: int) -> Batch:
             batch.segments[place] = segment
             begin += len(one.ids)
     return batch
+
+
+def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """Yield the items in order, ``depth`` of them made in advance.
+
+    An error is raised where the item would have come. The thread ends with the iterator.
+
+    Examples
+    --------
+    >>> list(prefetch(iter("abc")))
+    ['a', 'b', 'c']
+    """
+    end = object()
+    pending: deque[Future[Item | object]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="loraformat-data") as pool:
+        try:
+            pending.extend(pool.submit(next, items, end) for _ in range(depth))
+            while (item := pending.popleft().result()) is not end:
+                pending.append(pool.submit(next, items, end))
+                yield item  # type: ignore[misc]
+        finally:
+            for future in pending:
+                future.cancel()

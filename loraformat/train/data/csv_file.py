@@ -1,4 +1,4 @@
-"""CSV and TSV with a header: records found by their byte offset, line ends in quotes and all."""
+"""Rows of CSV and TSV files with a header, found by byte offset; quotes may hold line ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import BinaryIO
 
 from loraformat.errors import InputError
 from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.file_rows import FileRows
-from loraformat.train.data.row import LONGEST_ROW, BadRowError, Row
+from loraformat.train.data.row import LONGEST_ROW, BadRowError, FileRows, Row
 
 __all__ = ["CsvRows"]
 

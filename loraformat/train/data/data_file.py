@@ -1,4 +1,4 @@
-"""A file of training data: any range of its bytes at any time, and proof that it stays the same.
+"""A file of training data: random access to its bytes, and a check that it has not changed.
 
 Every read checks that the file is still what was indexed. A few dozen files stay open;
 others are opened for each read, so that a directory of a hundred thousand files needs no

@@ -1,4 +1,4 @@
-"""Data opened for training: surveyed, and batches of it from any point of any epoch."""
+"""Training data, scanned and ready: batches from any point of any epoch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ from typing import Any
 
 from loraformat.errors import FileChangedError, InputError, LoraFormatError
 from loraformat.train.batch import IGNORED, Batch
-from loraformat.train.data.batch_plan import BatchPlan, Rows
-from loraformat.train.data.collate import Tokens, collate
-from loraformat.train.data.data_position import DataPosition
-from loraformat.train.data.dataset_scan import DatasetScan
-from loraformat.train.data.dataset_stats import DatasetStats
-from loraformat.train.data.encode import Encoded, RowEncoder
-from loraformat.train.data.field_types import KindError
+from loraformat.train.data.batch_plan import BatchPlan, DataPosition, Rows
+from loraformat.train.data.collate import Tokens, collate, prefetch
+from loraformat.train.data.dataset_scan import DatasetScan, DatasetStats, SampleIndex
+from loraformat.train.data.encode import Encoded, RowEncoder, marked
+from loraformat.train.data.messages import KindError
 from loraformat.train.data.options import DataOptions
-from loraformat.train.data.pieces import piece_size
-from loraformat.train.data.prefetch import prefetch
-from loraformat.train.data.preview import marked
 from loraformat.train.data.row import RowSource
 from loraformat.train.data.row_sources import open_sources
-from loraformat.train.data.sample_index import SampleIndex
+from loraformat.train.data.text_file import piece_size
 from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 
 __all__ = ["Dataset", "open_data"]

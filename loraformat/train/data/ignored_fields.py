@@ -1,10 +1,10 @@
 """Fields of a conversation that its chat template does not render, found by varying them.
 
 A template that has no place for a role, for calls or for descriptions of tools leaves them out
-without a word. So each kind of thing that messages hold is tried once, in the first conversation
-that has it: if the text stays the same when the thing is another, it is not written. A kind is a
-role with the members that a message has, at the beginning of a conversation or later, since
-templates may write a call only where nothing is said, or a system's words only at the beginning.
+silently. So each kind of field that messages hold is tried once, in the first conversation that
+has it: if the text stays the same when the field is another, it is not rendered. A kind is a role
+with the members that a message has, at the beginning of a conversation or later, since templates
+may write a call only where there is no content, or a system prompt only at the beginning.
 """
 
 from __future__ import annotations

@@ -1,26 +1,94 @@
-"""A JSON file that is one array of objects, or an object with one under ``"data"``.
+"""Rows of JSON files: JSON Lines, an array of objects, or an object with an array under ``"data"``.
 
-The elements are found by their brackets and quotes alone, on a mapping of the file; each
-is parsed when it is read.
+Lines are found by their line ends. The elements of an array are found by their brackets and quotes
+alone, on a mapping of the file. Each row is parsed when it is read.
 """
 
 from __future__ import annotations
 
 import mmap
 import re
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator
 
 from loraformat.errors import InputError
 from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.json_lines import JsonLines
-from loraformat.train.data.json_rows import JsonRows
-from loraformat.train.data.row import LONGEST_ROW, RowSource
+from loraformat.train.data.row import (
+    LONGEST_ROW,
+    BadRowError,
+    FileRows,
+    Row,
+    RowSource,
+    parse_object,
+)
 
-__all__ = ["JsonArray", "open_json"]
+__all__ = ["JsonArray", "JsonLines", "JsonRows", "open_json"]
 
 _MEMBER = b'"data"'
 _STRUCTURE = re.compile(rb'["\[\]{}]')
 _SCALAR_END = re.compile(rb"[\s,\]}]")
 _SPACE = re.compile(rb"[ \t\r\n]*")
+
+
+class JsonRows(FileRows, ABC):
+    """Objects that are parsed when they are read. One that is too long is known by its length."""
+
+    @abstractmethod
+    def place(self, number: int) -> str:
+        """Say where the object stands."""
+
+    def read(self, number: int) -> Row:
+        """Return an object.
+
+        Raises
+        ------
+        BadRowError
+            If it is longer than `LONGEST_ROW` bytes, or is no strict JSON object.
+        """
+        place = self.place(number)
+        if self._lengths[number] > LONGEST_ROW:
+            raise BadRowError(place, f"longer than {LONGEST_ROW} bytes", path=self.name)
+        return Row(parse_object(self._bytes(number), place, self.name))
+
+
+class JsonLines(JsonRows):
+    """The lines of a file that are not blank; 16 bytes of memory each.
+
+    Parameters
+    ----------
+    file : DataFile
+    unit : str
+        What a line is called in messages.
+    """
+
+    def __init__(self, file: DataFile, unit: str = "line") -> None:
+        super().__init__(file)
+        self._unit = unit
+        self._numbers = array("I")
+        for begin, length, number in _lines(file):
+            self._put(begin, length)
+            self._numbers.append(number)
+
+    def place(self, number: int) -> str:
+        """Say which line it is, counted from 1."""
+        return f"{self._unit} {self._numbers[number]}"
+
+
+def _lines(file: DataFile) -> Iterator[tuple[int, int, int]]:
+    """Yield where each line begins, its length, and its number; a too long one is cut short."""
+    offset = file.text_begin()
+    with file.opened() as stream:
+        stream.seek(offset)
+        number = 0
+        while line := stream.readline(LONGEST_ROW + 1):
+            number += 1
+            if not line.isspace():
+                yield offset, len(line), number
+            offset += len(line)
+            while line and not line.endswith(b"\n"):  # the rest of a line that is too long
+                line = stream.readline(LONGEST_ROW)
+                offset += len(line)
 
 
 class JsonArray(JsonRows):

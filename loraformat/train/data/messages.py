@@ -1,7 +1,7 @@
-"""Messages in the spellings that data sets have, as chat templates take them.
+"""Messages of conversations in the spellings that data sets have, as chat templates take them.
 
 OpenAI's and ShareGPT's; ``tool_calls``, the older ``function_call``, and ShareGPT's turns of that
-name; tools and calls as lists or as strings of JSON. What a message says is kept as it stands:
+name; tools and calls as lists or as strings of JSON. The content of a message is kept as it stands:
 ``content`` is ``None`` where the row says so, and arguments stay an object or a string.
 """
 
@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraformat.train.data.field_types import KindError, as_list, as_string, from_json, type_name
+from loraformat.storage import strict_json
 
 __all__ = [
     "CALLS",
     "REASONING",
+    "KindError",
+    "as_list",
+    "as_string",
     "checked_message",
+    "from_json",
     "from_sharegpt",
     "history_turns",
     "says_nothing",
     "system_message",
     "tool_list",
+    "type_name",
 ]
 
 CALLS = "tool_calls"
@@ -33,6 +38,72 @@ _SHAREGPT_ROLES = {
     "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
     _FUNCTION_CALL: "assistant",
 }  # fmt: skip
+
+
+class KindError(ValueError):
+    """A row that means nothing, or two things."""
+
+
+def as_string(fields: dict[str, Any], name: str) -> str:
+    """Return a field that must be a string.
+
+    Raises
+    ------
+    KindError
+    """
+    value = fields[name]
+    if not isinstance(value, str):
+        raise KindError(f'"{name}" is {type_name(value)}, wanted a string')
+    return value
+
+
+def as_list(value: Any, name: str) -> list[Any]:
+    """Return a value that must be a list with something in it, or JSON of one.
+
+    Raises
+    ------
+    KindError
+
+    Examples
+    --------
+    >>> as_list('["a"]', "messages")
+    ['a']
+    """
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = from_json(value, name)
+    if not isinstance(value, list) or not value:
+        raise KindError(
+            f'"{name}" is {type_name(value) if value != [] else "empty"}, wanted a list'
+        )
+    return value
+
+
+def from_json(text: str, name: str) -> Any:
+    """Return what a string of JSON says, as tables keep what differs from row to row.
+
+    Raises
+    ------
+    KindError
+        If it is not strict JSON.
+
+    Examples
+    --------
+    >>> from_json('[{"name": "add"}]', "tools")
+    [{'name': 'add'}]
+    """
+    try:
+        return strict_json.loads(text.encode("utf-8", "surrogatepass"))
+    except strict_json.StrictJsonError as error:
+        raise KindError(f'"{name}" is a string, and not strict JSON: {error}') from None
+
+
+def type_name(value: Any) -> str:
+    """Name a value's type as JSON does."""
+    names: dict[type, str] = {
+        str: "a string", list: "a list", dict: "an object", bool: "true or false",
+        int: "a number", float: "a number", type(None): "null",
+    }  # fmt: skip
+    return names.get(type(value), type(value).__name__)
 
 
 def checked_message(message: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a user may ask of the data."""
+"""Options of the training data."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""One row of a data set, where it stands, and what is said of a bad one."""
+"""A row of a data set, a source of rows, and the error for a bad row."""
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
 
 from loraformat.errors import InputError
 from loraformat.storage import strict_json
+from loraformat.train.data.data_file import DataFile
 
-__all__ = ["LONGEST_ROW", "BadRowError", "Row", "RowSource", "parse_object"]
+__all__ = ["LONGEST_ROW", "BadRowError", "FileRows", "Row", "RowSource", "parse_object"]
 
 LONGEST_ROW = 16 << 20
 """Most bytes of a row."""
@@ -92,3 +94,37 @@ def parse_object(data: bytes, place: str, path: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise BadRowError(place, "is JSON, but not an object {…}", path=path)
     return fields
+
+
+class FileRows:
+    """Where the rows of a file lie; 12 bytes of memory each.
+
+    What a row is, and where it stands in a reader's eyes, is said by the kinds of files that are
+    made from this, which are `loraformat.train.data.row.RowSource`.
+
+    Parameters
+    ----------
+    file : DataFile
+    """
+
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
+        self._begins, self._lengths = array("q"), array("I")
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self._file.path)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def _put(self, begin: int, length: int) -> None:
+        """Add a row of so many bytes behind those that are known."""
+        self._begins.append(begin)
+        self._lengths.append(length)
+
+    def _bytes(self, number: int) -> bytes:
+        """Read what lies in a row's range, counted from 0."""
+        begin = self._begins[number]
+        return self._file.between(begin, begin + self._lengths[number])

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraformat.errors import printable
-from loraformat.train.data.field_types import KindError, as_list, as_string
 from loraformat.train.data.messages import (
+    KindError,
+    as_list,
+    as_string,
     checked_message,
     from_sharegpt,
     history_turns,

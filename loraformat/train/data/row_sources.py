@@ -1,4 +1,4 @@
-"""From what a user names to sources of rows: a file, a directory of files, or an id on the Hub."""
+"""Sources of rows by name: a file, a directory of files, or a data set on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
-from loraformat.errors import InputError, UsageError
+from loraformat.errors import HubError, InputError, MissingDependencyError, UsageError, printable
 from loraformat.hub.source import hub_id
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.train.data.arrow_file import open_arrow
-from loraformat.train.data.columnar import has_splits, is_saved, open_saved
-from loraformat.train.data.compressed import COMPRESSIONS, unpacked
+from loraformat.train.data.columnar import (
+    has_splits,
+    is_saved,
+    open_arrow,
+    open_parquet,
+    open_saved,
+)
 from loraformat.train.data.csv_file import CsvRows
 from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.hub_rows import open_hub
-from loraformat.train.data.json_file import open_json
-from loraformat.train.data.json_lines import JsonLines
+from loraformat.train.data.json_file import JsonLines, open_json
 from loraformat.train.data.options import DataOptions
-from loraformat.train.data.parquet import open_parquet
-from loraformat.train.data.pieces import piece_size
-from loraformat.train.data.row import RowSource
-from loraformat.train.data.text_file import TextFile
+from loraformat.train.data.row import Row, RowSource
+from loraformat.train.data.row_formats import FIELDS
+from loraformat.train.data.spooled_rows import COMPRESSIONS, unpacked, without_nulls
+from loraformat.train.data.text_file import TextFile, piece_size
 
-__all__ = ["SUFFIXES", "is_local", "open_sources"]
+__all__ = ["SUFFIXES", "HubRows", "is_local", "open_hub", "open_sources"]
 
 _MAX_DEPTH = 32
 _MAX_FILES = 1_000_000
@@ -154,3 +157,73 @@ def _walk(directory: Path, prefix: str, depth: int) -> Iterator[str]:
                 path=entry.path,
                 hint="name that directory, too, if you want it",
             )
+
+
+class HubRows:
+    """The rows of one split; ``datasets`` keeps them on disk and maps them.
+
+    Parameters
+    ----------
+    name : str
+        The id.
+    table : datasets.Dataset
+        Columns that mean nothing to the trainer are never read.
+    """
+
+    def __init__(self, name: str, table: Any) -> None:
+        self._name = name
+        known = [column for column in table.column_names if column in FIELDS]
+        if not known:
+            raise InputError(
+                f"columns {printable(', '.join(table.column_names))}; "
+                f"wanted some of {', '.join(sorted(FIELDS))}",
+                path=name,
+            )
+        self._table = table.select_columns(known)
+
+    @property
+    def name(self) -> str:
+        """The id."""
+        return self._name
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def place(self, number: int) -> str:
+        """Say which row it is, counted from 1."""
+        return f"row {number + 1}"
+
+    def read(self, number: int) -> Row:
+        """Return a row."""
+        return Row(without_nulls(dict(self._table[number])))
+
+
+def open_hub(repo: str, revision: str | None, subset: str, split: str) -> HubRows:
+    """Download one split of a data set, or find it in the cache.
+
+    Raises
+    ------
+    MissingDependencyError
+        If ``datasets`` is not installed.
+    HubError
+        If it cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise MissingDependencyError(
+            "is no local path, and data sets on the Hub need the package datasets, "
+            "which is not installed",
+            path=repo,
+            hint="run: pip install 'loraformat[data]'",
+        ) from None
+    try:
+        table = datasets.load_dataset(repo, subset or None, split=split, revision=revision)
+    except Exception as error:  # HTTP, offline, cache, builder and parser errors of several trees
+        words = " ".join(str(error).split())[:300]
+        raise HubError(
+            f"is no local path, and cannot be had from the Hub as a data set: {words}",
+            path=repo,
+            hint="check the id, the split and the subset",
+        ) from error
+    return HubRows(repo, table)

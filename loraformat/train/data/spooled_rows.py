@@ -1,4 +1,4 @@
-"""Rows on their way into a temporary file, from which any of them can be read at any time.
+"""Rows of compressed files and tables, unpacked into a temporary file for random access.
 
 Compressed files and tables are read once from front to back; a shuffled epoch asks for their rows
 in any order. The file has no name, lies in ``TMPDIR``, and is gone when the process ends.
@@ -7,6 +7,7 @@ in any order. The file has no name, lies in ``TMPDIR``, and is gone when the pro
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,10 +15,14 @@ from typing import IO, Any, BinaryIO
 
 from loraformat.errors import InputError, LoraFormatError, MissingDependencyError, ResourceError
 from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.json_lines import JsonLines
+from loraformat.train.data.json_file import JsonLines
 from loraformat.train.data.row_formats import FIELDS
 
-__all__ = ["spooled", "table_rows", "without_nulls"]
+__all__ = ["COMPRESSIONS", "spooled", "table_rows", "unpacked", "without_nulls"]
+
+_AT_ONCE = 1 << 20
+#: Text packs into a tenth, lines that repeat each other into a hundredth. More is a trap.
+_LARGEST_RATIO, _ALWAYS_TAKEN = 1000, 64 << 20
 
 
 def spooled(file: DataFile, form: str, write: Callable[[BinaryIO, IO[bytes]], None]) -> DataFile:
@@ -122,3 +127,58 @@ def _line(row: dict[str, Any], number: int, file: DataFile) -> bytes:
         return json.dumps(without_nulls(row), ensure_ascii=False).encode("utf-8") + b"\n"
     except (TypeError, ValueError) as error:
         raise InputError(f"row {number}: holds no text: {error}", path=file.path) from None
+
+
+def unpacked(file: DataFile, suffix: str) -> DataFile:
+    """Return what is in a compressed file.
+
+    Parameters
+    ----------
+    file : DataFile
+    suffix : str
+        One of `COMPRESSIONS`.
+
+    Raises
+    ------
+    MissingDependencyError
+        If pyarrow is not installed, which unpacks Zstandard.
+    InputError
+        If it is not sound, or unpacks to a thousand times its size.
+    ResourceError
+        If the temporary directory is full.
+    """
+    form, opened = COMPRESSIONS[suffix]
+    most = max(file.nbytes * _LARGEST_RATIO, _ALWAYS_TAKEN)
+
+    def write(stream: BinaryIO, spool: IO[bytes]) -> None:
+        reader, left = opened(stream), most
+        while data := reader.read(_AT_ONCE):
+            left -= len(data)
+            if left < 0:
+                raise InputError(
+                    f"unpacks to more than {_LARGEST_RATIO} times its size", path=file.path,
+                    hint="unpack it yourself if it is meant",
+                )  # fmt: skip
+            spool.write(data)
+
+    try:
+        return spooled(file, form, write)
+    except ImportError:
+        raise MissingDependencyError(
+            f"{form} needs pyarrow, which is not installed",
+            path=file.path,
+            hint="run: pip install 'loraformat[data]'; or unpack it: zstd -d",
+        ) from None
+
+
+def _zstandard(stream: BinaryIO) -> Any:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(stream, "zstd")
+
+
+COMPRESSIONS: dict[str, tuple[str, Callable[[BinaryIO], Any]]] = {
+    ".gz": ("gzip", lambda stream: gzip.GzipFile(fileobj=stream)),
+    ".zst": ("Zstandard", _zstandard),
+}
+"""By suffix: a name for messages, and what reads it."""

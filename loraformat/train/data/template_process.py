@@ -1,18 +1,24 @@
-"""Chat templates rendered in a process of their own, whose time and memory are bounded.
+"""Chat templates rendered in a separate process, whose time and memory are bounded.
 
 One process serves all templates of this one, is started for the first conversation, and ends with
 it. `loraformat.train.data.template_worker` is what runs there, and says why.
+
+A template that writes today's date is made to write the same one every day. Otherwise a run that
+goes on past midnight, or is resumed the next day, would train on other tokens than it began with,
+and could not be reproduced.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from datetime import date
+from functools import cache, lru_cache
 from threading import Lock
 from typing import Any, BinaryIO, cast
 from weakref import finalize
@@ -27,7 +33,7 @@ from loraformat.train.data.template_worker import (
     receive,
 )
 
-__all__ = ["TemplateProcess", "TemplateRefusalError", "shared"]
+__all__ = ["TemplateProcess", "TemplateRefusalError", "on_one_day", "shared"]
 
 _CODE = (
     "import sys; sys.path[:] = sys.argv[3:]; "
@@ -36,6 +42,9 @@ _CODE = (
 )
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _HINT = "name another template with --chat-template"
+
+_DAY = date(2024, 7, 26)  # what Llama 3.2's template writes where there is no clock
+_CALL = re.compile(r"""strftime_now\(\s*(?:"([^"]{0,80})"|'([^']{0,80})')\s*\)""")
 
 
 class TemplateRefusalError(Exception):
@@ -184,3 +193,34 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
 def shared() -> TemplateProcess:
     """Return the one of this process."""
     return TemplateProcess()
+
+
+@lru_cache(maxsize=8)
+def on_one_day(template: str) -> str:
+    """Return a Jinja template in which ``strftime_now`` knows one day only: 26 July 2024.
+
+    Parameters
+    ----------
+    template : str
+
+    Returns
+    -------
+    str
+        The same text if it asks for no date.
+
+    Examples
+    --------
+    >>> on_one_day("{{ bos_token }}")
+    '{{ bos_token }}'
+    >>> on_one_day("{{ strftime_now('%Y') }}").endswith("{{ '2024' }}")
+    True
+    """
+
+    def written(call: re.Match[str]) -> str:
+        return repr(_DAY.strftime(call[1] or call[2] or ""))
+
+    fixed = _CALL.sub(written, template)
+    if "strftime_now(" not in fixed:
+        return fixed
+    # A format that is put together in the template; +%} keeps a line end that follows.
+    return f"{{%- macro strftime_now(format) -%}}{_DAY.isoformat()}{{%- endmacro +%}}{fixed}"

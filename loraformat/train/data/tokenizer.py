@@ -1,4 +1,4 @@
-"""The model's own tokenizer and chat template, opened from the model's directory alone."""
+"""The tokenizer and chat template of a model, opened from the model's directory alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from loraformat.errors import (
     printable,
 )
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.train.data.template_date import on_one_day
-from loraformat.train.data.template_process import TemplateRefusalError, shared
+from loraformat.train.data.template_process import TemplateRefusalError, on_one_day, shared
 
 __all__ = ["TextEncoder", "TokenizedText", "open_tokenizer"]
 

@@ -15,7 +15,7 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.train.batch import Batch
 from loraformat.train.data import template_process
-from loraformat.train.data.data_position import DataPosition
+from loraformat.train.data.batch_plan import DataPosition
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.row_sources import is_local

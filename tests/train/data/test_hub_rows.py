@@ -8,7 +8,7 @@ import pytest
 
 from loraformat.errors import HubError, InputError, MissingDependencyError, UsageError
 from loraformat.train.data import DataOptions, open_data
-from loraformat.train.data.hub_rows import HubRows, open_hub
+from loraformat.train.data.row_sources import HubRows, open_hub
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 
 from loraformat.errors import FileChangedError, InputError, MissingDependencyError, UsageError
 from loraformat.train.data import DataOptions
-from loraformat.train.data.hub_rows import HubRows
 from loraformat.train.data.row import LONGEST_ROW
-from loraformat.train.data.row_sources import open_sources
+from loraformat.train.data.row_sources import HubRows, open_sources
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -19,7 +19,7 @@ if "torch" not in sys.modules:
 
 if TYPE_CHECKING:
     from loraformat.train.batch import Batch as Batch
-    from loraformat.train.lora.loraplus import parameter_groups as parameter_groups
+    from loraformat.train.loop.loraplus import parameter_groups as parameter_groups
     from loraformat.train.lora.options import LoraOptions as LoraOptions
     from loraformat.train.model import TrainableModel as TrainableModel
     from loraformat.train.opening import load as load
@@ -43,7 +43,7 @@ _HOMES = {
     "GenerationReport": ("loraformat.train.run.generate", "GenerationReport"),
     "evaluate": ("loraformat.train.run.evaluate", "evaluate"),
     "load": ("loraformat.train.opening", "load"),
-    "parameter_groups": ("loraformat.train.lora.loraplus", "parameter_groups"),
+    "parameter_groups": ("loraformat.train.loop.loraplus", "parameter_groups"),
     "train": ("loraformat.train.run.train", "train"),
     "generate": ("loraformat.train.run.generate", "generate"),
 }

@@ -26,7 +26,7 @@ from loraformat.train.loop.metrics import Metrics, check_tensorboard, read_metri
 from loraformat.train.loop.optimizer import Optimizer, check_optimizer
 from loraformat.train.loop.run_state import RunState
 from loraformat.train.loop.schedule import Schedule
-from loraformat.train.lora.loraplus import rate_ratios
+from loraformat.train.loop.loraplus import rate_ratios
 from loraformat.train.run import config_file, loss_curve, text_generation
 from loraformat.train.run.adapter_template import (
     learned_stops,

@@ -10,7 +10,7 @@ from dense_sites import plain_site
 from loraformat.errors import UsageError
 from loraformat.train import LoraOptions
 from loraformat.train.lora.branches import attach, trainable
-from loraformat.train.lora.loraplus import parameter_groups
+from loraformat.train.loop.loraplus import parameter_groups
 from loraformat.train.lora.row_norms import RowNorms, row_norms
 
 

@@ -10,7 +10,7 @@ from loraformat.bundle.reader import open_bundle
 from loraformat.ops.reduce import Reduction, reduce
 from loraformat.train import LoraOptions
 from loraformat.train.lora.branches import attach, trainable
-from loraformat.train.lora.loraplus import parameter_groups
+from loraformat.train.loop.loraplus import parameter_groups
 from loraformat.train.lora.trained_adapter import save_adapter
 
 STEPS = 40

@@ -1,5 +1,8 @@
 """QLoRA on memory-mapped shards: an adapter trained against a bundle that stays on disk.
 
+In which order to read: `batch` (what a step computes on), `engine` (the base, layer by layer),
+`lora` (the adapter), `model` and `opening` (both together), `data`, `loop`, `run`.
+
 The names below are loaded on first use; this is the only package that needs transformers.
 
 OpenMP's threads spin while they wait, unless ``OMP_WAIT_POLICY`` says otherwise before torch is
@@ -19,7 +22,7 @@ if "torch" not in sys.modules:
 
 if TYPE_CHECKING:
     from loraformat.train.batch import Batch as Batch
-    from loraformat.train.loop.loraplus import parameter_groups as parameter_groups
+    from loraformat.train.loop.optimizer import parameter_groups as parameter_groups
     from loraformat.train.lora.options import LoraOptions as LoraOptions
     from loraformat.train.model import TrainableModel as TrainableModel
     from loraformat.train.opening import load as load
@@ -43,7 +46,7 @@ _HOMES = {
     "GenerationReport": ("loraformat.train.run.generate", "GenerationReport"),
     "evaluate": ("loraformat.train.run.evaluate", "evaluate"),
     "load": ("loraformat.train.opening", "load"),
-    "parameter_groups": ("loraformat.train.loop.loraplus", "parameter_groups"),
+    "parameter_groups": ("loraformat.train.loop.optimizer", "parameter_groups"),
     "train": ("loraformat.train.run.train", "train"),
     "generate": ("loraformat.train.run.generate", "generate"),
 }

@@ -1,4 +1,4 @@
-"""What one forward pass of training reads: token ids, labels, positions, segments.
+"""A batch of training: token ids, labels, positions, segments.
 
 A row holds one sample, or several packed behind each other. ``segments`` keeps
 them apart: a token attends only to earlier tokens of its own segment, and its

@@ -1,4 +1,4 @@
-"""A model that can be trained although its base stays on disk."""
+"""A model that can be trained while the weights of its base stay on disk."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.matrix import DenseMatrix, decoding
 from loraformat.train.engine.meta_model import text_config
-from loraformat.train.engine.packing import PackingCheck
 from loraformat.train.engine.readable_base import ReadableBase
 from loraformat.train.engine.stored_weights import Span
-from loraformat.train.engine.trial import Trial
+from loraformat.train.engine.trial import PackingCheck, Trial
 from loraformat.train.lora import branches as branches_of_model
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.options import LoraOptions

@@ -1,4 +1,4 @@
-"""Opening a bundle for training."""
+"""The verb ``load``: a bundle opened as a model that can be trained."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.train.engine.activation_budget import ActivationBudget
 from loraformat.train.engine.bind_weights import Assembly, assemble
-from loraformat.train.engine.checkpointing import Recomputation, recompute_layer
+from loraformat.train.engine.checkpointing import ActivationBudget, Recomputation, recompute_layer
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.decoder import find_layers, head_name, number_layers
 from loraformat.train.engine.device import place_on
@@ -31,12 +30,10 @@ from loraformat.train.engine.readable_base import ReadableBase
 from loraformat.train.engine.stored_weights import StoredWeights
 from loraformat.train.loop import memory
 from loraformat.train.lora.branch import LoraBranch
-from loraformat.train.lora.branches import attach
-from loraformat.train.lora.continued_adapter import attach_adapter
+from loraformat.train.lora.branches import attach, attach_adapter
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.replaced_weights import brought_by
-from loraformat.train.lora.target_module import TargetModule
-from loraformat.train.lora.target_modules import find_sites
+from loraformat.train.lora.target_modules import TargetModule, find_sites
 from loraformat.train.model import TrainableModel
 
 __all__ = ["load"]

@@ -8,7 +8,7 @@ In which order to read:
   `unneeded_products` (left out when a layer is recomputed)
 - modules: `linear`, `experts`, `embedding`; `meta_model` (a model without weights) and
   `bind_weights` (which replaces its modules by these)
-- layers: `decoder` (where they are), `layer_call`, `checkpointing`, `activation_budget`,
+- layers: `decoder` (where they are, and the output head), `layer_call`, `checkpointing`,
   `layer_prefetch` and `madvise` (their pages come and go)
-- loss: `cross_entropy`; checks of a model's class before any work: `trial`, `packing`
+- loss: `cross_entropy`; checks of a model's class before any work: `trial`
 """

@@ -1,9 +1,9 @@
-"""Gives a model without weights its weights: each module gets a form that reads mapped bytes.
+"""Binding of stored weights to a model without weights: its modules become ones on mapped bytes.
 
 Linears, ``Conv1D``, embeddings and fused experts become modules on the shards. What is left,
 norms, biases and routers, is copied, as it is small; a large parameter of a class that nothing
 here knows is refused, so that a model is never held in memory by accident, and so is a tensor
-without a place or a parameter without a tensor.
+without a module or a parameter without a tensor.
 """
 
 from __future__ import annotations

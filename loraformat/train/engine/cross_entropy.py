@@ -1,4 +1,4 @@
-"""The sum of negative log-likelihoods, without the logits of all tokens at once.
+"""Cross-entropy of the output head, without the logits of all tokens at once.
 
     L = Σ_t (log Σ_v exp z_tv − z_t,y_t),   dL/dz_tv = softmax(z_t)_v − [v = y_t]
 

@@ -1,4 +1,4 @@
-"""Token embeddings that stay in a mapped shard: only the rows that a batch names are read."""
+"""Token embeddings that stay in a mapped shard: only the rows of a batch's tokens are read."""
 
 from __future__ import annotations
 

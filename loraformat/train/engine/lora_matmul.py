@@ -1,8 +1,8 @@
-"""y = x Wᵀ + b + s · x Aᵀ Bᵀ with a frozen W that is decoded block by block, forward and backward.
+"""The product of a frozen layer and its LoRA factors, y = x Wᵀ + b + s · x Aᵀ Bᵀ, with gradients.
 
-Backward, dL/dx = dL/dy · W: the blocks are decoded again, and nothing of W is saved. The low-rank
-pair A, B is the LoRA branch (Hu 2021, equation 3). As one function with W it adds to y in place,
-and keeps what the gradients of A and B want and nothing more: x, which other linears may keep as
+W is dequantized block by block, forward and backward: dL/dx = dL/dy · W, and nothing of W is saved.
+The low-rank pair A, B is the LoRA branch (Hu 2021, equation 3). As one function with W it adds to y
+in place, and saves only what the gradients of A and B need: x, which other linears may save as
 well, and z = A x.
 """
 

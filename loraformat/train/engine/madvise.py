@@ -1,7 +1,7 @@
-"""What the kernel and the C library are told about memory: calls that Python does not offer.
+"""Advice to the kernel and the C library about memory: calls that Python does not offer.
 
-ctypes releases the interpreter lock around each, so a thread that brings pages in does not stop
-the one that computes.
+ctypes releases the interpreter lock around each, so a thread that reads pages does not stop the one
+that computes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A model in any format, opened for evaluation and generation but not for training.
+"""A base in any format, opened for evaluation and generation but not for training.
 
-What a format maps stays mapped. What it must compute, as a GGUF file's blocks, is computed tensor
-by tensor when a layer wants it, and some of it is kept, within a bound.
+Mapped formats stay mapped. Tensors that must be computed, as a GGUF file's blocks, are computed one
+by one when a layer needs them, and some of them are kept, within a bound.
 """
 
 from __future__ import annotations

@@ -1,14 +1,19 @@
-"""A trial of a few tokens through all layers of a model, before any other work is done.
+"""Checks of a model's class by a trial of a few tokens, before any other work is done.
 
 A class of transformers may compute in a way that this engine does not know: with a weight of its
 own accord, or with state that layers share in a place that nobody sees. So it is tried, on
 stand-ins for its weights, which cost nothing and read nothing:
 
 - it computes at all, positions counted from 0, and logits from its last hidden states;
-- what it computes when layers are computed again, or in groups of rows, is what it computes by
-  plain autograd: the hidden states, and the gradients of what goes into the first layer and of
-  what is trained there. Whatever a layer gets from an earlier one it gets from the first, so a path
-  that is lost anywhere is missing there.
+- with checkpointed layers, or in groups of rows, it computes the same as by plain autograd: the
+  hidden states, and the gradients of what goes into the first layer and of what is trained there.
+  Whatever a layer gets from an earlier one it gets from the first, so a path that is lost anywhere
+  is missing there.
+
+With packing, samples that share a row must be kept apart. transformers makes block-diagonal masks
+of positions that begin anew, in most of its classes. In one that does not, or in a layer that
+carries a state from token to token, samples would see each other and nothing would tell. So each
+layer's mask is looked at once (`PackingCheck`), and the first packed batch is refused there.
 """
 
 from __future__ import annotations
@@ -21,17 +26,17 @@ from typing import Any
 import torch
 
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
-from loraformat.train.engine.activation_budget import ActivationBudget
-from loraformat.train.engine.checkpointing import Recomputation
+from loraformat.train.batch import Batch
+from loraformat.train.engine.checkpointing import ActivationBudget, Recomputation
 from loraformat.train.engine.decoder import decoder_of, find_layers, own_logits
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.layer_call import random_restored, random_state
+from loraformat.train.engine.layer_call import LayerCall, random_restored, random_state
 from loraformat.train.engine.layer_prefetch import Residency
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import StandIn
-from loraformat.train.engine.meta_model import WeightWanted
+from loraformat.train.engine.meta_model import WeightWanted, text_config
 
-__all__ = ["Trial"]
+__all__ = ["PackingCheck", "Trial", "lets_through"]
 
 #: Positions in a row, and rows where they go through layers one by one.
 _TOKENS = 8
@@ -43,6 +48,9 @@ _PLENTY = 1 << 60
 #: Numbers in weights that are taken into memory because a class computes with them itself: 64 MB.
 _MOST_HELD = 1 << 24
 _NOT_COMPUTED = "cannot be computed with its weights on the disk"
+
+#: Kinds of layers, as configs name them, that carry nothing on but what a mask lets through.
+_MASKED = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Trial:
@@ -296,3 +304,76 @@ def _standing_in(model: torch.nn.Module) -> Iterator[None]:
                 restoring.callback(setattr, module, "experts", module.experts)
                 module.experts = [[StandIn(m) for m in parts] for parts in module.experts]
         yield
+
+
+class PackingCheck:
+    """Looks at the masks of the first packed batch.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    shared : Recomputation
+    path : object
+        For messages.
+    """
+
+    def __init__(self, model: Any, shared: Recomputation, path: object) -> None:
+        self._model, self._shared, self._path = model, shared, path
+        self._known = False
+
+    @contextmanager
+    def of(self, batch: Batch) -> Iterator[None]:
+        """Check while a batch goes through the layers, if it is the first packed one.
+
+        Raises
+        ------
+        UnsupportedError
+            If a layer lets tokens see another sample's.
+        """
+        if self._known or not bool((batch.segments > 1).any()):
+            yield
+            return
+        kinds = set(getattr(text_config(self._model.config), "layer_types", None) or ())
+        if strange := sorted(kinds - _MASKED):
+            raise self._refusal(f"its layers of type {printable(', '.join(strange))} carry a state")
+        if getattr(self._model, "_is_stateful", False):
+            raise self._refusal("it carries a state from token to token")
+        segments = batch.segments
+        foreign = (segments[:, :, None] != segments[:, None, :]) & (segments > 0)[:, :, None]
+
+        def inspect(number: int, call: LayerCall) -> None:
+            masks = [x for x in call.leaves if torch.is_tensor(x) and _is_mask(x, foreign)]
+            if not masks or bool((lets_through(masks[0]) & foreign[:, None]).any()):
+                raise self._refusal(f"its layer {number} does not mask other samples")
+
+        self._shared.inspect = inspect
+        try:
+            yield
+        finally:
+            self._shared.inspect = None
+        self._known = True
+
+    def _refusal(self, reason: str) -> UnsupportedError:
+        name = printable(type(self._model).__name__)
+        return UnsupportedError(
+            f"samples cannot be packed into one row in {name}: {reason}",
+            path=f"{self._path}",
+            hint="train with one sample in each row",
+        )
+
+
+def _is_mask(tensor: torch.Tensor, foreign: torch.Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.shape[-2:] == foreign.shape[-2:]
+
+
+def lets_through(mask: torch.Tensor) -> torch.Tensor:
+    """Return where a mask lets a token see another; it is boolean, or added to the scores.
+
+    Examples
+    --------
+    >>> lets_through(torch.tensor([0.0, torch.finfo(torch.float32).min])).tolist()
+    [True, False]
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2

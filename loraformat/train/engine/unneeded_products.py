@@ -1,13 +1,13 @@
-"""Products whose values the backward pass of a layer does not want: they are not computed again.
+"""Products that the backward pass of a recomputed layer does not need, and so need not be computed.
 
-A layer that is computed again for its gradients gives results that nobody looks at. Where a
-product is only added to what is returned, as the last of an MLP is to the residual stream, its
-value is of no use either: its gradient is that of the sum, and what its own backward pass wants
-is its input. That is one product in seven, and the largest of a layer.
+A layer that is recomputed for its gradients gives results that nobody reads. Where a product is
+only added to the result, as the last of an MLP is to the residual stream, its value is not needed
+either: its gradient is that of the sum, and its own backward pass needs its input. That is one
+product in seven, and the largest of a layer.
 
 Which products these are is seen in the graph. They are guessed first, to be what they were in
 this layer the last time, or in the layer before; and the graph that comes of it is looked at.
-What reads values is thus known as far as it has gradients; of what has none, a product may be
+So it is known what reads values as far as it has gradients; where there are none, a product may be
 multiplied by a plain number and by nothing else. A layer with forward hooks is computed as a
 whole, since these may read anything.
 """

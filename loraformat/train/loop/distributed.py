@@ -1,8 +1,8 @@
-"""Data parallel over adapters: ranks started by ``torchrun``, one sum per step.
+"""Data parallelism over adapters: ranks started by ``torchrun``, one all-reduce per step.
 
-The base is read-only and the same for all, so nothing of it travels; ranks on one machine share
-its pages. What travels is one flat vector per step: the adapter's gradients, and with them the
-sums that every rank needs.
+The base is read-only and the same for all, so nothing of it is sent; ranks on one machine share
+its pages. Sent is one flat vector per step: the adapter's gradients, and with them the sums that
+every rank needs.
 """
 
 from __future__ import annotations

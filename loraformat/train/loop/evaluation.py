@@ -1,4 +1,4 @@
-"""Held-out loss: the mean negative log-likelihood of learned tokens, over whole data.
+"""Held-out loss: the mean negative log-likelihood of the trained tokens of a whole data set.
 
 The mean is over tokens, not over batches: it does not depend on how rows were batched.
 """

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: at once where that is harmless, later where it is not.
+"""Ctrl-C and SIGTERM during training: at once where that is harmless, later where it is not.
 
 A step that is still being computed can be given up: nothing has changed yet. An update of the
 parameters, and a checkpoint that is being written, end first.

@@ -1,8 +1,8 @@
-"""The loop: steps, and between them a look at held-out data and a checkpoint.
+"""The training loop: steps, and between them evaluation and checkpoints.
 
-All that a run depends on is in its `RunState`, the tensors and the place in the data; what is
-drawn at random is drawn from the seed and the step. So a run that was killed goes on from its
-newest checkpoint to the very bytes that it would have come to.
+All that a run depends on is in its `RunState`, the tensors and the position in the data; random
+numbers are drawn from the seed and the step. So a run that was killed resumes from its newest
+checkpoint and ends with the very bytes that it would have ended with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from loraformat.train.loop.evaluation import HeldOutLoss
 from loraformat.train.loop.interruption import Interruption
 from loraformat.train.loop.metrics import Metrics
 from loraformat.train.loop.optimizer import Optimizer
-from loraformat.train.loop.run_state import RunState
+from loraformat.train.loop.saved_state import RunState
 from loraformat.train.loop.schedule import Schedule
 
 __all__ = ["Loop", "LoopOptions", "Trainable"]

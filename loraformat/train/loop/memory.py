@@ -1,4 +1,4 @@
-"""What the process holds in memory."""
+"""Memory of this process and of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's record: one JSON object per line, cut back to the checkpoint when a run goes on."""
+"""Metrics of a run: one JSON object per line, cut back to the checkpoint on resumption."""
 
 from __future__ import annotations
 

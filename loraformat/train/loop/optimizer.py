@@ -1,12 +1,21 @@
-"""The optimizer: what is updated how, with states in memory, on a disk, or in eight bits.
+"""The optimizer: AdamW or SGD, with states in memory, on a disk, or in eight bits; LoRA+ groups.
 
-States are made at the beginning, not at the first step, so that what they take is known, and
-so that those of a checkpoint can be copied into them.
+States are made at the beginning, not at the first step, so that their size is known, and so that
+those of a checkpoint can be copied into them. States on a disk are tensors in a file without a
+name: the kernel writes their pages back and drops them when it wants the memory, and nothing stays
+on the disk when the process ends, however it ends.
+
+LoRA+ (Hayou 2024, section 4): B begins at zero, so it gets a multiple of the learning rate of A;
+the paper proposes 16. An embedding's factors and DoRA's magnitudes keep the plain rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,13 +23,17 @@ from typing import Any
 import torch
 
 from loraformat.errors import InputError, MissingDependencyError, UsageError, printable
-from loraformat.train.loop.disk_states import DiskStates
+from loraformat.storage.atomic_output import disk_full
 from loraformat.train.loop.optimizer_options import OptimizerOptions
 
-__all__ = ["Optimizer", "check_optimizer"]
+__all__ = ["DiskStates", "Optimizer", "check_optimizer", "parameter_groups", "rate_ratios"]
 
 #: Parameters of one update when states lie on a disk: what is in memory of them at once (bytes).
 _PART_BYTES = 64 << 20
+
+_ALIGNMENT = 64
+
+_FASTER = ".lora_B.weight"
 
 
 class Optimizer:
@@ -239,3 +252,131 @@ def _maker(options: OptimizerOptions) -> Callable[[list[dict[str, Any]]], torch.
     paged = options.kind.startswith("paged")
     kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
     return lambda groups: kind(groups, lr=0.0, betas=options.betas, eps=options.epsilon)
+
+
+class DiskStates:
+    """Zeros on a disk, as float32 tensors.
+
+    Parameters
+    ----------
+    directory : Path
+        On whose disk they are to lie.
+    shapes : sequence of tuple of int
+
+    Attributes
+    ----------
+    tensors : list of torch.Tensor
+        float32, of these shapes, shared with the file.
+
+    Raises
+    ------
+    ResourceError
+        If the disk has no room; it is reserved at once, since a mapped file that runs out of
+        it would end the process later.
+    """
+
+    def __init__(self, directory: Path, shapes: Sequence[Sequence[int]]) -> None:
+        if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(os, "posix_fallocate"):
+            raise UsageError("optimizer states on disk need Linux", hint="keep them in memory")
+        counts = [torch.Size(shape).numel() for shape in shapes]
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + -(-count * 4 // _ALIGNMENT) * _ALIGNMENT)
+        self.nbytes = max(starts[-1], _ALIGNMENT)
+        self._map = self._reserve(directory)
+        self.tensors = [
+            torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start).view(*shape)
+            if count
+            else torch.zeros(*shape)
+            for count, start, shape in zip(counts, starts, shapes, strict=False)
+        ]
+
+    def _reserve(self, directory: Path) -> mmap.mmap:
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                os.posix_fallocate(file.fileno(), 0, self.nbytes)
+                return mmap.mmap(file.fileno(), self.nbytes)
+        except OSError as error:
+            raise disk_full(error, directory) from error
+
+    def release(self) -> None:
+        """Take the pages out of this process; they stay in the file."""
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def rate_ratios(names: Iterable[str], ratio: float) -> dict[str, float]:
+    """Return what the learning rate of each parameter is multiplied by.
+
+    Parameters
+    ----------
+    names : iterable of str
+        As `loraformat.train.lora.branches.trainable` names parameters.
+    ratio : float
+        Of B, at least 1; 1 is plain LoRA.
+
+    Raises
+    ------
+    UsageError
+        If the ratio is below 1.
+
+    Examples
+    --------
+    >>> rate_ratios(["q.lora_A.weight", "q.lora_B.weight"], 16.0)
+    {'q.lora_A.weight': 1.0, 'q.lora_B.weight': 16.0}
+    """
+    if not ratio >= 1:
+        raise UsageError(f"the learning-rate ratio of B is {ratio}, wanted at least 1")
+    return {name: ratio if name.endswith(_FASTER) else 1.0 for name in names}
+
+
+def parameter_groups(
+    parameters: Mapping[str, torch.nn.Parameter],
+    lr: float,
+    *,
+    ratio: float = 1.0,
+    weight_decay: float = 0.0,
+) -> list[dict[str, object]]:
+    """Return groups for an optimizer of torch.
+
+    Magnitudes are not decayed: they have no reason to be small.
+
+    Parameters
+    ----------
+    parameters : mapping of str to torch.nn.Parameter
+        As `loraformat.train.lora.branches.trainable` names them.
+    lr : float
+    ratio : float
+        As in `rate_ratios`.
+    weight_decay : float
+
+    Returns
+    -------
+    list of dict
+        With ``params``, ``names``, ``lr`` and ``weight_decay``; none is empty.
+
+    Raises
+    ------
+    UsageError
+        If the ratio is below 1.
+
+    Examples
+    --------
+    >>> from torch.nn import Parameter
+    >>> q = {f"q.lora_{which}.weight": Parameter(torch.ones(1, 1)) for which in "AB"}
+    >>> [(g["names"], g["lr"]) for g in parameter_groups(q, 0.1, ratio=2.0)]
+    [(['q.lora_A.weight'], 0.1), (['q.lora_B.weight'], 0.2)]
+    """
+    found: dict[tuple[float, float], list[str]] = {}
+    for name, faster in rate_ratios(parameters, ratio).items():
+        decay = 0.0 if name.endswith("lora_magnitude_vector") else weight_decay
+        found.setdefault((lr * faster, decay), []).append(name)
+    return [
+        {
+            "params": [parameters[name] for name in names],
+            "names": names,
+            "lr": rate,
+            "weight_decay": decay,
+        }
+        for (rate, decay), names in found.items()
+    ]

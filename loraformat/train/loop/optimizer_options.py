@@ -1,4 +1,4 @@
-"""What a user may ask of the optimizer."""
+"""Options of the optimizer."""
 
 from __future__ import annotations
 

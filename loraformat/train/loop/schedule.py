@@ -1,6 +1,6 @@
-"""The learning rate as a function of the step.
+"""Learning-rate schedule: warmup, then decay.
 
-A pure function: nothing has to be kept for a run to go on where it stopped.
+A pure function of the step: nothing has to be kept for a run to be resumed.
 """
 
 from __future__ import annotations

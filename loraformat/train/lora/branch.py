@@ -15,6 +15,20 @@ A₀ and B beside −B₀, these are one plain pair of twice the rank: `LoraBran
 
 Dropout zeroes inputs of A alone. With DoRA, PEFT multiplies the base by what dropout left of the
 input; here the base's output is used as it is, which costs no second product.
+
+The factors of each expert as views of the stack, made once.
+
+Taking one matrix out of a stack of E makes a gradient of the whole stack, E times over: with 128
+experts that costs more than all the rest. ``unbind`` makes all views at once, and its backward
+pass gathers their gradients once. It keeps nothing but shapes, so that the views serve every
+pass until the stack is another tensor, or an optimizer has written to it.
+
+The norms of a weight with its delta, as DoRA needs them (Liu 2024, equation 5).
+
+W' = m · (W + D) / ‖W + D‖, the norm taken for each output feature. The norm is a constant in
+the gradient (section 4.3 there). W is seen tile by tile, so it never lies in memory as a whole;
+norms are kept until the factors change, which an optimizer does once per step, so that a
+checkpointed layer and accumulated batches cost one pass.
 """
 
 from __future__ import annotations
@@ -26,14 +40,22 @@ from torch import nn
 from torch.nn import functional
 
 from loraformat.train.engine.lora_matmul import LoraFactors
-from loraformat.train.lora.expert_views import ExpertViews
-from loraformat.train.lora.row_norms import RowNorms
 from loraformat.train.lora.second_moments import Moments, counted, observe
-from loraformat.train.lora.target_module import TargetModule
+from loraformat.train.lora.target_modules import TargetModule
 
 __all__ = [
-    "EmbeddingBranch", "ExpertBranch", "Factors", "LoraBranch", "ParameterBranch", "branch_of",
-]  # fmt: skip
+    "EmbeddingBranch",
+    "ExpertBranch",
+    "ExpertViews",
+    "Factors",
+    "LoraBranch",
+    "ParameterBranch",
+    "RowNorms",
+    "branch_of",
+    "row_norms",
+]
+
+_Views = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,3 +294,98 @@ def branch_of(
         return ParameterBranch(site, factors, scaling)
     kind = EmbeddingBranch if site.kind == "embedding" else LoraBranch
     return kind(site, factors, scaling, dropout=dropout, dora=dora, collecting=collecting)
+
+
+class ExpertViews:
+    """Remembers views of two stacks.
+
+    Examples
+    --------
+    >>> a, b = torch.nn.Parameter(torch.ones(3, 1, 2)), torch.nn.Parameter(torch.ones(3, 2, 1))
+    >>> views = ExpertViews()
+    >>> views.of(a, b)[0][2].sum().backward()
+    >>> a.grad.sum((1, 2))
+    tensor([0., 0., 2.])
+    >>> views.of(a, b)[0][0] is views.of(a, b)[0][0]
+    True
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] | None = None
+        self._views: tuple[_Views, _Views] = ((), ())
+
+    def of(self, a: torch.Tensor, b: torch.Tensor) -> tuple[_Views, _Views]:
+        """Return the matrices of both stacks, expert by expert."""
+        stacks = (a, b)
+        key = (
+            torch.is_grad_enabled(),
+            *((id(s), s.data_ptr(), s._version, s.device, s.requires_grad) for s in stacks),
+        )
+        if key != self._key:
+            self._key, self._views = key, (a.unbind(0), b.unbind(0))
+        return self._views
+
+    def __deepcopy__(self, memo: object) -> ExpertViews:
+        return ExpertViews()  # views belong to one stack
+
+    def __reduce__(self) -> tuple[type[ExpertViews], tuple[()]]:
+        return ExpertViews, ()
+
+
+def row_norms(site: TargetModule, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return ‖W + scaling · B A‖ for each output feature.
+
+    Parameters
+    ----------
+    site : TargetModule
+        A linear, or an embedding, whose weight is the transpose of what a linear has.
+    a : torch.Tensor
+        float32 (r, in).
+    b : torch.Tensor
+        float32 (out, r).
+    scaling : float
+
+    Returns
+    -------
+    torch.Tensor
+        float32 (out,).
+    """
+    with torch.no_grad():
+        if site.kind == "embedding":
+            squares = torch.zeros(len(b), dtype=torch.float64, device=b.device)
+            for first, last, tile in site.tiles(0):
+                moved = torch.addmm(tile, a[:, first:last].T, b.T, alpha=scaling)
+                squares += moved.square().sum(0, dtype=torch.float64)
+            return squares.sqrt().to(b.dtype)
+        norms = torch.empty(len(b), dtype=b.dtype, device=b.device)
+        for first, last, tile in site.tiles(0):
+            moved = torch.addmm(tile, b[first:last], a, alpha=scaling)
+            torch.linalg.vector_norm(moved, dim=1, out=norms[first:last])
+        return norms
+
+
+class RowNorms:
+    """`row_norms` of one site, computed again when the factors are others.
+
+    Parameters
+    ----------
+    site : TargetModule
+    """
+
+    def __init__(self, site: TargetModule) -> None:
+        self._site = site
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._norms: torch.Tensor | None = None
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Return the norms for these factors."""
+        known = self._factors
+        # Compared by value: an optimizer may write past torch's version counters.
+        if (
+            self._norms is None
+            or known is None
+            or not (torch.equal(known[0], a) and torch.equal(known[1], b))
+        ):
+            self._factors = a.detach().clone(), b.detach().clone()
+            self._norms = row_norms(self._site, *self._factors, scaling)
+        return self._norms

@@ -1,4 +1,4 @@
-"""What an adapter holds besides deltas: replaced tensors, trained rows, another vocabulary.
+"""Weights that an adapter replaces: whole tensors, trained rows, another vocabulary.
 
 They take the place of the base's own before the model is built, and are not trained: a branch
 trains beside them as it does beside the base's.

@@ -1,7 +1,7 @@
 """The second moment of z = A x, collected while a branch is trained.
 
-`loraformat.reduce` needs E[z zᵀ] of the A that is stored, and training changes A: what was
-seen long ago is of another A. So the sums fade: a token counts half once `HALF_LIFE` more have
+`loraformat.reduce` needs E[z zᵀ] of the A that is stored, and training changes A: an old
+observation is of another A. So the sums fade: a token counts half once `HALF_LIFE` more have
 been seen. Sum and count fade alike, so that their quotient stays a weighted mean; several
 processes add their sums and counts, and each fades faster by their number (`Moments.share`).
 

@@ -1,9 +1,14 @@
-"""From branches to the neutral adapter, and from there to a PEFT directory."""
+"""A trained adapter: branches to the neutral adapter, to a PEFT directory with its training record.
+
+``training_record.json`` lies beside the adapter's weights, travels with them into bundles and to
+the Hub, and is what a model card is written from. PEFT does not look at it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,14 @@ from loraformat.model.checkpoint import CarriedFile, DenseTensor
 from loraformat.model.vocabulary import tokenizer_files
 from loraformat.ops.adapter_output.target import write_adapter
 from loraformat.ops.deltas.factors import as_bytes, in_memory
+from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.replaced_weights import Brought
-from loraformat.train.lora.training_record import training_record
+from loraformat.version import __version__
 
-__all__ = ["save_adapter", "trained_adapter"]
+__all__ = ["save_adapter", "trained_adapter", "training_record"]
 
 #: Members of PEFT's config that belong to what was brought.
 _BROUGHT = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
@@ -138,7 +144,7 @@ def save_adapter(
     force : bool
         Replace an adapter that stands there.
     facts : mapping, optional
-        What the training says of itself, for `loraformat.train.lora.training_record`.
+        What the training says of itself, for `loraformat.train.lora.trained_adapter`.
     files : tuple of CarriedFile
         What else shall lie beside the weights.
     brought : Brought, optional
@@ -165,3 +171,51 @@ def save_adapter(
     target = Path(path)
     write_adapter(adapter, target, base=bundle.checkpoint, force=force, canonical=False)
     return target
+
+
+def training_record(
+    options: LoraOptions | None,
+    base: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    parameters: int = 0,
+) -> CarriedFile:
+    """Return the record as a file to be carried.
+
+    Parameters
+    ----------
+    options : LoraOptions or None
+        What was asked for; None if an adapter was trained on.
+    base : mapping
+        ``fingerprint`` and ``source`` of the bundle.
+    facts : mapping
+        What the training says of itself: data, steps, loss. JSON values.
+    parameters : int
+        Numbers that are trained.
+
+    Raises
+    ------
+    LoraFormatError
+        If a fact is no JSON value.
+
+    Examples
+    --------
+    >>> file = training_record(LoraOptions(rank=8), {"fingerprint": "ab"}, {"steps": 3})
+    >>> record = json.loads(file.read())
+    >>> record["schema"], record["lora"]["rank"], record["training"]
+    ('loraformat.training_record', 8, {'steps': 3})
+    """
+    record = {
+        "schema": "loraformat.training_record",
+        "schema_version": 1,
+        "created_by": f"loraformat {__version__}",
+        "base": dict(base),
+        "lora": None if options is None else {**asdict(options), "ranks": dict(options.ranks)},
+        "trained_parameters": parameters,
+        "training": dict(facts),
+    }
+    try:
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise LoraFormatError(f"the facts of the training are no JSON: {error}") from None
+    data = text.encode("utf-8")
+    return CarriedFile(RECORD_NAME, len(data), lambda: data)

@@ -1,1 +1,7 @@
-"""One training run, evaluation or try-out, from options to report."""
+"""The verbs ``train``, ``eval`` and ``generate``: one run of each, from options to report.
+
+In which order to read: `options` (all options in one table) and `config_file` (as YAML); `train`,
+`evaluate` and `generate`; `setup` (what they open and check first), `memory_plan` and `disk_plan`;
+`run_directory` and `run_identity` (resuming); `text_generation`; `report`, `loss_curve`,
+`training_facts` and `adapter_template` (what is said of a run, and files beside its adapter).
+"""

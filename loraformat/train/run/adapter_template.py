@@ -1,11 +1,11 @@
-"""What lies beside an adapter that is prompted, or stops, otherwise than its base.
+"""Chat template and stop tokens of an adapter that is prompted, or stops, otherwise than its base.
 
 Whoever prompts the adapter otherwise than it was trained gets less than was trained. So a template
 that is not the base's goes with it, in the file in which transformers keeps one. Turns may end with
 another token than the one that ends the base's texts (Llama 3's ``<|eot_id|>``, ChatML's
-``<|im_end|>`` on a base that knows only documents): whoever waits for that one reads on and on. So
-the tokens that were learned to end turns lie in a ``generation_config.json``, where transformers
-looks for them. Both are found there again.
+``<|im_end|>`` on a base that knows only documents): a reader that waits for that one never stops.
+So the tokens that were trained to end turns lie in a ``generation_config.json``, where transformers
+looks for them. Both are read from there again.
 """
 
 from __future__ import annotations

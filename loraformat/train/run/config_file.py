@@ -1,4 +1,4 @@
-"""A run's options as YAML: every key and type checked, and written back as they took effect."""
+"""Options of a run as YAML: every key and type checked, and written back as they took effect."""
 
 from __future__ import annotations
 

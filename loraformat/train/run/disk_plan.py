@@ -1,4 +1,4 @@
-"""What a run will take on the disk, before it begins.
+"""Disk space that a run will take, estimated before it begins.
 
 A checkpoint holds parameters, optimizer states and each rank's statistics, and an adapter to try
 out. A new one is whole before the oldest goes, so there is one more at times than are kept; and so

@@ -1,4 +1,4 @@
-"""Held-out loss of a base, and of the base with each of some adapters."""
+"""The verb ``eval``: held-out loss of a base, and of the base with each of some adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.setup import Progress, check_vocabulary, open_base, with_length
-from loraformat.train.run.trained_files import trained_on
+from loraformat.train.run.training_facts import trained_on
 
 __all__ = ["EvaluationReport", "evaluate"]
 

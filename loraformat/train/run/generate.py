@@ -1,4 +1,4 @@
-"""A try-out: text from a bundle, with or without an adapter."""
+"""The verb ``generate``: text from a base, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from loraformat.ops.report import Report
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.run.adapter_template import stops_of, template_of
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.prompt import chat_ids, plain_ids, turn_end
 from loraformat.train.run.setup import check_vocabulary, open_base
-from loraformat.train.run.text_generation import GenerationOptions, continuation, stop_tokens
+from loraformat.train.run.text_generation import (
+    GenerationOptions,
+    chat_ids,
+    continuation,
+    plain_ids,
+    stop_tokens,
+    turn_end,
+)
 
 __all__ = ["GenerationReport", "generate"]
 

@@ -1,4 +1,4 @@
-"""The picture of a run: loss by step, held-out loss, learning rate."""
+"""The loss curve of a run: loss by step, held-out loss, learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All options of a training run: names, defaults and help in one table.
+"""Options of a training run: names, defaults and help in one table.
 
 The command line, the YAML file and Python take them from here; a flag is a field's name with
 dashes. Nothing here imports torch.

@@ -1,4 +1,4 @@
-"""Where a run keeps what is not the adapter: checkpoints, record, picture, options.
+"""The directory of a run: checkpoints, metrics, loss curve, options.
 
 ::
 

@@ -1,7 +1,7 @@
-"""What makes two starts the same run: options, base, data and ranks.
+"""Identity of a run: the options, base, data and ranks that must be the same to resume it.
 
-A run goes on only as what it was; else what it comes to would be neither the old run nor a new
-one.
+A run is resumed only as the same run; otherwise its result would be neither the old run's nor a
+new one's.
 """
 
 from __future__ import annotations

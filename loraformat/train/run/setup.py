@@ -1,4 +1,4 @@
-"""What a run needs, opened and checked before the first step."""
+"""Setup of a run: base, data and adapter opened and checked before the first step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.loop import memory
 from loraformat.train.loop.distributed import World
 from loraformat.train.loop.optimizer_options import SMALL
-from loraformat.train.lora.initialise_svd import svd_bytes
+from loraformat.train.lora.initialise import svd_bytes
 from loraformat.train.opening import load
-from loraformat.train.run.generation_plan import generation_bytes, inner_width
-from loraformat.train.run.memory_plan import MemoryPlan, ModelDims, advise, plan_memory
+from loraformat.train.run.memory_plan import (
+    MemoryPlan,
+    ModelDims,
+    advise,
+    generation_bytes,
+    inner_width,
+    plan_memory,
+)
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.prompt import chat_ids, plain_ids
-from loraformat.train.run.text_generation import SAMPLE, room_for
+from loraformat.train.run.text_generation import SAMPLE, chat_ids, plain_ids, room_for
 
 if TYPE_CHECKING:
     from loraformat.train.model import TrainableModel

@@ -1,4 +1,4 @@
-"""One training run, from options to an adapter."""
+"""The verb ``train``: one training run, from options to an adapter."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ from loraformat.train.loop.distributed import World, added_up, own_device
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.loop.loop import Loop, LoopOptions
 from loraformat.train.loop.metrics import Metrics, check_tensorboard, read_metrics
-from loraformat.train.loop.optimizer import Optimizer, check_optimizer
-from loraformat.train.loop.run_state import RunState
+from loraformat.train.loop.optimizer import Optimizer, check_optimizer, rate_ratios
+from loraformat.train.loop.saved_state import RunState
 from loraformat.train.loop.schedule import Schedule
-from loraformat.train.loop.loraplus import rate_ratios
 from loraformat.train.run import config_file, loss_curve, text_generation
 from loraformat.train.run.adapter_template import (
     learned_stops,
@@ -37,11 +36,10 @@ from loraformat.train.run.adapter_template import (
 from loraformat.train.run.disk_plan import plan_disk
 from loraformat.train.run.memory_plan import format_bytes
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.report import TrainReport
+from loraformat.train.run.report import TrainReport, time_of
 from loraformat.train.run.run_directory import RunDirectory
 from loraformat.train.run.run_identity import check_same, identity_of
 from loraformat.train.run.setup import Inputs, Progress, check_device, open_inputs
-from loraformat.train.run.step_timing import time_of
 from loraformat.train.run.training_facts import facts_of
 
 __all__ = ["train"]

@@ -1,11 +1,13 @@
-"""What is to be known of a run: stored beside the adapter, for people and model cards.
+"""Facts of a run that are stored beside its adapter, for people, model cards and later evaluations.
 
-There is no time of day and no duration in it: two runs of the same work write the same bytes.
+There is no time of day and no duration in them: two runs of the same work write the same bytes. The
+training data is recorded by hash, so that evaluation on it is noticed.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
     from loraformat.train.data.dataset import Dataset
-    from loraformat.train.loop.run_state import RunState
+    from loraformat.train.loop.saved_state import RunState
     from loraformat.train.run.options import TrainOptions
 
-__all__ = ["facts_of", "hash_of"]
+__all__ = ["facts_of", "hash_of", "trained_on"]
 
 _READ_AT_ONCE = 1 << 20
 
@@ -97,3 +102,41 @@ def _versions() -> dict[str, str]:
         "transformers": transformers,
         "python": platform.python_version(),
     }
+
+
+def trained_on(adapter: str, sources: Sequence[tuple[str, int]]) -> list[str]:
+    """Say which of some files an adapter's record names as training data.
+
+    Files are told by their hashes, since the record holds no rows. An adapter without a record, or
+    without hashes in it, was trained on something that is not known.
+
+    Parameters
+    ----------
+    adapter : str
+        A path, or a Hub id.
+    sources : sequence of (str, int)
+        Names and rows of what is evaluated, as in `loraformat.train.data.DatasetStats`.
+
+    Returns
+    -------
+    list of str
+        Sentences for people.
+    """
+    with open_adapter(adapter) as opened:
+        record = CarriedTokenizer(opened.files, opened.path).json(RECORD_NAME)
+    known = set(_hashes(record))
+    return [
+        f"{Path(adapter).name} was trained on {Path(name).name} ({rows} rows): its loss there is "
+        "no held-out loss"
+        for name, rows in sources
+        if known and hash_of(Path(name)) in known
+    ]
+
+
+def _hashes(record: dict[str, Any]) -> Iterator[str]:
+    data: Any = record
+    for name in ("training", "data", "files"):
+        data = data.get(name) if isinstance(data, dict) else None
+    for one in data if isinstance(data, list) else []:
+        if isinstance(one, dict) and isinstance(one.get("sha256"), str):
+            yield one["sha256"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine.activation_budget import ActivationBudget
+from loraformat.train.engine.checkpointing import ActivationBudget
 from tests.train.engine.reference import make_batch
 
 PLENTY = 1 << 30

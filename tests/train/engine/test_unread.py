@@ -8,8 +8,7 @@ import torch
 from loraformat.nf4 import codec
 from loraformat.train import LoraOptions, load
 from loraformat.train.engine import lora_matmul
-from loraformat.train.engine.activation_budget import ActivationBudget
-from loraformat.train.engine.checkpointing import Recomputation, recompute_layer
+from loraformat.train.engine.checkpointing import ActivationBudget, Recomputation, recompute_layer
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.layer_prefetch import Residency
 from loraformat.train.engine.linear import FrozenLinear, NF4Linear

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from loraformat.errors import InputError, ResourceError, UsageError
-from loraformat.train.loop.disk_states import DiskStates
-from loraformat.train.loop.gradients import clipped_mean, flat, non_finite, norm, spread
+from loraformat.train.loop.accumulation import clipped_mean, flat, non_finite, norm, spread
 from loraformat.train.loop.memory import resident
-from loraformat.train.loop.optimizer import Optimizer
+from loraformat.train.loop.optimizer import DiskStates, Optimizer
 from loraformat.train.loop.optimizer_options import OPTIMIZERS, SMALL, OptimizerOptions, state_bytes
 from loraformat.train.loop.schedule import Schedule
 

@@ -87,7 +87,7 @@ import json, sys
 from pathlib import Path
 import torch
 from loraformat.train import LoraOptions, load
-from loraformat.train.lora.initialise_svd import svd_bytes
+from loraformat.train.lora.initialise import svd_bytes
 from tests.peak_memory import PeakGrowth
 where, init, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 original = where / "dense" if init == "loftq" else None

@@ -481,7 +481,7 @@ def test_the_plan_counts_the_process_that_renders_templates(train_to, tmp_path):
 
 def test_a_time_that_is_reckoned(train_to, tmp_path, monkeypatch):
     """Of a model whose batch would take too long to be timed whole."""
-    monkeypatch.setattr("loraformat.train.run.step_timing._PATIENCE", -1.0)
+    monkeypatch.setattr("loraformat.train.run.report._PATIENCE", -1.0)
     report = train_to(tmp_path / "a", dry_run=True)
     assert not report.step_time.whole
     assert 1e-5 < report.step_time.seconds < 10

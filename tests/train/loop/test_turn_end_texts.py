@@ -9,8 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraformat.train.data.tokenizer import open_tokenizer
-from loraformat.train.run.prompt import turn_end
-from loraformat.train.run.text_generation import TextStream
+from loraformat.train.run.text_generation import TextStream, turn_end
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}### Q: {{ m.content }}\n"

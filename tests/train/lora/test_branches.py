@@ -9,9 +9,9 @@ from dense_sites import plain_site
 
 from loraformat.errors import UsageError
 from loraformat.train import LoraOptions
+from loraformat.train.loop.optimizer import parameter_groups
+from loraformat.train.lora.branch import RowNorms, row_norms
 from loraformat.train.lora.branches import attach, trainable
-from loraformat.train.loop.loraplus import parameter_groups
-from loraformat.train.lora.row_norms import RowNorms, row_norms
 
 
 def numbers(*shape, seed=0):

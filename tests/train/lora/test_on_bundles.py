@@ -15,7 +15,7 @@ from loraformat.ops.convert.convert import convert
 from loraformat.ops.reduce import Reduction, reduce
 from loraformat.ops.verify import verify
 from loraformat.train import Batch, LoraOptions, load
-from loraformat.train.loop.loraplus import parameter_groups
+from loraformat.train.loop.optimizer import parameter_groups
 
 
 def batch_of(rows, padded=0):

@@ -17,8 +17,7 @@ from loraformat.ops.verify import verify
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.testing.models import dense
 from loraformat.train import LoraOptions
-from loraformat.train.lora.branches import attach, trainable
-from loraformat.train.lora.continued_adapter import attach_adapter
+from loraformat.train.lora.branches import attach, attach_adapter, trainable
 from loraformat.train.lora.trained_adapter import save_adapter, trained_adapter
 
 

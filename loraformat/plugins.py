@@ -133,7 +133,7 @@ class WriteOptions:
     """
 
     shard_limit: int
-    progress: Callable[[int], None]
+    progress: Callable[[int], None] = lambda nbytes: None
     dtype: str | None = None
     pre_tokenizer: str | None = None
     watch: RoundingObserver | None = None

@@ -18,9 +18,10 @@ from loraformat.hub import resolve
 from loraformat.model.checkpoint import NF4Tensor
 from loraformat.ops.adapter_output.form import check_values
 from loraformat.ops.convert.adapter import tensors_of
-from loraformat.ops.opening.model import read_model
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from loraformat.ops.report import Report
-from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.plugins import Converter
 from loraformat.shards.index_json import INDEX_NAME
 from loraformat.storage.reserved_names import CARD_NAME
 from loraformat.storage.safe_directory import SafeDirectory
@@ -91,7 +92,7 @@ def verify(
         return _adapter(path, reader, allow_pickle)
     count, findings = 0, []
     try:
-        with read_model(reader, path, allow_pickle=allow_pickle) as checkpoint:
+        with open_model(path, reader=reader, allow_pickle=allow_pickle) as checkpoint:
             tensors = list(checkpoint.tensors.values())
             for count, tensor in enumerate(tensors, 1):
                 if isinstance(tensor, NF4Tensor):
@@ -113,9 +114,9 @@ def _adapter(path: Path, reader: Converter, allow_pickle: bool) -> VerificationR
 
     def values() -> None:
         nonlocal count
-        assert reader.read_adapter is not None
-        options = AdapterReadOptions(None, allow_pickle, conditional=True, inspect=True)
-        with reader.read_adapter(path, options) as adapter:
+        with open_adapter(
+            path, reader=reader, allow_pickle=allow_pickle, conditional=True, inspect=True
+        ) as adapter:
             check_values(adapter)
             count = sum(1 for _ in tensors_of(adapter))
 

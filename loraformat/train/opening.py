@@ -106,7 +106,8 @@ def load(
         place = torch.device(device)
         dtype = choose_dtype(compute_dtype, place)
         owned = adapter is not None and not isinstance(adapter, Adapter)
-        adapter = None if adapter is None else _adapter(opened, adapter, here)
+        if adapter is not None:
+            adapter = opened.enter_context(open_adapter(adapter, base=here.checkpoint))
         brought = None if adapter is None else brought_by(adapter, here.checkpoint)
         weights = StoredWeights(here, brought.tensors if brought is not None else None)
         config = brought.config if brought is not None else here.checkpoint.config
@@ -157,14 +158,6 @@ def _branches(
         if original is not None and not isinstance(original, Checkpoint):
             original = opened.enter_context(open_model(original))
         return attach(sites, lora, original=original)
-
-
-def _adapter(
-    opened: ExitStack, adapter: str | Path | Adapter, base: Bundle | ReadableBase
-) -> Adapter:  # fmt: skip
-    if isinstance(adapter, Adapter):
-        return adapter
-    return opened.enter_context(open_adapter(adapter, base=base.checkpoint))
 
 
 def _open(path: Path, *, to_train: bool) -> Bundle | ReadableBase:

@@ -24,15 +24,18 @@ import sys, time
 from loraformat.cli import main
 from loraformat.ops.convert import convert as module
 
-class Stuck(module._Counter):
-    seen = 0
-    def add(self, nbytes):
-        Stuck.seen += 1
-        if Stuck.seen == 5:
+class Stuck(module.ModelOutput):
+    def __init__(self, *arguments, progress, **options):
+        super().__init__(*arguments, progress=self.stop_at_the_fifth, **options)
+        self.seen = 0
+
+    def stop_at_the_fifth(self, done, total):
+        self.seen += 1
+        if self.seen == 5:
             print("stuck", flush=True)
             time.sleep(100)
 
-module._Counter = Stuck
+module.ModelOutput = Stuck
 main(sys.argv[1:])
 """
 

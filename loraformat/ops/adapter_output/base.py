@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
-from loraformat import plugins
 from loraformat.bundle.reader import is_bundle, open_bundle
 from loraformat.bundle.update import BundleSlot
-from loraformat.errors import UsageError
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint, Provenance
 from loraformat.model.config_json import CONFIG_NAME, MAX_CONFIG_BYTES, split
 from loraformat.ops.adapter_output.form import BaseIdentity
+from loraformat.ops.opening.model import open_model, with_origin
 from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["open_base"]
@@ -56,19 +54,8 @@ def open_base(
         bundle = stack.enter_context(open_bundle(path))
         return bundle.checkpoint, BaseIdentity(bundle.manifest.fingerprint, bundle.manifest.source)
     if (config := _config_alone(path)) is not None:
-        return _placed(config, source), None
-    reader = plugins.sniff(path, "base")
-    if reader.read is None:
-        raise UsageError(f"--base {named} is no base but {reader.name}")
-    return _placed(stack.enter_context(reader.read(path)), source), None
-
-
-def _placed(base: Checkpoint, source: Source) -> Checkpoint:
-    """Return a base that knows which repository, and which commit of it, it is from."""
-    if source.repo is None:
-        return base
-    known = replace(base.provenance, repo=source.repo, revision=source.revision)
-    return replace(base, provenance=known)
+        return with_origin(config, source), None
+    return with_origin(stack.enter_context(open_model(path)), source), None
 
 
 def _config_alone(path: Path) -> Checkpoint | None:

@@ -20,6 +20,7 @@ from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.model.vocabulary import per_token
 from loraformat.ops.adapter_output.base import open_base
 from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import origin_fingerprint
 from loraformat.ops.report import Report
 from loraformat.plugins import AdapterReadOptions, Converter
@@ -183,9 +184,14 @@ def _held(facts: AdapterFacts, path: Path, base: Checkpoint) -> AdapterFacts:
 def _facts(converter: Converter, path: Path, options: AdapterReadOptions) -> AdapterFacts:
     if converter.examine is not None:
         return converter.examine(path, options)
-    if converter.read_adapter is None:
-        raise UnsupportedError(f"is {converter.name}, which can be written but not read", path=path)
-    with converter.read_adapter(path, options) as adapter:
+    with open_adapter(
+        path,
+        reader=converter,
+        base=options.base,
+        allow_pickle=options.allow_pickle,
+        conditional=True,
+        inspect=True,
+    ) as adapter:
         return facts_of(adapter, options.base)
 
 

@@ -30,7 +30,8 @@ from loraformat.ops.adapter_output.in_bundle import check_incoming, put
 from loraformat.ops.adapter_output.one_rank import with_one_rank
 from loraformat.ops.adapter_output.target import publish_adapter
 from loraformat.ops.convert.report import ConversionReport
-from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.plugins import Converter
 from loraformat.shards.records import FileRecord
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES
@@ -115,8 +116,6 @@ def convert_adapter(
     began = time.perf_counter()
     place, origin = parse_bundle_slot(target), parse_bundle_slot(source.path)
     writer = _writer(target, place, options)
-    if reader.read_adapter is None:
-        raise UsageError(f"format {reader.name!r} can be written but not read")
     lost = [loss for loss in writer.loses if writer.name != reader.name]
     lost = [loss for loss in lost if loss not in reader.loses]
     if options.strict and lost:
@@ -128,8 +127,15 @@ def convert_adapter(
     with ExitStack() as stack:
         anew = options.canonical or options.dtype is not None or writer.name != reader.name
         base, home = open_base(stack, options.base, place, origin if anew else None)
-        read = AdapterReadOptions(base, options.allow_pickle, conditional=place is None)
-        adapter = stack.enter_context(reader.read_adapter(source.path, read))
+        adapter = stack.enter_context(
+            open_adapter(
+                source,
+                reader=reader,
+                base=base,
+                allow_pickle=options.allow_pickle,
+                conditional=place is None,
+            )
+        )
         if options.one_rank:
             named = _repository(options.base, home) or adapter.base_model
             adapter = replace(with_one_rank(adapter, base), base_model=named)

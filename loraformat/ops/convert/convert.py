@@ -9,16 +9,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from loraformat import plugins
 from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
-from loraformat.errors import InputError, UnsupportedError, UsageError, printable
+from loraformat.errors import UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint, NF4Tensor
 from loraformat.model.tied_head import refuse_lost_head, settled
@@ -29,12 +28,11 @@ from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
 from loraformat.ops.encoding.llama_quantize import refuse_llama_type
 from loraformat.ops.encoding.one_dtype import Alignment, aligned
 from loraformat.ops.encoding.requantization import again_as, with_history
-from loraformat.ops.opening.model import open_with
+from loraformat.ops.model_output import ModelOutput
+from loraformat.ops.opening.model import open_model, with_origin, without_generated_card
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
-from loraformat.storage.atomic_file import open_publication
 from loraformat.tensors.dtypes import parse_weight_dtype
-from loraformat.version import __version__
 
 __all__ = ["convert"]
 
@@ -195,12 +193,13 @@ def _convert_base(
     writer.check_pre_tokenizer(pre_tokenizer)
     dtype = _read_as(writer, encoding)
     exact = writer.stores == "dense"
-    with open_with(
-        found, reader, dtype=dtype, exact=exact, config=config, allow_pickle=allow_pickle
-    ) as original:
+    with open_model(
+        found, reader=reader, dtype=dtype, exact=exact, config=config, allow_pickle=allow_pickle
+    ) as opened:
+        original = without_generated_card(opened)
         refuse_lost_head(original)
         kept = writer.stores != "dense"
-        before = with_history(_with_origin(original, found), codes_kept=kept)
+        before = with_history(with_origin(original, found), codes_kept=kept)
         before, decoded = with_decoded_dtype(before, writer, encoding.dtype)
         checkpoint, told = settled(encoding.apply(before, writer))
         checkpoint, alignment = _aligned(original, checkpoint)
@@ -211,31 +210,22 @@ def _convert_base(
                 path=found.path,
                 hint="leave out --strict to go on without",
             )
-        total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         report = plan_report(original, checkpoint, target, reader, writer, lost)
         again = again_as(original, checkpoint.tensors, writer, encoding.dtype)
         report.notes.extend([*told, *_adapters_note(found.path), *decoded])
         options = WriteOptions(
             shard_limit,
-            _Counter(total, progress).add,
             dtype=encoding.dtype if writer.dtypes else None,
             pre_tokenizer=pre_tokenizer,
         )
         if dry_run:
             report.notes.extend(alignment.notes())
             return foreseen(report, checkpoint, writer, target, options, again)
-        plan = _plan(checkpoint, encoding, writer, shard_limit)
-        with open_publication(
-            writer.output, target, plan=plan, inputs=_inputs(original), force=force
+        plan = ["convert", asdict(encoding), shard_limit]
+        with ModelOutput(
+            target, writer, inputs=[original], plan=plan, force=force, progress=progress
         ) as output:
-            assert writer.write is not None
-            try:
-                written = writer.write(checkpoint, output, options)
-            except InputError as error:
-                error.path = error.path or str(found.path)  # a tensor knows its name, not its file
-                raise
-            original.close()  # raises if an input changed, before anything is published
-            output.commit()
+            written = output.write(checkpoint, options)
     report.notes.extend(alignment.notes())  # measured on the way
     return complete(report, checkpoint, written, again, time.perf_counter() - began)
 
@@ -263,32 +253,3 @@ def _adapters_note(source: Path) -> list[str]:
         f"the base alone is written; `loraformat merge BUNDLE {place}` merges an adapter into it, "
         "and `convert` takes one by itself"
     ]
-
-
-class _Counter:
-    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-
-    def add(self, nbytes: int) -> None:
-        self.done += nbytes
-        self.progress(self.done, self.total)
-
-
-def _with_origin(checkpoint: Checkpoint, source: Source) -> Checkpoint:
-    if source.repo is None:
-        return checkpoint
-    origin = replace(checkpoint.provenance, repo=source.repo, revision=source.revision)
-    return replace(checkpoint, provenance=origin)
-
-
-def _inputs(checkpoint: Checkpoint) -> list[Path]:
-    return [checkpoint.path, *checkpoint.sources]
-
-
-def _plan(checkpoint: Checkpoint, encoding: Encoding, writer: Converter, shard_limit: int) -> str:
-    """Describe input and options, so that only the same conversion continues a work directory."""
-    inputs = []
-    for path in checkpoint.sources:
-        status = path.stat()
-        inputs.append([path.name, status.st_size, status.st_mtime_ns])
-    return json.dumps([__version__, writer.name, asdict(encoding), shard_limit, inputs])

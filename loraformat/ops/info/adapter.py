@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
-from loraformat.errors import UnsupportedError
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.info.report import AdapterInfo, ModuleSummary
-from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.plugins import Converter
 
 __all__ = ["AdapterInfo", "ModuleSummary", "describe_adapter", "description_of"]
 
@@ -29,10 +29,9 @@ def describe_adapter(path: Path, reader: Converter, *, allow_pickle: bool = Fals
     LoraFormatError
         If it cannot be opened.
     """
-    if reader.read_adapter is None:
-        raise UnsupportedError(f"is {reader.name}, which can be written but not read", path=path)
-    options = AdapterReadOptions(None, allow_pickle, conditional=True, inspect=True)
-    with reader.read_adapter(path, options) as adapter:
+    with open_adapter(
+        path, reader=reader, allow_pickle=allow_pickle, conditional=True, inspect=True
+    ) as adapter:
         return description_of(adapter, path)
 
 

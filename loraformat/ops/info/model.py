@@ -19,7 +19,7 @@ from loraformat.ops.info.report import (
     ModelInfo,
     TensorSummary,
 )
-from loraformat.ops.opening.model import read_model
+from loraformat.ops.opening.model import open_model
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
@@ -52,7 +52,7 @@ def describe(source: str | Path, *, allow_pickle: bool = False) -> InfoReport:
     reader = plugins.sniff(path)
     if reader.kind == "adapter":
         return describe_adapter(path, reader, allow_pickle=allow_pickle)
-    with read_model(reader, path, allow_pickle=allow_pickle) as checkpoint:
+    with open_model(path, reader=reader, allow_pickle=allow_pickle) as checkpoint:
         return _summary(checkpoint, None)
 
 

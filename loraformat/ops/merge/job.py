@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.errors import InputError, UsageError
+from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.tied_head import refuse_lost_head, untied_config
@@ -21,12 +19,11 @@ from loraformat.ops.merge.plan import plan_edits
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.retention import Meter
 from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
+from loraformat.ops.model_output import ModelOutput, input_paths
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.shards.write_directory import WrittenModel
-from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.tensors.dtypes import parse_weight_dtype
-from loraformat.version import __version__
 
 if TYPE_CHECKING:
     from loraformat.ops.unmerge.record_file import RecordPublication
@@ -260,59 +257,37 @@ class MergeJob:
         progress: Callable[[int, int], None],
     ) -> tuple[WrittenModel, UndoSummary | None]:
         """Write the output and, if asked for, its undo record; both appear, or neither."""
-        total = sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
-        done = 0
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            progress(done, total)
-
-        assert self.writer.write is not None
-        with ExitStack() as stack:
-            output = stack.enter_context(
-                open_publication(
-                    self.writer.output,
-                    target,
-                    plan=self._describe(),
-                    inputs=self.inputs(),
-                    force=force,
-                )
-            )
-            record = None
-            if undo is not None:
-                record = stack.enter_context(self._record(Path(undo), output, force))
-                output.resumed.clear()  # what is not computed now would be missing in the record
-            try:
-                written = self.writer.write(self.checkpoint, output, self._write_options(count))
-            except InputError as error:
-                error.path = error.path or str(self.original.path)
-                raise
-            self.original.close()  # raises if an input changed, before anything is published
-            if record is None:
-                output.commit()
-                return written, None
-            summary = self._write_record(record, written)
-            record.commit()
+        output = ModelOutput(
+            target,
+            self.writer,
+            inputs=[self.original, *self.adapters],
+            plan=["merge", asdict(self.options), self._deltas_in_memory()],
+            force=force,
+            progress=progress,
+        )
+        with output:
+            record = None if undo is None else self._record(Path(undo), output, force)
+            written = output.write(self.checkpoint, self._write_options())
+            summary = None if record is None else self._write_record(record, written)
         return written, summary
 
     def inputs(self) -> list[Path]:
         """Return every file and directory that is read."""
-        paths = [self.original.path, *self.original.sources]
-        for adapter in self.adapters:
-            paths += [adapter.path, *adapter.sources]
-        return [path for path in paths if path.exists()]
+        return input_paths([self.original, *self.adapters])
 
-    def _record(self, path: Path, output: AtomicOutput, force: bool) -> RecordPublication:
+    def _record(self, path: Path, output: ModelOutput, force: bool) -> RecordPublication:
         from loraformat.ops.unmerge.record_file import RecordPublication
 
-        return RecordPublication(path, output, self.inputs(), force=force)
+        record = RecordPublication(path, output.publication, self.inputs(), force=force)
+        output.publish_with(record)
+        # What is not computed now would be missing in the record.
+        output.publication.resumed.clear()
+        return record
 
-    def _write_options(self, progress: Callable[[int], None]) -> WriteOptions:
+    def _write_options(self) -> WriteOptions:
         rounds = bool(self.writer.dtypes)
         return WriteOptions(
             self.options.shard_limit,
-            progress,
             dtype=self.options.dtype if rounds else None,
             pre_tokenizer=self.options.pre_tokenizer,
             watch=self.stored if rounds else None,
@@ -322,8 +297,7 @@ class MergeJob:
         """Return what the writer knows of its output without a number; None if it cannot say."""
         if self.writer.estimate is None:
             return None
-        options = self._write_options(lambda nbytes: None)
-        return self.writer.estimate(self.checkpoint, target, options)
+        return self.writer.estimate(self.checkpoint, target, self._write_options())
 
     def _write_record(self, record: AtomicOutput, written: WrittenModel) -> UndoSummary:
         from loraformat.ops.unmerge.recorder import write_record
@@ -333,17 +307,9 @@ class MergeJob:
             record, self.original, self.adapters, self.options.weights, self.recorders, written
         )
 
-    def _describe(self) -> str:
-        """Describe input and options, so that only the same merge continues a work directory."""
-        sources = [*self.original.sources]
-        for adapter in self.adapters:
-            sources += adapter.sources
-        states = [(path.name, path.stat()) for path in sources]
-        inputs = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
-        memory = [
+    def _deltas_in_memory(self) -> list[str]:
+        """Describe adapters without files, so that only the same merge continues an output."""
+        return [
             f"{adapter.path} {sorted(adapter.deltas)}" for adapter in self.adapters
             if not adapter.sources
         ]  # fmt: skip
-        return json.dumps(
-            [__version__, "merge", self.writer.name, asdict(self.options), inputs, memory]
-        )

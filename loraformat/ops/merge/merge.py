@@ -43,8 +43,9 @@ from loraformat.ops.merge.report import (
 )
 from loraformat.ops.merge.separate_delta import check_beside, merge_beside, name_of, with_vocabulary
 from loraformat.ops.merge.vocabulary import tokens_without_rows
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.adapter_weights import adapter_weights
-from loraformat.ops.opening.model import open_with
+from loraformat.ops.opening.model import open_model, without_generated_card
 from loraformat.plugins import Converter, Forecast
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
 from loraformat.shards.write_directory import WrittenModel
@@ -135,25 +136,27 @@ def merge(
     writer.check_pre_tokenizer(pre_tokenizer)
     beside = _is_beside(writer, requantize)
     _refuse_options(name, dtype, undo, beside)
-    if reader.read is None or reader.kind != "base":
-        raise UsageError(f"format {reader.name!r} is not a base that can be read")
     options = MergeOptions(factors, dtype, requantize, shard_limit, pre_tokenizer)
     with ExitStack() as stack:
         # Numbers in a format's own types are rounded once, after the sum, or not at all.
         read_as = "F32" if undo is None and (writer.dtypes or dtype) else None
         exact = writer.stores == "dense"
-        original = stack.enter_context(
-            open_with(
-                found, reader, dtype=read_as, exact=exact, config=config, allow_pickle=allow_pickle
+        opened_base = stack.enter_context(
+            open_model(
+                found,
+                reader=reader,
+                dtype=read_as,
+                exact=exact,
+                config=config,
+                allow_pickle=allow_pickle,
             )
         )
+        original = without_generated_card(opened_base)
         original, decoded = with_decoded_dtype(original, writer, dtype)
         opened = [
-            given if isinstance(given, Adapter) else stack.enter_context(
-                _open_adapter(given, original, allow_pickle)
-            )
+            stack.enter_context(open_adapter(given, base=original, allow_pickle=allow_pickle))
             for given in adapters
-        ]  # fmt: skip
+        ]
         notes = [*check_bases(original, opened, allow_base_mismatch), *decoded]
         report = MergeReport(
             source=str(base),
@@ -257,12 +260,6 @@ def _refuse_record_path(undo: Path, target: Path, job: MergeJob, force: bool) ->
     from loraformat.ops.unmerge.record_file import refuse_record_path
 
     refuse_record_path(undo, target, job.inputs(), force=force)
-
-
-def _open_adapter(source: str | Path, base: Checkpoint, allow_pickle: bool) -> Adapter:
-    from loraformat.ops.opening.adapter import open_adapter
-
-    return open_adapter(source, base=base, allow_pickle=allow_pickle)
 
 
 def _is_beside(writer: Converter, requantize: bool) -> bool:

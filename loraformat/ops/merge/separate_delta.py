@@ -6,23 +6,23 @@ quantizing it again instead would lose nearly all of an ordinary delta.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from loraformat.errors import InputError, UsageError, printable
+from loraformat import plugins
+from loraformat.errors import UsageError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
 from loraformat.model.vocabulary import Resize, per_token
 from loraformat.ops.merge.plan import TensorEdit
 from loraformat.ops.merge.vocabulary import resized_base
+from loraformat.ops.model_output import ModelOutput
 from loraformat.plugins import WriteOptions
 from loraformat.shards.write_directory import WrittenModel
-from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.safe_paths import is_adapter_name
-from loraformat.version import __version__
 
 __all__ = ["check_beside", "merge_beside", "name_of", "with_vocabulary"]
 
@@ -145,42 +145,23 @@ def merge_beside(
     """
     from loraformat.ops.adapter_output.in_bundle import NewAdapter, write_bundle
 
-    total = sum(tensor.nbytes for tensor in original.tensors.values())
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(done, total)
-
-    inputs = [original.path, *original.sources]
-    for adapter in adapters:
-        inputs += [adapter.path, *adapter.sources]
-    inputs = [path for path in inputs if path.exists()]
-    states = [(path.name, path.stat()) for path in inputs]
-    plan = json.dumps(
-        [__version__, "beside", name, list(weights), shard_limit]
-        + [[file, state.st_size, state.st_mtime_ns] for file, state in states]
-    )
     with ExitStack() as stack:
         only = adapters[0] if len(adapters) == 1 and weights[0] == 1 else None
         combined = only or _combined(stack, adapters, weights)
+        incoming = {name: NewAdapter(combined, allow_base_mismatch=allow_base_mismatch)}
         output = stack.enter_context(
-            open_publication("directory", target, plan=plan, inputs=inputs, force=force)
-        )
-        try:
-            written = write_bundle(
-                original,
-                output,
-                WriteOptions(shard_limit, count),
-                {name: NewAdapter(combined, allow_base_mismatch=allow_base_mismatch)},
+            ModelOutput(
+                target,
+                plugins.get("loraformat"),
+                inputs=[original, *adapters],
+                plan=["separate delta", name, list(weights), shard_limit],
+                force=force,
+                progress=progress,
             )
-        except InputError as error:
-            error.path = error.path or str(original.path)
-            raise
-        original.close()  # raises if an input changed, before anything is published
-        output.commit()
-    return written
+        )
+        return output.write(
+            original, WriteOptions(shard_limit), partial(write_bundle, adapters=incoming)
+        )
 
 
 def _combined(stack: ExitStack, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

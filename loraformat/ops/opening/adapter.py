@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from loraformat import plugins
 from loraformat.errors import FileChangedError, UnsupportedError
-from loraformat.hub import resolve
+from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.foreign_adapters import adapters_below
-from loraformat.plugins import AdapterReadOptions
+from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
 from loraformat.storage.safe_directory import SafeDirectory
@@ -22,34 +23,51 @@ _COPIED_AT_ONCE = 4 << 20
 
 
 def open_adapter(
-    source: str | Path, *, base: Checkpoint | None = None, allow_pickle: bool = False
+    source: str | Path | Source | Adapter,
+    *,
+    reader: Converter | None = None,
+    base: Checkpoint | None = None,
+    allow_pickle: bool = False,
+    conditional: bool = False,
+    inspect: bool = False,
 ) -> Adapter:
     """Open an adapter.
 
     Parameters
     ----------
-    source : str or Path
-        A local path, ``BUNDLE/adapters/NAME`` too, or a Hub id.
+    source : str, Path, Source or Adapter
+        A local path, ``BUNDLE/adapters/NAME`` too, or a Hub id. An adapter that is open stays
+        the caller's: closing what is returned does nothing.
+    reader : Converter, optional
+        By default the one that recognises it.
     base : Checkpoint, optional
         The base it will be applied to: names and orientation are held against it.
     allow_pickle : bool
         Read a pickled file, too, with a loader that makes nothing but tensors.
+    conditional, inspect : bool
+        See `AdapterReadOptions`.
 
     Raises
     ------
     LoraFormatError
         If it is no adapter, damaged, or more than a low-rank delta.
     """
-    path = resolve(source, pickles=allow_pickle).path
-    converter = plugins.sniff(path, "adapter")
-    if converter.read_adapter is None:
+    if isinstance(source, Adapter):
+        return replace(source, close=lambda: None)
+    found = source if isinstance(source, Source) else resolve(source, pickles=allow_pickle)
+    path = found.path
+    reader = reader or plugins.sniff(path, "adapter")
+    if reader.kind != "adapter":
         below = adapters_below(path)
         raise UnsupportedError(
-            f"is a {converter.kind} ({converter.name}), not an adapter",
+            f"is a {reader.kind} ({reader.name}), not an adapter",
             path=path,
             hint=f"an adapter of it is {below[-1]}" if below else None,
         )
-    return converter.read_adapter(path, AdapterReadOptions(base, allow_pickle))
+    if reader.read_adapter is None:
+        raise UnsupportedError(f"is {reader.name}, which can be written but not read", path=path)
+    options = AdapterReadOptions(base, allow_pickle, conditional, inspect)
+    return reader.read_adapter(path, options)
 
 
 def copy_adapter(adapter: Adapter, output: AtomicOutput, folder: str = "") -> None:

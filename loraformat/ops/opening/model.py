@@ -21,9 +21,9 @@ __all__ = [
     "fingerprint_of",
     "open_model",
     "open_source",
-    "open_with",
     "origin_fingerprint",
-    "read_model",
+    "with_origin",
+    "without_generated_card",
 ]
 
 
@@ -48,13 +48,31 @@ def open_source(source: str | Path) -> Bundle:
     return open_bundle(resolve(source).path)
 
 
-def open_model(source: str | Path) -> Checkpoint:
+def open_model(
+    source: str | Path | Source,
+    *,
+    reader: Converter | None = None,
+    config: str | Path | None = None,
+    dtype: str | None = None,
+    exact: bool = False,
+    allow_pickle: bool = False,
+) -> Checkpoint:
     """Open a base model in any format that its content tells.
 
     Parameters
     ----------
-    source : str or Path
+    source : str, Path or Source
         A local path, or ``org/name[@revision]`` on the Hub.
+    reader : Converter, optional
+        By default the one that recognises it.
+    config : str or Path, optional
+        The model's ``config.json``, where the format has none.
+    dtype : str, optional
+        safetensors name of the type to which numbers of the format's own types are rounded.
+    exact : bool
+        Without ``dtype``: rather a wider type than one that does not hold them.
+    allow_pickle : bool
+        Read a pickle, with a loader that makes nothing but tensors.
 
     Returns
     -------
@@ -65,84 +83,42 @@ def open_model(source: str | Path) -> Checkpoint:
     ------
     UnsupportedError
         If it is an adapter, or a format that can only be written.
+    UsageError
+        If ``config`` is given for a format that has its own.
     """
-    path = resolve(source).path
-    converter = plugins.sniff(path, "base")
-    if converter.kind != "base" or converter.read is None:
+    found = source if isinstance(source, Source) else resolve(source, pickles=allow_pickle)
+    path = found.path
+    reader = reader or plugins.sniff(path, "base")
+    if reader.kind != "base" or reader.read is None:
         raise UnsupportedError(
-            f"is an adapter ({converter.name}), not a model"
-            if converter.kind == "adapter"
-            else f"{converter.name} can be written, not read",
+            f"is an adapter ({reader.name}), not a model"
+            if reader.kind == "adapter"
+            else f"{reader.name} can be written, not read",
             path=path,
         )
-    return converter.read(path)
-
-
-def open_with(
-    source: Source,
-    reader: Converter,
-    *,
-    dtype: str | None = None,
-    exact: bool = False,
-    config: str | Path | None = None,
-    allow_pickle: bool = False,
-) -> Checkpoint:
-    """Open a base from which another is made, without a card that was written of itself alone.
-
-    What a format without ``config.json``, or of other numbers, leaves open is said here.
-
-    Parameters
-    ----------
-    source : Source
-    reader : Converter
-    dtype : str, optional
-        safetensors name of the type to which numbers of the format's own types are rounded.
-    exact : bool
-        Without it: rather a wider type than one that does not hold them.
-    config : str or Path, optional
-        The model's ``config.json``.
-    allow_pickle : bool
-        Read a pickle, with a loader that makes nothing but tensors.
-
-    Raises
-    ------
-    UsageError
-        If the format cannot be read, or has a config of its own.
-    """
-    if reader.read is None:
-        raise UsageError(f"format {reader.name!r} can be written but not read")
     if reader.read_with is None:
         if config is not None:
-            raise UsageError(f"--config is for GGUF files, and {source.path} is {reader.name}")
-        return _with_own_words(reader.read(source.path))
+            raise UsageError(f"--config is for GGUF files, and {path} is {reader.name}")
+        return reader.read(path)
     raw = None
     if config is not None:
         place = Path(config)
         raw, _ = split(SafeDirectory(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
-    model = _with_own_words(
-        reader.read_with(source.path, ReadOptions(raw, dtype, exact, allow_pickle))
-    )
+    model = reader.read_with(path, ReadOptions(raw, dtype, exact, allow_pickle))
     return model if config is None else replace(model, sources=(*model.sources, Path(config)))
 
 
-def read_model(reader: Converter, path: Path, *, allow_pickle: bool) -> Checkpoint:
-    """Open a path by the converter that knows it; a pickle only if that is allowed.
-
-    Parameters
-    ----------
-    reader : Converter
-        Of base models.
-    path : Path
-    allow_pickle : bool
-    """
-    if allow_pickle and reader.read_with is not None:
-        return reader.read_with(path, ReadOptions(allow_pickle=True))
-    assert reader.read is not None
-    return reader.read(path)
-
-
-def _with_own_words(model: Checkpoint) -> Checkpoint:
+def without_generated_card(model: Checkpoint) -> Checkpoint:
+    """Return a model from which another is made: of its card, only what people wrote."""
     return replace(model, files=keep_user_text(model.files))
+
+
+def with_origin(model: Checkpoint, source: Source) -> Checkpoint:
+    """Return a model whose provenance says from which commit of which repository it is."""
+    if source.repo is None:
+        return model
+    origin = replace(model.provenance, repo=source.repo, revision=source.revision)
+    return replace(model, provenance=origin)
 
 
 def fingerprint_of(model: Checkpoint) -> str | None:

@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from loraformat import plugins
-from loraformat.errors import LoraFormatError, UnsupportedError
+from loraformat.errors import LoraFormatError
 from loraformat.hub import hub_id
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.push.base_model import BaseRef, adapter_base
-from loraformat.plugins import AdapterReadOptions
 
 __all__ = ["base_named_by"]
 
@@ -40,15 +39,9 @@ def _card_base(card: Mapping[str, object]) -> str | None:
 
 def _adapter_base(path: Path) -> BaseRef | None:
     try:
-        reader = plugins.sniff(path)
-        if reader.read_adapter is None:
-            return None
-        options = AdapterReadOptions(conditional=True, inspect=True)
-        with reader.read_adapter(path, options) as adapter:
+        with open_adapter(path, conditional=True, inspect=True) as adapter:
             repo, revision = adapter_base(adapter, None, None)
-    except UnsupportedError:
-        return None
-    except LoraFormatError:  # it can be fetched, whatever is wrong with it
+    except LoraFormatError:  # no adapter, or a damaged one, which can be fetched all the same
         return None
     # A stranger's word for a revision: a commit is one, and a branch is not what it was.
     return repo, revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None

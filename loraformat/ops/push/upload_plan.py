@@ -19,13 +19,14 @@ from loraformat.ops.check.check import check
 from loraformat.ops.info.adapter import description_of
 from loraformat.ops.info.model import describe
 from loraformat.ops.info.report import AdapterInfo, ModelInfo
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.push.base_model import adapter_base, bundle_base, look_up
 from loraformat.ops.push.card_facts import adapter_facts, bundle_facts
 from loraformat.ops.push.contents import Choice, Contents, adapter_files, bundle_files
 from loraformat.ops.push.gguf import gguf_file, gguf_pattern
 from loraformat.ops.push.local_base import NearBase, near_base
 from loraformat.ops.push.upload_file import UploadFile
-from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.plugins import Converter
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.shards.read_directory import peek_config
@@ -126,7 +127,7 @@ def open_parcel(
             )
         return _bundle(path, wishes, verify)
     reader = plugins.sniff(path)
-    if reader.kind != "adapter" or reader.read_adapter is None:
+    if reader.kind != "adapter":
         raise UnsupportedError(
             f"is {reader.name}, and adapters and bundles are published",
             path=path,
@@ -151,12 +152,10 @@ def _bundle(path: Path, wishes: PushOptions, verify: Callable[[], None]) -> Parc
 def _adapter(
     path: Path, reader: Converter, wishes: PushOptions, workplace: Path, verify: Callable[[], None]
 ) -> Parcel:
-    assert reader.read_adapter is not None
     place = parse_bundle_slot(path)
     manifest = None if place is None else read_manifest(place.bundle)
     listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
-    options = AdapterReadOptions(conditional=True, inspect=True)
-    with reader.read_adapter(path, options) as adapter:
+    with open_adapter(path, reader=reader, conditional=True, inspect=True) as adapter:
         named = adapter_base(adapter, wishes.base_model, manifest.source if manifest else None)
         said: AdapterInfo = description_of(adapter, path)
         task, local = adapter.config.get("task_type"), adapter.base_model

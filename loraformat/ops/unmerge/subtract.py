@@ -15,13 +15,13 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat import plugins
 from loraformat.errors import UnsupportedError, UsageError
-from loraformat.hub import resolve
 from loraformat.model.adapter import Adapter
-from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.model.checkpoint import DenseTensor
 from loraformat.ops.merge.chat_files import still_prompted_by
 from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from loraformat.ops.unmerge.report import Deviation, UnmergeReport
 
 if TYPE_CHECKING:
@@ -65,8 +65,11 @@ def subtract(
     if not adapters:
         raise UsageError("wanted --undo with the merge's record, or --adapter to subtract")
     with ExitStack() as stack:
-        checkpoint = _opened(stack, merged)
-        opened = [_adapter(stack, adapter, checkpoint, allow_pickle) for adapter in adapters]
+        checkpoint = stack.enter_context(open_model(merged))
+        opened = [
+            stack.enter_context(open_adapter(one, base=checkpoint, allow_pickle=allow_pickle))
+            for one in adapters
+        ]
         for adapter in opened:
             _refuse_what_cannot_be_subtracted(adapter)
         prompted = still_prompted_by(checkpoint.files, opened)
@@ -90,24 +93,6 @@ def subtract(
         seconds=report.seconds,
         dry_run=report.dry_run,
     )
-
-
-def _opened(stack: ExitStack, path: str | Path) -> Checkpoint:
-    found = resolve(path)
-    reader = plugins.sniff(found.path)
-    if reader.read is None:
-        raise UsageError(f"format {reader.name!r} can be written but not read")
-    return stack.enter_context(reader.read(found.path))
-
-
-def _adapter(
-    stack: ExitStack, source: str | Path | Adapter, base: Checkpoint, allow_pickle: bool
-) -> Adapter:
-    if isinstance(source, Adapter):
-        return source
-    from loraformat.ops.opening.adapter import open_adapter
-
-    return stack.enter_context(open_adapter(source, base=base, allow_pickle=allow_pickle))
 
 
 def _refuse_what_cannot_be_subtracted(adapter: Adapter) -> None:
@@ -179,8 +164,8 @@ def _total(bounds: Sequence[_Bound]) -> float:
 
 def _bounds(merged: str | Path, target: str | Path, names: Sequence[str]) -> Iterator[_Bound]:
     """Compare each changed tensor before and after."""
-    with ExitStack() as stack:
-        before, after = _opened(stack, merged).tensors, _opened(stack, target).tensors
+    with open_model(merged) as base, open_model(target) as result:
+        before, after = base.tensors, result.tensors
         for name in names:
             pair = (before.get(name), after.get(name))
             first, last = pair

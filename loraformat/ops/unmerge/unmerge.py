@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,22 +10,22 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.errors import FormatError, InputError, UsageError
-from loraformat.hub import resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.vocabulary import per_token, tokenizer_files
 from loraformat.ops.merge.chat_files import still_prompted_by
+from loraformat.ops.model_output import ModelOutput
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from loraformat.ops.unmerge.report import UnmergeReport
 from loraformat.ops.unmerge.subtract import subtract
 from loraformat.ops.unmerge.undoing import Undoing
 from loraformat.plugins import WriteOptions
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
-from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 from loraformat.undo.record import UndoRecord
 from loraformat.undo.rules import parse_record
-from loraformat.version import __version__
 
 __all__ = ["UnmergeReport", "unmerge"]
 
@@ -85,15 +84,11 @@ def unmerge(
     if weights:
         raise UsageError("the undo record knows the weights; leave out --weight")
     began = time.perf_counter()
-    found = resolve(merged)
-    reader = plugins.sniff(found.path)
     writer = plugins.for_output(Path(target), to_format, default="safetensors")
     if writer.stores != "dense":
         raise UsageError(f"{writer.name} stores NF4, and the original's weights are dense")
-    if reader.read is None:
-        raise UsageError(f"format {reader.name!r} can be written but not read")
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(reader.read(found.path))
+        checkpoint = stack.enter_context(open_model(merged))
         path = Path(undo)
         file = MappedFile(SafeDirectory(path.absolute().parent), path.name)
         stack.callback(file.close)
@@ -116,30 +111,18 @@ def unmerge(
         )
         if dry_run:
             return report
-        total, done = report.output_bytes, 0
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            progress(done, total)
-
-        states = [source.stat() for source in (*checkpoint.sources, path)]
-        plan = json.dumps(
-            [__version__, "unmerge", writer.name, shard_limit,
-             [[state.st_size, state.st_mtime_ns] for state in states]]
-        )  # fmt: skip
-        inputs = [checkpoint.path, *checkpoint.sources, path]
-        for adapter in undoing.adapters:
-            inputs += [adapter.path, *adapter.sources]
-        inputs = [each for each in inputs if each.exists()]
-        assert writer.write is not None
-        with open_publication(
-            writer.output, Path(target), plan=plan, inputs=inputs, force=force
+        with ModelOutput(
+            target,
+            writer,
+            inputs=[checkpoint, *undoing.adapters],
+            files=[path],
+            plan=["unmerge", shard_limit],
+            force=force,
+            progress=progress,
         ) as output:
-            written = writer.write(original, output, WriteOptions(shard_limit, count))
+            written = output.write(original, WriteOptions(shard_limit))
             undoing.check(written.shards.tensors)
-            checkpoint.close()
-            output.commit()
+            file.close()
     return replace(
         report,
         output_bytes=written.nbytes,
@@ -177,7 +160,8 @@ def _adapters(
     for number, known in enumerate(record.adapters):
         source = given[number] if given else known.path
         try:
-            adapter = _open(stack, source, original, allow_pickle)
+            opened_one = open_adapter(source, base=original, allow_pickle=allow_pickle)
+            adapter = stack.enter_context(opened_one)
         except InputError as error:
             error.hint = error.hint or "say where the adapter is now with --adapter"
             raise
@@ -188,13 +172,3 @@ def _adapters(
             )  # fmt: skip
         opened.append(adapter)
     return opened
-
-
-def _open(
-    stack: ExitStack, source: str | Path | Adapter, base: Checkpoint, allow_pickle: bool
-) -> Adapter:
-    if isinstance(source, Adapter):
-        return source
-    from loraformat.ops.opening.adapter import open_adapter
-
-    return stack.enter_context(open_adapter(source, base=base, allow_pickle=allow_pickle))

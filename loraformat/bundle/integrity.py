@@ -13,7 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from loraformat.bundle.reader import Bundle, load_verified, open_bundle
-from loraformat.errors import FormatError, InputError, printable
+from loraformat.errors import FormatError, InputError
+from loraformat.model.base_match import compare_fingerprints
 from loraformat.shards.records import FileRecord
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_directory import SafeDirectory
@@ -166,11 +167,11 @@ def check_adapter(folder: SafeDirectory, directory: str, fingerprint: str | None
         raise FormatError("A02", error.problem, path=folder.path / config) from None
     weights = MappedFile(folder, f"{directory}/adapter_model.safetensors")
     weights.close()
-    named = weights.header.metadata.get(BASE_FINGERPRINT, fingerprint)
-    if fingerprint is not None and named != fingerprint:
+    match = compare_fingerprints(weights.header.metadata.get(BASE_FINGERPRINT), fingerprint)
+    if match.relation == "other":
         raise FormatError(
             "A01",
-            f"was made for the base {printable(named)}, this bundle's is {fingerprint}",
+            match.difference,
             path=weights.path,
             hint="keep the adapter beside the bundle that it was trained on",
         )

@@ -1,11 +1,13 @@
 """Merging into a bundle: the codes stay, the sum of the adapters lies beside them."""
 
+import os
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from loraformat.bundle.integrity import verify_bundle
-from loraformat.errors import InputError, UnsupportedError, UsageError
+from loraformat.errors import FileChangedError, InputError, UnsupportedError, UsageError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from tests.adapters.bundles import logits, manifest, name_base, save_adapter
@@ -90,3 +92,17 @@ def test_what_has_no_sum_is_refused_and_leaves_nothing(work, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
     beside(work, [tmp_path / "dora"], tmp_path / "out")
     assert verify_bundle(tmp_path / "out") == []
+
+
+def test_an_adapter_that_changes_during_a_merge_is_noticed(work, tmp_path, monkeypatch):
+    """The change is found before anything is published, dense or beside the codes."""
+    monkeypatch.setenv("LORAFORMAT_IO", "pread")
+    weights = work.adapter / "adapter_model.safetensors"
+    for to_format in ("safetensors", "loraformat"):
+        with pytest.raises(FileChangedError, match=r"adapter_model\.safetensors"):
+            merge(
+                work.bundle, [work.adapter], tmp_path / "out", to_format=to_format,
+                progress=lambda done, total: os.utime(weights, ns=(1, 1)),
+            )  # fmt: skip
+        assert not list(tmp_path.glob("out*"))
+        os.utime(weights)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from loraformat.bundle.integrity import check_listed
 from loraformat.card.carried import with_true_card
-from loraformat.errors import InputError, UsageError, printable
+from loraformat.errors import InputError, UsageError
 from loraformat.families.model_class import names_base_class
 from loraformat.model.adapter import Adapter
 from loraformat.model.architecture import module_of
+from loraformat.model.base_match import BaseMatch, compare_fingerprints
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
@@ -131,10 +132,12 @@ def plan_output(
         strange = adapter.base_fingerprint not in (None, home.fingerprint)
         if strange:
             reason = reason or "it shall name this base"
-        notes += _compare_bases(adapter, "is", home.fingerprint, allow_base_mismatch)
+        match = compare_fingerprints(adapter.base_fingerprint, home.fingerprint)
+        notes += _mismatch(adapter, match, allow_base_mismatch)
     elif base is not None and base.provenance.fingerprint and adapter.base_fingerprint:
         descent = base.provenance.fingerprint
-        notes += _compare_bases(adapter, "was made of", descent, allow_base_mismatch)
+        match = compare_fingerprints(adapter.base_fingerprint, descent, descends=True)
+        notes += _mismatch(adapter, match, allow_base_mismatch)
     rewritten = not adapter.verbatim
     if base is not None and writer.name == "peft":
         ours = _in_memory(adapter, base)
@@ -214,20 +217,18 @@ def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | Non
     return "it was a pickle or shards, had names that PEFT does not look for, or was changed"
 
 
-def _compare_bases(adapter: Adapter, this: str, fingerprint: str, allowed: bool) -> list[str]:
-    found = adapter.base_fingerprint
-    if found is None:
+def _mismatch(adapter: Adapter, match: BaseMatch, allowed: bool) -> list[str]:
+    if match.relation == "unknown":
         return ["it names no base by fingerprint: only names and shapes were compared"]
-    if found == fingerprint:
+    if match.relation != "other":
         return []
-    bases = f"was made for the base {printable(found)}, and this one {this} {fingerprint}"
     if not allowed:
         raise InputError(
-            bases,
+            match.difference,
             path=adapter.path,
             hint="use the base that it was trained on, or insist with --allow-base-mismatch",
         )
-    return [f"it {bases}: what it learned there may not hold here"]
+    return [f"it {match.difference}: what it learned there may not hold here"]
 
 
 def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from loraformat.errors import InputError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.ops.opening.model import origin_fingerprint
+from loraformat.ops.opening.model import compare_base
 
 __all__ = ["check_bases"]
 
@@ -32,38 +32,36 @@ def check_bases(base: Checkpoint, adapters: Iterable[Adapter], allowed: bool) ->
     InputError
         If both have a fingerprint, or the base says of which bundle it was made, and not the same.
     """
-    notes = []
-    ours, form = origin_fingerprint(base), base.provenance.format
-    this = "is" if base.provenance.fingerprint is None else "was made of"
+    notes, form = [], base.provenance.format
     for adapter in adapters:
-        wanted = adapter.base_fingerprint
-        if wanted is None:
+        match = compare_base(adapter, base)
+        if match.made_for is None:
             named = f" {printable(adapter.base_model)}" if adapter.base_model else ""
             notes.append(
                 f"{adapter.path}: names its base{named} by no fingerprint; only shapes were "
                 "compared" + _trained_in_nf4(adapter, base)
             )
-        elif ours is None:
+        elif match.relation == "unknown":
             notes.append(
-                f"{adapter.path}: was made for the base {wanted[:12]}, and a {form} "
+                f"{adapter.path}: was made for the base {printable(match.made_for)}, and a {form} "
                 "model has no fingerprint to compare; if it was trained on NF4, the bundle that "
                 "it was trained on is the better base to merge into"
             )
-        elif wanted != ours and not allowed:
-            raise InputError(
-                f"was made for the base {wanted[:12]}, and this one {this} {ours[:12]}",
-                path=adapter.path,
-                hint="merge into its own base, or insist with --allow-base-mismatch",
-            )
-        elif wanted != ours:
+        elif match.relation == "other":
+            if not allowed:
+                raise InputError(
+                    match.difference,
+                    path=adapter.path,
+                    hint="merge into its own base, or insist with --allow-base-mismatch",
+                )
             notes.append(
-                f"{adapter.path}: was made for the base {wanted[:12]}, and this one {this} "
-                f"{ours[:12]}: what it learned there may not hold here"
+                f"{adapter.path}: {match.difference}: what it learned there may not hold here"
             )
-        elif base.provenance.fingerprint is not None:
+        elif match.relation == "descends":
             notes.append(
-                f"{adapter.path}: was made for the bundle {wanted[:12]}, of which this {form} file "
-                "was made; the bundle's own values are those that it was trained on"
+                f"{adapter.path}: was made for the bundle {printable(match.made_for)}, of which "
+                f"this {form} file was made; the bundle's own values are those that it was "
+                "trained on"
             )
     return notes
 

@@ -11,6 +11,8 @@ from loraformat.bundle.reader import Bundle, open_bundle
 from loraformat.card.carried import keep_user_text
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import Source, resolve
+from loraformat.model.adapter import Adapter
+from loraformat.model.base_match import BaseMatch, compare_fingerprints
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import MAX_CONFIG_BYTES, split
 from loraformat.plugins import Converter, ReadOptions
@@ -18,6 +20,7 @@ from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = [
+    "compare_base",
     "fingerprint_of",
     "open_model",
     "open_source",
@@ -136,3 +139,10 @@ def origin_fingerprint(model: Checkpoint) -> str | None:
     and names none.
     """
     return fingerprint_of(model) or model.provenance.fingerprint
+
+
+def compare_base(adapter: Adapter, base: Checkpoint) -> BaseMatch:
+    """Compare the base that an adapter records with an open one."""
+    own = fingerprint_of(base)
+    here = own or base.provenance.fingerprint
+    return compare_fingerprints(adapter.base_fingerprint, here, descends=own is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loraformat.errors import printable
+from loraformat.model.base_match import compare_fingerprints
 from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
 from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
 
@@ -89,10 +90,8 @@ def _beyond(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 def _fingerprint(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     here = adapter.base.fingerprint if adapter.base is not None else None
-    made_for = adapter.base_fingerprint
-    if here is None or made_for is None or here == made_for:
-        return None
-    return f"was made for the base {printable(made_for)}, and this one is {here}"
+    match = compare_fingerprints(adapter.base_fingerprint, here)
+    return match.difference if match.relation == "other" else None
 
 
 def _revision(adapter: AdapterFacts, runtime: Runtime) -> str | None:

@@ -11,7 +11,7 @@ from loraformat.errors import InputError, UnsupportedError, UsageError, nearest,
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.ops.deltas.factors import finite
-from loraformat.ops.opening.model import origin_fingerprint
+from loraformat.ops.opening.model import compare_base
 from loraformat.train.lora.branch import Factors, LoraBranch, branch_of
 from loraformat.train.lora.initialise import initial
 from loraformat.train.lora.options import LoraOptions
@@ -186,10 +186,10 @@ def attach_adapter(
 
 
 def _check_base(adapter: Adapter, base: Checkpoint) -> None:
-    made_for, is_here = adapter.base_fingerprint, origin_fingerprint(base)
-    if is_here is not None and made_for not in (None, is_here):
+    match = compare_base(adapter, base)
+    if match.relation == "other":
         raise InputError(
-            f"was made for the base {printable(made_for)}, and this one is {is_here}",
+            match.difference,
             path=adapter.path,
             hint="use the base that it was trained on; or write a copy that names this one: "
             "loraformat convert ADAPTER BUNDLE/adapters/NAME --allow-base-mismatch",

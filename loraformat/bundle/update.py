@@ -50,6 +50,7 @@ __all__ = [
     "parse_bundle_slot",
     "read_manifest",
     "records_of",
+    "refuse_listed",
     "remove_adapter",
 ]
 
@@ -184,6 +185,17 @@ def add_adapter(
     except OSError as error:
         raise disk_full(error, target) from error
     return records
+
+
+def refuse_listed(place: BundleSlot, *, force: bool) -> None:
+    """Refuse a slot whose adapter the manifest lists, unless ``force`` says so.
+
+    Raises
+    ------
+    OutputError
+        Also if the bundle cannot be changed.
+    """
+    _refuse(place, read_manifest(place.bundle), force)
 
 
 def _refuse(place: BundleSlot, manifest: Manifest, force: bool) -> None:

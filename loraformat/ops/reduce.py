@@ -170,21 +170,23 @@ def reduce(
     -------
     ReductionReport
     """
-    from loraformat.ops.adapter_output.target import open_target
+    from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
     from loraformat.ops.opening.adapter import open_adapter
 
     began = time.perf_counter()
+    if not dry_run:
+        ensure_not_exists(target, force=force)
     with ExitStack() as stack:
-        goal = open_target(
+        output = open_adapter_output(
             stack, target, [source], base=base, dtype=reduction.dtype, force=force,
             dry_run=dry_run, allow_base_mismatch=allow_base_mismatch,
         )  # fmt: skip
-        opened = open_adapter(source, base=goal.base, allow_pickle=allow_pickle)
+        opened = open_adapter(source, base=output.checkpoint, allow_pickle=allow_pickle)
         adapter = stack.enter_context(opened)
-        goal.check(adapter)
+        output.check(adapter)
         rounding: dict[str, float] = {}
         smaller, report = reduce_adapter(adapter, reduction, rounding=rounding, progress=progress)
-        notes = [*report.notes, *goal.put(smaller)]
+        notes = [*report.notes, *output.write(smaller)]
         compute_factors(smaller, rounding)
     modules = [_with_rounding(module, rounding) for module in report.modules]
     return replace(

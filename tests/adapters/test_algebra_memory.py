@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraformat import plugins
-from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.convert.convert import convert
 from loraformat.testing import checkpoint, dense, save
 from tests.adapters.memory_adapters import adapter, delta

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraformat.cli import main
-from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.extract.extract import ExtractOptions, extract
 from loraformat.ops.merge.merge import merge

@@ -10,7 +10,7 @@ import torch
 
 from loraformat import plugins
 from loraformat.cli import main
-from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.testing import save
 from tests.adapters.memory_adapters import effects, in_memory, random_adapter

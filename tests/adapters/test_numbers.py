@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from loraformat.demo import ADAPTERS
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, UsageError
-from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.combine.combine import CombineOptions, combine
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge

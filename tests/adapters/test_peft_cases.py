@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
 from tests.adapters.peft_models import (

@@ -15,7 +15,7 @@ from loraformat import plugins
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.model.adapter import LoraDelta
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.check.fix import fix
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge

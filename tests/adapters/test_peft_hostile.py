@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
-from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.opening.adapter import open_adapter
 from tests.adapters.peft_models import llama, trained
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraformat.bundle.reader import is_bundle, open_bundle
@@ -10,17 +12,34 @@ from loraformat.bundle.update import BundleSlot
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint, Provenance
 from loraformat.model.config_json import CONFIG_NAME, MAX_CONFIG_BYTES, split
-from loraformat.ops.adapter_output.form import BaseIdentity
 from loraformat.ops.opening.model import open_model, with_origin
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["open_base"]
+__all__ = ["AdapterBase", "open_adapter_base"]
 
 
-def open_base(
-    stack: ExitStack, named: str | Path | None, *places: BundleSlot | None
-) -> tuple[Checkpoint | None, BaseIdentity | None]:
-    """Open the base that was named, else the bundle of the first place, else none.
+@dataclass(frozen=True, slots=True)
+class AdapterBase:
+    """The base that an adapter is held against.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+    fingerprint : str or None
+        Of a bundle, whose adapter it shall be.
+    source : dict of str to str
+        As in that bundle's manifest.
+    """
+
+    checkpoint: Checkpoint
+    fingerprint: str | None = None
+    source: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_adapter_base(
+    stack: ExitStack, named: str | Path | None, *slots: BundleSlot | None
+) -> AdapterBase | None:
+    """Open the base that was named, else the bundle of the first slot, else none.
 
     Parameters
     ----------
@@ -29,33 +48,27 @@ def open_base(
     named : str, Path or None
         A path or a Hub id: of a bundle, of any other base, or of a directory with nothing but
         ``config.json``, which gives a checkpoint without tensors.
-    *places : Place or None
+    *slots : BundleSlot or None
         Where in bundles the adapter will lie, or lies.
-
-    Returns
-    -------
-    Checkpoint or None
-    BaseIdentity or None
-        Of a bundle only.
 
     Raises
     ------
-    UsageError
+    UnsupportedError
         If what is named is no base.
     """
-    path = next((place.bundle for place in places if place is not None), None)
+    path = next((slot.bundle for slot in slots if slot is not None), None)
     source = Source(path or Path())
     if named is not None:
         source = resolve(named)
         path = source.path
     if path is None:
-        return None, None
+        return None
     if is_bundle(path):
         bundle = stack.enter_context(open_bundle(path))
-        return bundle.checkpoint, BaseIdentity(bundle.manifest.fingerprint, bundle.manifest.source)
+        return AdapterBase(bundle.checkpoint, bundle.manifest.fingerprint, bundle.manifest.source)
     if (config := _config_alone(path)) is not None:
-        return with_origin(config, source), None
-    return with_origin(stack.enter_context(open_model(path)), source), None
+        return AdapterBase(with_origin(config, source))
+    return AdapterBase(with_origin(stack.enter_context(open_model(path)), source))
 
 
 def _config_alone(path: Path) -> Checkpoint | None:

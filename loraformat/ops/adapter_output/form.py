@@ -22,6 +22,7 @@ from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.model.tied_head import lacks_head
+from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.merge.plan import plan_edits
 from loraformat.ops.opening.adapter import copy_adapter
 from loraformat.plugins import AdapterWriteOptions, Converter
@@ -30,26 +31,11 @@ from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import parse_weight_dtype
 
-__all__ = ["AdapterOutput", "BaseIdentity", "check_fits", "check_values", "plan_output"]
+__all__ = ["PlannedAdapter", "check_fits", "check_values", "plan_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class BaseIdentity:
-    """The base that an adapter shall belong to.
-
-    Attributes
-    ----------
-    fingerprint : str
-    source : dict of str to str
-        As in the bundle's manifest.
-    """
-
-    fingerprint: str
-    source: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterOutput:
+class PlannedAdapter:
     """An adapter, ready to be written.
 
     Attributes
@@ -87,17 +73,16 @@ class AdapterOutput:
         return notes
 
 
-def plan_output(
+def plan_adapter(
     adapter: Adapter,
     writer: Converter,
     *,
     canonical: bool = False,
     dtype: str | None = None,
-    base: Checkpoint | None = None,
-    home: BaseIdentity | None = None,
+    base: AdapterBase | None = None,
     allow_base_mismatch: bool = False,
     expected: Mapping[str, FileRecord] | None = None,
-) -> AdapterOutput:
+) -> PlannedAdapter:
     """Decide how an adapter is written.
 
     Parameters
@@ -111,10 +96,9 @@ def plan_output(
         ``f32``, ``f16``, ``bf16`` or another of the writer's for the factors, rounded to
         nearest even. By default each keeps its own where folding the scaling loses nothing in
         it.
-    base : Checkpoint, optional
-        For writers that need its config or shapes.
-    home : BaseIdentity, optional
-        The base whose fingerprint it shall have, or none.
+    base : AdapterBase, optional
+        For writers that need its config or shapes. If it is a bundle, the adapter gets its
+        fingerprint.
     allow_base_mismatch : bool
         Give it that fingerprint although it has another.
     expected : mapping of str to FileRecord, optional
@@ -128,39 +112,39 @@ def plan_output(
     notes = []
     reason = _reason(adapter, writer, dtype)
     foreign = adapter.format != writer.name
-    if home is not None:
-        strange = adapter.base_fingerprint not in (None, home.fingerprint)
-        if strange:
+    checkpoint = None if base is None else base.checkpoint
+    if base is not None and base.fingerprint is not None:
+        match = compare_fingerprints(adapter.base_fingerprint, base.fingerprint)
+        if match.relation == "other":
             reason = reason or "it shall name this base"
-        match = compare_fingerprints(adapter.base_fingerprint, home.fingerprint)
         notes += _mismatch(adapter, match, allow_base_mismatch)
-    elif base is not None and base.provenance.fingerprint and adapter.base_fingerprint:
-        descent = base.provenance.fingerprint
+    elif checkpoint is not None and checkpoint.provenance.fingerprint and adapter.base_fingerprint:
+        descent = checkpoint.provenance.fingerprint
         match = compare_fingerprints(adapter.base_fingerprint, descent, descends=True)
         notes += _mismatch(adapter, match, allow_base_mismatch)
     rewritten = not adapter.verbatim
-    if base is not None and writer.name == "peft":
-        ours = _in_memory(adapter, base)
+    if checkpoint is not None and writer.name == "peft":
+        ours = _in_memory(adapter, checkpoint)
         rewritten = rewritten or _names_in_file(adapter) != _names_in_file(ours)
         if rewritten and not foreign:
             reason = reason or "PEFT has other names for this base's modules"
     if not canonical and reason is None:
-        options = AdapterWriteOptions(base=base)
-        return AdapterOutput(adapter, writer, options, True, tuple(notes), expected)
+        options = AdapterWriteOptions(base=checkpoint)
+        return PlannedAdapter(adapter, writer, options, True, tuple(notes), expected)
     if not canonical:
         # One file has one scaling for all: its writer says itself what it folds.
         kept = foreign or rewritten or writer.output == "file"
         folded = "" if kept else ", its scaling folded into B,"
         notes.append(f"it was written anew{folded} as {reason}")
-    if home is not None:
-        source = json.dumps(dict(home.source), ensure_ascii=False)
-        adapter = replace(adapter, base_fingerprint=home.fingerprint, base_source=source)
-    if base is not None and writer.name == "peft":
-        adapter = _in_memory(adapter, base)
+    if base is not None and base.fingerprint is not None:
+        source = json.dumps(dict(base.source), ensure_ascii=False)
+        adapter = replace(adapter, base_fingerprint=base.fingerprint, base_source=source)
+    if checkpoint is not None and writer.name == "peft":
+        adapter = _in_memory(adapter, checkpoint)
     keep = (foreign or rewritten) and not canonical
-    options = AdapterWriteOptions(_dtype(writer, dtype), base, keep_scaling=keep)
+    options = AdapterWriteOptions(_dtype(writer, dtype), checkpoint, keep_scaling=keep)
     anew = replace(adapter, verbatim=False, files=with_true_card(adapter.files))
-    return AdapterOutput(anew, writer, options, False, tuple(notes))
+    return PlannedAdapter(anew, writer, options, False, tuple(notes))
 
 
 def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:

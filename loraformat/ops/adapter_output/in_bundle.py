@@ -1,159 +1,34 @@
-"""Adapters in bundles: into a bundle that is there, and into one that is being written."""
+"""Writing a new bundle with adapters in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 from loraformat import plugins
 from loraformat.bundle import converter
 from loraformat.bundle.integrity import check_adapter
-from loraformat.bundle.reader import open_bundle
-from loraformat.bundle.update import BundleSlot, add_adapter, parse_bundle_slot, records_of
+from loraformat.bundle.update import records_of
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.ops.adapter_output.form import (
-    AdapterOutput,
-    BaseIdentity,
-    check_fits,
-    check_values,
-    plan_output,
-)
+from loraformat.ops.adapter_output.base import AdapterBase
+from loraformat.ops.adapter_output.form import check_fits, check_values, plan_adapter
 from loraformat.plugins import WriteOptions
-from loraformat.shards.records import FileRecord
 from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_adapter_name
 
-__all__ = ["NewAdapter", "add_adapters", "write_bundle"]
-
-
-@dataclass(frozen=True, slots=True)
-class NewAdapter:
-    """An adapter that shall be in a bundle.
-
-    Attributes
-    ----------
-    adapter : Adapter
-        Opened against the bundle's base. If it was changed in memory, its ``verbatim`` is
-        False.
-    canonical : bool
-        Write it anew, even if its files could be copied.
-    dtype : str or None
-        ``f32``, ``f16`` or ``bf16`` for its factors; it is written anew then.
-    allow_base_mismatch : bool
-        Take it although it says that it was made for another base.
-    """
-
-    adapter: Adapter
-    canonical: bool = False
-    dtype: str | None = None
-    allow_base_mismatch: bool = False
-
-
-def add_adapters(
-    path: Path, adapters: Mapping[str, NewAdapter], *, force: bool = False
-) -> list[str]:
-    """Add adapters to a bundle, one after the other; each appears whole or not at all.
-
-    Parameters
-    ----------
-    path : Path
-        The bundle.
-    adapters : mapping of str to Incoming
-        By name.
-    force : bool
-        Replace adapters of these names.
-
-    Returns
-    -------
-    list of str
-        What a user should know.
-
-    Raises
-    ------
-    LoraFormatError
-        If one does not fit the base, was made for another one, or exists.
-    """
-    notes = []
-    with open_bundle(path) as opened:
-        home = BaseIdentity(opened.manifest.fingerprint, opened.manifest.source)
-        for name, incoming in adapters.items():
-            place = _place(path, name)
-            output = plan_incoming(incoming, opened.checkpoint, home)
-            put(output, place, home.fingerprint, force=force)
-            notes += [f"adapter {name}: {note}" for note in output.notes]
-    return notes
-
-
-def _place(path: Path, name: str) -> BundleSlot:
-    place = parse_bundle_slot(path / "adapters" / name)
-    if place is None or place.name != name:
-        raise UsageError(f"{name!r} cannot be the name of an adapter")
-    return place
-
-
-def plan_incoming(incoming: NewAdapter, base: Checkpoint, home: BaseIdentity) -> AdapterOutput:
-    """Hold an adapter against its bundle, and decide how it is written."""
-    output = plan_output(
-        incoming.adapter,
-        plugins.get("peft"),
-        canonical=incoming.canonical,
-        dtype=incoming.dtype,
-        base=base,
-        home=home,
-        allow_base_mismatch=incoming.allow_base_mismatch,
-    )
-    notes = check_incoming(incoming.adapter, base)
-    return replace(output, notes=(*output.notes, *notes))
-
-
-def check_incoming(adapter: Adapter, base: Checkpoint) -> list[str]:
-    """Check that an adapter fits a base, and that all its values are finite; see `check_fits`."""
-    notes = check_fits(adapter, base)
-    check_values(adapter)
-    return notes
-
-
-def put(
-    output: AdapterOutput,
-    place: BundleSlot,
-    fingerprint: str,
-    *,
-    force: bool,
-    finish: Callable[[], None] = lambda: None,
-) -> dict[str, FileRecord]:
-    """Write a planned adapter to its place; the manifest lists it then.
-
-    Parameters
-    ----------
-    output : AdapterOutput
-    place : BundleSlot
-    fingerprint : str
-        Of the bundle.
-    force : bool
-        Replace an adapter of that name.
-    finish : callable
-        Called when all is read; what it raises leaves the bundle as it was.
-    """
-
-    def write(stage: AtomicOutput) -> None:
-        output.write(stage)
-        check_adapter(SafeDirectory(stage.work), ".", fingerprint)
-        finish()
-
-    inputs = [output.adapter.path, *output.adapter.sources]
-    return add_adapter(place, write, inputs=inputs, force=force)
+__all__ = ["write_bundle"]
 
 
 def write_bundle(
     checkpoint: Checkpoint,
     publication: AtomicOutput,
     options: WriteOptions,
-    adapters: Mapping[str, NewAdapter],
+    adapters: Mapping[str, Adapter],
+    *,
+    allow_base_mismatch: bool = False,
 ) -> WrittenModel:
     """Write a new bundle with adapters in it, in one publication.
 
@@ -163,8 +38,11 @@ def write_bundle(
         As `loraformat.bundle.converter.write` takes it.
     publication : AtomicOutput
     options : WriteOptions
-    adapters : mapping of str to Incoming
-        By name; opened against a base of the same tensors.
+    adapters : mapping of str to Adapter
+        By name; opened against a base of the same tensors. Those that were changed in memory
+        are written anew.
+    allow_base_mismatch : bool
+        Take adapters that were made for another base.
 
     Raises
     ------
@@ -173,22 +51,29 @@ def write_bundle(
     """
     notes: list[str] = []
     _check_distinct(adapters)
-    for incoming in adapters.values():  # before the base is written, which takes longer
-        check_incoming(incoming.adapter, checkpoint)
+    fits = {}
+    for name, adapter in adapters.items():  # before the base is written, which takes longer
+        fits[name] = check_fits(adapter, checkpoint)
+        check_values(adapter)
 
     def add(fingerprint: str) -> converter.AdapterRecords:
-        home = BaseIdentity(fingerprint, checkpoint.provenance.to_json())
+        base = AdapterBase(checkpoint, fingerprint, checkpoint.provenance.to_json())
         records = {}
-        for name, incoming in adapters.items():
-            output = plan_incoming(incoming, checkpoint, home)
+        for name, adapter in adapters.items():
+            planned = plan_adapter(
+                adapter,
+                plugins.get("peft"),
+                base=base,
+                allow_base_mismatch=allow_base_mismatch,
+            )
             directory = publication.work / "adapters" / name
             directory.parent.mkdir(exist_ok=True)
             with AtomicOutput(directory, plan="adapter", work_name=f".{name}.partial") as stage:
-                output.write(stage)
+                planned.write(stage)
                 check_adapter(SafeDirectory(stage.work), ".", fingerprint)
                 stage.commit()
             records[name] = records_of(directory)
-            notes.extend(f"adapter {name}: {note}" for note in output.notes)
+            notes.extend(f"adapter {name}: {note}" for note in (*planned.notes, *fits[name]))
         return records
 
     written = converter.write(checkpoint, publication, options, add_adapters=add)

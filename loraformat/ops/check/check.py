@@ -18,7 +18,7 @@ from loraformat.model.config_json import parse
 from loraformat.model.tied_head import tied_embedding, tied_head
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.model.vocabulary import per_token
-from loraformat.ops.adapter_output.base import open_base
+from loraformat.ops.adapter_output.base import open_adapter_base
 from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import origin_fingerprint
@@ -161,7 +161,8 @@ def examine(
         )
     place = parse_bundle_slot(path)
     with ExitStack() as stack:
-        opened, _ = open_base(stack, base, place)
+        held = open_adapter_base(stack, base, place)
+        opened = None if held is None else held.checkpoint
         facts = _facts(converter, path, AdapterReadOptions(opened, allow_pickle, True, True))
         if opened is None:
             return facts, None

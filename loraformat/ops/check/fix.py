@@ -7,7 +7,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
-from loraformat.ops.convert.adapter import AdapterConversion, AdapterOptions, convert_adapter
+from loraformat.ops.convert.adapter import AdapterConversion, convert_adapter
 
 __all__ = ["fix"]
 
@@ -60,7 +60,10 @@ def fix(
     reader = plugins.sniff(found.path, "adapter")
     if reader.kind != "adapter":
         raise UnsupportedError(f"is a model ({reader.name}), not an adapter", path=found.path)
-    options = AdapterOptions(
+    return convert_adapter(
+        found,
+        reader,
+        target,
         to_format="peft",
         dtype=dtype,
         base=base,
@@ -70,4 +73,3 @@ def fix(
         force=force,
         dry_run=dry_run,
     )
-    return convert_adapter(found, reader, target, options)

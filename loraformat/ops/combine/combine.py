@@ -94,26 +94,28 @@ def combine(
     -------
     CombinationReport
     """
-    from loraformat.ops.adapter_output.target import open_target
+    from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
     from loraformat.ops.opening.adapter import open_adapter
 
     began = time.perf_counter()
+    if not dry_run:
+        ensure_not_exists(target, force=force)
     with ExitStack() as stack:
-        goal = open_target(
+        output = open_adapter_output(
             stack, target, sources, base=base, dtype=options.dtype if options else None,
             force=force, dry_run=dry_run, allow_base_mismatch=allow_base_mismatch,
         )  # fmt: skip
         adapters = []
         for source in sources:
-            opened = open_adapter(source, base=goal.base, allow_pickle=allow_pickle)
+            opened = open_adapter(source, base=output.checkpoint, allow_pickle=allow_pickle)
             adapters.append(stack.enter_context(opened))
-            goal.check(adapters[-1])
+            output.check(adapters[-1])
         rounding: dict[str, float] = {}
         result, report = combine_adapters(
             adapters, options, weights=weights, rounding=rounding, progress=progress
         )
         with result:
-            notes = [*report.notes, *goal.put(result)]
+            notes = [*report.notes, *output.write(result)]
             compute_factors(result, rounding)
     return replace(
         report,

@@ -17,21 +17,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraformat import plugins
 from loraformat.bundle.integrity import check_listed
 from loraformat.bundle.update import BundleSlot, parse_bundle_slot, read_manifest
-from loraformat.errors import UnsupportedError, UsageError
+from loraformat.errors import UnsupportedError
 from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.ops.adapter_output.base import open_base
-from loraformat.ops.adapter_output.form import AdapterOutput, BaseIdentity, check_fits, plan_output
-from loraformat.ops.adapter_output.in_bundle import check_incoming, put
+from loraformat.ops.adapter_output.base import AdapterBase
+from loraformat.ops.adapter_output.form import PlannedAdapter
 from loraformat.ops.adapter_output.one_rank import with_one_rank
-from loraformat.ops.adapter_output.target import publish_adapter
+from loraformat.ops.adapter_output.output import open_adapter_output
 from loraformat.ops.convert.report import ConversionReport
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.plugins import Converter
+from loraformat.plugins import Converter, Forecast
 from loraformat.shards.records import FileRecord
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES
@@ -74,28 +72,21 @@ class AdapterConversion(ConversionReport):
         return {name: members[name] for name in members if name not in _OF_MODELS}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterOptions:
-    """What a user may ask of a conversion; see `loraformat.ops.convert.convert`.
-
-    With ``one_rank`` all modules get one rank (see `loraformat.ops.adapter_output.one_rank`), and
-    the base is called by its Hub id where that is known.
-    """
-
-    to_format: str | None = None
-    dtype: str | None = None
-    base: str | Path | None = None
-    canonical: bool = False
-    allow_pickle: bool = False
-    allow_base_mismatch: bool = False
-    force: bool = False
-    strict: bool = False
-    dry_run: bool = False
-    one_rank: bool = False
-
-
 def convert_adapter(
-    source: Source, reader: Converter, target: Path, options: AdapterOptions
+    source: Source,
+    reader: Converter,
+    target: Path,
+    *,
+    to_format: str | None = None,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    canonical: bool = False,
+    one_rank: bool = False,
+    allow_pickle: bool = False,
+    allow_base_mismatch: bool = False,
+    force: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
 ) -> AdapterConversion:
     """Convert an adapter.
 
@@ -106,7 +97,11 @@ def convert_adapter(
         Of adapters.
     target : Path
         ``BUNDLE/adapters/NAME``, or an output of its own.
-    options : AdapterOptions
+    one_rank : bool
+        All modules get one rank (see `loraformat.ops.adapter_output.one_rank`), and the base is
+        called by its Hub id where that is known.
+    to_format, dtype, base, canonical, allow_pickle, allow_base_mismatch, force, strict, dry_run
+        See `loraformat.ops.convert.convert`.
 
     Raises
     ------
@@ -114,84 +109,66 @@ def convert_adapter(
         Nothing appears at the target then, and a bundle is as it was.
     """
     began = time.perf_counter()
-    place, origin = parse_bundle_slot(target), parse_bundle_slot(source.path)
-    writer = _writer(target, place, options)
-    lost = [loss for loss in writer.loses if writer.name != reader.name]
-    lost = [loss for loss in lost if loss not in reader.loses]
-    if options.strict and lost:
+    origin = parse_bundle_slot(source.path)
+    with ExitStack() as stack:
+        output = open_adapter_output(
+            stack,
+            target,
+            [source.path],
+            base=base,
+            to_format=to_format,
+            dtype=dtype,
+            canonical=canonical,
+            base_of_sources=canonical or dtype is not None,
+            force=force,
+            dry_run=dry_run,
+            allow_base_mismatch=allow_base_mismatch,
+        )
+        lost = _lost(source, reader, output.writer, strict)
+        adapter = stack.enter_context(
+            open_adapter(
+                source,
+                reader=reader,
+                base=output.checkpoint,
+                allow_pickle=allow_pickle,
+                conditional=output.slot is None,
+            )
+        )
+        if one_rank:
+            named = _repository(base, output.base) or adapter.base_model
+            adapter = replace(with_one_rank(adapter, output.checkpoint), base_model=named)
+        listed, notes = _listed(origin)
+        if listed is not None:
+            check_listed(SafeDirectory(source.path), listed)
+            adapter = replace(adapter, files=tuple(f for f in adapter.files if f.path in listed))
+        planned = output.plan(adapter, listed)
+        report = _report(source, target, planned, lost, [*notes, *output.check_fits(adapter)])
+        if dry_run:
+            return _foreseen(report, output.forecast(planned))
+        nbytes, said = output.publish(planned, finish=adapter.close)
+    seconds = time.perf_counter() - began
+    return replace(report, output_bytes=nbytes, seconds=seconds, notes=[*report.notes, *said])
+
+
+def _lost(source: Source, reader: Converter, writer: Converter, strict: bool) -> list[str]:
+    """Return what the writer's format cannot hold and the reader's can."""
+    if writer.name == reader.name:
+        return []
+    lost = [loss for loss in writer.loses if loss not in reader.loses]
+    if strict and lost:
         raise UnsupportedError(
             f"{writer.name} cannot hold: {'; '.join(lost)}",
             path=source.path,
             hint="leave out --strict to go on without",
         )
-    with ExitStack() as stack:
-        anew = options.canonical or options.dtype is not None or writer.name != reader.name
-        base, home = open_base(stack, options.base, place, origin if anew else None)
-        adapter = stack.enter_context(
-            open_adapter(
-                source,
-                reader=reader,
-                base=base,
-                allow_pickle=options.allow_pickle,
-                conditional=place is None,
-            )
-        )
-        if options.one_rank:
-            named = _repository(options.base, home) or adapter.base_model
-            adapter = replace(with_one_rank(adapter, base), base_model=named)
-        listed, notes = _listed(origin)
-        if listed is not None:
-            check_listed(SafeDirectory(source.path), listed)
-            adapter = replace(adapter, files=tuple(f for f in adapter.files if f.path in listed))
-        output = plan_output(
-            adapter,
-            writer,
-            canonical=options.canonical,
-            dtype=options.dtype,
-            base=base,
-            home=home,
-            allow_base_mismatch=options.allow_base_mismatch,
-            expected=listed,
-        )
-        if place is not None and base is not None:
-            notes += check_incoming(adapter, base)
-        elif base is not None and base.tensors:
-            notes += check_fits(adapter, base)
-        report = _report(source, target, output, lost, notes)
-        if options.dry_run:
-            return _foreseen(report, output, target)
-        if place is not None and home is not None:
-            records = put(
-                output, place, home.fingerprint, force=options.force, finish=adapter.close
-            )
-            nbytes = sum(record.bytes for record in records.values())
-            said: list[str] = []
-        else:
-            nbytes, said = publish_adapter(
-                output, target, force=options.force, finish=output.adapter.close
-            )
-    seconds = time.perf_counter() - began
-    return replace(report, output_bytes=nbytes, seconds=seconds, notes=[*report.notes, *said])
+    return lost
 
 
-def _writer(target: Path, place: BundleSlot | None, options: AdapterOptions) -> Converter:
-    if place is None:
-        return plugins.for_output(target, options.to_format, "adapter")
-    if options.to_format not in (None, "peft"):
-        raise UsageError(
-            f"--to {options.to_format}: a bundle holds PEFT adapters",
-            hint="leave it out, or choose an output outside the bundle",
-        )
-    if options.base is not None:
-        raise UsageError("--base: the bundle is the base", hint="leave it out")
-    return plugins.get("peft")
-
-
-def _repository(base: str | Path | None, home: BaseIdentity | None) -> str | None:
+def _repository(named: str | Path | None, base: AdapterBase | None) -> str | None:
     """Return the Hub id of a base, which means the same everywhere; None if it has none."""
-    if home is not None and "repo" in home.source:
-        return home.source["repo"]
-    return resolve(base).repo if base is not None else None
+    if base is not None and "repo" in base.source:
+        return base.source["repo"]
+    return resolve(named).repo if named is not None else None
 
 
 def _listed(origin: BundleSlot | None) -> tuple[dict[str, FileRecord] | None, list[str]]:
@@ -213,31 +190,30 @@ def tensors_of(adapter: Adapter) -> Iterator[DenseTensor]:
     yield from (rows.rows for rows in adapter.rows.values())
 
 
-def _foreseen(report: AdapterConversion, output: AdapterOutput, target: Path) -> AdapterConversion:
-    """Return the report of a dry run; what the writer would refuse is refused."""
-    if output.verbatim or output.writer.forecast_adapter is None:
+def _foreseen(report: AdapterConversion, estimate: Forecast | None) -> AdapterConversion:
+    """Return the report of a dry run."""
+    if estimate is None:
         return replace(report, dry_run=True)
-    estimate = output.writer.forecast_adapter(output.adapter, target, output.options)
     notes = [*report.notes, *estimate.notes]
     return replace(report, dry_run=True, output_bytes=estimate.nbytes, notes=notes)
 
 
 def _report(
-    source: Source, target: Path, output: AdapterOutput, lost: list[str], notes: list[str]
+    source: Source, target: Path, planned: PlannedAdapter, lost: list[str], notes: list[str]
 ) -> AdapterConversion:
-    adapter = output.adapter
+    adapter = planned.adapter
     parameters = sum(tensor.count for tensor in tensors_of(adapter))
-    if output.verbatim:
+    if planned.verbatim:
         estimate = sum(file.nbytes for file in adapter.files)
     else:
-        dtype = output.options.dtype
+        dtype = planned.options.dtype
         estimate = sum(t.count * ITEM_BYTES.get(dtype or t.dtype, 2) for t in tensors_of(adapter))
     return AdapterConversion(
         source=source.repo or str(source.path),
         target=str(target),
         source_format=adapter.format,
-        target_format=output.writer.name,
-        verbatim=output.verbatim,
+        target_format=planned.writer.name,
+        verbatim=planned.verbatim,
         modules=len(adapter.deltas.keys() | adapter.replacements.keys() | adapter.rows.keys()),
         parameters=parameters,
         ranks=sorted({delta.rank for delta in adapter.deltas.values()}),
@@ -245,6 +221,6 @@ def _report(
         output_bytes=estimate,
         base_model=adapter.base_model,
         base_fingerprint=adapter.base_fingerprint,
-        notes=[*adapter.notes, *notes, *output.notes],
+        notes=[*adapter.notes, *notes, *planned.notes],
         lost=lost,
     )

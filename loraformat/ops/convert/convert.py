@@ -21,7 +21,7 @@ from loraformat.errors import UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint, NF4Tensor
 from loraformat.model.tied_head import refuse_lost_head, settled
-from loraformat.ops.convert.adapter import AdapterOptions, convert_adapter
+from loraformat.ops.convert.adapter import convert_adapter
 from loraformat.ops.convert.report import ConversionReport, complete, foreseen, losses, plan_report
 from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
@@ -139,7 +139,10 @@ def convert(
     }
     if reader.kind == "adapter":
         _refuse_options(source, f"an adapter ({reader.name})", "bases", for_bases)
-        wanted = AdapterOptions(
+        return convert_adapter(
+            found,
+            reader,
+            Path(target),
             to_format=to_format,
             dtype=dtype,
             base=base,
@@ -150,7 +153,6 @@ def convert(
             strict=strict,
             dry_run=dry_run,
         )
-        return convert_adapter(found, reader, Path(target), wanted)
     _refuse_options(source, f"a base ({reader.name})", "adapters", for_adapters)
     encoding = Encoding(dtype, block_size, double_quant, tuple(skip), tuple(include))
     return _convert_base(

@@ -84,7 +84,7 @@ def extract(
     -------
     ExtractionReport
     """
-    from loraformat.ops.adapter_output.target import ensure_not_exists, open_target
+    from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
 
     began = time.perf_counter()
     options = options or ExtractOptions()
@@ -92,14 +92,14 @@ def extract(
         ensure_not_exists(target, force=force)
     with ExitStack() as stack:
         one, other = (stack.enter_context(open_model(model)) for model in (base, tuned))
-        goal = open_target(
+        output = open_adapter_output(
             stack, target, base=one, dtype=options.dtype, force=force, dry_run=dry_run,
             allow_base_mismatch=allow_base_mismatch,
         )  # fmt: skip
         adapter, report = extract_adapter(one, other, options, progress=progress)
         with adapter:
             named = replace(adapter, base_model=str(base), base_fingerprint=fingerprint_of(one))
-            notes = [*report.notes, *goal.put(named)]
+            notes = [*report.notes, *output.write(named)]
     return replace(
         report,
         base=str(base),

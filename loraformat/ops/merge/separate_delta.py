@@ -143,12 +143,14 @@ def merge_beside(
     UnsupportedError
         If the weighted sum is no adapter: DoRA with a weight or beside another, for example.
     """
-    from loraformat.ops.adapter_output.in_bundle import NewAdapter, write_bundle
+    from loraformat.ops.adapter_output.in_bundle import write_bundle
 
     with ExitStack() as stack:
         only = adapters[0] if len(adapters) == 1 and weights[0] == 1 else None
         combined = only or _combined(stack, adapters, weights)
-        incoming = {name: NewAdapter(combined, allow_base_mismatch=allow_base_mismatch)}
+        write = partial(
+            write_bundle, adapters={name: combined}, allow_base_mismatch=allow_base_mismatch
+        )
         output = stack.enter_context(
             ModelOutput(
                 target,
@@ -159,9 +161,7 @@ def merge_beside(
                 progress=progress,
             )
         )
-        return output.write(
-            original, WriteOptions(shard_limit), partial(write_bundle, adapters=incoming)
-        )
+        return output.write(original, WriteOptions(shard_limit), write)
 
 
 def _combined(stack: ExitStack, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

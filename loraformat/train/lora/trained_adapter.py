@@ -19,7 +19,7 @@ from loraformat.errors import LoraFormatError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import CarriedFile, DenseTensor
 from loraformat.model.vocabulary import tokenizer_files
-from loraformat.ops.adapter_output.target import write_adapter
+from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.deltas.factors import as_bytes, in_memory
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage.reserved_names import MANIFEST_NAME

@@ -1,0 +1,293 @@
+"""Where an adapter goes: a format of its own, or a place in a bundle.
+
+`reduce`, `combine` and `extract` open their output first, so that what cannot be written is
+refused before minutes of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loraformat import plugins
+from loraformat.bundle.integrity import check_adapter
+from loraformat.bundle.update import BundleSlot, add_adapter, parse_bundle_slot, refuse_listed
+from loraformat.errors import UsageError
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.ops.adapter_output.base import AdapterBase, open_adapter_base
+from loraformat.ops.adapter_output.form import (
+    PlannedAdapter,
+    check_fits,
+    check_values,
+    plan_adapter,
+)
+from loraformat.plugins import Converter, Forecast
+from loraformat.shards.records import FileRecord
+from loraformat.storage.atomic_file import open_publication
+from loraformat.storage.atomic_output import AtomicOutput
+from loraformat.storage.output_rules import refuse_existing, refuse_existing_file
+from loraformat.storage.safe_directory import SafeDirectory
+
+__all__ = ["AdapterOutput", "ensure_not_exists", "open_adapter_output", "write_adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOutput:
+    """An output for one adapter; made by `open_adapter_output`.
+
+    Attributes
+    ----------
+    path : Path
+    writer : Converter
+    slot : BundleSlot or None
+        In a bundle.
+    base : AdapterBase or None
+        What adapters are held against, and what the writer may need.
+    dtype : str or None
+        Of the factors.
+    canonical : bool
+        Fold the scaling into B; else it stays apart where one alpha says every module's.
+    force, dry_run, allow_base_mismatch : bool
+    """
+
+    path: Path
+    writer: Converter
+    slot: BundleSlot | None
+    base: AdapterBase | None
+    dtype: str | None
+    canonical: bool
+    force: bool
+    dry_run: bool
+    allow_base_mismatch: bool
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The base, open, if one is known."""
+        return None if self.base is None else self.base.checkpoint
+
+    def check(self, adapter: Adapter) -> None:
+        """Hold an adapter that something will be made of against the base and the format.
+
+        Raises
+        ------
+        LoraFormatError
+            If it was made for another base, does not fit this one, or has what the format
+            cannot hold.
+        """
+        if self.base is not None and self.base.checkpoint.tensors:
+            check_fits(adapter, self.base.checkpoint)
+        self.forecast(self.plan(replace(adapter, verbatim=False)))
+
+    def write(self, adapter: Adapter) -> list[str]:
+        """Write an adapter anew, whole or not at all; in a dry run only see whether it could be.
+
+        Returns
+        -------
+        list of str
+            What a user should know.
+        """
+        planned = self.plan(replace(adapter, verbatim=False))
+        notes = list(planned.notes)
+        if self.dry_run:
+            forecast = self.forecast(planned)
+            return notes if forecast is None else [*notes, *forecast.notes]
+        if self.slot is not None:
+            notes += self.check_fits(adapter)
+        _, said = self.publish(planned)
+        return [*notes, *said]
+
+    def plan(
+        self, adapter: Adapter, expected: Mapping[str, FileRecord] | None = None
+    ) -> PlannedAdapter:
+        """Decide how an adapter is written; see `plan_adapter`."""
+        return plan_adapter(
+            adapter,
+            self.writer,
+            canonical=self.canonical,
+            dtype=self.dtype,
+            base=self.base,
+            allow_base_mismatch=self.allow_base_mismatch,
+            expected=expected,
+        )
+
+    def check_fits(self, adapter: Adapter) -> list[str]:
+        """Hold an adapter against the base's tensors; for a bundle its values, too.
+
+        Returns
+        -------
+        list of str
+            What a user should know.
+
+        Raises
+        ------
+        LoraFormatError
+        """
+        if self.base is None or (self.slot is None and not self.base.checkpoint.tensors):
+            return []
+        notes = check_fits(adapter, self.base.checkpoint)
+        if self.slot is not None:
+            check_values(adapter)
+        return notes
+
+    def forecast(self, planned: PlannedAdapter) -> Forecast | None:
+        """Return what the writer knows of its output; what it would refuse is refused."""
+        if planned.verbatim or self.writer.forecast_adapter is None:
+            return None
+        return self.writer.forecast_adapter(planned.adapter, self.path, planned.options)
+
+    def publish(
+        self, planned: PlannedAdapter, *, finish: Callable[[], None] = lambda: None
+    ) -> tuple[int, list[str]]:
+        """Write a planned adapter, whole or not at all; a bundle's manifest lists it then.
+
+        Parameters
+        ----------
+        planned : PlannedAdapter
+        finish : callable
+            Called when all is read; what it raises leaves everything as it was.
+
+        Returns
+        -------
+        int
+            Bytes.
+        list of str
+            The writer's notes.
+        """
+        inputs = [planned.adapter.path, *planned.adapter.sources]
+        notes: list[str] = []
+        if self.slot is not None:
+
+            def write(stage: AtomicOutput) -> None:
+                assert self.base is not None
+                notes.extend(planned.write(stage))
+                check_adapter(SafeDirectory(stage.work), ".", self.base.fingerprint)
+                finish()
+
+            records = add_adapter(self.slot, write, inputs=inputs, force=self.force)
+            return sum(record.bytes for record in records.values()), notes
+        if planned.options.base is not None:  # an adapter may lie beside its base
+            inputs += planned.options.base.sources
+        with open_publication(
+            self.writer.output, self.path, plan="adapter", inputs=inputs, force=self.force
+        ) as stage:
+            notes = planned.write(stage)
+            finish()
+            nbytes = sum(f.stat().st_size for f in stage.work.rglob("[!.]*") if f.is_file())
+            stage.commit()
+        return nbytes, notes
+
+
+def open_adapter_output(
+    stack: ExitStack,
+    target: str | Path,
+    sources: Iterable[str | Path] = (),
+    *,
+    base: str | Path | Checkpoint | None = None,
+    to_format: str | None = None,
+    dtype: str | None = None,
+    canonical: bool = True,
+    base_of_sources: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    allow_base_mismatch: bool = False,
+) -> AdapterOutput:
+    """Open the output of an adapter.
+
+    Parameters
+    ----------
+    stack : ExitStack
+        Closes the base.
+    target : str or Path
+        A PEFT directory unless the suffix says more, or ``BUNDLE/adapters/NAME``.
+    sources : iterable of str or Path
+        The adapters that it will be made from. If they lie in one bundle, that is the base of
+        an output in a format that needs one.
+    base : str, Path or Checkpoint, optional
+        The base. An open one stays the caller's.
+    to_format : str, optional
+        Name of the writer.
+    base_of_sources : bool
+        The bundle of the sources is the base of a PEFT directory, too.
+    dtype, canonical, force, dry_run, allow_base_mismatch
+        As in `AdapterOutput`.
+
+    Raises
+    ------
+    UsageError
+        If a base or a format is named for a target in a bundle.
+    """
+    path = Path(target)
+    slot = parse_bundle_slot(path)
+    writer = _writer(path, slot, to_format)
+    if slot is not None and isinstance(base, str | Path):
+        raise UsageError("--base: the bundle is the base", hint="leave it out")
+    if isinstance(base, Checkpoint):
+        found = AdapterBase(base) if slot is None else open_adapter_base(stack, None, slot)
+    else:
+        needed = base_of_sources or writer.name != "peft"
+        origin = _common_slot(sources) if needed else None
+        found = open_adapter_base(stack, base, slot, origin)
+    return AdapterOutput(
+        path, writer, slot, found, dtype, canonical, force, dry_run, allow_base_mismatch
+    )
+
+
+def ensure_not_exists(target: str | Path, *, force: bool) -> None:
+    """Refuse to replace what stands at an adapter's target, unless ``force`` says so.
+
+    Raises
+    ------
+    OutputError
+    """
+    path = Path(target)
+    slot = parse_bundle_slot(path)
+    if slot is not None:
+        refuse_listed(slot, force=force)
+    elif _writer(path, slot, None).output == "file":
+        refuse_existing_file(path, force=force)
+    else:
+        refuse_existing(path, force=force)
+
+
+def _writer(path: Path, slot: BundleSlot | None, to_format: str | None) -> Converter:
+    if slot is None:
+        return plugins.for_output(path, to_format, "adapter")
+    if to_format not in (None, "peft"):
+        raise UsageError(
+            f"--to {to_format}: a bundle holds PEFT adapters",
+            hint="leave it out, or choose an output outside the bundle",
+        )
+    return plugins.get("peft")
+
+
+def write_adapter(
+    adapter: Adapter,
+    target: str | Path,
+    *,
+    base: str | Path | Checkpoint | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    canonical: bool = True,
+) -> list[str]:
+    """Write an open adapter, whole or not at all; see `open_adapter_output`.
+
+    Returns
+    -------
+    list of str
+        What a user should know.
+    """
+    with ExitStack() as stack:
+        output = open_adapter_output(
+            stack, target, base=base, dtype=dtype, force=force, canonical=canonical
+        )
+        return output.write(adapter)
+
+
+def _common_slot(sources: Iterable[str | Path]) -> BundleSlot | None:
+    """Return the place of an adapter in the bundle that holds all of them."""
+    slots = [parse_bundle_slot(Path(source)) for source in sources]
+    bundles = {None if slot is None else slot.bundle.resolve() for slot in slots}
+    return slots[0] if len(bundles) == 1 else None

@@ -11,62 +11,99 @@ from typing import TYPE_CHECKING, Any
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
+    from loraformat.api.check import check as check
+    from loraformat.api.check import fix as fix
+    from loraformat.api.convert import convert as convert
+    from loraformat.api.evaluate import evaluate as evaluate
+    from loraformat.api.evaluate import generate as generate
+    from loraformat.api.hub import pull as pull
+    from loraformat.api.hub import push as push
+    from loraformat.api.look import formats as formats
+    from loraformat.api.look import info as info
+    from loraformat.api.look import open_adapter as open_adapter
+    from loraformat.api.look import open_bundle as open_bundle
+    from loraformat.api.look import open_model as open_model
+    from loraformat.api.look import verify as verify
+    from loraformat.api.merge import merge as merge
+    from loraformat.api.merge import unmerge as unmerge
+    from loraformat.api.plots import plot_errors as plot_errors
+    from loraformat.api.plots import plot_loss as plot_loss
+    from loraformat.api.plots import plot_spectrum as plot_spectrum
+    from loraformat.api.remove import remove as remove
+    from loraformat.api.shape import combine as combine
+    from loraformat.api.shape import extract as extract
+    from loraformat.api.shape import reduce as reduce
+    from loraformat.api.shape import spectrum as spectrum
     from loraformat.errors import LoraFormatError as LoraFormatError
-    from loraformat.ops.check.check import check as check
-    from loraformat.ops.check.fix import fix as fix
-    from loraformat.ops.combine.combine import combine as combine
-    from loraformat.ops.combine.options import CombineOptions as CombineOptions
-    from loraformat.ops.convert.convert import convert as convert
-    from loraformat.ops.extract.extract import extract as extract
-    from loraformat.ops.extract.options import ExtractOptions as ExtractOptions
-    from loraformat.ops.info.model import describe as describe
-    from loraformat.ops.merge.merge import merge as merge
-    from loraformat.ops.opening.model import open_source as open
-    from loraformat.ops.pull.pull import pull as pull
-    from loraformat.ops.push.push import push as push
-    from loraformat.ops.reduce import Reduction as Reduction
-    from loraformat.ops.reduce import reduce as reduce
-    from loraformat.ops.remove import remove as remove
-    from loraformat.ops.spectrum.spectrum import spectrum as spectrum
-    from loraformat.ops.unmerge.unmerge import unmerge as unmerge
-    from loraformat.ops.verify import verify as verify
+    from loraformat.ops.convert.adapter import AdapterConversion as AdapterConversion
+    from loraformat.ops.convert.report import ConversionReport as ConversionReport
+    from loraformat.ops.convert.report import ModelConversion as ModelConversion
+    from loraformat.ops.info.report import AdapterInfo as AdapterInfo
+    from loraformat.ops.info.report import InfoReport as InfoReport
+    from loraformat.ops.info.report import ModelInfo as ModelInfo
+    from loraformat.ops.report import Report as Report
 
+#: Module of each public name.
 _HOMES = {
-    "CombineOptions": ("loraformat.ops.combine.options", "CombineOptions"),
-    "ExtractOptions": ("loraformat.ops.extract.options", "ExtractOptions"),
-    "LoraFormatError": ("loraformat.errors", "LoraFormatError"),
-    "Reduction": ("loraformat.ops.reduce", "Reduction"),
-    "check": ("loraformat.ops.check.check", "check"),
-    "combine": ("loraformat.ops.combine.combine", "combine"),
-    "convert": ("loraformat.ops.convert.convert", "convert"),
-    "describe": ("loraformat.ops.info.model", "describe"),
-    "extract": ("loraformat.ops.extract.extract", "extract"),
-    "fix": ("loraformat.ops.check.fix", "fix"),
-    "merge": ("loraformat.ops.merge.merge", "merge"),
-    "open": ("loraformat.ops.opening.model", "open_source"),
-    "pull": ("loraformat.ops.pull.pull", "pull"),
-    "push": ("loraformat.ops.push.push", "push"),
-    "reduce": ("loraformat.ops.reduce", "reduce"),
-    "remove": ("loraformat.ops.remove", "remove"),
-    "spectrum": ("loraformat.ops.spectrum.spectrum", "spectrum"),
-    "unmerge": ("loraformat.ops.unmerge.unmerge", "unmerge"),
-    "verify": ("loraformat.ops.verify", "verify"),
+    "AdapterConversion": "loraformat.ops.convert.adapter",
+    "AdapterInfo": "loraformat.ops.info.report",
+    "ConversionReport": "loraformat.ops.convert.report",
+    "InfoReport": "loraformat.ops.info.report",
+    "LoraFormatError": "loraformat.errors",
+    "ModelConversion": "loraformat.ops.convert.report",
+    "ModelInfo": "loraformat.ops.info.report",
+    "Report": "loraformat.ops.report",
+    "check": "loraformat.api.check",
+    "combine": "loraformat.api.shape",
+    "convert": "loraformat.api.convert",
+    "evaluate": "loraformat.api.evaluate",
+    "extract": "loraformat.api.shape",
+    "fix": "loraformat.api.check",
+    "formats": "loraformat.api.look",
+    "generate": "loraformat.api.evaluate",
+    "info": "loraformat.api.look",
+    "merge": "loraformat.api.merge",
+    "open_adapter": "loraformat.api.look",
+    "open_bundle": "loraformat.api.look",
+    "open_model": "loraformat.api.look",
+    "plot_errors": "loraformat.api.plots",
+    "plot_loss": "loraformat.api.plots",
+    "plot_spectrum": "loraformat.api.plots",
+    "pull": "loraformat.api.hub",
+    "push": "loraformat.api.hub",
+    "reduce": "loraformat.api.shape",
+    "remove": "loraformat.api.remove",
+    "spectrum": "loraformat.api.shape",
+    "unmerge": "loraformat.api.merge",
+    "verify": "loraformat.api.look",
 }
 
 __all__ = [
-    "CombineOptions",
-    "ExtractOptions",
+    "AdapterConversion",
+    "AdapterInfo",
+    "ConversionReport",
+    "InfoReport",
     "LoraFormatError",
-    "Reduction",
+    "ModelConversion",
+    "ModelInfo",
+    "Report",
     "__version__",
     "check",
     "combine",
     "convert",
-    "describe",
+    "evaluate",
     "extract",
     "fix",
+    "formats",
+    "generate",
+    "info",
     "merge",
-    "open",
+    "open_adapter",
+    "open_bundle",
+    "open_model",
+    "plot_errors",
+    "plot_loss",
+    "plot_spectrum",
     "pull",
     "push",
     "reduce",
@@ -78,8 +115,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        module, attribute = _HOMES[name]
-    except KeyError:
-        raise AttributeError(f"module 'loraformat' has no attribute {name!r}") from None
-    return getattr(import_module(module), attribute)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loraformat' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

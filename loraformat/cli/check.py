@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, quiet_option, say, table
-from loraformat.cli.template_pieces import format_of
+from loraformat.cli.console import echo_json, report_options, say, table
 from loraformat.errors import UsageError
 
 _EXAMPLE = """\b
@@ -23,7 +22,7 @@ _WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("source", metavar="ADAPTER")
+@click.argument("adapter")
 @click.option(
     "--base",
     metavar="BASE",
@@ -32,7 +31,6 @@ _WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
 )
 @click.option(
     "--runtime",
-    "runtimes",
     multiple=True,
     metavar="NAME",
     help="transformers, vllm, sglang, lorax, llama.cpp, ollama or mlx. Repeatable. [default: all]",
@@ -43,7 +41,7 @@ _WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
     is_flag=True,
     help="Write a portable form of the adapter to OUT and check that.",
 )
-@click.option("-o", "--output", "target", metavar="OUT", help="With --fix: the new adapter.")
+@click.option("-o", "--output", metavar="OUT", help="With --fix: the new adapter.")
 @click.option(
     "--dtype",
     type=click.Choice(["f32", "f16", "bf16"]),
@@ -52,7 +50,6 @@ _WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
 @click.option("--force", is_flag=True, help="With --fix: overwrite an existing OUT.")
 @click.option(
     "--write",
-    "directory",
     metavar="DIR",
     help="Write a Modelfile, command lines and a script that load this adapter into a new "
     "directory DIR.",
@@ -62,20 +59,16 @@ _WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
     is_flag=True,
     help="Also read pickled .bin files, with a loader restricted to tensors.",
 )
-@json_option
-@quiet_option
+@report_options
 def command(
-    source: str,
-    base: str | None,
-    runtimes: tuple[str, ...],
+    adapter: str,
     fixing: bool,
-    target: str | None,
+    output: str | None,
     dtype: str | None,
     force: bool,
-    directory: str | None,
-    allow_pickle: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> int:
     """Check how inference runtimes load an adapter; exit with code 4 on a failure.
 
@@ -89,38 +82,33 @@ def command(
     single rank for all modules, which every runtime interprets the same way. Adapters that contain
     more than low-rank deltas are rejected; merge those instead.
     """
-    from loraformat.ops.check.check import check
-    from loraformat.ops.check.fix import fix
-    from loraformat.ops.check.write import write_usage
+    from loraformat.api.check import check, fix
 
-    _refuse_options(fixing, target, dtype, force)
-    members: dict[str, Any] = {}
-    lines = []
-    if fixing:
-        assert target is not None
-        fixed = fix(source, target, base=base, dtype=dtype, allow_pickle=allow_pickle, force=force)
-        members["fixed"] = fixed.to_dict()
-        lines = [f"wrote {target}: {fixed.modules} modules, rank {fixed.ranks[0]}", ""]
-    report = check(target or source, base=base, runtimes=runtimes, allow_pickle=allow_pickle)
-    members = report.to_dict() | members
-    lines += _text(report)
-    if directory is not None:
-        written = write_usage(report, directory, base=base, format_of=format_of)
-        members["written"] = {"path": written.path, "files": written.files,
-                              "left_out": written.left_out}  # fmt: skip
-        lines += ["", f"wrote {written.path}: {', '.join(written.files)}"]
-        lines += [f"note: nothing for {sentence}" for sentence in written.left_out]
+    _refuse_options(fixing, output, dtype, force)
+    fixed = None
+    if output is not None:
+        given = {name: options[name] for name in ("base", "allow_pickle")}
+        fixed = fix(adapter, output, dtype=dtype, force=force, **given)
+    report = check(output or adapter, **options)
     if as_json:
+        members = report.to_dict()
+        if fixed is not None:
+            members["fixed"] = fixed.to_dict()
         echo_json("check", members)
     elif not quiet:
-        say("\n".join(lines))
+        wrote = [] if fixed is None else [_fixed(fixed), ""]
+        say("\n".join([*wrote, *_text(report)]))
     return _FOUND_SOMETHING if report.failed else 0
 
 
-def _refuse_options(fixing: bool, target: str | None, dtype: str | None, force: bool) -> None:
-    if fixing and target is None:
+def _fixed(fixed: Any) -> str:
+    return f"wrote {fixed.target}: {fixed.modules} modules, rank {fixed.ranks[0]}"
+
+
+def _refuse_options(fixing: bool, output: str | None, dtype: str | None, force: bool) -> None:
+    if fixing and output is None:
         raise UsageError("--fix wants an output", hint="add -o OUT")
-    given = {"-o": target is not None, "--dtype": dtype is not None, "--force": force}
+    given = {"-o": output is not None, "--dtype": dtype is not None, "--force": force}
     for option, there in given.items():
         if there and not fixing:
             raise UsageError(f"{option} is for --fix", hint="add --fix, or leave it out")
@@ -139,6 +127,9 @@ def _text(report: Any) -> list[str]:
         for finding in report.findings:
             if finding.runtime == runtime:
                 lines += ["", *_finding(finding)]
+    if (written := report.written) is not None:
+        lines += ["", f"wrote {written.path}: {', '.join(written.files)}"]
+        lines += [f"note: nothing for {sentence}" for sentence in written.left_out]
     return lines
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+from loraformat.cli.console import on_terminal, report_options, show, table
 from loraformat.cli.options import (
     adapter_base_option,
     allow_base_mismatch_option,
@@ -27,7 +27,7 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("sources", metavar="ADAPTER...", nargs=-1, required=True)
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @output_option(
     "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
 )
@@ -64,42 +64,19 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
 @allow_pickle_option
 @force_option()
 @dry_run_option("Print ranks and errors without writing anything.")
-@json_option
-@quiet_option
+@report_options
 def command(
-    sources: tuple[str, ...],
-    target: str,
-    weights: tuple[float, ...],
-    method: Any,
-    rank: int | None,
-    density: float,
-    seed: int,
-    dtype: str | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
+    adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Combine several adapters into one.
 
     The effective deltas are combined (including rsLoRA and per-module patterns), not the factors A
     and B separately. Ranks and target modules may differ.
     """
-    from loraformat.ops.combine.combine import CombineOptions, combine
+    from loraformat.api.shape import combine
 
-    chosen = CombineOptions(method=method, rank=rank, density=density, seed=seed, dtype=dtype)
-    with progress_bar("combine", quiet=quiet) as progress:
-        report = combine(
-            sources,
-            target,
-            chosen,
-            weights=weights or None,
-            progress=progress,
-            **options,
-        )
-    if as_json:
-        echo_json("combine", report.to_dict())
-    elif not quiet:
-        say(_text(report))
+    report = combine(adapters, output, progress=on_terminal(quiet), **options)
+    show("combine", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:

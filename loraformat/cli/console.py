@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from loraformat.storage.byte_sizes import parse_size
+
+if TYPE_CHECKING:
+    from loraformat.ops.report import Report
 
 __all__ = [
     "ByteSize",
     "Resumable",
     "clean",
     "echo_json",
-    "json_option",
-    "progress_bar",
-    "quiet_option",
+    "on_terminal",
+    "report_options",
     "say",
+    "show",
     "size",
     "table",
 ]
@@ -33,10 +36,16 @@ def _silence_hub(context: click.Context, parameter: click.Parameter, quiet: bool
     return quiet
 
 
-quiet_option = click.option(
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+_quiet = click.option(
     "--quiet", "-q", is_flag=True, callback=_silence_hub, help="Print errors only."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def report_options(command: _Command) -> _Command:
+    """Add what every verb has: ``--json`` and ``--quiet``, as ``as_json`` and ``quiet``."""
+    return _json(_quiet(command))
 
 
 class Resumable(KeyboardInterrupt):
@@ -118,24 +127,26 @@ def echo_json(schema: str, members: dict[str, Any]) -> None:
     )
 
 
-@contextmanager
-def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr.
+def show(
+    verb: str, report: Report, text: Callable[[Any], str], *, as_json: bool, quiet: bool
+) -> None:
+    """Print a report: as JSON, as text, or not at all.
 
-    Yields
-    ------
-    callable
-        To be called with the bytes done and the bytes in total.
+    Parameters
+    ----------
+    verb : str
+        Name of the JSON's schema.
+    report : Report
+    text : callable
+        Returns the report as lines for people.
+    as_json, quiet : bool
     """
-    if quiet:
-        yield lambda done, total: None
-        return
-    from tqdm import tqdm
+    if as_json:
+        echo_json(verb, report.to_dict())
+    elif not quiet:
+        say(text(report))
 
-    with tqdm(desc=label, unit="B", unit_scale=True, total=0, delay=0.5, disable=None) as bar:
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
+def on_terminal(quiet: bool) -> bool:
+    """Tell whether a progress bar is wanted: stderr is a terminal, and nobody asked for silence."""
+    return not quiet and sys.stderr.isatty()

@@ -8,11 +8,9 @@ import click
 
 from loraformat.cli.console import (
     ByteSize,
-    echo_json,
-    json_option,
-    progress_bar,
-    quiet_option,
-    say,
+    on_terminal,
+    report_options,
+    show,
     size,
     table,
 )
@@ -39,10 +37,9 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--from", "from_format", metavar="FORMAT", help="Format of SRC. [default: detected]")
+@click.option("--from", "from_", metavar="FORMAT", help="Format of SRC. [default: detected]")
 @click.option(
     "--to",
-    "to_format",
     metavar="FORMAT",
     help="Format of DST. [default: from its suffix, else loraformat, or peft for an adapter]",
 )
@@ -61,9 +58,10 @@ Example:
     help="Elements per absmax scale: a power of two from 32 to 4096. [default: 64]",
 )
 @click.option(
-    "--no-double-quant",
-    is_flag=True,
-    help="Keep absmax scales in float32: 4.5 instead of 4.127 bits per weight.",
+    "--double-quant/--no-double-quant",
+    default=None,
+    help="Quantize the absmax scales, too: 4.127 instead of 4.5 bits per weight.  [default: "
+    "double-quant]",
 )
 @click.option(
     "--skip",
@@ -76,7 +74,6 @@ Example:
 )
 @click.option(
     "--max-shard-size",
-    "shard_limit",
     type=ByteSize(),
     show_default="2GB",
     help="Maximum tensor bytes per file.",
@@ -95,12 +92,10 @@ Example:
 @force_option()
 @click.option("--strict", is_flag=True, help="Fail if DST cannot hold everything in SRC.")
 @dry_run_option()
-@json_option
-@quiet_option
+@report_options
 def command(
     source: str,
     target: str,
-    no_double_quant: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -114,20 +109,11 @@ def command(
     Its files are copied byte for byte where the formats allow. Apart from its manifest, nothing
     else in the bundle changes.
     """
-    from loraformat.ops.convert.convert import convert
+    from loraformat.api.convert import convert
 
-    with progress_bar("convert", quiet=quiet or options["dry_run"]) as progress:
-        report = convert(
-            source,
-            target,
-            double_quant=False if no_double_quant else None,
-            progress=progress,
-            **options,
-        )
-    if as_json:
-        echo_json("convert", report.to_dict())
-    elif not quiet:
-        say(_text(report))
+    bar = on_terminal(quiet or options["dry_run"])
+    report = convert(source, target, progress=bar, **options)
+    show("convert", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:

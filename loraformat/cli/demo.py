@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import clean, echo_json, json_option, quiet_option, size, table
+from loraformat.cli.console import clean, echo_json, report_options, size, table
 from loraformat.cli.options import force_option
 
 _EXAMPLE = """\b
@@ -22,23 +22,18 @@ Example:
     "directory", default="loraformat-demo", type=click.Path(path_type=Path, file_okay=False)
 )
 @force_option("the output of an earlier run")
-@json_option
-@quiet_option
+@report_options
 def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Run every verb on the small model and the adapters that ship with loraformat.
 
     Outputs go to DIRECTORY. The demo also trains an adapter and runs it in llama.cpp. Perplexity is
     measured on held-out text.
     """
-    from loraformat.demo.pipeline import run_demo
+    from loraformat.api.demo import demo
 
     _silence_transformers()
 
-    def say(line: str) -> None:
-        if not quiet:
-            click.echo(f"... {line}", err=True)
-
-    report = run_demo(directory, force=force, say=say)
+    report = demo(directory, force=force, progress=not quiet)
     if as_json:
         echo_json("demo", report.to_dict())
     elif not quiet:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, quiet_option, say, table
+from loraformat.cli.console import echo_json, report_options, say, table
 from loraformat.cli.train_options import chosen, data_settings, machine_settings, setting_options
 
 _EXAMPLE = """\b
@@ -21,13 +21,12 @@ Example:
 @click.argument("base")
 @click.argument("data", nargs=-1, required=True)
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="ADAPTER",
+    "--adapter", multiple=True, metavar="ADAPTER",
     help="Also measure the base with this adapter. Repeatable.",
 )  # fmt: skip
 @setting_options((*data_settings(), *machine_settings()))
-@json_option
-@quiet_option
-def command(adapters: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+@report_options
+def command(adapter: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
     """Measure loss and perplexity of a base on held-out data, without and with each adapter.
 
     The loss is the mean negative log-likelihood of the target tokens in nats; perplexity is its
@@ -39,7 +38,7 @@ def command(adapters: tuple[str, ...], as_json: bool, quiet: bool, **given: Any)
     from loraformat.train.run.evaluate import evaluate
 
     with TrainingBar(quiet=quiet) as bar:
-        found = evaluate(options, adapters, tell=bar.batches, progress=bar.rows)
+        found = evaluate(options, adapter, tell=bar.batches, progress=bar.rows)
     if as_json:
         echo_json("eval", found.to_dict())
     elif not quiet:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+from loraformat.cli.console import on_terminal, report_options, show, table
 from loraformat.cli.options import (
     RankOrAuto,
     allow_base_mismatch_option,
@@ -46,37 +46,18 @@ Example:
 @allow_base_mismatch_option("Allow an output bundle other than BASE.")
 @force_option()
 @dry_run_option("Print ranks and captured shares without writing anything.")
-@json_option
-@quiet_option
-def command(
-    base: str,
-    tuned: str,
-    target: str,
-    allow_base_mismatch: bool,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+@report_options
+def command(base: str, tuned: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Extract an adapter from a base and its fine-tune.
 
     The float32 difference of each matrix is approximated by a low-rank delta; changed norms,
     changed biases and resized embeddings are stored in full. The captured share of each module's
     difference is measured and reported.
     """
-    from loraformat.ops.extract.extract import ExtractOptions, extract
+    from loraformat.api.shape import extract
 
-    chosen = ExtractOptions(**options)
-    with progress_bar("extract", quiet=quiet) as progress:
-        report = extract(
-            base, tuned, target, chosen, allow_base_mismatch=allow_base_mismatch, force=force,
-            dry_run=dry_run, progress=progress,
-        )  # fmt: skip
-    if as_json:
-        echo_json("extract", report.to_dict())
-    elif not quiet:
-        say(_text(report))
+    report = extract(base, tuned, output, progress=on_terminal(quiet), **options)
+    show("extract", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from loraformat.cli.console import echo_json, json_option, quiet_option, say
+from loraformat.cli.console import report_options, show
 
 _EXAMPLE = """\b
 Example:
@@ -13,29 +15,23 @@ Example:
 
 
 @click.command(epilog=_EXAMPLE)
-@json_option
-@quiet_option
+@report_options
 def command(as_json: bool, quiet: bool) -> None:
     """List the converters, their directions, what each cannot represent, and missing packages."""
-    from loraformat.plugins import all_converters
+    from loraformat.api.look import formats
 
-    converters = all_converters()
-    if as_json:
-        rows = [
-            {
-                "name": c.name, "kind": c.kind, "summary": c.summary, "reads": c.reads,
-                "writes": c.writes, "loses": list(c.loses), "missing": c.missing(),
-            }
-            for c in converters
-        ]  # fmt: skip
-        echo_json("formats", {"formats": rows})
-        return
-    for converter in converters if not quiet else ():
-        ways = " and ".join(
-            way for way, does in (("reads", converter.reads), ("writes", converter.writes)) if does
-        )
-        say(f"{converter.name} ({converter.kind}; {ways})\n    {converter.summary}")
-        for loss in converter.loses:
-            say(f"    cannot hold: {loss}")
-        if missing := converter.missing():
-            say(f"    to install: pip install {' '.join(missing)}")
+    show("formats", formats(), _text, as_json=as_json, quiet=quiet)
+
+
+def _text(report: Any) -> str:
+    return "\n".join(line for one in report.formats for line in _format(one))
+
+
+def _format(one: Any) -> list[str]:
+    ways = " and ".join(way for way, does in (("reads", one.reads), ("writes", one.writes)) if does)
+    return [
+        f"{one.name} ({one.kind}; {ways})",
+        f"    {one.summary}",
+        *(f"    cannot hold: {loss}" for loss in one.loses),
+        *([f"    to install: pip install {' '.join(one.missing)}"] if one.missing else []),
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, quiet_option
+from loraformat.cli.console import echo_json, report_options
 from loraformat.cli.train_options import chosen, machine_settings, setting_options
 from loraformat.errors import InputError, UsageError
 
@@ -36,8 +36,7 @@ Example:
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
               help="Random seed for sampling.")  # fmt: skip
 @setting_options(machine_settings())
-@json_option
-@quiet_option
+@report_options
 def command(
     adapter: str | None,
     prompt: str,

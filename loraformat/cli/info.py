@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, quiet_option, say, size, table
+from loraformat.cli.console import echo_json, report_options, say, size, table
 from loraformat.cli.options import allow_pickle_option
-from loraformat.errors import UsageError
 
 _EXAMPLE = """\b
 Example:
@@ -32,8 +31,7 @@ Example:
     "install 'loraformat[plot]'.",
 )
 @allow_pickle_option
-@json_option
-@quiet_option
+@report_options
 def command(
     path: str,
     tensors: bool,
@@ -46,31 +44,21 @@ def command(
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
     """
-    from loraformat.ops.info.model import describe
+    from loraformat.api.look import info
+    from loraformat.api.plots import plot_errors
 
     if picture is not None:
         from loraformat.ops.plots import check_picture
 
         check_picture(picture)
-    summary = describe(path, allow_pickle=allow_pickle)
+    summary = info(path, allow_pickle=allow_pickle)
     if picture is not None:
-        _draw(summary, picture)
+        plot_errors(summary, picture)
     if as_json:
         echo_json("info", summary.to_dict(tensors=tensors))
     elif not quiet:
         text = _adapter_text if summary.kind == "adapter" else _text
         say(text(summary, tensors))
-
-
-def _draw(summary: Any, picture: str) -> None:
-    if summary.kind == "adapter":
-        raise UsageError(
-            "--plot shows the errors of a bundle, and this is an adapter",
-            hint="run: loraformat spectrum ADAPTER --plot FILE",
-        )
-    from loraformat.ops.info.error_plot import plot_errors
-
-    plot_errors(summary, picture)
 
 
 def _text(summary: Any, tensors: bool) -> str:

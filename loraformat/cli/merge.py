@@ -6,15 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import (
-    echo_json,
-    json_option,
-    progress_bar,
-    quiet_option,
-    say,
-    size,
-    table,
-)
+from loraformat.cli.console import on_terminal, report_options, show, size, table
 from loraformat.cli.options import (
     WeightType,
     allow_base_mismatch_option,
@@ -41,8 +33,8 @@ Example:
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @output_option("Output directory.", "OUT")
 @weight_option("Weight of each adapter, in the same order. [default: 1]")
-@click.option("--from", "from_format", metavar="FORMAT", help="Format of BASE. [default: detected]")
-@click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
+@click.option("--from", "from_", metavar="FORMAT", help="Format of BASE. [default: detected]")
+@click.option("--to", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
 @click.option(
     "--dtype",
     type=WeightType(),
@@ -75,13 +67,11 @@ Example:
 @max_shard_size_option
 @force_option("an existing model at OUT")
 @dry_run_option()
-@json_option
-@quiet_option
+@report_options
 def command(
     base: str,
     adapters: tuple[str, ...],
-    target: str,
-    max_shard_size: int,
+    output: str,
     show_modules: bool,
     as_json: bool,
     quiet: bool,
@@ -94,16 +84,11 @@ def command(
     With `--to loraformat` the NF4 codes are kept and the combined adapter is stored separately in
     the bundle.
     """
-    from loraformat.ops.merge.merge import merge
+    from loraformat.api.merge import merge
 
-    with progress_bar("merge", quiet=quiet or options["dry_run"]) as progress:
-        report = merge(
-            base, list(adapters), target, shard_limit=max_shard_size, progress=progress, **options
-        )
-    if as_json:
-        echo_json("merge", report.to_dict())
-    elif not quiet:
-        say(_text(report, show_modules))
+    bar = on_terminal(quiet or options["dry_run"])
+    report = merge(base, adapters, output, progress=bar, **options)
+    show("merge", report, lambda report: _text(report, show_modules), as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any, show_modules: bool) -> str:

@@ -85,8 +85,8 @@ class WeightType(click.Choice[str]):
 
 
 def output_option(help_text: str, metavar: str = "DST") -> Callable[[_Command], _Command]:
-    """Name the result; the parameter is ``target``."""
-    return click.option("-o", "--output", "target", required=True, metavar=metavar, help=help_text)
+    """Name the result."""
+    return click.option("-o", "--output", required=True, metavar=metavar, help=help_text)
 
 
 def dtype_option(help_text: str) -> Callable[[_Command], _Command]:
@@ -126,8 +126,8 @@ def max_rank_option(help_text: str, default: int | None = None) -> Callable[[_Co
 
 
 def weight_option(help_text: str) -> Callable[[_Command], _Command]:
-    """Give one factor per adapter; the parameter is ``weights``."""
-    return click.option("--weight", "weights", type=float, multiple=True, metavar="W",
+    """Give one factor per adapter."""
+    return click.option("--weight", type=float, multiple=True, metavar="W",
                         help=help_text)  # fmt: skip
 
 
@@ -157,7 +157,6 @@ config_option = click.option(
 )
 pre_tokenizer_option = click.option(
     "--pre",
-    "pre_tokenizer",
     metavar="NAME",
     help="llama.cpp's name of the pre-tokenizer, for a GGUF output. [default: detected]",
 )

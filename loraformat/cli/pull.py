@@ -6,15 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import (
-    echo_json,
-    json_option,
-    progress_bar,
-    quiet_option,
-    say,
-    size,
-    table,
-)
+from loraformat.cli.console import on_terminal, report_options, show, size, table
 from loraformat.cli.options import dry_run_option, force_option
 
 _EXAMPLE = """\b
@@ -40,22 +32,18 @@ Example:
 )
 @force_option()
 @dry_run_option("Print the files and their sizes without downloading them.")
-@json_option
-@quiet_option
+@report_options
 def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Download a repository from the Hub at one commit and verify every file by hash.
 
     DST appears only when all files are complete and match the Hub. To continue after an
     interruption, run the same command again; complete files are not downloaded twice.
     """
-    from loraformat.ops.pull.pull import pull
+    from loraformat.api.hub import pull
 
-    with progress_bar("compare", quiet=quiet or options["dry_run"]) as progress:
-        report = pull(repo, target, progress=progress, **options)
-    if as_json:
-        echo_json("pull", report.to_dict())
-    elif not quiet:
-        say(_text(report))
+    bar = on_terminal(quiet or options["dry_run"])
+    report = pull(repo, target, progress=bar, **options)
+    show("pull", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:

@@ -6,17 +6,8 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import (
-    echo_json,
-    json_option,
-    progress_bar,
-    quiet_option,
-    say,
-    size,
-    table,
-)
+from loraformat.cli.console import on_terminal, report_options, show, size, table
 from loraformat.cli.options import dry_run_option
-from loraformat.cli.template_pieces import format_of
 
 _EXAMPLE = """\b
 Example:
@@ -38,7 +29,6 @@ Example:
 )
 @click.option(
     "--license",
-    "licence",
     metavar="ID",
     help="Licence identifier as used on the Hub. [default: that of the base]",
 )
@@ -84,8 +74,7 @@ Example:
 @click.option("--tag", metavar="NAME", help="Tag the commit, for example v1.0.")
 @click.option("--message", metavar="TEXT", help="Commit message.")
 @dry_run_option("Print the files, their status on the Hub, and the model card, without uploading.")
-@json_option
-@quiet_option
+@report_options
 def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Publish an adapter or a bundle on the Hub with a generated model card.
 
@@ -95,14 +84,10 @@ def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) ->
 
     Log in with: hf auth login.
     """
-    from loraformat.ops.push.push import push
+    from loraformat.api.hub import push
 
-    with progress_bar("verify", quiet=quiet) as progress:
-        report = push(path, repo, progress=progress, format_of=format_of, **options)
-    if as_json:
-        echo_json("push", report.to_dict())
-    elif not quiet:
-        say(_text(report))
+    report = push(path, repo, progress=on_terminal(quiet), **options)
+    show("push", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+from loraformat.cli.console import on_terminal, report_options, show, table
 from loraformat.cli.options import (
     ParameterCount,
     adapter_base_option,
@@ -29,7 +29,7 @@ Example:
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("source", metavar="ADAPTER")
+@click.argument("adapter", metavar="ADAPTER")
 @output_option(
     "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
 )
@@ -44,9 +44,10 @@ Example:
 )
 @max_rank_option("Upper bound per module; alone, or with --energy or --budget.")
 @click.option(
-    "--no-statistics",
-    is_flag=True,
-    help="Ignore activation statistics: minimise the error of the weights, not of the outputs.",
+    "--statistics/--no-statistics",
+    default=True,
+    help="Use activation statistics, if the adapter has them, to minimise the error of the "
+    "outputs; else that of the weights.  [default: statistics]",
 )
 @dtype_option("Dtype of the new factors. [default: unchanged]")
 @adapter_base_option
@@ -54,21 +55,8 @@ Example:
 @allow_pickle_option
 @force_option()
 @dry_run_option("Print ranks and errors without writing anything.")
-@json_option
-@quiet_option
-def command(
-    source: str,
-    target: str,
-    rank: int | None,
-    energy: float | None,
-    budget: int | None,
-    max_rank: int | None,
-    no_statistics: bool,
-    dtype: str | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+@report_options
+def command(adapter: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Reduce an adapter's rank with the smallest possible error.
 
     Each module's delta is replaced by its best low-rank approximation, computed from the factors
@@ -76,15 +64,10 @@ def command(
     minimised instead. The new factors are balanced and ordered by singular value, so any prefix of
     them is the best adapter of that rank. rsLoRA and per-module patterns are folded in.
     """
-    from loraformat.ops.reduce import Reduction, reduce
+    from loraformat.api.shape import reduce
 
-    reduction = Reduction(rank, energy, budget, max_rank, not no_statistics, dtype)
-    with progress_bar("reduce", quiet=quiet) as progress:
-        report = reduce(source, target, reduction, progress=progress, **options)
-    if as_json:
-        echo_json("reduce", report.to_dict())
-    elif not quiet:
-        say(_text(report))
+    report = reduce(adapter, output, progress=on_terminal(quiet), **options)
+    show("reduce", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:

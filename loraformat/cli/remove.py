@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from loraformat.cli.console import echo_json, json_option, quiet_option, say
+from loraformat.cli.console import report_options, show
 
 _EXAMPLE = """\b
 Example:
@@ -14,18 +16,17 @@ Example:
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("path")
-@json_option
-@quiet_option
+@report_options
 def command(path: str, as_json: bool, quiet: bool) -> None:
     """Remove an adapter from a bundle.
 
     PATH is BUNDLE/adapters/NAME. The adapter is removed from the manifest first, then its files
     are deleted. Nothing else in the bundle changes.
     """
-    from loraformat.ops.remove import remove
+    from loraformat.api.remove import remove
 
-    place = remove(path)
-    if as_json:
-        echo_json("remove", {"bundle": str(place.bundle), "adapter": place.name})
-    elif not quiet:
-        say(f"removed adapter {place.name} from {place.bundle}")
+    show("remove", remove(path), _text, as_json=as_json, quiet=quiet)
+
+
+def _text(report: Any) -> str:
+    return f"removed adapter {report.adapter} from {report.bundle}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say, table
+from loraformat.cli.console import on_terminal, report_options, show, table
 from loraformat.cli.options import allow_pickle_option
 
 _EXAMPLE = """\b
@@ -17,7 +17,7 @@ Example:
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("source", metavar="ADAPTER")
+@click.argument("adapter", metavar="ADAPTER")
 @click.option(
     "--plot",
     "picture",
@@ -25,30 +25,25 @@ Example:
     help="Also plot it to a .png, .svg or .pdf file. Needs: pip install 'loraformat[plot]'.",
 )
 @allow_pickle_option
-@json_option
-@quiet_option
+@report_options
 def command(
-    source: str, picture: str | None, allow_pickle: bool, as_json: bool, quiet: bool
+    adapter: str, picture: str | None, allow_pickle: bool, as_json: bool, quiet: bool
 ) -> None:
     """Show the singular value spectrum and effective ranks of an adapter.
 
     Per module: the norm of the delta, its effective rank (stable rank and entropy rank), and
     the smallest ranks that keep 90, 95 and 99 % of its squared norm.
     """
+    from loraformat.api.plots import plot_spectrum
+    from loraformat.api.shape import spectrum
     from loraformat.ops.plots import check_picture
-    from loraformat.ops.spectrum.plot import plot
-    from loraformat.ops.spectrum.spectrum import spectrum
 
     if picture is not None:
         check_picture(picture)
-    with progress_bar("spectrum", quiet=quiet) as progress:
-        report = spectrum(source, allow_pickle=allow_pickle, progress=progress)
+    report = spectrum(adapter, allow_pickle=allow_pickle, progress=on_terminal(quiet))
     if picture is not None:
-        plot(report, picture)
-    if as_json:
-        echo_json("spectrum", report.to_dict())
-    elif not quiet:
-        say(_text(report))
+        plot_spectrum(report, picture)
+    show("spectrum", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import Resumable, echo_json, json_option, quiet_option, say
+from loraformat.cli.console import Resumable, echo_json, report_options, say
 from loraformat.cli.options import dry_run_option, force_option
 from loraformat.cli.train_options import chosen, setting_options
 from loraformat.errors import InputError
@@ -37,8 +37,7 @@ Example:
 @dry_run_option(
     "Print the memory plan, the number of steps and a measured time estimate without training."
 )
-@json_option
-@quiet_option
+@report_options
 def command(
     config: Path | None,
     resume: bool,

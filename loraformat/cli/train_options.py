@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from loraformat.api.train_options import value_of
 from loraformat.cli.console import ByteSize
 from loraformat.train.run.options import SETTINGS, Setting, TrainOptions
 
@@ -105,7 +106,5 @@ def chosen(given: dict[str, Any], config: Path | None) -> TrainOptions:
         value = given.get(setting.name)
         if value is None or value in ((), ""):
             continue
-        if setting.kind == "names":
-            value = tuple(s for one in value for part in one.split(",") if (s := part.strip()))
-        values[setting.name] = tuple(value) if isinstance(value, list) else value
+        values[setting.name] = value_of(setting, value)
     return TrainOptions(**values)

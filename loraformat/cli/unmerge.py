@@ -6,14 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import (
-    echo_json,
-    json_option,
-    progress_bar,
-    quiet_option,
-    say,
-    size,
-)
+from loraformat.cli.console import on_terminal, report_options, show, size
 from loraformat.cli.options import (
     allow_pickle_option,
     dry_run_option,
@@ -36,7 +29,6 @@ Example:
 @click.option("--undo", metavar="FILE", help="The undo record written by `merge --undo`.")
 @click.option(
     "--adapter",
-    "adapters",
     multiple=True,
     metavar="ADAPTER",
     help="With --undo: current location of a merged adapter. Without: adapter to subtract. "
@@ -44,28 +36,22 @@ Example:
 )
 @weight_option("Without --undo: weight of each adapter. [default: 1]")
 @allow_pickle_option
-@click.option("--to", "to_format", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
+@click.option("--to", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
 @max_shard_size_option
 @force_option("an existing model at OUT")
 @dry_run_option("Check that record, model and adapters match without writing anything.")
-@json_option
-@quiet_option
-def command(
-    merged: str, target: str, max_shard_size: int, as_json: bool, quiet: bool, **options: Any
-) -> None:
+@report_options
+def command(merged: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Undo a merge and restore the base.
 
     With its undo record the base is restored bit for bit, verified by hash; undo several
     merges in reverse order. Without one the adapters are subtracted, which is only approximate.
     """
-    from loraformat.ops.unmerge.unmerge import unmerge
+    from loraformat.api.merge import unmerge
 
-    with progress_bar("unmerge", quiet=quiet or options["dry_run"]) as progress:
-        report = unmerge(merged, target, shard_limit=max_shard_size, progress=progress, **options)
-    if as_json:
-        echo_json("unmerge", report.to_dict())
-    elif not quiet:
-        say(_text(report))
+    bar = on_terminal(quiet or options["dry_run"])
+    report = unmerge(merged, output, progress=bar, **options)
+    show("unmerge", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from loraformat.cli.console import echo_json, json_option, progress_bar, quiet_option, say
+from loraformat.cli.console import on_terminal, report_options, show
 from loraformat.cli.options import allow_pickle_option
 
 _EXAMPLE = """\b
@@ -19,8 +21,7 @@ _FOUND_SOMETHING = 4
 @click.command(epilog=_EXAMPLE)
 @click.argument("path")
 @allow_pickle_option
-@json_option
-@quiet_option
+@report_options
 def command(path: str, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
     """Verify structure and hashes; exit with code 4 on a finding.
 
@@ -28,19 +29,20 @@ def command(path: str, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
     verified against the hashes in its manifest. Other formats have no hashes: their headers and
     scales are checked, and an adapter's factor pairs, shapes and values.
     """
-    from loraformat.ops.verify import verify
+    from loraformat.api.look import verify
 
-    with progress_bar("verify", quiet=quiet) as progress:
-        result = verify(path, allow_pickle=allow_pickle, progress=progress)
-    if as_json:
-        echo_json("verify", result.to_dict())
-    else:
-        for finding in result.findings:
-            rule = f"{finding.rule}: " if finding.rule else ""
-            say(f"{rule}{finding.path}: {finding.problem}")
-        if not result.findings and not quiet:
-            hashes = (
-                "every hash matches" if result.hashed else "this format has no hashes to compare"
-            )
-            say(f"sound: {result.format}, {result.tensors} tensors; {hashes}")
-    return _FOUND_SOMETHING if result.findings else 0
+    report = verify(path, allow_pickle=allow_pickle, progress=on_terminal(quiet))
+    show("verify", report, _text, as_json=as_json, quiet=quiet and not report.findings)
+    return _FOUND_SOMETHING if report.findings else 0
+
+
+def _text(report: Any) -> str:
+    if report.findings:
+        return "\n".join(map(_finding, report.findings))
+    hashes = "every hash matches" if report.hashed else "this format has no hashes to compare"
+    return f"sound: {report.format}, {report.tensors} tensors; {hashes}"
+
+
+def _finding(finding: Any) -> str:
+    rule = f"{finding.rule}: " if finding.rule else ""
+    return f"{rule}{finding.path}: {finding.problem}"

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from loraformat.bundle.update import BundleSlot, parse_bundle_slot, remove_adapter
+from loraformat.bundle.update import parse_bundle_slot, remove_adapter
 from loraformat.errors import UsageError
+from loraformat.ops.report import Report
 
-__all__ = ["remove"]
+__all__ = ["RemovalReport", "remove"]
 
 
-def remove(path: str | Path) -> BundleSlot:
+@dataclass(frozen=True, slots=True, repr=False)
+class RemovalReport(Report):
+    """What was removed, from where.
+
+    Attributes
+    ----------
+    bundle : str
+    adapter : str
+        Its name in the bundle.
+    """
+
+    _shared: ClassVar[tuple[str, ...]] = ()
+
+    bundle: str
+    adapter: str
+
+
+def remove(path: str | Path) -> RemovalReport:
     """Remove an adapter from a bundle; its base and other adapters stay as they are.
 
     Parameters
@@ -20,8 +40,7 @@ def remove(path: str | Path) -> BundleSlot:
 
     Returns
     -------
-    BundleSlot
-        What was removed, from where.
+    RemovalReport
 
     Raises
     ------
@@ -34,4 +53,4 @@ def remove(path: str | Path) -> BundleSlot:
     if place is None:
         raise UsageError(f"{path} is no adapter in a bundle, wanted BUNDLE/adapters/NAME")
     remove_adapter(place)
-    return place
+    return RemovalReport(str(place.bundle), place.name)

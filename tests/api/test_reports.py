@@ -56,7 +56,7 @@ MEMBERS = {
     GenerationReport: "prompt text tokens seconds",
 }
 #: Members that are not plain JSON values.
-MADE = {"facts": AdapterFacts("peft"), "losses": {}, "kind": "adapter"}
+MADE = {"facts": AdapterFacts("peft"), "losses": {}, "kind": "adapter", "written": None}
 
 
 def made(kind):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loraformat import convert, describe, merge, verify
+from loraformat import convert, info, merge, verify
 from loraformat.card import front_matter
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError
@@ -48,12 +48,12 @@ def test_odd_values_survive_every_way_of_a_config(model: Path, tmp_path: Path) -
     wanted = seen_by_transformers(model)
     bundle, dense = tmp_path / "bundle", tmp_path / "dense"
     convert(model, bundle)
-    convert(bundle, dense, to_format="safetensors", dtype="float16")
+    convert(bundle, dense, to="safetensors", dtype="float16")
     merge(model, [ADAPTERS["manual"]], tmp_path / "merged")
     assert verify(bundle).findings == []
     for path in (bundle, dense, tmp_path / "merged"):
         assert seen_by_transformers(path) == wanted
-        assert describe(path).model_type == "llama"
+        assert info(path).model_type == "llama"
 
 
 def test_a_config_that_need_not_change_keeps_its_bytes(model: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_an_adapter_is_carried_as_peft_reads_it(model: Path, tmp_path: Path) -> 
     carried = tmp_path / "bundle/adapters/a/adapter_config.json"
     assert carried.read_bytes() == file.read_bytes()
     assert verify(tmp_path / "bundle").findings == [] and wanted != 7
-    assert describe(adapter).alphas == [wanted]
+    assert info(adapter).alphas == [wanted]
 
 
 def test_rewriting_keeps_the_form_of_an_infinity() -> None:
@@ -171,4 +171,4 @@ def test_numbers_that_no_float_holds_are_named(tmp_path: Path) -> None:
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 10**400}))
     with pytest.raises(InputError, match=r"lora_alpha is 1000.*wanted a finite number"):
-        describe(tmp_path / "adapter")
+        info(tmp_path / "adapter")

@@ -80,9 +80,7 @@ def test_nothing_names_the_machine_it_was_made_on() -> None:
 
 def test_perplexities_are_the_recorded_ones(tmp_path: Any) -> None:
     loraformat.convert(SMALL_MODEL, tmp_path / "bundle")
-    loraformat.convert(
-        tmp_path / "bundle", tmp_path / "dense", to_format="safetensors", dtype="f32"
-    )
+    loraformat.convert(tmp_path / "bundle", tmp_path / "dense", to="safetensors", dtype="f32")
     tokenizer = AutoTokenizer.from_pretrained(SMALL_MODEL)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     for name, path in ADAPTERS.items():

@@ -17,7 +17,7 @@ from loraformat_converters.gguf.architectures import of_config
 from mutations import spoil
 from tiny_models import MODELS
 
-from loraformat import check, describe
+from loraformat import check, info
 from loraformat.card import front_matter
 from loraformat.demo import ADAPTERS
 from loraformat.errors import InputError, LoraFormatError
@@ -205,7 +205,7 @@ def _saved(tensors: dict[str, torch.Tensor]) -> bytes:
 
 def judge_adapter(files: Files, place: Path) -> None:
     _write(files, place)
-    describe(place)
+    info(place)
     check(place)
 
 
@@ -223,7 +223,7 @@ def shards() -> dict[str, Files]:
 def judge_shards(files: Files, place: Path) -> None:
     _write(files, place)
     open_model(place, "safetensors").close()
-    describe(place)
+    info(place)
 
 
 def _write(files: Files, place: Path) -> None:

@@ -44,12 +44,12 @@ def test_minireader_accepts_our_bundles(
 ) -> None:
     source = _model(tmp_path / "model", dtype)
     loraformat.convert(
-        source, tmp_path / "bundle", double_quant=double_quant, shard_limit=shard_limit
+        source, tmp_path / "bundle", double_quant=double_quant, max_shard_size=shard_limit
     )
     tensors, weights = minireader.verify(tmp_path / "bundle")
     encodings = {record["encoding"] for record in tensors.values()}
     assert encodings == {"dense", "nf4"}
     name = "model.layers.1.mlp.up_proj.weight"
     values = minireader.decode(tensors[name], weights[name])
-    with loraformat.open(tmp_path / "bundle") as bundle:
+    with loraformat.open_bundle(tmp_path / "bundle") as bundle:
         assert bundle.tensors[name].dequantize("F32").flatten().tolist() == values

@@ -62,7 +62,7 @@ def step(bundle: str, settings: dict[str, bool], threads: int) -> dict[str, Any]
     labels = ids.clone()
     labels[:, 0] = -100
     batch = train.Batch(ids, labels, torch.arange(TOKENS)[None], torch.ones_like(ids), ((0,),))
-    model.loss(batch).backward()  # type: ignore[no-untyped-call]
+    model.loss(batch).backward()
     peaks = {"RssAnon": 0, "RssFile": 0}
     enter = model.residency.enter
 
@@ -75,7 +75,7 @@ def step(bundle: str, settings: dict[str, bool], threads: int) -> dict[str, Any]
     decoded = model.decode_seconds
     model.residency.enter = watched  # type: ignore[method-assign]
     began, processor = time.perf_counter(), time.process_time()
-    model.loss(batch).backward()  # type: ignore[no-untyped-call]
+    model.loss(batch).backward()
     return {
         "anonymous_growth": peaks["RssAnon"] - before["RssAnon"],
         "mapped": peaks["RssFile"],

@@ -32,10 +32,28 @@ from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.record import Finding
 from loraformat.runtimes.remedies import Names
 
-__all__ = ["CheckReport", "check", "examine"]
+__all__ = ["CheckReport", "Written", "check", "examine"]
 
 #: Stands for the tensors of a base of which there is a config alone.
 _AN_EMBEDDING = ("model.embed_tokens.weight",)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Files that tell runtimes to load an adapter.
+
+    Attributes
+    ----------
+    path : str
+        The directory.
+    files : list of str
+    left_out : list of str
+        Why there is no file for a runtime, as sentences.
+    """
+
+    path: str
+    files: list[str]
+    left_out: list[str]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -56,6 +74,8 @@ class CheckReport(Report):
     findings : list of Finding
     facts : AdapterFacts
         Not part of the JSON.
+    written : Written or None
+        Files that load it, if they were asked for.
     """
 
     _shared: ClassVar[tuple[str, ...]] = ()
@@ -68,6 +88,7 @@ class CheckReport(Report):
     verdicts: dict[str, str]
     findings: list[Finding]
     facts: AdapterFacts = field(repr=False)
+    written: Written | None = None
 
     @property
     def failed(self) -> bool:
@@ -78,6 +99,8 @@ class CheckReport(Report):
         """Return the report as JSON members."""
         members = Report.to_dict(replace(self, facts=AdapterFacts(self.format)))
         del members["facts"]
+        if self.written is None:
+            del members["written"]
         return members
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from loraformat.errors import OutputError, UsageError
 from loraformat.hub import hub_id, resolve
 from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
-from loraformat.ops.check.check import CheckReport
+from loraformat.ops.check.check import CheckReport, Written
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
@@ -19,25 +19,7 @@ from loraformat.runtimes.usage import lorax, snippet
 from loraformat.runtimes.use import Snippet, Use
 from loraformat.storage.atomic_file import open_publication
 
-__all__ = ["Written", "snippets", "write_usage"]
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What was written.
-
-    Attributes
-    ----------
-    path : str
-        The directory.
-    files : list of str
-    left_out : list of str
-        Why there is no file for a runtime, as sentences.
-    """
-
-    path: str
-    files: list[str]
-    left_out: list[str]
+__all__ = ["snippets", "write_usage"]
 
 
 def write_usage(

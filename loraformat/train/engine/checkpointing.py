@@ -129,7 +129,7 @@ class _Layer:
             shared.visit.leave(number)
 
         if first := call.first_with_gradient():
-            first[0].register_hook(leave)  # type: ignore[no-untyped-call]
+            first[0].register_hook(leave)
         with _entered(shared.residency, number, call.tokens or _FEW_TOKENS):
             results = []
             for part in call.groups(shared.rows_at_once):
@@ -141,7 +141,7 @@ class _Layer:
             output = _joined(results)
         for result in trees.tree_leaves(output):
             if torch.is_tensor(result) and result.requires_grad:
-                result.register_hook(enter)  # type: ignore[no-untyped-call]
+                result.register_hook(enter)
         return output
 
     def _forgotten(self, call: LayerCall) -> Forgotten:

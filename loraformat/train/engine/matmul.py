@@ -300,7 +300,7 @@ def _suits_onednn(x: torch.Tensor) -> bool:
 @cache
 def _prefers_onednn() -> bool:
     """Tell whether float32 products are to go to oneDNN here, whose operator has no public name."""
-    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    there: bool = torch.backends.mkldnn.is_available()
     there = there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return there and "AuthenticAMD" in processor_words()
 

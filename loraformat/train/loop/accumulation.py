@@ -113,7 +113,7 @@ def accumulate(
         if not math.isfinite(number_of := float(value.detach())):
             raise _diverged(f"the loss of step {step + 1} is {number_of}", [batch], place)
         loss += number_of
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         total += batch.trained
     return StepSums(loss, total, tokens)
 

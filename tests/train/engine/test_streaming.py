@@ -129,6 +129,6 @@ def test_a_closed_model_holds_no_thread_and_no_file(bundle):
 def test_a_bundle_that_the_caller_opened_stays_open(bundle):
     import loraformat
 
-    with loraformat.open(bundle) as here:
+    with loraformat.open_bundle(bundle) as here:
         load(here).close()
         assert all(shard.descriptor >= 0 for shard in here.shards)

@@ -1,0 +1,59 @@
+"""The converters that are installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from loraformat.ops.report import Report
+from loraformat.plugins import all_converters
+
+__all__ = ["FormatSummary", "FormatsReport", "formats"]
+
+
+@dataclass(frozen=True, slots=True)
+class FormatSummary:
+    """A converter.
+
+    Attributes
+    ----------
+    name : str
+        For ``--from`` and ``--to``.
+    kind : str
+        ``base`` or ``adapter``.
+    summary : str
+    reads, writes : bool
+    loses : list of str
+        What the format cannot represent.
+    missing : list of str
+        Packages to install first.
+    """
+
+    name: str
+    kind: str
+    summary: str
+    reads: bool
+    writes: bool
+    loses: list[str]
+    missing: list[str]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class FormatsReport(Report):
+    """All converters."""
+
+    _shared: ClassVar[tuple[str, ...]] = ()
+
+    formats: list[FormatSummary]
+
+
+def formats() -> FormatsReport:
+    """Return what is installed."""
+    return FormatsReport(
+        [
+            FormatSummary(
+                c.name, c.kind, c.summary, c.reads, c.writes, list(c.loses), list(c.missing())
+            )
+            for c in all_converters()
+        ]
+    )

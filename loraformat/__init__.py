@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loraformat.api.check import check as check
     from loraformat.api.check import fix as fix
     from loraformat.api.convert import convert as convert
+    from loraformat.api.demo import demo as demo
     from loraformat.api.evaluate import evaluate as evaluate
     from loraformat.api.evaluate import generate as generate
     from loraformat.api.hub import pull as pull
@@ -34,28 +35,62 @@ if TYPE_CHECKING:
     from loraformat.api.shape import extract as extract
     from loraformat.api.shape import reduce as reduce
     from loraformat.api.shape import spectrum as spectrum
+    from loraformat.api.train import train as train
+    from loraformat.demonstration.pipeline import DemoReport as DemoReport
     from loraformat.errors import LoraFormatError as LoraFormatError
+    from loraformat.ops.check.check import CheckReport as CheckReport
+    from loraformat.ops.combine.report import CombinationReport as CombinationReport
     from loraformat.ops.convert.adapter import AdapterConversion as AdapterConversion
     from loraformat.ops.convert.report import ConversionReport as ConversionReport
     from loraformat.ops.convert.report import ModelConversion as ModelConversion
+    from loraformat.ops.extract.report import ExtractionReport as ExtractionReport
+    from loraformat.ops.formats import FormatsReport as FormatsReport
     from loraformat.ops.info.report import AdapterInfo as AdapterInfo
     from loraformat.ops.info.report import InfoReport as InfoReport
     from loraformat.ops.info.report import ModelInfo as ModelInfo
+    from loraformat.ops.merge.report import MergeReport as MergeReport
+    from loraformat.ops.push.report import PullReport as PullReport
+    from loraformat.ops.push.report import PushReport as PushReport
+    from loraformat.ops.reduce import ReductionReport as ReductionReport
+    from loraformat.ops.remove import RemovalReport as RemovalReport
     from loraformat.ops.report import Report as Report
+    from loraformat.ops.spectrum.spectrum import SpectrumReport as SpectrumReport
+    from loraformat.ops.unmerge.report import UnmergeReport as UnmergeReport
+    from loraformat.ops.verify import VerificationReport as VerificationReport
+    from loraformat.training.run.evaluate import EvaluationReport as EvaluationReport
+    from loraformat.training.run.generate import GenerationReport as GenerationReport
+    from loraformat.training.run.report import TrainReport as TrainReport
 
 #: Module of each public name.
 _HOMES = {
     "AdapterConversion": "loraformat.ops.convert.adapter",
     "AdapterInfo": "loraformat.ops.info.report",
+    "CheckReport": "loraformat.ops.check.check",
+    "CombinationReport": "loraformat.ops.combine.report",
     "ConversionReport": "loraformat.ops.convert.report",
+    "DemoReport": "loraformat.demonstration.pipeline",
+    "EvaluationReport": "loraformat.training.run.evaluate",
+    "ExtractionReport": "loraformat.ops.extract.report",
+    "FormatsReport": "loraformat.ops.formats",
+    "GenerationReport": "loraformat.training.run.generate",
     "InfoReport": "loraformat.ops.info.report",
     "LoraFormatError": "loraformat.errors",
+    "MergeReport": "loraformat.ops.merge.report",
     "ModelConversion": "loraformat.ops.convert.report",
     "ModelInfo": "loraformat.ops.info.report",
+    "PullReport": "loraformat.ops.push.report",
+    "PushReport": "loraformat.ops.push.report",
+    "ReductionReport": "loraformat.ops.reduce",
+    "RemovalReport": "loraformat.ops.remove",
     "Report": "loraformat.ops.report",
+    "SpectrumReport": "loraformat.ops.spectrum.spectrum",
+    "TrainReport": "loraformat.training.run.report",
+    "UnmergeReport": "loraformat.ops.unmerge.report",
+    "VerificationReport": "loraformat.ops.verify",
     "check": "loraformat.api.check",
     "combine": "loraformat.api.shape",
     "convert": "loraformat.api.convert",
+    "demo": "loraformat.api.demo",
     "evaluate": "loraformat.api.evaluate",
     "extract": "loraformat.api.shape",
     "fix": "loraformat.api.check",
@@ -74,6 +109,7 @@ _HOMES = {
     "reduce": "loraformat.api.shape",
     "remove": "loraformat.api.remove",
     "spectrum": "loraformat.api.shape",
+    "train": "loraformat.api.train",
     "unmerge": "loraformat.api.merge",
     "verify": "loraformat.api.look",
 }
@@ -81,16 +117,33 @@ _HOMES = {
 __all__ = [
     "AdapterConversion",
     "AdapterInfo",
+    "CheckReport",
+    "CombinationReport",
     "ConversionReport",
+    "DemoReport",
+    "EvaluationReport",
+    "ExtractionReport",
+    "FormatsReport",
+    "GenerationReport",
     "InfoReport",
     "LoraFormatError",
+    "MergeReport",
     "ModelConversion",
     "ModelInfo",
+    "PullReport",
+    "PushReport",
+    "ReductionReport",
+    "RemovalReport",
     "Report",
+    "SpectrumReport",
+    "TrainReport",
+    "UnmergeReport",
+    "VerificationReport",
     "__version__",
     "check",
     "combine",
     "convert",
+    "demo",
     "evaluate",
     "extract",
     "fix",
@@ -109,6 +162,7 @@ __all__ = [
     "reduce",
     "remove",
     "spectrum",
+    "train",
     "unmerge",
     "verify",
 ]

@@ -8,10 +8,8 @@ import pytest
 
 import loraformat
 from loraformat.api.arguments import byte_count
-from loraformat.api.demo import demo
-from loraformat.api.train import train
 from loraformat.cli import commands
-from loraformat.train.run.options import SETTINGS
+from loraformat.training.run.options import SETTINGS
 
 FUNCTIONS = {
     name: getattr(loraformat, name)
@@ -19,7 +17,7 @@ FUNCTIONS = {
         "check", "combine", "convert", "extract", "formats", "generate", "info", "merge", "pull",
         "push", "reduce", "remove", "spectrum", "unmerge", "verify",
     )
-} | {"eval": loraformat.evaluate, "train": train, "demo": demo}  # fmt: skip
+} | {"eval": loraformat.evaluate, "train": loraformat.train, "demo": loraformat.demo}  # fmt: skip
 #: What the command line has alone: how it prints, and what has a function of its own in Python.
 PRINTED = {"as_json", "quiet"}
 CLI_ONLY = {

@@ -4,7 +4,7 @@ import pytest
 
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.ops.merge.merge import merge
-from loraformat.train import LoraOptions, load
+from loraformat.training import LoraOptions, load
 from tests.adapters.moe_models import logits
 from tests.train import causal_models
 from tests.train.peft_gradients import (

@@ -47,8 +47,8 @@ SETTINGS: dict[str, dict[str, bool]] = {
 
 def step(bundle: str, settings: dict[str, bool], threads: int) -> dict[str, Any]:
     """Take two steps in this process and return the figures of the second."""
-    from loraformat import train
-    from loraformat.train import opening
+    from loraformat import training as train
+    from loraformat.training import opening
 
     torch.set_num_threads(threads)
     settings = dict(settings)

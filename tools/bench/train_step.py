@@ -117,7 +117,7 @@ class _OurLoss:
         self.model = model
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        from loraformat.train import Batch
+        from loraformat.training import Batch
 
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         labels = ids.clone()
@@ -137,7 +137,7 @@ class _OurLoss:
 
 
 def _ours(model: Path, rank: int, compute: torch.dtype, cold: bool, device: str) -> Any:
-    from loraformat import train
+    from loraformat import training as train
 
     loaded = train.load(
         model, lora=train.LoraOptions(rank=rank, statistics=False), compute_dtype=compute,

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from loraformat.nf4 import codec
-from loraformat.train import LoraOptions, load
-from loraformat.train.engine import lora_matmul
-from loraformat.train.engine.checkpointing import ActivationBudget, Recomputation, recompute_layer
-from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.layer_prefetch import Residency
-from loraformat.train.engine.linear import FrozenLinear, NF4Linear
-from loraformat.train.engine.matrix import NF4Matrix
+from loraformat.training import LoraOptions, load
+from loraformat.training.engine import lora_matmul
+from loraformat.training.engine.checkpointing import (
+    ActivationBudget,
+    Recomputation,
+    recompute_layer,
+)
+from loraformat.training.engine.experts import ExpertStack
+from loraformat.training.engine.layer_prefetch import Residency
+from loraformat.training.engine.linear import FrozenLinear, NF4Linear
+from loraformat.training.engine.matrix import NF4Matrix
 from tests.train.engine.reference import make_batch
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from loraformat.errors import UsageError
-from loraformat.train import LoraOptions
+from loraformat.training import LoraOptions
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from, and what it cannot express. Converters are found through the entry-point g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -22,6 +24,7 @@ from loraformat.errors import (
     MissingDependencyError,
     UnsupportedError,
     UsageError,
+    printable,
 )
 from loraformat.model.foreign_adapters import refuse_foreign_adapter
 
@@ -50,6 +53,8 @@ __all__ = [
     "sniff",
 ]
 
+#: What a file has at the end of its name, and a directory seldom has.
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]{2,11}")
 #: Entry-point group under which converters are announced.
 GROUP = "loraformat.converters"
 
@@ -473,10 +478,13 @@ def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | 
         suffixes = tuple(suffix.lower() for suffix in converter.suffixes)
         if converter.kind == kind and converter.writes and name.endswith(suffixes):
             return converter.name
-    if path.suffix.lower() in (".gguf", ".safetensors", ".bin", ".json"):
+    if _FILE_SUFFIX.fullmatch(path.suffix) and not path.is_dir():
         said = {"base": "a base", "adapter": "an adapter"}[kind]
+        known = {s for c in converters if c.kind == kind and c.writes for s in c.suffixes}
+        near = get_close_matches(path.suffix.lower(), known, 1)
+        meant = f"did you mean {printable(path.with_suffix(near[0]))}? Else " if near else ""
         raise UsageError(
             f"no installed converter writes {said} as {path.suffix} file",
-            hint="name a directory, or say --to",
+            hint=f"{meant}name a directory, or say --to",
         )
     return None

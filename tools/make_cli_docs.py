@@ -31,6 +31,15 @@ Data goes to stdout, everything else to stderr. Exit codes:
 | 6 | not enough disk or memory |
 | 7 | the network, or the Hugging Face Hub |
 | 130 | interrupted; the same command continues |
+
+Verbs, options and paths are completed by the shell once its startup file has this line; for bash
+in `~/.bashrc`, for zsh in `~/.zshrc`, for fish in `~/.config/fish/completions/loraformat.fish`:
+
+| shell | line |
+|---|---|
+| bash | `eval "$(_LORAFORMAT_COMPLETE=bash_source loraformat)"` |
+| zsh | `eval "$(_LORAFORMAT_COMPLETE=zsh_source loraformat)"` |
+| fish | `_LORAFORMAT_COMPLETE=fish_source loraformat \\| source` |
 """
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from loraformat.cli.completion import PATH
 from loraformat.cli.console import Resumable, clean
 from loraformat.cli.limits import limit_of, refuse_torch_without_room
 from loraformat.errors import LoraFormatError, MissingDependencyError
@@ -64,6 +65,9 @@ class _LazyGroup(click.Group):
             return None
         command = import_module(f"loraformat.cli.{name}").command
         assert isinstance(command, click.Command)
+        for parameter in command.params:
+            if isinstance(parameter, click.Argument) and parameter.type is click.STRING:
+                parameter.type = PATH
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -78,7 +82,7 @@ class _LazyGroup(click.Group):
     "findings, 5 output exists or is locked, 6 no space or memory, 7 network or Hub, 130 "
     "interrupted (run the same command again to continue).",
 )
-@click.version_option(__version__, prog_name="loraformat")
+@click.version_option(__version__, "-V", "--version", prog_name="loraformat")
 def commands() -> None:
     """NF4 base weights and LoRA deltas: convert, train, merge, check, publish.
 
@@ -114,9 +118,13 @@ def _run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as leave:
         return leave.exit_code
+    except click.UsageError as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show()
+            return error.exit_code
+        return _fail(_usage(error), error.exit_code)
     except click.ClickException as error:
-        error.show()
-        return 2 if isinstance(error, click.UsageError) else 1
+        return _fail(error.format_message(), error.exit_code)
     except LoraFormatError as error:
         if isinstance(error, MissingDependencyError) and (limit := limit_of(error)):
             return _fail(limit, 6)  # it is installed, and could not be mapped
@@ -134,6 +142,13 @@ def _run(arguments: list[str]) -> int:
         if os.environ.get("LORAFORMAT_DEBUG"):
             raise
         return _unexpected(error)
+
+
+def _usage(error: click.UsageError) -> str:
+    """Return click's message in the form of our own: the problem; what to do."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    verb = error.ctx.command_path if error.ctx is not None else "loraformat"
+    return f"{said[:1].lower()}{said[1:]}; see {verb} --help"
 
 
 def _program() -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from loraformat.cli.console import echo_json, report_options, say, table
+from loraformat.cli.sections import SectionedCommand
 from loraformat.cli.train_options import chosen, data_settings, machine_settings, setting_options
 
 _EXAMPLE = """\b
@@ -17,7 +18,7 @@ Example:
 """
 
 
-@click.command(epilog=_EXAMPLE)
+@click.command(cls=SectionedCommand, epilog=_EXAMPLE)
 @click.argument("base")
 @click.argument("data", nargs=-1, required=True)
 @click.option(

@@ -10,6 +10,7 @@ import click
 
 from loraformat.cli.console import Resumable, echo_json, report_options, say
 from loraformat.cli.options import dry_run_option, force_option
+from loraformat.cli.sections import SectionedCommand
 from loraformat.cli.train_options import chosen, setting_options
 from loraformat.errors import InputError
 
@@ -23,7 +24,7 @@ Example:
 """
 
 
-@click.command(epilog=_EXAMPLE)
+@click.command(cls=SectionedCommand, epilog=_EXAMPLE)
 @click.argument("base", required=False)
 @click.argument("data", nargs=-1)
 @click.option("-o", "--output", metavar="ADAPTER", help="The new adapter.")

@@ -90,19 +90,19 @@ class TrainOptions:
     )
     output: str = _setting("run", "text", "", "The new adapter.", free=True)
 
-    rank: int = _setting("LoRA", "integer", 16, "Rank of every module.", metavar="R")
+    rank: int = _setting("Adapter", "integer", 16, "Rank of every module.", metavar="R")
     alpha: float | None = _setting(
-        "LoRA",
+        "Adapter",
         "number",
         None,
         "LoRA alpha; deltas are scaled by alpha/rank. [default: the rank]",
         metavar="A",
     )
     rslora: bool = _setting(
-        "LoRA", "flag", False, "Rank-stabilised LoRA: scale by alpha/sqrt(rank)."
+        "Adapter", "flag", False, "Rank-stabilised LoRA: scale by alpha/sqrt(rank)."
     )
     targets: tuple[str, ...] = _setting(
-        "LoRA",
+        "Adapter",
         "names",
         ("all-linear",),
         "Target modules: all-linear, attention, mlp, module names or globs; comma-separated, "
@@ -110,29 +110,33 @@ class TrainOptions:
         metavar="T",
     )
     ranks: tuple[tuple[str, int], ...] = _setting(
-        "LoRA",
+        "Adapter",
         "ranks",
         (),
         "Rank of modules that match a name or glob. Repeatable.",
         metavar="GLOB=R",
     )
-    dropout: float = _setting("LoRA", "number", 0.0, "LoRA dropout probability.", metavar="P")
+    dropout: float = _setting("Adapter", "number", 0.0, "LoRA dropout probability.", metavar="P")
     init: str = _setting(
-        "LoRA", "text", "kaiming", "Initialisation of the factors.", choices=INITIALISATIONS
+        "Adapter", "text", "kaiming", "Initialisation of the factors.", choices=INITIALISATIONS
     )
     original: str = _setting(
-        "LoRA",
+        "Adapter",
         "text",
         "",
         "Unquantized original of the base, for --init loftq.",
         metavar="PATH",
     )
-    dora: bool = _setting("LoRA", "flag", False, "DoRA: also train a magnitude per output feature.")
-    embeddings: bool = _setting("LoRA", "flag", False, "Also adapt the token embeddings.")
-    head: bool = _setting("LoRA", "flag", False, "Also adapt the output head.")
-    statistics: bool = _setting("LoRA", "flag", True, "Collect activation statistics for `reduce`.")
+    dora: bool = _setting(
+        "Adapter", "flag", False, "DoRA: also train a magnitude per output feature."
+    )
+    embeddings: bool = _setting("Adapter", "flag", False, "Also adapt the token embeddings.")
+    head: bool = _setting("Adapter", "flag", False, "Also adapt the output head.")
+    statistics: bool = _setting(
+        "Adapter", "flag", True, "Collect activation statistics for `reduce`."
+    )
     adapter: str = _setting(
-        "LoRA",
+        "Adapter",
         "text",
         "",
         "Continue training this adapter, with its ranks and scaling.",
@@ -183,49 +187,61 @@ class TrainOptions:
     subset: str = _setting("Data", "text", "", "Subset of a dataset on the Hub.", metavar="NAME")
     split: str = _setting("Data", "text", "train", "Split of a dataset on the Hub.", metavar="NAME")
 
-    epochs: int = _setting("Steps", "integer", 1, "Number of epochs.", metavar="N")
+    epochs: int = _setting("Optimisation", "integer", 1, "Number of epochs.", metavar="N")
     steps: int | None = _setting(
-        "Steps", "integer", None, "Number of optimizer steps; overrides --epochs.", metavar="N"
+        "Optimisation",
+        "integer",
+        None,
+        "Number of optimizer steps; overrides --epochs.",
+        metavar="N",
     )
     grad_accum: int = _setting(
-        "Steps",
+        "Optimisation",
         "integer",
         4,
         "Gradient accumulation: micro-batches per step, weighted by their target tokens.",
         metavar="N",
     )
     layer_major: bool = _setting(
-        "Steps",
+        "Optimisation",
         "flag",
         False,
         "Run all micro-batches of a step through one layer before reading the next; for slow "
         "disks.",
     )
-    lr: float = _setting("Steps", "number", 2e-4, "Peak learning rate.", metavar="X")
+    lr: float = _setting("Optimisation", "number", 2e-4, "Peak learning rate.", metavar="X")
     schedule: str = _setting(
-        "Steps", "text", "cosine", "Learning-rate schedule after warmup.", choices=SCHEDULES
+        "Optimisation", "text", "cosine", "Learning-rate schedule after warmup.", choices=SCHEDULES
     )
     warmup: float = _setting(
-        "Steps", "number", 0.03, "Warmup steps, or a fraction of all steps if below 1.", metavar="N"
+        "Optimisation",
+        "number",
+        0.03,
+        "Warmup steps, or a fraction of all steps if below 1.",
+        metavar="N",
     )
     lora_plus: float = _setting(
-        "Steps", "number", 1.0, "LoRA+: ratio of the learning rate of B to that of A.", metavar="X"
+        "Optimisation",
+        "number",
+        1.0,
+        "LoRA+: ratio of the learning rate of B to that of A.",
+        metavar="X",
     )
     weight_decay: float = _setting(
-        "Steps", "number", 0.0, "Decoupled weight decay of matrices.", metavar="X"
+        "Optimisation", "number", 0.0, "Decoupled weight decay of matrices.", metavar="X"
     )
     clip: float = _setting(
-        "Steps", "number", 1.0, "Maximum gradient norm; 0 disables clipping.", metavar="X"
+        "Optimisation", "number", 1.0, "Maximum gradient norm; 0 disables clipping.", metavar="X"
     )
     optimizer: str = _setting(
-        "Steps",
+        "Optimisation",
         "text",
         "adamw",
         "Optimizer; the 8-bit ones need bitsandbytes.",
         choices=tuple(OPTIMIZERS),
     )
     optimizer_states: str = _setting(
-        "Steps",
+        "Optimisation",
         "text",
         "memory",
         "Where to keep the AdamW states; does not affect the result.",
@@ -233,12 +249,18 @@ class TrainOptions:
         free=True,
     )
     seed: int = _setting(
-        "Steps", "integer", 0, "Random seed for initialisation, shuffling and dropout.", metavar="N"
+        "Optimisation",
+        "integer",
+        0,
+        "Random seed for initialisation, shuffling and dropout.",
+        metavar="N",
     )
-    deterministic: bool = _setting("Steps", "flag", False, "Fail on non-deterministic GPU kernels.")
+    deterministic: bool = _setting(
+        "Optimisation", "flag", False, "Fail on non-deterministic GPU kernels."
+    )
 
     eval: tuple[str, ...] = _setting(
-        "Held-out data",
+        "Evaluation",
         "texts",
         (),
         "Held-out data to evaluate on. Repeatable.",
@@ -246,27 +268,27 @@ class TrainOptions:
         free=True,
     )
     eval_every: int = _setting(
-        "Held-out data",
+        "Evaluation",
         "integer",
         0,
         "Steps between evaluations; 0 evaluates only before and after training.",
         metavar="N",
     )
     early_stop: int = _setting(
-        "Held-out data",
+        "Evaluation",
         "integer",
         0,
         "Stop after this many evaluations without a lower held-out loss; 0 disables it.",
         metavar="N",
     )
     best: bool = _setting(
-        "Held-out data",
+        "Evaluation",
         "flag",
         False,
         "Write the adapter with the lowest held-out loss instead of the last.",
     )
     prompt: tuple[str, ...] = _setting(
-        "Held-out data",
+        "Evaluation",
         "texts",
         (),
         "Generate a sample from this prompt at every evaluation. Repeatable.",
@@ -275,7 +297,7 @@ class TrainOptions:
     )
 
     save_every: int | None = _setting(
-        "Record",
+        "Output",
         "integer",
         None,
         "Steps between checkpoints. [default: one every ten minutes]",
@@ -283,16 +305,16 @@ class TrainOptions:
         free=True,
     )
     keep: int = _setting(
-        "Record", "integer", 2, "Number of checkpoints to keep.", metavar="N", free=True
+        "Output", "integer", 2, "Number of checkpoints to keep.", metavar="N", free=True
     )
-    tensorboard: bool = _setting("Record", "flag", False, "Also log to TensorBoard.", free=True)
+    tensorboard: bool = _setting("Output", "flag", False, "Also log to TensorBoard.", free=True)
     plot: bool = _setting(
-        "Record", "flag", True, "Plot the loss curve, if matplotlib is installed.", free=True
+        "Output", "flag", True, "Plot the loss curve, if matplotlib is installed.", free=True
     )
 
-    device: str = _setting("Machine", "text", "cpu", "Device: cpu, cuda, cuda:1, …", metavar="D")
+    device: str = _setting("Memory", "text", "cpu", "Device: cpu, cuda, cuda:1, …", metavar="D")
     compute_dtype: str = _setting(
-        "Machine",
+        "Memory",
         "text",
         "auto",
         "Dtype of activations and matrix products (f16: of products only). auto: f32 on a CPU, "
@@ -300,7 +322,7 @@ class TrainOptions:
         choices=("auto", "fastest", "f32", "bf16", "f16"),
     )
     device_memory: int | None = _setting(
-        "Machine",
+        "Memory",
         "size",
         None,
         "GPU memory for base weights; the rest is streamed.",
@@ -308,7 +330,7 @@ class TrainOptions:
         free=True,
     )
     activation_memory: int | None = _setting(
-        "Machine",
+        "Memory",
         "size",
         None,
         "Memory for activations that are kept for the backward pass; other layers recompute "
@@ -318,7 +340,7 @@ class TrainOptions:
         free=True,
     )
     max_memory: int | None = _setting(
-        "Machine",
+        "Memory",
         "size",
         None,
         "Fail before training if the memory plan needs more.",
@@ -368,7 +390,7 @@ class TrainOptions:
         if not self.adapter:
             return ()
         heeded = ("dropout", "statistics", "adapter")
-        of_lora = [s.flag for s in SETTINGS if s.section == "LoRA" and s.name not in heeded]
+        of_lora = [s.flag for s in SETTINGS if s.section == "Adapter" and s.name not in heeded]
         return tuple(flag for flag in self.changed() if flag in of_lora)
 
     def data_options(self, **other: Any) -> DataOptions:

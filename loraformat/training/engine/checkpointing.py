@@ -37,7 +37,8 @@ from loraformat.training.engine.layer_call import (
     random_state,
 )
 from loraformat.training.engine.layer_prefetch import BackwardVisit, Residency
-from loraformat.training.engine.unneeded_products import UnreadProducts, has_forward_hooks
+from loraformat.training.engine.matrix import Matrix
+from loraformat.training.engine.unneeded_products import has_forward_hooks, leaving_out
 
 __all__ = ["ActivationBudget", "Forgotten", "Recomputation", "capturing", "recompute_layer"]
 
@@ -61,8 +62,8 @@ class Recomputation:
         Rows of a batch that a layer computes together; None for all.
     inspect : callable or None
         Shown each layer's number and its call before it is computed forward.
-    unread : UnreadProducts
-        Which products are not computed again.
+    unneeded : dict of int to str
+        By the number of a layer, the linear in it whose product is not recomputed.
     visit : BackwardVisit
         Of the residency, in backward passes.
     sparing : bool
@@ -73,7 +74,7 @@ class Recomputation:
     kept: ActivationBudget
     rows_at_once: int | None = None
     inspect: Callable[[int, LayerCall], None] | None = None
-    unread: UnreadProducts = field(default_factory=UnreadProducts)
+    unneeded: dict[int, str] = field(default_factory=dict)
     visit: BackwardVisit = field(init=False)
     sparing: bool = False
 
@@ -157,22 +158,24 @@ class _Layer:
         return Forgotten(lambda: self._again(held, random))
 
     def _again(self, held: LayerCall, random: RandomState) -> Sequence[torch.Tensor]:
-        """Return what the backward pass wants: some of it without values, if nobody reads them."""
+        """Return the tensors that the backward pass needs."""
         shared, number = self._shared, self._number
         shared.visit.enter(number)
-        guess = not has_forward_hooks(self._layer)
-        while True:
-            with (
-                random_restored(random),
-                torch.enable_grad(),
-                shared.unread.left_out(number, guess=guess) as products,
-                capturing() as saved,
-            ):
-                outputs = trees.tree_leaves(held.repeated().run(self._inner))
-            if shared.unread.were_unread(number, outputs, products) or not guess:
-                shared.kept.count(saved, held.tokens)
-                return saved
-            guess = False
+        with (
+            random_restored(random),
+            torch.enable_grad(),
+            leaving_out(self._unneeded()),
+            capturing() as saved,
+        ):
+            held.repeated().run(self._inner)
+        shared.kept.count(saved, held.tokens)
+        return saved
+
+    def _unneeded(self) -> list[Matrix]:
+        name = self._shared.unneeded.get(self._number)
+        if name is None or has_forward_hooks(self._layer):
+            return []
+        return [self._layer.get_submodule(name).matrix]  # type: ignore[list-item]
 
 
 @contextmanager
@@ -322,6 +325,12 @@ class ActivationBudget:
         kept = min(self.layers, int(self.budget // self.needed(tokens)))
         self.most = max(self.most, kept)
         return layer >= self.layers - kept
+
+    def recomputes(self, tokens: int) -> bool:
+        """Tell whether layers are recomputed for good, as far as that is known."""
+        if not self.budget:
+            return True
+        return self.counted > 0 and self.layers * self.needed(tokens) > self.budget
 
     def needed(self, tokens: int) -> float:
         """Return the bytes that one layer takes to keep its activations.

@@ -16,7 +16,7 @@ import torch
 
 from loraformat.training.engine.matmul import multiply, multiply_transposed, times, times_transposed
 from loraformat.training.engine.matrix import Matrix
-from loraformat.training.engine.unneeded_products import leave_out
+from loraformat.training.engine.unneeded_products import is_left_out
 
 __all__ = ["LoraFactors", "frozen_product"]
 
@@ -94,7 +94,7 @@ class _FrozenProduct(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.matrix, ctx.dtype = matrix, dtype
-        if leave_out(ctx, matrix):
+        if is_left_out(matrix):
             return _nothing(x, matrix)
         y = multiply(x, matrix, dtype)
         return _own(y if bias is None else y.add_(bias))
@@ -122,7 +122,7 @@ class _AdaptedProduct(torch.autograd.Function):
         # this way round it reads x along its rows
         z = times_transposed(a.to(x.dtype), _rows(x)).T
         ctx.save_for_backward(x, z, a, b)
-        if leave_out(ctx, matrix):
+        if is_left_out(matrix):
             return _nothing(x, matrix)
         y = multiply(x, matrix, dtype)
         if bias is not None:
@@ -155,7 +155,7 @@ def _own(y: torch.Tensor) -> torch.Tensor:
 
 
 def _nothing(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """Return NaN in place of a product that nobody reads: if somebody does, it is seen.
+    """Return NaN in place of a product that is not needed: whatever reads it gives NaN, too.
 
     They take memory as the product does, since a model may add to it in place.
     """

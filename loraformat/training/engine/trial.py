@@ -10,6 +10,9 @@ stand-ins for its weights, which cost nothing and read nothing:
   Whatever a layer gets from an earlier one it gets from the first, so a path that is lost anywhere
   is missing there.
 
+The trial also finds products that a recomputed layer can leave out (see
+`loraformat.training.engine.unneeded_products`).
+
 With packing, samples that share a row must be kept apart. transformers makes block-diagonal masks
 of positions that begin anew, in most of its classes. In one that does not, or in a layer that
 carries a state from token to token, samples would see each other and nothing would tell. So each
@@ -19,7 +22,7 @@ layer's mask is looked at once (`PackingCheck`), and the first packed batch is r
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,6 +38,7 @@ from loraformat.training.engine.layer_prefetch import Residency
 from loraformat.training.engine.linear import FrozenLinear
 from loraformat.training.engine.matrix import StandIn
 from loraformat.training.engine.meta_model import WeightWanted, text_config
+from loraformat.training.engine.unneeded_products import find_unneeded_products, last_products
 
 __all__ = ["PackingCheck", "Trial", "lets_through"]
 
@@ -69,6 +73,7 @@ class Trial:
         self._model, self._shared, self._path = model, shared, path
         self._layers = find_layers(model, path)[1]
         self._passed: set[bool] = set()
+        self._searched = False
 
     def forward(self) -> None:
         """Compute a few tokens, without gradients, as in training and as afterwards.
@@ -134,7 +139,7 @@ class Trial:
             )
 
     def gradients(self, ids: torch.Tensor, rows_at_once: int | None = None) -> None:
-        """Compare gradients, the first time that a model is trained.
+        """Compare gradients the first time that a model is trained, and find unneeded products.
 
         Parameters
         ----------
@@ -149,13 +154,15 @@ class Trial:
             If they differ.
         """
         in_groups = rows_at_once is not None
-        if in_groups in self._passed:
-            return
-        ids = ids[:1, :_TOKENS].repeat(_ROWS, 1)
-        ids[1] = ids[1].flip(0)
-        with self._drawing_alike(in_groups):
-            self._compare(ids, in_groups)
-        self._passed.add(in_groups)
+        if in_groups not in self._passed:
+            some = ids[:1, :_TOKENS].repeat(_ROWS, 1)
+            some[1] = some[1].flip(0)
+            with self._drawing_alike(in_groups):
+                self._compare(some, in_groups)
+            self._passed.add(in_groups)
+        if not self._searched and (in_groups or self._shared.kept.recomputes(ids.numel())):
+            self._shared.unneeded = self._find_unneeded()
+            self._searched = True
 
     def _compare(self, ids: torch.Tensor, in_groups: bool) -> None:
         state = random_state([ids])
@@ -172,6 +179,24 @@ class Trial:
         if not all(map(_alike, plain, again)):
             raise self._lost(in_groups)
 
+    def _find_unneeded(self) -> dict[int, str]:
+        """Return the products that need not be recomputed, each by its layer."""
+        ids = self._any_tokens()
+        state = random_state([ids])
+
+        def gradients(left_out: Mapping[int, str]) -> Sequence[torch.Tensor | None]:
+            with random_restored(state):
+                return self._of(ids, 0, None, left_out=left_out)
+
+        with (
+            random_restored(state),
+            self._set_up(ActivationBudget(0)),
+            torch.no_grad(),
+            last_products(self._layers, FrozenLinear) as candidates,
+        ):
+            self._hidden(ids)
+        return find_unneeded_products(self._layers, candidates, gradients)
+
     @contextmanager
     def _drawing_alike(self, in_groups: bool) -> Iterator[None]:
         """Drop nothing out where rows, one by one, draw other random numbers than all at once."""
@@ -184,14 +209,25 @@ class Trial:
             for module in training:
                 module.training = True
 
-    def _of(self, ids: torch.Tensor, budget: int, rows: int | None) -> list[torch.Tensor | None]:
-        """Return hidden states, and gradients of the first layer."""
+    def _of(
+        self,
+        ids: torch.Tensor,
+        budget: int,
+        rows: int | None,
+        left_out: Mapping[int, str] | None = None,
+    ) -> list[torch.Tensor | None]:
+        """Return hidden states, and gradients of the first layer; or of all, without products."""
         kept = ActivationBudget(len(self._layers), budget=budget, counted=1, tokens=1)
         with self._set_up(kept, rows), torch.enable_grad(), _watched_input(self._model) as seen:
             hidden = self._hidden(ids)
             weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device)
             total = (hidden * weights.view_as(hidden).to(hidden.dtype)).sum()
-            wanted = [*seen, *_first_trained(self._layers)]
+            trained = _trained(self._layers)
+            if left_out is not None:
+                self._shared.unneeded = dict(left_out)
+                wanted = [*seen, *(parameter for some in trained for parameter in some)]
+            else:
+                wanted = [*seen, *next(filter(None, trained), [])]
             found = torch.autograd.grad(total, wanted, allow_unused=True) if wanted else ()
         return [hidden.detach(), *found]
 
@@ -210,7 +246,7 @@ class Trial:
         nowhere = Residency([[]] * len(self._layers), prefetch=False, release=False)
         trial = Recomputation(nowhere, kept, rows)
         with ExitStack() as restoring, _standing_in(self._model):
-            for name in ("residency", "kept", "rows_at_once", "inspect", "unread", "visit"):
+            for name in ("residency", "kept", "rows_at_once", "inspect", "unneeded", "visit"):
                 restoring.callback(setattr, shared, name, getattr(shared, name))
                 setattr(shared, name, getattr(trial, name))
             yield
@@ -258,12 +294,9 @@ def _alike(plain: torch.Tensor | None, again: torch.Tensor | None) -> bool:
     )
 
 
-def _first_trained(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """Return what is trained in the first layer in which something is."""
-    for layer in layers:
-        if trained := [p for p in layer.parameters() if p.requires_grad]:
-            return trained
-    return []
+def _trained(layers: Sequence[torch.nn.Module]) -> list[list[torch.nn.Parameter]]:
+    """Return what is trained in each layer."""
+    return [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
 
 
 @contextmanager

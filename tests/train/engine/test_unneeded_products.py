@@ -1,4 +1,4 @@
-"""What the backward pass does not read is not computed again, and gradients are the same bits."""
+"""What the backward pass does not need is not recomputed, and gradients are the same bits."""
 
 from collections import Counter
 
@@ -17,6 +17,7 @@ from loraformat.training.engine.experts import ExpertStack
 from loraformat.training.engine.layer_prefetch import Residency
 from loraformat.training.engine.linear import FrozenLinear, NF4Linear
 from loraformat.training.engine.matrix import NF4Matrix
+from loraformat.training.engine.unneeded_products import find_unneeded_products, last_products
 from tests.train.engine.reference import make_batch
 
 
@@ -45,30 +46,28 @@ def gradients(bundle, budget, steps=1):
 
 
 @pytest.mark.parametrize(
-    "architecture, unread",
+    "architecture, unneeded",
     [
         ("llama", {"mlp.down_proj"}),
-        ("gpt2", set()),  # dropped out first: by a tensor, which might be made of anything
+        ("gpt2", {"mlp.c_proj"}),  # dropped out first
         ("granite", {"mlp.down_proj"}),  # multiplied by a constant first
-        ("gpt_neox", {"attention.dense", "mlp.dense_4h_to_h"}),  # both are added to the stream
-        ("phi", {"self_attn.dense", "mlp.fc2"}),
-        ("falcon", {"self_attention.dense", "mlp.dense_4h_to_h"}),  # one in place to the other
+        ("gpt_neox", {"mlp.dense_4h_to_h"}),  # so is the attention's; the last is left out
+        ("phi", {"mlp.fc2"}),
+        ("falcon", {"mlp.dense_4h_to_h"}),  # the attention's is added to it in place
         ("gemma2", set()),  # normalised first
         ("qwen3_moe", set()),  # weighted by the router
     ],
 )
-def test_products_that_are_left_out(bundle_of, products, architecture, unread):
+def test_products_that_are_left_out(bundle_of, products, architecture, unneeded):
     model, found = gradients(bundle_of(architecture), 0)
     places = {
         name: module.matrix
         for name, module in model.base.named_modules()
         if isinstance(module, FrozenLinear) and module.layer is not None
     }
-    last = max(model.base.get_submodule(name).layer for name in places)
     for name, matrix in places.items():
-        first_seen = f".{last}." in name  # in the layer that the backward pass begins with
-        left_out = any(name.endswith(f".{end}") for end in unread)
-        assert products[matrix] == (1 if left_out and not first_seen else 2), name
+        left_out = any(name.endswith(f".{end}") for end in unneeded)
+        assert products[matrix] == (1 if left_out else 2), name
     stacks = [m for m in model.base.modules() if isinstance(m, ExpertStack)]
     assert all(products[e] in (0, 2) for s in stacks for parts in s.experts for e in parts)
     for name, gradient in gradients(bundle_of(architecture), 1 << 30, steps=2)[1].items():
@@ -163,46 +162,75 @@ LAYERS = [
 ]  # fmt: skip
 
 
-def sharing(rows_at_once=None):
+def sharing():
     layers = len(LAYERS)
-    return Recomputation(Residency([[]] * layers), ActivationBudget(layers), rows_at_once)
+    return Recomputation(Residency([[]] * layers), ActivationBudget(layers))
 
 
 @pytest.mark.parametrize("rows_at_once", [None, 1])
 def test_layers_unlike_one_another(products, rows_at_once):
-    def run(shared):
-        layers = [kind(seed) for seed, kind in enumerate(LAYERS)]
-        for number, layer in enumerate(layers):
-            if shared is not None:
-                recompute_layer(layer, number, shared)
-        for _ in range(3):
-            products.clear()
-            torch.manual_seed(0)
-            x = start = torch.linspace(-1, 1, 2 * 20 * 64).view(2, 20, 64).requires_grad_()
-            beside = 0
-            for layer in layers:
-                x, *more = layer(x)
-                beside = beside + sum(m.sum() for m in more)
-            (x.square().sum() + beside).backward()
-        return start.grad, [products[layer.two.matrix] for layer in layers]
+    layers = [kind(seed) for seed, kind in enumerate(LAYERS)]
+    shared = sharing()
 
-    if rows_at_once is None:
-        expected, _ = run(None)
-    else:
-        # Rows draw their random numbers one by one.
-        always = sharing(rows_at_once)
-        always.unread.were_unread = lambda *_: True
-        expected, counts = run(always)
-        assert counts == [8 if kind is ReadsOnce else 4 for kind in LAYERS]
-    found, counts = run(sharing(rows_at_once))
-    assert torch.equal(found, expected)
+    def gradients(left_out=()):
+        shared.unneeded = dict(left_out)
+        products.clear()
+        torch.manual_seed(0)
+        x = start = torch.linspace(-1, 1, 2 * 20 * 64).view(2, 20, 64).requires_grad_()
+        beside = 0
+        for layer in layers:
+            x, *more = layer(x)
+            beside = beside + sum(m.sum() for m in more)
+        (x.square().sum() + beside).backward()
+        return [start.grad]
+
+    plain = gradients()
+    for number, layer in enumerate(layers):
+        recompute_layer(layer, number, shared)
+    with torch.no_grad(), last_products(layers, FrozenLinear) as candidates:
+        for layer in layers:
+            layer(torch.ones(2, 20, 64))
+    shared.rows_at_once = rows_at_once
     groups = 1 if rows_at_once is None else 2
-    times = {Adds: 1, AddsTwice: 1, AddsInPlace: 1, MultipliesByNumber: 1, ReadsOnce: 4}
-    assert counts == [groups * times.get(kind, 2) for kind in LAYERS]
+    expected = gradients()  # rows draw their random numbers one by one
+    assert [products[layer.two.matrix] for layer in layers] == [
+        groups * (4 if kind is ReadsOnce else 2) for kind in LAYERS
+    ]
+    assert rows_at_once or torch.equal(*plain, *expected)
+    left_out = find_unneeded_products(layers, candidates, gradients)
+    assert torch.equal(*gradients(left_out), *expected)
+    # A number of Python's is in the graph of the forward pass, and is not recomputed.
+    once = (Adds, AddsTwice, AddsInPlace, MultipliesByNumber, ReadsNumber)
+    times = {ReadsOnce: 4, **dict.fromkeys(once, 1)}
+    assert [products[layer.two.matrix] for layer in layers] == [
+        groups * times.get(kind, 2) for kind in LAYERS
+    ]
+
+
+class RefusesNaN(Layer):
+    def forward(self, x):
+        y = self.inner(x)
+        assert not y.isnan().any()
+        return (x + y,)
+
+
+def test_a_class_that_refuses_what_is_not_there(products):
+    layer, shared = RefusesNaN(0), sharing()
+    recompute_layer(layer, 0, shared)
+
+    def gradients(left_out):
+        shared.unneeded = dict(left_out)
+        torch.manual_seed(0)
+        x = torch.ones(1, 20, 64, requires_grad=True)
+        layer(x)[0].sum().backward()
+        return [x.grad]
+
+    assert find_unneeded_products([layer], {0: "two"}, gradients) == {}
 
 
 def test_a_hook_inside_a_layer_sees_every_value():
     layer, shared, seen = Adds(0), sharing(), []
+    shared.unneeded = {0: "two"}
     recompute_layer(layer, 0, shared)
     x = torch.linspace(-1, 1, 2 * 20 * 64).view(2, 20, 64).requires_grad_()
     for _ in range(2):

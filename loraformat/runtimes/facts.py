@@ -83,6 +83,8 @@ class BaseFacts:
         What GGUF calls its architecture, if that has a name for it.
     commit : str or None
         Of its repository, if it is from the Hub.
+    shared_block : str or None
+        The part of a name below which several of its layers have the same weights.
     """
 
     model_type: str | None = None
@@ -93,6 +95,7 @@ class BaseFacts:
     tokens: int | None = None
     gguf_architecture: str | None = None
     commit: str | None = None
+    shared_block: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,7 @@ def test_every_feature_and_every_rule_is_in_the_matrix():
         "CONV1D",
         "MOE",
         "TIED_HEAD",
+        "SHARED_BLOCK",
         "ARCHITECTURE",
         "BASE_HASH_MISMATCH",
         "BASE_REVISION",

@@ -1,8 +1,11 @@
 """Classes in which training was wrong, or refused for no reason; `make real` tries them all."""
 
+import peft
 import pytest
+import torch
 
 from loraformat.errors import UnsupportedError, UsageError
+from loraformat.ops.check.check import check
 from loraformat.ops.merge.merge import merge
 from loraformat.training import LoraOptions, load
 from tests.adapters.moe_models import logits
@@ -59,6 +62,27 @@ def test_an_adapter_of_a_shared_weight_is_refused(zamba2, tmp_path):
             use()
         assert "in PEFT" in refused.value.hint
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_a_shared_weight_is_nowhere_called_right(zamba2, tmp_path):
+    """PEFT computes with it as long as nobody merges it: the warning says just that."""
+    dense = zamba2.parent / "dense"
+    target = r".*layers\.1\.shared_transformer.*q_proj"
+    model = made_in_peft(dense_model(dense), tmp_path / "theirs", target_modules=target)
+    wanted = logits(model)
+    again = peft.PeftModel.from_pretrained(dense_model(dense), tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), wanted)
+    assert (logits(again.merge_and_unload()) - wanted).abs().max() > 1e-3
+    report = check(tmp_path / "theirs", base=dense)
+    found = {one.runtime: one.level for one in report.findings if one.rule == "SHARED_BLOCK"}
+    assert found == {
+        **dict.fromkeys(("transformers", "vllm", "sglang", "lorax", "mlx"), "warn"),
+        **dict.fromkeys(("llama.cpp", "ollama"), "fail"),
+    }
+    assert "right" not in report.verdicts.values()
+    other = check(tmp_path / "theirs", base=dense, runtimes=["transformers"])
+    assert [one.rule for one in other.findings] == ["SHARED_BLOCK"]
+    assert "without merge_and_unload" in other.findings[0].remedy
 
 
 def test_an_adapter_that_leaves_shared_weights_out_is_merged_as_peft_has_it(zamba2, tmp_path):

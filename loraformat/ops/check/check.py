@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from loraformat import plugins
 from loraformat.bundle.update import parse_bundle_slot
 from loraformat.errors import UnsupportedError, UsageError
+from loraformat.families.table import family_of
 from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import Checkpoint
@@ -233,6 +234,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
         tokens=max(per_token(base.tensors).values(), default=None),
         gguf_architecture=gguf_architecture(model_type),
         commit=base.provenance.revision,
+        shared_block=family_of(config).shared_block,
     )
 
 

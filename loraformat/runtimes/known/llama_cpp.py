@@ -56,6 +56,11 @@ LLAMA_CPP = Runtime(
             "aborts",
             "merge-gguf",
         ),
+        "SHARED_BLOCK": refuses(
+            "GGUF has no architecture whose layers share weights",
+            "advice",
+            "run it with transformers and PEFT",
+        ),
         "ARCHITECTURE": refuses("llama.cpp compares general.architecture", "advice"),
         "TOKENIZER_CHANGED": mind(
             "the tokenizer is in the base's GGUF file",

@@ -53,6 +53,12 @@ TRANSFORMERS = Runtime(
             "too",
             "merge",
         ),
+        "SHARED_BLOCK": mind(
+            "it is right unmerged; merged, a delta of one layer would act in all that share the "
+            "weight",
+            "advice",
+            "use it beside its base, without merge_and_unload",
+        ),
         "TOKENIZER_CHANGED": mind(
             "PEFT loads no tokenizer", "advice", "load the tokenizer from the adapter's directory"
         ),

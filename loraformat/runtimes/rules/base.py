@@ -5,7 +5,7 @@ from __future__ import annotations
 from loraformat.errors import printable
 from loraformat.model.base_match import compare_fingerprints
 from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
-from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
+from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses, unknown
 
 __all__ = ["BASE_RULES", "tokens_beyond"]
 
@@ -110,6 +110,14 @@ def _tied(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return f"changes {', '.join(changed)}, and the base's head is its embedding"
 
 
+def _shared(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    block = adapter.base.shared_block if adapter.base is not None else None
+    changed = [module.name for module in adapter.modules if block in module.name.split(".")]
+    if block is None or not changed:
+        return None
+    return f"changes {printable(changed[0])}, a weight of several layers"
+
+
 def _architecture(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     here = adapter.base.gguf_architecture if adapter.base is not None else None
     if here is None:
@@ -170,6 +178,17 @@ BASE_RULES = (
         mind("its weights may be others", "advice", "load the base at that commit"),
     ),
     Rule("TIED_HEAD", "a delta of a head or embedding that are one tensor", _tied),
+    Rule(
+        "SHARED_BLOCK",
+        "a delta of a weight that several layers share",
+        _shared,
+        unknown(
+            "the delta is that of one layer; whether the others stay as they were was not looked "
+            "at",
+            "advice",
+            "run it with transformers and PEFT",
+        ),
+    ),
     Rule("ARCHITECTURE", "an architecture that it does not take", _architecture),
     Rule("ROW_ORDER", "Q and K of llama models", _rows),
 )

@@ -1,5 +1,6 @@
 """Facts about model families and names of tensors, one record each, read by every verb.
 
-`table` has what families differ in (fused experts, Conv1D, heads), `tensor_names` what a name says
-by itself, `model_class` what the class in a ``config.json`` says. No file is opened here.
+`table` has what families differ in (fused experts, Conv1D, heads), `expert_names` how experts are
+called on disk and in memory, `tensor_names` what a name says by itself, `model_class` what the
+class in a ``config.json`` says. No file is opened here.
 """

@@ -11,15 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = [
-    "EXPERT_LEAVES",
-    "Family",
-    "family_of",
-    "is_router",
-    "model_types",
-    "spelled_in_memory",
-    "spelled_on_disk",
-]
+__all__ = ["Family", "family_of", "model_types"]
 
 #: Linears are transformers' ``Conv1D``: weights of shape (in, out).
 _CONV1D = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp"}
@@ -60,26 +52,19 @@ _TIED = {
     "xlm-roberta-xl", "xlnet", "xmod", "youtu", "zamba", "zamba2", "zaya",
 }  # fmt: skip
 
-#: The leaves of the experts' own tensors on disk, by the fused parameter that transformers makes
-#: of them, in the order of its rows.
-EXPERT_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "up_proj": (("up_proj",),),
-    "down_proj": (("down_proj",), ("w2",)),
-}
-
 #: Linears that a state-space kernel multiplies by itself; PEFT refuses to adapt them.
 _REFUSED = {"conv1d", "out_proj"}
 _STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 #: Linears whose weight the class around them multiplies by itself: PEFT's adapters of them change
-#: nothing before they are merged.
+#: nothing before they are merged. Of Zamba, parameters of a module that is called by keywords,
+#: which PEFT's wrapper of parameters does not take.
 _READ = {
     "falcon_mamba": {"dt_proj"},
     "jamba": {"dt_proj"},
     "longcat_flash": {"classifier"},
     "mamba": {"dt_proj"},
-    "zamba": {"dt_proj"},
+    "zamba": {"A_log", "dt_proj_weight", "x_proj_weight"},
 }
 #: Linears whose class computes more than a product, which PEFT adapts by their parameter only.
 _OWN = {"deepseek_v4": {"o_a_proj"}}
@@ -91,8 +76,6 @@ _PEFT_KEYS = {"laguna": (".mlp.shared_experts.", ".mlp.shared_expert.")}
 
 #: A block that stands in several layers with the same weights.
 _SHARED = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
-
-_ROUTERS = {"gate", "router"}
 
 #: Their classes multiply and add norms, biases and routers as they are stored: in 4 bits such a
 #: model runs only if all of its dense tensors are of one type.
@@ -135,7 +118,7 @@ class Family:
         Last parts of module names that PEFT refuses to adapt.
     read_leaves : frozenset of str
         Last parts of names of linears beside which an adapter has no effect in PEFT, because the
-        class around them reads their weight.
+        class around them reads their weight; and of parameters that PEFT cannot compute beside.
     own_leaves : frozenset of str
         Those of linears whose class computes more than a product: adapted as parameters.
     shared_block : str or None
@@ -231,39 +214,3 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 def _leaves(table: Mapping[str, set[str]], types: set[str]) -> frozenset[str]:
     return frozenset(leaf for one in types for leaf in table.get(one, ()))
-
-
-def is_router(module: str) -> bool:
-    """Tell whether a module sends tokens to experts, by its name.
-
-    transformers 5 computes most routers from a parameter and not from a linear: an adapter of
-    one names its weight.
-
-    Examples
-    --------
-    >>> is_router("model.layers.0.mlp.gate"), is_router("model.layers.0.mlp.gate_proj")
-    (True, False)
-    """
-    return module.rpartition(".")[2] in _ROUTERS
-
-
-def spelled_in_memory(name: str) -> str:
-    """Return what transformers calls a tensor of Mixtral's, whose home it renames.
-
-    Examples
-    --------
-    >>> spelled_in_memory("model.layers.0.block_sparse_moe.gate.weight")
-    'model.layers.0.mlp.gate.weight'
-    """
-    return name.replace(".block_sparse_moe.", ".mlp.")
-
-
-def spelled_on_disk(name: str) -> str:
-    """Return what Mixtral's checkpoints call a tensor of the model in memory.
-
-    Examples
-    --------
-    >>> spelled_on_disk("model.layers.0.mlp.gate.weight")
-    'model.layers.0.block_sparse_moe.gate.weight'
-    """
-    return name.replace(".mlp.", ".block_sparse_moe.")

@@ -17,41 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.families.table import EXPERT_LEAVES, family_of, spelled_in_memory
+from loraformat.families.expert_names import EXPERT_LEAVES, parameter_order, spelled_in_memory
+from loraformat.families.table import family_of
 from loraformat.model.adapter import LoraDelta
 from loraformat.model.base_names import BaseNames
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
 from loraformat_converters.peft.config import LoraSettings
 
-__all__ = ["ExpertReader", "parameter_order", "stacked"]
+__all__ = ["ExpertReader", "stacked"]
 
-#: Parameters of experts in the order in which transformers' modules hold them.
-_ORDER = (
-    "gate_proj",
-    "up_proj",
-    "gate_up_proj",
-    "gate_up_proj_bias",
-    "down_proj",
-    "down_proj_bias",
-)
 _SINCE = (0, 19)
 _GIVE_BASE = "name the base (--base), whose shapes decide it"
 
 Pair = tuple[DenseTensor, DenseTensor]
-
-
-def parameter_order(names: Sequence[str]) -> list[str] | None:
-    """Return parameters in the order of their module; None if that is not known.
-
-    Examples
-    --------
-    >>> parameter_order(["down_proj", "gate_up_proj"])
-    ['gate_up_proj', 'down_proj']
-    """
-    if not all(name in _ORDER for name in names):
-        return list(names) if len(names) == 1 else None
-    return sorted(names, key=_ORDER.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +105,9 @@ class ExpertReader:
                   if n in tensors]  # fmt: skip
         if len(shapes) != len(leaves) or any(len(shape) != 2 for shape in shapes):
             return _Parameter(name, None)
-        renamed = ".block_sparse_moe." in home and ".mlp." in name
         rows = sum(shape[0] for shape in shapes)
         # Mixtral's name stays that of memory: the one that PEFT writes and merging expects.
-        target = f"{spelled_in_memory(home) if renamed else home}.{leaf}"
+        target = f"{spelled_in_memory(home) if '.mlp.' in name else home}.{leaf}"
         return _Parameter(target, (experts, rows, shapes[0][1]))
 
     def deltas(self, module: str, pairs: Mapping[int, Pair]) -> Iterator[tuple[str, LoraDelta]]:

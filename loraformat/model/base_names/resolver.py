@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from loraformat.families.expert_names import spelled_in_memory, spelled_on_disk
 from loraformat.families.model_class import names_base_class
 from loraformat.model.base_names.in_memory import InMemory, bare, in_memory
 from loraformat.model.base_names.skeleton import task_of
@@ -24,11 +25,10 @@ _AS_STORED = {
     "qwen2": "model.", "qwen3": "model.", "smollm3": "model.", "starcoder2": "model.",
 }  # fmt: skip
 #: Where transformers is not installed: renamings of every class that it wraps around a language
-#: model, and of mixtral's blocks.
+#: model.
 _RENAMED = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.model\."), "model.language_model."),
-    (re.compile(r"\.block_sparse_moe\.(?=(gate|experts)\.)"), ".mlp."),
 )
 _TOWER = re.compile(r"vision|visual|audio|image|encoder|talker")
 
@@ -111,10 +111,7 @@ class BaseNames:
             stored = self.memory.stored_as(found)
             if stored is not None or self._is_made(found):
                 return stored
-        spellings = [name]
-        if ".mlp." in name:  # transformers renames Mixtral's in memory
-            spellings.append(name.replace(".mlp.", ".block_sparse_moe."))
-        for spelling in spellings:
+        for spelling in dict.fromkeys((name, spelled_on_disk(name))):
             short = bare(spelling)
             for alike in (self._bare.get(short, []), self._tails.get(short, [])):
                 if len(alike) == 1:
@@ -168,7 +165,7 @@ class BaseNames:
             return found or self.memory.find(target) or target
         for pattern, replacement in _RENAMED:
             target = pattern.sub(replacement, target)
-        return target
+        return spelled_in_memory(target)
 
 
 def names_of(base: Checkpoint, task: Any = None) -> BaseNames:

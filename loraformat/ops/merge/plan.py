@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from loraformat.errors import UnsupportedError, nearest, printable
-from loraformat.families.table import EXPERT_LEAVES, family_of
+from loraformat.families.expert_names import EXPERT_LEAVES, spelled_in_memory, spelled_on_disk
+from loraformat.families.table import family_of
 from loraformat.model.adapter import Adapter, LoraDelta, RowReplacement
 from loraformat.model.architecture import module_of
 from loraformat.model.base_names import BaseNames, names_of
@@ -25,9 +26,6 @@ from loraformat.ops.merge.vocabulary import wanted_size
 from loraformat.ops.opening.adapter_weights import effective_scaling
 
 __all__ = ["DeltaTerm", "MergePlan", "TensorEdit", "plan_edits"]
-
-#: transformers renames these modules in memory; the checkpoint has the second spelling.
-_EXPERT_HOMES = ((".mlp.experts", ".mlp.experts"), (".mlp.experts", ".block_sparse_moe.experts"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,9 +330,9 @@ class _Planner:
         disk, _, number = path.rpartition(".")
         if not (number.isascii() and number.isdigit() and len(number) < 10):
             return None
-        for memory, spelling in _EXPERT_HOMES:
+        for home in (disk, spelled_in_memory(disk)):
             for name, spellings in EXPERT_LEAVES.items():
-                found = f"{disk.replace(spelling, memory)}.{name}"
+                found = f"{home}.{name}"
                 stack = self.tensors.get(found)
                 leaves = next((leaves for leaves in spellings if leaf in leaves), None)
                 if stack is None or leaves is None or delta.orientation != "linear":
@@ -362,8 +360,7 @@ class _Planner:
     def _expert_tensors(self, target: str, experts: int) -> Sequence[Sequence[str]]:
         """Return the tensors that a fused parameter is made of, expert by expert."""
         fused, _, leaf = target.removesuffix(".weight").rpartition(".")
-        for memory, disk in _EXPERT_HOMES:
-            home = fused.replace(memory, disk)
+        for home in (fused, spelled_on_disk(fused)):
             for leaves in EXPERT_LEAVES.get(leaf, ()):
                 if f"{home}.0.{leaves[0]}.weight" in self.tensors:
                     names = [[f"{home}.{e}.{leaf}.weight" for leaf in leaves]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraformat.families.table import spelled_in_memory, spelled_on_disk
+from loraformat.families.expert_names import spelled_in_memory, spelled_on_disk
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName, conv1d
 from loraformat_converters.gguf.architectures.record import Architecture

@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.families.table import spelled_in_memory
+from loraformat.families.expert_names import spelled_in_memory
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.dimensions import check_dimensions
 from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName

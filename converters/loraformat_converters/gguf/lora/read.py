@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, printable
-from loraformat.families.table import spelled_in_memory
+from loraformat.families.expert_names import spelled_in_memory
 from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, tensor_view

@@ -107,8 +107,11 @@ def block_krylov(
     (1.0, [6.4807])
     """
     m, n = shape
+    width = min(max(block, _NARROWEST), m, n)
+    if width in (m, n):
+        return _of_full_rank(tiles, shape)
     random = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, min(max(block, _NARROWEST), m, n), generator=random)
+    start = torch.randn(n, width, generator=random)
     z = torch.linalg.qr(start).Q
     basis = torch.empty(n, min((passes + 1) * z.shape[1], n))
     images: list[torch.Tensor] = []
@@ -155,6 +158,23 @@ def working_bytes(shape: tuple[int, int], block: int, *, passes: int = 4) -> int
     matrix = 4 * m * n if 4 * m * n <= _HELD_BYTES else 0
     wide = 2 * 8 * c * min(m, _WIDE_ROWS)
     return matrix + 4 * c * (m + n) + 36 * b * n + 48 * c * c + wide + 12 * b * (m + n)
+
+
+def _of_full_rank(tiles: Tiles, shape: tuple[int, int]) -> Approximation:
+    """Decompose a matrix that has no more singular parts than are wanted: any basis of its rows.
+
+    Iteration would lose parts that are weaker than float32 resolves beside the strongest.
+    """
+    m, n = shape
+    if n <= m:
+        basis = torch.eye(n)
+    else:
+        rows = torch.empty(m, n)
+        for first, tile in tiles():
+            rows[first : first + len(tile)] = tile
+        basis = torch.linalg.qr(rows.T).Q
+    images, _, squared_norm = _look(tiles, m, basis, last=True)
+    return _principal([images], basis, squared_norm)
 
 
 def _look(

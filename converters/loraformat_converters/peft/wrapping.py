@@ -8,16 +8,17 @@ of theirs, because PEFT takes its name for the experts' and doubles their rank.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
-from loraformat.families.table import Family, family_of, is_router
+from loraformat.families.expert_names import is_router, parameter_order
+from loraformat.families.table import Family, family_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import module_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
-from loraformat_converters.peft.experts import parameter_order
 from loraformat_converters.peft.keys import PREFIX
 
 __all__ = ["Wrapping"]
@@ -52,6 +53,7 @@ class Wrapping:
         self._named = _Named(adapter.config)
         self._deltas = list(adapter.deltas.values())
         self._depths = _depths(d.target for d in self._deltas if self._needs_parameter(d))
+        self._wrapped = Counter(target.rpartition(".")[0] for target in self._depths)
         self.parameters = sorted(self._family.in_memory(target) for target in self._depths)
         self._check(adapter)
 
@@ -89,10 +91,18 @@ class Wrapping:
     def stem_of(self, delta: LoraDelta) -> str:
         """Return the stored name of a delta's tensors, up to ``.lora_A.weight``."""
         if delta.target not in self._depths:
-            return PREFIX + self._family.peft_key(module_of(delta.target))
-        module = delta.target.rpartition(".")[0]
+            return PREFIX + self._family.peft_key(self._inside(module_of(delta.target)))
+        module = self._inside(delta.target.rpartition(".")[0])
         wrappers = ".base_layer" * self._depths[delta.target]
         return f"{PREFIX}{self._family.peft_key(module)}{wrappers}"
+
+    def _inside(self, module: str) -> str:
+        """Return a module's name within the wrappers of those that it is a part of."""
+        parts = module.split(".")
+        for length in range(len(parts) - 1, 0, -1):
+            wrappers = self._wrapped.get(".".join(parts[:length]), 0)
+            parts[length:length] = ["base_layer"] * wrappers
+        return ".".join(parts)
 
     def target_modules(self) -> list[str]:
         """Name the modules in full; very many by their last part, so that the config stays small.

@@ -239,7 +239,8 @@ class _Extraction:
             self.left_out[tuned.name] = f"changed its shape from {sizes[0]} to {sizes[1]}"
 
     def _replace(self, base: LazyTensor, tuned: LazyTensor) -> None:
-        if len(tuned.shape) > 2 or not isinstance(tuned, DenseTensor):
+        is_stack = len(tuned.shape) > 2 and kind_of(tuned.name) not in self.family.read_leaves
+        if is_stack or not isinstance(tuned, DenseTensor):
             self.left_out[tuned.name] = "changed, and is neither a matrix nor a vector"
         elif Difference(base, tuned).is_zero():
             self.unchanged += 1

@@ -1,11 +1,15 @@
 """loraformat: base weights in NF4 and LoRA deltas, converted, verified and streamed.
 
-The names below are loaded on first use, so that importing the package costs nothing.
+The names below are loaded on first use, so that importing the package costs nothing. The packages
+`loraformat.train` and `loraformat.demo` can be called as the verbs of their names.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from inspect import Signature, signature
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from loraformat.version import __version__
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from loraformat.api.shape import reduce as reduce
     from loraformat.api.shape import spectrum as spectrum
     from loraformat.api.train import train as train
-    from loraformat.demonstration.pipeline import DemoReport as DemoReport
+    from loraformat.demo.pipeline import DemoReport as DemoReport
     from loraformat.errors import LoraFormatError as LoraFormatError
     from loraformat.ops.check.check import CheckReport as CheckReport
     from loraformat.ops.combine.report import CombinationReport as CombinationReport
@@ -57,9 +61,9 @@ if TYPE_CHECKING:
     from loraformat.ops.spectrum.spectrum import SpectrumReport as SpectrumReport
     from loraformat.ops.unmerge.report import UnmergeReport as UnmergeReport
     from loraformat.ops.verify import VerificationReport as VerificationReport
-    from loraformat.training.run.evaluate import EvaluationReport as EvaluationReport
-    from loraformat.training.run.generate import GenerationReport as GenerationReport
-    from loraformat.training.run.report import TrainReport as TrainReport
+    from loraformat.train.run.evaluate import EvaluationReport as EvaluationReport
+    from loraformat.train.run.generate import GenerationReport as GenerationReport
+    from loraformat.train.run.report import TrainReport as TrainReport
 
 #: Module of each public name.
 _HOMES = {
@@ -68,11 +72,11 @@ _HOMES = {
     "CheckReport": "loraformat.ops.check.check",
     "CombinationReport": "loraformat.ops.combine.report",
     "ConversionReport": "loraformat.ops.convert.report",
-    "DemoReport": "loraformat.demonstration.pipeline",
-    "EvaluationReport": "loraformat.training.run.evaluate",
+    "DemoReport": "loraformat.demo.pipeline",
+    "EvaluationReport": "loraformat.train.run.evaluate",
     "ExtractionReport": "loraformat.ops.extract.report",
     "FormatsReport": "loraformat.ops.formats",
-    "GenerationReport": "loraformat.training.run.generate",
+    "GenerationReport": "loraformat.train.run.generate",
     "InfoReport": "loraformat.ops.info.report",
     "LoraFormatError": "loraformat.errors",
     "MergeReport": "loraformat.ops.merge.report",
@@ -84,7 +88,7 @@ _HOMES = {
     "RemovalReport": "loraformat.ops.remove",
     "Report": "loraformat.ops.report",
     "SpectrumReport": "loraformat.ops.spectrum.spectrum",
-    "TrainReport": "loraformat.training.run.report",
+    "TrainReport": "loraformat.train.run.report",
     "UnmergeReport": "loraformat.ops.unmerge.report",
     "VerificationReport": "loraformat.ops.verify",
     "check": "loraformat.api.check",
@@ -176,3 +180,30 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+class _VerbPackage(ModuleType):
+    """A package that can also be called as the verb of its name: ``loraformat.train(...)``."""
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self._verb())
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._verb()(*arguments, **options)
+
+    def _verb(self) -> Any:
+        leaf = self.__name__.rpartition(".")[2]
+        return getattr(import_module(f"{__name__}.api.{leaf}"), leaf)
+
+
+class _Package(ModuleType):
+    """The type of this package: submodules named as verbs become callable when imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("train", "demo") and isinstance(value, ModuleType):
+            value.__class__ = _VerbPackage
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from loraformat.training.loop.memory import peak
+from loraformat.train.loop.memory import peak
 
 __all__ = ["PeakGrowth"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 from pages import ROOT, Example, examples, run
 
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 
 PICTURES = ROOT / "docs" / "pictures"

@@ -1,4 +1,4 @@
-"""Make the small real adapters that ship in ``loraformat/demonstration/small_adapters``.
+"""Make the small real adapters that ship in ``loraformat/demo/small_adapters``.
 
 Two LoRA adapters of the small model, trained as QLoRA trains them: on its NF4 values, with
 PEFT. Each teaches a kind of text that the model has not been trained on and that comes with
@@ -47,9 +47,9 @@ from make_small_model import (
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraformat.demonstration import SMALL_ADAPTERS, SMALL_MODEL
-from loraformat.demonstration.perplexity import Perplexity, perplexity_of
-from loraformat.demonstration.texts import KINDS, heldout, heldout_path
+from loraformat.demo import SMALL_ADAPTERS, SMALL_MODEL
+from loraformat.demo.perplexity import Perplexity, perplexity_of
+from loraformat.demo.texts import KINDS, heldout, heldout_path
 from loraformat.ops.convert.convert import convert
 
 #: Topics of the manual, and test files, that are held out; in this order.

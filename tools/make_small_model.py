@@ -1,4 +1,4 @@
-"""Make the small real model that ships in ``loraformat/demonstration/small_model``.
+"""Make the small real model that ships in ``loraformat/demo/small_model``.
 
 A Llama-architecture model of about two million parameters with its own
 byte-level BPE tokenizer, trained on the source text of the standard library of
@@ -11,7 +11,7 @@ measures the speed of the machine and sets the number of steps by it. The same
 Python, the same torch, the same number of threads and of steps give the same
 weights; ``training_record.json`` names all of them.
 
-The held-out text is ``loraformat/demonstration/heldout.txt``: whole modules that are kept
+The held-out text is ``loraformat/demo/heldout.txt``: whole modules that are kept
 out of the training text by name. It is fixed, so that a perplexity means the
 same under every version of Python; ``--write-heldout`` writes it anew.
 """
@@ -39,7 +39,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraformat.demonstration.perplexity import Perplexity, perplexity
+from loraformat.demo.perplexity import Perplexity, perplexity
 
 DEMO = Path(__file__).resolve().parents[1] / "loraformat" / "demo"
 HELDOUT = DEMO / "heldout.txt"
@@ -478,9 +478,7 @@ def make(out: Path, options: dict[str, Any], minutes: float | None) -> dict[str,
 @click.option("--seed", default=Recipe.seed, show_default=True, help="Seed of weights and order.")
 @click.option("--learning-rate", default=Recipe.learning_rate, show_default=True)
 @click.option("--threads", default=Recipe.threads, show_default=True, help="Threads of torch.")
-@click.option(
-    "--write-heldout", is_flag=True, help="Write loraformat/demonstration/heldout.txt first."
-)
+@click.option("--write-heldout", is_flag=True, help="Write loraformat/demo/heldout.txt first.")
 def main(out: Path, minutes: float | None, write_heldout: bool, **options: Any) -> None:
     """Make the small real model that ships with loraformat.
 

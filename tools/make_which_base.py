@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
-from loraformat.demonstration.measure import Measure
+from loraformat.demo import ADAPTERS, SMALL_MODEL
+from loraformat.demo.measure import Measure
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 

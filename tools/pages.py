@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 
 __all__ = [
     "Example",

@@ -23,6 +23,6 @@ def format_of(template: str, special: Mapping[str, str]) -> ChatFormat | None:
     """
     if find_spec("transformers") is None:
         return None
-    from loraformat.training.data.template_probe import format_of_template
+    from loraformat.train.data.template_probe import format_of_template
 
     return format_of_template(template, special)

@@ -37,6 +37,8 @@ def convert(
     strict: bool = False,
     dry_run: bool = False,
     progress: Progress = False,
+    from_format: str | None = None,
+    to_format: str | None = None,
 ) -> ConversionReport:
     """Convert a model or an adapter to another format.
 
@@ -80,6 +82,8 @@ def convert(
         Write nothing; report what would be written.
     progress : bool or callable
         True shows a bar on stderr; a callable gets the bytes done and in total.
+    from_format, to_format : str, optional
+        Former names of ``from_`` and ``to``.
 
     Returns
     -------
@@ -95,7 +99,8 @@ def convert(
 
     with reported(progress, "convert") as told:
         return run(
-            source, target, from_format=from_, to_format=to, dtype=dtype, config=config,
+            source, target, from_format=from_ or from_format, to_format=to or to_format,
+            dtype=dtype, config=config,
             pre_tokenizer=pre, block_size=block_size, double_quant=double_quant,
             skip=many(skip), include=many(include),
             shard_limit=byte_count(max_shard_size, "max-shard-size"), base=base,

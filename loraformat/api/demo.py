@@ -1,4 +1,4 @@
-"""``loraformat.demonstration``."""
+"""``loraformat.demo``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loraformat.demonstration.pipeline import DemoReport
+    from loraformat.demo.pipeline import DemoReport
 
 __all__ = ["demo"]
 
@@ -36,7 +36,7 @@ def demo(
     """
     import sys
 
-    from loraformat.demonstration.pipeline import run_demo
+    from loraformat.demo.pipeline import run_demo
 
     def say(line: str) -> None:
         if progress:

@@ -11,8 +11,8 @@ from loraformat.api.arguments import many
 from loraformat.api.progress import Progress, reported
 
 if TYPE_CHECKING:
-    from loraformat.training.run.evaluate import EvaluationReport
-    from loraformat.training.run.generate import GenerationReport
+    from loraformat.train.run.evaluate import EvaluationReport
+    from loraformat.train.run.generate import GenerationReport
 
 __all__ = ["evaluate", "generate"]
 
@@ -94,7 +94,7 @@ def evaluate(
     """
     given = {**locals(), "adapter": None}
     from loraformat.api.train_options import options_of
-    from loraformat.training.run.evaluate import evaluate as run
+    from loraformat.train.run.evaluate import evaluate as run
 
     adapters = [str(path) for path in many(adapter)]
     with reported(progress, "eval", "batch") as told:
@@ -161,8 +161,8 @@ def generate(
     given = {**locals(), "prompt": None, "seed": 0}
     from loraformat.api.train_options import options_of
     from loraformat.errors import UsageError
-    from loraformat.training.run.generate import generate as run
-    from loraformat.training.run.text_generation import GenerationOptions
+    from loraformat.train.run.generate import generate as run
+    from loraformat.train.run.text_generation import GenerationOptions
 
     if system and not chat:
         raise UsageError("a system message needs a chat", hint="add --chat")

@@ -82,9 +82,9 @@ def plot_loss(adapter: str | Path, path: str | Path) -> None:
     """
     from loraformat.errors import InputError
     from loraformat.ops.plots import check_picture
-    from loraformat.training.loop.metrics import read_metrics
-    from loraformat.training.run.loss_curve import draw
-    from loraformat.training.run.run_directory import RunDirectory
+    from loraformat.train.loop.metrics import read_metrics
+    from loraformat.train.run.loss_curve import draw
+    from loraformat.train.run.run_directory import RunDirectory
 
     check_picture(path)
     run = RunDirectory(Path(adapter))

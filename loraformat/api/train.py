@@ -1,4 +1,4 @@
-"""``loraformat.training``."""
+"""``loraformat.train``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat.api.progress import Progress, reported
 
 if TYPE_CHECKING:
-    from loraformat.training.run.report import TrainReport
+    from loraformat.train.run.report import TrainReport
 
 __all__ = ["train"]
 
@@ -223,7 +223,7 @@ def train(
     """
     given = dict(locals())  # every option by its name, as the table of options has them
     from loraformat.api.train_options import options_of
-    from loraformat.training.run.train import train as run
+    from loraformat.train.run.train import train as run
 
     with reported(progress, "train", "step") as told:
         steps = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from loraformat.api.arguments import byte_count, many
 from loraformat.errors import UsageError
-from loraformat.training.run.options import SETTINGS, Setting, TrainOptions
+from loraformat.train.run.options import SETTINGS, Setting, TrainOptions
 
 __all__ = ["options_of", "value_of"]
 

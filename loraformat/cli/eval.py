@@ -36,7 +36,7 @@ def command(adapter: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) 
     """
     options = chosen(given, None)
     from loraformat.cli.train_progress import TrainingBar
-    from loraformat.training.run.evaluate import evaluate
+    from loraformat.train.run.evaluate import evaluate
 
     with TrainingBar(quiet=quiet) as bar:
         found = evaluate(options, adapter, tell=bar.batches, progress=bar.rows)

@@ -59,8 +59,8 @@ def command(
         raise UsageError("a system message needs a chat", hint="add --chat")
     options = chosen({**given, "adapter": adapter}, None)
     text = _stdin() if prompt == "-" else prompt
-    from loraformat.training.run.generate import generate
-    from loraformat.training.run.text_generation import GenerationOptions
+    from loraformat.train.run.generate import generate
+    from loraformat.train.run.text_generation import GenerationOptions
 
     drawn = GenerationOptions(max_tokens, temperature, top_p, seed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loraformat.training.run.options import SETTINGS
+from loraformat.train.run.options import SETTINGS
 
 __all__ = ["SectionedCommand"]
 

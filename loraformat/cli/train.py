@@ -63,7 +63,7 @@ def command(
     if config is not None and options.output:
         _keep_config(config, Path(options.output))
     with TrainingBar(quiet=quiet or not _leads()) as bar:
-        from loraformat.training.run.train import train
+        from loraformat.train.run.train import train
 
         try:
             report = train(
@@ -88,7 +88,7 @@ def command(
 def _keep_config(config: Path, output: Path) -> None:
     """Refuse an output that would take the place of the options' file."""
     from loraformat.storage.output_rules import refuse_input_as_output
-    from loraformat.training.run.run_directory import RunDirectory
+    from loraformat.train.run.run_directory import RunDirectory
 
     run = RunDirectory(output)
     if config.resolve() != run.config.resolve():  # a run's own is what --resume goes on with
@@ -105,7 +105,7 @@ def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:
     """
     if not resume or not given["output"]:
         return None
-    from loraformat.training.run.run_directory import RunDirectory
+    from loraformat.train.run.run_directory import RunDirectory
 
     directory = RunDirectory(Path(given["output"]))
     if directory.config.is_file():

@@ -1,4 +1,4 @@
-"""The options of ``train``, made from the table in `loraformat.training.run.options`."""
+"""The options of ``train``, made from the table in `loraformat.train.run.options`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from loraformat.api.train_options import value_of
 from loraformat.cli.console import ByteSize
-from loraformat.training.run.options import SETTINGS, Setting, TrainOptions
+from loraformat.train.run.options import SETTINGS, Setting, TrainOptions
 
 __all__ = ["chosen", "data_settings", "machine_settings", "setting_options"]
 
@@ -99,7 +99,7 @@ def chosen(given: dict[str, Any], config: Path | None) -> TrainOptions:
     """
     values: dict[str, Any] = {}
     if config is not None:
-        from loraformat.training.run.config_file import read
+        from loraformat.train.run.config_file import read
 
         values = read(config)
     for setting in SETTINGS:

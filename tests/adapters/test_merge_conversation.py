@@ -10,7 +10,7 @@ import pytest
 from loraformat_converters.gguf.container import open_gguf
 from transformers import AutoTokenizer, GenerationConfig
 
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.unmerge.unmerge import unmerge

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraformat.demonstration import ADAPTERS
+from loraformat.demo import ADAPTERS
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, UsageError
 from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.combine.combine import CombineOptions, combine

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from loraformat.demonstration.pipeline import DemoReport
+from loraformat.demo.pipeline import DemoReport
 from loraformat.ops.check.check import CheckReport
 from loraformat.ops.combine.report import CombinationReport, CombinedModule
 from loraformat.ops.convert.adapter import AdapterConversion
@@ -20,9 +20,9 @@ from loraformat.ops.spectrum.spectrum import SpectrumReport
 from loraformat.ops.unmerge.report import UnmergeReport
 from loraformat.ops.verify import VerificationReport
 from loraformat.runtimes.facts import AdapterFacts
-from loraformat.training.run.evaluate import EvaluationReport
-from loraformat.training.run.generate import GenerationReport
-from loraformat.training.run.report import TrainReport
+from loraformat.train.run.evaluate import EvaluationReport
+from loraformat.train.run.generate import GenerationReport
+from loraformat.train.run.report import TrainReport
 
 WRITTEN = "notes seconds dry_run"
 #: What each verb's ``--json`` has always had.

@@ -8,8 +8,10 @@ import pytest
 
 import loraformat
 from loraformat.api.arguments import byte_count
+from loraformat.api.demo import demo
+from loraformat.api.train import train
 from loraformat.cli import commands
-from loraformat.training.run.options import SETTINGS
+from loraformat.train.run.options import SETTINGS
 
 FUNCTIONS = {
     name: getattr(loraformat, name)
@@ -17,7 +19,9 @@ FUNCTIONS = {
         "check", "combine", "convert", "extract", "formats", "generate", "info", "merge", "pull",
         "push", "reduce", "remove", "spectrum", "unmerge", "verify",
     )
-} | {"eval": loraformat.evaluate, "train": loraformat.train, "demo": loraformat.demo}  # fmt: skip
+} | {"eval": loraformat.evaluate, "train": train, "demo": demo}  # fmt: skip
+#: Keywords that Python has alone: how progress is shown, and former names.
+PYTHON_ONLY = {"progress", "from_format", "to_format"}
 #: What the command line has alone: how it prints, and what has a function of its own in Python.
 PRINTED = {"as_json", "quiet"}
 CLI_ONLY = {
@@ -68,7 +72,9 @@ def defaults_of(verb):
 def test_the_function_has_the_commands_options(verb):
     options = options_of(verb)
     signature = inspect.signature(FUNCTIONS[verb]).parameters
-    keywords = {n: p for n, p in signature.items() if p.kind is p.KEYWORD_ONLY and n != "progress"}
+    keywords = {
+        n: p for n, p in signature.items() if p.kind is p.KEYWORD_ONLY and n not in PYTHON_ONLY
+    }
     positional = [n for n, p in signature.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     arguments = [p.name for p in options.values() if isinstance(p, click.Argument)]
     needed = [n for n in options if n in REQUIRED and REQUIRED[n] in (None, verb)]
@@ -106,5 +112,5 @@ def test_the_same_names_are_public_to_type_checkers():
     text = Path(loraformat.__file__).read_text()
     for name in set(loraformat.__all__) - {"__version__"}:
         assert f" import {name} as {name}" in text
-        assert getattr(loraformat, name).__name__ == name
+        assert getattr(loraformat, name).__name__.rpartition(".")[2] == name
     assert set(loraformat.__all__) <= set(dir(loraformat))

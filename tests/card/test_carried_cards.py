@@ -4,7 +4,7 @@ import pytest
 
 from loraformat.card import Base, BundleFacts, bundle_card
 from loraformat.card.document import BEGIN
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.verify import verify

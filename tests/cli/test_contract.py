@@ -11,7 +11,7 @@ import pytest
 
 from loraformat import __version__
 from loraformat.cli import _VERBS, commands, main
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 
 VERBS = sorted(_VERBS)

@@ -4,8 +4,8 @@ import pytest
 
 from loraformat import __version__
 from loraformat.cli import commands
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
-from loraformat.training.run.options import SETTINGS
+from loraformat.demo import ADAPTERS, SMALL_MODEL
+from loraformat.train.run.options import SETTINGS
 
 
 def test_version_has_a_short_flag(run):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from loraformat import cli
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.errors import MissingDependencyError
 
 _TRUNCATED = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraformat.cli import _VERBS, commands
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 

@@ -11,7 +11,7 @@ import pytest
 
 from loraformat import convert, info, merge, verify
 from loraformat.card import front_matter
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError
 from loraformat.model.config_json import parse
 from loraformat.model.tied_head import untied_config
@@ -141,7 +141,7 @@ def test_a_member_of_another_type_is_named(tmp_path: Path, member: str, value: o
 
 @pytest.mark.parametrize("value", ["256", [256], {}, True])
 def test_a_length_that_is_no_number_is_named(tmp_path: Path, value: object) -> None:
-    from loraformat.training.data.tokenizer import open_tokenizer
+    from loraformat.train.data.tokenizer import open_tokenizer
 
     shutil.copytree(SMALL_MODEL, tmp_path / "model")
     file = tmp_path / "model/tokenizer_config.json"
@@ -151,7 +151,7 @@ def test_a_length_that_is_no_number_is_named(tmp_path: Path, value: object) -> N
 
 
 def test_a_length_of_31_digits_is_a_length(tmp_path: Path) -> None:
-    from loraformat.training.data.tokenizer import open_tokenizer
+    from loraformat.train.data.tokenizer import open_tokenizer
 
     shutil.copytree(SMALL_MODEL, tmp_path / "model")
     file = tmp_path / "model/tokenizer_config.json"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.errors import UnsupportedError
 from loraformat.model.packed_weights import packed_weights
 from loraformat.ops.convert.convert import convert

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from loraformat.cli.demo import command
-from loraformat.demonstration import SMALL_MODEL
-from loraformat.demonstration.llama_cpp import Question, ask
-from loraformat.demonstration.merging import tensor_hashes
-from loraformat.demonstration.pipeline import DemoReport, run_demo
-from loraformat.demonstration.step import Step
+from loraformat.demo import SMALL_MODEL
+from loraformat.demo.llama_cpp import Question, ask
+from loraformat.demo.merging import tensor_hashes
+from loraformat.demo.pipeline import DemoReport, run_demo
+from loraformat.demo.step import Step
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +195,7 @@ def test_the_command_prints_tables_and_commands(
     report: DemoReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The run is the one above, so that it takes no second one."""
-    monkeypatch.setattr(
-        "loraformat.demonstration.pipeline.run_demo", lambda *args, **kwargs: report
-    )
+    monkeypatch.setattr("loraformat.demo.pipeline.run_demo", lambda *args, **kwargs: report)
     result = CliRunner().invoke(command, [str(tmp_path)])
     assert result.exit_code == 0, result.output
     for step in report.steps:

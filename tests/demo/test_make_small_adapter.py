@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraformat.demonstration.texts import heldout
+from loraformat.demo.texts import heldout
 
 
 @pytest.fixture(scope="module")

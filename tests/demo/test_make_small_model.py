@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loraformat.demonstration import HELDOUT
+from loraformat.demo import HELDOUT
 
 torch = import_module("torch")
 import_module("transformers")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from loraformat.demonstration import HELDOUT, SMALL_MODEL
-from loraformat.demonstration.perplexity import Perplexity, perplexity, perplexity_of
+from loraformat.demo import HELDOUT, SMALL_MODEL
+from loraformat.demo.perplexity import Perplexity, perplexity, perplexity_of
 from loraformat.errors import InputError, MissingDependencyError
 
 torch = import_module("torch")

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loraformat
-from loraformat.demonstration import ADAPTERS, SMALL_ADAPTERS, SMALL_MODEL
-from loraformat.demonstration.perplexity import perplexity_of
-from loraformat.demonstration.texts import KINDS, heldout
+from loraformat.demo import ADAPTERS, SMALL_ADAPTERS, SMALL_MODEL
+from loraformat.demo.perplexity import perplexity_of
+from loraformat.demo.texts import KINDS, heldout
 
 RECORD: dict[str, Any] = json.loads((SMALL_ADAPTERS / "training_record.json").read_text())
 RANKS = {"manual": 24, "tests": 16}

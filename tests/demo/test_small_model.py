@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loraformat.demonstration import HELDOUT, SMALL_MODEL
+from loraformat.demo import HELDOUT, SMALL_MODEL
 
 RECORD: dict[str, Any] = json.loads((SMALL_MODEL / "training_record.json").read_text())
 WEIGHTS = SMALL_MODEL / "model.safetensors"
@@ -94,7 +94,7 @@ def test_it_is_far_better_than_token_frequencies() -> None:
 
 def test_perplexity_is_the_recorded_one() -> None:
     import_module("transformers")
-    from loraformat.demonstration.perplexity import perplexity
+    from loraformat.demo.perplexity import perplexity
 
     found = perplexity(SMALL_MODEL, TEXT, window=RECORD["held_out"]["window"])
     assert found.tokens == RECORD["held_out"]["tokens"]

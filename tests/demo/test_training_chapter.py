@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from loraformat.cli.demo import _training
-from loraformat.demonstration import exporting, llama_cpp, training
-from loraformat.demonstration.exporting import compare_with_llama_cpp
-from loraformat.demonstration.llama_cpp import Question, ask
-from loraformat.demonstration.pipeline import DemoReport
-from loraformat.demonstration.texts import heldout, manual_text
-from loraformat.demonstration.training import train_adapter
+from loraformat.demo import exporting, llama_cpp, training
+from loraformat.demo.exporting import compare_with_llama_cpp
+from loraformat.demo.llama_cpp import Question, ask
+from loraformat.demo.pipeline import DemoReport
+from loraformat.demo.texts import heldout, manual_text
+from loraformat.demo.training import train_adapter
 from loraformat.errors import LoraFormatError, MissingDependencyError, OutputError
 
 
@@ -59,7 +59,7 @@ def test_text_that_stands_there_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_the_report_does_without_a_training(tmp_path: Path) -> None:
-    from loraformat.demonstration.bases import Bases
+    from loraformat.demo.bases import Bases
 
     report = DemoReport(Bases())
     assert _training(report) == []

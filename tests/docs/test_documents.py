@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import loraformat
-import loraformat.training
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+import loraformat.train
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from tools.pages import elided, examples, figures, wording
 from tools.pages import run as run_block
 
@@ -122,7 +122,7 @@ def test_python_blocks_run_in_order(page: str, workplace: Path) -> None:
 
 def test_every_public_name_is_in_the_page_on_python() -> None:
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    public = {*loraformat.__all__, *loraformat.training.__all__} - {"__version__", "Batch"}
+    public = {*loraformat.__all__, *loraformat.train.__all__} - {"__version__", "Batch"}
     assert not {name for name in public if not re.search(rf"\b{name}\b", text)}
 
 

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraformat.cli.info import command
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError, UsageError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.error_plot import errors_by_layer, normal_error, plot_errors

@@ -10,9 +10,9 @@ import torch
 from llama_runtime import embeddings, log_probabilities
 from tiny_models import MODELS, auto_class, make_model
 
-import loraformat.demonstration
+import loraformat.demo
 
-SMALL = Path(loraformat.demonstration.__file__).parent / "small_model"
+SMALL = Path(loraformat.demo.__file__).parent / "small_model"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 #: Longer than the windows and original contexts of the tiny models.
 PROMPTS = [[0, *range(40, 70)], [5, 9, *range(300, 340)]]

@@ -13,7 +13,7 @@ from loraformat_converters.gguf.types import GGMLType
 from rewriting import rewrite
 
 from loraformat.cli import main
-from loraformat.demonstration import ADAPTERS
+from loraformat.demo import ADAPTERS
 from loraformat.ops.encoding.llama_quantize import is_llama_type
 
 PROMPTS = [[0, *range(first, first + 10)] for first in range(100, 1100, 100)]

@@ -14,7 +14,7 @@ from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 from rewriting import rewrite
 
-from loraformat.demonstration import ADAPTERS
+from loraformat.demo import ADAPTERS
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 

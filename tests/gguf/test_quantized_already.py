@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from loraformat.bundle.manifest_rules import parse_manifest
 from loraformat.card import Base, bundle_card
 from loraformat.cli import main
-from loraformat.demonstration import ADAPTERS
+from loraformat.demo import ADAPTERS
 from loraformat.model import quantization_history as past
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.model import describe

@@ -11,7 +11,7 @@ from llama_runtime import complete
 from loraformat_converters.gguf.container import open_gguf
 from loraformat_converters.gguf.tokenizers.turn_ends import turn_end_keys
 
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge

@@ -12,12 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import loraformat.demonstration
+import loraformat.demo
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-SMALL = Path(loraformat.demonstration.__file__).parent / "small_model"
+SMALL = Path(loraformat.demo.__file__).parent / "small_model"
 IDS = [5, 9, *range(40, 60)]
 _COMMON: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -200,7 +200,7 @@ def test_check_knows_a_tied_head_by_its_numbers(base, tmp_path):
     ("head", "old"), [("none", False), ("equal", False), ("other", False), ("other", True)]
 )
 def test_the_trainer_computes_with_the_file_s_head(base, tmp_path, monkeypatch, head, old):
-    from loraformat.training import load
+    from loraformat.train import load
 
     if old:  # a bundle of earlier times, with the source's config
         monkeypatch.setattr("loraformat.ops.convert.convert.settled", lambda model: (model, []))

@@ -19,16 +19,16 @@ from tiny_models import MODELS
 
 from loraformat import check, info
 from loraformat.card import front_matter
-from loraformat.demonstration import ADAPTERS
+from loraformat.demo import ADAPTERS
 from loraformat.errors import InputError, LoraFormatError
 from loraformat.model.config_json import join, model_dtype, parse, split, with_dtype
 from loraformat.model.tied_head import settled, untied_config
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.shards.read_directory import open_model
 from loraformat.testing.models import carried, checkpoint, dense
-from loraformat.training.data.messages import KindError
-from loraformat.training.data.row import BadRowError, parse_object
-from loraformat.training.data.row_formats import meaning
+from loraformat.train.data.messages import KindError
+from loraformat.train.data.row import BadRowError, parse_object
+from loraformat.train.data.row_formats import meaning
 
 CASES = int(os.environ.get("LORAFORMAT_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("LORAFORMAT_FUZZ_SEED", "1"))

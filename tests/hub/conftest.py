@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 from tests.conftest import environment
 from tests.hub import forked

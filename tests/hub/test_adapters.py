@@ -7,7 +7,7 @@ import numpy
 import torch
 from safetensors.numpy import save_file
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 from tests.hub.conftest import BASE_COMMIT, Repository, files_of
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 from tests.conftest import environment
 from tests.hub.conftest import BASE_COMMIT, TOKEN, Repository, files_of

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from tests.hub.conftest import BASE_COMMIT, Repository, files_of, published
 
 

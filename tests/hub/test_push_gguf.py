@@ -2,7 +2,7 @@
 
 import shutil
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.reduce import Reduction, reduce
 from tests.hub.conftest import PEFT, published

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from tests.hub.conftest import BASE_COMMIT, Repository, files_of, published
 
 BASE = ("--base-model", f"org/base@{BASE_COMMIT}")

@@ -8,7 +8,7 @@ import torch
 from loraformat.families.table import family_of
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
-from loraformat.training import LoraOptions, load
+from loraformat.train import LoraOptions, load
 from tests.adapters import moe_models
 from tests.laws.pairs import logits, opened, rounding
 from tests.train import causal_models

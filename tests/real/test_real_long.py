@@ -15,12 +15,12 @@ import transformers
 
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
-from loraformat.training import load
-from loraformat.training.data.dataset import open_data
-from loraformat.training.loop.metrics import read_metrics
-from loraformat.training.run.evaluate import evaluate
-from loraformat.training.run.options import TrainOptions
-from loraformat.training.run.train import train
+from loraformat.train import load
+from loraformat.train.data.dataset import open_data
+from loraformat.train.loop.metrics import read_metrics
+from loraformat.train.run.evaluate import evaluate
+from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.train import train
 from tests.real.comparing import (
     apart,
     by_llama_cpp,

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import loraformat.demonstration
+import loraformat.demo
 from loraformat.errors import LoraFormatError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.extract.extract import extract
@@ -42,7 +42,7 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("base")
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(path)
-    for file in (Path(loraformat.demonstration.__file__).parent / "small_model").glob("tokenizer*"):
+    for file in (Path(loraformat.demo.__file__).parent / "small_model").glob("tokenizer*"):
         shutil.copy(file, path)
     return path
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 
 PREFIX = "base_model.model."
 LAYERS, HIDDEN, INNER, ROWS, KEYS = 2, 64, 96, 96, 48

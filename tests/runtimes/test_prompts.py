@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.errors import InputError
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.model.tokenizer_files import CarriedTokenizer

@@ -12,7 +12,7 @@ import transformers
 
 from loraformat.card import adapter_card
 from loraformat.card.facts import AdapterFacts, Base
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.ops.check.check import check
 from loraformat.ops.check.write import write_usage
 from loraformat.runtimes.task_usage import TASK_USAGE

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from loraformat.demonstration import ADAPTERS, SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import UsageError
 from loraformat.runtimes.chat import Chat, ChatFormat
 from loraformat.runtimes.usage import SNIPPETS, lorax, snippet, vllm

@@ -15,7 +15,7 @@ from loraformat.errors import LoraFormatError
 from loraformat.families.table import family_of
 from loraformat.families.tensor_names import layer_of
 from loraformat.ops.convert.convert import convert
-from loraformat.training import LoraOptions, TrainableModel, load
+from loraformat.train import LoraOptions, TrainableModel, load
 from tests.train import causal_models
 from tests.train.engine.reference import dense_loss, make_batch, relative
 

@@ -7,7 +7,7 @@ import torch
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.ops.check.check import check
 from loraformat.ops.merge.merge import merge
-from loraformat.training import LoraOptions, load
+from loraformat.train import LoraOptions, load
 from tests.adapters.moe_models import logits
 from tests.train import causal_models
 from tests.train.peft_gradients import (

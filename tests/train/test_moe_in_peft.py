@@ -9,7 +9,7 @@ import transformers
 
 from loraformat.errors import UnsupportedError
 from loraformat.ops.convert.convert import convert
-from loraformat.training import LoraOptions, load
+from loraformat.train import LoraOptions, load
 from tests.adapters import moe_models
 from tests.train.causal_models import REFUSED
 from tests.train.engine.reference import make_batch

@@ -1,4 +1,4 @@
-"""What `loraformat.training` offers, and what importing it does to the process."""
+"""What `loraformat.train` offers, and what importing it does to the process."""
 
 import os
 import subprocess
@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-import loraformat.training
+import loraformat.train
 
 
-@pytest.mark.parametrize("name", loraformat.training.__all__)
+@pytest.mark.parametrize("name", loraformat.train.__all__)
 def test_every_name_is_there_under_its_own_name(name):
-    assert getattr(loraformat.training, name).__name__ == name
+    assert getattr(loraformat.train, name).__name__ == name
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_every_name_is_there_under_its_own_name(name):
     ],
 )
 def test_threads_that_wait_sleep_where_it_can_still_be_said(before, given, policy):
-    code = f"import os, sys; {before}\nimport loraformat.training\n"
+    code = f"import os, sys; {before}\nimport loraformat.train\n"
     code += "print(os.environ.get('OMP_WAIT_POLICY'), sys.modules.get('torch'))"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     found = subprocess.run(

@@ -33,7 +33,7 @@ from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 from process import Cost, machine, median_cost, run_python
 from shapes import LLAMA_1B, write_model
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
 from loraformat.storage.atomic_file import open_publication
 

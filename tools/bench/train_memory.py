@@ -47,21 +47,20 @@ SETTINGS: dict[str, dict[str, bool]] = {
 
 def step(bundle: str, settings: dict[str, bool], threads: int) -> dict[str, Any]:
     """Take two steps in this process and return the figures of the second."""
-    from loraformat import training as train
-    from loraformat.training import opening
+    from loraformat.train import Batch, LoraOptions, load, opening
 
     torch.set_num_threads(threads)
     settings = dict(settings)
     if not settings.pop("malloc", True):
         opening.keep_freed_memory = lambda plentiful: False  # type: ignore[attr-defined]
-    options = train.LoraOptions(rank=8, statistics=False)
-    model = train.load(bundle, lora=options, activation_memory=0)
+    options = LoraOptions(rank=8, statistics=False)
+    model = load(bundle, lora=options, activation_memory=0)
     for name, value in settings.items():
         setattr(model.residency, name, value)
     ids = torch.randint(0, 4096, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, 0] = -100
-    batch = train.Batch(ids, labels, torch.arange(TOKENS)[None], torch.ones_like(ids), ((0,),))
+    batch = Batch(ids, labels, torch.arange(TOKENS)[None], torch.ones_like(ids), ((0,),))
     model.loss(batch).backward()
     peaks = {"RssAnon": 0, "RssFile": 0}
     enter = model.residency.enter

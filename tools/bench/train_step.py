@@ -117,7 +117,7 @@ class _OurLoss:
         self.model = model
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        from loraformat.training import Batch
+        from loraformat.train import Batch
 
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         labels = ids.clone()
@@ -137,10 +137,10 @@ class _OurLoss:
 
 
 def _ours(model: Path, rank: int, compute: torch.dtype, cold: bool, device: str) -> Any:
-    from loraformat import training as train
+    from loraformat.train import LoraOptions, load
 
-    loaded = train.load(
-        model, lora=train.LoraOptions(rank=rank, statistics=False), compute_dtype=compute,
+    loaded = load(
+        model, lora=LoraOptions(rank=rank, statistics=False), compute_dtype=compute,
         device=device,
     )  # fmt: skip
     loaded.residency.drop_cache = cold

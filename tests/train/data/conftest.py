@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loraformat.training.data import DataOptions, open_data
+from loraformat.train.data import DataOptions, open_data
 from tests.train.data.tokenizers_and_templates import TEMPLATES, byte_level, metaspace
 
 

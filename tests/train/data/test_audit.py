@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from loraformat.errors import InputError, UsageError
-from loraformat.training.data import DataOptions
+from loraformat.train.data import DataOptions
 
 GOOD = {"prompt": "two plus two?", "completion": " It is four."}
 LONG = {"prompt": "two plus two? " * 20, "completion": " It is four. It is four." * 20}
@@ -156,7 +156,7 @@ def test_truncation_that_leaves_nothing_to_learn_is_no_training(dataset):
 
 
 def test_bad_rows_are_skipped_and_counted_when_asked(tmp_path, dataset, write, tokenizer):
-    from loraformat.training.data import open_data
+    from loraformat.train.data import open_data
 
     path = write("bad.jsonl", [GOOD, {"text": "other kind"}, GOOD, 5, {"prompt": 1}, GOOD])
     with path.open("a") as file:
@@ -170,7 +170,7 @@ def test_bad_rows_are_skipped_and_counted_when_asked(tmp_path, dataset, write, t
 
 
 def test_each_file_has_a_kind_of_its_own(write, chat):
-    from loraformat.training.data import open_data
+    from loraformat.train.data import open_data
 
     files = [write("d/a.jsonl", [GOOD]), write("d/b.jsonl", [{"text": "a b"}]),
              write("d/c.jsonl", [asked("a", "b")])]  # fmt: skip
@@ -181,7 +181,7 @@ def test_each_file_has_a_kind_of_its_own(write, chat):
 
 
 def test_many_files(tmp_path, tokenizer):
-    from loraformat.training.data import open_data
+    from loraformat.train.data import open_data
 
     for number in range(400):
         (tmp_path / f"{number:03}.txt").write_text(f"four {number}")
@@ -191,7 +191,7 @@ def test_many_files(tmp_path, tokenizer):
 
 
 def test_progress(dataset, write, tokenizer):
-    from loraformat.training.data import open_data
+    from loraformat.train.data import open_data
 
     seen = []
     path = write("rows.jsonl", [GOOD] * 600)

@@ -1,7 +1,7 @@
 import torch
 
-from loraformat.training import Batch
-from loraformat.training.batch import IGNORED
+from loraformat.train import Batch
+from loraformat.train.batch import IGNORED
 
 
 def _batch() -> Batch:

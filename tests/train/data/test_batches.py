@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraformat.errors import FileChangedError, InputError
-from loraformat.training.batch import IGNORED
-from loraformat.training.data import DataOptions, DataPosition, open_data
+from loraformat.train.batch import IGNORED
+from loraformat.train.data import DataOptions, DataPosition, open_data
 
 ROWS = [{"prompt": f"add {i}:", "completion": " four" * (1 + i % 7)} for i in range(45)]
 

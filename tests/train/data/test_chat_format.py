@@ -11,8 +11,8 @@ import pytest
 from loraformat.runtimes.chat import Chat, ChatFormat, chat_of
 from loraformat.runtimes.modelfile import ollama
 from loraformat.runtimes.use import Use
-from loraformat.training.data.chat import ChatRenderer
-from loraformat.training.data.tokenizer import TextEncoder
+from loraformat.train.data.chat import ChatRenderer
+from loraformat.train.data.tokenizer import TextEncoder
 from tests.train.data.test_masks_against_trl import TEMPLATES as PUBLIC
 from tests.train.data.test_masks_against_trl import tokenizer_for
 from tests.train.data.tokenizers_and_templates import TEMPLATES

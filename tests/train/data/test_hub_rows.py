@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 
 from loraformat.errors import HubError, InputError, MissingDependencyError, UsageError
-from loraformat.training.data import DataOptions, open_data
-from loraformat.training.data.row_sources import HubRows, open_hub
+from loraformat.train.data import DataOptions, open_data
+from loraformat.train.data.row_sources import HubRows, open_hub
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -36,7 +36,7 @@ def test_a_split_is_read_with_the_fields_that_mean_something(repo):
 
 
 def test_the_same_samples_as_from_the_file(repo, chat, monkeypatch):
-    from loraformat.training.data import row_sources
+    from loraformat.train.data import row_sources
 
     monkeypatch.setattr(
         row_sources,
@@ -54,7 +54,7 @@ def test_the_same_samples_as_from_the_file(repo, chat, monkeypatch):
 def test_null_columns_are_as_if_they_were_not_there(chat):
     table = datasets.Dataset.from_list([{"messages": MESSAGES, "tools": None, "text": None}])
     assert set(HubRows("org/name", table).read(0).fields) == {"messages"}
-    from loraformat.training.data.row_formats import kind_of
+    from loraformat.train.data.row_formats import kind_of
 
     assert kind_of(HubRows("org/name", table).read(0).fields) == "messages"
 
@@ -93,9 +93,9 @@ def test_files_have_no_subset(write, chat, given):
 
 
 def test_a_subset_is_meant_for_those_on_the_hub(write, chat, monkeypatch):
-    from loraformat.training.data import row_sources
-    from loraformat.training.run.options import TrainOptions
-    from loraformat.training.run.setup import _settings
+    from loraformat.train.data import row_sources
+    from loraformat.train.run.options import TrainOptions
+    from loraformat.train.run.setup import _settings
 
     seen = []
 

@@ -4,10 +4,10 @@ import pytest
 from tokenizers import processors
 
 from loraformat.errors import InputError
-from loraformat.training.data.encode import RowEncoder
-from loraformat.training.data.messages import KindError
-from loraformat.training.data.row import Row
-from loraformat.training.data.tokenizer import TextEncoder
+from loraformat.train.data.encode import RowEncoder
+from loraformat.train.data.messages import KindError
+from loraformat.train.data.row import Row
+from loraformat.train.data.tokenizer import TextEncoder
 from tests.train.data.tokenizers_and_templates import TEMPLATES, byte_level
 
 SAY = [("user", "two plus two?"), ("assistant", "It is four."),

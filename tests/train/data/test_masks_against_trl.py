@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from loraformat.training.data.encode import RowEncoder
-from loraformat.training.data.messages import KindError
-from loraformat.training.data.row import Row
-from loraformat.training.data.tokenizer import TextEncoder
+from loraformat.train.data.encode import RowEncoder
+from loraformat.train.data.messages import KindError
+from loraformat.train.data.row import Row
+from loraformat.train.data.tokenizer import TextEncoder
 from tests.train.data.tokenizers_and_templates import byte_level
 
 TEMPLATES = {

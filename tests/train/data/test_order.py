@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraformat.training.data import DataOptions
-from loraformat.training.data.batch_plan import BatchPlan, Permutation, best_fit, next_fit
+from loraformat.train.data import DataOptions
+from loraformat.train.data.batch_plan import BatchPlan, Permutation, best_fit, next_fit
 
 quick = settings(max_examples=60, deadline=None)
 lengths_up_to_16 = st.lists(st.integers(1, 16), max_size=200)

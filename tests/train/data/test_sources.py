@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraformat.errors import FileChangedError, InputError, MissingDependencyError, UsageError
-from loraformat.training.data import DataOptions
-from loraformat.training.data.row import LONGEST_ROW
-from loraformat.training.data.row_sources import HubRows, open_sources
+from loraformat.train.data import DataOptions
+from loraformat.train.data.row import LONGEST_ROW
+from loraformat.train.data.row_sources import HubRows, open_sources
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

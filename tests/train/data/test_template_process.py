@@ -9,9 +9,9 @@ import time
 import pytest
 
 from loraformat.errors import InputError, LoraFormatError
-from loraformat.training.data import DataOptions, open_data, template_process, template_worker
-from loraformat.training.data.template_process import TemplateProcess, TemplateRefusalError
-from loraformat.training.data.tokenizer import TextEncoder
+from loraformat.train.data import DataOptions, open_data, template_process, template_worker
+from loraformat.train.data.template_process import TemplateProcess, TemplateRefusalError
+from loraformat.train.data.tokenizer import TextEncoder
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 
 ASKED = [{"role": "user", "content": "two plus two?"}]
@@ -110,7 +110,7 @@ def test_what_a_template_refuses_is_told(template, message):
 def test_such_a_template_ends_the_run_though_bad_rows_are_skipped(
     tokenizer, write, hurried, monkeypatch
 ):
-    monkeypatch.setattr("loraformat.training.data.tokenizer.shared", lambda: hurried)
+    monkeypatch.setattr("loraformat.train.data.tokenizer.shared", lambda: hurried)
     tokenizer.chat_template = FOREVER["nested loops"]
     path = write("a.jsonl", [{"messages": [*ASKED, {"role": "assistant", "content": "four"}]}])
     with pytest.raises(InputError, match="computes for more than"):
@@ -121,7 +121,7 @@ def test_rows_without_conversations_need_no_process(tokenizer, write, monkeypatc
     def shared():
         raise AssertionError
 
-    monkeypatch.setattr("loraformat.training.data.tokenizer.shared", shared)
+    monkeypatch.setattr("loraformat.train.data.tokenizer.shared", shared)
     tokenizer.chat_template = TEMPLATES["chatml"]
     rows = [{"prompt": "two plus two?", "completion": " It is four."}]
     assert open_data(write("a.jsonl", rows), tokenizer).audit.samples == 1
@@ -166,7 +166,7 @@ def test_a_process_that_ends_is_told_and_replaced(monkeypatch):
 def test_it_ends_with_its_parent_and_ctrl_c_is_not_for_it():
     code = (
         "import os\n"
-        "from loraformat.training.data.template_process import shared\n"
+        "from loraformat.train.data.template_process import shared\n"
         f"shared().render({PLAIN!r}, {ASKED!r})\n"
         "child = shared()._process.pid\n"
         "assert os.getsid(child) != os.getsid(0)\n"

@@ -3,8 +3,8 @@
 import pytest
 
 from loraformat.errors import InputError
-from loraformat.training.data.messages import KindError
-from loraformat.training.data.template_probe import CallForm
+from loraformat.train.data.messages import KindError
+from loraformat.train.data.template_probe import CallForm
 from tests.train.data.test_masks import encode, messages
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 
@@ -44,8 +44,8 @@ def test_a_call_is_learned_in_the_form_that_the_template_writes(
         tokenizer, {"messages": [*messages([("user", "?")]), call(arguments, **members)]}
     )
     assert learned_of(encoded) == written
-    from loraformat.training.data.chat import ChatRenderer
-    from loraformat.training.data.tokenizer import TextEncoder
+    from loraformat.train.data.chat import ChatRenderer
+    from loraformat.train.data.tokenizer import TextEncoder
 
     assert ChatRenderer(TextEncoder(tokenizer, "test"))._trials.call_form == form
 

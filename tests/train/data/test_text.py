@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from loraformat.training.data import DataOptions, open_data
-from loraformat.training.data.row_sources import open_sources
-from loraformat.training.data.text_file import piece_size, pieces
+from loraformat.train.data import DataOptions, open_data
+from loraformat.train.data.row_sources import open_sources
+from loraformat.train.data.text_file import piece_size, pieces
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 
 quick = settings(

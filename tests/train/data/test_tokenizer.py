@@ -5,8 +5,8 @@ import json
 import pytest
 
 from loraformat.errors import InputError, UnsupportedError
-from loraformat.training.data import DataOptions, open_data
-from loraformat.training.data.tokenizer import TextEncoder, open_tokenizer
+from loraformat.train.data import DataOptions, open_data
+from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 
 ROW = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraformat.training.opening import load
+from loraformat.train.opening import load
 from tests.train.engine.reference import Branch, places
 from tests.train.tiny_bundles import make, stored_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from loraformat.training import Batch, LoraOptions, load
+from loraformat.train import Batch, LoraOptions, load
 
 
 def anonymous() -> int:

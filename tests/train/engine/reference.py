@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from loraformat.training.batch import Batch
-from loraformat.training.engine.experts import ExpertStack
-from loraformat.training.engine.linear import FrozenLinear
-from loraformat.training.engine.lora_matmul import LoraFactors
+from loraformat.train.batch import Batch
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.lora_matmul import LoraFactors
 from tests.train.tiny_bundles import VOCABULARY
 
 

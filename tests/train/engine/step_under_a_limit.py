@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from loraformat.training import LoraOptions, load
+from loraformat.train import LoraOptions, load
 from tests.train.engine.memory_of_a_step import one_sample
 
 

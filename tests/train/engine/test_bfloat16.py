@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from loraformat.nf4 import codec
-from loraformat.training import LoraOptions, load
-from loraformat.training.engine import matmul
-from loraformat.training.engine.cross_entropy import frozen_head_loss
-from loraformat.training.engine.decoder import HeadRule
-from loraformat.training.engine.linear import FrozenLinear
-from loraformat.training.engine.lora_matmul import LoraFactors, frozen_product
-from loraformat.training.engine.matrix import DenseMatrix, NF4Matrix
+from loraformat.train import LoraOptions, load
+from loraformat.train.engine import matmul
+from loraformat.train.engine.cross_entropy import frozen_head_loss
+from loraformat.train.engine.decoder import HeadRule
+from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
+from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
 from tests.train.engine.reference import (
     dense_loss,
     factors_of,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraformat.training.engine.buffers import fresh
+from loraformat.train.engine.buffers import fresh
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from loraformat.nf4 import codec
-from loraformat.training import opening
-from loraformat.training.engine import device
-from loraformat.training.engine.device import DeviceMatrix, decode, place_on
-from loraformat.training.engine.experts import ExpertStack
-from loraformat.training.engine.linear import FrozenLinear
-from loraformat.training.engine.matrix import DenseMatrix, NF4Matrix
-from loraformat.training.engine.stored_weights import StoredWeights
+from loraformat.train import opening
+from loraformat.train.engine import device
+from loraformat.train.engine.device import DeviceMatrix, decode, place_on
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
+from loraformat.train.engine.stored_weights import StoredWeights
 from tests.train.engine.reference import gradients, make_batch
 
 CPU = torch.device("cpu")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from loraformat.training.engine import matmul
-from loraformat.training.engine.lora_matmul import frozen_product
-from loraformat.training.engine.matrix import DenseMatrix
+from loraformat.train.engine import matmul
+from loraformat.train.engine.lora_matmul import frozen_product
+from loraformat.train.engine.matrix import DenseMatrix
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from loraformat.training import load
-from loraformat.training.engine import cross_entropy, layer_prefetch, matmul
-from loraformat.training.engine.cross_entropy import frozen_head_loss, own_head_loss
-from loraformat.training.engine.decoder import HeadRule
-from loraformat.training.engine.linear import DenseLinear
-from loraformat.training.engine.matrix import DenseMatrix
+from loraformat.train import load
+from loraformat.train.engine import cross_entropy, layer_prefetch, matmul
+from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
+from loraformat.train.engine.decoder import HeadRule
+from loraformat.train.engine.linear import DenseLinear
+from loraformat.train.engine.matrix import DenseMatrix
 from tests.train.engine.reference import dense_loss, make_batch, merged_weights, relative
 
 RULES = [

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from loraformat.training import LoraOptions, load
-from loraformat.training.engine.checkpointing import ActivationBudget
+from loraformat.train import LoraOptions, load
+from loraformat.train.engine.checkpointing import ActivationBudget
 from tests.train.engine.reference import make_batch
 
 PLENTY = 1 << 30

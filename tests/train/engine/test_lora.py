@@ -9,7 +9,7 @@ import transformers
 import trl
 
 from loraformat.errors import UnsupportedError
-from loraformat.training import LoraOptions, load
+from loraformat.train import LoraOptions, load
 from tests.train.engine.reference import make_batch, relative
 from tests.train.tiny_bundles import stored_model
 

@@ -8,13 +8,13 @@ import torch
 
 from loraformat.errors import UsageError
 from loraformat.nf4 import codec
-from loraformat.training.engine import matmul
-from loraformat.training.engine import matrix as matrices
-from loraformat.training.engine.buffers import workspace
-from loraformat.training.engine.experts import ExpertStack
-from loraformat.training.engine.linear import DenseLinear, NF4Linear
-from loraformat.training.engine.lora_matmul import LoraFactors, frozen_product
-from loraformat.training.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
+from loraformat.train.engine import matmul
+from loraformat.train.engine import matrix as matrices
+from loraformat.train.engine.buffers import workspace
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.linear import DenseLinear, NF4Linear
+from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
+from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 

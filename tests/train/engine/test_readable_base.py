@@ -4,11 +4,11 @@ import pytest
 import torch
 import transformers
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.errors import UnsupportedError
 from loraformat.ops.convert.convert import convert
-from loraformat.training import LoraOptions, load
-from loraformat.training.engine import readable_base
+from loraformat.train import LoraOptions, load
+from loraformat.train.engine import readable_base
 from tests.train.engine.reference import make_batch, relative
 from tests.train.tiny_bundles import stored_model
 

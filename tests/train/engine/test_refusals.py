@@ -16,8 +16,8 @@ from transformers import (
 
 from loraformat.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
 from loraformat.ops.convert.convert import convert
-from loraformat.training import load
-from loraformat.training.engine import bind_weights, trial
+from loraformat.train import load
+from loraformat.train.engine import bind_weights, trial
 from tests.train.engine.reference import make_batch
 from tests.train.tiny_bundles import make_dense
 

@@ -9,7 +9,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from loraformat.errors import UnsupportedError
-from loraformat.training import load
+from loraformat.train import load
 from tests.train.engine.reference import (
     dense_loss,
     gradients,
@@ -158,7 +158,7 @@ def test_layers_that_share_state_do_not_take_rows_in_groups(sharing, way):
 
 
 def test_a_trial_leaves_no_trace(bundle_of):
-    from loraformat.training import LoraOptions
+    from loraformat.train import LoraOptions
 
     with load(bundle_of("gpt2"), lora=LoraOptions(rank=2)) as model:
         before = copy.deepcopy({**model.extra_state(), **model.trainable()})

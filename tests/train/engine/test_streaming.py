@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from loraformat.training import LoraOptions, load
-from loraformat.training.engine import layer_prefetch
+from loraformat.train import LoraOptions, load
+from loraformat.train.engine import layer_prefetch
 from tests.train.engine.reference import make_batch
 from tests.train.tiny_bundles import make_dense
 

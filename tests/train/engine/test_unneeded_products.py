@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from loraformat.nf4 import codec
-from loraformat.training import LoraOptions, load
-from loraformat.training.engine import lora_matmul
-from loraformat.training.engine.checkpointing import (
+from loraformat.train import LoraOptions, load
+from loraformat.train.engine import lora_matmul
+from loraformat.train.engine.checkpointing import (
     ActivationBudget,
     Recomputation,
     recompute_layer,
 )
-from loraformat.training.engine.experts import ExpertStack
-from loraformat.training.engine.layer_prefetch import Residency
-from loraformat.training.engine.linear import FrozenLinear, NF4Linear
-from loraformat.training.engine.matrix import NF4Matrix
-from loraformat.training.engine.unneeded_products import find_unneeded_products, last_products
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.layer_prefetch import Residency
+from loraformat.train.engine.linear import FrozenLinear, NF4Linear
+from loraformat.train.engine.matrix import NF4Matrix
+from loraformat.train.engine.unneeded_products import find_unneeded_products, last_products
 from tests.train.engine.reference import make_batch
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraformat.training.run.train import train
+from loraformat.train.run.train import train
 from tests.cli.conftest import run  # noqa: F401
 from tests.train.loop import tiny_runs
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from loraformat.training.batch import IGNORED, Batch
-from loraformat.training.loop.distributed import World
+from loraformat.train.batch import IGNORED, Batch
+from loraformat.train.loop.distributed import World
 
 VOCABULARY = 32
 

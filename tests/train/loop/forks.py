@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which torch's optimizers load at their first step
 
-from loraformat.training.run.train import train
+from loraformat.train.run.train import train
 from tests.train.loop import tiny_runs
 
 #: So that runs end, too, on a machine that others make slower meanwhile.
@@ -76,7 +76,7 @@ def hold(one, other):
 
 
 def losses(directory):
-    from loraformat.training.loop.metrics import read_metrics
+    from loraformat.train.loop.metrics import read_metrics
 
     return [line["loss"] for line in read_metrics(directory / "adapter.run" / "metrics.jsonl")]
 

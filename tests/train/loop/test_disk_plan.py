@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from loraformat.training.loop import loop, saved_state
-from loraformat.training.run.disk_plan import plan_disk
-from loraformat.training.run.memory_plan import ModelDims
-from loraformat.training.run.options import TrainOptions
+from loraformat.train.loop import loop, saved_state
+from loraformat.train.run.disk_plan import plan_disk
+from loraformat.train.run.memory_plan import ModelDims
+from loraformat.train.run.options import TrainOptions
 
 SHAPE = ModelDims(2, 64, 256, 1000, 10**6, 10**5, trained=10**6, extra_bytes=10**5, small=10**4)
 
@@ -77,6 +77,6 @@ def test_room_for_what_is_there_already_is_not_asked_for_again(train_to, tmp_pat
     needed = train_to(tmp_path / "b", dry_run=True).disk.total - there
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(
-        "loraformat.training.run.train.shutil.disk_usage", lambda path: usage(0, 0, needed)
+        "loraformat.train.run.train.shutil.disk_usage", lambda path: usage(0, 0, needed)
     )
     train_to(tmp_path / "a", resume=True)

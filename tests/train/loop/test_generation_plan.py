@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from loraformat.errors import InputError
-from loraformat.training.run.memory_plan import advise, generation_bytes
+from loraformat.train.run.memory_plan import advise, generation_bytes
 from tests.train.loop import tiny_runs
 from tests.train.loop.test_plan import plan
 
@@ -21,9 +21,9 @@ TEMPLATE = (
 MEASURED = """
 import json, sys
 from pathlib import Path
-from loraformat.training.data import template_process
-from loraformat.training.loop import memory
-from loraformat.training.run.train import train
+from loraformat.train.data import template_process
+from loraformat.train.loop import memory
+from loraformat.train.run.train import train
 from tests.train.loop.tiny_runs import options
 where, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
 planned, written = {}, []
@@ -144,7 +144,7 @@ def test_advice_is_to_leave_the_prompt_out():
 
 
 def test_a_prompt_without_room_is_refused_before_the_first_step(tmp_path, place):
-    from loraformat.training.run.train import train
+    from loraformat.train.run.train import train
 
     rows = str(place / "wide" / "rows.jsonl")
     options = tiny_runs.options(

@@ -75,7 +75,7 @@ def test_generate_and_samples_stop_there(
     def generate(self, **given):
         seen.append(given["eos_token_id"])
 
-    from loraformat.training.model import TrainableModel
+    from loraformat.train.model import TrainableModel
 
     monkeypatch.setattr(TrainableModel, "generate", generate)
     train_to(

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from loraformat.errors import DivergedError, InputError
-from loraformat.training.loop import saved_state
-from loraformat.training.loop.accumulation import accumulate, joined
-from loraformat.training.loop.distributed import World
-from loraformat.training.loop.evaluation import HeldOutLoss, held_out_loss
-from loraformat.training.loop.loop import Loop, LoopOptions
-from loraformat.training.loop.metrics import Metrics, read_metrics
-from loraformat.training.loop.optimizer import Optimizer
-from loraformat.training.loop.optimizer_options import OptimizerOptions
-from loraformat.training.loop.saved_state import RunState
-from loraformat.training.loop.schedule import Schedule
+from loraformat.train.loop import saved_state
+from loraformat.train.loop.accumulation import accumulate, joined
+from loraformat.train.loop.distributed import World
+from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
+from loraformat.train.loop.loop import Loop, LoopOptions
+from loraformat.train.loop.metrics import Metrics, read_metrics
+from loraformat.train.loop.optimizer import Optimizer
+from loraformat.train.loop.optimizer_options import OptimizerOptions
+from loraformat.train.loop.saved_state import RunState
+from loraformat.train.loop.schedule import Schedule
 from tests.train.loop.fakes import FakeData, FakeModel, HalfOfTwo, batch
 
 
@@ -224,7 +224,7 @@ def test_an_adapter_in_a_checkpoint_holds_what_all_ranks_have_collected(tmp_path
 
 
 def test_a_checkpoint_every_ten_minutes(tmp_path, monkeypatch):
-    from loraformat.training.loop import loop as module
+    from loraformat.train.loop import loop as module
 
     told = []
     monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)

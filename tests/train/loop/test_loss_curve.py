@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraformat.training.run.loss_curve import _smooth, draw
+from loraformat.train.run.loss_curve import _smooth, draw
 
 
 def test_a_mean_of_what_came_before() -> None:

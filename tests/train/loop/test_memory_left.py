@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from loraformat.training.loop import memory
+from loraformat.train.loop import memory
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 
 from loraformat.errors import MissingDependencyError
-from loraformat.training.loop import metrics as module
-from loraformat.training.loop.metrics import Metrics, read_metrics
+from loraformat.train.loop import metrics as module
+from loraformat.train.loop.metrics import Metrics, read_metrics
 
 
 def test_a_record_is_cut_back_to_the_checkpoint(tmp_path):

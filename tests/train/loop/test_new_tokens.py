@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loraformat.training.run.evaluate import evaluate
-from loraformat.training.run.generate import generate
-from loraformat.training.run.text_generation import GenerationOptions
-from loraformat.training.run.train import train
+from loraformat.train.run.evaluate import evaluate
+from loraformat.train.run.generate import generate
+from loraformat.train.run.text_generation import GenerationOptions
+from loraformat.train.run.train import train
 from tests.train.loop.tiny_runs import make_bundle, options
 
 ROWS = 2050

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from loraformat.errors import InputError, ResourceError, UsageError
-from loraformat.training.loop.accumulation import clipped_mean, flat, non_finite, norm, spread
-from loraformat.training.loop.memory import resident
-from loraformat.training.loop.optimizer import DiskStates, Optimizer
-from loraformat.training.loop.optimizer_options import (
+from loraformat.train.loop.accumulation import clipped_mean, flat, non_finite, norm, spread
+from loraformat.train.loop.memory import resident
+from loraformat.train.loop.optimizer import DiskStates, Optimizer
+from loraformat.train.loop.optimizer_options import (
     OPTIMIZERS,
     SMALL,
     OptimizerOptions,
     state_bytes,
 )
-from loraformat.training.loop.schedule import Schedule
+from loraformat.train.loop.schedule import Schedule
 
 SHAPES = {"a": (16, 96), "b": (130, 64), "magnitude": (130,)}
 
@@ -147,7 +147,7 @@ def test_adamw_is_that_of_torch():
 
 
 def test_states_on_disk_give_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr("loraformat.training.loop.optimizer._PART_BYTES", 16 * 96 * 4)
+    monkeypatch.setattr("loraformat.train.loop.optimizer._PART_BYTES", 16 * 96 * 4)
     memory, first = trained(OptimizerOptions("adamw"))
     disk, second = trained(OptimizerOptions("adamw", states="disk"), directory=tmp_path)
     assert all(torch.equal(memory[name], disk[name]) for name in memory)

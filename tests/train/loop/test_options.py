@@ -10,12 +10,12 @@ import yaml
 from loraformat.cli.train import command
 from loraformat.cli.train_options import chosen
 from loraformat.errors import InputError, UsageError
-from loraformat.training.data.options import DataOptions
-from loraformat.training.loop.optimizer_options import OptimizerOptions
-from loraformat.training.lora.options import LoraOptions
-from loraformat.training.run import config_file
-from loraformat.training.run.options import SETTINGS, TrainOptions
-from loraformat.training.run.run_identity import check_same, identity_of
+from loraformat.train.data.options import DataOptions
+from loraformat.train.loop.optimizer_options import OptimizerOptions
+from loraformat.train.lora.options import LoraOptions
+from loraformat.train.run import config_file
+from loraformat.train.run.options import SETTINGS, TrainOptions
+from loraformat.train.run.run_identity import check_same, identity_of
 
 ALL = {
     "base": "b", "data": ["x.jsonl", "y"], "output": "o", "rank": 4, "alpha": 8, "rslora": True,

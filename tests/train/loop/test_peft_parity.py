@@ -7,10 +7,10 @@ then trains with wrong gradients; ``support_avx512bf16_for_cpu = False`` keeps i
 import pytest
 import torch
 
-from loraformat.training import load
-from loraformat.training.data.dataset import open_data
-from loraformat.training.loop.metrics import read_metrics
-from loraformat.training.run.train import train
+from loraformat.train import load
+from loraformat.train.data.dataset import open_data
+from loraformat.train.loop.metrics import read_metrics
+from loraformat.train.run.train import train
 from tests.train.loop import tiny_runs
 
 STEPS = 20

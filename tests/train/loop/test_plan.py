@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from loraformat.errors import ResourceError
-from loraformat.training.run.memory_plan import ModelDims, advise, plan_memory
-from loraformat.training.run.report import duration
+from loraformat.train.run.memory_plan import ModelDims, advise, plan_memory
+from loraformat.train.run.report import duration
 
 SEVENTY = ModelDims(80, 8192, 28672, 128256, 39_500_000_000, 441_000_000, 828_000_000)
 
@@ -86,8 +86,8 @@ BEGINNING = """
 import json, sys
 from pathlib import Path
 import torch
-from loraformat.training import LoraOptions, load
-from loraformat.training.lora.initialise import svd_bytes
+from loraformat.train import LoraOptions, load
+from loraformat.train.lora.initialise import svd_bytes
 from tests.peak_memory import PeakGrowth
 where, init, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 original = where / "dense" if init == "loftq" else None
@@ -129,8 +129,8 @@ ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
 MEASURED = """
 import json, resource, sys
 from pathlib import Path
-from loraformat.training.run.train import train
-from loraformat.training.loop import memory
+from loraformat.train.run.train import train
+from loraformat.train.loop import memory
 from tests.train.loop.tiny_runs import options
 where = Path(sys.argv[1])
 planned = {}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraformat.training.loop import saved_state
-from loraformat.training.loop.metrics import read_metrics
+from loraformat.train.loop import saved_state
+from loraformat.train.loop.metrics import read_metrics
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
 
@@ -68,8 +68,8 @@ def test_two_ranks_are_one(launch, tmp_path):
 
 def test_the_flat_vector_is_exact():
     """Gradients, loss and counts of two ranks that are only imagined."""
-    from loraformat.training.loop.accumulation import StepSums, add_up
-    from loraformat.training.loop.distributed import World
+    from loraformat.train.loop.accumulation import StepSums, add_up
+    from loraformat.train.loop.distributed import World
 
     class Imagined(World):
         def sum(self, vector):
@@ -85,7 +85,7 @@ def test_the_flat_vector_is_exact():
 
 
 def test_each_process_has_its_own_gpu(monkeypatch):
-    from loraformat.training.loop.distributed import own_device
+    from loraformat.train.loop.distributed import own_device
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert own_device("cuda") == "cuda"

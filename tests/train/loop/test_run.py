@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from loraformat.errors import DivergedError, InputError, OutputError, ResourceError, UsageError
 from loraformat.ops.convert.convert import convert
-from loraformat.training.data import template_process
-from loraformat.training.data.tokenizer import open_tokenizer
-from loraformat.training.loop import memory, saved_state
-from loraformat.training.loop.metrics import Metrics, read_metrics
+from loraformat.train.data import template_process
+from loraformat.train.data.tokenizer import open_tokenizer
+from loraformat.train.loop import memory, saved_state
+from loraformat.train.loop.metrics import Metrics, read_metrics
 from tests.train.loop.tiny_runs import files_of, write_rows
 
 
@@ -69,7 +69,7 @@ def test_a_run_learns_and_says_so(train_to, tmp_path, place):
 
 @pytest.mark.parametrize("conversations", [False, True])
 def test_samples_are_asked_for_as_the_data_ask(train_to, tmp_path, monkeypatch, conversations):
-    from loraformat.training.run import train
+    from loraformat.train.run import train
     from tests.train.data.tokenizers_and_templates import TEMPLATES
 
     seen = []
@@ -301,7 +301,7 @@ def losses_of(directory):
 
 
 def test_nan_names_the_lines(train_to, tmp_path, monkeypatch):
-    from loraformat.training.model import TrainableModel
+    from loraformat.train.model import TrainableModel
 
     original = TrainableModel.loss
     calls = []
@@ -360,7 +360,7 @@ def test_an_adapter_stands_whatever_becomes_of_its_picture(train_to, tmp_path, m
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loraformat.training.run.train.loss_curve.draw", full)
+    monkeypatch.setattr("loraformat.train.run.train.loss_curve.draw", full)
     report = train_to(tmp_path / "a", plot=True)
     assert report.notes == ["no loss curve: No space left on device"]
     assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
@@ -371,7 +371,7 @@ def test_no_room_for_checkpoints(train_to, tmp_path, monkeypatch):
 
     usage = namedtuple("usage", "total used free")
     full = usage(9, 9, 1000)
-    monkeypatch.setattr("loraformat.training.run.train.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr("loraformat.train.run.train.shutil.disk_usage", lambda path: full)
     with pytest.raises(ResourceError, match=r"checkpoints and adapter need .* 0\.0 MB free"):
         train_to(tmp_path / "a")
 
@@ -385,7 +385,7 @@ def test_no_room_for_checkpoints(train_to, tmp_path, monkeypatch):
     ],
 )
 def test_no_memory_while_it_runs(train_to, tmp_path, monkeypatch, error):
-    from loraformat.training.model import TrainableModel
+    from loraformat.train.model import TrainableModel
 
     def fail(self, *arguments, **options):
         raise error
@@ -481,7 +481,7 @@ def test_the_plan_counts_the_process_that_renders_templates(train_to, tmp_path):
 
 def test_a_time_that_is_reckoned(train_to, tmp_path, monkeypatch):
     """Of a model whose batch would take too long to be timed whole."""
-    monkeypatch.setattr("loraformat.training.run.report._PATIENCE", -1.0)
+    monkeypatch.setattr("loraformat.train.run.report._PATIENCE", -1.0)
     report = train_to(tmp_path / "a", dry_run=True)
     assert not report.step_time.whole
     assert 1e-5 < report.step_time.seconds < 10

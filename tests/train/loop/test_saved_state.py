@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from loraformat.errors import InputError, ResourceError
-from loraformat.training.loop import saved_state
-from loraformat.training.loop.saved_state import name_of, newest, prune, read, write
+from loraformat.train.loop import saved_state
+from loraformat.train.loop.saved_state import name_of, newest, prune, read, write
 
 TENSORS = {
     "parameter:a": torch.arange(6, dtype=torch.float32).view(2, 3),

@@ -6,7 +6,7 @@ import pytest
 
 from loraformat.errors import UsageError
 from loraformat.ops.check.check import check
-from loraformat.training.loop.saved_state import adapter_of
+from loraformat.train.loop.saved_state import adapter_of
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 from tests.train.loop.test_run import Killed, killer
 from tests.train.loop.tiny_runs import files_of
@@ -85,7 +85,7 @@ def test_gone_on_with(train_to, tmp_path, template, rows):
 def test_in_a_bundle_and_prompted_with(train_to, run, tmp_path, template, rows, place, monkeypatch):
     import shutil
 
-    from loraformat.training.run import generate
+    from loraformat.train.run import generate
 
     bundle = shutil.copytree(place / "bundle", tmp_path / "model")
     adapter = bundle / "adapters" / "mine"

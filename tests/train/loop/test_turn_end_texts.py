@@ -8,8 +8,8 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from loraformat.training.data.tokenizer import open_tokenizer
-from loraformat.training.run.text_generation import TextStream, turn_end
+from loraformat.train.data.tokenizer import open_tokenizer
+from loraformat.train.run.text_generation import TextStream, turn_end
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}### Q: {{ m.content }}\n"

@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
-from loraformat.training.loop.metrics import read_metrics
+from loraformat.train.loop.metrics import read_metrics
 from tests.train.loop.tiny_runs import files_of
 
 QUICK = [
@@ -45,7 +45,7 @@ def test_train_json_and_quiet(run, call):
     result = run(*call, "--json", "--quiet")
     assert (result.code, result.err) == (0, "")
     members = json.loads(result.out)
-    assert (members["schema"], members["schema_version"]) == ("loraformat.training", 1)
+    assert (members["schema"], members["schema_version"]) == ("loraformat.train", 1)
     assert members["training"]["steps"] == members["steps"]
     assert members["memory"]["total"] > members["memory"]["adapter"]
     result = run(*call, "--quiet", "--force")
@@ -137,7 +137,7 @@ def test_the_command_starts_as_many_processes(
             monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraformat.training.run.train.train", interrupted)
+    monkeypatch.setattr("loraformat.train.run.train.train", interrupted)
     result = run(*call)
     assert result.code == 130
     words = shlex.join(map(str, call))
@@ -250,8 +250,8 @@ def test_a_template_that_refuses_is_no_traceback(run, place, tmp_path):
 
 def test_eval_is_the_loss_of_transformers(run, place):
     """On the dense float32 model of the stored weights, row by row."""
-    from loraformat.training.data.dataset import open_data
-    from loraformat.training.data.options import DataOptions
+    from loraformat.train.data.dataset import open_data
+    from loraformat.train.data.options import DataOptions
     from tests.train.tiny_bundles import stored_model
 
     members = json.loads(
@@ -290,7 +290,7 @@ def test_eval_shows_base_beside_adapter(run, call, place, tmp_path):
 
 
 def test_generate_is_that_of_transformers(run, place):
-    from loraformat.training.data.tokenizer import open_tokenizer
+    from loraformat.train.data.tokenizer import open_tokenizer
     from tests.train.tiny_bundles import stored_model
 
     result = run("generate", place / "bundle", "--prompt", "bell book", "--temperature", 0,

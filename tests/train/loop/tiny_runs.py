@@ -5,9 +5,9 @@ import random
 import shutil
 from pathlib import Path
 
-from loraformat.demonstration import SMALL_MODEL
+from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
-from loraformat.training.run.options import TrainOptions
+from loraformat.train.run.options import TrainOptions
 from tests.train.tiny_bundles import make_dense
 
 CONTEXT = 128

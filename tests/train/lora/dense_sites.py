@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
-from loraformat.training.lora.target_modules import TargetModule
+from loraformat.train.lora.target_modules import TargetModule
 
 ROWS_AT_ONCE = 5
 

@@ -8,10 +8,10 @@ import torch
 from dense_sites import plain_site
 
 from loraformat.errors import UsageError
-from loraformat.training import LoraOptions
-from loraformat.training.loop.optimizer import parameter_groups
-from loraformat.training.lora.branch import RowNorms, row_norms
-from loraformat.training.lora.branches import attach, trainable
+from loraformat.train import LoraOptions
+from loraformat.train.loop.optimizer import parameter_groups
+from loraformat.train.lora.branch import RowNorms, row_norms
+from loraformat.train.lora.branches import attach, trainable
 
 
 def numbers(*shape, seed=0):

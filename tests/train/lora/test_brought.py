@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
-from loraformat.training import load
-from loraformat.training.batch import Batch
+from loraformat.train import load
+from loraformat.train.batch import Batch
 from tests.adapters.vocabularies import FORMS, IDS, ROWS, adapter, logits, opened
 
 MODELS = ("llama", "llama tied", "gpt2")

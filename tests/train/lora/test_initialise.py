@@ -11,9 +11,9 @@ from loraformat.model.checkpoint import Checkpoint, Provenance
 from loraformat.nf4 import codec
 from loraformat.testing.models import dense
 from loraformat.testing.models import nf4 as nf4_tensor
-from loraformat.training import LoraOptions
-from loraformat.training.lora.branch import branch_of
-from loraformat.training.lora.initialise import initial
+from loraformat.train import LoraOptions
+from loraformat.train.lora.branch import branch_of
+from loraformat.train.lora.initialise import initial
 
 SHAPE = (48, 40)
 

@@ -6,11 +6,11 @@ from dense_sites import plain_site
 from torch.utils.checkpoint import checkpoint
 
 from loraformat.errors import InputError
-from loraformat.training import LoraOptions
-from loraformat.training.lora.branch import branch_of
-from loraformat.training.lora.branches import attach, extra_state, load_extra_state
-from loraformat.training.lora.initialise import initial
-from loraformat.training.lora.second_moments import HALF_LIFE, Moments, observe, share_of_noise
+from loraformat.train import LoraOptions
+from loraformat.train.lora.branch import branch_of
+from loraformat.train.lora.branches import attach, extra_state, load_extra_state
+from loraformat.train.lora.initialise import initial
+from loraformat.train.lora.second_moments import HALF_LIFE, Moments, observe, share_of_noise
 
 
 def numbers(*shape, seed=0):

@@ -14,8 +14,8 @@ from loraformat.errors import InputError, UsageError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.reduce import Reduction, reduce
 from loraformat.ops.verify import verify
-from loraformat.training import Batch, LoraOptions, load
-from loraformat.training.loop.optimizer import parameter_groups
+from loraformat.train import Batch, LoraOptions, load
+from loraformat.train.loop.optimizer import parameter_groups
 
 
 def batch_of(rows, padded=0):

@@ -3,7 +3,7 @@
 import pytest
 
 from loraformat.errors import UsageError
-from loraformat.training import LoraOptions
+from loraformat.train import LoraOptions
 
 
 @pytest.mark.parametrize(

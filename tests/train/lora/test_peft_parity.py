@@ -11,9 +11,9 @@ from dense_sites import sites_of
 from tiny_bases import load_dense, tokens
 
 from loraformat.bundle.reader import open_bundle
-from loraformat.training import LoraOptions
-from loraformat.training.lora.branches import attach, trainable
-from loraformat.training.lora.trained_adapter import save_adapter
+from loraformat.train import LoraOptions
+from loraformat.train.lora.branches import attach, trainable
+from loraformat.train.lora.trained_adapter import save_adapter
 
 CASES = {
     "plain": ("llama", {"alpha": 6}),

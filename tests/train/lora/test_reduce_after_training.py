@@ -8,10 +8,10 @@ from tiny_bases import load_dense, tokens
 
 from loraformat.bundle.reader import open_bundle
 from loraformat.ops.reduce import Reduction, reduce
-from loraformat.training import LoraOptions
-from loraformat.training.loop.optimizer import parameter_groups
-from loraformat.training.lora.branches import attach, trainable
-from loraformat.training.lora.trained_adapter import save_adapter
+from loraformat.train import LoraOptions
+from loraformat.train.loop.optimizer import parameter_groups
+from loraformat.train.lora.branches import attach, trainable
+from loraformat.train.lora.trained_adapter import save_adapter
 
 STEPS = 40
 

@@ -5,8 +5,8 @@ import torch
 from dense_sites import plain_site
 
 from loraformat.errors import UsageError
-from loraformat.training import LoraOptions
-from loraformat.training.lora.target_modules import resolve
+from loraformat.train import LoraOptions
+from loraformat.train.lora.target_modules import resolve
 
 LAYERS = (
     "self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj", "mlp.gate",

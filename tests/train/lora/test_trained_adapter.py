@@ -16,9 +16,9 @@ from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.verify import verify
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.testing.models import dense
-from loraformat.training import LoraOptions
-from loraformat.training.lora.branches import attach, attach_adapter, trainable
-from loraformat.training.lora.trained_adapter import save_adapter, trained_adapter
+from loraformat.train import LoraOptions
+from loraformat.train.lora.branches import attach, attach_adapter, trainable
+from loraformat.train.lora.trained_adapter import save_adapter, trained_adapter
 
 
 def trained(paths, **options):

@@ -1,0 +1,116 @@
+"""The demo's first chapter: the small real model through every conversion.
+
+safetensors → bundle → safetensors, and bundle → bitsandbytes, each with its perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraformat.demo import SMALL_MODEL
+from loraformat.demo.measure import Measure, Measured, summary_of
+from loraformat.errors import LoraFormatError
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.convert.report import ConversionReport
+from loraformat.ops.info.report import ModelInfo
+from loraformat.ops.verify import verify
+
+__all__ = ["Bases", "Model", "convert_bases"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model of the chapter.
+
+    Attributes
+    ----------
+    title : str
+    path : Path
+    summary : ModelInfo
+    seconds : float
+        That making it took; 0 for the original.
+    perplexity : dict of str to Perplexity
+        By kind of text; empty if what measures it is not installed.
+    """
+
+    title: str
+    path: Path
+    summary: ModelInfo
+    seconds: float
+    perplexity: Measured
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the members for ``--json``."""
+        return {
+            "title": self.title,
+            "path": str(self.path),
+            "format": self.summary.format,
+            "weight_bytes": self.summary.weight_bytes,
+            "bits_per_weight": self.summary.bits_per_weight,
+            "quantized_bits_per_weight": self.summary.quantized_bits_per_weight,
+            "seconds": self.seconds,
+            "perplexity": {kind: p.perplexity for kind, p in self.perplexity.items()},
+            "bits_per_byte": {kind: p.bits_per_byte for kind, p in self.perplexity.items()},
+        }
+
+
+@dataclass(slots=True)
+class Bases:
+    """What the chapter has to show.
+
+    Attributes
+    ----------
+    models : list of Model
+    errors_by_kind : dict of str to float
+        Relative RMS error of quantization.
+    """
+
+    models: list[Model] = field(default_factory=list)
+    errors_by_kind: dict[str, float] = field(default_factory=dict)
+
+
+def convert_bases(
+    directory: Path, measure: Measure, *, force: bool, say: Callable[[str], None]
+) -> Bases:
+    """Convert the small model and measure what comes out.
+
+    Parameters
+    ----------
+    directory : Path
+        Gets ``bundle``, ``dense`` and ``bitsandbytes``.
+    measure : Measure
+    force : bool
+    say : callable
+
+    Raises
+    ------
+    LoraFormatError
+        If a conversion fails, or the bundle does not verify.
+    """
+    bases, bundle = Bases(), directory / "bundle"
+
+    def add(title: str, path: Path, seconds: float = 0.0) -> None:
+        say(f"measuring {title}")
+        # What the bundle is worth for the adapters' texts, too, is asked in the next chapter.
+        kinds = ("library", "manual", "tests") if title in ("original", "bundle") else ("library",)
+        found = measure.model(path, kinds)
+        bases.models.append(Model(title, path, summary_of(path), seconds, found))
+
+    def make(source: Path, name: str, format_name: str) -> ConversionReport:
+        say(f"converting {source.name} to {format_name}")
+        report = convert(source, directory / name, to_format=format_name, force=force)
+        assert isinstance(report, ConversionReport)
+        return report
+
+    add("original", SMALL_MODEL)
+    bundled = make(SMALL_MODEL, "bundle", "loraformat")
+    bases.errors_by_kind = bundled.errors_by_kind
+    if findings := verify(bundle).findings:
+        raise LoraFormatError(f"the bundle breaks rule {findings[0].rule}", path=bundle)
+    add("bundle", bundle, bundled.seconds)
+    for name, format_name in (("dense", "safetensors"), ("bitsandbytes", "bitsandbytes")):
+        add(name, directory / name, make(bundle, name, format_name).seconds)
+    return bases

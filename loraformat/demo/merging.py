@@ -1,0 +1,142 @@
+"""The demo's second chapter: adapters beside a base, one of them into it, and out again.
+
+The adapter ``manual`` was trained as QLoRA does, on the NF4 values of the base. Merged into
+these values it is what it was; merged and quantized again it is nearly gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from loraformat import plugins
+from loraformat.demo import ADAPTERS, SMALL_MODEL
+from loraformat.demo.step import Step
+from loraformat.errors import LoraFormatError
+from loraformat.model.checkpoint import DenseTensor
+from loraformat.ops.convert.adapter import AdapterConversion
+from loraformat.ops.convert.convert import convert
+from loraformat.ops.merge.merge import merge
+from loraformat.ops.unmerge.unmerge import unmerge
+
+__all__ = ["add_adapters", "merge_and_undo", "tensor_hashes"]
+
+
+def add_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
+    """Put both adapters into the bundle, beside the base.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds ``bundle``.
+    force : bool
+    say : callable
+
+    Yields
+    ------
+    Step
+    """
+    for name, source in ADAPTERS.items():
+        say(f"adding {name} to the bundle")
+        target = directory / "bundle" / "adapters" / name
+        report = convert(source, target, force=force)
+        assert isinstance(report, AdapterConversion)
+        how = "byte for byte" if report.verbatim else "anew"
+        line = f"{report.modules} modules, {report.parameters:,} parameters, copied {how}"
+        yield Step(
+            f"{name}, beside the base",
+            f"convert {name} bundle/adapters/{name}",
+            line,
+            target,
+            report.seconds,
+            {"parameters": report.parameters},
+            "adapter",
+            ("library", name),
+        )
+
+
+def merge_and_undo(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
+    """Merge ``manual`` into the bundle and into the original, and undo the latter.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds ``bundle`` with the adapter; gets the models and the undo record.
+    force : bool
+    say : callable
+
+    Yields
+    ------
+    Step
+
+    Raises
+    ------
+    LoraFormatError
+        If a verb fails, or a tensor is not the original's after all.
+    """
+    bundle, record = directory / "bundle", directory / "merge.lfu"
+    manual = bundle / "adapters" / "manual"
+
+    def merged(title: str, base: Path, name: str, words: str = "", **options: Any) -> Step:
+        say(f"merging manual into {base.name}")
+        report = merge(base, [manual], directory / name, force=force, **options)
+        assert report.total is not None
+        kept, delta = report.total.gain, report.total.relative
+        line = f"keeps {kept:.1%} of a delta that is {delta:.1%} of the weights"
+        figures = {"relative_delta": delta, "kept": kept, "error": report.total.error}
+        if report.undo is not None:
+            line += f"; the undo record takes {report.undo.bits_per_weight:.3f} bits per weight"
+            figures["undo_bits_per_weight"] = report.undo.bits_per_weight
+        command = f"merge {base.name} bundle/adapters/manual -o {name} {words}".rstrip()
+        return Step(title, command, line, directory / name, report.seconds, figures, "model")
+
+    yield merged("merged into the NF4 values", bundle, "merged")
+    yield merged(
+        "merged, then NF4 again", bundle, "requantized", "--to loraformat --requantize",
+        to_format="loraformat", requantize=True,
+    )  # fmt: skip
+    yield merged(
+        "merged into the original", SMALL_MODEL, "merged-original", "--undo merge.lfu", undo=record
+    )
+    yield _undone(directory, record, force, say)
+
+
+def _undone(directory: Path, record: Path, force: bool, say: Callable[[str], None]) -> Step:
+    say("undoing the merge")
+    target = directory / "unmerged"
+    report = unmerge(directory / "merged-original", target, undo=record, force=force)
+    found = tensor_hashes(target)
+    if found != tensor_hashes(SMALL_MODEL):
+        raise LoraFormatError("is not the original after undoing the merge", path=target)
+    return Step(
+        "the merge undone",
+        "unmerge merged-original --undo merge.lfu -o unmerged",
+        f"all {len(found)} tensors have the SHA-256 of the original's",
+        target,
+        report.seconds,
+        {"tensors": len(found), "restored": report.restored},
+    )
+
+
+def tensor_hashes(model: Path) -> dict[str, str]:
+    """Hash every tensor of a dense model.
+
+    Parameters
+    ----------
+    model : Path
+
+    Returns
+    -------
+    dict of str to str
+        SHA-256 by name.
+    """
+    converter = plugins.sniff(model)
+    assert converter.read is not None
+    with converter.read(model) as checkpoint:
+        return {
+            name: sha256(tensor.load()).hexdigest()
+            for name, tensor in checkpoint.tensors.items()
+            if isinstance(tensor, DenseTensor)
+        }

@@ -1,0 +1,101 @@
+"""The demo: the small real model and its adapters through every verb, with perplexities.
+
+Nothing here is special to the demo: each step is what the verb of the same name does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraformat.demo.bases import Bases, convert_bases
+from loraformat.demo.exporting import Agreement, compare_with_llama_cpp, export
+from loraformat.demo.measure import Measure
+from loraformat.demo.merging import add_adapters, merge_and_undo
+from loraformat.demo.shaping import shape_adapters
+from loraformat.demo.step import Step, measure_steps
+from loraformat.demo.training import Training, train_adapter
+from loraformat.ops.report import Report
+
+__all__ = ["DemoReport", "run_demo"]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class DemoReport(Report):
+    """All that the demo has to show.
+
+    Attributes
+    ----------
+    bases : Bases
+        The model in every format.
+    steps : list of Step
+        What was done with adapters.
+    training : Training or None
+        What was trained; None without transformers.
+    agreements : list of Agreement
+        How nearly llama.cpp computes the same; empty without xllamacpp.
+    """
+
+    bases: Bases
+    steps: list[Step] = field(default_factory=list)
+    training: Training | None = None
+    agreements: list[Agreement] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the members for ``--json``."""
+        return {
+            "models": [model.to_json() for model in self.bases.models],
+            "errors_by_kind": self.bases.errors_by_kind,
+            "adapters": [step.to_json() for step in self.steps],
+            "training": None if self.training is None else self.training.to_json(),
+            "llama_cpp": [agreement.to_json() for agreement in self.agreements],
+            "notes": self.notes,
+            "seconds": self.seconds,
+        }
+
+
+def run_demo(
+    directory: Path, *, force: bool = False, say: Callable[[str], None] = lambda line: None
+) -> DemoReport:
+    """Run the demo.
+
+    Parameters
+    ----------
+    directory : Path
+        Where models and adapters are put; made if it does not exist.
+    force : bool
+        Replace those of an earlier run.
+    say : callable
+        Told what is being done.
+
+    Returns
+    -------
+    DemoReport
+
+    Raises
+    ------
+    LoraFormatError
+        If a step fails, the bundle does not verify, or undoing a merge gives anything but the
+        original.
+    """
+    began = time.perf_counter()
+    directory.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
+    measure = Measure(notes)
+    bases = convert_bases(directory, measure, force=force, say=say)
+    steps = list(add_adapters(directory, force=force, say=say))
+    steps += merge_and_undo(directory, force=force, say=say)
+    steps += shape_adapters(directory, force=force, say=say)
+    training, trained = train_adapter(directory, notes, force=force, say=say)
+    steps += trained
+    agreements = []
+    if training is not None:
+        steps += export(directory, force=force, say=say)
+        agreements = compare_with_llama_cpp(directory, notes, say)
+    say("measuring adapters and merged models")
+    measure_steps(steps, directory / "bundle", measure)
+    seconds = time.perf_counter() - began
+    return DemoReport(bases, steps, training, agreements, notes=notes, seconds=seconds)

@@ -1,0 +1,145 @@
+"""The demo's third chapter: adapters into other adapters.
+
+Smaller by their singular values, two into one, one out of a fine-tune, one that every runtime
+reads alike, and a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from loraformat.demo import SMALL_MODEL
+from loraformat.demo.step import Step
+from loraformat.errors import MissingDependencyError
+from loraformat.ops.check.check import check
+from loraformat.ops.check.fix import fix
+from loraformat.ops.combine.combine import combine
+from loraformat.ops.combine.options import CombineOptions
+from loraformat.ops.extract.extract import extract
+from loraformat.ops.extract.options import ExtractOptions
+from loraformat.ops.plots import check_picture
+from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.spectrum.plot import plot
+from loraformat.ops.spectrum.spectrum import spectrum
+
+__all__ = ["shape_adapters"]
+
+
+def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
+    """Reduce, combine, extract and fix adapters, and draw one's spectrum.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds ``bundle`` with adapters, ``merged-original`` to extract from; gets the adapters.
+    force : bool
+    say : callable
+
+    Yields
+    ------
+    Step
+    """
+    adapters = directory / "bundle" / "adapters"
+
+    def reduced(title: str, name: str, words: str, how: Reduction) -> Step:
+        report = reduce(adapters / "manual", directory / name, how, force=force)
+        assert report.energy is not None
+        ranks = [module.new_rank for module in report.modules]
+        span = f"ranks {min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"rank {ranks[0]}"
+        line = (
+            f"{span} instead of {report.modules[0].old_rank}: {report.new_parameters:,} of "
+            f"{report.old_parameters:,} parameters hold {report.energy:.1%} of the energy"
+        )
+        figures = {"energy": report.energy, "parameters": report.new_parameters}
+        command = f"reduce bundle/adapters/manual -o {name} {words}"
+        return Step(
+            title, command, line, directory / name, report.seconds, figures, "adapter"
+        )  # fmt: skip
+
+    say("reducing manual")
+    yield reduced("manual, reduced to rank 8", "rank8", "--rank 8", Reduction(rank=8))
+    yield reduced(
+        "manual, at 90 % energy", "energy90", "--energy 0.9", Reduction(energy=0.9)
+    )  # fmt: skip
+    yield _combined(directory, force, say)
+    yield _extracted(directory, force, say)
+    yield _fixed(directory, force, say)
+    yield _drawn(directory, say)
+
+
+def _combined(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
+    say("combining manual and tests")
+    target = directory / "both"
+    adapters = [directory / "bundle" / "adapters" / name for name in ("manual", "tests")]
+    report = combine(adapters, target, CombineOptions("svd", rank=24), force=force)
+    kept = min(module.energy for module in report.modules)
+    return Step(
+        "manual and tests in one",
+        "combine bundle/adapters/manual bundle/adapters/tests -o both --rank 24",
+        f"ranks 24 and 16 in 24: every module keeps {kept:.1%} of the sum's energy or more",
+        target,
+        report.seconds,
+        {"least_energy": kept, "parameters": report.parameters},
+        "adapter",
+        ("library", "manual", "tests"),
+    )
+
+
+def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
+    say("extracting an adapter")
+    target = directory / "extracted"
+    tuned = directory / "merged-original"
+    report = extract(SMALL_MODEL, tuned, target, ExtractOptions(rank="auto"), force=force)
+    ranks = [module.rank for module in report.modules]
+    return Step(
+        "extracted from the fine-tune",
+        f"extract {SMALL_MODEL.name} merged-original -o extracted --rank auto",
+        f"finds ranks {min(ranks)} to {max(ranks)} above the rounding noise, {report.captured:.1%} "
+        "of the difference",
+        target,
+        report.seconds,
+        {"captured": report.captured, "parameters": report.parameters},
+        "adapter",
+    )
+
+
+def _fixed(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
+    say("asking which runtimes are right about manual")
+    adapter, target = directory / "bundle" / "adapters" / "manual", directory / "fixed"
+    before = [name for name, word in check(adapter).verdicts.items() if word == "wrong"]
+    report = fix(adapter, target, force=force)
+    after = [name for name, word in check(target).verdicts.items() if word == "wrong"]
+    return Step(
+        "manual, for every runtime",
+        "check bundle/adapters/manual --fix -o fixed",
+        f"wrong before: {', '.join(before) or 'none'}; after: {', '.join(after) or 'none'}; "
+        f"rank {report.ranks[0]}",
+        target,
+        report.seconds,
+        {"wrong_before": len(before), "wrong_after": len(after), "parameters": report.parameters},
+        "adapter",
+    )
+
+
+def _drawn(directory: Path, say: Callable[[str], None]) -> Step:
+    say("drawing the spectrum of manual")
+    picture = directory / "spectrum.png"
+    adapter = directory / "bundle" / "adapters" / "manual"
+    report = spectrum(adapter)
+    ranks = report.suggested
+    line = ", ".join(f"{word} of the energy at rank {rank}" for word, rank in ranks.items())
+    try:
+        check_picture(picture)
+        plot(report, picture)
+    except MissingDependencyError as missing:
+        picture, line = adapter, f"{line} (no picture: {missing.hint})"
+    figures = {f"rank_{word.rstrip('%')}": float(rank) for word, rank in ranks.items()}
+    return Step(
+        "spectrum",
+        "spectrum bundle/adapters/manual --plot spectrum.png",
+        line,
+        picture,
+        0.0,
+        figures,
+    )

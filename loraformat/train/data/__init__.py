@@ -1,0 +1,52 @@
+"""Training data: files of rows in, batches of tokens out, in an order that can be resumed.
+
+In which order to read:
+
+- sources to rows: `row_sources` (files, directories, the Hub), `data_file` (byte ranges of a file),
+  `row`; one module for each format: `json_file`, `csv_file`, `text_file`, `columnar` (Arrow and
+  Parquet), and `spooled_rows` (what must be unpacked first)
+- rows to samples: `row_formats` and `messages` (what a row means), `chat` with `template_probe`,
+  `template_process` and `ignored_fields` (conversations rendered by the chat template),
+  `tokenizer`, `encode` (token ids and loss mask)
+- samples to statistics: `dataset_scan`, one pass over all rows before training
+- lengths to batches: `batch_plan` (which samples share a row, which rows a batch), `collate`
+- `dataset`, which holds all this together, and `options`
+
+Memory holds some tens of bytes per sample, never the text.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraformat.train.data.batch_plan import DataPosition as DataPosition
+    from loraformat.train.data.dataset import Dataset as Dataset
+    from loraformat.train.data.dataset import open_data as open_data
+    from loraformat.train.data.dataset_scan import DatasetStats as DatasetStats
+    from loraformat.train.data.options import DataOptions as DataOptions
+
+_HOMES = {
+    "DatasetStats": ("loraformat.train.data.dataset_scan", "DatasetStats"),
+    "DataPosition": ("loraformat.train.data.batch_plan", "DataPosition"),
+    "DataOptions": ("loraformat.train.data.options", "DataOptions"),
+    "Dataset": ("loraformat.train.data.dataset", "Dataset"),
+    "open_data": ("loraformat.train.data.dataset", "open_data"),
+}
+
+__all__ = [
+    "DataOptions",
+    "DataPosition",
+    "Dataset",
+    "DatasetStats",
+    "open_data",
+]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return getattr(import_module(module), attribute)

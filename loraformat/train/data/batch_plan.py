@@ -1,0 +1,271 @@
+"""The batches of an epoch, planned from the lengths of the samples, and a position among them.
+
+Everything follows from lengths, seed and epoch, so an epoch can be planned again from any point of
+it. It is planned window by window; a window is packed, or sorted by length, for itself.
+
+The shuffled order is computed, not stored. A Feistel network on the smallest even number of bits
+that holds n numbers is a bijection whatever its round function; positions that fall outside of n
+are sent through it again until they fall inside (cycle walking), which keeps it a bijection. It is
+integer arithmetic only, so that the order is the same on every machine, and any part of it can be
+had at once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loraformat.errors import InputError
+from loraformat.train.data.options import DataOptions
+
+__all__ = ["BatchPlan", "DataPosition", "Permutation", "Rows", "best_fit", "next_fit"]
+
+Rows = list[tuple[int, ...]]
+"""A batch: for each row the samples in it."""
+
+_PACKED_TOGETHER = 8192
+_BATCHES_SORTED_TOGETHER = 64
+_SAMPLES, _ROWS = 0, 1  # what a permutation is for: part of its key
+
+_ROUNDS = 6
+_WORD = (1 << 64) - 1
+
+
+class BatchPlan:
+    """The batches of every epoch.
+
+    Parameters
+    ----------
+    lengths : numpy.ndarray
+        Tokens of each sample; integers ``[samples]``.
+    options : DataOptions
+    """
+
+    def __init__(self, lengths: npt.NDArray[np.uint32], options: DataOptions) -> None:
+        self._lengths, self._options = lengths, options
+
+    def batches(self, epoch: int) -> Iterator[Rows]:
+        """Yield the batches of an epoch, of all ranks, in order."""
+        options = self._options
+        if not options.shuffle:
+            return _grouped(self._rows_in_order(), options.batch_size)
+        if options.packing:
+            return _grouped(self._packed_rows(epoch), options.batch_size)
+        return self._sorted_batches(epoch)
+
+    def _rows_in_order(self) -> Iterator[tuple[int, ...]]:
+        if self._options.packing:
+            return next_fit(enumerate(self._lengths.tolist()), self._options.seq_len)
+        return ((sample,) for sample in range(len(self._lengths)))
+
+    def _windows(self, epoch: int, size: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        n = len(self._lengths)
+        order = Permutation(n, self._options.seed, epoch, _SAMPLES)
+        for number, begin in enumerate(range(0, n, size)):
+            yield number, order(np.arange(begin, min(begin + size, n)))
+
+    def _shuffled(self, items: list[Rows], epoch: int, window: int) -> Iterator[Rows]:
+        order = Permutation(len(items), self._options.seed, epoch, _ROWS, window)
+        return (items[place] for place in order(np.arange(len(items))).tolist())
+
+    def _packed_rows(self, epoch: int) -> Iterator[tuple[int, ...]]:
+        for window, samples in self._windows(epoch, _PACKED_TOGETHER):
+            packed = best_fit(self._lengths[samples].tolist(), self._options.seq_len)
+            rows = [[tuple(samples[row].tolist())] for row in packed]
+            for (row,) in self._shuffled(rows, epoch, window):
+                yield row
+
+    def _sorted_batches(self, epoch: int) -> Iterator[Rows]:
+        size = self._options.batch_size
+        for window, samples in self._windows(epoch, size * _BATCHES_SORTED_TOGETHER):
+            by_length = samples[np.argsort(self._lengths[samples], kind="stable")]
+            batches = list(_grouped(((sample,) for sample in by_length.tolist()), size))
+            yield from self._shuffled(batches, epoch, window)
+
+
+def _grouped(rows: Iterable[tuple[int, ...]], size: int) -> Iterator[Rows]:
+    iterator = iter(rows)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Pack by best-fit decreasing: each sample, longest first, goes where least is left over.
+
+    Never more than 11/9 of the fewest possible rows, and one (Johnson 1973); on samples
+    of mixed lengths next to nothing is left over.
+
+    Parameters
+    ----------
+    lengths : list of int
+        Tokens of each sample, at most ``capacity``.
+    capacity : int
+        Tokens of a row.
+
+    Returns
+    -------
+    list of list of int
+        Positions in ``lengths``; equal lengths in their order, so that the result is
+        the same everywhere.
+
+    Examples
+    --------
+    >>> best_fit([3, 5, 4, 2], 8)
+    [[1, 0], [2, 3]]
+    """
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # sorted: (tokens left, row)
+    for position in sorted(range(len(lengths)), key=lambda position: -lengths[position]):
+        length = lengths[position]
+        place = bisect_left(free, (length, -1))
+        if place < len(free):
+            left, row = free.pop(place)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(position)
+        insort(free, (left - length, row))
+    return rows
+
+
+def next_fit(lengths: Iterable[tuple[int, int]], capacity: int) -> Iterator[tuple[int, ...]]:
+    """Pack in order: a row ends where the next sample does not fit.
+
+    Parameters
+    ----------
+    lengths : iterable of (int, int)
+        Samples and their tokens.
+    capacity : int
+        Tokens of a row.
+
+    Examples
+    --------
+    >>> list(next_fit([(0, 3), (1, 5), (2, 4)], 8))
+    [(0, 1), (2,)]
+    """
+    row: list[int] = []
+    used = 0
+    for sample, length in lengths:
+        if row and used + length > capacity:
+            yield tuple(row)
+            row, used = [], 0
+        row.append(sample)
+        used += length
+    if row:
+        yield tuple(row)
+
+
+def _mixed(x: int) -> int:
+    """Return the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _WORD
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
+
+
+class Permutation:
+    """A permutation of 0 … n - 1.
+
+    Parameters
+    ----------
+    n : int
+        At most 2⁶².
+    *key : int
+        Seed, epoch, purpose: another permutation for each.
+
+    Examples
+    --------
+    >>> order = Permutation(5, 0)
+    >>> sorted(order(np.arange(5)).tolist())
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, n: int, *key: int) -> None:
+        self._n = n
+        self._half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+        state = 0
+        for number in key:
+            state = _mixed(state ^ (number & _WORD))
+        self._keys = [np.uint64(_mixed(state ^ turn)) for turn in range(_ROUNDS)]
+
+    def __call__(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the items at these places.
+
+        Parameters
+        ----------
+        places : numpy.ndarray
+            int64, each from 0 to n - 1.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64, of the same shape.
+        """
+        items = self._feistel(places.astype(np.uint64))
+        while (outside := items >= np.uint64(self._n)).any():
+            items[outside] = self._feistel(items[outside])
+        return items.astype(np.int64)
+
+    def _feistel(self, items: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
+        left, right = items >> half, items & mask
+        for key in self._keys:
+            left, right = right, left ^ (_mixed_array(right ^ key) & mask)
+        return (left << half) | right
+
+
+def _mixed_array(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class DataPosition:
+    """The next batch: of which epoch, and which in it.
+
+    Attributes
+    ----------
+    epoch : int
+        From 0.
+    batch : int
+        From 0; the same on every rank of a data-parallel run.
+    data : str
+        Fingerprint of samples and options, or empty for the start of any data. A
+        cursor of other data is refused, instead of continuing somewhere else in it.
+
+    Examples
+    --------
+    >>> DataPosition.from_json(DataPosition(epoch=1, batch=20).to_json())
+    DataPosition(epoch=1, batch=20, data='')
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    data: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``json.dumps`` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> DataPosition:
+        """Return the cursor that `to_json` wrote.
+
+        Raises
+        ------
+        InputError
+            If it is none.
+        """
+        epoch, batch, data = (fields.get(name) for name in ("epoch", "batch", "data"))
+        sound = all(type(n) is int and 0 <= n < 1 << 53 for n in (epoch, batch))
+        if not sound or not isinstance(data, str) or len(fields) != 3:
+            raise InputError(f"not a data cursor: {dict(fields)!r:.120}")
+        return cls(int(epoch or 0), int(batch or 0), data)

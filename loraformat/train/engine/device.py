@@ -1,0 +1,242 @@
+"""Frozen weights on a GPU: NF4 codes are copied there, and dequantized where they are multiplied.
+
+A sixth to a quarter of the bytes of a dense weight crosses the bus. As many layers as fit are
+resident: their codes are on the device for good. Those of any other layer are copied with each use.
+
+Nothing here has been run on a GPU yet; its parts that do not depend on one are tested on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraformat.nf4 import codec
+from loraformat.train.engine.experts import ExpertStack
+from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix, Range, Tile
+from loraformat.train.engine.stored_weights import StoredWeights
+
+__all__ = ["DeviceMatrix", "decode", "place_on"]
+
+#: Elements that are decoded at once on a device: 64 MB of bfloat16.
+_TILE = 1 << 25
+
+#: Share of the free device memory that the base may take if nobody says how much.
+_SHARE = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class _Codes:
+    """What a range of blocks is decoded from, anywhere."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+
+    def to(self, device: torch.device) -> _Codes:
+        nested = self.nested_absmax
+        return _Codes(
+            self.packed.to(device), self.absmax.to(device),
+            None if nested is None else nested.to(device),
+        )  # fmt: skip
+
+
+class DeviceMatrix:
+    """A matrix whose blocks are on a device.
+
+    Parameters
+    ----------
+    host : NF4Matrix or DenseMatrix
+        In memory of the CPU, or mapped.
+    device : torch.device
+    resident : bool
+        Keep its codes, or its numbers, on the device.
+
+    Attributes
+    ----------
+    rows, columns, in_out_layout
+        As in `Matrix`.
+    """
+
+    def __init__(
+        self, host: NF4Matrix | DenseMatrix, device: torch.device, *, resident: bool
+    ) -> None:
+        self.host, self.device = host, device
+        self.rows, self.columns, self.in_out_layout = host.rows, host.columns, host.in_out_layout
+        self._values: torch.Tensor | None = None
+        self._codes: _Codes | None = None
+        if resident and isinstance(host, DenseMatrix):
+            self._values = host.values.to(device)
+        elif resident and isinstance(host, NF4Matrix):
+            self._codes = _cut(_held(host), host.codes.block_size, *_origin(host)).to(device)
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield as many rows as are decoded at once."""
+        step = max(1, _TILE // max(self.columns, 1))
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return a part of it; whole rows are decoded for it."""
+        return self._rows(*rows, dtype)[:, slice(*columns)]
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield all rows, some at a time, in order."""
+        for start, stop in self.row_chunks():
+            yield start, stop, self._rows(start, stop, dtype)
+
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(self.host, DenseMatrix):
+            values = self.host.values if self._values is None else self._values
+            return values[start:stop].to(self.device).to(dtype)
+        first = self.host.offset + start * self.columns
+        last = self.host.offset + stop * self.columns
+        return self._decode(self.host, first, last, dtype).view(stop - start, self.columns)
+
+    def _decode(self, host: NF4Matrix, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        size, (begin, end) = host.codes.block_size, _groups(host, first, last)
+        if self._codes is None:
+            codes = _cut(_held(host), size, begin, end).to(self.device)
+        else:
+            origin = _origin(host)[0]
+            codes = _cut(self._codes, size, begin - origin, end - origin)
+        offset = host.codes.nested_offset
+        values = decode(codes.packed, codes.absmax, codes.nested_absmax, offset, size, dtype)
+        return values[first - begin : last - begin]
+
+
+def _held(host: NF4Matrix) -> _Codes:
+    codes = host.codes
+    return _Codes(codes.packed, codes.absmax, codes.nested_absmax)
+
+
+def _groups(host: NF4Matrix, first: int, last: int) -> tuple[int, int]:
+    """Return the elements of whole groups of nested scales that cover a range."""
+    group = host.codes.block_size * codec.NESTED_BLOCK_SIZE
+    return first // group * group, min(-(-last // group) * group, host.codes.count)
+
+
+def _origin(host: NF4Matrix) -> tuple[int, int]:
+    """Return the groups that this matrix lies in."""
+    return _groups(host, host.offset, host.offset + host.rows * host.columns)
+
+
+def _cut(codes: _Codes, size: int, first: int, last: int) -> _Codes:
+    blocks = slice(first // size, -(-last // size))
+    group, nested = codec.NESTED_BLOCK_SIZE, codes.nested_absmax
+    return _Codes(
+        codes.packed[first // 2 : -(-last // 2)],
+        codes.absmax[blocks],
+        None if nested is None else nested[blocks.start // group : -(-blocks.stop // group)],
+    )
+
+
+def decode(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: float | None,
+    block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Dequantize with torch alone on the device of the codes: the bits of `loraformat.nf4.codec`.
+
+    Parameters
+    ----------
+    packed : torch.Tensor
+        uint8: two codes in each, the first in the high nibble; from the beginning of a block.
+    absmax : torch.Tensor
+        uint8 scale codes, or float32 scales, of these blocks.
+    nested_absmax : torch.Tensor or None
+        float32, one for each 256 scales, from the beginning of a group.
+    nested_offset : float or None
+    block_size : int
+    dtype : torch.dtype
+        Each value is rounded once to it, to nearest even.
+
+    Returns
+    -------
+    torch.Tensor
+        Flat, two values for each byte.
+
+    Examples
+    --------
+    >>> q = codec.quantize(torch.tensor([0.5, -2.0, 1.0]), double_quant=False)
+    >>> decode(q.packed, q.absmax, None, None, 64, torch.float32).tolist()[:2]
+    [0.4922246038913727, -2.0]
+    """
+    device = packed.device
+    scales = absmax
+    if nested_absmax is not None and nested_offset is not None:
+        scales = codec.nested_map().to(device)[absmax.long()]
+        scales = scales * nested_absmax.repeat_interleave(codec.NESTED_BLOCK_SIZE)[: len(scales)]
+        scales = scales + nested_offset
+    levels = codec.levels().to(device)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
+    values = pairs[packed.long()].view(-1)
+    values *= scales.repeat_interleave(block_size)[: len(values)]
+    return values.to(dtype)
+
+
+def place_on(
+    model: Any,
+    used: Mapping[str, Sequence[str]],
+    weights: StoredWeights,
+    device: torch.device,
+    budget: int | None,
+) -> set[str]:
+    """Let a model compute on a device.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Assembled; its embedding stays where it is, only its rows travel.
+    used : mapping of str to sequence of str
+        The tensors that its modules read.
+    weights : StoredWeights
+    device : torch.device
+    budget : int or None
+        Bytes that the base may take on the device; None for a share of what is free.
+
+    Returns
+    -------
+    set of str
+        Modules whose weights are on the device for good.
+    """
+    left = _free(device) if budget is None else budget
+    model.to(device)
+    resident = set()
+    for name, module in _frozen(model):
+        size = sum(end - begin for one in used[name] for _, begin, end in weights.spans(one))
+        stays = size <= left
+        if stays:
+            resident.add(name)
+            left -= size
+        module.device = device
+        if isinstance(module, FrozenLinear):
+            module.matrix = _placed(module.matrix, device, stays)
+        else:
+            module.experts = [
+                [_placed(m, device, stays) for m in parts] for parts in module.experts
+            ]
+    return resident
+
+
+def _frozen(model: Any) -> Iterator[tuple[str, FrozenLinear | ExpertStack]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear | ExpertStack):
+            yield name, module
+
+
+def _placed(matrix: Matrix, device: torch.device, resident: bool) -> Matrix:
+    assert isinstance(matrix, NF4Matrix | DenseMatrix)
+    return DeviceMatrix(matrix, device, resident=resident)
+
+
+def _free(device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _SHARE)

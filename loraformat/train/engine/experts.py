@@ -1,0 +1,162 @@
+"""Mixtures of experts: fused parameters of transformers, computed from mapped weights.
+
+transformers keeps the experts of a layer in one three-dimensional parameter for each projection.
+Here each is a stack of frozen matrices, and only the experts that a batch is routed to are read.
+The routing, the activation and the gate stay the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+
+from loraformat.errors import UnsupportedError, printable
+from loraformat.train.engine.lora_matmul import frozen_product
+from loraformat.train.engine.matrix import Matrix, NF4Matrix, Tile, output_tiles
+
+__all__ = ["ExpertStack", "compute_from_stacks", "is_fused_experts", "projection_names"]
+
+_ExpertBranch = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+class ExpertStack(torch.nn.Module):
+    """One projection of all experts of a layer.
+
+    Parameters
+    ----------
+    experts : sequence of sequence of Matrix
+        Of each expert the matrices that lie one below the other in its weight: one, or for
+        ``gate_up_proj`` that of the gate and the other.
+    name : str
+        Hugging Face name of the parameter.
+    in_out_layout : bool
+        The base's own parameter is (experts, in features, out features).
+    dtype : torch.dtype
+        Of the factors of the frozen product.
+
+    Attributes
+    ----------
+    in_features, out_features, count : int
+        Of one expert; number of experts.
+    branch : Module or None
+        Called with input, frozen output and the expert's number; returns the output.
+    layer : int or None
+        Number of the decoder layer.
+    device : torch.device
+        Where it computes.
+    quantized : bool
+        The bundle holds it in NF4.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Sequence[Matrix]],
+        name: str,
+        *,
+        in_out_layout: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.experts, self.name, self.in_out_layout, self.dtype = (
+            experts,
+            name,
+            in_out_layout,
+            dtype,
+        )
+        self.count = len(experts)
+        outs = [m.columns if m.in_out_layout else m.rows for m in experts[0]]
+        first = experts[0][0]
+        self.in_features = first.rows if first.in_out_layout else first.columns
+        self.out_features = sum(outs)
+        self.branch: torch.nn.Module | None = None
+        self.layer: int | None = None
+        self.device = torch.device("cpu")
+        self.quantized = isinstance(first, NF4Matrix)
+
+    def dense_tiles(self, expert: int) -> Iterator[Tile]:
+        """Yield one expert's weight as (first output, end output, float32 [outputs, in])."""
+        first = 0
+        for matrix in self.experts[expert]:
+            for start, stop, tile in output_tiles(matrix):
+                yield first + start, first + stop, tile
+            first += matrix.columns if matrix.in_out_layout else matrix.rows
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """Compute one expert's projection.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            (tokens, in features).
+        expert : int
+
+        Returns
+        -------
+        torch.Tensor
+            (tokens, out features).
+        """
+        parts = [frozen_product(x, matrix, self.dtype) for matrix in self.experts[expert]]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if self.branch is None:
+            return y
+        branch: _ExpertBranch = self.branch
+        return branch(x, y, expert)
+
+    def extra_repr(self) -> str:
+        """Say what it is, for ``print(model)``."""
+        return f"{self.count} x ({self.in_features}, {self.out_features})"
+
+
+def is_fused_experts(module: torch.nn.Module) -> bool:
+    """Tell whether a module is one of transformers' that hold experts in fused parameters."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def projection_names(module: Any) -> tuple[str, str]:
+    """Return the names of its two parameters: into the expert, and out of it."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def compute_from_stacks(module: Any, path: object) -> None:
+    """Let a module of fused experts compute with the stacks that took its parameters' place.
+
+    Raises
+    ------
+    UnsupportedError
+        If its class does more than two projections, biases and a gate.
+    """
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedError(
+            f"{printable(type(module).__name__)} normalises what its experts return, which "
+            "training does not know",
+            path=str(path),
+        )
+    module.forward = MethodType(_forward, module)
+
+
+def _forward(
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Sum over each token's experts of weight · down(gate(up(x)))."""
+    into, out = (getattr(module, name) for name in projection_names(module))
+    total = torch.zeros_like(hidden_states)
+    for expert in torch.unique(top_k_index).tolist():
+        if expert >= into.count:  # what a router gives to no expert
+            continue
+        tokens, slots = torch.where(top_k_index == expert)
+        y = into(hidden_states[tokens], expert)
+        if module.has_bias:
+            y = y + getattr(module, projection_names(module)[0] + "_bias")[expert]
+        y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        y = out(y, expert)
+        if module.has_bias:
+            y = y + module.down_proj_bias[expert]
+        y = y * top_k_weights[tokens, slots, None]
+        total = total.index_add(0, tokens, y.to(total.dtype))
+    return total

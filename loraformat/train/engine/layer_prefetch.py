@@ -1,0 +1,290 @@
+"""Layer prefetch: the next layer's pages are read while one is computed, the last are evicted.
+
+A layer is a contiguous range of a shard, or a few. `Residency.enter` waits until its pages are in
+memory and asks a thread for the next ones in the direction of the pass: up in the forward pass,
+down in the backward pass. `Residency.leave` gives its pages back to the kernel. Mapped pages are
+never anonymous memory, so what a step holds does not depend on the size of the base.
+
+The output head of a large vocabulary is as large as several layers, and each pass over it uses
+every row once: `StreamedMatrix` prefetches and evicts its rows in the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from loraformat.train.engine.madvise import drop_cached, forget_pages, read_pages
+from loraformat.train.engine.matrix import Matrix, Range, Tile
+from loraformat.train.engine.stored_weights import Span
+
+__all__ = ["BackwardVisit", "IoStats", "Residency", "StreamedMatrix", "merged"]
+
+#: Bytes that are asked for at a time, so that closing never waits long.
+_PIECE = 32 << 20
+
+#: Elements of the rows that are in memory for one product, and of those that are read meanwhile.
+_STRETCH = 8 << 20
+_FEWEST_ROWS = 64
+
+
+@dataclass(slots=True)
+class IoStats:
+    """What streaming did.
+
+    Attributes
+    ----------
+    stall_seconds : float
+        How long computing waited for pages.
+    bytes_read : int
+        Bytes that were asked for, from the page cache or the disk.
+    visits : list of int
+        The layers in the order in which they were entered.
+    """
+
+    stall_seconds: float = 0.0
+    bytes_read: int = 0
+    visits: list[int] = field(default_factory=list)
+
+
+def merged(spans: Sequence[Span]) -> list[Span]:
+    """Return the least ranges that cover these; gaps below a page are covered too.
+
+    Examples
+    --------
+    >>> merged([(None, 0, 10), (None, 10, 20), (None, 9000, 9010)])
+    [(None, 0, 20), (None, 9000, 9010)]
+    """
+    found: list[Span] = []
+    for file, begin, end in sorted(spans, key=lambda span: (id(span[0]), span[1])):
+        if found and found[-1][0] is file and begin - found[-1][2] < 4096:
+            found[-1] = (file, found[-1][1], max(found[-1][2], end))
+        else:
+            found.append((file, begin, end))
+    return found
+
+
+def _mapped(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+    """Yield the address of each range; none where files are read instead of mapped."""
+    for file, begin, end in merged(spans):
+        if file.address is not None:
+            yield file.address + begin, (file, begin, end)
+
+
+class Residency:
+    """Brings layers into memory before they are needed, and lets them go after.
+
+    Parameters
+    ----------
+    layers : sequence of sequence of Span
+        What each layer reads.
+    prefetch : bool
+        Read the next layer on a thread while one is computed.
+    release : bool
+        Give a layer's pages back when it is left.
+    drop_cache : bool
+        Also drop them from the page cache, as if memory were full: for measurements.
+
+    Attributes
+    ----------
+    traffic : IoStats
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Span]],
+        *,
+        prefetch: bool = True,
+        release: bool = True,
+        drop_cache: bool = False,
+    ) -> None:
+        self._layers = [list(_mapped(spans)) for spans in layers]
+        self.prefetch, self.release, self.drop_cache = prefetch, release, drop_cache
+        self.traffic = IoStats()
+        self._pending: dict[int, Future[None]] = {}
+        self._reader: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    def enter(self, layer: int, direction: int) -> None:
+        """Wait until a layer is in memory, and have the next one read.
+
+        Parameters
+        ----------
+        layer : int
+        direction : {1, -1}
+            Of the pass.
+        """
+        self.traffic.visits.append(layer)
+        if not self.prefetch:
+            return
+        began = time.perf_counter()
+        self._ask(layer)
+        self._pending.pop(layer).result()
+        self.traffic.stall_seconds += time.perf_counter() - began
+        following = layer + direction
+        if 0 <= following < len(self._layers):
+            self._ask(following)
+
+    def leave(self, layer: int) -> None:
+        """Let a layer go."""
+        self._forget(self._layers[layer])
+
+    def read_ahead(self, spans: Sequence[Span]) -> Future[None] | None:
+        """Have bytes read that belong to no layer, some time soon."""
+        if not self.prefetch or self._closed:
+            return None
+        return self._thread().submit(self._read, list(_mapped(spans)))
+
+    def evict(self, spans: Sequence[Span], reading: Future[None] | None = None) -> None:
+        """Let bytes go that belong to no layer.
+
+        Parameters
+        ----------
+        spans : sequence of Span
+        reading : Future, optional
+            What `read_ahead` returned for them: one that lags behind would bring them back.
+        """
+        if reading is not None and not reading.cancel():
+            reading.result()
+        self._forget(list(_mapped(spans)))
+
+    def _forget(self, ranges: Sequence[tuple[int, Span]]) -> None:
+        if not self.release and not self.drop_cache:
+            return
+        for address, (file, begin, end) in ranges:
+            forget_pages(address, end - begin)
+            if self.drop_cache:
+                drop_cached(file.descriptor, begin, end - begin)
+
+    def _ask(self, layer: int) -> None:
+        if layer not in self._pending:
+            self._pending[layer] = self._thread().submit(self._read, self._layers[layer])
+
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="loraformat-residency")
+        return self._reader
+
+    def _read(self, ranges: Sequence[tuple[int, Span]]) -> None:
+        for address, (_, begin, end) in ranges:
+            for start in range(0, end - begin, _PIECE):
+                if self._closed:
+                    return
+                read_pages(address + start, min(_PIECE, end - begin - start))
+            self.traffic.bytes_read += end - begin
+
+    def close(self) -> None:
+        """Stop reading; nothing may be entered after."""
+        self._closed = True
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._reader = None
+
+
+class BackwardVisit:
+    """Enters and leaves layers on the way back, one at a time and each once.
+
+    Parameters
+    ----------
+    residency : Residency
+
+    Examples
+    --------
+    >>> residency = Residency([[], []])
+    >>> visit = BackwardVisit(residency)
+    >>> for step in (visit.enter, visit.enter, visit.leave, visit.leave):
+    ...     step(1)
+    >>> residency.traffic.visits
+    [1]
+    """
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._layer: int | None = None
+
+    def enter(self, layer: int) -> None:
+        """Have a layer's weights in memory from here on, and those of no other."""
+        if layer == self._layer:
+            return
+        if self._layer is not None:
+            self._residency.leave(self._layer)
+        self._layer = layer
+        self._residency.enter(layer, -1)
+
+    def leave(self, layer: int) -> None:
+        """Let a layer go, unless that was done."""
+        if layer == self._layer:
+            self._layer = None
+            self._residency.leave(layer)
+
+
+class StreamedMatrix:
+    """A matrix whose pages come and go with its rows while it is streaming.
+
+    Parameters
+    ----------
+    matrix : Matrix
+    spans : sequence of Span
+        Its bytes: of each span a share that goes with the rows, as it is with dense numbers,
+        packed codes and scales.
+    residency : Residency
+
+    Attributes
+    ----------
+    rows, columns, in_out_layout, device
+        As in `Matrix`.
+    """
+
+    def __init__(self, matrix: Matrix, spans: Sequence[Span], residency: Residency) -> None:
+        self.matrix, self._spans, self._residency = matrix, spans, residency
+        self.rows, self.columns, self.in_out_layout = (
+            matrix.rows,
+            matrix.columns,
+            matrix.in_out_layout,
+        )
+        self.device = matrix.device
+        self._streaming = False
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Let pages go as soon as they are used, as long as this lasts."""
+        self._streaming = True
+        try:
+            yield
+        finally:
+            self._streaming = False
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield a few rows at a time while it is streaming, else what the matrix yields."""
+        if not self._streaming:
+            yield from self.matrix.row_chunks()
+            return
+        step = max(_FEWEST_ROWS, _STRETCH // max(self.columns, 1))
+        reading = None
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            coming = self._residency.read_ahead(self._of_rows(stop, min(stop + step, self.rows)))
+            yield start, stop
+            self._residency.evict(self._of_rows(start, stop), reading)
+            reading = coming
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix's block."""
+        return self.matrix.block(rows, columns, dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield the matrix's tiles, whether it is streaming or not."""
+        return self.matrix.tiles(dtype)
+
+    def _of_rows(self, start: int, stop: int) -> list[Span]:
+        found = []
+        for file, begin, end in self._spans:
+            size = end - begin
+            part = begin + size * start // self.rows, begin + -(-size * stop // self.rows)
+            found.append((file, *part))
+        return found

@@ -1,0 +1,299 @@
+"""Frozen weights as matrices that give out blocks of themselves and are never whole in memory.
+
+Each block is written into one reused buffer of the thread that asks: NF4 codes are dequantized
+(equations 1 to 4 of QLoRA, arXiv:2305.14314, backwards), other numbers widened. The matrix itself
+stays where it lies, mapped from a shard.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from loraformat.nf4 import codec
+from loraformat.train.engine.buffers import workspace
+
+__all__ = [
+    "DenseMatrix",
+    "Matrix",
+    "NF4Matrix",
+    "Range",
+    "StandIn",
+    "Tile",
+    "decoding",
+    "output_tiles",
+]
+
+#: Bytes of a tile: enough for the threads that decode it together.
+_TILE = 16 << 20
+_FEWEST_ROWS = 64
+_ALIGNED_ROWS = 16
+
+_CPU = torch.device("cpu")
+
+#: Apart, so that neighbouring outputs read inputs that are none.
+_STRIDE = 7919
+
+
+class DequantTimer:
+    """How long this process dequantized, in seconds of each thread that did."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._adding = threading.Lock()
+
+    def since(self, began: float) -> None:
+        """Add the time since a reading of ``time.perf_counter``."""
+        with self._adding:
+            self.seconds += time.perf_counter() - began
+
+
+decoding = DequantTimer()
+
+#: First and end.
+Range = tuple[int, int]
+
+#: First row, end row, and these rows.
+Tile = tuple[int, int, torch.Tensor]
+
+
+class Matrix(Protocol):
+    """A frozen weight.
+
+    Attributes
+    ----------
+    rows, columns : int
+        As it is stored.
+    in_out_layout : bool
+        Its rows are input features (``Conv1D``, some experts); else they are output features.
+    device : torch.device
+        Where its blocks are.
+    """
+
+    rows: int
+    columns: int
+    in_out_layout: bool
+    device: torch.device
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield rows, all of them in order, of which to multiply some before the next are asked."""
+        ...
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return a part of it, until the same thread asks for another."""
+        ...
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield all rows, some at a time, in order; each tile is overwritten by the next."""
+        ...
+
+
+def _row_ranges(rows: int, columns: int, dtype: torch.dtype, size: int) -> Iterator[Range]:
+    fitting = size // dtype.itemsize // max(columns, 1)
+    step = max(_FEWEST_ROWS, fitting // _ALIGNED_ROWS * _ALIGNED_ROWS)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class NF4Matrix:
+    """A matrix in NF4: `rows` x `columns` of the elements of a quantized tensor.
+
+    Parameters
+    ----------
+    codes : nf4.NF4
+        Maybe of a stack of matrices.
+    shape : tuple of int
+        Rows, columns.
+    offset : int
+        Element at which this matrix begins.
+    in_out_layout : bool
+        As in `Matrix`.
+
+    Examples
+    --------
+    >>> weight = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
+    >>> matrix = NF4Matrix(codec.quantize(weight, double_quant=False), (2, 2))
+    >>> [(start, stop, tile.tolist()) for start, stop, tile in matrix.tiles(torch.float32)]
+    [(0, 2, [[1.0, -1.0], [0.0, 1.0]])]
+    """
+
+    def __init__(
+        self,
+        codes: codec.NF4,
+        shape: tuple[int, int],
+        *,
+        offset: int = 0,
+        in_out_layout: bool = False,
+    ) -> None:
+        self.codes, self.offset, self.in_out_layout = codes, offset, in_out_layout
+        self.rows, self.columns = shape
+        self.device = _CPU
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield all rows at once: a layer is in memory while it is computed."""
+        yield 0, self.rows
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return a part: ``level * scale`` in float32, rounded once to `dtype`.
+
+        Parameters
+        ----------
+        rows, columns : tuple of int
+        dtype : torch.dtype
+            float32, float16, bfloat16; or float64, which holds the float32 values.
+        """
+        decoded = torch.float32 if dtype == torch.float64 else dtype
+        shape = rows[1] - rows[0], columns[1] - columns[0]
+        block = workspace.take("block", shape, decoded)
+        first = self.offset + rows[0] * self.columns + columns[0]
+        began = time.perf_counter()
+        codec.dequantize_rows(self.codes, block, start=first, stride=self.columns)
+        decoding.since(began)
+        return block if decoded == dtype else block.to(dtype)
+
+    def multiply_few(
+        self, x: torch.Tensor, rows: Range, dtype: torch.dtype, out: torch.Tensor
+    ) -> None:
+        """Write x Mᵀ of some rows of M, as `block` decodes them, for very few rows of x.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            float32 (tokens, columns), contiguous.
+        rows : tuple of int
+        dtype : torch.dtype
+            What weights are rounded to; of `x` it is the caller who rounds.
+        out : torch.Tensor
+            float32 (tokens, rows of the whole matrix).
+        """
+        began = time.perf_counter()
+        first = self.offset + rows[0] * self.columns
+        codec.multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=dtype)
+        decoding.since(began)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield rows, decoded as those of a block; each tile by all threads."""
+        decoded = torch.float32 if dtype == torch.float64 else dtype
+        for start, stop in _row_ranges(self.rows, self.columns, decoded, _TILE):
+            tile = workspace.take("tile", (stop - start, self.columns), decoded)
+            first = self.offset + start * self.columns
+            codec.dequantize(self.codes, out=tile, start=first, stop=first + tile.numel())
+            yield start, stop, tile if decoded == dtype else tile.to(dtype)
+
+
+class DenseMatrix:
+    """A matrix of ordinary numbers.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        Two-dimensional, any floating dtype, maybe mapped: read, never written.
+    in_out_layout : bool
+        As in `Matrix`.
+
+    Examples
+    --------
+    >>> matrix = DenseMatrix(torch.ones(2, 3, dtype=torch.bfloat16))
+    >>> [tile.dtype for _, _, tile in matrix.tiles(torch.float32)]
+    [torch.float32]
+    """
+
+    def __init__(self, values: torch.Tensor, *, in_out_layout: bool = False) -> None:
+        self.values, self.in_out_layout = values, in_out_layout
+        self.rows, self.columns = values.shape
+        self.device = values.device
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield all rows at once."""
+        yield 0, self.rows
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return a part, rounded to nearest even where `dtype` holds less than it does."""
+        values = self.values[slice(*rows), slice(*columns)]
+        if values.dtype == dtype:
+            return values
+        return workspace.take("block", tuple(values.shape), dtype).copy_(values)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield rows, rounded as those of a block."""
+        for start, stop in _row_ranges(self.rows, self.columns, dtype, _TILE):
+            values = self.values[start:stop]
+            if values.dtype != dtype:
+                tile = workspace.take("tile", (stop - start, self.columns), dtype)
+                values = tile.copy_(values)
+            yield start, stop, values
+
+
+def output_tiles(matrix: Matrix) -> Iterator[Tile]:
+    """Yield a weight as (first output, end output, float32 [outputs, in features]).
+
+    Each tile is overwritten by the next. A matrix whose rows are input features is decoded as a
+    whole for it.
+    """
+    if not matrix.in_out_layout:
+        yield from matrix.tiles(torch.float32)
+        return
+    columns = [tile.T.clone() for _, _, tile in matrix.tiles(torch.float32)]
+    yield 0, matrix.columns, torch.cat(columns, 1)
+
+
+class StandIn:
+    """Multiplies as if each output were one input, times 1/2 or -1/2.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        For which it stands; its numbers are those of this one, for who asks.
+
+    Examples
+    --------
+    >>> from loraformat.train.engine.matrix import DenseMatrix
+    >>> matrix = StandIn(DenseMatrix(torch.zeros(3, 2)))
+    >>> matrix.product(torch.tensor([2.0, 4.0]))
+    tensor([ 1., -2.,  1.])
+    >>> matrix.transposed_product(torch.tensor([2.0, 4.0, 2.0]))
+    tensor([ 2., -2.])
+    """
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self.rows, self.columns, self.in_out_layout = (
+            matrix.rows,
+            matrix.columns,
+            matrix.in_out_layout,
+        )
+        self.device = matrix.device
+        self._inputs, self._outputs = (
+            (self.rows, self.columns) if self.in_out_layout else (self.columns, self.rows)
+        )
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Wᵀ."""
+        places, signs = self._places(x)
+        return x.detach().index_select(-1, places) * signs
+
+    def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return y W."""
+        places, signs = self._places(gradient)
+        result = gradient.new_zeros(*gradient.shape[:-1], self._inputs)
+        return result.index_add_(-1, places, gradient.detach() * signs)
+
+    def _places(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = torch.arange(self._outputs, device=like.device)
+        return numbers * _STRIDE % self._inputs, (0.5 - numbers % 2).to(like.dtype)
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield what the matrix yields."""
+        return self.matrix.row_chunks()
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix's block."""
+        return self.matrix.block(rows, columns, dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield the matrix's tiles."""
+        return self.matrix.tiles(dtype)

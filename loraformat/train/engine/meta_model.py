@@ -1,0 +1,228 @@
+"""A model of transformers' own classes without weights: parameters on ``meta``, buffers real.
+
+No code is ever taken from the model's directory. Where a module's weight stays on disk, a
+placeholder answers for its shape and dtype, and raises if a class computes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from loraformat.errors import MissingDependencyError, UnsupportedError, printable
+from loraformat.model.config_json import parse
+
+__all__ = ["AbsentWeight", "WeightWanted", "build_skeleton", "text_config"]
+
+#: What makes parameters. Whatever else makes tensors makes small buffers, which must be real.
+_EMPTY = (torch.empty, torch.rand, torch.randn)
+_REMOTE = ("auto_map", "quantization_config")
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _EMPTY:
+            kwargs["device"] = "meta"
+        if func is torch.Tensor.copy_ and isinstance(args[0], torch.nn.Parameter):
+            return args[0]  # what a class initialises with random numbers that are not there
+        return func(*args, **kwargs)
+
+
+def build_skeleton(config: bytes, layers: int, path: object) -> Any:
+    """Build a causal language model that has no weights yet.
+
+    Attention is computed by torch's ``scaled_dot_product_attention``, or plainly where the class
+    cannot use that.
+
+    Parameters
+    ----------
+    config : bytes
+        The text of ``config.json``.
+    layers : int
+        How many decoder layers the bundle holds; a config that wants more is refused before
+        anything is built.
+    path : object
+        For messages.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In training mode, dtype float32; parameters on ``meta`` but for a few small ones.
+
+    Raises
+    ------
+    UnsupportedError
+        If transformers knows no causal language model of this config.
+    MissingDependencyError
+        If transformers is not installed.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ImportError:
+        raise MissingDependencyError(
+            "training needs transformers, which is not installed; pip install 'loraformat[train]'"
+        ) from None
+    fields = {key: value for key, value in parse(config).items() if key not in _REMOTE}
+    model_type = fields.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise _unsupported(f"transformers knows no model type {printable(model_type)}", path)
+    try:
+        made = CONFIG_MAPPING[model_type].from_dict(fields)
+        wanted = getattr(text_config(made), "num_hidden_layers", None)
+        fits = wanted is not None and wanted <= layers
+    except Exception as error:
+        raise _unsupported(f"transformers cannot read its config: {printable(error)}", path) from (
+            error
+        )
+    if wanted is None:
+        raise UnsupportedError(
+            f"its config ({printable(type(made).__name__)}) has no num_hidden_layers, and a model "
+            "is computed layer by layer here",
+            path=f"{path}",
+        )
+    if not fits:
+        raise UnsupportedError(
+            f"its config wants {wanted} layers, and it holds {layers}",
+            path=f"{path}",
+            hint="if files of the checkpoint are missing, fetch them and convert it again; a class "
+            "that computes one layer several times, or counts parts of it, is not trained here",
+        )
+    _refuse_other_tasks(made, path)
+    return _build(AutoModelForCausalLM, made, path)
+
+
+def _refuse_other_tasks(config: Any, path: object) -> None:
+    """Refuse a model that transformers has, but not as one that predicts text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        raise UnsupportedError(
+            f"is a model of images and text ({printable(config.model_type)}), and this trains and "
+            "runs models of text",
+            path=f"{path}",
+            hint="PEFT trains on a bundle of it, opened by "
+            "transformers.AutoModelForImageTextToText.from_pretrained(BUNDLE)",
+        )
+
+
+def _build(auto_class: Any, config: Any, path: object) -> Any:
+    failures = []
+    for attention in ("sdpa", "eager"):
+        try:
+            with _EmptyOnMeta():
+                return auto_class.from_config(
+                    config, dtype=torch.float32, attn_implementation=attention,
+                    trust_remote_code=False,
+                )  # fmt: skip
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+    raise _unsupported(f"transformers cannot build it: {printable(failures[-1])}", path)
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a config that describes the language model."""
+    return config.get_text_config(decoder=True)
+
+
+def _unsupported(problem: str, path: object) -> UnsupportedError:
+    return UnsupportedError(
+        problem, path=f"{path}", hint="a newer transformers may: pip install -U transformers"
+    )
+
+
+class WeightWanted(UnsupportedError, AttributeError):
+    """A class looks at a weight that is not there.
+
+    Parameters
+    ----------
+    module : str
+        Whose weight.
+
+    Attributes
+    ----------
+    module : str
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        super().__init__(
+            f"this model's class computes with the weight of {printable(module)} outside of its "
+            "module, and training leaves that on disk"
+        )
+
+
+class AbsentWeight:
+    """Answers what models ask of a weight, and refuses to be computed with.
+
+    Some classes look at a linear's dtype before they call it. A few, Mamba's among them, multiply
+    by its weight themselves; that must fail, and not give just any number.
+
+    Parameters
+    ----------
+    name : str
+        Of the module.
+    shape : tuple of int
+    device : torch.device
+    dtype : torch.dtype
+        In which the module computes.
+
+    Examples
+    --------
+    >>> weight = AbsentWeight("lm_head", (2, 3), torch.device("cpu"))
+    >>> weight.dtype, weight.size(0), weight.numel()
+    (torch.float32, 2, 6)
+    >>> torch.ones(1, 3) @ weight
+    Traceback (most recent call last):
+    ...
+    loraformat.train.engine.meta_model.WeightWanted: this model's class computes ...
+    """
+
+    requires_grad = False
+    is_meta = False
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.name, self.shape, self.device = name, torch.Size(shape), device
+        self.dtype = dtype
+        self.ndim = len(shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape, or one of its numbers."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.shape.numel()
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self.ndim
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        every = [*args, *(kwargs or {}).values()]
+        raise WeightWanted(next((x.name for x in every if isinstance(x, AbsentWeight)), "a module"))
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        raise WeightWanted(self.name)
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        raise WeightWanted(self.name)

@@ -1,0 +1,391 @@
+"""The low-rank branch beside a frozen layer (Hu 2021, equation 3): y = W x + s · B A x.
+
+A is (r, in), B is (out, r), both float32 whatever the layer computes in. Variants of one idea:
+
+- a linear's branch sees the layer's input and output (`LoraBranch`); with a magnitude m the
+  result is m · (W x + s · B A x) / ‖W + s · B A‖, the norm a constant (DoRA, Liu 2024);
+- an embedding's sees token ids: A x is a column of A (`EmbeddingBranch`);
+- a stack of experts has a pair for each (`ExpertBranch`);
+- a matrix that its class multiplies by itself, a router's, is changed before it does
+  (`ParameterBranch`).
+
+A branch may begin at a base's own directions (PiSSA): then s · B A x is computed with the first
+factors taken off, s · (B A − B₀ A₀) x, so that the base stays what it is. Side by side, A over
+A₀ and B beside −B₀, these are one plain pair of twice the rank: `LoraBranch.effective`.
+
+Dropout zeroes inputs of A alone. With DoRA, PEFT multiplies the base by what dropout left of the
+input; here the base's output is used as it is, which costs no second product.
+
+The factors of each expert as views of the stack, made once.
+
+Taking one matrix out of a stack of E makes a gradient of the whole stack, E times over: with 128
+experts that costs more than all the rest. ``unbind`` makes all views at once, and its backward
+pass gathers their gradients once. It keeps nothing but shapes, so that the views serve every
+pass until the stack is another tensor, or an optimizer has written to it.
+
+The norms of a weight with its delta, as DoRA needs them (Liu 2024, equation 5).
+
+W' = m · (W + D) / ‖W + D‖, the norm taken for each output feature. The norm is a constant in
+the gradient (section 4.3 there). W is seen tile by tile, so it never lies in memory as a whole;
+norms are kept until the factors change, which an optimizer does once per step, so that a
+checkpointed layer and accumulated batches cost one pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loraformat.train.engine.lora_matmul import LoraFactors
+from loraformat.train.lora.second_moments import Moments, counted, observe
+from loraformat.train.lora.target_modules import TargetModule
+
+__all__ = [
+    "EmbeddingBranch",
+    "ExpertBranch",
+    "ExpertViews",
+    "Factors",
+    "LoraBranch",
+    "ParameterBranch",
+    "RowNorms",
+    "branch_of",
+    "row_norms",
+]
+
+_Views = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Where a branch begins.
+
+    Attributes
+    ----------
+    a, b : torch.Tensor
+        float32 (r, in) and (out, r); of experts with a leading dimension.
+    fixed : tuple of torch.Tensor, or None
+        A₀ and B₀, whose product is taken off.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    fixed: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class LoraBranch(nn.Module):
+    """The branch of a linear, or of the output head.
+
+    Parameters
+    ----------
+    site : TargetModule
+    factors : Factors
+        Where it begins.
+    scaling : float
+        s.
+    dropout : float
+        Share of the inputs of A that are zeroed while training.
+    dora : bool
+        Train a magnitude, which begins as ‖W + s · B A‖.
+    collecting : bool
+        Collect the second moments of A x in every backward pass.
+
+    Attributes
+    ----------
+    a, b : torch.nn.Parameter
+    magnitude : torch.nn.Parameter or None
+        float32 (out,).
+    moments : Moments
+    """
+
+    #: What PEFT calls the factors, after the module's name.
+    keys = ("lora_A.weight", "lora_B.weight")
+
+    def __init__(
+        self,
+        site: TargetModule,
+        factors: Factors,
+        scaling: float,
+        *,
+        dropout: float = 0.0,
+        dora: bool = False,
+        collecting: bool = True,
+    ) -> None:
+        super().__init__()
+        self.site, self.scaling, self.dropout = site, scaling, dropout
+        self.collecting = collecting
+        self.a = nn.Parameter(factors.a.to(site.device))
+        self.b = nn.Parameter(factors.b.to(site.device))
+        fixed = factors.fixed or (None, None)
+        self.register_buffer("fixed_a", None if fixed[0] is None else fixed[0].to(site.device))
+        self.register_buffer("fixed_b", None if fixed[1] is None else fixed[1].to(site.device))
+        self.fixed_a: torch.Tensor | None
+        self.fixed_b: torch.Tensor | None
+        self._norms = RowNorms(site)
+        self.magnitude: nn.Parameter | None = None
+        if dora:
+            self.magnitude = nn.Parameter(self._norms(*self.effective(), scaling).clone())
+        self.moments = Moments(self.rank, site.experts)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter that is written: twice that of A if factors are taken off."""
+        return self.a.shape[-2] * (1 if self.fixed_a is None else 2)
+
+    def effective(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B with what is taken off beside them: the delta is s · B A."""
+        if self.fixed_a is None or self.fixed_b is None:
+            return self.a, self.b
+        return torch.cat([self.a, self.fixed_a], -2), torch.cat([self.b, -self.fixed_b], -1)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, by PEFT's key without the module's name."""
+        named = {self.keys[0]: self.a, self.keys[1]: self.b}
+        if self.magnitude is not None:
+            named["lora_magnitude_vector"] = self.magnitude
+        return named
+
+    def pair(self) -> LoraFactors | None:
+        """Return A, B and s as a linear multiplies them; None with dropout or a magnitude."""
+        if self.magnitude is not None or (self.dropout and self.training):
+            return None
+        observe = self._observed if self.collecting and self.training else None
+        return LoraFactors(*self.effective(), self._factor(), observe)
+
+    def _observed(self, z: torch.Tensor, gradient: torch.Tensor) -> None:
+        self.moments.add(counted(z, gradient))
+
+    def forward(self, x: torch.Tensor, base_output: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output with the branch's.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            (..., in), as the layer saw it.
+        base_output : torch.Tensor
+            (..., out), bias included.
+        """
+        inputs = x.to(self.a.dtype)
+        a, b = self.effective()
+        if self.dropout and self.training:
+            # What is taken off belongs to the base, which sees all of the input.
+            seen = functional.dropout(inputs, self.dropout)
+            z = functional.linear(seen, a[: len(self.a)])
+            if self.fixed_a is not None:
+                z = torch.cat([z, functional.linear(inputs, self.fixed_a)], -1)
+            observed = self._undropped(inputs, a)
+        else:
+            observed = z = functional.linear(inputs, a)
+        return self._added(z, b, base_output, observed)
+
+    def _undropped(self, inputs: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return functional.linear(inputs, a)
+
+    def _added(
+        self,
+        z: torch.Tensor,
+        b: torch.Tensor,
+        base_output: torch.Tensor,
+        observed: torch.Tensor,
+        expert: int | None = None,
+    ) -> torch.Tensor:
+        """Return the base's output plus s · B z, scaled to its magnitude."""
+        base = base_output.to(b.dtype)
+        bias = self.site.bias if self.magnitude is not None else None
+        if bias is not None:  # the magnitude is that of the weight alone
+            base = base - bias
+        flat = base.reshape(-1, base.shape[-1])
+        output = torch.addmm(flat, z.reshape(-1, z.shape[-1]), b.T, alpha=self._factor())
+        if self.magnitude is not None:
+            output = output * (self.magnitude / self._norms(*self.effective(), self.scaling))
+        if bias is not None:
+            output = output + bias
+        if self.collecting and self.training and output.requires_grad:
+            output = observe(output, observed, self.moments, expert)
+        return output.view(base.shape).to(base_output.dtype)
+
+    def _factor(self) -> float:
+        return self.scaling * self.site.output_scale
+
+
+class EmbeddingBranch(LoraBranch):
+    """The branch of a token embedding: A is (r, tokens) and a token's A x a column of it."""
+
+    keys = ("lora_embedding_A", "lora_embedding_B")
+
+    def forward(self, x: torch.Tensor, base_output: torch.Tensor) -> torch.Tensor:
+        """Return the embedded tokens with the branch's part.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            int64 (...), token ids. No dropout is applied, as in PEFT.
+        base_output : torch.Tensor
+            (..., out).
+        """
+        a, b = self.effective()
+        z = functional.embedding(x, a.T)
+        return self._added(z, b, base_output, z)
+
+
+class ExpertBranch(LoraBranch):
+    """The branches of a stack of experts: A is (experts, r, in), B is (experts, out, r).
+
+    PEFT adapts such a parameter (``target_parameters``) without dropout and without magnitudes,
+    and so it is here.
+    """
+
+    def __init__(
+        self, site: TargetModule, factors: Factors, scaling: float, *, collecting: bool = True
+    ) -> None:
+        super().__init__(site, factors, scaling, collecting=collecting)
+        self._views = ExpertViews()
+
+    def forward(self, x: torch.Tensor, base_output: torch.Tensor, expert: int = 0) -> torch.Tensor:
+        """Return one expert's output with its branch's.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            (tokens, in): those that were sent to this expert.
+        base_output : torch.Tensor
+            (tokens, out).
+        expert : int
+        """
+        a, b = (views[expert] for views in self._views.of(self.a, self.b))
+        if self.fixed_a is not None and self.fixed_b is not None:
+            a = torch.cat([a, self.fixed_a[expert]], 0)
+            b = torch.cat([b, -self.fixed_b[expert]], 1)
+        z = functional.linear(x.to(a.dtype), a)
+        return self._added(z, b, base_output, z, expert)
+
+
+class ParameterBranch(LoraBranch):
+    """The branch of a parameter that its class computes with by itself.
+
+    Nothing of the inputs is seen: there is no dropout, no magnitude, and no statistics.
+    """
+
+    def __init__(self, site: TargetModule, factors: Factors, scaling: float) -> None:
+        super().__init__(site, factors, scaling, collecting=False)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return the weight with its delta, (out, in), rounded once to its dtype."""
+        a, b = self.effective()
+        return torch.addmm(weight.to(b.dtype), b, a, alpha=self.scaling).to(weight.dtype)
+
+
+def branch_of(
+    site: TargetModule,
+    factors: Factors,
+    scaling: float,
+    *,
+    dropout: float,
+    dora: bool,
+    collecting: bool,
+) -> LoraBranch:
+    """Return the branch that fits a site; see `LoraBranch`."""
+    if site.kind == "experts":
+        return ExpertBranch(site, factors, scaling, collecting=collecting)
+    if site.kind == "parameter":
+        return ParameterBranch(site, factors, scaling)
+    kind = EmbeddingBranch if site.kind == "embedding" else LoraBranch
+    return kind(site, factors, scaling, dropout=dropout, dora=dora, collecting=collecting)
+
+
+class ExpertViews:
+    """Remembers views of two stacks.
+
+    Examples
+    --------
+    >>> a, b = torch.nn.Parameter(torch.ones(3, 1, 2)), torch.nn.Parameter(torch.ones(3, 2, 1))
+    >>> views = ExpertViews()
+    >>> views.of(a, b)[0][2].sum().backward()
+    >>> a.grad.sum((1, 2))
+    tensor([0., 0., 2.])
+    >>> views.of(a, b)[0][0] is views.of(a, b)[0][0]
+    True
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] | None = None
+        self._views: tuple[_Views, _Views] = ((), ())
+
+    def of(self, a: torch.Tensor, b: torch.Tensor) -> tuple[_Views, _Views]:
+        """Return the matrices of both stacks, expert by expert."""
+        stacks = (a, b)
+        key = (
+            torch.is_grad_enabled(),
+            *((id(s), s.data_ptr(), s._version, s.device, s.requires_grad) for s in stacks),
+        )
+        if key != self._key:
+            self._key, self._views = key, (a.unbind(0), b.unbind(0))
+        return self._views
+
+    def __deepcopy__(self, memo: object) -> ExpertViews:
+        return ExpertViews()  # views belong to one stack
+
+    def __reduce__(self) -> tuple[type[ExpertViews], tuple[()]]:
+        return ExpertViews, ()
+
+
+def row_norms(site: TargetModule, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return ‖W + scaling · B A‖ for each output feature.
+
+    Parameters
+    ----------
+    site : TargetModule
+        A linear, or an embedding, whose weight is the transpose of what a linear has.
+    a : torch.Tensor
+        float32 (r, in).
+    b : torch.Tensor
+        float32 (out, r).
+    scaling : float
+
+    Returns
+    -------
+    torch.Tensor
+        float32 (out,).
+    """
+    with torch.no_grad():
+        if site.kind == "embedding":
+            squares = torch.zeros(len(b), dtype=torch.float64, device=b.device)
+            for first, last, tile in site.tiles(0):
+                moved = torch.addmm(tile, a[:, first:last].T, b.T, alpha=scaling)
+                squares += moved.square().sum(0, dtype=torch.float64)
+            return squares.sqrt().to(b.dtype)
+        norms = torch.empty(len(b), dtype=b.dtype, device=b.device)
+        for first, last, tile in site.tiles(0):
+            moved = torch.addmm(tile, b[first:last], a, alpha=scaling)
+            torch.linalg.vector_norm(moved, dim=1, out=norms[first:last])
+        return norms
+
+
+class RowNorms:
+    """`row_norms` of one site, computed again when the factors are others.
+
+    Parameters
+    ----------
+    site : TargetModule
+    """
+
+    def __init__(self, site: TargetModule) -> None:
+        self._site = site
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._norms: torch.Tensor | None = None
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Return the norms for these factors."""
+        known = self._factors
+        # Compared by value: an optimizer may write past torch's version counters.
+        if (
+            self._norms is None
+            or known is None
+            or not (torch.equal(known[0], a) and torch.equal(known[1], b))
+        ):
+            self._factors = a.detach().clone(), b.detach().clone()
+            self._norms = row_norms(self._site, *self._factors, scaling)
+        return self._norms

@@ -1,0 +1,257 @@
+"""The branches of a whole model, new or from an adapter; their parameters and statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from loraformat.errors import InputError, UnsupportedError, UsageError, nearest, printable
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.ops.deltas.factors import finite
+from loraformat.ops.opening.model import compare_base
+from loraformat.train.lora.branch import Factors, LoraBranch, branch_of
+from loraformat.train.lora.initialise import initial
+from loraformat.train.lora.options import LoraOptions
+from loraformat.train.lora.target_modules import TargetModule, resolve
+
+__all__ = ["attach", "attach_adapter", "extra_state", "load_extra_state", "trainable"]
+
+
+def attach(
+    sites: Sequence[TargetModule],
+    options: LoraOptions,
+    *,
+    original: Checkpoint | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, LoraBranch]:
+    """Give the layers that are to be trained their branches.
+
+    Parameters
+    ----------
+    sites : sequence of Site
+        All that the model has, in its order.
+    options : LoraOptions
+    original : Checkpoint, optional
+        The dense model, for ``init="loftq"``.
+    progress : callable
+        Called with branches made and in total: principal directions take their time.
+
+    Returns
+    -------
+    dict of str to LoraBranch
+        By the site's name, in the model's order.
+
+    Raises
+    ------
+    UsageError
+        If a target means nothing, or cannot be trained so.
+    """
+    ranks = resolve(sites, options)
+    if options.dora:
+        _check_dora(site for site in sites if site.name in ranks)
+    branches: dict[str, LoraBranch] = {}
+    for site in sites:
+        if (rank := ranks.get(site.name)) is None:
+            continue
+        branch = branch_of(
+            site,
+            initial(site, rank, options, original),
+            options.scaling(rank),
+            dropout=options.dropout,
+            dora=options.dora,
+            collecting=options.statistics,
+        )
+        site.attach(branch)
+        branches[site.name] = branch
+        progress(len(branches), len(ranks))
+    return branches
+
+
+def _check_dora(sites: Iterable[TargetModule]) -> None:
+    for site in sites:
+        if site.is_parameter:
+            raise UsageError(
+                f"PEFT adapts {printable(site.name)} as a parameter (experts, routers, and in some "
+                "families what is called like experts), for which it has no DoRA",
+                hint="target the other linears (attention, for example), or leave DoRA out",
+            )
+
+
+def trainable(branches: Mapping[str, LoraBranch]) -> dict[str, torch.nn.Parameter]:
+    """Return everything that is trained, by module and PEFT's key, in a stable order."""
+    return {
+        f"{name}.{key}": parameter
+        for name, branch in branches.items()
+        for key, parameter in branch.named().items()
+    }
+
+
+def extra_state(branches: Mapping[str, LoraBranch]) -> dict[str, torch.Tensor]:
+    """Return the sums of the second moments: float64, and additive over processes."""
+    return {
+        f"{name}.moments.{key}": value
+        for name, branch in branches.items()
+        if branch.collecting
+        for key, value in branch.moments.state().items()
+    }
+
+
+def load_extra_state(branches: Mapping[str, LoraBranch], state: Mapping[str, torch.Tensor]) -> None:
+    """Take over what `extra_state` returned.
+
+    Raises
+    ------
+    InputError
+        If it is not that of these branches.
+    """
+    wanted = extra_state(branches)
+    odd = sorted(wanted.keys() ^ state.keys())
+    odd += [
+        name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape
+    ]
+    if odd:
+        raise InputError(f"the saved statistics are not those of this adapter: {printable(odd[0])}")
+    for name, branch in branches.items():
+        if branch.collecting:
+            branch.moments.load(state[f"{name}.moments.total"], state[f"{name}.moments.count"])
+
+
+def attach_adapter(
+    sites: Sequence[TargetModule],
+    adapter: Adapter,
+    base: Checkpoint,
+    options: LoraOptions | None = None,
+    *,
+    has_brought: bool = False,
+) -> dict[str, LoraBranch]:
+    """Give a model the branches of an adapter, to compute with it or to train it on.
+
+    Parameters
+    ----------
+    sites : sequence of Site
+        All that the model has.
+    adapter : Adapter
+        Opened against the base.
+    base : Checkpoint
+    options : LoraOptions, optional
+        Only its dropout and statistics are heeded: all else is as in the adapter.
+    has_brought : bool
+        The model has what the adapter replaces, see `loraformat.train.lora.replaced_weights`.
+
+    Returns
+    -------
+    dict of str to LoraBranch
+        By the site's name, in the model's order.
+
+    Raises
+    ------
+    InputError
+        If the adapter was made for another base, or its modules are not the model's.
+    UnsupportedError
+        If it is more than low-rank deltas.
+    """
+    _check_base(adapter, base)
+    _check_kind(adapter, has_brought)
+    by_weight = {site.weight_name: site for site in sites}
+    by_stored = {site.stored_name: site for site in sites}
+    found: dict[str, tuple[TargetModule, LoraDelta]] = {}
+    for target, delta in adapter.deltas.items():
+        site = by_weight.get(target) or by_stored.get(adapter.spellings.get(target, target))
+        if site is None:
+            raise _unknown(target, list(by_weight), adapter)
+        if site.shared:
+            raise UnsupportedError(
+                f"changes {printable(target)}, a weight of several layers: PEFT adapts the one "
+                "that is named, and a delta of the weight would act in all of them",
+                path=adapter.path,
+                hint="use it in PEFT; or train one that leaves such linears out, as all-linear "
+                "does",
+            )
+        if delta.magnitude is not None and site.is_parameter:
+            raise UnsupportedError(
+                f"has a magnitude of {printable(target)}, which PEFT adapts as a parameter",
+                path=adapter.path,
+            )
+        _check_shapes(site, delta, adapter)
+        found[site.name] = site, delta
+    branches = {}
+    for site in sites:
+        if site.name in found:
+            branch = branches[site.name] = _branch(*found[site.name], options or LoraOptions())
+            site.attach(branch)
+    return branches
+
+
+def _check_base(adapter: Adapter, base: Checkpoint) -> None:
+    match = compare_base(adapter, base)
+    if match.relation == "other":
+        raise InputError(
+            match.difference,
+            path=adapter.path,
+            hint="use the base that it was trained on; or write a copy that names this one: "
+            "loraformat convert ADAPTER BUNDLE/adapters/NAME --allow-base-mismatch",
+        )
+
+
+def _check_kind(adapter: Adapter, has_brought: bool) -> None:
+    problem = None
+    if adapter.invocation_tokens:
+        problem = "acts on some tokens only (aLoRA)"
+    elif adapter.replacements and not has_brought:
+        problem = f"replaces {printable(next(iter(adapter.replacements)))} as a whole"
+    elif adapter.rows and not has_brought:
+        problem = f"replaces rows of {printable(next(iter(adapter.rows)))}"
+    elif any(d.magnitude is not None and len(d.a.shape) == 3 for d in adapter.deltas.values()):
+        problem = "has magnitudes of fused experts"
+    elif any(delta.bias is not None for delta in adapter.deltas.values()):
+        problem = "has biases of its own (lora_bias)"
+    if problem:
+        raise UnsupportedError(
+            f"{problem}, and only low-rank deltas can be trained on a bundle",
+            path=adapter.path,
+            hint="merge it into its base, convert that to a bundle, and train a new adapter on it",
+        )
+
+
+def _unknown(target: str, known: list[str], adapter: Adapter) -> InputError:
+    return InputError(
+        f"changes {printable(target)}, which this model has no branch for" + nearest(target, known),
+        path=adapter.path,
+        hint="was it made for another base?",
+    )
+
+
+def _check_shapes(site: TargetModule, delta: LoraDelta, adapter: Adapter) -> None:
+    leading = (site.experts,) if site.experts else ()
+    wanted = (
+        (*leading, delta.rank, site.in_features),
+        (*leading, site.out_features, delta.rank),
+    )
+    if (delta.a.shape, delta.b.shape) != wanted:
+        raise InputError(
+            f"{printable(delta.target)}: A {list(delta.a.shape)} and B {list(delta.b.shape)}, "
+            f"wanted {list(wanted[0])} and {list(wanted[1])}",
+            path=adapter.path,
+            hint="was it made for another base?",
+        )
+
+
+def _branch(site: TargetModule, delta: LoraDelta, options: LoraOptions) -> LoraBranch:
+    factors = Factors(finite(delta.a).float(), finite(delta.b).float())
+    if not math.isfinite(delta.scaling):
+        raise InputError(f"the scaling of {printable(delta.target)} is {delta.scaling}")
+    branch = branch_of(
+        site,
+        factors,
+        delta.scaling,
+        dropout=options.dropout,
+        dora=delta.magnitude is not None,
+        collecting=options.statistics,
+    )
+    if delta.magnitude is not None and branch.magnitude is not None:
+        with torch.no_grad():
+            branch.magnitude.copy_(finite(delta.magnitude).view(-1))
+    return branch

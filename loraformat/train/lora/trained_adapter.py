@@ -1,0 +1,221 @@
+"""A trained adapter: branches to the neutral adapter, to a PEFT directory with its training record.
+
+``training_record.json`` lies beside the adapter's weights, travels with them into bundles and to
+the Hub, and is what a model card is written from. PEFT does not look at it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.bundle.reader import Bundle
+from loraformat.errors import LoraFormatError, printable
+from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.checkpoint import CarriedFile, DenseTensor
+from loraformat.model.vocabulary import tokenizer_files
+from loraformat.ops.adapter_output.output import write_adapter
+from loraformat.ops.deltas.factors import as_bytes, in_memory
+from loraformat.runtimes.chat import RECORD_NAME
+from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.train.lora.branch import LoraBranch
+from loraformat.train.lora.options import LoraOptions
+from loraformat.train.lora.replaced_weights import Brought
+from loraformat.version import __version__
+
+__all__ = ["save_adapter", "trained_adapter", "training_record"]
+
+#: Members of PEFT's config that belong to what was brought.
+_BROUGHT = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
+
+
+def trained_adapter(
+    branches: Mapping[str, LoraBranch], bundle: Bundle, brought: Brought | None = None
+) -> Adapter:
+    """Return the adapter that branches are at the moment in which its tensors are loaded.
+
+    Parameters
+    ----------
+    branches : mapping of str to LoraBranch
+    bundle : Bundle
+        The base; its fingerprint and source go with the adapter.
+    brought : Brought, optional
+        What goes into the adapter as it came.
+
+    Returns
+    -------
+    Adapter
+        Factors float32, scaling resolved; with the second moments that were collected.
+    """
+    deltas = [_delta(branch) for branch in branches.values()]
+    parameters = any(branch.site.is_parameter for branch in branches.values())
+    dropouts = {branch.dropout for branch in branches.values()}
+    config: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        # PEFT has no dropout where it adapts parameters.
+        "lora_dropout": 0.0 if parameters else max(dropouts, default=0.0),
+    }
+    stored = {site.weight_name: site.stored_name for site in (b.site for b in branches.values())}
+    source = dict(bundle.manifest.source)
+    provenance = bundle.checkpoint.provenance
+    spellings = {target: name for target, name in stored.items() if target != name}
+    replacements, rows = {}, {}
+    if brought is not None:
+        earlier = brought.adapter
+        config |= {key: earlier.config.get(key) for key in _BROUGHT}
+        spellings = {**earlier.spellings, **spellings}
+        replacements, rows = earlier.replacements, earlier.rows
+    return Adapter(
+        path=bundle.folder.path / MANIFEST_NAME,
+        format="trained",
+        deltas={delta.target: delta for delta in deltas},
+        replacements=replacements,
+        rows=rows,
+        spellings=spellings,
+        config=config,
+        base_model=provenance.repo or str(bundle.folder.path),
+        base_fingerprint=bundle.manifest.fingerprint,
+        base_source=json.dumps(source, ensure_ascii=False),
+    )
+
+
+def _delta(branch: LoraBranch) -> LoraDelta:
+    site = branch.site
+    name = site.weight_name
+    a_shape, b_shape = (tuple(factor.shape) for factor in branch.effective())
+    moment = branch.moments.second_moment()
+    magnitude = branch.magnitude
+    return LoraDelta(
+        target=name,
+        a=_lazy(f"{name}.lora_A", a_shape, lambda: branch.effective()[0]),
+        b=_lazy(f"{name}.lora_B", b_shape, lambda: branch.effective()[1]),
+        scaling=branch.scaling,
+        orientation="transposed" if site.transposed or site.kind == "embedding" else "linear",
+        magnitude=None
+        if magnitude is None
+        else _lazy(f"{name}.lora_magnitude_vector", tuple(magnitude.shape), lambda: magnitude),
+        second_moment=None if moment is None else in_memory(f"{name}.second_moment", moment),
+        alpha=branch.scaling * branch.rank,
+    )
+
+
+def _lazy(name: str, shape: tuple[int, ...], current: Callable[[], torch.Tensor]) -> DenseTensor:
+    def load() -> memoryview:
+        values = current().detach().float().cpu()
+        if not bool(values.isfinite().all()):
+            raise LoraFormatError(
+                f"{printable(name)} holds NaN or infinity: the training diverged",
+                hint="go on from an earlier checkpoint, with a lower learning rate",
+            )
+        return as_bytes(values)
+
+    return DenseTensor(name, "F32", shape, load)
+
+
+def save_adapter(
+    branches: Mapping[str, LoraBranch],
+    bundle: Bundle,
+    path: str | Path,
+    *,
+    options: LoraOptions | None = None,
+    force: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    files: tuple[CarriedFile, ...] = (),
+    brought: Brought | None = None,
+) -> Path:
+    """Write what was trained as a PEFT adapter: whole or not at all.
+
+    Alpha and rank are written as they were trained with where one alpha says it all; else
+    (rsLoRA, ranks of their own) the scaling is folded into B.
+
+    Parameters
+    ----------
+    branches : mapping of str to LoraBranch
+    bundle : Bundle
+    path : str or Path
+        A directory, or ``BUNDLE/adapters/NAME``.
+    options : LoraOptions, optional
+        For the record.
+    force : bool
+        Replace an adapter that stands there.
+    facts : mapping, optional
+        What the training says of itself, for `loraformat.train.lora.trained_adapter`.
+    files : tuple of CarriedFile
+        What else shall lie beside the weights.
+    brought : Brought, optional
+        As in `trained_adapter`; a tokenizer of its own goes along.
+
+    Returns
+    -------
+    Path
+        Where it was written.
+
+    Raises
+    ------
+    LoraFormatError
+        If it cannot be written, or a factor is not finite. Nothing appears then.
+    """
+    adapter = trained_adapter(branches, bundle, brought)
+    if brought is not None and brought.tokenizer is not None:
+        beside = {file.path for file in files}
+        tokenizer = tokenizer_files(brought.adapter.files)
+        files = (*files, *(file for file in tokenizer if file.path not in beside))
+    base = {"fingerprint": bundle.manifest.fingerprint, "source": dict(bundle.manifest.source)}
+    parameters = sum(p.numel() for branch in branches.values() for p in branch.named().values())
+    adapter.files = (training_record(options, base, facts or {}, parameters), *files)
+    target = Path(path)
+    write_adapter(adapter, target, base=bundle.checkpoint, force=force, canonical=False)
+    return target
+
+
+def training_record(
+    options: LoraOptions | None,
+    base: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    parameters: int = 0,
+) -> CarriedFile:
+    """Return the record as a file to be carried.
+
+    Parameters
+    ----------
+    options : LoraOptions or None
+        What was asked for; None if an adapter was trained on.
+    base : mapping
+        ``fingerprint`` and ``source`` of the bundle.
+    facts : mapping
+        What the training says of itself: data, steps, loss. JSON values.
+    parameters : int
+        Numbers that are trained.
+
+    Raises
+    ------
+    LoraFormatError
+        If a fact is no JSON value.
+
+    Examples
+    --------
+    >>> file = training_record(LoraOptions(rank=8), {"fingerprint": "ab"}, {"steps": 3})
+    >>> record = json.loads(file.read())
+    >>> record["schema"], record["lora"]["rank"], record["training"]
+    ('loraformat.training_record', 8, {'steps': 3})
+    """
+    record = {
+        "schema": "loraformat.training_record",
+        "schema_version": 1,
+        "created_by": f"loraformat {__version__}",
+        "base": dict(base),
+        "lora": None if options is None else {**asdict(options), "ranks": dict(options.ranks)},
+        "trained_parameters": parameters,
+        "training": dict(facts),
+    }
+    try:
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise LoraFormatError(f"the facts of the training are no JSON: {error}") from None
+    data = text.encode("utf-8")
+    return CarriedFile(RECORD_NAME, len(data), lambda: data)

@@ -1,0 +1,222 @@
+"""The verb ``load``: a bundle opened as a model that can be trained."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.bundle.reader import Bundle, is_bundle, open_bundle
+from loraformat.errors import LoraFormatError, UnsupportedError, printable
+from loraformat.families.table import family_of
+from loraformat.families.tensor_names import layer_of
+from loraformat.model.adapter import Adapter
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.config_json import parse
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
+from loraformat.train.engine.bind_weights import Assembly, assemble
+from loraformat.train.engine.checkpointing import (
+    ActivationBudget,
+    Recomputation,
+    recompute_layer,
+)
+from loraformat.train.engine.compute_dtype import choose_dtype
+from loraformat.train.engine.decoder import find_layers, head_name, number_layers
+from loraformat.train.engine.device import place_on
+from loraformat.train.engine.layer_prefetch import Residency
+from loraformat.train.engine.madvise import keep_freed_memory
+from loraformat.train.engine.meta_model import build_skeleton
+from loraformat.train.engine.readable_base import ReadableBase
+from loraformat.train.engine.stored_weights import StoredWeights
+from loraformat.train.loop import memory
+from loraformat.train.lora.branch import LoraBranch
+from loraformat.train.lora.branches import attach, attach_adapter
+from loraformat.train.lora.options import LoraOptions
+from loraformat.train.lora.replaced_weights import brought_by
+from loraformat.train.lora.target_modules import TargetModule, find_sites
+from loraformat.train.model import TrainableModel
+
+__all__ = ["load"]
+
+
+def load(
+    bundle: str | Path | Bundle,
+    *,
+    lora: LoraOptions | None = None,
+    adapter: str | Path | Adapter | None = None,
+    device: str | torch.device = "cpu",
+    device_memory: int | None = None,
+    activation_memory: int | None = None,
+    compute_dtype: torch.dtype | str | None = None,
+    original: str | Path | Checkpoint | None = None,
+    to_train: bool = True,
+) -> TrainableModel:
+    """Open a bundle as a model of transformers' own classes that can be trained.
+
+    Nothing of the weights is read: they stay mapped, and each layer is decoded when it is
+    computed. The first call tells glibc's malloc, for the process, to keep what is freed: else a
+    third of the time would go into giving memory back and asking for it again.
+
+    Parameters
+    ----------
+    bundle : str, Path or Bundle
+        A directory, or an open bundle, which stays the caller's to close.
+    lora : LoraOptions, optional
+        What is trained. With `adapter` only its dropout and statistics are heeded.
+    adapter : str, Path or Adapter, optional
+        An adapter of this base to compute with or to train on.
+    device : str or torch.device
+        Where it computes: ``cpu``, or a GPU, on which codes are decoded.
+    device_memory : int, optional
+        Bytes that the base may take on the GPU, a share of what is free by default; layers that
+        do not fit are brought there for each use.
+    activation_memory : int, optional
+        Bytes for layers that keep what their backward pass wants instead of computing it again,
+        which is a quarter of the work: the last layers do, as many as it is enough for. By
+        default half of the memory that would be left if all of the base was cached. It does not
+        change what is computed.
+    compute_dtype : torch.dtype or "fastest", optional
+        float32 by default, bfloat16 on a GPU. See `loraformat.train.engine.compute_dtype`.
+    original : str, Path or Checkpoint, optional
+        The dense model that the bundle was made from, for ``LoraOptions(init="loftq")``.
+    to_train : bool
+        Else it is opened to be computed with, and may be a model in any format that can be read:
+        a directory of safetensors, a bitsandbytes checkpoint, a GGUF file.
+
+    Returns
+    -------
+    TrainableModel
+        In training mode.
+
+    Raises
+    ------
+    InputError
+        If the bundle is none, or breaks a rule, or the adapter is not one for it.
+    UnsupportedError
+        If transformers has no class for it, or a class here none for a large part of it.
+    UsageError
+        If a target or a rank means nothing.
+    MissingDependencyError
+        If transformers is not installed.
+    """
+    with ExitStack() as opened:
+        here = bundle if isinstance(bundle, Bundle) else _open(Path(bundle), to_train=to_train)
+        if here is not bundle:
+            opened.callback(here.close)
+        place = torch.device(device)
+        dtype = choose_dtype(compute_dtype, place)
+        owned = adapter is not None and not isinstance(adapter, Adapter)
+        if adapter is not None:
+            adapter = opened.enter_context(open_adapter(adapter, base=here.checkpoint))
+        brought = None if adapter is None else brought_by(adapter, here.checkpoint)
+        weights = StoredWeights(here, brought.tensors if brought is not None else None)
+        config = brought.config if brought is not None else here.checkpoint.config
+        path = here.checkpoint.path
+        base, assembly = _built(path, weights, config, dtype)
+        used = assembly.used
+        resident: set[str] = set()
+        if place.type != "cpu":
+            resident = place_on(base, used, weights, place, device_memory)
+        sites = find_sites(base, used | assembly.copied, family_of(parse(config or b"{}")))
+        branches = _branches(sites, here, lora, adapter, original, has_brought=brought is not None)
+        if adapter is not None and owned:
+            if brought is None:
+                adapter.close()  # its factors have been copied
+            else:
+                brought = replace(brought, close=adapter.close)
+        streamed = {name: names for name, names in used.items() if name not in resident}
+        shared = _stream(base, weights, streamed, path)
+        if activation_memory is None:
+            size = sum(tensor.nbytes for tensor in here.checkpoint.tensors.values())
+            activation_memory = memory.spare(size, str(place))
+        shared.kept.budget = activation_memory
+        keep_freed_memory(plentiful=activation_memory > 0)
+        head = [span for name in used[head_name(base, path)] for span in weights.spans(name)]
+        model = TrainableModel(
+            base, here, shared, head_spans=head, branches=branches,
+            options=None if adapter else lora, compute_dtype=dtype, owned=here is not bundle,
+            brought=brought,
+        )  # fmt: skip
+        opened.pop_all()
+    return model
+
+
+def _branches(
+    sites: list[TargetModule],
+    bundle: Bundle | ReadableBase,
+    lora: LoraOptions | None,
+    adapter: Adapter | None,
+    original: str | Path | Checkpoint | None,
+    *,
+    has_brought: bool,
+) -> dict[str, LoraBranch]:
+    if adapter is not None:
+        return attach_adapter(sites, adapter, bundle.checkpoint, lora, has_brought=has_brought)
+    if lora is None:
+        return {}
+    with ExitStack() as opened:
+        if original is not None and not isinstance(original, Checkpoint):
+            original = opened.enter_context(open_model(original))
+        return attach(sites, lora, original=original)
+
+
+def _open(path: Path, *, to_train: bool) -> Bundle | ReadableBase:
+    if not path.exists() or is_bundle(path):
+        return open_bundle(path)
+    hint = f"make one: loraformat convert {path} my-bundle --to loraformat"
+    if (path / "adapter_config.json").exists():
+        hint = "that is an adapter: name its base here, and the adapter with --adapter"
+    elif not path.is_dir() and path.suffix not in (".gguf", ".safetensors"):
+        hint = "name the base first, then the data"
+    elif not to_train:
+        return ReadableBase(open_model(path))
+    raise UnsupportedError("is not a bundle, and only bundles are trained on", path=path, hint=hint)
+
+
+def _built(
+    path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
+) -> tuple[Any, Assembly]:
+    """Return what `_build` does; whatever a class of transformers trips over is a refusal."""
+    try:
+        return _build(path, weights, config, dtype)
+    except (LoraFormatError, MemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"cannot be opened for training: {type(error).__name__}: {printable(error)}",
+            path=path,
+        ) from error
+
+
+def _build(
+    path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
+) -> tuple[Any, Assembly]:
+    """Return the model, and what it was made of."""
+    if config is None:
+        raise UnsupportedError("has no config.json, which says how to compute it", path=path)
+    numbers = [found[1] for name in weights.names() if (found := layer_of(name))]
+    base = build_skeleton(config, max(numbers, default=-1) + 1, path)
+    assembly = assemble(base, weights, dtype, path)
+    base.requires_grad_(False)
+    number_layers(base, path)
+    return base, assembly
+
+
+def _stream(
+    base: Any, weights: StoredWeights, used: dict[str, list[str]], path: Path
+) -> Recomputation:
+    """Let the decoder layers come and go."""
+    stem, layers = find_layers(base, path)
+    spans = []
+    for number in range(len(layers)):
+        prefix = f"{stem}.{number}."
+        names = [one for module, some in used.items() if module.startswith(prefix) for one in some]
+        spans.append([span for name in names for span in weights.spans(name)])
+    shared = Recomputation(Residency(spans), ActivationBudget(len(layers)))
+    for number, layer in enumerate(layers):
+        recompute_layer(layer, number, shared)
+    return shared

@@ -1,0 +1,200 @@
+"""Options of a run as YAML: every key and type checked, and written back as they took effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from loraformat.errors import InputError, MissingDependencyError, printable
+from loraformat.storage.byte_sizes import parse_size
+from loraformat.train.run.options import SETTINGS, Setting
+
+__all__ = ["dump", "read"]
+
+_MAX_BYTES = 1 << 20
+_WANTED = {
+    "integer": "a whole number",
+    "number": "a number",
+    "text": "a text",
+    "texts": "a text or a list of texts",
+    "names": "names, comma-separated or as a list",
+    "flag": "true or false",
+    "size": "a size such as 4GB",
+    "ranks": "a mapping of names to ranks",
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a YAML file of options.
+
+    Parameters
+    ----------
+    path : Path
+        A mapping; keys are flags without the leading dashes, or with underscores.
+
+    Returns
+    -------
+    dict
+        Values for `TrainOptions`, by field.
+
+    Raises
+    ------
+    InputError
+        If it is no such file, a key is unknown or stands twice, or a value is of another type.
+    MissingDependencyError
+        If PyYAML is not installed.
+    """
+    known = {setting.name: setting for setting in SETTINGS}
+    values: dict[str, Any] = {}
+    for key, value in _load(path).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise InputError(f"has no option {printable(key)!r}{_nearest(name, known)}", path=path)
+        if name in values:
+            raise InputError(f"has {printable(key)!r} twice", path=path)
+        if value is not None:
+            values[name] = _value(known[name], value, path)
+    return values
+
+
+def _nearest(name: str, known: Mapping[str, Setting]) -> str:
+    near = get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {known[near[0]].flag!r}?" if near else ""
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        import yaml
+    except ImportError:
+        raise MissingDependencyError(
+            "a YAML file needs PyYAML", hint="run: pip install 'loraformat[train]'"
+        ) from None
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise InputError(f"is longer than {_MAX_BYTES} bytes", path=path)
+        tree = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
+        _refuse_duplicates(tree, path)
+        loaded = yaml.safe_load(data.decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", path=path) from None
+    except InputError:
+        raise
+    except Exception as error:  # KeyError for "!!bool x", AttributeError for "!!timestamp x", ...
+        raise InputError(f"is no YAML: {_one_line(error)}", path=path) from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError("is no mapping of options to values", path=path)
+    return loaded
+
+
+def _refuse_duplicates(tree: Any, path: Path) -> None:
+    """YAML's own loader would keep the last of two equal keys."""
+    seen: set[str] = set()
+    for key, _ in getattr(tree, "value", ()) if getattr(tree, "id", "") == "mapping" else ():
+        name = str(key.value)
+        if name in seen:
+            raise InputError(f"has {printable(name)!r} twice", path=path)
+        seen.add(name)
+
+
+def _one_line(error: Exception) -> str:
+    return printable(" ".join(str(error).split()))
+
+
+def _value(setting: Setting, value: Any, path: Path) -> Any:
+    try:
+        taken = _CONVERSIONS[setting.kind](value)
+    except (TypeError, ValueError):
+        taken = None
+    if taken is None or (setting.choices and taken not in setting.choices):
+        wanted = " or ".join(setting.choices) or _WANTED[setting.kind]
+        shown = printable(repr(value))
+        raise InputError(f"option {setting.flag} is {shown}, wanted {wanted}", path=path)
+    return taken
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _number(value: Any) -> float:
+    # YAML 1.1 reads 2e-4, without a point, as a text.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError
+    if not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(_text, value)) if isinstance(value, list) else (_text(value),)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(s for one in _texts(value) for part in one.split(",") if (s := part.strip()))
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError
+    return parse_size(str(value))
+
+
+def _ranks(value: Any) -> tuple[tuple[str, int], ...]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return tuple((_text(name), _integer(rank)) for name, rank in value.items())
+
+
+_CONVERSIONS = {
+    "integer": _integer,
+    "number": _number,
+    "text": _text,
+    "texts": _texts,
+    "names": _names,
+    "flag": _flag,
+    "size": _size,
+    "ranks": _ranks,
+}
+
+
+def dump(options: Mapping[str, Any]) -> str:
+    """Return options, as `TrainOptions.to_json` gives them, as YAML.
+
+    What is not set is left out, and so is what is empty by default; the text can be read back.
+
+    Examples
+    --------
+    >>> print(dump({"rank": 8, "targets": [], "ranks": {}, "alpha": None}), end="")
+    rank: 8
+    targets: []
+    """
+    import yaml
+
+    empty = {setting.flag: setting.plain(setting.default) for setting in SETTINGS}
+    told = {
+        name: value
+        for name, value in options.items()
+        if value is not None and (value not in ("", [], {}) or value != empty.get(name))
+    }
+    return str(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))

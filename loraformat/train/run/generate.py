@@ -1,0 +1,97 @@
+"""The verb ``generate``: text from a base, with or without an adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from loraformat.ops.report import Report
+from loraformat.train.data.tokenizer import open_tokenizer
+from loraformat.train.run.adapter_template import stops_of, template_of
+from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.setup import check_vocabulary, open_base
+from loraformat.train.run.text_generation import (
+    GenerationOptions,
+    chat_ids,
+    continuation,
+    plain_ids,
+    stop_tokens,
+    turn_end,
+)
+
+__all__ = ["GenerationReport", "generate"]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class GenerationReport(Report):
+    """A prompt and what a model wrote on.
+
+    Attributes
+    ----------
+    prompt, text : str
+    tokens : int
+        New ones.
+    """
+
+    _shared: ClassVar[tuple[str, ...]] = ("seconds",)
+
+    prompt: str
+    text: str
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed, the prompt's time included."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def generate(
+    options: TrainOptions,
+    prompt: str,
+    drawn: GenerationOptions,
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> GenerationReport:
+    """Let a model write on.
+
+    Parameters
+    ----------
+    options : TrainOptions
+        With base, and adapter if there is one.
+    prompt : str
+    drawn : GenerationOptions
+    chat : bool
+        Put the prompt into a chat template, as a user's message: that which lies beside the
+        adapter, else the model's.
+    system : str, optional
+        The message before it.
+    tell : callable
+        Called with each new piece of text.
+
+    Raises
+    ------
+    LoraFormatError
+        If something is not sound, or does not fit together.
+    """
+    with open_base(options) as model:
+        directory = model.directory
+        encoder = open_tokenizer(model.tokenizer_directory)
+        check_vocabulary(model, encoder)
+        if chat and options.adapter and (own := template_of(options.adapter)):
+            encoder.tokenizer.chat_template = own
+        ids = chat_ids(encoder, prompt, system) if chat else plain_ids(encoder, prompt)
+        stops = set(stop_tokens(directory, encoder.tokenizer))
+        if options.adapter:
+            stops.update(stops_of(options.adapter))
+        end = turn_end(encoder, stops) if chat else None
+        begun = time.monotonic()
+        stream = continuation(
+            model, encoder.tokenizer, ids, drawn,
+            stops=sorted(stops), end=end, device=options.device, tell=tell,
+        )  # fmt: skip
+        seconds = time.monotonic() - begun
+    return GenerationReport(prompt, stream.text(), len(stream.tokens), seconds=seconds)

@@ -1,0 +1,66 @@
+"""The loss curve of a run: loss by step, held-out loss, learning rate."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from loraformat.ops.plots import as_label, colors, save_picture
+
+__all__ = ["can_draw", "draw"]
+
+#: Steps that the bold line is a mean of: a share of all, and of a short run as many as will do.
+_SMOOTHED, _SHORT = 0.02, 8
+
+
+def can_draw() -> bool:
+    """Tell whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw a record.
+
+    Parameters
+    ----------
+    metrics : list of dict
+        As `loraformat.train.loop.metrics.read_metrics` returns it.
+    path : Path
+        Its suffix chooses the format.
+    title : str
+    """
+    from matplotlib.figure import Figure
+
+    steps = [line for line in metrics if "loss" in line]
+    held = [line for line in metrics if "eval_loss" in line]
+    training, held_out = colors(2)
+    figure = Figure(figsize=(9, 5.5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    if steps:
+        numbers, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
+        axes.plot(numbers, losses, color=training, alpha=0.3, linewidth=1)
+        axes.plot(numbers, _smooth(losses), color=training, linewidth=2, label="training (mean)")
+    if held:
+        axes.plot([line["step"] for line in held], [line["eval_loss"] for line in held],
+                  color=held_out, marker="o", linewidth=2, label="held-out")  # fmt: skip
+    axes.set(title=as_label(title), xlabel="step", ylabel="loss (nats per learned token)")
+    axes.grid(alpha=0.25)
+    if steps:
+        rates = axes.twinx()
+        rates.plot(numbers, [line["learning_rate"] for line in steps], color="grey",
+                   linewidth=1, linestyle=":", label="learning rate")  # fmt: skip
+        rates.set_ylabel("learning rate", color="grey")
+    if steps or held:
+        axes.legend()
+    save_picture(figure, path)
+
+
+def _smooth(losses: list[float]) -> list[float]:
+    """Return running means that know only what came before."""
+    window = max(1, round(len(losses) * _SMOOTHED), min(_SHORT, len(losses) // 4))
+    means, total = [], 0.0
+    for number, loss in enumerate(losses):
+        total += loss - (losses[number - window] if number >= window else 0.0)
+        means.append(total / min(number + 1, window))
+    return means

@@ -1,0 +1,435 @@
+"""Options of a training run: names, defaults and help in one table.
+
+The command line, the YAML file and Python take them from here; a flag is a field's name with
+dashes. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+from loraformat.errors import UsageError
+from loraformat.train.data.options import DataOptions
+from loraformat.train.loop.optimizer_options import OPTIMIZERS, OptimizerOptions
+from loraformat.train.loop.schedule import SCHEDULES
+from loraformat.train.lora.options import INITIALISATIONS, LoraOptions
+
+__all__ = ["SETTINGS", "Setting", "TrainOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One option.
+
+    Attributes
+    ----------
+    name : str
+        Field of `TrainOptions`; flag and YAML key have dashes instead of underscores.
+    section : str
+        Heading in ``--help``.
+    kind : str
+        ``integer``, ``number``, ``text``, ``texts``, ``names``, ``flag``, ``size`` or
+        ``ranks``.
+    help : str
+    default : object
+    choices : tuple of str
+        The words that a text may be.
+    metavar : str or None
+    free : bool
+        May differ when a run goes on: it does not change what is computed, or what it names is
+        compared by its content.
+    """
+
+    name: str
+    section: str
+    kind: str
+    help: str
+    default: Any
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    free: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The name with dashes."""
+        return self.name.replace("_", "-")
+
+    def plain(self, value: Any) -> Any:
+        """Return a value as JSON and YAML have it."""
+        if self.kind == "ranks":
+            return dict(value)
+        return list(value) if isinstance(value, tuple) else value
+
+
+def _setting(section: str, kind: str, default: Any, help_text: str, **more: Any) -> Any:
+    return field(
+        default=default,
+        metadata={"section": section, "kind": kind, "help": help_text, **more},
+    )
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return get_args(get_type_hints(DataOptions)[name])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """What a run is started with; see ``loraformat train --help`` for each of them.
+
+    Examples
+    --------
+    >>> options = TrainOptions(rank=8, lr=1e-4)
+    >>> options.lora().rank, options.data_options().seq_len, options.changed()
+    (8, 512, {'rank': 8, 'lr': 0.0001})
+    """
+
+    base: str = _setting("run", "text", "", "The bundle to train on.", free=True)
+    data: tuple[str, ...] = _setting(
+        "run", "texts", (), "Files, directories or datasets on the Hub.", free=True
+    )
+    output: str = _setting("run", "text", "", "The new adapter.", free=True)
+
+    rank: int = _setting("Adapter", "integer", 16, "Rank of every module.", metavar="R")
+    alpha: float | None = _setting(
+        "Adapter",
+        "number",
+        None,
+        "LoRA alpha; deltas are scaled by alpha/rank. [default: the rank]",
+        metavar="A",
+    )
+    rslora: bool = _setting(
+        "Adapter", "flag", False, "Rank-stabilised LoRA: scale by alpha/sqrt(rank)."
+    )
+    targets: tuple[str, ...] = _setting(
+        "Adapter",
+        "names",
+        ("all-linear",),
+        "Target modules: all-linear, attention, mlp, module names or globs; comma-separated, "
+        "repeatable.",
+        metavar="T",
+    )
+    ranks: tuple[tuple[str, int], ...] = _setting(
+        "Adapter",
+        "ranks",
+        (),
+        "Rank of modules that match a name or glob. Repeatable.",
+        metavar="GLOB=R",
+    )
+    dropout: float = _setting("Adapter", "number", 0.0, "LoRA dropout probability.", metavar="P")
+    init: str = _setting(
+        "Adapter", "text", "kaiming", "Initialisation of the factors.", choices=INITIALISATIONS
+    )
+    original: str = _setting(
+        "Adapter",
+        "text",
+        "",
+        "Unquantized original of the base, for --init loftq.",
+        metavar="PATH",
+    )
+    dora: bool = _setting(
+        "Adapter", "flag", False, "DoRA: also train a magnitude per output feature."
+    )
+    embeddings: bool = _setting("Adapter", "flag", False, "Also adapt the token embeddings.")
+    head: bool = _setting("Adapter", "flag", False, "Also adapt the output head.")
+    statistics: bool = _setting(
+        "Adapter", "flag", True, "Collect activation statistics for `reduce`."
+    )
+    adapter: str = _setting(
+        "Adapter",
+        "text",
+        "",
+        "Continue training this adapter, with its ranks and scaling.",
+        metavar="PATH",
+    )
+
+    seq_len: int | None = _setting(
+        "Data",
+        "integer",
+        None,
+        "Maximum sequence length in tokens. [default: 512, or the model's context if shorter]",
+        metavar="N",
+    )
+    batch_size: int = _setting("Data", "integer", 1, "Sequences per micro-batch.", metavar="N")
+    train_on: str = _setting(
+        "Data",
+        "text",
+        "completions",
+        "Compute the loss on completions and assistant turns only, or on all tokens.",
+        choices=_words("train_on"),
+    )
+    over_length: str = _setting(
+        "Data",
+        "text",
+        "refuse",
+        "What to do with samples longer than --seq-len.",
+        choices=_words("over_length"),
+    )
+    packing: bool = _setting("Data", "flag", True, "Pack several samples into one sequence.")
+    shuffle: bool = _setting("Data", "flag", True, "Shuffle the samples in each epoch.")
+    bad_rows: str = _setting(
+        "Data",
+        "text",
+        "refuse",
+        "What to do with rows that cannot be read.",
+        choices=_words("bad_rows"),
+    )
+    split_text: str = _setting(
+        "Data",
+        "text",
+        "document",
+        "Treat a text file as one document, or each paragraph as one.",
+        choices=_words("split_text"),
+    )
+    chat_template: str = _setting(
+        "Data", "text", "", "Jinja chat template that replaces the tokenizer's.", metavar="FILE"
+    )
+    subset: str = _setting("Data", "text", "", "Subset of a dataset on the Hub.", metavar="NAME")
+    split: str = _setting("Data", "text", "train", "Split of a dataset on the Hub.", metavar="NAME")
+
+    epochs: int = _setting("Optimisation", "integer", 1, "Number of epochs.", metavar="N")
+    steps: int | None = _setting(
+        "Optimisation",
+        "integer",
+        None,
+        "Number of optimizer steps; overrides --epochs.",
+        metavar="N",
+    )
+    grad_accum: int = _setting(
+        "Optimisation",
+        "integer",
+        4,
+        "Gradient accumulation: micro-batches per step, weighted by their target tokens.",
+        metavar="N",
+    )
+    layer_major: bool = _setting(
+        "Optimisation",
+        "flag",
+        False,
+        "Run all micro-batches of a step through one layer before reading the next; for slow "
+        "disks.",
+    )
+    lr: float = _setting("Optimisation", "number", 2e-4, "Peak learning rate.", metavar="X")
+    schedule: str = _setting(
+        "Optimisation", "text", "cosine", "Learning-rate schedule after warmup.", choices=SCHEDULES
+    )
+    warmup: float = _setting(
+        "Optimisation",
+        "number",
+        0.03,
+        "Warmup steps, or a fraction of all steps if below 1.",
+        metavar="N",
+    )
+    lora_plus: float = _setting(
+        "Optimisation",
+        "number",
+        1.0,
+        "LoRA+: ratio of the learning rate of B to that of A.",
+        metavar="X",
+    )
+    weight_decay: float = _setting(
+        "Optimisation", "number", 0.0, "Decoupled weight decay of matrices.", metavar="X"
+    )
+    clip: float = _setting(
+        "Optimisation", "number", 1.0, "Maximum gradient norm; 0 disables clipping.", metavar="X"
+    )
+    optimizer: str = _setting(
+        "Optimisation",
+        "text",
+        "adamw",
+        "Optimizer; the 8-bit ones need bitsandbytes.",
+        choices=tuple(OPTIMIZERS),
+    )
+    optimizer_states: str = _setting(
+        "Optimisation",
+        "text",
+        "memory",
+        "Where to keep the AdamW states; does not affect the result.",
+        choices=("memory", "disk"),
+        free=True,
+    )
+    seed: int = _setting(
+        "Optimisation",
+        "integer",
+        0,
+        "Random seed for initialisation, shuffling and dropout.",
+        metavar="N",
+    )
+    deterministic: bool = _setting(
+        "Optimisation", "flag", False, "Fail on non-deterministic GPU kernels."
+    )
+
+    eval: tuple[str, ...] = _setting(
+        "Evaluation",
+        "texts",
+        (),
+        "Held-out data to evaluate on. Repeatable.",
+        metavar="DATA",
+        free=True,
+    )
+    eval_every: int = _setting(
+        "Evaluation",
+        "integer",
+        0,
+        "Steps between evaluations; 0 evaluates only before and after training.",
+        metavar="N",
+    )
+    early_stop: int = _setting(
+        "Evaluation",
+        "integer",
+        0,
+        "Stop after this many evaluations without a lower held-out loss; 0 disables it.",
+        metavar="N",
+    )
+    best: bool = _setting(
+        "Evaluation",
+        "flag",
+        False,
+        "Write the adapter with the lowest held-out loss instead of the last.",
+    )
+    prompt: tuple[str, ...] = _setting(
+        "Evaluation",
+        "texts",
+        (),
+        "Generate a sample from this prompt at every evaluation. Repeatable.",
+        metavar="TEXT",
+        free=True,
+    )
+
+    save_every: int | None = _setting(
+        "Output",
+        "integer",
+        None,
+        "Steps between checkpoints. [default: one every ten minutes]",
+        metavar="N",
+        free=True,
+    )
+    keep: int = _setting(
+        "Output", "integer", 2, "Number of checkpoints to keep.", metavar="N", free=True
+    )
+    tensorboard: bool = _setting("Output", "flag", False, "Also log to TensorBoard.", free=True)
+    plot: bool = _setting(
+        "Output", "flag", True, "Plot the loss curve, if matplotlib is installed.", free=True
+    )
+
+    device: str = _setting("Memory", "text", "cpu", "Device: cpu, cuda, cuda:1, …", metavar="D")
+    compute_dtype: str = _setting(
+        "Memory",
+        "text",
+        "auto",
+        "Dtype of activations and matrix products (f16: of products only). auto: f32 on a CPU, "
+        "bf16 on a GPU; fastest: bf16 also on a CPU that multiplies it faster.",
+        choices=("auto", "fastest", "f32", "bf16", "f16"),
+    )
+    device_memory: int | None = _setting(
+        "Memory",
+        "size",
+        None,
+        "GPU memory for base weights; the rest is streamed.",
+        metavar="SIZE",
+        free=True,
+    )
+    activation_memory: int | None = _setting(
+        "Memory",
+        "size",
+        None,
+        "Memory for activations that are kept for the backward pass; other layers recompute "
+        "theirs (gradient checkpointing). [default: half of the memory left when the whole base "
+        "is cached]",
+        metavar="SIZE",
+        free=True,
+    )
+    max_memory: int | None = _setting(
+        "Memory",
+        "size",
+        None,
+        "Fail before training if the memory plan needs more.",
+        metavar="SIZE",
+        free=True,
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 1),
+            ("grad_accum", 1),
+            ("keep", 1),
+            ("eval_every", 0),
+            ("early_stop", 0),
+            ("seed", 0),
+            ("clip", 0),
+            ("lora_plus", 1),
+            ("weight_decay", 0),
+        ):
+            if not getattr(self, name) >= least:
+                raise _out_of_range(name, getattr(self, name), f"at least {least}")
+        for name in ("steps", "save_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise _out_of_range(name, getattr(self, name), "at least 1")
+        if not self.eval and (self.eval_every or self.early_stop or self.best or self.prompt):
+            raise UsageError(
+                "eval-every, early-stop, best and prompt need held-out data",
+                hint="name them with --eval",
+            )
+        if self.early_stop and not self.eval_every:
+            raise UsageError("early-stop needs eval-every")
+
+    def lora(self) -> LoraOptions:
+        """Return what is trained."""
+        names = {entry.name for entry in fields(LoraOptions)}
+        members = {name: getattr(self, name) for name in names}
+        return LoraOptions(**{**members, "ranks": dict(self.ranks)})
+
+    def ignored_flags(self) -> tuple[str, ...]:
+        """Return the flags that say nothing, since an adapter that is trained on has its own.
+
+        Examples
+        --------
+        >>> TrainOptions(adapter="first", rank=8, dropout=0.1).ignored_flags()
+        ('rank',)
+        """
+        if not self.adapter:
+            return ()
+        heeded = ("dropout", "statistics", "adapter")
+        of_lora = [s.flag for s in SETTINGS if s.section == "Adapter" and s.name not in heeded]
+        return tuple(flag for flag in self.changed() if flag in of_lora)
+
+    def data_options(self, **other: Any) -> DataOptions:
+        """Return how data become batches; ``other`` overrides."""
+        names = {entry.name for entry in fields(DataOptions)}
+        members = {name: getattr(self, name) for name in names}
+        members["chat_template"] = self.chat_template or None
+        members["seq_len"] = DataOptions().seq_len if self.seq_len is None else self.seq_len
+        return DataOptions(**{**members, **other})
+
+    def optimizer_options(self) -> OptimizerOptions:
+        """Return how parameters are updated."""
+        return OptimizerOptions(
+            self.optimizer, weight_decay=self.weight_decay, states=self.optimizer_states
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of them as JSON values, by flag."""
+        return {setting.flag: setting.plain(getattr(self, setting.name)) for setting in SETTINGS}
+
+    def changed(self) -> dict[str, Any]:
+        """Return those that are not the default, by flag."""
+        return {
+            setting.flag: setting.plain(value)
+            for setting in SETTINGS
+            if (value := getattr(self, setting.name)) != setting.default
+        }
+
+
+def _out_of_range(name: str, value: object, wanted: str) -> UsageError:
+    return UsageError(f"{name.replace('_', '-')} is {value}, wanted {wanted}")
+
+
+def _settings() -> tuple[Setting, ...]:
+    return tuple(
+        Setting(entry.name, default=entry.default, **entry.metadata)
+        for entry in fields(TrainOptions)
+    )
+
+
+#: Every option, in the order of ``--help``.
+SETTINGS = _settings()

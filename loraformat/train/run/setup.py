@@ -1,0 +1,378 @@
+"""Setup of a run: base, data and adapter opened and checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from loraformat.errors import InputError, ResourceError, UsageError
+from loraformat.families.tensor_names import layer_of
+from loraformat.hub import resolve
+from loraformat.train.batch import Batch
+from loraformat.train.data import template_process
+from loraformat.train.data.batch_plan import DataPosition
+from loraformat.train.data.dataset import Dataset, open_data
+from loraformat.train.data.options import DataOptions
+from loraformat.train.data.row_sources import is_local
+from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
+from loraformat.train.engine.compute_dtype import activation_dtype
+from loraformat.train.loop import memory
+from loraformat.train.loop.distributed import World
+from loraformat.train.loop.optimizer_options import SMALL
+from loraformat.train.lora.initialise import svd_bytes
+from loraformat.train.opening import load
+from loraformat.train.run.memory_plan import (
+    MemoryPlan,
+    ModelDims,
+    advise,
+    generation_bytes,
+    inner_width,
+    plan_memory,
+)
+from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.text_generation import SAMPLE, chat_ids, plain_ids, room_for
+
+if TYPE_CHECKING:
+    from loraformat.train.model import TrainableModel
+
+__all__ = [
+    "Inputs",
+    "check_device",
+    "check_vocabulary",
+    "open_base",
+    "open_inputs",
+    "open_model",
+    "text_config",
+    "with_length",
+]
+
+#: What CUDA takes of a GPU before anything is put there (bytes).
+_CONTEXT = 500_000_000
+#: What the process takes that renders chat templates, where the system does not say (bytes).
+_TEMPLATES = 60_000_000
+#: What `Dataset.prompt_format` says of data that no chat template writes.
+_WITHOUT_TEMPLATE = (None, "{prompt}{completion}")
+Progress = Callable[[int, int], None]
+_DTYPES: dict[str, torch.dtype | str] = {
+    "fastest": "fastest",
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+}
+
+
+@dataclass(slots=True)
+class Inputs:
+    """A model and its data.
+
+    Attributes
+    ----------
+    options : TrainOptions
+        As they take effect.
+    model : TrainableModel
+    encoder : TextEncoder
+    data : Dataset
+    held_out : Dataset or None
+    steps, batches : int
+        Of the whole run; micro-batches on this rank.
+    trained_too : int
+        Rows of the held-out data that are among those that are trained on.
+    prompts : list of list of int
+        The tokens of each prompt, written as the data are.
+    """
+
+    options: TrainOptions
+    model: TrainableModel
+    encoder: TextEncoder
+    data: Dataset
+    held_out: Dataset | None
+    steps: int
+    batches: int
+    trained_too: int = 0
+    prompts: list[list[int]] = field(default_factory=list)
+
+    def stream(self, place: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Yield micro-batches from a place on, each with the place behind it."""
+        start = DataPosition.from_json(place) if place else None
+        epochs = self.options.epochs if self.options.steps is None else None
+        for batch, cursor in self.data.batches(start, epochs=epochs):
+            yield batch, cursor.to_json()
+
+    def shape(self) -> ModelDims:
+        """Return the sizes that memory depends on."""
+        config = text_config(self.model)
+        layers: dict[Any, int] = {}
+        total = 0
+        for tensor in self.model.bundle.checkpoint.tensors.values():
+            total += tensor.nbytes
+            found = layer_of(tensor.name)
+            if found is not None:
+                layers[found] = layers.get(found, 0) + tensor.nbytes
+        hidden = int(config.hidden_size)
+        extra = self.model.extra_state().values()
+        trained = [parameter.numel() for parameter in self.model.trainable().values()]
+        branches = self.model.branches.values()
+        fixed = (factor for branch in branches for factor in (branch.fixed_a, branch.fixed_b))
+        return ModelDims(
+            layers=int(config.num_hidden_layers),
+            hidden=hidden,
+            inner=inner_width(config),
+            vocabulary=int(config.vocab_size),
+            base_bytes=total,
+            layer_bytes=max(layers.values(), default=0),
+            trained=sum(trained),
+            extra_bytes=sum(t.numel() * t.element_size() for t in extra),
+            small=sum(numbers for numbers in trained if numbers < SMALL),
+            fixed=sum(factor.numel() for factor in fixed if factor is not None),
+            initial_bytes=max(self._beginnings(), default=0),
+        )
+
+    def _beginnings(self) -> Iterator[int]:
+        """Yield what it took to find each module's factors, in the memory that is planned."""
+        options = self.options
+        if options.adapter or options.device != "cpu":  # they are found on the CPU
+            return
+        for branch in self.model.branches.values():
+            yield svd_bytes(branch.site, branch.a.shape[-2], options.init)
+
+    def plan(self) -> MemoryPlan:
+        """Return the memory plan, and let layers keep what it has for them.
+
+        Raises
+        ------
+        ResourceError
+            If it is over the limit.
+        """
+        options, shape = self.options, self.shape()
+        adapter = 4 * (shape.trained + shape.fixed)
+        on_gpu = options.device != "cpu"
+        kept = shape.base_bytes if options.device_memory is None else options.device_memory
+        process = _CONTEXT if on_gpu else max(0, memory.resident() - adapter)
+        plan = plan_memory(
+            shape, rows=self._rows(), length=self.data.options.seq_len,
+            process=process, resident=min(kept, shape.base_bytes) if on_gpu else 0,
+            optimizer=options.optimizer, states=options.optimizer_states,
+            number_bytes=activation_dtype(self.model.compute_dtype).itemsize,
+            templates=0 if on_gpu else self._template_process(), generation=self._generation(),
+            spare=0 if options.layer_major else self.model.activation_memory,
+            limit=options.max_memory,
+        )  # fmt: skip
+        plan.refuse_if_too_much(self.advice(plan))
+        self.model.activation_memory = plan.kept
+        return plan
+
+    def advice(self, plan: MemoryPlan) -> list[str]:
+        """Return what would make the run smaller, with numbers."""
+        options = self.options
+        return advise(
+            plan, length=self.data.options.seq_len, rows=self._rows(),
+            optimizer=options.optimizer, states=options.optimizer_states, rank=options.rank,
+        )  # fmt: skip
+
+    def _template_process(self) -> int:
+        """Return the bytes that the process holds which renders conversations, if there are any."""
+        sets = [self.data] if self.held_out is None else [self.data, self.held_out]
+        if not any(one.audit.rendered for one in sets):
+            return 0
+        number = template_process.shared().number
+        return (number and memory.resident_of(number)) or _TEMPLATES
+
+    def _generation(self) -> int:
+        """Return the bytes that the longest prompt takes while it is written on from."""
+        config = text_config(self.model)
+        number_bytes = activation_dtype(self.model.compute_dtype).itemsize
+        new = SAMPLE.max_tokens
+        return max(
+            (generation_bytes(config, len(ids), new, number_bytes) for ids in self.prompts),
+            default=0,
+        )
+
+    def _rows(self) -> int:
+        """Return how many rows go through the model between two updates."""
+        options = self.options
+        return options.batch_size * (options.grad_accum if options.layer_major else 1)
+
+
+def text_config(model: TrainableModel) -> Any:
+    """Return the part of a model's config that describes the language model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises
+    ------
+    UsageError
+        If it is no device that is known here.
+    ResourceError
+        If there is no such GPU.
+    """
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device is {device!r}, wanted cpu, cuda or cuda:N") from None
+    if kind.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {device!r}, wanted cpu, cuda or cuda:N")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(
+            f"there is no GPU {device}: torch {torch.__version__} sees {torch.cuda.device_count()}",
+            hint="train with --device cpu, or install a torch for CUDA",
+        )
+
+
+def open_model(options: TrainOptions) -> TrainableModel:
+    """Open the bundle, and what is trained on it.
+
+    Raises
+    ------
+    InputError
+        If the base is no bundle, or a target is unknown.
+    """
+    return load(
+        _base(options),
+        lora=options.lora(),
+        adapter=options.adapter or None,
+        compute_dtype=_DTYPES.get(options.compute_dtype),
+        activation_memory=options.activation_memory,
+        original=options.original or None,
+        **_placement(options),
+    )
+
+
+def open_base(options: TrainOptions) -> TrainableModel:
+    """Open the base, in any format, with an adapter if one is named, to be looked at.
+
+    Raises
+    ------
+    InputError
+        If the base is no model, or the adapter does not fit it.
+    """
+    return load(
+        _base(options),
+        adapter=options.adapter or None,
+        compute_dtype=_DTYPES.get(options.compute_dtype),
+        to_train=False,
+        **_placement(options),
+    )
+
+
+def _base(options: TrainOptions) -> Path:
+    return resolve(options.base).path
+
+
+def _placement(options: TrainOptions) -> dict[str, Any]:
+    check_device(options.device)
+    if options.device == "cpu":
+        return {}
+    return {"device": options.device, "device_memory": options.device_memory}
+
+
+def open_inputs(options: TrainOptions, world: World, progress: Progress) -> Inputs:
+    """Open the model and the data.
+
+    Raises
+    ------
+    LoraFormatError
+        If they are not sound, or do not fit each other.
+    """
+    if not options.data:
+        raise UsageError("there are no data to train on", hint="name them behind the base")
+    model = open_model(options)
+    try:
+        return _with_data(model, options, world, progress)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _with_data(
+    model: TrainableModel, options: TrainOptions, world: World, progress: Progress
+) -> Inputs:
+    options = with_length(model, options)
+    encoder = open_tokenizer(model.tokenizer_directory, options.chat_template or None)
+    check_vocabulary(model, encoder)
+    shares = {"rank": world.rank, "world": world.size}
+    settings = _settings(options, options.data)
+    data = open_data(options.data, encoder.tokenizer, settings, progress=progress, **shares)
+    held_out = None
+    if options.eval:
+        settings = _settings(options, options.eval, shuffle=False)
+        held_out = open_data(options.eval, encoder.tokenizer, settings, progress=progress, **shares)
+    steps, batches = _count(data, options)
+    trained_too = 0 if held_out is None else held_out.rows_also_in(data)
+    prompts = _prompts(model, encoder, data, options.prompt)
+    return Inputs(options, model, encoder, data, held_out, steps, batches, trained_too, prompts)
+
+
+def _prompts(
+    model: TrainableModel, encoder: TextEncoder, data: Dataset, prompts: tuple[str, ...]
+) -> list[list[int]]:
+    """Return the tokens of prompts, as users' messages where the data are conversations."""
+    if not prompts:
+        return []
+    write = plain_ids if data.prompt_format() in _WITHOUT_TEMPLATE else chat_ids
+    found = [write(encoder, prompt) for prompt in prompts]
+    for ids in found:
+        room_for(model.config, len(ids))
+    return found
+
+
+def _settings(options: TrainOptions, names: tuple[str, ...], **other: Any) -> DataOptions:
+    """Return how some of the data become batches.
+
+    Where these are files and the others are on the Hub, subset and split are meant for those.
+    """
+    if all(map(is_local, names)) and not all(map(is_local, (*options.data, *options.eval))):
+        usual = DataOptions()
+        other |= {"subset": usual.subset, "split": usual.split}
+    return options.data_options(**other)
+
+
+def _count(data: Dataset, options: TrainOptions) -> tuple[int, int]:
+    if options.steps is not None:
+        return options.steps, options.steps * options.grad_accum
+    batches = sum(data.batches_in(epoch) for epoch in range(options.epochs))
+    return ceil(batches / options.grad_accum), batches
+
+
+def with_length(model: TrainableModel, options: TrainOptions) -> TrainOptions:
+    """Return the options with a row's length that the model takes.
+
+    Raises
+    ------
+    UsageError
+        If the one that is asked for is longer.
+    """
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    if options.seq_len is None:
+        length = DataOptions().seq_len
+        return replace(options, seq_len=min(length, context) if context else length)
+    if context and options.seq_len > context:
+        raise UsageError(
+            f"seq-len is {options.seq_len}, and the model takes {context} tokens",
+            hint=f"use --seq-len {context}",
+        )
+    return options
+
+
+def check_vocabulary(model: TrainableModel, encoder: TextEncoder) -> None:
+    """Refuse a tokenizer that knows more tokens than the model.
+
+    Raises
+    ------
+    InputError
+    """
+    known, needed = int(text_config(model).vocab_size), len(encoder.tokenizer)
+    if needed > known:
+        raise InputError(
+            f"its tokenizer knows {needed} tokens, and the model {known}: they do not belong "
+            "together",
+            path=model.bundle.checkpoint.path,
+            hint="copy the tokenizer files of the model that the bundle was made from there",
+        )

@@ -1,0 +1,293 @@
+"""Text generation: encoding of the prompt, sampling, and text as it comes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraformat.errors import InputError, UsageError, printable
+from loraformat.runtimes.chat import GENERATION_NAME
+from loraformat.train.data.chat import ChatRenderer
+from loraformat.train.data.template_process import TemplateRefusalError
+from loraformat.train.data.tokenizer import TextEncoder
+from loraformat.train.loop.evaluation import evaluating
+
+__all__ = [
+    "SAMPLE",
+    "GenerationOptions",
+    "TextStream",
+    "chat_ids",
+    "continuation",
+    "ids_of",
+    "plain_ids",
+    "room_for",
+    "stop_tokens",
+    "turn_end",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How text is drawn.
+
+    Attributes
+    ----------
+    max_tokens : int
+        Maximum number of new tokens.
+    temperature : float
+        Logits are divided by it; 0 is greedy decoding.
+    top_p : float
+        Tokens are drawn from the likeliest ones whose probabilities add up to this (Holtzman
+        2020); 1 from all.
+    seed : int
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UsageError(f"max-tokens is {self.max_tokens}, wanted at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature is {self.temperature}, wanted a number from 0")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p is {self.top_p}, wanted a share above 0, up to 1")
+
+
+#: What a run writes on from each of its prompts.
+SAMPLE = GenerationOptions(max_tokens=64, temperature=0.0)
+
+
+class TextStream:
+    """Turns tokens into text as they come; what ``generate`` of transformers calls a streamer.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    tell : callable
+        Called with each new piece of text.
+    end : str, optional
+        Text that ends what is told, and is no part of it.
+
+    Attributes
+    ----------
+    tokens : list of int
+        Those that were generated.
+    """
+
+    def __init__(self, tokenizer: Any, tell: Callable[[str], None], end: str | None = None) -> None:
+        self._tokenizer, self._tell, self._end = tokenizer, tell, end
+        self.tokens: list[int] = []
+        self._told = ""
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt first, then one token at a time."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self.tokens += value.reshape(-1).tolist()
+        text = self.text()
+        # Half of a character of several bytes shows as U+FFFD until its other half comes.
+        if not text.endswith("\ufffd") and text.startswith(self._told):
+            self._say(self._certain(text))
+
+    def end(self) -> None:
+        """Tell what is left."""
+        if (text := self.text()).startswith(self._told):
+            self._say(text)
+
+    def text(self) -> str:
+        """Return what was generated so far."""
+        text = str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        return text if self._end is None else text.partition(self._end)[0]
+
+    def _certain(self, text: str) -> str:
+        """Return a text without what may be the first part of its end."""
+        end = self._end or ""
+        longest = range(min(len(end) - 1, len(text)), 0, -1)
+        return text[: len(text) - next((n for n in longest if text.endswith(end[:n])), 0)]
+
+    def _say(self, text: str) -> None:
+        if len(text) > len(self._told):
+            self._tell(text[len(self._told) :])
+            self._told = text
+
+
+def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: those of the model's generation config, else EOS."""
+    from transformers import GenerationConfig
+
+    found: Any = None
+    if (directory / GENERATION_NAME).is_file():
+        try:
+            found = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+        except Exception as error:
+            raise InputError(
+                f"cannot be read: {' '.join(str(error).split())}",
+                path=directory / GENERATION_NAME,
+            ) from None
+    return sorted({*ids_of(found), *ids_of(tokenizer.eos_token_id)})
+
+
+def ids_of(value: Any) -> list[int]:
+    """Return what an ``eos_token_id`` holds as a list.
+
+    Examples
+    --------
+    >>> ids_of(2), ids_of([2, 3]), ids_of(None), ids_of(True)
+    ([2], [2, 3], [], [])
+    """
+    return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+
+
+def continuation(
+    model: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    options: GenerationOptions,
+    *,
+    stops: list[int],
+    end: str | None = None,
+    device: str | torch.device = "cpu",
+    tell: Callable[[str], None] = lambda text: None,
+) -> TextStream:
+    """Let a model write on.
+
+    Parameters
+    ----------
+    model : TrainableModel
+        Anything with ``generate`` of transformers; nothing of it changes.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    prompt : list of int
+        Token ids.
+    options : GenerationOptions
+    stops : list of int
+        Tokens that end the text.
+    end : str, optional
+        Text that ends it, which is no single token.
+    device : str or torch.device
+    tell : callable
+        Called with each new piece of text.
+
+    Returns
+    -------
+    TextStream
+        With the tokens, and the text.
+
+    Raises
+    ------
+    InputError
+        If the prompt is empty, or leaves no room in the model's context.
+    """
+    room = room_for(model.config, len(prompt))
+    stream = TextStream(tokenizer, tell, end)
+    sampling: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+    if options.temperature > 0:
+        sampling = {
+            "do_sample": True, "temperature": options.temperature, "top_p": options.top_p,
+            "top_k": 0,
+        }  # fmt: skip
+    ids = torch.tensor([prompt], device=device)
+    with evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stream,
+            max_new_tokens=min(options.max_tokens, room), eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else 0,
+            **({} if end is None else {"stop_strings": [end], "tokenizer": tokenizer}), **sampling,
+        )  # fmt: skip
+    return stream
+
+
+def room_for(config: Any, length: int) -> int:
+    """Return how many tokens a model can write after a prompt of a length.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+    length : int
+        Tokens of the prompt.
+
+    Raises
+    ------
+    InputError
+        If the prompt is empty, or leaves no room in the model's context.
+    """
+    if not length:
+        raise InputError("the prompt has no token", hint="give some text")
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context and length >= context:
+        raise InputError(
+            f"the prompt has {length} tokens, and the model takes {context}",
+            hint="give a shorter one",
+        )
+    return int(context - length) if context else 1 << 30
+
+
+def plain_ids(encoder: TextEncoder, prompt: str) -> list[int]:
+    """Return the tokens of a text that is to be written on from."""
+    return [*encoder.prefix, *encoder.tokenize(prompt).ids]
+
+
+def chat_ids(encoder: TextEncoder, prompt: str, system: str | None = None) -> list[int]:
+    """Return the tokens of a user's message that the model is to answer.
+
+    Raises
+    ------
+    UsageError
+        If there is no chat template.
+    InputError
+        If it refuses the message.
+    """
+    if not encoder.has_template:
+        raise UsageError(
+            f"{encoder.name}: its tokenizer has no chat template", hint="leave --chat out"
+        )
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return encoder.tokenize(encoder.render(messages, None, prompt=True)).ids
+    except TemplateRefusalError as error:
+        raise InputError(
+            f"its chat template refuses the prompt: {printable(error)}",
+            path=encoder.name,
+            hint="leave --chat out" if system is None else "try it without --system",
+        ) from None
+
+
+def turn_end(encoder: TextEncoder, stops: Collection[int]) -> str | None:
+    """Return the text that the chat template puts behind an answer, where no token ends it.
+
+    Parameters
+    ----------
+    encoder : TextEncoder
+        With a chat template.
+    stops : collection of int
+        Tokens that end texts.
+
+    Returns
+    -------
+    str or None
+        None if such a token is in it, or the template does more than to put pieces around words.
+    """
+    found = ChatRenderer(encoder).format()
+    if found is None:
+        return None
+    end = found.turn_end
+    if not end or set(encoder.tokenize(end).ids) & set(stops):
+        return None
+    return end

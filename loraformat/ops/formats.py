@@ -40,7 +40,12 @@ class FormatSummary:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class FormatsReport(Report):
-    """All converters."""
+    """The installed converters.
+
+    Attributes
+    ----------
+    formats : list of FormatSummary
+    """
 
     _shared: ClassVar[tuple[str, ...]] = ()
 

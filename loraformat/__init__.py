@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from loraformat.ops.info.report import InfoReport as InfoReport
     from loraformat.ops.info.report import ModelInfo as ModelInfo
     from loraformat.ops.merge.report import MergeReport as MergeReport
-    from loraformat.ops.push.report import PullReport as PullReport
+    from loraformat.ops.pull.report import PullReport as PullReport
     from loraformat.ops.push.report import PushReport as PushReport
     from loraformat.ops.reduce import ReductionReport as ReductionReport
     from loraformat.ops.remove import RemovalReport as RemovalReport
@@ -82,7 +82,7 @@ _HOMES = {
     "MergeReport": "loraformat.ops.merge.report",
     "ModelConversion": "loraformat.ops.convert.report",
     "ModelInfo": "loraformat.ops.info.report",
-    "PullReport": "loraformat.ops.push.report",
+    "PullReport": "loraformat.ops.pull.report",
     "PushReport": "loraformat.ops.push.report",
     "ReductionReport": "loraformat.ops.reduce",
     "RemovalReport": "loraformat.ops.remove",

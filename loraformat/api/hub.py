@@ -11,7 +11,8 @@ from loraformat.api.chat_templates import format_of
 from loraformat.api.progress import Progress, reported
 
 if TYPE_CHECKING:
-    from loraformat.ops.push.report import PullReport, PushReport
+    from loraformat.ops.pull.report import PullReport
+    from loraformat.ops.push.report import PushReport
 
 __all__ = ["pull", "push"]
 

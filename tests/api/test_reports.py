@@ -13,7 +13,8 @@ from loraformat.ops.convert.report import ConversionReport, ModelConversion
 from loraformat.ops.extract.report import ExtractionReport
 from loraformat.ops.info.report import AdapterInfo, InfoReport, ModelInfo
 from loraformat.ops.merge.report import MergeReport
-from loraformat.ops.push.report import PullReport, PushReport
+from loraformat.ops.pull.report import PullReport
+from loraformat.ops.push.report import PushReport
 from loraformat.ops.reduce import ReductionReport
 from loraformat.ops.report import Report
 from loraformat.ops.spectrum.spectrum import SpectrumReport

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
@@ -15,19 +14,18 @@ from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.one_dtype import Alignment, aligned
 from loraformat.ops.encoding.requantization import again_as, original_of, sentence, with_history
 from loraformat.ops.merge.chat_files import with_conversation
-from loraformat.ops.merge.plan import plan_edits
+from loraformat.ops.merge.merged_tensor import BufferPool, merged_tensor, requantized
+from loraformat.ops.merge.plan import TensorEdit, plan_edits
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.retention import Meter
+from loraformat.ops.merge.retention import Meter, Stored
 from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
 from loraformat.ops.model_output import ModelOutput, input_paths
+from loraformat.ops.unmerge.record_file import RecordPublication
+from loraformat.ops.unmerge.recorder import Spool, UndoRecorder, write_record
 from loraformat.plugins import Converter, Forecast, WriteOptions
 from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.tensors.dtypes import parse_weight_dtype
-
-if TYPE_CHECKING:
-    from loraformat.ops.unmerge.record_file import RecordPublication
-    from loraformat.ops.unmerge.recorder import Spool, UndoRecorder
 
 __all__ = ["MergeJob", "MergeOptions"]
 
@@ -91,9 +89,6 @@ class MergeJob:
         writer: Converter,
         spool: Spool | None,
     ) -> None:
-        from loraformat.ops.merge.buffer_pool import BufferPool
-        from loraformat.ops.merge.stored_delta import Stored
-
         self.original, self.adapters = original, adapters
         self.options, self.writer = options, writer
         self.meter, self.pool = Meter(), BufferPool()
@@ -109,8 +104,6 @@ class MergeJob:
 
     def _told(self) -> dict[str, LazyTensor]:
         """Return what the tensors with deltas are without them: the writer tells what it keeps."""
-        from loraformat.ops.merge.merged_tensor import merged_tensor
-
         told: dict[str, LazyTensor] = {}
         for name, edit in self.plan.edits.items():
             source = None if edit.source is None else self.original.tensors[edit.source]
@@ -191,22 +184,16 @@ class MergeJob:
 
     def _measured(self, tensor: LazyTensor, merged: dict[str, LazyTensor]) -> LazyTensor:
         """Measure what quantizing a merged dense weight leaves of its delta."""
-        from loraformat.ops.merge.requantized import requantized
-
         edit, dense = self.plan.edits.get(tensor.name), merged[tensor.name]
         if edit is None or edit.source is None or edit.height is not None:
             return tensor
         if not isinstance(dense, DenseTensor) or not isinstance(tensor, NF4Tensor):
             return tensor
         source = self.original.tensors[edit.source]
-        return requantized(
-            dense, source, tensor.block_size, tensor.double_quant, tensor.transposed, self.meter
-        )
+        return requantized(dense, source, tensor, self.meter)
 
-    def _edits(self) -> dict[str, Any]:
+    def _edits(self) -> dict[str, TensorEdit]:
         """Add to the plan, if it shall be undone, what a cast changes."""
-        from loraformat.ops.merge.plan import TensorEdit
-
         edits = dict(self.plan.edits)
         if self.recorders is not None and self.dtype is not None:
             for name, tensor in self.original.tensors.items():
@@ -214,14 +201,9 @@ class MergeJob:
                     edits.setdefault(name, TensorEdit(name, name))
         return edits
 
-    def _tensor(self, edit: Any, source: LazyTensor | None) -> LazyTensor:
-        from loraformat.ops.merge.merged_tensor import merged_tensor
-        from loraformat.ops.merge.requantized import requantized
-
+    def _tensor(self, edit: TensorEdit, source: LazyTensor | None) -> LazyTensor:
         recorder = None
         if self.recorders is not None and self.spool is not None:
-            from loraformat.ops.unmerge.recorder import UndoRecorder
-
             recorder = self.recorders[edit.name] = UndoRecorder(
                 edit, source, self.dtype, self.spool
             )
@@ -239,14 +221,7 @@ class MergeJob:
             pool=self.pool,
         )
         if again and isinstance(source, NF4Tensor):
-            return requantized(
-                merged,
-                source,
-                source.block_size,
-                source.double_quant,
-                source.transposed,
-                self.meter,
-            )
+            return requantized(merged, source, source, self.meter)
         return merged
 
     def write(
@@ -276,8 +251,6 @@ class MergeJob:
         return input_paths([self.original, *self.adapters])
 
     def _record(self, path: Path, output: ModelOutput, force: bool) -> RecordPublication:
-        from loraformat.ops.unmerge.record_file import RecordPublication
-
         record = RecordPublication(path, output.publication, self.inputs(), force=force)
         output.publish_with(record)
         # What is not computed now would be missing in the record.
@@ -300,8 +273,6 @@ class MergeJob:
         return self.writer.estimate(self.checkpoint, target, self._write_options())
 
     def _write_record(self, record: AtomicOutput, written: WrittenModel) -> UndoSummary:
-        from loraformat.ops.unmerge.recorder import write_record
-
         assert self.recorders is not None
         return write_record(
             record, self.original, self.adapters, self.options.weights, self.recorders, written

@@ -33,13 +33,13 @@ from loraformat.ops.encoding.llama_quantize import refuse_llama_type
 from loraformat.ops.encoding.requantization import history
 from loraformat.ops.merge.base_match import check_bases
 from loraformat.ops.merge.job import MergeJob, MergeOptions
-from loraformat.ops.merge.llama_cpp_commands import commands
 from loraformat.ops.merge.plan import MergePlan, plan_edits
 from loraformat.ops.merge.report import (
     MergedAdapter,
     MergeReport,
     UndoSummary,
     advice,
+    commands,
 )
 from loraformat.ops.merge.separate_delta import check_beside, merge_beside, name_of, with_vocabulary
 from loraformat.ops.merge.vocabulary import tokens_without_rows

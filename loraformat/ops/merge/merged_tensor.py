@@ -2,25 +2,27 @@
 
 A tensor is walked over in tiles of whole rows. For each one the delta is formed, added,
 rounded and measured; nothing of the size of the delta is ever held. The result lies in a
-buffer that is used again once the tensor is released.
+buffer that is used again once the tensor is released. What is quantized again is measured after
+that.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter
-from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor, tensor_view
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, tensor_view
 from loraformat.model.vocabulary import resized
 from loraformat.nf4.kernels.merge_tile import TileSums, merge_tile
-from loraformat.ops.merge.buffer_pool import BufferPool
+from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
 from loraformat.ops.merge.low_rank_updates import LowRankUpdate, block_matrices, finite
 from loraformat.ops.merge.plan import TensorEdit
 from loraformat.ops.merge.retention import Meter
@@ -28,12 +30,15 @@ from loraformat.ops.merge.row_tiles import TILE_ELEMENTS, for_each, one_thread, 
 from loraformat.tensors.dtypes import torch_dtype
 from loraformat.undo.fixed_point import Product
 
-__all__ = ["Recorder", "merged_tensor"]
+__all__ = ["BufferPool", "Recorder", "merged_tensor", "requantized"]
 
 #: Elements of a tile where no record says so: larger ones spend less time in Python.
 _PLAIN_TILE_ELEMENTS = 1 << 17
 _FLOAT16_MAX = 65504.0
 _FLOATS = ("F32", "F16", "BF16")
+#: Buffers below this are left to the allocator, which does as well.
+_LEAST_BUFFER = 1 << 20
+_SPARE_BYTES = 16 << 20
 _own = threading.local()
 
 
@@ -297,3 +302,74 @@ def _blend(original: torch.Tensor | None, new: torch.Tensor, weight: float) -> t
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
+
+
+class BufferPool:
+    """Hands out byte buffers and takes them back; free ones are at most twice the largest seen.
+
+    Fresh memory costs a page fault for every 4 KiB, more than the arithmetic of a merge does.
+
+    Examples
+    --------
+    >>> pool = BufferPool()
+    >>> first = pool.take(2 << 20)
+    >>> pool.give(first)
+    >>> pool.take(2 << 20).data_ptr() == first.data_ptr()
+    True
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[torch.Tensor] = deque()
+        self._largest = 0
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return a flat uint8 tensor of at least ``nbytes``, with anything in it."""
+        with self._lock:
+            self._largest = max(self._largest, nbytes)
+            fitting = [b for b in self._free if nbytes <= b.numel() <= 2 * nbytes]
+            if fitting:
+                best = min(fitting, key=torch.Tensor.numel)
+                self._free = deque(b for b in self._free if b is not best)
+                return best
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back; nothing may look at it any more."""
+        if buffer.numel() < _LEAST_BUFFER:
+            return
+        with self._lock:
+            self._free.append(buffer)
+            while sum(b.numel() for b in self._free) > 2 * self._largest + _SPARE_BYTES:
+                self._free.popleft()
+
+
+def requantized(
+    merged: DenseTensor, source: LazyTensor, like: NF4Tensor, meter: Meter
+) -> NF4Tensor:
+    """Return a merged weight in NF4.
+
+    Parameters
+    ----------
+    merged : DenseTensor
+    source : LazyTensor
+        The weight before.
+    like : NF4Tensor
+        How it is quantized.
+    meter : Meter
+        Takes what is left of the delta.
+    """
+    policy = QuantizationPolicy(like.block_size, like.double_quant)
+    model_type = "gpt2" if like.transposed else None
+    again = quantized(merged, policy, model_type)
+
+    def load() -> NF4Parts:
+        data = merged.load()
+        fixed = replace(merged, load=lambda: data)
+        parts = quantized(fixed, policy, model_type).load()
+        result = replace(again, load=lambda: parts).dequantize("F32")
+        before = source.dequantize("F32") if isinstance(source, NF4Tensor) else source.torch()
+        meter.compare(merged.name, before, fixed.torch(), result)
+        return parts
+
+    return replace(again, load=load)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import ClassVar
 
 from loraformat.model.quantization_history import Quantized
 from loraformat.ops.merge.retention import Change
 from loraformat.ops.report import Report
 
-__all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice"]
+__all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice", "commands"]
 
 #: Above these, half of what training did may be gone: then there is a warning.
 _MUCH_ERROR = 0.3
@@ -141,3 +142,31 @@ def _much_is_lost(total: Change, dtypes: Sequence[str]) -> bool:
 
 def _in_blocks(dtypes: Sequence[str]) -> bool:
     return any(name.startswith("Q") for name in dtypes)
+
+
+def commands(report: MergeReport) -> list[str]:
+    """Return what to run instead of a merge whose base is quantized already.
+
+    Parameters
+    ----------
+    report : MergeReport
+        Its source, source format and adapters count.
+
+    Returns
+    -------
+    list of str
+        Command lines, in order.
+    """
+    base, lines = report.source, []
+    if report.source_format != "gguf":
+        lines.append(f"loraformat convert {quote(report.source)} base.gguf --dtype q8_0")
+        base = "base.gguf"
+    several, options = len(report.adapters) > 1, []
+    for number, adapter in enumerate(report.adapters, 1):
+        name = f"lora-{number}.gguf" if several else "lora.gguf"
+        lines.append(
+            f"loraformat convert {quote(adapter.path)} {name} --base {quote(report.source)}"
+        )
+        scaled = "" if adapter.weight == 1 else f":{adapter.weight:g}"
+        options.append(f"--lora-scaled {name}{scaled}" if scaled else f"--lora {name}")
+    return [*lines, f"llama-server -m {quote(base)} {' '.join(options)}"]

@@ -12,15 +12,17 @@ and in total:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 
 import torch
 
+from loraformat.model.checkpoint import LazyTensor
 from loraformat.nf4.kernels.merge_tile import TileSums
 from loraformat.ops.merge.row_tiles import tiles
 
-__all__ = ["Change", "Meter", "Sums", "compared"]
+__all__ = ["Change", "Meter", "Stored", "Sums", "compared"]
 
 #: Numbers whose products are summed in float32.
 _SUMMED = 1 << 16
@@ -167,3 +169,38 @@ def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the sum of products: in float32 of so many that six digits are right."""
     pieces = (torch.split(vector.reshape(-1), _SUMMED) for vector in (one, other))
     return sum(float(torch.dot(a, b)) for a, b in zip(*pieces, strict=True))
+
+
+class Stored:
+    """Measures merged tensors as they are stored; a `loraformat.plugins.RoundingObserver`.
+
+    Parameters
+    ----------
+    sources : mapping of str to LazyTensor
+        What each tensor was before the merge, which changed it by low-rank deltas alone.
+
+    meter : Meter
+        Takes what is found.
+    """
+
+    def __init__(self, sources: Mapping[str, LazyTensor], meter: Meter) -> None:
+        self._sources, self._meter = sources, meter
+
+    def before(self, name: str) -> LazyTensor | None:
+        """Return what a tensor was before the merge; None of one that is not measured."""
+        return self._sources.get(name)
+
+    def compare(
+        self,
+        before: torch.Tensor,
+        wanted: torch.Tensor,
+        stored: torch.Tensor,
+        untouched: torch.Tensor | None,
+    ) -> object:
+        """Measure some numbers; see `loraformat.plugins.RoundingObserver`."""
+        return compared(before, wanted, stored, untouched)
+
+    def add(self, name: str, measured: object) -> None:
+        """Take what `compare` returned."""
+        assert isinstance(measured, TileSums)
+        self._meter.add(name, measured)

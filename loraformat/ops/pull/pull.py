@@ -8,9 +8,10 @@ then everything appears at once.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,14 +24,16 @@ from loraformat.hub.repository import model_facts
 from loraformat.hub.source import NOT_WANTED, download
 from loraformat.hub.tree import TreeFile, digest, list_files
 from loraformat.hub.verified import wrong_content
-from loraformat.ops.pull.base_of_repository import base_named_by
-from loraformat.ops.push.report import FileReport, PullReport
+from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.pull.report import PullReport
+from loraformat.ops.push.base_info import BaseRef, adapter_base
+from loraformat.ops.push.report import FileReport
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import sync_directory
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_portable_path
 
-__all__ = ["pull"]
+__all__ = ["base_named_by", "pull"]
 
 _ARRIVING = ".arriving"
 _MAX_FILES = 20_000
@@ -228,3 +231,36 @@ def _add_base(report: PullReport, card: dict[str, object], target: Path) -> Pull
         return replace(report, base_model=repo, base_revision=revision)
     snapshot = download(repo, revision)
     return replace(report, base_model=repo, base_revision=snapshot.name, base_path=str(snapshot))
+
+
+def base_named_by(path: Path | None, card: Mapping[str, object]) -> BaseRef | None:
+    """Return the base as ``org/name`` and a revision, if one is named.
+
+    Parameters
+    ----------
+    path : Path or None
+        Where the repository lies now; None if it was not fetched.
+    card : mapping
+        Front matter of its card.
+    """
+    said = _card_base(card)
+    found = None if path is None else _adapter_base(path)
+    return found or ((said, None) if said else None)
+
+
+def _card_base(card: Mapping[str, object]) -> str | None:
+    said = card.get("base_model")
+    if isinstance(said, list) and len(said) == 1:
+        said = said[0]
+    named = hub_id(said) if isinstance(said, str) else None
+    return named[0] if named else None
+
+
+def _adapter_base(path: Path) -> BaseRef | None:
+    try:
+        with open_adapter(path, conditional=True, inspect=True) as adapter:
+            repo, revision = adapter_base(adapter, None, None)
+    except LoraFormatError:  # no adapter, or a damaged one, which can be fetched all the same
+        return None
+    # A stranger's word for a revision: a commit is one, and a branch is not what it was.
+    return repo, revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None

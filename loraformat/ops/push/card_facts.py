@@ -10,8 +10,7 @@ from loraformat.card import AdapterFacts, Base, BundleFacts, FileFact, Training
 from loraformat.model.quantization_history import spelled
 from loraformat.model.tied_head import lacks_head
 from loraformat.ops.info.report import AdapterInfo, ModelInfo
-from loraformat.ops.push.contents import CONFIG_NAME, read_record
-from loraformat.ops.push.upload_file import UploadFile
+from loraformat.ops.push.files import CONFIG_NAME, UploadFile, read_record
 from loraformat.runtimes.chat import Chat
 
 __all__ = ["adapter_facts", "bundle_facts"]

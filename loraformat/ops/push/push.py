@@ -29,9 +29,8 @@ from loraformat.hub.repository import (
 from loraformat.hub.source import download
 from loraformat.hub.tree import TreeFile
 from loraformat.ops.check.chats import FormatOf, not_tried
-from loraformat.ops.push.contents import Choice, read_card
+from loraformat.ops.push.files import Choice, UploadFile, read_card
 from loraformat.ops.push.report import FileReport, PushReport
-from loraformat.ops.push.upload_file import UploadFile
 from loraformat.ops.push.upload_plan import Parcel, PushOptions, open_parcel
 from loraformat.ops.verify import verify
 from loraformat.storage.reserved_names import CARD_NAME

@@ -1,4 +1,4 @@
-"""What a push, or a pull, did."""
+"""What a push did."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from loraformat.ops.report import Report
 
-__all__ = ["FileReport", "PullReport", "PushReport"]
+__all__ = ["FileReport", "PushReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +76,3 @@ class PushReport(Report):
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON members."""
         return {**Report.to_dict(self), "changed": self.changed}
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class PullReport(Report):
-    """What was fetched, or of a dry run would be.
-
-    Attributes
-    ----------
-    repo, commit, target : str
-    format : str or None
-        What it is; None of a dry run, or if no converter knows it.
-    files : list of FileReport
-    left_out : list of str
-    base_model, base_revision, base_path : str or None
-        With ``--with-base``: where it is in the Hub's cache.
-    """
-
-    repo: str
-    commit: str
-    target: str
-    format: str | None
-    files: list[FileReport]
-    left_out: list[str]
-    base_model: str | None = None
-    base_revision: str | None = None
-    base_path: str | None = None

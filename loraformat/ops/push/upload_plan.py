@@ -14,24 +14,25 @@ from loraformat.bundle.run_paths import CURVE_NAME
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
+from loraformat.hub.source import download
+from loraformat.model.config_json import CONFIG_NAME
 from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
 from loraformat.ops.check.check import check
+from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.adapter import description_of
 from loraformat.ops.info.model import describe
 from loraformat.ops.info.report import AdapterInfo, ModelInfo
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.ops.push.base_model import adapter_base, bundle_base, look_up
+from loraformat.ops.push.base_info import NearBase, adapter_base, bundle_base, look_up, near_base
 from loraformat.ops.push.card_facts import adapter_facts, bundle_facts
-from loraformat.ops.push.contents import Choice, Contents, adapter_files, bundle_files
-from loraformat.ops.push.gguf import gguf_file, gguf_pattern
-from loraformat.ops.push.local_base import NearBase, near_base
-from loraformat.ops.push.upload_file import UploadFile
+from loraformat.ops.push.files import Choice, Contents, UploadFile, adapter_files, bundle_files
 from loraformat.plugins import Converter
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.shards.read_directory import peek_config
+from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["Parcel", "PushOptions", "open_parcel"]
+__all__ = ["Parcel", "PushOptions", "gguf_file", "gguf_name", "gguf_pattern", "open_parcel"]
 
 #: Files of an earlier push that belong to the weights, by what is pushed now.
 _PEFT_FILES = (
@@ -232,3 +233,64 @@ def _parcel(
         replaces=replaces,
         gguf_glob=gguf_pattern(wishes.repo),
     )
+
+
+def gguf_name(repo: str) -> str:
+    """Return what the file is called in a repository.
+
+    Examples
+    --------
+    >>> gguf_name("me/polite")
+    'polite-lora-f16.gguf'
+    """
+    return f"{repo.rpartition('/')[2]}-lora-f16.gguf"
+
+
+def gguf_pattern(repo: str) -> str:
+    """Return the glob of the names that such a file may have had."""
+    return f"{repo.rpartition('/')[2]}-lora-*.gguf"
+
+
+def gguf_file(
+    adapter: Path,
+    repo: str,
+    base: Base,
+    workplace: Path,
+    *,
+    given: str | None,
+    in_bundle: bool,
+    notes: list[str],
+) -> UploadFile:
+    """Convert an adapter for llama.cpp.
+
+    Parameters
+    ----------
+    adapter : Path
+    repo : str
+        Where it will be published, which names it.
+    base : Base
+        Its ``config.json`` is fetched from the Hub, if nothing nearer has it.
+    workplace : Path
+        Directory for the file; the caller's to remove.
+    given : str or None
+        The base that the user named with ``--base``.
+    in_bundle : bool
+        The adapter lies in a bundle, which is its base.
+    notes : list of str
+        Gets what a user should know.
+
+    Raises
+    ------
+    LoraFormatError
+        If GGUF cannot hold it, or the base's config cannot be had.
+    """
+    source: str | Path | None = given
+    if given is None and not in_bundle:
+        source = download(base.repo, base.revision, only=CONFIG_NAME) / CONFIG_NAME
+    try:
+        report = convert(adapter, workplace / gguf_name(repo), dtype="f16", base=source)
+    except LoraFormatError as error:
+        error.hint = f"{error.hint}; or leave out --with-gguf" if error.hint else None
+        raise
+    notes += [f"{gguf_name(repo)}: {note}" for note in report.notes]
+    return UploadFile.of_folder(SafeDirectory(workplace), gguf_name(repo))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loraformat.card import Base, Licence
@@ -12,10 +14,11 @@ from loraformat.card.front_matter import licence_of
 from loraformat.errors import HubError, UnsupportedError, UsageError, printable
 from loraformat.hub import hub_id
 from loraformat.hub.repository import model_facts
+from loraformat.hub.source import cached
 from loraformat.model.adapter import Adapter
 from loraformat.storage import strict_json
 
-__all__ = ["BaseRef", "adapter_base", "bundle_base", "look_up"]
+__all__ = ["BaseRef", "NearBase", "adapter_base", "bundle_base", "look_up", "near_base"]
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _HINT = "say which model on the Hub it is with --base-model ORG/NAME"
@@ -139,3 +142,39 @@ def look_up(named: BaseRef, licence: str | None, notes: list[str], *, offline_ok
         return Base(repo, revision, said)
     # A branch or a tag moves; the commit that it is now is what the card can name.
     return Base(repo, facts.commit if revision else None, said or licence_of(facts.card))
+
+
+@dataclass(frozen=True, slots=True)
+class NearBase:
+    """A base.
+
+    Attributes
+    ----------
+    path : str or Path
+    word : str
+        What a user would call it on the command line.
+    """
+
+    path: str | Path
+    word: str
+
+
+def near_base(given: str | None, named: str | None, base: Base) -> NearBase | None:
+    """Return the base that the user names, else one that needs no download.
+
+    Parameters
+    ----------
+    given : str or None
+        ``--base``.
+    named : str or None
+        What the adapter's config names, a local path perhaps.
+    base : Base
+        On the Hub; its cache may have it, or no more than its config.
+    """
+    if given is not None:
+        return NearBase(given, given)
+    if named is not None and Path(named).is_dir():
+        return NearBase(named, named)
+    found = cached(base.repo, base.revision)
+    at = f"@{base.revision}" if base.revision else ""
+    return None if found is None else NearBase(found, f"{base.repo}{at}")

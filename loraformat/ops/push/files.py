@@ -1,46 +1,59 @@
 """What is published of a directory: the files that belong to it, and no others.
 
 A training directory holds much that is nobody's business: optimizer states, logs, notes. So
-files are published by name, and what is left out is told.
+files are published by name, and what is left out is told. Traces of the training data stay
+here, too, unless the user asks for them: activation statistics are second moments of what the
+data made the layers see, and a training record has hashes of the data.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from loraformat import plugins
+from loraformat.bundle.integrity import file_record
 from loraformat.bundle.manifest import Manifest
 from loraformat.bundle.run_paths import CURVE_NAME, run_place
 from loraformat.card.training import without_paths
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, UsageError, printable
+from loraformat.hub.tree import TreeFile, digest
 from loraformat.model.adapter import STATISTICS_NAME
-from loraformat.ops.push.private_parts import TRACES, without_traces
-from loraformat.ops.push.upload_file import UploadFile
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage import strict_json
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.storage.safe_paths import is_portable_path
 
 __all__ = [
     "CONFIG_NAME",
     "Choice",
     "Contents",
+    "UploadFile",
     "adapter_files",
     "bundle_files",
     "read_card",
     "read_record",
+    "without_traces",
 ]
 
 CONFIG_NAME = "adapter_config.json"
 _INDEX_NAME = "model.safetensors.index.json"
+#: What of a training record tells of its data: hashes, by which anybody who has a copy can see
+#: that it was trained on, and prompts that were tried on the way.
+TRACES = "hashes of the training data and the prompts of its samples"
+_DATA = ("data", "held_out_data")
+_HASHES = ("sha256", "fingerprint")
 _NEEDED = re.compile(r"adapter_config\.json|adapter_model.*\.(safetensors|json)")
 _MAX_JSON_BYTES = 16 << 20
 _MAX_CARD_BYTES = 4 << 20
@@ -287,3 +300,91 @@ def bundle_files(path: Path, manifest: Manifest) -> Contents:
             "since the bundle's manifest lists them"
         )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class UploadFile:
+    """One file.
+
+    Attributes
+    ----------
+    path : str
+        In the repository, with ``/``.
+    content : Path or bytes
+        Where it lies, links resolved; or what it holds.
+    nbytes : int
+    sha256 : str
+    """
+
+    path: str
+    content: Path | bytes
+    nbytes: int
+    sha256: str
+
+    @classmethod
+    def of_bytes(cls, path: str, data: bytes) -> UploadFile:
+        """Return a file that exists in memory only."""
+        return cls(path, data, len(data), sha256(data).hexdigest())
+
+    @classmethod
+    def of_folder(cls, folder: SafeDirectory, name: str, path: str | None = None) -> UploadFile:
+        """Hash a file of a directory.
+
+        Raises
+        ------
+        InputError
+            If it is missing, or leads out of it.
+        UnsupportedError
+            If not every system can have a file of that name.
+        """
+        path = path or name
+        if not is_portable_path(path):
+            raise UnsupportedError(
+                f"{printable(path)} is no name that every system takes",
+                path=folder.path,
+                hint="rename the file",
+            )
+        record = file_record(folder, name)
+        return cls(path, (folder.path / name).resolve(), record.bytes, record.sha256)
+
+    def matches(self, there: TreeFile | None) -> bool:
+        """Tell whether the Hub has these bytes."""
+        if there is None or there.nbytes != self.nbytes:
+            return False
+        if there.sha256 is not None:
+            return there.sha256 == self.sha256
+        with self.open() as file:
+            return digest(file, there) == there.git_oid
+
+    def open(self) -> BinaryIO:
+        """Open it for reading."""
+        if isinstance(self.content, bytes):
+            return io.BytesIO(self.content)
+        return cast(BinaryIO, os.fdopen(os.open(self.content, os.O_RDONLY), "rb"))
+
+
+def without_traces(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a training record without hashes of its data and without its sample prompts.
+
+    Examples
+    --------
+    >>> without_traces({"training": {"data": {"rows": 3, "fingerprint": "ab"}, "steps": 5}})
+    {'training': {'data': {'rows': 3}, 'steps': 5}}
+    """
+    told = record.get("training")
+    if isinstance(told, dict):
+        return {**record, "training": without_traces(told)}
+    found = {
+        name: _without(value, _HASHES) if name in _DATA else value for name, value in record.items()
+    }
+    if isinstance(found.get("settings"), dict):
+        found["settings"] = {n: v for n, v in found["settings"].items() if n != "prompt"}
+    return found
+
+
+def _without(value: Any, names: Iterable[str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _without(one, names) for name, one in value.items() if name not in names}
+    if isinstance(value, list):
+        return [_without(one, names) for one in value]
+    return value

@@ -15,12 +15,13 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraformat.bundle.reader import is_bundle
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
 from loraformat.model.packed_weights import FLOAT8, packed_weights
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.plugins import Converter, ReadOptions
 from loraformat.shards.read_directory import open_model, stored_entries
 from loraformat.tensors.dtypes import torch_dtype
@@ -252,8 +253,7 @@ def _decode(
             stop = min(start + height, rows)
             tile = values[start:stop].float()
             result[start:stop] = tile.mul_(_spread(factors, start, stop, codes.shape, repeats))
-    flat: Any = result.view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+    return tensor_bytes(result)
 
 
 def _numbers(scale: DenseTensor) -> torch.Tensor:

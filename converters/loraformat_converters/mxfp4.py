@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from loraformat.bundle.reader import is_bundle
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
 from loraformat.model.packed_weights import MXFP4, packed_weights
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.plugins import Converter, ReadOptions
 from loraformat.shards.read_directory import open_model, peek_config, stored_entries
 from loraformat.tensors.dtypes import torch_dtype
@@ -143,8 +143,7 @@ def _decode(blocks: DenseTensor, scales: DenseTensor, dtype: str) -> memoryview:
         factors = torch.ldexp(torch.ones(exponent.shape), exponent - _BIAS)
         factors[exponent == _NAN] = torch.nan
         result[expert] = values.mul_(factors[..., None]).reshape(out, -1).T
-    flat: Any = result.view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+    return tensor_bytes(result)
 
 
 CONVERTER = Converter(

@@ -17,9 +17,12 @@ Every function takes leading dimensions (experts) and treats them one by one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from loraformat.algebra.row_tiles import row_tiles
 
 __all__ = ["Thin", "factorize", "gram", "tall_product", "wide_product"]
 
@@ -158,7 +161,6 @@ def wide_product(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.
     return result
 
 
-def _tiles(x: torch.Tensor) -> list[tuple[int, int]]:
+def _tiles(x: torch.Tensor) -> Iterator[tuple[int, int]]:
     rows = x.shape[-2]
-    height = max(16, _TILE_ELEMENTS * rows // max(x.numel(), 1))
-    return [(start, min(start + height, rows)) for start in range(0, rows, height)]
+    return row_tiles(rows, x.numel() // max(rows, 1), _TILE_ELEMENTS, least=16)

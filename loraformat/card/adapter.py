@@ -8,13 +8,14 @@ from dataclasses import replace
 from loraformat.card.document import Document
 from loraformat.card.facts import AdapterFacts
 from loraformat.card.front_matter import members
-from loraformat.card.markup import code, fence, link, nbytes, numbers, table
+from loraformat.card.markup import code, fence, link, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names, shape_words
 from loraformat.card.training import evaluation, settings, training_data
 from loraformat.runtimes.chat import GENERATION_NAME
 from loraformat.runtimes.task_usage import TASK_USAGE
 from loraformat.runtimes.usage import SNIPPETS
 from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
+from loraformat.storage.byte_sizes import format_size
 from loraformat.version import __version__
 
 __all__ = ["adapter_card", "pipeline_of"]
@@ -76,7 +77,7 @@ def adapter_card(facts: AdapterFacts) -> Document:
 
 def _sentence(facts: AdapterFacts) -> str:
     at = f" at revision {code(facts.base.revision[:12])}" if facts.base.revision else ""
-    size = nbytes(sum(file.nbytes for file in facts.files))
+    size = format_size(sum(file.nbytes for file in facts.files))
     return (
         f"A LoRA adapter of {link(facts.base.repo)}{at}: {shape_words(facts)}; "
         f"{facts.parameters:,} parameters, {size}."

@@ -5,9 +5,10 @@ from __future__ import annotations
 from loraformat.card.document import BUNDLE_TAGS, Document
 from loraformat.card.facts import BundleFacts
 from loraformat.card.front_matter import members
-from loraformat.card.markup import code, fence, link, nbytes, numbers, table
+from loraformat.card.markup import code, fence, link, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names
 from loraformat.families.model_class import names_base_class
+from loraformat.storage.byte_sizes import format_size
 from loraformat.version import __version__
 
 __all__ = ["bundle_card"]
@@ -57,7 +58,7 @@ def _sentence(facts: BundleFacts) -> str:
     how = "in NF4" if facts.block_sizes else "in its own precision"
     return (
         f"{link(facts.base.repo)} {how}: {facts.parameters:,} parameters in "
-        f"{nbytes(facts.weight_bytes)}, {facts.bits_per_weight:.3f} bits per weight. "
+        f"{format_size(facts.weight_bytes)}, {facts.bits_per_weight:.3f} bits per weight. "
         "A loraformat bundle: safetensors files, with a SHA-256 of every tensor in "
         "`loraformat.json`."
     )

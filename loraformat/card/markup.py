@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["code", "fence", "fold", "json_block", "link", "nbytes", "numbers", "plain", "table"]
+__all__ = ["code", "fence", "fold", "json_block", "link", "numbers", "plain", "table"]
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&@:-])")
 _CLEAN = re.compile(r"[\w.\-/+@=,% ]{1,200}", re.ASCII)
@@ -106,17 +106,3 @@ def numbers(values: Iterable[float]) -> str:
     """
     shown = [f"{value:.6g}" for value in values]
     return ", ".join(shown[:8] + (["…"] if len(shown) > 8 else []))
-
-
-def nbytes(count: int) -> str:
-    """Return a size for people.
-
-    Examples
-    --------
-    >>> nbytes(2_200_000), nbytes(12)
-    ('2.2 MB', '12 B')
-    """
-    for unit, power in (("TB", 4), ("GB", 3), ("MB", 2), ("kB", 1)):
-        if count >= 1000**power:
-            return f"{count / 1000**power:.3g} {unit}"
-    return f"{count} B"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from loraformat.card.facts import AdapterFacts, Base, FileFact
-from loraformat.card.markup import code, link, nbytes, numbers, table
+from loraformat.card.markup import code, link, numbers, table
+from loraformat.storage.byte_sizes import format_size
 
 __all__ = ["base_rows", "file_table", "footer", "joined", "names", "shape_words"]
 
@@ -27,7 +28,8 @@ def base_rows(base: Base) -> list[list[str]]:
 def file_table(files: list[FileFact]) -> str:
     """Return every file with its size and hash."""
     rows = [
-        [code(file.path), nbytes(file.nbytes), f"`{file.sha256}`"] for file in files[:_MAX_FILES]
+        [code(file.path), format_size(file.nbytes), f"`{file.sha256}`"]
+        for file in files[:_MAX_FILES]
     ]
     more = len(files) - _MAX_FILES
     said = f"\n\nand {more} more." if more > 0 else ""

@@ -25,7 +25,6 @@ __all__ = [
     "report_options",
     "say",
     "show",
-    "size",
     "table",
 ]
 
@@ -65,20 +64,6 @@ class ByteSize(click.ParamType[int]):
             return parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-def size(nbytes: float) -> str:
-    """Return a size for people.
-
-    Examples
-    --------
-    >>> size(2_200_000), size(12)
-    ('2.2 MB', '12 B')
-    """
-    for unit, power in (("TB", 4), ("GB", 3), ("MB", 2), ("kB", 1)):
-        if nbytes >= 1000**power:
-            return f"{nbytes / 1000**power:.3g} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

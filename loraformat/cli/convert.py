@@ -11,7 +11,6 @@ from loraformat.cli.console import (
     on_terminal,
     report_options,
     show,
-    size,
     table,
 )
 from loraformat.cli.options import (
@@ -24,6 +23,7 @@ from loraformat.cli.options import (
     force_option,
     pre_tokenizer_option,
 )
+from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
 Example:
@@ -123,9 +123,9 @@ def _text(report: Any) -> str:
 def _adapter_text(report: Any) -> str:
     how = "copied byte for byte" if report.verbatim else "written anew"
     lines = [
-        f"{report.source_format} {report.source} ({size(report.input_bytes)})",
+        f"{report.source_format} {report.source} ({format_size(report.input_bytes)})",
         f"{'would write' if report.dry_run else 'wrote'} {report.target_format} {report.target} "
-        f"({size(report.output_bytes)}), {how}",
+        f"({format_size(report.output_bytes)}), {how}",
         f"{report.modules} modules, rank {', '.join(map(str, report.ranks)) or 'none'}, "
         f"{report.parameters:,} parameters",
     ]
@@ -137,8 +137,8 @@ def _adapter_text(report: Any) -> str:
 def _base_text(report: Any) -> str:
     would = "would write" if report.dry_run else "wrote"
     lines = [
-        f"{report.source_format} {report.source} ({size(report.input_bytes)})",
-        f"{would} {report.target_format} {report.target} ({size(report.output_bytes)}, "
+        f"{report.source_format} {report.source} ({format_size(report.input_bytes)})",
+        f"{would} {report.target_format} {report.target} ({format_size(report.output_bytes)}, "
         f"{report.bits_per_weight:.3f} bits per weight)",
         f"{report.tensors} tensors, {report.quantized} of them in NF4"
         + ("" if report.dry_run else f", {report.seconds:.1f} s"),

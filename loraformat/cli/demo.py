@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import clean, echo_json, report_options, size, table
+from loraformat.cli.console import clean, echo_json, report_options, table
 from loraformat.cli.options import force_option
+from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
 Example:
@@ -93,7 +94,7 @@ def _models(report: Any) -> str:
         [
             model.title,
             model.summary.format,
-            size(model.summary.weight_bytes),
+            format_size(model.summary.weight_bytes),
             f"{model.summary.bits_per_weight:.3f}",
             _figure(model, "library", 4),
             f"{model.seconds:.2f}" if model.seconds else "-",
@@ -120,8 +121,8 @@ def _training(report: Any) -> list[str]:
         ["held-out loss", *(f"{loss:.3f}" for loss in told.values())],
     ]
     return [
-        f"An adapter trained on {size(found.text_bytes)} of the language reference, of which "
-        "nothing is held out:",
+        f"An adapter trained on {format_size(found.text_bytes)} of the language reference, of "
+        "which nothing is held out:",
         "",
         table(["step", *map(str, told)], rows),
         "",

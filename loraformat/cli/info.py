@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, report_options, say, size, table
+from loraformat.cli.console import echo_json, report_options, say, table
 from loraformat.cli.options import allow_pickle_option
+from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
 Example:
@@ -67,8 +68,11 @@ def _text(summary: Any, tensors: bool) -> str:
         ("architecture", summary.architecture or "unknown: no config.json names it"),
         ("layers", summary.layers),
         ("parameters", f"{summary.parameters:,}"),
-        ("weights", f"{size(summary.weight_bytes)}, {summary.bits_per_weight:.3f} bits per weight"),
-        ("files", size(summary.total_bytes)),
+        (
+            "weights",
+            f"{format_size(summary.weight_bytes)}, {summary.bits_per_weight:.3f} bits per weight",
+        ),
+        ("files", format_size(summary.total_bytes)),
         ("stored as", ", ".join(f"{name}: {count:,}" for name, count in summary.dtypes.items())),
     ]
     if summary.quantized_bits_per_weight is not None:
@@ -89,7 +93,7 @@ def _text(summary: Any, tensors: bool) -> str:
         ranks = ", ".join(map(str, adapter.ranks)) or "none"
         lines.append(
             f"{'adapter:':14}{adapter.name}, rank {ranks}, {adapter.parameters:,} parameters, "
-            f"{size(adapter.bytes)}, on {', '.join(adapter.targets)}; "
+            f"{format_size(adapter.bytes)}, on {', '.join(adapter.targets)}; "
             f"base {adapter.base or 'not named'}"
         )
     if tensors:
@@ -109,7 +113,7 @@ def _adapter_text(adapter: Any, modules: bool) -> str:
         ("alpha", f"{_listed(adapter.alphas)}; B A is scaled by {_listed(adapter.scalings)}"),
         ("on", f"{len(adapter.modules)} modules: {', '.join(adapter.targets) or 'none'}"),
         ("parameters", f"{adapter.parameters:,}"),
-        ("files", size(adapter.bytes)),
+        ("files", format_size(adapter.bytes)),
         ("stored as", ", ".join(f"{name}: {count:,}" for name, count in adapter.dtypes.items())),
         ("base", adapter.base_model or "not named"),
         ("made for", adapter.base_fingerprint or "no base that it names by fingerprint"),

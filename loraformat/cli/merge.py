@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, size, table
+from loraformat.cli.console import on_terminal, report_options, show, table
 from loraformat.cli.options import (
     WeightType,
     allow_base_mismatch_option,
@@ -19,6 +19,7 @@ from loraformat.cli.options import (
     pre_tokenizer_option,
     weight_option,
 )
+from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
 Example:
@@ -97,7 +98,7 @@ def _text(report: Any, show_modules: bool) -> str:
     lines = [
         f"{report.source_format} {report.source}",
         *(f"+ {a.weight:g} x {a.format} {a.path}" for a in report.adapters),
-        f"{would} {report.target_format} {report.target} ({size(report.output_bytes)})",
+        f"{would} {report.target_format} {report.target} ({format_size(report.output_bytes)})",
         f"{report.merged} tensors {verb}, {report.replaced} replaced, of {report.tensors}"
         + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
@@ -111,7 +112,7 @@ def _text(report: Any, show_modules: bool) -> str:
         lines += ["", table(head, rows), ""]
     if report.undo is not None:
         lines.append(
-            f"undo record {report.undo.path} ({size(report.undo.bytes)}, "
+            f"undo record {report.undo.path} ({format_size(report.undo.bytes)}, "
             f"{report.undo.bits_per_weight:.4f} bits per weight); keep the adapters, too"
         )
     if report.beside is not None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, size, table
+from loraformat.cli.console import on_terminal, report_options, show, table
 from loraformat.cli.options import dry_run_option, force_option
+from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
 Example:
@@ -47,8 +48,8 @@ def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) 
 
 
 def _text(report: Any) -> str:
-    rows = [[file.path, size(file.bytes), file.status] for file in report.files]
-    total = size(sum(file.bytes for file in report.files))
+    rows = [[file.path, format_size(file.bytes), file.status] for file in report.files]
+    total = format_size(sum(file.bytes for file in report.files))
     head = ["file", "size", ""] if not report.dry_run else ["file", "size"]
     lines = [f"{report.repo} at commit {report.commit[:12]}", ""]
     lines += [table(head, [row[: len(head)] for row in rows]), ""]

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, size, table
+from loraformat.cli.console import on_terminal, report_options, show, table
 from loraformat.cli.options import dry_run_option
+from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
 Example:
@@ -91,7 +92,7 @@ def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) ->
 
 
 def _text(report: Any) -> str:
-    rows = [[file.path, size(file.bytes), file.status] for file in report.files]
+    rows = [[file.path, format_size(file.bytes), file.status] for file in report.files]
     lines = [f"{report.kind} {report.source}, of {report.base_model}", ""]
     lines += [table(["file", "size", "on the Hub"], rows), ""]
     lines += [f"removed: {path}" for path in report.removed]

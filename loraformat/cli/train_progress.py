@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import clean, size
+from loraformat.cli.console import clean
+from loraformat.storage.byte_sizes import format_size
 
 __all__ = ["TrainingBar"]
 
@@ -96,7 +97,7 @@ class TrainingBar:
         shown = {
             "loss": f"{event['loss']:.4f}",
             "tokens/s": f"{event['tokens_per_second']:.0f}",
-            "memory": size(event["memory"]),
+            "memory": format_size(event["memory"]),
         }
         if self._held:
             shown["held-out"] = self._held

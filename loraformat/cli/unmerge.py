@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, size
+from loraformat.cli.console import on_terminal, report_options, show
 from loraformat.cli.options import (
     allow_pickle_option,
     dry_run_option,
@@ -15,6 +15,7 @@ from loraformat.cli.options import (
     output_option,
     weight_option,
 )
+from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
 Example:
@@ -58,7 +59,7 @@ def _text(report: Any) -> str:
     would = "would write" if report.dry_run else "wrote"
     kind = "the original" if report.exact else "an approximation of the original"
     lines = [
-        f"{would} {report.target} ({size(report.output_bytes)}), {kind}",
+        f"{would} {report.target} ({format_size(report.output_bytes)}), {kind}",
         f"{report.tensors} tensors, {report.restored} of them restored"
         + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]

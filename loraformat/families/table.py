@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Family", "family_of", "model_types"]
+__all__ = ["Family", "family_of", "model_type", "model_types"]
 
 #: Linears are transformers' ``Conv1D``: weights of shape (in, out).
 _CONV1D = {"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp"}
@@ -166,6 +166,12 @@ class Family:
         return name
 
 
+def model_type(config: Mapping[str, Any]) -> str | None:
+    """Return the model type that a config names; None if it names none, or no text."""
+    named = config.get("model_type")
+    return named if isinstance(named, str) else None
+
+
 def model_types(config: Mapping[str, Any]) -> list[str]:
     """Return the model type that a config names, and that of the language model inside.
 
@@ -175,8 +181,8 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
     ['llama4', 'llama4_text']
     """
     inner = config.get("text_config")
-    found = [part.get("model_type") for part in (config, inner) if isinstance(part, Mapping)]
-    return [one for one in found if isinstance(one, str)]
+    found = [model_type(part) for part in (config, inner) if isinstance(part, Mapping)]
+    return [one for one in found if one is not None]
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

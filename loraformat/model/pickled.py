@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import FileChangedError, InputError, printable
 from loraformat.model.checkpoint import DenseTensor
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES, TORCH_NAMES
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 __all__ = ["Pickled", "open_pickle"]
 
@@ -108,15 +109,8 @@ def _tensors(
         place = (value.data_ptr(), dtype, shape, value.stride())
         if value.numel() and (first := places.setdefault(place, name)) != name:
             same[name] = first
-        tensors[name] = DenseTensor(name, dtype, shape, partial(_bytes_of, value.detach()))
+        tensors[name] = DenseTensor(name, dtype, shape, partial(tensor_bytes, value.detach()))
     return tensors, same
-
-
-def _bytes_of(values: torch.Tensor) -> memoryview:
-    import torch
-
-    data: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(data)
 
 
 def _is_plain(value: Any, names: dict[Any, str]) -> bool:

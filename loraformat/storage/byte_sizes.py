@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["parse_size"]
+__all__ = ["format_size", "parse_size"]
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
@@ -28,3 +28,17 @@ def parse_size(text: str) -> int:
     if match is None or match[2] not in _UNITS or not float(match[1]):
         raise ValueError(f"{text!r} is not a size such as 2GB or 500MiB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_size(nbytes: float) -> str:
+    """Return a size for people.
+
+    Examples
+    --------
+    >>> format_size(2_200_000), format_size(12)
+    ('2.2 MB', '12 B')
+    """
+    for unit, power in (("TB", 4), ("GB", 3), ("MB", 2), ("kB", 1)):
+        if nbytes >= 1000**power:
+            return f"{nbytes / 1000**power:.3g} {unit}"
+    return f"{nbytes:.0f} B"

@@ -18,6 +18,7 @@ from loraformat.model.checkpoint import (
     NF4Tensor,
     Provenance,
 )
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
 from loraformat.tensors.dtypes import TORCH_NAMES
 
@@ -36,7 +37,7 @@ def dense(name: str, values: torch.Tensor) -> DenseTensor:
     ('BF16', (4,), b'\x80?')
     """
     dtype = _DTYPE_NAMES[str(values.dtype).removeprefix("torch.")]
-    data = values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    data = bytes(tensor_bytes(values))
     return DenseTensor(name, dtype, tuple(values.shape), lambda: memoryview(data))
 
 

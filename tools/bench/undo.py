@@ -31,8 +31,9 @@ sys.path.insert(0, os.fspath(Path(__file__).parent))
 
 from process import machine
 
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.nf4.kernels import VARIABLE, available
-from loraformat.ops.merge.row_tiles import tiles
+from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
 from loraformat.undo.fixed_point import merge_values, product
 from loraformat.undo.interval_code import decode_tile, encode_tile
 
@@ -56,7 +57,7 @@ class Matrix:
         left = torch.randn(rows, _RANK, generator=generator, dtype=torch.float64)
         right = torch.randn(_RANK, columns, generator=generator, dtype=torch.float64)
         self.product = product(left * (0.02 * _RELATIVE / _RANK**0.5), right, exact=True)
-        self.tiles = list(tiles(rows, columns))
+        self.tiles = list(row_tiles(rows, columns, TILE_ELEMENTS))
         self.delta = self.product.rows(0, rows)
         self.merged = merge_values(self.weight, self.delta, None, target)
         self.out = torch.empty_like(self.weight)

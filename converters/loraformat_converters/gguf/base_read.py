@@ -26,6 +26,7 @@ from loraformat.model.checkpoint import (
     tensor_view,
 )
 from loraformat.model.quantization_history import from_text
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.tied_head import HEAD, untied_config
 from loraformat.tensors.dtypes import TORCH_NAMES, torch_dtype
 from loraformat.tensors.lazy_sequence import Deferred
@@ -207,7 +208,7 @@ class _Source:
         heads = transform.heads if isinstance(transform, HeadOrder) else rows
         if len(shape) < 2 or isinstance(transform, Transpose):
             values = transform.rows(self._values(view, kind, shape), 0, self.recipe.shape[0])
-            return _bytes(values.to(torch_dtype(self.dtype)))
+            return tensor_bytes(values.to(torch_dtype(self.dtype)))
         # Rows change places within heads only, so that some heads make a tile.
         step = rows // heads * max(1, _TILE // max(rows // heads * shape[1], 1))
         row_bytes = kind.row_bytes(shape[1])
@@ -223,7 +224,7 @@ class _Source:
 
         # In the main thread torch would start OpenMP, whose barriers wait for busy cores.
         run(tile, rows, step, in_torch=True)
-        return _bytes(result)
+        return tensor_bytes(result)
 
     def _values(
         self,
@@ -237,13 +238,6 @@ class _Source:
             return tensor_view(view, self.dtype, shape)
         name = self.recipe.parts[0].source
         return dequantize(view, kind, shape, name, threads=threads)
-
-
-def _bytes(values: torch.Tensor) -> memoryview:
-    import torch
-
-    flat: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
 
 
 def _main_dtype(sources: list[_Source]) -> str:

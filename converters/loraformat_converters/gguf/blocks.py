@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat_converters.gguf.block_bytes import store_blocks
 from loraformat_converters.gguf.types import GGMLType
 
@@ -198,7 +199,7 @@ def quantized_tiles(
     for begin in range(0, rows.shape[0], step):
         window = rows[begin : begin + step]
         if _PLAIN.get(type) == str(window.dtype).removeprefix("torch."):
-            yield _bytes_of(window.contiguous().view(torch.uint8))
+            yield tensor_bytes(window)
             continue
         stored = torch.empty((len(window), type.row_bytes(length)), dtype=torch.uint8)
 
@@ -208,12 +209,7 @@ def quantized_tiles(
             store(window[begin:end], stored[begin:end])
 
         run(tile, len(window), _rows_of(_TILE, length), in_torch=True)
-        yield _bytes_of(stored)
-
-
-def _bytes_of(stored: torch.Tensor) -> memoryview:
-    buffer: Any = stored.numpy()
-    return memoryview(buffer).cast("B")
+        yield tensor_bytes(stored)
 
 
 def _storing(type: GGMLType, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.families.expert_names import EXPERT_LEAVES, parameter_order, spelled_in_memory
@@ -23,6 +22,7 @@ from loraformat.model.adapter import LoraDelta
 from loraformat.model.base_names import BaseNames
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat_converters.peft.config import LoraSettings
 
 __all__ = ["ExpertReader", "stacked"]
@@ -260,10 +260,7 @@ def _permuted(
     tensor: DenseTensor, shape: tuple[int, ...], order: tuple[int, ...]
 ) -> Callable[[], memoryview]:
     def load() -> memoryview:
-        import torch
 
-        values = tensor.torch().view(shape).permute(order).contiguous()
-        data: Any = values.view(-1).view(torch.uint8).numpy()
-        return memoryview(data)
+        return tensor_bytes(tensor.torch().view(shape).permute(order))
 
     return load

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.checkpoint import DenseTensor, tensor_view
 from loraformat.model.pickled import open_pickle
+from loraformat.model.tensor_values import check_finite, tensor_bytes
 from loraformat.shards.index_json import parse_index
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
@@ -171,23 +171,11 @@ def checked(tensor: DenseTensor, path: Path) -> DenseTensor:
         data = tensor.load()
         values = tensor_view(data, tensor.dtype)
         values = values.float() if wider else values
-        if not bool(values.isfinite().all()):
-            raise InputError(
-                f"tensor {printable(tensor.name)} holds NaN or infinity",
-                path=path,
-                hint="its training diverged, or the file is damaged: use an earlier checkpoint",
-            )
-        return _bytes_of(values) if wider else data
+        check_finite(values, tensor.name, path)
+        return tensor_bytes(values) if wider else data
 
     dtype = "F32" if wider else tensor.dtype
     return DenseTensor(tensor.name, dtype, tensor.shape, load, tensor.release)
-
-
-def _bytes_of(values: Any) -> memoryview:
-    import torch
-
-    data: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(data)
 
 
 def _unpickle(folder: SafeDirectory) -> StoredTensors:

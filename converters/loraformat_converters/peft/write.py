@@ -26,6 +26,7 @@ from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.model.architecture import module_of
 from loraformat.model.checkpoint import DenseTensor, tensor_view
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.plugins import AdapterWriteOptions
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
@@ -201,7 +202,6 @@ def _folded_dtype(dtype: str, scaling: float) -> str:
 
 
 def _load(piece: _Piece) -> memoryview:
-    import torch
 
     tensor = piece.tensor
     data = tensor.load()
@@ -215,8 +215,7 @@ def _load(piece: _Piece) -> memoryview:
             f"{piece.factor:g}",
             hint="write it as f32 or bf16",
         )
-    whole: Any = rounded.contiguous().view(torch.uint8).numpy()
-    return memoryview(whole)
+    return tensor_bytes(rounded)
 
 
 def _write_tensors(

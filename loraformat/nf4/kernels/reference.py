@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.nf4.kernels.codes import Codes
 from loraformat.nf4.kernels.tables import tables
 
@@ -211,9 +212,7 @@ class ReferenceKernel:
     ) -> None:
         """See `Kernel.multiply_rows`."""
         rows, columns = out.shape[1], x.shape[1]
-        step = max(1, _PRODUCT_TILE // columns)
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
+        for first, last in row_tiles(rows, columns, _PRODUCT_TILE):
             block = x.new_empty(last - first, columns, dtype=dtype)
             begin = start + first * columns
             self.dequantize_rows(codes, begin, columns, block)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.families.tensor_names import type_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, tensor_view
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.runtimes.ranks import even_rank
 from loraformat.tensors.dtypes import ITEM_BYTES
 
@@ -127,7 +127,6 @@ def _zero_padded(tensor: DenseTensor, shape: Sequence[int]) -> DenseTensor:
         whole = torch.zeros(tuple(shape), dtype=torch_dtype(dtype))
         inner = tuple(slice(0, size) for size in tensor.shape)
         whole[inner] = tensor_view(tensor.load(), tensor.dtype, tensor.shape).to(whole.dtype)
-        data: Any = whole.view(-1).view(torch.uint8).numpy()
-        return memoryview(data)
+        return tensor_bytes(whole)
 
     return DenseTensor(tensor.name, dtype, tuple(shape), load, tensor.release)

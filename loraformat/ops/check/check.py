@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from loraformat import plugins
 from loraformat.bundle.update import parse_bundle_slot
 from loraformat.errors import UnsupportedError, UsageError
-from loraformat.families.table import family_of
+from loraformat.families.table import family_of, model_type
 from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import Checkpoint
@@ -222,17 +222,16 @@ def _facts(converter: Converter, path: Path, options: AdapterReadOptions) -> Ada
 
 def _base_facts(base: Checkpoint) -> BaseFacts:
     config = parse(base.config) if base.config else {}
-    kind = config.get("model_type")
-    model_type = kind if isinstance(kind, str) else None
+    named = model_type(config)
     layers = {layer[1] for name in base.tensors if (layer := layer_of(name))}
     return BaseFacts(
-        model_type=model_type,
+        model_type=named,
         tied=_is_tied(base, config),
         fingerprint=origin_fingerprint(base),
         named=bool(base.tensors),
         layers=max(layers) + 1 if layers else None,
         tokens=max(per_token(base.tensors).values(), default=None),
-        gguf_architecture=gguf_architecture(model_type),
+        gguf_architecture=gguf_architecture(named),
         commit=base.provenance.revision,
         shared_block=family_of(config).shared_block,
     )

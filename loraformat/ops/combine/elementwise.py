@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from loraformat.algebra.interference import drop, elect, magnitude_threshold, prune
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.algebra.subspace import block_krylov, held
 from loraformat.ops.combine.options import CombineOptions
 from loraformat.ops.combine.weighted_deltas import WeightedDelta
@@ -100,10 +101,7 @@ class _Matrix:
         return magnitude_threshold(lambda: (part.rows(*x) for x in self._ranges()), keep)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        rows, columns = self.shape
-        height = max(1, _TILE_ELEMENTS // columns)
-        for first in range(0, rows, height):
-            yield first, min(first + height, rows)
+        return row_tiles(*self.shape, _TILE_ELEMENTS)
 
     def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
         thin = self._pruned() if self._thresholds is not None else self._dropped()

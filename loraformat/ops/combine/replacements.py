@@ -16,7 +16,7 @@ import torch
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter, RowReplacement
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.ops.deltas.factors import as_bytes
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.tensors.dtypes import torch_dtype
 
 __all__ = ["combined_replacements", "combined_rows"]
@@ -124,7 +124,7 @@ def _mean(held: list[_Holder]) -> Callable[[], memoryview]:
             del part
             tensor.release()
         assert total is not None
-        return as_bytes(total.to(torch_dtype(held[0][2].dtype)))
+        return tensor_bytes(total.to(torch_dtype(held[0][2].dtype)))
 
     return load
 

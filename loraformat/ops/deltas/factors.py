@@ -16,13 +16,13 @@ from loraformat.algebra import lora
 from loraformat.errors import InputError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
+from loraformat.model.tensor_values import check_finite, tensor_bytes
 from loraformat.ops.deltas.derived_files import derived_files
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
 
 __all__ = [
     "Pair",
     "SingleEntryCache",
-    "as_bytes",
     "compute_factors",
     "error_with_rounding",
     "experts_of",
@@ -54,11 +54,7 @@ def finite(tensor: DenseTensor) -> torch.Tensor:
     wide = torch.float64 if tensor.dtype == "F64" else torch.float32
     values = tensor.torch().to(wide, copy=True)
     tensor.release()
-    if not torch.isfinite(values).all():
-        raise InputError(
-            f"tensor {printable(tensor.name)} holds NaN or infinity",
-            hint="the adapter is damaged, or its training diverged: use an earlier checkpoint",
-        )
+    check_finite(values, tensor.name)
     return values
 
 
@@ -121,15 +117,10 @@ class SingleEntryCache:
         return self._value
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a tensor's bytes, flat."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
 def in_memory(name: str, tensor: torch.Tensor, dtype: str | None = None) -> DenseTensor:
     """Return a small tensor as a lazy one; float32 unless another dtype is named."""
     held = tensor.to(torch_dtype(dtype or "F32")).contiguous()
-    return DenseTensor(name, dtype or "F32", tuple(held.shape), lambda: as_bytes(held))
+    return DenseTensor(name, dtype or "F32", tuple(held.shape), lambda: tensor_bytes(held))
 
 
 def rounded(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
@@ -218,7 +209,7 @@ def lazy_delta(
         def load() -> memoryview:
             pair = memo.get((id(source), rank, dtype), stored)
             assert isinstance(pair, tuple)
-            return as_bytes(pair[which])
+            return tensor_bytes(pair[which])
 
         return load
 

@@ -8,7 +8,8 @@ import tempfile
 import torch
 
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.ops.deltas.factors import as_bytes, rounded
+from loraformat.model.tensor_values import tensor_bytes
+from loraformat.ops.deltas.factors import rounded
 
 __all__ = ["Spool"]
 
@@ -39,7 +40,7 @@ class Spool:
         """
         data = rounded(tensor, dtype, name).contiguous()
         start = self._file.seek(0, os.SEEK_END)
-        nbytes = self._file.write(as_bytes(data))
+        nbytes = self._file.write(tensor_bytes(data))
         self._file.flush()
         shape = tuple(data.shape)
 

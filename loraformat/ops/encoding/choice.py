@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loraformat.errors import UsageError
+from loraformat.families.table import model_type
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.config_json import parse, with_dtype
 from loraformat.ops.encoding.encode import QuantizationPolicy, cast, dequantized, matches, quantized
@@ -83,7 +84,7 @@ class Encoding:
         policy = QuantizationPolicy(
             self.block_size or 64, self.double_quant is not False, self.skip, self.include
         )
-        model_type = _model_type(checkpoint)
+        named = model_type(parse(checkpoint.config)) if checkpoint.config else None
         tensors: list[LazyTensor] = []
         for tensor in checkpoint.tensors.values():
             tensor = cast(tensor, dtype)
@@ -91,11 +92,6 @@ class Encoding:
                 # What a quantized source left plain was left so on purpose.
                 wanted = matches(tensor.name, self.include) if already else True
                 if wanted and policy.selects(tensor):
-                    tensor = quantized(tensor, policy, model_type)
+                    tensor = quantized(tensor, policy, named)
             tensors.append(tensor)
         return tensors
-
-
-def _model_type(checkpoint: Checkpoint) -> str | None:
-    named = parse(checkpoint.config).get("model_type") if checkpoint.config else None
-    return named if isinstance(named, str) else None

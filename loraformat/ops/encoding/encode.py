@@ -10,11 +10,11 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.model.architecture import is_conv1d, is_decoder_linear, is_matrix_weight
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, tensor_view
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.nf4.quant_state import BLOCK_SIZES, QuantState
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, torch_dtype
@@ -116,9 +116,9 @@ def _quantize(tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool)
     squared_error, squared_norm = codec.quantization_error(weight, codes)
     nested = codes.nested_absmax
     return NF4Parts(
-        packed=_bytes_of(codes.packed),
-        absmax=_bytes_of(codes.absmax),
-        nested_absmax=None if nested is None else _bytes_of(nested),
+        packed=tensor_bytes(codes.packed),
+        absmax=tensor_bytes(codes.absmax),
+        nested_absmax=None if nested is None else tensor_bytes(nested),
         quant_map=memoryview(LEVEL_BYTES),
         nested_quant_map=None if nested is None else memoryview(NESTED_MAP_BYTES),
         quant_state=QuantState(
@@ -142,7 +142,7 @@ def dequantized(tensor: NF4Tensor, dtype: str | None = None) -> DenseTensor:
     """
 
     def load() -> memoryview:
-        return _bytes_of(tensor.dequantize(dtype))
+        return tensor_bytes(tensor.dequantize(dtype))
 
     return DenseTensor(tensor.name, dtype or tensor.dtype, tensor.shape, load, tensor.release)
 
@@ -182,12 +182,4 @@ def _cast(tensor: DenseTensor, dtype: str) -> memoryview:
                 f"tensor {tensor.name}: {lost} values are beyond float16's 65504",
                 hint="use --dtype bf16 or --dtype f32",
             )
-    return _bytes_of(result)
-
-
-def _bytes_of(tensor: object) -> memoryview:
-    import torch
-
-    assert isinstance(tensor, torch.Tensor)
-    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+    return tensor_bytes(result)

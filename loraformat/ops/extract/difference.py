@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from loraformat.algebra.ranks import noise_edge, rounding_noise
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
 from loraformat.nf4 import codec
@@ -60,7 +61,7 @@ class Difference:
         InputError
             If a value is not finite.
         """
-        for first, last in self._ranges():
+        for first, last in row_tiles(*self.shape, _TILE_ELEMENTS):
             base, tuned = self._base.read(first, last), self._tuned.read(first, last)
             if torch.float64 in (base.dtype, tuned.dtype):
                 tile = (tuned.double() - base.double()).float()
@@ -69,12 +70,6 @@ class Difference:
             if not math.isfinite(float(tile.sum())):
                 self._complain()
             yield first, tile
-
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        rows, columns = self.shape
-        height = max(1, _TILE_ELEMENTS // max(columns, 1))
-        for first in range(0, rows, height):
-            yield first, min(first + height, rows)
 
     def is_zero(self) -> bool:
         """Tell whether nothing changed.
@@ -103,7 +98,7 @@ class Difference:
         precision = PRECISIONS[self._tuned_dtype]
         least = 2.0 ** _LEAST_STEPS[self._tuned_dtype]
         steps, base_squares, squares = 0.0, 0.0, 0.0
-        for first, last in self._ranges():
+        for first, last in row_tiles(*self.shape, _TILE_ELEMENTS):
             base, tuned = self._base.read(first, last), self._tuned.read(first, last)
             exponents = torch.frexp(tuned.float()).exponent.double()
             step = torch.exp2(exponents - precision).clamp(min=least)

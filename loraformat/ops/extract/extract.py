@@ -25,9 +25,10 @@ from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import is_conv1d, kind_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, tensor_view
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.tied_head import HEAD
 from loraformat.model.vocabulary import per_token, tokenizer_files
-from loraformat.ops.deltas.factors import Pair, as_bytes
+from loraformat.ops.deltas.factors import Pair
 from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.extract.difference import PRECISIONS, Difference
 from loraformat.ops.extract.expert_stacks import Stack, stacks_of
@@ -400,7 +401,7 @@ def _decoded(tensor: NF4Tensor) -> DenseTensor:
     """Return an NF4 weight as one of its dense type."""
     return DenseTensor(
         tensor.name, tensor.dtype, tensor.shape,
-        lambda: as_bytes(tensor.dequantize()), tensor.release,
+        lambda: tensor_bytes(tensor.dequantize()), tensor.release,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loraformat import plugins
 from loraformat.bundle.reader import Bundle, is_bundle, open_bundle
+from loraformat.families.table import model_type
 from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
@@ -74,7 +75,7 @@ def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelInfo:
         architecture=architectures[0]
         if isinstance(architectures, list) and architectures
         else None,
-        model_type=config.get("model_type"),
+        model_type=model_type(config),
         layers=len({layer for tensor in tensors if (layer := layer_of(tensor.name))}),
         parameters=parameters,
         quantized_parameters=quantized_parameters,

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from loraformat.errors import UnsupportedError, printable
+from loraformat.algebra.row_tiles import row_tiles
+from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
+from loraformat.model.tensor_values import check_finite
 from loraformat.ops.merge.plan import DeltaTerm
-from loraformat.ops.merge.row_tiles import for_each, tiles
+from loraformat.ops.merge.tile_threads import TILE_ELEMENTS, for_each
 from loraformat.undo.fixed_point import Product, product
 
 __all__ = ["LowRankUpdate", "block_matrices", "finite"]
@@ -70,7 +72,7 @@ class LowRankUpdate:
         self, b: torch.Tensor, a: torch.Tensor, scaling: float, magnitude: torch.Tensor, weight: Any
     ) -> torch.Tensor:
         delta = product(*self._oriented(b * scaling, a), exact=False)
-        pieces = list(tiles(*self.shape))
+        pieces = list(row_tiles(*self.shape, TILE_ELEMENTS))
         sums: list[torch.Tensor] = [torch.empty(0)] * len(pieces)
 
         def work(number: int) -> None:
@@ -188,7 +190,7 @@ def _matrix(
         factors = tuple(
             _factors(delta, term, shape[0]) for delta, term in zip(deltas, terms, strict=True)
         )
-    except UnsupportedError as error:
+    except InputError as error:
         error.path = error.path or str(adapters[terms[0].adapter].path)
         raise
     return LowRankUpdate(shape, transposed.pop(), factors, tuple(term.weight for term in terms))
@@ -224,12 +226,8 @@ def finite(tensor: DenseTensor, values: torch.Tensor) -> torch.Tensor:
 
     Raises
     ------
-    UnsupportedError
+    InputError
     """
     values = values.double()
-    if not bool(torch.isfinite(values).all()):
-        raise UnsupportedError(
-            f"tensor {printable(tensor.name)} holds NaN or infinity",
-            hint="the training has diverged; use an earlier checkpoint of the adapter",
-        )
+    check_finite(values, tensor.name)
     return values

@@ -17,16 +17,18 @@ from typing import Any, Protocol
 
 import torch
 
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, tensor_view
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.vocabulary import resized
 from loraformat.nf4.kernels.merge_tile import TileSums, merge_tile
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
 from loraformat.ops.merge.low_rank_updates import LowRankUpdate, block_matrices, finite
 from loraformat.ops.merge.plan import TensorEdit
 from loraformat.ops.merge.retention import Meter
-from loraformat.ops.merge.row_tiles import TILE_ELEMENTS, for_each, one_thread, tiles
+from loraformat.ops.merge.tile_threads import TILE_ELEMENTS, for_each, one_thread
 from loraformat.tensors.dtypes import torch_dtype
 from loraformat.undo.fixed_point import Product
 
@@ -157,9 +159,9 @@ class _Merged:
             merged = _cast(start, torch_dtype(self.dtype))
         if self.recorder is not None:
             rows = [i for n in self.edit.rows for i in self._rows_of(self.adapters[n]).indices]
-            whole = memoryview(b"") if original is None else _bytes_of(original)
+            whole = memoryview(b"") if original is None else tensor_bytes(original)
             self.recorder.finish(whole, rows)
-        return _bytes_of(merged)
+        return tensor_bytes(merged)
 
     def give_back(self) -> None:
         while self.held:
@@ -229,7 +231,7 @@ class _Merged:
             deltas, gain = matrix.combined(gains, exact=self.exact, in_turn=self.edit.in_turn)
         by_row = gain is not None and len(gain) == len(weight)
         elements = _PLAIN_TILE_ELEMENTS if self.recorder is None else TILE_ELEMENTS
-        pieces = list(tiles(len(weight), weight.shape[1], elements))
+        pieces = list(row_tiles(len(weight), weight.shape[1], elements))
         measured: list[TileSums | None] = [None] * len(pieces)
         encoded: list[Any] = [None] * len(pieces)
 
@@ -297,11 +299,6 @@ def _blend(original: torch.Tensor | None, new: torch.Tensor, weight: float) -> t
     if weight == 1 or original is None:
         return new
     return original.float() + weight * (new.float() - original.float())
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
 
 
 class BufferPool:

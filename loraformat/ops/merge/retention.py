@@ -18,9 +18,10 @@ from math import sqrt
 
 import torch
 
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.model.checkpoint import LazyTensor
 from loraformat.nf4.kernels.merge_tile import TileSums
-from loraformat.ops.merge.row_tiles import tiles
+from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
 
 __all__ = ["Change", "Meter", "Stored", "Sums", "compared"]
 
@@ -110,7 +111,7 @@ class Meter:
         sums = self.sums.setdefault(name, Sums())
         columns = weight.shape[-1]
         flat = [tensor.reshape(-1, columns) for tensor in (weight, wanted, result)]
-        for start, stop in tiles(len(flat[0]), columns):
+        for start, stop in row_tiles(len(flat[0]), columns, TILE_ELEMENTS):
             before, exact, after = (tensor[start:stop].float() for tensor in flat)
             sums.add(compared(before, exact, after, before))
 

@@ -16,9 +16,10 @@ import torch
 
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.ops.merge.plan import DeltaTerm, TensorEdit
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.row_tiles import TILE_ELEMENTS
+from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
 from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
@@ -158,10 +159,10 @@ class UndoRecorder:
         kept = self._kept
         if self.mode != "interval":
             return [kept.residual, [], [], []]
-        zeros = [self.spool.append(_bytes(z)) for z in kept.zeros if len(z)]
-        gains = [self.spool.append(_bytes(g)) for g in kept.gains]
+        zeros = [self.spool.append(bytes(tensor_bytes(z))) for z in kept.zeros if len(z)]
+        gains = [self.spool.append(bytes(tensor_bytes(g))) for g in kept.gains]
         lengths = torch.tensor([length for _, length in kept.residual], dtype=torch.long)
-        return [kept.residual, zeros, gains, [self.spool.append(_bytes(lengths))]]
+        return [kept.residual, zeros, gains, [self.spool.append(bytes(tensor_bytes(lengths)))]]
 
     def describe(self, merged_sha256: str) -> UndoTensor:
         """Return the record's entry."""
@@ -181,10 +182,6 @@ def _described(term: DeltaTerm) -> dict[str, Any]:
     members = asdict(term)
     del members["into"]
     return members
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def adapter_digest(adapter: Adapter) -> str:

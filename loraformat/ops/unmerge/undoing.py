@@ -14,6 +14,7 @@ import numpy
 from loraformat.errors import FormatError, UnsupportedError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.tensors.dtypes import torch_dtype
 from loraformat.tensors.mapped import MappedFile
 from loraformat.undo.record import UndoRecord, UndoTensor, part_names
@@ -179,8 +180,7 @@ class Undoing:
                 raise self._damaged("U10", name, str(error)) from error
         flat = restored.view(-1)
         flat[self._zeros(name, len(flat))] = -0.0
-        made: Any = flat.view(torch.uint8).numpy()
-        return memoryview(made)
+        return tensor_bytes(flat)
 
     def _matrices(self, name: str, undo: UndoTensor) -> list[LowRankUpdate | None]:
         """Return what was added to each matrix, after the checks of U10."""
@@ -283,7 +283,7 @@ def _decode_matrix(
     """Fill `restored`, tile by tile, on all CPUs."""
     import torch
 
-    from loraformat.ops.merge.row_tiles import for_each
+    from loraformat.ops.merge.tile_threads import for_each
     from loraformat.undo.interval_code import decode_tile
 
     deltas, gain = (None, None) if matrix is None else matrix.combined(gains, exact=True)

@@ -18,9 +18,10 @@ from loraformat.bundle.reader import Bundle
 from loraformat.errors import LoraFormatError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import CarriedFile, DenseTensor
+from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.vocabulary import tokenizer_files
 from loraformat.ops.adapter_output.output import write_adapter
-from loraformat.ops.deltas.factors import as_bytes, in_memory
+from loraformat.ops.deltas.factors import in_memory
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.train.lora.branch import LoraBranch
@@ -112,7 +113,7 @@ def _lazy(name: str, shape: tuple[int, ...], current: Callable[[], torch.Tensor]
                 f"{printable(name)} holds NaN or infinity: the training diverged",
                 hint="go on from an earlier checkpoint, with a lower learning rate",
             )
-        return as_bytes(values)
+        return tensor_bytes(values)
 
     return DenseTensor(name, "F32", shape, load)
 

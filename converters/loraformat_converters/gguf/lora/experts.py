@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraformat.model.adapter import LoraDelta
 from loraformat.model.checkpoint import DenseTensor
+from loraformat.model.tensor_values import tensor_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -96,12 +97,10 @@ def _lazy(
     name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]
 ) -> DenseTensor:
     def load() -> memoryview:
-        import torch
 
         from loraformat.tensors.dtypes import torch_dtype
 
         values = make().to(torch_dtype(dtype)).contiguous()
-        flat: Any = values.view(-1).view(torch.uint8).numpy()
-        return memoryview(flat)
+        return tensor_bytes(values)
 
     return DenseTensor(name, dtype, shape, load)

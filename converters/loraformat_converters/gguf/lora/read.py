@@ -18,6 +18,7 @@ from loraformat.families.expert_names import spelled_in_memory
 from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, tensor_view
+from loraformat.model.tensor_values import check_finite, tensor_bytes
 from loraformat.model.tied_head import settled
 from loraformat_converters.gguf.architectures import (
     Architecture,
@@ -293,23 +294,13 @@ class _Reader:
                 values = tensor_view(view, dtype, tensor.shape)
             else:
                 values = dequantize(view, tensor.type, tensor.shape, tensor.name)
-            if not bool(values.isfinite().all()):
-                raise InputError(
-                    f"tensor {printable(tensor.name)} holds NaN or infinity", path=path
-                )
+            check_finite(values, tensor.name, path)
             if change is None and tensor.type.name == dtype:
                 return view
-            return _bytes(values if change is None else change(values))
+            return tensor_bytes(values if change is None else change(values))
 
         return DenseTensor(tensor.name, dtype, shape, load, gguf.releaser(tensor.name), stored)
 
 
 def _transposed(values: torch.Tensor) -> torch.Tensor:
     return values.T
-
-
-def _bytes(values: torch.Tensor) -> memoryview:
-    import torch
-
-    flat: Any = values.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)

@@ -1,4 +1,4 @@
-"""Walking over matrices in tiles of whole rows, on all CPUs."""
+"""Working on the tiles of a matrix, on all CPUs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ import torch
 
 from loraformat.nf4.kernels import threads
 
-__all__ = ["TILE_ELEMENTS", "for_each", "one_thread", "tiles"]
+__all__ = ["TILE_ELEMENTS", "for_each", "one_thread"]
 
 #: Elements of a tile: it and what is computed from it stay in the cache.
 TILE_ELEMENTS = 1 << 16
-
-
-def tiles(rows: int, columns: int, elements: int = TILE_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Cut a matrix into runs of whole rows, of at most this many elements but at least one row."""
-    step = max(1, elements // max(columns, 1))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 @contextmanager

@@ -26,14 +26,13 @@ from loraformat.errors import OutputError, UsageError
 from loraformat.hub import resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.ops.convert.report import losses
 from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
 from loraformat.ops.encoding.llama_quantize import refuse_llama_type
 from loraformat.ops.encoding.requantization import history
 from loraformat.ops.merge.base_match import check_bases
 from loraformat.ops.merge.job import MergeJob, MergeOptions
-from loraformat.ops.merge.plan import MergePlan, plan_edits
+from loraformat.ops.merge.plan import MergePlan
 from loraformat.ops.merge.report import (
     MergedAdapter,
     MergeReport,
@@ -41,8 +40,7 @@ from loraformat.ops.merge.report import (
     advice,
     commands,
 )
-from loraformat.ops.merge.separate_delta import check_beside, merge_beside, name_of, with_vocabulary
-from loraformat.ops.merge.vocabulary import tokens_without_rows
+from loraformat.ops.merge.separate_delta import SeparateDelta, name_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.adapter_weights import adapter_weights
 from loraformat.ops.opening.model import open_model, without_generated_card
@@ -173,30 +171,21 @@ def merge(
             dry_run=dry_run,
         )
         if beside:
-            check_beside(original, base, target)
-            refuse_lost_head(original)
-            original, told = settled(original)
-            several = len(opened) > 1  # of one, the writer says the same
-            report = replace(report, beside=name_of(adapters, name), notes=notes if several else [])
-            plan = plan_edits(original, opened, options.weights)
-            if plan.resize is not None:
-                original, opened, note = with_vocabulary(original, opened, plan.resize)
-                told = [*told, note]
-            else:
-                told = [*told, *tokens_without_rows(original, opened)]
-            report = _planned(report, original, plan)
-            report.notes.extend(told)
+            separate = SeparateDelta(original, opened, factors, name_of(adapters, name))
+            # Of an only adapter the writer says what is known of its base.
+            said = [*(notes if len(opened) > 1 else []), *separate.notes]
+            report = replace(report, beside=separate.name, notes=said)
+            report = _planned(report, separate.checkpoint, separate.plan)
             if dry_run:
                 return report
-            return _written_beside(
-                report,
-                began,
-                merge_beside(
-                    original, opened, options.weights, report.beside or "", Path(target),
-                    shard_limit=shard_limit, allow_base_mismatch=allow_base_mismatch,
-                    force=force, progress=progress,
-                ),
-            )  # fmt: skip
+            result = separate.write(
+                Path(target),
+                shard_limit=shard_limit,
+                allow_base_mismatch=allow_base_mismatch,
+                force=force,
+                progress=progress,
+            )
+            return _written_beside(report, began, result)
         spool = None if undo is None else _spool(stack, Path(undo))
         job = MergeJob(original, opened, options, writer, spool)
         if undo is not None:

@@ -16,31 +16,19 @@ from loraformat import plugins
 from loraformat.errors import UsageError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
+from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.model.vocabulary import Resize, per_token
-from loraformat.ops.merge.plan import TensorEdit
-from loraformat.ops.merge.vocabulary import resized_base
+from loraformat.ops.adapter_output.in_bundle import write_bundle
+from loraformat.ops.combine.combine import CombineOptions, combine_adapters
+from loraformat.ops.merge.merged_tensor import merged_tensor
+from loraformat.ops.merge.plan import TensorEdit, plan_edits
+from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
 from loraformat.ops.model_output import ModelOutput
 from loraformat.plugins import WriteOptions
 from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.safe_paths import is_adapter_name
 
-__all__ = ["check_beside", "merge_beside", "name_of", "with_vocabulary"]
-
-
-def check_beside(original: Checkpoint, base: str | Path, target: str | Path) -> None:
-    """Refuse a base without NF4 codes.
-
-    Raises
-    ------
-    UsageError
-        Naming both ways to an NF4 output.
-    """
-    if not any(isinstance(tensor, NF4Tensor) for tensor in original.tensors.values()):
-        raise UsageError(
-            f"{base} is dense, and a bundle stores NF4",
-            hint="convert it to a bundle first, then merge into that: the adapter lies beside the "
-            "codes; or merge it in and quantize the sum with --requantize",
-        )
+__all__ = ["SeparateDelta", "name_of"]
 
 
 def name_of(adapters: Sequence[str | Path | Adapter], wanted: str | None) -> str:
@@ -78,7 +66,103 @@ def name_of(adapters: Sequence[str | Path | Adapter], wanted: str | None) -> str
     return wanted
 
 
-def with_vocabulary(
+class SeparateDelta:
+    """A merge whose output is a bundle with the base's codes and one adapter.
+
+    Parameters
+    ----------
+    original : Checkpoint
+        With NF4 weights.
+    adapters : sequence of Adapter
+        Opened against it.
+    weights : sequence of float
+        An only adapter of weight 1 is copied as it is.
+    name : str
+        Of the adapter in the bundle.
+
+    Attributes
+    ----------
+    plan : MergePlan
+    checkpoint : Checkpoint
+        The base of the bundle.
+    notes : list of str
+        What a user should know.
+
+    Raises
+    ------
+    UsageError
+        If the base has no NF4 codes; both ways to an NF4 output are named.
+    """
+
+    def __init__(
+        self,
+        original: Checkpoint,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+        name: str,
+    ) -> None:
+        if not any(isinstance(tensor, NF4Tensor) for tensor in original.tensors.values()):
+            raise UsageError(
+                f"{original.path} is dense, and a bundle stores NF4",
+                hint="convert it to a bundle first, then merge into that: the adapter lies beside "
+                "the codes; or merge it in and quantize the sum with --requantize",
+            )
+        refuse_lost_head(original)
+        self.weights, self.name = weights, name
+        self.adapters = adapters
+        self.checkpoint, self.notes = settled(original)
+        self.plan = plan_edits(self.checkpoint, adapters, weights)
+        if self.plan.resize is not None:
+            self.checkpoint, self.adapters, note = _with_vocabulary(
+                self.checkpoint, adapters, self.plan.resize
+            )
+            self.notes = [*self.notes, note]
+        else:
+            self.notes = [*self.notes, *tokens_without_rows(self.checkpoint, adapters)]
+
+    def write(
+        self,
+        target: Path,
+        *,
+        shard_limit: int,
+        allow_base_mismatch: bool,
+        force: bool,
+        progress: Callable[[int, int], None],
+    ) -> WrittenModel:
+        """Write the bundle; parameters as in `loraformat.ops.merge.merge.merge`.
+
+        Raises
+        ------
+        UnsupportedError
+            If the weighted sum is no adapter: DoRA with a weight or beside another, for example.
+        """
+        only = self.adapters[0] if len(self.adapters) == 1 and self.weights[0] == 1 else None
+        with ExitStack() as stack:
+            combined = only or _combined(stack, self.adapters, self.weights)
+            output = stack.enter_context(
+                ModelOutput(
+                    target,
+                    plugins.get("loraformat"),
+                    inputs=[self.checkpoint, *self.adapters],
+                    plan=["separate delta", self.name, list(self.weights), shard_limit],
+                    force=force,
+                    progress=progress,
+                )
+            )
+            write = partial(
+                write_bundle,
+                adapters={self.name: combined},
+                allow_base_mismatch=allow_base_mismatch,
+            )
+            return output.write(self.checkpoint, WriteOptions(shard_limit), write)
+
+
+def _combined(stack: ExitStack, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    result, _ = combine_adapters(adapters, CombineOptions(method="cat"), weights=weights)
+    return stack.enter_context(result)
+
+
+def _with_vocabulary(
     original: Checkpoint, adapters: Sequence[Adapter], resize: Resize
 ) -> tuple[Checkpoint, list[Adapter], str]:
     """Return a base of the adapters' vocabulary, and the adapters as ones of that base.
@@ -86,22 +170,8 @@ def with_vocabulary(
     Its embedding and head are resized as transformers does it, so that PEFT loads what lies beside
     them as it is. All other tensors stay.
 
-    Parameters
-    ----------
-    original : Checkpoint
-    adapters : sequence of Adapter
-    resize : Resize
-
-    Returns
-    -------
-    Checkpoint
-    list of Adapter
-        None of them names the base by the fingerprint that it had.
-    str
-        What is to be said.
+    None of the adapters names the base by the fingerprint that it had.
     """
-    from loraformat.ops.merge.merged_tensor import merged_tensor
-
     tensors: dict[str, LazyTensor] = dict(original.tensors)
     for name, rows in per_token(original.tensors).items():
         if rows == resize.before:
@@ -111,61 +181,3 @@ def with_vocabulary(
     named = [replace(one, base_fingerprint=None, verbatim=False) if one.base_fingerprint else one
              for one in adapters]  # fmt: skip
     return base, named, note
-
-
-def merge_beside(
-    original: Checkpoint,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    name: str,
-    target: Path,
-    *,
-    shard_limit: int,
-    allow_base_mismatch: bool,
-    force: bool,
-    progress: Callable[[int, int], None],
-) -> WrittenModel:
-    """Write a bundle with the base's codes byte for byte, and one adapter.
-
-    Parameters
-    ----------
-    original : Checkpoint
-        With NF4 weights.
-    adapters, weights
-        An only adapter of weight 1 is copied as it is.
-    name : str
-        Of the adapter in the bundle.
-    target, shard_limit, allow_base_mismatch, force, progress
-        As in `loraformat.ops.merge.merge.merge`.
-
-    Raises
-    ------
-    UnsupportedError
-        If the weighted sum is no adapter: DoRA with a weight or beside another, for example.
-    """
-    from loraformat.ops.adapter_output.in_bundle import write_bundle
-
-    with ExitStack() as stack:
-        only = adapters[0] if len(adapters) == 1 and weights[0] == 1 else None
-        combined = only or _combined(stack, adapters, weights)
-        write = partial(
-            write_bundle, adapters={name: combined}, allow_base_mismatch=allow_base_mismatch
-        )
-        output = stack.enter_context(
-            ModelOutput(
-                target,
-                plugins.get("loraformat"),
-                inputs=[original, *adapters],
-                plan=["separate delta", name, list(weights), shard_limit],
-                force=force,
-                progress=progress,
-            )
-        )
-        return output.write(original, WriteOptions(shard_limit), write)
-
-
-def _combined(stack: ExitStack, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    from loraformat.ops.combine.combine import CombineOptions, combine_adapters
-
-    result, _ = combine_adapters(adapters, CombineOptions(method="cat"), weights=weights)
-    return stack.enter_context(result)

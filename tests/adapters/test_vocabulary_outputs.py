@@ -23,6 +23,9 @@ from tests.adapters.vocabularies import IDS, ROWS, adapter, logits, opened
 GROWN = ROWS + 4
 FORMS = ["modules_to_save", "tokens", "both targeted"]
 
+#: Of the adapter, not the base.
+OWN_TOKENIZER = '{"version": "its own"}'
+
 
 def apart(one, other):
     return (one - other).abs().max().item() if one.shape == other.shape else float("inf")
@@ -50,7 +53,7 @@ def grown(request, tmp_path_factory):
     """A base, its bundle, an adapter that grew the vocabulary, and what PEFT makes of the codes."""
     folder = tmp_path_factory.mktemp("grown")
     adapter("wide", request.param, GROWN, folder)
-    (folder / "adapter" / "tokenizer.json").write_text('"its own"')
+    (folder / "adapter" / "tokenizer.json").write_text(OWN_TOKENIZER)
     convert(folder / "base", folder / "bundle")
     convert(folder / "bundle", folder / "plain", to_format="safetensors", dtype="f32")
     return folder, in_peft(folder / "plain", folder / "adapter", GROWN)
@@ -70,7 +73,7 @@ def test_beside_the_codes(grown, tmp_path):
     assert any("from 64 to 68 tokens" in note for note in report.notes)
     assert verify_bundle(tmp_path / "out") == []
     assert vocab_size(tmp_path / "out") == GROWN
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == '"its own"'
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == OWN_TOKENIZER
     found = in_peft(tmp_path / "out", tmp_path / "out" / "adapters" / "new")
     assert apart(found, truth) < 1e-2 * truth.abs().max()  # bitsandbytes computes in 16 bits
     before, after = (merging.weights_of(path) for path in (folder / "bundle", tmp_path / "out"))
@@ -139,7 +142,7 @@ def test_written_anew(grown, tmp_path, verb):
     assert apart(in_peft(folder / "plain", target, GROWN), truth) < 2e-5
     merge(folder / "plain", [target], tmp_path / "merged")
     assert apart(logits(opened(tmp_path / "merged")), truth) < 2e-5
-    assert (tmp_path / "merged" / "tokenizer.json").read_text() == '"its own"'
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == OWN_TOKENIZER
 
 
 @pytest.mark.parametrize("model", ["llama", "llama tied", "gemma3", "gpt2"])

@@ -82,7 +82,7 @@ def test_a_vocabulary_of_wordpiece(tmp_path):
         ("vocab.json", "{"),
         ("vocab.json", "[]"),
         ("vocab.json", '{"a": "b"}'),
-        ("merges.txt", "a b"),
+        ("merges.txt", "qzx xzq"),
     ],
 )
 def test_a_damaged_vocabulary_is_named(tmp_path, file, text):

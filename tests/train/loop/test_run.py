@@ -73,13 +73,13 @@ def test_samples_are_asked_for_as_the_data_ask(train_to, tmp_path, monkeypatch, 
     from tests.train.data.tokenizers_and_templates import TEMPLATES
 
     seen = []
-    real = train.generation.continuation
+    real = train.text_generation.continuation
 
     def continuation(model, tokenizer, prompt, *more, **options):
         seen.append(tokenizer.decode(prompt))
         return real(model, tokenizer, prompt, *more, **options)
 
-    monkeypatch.setattr(train.generation, "continuation", continuation)
+    monkeypatch.setattr(train.text_generation, "continuation", continuation)
     turns = [{"role": "user", "content": "bell"}, {"role": "assistant", "content": "book"}]
     row = {"messages": turns} if conversations else {"prompt": "bell", "completion": " book"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")

@@ -6,16 +6,12 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, table
+from loraformat.cli.console import on_terminal, show, table
 from loraformat.cli.options import (
-    adapter_base_option,
-    allow_base_mismatch_option,
-    allow_pickle_option,
-    dry_run_option,
-    dtype_option,
-    force_option,
-    output_option,
+    adapter_options,
+    adapter_output_option,
     weight_option,
+    writing_options,
 )
 
 _EXAMPLE = """\b
@@ -28,9 +24,7 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
-@output_option(
-    "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
-)
+@adapter_output_option
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
@@ -58,13 +52,8 @@ _METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitu
 @click.option(
     "--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed for dropping."
 )
-@dtype_option("Dtype of the new factors. [default: unchanged]")
-@adapter_base_option
-@allow_base_mismatch_option("Accept an adapter that was made for another base.")
-@allow_pickle_option
-@force_option()
-@dry_run_option("Print ranks and errors without writing anything.")
-@report_options
+@adapter_options
+@writing_options(dry_run="Print ranks and errors without writing anything.")
 def command(
     adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **options: Any
 ) -> None:

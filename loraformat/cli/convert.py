@@ -6,22 +6,15 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import (
-    ByteSize,
-    on_terminal,
-    report_options,
-    show,
-    table,
-)
+from loraformat.cli.console import ByteSize, on_terminal, show, table
 from loraformat.cli.options import (
     WeightType,
     allow_base_mismatch_option,
     allow_pickle_option,
     base_option,
-    config_option,
-    dry_run_option,
-    force_option,
-    pre_tokenizer_option,
+    from_option,
+    gguf_options,
+    writing_options,
 )
 from loraformat.storage.byte_sizes import format_size
 
@@ -37,7 +30,7 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--from", "from_", metavar="FORMAT", help="Format of SRC. [default: detected]")
+@from_option("SRC")
 @click.option(
     "--to",
     metavar="FORMAT",
@@ -49,8 +42,7 @@ Example:
     help="Dtype of dense tensors, or of an adapter's factors. [default: unchanged; f16 for a GGUF "
     "output; GGUF block types become f32] The q types are only for GGUF outputs.",
 )
-@config_option
-@pre_tokenizer_option
+@gguf_options
 @click.option(
     "--block-size",
     type=int,
@@ -89,10 +81,8 @@ Example:
 @allow_base_mismatch_option(
     "Adapters: accept one made for another base; the output records this base."
 )
-@force_option()
 @click.option("--strict", is_flag=True, help="Fail if DST cannot hold everything in SRC.")
-@dry_run_option()
-@report_options
+@writing_options()
 def command(
     source: str,
     target: str,

@@ -6,17 +6,16 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, table
+from loraformat.cli.console import on_terminal, show, table
 from loraformat.cli.options import (
     RankOrAuto,
+    adapter_output_option,
     allow_base_mismatch_option,
-    dry_run_option,
     dtype_option,
     energy_option,
-    force_option,
     max_rank_option,
-    output_option,
     skip_option,
+    writing_options,
 )
 
 _EXAMPLE = """\b
@@ -29,9 +28,7 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
-@output_option(
-    "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
-)
+@adapter_output_option
 @click.option(
     "--rank",
     type=RankOrAuto(),
@@ -44,9 +41,7 @@ Example:
 @skip_option
 @dtype_option("Dtype of the factors. [default: that of TUNED]")
 @allow_base_mismatch_option("Allow an output bundle other than BASE.")
-@force_option()
-@dry_run_option("Print ranks and captured shares without writing anything.")
-@report_options
+@writing_options(dry_run="Print ranks and captured shares without writing anything.")
 def command(base: str, tuned: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Extract an adapter from a base and its fine-tune.
 

@@ -6,18 +6,17 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, table
+from loraformat.cli.console import on_terminal, show, table
 from loraformat.cli.options import (
     WeightType,
     allow_base_mismatch_option,
     allow_pickle_option,
-    config_option,
-    dry_run_option,
-    force_option,
+    from_option,
+    gguf_options,
     max_shard_size_option,
-    output_option,
-    pre_tokenizer_option,
+    model_output_options,
     weight_option,
+    writing_options,
 )
 from loraformat.storage.byte_sizes import format_size
 
@@ -32,10 +31,9 @@ Example:
 @click.command(epilog=_EXAMPLE)
 @click.argument("base", metavar="BASE")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
-@output_option("Output directory.", "OUT")
+@model_output_options()
 @weight_option("Weight of each adapter, in the same order. [default: 1]")
-@click.option("--from", "from_", metavar="FORMAT", help="Format of BASE. [default: detected]")
-@click.option("--to", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
+@from_option("BASE")
 @click.option(
     "--dtype",
     type=WeightType(),
@@ -60,15 +58,12 @@ Example:
 )
 @allow_base_mismatch_option("Accept an adapter that was made for another base.")
 @allow_pickle_option
-@config_option
-@pre_tokenizer_option
+@gguf_options
 @click.option(
     "--modules", "show_modules", is_flag=True, help="Show one row per module as well as the total."
 )
 @max_shard_size_option
-@force_option("an existing model at OUT")
-@dry_run_option()
-@report_options
+@writing_options("an existing model at OUT")
 def command(
     base: str,
     adapters: tuple[str, ...],

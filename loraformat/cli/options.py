@@ -11,27 +11,30 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from loraformat.cli.console import ByteSize
+from loraformat.cli.console import ByteSize, report_options
 
 __all__ = [
     "ParameterCount",
     "RankOrAuto",
     "WeightType",
-    "adapter_base_option",
+    "adapter_options",
+    "adapter_output_option",
     "allow_base_mismatch_option",
     "allow_pickle_option",
     "base_option",
-    "config_option",
     "dry_run_option",
     "dtype_option",
     "energy_option",
     "force_option",
+    "from_option",
+    "gguf_options",
     "max_rank_option",
     "max_shard_size_option",
+    "model_output_options",
     "output_option",
-    "pre_tokenizer_option",
     "skip_option",
     "weight_option",
+    "writing_options",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -82,6 +85,17 @@ class WeightType(click.Choice[str]):
         if is_llama_type(str(value)):
             return str(value)
         return super().convert(value, param, ctx)
+
+
+def _stacked(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    """Return one decorator that adds several options, in this order."""
+
+    def decorate(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def output_option(help_text: str, metavar: str = "DST") -> Callable[[_Command], _Command]:
@@ -170,3 +184,49 @@ max_shard_size_option = click.option(
     show_default=True,
     help="Maximum tensor bytes per file.",
 )
+
+
+def from_option(what: str) -> Callable[[_Command], _Command]:
+    """Name the format of an input; the parameter is ``from_``."""
+    return click.option(
+        "--from", "from_", metavar="FORMAT", help=f"Format of {what}. [default: detected]"
+    )
+
+
+def model_output_options(default: str = "safetensors") -> Callable[[_Command], _Command]:
+    """Name the directory and the format of a new model."""
+    return _stacked(
+        output_option("Output directory.", "OUT"),
+        click.option("--to", metavar="FORMAT", help=f"Format of OUT.  [default: {default}]"),
+    )
+
+
+def writing_options(
+    replaced: str = "an existing DST",
+    dry_run: str = "Print the plan and the sizes without writing anything.",
+) -> Callable[[_Command], _Command]:
+    """Add what every verb that writes ends with, ``--force`` and ``--dry-run`` first.
+
+    Parameters
+    ----------
+    replaced : str
+        What ``--force`` replaces.
+    dry_run : str
+        Help of ``--dry-run``.
+    """
+    return _stacked(force_option(replaced), dry_run_option(dry_run), report_options)
+
+
+#: The output of a verb that makes an adapter.
+adapter_output_option = output_option(
+    "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
+)
+#: What a verb that makes an adapter of adapters takes: their type, base and pickles.
+adapter_options = _stacked(
+    dtype_option("Dtype of the new factors. [default: unchanged]"),
+    adapter_base_option,
+    allow_base_mismatch_option("Accept an adapter that was made for another base."),
+    allow_pickle_option,
+)
+#: What GGUF files of models leave open.
+gguf_options = _stacked(config_option, pre_tokenizer_option)

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, table
-from loraformat.cli.options import dry_run_option, force_option
+from loraformat.cli.console import on_terminal, show, table
+from loraformat.cli.options import writing_options
 from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
@@ -31,9 +31,7 @@ Example:
     help="Download matching files only. Repeatable. [default: all but pickles and weights of "
     "other frameworks]",
 )
-@force_option()
-@dry_run_option("Print the files and their sizes without downloading them.")
-@report_options
+@writing_options(dry_run="Print the files and their sizes without downloading them.")
 def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Download a repository from the Hub at one commit and verify every file by hash.
 

@@ -6,18 +6,14 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, table
+from loraformat.cli.console import on_terminal, show, table
 from loraformat.cli.options import (
     ParameterCount,
-    adapter_base_option,
-    allow_base_mismatch_option,
-    allow_pickle_option,
-    dry_run_option,
-    dtype_option,
+    adapter_options,
+    adapter_output_option,
     energy_option,
-    force_option,
     max_rank_option,
-    output_option,
+    writing_options,
 )
 
 _EXAMPLE = """\b
@@ -30,9 +26,7 @@ Example:
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("adapter", metavar="ADAPTER")
-@output_option(
-    "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
-)
+@adapter_output_option
 @click.option("--rank", type=click.IntRange(1), metavar="R", help="Rank of every module.")
 @energy_option("Keep this fraction of each module's squared norm, for example 0.99.")
 @click.option(
@@ -49,13 +43,8 @@ Example:
     help="Use activation statistics, if the adapter has them, to minimise the error of the "
     "outputs; else that of the weights.  [default: statistics]",
 )
-@dtype_option("Dtype of the new factors. [default: unchanged]")
-@adapter_base_option
-@allow_base_mismatch_option("Accept an adapter that was made for another base.")
-@allow_pickle_option
-@force_option()
-@dry_run_option("Print ranks and errors without writing anything.")
-@report_options
+@adapter_options
+@writing_options(dry_run="Print ranks and errors without writing anything.")
 def command(adapter: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Reduce an adapter's rank with the smallest possible error.
 

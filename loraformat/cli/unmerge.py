@@ -6,14 +6,13 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show
+from loraformat.cli.console import on_terminal, show
 from loraformat.cli.options import (
     allow_pickle_option,
-    dry_run_option,
-    force_option,
     max_shard_size_option,
-    output_option,
+    model_output_options,
     weight_option,
+    writing_options,
 )
 from loraformat.storage.byte_sizes import format_size
 
@@ -26,7 +25,7 @@ Example:
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("merged", metavar="MERGED")
-@output_option("Output directory.", "OUT")
+@model_output_options()
 @click.option("--undo", metavar="FILE", help="The undo record written by `merge --undo`.")
 @click.option(
     "--adapter",
@@ -37,11 +36,11 @@ Example:
 )
 @weight_option("Without --undo: weight of each adapter. [default: 1]")
 @allow_pickle_option
-@click.option("--to", metavar="FORMAT", help="Format of OUT.  [default: safetensors]")
 @max_shard_size_option
-@force_option("an existing model at OUT")
-@dry_run_option("Check that record, model and adapters match without writing anything.")
-@report_options
+@writing_options(
+    "an existing model at OUT",
+    "Check that record, model and adapters match without writing anything.",
+)
 def command(merged: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Undo a merge and restore the base.
 

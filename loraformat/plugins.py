@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     import torch
 
     from loraformat.model.adapter import Adapter
+    from loraformat.model.adapter_facts import AdapterFacts
     from loraformat.model.checkpoint import Checkpoint, LazyTensor
-    from loraformat.runtimes.facts import AdapterFacts
-    from loraformat.shards.write_directory import WrittenModel
+    from loraformat.model.written import WrittenModel
     from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = [

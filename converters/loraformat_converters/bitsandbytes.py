@@ -14,9 +14,10 @@ from loraformat.bundle.reader import is_bundle
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.architecture import is_conv1d
 from loraformat.model.checkpoint import Checkpoint, NF4Tensor
+from loraformat.model.written import WrittenModel
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.read_directory import is_bitsandbytes, open_model, peek_config, weight_files
-from loraformat.shards.write_directory import WrittenModel, write_model_directory
+from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile

@@ -14,6 +14,7 @@ from loraformat.errors import UnsupportedError
 from loraformat.model.adapter import is_adapter_file
 from loraformat.model.checkpoint import Checkpoint, NF4Tensor
 from loraformat.model.packed_weights import FLOAT8, MXFP4, packed_weights, refuse_packed
+from loraformat.model.written import WrittenModel
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.read_directory import (
     is_bitsandbytes,
@@ -21,7 +22,7 @@ from loraformat.shards.read_directory import (
     peek_config,
     stored_entries,
 )
-from loraformat.shards.write_directory import WrittenModel, write_model_directory
+from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = ["CONVERTER", "read", "sniff", "write"]

@@ -16,9 +16,9 @@ from loraformat.model.architecture import skip_modules
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, NF4Tensor
 from loraformat.model.config_json import join, model_dtype, parse
 from loraformat.model.quantization_history import EXTENSION, to_extension
+from loraformat.model.written import FileRecord, WrittenModel
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.shards.records import FileRecord
-from loraformat.shards.write_directory import WrittenModel, write_model_directory
+from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
 from loraformat.version import __version__

@@ -15,7 +15,7 @@ from pathlib import Path
 from loraformat.bundle.reader import Bundle, load_verified, open_bundle
 from loraformat.errors import FormatError, InputError
 from loraformat.model.base_match import compare_fingerprints
-from loraformat.shards.records import FileRecord
+from loraformat.model.written import FileRecord
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from loraformat.shards.records import FileRecord, ShardRecord, TensorRecord
+from loraformat.model.written import FileRecord, ShardRecord, TensorRecord
 
 __all__ = [
     "FORMAT_VERSION",

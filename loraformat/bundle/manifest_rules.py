@@ -13,7 +13,7 @@ from typing import Any
 
 from loraformat.bundle.manifest import Manifest, fingerprint
 from loraformat.errors import FormatError, printable
-from loraformat.shards.records import FileRecord, ShardRecord, TensorRecord
+from loraformat.model.written import FileRecord, ShardRecord, TensorRecord
 from loraformat.storage import strict_json
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_paths import is_adapter_name, is_portable_path, is_safe_path

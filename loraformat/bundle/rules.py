@@ -19,9 +19,9 @@ from loraformat.errors import FormatError, InputError, printable
 from loraformat.families.tensor_names import layer_of
 from loraformat.model import config_json
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
+from loraformat.model.written import FileRecord
 from loraformat.shards import index_json
 from loraformat.shards.layout import TAIL_SUFFIXES
-from loraformat.shards.records import FileRecord
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile

@@ -28,7 +28,7 @@ from loraformat.bundle.manifest import FORMAT_VERSION, Manifest
 from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.bundle.reader import is_bundle
 from loraformat.errors import InputError, OutputError, UnsupportedError, UsageError, printable
-from loraformat.shards.records import FileRecord
+from loraformat.model.written import FileRecord
 from loraformat.storage.atomic_output import AtomicOutput, disk_full
 from loraformat.storage.durable import (
     identity,

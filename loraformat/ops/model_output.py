@@ -13,8 +13,8 @@ from typing import Any
 from loraformat.errors import InputError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.written import WrittenModel
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.version import __version__

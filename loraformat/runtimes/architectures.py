@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraformat.runtimes.facts import AdapterFacts
+from loraformat.model.adapter_facts import AdapterFacts
 
 __all__ = ["HEADLESS", "gguf_architecture", "merges_into_gguf"]
 
@@ -35,7 +35,7 @@ def merges_into_gguf(adapter: AdapterFacts) -> bool:
 
     Examples
     --------
-    >>> from loraformat.runtimes.facts import BaseFacts, ModuleFacts
+    >>> from loraformat.model.adapter_facts import BaseFacts, ModuleFacts
     >>> head = ModuleFacts("lm_head", 8, 64, 1000, 8.0, 1.0)
     >>> for name in ("gemma2", "gemma3"):
     ...     base = BaseFacts(tied=True, gguf_architecture=name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loraformat.errors import FileChangedError, InputError
 from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
-from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
 
 __all__ = ["facts_of"]
 

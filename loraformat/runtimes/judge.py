@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from loraformat.runtimes.facts import AdapterFacts
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.runtimes.record import Finding, Outcome, Remedy, Runtime, Treatment
 from loraformat.runtimes.remedies import Names, command, sentence
 from loraformat.runtimes.rules import FORMAT, RULES
@@ -45,7 +45,7 @@ def judge(
 
     Examples
     --------
-    >>> from loraformat.runtimes.facts import ModuleFacts
+    >>> from loraformat.model.adapter_facts import ModuleFacts
     >>> from loraformat.runtimes.known import RUNTIMES
     >>> module = ModuleFacts("model.layers.0.self_attn.q_proj", 16, 64, 64, 16.0, 1.0, dora=True)
     >>> facts = AdapterFacts("peft", (module,), dora=True)
@@ -88,7 +88,7 @@ def obstacles(found: Iterable[Finding]) -> dict[str, list[str]]:
 
     Examples
     --------
-    >>> from loraformat.runtimes.facts import ModuleFacts
+    >>> from loraformat.model.adapter_facts import ModuleFacts
     >>> from loraformat.runtimes.known import RUNTIMES
     >>> module = ModuleFacts("model.layers.0.self_attn.q_proj", 16, 64, 64, 16.0, 1.0, dora=True)
     >>> found = findings(AdapterFacts("peft", (module,), dora=True), RUNTIMES.values(), Names("A"))

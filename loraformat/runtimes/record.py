@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
 
 __all__ = [
     "Finding",

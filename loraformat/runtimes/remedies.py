@@ -6,8 +6,8 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.runtimes.architectures import merges_into_gguf
-from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.ranks import vllm_limit
 from loraformat.runtimes.record import Remedy, Runtime, Treatment
 
@@ -104,7 +104,7 @@ def sentence(treatment: Treatment, adapter: AdapterFacts) -> str:
     Examples
     --------
     >>> from loraformat.runtimes.record import mind
-    >>> from loraformat.runtimes.facts import ModuleFacts
+    >>> from loraformat.model.adapter_facts import ModuleFacts
     >>> facts = AdapterFacts("peft", (ModuleFacts("q_proj", 40, 64, 64, 40.0, 1.0),))
     >>> sentence(mind("it has a limit", "advice", "start it with --max-lora-rank {limit}"), facts)
     'start it with --max-lora-rank 64'

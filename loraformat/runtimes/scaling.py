@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
+from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
 from loraformat.storage.foreign_json import is_finite
 
 __all__ = ["as_trained", "by_config", "by_config_with_rslora", "by_file_alpha"]

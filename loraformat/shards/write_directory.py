@@ -6,44 +6,20 @@ but for what is added: every writer of one goes through `write_model_directory`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from hashlib import sha256
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import CONFIG_NAME
 from loraformat.model.quantization_history import metadata_of
+from loraformat.model.written import FileRecord, WrittenModel
 from loraformat.shards.index_json import INDEX_NAME, encode_index
 from loraformat.shards.layout import execution_units, plan_shards
-from loraformat.shards.records import FileRecord
-from loraformat.shards.writer import Progress, WrittenShards, planned_bytes, write_shards
+from loraformat.shards.writer import Progress, planned_bytes, write_shards
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_paths import is_safe_path
 
-__all__ = ["WrittenModel", "write_model_directory"]
-
-
-@dataclass(slots=True)
-class WrittenModel:
-    """What a writer wrote.
-
-    Attributes
-    ----------
-    shards : WrittenShards
-    files : dict of str to FileRecord
-        All other files.
-    notes : list of str
-        What a user should know, as sentences.
-    """
-
-    shards: WrittenShards
-    files: dict[str, FileRecord] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of everything in bytes."""
-        return sum(s.bytes for s in self.shards.shards) + sum(f.bytes for f in self.files.values())
+__all__ = ["write_model_directory"]
 
 
 def write_model_directory(

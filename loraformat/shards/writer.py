@@ -13,15 +13,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, BinaryIO
 
 from loraformat.errors import InputError
 from loraformat.model.checkpoint import LazyTensor, NF4Parts, NF4Tensor, nf4_digest
+from loraformat.model.written import ShardRecord, TensorRecord, WrittenShards
 from loraformat.nf4.quant_state import LONGEST_OFFSET
 from loraformat.shards.layout import Placed, body_order, tail_order
-from loraformat.shards.records import ShardRecord, TensorRecord
 from loraformat.shards.stored_tensors import collect
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.background import BackgroundConsumer
@@ -29,32 +28,11 @@ from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.header import DATA_ALIGNMENT, Entry, encode_header
 from loraformat.tensors.mapped import MappedFile
 
-__all__ = ["WrittenShards", "planned_bytes", "shard_name", "write_shards"]
+__all__ = ["planned_bytes", "shard_name", "write_shards"]
 
 _METADATA = {"format": "pt"}
 
 Progress = Callable[[int], None]
-
-
-@dataclass(slots=True)
-class WrittenShards:
-    """What was written.
-
-    Attributes
-    ----------
-    shards : list of ShardRecord
-    tensors : dict of str to TensorRecord
-        In execution order.
-    weight_map : dict of str to str
-        Shard file by stored tensor.
-    total_bytes : int
-        Sum of the sizes of all stored tensors.
-    """
-
-    shards: list[ShardRecord] = field(default_factory=list)
-    tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    weight_map: dict[str, str] = field(default_factory=dict)
-    total_bytes: int = 0
 
 
 def shard_name(number: int, count: int) -> str:

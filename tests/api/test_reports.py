@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from loraformat.demo.pipeline import DemoReport
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.ops.check.check import CheckReport
 from loraformat.ops.combine.report import CombinationReport, CombinedModule
 from loraformat.ops.convert.adapter import AdapterConversion
@@ -20,7 +21,6 @@ from loraformat.ops.report import Report
 from loraformat.ops.spectrum.spectrum import SpectrumReport
 from loraformat.ops.unmerge.report import UnmergeReport
 from loraformat.ops.verify import VerificationReport
-from loraformat.runtimes.facts import AdapterFacts
 from loraformat.train.run.evaluate import EvaluationReport
 from loraformat.train.run.generate import GenerationReport
 from loraformat.train.run.report import TrainReport

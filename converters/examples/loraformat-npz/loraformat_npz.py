@@ -18,10 +18,8 @@ import numpy
 from loraformat.errors import InputError, printable
 from loraformat.model import config_json
 from loraformat.model.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance
+from loraformat.model.written import FileRecord, WrittenModel, WrittenShards
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.shards.records import FileRecord
-from loraformat.shards.write_directory import WrittenModel
-from loraformat.shards.writer import WrittenShards
 from loraformat.storage import strict_json
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory

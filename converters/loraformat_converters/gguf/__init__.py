@@ -29,9 +29,9 @@ from loraformat.plugins import (
 
 if TYPE_CHECKING:
     from loraformat.model.adapter import Adapter
+    from loraformat.model.adapter_facts import AdapterFacts
     from loraformat.model.checkpoint import Checkpoint
-    from loraformat.runtimes.facts import AdapterFacts
-    from loraformat.shards.write_directory import WrittenModel
+    from loraformat.model.written import WrittenModel
     from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = ["CONVERTER", "LORA_CONVERTER"]

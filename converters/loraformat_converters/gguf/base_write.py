@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.model import config_json
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.written import FileRecord, WrittenModel, WrittenShards
 from loraformat.plugins import Forecast
-from loraformat.shards.records import FileRecord
-from loraformat.shards.write_directory import WrittenModel
-from loraformat.shards.writer import WrittenShards
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Config,

@@ -12,7 +12,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from loraformat.model.checkpoint import LazyTensor
-from loraformat.shards.records import TensorRecord
+from loraformat.model.written import TensorRecord
 from loraformat_converters.gguf.blocks import dequantize, quantize
 from loraformat_converters.gguf.types import GGMLType
 

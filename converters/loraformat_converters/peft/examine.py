@@ -15,12 +15,12 @@ from typing import Any
 
 from loraformat.bundle.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.errors import FileChangedError, InputError, UnsupportedError, printable
+from loraformat.model.adapter_facts import AdapterFacts, Loading, ModuleFacts
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
 from loraformat.model.tied_head import tied_embedding
 from loraformat.plugins import AdapterReadOptions
-from loraformat.runtimes.facts import AdapterFacts, Loading, ModuleFacts
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.storage import strict_json
 from loraformat.storage.safe_directory import SafeDirectory

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loraformat.model.adapter_facts import Loading
 from loraformat.model.base_names import BaseNames, Parameter
 from loraformat.model.tied_head import HEAD
 from loraformat.model.vocabulary import is_per_token
-from loraformat.runtimes.facts import Loading
 from loraformat_converters.peft.keys import PREFIX, parse_key
 from loraformat_converters.peft.load_on_meta import Loaded, Stored, load_on_meta
 

@@ -22,11 +22,11 @@ from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.model.tied_head import lacks_head
+from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.merge.plan import plan_edits
 from loraformat.ops.opening.adapter import copy_adapter
 from loraformat.plugins import AdapterWriteOptions, Converter
-from loraformat.shards.records import FileRecord
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import parse_weight_dtype

@@ -11,10 +11,10 @@ from loraformat.bundle.update import records_of
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.written import WrittenModel
 from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.adapter_output.form import check_fits, check_values, plan_adapter
 from loraformat.plugins import WriteOptions
-from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_adapter_name

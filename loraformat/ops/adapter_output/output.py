@@ -17,6 +17,7 @@ from loraformat.bundle.update import BundleSlot, add_adapter, parse_bundle_slot,
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase, open_adapter_base
 from loraformat.ops.adapter_output.form import (
     PlannedAdapter,
@@ -25,7 +26,6 @@ from loraformat.ops.adapter_output.form import (
     plan_adapter,
 )
 from loraformat.plugins import Converter, Forecast
-from loraformat.shards.records import FileRecord
 from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.output_rules import refuse_existing, refuse_existing_file

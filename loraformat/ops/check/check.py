@@ -14,6 +14,7 @@ from loraformat.errors import UnsupportedError, UsageError
 from loraformat.families.table import family_of, model_type
 from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
+from loraformat.model.adapter_facts import AdapterFacts, BaseFacts
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.model.tied_head import tied_embedding, tied_head
@@ -26,7 +27,6 @@ from loraformat.ops.opening.model import origin_fingerprint
 from loraformat.ops.report import Report
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.runtimes.architectures import gguf_architecture
-from loraformat.runtimes.facts import AdapterFacts, BaseFacts
 from loraformat.runtimes.from_adapter import facts_of
 from loraformat.runtimes.judge import findings
 from loraformat.runtimes.known import RUNTIMES

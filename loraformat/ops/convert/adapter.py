@@ -23,6 +23,7 @@ from loraformat.errors import UnsupportedError
 from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import DenseTensor
+from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.adapter_output.form import PlannedAdapter
 from loraformat.ops.adapter_output.one_rank import with_one_rank
@@ -30,7 +31,6 @@ from loraformat.ops.adapter_output.output import open_adapter_output
 from loraformat.ops.convert.report import ConversionReport
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.plugins import Converter, Forecast
-from loraformat.shards.records import FileRecord
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES
 

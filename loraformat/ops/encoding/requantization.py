@@ -12,8 +12,8 @@ from math import sqrt
 
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.quantization_history import Quantized, spelled
+from loraformat.model.written import TensorRecord
 from loraformat.plugins import Converter
-from loraformat.shards.records import TensorRecord
 
 __all__ = ["again_as", "history", "original_of", "sentence", "with_history"]
 

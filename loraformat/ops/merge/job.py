@@ -10,6 +10,7 @@ from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.tied_head import refuse_lost_head, untied_config
+from loraformat.model.written import WrittenModel
 from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.one_dtype import Alignment, aligned
 from loraformat.ops.encoding.requantization import again_as, original_of, sentence, with_history
@@ -23,7 +24,6 @@ from loraformat.ops.model_output import ModelOutput, input_paths
 from loraformat.ops.unmerge.record_file import RecordPublication
 from loraformat.ops.unmerge.recorder import Spool, UndoRecorder, write_record
 from loraformat.plugins import Converter, Forecast, WriteOptions
-from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.tensors.dtypes import parse_weight_dtype
 

@@ -26,6 +26,7 @@ from loraformat.errors import OutputError, UsageError
 from loraformat.hub import resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.written import WrittenModel
 from loraformat.ops.convert.report import losses
 from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
 from loraformat.ops.encoding.llama_quantize import refuse_llama_type
@@ -46,7 +47,6 @@ from loraformat.ops.opening.adapter_weights import adapter_weights
 from loraformat.ops.opening.model import open_model, without_generated_card
 from loraformat.plugins import Converter, Forecast
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
-from loraformat.shards.write_directory import WrittenModel
 
 if TYPE_CHECKING:
     from loraformat.ops.unmerge.recorder import Spool

@@ -18,6 +18,7 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
 from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.model.vocabulary import Resize, per_token
+from loraformat.model.written import WrittenModel
 from loraformat.ops.adapter_output.in_bundle import write_bundle
 from loraformat.ops.combine.combine import CombineOptions, combine_adapters
 from loraformat.ops.merge.merged_tensor import merged_tensor
@@ -25,7 +26,6 @@ from loraformat.ops.merge.plan import TensorEdit, plan_edits
 from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
 from loraformat.ops.model_output import ModelOutput
 from loraformat.plugins import WriteOptions
-from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.safe_paths import is_adapter_name
 
 __all__ = ["SeparateDelta", "name_of"]

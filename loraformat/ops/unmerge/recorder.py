@@ -17,10 +17,10 @@ import torch
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.tensor_values import tensor_bytes
+from loraformat.model.written import WrittenModel
 from loraformat.ops.merge.plan import DeltaTerm, TensorEdit
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
-from loraformat.shards.write_directory import WrittenModel
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
 from loraformat.undo.interval_code import Unmergeable, encode_tile

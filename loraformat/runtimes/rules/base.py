@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loraformat.errors import printable
+from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
 from loraformat.model.base_match import compare_fingerprints
-from loraformat.runtimes.facts import AdapterFacts, ModuleFacts
 from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses, unknown
 
 __all__ = ["BASE_RULES", "tokens_beyond"]

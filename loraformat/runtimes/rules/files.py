@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraformat.errors import printable
-from loraformat.runtimes.facts import AdapterFacts
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime, mind, refuses, unknown
 
 __all__ = ["FILE_RULES"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraformat.errors import printable
-from loraformat.runtimes.facts import AdapterFacts, Loading
+from loraformat.model.adapter_facts import AdapterFacts, Loading
 from loraformat.runtimes.record import Rule, Runtime
 from loraformat.runtimes.rules.base import tokens_beyond
 

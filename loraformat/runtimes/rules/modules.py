@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.families.tensor_names import layer_of, type_of
-from loraformat.runtimes.facts import AdapterFacts
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime, differs
 
 __all__ = ["MODULE_RULES"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraformat.runtimes.facts import AdapterFacts
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime, mind
 
 __all__ = ["PROMPT_RULES"]

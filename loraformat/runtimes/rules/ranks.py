@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraformat.runtimes.facts import AdapterFacts
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.runtimes.ranks import is_even_rank
 from loraformat.runtimes.record import Rule, Runtime
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from loraformat.errors import printable
-from loraformat.runtimes.facts import AdapterFacts
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime
 
 __all__ = ["SCALING_RULES"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loraformat.errors import printable
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.model.unsharding import GATHER
-from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
 
 __all__ = ["VALUE_RULES"]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from loraformat.errors import LoraFormatError
 from loraformat.model import config_json
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.plugins import AdapterReadOptions
-from loraformat.runtimes.facts import AdapterFacts
 from loraformat.runtimes.from_adapter import facts_of
 from loraformat_converters.gguf.architectures import named_by, of_config
 from loraformat_converters.gguf.container import open_gguf

@@ -1,11 +1,11 @@
-"""What is recorded of written files: each tensor, each shard, each carried file."""
+"""What a writer of a model wrote: its tensors, shards and other files."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["FileRecord", "ShardRecord", "TensorRecord"]
+__all__ = ["FileRecord", "ShardRecord", "TensorRecord", "WrittenModel", "WrittenShards"]
 
 Encoding = Literal["dense", "nf4"]
 
@@ -74,3 +74,47 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+
+@dataclass(slots=True)
+class WrittenShards:
+    """What was written.
+
+    Attributes
+    ----------
+    shards : list of ShardRecord
+    tensors : dict of str to TensorRecord
+        In execution order.
+    weight_map : dict of str to str
+        Shard file by stored tensor.
+    total_bytes : int
+        Sum of the sizes of all stored tensors.
+    """
+
+    shards: list[ShardRecord] = field(default_factory=list)
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    weight_map: dict[str, str] = field(default_factory=dict)
+    total_bytes: int = 0
+
+
+@dataclass(slots=True)
+class WrittenModel:
+    """What a writer wrote.
+
+    Attributes
+    ----------
+    shards : WrittenShards
+    files : dict of str to FileRecord
+        All other files.
+    notes : list of str
+        What a user should know, as sentences.
+    """
+
+    shards: WrittenShards
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of everything in bytes."""
+        return sum(s.bytes for s in self.shards.shards) + sum(f.bytes for f in self.files.values())

@@ -14,7 +14,7 @@ from loraformat.errors import UnsupportedError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.train.batch import Batch
-from loraformat.train.engine.checkpointing import Recomputation
+from loraformat.train.engine.checkpointing import Checkpointing
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
 from loraformat.train.engine.decoder import (
     HeadRule,
@@ -23,7 +23,7 @@ from loraformat.train.engine.decoder import (
     head_name,
     own_logits,
 )
-from loraformat.train.engine.layer_prefetch import IoStats, Residency, StreamedMatrix
+from loraformat.train.engine.layer_prefetch import IoStats, LayerPrefetcher, StreamedMatrix
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.matrix import DenseMatrix, decoding
@@ -34,7 +34,7 @@ from loraformat.train.engine.trial import PackingCheck, Trial
 from loraformat.train.lora import branches as branches_of_model
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.replaced_weights import Brought
+from loraformat.train.lora.replaced_weights import ReplacedWeights
 from loraformat.train.lora.trained_adapter import save_adapter, trained_adapter
 
 __all__ = ["TrainableModel"]
@@ -49,7 +49,7 @@ class TrainableModel(torch.nn.Module):
         Its linears, embeddings and experts read a bundle; its layers are computed anew in the
         backward pass.
     bundle : Bundle or ReadableBase
-    shared : Recomputation
+    shared : Checkpointing
     head_spans : sequence of Span
         The bytes of the output head.
     branches : dict of str to LoraBranch
@@ -60,8 +60,8 @@ class TrainableModel(torch.nn.Module):
         See `loraformat.train.engine.compute_dtype`.
     owned : bool
         Close the bundle with the model.
-    brought : Brought, optional
-        What the adapter that goes on brought besides its deltas.
+    replaced : ReplacedWeights, optional
+        What the adapter that is trained on replaces besides its deltas.
 
     Attributes
     ----------
@@ -73,16 +73,16 @@ class TrainableModel(torch.nn.Module):
         self,
         base: Any,
         bundle: Bundle | ReadableBase,
-        shared: Recomputation,
+        shared: Checkpointing,
         head_spans: Sequence[Span],
         branches: dict[str, LoraBranch],
         options: LoraOptions | None,
         compute_dtype: torch.dtype,
         owned: bool,
-        brought: Brought | None = None,
+        replaced: ReplacedWeights | None = None,
     ) -> None:
         super().__init__()
-        self.brought = brought
+        self.replaced = replaced
         self.base, self.bundle, self.compute_dtype = base, bundle, compute_dtype
         self.branches, self.options, self.config = branches, options, base.config
         self._shared, self._owned, self._closed = shared, owned, False
@@ -90,7 +90,7 @@ class TrainableModel(torch.nn.Module):
         self._packing = PackingCheck(base, shared, bundle.checkpoint.path)
         self._trial = Trial(base, shared, bundle.checkpoint.path)
         self._head_name = head_name(base, bundle.checkpoint.path)
-        self._streamed_head = StreamedMatrix(self.head.matrix, head_spans, shared.residency)
+        self._streamed_head = StreamedMatrix(self.head.matrix, head_spans, shared.prefetcher)
         self.head.matrix = self._streamed_head
         self._trial.forward()
         self._head_rule = self._find_head_rule()
@@ -114,33 +114,33 @@ class TrainableModel(torch.nn.Module):
     @property
     def tokenizer_directory(self) -> Path:
         """Where the tokenizer lies: the bundle, or an adapter with a vocabulary of its own."""
-        own = None if self.brought is None else self.brought.tokenizer
+        own = None if self.replaced is None else self.replaced.tokenizer
         return own or self.directory
 
     @property
-    def residency(self) -> Residency:
+    def prefetcher(self) -> LayerPrefetcher:
         """What brings layers into memory and lets them go."""
-        return self._shared.residency
+        return self._shared.prefetcher
 
     @property
     def traffic(self) -> IoStats:
         """What streaming did since the model was loaded."""
-        return self.residency.traffic
+        return self.prefetcher.traffic
 
     @property
     def activation_memory(self) -> int:
         """Bytes for layers that keep their activations instead of computing them again."""
-        return self._shared.kept.budget
+        return self._shared.activation_budget.budget
 
     @activation_memory.setter
     def activation_memory(self, nbytes: int) -> None:
-        self._shared.kept.budget = nbytes
+        self._shared.activation_budget.budget = nbytes
         keep_freed_memory(plentiful=nbytes > 0)
 
     @property
     def layers_kept(self) -> int:
         """How many layers kept their activations, in the batch in which the most did."""
-        return self._shared.kept.most
+        return self._shared.activation_budget.most
 
     @property
     def decode_seconds(self) -> float:
@@ -291,7 +291,7 @@ class TrainableModel(torch.nn.Module):
 
     def adapter(self) -> Adapter:
         """Return what was trained as the neutral adapter, its scaling resolved."""
-        return trained_adapter(self.branches, self._trained_on(), self.brought)
+        return trained_adapter(self.branches, self._trained_on(), self.replaced)
 
     def _trained_on(self) -> Bundle:
         """Return the bundle; what was opened to be looked at alone is none."""
@@ -327,7 +327,7 @@ class TrainableModel(torch.nn.Module):
         """
         return save_adapter(
             self.branches, self._trained_on(), path, options=self.options, force=force, facts=facts,
-            files=files, brought=self.brought,
+            files=files, replaced=self.replaced,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -335,11 +335,11 @@ class TrainableModel(torch.nn.Module):
         if self._closed:
             return
         self._closed = True
-        self.residency.close()
+        self.prefetcher.close()
         if self._owned:
             self.bundle.close()
-        if self.brought is not None:
-            self.brought.close()
+        if self.replaced is not None:
+            self.replaced.close()
 
     def __enter__(self) -> TrainableModel:
         return self

@@ -18,26 +18,26 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.train.engine.bind_weights import Assembly, assemble
+from loraformat.train.engine.bind_weights import WeightBinder, bind_weights
 from loraformat.train.engine.checkpointing import (
     ActivationBudget,
-    Recomputation,
-    recompute_layer,
+    Checkpointing,
+    checkpoint_layer,
 )
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.decoder import find_layers, head_name, number_layers
 from loraformat.train.engine.device import place_on
-from loraformat.train.engine.layer_prefetch import Residency
+from loraformat.train.engine.layer_prefetch import LayerPrefetcher
 from loraformat.train.engine.madvise import keep_freed_memory
-from loraformat.train.engine.meta_model import build_skeleton
+from loraformat.train.engine.meta_model import build_meta_model
 from loraformat.train.engine.readable_base import ReadableBase
 from loraformat.train.engine.stored_weights import StoredWeights
 from loraformat.train.loop import memory
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.branches import attach, attach_adapter
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.replaced_weights import brought_by
-from loraformat.train.lora.target_modules import TargetModule, find_sites
+from loraformat.train.lora.replaced_weights import replaced_weights_of
+from loraformat.train.lora.target_modules import TargetModule, find_target_modules
 from loraformat.train.model import TrainableModel
 
 __all__ = ["load"]
@@ -73,7 +73,7 @@ def load(
         Where it computes: ``cpu``, or a GPU, on which codes are decoded.
     device_memory : int, optional
         Bytes that the base may take on the GPU, a share of what is free by default; layers that
-        do not fit are brought there for each use.
+        do not fit are copied there for each use.
     activation_memory : int, optional
         Bytes for layers that keep what their backward pass wants instead of computing it again,
         which is a quarter of the work: the last layers do, as many as it is enough for. By
@@ -112,56 +112,60 @@ def load(
         owned = adapter is not None and not isinstance(adapter, Adapter)
         if adapter is not None:
             adapter = opened.enter_context(open_adapter(adapter, base=here.checkpoint))
-        brought = None if adapter is None else brought_by(adapter, here.checkpoint)
-        weights = StoredWeights(here, brought.tensors if brought is not None else None)
-        config = brought.config if brought is not None else here.checkpoint.config
+        replaced = None if adapter is None else replaced_weights_of(adapter, here.checkpoint)
+        weights = StoredWeights(here, replaced.tensors if replaced is not None else None)
+        config = replaced.config if replaced is not None else here.checkpoint.config
         path = here.checkpoint.path
         base, assembly = _built(path, weights, config, dtype)
         used = assembly.used
         resident: set[str] = set()
         if place.type != "cpu":
             resident = place_on(base, used, weights, place, device_memory)
-        sites = find_sites(base, used | assembly.copied, family_of(parse(config or b"{}")))
-        branches = _branches(sites, here, lora, adapter, original, has_brought=brought is not None)
+        targets = find_target_modules(
+            base, used | assembly.copied, family_of(parse(config or b"{}"))
+        )
+        branches = _branches(
+            targets, here, lora, adapter, original, has_replaced=replaced is not None
+        )
         if adapter is not None and owned:
-            if brought is None:
+            if replaced is None:
                 adapter.close()  # its factors have been copied
             else:
-                brought = replace(brought, close=adapter.close)
+                replaced = replace(replaced, close=adapter.close)
         streamed = {name: names for name, names in used.items() if name not in resident}
         shared = _stream(base, weights, streamed, path)
         if activation_memory is None:
             size = sum(tensor.nbytes for tensor in here.checkpoint.tensors.values())
             activation_memory = memory.spare(size, str(place))
-        shared.kept.budget = activation_memory
+        shared.activation_budget.budget = activation_memory
         keep_freed_memory(plentiful=activation_memory > 0)
         head = [span for name in used[head_name(base, path)] for span in weights.spans(name)]
         model = TrainableModel(
             base, here, shared, head_spans=head, branches=branches,
             options=None if adapter else lora, compute_dtype=dtype, owned=here is not bundle,
-            brought=brought,
+            replaced=replaced,
         )  # fmt: skip
         opened.pop_all()
     return model
 
 
 def _branches(
-    sites: list[TargetModule],
+    targets: list[TargetModule],
     bundle: Bundle | ReadableBase,
     lora: LoraOptions | None,
     adapter: Adapter | None,
     original: str | Path | Checkpoint | None,
     *,
-    has_brought: bool,
+    has_replaced: bool,
 ) -> dict[str, LoraBranch]:
     if adapter is not None:
-        return attach_adapter(sites, adapter, bundle.checkpoint, lora, has_brought=has_brought)
+        return attach_adapter(targets, adapter, bundle.checkpoint, lora, has_replaced=has_replaced)
     if lora is None:
         return {}
     with ExitStack() as opened:
         if original is not None and not isinstance(original, Checkpoint):
             original = opened.enter_context(open_model(original))
-        return attach(sites, lora, original=original)
+        return attach(targets, lora, original=original)
 
 
 def _open(path: Path, *, to_train: bool) -> Bundle | ReadableBase:
@@ -179,7 +183,7 @@ def _open(path: Path, *, to_train: bool) -> Bundle | ReadableBase:
 
 def _built(
     path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
-) -> tuple[Any, Assembly]:
+) -> tuple[Any, WeightBinder]:
     """Return what `_build` does; whatever a class of transformers trips over is a refusal."""
     try:
         return _build(path, weights, config, dtype)
@@ -194,13 +198,13 @@ def _built(
 
 def _build(
     path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
-) -> tuple[Any, Assembly]:
+) -> tuple[Any, WeightBinder]:
     """Return the model, and what it was made of."""
     if config is None:
         raise UnsupportedError("has no config.json, which says how to compute it", path=path)
     numbers = [found[1] for name in weights.names() if (found := layer_of(name))]
-    base = build_skeleton(config, max(numbers, default=-1) + 1, path)
-    assembly = assemble(base, weights, dtype, path)
+    base = build_meta_model(config, max(numbers, default=-1) + 1, path)
+    assembly = bind_weights(base, weights, dtype, path)
     base.requires_grad_(False)
     number_layers(base, path)
     return base, assembly
@@ -208,7 +212,7 @@ def _build(
 
 def _stream(
     base: Any, weights: StoredWeights, used: dict[str, list[str]], path: Path
-) -> Recomputation:
+) -> Checkpointing:
     """Let the decoder layers come and go."""
     stem, layers = find_layers(base, path)
     spans = []
@@ -216,7 +220,7 @@ def _stream(
         prefix = f"{stem}.{number}."
         names = [one for module, some in used.items() if module.startswith(prefix) for one in some]
         spans.append([span for name in names for span in weights.spans(name)])
-    shared = Recomputation(Residency(spans), ActivationBudget(len(layers)))
+    shared = Checkpointing(LayerPrefetcher(spans), ActivationBudget(len(layers)))
     for number, layer in enumerate(layers):
-        recompute_layer(layer, number, shared)
+        checkpoint_layer(layer, number, shared)
     return shared

@@ -34,7 +34,7 @@ from shapes import Shape
 
 SHAPE = Shape("streamed", 1024, 2816, 4, 16, 4, 64, 4096)
 TOKENS = 256
-#: What each row changes: residency settings, and whether glibc's threshold is pinned.
+#: What each row changes: prefetcher settings, and whether glibc's threshold is pinned.
 SETTINGS: dict[str, dict[str, bool]] = {
     "default": {},
     "default, page cache dropped": {"drop_cache": True},
@@ -56,14 +56,14 @@ def step(bundle: str, settings: dict[str, bool], threads: int) -> dict[str, Any]
     options = LoraOptions(rank=8, statistics=False)
     model = load(bundle, lora=options, activation_memory=0)
     for name, value in settings.items():
-        setattr(model.residency, name, value)
+        setattr(model.prefetcher, name, value)
     ids = torch.randint(0, 4096, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, 0] = -100
     batch = Batch(ids, labels, torch.arange(TOKENS)[None], torch.ones_like(ids), ((0,),))
     model.loss(batch).backward()
     peaks = {"RssAnon": 0, "RssFile": 0}
-    enter = model.residency.enter
+    enter = model.prefetcher.enter
 
     def watched(layer: int, direction: int) -> None:
         enter(layer, direction)
@@ -72,7 +72,7 @@ def step(bundle: str, settings: dict[str, bool], threads: int) -> dict[str, Any]
 
     before, traffic = _resident(), replace(model.traffic)
     decoded = model.decode_seconds
-    model.residency.enter = watched  # type: ignore[method-assign]
+    model.prefetcher.enter = watched  # type: ignore[method-assign]
     began, processor = time.perf_counter(), time.process_time()
     model.loss(batch).backward()
     return {

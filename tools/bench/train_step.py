@@ -143,7 +143,7 @@ def _ours(model: Path, rank: int, compute: torch.dtype, cold: bool, device: str)
         model, lora=LoraOptions(rank=rank, statistics=False), compute_dtype=compute,
         device=device,
     )  # fmt: skip
-    loaded.residency.drop_cache = cold
+    loaded.prefetcher.drop_cache = cold
     loaded.train()
     return _OurLoss(loaded), list(loaded.trainable().values())
 

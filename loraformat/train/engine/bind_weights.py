@@ -23,22 +23,22 @@ from loraformat.train.engine.experts import (
     is_fused_experts,
     projection_names,
 )
-from loraformat.train.engine.linear import DenseLinear, FrozenLinear, NF4Linear
+from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.stored_weights import Sources, StoredWeights, find_sources
 
-__all__ = ["Assembly", "assemble"]
+__all__ = ["WeightBinder", "bind_weights"]
 
 #: Elements of a parameter that may be copied into memory: 16 MB, more than any router has.
 _LARGEST_COPY = 1 << 22
 
 
-class Assembly:
+class WeightBinder:
     """Replaces the modules of one model.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        As `loraformat.train.engine.meta_model.build_skeleton` returns it.
+        As `loraformat.train.engine.meta_model.build_meta_model` returns it.
     weights : StoredWeights
     dtype : torch.dtype
         In which it computes; see `loraformat.train.engine.compute_dtype`.
@@ -108,9 +108,8 @@ class Assembly:
         bias = None
         if module.bias is not None:
             bias = self._small(f"{name}.bias", self._source(f"{name}.bias"))
-        kind = NF4Linear if self._weights.is_nf4(source) else DenseLinear
         matrix = self._weights.matrix(source, in_out_layout=conv1d)
-        linear = kind(matrix, name, bias, conv1d=conv1d, dtype=self._dtype)
+        linear = FrozenLinear(matrix, name, bias, conv1d=conv1d, dtype=self._dtype)
         self._put(name, linear, [source])
 
     def _conv1d(self, name: str, module: Any) -> None:
@@ -259,9 +258,11 @@ class Assembly:
         return UnsupportedError(problem, path=f"{self._path}")
 
 
-def assemble(model: Any, weights: StoredWeights, dtype: torch.dtype, path: object) -> Assembly:
-    """Give a model its weights; see `Assembly`."""
-    assembly = Assembly(model, weights, dtype, path)
+def bind_weights(
+    model: Any, weights: StoredWeights, dtype: torch.dtype, path: object
+) -> WeightBinder:
+    """Give a model its weights; see `WeightBinder`."""
+    assembly = WeightBinder(model, weights, dtype, path)
     assembly.run()
     return assembly
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy
 import torch
 
-__all__ = ["Workspace", "fresh", "hold", "workspace"]
+__all__ = ["Workspace", "empty_matrix", "save_inputs", "workspace"]
 
 _ALIGNMENT = 64
 #: Smaller results may lie anywhere (bytes).
@@ -91,12 +91,12 @@ class Workspace(threading.local):
 workspace = Workspace()
 
 
-def fresh(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def empty_matrix(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Return an undefined matrix of the dtype and on the device of another tensor.
 
     Examples
     --------
-    >>> fresh(torch.ones(1, dtype=torch.bfloat16), 1024, 2048).shape
+    >>> empty_matrix(torch.ones(1, dtype=torch.bfloat16), 1024, 2048).shape
     torch.Size([1024, 2048])
     """
     nbytes = rows * columns * like.element_size()
@@ -107,7 +107,7 @@ def fresh(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return memory[start : start + nbytes].view(like.dtype).view(rows, columns)
 
 
-def hold(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def save_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return tensors to keep, the large ones on a CPU as copies; without gradient.
 
     Parameters
@@ -121,7 +121,7 @@ def hold(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
     Examples
     --------
-    >>> (kept,) = hold([torch.ones(1 << 16)])
+    >>> (kept,) = save_inputs([torch.ones(1 << 16)])
     >>> kept.sum()
     tensor(65536.)
     """

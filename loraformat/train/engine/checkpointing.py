@@ -29,18 +29,24 @@ import torch
 from torch.utils import _pytree as trees
 
 from loraformat.errors import UnsupportedError
-from loraformat.train.engine.buffers import hold
+from loraformat.train.engine.buffers import save_inputs
 from loraformat.train.engine.layer_call import (
     LayerCall,
-    RandomState,
-    random_restored,
-    random_state,
+    RngState,
+    restored_rng_state,
+    rng_state,
 )
-from loraformat.train.engine.layer_prefetch import BackwardVisit, Residency
+from loraformat.train.engine.layer_prefetch import BackwardLayer, LayerPrefetcher
 from loraformat.train.engine.matrix import Matrix
 from loraformat.train.engine.unneeded_products import has_forward_hooks, leaving_out
 
-__all__ = ["ActivationBudget", "Forgotten", "Recomputation", "capturing", "recompute_layer"]
+__all__ = [
+    "ActivationBudget",
+    "Checkpointing",
+    "RecomputedTensors",
+    "captured_tensors",
+    "checkpoint_layer",
+]
 
 #: With fewer tokens a pass is a step of generation: pages then stay where they are.
 _FEW_TOKENS = 16
@@ -50,13 +56,13 @@ _IN_HEAP = 1.8
 
 
 @dataclass(slots=True)
-class Recomputation:
+class Checkpointing:
     """What all layers of a model share.
 
     Attributes
     ----------
-    residency : Residency
-    kept : ActivationBudget
+    prefetcher : LayerPrefetcher
+    activation_budget : ActivationBudget
         Which layers are not computed again.
     rows_at_once : int or None
         Rows of a batch that a layer computes together; None for all.
@@ -64,25 +70,25 @@ class Recomputation:
         Shown each layer's number and its call before it is computed forward.
     unneeded : dict of int to str
         By the number of a layer, the linear in it whose product is not recomputed.
-    visit : BackwardVisit
-        Of the residency, in backward passes.
+    visit : BackwardLayer
+        Of the prefetcher, in backward passes.
     sparing : bool
         Let layers go after a few tokens, too: slower generation, in as much memory as training.
     """
 
-    residency: Residency
-    kept: ActivationBudget
+    prefetcher: LayerPrefetcher
+    activation_budget: ActivationBudget
     rows_at_once: int | None = None
     inspect: Callable[[int, LayerCall], None] | None = None
     unneeded: dict[int, str] = field(default_factory=dict)
-    visit: BackwardVisit = field(init=False)
+    visit: BackwardLayer = field(init=False)
     sparing: bool = False
 
     def __post_init__(self) -> None:
-        self.visit = BackwardVisit(self.residency)
+        self.visit = BackwardLayer(self.prefetcher)
 
 
-def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) -> None:
+def checkpoint_layer(layer: torch.nn.Module, number: int, shared: Checkpointing) -> None:
     """Let a layer be computed anew in the backward pass, and its weights come and go.
 
     Parameters
@@ -90,8 +96,8 @@ def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) 
     layer : Module
         Of a transformers model; its ``forward`` is wrapped, on this instance.
     number : int
-        Of the layer, as the residency counts.
-    shared : Recomputation
+        Of the layer, as the prefetcher counts.
+    shared : Checkpointing
     """
     inner = layer.forward
 
@@ -102,7 +108,7 @@ def recompute_layer(layer: torch.nn.Module, number: int, shared: Recomputation) 
         trained = any(parameter.requires_grad for parameter in layer.parameters())
         if torch.is_grad_enabled() and (call.differentiable or trained):
             return _Layer(layer, inner, number, shared).compute(call.with_gradient())
-        with _entered(shared.residency, number, _FEW_TOKENS if shared.sparing else call.tokens):
+        with _entered(shared.prefetcher, number, _FEW_TOKENS if shared.sparing else call.tokens):
             return _joined([part.run(inner) for part in call.groups(shared.rows_at_once)])
 
     layer.forward = forward
@@ -115,16 +121,16 @@ class _Layer:
     """
 
     def __init__(
-        self, layer: torch.nn.Module, inner: Callable[..., Any], number: int, shared: Recomputation
+        self, layer: torch.nn.Module, inner: Callable[..., Any], number: int, shared: Checkpointing
     ) -> None:
         self._layer, self._inner, self._number, self._shared = layer, inner, number, shared
 
     def compute(self, call: LayerCall) -> Any:
         """Compute it; its backward pass enters and leaves it when gradients come by."""
         shared, number = self._shared, self._number
-        keep = shared.rows_at_once is None and shared.kept.keeps(number, call.tokens)
+        keep = shared.rows_at_once is None and shared.activation_budget.keeps(number, call.tokens)
         # The graph holds them for as long as it can be gone through; the hook on it must not.
-        parts: WeakSet[Forgotten] = WeakSet()
+        parts: WeakSet[RecomputedTensors] = WeakSet()
 
         def enter(gradient: torch.Tensor) -> None:
             shared.visit.enter(number)
@@ -136,7 +142,7 @@ class _Layer:
 
         if first := call.first_with_gradient():
             first[0].register_hook(leave)
-        with _entered(shared.residency, number, call.tokens or _FEW_TOKENS):
+        with _entered(shared.prefetcher, number, call.tokens or _FEW_TOKENS):
             results = []
             for part in call.groups(shared.rows_at_once):
                 forgotten = None if keep else self._forgotten(part)
@@ -150,25 +156,25 @@ class _Layer:
                 result.register_hook(enter)
         return output
 
-    def _forgotten(self, call: LayerCall) -> Forgotten:
+    def _forgotten(self, call: LayerCall) -> RecomputedTensors:
         """Return what stands for what a computation saves, with all that it is repeated from."""
         held = call.to_repeat()
-        of_cpu, of_devices = random_state(call.leaves)
-        random = hold([of_cpu])[0], of_devices
-        return Forgotten(lambda: self._again(held, random))
+        of_cpu, of_devices = rng_state(call.leaves)
+        random = save_inputs([of_cpu])[0], of_devices
+        return RecomputedTensors(lambda: self._again(held, random))
 
-    def _again(self, held: LayerCall, random: RandomState) -> Sequence[torch.Tensor]:
+    def _again(self, held: LayerCall, random: RngState) -> Sequence[torch.Tensor]:
         """Return the tensors that the backward pass needs."""
         shared, number = self._shared, self._number
         shared.visit.enter(number)
         with (
-            random_restored(random),
+            restored_rng_state(random),
             torch.enable_grad(),
             leaving_out(self._unneeded()),
-            capturing() as saved,
+            captured_tensors() as saved,
         ):
             held.repeated().run(self._inner)
-        shared.kept.count(saved, held.tokens)
+        shared.activation_budget.count(saved, held.tokens)
         return saved
 
     def _unneeded(self) -> list[Matrix]:
@@ -179,16 +185,16 @@ class _Layer:
 
 
 @contextmanager
-def _entered(residency: Residency, number: int, tokens: int) -> Iterator[None]:
+def _entered(prefetcher: LayerPrefetcher, number: int, tokens: int) -> Iterator[None]:
     """Have a layer's weights in memory while it is computed forward."""
     if tokens < _FEW_TOKENS and not torch.is_grad_enabled():
         yield
         return
-    residency.enter(number, 1)
+    prefetcher.enter(number, 1)
     try:
         yield
     finally:
-        residency.leave(number)
+        prefetcher.leave(number)
 
 
 def _joined(results: list[Any]) -> Any:
@@ -203,7 +209,7 @@ def _joined(results: list[Any]) -> Any:
     return trees.tree_unflatten(joined, flat[0][1])
 
 
-class Forgotten:
+class RecomputedTensors:
     """Stands for the tensors that one computation saved.
 
     Parameters
@@ -215,10 +221,10 @@ class Forgotten:
     --------
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> def again():
-    ...     with torch.enable_grad(), capturing() as saved:
+    ...     with torch.enable_grad(), captured_tensors() as saved:
     ...         x * x
     ...     return saved
-    >>> forgotten = Forgotten(again)
+    >>> forgotten = RecomputedTensors(again)
     >>> with forgotten.saving():
     ...     y = x * x
     >>> y.sum().backward()
@@ -261,7 +267,7 @@ class Forgotten:
 
 
 @contextmanager
-def capturing() -> Iterator[list[torch.Tensor]]:
+def captured_tensors() -> Iterator[list[torch.Tensor]]:
     """Collect what is saved for a backward pass that will not be: all tensors but parameters.
 
     The graph itself holds none of them, for as long as this is over and the list is gone.

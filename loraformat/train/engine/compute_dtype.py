@@ -19,7 +19,7 @@ import torch
 
 from loraformat.errors import UsageError
 
-__all__ = ["DTYPES", "activation_dtype", "choose_dtype", "multiplies_bfloat16", "processor_words"]
+__all__ = ["DTYPES", "activation_dtype", "choose_dtype", "cpu_features", "multiplies_bfloat16"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,19 +72,19 @@ def multiplies_bfloat16() -> bool:
     They are with Intel's AMX, and with AVX512-BF16 on AMD (2.3 times, measured on Zen); on
     Intel's cores without AMX the same instructions run at half the rate, and lose.
     """
-    words = processor_words()
+    words = cpu_features()
     return "amx_bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
 
 
 @cache
-def processor_words() -> frozenset[str]:
+def cpu_features() -> frozenset[str]:
     """Return the words that Linux says of the first processor: its maker, its flags, and more.
 
     Empty elsewhere.
 
     Examples
     --------
-    >>> "no such flag" in processor_words()
+    >>> "no such flag" in cpu_features()
     False
     """
     cpuinfo = Path("/proc/cpuinfo")

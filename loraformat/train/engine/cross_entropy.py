@@ -17,7 +17,12 @@ import torch
 from loraformat.train.engine.buffers import workspace
 from loraformat.train.engine.decoder import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.matmul import even_rows, multiply, multiply_transposed, spread
+from loraformat.train.engine.matmul import (
+    even_rows,
+    multiply,
+    multiply_transposed,
+    threaded_product,
+)
 
 __all__ = ["frozen_head_loss", "own_head_loss"]
 
@@ -118,7 +123,7 @@ def _chunk(
             losses[part] = _turn_to_slope_(y[part], targets[part, None], rule, wanted)
 
     if on_cpu:
-        spread(piece, 0, len(y), _PIECE_ROWS, 1)
+        threaded_product(piece, 0, len(y), _PIECE_ROWS, 1)
     else:
         piece(0, len(y))
     padding.zero_()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loraformat.train.engine.matrix import DenseMatrix, Tile
-from loraformat.train.engine.meta_model import AbsentWeight
+from loraformat.train.engine.meta_model import PlaceholderWeight
 from loraformat.train.engine.readable_base import ComputedTable
 
 __all__ = ["MappedEmbedding"]
@@ -16,7 +16,7 @@ __all__ = ["MappedEmbedding"]
 _Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class _Rows(AbsentWeight):
+class _Rows(PlaceholderWeight):
     """Where a class looks a token up in its table itself, as Gemma 4 does for padding."""
 
     def __init__(self, *arguments: Any, table: torch.Tensor | ComputedTable) -> None:
@@ -84,7 +84,7 @@ class MappedEmbedding(torch.nn.Module):
         self.branch: torch.nn.Module | None = None
 
     @property
-    def weight(self) -> AbsentWeight:
+    def weight(self) -> PlaceholderWeight:
         """What says the table's shape and dtype; of its numbers it has rows that are asked for."""
         shape = tuple(self.table.shape)
         return _Rows(self.name, shape, self.table.device, self.dtype, table=self.table)

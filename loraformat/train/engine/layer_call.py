@@ -6,9 +6,9 @@ itself, which on repetition are for nobody), and the states of torch's random ge
 
 Examples
 --------
->>> state = random_state([])
+>>> state = rng_state([])
 >>> first = torch.rand(3)
->>> with random_restored(state):
+>>> with restored_rng_state(state):
 ...     again = torch.rand(3)
 >>> torch.equal(first, again)
 True
@@ -29,9 +29,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as trees
 
 from loraformat.errors import UnsupportedError
-from loraformat.train.engine.buffers import hold
+from loraformat.train.engine.buffers import save_inputs
 
-__all__ = ["LayerCall", "RandomState", "copied", "random_restored", "random_state", "set_random"]
+__all__ = [
+    "LayerCall",
+    "RngState",
+    "copy_shared_state",
+    "restored_rng_state",
+    "rng_state",
+    "set_rng_state",
+]
 
 _PLAIN = (
     type(None), bool, int, float, str, bytes, type, Enum, FunctionType, MethodType, torch.Tensor,
@@ -39,7 +46,7 @@ _PLAIN = (
 )  # fmt: skip
 
 #: Of the CPU, and of devices.
-RandomState = tuple[torch.Tensor, list[tuple[torch.device, torch.Tensor]]]
+RngState = tuple[torch.Tensor, list[tuple[torch.device, torch.Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +137,8 @@ class LayerCall:
 
     def to_repeat(self) -> LayerCall:
         """Return the call as it is now, to be made again, whatever becomes of its arguments."""
-        leaves: Sequence[Any] = list(map(copied, self.leaves))
-        held = dict(zip(self.differentiable, hold([leaves[i] for i in self.differentiable]),
+        leaves: Sequence[Any] = list(map(copy_shared_state, self.leaves))
+        held = dict(zip(self.differentiable, save_inputs([leaves[i] for i in self.differentiable]),
                         strict=True))  # fmt: skip
         return replace(
             self, arguments=(), options={},
@@ -140,7 +147,7 @@ class LayerCall:
 
     def repeated(self) -> LayerCall:
         """Return a call like the one that was held, for a graph of its own."""
-        leaves = list(map(copied, self.leaves))
+        leaves = list(map(copy_shared_state, self.leaves))
         for position in self.differentiable:
             leaves[position] = leaves[position].detach().requires_grad_()
         return LayerCall.of(*trees.tree_unflatten(leaves, self.structure))
@@ -174,7 +181,7 @@ class _SameNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def copied(value: Any) -> Any:
+def copy_shared_state(value: Any) -> Any:
     """Return an object of its own with the same numbers; what is no container, itself.
 
     Parameters
@@ -186,7 +193,7 @@ def copied(value: Any) -> Any:
     --------
     >>> from collections import UserDict
     >>> shared = UserDict(keys=torch.ones(2))
-    >>> other = copied(shared)
+    >>> other = copy_shared_state(shared)
     >>> other["more"] = 1
     >>> sorted(shared), other["keys"].data_ptr() == shared["keys"].data_ptr()
     (['keys'], True)
@@ -200,13 +207,13 @@ def copied(value: Any) -> Any:
         return value
 
 
-def random_state(leaves: Sequence[Any]) -> RandomState:
+def rng_state(leaves: Sequence[Any]) -> RngState:
     """Return the state of the CPU's generator, and of those of devices on which tensors are."""
     devices = {leaf.device for leaf in leaves if torch.is_tensor(leaf) and leaf.is_cuda}
     return torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
 
 
-def set_random(state: RandomState) -> None:
+def set_rng_state(state: RngState) -> None:
     """Draw from here on what was drawn after a state."""
     torch.set_rng_state(state[0])
     for device, of_device in state[1]:
@@ -214,9 +221,9 @@ def set_random(state: RandomState) -> None:
 
 
 @contextmanager
-def random_restored(state: RandomState) -> Iterator[None]:
+def restored_rng_state(state: RngState) -> Iterator[None]:
     """Draw the same random numbers again, and leave the generator as it was."""
     devices = [device for device, _ in state[1]]
     with torch.random.fork_rng(devices, device_type="cuda" if devices else "cpu"):
-        set_random(state)
+        set_rng_state(state)
         yield

@@ -1,9 +1,9 @@
 """Layer prefetch: the next layer's pages are read while one is computed, the last are evicted.
 
-A layer is a contiguous range of a shard, or a few. `Residency.enter` waits until its pages are in
-memory and asks a thread for the next ones in the direction of the pass: up in the forward pass,
-down in the backward pass. `Residency.leave` gives its pages back to the kernel. Mapped pages are
-never anonymous memory, so what a step holds does not depend on the size of the base.
+A layer is a contiguous range of a shard, or a few. `LayerPrefetcher.enter` waits until its pages
+are in memory and asks a thread for the next ones in the direction of the pass: up in the forward
+pass, down in the backward pass. `LayerPrefetcher.leave` gives its pages back to the kernel. Mapped
+pages are never anonymous memory, so what a step holds does not depend on the size of the base.
 
 The output head of a large vocabulary is as large as several layers, and each pass over it uses
 every row once: `StreamedMatrix` prefetches and evicts its rows in the same way.
@@ -23,7 +23,7 @@ from loraformat.train.engine.madvise import drop_cached, forget_pages, read_page
 from loraformat.train.engine.matrix import Matrix, Range, Tile
 from loraformat.train.engine.stored_weights import Span
 
-__all__ = ["BackwardVisit", "IoStats", "Residency", "StreamedMatrix", "merged"]
+__all__ = ["BackwardLayer", "IoStats", "LayerPrefetcher", "StreamedMatrix", "merge_spans"]
 
 #: Bytes that are asked for at a time, so that closing never waits long.
 _PIECE = 32 << 20
@@ -52,12 +52,12 @@ class IoStats:
     visits: list[int] = field(default_factory=list)
 
 
-def merged(spans: Sequence[Span]) -> list[Span]:
+def merge_spans(spans: Sequence[Span]) -> list[Span]:
     """Return the least ranges that cover these; gaps below a page are covered too.
 
     Examples
     --------
-    >>> merged([(None, 0, 10), (None, 10, 20), (None, 9000, 9010)])
+    >>> merge_spans([(None, 0, 10), (None, 10, 20), (None, 9000, 9010)])
     [(None, 0, 20), (None, 9000, 9010)]
     """
     found: list[Span] = []
@@ -71,12 +71,12 @@ def merged(spans: Sequence[Span]) -> list[Span]:
 
 def _mapped(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
     """Yield the address of each range; none where files are read instead of mapped."""
-    for file, begin, end in merged(spans):
+    for file, begin, end in merge_spans(spans):
         if file.address is not None:
             yield file.address + begin, (file, begin, end)
 
 
-class Residency:
+class LayerPrefetcher:
     """Brings layers into memory before they are needed, and lets them go after.
 
     Parameters
@@ -167,7 +167,7 @@ class Residency:
 
     def _thread(self) -> ThreadPoolExecutor:
         if self._reader is None:
-            self._reader = ThreadPoolExecutor(1, thread_name_prefix="loraformat-residency")
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="loraformat-prefetch")
         return self._reader
 
     def _read(self, ranges: Sequence[tuple[int, Span]]) -> None:
@@ -186,25 +186,25 @@ class Residency:
             self._reader = None
 
 
-class BackwardVisit:
+class BackwardLayer:
     """Enters and leaves layers on the way back, one at a time and each once.
 
     Parameters
     ----------
-    residency : Residency
+    prefetcher : LayerPrefetcher
 
     Examples
     --------
-    >>> residency = Residency([[], []])
-    >>> visit = BackwardVisit(residency)
+    >>> prefetcher = LayerPrefetcher([[], []])
+    >>> visit = BackwardLayer(prefetcher)
     >>> for step in (visit.enter, visit.enter, visit.leave, visit.leave):
     ...     step(1)
-    >>> residency.traffic.visits
+    >>> prefetcher.traffic.visits
     [1]
     """
 
-    def __init__(self, residency: Residency) -> None:
-        self._residency = residency
+    def __init__(self, prefetcher: LayerPrefetcher) -> None:
+        self._prefetcher = prefetcher
         self._layer: int | None = None
 
     def enter(self, layer: int) -> None:
@@ -212,15 +212,15 @@ class BackwardVisit:
         if layer == self._layer:
             return
         if self._layer is not None:
-            self._residency.leave(self._layer)
+            self._prefetcher.leave(self._layer)
         self._layer = layer
-        self._residency.enter(layer, -1)
+        self._prefetcher.enter(layer, -1)
 
     def leave(self, layer: int) -> None:
         """Let a layer go, unless that was done."""
         if layer == self._layer:
             self._layer = None
-            self._residency.leave(layer)
+            self._prefetcher.leave(layer)
 
 
 class StreamedMatrix:
@@ -232,7 +232,7 @@ class StreamedMatrix:
     spans : sequence of Span
         Its bytes: of each span a share that goes with the rows, as it is with dense numbers,
         packed codes and scales.
-    residency : Residency
+    prefetcher : LayerPrefetcher
 
     Attributes
     ----------
@@ -240,8 +240,8 @@ class StreamedMatrix:
         As in `Matrix`.
     """
 
-    def __init__(self, matrix: Matrix, spans: Sequence[Span], residency: Residency) -> None:
-        self.matrix, self._spans, self._residency = matrix, spans, residency
+    def __init__(self, matrix: Matrix, spans: Sequence[Span], prefetcher: LayerPrefetcher) -> None:
+        self.matrix, self._spans, self._prefetcher = matrix, spans, prefetcher
         self.rows, self.columns, self.in_out_layout = (
             matrix.rows,
             matrix.columns,
@@ -268,9 +268,9 @@ class StreamedMatrix:
         reading = None
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
-            coming = self._residency.read_ahead(self._of_rows(stop, min(stop + step, self.rows)))
+            coming = self._prefetcher.read_ahead(self._of_rows(stop, min(stop + step, self.rows)))
             yield start, stop
-            self._residency.evict(self._of_rows(start, stop), reading)
+            self._prefetcher.evict(self._of_rows(start, stop), reading)
             reading = coming
 
     def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:

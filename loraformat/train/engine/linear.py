@@ -12,10 +12,10 @@ import torch
 
 from loraformat.train.engine.compute_dtype import activation_dtype
 from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
-from loraformat.train.engine.matrix import DenseMatrix, Matrix, Tile, output_tiles
-from loraformat.train.engine.meta_model import AbsentWeight
+from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix, Tile, output_tiles
+from loraformat.train.engine.meta_model import PlaceholderWeight
 
-__all__ = ["Branch", "DenseLinear", "FrozenLinear", "NF4Linear"]
+__all__ = ["Branch", "FrozenLinear"]
 
 
 class Branch(Protocol):
@@ -56,8 +56,17 @@ class FrozenLinear(torch.nn.Module):
         Number of the decoder layer it stands in; None for the head, and for other towers.
     device : torch.device
         Where it computes.
+    quantized : bool
+        The bundle holds it in NF4.
     shown : torch.Tensor or None
         What `weight` is, for those who must look at it: mapped, in its own dtype, to be read only.
+
+    Examples
+    --------
+    >>> from loraformat.nf4 import codec
+    >>> codes = codec.quantize(torch.tensor([[2.0, -2.0]]), double_quant=False)
+    >>> FrozenLinear(NF4Matrix(codes, (1, 2)))(torch.tensor([[3.0, 1.0]]))
+    tensor([[4.]])
     """
 
     bias: torch.Tensor | None
@@ -79,16 +88,17 @@ class FrozenLinear(torch.nn.Module):
         self.branch: torch.nn.Module | None = None
         self.layer: int | None = None
         self.device = torch.device("cpu")
+        self.quantized = isinstance(matrix, NF4Matrix)
         self.shown: torch.Tensor | None = None
 
     @property
-    def weight(self) -> AbsentWeight | torch.Tensor:
+    def weight(self) -> PlaceholderWeight | torch.Tensor:
         """What says the weight's shape and dtype, and holds nothing, unless it is `shown`."""
         if self.shown is not None:
             return self.shown
         shape = (self.out_features, self.in_features)
         shape = shape[::-1] if self.conv1d else shape
-        return AbsentWeight(self.name, shape, self.device, activation_dtype(self.dtype))
+        return PlaceholderWeight(self.name, shape, self.device, activation_dtype(self.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the layer.
@@ -117,7 +127,7 @@ class FrozenLinear(torch.nn.Module):
         """
         return output_tiles(self.matrix)
 
-    def hold(self) -> None:
+    def load_weight(self) -> None:
         """Take the weight into memory, for a class that computes with it in its own way."""
         weight = torch.empty(self.out_features, self.in_features)
         for start, stop, tile in self.dense_tiles():
@@ -129,20 +139,3 @@ class FrozenLinear(torch.nn.Module):
     def extra_repr(self) -> str:
         """Say what it is, for ``print(model)``."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-
-class NF4Linear(FrozenLinear):
-    """A linear layer in NF4.
-
-    Examples
-    --------
-    >>> from loraformat.nf4 import codec
-    >>> from loraformat.train.engine.matrix import NF4Matrix
-    >>> codes = codec.quantize(torch.tensor([[2.0, -2.0]]), double_quant=False)
-    >>> NF4Linear(NF4Matrix(codes, (1, 2)))(torch.tensor([[3.0, 1.0]]))
-    tensor([[4.]])
-    """
-
-
-class DenseLinear(FrozenLinear):
-    """A linear layer whose weight the bundle keeps as ordinary numbers."""

@@ -22,11 +22,18 @@ from functools import cache
 import torch
 
 from loraformat.nf4.kernels.threads import run
-from loraformat.train.engine.buffers import fresh, workspace
-from loraformat.train.engine.compute_dtype import processor_words
-from loraformat.train.engine.matrix import Matrix, NF4Matrix, Range, StandIn
+from loraformat.train.engine.buffers import empty_matrix, workspace
+from loraformat.train.engine.compute_dtype import cpu_features
+from loraformat.train.engine.matrix import Matrix, NF4Matrix, Range, StandInMatrix
 
-__all__ = ["even_rows", "multiply", "multiply_transposed", "spread", "times", "times_transposed"]
+__all__ = [
+    "even_rows",
+    "multiply",
+    "multiply_transposed",
+    "threaded_product",
+    "times",
+    "times_transposed",
+]
 
 #: Bytes of a block as it is multiplied: read from a cache that cores may share, and large enough
 #: for products to run at full speed.
@@ -71,7 +78,7 @@ def multiply(
     >>> multiply(torch.ones(1, 2), DenseMatrix(torch.tensor([[3.0, 4.0]])), torch.float32)
     tensor([[7.]])
     """
-    if isinstance(matrix, StandIn):
+    if isinstance(matrix, StandInMatrix):
         return matrix.product(x)
     return (_by_columns if matrix.in_out_layout else _by_rows)(x, matrix, dtype, out)
 
@@ -86,7 +93,7 @@ def multiply_transposed(x: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> 
     >>> multiply_transposed(torch.ones(1, 1), matrix, torch.float32)
     tensor([[3., 4.]])
     """
-    if isinstance(matrix, StandIn):
+    if isinstance(matrix, StandInMatrix):
         return matrix.transposed_product(x)
     return (_by_rows if matrix.in_out_layout else _by_columns)(x, matrix, dtype, None)
 
@@ -101,7 +108,7 @@ def _operands(
     if out is not None:
         return factor, out
     factor = even_rows(factor)
-    return factor, fresh(x, len(factor), width)
+    return factor, empty_matrix(x, len(factor), width)
 
 
 def _shaped(result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -205,7 +212,7 @@ def _spread(
         piece(*whole)
         return
     largest = max(multiple, elements // max(other, 1) // multiple * multiple)
-    spread(piece, *whole, largest, multiple, few=(whole[1] - whole[0]) * other < _FEW)
+    threaded_product(piece, *whole, largest, multiple, few=(whole[1] - whole[0]) * other < _FEW)
 
 
 def _fitting(dtype: torch.dtype) -> int:
@@ -302,10 +309,10 @@ def _prefers_onednn() -> bool:
     """Tell whether float32 products are to go to oneDNN here, whose operator has no public name."""
     there: bool = torch.backends.mkldnn.is_available()
     there = there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and "AuthenticAMD" in processor_words()
+    return there and "AuthenticAMD" in cpu_features()
 
 
-def spread(
+def threaded_product(
     work: Callable[[int, int], None],
     begin: int,
     end: int,
@@ -332,7 +339,9 @@ def spread(
     Examples
     --------
     >>> found = []
-    >>> spread(lambda start, stop: found.append((start, stop)), 0, 100, largest=64, multiple=16)
+    >>> def work(start, stop):
+    ...     found.append((start, stop))
+    >>> threaded_product(work, 0, 100, largest=64, multiple=16)
     >>> sorted(found)[0][0], sorted(found)[-1][1]
     (0, 100)
     """

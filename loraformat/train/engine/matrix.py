@@ -22,7 +22,7 @@ __all__ = [
     "Matrix",
     "NF4Matrix",
     "Range",
-    "StandIn",
+    "StandInMatrix",
     "Tile",
     "decoding",
     "output_tiles",
@@ -241,7 +241,7 @@ def output_tiles(matrix: Matrix) -> Iterator[Tile]:
     yield 0, matrix.columns, torch.cat(columns, 1)
 
 
-class StandIn:
+class StandInMatrix:
     """Multiplies as if each output were one input, times 1/2 or -1/2.
 
     Parameters
@@ -252,7 +252,7 @@ class StandIn:
     Examples
     --------
     >>> from loraformat.train.engine.matrix import DenseMatrix
-    >>> matrix = StandIn(DenseMatrix(torch.zeros(3, 2)))
+    >>> matrix = StandInMatrix(DenseMatrix(torch.zeros(3, 2)))
     >>> matrix.product(torch.tensor([2.0, 4.0]))
     tensor([ 1., -2.,  1.])
     >>> matrix.transposed_product(torch.tensor([2.0, 4.0, 2.0]))

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from loraformat.errors import MissingDependencyError, UnsupportedError, printable
 from loraformat.model.config_json import parse
 
-__all__ = ["AbsentWeight", "WeightWanted", "build_skeleton", "text_config"]
+__all__ = ["PlaceholderWeight", "WeightNotInMemoryError", "build_meta_model", "text_config"]
 
 #: What makes parameters. Whatever else makes tensors makes small buffers, which must be real.
 _EMPTY = (torch.empty, torch.rand, torch.randn)
@@ -34,7 +34,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_skeleton(config: bytes, layers: int, path: object) -> Any:
+def build_meta_model(config: bytes, layers: int, path: object) -> Any:
     """Build a causal language model that has no weights yet.
 
     Attention is computed by torch's ``scaled_dot_product_attention``, or plainly where the class
@@ -139,7 +139,7 @@ def _unsupported(problem: str, path: object) -> UnsupportedError:
     )
 
 
-class WeightWanted(UnsupportedError, AttributeError):
+class WeightNotInMemoryError(UnsupportedError, AttributeError):
     """A class looks at a weight that is not there.
 
     Parameters
@@ -160,7 +160,7 @@ class WeightWanted(UnsupportedError, AttributeError):
         )
 
 
-class AbsentWeight:
+class PlaceholderWeight:
     """Answers what models ask of a weight, and refuses to be computed with.
 
     Some classes look at a linear's dtype before they call it. A few, Mamba's among them, multiply
@@ -177,13 +177,13 @@ class AbsentWeight:
 
     Examples
     --------
-    >>> weight = AbsentWeight("lm_head", (2, 3), torch.device("cpu"))
+    >>> weight = PlaceholderWeight("lm_head", (2, 3), torch.device("cpu"))
     >>> weight.dtype, weight.size(0), weight.numel()
     (torch.float32, 2, 6)
     >>> torch.ones(1, 3) @ weight
     Traceback (most recent call last):
     ...
-    loraformat.train.engine.meta_model.WeightWanted: this model's class computes ...
+    loraformat.train.engine.meta_model.WeightNotInMemoryError: this model's class computes ...
     """
 
     requires_grad = False
@@ -217,12 +217,14 @@ class AbsentWeight:
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
         every = [*args, *(kwargs or {}).values()]
-        raise WeightWanted(next((x.name for x in every if isinstance(x, AbsentWeight)), "a module"))
+        raise WeightNotInMemoryError(
+            next((x.name for x in every if isinstance(x, PlaceholderWeight)), "a module")
+        )
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        raise WeightWanted(self.name)
+        raise WeightNotInMemoryError(self.name)
 
     def __getattr__(self, attribute: str) -> NoReturn:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
-        raise WeightWanted(self.name)
+        raise WeightNotInMemoryError(self.name)

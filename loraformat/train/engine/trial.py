@@ -30,14 +30,14 @@ import torch
 
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
 from loraformat.train.batch import Batch
-from loraformat.train.engine.checkpointing import ActivationBudget, Recomputation
+from loraformat.train.engine.checkpointing import ActivationBudget, Checkpointing
 from loraformat.train.engine.decoder import decoder_of, find_layers, own_logits
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.layer_call import LayerCall, random_restored, random_state
-from loraformat.train.engine.layer_prefetch import Residency
+from loraformat.train.engine.layer_call import LayerCall, restored_rng_state, rng_state
+from loraformat.train.engine.layer_prefetch import LayerPrefetcher
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.matrix import StandIn
-from loraformat.train.engine.meta_model import WeightWanted, text_config
+from loraformat.train.engine.matrix import StandInMatrix
+from loraformat.train.engine.meta_model import WeightNotInMemoryError, text_config
 from loraformat.train.engine.unneeded_products import find_unneeded_products, last_products
 
 __all__ = ["PackingCheck", "Trial", "lets_through"]
@@ -64,12 +64,12 @@ class Trial:
     ----------
     model : transformers.PreTrainedModel
         Its layers wrapped, its linears on mapped bytes.
-    shared : Recomputation
+    shared : Checkpointing
     path : object
         For messages.
     """
 
-    def __init__(self, model: Any, shared: Recomputation, path: object) -> None:
+    def __init__(self, model: Any, shared: Checkpointing, path: object) -> None:
         self._model, self._shared, self._path = model, shared, path
         self._layers = find_layers(model, path)[1]
         self._passed: set[bool] = set()
@@ -93,19 +93,19 @@ class Trial:
                         self._check_places(some)
                     self._check_head(ids)
                 return
-            except WeightWanted as error:
+            except WeightNotInMemoryError as error:
                 room -= self._held(error, room)
             except Exception as error:
                 raise self._refusal(_NOT_COMPUTED, error) from error
 
-    def _held(self, wanted: WeightWanted, room: int) -> int:
+    def _held(self, wanted: WeightNotInMemoryError, room: int) -> int:
         """Take a small weight into memory that the class computes with itself; returns its size."""
         named = (m for m in self._model.modules() if isinstance(m, FrozenLinear))
         linear = next((m for m in named if m.name == wanted.module and m.shown is None), None)
         size = 0 if linear is None else linear.in_features * linear.out_features
         if linear is None or size > room:
             raise self._refusal(_NOT_COMPUTED, wanted) from wanted
-        linear.hold()
+        linear.load_weight()
         return size
 
     def _check_places(self, ids: torch.Tensor) -> None:
@@ -127,7 +127,7 @@ class Trial:
             try:
                 own = own_logits(self._model, self._hidden(ids)[0])
                 same = _alike(whole.flatten(0, -2), own)
-            except WeightWanted:
+            except WeightNotInMemoryError:
                 raise
             except Exception:  # it looks for what else its decoder returns
                 same = False
@@ -160,19 +160,20 @@ class Trial:
             with self._drawing_alike(in_groups):
                 self._compare(some, in_groups)
             self._passed.add(in_groups)
-        if not self._searched and (in_groups or self._shared.kept.recomputes(ids.numel())):
+        recomputes = in_groups or self._shared.activation_budget.recomputes(ids.numel())
+        if recomputes and not self._searched:
             self._shared.unneeded = self._find_unneeded()
             self._searched = True
 
     def _compare(self, ids: torch.Tensor, in_groups: bool) -> None:
-        state = random_state([ids])
+        state = rng_state([ids])
         try:
-            with random_restored(state):
+            with restored_rng_state(state):
                 plain = self._of(ids, _PLENTY, None)
         except Exception as error:
             raise self._refusal(_NOT_COMPUTED, error) from error
         try:
-            with random_restored(state):
+            with restored_rng_state(state):
                 again = self._of(ids, 0, 1 if in_groups else None)
         except Exception as error:
             raise self._lost(in_groups, error) from error
@@ -182,14 +183,14 @@ class Trial:
     def _find_unneeded(self) -> dict[int, str]:
         """Return the products that need not be recomputed, each by its layer."""
         ids = self._any_tokens()
-        state = random_state([ids])
+        state = rng_state([ids])
 
         def gradients(left_out: Mapping[int, str]) -> Sequence[torch.Tensor | None]:
-            with random_restored(state):
+            with restored_rng_state(state):
                 return self._of(ids, 0, None, left_out=left_out)
 
         with (
-            random_restored(state),
+            restored_rng_state(state),
             self._set_up(ActivationBudget(0)),
             torch.no_grad(),
             last_products(self._layers, FrozenLinear) as candidates,
@@ -243,10 +244,17 @@ class Trial:
     def _set_up(self, kept: ActivationBudget, rows: int | None = None) -> Iterator[None]:
         """Let layers be computed on stand-ins, and nothing be learned of it."""
         shared = self._shared
-        nowhere = Residency([[]] * len(self._layers), prefetch=False, release=False)
-        trial = Recomputation(nowhere, kept, rows)
+        nowhere = LayerPrefetcher([[]] * len(self._layers), prefetch=False, release=False)
+        trial = Checkpointing(nowhere, kept, rows)
         with ExitStack() as restoring, _standing_in(self._model):
-            for name in ("residency", "kept", "rows_at_once", "inspect", "unneeded", "visit"):
+            for name in (
+                "prefetcher",
+                "activation_budget",
+                "rows_at_once",
+                "inspect",
+                "unneeded",
+                "visit",
+            ):
                 restoring.callback(setattr, shared, name, getattr(shared, name))
                 setattr(shared, name, getattr(trial, name))
             yield
@@ -332,10 +340,10 @@ def _standing_in(model: torch.nn.Module) -> Iterator[None]:
                 module.collecting = False  # type: ignore[assignment]
             if isinstance(module, FrozenLinear):
                 restoring.callback(setattr, module, "matrix", module.matrix)
-                module.matrix = StandIn(module.matrix)
+                module.matrix = StandInMatrix(module.matrix)
             elif isinstance(module, ExpertStack):
                 restoring.callback(setattr, module, "experts", module.experts)
-                module.experts = [[StandIn(m) for m in parts] for parts in module.experts]
+                module.experts = [[StandInMatrix(m) for m in parts] for parts in module.experts]
         yield
 
 
@@ -345,12 +353,12 @@ class PackingCheck:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-    shared : Recomputation
+    shared : Checkpointing
     path : object
         For messages.
     """
 
-    def __init__(self, model: Any, shared: Recomputation, path: object) -> None:
+    def __init__(self, model: Any, shared: Checkpointing, path: object) -> None:
         self._model, self._shared, self._path = model, shared, path
         self._known = False
 

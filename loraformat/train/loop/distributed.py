@@ -104,7 +104,7 @@ class World:
         return cls(dist.get_rank(), dist.get_world_size(), joined=joined)
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes and talks."""
         return self.rank == 0
 

@@ -228,7 +228,7 @@ class Loop:
 
     def _keep_best(self, loss: HeldOutLoss) -> None:
         extras = self.world.gather(self.model.extra_state())
-        if self.world.leads:
+        if self.world.is_main_process:
             facts = {"step": self.state.step, "loss": loss.loss}
             tensors = _prefixed("parameter:", self._parameters)
             tensors |= _prefixed("extra:", added_up(extras))
@@ -242,7 +242,7 @@ class Loop:
         """
         if not self.options.best or self.state.best_step in (None, self.state.step):
             return
-        if self.world.leads:
+        if self.world.is_main_process:
             best = saved_state.read(self.best_path)
             _copy(best.part("parameter:"), self._parameters)
             self.model.load_extra_state(_copies(best.part("extra:")))
@@ -261,7 +261,9 @@ class Loop:
                 batches, places = self._take()
                 sums, diverged = self._accumulate(batches)
             flags = [
-                interruption.wanted, self.world.leads and self._is_late(), diverged is not None,
+                interruption.wanted,
+                self.world.is_main_process and self._is_late(),
+                diverged is not None,
             ]  # fmt: skip
             sums = add_up(sums, self._parameters, self.world, flags)
             if sums.flags[2] > 0:  # all ranks know, and end together
@@ -333,7 +335,7 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint of the last step; all ranks call it together."""
         extras = self.world.gather(self.model.extra_state())
-        if self.world.leads:
+        if self.world.is_main_process:
             self._write(extras)
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._save_wanted = False

@@ -80,7 +80,7 @@ class LoraBranch(nn.Module):
 
     Parameters
     ----------
-    site : TargetModule
+    target : TargetModule
     factors : Factors
         Where it begins.
     scaling : float
@@ -105,7 +105,7 @@ class LoraBranch(nn.Module):
 
     def __init__(
         self,
-        site: TargetModule,
+        target: TargetModule,
         factors: Factors,
         scaling: float,
         *,
@@ -114,20 +114,20 @@ class LoraBranch(nn.Module):
         collecting: bool = True,
     ) -> None:
         super().__init__()
-        self.site, self.scaling, self.dropout = site, scaling, dropout
+        self.target, self.scaling, self.dropout = target, scaling, dropout
         self.collecting = collecting
-        self.a = nn.Parameter(factors.a.to(site.device))
-        self.b = nn.Parameter(factors.b.to(site.device))
+        self.a = nn.Parameter(factors.a.to(target.device))
+        self.b = nn.Parameter(factors.b.to(target.device))
         fixed = factors.fixed or (None, None)
-        self.register_buffer("fixed_a", None if fixed[0] is None else fixed[0].to(site.device))
-        self.register_buffer("fixed_b", None if fixed[1] is None else fixed[1].to(site.device))
+        self.register_buffer("fixed_a", None if fixed[0] is None else fixed[0].to(target.device))
+        self.register_buffer("fixed_b", None if fixed[1] is None else fixed[1].to(target.device))
         self.fixed_a: torch.Tensor | None
         self.fixed_b: torch.Tensor | None
-        self._norms = RowNorms(site)
+        self._norms = RowNorms(target)
         self.magnitude: nn.Parameter | None = None
         if dora:
             self.magnitude = nn.Parameter(self._norms(*self.effective(), scaling).clone())
-        self.moments = Moments(self.rank, site.experts)
+        self.moments = Moments(self.rank, target.experts)
 
     @property
     def rank(self) -> int:
@@ -194,7 +194,7 @@ class LoraBranch(nn.Module):
     ) -> torch.Tensor:
         """Return the base's output plus s · B z, scaled to its magnitude."""
         base = base_output.to(b.dtype)
-        bias = self.site.bias if self.magnitude is not None else None
+        bias = self.target.bias if self.magnitude is not None else None
         if bias is not None:  # the magnitude is that of the weight alone
             base = base - bias
         flat = base.reshape(-1, base.shape[-1])
@@ -208,7 +208,7 @@ class LoraBranch(nn.Module):
         return output.view(base.shape).to(base_output.dtype)
 
     def _factor(self) -> float:
-        return self.scaling * self.site.output_scale
+        return self.scaling * self.target.output_scale
 
 
 class EmbeddingBranch(LoraBranch):
@@ -239,9 +239,9 @@ class ExpertBranch(LoraBranch):
     """
 
     def __init__(
-        self, site: TargetModule, factors: Factors, scaling: float, *, collecting: bool = True
+        self, target: TargetModule, factors: Factors, scaling: float, *, collecting: bool = True
     ) -> None:
-        super().__init__(site, factors, scaling, collecting=collecting)
+        super().__init__(target, factors, scaling, collecting=collecting)
         self._views = ExpertViews()
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor, expert: int = 0) -> torch.Tensor:
@@ -269,8 +269,8 @@ class ParameterBranch(LoraBranch):
     Nothing of the inputs is seen: there is no dropout, no magnitude, and no statistics.
     """
 
-    def __init__(self, site: TargetModule, factors: Factors, scaling: float) -> None:
-        super().__init__(site, factors, scaling, collecting=False)
+    def __init__(self, target: TargetModule, factors: Factors, scaling: float) -> None:
+        super().__init__(target, factors, scaling, collecting=False)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the weight with its delta, (out, in), rounded once to its dtype."""
@@ -279,7 +279,7 @@ class ParameterBranch(LoraBranch):
 
 
 def branch_of(
-    site: TargetModule,
+    target: TargetModule,
     factors: Factors,
     scaling: float,
     *,
@@ -287,13 +287,13 @@ def branch_of(
     dora: bool,
     collecting: bool,
 ) -> LoraBranch:
-    """Return the branch that fits a site; see `LoraBranch`."""
-    if site.kind == "experts":
-        return ExpertBranch(site, factors, scaling, collecting=collecting)
-    if site.kind == "parameter":
-        return ParameterBranch(site, factors, scaling)
-    kind = EmbeddingBranch if site.kind == "embedding" else LoraBranch
-    return kind(site, factors, scaling, dropout=dropout, dora=dora, collecting=collecting)
+    """Return the branch that fits a target; see `LoraBranch`."""
+    if target.kind == "experts":
+        return ExpertBranch(target, factors, scaling, collecting=collecting)
+    if target.kind == "parameter":
+        return ParameterBranch(target, factors, scaling)
+    kind = EmbeddingBranch if target.kind == "embedding" else LoraBranch
+    return kind(target, factors, scaling, dropout=dropout, dora=dora, collecting=collecting)
 
 
 class ExpertViews:
@@ -332,12 +332,14 @@ class ExpertViews:
         return ExpertViews, ()
 
 
-def row_norms(site: TargetModule, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+def row_norms(
+    target: TargetModule, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """Return ‖W + scaling · B A‖ for each output feature.
 
     Parameters
     ----------
-    site : TargetModule
+    target : TargetModule
         A linear, or an embedding, whose weight is the transpose of what a linear has.
     a : torch.Tensor
         float32 (r, in).
@@ -351,29 +353,29 @@ def row_norms(site: TargetModule, a: torch.Tensor, b: torch.Tensor, scaling: flo
         float32 (out,).
     """
     with torch.no_grad():
-        if site.kind == "embedding":
+        if target.kind == "embedding":
             squares = torch.zeros(len(b), dtype=torch.float64, device=b.device)
-            for first, last, tile in site.tiles(0):
+            for first, last, tile in target.tiles(0):
                 moved = torch.addmm(tile, a[:, first:last].T, b.T, alpha=scaling)
                 squares += moved.square().sum(0, dtype=torch.float64)
             return squares.sqrt().to(b.dtype)
         norms = torch.empty(len(b), dtype=b.dtype, device=b.device)
-        for first, last, tile in site.tiles(0):
+        for first, last, tile in target.tiles(0):
             moved = torch.addmm(tile, b[first:last], a, alpha=scaling)
             torch.linalg.vector_norm(moved, dim=1, out=norms[first:last])
         return norms
 
 
 class RowNorms:
-    """`row_norms` of one site, computed again when the factors are others.
+    """`row_norms` of one target, computed again when the factors are others.
 
     Parameters
     ----------
-    site : TargetModule
+    target : TargetModule
     """
 
-    def __init__(self, site: TargetModule) -> None:
-        self._site = site
+    def __init__(self, target: TargetModule) -> None:
+        self._target = target
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._norms: torch.Tensor | None = None
 
@@ -387,5 +389,5 @@ class RowNorms:
             or not (torch.equal(known[0], a) and torch.equal(known[1], b))
         ):
             self._factors = a.detach().clone(), b.detach().clone()
-            self._norms = row_norms(self._site, *self._factors, scaling)
+            self._norms = row_norms(self._target, *self._factors, scaling)
         return self._norms

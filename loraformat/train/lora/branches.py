@@ -21,7 +21,7 @@ __all__ = ["attach", "attach_adapter", "extra_state", "load_extra_state", "train
 
 
 def attach(
-    sites: Sequence[TargetModule],
+    targets: Sequence[TargetModule],
     options: LoraOptions,
     *,
     original: Checkpoint | None = None,
@@ -31,7 +31,7 @@ def attach(
 
     Parameters
     ----------
-    sites : sequence of Site
+    targets : sequence of TargetModule
         All that the model has, in its order.
     options : LoraOptions
     original : Checkpoint, optional
@@ -42,40 +42,40 @@ def attach(
     Returns
     -------
     dict of str to LoraBranch
-        By the site's name, in the model's order.
+        By the target's name, in the model's order.
 
     Raises
     ------
     UsageError
         If a target means nothing, or cannot be trained so.
     """
-    ranks = resolve(sites, options)
+    ranks = resolve(targets, options)
     if options.dora:
-        _check_dora(site for site in sites if site.name in ranks)
+        _check_dora(target for target in targets if target.name in ranks)
     branches: dict[str, LoraBranch] = {}
-    for site in sites:
-        if (rank := ranks.get(site.name)) is None:
+    for target in targets:
+        if (rank := ranks.get(target.name)) is None:
             continue
         branch = branch_of(
-            site,
-            initial(site, rank, options, original),
+            target,
+            initial(target, rank, options, original),
             options.scaling(rank),
             dropout=options.dropout,
             dora=options.dora,
             collecting=options.statistics,
         )
-        site.attach(branch)
-        branches[site.name] = branch
+        target.attach(branch)
+        branches[target.name] = branch
         progress(len(branches), len(ranks))
     return branches
 
 
-def _check_dora(sites: Iterable[TargetModule]) -> None:
-    for site in sites:
-        if site.is_parameter:
+def _check_dora(targets: Iterable[TargetModule]) -> None:
+    for target in targets:
+        if target.is_parameter:
             raise UsageError(
-                f"PEFT adapts {printable(site.name)} as a parameter (experts, routers, and in some "
-                "families what is called like experts), for which it has no DoRA",
+                f"PEFT adapts {printable(target.name)} as a parameter (experts, routers, and in "
+                "some families what is called like experts), for which it has no DoRA",
                 hint="target the other linears (attention, for example), or leave DoRA out",
             )
 
@@ -120,31 +120,31 @@ def load_extra_state(branches: Mapping[str, LoraBranch], state: Mapping[str, tor
 
 
 def attach_adapter(
-    sites: Sequence[TargetModule],
+    targets: Sequence[TargetModule],
     adapter: Adapter,
     base: Checkpoint,
     options: LoraOptions | None = None,
     *,
-    has_brought: bool = False,
+    has_replaced: bool = False,
 ) -> dict[str, LoraBranch]:
     """Give a model the branches of an adapter, to compute with it or to train it on.
 
     Parameters
     ----------
-    sites : sequence of Site
+    targets : sequence of TargetModule
         All that the model has.
     adapter : Adapter
         Opened against the base.
     base : Checkpoint
     options : LoraOptions, optional
         Only its dropout and statistics are heeded: all else is as in the adapter.
-    has_brought : bool
+    has_replaced : bool
         The model has what the adapter replaces, see `loraformat.train.lora.replaced_weights`.
 
     Returns
     -------
     dict of str to LoraBranch
-        By the site's name, in the model's order.
+        By the target's name, in the model's order.
 
     Raises
     ------
@@ -154,34 +154,34 @@ def attach_adapter(
         If it is more than low-rank deltas.
     """
     _check_base(adapter, base)
-    _check_kind(adapter, has_brought)
-    by_weight = {site.weight_name: site for site in sites}
-    by_stored = {site.stored_name: site for site in sites}
+    _check_kind(adapter, has_replaced)
+    by_weight = {target.weight_name: target for target in targets}
+    by_stored = {target.stored_name: target for target in targets}
     found: dict[str, tuple[TargetModule, LoraDelta]] = {}
-    for target, delta in adapter.deltas.items():
-        site = by_weight.get(target) or by_stored.get(adapter.spellings.get(target, target))
-        if site is None:
-            raise _unknown(target, list(by_weight), adapter)
-        if site.shared:
+    for weight, delta in adapter.deltas.items():
+        target = by_weight.get(weight) or by_stored.get(adapter.spellings.get(weight, weight))
+        if target is None:
+            raise _unknown(weight, list(by_weight), adapter)
+        if target.shared:
             raise UnsupportedError(
-                f"changes {printable(target)}, a weight of several layers: PEFT adapts the one "
+                f"changes {printable(weight)}, a weight of several layers: PEFT adapts the one "
                 "that is named, and a delta of the weight would act in all of them",
                 path=adapter.path,
                 hint="use it in PEFT; or train one that leaves such linears out, as all-linear "
                 "does",
             )
-        if delta.magnitude is not None and site.is_parameter:
+        if delta.magnitude is not None and target.is_parameter:
             raise UnsupportedError(
-                f"has a magnitude of {printable(target)}, which PEFT adapts as a parameter",
+                f"has a magnitude of {printable(weight)}, which PEFT adapts as a parameter",
                 path=adapter.path,
             )
-        _check_shapes(site, delta, adapter)
-        found[site.name] = site, delta
+        _check_shapes(target, delta, adapter)
+        found[target.name] = target, delta
     branches = {}
-    for site in sites:
-        if site.name in found:
-            branch = branches[site.name] = _branch(*found[site.name], options or LoraOptions())
-            site.attach(branch)
+    for target in targets:
+        if target.name in found:
+            branch = branches[target.name] = _branch(*found[target.name], options or LoraOptions())
+            target.attach(branch)
     return branches
 
 
@@ -196,13 +196,13 @@ def _check_base(adapter: Adapter, base: Checkpoint) -> None:
         )
 
 
-def _check_kind(adapter: Adapter, has_brought: bool) -> None:
+def _check_kind(adapter: Adapter, has_replaced: bool) -> None:
     problem = None
     if adapter.invocation_tokens:
         problem = "acts on some tokens only (aLoRA)"
-    elif adapter.replacements and not has_brought:
+    elif adapter.replacements and not has_replaced:
         problem = f"replaces {printable(next(iter(adapter.replacements)))} as a whole"
-    elif adapter.rows and not has_brought:
+    elif adapter.rows and not has_replaced:
         problem = f"replaces rows of {printable(next(iter(adapter.rows)))}"
     elif any(d.magnitude is not None and len(d.a.shape) == 3 for d in adapter.deltas.values()):
         problem = "has magnitudes of fused experts"
@@ -216,19 +216,19 @@ def _check_kind(adapter: Adapter, has_brought: bool) -> None:
         )
 
 
-def _unknown(target: str, known: list[str], adapter: Adapter) -> InputError:
+def _unknown(weight: str, known: list[str], adapter: Adapter) -> InputError:
     return InputError(
-        f"changes {printable(target)}, which this model has no branch for" + nearest(target, known),
+        f"changes {printable(weight)}, which this model has no branch for" + nearest(weight, known),
         path=adapter.path,
         hint="was it made for another base?",
     )
 
 
-def _check_shapes(site: TargetModule, delta: LoraDelta, adapter: Adapter) -> None:
-    leading = (site.experts,) if site.experts else ()
+def _check_shapes(target: TargetModule, delta: LoraDelta, adapter: Adapter) -> None:
+    leading = (target.experts,) if target.experts else ()
     wanted = (
-        (*leading, delta.rank, site.in_features),
-        (*leading, site.out_features, delta.rank),
+        (*leading, delta.rank, target.in_features),
+        (*leading, target.out_features, delta.rank),
     )
     if (delta.a.shape, delta.b.shape) != wanted:
         raise InputError(
@@ -239,12 +239,12 @@ def _check_shapes(site: TargetModule, delta: LoraDelta, adapter: Adapter) -> Non
         )
 
 
-def _branch(site: TargetModule, delta: LoraDelta, options: LoraOptions) -> LoraBranch:
+def _branch(target: TargetModule, delta: LoraDelta, options: LoraOptions) -> LoraBranch:
     factors = Factors(finite(delta.a).float(), finite(delta.b).float())
     if not math.isfinite(delta.scaling):
         raise InputError(f"the scaling of {printable(delta.target)} is {delta.scaling}")
     branch = branch_of(
-        site,
+        target,
         factors,
         delta.scaling,
         dropout=options.dropout,

@@ -39,7 +39,7 @@ __all__ = ["initial", "loftq", "pissa", "seed_of", "svd_bytes"]
 
 #: Share of a weight's norm that no quantizing to NF4 loses; it is about 0.09.
 _LOST_AT_MOST = 0.5
-#: Most of a tile that a site gives (bytes), and how many there are at once: LoftQ's difference
+#: Most of a tile that a target gives (bytes), and how many there are at once: LoftQ's difference
 #: has tiles of its own, and its norms are added up in float64.
 _TILE = 16 << 20
 _TILES = {"pissa": 1, "loftq": 6}
@@ -60,13 +60,13 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def initial(
-    site: TargetModule, rank: int, options: LoraOptions, original: Checkpoint | None = None
+    target: TargetModule, rank: int, options: LoraOptions, original: Checkpoint | None = None
 ) -> Factors:
     """Return the factors that a branch begins with.
 
     Parameters
     ----------
-    site : TargetModule
+    target : TargetModule
     rank : int
     options : LoraOptions
         Its ``init``, ``seed`` and scaling.
@@ -83,36 +83,39 @@ def initial(
     UsageError
         If the rank does not suit the way, or ``loftq`` lacks the original.
     """
-    random = torch.Generator().manual_seed(seed_of(options.seed, site.name))
-    if site.kind == "embedding":
+    random = torch.Generator().manual_seed(seed_of(options.seed, target.name))
+    if target.kind == "embedding":
         return Factors(
-            torch.zeros(rank, site.in_features),
-            torch.randn(site.out_features, rank, generator=random),
+            torch.zeros(rank, target.in_features),
+            torch.randn(target.out_features, rank, generator=random),
         )
     if options.init == "pissa":
-        return pissa(site, rank, options.scaling(rank), random.initial_seed())
-    if options.init == "loftq" and site.quantized:
-        found = loftq(site, rank, options.scaling(rank), random.initial_seed(), original)
+        return pissa(target, rank, options.scaling(rank), random.initial_seed())
+    if options.init == "loftq" and target.quantized:
+        found = loftq(target, rank, options.scaling(rank), random.initial_seed(), original)
         if found is not None:
             return found
-    return _random(site, rank, options.init, random)
+    return _random(target, rank, options.init, random)
 
 
-def _random(site: TargetModule, rank: int, way: str, random: torch.Generator) -> Factors:
-    leading = (site.experts,) if site.experts else ()
-    a_shape = (*leading, rank, site.in_features)
-    b_shape = (*leading, site.out_features, rank)
+def _random(target: TargetModule, rank: int, way: str, random: torch.Generator) -> Factors:
+    leading = (target.experts,) if target.experts else ()
+    a_shape = (*leading, rank, target.in_features)
+    b_shape = (*leading, target.out_features, rank)
     if way == "orthogonal":
-        return _orthogonal(site, a_shape, b_shape, random)
+        return _orthogonal(target, a_shape, b_shape, random)
     if way == "gaussian":
         a = torch.randn(a_shape, generator=random) / rank
     else:
-        a = (torch.rand(a_shape, generator=random) * 2 - 1) / math.sqrt(site.in_features)
+        a = (torch.rand(a_shape, generator=random) * 2 - 1) / math.sqrt(target.in_features)
     return Factors(a, torch.zeros(b_shape))
 
 
 def _orthogonal(
-    site: TargetModule, a_shape: tuple[int, ...], b_shape: tuple[int, ...], random: torch.Generator
+    target: TargetModule,
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    random: torch.Generator,
 ) -> Factors:
     """Return factors through two halves of one orthonormal basis of the inner space.
 
@@ -121,7 +124,7 @@ def _orthogonal(
     *leading, rank, _ = a_shape
     if rank % 2:
         raise UsageError(
-            f"init orthogonal halves the rank, and that of {printable(site.name)} is {rank}",
+            f"init orthogonal halves the rank, and that of {printable(target.name)} is {rank}",
             hint="give an even rank",
         )
     basis = torch.linalg.qr(torch.randn(*leading, rank, rank, generator=random)).Q
@@ -132,32 +135,36 @@ def _orthogonal(
     return Factors(a.contiguous(), b.contiguous())
 
 
-def svd_bytes(site: TargetModule, rank: int, init: str) -> int:
+def svd_bytes(target: TargetModule, rank: int, init: str) -> int:
     """Return what finding the factors of one module takes at its peak, besides them (bytes).
 
     Parameters
     ----------
-    site : TargetModule
+    target : TargetModule
     rank : int
     init : str
         0 for others than ``pissa`` and ``loftq``, and where these begin at random.
     """
-    if init not in _TILES or site.kind == "embedding" or (init == "loftq" and not site.quantized):
+    if (
+        init not in _TILES
+        or target.kind == "embedding"
+        or (init == "loftq" and not target.quantized)
+    ):
         return 0
-    rows, columns = site.out_features, site.in_features
+    rows, columns = target.out_features, target.in_features
     matrix = 4 * rows * columns
     taken = working_bytes((rows, columns), rank) + _TILES[init] * min(_TILE, matrix) + _WORKSPACE
     if init == "loftq":
         return taken + matrix  # the original's, mapped, which has 4 bytes a number at most
-    return taken + 4 * site.experts * rank * (rows + columns)  # before they are one tensor
+    return taken + 4 * target.experts * rank * (rows + columns)  # before they are one tensor
 
 
-def pissa(site: TargetModule, rank: int, scaling: float, seed: int) -> Factors:
+def pissa(target: TargetModule, rank: int, scaling: float, seed: int) -> Factors:
     """Return the principal parts of a weight as trained factors, and as fixed ones to take off.
 
     Parameters
     ----------
-    site : TargetModule
+    target : TargetModule
     rank : int
     scaling : float
         s: the product of the factors is the weight's part over s.
@@ -169,22 +176,22 @@ def pissa(site: TargetModule, rank: int, scaling: float, seed: int) -> Factors:
     UsageError
         If the rank is higher than the weight's can be.
     """
-    _check_rank(site, rank)
+    _check_rank(target, rank)
     stacked = [
-        _leading(_plain(site, expert), site, rank, scaling, seed) for expert in _experts(site)
+        _leading(_plain(target, expert), target, rank, scaling, seed) for expert in _experts(target)
     ]
-    a, b = _joined(site, [pair for pair in stacked if pair is not None])
+    a, b = _joined(target, [pair for pair in stacked if pair is not None])
     return Factors(a, b, (a.clone(), b.clone()))
 
 
 def loftq(
-    site: TargetModule, rank: int, scaling: float, seed: int, original: Checkpoint | None
+    target: TargetModule, rank: int, scaling: float, seed: int, original: Checkpoint | None
 ) -> Factors | None:
     """Return the leading parts of what quantizing lost; None if it lost nothing.
 
     Parameters
     ----------
-    site : TargetModule
+    target : TargetModule
         Whose weight is in NF4.
     rank : int
     scaling : float
@@ -204,47 +211,47 @@ def loftq(
             "init loftq corrects what quantizing lost, and needs the model that was quantized",
             hint="name the dense model (--original), or choose another init",
         )
-    _check_rank(site, rank)
-    if site.experts:
+    _check_rank(target, rank)
+    if target.experts:
         raise UnsupportedError(
-            f"init loftq cannot be used for the experts {printable(site.name)}",
+            f"init loftq cannot be used for the experts {printable(target.name)}",
             hint="target the other linears, or choose another init",
         )
-    tensor = _original(site, original)
+    tensor = _original(target, original)
     try:
-        _check_same(site, tensor, original)
-        pair = _leading(_lost(site, tensor), site, rank, scaling, seed)
+        _check_same(target, tensor, original)
+        pair = _leading(_lost(target, tensor), target, rank, scaling, seed)
     finally:
         tensor.release()
     return None if pair is None else Factors(*pair)
 
 
-def _check_rank(site: TargetModule, rank: int) -> None:
-    most = min(site.in_features, site.out_features)
+def _check_rank(target: TargetModule, rank: int) -> None:
+    most = min(target.in_features, target.out_features)
     if rank > most:
         raise UsageError(
-            f"{printable(site.name)} is {site.out_features} x {site.in_features}: it has "
+            f"{printable(target.name)} is {target.out_features} x {target.in_features}: it has "
             f"{most} principal directions, not {rank}",
             hint="give a lower rank, or another init",
         )
 
 
-def _experts(site: TargetModule) -> range:
-    return range(site.experts or 1)
+def _experts(target: TargetModule) -> range:
+    return range(target.experts or 1)
 
 
-def _plain(site: TargetModule, expert: int) -> Tiles:
+def _plain(target: TargetModule, expert: int) -> Tiles:
     def tiles() -> Iterator[tuple[int, torch.Tensor]]:
-        for first, _, tile in site.tiles(expert):
+        for first, _, tile in target.tiles(expert):
             yield first, tile
 
     return tiles
 
 
-def _original(site: TargetModule, original: Checkpoint) -> DenseTensor:
-    tensor = original.tensors.get(site.weight_name)
-    shape = (site.out_features, site.in_features)
-    wanted = shape[::-1] if site.transposed else shape
+def _original(target: TargetModule, original: Checkpoint) -> DenseTensor:
+    tensor = original.tensors.get(target.weight_name)
+    shape = (target.out_features, target.in_features)
+    wanted = shape[::-1] if target.transposed else shape
     if tensor is None:
         problem = "is not there"
     elif not isinstance(tensor, DenseTensor):
@@ -254,48 +261,48 @@ def _original(site: TargetModule, original: Checkpoint) -> DenseTensor:
     else:
         return tensor
     raise InputError(
-        f"{printable(site.weight_name)} {problem}",
+        f"{printable(target.weight_name)} {problem}",
         path=original.path,
         hint="init loftq needs the dense model that the base was quantized from",
     )
 
 
-def _check_same(site: TargetModule, tensor: DenseTensor, original: Checkpoint) -> None:
+def _check_same(target: TargetModule, tensor: DenseTensor, original: Checkpoint) -> None:
     """Refuse another model of the same shapes: its difference is no error of quantizing."""
-    lost = sum(float(tile.double().square().sum()) for _, tile in _lost(site, tensor)())
-    stored = sum(float(tile.double().square().sum()) for _, _, tile in site.tiles(0))
+    lost = sum(float(tile.double().square().sum()) for _, tile in _lost(target, tensor)())
+    stored = sum(float(tile.double().square().sum()) for _, _, tile in target.tiles(0))
     if lost > _LOST_AT_MOST**2 * stored:
         share = (lost / stored) ** 0.5 if stored else torch.inf
         raise InputError(
-            f"{printable(site.weight_name)} is not the weight that was quantized: it differs by "
+            f"{printable(target.weight_name)} is not the weight that was quantized: it differs by "
             f"{share:.0%} of its norm",
             path=original.path,
             hint="name the model that the bundle was converted from",
         )
 
 
-def _lost(site: TargetModule, tensor: DenseTensor) -> Tiles:
+def _lost(target: TargetModule, tensor: DenseTensor) -> Tiles:
     """Return tiles of the original minus what is stored."""
     weight = tensor.torch()
-    weight = weight.T if site.transposed else weight
+    weight = weight.T if target.transposed else weight
 
     def tiles() -> Iterator[tuple[int, torch.Tensor]]:
-        for first, last, tile in site.tiles(0):
+        for first, last, tile in target.tiles(0):
             yield first, weight[first:last].to(tile) - tile
 
     return tiles
 
 
 def _leading(
-    tiles: Tiles, site: TargetModule, rank: int, scaling: float, seed: int
+    tiles: Tiles, target: TargetModule, rank: int, scaling: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return A and B with s · B A the leading part; None if there is nothing."""
-    shape = (site.out_features, site.in_features)
+    shape = (target.out_features, target.in_features)
     try:
         found = block_krylov(held(_on_cpu(tiles), shape), shape, rank, seed=seed)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise InputError(
-            f"{printable(site.weight_name)} has no singular values: it holds NaN or infinity"
+            f"{printable(target.weight_name)} has no singular values: it holds NaN or infinity"
         ) from None
     if not found.squared_norm:
         return None
@@ -308,10 +315,10 @@ def _on_cpu(tiles: Tiles) -> Callable[[], Iterator[tuple[int, torch.Tensor]]]:
 
 
 def _joined(
-    site: TargetModule, pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    target: TargetModule, pairs: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if len(pairs) < len(_experts(site)):
-        raise InputError(f"{printable(site.weight_name)} is zero: it has no principal directions")
-    if not site.experts:
+    if len(pairs) < len(_experts(target)):
+        raise InputError(f"{printable(target.weight_name)} is zero: it has no principal directions")
+    if not target.experts:
         return pairs[0]
     return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])

@@ -17,11 +17,11 @@ from loraformat.model.vocabulary import per_token, resized_config, tokenizer_fil
 from loraformat.ops.merge.merged_tensor import merged_tensor
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
 
-__all__ = ["Brought", "brought_by"]
+__all__ = ["ReplacedWeights", "replaced_weights_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Brought:
+class ReplacedWeights:
     """What takes the place of a base's own.
 
     Attributes
@@ -45,7 +45,7 @@ class Brought:
     close: Callable[[], None] = lambda: None
 
 
-def brought_by(adapter: Adapter, base: Checkpoint) -> Brought | None:
+def replaced_weights_of(adapter: Adapter, base: Checkpoint) -> ReplacedWeights | None:
     """Return what an adapter brings besides deltas; None if it brings nothing.
 
     Tensors that the adapter replaces stay mapped; what is put together of two sources, an embedding
@@ -73,7 +73,7 @@ def brought_by(adapter: Adapter, base: Checkpoint) -> Brought | None:
     if config is not None and plan.untied:
         config = untied_config(config)
     has_own = plan.resize is not None and bool(tokenizer_files(adapter.files))
-    return Brought(
+    return ReplacedWeights(
         adapter,
         {name: _tensor(edit, adapter, base) for name, edit in edits.items()},
         config,

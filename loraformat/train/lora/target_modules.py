@@ -26,14 +26,14 @@ from loraformat.families.table import Family
 from loraformat.train.engine.decoder import decoder_of, find_layers
 from loraformat.train.engine.embedding import MappedEmbedding
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.linear import FrozenLinear, NF4Linear
+from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import Tile
 from loraformat.train.lora.options import LoraOptions
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GROUPS", "TargetModule", "find_sites", "matches", "resolve"]
+__all__ = ["GROUPS", "TargetModule", "find_target_modules", "matches", "resolve"]
 
 _PLAIN = Family()
 _Place = FrozenLinear | ExpertStack | MappedEmbedding
@@ -123,7 +123,7 @@ class TargetModule:
         return self.name if self.kind in ("experts", "parameter") else f"{self.name}.weight"
 
 
-def find_sites(
+def find_target_modules(
     model: Any, sources: Mapping[str, Sequence[str]], family: Family = _PLAIN
 ) -> list[TargetModule]:
     """List the places of a model in its order.
@@ -157,8 +157,8 @@ def find_sites(
             found.append(_linear(module, sources[name], module is head, family))
         elif id(module) in in_layers:
             found += _parameters(module, name, sources)
-    times = Counter(site.weight_name for site in found)
-    return [replace(site, shared=times[site.weight_name] > 1) for site in found]
+    times = Counter(target.weight_name for target in found)
+    return [replace(target, shared=times[target.weight_name] > 1) for target in found]
 
 
 def _linear(
@@ -175,7 +175,7 @@ def _linear(
         # A tied head reads the embedding's tensor, and its own delta is not the embedding's.
         target="" if head else sources[0],
         transposed=module.conv1d,
-        quantized=isinstance(module, NF4Linear),
+        quantized=module.quantized,
         bias=module.bias,
         device=module.device,
         in_layers=module.layer is not None,
@@ -255,22 +255,22 @@ def _attaching(module: _Place) -> Callable[[torch.nn.Module], None]:
     return attach
 
 
-def _is_linear(site: TargetModule) -> bool:
+def _is_linear(target: TargetModule) -> bool:
     return (
-        site.kind in ("linear", "experts")
-        and site.in_layers
-        and site.in_peft != "refused"
-        and not site.shared
-        and not _ROUTER.search(site.name)
+        target.kind in ("linear", "experts")
+        and target.in_layers
+        and target.in_peft != "refused"
+        and not target.shared
+        and not _ROUTER.search(target.name)
     )
 
 
-def _is_attention(site: TargetModule) -> bool:
-    return _is_linear(site) and bool(_ATTENTION.search(site.name))
+def _is_attention(target: TargetModule) -> bool:
+    return _is_linear(target) and bool(_ATTENTION.search(target.name))
 
 
-def _is_mlp(site: TargetModule) -> bool:
-    return _is_linear(site) and not _is_attention(site) and bool(_MLP.search(site.name))
+def _is_mlp(target: TargetModule) -> bool:
+    return _is_linear(target) and not _is_attention(target) and bool(_MLP.search(target.name))
 
 
 _GLOB = re.compile(r"[*?\[]")
@@ -298,12 +298,12 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def resolve(sites: Sequence[TargetModule], options: LoraOptions) -> dict[str, int]:
+def resolve(targets: Sequence[TargetModule], options: LoraOptions) -> dict[str, int]:
     """Return the rank of every place that is trained, by name, in the model's order.
 
     Parameters
     ----------
-    sites : sequence of Site
+    targets : sequence of TargetModule
     options : LoraOptions
 
     Raises
@@ -311,11 +311,11 @@ def resolve(sites: Sequence[TargetModule], options: LoraOptions) -> dict[str, in
     UsageError
         If a target or a rank's pattern means nothing, naming the nearest.
     """
-    chosen = {site.name for word in options.targets for site in _meant(sites, word)}
+    chosen = {target.name for word in options.targets for target in _meant(targets, word)}
     for kind, wanted in (("embedding", options.embeddings), ("head", options.head)):
         if wanted:
-            chosen |= {site.name for site in _of_kind(sites, kind)}
-    names = [site.name for site in sites if site.name in chosen]
+            chosen |= {target.name for target in _of_kind(targets, kind)}
+    names = [target.name for target in targets if target.name in chosen]
     ranks = dict.fromkeys(names, options.rank)
     for pattern, rank in options.named():
         found = [name for name in names if matches(name, pattern)]
@@ -328,23 +328,23 @@ def resolve(sites: Sequence[TargetModule], options: LoraOptions) -> dict[str, in
     return ranks
 
 
-def _of_kind(sites: Sequence[TargetModule], kind: str) -> list[TargetModule]:
-    found = [site for site in sites if site.kind == kind]
+def _of_kind(targets: Sequence[TargetModule], kind: str) -> list[TargetModule]:
+    found = [target for target in targets if target.kind == kind]
     if not found:
         raise UsageError(f"this model has no {kind} that can be trained")
     return found
 
 
-def _meant(sites: Sequence[TargetModule], word: str) -> list[TargetModule]:
+def _meant(targets: Sequence[TargetModule], word: str) -> list[TargetModule]:
     group = GROUPS.get(word)
-    found = [site for site in sites if (group(site) if group else _is_named(site, word))]
-    if shared := [site for site in found if site.shared]:
+    found = [target for target in targets if (group(target) if group else _is_named(target, word))]
+    if shared := [target for target in found if target.shared]:
         raise UsageError(
             f"{printable(shared[0].name)} shares its weight with other layers: PEFT would adapt "
             "one of them, and a merge all",
             hint="leave it out; all-linear does",
         )
-    if refused := [site for site in found if site.in_peft == "refused"]:
+    if refused := [target for target in found if target.in_peft == "refused"]:
         raise UsageError(
             f"PEFT refuses to adapt {printable(refused[0].name)}: a state-space kernel multiplies "
             "by its weight",
@@ -352,18 +352,18 @@ def _meant(sites: Sequence[TargetModule], word: str) -> list[TargetModule]:
         )
     if found:
         return found
-    names = [site.name for site in sites]
+    names = [target.name for target in targets]
     raise UsageError(
         f"target {printable(word)} is no module of this model" + _nearest(word, names),
         hint=f"wanted {', '.join(GROUPS)}, the name of a module, its last part, or a glob",
     )
 
 
-def _is_named(site: TargetModule, word: str) -> bool:
+def _is_named(target: TargetModule, word: str) -> bool:
     """Tell whether a word means a place. A router is meant by its name, and not by a glob."""
-    if site.kind == "parameter" and _GLOB.search(word):
+    if target.kind == "parameter" and _GLOB.search(word):
         return False
-    return matches(site.name, word)
+    return matches(target.name, word)
 
 
 def _nearest(word: str, names: Iterable[str]) -> str:

@@ -26,17 +26,17 @@ from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.options import LoraOptions
-from loraformat.train.lora.replaced_weights import Brought
+from loraformat.train.lora.replaced_weights import ReplacedWeights
 from loraformat.version import __version__
 
 __all__ = ["save_adapter", "trained_adapter", "training_record"]
 
-#: Members of PEFT's config that belong to what was brought.
-_BROUGHT = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
+#: Members of PEFT's config that belong to replaced weights.
+_REPLACED = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
 
 
 def trained_adapter(
-    branches: Mapping[str, LoraBranch], bundle: Bundle, brought: Brought | None = None
+    branches: Mapping[str, LoraBranch], bundle: Bundle, replaced: ReplacedWeights | None = None
 ) -> Adapter:
     """Return the adapter that branches are at the moment in which its tensors are loaded.
 
@@ -45,7 +45,7 @@ def trained_adapter(
     branches : mapping of str to LoraBranch
     bundle : Bundle
         The base; its fingerprint and source go with the adapter.
-    brought : Brought, optional
+    replaced : ReplacedWeights, optional
         What goes into the adapter as it came.
 
     Returns
@@ -54,21 +54,23 @@ def trained_adapter(
         Factors float32, scaling resolved; with the second moments that were collected.
     """
     deltas = [_delta(branch) for branch in branches.values()]
-    parameters = any(branch.site.is_parameter for branch in branches.values())
+    parameters = any(branch.target.is_parameter for branch in branches.values())
     dropouts = {branch.dropout for branch in branches.values()}
     config: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         # PEFT has no dropout where it adapts parameters.
         "lora_dropout": 0.0 if parameters else max(dropouts, default=0.0),
     }
-    stored = {site.weight_name: site.stored_name for site in (b.site for b in branches.values())}
+    stored = {
+        target.weight_name: target.stored_name for target in (b.target for b in branches.values())
+    }
     source = dict(bundle.manifest.source)
     provenance = bundle.checkpoint.provenance
     spellings = {target: name for target, name in stored.items() if target != name}
     replacements, rows = {}, {}
-    if brought is not None:
-        earlier = brought.adapter
-        config |= {key: earlier.config.get(key) for key in _BROUGHT}
+    if replaced is not None:
+        earlier = replaced.adapter
+        config |= {key: earlier.config.get(key) for key in _REPLACED}
         spellings = {**earlier.spellings, **spellings}
         replacements, rows = earlier.replacements, earlier.rows
     return Adapter(
@@ -86,8 +88,8 @@ def trained_adapter(
 
 
 def _delta(branch: LoraBranch) -> LoraDelta:
-    site = branch.site
-    name = site.weight_name
+    target = branch.target
+    name = target.weight_name
     a_shape, b_shape = (tuple(factor.shape) for factor in branch.effective())
     moment = branch.moments.second_moment()
     magnitude = branch.magnitude
@@ -96,7 +98,7 @@ def _delta(branch: LoraBranch) -> LoraDelta:
         a=_lazy(f"{name}.lora_A", a_shape, lambda: branch.effective()[0]),
         b=_lazy(f"{name}.lora_B", b_shape, lambda: branch.effective()[1]),
         scaling=branch.scaling,
-        orientation="transposed" if site.transposed or site.kind == "embedding" else "linear",
+        orientation="transposed" if target.transposed or target.kind == "embedding" else "linear",
         magnitude=None
         if magnitude is None
         else _lazy(f"{name}.lora_magnitude_vector", tuple(magnitude.shape), lambda: magnitude),
@@ -127,7 +129,7 @@ def save_adapter(
     force: bool = False,
     facts: Mapping[str, Any] | None = None,
     files: tuple[CarriedFile, ...] = (),
-    brought: Brought | None = None,
+    replaced: ReplacedWeights | None = None,
 ) -> Path:
     """Write what was trained as a PEFT adapter: whole or not at all.
 
@@ -148,7 +150,7 @@ def save_adapter(
         What the training says of itself, for `loraformat.train.lora.trained_adapter`.
     files : tuple of CarriedFile
         What else shall lie beside the weights.
-    brought : Brought, optional
+    replaced : ReplacedWeights, optional
         As in `trained_adapter`; a tokenizer of its own goes along.
 
     Returns
@@ -161,10 +163,10 @@ def save_adapter(
     LoraFormatError
         If it cannot be written, or a factor is not finite. Nothing appears then.
     """
-    adapter = trained_adapter(branches, bundle, brought)
-    if brought is not None and brought.tokenizer is not None:
+    adapter = trained_adapter(branches, bundle, replaced)
+    if replaced is not None and replaced.tokenizer is not None:
         beside = {file.path for file in files}
-        tokenizer = tokenizer_files(brought.adapter.files)
+        tokenizer = tokenizer_files(replaced.adapter.files)
         files = (*files, *(file for file in tokenizer if file.path not in beside))
     base = {"fingerprint": bundle.manifest.fingerprint, "source": dict(bundle.manifest.source)}
     parameters = sum(p.numel() for branch in branches.values() for p in branch.named().values())

@@ -138,7 +138,7 @@ class Inputs:
         if options.adapter or options.device != "cpu":  # they are found on the CPU
             return
         for branch in self.model.branches.values():
-            yield svd_bytes(branch.site, branch.a.shape[-2], options.init)
+            yield svd_bytes(branch.target, branch.a.shape[-2], options.init)
 
     def plan(self) -> MemoryPlan:
         """Return the memory plan, and let layers keep what it has for them.

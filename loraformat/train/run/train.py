@@ -294,16 +294,16 @@ class _Run:
 
     def go(self, *, resume: bool, force: bool, observe: Callable[[dict[str, Any]], None]) -> None:
         """Train, and write the adapter."""
-        if self._world.leads and not (resume and self._directory.path.is_dir()):
+        if self._world.is_main_process and not (resume and self._directory.path.is_dir()):
             self._directory.begin(force=force)
         self._world.broadcast_object(None)  # that there is a directory now
-        alone = self._directory.alone() if self._world.leads else nullcontext()
+        alone = self._directory.alone() if self._world.is_main_process else nullcontext()
         with alone:
             checkpoint = self._checkpoint() if resume else None
             finished = self._check_output(checkpoint, resume=resume, force=force)
             if not finished:
                 self._check_disk()
-            if self._world.leads:
+            if self._world.is_main_process:
                 if checkpoint is None and resume:
                     self._directory.begin(force=True)
                 self._directory.write_config(config_file.dump(self._options.to_json()))
@@ -314,7 +314,7 @@ class _Run:
         """Return where to go on: rank 0 chooses."""
         problems: list[str] = []
         found = None
-        if self._world.leads:
+        if self._world.is_main_process:
             found, problems = saved_state.newest(self._directory.checkpoints)
             if found is None and problems:
                 raise InputError(
@@ -329,7 +329,7 @@ class _Run:
             return None
         if found is None:
             found = saved_state.read(self._directory.checkpoints / saved_state.name_of(step))
-        if self._world.leads:  # whose device others do not have
+        if self._world.is_main_process:  # whose device others do not have
             check_same(found.facts.get("identity", {}), self._identity())
         return found
 
@@ -364,7 +364,7 @@ class _Run:
     ) -> RunState:
         state = RunState() if checkpoint is None else RunState.from_json(checkpoint.facts["run"])
         metrics = None
-        if self._world.leads:
+        if self._world.is_main_process:
             metrics = Metrics(
                 self._directory.metrics,
                 position=0 if checkpoint is None else int(checkpoint.facts["metrics"]),
@@ -404,7 +404,7 @@ class _Run:
             directory=self._directory.checkpoints, metrics=metrics, state=state,
             identity=self._identity(), world=self._world, device=options.device,
             evaluate=self._evaluate if inputs.held_out is not None else None,
-            sample=self._sample if options.prompt and self._world.leads else None,
+            sample=self._sample if options.prompt and self._world.is_main_process else None,
             beside=self._beside, place=inputs.data.place, observe=observe,
         )  # fmt: skip
 
@@ -430,7 +430,7 @@ class _Run:
     def _finish(self, state: RunState, *, write: bool, force: bool) -> None:
         inputs = self._inputs
         self._gather_statistics()
-        if not self._world.leads:
+        if not self._world.is_main_process:
             return
         facts = facts_of(self._options, state, inputs.data, inputs.held_out, self._world.size)
         self.report = replace(self.report, seconds=state.seconds, facts=facts)

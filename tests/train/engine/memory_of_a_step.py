@@ -29,7 +29,7 @@ def growth(bundle: str, tokens: int) -> int:
     options = LoraOptions(rank=1, targets=("q_proj",), statistics=False)
     model = load(bundle, lora=options, activation_memory=0)
     batch = one_sample(tokens)
-    peak, enter = 0, model.residency.enter
+    peak, enter = 0, model.prefetcher.enter
 
     def watched(layer: int, direction: int) -> None:
         nonlocal peak
@@ -38,7 +38,7 @@ def growth(bundle: str, tokens: int) -> int:
 
     for _ in range(2):  # then buffers that are reused exist, and the heap is as large as it gets
         model.loss(batch).backward()
-    model.residency.enter = watched
+    model.prefetcher.enter = watched
     grown = []
     for _ in range(3):  # the least: what the heap grows by in one of them is not the layers'
         peak, before = 0, anonymous()

@@ -7,7 +7,7 @@ from loraformat.train import load
 from loraformat.train.engine import cross_entropy, layer_prefetch, matmul
 from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
 from loraformat.train.engine.decoder import HeadRule
-from loraformat.train.engine.linear import DenseLinear
+from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix
 from tests.train.engine.reference import dense_loss, make_batch, merged_weights, relative
 
@@ -40,7 +40,7 @@ def test_loss_and_gradient_are_those_of_the_plain_formula(rule, bias):
     weight = torch.randn(130, 24, generator=random)
     targets = torch.randint(0, 130, (11,), generator=random)
     hidden = torch.randn(11, 24, generator=random).requires_grad_()
-    head = DenseLinear(DenseMatrix(weight), "lm_head", bias)
+    head = FrozenLinear(DenseMatrix(weight), "lm_head", bias)
     loss = frozen_head_loss(hidden, targets, head, rule)
     (2 * loss).backward()
     exact = hidden.detach().double().requires_grad_()
@@ -55,7 +55,7 @@ def test_loss_and_gradient_are_those_of_the_plain_formula(rule, bias):
 
 
 def test_large_logits_neither_overflow_nor_vanish():
-    head = DenseLinear(DenseMatrix(torch.tensor([[1e4], [-1e4], [0.0]])), "lm_head")
+    head = FrozenLinear(DenseMatrix(torch.tensor([[1e4], [-1e4], [0.0]])), "lm_head")
     hidden = torch.ones(2, 1, requires_grad=True)
     loss = frozen_head_loss(hidden, torch.tensor([0, 1]), head, HeadRule())
     loss.backward()

@@ -56,7 +56,7 @@ def test_as_many_of_the_last_layers_keep_theirs_as_the_budget_allows(bundle_of):
         count = len(layers)
         model.loss(make_batch()).backward()
         assert computed == [*range(count), *reversed(range(count))]
-        counted = model._shared.kept
+        counted = model._shared.activation_budget
         assert counted.counted > 0
         for budget, kept in ((counted.needed(counted.tokens) * 3 // 2, 1), (PLENTY, count)):
             computed.clear()
@@ -79,7 +79,7 @@ def test_what_is_counted_is_what_is_kept(bundle_of):
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model.loss(make_batch())
-        counted, layers = model._shared.kept.counted, len(model.base.model.layers)
+        counted, layers = model._shared.activation_budget.counted, len(model.base.model.layers)
     # Besides: what the embedding and the loss keep, and masks, which are counted for each layer.
     assert 0.8 * layers * counted < sum(seen.values()) < 1.3 * layers * counted
 

@@ -12,7 +12,7 @@ from loraformat.train.engine import matmul
 from loraformat.train.engine import matrix as matrices
 from loraformat.train.engine.buffers import workspace
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.linear import DenseLinear, NF4Linear
+from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
 
@@ -76,7 +76,7 @@ class SquaredSum:
 @pytest.mark.parametrize("bias", [None, random(33, seed=2)])
 def test_a_linear_with_bias_and_branch(small_tiles, bias):
     matrix, whole = quantized((33, 40))
-    linear = NF4Linear(matrix, "q_proj", bias)
+    linear = FrozenLinear(matrix, "q_proj", bias)
     linear.branch = SquaredSum()
     x = random(5, 40, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(linear, x)
@@ -96,7 +96,7 @@ def test_what_is_multiplied_is_what_bitsandbytes_decodes(small_tiles, shape, dou
     if double_quant:
         options = {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.item()}
     codes = codec.NF4(packed.view(-1), state.absmax, weight.numel(), 64, **options)
-    linear = NF4Linear(NF4Matrix(codes, shape))
+    linear = FrozenLinear(NF4Matrix(codes, shape))
     # Each sum is of one weight and zeros.
     assert torch.equal(linear(torch.eye(shape[1])).T, expected)
     assert torch.equal(torch.cat([t.clone() for _, _, t in linear.dense_tiles()]), expected)
@@ -236,7 +236,7 @@ def test_an_empty_batch_of_tokens(small_tiles, monkeypatch, onednn):
 
 
 def test_a_weight_that_is_not_there_says_so():
-    linear = DenseLinear(DenseMatrix(torch.ones(2, 3)), "lm_head")
+    linear = FrozenLinear(DenseMatrix(torch.ones(2, 3)), "lm_head")
     assert linear.weight.shape == (2, 3) and linear.weight.dtype == torch.float32
     for compute in (
         lambda: linear.weight @ torch.ones(3),
@@ -244,7 +244,7 @@ def test_a_weight_that_is_not_there_says_so():
         lambda: torch.nn.functional.linear(torch.ones(1, 3), linear.weight),
         lambda: linear.weight * 2,
     ):
-        with pytest.raises(Exception, match=r"lm_head|AbsentWeight"):
+        with pytest.raises(Exception, match=r"lm_head|PlaceholderWeight"):
             compute()
 
 

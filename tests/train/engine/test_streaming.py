@@ -51,7 +51,7 @@ def test_every_layer_is_read_before_it_is_computed_and_let_go_after(bundle, advi
     with load(bundle, lora=LoraOptions(rank=2)) as model:
         ranges = [
             {(address, end - begin) for address, (_, begin, end) in layer}
-            for layer in model.residency._layers
+            for layer in model.prefetcher._layers
         ]
         model.loss(make_batch()).backward()
     sizes = [sum(nbytes for _, nbytes in layer) for layer in ranges]
@@ -71,7 +71,7 @@ def test_no_setting_changes_what_is_computed(bundle, options):
     for chosen in ({}, options):
         with load(bundle, lora=LoraOptions(rank=2)) as model:
             for name, value in chosen.items():
-                setattr(model.residency, name, value)
+                setattr(model.prefetcher, name, value)
             loss = model.loss(make_batch())
             loss.backward()
             gradients = [p.grad for p in model.trainable().values()]
@@ -107,7 +107,7 @@ def test_generation_within_a_run_lets_layers_and_head_go(bundle, advice):
         assert torch.equal(found, wanted)
         assert model.traffic.visits == [0, 1, 2, 3, 4, 5] * 3
         layers = [
-            {(a, end - begin) for a, (_, begin, end) in one} for one in model.residency._layers
+            {(a, end - begin) for a, (_, begin, end) in one} for one in model.prefetcher._layers
         ]
     evict = [(address, nbytes) for word, address, nbytes in advice if word == "forget_pages"]
     assert all(evict.count(part) == 3 for layer in layers for part in layer)
@@ -122,7 +122,7 @@ def test_a_closed_model_holds_no_thread_and_no_file(bundle):
     model.close()
     model.close()
     names = [thread.name for thread in threading.enumerate()]
-    assert not any(name.startswith("loraformat-residency") for name in names)
+    assert not any(name.startswith("loraformat-prefetch") for name in names)
     assert all(shard.descriptor < 0 for shard in model.bundle.shards)
 
 

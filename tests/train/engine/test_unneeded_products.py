@@ -10,12 +10,12 @@ from loraformat.train import LoraOptions, load
 from loraformat.train.engine import lora_matmul
 from loraformat.train.engine.checkpointing import (
     ActivationBudget,
-    Recomputation,
-    recompute_layer,
+    Checkpointing,
+    checkpoint_layer,
 )
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.layer_prefetch import Residency
-from loraformat.train.engine.linear import FrozenLinear, NF4Linear
+from loraformat.train.engine.layer_prefetch import LayerPrefetcher
+from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import NF4Matrix
 from loraformat.train.engine.unneeded_products import find_unneeded_products, last_products
 from tests.train.engine.reference import make_batch
@@ -79,7 +79,7 @@ class Layer(torch.nn.Module):
         super().__init__()
         chance = torch.Generator().manual_seed(seed)
         codes = [codec.quantize(torch.randn(64, 64, generator=chance) / 8) for _ in range(2)]
-        self.one, self.two = (NF4Linear(NF4Matrix(c, (64, 64))) for c in codes)
+        self.one, self.two = (FrozenLinear(NF4Matrix(c, (64, 64))) for c in codes)
 
     def inner(self, x):
         return self.two(torch.nn.functional.dropout(torch.tanh(self.one(x)), 0.3))
@@ -164,7 +164,7 @@ LAYERS = [
 
 def sharing():
     layers = len(LAYERS)
-    return Recomputation(Residency([[]] * layers), ActivationBudget(layers))
+    return Checkpointing(LayerPrefetcher([[]] * layers), ActivationBudget(layers))
 
 
 @pytest.mark.parametrize("rows_at_once", [None, 1])
@@ -186,7 +186,7 @@ def test_layers_unlike_one_another(products, rows_at_once):
 
     plain = gradients()
     for number, layer in enumerate(layers):
-        recompute_layer(layer, number, shared)
+        checkpoint_layer(layer, number, shared)
     with torch.no_grad(), last_products(layers, FrozenLinear) as candidates:
         for layer in layers:
             layer(torch.ones(2, 20, 64))
@@ -216,7 +216,7 @@ class RefusesNaN(Layer):
 
 def test_a_class_that_refuses_what_is_not_there(products):
     layer, shared = RefusesNaN(0), sharing()
-    recompute_layer(layer, 0, shared)
+    checkpoint_layer(layer, 0, shared)
 
     def gradients(left_out):
         shared.unneeded = dict(left_out)
@@ -231,7 +231,7 @@ def test_a_class_that_refuses_what_is_not_there(products):
 def test_a_hook_inside_a_layer_sees_every_value():
     layer, shared, seen = Adds(0), sharing(), []
     shared.unneeded = {0: "two"}
-    recompute_layer(layer, 0, shared)
+    checkpoint_layer(layer, 0, shared)
     x = torch.linspace(-1, 1, 2 * 20 * 64).view(2, 20, 64).requires_grad_()
     for _ in range(2):
         layer(x)[0].sum().backward()

@@ -95,7 +95,7 @@ def begun(target):
     options = LoraOptions(rank=rank, targets=(target,), init=init)
     grown = PeakGrowth()
     with load(where / "bundle", lora=options, original=original) as model:
-        reckoned = max(svd_bytes(b.site, rank, init) for b in model.branches.values())
+        reckoned = max(svd_bytes(b.target, rank, init) for b in model.branches.values())
         adapter = sum(2 * b.a.nbytes + 2 * b.b.nbytes for b in model.branches.values())
         return {"grown": grown.nbytes, "reckoned": reckoned + adapter}
 begun("k_proj")

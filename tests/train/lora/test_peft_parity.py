@@ -62,7 +62,7 @@ def loss_of(model, ids):
 
 def peft_gradient(model, branch, name, key):
     """PEFT's gradient of a factor, in the shape and for the scaling of ours."""
-    site = branch.site
+    site = branch.target
     if site.kind != "experts":
         leaf = key.replace(".weight", ".default.weight") if ".weight" in key else f"{key}.default"
         if key == "lora_magnitude_vector":

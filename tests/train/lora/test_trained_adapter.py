@@ -29,7 +29,7 @@ def trained(paths, **options):
     with torch.no_grad():
         for branch in branches.values():
             branch.b.add_(0.05)
-            if branch.site.kind == "embedding":
+            if branch.target.kind == "embedding":
                 branch.a.add_(0.05)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     return model, branches, options
@@ -146,7 +146,7 @@ def test_it_goes_into_the_bundle_and_trains_on_from_there(name, options, base, t
             sites_of(again), adapter, bundle.checkpoint, LoraOptions(dropout=0.25)
         )
     assert list(found) == list(branches)
-    assert all(branch.dropout == 0.25 for branch in found.values() if not branch.site.experts)
+    assert all(branch.dropout == 0.25 for branch in found.values() if not branch.target.experts)
     for branch in (*branches.values(), *found.values()):
         branch.eval()
     wanted = model.eval()(input_ids=tokens()).logits

@@ -92,6 +92,7 @@ def evaluate(
     LoraFormatError
         If something is not sound, or does not fit together.
     """
+    # The run that these options would make is without an adapter: `run` opens each of them itself.
     given = {**locals(), "adapter": None}
     from loraformat.api.train_options import options_of
     from loraformat.train.run.evaluate import evaluate as run
@@ -158,7 +159,8 @@ def generate(
     LoraFormatError
         If something is not sound, or does not fit together.
     """
-    given = {**locals(), "prompt": None, "seed": 0}
+    # A run has options of these names, too, for its samples and its initialisation.
+    given = {**locals(), "prompt": None, "seed": None}
     from loraformat.api.train_options import options_of
     from loraformat.errors import UsageError
     from loraformat.train.run.generate import generate as run

@@ -27,7 +27,13 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def check_finite(values: torch.Tensor, name: str, path: Path | None = None) -> None:
+def check_finite(
+    values: torch.Tensor,
+    name: str,
+    path: Path | None = None,
+    *,
+    error: type[InputError] = InputError,
+) -> None:
     """Refuse NaN and infinity.
 
     Parameters
@@ -37,13 +43,15 @@ def check_finite(values: torch.Tensor, name: str, path: Path | None = None) -> N
         Of the tensor.
     path : Path, optional
         Its file.
+    error : type
+        What is raised.
 
     Raises
     ------
     InputError
     """
     if not bool(values.isfinite().all()):
-        raise InputError(
+        raise error(
             f"tensor {printable(name)} holds NaN or infinity",
             path=path,
             hint="the file is damaged, or its training diverged: use an earlier checkpoint",

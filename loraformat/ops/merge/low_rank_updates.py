@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from loraformat.algebra.row_tiles import row_tiles
-from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.tensor_values import check_finite
@@ -190,7 +190,7 @@ def _matrix(
         factors = tuple(
             _factors(delta, term, shape[0]) for delta, term in zip(deltas, terms, strict=True)
         )
-    except InputError as error:
+    except UnsupportedError as error:
         error.path = error.path or str(adapters[terms[0].adapter].path)
         raise
     return LowRankUpdate(shape, transposed.pop(), factors, tuple(term.weight for term in terms))
@@ -226,8 +226,8 @@ def finite(tensor: DenseTensor, values: torch.Tensor) -> torch.Tensor:
 
     Raises
     ------
-    InputError
+    UnsupportedError
     """
     values = values.double()
-    check_finite(values, tensor.name)
+    check_finite(values, tensor.name, error=UnsupportedError)
     return values

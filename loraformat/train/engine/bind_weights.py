@@ -33,7 +33,7 @@ _LARGEST_COPY = 1 << 22
 
 
 class WeightBinder:
-    """Replaces the modules of one model.
+    """Replaces the modules of a model by ones that read stored weights.
 
     Parameters
     ----------

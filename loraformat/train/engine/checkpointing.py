@@ -57,7 +57,7 @@ _IN_HEAP = 1.8
 
 @dataclass(slots=True)
 class Checkpointing:
-    """What all layers of a model share.
+    """State of gradient checkpointing that all layers of a model share.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Checkpointing:
 
 
 def checkpoint_layer(layer: torch.nn.Module, number: int, shared: Checkpointing) -> None:
-    """Let a layer be computed anew in the backward pass, and its weights come and go.
+    """Make a layer a gradient-checkpointed one, whose weights are prefetched and evicted.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def checkpoint_layer(layer: torch.nn.Module, number: int, shared: Checkpointing)
 
 
 class _Layer:
-    """A layer, computed with gradients.
+    """A checkpointed layer, computed with gradients.
 
     It holds nothing of one computation, whose graph holds it: a circle would be let go late.
     """
@@ -198,7 +198,7 @@ def _entered(prefetcher: LayerPrefetcher, number: int, tokens: int) -> Iterator[
 
 
 def _joined(results: list[Any]) -> Any:
-    """Put the results for groups of rows together."""
+    """Concatenate the results of groups of rows."""
     if len(results) == 1:
         return results[0]
     flat = [trees.tree_flatten(result) for result in results]
@@ -210,7 +210,7 @@ def _joined(results: list[Any]) -> Any:
 
 
 class RecomputedTensors:
-    """Stands for the tensors that one computation saved.
+    """The saved tensors of one computation, recomputed when autograd asks for them.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ class RecomputedTensors:
 
 @contextmanager
 def captured_tensors() -> Iterator[list[torch.Tensor]]:
-    """Collect what is saved for a backward pass that will not be: all tensors but parameters.
+    """Collect the tensors that autograd saves, all but parameters, instead of saving them.
 
     The graph itself holds none of them, for as long as this is over and the list is gone.
     """
@@ -289,7 +289,7 @@ def captured_tensors() -> Iterator[list[torch.Tensor]]:
 
 @dataclass(slots=True)
 class ActivationBudget:
-    """Decides which layers keep their activations.
+    """Memory budget for activations, which decides how many layers save theirs.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ class _Rows(PlaceholderWeight):
 
 
 class MappedEmbedding(torch.nn.Module):
-    """Takes the place of an embedding, whatever its class makes of the rows.
+    """An embedding on a mapped table, in place of a module of any embedding class.
 
     The rows that are needed are gathered, widened, and given to the original module as if they
     were its whole table, so that what the class adds (Gemma's scale) is its own.

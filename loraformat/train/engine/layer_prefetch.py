@@ -35,7 +35,7 @@ _FEWEST_ROWS = 64
 
 @dataclass(slots=True)
 class IoStats:
-    """What streaming did.
+    """Statistics of streaming: time waited, bytes read, layers visited.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class IoStats:
 
 
 def merge_spans(spans: Sequence[Span]) -> list[Span]:
-    """Return the least ranges that cover these; gaps below a page are covered too.
+    """Merge byte ranges; gaps below a page are covered, too.
 
     Examples
     --------
@@ -77,7 +77,7 @@ def _mapped(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
 
 
 class LayerPrefetcher:
-    """Brings layers into memory before they are needed, and lets them go after.
+    """Prefetches the pages of layers before they are computed, and evicts them after.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ class LayerPrefetcher:
 
 
 class BackwardLayer:
-    """Enters and leaves layers on the way back, one at a time and each once.
+    """The layer that a backward pass is in: entered and left one at a time, each once.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ class BackwardLayer:
 
 
 class StreamedMatrix:
-    """A matrix whose pages come and go with its rows while it is streaming.
+    """A matrix whose pages are prefetched and evicted with its rows while it is streaming.
 
     Parameters
     ----------

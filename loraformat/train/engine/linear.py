@@ -19,7 +19,7 @@ __all__ = ["Branch", "FrozenLinear"]
 
 
 class Branch(Protocol):
-    """What is trained beside a frozen layer."""
+    """A trained branch beside a frozen layer."""
 
     def pair(self) -> LoraFactors | None:
         """Return the branch as a plain pair, if it is one just now: then that is multiplied."""
@@ -31,7 +31,7 @@ class Branch(Protocol):
 
 
 class FrozenLinear(torch.nn.Module):
-    """Takes the place of ``nn.Linear`` or transformers' ``Conv1D``.
+    """A linear layer with a frozen weight, in place of ``nn.Linear`` or ``Conv1D``.
 
     Parameters
     ----------

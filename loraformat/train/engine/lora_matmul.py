@@ -23,7 +23,7 @@ __all__ = ["LoraFactors", "frozen_product"]
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
-    """A trained pair beside a frozen weight.
+    """The factors A and B of a LoRA branch, and its scaling.
 
     Attributes
     ----------

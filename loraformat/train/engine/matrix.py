@@ -40,7 +40,7 @@ _STRIDE = 7919
 
 
 class DequantTimer:
-    """How long this process dequantized, in seconds of each thread that did."""
+    """Time that this process has spent on dequantization, summed over threads."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -242,7 +242,7 @@ def output_tiles(matrix: Matrix) -> Iterator[Tile]:
 
 
 class StandInMatrix:
-    """Multiplies as if each output were one input, times 1/2 or -1/2.
+    """Stand-in for a matrix in trials: each output is one input, times 1/2 or -1/2.
 
     Parameters
     ----------

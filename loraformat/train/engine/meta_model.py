@@ -140,7 +140,7 @@ def _unsupported(problem: str, path: object) -> UnsupportedError:
 
 
 class WeightNotInMemoryError(UnsupportedError, AttributeError):
-    """A class looks at a weight that is not there.
+    """A model's class computes with a weight that is not in memory.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ class WeightNotInMemoryError(UnsupportedError, AttributeError):
 
 
 class PlaceholderWeight:
-    """Answers what models ask of a weight, and refuses to be computed with.
+    """Placeholder of a weight: has its shape and dtype, and raises if computed with.
 
     Some classes look at a linear's dtype before they call it. A few, Mamba's among them, multiply
     by its weight themselves; that must fail, and not give just any number.

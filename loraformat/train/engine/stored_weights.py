@@ -29,7 +29,7 @@ Span = tuple[MappedFile, int, int]
 
 
 class StoredWeights:
-    """Finds weights by their name in a bundle; nothing of them is read.
+    """The weights of a bundle by name; opening them reads nothing.
 
     Parameters
     ----------

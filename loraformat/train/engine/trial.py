@@ -58,7 +58,7 @@ _MASKED = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Trial:
-    """Tries a model.
+    """Trial of a model on stand-ins for its weights.
 
     Parameters
     ----------
@@ -348,7 +348,7 @@ def _standing_in(model: torch.nn.Module) -> Iterator[None]:
 
 
 class PackingCheck:
-    """Looks at the masks of the first packed batch.
+    """Check of the attention masks of the first packed batch.
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ demo: $(VENV)/demo-installed ## install and run the demo
 
 check: lint test ## what CI runs: everything
 
-lint: $(VENV)/dev-installed ## style, types, import directions, spec and docs in step with the code
+lint: $(VENV)/dev-installed ## style, types, imports, spec and docs in step with the code, words
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -33,6 +33,7 @@ lint: $(VENV)/dev-installed ## style, types, import directions, spec and docs in
 	$(BIN)/python tools/make_cli_docs.py --check
 	$(BIN)/python tools/make_runtime_docs.py --check
 	$(BIN)/python tools/make_model_docs.py --check
+	$(BIN)/python tools/check_words.py
 
 test: $(VENV)/dev-installed ## the whole test suite, and every example in a docstring
 	$(BIN)/python -m pytest -n 2
@@ -41,7 +42,7 @@ test: $(VENV)/dev-installed ## the whole test suite, and every example in a docs
 real: $(VENV)/real-installed ## longer tests: Gemma 3, QLoRA against PEFT, llama.cpp; mlx-lm, torchtune, DeepSpeed
 	$(BIN)/python -m pytest -m real tests/real
 
-docs: $(VENV)/dev-installed ## write anew what tools write of docs/: verbs, runtimes, outputs, figures, pictures
+docs: $(VENV)/dev-installed ## regenerate the generated parts of docs/: verbs, runtimes, outputs, figures, pictures
 	$(BIN)/python tools/make_cli_docs.py
 	$(BIN)/python tools/make_runtime_docs.py
 	$(BIN)/python tools/make_model_docs.py

@@ -1,4 +1,4 @@
-"""loraformat: base weights in NF4 and LoRA deltas, converted, verified and streamed.
+"""loraformat: NF4 base weights and LoRA adapters: formats, converters, algebra, training.
 
 The names below are loaded on first use, so that importing the package costs nothing. The packages
 `loraformat.train` and `loraformat.demo` can be called as the verbs of their names.

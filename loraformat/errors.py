@@ -1,4 +1,4 @@
-"""Every error loraformat raises on purpose, as one tree.
+"""The exception hierarchy.
 
 ::
 
@@ -45,7 +45,7 @@ _LONGEST_QUOTE = 120
 
 
 def printable(text: object) -> str:
-    r"""Quote text from a stranger's file so that it cannot disturb a terminal.
+    r"""Escape untrusted text so that it cannot disturb a terminal.
 
     Parameters
     ----------
@@ -179,10 +179,11 @@ class NonFiniteError(InputError):
     ) -> None:
         self.tensor, self.position, self.value = tensor, position, value
         super().__init__(
-            f"tensor {printable(tensor)} holds {value} at element {position}, "
-            "and NF4 can only store finite numbers",
+            f"tensor {printable(tensor)} holds {value} at element {position}, but NF4 can only "
+            "store finite numbers",
             path=path,
-            hint=hint or "repair the checkpoint, or keep this tensor plain with --skip",
+            hint=hint
+            or "repair the checkpoint, or exclude this tensor from quantization with --skip",
         )
 
 

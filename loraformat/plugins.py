@@ -1,4 +1,4 @@
-"""The one door to converters.
+"""The plugin registry of converters.
 
 A converter is a record, not a base class: a name, what it reads into, what it writes
 from, and what it cannot express. Converters are found through the entry-point group
@@ -301,7 +301,7 @@ class Converter:
         if name is not None and not self.pre_tokenizers:
             raise UsageError(
                 f"--pre {name} is for GGUF files, and the output is {self.name}",
-                hint="leave it out, or write a GGUF file: --to gguf",
+                hint="omit it, or write a GGUF file: --to gguf",
             )
 
     def missing(self) -> list[str]:
@@ -402,7 +402,7 @@ def sniff(path: Path, kind: str | None = None) -> Converter:
         names = " and ".join(converter.name for converter in known)
         raise UnsupportedError(f"looks like {names}", path=path, hint=_choice(known))
     raise UnsupportedError(
-        f"holds no model that loraformat knows ({', '.join(_names())})",
+        f"contains no model in a known format ({', '.join(_names())})",
         path=path,
         hint=_missing(path),
     )
@@ -411,9 +411,9 @@ def sniff(path: Path, kind: str | None = None) -> Converter:
 def _choice(known: list[Converter]) -> str:
     """Return how to say which of several formats is meant; most verbs have no ``--from``."""
     if len({converter.kind for converter in known}) == 1:
-        return "say which with --from"
+        return "choose one with --from"
     return (
-        "it holds a model and an adapter: move the adapter's files (adapter_config.json, "
+        "it contains a model and an adapter: move the adapter's files (adapter_config.json, "
         "adapter_model.*) to a directory of their own"
     )
 
@@ -422,8 +422,8 @@ def _missing(path: Path) -> str:
     if path.is_dir():
         return "a model directory holds .safetensors files and a config.json"
     if path.is_file() and not path.stat().st_size:
-        return "it is empty: download or copy it again"
-    return "it begins as none of their files does: download or copy it again"
+        return "it is empty; download or copy it again"
+    return "its first bytes match no known format; download or copy it again"
 
 
 def _recognises(converter: Converter, path: Path) -> bool:
@@ -431,10 +431,10 @@ def _recognises(converter: Converter, path: Path) -> bool:
         return converter.sniff(path)
     except Exception as error:  # a stranger's package may fail in any way
         raise LoraFormatError(
-            f"the converter {converter.name!r} fails to look at it: "
+            f"the converter {converter.name!r} fails to detect the format: "
             f"{type(error).__name__}: {error}",
             path=path,
-            hint="say which format it is with --from, or update the package",
+            hint="give the format with --from, or update the package",
         ) from error
 
 
@@ -485,6 +485,6 @@ def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | 
         meant = f"did you mean {printable(path.with_suffix(near[0]))}? Else " if near else ""
         raise UsageError(
             f"no installed converter writes {said} as {path.suffix} file",
-            hint=f"{meant}name a directory, or say --to",
+            hint=f"{meant}give a directory, or the format with --to",
         )
     return None

@@ -1,4 +1,4 @@
-"""The package's version; the format's is `loraformat.bundle.manifest.FORMAT_VERSION`."""
+"""The package version."""
 
 __all__ = ["__version__"]
 

@@ -25,7 +25,7 @@ from loraformat.ops.merge.merge import merge
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "which-base.md"
 BEGIN = "<!-- made by tools/make_which_base.py; do not edit -->"
 END = "<!-- end of what is made -->"
-HEAD = ("what runs", "command", "kept of the delta", "weights", *(f"`{name}`" for name in ADAPTERS))
+HEAD = ("what runs", "command", "delta kept", "weights", *(f"`{name}`" for name in ADAPTERS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def rows(folder: Path) -> Iterator[list[str]]:
     values = [f"{one[name].perplexity:.2f}" for one, name in zip(beside, ADAPTERS, strict=True)]
     command = "`convert A my-bundle/adapters/A`"
     size = size_of(folder / "my-bundle")
-    yield ["bundle with the adapter beside it", command, "100%", f"{size} + adapter", *values]
+    yield ["bundle with a separate adapter", command, "100%", f"{size} + adapter", *values]
     for way in WAYS:
         yield row(way, folder, measure)
     assert not notes, notes

@@ -1,1 +1,1 @@
-"""The converters that come with loraformat: one room per format, none knows another."""
+"""The converters that ship with loraformat, one module or package per format."""

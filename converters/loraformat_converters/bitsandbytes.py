@@ -115,9 +115,10 @@ def _wrong_on_a_cpu(checkpoint: Checkpoint) -> list[str]:
     if not wrong:
         return []
     return [
-        f"{len(wrong)} weights ({printable(wrong[0])}, ...) have rows that are no whole number of "
-        "blocks: bitsandbytes 0.50.2 decodes these wrongly on a CPU with AVX-512, its own, too; to "
-        "run there, keep them plain with --skip, or quantize with a --block-size that divides rows"
+        f"{len(wrong)} weights ({printable(wrong[0])}, ...) have rows that are not a whole number "
+        "of blocks: bitsandbytes 0.50.2 decodes these incorrectly on a CPU with AVX-512, "
+        "including its own; to run there, exclude them with --skip, or quantize with a "
+        "--block-size that divides rows"
     ]
 
 

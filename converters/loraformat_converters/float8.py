@@ -1,4 +1,4 @@
-"""float8 checkpoints: weights in 8-bit floating point with scales beside them.
+"""float8 checkpoints: 8-bit floating-point weights with scales.
 
 Published by DeepSeek, Qwen, Meta, Mistral and others, and made by compressed-tensors, FBGEMM and
 transformers. Beside a weight ``W`` of type E4M3 or E5M2 stands ``W_scale_inv`` (DeepSeek's name)
@@ -79,8 +79,8 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
             raise UnsupportedError(
                 f"is quantized with {other.method} beside float8 ({printable(other.tensor)})",
                 path=path,
-                hint="start from the model that was quantized; its page on the Hub names it as "
-                "base model",
+                hint="start from the original, unquantized model; the model's page on the Hub "
+                "lists it as base model",
             )
     except BaseException:
         stored.close()
@@ -136,10 +136,10 @@ def _refuse_unknown_scales(stored: Checkpoint, bare: set[str]) -> None:
             name[:at] in bare for at, sign in enumerate(name) if sign == "_"
         ):
             raise UnsupportedError(
-                f"tensor {printable(name)} scales float8 weights in a way that is not known here",
+                f"tensor {printable(name)} scales float8 weights in a way that is not supported",
                 path=stored.path,
-                hint="start from the model that was quantized, or let the program that wrote it "
-                "write bfloat16",
+                hint="start from the original, unquantized model, or export bfloat16 with the "
+                "program that wrote it",
             )
 
 
@@ -203,7 +203,7 @@ def _repeats(
             f"tensor {printable(scale.name)} is {scale.dtype} {list(scale.shape)}, which scales no "
             f"weight of shape {list(shape)} in blocks of {block[0]} x {block[1]}",
             path=path,
-            hint="fetch the checkpoint again, with the config.json that belongs to it",
+            hint="download the checkpoint again, with the config.json that belongs to it",
         )
     return found
 

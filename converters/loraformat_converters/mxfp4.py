@@ -1,4 +1,4 @@
-"""MXFP4 checkpoints: gpt-oss, whose experts are published in 4-bit floating point alone.
+"""MXFP4 checkpoints of gpt-oss.
 
 Format: OCP Microscaling Formats 1.0, blocks of 32 values E2M1 with one scale E8M0. A parameter
 ``P`` of shape (experts, in, out) lies on the disk as ``P_blocks``, U8 (experts, out, in / 32, 16),
@@ -64,7 +64,7 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
             f"holds MXFP4 weights of a model of type {printable(model_type)}, and only those of "
             "gpt_oss can be read",
             path=path,
-            hint="start from the model that was quantized, if it was published",
+            hint="start from the original, unquantized model, if it was published",
         )
     stored = open_model(path, MXFP4)
     try:
@@ -110,7 +110,7 @@ def _parameter(
             f"tensor {printable(blocks.name)} is {blocks.dtype} {list(shape)} with {said}, wanted "
             "U8 (experts, out, in / 32, 16) and U8 or F8_E8M0 (experts, out, in / 32)",
             path=path,
-            hint="fetch the checkpoint again",
+            hint="download the checkpoint again",
         )
     experts, out, groups, _ = shape
 

@@ -1,4 +1,4 @@
-"""``pytorch_model.bin``: weights as torch pickles them, in one file or in shards with an index.
+"""``pytorch_model.bin`` checkpoints: pickled weights, single or sharded.
 
 What transformers saved before safetensors. A pickle can hold a program, so that it is read on
 request only (``--allow-pickle``), and then by a loader that makes nothing but tensors.
@@ -101,7 +101,9 @@ def _weight_map(folder: SafeDirectory) -> dict[str, str] | None:
 def _check_present(folder: SafeDirectory, name: str) -> None:
     if not folder.has(name):
         raise InputError(
-            "is missing", path=folder.path / name, hint="the download is incomplete; fetch it again"
+            "is missing",
+            path=folder.path / name,
+            hint="the download is incomplete; download it again",
         )
 
 
@@ -112,7 +114,7 @@ def _check_index(weight_map: dict[str, str] | None, homes: dict[str, str], path:
                 "B03",
                 f"puts tensor {printable(name)} into {shard}, which does not hold it",
                 path=path / _INDEX,
-                hint="the shards belong to another index; fetch the checkpoint again",
+                hint="the shards belong to another index; download the checkpoint again",
             )
 
 

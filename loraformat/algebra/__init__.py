@@ -1,4 +1,4 @@
-"""Low-rank linear algebra on tensors; nothing here knows files or models.
+"""Low-rank linear algebra on tensors.
 
 Start with `lora` (a delta as factors, truncation by SVD); `thin_qr` and `subspace` are what it
 computes with, `ranks` chooses ranks, `interference` combines whole deltas (TIES, DARE).

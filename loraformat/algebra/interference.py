@@ -1,4 +1,4 @@
-"""Combining whole deltas element by element: trimming, dropping, electing signs.
+"""Element-wise combination of deltas: trimming, dropping, sign election (TIES, DARE).
 
 These are heuristics on the *effective* deltas Dᵢ, which alone have a meaning: applied to
 the factors A and B one by one they combine coordinates of different bases.

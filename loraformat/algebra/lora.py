@@ -1,4 +1,4 @@
-"""The mathematics of low-rank deltas: factors, their core, optimal truncation.
+"""Low-rank deltas: factors, core matrix, optimal truncation by SVD.
 
 Nothing here knows files. A delta D = s·B A with A (r, in) and B (out, r) is never formed:
 everything follows from the r × r *core*.

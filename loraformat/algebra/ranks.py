@@ -1,4 +1,4 @@
-"""Choosing ranks: how many parts of a delta are worth their parameters.
+"""Rank selection by energy, parameter budget or noise threshold.
 
 Everything here works on singular values, descending, and knows neither factors nor files.
 """

@@ -1,4 +1,4 @@
-"""Low-rank approximation of a matrix that is only seen row tile by row tile.
+"""Low-rank approximation of a matrix that is read in row tiles.
 
 Block Krylov iteration (Musco & Musco 2015): from a random block Ω of b columns build an
 orthonormal basis P of span{Ω, DᵀD Ω, ..., (DᵀD)^q Ω}, block by block, each made orthogonal

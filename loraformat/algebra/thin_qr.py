@@ -1,4 +1,4 @@
-"""Thin orthogonal factors of tall matrices: X = Q R, R small and square.
+"""Thin QR factorization of tall matrices: X = Q R.
 
 Two ways to the same R, both in float64:
 

@@ -1,4 +1,4 @@
-"""Chat templates rendered for what is written of adapters, where transformers is installed."""
+"""Prompt formats from chat templates, if transformers is installed."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def generate(
     from loraformat.train.run.text_generation import GenerationOptions
 
     if system and not chat:
-        raise UsageError("a system message needs a chat", hint="add --chat")
+        raise UsageError("--system needs --chat", hint="add --chat")
     drawn = GenerationOptions(max_tokens, temperature, top_p, seed)
     return run(options_of(given), prompt, drawn, chat=chat, system=system, tell=_teller(progress))
 

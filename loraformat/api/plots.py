@@ -37,7 +37,7 @@ def plot_errors(report: InfoReport, path: str | Path) -> None:
 
     if not isinstance(report, ModelInfo):
         raise UsageError(
-            "--plot shows the errors of a bundle, and this is an adapter",
+            "--plot shows the quantization errors of a bundle, but this is an adapter",
             hint="run: loraformat spectrum ADAPTER --plot FILE",
         )
     draw(report, path)

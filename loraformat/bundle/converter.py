@@ -1,4 +1,4 @@
-"""The bundle as a converter: read one, write one.
+"""The bundle converter: reading and writing.
 
 Writing is a model directory with a manifest. The manifest comes last; without it the
 directory is not a bundle.
@@ -129,7 +129,7 @@ def _family(checkpoint: Checkpoint) -> Family:
 CONVERTER = Converter(
     name="loraformat",
     kind="base",
-    summary="a bundle: NF4 base weights with manifest, hashes and room for adapters",
+    summary="bundle: NF4 base weights with a manifest, hashes and optional adapters",
     sniff=is_bundle,
     read=read,
     write=write,

@@ -1,4 +1,4 @@
-"""Verifying: every rule and every hash of a bundle.
+"""Bundle verification: every rule and every hash.
 
 Structure is checked by opening; here every byte is read and compared with its SHA-256,
 and adapters are opened. Rules ``A..`` and ``V..`` of ``spec/loraformat-1.0.md``.
@@ -173,5 +173,5 @@ def check_adapter(folder: SafeDirectory, directory: str, fingerprint: str | None
             "A01",
             match.difference,
             path=weights.path,
-            hint="keep the adapter beside the bundle that it was trained on",
+            hint="use the adapter with the bundle that it was trained on",
         )

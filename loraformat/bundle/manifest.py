@@ -1,4 +1,4 @@
-"""The manifest, ``loraformat.json``: what it says, and its bytes.
+"""The manifest, ``loraformat.json``: data classes and serialization.
 
 The manifest is what makes a directory a bundle. It names every tensor with its
 encoding, shape, dtype and SHA-256, every shard and carried file with its size,

@@ -1,4 +1,4 @@
-"""Reading a manifest: bytes to `loraformat.bundle.manifest.Manifest`, held to rules M01 to M12.
+"""Manifest parsing and validation (rules M01 to M12).
 
 This module reads no file; what compares the manifest with other files is checked in
 `loraformat.bundle.rules`.

@@ -1,4 +1,4 @@
-"""Opening a bundle: every structural rule, before anything looks at a weight.
+"""Opening a bundle, with validation of its structure before any weight is read.
 
 `open_bundle` reads the manifest, the index and the headers, checks them against each
 other and against the sizes of the files, and returns a lazy `Checkpoint` on mapped
@@ -176,7 +176,7 @@ def load_verified(tensor: LazyTensor, wanted: str, path: Path) -> memoryview | N
             "V01",
             f"tensor {printable(tensor.name)} has SHA-256 {found}, wanted {wanted}",
             path=path,
-            hint="its content was changed or damaged; fetch it again",
+            hint="its content was changed or damaged; download it again",
         )
     return loaded
 

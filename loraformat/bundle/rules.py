@@ -1,4 +1,4 @@
-"""The rules that hold between the files of a bundle: manifest, shards, index, config.
+"""Consistency rules between a bundle's files: manifest, shards, index, config.
 
 What one file must be by itself is checked where it is parsed (`loraformat.tensors.header`,
 `loraformat.bundle.manifest_rules`, `loraformat.nf4.quant_state`,
@@ -67,14 +67,14 @@ def _check_shard_files(folder: SafeDirectory, manifest: Manifest) -> None:
     present = {path.name for path in folder.path.glob("*.safetensors")}
     if missing := sorted(listed - present):
         raise FormatError(
-            "B02", f"shard {missing[0]} is missing", path=folder.path, hint="fetch it again"
+            "B02", f"shard {missing[0]} is missing", path=folder.path, hint="download it again"
         )
     if extra := sorted(present - listed):
         raise FormatError(
             "B02",
-            f"{printable(extra[0])} is no shard of this bundle",
+            f"{printable(extra[0])} is not a shard of this bundle",
             path=folder.path,
-            hint="move it away: other programs would load it",
+            hint="move it elsewhere: other programs would load it",
         )
 
 
@@ -89,7 +89,7 @@ def _open_shard(
             "B05",
             f"{shard.nbytes} bytes long, the manifest says {record.bytes}",
             path=shard.path,
-            hint="the download is incomplete; fetch it again",
+            hint="the download is incomplete; download it again",
         )
     if shard.header_sha256 != record.header_sha256:
         raise FormatError(
@@ -244,7 +244,7 @@ def check_files(folder: SafeDirectory, manifest: Manifest) -> None:
     if config not in manifest.files and folder.has(config):
         raise FormatError(
             "B08",
-            "is not listed in the manifest, though other programs would obey it",
+            "is not listed in the manifest, although other programs would use it",
             path=folder.path / config,
         )
     for path, record in _all_files(manifest):

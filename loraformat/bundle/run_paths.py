@@ -1,4 +1,4 @@
-"""Where a training keeps what is not the adapter: beside it, under a name made of its own."""
+"""Paths of a training run's directory, next to the adapter."""
 
 from __future__ import annotations
 

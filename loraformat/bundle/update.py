@@ -1,4 +1,4 @@
-"""Changing which adapters a bundle has; its base stays untouched, byte for byte.
+"""Adding and removing a bundle's adapters without touching its base.
 
 An adapter is prepared in ``adapters/.NAME.partial``, which no reader looks at. Then, under
 the bundle's lock (that of its directory; others wait for it)::
@@ -277,7 +277,7 @@ def _list(
         return
     if listed is None and not same and not force and _is_filled(place.path):
         raise OutputError(
-            "is there already, though the manifest does not list it",
+            "already exists, but is not listed in the manifest",
             path=place.path,
             hint="use --force to replace it, or move it away",
         )
@@ -364,7 +364,7 @@ def remove_adapter(place: BundleSlot) -> None:
                 _prepare(place.bundle, _MANIFEST_NEW, replace(manifest, adapters=others))
                 _appear(place.bundle, _MANIFEST_NEW)
             elif not leaving.is_dir() and not _is_unlisted_adapter(place.path):
-                raise InputError("is no adapter that the manifest lists", path=place.path)
+                raise InputError("is not an adapter listed in the manifest", path=place.path)
             _sweep(place.bundle, leaving)
             if leaving.is_dir():
                 shutil.rmtree(leaving)

@@ -1,4 +1,4 @@
-"""Model cards from facts: pure text, no file is looked at.
+"""Model cards: text generated from facts, without file access.
 
 A card says what an adapter or a bundle is, how it is used, what it was trained on and what
 its files hash to. What is not known is left out; nothing is asked for and nothing invented.

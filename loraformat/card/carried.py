@@ -1,4 +1,4 @@
-"""Cards that travel with weights that were written anew."""
+"""Cards of converted weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A card as a whole: what people wrote stays, and the generated part has its marked place."""
+"""Merging the generated part of a card with the text that users wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a card is written from."""
+"""Data classes that cards are generated from."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FileFact:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What ``training_record.json`` says; any JSON, a stranger's.
+    """Contents of ``training_record.json``: untrusted JSON.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The front matter of a card: YAML between two lines of dashes, as the Hub reads it."""
+"""Card front matter: YAML between two lines of dashes, as on the Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["compose", "licence_of", "members", "merge", "split"]
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _MAX_FRONT = 64 << 10
 _MAX_DEPTH = 32
-_WANTED = "is not a YAML mapping that a card can begin with"
+_WANTED = "is not a YAML mapping, as the front matter of a card must be"
 
 
 def split(text: str) -> tuple[dict[str, Any], str]:
@@ -48,11 +48,11 @@ def _parsed(raw: str) -> dict[str, Any]:
         compose(found)  # it is going to be written again, which 0xfff... of 5000 digits cannot be
     except Exception as error:  # KeyError for "!!bool x", AttributeError for "!!timestamp x", ...
         where = getattr(error, "problem", None) or type(error).__name__
-        raise InputError(f"front matter {_WANTED}: {printable(where)}", hint="mend it") from None
+        raise InputError(f"front matter {_WANTED}: {printable(where)}", hint="fix it") from None
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise InputError(f"front matter {_WANTED}", hint="mend it")
+        raise InputError(f"front matter {_WANTED}", hint="fix it")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Markdown from text that may be a stranger's: nothing in it becomes markup."""
+"""Markdown escaping of untrusted text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST = 300
 
 
 def plain(text: object) -> str:
-    r"""Return text on one line with every character escaped that Markdown or HTML heeds.
+    r"""Return text on one line with Markdown and HTML characters escaped.
 
     Examples
     --------

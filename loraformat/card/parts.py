@@ -1,4 +1,4 @@
-"""Parts that cards of adapters and of bundles share."""
+"""Card sections common to adapters and bundles."""
 
 from __future__ import annotations
 

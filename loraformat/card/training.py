@@ -1,4 +1,4 @@
-"""What a card tells of the training: data, prompt format, settings, evaluation.
+"""Card sections on training: data, prompt format, settings, evaluation.
 
 The members that are looked for are those of ``docs/hub.md``; every one may be missing, or be
 something else, and is left out then. The whole record stands in a fold.

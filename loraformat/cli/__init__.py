@@ -134,7 +134,7 @@ def _run(arguments: list[str]) -> int:
         more = ["--resume"] if goes_on and "--resume" not in arguments else []
         program = _program() if goes_on else ["loraformat"]
         again = shlex.join([*program, *arguments, *more])
-        return _fail(f"interrupted; nothing is broken. To continue, run: {again}", _INTERRUPTED)
+        return _fail(f"interrupted; no output is damaged. To continue, run: {again}", _INTERRUPTED)
     except BrokenPipeError:
         _drop_stdout()  # whoever read our output has left
         return 1

@@ -18,7 +18,7 @@ Example:
 """
 
 _FOUND_SOMETHING = 4
-_WORDS = {"right": "right", "care": "right, with care", "wrong": "WRONG"}
+_WORDS = {"right": "right", "care": "right, with conditions", "wrong": "WRONG"}
 
 
 @click.command(epilog=_EXAMPLE)
@@ -107,29 +107,29 @@ def _fixed(fixed: Any) -> str:
 
 def _refuse_options(fixing: bool, output: str | None, dtype: str | None, force: bool) -> None:
     if fixing and output is None:
-        raise UsageError("--fix wants an output", hint="add -o OUT")
+        raise UsageError("--fix needs an output", hint="add -o OUT")
     given = {"-o": output is not None, "--dtype": dtype is not None, "--force": force}
     for option, there in given.items():
         if there and not fixing:
-            raise UsageError(f"{option} is for --fix", hint="add --fix, or leave it out")
+            raise UsageError(f"{option} is for --fix", hint="add --fix, or omit it")
 
 
 def _text(report: Any) -> list[str]:
     ranks = ", ".join(map(str, report.ranks)) or "none"
-    against = f", held against {report.base or 'no base (--base)'}"
+    against = f", compared with {report.base or 'no base (use --base)'}"
     lines = [f"{report.format} {report.path}: {report.modules} modules, rank {ranks}{against}", ""]
     rows = [
         [runtime, _WORDS[verdict], ", ".join(_rules(report, runtime)) or "-"]
         for runtime, verdict in report.verdicts.items()
     ]
-    lines += table(["runtime", "will be", "because of"], rows).split("\n")
+    lines += table(["runtime", "result", "findings"], rows).split("\n")
     for runtime in report.verdicts:
         for finding in report.findings:
             if finding.runtime == runtime:
                 lines += ["", *_finding(finding)]
     if (written := report.written) is not None:
         lines += ["", f"wrote {written.path}: {', '.join(written.files)}"]
-        lines += [f"note: nothing for {sentence}" for sentence in written.left_out]
+        lines += [f"note: no file for {sentence}" for sentence in written.left_out]
     return lines
 
 

@@ -70,13 +70,13 @@ def command(
 
 def _text(report: Any) -> str:
     rows = [
-        [m.target, "+".join(map(str, m.ranks)), m.rank, f"{m.energy:.4%}", f"{m.error:.4f}"]
+        [m.target, "+".join(map(str, m.ranks)), m.rank, f"{m.energy:.2%}", f"{m.error:.2%}"]
         for m in report.modules
     ]
     terms = [f"{w:g} x {path}" for w, path in zip(report.weights, report.sources, strict=True)]
     would = "would write" if report.dry_run else "wrote"
     lines = [
-        table(["module", "ranks", "new", "energy", "error"], rows),
+        table(["module", "ranks", "new rank", "energy (% of |D|²)", "error (% of |D|)"], rows),
         "",
         f"{would} {report.target}: {report.method} of {', '.join(terms)}; "
         f"{report.parameters:,} parameters"

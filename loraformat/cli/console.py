@@ -1,4 +1,4 @@
-"""What verbs share on a terminal: sizes, tables, progress on stderr, JSON on stdout."""
+"""Terminal output: sizes, tables, progress bars on stderr, JSON on stdout."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "say",
     "show",
     "table",
+    "times",
 ]
 
 
@@ -66,6 +67,17 @@ class ByteSize(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+def times(share: float) -> str:
+    """Return a ratio for people: a percentage, or a multiple where that is large.
+
+    Examples
+    --------
+    >>> times(0.0747), times(44.15)
+    ('7.47%', '44 x')
+    """
+    return f"{share:.2%}" if share < 10 else f"{share:.0f} x"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a plain table; columns of numbers are aligned to the right.
 
@@ -90,7 +102,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def clean(text: str) -> str:
-    r"""Return text with control characters escaped: a stranger's words must not move a cursor.
+    r"""Return text with control characters escaped: untrusted text must not move the cursor.
 
     Examples
     --------

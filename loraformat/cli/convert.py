@@ -111,7 +111,7 @@ def _text(report: Any) -> str:
 
 
 def _adapter_text(report: Any) -> str:
-    how = "copied byte for byte" if report.verbatim else "written anew"
+    how = "copied byte for byte" if report.verbatim else "converted"
     lines = [
         f"{report.source_format} {report.source} ({format_size(report.input_bytes)})",
         f"{'would write' if report.dry_run else 'wrote'} {report.target_format} {report.target} "
@@ -130,13 +130,13 @@ def _base_text(report: Any) -> str:
         f"{report.source_format} {report.source} ({format_size(report.input_bytes)})",
         f"{would} {report.target_format} {report.target} ({format_size(report.output_bytes)}, "
         f"{report.bits_per_weight:.3f} bits per weight)",
-        f"{report.tensors} tensors, {report.quantized} of them in NF4"
+        f"{report.tensors} tensors, {report.quantized} of them quantized to NF4"
         + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
     if report.errors_by_kind:
-        rows = [[kind, f"{error:.4f}"] for kind, error in report.errors_by_kind.items()]
-        against = "error against the quantized source" if report.quantized_before else "error"
-        lines += ["", table(["quantized", f"relative RMS {against}"], rows), ""]
+        rows = [[kind, f"{error:.2%}"] for kind, error in report.errors_by_kind.items()]
+        of = "quantized source" if report.quantized_before else "weight"
+        lines += ["", table(["quantized", f"relative RMS error (% of {of} RMS)"], rows), ""]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"not carried over: {loss}" for loss in report.lost]
     return "\n".join(lines)

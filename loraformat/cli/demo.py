@@ -67,7 +67,7 @@ def _text(report: Any, directory: Path) -> str:
         _models(report),
         "",
         f"In NF4: {bundle.quantized_bits_per_weight:.3f} bits per weight; embeddings and norms "
-        "stay plain, and in a model this small they weigh much.",
+        "are not quantized, which matters in a model this small.",
         "",
         "Two adapters, trained on the NF4 values: manual learned Python's language reference,",
         "tests learned unit tests; learned is trained here. Perplexity on held-out text of each "
@@ -80,7 +80,7 @@ def _text(report: Any, directory: Path) -> str:
         _verbs(report),
         "",
         *[f"note: {note}" for note in report.notes],
-        f"All of it took {report.seconds:.0f} seconds. Try next:",
+        f"Total time: {report.seconds:.0f} seconds. Next steps:",
         f"  loraformat info {directory / 'bundle'}",
         f"  loraformat verify {directory / 'bundle'}",
         f"  loraformat spectrum {directory / 'both'}",
@@ -121,8 +121,8 @@ def _training(report: Any) -> list[str]:
         ["held-out loss", *(f"{loss:.3f}" for loss in told.values())],
     ]
     return [
-        f"An adapter trained on {format_size(found.text_bytes)} of the language reference, of "
-        "which nothing is held out:",
+        f"An adapter trained on {format_size(found.text_bytes)} of the language reference, "
+        "excluding the held-out topics:",
         "",
         table(["step", *map(str, told)], rows),
         "",
@@ -153,9 +153,10 @@ def _llama_cpp(report: Any) -> list[str]:
     ]
     heads = ["", "difference", "perplexity", "ours", "tokenizer", "next token", "continuation"]
     return [
-        f"The same in llama.cpp, after {first.positions} tokens of held-out text: the largest "
-        f"difference of {first.vocabulary:,}",
-        "log-probabilities each, perplexity, and whether it splits, foresees and writes the same:",
+        f"Agreement with llama.cpp after {first.positions} tokens of held-out text: largest "
+        f"difference among {first.vocabulary:,}",
+        "log-probabilities each, perplexity, and whether tokenizer, next token and continuation "
+        "agree:",
         "",
         table(heads, rows),
         "",

@@ -49,7 +49,7 @@ def command(adapter: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) 
             for name, one in found.losses.items()
         ]
         tokens = found.losses[found.base].tokens
-        say(table(["model", "loss", "perplexity", "change"], rows))
+        say(table(["model", "loss", "perplexity", "loss change"], rows))
         say(f"\n{tokens:,} tokens")
         for note in found.notes:
             say(f"note: {note}")

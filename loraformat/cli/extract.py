@@ -57,17 +57,28 @@ def command(base: str, tuned: str, output: str, as_json: bool, quiet: bool, **op
 
 def _text(report: Any) -> str:
     rows = [
-        [m.target, m.rank, f"{m.captured:.4%}", f"{m.error:.4f}", f"{m.norm:.4g}",
+        [m.target, m.rank, f"{m.captured:.2%}", f"{m.error:.2%}", f"{m.norm:.4g}",
          f"{m.noise:.4g}"]
         for m in report.modules
     ]  # fmt: skip
     would = "would write" if report.dry_run else "wrote"
     lines = [
-        table(["module", "rank", "captured", "error", "norm", "noise edge"], rows),
+        table(
+            [
+                "module",
+                "rank",
+                "captured (% of |D|²)",
+                "error (% of |D|)",
+                "|D|",
+                "noise threshold",
+            ],
+            rows,
+        ),
         "",
-        f"{would} {report.target}: {report.parameters:,} parameters hold {report.captured:.4%} of "
-        "the squared difference" + ("" if report.dry_run else f", {report.seconds:.1f} s"),
-        f"{report.unchanged} tensors are unchanged, {len(report.replaced)} replaced as a whole"
+        f"{would} {report.target}: {report.parameters:,} parameters "
+        f"capture {report.captured:.2%} of the squared difference"
+        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+        f"{report.unchanged} tensors are unchanged, {len(report.replaced)} replaced in full"
         + (f": {', '.join(report.replaced[:6])}" if report.replaced else "")
         + (", ..." if len(report.replaced) > 6 else ""),
         *(f"left out: {name} {reason}" for name, reason in report.left_out.items()),

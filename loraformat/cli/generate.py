@@ -56,7 +56,7 @@ def command(
     checkpoint or a GGUF file. It is memory-mapped, so a model larger than memory works, slowly.
     """
     if system and not chat:
-        raise UsageError("a system message needs a chat", hint="add --chat")
+        raise UsageError("--system needs --chat", hint="add --chat")
     options = chosen({**given, "adapter": adapter}, None)
     text = _stdin() if prompt == "-" else prompt
     from loraformat.train.run.generate import generate

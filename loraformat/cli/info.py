@@ -65,7 +65,7 @@ def command(
 def _text(summary: Any, tensors: bool) -> str:
     facts = [
         ("format", summary.format),
-        ("architecture", summary.architecture or "unknown: no config.json names it"),
+        ("architecture", summary.architecture or "unknown: there is no config.json"),
         ("layers", summary.layers),
         ("parameters", f"{summary.parameters:,}"),
         (
@@ -82,12 +82,12 @@ def _text(summary: Any, tensors: bool) -> str:
         facts.append(("quantized", f"NF4, block size {blocks}, {nested}, {bits} bits per weight"))
     if summary.fingerprint:
         facts.append(("fingerprint", summary.fingerprint))
-        facts.append(("made by", f"{summary.created_by} from {_origin(summary.source)}"))
+        facts.append(("created by", f"{summary.created_by} from {_origin(summary.source)}"))
     if summary.quantized_before:
         from loraformat.model.quantization_history import spelled
 
         steps = spelled(summary.quantized_before)
-        facts.append(("before", f"{steps}; errors are against those, not against the original"))
+        facts.append(("history", f"{steps}; errors are relative to that, not to the original"))
     lines = [f"{name + ':':14}{value}" for name, value in facts]
     for adapter in summary.adapters:
         ranks = ", ".join(map(str, adapter.ranks)) or "none"
@@ -99,10 +99,13 @@ def _text(summary: Any, tensors: bool) -> str:
     if tensors:
         rows = [
             [t.name, t.encoding, t.dtype, "x".join(map(str, t.shape)) or "scalar", t.bytes,
-             "-" if t.relative_rms_error is None else f"{t.relative_rms_error:.4f}"]
+             "-" if t.relative_rms_error is None else f"{t.relative_rms_error:.2%}"]
             for t in summary.tensors
         ]  # fmt: skip
-        lines += ["", table(["tensor", "encoding", "dtype", "shape", "bytes", "error"], rows)]
+        lines += [
+            "",
+            table(["tensor", "encoding", "dtype", "shape", "bytes", "relative RMS error"], rows),
+        ]
     return "\n".join(lines)
 
 
@@ -110,18 +113,18 @@ def _adapter_text(adapter: Any, modules: bool) -> str:
     facts = [
         ("format", f"{adapter.format} (adapter)"),
         ("rank", _listed(adapter.ranks)),
-        ("alpha", f"{_listed(adapter.alphas)}; B A is scaled by {_listed(adapter.scalings)}"),
-        ("on", f"{len(adapter.modules)} modules: {', '.join(adapter.targets) or 'none'}"),
+        ("alpha", f"{_listed(adapter.alphas)}; scaling {_listed(adapter.scalings)}"),
+        ("targets", f"{len(adapter.modules)} modules: {', '.join(adapter.targets) or 'none'}"),
         ("parameters", f"{adapter.parameters:,}"),
         ("files", format_size(adapter.bytes)),
         ("stored as", ", ".join(f"{name}: {count:,}" for name, count in adapter.dtypes.items())),
         ("base", adapter.base_model or "not named"),
-        ("made for", adapter.base_fingerprint or "no base that it names by fingerprint"),
+        ("base hash", adapter.base_fingerprint or "records no base fingerprint"),
     ]
     parts = {"DoRA": adapter.dora, "bias": adapter.biases, "embedding": adapter.embeddings}
     also = [f"{count} with {what}" for what, count in parts.items() if count]
     if also:
-        facts.append(("of them", ", ".join(also)))
+        facts.append(("including", ", ".join(also)))
     facts += [("replaces", name) for name in adapter.replacements]
     facts += [("replaces", f"rows of {name}") for name in adapter.replaced_rows]
     if adapter.bundle:

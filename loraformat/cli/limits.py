@@ -29,7 +29,7 @@ def limit_of(error: BaseException) -> str | None:
     Examples
     --------
     >>> limit_of(RuntimeError("can't start new thread"))[:35]
-    'no more threads can be started; all'
+    'cannot start more threads; allow mo'
     >>> limit_of(ValueError("no")) is None
     True
     """
@@ -48,8 +48,8 @@ def _limit_of(error: BaseException) -> str | None:
         code == errno.EAGAIN or any(word in said for word in _THREADS)
     ):
         return (
-            "no more threads can be started; allow more processes (ulimit -u, or the container's "
-            "pids limit), or use fewer: OMP_NUM_THREADS=1"
+            "cannot start more threads; allow more processes (ulimit -u, or the container's pids "
+            "limit), or use fewer: OMP_NUM_THREADS=1"
         )
     if not (
         isinstance(error, MemoryError)
@@ -60,7 +60,8 @@ def _limit_of(error: BaseException) -> str | None:
     if (allowed := _address_space()) is not None:
         return (
             f"not enough address space: {allowed / 1e9:.1f} GB are allowed to this process, and "
-            "mapped files count; raise it (ulimit -v unlimited), and bound memory otherwise"
+            "memory-mapped files count; raise the limit (ulimit -v unlimited) and limit memory "
+            "by other means"
         )
     return "not enough memory; close other programs, or use a larger machine"
 

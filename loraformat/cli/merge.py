@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, show, table
+from loraformat.cli.console import on_terminal, show, table, times
 from loraformat.cli.options import (
     WeightType,
     allow_base_mismatch_option,
@@ -89,7 +89,7 @@ def command(
 
 def _text(report: Any, show_modules: bool) -> str:
     would = "would write" if report.dry_run else "wrote"
-    verb = "merged" if report.beside is None else "with a delta beside them"
+    verb = "merged" if report.beside is None else "unchanged, with a separate adapter"
     lines = [
         f"{report.source_format} {report.source}",
         *(f"+ {a.weight:g} x {a.format} {a.path}" for a in report.adapters),
@@ -100,18 +100,21 @@ def _text(report: Any, show_modules: bool) -> str:
     if report.total is not None:
         shown = [*(report.modules if show_modules else ()), report.total]
         rows = [
-            [c.name, f"{c.relative:.2%}", f"{c.gain:.4f}", f"{c.error:.4f}", f"{c.swallowed:.1%}"]
+            [c.name, f"{c.relative:.2%}", f"{c.gain:.2%}", times(c.error), f"{c.swallowed:.1%}"]
             for c in shown
         ]
-        head = ["delta", "|D|/|W|", "gain", "error", "swallowed"]
+        head = ["delta D", "|D| (% of |W|)", "retained (% of D)", "error (% of |D|)",
+                "unchanged (% of weights)"]  # fmt: skip
         lines += ["", table(head, rows), ""]
     if report.undo is not None:
         lines.append(
             f"undo record {report.undo.path} ({format_size(report.undo.bytes)}, "
-            f"{report.undo.bits_per_weight:.4f} bits per weight); keep the adapters, too"
+            f"{report.undo.bits_per_weight:.4f} bits per weight); keep the adapters as well"
         )
     if report.beside is not None:
-        lines.append(f"the base is as it was; the adapter is adapters/{report.beside} in it")
+        lines.append(
+            f"the base is unchanged; the adapter is adapters/{report.beside} in the bundle"
+        )
     lines += [f"warning: {warning}" for warning in report.warnings]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"note: {a.path}: {note}" for a in report.adapters for note in a.notes]

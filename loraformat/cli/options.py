@@ -1,4 +1,4 @@
-"""Options that several verbs share, in one wording.
+"""Command-line options used by several verbs.
 
 Each is a decorator, or makes one from what differs: the help text's noun.
 """

@@ -56,7 +56,7 @@ def _text(report: Any) -> str:
         lines.append(f"left out: {shown}")
     what = report.format or "files"
     did = f"would fetch {total} to" if report.dry_run else f"wrote {what}, {total}, to"
-    checked = "" if report.dry_run else "; every file is what the Hub has"
+    checked = "" if report.dry_run else "; every file matches the Hub"
     lines.append(f"{did} {report.target}{checked}")
     if report.base_model:
         at = f"@{report.base_revision}" if report.base_revision else ""

@@ -98,15 +98,15 @@ def _text(report: Any) -> str:
     lines += [f"removed: {path}" for path in report.removed]
     if report.left_out:
         shown = ", ".join(report.left_out[:8]) + (", …" if len(report.left_out) > 8 else "")
-        lines.append(f"left out: {shown} (--include GLOB adds them)")
+        lines.append(f"left out: {shown} (add them with --include GLOB)")
     lines += [f"note: {note}" for note in report.notes]
     if report.dry_run:
         lines += ["README.md would be:", "", report.card]
         return "\n".join(lines)
     if not report.changed:
-        lines.append(f"nothing has changed since commit {report.commit[:12]}")
+        lines.append(f"unchanged since commit {report.commit[:12]}")
     else:
-        lines.append(f"commit {report.commit[:12]}, every file compared by hash")
+        lines.append(f"commit {report.commit[:12]}, every file verified by hash")
     if report.tag:
         lines.append(f"tag {report.tag}")
     lines.append(report.pull_request or report.url)

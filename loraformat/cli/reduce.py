@@ -61,18 +61,18 @@ def command(adapter: str, output: str, as_json: bool, quiet: bool, **options: An
 
 def _text(report: Any) -> str:
     rows = [
-        [m.target, m.old_rank, m.new_rank, f"{m.energy:.4%}", f"{m.error:.4f}"]
+        [m.target, m.old_rank, m.new_rank, f"{m.energy:.2%}", f"{m.error:.2%}"]
         for m in report.modules
     ]
     would = "would write" if report.dry_run else "wrote"
-    kept = "" if report.energy is None else f", {report.energy:.4%} of the energy"
+    kept = "" if report.energy is None else f", {report.energy:.2%} of the energy"
     lines = [
-        table(["module", "rank", "new", "energy", "error"], rows),
+        table(["module", "rank", "new rank", "energy (% of |D|²)", "error (% of |D|)"], rows),
         "",
         f"{would} {report.target}: {report.new_parameters:,} of {report.old_parameters:,} "
         f"parameters{kept}" + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
     if any(m.activation_aware for m in report.modules):
-        lines.append("note: energies and errors are those of the outputs, by the adapter's own "
-                     "activation statistics")  # fmt: skip
+        lines.append("note: energies and errors refer to module outputs, according to the "
+                     "adapter's activation statistics")  # fmt: skip
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

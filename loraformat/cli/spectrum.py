@@ -48,18 +48,19 @@ def command(
 
 def _text(report: Any) -> str:
     words = list(report.suggested)
+    head = [f"rank for {word}" for word in words]
     rows = [
         [m.target, m.rank, f"{m.norm:.4g}", f"{m.stable_rank:.1f}", f"{m.entropy_rank:.1f}",
          *(m.suggested[word] for word in words)]
         for m in report.modules
     ]  # fmt: skip
     parts = [
-        f"{word} at rank {report.suggested[word]} everywhere, or with "
-        f"{report.suggested_parameters[word]:,} parameters at each module's own"
+        f"{word} of |D|²: rank {report.suggested[word]} in every module, or "
+        f"{report.suggested_parameters[word]:,} parameters with a rank per module"
         for word in words
     ]
     lines = [
-        table(["module", "rank", "norm", "stable", "entropy", *words], rows),
+        table(["module", "rank", "|D|", "stable rank", "entropy rank", *head], rows),
         "",
         f"{report.source}: {len(report.modules)} modules, {report.parameters:,} parameters",
         *parts,

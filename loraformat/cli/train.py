@@ -112,8 +112,8 @@ def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:
         return directory.config
     if not given["base"]:
         raise InputError(
-            "holds no run to go on with", path=directory.path,
-            hint="give the --output that it was begun with, or base and data to begin",
+            "contains no run to resume", path=directory.path,
+            hint="give the --output of the interrupted run, or base and data to start a new one",
         )  # fmt: skip
     return None
 

@@ -1,4 +1,4 @@
-"""What ``train`` shows on stderr: the plan, one sample, a bar with loss, speed and memory."""
+"""Progress display of ``train`` on stderr: plan, sample, and a bar with loss, speed and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TrainingBar"]
 
 
 class TrainingBar:
-    """Draws what it is told; a context manager.
+    """A progress display on stderr; a context manager.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class TrainingBar:
         self.notes_told = len(report.notes)
         for line in (*report.plan_lines(), *(f"note: {note}" for note in report.notes)):
             click.echo(clean(line), err=True)
-        click.echo("a sample, what is learned between ⟦ and ⟧:", err=True)
+        click.echo("a sample, with target tokens between ⟦ and ⟧:", err=True)
         for line in _first_lines(report.preview):
             click.echo(f"  {clean(line)}", err=True)
 

@@ -63,6 +63,6 @@ def _text(report: Any) -> str:
         + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
     if report.exact and not report.dry_run:
-        lines.append("every tensor has the SHA-256 that it had before the merge")
+        lines.append("every tensor has its SHA-256 from before the merge")
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join(lines)

@@ -39,8 +39,8 @@ def command(path: str, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
 def _text(report: Any) -> str:
     if report.findings:
         return "\n".join(map(_finding, report.findings))
-    hashes = "every hash matches" if report.hashed else "this format has no hashes to compare"
-    return f"sound: {report.format}, {report.tensors} tensors; {hashes}"
+    hashes = "every hash matches" if report.hashed else "this format has no hashes"
+    return f"valid: {report.format}, {report.tensors} tensors; {hashes}"
 
 
 def _finding(finding: Any) -> str:

@@ -1,4 +1,4 @@
-"""The small real model that ships with loraformat, its adapters, and what is shown on them."""
+"""The demo, with the small model and the adapters that ship with loraformat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's first chapter: the small real model through every conversion.
+"""Demo, part 1: conversions of the small model.
 
 safetensors → bundle → safetensors, and bundle → bitsandbytes, each with its perplexity.
 """

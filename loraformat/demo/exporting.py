@@ -1,4 +1,4 @@
-"""The demo's fifth chapter: the trained adapter in llama.cpp, merged and beside its base.
+"""Demo, part 5: the trained adapter in llama.cpp, merged and separate.
 
 What llama.cpp computes is held against what the trainer computes on the mapped bundle: the whole
 distribution after each token of a held-out text, and the tokens that each writes.
@@ -146,7 +146,7 @@ def compare_with_llama_cpp(
         If llama.cpp refuses a file.
     """
     if not llama_cpp.is_installed():
-        notes.append("nothing was run in llama.cpp; run: pip install 'loraformat[demo]'")
+        notes.append("llama.cpp was skipped; run: pip install 'loraformat[demo]'")
         return []
     say("computing distributions on the bundle")
     question, ours = _asked_of_us(directory)

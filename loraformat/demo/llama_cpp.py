@@ -1,4 +1,4 @@
-"""llama.cpp, asked through xllamacpp for what it computes, in a process of its own.
+"""Running llama.cpp through xllamacpp in a subprocess.
 
 The library may abort the process that it runs in, and it talks on both streams; so a child
 runs it, and the child's last word is a file. Nothing is sampled: a distribution
@@ -122,7 +122,7 @@ def ask(model: Path, question: Question, adapter: Path | None = None) -> Answer:
                 f"llama.cpp has not answered within {_TIMEOUT} seconds", path=model
             ) from None
         if done.returncode or not answer.exists():
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise LoraFormatError(f"llama.cpp failed (exit {done.returncode}): {last}", path=model)
         return Answer(**json.loads(answer.read_text()))
 

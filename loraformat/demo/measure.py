@@ -1,4 +1,4 @@
-"""Measuring the demo's models: each is opened as its users open it, by its own peer.
+"""Perplexity of the demo's models, each loaded by the library that users load it with.
 
 Models by transformers, NF4 weights by bitsandbytes, adapters by PEFT. What is not installed is
 not measured, and said once.
@@ -49,7 +49,7 @@ class Measure:
         self._open: tuple[Path, Any, Any] | None = None
         if not self.adapters:
             notes.append(
-                "not all of this could be measured; run: pip install 'loraformat[demo]', which "
+                "some measurements were skipped; run: pip install 'loraformat[demo]', which "
                 "brings transformers, bitsandbytes, accelerate and peft"
             )
 

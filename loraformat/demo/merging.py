@@ -1,4 +1,4 @@
-"""The demo's second chapter: adapters beside a base, one of them into it, and out again.
+"""Demo, part 2: separate adapters, merging and unmerging.
 
 The adapter ``manual`` was trained as QLoRA does, on the NF4 values of the base. Merged into
 these values it is what it was; merged and quantized again it is nearly gone.
@@ -25,7 +25,7 @@ __all__ = ["add_adapters", "merge_and_undo", "tensor_hashes"]
 
 
 def add_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
-    """Put both adapters into the bundle, beside the base.
+    """Put both adapters into the bundle, separate from the base.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def add_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) ->
         how = "byte for byte" if report.verbatim else "anew"
         line = f"{report.modules} modules, {report.parameters:,} parameters, copied {how}"
         yield Step(
-            f"{name}, beside the base",
+            f"{name}, separate from the base",
             f"convert {name} bundle/adapters/{name}",
             line,
             target,
@@ -109,9 +109,9 @@ def _undone(directory: Path, record: Path, force: bool, say: Callable[[str], Non
     report = unmerge(directory / "merged-original", target, undo=record, force=force)
     found = tensor_hashes(target)
     if found != tensor_hashes(SMALL_MODEL):
-        raise LoraFormatError("is not the original after undoing the merge", path=target)
+        raise LoraFormatError("does not match the original after undoing the merge", path=target)
     return Step(
-        "the merge undone",
+        "merge undone",
         "unmerge merged-original --undo merge.lfu -o unmerged",
         f"all {len(found)} tensors have the SHA-256 of the original's",
         target,

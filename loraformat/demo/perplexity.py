@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model on a text, reproducible to the digit that matters.
+"""Reproducible perplexity of a causal language model on a text.
 
 The text is encoded into tokens t₁ … t_N, a BOS token t₀ is put before them, and the
 stream is cut into windows. Each token is predicted once, from the tokens before it
@@ -170,14 +170,14 @@ def perplexity_of(
     Raises
     ------
     InputError
-        If the text has no token to predict.
+        If the text has no tokens to predict.
     """
     import torch
 
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     stream = torch.tensor([t for t in (tokenizer.bos_token_id, *ids) if t is not None])
     if len(stream) < 2:
-        raise InputError("the text has no token to predict", hint="give a longer text")
+        raise InputError("the text has no tokens to predict", hint="give a longer text")
     model.eval()
     if exact_4bit:
         _compute_4bit_exactly(model)

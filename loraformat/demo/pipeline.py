@@ -1,4 +1,4 @@
-"""The demo: the small real model and its adapters through every verb, with perplexities.
+"""The demo pipeline: every verb on the small model and its adapters, with perplexities.
 
 Nothing here is special to the demo: each step is what the verb of the same name does.
 """

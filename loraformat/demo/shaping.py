@@ -1,4 +1,4 @@
-"""The demo's third chapter: adapters into other adapters.
+"""Demo, part 3: reduce, combine, extract, check and spectrum.
 
 Smaller by their singular values, two into one, one out of a fine-tune, one that every runtime
 reads alike, and a picture.
@@ -95,8 +95,8 @@ def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step
     return Step(
         "extracted from the fine-tune",
         f"extract {SMALL_MODEL.name} merged-original -o extracted --rank auto",
-        f"finds ranks {min(ranks)} to {max(ranks)} above the rounding noise, {report.captured:.1%} "
-        "of the difference",
+        f"ranks {min(ranks)} to {max(ranks)} above the rounding noise, {report.captured:.1%} of "
+        "the difference",
         target,
         report.seconds,
         {"captured": report.captured, "parameters": report.parameters},
@@ -105,13 +105,13 @@ def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step
 
 
 def _fixed(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
-    say("asking which runtimes are right about manual")
+    say("checking runtime compatibility of manual")
     adapter, target = directory / "bundle" / "adapters" / "manual", directory / "fixed"
     before = [name for name, word in check(adapter).verdicts.items() if word == "wrong"]
     report = fix(adapter, target, force=force)
     after = [name for name, word in check(target).verdicts.items() if word == "wrong"]
     return Step(
-        "manual, for every runtime",
+        "manual, portable form",
         "check bundle/adapters/manual --fix -o fixed",
         f"wrong before: {', '.join(before) or 'none'}; after: {', '.join(after) or 'none'}; "
         f"rank {report.ranks[0]}",

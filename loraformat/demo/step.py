@@ -1,4 +1,4 @@
-"""One step of the chapters on adapters: what was done, what it reported, what it is worth."""
+"""Data class of a demo step: command, report, measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts: held-out ones of each kind, and one to train on, which every Python carries."""
+"""Demo texts: held-out texts, and training text from Python's documentation."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def manual_text() -> str:
         from pydoc_data.topics import topics
     except ImportError:
         raise MissingDependencyError(
-            "this Python has no pydoc_data, whose text is trained on",
+            "this Python has no pydoc_data, which the demo uses as training text",
             hint="install the whole standard library",
         ) from None
     held_out = [heldout("manual"), *(topics.get(name, "") for name in _HELDOUT_TOPICS)]

@@ -1,4 +1,4 @@
-"""The demo's fourth chapter: an adapter is trained on the bundle, on text new to the model.
+"""Demo, part 4: training an adapter on the bundle.
 
 The text is Python's language reference, which every Python carries; what is measured on was
 kept out of it. The base stays mapped, as it would if it did not fit in memory.
@@ -111,7 +111,7 @@ def train_adapter(
         If training, measuring or writing fails.
     """
     if not find_spec("transformers"):
-        notes.append("nothing was trained; run: pip install 'loraformat[demo]' for transformers")
+        notes.append("training was skipped; run: pip install 'loraformat[demo]' for transformers")
         return None, []
     text, held_out = directory / "manual.txt", directory / "held-out.txt"
     _write(text, manual_text().encode(), force)
@@ -187,12 +187,12 @@ def _evaluated(
     from loraformat.train.run.evaluate import evaluate
     from loraformat.train.run.options import TrainOptions
 
-    say("evaluating it on held-out text")
+    say("evaluating on held-out text")
     base, adapter = str(directory / "bundle"), str(directory / "learned")
     found = evaluate(TrainOptions(base=base, data=(str(held_out),)), [adapter]).losses
     before, after = found[base].perplexity, found[adapter].perplexity
     step = Step(
-        "its held-out perplexity",
+        "held-out perplexity",
         "eval bundle held-out.txt --adapter learned",
         f"perplexity {before:.2f} to {after:.2f}, loss {found[base].loss:.4f} to "
         f"{found[adapter].loss:.4f}, over {found[base].tokens:,} tokens",
@@ -208,11 +208,11 @@ def _written(directory: Path, say: Callable[[str], None]) -> tuple[Step, str]:
     from loraformat.train.run.options import TrainOptions
     from loraformat.train.run.text_generation import GenerationOptions
 
-    say("letting it write")
+    say("generating text")
     options = TrainOptions(base=str(directory / "bundle"), adapter=str(directory / "learned"))
     found = generate(options, PROMPT, GenerationOptions(_SAMPLE_TOKENS))
     step = Step(
-        "a sample of it",
+        "generated sample",
         f"generate bundle --adapter learned --prompt '{PROMPT}' --max-tokens {_SAMPLE_TOKENS}",
         " ".join(found.text.split()),
         directory / "learned",

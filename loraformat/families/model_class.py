@@ -1,4 +1,4 @@
-"""What the class that a ``config.json`` names says of the model's end: a language head, or none."""
+"""Whether the model class in ``config.json`` has a language-model head."""
 
 from __future__ import annotations
 

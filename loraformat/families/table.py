@@ -1,4 +1,4 @@
-"""What families of models differ in, as far as an adapter must know it.
+"""The table of model families: experts, ``Conv1D``, heads, embeddings.
 
 Everything here is a fact of transformers or of PEFT, kept as data so that neither is needed to
 read an adapter; ``tests/adapters/test_families.py`` holds it against both. Everything else about
@@ -52,7 +52,7 @@ _TIED = {
     "xlm-roberta-xl", "xlnet", "xmod", "youtu", "zamba", "zamba2", "zaya",
 }  # fmt: skip
 
-#: Linears that a state-space kernel multiplies by itself; PEFT refuses to adapt them.
+#: Linears that a state-space kernel multiplies by itself; PEFT does not adapt them.
 _REFUSED = {"conv1d", "out_proj"}
 _STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
@@ -115,7 +115,7 @@ class Family:
     optional : str or None
         A part that a checkpoint may leave out.
     refused_leaves : frozenset of str
-        Last parts of module names that PEFT refuses to adapt.
+        Last parts of module names that PEFT does not adapt.
     read_leaves : frozenset of str
         Last parts of names of linears beside which an adapter has no effect in PEFT, because the
         class around them reads their weight; and of parameters that PEFT cannot compute beside.

@@ -1,4 +1,4 @@
-"""Tensor names: the decoder layer a name belongs to, names without layer numbers, natural order."""
+"""Tensor names: layer numbers, names without them, natural order."""
 
 from __future__ import annotations
 

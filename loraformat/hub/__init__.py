@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: inputs by name, what a commit holds, and publishing.
+"""The Hugging Face Hub: inputs by id, commit contents, publishing.
 
 Downloading, caching, authentication and ``HF_HUB_OFFLINE`` are huggingface_hub's. Here is
 decided what is asked for, whether what came is what the Hub has, and what is said in one

@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub, in one line each."""
+"""Error messages for failures of the Hub and the network."""
 
 from __future__ import annotations
 
@@ -50,9 +50,11 @@ def _explain(error: Exception, what: str, word: bool) -> LoraFormatError:
         return HubError(
             f"the Hub does not accept the card: {printable(' '.join(str(error).split()))}",
             path=what,
-            hint="mend the front matter of README.md",
+            hint="fix the front matter of README.md",
         )
-    begins = "is no local path, and cannot be fetched from the Hub" if word else "the Hub failed"
+    begins = (
+        "is not a local path and cannot be downloaded from the Hub" if word else "the Hub failed"
+    )
     return HubError(
         f"{begins} ({_reason(error)})", path=what, hint="check the network and try again"
     )
@@ -68,7 +70,7 @@ def _known(links: list[BaseException], word: bool) -> tuple[str, str] | None:
         (
             errors.RevisionNotFoundError,
             "has no such revision",
-            "look at its branches and tags on the Hub",
+            "see its branches and tags on the Hub",
         ),
         (
             errors.RepositoryNotFoundError,
@@ -81,7 +83,7 @@ def _known(links: list[BaseException], word: bool) -> tuple[str, str] | None:
             "is not in the cache, and HF_HUB_OFFLINE is set",
             "unset it, or use a local path",
         ),
-        (errors.LocalTokenNotFoundError, "nobody is logged in on this machine", _LOGIN),
+        (errors.LocalTokenNotFoundError, "not logged in on this machine", _LOGIN),
     )
     for kind, problem, hint in reasons:
         if any(isinstance(link, kind) for link in links):
@@ -92,18 +94,21 @@ def _known(links: list[BaseException], word: bool) -> tuple[str, str] | None:
 def _by_status(links: list[BaseException]) -> tuple[str, str] | None:
     status, error = next(((s, link) for link in links if (s := _status(link))), (0, links[0]))
     said = {
-        401: ("the Hub does not accept the token", _LOGIN),
+        401: ("the Hub rejects the token", _LOGIN),
         403: (
-            "the token may not do this",
-            f"use one with access to that repository: {_LOGIN}",
+            "the token lacks permission for this",
+            f"use a token with access to that repository: {_LOGIN}",
         ),
-        412: ("was changed by somebody else meanwhile", "run again: it starts from the new state"),
-        413: ("the Hub finds it too large", "use a smaller --max-shard-size"),
-        429: ("the Hub asks to wait (HTTP status 429)", "try again in a few minutes"),
+        412: (
+            "was changed by someone else in the meantime",
+            "run again; it starts from the new state",
+        ),
+        413: ("the Hub rejects it as too large", "use a smaller --max-shard-size"),
+        429: ("rate limited by the Hub (HTTP status 429)", "try again in a few minutes"),
     }
     if status == 400:
         words = printable(getattr(error, "server_message", None) or "HTTP status 400")
-        return f"the Hub refuses: {words}", "mend that and run again"
+        return f"the Hub rejects the request: {words}", "fix that and run again"
     return said.get(status)
 
 

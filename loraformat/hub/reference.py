@@ -1,4 +1,4 @@
-"""Names of branches and tags, as git takes them: refused here before anything is sent."""
+"""Validation of branch and tag names."""
 
 from __future__ import annotations
 

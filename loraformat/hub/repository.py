@@ -1,4 +1,4 @@
-"""A model repository on the Hub that is written to: its state, one atomic commit, a tag."""
+"""A writable model repository on the Hub: state, atomic commit, tag."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def require_login() -> None:
     HubError
     """
     if not is_logged_in():
-        raise HubError("nobody is logged in on this machine", hint="run: hf auth login")
+        raise HubError("not logged in on this machine", hint="run: hf auth login")
 
 
 def model_facts(repo: str, revision: str | None = None) -> ModelFacts:

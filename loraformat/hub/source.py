@@ -1,4 +1,4 @@
-"""Inputs by name: a local path, or ``org/name[@revision]`` on the Hugging Face Hub, or in it.
+"""Input resolution: a local path, or ``org/name[@revision]`` on the Hugging Face Hub.
 
 A name is looked up, the files that a checkpoint can hold are fetched into huggingface_hub's
 cache, and each is compared with the hash that the Hub has of it.
@@ -89,7 +89,7 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
     PosixPath('.')
     """
     if not str(word):
-        raise InputError("the name of an input is empty", hint="name a path, or ORG/NAME")
+        raise InputError("an input name is empty", hint="give a path or ORG/NAME")
     path = Path(word)
     exists = os.path.lexists(path)  # which, unlike Path.exists, has an answer for every word
     bundle, inside, adapter = str(word).rpartition("/adapters/")
@@ -131,7 +131,7 @@ def _one_gguf(snapshot: Path, repo: str, commit: str | None) -> Path | None:
         raise InputError(
             f"holds {len(names)} GGUF files, {printable(', '.join(sorted(names)))}",
             path=repo,
-            hint=f"fetch one: loraformat pull {repo} DST --include NAME",
+            hint=f"download one: loraformat pull {repo} DST --include NAME",
         )
     return download(repo, commit, only=names[0].replace("[", "[[]")) / names[0] if names else None
 

@@ -1,4 +1,4 @@
-r"""What a commit on the Hub holds, and whether a file is what it says.
+r"""File listings of Hub commits, and hash comparison.
 
 The Hub lists every file of a commit with a hash: the SHA-256 of a large file (LFS, Xet),
 and git's own SHA-1, over ``blob SIZE\0`` and the bytes, of a small one. huggingface_hub

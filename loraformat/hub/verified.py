@@ -1,4 +1,4 @@
-"""Files in the Hub's cache are compared with the Hub's hashes, once each.
+"""Hash verification of files in the Hub cache, once per file.
 
 What was found right is remembered by device, inode, size and time of change in
 ``$HF_HOME/loraformat/verified``, so that a second use of the same file costs nothing. A
@@ -79,7 +79,7 @@ def _refused(path: Path, repo: str, found: str, wanted: TreeFile, *, fresh: bool
     if fresh:
         for link in (_blob(path), real, path):
             link.unlink(missing_ok=True)
-    hint = "run again to fetch it anew" if fresh else f"remove {real} and run again"
+    hint = "run again to download it again" if fresh else f"remove {real} and run again"
     return wrong_content(f"{repo}/{wanted.path}", found, wanted, hint)
 
 
@@ -92,7 +92,7 @@ def wrong_content(what: str, found: str, wanted: TreeFile, hint: str) -> HubErro
     """Return the error for bytes that are not what the Hub has."""
     kind = "SHA-256" if wanted.sha256 else "git SHA-1"
     return HubError(
-        f"is not what the Hub has: its {kind} is {found[:16]}…, wanted {wanted.hash[:16]}…",
+        f"does not match the Hub: its {kind} is {found[:16]}…, wanted {wanted.hash[:16]}…",
         path=what,
         hint=hint,
     )

@@ -1,4 +1,4 @@
-"""The neutral adapter: low-rank deltas and replacements, as every adapter converter reads them.
+"""The format-independent adapter: low-rank deltas and replacements.
 
 An `Adapter` says what it does to a base, whatever format it came from: for each weight
 that it changes a `LoraDelta`, with its scaling already resolved (rank from the shapes,
@@ -133,7 +133,7 @@ class Adapter:
     deltas : dict of str to LoraDelta
         By target.
     replacements : dict of str to DenseTensor
-        Base tensors that are replaced as a whole (modules_to_save, trained biases), by name.
+        Base tensors that are replaced in full (modules_to_save, trained biases), by name.
     rows : dict of str to RowReplacement
         By target.
     invocation_tokens : tuple of int

@@ -1,4 +1,4 @@
-"""What the rules look at: an adapter as it lies on disk, without judging or refusing it.
+"""Facts about an adapter's files, for the rules.
 
 An `Adapter` says what an adapter means; what it cannot hold its reader refuses. Other programs
 read the same files in other ways, so that the facts here are those of the files: raw names, the
@@ -36,7 +36,7 @@ class ModuleFacts:
     embedding : bool
         Its factors are ``lora_embedding_A`` and ``lora_embedding_B``.
     zero : bool
-        B is zero, so that it changes nothing.
+        B is zero, so that it has no effect.
     base_shape : tuple of int or None
         Of the base's weight; None if no base was named, or it has none of that name.
     """
@@ -64,7 +64,7 @@ class ModuleFacts:
 
 @dataclass(frozen=True, slots=True)
 class BaseFacts:
-    """The base that an adapter is held against.
+    """The base that an adapter is compared with.
 
     Attributes
     ----------

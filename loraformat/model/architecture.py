@@ -1,4 +1,4 @@
-"""What a tensor's name and the model type say about it.
+"""Roles of tensors by name and model type.
 
 The core needs to know three things of an architecture: which weights are the linears of
 its decoder layers (those are quantized), which of them are stored transposed (``Conv1D``),

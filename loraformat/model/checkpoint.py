@@ -1,4 +1,4 @@
-"""The neutral model: what every converter reads into and writes from.
+"""The format-independent checkpoint: lazy tensors, config, carried files.
 
 A `Checkpoint` maps Hugging Face tensor names to *lazy* tensors. A tensor knows its
 dtype and shape at once and its bytes only when `load` is called, so a checkpoint of

@@ -1,4 +1,4 @@
-"""``config.json``: read as transformers reads it, and rewritten with all else as it was.
+"""Reading ``config.json``, and rewriting single fields of it.
 
 `parse` gives the values that transformers sees. What writes a config anew starts from `members`,
 the values as they stand in the file, so that infinities keep the form that they have there. A file
@@ -76,7 +76,7 @@ def parse(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> dict[str, Any]
         if value is not None and not isinstance(value, kind):
             raise _wrong(f"{key} is {printable(value)}, wanted {wanted}", path)
     if not all(isinstance(name, str) for name in found.get("architectures") or ()):
-        raise _wrong("architectures holds something else than names", path)
+        raise _wrong("architectures contains items that are not names", path)
     return found
 
 

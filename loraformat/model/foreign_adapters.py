@@ -1,4 +1,4 @@
-"""Adapters that are not where, or not what, a user takes them for: what they are, and what to do.
+"""Detection of adapters in unsupported formats or wrong locations, with advice.
 
 An adapter that loraformat reads is a directory with ``adapter_config.json`` as PEFT writes it, or
 a GGUF file. Users have more: a file out of such a directory, the directory above it, and the files
@@ -24,9 +24,9 @@ _MOST_LOOKED_AT = 8
 _MOST_FOLDERS = 1000
 
 MLX_HINT = (
-    "make a model of it, and take the adapter out of that again: mlx_lm.fuse --model BASE "
+    "fuse it into a model, then extract an adapter from that: mlx_lm.fuse --model BASE "
     "--adapter-path ADAPTER --save-path FUSED --dequantize; loraformat extract BASE FUSED -o OUT "
-    "--rank RANK (of its lora_parameters). If BASE is quantized, extract from what it stands for: "
+    "--rank RANK (of its lora_parameters). If BASE is quantized, dequantize it first: "
     "mlx_lm.convert --hf-path BASE --mlx-path DENSE --dequantize; loraformat extract DENSE FUSED "
     "-o OUT --rank RANK"
 )
@@ -35,10 +35,10 @@ _IMAGES = (
     "(fuse_lora() in diffusers, sd-scripts, ComfyUI)"
 )
 _TORCHTUNE_HINT = (
-    "name the directory epoch_N of its FullModelHFCheckpointer, which holds PEFT's form, too "
+    "use the directory epoch_N of its FullModelHFCheckpointer, which also contains the PEFT form "
     "(adapter_config.json, adapter_model.safetensors); where it holds none (Phi) or a wrong one "
-    "(q_proj and k_proj of Qwen 2), take the adapter out of the merged model that lies there: "
-    "loraformat extract BASE epoch_N -o OUT --rank RANK"
+    "(q_proj and k_proj of Qwen 2), extract the adapter from the merged model there: loraformat "
+    "extract BASE epoch_N -o OUT --rank RANK"
 )
 #: What names of tensors say, in this order: whose adapter it is, and what to do.
 _KINDS = (
@@ -110,7 +110,7 @@ def adapters_below(path: Path) -> list[Path]:
 def _refuse_file(path: Path) -> None:
     if _PEFT_FILE.fullmatch(path.name) and (path.parent / _CONFIG).is_file():
         raise UnsupportedError(
-            "is one file of an adapter, which is a directory",
+            "is a single file of an adapter; an adapter is a directory",
             path=path,
             hint=f"name that: {path.parent}",
         )
@@ -124,10 +124,10 @@ def _refuse_file(path: Path) -> None:
         )
     if any(_PEFT.search(name) for name in names) or _PEFT_FILE.fullmatch(path.name):
         raise UnsupportedError(
-            f"is one file of an adapter, and no {_CONFIG} lies beside it, which says what its "
-            "tensors mean",
+            f"is one file of an adapter, but no {_CONFIG} is in its directory to describe its "
+            "tensors",
             path=path,
-            hint=f"bring the {_CONFIG} that was saved with it, and name the directory of both",
+            hint=f"add the {_CONFIG} saved with it, and give the directory that contains both",
         )
 
 
@@ -155,7 +155,7 @@ def _refuse_parent(path: Path) -> None:
     if below := adapters_below(path):
         names = _listed(str(one.relative_to(path)) for one in below)
         raise UnsupportedError(
-            f"is a directory above adapters ({names})",
+            f"is a directory that contains adapters ({names})",
             path=path,
             hint=f"name one of them: {below[-1]}",
         )
@@ -163,9 +163,9 @@ def _refuse_parent(path: Path) -> None:
     sharded = [one for one in folders if re.fullmatch(r"global_step\d+", one.name)]
     if sharded and not any(path.glob("*.safetensors")):
         raise UnsupportedError(
-            f"holds the shards of a DeepSpeed run ({printable(sharded[0].name)}), and no adapter",
+            f"contains the shards of a DeepSpeed run ({printable(sharded[0].name)}) but no adapter",
             path=path,
-            hint=f"make one file of them: {CONSOLIDATE}",
+            hint=f"consolidate them: {CONSOLIDATE}",
         )
 
 

@@ -1,4 +1,4 @@
-"""Recognising weights that another method quantized, by what their tensors are.
+"""Detection of weights quantized by unsupported methods.
 
 A checkpoint need not say in its config how it was quantized: MLX, GPTQ, AWQ and float8 files are
 published without. Their codes must never be taken for weights, so that names and dtypes of the
@@ -147,7 +147,7 @@ def refuse_packed(
     if found is None and method is None:
         return
     what = found.method if found is not None else printable(method)
-    where = f" ({printable(found.tensor)} holds its codes)" if found is not None else ""
+    where = f" ({printable(found.tensor)} contains its codes)" if found is not None else ""
     raise UnsupportedError(
         f"is quantized with {what}, not dense{where}", path=path, hint=_remedy(what, original)
     )
@@ -157,5 +157,9 @@ def _remedy(method: str, original: str | None) -> str:
     if method in (FLOAT8, MXFP4):
         return f"use --from {method.lower()}"
     if original is not None:
-        return f"start from the model that was quantized: {printable(original)}, by its README.md"
-    return "start from the model that was quantized; its page on the Hub names it as base model"
+        name = printable(original)
+        return f"start from the original, unquantized model: {name} (from its README.md)"
+    return (
+        "start from the original, unquantized model; the model's page on the Hub lists it as "
+        "base model"
+    )

@@ -1,4 +1,4 @@
-"""Tensors in a pickle of torch, loaded by what makes nothing but tensors.
+"""Restricted loading of tensors from torch pickles.
 
 A pickle can hold a program. torch's ``weights_only`` loader refuses every one that asks for more
 than tensors and plain containers; it maps the file, so that a tensor costs memory only while it
@@ -71,12 +71,12 @@ def open_pickle(folder: SafeDirectory, name: str) -> Pickled:
         loaded = torch.load(path.resolve(), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a stranger's pickle may fail in any way
         raise InputError(
-            f"cannot be loaded as tensors alone: {printable(str(error).splitlines()[0])}",
+            f"cannot be loaded by the restricted loader: {printable(str(error).splitlines()[0])}",
             path=path,
-            hint="do not load it with anything else unless you trust where it comes from",
+            hint="do not load it by other means unless you trust its source",
         ) from None
     if not isinstance(loaded, dict):
-        raise InputError("holds no dictionary of tensors", path=path)
+        raise InputError("does not contain a dictionary of tensors", path=path)
     tensors, same = _tensors(loaded, before.st_size, path)
 
     def close() -> None:
@@ -98,7 +98,7 @@ def _tensors(
     places: dict[tuple[Any, ...], str] = {}
     for name, value in loaded.items():
         if not isinstance(name, str) or not _is_plain(value, names):
-            raise InputError(f"entry {printable(name)} is no tensor of numbers", path=path)
+            raise InputError(f"entry {printable(name)} is not a numeric tensor", path=path)
         dtype, shape = names[value.dtype], tuple(value.shape)
         if prod(shape) * ITEM_BYTES[dtype] > size:
             # A view may show a few bytes as any number of elements.
@@ -131,9 +131,9 @@ def _check_archive(file: Any, path: Path) -> None:
             packed = [entry for entry in archive.infolist() if entry.compress_type]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InputError(
-            f"is no archive of torch: {printable(error)}",
+            f"is not a torch archive: {printable(error)}",
             path=path,
-            hint="files of torch before 1.6 must be saved again with a newer one",
+            hint="files saved by torch before 1.6 must be saved again with a newer version",
         ) from None
     if packed:
         raise InputError(f"member {printable(packed[0].filename)} is compressed", path=path)

@@ -1,4 +1,4 @@
-"""How a model's numbers were quantized before they got their present form, step by step.
+"""The quantization history of a model's weights.
 
 A model that is quantized a second time is further from its original than a report of that time
 can tell, because the original is not at hand. So what is known is passed on: in a bundle as an

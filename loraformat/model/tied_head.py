@@ -1,4 +1,4 @@
-"""Output heads that are the embedding, too: what the config says, and what the tensors say.
+"""Tied output heads, according to the config and the tensors.
 
 A config may say that both are one tensor, and a file may hold two. Where these are equal,
 nothing is contradicted. Where they differ, the tensors are right: so reads transformers 5,
@@ -87,8 +87,8 @@ def settled(model: Checkpoint) -> tuple[Checkpoint, list[str]]:
     if head is None or model.config is None:
         return model, []
     note = (
-        f"{printable(head)} differs from the embedding, to which config.json ties it: the tensor "
-        f"is kept, and {_FLAG} becomes false"
+        f"{printable(head)} differs from the embedding, although config.json ties them: the "
+        f"tensor is kept, and {_FLAG} is set to false"
     )
     return replace(model, config=untied_config(model.config)), [note]
 
@@ -163,10 +163,10 @@ def refuse_lost_head(model: Checkpoint) -> None:
     named = str(config["architectures"][0])
     raise InputError(
         f"tensor {HEAD} is missing: {CONFIG_NAME} names {printable(named)}, whose output head is "
-        "not the embedding, and transformers would make one of random numbers",
+        "not the embedding, and transformers would initialise it randomly",
         path=model.path,
-        hint=f"fetch all weight files again; or, if the head is the embedding, write "
-        f'"{_FLAG}": true into {CONFIG_NAME}; of an embedding model, which has no head, '
+        hint=f"download all weight files again; or, if the head is the embedding, write "
+        f'"{_FLAG}": true into {CONFIG_NAME}; for an embedding model, which has no head, '
         f'"architectures": ["{printable(base_class(named))}"]',
     )
 

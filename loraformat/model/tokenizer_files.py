@@ -1,4 +1,4 @@
-"""The files of a tokenizer that travel with a model or an adapter, read once."""
+"""Carried tokenizer files of a model or an adapter."""
 
 from __future__ import annotations
 

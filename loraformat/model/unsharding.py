@@ -1,4 +1,4 @@
-"""How an adapter comes out of a training that was sharded: what messages about its files advise."""
+"""Advice on exporting adapters from sharded training (DeepSpeed, FSDP)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ __all__ = ["CONSOLIDATE", "GATHER"]
 #: The checkpoint's own script writes one file; names in it carry PEFT's adapter name, as read here.
 CONSOLIDATE = (
     "python zero_to_fp32.py CHECKPOINT OUT --safe_serialization --exclude_frozen_parameters (the "
-    "script lies in the checkpoint), then rename OUT/model.safetensors to "
+    "script is in the checkpoint directory), then rename OUT/model.safetensors to "
     "adapter_model.safetensors and put the run's adapter_config.json beside it"
 )
 

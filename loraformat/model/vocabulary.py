@@ -1,4 +1,4 @@
-"""What of a model has a row for each token, and how it becomes one of another vocabulary.
+"""Tensors with a row per token, and resizing the vocabulary.
 
 As transformers' ``resize_token_embeddings`` does it: rows are cut off at the end, or added there
 with the mean of those that are there.

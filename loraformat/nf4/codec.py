@@ -1,4 +1,4 @@
-r"""NF4: a weight as 4-bit codes and one scale per block.
+r"""NF4 quantization and dequantization.
 
 The mathematics
 ---------------

@@ -1,4 +1,4 @@
-"""The quant state: the small JSON text that bitsandbytes keeps beside each NF4 weight.
+"""The quant state: the JSON that bitsandbytes stores for each NF4 weight.
 
 It holds what the packed bytes do not say: block size, dtype, shape, and with double
 quantization the offset of the scales. bitsandbytes parses it with ``json.loads``;

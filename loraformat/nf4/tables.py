@@ -1,4 +1,4 @@
-"""The two tables of NF4 as float32 bit patterns, and as the bytes that a checkpoint holds.
+"""The NF4 and 8-bit code tables, as float32 bit patterns and as stored bytes.
 
 Two tables called "NF4" exist: the one of the QLoRA paper's reference code and of
 bitsandbytes, which is this one, and a copy rounded to four digits elsewhere. They are

@@ -1,4 +1,4 @@
-"""The verbs, one package or module each, named as the verb; each walks over lazy tensors.
+"""The verbs, one package or module each, named as the verb.
 
 What several verbs share: `opening` (inputs by name), `encoding` (types of tensors),
 `deltas` (factors), `adapter_output` (writing adapters), `plots` (picture files).

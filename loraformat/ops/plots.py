@@ -1,4 +1,4 @@
-"""What all pictures share: which files they go to, and colours that everybody can tell apart."""
+"""Plot output: file types and a colour-blind-safe palette."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_picture(path: str | Path) -> None:
         If something stands there that is not a picture; an older picture is replaced.
     """
     if Path(path).suffix.lower() not in _SUFFIXES:
-        raise UsageError(f"a picture is one of {', '.join(_SUFFIXES)}, not {printable(path)}")
+        raise UsageError(f"the plot must be one of {', '.join(_SUFFIXES)}, not {printable(path)}")
     if find_spec("matplotlib") is None:
         raise MissingDependencyError(
             "a plot needs matplotlib", hint="run: pip install 'loraformat[plot]'"
@@ -57,7 +57,7 @@ def _refuse_existing(target: Path) -> None:
     """Refuse to replace anything but a picture, least of all through a link."""
     if os.path.lexists(target) and not _is_picture(target):
         raise OutputError(
-            "exists and is no picture, and will not be replaced",
+            "exists, is not a picture and will not be replaced",
             path=target,
             hint="choose another file",
         )
@@ -113,7 +113,7 @@ def colors(count: int) -> list[Any]:
 
 
 def as_label(text: str) -> str:
-    r"""Return a stranger's name as a label: no formula begins in it, and no legend leaves it out.
+    r"""Return an untrusted name as a plot label, escaped for matplotlib.
 
     Parameters
     ----------

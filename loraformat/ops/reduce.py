@@ -1,4 +1,4 @@
-"""Rank reduction: the best smaller adapter, module by module or under one budget."""
+"""``loraformat reduce``: rank reduction of an adapter."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class Reduction:
     def __post_init__(self) -> None:
         chosen = [x for x in (self.rank, self.energy, self.budget) if x is not None]
         if len(chosen) > 1 or (not chosen and self.max_rank is None):
-            raise UsageError("reduce wants one of rank, energy and budget, or max-rank alone")
+            raise UsageError("give one of --rank, --energy and --budget, or --max-rank alone")
         if self.rank is not None and self.max_rank is not None:
-            raise UsageError("rank is exact and max-rank a bound: give one of them")
+            raise UsageError("--rank is exact and --max-rank is a bound: give only one of them")
         if any(x is not None and x < 1 for x in (self.rank, self.budget, self.max_rank)):
             raise UsageError("rank, budget and max-rank are at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"energy is a share above 0 and up to 1, not {self.energy}")
+            raise UsageError(f"energy is a fraction above 0 and at most 1, not {self.energy}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +246,9 @@ def reduce_adapter(
             deltas[target] = _reduced(delta, rank, target in aware, reduction.dtype, memo, rounding)
     if not deltas and adapter.deltas:
         raise InputError(
-            "no rank is left in any module: every delta is zero, or the budget holds not one rank",
+            "nothing remains: every delta is zero, or the budget is smaller than a single rank",
             path=adapter.path,
-            hint="give a larger budget, or --rank, which keeps zero deltas too",
+            hint="give a larger budget, or use --rank, which keeps zero deltas",
         )
     notes = _notes(adapter, reduction, modules, aware)
     smaller = replace(with_deltas(adapter, deltas), notes=(*adapter.notes, *notes))
@@ -390,20 +390,20 @@ def _notes(
     notes = []
     if magnitudes := sum(delta.magnitude is not None for delta in deltas):
         notes.append(
-            f"{magnitudes} modules have DoRA magnitudes: these are kept, they are the norms of the "
-            "merged rows whatever the rank; energies and errors are those of the direction B A"
+            f"{magnitudes} modules have DoRA magnitudes: they are kept, because they do not "
+            "depend on the rank; energies and errors refer to B A only"
         )
     statistics = sum(delta.second_moment is not None for delta in deltas)
     if statistics > len(aware) and reduction.use_statistics:
         notes.append(
             f"{statistics} of {len(modules)} modules carry activation statistics, and "
-            f"{len(aware)} could use them: a budget compares all modules by one measure, and "
-            "statistics must have the shape of the rank"
+            f"{len(aware)} could use them: a budget needs one measure for all modules, and the "
+            "statistics must match the rank"
         )
     if reduction.rank is not None and (
         short := sum(module.new_rank < reduction.rank for module in modules)
     ):
-        notes.append(f"{short} modules have less than rank {reduction.rank} and keep what they had")
+        notes.append(f"{short} modules have a rank below {reduction.rank} and are unchanged")
     if gone := sum(module.new_rank == 0 for module in modules):
-        notes.append(f"{gone} modules are left out: nothing in them was worth a rank")
+        notes.append(f"{gone} modules were omitted: no rank of theirs contributes enough")
     return notes

@@ -1,4 +1,4 @@
-"""Removing an adapter from a bundle."""
+"""``loraformat remove``: removal of an adapter from a bundle."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def remove(path: str | Path) -> RemovalReport:
     """
     place = parse_bundle_slot(Path(path))
     if place is None:
-        raise UsageError(f"{path} is no adapter in a bundle, wanted BUNDLE/adapters/NAME")
+        raise UsageError(f"{path} is not an adapter in a bundle, wanted BUNDLE/adapters/NAME")
     remove_adapter(place)
     return RemovalReport(str(place.bundle), place.name)

@@ -1,4 +1,4 @@
-"""Verification of any format: a bundle against its hashes, others against their own structure."""
+"""``loraformat verify``: verification of structure and hashes."""
 
 from __future__ import annotations
 
@@ -166,6 +166,6 @@ def _unlisted(path: Path) -> Iterator[Finding]:
             yield Finding(
                 "",
                 str(path / name),
-                "is not listed in the manifest, and transformers would load it; move it away, or "
-                "convert again with it beside the source",
+                "is not listed in the manifest, but transformers would load it; move it "
+                "elsewhere, or convert again with it in the source directory",
             )

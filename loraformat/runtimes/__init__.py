@@ -1,4 +1,4 @@
-"""What other programs do with an adapter: the rules they keep, and how each loads one.
+"""Inference runtimes: their rules about adapters, and how each loads one.
 
 ::
 

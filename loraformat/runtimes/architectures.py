@@ -1,4 +1,4 @@
-"""GGUF's names of model types, where they differ from transformers', and what they cannot hold."""
+"""GGUF architecture names of model types, and their limits."""
 
 from __future__ import annotations
 

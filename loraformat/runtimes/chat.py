@@ -1,4 +1,4 @@
-"""Prompt format and stop tokens of an adapter that was trained on conversations.
+"""Prompt format and stop tokens of adapters trained on conversations.
 
 A training record says it, under ``training`` and ``chat``: the pieces that the chat template puts
 around what people say, and the tokens that were learned to end turns. From the pieces follows the

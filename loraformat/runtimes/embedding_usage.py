@@ -1,4 +1,4 @@
-"""How an adapter of an embedding model is loaded: it gives vectors, where others generate."""
+"""Loading commands for adapters of embedding models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of an adapter that a reader has understood, for formats without an ``examine``."""
+"""Facts about an adapter that a converter has read, for formats without ``examine``."""
 
 from __future__ import annotations
 

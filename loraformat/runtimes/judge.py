@@ -1,4 +1,4 @@
-"""Holding an adapter against the rules, runtime by runtime."""
+"""Evaluation of the rules for each runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python that loads an adapter with transformers and PEFT; what follows it is the task's."""
+"""Python code that loads an adapter with transformers and PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Modelfile: how Ollama is told to make a model of an adapter, merged or beside its base."""
+"""The Modelfile that creates an Ollama model from an adapter, merged or separate."""
 
 from __future__ import annotations
 

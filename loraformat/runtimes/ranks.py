@@ -1,4 +1,4 @@
-"""Ranks that servers take, and the next one up from any other."""
+"""Ranks that servers accept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vocabulary of the rules: what a runtime does with what it does not expect.
+"""Data classes of rules and runtime behaviour.
 
 A `Runtime` is a record. Its `treats` says, for each rule by id, what becomes of an adapter that
 the rule finds: nothing is listed where the runtime computes what the adapter means. A rule that
@@ -47,7 +47,7 @@ _LEVELS: dict[Outcome, Level] = {
 
 @dataclass(frozen=True, slots=True)
 class Treatment:
-    """What becomes of what a rule finds.
+    """How a runtime handles what a rule finds.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The command that mends a finding, with the names that the user has."""
+"""The command that fixes a finding, with the user's file names."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from loraformat.runtimes.record import Remedy, Runtime, Treatment
 __all__ = ["Names", "command", "sentence"]
 
 _SAYS: dict[Remedy, str] = {
-    "fix": "write it in the form that is right everywhere",
-    "fill": "write it in the form that is right everywhere, with zeros where others are adapted",
+    "fix": "write it in portable form",
+    "fill": "write it in portable form, with zeros for missing modules",
     "gguf": "convert it",
     "peft": "convert it",
     "merge": "merge it",
     "merge-gguf": "merge it",
     "reduce": "reduce its rank",
-    "rewrite": "write it anew",
-    "retype": "write it anew",
-    "other-base": "name the base that it was trained on",
+    "rewrite": "rewrite it",
+    "retype": "rewrite it",
+    "other-base": "give the base that it was trained on",
 }
 
 

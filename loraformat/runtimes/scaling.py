@@ -1,4 +1,4 @@
-"""What each runtime multiplies B A by, as its source says.
+"""The scaling that each runtime applies to B A.
 
 PEFT (Hu 2021; rsLoRA: Kalajdzievski 2023) takes alpha / r, or alpha / √r, with alpha and r of
 the module. Others look at less.

@@ -1,4 +1,4 @@
-"""How an adapter is loaded whose task is another than to generate, by PEFT's word for the task.
+"""Loading commands for adapters by PEFT task type.
 
 Lines stand here for programs in which they were run; the others have none.
 """

@@ -1,4 +1,4 @@
-"""How each runtime is told to load an adapter: commands and files with this adapter's own names.
+"""Commands and files that load an adapter in each runtime.
 
 Pure text from a few facts: no file is looked at, so that a card, a terminal and a directory of
 files show the same lines. An adapter that was trained on conversations is talked to: through its

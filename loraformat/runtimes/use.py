@@ -1,4 +1,4 @@
-"""What the lines that load an adapter are made of: its names, its base, how it is prompted."""
+"""Inputs of the generated loading commands: names, base, prompt format."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def parse_index(
                 "B04",
                 f"shard name {printable(shard)} is not a bare {suffix} file name",
                 path=path,
-                hint="do not use this checkpoint unless you trust where it comes from",
+                hint="do not use this checkpoint unless you trust its source",
             )
     metadata = index.get("metadata", {})
     total = metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -1,4 +1,4 @@
-r"""Where tensors lie: execution order, shards, and the order of bytes inside a shard.
+r"""Tensor layout: execution order, shards, byte offsets.
 
 A shard is a *body*, which is all that computing needs, and a *tail* with the constant
 maps and the quant states, which a reader looks at once, when it opens the file:

@@ -1,4 +1,4 @@
-"""Reading a model directory as transformers lays it out: weight files, config, the rest.
+"""Reading model directories: weights, config, carried files.
 
 `open_model` finds the safetensors files of a directory (or takes a single file), checks
 their headers, puts NF4 weights together, and carries every other file along. What makes
@@ -107,7 +107,7 @@ def as_checkpoint(
     tensors: dict[str, LazyTensor],
     close: Callable[[], None],
 ) -> Checkpoint:
-    """Return a model directory's tensors with its config and the files that travel along.
+    """Return a model directory's tensors with its config and the carried files.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def weight_files(folder: SafeDirectory) -> list[str]:
             raise InputError(
                 "is missing",
                 path=folder.path / name,
-                hint="the download is incomplete; fetch it again",
+                hint="the download is incomplete; download it again",
             )
     return names
 
@@ -228,7 +228,7 @@ def _check_numbering(folder: SafeDirectory, names: Sequence[str]) -> None:
                 raise InputError(
                     "is missing",
                     path=folder.path / wanted,
-                    hint="the download is incomplete; fetch it again",
+                    hint="the download is incomplete; download it again",
                 )
 
 
@@ -243,7 +243,7 @@ def _check_index(folder: SafeDirectory, files: Sequence[MappedFile]) -> None:
                 "B03",
                 f"puts tensor {printable(name)} into {shard}, which does not hold it",
                 path=path,
-                hint="the shards belong to another index; fetch the checkpoint again",
+                hint="the shards belong to another index; download the checkpoint again",
             )
 
 

@@ -1,4 +1,4 @@
-"""Stored tensors to logical ones: finds the NF4 weights among the tensors of shards.
+"""Grouping of stored tensors into logical ones, such as NF4 weights.
 
 A weight in NF4 lies in its shard as four or six tensors that share a name. `collect`
 puts them together, checks that they fit each other (rules ``N01`` to ``N08``), and
@@ -64,7 +64,7 @@ def collect(
     for file in files:
         if twice := stored.intersection(file.header.entries):
             raise FormatError(
-                "H10", f"tensor {printable(min(twice))} stands in another shard too", path=file.path
+                "H10", f"tensor {printable(min(twice))} is also in another shard", path=file.path
             )
         stored.update(file.header.entries)
         tensors |= _tensors_of(file, transposed, errors or {}, any_storage)

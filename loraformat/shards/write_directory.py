@@ -1,4 +1,4 @@
-"""Writing a model directory: shards, index, ``config.json`` and the files that travel along.
+"""Writing a model directory: shards, index, ``config.json`` and the carried files.
 
 A bundle, a dense safetensors model and a bitsandbytes checkpoint are the same directory
 but for what is added: every writer of one goes through `write_model_directory`.
@@ -88,7 +88,7 @@ def _check_names(checkpoint: Checkpoint) -> None:
     for file in checkpoint.files:
         if not is_safe_path(file.path) or file.path.lower() in seen:
             raise UnsupportedError(
-                f"file name {printable(file.path)} cannot travel along",
+                f"file name {printable(file.path)} cannot be carried over",
                 path=checkpoint.path,
                 hint="rename or remove it",
             )

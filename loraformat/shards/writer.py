@@ -1,4 +1,4 @@
-"""Writing shards: tensor by tensor, in execution order, hashed while they are written.
+"""Streaming shard writer with hashing.
 
 `write_shards` walks over lazy tensors. While one is computed, a second thread hashes
 and writes the ones before it, so that computing and the disk overlap; how much waits in

@@ -1,4 +1,4 @@
-"""Publishing a single file whole or not at all, as `atomic_output` does a directory.
+"""Atomic output of a single file.
 
 The file is prepared in the same work directory beside the target, with the same lock and
 journal; what appears at the end is the file, and the work directory goes.

@@ -1,4 +1,4 @@
-"""Publishing a directory: whole or not at all.
+"""Atomic output of a directory.
 
 Everything is written into a work directory beside the target, ``NAME.partial``, and
 that directory is renamed at the end; before each rename comes an fsync, after it an
@@ -110,7 +110,7 @@ class AtomicOutput:
             self._refuse_existing()
             if not self.target.parent.is_dir():
                 raise OutputError(
-                    "no such directory", path=self.target.parent, hint="make it first"
+                    "no such directory", path=self.target.parent, hint="create it first"
                 )
             self._open_work()
             self._undo_interrupted()
@@ -141,7 +141,7 @@ class AtomicOutput:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     raise
                 raise OutputError(
-                    "is not a directory, and is where this output would be prepared",
+                    "is not a directory, but is needed to prepare this output",
                     path=self.work,
                     hint="remove it",
                 ) from None
@@ -188,7 +188,7 @@ class AtomicOutput:
             and not holds_weights(self.work)
         ):
             raise OutputError(
-                "is no work directory of loraformat, and is where this output would be prepared",
+                "is not a work directory of loraformat, but is needed to prepare this output",
                 path=self.work,
                 hint="move it away",
             )

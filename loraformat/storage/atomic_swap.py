@@ -1,4 +1,4 @@
-"""Swapping two directories in one step, where the kernel and the file system can."""
+"""Atomic exchange of two directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second thread that works off what the first produces, within a bound of memory.
+"""A background consumer thread with bounded memory.
 
 Computing a tensor, and hashing and writing the ones before it, then overlap. The
 producer waits when what it has handed over, and is not yet consumed, takes more than a

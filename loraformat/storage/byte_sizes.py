@@ -1,4 +1,4 @@
-"""Sizes as people write them: 2GB, 500MB, 1GiB."""
+"""Parsing of byte sizes such as 2GB or 1GiB."""
 
 from __future__ import annotations
 

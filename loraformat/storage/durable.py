@@ -1,4 +1,4 @@
-"""Files and directories that survive a crash: creating, syncing, locking.
+"""Durable creation, syncing and locking of files and directories.
 
 Thin functions over the operating system; `loraformat.storage.atomic_output` puts them in order.
 """
@@ -66,7 +66,7 @@ def open_directory(path: Path) -> int:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[bool]:
-    """Lock a directory if nobody else has, and tell whether that went well."""
+    """Try to lock a directory and return whether that succeeded."""
     descriptor = open_directory(directory)
     try:
         yield try_lock(descriptor)

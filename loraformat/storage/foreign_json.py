@@ -1,4 +1,4 @@
-"""JSON files that belong to another program, read as that program reads them.
+"""Lenient parsing of other programs' JSON files.
 
 transformers, PEFT and huggingface_hub parse with Python's ``json``: ``NaN`` and ``Infinity`` are
 numbers, integers are of any length (transformers writes ``model_max_length`` with 31 digits), and

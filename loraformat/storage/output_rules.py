@@ -1,4 +1,4 @@
-"""Where an output may appear: never over an input, never over what is not a model."""
+"""Rules that protect existing files from being overwritten."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def refuse_input_as_output(target: Path, work: Path, inputs: Sequence[Path]) -> 
     for source in inputs:
         real = source.resolve()
         if _same_file(real_target, real) or real.is_relative_to(real_target):
-            raise OutputError("is the input, or holds it", path=target, hint=_ANOTHER)
+            raise OutputError("is or contains the input", path=target, hint=_ANOTHER)
         if real.is_dir() and real_target.is_relative_to(real):
             raise OutputError("lies inside the input", path=target, hint=_ANOTHER)
         if _same_file(real_work, real) or real.is_relative_to(real_work):
             raise OutputError(
-                "is the input, or holds it, and is where this output would be prepared",
+                "is or contains the input, but is needed to prepare this output",
                 path=work,
                 hint=_ANOTHER,
             )
@@ -55,7 +55,7 @@ def refuse_input_as_output(target: Path, work: Path, inputs: Sequence[Path]) -> 
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Refuse to replace what stands at the target, unless it is a model and ``force`` says so.
+    """Raise if the target exists, unless it is a model and ``force`` is set.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def refuse_existing_file(target: Path, *, force: bool) -> None:
         raise OutputError("already exists", path=target, hint="use --force to replace it")
     if target.stat().st_size and not any(target.match(pattern) for pattern in _WEIGHTS):
         raise OutputError(
-            "is no file of weights by its name and will not be replaced",
+            "does not have the name of a weight file and will not be replaced",
             path=target,
             hint="remove it yourself, or choose another output",
         )

@@ -1,4 +1,4 @@
-"""File names that have a meaning of their own in a model directory."""
+"""Reserved file names in model directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model directory from a stranger: which files it holds, opened without leaving it.
+"""Untrusted model directories: files are opened without leaving the directory.
 
 A name in an index or a manifest is a stranger's text, and so is a symbolic link in a
 repository. A file is opened only if it is a regular file whose real place is inside

@@ -1,4 +1,4 @@
-"""Names that files and adapters of a bundle may have: safe on every system."""
+"""Portable names of files and adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON of the format's own files: one meaning or an error.
+"""Strict JSON parsing.
 
 Python's own parser keeps the last of two equal keys, accepts ``NaN``, and can be
 made to recurse or to build numbers of any length. Files that two programs read
@@ -35,7 +35,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise StrictJsonError(f"key {twice[:80]!a} stands twice in one object")
+        raise StrictJsonError(f"key {twice[:80]!a} occurs twice in one object")
     return result
 
 
@@ -112,7 +112,7 @@ def loads(data: bytes) -> Any:
     {'rank': 16}
     >>> loads(b'{"rank": 16, "rank": 8}')
     Traceback (most recent call last):
-    loraformat.storage.strict_json.StrictJsonError: key 'rank' stands twice in one object
+    loraformat.storage.strict_json.StrictJsonError: key 'rank' occurs twice in one object
     """
     try:
         text = data.decode("utf-8")

@@ -1,4 +1,4 @@
-"""safetensors at the level of bytes: element types, the header, mapped files.
+"""safetensors at byte level: dtypes, header, memory-mapped files.
 
 Read `dtypes`, `header` and `mapped`, in this order.
 """

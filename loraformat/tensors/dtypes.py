@@ -1,4 +1,4 @@
-"""Element types: their names in safetensors, in torch, and their sizes in bytes.
+"""Dtypes: names in safetensors and torch, sizes in bytes.
 
 The one table that every reader, writer and converter shares. It does not import
 torch; `torch_dtype` does, when it is called.

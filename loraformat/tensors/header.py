@@ -1,4 +1,4 @@
-"""The safetensors header: bytes to entries, and entries to bytes.
+"""Parsing and serialization of the safetensors header.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that
 length, and the tensors' bytes. This module knows the header alone: it reads no
@@ -153,7 +153,7 @@ def data_start(prefix: bytes, file_bytes: int, path: str | PathLike[str]) -> int
             "H01",
             f"announces a header of {length} bytes, wanted 2 to {min(room, MAX_HEADER_BYTES)}",
             path=path,
-            hint="the file is truncated or is not safetensors; fetch it again",
+            hint="the file is truncated or is not safetensors; download it again",
         )
     return _LENGTH_BYTES + length
 
@@ -239,8 +239,8 @@ def _entry(name: str, value: Any, path: str | PathLike[str], foreign: bool) -> E
             f"tensor {printable(name)} is of type {dtype} ({UNREAD_DTYPES[dtype]}), which is not "
             "read here",
             path=path,
-            hint="start from the model that was quantized, or from a copy in bfloat16 or float8; "
-            "its page on the Hub names it as base model",
+            hint="start from the original, unquantized model, or from a copy in bfloat16 or "
+            "float8; the model's page on the Hub lists it as base model",
         )
     if not isinstance(dtype, str) or dtype not in (ITEM_BYTES if foreign else FORMAT_DTYPES):
         raise broken("H06", f"has unknown dtype {printable(dtype)}")
@@ -286,7 +286,7 @@ def _check_coverage(ordered: list[Entry], data_bytes: int, path: str | PathLike[
             "H09",
             f"holds {data_bytes} bytes of tensor data, but its header describes {position}",
             path=path,
-            hint="the file is truncated or has trailing bytes; fetch it again",
+            hint="the file is truncated or has trailing bytes; download it again",
         )
 
 

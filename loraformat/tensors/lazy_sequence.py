@@ -1,4 +1,4 @@
-"""A sequence that is made when it is first looked at."""
+"""Lazy sequences, created on first access."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Deferred(Sequence[T]):
-    """A sequence that costs nothing until somebody asks for its items.
+    """A sequence that is created when its items are first accessed.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A mapped file, and one safetensors file so: its header checked, its tensors as views on it.
+"""Memory-mapped files and safetensors files.
 
 Nothing is read but the header. The mapping is exactly as long as the file was when
 it was opened, from the same descriptor, and `MappedFile.close` says so if the file

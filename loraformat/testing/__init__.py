@@ -1,4 +1,4 @@
-"""The kit for authors of converters: tests to inherit, and small models in memory.
+"""The test kit for authors of converters.
 
 `loraformat.testing.contract` has the tests, `loraformat.testing.models` the models.
 """

@@ -1,4 +1,4 @@
-"""The kit for plugin authors: what every converter must do, as tests to inherit.
+"""Contract tests that every converter must pass.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Small models in memory, for the tests of converters; see `loraformat.testing`."""
+"""Small in-memory models for converter tests."""
 
 from __future__ import annotations
 

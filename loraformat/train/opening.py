@@ -173,9 +173,9 @@ def _open(path: Path, *, to_train: bool) -> Bundle | ReadableBase:
         return open_bundle(path)
     hint = f"make one: loraformat convert {path} my-bundle --to loraformat"
     if (path / "adapter_config.json").exists():
-        hint = "that is an adapter: name its base here, and the adapter with --adapter"
+        hint = "that is an adapter: give its base here, and the adapter with --adapter"
     elif not path.is_dir() and path.suffix not in (".gguf", ".safetensors"):
-        hint = "name the base first, then the data"
+        hint = "give the base first, then the data"
     elif not to_train:
         return ReadableBase(open_model(path))
     raise UnsupportedError("is not a bundle, and only bundles are trained on", path=path, hint=hint)

@@ -1,4 +1,4 @@
-"""Low-rank products that have the same bits on every machine, and the formula of a merge.
+"""Reproducible fixed-point low-rank products, and the merge formula.
 
 A floating-point matrix product depends on the order of its sums, and so on the library,
 the number of threads and the shape of a tile. Undoing a merge needs the very same delta

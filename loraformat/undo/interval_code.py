@@ -1,4 +1,4 @@
-"""The interval code: what rounding loses in a merge, so that the original comes back exactly.
+"""The interval code, which encodes what rounding loses in a merge.
 
 A merge is a monotone function of each weight, f(w) = round(g · (w + d)), see
 `loraformat.undo.fixed_point`. Number the finite values of w's dtype by order (both zeros are

@@ -1,4 +1,4 @@
-"""The undo record: what rounding loses in a merge, so that the original comes back exactly.
+"""Data classes and serialization of the undo record.
 
 What one merge loses of each tensor is in the interval code of `loraformat.undo.interval_code`; the
 record adds which tensors, adapters and hashes it belongs to.

@@ -1,4 +1,4 @@
-"""Reading an undo record: its text and the sizes of its parts, every check with its rule.
+"""Parsing and validation of undo records.
 
 What needs the merged model or the adapters is checked in `loraformat.ops.unmerge.undoing`. Nothing
 here reads files.

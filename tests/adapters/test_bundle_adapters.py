@@ -23,7 +23,7 @@ def add(work, name="medical", *, force=False, **options):
 def test_every_file_is_copied_and_listed(work, snapshot):
     base, files = snapshot(work.bundle), snapshot(work.adapter)
     notes = add(work)
-    assert notes == ["it names no base by fingerprint: only names and shapes were compared"]
+    assert notes == ["records no base fingerprint; only names and shapes were compared"]
     after = snapshot(work.bundle)
     assert {name: after[f"adapters/medical/{name}"] for name in files} == files
     changed = {name for name in after if after[name] != base.get(name)}
@@ -61,7 +61,7 @@ def test_names_that_peft_ignores_are_put_right(work, tmp_path, spelling):
     assert torch.equal(logits(work.bundle, work.adapter), before)
     report = convert(work.adapter, work.bundle / "adapters" / "medical")
     assert not report.verbatim
-    assert any("written anew as" in note and "PEFT" in note for note in report.notes)
+    assert any("converted, not copied: " in note and "PEFT" in note for note in report.notes)
     inside = work.bundle / "adapters" / "medical"
     assert torch.equal(logits(work.bundle, inside), wanted)
     written = load_file(inside / "adapter_model.safetensors")
@@ -86,11 +86,11 @@ def test_a_new_bundle_may_have_adapters(work, tmp_path):
         output.commit()
     assert verify_bundle(tmp_path / "new") == []
     assert list(manifest(tmp_path / "new")["adapters"]) == ["as-is", "as-is.partial"]
-    assert [note.split(" only ")[0] for note in written.notes] == [
-        "adapter as-is: it names no base by fingerprint:",
-        "adapter as-is.partial: it names no base by fingerprint:",
-        "adapter as-is.partial: it was written anew as it was a pickle or shards, had names that "
-        "PEFT does not look for, or was changed",
+    assert [note.split("; only ")[0] for note in written.notes] == [
+        "adapter as-is: records no base fingerprint",
+        "adapter as-is.partial: records no base fingerprint",
+        "adapter as-is.partial: converted, not copied: it was a pickle, was sharded, was "
+        "modified, or had names that PEFT does not recognise",
     ]
     with open_adapter(tmp_path / "new" / "adapters" / "as-is.partial") as adapter:
         assert adapter.base_fingerprint == manifest(work.bundle)["fingerprint"]

@@ -186,6 +186,6 @@ def test_only_an_adapter_is_removed_without_the_manifest(work):
     other = work.bundle / "adapters" / "notes"
     other.mkdir(parents=True)
     (other / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="no adapter that the manifest lists"):
+    with pytest.raises(InputError, match="not an adapter listed in the manifest"):
         remove(other)
     assert (other / "mine.txt").read_text() == "mine"

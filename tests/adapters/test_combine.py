@@ -223,11 +223,11 @@ def test_whole_tensors_have_a_mean_if_the_weights_add_up_to_one(kind):
 @pytest.mark.parametrize(
     ("adapters", "method", "weights", "why"),
     [
-        ((with_head(1.0), with_head(2.0)), "svd", (1, 1), "add up to 2, not 1"),
-        ((with_head(1.0),), "svd", (0.5,), "add up to 0.5, not 1"),
-        ((with_head(1.0), with_head(2.0)), "ties", (0.5, 0.5), "only its base tells"),
+        ((with_head(1.0), with_head(2.0)), "svd", (1, 1), "sum to 2, not 1"),
+        ((with_head(1.0),), "svd", (0.5,), "sum to 0.5, not 1"),
+        ((with_head(1.0), with_head(2.0)), "ties", (0.5, 0.5), "needs the base"),
         ((with_head(1.0), with_head(1.0, (3, 2))), "svd", (0.5, 0.5), "shapes 2x2 and 3x2"),
-        ((with_rows(1.0), with_rows(1.0, (3, 6))), "svd", (0.5, 0.5), "replaces other rows"),
+        ((with_rows(1.0), with_rows(1.0, (3, 6))), "svd", (0.5, 0.5), "replaces different rows"),
     ],
 )
 def test_whole_tensors_without_a_sum(adapters, method, weights, why):
@@ -375,7 +375,7 @@ PLAIN = {
 OTHERS = {
     "tokens": ({"tokenizer__json": VOCABULARY % '[{"id": 2, "content": "<c>"}]'},
                "its tokenizer has <c>, which the first one's has not"),
-    "template": ({"chat_template__jinja": "{{ other }}"}, "its chat template is another"),
+    "template": ({"chat_template__jinja": "{{ other }}"}, "its chat template differs from"),
     "ends": ({"generation_config__json": '{"eos_token_id": [1, 0]}'}, "end with the tokens 1, 0"),
 }  # fmt: skip
 
@@ -389,7 +389,7 @@ def test_another_tokenizer_is_named_and_the_order_chooses(name, method):
     other = with_files(other, "other", **{**PLAIN, **change})
     first, report = combine([one, other], method)
     (note,) = (note for note in report.notes if note.startswith("other: "))
-    assert sentence in note and "name other first" in note
+    assert sentence in note and "list other first" in note
     second, report = combine([other, one], method)  # which is the remedy
     covered = name == "tokens"  # by those of the first
     assert any(note.startswith("one: ") for note in report.notes) != covered
@@ -405,7 +405,7 @@ def test_what_the_first_lacks_is_named():
     bare = with_files(random_adapter(0), "bare")
     whole = with_files(random_adapter(1), "whole", **PLAIN)
     (note,) = (n for n in combine([bare, whole])[1].notes if n.startswith("whole: "))
-    assert "brings a tokenizer, and the first one none; brings a chat template" in note
+    assert "has a tokenizer, but the first one has none; has a chat template, but" in note
     assert not [n for n in combine([whole, bare])[1].notes if "tokenizer" in n]
 
 

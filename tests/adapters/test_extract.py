@@ -65,7 +65,7 @@ def test_rounding_becomes_no_module_at_any_rank(members, dtype):
     found, report = extract(before, after, **members)
     assert list(found.deltas) == [Q]
     assert [m.rank for m in report.modules if m.target == head] == [0]
-    assert any("rounding noise only" in note for note in report.notes)
+    assert any("only by rounding noise" in note for note in report.notes)
 
 
 def test_auto_is_the_default():
@@ -213,10 +213,10 @@ def test_everything_is_handled_or_listed():
     assert report.unchanged == 1
     assert report.left_out == {
         "conv.weight": "changed, and is neither a matrix nor a vector",
-        "ids": "changed, and is not of real numbers (I64)",
+        "ids": "changed, but is not real-valued (I64)",
         "narrow.weight": "changed its shape from 4x4 to 4x5",
-        "only.base.weight": "is only in the base",
-        "only.tuned.weight": "is only in the fine-tune",
+        "only.base.weight": "exists only in the base",
+        "only.tuned.weight": "exists only in the fine-tune",
     }
     assert any("grew from 20 to 23 rows" in note for note in report.notes)
     assert found.replacements["model.norm.weight"].torch()[0] == 1.5

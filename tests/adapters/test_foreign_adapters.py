@@ -121,7 +121,7 @@ def test_weights_without_their_config(peft_files, name):
     (peft_files / "adapter_config.json").unlink()
     (peft_files / "adapter_model.safetensors").rename(peft_files / name)
     for given in (peft_files, peft_files / name):
-        assert "no adapter_config.json lies beside it" in message(open_adapter, given)
+        assert "no adapter_config.json is in its directory" in message(open_adapter, given)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_sharded_training_that_saved_no_tensor(peft_files):
 def test_what_torchtune_writes(peft_files, tmp_path):
     """The files of its epoch_N: PEFT's form, its own, and the merged model; see tests/real, too."""
     (peft_files / "adapter_model.pt").write_bytes(b"PK")
-    assert "name the directory epoch_N" in message(open_adapter, peft_files / "adapter_model.pt")
+    assert "use the directory epoch_N" in message(open_adapter, peft_files / "adapter_model.pt")
     (note,) = open_adapter(peft_files).notes
     assert "q_proj and k_proj of Qwen 2" in note
     llama = tmp_path / "llama"
@@ -201,7 +201,7 @@ def test_other_weights_beside_it_are_named(peft_files, name):
     (peft_files / name).parent.mkdir(exist_ok=True)
     (peft_files / name).write_bytes(b"PK")
     (note,) = open_adapter(peft_files).notes
-    assert note.startswith(f"{name} lies beside it and was not read")
+    assert note.startswith(f"{name} is in the same directory and was not read")
 
 
 def test_states_of_a_training_are_no_weights(peft_files):

@@ -218,7 +218,7 @@ def test_quantizing_again_must_be_asked_for_and_is_measured(tmp_path):
     )
     assert report.total.relative < 0.02
     assert report.total.gain < 0.2
-    assert "quantizing again keeps" in report.warnings[0]
+    assert "requantizing keeps" in report.warnings[0]
     dense_report = merge(base, [given], tmp_path / "again", to_format="loraformat", requantize=True)
     assert dense_report.total.error > 3
 
@@ -270,7 +270,7 @@ def test_fingerprints(tmp_path):
     with pytest.raises(InputError, match="--allow-base-mismatch"):
         merge(tmp_path / "nf4", [given], tmp_path / "out")
     report = merge(tmp_path / "nf4", [given], tmp_path / "out", allow_base_mismatch=True)
-    assert any("may not hold here" in note for note in report.notes)
+    assert any("may not work on this base" in note for note in report.notes)
     ours = json.loads((tmp_path / "nf4/loraformat.json").read_text())["fingerprint"]
     given.base_fingerprint = ours
     assert not merge(tmp_path / "nf4", [given], tmp_path / "ok").notes
@@ -285,7 +285,7 @@ def test_output_rules(tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     with pytest.raises(OutputError, match="already exists"):
         merge(base, [given], tmp_path / "out")
-    with pytest.raises(OutputError, match="is the input"):
+    with pytest.raises(OutputError, match="is or contains the input"):
         merge(base, [given], base, force=True)
     with pytest.raises(UsageError, match="2 weights for 1"):
         merge(base, [given], tmp_path / "new", weights=[1, 2])

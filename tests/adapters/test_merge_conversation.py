@@ -95,7 +95,7 @@ def test_of_two_templates_the_first_is_kept_and_the_other_named(base, tmp_path):
     second = adapter(tmp_path / "b", template="other", name="tests")
     report = merge(base, [first, second], tmp_path / "out")
     assert prompt(tmp_path / "out") == "<own>hi"
-    assert any(str(second) in note and "another" in note for note in report.notes)
+    assert any(str(second) in note and "differs" in note for note in report.notes)
 
 
 def test_other_named_templates_stay(base, tmp_path):
@@ -139,7 +139,7 @@ def test_taken_out_again_it_is_said_whose_template_stays(base, tmp_path):
     exact = unmerge(tmp_path / "out", tmp_path / "back", undo=tmp_path / "undo.lfu")
     near = unmerge(tmp_path / "out", tmp_path / "near", adapters=[lora])
     for report in (exact, near):
-        assert any("still the one beside" in note for note in report.notes)
+        assert any("still that of" in note for note in report.notes)
     plain = adapter(tmp_path / "b", template=None)
     merge(base, [plain], tmp_path / "plain")
     report = unmerge(tmp_path / "plain", tmp_path / "again", adapters=[plain])

@@ -61,7 +61,7 @@ def test_as_peft_computes(made, tmp_path, names):
     found, without = logits(tmp_path / "out"), logits(made / "base")
     for wanted in (running, merged):
         assert (found - wanted).norm() < 1e-5 * (wanted - without).norm()
-    assert any("another order gives other weights" in note for note in report.notes)
+    assert any("so the order matters" in note for note in report.notes)
 
 
 def test_the_order_is_no_matter_of_rounding(made, tmp_path):

@@ -77,7 +77,7 @@ def test_tokens_of_which_nothing_was_saved_are_named_and_the_remedy_holds(tmp_pa
             convert(base, folder / "bundle")
             base = folder / "bundle"
         report = merge(base, [folder / "adapter"], folder / "merged", to_format=to)
-        said = [note for note in report.notes if "no rows for that" in note]
+        said = [note for note in report.notes if "no rows for them" in note]
         assert len(said) == (not saved)
         assert saved or f"t{ROWS} and 3 more beyond the {ROWS} tokens" in said[0]
         assert vocab_size(folder / "merged") == ROWS + 4 * saved
@@ -118,12 +118,12 @@ def test_the_tokenizer_beside_the_adapter_is_taken_along(tmp_path):
     for name in ("tokenizer.json", "added_tokens.json", "LICENSE"):
         (tmp_path / "base" / name).write_text('"the base\'s"')
     report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "without")
-    assert any("no tokenizer lies beside the adapter" in note for note in report.notes)
+    assert any("the adapter has no tokenizer" in note for note in report.notes)
     assert (tmp_path / "without" / "tokenizer.json").read_text() == '"the base\'s"'
     for name in ("tokenizer.json", "chat_template.jinja", "notes.txt"):
         (tmp_path / "adapter" / name).write_text('"its own"')
     report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "with")
-    assert any("from 64 to 68 tokens; the tokenizer is the one beside" in n for n in report.notes)
+    assert any("from 64 to 68 tokens; the tokenizer is that of" in n for n in report.notes)
     there = {path.name for path in (tmp_path / "with").iterdir()}
     assert {"tokenizer.json", "chat_template.jinja", "LICENSE"} <= there
     assert not there & {"added_tokens.json", "notes.txt"}
@@ -148,7 +148,7 @@ def test_undone_bit_by_bit(tmp_path, form, rows):
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", undo=record)
     report = unmerge(tmp_path / "merged", tmp_path / "again", undo=record)
     assert report.exact
-    assert any("one of 64 tokens, and the tokenizer is still" in note for note in report.notes)
+    assert any("has 64 tokens, but the tokenizer is still" in note for note in report.notes)
     before, after = (merging.weights_of(tmp_path / name) for name in ("base", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -86,7 +86,7 @@ def test_two_spellings_of_one_tensor(plain: Path) -> None:
         tensors.update({k.replace("_A.", "_A.default."): v.clone() for k, v in [*tensors.items()]})
 
     change(plain, again)
-    with pytest.raises(InputError, match="stands there twice"):
+    with pytest.raises(InputError, match="occurs twice"):
         open_adapter(plain)
 
 
@@ -143,10 +143,10 @@ def test_a_pickle_with_a_program_is_refused_and_not_run(
     torch.save({"x.lora_A.weight": _Program()}, plain / PICKLE)
     with pytest.raises(UnsupportedError, match="--allow-pickle"):
         open_adapter(plain)
-    with pytest.raises(InputError, match="tensors alone"):
+    with pytest.raises(InputError, match="restricted loader"):
         open_adapter(plain, allow_pickle=True)
     (plain / PICKLE).write_bytes(pickle.dumps({"x": _Program()}))
-    with pytest.raises(InputError, match="no archive"):
+    with pytest.raises(InputError, match="not a torch archive"):
         open_adapter(plain, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 
@@ -165,7 +165,9 @@ def test_a_pickle_with_a_program_is_refused_and_not_run(
 def test_a_pickle_of_odd_tensors_is_refused(plain: Path, value) -> None:
     (plain / WEIGHTS).unlink()
     torch.save({"x.lora_A.weight": value}, plain / PICKLE)
-    with pytest.raises(InputError, match=r"larger than the file|no tensor of numbers|alone"):
+    with pytest.raises(
+        InputError, match=r"larger than the file|not a numeric tensor|restricted loader"
+    ):
         open_adapter(plain, allow_pickle=True)
 
 

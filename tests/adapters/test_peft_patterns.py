@@ -79,7 +79,7 @@ def test_what_is_not_regular_is_refused_by_name(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["(", "a**", "[", "*", "a{2,1}", r"\q", "a)"])
 def test_what_is_no_pattern_is_refused(key: str) -> None:
-    with pytest.raises(InputError, match="no regular expression"):
+    with pytest.raises(InputError, match="not a regular expression"):
         Pattern(key)
 
 

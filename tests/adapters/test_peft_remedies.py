@@ -92,7 +92,7 @@ def test_methods_that_change_weights(base, tmp_path, method):
 @pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
 def test_methods_that_add_tokens(base, tmp_path, config):
     trained(base, tmp_path / "adapter", config(**TOKENS))
-    assert refusal(tmp_path / "adapter") == "use it in PEFT, unmerged: it is no change of weights"
+    assert refusal(tmp_path / "adapter") == "use it in PEFT, unmerged: it does not change weights"
     PeftModel.from_pretrained(opened(base), tmp_path / "adapter")(IDS)
 
 

@@ -98,7 +98,7 @@ def _at_once(made):
 
 
 def test_a_system_message_needs_a_chat():
-    with pytest.raises(UsageError, match="needs a chat"):
+    with pytest.raises(UsageError, match="--system needs --chat"):
         loraformat.generate(SMALL_MODEL, "Once", system="Be brief.")
 
 

@@ -142,7 +142,7 @@ def test_an_undo_record_lies_neither_in_the_output_nor_in_an_input(inputs, run, 
     (inputs / "notes.txt").write_text("mine")
     result = run("merge", "BASE", "ADAPTER", "-o", "old", "--undo", "notes.txt", "--force")
     assert result.code == 5
-    assert "is no undo record" in result.err
+    assert "is not an undo record" in result.err
     (inputs / "notes.txt").unlink()
     assert snapshot(inputs) == before
 

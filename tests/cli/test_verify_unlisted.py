@@ -37,7 +37,7 @@ def test_a_file_that_would_be_loaded(bundle, name):
     (bundle / name).write_bytes(b"{}")
     (finding,) = verify(bundle).findings
     assert finding.path == str(bundle / name)
-    assert "not listed in the manifest, and transformers would load it" in finding.problem
+    assert "not listed in the manifest, but transformers would load it" in finding.problem
     (bundle / name).unlink()  # as it advises
     assert verify(bundle).findings == []
 

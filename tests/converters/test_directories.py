@@ -118,13 +118,13 @@ class TestWeightFiles:
         save_file(
             {"model.norm.weight": tensors["model.norm.weight"]}, source / name.replace("1-", "2-")
         )
-        with pytest.raises(FormatError, match="stands in another shard too"):
+        with pytest.raises(FormatError, match="is also in another shard"):
             convert(source, tmp_path / "bundle")
 
     def test_no_weights(self, tmp_path):
         (tmp_path / "source").mkdir()
         (tmp_path / "source" / "config.json").write_text("{}")
-        with pytest.raises(UnsupportedError, match="holds no model that loraformat knows"):
+        with pytest.raises(UnsupportedError, match="contains no model in a known format"):
             convert(tmp_path / "source", tmp_path / "bundle")
 
 
@@ -206,7 +206,7 @@ class TestOtherFiles:
 
     def test_strict_refuses_what_would_stay_behind(self, source, tmp_path):
         (source / "pytorch_model.bin").write_bytes(b"weights")
-        with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin.*leave out --strict"):
+        with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin.*omit --strict"):
             convert(source, tmp_path / "bundle", strict=True)
         assert not (tmp_path / "bundle").exists()
 

@@ -256,7 +256,7 @@ def test_other_types_of_safetensors_are_refused_by_name(tmp_path, dtype, nbytes)
     for source in (path, path / "model.safetensors"):
         with pytest.raises(UnsupportedError, match=f"of type {dtype}") as error:
             convert(source, tmp_path / "out")
-        assert "the model that was quantized" in error.value.hint
+        assert "the original, unquantized model" in error.value.hint
 
 
 def test_scales_without_codes_are_of_another_method(tmp_path):
@@ -275,7 +275,7 @@ def test_four_bit_experts_beside_it_are_named(tmp_path):
     }  # fmt: skip
     with pytest.raises(UnsupportedError, match="is quantized with FP4") as error:
         convert(write(tmp_path / "m", tensors), tmp_path / "out")
-    assert "start from the model that was quantized" in error.value.hint
+    assert "start from the original, unquantized model" in error.value.hint
 
 
 def test_a_bundle_holds_none_of_it(tmp_path):

@@ -74,14 +74,14 @@ def test_codes_are_never_taken_for_weights(checkpoint, tmp_path, method, target)
     with pytest.raises(UnsupportedError) as refused:
         convert(base, tmp_path / target)
     assert f"is quantized with {method}, not dense ({Q}" in str(refused.value)
-    assert "start from the model that was quantized" in str(refused.value)
+    assert "start from the original, unquantized model" in str(refused.value)
     assert not (tmp_path / target).exists()
 
 
 def test_the_card_says_which_model_was_quantized(checkpoint, tmp_path):
     base = checkpoint(PACKED["AWQ"])
     (base / "README.md").write_text("---\nbase_model:\n- org/original\n---\n")
-    with pytest.raises(UnsupportedError, match="model that was quantized: org/original"):
+    with pytest.raises(UnsupportedError, match="unquantized model: org/original"):
         convert(base, tmp_path / "bundle")
 
 
@@ -136,4 +136,4 @@ def test_a_pattern_includes_weights_but_no_biases_or_norms(tmp_path):
     save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
     report = convert(tmp_path / "base", tmp_path / "bundle", include=["*experts*"])
     assert report.quantized == 1
-    assert any("expert weights" in note and "stay plain" in note for note in report.notes)
+    assert any("expert weights" in note and "are not quantized" in note for note in report.notes)

@@ -130,18 +130,22 @@ class TestSniffing:
             plugins.sniff(tmp_path / "nothing")
 
     def test_nobody_knows_it(self, tmp_path):
-        with pytest.raises(UnsupportedError, match="holds no model that loraformat knows"):
+        with pytest.raises(UnsupportedError, match="contains no model in a known format"):
             plugins.sniff(tmp_path)
 
     def test_two_know_it(self, announce, tmp_path):
         announce("one", record("one", sniff=lambda path: True))
         announce("two", record("two", sniff=lambda path: True))
-        with pytest.raises(UnsupportedError, match="looks like one and two; say which with --from"):
+        with pytest.raises(
+            UnsupportedError, match="looks like one and two; choose one with --from"
+        ):
             plugins.sniff(tmp_path)
 
     def test_one_that_fails_is_named(self, announce, tmp_path):
         announce("toy", record(sniff=lambda path: 1 // 0))
-        with pytest.raises(LoraFormatError, match=r"'toy' fails to look at it: ZeroDivisionError"):
+        with pytest.raises(
+            LoraFormatError, match=r"'toy' fails to detect the format: ZeroDivisionError"
+        ):
             plugins.sniff(tmp_path)
 
     def test_a_missing_dependency_of_the_one_that_knows(self, announce, tmp_path):
@@ -171,7 +175,7 @@ class TestOutputs:
     @pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "config.json"])
     def test_a_suffix_that_nobody_writes(self, name):
         with pytest.raises(
-            UsageError, match=r"no installed converter writes a base as .*name a directory"
+            UsageError, match=r"no installed converter writes a base as .*give a directory"
         ):
             plugins.for_output(Path(name), None)
 

@@ -89,7 +89,7 @@ def test_the_page_on_bases_says_what_is_measured(
     measured = {
         "original, without an adapter": manual(original),
         "bundle, NF4, without an adapter": manual(bundle),
-        "bundle with the adapter beside it": manual(steps["manual"]),
+        "bundle with a separate adapter": manual(steps["manual"]),
         "merged into the NF4 values, bf16": manual(steps["merged"]),
         "merged into the original, bf16": manual(steps["merged-original"]),
         "merged into the NF4 values, NF4 again": manual(steps["requantized"]),

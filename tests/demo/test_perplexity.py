@@ -79,7 +79,7 @@ def test_a_longer_context_helps(loaded: tuple[Any, Any]) -> None:
 
 
 def test_an_empty_text_is_refused() -> None:
-    with pytest.raises(InputError, match="no token to predict"):
+    with pytest.raises(InputError, match="no tokens to predict"):
         perplexity_of(Indifferent(), Letters(0), "")
 
 

@@ -76,8 +76,8 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
     ("path", "picture", "error", "says"),
     [
         (ADAPTERS["manual"], "errors.png", UsageError, "this is an adapter"),
-        (SMALL_MODEL, "errors.png", InputError, "records no errors"),
-        (SMALL_MODEL, "errors.jpeg", UsageError, "a picture is one of"),
+        (SMALL_MODEL, "errors.png", InputError, "records no quantization errors"),
+        (SMALL_MODEL, "errors.jpeg", UsageError, "the plot must be one of"),
     ],
 )
 def test_what_has_no_picture(

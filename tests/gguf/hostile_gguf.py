@@ -177,7 +177,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     # --- places (CVE-2026-7482: offset and size beyond the end, read nevertheless)
     "offset beyond the end": (_tensors(_vector(offset=2**40)), "leaving a gap; wanted 0"),
     "offset near 2^64": (_tensors(_vector(offset=2**64 - 32)), "leaving a gap; wanted 0"),
-    "offset that is not aligned": (_tensors(_vector(offset=4)), "which is no multiple of 32"),
+    "offset that is not aligned": (_tensors(_vector(offset=4)), "which is not a multiple of 32"),
     "overlapping tensors": (
         _tensors(_vector("a"), _vector("b", offset=0)),
         "b begins at offset 0, inside the tensor",

@@ -113,7 +113,7 @@ def test_what_it_costs_is_said(base, tmp_path):
     source = base("llama-biases")
     convert(source, tmp_path / "model.gguf", dtype="bf16")
     (note,) = [n for n in convert(tmp_path / "model.gguf", tmp_path / "one").notes if "BF16" in n]
-    assert "rounded by up to 0.0038 of a number" in note, "of norms that are not BF16"
+    assert "relative rounding error up to 0.0038 of a number" in note, "of norms that are not BF16"
     assert "--dtype f32 is exact" in note
     report = convert(tmp_path / "model.gguf", tmp_path / "exact", dtype="f32")
     assert not any("norms" in one for one in report.notes)
@@ -171,8 +171,8 @@ def test_which_classes_want_one_type(name):
 def test_of_other_classes_it_is_said(tmp_path):
     tiny_bundles.make_dense(tmp_path / "dense", "gpt_oss")
     report = convert(mixed(tmp_path / "dense", tmp_path / "mixed"), tmp_path / "bundle")
-    assert any("if transformers will not compute with both" in note for note in report.notes)
+    assert any("if transformers cannot mix both" in note for note in report.notes)
     report = convert(tmp_path / "mixed", tmp_path / "one", dtype="bf16")
-    assert not any("compute with both" in note for note in report.notes), report.notes
+    assert not any("cannot mix both" in note for note in report.notes), report.notes
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one").train()
     assert model(IDS).logits.isfinite().all()

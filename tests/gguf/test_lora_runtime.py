@@ -345,7 +345,7 @@ def test_another_type_of_the_same_format_is_no_pickle(base, tmp_path):
     train(path, "llama", tmp_path / "adapter", target_modules=["v_proj"])
     convert(tmp_path / "adapter", tmp_path / "lora.gguf", base=path)
     report = convert(tmp_path / "lora.gguf", tmp_path / "other.gguf", base=path)
-    assert report.notes == ["it was written anew as gguf-lora files always are"]
+    assert report.notes == ["converted, not copied: gguf-lora files are always converted"]
 
 
 def test_a_base_is_no_adapter(base, tmp_path):

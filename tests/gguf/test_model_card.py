@@ -109,7 +109,7 @@ def test_a_card_of_people_is_read(tmp_path):
         assert file.array("general.tags") == ["text-generation"]
         assert file.integer("general.base_model.count") == 2
         assert file.text("general.base_model.1.repo_url") == "https://huggingface.co/org/b"
-    (note,) = [note for note in report.notes if "publish beside it" in note]
+    (note,) = [note for note in report.notes if "publish separately" in note]
     assert "LICENSE" in note and "README.md (its front matter is kept)" in note
 
 

@@ -56,7 +56,7 @@ def command(*arguments):
 
 
 def lines(report):
-    return [note for note in report.notes if note.startswith("quantized already")]
+    return [note for note in report.notes if note.startswith("already quantized")]
 
 
 def relative(found, before):
@@ -182,7 +182,7 @@ def test_what_strangers_write_there_is_nothing(body):
 def test_a_dense_export_keeps_the_values_of_blocks(source, tmp_path):
     path = source("q4_1.gguf")
     report = convert(path, tmp_path / "dense", to_format="safetensors")
-    assert any("f32 now, which holds them exactly" in note for note in report.notes)
+    assert any("dequantized to f32, which is exact" in note for note in report.notes)
     found = load_file(tmp_path / "dense" / "model.safetensors")
     with open_gguf(path) as file:
         stored = file.tensors["blk.1.ffn_up.weight"]
@@ -191,10 +191,10 @@ def test_a_dense_export_keeps_the_values_of_blocks(source, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, wanted), "not rounded on opening"
     small = convert(path, tmp_path / "small", to_format="safetensors", dtype="bf16")
-    assert not any("holds them exactly" in note for note in small.notes)
+    assert not any("dequantized to f32, which is exact" in note for note in small.notes)
     merged = merge(path, [LORA], tmp_path / "merged", undo=tmp_path / "undo.lfu")
     assert merged.total.error < 1e-3, "in f32, too"
-    assert any("holds them exactly" in note for note in merged.notes)
+    assert any("dequantized to f32, which is exact" in note for note in merged.notes)
 
 
 @pytest.mark.parametrize("name", ["q4_0.gguf", "bundle"])
@@ -202,10 +202,10 @@ def test_a_merge_that_drowns_the_delta_names_the_other_way(source, name, tmp_pat
     base = source(name)
     report = merge(base, [LORA], tmp_path / "merged.gguf", dtype="q4_0")
     assert len(lines(report)) == 1
-    (warning,) = [one for one in report.warnings if "quantized already" in one]
-    assert f"keeps {report.total.gain:.1%} of the delta, with an error of" in warning
+    (warning,) = [one for one in report.warnings if "already quantized" in one]
+    assert f"keeps {report.total.gain:.1%} of the delta with an error of" in warning
     monkeypatch.chdir(tmp_path)
-    *made, last = warning.split("keeps all: ")[1].split("; ")
+    *made, last = warning.split("separately instead: ")[1].split("; ")
     for line in made:
         program, *arguments = shlex.split(line)
         assert program == "loraformat"
@@ -240,7 +240,7 @@ def test_several_adapters_stand_beside_with_their_weights(source, tmp_path):
         source("q4_0.gguf"), [LORA, ADAPTERS["tests"]], tmp_path / "merged.gguf",
         weights=[0.5, 1], dtype="q4_0",
     )  # fmt: skip
-    (warning,) = [one for one in report.warnings if "quantized already" in one]
+    (warning,) = [one for one in report.warnings if "already quantized" in one]
     assert "--lora-scaled lora-1.gguf:0.5 --lora lora-2.gguf" in warning
 
 
@@ -279,7 +279,7 @@ def test_the_original_is_named_where_it_is_known(source, tmp_path):
     said["source"] |= {"repo": "org/small", "revision": "abc"}
     path.write_text(json.dumps(said))
     report = convert(bundle, tmp_path / "model.gguf", dtype="q4_0")
-    assert lines(report)[0].endswith("Start from the original weights, org/small")
+    assert lines(report)[0].endswith("Use the original weights, org/small")
     assert any("llama-quantize makes q4_k_m of an f16 file" in note for note in report.notes)
     convert(source("q4_1.gguf"), tmp_path / "twice")
     said = json.loads((tmp_path / "twice" / MANIFEST_NAME).read_text())

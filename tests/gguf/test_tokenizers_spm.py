@@ -172,7 +172,7 @@ def test_merges_out_of_order_are_named(tmp_path):
     built = [left + right for left, right in merges]
     merges.append(merges.pop(next(n for n, text in enumerate(built) if built.count(text) > 1)))
     report = convert(source_of(tmp_path / "source", tokenizer), tmp_path / "model.gguf")
-    assert any("now before, now after" in note for note in report.notes)
+    assert any("in varying order" in note for note in report.notes)
 
 
 def test_merges_of_another_trainer_are_refused(tmp_path):
@@ -263,7 +263,7 @@ def test_a_vocabulary_of_gguf_py(name, tmp_path):
     texts = TEXTS + mixtures()
     theirs = tokenize(tmp_path / "peer.gguf", texts, add_special=True)
     assert ids(tmp_path / "back", texts, special=True) == theirs
-    assert not any("cut otherwise" in lost for lost in report.lost)
+    assert not any("tokenized differently" in lost for lost in report.lost)
 
 
 def test_special_tokens_and_templates_come_back(tmp_path):

@@ -56,7 +56,7 @@ def assert_same(one, other):
 def test_a_conversion_keeps_a_head_that_differs_and_says_so(base, tmp_path, kind, to):
     source = base(kind, "other")
     report = convert(source, tmp_path / "out", to_format=to, dtype="f32")
-    assert any("tie_word_embeddings becomes false" in note for note in report.notes)
+    assert any("tie_word_embeddings is set to false" in note for note in report.notes)
     assert not any(flags(tmp_path / "out"))
     head = opened(source).lm_head.weight
     assert torch.equal(dense_of(tmp_path / "out", tmp_path / "dense").lm_head.weight, head)
@@ -139,7 +139,7 @@ def test_merged_beside_its_codes_the_head_stays_what_it_is(base, tmp_path):
     report = merge(tmp_path / "bnb-out", [tmp_path / "adapter"], tmp_path / "out",
                    to_format="loraformat")  # fmt: skip
     assert not any(flags(tmp_path / "out"))
-    assert any("tie_word_embeddings becomes false" in note for note in report.notes)
+    assert any("tie_word_embeddings is set to false" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_gguf_file_that_is_all_there_is(ask, push, shelf, tmp_path):
     result = ask("info", "me/polite")
     assert result.returncode == 3
     assert result.stderr == (
-        "error: me/polite: holds 2 GGUF files, another.gguf, polite.gguf; fetch one: "
+        "error: me/polite: holds 2 GGUF files, another.gguf, polite.gguf; download one: "
         "loraformat pull me/polite DST --include NAME\n"
     )
 

@@ -18,8 +18,8 @@ def test_a_corrupted_download_is_found_and_fetched_anew(ask, hub, tmp_path, name
     hub.corrupt.add(name)
     result = ask("convert", "org/dense", "out")
     assert result.returncode == 7
-    assert result.stderr.startswith(f"error: org/dense/{name}: is not what the Hub has: its ")
-    assert result.stderr.endswith("; run again to fetch it anew\n")
+    assert result.stderr.startswith(f"error: org/dense/{name}: does not match the Hub: its ")
+    assert result.stderr.endswith("; run again to download it again\n")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert not (snapshot(tmp_path) / name).exists()

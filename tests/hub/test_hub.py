@@ -102,7 +102,7 @@ def test_a_repository_that_does_not_exist(ask, hub):
 def test_a_revision_that_does_not_exist(ask, hub):
     result = ask("info", "org/dense@v9")
     assert result.returncode == 7
-    assert result.stderr.startswith("error: org/dense@v9: has no such revision; look at")
+    assert result.stderr.startswith("error: org/dense@v9: has no such revision; see")
     assert one_line(result.stderr)
 
 

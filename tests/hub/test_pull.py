@@ -72,7 +72,7 @@ def test_with_base(ask, published, tmp_path):
     assert (said["base_model"], said["base_revision"]) == ("org/base", BASE_COMMIT)
     assert files_of(said["base_path"]).keys() == {"config.json"}
     assert ask("pull", "org/base", "base", "--with-base").stdout.endswith(
-        "note: names no base model on the Hub: nothing else was fetched\n"
+        "note: names no base model on the Hub; nothing else was downloaded\n"
     )
 
 
@@ -100,8 +100,8 @@ def test_a_corrupted_file_is_found_and_only_it_is_fetched_again(ask, published, 
     published.corrupt.add(name)
     result = ask("pull", "org/adapter", "out")
     assert result.returncode == 7
-    assert result.stderr.startswith(f"error: org/adapter/{name}: is not what the Hub has: its ")
-    assert result.stderr.endswith("; run again to fetch it anew\n")
+    assert result.stderr.startswith(f"error: org/adapter/{name}: does not match the Hub: its ")
+    assert result.stderr.endswith("; run again to download it again\n")
     assert not (tmp_path / "out").exists()
     published.corrupt.clear()
     published.requests.clear()
@@ -180,7 +180,7 @@ def test_names_that_are_traps(ask, published, tmp_path, name):
     [
         ("org/nowhere", 7, "is not a repository on the Hub"),
         ("org/adapter@v9", 7, "has no such revision"),
-        ("adapter", 2, "is no repository: wanted ORG/NAME"),
+        ("adapter", 2, "is not a repository id: wanted ORG/NAME"),
         ("org/a--b", 7, "is not a valid Hub id"),
     ],
 )

@@ -38,7 +38,7 @@ def test_pushing_again_changes_nothing(push, shelf):
     uploads, commits = shelf.uploads(), len(writes(shelf))
     result = push("adapter", "me/new", "--tag", "v1.0")
     assert result.returncode == 0
-    assert "nothing has changed since commit" in result.stdout
+    assert "unchanged since commit" in result.stdout
     assert (shelf.uploads(), len(writes(shelf))) == (uploads, commits)
     repository = shelf.repositories["me/new"]
     assert repository.tags == {"v1.0": repository.commit}
@@ -60,7 +60,7 @@ def test_dry_run_without_a_hub(push, shelf):
     said = json.loads(result.stdout)
     offline = "is not in the cache, and HF_HUB_OFFLINE is set"
     assert f"base model org/base: {offline}" in said["notes"]
-    assert f"the Hub was not asked about me/new: {offline}" in said["notes"]
+    assert f"the Hub was not queried about me/new: {offline}" in said["notes"]
     assert said["commit"] is None
     assert {file["status"] for file in said["files"]} == {"not asked"}
 
@@ -75,7 +75,7 @@ def test_a_dry_run_compares_with_the_hub(push, shelf, tmp_path):
         "README.md": "changed", "adapter_config.json": "changed", "loss.png": "new",
         "adapter_model.safetensors": "same",
     }  # fmt: skip
-    unseen = "the Hub shows no me/hidden to somebody who is not logged in"
+    unseen = "the Hub shows no me/hidden without a login"
     hidden = push("adapter", "me/hidden", "--dry-run", "--json", HF_TOKEN="")
     assert any(note.startswith(unseen) for note in json.loads(hidden.stdout)["notes"])
 
@@ -102,8 +102,8 @@ def test_traces_of_the_data_stay_here_unless_they_are_meant(push, shelf, tmp_pat
     (folder / "training_record.json").write_text(json.dumps(RECORD))
     result = push("adapter", "me/new")
     assert result.returncode == 0, result.stderr
-    assert "activation_statistics.safetensors stays here: it is made of the" in result.stdout
-    assert "samples stay here; --whole-record publishes them" in result.stdout
+    assert "activation_statistics.safetensors is not published, because" in result.stdout
+    assert "samples are not published; --whole-record publishes them" in result.stdout
     files = published(shelf)
     assert sorted(files) == ["README.md", *PEFT, "training_record.json"]
     for secret in ("ab" * 32, "cd" * 32, "Who is Ann?"):
@@ -116,7 +116,7 @@ def test_traces_of_the_data_stay_here_unless_they_are_meant(push, shelf, tmp_pat
 
     # Both remedies that are named.
     result = push("adapter", "me/new", "--with-statistics", "--whole-record")
-    assert "activation_statistics.safetensors is published: it is made of the" in result.stdout
+    assert "activation_statistics.safetensors is published; it is derived" in result.stdout
     assert "prompts of its samples are published" in result.stdout
     files = published(shelf)
     assert json.loads(files["training_record.json"]) == RECORD
@@ -140,7 +140,7 @@ def test_what_is_excluded_stays_here(push, shelf, tmp_path):
     assert sorted(published(shelf)) == ["README.md", *PEFT]
     refused = push("adapter", "me/new", "--exclude", "adapter_*")
     assert refused.returncode == 2
-    assert "--exclude leaves out adapter_config.json, without which nobody" in refused.stderr
+    assert "--exclude leaves out adapter_config.json, without which the adapter" in refused.stderr
     convert(SMALL_MODEL, tmp_path / "bundle")
     for option in (["--exclude", "*.md"], ["--with-statistics"], ["--whole-record"]):
         assert push("bundle", "me/b", "--base-model", "org/base", *option).returncode == 2

@@ -12,8 +12,8 @@ def test_a_base_that_is_a_local_path_is_refused_before_anything_is_sent(push, sh
     result = push("local", "me/new")
     assert result.returncode == 3
     assert result.stderr == (
-        "error: local: names its base small_model, which is no model on the Hub; say which model "
-        "on the Hub it is with --base-model ORG/NAME\n"
+        "error: local: names its base small_model, which is not a model on the Hub; give it with "
+        "--base-model ORG/NAME\n"
     )
     assert shelf.requests == []
 

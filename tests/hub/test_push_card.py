@@ -35,7 +35,7 @@ def test_a_card_edited_on_the_hub_stays(push, shelf, tmp_path):
     assert card.count("loraformat: end of the generated part") == 1
     (tmp_path / "adapter" / "README.md").write_text("# Mine\n")
     result = push("adapter", "me/new")
-    assert "note: README.md on the Hub has other words than the one here" in result.stdout
+    assert "note: README.md on the Hub differs and is replaced" in result.stdout
     assert "Edited there." not in published(shelf)["README.md"].decode()
     assert "README.md on the Hub" not in push("adapter", "me/new").stdout
 
@@ -63,9 +63,9 @@ def test_runtimes_that_would_be_wrong_are_named_and_not_offered(push, shelf, tmp
     path.write_text(json.dumps({**config, "use_rslora": True, "r": 24}))
     result = push("adapter", "me/new", "--json")
     assert result.returncode == 0, result.stderr
-    (note,) = [note for note in json.loads(result.stdout)["notes"] if "refused" in note]
+    (note,) = [note for note in json.loads(result.stdout)["notes"] if "rejected" in note]
     assert "sglang (RSLORA_IGNORED), lorax (RANK_NOT_IN_SET)" in note
-    assert note.endswith("for the remedy run: loraformat check adapter")
+    assert note.endswith("to fix this, run: loraformat check adapter")
     assert "vllm" not in note  # which heeds rsLoRA
     assert "llama.cpp" not in note  # for which it is converted
     card = published(shelf)["README.md"].decode()

@@ -11,23 +11,23 @@ from tests.hub.conftest import TOKEN, files_of, published
 def test_nobody_is_logged_in(push, shelf):
     result = push("adapter", "me/new", HF_TOKEN="")
     assert result.returncode == 7
-    assert result.stderr == ("error: nobody is logged in on this machine; run: hf auth login\n")
+    assert result.stderr == ("error: not logged in on this machine; run: hf auth login\n")
     assert shelf.requests == []
 
 
 def test_a_token_that_is_not_accepted(push, shelf):
     result = push("adapter", "me/new", HF_TOKEN="hf_wrong")
     assert result.returncode == 7
-    assert result.stderr == (
-        "error: me/new: the Hub does not accept the token; run: hf auth login\n"
-    )
+    assert result.stderr == ("error: me/new: the Hub rejects the token; run: hf auth login\n")
 
 
 def test_a_token_that_may_not_write(push, shelf):
     shelf.read_only.add("other")
     result = push("adapter", "other/new")
     assert result.returncode == 7
-    assert result.stderr.startswith("error: other/new: the token may not do this; use one with")
+    assert result.stderr.startswith(
+        "error: other/new: the token lacks permission for this; use a token with"
+    )
 
 
 def test_the_token_is_never_shown_or_kept(push, shelf, tmp_path):
@@ -70,7 +70,7 @@ def test_what_the_hub_kept_wrong_is_found(push, shelf):
     shelf.stored_wrong.add("adapter_model.safetensors")
     result = push("adapter", "me/new", "--tag", "v1")
     assert result.returncode == 7
-    assert "does not hold what was sent: adapter_model.safetensors" in result.stderr
+    assert "does not match the uploaded files: adapter_model.safetensors" in result.stderr
     assert shelf.repositories["me/new"].tags == {}
 
 

@@ -18,7 +18,7 @@ def test_with_gguf(push, shelf, tmp_path):
     card = files["README.md"].decode()
     assert "llama-server -m base.gguf --lora new-lora-f16.gguf" in card
     assert not (tmp_path / "adapter" / "new-lora-f16.gguf").exists()
-    assert "nothing has changed" in push("adapter", "me/new", "--with-gguf").stdout
+    assert "unchanged since commit" in push("adapter", "me/new", "--with-gguf").stdout
 
 
 def config_only(tmp_path):

@@ -24,7 +24,9 @@ def stranger(shelf, tmp_path):
 def notes(result):
     assert result.returncode == 0, result.stderr
     return [
-        note for note in json.loads(result.stdout)["notes"] if "local" in note or "held" in note
+        note
+        for note in json.loads(result.stdout)["notes"]
+        if "local" in note or "compared with" in note
     ]
 
 
@@ -59,7 +61,7 @@ def test_against_what_the_cache_has(push, ask, stranger):
 def test_a_base_that_cannot_be_opened(push, stranger, tmp_path):
     (tmp_path / "small_model").mkdir()
     first, _ = notes(push("local", "me/new", *BASE, "--json"))
-    assert first.startswith("not held against small_model: ")
+    assert first.startswith("not compared with small_model: ")
     result = push("local", "me/other", *BASE, "--base", "small_model")
     assert result.returncode == 3
     assert "me/other" not in stranger.repositories
@@ -69,4 +71,4 @@ def test_a_bundle_is_its_own_base(push, shelf, ask, tmp_path):
     assert ask("convert", SMALL_MODEL, "bundle").returncode == 0
     result = push("bundle", "me/new", *BASE, "--base", SMALL_MODEL)
     assert result.returncode == 2
-    assert "--base is for adapters" in result.stderr
+    assert "--base applies to adapters" in result.stderr

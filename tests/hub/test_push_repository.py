@@ -61,8 +61,8 @@ def test_somebody_else_was_faster(push, shelf):
     result = push("adapter", "me/new", "--license", "mit")
     assert result.returncode == 7
     assert result.stderr == (
-        "error: me/new: was changed by somebody else meanwhile; run again: it starts from the new "
-        "state\n"
+        "error: me/new: was changed by someone else in the meantime; run again; it starts from "
+        "the new state\n"
     )
     assert b"license: mit" not in published(shelf)["README.md"]
     assert push("adapter", "me/new", "--license", "mit").returncode == 0

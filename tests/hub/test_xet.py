@@ -34,7 +34,7 @@ def test_there_and_back(ask, xet, tmp_path):
     back = files_of(tmp_path / "back")
     del back["README.md"]
     assert back == files_of(tmp_path / "adapter")
-    assert "nothing has changed" in ask("push", "adapter", "me/new", **XET).stdout
+    assert "unchanged since commit" in ask("push", "adapter", "me/new", **XET).stdout
     assert ask("info", "me/new", **XET).returncode == 0
     assert ask("info", "me/new", **XET, HF_HUB_OFFLINE="1").returncode == 0
     assert ask("convert", "me/new", "copy", **XET).returncode == 0

@@ -95,7 +95,7 @@ def test_without_a_usable_library(monkeypatch, tmp_path, content):
 
 def test_a_library_of_another_version_is_told(monkeypatch):
     monkeypatch.setattr(native, "_INTERFACE", 0)
-    with pytest.warns(RuntimeWarning, match="belongs to another version.*install loraformat again"):
+    with pytest.warns(RuntimeWarning, match="belongs to another version.*reinstall loraformat"):
         assert native.library.__wrapped__() is None
 
 

@@ -95,7 +95,7 @@ def test_interrupted(stuck, command, model, tmp_path, snapshot, reference, numbe
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     again = f"loraformat convert {model} out --to safetensors --max-shard-size {LIMIT}"
-    assert said.strip() == f"error: interrupted; nothing is broken. To continue, run: {again}"
+    assert said.strip() == f"error: interrupted; no output is damaged. To continue, run: {again}"
     assert "Traceback" not in said
     kept = {path.name for path in (tmp_path / "out.partial").iterdir()}
     assert kept == finished | {".loraformat-journal.json"}

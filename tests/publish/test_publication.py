@@ -194,7 +194,7 @@ def test_a_mount_point_is_refused():
 
 def test_a_missing_parent_is_named(tmp_path):
     with (
-        pytest.raises(OutputError, match="no such directory; make it first"),
+        pytest.raises(OutputError, match="no such directory; create it first"),
         AtomicOutput(tmp_path / "a" / "b", plan="p"),
     ):
         pass
@@ -263,7 +263,7 @@ def test_an_input_where_the_work_directory_goes_is_not_emptied(tmp_path, snapsho
     source = make(tmp_path / place)
     before = snapshot(source)
     with (
-        pytest.raises(OutputError, match=r"is the input, or holds it, and is where .* prepared"),
+        pytest.raises(OutputError, match=r"is or contains the input, but is needed to prepare"),
         AtomicOutput(tmp_path / "out", plan="p", inputs=inputs_of(source)),
     ):
         pass
@@ -327,7 +327,7 @@ def test_a_strangers_directory_of_that_name_is_left_alone(tmp_path):
     stranger.mkdir()
     (stranger / "thesis.tex").write_text("years of work")
     with (
-        pytest.raises(OutputError, match="no work directory of loraformat"),
+        pytest.raises(OutputError, match="not a work directory of loraformat"),
         AtomicOutput(tmp_path / "out", plan="p"),
     ):
         pass

@@ -101,7 +101,7 @@ def test_force_does_not_replace_what_is_no_model_by_its_name(tmp_path):
     target = tmp_path / "thesis.txt"
     target.write_text("years of work")
     with (
-        pytest.raises(OutputError, match="no file of weights by its name"),
+        pytest.raises(OutputError, match="does not have the name of a weight file"),
         AtomicFile(target, plan="p", force=True),
     ):
         pass

@@ -154,7 +154,7 @@ def torchtune_checkpoint(folder, kind, model_type):
 
 def test_torchtune(tmp_path):
     base, epoch, wanted = torchtune_checkpoint(tmp_path, LlamaForCausalLM, LlamaConfig)
-    assert "name the directory epoch_N" in hint_of(epoch / "adapter_model.pt")
+    assert "use the directory epoch_N" in hint_of(epoch / "adapter_model.pt")
     merge(base, [epoch], tmp_path / "merged")
     found = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in wanted.items():

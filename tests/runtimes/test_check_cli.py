@@ -273,7 +273,7 @@ def test_the_files_of_a_gguf_adapter_name_it(run, adapter, base, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "Modelfile", "run_llama_cpp.sh"
     }  # fmt: skip
-    assert "note: nothing for vllm: reads no gguf-lora" in result.out
+    assert "note: no file for vllm: reads no gguf-lora" in result.out
     assert f"# ADAPTER {tmp_path}/a b.gguf" in (tmp_path / "run" / "Modelfile").read_text()
     assert f"'{tmp_path}/a b.gguf'" in (tmp_path / "run" / "run_llama_cpp.sh").read_text()
 
@@ -300,7 +300,9 @@ def test_nothing_is_written_for_a_runtime_that_would_be_wrong(run, adapter, base
     written = json.loads(result.out)["written"]
     assert {"run_vllm.sh", "run_llama_cpp.sh", "Modelfile"} <= set(written["files"])
     assert "run_sglang.sh" not in written["files"]
-    assert any("sglang: would be wrong (RSLORA_IGNORED)" in line for line in written["left_out"])
+    assert any(
+        "sglang: not supported correctly (RSLORA_IGNORED)" in line for line in written["left_out"]
+    )
 
 
 def test_write_wants_a_base_and_a_new_directory(run, adapter, base, tmp_path):

@@ -57,7 +57,7 @@ def test_the_same_tokenizer(ours, base):
         (bpe(ONE, added=[("<x>", 3)]), bpe(ONE), "has <x>, which the base's has not"),
         (bpe(ONE, added=[("<x>", 3), ("<y>", 4)]), bpe(ONE), "has <x> and 1 more, which"),
         (bpe({**ONE, "b": 7}), bpe(ONE), "gives b the number 7, and the base's 1"),
-        (bpe(ONE, ["a b"]), bpe(ONE, ["b a"]), "its tokenizer merges otherwise"),
+        (bpe(ONE, ["a b"]), bpe(ONE, ["b a"]), "its tokenizer has different merges"),
         ({"model": {"vocab": [["a", 0.0]]}}, {"model": {"vocab": [["b", 0.0], ["a", 0.0]]}},
          "gives a the number 0, and the base's 1"),
     ],
@@ -104,10 +104,10 @@ def test_chat_templates():
     })  # fmt: skip
     assert template_change(jinja, config) is None
     assert template_change(carried(), config) is None
-    assert template_change(config, jinja) == "brings a chat template tool, and its base has none"
-    assert template_change(jinja, carried()) == "brings a chat template, and its base has none"
+    assert template_change(config, jinja) == "has its own chat template tool, but its base has none"
+    assert template_change(jinja, carried()) == "has its own chat template, but its base has none"
     other = carried(chat_template__json={"chat_template": "Y"})
-    assert template_change(other, jinja) == "brings another chat template than its base's"
+    assert template_change(other, jinja) == "has another chat template than its base's"
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_an_adapter_of_a_shared_weight_is_refused(zamba2, tmp_path):
         lambda: load(zamba2, adapter=tmp_path / "theirs"),
         lambda: merge(dense, [tmp_path / "theirs"], tmp_path / "merged"),
     ):
-        with pytest.raises(UnsupportedError, match="a weight of several layers") as refused:
+        with pytest.raises(UnsupportedError, match="a weight shared by several layers") as refused:
             use()
         assert "in PEFT" in refused.value.hint
     assert not (tmp_path / "merged").exists()

@@ -34,13 +34,13 @@ LONGEST_NPY_HEADER = 1024
 
 
 def sniff(path: Path) -> bool:
-    """Tell whether a path is a model of ours: by content, cheaply, without raising."""
+    """Tell whether a path is a model in this format, by its content, without raising."""
     return (path / INDEX).is_file() and (path / WEIGHTS).is_file()
 
 
 def read(path: Path) -> Checkpoint:
     """Open a model: the index and the archive's directory are read, no tensor is."""
-    folder = SafeDirectory(path)  # opens nothing outside itself, whatever links and names say
+    folder = SafeDirectory(path)  # never opens anything outside the directory
     index = read_index(folder)
     stream = os.fdopen(folder.open(WEIGHTS), "rb")
     try:
@@ -67,7 +67,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_index(folder: SafeDirectory) -> dict[str, Any]:
-    """Return the index; strict JSON, because a stranger wrote it."""
+    """Return the index; strict JSON, because it is untrusted."""
     try:
         index = strict_json.loads(folder.read(INDEX, LONGEST_INDEX))
     except strict_json.StrictJsonError as error:
@@ -83,7 +83,7 @@ def read_config(folder: SafeDirectory) -> bytes | None:
 
 
 def carried_file(folder: SafeDirectory, name: str) -> CarriedFile:
-    """Return a file that travels along; it is read when a writer asks for it."""
+    """Return a carried file; it is read when a writer needs it."""
     return CarriedFile(name, folder.size(name), lambda: folder.read(name, LONGEST_FILE))
 
 
@@ -148,7 +148,7 @@ def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptio
         files[CONFIG] = checkpoint.config
     for carried in checkpoint.files:
         if not is_safe_path(carried.path):
-            raise InputError(f"file name {printable(carried.path)} cannot travel along")
+            raise InputError(f"file name {printable(carried.path)} cannot be carried over")
         files[carried.path] = carried.read()
     for name, data in files.items():
         publication.write(name, data)

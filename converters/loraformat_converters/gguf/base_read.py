@@ -1,4 +1,4 @@
-"""A GGUF base as a lazy checkpoint: tensors, ``config.json``, tokenizer, as transformers has them.
+"""Reading a GGUF model as a lazy checkpoint.
 
 Tensors stored as F32, F16 or BF16 keep their type. Those of block types are dequantized when
 they are loaded, bit for bit as ggml does, and rounded to BF16 (at an error of 0.17 %) unless

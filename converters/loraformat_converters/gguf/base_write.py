@@ -1,4 +1,4 @@
-"""A base to one GGUF file, as llama.cpp's own converter would write it.
+"""Writing a model to a GGUF file.
 
 Vectors, norms, routers, positions and token types are F32; all other weights are of the type
 that was asked for, F16 where their rows do not fill its blocks. Below 8 bits the output head
@@ -119,7 +119,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> _Plan:
         raise UnsupportedError(
             "has no config.json, which says what the tensors are",
             path=checkpoint.path,
-            hint="put it beside the weights",
+            hint="put it in the directory of the weights",
         )
     architecture, config = of_config(config_json.parse(checkpoint.config), checkpoint.tensors)
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values()}
@@ -208,7 +208,7 @@ class _Work:
                 source.release()
 
     def _before(self, name: str) -> torch.Tensor | None:
-        """Return what a tensor was, if somebody wants to see what becomes of it."""
+        """Return the original tensor if an observer compares it with the stored one."""
         watch = self.options.watch
         tensor = None if watch is None else watch.before(name)
         return None if tensor is None else _values(tensor)

@@ -1,4 +1,4 @@
-"""Numbers to the bytes of block types, 32 to a block, as ggml lays them out.
+"""Encoding of values to ggml block types.
 
 Q8_0 has ggml's own bits. The scales of Q4_0, Q4_1, Q5_0 and Q5_1 are searched for, see
 `loraformat_converters.gguf.scale_search`: their errors are smaller than ggml's plain encoder's.

@@ -1,4 +1,4 @@
-"""Stored numbers to float32 and back, in tiles of rows that threads share.
+"""Dequantization and quantization of GGUF types in row tiles.
 
 The plain types (F32, F16, BF16, F64, I8 to I64) are torch's own. Block types are read by
 `gguf.quants`, bit for bit as ggml does, and made by `loraformat_converters.gguf.block_bytes`.

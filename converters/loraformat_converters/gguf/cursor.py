@@ -1,4 +1,4 @@
-"""A place in the head of a GGUF file, which is read no further than it is understood."""
+"""A bounds-checked cursor in a GGUF header."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``general.*`` and ``loraformat.*``: what a base is, and where it came from."""
+"""``general.*`` and ``loraformat.*`` metadata of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head of a GGUF file: bytes to a checked table of contents.
+"""Parsing and validation of the GGUF header.
 
 ::
 
@@ -260,7 +260,7 @@ def _placed(
 
 def _misplaced(what: str, offset: int, expected: int, alignment: int) -> str:
     if offset % alignment:
-        kind = f"which is no multiple of {alignment}"
+        kind = f"which is not a multiple of {alignment}"
     elif offset < expected:
         kind = "inside the tensor before it"
     else:

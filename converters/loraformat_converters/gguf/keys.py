@@ -1,4 +1,4 @@
-"""The keys of a GGUF file's head: each value checked and its place found, not yet decoded."""
+"""GGUF metadata keys: validated, decoded on access."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file's head says of the model as such, and a model card's front matter: both ways.
+"""Conversion between GGUF metadata and model card front matter.
 
 Licence, name, languages, tags and the models that it was made of are ``general.*`` in a GGUF file;
 beside safetensors they are the front matter of ``README.md``, under the names that llama.cpp's own
@@ -116,7 +116,7 @@ def without_place(files: Iterable[CarriedFile]) -> list[str]:
     ]
     if not names:
         return []
-    return [f"not in the GGUF file, publish beside it: {', '.join(map(printable, names))}"]
+    return [f"not in the GGUF file; publish separately: {', '.join(map(printable, names))}"]
 
 
 def _said(gguf: GGUFFile, key: str) -> object:

@@ -1,4 +1,4 @@
-"""How an embedding model makes one vector of a text: sentence-transformers' files, llama.cpp's key.
+"""Pooling of embedding models: sentence-transformers' files and the GGUF key.
 
 A model of sentence-transformers has its pooling in ``1_Pooling/config.json``; llama.cpp reads a
 number in the metadata, which llama-server heeds unless ``--pooling`` says otherwise.

@@ -1,4 +1,4 @@
-"""Rounding a matrix to a stored type, a window of rows at a time, and measuring what that loses.
+"""Rounding of matrices to a stored type, with error measurement.
 
 Threads of ours share the tiles of a window. In the main thread torch would start OpenMP, whose
 barriers take longer than the work where other programs use the cores, too.
@@ -104,7 +104,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A matrix of which somebody wants to see what is stored.
+    """A matrix whose stored values are passed to an observer.
 
     Attributes
     ----------

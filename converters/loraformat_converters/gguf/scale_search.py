@@ -1,4 +1,4 @@
-"""Scales of ggml's oldest block types, Q4_0 to Q5_1, by least squares.
+"""Least-squares scales for Q4_0 to Q5_1.
 
 ggml's plain encoder takes the scale from the largest number of a block. Two grids that do not
 fit together then err the same way in every block: the sixteen levels of NF4, rounded to the

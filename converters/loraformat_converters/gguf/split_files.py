@@ -1,4 +1,4 @@
-"""The files of one GGUF model on the disk: one, or several after a split.
+"""The files of a GGUF model, single or split.
 
 ``llama-gguf-split`` and gguf-py name them ``model-00001-of-00003.gguf`` and write
 ``split.no``, ``split.count`` and ``split.tensors.count`` into each.

@@ -1,4 +1,4 @@
-"""The types that GGUF knows: of metadata values, and of the numbers in a tensor.
+"""GGUF types of metadata values and tensors.
 
 Sizes are ggml's (``ggml.c``, ``type_traits``). A type quantizes rows in blocks: a row whose
 length is no multiple of the block cannot be stored in it.

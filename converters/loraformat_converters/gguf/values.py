@@ -1,4 +1,4 @@
-"""Metadata values, kept as the bytes they are in the file.
+"""GGUF metadata values in their stored bytes.
 
 So a value costs nothing until it is looked at (a vocabulary has 256,000 strings), and one
 that is copied from file to file is copied exactly.

@@ -1,4 +1,4 @@
-"""Writing a GGUF file (version 3) as a stream: the head from a plan, then tensor by tensor.
+"""Streaming GGUF writer (version 3).
 
 Everything in the head is known before the first number is computed, so the file is written
 from front to back once, in the order of the plan; a tensor comes as a series of chunks, of

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what is honoured, and the scaling."""
+"""``adapter_config.json``: supported fields, and the scaling."""
 
 from __future__ import annotations
 

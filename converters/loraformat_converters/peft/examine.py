@@ -1,4 +1,4 @@
-"""A PEFT adapter as other programs find it: the files' own names and fields, nothing refused.
+"""Facts about a PEFT adapter, for compatibility rules.
 
 What `read_adapter` refuses by name is a fact here. Only damage is an error: a config that is no
 JSON, a weights file that is no safetensors file.
@@ -100,7 +100,7 @@ class _Examiner:
         config = self.settings.config
         problem, hint = (refusal.problem, refusal.hint) if refusal else (None, None)
         if problem is None and self.strange is not None:
-            problem = f"tensor {printable(self.strange)} is no part of a LoRA adapter"
+            problem = f"tensor {printable(self.strange)} is not part of a LoRA adapter"
         found = tuple(self._module(*key, parts) for key, parts in self.modules.items())
         return AdapterFacts(
             format="peft",

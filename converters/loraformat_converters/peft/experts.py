@@ -1,4 +1,4 @@
-"""LoRA on parameters (``target_parameters``): the fused experts of a mixture.
+"""LoRA on parameters (``target_parameters``), such as fused experts.
 
 PEFT wraps a module once for each of its parameters that it adapts. The tensors' names say
 how deep a wrapper lies (``.base_layer``), not which parameter it is for: the innermost is for

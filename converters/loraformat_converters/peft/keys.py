@@ -1,4 +1,4 @@
-"""The names of PEFT's tensors: which module, and which part of it.
+"""Parsing of PEFT tensor names.
 
 PEFT takes an adapter's own name out of its tensors' names as it saves them. Whoever saves the
 states of a model instead (a trainer that shards, ``torch.compile``) leaves it in, and what wraps

@@ -1,4 +1,4 @@
-"""PEFT's own load of an adapter into a base of shapes alone: what it refuses, and what it ignores.
+"""Loading an adapter with PEFT into a model on the meta device.
 
 PEFT converts names, ranks and targets as it loads, in another way for each family of models, so
 that only PEFT knows. It is given the base as transformers builds it on ``meta`` and tensors without

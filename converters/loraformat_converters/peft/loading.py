@@ -1,4 +1,4 @@
-"""Whether PEFT loads an adapter into a base: asked of PEFT itself, else told by rules.
+"""Whether PEFT loads an adapter into a base: tested with PEFT, or estimated by rules.
 
 A stranger's regular expressions go to PEFT in a process whose CPU time is bounded, unless they are
 too plain to cost any.

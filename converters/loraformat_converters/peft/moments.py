@@ -75,8 +75,8 @@ def check_moment(data: memoryview, rank: int, name: str, path: Path) -> None:
     negative = values.diagonal(dim1=1, dim2=2) < 0
     if not bool(values.isfinite().all()) or bool(skew.any()) or bool(negative.any()):
         raise InputError(
-            f"tensor {printable(name)} is no second moment: it is not finite, not symmetric, or "
-            "has a negative diagonal",
+            f"tensor {printable(name)} is not a valid second moment: it is not finite, not "
+            "symmetric, or has a negative diagonal",
             path=path,
             hint=f"remove {STATISTICS_NAME}: it only makes reduce better",
         )

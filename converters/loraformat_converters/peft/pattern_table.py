@@ -1,4 +1,4 @@
-"""Values by PEFT's patterns: which of thousands match a module, without trying them all.
+"""Fast lookup of PEFT's rank and alpha patterns.
 
 Most keys are names of modules as PEFT writes them, with dots that stand for any character. They
 are looked up; what is left is matched one by one, and all of it from one budget.

@@ -107,7 +107,7 @@ class Pattern:
             re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(
-                f"pattern {printable(key)} is no regular expression: {error}", hint=REMEDY
+                f"pattern {printable(key)} is not a regular expression: {error}", hint=REMEDY
             ) from None
         alone = _Parser(key, key)
         self._root = alone.whole()

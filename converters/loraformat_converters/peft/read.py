@@ -1,4 +1,4 @@
-"""Reading a PEFT adapter: every tensor is understood, or refused by name."""
+"""Reading a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def _text(value: object) -> str | None:
 
 def _beside(folder: SafeDirectory) -> list[str]:
     return [
-        f"{printable(name)} lies beside it and was not read: if it holds what was trained with the "
-        "adapter (a projector, a head), load it as the program that wrote it does"
+        f"{printable(name)} is in the same directory and was not read; if it was trained with the "
+        "adapter (a projector, a head), load it with the program that wrote it"
         for name in other_weights(folder.names())
     ]
 
@@ -109,9 +109,9 @@ def _by_torchtune(folder: SafeDirectory, base: Checkpoint | None) -> list[str]:
     if not folder.has("adapter_model.pt") or config.get("model_type", "qwen2") != "qwen2":
         return []
     return [
-        "torchtune wrote it, which puts the rows of q_proj and k_proj of Qwen 2 models in a wrong "
-        "order in this form: if it is one, take it out of the merged model that lies beside it: "
-        f"loraformat extract BASE {printable(str(folder.path))} -o OUT"
+        "torchtune wrote it, which writes the rows of q_proj and k_proj of Qwen 2 models in the "
+        "wrong order in this form; if this is one, extract it from the merged model in the same "
+        f"directory: loraformat extract BASE {printable(str(folder.path))} -o OUT"
     ]
 
 
@@ -175,7 +175,7 @@ class _Reader:
         key = parse_key(name, self._adapter)
         if key.part == "unknown":
             raise UnsupportedError(
-                f"tensor {printable(name)} is no part of a LoRA adapter",
+                f"tensor {printable(name)} is not part of a LoRA adapter",
                 path=self._path,
                 hint="its method cannot be read as a low-rank delta; merge it with PEFT",
             )
@@ -196,7 +196,7 @@ class _Reader:
             )
             return
         if place in parts:
-            raise InputError(f"tensor {printable(name)} stands there twice", path=self._path)
+            raise InputError(f"tensor {printable(name)} occurs twice", path=self._path)
         parts[place] = tensor
 
     def _check_trained(self) -> None:

@@ -1,4 +1,4 @@
-"""Fields of ``adapter_config.json`` that a low-rank delta does not hold: refused by name.
+"""Errors for unsupported fields of ``adapter_config.json``.
 
 Whatever is not in one of these tables, and not known to be harmless, is noted; if it looks
 as if it were switched on, it is refused, because a field that changes the mathematics must
@@ -24,7 +24,7 @@ _EXTRACT = (
     "merge it with PEFT, PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
     ".save_pretrained(MERGED), and use that, or the LoRA that loraformat extract BASE MERGED finds"
 )
-_UNMERGED = "use it in PEFT, unmerged: it is no change of weights"
+_UNMERGED = "use it in PEFT, unmerged: it does not change weights"
 
 #: By field: what it does, and the remedy.
 _REFUSED = {
@@ -112,10 +112,10 @@ def _method_remedy(kind: str) -> str:
 
 def _remedy(start: str) -> str:
     if start.startswith("loftq"):
-        return "save the changed base beside the adapter, and set init_lora_weights to true"
+        return "save the modified base with the adapter, and set init_lora_weights to true"
     return (
-        "save it with path_initial_model_for_weight_conversion, as PEFT's documentation shows, and "
-        "loraformat reduce brings the doubled rank down; if the training is over, " + _EXTRACT
+        "save it with path_initial_model_for_weight_conversion, as PEFT's documentation shows, "
+        "and loraformat reduce lowers the doubled rank; if the training is over, " + _EXTRACT
     )
 
 
@@ -137,7 +137,7 @@ def unknown_fields(config: dict[str, Any], path: Path) -> list[str]:
                 f"field {printable(field)} is unknown here and switched on, so that the factors "
                 "may not mean what they seem to",
                 path=path,
-                hint=f"remove it if it changes nothing that the adapter computes; else {_EXTRACT}",
+                hint=f"remove it if it has no effect that the adapter computes; else {_EXTRACT}",
             )
         notes.append(f"adapter_config.json: field {printable(field)} is unknown and was ignored")
     return notes

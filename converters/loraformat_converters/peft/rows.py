@@ -1,4 +1,4 @@
-"""Trainable tokens: rows of an embedding that are replaced, ``trainable_token_indices``.
+"""Trained embedding rows (``trainable_token_indices``).
 
 PEFT calls the tensor ``trainable_tokens_delta``, but its rows are the new values themselves.
 """

@@ -1,4 +1,4 @@
-"""The files that hold an adapter's tensors: safetensors, shards of it, or a pickle on request.
+"""Files with an adapter's tensors: safetensors, shards, or a pickle.
 
 PEFT writes one safetensors file, or a pickle where it is told to; trainers that shard
 everything shard adapters, too. Whatever the file, tensors come out lazily and are checked
@@ -161,7 +161,7 @@ def checked(tensor: DenseTensor, path: Path) -> DenseTensor:
     """
     if tensor.dtype not in _FLOATS + _EIGHT_BITS:
         raise UnsupportedError(
-            f"tensor {printable(tensor.name)} of type {tensor.dtype} is no part of a LoRA adapter",
+            f"tensor {printable(tensor.name)} of type {tensor.dtype} is not part of a LoRA adapter",
             path=path,
             hint="its method cannot be read as a low-rank delta; merge it with PEFT",
         )

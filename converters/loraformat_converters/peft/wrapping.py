@@ -1,4 +1,4 @@
-"""What PEFT wraps for each delta: a module, or a parameter of one.
+"""Whether PEFT wraps a module or a parameter for a delta.
 
 A module is named in ``target_modules``. Some can only be adapted by a parameter of theirs, named
 in ``target_parameters``: fused experts; routers, which transformers 5 computes without a linear;
@@ -74,13 +74,13 @@ class Wrapping:
         what = "magnitudes (DoRA)" if unable[0].magnitude is not None else "biases (lora_bias)"
         raise UnsupportedError(
             f"has {what}, and PEFT can adapt {printable(self.parameters[0])} only as a parameter, "
-            "which it refuses beside them",
+            "which it rejects in combination",
             path=adapter.path,
-            hint="merge it into its base; or train it anew without them",
+            hint="merge it into its base; or train it again without them",
         )
 
     def name_of(self, delta: LoraDelta) -> str:
-        """Return the name that rank patterns are held against."""
+        """Return the name that rank patterns are matched with."""
         name = self._family.in_memory(delta.target)
         return name if delta.target in self._depths else module_of(name)
 

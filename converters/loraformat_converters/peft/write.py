@@ -1,4 +1,4 @@
-"""Writing a PEFT adapter in its canonical form: right in PEFT and in every other runtime.
+"""Writing a PEFT adapter in canonical form.
 
 The scaling is folded into B, alpha equals the rank, rsLoRA is off. If all modules have one
 rank there are no patterns; else rank and alpha patterns name each module in full.
@@ -134,7 +134,7 @@ def _as_spelled(adapter: Adapter) -> Adapter:
 
 
 def _is_ours(path: str) -> bool:
-    """Tell whether a file of the source is one that is written anew."""
+    """Tell whether a file of the source is generated on writing."""
     shards = r"adapter_model-\d+-of-\d+\.safetensors"
     ours = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME, STATISTICS_NAME)
     return path in ours or bool(re.fullmatch(shards, path))

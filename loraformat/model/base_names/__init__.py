@@ -1,4 +1,4 @@
-"""What a base calls its tensors: on disk, in transformers' memory, and in adapters of any age.
+"""Names of a base's tensors on disk, in transformers, and in adapters.
 
 An adapter speaks of modules in memory, as they were called when it was trained; a checkpoint has
 the names of the day on which it was saved. `BaseNames` is the one place where the two meet: every

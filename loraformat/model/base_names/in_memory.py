@@ -1,4 +1,4 @@
-"""The names that transformers gives a base's tensors in memory, and what each is made of."""
+"""Tensor names of a base in transformers, and the stored tensors that form each."""
 
 from __future__ import annotations
 

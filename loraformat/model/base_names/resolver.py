@@ -1,4 +1,4 @@
-"""Finding a base's tensor by the name that an adapter has for it, and that name's form in PEFT."""
+"""Resolution of adapter names to base tensors, and their names in PEFT."""
 
 from __future__ import annotations
 

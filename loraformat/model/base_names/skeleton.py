@@ -1,4 +1,4 @@
-"""A base as transformers builds it, on ``meta``: names and shapes, not one weight.
+"""A base as a transformers model on the ``meta`` device, without weights.
 
 The class is the one that ``architectures`` names: that which ``from_pretrained`` of a user's
 program opens, and whose names PEFT has. No code is ever taken from the model's directory.

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint each parameter of a model is made of.
+"""The checkpoint tensors that form each model parameter.
 
 transformers renames some tensors when it loads them, stacks the experts of a mixture into one
 parameter and cuts fused projections apart; its own table of these conversions is asked.

@@ -1,4 +1,4 @@
-"""NF4 kernels that compute the same bits: C for several instruction sets, and plain torch.
+"""NF4 kernels in C and in torch, with identical results.
 
 `active` chooses: the fastest one by default, or what the environment variable
 ``LORAFORMAT_KERNEL`` names: ``auto``, ``c`` (the fastest compiled one), ``scalar``, ``avx2``,

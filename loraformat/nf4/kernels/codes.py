@@ -1,4 +1,4 @@
-"""What elements of a quantized tensor are decoded from, as it is stored."""
+"""Stored codes and scales of an element range of a quantized tensor."""
 
 from __future__ import annotations
 

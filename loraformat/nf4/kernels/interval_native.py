@@ -1,4 +1,4 @@
-"""The compiled interval code through ctypes: one C call per tile."""
+"""ctypes bindings of the C interval code."""
 
 from __future__ import annotations
 

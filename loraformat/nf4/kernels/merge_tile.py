@@ -1,4 +1,4 @@
-"""Merging one tile of a weight, and measuring what rounding did: in C, or in torch.
+"""Merging one tile of a weight and measuring the rounding, in C or torch.
 
     out = round(g · (w + d))
 

@@ -1,4 +1,4 @@
-"""The compiled kernels through ctypes: one C call per piece of work."""
+"""ctypes bindings of the C kernels."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def library() -> ctypes.CDLL | None:
         except (OSError, AttributeError) as error:
             problem = f"cannot be used ({error})"
         warnings.warn(
-            f"{name} {problem}: torch computes in its place, many times slower; install loraformat "
-            "again, and it is built",
+            f"{name} {problem}: torch is used instead, which is many times slower; reinstall "
+            "loraformat to build it",
             RuntimeWarning,
             stacklevel=2,
         )

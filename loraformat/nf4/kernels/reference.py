@@ -1,4 +1,4 @@
-"""The kernels in plain torch: the fallback without a compiler, and the oracle of the tests.
+"""Reference kernels in torch: the fallback without a compiler, and the test oracle.
 
 Everything runs in tiles that fit the cache; `loraformat.nf4.kernels.threads` parallelizes.
 """

@@ -1,4 +1,4 @@
-"""The tables that the kernels search in, all made from the two of `loraformat.nf4.tables`."""
+"""Lookup tables of the kernels, derived from `loraformat.nf4.tables`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coarse-grained threads: a range cut into pieces that Python threads take one by one.
+"""A parallel for loop over element ranges, with Python threads.
 
 ctypes and torch release the interpreter lock while they compute, so this scales without OpenMP,
 whose barrier after every small operation collapses when the machine is shared.
@@ -126,7 +126,7 @@ def run(
         dropped, and none is at work any more.
     """
     if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads cannot work, wanted at least 1")
+        raise UsageError(f"{threads} threads requested, wanted at least 1")
     starts = iter(range(0, total, grain))  # next() on a range iterator is atomic
     pieces = -(-total // grain)
 

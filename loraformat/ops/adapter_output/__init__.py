@@ -1,1 +1,1 @@
-"""Writing an adapter: into a format of its own, or into a bundle."""
+"""Adapter output: to a file or directory, or into a bundle."""

@@ -1,4 +1,4 @@
-"""The base that an adapter is held against: a bundle, any other base, or a config alone."""
+"""The base that an adapter is compared with: a bundle, another base, or only a config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["AdapterBase", "open_adapter_base"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterBase:
-    """The base that an adapter is held against.
+    """The base that an adapter is compared with.
 
     Attributes
     ----------

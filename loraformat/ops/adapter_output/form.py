@@ -1,6 +1,6 @@
-"""How an adapter is written: copied byte for byte, or anew in canonical form.
+"""Whether an adapter is copied byte for byte or converted to canonical form.
 
-A copy is the rule where source and output have one format. It is written anew where
+A copy is the rule where source and output have one format. It is converted where
 somebody asks for it (``--canonical``, ``--dtype``), where the source is a pickle or was
 changed in memory, and where it shall belong to another base than it says.
 """
@@ -116,7 +116,7 @@ def plan_adapter(
     if base is not None and base.fingerprint is not None:
         match = compare_fingerprints(adapter.base_fingerprint, base.fingerprint)
         if match.relation == "other":
-            reason = reason or "it shall name this base"
+            reason = reason or "the base fingerprint must be recorded"
         notes += _mismatch(adapter, match, allow_base_mismatch)
     elif checkpoint is not None and checkpoint.provenance.fingerprint and adapter.base_fingerprint:
         descent = checkpoint.provenance.fingerprint
@@ -127,15 +127,15 @@ def plan_adapter(
         ours = _in_memory(adapter, checkpoint)
         rewritten = rewritten or _names_in_file(adapter) != _names_in_file(ours)
         if rewritten and not foreign:
-            reason = reason or "PEFT has other names for this base's modules"
+            reason = reason or "PEFT uses other names for this base's modules"
     if not canonical and reason is None:
         options = AdapterWriteOptions(base=checkpoint)
         return PlannedAdapter(adapter, writer, options, True, tuple(notes), expected)
     if not canonical:
         # One file has one scaling for all: its writer says itself what it folds.
         kept = foreign or rewritten or writer.output == "file"
-        folded = "" if kept else ", its scaling folded into B,"
-        notes.append(f"it was written anew{folded} as {reason}")
+        folded = "" if kept else " (scaling folded into B)"
+        notes.append(f"converted, not copied{folded}: {reason}")
     if base is not None and base.fingerprint is not None:
         source = json.dumps(dict(base.source), ensure_ascii=False)
         adapter = replace(adapter, base_fingerprint=base.fingerprint, base_source=source)
@@ -191,28 +191,28 @@ def _dtype(writer: Converter, word: str | None) -> str | None:
 def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | None:
     """Say why a copy would not do; None if it would."""
     if adapter.format != writer.name:
-        return f"{adapter.format} became {writer.name}"
+        return f"the format changes from {adapter.format} to {writer.name}"
     if dtype is not None:
         return f"its factors become {dtype}"
     if adapter.verbatim:
         return None
     if writer.output == "file":
-        return f"{writer.name} files always are"
-    return "it was a pickle or shards, had names that PEFT does not look for, or was changed"
+        return f"{writer.name} files are always converted"
+    return "it was a pickle, was sharded, was modified, or had names that PEFT does not recognise"
 
 
 def _mismatch(adapter: Adapter, match: BaseMatch, allowed: bool) -> list[str]:
     if match.relation == "unknown":
-        return ["it names no base by fingerprint: only names and shapes were compared"]
+        return ["records no base fingerprint; only names and shapes were compared"]
     if match.relation != "other":
         return []
     if not allowed:
         raise InputError(
             match.difference,
             path=adapter.path,
-            hint="use the base that it was trained on, or insist with --allow-base-mismatch",
+            hint="use the base that it was trained on, or override with --allow-base-mismatch",
         )
-    return [f"it {match.difference}: what it learned there may not hold here"]
+    return [f"it {match.difference}; it may not work on this base"]
 
 
 def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:
@@ -236,7 +236,7 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:
     return [
         f"its vocabulary has {plan.resize.after} tokens, and this base's {plan.resize.before}: "
         "merge, eval, generate and train resize the base, and in PEFT "
-        f"model.resize_token_embeddings({plan.resize.after}) comes before loading the adapter"
+        f"model.resize_token_embeddings({plan.resize.after}) is needed before loading the adapter"
     ]
 
 

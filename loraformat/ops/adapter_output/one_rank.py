@@ -1,4 +1,4 @@
-"""One rank for all modules, and no gaps: zeros, which change no product.
+"""Padding of an adapter to one rank and to all layers, with zeros.
 
 With A (r, in) and B (out, r), and zeros below A and beside B up to rank R, B' A' = B A in every
 bit that a sum of zeros leaves alone. A runtime that knows one rank and one scaling is right about
@@ -86,7 +86,7 @@ def _zeros(name: str, dtype: str, shape: tuple[int, int]) -> DenseTensor:
 def _refuse_more(adapter: Adapter) -> None:
     deltas = adapter.deltas.values()
     reasons = {
-        "acts from certain tokens on (aLoRA)": bool(adapter.invocation_tokens),
+        "is active only after certain tokens (aLoRA)": bool(adapter.invocation_tokens),
         "uses DoRA": any(delta.magnitude is not None for delta in deltas),
         "holds biases": any(delta.bias is not None for delta in deltas)
         or any(name.endswith(".bias") for name in adapter.replacements),
@@ -96,7 +96,7 @@ def _refuse_more(adapter: Adapter) -> None:
     for reason, found in reasons.items():
         if found:
             raise UnsupportedError(
-                f"{reason}, which no form of an adapter makes right in every runtime",
+                f"{reason}, which no adapter format represents correctly in every runtime",
                 path=adapter.path,
                 hint="use it in PEFT, unmerged" if adapter.invocation_tokens else _MERGE,
             )

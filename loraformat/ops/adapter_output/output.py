@@ -223,7 +223,7 @@ def open_adapter_output(
     slot = parse_bundle_slot(path)
     writer = _writer(path, slot, to_format)
     if slot is not None and isinstance(base, str | Path):
-        raise UsageError("--base: the bundle is the base", hint="leave it out")
+        raise UsageError("--base is not needed: the bundle is the base", hint="omit it")
     if isinstance(base, Checkpoint):
         found = AdapterBase(base) if slot is None else open_adapter_base(stack, None, slot)
     else:
@@ -236,7 +236,7 @@ def open_adapter_output(
 
 
 def ensure_not_exists(target: str | Path, *, force: bool) -> None:
-    """Refuse to replace what stands at an adapter's target, unless ``force`` says so.
+    """Raise if an adapter's target exists, unless ``force`` is set.
 
     Raises
     ------
@@ -258,7 +258,7 @@ def _writer(path: Path, slot: BundleSlot | None, to_format: str | None) -> Conve
     if to_format not in (None, "peft"):
         raise UsageError(
             f"--to {to_format}: a bundle holds PEFT adapters",
-            hint="leave it out, or choose an output outside the bundle",
+            hint="omit it, or choose an output outside the bundle",
         )
     return plugins.get("peft")
 

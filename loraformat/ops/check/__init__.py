@@ -1,1 +1,1 @@
-"""Which runtime will be right about an adapter, and the form that is right in all of them."""
+"""Compatibility of adapters with inference runtimes, and a portable form."""

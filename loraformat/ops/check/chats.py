@@ -1,4 +1,4 @@
-"""How an adapter is talked to: by its record, or the template and tokenizer beside it."""
+"""Prompt format of an adapter, from its training record or its template and tokenizer files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def not_tried(template: str, special: Mapping[str, str]) -> ChatFormat | None:
 
 
 def chat_beside(place: Path, base: Path | None, format_of: FormatOf) -> Chat | None:
-    """Return how an adapter is prompted, by what lies beside its weights.
+    """Return an adapter's prompt format, from the files in its directory.
 
     Parameters
     ----------

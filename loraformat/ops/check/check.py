@@ -1,4 +1,4 @@
-"""Checking an adapter: its files and its base against what each runtime does."""
+"""Compatibility checks of an adapter, by runtime."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def examine(
 
 
 def _held(facts: AdapterFacts, path: Path, base: Checkpoint) -> AdapterFacts:
-    """Return what is known of an adapter once it is held against its base."""
+    """Return the facts of an adapter after comparing it with its base."""
     facts = replace(facts, base=_base_facts(base))
     if not base.files:  # a config alone: nothing is known of its tokenizer
         return facts

@@ -1,4 +1,4 @@
-"""The form of an adapter that every runtime is right about."""
+"""The portable form of an adapter."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fix(
     if target.suffix in (".gguf", ".safetensors"):
         raise UsageError(
             f"-o {target}: --fix writes a PEFT directory",
-            hint="name a directory, and convert that to GGUF",
+            hint="use a directory, and convert that to GGUF",
         )
     found = resolve(source, pickles=allow_pickle)
     reader = plugins.sniff(found.path, "adapter")

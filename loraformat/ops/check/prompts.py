@@ -1,4 +1,4 @@
-"""What an adapter's own tokenizer files say otherwise than its base's.
+"""Differences between an adapter's tokenizer files and its base's.
 
 Runtimes take the base's. What is held against each other is what decides about the numbers that
 a model sees: the tokens with their numbers, the merges, first and last tokens, and the chat
@@ -37,7 +37,7 @@ _ROLES = {"bos": "begins texts with", "eos": "ends texts with"}
 
 
 def tokenizer_beside(adapter: Path) -> CarriedTokenizer:
-    """Return what lies beside an adapter's weights; of a single file nothing does.
+    """Return the other files in an adapter's directory; a single-file adapter has none.
 
     Parameters
     ----------
@@ -84,9 +84,9 @@ def template_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | Non
     for name, text in ours.chat_templates.items():
         called = "" if name == "default" else f" {printable(name)}"
         if name not in there:
-            return f"brings a chat template{called}, and its base has none"
+            return f"has its own chat template{called}, but its base has none"
         if text.rstrip("\n") != there[name].rstrip("\n"):  # which the template's language drops
-            return f"brings another chat template{called} than its base's"
+            return f"has another chat template{called} than its base's"
     return None
 
 
@@ -145,7 +145,7 @@ def _merges(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
     here, there = (_model(tokenizer).get("merges") for tokenizer in (ours, base))
     if not isinstance(here, list) or not isinstance(there, list):
         return None
-    return "its tokenizer merges otherwise" if _pairs(here) != _pairs(there) else None
+    return "its tokenizer has different merges" if _pairs(here) != _pairs(there) else None
 
 
 def _roles(ours: CarriedTokenizer, base: CarriedTokenizer, whose: str) -> str | None:

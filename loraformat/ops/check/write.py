@@ -1,4 +1,4 @@
-"""Files that tell runtimes to load an adapter: a Modelfile, command lines, a script."""
+"""Files that load an adapter in each runtime: a Modelfile, command lines, a script."""
 
 from __future__ import annotations
 
@@ -71,11 +71,13 @@ def snippets(
     wrong = obstacles(report.findings)
     for name in report.verdicts:
         if name in wrong:
-            left_out.append(f"{name}: would be wrong ({', '.join(sorted(wrong[name]))})")
+            left_out.append(f"{name}: not supported correctly ({', '.join(sorted(wrong[name]))})")
         elif report.format != "peft" and RUNTIMES[name].format != report.format:
             left_out.append(f"{name}: reads no {report.format}")
         elif (usage := TASK_USAGE.get(report.facts.task or "")) and name not in usage.snippets:
-            left_out.append(f"{name}: its lines here would generate, and the adapter {usage.does}")
+            left_out.append(
+                f"{name}: the generated commands produce text, but the adapter {usage.does}"
+            )
         else:
             made.append(_snippet(name, report, use))
     return made, left_out
@@ -84,7 +86,7 @@ def snippets(
 def _use(report: CheckReport, base: str | None, format_of: FormatOf) -> Use:
     named = base or report.base or report.facts.base_model
     if not named:
-        raise UsageError("neither the adapter nor you name its base", hint="name it with --base")
+        raise UsageError("the base is unknown", hint="give it with --base")
     repo, revision = named, None
     if not os.path.lexists(named) and (found := hub_id(named)) is not None:
         repo, revision = found

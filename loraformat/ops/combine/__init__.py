@@ -1,1 +1,1 @@
-"""Several adapters to one."""
+"""``loraformat combine``: several adapters to one."""

@@ -1,4 +1,4 @@
-"""Combination: one adapter from several, on the deltas that they have in effect.
+"""Combination of several adapters by their effective deltas.
 
 What is combined is Dᵢ = sᵢ·Bᵢ Aᵢ with each module's own resolved scaling, never A and B by
 themselves: factors of different adapters live in different bases. (B₁ + B₂)(A₁ + A₂) has the
@@ -261,8 +261,7 @@ def _notes(adapters: Sequence[Adapter], work: _Combination) -> list[str]:
         notes.append("the adapters were made for bases with different fingerprints")
     if any(d.second_moment for adapter in adapters for d in adapter.deltas.values()):
         notes.append(
-            "activation statistics are not carried over: they say nothing of how the adapters' "
-            "inner activations go together"
+            "activation statistics are not carried over: they do not describe the combined adapter"
         )
     notes += other_tokenizers(adapters)
     if gone := len(work.modules) - len(work.deltas):

@@ -1,4 +1,4 @@
-"""Pruning, dropping and electing on whole deltas, which only exist in row tiles.
+"""Element-wise combination of deltas, computed in row tiles.
 
 The methods of `loraformat.algebra.interference` are taken of the effective deltas; the result has
 full rank, and block Krylov iteration finds its best low-rank part without ever holding it.

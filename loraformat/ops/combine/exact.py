@@ -1,4 +1,4 @@
-"""The weighted sum of deltas: exact, or its best approximation of a rank.
+"""The weighted sum of deltas, exact or of a given rank.
 
 Σ wᵢ·Bᵢ Aᵢ = [w₁B₁ w₂B₂ …] · [A₁; A₂; …] holds exactly, so no delta is ever formed.
 """

@@ -1,4 +1,4 @@
-"""How to combine adapters."""
+"""Options of ``combine``."""
 
 from __future__ import annotations
 
@@ -50,4 +50,4 @@ class CombineOptions:
         if self.rank is not None and self.rank < 1:
             raise UsageError("rank is at least 1")
         if not 0 < self.density <= 1:
-            raise UsageError(f"density is a share above 0 and up to 1, not {self.density}")
+            raise UsageError(f"density is a fraction above 0 and at most 1, not {self.density}")

@@ -1,4 +1,4 @@
-"""Tensors and rows that adapters replace as a whole: what their sum is, and when there is none.
+"""Combination of replaced tensors and rows.
 
 An adapter that puts Wᵢ in the place of W makes the change Wᵢ − W, so a weighted sum makes
 Σ wᵢ Wᵢ + (1 − Σ wᵢ) W. Without the base that is known only if the weights of the adapters
@@ -71,7 +71,7 @@ def combined_rows(
         for adapter, _, rows in parts:
             if rows.indices != first.indices:
                 raise UnsupportedError(
-                    f"replaces other rows of {printable(name)} than "
+                    f"replaces different rows of {printable(name)} than "
                     f"{printable(parts[0][0].path)} does",
                     path=adapter.path,
                     hint=_HINT,
@@ -95,17 +95,17 @@ def _combined(name: str, held: list[_Holder], exact: bool, notes: list[str]) -> 
     adapter = held[-1][0]
     if not exact or not math.isclose(total, 1, rel_tol=1e-6):
         why = (
-            f"the weights of those that do add up to {total:g}, not 1"
+            f"the weights of the adapters that replace it sum to {total:g}, not 1"
             if exact
-            else "this method compares changes, and only its base tells what changed"
+            else "this method needs the base to compute the change"
         )
         raise UnsupportedError(
-            f"{printable(name)} is replaced as a whole, and {why}", path=adapter.path, hint=_HINT
+            f"{printable(name)} is replaced in full, and {why}", path=adapter.path, hint=_HINT
         )
     if any(tensor.shape != first.shape for _, _, tensor in held):
         shapes = " and ".join(sorted({"x".join(map(str, t.shape)) for _, _, t in held}))
         raise UnsupportedError(
-            f"{printable(name)} is replaced as a whole, by tensors of shapes {shapes}",
+            f"{printable(name)} is replaced in full, by tensors of shapes {shapes}",
             path=adapter.path,
             hint=_HINT,
         )

@@ -1,4 +1,4 @@
-"""What a combination did."""
+"""The report of ``combine``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CombinedModule:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CombinationReport(Report):
-    """What a combination did.
+    """The report of ``combine``.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Whose tokenizer a combination has, and what those of the other adapters say otherwise."""
+"""The tokenizer of a combination, and differences from those of the other adapters."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def other_tokenizers(adapters: Sequence[Adapter]) -> list[str]:
         if changes:
             notes.append(
                 f"{adapter.path}: {'; '.join(changes)}; the tokenizer files are those of "
-                f"{adapters[0].path}: to keep the others, name {adapter.path} first"
+                f"{adapters[0].path}: to keep the others, list {adapter.path} first"
             )
     return notes
 
 
 def _changes(own: CarriedTokenizer, first: CarriedTokenizer) -> Iterator[str]:
     if token_numbers(own) and not token_numbers(first):
-        yield "brings a tokenizer, and the first one none"
+        yield "has a tokenizer, but the first one has none"
     elif change := tokenizer_change(own, first, _WHOSE):
         yield change
     here, there = (one.chat_templates.get("default") for one in (own, first))
     if here is not None and there is None:
-        yield "brings a chat template, and the first one none"
+        yield "has a chat template, but the first one has none"
     elif here is not None and there is not None and here.rstrip("\n") != there.rstrip("\n"):
-        yield f"its chat template is another than {_WHOSE}"
+        yield f"its chat template differs from {_WHOSE}"
     if own.stops and set(own.stops) != set(first.stops):
         yield f"its texts end with the tokens {', '.join(map(str, own.stops))}"

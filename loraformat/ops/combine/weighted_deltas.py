@@ -1,4 +1,4 @@
-"""The terms of a sum: the deltas of several adapters for one target, with their weights."""
+"""Weighted deltas of several adapters for one target."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def refuse_dora(adapters: Sequence[Adapter]) -> None:
         for delta in adapter.deltas.values():
             if delta.magnitude is not None:
                 raise UnsupportedError(
-                    f"{printable(delta.target)} has a DoRA magnitude, whose effect depends on the "
-                    "base and has no weighted sum",
+                    f"{printable(delta.target)} has a DoRA magnitude, which depends on the base "
+                    "and cannot be combined linearly",
                     path=adapter.path,
                     hint="merge it into its base, extract the difference "
                     "(loraformat merge, then extract), and combine that",

@@ -1,1 +1,1 @@
-"""``loraformat convert``: any format into any other."""
+"""``loraformat convert``: conversion between formats."""

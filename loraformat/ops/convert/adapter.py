@@ -1,4 +1,4 @@
-"""Conversion of adapters: into a bundle, out of one, and from any adapter format to any.
+"""Conversion of adapters between formats, into bundles and out of them.
 
 ::
 
@@ -48,7 +48,7 @@ class AdapterConversion(ConversionReport):
     Attributes
     ----------
     verbatim : bool
-        Its files were copied byte for byte; else it was written anew in canonical form.
+        Its files were copied byte for byte; else it was converted to canonical form.
     modules : int
         Weights that it changes or replaces.
     ranks : list of int
@@ -159,7 +159,7 @@ def _lost(source: Source, reader: Converter, writer: Converter, strict: bool) ->
         raise UnsupportedError(
             f"{writer.name} cannot hold: {'; '.join(lost)}",
             path=source.path,
-            hint="leave out --strict to go on without",
+            hint="omit --strict to convert without it",
         )
     return lost
 
@@ -177,7 +177,7 @@ def _listed(origin: BundleSlot | None) -> tuple[dict[str, FileRecord] | None, li
         return None, []
     listed = read_manifest(origin.bundle).adapters.get(origin.name)
     if listed is None:
-        return None, ["its bundle does not list it: nothing was compared with a hash"]
+        return None, ["its bundle's manifest does not list it; no hash was verified"]
     return listed, []
 
 

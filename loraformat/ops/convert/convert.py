@@ -1,4 +1,4 @@
-"""Conversion: any base format into any other, tensor by tensor; adapters have their own module.
+"""Conversion of models between formats, tensor by tensor.
 
 ::
 
@@ -168,7 +168,7 @@ def _refuse_options(source: str | Path, what: str, others: str, given: dict[str,
         raise UsageError(
             f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} for {others}, and {source} "
             f"is {what}",
-            hint="leave out what does not apply",
+            hint="omit the options that do not apply",
         )
 
 
@@ -210,7 +210,7 @@ def _convert_base(
             raise UnsupportedError(
                 f"{writer.name} cannot hold: {'; '.join(lost)}",
                 path=found.path,
-                hint="leave out --strict to go on without",
+                hint="omit --strict to convert without it",
             )
         report = plan_report(original, checkpoint, target, reader, writer, lost)
         again = again_as(original, checkpoint.tensors, writer, encoding.dtype)
@@ -247,11 +247,11 @@ def _read_as(writer: Converter, encoding: Encoding) -> str | None:
 
 
 def _adapters_note(source: Path) -> list[str]:
-    """Say what becomes of a bundle's adapters: nothing."""
+    """Note that a bundle's adapters are not converted."""
     if not is_bundle(source) or not (names := list(read_manifest(source).adapters)):
         return []
     place = f"BUNDLE/adapters/{printable(names[0])}"
     return [
-        f"the base alone is written; `loraformat merge BUNDLE {place}` merges an adapter into it, "
-        "and `convert` takes one by itself"
+        f"only the base is written; `loraformat merge BUNDLE {place}` merges an adapter into it, "
+        "and `convert` converts it separately"
     ]

@@ -1,4 +1,4 @@
-"""What a conversion reports: sizes, errors, what to know and what was lost."""
+"""The reports of ``convert``."""
 
 from __future__ import annotations
 
@@ -139,13 +139,14 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
     if to_nf4 and experts:
         gigabytes = sum(tensor.nbytes for tensor in experts) / 1e9
         notes.append(
-            f"{len(experts)} expert weights ({gigabytes:.2f} GB) stay plain: transformers fuses "
-            "experts into parameters that bitsandbytes does not quantize"
+            f"{len(experts)} expert weights ({gigabytes:.2f} GB) are not quantized: transformers "
+            "fuses experts into parameters that bitsandbytes does not quantize"
         )
     if misaligned := [t for t in quantized_now if t.stored_shape[-1] % t.block_size]:
         notes.append(
-            f"{len(misaligned)} weights have rows that are not whole blocks ({misaligned[0].name}, "
-            "...): bitsandbytes up to 0.50.2 decodes them wrongly on CPUs with AVX-512"
+            f"{len(misaligned)} weights have rows that are not a whole number of blocks "
+            f"({misaligned[0].name}, ...): bitsandbytes up to 0.50.2 decodes them wrongly on CPUs "
+            "with AVX-512"
         )
     if unusual:
         notes.append(

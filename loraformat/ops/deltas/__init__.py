@@ -1,1 +1,1 @@
-"""Between the lazy tensors of adapters and the factors that `loraformat.algebra` computes with."""
+"""Conversion between lazy adapter tensors and the factors of `loraformat.algebra`."""

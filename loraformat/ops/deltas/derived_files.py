@@ -1,4 +1,4 @@
-"""The files beside an adapter that was computed from others.
+"""Files that accompany an adapter computed from others.
 
 Tokenizer, licence and words come along. Weights, and pictures of how others were trained, do not;
 records of trainings become the history of the new one, which was measured by none of them.

@@ -1,4 +1,4 @@
-"""Between lazy tensors and the mathematics of factors.
+"""Conversion between lazy tensors and factor matrices.
 
 The algebra of adapters is lazy like everything else: the shapes of a result are decided
 from singular values, and its factors are computed when a writer loads them, one module
@@ -135,7 +135,7 @@ def rounded(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     if not bool(torch.isfinite(stored).all()):
         raise InputError(
             f"tensor {printable(name)} would exceed the range of {dtype}",
-            hint="check lora_alpha and the weights, or store wider numbers with --dtype f32",
+            hint="check lora_alpha and the weights, or use a wider dtype with --dtype f32",
         )
     return stored
 

@@ -1,4 +1,4 @@
-"""Factors on their way to the writer: in an unnamed file, not in memory."""
+"""Temporary storage of computed factors in an unnamed file."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which type each tensor of an output gets, and the lazy tensors that have it."""
+"""The encoding of each output tensor, and lazy tensors in that encoding."""

@@ -1,4 +1,4 @@
-"""Which encoding each tensor of a conversion gets: what the user asked, what the target takes."""
+"""The choice of an encoding for each tensor of a conversion."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Encoding:
         if self.block_size or self.double_quant is not None or self.skip or self.include:
             raise UsageError(
                 f"{writer.name} stores dense weights; --block-size, --no-double-quant, --skip and "
-                "--include speak of quantization"
+                "--include apply only to quantized outputs"
             )
 
     def _to_dense(self, tensor: LazyTensor, dtype: str | None, writer: Converter) -> LazyTensor:
@@ -78,8 +78,8 @@ class Encoding:
         already = any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values())
         if already and (self.block_size or self.double_quant is not None or self.skip):
             raise UsageError(
-                "the source is in NF4 already, and weights are never quantized twice; "
-                "start from the original to change block size, double quantization or --skip"
+                "the source is already NF4, and weights are never quantized twice; start from the "
+                "original to change block size, double quantization or --skip"
             )
         policy = QuantizationPolicy(
             self.block_size or 64, self.double_quant is not False, self.skip, self.include

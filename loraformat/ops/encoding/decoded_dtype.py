@@ -1,4 +1,4 @@
-"""The dtype of weights that are decoded from a format's own block types."""
+"""The dtype of weights dequantized from block types."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def with_decoded_dtype(
     if config is not None:
         checkpoint = replace(checkpoint, config=with_dtype(config, TORCH_NAMES[_EXACT]))
     return checkpoint, [
-        f"{len(decoded)} weights of block types are f32 now, which holds them exactly; half as "
-        "large are --dtype f16 (error 0.02%) and --dtype bf16 (0.17%)"
+        f"{len(decoded)} weights in block types were dequantized to f32, which is exact; half the "
+        "size: --dtype f16 (error 0.02%) and --dtype bf16 (0.17%)"
     ]

@@ -1,4 +1,4 @@
-"""From dense to NF4, from NF4 to dense, from one dtype to another: lazily.
+"""Lazy quantization, dequantization and dtype conversion.
 
 Each function takes a lazy tensor and returns a lazy tensor; the work happens when a
 writer loads it.

@@ -1,4 +1,4 @@
-"""Types that llama.cpp's own ``llama-quantize`` makes of a GGUF file, and nothing here does."""
+"""GGUF types that only llama.cpp's ``llama-quantize`` can write."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refuse_llama_type(dtype: str | None, target: Path, command: Sequence[str]) -
     out = target if target.suffix == ".gguf" else target.with_name(f"{target.name}.gguf")
     plain = out.with_name(f"{out.stem}-f16.gguf")
     raise UsageError(
-        f"{dtype} is a type that llama.cpp's llama-quantize makes of a GGUF file in f16",
+        f"{dtype} is a type that llama.cpp's llama-quantize writes from an f16 GGUF file",
         hint=f"run: {join([*command, str(plain), '--dtype', 'f16'])}; then: "
         f"{join(['llama-quantize', str(plain), str(out), dtype.upper()])}",
     )

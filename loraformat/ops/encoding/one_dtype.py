@@ -1,4 +1,4 @@
-"""One type for the dense tensors of a model whose linears are in 4 bits.
+"""A common dtype for the dense tensors of a quantized model.
 
 GGUF files have norms, biases and routers in F32 beside weights of 16 bits, and some checkpoints
 have so, too. A dense model is cast when it is opened. A quantized one is not: most classes then
@@ -51,16 +51,20 @@ class Alignment:
         one = self.names[0]
         if not self.cast:
             return [
-                f"{len(self.names)} dense tensors are not {self.dtype}, the type of most "
-                f"({one}, ...): if transformers will not compute with both, convert with --dtype"
+                f"{len(self.names)} dense tensors are not {self.dtype}, the type of most ({one}, "
+                "...): if transformers cannot mix both, convert with --dtype"
             ]
         what = f"{len(self.names)} norms and other dense tensors ({one}, ...)"
         type_ = f"{self.dtype}, the type of most"
         if self.lost is None:
-            return [f"{what} become {type_}: transformers computes with one; --dtype f32 is exact"]
-        cost = f"rounded by up to {self.lost:.2g} of a number" if self.lost else "without a loss"
+            return [f"{what} become {type_}: transformers expects one dtype; --dtype f32 is exact"]
+        cost = (
+            f"relative rounding error up to {self.lost:.2g} of a number"
+            if self.lost
+            else "without a loss"
+        )
         exact = "; --dtype f32 is exact" if self.lost else ""
-        return [f"{what} became {type_}, {cost}: transformers computes with one{exact}"]
+        return [f"{what} became {type_}, {cost}: transformers expects one dtype{exact}"]
 
 
 def aligned(model: Checkpoint) -> tuple[Checkpoint, Alignment]:

@@ -1,4 +1,4 @@
-"""Quantizing what was quantized: which weights, and how it is said.
+"""Notes about requantized weights.
 
 Nobody can measure what the first time has lost: the original is not at hand. A report says so,
 and calls its errors what they are.
@@ -99,9 +99,9 @@ def sentence(
     """
     if not again:
         return None
-    said = f"quantized already: the source's weights were {spelled(steps)}"
+    said = f"already quantized: the source's weights were {spelled(steps)}"
     now = " and ".join(sorted(set(again.values())))
-    start = "Start from the original weights" + (f", {original}" if original else " where you can")
+    start = "Use the original weights" + (f", {original}" if original else " if possible")
     if records is None:
         return f"{said}; {now} quantizes them again. {start}"
     error = _error(records[name] for name in again if name in records)

@@ -1,1 +1,1 @@
-"""An adapter out of a base and its fine-tune."""
+"""``loraformat extract``: an adapter from a base and its fine-tune."""

@@ -1,4 +1,4 @@
-"""The difference of two weights, in float32, which only exists in row tiles.
+"""The float32 difference of two weights, computed in row tiles.
 
 Both weights are read in tiles, too: mapped bytes where they are stored as numbers, decoded
 ranges where they are NF4.

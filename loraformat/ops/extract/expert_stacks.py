@@ -1,4 +1,4 @@
-"""Experts that have tensors of their own on disk and are one parameter in transformers' memory.
+"""Experts that are separate tensors on disk and one parameter in transformers.
 
 A delta of such a parameter is what an adapter of PEFT holds, and what a merge spreads over the
 tensors again: the difference is taken of all that makes the parameter up.

@@ -1,8 +1,8 @@
-"""Extraction: the adapter that leads from a base to its fine-tune.
+"""Extraction of an adapter from a base and its fine-tune.
 
 Each changed matrix becomes a low-rank delta, found by block Krylov iteration on the
 difference, which only exists in row tiles; each changed vector (norms, biases) and each
-grown vocabulary is replaced as a whole; what is neither is listed.
+grown vocabulary is replaced in full; what is neither is listed.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def extract_adapter(
         raise InputError(
             f"has no tensor in common with {printable(base.path)}",
             path=tuned.path,
-            hint="extract wants a base and its own fine-tune",
+            hint="extract needs a base and a fine-tune of it",
         )
     pairs = pairs_of(base, tuned)
     work = _Extraction(options, _config(tuned), pairs.tied)
@@ -168,7 +168,7 @@ def extract_adapter(
         work.spool.close()
         raise
     for name in pairs.only_base:
-        work.left_out[name] = "is only in the base"
+        work.left_out[name] = "exists only in the base"
     return work.adapter(base, tuned), work.report(base, tuned)
 
 
@@ -189,13 +189,13 @@ class _Extraction:
         """Compare one tensor with its base."""
         name = tuned.name
         if base is None:
-            self.left_out[name] = "is only in the fine-tune"
+            self.left_out[name] = "exists only in the fine-tune"
         elif base.shape != tuned.shape:
             self._reshaped(base, tuned)
         elif _alike(base, tuned):
             self.unchanged += 1
         elif base.dtype not in PRECISIONS or tuned.dtype not in PRECISIONS:
-            self.left_out[name] = f"changed, and is not of real numbers ({tuned.dtype})"
+            self.left_out[name] = f"changed, but is not real-valued ({tuned.dtype})"
         elif kind_of(name) in self.family.refused_leaves | self.family.read_leaves:
             self._replace(base, tuned)  # a delta would be refused in PEFT, or without effect
         elif (len(tuned.shape) == 2 and name.endswith(".weight")) or len(tuned.shape) == 3:
@@ -231,8 +231,8 @@ class _Extraction:
             before, after = base.shape[0], tuned.shape[0]
             self.notes.append(
                 f"{tuned.name} {'grew' if before < after else 'shrank'} from {before} to {after} "
-                "rows and is replaced as a whole: loraformat merge resizes the base; in PEFT "
-                f"model.resize_token_embeddings({after}) comes before loading the adapter"
+                "rows and is replaced in full: loraformat merge resizes the base; in PEFT "
+                f"model.resize_token_embeddings({after}) is needed before loading the adapter"
             )
             self.resized = True
         else:
@@ -278,8 +278,8 @@ class _Extraction:
         if name == self.tied:
             self._add_delta(HEAD, padded, "linear", dtype=self._dtype(tuned))
             self.notes.append(
-                f"the head is tied to {name}: the adapter changes both. PEFT computes that "
-                "rightly, but its merge adds either change twice; loraformat merge does not"
+                f"the head is tied to {name}: the adapter changes both. PEFT computes this "
+                "correctly, but its merge applies each change twice; loraformat merge does not"
             )
 
     def _add_delta(
@@ -325,7 +325,7 @@ class _Extraction:
         if not self.deltas and not self.replacements:
             self.spool.close()
             raise InputError(
-                f"does not differ from {printable(base.path)} in anything an adapter can hold",
+                f"does not differ from {printable(base.path)} in anything an adapter can represent",
                 path=tuned.path,
             )
         for module in self._saved_modules():  # PEFT wants all of a module that it replaces
@@ -369,16 +369,16 @@ class _Extraction:
 
     def _remarks(self) -> Iterator[str]:
         if capped := sum(module.capped for module in self.modules):
-            yield f"{capped} modules wanted more than rank {self.options.max_rank} (--max-rank)"
+            yield f"{capped} modules would need more than rank {self.options.max_rank} (--max-rank)"
         if silent := sum(not module.rank for module in self.modules):
-            yield f"{silent} modules changed by rounding noise only and are left out"
+            yield f"{silent} modules differ only by rounding noise and were omitted"
         single = [
             d for d in self.deltas.values() if ".experts." in d.target and len(d.a.shape) == 2
         ]
         if single:
             yield (
-                f"{len(single)} deltas are of single experts, under the names in the checkpoint; "
-                "transformers fuses experts in memory, and PEFT may not find these"
+                f"{len(single)} deltas belong to individual experts under their checkpoint names; "
+                "transformers fuses experts in memory, and PEFT may not find them"
             )
 
 

@@ -1,4 +1,4 @@
-"""Approximating one difference at the rank that the options ask for."""
+"""Low-rank approximation of one difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to extract."""
+"""Options of ``extract``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ExtractOptions"]
 
 @dataclass(frozen=True, slots=True)
 class ExtractOptions:
-    """What to extract.
+    """Options of ``extract``.
 
     Attributes
     ----------
@@ -46,12 +46,12 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.energy is not None:
-            raise UsageError("extract wants a rank or an energy, not both")
+            raise UsageError("give either --rank or --energy, not both")
         if self.rank is None and self.energy is None:
             object.__setattr__(self, "rank", "auto")
         if self.rank != "auto" and self.rank is not None and self.rank < 1:
             raise UsageError("rank is at least 1, or auto")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"energy is a share above 0 and up to 1, not {self.energy}")
+            raise UsageError(f"energy is a fraction above 0 and at most 1, not {self.energy}")
         if self.max_rank < 1:
             raise UsageError("max-rank is at least 1")

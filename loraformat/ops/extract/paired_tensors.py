@@ -1,4 +1,4 @@
-"""Which tensor of a fine-tune belongs to which of its base, with tied heads among them."""
+"""Pairing of a fine-tune's tensors with its base's, including tied heads."""
 
 from __future__ import annotations
 

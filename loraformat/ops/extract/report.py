@@ -1,4 +1,4 @@
-"""What an extraction found."""
+"""The report of ``extract``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ExtractedModule:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ExtractionReport(Report):
-    """What an extraction found.
+    """The report of ``extract``.
 
     Attributes
     ----------

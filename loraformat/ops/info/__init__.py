@@ -1,1 +1,1 @@
-"""``loraformat info``: what a model or an adapter is, without reading its weights."""
+"""``loraformat info``: descriptions of models and adapters."""

@@ -1,4 +1,4 @@
-"""Describing an adapter without reading its factors: what `loraformat info` shows of one."""
+"""Description of an adapter without reading its factors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def description_of(adapter: Adapter, path: Path) -> AdapterInfo:
 
 def _acts_on(adapter: Adapter) -> list[str]:
     tokens = ", ".join(map(str, adapter.invocation_tokens))
-    return [f"aLoRA: acts only from the tokens {tokens} on"] if tokens else []
+    return [f"aLoRA: active only from the tokens {tokens} on"] if tokens else []
 
 
 def _bundle(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""The picture of what quantization cost: the error of each kind of weight, layer by layer.
+"""Plot of the quantization error by kind of weight and layer.
 
 The dotted line is what the same quantization costs normally distributed weights; a weight far
 above it has outliers, and is one to keep plain with ``convert --skip``.
@@ -99,8 +99,8 @@ def plot_errors(summary: ModelInfo, path: str | Path) -> None:
     errors = errors_by_layer(summary.tensors)
     if not errors:
         raise InputError(
-            "records no errors of quantization", path=Path(summary.path),
-            hint="a bundle that was converted from dense weights does",
+            "records no quantization errors", path=Path(summary.path),
+            hint="use a bundle that was converted from dense weights",
         )  # fmt: skip
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Describing a model without reading a weight: what `loraformat info` shows."""
+"""Description of a model without reading its weights."""
 
 from __future__ import annotations
 

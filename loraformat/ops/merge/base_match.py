@@ -38,30 +38,27 @@ def check_bases(base: Checkpoint, adapters: Iterable[Adapter], allowed: bool) ->
         if match.made_for is None:
             named = f" {printable(adapter.base_model)}" if adapter.base_model else ""
             notes.append(
-                f"{adapter.path}: names its base{named} by no fingerprint; only shapes were "
-                "compared" + _trained_in_nf4(adapter, base)
+                f"{adapter.path}: records its base{named} but no base fingerprint; only shapes "
+                "were compared" + _trained_in_nf4(adapter, base)
             )
         elif match.relation == "unknown":
             notes.append(
                 f"{adapter.path}: was made for the base {printable(match.made_for)}, and a {form} "
-                "model has no fingerprint to compare; if it was trained on NF4, the bundle that "
-                "it was trained on is the better base to merge into"
+                "model has no fingerprint to compare; if it was trained on NF4, prefer merging "
+                "into the bundle it was trained on"
             )
         elif match.relation == "other":
             if not allowed:
                 raise InputError(
                     match.difference,
                     path=adapter.path,
-                    hint="merge into its own base, or insist with --allow-base-mismatch",
+                    hint="merge into its own base, or override with --allow-base-mismatch",
                 )
-            notes.append(
-                f"{adapter.path}: {match.difference}: what it learned there may not hold here"
-            )
+            notes.append(f"{adapter.path}: {match.difference}; it may not work on this base")
         elif match.relation == "descends":
             notes.append(
                 f"{adapter.path}: was made for the bundle {printable(match.made_for)}, of which "
-                f"this {form} file was made; the bundle's own values are those that it was "
-                "trained on"
+                f"this {form} file was made; it was trained on the values in the bundle"
             )
     return notes
 

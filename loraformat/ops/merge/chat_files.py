@@ -67,8 +67,8 @@ def still_prompted_by(files: Sequence[CarriedFile], adapters: Iterable[Adapter])
         own = _template(adapter.files)
         if there is not None and own is not None and _same(own, there):
             return [
-                f"the chat template is still the one beside {adapter.path}: if the base has "
-                "another, copy it, and generation_config.json, over the output's"
+                f"the chat template is still that of {adapter.path}: if the base has another, "
+                "copy it, and generation_config.json, over the output's"
             ]
     return []
 
@@ -102,7 +102,7 @@ def _with_template(
     adapter, template = found[0]
     before = _template(files)
     notes = [
-        f"{other.path}: its chat template is another than that of {adapter.path}, which is kept"
+        f"{other.path}: its chat template differs from that of {adapter.path}, which is kept"
         for other, text in found[1:]
         if not _same(text, template)
     ]

@@ -134,7 +134,7 @@ class MergeJob:
         ):
             raise UsageError(
                 "an undo record restores dense weights, and this merge is from or to NF4",
-                hint="keep the bundle: merging does not change it",
+                hint="keep the bundle; merging does not change it",
             )
 
     def _merged(self) -> Checkpoint:

@@ -239,7 +239,7 @@ def _spool(stack: ExitStack, undo: Path) -> Spool:
 
     directory = undo.absolute().parent
     if not directory.is_dir():
-        raise OutputError("no such directory", path=directory, hint="make it first")
+        raise OutputError("no such directory", path=directory, hint="create it first")
     spool = Spool(directory)
     stack.callback(spool.close)
     return spool
@@ -254,12 +254,14 @@ def _refuse_record_path(undo: Path, target: Path, job: MergeJob, force: bool) ->
 def _is_beside(writer: Converter, requantize: bool) -> bool:
     """Tell whether the output is a bundle that keeps the base's codes."""
     if writer.stores == "dense" and requantize:
-        raise UsageError(f"{writer.name} stores dense weights; --requantize speaks of NF4")
+        raise UsageError(
+            f"{writer.name} stores dense weights; --requantize applies only to NF4 outputs"
+        )
     if writer.stores == "nf4" and not requantize and writer.name != "loraformat":
         raise UsageError(
-            f"{writer.name} stores NF4, which loses nearly all of an ordinary delta on NF4 values",
-            hint="merge --to loraformat keeps the adapter beside the codes; or insist with "
-            "--requantize",
+            f"{writer.name} stores NF4, which loses nearly all of a typical delta on NF4 values",
+            hint="merge --to loraformat keeps the codes and stores the adapter separately; or "
+            "override with --requantize",
         )
     return writer.stores == "nf4" and not requantize
 
@@ -269,8 +271,8 @@ def _refuse_options(name: str | None, dtype: str | None, undo: object, beside: b
         raise UsageError("--name is for an adapter inside a bundle: add --to loraformat")
     if beside and (dtype is not None or undo is not None):
         raise UsageError(
-            "--dtype and --undo are for dense outputs; this one keeps the base as it is",
-            hint="leave them out",
+            "--dtype and --undo apply only to dense outputs; this one keeps the base unchanged",
+            hint="omit them",
         )
 
 

@@ -140,7 +140,7 @@ def plan_edits(
     planner.plan.resize = wanted_size(base.tensors, adapters, planner.tied)
     for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         if not (adapter.deltas or adapter.replacements or adapter.rows):
-            raise UnsupportedError("changes no module of any base", path=adapter.path)
+            raise UnsupportedError("changes no module", path=adapter.path)
         planner.add(number, adapter, weight)
     return planner.finish(adapters)
 
@@ -169,7 +169,7 @@ class _Planner:
                         f"adds a bias to {printable(module_of(target))}, which has none in the "
                         "base",
                         path=adapter.path,
-                        hint="the architecture has no room for it; train without lora_bias",
+                        hint="the architecture does not support it; train without lora_bias",
                     )
                 self._edit(bias).terms.append(DeltaTerm(number, target, weight, "bias"))
         for name, tensor in adapter.replacements.items():
@@ -182,11 +182,11 @@ class _Planner:
     def _check_shared(self, adapter: Adapter, target: str) -> None:
         if self.family.is_shared(target):
             raise UnsupportedError(
-                f"changes {printable(target)}, a weight of several layers: PEFT adapts the one "
-                "that is named, and merged it would act in all of them",
+                f"changes {printable(target)}, a weight shared by several layers: PEFT adapts "
+                "only the layer that is named, but a merge would change all of them",
                 path=adapter.path,
-                hint="use it beside its base, in PEFT; or train one that leaves such linears out, "
-                "as loraformat train does",
+                hint="use it unmerged in PEFT; or train one without such layers, as loraformat "
+                "train does",
             )
 
     def _check_rows(self, adapter: Adapter, rows: RowReplacement, shape: tuple[int, ...]) -> None:
@@ -218,7 +218,7 @@ class _Planner:
         if edit.replacement is not None:
             raise UnsupportedError(
                 f"replaces {printable(name)}, and so does another adapter", path=adapter.path,
-                hint="merge one of them only",
+                hint="merge only one of them",
             )  # fmt: skip
         if tensor.shape != self._shape(edit):
             raise UnsupportedError(
@@ -257,8 +257,8 @@ class _Planner:
     def _unmatched(self, adapter: Adapter, name: str) -> UnsupportedError:
         if (how := self.names.computed(name)) is not None:
             return UnsupportedError(
-                f"changes {printable(name)}, which transformers makes of the base's tensors as it "
-                f"loads them ({how}), and merging does not know how to go back",
+                f"changes {printable(name)}, which transformers assembles from the base's tensors "
+                f"on loading ({how}), and merging cannot reverse that",
                 path=adapter.path,
                 hint="merge it with PEFT: model.merge_and_unload(), then save_pretrained()",
             )
@@ -397,8 +397,9 @@ class _Planner:
         """Untie a head that differs from the embedding, and resize the rest of the vocabulary."""
         if self.contradicting is not None:
             self._untie(
-                f"{printable(self.contradicting)} differs from the embedding, to which config.json "
-                "ties it: the tensor is kept, and tie_word_embeddings becomes false"
+                f"{printable(self.contradicting)} differs from the embedding, although "
+                "config.json ties them: the tensor is kept and tie_word_embeddings is set to "
+                "false"
             )
         if self.tied is not None:
             self._finish_tied(self.tied, adapters)
@@ -419,8 +420,8 @@ class _Planner:
             ordered += edit.in_turn
         if ordered:
             self.plan.notes.append(
-                f"{ordered} tensors are changed by DoRA and another adapter: each rescales what "
-                "those before it made, as in PEFT, so that another order gives other weights"
+                f"{ordered} tensors are changed by DoRA and another adapter: each rescales the "
+                "result of the previous ones, as in PEFT, so the order matters"
             )
 
     def _finish_tied(self, tied: TiedHead, adapters: Sequence[Adapter]) -> None:
@@ -440,8 +441,8 @@ class _Planner:
             if embedding is not None and not own.rows:
                 own.rows = list(embedding.rows)  # PEFT shows new tokens to a tied head, too
             self._untie(
-                f"{printable(head)} was tied to {printable(tied.embedding)}; they differ now, so "
-                "it is written and tie_word_embeddings becomes false"
+                f"{printable(head)} was tied to {printable(tied.embedding)}; they now differ, so "
+                "it is written and tie_word_embeddings is set to false"
             )
         elif embedding is not None:
             self._follow(tied, head, embedding)

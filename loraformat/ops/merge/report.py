@@ -103,32 +103,32 @@ def advice(
     Examples
     --------
     >>> advice(Change("total", 1e-3, 0.56, 0.77, 0.6, 0), ["BF16"], requantized=False)[0][:50]
-    'rounding to bf16 takes much of this small delta (e'
+    'rounding to bf16 loses much of this small delta (e'
     """
     found = []
     if requantized:
         found.append(
-            f"quantizing again keeps {total.gain:.1%} of the delta, with an error of "
-            f"{total.error:.0%} of its size; NF4 codes with the adapter beside them keep all"
+            f"requantizing keeps {total.gain:.1%} of the delta with an error of {total.error:.0%} "
+            "of its size; keeping the NF4 codes and a separate adapter loses nothing"
         )
     elif beside and _in_blocks(dtypes):
         if total.gain < _LITTLE_KEPT or total.error > _DROWNING:
             found.append(
-                "the base was quantized already, and quantizing it again keeps "
-                f"{total.gain:.1%} of the delta, with an error of {total.error:.1f} times its "
-                "size; beside the base as it is the adapter keeps all: " + "; ".join(beside)
+                f"the base was already quantized, and quantizing it again keeps {total.gain:.1%} "
+                f"of the delta with an error of {total.error:.1f} times its size; use the base "
+                "and the adapter separately instead: " + "; ".join(beside)
             )
     elif _much_is_lost(total, dtypes):
         rounded = [name for name in dtypes if name != "F32"] or ["F16"]
         name = "bf16" if "BF16" in rounded else rounded[0].lower()
-        better = "--dtype f16 is eight times as fine, --dtype f32" if name == "bf16" else "f32"
+        better = "--dtype f16 is eight times finer, --dtype f32" if name == "bf16" else "f32"
         found.append(
-            f"rounding to {name} takes much of this small delta (error {total.error:.0%} of its "
+            f"rounding to {name} loses much of this small delta (error {total.error:.0%} of its "
             f"size, {total.swallowed:.0%} of the weights unchanged); {better} keeps it"
         )
     if total.clipped:
         found.append(
-            f"{total.clipped} values are beyond float16's range and became ±65504; use "
+            f"{total.clipped} values exceed the float16 range and were clipped to ±65504; use "
             "--dtype bf16 or f32"
         )
     return found

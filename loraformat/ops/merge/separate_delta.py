@@ -103,9 +103,9 @@ class SeparateDelta:
     ) -> None:
         if not any(isinstance(tensor, NF4Tensor) for tensor in original.tensors.values()):
             raise UsageError(
-                f"{original.path} is dense, and a bundle stores NF4",
-                hint="convert it to a bundle first, then merge into that: the adapter lies beside "
-                "the codes; or merge it in and quantize the sum with --requantize",
+                f"{original.path} is dense, but a bundle stores NF4",
+                hint="convert it to a bundle first and merge into that, which stores the adapter "
+                "separately; or quantize the merged weights with --requantize",
             )
         refuse_lost_head(original)
         self.weights, self.name = weights, name

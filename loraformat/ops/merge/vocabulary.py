@@ -59,7 +59,7 @@ def wanted_size(
                 f"has {rows} tokens in {printable(name)}, and {first[0]} in "
                 f"{printable(first[1])}{other}",
                 path=adapter.path,
-                hint="merge adapters of one vocabulary only, the others into the result"
+                hint="merge adapters of one vocabulary at a time"
                 if other
                 else "the file is damaged: save the adapter again",
             )
@@ -109,13 +109,13 @@ def brought_tokenizer(
         That of the first that has one is taken.
     resize : Resize
     """
-    change = f"the vocabulary goes from {resize.before} to {resize.after} tokens"
+    change = f"the vocabulary is resized from {resize.before} to {resize.after} tokens"
     for adapter in adapters:
         if found := tokenizer_files(adapter.files):
-            return found, f"{change}; the tokenizer is the one beside {adapter.path}"
+            return found, f"{change}; the tokenizer is that of {adapter.path}"
     return (), (
-        f"{change}, and no tokenizer lies beside the adapter: the base's is kept; put the one that "
-        "the adapter was trained with beside it and merge again, or over the output's"
+        f"{change}, but the adapter has no tokenizer, so the base's is kept; add the tokenizer it "
+        "was trained with to the adapter and merge again, or replace the one in the output"
     )
 
 
@@ -153,9 +153,9 @@ def tokens_without_rows(base: Checkpoint, adapters: Sequence[Adapter]) -> list[s
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         notes.append(
             f"{adapter.path}: its tokenizer has {printable(beyond[0])}{more} beyond the {rows} "
-            "tokens of the base, and the adapter has no rows for that: what it learned of them is "
-            "not in the result; save it again with the embeddings, "
-            "save_pretrained(OUT, save_embedding_layers=True), and merge that"
+            "tokens of the base, but the adapter has no rows for them, so they are not in the "
+            "result; save it again with the embeddings, save_pretrained(OUT, "
+            "save_embedding_layers=True), and merge that"
         )
     return notes
 
@@ -173,7 +173,7 @@ def resized_base(
     base : Checkpoint
     resize : Resize
     adapters : sequence of Adapter
-        Which may bring the tokenizer.
+        Which may add the tokenizer.
     tensors : mapping of str to LazyTensor
         Those of the result.
 

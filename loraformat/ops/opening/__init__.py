@@ -1,1 +1,1 @@
-"""Opening what verbs work on: a base or an adapter by name, and the base of an adapter."""
+"""Opening bases and adapters by path or Hub id."""

@@ -1,4 +1,4 @@
-"""Opening and copying adapters, whatever their format."""
+"""Opening and copying adapters of any format."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def copy_adapter(adapter: Adapter, output: AtomicOutput, folder: str = "") -> No
     """
     if not adapter.verbatim:
         raise UnsupportedError(
-            "cannot be copied byte for byte: it was read from a pickle, or changed since",
+            "cannot be copied byte for byte: it was read from a pickle or modified since",
             path=adapter.path,
-            hint="convert it, which writes it anew",
+            hint="convert it instead",
         )
     source = SafeDirectory(adapter.path)
     for file in adapter.files:

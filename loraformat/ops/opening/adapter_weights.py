@@ -1,4 +1,4 @@
-"""The user's factors of several adapters, checked before anything is opened."""
+"""Validation of adapter weights given by the user."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapter_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
     ((1.0, 1.0), (0.5, -1.0))
     """
     if not count:
-        raise UsageError("no adapter is named, wanted at least one")
+        raise UsageError("no adapter given, wanted at least one")
     if not weights:
         return (1.0,) * count
     if len(weights) != count:

@@ -1,4 +1,4 @@
-"""Opening models by name."""
+"""Opening models by path or Hub id."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def open_model(
         raise UnsupportedError(
             f"is an adapter ({reader.name}), not a model"
             if reader.kind == "adapter"
-            else f"{reader.name} can be written, not read",
+            else f"{reader.name} can be written but not read",
             path=path,
         )
     if reader.read_with is None:

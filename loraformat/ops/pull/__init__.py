@@ -1,1 +1,1 @@
-"""``loraformat pull``: a repository of the Hugging Face Hub as a directory."""
+"""``loraformat pull``: downloads from the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""Fetching a repository as it was at one commit: every file compared by hash, whole or not at all.
+"""Atomic download of a repository at one commit, verified by hash.
 
 Files are fetched into a hidden directory of the work directory, which huggingface_hub
 continues after an interruption; each is compared with the Hub's hash and moved to its place;
@@ -85,10 +85,10 @@ def pull(
     named = hub_id(word)
     if named is None:
         raise UsageError(
-            f"{printable(word)} is no repository: wanted ORG/NAME or ORG/NAME@REVISION"
+            f"{printable(word)} is not a repository id: wanted ORG/NAME or ORG/NAME@REVISION"
         )
     if not str(target):
-        raise UsageError("DST is empty", hint="name the directory that shall appear")
+        raise UsageError("DST is empty", hint="give the directory to create")
     repo = named[0]
     facts = model_facts(repo, named[1])
     with explained(word):
@@ -131,7 +131,7 @@ def _choose(
             continue
         if not is_portable_path(path):
             raise InputError(
-                f"{printable(path)} leads out of it, or is no name that every system takes",
+                f"{printable(path)} leads out of the directory or is not a portable file name",
                 path=word,
             )
         other = seen.setdefault(path.lower(), path)
@@ -141,7 +141,7 @@ def _choose(
             )
         wanted.append(tree[path])
     if not wanted:
-        raise InputError("holds no file that is wanted", path=word, hint="see --include")
+        raise InputError("has no matching file", path=word, hint="see --include")
     return wanted, left_out
 
 
@@ -197,7 +197,7 @@ def _check(folder: SafeDirectory, file: TreeFile, repo: str, count: Callable[[in
         os.fsync(stream.fileno())
     if found != file.hash:
         path.unlink()
-        raise wrong_content(f"{repo}/{file.path}", found, file, "run again to fetch it anew")
+        raise wrong_content(f"{repo}/{file.path}", found, file, "run again to download it again")
 
 
 def _move(source: Path, work: Path, name: str) -> None:
@@ -224,7 +224,7 @@ def _format(path: Path) -> str | None:
 def _add_base(report: PullReport, card: dict[str, object], target: Path) -> PullReport:
     named = base_named_by(None if report.dry_run else target, card)
     if named is None:
-        note = "names no base model on the Hub: nothing else was fetched"
+        note = "names no base model on the Hub; nothing else was downloaded"
         return replace(report, notes=[*report.notes, note])
     repo, revision = named
     if report.dry_run:

@@ -1,1 +1,1 @@
-"""``loraformat push``: an adapter or a bundle on the Hugging Face Hub."""
+"""``loraformat push``: publishing on the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""Which model on the Hub an adapter, or a bundle, belongs to."""
+"""The base model on the Hub of an adapter or a bundle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loraformat.storage import strict_json
 __all__ = ["BaseRef", "NearBase", "adapter_base", "bundle_base", "look_up", "near_base"]
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-_HINT = "say which model on the Hub it is with --base-model ORG/NAME"
+_HINT = "give it with --base-model ORG/NAME"
 
 #: A repository and the revision that is known of it.
 BaseRef = tuple[str, str | None]
@@ -52,7 +52,7 @@ def adapter_base(
             return found[0], found[1] or revision
     what = "names no base model"
     if adapter.base_model:
-        what = f"names its base {printable(adapter.base_model)}, which is no model on the Hub"
+        what = f"names its base {printable(adapter.base_model)}, which is not a model on the Hub"
     raise UnsupportedError(what, path=adapter.path, hint=_HINT)
 
 
@@ -69,7 +69,7 @@ def bundle_base(source: Mapping[str, str], option: str | None, path: str) -> Bas
     if "repo" in source and hub_id(source["repo"]):
         return source["repo"], source.get("revision")
     raise UnsupportedError(
-        "was made from local files and does not say which model it is", path=path, hint=_HINT
+        "was made from local files and does not record which model it is", path=path, hint=_HINT
     )
 
 
@@ -100,7 +100,7 @@ def _json(text: str | None) -> dict[str, Any]:
 
 
 def _text(value: object) -> str | None:
-    """Return a revision that may stand in a card; a stranger's word otherwise."""
+    """Return a revision that is safe to show in a card, or None."""
     tame = isinstance(value, str) and re.fullmatch(r"[\w./-]{1,200}", value, re.ASCII)
     return str(value) if tame else None
 

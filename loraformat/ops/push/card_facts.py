@@ -1,4 +1,4 @@
-"""From descriptions of files to the facts of a card."""
+"""Card facts from descriptions of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is published of a directory: the files that belong to it, and no others.
+"""Selection of the files to publish.
 
 A training directory holds much that is nobody's business: optimizer states, logs, notes. So
 files are published by name, and what is left out is told. Traces of the training data stay
@@ -153,7 +153,7 @@ def adapter_files(
             found.left_out.append(name)
     if not any(re.fullmatch(r"adapter_model.*\.safetensors", file.path) for file in found.files):
         raise UnsupportedError(
-            "its weights are a pickle, which nobody should have to trust",
+            "its weights are a pickle, which is unsafe to publish",
             path=path,
             hint="convert it first: loraformat convert ADAPTER OUT --allow-pickle",
         )
@@ -166,19 +166,19 @@ def adapter_files(
 def _refuse_without(name: str, choice: Choice) -> None:
     if _NEEDED.fullmatch(name) and any(fnmatch(name, glob) for glob in choice.exclude):
         raise UsageError(
-            f"--exclude leaves out {printable(name)}, without which nobody can load the adapter",
-            hint="name what else shall stay here",
+            f"--exclude leaves out {printable(name)}, without which the adapter cannot be loaded",
+            hint="choose other files to exclude",
         )
 
 
 def _say_statistics(found: Contents) -> None:
     if STATISTICS_NAME in found.left_out:
         found.notes.append(
-            f"{STATISTICS_NAME} stays here: it is made of the training data; "
+            f"{STATISTICS_NAME} is not published, because it is derived from the training data; "
             "--with-statistics publishes it, for `reduce`"
         )
     elif any(file.path == STATISTICS_NAME for file in found.files):
-        found.notes.append(f"{STATISTICS_NAME} is published: it is made of the training data")
+        found.notes.append(f"{STATISTICS_NAME} is published; it is derived from the training data")
 
 
 def _add_curve(found: Contents, path: Path) -> None:
@@ -215,7 +215,9 @@ def read_card(folder: SafeDirectory) -> str:
         return folder.read(CARD_NAME, _MAX_CARD_BYTES).decode("utf-8")
     except UnicodeDecodeError:
         raise InputError(
-            "is not UTF-8, as the Hub wants it", path=folder.path / CARD_NAME, hint="save it anew"
+            "is not UTF-8, as required by the Hub",
+            path=folder.path / CARD_NAME,
+            hint="save it again",
         ) from None
 
 
@@ -232,7 +234,7 @@ def _adapter_file(
         note = f"{name}: the published copy names {base} as its base"
     else:
         said = without_paths(found)
-        note = f"{name}: in the published copy absolute paths are file names"
+        note = f"{name}: absolute paths are shortened to file names in the published copy"
         _say_traces(found, choice, notes)
         if not choice.whole_record:
             shown, said = said, without_traces(said)
@@ -250,7 +252,7 @@ def _say_traces(record: dict[str, Any], choice: Choice, notes: list[str]) -> Non
     notes.append(
         f"{RECORD_NAME}: {TRACES} are published"
         if choice.whole_record
-        else f"{RECORD_NAME}: {TRACES} stay here; --whole-record publishes them"
+        else f"{RECORD_NAME}: {TRACES} are not published; --whole-record publishes them"
     )
 
 
@@ -296,8 +298,8 @@ def bundle_files(path: Path, manifest: Manifest) -> Contents:
     private = [n for n in names if n.rpartition("/")[2] in (STATISTICS_NAME, RECORD_NAME)]
     if private:
         found.notes.append(
-            f"{', '.join(map(printable, sorted(private)))}: traces of training data are published, "
-            "since the bundle's manifest lists them"
+            f"{', '.join(map(printable, sorted(private)))}: files derived from training data are "
+            "published, because the bundle's manifest lists them"
         )
     return found
 
@@ -340,7 +342,7 @@ class UploadFile:
         path = path or name
         if not is_portable_path(path):
             raise UnsupportedError(
-                f"{printable(path)} is no name that every system takes",
+                f"{printable(path)} is not a portable file name",
                 path=folder.path,
                 hint="rename the file",
             )

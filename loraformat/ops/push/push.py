@@ -1,4 +1,4 @@
-"""Publishing an adapter or a bundle: checked, with a card, in one commit, and read again.
+"""Publishing an adapter or a bundle in one verified commit.
 
 ::
 
@@ -154,17 +154,17 @@ def push(
 
 def _check(wishes: PushOptions, revision: str | None, create_pr: bool, tag: str | None) -> None:
     if hub_id(wishes.repo) != (wishes.repo, None):
-        raise UsageError(f"{printable(wishes.repo)} is no repository: wanted ORG/NAME")
+        raise UsageError(f"{printable(wishes.repo)} is not a repository id: wanted ORG/NAME")
     for option, name in (("--tag", tag), ("--revision", revision)):
         if name is not None and not is_reference(name):
             raise UsageError(
-                f"{option} {printable(name)!r} is no name for a branch or a tag",
+                f"{option} {printable(name)!r} is not a valid name for a branch or a tag",
                 hint="use letters, digits, '.', '-' and '_', v1.0 for example",
             )
     if create_pr and (tag or revision not in (None, "main")):
         raise UsageError(
-            "--create-pr goes to main and has no tag yet",
-            hint="leave out --tag and --revision; tag it when it is merged",
+            "--create-pr targets main and cannot be combined with a tag",
+            hint="omit --tag and --revision; tag it when it is merged",
         )
 
 
@@ -174,7 +174,7 @@ def _verify(path: Path, progress: Callable[[int, int], None]) -> None:
         first = findings[0]
         more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
         raise InputError(
-            f"is not sound: {first.rule}{': ' if first.rule else ''}{first.problem}{more}",
+            f"is invalid: {first.rule}{': ' if first.rule else ''}{first.problem}{more}",
             path=first.path,
             hint=f"run: loraformat verify {path}",
         )
@@ -189,16 +189,13 @@ def _state(
     except HubError as error:
         if not dry_run:
             raise
-        parcel.notes.append(f"the Hub was not asked about {remote.repo}: {error.problem}")
+        parcel.notes.append(f"the Hub was not queried about {remote.repo}: {error.problem}")
         return False, None
     if state is None and not is_logged_in():
-        parcel.notes.append(
-            f"the Hub shows no {remote.repo} to somebody who is not logged in; a private one would "
-            "not be shown"
-        )
+        parcel.notes.append(f"the Hub shows no {remote.repo} without a login; it may be private")
     if state is not None and private and not state.private:
         raise HubError(
-            "exists and is public, and --private only makes new repositories private",
+            "exists and is public; --private only applies to new repositories",
             path=remote.repo,
             hint="change it in its settings on the Hub, then push without --private",
         )
@@ -223,8 +220,8 @@ def _card(parcel: Parcel, state: State | None, repo: str) -> str:
     card = parcel.document.render(there if here is None else here)
     if here is not None and there is not None and parcel.document.render(there) != card:
         parcel.notes.append(
-            "README.md on the Hub has other words than the one here, which replaces it; they stay "
-            "in its history"
+            "README.md on the Hub differs and is replaced by the local one; the old version stays "
+            "in the history"
         )
     return card
 
@@ -275,7 +272,7 @@ def _ready(
     if state is None:
         if create_pr:
             raise HubError(
-                "does not exist, and a pull request needs something to change",
+                "does not exist, so no pull request can be opened",
                 path=remote.repo,
                 hint="push without --create-pr first",
             )
@@ -284,7 +281,9 @@ def _ready(
     if state is not None and not state.has_branch:
         remote.create_branch()
     if state is None:
-        raise HubError("was made, but the Hub does not show it", path=remote.repo, hint="run again")
+        raise HubError(
+            "was created, but the Hub does not show it", path=remote.repo, hint="run again"
+        )
     return state.commit, set(state.files)
 
 
@@ -335,7 +334,7 @@ def _compare(remote: Repository, done: Commit, files: list[UploadFile]) -> None:
     wrong = sorted(file.path for file in files if not file.matches(there.get(file.path)))
     if wrong:
         raise HubError(
-            f"commit {done.oid[:12]} does not hold what was sent: {', '.join(wrong[:5])}",
+            f"commit {done.oid[:12]} does not match the uploaded files: {', '.join(wrong[:5])}",
             path=remote.repo,
-            hint="a file may have changed while it was sent; run again",
+            hint="a file may have changed during the upload; run again",
         )

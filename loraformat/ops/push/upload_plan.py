@@ -1,4 +1,4 @@
-"""What is going to be published: files, card, base."""
+"""The upload plan: files, card, base."""
 
 from __future__ import annotations
 
@@ -123,16 +123,17 @@ def open_parcel(
         }
         if option := next((option for option, value in given.items() if value), None):
             raise UsageError(
-                f"{option} is for adapters, and of a bundle what its manifest lists is published",
-                hint="leave it out",
+                f"{option} applies to adapters; for a bundle, the files in its manifest are "
+                "published",
+                hint="omit it",
             )
         return _bundle(path, wishes, verify)
     reader = plugins.sniff(path)
     if reader.kind != "adapter":
         raise UnsupportedError(
-            f"is {reader.name}, and adapters and bundles are published",
+            f"is {reader.name}, and only adapters and bundles can be published",
             path=path,
-            hint="make a bundle of it: loraformat convert MODEL BUNDLE",
+            hint="convert it to a bundle: loraformat convert MODEL BUNDLE",
         )
     return _adapter(path, reader, wishes, workplace, verify)
 
@@ -166,7 +167,7 @@ def _adapter(
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
     if wishes.with_gguf:
         if path.is_file():
-            raise UsageError("--with-gguf is for PEFT adapters, and this is one file")
+            raise UsageError("--with-gguf needs a PEFT adapter, but this is a GGUF file")
         contents.files.append(
             gguf_file(
                 path,
@@ -197,14 +198,14 @@ def _wrong_in(path: Path, near: NearBase | None, *, is_given: bool, notes: list[
     except LoraFormatError as error:
         if near is None or is_given:
             raise
-        notes.append(f"not held against {near.word}: {error}")
+        notes.append(f"not compared with {near.word}: {error}")
         near, report = None, check(path)
     wrong = obstacles(report.findings)
     if wrong:
         named = ", ".join(f"{name} ({', '.join(rules)})" for name, rules in wrong.items())
         notes.append(
-            f"would be refused or computed otherwise by {named}; for the remedy run: "
-            f"loraformat check {shlex.quote(str(path))}"
+            f"would be rejected or computed differently by {named}; to fix this, run: loraformat "
+            f"check {shlex.quote(str(path))}"
             + (f" --base {shlex.quote(near.word)}" if near is not None else "")
         )
     return set(wrong)
@@ -221,7 +222,7 @@ def _parcel(
     if wishes.licence is not None:  # said now, it wins over what was written before
         document = replace(document, facts=document.facts | {"license"})
     if contents.card is not None and is_template(contents.card):
-        contents.notes.append("README.md is an empty form: the card replaces its text")
+        contents.notes.append("README.md is an unfilled template: the card replaces its text")
     return Parcel(
         kind=kind,
         base=base,
@@ -290,7 +291,7 @@ def gguf_file(
     try:
         report = convert(adapter, workplace / gguf_name(repo), dtype="f16", base=source)
     except LoraFormatError as error:
-        error.hint = f"{error.hint}; or leave out --with-gguf" if error.hint else None
+        error.hint = f"{error.hint}; or omit --with-gguf" if error.hint else None
         raise
     notes += [f"{gguf_name(repo)}: {note}" for note in report.notes]
     return UploadFile.of_folder(SafeDirectory(workplace), gguf_name(repo))

@@ -1,1 +1,1 @@
-"""``loraformat spectrum``: what ranks an adapter uses, as a table and as a plot."""
+"""``loraformat spectrum``: singular values and effective ranks of an adapter."""

@@ -1,6 +1,6 @@
-"""The picture of an adapter's spectra, to choose a rank by.
+"""Plot of an adapter's spectra.
 
-Three panels: singular values, the energy that a rank keeps, and the rank that each module
+Three panels: singular values, the energy kept by rank, and the rank that each module
 needs. A few modules are drawn as a line each; many as one line per kind, the median, in the
 band of all its modules.
 """
@@ -129,12 +129,12 @@ def _draw_energies(axes: Axes, report: SpectrumReport, chosen: dict[str, Any]) -
         f"{word}: rank {rank}, or {report.suggested_parameters[word]:,} parameters"
         for word, rank in report.suggested.items()
     )
-    axes.text(0.97, 0.04, f"the whole adapter (black) keeps\n{advice}\n"
-              "at one rank everywhere, or each module's own",
+    axes.text(0.97, 0.04, f"share kept of the whole adapter (black)\n{advice}\nwith one rank for "
+                          "all modules, or one per module",
               transform=axes.transAxes, ha="right", va="bottom", fontsize=9,
               bbox={"facecolor": "white", "alpha": 0.9, "edgecolor": "lightgrey"})  # fmt: skip
-    axes.set(title="energy that a rank keeps\n(dotted: 90, 95 and 99 % of the whole)",
-             xlabel="rank, the same in every module", ylabel="share of ‖D‖²",
+    axes.set(title="energy kept by rank\n(dotted: 90, 95 and 99 % of the whole)",
+             xlabel="rank (same in every module)", ylabel="share of ‖D‖²",
              ylim=(0, 1.02), xlim=(0, None))  # fmt: skip
     axes.grid(alpha=0.25)
 

@@ -1,4 +1,4 @@
-"""Spectra: what ranks an adapter uses, and what ranks would do."""
+"""Singular values, effective ranks and suggested ranks of an adapter."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def spectrum_of(
         progress(done, total)
     notes = list(adapter.notes)
     if any(delta.magnitude is not None for delta in adapter.deltas.values()):
-        notes.append("DoRA: the spectra are those of the direction B A, without magnitudes")
+        notes.append("DoRA: the spectra are those of B A, without magnitudes")
     return SpectrumReport(
         source=str(adapter.path),
         modules=modules,

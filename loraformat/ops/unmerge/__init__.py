@@ -1,1 +1,1 @@
-"""Merged adapters out of a model again, bit by bit where an undo record tells."""
+"""``loraformat unmerge``: exact with an undo record, approximate without."""

@@ -1,4 +1,4 @@
-"""The file of an undo record, which appears together with the model that it belongs to."""
+"""The undo record file, published together with its model."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def refuse_record_path(path: Path, target: Path, inputs: Sequence[Path], *, forc
     refuse_input_as_output(path, path.with_name(path.name + ".partial"), inputs)
     real, output = path.resolve(), target.resolve()
     if real.is_relative_to(output) or output.is_relative_to(real):
-        raise OutputError("is, lies in or holds the output", path=path, hint=_ANOTHER)
+        raise OutputError("is, contains or is inside the output", path=path, hint=_ANOTHER)
     if not path.parent.is_dir():
-        raise OutputError("no such directory", path=path.parent, hint="make it first")
+        raise OutputError("no such directory", path=path.parent, hint="create it first")
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_file() or not _is_record(path):
         raise OutputError(
-            "exists and is no undo record, and will not be replaced", path=path, hint=_ANOTHER
+            "exists, is not an undo record and will not be replaced", path=path, hint=_ANOTHER
         )
     if not force and not target.with_name(target.name + ".partial").is_dir():
         raise OutputError("already exists", path=path, hint="use --force to replace it")
@@ -112,9 +112,7 @@ class RecordPublication(AtomicFile):
         same = stood and filecmp.cmp(written, self.target, shallow=False)
         if stood and not same:
             if not self._force:
-                raise OutputError(
-                    "is the record of another merge", path=self.target, hint="use --force"
-                )
+                raise OutputError("belongs to another merge", path=self.target, hint="use --force")
             os.rename(self.target, replaced)
         if not same:
             self._appear(written)

@@ -1,4 +1,4 @@
-"""Writing an undo record while a merge runs, tensor by tensor."""
+"""Recording of undo information during a merge."""
 
 from __future__ import annotations
 

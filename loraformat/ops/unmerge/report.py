@@ -1,4 +1,4 @@
-"""What undoing a merge reports."""
+"""The report of ``unmerge``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking a merge back without its undo record: near to the original, and how near.
+"""Approximate unmerge by subtraction, with an error estimate.
 
 The merge rounded W + D to M, off by half a step of the dtype at most; the subtraction rounds
 M − D to R, off by half a step at R. So every weight is within (step(M) + step(R)) / 2 of the
@@ -63,7 +63,7 @@ def subtract(
         If an adapter did more than add: DoRA, replaced tensors and rows.
     """
     if not adapters:
-        raise UsageError("wanted --undo with the merge's record, or --adapter to subtract")
+        raise UsageError("give --undo with the merge's undo record, or --adapter to subtract")
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_model(merged))
         opened = [
@@ -97,7 +97,7 @@ def subtract(
 
 def _refuse_what_cannot_be_subtracted(adapter: Adapter) -> None:
     kinds = {
-        "DoRA, whose norms went with the original": any(
+        "DoRA, whose norms need the original weights": any(
             d.magnitude for d in adapter.deltas.values()
         ),
         "replaced tensors": bool(adapter.replacements),
@@ -105,9 +105,9 @@ def _refuse_what_cannot_be_subtracted(adapter: Adapter) -> None:
     }
     if found := [kind for kind, present in kinds.items() if present]:
         raise UnsupportedError(
-            f"has {' and '.join(found)}: no subtraction brings the original back",
+            f"has {' and '.join(found)}: the original cannot be restored by subtraction",
             path=adapter.path,
-            hint="only --undo with the merge's record does",
+            hint="use --undo with the merge's undo record",
         )
 
 
@@ -181,7 +181,7 @@ def _bounds(merged: str | Path, target: str | Path, names: Sequence[str]) -> Ite
 
 
 def _note(bounds: Sequence[_Bound], bound: float) -> str:
-    text = "this is not the original: the merge and the subtraction each rounded"
+    text = "this is not exactly the original: merge and subtraction both rounded"
     if bounds:
         worst = max(bounds, key=lambda found: found.largest)
         text += (
@@ -189,5 +189,5 @@ def _note(bounds: Sequence[_Bound], bound: float) -> str:
             f"{worst.name} by up to {worst.largest:.2g}, if this is what was merged"
         )
     if saturated := sum(found.saturated for found in bounds):
-        text += f"; {saturated} weights at the end of float16's range may be off by anything"
+        text += f"; {saturated} weights at the limit of float16's range may have any error"
     return text + "; only an undo record (merge --undo) restores it exactly"

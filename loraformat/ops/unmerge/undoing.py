@@ -1,4 +1,4 @@
-"""Restoring the tensors of one undo record, lazily, from the merged model and the adapters."""
+"""Lazy restoration of tensors from an undo record."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Undoing:
         for name, undo in record.tensors.items():
             tensor = merged.tensors[name]
             if not isinstance(tensor, DenseTensor):
-                raise self._foreign(f"{printable(name)} is in NF4 and was dense when it was merged")
+                raise self._foreign(f"{printable(name)} is in NF4 but was dense when it was merged")
             kept = undo.mode in ("interval", "rows")
             if kept and tensor.shape != undo.shape:
                 raise self._foreign(
@@ -75,9 +75,9 @@ class Undoing:
     def _foreign(self, what: str) -> FormatError:
         return FormatError(
             "U04",
-            f"the record and the model do not belong together: {what}",
+            f"the undo record and the model do not match: {what}",
             path=self.merged.path,
-            hint="undo later merges first, each with its own record",
+            hint="undo later merges first, each with its own undo record",
         )
 
     def _damaged(self, rule: str, name: str, what: str) -> FormatError:
@@ -92,7 +92,7 @@ class Undoing:
         for name, tensor in self.merged.tensors.items():
             undo = self.record.tensors.get(name)
             if not isinstance(tensor, DenseTensor):
-                raise self._foreign(f"{printable(name)} is in NF4 and was dense when it was merged")
+                raise self._foreign(f"{printable(name)} is in NF4 but was dense when it was merged")
             if undo is None:
                 tensors[name] = replace(tensor, load=self._verified(tensor))
             elif undo.mode != "new":
@@ -112,9 +112,9 @@ class Undoing:
     def _compare(self, tensor: DenseTensor, wanted: str, found: str) -> None:
         if found != wanted:
             raise FormatError(
-                "U06", f"tensor {printable(tensor.name)} is not as the merge left it",
+                "U06", f"tensor {printable(tensor.name)} was changed since the merge",
                 path=self.merged.path,
-                hint="undo later merges first, with their own records",
+                hint="undo later merges first, each with its own undo record",
             )  # fmt: skip
 
     def _restored(self, tensor: DenseTensor, undo: UndoTensor) -> DenseTensor:
@@ -128,7 +128,7 @@ class Undoing:
                     self._compare(tensor, undo.merged_sha256, found.result())
             if sha256(restored).hexdigest() != undo.sha256:
                 raise FormatError(
-                    "U07", f"tensor {printable(tensor.name)} did not come back as it was",
+                    "U07", f"tensor {printable(tensor.name)} was not restored exactly",
                     path=self.file.path, hint="the record is damaged",
                 )  # fmt: skip
             return restored
@@ -194,7 +194,7 @@ class Undoing:
                 raise self._damaged("U10", name, problem)
         known = {(t.adapter, t.target, t.part, t.block, t.expert) for t in terms}
         if len(known) < len(terms):
-            raise self._damaged("U10", name, "a term stands twice")
+            raise self._damaged("U10", name, "a term occurs twice")
         try:
             matrices = list(block_matrices(undo.shape, terms, self.adapters))
         except UnsupportedError as error:

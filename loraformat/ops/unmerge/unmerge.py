@@ -1,4 +1,4 @@
-"""Undoing a merge: exactly with its undo record, approximately without."""
+"""Undoing a merge, with or without its undo record."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def unmerge(
             progress=progress,
         )  # fmt: skip
     if weights:
-        raise UsageError("the undo record knows the weights; leave out --weight")
+        raise UsageError("the undo record contains the weights; omit --weight")
     began = time.perf_counter()
     writer = plugins.for_output(Path(target), to_format, default="safetensors")
     if writer.stores != "dense":
@@ -137,8 +137,8 @@ def _tokenizer_note(merged: Checkpoint, original: Checkpoint) -> list[str]:
     if now == then or not tokenizer_files(merged.files):
         return []
     return [
-        f"the vocabulary is again one of {max(then, default=0)} tokens, and the tokenizer is still "
-        "the merged model's: copy that of the base over it"
+        f"the vocabulary again has {max(then, default=0)} tokens, but the tokenizer is still that "
+        "of the merged model; replace it with that of the base"
     ]
 
 
@@ -153,7 +153,7 @@ def _adapters(
     from loraformat.ops.unmerge.recorder import adapter_digest
 
     if given and len(given) != len(record.adapters):
-        raise UsageError(f"{len(given)} adapters, the record is of {len(record.adapters)}")
+        raise UsageError(f"{len(given)} adapters, the undo record is for {len(record.adapters)}")
     if not any(tensor.terms for tensor in record.tensors.values()):
         return []
     opened = []
@@ -163,12 +163,12 @@ def _adapters(
             opened_one = open_adapter(source, base=original, allow_pickle=allow_pickle)
             adapter = stack.enter_context(opened_one)
         except InputError as error:
-            error.hint = error.hint or "say where the adapter is now with --adapter"
+            error.hint = error.hint or "give its current location with --adapter"
             raise
         if adapter_digest(adapter) != known.sha256:
             raise FormatError(
-                "U05", "is not the adapter that was merged, or was changed since",
-                path=adapter.path, hint="say where the right one is with --adapter",
+                "U05", "is not the adapter that was merged, or was modified since",
+                path=adapter.path, hint="give the right one with --adapter",
             )  # fmt: skip
         opened.append(adapter)
     return opened

@@ -1,4 +1,4 @@
-"""One file per runtime: what it does with an adapter, and of which version that was read or run."""
+"""Known behaviour of each runtime, with the version that was examined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advice that several runtimes share, where no command helps."""
+"""Advice common to several runtimes."""
 
 from __future__ import annotations
 

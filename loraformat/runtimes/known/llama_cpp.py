@@ -9,51 +9,50 @@ from loraformat.runtimes.scaling import by_file_alpha
 __all__ = ["LLAMA_CPP"]
 
 _ONE_ALPHA = (
-    "a GGUF file has one alpha, divided by each tensor's rank; llama.cpp's own converter writes "
-    "lora_alpha there whatever else the config says, and loraformat folds the rest into B"
+    "a GGUF file has a single alpha, which is divided by each tensor's rank; llama.cpp's own "
+    "converter always writes lora_alpha, while loraformat folds the remaining factor into B"
 )
 
 LLAMA_CPP = Runtime(
     name="llama.cpp",
     title="llama.cpp",
-    version="b11549, run (xllamacpp); its converter run",
+    version="b11549, tested (xllamacpp), and its converter",
     format="gguf-lora",
     format_remedy="gguf",
     format_why="llama.cpp reads GGUF files",
     scaling=by_file_alpha,
     treats={
-        "INIT_MUTATES_BASE": differs("nobody changes the base there", "advice", INIT),
+        "INIT_MUTATES_BASE": differs("the base is not modified", "advice", INIT),
         "ALORA": differs(
-            "the GGUF file carries the tokens, and llama.cpp begins one token early",
+            "the GGUF file contains the tokens, but llama.cpp applies the adapter one token early",
             "advice",
-            "where a token matters, run it in PEFT",
+            "use it in PEFT if one token matters",
         ),
-        "DORA": refuses("a GGUF adapter has no place for magnitudes", "merge-gguf"),
-        "BIAS": refuses("a GGUF adapter has no place for biases", "merge-gguf"),
+        "DORA": refuses("GGUF adapters cannot store magnitudes", "merge-gguf"),
+        "BIAS": refuses("GGUF adapters cannot store biases", "merge-gguf"),
         "MODULES_TO_SAVE": refuses(
-            "a GGUF adapter holds low-rank deltas; trained norms are loaded and ignored",
+            "GGUF adapters contain only low-rank deltas; trained norms are loaded and ignored",
             "merge-gguf",
         ),
         "CLASSIFIER": refuses(
-            "its models of text have no place for the head of a classifier",
+            "its text models have no classifier head",
             "advice",
             "run it with transformers or vLLM",
         ),
-        "TRAINED_TOKENS": refuses("a GGUF adapter holds low-rank deltas", "merge-gguf"),
-        "VOCABULARY": refuses("llama.cpp resizes no vocabulary", "merge-gguf"),
+        "TRAINED_TOKENS": refuses("GGUF adapters contain only low-rank deltas", "merge-gguf"),
+        "VOCABULARY": refuses("llama.cpp cannot resize the vocabulary", "merge-gguf"),
         "RSLORA_IGNORED": differs(_ONE_ALPHA, "gguf"),
         "PATTERN_IGNORED": differs(_ONE_ALPHA, "gguf"),
-        "ALPHA_ZERO": differs("an alpha of 0 means no scaling there: the delta acts", "gguf"),
-        "KEY_PREFIX": unknown("its converter was run with the names that PEFT writes", "rewrite"),
+        "ALPHA_ZERO": differs("an alpha of 0 means a scaling of 1 there", "gguf"),
+        "KEY_PREFIX": unknown("only the names that PEFT writes were checked", "rewrite"),
         "CONV1D": differs(
-            "llama.cpp's own converter takes Conv1D for a linear: a square weight gets the "
-            "transposed delta, any other is refused",
+            "llama.cpp's own converter treats Conv1D as a linear: a square weight gets the "
+            "transposed delta, and others are rejected",
             "gguf",
         ),
         "MOE": refuses("llama.cpp's own converter maps no fused experts", "gguf"),
         "TIED_HEAD": refuses(
-            "there is no tensor for a tied head, and with a delta of its embedding the process "
-            "aborts",
+            "there is no tensor for a tied head, and a delta of its embedding aborts the process",
             "merge-gguf",
         ),
         "SHARED_BLOCK": refuses(
@@ -65,7 +64,7 @@ LLAMA_CPP = Runtime(
         "TOKENIZER_CHANGED": mind(
             "the tokenizer is in the base's GGUF file",
             "advice",
-            "convert the base with the adapter's tokenizer files beside its weights",
+            "convert the base with the adapter's tokenizer files in its directory",
         ),
         "CHAT_TEMPLATE_CHANGED": mind(
             "the chat template is in the base's GGUF file",

@@ -9,14 +9,13 @@ from loraformat.runtimes.scaling import by_config_with_rslora
 __all__ = ["LORAX"]
 
 _BY_NAME = (
-    "LoRAX takes base_model.model.MODULE.lora_A.weight and lora_B.weight; the rest is named in a "
-    "warning"
+    "LoRAX takes base_model.model.MODULE.lora_A.weight and lora_B.weightand warns about the rest"
 )
 
 LORAX = Runtime(
     name="lorax",
     title="LoRAX",
-    version="a7394ba of 2026-05-28, its source read",
+    version="a7394ba of 2026-05-28, from its source",
     format="peft",
     format_remedy="peft",
     format_why="LoRAX reads directories with adapter_config.json",
@@ -26,8 +25,8 @@ LORAX = Runtime(
     even_ranks=True,
     whole_types=True,
     treats={
-        "INIT_MUTATES_BASE": differs("LoRAX does not look at the field", "advice", INIT),
-        "ALORA": differs("LoRAX does not look at the field: it would act everywhere", "advice"),
+        "INIT_MUTATES_BASE": differs("LoRAX ignores the field", "advice", INIT),
+        "ALORA": differs("LoRAX ignores the field: the adapter would act on all tokens", "advice"),
         "DORA": differs(f"use_dora is not read; {_BY_NAME}", "merge"),
         "BIAS": differs(_BY_NAME, "merge"),
         "MODULES_TO_SAVE": differs(_BY_NAME, "merge"),
@@ -37,24 +36,24 @@ LORAX = Runtime(
             "of all layers, which must have one rank",
             "fix",
         ),
-        "RANK_LIMIT": mind("its kernels end at rank 128; beyond it loops, and is slow", "reduce"),
+        "RANK_LIMIT": mind("its kernels support ranks up to 128; higher ranks are slow", "reduce"),
         "RANK_NOT_IN_SET": differs(
-            "LoRAX pads such a rank for its kernels, keeps the padded one as r, and divides alpha "
-            "by that in every type of module after the first",
+            "LoRAX pads such a rank for its kernels and divides alpha by the padded rank in every "
+            "module type after the first",
             "fix",
         ),
         "KEY_PREFIX": differs(_BY_NAME, "rewrite"),
         "LAYERS_MISSING": differs(
-            "LoRAX drops a type of module altogether if one layer has none, with at most a warning",
+            "LoRAX drops a module type entirely if one layer lacks it, at most with a warning",
             "fill",
         ),
         "EMBEDDING": differs(_BY_NAME, "merge"),
         "MOE": differs(_BY_NAME, "merge"),
-        "TIED_HEAD": differs("LoRAX knows the head, but not the embedding", "merge"),
+        "TIED_HEAD": differs("LoRAX supports the head but not the embedding", "merge"),
         "TOKENIZER_CHANGED": mind(
             "LoRAX has one tokenizer for the base and all adapters (predibase/lorax#538)",
             "advice",
-            "put the adapter's tokenizer files in the place of the base's",
+            "replace the base's tokenizer files with the adapter's",
         ),
         "CHAT_TEMPLATE_CHANGED": mind(
             "LoRAX has one chat template for the base and all adapters (predibase/lorax#538)",

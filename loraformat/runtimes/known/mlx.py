@@ -14,19 +14,19 @@ _COPY = "copy the adapter's over those of the merged model"
 MLX = Runtime(
     name="mlx",
     title="mlx-lm",
-    version="d78bf58 of 2026-08-22, its source read",
+    version="d78bf58 of 2026-08-22, from its source",
     format="",
     format_remedy="merge",
     format_why="mlx-lm reads adapters.safetensors of its own, or any merged model",
     scaling=as_trained,
     treats={
-        "INIT_MUTATES_BASE": differs("the factors belong to a changed base", "advice", INIT),
-        "ALORA": refuses("it acts on some tokens only, and cannot be merged", "advice"),
+        "INIT_MUTATES_BASE": differs("the factors belong to a modified base", "advice", INIT),
+        "ALORA": refuses("it acts on some tokens only and cannot be merged", "advice"),
         "TOKENIZER_CHANGED": mind(_MERGED, "advice", _COPY),
         "CHAT_TEMPLATE_CHANGED": mind(
             _MERGED,
             "advice",
-            "put the adapter's chat_template.jinja beside the merged model's files",
+            "copy the adapter's chat_template.jinja to the merged model",
         ),
     },
 )

@@ -17,17 +17,17 @@ from loraformat.runtimes.record import differs, mind, refuses
 __all__ = ["OLLAMA"]
 
 _IMPORT = (
-    "Ollama's import of PEFT directories writes lora_alpha as the one alpha of a GGUF file; "
-    "loraformat folds the rest into B"
+    "Ollama's import of PEFT directories writes lora_alpha as the single alpha of a GGUF file; "
+    "loraformat folds the remaining factor into B"
 )
 
 OLLAMA = replace(
     LLAMA_CPP,
     name="ollama",
     title="Ollama",
-    version="fb30760 of 2026-08-21, its source read",
-    format_why="Ollama takes GGUF files: merged ones, and before 0.34.1 adapters beside their "
-    "base; of PEFT directories it imports few, and Q and K wrongly",
+    version="fb30760 of 2026-08-21, from its source",
+    format_why="Ollama reads GGUF files: merged models, and separate adapters before 0.34.1; it "
+    "imports few PEFT directories, and Q and K incorrectly",
     imports=("llama", "gemma2"),
     treats={
         **LLAMA_CPP.treats,
@@ -36,22 +36,22 @@ OLLAMA = replace(
         "ALPHA_NOT_INT": refuses(
             "Ollama's import of PEFT directories reads lora_alpha as an unsigned integer", "gguf"
         ),
-        "CONV1D": refuses("Ollama's import knows llama and gemma2", "gguf"),
+        "CONV1D": refuses("Ollama's import supports only llama and gemma2", "gguf"),
         "MOE": refuses("Ollama's import maps no fused experts", "gguf"),
         "ARCHITECTURE": mind(
-            "Ollama's import of PEFT directories knows llama and gemma2; of GGUF adapters the "
-            "architecture must be the base's",
+            "Ollama's import of PEFT directories supports only llama and gemma2; GGUF adapters "
+            "must have the base's architecture",
             "gguf",
         ),
         "CHAT_TEMPLATE_CHANGED": mind(
-            "the chat template is in the base's GGUF file, or in a Modelfile in a language of "
-            "Ollama's own",
+            "the chat template is in the base's GGUF file, or in a Modelfile, in Ollama's "
+            "template language",
             "advice",
-            "say the adapter's template with TEMPLATE in the Modelfile",
+            "set the adapter's template with TEMPLATE in the Modelfile",
         ),
         "ROW_ORDER": mind(
             "Q and K of llama models are stored with reordered rows; Ollama's import of PEFT "
-            "directories reorders A, where B has the rows",
+            "directories reorders A instead of B",
             "gguf",
         ),
     },

@@ -13,7 +13,7 @@ _ONE_SCALING = "SGLang multiplies every module by lora_alpha / r of the config"
 SGLANG = Runtime(
     name="sglang",
     title="SGLang",
-    version="0.5.23, its source read",
+    version="0.5.23, from its source",
     format="peft",
     format_remedy="peft",
     format_why="SGLang reads directories with adapter_config.json",
@@ -21,24 +21,24 @@ SGLANG = Runtime(
     one_rank=True,
     couples=(("q_proj", "v_proj"),),
     treats={
-        "INIT_MUTATES_BASE": differs("SGLang does not look at the field", "advice", INIT),
-        "ALORA": differs("SGLang does not look at the field: it would act everywhere", "advice"),
-        "DORA": refuses("SGLang refuses use_dora", "merge"),
-        "BIAS": unknown("what becomes of biases was not looked at", "merge"),
-        "MODULES_TO_SAVE": unknown("what becomes of replaced modules was not looked at", "merge"),
-        "TRAINED_TOKENS": refuses("SGLang refuses added tokens", "merge"),
+        "INIT_MUTATES_BASE": differs("SGLang ignores the field", "advice", INIT),
+        "ALORA": differs("SGLang ignores the field: the adapter would act on all tokens", "advice"),
+        "DORA": refuses("SGLang rejects use_dora", "merge"),
+        "BIAS": unknown("support for biases was not checked", "merge"),
+        "MODULES_TO_SAVE": unknown("support for replaced modules was not checked", "merge"),
+        "TRAINED_TOKENS": refuses("SGLang rejects added tokens", "merge"),
         "RSLORA_IGNORED": differs(f"{_ONE_SCALING} (sgl-project/sglang#40835)", "fix"),
         "PATTERN_IGNORED": differs(_ONE_SCALING, "fix"),
         "QV_COUPLED": refuses(
-            "SGLang joins q, k and v, and fails without v_proj (KeyError)", "fill"
+            "SGLang fuses q, k and v and fails without v_proj (KeyError)", "fill"
         ),
-        "KEY_PREFIX": unknown("SGLang was read for the names that PEFT writes", "rewrite"),
-        "EMBEDDING": unknown("what becomes of an embedding's delta was not looked at", "merge"),
+        "KEY_PREFIX": unknown("only the names that PEFT writes were checked", "rewrite"),
+        "EMBEDDING": unknown("support for embedding deltas was not checked", "merge"),
         "MOE": differs(
-            "deltas of target_parameters are dropped without a word (sgl-project/sglang#25528)",
+            "deltas of target_parameters are silently dropped (sgl-project/sglang#25528)",
             "merge",
         ),
-        "TIED_HEAD": unknown("what becomes of a tied head was not looked at", "merge"),
+        "TIED_HEAD": unknown("support for tied heads was not checked", "merge"),
         "TOKENIZER_CHANGED": mind(
             "SGLang has one tokenizer for the base and all adapters, and refuses tokens beyond the "
             "base's vocabulary",

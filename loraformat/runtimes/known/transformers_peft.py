@@ -10,21 +10,21 @@ __all__ = ["TRANSFORMERS"]
 TRANSFORMERS = Runtime(
     name="transformers",
     title="transformers + PEFT",
-    version="PEFT 0.21.2, run",
+    version="PEFT 0.21.2, tested",
     format="peft",
     format_remedy="peft",
     format_why="PEFT reads directories with adapter_config.json",
     scaling=as_trained,
     asks_peft=True,
     treats={
-        "METHOD": mind("PEFT knows its own methods; loraformat cannot tell", "advice"),
+        "METHOD": mind("depends on the method in PEFT; not checked", "advice"),
         "INIT_MUTATES_BASE": mind(
-            "PEFT changes the base again whenever it loads the adapter, which needs the base in "
-            "full precision",
+            "PEFT modifies the base on every load of the adapter, which needs the base in full "
+            "precision",
             "advice",
         ),
         "KEY_PREFIX": differs(
-            "PEFT loads the rest and leaves these at their start, with a warning", "rewrite"
+            "PEFT leaves these at their initial values, with a warning", "rewrite"
         ),
         "LOAD_FAILS": refuses("PEFT raises this error", "rewrite"),
         "LOAD_RESIZED": refuses(
@@ -35,22 +35,21 @@ TRANSFORMERS = Runtime(
         ),
         "LOAD_OTHER_BASE": refuses("PEFT raises this error", "other-base"),
         "LOAD_IGNORES": differs(
-            "PEFT leaves them out, at most with a warning, and their layers as they were",
+            "PEFT ignores them, at most with a warning",
             "rewrite",
         ),
         "LOAD_UNKNOWN": differs(
-            "PEFT leaves them out, at most with a warning",
+            "PEFT ignores them, at most with a warning",
             "other-base",
         ),
         "LOAD_UNPROVEN": unknown(
-            "only PEFT knows how it loads an adapter into each class of transformers",
+            "how PEFT loads an adapter into each transformers class can only be tested with PEFT",
             "advice",
-            "install both beside loraformat, and check again: pip install 'loraformat[demo]'",
+            "install both and check again: pip install 'loraformat[demo]'",
         ),
         "DTYPE": None,  # cast as they are loaded
         "TIED_HEAD": mind(
-            "it is right unmerged; PEFT's own merge_and_unload changes the other half of the tie, "
-            "too",
+            "it is correct unmerged; PEFT's merge_and_unload also changes the tied tensor",
             "merge",
         ),
         "SHARED_BLOCK": mind(

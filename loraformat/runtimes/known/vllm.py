@@ -12,7 +12,7 @@ __all__ = ["VLLM"]
 VLLM = Runtime(
     name="vllm",
     title="vLLM",
-    version="0.33.0, its source read",
+    version="0.33.0, from its source",
     format="peft",
     format_remedy="peft",
     format_why="vLLM reads directories with adapter_config.json",
@@ -21,37 +21,37 @@ VLLM = Runtime(
     default_rank=VLLM_DEFAULT,
     replaces=("score", "classifier"),
     treats={
-        "INIT_MUTATES_BASE": refuses("vLLM names such starts and refuses them", "advice", INIT),
-        "ALORA": unknown("whether it heeds invocation tokens was not looked at", "advice"),
-        "DORA": refuses("vLLM refuses use_dora", "merge"),
-        "BIAS": refuses("vLLM refuses biases", "merge"),
+        "INIT_MUTATES_BASE": refuses("vLLM rejects these initialisations", "advice", INIT),
+        "ALORA": unknown("support for invocation tokens was not checked", "advice"),
+        "DORA": refuses("vLLM rejects use_dora", "merge"),
+        "BIAS": refuses("vLLM rejects biases", "merge"),
         "MODULES_TO_SAVE": refuses(
-            "vLLM lets an adapter replace score and classifier, and nothing else", "merge"
+            "vLLM allows an adapter to replace only score and classifier", "merge"
         ),
-        "TRAINED_TOKENS": refuses("vLLM knows no trained rows of embeddings", "merge"),
-        "RANK_LIMIT": refuses("no --max-lora-rank is that large", "reduce"),
+        "TRAINED_TOKENS": refuses("vLLM does not support trained embedding rows", "merge"),
+        "RANK_LIMIT": refuses("the rank exceeds the largest --max-lora-rank", "reduce"),
         "RANK_NOT_IN_SET": mind(
-            "vLLM refuses ranks above --max-lora-rank, which is 16 by default and takes some "
-            "values only",
+            "vLLM rejects ranks above --max-lora-rank, which is 16 by default and accepts only "
+            "certain values",
             "advice",
             "start it with --max-lora-rank {limit}",
         ),
         "KEY_PREFIX": differs(
-            "a module whose end is known under a prefix that is not is loaded without effect "
+            "a module with a known suffix but an unknown prefix is loaded without effect "
             "(vllm-project/vllm#39278)",
             "rewrite",
         ),
         "FOREIGN_NAMES": differs(
-            "a module whose end is known under a prefix that is not is loaded without effect "
+            "a module with a known suffix but an unknown prefix is loaded without effect "
             "(vllm-project/vllm#39278)",
             "rewrite",
         ),
-        "EMBEDDING": unknown("what becomes of an embedding's delta was not looked at", "merge"),
+        "EMBEDDING": unknown("support for embedding deltas was not checked", "merge"),
         "MOE": refuses(
             "adapters of target_parameters are not loaded (vllm-project/vllm#41384, #52194)",
             "merge",
         ),
-        "TIED_HEAD": unknown("what becomes of a tied head was not looked at", "merge"),
+        "TIED_HEAD": unknown("support for tied heads was not checked", "merge"),
         "TOKENIZER_CHANGED": mind(
             "vLLM has one tokenizer for the base and all adapters (vllm-project/vllm#24078)",
             "advice",

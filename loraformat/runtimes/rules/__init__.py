@@ -1,4 +1,4 @@
-"""The rules: what an adapter may have that a runtime may not expect, one after the other."""
+"""The compatibility rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules that hold an adapter against its base."""
+"""Rules that compare an adapter with its base."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _vocabulary(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 
 def tokens_beyond(adapter: AdapterFacts) -> str | None:
-    """Return what is wrong with rows of tokens that the base does not have; None if nothing is.
+    """Return what is wrong with rows for tokens that the base lacks; None if nothing is.
 
     Where the adapter has the embedding, too, it says how many tokens there are.
     """
@@ -143,41 +143,41 @@ def _rows(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 BASE_RULES = (
     Rule(
         "TARGET_UNKNOWN",
-        "modules that the base does not have",
+        "modules that the base lacks",
         _unknown,
-        refuses("there is nothing to add it to", "other-base"),
+        refuses("there is no weight to add it to", "other-base"),
     ),
     Rule(
         "SHAPE_VS_BASE",
-        "deltas of another shape than the base's weights",
+        "deltas whose shapes differ from the base's weights",
         _shape,
         refuses("it cannot be added", "other-base"),
     ),
     Rule(
         "VOCABULARY",
-        "deltas of more or fewer tokens than the base has",
+        "deltas for another vocabulary size",
         _vocabulary,
-        refuses("it serves the base's vocabulary", "merge"),
+        refuses("it uses the base's vocabulary", "merge"),
     ),
     Rule(
         "TOKENS_BEYOND",
-        "rows of tokens that the base does not have",
+        "rows for tokens that the base lacks",
         _beyond,
         refuses("there are no such rows", "advice", _GROW),
     ),
     Rule(
         "BASE_HASH_MISMATCH",
-        "a fingerprint of another base",
+        "the fingerprint of another base",
         _fingerprint,
-        differs("what it learned there may not hold here", "other-base"),
+        differs("it may not work on this base", "other-base"),
     ),
     Rule(
         "BASE_REVISION",
         "another commit of the base",
         _revision,
-        mind("its weights may be others", "advice", "load the base at that commit"),
+        mind("the weights may differ", "advice", "load the base at that commit"),
     ),
-    Rule("TIED_HEAD", "a delta of a head or embedding that are one tensor", _tied),
+    Rule("TIED_HEAD", "a delta of a tied head or embedding", _tied),
     Rule(
         "SHARED_BLOCK",
         "a delta of a weight that several layers share",
@@ -189,6 +189,6 @@ BASE_RULES = (
             "run it with transformers and PEFT",
         ),
     ),
-    Rule("ARCHITECTURE", "an architecture that it does not take", _architecture),
+    Rule("ARCHITECTURE", "an unsupported architecture", _architecture),
     Rule("ROW_ORDER", "Q and K of llama models", _rows),
 )

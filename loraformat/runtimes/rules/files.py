@@ -1,4 +1,4 @@
-"""Rules about how an adapter lies on disk."""
+"""Rules about an adapter's files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def _names(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     if not adapter.odd_names or runtime.has_proof(adapter):
         return None
     return (
-        f"{len(adapter.odd_names)} tensors are not called as PEFT calls them "
+        f"{len(adapter.odd_names)} tensors have names that PEFT does not use "
         f"({printable(adapter.odd_names[0])})"
     )
 
 
 def _shards(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    return "its tensors lie in shards with an index" if adapter.sharded else None
+    return "its tensors are in shards with an index" if adapter.sharded else None
 
 
 def _beside(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    return f"{printable(adapter.beside[0])} lies beside it" if adapter.beside else None
+    return f"{printable(adapter.beside[0])} is in the same directory" if adapter.beside else None
 
 
 def _dtype(adapter: AdapterFacts, runtime: Runtime) -> str | None:
@@ -39,24 +39,24 @@ FILE_RULES = (
         "SHARDED",
         "`adapter_model.safetensors.index.json`",
         _shards,
-        refuses("every loader wants one adapter_model.safetensors", "rewrite"),
+        refuses("every loader expects a single adapter_model.safetensors", "rewrite"),
         of_files=True,
     ),
     Rule(
         "OTHER_WEIGHTS",
-        "`non_lora_trainables.bin` and other files of weights beside it",
+        "`non_lora_trainables.bin` and other weight files in its directory",
         _beside,
         mind(
-            "no loader of adapters reads such a file, which may hold what was trained with it",
+            "adapter loaders do not read such a file, which may contain other trained weights",
             "advice",
-            "load it as the program that wrote it does",
+            "load it with the program that wrote it",
         ),
     ),
     Rule(
         "DTYPE",
-        "factors of another type than F32, F16, BF16",
+        "factors of a dtype other than F32, F16, BF16",
         _dtype,
-        unknown("loaders were looked at for F32, F16 and BF16", "retype"),
+        unknown("only F32, F16 and BF16 were checked", "retype"),
         of_files=True,
     ),
 )

@@ -1,4 +1,4 @@
-"""Rules about PEFT's own load of an adapter into a base of these shapes."""
+"""Rules about loading an adapter in PEFT."""
 
 from __future__ import annotations
 
@@ -55,27 +55,27 @@ def _left_out(loading: Loading, names: tuple[str, ...]) -> str | None:
     if not names:
         return None
     total = len(loading.ignored) + len(loading.unknown) + loading.taken
-    return f"{len(names)} of {total} tensors find no place in this base ({printable(names[0])})"
+    return f"{len(names)} of {total} tensors match nothing in this base ({printable(names[0])})"
 
 
 def _foreign(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     if not adapter.foreign:
         return None
-    return f"calls {len(adapter.foreign)} modules otherwise ({printable(adapter.foreign[0])})"
+    return f"calls {len(adapter.foreign)} modules differently ({printable(adapter.foreign[0])})"
 
 
 def _unproven(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     if adapter.loading is None or adapter.loading.proven:
         return None
-    return "was not loaded by PEFT itself: names and shapes alone were looked at"
+    return "was not loaded by PEFT itself; only names and shapes were checked"
 
 
 LOADING_RULES = (
-    Rule("LOAD_FAILS", "a config that PEFT cannot load its tensors by", _fails),
-    Rule("LOAD_RESIZED", "another vocabulary than the base's", _resized),
+    Rule("LOAD_FAILS", "a config that does not match its tensors in PEFT", _fails),
+    Rule("LOAD_RESIZED", "a vocabulary other than the base's", _resized),
     Rule("LOAD_OTHER_BASE", "tensors that PEFT cannot load into the base's shapes", _other),
-    Rule("LOAD_IGNORES", "tensors under names that PEFT does not look for", _ignores),
-    Rule("LOAD_UNKNOWN", "tensors of which the base has nothing to change", _unknown),
-    Rule("FOREIGN_NAMES", "modules under names of another version of transformers", _foreign),
-    Rule("LOAD_UNPROVEN", "no PEFT or transformers here, or none that knows the base", _unproven),
+    Rule("LOAD_IGNORES", "tensors under names that PEFT does not recognise", _ignores),
+    Rule("LOAD_UNKNOWN", "tensors that match nothing in the base", _unknown),
+    Rule("FOREIGN_NAMES", "modules under the names of another version of transformers", _foreign),
+    Rule("LOAD_UNPROVEN", "PEFT or transformers is missing or does not know the base", _unproven),
 )

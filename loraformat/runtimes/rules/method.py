@@ -1,4 +1,4 @@
-"""Rules about what an adapter is made of: more than low-rank deltas, mostly."""
+"""Rules about adapter methods other than plain LoRA."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def _method(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 def _init(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     if adapter.init is None:
         return None
-    return f"init_lora_weights is {printable(adapter.init)}: the factors belong to a changed base"
+    return f"init_lora_weights is {printable(adapter.init)}: the factors belong to a modified base"
 
 
 def _alora(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    return "is an aLoRA: it acts from certain tokens on" if adapter.invocation_tokens else None
+    return "is an aLoRA, active only after certain tokens" if adapter.invocation_tokens else None
 
 
 def _dora(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    return "uses DoRA: weights are rescaled after the delta" if adapter.dora else None
+    return "uses DoRA, which rescales the merged weights" if adapter.dora else None
 
 
 def _bias(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    return "holds trained biases" if adapter.bias else None
+    return "contains trained biases" if adapter.bias else None
 
 
 def _modules_to_save(adapter: AdapterFacts, runtime: Runtime) -> str | None:
@@ -46,7 +46,7 @@ def _modules_to_save(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 def _classifier(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     leaves = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.replaced}
     named = sorted(leaves & {"score", "classifier"})
-    return f"brings a {named[0]} of its own: it classifies" if named else None
+    return f"brings a {named[0]} of its own (a classifier)" if named else None
 
 
 def _tokens(adapter: AdapterFacts, runtime: Runtime) -> str | None:
@@ -56,11 +56,11 @@ def _tokens(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 METHOD_RULES = (
     Rule(
         "METHOD",
-        "another method than LoRA, or a field that changes what the factors mean",
+        "a method other than LoRA, or a field that changes the meaning of the factors",
         _method,
-        refuses("it is no sum of a base and low-rank deltas", "advice"),
+        refuses("it is not a sum of a base and low-rank deltas", "advice"),
     ),
-    Rule("INIT_MUTATES_BASE", "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ: a base that is changed", _init),
+    Rule("INIT_MUTATES_BASE", "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ: a modified base", _init),
     Rule("ALORA", "`alora_invocation_tokens`", _alora),
     Rule("DORA", "`use_dora`", _dora),
     Rule("BIAS", "`bias`, `lora_bias`", _bias),

@@ -17,7 +17,7 @@ def _pair(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     halves = [module for module in adapter.modules if module.missing]
     if not halves:
         return None
-    return f"{len(halves)} modules lack a half ({printable(halves[0].name)}: {halves[0].missing})"
+    return f"{len(halves)} modules lack A or B ({printable(halves[0].name)}: {halves[0].missing})"
 
 
 def _coupled(adapter: AdapterFacts, runtime: Runtime) -> str | None:
@@ -76,13 +76,13 @@ def _moe(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 MODULE_RULES = (
     Rule(
         "PAIR_MISSING",
-        "a module with one half of A and B",
+        "a module with only one of A and B",
         _pair,
-        differs("the delta is lost: loaders refuse it, or start the other half anew", "advice",
+        differs("the delta is lost: loaders reject it or reinitialise the missing factor", "advice",
                 "save it again where it was trained"),
     ),
     Rule("QV_COUPLED", "`q_proj` without `v_proj`", _coupled),
-    Rule("LAYERS_MISSING", "a type of module that some layers have and others do not", _layers),
+    Rule("LAYERS_MISSING", "a module type that is adapted in some layers only", _layers),
     Rule("EMBEDDING", "a delta of an embedding", _embedding),
     Rule("CONV1D", "GPT-2's `Conv1D`", _conv1d),
     Rule("MOE", "fused experts (`target_parameters`)", _moe),

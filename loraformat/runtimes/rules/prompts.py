@@ -1,4 +1,4 @@
-"""Rules about what stands before an adapter: the tokens that it was trained on."""
+"""Rules about tokenizers and chat templates."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def _template(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 PROMPT_RULES = (
     Rule(
         "TOKENIZER_CHANGED",
-        "a tokenizer beside it that is not the base's",
+        "a tokenizer that differs from the base's",
         _tokenizer,
         mind(
-            "the base's tokenizer is used, which makes other numbers of a text than in training",
+            "the base's tokenizer is used, so token ids differ from training",
             "advice",
-            "put its tokenizer files in the place of the base's",
+            "replace the base's tokenizer files with the adapter's",
         ),
     ),
     Rule(
         "CHAT_TEMPLATE_CHANGED",
-        "a chat template beside it that is not the base's",
+        "a chat template that differs from the base's",
         _template,
         mind(
-            "the base's chat template is used, which prompts otherwise than in training",
+            "the base's chat template is used, so prompts differ from training",
             "advice",
-            "put its chat template in the place of the base's",
+            "replace the base's chat template with the adapter's",
         ),
     ),
 )

@@ -25,6 +25,6 @@ def _set(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 
 RANK_RULES = (
-    Rule("RANK_LIMIT", "a rank above the largest that it serves, or serves fast", _limit),
+    Rule("RANK_LIMIT", "a rank above the maximum, or above the fast kernels", _limit),
     Rule("RANK_NOT_IN_SET", "a rank that needs an option, or padding", _set),
 )

@@ -1,4 +1,4 @@
-"""Rules about the factor of B A: what the runtime would take, against what was trained.
+"""Rules about the scaling of deltas.
 
 Only of PEFT directories: a GGUF file says its scaling itself.
 """
@@ -51,14 +51,14 @@ def _alpha_type(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     alpha = adapter.config_alpha
     if adapter.format != "peft" or alpha is None or (type(alpha) is int and alpha >= 0):
         return None
-    return f"lora_alpha is {printable(alpha)} in JSON, which is no natural number"
+    return f"lora_alpha is {printable(alpha)} in JSON, which is not a natural number"
 
 
 SCALING_RULES = (
-    Rule("RSLORA_IGNORED", "`use_rslora`, where it is not heeded", _rslora),
+    Rule("RSLORA_IGNORED", "`use_rslora`, where it is ignored", _rslora),
     Rule(
         "PATTERN_IGNORED",
-        "`alpha_pattern`, `rank_pattern` or several ranks, where they are not heeded",
+        "`alpha_pattern`, `rank_pattern` or several ranks, where they are ignored",
         _patterns,
     ),
     Rule("ALPHA_ZERO", "`lora_alpha` of 0", _zero_alpha),

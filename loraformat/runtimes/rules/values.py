@@ -1,4 +1,4 @@
-"""Rules about the numbers."""
+"""Rules about the values of tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ VALUE_RULES = (
         "NaN or infinity",
         _nonfinite,
         differs(
-            "most loaders take them, and every output is NaN", "advice",
+            "most loaders accept them, and every output is NaN", "advice",
             "use an earlier checkpoint: the training diverged, or the file is damaged",
         ),
     ),
@@ -56,7 +56,7 @@ VALUE_RULES = (
         "a file without tensors",
         _nothing,
         differs(
-            "it loads, and changes nothing", "advice",
+            "it loads but has no effect", "advice",
             f"save it again where it was trained; if that was sharded, {GATHER}",
         ),
     ),
@@ -65,7 +65,8 @@ VALUE_RULES = (
         "tensors of shape [0]",
         _empty,
         refuses(
-            "what was sharded (DeepSpeed ZeRO-3, FSDP) was saved without being gathered", "advice",
+            "sharded parameters (DeepSpeed ZeRO-3, FSDP) were saved without being gathered",
+            "advice",
             GATHER,
         ),
     ),
@@ -73,6 +74,6 @@ VALUE_RULES = (
         "ZERO_DELTA",
         "B of all zeros",
         _zero,
-        mind("it changes nothing", "advice", "was it trained, and saved after that?"),
+        mind("it has no effect", "advice", "was it saved after training?"),
     ),
 )  # fmt: skip

@@ -43,7 +43,7 @@ from loraformat.train.data.tokenizer import TextEncoder
 
 __all__ = ["ChatRenderer", "Rendered"]
 
-_OTHER_TEMPLATE = "name another template with --chat-template"
+_OTHER_TEMPLATE = "choose another template with --chat-template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ class ChatRenderer:
         """
         if not self._encoder.has_template:
             raise KindError(
-                "is a conversation, and the model has no chat template; "
-                "name one with --chat-template, or write prompt and completion"
+                "is a conversation, and the model has no chat template; give one with "
+                "--chat-template, or write prompt and completion"
             )
         if self._trials.mute:
             raise KindError(f"the chat template leaves out what messages say; {_OTHER_TEMPLATE}")
@@ -238,7 +238,7 @@ class ChatRenderer:
             roles = [one["role"] for one in conversation.messages if one["role"] != "system"]
             first = "; the assistant speaks first: leave that message out, or name another template"
             hint = first if roles[:1] == ["assistant"] else ""
-            raise KindError(f"the chat template refuses{shown}: {printable(error)}{hint}") from None
+            raise KindError(f"the chat template rejects{shown}: {printable(error)}{hint}") from None
 
     def _render(
         self,

@@ -66,7 +66,7 @@ def open_saved(directory: Path, split: str) -> list[RowSource]:
             raise InputError(
                 f"has no split {split!r}; it has {printable(known)}",
                 path=directory,
-                hint="name one with --split",
+                hint="choose one with --split",
             )
         within = f"{split}/"
     files = _read(folder, within + _STATE).get("_data_files")

@@ -64,7 +64,7 @@ class CsvRows(FileRows):
     Raises
     ------
     InputError
-        If there is no header, a name stands twice in it, or a quote does not close.
+        If there is no header, a name occurs twice in it, or a quote does not close.
     """
 
     def __init__(self, file: DataFile, delimiter: str) -> None:

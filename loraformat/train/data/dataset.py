@@ -104,7 +104,7 @@ class Dataset:
         if start.data not in ("", self.fingerprint):
             raise InputError(
                 "the data, their order or the number of ranks are not those of the cursor",
-                hint="continue with the same files, tokenizer, options and ranks, or begin anew",
+                hint="continue with the same files, tokenizer, options and ranks, or start again",
             )
         if start.batch > self.batches_in(start.epoch):
             raise InputError(f"the cursor is behind the end of epoch {start.epoch}")

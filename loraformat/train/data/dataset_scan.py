@@ -278,12 +278,12 @@ class DatasetStats:
             (self.truncated, f"samples longer than seq-len truncated, {self.cut} tokens cut off"),
             (self.split, f"samples longer than seq-len split into {self.parts}"),
             (self.unlearned, "samples left out: no token of them is learned"),
-            (self.wordless, "answers without a word are not learned"),
+            (self.wordless, "empty answers are excluded from the loss"),
             (self.all_learned, "samples without a prompt: every token of them is learned"),
             (self.rewritten, "conversations became one sample per assistant turn: "
              "the chat template rewrites earlier turns"),
-            (self.straddling, "learned tokens also hold the end of a prompt: "
-             "does it end in a space that belongs to the completion?"),
+            (self.straddling, "target tokens also contain the end of a prompt: does it end in a "
+                              "space that belongs to the completion?"),
             (self.endless, "samples end without an end-of-turn token: "
              "the model does not learn from them to stop"),
         )  # fmt: skip
@@ -311,8 +311,9 @@ class DatasetStats:
                 f"{self.over_length} samples are longer than {options.seq_len} tokens, the "
                 f"longest {self.longest}; the first is {self.first_over_length}",
                 path=path,
-                hint=f"allow for them with --seq-len {self.longest}, or choose what becomes of "
-                "them: --over-length drop, split, truncate (the end is cut off) or truncate-start",
+                hint=f"allow for them with --seq-len {self.longest}, or choose what to do with "
+                "them: --over-length drop, split, truncate (the end is cut off) or "
+                "truncate-start",
             )
         if self.trained == 0:
             raise InputError(

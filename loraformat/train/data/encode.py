@@ -126,7 +126,7 @@ class RowEncoder:
         Raises
         ------
         KindError
-            If the row means nothing, or the chat template refuses it.
+            If the row means nothing, or the chat template rejects it.
         """
         meant = meaning(row.fields)
         if isinstance(meant, Text):

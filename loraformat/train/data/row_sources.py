@@ -212,8 +212,8 @@ def open_hub(repo: str, revision: str | None, subset: str, split: str) -> HubRow
         import datasets
     except ImportError:
         raise MissingDependencyError(
-            "is no local path, and data sets on the Hub need the package datasets, "
-            "which is not installed",
+            "is not a local path, and datasets on the Hub need the package datasets, which is not "
+            "installed",
             path=repo,
             hint="run: pip install 'loraformat[data]'",
         ) from None
@@ -222,7 +222,7 @@ def open_hub(repo: str, revision: str | None, subset: str, split: str) -> HubRow
     except Exception as error:  # HTTP, offline, cache, builder and parser errors of several trees
         words = " ".join(str(error).split())[:300]
         raise HubError(
-            f"is no local path, and cannot be had from the Hub as a data set: {words}",
+            f"is not a local path and cannot be loaded from the Hub as a dataset: {words}",
             path=repo,
             hint="check the id, the split and the subset",
         ) from error

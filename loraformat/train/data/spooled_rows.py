@@ -26,7 +26,7 @@ _LARGEST_RATIO, _ALWAYS_TAKEN = 1000, 64 << 20
 
 
 def spooled(file: DataFile, form: str, write: Callable[[BinaryIO, IO[bytes]], None]) -> DataFile:
-    """Let what is in a file be written anew, and return that.
+    """Rewrite the contents of a file and return the result.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def spooled(file: DataFile, form: str, write: Callable[[BinaryIO, IO[bytes]], No
                 raise ResourceError(
                     f"no space for the rows of a {form} file",
                     path=tempfile.gettempdir(),
-                    hint="name another directory with TMPDIR",
+                    hint="choose another directory with TMPDIR",
                 ) from None
             raise InputError(f"not sound {form}: {error}", path=file.path) from None
         except Exception as error:  # decoders' trees are wide, and a stranger chose the bytes

@@ -41,7 +41,7 @@ _CODE = (
     "serve(float(sys.argv[1]), int(sys.argv[2]))"
 )
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-_HINT = "name another template with --chat-template"
+_HINT = "choose another template with --chat-template"
 
 _DAY = date(2024, 7, 26)  # what Llama 3.2's template writes where there is no clock
 _CALL = re.compile(r"""strftime_now\(\s*(?:"([^"]{0,80})"|'([^']{0,80})')\s*\)""")

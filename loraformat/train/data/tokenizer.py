@@ -71,7 +71,7 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, name: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedError(
-                "a tokenizer without offsets: what is learned could not be told from the prompt",
+                "a tokenizer without offsets: targets cannot be distinguished from the prompt",
                 path=name,
                 hint="add the model's tokenizer.json",
             )

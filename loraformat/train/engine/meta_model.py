@@ -91,8 +91,9 @@ def build_meta_model(config: bytes, layers: int, path: object) -> Any:
         raise UnsupportedError(
             f"its config wants {wanted} layers, and it holds {layers}",
             path=f"{path}",
-            hint="if files of the checkpoint are missing, fetch them and convert it again; a class "
-            "that computes one layer several times, or counts parts of it, is not trained here",
+            hint="if files of the checkpoint are missing, download them and convert it again; a "
+            "class that computes one layer several times, or counts parts of it, is not "
+            "trained here",
         )
     _refuse_other_tasks(made, path)
     return _build(AutoModelForCausalLM, made, path)
@@ -156,7 +157,7 @@ class WeightNotInMemoryError(UnsupportedError, AttributeError):
         self.module = module
         super().__init__(
             f"this model's class computes with the weight of {printable(module)} outside of its "
-            "module, and training leaves that on disk"
+            "module, but training leaves that on disk"
         )
 
 

@@ -116,7 +116,7 @@ class Trial:
         if not _alike(own, found):
             raise UnsupportedError(
                 f"{printable(type(self._model).__name__)} counts positions in a way of its own, "
-                "which is not known here",
+                "which is not supported",
                 path=f"{self._path}",
             )
 
@@ -133,8 +133,8 @@ class Trial:
                 same = False
         if not same:
             raise UnsupportedError(
-                f"{printable(type(self._model).__name__)} computes its logits from more than "
-                "its last hidden states, which is not known here",
+                f"{printable(type(self._model).__name__)} computes its logits from more than its "
+                "last hidden states, which is not supported",
                 path=f"{self._path}",
             )
 
@@ -286,7 +286,7 @@ class Trial:
         more = "" if error is None else f" ({printable(' '.join(str(error).split()))})"
         return UnsupportedError(
             f"{name} cannot be trained: computed {how} its gradients are not those of plain "
-            f"autograd, for its layers share state in a way that is not known here{more}",
+            f"autograd, for its layers share state in an unsupported way{more}",
             path=f"{self._path}",
             hint=hint,
         )

@@ -44,7 +44,7 @@ class Differentiable(Protocol):
     """What a step needs of a model."""
 
     def loss(self, batch: Batch, *, rows_at_once: int | None = None) -> torch.Tensor:
-        """Return the sum of negative log-likelihoods of the learned tokens."""
+        """Return the sum of negative log-likelihoods of the target tokens."""
         ...
 
 
@@ -129,7 +129,7 @@ def _diverged(what: str, batches: Sequence[Batch], place: Place) -> DivergedErro
     more = f" and {len(rows) - _SHOWN_SAMPLES} more" if len(rows) > _SHOWN_SAMPLES else ""
     return DivergedError(
         f"{what}, with the samples {shown}{more}; nothing was updated with it",
-        hint="look at them, or use a smaller --lr or --clip; earlier checkpoints are whole",
+        hint="check them, or use a smaller --lr or --clip; earlier checkpoints are intact",
     )
 
 
@@ -137,7 +137,7 @@ def diverged_elsewhere(step: int) -> DivergedError:
     """Return the error of a rank whose own losses of a step, the first being 0, are sound."""
     return DivergedError(
         f"a loss of step {step + 1} is not finite on another process, which names the samples",
-        hint="see what it said",
+        hint="see its output",
     )
 
 
@@ -207,7 +207,7 @@ def mean_gradient(
     step: int,
     place: Place = str,
 ) -> float:
-    """Divide summed gradients by the learned tokens, bound their norm, and return it.
+    """Divide summed gradients by the number of target tokens, clip their norm, and return it.
 
     Raises
     ------

@@ -53,7 +53,7 @@ def _talking() -> Iterator[None]:
     except RuntimeError as error:
         raise LoraFormatError(
             f"another process of this run has ended, or does not answer: {printable(error)}",
-            hint="see what it said; the run goes on with --resume",
+            hint="see its output; resume the run with --resume",
         ) from error
 
 

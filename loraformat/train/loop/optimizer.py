@@ -212,12 +212,12 @@ def check_optimizer(options: OptimizerOptions, *, on_gpu: bool) -> None:
     """
     if options.kind.startswith("paged") and not on_gpu:
         raise UsageError(
-            "paged states are a thing of GPUs",
+            "paged states need a GPU",
             hint="use --optimizer-states disk, or --optimizer adamw-8bit",
         )
     if options.states == "disk" and on_gpu:
         raise UsageError(
-            "states of a run on a GPU cannot lie on a disk",
+            "optimizer states of a GPU run cannot be kept on disk",
             hint="use --optimizer paged-adamw-8bit",
         )
     if "8bit" in options.kind and find_spec("bitsandbytes") is None:

@@ -45,7 +45,7 @@ class OptimizerOptions:
             raise UsageError(f"optimizer-states is {self.states!r}, wanted memory or disk")
         if self.states == "disk" and self.kind != "adamw":
             raise UsageError(
-                f"the states of {self.kind} cannot lie on a disk", hint="use adamw for that"
+                f"the states of {self.kind} cannot be kept on disk", hint="use adamw for that"
             )
 
 

@@ -150,7 +150,7 @@ def read(path: Path) -> Checkpoint:
     file = MappedFile(folder, _STATE)
     whole = sha256(file.bytes_between(0, file.nbytes)).hexdigest()
     if whole != facts["state"]:
-        raise InputError("has changed since it was written", path=file.path)
+        raise InputError("was modified after it was written", path=file.path)
     tensors = {name: _view(file.view(name), entry) for name, entry in file.header.entries.items()}
     return Checkpoint(path, facts, tensors)
 
@@ -162,12 +162,12 @@ def _read_facts(folder: SafeDirectory) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"is damaged: {error}", path=path) from None
     if not isinstance(facts, dict) or facts.get("schema") != "loraformat.checkpoint":
-        raise InputError("is no checkpoint of a training run", path=path)
+        raise InputError("is not a checkpoint of a training run", path=path)
     if facts.get("schema_version") != 1:
         version = printable(facts.get("schema_version"))
         raise InputError(f"has schema version {version}, wanted 1", path=path)
     if facts.get("sha256") != _digest(facts):
-        raise InputError("has changed since it was written", path=path)
+        raise InputError("was modified after it was written", path=path)
     return facts
 
 

@@ -18,7 +18,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Warmup to a peak, and a way down from it.
+    """Learning-rate schedule: warmup to a peak, then decay.
 
     Attributes
     ----------

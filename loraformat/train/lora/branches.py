@@ -164,11 +164,10 @@ def attach_adapter(
             raise _unknown(weight, list(by_weight), adapter)
         if target.shared:
             raise UnsupportedError(
-                f"changes {printable(weight)}, a weight of several layers: PEFT adapts the one "
-                "that is named, and a delta of the weight would act in all of them",
+                f"changes {printable(weight)}, a weight shared by several layers: PEFT adapts "
+                "only the layer that is named, but a delta of the weight would change all of them",
                 path=adapter.path,
-                hint="use it in PEFT; or train one that leaves such linears out, as all-linear "
-                "does",
+                hint="use it in PEFT; or train one without such layers, as all-linear does",
             )
         if delta.magnitude is not None and target.is_parameter:
             raise UnsupportedError(

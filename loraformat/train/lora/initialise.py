@@ -209,7 +209,7 @@ def loftq(
     if original is None:
         raise UsageError(
             "init loftq corrects what quantizing lost, and needs the model that was quantized",
-            hint="name the dense model (--original), or choose another init",
+            hint="give the dense model (--original), or choose another init",
         )
     _check_rank(target, rank)
     if target.experts:
@@ -277,7 +277,7 @@ def _check_same(target: TargetModule, tensor: DenseTensor, original: Checkpoint)
             f"{printable(target.weight_name)} is not the weight that was quantized: it differs by "
             f"{share:.0%} of its norm",
             path=original.path,
-            hint="name the model that the bundle was converted from",
+            hint="give the model that the bundle was converted from",
         )
 
 

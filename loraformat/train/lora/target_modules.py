@@ -342,19 +342,19 @@ def _meant(targets: Sequence[TargetModule], word: str) -> list[TargetModule]:
         raise UsageError(
             f"{printable(shared[0].name)} shares its weight with other layers: PEFT would adapt "
             "one of them, and a merge all",
-            hint="leave it out; all-linear does",
+            hint="omit it; all-linear does",
         )
     if refused := [target for target in found if target.in_peft == "refused"]:
         raise UsageError(
-            f"PEFT refuses to adapt {printable(refused[0].name)}: a state-space kernel multiplies "
+            f"PEFT does not adapt {printable(refused[0].name)}: a state-space kernel multiplies "
             "by its weight",
-            hint="leave it out; all-linear does",
+            hint="omit it; all-linear does",
         )
     if found:
         return found
     names = [target.name for target in targets]
     raise UsageError(
-        f"target {printable(word)} is no module of this model" + _nearest(word, names),
+        f"target {printable(word)} is not a module of this model" + _nearest(word, names),
         hint=f"wanted {', '.join(GROUPS)}, the name of a module, its last part, or a glob",
     )
 

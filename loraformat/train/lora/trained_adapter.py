@@ -113,7 +113,7 @@ def _lazy(name: str, shape: tuple[int, ...], current: Callable[[], torch.Tensor]
         if not bool(values.isfinite().all()):
             raise LoraFormatError(
                 f"{printable(name)} holds NaN or infinity: the training diverged",
-                hint="go on from an earlier checkpoint, with a lower learning rate",
+                hint="resume from an earlier checkpoint with a lower learning rate",
             )
         return tensor_bytes(values)
 

@@ -1,6 +1,6 @@
-"""Chat template and stop tokens of an adapter that is prompted, or stops, otherwise than its base.
+"""Chat template and stop tokens of adapters that differ from their base in them.
 
-Whoever prompts the adapter otherwise than it was trained gets less than was trained. So a template
+An adapter works best with the prompt format it was trained with. So a template
 that is not the base's goes with it, in the file in which transformers keeps one. Turns may end with
 another token than the one that ends the base's texts (Llama 3's ``<|eot_id|>``, ChatML's
 ``<|im_end|>`` on a base that knows only documents): a reader that waits for that one never stops.
@@ -30,7 +30,7 @@ __all__ = ["learned_stops", "passed_over", "stop_files", "stops_of", "template_f
 def template_files(
     options: TrainOptions, encoder: TextEncoder, data: Dataset
 ) -> tuple[CarriedFile, ...]:
-    """Return what shall lie beside the adapter: the template that was named, if it was used.
+    """Return the chat template to store with the adapter, if one was given and used.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def learned_stops(
 def stop_files(
     options: TrainOptions, encoder: TextEncoder, data: Dataset, directory: Path
 ) -> tuple[CarriedFile, ...]:
-    """Return what shall lie beside the adapter: the tokens that end a text, if there are new ones.
+    """Return the generation config to store with the adapter, if it has new stop tokens.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def stops_of(adapter: str) -> list[int]:
 
 
 def passed_over(options: TrainOptions, encoder: TextEncoder, data: Dataset) -> bool:
-    """Tell whether an adapter that is trained on was prompted otherwise than it is now.
+    """Tell whether a continued adapter was trained with another chat template.
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises
     ------
     InputError
-        If it is no such file, a key is unknown or stands twice, or a value is of another type.
+        If it is no such file, a key is unknown or occurs twice, or a value is of another type.
     MissingDependencyError
         If PyYAML is not installed.
     """
@@ -89,7 +89,7 @@ def _load(path: Path) -> dict[Any, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise InputError("is no mapping of options to values", path=path)
+        raise InputError("is not a mapping of options to values", path=path)
     return loaded
 
 

@@ -56,7 +56,7 @@ def generate(
     system: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> GenerationReport:
-    """Let a model write on.
+    """Generate on.
 
     Parameters
     ----------

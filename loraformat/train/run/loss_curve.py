@@ -44,7 +44,7 @@ def draw(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     if held:
         axes.plot([line["step"] for line in held], [line["eval_loss"] for line in held],
                   color=held_out, marker="o", linewidth=2, label="held-out")  # fmt: skip
-    axes.set(title=as_label(title), xlabel="step", ylabel="loss (nats per learned token)")
+    axes.set(title=as_label(title), xlabel="step", ylabel="loss (nats per target token)")
     axes.grid(alpha=0.25)
     if steps:
         rates = axes.twinx()

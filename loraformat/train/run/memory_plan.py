@@ -162,7 +162,7 @@ class MemoryPlan:
         if self.initialisation:
             shown.append(
                 f"before the first step {format_bytes(self.before)}, of which it takes "
-                f"{format_bytes(self.initialisation)} to find the factors to begin with"
+                f"{format_bytes(self.initialisation)} to compute the initial factors"
             )
         return shown
 

@@ -22,7 +22,7 @@ from loraformat.train.run.memory_plan import MemoryPlan
 
 __all__ = ["StepTime", "TrainReport", "duration", "time_of"]
 
-_RECKONED = "reckoned from one layer's linears, without attention and head"
+_RECKONED = "estimated from one layer's linears, without attention and head"
 
 #: A whole batch is timed if it is expected to take no longer (seconds).
 _PATIENCE = 15.0
@@ -121,7 +121,7 @@ class TrainReport(Report):
         )
         done = f"wrote {self.target}"
         if self.was_complete:
-            done = f"{self.target} was complete already, nothing was done"
+            done = f"{self.target} was already complete; nothing was done"
         lines = [
             f"{done}: {facts['steps']} steps, {facts['tokens']:,} tokens, "
             f"{duration(self.seconds)}, {loss}"

@@ -91,7 +91,7 @@ class RunDirectory:
             if not force:
                 raise OutputError(
                     "holds a run already", path=self.path,
-                    hint="go on with it: --resume; or begin anew, and lose it: --force",
+                    hint="resume it with --resume, or delete it and start again with --force",
                 )  # fmt: skip
             self._clear()
         try:

@@ -78,8 +78,8 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     >>> check_same(run, run)
     >>> check_same(run, {"options": {"lr": 0.2}, "base": "ab"})
     Traceback (most recent call last):
-    loraformat.errors.UsageError: the run was begun otherwise: --lr was 0.1 and is 0.2; give what \
-it was begun with, or begin anew with another --output
+    loraformat.errors.UsageError: the run was started with other settings: --lr was 0.1 and is \
+0.2; use the original settings, or start a new run with another --output
     """
     differences = []
     was, is_now = dict(before.get("options") or {}), dict(now["options"])
@@ -91,8 +91,8 @@ it was begun with, or begin anew with another --output
             differences.append(_difference(_NAMES.get(name, name), before.get(name), now.get(name)))
     if differences:
         raise UsageError(
-            f"the run was begun otherwise: {', '.join(differences)}",
-            hint="give what it was begun with, or begin anew with another --output",
+            f"the run was started with other settings: {', '.join(differences)}",
+            hint="use the original settings, or start a new run with another --output",
         )
 
 

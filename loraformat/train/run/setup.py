@@ -282,7 +282,7 @@ def open_inputs(options: TrainOptions, world: World, progress: Progress) -> Inpu
         If they are not sound, or do not fit each other.
     """
     if not options.data:
-        raise UsageError("there are no data to train on", hint="name them behind the base")
+        raise UsageError("no training data given", hint="give them after the base")
     model = open_model(options)
     try:
         return _with_data(model, options, world, progress)

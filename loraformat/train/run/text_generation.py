@@ -159,7 +159,7 @@ def continuation(
     device: str | torch.device = "cpu",
     tell: Callable[[str], None] = lambda text: None,
 ) -> TextStream:
-    """Let a model write on.
+    """Generate on.
 
     Parameters
     ----------
@@ -263,7 +263,7 @@ def chat_ids(encoder: TextEncoder, prompt: str, system: str | None = None) -> li
         return encoder.tokenize(encoder.render(messages, None, prompt=True)).ids
     except TemplateRefusalError as error:
         raise InputError(
-            f"its chat template refuses the prompt: {printable(error)}",
+            f"its chat template rejects the prompt: {printable(error)}",
             path=encoder.name,
             hint="leave --chat out" if system is None else "try it without --system",
         ) from None

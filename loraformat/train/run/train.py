@@ -46,7 +46,7 @@ __all__ = ["train"]
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_GO_ON = "free some space, and go on with --resume"
+_GO_ON = "free some space, then use --resume"
 
 
 def train(
@@ -126,16 +126,16 @@ def _determinism(wanted: bool) -> Iterator[None]:
 def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
     """Refuse before the work what would be refused after it."""
     if not options.base:
-        raise UsageError("there is no base to train on", hint="name a bundle")
+        raise UsageError("no base given", hint="give a bundle")
     if not options.output:
-        raise UsageError("there is no name for the new adapter", hint="give one with --output")
+        raise UsageError("no output given", hint="give a path with --output")
     output = Path(options.output)
     place = parse_bundle_slot(output)
     _refuse_inputs(options, output)
     if not resume:
         _refuse_output(output, force=force)
     if place is None and not output.absolute().parent.is_dir():
-        raise OutputError("no such directory", path=output.parent, hint="make it first")
+        raise OutputError("no such directory", path=output.parent, hint="create it first")
     if options.tensorboard:
         check_tensorboard()
     on_cpu = options.device.startswith("cpu")
@@ -193,14 +193,14 @@ class _Run:
 
     def _unheeded_note(self) -> list[str]:
         flags = ", ".join(f"--{flag}" for flag in self._options.ignored_flags())
-        return [f"{flags}: not heeded, --adapter brings its own"] if flags else []
+        return [f"{flags}: ignored, because --adapter has its own"] if flags else []
 
     def _template_note(self) -> list[str]:
         if not passed_over(self._options, self._inputs.encoder, self._inputs.data):
             return []
         return [
-            "the adapter brings a chat template of its own, and the model's is used; "
-            "to use it, name it with --chat-template"
+            "the adapter has its own chat template of its own, and the model's is used; to use "
+            "it, name it with --chat-template"
         ]
 
     def _stops_note(self) -> list[str]:
@@ -220,8 +220,8 @@ class _Run:
         if held_out is None or not trained:
             return []
         return [
-            f"{trained} of the {held_out.audit.rows} rows of --eval are in the training data: "
-            "the loss on them is no held-out loss"
+            f"{trained} of the {held_out.audit.rows} rows of --eval are in the training data: the "
+            "loss on them is not a held-out loss"
         ]
 
     def _memory_note(self) -> list[str]:
@@ -318,14 +318,14 @@ class _Run:
             found, problems = saved_state.newest(self._directory.checkpoints)
             if found is None and problems:
                 raise InputError(
-                    f"none of the checkpoints is whole: {problems[0]}",
+                    f"none of the checkpoints is intact: {problems[0]}",
                     path=self._directory.checkpoints,
-                    hint="begin anew, and lose them: --force without --resume",
+                    hint="start again and delete them: --force without --resume",
                 )
-        self.report.notes.extend(f"passed over: {problem}" for problem in problems)
+        self.report.notes.extend(f"skipped: {problem}" for problem in problems)
         step = self._world.broadcast_object(None if found is None else found.step)
         if step is None:
-            self.report.notes.append("there was no checkpoint; the run began at the beginning")
+            self.report.notes.append("there was no checkpoint; the run started from the beginning")
             return None
         if found is None:
             found = saved_state.read(self._directory.checkpoints / saved_state.name_of(step))

@@ -127,7 +127,7 @@ def trained_on(adapter: str, sources: Sequence[tuple[str, int]]) -> list[str]:
     known = set(_hashes(record))
     return [
         f"{Path(adapter).name} was trained on {Path(name).name} ({rows} rows): its loss there is "
-        "no held-out loss"
+        "not a held-out loss"
         for name, rows in sources
         if known and hash_of(Path(name)) in known
     ]

@@ -60,12 +60,12 @@ def test_null_columns_are_as_if_they_were_not_there(chat):
 
 
 def test_a_split_that_does_not_exist(repo):
-    with pytest.raises(HubError, match=r"cannot be had from the Hub as a data set: .*validation"):
+    with pytest.raises(HubError, match=r"cannot be loaded from the Hub as a dataset: .*validation"):
         open_hub(repo, None, "", "validation")
 
 
 def test_a_data_set_that_does_not_exist(cache, tokenizer):
-    with pytest.raises(HubError, match="org/none: is no local path, and cannot be had"):
+    with pytest.raises(HubError, match="org/none: is not a local path and cannot be loaded"):
         open_data("org/none@main", tokenizer)
 
 

@@ -204,7 +204,7 @@ def test_an_answer_of_no_words_is_not_learned_and_splits_no_conversation(chat, d
     assert learned == ["c", "<|im_end|>"] and encoded.wordless == 1
     opened = dataset([{"messages": messages(turns)}] * 2 + [{"messages": messages(turns[:2])}])
     assert (opened.audit.wordless, opened.audit.unlearned, len(opened)) == (3, 1, 2)
-    assert "3 answers without a word are not learned" in opened.audit.lines()
+    assert "3 empty answers are excluded from the loss" in opened.audit.lines()
     chat.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     assert len(encode(chat, {"messages": messages(turns)})) == 1
 
@@ -251,7 +251,7 @@ def test_what_the_template_refuses_is_said_with_the_row(tokenizer, dataset):
 
 
 def test_no_template(tokenizer):
-    with pytest.raises(KindError, match="no chat template; name one with --chat-template"):
+    with pytest.raises(KindError, match="no chat template; give one with --chat-template"):
         encode(tokenizer, {"messages": messages()})
 
 

@@ -110,7 +110,9 @@ def test_what_datasets_saves(tmp_path):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "two", num_shards={"train": 2, "test": 1})
     assert read(tmp_path / "two") == ROWS
     assert read(tmp_path / "two", split="test") == read(tmp_path / "two" / "test") == [ROWS[1]]
-    with pytest.raises(InputError, match=r"two: has no split 'dev'; it has train, test; name one"):
+    with pytest.raises(
+        InputError, match=r"two: has no split 'dev'; it has train, test; choose one"
+    ):
         read(tmp_path / "two", split="dev")
     with pytest.raises(UsageError, match="split is 'test', and the data are files"):
         read(tmp_path / "one", split="test")
@@ -170,7 +172,7 @@ def test_links_that_lead_out_of_a_directory(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n["a"]', "line 2: is JSON, but not an object"),
         ("a.jsonl", b'{"text": NaN}', "line 1: not strict JSON: NaN is not JSON"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: not strict JSON: not UTF-8 at byte 10"),
-        ("a.jsonl", b'{"text": "a", "text": "b"}', "line 1: .* stands twice"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}', "line 1: .* occurs twice"),
         ("a.jsonl", b"[" * 100_000, "line 1: not strict JSON: nested deeper"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 or UTF-32, wanted UTF-8"),
         ("a.jsonl", b"\x1f\x8b\x08\x00", r"is compressed, .*; name it a\.jsonl\.gz"),

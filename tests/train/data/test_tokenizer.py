@@ -43,7 +43,7 @@ def test_another_template_takes_its_place(saved, write, tmp_path):
 def test_a_template_that_is_no_template(saved, write, tmp_path):
     template = tmp_path / "bad.jinja"
     template.write_text("{% for m in %}")
-    with pytest.raises(InputError, match="line 1: the chat template refuses"):
+    with pytest.raises(InputError, match="line 1: the chat template rejects"):
         open_data(write("a.jsonl", [ROW]), saved, DataOptions(chat_template=template))
     template.write_bytes(b"\xff")
     with pytest.raises(InputError, match="not UTF-8 at byte 0"):

@@ -98,7 +98,8 @@ def test_rows_that_are_trained_on_are_no_held_out_ones(train_to, run, tmp_path, 
     mixed.write_text("".join([*lines[:5], *trained[:3]]))
     report = train_to(tmp_path / "a", eval=(str(mixed),), steps=1)
     assert (
-        "3 of the 8 rows of --eval are in the training data: the loss on them is no held-out loss"
+        "3 of the 8 rows of --eval are in the training data: the loss on them is not a held-out "
+        "loss"
     ) in report.notes
     assert report.facts["held_out_data"]["trained_too"] == 3
     (line,) = [one for one in report.done_lines() if ": loss" in one and "perplexity" in one]
@@ -108,5 +109,5 @@ def test_rows_that_are_trained_on_are_no_held_out_ones(train_to, run, tmp_path, 
     assert [one for one in clean.done_lines() if one.startswith("held-out: loss")]
 
     again = run("eval", place / "bundle", place / "data.jsonl", mixed, "--adapter", tmp_path / "a")
-    said = "note: a was trained on data.jsonl (40 rows): its loss there is no held-out loss"
+    said = "note: a was trained on data.jsonl (40 rows): its loss there is not a held-out loss"
     assert said in again.out and again.out.count("note:") == 1

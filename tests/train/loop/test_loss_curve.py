@@ -23,5 +23,5 @@ def test_the_picture_says_what_is_what(tmp_path: Path) -> None:
     metrics = [{"step": n, "loss": 3 - n / 10, "learning_rate": 1e-3} for n in range(1, 9)]
     draw([*metrics, {"step": 8, "eval_loss": 2.5}], tmp_path / "loss.svg", "$a on _b")
     drawn = (tmp_path / "loss.svg").read_text(encoding="utf-8")
-    said = ["training (mean)", "held-out", "nats per learned token", "learning rate", "$a on _b"]
+    said = ["training (mean)", "held-out", "nats per target token", "learning rate", "$a on _b"]
     assert not [text for text in said if text not in drawn]

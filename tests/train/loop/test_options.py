@@ -132,7 +132,7 @@ def test_help_shows_the_defaults():
         ("max-memory: much", "option max-memory is 'much', wanted a size such as 4GB"),
         ("ranks: 4", "option ranks is 4, wanted a mapping of names to ranks"),
         ("data: [1]", "option data is [1], wanted a text or a list of texts"),
-        ("- rank", "is no mapping"),
+        ("- rank", "is not a mapping"),
         ("rank: [", "is no YAML"),
         ("a: !!python/object/apply:os.system [ls]", "is no YAML"),
         ("? {a: 1}\n: 2", "is no YAML"),

@@ -167,7 +167,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(train_to, tmp_path, pla
 
 def test_resume_without_a_checkpoint_begins(train_to, tmp_path):
     report = train_to(tmp_path / "a", resume=True)
-    assert report.notes == ["there was no checkpoint; the run began at the beginning"]
+    assert report.notes == ["there was no checkpoint; the run started from the beginning"]
     assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
     before = files_of(tmp_path / "a")
     assert not report.was_complete
@@ -194,7 +194,7 @@ def test_only_damaged_checkpoints(train_to, tmp_path):
         train_to(tmp_path / "a", save_every=2, observe=killer(2))
     (path,) = (tmp_path / "a.run" / "checkpoints").iterdir()
     (path / "checkpoint.json").write_text("{}")
-    with pytest.raises(InputError, match="none of the checkpoints is whole"):
+    with pytest.raises(InputError, match="none of the checkpoints is intact"):
         train_to(tmp_path / "a", resume=True)
     assert (path / "state.safetensors").is_file()
     train_to(tmp_path / "a", force=True)
@@ -331,7 +331,7 @@ def test_a_full_disk(train_to, tmp_path, monkeypatch):
         if event["event"] == "step" and event["step"] == 3:
             monkeypatch.setattr(saved_state, "write_all", full)
 
-    with pytest.raises(ResourceError, match="disk is full; free some space, and go on with"):
+    with pytest.raises(ResourceError, match="disk is full; free some space, then use"):
         train_to(tmp_path / "a", save_every=2, observe=fill)
     monkeypatch.undo()
     assert not (tmp_path / "a").exists()
@@ -414,7 +414,7 @@ def test_an_input_is_no_output(train_to, tmp_path, place):
     train_to(tmp_path / "a", steps=1)
     checkpoint = tmp_path / "a.run" / "checkpoints" / "step-00000001" / "adapter"
     for adapter in (tmp_path / "a", checkpoint):
-        with pytest.raises(OutputError, match="is the input, or holds it"):
+        with pytest.raises(OutputError, match="is or contains the input"):
             train_to(tmp_path / "a", adapter=str(adapter), force=True)
     assert not (tmp_path / "model.run").exists()
     assert checkpoint.is_dir()
@@ -485,7 +485,7 @@ def test_a_time_that_is_reckoned(train_to, tmp_path, monkeypatch):
     report = train_to(tmp_path / "a", dry_run=True)
     assert not report.step_time.whole
     assert 1e-5 < report.step_time.seconds < 10
-    assert "reckoned from one layer's linears" in report.plan_lines()[-1]
+    assert "estimated from one layer's linears" in report.plan_lines()[-1]
 
 
 def test_a_plan_over_the_limit_is_refused(train_to, tmp_path):

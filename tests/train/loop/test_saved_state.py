@@ -53,7 +53,7 @@ def test_the_newest_whole_one_is_taken(tmp_path):
     found, problems = newest(tmp_path)
     assert found.step == 9
     assert len(problems) == 1
-    assert "has changed" in problems[0]
+    assert "was modified" in problems[0]
     assert newest(tmp_path / "nowhere") == (None, [])
 
 

@@ -38,7 +38,7 @@ def test_it_lies_beside_every_adapter_of_the_run(train_to, tmp_path, template, r
         assert (adapter / NAME).read_bytes() == template.read_bytes()
     found = {one.rule: one for one in check(tmp_path / "a", base=place / "bundle").findings}
     said = found["CHAT_TEMPLATE_CHANGED"]
-    assert said.what == "brings a chat template, and its base has none"
+    assert said.what == "has its own chat template, but its base has none"
     assert said.level == "warn"
     assert "TOKENIZER_CHANGED" not in found
 
@@ -121,8 +121,8 @@ def test_trained_on_with_another(train_to, tmp_path, template, rows, place):
     more["adapter"] = str(tmp_path / "a")
     (note,) = [one for one in train_to(tmp_path / "b", **more).notes if "template" in one]
     assert note == (
-        "the adapter brings a chat template of its own, and the model's is used; "
-        "to use it, name it with --chat-template"
+        "the adapter has its own chat template of its own, and the model's is used; to use it, "
+        "name it with --chat-template"
     )
     again = train_to(tmp_path / "c", chat_template=str(tmp_path / "a" / NAME), **more)
     assert not [one for one in again.notes if "template" in one]

@@ -68,8 +68,8 @@ def test_notes_come_before_the_run(run, call, tmp_path):
     assert run(*call, "--quiet").code == 0
     result = run(*call, "-o", tmp_path / "b", "--adapter", tmp_path / "a")
     assert result.code == 0
-    told = "note: --rank, --alpha: not heeded, --adapter brings its own"
-    assert result.err.index(told) < result.err.index("a sample, what is learned")
+    told = "note: --rank, --alpha: ignored, because --adapter has its own"
+    assert result.err.index(told) < result.err.index("a sample, with target tokens")
     assert told not in result.out
     assert told in run(*call, "-o", tmp_path / "c", "--adapter", tmp_path / "a", "--dry-run").out
 
@@ -149,7 +149,7 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
     assert first.code == 0
     result = run("train", "-o", tmp_path / "a", "--resume")
     assert result.code == 0
-    told = f"{tmp_path / 'a'} was complete already, nothing was done: "
+    told = f"{tmp_path / 'a'} was already complete; nothing was done: "
     assert result.out == first.out.replace(f"wrote {tmp_path / 'a'}: ", told)
     members = json.loads(run("train", "-o", tmp_path / "a", "--resume", "--json", "-q").out)
     assert members["was_complete"]
@@ -161,10 +161,10 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["train"], 2, "there is no base to train on"),
-        (["train", "-o", "a", "--resume"], 3, "a.run: holds no run to go on with"),
-        (["train", "BUNDLE"], 2, "there is no name for the new adapter"),
-        (["train", "BUNDLE", "-o", "a"], 2, "there are no data to train on"),
+        (["train"], 2, "no base given"),
+        (["train", "-o", "a", "--resume"], 3, "a.run: contains no run to resume"),
+        (["train", "BUNDLE"], 2, "no output given"),
+        (["train", "BUNDLE", "-o", "a"], 2, "no training data given"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--targets", "q_prj"], 2, "q_proj"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--rank", "0"], 2, "rank is 0"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--lr", "0"], 2, "lr is 0.0"),
@@ -190,11 +190,11 @@ def test_resume_needs_only_the_output(run, call, tmp_path):
         (["train", "nowhere", "DATA", "-o", "a"], 3, "no such file"),
         (["train", "SMALL", "DATA", "-o", "a"], 3, "loraformat convert"),
         (["train", "--config", "nowhere.yaml"], 3, "nowhere.yaml: cannot be read"),
-        (["train", "BUNDLE", "DATA", "-o", "BUNDLE"], 5, "is the input, or holds it"),
+        (["train", "BUNDLE", "DATA", "-o", "BUNDLE"], 5, "is or contains the input"),
         (["train", "BUNDLE", "DATA", "-o", "no/where"], 5, "no such directory"),
         (["train", "BUNDLE", "DATA", "-o", "a", "--device", "cuda:7"], 6, "no GPU cuda:7"),
         (["eval", "BUNDLE", "nowhere.jsonl"], 3, "nowhere.jsonl"),
-        (["eval", "DATA", "DATA"], 3, "name the base first, then the data"),
+        (["eval", "DATA", "DATA"], 3, "give the base first, then the data"),
         (["eval", "BUNDLE", "DATA", "--adapter", "nowhere"], 3, "nowhere"),
         (["generate", "BUNDLE", "--prompt", "x", "--chat"], 2, "no chat template"),
         (["generate", "BUNDLE", "--prompt", "x", "--top-p", "0"], 2, "top-p is 0"),
@@ -242,7 +242,7 @@ def test_a_template_that_refuses_is_no_traceback(run, place, tmp_path):
     assert run(*words).code == 0
     result = run(*words, "--system", "y")
     assert result.code == 3
-    assert "its chat template refuses the prompt: no \\x1b system; try" in result.err
+    assert "its chat template rejects the prompt: no \\x1b system; try" in result.err
 
 
 # eval

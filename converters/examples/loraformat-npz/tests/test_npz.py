@@ -1,4 +1,4 @@
-"""The converter passes the kit, and refuses the bad files that only it knows."""
+"""The converter passes the contract tests and rejects malformed files of its format."""
 
 import zipfile
 from pathlib import Path
@@ -10,18 +10,18 @@ from loraformat.testing import ConverterContract
 
 
 def compress(model: Path) -> None:
-    """Store an array compressed: a few bytes that may become terabytes."""
+    """Store an array compressed: a few bytes could expand to terabytes."""
     with zipfile.ZipFile(model / WEIGHTS, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model.norm.weight.npy", bytes(1 << 20))
 
 
 def pickle(model: Path) -> None:
-    """Store an array of Python objects: loading it would run a stranger's code."""
+    """Store an array of Python objects: loading it would run arbitrary code."""
     numpy.savez(model / WEIGHTS, **{"model.norm.weight": numpy.array([{}, []], dtype=object)})
 
 
 def lie(model: Path) -> None:
-    """Claim another shape than the array has."""
+    """Claim a wrong shape."""
     text = (model / INDEX).read_text(encoding="utf-8")
     (model / INDEX).write_text(text.replace("[64]", "[4096]"), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Architectures: what llama.cpp calls them, their tensors, their hyperparameters.
+"""GGUF architectures: tensors and hyperparameters.
 
 One record per architecture of llama.cpp, made of a table of names and two functions between
 ``config.json`` and metadata. Everything else is the same for all:
@@ -120,12 +120,12 @@ def named_by(gguf: GGUFFile) -> Architecture:
     Raises
     ------
     UnsupportedError
-        If it is not known here.
+        If it is not supported.
     """
     record = ARCHITECTURES.get(gguf.architecture)
     if record is None:
         raise UnsupportedError(
-            f"is of architecture {printable(gguf.architecture)}, which is not known here",
+            f"is of architecture {printable(gguf.architecture)}, which is not supported",
             path=gguf.path,
             hint="known are " + ", ".join(sorted(ARCHITECTURES)),
         )
@@ -138,7 +138,7 @@ def of_gguf(gguf: GGUFFile) -> tuple[Architecture, Config]:
     Raises
     ------
     UnsupportedError
-        If the architecture is not known here.
+        If the architecture is not supported.
     InputError
         If the metadata are damaged.
     """

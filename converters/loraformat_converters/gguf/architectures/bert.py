@@ -1,4 +1,4 @@
-"""bert: an encoder for embeddings; llama.cpp has no pooler and no heads."""
+"""The bert architecture: an encoder for embeddings."""
 
 from __future__ import annotations
 

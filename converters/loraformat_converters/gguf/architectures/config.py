@@ -1,4 +1,4 @@
-"""Typed access to a ``config.json``: what an architecture's tables ask of it.
+"""Typed access to ``config.json``.
 
 A member that is absent has the default of the model's configuration class in transformers,
 because that is what transformers computes with.

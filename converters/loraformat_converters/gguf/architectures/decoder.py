@@ -1,4 +1,4 @@
-"""What the decoders share: keys, rows, and the way back."""
+"""Common parts of decoder architectures."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def float_tensor(gguf: GGUFFile, name: str) -> list[float]:
 
     tensor = gguf.tensors[name]
     if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
-        raise InputError(f"tensor {name} is no vector of F32", path=gguf.path)
+        raise InputError(f"tensor {name} is not an F32 vector", path=gguf.path)
     values = numpy.frombuffer(gguf.load(name), dtype="<f4")
     if not numpy.isfinite(values).all():
         raise InputError(f"tensor {name} holds numbers that are not finite", path=gguf.path)

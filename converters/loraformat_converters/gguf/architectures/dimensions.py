@@ -1,4 +1,4 @@
-"""The shapes that hyperparameters promise, by GGUF name: what neither side checks before it runs.
+"""Expected tensor shapes from hyperparameters, by GGUF name.
 
 A file whose metadata do not fit its tensors would be refused by llama.cpp when it is loaded,
 and by transformers filled with random numbers.

@@ -1,4 +1,4 @@
-"""gemma2 and the text of gemma3.
+"""The gemma2 and gemma3 (text) architectures.
 
 Norms scale by 1 + w, and llama.cpp stores the sum. It scales attention by the root of the
 head's dimensions, or, in the 27B models, of hidden size over heads: no key says so, the
@@ -89,7 +89,7 @@ def _pattern(config: Config, every: int) -> list[bool]:
         return [bool((number + 1) % step) for number in range(layers)]
     known = isinstance(kinds, list) and all(kind in (_SLIDING, _FULL) for kind in kinds)
     if not known or len(kinds) != layers:
-        raise InputError(f"layer_types is no list of {layers} known kinds", path="config.json")
+        raise InputError(f"layer_types is not a list of {layers} known kinds", path="config.json")
     return [kind == _SLIDING for kind in kinds]
 
 

@@ -1,4 +1,4 @@
-"""gpt2: linears stored transposed (``Conv1D``), learned positions, a tied head."""
+"""The gpt2 architecture: ``Conv1D``, learned positions, a tied head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metadata of a GGUF file about a model, made from numbers of its config."""
+"""GGUF model metadata from a config."""
 
 from __future__ import annotations
 

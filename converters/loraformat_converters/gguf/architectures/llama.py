@@ -1,4 +1,4 @@
-"""llama: Llama, Mistral and Mixtral.
+"""The llama architecture: Llama, Mistral and Mixtral.
 
 llama.cpp rotates neighbouring dimensions here, so the rows of q_proj and k_proj change
 places (``HeadOrder``).

@@ -1,4 +1,4 @@
-"""Where a LoRA delta of a Hugging Face module goes in a GGUF file, and back.
+"""Mapping of LoRA deltas between Hugging Face modules and GGUF tensors.
 
 PEFT's B (out, r) and A (r, in) of a linear are GGUF's ``lora_b`` and ``lora_a`` of one tensor,
 but for the order or the share of B's rows. Columns of A never change: no architecture here

@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face model is which tensor of a GGUF file: rows of a table.
+"""Tables that map Hugging Face tensor names to GGUF tensor names.
 
 In a template ``{base}`` stands for what precedes the layers (``model.``, or whatever the
 checkpoint has), ``{layer}`` and ``{expert}`` for numbers.

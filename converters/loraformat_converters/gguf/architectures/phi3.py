@@ -1,4 +1,4 @@
-"""phi3: fused qkv_proj and gate_up_proj, which llama.cpp keeps fused."""
+"""The phi3 architecture, with fused qkv_proj and gate_up_proj."""
 
 from __future__ import annotations
 

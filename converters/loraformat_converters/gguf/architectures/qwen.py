@@ -1,4 +1,4 @@
-"""qwen2, qwen3 and qwen3moe."""
+"""The qwen2, qwen3 and qwen3moe architectures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an architecture of llama.cpp is: a table of tensors and two functions on hyperparameters."""
+"""The record that describes a GGUF architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: ``config.json`` to llama.cpp's keys and tensors, and back.
+"""Rotary position embeddings (RoPE): ``config.json`` and GGUF metadata.
 
 What llama.cpp computes (``ggml_rope_ext``, ``llama-context.cpp``): frequencies
 θ^(-2i/d) / factorᵢ, times 1/``rope.scaling.factor`` for "linear"; YaRN with β of 32 and 1 and

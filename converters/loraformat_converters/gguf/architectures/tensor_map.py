@@ -1,4 +1,4 @@
-"""Recipes: which tensors of one side, and which parts of them, make a tensor of the other.
+"""Mapping of tensors and their parts between Hugging Face and GGUF.
 
 A recipe is made from names and shapes alone. Every tensor of a checkpoint is used once or is
 named as unused, and every tensor that the architecture must have is there: nothing is dropped

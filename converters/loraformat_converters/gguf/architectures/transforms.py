@@ -1,4 +1,4 @@
-"""How the rows of a GGUF tensor follow from those of a Hugging Face tensor, and back.
+"""Row permutations between Hugging Face and GGUF tensors.
 
 Each transform is a small object with an inverse. It hands out rows of its result, so that a
 tensor of any size is transformed tile by tile; no transform changes a value but `PlusOne`,

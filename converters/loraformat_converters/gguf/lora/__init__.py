@@ -1,4 +1,4 @@
-"""LoRA adapters in GGUF: one file beside a base of the same architecture.
+"""LoRA adapters in GGUF.
 
 What llama.cpp computes is W x + (alpha / r) B (A x), with one alpha for the whole file and
 the rank r of each tensor; alpha 0 means 1 instead of the quotient. It checks names and shapes

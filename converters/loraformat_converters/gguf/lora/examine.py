@@ -1,4 +1,4 @@
-"""A GGUF adapter as other programs find it.
+"""Facts about a GGUF adapter, for compatibility rules.
 
 llama.cpp refuses what `read_adapter` refuses, so that there is little to add: the architecture
 that the file names, which is held against the base's instead of being refused, and numbers that

@@ -1,4 +1,4 @@
-"""Gate and up of a layer's experts: two pairs in GGUF, one parameter in memory.
+"""Experts' gate and up deltas: two pairs in GGUF, one fused parameter in PEFT.
 
 [B_g A_g; B_u A_u] is one delta of the same rank if both have one A, as files have that were
 made of such a parameter. Else it is one of the rank r_g + r_u: A stacked, B block-diagonal.

@@ -1,4 +1,4 @@
-"""Keys of a GGUF adapter: what it is, its alpha, and what it was made for."""
+"""Metadata of a GGUF adapter."""
 
 from __future__ import annotations
 

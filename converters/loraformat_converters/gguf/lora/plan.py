@@ -1,4 +1,4 @@
-"""From deltas of modules to pairs of GGUF tensors, before any number is read.
+"""The plan from module deltas to pairs of GGUF tensors.
 
 Most deltas are one pair. Gate and up of fused experts are two pairs with the same A. The
 deltas of single experts become one pair with a leading dimension: of the largest rank, with

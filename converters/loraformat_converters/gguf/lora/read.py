@@ -1,4 +1,4 @@
-"""A GGUF adapter as PEFT's factors: names mapped back, rows of B in Hugging Face's order.
+"""Reading a GGUF adapter as PEFT factors.
 
 Numbers of F32, F16 and BF16 are the same bits as in the file, Q8_0 is dequantized to F32. The
 base's config comes from ``--base``, or from the file if loraformat wrote it; without either
@@ -215,9 +215,9 @@ class _Reader:
                 norms += 1
             else:
                 raise InputError(
-                    f"tensor {printable(name)} is no LoRA factor",
+                    f"tensor {printable(name)} is not a LoRA factor",
                     path=self.path,
-                    hint="llama.cpp refuses such a file, too: make it again",
+                    hint="llama.cpp rejects such a file, too; create it again",
                 )
         for stem, parts in found.items():
             if len(parts) < 2:

@@ -1,4 +1,4 @@
-"""What a GGUF adapter cannot hold, or llama.cpp would compute wrongly: refused, with the remedy."""
+"""Errors for adapters that GGUF or llama.cpp cannot represent."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def refuse_whole(
         if name.endswith(".bias"):
             reason = "a GGUF adapter holds no biases"
         elif "norm" in name.rpartition(".")[0].rpartition(".")[2] or ".ln_" in name:
-            reason = "llama.cpp skips trained norms without a word"
+            reason = "llama.cpp silently skips trained norms"
         else:
             reason = "llama.cpp adds low-rank deltas only"
         if name in adapter.deltas and not base.tensors:
@@ -154,7 +154,8 @@ def refuse_vocabulary(
     if own != (tokens := config.integer("vocab_size")):
         raise _refused(
             adapter, delta.target, "changes",
-            f"it has {own} tokens and the base {tokens}, and llama.cpp resizes no vocabulary",
+            f"it has {own} tokens and the base {tokens}, and llama.cpp cannot resize the "
+            "vocabulary",
             _remedy(adapter, architecture, config),
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""An adapter to a GGUF file that computes in llama.cpp what PEFT computes.
+"""Writing an adapter to a GGUF file.
 
 There is one alpha for the whole file. Where it does not give a module's scaling (rsLoRA, alpha
 patterns, alpha 0) the rest is folded into B: multiplied in float64 and rounded once.
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["forecast_adapter", "write_adapter"]
 
 _ALORA = (
-    "aLoRA: llama.cpp (build 11549) acts from one token before the invocation tokens on, PEFT from "
-    "the first of them on; beside another adapter llama.cpp takes it for a plain LoRA"
+    "aLoRA: llama.cpp (build 11549) is active from one token before the invocation tokens, PEFT "
+    "from the first of them; with another adapter llama.cpp treats it as a plain LoRA"
 )
 
 
@@ -91,7 +91,7 @@ def _plan(
         raise UsageError(
             "a GGUF adapter needs the config.json of its base, which tells the architecture and "
             "the number of heads",
-            hint="name it with --base BASE: a bundle, a GGUF file, or a directory with "
+            hint="give it with --base BASE: a bundle, a GGUF file, or a directory with "
             "config.json, with or without weights",
         )
     base, _ = settled(base)
@@ -113,7 +113,7 @@ def _plan(
 
 
 def _template_note(adapter: Adapter, base: Checkpoint) -> list[str]:
-    """Say that the runtime would prompt the adapter otherwise than it was trained."""
+    """Note that the runtime would use another prompt format than training did."""
     own, there = (CarriedTokenizer(m.files, m.path).chat_templates for m in (adapter, base))
     if "default" not in own or own["default"].rstrip("\n") == there.get("default", "").rstrip("\n"):
         return []

@@ -1,4 +1,4 @@
-"""Tokenizers: Hugging Face files to ``tokenizer.ggml.*``, and back.
+"""Conversion of tokenizers between Hugging Face files and ``tokenizer.ggml.*``.
 
 `read` and `files` are all that the rest of the house asks for. Which room is entered depends
 on ``model.type`` of ``tokenizer.json`` one way and on ``tokenizer.ggml.model`` the other way.
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Convert", "Tokenizer", "TokenizerFiles", "files", "read"]
 
-_HINT = "put the tokenizer's files beside the weights"
+_HINT = "put the tokenizer's files in the directory of the weights"
 
 
 class Convert(Protocol):
     """How a room that has nothing to choose makes a tokenizer llama.cpp's."""
 
     def __call__(self, sources: Sources, rows: int) -> Converted:
-        """Return what becomes of the tokenizer.
+        """Return the converted tokenizer.
 
         Parameters
         ----------
@@ -120,7 +120,7 @@ def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
     kind, convert = _room(sources)
     if kind != "byte-level BPE" and pre is not None:
         raise UsageError(
-            f"--pre is for byte-level BPE, and the tokenizer is {kind}", hint="leave it out"
+            f"--pre is for byte-level BPE, and the tokenizer is {kind}", hint="omit it"
         )
     found = bpe.to_gguf(sources, rows, pre) if convert is None else convert(sources, rows)
     keys, notes = found.keys, found.notes

@@ -1,4 +1,4 @@
-"""Added tokens: found in a text before it is cut."""
+"""Added tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE: GPT-2, Llama 3, Qwen, Mistral's tekken and their kin."""
+"""Byte-level BPE tokenizers (GPT-2, Llama 3, Qwen, tekken)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NFC = (
 
 
 def to_gguf(sources: Sources, rows: int, pre: str | None) -> Converted:
-    """Return what becomes of the tokenizer.
+    """Return the converted tokenizer.
 
     Parameters
     ----------
@@ -107,8 +107,8 @@ def _pre_tokenizer(
         verb = "takes" if found.ignore_merges else "does not take"
         notes.append(
             f"llama.cpp's pre-tokenizer {found.names[0]} {verb} whole words that are tokens "
-            f"without merging, {_FILE} says otherwise: words that merges do not build get "
-            "other tokens"
+            f"without merging, {_FILE} says the opposite: words that merges do not form get other "
+            "tokens"
         )
     return found.names[0], notes
 

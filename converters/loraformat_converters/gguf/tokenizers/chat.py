@@ -1,4 +1,4 @@
-"""Chat templates: text that is carried, never rendered."""
+"""Chat templates in GGUF metadata."""
 
 from __future__ import annotations
 

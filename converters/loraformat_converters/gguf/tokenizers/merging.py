@@ -1,4 +1,4 @@
-"""Merging pieces: when a list of merges and a score per piece cut every text alike.
+"""Equivalence of BPE merges and SentencePiece scores.
 
 BPE of ``tokenizer.json`` has a list of merges: of all neighbours that are a pair of the list,
 those of the lowest rank are joined, the leftmost first. llama.cpp's SentencePiece has no such

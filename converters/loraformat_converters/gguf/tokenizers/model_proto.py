@@ -1,4 +1,4 @@
-"""``tokenizer.model``: the file of SentencePiece, a protocol buffer, read without SentencePiece.
+"""Parsing of ``tokenizer.model`` without SentencePiece.
 
 ``ModelProto`` of sentencepiece_model.proto: the pieces, in order of their numbers, a part of
 how they were trained (the algorithm, the special numbers) and what is done to a text before.

@@ -1,4 +1,4 @@
-r"""Pre-tokenizers: how ``tokenizer.json`` says a text is cut, and llama.cpp's name for it.
+r"""Recognition of pre-tokenizers, with llama.cpp's names.
 
 llama.cpp has no pre-tokenizer language: each name stands for regular expressions in its
 source (``src/llama-vocab.cpp``). Its own converter finds the name by the hash of a test text's
@@ -126,7 +126,7 @@ TABLE = (
     ),
 )  # fmt: skip
 
-#: Names that llama.cpp knows and whose definition in ``tokenizer.json`` is not known here.
+#: Names that llama.cpp knows and whose definition in ``tokenizer.json`` is not supported.
 _UNDEFINED = (
     "default", "deepseek-llm", "deepseek-coder", "jais-2", "spark2_5", "youtu", "chameleon",
     "granite-embed-multi-97m", "tiny_aya", "cohere2moe", "superbpe", "kimi-k2", "afmoe", "laguna",

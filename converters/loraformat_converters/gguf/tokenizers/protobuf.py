@@ -1,4 +1,4 @@
-"""The wire format of protocol buffers: just enough to read a message of a known type.
+"""A minimal reader of the protocol buffer wire format.
 
 https://protobuf.dev/programming-guides/encoding/: a message is a row of fields, each a key
 (number << 3 | wire type, a varint) and a value. Nothing is allocated by what a field claims.

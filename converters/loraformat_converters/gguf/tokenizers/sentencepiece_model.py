@@ -1,4 +1,4 @@
-"""A ``tokenizer.model`` alone: what SentencePiece makes of it, said for llama.cpp.
+"""Conversion of a ``tokenizer.model`` without ``tokenizer.json``.
 
 Pieces, scores and kinds are taken over as they are: BPE of SentencePiece and of llama.cpp is
 the same procedure. Tokens that were added later stand in ``added_tokens.json`` and in
@@ -26,7 +26,7 @@ _MAX_BYTES = 64 << 20
 
 
 def to_gguf(sources: Sources, rows: int) -> Converted:
-    """Return what becomes of the tokenizer; see `tokenizers.Convert`."""
+    """Return the converted tokenizer; see `tokenizers.Convert`."""
     model = _read(sources)
     _check(sources, model)
     vocabulary = Vocabulary(rows, FILE)
@@ -58,7 +58,7 @@ def _read(sources: Sources) -> Model:
     try:
         return parse(sources.bytes(FILE))
     except WireError as error:
-        raise sources.wrong(FILE, f"is no model of SentencePiece: it {error}") from None
+        raise sources.wrong(FILE, f"is not a SentencePiece model: it {error}") from None
 
 
 def _check(sources: Sources, model: Model) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer's files that travel with a model, and what its configs say of special tokens."""
+"""Tokenizer files of a model, and special tokens in its configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``tokenizer.json`` does with spaces before BPE, said in llama.cpp's one switch.
+"""Conversion of the handling of spaces in ``tokenizer.json``.
 
 llama.cpp's SentencePiece writes ``▁`` for every space and, if ``add_space_prefix`` is set, puts
 one more in front of a text and of what follows a special token. ``tokenizer.json`` has several
@@ -22,7 +22,7 @@ _FORMS = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
 
 @dataclass
 class Spaces:
-    """What becomes of spaces.
+    """How spaces are converted.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Special tokens: which they are, and which of them llama.cpp puts around a text.
+"""Special tokens, and those that llama.cpp adds to a text.
 
 What transformers puts around a text is said by ``add_bos_token`` and ``add_eos_token`` of
 ``tokenizer_config.json`` if one of them is there, otherwise by the post-processor of

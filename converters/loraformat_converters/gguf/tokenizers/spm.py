@@ -1,4 +1,4 @@
-"""SentencePiece as llama.cpp has it: Llama 2, Mistral, Mixtral, Gemma, Phi-3.
+"""SentencePiece BPE tokenizers (Llama 2, Mistral, Mixtral, Gemma, Phi-3).
 
 llama.cpp cuts special tokens out of a text, writes ``▁`` for spaces, may put one in front of
 each part, and merges neighbours by the score of the token that they make. What is left and is
@@ -40,7 +40,7 @@ SPECIAL_IDS = {"bos": 1, "eos": 2, "unk": 0}
 
 
 def to_gguf(sources: Sources, rows: int) -> Converted:
-    """Return what becomes of the tokenizer, from ``tokenizer.json``; see `tokenizers.Convert`."""
+    """Return the tokenizer converted from ``tokenizer.json``; see `tokenizers.Convert`."""
     model = sources.tokenizer["model"]
     _check_options(sources, model)
     spaces = spaces_of(sources)
@@ -81,8 +81,8 @@ def _notes(order: Order) -> list[str]:
         return []
     return [
         f"tokenizer.json merges into {len(order.unsure)} tokens ({printable(order.unsure[0])}, "
-        "...) now before, now after it merges into others, and llama.cpp always in the same "
-        "order: texts with them may be cut otherwise"
+        "...) in varying order relative to other merges, llama.cpp always in the same order: "
+        "texts with them may be tokenized differently"
     ]
 
 
@@ -210,7 +210,7 @@ def _difference(tied: int, bare: list[str]) -> str | None:
             f"tokens of {len(bare)} characters that are no tokens ({printable(bare[0])}, ...), "
             "which llama.cpp merges all the same"
         )
-    return f"{'; '.join(said)}: texts with them may be cut otherwise" if said else None
+    return f"{'; '.join(said)}: texts with them may be tokenized differently" if said else None
 
 
 _PREPEND = [{"type": "Prepend", "prepend": "▁"}]

@@ -1,4 +1,4 @@
-"""Tokens that end a text besides EOS: what a model has learned to end its turns with.
+"""Stop tokens other than EOS.
 
 transformers has any number of them, in ``generation_config.json``. llama.cpp has places for two
 (``eot`` and ``eom``) and knows some by their texts; a file that says the most important one is

@@ -1,4 +1,4 @@
-"""A vocabulary on its way into a GGUF file: one text, kind and score for each row."""
+"""Vocabularies in GGUF: text, type and score of each token."""
 
 from __future__ import annotations
 
@@ -171,6 +171,6 @@ class Vocabulary:
         if looks:
             notes.append(
                 f"{printable(', '.join(looks))}, a plain token, may be a control token in "
-                "llama.cpp, which goes by the text: what spells it becomes that token"
+                "llama.cpp, which matches the text: any text that spells it becomes that token"
             )
         return notes

@@ -1,4 +1,4 @@
-"""A tokenizer that is a vocabulary alone: ``vocab.json`` with ``merges.txt``, or ``vocab.txt``.
+"""Tokenizers without ``tokenizer.json``: ``vocab.json`` with ``merges.txt``, or ``vocab.txt``.
 
 How such a file becomes a tokenizer is known to the class that the model names, so transformers
 makes ``tokenizer.json`` of it; in a directory of its own, without any code of the model's.

@@ -1,4 +1,4 @@
-"""WordPiece: BERT and its kin.
+"""WordPiece tokenizers (BERT).
 
 llama.cpp has a vocabulary of its own making: a token that begins a word begins with ``▁``, one
 that continues a word stands without its ``##``. A word is cut into the longest tokens from the
@@ -36,7 +36,7 @@ SPECIAL_IDS = {"bos": 101, "unk": 100, "sep": 102, "pad": 0, "mask": 103}
 
 
 def to_gguf(sources: Sources, rows: int) -> Converted:
-    """Return what becomes of the tokenizer; see `tokenizers.Convert`."""
+    """Return the converted tokenizer; see `tokenizers.Convert`."""
     model = sources.tokenizer["model"]
     prefix = model.get("continuing_subword_prefix", "##")
     if not isinstance(prefix, str) or not prefix:

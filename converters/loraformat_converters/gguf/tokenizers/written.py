@@ -1,4 +1,4 @@
-"""Tokenizer files for transformers, made of what a GGUF file says."""
+"""Tokenizer files generated from a GGUF file."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["layer_of", "natural", "type_of"]
+__all__ = ["layer_of", "natural", "spelled_in_2019", "type_of"]
 
 _DIGITS = re.compile(r"(\d+)")
 
@@ -40,6 +40,21 @@ def type_of(name: str) -> str:
         return name
     rest = name[len(layer[0]) + 1 :].partition(".")[2]
     return f"{layer[0]}.*.{rest}"
+
+
+def spelled_in_2019(name: str) -> str:
+    """Return what the first checkpoints of BERT call a tensor of a norm.
+
+    Examples
+    --------
+    >>> spelled_in_2019("bert.embeddings.LayerNorm.weight")
+    'bert.embeddings.LayerNorm.gamma'
+    """
+    return re.sub(
+        r"(?<=\.LayerNorm\.)(weight|bias)$",
+        lambda found: {"weight": "gamma", "bias": "beta"}[found[0]],
+        name,
+    )
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -6,6 +6,7 @@ parameter and cuts fused projections apart; its own table of these conversions i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from loraformat.families.tensor_names import natural
 __all__ = ["Chunk", "Sources", "conversions_of", "find_sources"]
 
 _STACKING = {"MergeModulelist", "Concatenate"}
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Chunk(NamedTuple):
@@ -95,10 +97,15 @@ def find_sources(model: Any, names: Iterable[str]) -> Sources:
     wanted = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     sources = Sources()
     groups: dict[str, dict[str, list[str]]] = {}
+    stacks: dict[str, tuple[str, str]] = {}
     for name in sorted(names, key=natural):
-        target, pattern = rename_source_key(
+        # A converter takes any number of an expert: one look for all, of up to a hundred thousand.
+        of_any = _EXPERT.sub(".experts.*.", name)
+        target, pattern = stacks.get(of_any) or rename_source_key(
             name, table.renamings, table.converters, table.base_model_prefix, wanted
         )
+        if pattern is not None and of_any != name:
+            stacks[of_any] = target, pattern
         if target not in wanted and name in wanted:
             target, pattern = name, None
         if target not in wanted:

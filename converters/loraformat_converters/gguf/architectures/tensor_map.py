@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.families.expert_names import spelled_in_memory
+from loraformat.families.tensor_names import spelled_in_2019
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.dimensions import check_dimensions
 from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName
@@ -195,6 +196,7 @@ def _single(
         names += [base.removesuffix("model.") + names[0]]
     # In memory transformers 5 calls mixtral's blocks differently than in files.
     names += [spelled_in_memory(name) for name in names]
+    names += [spelled_in_2019(name) for name in names]
     found = next((name for name in names if name in shapes), None)
     if found is None:
         if row.required:

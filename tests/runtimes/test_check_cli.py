@@ -33,7 +33,7 @@ def test_a_sound_adapter_exits_0_and_a_wrong_one_4(run, adapter, base):
     assert "transformers right -" in " ".join(result.out.split())
     result = run(adapter("rslora"), "--base", base)
     assert result.code == 4
-    assert "sglang        WRONG             RSLORA_IGNORED" in result.out
+    assert "sglang WRONG RSLORA_IGNORED" in " ".join(result.out.split())
     assert f"loraformat check {adapter('rslora')} --fix -o rslora-fixed --base {base}" in result.out
 
 

@@ -14,18 +14,18 @@ from loraformat.ops.merge.merge import merge
 
 #: Command lines by the option that names an output; OUT stands for it.
 OUTPUTS = {
-    ("check", "target"): ["check ADAPTER --fix --base BASE -o OUT"],
-    ("check", "directory"): ["check ADAPTER --base BASE --write OUT"],
-    ("combine", "target"): ["combine ADAPTER OTHER --base BASE -o OUT"],
+    ("check", "output"): ["check ADAPTER --fix --base BASE -o OUT"],
+    ("check", "write"): ["check ADAPTER --base BASE --write OUT"],
+    ("combine", "output"): ["combine ADAPTER OTHER --base BASE -o OUT"],
     ("convert", "target"): ["convert BASE OUT", "convert ADAPTER OUT --base BASE --canonical"],
-    ("extract", "target"): ["extract BASE TUNED --rank 2 -o OUT"],
+    ("extract", "output"): ["extract BASE TUNED --rank 2 -o OUT"],
     ("info", "picture"): ["info BUNDLE --plot OUT.png"],
-    ("merge", "target"): ["merge BASE ADAPTER -o OUT"],
+    ("merge", "output"): ["merge BASE ADAPTER -o OUT"],
     ("merge", "undo"): ["merge BASE ADAPTER -o new --undo OUT"],
-    ("reduce", "target"): ["reduce ADAPTER --base BASE --rank 2 -o OUT"],
+    ("reduce", "output"): ["reduce ADAPTER --base BASE --rank 2 -o OUT"],
     ("spectrum", "picture"): ["spectrum ADAPTER --plot OUT.png"],
     ("train", "output"): ["train BUNDLE DATA --config CONFIG --chat-template TEMPLATE -o OUT"],
-    ("unmerge", "target"): [
+    ("unmerge", "output"): [
         "unmerge TUNED --undo RECORD --adapter ADAPTER -o OUT",
         "unmerge TUNED --adapter ADAPTER -o OUT",
     ],
@@ -38,9 +38,14 @@ INPUTS = {
 }  # fmt: skip
 #: Options whose value is a text, but no path.
 WORDS = {
-    "from_format", "to_format", "pre_tokenizer", "skip", "include", "exclude", "name", "runtimes",
-    "subset", "split", "device", "prompt", "system", "targets", "base_model", "licence",
+    "from_", "to", "pre", "skip", "include", "exclude", "name", "runtime",
+    "subset", "split", "device", "prompt", "system", "targets", "base_model", "license",
     "revision", "tag", "message",
+}  # fmt: skip
+#: Types of parameters whose value is no path.
+NO_PATHS = {
+    "BoolParamType", "ByteSize", "Choice", "FloatParamType", "FloatRange", "IntParamType",
+    "IntRange", "ParameterCount", "RankOrAuto", "WeightType", "_RankOfGlob",
 }  # fmt: skip
 NAMES = ("BASE", "BUNDLE", "ADAPTER", "OTHER", "TUNED", "RECORD", "DATA", "CONFIG", "TEMPLATE")
 
@@ -49,8 +54,7 @@ def test_every_option_that_names_an_output_is_in_the_list():
     found = set()
     for verb in _VERBS:
         for parameter in commands.get_command(None, verb).params:
-            kind = type(parameter.type).__name__
-            if kind not in ("StringParamType", "Path") or parameter.name in INPUTS | WORDS:
+            if type(parameter.type).__name__ in NO_PATHS or parameter.name in INPUTS | WORDS:
                 continue
             if (verb, parameter.name) == ("unmerge", "undo"):
                 continue  # which reads it

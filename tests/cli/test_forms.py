@@ -69,7 +69,7 @@ def test_a_suffix_that_nobody_writes_is_asked_about(run, tmp_path, verb):
     result = run(*arguments)
     assert result.code == 2 and not target.exists()
     meant = tmp_path / "out.gguf"
-    assert f"as .ggf file; did you mean {meant}? Else name a directory, or" in result.err
+    assert f"as .ggf file; did you mean {meant}? Else give a directory, or" in result.err
     more = ["--base", model] if verb == "reduce" else []
     result = run(*(meant if word == target else word for word in arguments), *more)
     assert result.code == 0 and meant.is_file()

@@ -206,14 +206,14 @@ def test_values_that_do_not_fit_their_type(kind, value):
 _WRITE_LARGE = """
 import sys
 from pathlib import Path
-from loraformat.storage.atomic_file import FilePublication
+from loraformat.storage.atomic_file import AtomicFile
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 
 chunk = 1 << 20
 large = PlannedTensor("a", (64, chunk // 4), GGMLType.F32, lambda: map(bytes, [chunk] * 64))
 small = PlannedTensor("b", (3,), GGMLType.F32, lambda: [bytes(12)])
-with FilePublication(Path(sys.argv[1]), plan="p") as output:
+with AtomicFile(Path(sys.argv[1]), plan="p") as output:
     write_gguf(output, {}, [large, small])
     output.commit()
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))

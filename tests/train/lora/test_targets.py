@@ -74,13 +74,13 @@ def test_embeddings_and_head_come_on_request_or_by_name(sites):
 
 
 def test_what_means_nothing_is_refused_with_the_nearest_named(sites):
-    with pytest.raises(UsageError, match=r"q_prj is no module.*nearest is q_proj"):
+    with pytest.raises(UsageError, match=r"q_prj is not a module.*nearest is q_proj"):
         chosen(sites, "q_proj", "q_prj")
     with pytest.raises(UsageError, match="nearest is all-linear"):
         chosen(sites, "all_linear")
     with pytest.raises(UsageError, match=r"nearest is model\.layers\.1\.mlp\.gate"):
         chosen(sites, "model.layers.2.mlp.gat")
-    with pytest.raises(UsageError, match="proj is no module"):
+    with pytest.raises(UsageError, match="proj is not a module"):
         chosen(sites, "proj")  # a part of a name is not its last part
 
 

@@ -166,7 +166,7 @@ def test_of_a_bundle_with_adapters_the_base_alone_is_written_and_that_is_said(ba
     report = convert(tmp_path / "bundle", tmp_path / "base.gguf")
     assert (tmp_path / "base.gguf").read_bytes() == (tmp_path / "bare.gguf").read_bytes()
     assert "adapter a" in report.lost
-    assert any("base alone" in note and "loraformat merge" in note for note in report.notes)
+    assert any("only the base" in note and "loraformat merge" in note for note in report.notes)
     with pytest.raises(UnsupportedError, match="adapter a"):
         convert(tmp_path / "bundle", tmp_path / "strict.gguf", strict=True)
     merge(tmp_path / "bundle", [place], tmp_path / "merged.gguf", dtype="f32")
@@ -272,7 +272,7 @@ def test_numbers_beyond_float16_are_refused(base, tmp_path):
 
 
 def test_options_of_other_formats_are_refused(base, tmp_path):
-    with pytest.raises(UsageError, match="llama-quantize makes"):
+    with pytest.raises(UsageError, match="llama-quantize writes"):
         convert(base("llama"), tmp_path / "model.gguf", dtype="q2_k")
     with pytest.raises(UsageError, match="q8_0"):
         convert(base("llama"), tmp_path / "bundle", dtype="q8_0")

@@ -65,7 +65,7 @@ def commands(capsys, *arguments):
         main([str(argument) for argument in arguments])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert "llama-quantize makes" in said
+    assert "llama-quantize writes" in said
     first, last = said.split("run: ")[1].split("; then: ")
     return shlex.split(first), shlex.split(last)
 

@@ -121,7 +121,8 @@ def test_damaged_models(data, reason, tmp_path):
     with pytest.raises(WireError, match=reason):
         parse(data)
     source = source_of(tmp_path / "source", data)
-    with pytest.raises(InputError, match=rf"tokenizer\.model is not a SentencePiece model.*{reason}"):
+    wanted = rf"tokenizer\.model is not a SentencePiece model.*{reason}"
+    with pytest.raises(InputError, match=wanted):
         convert(source, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
 

@@ -278,7 +278,7 @@ def test_eval_shows_base_beside_adapter(run, call, place, tmp_path):
                  "--seq-len", 48)  # fmt: skip
     assert result.code == 0
     rows = [line.split() for line in result.out.splitlines()]
-    assert rows[0] == ["model", "loss", "perplexity", "change"]
+    assert rows[0] == ["model", "loss", "perplexity", "loss", "change"]
     assert (rows[1][0], rows[2][0]) == ("bundle", "a")
     assert float(rows[1][1]) == pytest.approx(trained["heldout_before"], abs=1e-3)
     assert float(rows[2][1]) == pytest.approx(trained["heldout_after"], abs=1e-3)

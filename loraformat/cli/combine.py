@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, show, table
+from loraformat.cli.console import largest_error, on_terminal, show, table
 from loraformat.cli.options import (
     adapter_options,
     adapter_output_option,
@@ -79,7 +79,7 @@ def _text(report: Any) -> str:
         table(["module", "ranks", "new rank", "energy (% of |D|²)", "error (% of |D|)"], rows),
         "",
         f"{would} {report.target}: {report.method} of {', '.join(terms)}; "
-        f"{report.parameters:,} parameters"
+        f"{report.parameters:,} parameters{largest_error(report.modules)}"
         + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

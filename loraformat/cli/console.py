@@ -21,6 +21,7 @@ __all__ = [
     "Resumable",
     "clean",
     "echo_json",
+    "largest_error",
     "on_terminal",
     "report_options",
     "say",
@@ -76,6 +77,25 @@ def times(share: float) -> str:
     ('7.47%', '44 x')
     """
     return f"{share:.2%}" if share < 10 else f"{share:.0f} x"
+
+
+def largest_error(modules: Sequence[Any]) -> str:
+    """Return what a summary says of modules' errors; nothing where there is no module.
+
+    Parameters
+    ----------
+    modules : sequence
+        With an ``error`` each, a fraction of the Frobenius norm of the delta D.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> largest_error([SimpleNamespace(error=0.25), SimpleNamespace(error=0.002)])
+    ', largest error 0.25 x |D|'
+    """
+    if not modules:
+        return ""
+    return f", largest error {max(module.error for module in modules):.3g} x |D|"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, show, table
+from loraformat.cli.console import largest_error, on_terminal, show, table
 from loraformat.cli.options import (
     ParameterCount,
     adapter_options,
@@ -70,7 +70,8 @@ def _text(report: Any) -> str:
         table(["module", "rank", "new rank", "energy (% of |D|²)", "error (% of |D|)"], rows),
         "",
         f"{would} {report.target}: {report.new_parameters:,} of {report.old_parameters:,} "
-        f"parameters{kept}" + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+        f"parameters{kept}{largest_error(report.modules)}"
+        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
     if any(m.activation_aware for m in report.modules):
         lines.append("note: energies and errors refer to module outputs, according to the "

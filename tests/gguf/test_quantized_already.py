@@ -280,7 +280,7 @@ def test_the_original_is_named_where_it_is_known(source, tmp_path):
     path.write_text(json.dumps(said))
     report = convert(bundle, tmp_path / "model.gguf", dtype="q4_0")
     assert lines(report)[0].endswith("Use the original weights, org/small")
-    assert any("llama-quantize writes q4_k_m of an f16 file" in note for note in report.notes)
+    assert any("llama-quantize writes q4_k_m from an f16 file" in note for note in report.notes)
     convert(source("q4_1.gguf"), tmp_path / "twice")
     said = json.loads((tmp_path / "twice" / MANIFEST_NAME).read_text())
     said["source"] |= {"repo": "org/small-gguf"}

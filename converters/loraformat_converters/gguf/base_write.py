@@ -277,7 +277,7 @@ def _loss_notes(plan: _Plan, checkpoint: Checkpoint) -> list[str]:
         return []
     steps = checkpoint.provenance.quantized
     of_nf4 = bool(steps) and "NF4" in steps[-1].types
-    better = ", and llama-quantize makes q4_k_m of an f16 file" if of_nf4 else ""
+    better = ", and llama-quantize writes q4_k_m from an f16 file" if of_nf4 else ""
     return [
         f"{plan.kind.name} keeps the weights to {plan.loss.total:.1%} only (relative RMS, "
         f"measured; the mean error of a tensor is {abs(plan.loss.largest_bias):.2%} of its RMS at "

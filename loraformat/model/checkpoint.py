@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from loraformat.nf4 import codec
+    from loraformat.tensors.arrays import Array
 
 __all__ = [
     "NF4_PARTS",
@@ -99,6 +100,12 @@ class DenseTensor:
     def stored_bytes(self) -> int:
         """Size where it is stored."""
         return self.nbytes if self.stored is None else self.stored[1]
+
+    def array(self) -> Array:
+        """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""
+        from loraformat.tensors.arrays import array_view
+
+        return array_view(self.load(), self.dtype, self.shape)
 
     def torch(self) -> torch.Tensor:
         """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""

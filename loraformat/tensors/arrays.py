@@ -1,0 +1,114 @@
+"""numpy arrays over stored bytes, of every dtype that safetensors has.
+
+Types that numpy lacks come from ml_dtypes, the extension that numpy's own users of them share:
+``bfloat16`` and the 8-bit floats. They are for storing: nothing here computes in them, whoever
+computes widens to float32 first (exact) and rounds once at the end (to nearest even).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy
+
+from loraformat.tensors.dtypes import ITEM_BYTES
+
+__all__ = ["Array", "array_bytes", "array_view", "dtype_name", "finite", "numpy_dtype"]
+
+#: An array of any dtype and shape; docstrings say which.
+Array: TypeAlias = numpy.ndarray[Any, numpy.dtype[Any]]
+
+_DTYPES: dict[str, numpy.dtype[Any]] = {
+    "BOOL": numpy.dtype(numpy.bool_),
+    "U8": numpy.dtype("u1"),
+    "I8": numpy.dtype("i1"),
+    "F8_E4M3": numpy.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": numpy.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": numpy.dtype(ml_dtypes.float8_e8m0fnu),
+    "U16": numpy.dtype("<u2"),
+    "I16": numpy.dtype("<i2"),
+    "F16": numpy.dtype("<f2"),
+    "BF16": numpy.dtype(ml_dtypes.bfloat16),
+    "U32": numpy.dtype("<u4"),
+    "I32": numpy.dtype("<i4"),
+    "F32": numpy.dtype("<f4"),
+    "U64": numpy.dtype("<u8"),
+    "I64": numpy.dtype("<i8"),
+    "F64": numpy.dtype("<f8"),
+    "C64": numpy.dtype("<c8"),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def numpy_dtype(name: str) -> numpy.dtype[Any]:
+    """Return the numpy dtype for a safetensors dtype name.
+
+    Examples
+    --------
+    >>> numpy_dtype("BF16"), numpy_dtype("F32")
+    (dtype(bfloat16), dtype('float32'))
+    """
+    return _DTYPES[name]
+
+
+def dtype_name(dtype: numpy.dtype[Any] | type) -> str:
+    """Return the safetensors name of a numpy dtype.
+
+    Raises
+    ------
+    KeyError
+        safetensors has no such type.
+
+    Examples
+    --------
+    >>> dtype_name(numpy.float32), dtype_name(numpy_dtype("BF16"))
+    ('F32', 'BF16')
+    """
+    return _NAMES[numpy.dtype(dtype)]
+
+
+def array_view(data: memoryview, dtype: str, shape: tuple[int, ...] | None = None) -> Array:
+    """Show bytes as an array, without copying where alignment allows.
+
+    Parameters
+    ----------
+    data : memoryview
+        Flat bytes, row-major, little-endian. If they are read-only, so is the array.
+    dtype : str
+        safetensors name.
+    shape : tuple of int, optional
+        One dimension by default.
+
+    Examples
+    --------
+    >>> array_view(memoryview(bytes(4)), "BF16").shape
+    (2,)
+    """
+    flat = numpy.frombuffer(data, numpy.uint8)
+    if flat.ctypes.data % ITEM_BYTES[dtype]:
+        flat = flat.copy()
+    values = flat.view(_DTYPES[dtype])
+    return values if shape is None else values.reshape(shape)
+
+
+def array_bytes(array: Array) -> memoryview:
+    r"""Return an array's bytes, flat and row-major; the opposite of `array_view`.
+
+    Examples
+    --------
+    >>> bytes(array_bytes(numpy.array([1, 256], dtype=numpy.int16)))
+    b'\x01\x00\x00\x01'
+    """
+    return numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8).data
+
+
+def finite(array: Array) -> bool:
+    """Tell whether an array of floats holds neither NaN nor infinity.
+
+    Examples
+    --------
+    >>> finite(numpy.array([1.0, numpy.inf], dtype=numpy.float16))
+    False
+    """
+    return bool(numpy.isfinite(array).all())

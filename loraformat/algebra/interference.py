@@ -13,15 +13,17 @@ Weights are applied before signs are elected, so a negative weight votes against
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-import torch
+import numpy
+from numpy.typing import NDArray
 
 __all__ = ["drop", "elect", "magnitude_threshold", "prune"]
 
 _HALF = 16
 
 
-def magnitude_threshold(tiles: Callable[[], Iterable[torch.Tensor]], keep: int) -> float:
+def magnitude_threshold(tiles: Callable[[], Iterable[NDArray[Any]]], keep: int) -> float:
     """Return the magnitude of the keep-th largest element, without holding the matrix.
 
     A radix selection: non-negative floats are ordered as their bits are, so a histogram of
@@ -30,80 +32,82 @@ def magnitude_threshold(tiles: Callable[[], Iterable[torch.Tensor]], keep: int) 
     Parameters
     ----------
     tiles : callable
-        Called twice; yields float32 tensors.
+        Called twice; yields float32 arrays.
     keep : int
         At least 1, at most the number of elements.
 
     Examples
     --------
-    >>> magnitude_threshold(lambda: [torch.tensor([1.0, -4.0]), torch.tensor([3.0])], 2)
+    >>> tiles = [numpy.float32([1, -4]), numpy.float32([3])]
+    >>> magnitude_threshold(lambda: tiles, 2)
     3.0
     """
     upper, keep = _select((_bits(tile) >> _HALF for tile in tiles()), keep)
     lower, _ = _select(
         (bits[bits >> _HALF == upper] & 0xFFFF for bits in map(_bits, tiles())), keep
     )
-    return float(torch.tensor(upper << _HALF | lower, dtype=torch.int32).view(torch.float32))
+    return float(numpy.int32(upper << _HALF | lower).view(numpy.float32))
 
 
-def _bits(tile: torch.Tensor) -> torch.Tensor:
-    return tile.abs().flatten().view(torch.int32)
+def _bits(tile: NDArray[Any]) -> NDArray[Any]:
+    return abs(tile).reshape(-1).view(numpy.int32)
 
 
-def _select(digits: Iterable[torch.Tensor], keep: int) -> tuple[int, int]:
+def _select(digits: Iterable[NDArray[Any]], keep: int) -> tuple[int, int]:
     """Return the digit of the keep-th largest, and its place among equals."""
-    counts = torch.zeros(1 << _HALF, dtype=torch.int64)
+    counts = numpy.zeros(1 << _HALF, numpy.int64)
     for digit in digits:
-        counts += torch.bincount(digit, minlength=1 << _HALF)
-    above = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
+        counts += numpy.bincount(digit, minlength=1 << _HALF)
+    above = numpy.cumsum(counts[::-1])[::-1]  # how many have this digit or a larger one
     chosen = int((above >= keep).sum()) - 1
     return chosen, keep - int(above[chosen] - counts[chosen])
 
 
-def prune(delta: torch.Tensor, threshold: float) -> torch.Tensor:
+def prune(delta: NDArray[Any], threshold: float) -> NDArray[Any]:
     """Return the delta with elements below a magnitude set to zero.
 
     Examples
     --------
-    >>> prune(torch.tensor([1.0, -4.0, 3.0]), 3.0)
-    tensor([ 0., -4.,  3.])
+    >>> prune(numpy.array([1.0, -4.0, 3.0]), 3.0)
+    array([ 0., -4.,  3.])
     """
-    return torch.where(delta.abs() >= threshold, delta, 0.0)
+    return numpy.where(numpy.abs(delta) >= threshold, delta, 0.0)
 
 
-def drop(delta: torch.Tensor, density: float, random: torch.Generator) -> torch.Tensor:
+def drop(delta: NDArray[Any], density: float, random: numpy.random.Generator) -> NDArray[Any]:
     """Keep each element with a probability and divide it by that: its mean stays.
 
     Parameters
     ----------
-    delta : torch.Tensor
+    delta : array
     density : float
         In (0, 1].
-    random : torch.Generator
+    random : numpy.random.Generator
 
     Examples
     --------
-    >>> drop(torch.ones(4), 1.0, torch.Generator())
-    tensor([1., 1., 1., 1.])
+    >>> drop(numpy.ones(4), 1.0, numpy.random.default_rng())
+    array([1., 1., 1., 1.])
     """
-    kept = torch.rand(delta.shape, generator=random) < density
-    return torch.where(kept, delta / density, 0.0)
+    kept = random.random(delta.shape, numpy.float32) < density
+    return numpy.where(kept, delta / density, 0.0)
 
 
-def elect(weighted: Sequence[torch.Tensor]) -> torch.Tensor:
+def elect(weighted: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Return, per element, the mean of what has the sign of the sum.
 
     Parameters
     ----------
-    weighted : sequence of torch.Tensor
+    weighted : sequence of array
         wᵢ Dᵢ, pruned or dropped; zeros do not vote.
 
     Examples
     --------
-    >>> elect([torch.tensor([2.0, -1.0]), torch.tensor([4.0, 3.0]), torch.tensor([-1.0, 0.0])])
-    tensor([3., 3.])
+    >>> elect([numpy.array([2.0, -1.0]), numpy.array([4.0, 3.0]), numpy.array([-1.0, 0.0])])
+    array([3., 3.])
     """
-    stack = torch.stack(list(weighted))
-    positive = stack.sum(0) >= 0
-    agreeing = torch.where(positive, stack > 0, stack < 0)
-    return torch.where(agreeing, stack, 0.0).sum(0) / agreeing.sum(0).clamp(min=1)
+    stack = numpy.stack(weighted)
+    agreeing = numpy.where(stack.sum(0) >= 0, stack > 0, stack < 0)
+    means: NDArray[Any] = stack.sum(0, where=agreeing)
+    means /= numpy.maximum(agreeing.sum(0, dtype=stack.dtype), 1)
+    return means

@@ -22,22 +22,30 @@ Every function takes leading dimensions (experts) and treats them one by one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import torch
+import numpy
+from numpy.typing import DTypeLike, NDArray
 
 from loraformat.algebra.thin_qr import factorize, gram, tall_product, wide_product
 
 __all__ = [
     "Core",
+    "Pair",
     "combine_factors",
     "core",
     "energy_rank",
+    "pooled",
     "rounding_error",
     "singular_values",
     "truncate",
     "truncated_second_moment",
 ]
+
+#: B and A.
+Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,65 +59,65 @@ class Core:
 
     Attributes
     ----------
-    columns : torch.Tensor
+    columns : array
         (out, r): B, or an orthonormal basis of its columns.
-    left_mixing : torch.Tensor
+    left_mixing : array
         float64 (r, parts).
-    rows : torch.Tensor
+    rows : array
         (r, in): A, or an orthonormal basis of its rows.
-    right_mixing : torch.Tensor
+    right_mixing : array
         float64 (parts, r).
-    values : torch.Tensor
+    values : array
         float64 (parts,), descending: singular values of D, scaling included; with statistics
         the root of E|leftᵢᵀ D x|².
-    gains : torch.Tensor
+    gains : array
         float64 (parts,), ‖leftᵢᵀ D‖.
-    mixing : torch.Tensor
+    mixing : array
         float64 (parts, r), with diag(gains) · right = mixing · A: how the new inner
         activations follow from the old ones.
     """
 
-    columns: torch.Tensor
-    left_mixing: torch.Tensor
-    rows: torch.Tensor
-    right_mixing: torch.Tensor
-    values: torch.Tensor
-    gains: torch.Tensor
-    mixing: torch.Tensor
+    columns: NDArray[Any]
+    left_mixing: NDArray[Any]
+    rows: NDArray[Any]
+    right_mixing: NDArray[Any]
+    values: NDArray[Any]
+    gains: NDArray[Any]
+    mixing: NDArray[Any]
 
     @property
-    def left(self) -> torch.Tensor:
+    def left(self) -> NDArray[Any]:
         """float64 (out, parts), orthonormal columns."""
-        return tall_product(self.columns, self.left_mixing, torch.float64)
+        return tall_product(self.columns, self.left_mixing, numpy.float64)
 
     @property
-    def right(self) -> torch.Tensor:
+    def right(self) -> NDArray[Any]:
         """float64 (parts, in), rows of norm 1."""
-        return wide_product(self.right_mixing, self.rows, torch.float64)
+        return wide_product(self.right_mixing, self.rows, numpy.float64)
 
     @property
     def squared_norm(self) -> float:
         """‖D‖² in the Frobenius norm."""
-        return float(self.gains.square().sum())
+        return float((self.gains**2).sum())
 
 
 def core(
-    b: torch.Tensor,
-    a: torch.Tensor,
+    b: NDArray[Any],
+    a: NDArray[Any],
     scaling: float = 1.0,
-    second_moment: torch.Tensor | None = None,
+    second_moment: NDArray[Any] | None = None,
 ) -> Core:
     """Decompose scaling · B A without forming it.
 
     Parameters
     ----------
-    b : torch.Tensor
+    b : array
         (out, r), any floating dtype.
-    a : torch.Tensor
+    a : array
         (r, in).
     scaling : float
         May be negative.
-    second_moment : torch.Tensor, optional
+    second_moment : array, optional
         E[z zᵀ] of z = A x, (r, r). With it the parts are ordered by what they add to the
         output for such inputs.
 
@@ -119,44 +127,43 @@ def core(
 
     Examples
     --------
-    >>> b, a = torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0, 3.0]])
+    >>> b, a = numpy.array([[2.0], [0.0]]), numpy.array([[0.0, 3.0]])
     >>> core(b, a, 0.5).values
-    tensor([3.], dtype=torch.float64)
+    array([3.])
 
     The second input is a hundred times as large as the first, which the singular values
     cannot know:
 
-    >>> eye = torch.eye(2)
-    >>> core(torch.diag(torch.tensor([2.0, 1.0])), eye, 1.0, torch.tensor([1.0, 1e4]).diag()).values
-    tensor([100.,   2.], dtype=torch.float64)
+    >>> core(numpy.diag([2.0, 1.0]), numpy.eye(2), 1.0, numpy.diag([1.0, 1e4])).values
+    array([100.,   2.])
     """
     outer, inner = factorize(b), factorize(a.mT)
     r_b, r_a = outer.r * scaling, inner.r
     if second_moment is not None:
         values, u = _principal(r_b, second_moment)
         mixing = u.mT @ r_b
-        gains = (mixing @ r_a.mT).norm(dim=-1)
-        right = mixing / torch.where(gains > 0, gains, 1.0)[..., None]
+        gains = numpy.linalg.norm(mixing @ r_a.mT, axis=-1)
+        right = mixing / numpy.where(gains > 0, gains, 1.0)[..., None]
         return Core(outer.basis, outer.inverse @ u, a, right, values, gains, mixing)
-    u, values, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    u, values, v = numpy.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     right = v @ inner.inverse.mT
     return Core(outer.basis, outer.inverse @ u, inner.basis.mT, right, values, values, u.mT @ r_b)
 
 
-def _principal(r_b: torch.Tensor, second_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _principal(r_b: NDArray[Any], second_moment: NDArray[Any]) -> Pair:
     """Return root eigenvalues and eigenvectors of R S Rᵀ, descending."""
-    moment = second_moment.double()
+    moment = second_moment.astype(numpy.float64)
     outputs = r_b @ ((moment + moment.mT) / 2) @ r_b.mT
-    eigenvalues, vectors = torch.linalg.eigh(outputs)
-    return eigenvalues.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
+    eigenvalues, vectors = numpy.linalg.eigh(outputs)
+    return numpy.sqrt(numpy.maximum(eigenvalues[..., ::-1], 0)), vectors[..., ::-1]
 
 
 def singular_values(
-    b: torch.Tensor,
-    a: torch.Tensor,
+    b: NDArray[Any],
+    a: NDArray[Any],
     scaling: float = 1.0,
-    second_moment: torch.Tensor | None = None,
-) -> torch.Tensor:
+    second_moment: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """Return `Core.values` alone: half the work, as no vectors are formed.
 
     Parameters
@@ -166,19 +173,33 @@ def singular_values(
 
     Examples
     --------
-    >>> singular_values(torch.eye(2) * 3, torch.eye(2), -1.0)
-    tensor([3., 3.], dtype=torch.float64)
+    >>> singular_values(numpy.eye(2) * 3, numpy.eye(2), -1.0)
+    array([3., 3.])
     """
     r_b = factorize(b).r * scaling
     if second_moment is not None:
         return _principal(r_b, second_moment)[0]
-    values: torch.Tensor = torch.linalg.svdvals(r_b @ factorize(a.mT).r.mT)
-    return values
+    return numpy.linalg.svd(r_b @ factorize(a.mT).r.mT, compute_uv=False)
 
 
-def truncate(
-    decomposed: Core, rank: int, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pooled(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the norms of the i-th parts of all experts, which share a rank.
+
+    Parameters
+    ----------
+    values : array
+        Singular values of one delta, (parts,), or of experts, (experts, parts).
+
+    Examples
+    --------
+    >>> pooled(numpy.array([[3.0, 1.0], [4.0, 0.0]]))
+    array([5., 1.])
+    """
+    norms: NDArray[Any] = numpy.linalg.norm(numpy.atleast_2d(values), axis=0)
+    return norms
+
+
+def truncate(decomposed: Core, rank: int, dtype: DTypeLike = numpy.float32) -> Pair:
     """Return the best factors of a rank: balanced, rows ordered by importance.
 
     Both factors carry √gain, so that neither over- nor underflows, and any prefix of their
@@ -190,17 +211,17 @@ def truncate(
     decomposed : Core
     rank : int
         At most the number of values.
-    dtype : torch.dtype
+    dtype : dtype
         Of the result; rounded to nearest even.
 
     Returns
     -------
-    b : torch.Tensor
+    b : array
         (out, rank).
-    a : torch.Tensor
+    a : array
         (rank, in).
     """
-    root = decomposed.gains[..., :rank].sqrt()
+    root = numpy.sqrt(decomposed.gains[..., :rank])
     left = decomposed.left_mixing[..., :rank] * root[..., None, :]
     right = decomposed.right_mixing[..., :rank, :] * root[..., None]
     b = tall_product(decomposed.columns, left, dtype)
@@ -208,8 +229,8 @@ def truncate(
 
 
 def truncated_second_moment(
-    decomposed: Core, second_moment: torch.Tensor, rank: int
-) -> torch.Tensor:
+    decomposed: Core, second_moment: NDArray[Any], rank: int
+) -> NDArray[Any]:
     """Return E[z' z'ᵀ] of z' = A' x, for the A' that `truncate` makes.
 
     A' = diag(gains)^-½ · mixing · A, and the moment follows by the same matrix, so that a
@@ -218,45 +239,46 @@ def truncated_second_moment(
     Parameters
     ----------
     decomposed : Core
-    second_moment : torch.Tensor
+    second_moment : array
         E[z zᵀ] of z = A x.
     rank : int
 
     Returns
     -------
-    torch.Tensor
+    array
         float32 (rank, rank).
     """
     gains = decomposed.gains[..., :rank]
-    largest = gains.amax(-1, keepdim=True) if rank else gains
+    largest = gains.max(-1, keepdims=True, initial=0)
     # Where nothing is left of D, nothing can be told of z' but that it is small: zero.
-    inverse = torch.where(gains > 1e-14 * largest, gains, torch.inf).rsqrt()
+    inverse = 1 / numpy.sqrt(numpy.where(gains > 1e-14 * largest, gains, numpy.inf))
     change = inverse[..., None] * decomposed.mixing[..., :rank, :]
-    return (change @ second_moment.double() @ change.mT).float().contiguous()
+    moment: NDArray[Any] = change @ second_moment.astype(numpy.float64) @ change.mT
+    return moment.astype(numpy.float32)
 
 
-def energy_rank(values: torch.Tensor, energy: float) -> int:
+def energy_rank(values: NDArray[Any], energy: float) -> int:
     """Return the least rank that keeps a share of the squared norm.
 
     Parameters
     ----------
-    values : torch.Tensor
+    values : array
         Singular values, descending.
     energy : float
         From 0 to 1.
 
     Examples
     --------
-    >>> energy_rank(torch.tensor([3.0, 1.0]), 0.9), energy_rank(torch.tensor([3.0, 1.0]), 0.91)
-    (1, 2)
+    >>> [energy_rank(numpy.array([3.0, 1.0]), energy) for energy in (0.9, 0.91)]
+    [1, 2]
     """
-    shares = values.double().square().cumsum(0)
+    shares = numpy.cumsum(values.astype(numpy.float64) ** 2)
     if not len(shares) or shares[-1] == 0:
         return 0
     return int((shares < energy * shares[-1]).sum()) + 1 if energy > 0 else 0
 
 
-def rounding_error(b: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> float:
+def rounding_error(b: NDArray[Any], a: NDArray[Any], dtype: DTypeLike) -> float:
     """Return the relative error that rounding the factors of a product leaves in it.
 
     With B' and A' the rounded factors, B A − B' A' = [B − B', B'] · [A; A − A'], whose norm
@@ -264,35 +286,36 @@ def rounding_error(b: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> floa
 
     Parameters
     ----------
-    b : torch.Tensor
+    b : array
         (..., out, r), float32 or float64.
-    a : torch.Tensor
+    a : array
         (..., r, in).
-    dtype : torch.dtype
+    dtype : dtype
         What they are rounded to, to nearest even.
 
     Returns
     -------
     float
         ‖B A − B' A'‖ / ‖B A‖ in the Frobenius norm, over all leading dimensions; 0 for a
-        product of zero.
+        product of zero, not finite if B' or A' is not.
 
     Examples
     --------
-    >>> b, a = torch.tensor([[1.0 + 2**-9]]), torch.ones(1, 4)
-    >>> round(rounding_error(b, a, torch.bfloat16), 6), rounding_error(b, a, torch.float32)
-    (0.001949, 0.0)
+    >>> b, a = numpy.array([[1 + 2**-12]]), numpy.ones((1, 4))
+    >>> round(rounding_error(b, a, numpy.float16), 6), rounding_error(b, a, numpy.float32)
+    (0.000244, 0.0)
     """
     whole = float((gram(b) * gram(a.mT)).sum())
-    near_b, near_a = b.to(dtype).to(b.dtype), a.to(dtype).to(a.dtype)
-    left = gram(torch.cat([b - near_b, near_b], dim=-1))
-    right = gram(torch.cat([a, a - near_a], dim=-2).mT)
-    return (max(float((left * right).sum()), 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        near_b, near_a = b.astype(dtype).astype(b.dtype), a.astype(dtype).astype(a.dtype)
+        left = gram(numpy.concatenate([b - near_b, near_b], -1))
+        right = gram(numpy.concatenate([a, a - near_a], -2).mT)
+        return (max(float((left * right).sum()), 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def combine_factors(
-    terms: list[tuple[float, torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
+    terms: Sequence[tuple[float, NDArray[Any], NDArray[Any]]],
+) -> Pair:
     """Return factors of Σ wᵢ·Bᵢ Aᵢ exactly, by concatenation.
 
     Parameters
@@ -302,11 +325,10 @@ def combine_factors(
 
     Returns
     -------
-    b : torch.Tensor
+    b : array
         float64 (out, Σ rᵢ).
-    a : torch.Tensor
+    a : array
         float64 (Σ rᵢ, in).
     """
-    b = torch.cat([weight * b.double() for weight, b, _ in terms], dim=-1)
-    a = torch.cat([a.double() for _, _, a in terms], dim=-2)
-    return b, a
+    b = numpy.concatenate([weight * b.astype(numpy.float64) for weight, b, _ in terms], -1)
+    return b, numpy.concatenate([a for _, _, a in terms], -2, dtype=numpy.float64)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import torch
+import numpy
+from numpy.typing import NDArray
 
 __all__ = ["allocate", "entropy_rank", "noise_edge", "rounding_noise", "stable_rank"]
 
 
 def allocate(
-    values: Sequence[torch.Tensor], costs: Sequence[int], budget: int, cap: int | None = None
+    values: Sequence[NDArray[Any]], costs: Sequence[int], budget: int, cap: int | None = None
 ) -> list[int]:
     r"""Spend a global budget of parameters on the most valuable singular values.
 
@@ -27,7 +29,7 @@ def allocate(
 
     Parameters
     ----------
-    values : sequence of torch.Tensor
+    values : sequence of array
         Per module, descending.
     costs : sequence of int
         Parameters per rank.
@@ -43,7 +45,7 @@ def allocate(
 
     Examples
     --------
-    >>> allocate([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.9])], [10, 10], 30)
+    >>> allocate([numpy.array([3.0, 1.0]), numpy.array([2.0, 1.9])], [10, 10], 30)
     [1, 2]
     """
     ranks = [0] * len(values)
@@ -62,31 +64,29 @@ def allocate(
     return ranks
 
 
-def stable_rank(values: torch.Tensor) -> float:
+def stable_rank(values: NDArray[Any]) -> float:
     """Return ‖D‖_F² / ‖D‖₂²: how many directions as strong as the first (Rudelson 2007).
 
     Examples
     --------
-    >>> stable_rank(torch.tensor([2.0, 2.0, 1.0]))
+    >>> stable_rank(numpy.array([2.0, 2.0, 1.0]))
     2.25
     """
-    squares = values.double().square()
+    squares = values.astype(numpy.float64) ** 2
     return float(squares.sum() / squares[0]) if len(values) and squares[0] > 0 else 0.0
 
 
-def entropy_rank(values: torch.Tensor) -> float:
+def entropy_rank(values: NDArray[Any]) -> float:
     r"""Return the effective rank :math:`\exp(-\sum p_i \ln p_i)`, p = σ / Σσ (Roy 2007).
 
     Examples
     --------
-    >>> round(entropy_rank(torch.tensor([1.0, 1.0, 0.0])), 6)
+    >>> round(entropy_rank(numpy.array([1.0, 1.0, 0.0])), 6)
     2.0
     """
-    total = values.double().sum()
-    if total <= 0:
-        return 0.0
-    shares = values.double() / total
-    return math.exp(float(torch.special.entr(shares).sum()))
+    shares = values[values > 0].astype(numpy.float64)
+    shares /= shares.sum()
+    return math.exp(-float((shares * numpy.log(shares)).sum())) if shares.size else 0.0
 
 
 def rounding_noise(mean_square_step: float) -> float:

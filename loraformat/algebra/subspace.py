@@ -16,15 +16,20 @@ float32 rounding), whatever the spectrum was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy
+from numpy.typing import NDArray
+
+from loraformat.algebra.row_tiles import row_tiles
 
 __all__ = ["Approximation", "Tiles", "block_krylov", "held", "working_bytes"]
 
 #: Called once per pass: yields (first row, tile), tiles in float32, in order.
-Tiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
+Tiles = Callable[[], Iterator[tuple[int, NDArray[Any]]]]
 
 #: Directions weaker than this share of a block's squared norm are nothing but rounding, and too
 #: small to be scaled up. Weaker ones than float32 resolves stay: they are random, as Ω was.
@@ -42,39 +47,40 @@ class Approximation:
 
     Attributes
     ----------
-    images : list of torch.Tensor
+    images : list of array
         float32 blocks of columns, (m, b) each, of W = D P.
-    basis : torch.Tensor
+    basis : array
         P: float32 (n, c), orthonormal columns.
-    rotation : torch.Tensor
+    rotation : array
         float32 (c, c'): right singular vectors of W.
-    values : torch.Tensor
+    values : array
         float64 (c',), descending: approximate singular values, each at most the true one.
     squared_norm : float
         ‖D‖², of the whole matrix.
     """
 
-    images: list[torch.Tensor]
-    basis: torch.Tensor
-    rotation: torch.Tensor
-    values: torch.Tensor
+    images: list[NDArray[Any]]
+    basis: NDArray[Any]
+    rotation: NDArray[Any]
+    values: NDArray[Any]
     squared_norm: float
 
     def captured(self, rank: int) -> float:
         """Return the share of ‖D‖² that the first `rank` parts hold; 1 for D = 0."""
-        kept = float(self.values[:rank].square().sum())
+        kept = float((self.values[:rank] ** 2).sum())
         return min(kept / self.squared_norm, 1.0) if self.squared_norm else 1.0
 
-    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return balanced float32 factors (m, rank) and (rank, n) of the best part."""
-        root = self.values[:rank].sqrt()
-        inverse = torch.where(root > 0, 1 / root, 0.0)
+        root = numpy.sqrt(self.values[:rank]).astype(numpy.float32)
         rotation = self.rotation[:, :rank]
-        left = torch.split((rotation * inverse).float(), [x.shape[1] for x in self.images])
-        b = torch.zeros(len(self.images[0]), rotation.shape[1])
-        for block, part in zip(self.images, left, strict=True):
-            b.addmm_(block, part)
-        return b, ((rotation * root).float().T @ self.basis.T).contiguous()
+        left = rotation * numpy.divide(1, root, out=numpy.zeros_like(root), where=root > 0)
+        b, first = numpy.zeros((len(self.images[0]), len(root)), numpy.float32), 0
+        for image in self.images:
+            last = first + image.shape[1]
+            b += image @ left[first:last]
+            first = last
+        return b, (rotation * root).T @ self.basis.T
 
 
 def block_krylov(
@@ -101,7 +107,7 @@ def block_krylov(
 
     Examples
     --------
-    >>> d = torch.outer(torch.arange(4.0), torch.ones(3))
+    >>> d = numpy.outer(numpy.arange(4), numpy.ones(3)).astype(numpy.float32)
     >>> found = block_krylov(lambda: iter([(0, d)]), (4, 3), 1)
     >>> round(found.captured(1), 6), [round(v, 4) for v in found.values[:1].tolist()]
     (1.0, [6.4807])
@@ -110,11 +116,10 @@ def block_krylov(
     width = min(max(block, _NARROWEST), m, n)
     if width in (m, n):
         return _of_full_rank(tiles, shape)
-    random = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, width, generator=random)
-    z = torch.linalg.qr(start).Q
-    basis = torch.empty(n, min((passes + 1) * z.shape[1], n))
-    images: list[torch.Tensor] = []
+    start = numpy.random.default_rng(seed).standard_normal((n, width), numpy.float32)
+    z = numpy.linalg.qr(start).Q
+    basis = numpy.empty((n, min((passes + 1) * width, n)), numpy.float32)
+    images: list[NDArray[Any]] = []
     filled, squared_norm = 0, 0.0
     for step in range(passes + 1):
         last = step == passes or filled + z.shape[1] >= n
@@ -167,59 +172,58 @@ def _of_full_rank(tiles: Tiles, shape: tuple[int, int]) -> Approximation:
     """
     m, n = shape
     if n <= m:
-        basis = torch.eye(n)
+        basis = numpy.eye(n, dtype=numpy.float32)
     else:
-        rows = torch.empty(m, n)
+        rows = numpy.empty(shape, numpy.float32)
         for first, tile in tiles():
             rows[first : first + len(tile)] = tile
-        basis = torch.linalg.qr(rows.T).Q
+        basis = numpy.linalg.qr(rows.T).Q
     images, _, squared_norm = _look(tiles, m, basis, last=True)
     return _principal([images], basis, squared_norm)
 
 
 def _look(
-    tiles: Tiles, rows: int, z: torch.Tensor, last: bool
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+    tiles: Tiles, rows: int, z: NDArray[Any], last: bool
+) -> tuple[NDArray[Any], NDArray[Any], float]:
     """Return D Z, DᵀD Z and ‖D‖² from one pass."""
-    y = torch.empty(rows, z.shape[1])
-    following, squared_norm = torch.zeros_like(z), 0.0
+    y = numpy.empty((rows, z.shape[1]), numpy.float32)
+    following, squared_norm = numpy.zeros_like(z), 0.0
     for first, tile in tiles():
-        piece = y[first : first + len(tile)]
-        torch.mm(tile, z, out=piece)
+        piece = numpy.matmul(tile, z, out=y[first : first + len(tile)])
         if not last:
-            following.addmm_(tile.T, piece)
+            following += tile.T @ piece
         # Rows one by one in float32, their sum in float64: no digit of the certificate is lost.
-        squared_norm += float(torch.linalg.vector_norm(tile, dim=1).double().square().sum())
+        squared_norm += float(numpy.vecdot(tile, tile).sum(dtype=numpy.float64))
+    if not math.isfinite(squared_norm):
+        raise numpy.linalg.LinAlgError("the matrix is not finite")
     return y, following, squared_norm
 
 
-def _orthonormal(z: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def _orthonormal(z: NDArray[Any], basis: NDArray[Any]) -> NDArray[Any]:
     """Return an orthonormal basis of what a block adds to another basis."""
-    scale = float(z.double().square().sum())
+    scale = float(numpy.sum(numpy.square(z, dtype=numpy.float64)))
     for _ in range(2):
         z = z - basis @ (basis.T @ z)
-    eigenvalues, vectors = torch.linalg.eigh(z.double().T @ z.double())
+    wide = z.astype(numpy.float64)
+    eigenvalues, vectors = numpy.linalg.eigh(wide.T @ wide)
     kept = eigenvalues > _ROUNDING * scale
     kept[: max(0, z.shape[1] + basis.shape[1] - len(basis))] = False  # never more than n in all
-    z = (z.double() @ (vectors[:, kept] * eigenvalues[kept].rsqrt())).float()
-    z = z - basis @ (basis.T @ z)
-    q: torch.Tensor = torch.linalg.qr(z).Q
-    return q
+    z = (wide @ (vectors[:, kept] / numpy.sqrt(eigenvalues[kept]))).astype(numpy.float32)
+    return numpy.linalg.qr(z - basis @ (basis.T @ z)).Q
 
 
 def _principal(
-    images: list[torch.Tensor], basis: torch.Tensor, squared_norm: float
+    images: list[NDArray[Any]], basis: NDArray[Any], squared_norm: float
 ) -> Approximation:
     """Rotate W Pᵀ to singular order, through the small Gram matrix WᵀW in float64."""
     rows, columns = len(images[0]), basis.shape[1]
-    gram = torch.zeros(columns, columns, dtype=torch.float64)
-    for first in range(0, rows, _WIDE_ROWS):
-        wide = torch.cat([block[first : first + _WIDE_ROWS].double() for block in images], 1)
-        gram.addmm_(wide.T, wide)
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    kept = min(rows, columns)
-    values = eigenvalues.flip(-1)[:kept].clamp(min=0).sqrt()
-    rotation = vectors.flip(-1)[:, :kept].float().contiguous()
+    gram = numpy.zeros((columns, columns))
+    for first, last in row_tiles(rows, 1, _WIDE_ROWS):
+        wide = numpy.concatenate([x[first:last] for x in images], 1, dtype=numpy.float64)
+        gram += wide.T @ wide
+    eigenvalues, vectors = numpy.linalg.eigh(gram)
+    values = numpy.sqrt(numpy.maximum(eigenvalues[::-1][:rows], 0))
+    rotation = vectors[:, ::-1][:, :rows].astype(numpy.float32)
     return Approximation(images, basis, rotation, values, squared_norm)
 
 
@@ -235,11 +239,13 @@ def held(tiles: Tiles, shape: tuple[int, int]) -> Tiles:
     """
     if 4 * shape[0] * shape[1] > _HELD_BYTES:
         return tiles
-    matrix = torch.empty(shape)  # one block, which goes back to the system as a whole
+    matrix = numpy.empty(
+        shape, numpy.float32
+    )  # one block, which goes back to the system as a whole
     starts: list[tuple[int, int]] = []
     complete = False
 
-    def once() -> Iterator[tuple[int, torch.Tensor]]:
+    def once() -> Iterator[tuple[int, NDArray[Any]]]:
         nonlocal complete
         if not complete:
             starts.clear()

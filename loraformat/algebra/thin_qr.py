@@ -19,8 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy
+from numpy.typing import DTypeLike, NDArray
 
 from loraformat.algebra.row_tiles import row_tiles
 
@@ -38,129 +40,132 @@ class Thin:
 
     Attributes
     ----------
-    basis : torch.Tensor
+    basis : array
         (..., m, k): X itself, or Q in float64.
-    inverse : torch.Tensor
+    inverse : array
         float64 (..., k, k): R⁻¹, or the identity.
-    r : torch.Tensor
+    r : array
         float64 (..., k, columns of X); k is the lesser dimension of X.
     """
 
-    basis: torch.Tensor
-    inverse: torch.Tensor
-    r: torch.Tensor
+    basis: NDArray[Any]
+    inverse: NDArray[Any]
+    r: NDArray[Any]
 
 
-def factorize(x: torch.Tensor) -> Thin:
+def factorize(x: NDArray[Any]) -> Thin:
     """Return the thin factors of a tall matrix.
 
     Parameters
     ----------
-    x : torch.Tensor
+    x : array
         (..., m, r), any floating dtype, finite.
 
     Examples
     --------
-    >>> factorize(torch.tensor([[3.0], [4.0]])).r.abs()
-    tensor([[5.]], dtype=torch.float64)
+    >>> abs(factorize(numpy.array([[3.0], [4.0]])).r)
+    array([[5.]])
 
     Parallel columns take the slower way:
 
-    >>> found = factorize(torch.ones(4, 2))
-    >>> (found.basis @ found.inverse @ found.r).round(decimals=12)[0]
-    tensor([1., 1.], dtype=torch.float64)
+    >>> found = factorize(numpy.ones((4, 2)))
+    >>> (found.basis @ found.inverse @ found.r).round(12)[0]
+    array([1., 1.])
     """
     if x.shape[-2] >= x.shape[-1]:
         found = _by_cholesky(x)
         if found is not None:
             return found
-    q, r = torch.linalg.qr(x.double())
-    return Thin(q, torch.eye(q.shape[-1], dtype=torch.float64).expand(*q.shape[:-2], -1, -1), r)
+    q, r = numpy.linalg.qr(x.astype(numpy.float64, copy=False))
+    return Thin(q, numpy.eye(q.shape[-1]), r)
 
 
-def _by_cholesky(x: torch.Tensor) -> Thin | None:
-    products = gram(x)
-    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
-    if not bool(((lengths > 0) & lengths.isfinite()).all()):
+def _by_cholesky(x: NDArray[Any]) -> Thin | None:
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        products = gram(x)
+    lengths = numpy.sqrt(numpy.diagonal(products, axis1=-2, axis2=-1))
+    if not ((lengths > 0) & numpy.isfinite(lengths)).all():
         return None
-    unit = products / lengths[..., None, :] / lengths[..., :, None]
-    upper, failed = torch.linalg.cholesky_ex(unit, upper=True)
-    if bool(failed.any()):
+    try:
+        upper = numpy.linalg.cholesky(
+            products / lengths[..., None] / lengths[..., None, :], upper=True
+        )
+    except numpy.linalg.LinAlgError:
         return None
-    identity = torch.eye(upper.shape[-1], dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
-    if not bool((inverse.square().sum((-2, -1)) <= _LARGEST_INVERSE).all()):
+    inverse = numpy.linalg.inv(upper)
+    if not ((inverse**2).sum((-2, -1)) <= _LARGEST_INVERSE).all():
         return None
-    return Thin(x, inverse / lengths[..., :, None], upper * lengths[..., None, :])
+    return Thin(x, inverse / lengths[..., None], upper * lengths[..., None, :])
 
 
-def gram(x: torch.Tensor) -> torch.Tensor:
+def gram(x: NDArray[Any]) -> NDArray[Any]:
     """Return Xᵀ X in float64; X is converted in tiles.
 
     Parameters
     ----------
-    x : torch.Tensor
+    x : array
         (..., m, k), any floating dtype.
 
     Returns
     -------
-    torch.Tensor
+    array
         float64 (..., k, k).
 
     Examples
     --------
-    >>> gram(torch.tensor([[3.0], [4.0]]))
-    tensor([[25.]], dtype=torch.float64)
+    >>> gram(numpy.array([[3.0], [4.0]]))
+    array([[25.]])
     """
-    products = torch.zeros(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64)
-    for start, stop in _tiles(x):
-        tile = x[..., start:stop, :].double()
+    products = numpy.zeros((*x.shape[:-2], x.shape[-1], x.shape[-1]))
+    for rows in _tiles(x):
+        tile = x[..., rows, :].astype(numpy.float64)
         products += tile.mT @ tile
     return products
 
 
-def tall_product(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def tall_product(x: NDArray[Any], y: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """Return X Y of a tall X, computed in float64 and rounded once, to nearest even.
 
     Parameters
     ----------
-    x : torch.Tensor
+    x : array
         (..., m, k), any floating dtype; converted in tiles.
-    y : torch.Tensor
+    y : array
         float64 (..., k, n).
-    dtype : torch.dtype
+    dtype : dtype
         Of the result.
 
     Examples
     --------
-    >>> tall_product(torch.eye(2), torch.ones(2, 1, dtype=torch.float64), torch.float32)
-    tensor([[1.],
-            [1.]])
+    >>> tall_product(numpy.eye(2), numpy.ones((2, 1)), numpy.float32)
+    array([[1.],
+           [1.]], dtype=float32)
     """
-    result, y = torch.empty(*x.shape[:-1], y.shape[-1], dtype=dtype), y.contiguous()
-    for start, stop in _tiles(x):
-        result[..., start:stop, :] = x[..., start:stop, :].double() @ y
+    result = numpy.empty((*x.shape[:-1], y.shape[-1]), dtype)
+    for rows in _tiles(x):
+        result[..., rows, :] = x[..., rows, :].astype(numpy.float64) @ y
     return result
 
 
-def wide_product(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def wide_product(x: NDArray[Any], y: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """Return X Y of a wide Y, as `tall_product` does for a tall X.
 
     Parameters
     ----------
-    x : torch.Tensor
+    x : array
         float64 (..., m, k).
-    y : torch.Tensor
+    y : array
         (..., k, n), any floating dtype; converted in tiles.
-    dtype : torch.dtype
+    dtype : dtype
         Of the result.
     """
-    result, x = torch.empty(*x.shape[:-1], y.shape[-1], dtype=dtype), x.contiguous()
-    for start, stop in _tiles(y.mT):
-        result[..., start:stop] = x @ y[..., start:stop].double()
+    result = numpy.empty((*x.shape[:-1], y.shape[-1]), dtype)
+    for columns in _tiles(y.mT):
+        result[..., columns] = x @ y[..., columns].astype(numpy.float64)
     return result
 
 
-def _tiles(x: torch.Tensor) -> Iterator[tuple[int, int]]:
+def _tiles(x: NDArray[Any]) -> Iterator[slice]:
     rows = x.shape[-2]
-    return row_tiles(rows, x.numel() // max(rows, 1), _TILE_ELEMENTS, least=16)
+    for first, last in row_tiles(rows, x.size // max(rows, 1), _TILE_ELEMENTS, least=16):
+        yield slice(first, last)

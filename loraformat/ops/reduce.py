@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy
 
 from loraformat.algebra import lora
+from loraformat.algebra.lora import Pair
 from loraformat.algebra.ranks import allocate
 from loraformat.errors import InputError, UsageError
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.ops.deltas.factors import (
-    Pair,
     SingleEntryCache,
     compute_factors,
     error_with_rounding,
@@ -27,6 +27,7 @@ from loraformat.ops.deltas.factors import (
     with_deltas,
 )
 from loraformat.ops.report import Report
+from loraformat.tensors.arrays import Array
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]
 
@@ -280,32 +281,28 @@ def _moment_fits(delta: LoraDelta) -> bool:
 
 def _all_values(
     adapter: Adapter, aware: set[str], progress: Callable[[int, int], None]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Array]:
     total = sum(delta.a.nbytes + delta.b.nbytes for delta in adapter.deltas.values())
     done, values = 0, {}
     for target, delta in adapter.deltas.items():
-        s = lora.singular_values(
-            finite(delta.b), finite(delta.a), delta.scaling, _moment(delta, target in aware)
-        )
-        # Experts share one rank: the i-th parts of all of them come and go together.
-        values[target] = s.square().sum(0).sqrt() if s.ndim == 2 else s
+        moment = _moment(delta, target in aware)
+        found = lora.singular_values(finite(delta.b), finite(delta.a), delta.scaling, moment)
+        values[target] = lora.pooled(found)
         done += delta.a.nbytes + delta.b.nbytes
         progress(done, total)
     return values
 
 
-def _moment(delta: LoraDelta, aware: bool) -> torch.Tensor | None:
+def _moment(delta: LoraDelta, aware: bool) -> Array | None:
     return finite(delta.second_moment) if aware and delta.second_moment is not None else None
 
 
-def _choose(
-    adapter: Adapter, values: dict[str, torch.Tensor], reduction: Reduction
-) -> dict[str, int]:
+def _choose(adapter: Adapter, values: dict[str, Array], reduction: Reduction) -> dict[str, int]:
     if reduction.rank is not None:
         return {target: min(reduction.rank, len(s)) for target, s in values.items()}
     if reduction.budget is not None:
         costs = [_cost(delta) for delta in adapter.deltas.values()]
-        rounded = [torch.where(s > _ROUNDING * s[:1], s, 0) for s in values.values()]
+        rounded = [numpy.where(s > _ROUNDING * s[:1], s, 0) for s in values.values()]
         bought = allocate(rounded, costs, reduction.budget, reduction.max_rank)
         ranks = dict(zip(values, bought, strict=True))
     else:
@@ -320,7 +317,7 @@ def _cost(delta: LoraDelta) -> int:
     return experts_of(delta) * (delta.in_features + delta.out_features)
 
 
-def _by_energy(s: torch.Tensor, energy: float) -> int:
+def _by_energy(s: Array, energy: float) -> int:
     held = int((s > _ROUNDING * s[:1]).sum())
     return min(lora.energy_rank(s, energy), held)
 
@@ -330,8 +327,8 @@ def _least(delta: LoraDelta) -> int:
     return int(delta.magnitude is not None or delta.bias is not None)
 
 
-def _module(delta: LoraDelta, s: torch.Tensor, rank: int, aware: bool) -> ReducedModule:
-    total, lost = float(s.square().sum()), float(s[rank:].square().sum())
+def _module(delta: LoraDelta, s: Array, rank: int, aware: bool) -> ReducedModule:
+    total, lost = float((s**2).sum()), float((s[rank:] ** 2).sum())
     lost_share = lost / total if total else 0.0
     error, norm = lost_share**0.5, total**0.5
     return ReducedModule(delta.target, delta.rank, rank, 1 - lost_share, error, aware, norm)
@@ -368,14 +365,13 @@ def _reduced(
 
     def compute() -> Pair:
         # Rounded once, where its error is measured.
-        return lora.truncate(decompose(), rank, torch.float64)
+        return lora.truncate(decompose(), rank, numpy.float64)
 
     smaller = lazy_delta(delta, rank, stored, compute, memo, rounding)
     bias, moment = delta.bias, None
     if bias is not None:  # scaling · bias was added: fold it too
-        bias = in_memory(
-            bias.name, finite(bias).double() * delta.scaling, factor_dtype(delta, dtype)
-        )
+        folded = finite(bias).astype(numpy.float64) * delta.scaling
+        bias = in_memory(bias.name, folded, stored)
     if delta.second_moment is not None and _moment_fits(delta):
         name = delta.second_moment.name
         before = finite(delta.second_moment)

@@ -94,7 +94,8 @@ def test_what_cancels_is_left_out():
 def dense_reference(method, deltas, weights, density):
     if method in ("ties", "magnitude_prune"):
         keep = int(density * deltas[0].numel())
-        deltas = [prune(d, float(d.abs().flatten().sort().values[-keep])) for d in deltas]
+        edges = [float(d.abs().flatten().sort().values[-keep]) for d in deltas]
+        deltas = [torch.from_numpy(prune(d.numpy(), x)) for d, x in zip(deltas, edges, strict=True)]
     stack = torch.stack([w * d for w, d in zip(weights, deltas, strict=True)])
     if method == "magnitude_prune":
         return stack.sum(0)

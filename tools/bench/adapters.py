@@ -16,11 +16,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a file, too
 
@@ -28,6 +29,7 @@ from process import machine
 
 from loraformat.algebra import lora
 from loraformat.algebra.subspace import block_krylov
+from loraformat.tensors.arrays import Array
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -101,6 +103,11 @@ def measure(
     return rows
 
 
+def tensors(found: tuple[Array, Array]) -> Pair:
+    """Return factors as torch tensors."""
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
 def share(values: torch.Tensor, rank: int) -> float:
     """Return the share of the squared norm in the first `rank` values."""
     squares = values.double().square()
@@ -110,13 +117,17 @@ def share(values: torch.Tensor, rank: int) -> float:
 def reduction(m: int, n: int, repeat: int, slow: bool) -> list[Row]:
     """Reduce rank 64 to 16; others form the delta first, and its time counts."""
     b, a = torch.randn(m, 64), torch.randn(64, n)
-    d = b @ a
+    d, stored_b, stored_a = b @ a, b.numpy(), a.numpy()
+
+    def ours() -> Pair:
+        return tensors(lora.truncate(lora.core(stored_b, stored_a), 16))
+
     methods: dict[str, Callable[[], Pair]] = {
-        "loraformat": lambda: lora.truncate(lora.core(b, a), 16),
+        "loraformat": ours,
         "svd_lowrank q=32": lambda: lowrank_svd(b @ a, 16, 32),
     }
     full: dict[str, Callable[[], Pair]] = {"full SVD": lambda: full_svd(b @ a, 16)}
-    optimum = share(lora.singular_values(b, a), 16)
+    optimum = share(torch.from_numpy(lora.singular_values(stored_b, stored_a)), 16)
     task = f"reduce 64 to 16, {m}x{n}"
     return measure(task, d, optimum, methods, full if slow else {}, repeat)
 
@@ -126,11 +137,13 @@ def extraction(n: int, repeat: int, slow: bool) -> list[Row]:
     values = torch.arange(1, n + 1).float() ** -0.6
     u, v = (torch.linalg.qr(torch.randn(n, n)).Q for _ in range(2))
     d = (u * values) @ v.T
-    tile = 1024
+    stored, tile = d.numpy(), 1024
 
     def ours() -> Pair:
-        found = block_krylov(lambda: ((i, d[i : i + tile]) for i in range(0, n, tile)), (n, n), 64)
-        return found.factors(64)
+        def tiles() -> Iterator[tuple[int, Array]]:
+            return ((i, stored[i : i + tile]) for i in range(0, n, tile))
+
+        return tensors(block_krylov(tiles, (n, n), 64).factors(64))
 
     methods: dict[str, Callable[[], Pair]] = {
         "loraformat": ours,
@@ -152,6 +165,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    threadpool_limits(options.threads, user_api="blas")  # numpy's
     torch.manual_seed(0)
     slow, rows = not options.no_full_svd, []
     if options.only != "extract":

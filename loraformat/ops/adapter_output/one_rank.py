@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy
+
 from loraformat.errors import UnsupportedError, printable
 from loraformat.families.tensor_names import type_of
 from loraformat.model.adapter import Adapter, LoraDelta
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, tensor_view
+from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.tensor_values import tensor_bytes
 from loraformat.runtimes.ranks import even_rank
+from loraformat.tensors.arrays import numpy_dtype
 from loraformat.tensors.dtypes import ITEM_BYTES
 
 __all__ = ["with_one_rank"]
@@ -120,13 +123,8 @@ def _zero_padded(tensor: DenseTensor, shape: Sequence[int]) -> DenseTensor:
         return tensor
 
     def load() -> memoryview:
-        import torch
-
-        from loraformat.tensors.dtypes import torch_dtype
-
-        whole = torch.zeros(tuple(shape), dtype=torch_dtype(dtype))
-        inner = tuple(slice(0, size) for size in tensor.shape)
-        whole[inner] = tensor_view(tensor.load(), tensor.dtype, tensor.shape).to(whole.dtype)
+        whole = numpy.zeros(shape, numpy_dtype(dtype))
+        whole[tuple(map(slice, tensor.shape))] = tensor.array()
         return tensor_bytes(whole)
 
     return DenseTensor(tensor.name, dtype, tuple(shape), load, tensor.release)

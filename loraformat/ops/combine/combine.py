@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+import numpy
 
 from loraformat.algebra import lora
 from loraformat.errors import InputError
@@ -38,7 +38,7 @@ from loraformat.ops.deltas.factors import (
 )
 from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.opening.adapter_weights import adapter_weights
-from loraformat.tensors.dtypes import torch_dtype
+from loraformat.tensors.arrays import numpy_dtype
 
 __all__ = [
     "METHODS",
@@ -223,7 +223,7 @@ class _Combination:
         else:
             energy, (b, a) = interfered(terms, self.options)
             rank = a.shape[-2]
-            self.rounding[first.target] = lora.rounding_error(b, a, torch_dtype(stored))
+            self.rounding[first.target] = lora.rounding_error(b, a, numpy_dtype(stored))
             combined = replace(
                 first,
                 a=self.spool.put(first.a.name, a, stored),
@@ -243,9 +243,8 @@ def _bias(terms: Sequence[WeightedDelta], dtype: str) -> DenseTensor | None:
     parts = [(term.weight, term.delta.bias) for term in terms if term.delta.bias is not None]
     if not parts:
         return None
-    total = sum(weight * finite(bias).double() for weight, bias in parts)
-    assert isinstance(total, torch.Tensor)
-    return in_memory(parts[0][1].name, total, dtype)
+    total = sum(weight * finite(bias).astype(numpy.float64) for weight, bias in parts)
+    return in_memory(parts[0][1].name, numpy.asarray(total), dtype)
 
 
 def _common(values: Sequence[str | None]) -> str | None:

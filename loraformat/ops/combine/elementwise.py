@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
+import numpy
 
 from loraformat.algebra.interference import drop, elect, magnitude_threshold, prune
+from loraformat.algebra.lora import Pair
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.algebra.subspace import block_krylov, held
 from loraformat.ops.combine.options import CombineOptions
 from loraformat.ops.combine.weighted_deltas import WeightedDelta
-from loraformat.ops.deltas.factors import Pair
+from loraformat.ops.deltas.factors import experts_of
+from loraformat.tensors.arrays import Array
 
 __all__ = ["interfered"]
 
@@ -40,9 +42,9 @@ def interfered(terms: Sequence[WeightedDelta], options: CombineOptions) -> tuple
     for matrix in _matrices(terms, options):
         found = block_krylov(held(matrix.tiles, matrix.shape), matrix.shape, rank)
         pairs.append(found.factors(rank))
-        kept += float(found.values[:rank].square().sum())
+        kept += float((found.values[:rank] ** 2).sum())
         total += found.squared_norm
-    b, a = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
+    b, a = (numpy.stack(factors) for factors in zip(*pairs, strict=True))
     if len(terms[0].delta.a.shape) == 2:
         b, a = b[0], a[0]
     if not total:
@@ -54,17 +56,16 @@ def interfered(terms: Sequence[WeightedDelta], options: CombineOptions) -> tuple
 def _matrices(terms: Sequence[WeightedDelta], options: CombineOptions) -> Iterator[_Matrix]:
     """Yield the matrix, or one after the other those of the experts."""
     loaded = [(term, *term.factors()) for term in terms]
-    experts = loaded[0][1].shape[0] if loaded[0][1].ndim == 3 else None
-    for expert in range(experts or 1):
+    for expert in range(experts_of(terms[0].delta)):
         parts = [
-            _Part(term.weight, b.float(), a.float(), _seed(options.seed, term, expert))
-            if experts is None
-            else _Part(
-                term.weight, b[expert].float(), a[expert].float(), _seed(options.seed, term, expert)
-            )
+            _Part(term.weight, _one(b, expert), _one(a, expert), _seed(options.seed, term, expert))
             for term, b, a in loaded
         ]
         yield _Matrix(parts, options)
+
+
+def _one(factor: Array, expert: int) -> Array:
+    return (factor if factor.ndim == 2 else factor[expert]).astype(numpy.float32, copy=False)
 
 
 def _seed(seed: int, term: WeightedDelta, expert: int) -> int:
@@ -78,11 +79,11 @@ class _Part:
     """One weighted delta."""
 
     weight: float
-    b: torch.Tensor
-    a: torch.Tensor
+    b: Array
+    a: Array
     seed: int
 
-    def rows(self, first: int, last: int) -> torch.Tensor:
+    def rows(self, first: int, last: int) -> Array:
         return self.b[first:last] @ self.a
 
 
@@ -103,7 +104,7 @@ class _Matrix:
     def _ranges(self) -> Iterator[tuple[int, int]]:
         return row_tiles(*self.shape, _TILE_ELEMENTS)
 
-    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def tiles(self) -> Iterator[tuple[int, Array]]:
         thin = self._pruned() if self._thresholds is not None else self._dropped()
         electing = self._options.method in ("ties", "dare_ties")
         for first, last in self._ranges():
@@ -111,13 +112,13 @@ class _Matrix:
                 part.weight * sparse(part.rows(first, last))
                 for part, sparse in zip(self._parts, thin, strict=True)
             ]
-            yield first, elect(weighted) if electing else torch.stack(weighted).sum(0)
+            yield first, elect(weighted) if electing else numpy.sum(weighted, 0)
 
-    def _pruned(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    def _pruned(self) -> list[Callable[[Array], Array]]:
         assert self._thresholds is not None
         return [partial(prune, threshold=threshold) for threshold in self._thresholds]
 
-    def _dropped(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        random = [torch.Generator().manual_seed(part.seed) for part in self._parts]
+    def _dropped(self) -> list[Callable[[Array], Array]]:
+        random = [numpy.random.default_rng(part.seed) for part in self._parts]
         density = self._options.density
         return [partial(drop, density=density, random=own) for own in random]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
+import numpy
 
 from loraformat.algebra import lora
+from loraformat.algebra.lora import Pair
 from loraformat.ops.combine.options import CombineOptions
 from loraformat.ops.combine.weighted_deltas import WeightedDelta
-from loraformat.ops.deltas.factors import Pair
 
 __all__ = ["weighted_sum"]
 
@@ -37,17 +37,16 @@ def weighted_sum(
     if options.method == "cat":
         return sum(term.delta.rank for term in terms), 1.0, lambda: _concatenated(terms)
     b, a = _factors(terms)
-    values = lora.singular_values(b, a)
-    pooled = values.square().sum(0).sqrt() if values.ndim == 2 else values
+    values = lora.pooled(lora.singular_values(b, a))
     # What a sum cancels is zero up to the rounding of what it is a sum of.
-    held = int((pooled > _ROUNDING * float(b.norm() * a.norm())).sum())
+    held = int((values > _ROUNDING * numpy.linalg.norm(b) * numpy.linalg.norm(a)).sum())
     largest = max(term.delta.rank for term in terms)
     wanted = options.rank or (largest if options.method == "svd" else held)
     least = int(any(term.delta.bias is not None for term in terms))  # a bias needs a module
     rank = max(min(wanted, held), least)
-    total = float(pooled.square().sum())
-    energy = float(pooled[:rank].square().sum()) / total if total else 1.0
-    return rank, energy, lambda: lora.truncate(lora.core(*_factors(terms)), rank, torch.float64)
+    total = float((values**2).sum())
+    energy = float((values[:rank] ** 2).sum()) / total if total else 1.0
+    return rank, energy, lambda: lora.truncate(lora.core(*_factors(terms)), rank, numpy.float64)
 
 
 def _factors(terms: Sequence[WeightedDelta]) -> Pair:
@@ -63,6 +62,6 @@ def _concatenated(terms: Sequence[WeightedDelta]) -> Pair:
     left, right = [], []
     for term in terms:
         (b, a), (fraction, exponent) = term.factors(), math.frexp(term.weight)
-        left.append(b.double() * math.ldexp(fraction, exponent - exponent // 2))
-        right.append(a.double() * math.ldexp(1.0, exponent // 2))
-    return torch.cat(left, dim=-1), torch.cat(right, dim=-2)
+        left.append(b.astype(numpy.float64) * math.ldexp(fraction, exponent - exponent // 2))
+        right.append(a.astype(numpy.float64) * math.ldexp(1.0, exponent // 2))
+    return numpy.concatenate(left, -1), numpy.concatenate(right, -2)

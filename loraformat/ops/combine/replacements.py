@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
+import numpy
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter, RowReplacement
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.tensor_values import tensor_bytes
-from loraformat.tensors.dtypes import torch_dtype
+from loraformat.tensors.arrays import numpy_dtype, same_bytes
 
 __all__ = ["combined_replacements", "combined_rows"]
 
@@ -117,14 +117,14 @@ def _combined(name: str, held: list[_Holder], exact: bool, notes: list[str]) -> 
 
 def _mean(held: list[_Holder]) -> Callable[[], memoryview]:
     def load() -> memoryview:
-        total: torch.Tensor | None = None
+        total = numpy.zeros(held[0][2].shape, numpy.float32)
         for _, weight, tensor in held:
-            part = tensor.torch().float()
-            total = part * weight if total is None else total.add_(part, alpha=weight)
+            part = tensor.array().astype(numpy.float32)
+            part *= weight
+            total += part
             del part
             tensor.release()
-        assert total is not None
-        return tensor_bytes(total.to(torch_dtype(held[0][2].dtype)))
+        return tensor_bytes(total.astype(numpy_dtype(held[0][2].dtype)))
 
     return load
 
@@ -133,8 +133,4 @@ def _same(one: DenseTensor, other: DenseTensor) -> bool:
     if one is other:
         return True
     alike = (one.dtype, one.shape) == (other.dtype, other.shape)
-    return alike and (not one.count or torch.equal(_bits(one), _bits(other)))
-
-
-def _bits(tensor: DenseTensor) -> torch.Tensor:
-    return tensor.torch().reshape(-1).view(torch.uint8)
+    return alike and same_bytes(one.load(), other.load())

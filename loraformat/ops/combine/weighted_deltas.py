@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from loraformat.algebra.lora import Pair
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.ops.deltas.factors import finite
@@ -32,7 +31,7 @@ class WeightedDelta:
     weight: float
     delta: LoraDelta
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self) -> Pair:
         """Load B and A, as float32 or wider."""
         return finite(self.delta.b), finite(self.delta.a)
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
+import numpy
 
 from loraformat.algebra import lora
+from loraformat.algebra.lora import Pair
 from loraformat.errors import InputError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.tensor_values import check_finite, tensor_bytes
 from loraformat.ops.deltas.derived_files import derived_files
-from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
+from loraformat.tensors.arrays import Array, numpy_dtype
+from loraformat.tensors.arrays import finite as is_finite
+from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 
 __all__ = [
-    "Pair",
     "SingleEntryCache",
     "compute_factors",
     "error_with_rounding",
@@ -37,11 +39,8 @@ __all__ = [
 #: Members of PEFT's config that say how a product is scaled, or how large it is.
 _SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
-#: B and A.
-Pair = tuple[torch.Tensor, torch.Tensor]
 
-
-def finite(tensor: DenseTensor) -> torch.Tensor:
+def finite(tensor: DenseTensor) -> Array:
     """Load a tensor as float32, or float64 if it is, and let go of the source.
 
     Float64 comes where sums are formed: see `loraformat.algebra.thin_qr`.
@@ -51,8 +50,7 @@ def finite(tensor: DenseTensor) -> torch.Tensor:
     InputError
         If it holds NaN or infinity: no decomposition survives one.
     """
-    wide = torch.float64 if tensor.dtype == "F64" else torch.float32
-    values = tensor.torch().to(wide, copy=True)
+    values = tensor.array().astype("f8" if tensor.dtype == "F64" else "f4")
     tensor.release()
     check_finite(values, tensor.name)
     return values
@@ -117,13 +115,13 @@ class SingleEntryCache:
         return self._value
 
 
-def in_memory(name: str, tensor: torch.Tensor, dtype: str | None = None) -> DenseTensor:
-    """Return a small tensor as a lazy one; float32 unless another dtype is named."""
-    held = tensor.to(torch_dtype(dtype or "F32")).contiguous()
-    return DenseTensor(name, dtype or "F32", tuple(held.shape), lambda: tensor_bytes(held))
+def in_memory(name: str, values: Array, dtype: str = "F32") -> DenseTensor:
+    """Return a small array as a lazy tensor."""
+    held = values.astype(numpy_dtype(dtype))
+    return DenseTensor(name, dtype, held.shape, lambda: tensor_bytes(held))
 
 
-def rounded(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
+def rounded(values: Array, dtype: str, name: str) -> Array:
     """Return a factor in the dtype that it is stored in, rounded to nearest even.
 
     Raises
@@ -131,8 +129,9 @@ def rounded(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     InputError
         If one lies beyond the dtype's range.
     """
-    stored = values.to(torch_dtype(dtype))
-    if not bool(torch.isfinite(stored).all()):
+    with numpy.errstate(over="ignore"):
+        stored = values.astype(numpy_dtype(dtype), copy=False)
+    if not is_finite(stored):
         raise InputError(
             f"tensor {printable(name)} would exceed the range of {dtype}",
             hint="check lora_alpha and the weights, or use a wider dtype with --dtype f32",
@@ -202,7 +201,7 @@ def lazy_delta(
 
     def stored() -> Pair:
         exact = compute()
-        rounding[source.target] = lora.rounding_error(*exact, torch_dtype(dtype))
+        rounding[source.target] = lora.rounding_error(*exact, numpy_dtype(dtype))
         return rounded(exact[0], dtype, source.b.name), rounded(exact[1], dtype, source.a.name)
 
     def loader(which: int) -> Callable[[], memoryview]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 
-import torch
-
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.tensor_values import tensor_bytes
 from loraformat.ops.deltas.factors import rounded
+from loraformat.tensors.arrays import Array
 
 __all__ = ["Spool"]
 
@@ -23,13 +22,13 @@ class Spool:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the adapter
 
-    def put(self, name: str, tensor: torch.Tensor, dtype: str) -> DenseTensor:
-        """Store a tensor, rounded to a dtype, and return it as a lazy one.
+    def put(self, name: str, values: Array, dtype: str) -> DenseTensor:
+        """Store an array, rounded to a dtype, and return it as a lazy tensor.
 
         Parameters
         ----------
         name : str
-        tensor : torch.Tensor
+        values : array
         dtype : str
             safetensors name.
 
@@ -38,17 +37,15 @@ class Spool:
         InputError
             If a value lies beyond the dtype's range.
         """
-        data = rounded(tensor, dtype, name).contiguous()
         start = self._file.seek(0, os.SEEK_END)
-        nbytes = self._file.write(tensor_bytes(data))
+        nbytes = self._file.write(tensor_bytes(rounded(values, dtype, name)))
         self._file.flush()
-        shape = tuple(data.shape)
 
         def load() -> memoryview:
             self._file.seek(start)
             return memoryview(self._file.read(nbytes))
 
-        return DenseTensor(name, dtype, shape, load)
+        return DenseTensor(name, dtype, values.shape, load)
 
     def close(self) -> None:
         """Give the space back; what was stored can no longer be loaded."""

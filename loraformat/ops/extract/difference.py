@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import torch
+import numpy
 
 from loraformat.algebra.ranks import noise_edge, rounding_noise
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
 from loraformat.nf4 import codec
+from loraformat.tensors.arrays import Array
 from loraformat.tensors.dtypes import torch_dtype
+from loraformat.tensors.torch_arrays import array_of
 
 __all__ = ["PRECISIONS", "Difference"]
 
@@ -53,7 +55,7 @@ class Difference:
         self._quantized = first if isinstance(first, NF4Tensor) and first.count else None
         self.shape = self._tuned.shape
 
-    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def tiles(self) -> Iterator[tuple[int, Array]]:
         """Yield (first row, tile), in order.
 
         Raises
@@ -63,12 +65,11 @@ class Difference:
         """
         for first, last in row_tiles(*self.shape, _TILE_ELEMENTS):
             base, tuned = self._base.read(first, last), self._tuned.read(first, last)
-            if torch.float64 in (base.dtype, tuned.dtype):
-                tile = (tuned.double() - base.double()).float()
-            else:
-                tile = tuned.float() - base.float()
-            if not math.isfinite(float(tile.sum())):
-                self._complain()
+            wide = numpy.float64 if numpy.float64 in (base.dtype, tuned.dtype) else numpy.float32
+            with numpy.errstate(over="ignore", invalid="ignore"):
+                tile = numpy.subtract(tuned, base, dtype=wide).astype(numpy.float32, copy=False)
+                if not math.isfinite(tile.sum()):
+                    self._complain()
             yield first, tile
 
     def is_zero(self) -> bool:
@@ -79,7 +80,7 @@ class Difference:
         InputError
             If a value is not finite.
         """
-        return not any([bool(tile.any()) for _, tile in self.tiles()])
+        return not any([tile.any() for _, tile in self.tiles()])
 
     def _complain(self) -> None:
         raise InputError(
@@ -100,12 +101,13 @@ class Difference:
         steps, base_squares, squares = 0.0, 0.0, 0.0
         for first, last in row_tiles(*self.shape, _TILE_ELEMENTS):
             base, tuned = self._base.read(first, last), self._tuned.read(first, last)
-            exponents = torch.frexp(tuned.float()).exponent.double()
-            step = torch.exp2(exponents - precision).clamp(min=least)
-            steps += float(step.square().sum())
+            values = tuned.astype(numpy.float32, copy=False)
+            step = numpy.ldexp(1.0, numpy.frexp(values)[1] - precision)
+            steps += float((numpy.maximum(step, least) ** 2).sum())
             if self._quantized is not None:
-                base_squares += _squared_norm(base.float())
-                squares += _squared_norm(tuned.float() - base.float())
+                base = base.astype(numpy.float32, copy=False)
+                base_squares += _squared_norm(base)
+                squares += _squared_norm(values - base)
         count = self.shape[0] * self.shape[1]
         sigma = rounding_noise(steps / count)
         variance = 0.0
@@ -117,8 +119,8 @@ class Difference:
         return noise_edge(math.sqrt(sigma**2 + variance), *self.shape)
 
 
-def _squared_norm(values: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float32)) ** 2
+def _squared_norm(values: Array) -> float:
+    return float(numpy.vecdot(values, values).sum(dtype=numpy.float64))
 
 
 def _listed(tensors: LazyTensor | Sequence[LazyTensor]) -> Sequence[LazyTensor]:
@@ -137,14 +139,14 @@ class _Below:
         self._parts = parts
         self.shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
 
-    def read(self, first: int, last: int) -> torch.Tensor:
+    def read(self, first: int, last: int) -> Array:
         found, start = [], 0
         for part in self._parts:
             stop = start + part.shape[0]
             if first < stop and last > start:
                 found.append(part.read(max(first, start) - start, min(last, stop) - start))
             start = stop
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found[0] if len(found) == 1 else numpy.concatenate(found)
 
 
 class _Rows:
@@ -154,22 +156,24 @@ class _Rows:
         rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
         self.shape = rows, tensor.shape[-1] if tensor.shape else 1
         self._start = expert * rows
-        self._dense: torch.Tensor | None = None
+        self._dense: Array | None = None
         if isinstance(tensor, NF4Tensor) and not tensor.transposed:
             self._codes = tensor.codes(tensor.load())
             self._scales = self._codes.scales()
             self._dtype = torch_dtype(tensor.dtype)
         else:  # mapped bytes; codes that run over the transpose cannot be read by rows
-            dense = tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.torch()
+            dense = (
+                array_of(tensor.dequantize()) if isinstance(tensor, NF4Tensor) else tensor.array()
+            )
             self._dense = dense.reshape(-1, self.shape[1])
 
-    def read(self, first: int, last: int) -> torch.Tensor:
+    def read(self, first: int, last: int) -> Array:
         first, last = self._start + first, self._start + last
         if self._dense is not None:
             return self._dense[first:last]
         columns = self.shape[1]
-        flat = codec.dequantize(
+        flat = array_of(codec.dequantize(
             self._codes, dtype=self._dtype, start=first * columns, stop=last * columns,
             scales=self._scales,
-        )  # fmt: skip
-        return flat.view(-1, columns)
+        ))  # fmt: skip
+        return flat.reshape(-1, columns)

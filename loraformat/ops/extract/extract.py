@@ -16,19 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import numpy
 
 from loraformat.algebra import lora
+from loraformat.algebra.lora import Pair
 from loraformat.errors import InputError, printable
 from loraformat.families.table import family_of
 from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import is_conv1d, kind_of
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, tensor_view
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.tied_head import HEAD
 from loraformat.model.vocabulary import per_token, tokenizer_files
-from loraformat.ops.deltas.factors import Pair
 from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.extract.difference import PRECISIONS, Difference
 from loraformat.ops.extract.expert_stacks import Stack, stacks_of
@@ -37,7 +37,8 @@ from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.extract.paired_tensors import pairs_of
 from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
 from loraformat.ops.opening.model import fingerprint_of, open_model
-from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype, torch_dtype
+from loraformat.tensors.arrays import numpy_dtype, same_bytes
+from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 
 __all__ = [
     "ExtractOptions",
@@ -268,7 +269,7 @@ class _Extraction:
             return
         rank = max(part.rank for part in parts)
         padded = [part.padded(rank) for part in parts]
-        dtype = torch_dtype(self._dtype(tuned))
+        dtype = numpy_dtype(self._dtype(tuned))
         rounding = [lora.rounding_error(b, a, dtype) for b, a in padded]
         self.modules.append(_module(name, rank, parts, rounding))
         if not rank:
@@ -293,7 +294,7 @@ class _Extraction:
     ) -> None:
         if orientation == "transposed":  # the tensor is Dᵀ = (B A)ᵀ
             pairs = [(a.T, b.T) for b, a in pairs]
-        b, a = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
+        b, a = (numpy.stack(factors) for factors in zip(*pairs, strict=True))
         if not stacked:
             b, a = b[0], a[0]
         module = target.removesuffix(".weight")
@@ -410,9 +411,7 @@ def _alike(base: LazyTensor, tuned: LazyTensor) -> bool:
     if type(base) is not type(tuned) or base.dtype != tuned.dtype:
         return False
     one, other = _raw(base), _raw(tuned)
-    return one.keys() == other.keys() and all(
-        torch.equal(tensor_view(one[part], "U8"), tensor_view(other[part], "U8")) for part in one
-    )
+    return one.keys() == other.keys() and all(same_bytes(one[part], other[part]) for part in one)
 
 
 def _raw(tensor: LazyTensor) -> dict[str, memoryview]:

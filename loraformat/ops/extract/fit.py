@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+import numpy
 
+from loraformat.algebra.lora import Pair
 from loraformat.algebra.subspace import Approximation, block_krylov, held
-from loraformat.ops.deltas.factors import Pair
 from loraformat.ops.extract.difference import Difference
 from loraformat.ops.extract.options import ExtractOptions
 
@@ -44,7 +44,7 @@ class Fit:
     def padded(self, rank: int) -> Pair:
         """Return B and A, with zeros up to a rank that another expert needs."""
         (b, a), more = self.pair, rank - self.rank
-        return torch.nn.functional.pad(b, (0, more)), torch.nn.functional.pad(a, (0, 0, 0, more))
+        return numpy.pad(b, ((0, 0), (0, more))), numpy.pad(a, ((0, more), (0, 0)))
 
 
 def fit(difference: Difference, options: ExtractOptions) -> Fit:
@@ -64,7 +64,7 @@ def fit(difference: Difference, options: ExtractOptions) -> Fit:
         del found  # before the next one, which is twice as large
         found = block_krylov(tiles, difference.shape, block, seed=options.seed)
         wanted = limit if fixed else _wanted(found, edge, options)
-        if not bool((found.values > edge).any()):
+        if not (found.values > edge).any():
             wanted = 0
         if wanted < block:
             break
@@ -73,7 +73,7 @@ def fit(difference: Difference, options: ExtractOptions) -> Fit:
     return Fit(
         pair=found.factors(rank),
         rank=rank,
-        kept=float(found.values[:rank].square().sum()),
+        kept=float((found.values[:rank] ** 2).sum()),
         squared_norm=found.squared_norm,
         edge=edge,
         capped=fixed is None and wanted > limit and limit < most,
@@ -94,4 +94,4 @@ def _wanted(found: Approximation, edge: float, options: ExtractOptions) -> int:
         return int((values > edge).sum())
     # float32's rounding of the certificate must not send an exact fit looking for more.
     goal = options.energy * found.squared_norm * (1 - 1e-6)
-    return int((values.square().cumsum(0) < goal).sum()) + 1 if goal else 0
+    return int((numpy.cumsum(values**2) < goal).sum()) + 1 if goal else 0

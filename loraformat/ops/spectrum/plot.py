@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy
 
 from loraformat.ops.plots import as_label, check_picture, colors, save_picture
 from loraformat.ops.spectrum.spectrum import ModuleSpectrum, SpectrumReport, pooled
@@ -87,11 +87,10 @@ def _draw_curves(
                       alpha=0.8, label=label if number == 0 else None,
                       marker="." if len(curve) < 3 else None)  # fmt: skip
         return
-    table = torch.full((len(curves), max(map(len, curves))), float("nan"), dtype=torch.float64)
+    table = numpy.full((len(curves), max(map(len, curves))), numpy.nan)
     for row, curve in zip(table, curves, strict=True):
-        row[: len(curve)] = torch.tensor(curve)
-    quantiles = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    low, median, high = table.nanquantile(quantiles, dim=0).tolist()
+        row[: len(curve)] = curve
+    low, median, high = numpy.nanquantile(table, [0, 0.5, 1], axis=0)
     places = range(start, start + len(median))
     axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
     axes.plot(places, median, color=color, linewidth=1.8, label=label)
@@ -117,8 +116,8 @@ def _draw_energies(axes: Axes, report: SpectrumReport, chosen: dict[str, Any]) -
         # A module of a lower rank has kept everything from there on.
         curves = [[0.0, *m.energies, *[1.0] * (widest - m.rank)] for m in modules]
         _draw_curves(axes, curves, 0, chosen[kind], as_label(kind), few)
-    squares = pooled(module.singular_values for module in report.modules).square()
-    whole = [0.0, *(squares.cumsum(0) / (float(squares.sum()) or 1.0)).tolist()]
+    squares = pooled(module.singular_values for module in report.modules) ** 2
+    whole = [0.0, *(numpy.cumsum(squares) / (squares.sum() or 1.0)).tolist()]
     axes.plot(range(len(whole)), whole, color="black", linewidth=2.4)
     for word, rank in report.suggested.items():
         energy = float(word.rstrip("%")) / 100
@@ -146,12 +145,12 @@ def _draw_ranks(figure: Figure, axes: Axes, report: SpectrumReport, kinds: list[
     rows: list[int | None] = [*layers]
     if any(module.layer is None for module in report.modules):
         rows.append(None)
-    grid = torch.full((len(rows), len(kinds)), float("nan"))
+    grid = numpy.full((len(rows), len(kinds)), numpy.nan)
     for module in report.modules:
         at = rows.index(module.layer), kinds.index(module.kind)
         # Several of one kind in one layer, experts for example: the hungriest.
-        grid[at] = torch.tensor([grid[at], module.suggested[_SUGGESTED]]).nan_to_num(-1.0).max()
-    image = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0)
+        grid[at] = numpy.fmax(grid[at], module.suggested[_SUGGESTED])
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
     figure.colorbar(image, ax=axes, label="rank", ticks=MaxNLocator(integer=True))
     axes.set(title="rank for 95 % of each module's energy\n(by layer and kind)", ylabel="layer")
     axes.set_xticks(range(len(kinds)), [as_label(kind) for kind in kinds], rotation=35, ha="right")
@@ -159,9 +158,9 @@ def _draw_ranks(figure: Figure, axes: Axes, report: SpectrumReport, kinds: list[
     marked = range(0, len(rows), step)
     axes.set_yticks(list(marked), ["none" if rows[i] is None else str(rows[i]) for i in marked])
     if len(rows) <= 90 and len(kinds) <= 16:
-        highest = float(grid.nan_to_num(0).max()) or 1.0
-        for i, j in (~grid.isnan()).nonzero().tolist():
-            dark = float(grid[i, j]) < 0.6 * highest
+        highest = numpy.nan_to_num(grid).max(initial=0) or 1.0
+        for i, j in numpy.argwhere(~numpy.isnan(grid)).tolist():
+            dark = grid[i, j] < 0.6 * highest
             axes.text(j, i, f"{int(grid[i, j])}", ha="center", va="center",
                       fontsize=7.5 if len(rows) > 12 else 9,
                       color="white" if dark else "black")  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
+import numpy
 
 from loraformat.algebra import lora
 from loraformat.algebra.ranks import entropy_rank, stable_rank
@@ -16,6 +16,7 @@ from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import kind_of
 from loraformat.ops.deltas.factors import experts_of, finite
 from loraformat.ops.report import Report
+from loraformat.tensors.arrays import Array
 
 __all__ = [
     "ENERGIES",
@@ -155,13 +156,13 @@ def spectrum_of(
 
 def _module(delta: LoraDelta) -> ModuleSpectrum:
     b, a = finite(delta.b), finite(delta.a)
-    values = _flat(lora.singular_values(b, a, delta.scaling))
-    squares = values.square()
+    values = lora.pooled(lora.singular_values(b, a, delta.scaling))
+    squares = values**2
     total = float(squares.sum())
     output, layer = None, layer_of(delta.target)
     if delta.second_moment is not None:
         moment = finite(delta.second_moment)
-        output = _suggest(_flat(lora.singular_values(b, a, delta.scaling, moment)))
+        output = _suggest(lora.pooled(lora.singular_values(b, a, delta.scaling, moment)))
     return ModuleSpectrum(
         target=delta.target,
         kind=kind_of(delta.target),
@@ -174,30 +175,26 @@ def _module(delta: LoraDelta) -> ModuleSpectrum:
         norm=total**0.5,
         stable_rank=stable_rank(values),
         entropy_rank=entropy_rank(values),
-        energies=(squares.cumsum(0) / total).tolist() if total else [1.0] * len(values),
+        energies=(numpy.cumsum(squares) / total).tolist() if total else [1.0] * len(values),
         suggested=_suggest(values),
         output_suggested=output,
     )
 
 
-def _flat(values: torch.Tensor) -> torch.Tensor:
-    return values.square().sum(0).sqrt() if values.ndim == 2 else values
-
-
-def pooled(spectra: Iterable[list[float]]) -> torch.Tensor:
+def pooled(spectra: Iterable[list[float]]) -> Array:
     """Return what rank k, given to every module, adds: √Σ σₖ² over the modules."""
-    held = [torch.tensor(values, dtype=torch.float64) for values in spectra]
-    sums = torch.zeros(max(map(len, held), default=0), dtype=torch.float64)
+    held = list(spectra)
+    sums = numpy.zeros(max(map(len, held), default=0))
     for values in held:
-        sums[: len(values)] += values.square()
-    return sums.sqrt()
+        sums[: len(values)] += numpy.square(values)
+    return numpy.sqrt(sums)
 
 
 def _percent(energy: float) -> str:
     return f"{energy:.0%}"
 
 
-def _suggest(values: torch.Tensor) -> dict[str, int]:
+def _suggest(values: Array) -> dict[str, int]:
     return {_percent(energy): lora.energy_rank(values, energy) for energy in ENERGIES}
 
 

@@ -26,16 +26,21 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 
+import numpy
 import torch
 
-from loraformat.algebra.subspace import Tiles, block_krylov, held, working_bytes
+from loraformat.algebra.subspace import block_krylov, held, working_bytes
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.tensors.arrays import Array
+from loraformat.tensors.torch_arrays import array_of, tensor_of
 from loraformat.train.lora.branch import Factors
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.target_modules import TargetModule
 
 __all__ = ["initial", "loftq", "pissa", "seed_of", "svd_bytes"]
+
+_Tiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
 
 #: Share of a weight's norm that no quantizing to NF4 loses; it is about 0.09.
 _LOST_AT_MOST = 0.5
@@ -240,7 +245,7 @@ def _experts(target: TargetModule) -> range:
     return range(target.experts or 1)
 
 
-def _plain(target: TargetModule, expert: int) -> Tiles:
+def _plain(target: TargetModule, expert: int) -> _Tiles:
     def tiles() -> Iterator[tuple[int, torch.Tensor]]:
         for first, _, tile in target.tiles(expert):
             yield first, tile
@@ -281,7 +286,7 @@ def _check_same(target: TargetModule, tensor: DenseTensor, original: Checkpoint)
         )
 
 
-def _lost(target: TargetModule, tensor: DenseTensor) -> Tiles:
+def _lost(target: TargetModule, tensor: DenseTensor) -> _Tiles:
     """Return tiles of the original minus what is stored."""
     weight = tensor.torch()
     weight = weight.T if target.transposed else weight
@@ -294,24 +299,24 @@ def _lost(target: TargetModule, tensor: DenseTensor) -> Tiles:
 
 
 def _leading(
-    tiles: Tiles, target: TargetModule, rank: int, scaling: float, seed: int
+    tiles: _Tiles, target: TargetModule, rank: int, scaling: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return A and B with s · B A the leading part; None if there is nothing."""
     shape = (target.out_features, target.in_features)
     try:
         found = block_krylov(held(_on_cpu(tiles), shape), shape, rank, seed=seed)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except numpy.linalg.LinAlgError:
         raise InputError(
             f"{printable(target.weight_name)} has no singular values: it holds NaN or infinity"
         ) from None
     if not found.squared_norm:
         return None
-    b, a = found.factors(rank)
+    b, a = map(tensor_of, found.factors(rank))
     return a / scaling**0.5, b / scaling**0.5
 
 
-def _on_cpu(tiles: Tiles) -> Callable[[], Iterator[tuple[int, torch.Tensor]]]:
-    return lambda: ((first, tile.cpu()) for first, tile in tiles())
+def _on_cpu(tiles: _Tiles) -> Callable[[], Iterator[tuple[int, Array]]]:
+    return lambda: ((first, array_of(tile.cpu())) for first, tile in tiles())
 
 
 def _joined(

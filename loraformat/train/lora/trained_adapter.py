@@ -24,6 +24,7 @@ from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.deltas.factors import in_memory
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.tensors.torch_arrays import array_of
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.replaced_weights import ReplacedWeights
@@ -102,7 +103,9 @@ def _delta(branch: LoraBranch) -> LoraDelta:
         magnitude=None
         if magnitude is None
         else _lazy(f"{name}.lora_magnitude_vector", tuple(magnitude.shape), lambda: magnitude),
-        second_moment=None if moment is None else in_memory(f"{name}.second_moment", moment),
+        second_moment=None
+        if moment is None
+        else in_memory(f"{name}.second_moment", array_of(moment.cpu())),
         alpha=branch.scaling * branch.rank,
     )
 

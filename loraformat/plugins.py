@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from loraformat.errors import (
     InputError,
@@ -29,14 +29,12 @@ from loraformat.errors import (
 from loraformat.model.foreign_adapters import refuse_foreign_adapter
 
 if TYPE_CHECKING:
-    import torch
-
     from loraformat.model.adapter import Adapter
     from loraformat.model.adapter_facts import AdapterFacts
     from loraformat.model.checkpoint import Checkpoint, LazyTensor
     from loraformat.model.written import WrittenModel
     from loraformat.storage.atomic_output import AtomicOutput
-
+    from loraformat.tensors.arrays import Array
 __all__ = [
     "GROUP",
     "AdapterReadOptions",
@@ -96,25 +94,19 @@ class RoundingObserver(Protocol):
     def before(self, name: str) -> LazyTensor | None:
         """Return what a tensor of the checkpoint was, in its shape; None if nobody asks."""
 
-    def compare(
-        self,
-        before: torch.Tensor,
-        wanted: torch.Tensor,
-        stored: torch.Tensor,
-        untouched: torch.Tensor | None,
-    ) -> object:
+    def compare(self, before: Array, wanted: Array, stored: Array, untouched: Array | None) -> Any:
         """Measure some of its numbers; several threads may call.
 
         Parameters
         ----------
-        before, wanted : torch.Tensor
+        before, wanted : array
             What they were and what they are, before they are rounded; float32, of one shape.
-        stored, untouched : torch.Tensor
+        stored, untouched : array
             What is read again of ``wanted``, and what would be of ``before``: some writers say
             that of a part of all numbers, which is enough to count by, and None of the others.
         """
 
-    def add(self, name: str, measured: object) -> None:
+    def add(self, name: str, measured: Any) -> None:
         """Take what `compare` returned, piece by piece, in the order of the file."""
 
 

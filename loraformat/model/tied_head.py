@@ -12,12 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
+
 from loraformat.errors import InputError, printable
 from loraformat.families.model_class import base_class, names_base_class, names_language_head
 from loraformat.families.table import family_of
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.config_json import CONFIG_NAME, encode, members, parse
+from loraformat.tensors.arrays import same_bytes
 
 __all__ = [
     "HEAD",
@@ -257,13 +260,12 @@ def _same(one: LazyTensor, other: LazyTensor) -> bool:
 
 
 def _same_numbers(one: DenseTensor, other: DenseTensor) -> bool:
-    import torch
-
-    first, second = one.torch().reshape(-1), other.torch().reshape(-1)
-    for start in range(0, len(first), _TILE):
-        a, b = (values[start : start + _TILE] for values in (first, second))
-        if a.dtype != b.dtype:
-            a, b = a.double(), b.double()
-        if not torch.equal(a, b):
-            return False
-    return True
+    if one.dtype == other.dtype and same_bytes(one.load(), other.load()):
+        return True
+    first, second = one.array().reshape(-1), other.array().reshape(-1)
+    return all(
+        numpy.array_equal(
+            first[i : i + _TILE].astype(numpy.float64), second[i : i + _TILE].astype(numpy.float64)
+        )
+        for i in range(0, len(first), _TILE)
+    )

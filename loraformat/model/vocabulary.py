@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy
+
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.model.checkpoint import CarriedFile, LazyTensor
 from loraformat.model.config_json import parse
-
-if TYPE_CHECKING:
-    import torch
+from loraformat.tensors.arrays import Array
 
 __all__ = [
     "Resize", "is_per_token", "per_token", "resized", "resized_config", "tokenizer_files",
@@ -79,40 +80,36 @@ def per_token(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
     }
 
 
-def resized(values: torch.Tensor, rows: int) -> torch.Tensor:
+def resized(values: Array, rows: int) -> Array:
     """Return a tensor with another number of rows.
 
     Parameters
     ----------
-    values : torch.Tensor
+    values : array
         Its first dimension is the token; any floating dtype.
     rows : int
 
     Returns
     -------
-    torch.Tensor
+    array
         Of the same dtype: the first rows as they are, and what is new the mean of all that were
         there, summed in float64 and rounded to nearest even.
 
     Examples
     --------
-    >>> import torch
-    >>> resized(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), 3)
-    tensor([[1., 2.],
-            [3., 6.],
-            [2., 4.]])
+    >>> resized(numpy.array([[1.0, 2.0], [3.0, 6.0]]), 3)
+    array([[1., 2.],
+           [3., 6.],
+           [2., 4.]])
     """
-    import torch
-
     before = len(values)
     if rows <= before:
         return values[:rows]
-    grown = values.new_empty((rows, *values.shape[1:]))
+    grown = numpy.empty((rows, *values.shape[1:]), values.dtype)
     grown[:before] = values
-    total = torch.zeros(values.shape[1:], dtype=torch.float64)
-    height = max(1, _SUMMED_ELEMENTS // max(total.numel(), 1))
-    for start in range(0, before, height):
-        total += values[start : start + height].sum(0, dtype=torch.float64)
+    total = numpy.zeros(values.shape[1:])
+    for start, stop in row_tiles(before, total.size, _SUMMED_ELEMENTS):
+        total += values[start:stop].sum(0, dtype=numpy.float64)
     grown[before:] = total / max(before, 1)
     return grown
 

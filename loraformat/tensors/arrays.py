@@ -48,6 +48,7 @@ _DTYPES: dict[str, numpy.dtype[Any]] = {
 }
 #: Of a comparison at once: what it tells of each byte stays in a core's second cache.
 _COMPARED_BYTES = 1 << 18
+_WITH_INFINITY = [_DTYPES[name] for name in ("F16", "BF16", "F32", "F64")]
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -121,7 +122,14 @@ def finite(array: Array) -> bool:
     >>> finite(numpy.array([1.0, numpy.inf], dtype=numpy.float16))
     False
     """
-    return bool(numpy.isfinite(array).all())
+    if array.dtype not in _WITH_INFINITY or not array.size:
+        return bool(numpy.isfinite(array).all())
+    # As integers, what is not finite is at the end of either sign: many times faster than to
+    # look at 16-bit floats one by one, and without an array of truth values.
+    bits = 8 * array.itemsize
+    infinity = int(numpy.array(numpy.inf, array.dtype).view(f"u{array.itemsize}"))
+    positive, negative = (array.view(f"{sign}{array.itemsize}").max() for sign in "iu")
+    return bool(positive < infinity and negative < infinity + (1 << bits - 1))
 
 
 def same_bytes(one: memoryview, other: memoryview) -> bool:

@@ -19,7 +19,7 @@ A weight w with the delta d and the gain g of its row is merged as
     f(w) = round(g · (w + d))
 
 in float32, every step rounded to nearest even, then rounded once more to the dtype of the
-output. All steps are monotone in w, which is what
+output (`loraformat.nf4.kernels.merge_tile`). All steps are monotone in w, which is what
 `loraformat.undo.interval_code` builds on. Nothing here knows files.
 """
 
@@ -27,16 +27,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy
 
 from loraformat.errors import UnsupportedError
+from loraformat.tensors.arrays import Array
 
-__all__ = ["Product", "fixed_point_bits", "merge_values", "product", "to_fixed_point"]
+__all__ = ["Product", "fixed_point_bits", "product", "to_fixed_point"]
 
 _MANTISSA_BITS = 53
 #: Largest exponent of a factor, so that a product of two neither over- nor underflows.
 _MAX_EXPONENT = 400
-_FLOAT16_MAX = 65504.0
 
 
 def fixed_point_bits(rank: int) -> int:
@@ -50,15 +50,15 @@ def fixed_point_bits(rank: int) -> int:
     return (_MANTISSA_BITS - max(rank - 1, 0).bit_length()) // 2
 
 
-def to_fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
+def to_fixed_point(factor: Array, axis: int, bits: int) -> Array:
     """Round a factor to integers times one power of two per row or column.
 
     Parameters
     ----------
-    factor : torch.Tensor
+    factor : array
         float64, two dimensions.
-    dim : int
-        The dimension that shares a power of two: 1 for rows, 0 for columns.
+    axis : int
+        The axis that shares a power of two: 1 for rows, 0 for columns.
     bits : int
         Each value becomes an integer of at most 2^bits times the power.
 
@@ -69,16 +69,12 @@ def to_fixed_point(factor: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
 
     Examples
     --------
-    >>> to_fixed_point(torch.tensor([[1.0, 0.3]], dtype=torch.float64), 1, 2)
-    tensor([[1.0000, 0.5000]], dtype=torch.float64)
+    >>> to_fixed_point(numpy.array([[1.0, 0.3]]), 1, 2)
+    array([[1. , 0.5]])
     """
-    step = _exponents(factor, dim) - bits
-    return (factor * _power_of_two(-step)).round() * _power_of_two(step)
-
-
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """Return 2^exponent as float64, from its bits: torch.ldexp computes it in float32."""
-    return ((exponent + 1023) << 52).view(torch.float64)
+    step = _exponents(factor, axis) - bits
+    rounded: Array = numpy.rint(factor * numpy.ldexp(1.0, -step)) * numpy.ldexp(1.0, step)
+    return rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,89 +83,61 @@ class Product:
 
     Attributes
     ----------
-    left : torch.Tensor
+    left : array
         (rows, r), float64 in fixed point, or float32.
-    right : torch.Tensor
+    right : array
         (r, columns).
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
+    left: Array
+    right: Array
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
+    def rows(self, start: int, stop: int) -> Array:
         """Return rows ``start`` to ``stop`` in float32, rounded to nearest even."""
-        return (self.left[start:stop] @ self.right).float()
+        made: Array = self.left[start:stop] @ self.right
+        return made.astype(numpy.float32, copy=False)
 
 
-def product(left: torch.Tensor, right: torch.Tensor, *, exact: bool) -> Product:
+def product(left: Array, right: Array, *, exact: bool) -> Product:
     """Prepare a product.
 
     Parameters
     ----------
-    left : torch.Tensor
+    left : array
         float64 (rows, r).
-    right : torch.Tensor
+    right : array
         float64 (r, columns).
     exact : bool
         The same bits on every machine, at the cost of a float64 product; in float32 if not.
 
     Examples
     --------
-    >>> ones = torch.ones(2, 3, dtype=torch.float64)
+    >>> ones = numpy.ones((2, 3))
     >>> product(ones, ones.T, exact=True).rows(0, 1)
-    tensor([[3., 3.]])
+    array([[3., 3.]], dtype=float32)
     """
     if not exact:
-        return Product(left.float(), right.float())
+        return Product(left.astype(numpy.float32), right.astype(numpy.float32))
     bits = fixed_point_bits(left.shape[1])
     left, right = _balanced(left, right)
     return Product(to_fixed_point(left, 1, bits), to_fixed_point(right, 0, bits))
 
 
-def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
     """Give the k-th column and the k-th row one magnitude, by powers of two: no product changes.
 
     Without it, a rank with a large column and a tiny row would leave no bits to its neighbours.
     """
     shift = (_exponents(left, 0) - _exponents(right, 1).T) // 2
-    return left * _power_of_two(-shift), right * _power_of_two(shift).T
+    return left * numpy.ldexp(1.0, -shift), right * numpy.ldexp(1.0, shift.T)
 
 
-def _exponents(factor: torch.Tensor, dim: int) -> torch.Tensor:
+def _exponents(factor: Array, axis: int) -> Array:
     """Return the least e with all values below 2^e, clamped, per row or column."""
-    largest = factor.abs().amax(dim, keepdim=True) if factor.numel() else factor.sum(dim, True)
-    if not bool(torch.isfinite(largest).all()):
+    largest = numpy.abs(factor).max(axis, keepdims=True, initial=0.0)
+    if not numpy.isfinite(largest).all():
         raise UnsupportedError("an adapter's factor holds NaN or infinity")
-    exponent = torch.frexp(largest).exponent.long()
-    if bool((exponent > _MAX_EXPONENT).any()):
+    exponent: Array = numpy.frexp(largest)[1]
+    if (exponent > _MAX_EXPONENT).any():
         raise UnsupportedError(f"an adapter's factor is beyond 2^{_MAX_EXPONENT}")
-    return exponent.clamp(min=-_MAX_EXPONENT)
-
-
-def merge_values(
-    weight: torch.Tensor, delta: torch.Tensor, gain: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return round(g · (w + d)): the merged weight in the dtype of the output.
-
-    Parameters
-    ----------
-    weight : torch.Tensor
-        float32, bfloat16 or float16.
-    delta : torch.Tensor
-        float32.
-    gain : torch.Tensor or None
-        float32, of a shape that broadcasts: DoRA's m / ‖W + D‖. None is 1.
-    dtype : torch.dtype
-        float16 saturates at ±65504; NaN stays NaN.
-
-    Examples
-    --------
-    >>> merge_values(torch.tensor([1.0]), torch.tensor([1e-3]), None, torch.bfloat16)
-    tensor([1.], dtype=torch.bfloat16)
-    """
-    total = weight.float() + delta
-    if gain is not None:
-        total = total * gain
-    if dtype == torch.float16:
-        total = total.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-    return total.to(dtype)
+    return numpy.maximum(exponent, -_MAX_EXPONENT)

@@ -10,7 +10,7 @@ is 0.03 bits per weight, and no code needs fewer: it is just what was lost.
 Negative gains are turned: f(w) = M is round(−g · (w + d)) = −M. Negative zeros are listed by
 position. What is not finite has no interval.
 
-`loraformat.nf4.kernels.interval_native` does it in C; here it stands in torch, with the same bits.
+`loraformat.nf4.kernels.interval_native` does it in C; here it stands in numpy, with the same bits.
 The interval is found by bisection on the numbers, evaluating f itself, so no property of
 rounding is assumed but that it is monotone. ``spec/undo-1.0.md``, section 3, has the rules.
 """
@@ -21,146 +21,146 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-import torch
 
 from loraformat.nf4.kernels import interval_native as native
-from loraformat.undo.fixed_point import merge_values
+from loraformat.nf4.kernels.merge_tile import merged_values
+from loraformat.tensors.arrays import Array, finite
 
 __all__ = ["Unmergeable", "decode_tile", "encode_tile"]
-
-_INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-#: Number of infinity: all finite values have smaller ones.
-_INFINITY = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
 class Unmergeable(Exception):
     """A tile that no interval describes; its tensor is stored as it is."""
 
 
-def _numbers(values: torch.Tensor) -> torch.Tensor:
+def _numbers(values: Array) -> Array:
     """Return the place of each value in the order of its dtype, as int32; zeros are 0."""
-    bits = values.contiguous().view(_INTEGERS[values.dtype]).int()
-    low = torch.iinfo(_INTEGERS[values.dtype]).min
-    return torch.where(bits >= 0, bits, low - bits)
+    stored = numpy.ascontiguousarray(values).view(f"i{values.itemsize}")
+    bits = stored.astype(numpy.int32)
+    return numpy.where(bits >= 0, bits, numpy.iinfo(stored.dtype).min - bits)
 
 
-def _values(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _values(numbers: Array, dtype: numpy.dtype[Any]) -> Array:
     """Return the values at these places."""
-    low = torch.iinfo(_INTEGERS[dtype]).min
-    bits = torch.where(numbers >= 0, numbers, low - numbers)
-    return bits.to(_INTEGERS[dtype]).view(dtype)
+    stored = numpy.dtype(f"i{dtype.itemsize}")
+    bits = numpy.where(numbers >= 0, numbers, numpy.iinfo(stored).min - numbers)
+    return bits.astype(stored).view(dtype)
+
+
+def _top(dtype: numpy.dtype[Any]) -> int:
+    """Return the number of the largest finite value."""
+    return int(_numbers(numpy.full(1, numpy.inf, dtype))[0]) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
     """Flat operands of one tile, turned so that every gain is positive or zero."""
 
-    delta: torch.Tensor
-    gain: torch.Tensor | None
-    merged: torch.Tensor
-    numbers: torch.Tensor
-    dtype: torch.dtype
+    delta: Array
+    gain: Array | None
+    merged: Array
+    numbers: Array
+    dtype: numpy.dtype[Any]
 
-    def at(self, index: torch.Tensor) -> _Tile:
+    def at(self, index: Array) -> _Tile:
         """Return some elements."""
         gain = None if self.gain is None else self.gain[index]
         return _Tile(self.delta[index], gain, self.merged[index], self.numbers[index], self.dtype)
 
-    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+    def forward(self, numbers: Array) -> Array:
         """Return the number of f(w), for the number of w."""
         weight = _values(numbers, self.dtype)
-        found = merge_values(weight, self.delta, self.gain, self.merged.dtype)
+        found = merged_values(weight, self.delta, self.gain, self.merged.dtype)
         if self.gain is not None:
-            found = torch.where(found.isnan(), 0, found)  # infinity times gain 0
+            found[numpy.isnan(found)] = 0  # infinity times gain 0
         return _numbers(found)
 
 
-def _tile(
-    merged: torch.Tensor, delta: torch.Tensor, gain: torch.Tensor | None, dtype: torch.dtype
-) -> _Tile:
+def _tile(merged: Array, delta: Array, gain: Array | None, dtype: numpy.dtype[Any]) -> _Tile:
     flat = merged.reshape(-1)
-    for operand in (flat, delta) if gain is None else (flat, delta, gain):
-        if not bool(torch.isfinite(operand).all()):
-            raise Unmergeable
-    each = delta.expand_as(merged).reshape(-1)
+    if not (finite(flat) and finite(delta) and (gain is None or finite(gain))):
+        raise Unmergeable
+    each = numpy.broadcast_to(delta, merged.shape).reshape(-1)
     if gain is None:
         return _Tile(each, None, flat, _numbers(flat), dtype)
-    gains = gain.expand_as(merged).reshape(-1)
-    flat = torch.where(gains < 0, -flat, flat)
-    return _Tile(each, gains.abs(), flat, _numbers(flat), dtype)
+    gains = numpy.broadcast_to(gain, merged.shape).reshape(-1)
+    flat = numpy.where(gains < 0, -flat, flat)
+    return _Tile(each, numpy.abs(gains), flat, _numbers(flat), dtype)
 
 
-def _guess(tile: _Tile) -> torch.Tensor:
+def _guess(tile: _Tile) -> Array:
     """Return the number of a value near those that merge into M."""
-    near = tile.merged.float()
-    if tile.gain is not None:
-        near = near / tile.gain
-    limit = torch.finfo(tile.dtype).max
-    near = (near - tile.delta).nan_to_num(0.0, limit, -limit).clamp(-limit, limit)
-    return _numbers(near.to(tile.dtype))
+    near = tile.merged.astype(numpy.float32)
+    limit = float(_values(numpy.full(1, _top(tile.dtype), numpy.int32), tile.dtype)[0])
+    with numpy.errstate(all="ignore"):
+        if tile.gain is not None:
+            near /= tile.gain
+        near -= tile.delta
+    near[numpy.isnan(near)] = 0
+    return _numbers(near.clip(-limit, limit).astype(tile.dtype))
 
 
-def _intervals(tile: _Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _intervals(tile: _Tile) -> tuple[Array, Array, Array, Array]:
     """Return one number for every element, and where the interval holds more: index, a, count.
 
     Most intervals hold one number, the guess, whose neighbours merge into something else; only
     the others are bisected.
     """
-    top = _INFINITY[tile.dtype] - 1
+    top = _top(tile.dtype)
     guess = _guess(tile)
-    below = tile.forward((guess - 1).clamp(min=-top)) < tile.numbers
-    above = tile.forward((guess + 1).clamp(max=top)) > tile.numbers
+    below = tile.forward(numpy.maximum(guess - 1, -top)) < tile.numbers
+    above = tile.forward(numpy.minimum(guess + 1, top)) > tile.numbers
     alone = below & above & (tile.forward(guess) == tile.numbers)
-    index = torch.nonzero(~alone).view(-1)
+    index = numpy.flatnonzero(~alone)
     some = tile.at(index)
     first = _bisect(some, top, strict=False)
     last = _bisect(some, top, strict=True) - 1
-    if bool((last < first).any()):
+    if (last < first).any():
         raise Unmergeable
     guess[index] = first
-    return guess, index, first.long(), last.long() - first.long() + 1
+    first = first.astype(numpy.int64)
+    return guess, index, first, last - first + 1
 
 
-def _bisect(tile: _Tile, top: int, *, strict: bool) -> torch.Tensor:
+def _bisect(tile: _Tile, top: int, *, strict: bool) -> Array:
     """Return the least number with f ≥ M, or f > M if strict; top + 1 if there is none."""
-    low = torch.full_like(tile.numbers, -top)
-    high = torch.full_like(tile.numbers, top + 1)
+    low = numpy.full_like(tile.numbers, -top)
+    high = numpy.full_like(tile.numbers, top + 1)
     for _ in range((2 * top + 1).bit_length()):
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # without overflow
-        found = tile.forward(middle.clamp(max=top))
+        found = tile.forward(numpy.minimum(middle, top))
         right = found > tile.numbers if strict else found >= tile.numbers
         right |= middle > top
-        high = torch.where(right, middle, high)
-        low = torch.where(right, low, (middle + 1).clamp(max=top + 1))
-        low = torch.minimum(low, high)
+        high = numpy.where(right, middle, high)
+        low = numpy.where(right, low, numpy.minimum(middle + 1, top + 1))
+        low = numpy.minimum(low, high)
     return high
 
 
-def _widths(counts: torch.Tensor) -> numpy.ndarray[Any, Any]:
+def _widths(counts: Array) -> Array:
     """Return ⌈log₂ count⌉ of each count."""
-    exponents = torch.frexp((counts - 1).double()).exponent
-    return exponents.long().numpy()
+    return numpy.frexp((counts - 1).astype(numpy.float64))[1].astype(numpy.int64)
 
 
 def encode_tile(
-    weight: torch.Tensor, delta: torch.Tensor, gain: torch.Tensor | None, merged: torch.Tensor
-) -> tuple[bytes, torch.Tensor]:
+    weight: Array, delta: Array, gain: Array | None, merged: Array
+) -> tuple[bytes, Array]:
     """Return what is lost of a tile.
 
     Parameters
     ----------
-    weight : torch.Tensor
+    weight : array
         The original.
     delta, gain
-        As in `loraformat.undo.fixed_point.merge_values`; of one or two dimensions.
-    merged : torch.Tensor
+        As in `loraformat.nf4.kernels.merge_tile.merged_values`; of one or two dimensions.
+    merged : array
         Its result.
 
     Returns
     -------
     bits : bytes
         The ranks, each in as many bits as its interval needs, lowest bit first; whole bytes.
-    zeros : torch.Tensor
+    zeros : array
         int64 positions of negative zeros in the flat tile.
 
     Raises
@@ -170,51 +170,54 @@ def encode_tile(
 
     Examples
     --------
-    >>> weight = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16)
-    >>> delta = torch.full((2,), 300.0)
-    >>> merged = merge_values(weight, delta, None, torch.bfloat16)
+    >>> from loraformat.tensors.arrays import numpy_dtype
+    >>> weight = numpy.array([1.0, 1.0078125], numpy_dtype("BF16"))
+    >>> delta = numpy.full(2, 300.0, numpy.float32)
+    >>> merged = merged_values(weight, delta, None, weight.dtype)
     >>> bits, zeros = encode_tile(weight, delta, None, merged)
-    >>> torch.equal(decode_tile(merged, delta, None, torch.bfloat16, bits), weight)
-    True
+    >>> decode_tile(merged, delta, None, weight.dtype, bits).tolist()
+    [1.0, 1.0078125]
     """
     if native.loaded():
-        found = native.encode(weight.contiguous(), delta, gain, merged.contiguous())
+        found = native.encode(
+            numpy.ascontiguousarray(weight), delta, gain, numpy.ascontiguousarray(merged)
+        )
         if found is None:
             raise Unmergeable
         return found
     flat = weight.reshape(-1)
-    if not bool(torch.isfinite(flat).all()):
+    if not finite(flat):
         raise Unmergeable
     tile = _tile(merged, delta, gain, weight.dtype)
     exact, index, first, counts = _intervals(tile)
     numbers = _numbers(flat)
     ranks = numbers[index] - first
     exact[index] = numbers[index]
-    if bool((ranks < 0).any() | (ranks >= counts).any()) or not torch.equal(exact, numbers):
+    if ((ranks < 0) | (ranks >= counts)).any() or not numpy.array_equal(exact, numbers):
         raise Unmergeable
-    zeros = torch.nonzero((flat == 0) & torch.signbit(flat)).view(-1)
-    return _pack(ranks.numpy(), _widths(counts)), zeros
+    zeros = numpy.flatnonzero((flat == 0) & numpy.signbit(flat))
+    return _pack(ranks, _widths(counts)), zeros
 
 
 def decode_tile(
-    merged: torch.Tensor,
-    delta: torch.Tensor,
-    gain: torch.Tensor | None,
-    dtype: torch.dtype,
+    merged: Array,
+    delta: Array,
+    gain: Array | None,
+    dtype: numpy.dtype[Any],
     bits: bytes | memoryview,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    out: Array | None = None,
+) -> Array:
     """Return the original tile, without the signs of zeros.
 
     Parameters
     ----------
     merged, delta, gain
         As in `encode_tile`.
-    dtype : torch.dtype
+    dtype : numpy.dtype
         Of the original.
     bits : bytes
         The tile's.
-    out : torch.Tensor, optional
+    out : array, optional
         Where to put it: contiguous, of that dtype.
 
     Raises
@@ -222,9 +225,9 @@ def decode_tile(
     Unmergeable
         If the bits do not belong to it.
     """
-    out = torch.empty(merged.shape, dtype=dtype) if out is None else out
+    out = numpy.empty(merged.shape, dtype) if out is None else out
     if native.loaded():
-        if not native.decode(merged.contiguous(), delta, gain, bits, out):
+        if not native.decode(numpy.ascontiguousarray(merged), delta, gain, bits, out):
             raise Unmergeable
         return out
     tile = _tile(merged, delta, gain, dtype)
@@ -233,26 +236,27 @@ def decode_tile(
     needed = (int(widths.sum()) + 7) // 8
     if needed != len(bits) or (needed and bits[-1] >> (int(widths.sum()) - 1) % 8 >> 1):
         raise Unmergeable  # a byte too many or too few, or a bit set that belongs to no rank
-    ranks = torch.from_numpy(_unpack(bits, widths))
-    if bool((ranks >= counts).any()):
+    ranks = _unpack(bits, widths)
+    if (ranks >= counts).any():
         raise Unmergeable
-    numbers[index] = (first + ranks).int()
-    return out.copy_(_values(numbers, dtype).view(merged.shape))
+    numbers[index] = first + ranks
+    out[...] = _values(numbers, dtype).reshape(merged.shape)
+    return out
 
 
-def _places(widths: numpy.ndarray[Any, Any]) -> tuple[Any, Any]:
+def _places(widths: Array) -> tuple[Array, Array]:
     """Return of every bit the field it belongs to, and its place in it."""
     owner = numpy.repeat(numpy.arange(len(widths)), widths)
     begins = numpy.cumsum(widths) - widths
     return owner, numpy.arange(len(owner)) - begins[owner]
 
 
-def _pack(values: numpy.ndarray[Any, Any], widths: numpy.ndarray[Any, Any]) -> bytes:
+def _pack(values: Array, widths: Array) -> bytes:
     owner, place = _places(widths)
     return numpy.packbits((values[owner] >> place) & 1, bitorder="little").tobytes()
 
 
-def _unpack(bits: bytes | memoryview, widths: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+def _unpack(bits: bytes | memoryview, widths: Array) -> Array:
     owner, place = _places(widths)
     flat = numpy.unpackbits(numpy.frombuffer(bits, numpy.uint8), bitorder="little")
     values = numpy.zeros(len(widths), numpy.int64)

@@ -2,73 +2,78 @@
 
 import itertools
 
+import ml_dtypes
+import numpy
 import pytest
-import torch
 
-from loraformat.undo.fixed_point import merge_values
+from loraformat.nf4.kernels.merge_tile import merged_values
+from loraformat.tensors.arrays import numpy_dtype
 from loraformat.undo.interval_code import Unmergeable, decode_tile, encode_tile
 
-TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+TYPES = {"f32": numpy_dtype("F32"), "f16": numpy_dtype("F16"), "bf16": numpy_dtype("BF16")}
+
+
+def normal(*shape, seed=0):
+    return numpy.random.default_rng(seed).standard_normal(shape, numpy.float32)
 
 
 def round_trip(weight, delta, gain, target):
-    merged = merge_values(weight, delta, gain, target)
+    merged = merged_values(weight, delta, gain, target)
     bits, zeros = encode_tile(weight, delta, gain, merged)
     back = decode_tile(merged, delta, gain, weight.dtype, bits)
-    back.view(-1)[zeros] = -0.0
+    back.reshape(-1)[zeros] = -0.0
     with pytest.raises(Unmergeable):
         decode_tile(merged, delta, gain, weight.dtype, bits + b"rest")
-    integers = torch.int32 if weight.dtype == torch.float32 else torch.int16
-    assert torch.equal(back.view(integers), weight.contiguous().view(integers))
-    return 8 * len(bits) / weight.numel()
+    assert back.dtype == weight.dtype
+    assert back.tobytes() == weight.tobytes()
+    return 8 * len(bits) / weight.size
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1e-2, 1e-1, 3.0])
 @pytest.mark.parametrize(("source", "target"), itertools.product(TYPES, TYPES))
 def test_exact(source, target, size):
-    generator = torch.Generator().manual_seed(0)
-    weight = (0.02 * torch.randn(40, 50, generator=generator)).to(TYPES[source])
-    weight[0, :4] = torch.tensor([0.0, -0.0, 1e-7, -1e-7])
-    delta = 0.02 * size * torch.randn(40, 50, generator=generator)
-    delta[1, :3] = torch.tensor([0.0, -0.0, 1e4])
+    weight = (0.02 * normal(40, 50)).astype(TYPES[source])
+    weight[0, :4] = [0.0, -0.0, 1e-7, -1e-7]
+    delta = 0.02 * size * normal(40, 50, seed=1)
+    delta[1, :3] = [0.0, -0.0, 1e4]
     round_trip(weight, delta, None, TYPES[target])
-    gain = torch.randn(40, 1, generator=generator) * 2
+    gain = normal(40, 1, seed=2) * 2
     gain[0] = 0
     round_trip(weight, delta, gain, TYPES[target])
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_every_corner(dtype):
-    info = torch.finfo(dtype)
-    corners = [0.0, -0.0, info.tiny, -info.tiny, info.smallest_normal / 2, info.max, info.min, 1.0]
-    weight = torch.tensor(corners * len(corners), dtype=dtype)
-    delta = torch.tensor(corners, dtype=dtype).float().repeat_interleave(len(corners))
-    keep = torch.isfinite(merge_values(weight, delta, None, torch.float32))
-    round_trip(weight[keep], delta[keep], None, torch.float16)
-    round_trip(weight[keep], delta[keep], None, torch.float32)
+    info = ml_dtypes.finfo(dtype)
+    tiny, subnormal = (float(x) for x in (info.tiny, info.smallest_subnormal))
+    corners = [0.0, -0.0, tiny, -tiny, tiny / 2, subnormal, float(info.max), float(info.min), 1.0]
+    weight = numpy.array(corners * len(corners)).astype(dtype)
+    delta = numpy.repeat(numpy.array(corners).astype(numpy.float32), len(corners))
+    keep = numpy.isfinite(merged_values(weight, delta, None, TYPES["f32"]))
+    round_trip(weight[keep], delta[keep], None, TYPES["f16"])
+    round_trip(weight[keep], delta[keep], None, TYPES["f32"])
 
 
 @pytest.mark.parametrize(("size", "most"), [(1e-3, 0.008), (1e-2, 0.045), (1e-1, 0.25)])
 def test_a_few_hundredths_of_a_bit(size, most):
-    generator = torch.Generator().manual_seed(0)
-    weight = (0.02 * torch.randn(400, 500, generator=generator)).bfloat16()
-    delta = 0.02 * size * torch.randn(400, 500, generator=generator)
-    assert 0 < round_trip(weight, delta, None, torch.bfloat16) < most
+    weight = (0.02 * normal(400, 500)).astype(TYPES["bf16"])
+    delta = 0.02 * size * normal(400, 500, seed=1)
+    assert 0 < round_trip(weight, delta, None, TYPES["bf16"]) < most
 
 
 def test_what_intervals_cannot_describe():
-    weight = torch.tensor([1.0, float("nan")])
-    delta = torch.zeros(2)
+    weight = numpy.array([1.0, numpy.nan], numpy.float32)
+    delta = numpy.zeros_like(weight)
     with pytest.raises(Unmergeable):
-        encode_tile(weight, delta, None, merge_values(weight, delta, None, torch.bfloat16))
-    weight = torch.tensor([3e38])
+        encode_tile(weight, delta, None, merged_values(weight, delta, None, TYPES["bf16"]))
+    weight = numpy.array([3e38], numpy.float32)
     with pytest.raises(Unmergeable):
-        encode_tile(weight, weight, None, merge_values(weight, weight, None, torch.float32))
+        encode_tile(weight, weight, None, merged_values(weight, weight, None, TYPES["f32"]))
+    merged, delta = numpy.zeros(9, numpy.float32), numpy.full(9, 1 / 3, numpy.float32)
     with pytest.raises(Unmergeable):
-        decode_tile(torch.zeros(9), torch.full((9,), 1 / 3), None, torch.bfloat16, b"")
+        decode_tile(merged, delta, None, TYPES["bf16"], b"")
 
 
 def test_wide_ranks_are_packed_in_order():
-    weight = torch.randn(3000)
-    delta = torch.randn(3000)
-    assert 14 < round_trip(weight, delta, None, torch.bfloat16) < 18
+    weight, delta = normal(3000), normal(3000, seed=1)
+    assert 14 < round_trip(weight, delta, None, TYPES["bf16"]) < 18

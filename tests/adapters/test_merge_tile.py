@@ -1,14 +1,17 @@
-"""The compiled merge of a tile and the one in torch: the same bits, the same measures."""
+"""The compiled merge of a tile and the one in numpy: the same bits, the same measures."""
 
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 
 from loraformat.nf4 import kernels
-from loraformat.nf4.kernels.merge_tile import merge_tile, merge_tile_in_torch
+from loraformat.nf4.kernels.merge_tile import merge_tile, merge_tile_in_numpy
+from loraformat.tensors.torch_arrays import array_of
 from tests.adapters.merging import TYPES, gauss
+from tests.adapters.test_interval_code import TYPES as DTYPES
 
 SHAPES = [(5, 19), (3, 64), (7, 1), (1, 1023), (2, 1)]
 
@@ -33,13 +36,14 @@ def test_every_kernel_gives_the_bits_of_the_formula(monkeypatch, kernel, source,
             total = total if gain is None else total * gain
             limit = 65504.0 if target == torch.float16 else math.inf
             wanted = total.clamp(-limit, limit).to(target)
-            out = torch.empty(shape, dtype=target)
-            assert merge_tile(weight, change, gain, out) is None
-            assert torch.equal(out.view(torch.uint8), wanted.view(torch.uint8))
-            out.zero_()
-            sums = merge_tile(weight, change, gain, out, measure=True)
-            assert torch.equal(out.view(torch.uint8), wanted.view(torch.uint8))
-            same = merge_tile_in_torch(weight, change, gain, out, measure=True)
+            out = numpy.empty(shape, array_of(wanted).dtype)
+            given = [None if t is None else array_of(t) for t in (weight, change, gain)]
+            assert merge_tile(*given, out) is None
+            assert out.tobytes() == array_of(wanted).tobytes()
+            out[...] = 0
+            sums = merge_tile(*given, out, measure=True)
+            assert out.tobytes() == array_of(wanted).tobytes()
+            same = merge_tile_in_numpy(*given, out, measure=True)
             assert sums[4:] == same[4:]
             assert sums == pytest.approx(same, rel=1e-4)
 
@@ -47,9 +51,9 @@ def test_every_kernel_gives_the_bits_of_the_formula(monkeypatch, kernel, source,
 @pytest.mark.parametrize("kernel", kernels.available())
 def test_measures_by_hand(monkeypatch, kernel):
     monkeypatch.setenv(kernels.VARIABLE, kernel)
-    weight = torch.tensor([[1.0, 2.0, 0.0, -4.0]], dtype=torch.bfloat16)
-    change = torch.tensor([[2.0**-10, 0.5, 0.0, 2.0**-7]])
-    out = torch.empty_like(weight)
+    weight = numpy.array([[1.0, 2.0, 0.0, -4.0]], DTYPES["bf16"])
+    change = numpy.array([[2.0**-10, 0.5, 0.0, 2.0**-7]], numpy.float32)
+    out = numpy.empty_like(weight)
     sums = merge_tile(weight, change, None, out, measure=True)
     assert out.tolist() == [[1.0, 2.5, 0.0, -4.0]]
     lost = 2.0**-20 + 2.0**-14
@@ -59,9 +63,9 @@ def test_measures_by_hand(monkeypatch, kernel):
 @pytest.mark.parametrize("kernel", kernels.available())
 def test_nan_and_infinity_stay(monkeypatch, kernel):
     monkeypatch.setenv(kernels.VARIABLE, kernel)
-    weight = torch.tensor([[math.nan, math.inf, -math.inf, 1.0]])
-    for dtype, largest in ((torch.bfloat16, math.inf), (torch.float16, 65504.0)):
-        out = torch.empty(1, 4, dtype=dtype)
+    weight = numpy.array([[math.nan, math.inf, -math.inf, 1.0]], numpy.float32)
+    for dtype, largest in ((DTYPES["bf16"], math.inf), (DTYPES["f16"], 65504.0)):
+        out = numpy.empty((1, 4), dtype)
         merge_tile(weight, None, None, out)
-        assert out[0, 0].isnan()
+        assert math.isnan(out[0, 0])
         assert out[0, 1:].tolist() == [largest, -largest, 1.0]

@@ -11,6 +11,7 @@ from loraformat.model.vocabulary import Resize, per_token, resized, resized_conf
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.unmerge.unmerge import unmerge
+from loraformat.tensors.torch_arrays import array_of, tensor_of
 from loraformat.testing import dense
 from tests.adapters import merging
 from tests.adapters.vocabularies import FORMS, MODELS, ROWS, adapter, logits, opened, reloaded
@@ -181,7 +182,7 @@ def test_weights_blend_with_the_grown_base(tmp_path):
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "whole")
     base, half, whole = (merging.weights_of(tmp_path / n) for n in ("base", "half", "whole"))
     for name in per_token(base):
-        wanted = (resized(base[name], ROWS + 4) + whole[name]) / 2
+        wanted = (tensor_of(resized(array_of(base[name]), ROWS + 4)) + whole[name]) / 2
         torch.testing.assert_close(half[name], wanted)
 
 
@@ -234,10 +235,11 @@ def test_the_head_of_phi_has_a_bias(tmp_path):
 
 def test_the_mean_is_that_of_many_rows():
     values = torch.randn(5000, 300).to(torch.bfloat16)
-    grown = resized(values, 5003)
+    grown = resized(array_of(values), 5003)
     wanted = values.double().mean(0).to(torch.bfloat16)
-    assert all(torch.equal(row, wanted) for row in grown[5000:])
-    assert torch.equal(grown[:5000], values) and torch.equal(resized(values, 7), values[:7])
+    assert all(torch.equal(row, wanted) for row in tensor_of(grown[5000:]))
+    assert torch.equal(tensor_of(grown[:5000]), values)
+    assert torch.equal(tensor_of(resized(array_of(values), 7)), values[:7])
 
 
 @pytest.mark.parametrize(

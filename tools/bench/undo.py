@@ -25,20 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
+import numpy
 
 sys.path.insert(0, os.fspath(Path(__file__).parent))
 
 from process import machine
 
+from loraformat.algebra.blas import one_blas_thread
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.nf4.kernels import VARIABLE, available
+from loraformat.nf4.kernels.merge_tile import merged_values
 from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
-from loraformat.undo.fixed_point import merge_values, product
+from loraformat.tensors.arrays import array_bytes, numpy_dtype
+from loraformat.tensors.dtypes import WEIGHT_DTYPES
+from loraformat.undo.fixed_point import product
 from loraformat.undo.interval_code import decode_tile, encode_tile
 
 _RANK, _RELATIVE = 16, 0.01
-_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_TYPES = {word: numpy_dtype(name) for word, name in WEIGHT_DTYPES.items()}
 Work = Callable[[], object]
 
 
@@ -48,19 +52,21 @@ class Matrix:
     Parameters
     ----------
     rows, columns : int
-    source, target : torch.dtype
+    source, target : numpy.dtype
     """
 
-    def __init__(self, rows: int, columns: int, source: torch.dtype, target: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.weight = (0.02 * torch.randn(rows, columns, generator=generator)).to(source)
-        left = torch.randn(rows, _RANK, generator=generator, dtype=torch.float64)
-        right = torch.randn(_RANK, columns, generator=generator, dtype=torch.float64)
+    def __init__(
+        self, rows: int, columns: int, source: numpy.dtype[Any], target: numpy.dtype[Any]
+    ) -> None:
+        random = numpy.random.default_rng(0)
+        self.weight = random.normal(0, 0.02, (rows, columns)).astype(numpy.float32).astype(source)
+        left = random.normal(size=(rows, _RANK))
+        right = random.normal(size=(_RANK, columns))
         self.product = product(left * (0.02 * _RELATIVE / _RANK**0.5), right, exact=True)
         self.tiles = list(row_tiles(rows, columns, TILE_ELEMENTS))
         self.delta = self.product.rows(0, rows)
-        self.merged = merge_values(self.weight, self.delta, None, target)
-        self.out = torch.empty_like(self.weight)
+        self.merged = merged_values(self.weight, self.delta, None, target)
+        self.out = numpy.empty_like(self.weight)
         self.codes: list[bytes] = []
 
     def each(self, work: Callable[[int, int], object]) -> Work:
@@ -82,22 +88,22 @@ class Matrix:
 
     def differences(self) -> bytes:
         """Compress what a naive subtraction gets wrong."""
-        near = (self.merged.float() - self.delta).to(self.weight.dtype)
-        kind = torch.int32 if near.dtype == torch.float32 else torch.int16
-        return zlib.compress((self.weight.view(kind) - near.view(kind)).numpy().tobytes(), 6)
+        near = (self.merged.astype(numpy.float32) - self.delta).astype(self.weight.dtype)
+        kind = f"i{near.itemsize}"
+        return zlib.compress((self.weight.view(kind) - near.view(kind)).tobytes(), 6)
 
     def works(self) -> dict[str, Work]:
         """Return what to time, by name."""
-        raw: Any = self.weight.view(torch.uint8).numpy()
+        raw = array_bytes(self.weight)
         works: dict[str, Work] = {
             "fixed-point delta": self.each(lambda a, b: self.product.rows(a, b)),
             "sum and rounding": self.each(
-                lambda a, b: merge_values(
+                lambda a, b: merged_values(
                     self.weight[a:b], self.delta[a:b], None, self.merged.dtype
                 )
             ),
             "SHA-256 of the weight": lambda: sha256(raw),
-            "copy of the weight": lambda: self.out.copy_(self.weight),
+            "copy of the weight": lambda: numpy.copyto(self.out, self.weight),
             "zlib of differences": self.differences,
         }
         for kernel in available():
@@ -107,11 +113,11 @@ class Matrix:
 
     def bits(self) -> dict[str, float]:
         """Return what each way to the original stores per weight."""
-        count = self.weight.numel()
+        count = self.weight.size
         return {
             "interval code": 8 * sum(map(len, self.codes)) / count,
             "zlib of differences": 8 * len(self.differences()) / count,
-            "copy": 8.0 * self.weight.element_size(),
+            "copy": 8.0 * self.weight.itemsize,
         }
 
 
@@ -151,10 +157,10 @@ def main(
     rows: int, columns: int, repeat: int, source: str, target: str, json_path: Path | None
 ) -> None:
     """Measure, print a table, write JSON."""
-    torch.set_num_threads(1)
     matrix = Matrix(rows, columns, _TYPES[source], _TYPES[target])
-    found, about = measure(matrix.works(), rows * columns, repeat), machine()
-    if not torch.equal(matrix.out, matrix.weight):
+    with one_blas_thread():
+        found, about = measure(matrix.works(), rows * columns, repeat), machine()
+    if not numpy.array_equal(matrix.out, matrix.weight):
         raise click.ClickException("the original did not come back")
     click.echo(", ".join(f"{key}: {value}" for key, value in about.items()))
     click.echo(f"{rows} x {columns}, {source} merged into {target}; ns per weight, one core")

@@ -149,6 +149,7 @@ def rounded(
         See `loraformat_converters.gguf.blocks.quantized_tiles`.
     """
     from loraformat.nf4.kernels.threads import run
+    from loraformat.tensors.torch_arrays import array_of
 
     step = max(1, _TILE // max(length, 1))
     window = step * (_WINDOW // _TILE)
@@ -176,7 +177,10 @@ def rounded(
                 asked = begin == 0
                 alone = _read(quantize(before, kind, name), before, kind, name) if asked else None
                 measured[begin] = watched.watch.compare(
-                    before.float(), values.float(), found, alone
+                    array_of(before.float()),
+                    array_of(values.float()),
+                    array_of(found),
+                    None if alone is None else array_of(alone),
                 )
             if loss is not None:
                 lost[begin] = _difference(values, found)

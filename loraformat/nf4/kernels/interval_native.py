@@ -7,16 +7,15 @@ from ctypes import POINTER, c_int, c_int64, c_void_p
 from functools import cache
 
 import numpy
-import torch
-from torch import Tensor
 
 from loraformat.nf4.kernels import active
+from loraformat.nf4.kernels.merge_tile import MERGED_DTYPES
 from loraformat.nf4.kernels.native import ISAS, library
+from loraformat.tensors.arrays import Array
 
 __all__ = ["Tile", "decode", "encode", "loaded"]
 
 _INTERFACE = 1
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Tile(ctypes.Structure):
@@ -60,61 +59,61 @@ def loaded() -> bool:
     UsageError
         As `loraformat.nf4.kernels.active`.
     """
-    return active().name != "torch" and _library() is not None
+    return active().name in ISAS and _library() is not None
 
 
-def _steps(operand: Tensor, rows: int, columns: int) -> tuple[Tensor, int, int]:
+def _steps(operand: Array, rows: int, columns: int) -> tuple[Array, int, int]:
     """Return a float32 operand that broadcasts, and its steps between rows and columns."""
-    wide = operand.float().expand(rows, columns)
-    if columns > 1 and wide.stride(1) not in (0, 1):
-        wide = wide.contiguous()
-    row, column = wide.stride()
+    wide = numpy.broadcast_to(operand.astype(numpy.float32, copy=False), (rows, columns))
+    if columns > 1 and wide.strides[1] not in (0, wide.itemsize):
+        wide = numpy.ascontiguousarray(wide)
+    row, column = (stride // wide.itemsize for stride in wide.strides)
     return wide, 0 if rows == 1 else row, 0 if columns == 1 else column
 
 
 def _run(
-    name: str, merged: Tensor, delta: Tensor, gain: Tensor | None, weight: Tensor, tile: Tile
+    name: str, merged: Array, delta: Array, gain: Array | None, weight: Array, tile: Tile
 ) -> bool:
     lib = _library()
-    assert lib is not None and merged.is_contiguous() and weight.is_contiguous()
-    columns = merged.shape[-1] if merged.dim() else 1
-    tile.rows, tile.columns = merged.numel() // max(columns, 1), columns
-    if gain is None and (delta.numel() == 1 or delta.shape == merged.shape):
-        tile.rows, tile.columns = 1, merged.numel()  # one long row
+    assert lib is not None and merged.flags.c_contiguous and weight.flags.c_contiguous
+    columns = merged.shape[-1] if merged.ndim else 1
+    tile.rows, tile.columns = merged.size // max(columns, 1), columns
+    if gain is None and (delta.size == 1 or delta.shape == merged.shape):
+        tile.rows, tile.columns = 1, merged.size  # one long row
         delta = delta.reshape(-1)
     deltas, tile.delta_row, tile.delta_step = _steps(delta, tile.rows, tile.columns)
-    tile.delta = deltas.data_ptr()
+    tile.delta = deltas.ctypes.data
     if gain is not None:
         gains, tile.gain_row, tile.gain_step = _steps(gain, tile.rows, tile.columns)
-        tile.gain = gains.data_ptr()
-    tile.merged, tile.weight = merged.data_ptr(), weight.data_ptr()
+        tile.gain = gains.ctypes.data
+    tile.merged, tile.weight = merged.ctypes.data, weight.ctypes.data
+    types = MERGED_DTYPES[weight.dtype], MERGED_DTYPES[merged.dtype]
     call = getattr(lib, f"interval_{name}")
-    isa = ISAS.index(active().name)
-    return bool(call(isa, _DTYPES[weight.dtype], _DTYPES[merged.dtype], ctypes.byref(tile)))
+    return bool(call(ISAS.index(active().name), *types, ctypes.byref(tile)))
 
 
 def encode(
-    weight: Tensor, delta: Tensor, gain: Tensor | None, merged: Tensor
-) -> tuple[bytes, Tensor] | None:
+    weight: Array, delta: Array, gain: Array | None, merged: Array
+) -> tuple[bytes, Array] | None:
     """Do what `loraformat.undo.interval_code.encode_tile` does; None if it cannot be done.
 
     Parameters
     ----------
-    weight, merged : Tensor
+    weight, merged : array
         Contiguous, of one shape: float32, float16 or bfloat16.
-    delta, gain : Tensor
+    delta, gain : array
         Broadcast to that shape.
     """
-    bits = numpy.empty(4 * weight.numel() + 8, numpy.uint8)
-    zeros = torch.empty(weight.numel(), dtype=torch.int64)
-    tile = Tile(bits=bits.ctypes.data, size=bits.size, zeros=zeros.data_ptr())
+    bits = numpy.empty(4 * weight.size + 8, numpy.uint8)
+    zeros = numpy.empty(weight.size, numpy.int64)
+    tile = Tile(bits=bits.ctypes.data, size=bits.size, zeros=zeros.ctypes.data)
     if not _run("encode", merged, delta, gain, weight, tile):
         return None
-    return bits[: tile.size].tobytes(), zeros[: tile.zero_count].clone()
+    return bits[: tile.size].tobytes(), zeros[: tile.zero_count].copy()
 
 
 def decode(
-    merged: Tensor, delta: Tensor, gain: Tensor | None, bits: bytes | memoryview, weight: Tensor
+    merged: Array, delta: Array, gain: Array | None, bits: bytes | memoryview, weight: Array
 ) -> bool:
     """Fill `weight`, which is contiguous; False if the bits are not the tile's."""
     data = numpy.frombuffer(bits, numpy.uint8) if len(bits) else numpy.empty(1, numpy.uint8)

@@ -1,4 +1,4 @@
-"""Merging one tile of a weight and measuring the rounding, in C or torch.
+"""Merging one tile of a weight and measuring the rounding, in C or numpy.
 
     out = round(g · (w + d))
 
@@ -12,18 +12,19 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy
 
 from loraformat.nf4.kernels import active
 from loraformat.nf4.kernels.native import ISAS, library
+from loraformat.tensors.arrays import Array, numpy_dtype
 
-__all__ = ["TileSums", "merge_tile", "merge_tile_in_torch"]
+__all__ = ["MERGED_DTYPES", "TileSums", "merge_tile", "merge_tile_in_numpy", "merged_values"]
 
 _INTERFACE = 1
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: The types of weights, as merge.h numbers them.
+MERGED_DTYPES = {numpy_dtype(name): number for number, name in enumerate(("F32", "F16", "BF16"))}
 _FLOAT16_MAX = 65504.0
 
 
@@ -81,19 +82,19 @@ def _library() -> ctypes.CDLL | None:
 
 
 def merge_tile(
-    weight: Tensor, delta: Tensor | None, gain: Tensor | None, out: Tensor, *, measure: bool = False
+    weight: Array, delta: Array | None, gain: Array | None, out: Array, *, measure: bool = False
 ) -> TileSums | None:
     """Merge a tile into ``out``.
 
     Parameters
     ----------
-    weight : Tensor
+    weight : array
         float32, float16 or bfloat16 (rows, columns), contiguous.
-    delta : Tensor or None
+    delta : array or None
         float32 (rows, columns), contiguous; None is zero.
-    gain : Tensor or None
+    gain : array or None
         float32 (rows, 1) or (1, columns), contiguous: DoRA's. None is 1.
-    out : Tensor
+    out : array
         Like ``weight``, of any of the three types. float16 saturates at ±65504; NaN stays NaN.
         Every step is in float32, rounded to nearest even.
     measure : bool
@@ -105,64 +106,97 @@ def merge_tile(
 
     Examples
     --------
-    >>> out = torch.empty(1, 2, dtype=torch.bfloat16)
-    >>> merge_tile(torch.ones(1, 2), torch.tensor([[0.0, 0.001]]), None, out, measure=True)
+    >>> out = numpy.empty((1, 2), numpy_dtype("BF16"))
+    >>> delta = numpy.array([[0.0, 0.001]], numpy.float32)
+    >>> merge_tile(numpy.ones_like(delta), delta, None, out, measure=True)
     TileSums(weight=2.0, delta=1.0000...e-06, ..., changed=1, swallowed=1, clipped=0)
     """
     kernel, lib = active().name, _library()
-    if kernel == "torch" or lib is None:
-        return merge_tile_in_torch(weight, delta, gain, out, measure=measure)
+    if kernel not in ISAS or lib is None:
+        return merge_tile_in_numpy(weight, delta, gain, out, measure=measure)
     rows, columns = weight.shape
     job = _Job(
         rows,
         columns,
-        weight.data_ptr(),
-        None if delta is None else delta.data_ptr(),
-        None if gain is None else gain.data_ptr(),
+        weight.ctypes.data,
+        None if delta is None else delta.ctypes.data,
+        None if gain is None else gain.ctypes.data,
         1 if gain is not None and len(gain) == rows and gain.shape[1] == 1 else 0,
         1 if gain is not None and gain.shape[1] == columns and columns > 1 else 0,
-        out.data_ptr(),
+        out.ctypes.data,
         measure,
     )
-    lib.merge_tile(ISAS.index(kernel), _DTYPES[weight.dtype], _DTYPES[out.dtype], job)
+    lib.merge_tile(ISAS.index(kernel), MERGED_DTYPES[weight.dtype], MERGED_DTYPES[out.dtype], job)
     if not measure:
         return None
     weights, deltas, products, errors = job.sums
     return TileSums(weights, deltas, products, errors, job.changed, job.swallowed, job.clipped)
 
 
-def merge_tile_in_torch(
-    weight: Tensor, delta: Tensor | None, gain: Tensor | None, out: Tensor, *, measure: bool = False
+def merge_tile_in_numpy(
+    weight: Array, delta: Array | None, gain: Array | None, out: Array, *, measure: bool = False
 ) -> TileSums | None:
     """Do what `merge_tile` does without compiled code."""
-    before = weight.float()
-    change = torch.zeros(()) if delta is None else delta
-    total = before + change
-    if gain is not None:
-        total = total * gain
-    clipped = int((total.abs() > _FLOAT16_MAX).sum()) if out.dtype == torch.float16 else 0
-    _round(total, out)
+    change = numpy.float32(0) if delta is None else delta
+    out[...] = merged_values(weight, change, gain, out.dtype)
     if not measure:
         return None
-    exact = (change.expand_as(before) if gain is None else total - before).reshape(-1)
-    effect = (out.float() - before).reshape(-1)
-    rest = effect - exact
-    plain = torch.empty_like(out)
-    _round(before, plain)
-    changed = exact != 0
-    flat = before.reshape(-1)
-    return TileSums(
-        weight=float(flat @ flat),
-        delta=float(exact @ exact),
-        product=float(effect @ exact),
-        error=float(rest @ rest),
-        changed=int(changed.sum()),
-        swallowed=int((changed & (out == plain).reshape(-1)).sum()),
-        clipped=clipped,
-    )
+    before = weight.astype(numpy.float32)
+    with numpy.errstate(all="ignore"):
+        total = _sum(weight, change, gain)
+        exact = numpy.broadcast_to(change, before.shape) if gain is None else total - before
+        effect = out.astype(numpy.float32) - before
+        rest = effect - exact
+        changed = exact != 0
+        plain = merged_values(weight, numpy.float32(0), None, out.dtype)
+        clipped = numpy.abs(total) > _FLOAT16_MAX if out.dtype == numpy.float16 else False
+        return TileSums(
+            weight=_dot(before, before),
+            delta=_dot(exact, exact),
+            product=_dot(effect, exact),
+            error=_dot(rest, rest),
+            changed=int(changed.sum()),
+            swallowed=int((changed & (out == plain)).sum()),
+            clipped=int(numpy.sum(clipped)),
+        )
 
 
-def _round(values: Tensor, out: Tensor) -> None:
-    if out.dtype == torch.float16:
-        values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-    out.copy_(values)
+def merged_values(
+    weight: Array, delta: Array | numpy.float32, gain: Array | None, dtype: numpy.dtype[Any]
+) -> Array:
+    """Return round(g · (w + d)): the merged weight in the dtype of the output.
+
+    Parameters
+    ----------
+    weight : array
+        float32, bfloat16 or float16.
+    delta : array
+        float32, of a shape that broadcasts.
+    gain : array or None
+        float32, of a shape that broadcasts: DoRA's m / ‖W + D‖. None is 1.
+    dtype : numpy.dtype
+        float16 saturates at ±65504; NaN stays NaN.
+
+    Examples
+    --------
+    >>> one = numpy.ones(1, numpy.float32)
+    >>> merged_values(one, one / 1000, None, numpy_dtype("BF16"))
+    array([1], dtype=bfloat16)
+    """
+    with numpy.errstate(all="ignore"):
+        total = _sum(weight, delta, gain)
+        if dtype == numpy.float16:
+            total.clip(-_FLOAT16_MAX, _FLOAT16_MAX, out=total)
+        return total.astype(dtype)
+
+
+def _sum(weight: Array, delta: Array | numpy.float32, gain: Array | None) -> Array:
+    total = weight.astype(numpy.float32)
+    total += delta
+    if gain is not None:
+        total *= gain
+    return total
+
+
+def _dot(one: Array, other: Array) -> float:
+    return float(numpy.dot(one.reshape(-1), other.reshape(-1)))

@@ -18,7 +18,7 @@ from loraformat.ops.merge.chat_files import with_conversation
 from loraformat.ops.merge.merged_tensor import BufferPool, merged_tensor, requantized
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.retention import Meter, Stored
+from loraformat.ops.merge.retention import Meter
 from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
 from loraformat.ops.model_output import ModelOutput, input_paths
 from loraformat.ops.unmerge.record_file import RecordPublication
@@ -77,8 +77,6 @@ class MergeJob:
         What became of each delta, once it is written.
     alignment : Alignment
         What became of dense tensors of another type than most, once they are written.
-    stored : Stored
-        Measures that by what is stored, where the writer rounds to types of its own.
     """
 
     def __init__(
@@ -91,14 +89,14 @@ class MergeJob:
     ) -> None:
         self.original, self.adapters = original, adapters
         self.options, self.writer = options, writer
-        self.meter, self.pool = Meter(), BufferPool()
+        self.pool = BufferPool()
         self.plan = plan_edits(original, adapters, options.weights)
         self.spool = spool
         self.recorders: dict[str, UndoRecorder] | None = None if spool is None else {}
         self.dtype = self._output_dtype()
         if spool is not None:
             self._check_undo()
-        self.stored = Stored(self._told() if writer.dtypes else {}, self.meter)
+        self.meter = Meter(self._told() if writer.dtypes else {})
         self.alignment = Alignment()
         self.checkpoint = self._merged()
 
@@ -208,7 +206,7 @@ class MergeJob:
                 edit, source, self.dtype, self.spool
             )
         again = self.options.requantize and isinstance(source, NF4Tensor) and not edit.height
-        later = self.options.requantize or self.stored.before(edit.name) is not None
+        later = self.options.requantize or self.meter.before(edit.name) is not None
         merged = merged_tensor(
             edit,
             source,
@@ -263,7 +261,7 @@ class MergeJob:
             self.options.shard_limit,
             dtype=self.options.dtype if rounds else None,
             pre_tokenizer=self.options.pre_tokenizer,
-            watch=self.stored if rounds else None,
+            watch=self.meter if rounds else None,
         )
 
     def estimate(self, target: Path) -> Forecast | None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import torch
+import numpy
 
-from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.tensor_values import check_finite
+from loraformat.nf4.kernels.merge_tile import merge_tile
 from loraformat.ops.merge.plan import DeltaTerm
-from loraformat.ops.merge.tile_threads import TILE_ELEMENTS, for_each
+from loraformat.ops.merge.tile_threads import over_tiles
+from loraformat.tensors.arrays import Array
 from loraformat.undo.fixed_point import Product, product
 
 __all__ = ["LowRankUpdate", "block_matrices", "finite"]
@@ -46,7 +46,7 @@ class LowRankUpdate:
 
     shape: tuple[int, int]
     transposed: bool
-    factors: tuple[tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None], ...]
+    factors: tuple[tuple[Array, Array, float, Array | None], ...]
     weights: tuple[float, ...]
 
     @cached_property
@@ -54,7 +54,7 @@ class LowRankUpdate:
         """Whether any term is DoRA's."""
         return any(magnitude is not None for *_, magnitude in self.factors)
 
-    def measured_gains(self, weight: Callable[[int, int], torch.Tensor]) -> list[torch.Tensor]:
+    def measured_gains(self, weight: Callable[[int, int], Array]) -> list[Array]:
         """Return each DoRA term's m / ‖W + D‖ by output feature, in float32.
 
         Parameters
@@ -69,33 +69,38 @@ class LowRankUpdate:
         ]
 
     def _gain(
-        self, b: torch.Tensor, a: torch.Tensor, scaling: float, magnitude: torch.Tensor, weight: Any
-    ) -> torch.Tensor:
+        self,
+        b: Array,
+        a: Array,
+        scaling: float,
+        magnitude: Array,
+        weight: Callable[[int, int], Array],
+    ) -> Array:
         delta = product(*self._oriented(b * scaling, a), exact=False)
-        pieces = list(row_tiles(*self.shape, TILE_ELEMENTS))
-        sums: list[torch.Tensor] = [torch.empty(0)] * len(pieces)
 
-        def work(number: int) -> None:
-            start, stop = pieces[number]
-            values = (weight(start, stop).float() + delta.rows(start, stop)).square()
-            sums[number] = values.sum(0 if self.transposed else 1, dtype=torch.float64)
+        def work(start: int, stop: int) -> Array:
+            values = delta.rows(start, stop)
+            merge_tile(weight(start, stop), values, None, values)
+            numpy.square(values, out=values)
+            squares: Array = values.sum(0 if self.transposed else 1, dtype=numpy.float64)
+            return squares
 
-        for_each(work, len(pieces))
-        squares = torch.stack(sums).sum(0) if self.transposed else torch.cat(sums)
-        norms = squares.sqrt()
-        return torch.where(norms > 0, magnitude / norms, 0.0).float()
+        sums = over_tiles(work, *self.shape)
+        norms = numpy.sqrt(sum(sums) if self.transposed else numpy.concatenate(sums))
+        gains = numpy.divide(magnitude, norms, out=numpy.zeros_like(norms), where=norms > 0)
+        return gains.astype(numpy.float32)
 
-    def _oriented(self, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _oriented(self, b: Array, a: Array) -> tuple[Array, Array]:
         return (a.T, b.T) if self.transposed else (b, a)
 
     def combined(
-        self, gains: Sequence[torch.Tensor], *, exact: bool, in_turn: bool = False
-    ) -> tuple[Product, torch.Tensor | None]:
+        self, gains: Sequence[Array], *, exact: bool, in_turn: bool = False
+    ) -> tuple[Product, Array | None]:
         """Return the sum of all terms as one product, and the gain of each row.
 
         Parameters
         ----------
-        gains : sequence of torch.Tensor
+        gains : sequence of array
             As `measured_gains` returns them.
         exact : bool
             See `loraformat.undo.fixed_point.product`.
@@ -118,44 +123,42 @@ class LowRankUpdate:
         rows = self.factors[0][0].shape[0]
         by_term, left = [], iter(gains)
         for *_, magnitude in self.factors:
-            one = torch.ones(rows, dtype=torch.float64)
-            by_term.append(one if magnitude is None else next(left).double())
+            one = numpy.ones(rows)
+            by_term.append(one if magnitude is None else next(left).astype(numpy.float64))
         if in_turn:
             total, shares = _in_turn(by_term, self.weights)
         else:
             total, shares = self._at_once(by_term, len(gains)), by_term
-        rounded = total.float()
-        divisor = torch.where(rounded == 0, torch.inf, rounded.double())
+        rounded = total.astype(numpy.float32)
+        divisor = numpy.where(rounded == 0, numpy.inf, rounded.astype(numpy.float64))
         scaled = [
             b * (user * scaling * share / divisor)[:, None]
             for (b, _, scaling, _), user, share in zip(
                 self.factors, self.weights, shares, strict=True
             )
         ]
-        b = torch.cat(scaled, 1)
-        a = torch.cat([a for _, a, _, _ in self.factors])
+        b = numpy.concatenate(scaled, 1)
+        a = numpy.concatenate([a for _, a, _, _ in self.factors])
         along = rounded[None, :] if self.transposed else rounded[:, None]
         return product(*self._oriented(b, a), exact=exact), along if self.has_gain else None
 
-    def _at_once(self, by_term: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    def _at_once(self, by_term: Sequence[Array], count: int) -> Array:
         """Return G where all terms change the original; ``count`` of them have gains."""
-        total = torch.ones_like(by_term[0])
+        total = numpy.ones_like(by_term[0])
         for (*_, magnitude), user, gain in zip(self.factors, self.weights, by_term, strict=True):
             if magnitude is not None:
-                total = gain.clone() if user == 1 and count == 1 else total + user * (gain - 1)
+                total = gain if user == 1 and count == 1 else total + user * (gain - 1)
         return total
 
 
-def _in_turn(
-    by_term: Sequence[torch.Tensor], weights: Sequence[float]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _in_turn(by_term: Sequence[Array], weights: Sequence[float]) -> tuple[Array, list[Array]]:
     """Return G and, by term, gᵢ Π hⱼ over the terms behind it."""
-    shares, behind = [], torch.ones_like(by_term[0])
+    shares, behind = [], numpy.ones_like(by_term[0])
     for gain, user in zip(reversed(by_term), reversed(weights), strict=True):
         shares.append(gain * behind)
         behind = behind * (gain if user == 1 else 1 + user * (gain - 1))
     # A row that one term makes zero begins anew with the next: nothing is seen of the original.
-    return torch.where(behind == 0, _UNSEEN, behind), shares[::-1]
+    return numpy.where(behind == 0, _UNSEEN, behind), shares[::-1]
 
 
 def block_matrices(
@@ -198,21 +201,21 @@ def _matrix(
 
 def _factors(
     delta: LoraDelta, term: DeltaTerm, rows: int
-) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None]:
+) -> tuple[Array, Array, float, Array | None]:
     scaling = delta.scaling
     if term.part == "bias":
         assert delta.bias is not None
-        a = finite(delta.bias, delta.bias.torch())[None, :]
-        return torch.ones(1, 1, dtype=torch.float64), a, scaling, None
-    a, b = delta.a.torch(), delta.b.torch()
-    magnitude = None if delta.magnitude is None else delta.magnitude.torch().reshape(-1)
+        a = finite(delta.bias, delta.bias.array())[None, :]
+        return numpy.ones((1, 1)), a, scaling, None
+    a, b = delta.a.array(), delta.b.array()
+    magnitude = None if delta.magnitude is None else delta.magnitude.array().reshape(-1)
     if term.expert is not None:
         a, b = a[term.expert], b[term.expert]
     if term.rows is not None:
         b = b[slice(*term.rows)]
         magnitude = None if magnitude is None else magnitude[slice(*term.rows)]
     if term.into is not None:
-        whole = torch.zeros(rows, b.shape[1], dtype=b.dtype)
+        whole = numpy.zeros((rows, b.shape[1]), b.dtype)
         whole[slice(*term.into)] = b
         b = whole
     if magnitude is not None:
@@ -221,13 +224,13 @@ def _factors(
     return finite(delta.b, b), finite(delta.a, a), scaling, magnitude
 
 
-def finite(tensor: DenseTensor, values: torch.Tensor) -> torch.Tensor:
+def finite(tensor: DenseTensor, values: Array) -> Array:
     """Return values in float64, if none is NaN or infinite.
 
     Raises
     ------
     UnsupportedError
     """
-    values = values.double()
+    values = values.astype(numpy.float64)
     check_finite(values, tensor.name, error=UnsupportedError)
     return values

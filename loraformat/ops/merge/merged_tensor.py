@@ -15,28 +15,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
+import numpy
 
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter
-from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, tensor_view
-from loraformat.model.tensor_values import tensor_bytes
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
 from loraformat.model.vocabulary import resized
-from loraformat.nf4.kernels.merge_tile import TileSums, merge_tile
+from loraformat.nf4.kernels.merge_tile import MERGED_DTYPES, TileSums, merge_tile
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
 from loraformat.ops.merge.low_rank_updates import LowRankUpdate, block_matrices, finite
 from loraformat.ops.merge.plan import TensorEdit
 from loraformat.ops.merge.retention import Meter
-from loraformat.ops.merge.tile_threads import TILE_ELEMENTS, for_each, one_thread
-from loraformat.tensors.dtypes import torch_dtype
+from loraformat.ops.merge.tile_threads import TILE_ELEMENTS, over_tiles
+from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
+from loraformat.tensors.arrays import finite as all_finite
+from loraformat.tensors.torch_arrays import array_of, tensor_of
 from loraformat.undo.fixed_point import Product
 
 __all__ = ["BufferPool", "Recorder", "merged_tensor", "requantized"]
 
 #: Elements of a tile where no record says so: larger ones spend less time in Python.
 _PLAIN_TILE_ELEMENTS = 1 << 17
-_FLOAT16_MAX = 65504.0
 _FLOATS = ("F32", "F16", "BF16")
 #: Buffers below this are left to the allocator, which does as well.
 _LEAST_BUFFER = 1 << 20
@@ -47,19 +47,13 @@ _own = threading.local()
 class Recorder(Protocol):
     """Sees every tile of a merge, in order, to write down what rounding loses."""
 
-    def encode(
-        self,
-        weight: torch.Tensor,
-        delta: torch.Tensor,
-        gain: torch.Tensor | None,
-        merged: torch.Tensor,
-    ) -> Any:
+    def encode(self, weight: Array, delta: Array, gain: Array | None, merged: Array) -> Any:
         """Return what is lost of a tile; called from several threads."""
 
     def keep(self, encoded: Any, elements: int) -> None:
         """Take what `encode` returned of the next tile, in order."""
 
-    def gains(self, gains: torch.Tensor) -> None:
+    def gains(self, gains: Array) -> None:
         """Take DoRA's gains of one term of one block, float32, before the block's tiles."""
 
     def finish(self, source: memoryview, rows: Sequence[int] = ()) -> None:
@@ -142,46 +136,41 @@ class _Merged:
     meter: Meter | None
     recorder: Recorder | None
     pool: BufferPool
-    held: list[torch.Tensor] = field(default_factory=list)
+    held: list[Array] = field(default_factory=list)
 
     def load(self) -> memoryview:
-        with one_thread():
+        with numpy.errstate(all="ignore"):  # what overflows is refused below
             return self._load()
 
     def _load(self) -> memoryview:
         original = self._original()
         start = self._replaced(original)
-        if self.edit.terms or self.recorder is not None:
-            merged = self._walk(start)
-        elif start.dtype == torch_dtype(self.dtype):
-            merged = start
-        else:
-            merged = _cast(start, torch_dtype(self.dtype))
+        changes = bool(self.edit.terms) or start.dtype != numpy_dtype(self.dtype)
+        merged = self._walk(start) if changes or self.recorder is not None else start
         if self.recorder is not None:
             rows = [i for n in self.edit.rows for i in self._rows_of(self.adapters[n]).indices]
-            whole = memoryview(b"") if original is None else tensor_bytes(original)
+            whole = memoryview(b"") if original is None else array_bytes(original)
             self.recorder.finish(whole, rows)
-        return tensor_bytes(merged)
+        return array_bytes(merged)
 
     def give_back(self) -> None:
         while self.held:
             self.pool.give(self.held.pop())
 
-    def _buffer(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+    def _buffer(self, count: int, dtype: str) -> Array:
         """Return a flat buffer, held until the tensor is released."""
-        nbytes = count * dtype.itemsize
+        nbytes = count * numpy_dtype(dtype).itemsize
         self.held.append(self.pool.take(nbytes))
-        return self.held[-1][:nbytes].view(dtype)
+        return array_view(self.held[-1][:nbytes].data, dtype)
 
-    def _original(self) -> torch.Tensor | None:
+    def _original(self) -> Array | None:
         if isinstance(self.source, NF4Tensor):
-            values = self._buffer(self.source.count, torch.float32)
-            return self.source.dequantize("F32", out=values).contiguous()
-        if self.source is None:
-            return None
-        return tensor_view(self.source.load(), self.source.dtype, self.source.shape)
+            values = self._buffer(self.source.count, "F32")
+            whole = array_of(self.source.dequantize("F32", out=tensor_of(values)))
+            return numpy.ascontiguousarray(whole)
+        return None if self.source is None else self.source.array()
 
-    def _replaced(self, original: torch.Tensor | None) -> torch.Tensor:
+    def _replaced(self, original: Array | None) -> Array:
         """Put replacements in; with a weight ω they are W + ω (R − W)."""
         if original is not None and self.edit.height is not None:
             original = resized(original, self.edit.height)
@@ -191,37 +180,36 @@ class _Merged:
             values = _blend(original, _finite_as_stored(tensor), self.weights[number])
         assert values is not None
         if self.edit.rows:
-            values = values.clone()  # it may be mapped, and is not written to
+            values = values.copy()  # it may be mapped, and is not written to
         for number in self.edit.rows:
             rows = self._rows_of(self.adapters[number])
-            index = torch.tensor(rows.indices, dtype=torch.long)
+            index = list(rows.indices)
             new = _blend(values[index], _finite_as_stored(rows.rows), self.weights[number])
             if new.dtype != values.dtype:
-                values = values.float()
-            values[index] = new.to(values.dtype)
+                values = values.astype(numpy.float32)
+            values[index] = new
         return values
 
     def _rows_of(self, adapter: Adapter) -> Any:
         found = adapter.rows.get(self.edit.name) or adapter.rows.get(self.edit.source or "")
         return found or next(iter(adapter.rows.values()))  # of the embedding a head was tied to
 
-    def _walk(self, start: torch.Tensor) -> torch.Tensor:
-        shape, dtype = tuple(start.shape), torch_dtype(self.dtype)
-        merged = self._buffer(start.numel(), dtype).view(shape)
-        columns = shape[-1] if shape else 1
-        height = shape[-2] if len(shape) > 1 else 1
-        weights, results = (t.view(-1, height, columns) for t in (start.contiguous(), merged))
-        matrices = block_matrices(shape, self.edit.terms, self.adapters)
+    def _walk(self, start: Array) -> Array:
+        if start.dtype not in MERGED_DTYPES:  # a replacement's
+            start = start.astype(numpy.float32)
+        merged = self._buffer(start.size, self.dtype).reshape(start.shape)
+        height, columns = (1, 1, *start.shape)[-2:]
+        stack = start.shape[0] if start.ndim == 3 else 1
+        weights, results = (v.reshape(stack, height, columns) for v in (start, merged))
+        matrices = block_matrices(start.shape, self.edit.terms, self.adapters)
         for weight, result, matrix in zip(weights, results, matrices, strict=True):
-            if matrix is None and self.recorder is None:
-                result.copy_(_cast(weight, dtype))
+            if matrix is None and self.recorder is None and weight.dtype == result.dtype:
+                result[...] = weight
             else:
                 self._merge_matrix(weight, result, matrix)
         return merged
 
-    def _merge_matrix(
-        self, weight: torch.Tensor, result: torch.Tensor, matrix: LowRankUpdate | None
-    ) -> None:
+    def _merge_matrix(self, weight: Array, result: Array, matrix: LowRankUpdate | None) -> None:
         deltas, gain = None, None
         if matrix is not None:
             gains = matrix.measured_gains(lambda start, stop: weight[start:stop])
@@ -230,75 +218,77 @@ class _Merged:
                     self.recorder.gains(found)
             deltas, gain = matrix.combined(gains, exact=self.exact, in_turn=self.edit.in_turn)
         by_row = gain is not None and len(gain) == len(weight)
-        elements = _PLAIN_TILE_ELEMENTS if self.recorder is None else TILE_ELEMENTS
-        pieces = list(row_tiles(len(weight), weight.shape[1], elements))
-        measured: list[TileSums | None] = [None] * len(pieces)
-        encoded: list[Any] = [None] * len(pieces)
 
-        def work(number: int) -> None:
-            start, stop = pieces[number]
+        def work(start: int, stop: int) -> tuple[int, TileSums | None, int, Any]:
             delta = None if deltas is None else _rows(deltas, start, stop, self.exact)
             own = gain[start:stop] if gain is not None and by_row else gain
             part, values = weight[start:stop], result[start:stop]
             measure = self.meter is not None and deltas is not None
-            measured[number] = merge_tile(part, delta, own, values, measure=measure)
+            sums = merge_tile(part, delta, own, values, measure=measure)
+            overflown = 0
+            if deltas is not None and (sums is None or not math.isfinite(sums.error)):
+                overflown = _overflown(part, values)
+            encoded = None
             if self.recorder is not None:
-                change = torch.zeros(()) if delta is None else delta
-                encoded[number] = self.recorder.encode(part, change, own, values)
+                change = numpy.zeros((), numpy.float32) if delta is None else delta
+                encoded = self.recorder.encode(part, change, own, values)
+            return values.size, sums, overflown, encoded
 
-        for_each(work, len(pieces))
-        for number, (start, stop) in enumerate(pieces):
-            sums = measured[number]
+        elements = _PLAIN_TILE_ELEMENTS if self.recorder is None else TILE_ELEMENTS
+        tiles = over_tiles(work, len(weight), weight.shape[1], elements)
+        for size, sums, _, encoded in tiles:
             if self.meter is not None and sums is not None:
                 self.meter.add(self.edit.name, sums)
             if self.recorder is not None:
-                self.recorder.keep(encoded[number], (stop - start) * weight.shape[1])
-        if deltas is not None:
-            self._refuse_overflow(weight, result)
+                self.recorder.keep(encoded, size)
+        self._refuse_overflow(sum(overflown for _, _, overflown, _ in tiles))
 
-    def _refuse_overflow(self, weight: torch.Tensor, result: torch.Tensor) -> None:
-        """Refuse a merged matrix that is not finite where the base is; float16 saturates."""
-        if math.isfinite(float(result.sum())):
-            return
-        overflown = weight.isfinite() & ~result.isfinite()
-        if bool(overflown.any()):
+    def _refuse_overflow(self, count: int) -> None:
+        if count:
             first = self.edit.terms[0]
             raise UnsupportedError(
-                f"merged into {printable(self.edit.name)}, {int(overflown.sum())} weights exceed "
+                f"merged into {printable(self.edit.name)}, {count} weights exceed "
                 f"the range of {self.dtype}",
                 path=self.adapters[first.adapter].path,
                 hint="give a smaller --weight, or correct lora_alpha",
             )
 
 
-def _rows(deltas: Product, start: int, stop: int, exact: bool) -> torch.Tensor:
+def _overflown(weight: Array, merged: Array) -> int:
+    """Count merged weights that are not finite where the base's are; float16 saturates."""
+    if all_finite(merged):
+        return 0
+    return int(numpy.count_nonzero(numpy.isfinite(weight) & ~numpy.isfinite(merged)))
+
+
+def _rows(deltas: Product, start: int, stop: int, exact: bool) -> Array:
     """Return rows of a product; in float32 in this thread's buffer, until the next call."""
     if exact:
         return deltas.rows(start, stop)
     shape = stop - start, deltas.right.shape[1]
     count = shape[0] * shape[1]
-    buffer: torch.Tensor | None = getattr(_own, "delta", None)
-    if buffer is None or buffer.numel() < count:
-        buffer = _own.delta = torch.empty(count)
-    out = buffer[:count].view(shape)
-    return torch.mm(deltas.left[start:stop], deltas.right, out=out)
+    buffer: Array | None = getattr(_own, "delta", None)
+    if buffer is None or buffer.size < count:
+        buffer = _own.delta = numpy.empty(count, numpy.float32)
+    out = buffer[:count].reshape(shape)
+    return numpy.matmul(deltas.left[start:stop], deltas.right, out=out)
 
 
-def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype == torch.float16:
-        values = values.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-    return values.to(dtype)
+def _finite_as_stored(tensor: DenseTensor) -> Array:
+    values = tensor.array()
+    finite(tensor, values)
+    return values
 
 
-def _finite_as_stored(tensor: DenseTensor) -> torch.Tensor:
-    finite(tensor, tensor.torch())
-    return tensor.torch()
-
-
-def _blend(original: torch.Tensor | None, new: torch.Tensor, weight: float) -> torch.Tensor:
+def _blend(original: Array | None, new: Array, weight: float) -> Array:
     if weight == 1 or original is None:
         return new
-    return original.float() + weight * (new.float() - original.float())
+    before = original.astype(numpy.float32)
+    change = new.astype(numpy.float32)
+    change -= before
+    change *= weight
+    change += before
+    return change
 
 
 class BufferPool:
@@ -311,33 +301,33 @@ class BufferPool:
     >>> pool = BufferPool()
     >>> first = pool.take(2 << 20)
     >>> pool.give(first)
-    >>> pool.take(2 << 20).data_ptr() == first.data_ptr()
+    >>> pool.take(2 << 20) is first
     True
     """
 
     def __init__(self) -> None:
-        self._free: deque[torch.Tensor] = deque()
+        self._free: deque[Array] = deque()
         self._largest = 0
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> torch.Tensor:
-        """Return a flat uint8 tensor of at least ``nbytes``, with anything in it."""
+    def take(self, nbytes: int) -> Array:
+        """Return a flat uint8 array of at least ``nbytes``, with anything in it."""
         with self._lock:
             self._largest = max(self._largest, nbytes)
-            fitting = [b for b in self._free if nbytes <= b.numel() <= 2 * nbytes]
+            fitting = [b for b in self._free if nbytes <= len(b) <= 2 * nbytes]
             if fitting:
-                best = min(fitting, key=torch.Tensor.numel)
+                best = min(fitting, key=len)
                 self._free = deque(b for b in self._free if b is not best)
                 return best
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return numpy.empty(nbytes, numpy.uint8)
 
-    def give(self, buffer: torch.Tensor) -> None:
+    def give(self, buffer: Array) -> None:
         """Take a buffer back; nothing may look at it any more."""
-        if buffer.numel() < _LEAST_BUFFER:
+        if len(buffer) < _LEAST_BUFFER:
             return
         with self._lock:
             self._free.append(buffer)
-            while sum(b.numel() for b in self._free) > 2 * self._largest + _SPARE_BYTES:
+            while sum(map(len, self._free)) > 2 * self._largest + _SPARE_BYTES:
                 self._free.popleft()
 
 
@@ -364,9 +354,16 @@ def requantized(
         data = merged.load()
         fixed = replace(merged, load=lambda: data)
         parts = quantized(fixed, policy, model_type).load()
-        result = replace(again, load=lambda: parts).dequantize("F32")
-        before = source.dequantize("F32") if isinstance(source, NF4Tensor) else source.torch()
-        meter.compare(merged.name, before, fixed.torch(), result)
+        result = replace(again, load=lambda: parts)
+        whole = [_numbers(tensor) for tensor in (source, fixed, result)]
+        for start, stop in row_tiles(len(whole[0]), whole[0].shape[1], TILE_ELEMENTS):
+            before, wanted, after = (v[start:stop].astype(numpy.float32) for v in whole)
+            meter.add(merged.name, meter.compare(before, wanted, after, before))
         return parts
 
     return replace(again, load=load)
+
+
+def _numbers(tensor: LazyTensor) -> Array:
+    dense = array_of(tensor.dequantize("F32")) if isinstance(tensor, NF4Tensor) else tensor.array()
+    return dense.reshape(-1, tensor.shape[-1])

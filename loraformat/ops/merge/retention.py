@@ -12,18 +12,17 @@ and in total:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 
-import torch
+import numpy
 
-from loraformat.algebra.row_tiles import row_tiles
 from loraformat.model.checkpoint import LazyTensor
 from loraformat.nf4.kernels.merge_tile import TileSums
-from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
+from loraformat.tensors.arrays import Array
 
-__all__ = ["Change", "Meter", "Stored", "Sums", "compared"]
+__all__ = ["Change", "Meter"]
 
 #: Numbers whose products are summed in float32.
 _SUMMED = 1 << 16
@@ -51,37 +50,72 @@ class Change:
 
 
 @dataclass(slots=True)
-class Sums:
-    """Sums over elements, from which a `Change` follows."""
+class Meter:
+    """Collects sums over elements by tensor; a `loraformat.plugins.RoundingObserver`.
 
-    weight: float = 0.0
-    delta: float = 0.0
-    product: float = 0.0
-    error: float = 0.0
-    changed: int = 0
-    swallowed: int = 0
-    clipped: int = 0
+    Attributes
+    ----------
+    sources : mapping of str to LazyTensor
+        What tensors were before the merge, where a writer rounds to types of its own and tells
+        what it stores of them.
+    sums : dict of str to TileSums
+    """
 
-    def add(self, other: Sums | TileSums) -> None:
-        """Add other sums."""
-        self.weight += other.weight
-        self.delta += other.delta
-        self.product += other.product
-        self.error += other.error
-        self.changed += other.changed
-        self.swallowed += other.swallowed
-        self.clipped += other.clipped
+    sources: Mapping[str, LazyTensor] = field(default_factory=dict)
+    sums: dict[str, TileSums] = field(default_factory=dict)
 
-    def change(self, name: str) -> Change:
-        """Return the figures."""
-        return Change(
-            name,
-            relative=_digits(sqrt(self.delta / self.weight) if self.weight else 0.0),
-            gain=_digits(self.product / self.delta if self.delta else 1.0),
-            error=_digits(sqrt(self.error / self.delta) if self.delta else 0.0),
-            swallowed=_digits(self.swallowed / self.changed if self.changed else 0.0),
-            clipped=self.clipped,
-        )
+    def before(self, name: str) -> LazyTensor | None:
+        """Return what a tensor was before the merge; None of one that the writer does not tell."""
+        return self.sources.get(name)
+
+    def compare(
+        self, before: Array, wanted: Array, stored: Array, untouched: Array | None
+    ) -> TileSums:
+        """Measure a piece of a tensor: what it was, what it should become, what it became.
+
+        Parameters
+        ----------
+        before, wanted, stored : array
+            float32, of one shape.
+        untouched : array or None
+            What it would have become without a change; None where that is not counted.
+        """
+        delta, effect = wanted - before, stored - before
+        changed = swallowed = 0
+        if untouched is not None:
+            other = delta != 0
+            changed, swallowed = int(other.sum()), int((other & (stored == untouched)).sum())
+        product = _dot(effect, delta)
+        effect -= delta
+        weight, change, error = (_dot(values, values) for values in (before, delta, effect))
+        return TileSums(weight, change, product, error, changed, swallowed, clipped=0)
+
+    def add(self, name: str, measured: TileSums) -> None:
+        """Add what `compare` or `loraformat.nf4.kernels.merge_tile.merge_tile` found."""
+        self.sums[name] = _total((self.sums.get(name), measured))
+
+    def changes(self) -> list[Change]:
+        """Return the figures of every tensor, sorted by name."""
+        return [_change(name, self.sums[name]) for name in sorted(self.sums)]
+
+    def total(self) -> Change:
+        """Return the figures of all tensors together."""
+        return _change("total", _total(self.sums.values()))
+
+
+def _total(sums: Iterable[TileSums | None]) -> TileSums:
+    return TileSums(*map(sum, zip(*filter(None, sums), strict=True)))
+
+
+def _change(name: str, sums: TileSums) -> Change:
+    return Change(
+        name,
+        relative=_digits(sqrt(sums.delta / sums.weight) if sums.weight else 0.0),
+        gain=_digits(sums.product / sums.delta if sums.delta else 1.0),
+        error=_digits(sqrt(sums.error / sums.delta) if sums.delta else 0.0),
+        swallowed=_digits(sums.swallowed / sums.changed if sums.changed else 0.0),
+        clipped=sums.clipped,
+    )
 
 
 def _digits(value: float) -> float:
@@ -89,119 +123,10 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-@dataclass(slots=True)
-class Meter:
-    """Collects `Sums` by tensor.
-
-    Attributes
-    ----------
-    sums : dict of str to Sums
-    """
-
-    sums: dict[str, Sums] = field(default_factory=dict)
-
-    def add(self, name: str, sums: TileSums) -> None:
-        """Add what `loraformat.nf4.kernels.merge_tile.merge_tile` found."""
-        self.sums.setdefault(name, Sums()).add(sums)
-
-    def compare(
-        self, name: str, weight: torch.Tensor, wanted: torch.Tensor, result: torch.Tensor
-    ) -> None:
-        """Measure a whole tensor: what it was, what it should become, what it became."""
-        sums = self.sums.setdefault(name, Sums())
-        columns = weight.shape[-1]
-        flat = [tensor.reshape(-1, columns) for tensor in (weight, wanted, result)]
-        for start, stop in row_tiles(len(flat[0]), columns, TILE_ELEMENTS):
-            before, exact, after = (tensor[start:stop].float() for tensor in flat)
-            sums.add(compared(before, exact, after, before))
-
-    def changes(self) -> list[Change]:
-        """Return the figures of every tensor, sorted by name."""
-        return [self.sums[name].change(name) for name in sorted(self.sums)]
-
-    def total(self) -> Change:
-        """Return the figures of all tensors together."""
-        total = Sums()
-        for sums in self.sums.values():
-            total.add(sums)
-        return total.change("total")
-
-
-def compared(
-    weight: torch.Tensor,
-    wanted: torch.Tensor,
-    result: torch.Tensor,
-    untouched: torch.Tensor | None,
-) -> TileSums:
-    """Measure a piece of a tensor: what it was, what it should become, what it became.
-
-    Parameters
-    ----------
-    weight, wanted, result : torch.Tensor
-        float32, of one shape.
-    untouched : torch.Tensor or None
-        What it would have become without a change; None where that is not counted.
-    """
-    delta, effect = wanted - weight, result - weight
-    changed, swallowed = _counts(delta, result, untouched)
-    product = _dot(effect, delta)
-    return TileSums(
-        weight=_dot(weight, weight),
-        delta=_dot(delta, delta),
-        product=product,
-        error=_dot(effect.sub_(delta), effect),
-        changed=changed,
-        swallowed=swallowed,
-        clipped=0,
-    )
-
-
-def _counts(
-    delta: torch.Tensor, result: torch.Tensor, untouched: torch.Tensor | None
-) -> tuple[int, int]:
-    """Return how many numbers changed, and how many of them come out as if they had not."""
-    if untouched is None:
-        return 0, 0
-    same = torch.eq(result, untouched).logical_and_(delta)
-    return int(torch.count_nonzero(delta)), int(torch.count_nonzero(same))
-
-
-def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+def _dot(one: Array, other: Array) -> float:
     """Return the sum of products: in float32 of so many that six digits are right."""
-    pieces = (torch.split(vector.reshape(-1), _SUMMED) for vector in (one, other))
-    return sum(float(torch.dot(a, b)) for a, b in zip(*pieces, strict=True))
-
-
-class Stored:
-    """Measures merged tensors as they are stored; a `loraformat.plugins.RoundingObserver`.
-
-    Parameters
-    ----------
-    sources : mapping of str to LazyTensor
-        What each tensor was before the merge, which changed it by low-rank deltas alone.
-
-    meter : Meter
-        Takes what is found.
-    """
-
-    def __init__(self, sources: Mapping[str, LazyTensor], meter: Meter) -> None:
-        self._sources, self._meter = sources, meter
-
-    def before(self, name: str) -> LazyTensor | None:
-        """Return what a tensor was before the merge; None of one that is not measured."""
-        return self._sources.get(name)
-
-    def compare(
-        self,
-        before: torch.Tensor,
-        wanted: torch.Tensor,
-        stored: torch.Tensor,
-        untouched: torch.Tensor | None,
-    ) -> object:
-        """Measure some numbers; see `loraformat.plugins.RoundingObserver`."""
-        return compared(before, wanted, stored, untouched)
-
-    def add(self, name: str, measured: object) -> None:
-        """Take what `compare` returned."""
-        assert isinstance(measured, TileSums)
-        self._meter.add(name, measured)
+    flat = one.reshape(-1), other.reshape(-1)
+    return sum(
+        float(numpy.dot(*(vector[start : start + _SUMMED] for vector in flat)))
+        for start in range(0, one.size, _SUMMED)
+    )

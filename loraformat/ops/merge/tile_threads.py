@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
-import torch
+import numpy
 
+from loraformat.algebra.blas import one_blas_thread
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.nf4.kernels import threads
 
-__all__ = ["TILE_ELEMENTS", "for_each", "one_thread"]
+__all__ = ["TILE_ELEMENTS", "over_tiles"]
 
 #: Elements of a tile: it and what is computed from it stay in the cache.
 TILE_ELEMENTS = 1 << 16
+Found = TypeVar("Found")
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let each torch operation of this thread run on one CPU.
+def over_tiles(
+    work: Callable[[int, int], Found], rows: int, columns: int, elements: int = TILE_ELEMENTS
+) -> list[Found]:
+    """Work on tiles of whole rows, on all CPUs, each matrix product on one.
 
-    torch's own threads wait for each other after every operation; on a shared machine, and
-    with operations this small, that costs more than it brings.
+    Parameters
+    ----------
+    work : callable
+        Gets the first row of a tile, and the one behind its last.
+    rows, columns : int
+    elements : int
+        Of a tile.
+
+    Returns
+    -------
+    list
+        What ``work`` returned, in the order of the tiles.
+
+    Examples
+    --------
+    >>> over_tiles(lambda start, stop: stop - start, 5, 10, 20)
+    [2, 2, 1]
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def for_each(work: Callable[[int], None], count: int) -> None:
-    """Call ``work`` with every number, on all CPUs, each torch operation on one."""
+    tiles = list(row_tiles(rows, columns, elements))
+    found: dict[int, Found] = {}
 
     def task(start: int, stop: int) -> None:
-        for number in range(start, stop):
-            work(number)
+        with numpy.errstate(all="ignore"):  # whoever asks looks at what is not finite
+            found.update((number, work(*tiles[number])) for number in range(start, stop))
 
-    with one_thread():
-        threads.run(task, count, 1)
+    with one_blas_thread():
+        threads.run(task, len(tiles), 1)
+    return [found[number] for number in range(len(tiles))]

@@ -12,17 +12,17 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-import torch
+import numpy
 
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.written import WrittenModel
 from loraformat.ops.merge.plan import DeltaTerm, TensorEdit
 from loraformat.ops.merge.report import UndoSummary
 from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
+from loraformat.tensors.arrays import Array, array_bytes
 from loraformat.undo.interval_code import Unmergeable, encode_tile
 from loraformat.undo.record import AdapterRecord, UndoRecord, UndoTensor, encode_record, part_names
 from loraformat.version import __version__
@@ -69,8 +69,8 @@ class Spool:
 @dataclass(slots=True)
 class _Kept:
     residual: list[tuple[int, int]] = field(default_factory=list)
-    zeros: list[torch.Tensor] = field(default_factory=list)
-    gains: list[torch.Tensor] = field(default_factory=list)
+    zeros: list[Array] = field(default_factory=list)
+    gains: list[Array] = field(default_factory=list)
     elements: int = 0
 
 
@@ -108,17 +108,17 @@ class UndoRecorder:
             return "raw" if cast or edit.terms else "rows"
         return "interval"
 
-    def gains(self, gains: torch.Tensor) -> None:
+    def gains(self, gains: Array) -> None:
         """Take one DoRA term's gains."""
         self._kept.gains.append(gains)
 
     def encode(
         self,
-        weight: torch.Tensor,
-        delta: torch.Tensor,
-        gain: torch.Tensor | None,
-        merged: torch.Tensor,
-    ) -> tuple[bytes, torch.Tensor] | None:
+        weight: Array,
+        delta: Array,
+        gain: Array | None,
+        merged: Array,
+    ) -> tuple[bytes, Array] | None:
         """Encode what is lost of a tile; None if an interval cannot."""
         if self.mode != "interval":
             return None
@@ -127,7 +127,7 @@ class UndoRecorder:
         except Unmergeable:
             return None
 
-    def keep(self, encoded: tuple[bytes, torch.Tensor] | None, elements: int) -> None:
+    def keep(self, encoded: tuple[bytes, Array] | None, elements: int) -> None:
         """Keep a tile."""
         if self.mode != "interval":
             return
@@ -159,10 +159,10 @@ class UndoRecorder:
         kept = self._kept
         if self.mode != "interval":
             return [kept.residual, [], [], []]
-        zeros = [self.spool.append(bytes(tensor_bytes(z))) for z in kept.zeros if len(z)]
-        gains = [self.spool.append(bytes(tensor_bytes(g))) for g in kept.gains]
-        lengths = torch.tensor([length for _, length in kept.residual], dtype=torch.long)
-        return [kept.residual, zeros, gains, [self.spool.append(bytes(tensor_bytes(lengths)))]]
+        zeros = [self.spool.append(array_bytes(z)) for z in kept.zeros if len(z)]
+        gains = [self.spool.append(array_bytes(g)) for g in kept.gains]
+        lengths = numpy.array([length for _, length in kept.residual], numpy.int64)
+        return [kept.residual, zeros, gains, [self.spool.append(array_bytes(lengths))]]
 
     def describe(self, merged_sha256: str) -> UndoTensor:
         """Return the record's entry."""

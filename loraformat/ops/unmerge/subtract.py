@@ -13,7 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
 
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.model.adapter import Adapter
@@ -23,9 +25,7 @@ from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.ops.unmerge.report import Deviation, UnmergeReport
-
-if TYPE_CHECKING:
-    import torch
+from loraformat.tensors.arrays import Array
 
 __all__ = ["subtract"]
 
@@ -122,19 +122,18 @@ class _Bound:
     norm: float = 0.0
     saturated: int = 0
 
-    def add(self, before: torch.Tensor, after: torch.Tensor, dtypes: tuple[str, str]) -> None:
+    def add(self, before: Array, after: Array, dtypes: tuple[str, str]) -> None:
         """Add weights before and after the subtraction."""
         first, last = (_steps(v, t) for v, t in zip((before, after), dtypes, strict=True))
-        known = (first + last).isfinite()
+        known = numpy.isfinite(first + last)
         if dtypes[0] == "F16":
-            known &= before.abs() < 65504
-        self.saturated += int(known.numel() - known.sum())
+            known &= numpy.abs(before) < 65504
+        self.saturated += known.size - numpy.count_nonzero(known)
         off = (0.5 * first * _SLACK[dtypes[0]] + 0.5 * last * _SLACK[dtypes[1]])[known]
-        if len(off):
-            self.largest = max(self.largest, float(off.max()))
-            self.steps = max(self.steps, float((off / last[known]).max()))
+        self.largest = max(self.largest, float(off.max(initial=0.0)))
+        self.steps = max(self.steps, float((off / last[known]).max(initial=0.0)))
         self.squares += float(off @ off)
-        result = after.double()[known]
+        result = after[known].astype(numpy.float64)
         self.norm += float(result @ result)
 
     def deviation(self) -> Deviation:
@@ -144,14 +143,12 @@ class _Bound:
         )
 
 
-def _steps(values: torch.Tensor, dtype: str) -> torch.Tensor:
+def _steps(values: Array, dtype: str) -> Array:
     """Return the distance of each value to the next one of its dtype, away from zero."""
-    import torch
-
     bits, least = _PRECISION[dtype]
-    wide = values.double()
-    exponent = torch.frexp(wide).exponent.clamp(min=least).double() - bits
-    return torch.where(wide.isfinite(), torch.exp2(exponent), torch.inf)
+    wide = values.astype(numpy.float64)
+    exponent = numpy.maximum(numpy.frexp(wide)[1], least) - bits
+    return numpy.where(numpy.isfinite(wide), numpy.ldexp(1.0, exponent), numpy.inf)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -172,7 +169,7 @@ def _bounds(merged: str | Path, target: str | Path, names: Sequence[str]) -> Ite
             if not isinstance(first, DenseTensor) or not isinstance(last, DenseTensor):
                 continue
             found, dtypes = _Bound(name), (first.dtype, last.dtype)
-            one, other = first.torch().reshape(-1), last.torch().reshape(-1)
+            one, other = first.array().reshape(-1), last.array().reshape(-1)
             for start in range(0, len(one), _TILE):
                 found.add(one[start : start + _TILE], other[start : start + _TILE], dtypes)
             first.release()

@@ -13,16 +13,13 @@ import numpy
 
 from loraformat.errors import FormatError, UnsupportedError, printable
 from loraformat.model.adapter import Adapter
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, tensor_view
-from loraformat.model.tensor_values import tensor_bytes
-from loraformat.tensors.dtypes import torch_dtype
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
 from loraformat.tensors.mapped import MappedFile
 from loraformat.undo.record import UndoRecord, UndoTensor, part_names
 from loraformat.undo.rules import tile_rows
 
 if TYPE_CHECKING:
-    import torch
-
     from loraformat.ops.merge.low_rank_updates import LowRankUpdate
     from loraformat.ops.merge.plan import DeltaTerm
 
@@ -156,8 +153,6 @@ class Undoing:
     def _from_intervals(
         self, tensor: DenseTensor, undo: UndoTensor, data: memoryview, residual: memoryview
     ) -> memoryview:
-        import torch
-
         from loraformat.undo.interval_code import Unmergeable
 
         name = tensor.name
@@ -166,8 +161,8 @@ class Undoing:
         gains = self._gains(name, matrices)
         stack, rows, columns, step = tile_rows(undo.shape, self.record.tile_elements)
         per_matrix = -(-rows // step)
-        merged = tensor_view(data, tensor.dtype, (stack, rows, columns))
-        restored = torch.empty((stack, rows, columns), dtype=torch_dtype(undo.dtype))
+        merged = array_view(data, tensor.dtype, (stack, rows, columns))
+        restored = numpy.empty((stack, rows, columns), numpy_dtype(undo.dtype))
         for number, matrix in enumerate(matrices):
             own = ends[number * per_matrix : (number + 1) * per_matrix + 1]
             try:
@@ -178,9 +173,9 @@ class Undoing:
                 raise self._damaged("U08", name, "no such interval") from None
             except UnsupportedError as error:
                 raise self._damaged("U10", name, str(error)) from error
-        flat = restored.view(-1)
+        flat = restored.reshape(-1)
         flat[self._zeros(name, len(flat))] = -0.0
-        return tensor_bytes(flat)
+        return array_bytes(flat)
 
     def _matrices(self, name: str, undo: UndoTensor) -> list[LowRankUpdate | None]:
         """Return what was added to each matrix, after the checks of U10."""
@@ -231,16 +226,14 @@ class Undoing:
 
     def _ends(self, name: str, nbytes: int) -> list[int]:
         """Return where each tile's code begins, and the end."""
-        lengths = numpy.frombuffer(bytes(self._part(name, 3)), "<i8").tolist()
+        lengths = array_view(self._part(name, 3), "I64").tolist()
         if min(lengths, default=0) < 0 or sum(lengths) != nbytes:
             raise self._damaged("U09", name, "lengths of tiles")
         return list(accumulate(lengths, initial=0))
 
-    def _gains(self, name: str, matrices: list[LowRankUpdate | None]) -> list[list[torch.Tensor]]:
+    def _gains(self, name: str, matrices: list[LowRankUpdate | None]) -> list[list[Array]]:
         """Return the gains of each matrix' terms that have some."""
-        import torch
-
-        whole = tensor_view(memoryview(bytearray(self._part(name, 2))), "F32")
+        whole = array_view(self._part(name, 2), "F32")
         counts = [
             [len(b) for b, _, _, magnitude in matrix.factors if magnitude is not None]
             if matrix is not None else []
@@ -248,13 +241,14 @@ class Undoing:
         ]  # fmt: skip
         if sum(map(sum, counts)) != len(whole):
             raise self._damaged("U09", name, f"{len(whole)} gains")
-        pieces = iter(torch.split(whole, [count for own in counts for count in own]))
+        ends = accumulate(count for own in counts for count in own)
+        pieces = iter(numpy.split(whole, list(ends)))
         return [[next(pieces) for _ in own] for own in counts]
 
-    def _zeros(self, name: str, count: int) -> torch.Tensor:
-        zeros = tensor_view(memoryview(bytearray(self._part(name, 1))), "I64")
+    def _zeros(self, name: str, count: int) -> Array:
+        zeros = array_view(self._part(name, 1), "I64")
         if len(zeros) and not (
-            bool((zeros[1:] > zeros[:-1]).all()) and int(zeros[0]) >= 0 and int(zeros[-1]) < count
+            (zeros[1:] > zeros[:-1]).all() and zeros[0] >= 0 and zeros[-1] < count
         ):
             raise self._damaged("U11", name, "positions of zeros")
         return zeros
@@ -272,27 +266,25 @@ class Undoing:
 
 
 def _decode_matrix(
-    merged: torch.Tensor,
-    restored: torch.Tensor,
+    merged: Array,
+    restored: Array,
     matrix: LowRankUpdate | None,
-    gains: list[torch.Tensor],
+    gains: list[Array],
     residual: memoryview,
     ends: list[int],
     step: int,
 ) -> None:
     """Fill `restored`, tile by tile, on all CPUs."""
-    import torch
-
-    from loraformat.ops.merge.tile_threads import for_each
+    from loraformat.ops.merge.tile_threads import over_tiles
     from loraformat.undo.interval_code import decode_tile
 
     deltas, gain = (None, None) if matrix is None else matrix.combined(gains, exact=True)
 
-    def work(number: int) -> None:
-        start, stop = number * step, min((number + 1) * step, len(merged))
-        delta = torch.zeros(()) if deltas is None else deltas.rows(start, stop)
+    def work(start: int, stop: int) -> None:
+        delta = numpy.zeros((), numpy.float32) if deltas is None else deltas.rows(start, stop)
         own = gain if gain is None or len(gain) == 1 else gain[start:stop]
+        number = start // step
         bits = residual[ends[number] : ends[number + 1]]
         decode_tile(merged[start:stop], delta, own, restored.dtype, bits, restored[start:stop])
 
-    for_each(work, len(ends) - 1)
+    over_tiles(work, len(merged), merged.shape[1], step * merged.shape[1])

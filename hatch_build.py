@@ -1,7 +1,7 @@
 """Build hook: compile the NF4 kernels into the package, where there is a C compiler.
 
 Without one, or if it fails, the package installs all the same and computes the same numbers in
-torch, more slowly. ``python hatch_build.py`` compiles in place, for work in a checkout.
+numpy, more slowly. ``python hatch_build.py`` compiles in place, for work in a checkout.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[type-arg, unused-igno
         problem = compile_kernels(Path(self.root))
         if problem:
             self.app.display_warning(
-                f"loraformat: NF4 kernels not compiled, the torch fallback will be used: {problem}"
+                f"loraformat: NF4 kernels not compiled, the numpy fallback will be used: {problem}"
             )
             return
         if version == "editable":  # reads the library in the checkout

@@ -280,7 +280,7 @@ def main(
     from loraformat import plugins
 
     # Once, before the forks; and what is not needed would only make them slower.
-    quantizes = ("torch", "loraformat.nf4.codec") if to_format != "safetensors" else ()
+    quantizes = ("loraformat.nf4.codec",) if to_format != "safetensors" else ()
     for module in (*quantizes, "loraformat.ops.convert.convert"):
         import_module(module)
     plugins.all_converters()

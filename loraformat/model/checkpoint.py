@@ -238,7 +238,7 @@ class NF4Tensor:
         """Return the quant state for this weight."""
         return QuantState(self.stored_shape, self.dtype, self.block_size, nested_offset)
 
-    def dequantize(self, dtype: str | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: str | None = None, out: Array | None = None) -> Array:
         """Return the weight as dense numbers, as bitsandbytes would.
 
         Parameters
@@ -246,33 +246,35 @@ class NF4Tensor:
         dtype : str, optional
             safetensors name, F32, F16 or BF16; the weight's own by default. Each value is
             computed in float32 and rounded once, to nearest even.
-        out : torch.Tensor, optional
+        out : array, optional
             Flat buffer of ``count`` elements to fill.
 
         Returns
         -------
-        torch.Tensor
+        array
             Of shape ``shape``; a view on the buffer, transposed if the codes are.
         """
         from loraformat.nf4 import codec
+        from loraformat.tensors.arrays import numpy_dtype
 
         weight = codec.dequantize(
-            self.codes(self.load()), dtype=torch_dtype(dtype or self.dtype), out=out
-        ).view(self.stored_shape)
+            self.codes(self.load()), dtype=numpy_dtype(dtype or self.dtype), out=out
+        ).reshape(self.stored_shape)
         return weight.T if self.transposed else weight
 
     def codes(self, parts: NF4Parts) -> codec.NF4:
         """Return loaded parts as the codec's own record."""
         from loraformat.nf4 import codec
         from loraformat.nf4.quant_state import parse_quant_state
+        from loraformat.tensors.arrays import array_view
 
         nested = parts.nested_absmax
         return codec.NF4(
-            packed=tensor_view(parts.packed, "U8"),
-            absmax=tensor_view(parts.absmax, "U8" if self.double_quant else "F32"),
+            packed=array_view(parts.packed, "U8"),
+            absmax=array_view(parts.absmax, "U8" if self.double_quant else "F32"),
             count=self.count,
             block_size=self.block_size,
-            nested_absmax=None if nested is None else tensor_view(nested, "F32"),
+            nested_absmax=None if nested is None else array_view(nested, "F32"),
             nested_offset=parse_quant_state(parts.quant_state, self.name, "").nested_offset,
         )
 

@@ -1,6 +1,5 @@
 """The NF4 codec: 4-bit codes, absmax scales per block, double quantization.
 
 Start with `codec`; `tables` holds the levels, `quant_state` the JSON text that bitsandbytes keeps
-beside each weight, `kernels` the same arithmetic in C and in torch. Only `codec` and `kernels`
-import torch.
+beside each weight, `kernels` the same arithmetic in C and in numpy.
 """

@@ -42,15 +42,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy
 
 from loraformat.errors import NonFiniteError, UsageError
 from loraformat.nf4 import kernels
 from loraformat.nf4.kernels.tables import from_bits
 from loraformat.nf4.kernels.threads import run
 from loraformat.nf4.tables import LEVEL_BITS, NESTED_MAP_BITS
+from loraformat.tensors.arrays import Array, numpy_dtype
 
 __all__ = [
     "BLOCK_SIZES",
@@ -71,19 +72,20 @@ __all__ = [
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FLOAT32 = numpy_dtype("F32")
+_DTYPES = (_FLOAT32, numpy_dtype("F16"), numpy_dtype("BF16"))
 _PIECE = 1 << 18  # elements per piece of work: whole blocks, whole error chunks, about 0.2 ms
 _SCALES = 1 << 16  # scales per piece of work
 _ERROR_CHUNK = 4096
 _STREAM_BYTES = 1 << 21  # a whole tensor at least this large does not stay in a core's cache
 
 
-def levels() -> Tensor:
+def levels() -> Array:
     """Return the 16 levels.
 
     Returns
     -------
-    Tensor
+    array
         float32[16], ascending from -1 to 1, level 7 exactly zero.
 
     Examples
@@ -94,12 +96,12 @@ def levels() -> Tensor:
     return from_bits(LEVEL_BITS)
 
 
-def nested_map() -> Tensor:
+def nested_map() -> Array:
     """Return the values that 8-bit scale codes stand for, before scaling.
 
     Returns
     -------
-    Tensor
+    array
         float32[256], ascending from -0.99296874 to 1, entry 127 exactly zero.
 
     Examples
@@ -116,19 +118,19 @@ def _ceil(a: int, b: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class NF4:
-    """One quantized tensor; its tensors are on the CPU, contiguous, maybe views of a mapped file.
+    """One quantized tensor; its arrays are contiguous, maybe views of a mapped file.
 
     Attributes
     ----------
-    packed : Tensor
+    packed : array
         uint8[ceil(count / 2)]: two codes per byte, the first in the high nibble.
-    absmax : Tensor
+    absmax : array
         One per block: uint8 codes if double-quantized, else the float32 scales.
     count : int
         Elements.
     block_size : int
         Elements per block, one of `BLOCK_SIZES`.
-    nested_absmax : Tensor or None
+    nested_absmax : array or None
         float32[ceil(blocks / 256)] if double-quantized.
     nested_offset : float or None
         A float32 number if double-quantized.
@@ -139,23 +141,23 @@ class NF4:
         A length, dtype or layout does not fit the others.
     """
 
-    packed: Tensor
-    absmax: Tensor
+    packed: Array
+    absmax: Array
     count: int
     block_size: int = 64
-    nested_absmax: Tensor | None = None
+    nested_absmax: Array | None = None
     nested_offset: float | None = None
 
     def __post_init__(self) -> None:
         _check_block_size(self.block_size)
         if self.count < 0 or (self.nested_absmax is None) != (self.nested_offset is None):
             raise UsageError("NF4 wants count >= 0, and nested_absmax with nested_offset")
-        _check("packed", self.packed, torch.uint8, _ceil(self.count, 2))
-        scale = torch.uint8 if self.double_quant else torch.float32
+        _check("packed", self.packed, numpy_dtype("U8"), _ceil(self.count, 2))
+        scale = numpy_dtype("U8") if self.double_quant else _FLOAT32
         _check("absmax", self.absmax, scale, self.blocks)
         if self.nested_absmax is not None:
             nested = _ceil(self.blocks, NESTED_BLOCK_SIZE)
-            _check("nested_absmax", self.nested_absmax, torch.float32, nested)
+            _check("nested_absmax", self.nested_absmax, _FLOAT32, nested)
 
     @property
     def blocks(self) -> int:
@@ -167,7 +169,7 @@ class NF4:
         """Whether the scales are stored as 8-bit codes."""
         return self.nested_absmax is not None
 
-    def scales(self, start: int = 0, stop: int | None = None) -> Tensor:
+    def scales(self, start: int = 0, stop: int | None = None) -> Array:
         """Decode the scales of blocks [start, stop).
 
         Parameters
@@ -177,13 +179,13 @@ class NF4:
 
         Returns
         -------
-        Tensor
+        array
             float32[stop - start]: absmax itself, or
             ``round(round(map[absmax] * nested_absmax[block // 256]) + nested_offset)``.
 
         Examples
         --------
-        >>> q = quantize(torch.tensor([0.5, -2.0, 1.0]), double_quant=False)
+        >>> q = quantize(numpy.array([0.5, -2.0, 1.0], numpy.float32), double_quant=False)
         >>> q.scales().tolist()
         [2.0]
         """
@@ -191,13 +193,13 @@ class NF4:
         nested, offset = self.nested_absmax, self.nested_offset
         if nested is None or offset is None:
             return self.absmax[start:stop]
-        out = torch.empty(stop - start, dtype=torch.float32, device="cpu")
+        out = numpy.empty(stop - start, numpy.float32)
         kernels.active().decode_scales(self.absmax, nested, offset, start, out)
         return out
 
 
 def quantize(
-    x: Tensor,
+    x: Array,
     *,
     block_size: int = 64,
     double_quant: bool = True,
@@ -208,8 +210,8 @@ def quantize(
 
     Parameters
     ----------
-    x : Tensor
-        float32, float16 or bfloat16 on the CPU, of any shape.
+    x : array
+        float32, float16 or bfloat16, of any shape.
     block_size : int
         One of `BLOCK_SIZES`.
     double_quant : bool
@@ -229,19 +231,19 @@ def quantize(
     NonFiniteError
         `x` holds a NaN or an infinity; names the first.
     UsageError
-        The dtype, device or block size is not one of those above.
+        The dtype or block size is not one of those above.
 
     Examples
     --------
-    >>> q = quantize(torch.tensor([0.5, -2.0, 1.0]), double_quant=False)
+    >>> q = quantize(numpy.array([0.5, -2.0, 1.0], numpy.float32), double_quant=False)
     >>> [f"{byte:02x}" for byte in q.packed.tolist()]
     ['a0', 'c7']
     """
     _check_block_size(block_size)
     flat = _flat(x)
-    count, kernel = flat.numel(), kernels.active()
-    packed = torch.empty(_ceil(count, 2), dtype=torch.uint8, device="cpu")
-    absmax = torch.empty(_ceil(count, block_size), dtype=torch.float32, device="cpu")
+    count, kernel = flat.size, kernels.active()
+    packed = numpy.empty(_ceil(count, 2), numpy.uint8)
+    absmax = numpy.empty(_ceil(count, block_size), numpy.float32)
 
     def piece(start: int, stop: int) -> None:
         codes = packed[start // 2 : _ceil(stop, 2)]
@@ -249,45 +251,45 @@ def quantize(
         if not kernel.quantize(flat[start:stop], block_size, codes, scales):
             raise _non_finite(flat, name)
 
-    run(piece, count, _PIECE, threads, in_torch=kernel.name == "torch")
+    run(piece, count, _PIECE, threads)
     if not double_quant:
         return NF4(packed, absmax, count, block_size)
     return NF4(packed, *_quantize_scales(kernel, absmax, count, block_size, threads))
 
 
 def _quantize_scales(
-    kernel: kernels.Kernel, absmax: Tensor, count: int, block_size: int, threads: int | None
-) -> tuple[Tensor, int, int, Tensor, float]:
-    blocks = absmax.numel()
-    codes = absmax.new_empty(blocks, dtype=torch.uint8)
-    nested_absmax = absmax.new_empty(_ceil(blocks, NESTED_BLOCK_SIZE))
-    sums = absmax.new_empty(nested_absmax.numel(), dtype=torch.float64)
+    kernel: kernels.Kernel, absmax: Array, count: int, block_size: int, threads: int | None
+) -> tuple[Array, int, int, Array, float]:
+    blocks = absmax.size
+    codes = numpy.empty(blocks, numpy.uint8)
+    nested_absmax = numpy.empty(_ceil(blocks, NESTED_BLOCK_SIZE), numpy.float32)
+    sums = numpy.empty(nested_absmax.size)
 
     def add(start: int, stop: int) -> None:
         nested = slice(start // NESTED_BLOCK_SIZE, _ceil(stop, NESTED_BLOCK_SIZE))
         kernel.sum_scales(absmax[start:stop], sums[nested])
 
-    run(add, blocks, _SCALES, threads, in_torch=kernel.name == "torch")
-    offset = absmax.new_tensor(math.fsum(sums.tolist()) / max(blocks, 1)).item()
+    run(add, blocks, _SCALES, threads)
+    offset = float(numpy.float32(math.fsum(sums.tolist()) / max(blocks, 1)))
 
     def encode(start: int, stop: int) -> None:
         nested = slice(start // NESTED_BLOCK_SIZE, _ceil(stop, NESTED_BLOCK_SIZE))
         kernel.quantize_scales(absmax[start:stop], offset, codes[start:stop], nested_absmax[nested])
 
-    run(encode, blocks, _SCALES, threads, in_torch=kernel.name == "torch")
+    run(encode, blocks, _SCALES, threads)
     return codes, count, block_size, nested_absmax, offset
 
 
 def dequantize(
     q: NF4,
     *,
-    dtype: torch.dtype = torch.bfloat16,
-    out: Tensor | None = None,
+    dtype: numpy.dtype[Any] = _DTYPES[2],
+    out: Array | None = None,
     start: int = 0,
     stop: int | None = None,
-    scales: Tensor | None = None,
+    scales: Array | None = None,
     threads: int | None = None,
-) -> Tensor:
+) -> Array:
     """Decode elements [start, stop) of the flattened tensor.
 
     Most of the time of a decoder is spent on fresh memory: whoever decodes often passes `out`. A
@@ -297,20 +299,20 @@ def dequantize(
     ----------
     q : NF4
         What to decode.
-    dtype : torch.dtype
+    dtype : numpy.dtype
         float32, float16 or bfloat16; with `out`, its dtype is used instead.
-    out : Tensor, optional
+    out : array, optional
         Contiguous, ``stop - start`` elements, any shape; written and returned.
     start, stop : int
         Element numbers, anywhere in a block; default: all.
-    scales : Tensor, optional
+    scales : array, optional
         ``q.scales()``, for a caller that decodes many ranges.
     threads : int, optional
         Default: every CPU of the process. The result does not depend on it.
 
     Returns
     -------
-    Tensor
+    array
         `out`, or a flat tensor. ``level * scale`` rounded to float32, then to the dtype, each to
         nearest even.
 
@@ -321,20 +323,20 @@ def dequantize(
 
     Examples
     --------
-    >>> q = quantize(torch.tensor([0.5, -2.0, 1.0]), double_quant=False)
-    >>> dequantize(q, dtype=torch.float32, start=1).tolist()
+    >>> q = quantize(numpy.array([0.5, -2.0, 1.0], numpy.float32), double_quant=False)
+    >>> dequantize(q, dtype=numpy.dtype("f4"), start=1).tolist()
     [-2.0, 0.8814196586608887]
     """
     start, stop = _range(start, stop, q.count)
     streaming = out is not None and stop - start == q.count and out.nbytes >= _STREAM_BYTES
     if out is None:
-        out = torch.empty(stop - start, dtype=dtype, device="cpu")
+        out = numpy.empty(stop - start, dtype)
     if out.dtype not in _DTYPES:
         raise UsageError(f"NF4 decodes to float32, float16 or bfloat16, not {out.dtype}")
     _check("out", out, out.dtype, stop - start)
     if scales is not None:
-        _check("scales", scales, torch.float32, q.blocks)
-    target, kernel = out.view(-1), kernels.active()
+        _check("scales", scales, _FLOAT32, q.blocks)
+    target, kernel = out.reshape(-1), kernels.active()
 
     def piece(begin: int, end: int) -> None:
         first, last = (start + begin) // q.block_size, _ceil(start + end, q.block_size)
@@ -342,11 +344,11 @@ def dequantize(
         part = target[begin:end]
         kernel.dequantize(q.packed, local, q.block_size, start + begin, part, streaming)
 
-    run(piece, stop - start, _PIECE, threads, in_torch=kernel.name == "torch")
+    run(piece, stop - start, _PIECE, threads)
     return out
 
 
-def dequantize_rows(q: NF4, out: Tensor, *, start: int = 0, stride: int | None = None) -> Tensor:
+def dequantize_rows(q: NF4, out: Array, *, start: int = 0, stride: int | None = None) -> Array:
     """Decode a part of each of some rows, in the calling thread: a block of a matrix.
 
     Nothing is allocated, so that a thread that multiplies what it decodes has it in its cache.
@@ -355,7 +357,7 @@ def dequantize_rows(q: NF4, out: Tensor, *, start: int = 0, stride: int | None =
     ----------
     q : NF4
         What to decode.
-    out : Tensor
+    out : array
         float32, float16 or bfloat16 (rows, columns), contiguous; written and returned.
     start : int
         Element of the flattened tensor at which the first row's part begins, anywhere in a block.
@@ -365,7 +367,7 @@ def dequantize_rows(q: NF4, out: Tensor, *, start: int = 0, stride: int | None =
 
     Returns
     -------
-    Tensor
+    array
         `out`; the bits of `dequantize`.
 
     Raises
@@ -375,28 +377,29 @@ def dequantize_rows(q: NF4, out: Tensor, *, start: int = 0, stride: int | None =
 
     Examples
     --------
-    >>> q = quantize(torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0]]), double_quant=False)
-    >>> dequantize_rows(q, torch.empty(2, 2), start=1, stride=3).tolist()
+    >>> x = numpy.array([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0]], numpy.float32)
+    >>> q = quantize(x, double_quant=False)
+    >>> dequantize_rows(q, numpy.empty((2, 2), numpy.float32), start=1, stride=3).tolist()
     [[-1.0, 0.0], [1.0, -1.0]]
     """
-    if out.dim() != 2 or out.dtype not in _DTYPES:
+    if out.ndim != 2 or out.dtype not in _DTYPES:
         raise UsageError(
             f"NF4 decodes to rows of float32, float16 or bfloat16, not {out.dtype}{list(out.shape)}"
         )
-    _check("out", out, out.dtype, out.numel())
+    _check("out", out, out.dtype, out.size)
     rows, columns = out.shape
     stride = columns if stride is None else stride
     if stride < columns:
         raise UsageError(f"rows of {columns} elements overlap, being {stride} apart")
-    _range(start, start + (rows - 1) * stride + columns if out.numel() else start, q.count)
-    if out.numel():
+    _range(start, start + (rows - 1) * stride + columns if out.size else start, q.count)
+    if out.size:
         kernels.active().dequantize_rows(_codes(q), start, stride, out)
     return out
 
 
 def multiply_rows(
-    q: NF4, x: Tensor, out: Tensor, *, start: int = 0, dtype: torch.dtype = torch.float32
-) -> Tensor:
+    q: NF4, x: Array, out: Array, *, start: int = 0, dtype: numpy.dtype[Any] = _FLOAT32
+) -> Array:
     """Multiply a few vectors by rows of a matrix, in the calling thread: x Wᵀ, as it is decoded.
 
     Decoded numbers never leave the cache next to the processor. With one vector, as when text is
@@ -407,18 +410,18 @@ def multiply_rows(
     ----------
     q : NF4
         Holds the rows, one after the other.
-    x : Tensor
+    x : array
         float32 (vectors, columns), contiguous.
-    out : Tensor
+    out : array
         float32 (vectors, rows), maybe columns of a wider one; written and returned.
     start : int
         Element of the flattened tensor at which the first row begins.
-    dtype : torch.dtype
+    dtype : numpy.dtype
         float32, float16 or bfloat16: what a weight is rounded to before it is multiplied.
 
     Returns
     -------
-    Tensor
+    array
         `out`: products and sums in float32.
 
     Raises
@@ -428,24 +431,27 @@ def multiply_rows(
 
     Examples
     --------
-    >>> q = quantize(torch.tensor([[1.0, -1.0], [0.0, 1.0]]), double_quant=False)
-    >>> multiply_rows(q, torch.tensor([[2.0, 3.0]]), torch.empty(1, 2)).tolist()
+    >>> q = quantize(numpy.array([[1.0, -1.0], [0.0, 1.0]], numpy.float32), double_quant=False)
+    >>> x, out = numpy.array([[2.0, 3.0]], numpy.float32), numpy.empty((1, 2), numpy.float32)
+    >>> multiply_rows(q, x, out).tolist()
     [[-1.0, 3.0]]
     """
     if dtype not in _DTYPES:
         raise UsageError(f"NF4 decodes to float32, float16 or bfloat16, not {dtype}")
-    if x.dim() != 2 or out.dim() != 2 or len(x) != len(out) or (out.numel() and out.stride(1) != 1):
+    fits = x.ndim == out.ndim == 2 and len(x) == len(out)
+    if not fits or (out.size and out.strides[1] != out.itemsize):
         raise UsageError(
             f"{list(x.shape)} numbers cannot be multiplied into {list(out.shape)}, wanted "
             "(vectors, columns) and (vectors, rows)"
         )
-    _check("x", x, torch.float32, x.numel())
-    if out.dtype != torch.float32 or out.device.type != "cpu":
-        raise UsageError(f"products of NF4 are float32 on cpu, not {out.dtype} on {out.device}")
+    _check("x", x, _FLOAT32, x.size)
+    if out.dtype != _FLOAT32:
+        raise UsageError(f"products of NF4 are float32, not {out.dtype}")
     _range(start, start + out.shape[1] * x.shape[1], q.count)
-    if x.numel() == 0:
-        return out.zero_()
-    if out.numel():
+    if x.size == 0:
+        out[...] = 0
+        return out
+    if out.size:
         kernels.active().multiply_rows(_codes(q), start, dtype, x, out)
     return out
 
@@ -455,12 +461,12 @@ def _codes(q: NF4) -> kernels.Codes:
     return kernels.Codes(q.packed, q.absmax, q.nested_absmax, offset, q.block_size)
 
 
-def quantization_error(x: Tensor, q: NF4, *, threads: int | None = None) -> tuple[float, float]:
+def quantization_error(x: Array, q: NF4, *, threads: int | None = None) -> tuple[float, float]:
     """Measure what quantization lost; sqrt(first / second) is the relative RMS error.
 
     Parameters
     ----------
-    x : Tensor
+    x : array
         The original: float32, float16 or bfloat16, ``q.count`` elements.
     q : NF4
         Its quantized form.
@@ -482,21 +488,21 @@ def quantization_error(x: Tensor, q: NF4, *, threads: int | None = None) -> tupl
 
     Examples
     --------
-    >>> x = torch.linspace(-1, 1, 4096)
+    >>> x = numpy.linspace(-1, 1, 4096, dtype=numpy.float32)
     >>> error, square = quantization_error(x, quantize(x))
     >>> round((error / square) ** 0.5, 4)
     0.0292
     """
     flat, kernel, scales = _flat(x), kernels.active(), q.scales()
     _check("x", flat, flat.dtype, q.count)
-    sums = torch.empty(2, _ceil(q.count, _ERROR_CHUNK), dtype=torch.float64, device="cpu")
+    sums = numpy.empty((2, _ceil(q.count, _ERROR_CHUNK)))
 
     def piece(start: int, stop: int) -> None:
         chunks = slice(start // _ERROR_CHUNK, _ceil(stop, _ERROR_CHUNK))
         packed, local = q.packed[start // 2 :], scales[start // q.block_size :]
         kernel.error(flat[start:stop], packed, local, q.block_size, sums[:, chunks])
 
-    run(piece, q.count, _PIECE, threads, in_torch=kernel.name == "torch")
+    run(piece, q.count, _PIECE, threads)
     return math.fsum(sums[0].tolist()), math.fsum(sums[1].tolist())
 
 
@@ -537,17 +543,12 @@ def _check_block_size(block_size: int) -> None:
         )
 
 
-def _check(what: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+def _check(what: str, array: Array, dtype: numpy.dtype[Any], count: int) -> None:
     """Refuse what a kernel would read or write past the end of."""
-    if (
-        tensor.dtype != dtype
-        or tensor.numel() != count
-        or not tensor.is_contiguous()
-        or tensor.device.type != "cpu"
-    ):
+    if array.dtype != dtype or array.size != count or not array.flags.c_contiguous:
         raise UsageError(
-            f"NF4 {what} is {tensor.dtype}{list(tensor.shape)} on {tensor.device}, wanted "
-            f"{count} elements of {dtype}, contiguous, on cpu"
+            f"NF4 {what} is {array.dtype}{list(array.shape)}, wanted {count} elements of {dtype}, "
+            "contiguous"
         )
 
 
@@ -558,18 +559,16 @@ def _range(start: int, stop: int | None, count: int) -> tuple[int, int]:
     return start, stop
 
 
-def _flat(x: Tensor) -> Tensor:
-    if x.dtype not in _DTYPES or x.device.type != "cpu":
-        raise UsageError(
-            f"NF4 encodes float32, float16 or bfloat16 on cpu, not {x.dtype} on {x.device}"
-        )
-    return x.detach().contiguous().view(-1)
+def _flat(x: Array) -> Array:
+    if x.dtype not in _DTYPES:
+        raise UsageError(f"NF4 encodes float32, float16 or bfloat16, not {x.dtype}")
+    return numpy.ascontiguousarray(x).reshape(-1)
 
 
-def _non_finite(flat: Tensor, name: str) -> NonFiniteError:
-    for start in range(0, flat.numel(), _PIECE):
-        bad = flat[start : start + _PIECE].isfinite().logical_not_().nonzero()
-        if bad.numel():
+def _non_finite(flat: Array, name: str) -> NonFiniteError:
+    for start in range(0, flat.size, _PIECE):
+        bad = numpy.flatnonzero(~numpy.isfinite(flat[start : start + _PIECE]))
+        if bad.size:
             position = start + int(bad[0])
             return NonFiniteError(name, position, float(flat[position]))
     raise AssertionError("a kernel reported a non-finite value where there is none")

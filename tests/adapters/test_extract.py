@@ -6,6 +6,7 @@ import torch
 from loraformat.errors import InputError, UsageError
 from loraformat.ops.extract.extract import ExtractOptions, extract_adapter
 from loraformat.ops.reduce import Reduction, reduce_adapter
+from loraformat.tensors.torch_arrays import tensor_of
 from loraformat.testing import checkpoint, dense, nf4
 from tests.adapters.memory_adapters import distance, effect
 
@@ -165,7 +166,7 @@ def test_nf4_base_is_dequantized():
     weight = torch.randn(192, 256, generator=random) * 0.02
     base = checkpoint(nf4(Q, weight))
     d = planted(random, 192, 256, 4, 0.2, weight)
-    plain = base.tensors[Q].dequantize()
+    plain = tensor_of(base.tensors[Q].dequantize())
     tuned = checkpoint(dense(Q, plain + d))
     found, report = extract(base, tuned, rank=4)
     assert distance(effect(found.deltas[Q]), d.double()) < 1e-4

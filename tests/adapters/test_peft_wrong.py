@@ -21,6 +21,7 @@ from loraformat.ops.combine.combine import CombineOptions, combine
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
+from loraformat.tensors.torch_arrays import tensor_of
 from tests.adapters.peft_models import (
     IDS,
     llama,
@@ -189,7 +190,7 @@ def test_reading_4_bit_weights_that_a_cpu_has_packed(tmp_path: Path) -> None:
     with read_base(tmp_path / "nf4") as checkpoint:
         ours = checkpoint.tensors[f"{name}.weight"]
         assert isinstance(ours, NF4Tensor)
-        torch.testing.assert_close(ours.dequantize(), before)
+        torch.testing.assert_close(tensor_of(ours.dequantize()), before)
 
 
 def test_experts_of_peft_0_18_whose_shapes_happen_to_fit(tmp_path: Path) -> None:

@@ -123,12 +123,16 @@ def test_a_bundle_leaves_its_fingerprint_and_source(base, tmp_path):
         assert json.loads(file.text("loraformat.config"))["model_type"] == "llama"
 
 
+UP = "model.layers.{}.mlp.up_proj.weight"
+
+
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
 def test_the_loss_is_against_the_values_of_nf4(base, dtype, tmp_path):
     import torch
     from loraformat_converters.gguf.blocks import dequantize
 
     from loraformat.ops.opening.model import open_model
+    from loraformat.tensors.torch_arrays import tensor_of
 
     convert(base("qwen2"), tmp_path / "bundle")
     report = convert(tmp_path / "bundle", tmp_path / "model.gguf", dtype=dtype)
@@ -138,8 +142,8 @@ def test_the_loss_is_against_the_values_of_nf4(base, dtype, tmp_path):
     ):
         stored = file.tensors["blk.0.ffn_up.weight"]
         found = dequantize(file.load(stored.name), stored.type, stored.shape).double()
-        nf4 = bundle.tensors["model.layers.0.mlp.up_proj.weight"].dequantize("F32").double()
-        other = bundle.tensors["model.layers.1.mlp.up_proj.weight"].dequantize("F32").double()
+        nf4 = tensor_of(bundle.tensors[UP.format(0)].dequantize("F32")).double()
+        other = tensor_of(bundle.tensors[UP.format(1)].dequantize("F32")).double()
         stored = file.tensors["blk.1.ffn_up.weight"]
         found_other = dequantize(file.load(stored.name), stored.type, stored.shape).double()
     errors = [float((a - b).norm() / b.norm()) for a, b in ((found, nf4), (found_other, other))]

@@ -28,6 +28,7 @@ from loraformat.ops.opening.model import open_model
 from loraformat.ops.push.card_facts import bundle_facts
 from loraformat.ops.verify import verify
 from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.tensors.torch_arrays import tensor_of
 
 LORA = ADAPTERS["manual"]
 PROMPTS = [[0, *range(first, first + 10)] for first in range(100, 1100, 100)]
@@ -85,7 +86,7 @@ def test_one_line_says_it_with_the_figure(source, name, target, dtype, was, now,
     with open_model(source(name)) as old, open_model(tmp_path / target) as new:
         key = "model.layers.1.mlp.up_proj.weight"
         one, other = (
-            tensor.dequantize("F32") if hasattr(tensor, "dequantize") else tensor.torch()
+            tensor_of(tensor.dequantize("F32") if hasattr(tensor, "dequantize") else tensor.array())
             for tensor in (old.tensors[key], new.tensors[key])
         )
     told = float(line.split("error of ")[1].split("%")[0]) / 100

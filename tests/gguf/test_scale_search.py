@@ -14,9 +14,9 @@ from loraformat_converters.gguf.scale_search import offset_codes, signed_codes
 from loraformat_converters.gguf.types import GGMLType
 from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
 
-from loraformat.nf4 import codec
 from loraformat.ops.convert.convert import convert
 from loraformat.storage.atomic_file import AtomicFile
+from tests import torch_codec as codec
 
 SEARCHED = [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1]
 SHAPE = (128, 1024)

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loraformat.nf4 import codec, kernels
+from loraformat.nf4 import kernels
+from tests import torch_codec as codec
 
 TINY = 1e-38
 

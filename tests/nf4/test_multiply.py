@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loraformat.errors import UsageError
-from loraformat.nf4 import codec, kernels
+from loraformat.nf4 import kernels
+from tests import torch_codec as codec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

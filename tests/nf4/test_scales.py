@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from loraformat.nf4 import codec
+from loraformat.tensors.torch_arrays import array_of
+from tests import torch_codec as codec
 
 COUNTS = (1, 64, 65, 64 * 255, 64 * 256, 64 * 257 + 3, 64 * 5000 + 17)
 
@@ -110,7 +111,7 @@ def test_on_and_beside_every_bound(kernel, formula, same):
         from loraformat.nf4 import kernels
 
         got = torch.empty(absmax.numel(), dtype=torch.uint8), torch.empty_like(nested)
-        kernels.active().quantize_scales(absmax, 4.0, *got)
+        kernels.active().quantize_scales(array_of(absmax), 4.0, *map(array_of, got))
         same(got[0], codes)
         same(got[1], nested)
 

@@ -1,15 +1,22 @@
 """The tables: bitsandbytes' numbers, and search tables that hold what the kernels rely on."""
 
 import hashlib
+from types import SimpleNamespace
 
 import torch
 
-from loraformat.nf4 import codec
-from loraformat.nf4.kernels.tables import tables
+from loraformat.nf4.kernels import tables as made
+from loraformat.tensors.torch_arrays import tensor_of
+from tests import torch_codec as codec
 
 # SHA-256 of the little-endian bytes of bitsandbytes 0.50.2's quant_map and nested_quant_map.
 LEVELS = "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"
 NESTED = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+
+
+def tables():
+    shown = vars(made.tables())
+    return SimpleNamespace(**{name: tensor_of(values) for name, values in shown.items()})
 
 
 def sha256(values):

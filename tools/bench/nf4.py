@@ -1,6 +1,6 @@
 """Measure the NF4 codec beside bitsandbytes, in one interleaved run.
 
-Every row times loraformat's fastest kernel, its torch fallback and bitsandbytes one after the
+Every row times loraformat's fastest kernel, its numpy fallback and bitsandbytes one after the
 other, repeats that, and takes medians: the machine's mood hits all alike, so trust the ratios.
 
 Example
@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
+import numpy
 import torch
 
 sys.path.insert(0, os.fspath(Path(__file__).parent))
@@ -28,6 +29,7 @@ from process import machine
 
 from loraformat.nf4 import codec
 from loraformat.nf4.kernels import VARIABLE, available
+from loraformat.tensors.torch_arrays import array_of
 
 SHAPES = ((4096, 4096), (4096, 14336))
 DTYPES = (torch.bfloat16, torch.float32)
@@ -79,22 +81,23 @@ def contenders(x: torch.Tensor, threads: int, choices: list[str]) -> dict[str, d
     """
     import bitsandbytes.functional as bnb
 
-    q = codec.quantize(x)
+    array = array_of(x)
+    q = codec.quantize(array)
     packed, state = bnb.quantize_4bit(x, compress_statistics=True, quant_type="nf4")
-    out = torch.empty_like(x)
-    scales, rows = q.scales(), torch.empty(256, x.shape[1])
+    out = numpy.empty_like(array)
+    scales, rows = q.scales(), numpy.empty((256, x.shape[1]), numpy.float32)
 
     def tiles() -> None:
-        for start in range(0, x.numel(), rows.numel()):
-            stop = start + rows.numel()
+        for start in range(0, array.size, rows.size):
+            stop = start + rows.size
             codec.dequantize(q, out=rows, start=start, stop=stop, scales=scales, threads=threads)
 
     ours: dict[str, Work] = {
-        "quantize": lambda: codec.quantize(x, threads=threads),
+        "quantize": lambda: codec.quantize(array, threads=threads),
         "dequantize": lambda: codec.dequantize(q, out=out, threads=threads),
-        "dequantize, fresh output": lambda: codec.dequantize(q, dtype=x.dtype, threads=threads),
+        "dequantize, fresh output": lambda: codec.dequantize(q, dtype=array.dtype, threads=threads),
         "float32 tiles of 256 rows": tiles,
-        "quantization error": lambda: codec.quantization_error(x, q, threads=threads),
+        "quantization error": lambda: codec.quantization_error(array, q, threads=threads),
     }
     decode: Work = lambda: bnb.dequantize_4bit(packed, state)  # noqa: E731
     theirs: dict[str, Work] = {
@@ -135,7 +138,7 @@ def measure(works: dict[str, Work], repeat: int) -> dict[str, float]:
 
 @click.command()
 @click.option("--repeat", default=5, show_default=True, help="Rounds per row.")
-@click.option("--kernels", default="auto,torch", show_default=True, help="Ours to compare.")
+@click.option("--kernels", default="auto,numpy", show_default=True, help="Ours to compare.")
 @click.option("--threads", "thread_counts", default="1,2", show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers too.")
 def main(repeat: int, kernels: str, thread_counts: str, json_path: Path | None) -> None:

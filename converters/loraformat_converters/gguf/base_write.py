@@ -241,7 +241,9 @@ class _Work:
 
 def _values(tensor: LazyTensor) -> torch.Tensor:
     if isinstance(tensor, NF4Tensor):
-        return tensor.dequantize("F32")
+        from loraformat.tensors.torch_arrays import tensor_of
+
+        return tensor_of(tensor.dequantize("F32"))
     assert isinstance(tensor, DenseTensor)
     return tensor.torch()
 

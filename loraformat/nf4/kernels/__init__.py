@@ -1,81 +1,79 @@
-"""NF4 kernels in C and in torch, with identical results.
+"""NF4 kernels in C and in numpy, with identical results.
 
 `active` chooses: the fastest one by default, or what the environment variable
 ``LORAFORMAT_KERNEL`` names: ``auto``, ``c`` (the fastest compiled one), ``scalar``, ``avx2``,
-``avx512``, ``neon`` or ``torch``.
+``avx512``, ``neon`` or ``numpy``.
 """
 
 from __future__ import annotations
 
 import os
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy
 
 from loraformat.errors import UsageError
 from loraformat.nf4.kernels import native
 from loraformat.nf4.kernels.codes import Codes
 from loraformat.nf4.kernels.reference import ReferenceKernel
+from loraformat.tensors.arrays import Array
 
 __all__ = ["CHOICES", "VARIABLE", "Codes", "Kernel", "active", "available", "get"]
 
 VARIABLE = "LORAFORMAT_KERNEL"
-CHOICES = ("auto", "c", *native.ISAS, "torch")
+CHOICES = ("auto", "c", *native.ISAS, "numpy")
 
 
 class Kernel(Protocol):
     """Work on one piece of a tensor, in the calling thread.
 
-    Every tensor is contiguous, on the CPU and of the length that its neighbours imply; nothing is
-    checked here. `blocks` below means ``ceil(x.numel() / block_size)``.
+    Every array is contiguous and of the length that its neighbours imply; nothing is
+    checked here. `blocks` below means ``ceil(x.size / block_size)``.
     """
 
     name: str
 
-    def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
+    def quantize(self, x: Array, block_size: int, packed: Array, absmax: Array) -> bool:
         """Fill `packed` uint8[ceil(n / 2)] and `absmax` float32[blocks]; False if not finite."""
 
-    def sum_scales(self, absmax: Tensor, sums: Tensor) -> None:
+    def sum_scales(self, absmax: Array, sums: Array) -> None:
         """Fill `sums` float64[ceil(blocks / 256)] with the sum of each 256, folded in halves."""
 
     def quantize_scales(
-        self, absmax: Tensor, offset: float, codes: Tensor, nested_absmax: Tensor
+        self, absmax: Array, offset: float, codes: Array, nested_absmax: Array
     ) -> None:
         """Fill `codes` uint8[blocks] and `nested_absmax` float32[ceil(blocks / 256)]."""
 
     def decode_scales(
-        self, codes: Tensor, nested_absmax: Tensor, offset: float, start: int, out: Tensor
+        self, codes: Array, nested_absmax: Array, offset: float, start: int, out: Array
     ) -> None:
         """Fill `out` float32 with the absmax of the blocks from number `start` on."""
 
     def dequantize(
         self,
-        packed: Tensor,
-        scales: Tensor,
+        packed: Array,
+        scales: Array,
         block_size: int,
         start: int,
-        out: Tensor,
+        out: Array,
         streaming: bool,
     ) -> None:
         """Fill `out` with elements from `start` on; ``scales[0]`` is of the block of `start`."""
 
-    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Tensor) -> None:
+    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Array) -> None:
         """Fill each row of `out` with elements from ``start + row * stride`` on."""
 
     def multiply_rows(
-        self, codes: Codes, start: int, dtype: torch.dtype, x: Tensor, out: Tensor
+        self, codes: Codes, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
     ) -> None:
         """Fill `out` float32[tokens, rows] with `x` float32[tokens, columns] times rows.
 
         Row r is of elements ``start + r * columns`` on, rounded to `dtype`. Only here kernels
-        differ, in the last places: torch adds up in another order.
+        differ, in the last places: numpy adds up in another order.
         """
 
-    def error(
-        self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, sums: Tensor
-    ) -> None:
+    def error(self, x: Array, packed: Array, scales: Array, block_size: int, sums: Array) -> None:
         """Fill `sums` float64[2, ceil(n / 4096)] with sums of (x - value)² and of x²."""
 
 
@@ -85,14 +83,14 @@ def available() -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        Slowest first; "torch" is always there.
+        Slowest first; "numpy" is always there.
 
     Examples
     --------
-    >>> "torch" in available()
+    >>> "numpy" in available()
     True
     """
-    return ("torch", *native.supported())
+    return ("numpy", *native.supported())
 
 
 @cache
@@ -116,8 +114,8 @@ def get(choice: str = "auto") -> Kernel:
 
     Examples
     --------
-    >>> get("torch").name
-    'torch'
+    >>> get("numpy").name
+    'numpy'
     """
     names = available()
     if choice not in CHOICES:
@@ -130,7 +128,7 @@ def get(choice: str = "auto") -> Kernel:
             f"{', '.join(names)}",
             hint="unset it, or reinstall where a C compiler is found",
         )
-    return ReferenceKernel() if choice == "torch" else native.NativeKernel(choice)
+    return ReferenceKernel() if choice == "numpy" else native.NativeKernel(choice)
 
 
 def active() -> Kernel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from loraformat.tensors.arrays import Array
 
 __all__ = ["Codes"]
 
@@ -14,11 +14,11 @@ class Codes(NamedTuple):
 
     Attributes
     ----------
-    packed : Tensor
+    packed : array
         uint8: two codes per byte.
-    absmax : Tensor
+    absmax : array
         One per block: uint8 codes, or float32 scales without `nested_absmax`.
-    nested_absmax : Tensor or None
+    nested_absmax : array or None
         float32, one per 256 blocks.
     nested_offset : float
         Zero without `nested_absmax`.
@@ -26,8 +26,8 @@ class Codes(NamedTuple):
         Elements.
     """
 
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
+    packed: Array
+    absmax: Array
+    nested_absmax: Array | None
     nested_offset: float
     block_size: int

@@ -7,14 +7,15 @@ import warnings
 from ctypes import c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy
 
 from loraformat.nf4.kernels.codes import Codes
 from loraformat.nf4.kernels.tables import tables
+from loraformat.tensors.arrays import Array, numpy_dtype
 
-__all__ = ["ISAS", "NativeKernel", "Tables", "c_tables", "library", "supported"]
+__all__ = ["ISAS", "NativeKernel", "Tables", "address", "c_tables", "library", "supported"]
 
 # Order of the enumeration in nf4.h.
 ISAS = ("scalar", "avx2", "avx512", "neon")
@@ -22,7 +23,7 @@ ISAS = ("scalar", "avx2", "avx512", "neon")
 _INTERFACE = 3
 _DOT_TOKENS = 4  # NF4_DOT_TOKENS
 _NAMES = ("_nf4.so", "_nf4.dylib", "_nf4.dll")
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {numpy_dtype("F32"): 0, numpy_dtype("F16"): 1, numpy_dtype("BF16"): 2}
 
 
 class Tables(ctypes.Structure):
@@ -50,8 +51,7 @@ def c_tables() -> Tables:
     """
     made, source = Tables(), tables()
     for name, kind in Tables._fields_:
-        tensor: Tensor = getattr(source, name)
-        setattr(made, name, kind.from_buffer_copy(bytes(tensor.view(torch.uint8).tolist())))
+        setattr(made, name, kind.from_buffer_copy(getattr(source, name).tobytes()))
     return made
 
 
@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL | None:
         except (OSError, AttributeError) as error:
             problem = f"cannot be used ({error})"
         warnings.warn(
-            f"{name} {problem}: torch is used instead, which is many times slower; reinstall "
+            f"{name} {problem}: numpy is used instead, which is many times slower; reinstall "
             "loraformat to build it",
             RuntimeWarning,
             stacklevel=2,
@@ -151,58 +151,58 @@ class NativeKernel:
         self._owned = c_tables()  # its address alone would not keep it
         self._tables = ctypes.addressof(self._owned)
 
-    def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
+    def quantize(self, x: Array, block_size: int, packed: Array, absmax: Array) -> bool:
         """See `Kernel.quantize`."""
         finite: int = self._lib.nf4_quantize(
             self._tables,
             self._isa,
             _DTYPES[x.dtype],
-            x.data_ptr(),
-            x.numel(),
+            address(x),
+            x.size,
             block_size,
-            packed.data_ptr(),
-            absmax.data_ptr(),
+            address(packed),
+            address(absmax),
         )
         return bool(finite)
 
-    def sum_scales(self, absmax: Tensor, sums: Tensor) -> None:
+    def sum_scales(self, absmax: Array, sums: Array) -> None:
         """See `Kernel.sum_scales`."""
-        self._lib.nf4_sum_scales(absmax.data_ptr(), absmax.numel(), sums.data_ptr())
+        self._lib.nf4_sum_scales(address(absmax), absmax.size, address(sums))
 
     def quantize_scales(
-        self, absmax: Tensor, offset: float, codes: Tensor, nested_absmax: Tensor
+        self, absmax: Array, offset: float, codes: Array, nested_absmax: Array
     ) -> None:
         """See `Kernel.quantize_scales`."""
         self._lib.nf4_quantize_scales(
             self._tables,
-            absmax.data_ptr(),
+            address(absmax),
             offset,
-            absmax.numel(),
-            codes.data_ptr(),
-            nested_absmax.data_ptr(),
+            absmax.size,
+            address(codes),
+            address(nested_absmax),
         )
 
     def decode_scales(
-        self, codes: Tensor, nested_absmax: Tensor, offset: float, start: int, out: Tensor
+        self, codes: Array, nested_absmax: Array, offset: float, start: int, out: Array
     ) -> None:
         """See `Kernel.decode_scales`."""
         self._lib.nf4_decode_scales(
             self._tables,
-            codes.data_ptr(),
-            nested_absmax.data_ptr(),
+            address(codes),
+            address(nested_absmax),
             offset,
             start,
-            start + out.numel(),
-            out.data_ptr(),
+            start + out.size,
+            address(out),
         )
 
     def dequantize(
         self,
-        packed: Tensor,
-        scales: Tensor,
+        packed: Array,
+        scales: Array,
         block_size: int,
         start: int,
-        out: Tensor,
+        out: Array,
         streaming: bool,
     ) -> None:
         """See `Kernel.dequantize`."""
@@ -210,16 +210,16 @@ class NativeKernel:
             self._tables,
             self._isa,
             _DTYPES[out.dtype],
-            packed.data_ptr(),
-            scales.data_ptr(),
+            address(packed),
+            address(scales),
             block_size,
             start,
-            start + out.numel(),
-            out.data_ptr(),
+            start + out.size,
+            address(out),
             streaming,
         )
 
-    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Tensor) -> None:
+    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Array) -> None:
         """See `Kernel.dequantize_rows`."""
         self._lib.nf4_dequantize_rows(
             self._tables,
@@ -229,11 +229,11 @@ class NativeKernel:
             start,
             stride,
             *out.shape,
-            out.data_ptr(),
+            address(out),
         )
 
     def multiply_rows(
-        self, codes: Codes, start: int, dtype: torch.dtype, x: Tensor, out: Tensor
+        self, codes: Codes, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
     ) -> None:
         """See `Kernel.multiply_rows`."""
         for first in range(0, len(x), _DOT_TOKENS):
@@ -245,38 +245,42 @@ class NativeKernel:
                 start,
                 out.shape[1],
                 x.shape[1],
-                x[first].data_ptr(),
+                address(x) + first * x.strides[0],
                 min(_DOT_TOKENS, len(x) - first),
-                out[first].data_ptr(),
-                out.stride(0),
+                address(out) + first * out.strides[0],
+                out.strides[0] // out.itemsize,
             )
 
-    def error(
-        self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, sums: Tensor
-    ) -> None:
+    def error(self, x: Array, packed: Array, scales: Array, block_size: int, sums: Array) -> None:
         """See `Kernel.error`."""
         self._lib.nf4_error(
             self._tables,
             self._isa,
             _DTYPES[x.dtype],
-            x.data_ptr(),
-            packed.data_ptr(),
-            scales.data_ptr(),
+            address(x),
+            address(packed),
+            address(scales),
             block_size,
             0,
-            x.numel(),
-            sums[0].data_ptr(),
-            sums[1].data_ptr(),
+            x.size,
+            address(sums),
+            address(sums) + sums.strides[0],
         )
+
+
+def address(array: Array) -> int:
+    """Return where an array's first element is in memory."""
+    where: int = array.__array_interface__["data"][0]
+    return where
 
 
 def _pointers(codes: Codes) -> tuple[int, int, int | None, float, int]:
     """Return codes as the C functions of rows take them."""
     nested = codes.nested_absmax
     return (
-        codes.packed.data_ptr(),
-        codes.absmax.data_ptr(),
-        None if nested is None else nested.data_ptr(),
+        address(codes.packed),
+        address(codes.absmax),
+        None if nested is None else address(nested),
         codes.nested_offset,
         codes.block_size,
     )

@@ -1,4 +1,4 @@
-"""Reference kernels in torch: the fallback without a compiler, and the test oracle.
+"""Reference kernels in numpy: the fallback without a compiler, and the test oracle.
 
 Everything runs in tiles that fit the cache; `loraformat.nf4.kernels.threads` parallelizes.
 """
@@ -8,263 +8,215 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy
 
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.nf4.kernels.codes import Codes
 from loraformat.nf4.kernels.tables import tables
+from loraformat.tensors.arrays import Array
 
 __all__ = ["ReferenceKernel"]
 
-_TINY = 1e-38
+_TINY = numpy.float32(1e-38)
 _NESTED = 256
 _CHUNK = 4096
-_ERROR_STEP = 1 << 16
+_TILE = 1 << 16
 _PRODUCT_TILE = 1 << 20
 
-#: Whatever the program's default dtype and default device are.
-_NUMBERS: Any = {"dtype": torch.float32, "device": "cpu"}
+
+def _float32(x: Array) -> Array:
+    return x.astype(numpy.float32, copy=False)
 
 
-def _tile() -> int:
-    """Choose the elements per step: few enough for torch not to start OpenMP threads of its own."""
-    return 1 << 17 if torch.get_num_threads() == 1 else 1 << 15
+def _normalized(blocks: Array, largest: Array) -> Array:
+    """Scale rows to [-1, 1], by the reciprocal of their largest magnitude."""
+    inverse = numpy.float32(1) / numpy.maximum(largest, _TINY)
+    return (blocks * inverse[:, None]).reshape(-1)
 
 
-def _pair_tables() -> tuple[Tensor, Tensor]:
-    """Both thresholds and the packed codes below them, by the bins of two neighbours.
-
-    The index is ``bin of the first + 256 * bin of the second``: two int8 read as one int16. One
-    8-byte look-up then does the work of two 4-byte ones.
-    """
-    t = tables()
-    thresholds = torch.zeros(32, 256, 2, **_NUMBERS)
-    thresholds[:, :32, 0] = t.bin_threshold
-    thresholds[:, :32, 1] = t.bin_threshold[:, None]
-    codes = torch.zeros(32, 256, dtype=torch.int32, device="cpu")
-    codes[:, :32] = t.bin_code * 16 + t.bin_code[:, None]
-    return thresholds.flatten().view(torch.int64), codes.to(torch.uint8).flatten()
-
-
-def _nested_codes(s: Tensor) -> Tensor:
+def _nested_codes(s: Array) -> Array:
     """Turn normalized scales into 8-bit codes, by the leading bits of the float."""
     t = tables()
-    key = (s.view(torch.int32) >> 17).bitwise_and_(0x7FFF)
-    base = t.nested_base.index_select(0, key)
-    return base + (s > t.nested_bounds.index_select(0, base.int()))
+    base: Array = t.nested_base[(s.view(numpy.uint32) >> 17) & 0x7FFF]
+    base += s > t.nested_bounds[base]
+    return base
 
 
-def _fold(x: Tensor, width: int) -> Tensor:
-    """Sum dimension 0, of length `width`, in halves: (128 + 128), (64 + 64), ..."""
-    while width > 1:
-        width //= 2
-        x = x[:width] + x[width:]
-    return x[0]
+def _fold(x: Array) -> Array:
+    """Sum dimension 0, of a power of two, in halves: (128 + 128), (64 + 64), ..."""
+    while len(x) > 1:
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    folded: Array = x[0]
+    return folded
 
 
 class ReferenceKernel:
-    """The `loraformat.nf4.kernels.Kernel` methods in torch."""
+    """The `loraformat.nf4.kernels.Kernel` methods in numpy."""
 
-    name = "torch"
+    name = "numpy"
 
     def __init__(self) -> None:
-        pairs = torch.cartesian_prod(tables().levels, tables().levels)
+        levels = tables().levels
         # Both levels of a byte as one 8-byte item, so that one look-up fetches two.
-        self._levels = pairs.contiguous().view(torch.int64).flatten()
-        self._thresholds, self._codes = _pair_tables()
-        self._bins = torch.tensor(15.5, **_NUMBERS)
+        pairs = numpy.stack([numpy.repeat(levels, 16), numpy.tile(levels, 16)], 1)
+        self._levels = pairs.view(numpy.int64).reshape(-1)
 
-    def quantize(self, x: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> bool:
+    def quantize(self, x: Array, block_size: int, packed: Array, absmax: Array) -> bool:
         """See `Kernel.quantize`."""
-        whole, tile = x.numel() - x.numel() % block_size, _tile()
-        tiles = zip(
-            torch.split(x[:whole], tile),
-            torch.split(packed[: whole // 2], tile // 2),
-            torch.split(absmax[: whole // block_size], tile // block_size),
-            strict=True,
-        )
-        for values, codes, largest in tiles if whole else ():
-            blocks = values.float().view(-1, block_size)
-            torch.amax(blocks.abs(), 1, out=largest)
-            if not largest.amax().item() < torch.inf:
+        whole = x.size - x.size % block_size
+        for start in range(0, whole, _TILE):
+            stop = min(start + _TILE, whole)
+            blocks = _float32(x[start:stop]).reshape(-1, block_size)
+            largest = absmax[start // block_size : stop // block_size]
+            numpy.amax(numpy.abs(blocks), 1, out=largest)
+            if not numpy.isfinite(largest).all():
                 return False
-            inverse = largest.clamp(min=_TINY).reciprocal_()
-            self._encode((blocks * inverse[:, None]).flatten(), codes)
-        if whole < x.numel():
-            return self._quantize_tail(x[whole:].float(), packed[whole // 2 :], absmax[-1:])
+            _encode(_normalized(blocks, largest), packed[start // 2 : stop // 2])
+        if whole < x.size:
+            tail = _float32(x[whole:])
+            largest = absmax[-1:]
+            numpy.amax(numpy.abs(tail), keepdims=True, out=largest)
+            if not numpy.isfinite(largest).all():
+                return False
+            numpy.maximum(largest, _TINY, out=largest)
+            tail = numpy.pad(tail / largest, (0, tail.size % 2))
+            _encode(tail, packed[whole // 2 :])
         return True
 
-    def _encode(self, s: Tensor, packed: Tensor) -> None:
-        """Pack the codes of an even number of normalized values."""
-        bins = torch.add(self._bins, s, alpha=15.5).to(torch.int8).view(torch.int16).int()
-        thresholds = self._thresholds.index_select(0, bins).view(torch.float32)
-        above = torch.gt(s, thresholds, out=thresholds).to(torch.int8).view(torch.int16)
-        # first + 256 * second -> 16 * first + second
-        above = above.mul_(4097).bitwise_right_shift_(8)
-        torch.add(self._codes.index_select(0, bins), above.to(torch.uint8), out=packed)
-
-    def _quantize_tail(self, x: Tensor, packed: Tensor, absmax: Tensor) -> bool:
-        torch.amax(x.abs(), 0, keepdim=True, out=absmax)
-        if not absmax.item() < torch.inf:
-            return False
-        absmax.clamp_(min=_TINY)
-        self._encode(torch.cat([x / absmax, x.new_zeros(x.numel() % 2)]), packed)
-        return True
-
-    def sum_scales(self, absmax: Tensor, sums: Tensor) -> None:
+    def sum_scales(self, absmax: Array, sums: Array) -> None:
         """See `Kernel.sum_scales`."""
-        padded = sums.new_zeros(sums.numel() * _NESTED)
-        padded[: absmax.numel()] = absmax
-        sums.copy_(_fold(padded.view(-1, _NESTED).T, _NESTED))
+        padded = numpy.zeros(sums.size * _NESTED)
+        padded[: absmax.size] = absmax
+        sums[:] = _fold(padded.reshape(-1, _NESTED).T)
 
     def quantize_scales(
-        self, absmax: Tensor, offset: float, codes: Tensor, nested_absmax: Tensor
+        self, absmax: Array, offset: float, codes: Array, nested_absmax: Array
     ) -> None:
         """See `Kernel.quantize_scales`."""
-        whole, tile = absmax.numel() - absmax.numel() % _NESTED, _tile()
-        for start in range(0, whole, tile):
-            stop = min(start + tile, whole)
-            d = absmax[start:stop].sub(offset).view(-1, _NESTED)
-            largest = d.abs().amax(1)
-            nested_absmax[start // _NESTED : stop // _NESTED] = largest
-            inverse = largest.clamp_(min=_TINY).reciprocal_()
-            codes[start:stop] = _nested_codes((d * inverse[:, None]).flatten())
-        if whole < absmax.numel():
-            d = absmax[whole:] - offset
-            largest = d.abs().amax(0, keepdim=True)
-            nested_absmax[-1:] = largest
-            codes[whole:] = _nested_codes(d / largest.clamp_(min=_TINY))
+        d = absmax - numpy.float32(offset)
+        whole = d.size - d.size % _NESTED
+        blocks, last = d[:whole].reshape(-1, _NESTED), d[whole:]
+        largest = nested_absmax[: len(blocks)]
+        numpy.amax(numpy.abs(blocks), 1, out=largest)
+        codes[:whole] = _nested_codes(_normalized(blocks, largest))
+        if last.size:
+            nested_absmax[-1] = numpy.abs(last).max()
+            codes[whole:] = _nested_codes(last / numpy.maximum(nested_absmax[-1], _TINY))
 
     def decode_scales(
-        self, codes: Tensor, nested_absmax: Tensor, offset: float, start: int, out: Tensor
+        self, codes: Array, nested_absmax: Array, offset: float, start: int, out: Array
     ) -> None:
         """See `Kernel.decode_scales`."""
-        tile = _tile()
-        for first in range(start, start + out.numel(), tile):
-            last = min(first + tile, start + out.numel())
-            entries = tables().nested_map.index_select(0, codes[first:last].int())
-            outer = nested_absmax[first // _NESTED : -(-last // _NESTED)].repeat_interleave(_NESTED)
-            outer = outer[first % _NESTED :][: last - first]
-            torch.add(entries.mul_(outer), offset, out=out[first - start : last - start])
+        stop = start + out.size
+        outer = nested_absmax[start // _NESTED : -(-stop // _NESTED)].repeat(_NESTED)
+        numpy.take(tables().nested_map, codes[start:stop], out=out)
+        out *= outer[start % _NESTED :][: out.size]
+        out += numpy.float32(offset)
 
     def dequantize(
         self,
-        packed: Tensor,
-        scales: Tensor,
+        packed: Array,
+        scales: Array,
         block_size: int,
         start: int,
-        out: Tensor,
+        out: Array,
         streaming: bool,
     ) -> None:
         """See `Kernel.dequantize`."""
         del streaming
-        skip, tile = start % block_size, _tile()
-        scratch = torch.empty(min(out.numel() + skip + 1, tile), **_NUMBERS)
+        skip = start % block_size
         if skip:  # the rest of a block, by way of the whole of it
-            block = out.new_empty(min(block_size, skip + out.numel()))
-            self._decode(packed[(start - skip) // 2 :], scales[:1], block_size, block, scratch)
-            head = block.numel() - skip
+            block = numpy.empty(min(block_size, skip + out.size), out.dtype)
+            _decode(self._levels, packed[(start - skip) // 2 :], scales[:1], block_size, block)
+            head = block.size - skip
             out[:head] = block[skip:]
             start, scales, out = start + head, scales[1:], out[head:]
-        scales = scales[: -(-out.numel() // block_size)]
-        tiles = zip(
-            torch.split(packed[start // 2 : (start + out.numel() + 1) // 2], tile // 2),
-            torch.split(scales, tile // block_size),
-            torch.split(out, tile),
-            strict=True,
-        )
-        for codes, factors, part in tiles if out.numel() else ():
-            self._decode(codes, factors, block_size, part, scratch)
+        codes = packed[start // 2 :]
+        for first in range(0, out.size, _TILE):
+            part = out[first : first + _TILE]
+            factors = scales[first // block_size : -(-(first + part.size) // block_size)]
+            _decode(self._levels, codes[first // 2 :], factors, block_size, part)
 
-    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Tensor) -> None:
+    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Array) -> None:
         """See `Kernel.dequantize_rows`."""
         packed, absmax, nested_absmax, offset, block_size = codes
         rows, columns = out.shape
         if columns == stride or rows == 1:
-            first, last = start // block_size, -(-(start + out.numel()) // block_size)
+            first, last = start // block_size, -(-(start + out.size) // block_size)
             scales = absmax[first:last]
             if nested_absmax is not None:
-                scales = torch.empty(last - first, **_NUMBERS)
+                scales = numpy.empty(last - first, numpy.float32)
                 self.decode_scales(absmax, nested_absmax, offset, first, scales)
-            self.dequantize(packed, scales, block_size, start, out.view(-1), False)
+            self.dequantize(packed, scales, block_size, start, out.reshape(-1), False)
             return
         # Parts of blocks, all of one length, that no row's end and no block's end falls into.
         size = math.gcd(block_size, start, stride, columns)
-        along = torch.arange(0, columns, size, device="cpu")
-        elements = start + stride * torch.arange(rows, device="cpu")[:, None] + along
+        elements = start + stride * numpy.arange(rows)[:, None] + numpy.arange(0, columns, size)
         blocks = elements // block_size
         scales = absmax[blocks]
         if nested_absmax is not None:
-            entries = tables().nested_map[scales.int()]
-            scales = entries.mul_(nested_absmax[blocks // _NESTED]).add_(offset)
+            scales = tables().nested_map[scales] * nested_absmax[blocks // _NESTED]
+            scales += numpy.float32(offset)
         if size == 1:
-            numbers = (
-                packed[elements // 2].bitwise_right_shift_(4 - elements % 2 * 4).bitwise_and_(15)
-            )
-            out.copy_(tables().levels[numbers.int()].mul_(scales))
+            numbers = packed[elements // 2] >> (4 - elements % 2 * 4).astype(numpy.uint8) & 15
+            _store(out, tables().levels[numbers] * scales)
             return
-        part = packed[start // 2 :].as_strided((rows, columns // 2), (stride // 2, 1))
-        self.dequantize(part.reshape(-1), scales.reshape(-1), size, 0, out.view(-1), False)
+        part = numpy.lib.stride_tricks.as_strided(
+            packed[start // 2 :], (rows, columns // 2), (stride // 2, 1), writeable=False
+        )
+        self.dequantize(part.reshape(-1), scales.reshape(-1), size, 0, out.reshape(-1), False)
 
     def multiply_rows(
-        self, codes: Codes, start: int, dtype: torch.dtype, x: Tensor, out: Tensor
+        self, codes: Codes, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
     ) -> None:
         """See `Kernel.multiply_rows`."""
         rows, columns = out.shape[1], x.shape[1]
         for first, last in row_tiles(rows, columns, _PRODUCT_TILE):
-            block = x.new_empty(last - first, columns, dtype=dtype)
-            begin = start + first * columns
-            self.dequantize_rows(codes, begin, columns, block)
-            out[:, first:last] = x @ block.float().T
+            block = numpy.empty((last - first, columns), dtype)
+            self.dequantize_rows(codes, start + first * columns, columns, block)
+            out[:, first:last] = x @ _float32(block).T
 
-    def _decode(
-        self, packed: Tensor, scales: Tensor, block_size: int, out: Tensor, scratch: Tensor
-    ) -> None:
-        """Decode a tile that starts at a block; `scratch` is float32 and long enough."""
-        count = out.numel()
-        values = scratch if count == scratch.numel() else scratch[: count + count % 2]
-        pairs = values.view(torch.int64)
-        torch.index_select(self._levels, 0, packed[: (count + 1) // 2].int(), out=pairs)
-        if count % block_size:
-            factors = scales.repeat_interleave(block_size)[:count]
-            out.copy_(values[:count].mul_(factors))
-        elif out.dtype == torch.float32:
-            blocks = values.view(-1, block_size)
-            torch.mul(blocks, scales[:, None], out=out.view(-1, block_size))
-        else:
-            values.view(-1, block_size).mul_(scales[:, None])
-            out.copy_(values)
-
-    def error(
-        self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, sums: Tensor
-    ) -> None:
+    def error(self, x: Array, packed: Array, scales: Array, block_size: int, sums: Array) -> None:
         """See `Kernel.error`."""
-        for start in range(0, x.numel(), _ERROR_STEP):
-            part = x[start : start + _ERROR_STEP]
-            first, last = start // _CHUNK, -(-(start + part.numel()) // _CHUNK)
-            local = scales[start // block_size :]
-            squares = self._squares(part, packed[start // 2 :], local, block_size, last - first)
+        for start in range(0, x.size, _TILE):
+            wide = _float32(x[start : start + _TILE])
+            value = numpy.empty(wide.size, numpy.float32)
+            self.dequantize(packed, scales[start // block_size :], block_size, start, value, False)
+            first, last = start // _CHUNK, -(-(start + wide.size) // _CHUNK)
+            squares = numpy.zeros((2, (last - first) * _CHUNK))
+            for row, numbers in zip(squares, (wide - value, wide), strict=True):
+                row[: wide.size] = numbers
+            squares *= squares
             # The order of nf4_body.h: 16 lanes, four rows in pairs, then in order, lanes in halves.
-            rows = squares.view(2, last - first, _CHUNK // 64, 4, 16)
+            rows = squares.reshape(2, last - first, _CHUNK // 64, 4, 16)
             groups = (rows[..., 0, :] + rows[..., 1, :]) + (rows[..., 2, :] + rows[..., 3, :])
-            lanes = squares.new_zeros(2, last - first, 16)
-            for group in groups.unbind(2):
-                lanes += group
-            sums[:, first:last] = _fold(lanes.permute(2, 0, 1), 16)
+            lanes = numpy.zeros((2, last - first, 16))
+            for group in range(groups.shape[2]):
+                lanes += groups[:, :, group]
+            sums[:, first:last] = _fold(lanes.transpose(2, 0, 1))
 
-    def _squares(
-        self, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, chunks: int
-    ) -> Tensor:
-        """Square differences and values, as float64[2, whole chunks] filled up with zeros."""
-        squares = torch.empty(2, chunks * _CHUNK, dtype=torch.float64, device="cpu")
-        squares[:, x.numel() :] = 0
-        tile = min(_tile(), x.numel())
-        value = torch.empty(tile, **_NUMBERS)
-        for start in range(0, x.numel(), tile):
-            wide = x[start : start + tile].float()
-            local = value[: wide.numel()]
-            self.dequantize(packed, scales[start // block_size :], block_size, start, local, False)
-            for row, numbers in zip(squares, (wide - local, wide), strict=True):
-                row[start : start + wide.numel()].copy_(numbers).square_()
-        return squares
+
+def _encode(s: Array, packed: Array) -> None:
+    """Pack the codes of an even number of normalized values, the first in the high nibble."""
+    t = tables()
+    bins = (s * numpy.float32(15.5) + numpy.float32(15.5)).astype(numpy.int8)
+    codes = t.bin_code.astype(numpy.uint8)[bins]
+    codes += s > t.bin_threshold[bins]
+    numpy.add(codes[::2] << 4, codes[1::2], out=packed)
+
+
+def _decode(levels: Array, packed: Array, scales: Array, block_size: int, out: Array) -> None:
+    """Decode a tile that starts at a block."""
+    count = out.size
+    values = levels[packed[: (count + 1) // 2]].view(numpy.float32)[:count]
+    if count % block_size:
+        values *= scales.repeat(block_size)[:count]
+    else:
+        values.reshape(-1, block_size)[:] *= scales[:, None]
+    _store(out, values)
+
+
+def _store(out: Array, values: Array) -> None:
+    """Round float32 to the dtype of `out`, to nearest even; beyond float16's range to infinity."""
+    with numpy.errstate(over="ignore"):
+        out[...] = values

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-from torch import Tensor
+import numpy
 
 from loraformat.nf4.tables import LEVEL_BITS, NESTED_MAP_BITS
+from loraformat.tensors.arrays import Array
 
 __all__ = ["Tables", "from_bits", "tables"]
 
 
-def from_bits(bits: tuple[int, ...]) -> Tensor:
+def from_bits(bits: tuple[int, ...]) -> Array:
     """Turn float32 bit patterns into numbers.
 
     Parameters
@@ -23,11 +23,10 @@ def from_bits(bits: tuple[int, ...]) -> Tensor:
 
     Returns
     -------
-    Tensor
+    array
         float32, one element per pattern.
     """
-    signed = [b - (1 << 32) if b >> 31 else b for b in bits]
-    return torch.tensor(signed, dtype=torch.int32, device="cpu").view(torch.float32)
+    return numpy.array(bits, numpy.uint32).view(numpy.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,50 +35,50 @@ class Tables:
 
     Attributes
     ----------
-    levels : Tensor
+    levels : Array
         float32[16].
-    thresholds : Tensor
+    thresholds : Array
         float32[16]: midpoints of neighbouring levels, rounded to float32, then +inf.
-    bin_threshold, bin_code : Tensor
+    bin_threshold, bin_code : Array
         float32[32] and int32[32]: [-1, 1] in 32 equal bins; the threshold inside the bin (+inf if
         none) and the number of thresholds below it. No bin holds two.
-    nested_map : Tensor
+    nested_map : Array
         float32[256].
-    nested_bounds : Tensor
+    nested_bounds : Array
         float32[256]: midpoints of neighbouring entries, rounded to float32, then +inf.
-    nested_base : Tensor
+    nested_base : Array
         uint8[32768]: indexed by the 15 leading bits of a float32, the number of bounds below every
         float that shares them. No such interval holds two bounds.
     """
 
-    levels: Tensor
-    thresholds: Tensor
-    bin_threshold: Tensor
-    bin_code: Tensor
-    nested_map: Tensor
-    nested_bounds: Tensor
-    nested_base: Tensor
+    levels: Array
+    thresholds: Array
+    bin_threshold: Array
+    bin_code: Array
+    nested_map: Array
+    nested_bounds: Array
+    nested_base: Array
 
 
-def _midpoints(values: Tensor) -> Tensor:
-    return torch.cat([(values[:-1] + values[1:]) / 2, values.new_tensor([torch.inf])])
+def _midpoints(values: Array) -> Array:
+    middles = (values[:-1] + values[1:]) / numpy.float32(2)
+    return numpy.append(middles, numpy.float32(numpy.inf))
 
 
-def _bins(thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    edges = torch.arange(33, dtype=torch.float64, device="cpu") / 15.5 - 1.0
-    below = torch.searchsorted(thresholds.double(), edges)
-    inside = below[1:] > below[:-1]
-    threshold = torch.where(inside, thresholds[below[:-1].clamp(max=15)], torch.inf)
-    return threshold, below[:-1].to(torch.int32)
+def _bins(thresholds: Array) -> tuple[Array, Array]:
+    below = numpy.searchsorted(thresholds.astype(numpy.float64), numpy.arange(33) / 15.5 - 1.0)
+    inside, first = below[1:] > below[:-1], below[:-1]
+    threshold = numpy.where(inside, thresholds[first.clip(max=15)], numpy.float32(numpy.inf))
+    return threshold, first.astype(numpy.int32)
 
 
-def _leading_bits(bounds: Tensor) -> Tensor:
-    key = torch.arange(1 << 15, dtype=torch.int64, device="cpu")
+def _leading_bits(bounds: Array) -> Array:
+    key = numpy.arange(1 << 15, dtype=numpy.uint32)
     # The least float of a negative interval is the one whose trailing bits are all ones.
-    least = (key << 17) | torch.where(key >= 1 << 14, (1 << 17) - 1, 0)
-    values = torch.where(least >= 1 << 31, least - (1 << 32), least).to(torch.int32)
-    floats = values.view(torch.float32).nan_to_num(nan=0.0)
-    return torch.searchsorted(bounds, floats).clamp(max=255).to(torch.uint8)
+    least = (key << 17) | numpy.where(key >= 1 << 14, (1 << 17) - 1, 0).astype(numpy.uint32)
+    floats = least.view(numpy.float32)
+    floats = numpy.where(numpy.isnan(floats), numpy.float32(0), floats)
+    return numpy.searchsorted(bounds, floats).clip(max=255).astype(numpy.uint8)
 
 
 @cache
@@ -89,7 +88,7 @@ def tables() -> Tables:
     Returns
     -------
     Tables
-        Shared: treat every tensor in it as read-only.
+        Shared: treat every array in it as read-only.
     """
     levels, nested_map = from_bits(LEVEL_BITS), from_bits(NESTED_MAP_BITS)
     thresholds, bounds = _midpoints(levels), _midpoints(nested_map)

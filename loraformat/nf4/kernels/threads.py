@@ -1,19 +1,20 @@
 """A parallel for loop over element ranges, with Python threads.
 
-ctypes and torch release the interpreter lock while they compute, so this scales without OpenMP,
-whose barrier after every small operation collapses when the machine is shared.
+ctypes, numpy and torch release the interpreter lock while they compute, so this scales without
+OpenMP, whose barrier after every small operation collapses when the machine is shared. torch is
+not imported here: only where it is loaded already its threads are kept from starting.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from functools import cache
-
-import torch
+from typing import Any
 
 from loraformat.errors import UsageError
 
@@ -39,15 +40,30 @@ def default_threads() -> int:
 
 class _Thread(threading.local):
     ours = False
+    alone = False
 
 
 _this = _Thread()
 _settling = threading.Lock()
 
 
-def _compute_alone() -> None:
-    """Keep torch, and `run`, from starting threads on behalf of this thread."""
+def _torch() -> Any:
+    """Return torch if this process has loaded it."""
+    loaded = sys.modules.get("torch")
+    return loaded if hasattr(loaded, "set_num_threads") else None
+
+
+def _is_ours() -> None:
+    """Keep `run` from starting threads on behalf of this thread."""
     _this.ours = True
+
+
+def _compute_alone() -> None:
+    """Keep torch from starting threads on behalf of this thread, which is one of the pool."""
+    torch = _torch()
+    if _this.alone or torch is None:
+        return
+    _this.alone = True
     with _settling:
         count = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -63,26 +79,27 @@ def _one_of_ours() -> Iterator[None]:
 
     A thread elsewhere that calls torch for the first time meanwhile computes alone, too.
     """
-    before, count = _this.ours, torch.get_num_threads()
+    torch, before = _torch(), _this.ours
+    count = torch.get_num_threads() if torch else 1
     try:
         _this.ours = True
-        _use(1)
+        _use(torch, 1)
         yield
     finally:
         _this.ours = before
-        _use(count)
+        _use(torch, count)
 
 
-def _use(count: int) -> None:
+def _use(torch: Any, count: int) -> None:
     """Set the number of torch's threads in the calling one, and in those to come."""
-    if torch.get_num_threads() != count:
+    if torch and torch.get_num_threads() != count:
         with _settling:
             torch.set_num_threads(count)
 
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="loraformat", initializer=_compute_alone)
+    return ThreadPoolExecutor(workers, thread_name_prefix="loraformat", initializer=_is_ours)
 
 
 def _forget_threads() -> None:
@@ -138,6 +155,10 @@ def run(
             drop()
             raise
 
+    def work_alone() -> None:
+        _compute_alone()
+        work()
+
     def drop() -> None:
         for _ in starts:
             pass
@@ -148,7 +169,7 @@ def run(
         workers = min(workers, 1)
     # One pool for all counts, no larger than it must be: threads have buffers of their own.
     others = max(cpus - 1, 1)
-    helpers = [_pool(others).submit(work) for _ in range(min(workers - 1, others))]
+    helpers = [_pool(others).submit(work_alone) for _ in range(min(workers - 1, others))]
     try:
         with _one_of_ours() if in_torch else nullcontext():
             work()

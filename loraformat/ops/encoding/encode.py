@@ -13,13 +13,15 @@ from math import sqrt
 
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.model.architecture import is_conv1d, is_decoder_linear, is_matrix_weight
-from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor, tensor_view
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
 from loraformat.model.tensor_values import tensor_bytes
 from loraformat.nf4.quant_state import BLOCK_SIZES, QuantState
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
-from loraformat.tensors.dtypes import WEIGHT_DTYPES, torch_dtype
+from loraformat.tensors.dtypes import WEIGHT_DTYPES
 
 __all__ = ["QuantizationPolicy", "cast", "dequantized", "quantized"]
+
+_CAST_PIECE = 1 << 18  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,9 @@ def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str |
 def _quantize(tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool) -> NF4Parts:
     from loraformat.nf4 import codec
 
-    weight = tensor.torch()
+    weight = tensor.array()
     if transposed:
-        weight = weight.T.contiguous()
+        weight = weight.T
     codes = codec.quantize(
         weight, block_size=policy.block_size, double_quant=policy.double_quant, name=tensor.name
     )
@@ -173,13 +175,26 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
 
 
 def _cast(tensor: DenseTensor, dtype: str) -> memoryview:
-    source = tensor_view(tensor.load(), tensor.dtype)
-    result = source.to(torch_dtype(dtype))
-    if dtype == "F16":
-        lost = int((result.isinf() & source.isfinite()).sum())
-        if lost:
-            raise UnsupportedError(
-                f"tensor {tensor.name}: {lost} values are beyond float16's 65504",
-                hint="use --dtype bf16 or --dtype f32",
-            )
+    import numpy
+
+    from loraformat.nf4.kernels.threads import run
+    from loraformat.tensors.arrays import array_view, numpy_dtype
+
+    source = array_view(tensor.load(), tensor.dtype)
+    result = numpy.empty(tensor.count, numpy_dtype(dtype))
+    lost: list[int] = []
+
+    def piece(start: int, stop: int) -> None:
+        with numpy.errstate(over="ignore"):
+            values = source[start:stop].astype(numpy.float32, copy=False)
+            result[start:stop] = values
+        if dtype == "F16":
+            lost.append(int((numpy.isinf(result[start:stop]) & numpy.isfinite(values)).sum()))
+
+    run(piece, tensor.count, _CAST_PIECE)
+    if sum(lost):
+        raise UnsupportedError(
+            f"tensor {tensor.name}: {sum(lost)} values are beyond float16's 65504",
+            hint="use --dtype bf16 or --dtype f32",
+        )
     return tensor_bytes(result)

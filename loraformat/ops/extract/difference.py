@@ -16,9 +16,7 @@ from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
 from loraformat.nf4 import codec
-from loraformat.tensors.arrays import Array
-from loraformat.tensors.dtypes import torch_dtype
-from loraformat.tensors.torch_arrays import array_of
+from loraformat.tensors.arrays import Array, numpy_dtype
 
 __all__ = ["PRECISIONS", "Difference"]
 
@@ -160,11 +158,9 @@ class _Rows:
         if isinstance(tensor, NF4Tensor) and not tensor.transposed:
             self._codes = tensor.codes(tensor.load())
             self._scales = self._codes.scales()
-            self._dtype = torch_dtype(tensor.dtype)
+            self._dtype = numpy_dtype(tensor.dtype)
         else:  # mapped bytes; codes that run over the transpose cannot be read by rows
-            dense = (
-                array_of(tensor.dequantize()) if isinstance(tensor, NF4Tensor) else tensor.array()
-            )
+            dense = tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.array()
             self._dense = dense.reshape(-1, self.shape[1])
 
     def read(self, first: int, last: int) -> Array:
@@ -172,8 +168,8 @@ class _Rows:
         if self._dense is not None:
             return self._dense[first:last]
         columns = self.shape[1]
-        flat = array_of(codec.dequantize(
+        flat = codec.dequantize(
             self._codes, dtype=self._dtype, start=first * columns, stop=last * columns,
             scales=self._scales,
-        ))  # fmt: skip
+        )  # fmt: skip
         return flat.reshape(-1, columns)

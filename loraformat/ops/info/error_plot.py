@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+import numpy
 
 from loraformat.errors import InputError
 from loraformat.families.tensor_names import layer_of
@@ -44,7 +44,7 @@ def normal_error(block_size: int, double_quant: bool) -> float:
     >>> round(normal_error(64, True), 2)
     0.09
     """
-    weights = torch.randn(_SAMPLES, generator=torch.Generator().manual_seed(0))
+    weights = numpy.random.default_rng(0).standard_normal(_SAMPLES, numpy.float32)
     codes = codec.quantize(weights, block_size=block_size, double_quant=double_quant)
     error, square = codec.quantization_error(weights, codes)
     return math.sqrt(error / square)

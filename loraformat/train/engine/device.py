@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from loraformat.nf4 import codec
+from loraformat.tensors.torch_arrays import tensor_of
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix, Range, Tile
@@ -111,7 +112,11 @@ class DeviceMatrix:
 
 def _held(host: NF4Matrix) -> _Codes:
     codes = host.codes
-    return _Codes(codes.packed, codes.absmax, codes.nested_absmax)
+    nested = codes.nested_absmax
+    return _Codes(
+        tensor_of(codes.packed), tensor_of(codes.absmax),
+        None if nested is None else tensor_of(nested),
+    )  # fmt: skip
 
 
 def _groups(host: NF4Matrix, first: int, last: int) -> tuple[int, int]:
@@ -165,17 +170,18 @@ def decode(
 
     Examples
     --------
-    >>> q = codec.quantize(torch.tensor([0.5, -2.0, 1.0]), double_quant=False)
-    >>> decode(q.packed, q.absmax, None, None, 64, torch.float32).tolist()[:2]
+    >>> import numpy
+    >>> q = codec.quantize(numpy.array([0.5, -2.0, 1.0], numpy.float32), double_quant=False)
+    >>> decode(tensor_of(q.packed), tensor_of(q.absmax), None, None, 64, torch.float32).tolist()[:2]
     [0.4922246038913727, -2.0]
     """
     device = packed.device
     scales = absmax
     if nested_absmax is not None and nested_offset is not None:
-        scales = codec.nested_map().to(device)[absmax.long()]
+        scales = tensor_of(codec.nested_map()).to(device)[absmax.long()]
         scales = scales * nested_absmax.repeat_interleave(codec.NESTED_BLOCK_SIZE)[: len(scales)]
         scales = scales + nested_offset
-    levels = codec.levels().to(device)
+    levels = tensor_of(codec.levels()).to(device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
     values = pairs[packed.long()].view(-1)
     values *= scales.repeat_interleave(block_size)[: len(values)]

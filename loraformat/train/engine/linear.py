@@ -63,8 +63,9 @@ class FrozenLinear(torch.nn.Module):
 
     Examples
     --------
+    >>> import numpy
     >>> from loraformat.nf4 import codec
-    >>> codes = codec.quantize(torch.tensor([[2.0, -2.0]]), double_quant=False)
+    >>> codes = codec.quantize(numpy.array([[2.0, -2.0]], numpy.float32), double_quant=False)
     >>> FrozenLinear(NF4Matrix(codes, (1, 2)))(torch.tensor([[3.0, 1.0]]))
     tensor([[4.]])
     """

@@ -15,6 +15,9 @@ from typing import Protocol
 import torch
 
 from loraformat.nf4 import codec
+from loraformat.tensors.arrays import numpy_dtype
+from loraformat.tensors.dtypes import WEIGHT_DTYPES, torch_dtype
+from loraformat.tensors.torch_arrays import array_of
 from loraformat.train.engine.buffers import workspace
 
 __all__ = [
@@ -34,6 +37,7 @@ _FEWEST_ROWS = 64
 _ALIGNED_ROWS = 16
 
 _CPU = torch.device("cpu")
+_ROUNDED = {torch_dtype(name): numpy_dtype(name) for name in WEIGHT_DTYPES.values()}
 
 #: Apart, so that neighbouring outputs read inputs that are none.
 _STRIDE = 7919
@@ -115,7 +119,8 @@ class NF4Matrix:
 
     Examples
     --------
-    >>> weight = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
+    >>> import numpy
+    >>> weight = numpy.array([[1.0, -1.0], [0.0, 1.0]], numpy.float32)
     >>> matrix = NF4Matrix(codec.quantize(weight, double_quant=False), (2, 2))
     >>> [(start, stop, tile.tolist()) for start, stop, tile in matrix.tiles(torch.float32)]
     [(0, 2, [[1.0, -1.0], [0.0, 1.0]])]
@@ -151,7 +156,7 @@ class NF4Matrix:
         block = workspace.take("block", shape, decoded)
         first = self.offset + rows[0] * self.columns + columns[0]
         began = time.perf_counter()
-        codec.dequantize_rows(self.codes, block, start=first, stride=self.columns)
+        codec.dequantize_rows(self.codes, array_of(block), start=first, stride=self.columns)
         decoding.since(began)
         return block if decoded == dtype else block.to(dtype)
 
@@ -172,7 +177,9 @@ class NF4Matrix:
         """
         began = time.perf_counter()
         first = self.offset + rows[0] * self.columns
-        codec.multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=dtype)
+        target = array_of(out)[:, slice(*rows)]
+        numbers = _ROUNDED[dtype]
+        codec.multiply_rows(self.codes, array_of(x), target, start=first, dtype=numbers)
         decoding.since(began)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
@@ -181,7 +188,7 @@ class NF4Matrix:
         for start, stop in _row_ranges(self.rows, self.columns, decoded, _TILE):
             tile = workspace.take("tile", (stop - start, self.columns), decoded)
             first = self.offset + start * self.columns
-            codec.dequantize(self.codes, out=tile, start=first, stop=first + tile.numel())
+            codec.dequantize(self.codes, out=array_of(tile), start=first, stop=first + tile.numel())
             yield start, stop, tile if decoded == dtype else tile.to(dtype)
 
 

@@ -14,6 +14,7 @@ from loraformat.model.base_names.sources import find_sources as find_any_sources
 from loraformat.model.checkpoint import NF4_PARTS, DenseTensor, NF4Tensor
 from loraformat.shards.layout import TAIL_SUFFIXES
 from loraformat.tensors.mapped import MappedFile
+from loraformat.tensors.torch_arrays import tensor_of
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix
 from loraformat.train.engine.readable_base import (
     Computed,
@@ -114,7 +115,7 @@ class StoredWeights:
         An NF4 one is decoded as a whole.
         """
         tensor = self._tensors[name]
-        return tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.torch()
+        return tensor_of(tensor.dequantize()) if isinstance(tensor, NF4Tensor) else tensor.torch()
 
     def copy(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a small tensor in memory; floating numbers as `dtype`."""

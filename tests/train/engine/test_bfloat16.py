@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from loraformat.nf4 import codec
 from loraformat.train import LoraOptions, load
 from loraformat.train.engine import matmul
 from loraformat.train.engine.cross_entropy import frozen_head_loss
@@ -11,6 +10,7 @@ from loraformat.train.engine.decoder import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
+from tests import torch_codec as codec
 from tests.train.engine.reference import (
     dense_loss,
     factors_of,
@@ -69,12 +69,16 @@ def test_sums_over_tiles_are_not_rounded_with_every_tile(monkeypatch):
     """Over 128 parts: sums in bfloat16 would be off by some 2 %."""
     monkeypatch.setattr(matmul, "_DEEP", 64)
     weight = torch.randn(8192, 64, generator=torch.Generator().manual_seed(0))
-    matrix = NF4Matrix(codec.quantize(weight), (8192, 64))
+    matrix = NF4Matrix(codec.quantize(weight).codes, (8192, 64))
     assert len(list(matmul._steps(matrix))) == 128
     x = torch.randn(40, 64, dtype=torch.bfloat16).requires_grad_()
     gradient = torch.randn(40, 8192).bfloat16()
     frozen_product(x, matrix, torch.bfloat16).backward(gradient)
-    whole = codec.dequantize(matrix.codes, dtype=torch.float32).view(8192, 64).bfloat16()
+    whole = (
+        codec.dequantize(codec.Quantized(matrix.codes), dtype=torch.float32)
+        .view(8192, 64)
+        .bfloat16()
+    )
     assert relative(x.grad.float(), gradient.float() @ whole.float()) < 4e-3
 
 
@@ -98,8 +102,8 @@ def test_the_factor_of_a_loss_is_not_rounded():
 def test_odd_and_even_numbers_of_rows(rows, dtype):
     chance = torch.Generator().manual_seed(1)
     weight = torch.randn(48, 128, generator=chance)
-    matrix = NF4Matrix(codec.quantize(weight), (48, 128))
-    whole = codec.dequantize(matrix.codes, dtype=torch.float32).view(48, 128)
+    matrix = NF4Matrix(codec.quantize(weight).codes, (48, 128))
+    whole = codec.dequantize(codec.Quantized(matrix.codes), dtype=torch.float32).view(48, 128)
     a, b = (torch.randn(s, generator=chance).requires_grad_() for s in ((4, 128), (48, 4)))
     x = torch.randn(rows, 128, generator=chance).to(dtype).requires_grad_()
     y = frozen_product(x, matrix, dtype, pair=LoraFactors(a, b, 0.5))

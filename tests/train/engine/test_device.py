@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from loraformat.nf4 import codec
 from loraformat.train import opening
 from loraformat.train.engine import device
 from loraformat.train.engine.device import DeviceMatrix, decode, place_on
@@ -11,6 +10,7 @@ from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
 from loraformat.train.engine.stored_weights import StoredWeights
+from tests import torch_codec as codec
 from tests.train.engine.reference import gradients, make_batch
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_a_stack_that_begins_anywhere_in_a_block(monkeypatch, resident, double_q
     codes = quantized(rows * columns * experts, double_quant=double_quant)
     whole = codec.dequantize(codes, dtype=torch.float32).view(experts, rows, columns)
     for expert in range(experts):
-        host = NF4Matrix(codes, (rows, columns), offset=expert * rows * columns)
+        host = NF4Matrix(codes.codes, (rows, columns), offset=expert * rows * columns)
         matrix = DeviceMatrix(host, CPU, resident=resident)
         tiles = list(matrix.tiles(torch.float32))
         assert len(tiles) > 3

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from loraformat.errors import UsageError
-from loraformat.nf4 import codec
 from loraformat.train.engine import matmul
 from loraformat.train.engine import matrix as matrices
 from loraformat.train.engine.buffers import workspace
@@ -15,6 +14,7 @@ from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
+from tests import torch_codec as codec
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (33, 40), (70, 30), (64, 129), (200, 7)]
 
@@ -37,7 +37,9 @@ def quantized(shape, in_out_layout=False, **options):
     weight = random(*shape)
     codes = codec.quantize(weight, **options)
     whole = codec.dequantize(codes, dtype=torch.float32).view(shape)
-    return NF4Matrix(codes, shape, in_out_layout=in_out_layout), whole.T if in_out_layout else whole
+    return NF4Matrix(
+        codes.codes, shape, in_out_layout=in_out_layout
+    ), whole.T if in_out_layout else whole
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -96,7 +98,7 @@ def test_what_is_multiplied_is_what_bitsandbytes_decodes(small_tiles, shape, dou
     if double_quant:
         options = {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.item()}
     codes = codec.NF4(packed.view(-1), state.absmax, weight.numel(), 64, **options)
-    linear = FrozenLinear(NF4Matrix(codes, shape))
+    linear = FrozenLinear(NF4Matrix(codes.codes, shape))
     # Each sum is of one weight and zeros.
     assert torch.equal(linear(torch.eye(shape[1])).T, expected)
     assert torch.equal(torch.cat([t.clone() for _, _, t in linear.dense_tiles()]), expected)
@@ -135,7 +137,9 @@ def test_one_expert_of_a_stack_in_one_tensor_and_in_parts(small_tiles):
     weight = random(4, 10, 24)
     codes = codec.quantize(weight)
     whole = codec.dequantize(codes, dtype=torch.float32).view(4, 10, 24)
-    fused = ExpertStack([[NF4Matrix(codes, (10, 24), offset=240 * e)] for e in range(4)], "up_proj")
+    fused = ExpertStack(
+        [[NF4Matrix(codes.codes, (10, 24), offset=240 * e)] for e in range(4)], "up_proj"
+    )
     parts = ExpertStack([[DenseMatrix(w[:4]), DenseMatrix(w[4:])] for w in whole], "up_proj")
     x = random(3, 24)
     for expert in range(4):
@@ -213,7 +217,7 @@ def test_very_few_tokens_are_multiplied_by_what_is_not_written(
 def test_an_error_in_a_piece_is_that_of_the_product(small_tiles, monkeypatch):
     matrix, _ = quantized((200, 320))
     codes = codec.quantize(random(100, 320))  # too short for the matrix
-    monkeypatch.setattr(matrix, "codes", codes)
+    monkeypatch.setattr(matrix, "codes", codes.codes)
     with pytest.raises(UsageError, match="range"):
         frozen_product(random(5, 320), matrix)
 

@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 import torch
 
-from loraformat.nf4 import codec
 from loraformat.train import LoraOptions, load
 from loraformat.train.engine import lora_matmul
 from loraformat.train.engine.checkpointing import (
@@ -18,6 +17,7 @@ from loraformat.train.engine.layer_prefetch import LayerPrefetcher
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import NF4Matrix
 from loraformat.train.engine.unneeded_products import find_unneeded_products, last_products
+from tests import torch_codec as codec
 from tests.train.engine.reference import make_batch
 
 
@@ -79,7 +79,7 @@ class Layer(torch.nn.Module):
         super().__init__()
         chance = torch.Generator().manual_seed(seed)
         codes = [codec.quantize(torch.randn(64, 64, generator=chance) / 8) for _ in range(2)]
-        self.one, self.two = (FrozenLinear(NF4Matrix(c, (64, 64))) for c in codes)
+        self.one, self.two = (FrozenLinear(NF4Matrix(c.codes, (64, 64))) for c in codes)
 
     def inner(self, x):
         return self.two(torch.nn.functional.dropout(torch.tanh(self.one(x)), 0.3))

@@ -8,12 +8,12 @@ from torch import nn
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.model.checkpoint import Checkpoint, Provenance
-from loraformat.nf4 import codec
 from loraformat.testing.models import dense
 from loraformat.testing.models import nf4 as nf4_tensor
 from loraformat.train import LoraOptions
 from loraformat.train.lora.branch import branch_of
 from loraformat.train.lora.initialise import initial
+from tests import torch_codec as codec
 
 SHAPE = (48, 40)
 

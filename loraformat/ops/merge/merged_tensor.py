@@ -30,7 +30,6 @@ from loraformat.ops.merge.retention import Meter
 from loraformat.ops.merge.tile_threads import TILE_ELEMENTS, over_tiles
 from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
 from loraformat.tensors.arrays import finite as all_finite
-from loraformat.tensors.torch_arrays import array_of, tensor_of
 from loraformat.undo.fixed_point import Product
 
 __all__ = ["BufferPool", "Recorder", "merged_tensor", "requantized"]
@@ -166,7 +165,7 @@ class _Merged:
     def _original(self) -> Array | None:
         if isinstance(self.source, NF4Tensor):
             values = self._buffer(self.source.count, "F32")
-            whole = array_of(self.source.dequantize("F32", out=tensor_of(values)))
+            whole = self.source.dequantize("F32", out=values)
             return numpy.ascontiguousarray(whole)
         return None if self.source is None else self.source.array()
 
@@ -365,5 +364,5 @@ def requantized(
 
 
 def _numbers(tensor: LazyTensor) -> Array:
-    dense = array_of(tensor.dequantize("F32")) if isinstance(tensor, NF4Tensor) else tensor.array()
+    dense = tensor.dequantize("F32") if isinstance(tensor, NF4Tensor) else tensor.array()
     return dense.reshape(-1, tensor.shape[-1])

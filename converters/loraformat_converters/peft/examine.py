@@ -178,7 +178,7 @@ class _Examiner:
 
     def _look_at_numbers(self, name: str, tensor: DenseTensor) -> None:
         try:
-            if not bool(tensor.torch().any()):
+            if not tensor.array().any():
                 self.zero.add(name)
         except FileChangedError:
             raise

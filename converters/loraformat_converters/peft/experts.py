@@ -10,7 +10,7 @@ second kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
@@ -243,7 +243,7 @@ def stacked(
     shape : tuple of int
         Of as many elements.
     order : tuple of int, optional
-        As in `torch.permute`; the bytes move when they are loaded.
+        As in `numpy.transpose`; the bytes move when they are loaded.
     """
     if order is None:
         return replace(tensor, shape=shape)
@@ -251,16 +251,6 @@ def stacked(
         tensor.name,
         tensor.dtype,
         tuple(shape[axis] for axis in order),
-        _permuted(tensor, shape, order),
+        lambda: tensor_bytes(tensor.array().reshape(shape).transpose(order)),
         tensor.release,
     )
-
-
-def _permuted(
-    tensor: DenseTensor, shape: tuple[int, ...], order: tuple[int, ...]
-) -> Callable[[], memoryview]:
-    def load() -> memoryview:
-
-        return tensor_bytes(tensor.torch().view(shape).permute(order))
-
-    return load

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from loraformat.errors import InputError, nearest, printable
 from loraformat.model.adapter import STATISTICS_NAME, LoraDelta
-from loraformat.model.checkpoint import DenseTensor, tensor_view
+from loraformat.model.checkpoint import DenseTensor
+from loraformat.tensors.arrays import array_view, finite
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["SUFFIX", "read_moments"]
@@ -69,11 +70,13 @@ def _load(file: MappedFile, name: str, rank: int) -> memoryview:
 
 def check_moment(data: memoryview, rank: int, name: str, path: Path) -> None:
     """Refuse what cannot be a second moment: not finite, not symmetric, or negative."""
-    values = tensor_view(data, "F32").view(-1, rank, rank)
-    largest = values.abs().amax((1, 2), keepdim=True)
-    skew = (values - values.mT).abs() > _ASYMMETRY * largest
-    negative = values.diagonal(dim1=1, dim2=2) < 0
-    if not bool(values.isfinite().all()) or bool(skew.any()) or bool(negative.any()):
+    values = array_view(data, "F32", (len(data) // (4 * rank * rank), rank, rank))
+    largest = abs(values).max((1, 2), keepdims=True)
+    if not (
+        finite(values)
+        and (abs(values - values.mT) <= _ASYMMETRY * largest).all()
+        and (values.diagonal(axis1=1, axis2=2) >= 0).all()
+    ):
         raise InputError(
             f"tensor {printable(name)} is not a valid second moment: it is not finite, not "
             "symmetric, or has a negative diagonal",

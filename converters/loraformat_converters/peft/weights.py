@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.model.checkpoint import DenseTensor, tensor_view
+from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.pickled import open_pickle
 from loraformat.model.tensor_values import check_finite, tensor_bytes
 from loraformat.shards.index_json import parse_index
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.tensors.arrays import array_view, numpy_dtype
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = [
@@ -165,16 +166,13 @@ def checked(tensor: DenseTensor, path: Path) -> DenseTensor:
             path=path,
             hint="its method cannot be read as a low-rank delta; merge it with PEFT",
         )
-    wider = tensor.dtype in _EIGHT_BITS
+    dtype = "F32" if tensor.dtype in _EIGHT_BITS else tensor.dtype
 
     def load() -> memoryview:
-        data = tensor.load()
-        values = tensor_view(data, tensor.dtype)
-        values = values.float() if wider else values
+        values = array_view(tensor.load(), tensor.dtype).astype(numpy_dtype(dtype), copy=False)
         check_finite(values, tensor.name, path)
-        return tensor_bytes(values) if wider else data
+        return tensor_bytes(values)
 
-    dtype = "F32" if wider else tensor.dtype
     return DenseTensor(tensor.name, dtype, tensor.shape, load, tensor.release)
 
 

@@ -21,16 +21,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy
+
 from loraformat.bundle.integrity import BASE_FINGERPRINT, BASE_SOURCE
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.model.architecture import module_of
-from loraformat.model.checkpoint import DenseTensor, tensor_view
+from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.tensor_values import tensor_bytes
 from loraformat.plugins import AdapterWriteOptions
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
-from loraformat.tensors.dtypes import ITEM_BYTES, torch_dtype
+from loraformat.tensors.arrays import array_view, finite, numpy_dtype
+from loraformat.tensors.dtypes import ITEM_BYTES
 from loraformat.tensors.header import Entry, encode_header
 from loraformat_converters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from loraformat_converters.peft.experts import stacked
@@ -202,14 +205,14 @@ def _folded_dtype(dtype: str, scaling: float) -> str:
 
 
 def _load(piece: _Piece) -> memoryview:
-
     tensor = piece.tensor
     data = tensor.load()
     if piece.factor == 1.0 and tensor.dtype == piece.dtype:
         return data
-    values = tensor_view(data, tensor.dtype).double() * piece.factor
-    rounded = values.to(torch_dtype(piece.dtype))
-    if not bool(rounded.isfinite().all()):
+    values = array_view(data, tensor.dtype).astype(numpy.float64)
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        rounded = (values * piece.factor).astype(numpy_dtype(piece.dtype))
+    if not finite(rounded):
         raise UnsupportedError(
             f"tensor {printable(piece.name)} does not fit into {piece.dtype} with its scaling "
             f"{piece.factor:g}",

@@ -105,11 +105,9 @@ def packed_weights(tensors: Mapping[str, Stored]) -> PackedWeights | None:
 
     Examples
     --------
-    >>> from loraformat.testing import dense
-    >>> import torch
-    >>> codes = dense("model.layers.0.mlp.up_proj.weight", torch.zeros(2, 2, dtype=torch.uint8))
-    >>> packed_weights({codes.name: codes})
-    PackedWeights(method='an unknown method', tensor='model.layers.0.mlp.up_proj.weight')
+    >>> from loraformat.tensors.header import Entry
+    >>> packed_weights({"up_proj.weight": Entry("up_proj.weight", "U8", (2, 2), 0, 4)})
+    PackedWeights(method='an unknown method', tensor='up_proj.weight')
     """
     for method in _METHODS:
         if found := method.gave_away(tensors):

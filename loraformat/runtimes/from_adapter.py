@@ -64,7 +64,7 @@ def _module(delta: LoraDelta, base: Checkpoint | None, nonfinite: list[str]) -> 
 def _is_zero(tensor: DenseTensor, nonfinite: list[str]) -> bool:
     """Tell whether all numbers are zero; a tensor that its reader refuses is written down."""
     try:
-        return not bool(tensor.torch().any())
+        return not tensor.array().any()
     except FileChangedError:
         raise
     except InputError:  # NaN or infinity

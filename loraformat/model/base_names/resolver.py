@@ -96,6 +96,12 @@ class BaseNames:
         return bool(self._shapes)
 
     @property
+    def as_stored(self) -> bool:
+        """Whether tensors are known to be in memory as they are stored: none is renamed or fused."""
+        prefix = self._prefix
+        return prefix is not None and all(n.startswith((prefix, "lm_head.")) for n in self._shapes)
+
+    @property
     def memory(self) -> InMemory | None:
         """What transformers knows of the base; None if it knows nothing."""
         if not self._asked:

@@ -68,7 +68,8 @@ def stacks_of(
     list of Stack
     list of (LazyTensor or None, LazyTensor)
     """
-    memory = names_of(tuned).memory
+    names = names_of(tuned)
+    memory = None if names.as_stored else names.memory
     if memory is None:
         return [], list(pairs)
     usable = {

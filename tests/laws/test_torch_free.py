@@ -1,0 +1,86 @@
+"""A law of imports: only training, generating and evaluating need torch, which takes a second."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from loraformat.demo import ADAPTERS, SMALL_MODEL
+from tests.conftest import environment
+from tests.hub.fake_hub import TOKEN, Repository, files_of, serve
+
+#: Command lines by group. Each group runs in one process and one directory, in this order; a
+#: verb is added as one line. `check --base` is none of them: it asks PEFT itself.
+COMMANDS = {
+    "adapters": [
+        "check manual --runtime transformers",
+        "check manual --fix -o fixed",
+        "check fixed --write run",
+        "info manual",
+        "verify manual",
+        "spectrum manual",
+        "reduce manual -o reduced --rank 4 --base base",
+        "combine manual tests -o combined --dtype bf16",
+        "combine manual tests -o elected --method ties --rank 8",
+        "combine manual tests -o dropped --method dare_linear --rank 8",
+        "extract base tuned -o extracted --rank 4",
+        "formats",
+    ],
+    "hub": [
+        "push manual me/new --base-model org/base",
+        "pull me/new pulled",
+    ],
+}
+
+#: Runs command lines until one fails or has imported what it should not.
+_RUN = """
+import json, shlex, sys
+from loraformat.cli import main
+
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["loraformat", *shlex.split(line)]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, f"{line}: exit {stop.code}"
+    found = {"torch", "transformers", "peft"} & sys.modules.keys()
+    assert not found, f"{line} imported {found}"
+"""
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A base, a fine-tune of it and two adapters, side by side."""
+    shutil.copytree(SMALL_MODEL, tmp_path / "base")
+    for name in ("manual", "tests"):
+        shutil.copytree(ADAPTERS[name], tmp_path / name)
+    shutil.copytree(SMALL_MODEL, tmp_path / "tuned")
+    weights = load_file(tmp_path / "tuned" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name] + 0.01
+    save_file(weights, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+@pytest.fixture
+def hub():
+    """A Hub on the loopback interface, with ``org/base``."""
+    server, thread = serve()
+    server.repositories["org/base"] = Repository(files_of(SMALL_MODEL))
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("group", COMMANDS)
+def test_no_command_imports_torch(group, models, hub):
+    found = subprocess.run(
+        [sys.executable, "-c", _RUN, json.dumps(COMMANDS[group])],
+        cwd=models, capture_output=True, text=True, check=False,
+        env={**environment(models), "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr

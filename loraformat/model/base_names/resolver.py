@@ -97,7 +97,7 @@ class BaseNames:
 
     @property
     def as_stored(self) -> bool:
-        """Whether tensors are known to be in memory as they are stored: none is renamed or fused."""
+        """Whether memory is known to have each tensor as it is stored, none renamed or fused."""
         prefix = self._prefix
         return prefix is not None and all(n.startswith((prefix, "lm_head.")) for n in self._shapes)
 

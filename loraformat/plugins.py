@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from loraformat.model.adapter import Adapter
     from loraformat.model.adapter_facts import AdapterFacts
     from loraformat.model.checkpoint import Checkpoint, LazyTensor
+    from loraformat.model.packed_weights import Signature
+    from loraformat.model.quantization_method import QuantizationMethod
     from loraformat.model.written import WrittenModel
     from loraformat.storage.atomic_output import AtomicOutput
     from loraformat.tensors.arrays import Array
@@ -48,6 +50,8 @@ __all__ = [
     "all_converters",
     "for_output",
     "get",
+    "quantization_readers",
+    "quantization_signatures",
     "sniff",
 ]
 
@@ -255,7 +259,11 @@ class Converter:
         File name endings, in either case, that choose this format for an output.
     pre_tokenizers : bool
         Whether ``write`` heeds `WriteOptions.pre_tokenizer`; without it ``--pre`` is refused.
+    takes_config : bool
+        Whether ``read_with`` heeds `ReadOptions.config`; without it ``--config`` is refused.
     requires : tuple of Requirement
+    method : QuantizationMethod or None
+        How the weights are quantized, of a safetensors directory in whose place others are dense.
     """
 
     name: str
@@ -276,7 +284,9 @@ class Converter:
     output: Literal["directory", "file"] = "directory"
     suffixes: tuple[str, ...] = ()
     pre_tokenizers: bool = False
+    takes_config: bool = False
     requires: tuple[Requirement, ...] = ()
+    method: QuantizationMethod | None = None
 
     @property
     def reads(self) -> bool:
@@ -345,6 +355,17 @@ def _load(name: str) -> Converter:
 def all_converters() -> list[Converter]:
     """Return every installed converter, sorted by name."""
     return [_load(name) for name in _names()]
+
+
+def quantization_readers() -> dict[str, str]:
+    """Return the quantization methods that converters read, each with its converter's name."""
+    return {one.method.name: one.name for one in all_converters() if one.method is not None}
+
+
+def quantization_signatures() -> list[Signature]:
+    """Return how methods are detected that converters bring along."""
+    methods = (one.method for one in all_converters())
+    return [method.signature for method in methods if method is not None and method.signature]
 
 
 def get(name: str) -> Converter:

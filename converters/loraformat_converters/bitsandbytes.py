@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraformat.bundle.converter import quantized_config
-from loraformat.bundle.reader import is_bundle
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.architecture import is_conv1d
 from loraformat.model.checkpoint import Checkpoint, NF4Tensor
+from loraformat.model.packed_weights import BITSANDBYTES
 from loraformat.model.written import WrittenModel
 from loraformat.plugins import Converter, WriteOptions
-from loraformat.shards.read_directory import is_bitsandbytes, open_model, peek_config, weight_files
+from loraformat.shards.quantized import method_of
+from loraformat.shards.read_directory import open_model, peek_config, weight_files
 from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
@@ -26,13 +27,8 @@ __all__ = ["CONVERTER", "read", "sniff", "write"]
 
 
 def sniff(path: Path) -> bool:
-    """Tell whether the config, or without one the names of the tensors, speak of bitsandbytes."""
-    if is_bundle(path):
-        return False
-    quantization = peek_config(path).get("quantization_config")
-    if isinstance(quantization, dict):
-        return quantization.get("quant_method") == "bitsandbytes"
-    return is_bitsandbytes(path)
+    """Tell whether the names of the tensors, or the config, speak of bitsandbytes."""
+    return method_of(path) == BITSANDBYTES
 
 
 def read(path: Path) -> Checkpoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from loraformat.errors import FormatError, InputError, UnsupportedError, UsageError, printable
+from loraformat.errors import FormatError, InputError, UnsupportedError, printable
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.packed_weights import refuse_packed
 from loraformat.model.pickled import open_pickle
@@ -57,8 +57,6 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
             hint="if you trust where it comes from: loraformat convert "
             f"{printable(path)} DENSE --to safetensors --allow-pickle, which loads tensors only",
         )
-    if options.config is not None:
-        raise UsageError(f"--config is for GGUF files, and {path} is pytorch")
     tensors: dict[str, LazyTensor] = {}
     homes: dict[str, str] = {}
     with contextlib.ExitStack() as opened:
@@ -84,7 +82,7 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
         )  # fmt: skip
     try:
         settings = checkpoint.quantization_config
-        refuse_packed(path, tensors, settings and settings.get("quant_method"), None)
+        refuse_packed(path, tensors, settings and settings.get("quant_method"))
     except BaseException:
         checkpoint.close()
         raise

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from loraformat.bundle.reader import is_bundle
 from loraformat.card.carried import base_model_of
-from loraformat.errors import UnsupportedError
 from loraformat.model.adapter import is_adapter_file
-from loraformat.model.checkpoint import Checkpoint, NF4Tensor
-from loraformat.model.packed_weights import FLOAT8, MXFP4, packed_weights, refuse_packed
+from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.packed_weights import BITSANDBYTES, refuse_packed
 from loraformat.model.written import WrittenModel
-from loraformat.plugins import Converter, WriteOptions
-from loraformat.shards.read_directory import (
-    is_bitsandbytes,
-    open_model,
-    peek_config,
-    stored_entries,
+from loraformat.plugins import (
+    Converter,
+    WriteOptions,
+    quantization_readers,
+    quantization_signatures,
 )
+from loraformat.shards.quantized import method_of
+from loraformat.shards.read_directory import open_model
 from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
 
@@ -31,26 +31,18 @@ __all__ = ["CONVERTER", "read", "sniff", "write"]
 def sniff(path: Path) -> bool:
     """Tell whether a path is a safetensors file or a directory of them that is nothing else."""
     if path.is_file():
-        return path.suffix == ".safetensors" and not is_bitsandbytes(path) and not _packed(path)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        if path.suffix != ".safetensors":
+            return False
+    elif (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return False  # what lies beside an adapter is no model
-    if is_bundle(path) or all(is_adapter_file(f.name) for f in path.glob("*.safetensors")):
+    elif is_bundle(path) or all(is_adapter_file(f.name) for f in path.glob("*.safetensors")):
         return False
-    method = _method(path)
-    if method == "bitsandbytes" or (method is None and is_bitsandbytes(path)):
-        return False
-    return not _packed(path)
+    # Of methods that no converter reads, `read` says which it is.
+    return method_of(path, quantization_signatures()) not in _readers()
 
 
-def _packed(path: Path) -> bool:
-    """Tell whether another converter reads the weights; of other methods `read` says which."""
-    found = packed_weights(stored_entries(path))
-    return found is not None and found.method in (FLOAT8, MXFP4)
-
-
-def _method(path: Path) -> object:
-    quantization = peek_config(path).get("quantization_config")
-    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+def _readers() -> dict[str, str]:
+    return {BITSANDBYTES: BITSANDBYTES, **quantization_readers()}
 
 
 def read(path: Path) -> Checkpoint:
@@ -74,13 +66,12 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     settings = checkpoint.quantization_config
     method = None if settings is None else settings.get("quant_method", "an unnamed method")
     tensors = checkpoint.tensors
-    if method == "bitsandbytes" or any(isinstance(t, NF4Tensor) for t in tensors.values()):
-        raise UnsupportedError(
-            "is quantized with bitsandbytes, not dense",
-            path=checkpoint.path,
-            hint="use --from bitsandbytes",
-        )
-    refuse_packed(checkpoint.path, tensors, method, base_model_of(checkpoint.files))
+    if any(tensor.quantization for tensor in tensors.values()):
+        method = BITSANDBYTES
+    refuse_packed(
+        checkpoint.path, tensors, method, original=base_model_of(checkpoint.files),
+        readers=_readers(), more=quantization_signatures(),
+    )  # fmt: skip
 
 
 def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -41,6 +42,8 @@ __all__ = [
     "tensor_view",
 ]
 
+#: Elements of the tiles in which a tensor is computed, and rows of which they are a multiple.
+_TILE_ELEMENTS, _ROWS = 1 << 18, 32
 #: Name suffix of each stored tensor of an NF4 weight, in the order in which they are hashed.
 NF4_PARTS = {
     "packed": "",
@@ -54,6 +57,29 @@ NF4_PARTS = {
 
 def _nothing() -> None:
     pass
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def _load_rows(
+    dtype: str, shape: tuple[int, ...], read_rows: Callable[[int, int], Array]
+) -> memoryview:
+    import numpy
+
+    from loraformat.nf4.kernels.threads import run
+    from loraformat.tensors.arrays import array_bytes, numpy_dtype
+
+    rows, columns = _matrix_shape(shape)
+    result = numpy.empty((rows, columns), numpy_dtype(dtype))
+
+    def tile(start: int, stop: int) -> None:
+        with numpy.errstate(all="ignore"):  # what is too large becomes infinite
+            result[start:stop] = read_rows(start, stop)
+
+    run(tile, rows, max(_ROWS, _TILE_ELEMENTS // max(columns, 1) // _ROWS * _ROWS))
+    return array_bytes(result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +98,9 @@ class DenseTensor:
     stored : tuple of str and int, or None
         If it is computed from numbers of a type that safetensors has no name for: what its
         source calls that type, and how many bytes they take there.
+    read_rows : callable, optional
+        If some rows can be computed without the others: returns those from start to stop, for
+        `rows`, in any dtype.
     """
 
     name: str
@@ -80,6 +109,37 @@ class DenseTensor:
     load: Callable[[], memoryview] = field(repr=False)
     release: Callable[[], None] = field(default=_nothing, repr=False)
     stored: tuple[str, int] | None = None
+    read_rows: Callable[[int, int], Array] | None = field(default=None, repr=False)
+
+    @classmethod
+    def by_rows(
+        cls,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        read_rows: Callable[[int, int], Array],
+        release: Callable[[], None] = _nothing,
+        stored: tuple[str, int] | None = None,
+    ) -> DenseTensor:
+        """Return a tensor that is computed by rows; loading it computes them all.
+
+        Parameters
+        ----------
+        name, dtype, shape, release, stored
+            See the attributes.
+        read_rows : callable
+            Returns rows [start, stop) of the tensor as a matrix of `matrix_shape`, in any dtype;
+            each number is rounded to ``dtype``, to nearest even. Several threads may call.
+
+        Examples
+        --------
+        >>> import numpy
+        >>> tensor = DenseTensor.by_rows("w", "F16", (2, 3), lambda a, b: numpy.ones((b - a, 3)))
+        >>> tensor.rows(1, 2), len(tensor.load())
+        (array([[1., 1., 1.]], dtype=float16), 12)
+        """
+        load = partial(_load_rows, dtype, shape, read_rows)
+        return cls(name, dtype, shape, load, release, stored, read_rows)
 
     @property
     def count(self) -> int:
@@ -87,9 +147,19 @@ class DenseTensor:
         return prod(self.shape)
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns: all dimensions but the last make rows; a vector is one row."""
+        return _matrix_shape(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.count * ITEM_BYTES[self.dtype]
+
+    @property
+    def quantization(self) -> str | None:
+        """Type of the codes that it is decoded from; None for plain numbers."""
+        return None if self.stored is None else self.stored[0]
 
     @property
     def stored_as(self) -> str:
@@ -106,6 +176,34 @@ class DenseTensor:
         from loraformat.tensors.arrays import array_view
 
         return array_view(self.load(), self.dtype, self.shape)
+
+    def row_reader(self) -> Callable[[int, int], Array]:
+        """Return `rows` for reading many times: what is stored whole is loaded once."""
+        if self.read_rows is not None:
+            return self.rows
+        matrix = self.array().reshape(self.matrix_shape)
+        return lambda start, stop: matrix[start:stop]
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return some rows of the tensor as a matrix, for reading.
+
+        Parameters
+        ----------
+        start, stop : int
+            Of the rows of a matrix of `matrix_shape`: a stack of experts (experts, out, in) is
+            one of experts * out rows.
+
+        Returns
+        -------
+        array
+            (stop - start, columns), of the tensor's dtype; a view of mapped bytes if they are
+            stored so. Of a tensor that is computed, only these rows are, where that is possible.
+        """
+        if self.read_rows is None:
+            return self.row_reader()(start, stop)
+        from loraformat.tensors.arrays import numpy_dtype, rounded
+
+        return rounded(self.read_rows(start, stop), numpy_dtype(self.dtype))
 
     def torch(self) -> torch.Tensor:
         """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""
@@ -196,6 +294,26 @@ class NF4Tensor:
     def count(self) -> int:
         """Elements."""
         return prod(self.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns: all dimensions but the last make rows; a vector is one row."""
+        return _matrix_shape(self.shape)
+
+    @property
+    def quantization(self) -> str:
+        """Type of the codes that it is stored in: NF4."""
+        return "NF4"
+
+    @property
+    def stored_as(self) -> str:
+        """Type of its numbers where they are stored."""
+        return self.quantization
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size where it is stored."""
+        return self.nbytes
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Detection of weights quantized by unsupported methods.
+"""Detection of quantized weights, and of the method that quantized them.
 
 A checkpoint need not say in its config how it was quantized: MLX, GPTQ, AWQ and float8 files are
 published without. Their codes must never be taken for weights, so that names and dtypes of the
@@ -8,17 +8,25 @@ stored tensors decide, not the config.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from loraformat.errors import UnsupportedError, printable
 
-__all__ = ["FLOAT8", "MXFP4", "PackedWeights", "Stored", "packed_weights", "refuse_packed"]
+__all__ = [
+    "BITSANDBYTES", "FLOAT8", "MXFP4", "ORIGINAL", "PackedWeights", "Signature", "Stored",
+    "packed_weights", "refuse_packed",
+]  # fmt: skip
 
+#: What helps where a method is not read.
+ORIGINAL = (
+    "start from the original, unquantized model; the model's page on the Hub lists it as base model"
+)
 #: Methods that converters read.
-FLOAT8, MXFP4 = "float8", "MXFP4"
+BITSANDBYTES, FLOAT8, MXFP4 = "bitsandbytes", "float8", "MXFP4"
 
 _FLOATS = ("F8_E4M3", "F8_E5M2")
 #: A type of scales alone.
@@ -57,17 +65,28 @@ class PackedWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class _Method:
-    """A method, by the suffixes of the tensors that stand in the place of one weight."""
+class Signature:
+    """A quantization method, by the tensors that it stores in the place of one weight.
+
+    Attributes
+    ----------
+    name : str
+        Of the method.
+    suffixes : tuple of str
+        Endings of the tensors' names; before them all have the same.
+    dtypes : tuple of str
+        safetensors names: what the first of the tensors may be; anything, if there are none.
+    """
 
     name: str
     suffixes: tuple[str, ...]
-    dtypes: tuple[str, ...]  # of the first of them
+    dtypes: tuple[str, ...] = ()
 
-    def gave_away(self, tensors: Mapping[str, Stored]) -> str | None:
+    def found_in(self, tensors: Mapping[str, Stored]) -> str | None:
+        """Return the name of a tensor that is a weight's first part; None if there is none."""
         first, *others = self.suffixes
         for name, tensor in tensors.items():
-            if name.endswith(first) and tensor.dtype in self.dtypes:
+            if name.endswith(first) and (not self.dtypes or tensor.dtype in self.dtypes):
                 owner = name.removesuffix(first)
                 if all(owner + other in tensors for other in others):
                     return name
@@ -75,33 +94,39 @@ class _Method:
 
 
 #: The more special one first: an AWQ weight is a GPTQ weight without ``g_idx``.
-_METHODS = (
-    _Method("GPTQ", (".qweight", ".qzeros", ".g_idx"), ("I32",)),
-    _Method("AWQ", (".qweight", ".qzeros"), ("I32",)),
-    _Method("MLX", (".weight", ".scales", ".biases"), ("U32",)),
-    _Method("MLX (mxfp4)", (".weight", ".scales"), ("U32",)),
-    _Method(MXFP4, ("_blocks", "_scales"), ("U8",)),
-    _Method("FP4 or INT8", (".weight", ".scale"), ("I8", "U8")),
-    _Method("compressed-tensors", (".weight_packed",), ("I32", "U8")),
-    _Method("NVFP4", (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
-    _Method("HQQ", (".W_q",), _INTEGERS),
-    _Method("EXL2", (".q_weight", ".q_scale"), ("I32",)),
-    _Method("EXL3", (".trellis",), ("I16", "U16")),
-    _Method("AQLM", (".codes", ".codebooks"), _INTEGERS),
-    _Method("optimum-quanto", (".weight._data",), ("I8", "U8", *_FLOATS)),
-    _Method("torchao", ("._weight_qdata",), ("I8", "U8", "I32", *_FLOATS)),
+_SIGNATURES = (
+    *(Signature(BITSANDBYTES, (f".quant_state.bitsandbytes__{kind}",)) for kind in ("nf4", "fp4")),
+    Signature(BITSANDBYTES, (".SCB",)),
+    Signature("GPTQ", (".qweight", ".qzeros", ".g_idx"), ("I32",)),
+    Signature("AWQ", (".qweight", ".qzeros"), ("I32",)),
+    Signature("MLX", (".weight", ".scales", ".biases"), ("U32",)),
+    Signature("MLX (mxfp4)", (".weight", ".scales"), ("U32",)),
+    Signature(MXFP4, ("_blocks", "_scales"), ("U8",)),
+    Signature("FP4 or INT8", (".weight", ".scale"), ("I8", "U8")),
+    Signature("compressed-tensors", (".weight_packed",), ("I32", "U8")),
+    Signature("NVFP4", (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
+    Signature("HQQ", (".W_q",), _INTEGERS),
+    Signature("EXL2", (".q_weight", ".q_scale"), ("I32",)),
+    Signature("EXL3", (".trellis",), ("I16", "U16")),
+    Signature("AQLM", (".codes", ".codebooks"), _INTEGERS),
+    Signature("optimum-quanto", (".weight._data",), ("I8", "U8", *_FLOATS)),
+    Signature("torchao", ("._weight_qdata",), ("I8", "U8", "I32", *_FLOATS)),
 )
 #: Integer tensors of two dimensions with this ending are codes, whoever wrote them.
 _WEIGHT = re.compile(r"(^|\.)(weight|\w+_proj)$")
 
 
-def packed_weights(tensors: Mapping[str, Stored]) -> PackedWeights | None:
+def packed_weights(
+    tensors: Mapping[str, Stored], more: Iterable[Signature] = ()
+) -> PackedWeights | None:
     """Return the method that quantized some of the tensors; None for dense ones.
 
     Parameters
     ----------
     tensors : mapping of str to Stored
         By name: entries of headers, or lazy tensors; no number is read.
+    more : iterable of Signature
+        Methods to look for before those that are known here.
 
     Examples
     --------
@@ -109,9 +134,9 @@ def packed_weights(tensors: Mapping[str, Stored]) -> PackedWeights | None:
     >>> packed_weights({"up_proj.weight": Entry("up_proj.weight", "U8", (2, 2), 0, 4)})
     PackedWeights(method='an unknown method', tensor='up_proj.weight')
     """
-    for method in _METHODS:
-        if found := method.gave_away(tensors):
-            return PackedWeights(method.name, found)
+    for one in (*more, *_SIGNATURES):
+        if found := one.found_in(tensors):
+            return PackedWeights(one.name, found)
     for name, tensor in tensors.items():
         if tensor.dtype in _FLOATS:
             return PackedWeights(FLOAT8, name)
@@ -123,9 +148,15 @@ def packed_weights(tensors: Mapping[str, Stored]) -> PackedWeights | None:
 
 
 def refuse_packed(
-    path: Path, tensors: Mapping[str, Stored], method: object, original: str | None
+    path: Path,
+    tensors: Mapping[str, Stored],
+    method: object,
+    *,
+    original: str | None = None,
+    readers: Mapping[str, str] = MappingProxyType({}),
+    more: Iterable[Signature] = (),
 ) -> None:
-    """Refuse weights that another method quantized, and say how dense ones are had.
+    """Refuse quantized weights, and say how dense ones are had.
 
     Parameters
     ----------
@@ -133,31 +164,28 @@ def refuse_packed(
     tensors : mapping of str to Stored
     method : object
         What the config calls the method; None if it names none.
-    original : str or None
+    original : str, optional
         The model that was quantized, if the checkpoint's card names it.
+    readers : mapping of str to str
+        By method: the format whose converter reads it.
+    more : iterable of Signature
+        See `packed_weights`.
 
     Raises
     ------
     UnsupportedError
         Naming the method and the remedy.
     """
-    found = packed_weights(tensors)
+    found = packed_weights(tensors, more)
     if found is None and method is None:
         return
     what = found.method if found is not None else printable(method)
     where = f" ({printable(found.tensor)} contains its codes)" if found is not None else ""
-    raise UnsupportedError(
-        f"is quantized with {what}, not dense{where}", path=path, hint=_remedy(what, original)
-    )
-
-
-def _remedy(method: str, original: str | None) -> str:
-    if method in (FLOAT8, MXFP4):
-        return f"use --from {method.lower()}"
-    if original is not None:
+    if what in readers:
+        hint = f"use --from {readers[what]}"
+    elif original is not None:
         name = printable(original)
-        return f"start from the original, unquantized model: {name} (from its README.md)"
-    return (
-        "start from the original, unquantized model; the model's page on the Hub lists it as "
-        "base model"
-    )
+        hint = f"start from the original, unquantized model: {name} (from its README.md)"
+    else:
+        hint = ORIGINAL
+    raise UnsupportedError(f"is quantized with {what}, not dense{where}", path=path, hint=hint)

@@ -29,7 +29,6 @@ from loraformat.tensors.mapped import MappedFile
 
 __all__ = [
     "as_checkpoint",
-    "is_bitsandbytes",
     "open_model",
     "peek_config",
     "stored_entries",
@@ -42,7 +41,6 @@ _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|tflite|npz|mlmodel)$"
     r"|\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$"
 )
-_BITSANDBYTES = re.compile(r"\.quant_state\.bitsandbytes__\w+$|\.SCB$")
 _MAX_CARRIED_BYTES = 128 << 20
 
 
@@ -150,14 +148,6 @@ def peek_config(path: Path) -> dict[str, Any]:
         return config_json.parse(folder.read(config_json.CONFIG_NAME, config_json.MAX_CONFIG_BYTES))
     except InputError:
         return {}
-
-
-def is_bitsandbytes(path: Path) -> bool:
-    """Tell from the headers, without a config, whether bitsandbytes quantized a model.
-
-    A model that cannot be opened answers no: reading it will say what is wrong.
-    """
-    return any(map(_BITSANDBYTES.search, stored_entries(path)))
 
 
 def stored_entries(path: Path) -> dict[str, Entry]:

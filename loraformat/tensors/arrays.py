@@ -21,6 +21,7 @@ __all__ = [
     "dtype_name",
     "finite",
     "numpy_dtype",
+    "rounded",
     "same_bytes",
 ]
 
@@ -145,3 +146,17 @@ def same_bytes(one: memoryview, other: memoryview) -> bool:
         numpy.array_equal(first[i : i + _COMPARED_BYTES], second[i : i + _COMPARED_BYTES])
         for i in range(0, len(first), _COMPARED_BYTES)
     )
+
+
+def rounded(array: Array, dtype: numpy.dtype[Any]) -> Array:
+    """Return an array in another dtype, each number rounded once, to nearest even.
+
+    What is too large becomes infinite, without numpy's warning.
+
+    Examples
+    --------
+    >>> rounded(numpy.array([1e6, 1 / 3]), numpy_dtype("F16"))
+    array([   inf, 0.3333], dtype=float16)
+    """
+    with numpy.errstate(all="ignore"):
+        return array.astype(dtype, copy=False)

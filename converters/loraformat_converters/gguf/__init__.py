@@ -91,6 +91,7 @@ CONVERTER = Converter(
     loses=("the manifest with its hashes and fingerprint",),
     suffixes=(".gguf",),
     pre_tokenizers=True,
+    takes_config=True,
     requires=(Requirement("gguf", "gguf"),),
 )
 

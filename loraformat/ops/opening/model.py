@@ -99,9 +99,9 @@ def open_model(
             else f"{reader.name} can be written but not read",
             path=path,
         )
+    if config is not None and not reader.takes_config:
+        raise UsageError(f"--config is for GGUF files, and {path} is {reader.name}")
     if reader.read_with is None:
-        if config is not None:
-            raise UsageError(f"--config is for GGUF files, and {path} is {reader.name}")
         return reader.read(path)
     raw = None
     if config is not None:

@@ -15,161 +15,98 @@ from typing import TYPE_CHECKING, Any
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
-    from loraformat.api.check import check as check
-    from loraformat.api.check import fix as fix
-    from loraformat.api.convert import convert as convert
-    from loraformat.api.demo import demo as demo
-    from loraformat.api.evaluate import evaluate as evaluate
-    from loraformat.api.evaluate import generate as generate
-    from loraformat.api.hub import pull as pull
-    from loraformat.api.hub import push as push
-    from loraformat.api.look import formats as formats
-    from loraformat.api.look import info as info
-    from loraformat.api.look import open_adapter as open_adapter
-    from loraformat.api.look import open_bundle as open_bundle
-    from loraformat.api.look import open_model as open_model
-    from loraformat.api.look import verify as verify
-    from loraformat.api.merge import merge as merge
-    from loraformat.api.merge import unmerge as unmerge
-    from loraformat.api.plots import plot_errors as plot_errors
-    from loraformat.api.plots import plot_loss as plot_loss
-    from loraformat.api.plots import plot_spectrum as plot_spectrum
-    from loraformat.api.remove import remove as remove
-    from loraformat.api.shape import combine as combine
-    from loraformat.api.shape import extract as extract
-    from loraformat.api.shape import reduce as reduce
-    from loraformat.api.shape import spectrum as spectrum
-    from loraformat.api.train import train as train
     from loraformat.demo.pipeline import DemoReport as DemoReport
+    from loraformat.demo.pipeline import demo as demo
     from loraformat.errors import LoraFormatError as LoraFormatError
     from loraformat.ops.check.check import CheckReport as CheckReport
+    from loraformat.ops.check.check import check as check
+    from loraformat.ops.check.fix import fix as fix
+    from loraformat.ops.combine.combine import combine as combine
     from loraformat.ops.combine.report import CombinationReport as CombinationReport
     from loraformat.ops.convert.adapter import AdapterConversion as AdapterConversion
+    from loraformat.ops.convert.convert import convert as convert
     from loraformat.ops.convert.report import ConversionReport as ConversionReport
     from loraformat.ops.convert.report import ModelConversion as ModelConversion
+    from loraformat.ops.extract.extract import extract as extract
     from loraformat.ops.extract.report import ExtractionReport as ExtractionReport
     from loraformat.ops.formats import FormatsReport as FormatsReport
+    from loraformat.ops.formats import formats as formats
+    from loraformat.ops.info.error_plot import plot_errors as plot_errors
+    from loraformat.ops.info.model import info as info
     from loraformat.ops.info.report import AdapterInfo as AdapterInfo
     from loraformat.ops.info.report import InfoReport as InfoReport
     from loraformat.ops.info.report import ModelInfo as ModelInfo
+    from loraformat.ops.merge.merge import merge as merge
     from loraformat.ops.merge.report import MergeReport as MergeReport
+    from loraformat.ops.opening.adapter import open_adapter as open_adapter
+    from loraformat.ops.opening.model import open_bundle as open_bundle
+    from loraformat.ops.opening.model import open_model as open_model
+    from loraformat.ops.pull.pull import pull as pull
     from loraformat.ops.pull.report import PullReport as PullReport
+    from loraformat.ops.push.push import push as push
     from loraformat.ops.push.report import PushReport as PushReport
     from loraformat.ops.reduce import ReductionReport as ReductionReport
+    from loraformat.ops.reduce import reduce as reduce
     from loraformat.ops.remove import RemovalReport as RemovalReport
+    from loraformat.ops.remove import remove as remove
     from loraformat.ops.report import Report as Report
+    from loraformat.ops.spectrum.plot import plot_spectrum as plot_spectrum
     from loraformat.ops.spectrum.spectrum import SpectrumReport as SpectrumReport
+    from loraformat.ops.spectrum.spectrum import spectrum as spectrum
     from loraformat.ops.unmerge.report import UnmergeReport as UnmergeReport
+    from loraformat.ops.unmerge.unmerge import unmerge as unmerge
     from loraformat.ops.verify import VerificationReport as VerificationReport
+    from loraformat.ops.verify import verify as verify
     from loraformat.train.run.evaluate import EvaluationReport as EvaluationReport
     from loraformat.train.run.generate import GenerationReport as GenerationReport
+    from loraformat.train.run.loss_curve import plot_loss as plot_loss
     from loraformat.train.run.report import TrainReport as TrainReport
+    from loraformat.train.run.verbs import evaluate as evaluate
+    from loraformat.train.run.verbs import generate as generate
+    from loraformat.train.run.verbs import train as train
 
-#: Module of each public name.
-_HOMES = {
-    "AdapterConversion": "loraformat.ops.convert.adapter",
-    "AdapterInfo": "loraformat.ops.info.report",
-    "CheckReport": "loraformat.ops.check.check",
-    "CombinationReport": "loraformat.ops.combine.report",
-    "ConversionReport": "loraformat.ops.convert.report",
-    "DemoReport": "loraformat.demo.pipeline",
-    "EvaluationReport": "loraformat.train.run.evaluate",
-    "ExtractionReport": "loraformat.ops.extract.report",
-    "FormatsReport": "loraformat.ops.formats",
-    "GenerationReport": "loraformat.train.run.generate",
-    "InfoReport": "loraformat.ops.info.report",
-    "LoraFormatError": "loraformat.errors",
-    "MergeReport": "loraformat.ops.merge.report",
-    "ModelConversion": "loraformat.ops.convert.report",
-    "ModelInfo": "loraformat.ops.info.report",
-    "PullReport": "loraformat.ops.pull.report",
-    "PushReport": "loraformat.ops.push.report",
-    "ReductionReport": "loraformat.ops.reduce",
-    "RemovalReport": "loraformat.ops.remove",
-    "Report": "loraformat.ops.report",
-    "SpectrumReport": "loraformat.ops.spectrum.spectrum",
-    "TrainReport": "loraformat.train.run.report",
-    "UnmergeReport": "loraformat.ops.unmerge.report",
-    "VerificationReport": "loraformat.ops.verify",
-    "check": "loraformat.api.check",
-    "combine": "loraformat.api.shape",
-    "convert": "loraformat.api.convert",
-    "demo": "loraformat.api.demo",
-    "evaluate": "loraformat.api.evaluate",
-    "extract": "loraformat.api.shape",
-    "fix": "loraformat.api.check",
-    "formats": "loraformat.api.look",
-    "generate": "loraformat.api.evaluate",
-    "info": "loraformat.api.look",
-    "merge": "loraformat.api.merge",
-    "open_adapter": "loraformat.api.look",
-    "open_bundle": "loraformat.api.look",
-    "open_model": "loraformat.api.look",
-    "plot_errors": "loraformat.api.plots",
-    "plot_loss": "loraformat.api.plots",
-    "plot_spectrum": "loraformat.api.plots",
-    "pull": "loraformat.api.hub",
-    "push": "loraformat.api.hub",
-    "reduce": "loraformat.api.shape",
-    "remove": "loraformat.api.remove",
-    "spectrum": "loraformat.api.shape",
-    "train": "loraformat.api.train",
-    "unmerge": "loraformat.api.merge",
-    "verify": "loraformat.api.look",
+#: Public names by module.
+_NAMES = {
+    "demo.pipeline": "DemoReport demo",
+    "errors": "LoraFormatError",
+    "ops.check.check": "CheckReport check",
+    "ops.check.fix": "fix",
+    "ops.combine.combine": "combine",
+    "ops.combine.report": "CombinationReport",
+    "ops.convert.adapter": "AdapterConversion",
+    "ops.convert.convert": "convert",
+    "ops.convert.report": "ConversionReport ModelConversion",
+    "ops.extract.extract": "extract",
+    "ops.extract.report": "ExtractionReport",
+    "ops.formats": "FormatsReport formats",
+    "ops.info.error_plot": "plot_errors",
+    "ops.info.model": "info",
+    "ops.info.report": "AdapterInfo InfoReport ModelInfo",
+    "ops.merge.merge": "merge",
+    "ops.merge.report": "MergeReport",
+    "ops.opening.adapter": "open_adapter",
+    "ops.opening.model": "open_bundle open_model",
+    "ops.pull.pull": "pull",
+    "ops.pull.report": "PullReport",
+    "ops.push.push": "push",
+    "ops.push.report": "PushReport",
+    "ops.reduce": "ReductionReport reduce",
+    "ops.remove": "RemovalReport remove",
+    "ops.report": "Report",
+    "ops.spectrum.plot": "plot_spectrum",
+    "ops.spectrum.spectrum": "SpectrumReport spectrum",
+    "ops.unmerge.report": "UnmergeReport",
+    "ops.unmerge.unmerge": "unmerge",
+    "ops.verify": "VerificationReport verify",
+    "train.run.evaluate": "EvaluationReport",
+    "train.run.generate": "GenerationReport",
+    "train.run.loss_curve": "plot_loss",
+    "train.run.report": "TrainReport",
+    "train.run.verbs": "evaluate generate train",
 }
+_HOMES = {name: f"loraformat.{module}" for module in _NAMES for name in _NAMES[module].split()}
 
-__all__ = [
-    "AdapterConversion",
-    "AdapterInfo",
-    "CheckReport",
-    "CombinationReport",
-    "ConversionReport",
-    "DemoReport",
-    "EvaluationReport",
-    "ExtractionReport",
-    "FormatsReport",
-    "GenerationReport",
-    "InfoReport",
-    "LoraFormatError",
-    "MergeReport",
-    "ModelConversion",
-    "ModelInfo",
-    "PullReport",
-    "PushReport",
-    "ReductionReport",
-    "RemovalReport",
-    "Report",
-    "SpectrumReport",
-    "TrainReport",
-    "UnmergeReport",
-    "VerificationReport",
-    "__version__",
-    "check",
-    "combine",
-    "convert",
-    "demo",
-    "evaluate",
-    "extract",
-    "fix",
-    "formats",
-    "generate",
-    "info",
-    "merge",
-    "open_adapter",
-    "open_bundle",
-    "open_model",
-    "plot_errors",
-    "plot_loss",
-    "plot_spectrum",
-    "pull",
-    "push",
-    "reduce",
-    "remove",
-    "spectrum",
-    "train",
-    "unmerge",
-    "verify",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -193,8 +130,7 @@ class _VerbPackage(ModuleType):
         return self._verb()(*arguments, **options)
 
     def _verb(self) -> Any:
-        leaf = self.__name__.rpartition(".")[2]
-        return getattr(import_module(f"{__name__}.api.{leaf}"), leaf)
+        return __getattr__(self.__name__.rpartition(".")[2])
 
 
 class _Package(ModuleType):

@@ -178,7 +178,7 @@ class Bench:
         from loraformat.ops.convert.convert import convert
 
         convert(
-            self.source, self.target, to_format=self.to_format, shard_limit=shard_limit,
+            self.source, self.target, to_format=self.to_format, max_shard_size=shard_limit,
             force=self.replace or self.target.exists(),
         )  # fmt: skip
 

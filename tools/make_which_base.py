@@ -74,7 +74,7 @@ def row(way: Way, folder: Path, measure: Measure) -> list[str]:
         merged = place / f"merged{way.suffix}"
         report = merge(
             folder / way.base, [adapter], merged, dtype=way.dtype,
-            to_format="loraformat" if way.requantize else None, requantize=way.requantize,
+            to="loraformat" if way.requantize else None, requantize=way.requantize,
         )  # fmt: skip
         assert report.total is not None
         kept.append(f"{report.total.gain:.0%}")

@@ -82,7 +82,8 @@ def command(
     single rank for all modules, which every runtime interprets the same way. Adapters that contain
     more than low-rank deltas are rejected; merge those instead.
     """
-    from loraformat.api.check import check, fix
+    from loraformat.ops.check.check import check
+    from loraformat.ops.check.fix import fix
 
     _refuse_options(fixing, output, dtype, force)
     fixed = None

@@ -62,7 +62,7 @@ def command(
     The effective deltas are combined (including rsLoRA and per-module patterns), not the factors A
     and B separately. Ranks and target modules may differ.
     """
-    from loraformat.api.shape import combine
+    from loraformat.ops.combine.combine import combine
 
     report = combine(adapters, output, progress=on_terminal(quiet), **options)
     show("combine", report, _text, as_json=as_json, quiet=quiet)

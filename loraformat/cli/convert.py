@@ -99,7 +99,7 @@ def command(
     Its files are copied byte for byte where the formats allow. Apart from its manifest, nothing
     else in the bundle changes.
     """
-    from loraformat.api.convert import convert
+    from loraformat.ops.convert.convert import convert
 
     bar = on_terminal(quiet or options["dry_run"])
     report = convert(source, target, progress=bar, **options)

@@ -30,7 +30,7 @@ def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:
     Outputs go to DIRECTORY. The demo also trains an adapter and runs it in llama.cpp. Perplexity is
     measured on held-out text.
     """
-    from loraformat.api.demo import demo
+    from loraformat.demo.pipeline import demo
 
     _silence_transformers()
 

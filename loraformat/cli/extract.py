@@ -49,7 +49,7 @@ def command(base: str, tuned: str, output: str, as_json: bool, quiet: bool, **op
     changed biases and resized embeddings are stored in full. The captured share of each module's
     difference is measured and reported.
     """
-    from loraformat.api.shape import extract
+    from loraformat.ops.extract.extract import extract
 
     report = extract(base, tuned, output, progress=on_terminal(quiet), **options)
     show("extract", report, _text, as_json=as_json, quiet=quiet)

@@ -18,7 +18,7 @@ Example:
 @report_options
 def command(as_json: bool, quiet: bool) -> None:
     """List the converters, their directions, what each cannot represent, and missing packages."""
-    from loraformat.api.look import formats
+    from loraformat.ops.formats import formats
 
     show("formats", formats(), _text, as_json=as_json, quiet=quiet)
 

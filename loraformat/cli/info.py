@@ -45,8 +45,8 @@ def command(
 
     PATH is a local path or a Hub id (org/name, org/name@revision).
     """
-    from loraformat.api.look import info
-    from loraformat.api.plots import plot_errors
+    from loraformat.ops.info.error_plot import plot_errors
+    from loraformat.ops.info.model import info
 
     if picture is not None:
         from loraformat.ops.plots import check_picture

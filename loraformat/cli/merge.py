@@ -80,7 +80,7 @@ def command(
     With `--to loraformat` the NF4 codes are kept and the combined adapter is stored separately in
     the bundle.
     """
-    from loraformat.api.merge import merge
+    from loraformat.ops.merge.merge import merge
 
     bar = on_terminal(quiet or options["dry_run"])
     report = merge(base, adapters, output, progress=bar, **options)

@@ -38,7 +38,7 @@ def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) 
     DST appears only when all files are complete and match the Hub. To continue after an
     interruption, run the same command again; complete files are not downloaded twice.
     """
-    from loraformat.api.hub import pull
+    from loraformat.ops.pull.pull import pull
 
     bar = on_terminal(quiet or options["dry_run"])
     report = pull(repo, target, progress=bar, **options)

@@ -85,7 +85,7 @@ def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) ->
 
     Log in with: hf auth login.
     """
-    from loraformat.api.hub import push
+    from loraformat.ops.push.push import push
 
     report = push(path, repo, progress=on_terminal(quiet), **options)
     show("push", report, _text, as_json=as_json, quiet=quiet)

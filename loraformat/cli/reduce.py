@@ -53,7 +53,7 @@ def command(adapter: str, output: str, as_json: bool, quiet: bool, **options: An
     minimised instead. The new factors are balanced and ordered by singular value, so any prefix of
     them is the best adapter of that rank. rsLoRA and per-module patterns are folded in.
     """
-    from loraformat.api.shape import reduce
+    from loraformat.ops.reduce import reduce
 
     report = reduce(adapter, output, progress=on_terminal(quiet), **options)
     show("reduce", report, _text, as_json=as_json, quiet=quiet)

@@ -23,7 +23,7 @@ def command(path: str, as_json: bool, quiet: bool) -> None:
     PATH is BUNDLE/adapters/NAME. The adapter is removed from the manifest first, then its files
     are deleted. Nothing else in the bundle changes.
     """
-    from loraformat.api.remove import remove
+    from loraformat.ops.remove import remove
 
     show("remove", remove(path), _text, as_json=as_json, quiet=quiet)
 

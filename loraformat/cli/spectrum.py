@@ -34,9 +34,9 @@ def command(
     Per module: the norm of the delta, its effective rank (stable rank and entropy rank), and
     the smallest ranks that keep 90, 95 and 99 % of its squared norm.
     """
-    from loraformat.api.plots import plot_spectrum
-    from loraformat.api.shape import spectrum
     from loraformat.ops.plots import check_picture
+    from loraformat.ops.spectrum.plot import plot_spectrum
+    from loraformat.ops.spectrum.spectrum import spectrum
 
     if picture is not None:
         check_picture(picture)

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from loraformat.api.train_options import value_of
 from loraformat.cli.console import ByteSize
-from loraformat.train.run.options import SETTINGS, Setting, TrainOptions
+from loraformat.train.run.options import SETTINGS, Setting, TrainOptions, value_of
 
 __all__ = ["chosen", "data_settings", "machine_settings", "setting_options"]
 

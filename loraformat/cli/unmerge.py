@@ -47,7 +47,7 @@ def command(merged: str, output: str, as_json: bool, quiet: bool, **options: Any
     With its undo record the base is restored bit for bit, verified by hash; undo several
     merges in reverse order. Without one the adapters are subtracted, which is only approximate.
     """
-    from loraformat.api.merge import unmerge
+    from loraformat.ops.unmerge.unmerge import unmerge
 
     bar = on_terminal(quiet or options["dry_run"])
     report = unmerge(merged, output, progress=bar, **options)

@@ -29,7 +29,7 @@ def command(path: str, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
     verified against the hashes in its manifest. Other formats have no hashes: their headers and
     scales are checked, and an adapter's factor pairs, shapes and values.
     """
-    from loraformat.api.look import verify
+    from loraformat.ops.verify import verify
 
     report = verify(path, allow_pickle=allow_pickle, progress=on_terminal(quiet))
     show("verify", report, _text, as_json=as_json, quiet=quiet and not report.findings)

@@ -13,7 +13,7 @@ from typing import Any
 
 from loraformat.demo.perplexity import Perplexity, load, perplexity_of
 from loraformat.demo.texts import heldout
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.ops.info.report import ModelInfo
 
 __all__ = ["Measure", "Measured", "summary_of"]
@@ -24,7 +24,7 @@ Measured = dict[str, Perplexity]
 
 def summary_of(model: Path) -> ModelInfo:
     """Describe a model of the demo."""
-    summary = describe(model)
+    summary = info(model)
     assert isinstance(summary, ModelInfo)
     return summary
 

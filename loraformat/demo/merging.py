@@ -95,7 +95,7 @@ def merge_and_undo(directory: Path, *, force: bool, say: Callable[[str], None]) 
     yield merged("merged into the NF4 values", bundle, "merged")
     yield merged(
         "merged, then NF4 again", bundle, "requantized", "--to loraformat --requantize",
-        to_format="loraformat", requantize=True,
+        to="loraformat", requantize=True,
     )  # fmt: skip
     yield merged(
         "merged into the original", SMALL_MODEL, "merged-original", "--undo merge.lfu", undo=record

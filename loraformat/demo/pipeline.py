@@ -5,8 +5,8 @@ Nothing here is special to the demo: each step is what the verb of the same name
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from loraformat.demo.step import Step, measure_steps
 from loraformat.demo.training import Training, train_adapter
 from loraformat.ops.report import Report
 
-__all__ = ["DemoReport", "run_demo"]
+__all__ = ["DemoReport", "demo"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -57,19 +57,19 @@ class DemoReport(Report):
         }
 
 
-def run_demo(
-    directory: Path, *, force: bool = False, say: Callable[[str], None] = lambda line: None
+def demo(
+    directory: str | Path = "loraformat-demo", *, force: bool = False, progress: bool = False
 ) -> DemoReport:
-    """Run the demo.
+    """Run every verb on the small model and the adapters that ship with loraformat.
 
     Parameters
     ----------
-    directory : Path
-        Where models and adapters are put; made if it does not exist.
+    directory : str or Path
+        Where models and adapters go.
     force : bool
-        Replace those of an earlier run.
-    say : callable
-        Told what is being done.
+        Replace the output of an earlier run.
+    progress : bool
+        Print a line about each step on stderr.
 
     Returns
     -------
@@ -81,7 +81,13 @@ def run_demo(
         If a step fails, the bundle does not verify, or undoing a merge gives anything but the
         original.
     """
+
+    def say(line: str) -> None:
+        if progress:
+            sys.stderr.write(f"... {line}\n")
+
     began = time.perf_counter()
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     measure = Measure(notes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.demo.step import Step
@@ -15,12 +16,10 @@ from loraformat.errors import MissingDependencyError
 from loraformat.ops.check.check import check
 from loraformat.ops.check.fix import fix
 from loraformat.ops.combine.combine import combine
-from loraformat.ops.combine.options import CombineOptions
 from loraformat.ops.extract.extract import extract
-from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.plots import check_picture
-from loraformat.ops.reduce import Reduction, reduce
-from loraformat.ops.spectrum.plot import plot
+from loraformat.ops.reduce import reduce
+from loraformat.ops.spectrum.plot import plot_spectrum
 from loraformat.ops.spectrum.spectrum import spectrum
 
 __all__ = ["shape_adapters"]
@@ -42,8 +41,8 @@ def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) 
     """
     adapters = directory / "bundle" / "adapters"
 
-    def reduced(title: str, name: str, words: str, how: Reduction) -> Step:
-        report = reduce(adapters / "manual", directory / name, how, force=force)
+    def reduced(title: str, name: str, words: str, **how: Any) -> Step:
+        report = reduce(adapters / "manual", directory / name, force=force, **how)
         assert report.energy is not None
         ranks = [module.new_rank for module in report.modules]
         span = f"ranks {min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"rank {ranks[0]}"
@@ -58,9 +57,9 @@ def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) 
         )  # fmt: skip
 
     say("reducing manual")
-    yield reduced("manual, reduced to rank 8", "rank8", "--rank 8", Reduction(rank=8))
+    yield reduced("manual, reduced to rank 8", "rank8", "--rank 8", rank=8)
     yield reduced(
-        "manual, at 90 % energy", "energy90", "--energy 0.9", Reduction(energy=0.9)
+        "manual, at 90 % energy", "energy90", "--energy 0.9", energy=0.9
     )  # fmt: skip
     yield _combined(directory, force, say)
     yield _extracted(directory, force, say)
@@ -72,7 +71,7 @@ def _combined(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
     say("combining manual and tests")
     target = directory / "both"
     adapters = [directory / "bundle" / "adapters" / name for name in ("manual", "tests")]
-    report = combine(adapters, target, CombineOptions("svd", rank=24), force=force)
+    report = combine(adapters, target, method="svd", rank=24, force=force)
     kept = min(module.energy for module in report.modules)
     return Step(
         "manual and tests in one",
@@ -90,7 +89,7 @@ def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step
     say("extracting an adapter")
     target = directory / "extracted"
     tuned = directory / "merged-original"
-    report = extract(SMALL_MODEL, tuned, target, ExtractOptions(rank="auto"), force=force)
+    report = extract(SMALL_MODEL, tuned, target, rank="auto", force=force)
     ranks = [module.rank for module in report.modules]
     return Step(
         "extracted from the fine-tune",
@@ -131,7 +130,7 @@ def _drawn(directory: Path, say: Callable[[str], None]) -> Step:
     line = ", ".join(f"{word} of the energy at rank {rank}" for word, rank in ranks.items())
     try:
         check_picture(picture)
-        plot(report, picture)
+        plot_spectrum(report, picture)
     except MissingDependencyError as missing:
         picture, line = adapter, f"{line} (no picture: {missing.hint})"
     figures = {f"rank_{word.rstrip('%')}": float(rank) for word, rank in ranks.items()}

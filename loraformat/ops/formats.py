@@ -53,7 +53,12 @@ class FormatsReport(Report):
 
 
 def formats() -> FormatsReport:
-    """Return what is installed."""
+    """List the converters, what each cannot represent, and missing packages.
+
+    Returns
+    -------
+    FormatsReport
+    """
     return FormatsReport(
         [
             FormatSummary(

@@ -15,6 +15,7 @@ from loraformat.algebra.lora import Pair
 from loraformat.algebra.ranks import allocate
 from loraformat.errors import InputError, UsageError
 from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.deltas.factors import (
     SingleEntryCache,
     compute_factors,
@@ -132,40 +133,51 @@ class ReductionReport(Report):
 
 
 def reduce(
-    source: str | Path,
-    target: str | Path,
-    reduction: Reduction,
+    adapter: str | Path,
+    output: str | Path,
     *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    max_rank: int | None = None,
+    statistics: bool = True,
+    dtype: str | None = None,
     base: str | Path | None = None,
-    allow_pickle: bool = False,
     allow_base_mismatch: bool = False,
+    allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = False,
 ) -> ReductionReport:
-    """Reduce an adapter's rank and write it.
+    """Reduce an adapter's rank with the smallest possible error.
+
+    One of `rank`, `energy` and `budget`, or `max_rank` alone, says how far.
 
     Parameters
     ----------
-    source : str or Path
-        An adapter in any format, or a Hub id.
-    target : str or Path
-        A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
-        ``force``.
-    reduction : Reduction
+    adapter : str or Path
+        In any format, or a Hub id.
+    output : str or Path
+        A PEFT directory, ``NAME.gguf`` or ``BUNDLE/adapters/NAME``.
+    rank : int, optional
+        Of every module.
+    energy : float, optional
+        Fraction of each module's squared norm to keep.
+    budget : int, optional
+        Total number of parameters, distributed over the modules where they retain most.
+    max_rank : int, optional
+        Upper bound per module; alone, or with `energy` or `budget`.
+    statistics : bool
+        Minimise the error of the outputs if the adapter has activation statistics; otherwise that
+        of the weights.
+    dtype : str, optional
+        Of the new factors; unchanged by default.
     base : str or Path, optional
-        The base: names and shapes are held against it, and a GGUF adapter, as source or
-        target, needs its config. Of adapters in a bundle it is known.
-    allow_pickle : bool
-        Read a pickle, too, with a loader that makes nothing but tensors.
+        Base to compare names and shapes with; a GGUF adapter needs its ``config.json``.
     allow_base_mismatch : bool
-        Write it for this base although it says that it was made for another.
-    force : bool
-        Replace what stands at the target.
-    dry_run : bool
-        Write nothing.
-    progress : callable
-        Called with bytes done and in total.
+        Accept an adapter that was made for another base.
+    allow_pickle, force, dry_run, progress
+        As in `convert`.
 
     Returns
     -------
@@ -174,28 +186,31 @@ def reduce(
     from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
     from loraformat.ops.opening.adapter import open_adapter
 
+    reduction = Reduction(rank, energy, budget, max_rank, statistics, dtype)
     began = time.perf_counter()
     if not dry_run:
-        ensure_not_exists(target, force=force)
+        ensure_not_exists(output, force=force)
     with ExitStack() as stack:
-        output = open_adapter_output(
-            stack, target, [source], base=base, dtype=reduction.dtype, force=force,
+        told = stack.enter_context(reported(progress, "reduce"))
+        out = open_adapter_output(
+            stack, output, [adapter], base=base, dtype=dtype, force=force,
             dry_run=dry_run, allow_base_mismatch=allow_base_mismatch,
         )  # fmt: skip
-        opened = open_adapter(source, base=output.checkpoint, allow_pickle=allow_pickle)
-        adapter = stack.enter_context(opened)
-        output.check(adapter)
+        opened = stack.enter_context(
+            open_adapter(adapter, base=out.checkpoint, allow_pickle=allow_pickle)
+        )
+        out.check(opened)
         rounding: dict[str, float] = {}
-        smaller, report = reduce_adapter(adapter, reduction, rounding=rounding, progress=progress)
-        notes = [*report.notes, *output.write(smaller)]
+        smaller, report = reduce_adapter(opened, reduction, rounding=rounding, progress=told)
+        notes = [*report.notes, *out.write(smaller)]
         compute_factors(smaller, rounding)
     modules = [_with_rounding(module, rounding) for module in report.modules]
     return replace(
         report,
         modules=modules,
         energy=None if report.energy is None else _total_energy(modules),
-        source=str(source),
-        target=str(target),
+        source=str(adapter),
+        target=str(output),
         notes=notes,
         seconds=time.perf_counter() - began,
         dry_run=dry_run,

@@ -31,7 +31,7 @@ class RemovalReport(Report):
 
 
 def remove(path: str | Path) -> RemovalReport:
-    """Remove an adapter from a bundle; its base and other adapters stay as they are.
+    """Remove an adapter from a bundle; nothing else in the bundle changes.
 
     Parameters
     ----------
@@ -44,8 +44,6 @@ def remove(path: str | Path) -> RemovalReport:
 
     Raises
     ------
-    UsageError
-        If the path is no place in a bundle.
     InputError
         If the manifest does not list it.
     """

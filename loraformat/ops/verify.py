@@ -17,6 +17,7 @@ from loraformat.errors import FormatError, InputError
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import NF4Tensor
 from loraformat.ops.adapter_output.form import check_values
+from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
@@ -63,28 +64,29 @@ class VerificationReport(Report):
 
 
 def verify(
-    source: str | Path,
-    *,
-    allow_pickle: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    path: str | Path, *, allow_pickle: bool = False, progress: Progress = False
 ) -> VerificationReport:
-    """Check a model, or an adapter.
+    """Verify structure and hashes of a model or an adapter.
 
     Parameters
     ----------
-    source : str or Path
-        A local path or a Hub id.
-    allow_pickle : bool
-        Read a pickle, too, with a loader that makes nothing but tensors.
-    progress : callable
-        Called with the bytes done and the bytes in total.
+    path, allow_pickle
+        As in `info`.
+    progress : bool or callable
+        True shows a bar on stderr; a callable gets the bytes done and in total.
 
-    Raises
-    ------
-    InputError
-        If it holds no model at all.
+    Returns
+    -------
+    VerificationReport
+        Its findings are empty if everything is sound.
     """
-    path = resolve(source, pickles=allow_pickle).path
+    with reported(progress, "verify") as told:
+        return _verify(resolve(path, pickles=allow_pickle).path, allow_pickle, told)
+
+
+def _verify(
+    path: Path, allow_pickle: bool, progress: Callable[[int, int], None]
+) -> VerificationReport:
     if is_bundle(path):
         return _bundle(path, progress)
     reader = plugins.sniff(path)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loraformat.cli import main
 from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.extract.extract import ExtractOptions, extract
+from loraformat.ops.extract.extract import extract
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.testing import dense
@@ -243,7 +243,7 @@ def test_a_head_that_only_one_model_has_tied(tmp_path, untied):
     tune(model).save_pretrained(tmp_path / "untied")
     pair = [tmp_path / "tied", tmp_path / "untied"]
     base, tuned = pair if untied == "tuned" else reversed(pair)
-    report = extract(base, tuned, tmp_path / "a", ExtractOptions(rank=3))
+    report = extract(base, tuned, tmp_path / "a", rank=3)
     assert not report.left_out
     assert "lm_head.weight" in {module.target for module in report.modules}
     if untied == "tuned":  # PEFT's base has one weight for both, and shows each its own change
@@ -256,7 +256,7 @@ def test_quantized_bases_and_fine_tunes(base, tmp_path, to_format):
     convert(base, quantized, to_format=to_format)
     source = adapter_of(base, tmp_path / "a")
     merge(quantized, [source], tmp_path / "tuned", dtype="f32")
-    report = extract(quantized, tmp_path / "tuned", tmp_path / "found", ExtractOptions(rank=4))
+    report = extract(quantized, tmp_path / "tuned", tmp_path / "found", rank=4)
     assert report.captured > 0.999999
     with open_adapter(source) as one, open_adapter(tmp_path / "found") as other:
         assert (other.base_fingerprint is not None) == (to_format == "loraformat")
@@ -265,5 +265,5 @@ def test_quantized_bases_and_fine_tunes(base, tmp_path, to_format):
     merge(quantized, [tmp_path / "found"], tmp_path / "again", dtype="f32")
     # A fine-tune in NF4 differs from its base by what rounding made of the change.
     convert(tmp_path / "tuned", tmp_path / "tuned-4bit", to_format=to_format)
-    report = extract(quantized, tmp_path / "tuned-4bit", tmp_path / "b", ExtractOptions(energy=0.5))
+    report = extract(quantized, tmp_path / "tuned-4bit", tmp_path / "b", energy=0.5)
     assert all(module.captured >= 0.5 for module in report.modules)

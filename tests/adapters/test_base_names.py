@@ -123,7 +123,7 @@ def test_every_name_is_found_and_written_as_peft_has_it(kind, tmp_path):
     assert bound > 0
 
     assert not check(
-        tmp_path / "adapter", base=tmp_path / "base", runtimes=["transformers"]
+        tmp_path / "adapter", base=tmp_path / "base", runtime=["transformers"]
     ).findings
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", dtype="f32")
     assert apart(moe_models.logits(opened(opener, tmp_path / "merged")), wanted) < bound

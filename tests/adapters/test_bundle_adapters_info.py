@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from loraformat.cli import main
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.ops.verify import verify
 from tests.adapters.bundles import manifest, name_base
 
@@ -26,7 +26,7 @@ def change_weights(path, change):
 
 
 def test_info_of_an_adapter(work, capsys):
-    found = describe(work.adapter)
+    found = info(work.adapter)
     assert (found.kind, found.format, found.ranks, found.alphas) == ("adapter", "peft", [4], [8.0])
     assert (found.scalings, found.targets) == ([2.0], ["q_proj", "up_proj"])
     assert found.parameters == 2 * 4 * (64 + 64 + 64 + 96)
@@ -49,16 +49,16 @@ def test_info_of_dora_and_replaced_modules(work):
     model = AutoModelForCausalLM.from_pretrained(work.base)
     options = {"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"]}
     save_adapter(model, work.path / "dora", **options)
-    found = describe(work.path / "dora")
+    found = info(work.path / "dora")
     assert (found.dora, found.scalings, found.replacements) == (4, [4.0], ["lm_head.weight"])
 
 
 def test_info_of_an_adapter_in_a_bundle(work):
     convert(work.adapter, work.bundle / "adapters" / "medical", canonical=True)
-    found = describe(work.bundle / "adapters" / "medical")
+    found = info(work.bundle / "adapters" / "medical")
     assert found.bundle == str(work.bundle)
     assert found.base_fingerprint == manifest(work.bundle)["fingerprint"]
-    (adapter,) = describe(work.bundle).adapters
+    (adapter,) = info(work.bundle).adapters
     assert (adapter.name, adapter.ranks, adapter.targets) == ("medical", [4], ["q_proj", "up_proj"])
 
 

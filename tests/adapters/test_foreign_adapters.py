@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.plugins import sniff
 from tests.adapters.test_peft_files import read_base
@@ -85,7 +85,7 @@ def test_other_programs(program, whole, tmp_path):
     folder.mkdir()
     save_file(tensors, folder / name)
     given = folder if whole else folder / name
-    for verb in (open_adapter, describe, check, sniff):
+    for verb in (open_adapter, info, check, sniff):
         said = message(verb, given)
         assert all(word in said for word in words), said
     said = message(convert, given, tmp_path / "out")
@@ -98,7 +98,7 @@ def test_mlx_with_its_config(tmp_path):
     config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert "mlx_lm.fuse" in message(open_adapter, tmp_path)
-    (finding,) = check(tmp_path, runtimes=["vllm"]).findings
+    (finding,) = check(tmp_path, runtime=["vllm"]).findings
     assert (finding.rule, finding.level) == ("METHOD", "fail")
     assert "mlx-lm" in finding.what
 
@@ -137,7 +137,7 @@ def test_a_directory_above(peft_files, tmp_path, folders, last):
     for folder in folders:
         shutil.copytree(peft_files, above / folder)
     (above / "trainer_state.json").write_text("{}")
-    for verb in (open_adapter, describe, check):
+    for verb in (open_adapter, info, check):
         said = message(verb, above)
         assert f"name one of them: {above / last}" in said
         assert all(folder in said for folder in folders)
@@ -150,7 +150,7 @@ def test_a_directory_of_a_model_above(peft_files, tmp_path):
     save_file({"model.norm.weight": torch.ones(8)}, above / "model.safetensors")
     (above / "config.json").write_text('{"model_type": "llama"}')
     assert f"an adapter of it is {above / 'checkpoint-7'}" in message(open_adapter, above)
-    assert describe(above).kind == "base"
+    assert info(above).kind == "base"
 
 
 def test_shards_of_deepspeed(tmp_path):
@@ -163,7 +163,7 @@ def test_a_sharded_training_that_saved_no_tensor(peft_files):
     with pytest.raises(InputError, match=r"holds no LoRA factors.*python zero_to_fp32\.py"):
         open_adapter(peft_files)
     (finding,) = (
-        one for one in check(peft_files, runtimes=["vllm"]).findings if one.rule == "NO_TENSORS"
+        one for one in check(peft_files, runtime=["vllm"]).findings if one.rule == "NO_TENSORS"
     )
     assert "python zero_to_fp32.py" in finding.remedy
 
@@ -186,11 +186,11 @@ def test_what_torchtune_writes(peft_files, tmp_path):
 def test_a_model_and_an_adapter_in_one_directory(peft_files, tmp_path):
     save_file({"model.norm.weight": torch.ones(8)}, peft_files / "model.safetensors")
     (peft_files / "config.json").write_text('{"model_type": "llama"}')
-    assert "move the adapter's files" in message(describe, peft_files)
+    assert "move the adapter's files" in message(info, peft_files)
     (tmp_path / "own").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (peft_files / name).rename(tmp_path / "own" / name)
-    assert describe(peft_files).kind == "base"
+    assert info(peft_files).kind == "base"
     assert open_adapter(tmp_path / "own").deltas
 
 

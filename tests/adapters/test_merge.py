@@ -53,7 +53,7 @@ def test_every_dtype_is_rounded_once(tmp_path, source, target):
 def test_weights_and_several_adapters(tmp_path):
     base, tensors = small(tmp_path)
     one, two = delta(Q, 32, 32, seed=1), delta(Q, 32, 32, rank=7, seed=5, scaling=0.5)
-    merge(base, [adapter(one), adapter(two)], tmp_path / "out", weights=[0.7, -0.3])
+    merge(base, [adapter(one), adapter(two)], tmp_path / "out", weight=[0.7, -0.3])
     wanted = tensors[Q].double() + 0.7 * dense_delta(one) - 0.3 * dense_delta(two)
     torch.testing.assert_close(weights_of(tmp_path / "out")[Q].double(), wanted, atol=1e-6, rtol=0)
 
@@ -73,7 +73,7 @@ def test_dora(tmp_path, orientation, weight):
     shape = (16, 32) if orientation == "linear" else (32, 16)
     magnitude = dense("m", gauss(shape[0], seed=3).abs() + 1)
     d = delta(K, *shape, orientation=orientation, magnitude=magnitude)
-    merge(base, [adapter(d)], tmp_path / "out", weights=[weight])
+    merge(base, [adapter(d)], tmp_path / "out", weight=[weight])
     wanted = tensors[K].double() * (1 - weight) + weight * dora_weight(tensors[K], d)
     torch.testing.assert_close(weights_of(tmp_path / "out")[K].double(), wanted, atol=3e-6, rtol=0)
 
@@ -82,7 +82,7 @@ def test_dora_beside_a_plain_adapter(tmp_path):
     base, tensors = small(tmp_path)
     d = delta(Q, 32, 32, magnitude=dense("m", gauss(32, seed=3).abs() + 1))
     plain = delta(Q, 32, 32, seed=9)
-    merge(base, [adapter(d), adapter(plain)], tmp_path / "out", weights=[0.4, 2.0])
+    merge(base, [adapter(d), adapter(plain)], tmp_path / "out", weight=[0.4, 2.0])
     change = 0.4 * (dora_weight(tensors[Q], d) - tensors[Q]) + 2 * dense_delta(plain)
     got = weights_of(tmp_path / "out")[Q].double()
     torch.testing.assert_close(got, tensors[Q] + change, atol=5e-6, rtol=0)
@@ -103,7 +103,7 @@ def test_bias_replacement_and_rows(tmp_path):
         replacements={"model.norm.weight": dense("n", gauss(32, seed=5))},
         rows={EMBED: RowReplacement(EMBED, (3, 9), dense("r", gauss(2, 32, seed=6)))},
     )
-    report = merge(base, [given], tmp_path / "out", weights=[1.0])
+    report = merge(base, [given], tmp_path / "out", weight=[1.0])
     got = weights_of(tmp_path / "out")
     torch.testing.assert_close(got[bias], tensors[bias] + 2 * gauss(32, seed=4))
     assert torch.equal(got["model.norm.weight"], gauss(32, seed=5))
@@ -177,7 +177,7 @@ def test_an_experts_own_adapter_on_fused_experts(tmp_path, home):
     down = delta(f"{own}.{leaves[2]}.weight", 8, 12, seed=5)
     given, undo = adapter(up, down), tmp_path / "undo"
     merge(base, [given], tmp_path / "out", undo=undo)
-    unmerge(tmp_path / "out", tmp_path / "back", undo=undo, adapters=[given])
+    unmerge(tmp_path / "out", tmp_path / "back", undo=undo, adapter=[given])
     back = weights_of(tmp_path / "back")
     assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
     wanted = {name: tensor.double() for name, tensor in stored.items()}
@@ -212,14 +212,12 @@ def test_quantizing_again_must_be_asked_for_and_is_measured(tmp_path):
     convert(base, tmp_path / "nf4")
     given = adapter(delta(Q, 32, 32, scale=0.02))
     with pytest.raises(UsageError, match="--requantize"):
-        merge(base, [given], tmp_path / "out", to_format="loraformat")
-    report = merge(
-        tmp_path / "nf4", [given], tmp_path / "out", to_format="loraformat", requantize=True
-    )
+        merge(base, [given], tmp_path / "out", to="loraformat")
+    report = merge(tmp_path / "nf4", [given], tmp_path / "out", to="loraformat", requantize=True)
     assert report.total.relative < 0.02
     assert report.total.gain < 0.2
     assert "requantizing keeps" in report.warnings[0]
-    dense_report = merge(base, [given], tmp_path / "again", to_format="loraformat", requantize=True)
+    dense_report = merge(base, [given], tmp_path / "again", to="loraformat", requantize=True)
     assert dense_report.total.error > 3
 
 
@@ -281,15 +279,15 @@ def test_output_rules(tmp_path):
     given = adapter(delta(Q, 32, 32))
     assert merge(base, [given], tmp_path / "out", dry_run=True).dry_run
     assert not (tmp_path / "out").exists()
-    merge(base, [given], tmp_path / "out", shard_limit=3000)
+    merge(base, [given], tmp_path / "out", max_shard_size=3000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     with pytest.raises(OutputError, match="already exists"):
         merge(base, [given], tmp_path / "out")
     with pytest.raises(OutputError, match="is or contains the input"):
         merge(base, [given], base, force=True)
     with pytest.raises(UsageError, match="2 weights for 1"):
-        merge(base, [given], tmp_path / "new", weights=[1, 2])
-    merge(tmp_path / "out", [given], tmp_path / "twice", weights=[-1])
+        merge(base, [given], tmp_path / "new", weight=[1, 2])
+    merge(tmp_path / "out", [given], tmp_path / "twice", weight=[-1])
     back = weights_of(tmp_path / "twice")
     torch.testing.assert_close(back[Q], weights_of(base)[Q], atol=1e-6, rtol=0)
 
@@ -297,7 +295,7 @@ def test_output_rules(tmp_path):
 def test_a_killed_merge_continues(tmp_path, monkeypatch):
     base, _ = small(tmp_path)
     given = adapter(delta(Q, 32, 32))
-    merge(base, [given], tmp_path / "straight", shard_limit=3000)
+    merge(base, [given], tmp_path / "straight", max_shard_size=3000)
     from loraformat.ops.merge import merged_tensor
 
     def interrupt(*arguments, **options):
@@ -306,9 +304,9 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(merged_tensor, "merge_tile", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            merge(base, [given], tmp_path / "out", shard_limit=1500)
+            merge(base, [given], tmp_path / "out", max_shard_size=1500)
     assert (tmp_path / "out.partial").is_dir()
-    merge(base, [given], tmp_path / "out", shard_limit=1500)
+    merge(base, [given], tmp_path / "out", max_shard_size=1500)
     straight, again = weights_of(tmp_path / "straight"), weights_of(tmp_path / "out")
     assert all(torch.equal(straight[name], again[name]) for name in straight)
     assert not (tmp_path / "out.partial").exists()
@@ -325,11 +323,11 @@ def test_an_interrupted_merge_with_a_record_starts_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(merged_tensor, "merge_tile", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            merge(base, [given], tmp_path / "out", shard_limit=1500, undo=undo)
+            merge(base, [given], tmp_path / "out", max_shard_size=1500, undo=undo)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out.partial"]
-    report = merge(base, [given], tmp_path / "out", shard_limit=1500, undo=undo)
+    report = merge(base, [given], tmp_path / "out", max_shard_size=1500, undo=undo)
     assert report.total is not None and not any("interrupted" in note for note in report.notes)
-    unmerge(tmp_path / "out", tmp_path / "back", undo=undo, adapters=[given])
+    unmerge(tmp_path / "out", tmp_path / "back", undo=undo, adapter=[given])
     back = weights_of(tmp_path / "back")
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
@@ -350,7 +348,7 @@ def test_a_merge_that_goes_on_says_what_it_did_not_measure(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(merged_tensor, "merge_tile", interrupt_the_second)
         with pytest.raises(KeyboardInterrupt):
-            merge(base, [given], tmp_path / "out", shard_limit=1500)
-    report = merge(base, [given], tmp_path / "out", shard_limit=1500)
+            merge(base, [given], tmp_path / "out", max_shard_size=1500)
+    report = merge(base, [given], tmp_path / "out", max_shard_size=1500)
     assert (report.merged, len(report.modules)) == (2, 1)
     assert any("1 tensors were merged by an earlier, interrupted run" in n for n in report.notes)

@@ -24,7 +24,7 @@ def second(work):
 
 
 def beside(work, adapters, target, **options):
-    return merge(work.bundle, adapters, target, to_format="loraformat", **options)
+    return merge(work.bundle, adapters, target, to="loraformat", **options)
 
 
 def test_one_adapter_is_copied_beside_the_codes(work, snapshot, tmp_path):
@@ -51,12 +51,12 @@ def test_a_weighted_sum_is_one_adapter(work, second, tmp_path, form):
         source = tmp_path / "bnb"
         convert(work.bundle, source, to_format=form)
     weights = [0.7, -1.5]
-    report = merge(source, [work.adapter, second], tmp_path / "out", to_format="loraformat",
-                   weights=weights, name="both")  # fmt: skip
+    report = merge(source, [work.adapter, second], tmp_path / "out", to="loraformat",
+                   weight=weights, name="both")  # fmt: skip
     assert report.beside == "both"
     assert verify_bundle(tmp_path / "out") == []
     assert list(manifest(tmp_path / "out")["adapters"]) == ["both"]
-    merge(work.bundle, [work.adapter, second], tmp_path / "dense", weights=weights, dtype="f32")
+    merge(work.bundle, [work.adapter, second], tmp_path / "dense", weight=weights, dtype="f32")
     convert(work.bundle, tmp_path / "plain", to_format="safetensors", dtype="f32")
     wanted = logits(tmp_path / "dense")
     found = logits(tmp_path / "plain", tmp_path / "out" / "adapters" / "both")
@@ -74,7 +74,7 @@ def test_names_and_what_does_not_go_together(work, second, tmp_path):
     with pytest.raises(UsageError, match="--to loraformat"):
         merge(work.bundle, [work.adapter], target, name="x")
     with pytest.raises(UsageError, match="convert it to a bundle first"):
-        merge(work.base, [work.adapter], target, to_format="loraformat")
+        merge(work.base, [work.adapter], target, to="loraformat")
     name_base(second, "0" * 64)
     for adapters in ([second], [work.adapter, second]):
         with pytest.raises(InputError, match="allow-base-mismatch"):
@@ -88,7 +88,7 @@ def test_what_has_no_sum_is_refused_and_leaves_nothing(work, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(work.base)
     save_adapter(model, tmp_path / "dora", use_dora=True)
     with pytest.raises(UnsupportedError, match="DoRA"):
-        beside(work, [tmp_path / "dora"], tmp_path / "out", weights=[0.5])
+        beside(work, [tmp_path / "dora"], tmp_path / "out", weight=[0.5])
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
     beside(work, [tmp_path / "dora"], tmp_path / "out")
     assert verify_bundle(tmp_path / "out") == []
@@ -101,7 +101,7 @@ def test_an_adapter_that_changes_during_a_merge_is_noticed(work, tmp_path, monke
     for to_format in ("safetensors", "loraformat"):
         with pytest.raises(FileChangedError, match=r"adapter_model\.safetensors"):
             merge(
-                work.bundle, [work.adapter], tmp_path / "out", to_format=to_format,
+                work.bundle, [work.adapter], tmp_path / "out", to=to_format,
                 progress=lambda done, total: os.utime(weights, ns=(1, 1)),
             )  # fmt: skip
         assert not list(tmp_path.glob("out*"))

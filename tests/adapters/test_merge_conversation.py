@@ -67,14 +67,14 @@ def test_gguf_files_and_bundles_have_it_too(base, tmp_path):
     merge(base, [lora], tmp_path / "out.gguf")
     with open_gguf(tmp_path / "out.gguf") as file:
         assert file.text("tokenizer.chat_template") == OWN
-    merge(base, [lora], tmp_path / "again", to_format="loraformat", requantize=True)
+    merge(base, [lora], tmp_path / "again", to="loraformat", requantize=True)
     assert prompt(tmp_path / "again") == "<own>hi"
 
 
 def test_beside_the_codes_it_lies_with_the_adapter(base, tmp_path):
     convert(base, tmp_path / "bundle")
     lora = adapter(tmp_path / "a", stops=[1, 7])
-    merge(tmp_path / "bundle", [lora], tmp_path / "both", to_format="loraformat")
+    merge(tmp_path / "bundle", [lora], tmp_path / "both", to="loraformat")
     beside = tmp_path / "both" / "adapters" / "a"
     assert (beside / "chat_template.jinja").read_text() == OWN
     merge(tmp_path / "both", [beside], tmp_path / "dense")
@@ -137,16 +137,16 @@ def test_taken_out_again_it_is_said_whose_template_stays(base, tmp_path):
     lora = adapter(tmp_path / "a")
     merge(base, [lora], tmp_path / "out", undo=tmp_path / "undo.lfu")
     exact = unmerge(tmp_path / "out", tmp_path / "back", undo=tmp_path / "undo.lfu")
-    near = unmerge(tmp_path / "out", tmp_path / "near", adapters=[lora])
+    near = unmerge(tmp_path / "out", tmp_path / "near", adapter=[lora])
     for report in (exact, near):
         assert any("still that of" in note for note in report.notes)
     plain = adapter(tmp_path / "b", template=None)
     merge(base, [plain], tmp_path / "plain")
-    report = unmerge(tmp_path / "plain", tmp_path / "again", adapters=[plain])
+    report = unmerge(tmp_path / "plain", tmp_path / "again", adapter=[plain])
     assert not any("template" in note for note in report.notes)
 
 
 def test_what_is_subtracted_brings_no_template(base, tmp_path):
-    merge(base, [adapter(tmp_path / "a", stops=[7])], tmp_path / "out", weights=[-1])
+    merge(base, [adapter(tmp_path / "a", stops=[7])], tmp_path / "out", weight=[-1])
     assert prompt(tmp_path / "out") == "base hi"
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1

@@ -93,7 +93,7 @@ def test_weights_and_a_row_that_one_makes_zero(tmp_path):
         for seed, magnitude in zip((1, 5), magnitudes, strict=True)
     ]
     users = [1.0, 0.5]
-    merge(base, [merging.adapter(d) for d in deltas], tmp_path / "out", weights=users, dtype="f32")
+    merge(base, [merging.adapter(d) for d in deltas], tmp_path / "out", weight=users, dtype="f32")
     wanted = weight
     for delta, magnitude, user in zip(deltas, magnitudes, users, strict=True):
         change = 2.0 * delta.b.torch().double() @ delta.a.torch().double()

@@ -77,7 +77,7 @@ def test_tokens_of_which_nothing_was_saved_are_named_and_the_remedy_holds(tmp_pa
         if to == "loraformat":
             convert(base, folder / "bundle")
             base = folder / "bundle"
-        report = merge(base, [folder / "adapter"], folder / "merged", to_format=to)
+        report = merge(base, [folder / "adapter"], folder / "merged", to=to)
         said = [note for note in report.notes if "no rows for them" in note]
         assert len(said) == (not saved)
         assert saved or f"t{ROWS} and 3 more beyond the {ROWS} tokens" in said[0]
@@ -178,7 +178,7 @@ def test_several_adapters(tmp_path):
 
 def test_weights_blend_with_the_grown_base(tmp_path):
     adapter("llama", "modules_to_save", ROWS + 4, tmp_path)
-    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "half", weights=[0.5])
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "half", weight=[0.5])
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "whole")
     base, half, whole = (merging.weights_of(tmp_path / n) for n in ("base", "half", "whole"))
     for name in per_token(base):

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from loraformat.demo import ADAPTERS
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, UsageError
 from loraformat.ops.adapter_output.output import write_adapter
-from loraformat.ops.combine.combine import CombineOptions, combine
+from loraformat.ops.combine.combine import combine
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.reduce import reduce
 from tests.adapters.memory_adapters import distance, effects, random_adapter
 from tests.adapters.merging import Q, adapter, delta, small
 
@@ -26,11 +26,11 @@ NOT_NUMBERS = [float("nan"), float("inf"), -float("inf")]
 def test_a_weight_is_a_finite_number(tmp_path, weight):
     base, _ = small(tmp_path)
     with pytest.raises(UsageError, match="not a finite number"):
-        merge(base, [adapter(delta(Q, 32, 32))], tmp_path / "out", weights=[weight])
+        merge(base, [adapter(delta(Q, 32, 32))], tmp_path / "out", weight=[weight])
     write_adapter(adapter(delta(Q, 32, 32)), tmp_path / "a")
     for method in ("svd", "cat", "linear", "ties"):
         with pytest.raises(UsageError, match="not a finite number"):
-            combine([tmp_path / "a"], tmp_path / "b", CombineOptions(method), weights=[weight])
+            combine([tmp_path / "a"], tmp_path / "b", method=method, weight=[weight])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
 
 
@@ -42,13 +42,13 @@ def test_a_weight_times_a_scaling_fits_into_float32(tmp_path, beside):
         base = tmp_path / "bundle"
     before = set(tmp_path.iterdir())
     with pytest.raises(UsageError, match="exceeds float32; give a smaller --weight"):
-        merge(base, [adapter(delta(Q, 32, 32))], tmp_path / "out", weights=[1e308],
-              to_format="loraformat" if beside else None)  # fmt: skip
+        merge(base, [adapter(delta(Q, 32, 32))], tmp_path / "out", weight=[1e308],
+              to="loraformat" if beside else None)  # fmt: skip
     assert set(tmp_path.iterdir()) == before
     write_adapter(adapter(delta(Q, 32, 32)), tmp_path / "a")
     for method in ("svd", "cat", "linear", "ties"):
         with pytest.raises(UsageError, match="exceeds float32"):
-            combine([tmp_path / "a"], tmp_path / "b", CombineOptions(method), weights=[1e308])
+            combine([tmp_path / "a"], tmp_path / "b", method=method, weight=[1e308])
     assert not (tmp_path / "b").exists()
 
 
@@ -89,17 +89,17 @@ def test_a_base_that_holds_infinity_already_is_merged(tmp_path):
 
 #: What is computed, and how exactly the share that it keeps is known.
 ALGEBRA = {
-    "reduce": (lambda a, out, **o: reduce(a, out, Reduction(rank=3, dtype=o.pop("dtype")), **o), 0),
-    "same": (lambda a, out, **o: reduce(a, out, Reduction(rank=8, dtype=o.pop("dtype")), **o), 0),
+    "reduce": (lambda a, out, **o: reduce(a, out, rank=3, dtype=o.pop("dtype"), **o), 0),
+    "same": (lambda a, out, **o: reduce(a, out, rank=8, dtype=o.pop("dtype"), **o), 0),
     "linear": (
         lambda a, out, **o: combine(
-            [a, a], out, CombineOptions("linear", dtype=o.pop("dtype")), weights=[0.25, 0.75], **o
+            [a, a], out, method="linear", dtype=o.pop("dtype"), weight=[0.25, 0.75], **o
         ),
         0,
     ),
     "ties": (
         lambda a, out, **o: combine(
-            [a], out, CombineOptions("ties", density=1.0, dtype=o.pop("dtype")), **o
+            [a], out, method="ties", density=1.0, dtype=o.pop("dtype"), **o
         ),
         5e-4,  # the square root of a share in float32
     ),
@@ -125,8 +125,8 @@ def test_errors_are_those_of_what_is_written(tmp_path, name, dtype):
 def test_factors_that_the_dtype_cannot_hold_are_refused(tmp_path):
     write_adapter(adapter(delta(Q, 32, 32, scaling=1e12)), tmp_path / "a")
     for call in (
-        lambda: reduce(tmp_path / "a", tmp_path / "b", Reduction(rank=2, dtype="f16")),
-        lambda: combine([tmp_path / "a"], tmp_path / "b", CombineOptions(dtype="f16")),
+        lambda: reduce(tmp_path / "a", tmp_path / "b", rank=2, dtype="f16"),
+        lambda: combine([tmp_path / "a"], tmp_path / "b", dtype="f16"),
     ):
         with pytest.raises(LoraFormatError, match=r"exceed the range of F16.*--dtype f32"):
             call()
@@ -135,6 +135,6 @@ def test_factors_that_the_dtype_cannot_hold_are_refused(tmp_path):
 
 def test_factors_are_finite_in_float32_at_the_largest_scaling(tmp_path):
     write_adapter(adapter(delta(Q, 32, 32, scaling=1e38)), tmp_path / "a")
-    reduce(tmp_path / "a", tmp_path / "b", Reduction(rank=2))
+    reduce(tmp_path / "a", tmp_path / "b", rank=2)
     with open_adapter(tmp_path / "b") as found:
         assert torch.isfinite(found.deltas[Q].b.torch()).all()

@@ -152,9 +152,9 @@ def test_a_base_of_other_shapes_is_refused(plain: Path, tmp_path: Path) -> None:
 
 
 def test_the_verbs_on_adapters_of_peft(tmp_path: Path) -> None:
-    from loraformat.ops.combine.combine import CombineOptions, combine
+    from loraformat.ops.combine.combine import combine
     from loraformat.ops.merge.merge import merge
-    from loraformat.ops.reduce import Reduction, reduce
+    from loraformat.ops.reduce import reduce
     from loraformat.ops.unmerge.unmerge import unmerge
 
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
@@ -165,17 +165,15 @@ def test_the_verbs_on_adapters_of_peft(tmp_path: Path) -> None:
         shake(model)
         model.save_pretrained(tmp_path / name)
     both = [tmp_path / "A", tmp_path / "B"]
-    combine(both, tmp_path / "C", CombineOptions(method="cat"), weights=[0.7, -0.3])
-    reduce(tmp_path / "C", tmp_path / "same", Reduction(rank=8))
+    combine(both, tmp_path / "C", method="cat", weight=[0.7, -0.3])
+    reduce(tmp_path / "C", tmp_path / "same", rank=8)
     torch.testing.assert_close(
         logits(tmp_path / "base", tmp_path / "same"),
         logits(tmp_path / "base", tmp_path / "C"),
         atol=0.05,
         rtol=0.05,
     )
-    merge(
-        tmp_path / "base", both, tmp_path / "merged", weights=[0.7, -0.3], undo=tmp_path / "u.lfu"
-    )
+    merge(tmp_path / "base", both, tmp_path / "merged", weight=[0.7, -0.3], undo=tmp_path / "u.lfu")
     unmerge(tmp_path / "merged", tmp_path / "back", undo=tmp_path / "u.lfu")
     before = load_file(tmp_path / "base" / "model.safetensors")
     after = load_file(tmp_path / "back" / "model.safetensors")

@@ -20,7 +20,7 @@ from loraformat.ops.check.fix import fix
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.reduce import reduce
 from tests.adapters.peft_models import (
     IDS,
     gpt_oss,
@@ -175,7 +175,7 @@ def test_shards_that_were_never_gathered(plain: tuple[Path, Path], tmp_path: Pat
     verbs = {
         "open": lambda: open_adapter(other),
         "merge": lambda: merge(base, [other], tmp_path / "out"),
-        "reduce": lambda: reduce(other, tmp_path / "out", Reduction(rank=2)),
+        "reduce": lambda: reduce(other, tmp_path / "out", rank=2),
         "convert": lambda: convert(other, tmp_path / "out"),
         "gguf": lambda: convert(other, tmp_path / "out.gguf", base=base),
         "fix": lambda: fix(other, tmp_path / "out", base=base),
@@ -453,7 +453,7 @@ def test_activation_statistics_travel_with_the_adapter(tmp_path: Path) -> None:
 
 def test_reducing_reads_the_statistics_from_disk(plain: tuple[Path, Path], tmp_path: Path) -> None:
     _, adapter = plain
-    reduce(adapter, tmp_path / "blind", Reduction(rank=2))
+    reduce(adapter, tmp_path / "blind", rank=2)
     with open_adapter(adapter) as opened:
         names = [f"{delta.target.removesuffix('.weight')}.second_moment"
                  for delta in opened.deltas.values()]  # fmt: skip
@@ -461,7 +461,7 @@ def test_reducing_reads_the_statistics_from_disk(plain: tuple[Path, Path], tmp_p
         {name: moment(4, 4) for name in names},
         adapter / "activation_statistics.safetensors",
     )
-    reduce(adapter, tmp_path / "aware", Reduction(rank=2))
+    reduce(adapter, tmp_path / "aware", rank=2)
     with open_adapter(tmp_path / "blind") as blind, open_adapter(tmp_path / "aware") as aware:
         for name, delta in aware.deltas.items():
             assert delta.second_moment is not None and delta.second_moment.shape == (2, 2)
@@ -522,7 +522,7 @@ def test_a_converted_pissa_adapter_is_one_of_its_base(tmp_path: Path, rslora: bo
     model.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
-    reduce(tmp_path / "converted", tmp_path / "reduced", Reduction(rank=8))
+    reduce(tmp_path / "converted", tmp_path / "reduced", rank=8)
     for path in (tmp_path / "converted", tmp_path / "reduced"):
         merge(tmp_path / "base", [path], tmp_path / "merged", force=True)
         torch.testing.assert_close(logits(tmp_path / "merged"), wanted, atol=3e-5, rtol=1e-4)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraformat.errors import UnsupportedError
 from loraformat.model.checkpoint import NF4Tensor
-from loraformat.ops.combine.combine import CombineOptions, combine
+from loraformat.ops.combine.combine import combine
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
@@ -109,8 +109,7 @@ def test_combining_rslora(tmp_path: Path, kind: str) -> None:
     base, *both = two(tmp_path, {"target_modules": ["q_proj"], "use_rslora": True})
     wanted = sum_of(tuple(both))
     layers = combined_by_peft(base, *both, kind).get_base_model()
-    ours = CombineOptions(method="cat") if kind == "cat" else CombineOptions(rank=8)
-    combine(both, tmp_path / "ours", ours)
+    combine(both, tmp_path / "ours", **({"method": "cat"} if kind == "cat" else {"rank": 8}))
     found = sum_of((tmp_path / "ours",))
     for name, delta in wanted.items():
         theirs = layers.get_submodule(name.removesuffix(".weight")).get_delta_weight("c").double()
@@ -125,7 +124,7 @@ def test_combining_linearly_with_a_rank_pattern(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "theirs", selected_adapters=["c"])
     with pytest.raises(RuntimeError, match="size mismatch"):
         logits(base, tmp_path / "theirs" / "c")
-    combine(both, tmp_path / "ours", CombineOptions(method="cat"))
+    combine(both, tmp_path / "ours", method="cat")
     merge(base, both, tmp_path / "merged")
     torch.testing.assert_close(
         logits(base, tmp_path / "ours"), logits(tmp_path / "merged"), atol=1e-5, rtol=1e-4

@@ -35,7 +35,7 @@ def belongs_to(path, seed):
     """Tell whether model and record in a directory are those of one merge."""
     given = [adapter(delta(Q, 32, 32, seed=seed))]
     try:
-        unmerge(path / "out", path / "back", undo=path / "undo.lfu", adapters=given, force=True)
+        unmerge(path / "out", path / "back", undo=path / "undo.lfu", adapter=given, force=True)
     except LoraFormatError:
         return False
     back, base = weights_of(path / "back"), weights_of(path / "base")

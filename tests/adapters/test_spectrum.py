@@ -8,7 +8,7 @@ import torch
 
 from loraformat.errors import MissingDependencyError
 from loraformat.ops import plots as module
-from loraformat.ops.spectrum.plot import plot
+from loraformat.ops.spectrum.plot import plot_spectrum
 from loraformat.ops.spectrum.spectrum import spectrum_of
 from loraformat.testing import dense
 from tests.adapters.memory_adapters import adapter, delta, effect, random_adapter
@@ -75,7 +75,7 @@ def test_zeros_experts_and_magnitudes():
 @pytest.mark.parametrize("make", [random_adapter, odd_adapter])
 def test_a_picture(tmp_path, make, suffix):
     path = tmp_path / f"spectrum.{suffix}"
-    plot(spectrum_of(make()), path)
+    plot_spectrum(spectrum_of(make()), path)
     assert path.stat().st_size > 5_000
     heads = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
     assert path.read_bytes().startswith(heads[suffix])
@@ -86,13 +86,13 @@ def test_a_picture_of_many_kinds(tmp_path):
         delta(f"model.layers.{i}.kind_{i % 13}.weight", torch.randn(9, 2), torch.randn(2, 9))
         for i in range(40)
     ]
-    plot(spectrum_of(adapter(*deltas)), tmp_path / "spectrum.png")
+    plot_spectrum(spectrum_of(adapter(*deltas)), tmp_path / "spectrum.png")
 
 
 def test_matplotlib_is_optional(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'loraformat\[plot\]'"):
-        plot(spectrum_of(random_adapter()), tmp_path / "spectrum.png")
+        plot_spectrum(spectrum_of(random_adapter()), tmp_path / "spectrum.png")
 
 
 def test_a_picture_of_a_whole_model(tmp_path):
@@ -103,7 +103,7 @@ def test_a_picture_of_a_whole_model(tmp_path):
         for r, kind in enumerate("abcdefg", 1)
     ]
     report = spectrum_of(adapter(*deltas))
-    plot(report, tmp_path / "spectrum.svg")
+    plot_spectrum(report, tmp_path / "spectrum.svg")
     drawn = (tmp_path / "spectrum.svg").read_text()
     texts = ["224 modules of rank 1 to 7", "median and range of each kind"]
     texts += [f"{word}: rank {rank}, or" for word, rank in report.suggested.items()]

@@ -43,7 +43,7 @@ def refused(merged, raw):
     bad = path / "bad.lfu"
     bad.write_bytes(raw)
     with pytest.raises(LoraFormatError) as caught:
-        unmerge(path / "out", path / "no", undo=bad, adapters=given)
+        unmerge(path / "out", path / "no", undo=bad, adapter=given)
     assert not (path / "no").exists()
     return caught.value
 
@@ -85,7 +85,7 @@ def test_paths_are_not_followed(merged):
         (path / "undo.lfu").read_bytes(), lambda r: r["adapters"][0].update(path=str(secret))
     )
     (path / "moved.lfu").write_bytes(raw)
-    report = unmerge(path / "out", path / "back", undo=path / "moved.lfu", adapters=given)
+    report = unmerge(path / "out", path / "back", undo=path / "moved.lfu", adapter=given)
     assert report.exact
     with pytest.raises(LoraFormatError):
         unmerge(path / "out", path / "no", undo=path / "moved.lfu")
@@ -102,7 +102,7 @@ def test_random_damage(merged):
             bad[chance.randrange(len(bad))] = chance.randrange(256)
         (path / "bad.lfu").write_bytes(bad)
         try:
-            report = unmerge(path / "out", path / "back", undo=path / "bad.lfu", adapters=given,
+            report = unmerge(path / "out", path / "back", undo=path / "bad.lfu", adapter=given,
                              force=True)  # fmt: skip
             assert report.exact  # a digit of created_by, say
         except LoraFormatError as error:

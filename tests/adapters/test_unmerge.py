@@ -36,7 +36,7 @@ def same_bits(one, other):
 def there_and_back(tmp_path, base, adapters, **options):
     report = merge(base, adapters, tmp_path / "out", undo=tmp_path / "undo.lfu", **options)
     back = unmerge(
-        tmp_path / "out", tmp_path / "back", undo=tmp_path / "undo.lfu", adapters=adapters
+        tmp_path / "out", tmp_path / "back", undo=tmp_path / "undo.lfu", adapter=adapters
     )
     assert back.exact
     same_bits(weights_of(base), weights_of(tmp_path / "back"))
@@ -57,7 +57,7 @@ def test_several_adapters_with_dora(tmp_path, weights):
     magnitude = dense("m", gauss(32, seed=3) + 0.5)  # negative ones, too
     one = adapter(delta(Q, 32, 32, magnitude=magnitude), delta(K, 16, 32, seed=4))
     two = adapter(delta(Q, 32, 32, rank=9, seed=5))
-    there_and_back(tmp_path, base, [one, two], weights=weights)
+    there_and_back(tmp_path, base, [one, two], weight=weights)
 
 
 def test_dora_on_conv1d(tmp_path):
@@ -108,7 +108,7 @@ def test_experts_and_shards(tmp_path):
                for e in range(3) for leaf in ("gate_proj", "up_proj")}  # fmt: skip
     base = save_model(tmp_path / "base", tensors)
     up = delta(f"{fused}.gate_up_proj", 0, 0, a=gauss(3, 2, 8), b=gauss(3, 24, 2, seed=2))
-    there_and_back(tmp_path, base, [adapter(up)], shard_limit=400)
+    there_and_back(tmp_path, base, [adapter(up)], max_shard_size=400)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
@@ -126,10 +126,10 @@ def test_two_merges_in_reverse_order(tmp_path):
     merge(base, one, tmp_path / "first", undo=tmp_path / "1.lfu")
     merge(tmp_path / "first", two, tmp_path / "second", undo=tmp_path / "2.lfu")
     with pytest.raises(FormatError, match=r"later merges first.*U06"):
-        unmerge(tmp_path / "second", tmp_path / "no", undo=tmp_path / "1.lfu", adapters=one)
+        unmerge(tmp_path / "second", tmp_path / "no", undo=tmp_path / "1.lfu", adapter=one)
     assert not (tmp_path / "no").exists()
-    unmerge(tmp_path / "second", tmp_path / "back1", undo=tmp_path / "2.lfu", adapters=two)
-    unmerge(tmp_path / "back1", tmp_path / "back", undo=tmp_path / "1.lfu", adapters=one)
+    unmerge(tmp_path / "second", tmp_path / "back1", undo=tmp_path / "2.lfu", adapter=two)
+    unmerge(tmp_path / "back1", tmp_path / "back", undo=tmp_path / "1.lfu", adapter=one)
     same_bits(weights_of(base), weights_of(tmp_path / "back"))
 
 
@@ -141,7 +141,7 @@ def test_threads_do_not_matter(tmp_path):
         torch.set_num_threads(1)
         merge(base, given, tmp_path / "out", undo=tmp_path / "undo.lfu")
         torch.set_num_threads(2)
-        unmerge(tmp_path / "out", tmp_path / "back", undo=tmp_path / "undo.lfu", adapters=given)
+        unmerge(tmp_path / "out", tmp_path / "back", undo=tmp_path / "undo.lfu", adapter=given)
         merge(base, given, tmp_path / "out2", undo=tmp_path / "undo2.lfu")
     finally:
         torch.set_num_threads(threads)
@@ -160,29 +160,29 @@ def test_refusals(tmp_path):
             tmp_path / "out",
             tmp_path / "x",
             undo=record,
-            adapters=[adapter(delta(Q, 32, 32, seed=3))],
+            adapter=[adapter(delta(Q, 32, 32, seed=3))],
         )
     with pytest.raises(FormatError, match="U01"):
-        unmerge(tmp_path / "out", tmp_path / "x", undo=base / "model.safetensors", adapters=given)
+        unmerge(tmp_path / "out", tmp_path / "x", undo=base / "model.safetensors", adapter=given)
     with pytest.raises(UsageError, match="--undo"):
         unmerge(tmp_path / "out", tmp_path / "x")
     tensors = load_file(tmp_path / "out/model.safetensors")
     save_file({n: t for n, t in tensors.items() if n != K}, base / "model.safetensors")
     with pytest.raises(FormatError, match="U04"):
-        unmerge(base, tmp_path / "x", undo=record, adapters=given)
+        unmerge(base, tmp_path / "x", undo=record, adapter=given)
     raw = bytearray(record.read_bytes())
     raw[-1] ^= 0xFF
     record.write_bytes(raw)
     with pytest.raises(FormatError, match=r"U0[789]"):
-        unmerge(tmp_path / "out", tmp_path / "x", undo=record, adapters=given)
+        unmerge(tmp_path / "out", tmp_path / "x", undo=record, adapter=given)
     assert not (tmp_path / "x").exists()
 
 
 def test_subtraction_says_how_far_off_it_is(tmp_path):
     base, tensors = small(tmp_path, torch.bfloat16)
     given = [adapter(delta(Q, 32, 32))]
-    merge(base, given, tmp_path / "out", weights=[0.5])
-    report = unmerge(tmp_path / "out", tmp_path / "back", adapters=given, weights=[0.5])
+    merge(base, given, tmp_path / "out", weight=[0.5])
+    report = unmerge(tmp_path / "out", tmp_path / "back", adapter=given, weight=[0.5])
     got, wanted = weights_of(tmp_path / "back")[Q].double(), tensors[Q].double()
     assert 0 < (got - wanted).norm() / wanted.norm() < report.error_bound < 0.01
     assert not report.exact
@@ -193,7 +193,7 @@ def test_subtraction_says_how_far_off_it_is(tmp_path):
     assert (got - wanted).norm() / got.norm() <= module.relative == report.error_bound
     dora = [adapter(delta(Q, 32, 32, magnitude=dense("m", torch.ones(32))))]
     with pytest.raises(UnsupportedError, match="DoRA"):
-        unmerge(tmp_path / "out", tmp_path / "x", adapters=dora)
+        unmerge(tmp_path / "out", tmp_path / "x", adapter=dora)
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
@@ -202,7 +202,7 @@ def test_no_weight_is_further_off_than_the_bound(tmp_path, dtype, scale):
     base, tensors = small(tmp_path, dtype)
     given = [adapter(delta(Q, 32, 32, scale=scale))]
     merge(base, given, tmp_path / "out")
-    report = unmerge(tmp_path / "out", tmp_path / "back", adapters=given)
+    report = unmerge(tmp_path / "out", tmp_path / "back", adapter=given)
     off = weights_of(tmp_path / "back")[Q].double() - tensors[Q].double()
     (module,) = report.modules
     assert 0 < off.abs().max() <= module.largest
@@ -215,7 +215,7 @@ def test_saturated_weights_are_not_vouched_for(tmp_path):
     base, tensors = small(tmp_path, torch.float16)
     given = [adapter(delta(Q, 32, 32, scale=100.0))]
     merge(base, given, tmp_path / "out")
-    report = unmerge(tmp_path / "out", tmp_path / "back", adapters=given)
+    report = unmerge(tmp_path / "out", tmp_path / "back", adapter=given)
     merged = weights_of(tmp_path / "out")[Q]
     assert report.modules[0].saturated == int((merged.abs() == 65504).sum()) > 0
     assert "may have any error" in report.notes[0]

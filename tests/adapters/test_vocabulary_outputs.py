@@ -13,9 +13,8 @@ from loraformat.model.vocabulary import per_token
 from loraformat.ops.combine.combine import combine
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.extract.extract import extract
-from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.merge.merge import merge
-from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.reduce import reduce
 from tests.adapters import merging
 from tests.adapters.bundles import manifest
 from tests.adapters.vocabularies import IDS, ROWS, adapter, logits, opened
@@ -69,7 +68,7 @@ def test_beside_the_codes(grown, tmp_path):
     """The new bundle has the vocabulary, so that PEFT opens both as they are."""
     folder, truth = grown
     report = merge(folder / "bundle", [folder / "adapter"], tmp_path / "out",
-                   to_format="loraformat", name="new")  # fmt: skip
+                   to="loraformat", name="new")  # fmt: skip
     assert any("from 64 to 68 tokens" in note for note in report.notes)
     assert verify_bundle(tmp_path / "out") == []
     assert vocab_size(tmp_path / "out") == GROWN
@@ -94,7 +93,7 @@ def test_beside_the_codes_an_adapter_of_this_bundle_names_the_new_one(grown, tmp
     folder, _ = grown
     convert(folder / "adapter", folder / "bundle" / "adapters" / "here", canonical=True, force=True)
     merge(folder / "bundle", [folder / "bundle" / "adapters" / "here"], tmp_path / "out",
-          to_format="loraformat")  # fmt: skip
+          to="loraformat")  # fmt: skip
     assert verify_bundle(tmp_path / "out") == []
     assert manifest(tmp_path / "out")["fingerprint"] != manifest(folder / "bundle")["fingerprint"]
     merge(tmp_path / "out", [tmp_path / "out" / "adapters" / "here"], tmp_path / "dense")
@@ -103,7 +102,7 @@ def test_beside_the_codes_an_adapter_of_this_bundle_names_the_new_one(grown, tmp
 @pytest.mark.parametrize("form", ["loraformat", "bitsandbytes"])
 def test_quantized_again(grown, tmp_path, form):
     folder, truth = grown
-    merge(folder / "bundle", [folder / "adapter"], tmp_path / "out", to_format=form,
+    merge(folder / "bundle", [folder / "adapter"], tmp_path / "out", to=form,
           requantize=True)  # fmt: skip
     merge(folder / "bundle", [folder / "adapter"], tmp_path / "dense", dtype="f32")
     found, wanted = (merging.weights_of(tmp_path / name) for name in ("out", "dense"))
@@ -134,7 +133,7 @@ def test_written_anew(grown, tmp_path, verb):
     folder, truth = grown
     source, target = folder / "adapter", tmp_path / "out"
     if verb == "reduce":
-        reduce(source, target, Reduction(rank=4))
+        reduce(source, target, rank=4)
     elif verb == "combine":
         combine([source], target)
     else:
@@ -151,7 +150,7 @@ def test_an_extracted_adapter_merges_back(tmp_path, model, rows):
     made = adapter(model, "saved by itself", rows, tmp_path)
     tuned = made.merge_and_unload()
     tuned.save_pretrained(tmp_path / "tuned")
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "found", ExtractOptions(rank=8))
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "found", rank=8)
     merge(tmp_path / "base", [tmp_path / "found"], tmp_path / "merged")
     wanted = logits(opened(tmp_path / "tuned"))
     assert apart(logits(opened(tmp_path / "merged")), wanted) < 1e-4

@@ -3,11 +3,10 @@
 import pytest
 
 import loraformat
-from loraformat.api.arguments import byte_count, many
-from loraformat.api.progress import reported
-from loraformat.api.train_options import options_of
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import UsageError
+from loraformat.ops.arguments import byte_count, many, reported
+from loraformat.train.run.options import options_of
 
 MANUAL = ADAPTERS["manual"]
 

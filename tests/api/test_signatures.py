@@ -7,11 +7,11 @@ import click
 import pytest
 
 import loraformat
-from loraformat.api.arguments import byte_count
-from loraformat.api.demo import demo
-from loraformat.api.train import train
 from loraformat.cli import commands
+from loraformat.demo.pipeline import demo
+from loraformat.ops.arguments import byte_count
 from loraformat.train.run.options import SETTINGS
+from loraformat.train.run.verbs import train
 
 FUNCTIONS = {
     name: getattr(loraformat, name)
@@ -45,7 +45,7 @@ def options_of(verb):
 def plain(name, value):
     """Return a default in one form; nothing is None, whether it is empty or not set."""
     if name == "max_shard_size":
-        return byte_count(value, name)
+        return value and byte_count(value, name)
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
     return value if isinstance(value, bool | int | float) or value else None

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import loraformat
-from loraformat.api.demo import demo
-from loraformat.api.train import train
+from loraformat.demo.pipeline import demo
+from loraformat.train.run.verbs import train
 
 FUNCTIONS = {"train": train, "demo": demo}
 IMPORTS = {

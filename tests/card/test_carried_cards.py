@@ -32,7 +32,7 @@ def outputs(bundle, folder):
     convert(bundle, folder / "dense", to_format="safetensors")
     convert(bundle, folder / "again")
     merge(bundle, [ADAPTERS["manual"]], folder / "merged")
-    merge(bundle, [ADAPTERS["manual"]], folder / "beside", to_format="loraformat", name="manual")
+    merge(bundle, [ADAPTERS["manual"]], folder / "beside", to="loraformat", name="manual")
     return [folder / name for name in ("dense", "again", "merged", "beside")]
 
 

@@ -25,7 +25,7 @@ def run(capsys):
 
 @pytest.fixture
 def bundle(model, tmp_path):
-    convert(model, tmp_path / "bundle", shard_limit=6_000)
+    convert(model, tmp_path / "bundle", max_shard_size=6_000)
     return tmp_path / "bundle"
 
 

@@ -67,7 +67,7 @@ def test_a_stray_shard_is_found_by_the_rules(bundle):
 
 
 def test_a_single_file_is_taken_before_an_index_as_transformers_takes_it(tmp_path):
-    convert(SMALL_MODEL, tmp_path / "model", to_format="safetensors", shard_limit=2_000_000)
+    convert(SMALL_MODEL, tmp_path / "model", to_format="safetensors", max_shard_size=2_000_000)
     assert (tmp_path / "model/model.safetensors.index.json").exists()
     tensors = load_file(Path(SMALL_MODEL, "model.safetensors"))
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2

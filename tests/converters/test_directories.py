@@ -73,7 +73,7 @@ class TestWeightFiles:
         assert not (tmp_path / "dense" / INDEX).exists()
 
     def test_shards_as_output(self, directory, tensors, tmp_path):
-        convert(directory(), tmp_path / "dense", to_format="safetensors", shard_limit=20_000)
+        convert(directory(), tmp_path / "dense", to_format="safetensors", max_shard_size=20_000)
         weight_map = json.loads((tmp_path / "dense" / INDEX).read_bytes())["weight_map"]
         assert weight_map.keys() == tensors.keys()
         assert len(set(weight_map.values())) > 2

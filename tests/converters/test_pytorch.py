@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loraformat import plugins
 from loraformat.errors import FileChangedError, FormatError, InputError, UnsupportedError
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.verify import verify
 from loraformat.plugins import ReadOptions
@@ -54,7 +54,7 @@ def pickled(request, model, tmp_path):
 def test_without_the_word_nothing_is_read_and_the_remedy_works(pickled, tmp_path, verb):
     call = {
         "convert": lambda: convert(pickled, tmp_path / "out"),
-        "info": lambda: describe(pickled),
+        "info": lambda: info(pickled),
         "verify": lambda: verify(pickled),
         "merge": lambda: merge(pickled, [adapter(delta(Q, 64, 64))], tmp_path / "out"),
     }[verb]
@@ -74,7 +74,7 @@ def test_the_same_logits(pickled, model, tmp_path):
     ids = torch.arange(20)[None]
     assert torch.equal(opened(ids).logits, model(ids).logits)
     assert convert(pickled, tmp_path / "bundle", allow_pickle=True).quantized == 14
-    assert describe(pickled, allow_pickle=True).format == "pytorch"
+    assert info(pickled, allow_pickle=True).format == "pytorch"
     assert verify(pickled, allow_pickle=True).findings == []
 
 

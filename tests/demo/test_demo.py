@@ -14,7 +14,7 @@ from loraformat.cli.demo import command
 from loraformat.demo import SMALL_MODEL
 from loraformat.demo.llama_cpp import Question, ask
 from loraformat.demo.merging import tensor_hashes
-from loraformat.demo.pipeline import DemoReport, run_demo
+from loraformat.demo.pipeline import DemoReport, demo
 from loraformat.demo.step import Step
 
 
@@ -25,7 +25,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(directory: Path) -> DemoReport:
-    return run_demo(directory)
+    return demo(directory)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_the_command_prints_tables_and_commands(
     report: DemoReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The run is the one above, so that it takes no second one."""
-    monkeypatch.setattr("loraformat.demo.pipeline.run_demo", lambda *args, **kwargs: report)
+    monkeypatch.setattr("loraformat.demo.pipeline.demo", lambda *args, **kwargs: report)
     result = CliRunner().invoke(command, [str(tmp_path)])
     assert result.exit_code == 0, result.output
     for step in report.steps:

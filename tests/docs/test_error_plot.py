@@ -10,7 +10,7 @@ from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError, UsageError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.error_plot import errors_by_layer, normal_error, plot_errors
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.ops.info.report import ModelInfo, TensorSummary
 from loraformat.ops.plots import as_label, colors
 
@@ -24,7 +24,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def summary(bundle: Path) -> ModelInfo:
-    found = describe(bundle)
+    found = info(bundle)
     assert isinstance(found, ModelInfo)
     return found
 

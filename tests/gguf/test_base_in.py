@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,7 @@ def test_block_types(small, original, kind, tmp_path):
 def test_info_says_what_is_stored_and_not_what_it_becomes(made, tmp_path):
     source, _ = made("mixtral")
     convert(source, tmp_path / "model.gguf", dtype="q4_0")
-    summary = describe(tmp_path / "model.gguf")
+    summary = info(tmp_path / "model.gguf")
     with open_gguf(tmp_path / "model.gguf") as file:
         stored = list(file.tensors.values())
     assert summary.weight_bytes == sum(tensor.nbytes for tensor in stored)

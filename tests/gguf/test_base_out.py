@@ -292,7 +292,7 @@ def test_a_suffix_in_capitals_is_one(base, tmp_path):
 
 def test_a_pre_tokenizer_is_for_gguf_files_only(base, tmp_path):
     with pytest.raises(UsageError, match="--pre llama-bpe is for GGUF files"):
-        convert(base("llama"), tmp_path / "bundle", pre_tokenizer="llama-bpe")
+        convert(base("llama"), tmp_path / "bundle", pre="llama-bpe")
     assert not list(tmp_path.iterdir())
 
 

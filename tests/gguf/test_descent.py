@@ -43,7 +43,7 @@ def test_its_adapter_goes_with_it(made, tmp_path):
     assert any("of which this gguf file was made" in note for note in report.notes)
     with open_gguf(tmp_path / "merged.gguf") as merged:
         assert KEY not in merged.metadata, "it is another model"
-    assert not check(made / "lora.gguf", base=made / "bundle.gguf", runtimes=["llama.cpp"]).failed
+    assert not check(made / "lora.gguf", base=made / "bundle.gguf", runtime=["llama.cpp"]).failed
 
 
 def test_that_of_another_is_refused(made, tmp_path):
@@ -60,7 +60,7 @@ def test_that_of_another_is_refused(made, tmp_path):
     report = merge(base, [adapter], tmp_path / "y", allow_base_mismatch=True)
     for notes in (forced.notes, report.notes):
         assert any("may not work on this base" in note for note in notes)
-    found = check(adapter, base=base, runtimes=["llama.cpp"])
+    found = check(adapter, base=base, runtime=["llama.cpp"])
     assert "BASE_HASH_MISMATCH" in {finding.rule for finding in found.findings}
 
 

@@ -136,12 +136,12 @@ def test_merged_and_quantized_again_it_runs_too(base, tmp_path):
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     convert(base("llama-biases"), tmp_path / "model.gguf", dtype="bf16")
     report = merge(tmp_path / "model.gguf", [tmp_path / "adapter"], tmp_path / "bundle",
-                   to_format="loraformat", requantize=True, dtype="bf16")  # fmt: skip
+                   to="loraformat", requantize=True, dtype="bf16")  # fmt: skip
     assert report.merged
     assert forward(tmp_path / "bundle", "llama-biases").dtype == torch.bfloat16
     mixed(base("llama-biases"), tmp_path / "mixed")
     report = merge(tmp_path / "mixed", [tmp_path / "adapter"], tmp_path / "again",
-                   to_format="loraformat", requantize=True)  # fmt: skip
+                   to="loraformat", requantize=True)  # fmt: skip
     assert any("became BF16" in note for note in report.notes)
     assert forward(tmp_path / "again", "llama-biases").dtype == torch.bfloat16
 

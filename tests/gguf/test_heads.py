@@ -180,7 +180,7 @@ def test_the_remedy_for_a_tied_head_or_embedding_leads_to_the_goal(base, name, m
         assert apart(by_transformers(tmp_path / output, name), wanted) < 1e-5
     else:
         assert apart(by_llama_cpp(tmp_path / output, name), wanted) < tolerance(name)
-    found = check(tmp_path / "adapter", base=source, runtimes=["llama.cpp"]).findings
+    found = check(tmp_path / "adapter", base=source, runtime=["llama.cpp"]).findings
     commands = {one.command for one in found if one.rule == "TIED_HEAD"}
     suffix = "" if name == "gemma2" else ".gguf"
     assert commands == {f"loraformat merge {source} {tmp_path}/adapter -o adapter-merged{suffix}"}

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.ops.verify import verify
@@ -328,7 +328,7 @@ def test_it_can_be_shown_and_verified(base, tmp_path):
     path, _ = base("llama")
     train(path, "llama", tmp_path / "adapter")
     convert(tmp_path / "adapter", tmp_path / "lora.gguf", base=path)
-    summary = describe(tmp_path / "lora.gguf")
+    summary = info(tmp_path / "lora.gguf")
     assert summary.format == "gguf-lora"
     assert not verify(tmp_path / "lora.gguf").findings
 
@@ -337,7 +337,7 @@ def test_types_are_shown_as_they_are_stored(base, tmp_path):
     path, _ = base("llama")
     train(path, "llama", tmp_path / "adapter", r=32, target_modules=["v_proj"])
     convert(tmp_path / "adapter", tmp_path / "lora.gguf", base=path, dtype="q8_0")
-    assert set(describe(tmp_path / "lora.gguf").dtypes) == {"Q8_0"}
+    assert set(info(tmp_path / "lora.gguf").dtypes) == {"Q8_0"}
 
 
 def test_another_type_of_the_same_format_is_no_pickle(base, tmp_path):

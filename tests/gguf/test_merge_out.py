@@ -102,7 +102,7 @@ def test_an_unknown_pre_tokenizer_is_named(adapted, tmp_path):
     with pytest.raises(UnsupportedError, match="pre-tokenizer") as refused:
         merge(strange, [adapter], target, dtype="f32", dry_run=True)
     assert "--pre" in str(refused.value.hint)
-    merge(strange, [adapter], target, dtype="f32", pre_tokenizer="gpt-2")
+    merge(strange, [adapter], target, dtype="f32", pre="gpt-2")
     assert apart(wanted, by_llama_cpp(target, "llama")) < 1e-5
 
 
@@ -167,7 +167,7 @@ def test_no_undo_of_what_is_rounded(adapted, tmp_path):
 def test_a_pre_tokenizer_is_for_gguf_files_only(adapted, tmp_path):
     base, adapter, _ = adapted("llama")
     with pytest.raises(UsageError, match="--pre gpt-2 is for GGUF files"):
-        merge(base, [adapter], tmp_path / "merged", pre_tokenizer="gpt-2")
+        merge(base, [adapter], tmp_path / "merged", pre="gpt-2")
 
 
 def test_on_the_command_line(adapted, command, tmp_path):

@@ -22,7 +22,7 @@ from loraformat.cli import main
 from loraformat.demo import ADAPTERS
 from loraformat.model import quantization_history as past
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.model import open_model
 from loraformat.ops.push.card_facts import bundle_facts
@@ -123,7 +123,7 @@ def test_a_bundle_says_it_in_manifest_card_and_info(source, tmp_path, capsys):
     (step,) = past.from_extension(manifest.extensions)
     assert step.types == {"Q4_1": 21, "Q8_0": 1} and 5 < step.bits_per_weight < 6
     assert not verify(bundle).findings
-    summary = describe(bundle)
+    summary = info(bundle)
     facts = bundle_facts(summary, manifest, "me/small", Base("org/base"), [], {})
     card = bundle_card(facts).render()
     assert "quantized already when it was made" in card
@@ -131,7 +131,7 @@ def test_a_bundle_says_it_in_manifest_card_and_info(source, tmp_path, capsys):
     command("info", bundle)
     said = capsys.readouterr()
     assert "Q4_1 and Q8_0 (22 weights" in said.out + said.err
-    plain = describe(source("bundle"))
+    plain = info(source("bundle"))
     assert not plain.quantized_before
 
 
@@ -139,7 +139,7 @@ def test_every_step_travels(source, tmp_path):
     """Through a bundle, a copy of it, a GGUF file of floats, and one of blocks."""
     convert(source("q4_1.gguf"), tmp_path / "bundle")
     convert(tmp_path / "bundle", tmp_path / "copy")
-    merge(tmp_path / "copy", [LORA], tmp_path / "beside", to_format="loraformat")
+    merge(tmp_path / "copy", [LORA], tmp_path / "beside", to="loraformat")
     convert(tmp_path / "beside", tmp_path / "plain.gguf", dtype="f16")
     convert(tmp_path / "plain.gguf", tmp_path / "last.gguf", dtype="q5_0")
     report = convert(tmp_path / "last.gguf", tmp_path / "again")
@@ -239,7 +239,7 @@ def test_the_original_merged_into_few_bits_is_no_second_time(tmp_path):
 def test_several_adapters_stand_beside_with_their_weights(source, tmp_path):
     report = merge(
         source("q4_0.gguf"), [LORA, ADAPTERS["tests"]], tmp_path / "merged.gguf",
-        weights=[0.5, 1], dtype="q4_0",
+        weight=[0.5, 1], dtype="q4_0",
     )  # fmt: skip
     (warning,) = [one for one in report.warnings if "already quantized" in one]
     assert "--lora-scaled lora-1.gguf:0.5 --lora lora-2.gguf" in warning
@@ -247,10 +247,10 @@ def test_several_adapters_stand_beside_with_their_weights(source, tmp_path):
 
 def test_quantized_again_by_request_it_is_told_of(source, tmp_path):
     report = merge(
-        source("q4_1.gguf"), [LORA], tmp_path / "again", to_format="loraformat", requantize=True
+        source("q4_1.gguf"), [LORA], tmp_path / "again", to="loraformat", requantize=True
     )
     assert lines(report) and report.warnings
-    assert [list(step.types) for step in describe(tmp_path / "again").quantized_before] == [
+    assert [list(step.types) for step in info(tmp_path / "again").quantized_before] == [
         ["Q4_1", "Q8_0"]
     ]
 

@@ -195,7 +195,7 @@ def test_merges_of_another_trainer_are_refused(tmp_path):
 def test_a_name_of_a_pre_tokenizer_is_for_byte_level_bpe(tmp_path):
     source = source_of(tmp_path / "source", tokenizer_json(trained()))
     with pytest.raises(UsageError, match="byte-level BPE"):
-        convert(source, tmp_path / "model.gguf", pre_tokenizer="llama-bpe")
+        convert(source, tmp_path / "model.gguf", pre="llama-bpe")
 
 
 def test_tied_scores_come_back_with_a_warning(tmp_path):

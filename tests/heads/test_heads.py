@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from loraformat.model import tied_head
 from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.extract.extract import ExtractOptions, extract
+from loraformat.ops.extract.extract import extract
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.model import open_model
 from loraformat.ops.unmerge.unmerge import unmerge
@@ -118,7 +118,7 @@ def test_a_merged_head_in_every_format(base, tmp_path, to):
     source = base("gemma3", "equal")
     adapter(source, tmp_path / "adapter", "lm_head")
     quantized = to != "safetensors"
-    merge(source, [tmp_path / "adapter"], tmp_path / "out", to_format=to, requantize=quantized)
+    merge(source, [tmp_path / "adapter"], tmp_path / "out", to=to, requantize=quantized)
     assert flags(tmp_path / "out") == [False, False]
     merge(source, [tmp_path / "adapter"], tmp_path / "dense")
     ours, wanted = (
@@ -137,7 +137,7 @@ def test_merged_beside_its_codes_the_head_stays_what_it_is(base, tmp_path):
     )
     adapter(base("llama", "other"), tmp_path / "adapter", "lm_head")
     report = merge(tmp_path / "bnb-out", [tmp_path / "adapter"], tmp_path / "out",
-                   to_format="loraformat")  # fmt: skip
+                   to="loraformat")  # fmt: skip
     assert not any(flags(tmp_path / "out"))
     assert any("tie_word_embeddings is set to false" in note for note in report.notes)
 
@@ -182,7 +182,7 @@ def test_extracted_between_heads_of_any_form(base, tmp_path, heads):
     adapter(base("llama", heads[1]), tmp_path / "adapter", "q_proj", "embed_tokens",
             ensure_weight_tying=True)  # fmt: skip
     merge(base("llama", heads[1]), [tmp_path / "adapter"], after)
-    extract(before, after, tmp_path / "found", ExtractOptions(rank=64))
+    extract(before, after, tmp_path / "found", rank=64)
     wanted = logits(opened(after))
     assert apart(logits(opened(before, tmp_path / "found")), wanted) < 1e-3
     merge(before, [tmp_path / "found"], tmp_path / "again")

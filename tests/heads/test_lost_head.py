@@ -51,7 +51,7 @@ def test_no_format_gets_a_model_that_lost_its_head(lost, tmp_path, to):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("options", [{}, {"to_format": "loraformat", "requantize": True}])
+@pytest.mark.parametrize("options", [{}, {"to": "loraformat", "requantize": True}])
 def test_no_merge_writes_one(lost, tmp_path, options):
     refusal(lambda: merge(lost / "base", [lost / "adapter"], tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
@@ -63,9 +63,7 @@ def test_a_bundle_that_an_older_version_wrote_is_not_written_on(lost, tmp_path, 
         convert(lost / "base", tmp_path / "bundle")
     refusal(lambda: convert(tmp_path / "bundle", tmp_path / "out", to_format="safetensors"))
     refusal(
-        lambda: merge(
-            tmp_path / "bundle", [lost / "adapter"], tmp_path / "out", to_format="loraformat"
-        )
+        lambda: merge(tmp_path / "bundle", [lost / "adapter"], tmp_path / "out", to="loraformat")
     )
 
 

@@ -17,8 +17,8 @@ from loraformat.errors import InputError, UnsupportedError
 from loraformat.ops.check.check import check
 from loraformat.ops.check.write import write_usage
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.extract.extract import ExtractOptions, extract
-from loraformat.ops.info.model import describe
+from loraformat.ops.extract.extract import extract
+from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.push.card_facts import bundle_facts
 from loraformat.ops.verify import verify
@@ -84,7 +84,7 @@ def test_bundle_and_bitsandbytes_give_the_states_of_the_dequantized_weights(
     report = convert(source, tmp_path / "bundle")
     assert report.quantized == 2 * {"Phi3Model": 4, "BertModel": 6}.get(kind, 7)
     assert not verify(tmp_path / "bundle").findings
-    assert describe(tmp_path / "bundle").layers == 2
+    assert info(tmp_path / "bundle").layers == 2
     convert(tmp_path / "bundle", tmp_path / "dense", to_format="safetensors", dtype="f32")
     convert(tmp_path / "bundle", tmp_path / "bnb", to_format="bitsandbytes")
     expected = states(tmp_path / "dense")
@@ -98,7 +98,7 @@ def test_the_card_of_a_bundle_opens_it_as_what_it_is(base, tmp_path, kind, form)
     bundle = tmp_path / "bundle"
     convert(base(kind, form), bundle)
     facts = bundle_facts(
-        describe(bundle), read_manifest(bundle), "me/bundle", Base("org/base"), [],
+        info(bundle), read_manifest(bundle), "me/bundle", Base("org/base"), [],
         peek_config(bundle),
     )  # fmt: skip
     document = bundle_card(facts)
@@ -132,7 +132,7 @@ def test_adapters_merge_check_convert_and_are_extracted_as_peft_computes(
     source, lora, targets = base(kind, form), tmp_path / "lora", KINDS[kind][2]
     expected = adapter(source, lora, targets)
     assert apart(expected, states(source)) > 0.1
-    assert check(lora, base=source, runtimes=["transformers"]).verdicts == {"transformers": "right"}
+    assert check(lora, base=source, runtime=["transformers"]).verdicts == {"transformers": "right"}
 
     merge(source, [lora], tmp_path / "merged")
     assert apart(states(tmp_path / "merged"), expected) < 1e-4
@@ -147,7 +147,11 @@ def test_adapters_merge_check_convert_and_are_extracted_as_peft_computes(
     convert(tmp_path / "lora.gguf", tmp_path / "back", base=source)
     assert apart(states(source, tmp_path / "back"), expected) < 1e-5
 
-    extract(source, tmp_path / "merged", tmp_path / "found", ExtractOptions())
+    extract(
+        source,
+        tmp_path / "merged",
+        tmp_path / "found",
+    )
     assert apart(states(source, tmp_path / "found"), expected) < 1e-4
 
     convert(source, tmp_path / "bundle")
@@ -170,7 +174,7 @@ def test_an_adapter_keeps_the_names_of_the_class_that_it_is_for(tmp_path, named,
     convert(lora, tmp_path / "anew", base=source, canonical=True)
     for one in (lora, tmp_path / "bundle" / "adapters" / "mine", tmp_path / "anew"):
         assert apart(hidden(opened(source, one, auto=auto)), expected) < 1e-5
-        found = check(one, base=source, runtimes=["transformers"])
+        found = check(one, base=source, runtime=["transformers"])
         assert found.verdicts == {"transformers": "right"}
 
 

@@ -47,7 +47,7 @@ def hub(server, model):
 @pytest.fixture
 def hub_bundle(hub, model, tmp_path):
     """The bundle ``org/bundle`` on that Hub."""
-    convert(model, tmp_path / "bundle", shard_limit=6_000)
+    convert(model, tmp_path / "bundle", max_shard_size=6_000)
     hub.repositories["org/bundle"] = Repository(files_of(tmp_path / "bundle"), "b" * 40)
     return tmp_path / "bundle"
 

@@ -194,7 +194,7 @@ def test_an_adapter_in_a_bundle(push, shelf, tmp_path):
 
 
 def test_a_bundle_of_other_shards_replaces_the_old_ones(push, shelf, tmp_path, model):
-    convert(model, tmp_path / "many", shard_limit=6_000)
+    convert(model, tmp_path / "many", max_shard_size=6_000)
     convert(model, tmp_path / "one")
     other = {"extra/other.safetensors": b"somebody's own"}
     for name in ("many", "one"):

@@ -39,7 +39,7 @@ def test_the_token_is_never_shown_or_kept(push, shelf, tmp_path):
 
 
 def test_an_interrupted_upload_goes_on(push, ask, shelf, tmp_path, model):
-    convert(model, tmp_path / "bundle", shard_limit=6_000)
+    convert(model, tmp_path / "bundle", max_shard_size=6_000)
     shelf.broken_uploads = 1
     arguments = ("bundle", "me/bundle", "--base-model", "org/base")
     result = push(*arguments)

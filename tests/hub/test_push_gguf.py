@@ -4,7 +4,7 @@ import shutil
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.reduce import reduce
 from tests.hub.conftest import PEFT, published
 
 
@@ -31,7 +31,7 @@ def config_only(tmp_path):
 def test_a_stale_gguf_of_other_weights_leaves(push, shelf, tmp_path):
     assert push("adapter", "me/new", "--with-gguf").returncode == 0
     shelf.repositories["me/new"].files["model-q8_0.gguf"] = b"somebody's own"
-    reduce(tmp_path / "adapter", tmp_path / "smaller", Reduction(rank=8))
+    reduce(tmp_path / "adapter", tmp_path / "smaller", rank=8)
     result = push("smaller", "me/new")
     assert result.returncode == 0, result.stderr
     assert "removed: new-lora-f16.gguf" in result.stdout

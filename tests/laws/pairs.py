@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from loraformat.families.table import family_of
 from loraformat.families.tensor_names import layer_of
-from loraformat.ops.extract.extract import ExtractOptions, extract
+from loraformat.ops.extract.extract import extract
 from tests.adapters import moe_models
 from tests.train import causal_models
 
@@ -69,7 +69,7 @@ def make_pair(model_type: str, folder: Path, **sizes: Any) -> Pair:
     model.save_pretrained(folder / "base")
     wanted = logits(tune(model))
     model.save_pretrained(folder / "tuned")
-    extract(folder / "base", folder / "tuned", folder / "adapter", ExtractOptions(rank=FULL_RANK))
+    extract(folder / "base", folder / "tuned", folder / "adapter", rank=FULL_RANK)
     return Pair(folder, before, wanted, rounding(model, wanted))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraformat.ops.extract.extract import ExtractOptions, extract
+from loraformat.ops.extract.extract import extract
 from loraformat.ops.merge.merge import merge
 from tests.adapters import moe_models
 from tests.laws.pairs import stored, tune
@@ -32,9 +32,9 @@ def test_extract_then_merge_gives_every_weight_of_the_fine_tune_back(model_type,
     model = zoo.make(model_type)
     model.to(dtype).save_pretrained(tmp_path / "base")
     tune(model.float()).to(dtype).save_pretrained(tmp_path / "tuned")
-    whole = ExtractOptions(rank=FULL_RANK, dtype="f32")
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", whole)
-    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", to_format="safetensors")
+    paths = (tmp_path / name for name in ("base", "tuned", "adapter"))
+    extract(*paths, rank=FULL_RANK, dtype="f32")
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", to="safetensors")
     base, tuned, merged = (stored(tmp_path / one) for one in ("base", "tuned", "merged"))
     assert merged.keys() == tuned.keys()
     changed = 0

@@ -24,7 +24,7 @@ from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.reduce import reduce
 from tests.adapters.moe_models import TOKENS
 from tests.laws.pairs import FULL_RANK, Pair, assert_close, logits, make_pair, opened, stored
 from tests.train import causal_models
@@ -52,7 +52,7 @@ def pair(model_type, tmp_path_factory) -> Pair:
 
 
 def merged(pair: Pair, adapter: Path, folder: Path) -> torch.Tensor:
-    merge(pair.base, [adapter], folder, to_format="safetensors")
+    merge(pair.base, [adapter], folder, to="safetensors")
     return logits(opened(folder))
 
 
@@ -92,14 +92,14 @@ def test_an_extracted_adapter_is_the_fine_tune_in_peft(pair):
 
 
 def test_reducing_at_full_rank_changes_nothing(pair, tmp_path):
-    reduce(pair.adapter, tmp_path / "reduced", Reduction(rank=FULL_RANK), base=pair.base)
+    reduce(pair.adapter, tmp_path / "reduced", rank=FULL_RANK, base=pair.base)
     wanted = effects(pair.adapter, pair.base)
     assert_equal_effects(effects(tmp_path / "reduced", pair.base), wanted)
     assert_close(pair.in_peft(tmp_path / "reduced"), pair)
 
 
 def test_an_adapter_combined_with_nothing_is_itself(pair, tmp_path):
-    combine([pair.adapter], tmp_path / "combined", weights=[1.0], base=pair.base)
+    combine([pair.adapter], tmp_path / "combined", weight=[1.0], base=pair.base)
     wanted = effects(pair.adapter, pair.base)
     assert_equal_effects(effects(tmp_path / "combined", pair.base), wanted)
     assert_close(pair.in_peft(tmp_path / "combined"), pair)

@@ -3,7 +3,7 @@
 import pytest
 
 from loraformat.ops.merge.merge import merge
-from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.reduce import reduce
 from tests.adapters import moe_models
 from tests.laws.pairs import FULL_RANK, assert_close, logits, make_pair, opened
 from tests.laws.test_families import MODELS
@@ -27,9 +27,9 @@ SQUARE = [
 def test_an_extracted_adapter_gives_the_fine_tune_back(model_type, sizes, tmp_path):
     """And so does the same adapter reduced at full rank."""
     pair = make_pair(model_type, tmp_path, **sizes)
-    merge(pair.base, [pair.adapter], tmp_path / "merged", to_format="safetensors")
+    merge(pair.base, [pair.adapter], tmp_path / "merged", to="safetensors")
     assert_close(logits(opened(tmp_path / "merged")), pair)
-    reduce(pair.adapter, tmp_path / "reduced", Reduction(rank=FULL_RANK), base=pair.base)
+    reduce(pair.adapter, tmp_path / "reduced", rank=FULL_RANK, base=pair.base)
     if model_type not in NOT_NAMED:
         for one in (pair.adapter, tmp_path / "reduced"):
             assert_close(pair.in_peft(one), pair)

@@ -38,7 +38,7 @@ def test_a_trained_adapter_merged_gives_the_trained_model(model_type, tmp_path):
                     branch.b.copy_(torch.randn(branch.b.shape, generator=random) * 0.1)
         trained = logits(model)
         model.save_adapter(tmp_path / "adapter")
-    merge(tmp_path / "dense", [tmp_path / "adapter"], tmp_path / "merged", to_format="safetensors")
+    merge(tmp_path / "dense", [tmp_path / "adapter"], tmp_path / "merged", to="safetensors")
     found = opened(tmp_path / "merged")
     bound = rounding(found, logits(found))
     assert bound < 0.01 * (trained - before).abs().max()

@@ -19,7 +19,7 @@ LIMIT = 60_000
 
 
 def run(model, target, **options):
-    return convert(model, target, to_format="safetensors", shard_limit=LIMIT, **options)
+    return convert(model, target, to_format="safetensors", max_shard_size=LIMIT, **options)
 
 
 @pytest.fixture

@@ -58,12 +58,12 @@ def stuck(start, model, tmp_path):
 
 @pytest.fixture
 def reference(model, tmp_path, snapshot):
-    convert(model, tmp_path / "reference", to_format="safetensors", shard_limit=LIMIT)
+    convert(model, tmp_path / "reference", to_format="safetensors", max_shard_size=LIMIT)
     return snapshot(tmp_path / "reference")
 
 
 def rerun(model, tmp_path):
-    convert(model, tmp_path / "out", to_format="safetensors", shard_limit=LIMIT)
+    convert(model, tmp_path / "out", to_format="safetensors", max_shard_size=LIMIT)
 
 
 def test_a_second_writer_is_refused_and_told_who_is_first(stuck, command, model, tmp_path):

@@ -26,7 +26,7 @@ def to_format(request):
 @pytest.fixture
 def reference(model, tmp_path, to_format, snapshot):
     """The output of an uninterrupted run."""
-    convert(model, tmp_path / "reference", to_format=to_format, shard_limit=LIMIT)
+    convert(model, tmp_path / "reference", to_format=to_format, max_shard_size=LIMIT)
     return snapshot(tmp_path / "reference")
 
 
@@ -40,7 +40,9 @@ def interrupt_after(model, target, to_format, tensors, **options):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(model, target, to_format=to_format, shard_limit=LIMIT, progress=progress, **options)
+        convert(
+            model, target, to_format=to_format, max_shard_size=LIMIT, progress=progress, **options
+        )
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_a_rerun_skips_finished_shards_and_gives_the_same_bytes(
     assert not target.exists()
     finished = shards_in(tmp_path / "out.partial")
     written.clear()
-    convert(model, target, to_format=to_format, shard_limit=LIMIT)
+    convert(model, target, to_format=to_format, max_shard_size=LIMIT)
     assert snapshot(target) == reference
     assert finished
     assert not set(finished) & set(written)
@@ -82,7 +84,7 @@ def test_a_run_may_be_interrupted_many_times(model, tmp_path, to_format, referen
     target = tmp_path / "out"
     for tensors in (3, 5, 7, 9):
         interrupt_after(model, target, to_format, tensors)
-    convert(model, target, to_format=to_format, shard_limit=LIMIT)
+    convert(model, target, to_format=to_format, max_shard_size=LIMIT)
     assert snapshot(target) == reference
 
 
@@ -136,7 +138,7 @@ def test_a_finished_shard_that_was_damaged_is_written_again(
     victim, *others = shards_in(tmp_path / "out.partial")
     damage(tmp_path / "out.partial" / victim)
     written.clear()
-    convert(model, target, to_format=to_format, shard_limit=LIMIT)
+    convert(model, target, to_format=to_format, max_shard_size=LIMIT)
     assert victim in written
     assert others
     assert not set(others) & set(written)
@@ -159,15 +161,17 @@ def test_a_journal_that_says_nonsense_is_not_believed(
         else:
             facts[key] = None
     path.write_text(json.dumps(journal))
-    convert(model, tmp_path / "out", to_format=to_format, shard_limit=LIMIT)
+    convert(model, tmp_path / "out", to_format=to_format, max_shard_size=LIMIT)
     assert snapshot(tmp_path / "out") == reference
 
 
 def test_other_options_do_not_continue(model, tmp_path, snapshot, written):
-    convert(model, tmp_path / "reference", to_format="safetensors", dtype="bf16", shard_limit=LIMIT)
+    convert(
+        model, tmp_path / "reference", to_format="safetensors", dtype="bf16", max_shard_size=LIMIT
+    )
     interrupt_after(model, tmp_path / "out", "safetensors", 12)
     written.clear()
-    convert(model, tmp_path / "out", to_format="safetensors", dtype="bf16", shard_limit=LIMIT)
+    convert(model, tmp_path / "out", to_format="safetensors", dtype="bf16", max_shard_size=LIMIT)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "reference")
     assert written == shards_in(tmp_path / "out")
 
@@ -179,8 +183,8 @@ def test_another_input_does_not_continue(model, tmp_path, snapshot, written):
     data[-1] ^= 1
     weights.write_bytes(data)
     written.clear()
-    convert(model, tmp_path / "out", to_format="safetensors", shard_limit=LIMIT)
-    convert(model, tmp_path / "reference", to_format="safetensors", shard_limit=LIMIT)
+    convert(model, tmp_path / "out", to_format="safetensors", max_shard_size=LIMIT)
+    convert(model, tmp_path / "reference", to_format="safetensors", max_shard_size=LIMIT)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "reference")
     assert written[: len(written) // 2] == shards_in(tmp_path / "out")
 
@@ -191,5 +195,5 @@ def test_a_replacement_that_is_interrupted_leaves_the_old_output(model, tmp_path
     old = snapshot(target)
     interrupt_after(model, target, "safetensors", 12, force=True)
     assert snapshot(target) == old
-    convert(model, target, to_format="safetensors", shard_limit=LIMIT, force=True)
+    convert(model, target, to_format="safetensors", max_shard_size=LIMIT, force=True)
     assert len(shards_in(target)) > 1

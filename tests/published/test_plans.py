@@ -152,5 +152,5 @@ def test_a_merge_is_planned(model, base, adapter, tmp_path):
 
 
 def test_check_says_that_it_loads(model, base, adapter):
-    report = check(adapter, base=base, runtimes=["transformers"])
+    report = check(adapter, base=base, runtime=["transformers"])
     assert report.verdicts == {"transformers": "right"}, report.findings

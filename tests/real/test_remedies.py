@@ -21,7 +21,6 @@ import loraformat.demo
 from loraformat.errors import LoraFormatError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.extract.extract import extract
-from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
 from tests.real.peers import commands, follow, peer_module, start
@@ -170,7 +169,7 @@ def test_torchtune_writes_qwen2_wrongly(tmp_path):
     assert (found[query] - wanted[query]).abs().max() > 0.1
     (command,) = commands(hint_of(epoch / "adapter_model.pt"))
     assert command == ["loraformat", "extract", "BASE", "epoch_N", "-o", "OUT", "--rank", "RANK"]
-    extract(base, epoch, tmp_path / "found", ExtractOptions(rank=4))
+    extract(base, epoch, tmp_path / "found", rank=4)
     merge(base, [tmp_path / "found"], tmp_path / "right")
     found = load_file(tmp_path / "right" / "model.safetensors")
     torch.testing.assert_close(found[query], wanted[query], atol=1e-4, rtol=0)

@@ -124,7 +124,7 @@ def test_llama_cpp_computes_the_same(fixed, adapter, base, model, tmp_path):
     convert(fixed("all scalings"), tmp_path / "lora.gguf", base=base)
     found = log_probabilities(tmp_path / "model.gguf", PROMPTS, [(tmp_path / "lora.gguf", 1.0)])
     assert apart(list(found), wanted) < 1e-5
-    assert not check(tmp_path / "lora.gguf", runtimes=["llama.cpp", "ollama"]).findings
+    assert not check(tmp_path / "lora.gguf", runtime=["llama.cpp", "ollama"]).findings
     assert apart(by_transformers(base, "llama"), wanted) > 1e-3
 
 
@@ -186,7 +186,7 @@ def test_a_servers_formula_gives_the_same(fixed, adapter, runtime, feature):
 def test_what_is_found_is_what_the_formula_gives(adapter, runtime, feature):
     """A failing rule about scaling or rank, and only that, means a wrong delta."""
     path = adapter(feature)
-    found = check(path, runtimes=[runtime]).findings
+    found = check(path, runtime=[runtime]).findings
     fails = {finding.rule for finding in found if finding.level == "fail"} - {"FORMAT"}
     wrong = error(FORMULAS[runtime], path, deltas(path)) > 1e-6
     stacks = runtime == "sglang" and feature == "rank_pattern"  # the formula has no shapes

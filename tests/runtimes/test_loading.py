@@ -113,7 +113,7 @@ def test_what_check_says_is_what_peft_does(base, name, tmp_path):
     elif change is not None:
         config = adapter / "adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    report = check(adapter, base=base, runtimes=["transformers"])
+    report = check(adapter, base=base, runtime=["transformers"])
     truth = in_peft(base, adapter)
     partly = any(finding.rule == "LOAD_IGNORES" for finding in report.findings)
     assert report.failed == (truth != "works" or partly), report.findings
@@ -127,7 +127,7 @@ def test_a_base_of_another_size(tmp_path, base):
     config = json.loads((other / "config.json").read_text())
     config["intermediate_size"] += 32
     AutoModelForCausalLM.from_config(type(opened(base).config)(**config)).save_pretrained(other)
-    (finding,) = check(adapter, base=other, runtimes=["transformers"]).findings
+    (finding,) = check(adapter, base=other, runtime=["transformers"]).findings
     assert (finding.rule, finding.level) == ("LOAD_OTHER_BASE", "fail")
     assert "wanted [" in finding.what
     assert in_peft(other, adapter) == "raises"
@@ -136,7 +136,7 @@ def test_a_base_of_another_size(tmp_path, base):
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps(config_of(adapter) | {"base_model_name_or_path": str(other)})
     )
-    (finding,) = check(adapter, base=other, runtimes=["transformers"]).findings
+    (finding,) = check(adapter, base=other, runtime=["transformers"]).findings
     assert finding.command.endswith("--base BASE")
 
 
@@ -178,7 +178,7 @@ def test_what_fits_but_does_not_load_is_written_anew(base, name, tmp_path, monke
     expected = merged(base, adapter, tmp_path / "before")
     (adapter / "adapter_config.json").write_text(json.dumps(config_of(adapter) | change))
     assert in_peft(base, adapter) == "raises"
-    (finding,) = check(adapter, base=base, runtimes=["transformers"]).findings
+    (finding,) = check(adapter, base=base, runtime=["transformers"]).findings
     assert finding.rule == "LOAD_FAILS"
     assert followed(finding) == 0
     assert check("adapter-rewritten", base=base).verdicts["transformers"] == "right"
@@ -202,7 +202,7 @@ def test_an_adapter_of_another_vocabulary_is_merged(base, tmp_path, monkeypatch,
     whole = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     adapter = trained(base, tmp_path / "adapter", rows, modules_to_save=whole)
     (finding,) = (
-        f for f in check(adapter, base=base, runtimes=["transformers"]).findings
+        f for f in check(adapter, base=base, runtime=["transformers"]).findings
         if f.rule.startswith("LOAD")
     )  # fmt: skip
     assert finding.rule == "LOAD_RESIZED"
@@ -221,13 +221,13 @@ def test_of_fused_experts_peft_knows_the_ranks(tmp_path):
     base = make_base("mixtral", tmp_path / "mixtral")
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapter = trained(base, tmp_path / "adapter", target_parameters=names)
-    assert not check(adapter, base=base, runtimes=["transformers"]).findings
+    assert not check(adapter, base=base, runtime=["transformers"]).findings
     wrong = tmp_path / "wrong"
     shutil.copytree(adapter, wrong)
     config = json.loads((wrong / "adapter_config.json").read_text())
     config["target_modules"] = ["q_proj", "w1", "w3"]
     (wrong / "adapter_config.json").write_text(json.dumps(config))
-    assert check(wrong, base=base, runtimes=["transformers"]).failed
+    assert check(wrong, base=base, runtime=["transformers"]).failed
     assert in_peft(base, wrong) == "raises"
 
 
@@ -241,7 +241,7 @@ def test_without_peft_nothing_is_called_right(base, missing, name, tmp_path, mon
         tensors = change(load_file(adapter / WEIGHTS))
         save_file({n: t.contiguous() for n, t in tensors.items()}, adapter / WEIGHTS)
     monkeypatch.setitem(sys.modules, missing, None)
-    report = check(adapter, base=base, runtimes=["transformers"])
+    report = check(adapter, base=base, runtime=["transformers"])
     assert report.verdicts == {"transformers": "care" if name == "plain" else "wrong"}
     assert "LOAD_UNPROVEN" in {finding.rule for finding in report.findings}
 
@@ -254,7 +254,7 @@ def test_a_pattern_that_costs_years_is_not_waited_for(base, tmp_path, monkeypatc
     hostile = {"target_modules": r"(\w+\.?)*(\w+\.?)*(\w+\.?)*!"}
     config.write_text(json.dumps(json.loads(config.read_text()) | hostile))
     monkeypatch.setattr(loading, "_SECONDS", 1)
-    (finding,) = check(adapter, base=base, runtimes=["transformers"]).findings
+    (finding,) = check(adapter, base=base, runtime=["transformers"]).findings
     assert finding.rule == "LOAD_FAILS"
     assert "too costly" in finding.what
 
@@ -266,7 +266,7 @@ def test_a_config_that_asks_for_millions_of_layers(base, tmp_path):
     shutil.copytree(base, other)
     config = other / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**9}))
-    report = check(adapter, base=Path(other), runtimes=["transformers"])
+    report = check(adapter, base=Path(other), runtime=["transformers"])
     assert {finding.rule for finding in report.findings} == {"LOAD_UNPROVEN"}
 
 
@@ -276,11 +276,11 @@ def test_of_a_config_alone(base, tmp_path, monkeypatch, missing):
     adapter = trained(base, tmp_path / "adapter")
     if missing:
         monkeypatch.setitem(sys.modules, missing, None)
-    report = check(adapter, base=base / "config.json", runtimes=["transformers"])
+    report = check(adapter, base=base / "config.json", runtime=["transformers"])
     assert report.verdicts == {"transformers": "care" if missing else "right"}
 
 
 def test_of_weights_without_a_config(base, tmp_path):
     adapter = trained(base, tmp_path / "adapter")
-    report = check(adapter, base=base / "model.safetensors", runtimes=["transformers"])
+    report = check(adapter, base=base / "model.safetensors", runtime=["transformers"])
     assert {finding.rule for finding in report.findings} == {"LOAD_UNPROVEN"}

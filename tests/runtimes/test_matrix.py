@@ -152,9 +152,9 @@ def test_without_a_base_nothing_is_guessed(adapter):
 
 def test_what_is_said_of_a_scaling_is_what_it_would_be(adapter):
     """Trained with 16 / √8, taken for 16 / 8: 1 / √8 of it."""
-    report = check(adapter("rslora"), runtimes=["sglang"])
+    report = check(adapter("rslora"), runtime=["sglang"])
     assert "0.3536 times what it was trained to be in 14 of 14 modules" in report.findings[0].what
-    report = check(adapter("alpha_pattern"), runtimes=["sglang"])
+    report = check(adapter("alpha_pattern"), runtime=["sglang"])
     assert "0.25 to 4 times" in report.findings[0].what
     assert "in 3 of 14 modules" in report.findings[0].what
 
@@ -163,7 +163,7 @@ def test_what_is_said_of_a_scaling_is_what_it_would_be(adapter):
     ("named", "level"), [((), "warn"), (("llama.cpp",), "fail"), (("mlx", "ollama"), "fail")]
 )
 def test_another_format_fails_where_the_runtime_is_named(adapter, named, level):
-    found = check(adapter("plain"), runtimes=named).findings
+    found = check(adapter("plain"), runtime=named).findings
     levels = {finding.level for finding in found if finding.rule == "FORMAT"}
     assert levels == {level}
 
@@ -175,7 +175,7 @@ def test_a_merge_makes_every_other_remedy_superfluous(adapter, base):
     other = folder.with_name("dora-and-rslora")
     shutil.copytree(folder, other)
     (other / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    found = check(other, base=base, runtimes=["sglang", "llama.cpp"]).findings
+    found = check(other, base=base, runtime=["sglang", "llama.cpp"]).findings
     assert {f.rule for f in found} >= {"DORA", "RSLORA_IGNORED"}
     assert "FORMAT" not in {f.rule for f in found}
     assert all("loraformat merge" in f.command for f in found if f.rule != "ROW_ORDER")

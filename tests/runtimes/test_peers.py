@@ -103,7 +103,7 @@ def test_one_alpha_by_the_rank_of_each_tensor(adapter, base, gguf, feature, tmp_
     found = list(log_probabilities(gguf, PROMPTS, [(tmp_path / "lora.gguf", 1.0)]))
     assert apart(found, by_peft(base, path, by_file_alpha)) < 1e-5
     assert apart(found, by_peft(base, path)) > 1e-3
-    report = check(path, base=base, runtimes=["llama.cpp"])
+    report = check(path, base=base, runtime=["llama.cpp"])
     assert report.verdicts == {"llama.cpp": "wrong"}
 
 
@@ -115,7 +115,7 @@ def test_the_order_of_rows(adapter, base, gguf, tmp_path):
         as_stock_converter(path, tmp_path / f"{reorder}.gguf", reorder=reorder)
         found = log_probabilities(gguf, PROMPTS, [(tmp_path / f"{reorder}.gguf", 1.0)])
         assert (apart(list(found), wanted) < 1e-5) is reorder
-    rules = {finding.rule for finding in check(path, base=base, runtimes=["ollama"]).findings}
+    rules = {finding.rule for finding in check(path, base=base, runtime=["ollama"]).findings}
     assert "ROW_ORDER" in rules
 
 
@@ -138,7 +138,7 @@ def test_a_tied_embedding_aborts(tied, tmp_path):
     with pytest.raises(RuntimeFailure) as failure:
         log_probabilities(tmp_path / "model.gguf", PROMPTS[:1], [(tmp_path / "lora.gguf", 1.0)])
     assert failure.value.returncode == -6
-    report = check(tmp_path / "lora.gguf", base=tied, runtimes=["llama.cpp"])
+    report = check(tmp_path / "lora.gguf", base=tied, runtime=["llama.cpp"])
     assert "TIED_HEAD" in {finding.rule for finding in report.findings}
 
 

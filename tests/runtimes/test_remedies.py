@@ -15,7 +15,7 @@ from features import FEATURES
 from loraformat.cli import main
 from loraformat.ops.check.check import check
 from loraformat.ops.check.fix import fix
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.runtimes.rules import RULES
 
 #: Features that need no base of their own, and every command of theirs that is another.
@@ -42,9 +42,9 @@ def output_of(command: str) -> Path:
 
 def gone(command: str, rule: str, runtime: str, base: Path) -> bool:
     output = output_of(command)
-    if describe(output).kind == "base":
+    if info(output).kind == "base":
         return shlex.split(command)[1] == "merge"  # no adapter is left that could be wrong
-    return rule not in {f.rule for f in check(output, base=base, runtimes=[runtime]).findings}
+    return rule not in {f.rule for f in check(output, base=base, runtime=[runtime]).findings}
 
 
 @pytest.mark.parametrize("feature", SHOWN)
@@ -66,13 +66,13 @@ def test_an_adapter_in_a_bundle_needs_no_base(adapter, base, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     run(f"loraformat convert {base} bundle")
     run(f"loraformat convert {adapter('rslora')} bundle/adapters/polite")
-    report = check("bundle/adapters/polite", runtimes=["sglang", "llama.cpp"])
+    report = check("bundle/adapters/polite", runtime=["sglang", "llama.cpp"])
     assert report.base == str(tmp_path / "bundle")
     for command in {finding.command for finding in report.findings}:
         run(command)
     assert Path("polite.gguf").is_file()
-    assert not check("polite-fixed", runtimes=["sglang"]).findings
-    assert check("bundle/adapters/polite", runtimes=["transformers"]).verdicts == {
+    assert not check("polite-fixed", runtime=["sglang"]).findings
+    assert check("bundle/adapters/polite", runtime=["transformers"]).verdicts == {
         "transformers": "right"
     }
 
@@ -80,11 +80,11 @@ def test_an_adapter_in_a_bundle_needs_no_base(adapter, base, tmp_path, monkeypat
 def test_a_gguf_adapter_goes_back_to_peft(adapter, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(f"loraformat convert {adapter('rslora')} lora.gguf --base {base}")
-    report = check("lora.gguf", base=base, runtimes=["vllm"])
+    report = check("lora.gguf", base=base, runtime=["vllm"])
     (finding,) = report.findings
     assert finding.rule == "FORMAT"
     run(finding.command)
-    assert not check(output_of(finding.command), base=base, runtimes=["vllm"]).findings
+    assert not check(output_of(finding.command), base=base, runtime=["vllm"]).findings
 
 
 # Rules that need a base of their own
@@ -182,9 +182,9 @@ def test_another_base(adapter, base, tmp_path, monkeypatch):
     run(f"loraformat convert {base} bundle")
     run(f"loraformat convert {other} another")
     run(f"loraformat convert {adapter('plain')} bundle/adapters/A --canonical")
-    report = check("bundle/adapters/A", base="another", runtimes=["vllm", "sglang"])
+    report = check("bundle/adapters/A", base="another", runtime=["vllm", "sglang"])
     assert {(f.rule, f.level) for f in report.findings} == {("BASE_HASH_MISMATCH", "fail")}
-    assert not check("bundle/adapters/A", base="bundle", runtimes=["vllm"]).findings
+    assert not check("bundle/adapters/A", base="bundle", runtime=["vllm"]).findings
 
 
 def test_every_rule_has_been_seen_here_or_in_the_matrix():

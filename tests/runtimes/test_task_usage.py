@@ -105,7 +105,7 @@ def test_a_translating_adapter(tmp_path, capsys):
         shutil.copy(SMALL_MODEL / name, base / name)
     lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, target_modules=["q"])
     peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
-    report = check(tmp_path / "adapter", base=base, runtimes=["transformers", "mlx"])
+    report = check(tmp_path / "adapter", base=base, runtime=["transformers", "mlx"])
     written = write_usage(report, tmp_path / "run", base=str(base))
     assert written.files == ["run_transformers.py"]
     run(tmp_path / "run" / "run_transformers.py")

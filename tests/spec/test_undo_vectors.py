@@ -62,7 +62,7 @@ def undone(folder: Path, scratch: Path) -> Path:
     merged.mkdir()
     shutil.copy(folder / "merged.safetensors", merged / "model.safetensors")
     (merged / "config.json").write_text('{"model_type": "llama"}')
-    unmerge(merged, scratch / "back", undo=folder / "undo.lfu", adapters=adapters_of(folder))
+    unmerge(merged, scratch / "back", undo=folder / "undo.lfu", adapter=adapters_of(folder))
     return scratch / "back"
 
 

@@ -80,7 +80,7 @@ def test_an_adapter_of_a_shared_weight_is_nowhere_called_right(zamba2, tmp_path)
         **dict.fromkeys(("llama.cpp", "ollama"), "fail"),
     }
     assert "right" not in report.verdicts.values()
-    other = check(tmp_path / "theirs", base=dense, runtimes=["transformers"])
+    other = check(tmp_path / "theirs", base=dense, runtime=["transformers"])
     assert [one.rule for one in other.findings] == ["SHARED_BLOCK"]
     assert "without merge_and_unload" in other.findings[0].remedy
 

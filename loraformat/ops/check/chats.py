@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from loraformat.chat_templates.probe import format_of_template
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.ops.check.prompts import tokenizer_beside
-from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME, Chat, ChatFormat, chat_of
+from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME, Chat, chat_of
 from loraformat.runtimes.use import TEMPLATE_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["FormatOf", "chat_beside", "not_tried"]
+__all__ = ["chat_beside"]
 
 _LARGEST_RECORD = 16 << 20
-FormatOf = Callable[[str, Mapping[str, str]], ChatFormat | None]
-"""Finds the pieces of a chat template, given the texts of special tokens by kind."""
 
 
-def not_tried(template: str, special: Mapping[str, str]) -> ChatFormat | None:
-    """Find nothing: the `FormatOf` of those who cannot render templates."""
-    return None
-
-
-def chat_beside(place: Path, base: Path | None, format_of: FormatOf) -> Chat | None:
+def chat_beside(place: Path, base: Path | None) -> Chat | None:
     """Return an adapter's prompt format, from the files in its directory.
 
     Parameters
@@ -35,8 +28,6 @@ def chat_beside(place: Path, base: Path | None, format_of: FormatOf) -> Chat | N
         Of the adapter; beside a single file nothing lies.
     base : Path or None
         Whose special tokens count where the adapter brings no tokenizer.
-    format_of : callable
-        Renders a chat template that no record tells the pieces of.
 
     Raises
     ------
@@ -65,4 +56,4 @@ def chat_beside(place: Path, base: Path | None, format_of: FormatOf) -> Chat | N
     special = {**({} if base is None else tokenizer_beside(base).special), **ours.special}
     chat = chat or Chat()
     ends = chat.stops or tuple(filter(None, [special.get("eos")]))
-    return replace(chat, format=format_of(template, special), stops=ends)
+    return replace(chat, format=format_of_template(template, special), stops=ends)

@@ -21,7 +21,9 @@ from loraformat.model.tied_head import tied_embedding, tied_head
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.model.vocabulary import per_token
 from loraformat.ops.adapter_output.base import open_adapter_base
+from loraformat.ops.arguments import many
 from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
+from loraformat.ops.check.write import Written, write_usage
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import origin_fingerprint
 from loraformat.ops.report import Report
@@ -33,28 +35,10 @@ from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.record import Finding
 from loraformat.runtimes.remedies import Names
 
-__all__ = ["CheckReport", "Written", "check", "examine"]
+__all__ = ["CheckReport", "check", "examine"]
 
 #: Stands for the tensors of a base of which there is a config alone.
 _AN_EMBEDDING = ("model.embed_tokens.weight",)
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Files that tell runtimes to load an adapter.
-
-    Attributes
-    ----------
-    path : str
-        The directory.
-    files : list of str
-    left_out : list of str
-        Why there is no file for a runtime, as sentences.
-    """
-
-    path: str
-    files: list[str]
-    left_out: list[str]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -106,44 +90,52 @@ class CheckReport(Report):
 
 
 def check(
-    source: str | Path,
+    adapter: str | Path,
     *,
     base: str | Path | None = None,
-    runtimes: Sequence[str] = (),
+    runtime: str | Sequence[str] = (),
+    write: str | Path | None = None,
     allow_pickle: bool = False,
 ) -> CheckReport:
-    """Tell which runtimes will load an adapter and compute what it was trained to.
+    """Check how inference runtimes load an adapter.
 
     Parameters
     ----------
-    source : str or Path
-        A PEFT directory, a GGUF adapter, ``BUNDLE/adapters/NAME``, or a Hub id.
+    adapter : str or Path
+        A PEFT directory, a GGUF file, ``BUNDLE/adapters/NAME``, or a Hub id.
     base : str or Path, optional
-        Its base: names, shapes, architecture and fingerprint are held against it. An adapter
-        of a bundle is held against that.
-    runtimes : sequence of str
-        Names of `loraformat.runtimes.known.RUNTIMES`; all by default. Of those that are named,
-        one that reads another format is ``wrong`` where no base is known, with which the adapter
-        could be converted; else that is a warning with the command.
+        Compare names, shapes, architecture and fingerprint with this base. An adapter in a bundle
+        is compared with that bundle.
+    runtime : str or sequence of str
+        ``transformers``, ``vllm``, ``sglang``, ``lorax``, ``llama.cpp``, ``ollama`` or ``mlx``;
+        all by default.
+    write : str or Path, optional
+        Write a Modelfile, command lines and a script that load this adapter into this new
+        directory.
     allow_pickle : bool
-        Look into a pickle, too, with a loader that makes nothing but tensors.
+        Also read pickled ``.bin`` files, with a loader restricted to tensors.
+
+    Returns
+    -------
+    CheckReport
 
     Raises
     ------
     UsageError
-        If there is no runtime of that name.
+        If there is no such runtime.
     InputError
         If the adapter is damaged.
     """
+    runtimes = many(runtime)
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown:
         raise UsageError(f"no runtime {unknown[0]!r}, wanted one of {', '.join(RUNTIMES)}")
-    facts, base_path = examine(source, base=base, allow_pickle=allow_pickle)
+    facts, base_path = examine(adapter, base=base, allow_pickle=allow_pickle)
     chosen = [RUNTIMES[name] for name in dict.fromkeys(runtimes)] or list(RUNTIMES.values())
-    names = Names(str(source), str(base) if base is not None else base_path)
+    names = Names(str(adapter), str(base) if base is not None else base_path)
     found = findings(facts, chosen, names, named=bool(runtimes) and names.base is None)
-    return CheckReport(
-        path=str(source),
+    report = CheckReport(
+        path=str(adapter),
         format=facts.format,
         base=names.base,
         ranks=facts.ranks,
@@ -152,6 +144,10 @@ def check(
         findings=found,
         facts=facts,
     )
+    if write is None:
+        return report
+    known = None if base is None else str(base)
+    return replace(report, written=write_usage(report, write, base=known))
 
 
 def _verdict(runtime: str, found: Sequence[Finding]) -> str:

@@ -13,16 +13,16 @@ __all__ = ["fix"]
 
 
 def fix(
-    source: str | Path,
-    target: str | Path,
+    adapter: str | Path,
+    output: str | Path,
     *,
     base: str | Path | None = None,
     dtype: str | None = None,
-    allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    allow_pickle: bool = False,
 ) -> AdapterConversion:
-    """Write an adapter in the form that is right in every runtime, and equal in effect.
+    """Write an adapter in the form that every runtime interprets the same way.
 
     The scaling is folded into B, alpha equals the rank and is an integer, all modules have one
     rank (zeros change no product), there are no patterns and no rsLoRA, names are PEFT's. With
@@ -32,31 +32,40 @@ def fix(
 
     Parameters
     ----------
-    source : str or Path
-        A PEFT directory, a GGUF adapter, ``BUNDLE/adapters/NAME``, or a Hub id.
-    target : str or Path
+    adapter : str or Path
+        A PEFT directory, a GGUF file, ``BUNDLE/adapters/NAME``, or a Hub id.
+    output : str or Path
         A PEFT directory, or ``BUNDLE/adapters/NAME``.
     base : str or Path, optional
-        Names, shapes and orientation are held against it.
+        Base to compare names and shapes with.
     dtype : str, optional
-        ``f32``, ``f16`` or ``bf16`` for the factors.
-    allow_pickle, force, dry_run : bool
-        As in `loraformat.ops.convert.convert`.
+        ``f32``, ``f16`` or ``bf16`` for the factors; unchanged if that is lossless.
+    force : bool
+        Replace an existing output.
+    dry_run : bool
+        Write nothing; report what would be written.
+    allow_pickle : bool
+        Also read pickled ``.bin`` files, with a loader restricted to tensors.
+
+    Returns
+    -------
+    AdapterConversion
 
     Raises
     ------
     UnsupportedError
-        If it is more than low-rank deltas: DoRA, biases, replaced modules or rows, aLoRA.
+        If it is more than low-rank deltas (DoRA, biases, replaced modules or rows, aLoRA); merge
+        it instead.
     LoraFormatError
-        Nothing appears at the target then.
+        Nothing appears at the output then.
     """
-    target = Path(target)
+    target = Path(output)
     if target.suffix in (".gguf", ".safetensors"):
         raise UsageError(
             f"-o {target}: --fix writes a PEFT directory",
             hint="use a directory, and convert that to GGUF",
         )
-    found = resolve(source, pickles=allow_pickle)
+    found = resolve(adapter, pickles=allow_pickle)
     reader = plugins.sniff(found.path, "adapter")
     if reader.kind != "adapter":
         raise UnsupportedError(f"is a model ({reader.name}), not an adapter", path=found.path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraformat.errors import OutputError, UsageError
 from loraformat.hub import hub_id, resolve
-from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
-from loraformat.ops.check.check import CheckReport, Written
+from loraformat.ops.check.chats import chat_beside
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
@@ -19,16 +19,31 @@ from loraformat.runtimes.usage import lorax, snippet
 from loraformat.runtimes.use import Snippet, Use
 from loraformat.storage.atomic_file import open_publication
 
-__all__ = ["snippets", "write_usage"]
+if TYPE_CHECKING:
+    from loraformat.ops.check.check import CheckReport
+
+__all__ = ["Written", "snippets", "write_usage"]
 
 
-def write_usage(
-    report: CheckReport,
-    target: str | Path,
-    *,
-    base: str | None = None,
-    format_of: FormatOf = not_tried,
-) -> Written:
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Files that tell runtimes to load an adapter.
+
+    Attributes
+    ----------
+    path : str
+        The directory.
+    files : list of str
+    left_out : list of str
+        Why there is no file for a runtime, as sentences.
+    """
+
+    path: str
+    files: list[str]
+    left_out: list[str]
+
+
+def write_usage(report: CheckReport, target: str | Path, *, base: str | None = None) -> Written:
     """Write one file for each runtime of a report that will be right.
 
     Local paths are absolute in them, so that the files can be moved.
@@ -40,8 +55,6 @@ def write_usage(
         A new directory.
     base : str, optional
         The base, where the adapter does not say it, or is held against another copy.
-    format_of : callable
-        Renders the chat template of an adapter that no record tells the pieces of.
 
     Raises
     ------
@@ -53,7 +66,7 @@ def write_usage(
     path = Path(target)
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise OutputError("already exists", path=path, hint="name a new directory")
-    made, left_out = snippets(report, base=base, format_of=format_of)
+    made, left_out = snippets(report, base=base)
     inputs = [Path(word) for word in (report.path, base) if word and os.path.lexists(word)]
     with open_publication("directory", path, plan="runtime files", inputs=inputs) as stage:
         for piece in made:
@@ -62,11 +75,9 @@ def write_usage(
     return Written(str(path), [piece.file for piece in made], left_out)
 
 
-def snippets(
-    report: CheckReport, *, base: str | None = None, format_of: FormatOf = not_tried
-) -> tuple[list[Snippet], list[str]]:
+def snippets(report: CheckReport, *, base: str | None = None) -> tuple[list[Snippet], list[str]]:
     """Return the text for each runtime that will be right, and why others have none."""
-    use = _use(report, base, format_of)
+    use = _use(report, base)
     made, left_out = [], []
     wrong = obstacles(report.findings)
     for name in report.verdicts:
@@ -83,7 +94,7 @@ def snippets(
     return made, left_out
 
 
-def _use(report: CheckReport, base: str | None, format_of: FormatOf) -> Use:
+def _use(report: CheckReport, base: str | None) -> Use:
     named = base or report.base or report.facts.base_model
     if not named:
         raise UsageError("the base is unknown", hint="give it with --base")
@@ -102,7 +113,7 @@ def _use(report: CheckReport, base: str | None, format_of: FormatOf) -> Use:
         gguf=_placed(report.path) if is_gguf else f"{stem}.gguf",
         base_gguf=_placed(named) if named.endswith(".gguf") else "model.gguf",
         revision=revision,
-        chat=chat_beside(resolve(report.path).path, Path(named), format_of),
+        chat=chat_beside(resolve(report.path).path, Path(named)),
         on_hub=resolve(report.path).repo is not None,
         labels=report.facts.labels,
     )

@@ -20,6 +20,7 @@ from loraformat.algebra import lora
 from loraformat.errors import InputError
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
+from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.combine.elementwise import interfered
 from loraformat.ops.combine.exact import weighted_sum
 from loraformat.ops.combine.options import EXACT, METHODS, CombineOptions, Method
@@ -52,43 +53,44 @@ __all__ = [
 
 
 def combine(
-    sources: Sequence[str | Path],
-    target: str | Path,
-    options: CombineOptions | None = None,
+    adapters: str | Path | Sequence[str | Path],
+    output: str | Path,
     *,
-    weights: Sequence[float] | None = None,
+    method: Method = "svd",
+    weight: float | Sequence[float] = (),
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    dtype: str | None = None,
     base: str | Path | None = None,
-    allow_pickle: bool = False,
     allow_base_mismatch: bool = False,
+    allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = False,
 ) -> CombinationReport:
-    """Combine adapters and write the result.
+    """Combine several adapters into one.
 
     Parameters
     ----------
-    sources : sequence of str or Path
-        Adapters in any format, or Hub ids.
-    target : str or Path
-        A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
-        ``force``.
-    options : CombineOptions, optional
-    weights : sequence of float, optional
-        One for each adapter, 1 by default; negative ones subtract.
-    base : str or Path, optional
-        The base: names and shapes are held against it, and a GGUF adapter, as source or
-        target, needs its config. Of adapters in a bundle it is known.
-    allow_pickle : bool
-        Read pickles, too, with a loader that makes nothing but tensors.
-    allow_base_mismatch : bool
-        Write it for this base although an adapter says that it was made for another.
-    force : bool
-        Replace what stands at the target.
-    dry_run : bool
-        Write nothing.
-    progress : callable
-        Called with modules done and in total.
+    adapters : str, Path or a sequence of them
+        In any format, or Hub ids.
+    output : str or Path
+        A PEFT directory, ``NAME.gguf`` or ``BUNDLE/adapters/NAME``.
+    method : str
+        ``svd``: best rank-r approximation of the weighted sum. ``cat``: exact sum, ranks added.
+        ``linear``: exact sum at the smallest sufficient rank. ``ties``, ``dare_linear``,
+        ``dare_ties`` and ``magnitude_prune`` prune or drop elements first.
+    weight : float or sequence of float
+        Weight of each adapter, in the same order; may be negative; 1 by default.
+    rank : int, optional
+        Of the result; by default the largest input rank, per module.
+    density : float
+        Fraction of elements kept by pruning or dropping.
+    seed : int
+        Random seed for dropping.
+    dtype, base, allow_base_mismatch, allow_pickle, force, dry_run, progress
+        As in `reduce`; progress counts modules.
 
     Returns
     -------
@@ -97,31 +99,33 @@ def combine(
     from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
     from loraformat.ops.opening.adapter import open_adapter
 
+    options, sources = CombineOptions(method, rank, density, seed, dtype), many(adapters)
     began = time.perf_counter()
     if not dry_run:
-        ensure_not_exists(target, force=force)
+        ensure_not_exists(output, force=force)
     with ExitStack() as stack:
-        output = open_adapter_output(
-            stack, target, sources, base=base, dtype=options.dtype if options else None,
-            force=force, dry_run=dry_run, allow_base_mismatch=allow_base_mismatch,
+        told = stack.enter_context(reported(progress, "combine", "module"))
+        out = open_adapter_output(
+            stack, output, sources, base=base, dtype=dtype, force=force, dry_run=dry_run,
+            allow_base_mismatch=allow_base_mismatch,
         )  # fmt: skip
-        adapters = []
+        opened: list[Adapter] = []
         for source in sources:
-            opened = open_adapter(source, base=output.checkpoint, allow_pickle=allow_pickle)
-            adapters.append(stack.enter_context(opened))
-            output.check(adapters[-1])
+            one = open_adapter(source, base=out.checkpoint, allow_pickle=allow_pickle)
+            opened.append(stack.enter_context(one))
+            out.check(opened[-1])
         rounding: dict[str, float] = {}
         result, report = combine_adapters(
-            adapters, options, weights=weights, rounding=rounding, progress=progress
+            opened, options, weights=many(weight), rounding=rounding, progress=told
         )
         with result:
-            notes = [*report.notes, *output.write(result)]
+            notes = [*report.notes, *out.write(result)]
             compute_factors(result, rounding)
     return replace(
         report,
         modules=[module.with_rounding(rounding.get(module.target, 0)) for module in report.modules],
         sources=[str(source) for source in sources],
-        target=str(target),
+        target=str(output),
         notes=notes,
         seconds=time.perf_counter() - began,
         dry_run=dry_run,

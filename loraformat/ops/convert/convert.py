@@ -21,6 +21,7 @@ from loraformat.errors import UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint, NF4Tensor
 from loraformat.model.tied_head import refuse_lost_head, settled
+from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.convert.adapter import convert_adapter
 from loraformat.ops.convert.report import ConversionReport, complete, foreseen, losses, plan_report
 from loraformat.ops.encoding.choice import Encoding
@@ -41,16 +42,16 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    from_format: str | None = None,
-    to_format: str | None = None,
+    from_: str | None = None,
+    to: str | None = None,
     dtype: str | None = None,
+    config: str | Path | None = None,
+    pre: str | None = None,
     block_size: int | None = None,
     double_quant: bool | None = None,
-    skip: Sequence[str] = (),
-    include: Sequence[str] = (),
-    shard_limit: int | None = None,
-    pre_tokenizer: str | None = None,
-    config: str | Path | None = None,
+    skip: str | Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    max_shard_size: int | str | None = None,
     base: str | Path | None = None,
     canonical: bool = False,
     allow_pickle: bool = False,
@@ -58,78 +59,77 @@ def convert(
     force: bool = False,
     strict: bool = False,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = False,
+    from_format: str | None = None,
+    to_format: str | None = None,
 ) -> ConversionReport:
-    """Convert a model, or an adapter.
+    """Convert a model or an adapter to another format.
 
     Parameters
     ----------
     source : str or Path
         A local path, or ``org/name[@revision]`` on the Hub.
     target : str or Path
-        The output; it must not exist, unless ``force``. An adapter's may be
-        ``BUNDLE/adapters/NAME``: the bundle's manifest lists it then.
-    from_format, to_format : str, optional
-        Converter names. By default the source is recognised by its content, and a directory
-        becomes a bundle, or of an adapter a PEFT directory.
+        The output. An adapter's may be ``BUNDLE/adapters/NAME``.
+    from_, to : str, optional
+        Formats of source and target. By default the source's is detected, and the target's
+        follows from its suffix: else a bundle, or a PEFT directory for an adapter.
     dtype : str, optional
-        ``f32``, ``f16`` or ``bf16`` for dense tensors; by default each keeps its own, and
-        GGUF's block types become ``f32`` in a dense output, which holds them exactly.
-        Rounded to nearest even. GGUF has more, and ``f16`` is its default.
-    block_size : int, optional
-        Elements per scale, 64 by default.
-    double_quant : bool, optional
-        Quantize the scales too; true by default.
-    skip, include : sequence of str
-        See `QuantizationPolicy`.
-    shard_limit : int, optional
-        Bytes of tensor data per file, 2 GB by default.
-    pre_tokenizer : str, optional
-        What the target format calls the model's pre-tokenizer; by default it is recognised.
+        Of dense tensors or of an adapter's factors: ``f32``, ``f16``, ``bf16``, and GGUF's block
+        types for GGUF outputs. Unchanged by default; ``f16`` for a GGUF output.
     config : str or Path, optional
-        The ``config.json`` of a source whose format has none (GGUF); by default it is inferred.
-        These seven are for bases.
+        ``config.json`` of the model in a GGUF file; inferred by default.
+    pre : str, optional
+        llama.cpp's name of the pre-tokenizer, for a GGUF output; detected by default.
+    block_size : int, optional
+        Elements per absmax scale: a power of two from 32 to 4096; 64 by default.
+    double_quant : bool, optional
+        Quantize the absmax scales, too; true by default.
+    skip, include : str or sequence of str
+        Globs of weights not to quantize, and of weights to quantize as well.
+    max_shard_size : int or str, optional
+        Maximum tensor bytes per file, a number or a text such as ``500MB``; 2 GB by default.
     base : str or Path, optional
-        The base of an adapter outside a bundle: names, shapes and orientation are held
-        against it.
+        For adapters: base to compare names and shapes with.
     canonical : bool
-        Write an adapter anew where it would be copied byte for byte: scaling folded into B,
-        alpha equal to the rank, the base's fingerprint and source in its metadata.
-    allow_base_mismatch : bool
-        Take an adapter that names another base. These three are for adapters.
+        For adapters: convert to canonical form instead of copying.
     allow_pickle : bool
-        Read a pickle, too, with a loader that makes nothing but tensors.
+        Also read pickled ``.bin`` files, with a loader restricted to tensors.
+    allow_base_mismatch : bool
+        For adapters: accept one made for another base; the output records this base.
     force : bool
-        Replace what stands at the target.
+        Replace an existing target.
     strict : bool
-        Refuse if the target cannot hold all that the source holds.
+        Fail if the target cannot hold everything in the source.
     dry_run : bool
-        Write nothing, report what would be written.
-    progress : callable
-        Called with the bytes done and the bytes in total after each tensor.
+        Write nothing; report what would be written.
+    progress : bool or callable
+        True shows a bar on stderr; a callable gets the bytes done and in total.
+    from_format, to_format : str, optional
+        Former names of ``from_`` and ``to``.
 
     Returns
     -------
     ConversionReport
-        A `ModelConversion`, or an `AdapterConversion`.
+        A `ModelConversion` or an `AdapterConversion`.
 
     Raises
     ------
-    UsageError
-        If an option is not for what the source is.
     LoraFormatError
-        Nothing appears at the target then.
+        The target is untouched then.
     """
+    skip, include = many(skip), many(include)
+    limit = None if max_shard_size is None else byte_count(max_shard_size, "max-shard-size")
     refuse_llama_type(dtype, Path(target), ["loraformat", "convert", str(source)])
     found = resolve(source, pickles=allow_pickle)
-    reader = plugins.get(from_format) if from_format else plugins.sniff(found.path)
+    reader = plugins.get(name) if (name := from_ or from_format) else plugins.sniff(found.path)
     for_bases = {
         "--block-size": block_size is not None,
         "--no-double-quant": double_quant is not None,
         "--skip": bool(skip),
         "--include": bool(include),
-        "--max-shard-size": shard_limit is not None,
-        "--pre": pre_tokenizer is not None,
+        "--max-shard-size": limit is not None,
+        "--pre": pre is not None,
         "--config": config is not None,
     }
     for_adapters = {
@@ -143,7 +143,7 @@ def convert(
             found,
             reader,
             Path(target),
-            to_format=to_format,
+            to_format=to or to_format,
             dtype=dtype,
             base=base,
             canonical=canonical,
@@ -154,13 +154,13 @@ def convert(
             dry_run=dry_run,
         )
     _refuse_options(source, f"a base ({reader.name})", "adapters", for_adapters)
-    encoding = Encoding(dtype, block_size, double_quant, tuple(skip), tuple(include))
-    return _convert_base(
-        found, reader, Path(target), encoding, to_format=to_format,
-        shard_limit=DEFAULT_SHARD_LIMIT if shard_limit is None else shard_limit,
-        pre_tokenizer=pre_tokenizer, config=config, allow_pickle=allow_pickle,
-        force=force, strict=strict, dry_run=dry_run, progress=progress,
-    )  # fmt: skip
+    encoding = Encoding(dtype, block_size, double_quant, skip, include)
+    with reported(progress, "convert") as told:
+        return _convert_base(
+            found, reader, Path(target), encoding, to_format=to or to_format,
+            shard_limit=limit or DEFAULT_SHARD_LIMIT, pre_tokenizer=pre, config=config,
+            allow_pickle=allow_pickle, force=force, strict=strict, dry_run=dry_run, progress=told,
+        )  # fmt: skip
 
 
 def _refuse_options(source: str | Path, what: str, others: str, given: dict[str, bool]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4
 from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.tied_head import HEAD
 from loraformat.model.vocabulary import per_token, tokenizer_files
+from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.extract.difference import PRECISIONS, Difference
 from loraformat.ops.extract.expert_stacks import Stack, stacks_of
@@ -55,32 +56,41 @@ _Orientation = Literal["linear", "transposed"]
 def extract(
     base: str | Path,
     tuned: str | Path,
-    target: str | Path,
-    options: ExtractOptions | None = None,
+    output: str | Path,
     *,
+    rank: int | Literal["auto"] | None = None,
+    energy: float | None = None,
+    max_rank: int = 256,
+    skip: str | Sequence[str] = (),
+    dtype: str | None = None,
     allow_base_mismatch: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = False,
 ) -> ExtractionReport:
-    """Extract an adapter from a base and its fine-tune, and write it.
+    """Extract an adapter from a base and its fine-tune.
 
     Parameters
     ----------
     base, tuned : str or Path
-        Models in any format, or Hub ids. NF4 weights are dequantized.
-    target : str or Path
-        A PEFT directory, a ``.gguf`` file or ``BUNDLE/adapters/NAME``; it must not exist, unless
-        ``force``.
-    options : ExtractOptions, optional
+        Models in any format, or Hub ids.
+    output : str or Path
+        A PEFT directory, ``NAME.gguf`` or ``BUNDLE/adapters/NAME``.
+    rank : int or "auto", optional
+        Of every module that differs by more than rounding noise; ``"auto"``, the default without
+        an energy, picks the rank at which rounding noise of `tuned` begins.
+    energy : float, optional
+        Capture this fraction of each difference's squared norm.
+    max_rank : int
+        Upper bound for ``rank="auto"`` and `energy`.
+    skip : str or sequence of str
+        Globs of tensors to leave out.
+    dtype : str, optional
+        Of the factors; that of `tuned` by default.
     allow_base_mismatch : bool
-        Write it into a bundle although that is not the base.
-    force : bool
-        Replace what stands at the target.
-    dry_run : bool
-        Write nothing; everything is computed for the report.
-    progress : callable
-        Called with bytes done and in total.
+        Allow an output bundle other than `base`.
+    force, dry_run, progress
+        As in `convert`.
 
     Returns
     -------
@@ -89,24 +99,25 @@ def extract(
     from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
 
     began = time.perf_counter()
-    options = options or ExtractOptions()
+    options = ExtractOptions(rank, energy, max_rank, many(skip), dtype)
     if not dry_run:
-        ensure_not_exists(target, force=force)
+        ensure_not_exists(output, force=force)
     with ExitStack() as stack:
+        told = stack.enter_context(reported(progress, "extract"))
         one, other = (stack.enter_context(open_model(model)) for model in (base, tuned))
-        output = open_adapter_output(
-            stack, target, base=one, dtype=options.dtype, force=force, dry_run=dry_run,
+        out = open_adapter_output(
+            stack, output, base=one, dtype=dtype, force=force, dry_run=dry_run,
             allow_base_mismatch=allow_base_mismatch,
         )  # fmt: skip
-        adapter, report = extract_adapter(one, other, options, progress=progress)
+        adapter, report = extract_adapter(one, other, options, progress=told)
         with adapter:
             named = replace(adapter, base_model=str(base), base_fingerprint=fingerprint_of(one))
-            notes = [*report.notes, *output.write(named)]
+            notes = [*report.notes, *out.write(named)]
     return replace(
         report,
         base=str(base),
         tuned=str(tuned),
-        target=str(target),
+        target=str(output),
         notes=notes,
         seconds=time.perf_counter() - began,
         dry_run=dry_run,

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from loraformat.errors import InputError
+from loraformat.errors import InputError, UsageError
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.architecture import kind_of
 from loraformat.nf4 import codec
+from loraformat.ops.info.report import InfoReport, ModelInfo, TensorSummary
 from loraformat.ops.plots import as_label, check_picture, colors, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from loraformat.ops.info.report import ModelInfo, TensorSummary
 
 __all__ = ["errors_by_layer", "normal_error", "plot_errors"]
 
@@ -79,27 +79,35 @@ def errors_by_layer(tensors: list[TensorSummary]) -> dict[str, dict[int | None, 
     }
 
 
-def plot_errors(summary: ModelInfo, path: str | Path) -> None:
-    """Draw the errors that a bundle's manifest records; the suffix chooses the format.
+def plot_errors(report: InfoReport, path: str | Path) -> None:
+    """Plot the quantization error of a bundle by layer.
 
     Parameters
     ----------
-    summary : ModelInfo
+    report : InfoReport
+        What `info` returned.
     path : str or Path
+        A ``.png``, ``.svg`` or ``.pdf`` file; an older picture is replaced.
 
     Raises
     ------
-    UsageError, MissingDependencyError
-        See `loraformat.ops.plots.check_picture`.
+    UsageError
+        If the report is an adapter's.
     InputError
-        If no error is recorded: it is no bundle, or its codes came from a checkpoint whose
-        original nobody had.
+        If the model records no errors.
+    MissingDependencyError
+        Without matplotlib.
     """
+    if not isinstance(report, ModelInfo):
+        raise UsageError(
+            "--plot shows the quantization errors of a bundle, but this is an adapter",
+            hint="run: loraformat spectrum ADAPTER --plot FILE",
+        )
     check_picture(path)
-    errors = errors_by_layer(summary.tensors)
+    errors = errors_by_layer(report.tensors)
     if not errors:
         raise InputError(
-            "records no quantization errors", path=Path(summary.path),
+            "records no quantization errors", path=Path(report.path),
             hint="use a bundle that was converted from dense weights",
         )  # fmt: skip
     from matplotlib.figure import Figure
@@ -107,13 +115,13 @@ def plot_errors(summary: ModelInfo, path: str | Path) -> None:
     figure = Figure(figsize=(9, 4.8), layout="constrained", dpi=120)
     axes = figure.subplots()
     _draw_errors(axes, errors)
-    if len(summary.block_sizes) == 1:
-        usual = 100 * normal_error(summary.block_sizes[0], summary.double_quant)
+    if len(report.block_sizes) == 1:
+        usual = 100 * normal_error(report.block_sizes[0], report.double_quant)
         axes.axhline(usual, color="black", linestyle=":", linewidth=1.5,
                      label=f"normally distributed\nweights: {usual:.2f} %")  # fmt: skip
     _widen(axes)
-    blocks = ", ".join(map(str, summary.block_sizes))
-    axes.set_title(f"{as_label(Path(summary.path).name)}: what NF4 costs (block size {blocks})")
+    blocks = ", ".join(map(str, report.block_sizes))
+    axes.set_title(f"{as_label(Path(report.path).name)}: what NF4 costs (block size {blocks})")
     axes.set_ylabel("relative RMS error (%)")
     axes.grid(alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -25,35 +25,40 @@ from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
-__all__ = ["AdapterSummary", "ModelInfo", "TensorSummary", "describe"]
+__all__ = ["AdapterSummary", "ModelInfo", "TensorSummary", "info"]
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _MAX_ADAPTER_CONFIG_BYTES = 1 << 20
 
 
-def describe(source: str | Path, *, allow_pickle: bool = False) -> InfoReport:
-    """Describe a model, or an adapter.
+def info(path: str | Path, *, allow_pickle: bool = False) -> InfoReport:
+    """Describe a model or an adapter without reading its weights.
 
     Parameters
     ----------
-    source : str or Path
-        A local path or a Hub id.
+    path : str or Path
+        A local path, or ``org/name[@revision]`` on the Hub.
     allow_pickle : bool
-        Read a pickle, too, with a loader that makes nothing but tensors.
+        Also read pickled ``.bin`` files, with a loader restricted to tensors.
+
+    Returns
+    -------
+    InfoReport
+        A `ModelInfo` or an `AdapterInfo`.
 
     Raises
     ------
     LoraFormatError
         If it cannot be opened.
     """
-    path = resolve(source, pickles=allow_pickle).path
-    if is_bundle(path):
-        with open_bundle(path) as bundle:
+    found = resolve(path, pickles=allow_pickle).path
+    if is_bundle(found):
+        with open_bundle(found) as bundle:
             return _summary(bundle.checkpoint, bundle)
-    reader = plugins.sniff(path)
+    reader = plugins.sniff(found)
     if reader.kind == "adapter":
-        return describe_adapter(path, reader, allow_pickle=allow_pickle)
-    with open_model(path, reader=reader, allow_pickle=allow_pickle) as checkpoint:
+        return describe_adapter(found, reader, allow_pickle=allow_pickle)
+    with open_model(found, reader=reader, allow_pickle=allow_pickle) as checkpoint:
         return _summary(checkpoint, None)
 
 

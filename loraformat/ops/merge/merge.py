@@ -15,7 +15,7 @@ for by name.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from loraformat.hub import resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.written import WrittenModel
+from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.convert.report import losses
 from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
 from loraformat.ops.encoding.llama_quantize import refuse_llama_type
@@ -46,7 +47,6 @@ from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.adapter_weights import adapter_weights
 from loraformat.ops.opening.model import open_model, without_generated_card
 from loraformat.plugins import Converter, Forecast
-from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
 
 if TYPE_CHECKING:
     from loraformat.ops.unmerge.recorder import Spool
@@ -56,59 +56,55 @@ __all__ = ["merge"]
 
 def merge(
     base: str | Path,
-    adapters: Sequence[str | Path | Adapter],
-    target: str | Path,
+    adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
+    output: str | Path,
     *,
-    weights: Sequence[float] = (),
-    from_format: str | None = None,
-    to_format: str | None = None,
+    weight: float | Sequence[float] = (),
+    from_: str | None = None,
+    to: str | None = None,
     dtype: str | None = None,
     undo: str | Path | None = None,
     requantize: bool = False,
     name: str | None = None,
     allow_base_mismatch: bool = False,
     allow_pickle: bool = False,
-    pre_tokenizer: str | None = None,
     config: str | Path | None = None,
-    shard_limit: int = DEFAULT_SHARD_LIMIT,
+    pre: str | None = None,
+    max_shard_size: int | str = "2GB",
     force: bool = False,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = False,
 ) -> MergeReport:
-    """Merge adapters into a base.
+    """Merge adapters into a base and write a new model.
 
     Parameters
     ----------
     base : str or Path
-        A local path, or ``org/name[@revision]`` on the Hub; any base format.
-    adapters : sequence of str, Path or Adapter
-        At least one. An open `Adapter` stays open.
-    target : str or Path
-        The output directory.
-    weights : sequence of float
-        One per adapter; 1 by default.
-    from_format, to_format : str, optional
-        Converter names, for the base and the output. The output is dense safetensors by default.
+        A local path, or ``org/name[@revision]`` on the Hub, in any format. It is never modified.
+    adapters : str, Path, Adapter or a sequence of them
+        An open `Adapter` stays open.
+    output : str or Path
+    weight : float or sequence of float
+        Weight of each adapter, in the same order; 1 by default.
+    from_, to : str, optional
+        Formats of base and output; the output's is dense safetensors by default.
     dtype : str, optional
-        ``f32``, ``f16`` or ``bf16`` for all floating tensors. By default each keeps its own,
-        what comes from NF4 becomes bf16, and what from GGUF's block types f32, which holds it.
+        Of the output. By default unchanged; NF4 becomes bf16, GGUF block types f32.
     undo : str or Path, optional
-        Where to write the record from which `unmerge` restores the base bit by bit.
+        Write an undo record, from which `unmerge` restores the base exactly.
     requantize : bool
-        Quantize the merged weights, which loses nearly all of an ordinary delta if the base's
-        values come from NF4.
+        Quantize the merged weights to NF4. For a base that was already NF4 this loses nearly all
+        of the delta.
     name : str, optional
-        Of the adapter, where the output is a bundle that keeps the codes of a quantized base
-        and has the sum of the adapters beside them (``to_format="loraformat"``). By default
-        that of an only adapter's directory, ``merged`` for several.
+        With ``to="loraformat"``: name of the adapter in the bundle.
     allow_base_mismatch : bool
-        Merge although an adapter says that it was made for another base.
-    allow_pickle : bool
-        Read a pickle, too, with a loader that makes nothing but tensors.
-    pre_tokenizer, config
-        Of GGUF files, as in `loraformat.ops.convert.convert`.
-    shard_limit, force, dry_run, progress
-        As in `loraformat.ops.convert.convert`.
+        Accept an adapter that was made for another base.
+    allow_pickle, config, pre, max_shard_size
+        As in `convert`.
+    force : bool
+        Replace an existing model at the output.
+    dry_run, progress
+        As in `convert`.
 
     Returns
     -------
@@ -117,7 +113,7 @@ def merge(
     Raises
     ------
     LoraFormatError
-        Nothing appears at the target then.
+        Nothing appears at the output then.
 
     Notes
     -----
@@ -126,16 +122,19 @@ def merge(
     each changes what those before it made, with the norms of the original, as in PEFT 0.21.
     """
     began = time.perf_counter()
-    factors = adapter_weights(weights, len(adapters))
-    refuse_llama_type(dtype, Path(target), _command(base, adapters, factors))
+    adapters = many(adapters)
+    factors = adapter_weights(many(weight), len(adapters))
+    limit = byte_count(max_shard_size, "max-shard-size")
+    refuse_llama_type(dtype, Path(output), _command(base, adapters, factors))
     found = resolve(base, pickles=allow_pickle)
-    reader = plugins.get(from_format) if from_format else plugins.sniff(found.path, "base")
-    writer = plugins.for_output(Path(target), to_format, default="safetensors")
-    writer.check_pre_tokenizer(pre_tokenizer)
+    reader = plugins.get(from_) if from_ else plugins.sniff(found.path, "base")
+    writer = plugins.for_output(Path(output), to, default="safetensors")
+    writer.check_pre_tokenizer(pre)
     beside = _is_beside(writer, requantize)
     _refuse_options(name, dtype, undo, beside)
-    options = MergeOptions(factors, dtype, requantize, shard_limit, pre_tokenizer)
+    options = MergeOptions(factors, dtype, requantize, limit, pre)
     with ExitStack() as stack:
+        told = stack.enter_context(reported(progress, "merge"))
         # Numbers in a format's own types are rounded once, after the sum, or not at all.
         read_as = "F32" if undo is None and (writer.dtypes or dtype) else None
         exact = writer.stores == "dense"
@@ -158,12 +157,12 @@ def merge(
         notes = [*check_bases(original, opened, allow_base_mismatch), *decoded]
         report = MergeReport(
             source=str(base),
-            target=str(target),
+            target=str(output),
             source_format=reader.name,
             target_format=writer.name,
             adapters=[
-                MergedAdapter(str(adapter.path), adapter.format, weight, adapter.notes)
-                for adapter, weight in zip(opened, options.weights, strict=True)
+                MergedAdapter(str(adapter.path), adapter.format, factor, adapter.notes)
+                for adapter, factor in zip(opened, options.weights, strict=True)
             ],
             notes=notes,
             quantized_before=list(history(original)),
@@ -179,22 +178,22 @@ def merge(
             if dry_run:
                 return report
             result = separate.write(
-                Path(target),
-                shard_limit=shard_limit,
+                Path(output),
+                shard_limit=limit,
                 allow_base_mismatch=allow_base_mismatch,
                 force=force,
-                progress=progress,
+                progress=told,
             )
             return _written_beside(report, began, result)
         spool = None if undo is None else _spool(stack, Path(undo))
         job = MergeJob(original, opened, options, writer, spool)
         if undo is not None:
-            _refuse_record_path(Path(undo), Path(target), job, force)
+            _refuse_record_path(Path(undo), Path(output), job, force)
         report = _planned(report, job.checkpoint, job.plan)
         if dry_run:
             report = replace(report, notes=[*report.notes, *job.quantized_again(None)])
-            return _foreseen(report, job.estimate(Path(target)))
-        written, summary = job.write(Path(target), undo, force, progress)
+            return _foreseen(report, job.estimate(Path(output)))
+        written, summary = job.write(Path(output), undo, force, told)
     return _completed(report, job, written, summary, time.perf_counter() - began)
 
 

@@ -23,7 +23,7 @@ _COPIED_AT_ONCE = 4 << 20
 
 
 def open_adapter(
-    source: str | Path | Source | Adapter,
+    path: str | Path | Source | Adapter,
     *,
     reader: Converter | None = None,
     base: Checkpoint | None = None,
@@ -31,11 +31,11 @@ def open_adapter(
     conditional: bool = False,
     inspect: bool = False,
 ) -> Adapter:
-    """Open an adapter.
+    """Open an adapter in any format.
 
     Parameters
     ----------
-    source : str, Path, Source or Adapter
+    path : str, Path, Source or Adapter
         A local path, ``BUNDLE/adapters/NAME`` too, or a Hub id. An adapter that is open stays
         the caller's: closing what is returned does nothing.
     reader : Converter, optional
@@ -47,14 +47,19 @@ def open_adapter(
     conditional, inspect : bool
         See `AdapterReadOptions`.
 
+    Returns
+    -------
+    Adapter
+        A context manager; its ``deltas`` are read on demand.
+
     Raises
     ------
     LoraFormatError
         If it is no adapter, damaged, or more than a low-rank delta.
     """
-    if isinstance(source, Adapter):
-        return replace(source, close=lambda: None)
-    found = source if isinstance(source, Source) else resolve(source, pickles=allow_pickle)
+    if isinstance(path, Adapter):
+        return replace(path, close=lambda: None)
+    found = path if isinstance(path, Source) else resolve(path, pickles=allow_pickle)
     path = found.path
     reader = reader or plugins.sniff(path, "adapter")
     if reader.kind != "adapter":

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraformat import plugins
+from loraformat.bundle import reader as bundle_reader
 from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
-from loraformat.bundle.reader import Bundle, open_bundle
 from loraformat.card.carried import keep_user_text
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import Source, resolve
@@ -22,20 +22,20 @@ from loraformat.storage.safe_directory import SafeDirectory
 __all__ = [
     "compare_base",
     "fingerprint_of",
+    "open_bundle",
     "open_model",
-    "open_source",
     "origin_fingerprint",
     "with_origin",
     "without_generated_card",
 ]
 
 
-def open_source(source: str | Path) -> Bundle:
+def open_bundle(path: str | Path) -> bundle_reader.Bundle:
     """Open a bundle and check its structure; no weight is read.
 
     Parameters
     ----------
-    source : str or Path
+    path : str or Path
         A directory, or ``org/name[@revision]`` on the Hub.
 
     Returns
@@ -48,11 +48,11 @@ def open_source(source: str | Path) -> Bundle:
     FormatError
         If it breaks a rule of the specification.
     """
-    return open_bundle(resolve(source).path)
+    return bundle_reader.open_bundle(resolve(path).path)
 
 
 def open_model(
-    source: str | Path | Source,
+    path: str | Path | Source,
     *,
     reader: Converter | None = None,
     config: str | Path | None = None,
@@ -60,11 +60,11 @@ def open_model(
     exact: bool = False,
     allow_pickle: bool = False,
 ) -> Checkpoint:
-    """Open a base model in any format that its content tells.
+    """Open a base model in any format; no weight is read until it is asked for.
 
     Parameters
     ----------
-    source : str, Path or Source
+    path : str, Path or Source
         A local path, or ``org/name[@revision]`` on the Hub.
     reader : Converter, optional
         By default the one that recognises it.
@@ -80,16 +80,16 @@ def open_model(
     Returns
     -------
     Checkpoint
-        A context manager.
+        A context manager; its ``tensors`` are read on demand.
 
     Raises
     ------
     UnsupportedError
-        If it is an adapter, or a format that can only be written.
+        If it is an adapter, or in a format that can only be written.
     UsageError
         If ``config`` is given for a format that has its own.
     """
-    found = source if isinstance(source, Source) else resolve(source, pickles=allow_pickle)
+    found = path if isinstance(path, Source) else resolve(path, pickles=allow_pickle)
     path = found.path
     reader = reader or plugins.sniff(path, "base")
     if reader.kind != "base" or reader.read is None:

@@ -24,6 +24,7 @@ from loraformat.hub.repository import model_facts
 from loraformat.hub.source import NOT_WANTED, download
 from loraformat.hub.tree import TreeFile, digest, list_files
 from loraformat.hub.verified import wrong_content
+from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.pull.report import PullReport
 from loraformat.ops.push.base_info import BaseRef, adapter_base
@@ -42,61 +43,57 @@ _LEFT_OUT = [glob for glob in NOT_WANTED if glob != "*.gguf"]
 
 
 def pull(
-    word: str,
+    repo: str,
     target: str | Path,
     *,
     with_base: bool = False,
-    include: Sequence[str] = (),
+    include: str | Sequence[str] = (),
     force: bool = False,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = False,
 ) -> PullReport:
-    """Fetch a repository from the Hub.
+    """Download a repository from the Hub at one commit and verify every file by hash.
 
     Parameters
     ----------
-    word : str
+    repo : str
         ``org/name`` or ``org/name@revision``.
     target : str or Path
-        The directory to appear.
+        Appears only when all files are complete and match the Hub.
     with_base : bool
         Also download the base model it names into the Hub cache.
-    include : sequence of str
-        Globs of the files that are wanted; by default all but pickles and the weights of other
-        frameworks.
-    force : bool
-        Replace a model that stands at the target.
-    dry_run : bool
-        Fetch nothing; report the files.
-    progress : callable
-        Called with the bytes compared and the bytes in total.
+    include : str or sequence of str
+        Globs of the files to download; by default all but pickles and weights of other frameworks.
+    force, dry_run : bool
+        Replace an existing target; download nothing.
+    progress : bool or callable
+        True shows a bar on stderr; a callable gets the bytes compared and in total.
+
+    Returns
+    -------
+    PullReport
 
     Raises
     ------
     HubError
-        If the Hub refuses or does not answer, or a file is not what it has. What has arrived
-        is kept, and the same command goes on from there.
-    OutputError
-        If the target exists.
-    UsageError
-        If the words name no repository, or no target.
+        If the Hub refuses or does not answer; the same call continues.
     """
     began = time.perf_counter()
-    named = hub_id(word)
+    named = hub_id(repo)
     if named is None:
         raise UsageError(
-            f"{printable(word)} is not a repository id: wanted ORG/NAME or ORG/NAME@REVISION"
+            f"{printable(repo)} is not a repository id: wanted ORG/NAME or ORG/NAME@REVISION"
         )
     if not str(target):
         raise UsageError("DST is empty", hint="give the directory to create")
-    repo = named[0]
-    facts = model_facts(repo, named[1])
-    with explained(word):
-        tree = list_files(repo, facts.commit)
-    wanted, left_out = _choose(tree, include, word)
+    name, revision = named
+    facts = model_facts(name, revision)
+    with explained(repo):
+        tree = list_files(name, facts.commit)
+    wanted, left_out = _choose(tree, many(include), repo)
     target = Path(target)
     report = PullReport(
-        repo=repo,
+        repo=name,
         commit=facts.commit,
         target=str(target),
         format=None,
@@ -105,7 +102,8 @@ def pull(
         dry_run=dry_run,
     )
     if not dry_run:
-        kept = _fetch(repo, facts.commit, wanted, target, force, progress)
+        with reported(progress, "compare") as told:
+            kept = _fetch(name, facts.commit, wanted, target, force, told)
         files = [replace(f, status="kept" if f.path in kept else "fetched") for f in report.files]
         report = replace(report, files=files, format=_format(target))
     if with_base:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,7 +28,7 @@ from loraformat.hub.repository import (
 )
 from loraformat.hub.source import download
 from loraformat.hub.tree import TreeFile
-from loraformat.ops.check.chats import FormatOf, not_tried
+from loraformat.ops.arguments import Progress, many
 from loraformat.ops.push.files import Choice, UploadFile, read_card
 from loraformat.ops.push.report import FileReport, PushReport
 from loraformat.ops.push.upload_plan import Parcel, PushOptions, open_parcel
@@ -56,89 +56,84 @@ class _Plan:
 
 
 def push(
-    source: str | Path,
+    path: str | Path,
     repo: str,
     *,
+    base_model: str | None = None,
+    license: str | None = None,
+    with_gguf: bool = False,
+    base: str | Path | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    with_statistics: bool = False,
+    whole_record: bool = False,
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
-    with_gguf: bool = False,
-    base: str | None = None,
-    base_model: str | None = None,
-    licence: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    with_statistics: bool = False,
-    whole_record: bool = False,
     tag: str | None = None,
     message: str | None = None,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    format_of: FormatOf = not_tried,
+    progress: Progress = False,
 ) -> PushReport:
-    """Publish an adapter or a bundle on the Hub.
+    """Publish an adapter or a bundle on the Hub with a generated model card.
 
     Parameters
     ----------
-    source : str or Path
+    path : str or Path
         A PEFT directory, a GGUF LoRA, ``BUNDLE/adapters/NAME``, or a bundle.
     repo : str
         ``org/name``.
-    private : bool
-        Make a new repository private; refused if it is there and public.
-    revision : str, optional
-        Branch; made if it is missing. ``main`` by default.
-    create_pr : bool
-        Propose the commit as a pull request.
-    with_gguf : bool
-        Convert a PEFT adapter for llama.cpp, too, and publish it beside.
-    base : str, optional
-        What an adapter is held against: names, shapes, architecture, tokenizer; and whose
-        ``config.json`` serves ``with_gguf``. By default a copy of the base that is here already:
-        the path that the adapter names, or what the Hub's cache has.
     base_model : str, optional
-        ``org/name[@revision]``, where the files know a local path only.
-    licence : str, optional
-        The Hub's identifier; the base's by default.
-    include : sequence of str
-        Globs of more files of the directory.
-    exclude : sequence of str
-        Globs of files that stay here; they win over ``include``.
+        ``org/name[@revision]`` of the base, if the files record only a local path.
+    license : str, optional
+        Licence identifier as used on the Hub; that of the base by default.
+    with_gguf : bool
+        Also publish a GGUF version of the adapter for llama.cpp.
+    base : str or Path, optional
+        Base to compare names and shapes with; by default a local copy, if there is one.
+    include, exclude : str or sequence of str
+        Globs of files to publish as well, and of files not to publish.
     with_statistics : bool
-        Publish activation statistics, too, which are made of the training data.
+        Also publish activation statistics.
     whole_record : bool
-        Publish the training record with hashes of the data and with prompts of samples.
-    tag : str, optional
-        Name for the commit.
-    message : str, optional
+        Keep hashes of the training data and sample prompts in the published record.
+    private : bool
+        Create a new repository as private.
+    revision : str, optional
+        Branch to commit to; ``main`` by default.
+    create_pr : bool
+        Open a pull request instead of committing to the branch.
+    tag, message : str, optional
         Of the commit.
     dry_run : bool
-        Upload nothing; report files, sizes and the card.
-    progress : callable
-        Called with the bytes verified and the bytes in total.
-    format_of : callable
-        Renders the chat template of an adapter that no record tells the pieces of, for its card.
+        Upload nothing; report files, their status and the card.
+    progress : bool or callable
+        True shows a bar on stderr; a callable gets the bytes verified and in total.
+
+    Returns
+    -------
+    PushReport
 
     Raises
     ------
-    InputError
-        If the files are not sound, or do not say what their base is.
     HubError
         If the Hub refuses, or does not answer.
     """
     began = time.perf_counter()
-    choice = Choice(tuple(include), tuple(exclude), with_statistics, whole_record)
-    wishes = PushOptions(repo, with_gguf, base, base_model, licence, choice, dry_run, format_of)
+    choice = Choice(many(include), many(exclude), with_statistics, whole_record)
+    wishes = PushOptions(
+        repo, with_gguf, None if base is None else str(base), base_model, license, choice, dry_run
+    )
     _check(wishes, revision, create_pr, tag)
     if not dry_run:
         require_login()
-    path = resolve(source).path
+    found = resolve(path).path
     remote = Repository(repo, revision or "main")
     with tempfile.TemporaryDirectory(prefix="loraformat-") as workplace:
-        parcel = open_parcel(path, wishes, Path(workplace), lambda: _verify(path, progress))
+        parcel = open_parcel(found, wishes, Path(workplace), lambda: _verify(found, progress))
         asked, state = _state(remote, parcel, private, dry_run)
         plan = _plan(parcel, state, repo, asked=asked)
-        report = _report(source, remote, plan, tag if dry_run else None, dry_run)
+        report = _report(path, remote, plan, tag if dry_run else None, dry_run)
         if not dry_run:
             report = _publish(
                 _ready(remote, state, private=private, create_pr=create_pr),
@@ -168,7 +163,7 @@ def _check(wishes: PushOptions, revision: str | None, create_pr: bool, tag: str 
         )
 
 
-def _verify(path: Path, progress: Callable[[int, int], None]) -> None:
+def _verify(path: Path, progress: Progress) -> None:
     findings = verify(path, progress=progress).findings
     if findings:
         first = findings[0]

@@ -16,11 +16,11 @@ from loraformat.card import Base, Document, adapter_card, bundle_card, is_templa
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.hub.source import download
 from loraformat.model.config_json import CONFIG_NAME
-from loraformat.ops.check.chats import FormatOf, chat_beside, not_tried
+from loraformat.ops.check.chats import chat_beside
 from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.adapter import description_of
-from loraformat.ops.info.model import describe
+from loraformat.ops.info.model import info
 from loraformat.ops.info.report import AdapterInfo, ModelInfo
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.push.base_info import NearBase, adapter_base, bundle_base, look_up, near_base
@@ -57,7 +57,6 @@ class PushOptions:
     licence: str | None
     choice: Choice
     dry_run: bool
-    format_of: FormatOf = not_tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,7 @@ def _bundle(path: Path, wishes: PushOptions, verify: Callable[[], None]) -> Parc
     verify()
     contents = bundle_files(path, manifest)
     base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
-    said = describe(path)
+    said = info(path)
     assert isinstance(said, ModelInfo)
     facts = bundle_facts(said, manifest, wishes.repo, base, contents.files, peek_config(path))
     document = bundle_card(facts)
@@ -184,7 +183,7 @@ def _adapter(
     near = None if in_bundle else near_base(wishes.base, local, base)
     wrong = _wrong_in(path, near, is_given=wishes.base is not None, notes=contents.notes)
     at = None if near is None else Path(near.path)
-    chat = chat_beside(path, at, wishes.format_of)
+    chat = chat_beside(path, at)
     facts = adapter_facts(said, task, wishes.repo, base, contents.files, wrong, chat, labels)
     document = adapter_card(facts)
     replaces = () if path.is_file() else _PEFT_FILES

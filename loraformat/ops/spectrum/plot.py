@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot"]
+__all__ = ["plot_spectrum"]
 
 #: As many lines can still be told apart.
 _FEW = 12
@@ -29,18 +29,20 @@ _FLOOR = 1e-7
 _SUGGESTED = "95%"
 
 
-def plot(report: SpectrumReport, path: str | Path) -> None:
-    """Draw an adapter's spectra; the suffix of the path chooses the format: png, svg, pdf.
+def plot_spectrum(report: SpectrumReport, path: str | Path) -> None:
+    """Plot the singular values of an adapter, the energy by rank, and effective ranks.
 
     Parameters
     ----------
     report : SpectrumReport
+        What `spectrum` returned.
     path : str or Path
+        A ``.png``, ``.svg`` or ``.pdf`` file; an older picture is replaced.
 
     Raises
     ------
-    UsageError, MissingDependencyError
-        See `loraformat.ops.plots.check_picture`.
+    MissingDependencyError
+        Without matplotlib.
     """
     check_picture(path)
     from matplotlib.figure import Figure

@@ -14,6 +14,7 @@ from loraformat.algebra.ranks import entropy_rank, stable_rank
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import kind_of
+from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.deltas.factors import experts_of, finite
 from loraformat.ops.report import Report
 from loraformat.tensors.arrays import Array
@@ -96,21 +97,16 @@ class SpectrumReport(Report):
 
 
 def spectrum(
-    source: str | Path,
-    *,
-    allow_pickle: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    adapter: str | Path, *, allow_pickle: bool = False, progress: Progress = False
 ) -> SpectrumReport:
-    """Decompose an adapter.
+    """Compute the singular value spectrum and effective ranks of an adapter.
 
     Parameters
     ----------
-    source : str or Path
-        An adapter in any format, or a Hub id.
-    allow_pickle : bool
-        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
-    progress : callable
-        Called with bytes done and in total.
+    adapter : str or Path
+        In any format, or a Hub id.
+    allow_pickle, progress
+        As in `convert`.
 
     Returns
     -------
@@ -118,8 +114,11 @@ def spectrum(
     """
     from loraformat.ops.opening.adapter import open_adapter
 
-    with open_adapter(source, allow_pickle=allow_pickle) as adapter:
-        return spectrum_of(adapter, progress=progress)
+    with (
+        reported(progress, "spectrum") as told,
+        open_adapter(adapter, allow_pickle=allow_pickle) as opened,
+    ):
+        return spectrum_of(opened, progress=told)
 
 
 def spectrum_of(

@@ -75,7 +75,7 @@ def subtract(
         prompted = still_prompted_by(checkpoint.files, opened)
     report = merge(
         merged, list(adapters), target,
-        weights=[-weight for weight in weights or [1.0] * len(adapters)],
+        weight=[-weight for weight in weights or [1.0] * len(adapters)],
         allow_base_mismatch=True, allow_pickle=allow_pickle, dry_run=dry_run, **options,
     )  # fmt: skip
     bounds = [] if dry_run else list(_bounds(merged, target, [m.name for m in report.modules]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from loraformat.errors import FormatError, InputError, UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.vocabulary import per_token, tokenizer_files
+from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.merge.chat_files import still_prompted_by
 from loraformat.ops.model_output import ModelOutput
 from loraformat.ops.opening.adapter import open_adapter
@@ -21,7 +22,6 @@ from loraformat.ops.unmerge.report import UnmergeReport
 from loraformat.ops.unmerge.subtract import subtract
 from loraformat.ops.unmerge.undoing import Undoing
 from loraformat.plugins import WriteOptions
-from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 from loraformat.undo.record import UndoRecord
@@ -32,38 +32,35 @@ __all__ = ["UnmergeReport", "unmerge"]
 
 def unmerge(
     merged: str | Path,
-    target: str | Path,
+    output: str | Path,
     *,
     undo: str | Path | None = None,
-    adapters: Sequence[str | Path | Adapter] = (),
-    weights: Sequence[float] = (),
+    adapter: str | Path | Adapter | Sequence[str | Path | Adapter] = (),
+    weight: float | Sequence[float] = (),
     allow_pickle: bool = False,
-    to_format: str | None = None,
-    shard_limit: int = DEFAULT_SHARD_LIMIT,
+    to: str | None = None,
+    max_shard_size: int | str = "2GB",
     force: bool = False,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = False,
 ) -> UnmergeReport:
     """Undo a merge and restore the base.
 
     Parameters
     ----------
     merged : str or Path
-        What `merge` wrote. Of several merges the last one is undone first.
-    target : str or Path
-        The output directory.
+        What `merge` wrote. Undo several merges in reverse order.
+    output : str or Path
     undo : str or Path, optional
-        The merge's record: the output is the original, bit by bit, or there is none.
-    adapters : sequence of str, Path or Adapter
-        With a record, where the adapters are now, if not where they were. Without one, what
-        to subtract.
-    weights : sequence of float
-        Without a record: one per adapter, 1 by default.
-    allow_pickle : bool
-        Read an adapter's pickle, too, with a loader that makes nothing but tensors.
-    to_format : str, optional
-        Converter name; dense safetensors by default.
-    shard_limit, force, dry_run, progress
+        The merge's undo record: the base is restored bit for bit. Without one the adapters are
+        subtracted, which is only approximate.
+    adapter : str, Path, Adapter or a sequence of them
+        With a record: current location of the merged adapters. Without: adapters to subtract.
+    weight : float or sequence of float
+        Without a record: weight of each adapter; 1 by default.
+    to : str, optional
+        Format of the output; dense safetensors by default.
+    allow_pickle, max_shard_size, force, dry_run, progress
         As in `merge`.
 
     Returns
@@ -73,21 +70,22 @@ def unmerge(
     Raises
     ------
     FormatError
-        If the record, the model or an adapter is not the one that belongs to the others.
+        If record, model and adapters do not belong together.
     """
+    adapters, limit = many(adapter), byte_count(max_shard_size, "max-shard-size")
     if undo is None:
         return subtract(
-            merged, target, adapters, weights, allow_pickle=allow_pickle, to_format=to_format,
-            shard_limit=shard_limit, force=force, dry_run=dry_run,
-            progress=progress,
+            merged, output, adapters, many(weight), allow_pickle=allow_pickle, to=to,
+            max_shard_size=limit, force=force, dry_run=dry_run, progress=progress,
         )  # fmt: skip
-    if weights:
+    if many(weight):
         raise UsageError("the undo record contains the weights; omit --weight")
     began = time.perf_counter()
-    writer = plugins.for_output(Path(target), to_format, default="safetensors")
+    writer = plugins.for_output(Path(output), to, default="safetensors")
     if writer.stores != "dense":
         raise UsageError(f"{writer.name} stores NF4, and the original's weights are dense")
     with ExitStack() as stack:
+        told = stack.enter_context(reported(progress, "unmerge"))
         checkpoint = stack.enter_context(open_model(merged))
         path = Path(undo)
         file = MappedFile(SafeDirectory(path.absolute().parent), path.name)
@@ -98,7 +96,7 @@ def unmerge(
         undoing.adapters = _adapters(stack, original, record, adapters, allow_pickle)
         report = UnmergeReport(
             source=str(merged),
-            target=str(target),
+            target=str(output),
             exact=True,
             tensors=len(original.tensors),
             restored=sum(tensor.mode != "new" for tensor in record.tensors.values()),
@@ -112,15 +110,15 @@ def unmerge(
         if dry_run:
             return report
         with ModelOutput(
-            target,
+            output,
             writer,
             inputs=[checkpoint, *undoing.adapters],
             files=[path],
-            plan=["unmerge", shard_limit],
+            plan=["unmerge", limit],
             force=force,
-            progress=progress,
-        ) as output:
-            written = output.write(original, WriteOptions(shard_limit))
+            progress=told,
+        ) as out:
+            written = out.write(original, WriteOptions(limit))
             undoing.check(written.shards.tensors)
             file.close()
     return replace(

@@ -5,9 +5,9 @@ In which order to read:
 - sources to rows: `row_sources` (files, directories, the Hub), `data_file` (byte ranges of a file),
   `row`; one module for each format: `json_file`, `csv_file`, `text_file`, `columnar` (Arrow and
   Parquet), and `spooled_rows` (what must be unpacked first)
-- rows to samples: `row_formats` and `messages` (what a row means), `chat` with `template_probe`,
-  `template_process` and `ignored_fields` (conversations rendered by the chat template),
-  `tokenizer`, `encode` (token ids and loss mask)
+- rows to samples: `row_formats` and `messages` (what a row means), `chat` and `ignored_fields`
+  (conversations rendered by `loraformat.chat_templates`), `tokenizer`, `encode` (token ids and
+  loss mask)
 - samples to statistics: `dataset_scan`, one pass over all rows before training
 - lengths to batches: `batch_plan` (which samples share a row, which rows a batch), `collate`
 - `dataset`, which holds all this together, and `options`

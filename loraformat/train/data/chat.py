@@ -20,7 +20,7 @@ What the assistant says before anybody asked has no such b where a template take
 conversation; it begins where two renderings with different words part.
 
 What a template wants, and how it frames a turn, is found by trial conversations
-(`loraformat.train.data.template_probe`). What it does not write of a row is found by trials of
+(`loraformat.chat_templates.probe`). What it does not write of a row is found by trials of
 the row (`loraformat.train.data.ignored_fields`): a row of which nothing would be learned where
 something was said is refused, and other things are counted.
 """
@@ -32,13 +32,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from loraformat.chat_templates.probe import TemplateTrials, chat_format, common_prefix
+from loraformat.chat_templates.process import TemplateRefusalError
 from loraformat.errors import printable
 from loraformat.runtimes.chat import ChatFormat
 from loraformat.train.data.ignored_fields import UnwrittenParts, described
 from loraformat.train.data.messages import CALLS, KindError, from_json
 from loraformat.train.data.row_formats import Conversation
-from loraformat.train.data.template_probe import TemplateTrials, chat_format, common_prefix
-from loraformat.train.data.template_process import TemplateRefusalError
 from loraformat.train.data.tokenizer import TextEncoder
 
 __all__ = ["ChatRenderer", "Rendered"]

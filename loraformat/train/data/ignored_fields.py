@@ -13,9 +13,9 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from loraformat.chat_templates.process import TemplateRefusalError
 from loraformat.errors import printable
 from loraformat.train.data.messages import CALLS, REASONING
-from loraformat.train.data.template_process import TemplateRefusalError
 
 __all__ = ["UnwrittenParts", "described"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from loraformat.chat_templates.probe import CALLS
 from loraformat.storage import strict_json
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "type_name",
 ]
 
-CALLS = "tool_calls"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Where templates look for what a model thought before it answered."""
 

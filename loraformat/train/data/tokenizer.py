@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from loraformat.chat_templates.process import TemplateRefusalError, on_one_day, shared
 from loraformat.errors import (
     InputError,
     LoraFormatError,
@@ -16,7 +17,6 @@ from loraformat.errors import (
     printable,
 )
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.train.data.template_process import TemplateRefusalError, on_one_day, shared
 
 __all__ = ["TextEncoder", "TokenizedText", "open_tokenizer"]
 
@@ -137,7 +137,7 @@ class TextEncoder:
 
         Notes
         -----
-        It is rendered in a process of its own; see `loraformat.train.data.template_process`.
+        It is rendered in a process of its own; see `loraformat.chat_templates.process`.
         A template that writes today's date writes 26 July 2024 on every day; see `on_one_day`.
         """
         try:

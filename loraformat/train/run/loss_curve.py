@@ -6,9 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loraformat.ops.plots import as_label, colors, save_picture
+from loraformat.errors import InputError
+from loraformat.ops.plots import as_label, check_picture, colors, save_picture
+from loraformat.train.loop.metrics import read_metrics
+from loraformat.train.run.run_directory import RunDirectory
 
-__all__ = ["can_draw", "draw"]
+__all__ = ["can_draw", "draw", "plot_loss"]
 
 #: Steps that the bold line is a mean of: a share of all, and of a short run as many as will do.
 _SMOOTHED, _SHORT = 0.02, 8
@@ -17,6 +20,30 @@ _SMOOTHED, _SHORT = 0.02, 8
 def can_draw() -> bool:
     """Tell whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
+
+
+def plot_loss(adapter: str | Path, path: str | Path) -> None:
+    """Plot the loss curve of a training run, as `train` does at its end.
+
+    Parameters
+    ----------
+    adapter : str or Path
+        The run's output, beside which its record is.
+    path : str or Path
+        A ``.png``, ``.svg`` or ``.pdf`` file; an older picture is replaced.
+
+    Raises
+    ------
+    InputError
+        If there is no record of a run.
+    MissingDependencyError
+        Without matplotlib.
+    """
+    check_picture(path)
+    run = RunDirectory(Path(adapter))
+    if not run.metrics.is_file():
+        raise InputError("holds no record of a run", path=run.path, hint="name a run's output")
+    draw(read_metrics(run.metrics), Path(path), Path(adapter).name)
 
 
 def draw(metrics: list[dict[str, Any]], path: Path, title: str) -> None:

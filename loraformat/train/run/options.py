@@ -6,16 +6,18 @@ dashes. Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from loraformat.errors import UsageError
+from loraformat.ops.arguments import byte_count, many
 from loraformat.train.data.options import DataOptions
 from loraformat.train.loop.optimizer_options import OPTIMIZERS, OptimizerOptions
 from loraformat.train.loop.schedule import SCHEDULES
 from loraformat.train.lora.options import INITIALISATIONS, LoraOptions
 
-__all__ = ["SETTINGS", "Setting", "TrainOptions"]
+__all__ = ["SETTINGS", "Setting", "TrainOptions", "options_of", "value_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,3 +435,53 @@ def _settings() -> tuple[Setting, ...]:
 
 #: Every option, in the order of ``--help``.
 SETTINGS = _settings()
+
+
+def options_of(given: Mapping[str, Any]) -> TrainOptions:
+    """Return the options of those members whose names are options; None is the default.
+
+    Parameters
+    ----------
+    given : mapping
+        By the names of `TrainOptions`; other names are passed over.
+
+    Raises
+    ------
+    UsageError
+    """
+    return TrainOptions(
+        **{
+            setting.name: value_of(setting, given[setting.name])
+            for setting in SETTINGS
+            if given.get(setting.name) is not None
+        }
+    )
+
+
+def value_of(setting: Setting, value: Any) -> Any:
+    """Return a value in the form that `TrainOptions` holds.
+
+    Parameters
+    ----------
+    setting : Setting
+    value : object
+        A path, one text or several, a mapping of globs to ranks, a size such as ``4GB``.
+
+    Raises
+    ------
+    UsageError
+        If it is none of the words that the option knows.
+    """
+    if setting.kind == "texts":
+        return tuple(str(part) for part in many(value))
+    if setting.kind == "names":
+        return tuple(s for one in many(value) for part in one.split(",") if (s := part.strip()))
+    if setting.kind == "ranks":
+        return tuple(value.items() if isinstance(value, Mapping) else value)
+    if setting.kind == "size":
+        return byte_count(value, setting.flag)
+    if setting.kind != "text":
+        return value
+    if setting.choices and value not in setting.choices:
+        raise UsageError(f"{setting.flag} is {value!r}, wanted one of {', '.join(setting.choices)}")
+    return str(value)

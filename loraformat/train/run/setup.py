@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loraformat.chat_templates import process as template_process
 from loraformat.errors import InputError, ResourceError, UsageError
 from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.train.batch import Batch
-from loraformat.train.data import template_process
 from loraformat.train.data.batch_plan import DataPosition
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.options import DataOptions

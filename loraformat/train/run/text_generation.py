@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from loraformat.chat_templates.process import TemplateRefusalError
 from loraformat.errors import InputError, UsageError, printable
 from loraformat.runtimes.chat import GENERATION_NAME
 from loraformat.train.data.chat import ChatRenderer
-from loraformat.train.data.template_process import TemplateRefusalError
 from loraformat.train.data.tokenizer import TextEncoder
 from loraformat.train.loop.evaluation import evaluating
 

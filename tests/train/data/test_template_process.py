@@ -8,9 +8,11 @@ import time
 
 import pytest
 
+from loraformat.chat_templates import process as template_process
+from loraformat.chat_templates import worker as template_worker
+from loraformat.chat_templates.process import TemplateProcess, TemplateRefusalError
 from loraformat.errors import InputError, LoraFormatError
-from loraformat.train.data import DataOptions, open_data, template_process, template_worker
-from loraformat.train.data.template_process import TemplateProcess, TemplateRefusalError
+from loraformat.train.data import DataOptions, open_data
 from loraformat.train.data.tokenizer import TextEncoder
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 
@@ -166,7 +168,7 @@ def test_a_process_that_ends_is_told_and_replaced(monkeypatch):
 def test_it_ends_with_its_parent_and_ctrl_c_is_not_for_it():
     code = (
         "import os\n"
-        "from loraformat.train.data.template_process import shared\n"
+        "from loraformat.chat_templates.process import shared\n"
         f"shared().render({PLAIN!r}, {ASKED!r})\n"
         "child = shared()._process.pid\n"
         "assert os.getsid(child) != os.getsid(0)\n"

@@ -16,7 +16,7 @@ def bundle(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("streaming")
     make_dense(directory / "dense", "llama", num_hidden_layers=6, hidden_size=128)
-    convert(directory / "dense", directory / "bundle", shard_limit=70_000)
+    convert(directory / "dense", directory / "bundle", max_shard_size=70_000)
     return directory / "bundle"
 
 

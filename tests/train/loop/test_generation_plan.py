@@ -21,7 +21,7 @@ TEMPLATE = (
 MEASURED = """
 import json, sys
 from pathlib import Path
-from loraformat.train.data import template_process
+from loraformat.chat_templates import process as template_process
 from loraformat.train.loop import memory
 from loraformat.train.run.train import train
 from tests.train.loop.tiny_runs import options

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loraformat.chat_templates import process as template_process
 from loraformat.errors import DivergedError, InputError, OutputError, ResourceError, UsageError
 from loraformat.ops.convert.convert import convert
-from loraformat.train.data import template_process
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.loop import memory, saved_state
 from loraformat.train.loop.metrics import Metrics, read_metrics

@@ -12,7 +12,7 @@ from tiny_bases import load_dense, tokens
 from loraformat.bundle.reader import open_bundle
 from loraformat.errors import InputError, UsageError
 from loraformat.ops.convert.convert import convert
-from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.reduce import reduce
 from loraformat.ops.verify import verify
 from loraformat.train import Batch, LoraOptions, load
 from loraformat.train.loop.optimizer import parameter_groups
@@ -155,7 +155,7 @@ def test_it_goes_into_its_own_bundle_and_is_reduced_by_its_statistics(base, tmp_
         model.save_adapter(target, facts={"steps": 3})
     assert not verify(tmp_path / "bundle").findings
     assert json.loads((target / "training_record.json").read_text())["training"] == {"steps": 3}
-    report = reduce(target, tmp_path / "smaller", Reduction(rank=2))
+    report = reduce(target, tmp_path / "smaller", rank=2)
     assert all(module.activation_aware and module.new_rank == 2 for module in report.modules)
 
 

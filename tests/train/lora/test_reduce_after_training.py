@@ -7,7 +7,7 @@ from dense_sites import sites_of
 from tiny_bases import load_dense, tokens
 
 from loraformat.bundle.reader import open_bundle
-from loraformat.ops.reduce import Reduction, reduce
+from loraformat.ops.reduce import reduce
 from loraformat.train import LoraOptions
 from loraformat.train.loop.optimizer import parameter_groups
 from loraformat.train.lora.branches import attach, trainable
@@ -55,8 +55,8 @@ def test_reduce_uses_the_statistics_and_loses_less_on_the_data(base, trained, tm
     # What is optimal is each layer's output alone; at half the rank it shows in the logits, too.
     for rank in (6, 8):
         aware, plain = tmp_path / f"aware-{rank}", tmp_path / f"plain-{rank}"
-        report = reduce(path, aware, Reduction(rank=rank))
+        report = reduce(path, aware, rank=rank)
         assert all(module.activation_aware for module in report.modules)
-        report = reduce(path, plain, Reduction(rank=rank, use_statistics=False))
+        report = reduce(path, plain, rank=rank, statistics=False)
         assert not any(module.activation_aware for module in report.modules)
         assert apart(dense, path, aware, rows) < 0.9 * apart(dense, path, plain, rows)

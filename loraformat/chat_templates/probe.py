@@ -27,13 +27,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
+from loraformat.chat_templates.process import TemplateRefusalError, on_one_day, shared
 from loraformat.runtimes.chat import ChatFormat
-from loraformat.train.data.messages import CALLS
-from loraformat.train.data.template_process import TemplateRefusalError, on_one_day, shared
 
 __all__ = [
+    "CALLS",
     "CallForm",
     "TemplateTrials",
     "chat_format",
@@ -45,13 +46,13 @@ __all__ = [
 #: ``(messages, prompt) -> text``; raises TemplateRefusalError.
 Render = Callable[[list[dict[str, Any]], bool], str]
 
+#: A message's member that holds the calls of tools.
+CALLS = "tool_calls"
 # Nothing that a template trims, or that a tokenizer could hold for something else.
-_ASKED, _ANSWERED, _GOES_ON = "Xask1X", "Xsay1X", "Xask2X"
+_ASKED, _SAID, _MORE, _SYSTEM = "Xask1X", "Xsay1X", "Xask2X", "Xsys1X"
 _NAME, _KEY, _VALUE = "xname", "xkey", "xvalue"
 _ABSENT = object()
 _CONTENTS = (None, "", _ABSENT)
-
-_ASKED, _SAID, _MORE, _SYSTEM = "Xask1X", "Xsay1X", "Xask2X", "Xsys1X"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +158,12 @@ class TemplateTrials:
             asked = self.render(_turns(_ASKED))
             if self.render(_turns(_ASKED), prompt=True) != asked:
                 return ""
-            short = self.render(_turns(_ASKED, _ANSWERED))
-            long = self.render(_turns(_ASKED, _ANSWERED, _GOES_ON))
+            short = self.render(_turns(_ASKED, _SAID))
+            long = self.render(_turns(_ASKED, _SAID, _MORE))
         except TemplateRefusalError:
             return ""
-        first, _, behind = short.partition(_ANSWERED)
-        between = long.partition(_ANSWERED)[2].partition(_GOES_ON)[0]
+        first, _, behind = short.partition(_SAID)
+        between = long.partition(_SAID)[2].partition(_MORE)[0]
         begin = self._aligned(common_suffix(first.partition(_ASKED)[0], between))
         end = between.removesuffix(begin)
         trailer = behind[len(end) :] if behind.startswith(end) else ""
@@ -231,6 +232,8 @@ def chat_format(trials: TemplateTrials, bos: str | None) -> ChatFormat | None:
 def format_of_template(template: str, special: Mapping[str, str]) -> ChatFormat | None:
     """Return the pieces of a template that no tokenizer is opened for.
 
+    None if it has none, or if transformers, which renders it, is not installed.
+
     Parameters
     ----------
     template : str
@@ -243,6 +246,8 @@ def format_of_template(template: str, special: Mapping[str, str]) -> ChatFormat 
     InputError
         If it takes more than its share of time or memory.
     """
+    if find_spec("transformers") is None:
+        return None
     tokens = {f"{kind}_token": text for kind, text in special.items()}
 
     def render(messages: list[dict[str, Any]], prompt: bool) -> str:

@@ -1,4 +1,4 @@
-"""The process that renders chat templates for `loraformat.train.data.template_process`, bounded.
+"""The process that renders chat templates for `loraformat.chat_templates.process`, bounded.
 
 A template is a program of a stranger's. transformers' sandbox keeps it from files and from
 Python's insides, but not from computing for ever or from asking for all memory; nor can a thread

@@ -1,7 +1,7 @@
 """Chat templates rendered in a separate process, whose time and memory are bounded.
 
 One process serves all templates of this one, is started for the first conversation, and ends with
-it. `loraformat.train.data.template_worker` is what runs there, and says why.
+it. `loraformat.chat_templates.worker` is what runs there, and says why.
 
 A template that writes today's date is made to write the same one every day. Otherwise a run that
 goes on past midnight, or is resumed the next day, would train on other tokens than it began with,
@@ -23,8 +23,7 @@ from threading import Lock
 from typing import Any, BinaryIO, cast
 from weakref import finalize
 
-from loraformat.errors import InputError, LoraFormatError
-from loraformat.train.data.template_worker import (
+from loraformat.chat_templates.worker import (
     LONGEST_ANSWER,
     LONGEST_TEXT,
     MEMORY,
@@ -32,12 +31,13 @@ from loraformat.train.data.template_worker import (
     encoded,
     receive,
 )
+from loraformat.errors import InputError, LoraFormatError
 
 __all__ = ["TemplateProcess", "TemplateRefusalError", "on_one_day", "shared"]
 
 _CODE = (
     "import sys; sys.path[:] = sys.argv[3:]; "
-    "from loraformat.train.data.template_worker import serve; "
+    "from loraformat.chat_templates.worker import serve; "
     "serve(float(sys.argv[1]), int(sys.argv[2]))"
 )
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

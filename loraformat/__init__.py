@@ -104,19 +104,20 @@ _NAMES = {
     "train.run.report": "TrainReport",
     "train.run.verbs": "evaluate generate train",
 }
-_HOMES = {name: f"loraformat.{module}" for module in _NAMES for name in _NAMES[module].split()}
+#: Module of each public name.
+HOMES = {name: f"loraformat.{module}" for module in _NAMES for name in _NAMES[module].split()}
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in HOMES:
         raise AttributeError(f"module 'loraformat' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *HOMES})
 
 
 class _VerbPackage(ModuleType):

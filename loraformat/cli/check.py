@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, report_options, say, table
+import loraformat
+from loraformat.cli.console import echo_json, say, table
+from loraformat.cli.options import verb_command
 from loraformat.errors import UsageError
 
 _EXAMPLE = """\b
@@ -19,48 +21,23 @@ Example:
 
 _FOUND_SOMETHING = 4
 _WORDS = {"right": "right", "care": "right, with conditions", "wrong": "WRONG"}
+_FIXING = [
+    click.Option(
+        ["--fix", "fixing"],
+        is_flag=True,
+        help="Write a portable form of the adapter to OUT and check that.",
+    ),
+    click.Option(["-o", "--output"], metavar="OUT", help="With --fix: the new adapter."),
+    click.Option(
+        ["--dtype"],
+        type=click.Choice(["f32", "f16", "bf16"]),
+        help="With --fix: dtype of the factors. [default: unchanged if lossless]",
+    ),
+    click.Option(["--force"], is_flag=True, help="With --fix: overwrite an existing OUT."),
+]
 
 
-@click.command(epilog=_EXAMPLE)
-@click.argument("adapter")
-@click.option(
-    "--base",
-    metavar="BASE",
-    help="Compare names, shapes, architecture and fingerprint with this base. An adapter in a "
-    "bundle is compared with that bundle.",
-)
-@click.option(
-    "--runtime",
-    multiple=True,
-    metavar="NAME",
-    help="transformers, vllm, sglang, lorax, llama.cpp, ollama or mlx. Repeatable. [default: all]",
-)
-@click.option(
-    "--fix",
-    "fixing",
-    is_flag=True,
-    help="Write a portable form of the adapter to OUT and check that.",
-)
-@click.option("-o", "--output", metavar="OUT", help="With --fix: the new adapter.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["f32", "f16", "bf16"]),
-    help="With --fix: dtype of the factors. [default: unchanged if lossless]",
-)
-@click.option("--force", is_flag=True, help="With --fix: overwrite an existing OUT.")
-@click.option(
-    "--write",
-    metavar="DIR",
-    help="Write a Modelfile, command lines and a script that load this adapter into a new "
-    "directory DIR.",
-)
-@click.option(
-    "--allow-pickle",
-    is_flag=True,
-    help="Also read pickled .bin files, with a loader restricted to tensors.",
-)
-@report_options
-def command(
+def _run(
     adapter: str,
     fixing: bool,
     output: str | None,
@@ -70,27 +47,12 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """Check how inference runtimes load an adapter; exit with code 4 on a failure.
-
-    ADAPTER is a PEFT directory, a GGUF file, BUNDLE/adapters/NAME, or a Hub id. Each finding says
-    what the runtime does, why, and which command fixes it. A finding is a failure if the runtime
-    rejects the adapter or computes a different result, and a warning if some action or caution is
-    needed. A format that a runtime cannot read is a warning, or a failure if --runtime names that
-    runtime.
-
-    --fix writes the same deltas with the scaling folded into B, alpha equal to the rank, and a
-    single rank for all modules, which every runtime interprets the same way. Adapters that contain
-    more than low-rank deltas are rejected; merge those instead.
-    """
-    from loraformat.ops.check.check import check
-    from loraformat.ops.check.fix import fix
-
     _refuse_options(fixing, output, dtype, force)
     fixed = None
     if output is not None:
         given = {name: options[name] for name in ("base", "allow_pickle")}
-        fixed = fix(adapter, output, dtype=dtype, force=force, **given)
-    report = check(output or adapter, **options)
+        fixed = loraformat.fix(adapter, output, dtype=dtype, force=force, **given)
+    report = loraformat.check(output or adapter, **options)
     if as_json:
         members = report.to_dict()
         if fixed is not None:
@@ -148,3 +110,12 @@ def _finding(finding: Any) -> list[str]:
     elif finding.remedy:
         lines.append(f"  {finding.remedy}")
     return lines
+
+
+command = verb_command(
+    "check",
+    _EXAMPLE,
+    summary="Check how inference runtimes load an adapter; exit with code 4 on a failure.",
+    metavars={"runtime": "NAME", "write": "DIR"},
+    extra={"write": _FIXING},
+)(_run)

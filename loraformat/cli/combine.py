@@ -6,66 +6,15 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import largest_error, on_terminal, show, table
-from loraformat.cli.options import (
-    adapter_options,
-    adapter_output_option,
-    weight_option,
-    writing_options,
-)
+from loraformat.cli.console import largest_error, table
+from loraformat.cli.options import reporting_command
+from loraformat.ops.combine.options import METHODS
 
 _EXAMPLE = """\b
 Example:
   loraformat combine polite concise -o both --method svd --rank 16
   loraformat combine skill habit -o cured --method linear --weight 1 --weight -0.5
 """
-_METHODS = ["svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-
-
-@click.command(epilog=_EXAMPLE)
-@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
-@adapter_output_option
-@click.option(
-    "--method",
-    type=click.Choice(_METHODS),
-    default="svd",
-    show_default=True,
-    help="svd: best rank-R approximation of the weighted sum. cat: exact sum, ranks added. "
-    "linear: exact sum at the smallest sufficient rank. The others prune or drop elements "
-    "first.",
-)
-@weight_option("Weight of each adapter, in the same order; may be negative. [default: 1 each]")
-@click.option(
-    "--rank",
-    type=click.IntRange(1),
-    metavar="R",
-    help="Rank of the result. [default: the largest input rank, per module]",
-)
-@click.option(
-    "--density",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.5,
-    show_default=True,
-    metavar="D",
-    help="Fraction of elements kept by pruning or dropping.",
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed for dropping."
-)
-@adapter_options
-@writing_options(dry_run="Print ranks and errors without writing anything.")
-def command(
-    adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **options: Any
-) -> None:
-    """Combine several adapters into one.
-
-    The effective deltas are combined (including rsLoRA and per-module patterns), not the factors A
-    and B separately. Ranks and target modules may differ.
-    """
-    from loraformat.ops.combine.combine import combine
-
-    report = combine(adapters, output, progress=on_terminal(quiet), **options)
-    show("combine", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:
@@ -83,3 +32,6 @@ def _text(report: Any) -> str:
         + ("" if report.dry_run else f", {report.seconds:.1f} s"),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+command = reporting_command("combine", _EXAMPLE, _text, types={"method": click.Choice(METHODS)})

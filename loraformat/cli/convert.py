@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
-from loraformat.cli.console import ByteSize, on_terminal, show, table
-from loraformat.cli.options import (
-    WeightType,
-    allow_base_mismatch_option,
-    allow_pickle_option,
-    base_option,
-    from_option,
-    gguf_options,
-    writing_options,
-)
+from loraformat.cli.console import table
+from loraformat.cli.options import WeightType, reporting_command
 from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
@@ -25,85 +15,6 @@ Example:
   loraformat convert my-bundle model.gguf --dtype q8_0
   loraformat convert my-peft-adapter my-bundle/adapters/medical
 """
-
-
-@click.command(epilog=_EXAMPLE)
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
-@from_option("SRC")
-@click.option(
-    "--to",
-    metavar="FORMAT",
-    help="Format of DST. [default: from its suffix, else loraformat, or peft for an adapter]",
-)
-@click.option(
-    "--dtype",
-    type=WeightType(),
-    help="Dtype of dense tensors, or of an adapter's factors. [default: unchanged; f16 for a GGUF "
-    "output; GGUF block types become f32] The q types are only for GGUF outputs.",
-)
-@gguf_options
-@click.option(
-    "--block-size",
-    type=int,
-    metavar="N",
-    help="Elements per absmax scale: a power of two from 32 to 4096. [default: 64]",
-)
-@click.option(
-    "--double-quant/--no-double-quant",
-    default=None,
-    help="Quantize the absmax scales, too: 4.127 instead of 4.5 bits per weight.  [default: "
-    "double-quant]",
-)
-@click.option(
-    "--skip",
-    multiple=True,
-    metavar="GLOB",
-    help="Do not quantize matching weights. Repeatable; overrides --include.",
-)
-@click.option(
-    "--include", multiple=True, metavar="GLOB", help="Also quantize matching weights. Repeatable."
-)
-@click.option(
-    "--max-shard-size",
-    type=ByteSize(),
-    show_default="2GB",
-    help="Maximum tensor bytes per file.",
-)
-@base_option("Adapters: base to compare names and shapes with.")
-@click.option(
-    "--canonical",
-    is_flag=True,
-    help="Adapters: convert to canonical form instead of copying: scaling folded into B, alpha = "
-    "rank.",
-)
-@allow_pickle_option
-@allow_base_mismatch_option(
-    "Adapters: accept one made for another base; the output records this base."
-)
-@click.option("--strict", is_flag=True, help="Fail if DST cannot hold everything in SRC.")
-@writing_options()
-def command(
-    source: str,
-    target: str,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
-    """Convert a model or an adapter to another format.
-
-    SRC is a local path or a Hub id (org/name, org/name@revision). Weights are read, converted
-    and written one tensor at a time; DST appears only when it is complete.
-
-    To add an adapter to a bundle, use BUNDLE/adapters/NAME as DST; to export it, use that as SRC.
-    Its files are copied byte for byte where the formats allow. Apart from its manifest, nothing
-    else in the bundle changes.
-    """
-    from loraformat.ops.convert.convert import convert
-
-    bar = on_terminal(quiet or options["dry_run"])
-    report = convert(source, target, progress=bar, **options)
-    show("convert", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:
@@ -140,3 +51,8 @@ def _base_text(report: Any) -> str:
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"not carried over: {loss}" for loss in report.lost]
     return "\n".join(lines)
+
+
+command = reporting_command(
+    "convert", _EXAMPLE, _text, metavars={"source": "SRC"}, types={"dtype": WeightType()}
+)

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from loraformat.cli.console import clean, echo_json, report_options, table
-from loraformat.cli.options import force_option
 from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
@@ -22,7 +21,7 @@ Example:
 @click.argument(
     "directory", default="loraformat-demo", type=click.Path(path_type=Path, file_okay=False)
 )
-@force_option("the output of an earlier run")
+@click.option("--force", is_flag=True, help="Replace the output of an earlier run.")
 @report_options
 def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Run every verb on the small model and the adapters that ship with loraformat.

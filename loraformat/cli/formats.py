@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
-from loraformat.cli.console import report_options, show
+from loraformat.cli.options import reporting_command
 
 _EXAMPLE = """\b
 Example:
   loraformat formats
 """
-
-
-@click.command(epilog=_EXAMPLE)
-@report_options
-def command(as_json: bool, quiet: bool) -> None:
-    """List the converters, their directions, what each cannot represent, and missing packages."""
-    from loraformat.ops.formats import formats
-
-    show("formats", formats(), _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:
@@ -35,3 +24,6 @@ def _format(one: Any) -> list[str]:
         *(f"    cannot hold: {loss}" for loss in one.loses),
         *([f"    to install: pip install {' '.join(one.missing)}"] if one.missing else []),
     ]
+
+
+command = reporting_command("formats", _EXAMPLE, _text)

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import echo_json, report_options, say, table
-from loraformat.cli.options import allow_pickle_option
+import loraformat
+from loraformat.cli.console import echo_json, say, table
+from loraformat.cli.options import verb_command
 from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
@@ -17,44 +18,25 @@ Example:
   loraformat info my-bundle --plot errors.png
   loraformat info my-bundle/adapters/medical
 """
-
-
-@click.command(epilog=_EXAMPLE)
-@click.argument("path")
-@click.option(
-    "--tensors", is_flag=True, help="List every tensor, or every target module of an adapter."
+_TENSORS = click.Option(
+    ["--tensors"], is_flag=True, help="List every tensor, or every target module of an adapter."
 )
-@click.option(
-    "--plot",
-    "picture",
+_PLOT = click.Option(
+    ["--plot", "picture"],
     metavar="FILE",
     help="Bundles: plot the quantization error by layer to a .png, .svg or .pdf file. Needs: pip "
     "install 'loraformat[plot]'.",
 )
-@allow_pickle_option
-@report_options
-def command(
-    path: str,
-    tensors: bool,
-    picture: str | None,
-    allow_pickle: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Describe a model or an adapter without reading its weights.
 
-    PATH is a local path or a Hub id (org/name, org/name@revision).
-    """
-    from loraformat.ops.info.error_plot import plot_errors
-    from loraformat.ops.info.model import info
 
+def _run(tensors: bool, picture: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     if picture is not None:
         from loraformat.ops.plots import check_picture
 
         check_picture(picture)
-    summary = info(path, allow_pickle=allow_pickle)
+    summary = loraformat.info(**options)
     if picture is not None:
-        plot_errors(summary, picture)
+        loraformat.plot_errors(summary, picture)
     if as_json:
         echo_json("info", summary.to_dict(tensors=tensors))
     elif not quiet:
@@ -151,3 +133,6 @@ def _origin(source: dict[str, str]) -> str:
     if "repo" in source:
         origin += f" {source['repo']}@{source.get('revision', '?')}"
     return origin
+
+
+command = verb_command("info", _EXAMPLE, extra={"allow_pickle": [_TENSORS, _PLOT]})(_run)

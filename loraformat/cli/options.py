@@ -1,43 +1,35 @@
-"""Command-line options used by several verbs.
+"""Click commands made from the declarations of the public functions.
 
-Each is a decorator, or makes one from what differs: the help text's noun.
+Names, defaults, kinds and words of a verb's options are those of its function
+(`loraformat.cli.declaration`); the tables below have what only a command line needs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import click
 
-from loraformat.cli.console import ByteSize, report_options
+import loraformat
+from loraformat.cli.console import ByteSize, on_terminal, report_options, show
+from loraformat.cli.declaration import Parameter, declaration_of
 
 __all__ = [
     "ParameterCount",
     "RankOrAuto",
     "WeightType",
-    "adapter_options",
-    "adapter_output_option",
-    "allow_base_mismatch_option",
-    "allow_pickle_option",
-    "base_option",
-    "dry_run_option",
-    "dtype_option",
-    "energy_option",
-    "force_option",
-    "from_option",
-    "gguf_options",
-    "max_rank_option",
-    "max_shard_size_option",
-    "model_output_options",
-    "output_option",
-    "skip_option",
-    "weight_option",
-    "writing_options",
+    "options_of",
+    "reporting_command",
+    "verb_command",
 ]
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+_Command = Callable[..., Any]
+#: What Python has alone: how progress is shown, and former names.
+_PYTHON_ONLY = {"progress", "from_format", "to_format"}
+#: Options that a call cannot do without are arguments in Python.
+_REQUIRED_OPTIONS = {"output", "prompt"}
 
 
 class ParameterCount(click.ParamType[int]):
@@ -87,146 +79,165 @@ class WeightType(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-def _stacked(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    """Return one decorator that adds several options, in this order."""
+#: Metavars of options and arguments of several verbs.
+_METAVARS = {
+    "adapter": "ADAPTER", "adapters": "ADAPTER...", "base": "BASE", "block_size": "N",
+    "config": "FILE", "density": "D", "energy": "E", "exclude": "GLOB", "from_": "FORMAT",
+    "include": "GLOB", "max_rank": "R", "output": "DST", "path": "PATH", "pre": "NAME",
+    "rank": "R", "seed": "N", "skip": "GLOB", "target": "DST", "to": "FORMAT", "undo": "FILE",
+    "weight": "W",
+}  # fmt: skip
+_FRACTION = click.FloatRange(0, 1, min_open=True)
+#: Types that annotations do not tell.
+_TYPES: dict[str, click.ParamType[Any]] = {
+    "dtype": click.Choice(["f32", "f16", "bf16"]), "density": _FRACTION, "energy": _FRACTION,
+    "max_rank": click.IntRange(1), "max_shard_size": ByteSize(), "rank": click.IntRange(1),
+}  # fmt: skip
 
-    def decorate(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
+
+def verb_command(
+    name: str,
+    example: str,
+    *,
+    summary: str | None = None,
+    metavars: Mapping[str, str] | None = None,
+    types: Mapping[str, click.ParamType[Any]] | None = None,
+    extra: Mapping[str, Sequence[click.Option]] | None = None,
+) -> Callable[[_Command], click.Command]:
+    """Return a decorator that makes a command of a function that calls a verb.
+
+    The function is called with the verb's parameters by their names, with the values of `extra`,
+    ``as_json`` and ``quiet``.
+
+    Parameters
+    ----------
+    name : str
+        Of the public function.
+    example : str
+        Stands below the options.
+    summary : str, optional
+        Replaces the first line of the verb's docstring.
+    metavars, types : mapping, optional
+        Of those parameters that have others here than in other verbs.
+    extra : mapping of str to sequence of Option, optional
+        Options that Python has not, each before the option that is named.
+    """
+
+    def decorate(callback: _Command) -> click.Command:
+        parameters = options_of(name, metavars=metavars, types=types, extra=extra)
+        first, *rest = declaration_of(name).text.split("\n\n")
+        paragraphs = (_words(part, parameters) for part in (summary or first, *rest))
+        text = "\n\n".join(paragraphs)
+        return click.command(epilog=example, help=text, params=parameters)(report_options(callback))
 
     return decorate
 
 
-def output_option(help_text: str, metavar: str = "DST") -> Callable[[_Command], _Command]:
-    """Name the result."""
-    return click.option("-o", "--output", required=True, metavar=metavar, help=help_text)
-
-
-def dtype_option(help_text: str) -> Callable[[_Command], _Command]:
-    """Choose the type of what is written."""
-    return click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help=help_text)
-
-
-def force_option(what: str = "an existing DST") -> Callable[[_Command], _Command]:
-    """Allow to overwrite, which nothing does without it."""
-    return click.option("--force", is_flag=True, help=f"Replace {what}.")
-
-
-def dry_run_option(
-    help_text: str = "Print the plan and the sizes without writing anything.",
-) -> Callable[[_Command], _Command]:
-    """Do everything but write."""
-    return click.option("--dry-run", is_flag=True, help=help_text)
-
-
-def energy_option(help_text: str) -> Callable[[_Command], _Command]:
-    """Choose ranks by a share of a squared norm."""
-    return click.option(
-        "--energy", type=click.FloatRange(0, 1, min_open=True), metavar="E", help=help_text
-    )
-
-
-def max_rank_option(help_text: str, default: int | None = None) -> Callable[[_Command], _Command]:
-    """Bound every module's rank."""
-    return click.option(
-        "--max-rank",
-        type=click.IntRange(1),
-        default=default,
-        show_default=default is not None,
-        metavar="R",
-        help=help_text,
-    )
-
-
-def weight_option(help_text: str) -> Callable[[_Command], _Command]:
-    """Give one factor per adapter."""
-    return click.option("--weight", type=float, multiple=True, metavar="W",
-                        help=help_text)  # fmt: skip
-
-
-def base_option(help_text: str) -> Callable[[_Command], _Command]:
-    """Name the base of adapters."""
-    return click.option("--base", metavar="BASE", help=help_text)
-
-
-def allow_base_mismatch_option(help_text: str) -> Callable[[_Command], _Command]:
-    """Take what was made for another base."""
-    return click.option("--allow-base-mismatch", is_flag=True, help=help_text)
-
-
-adapter_base_option = base_option(
-    "Base to compare names and shapes with; a GGUF adapter needs its config.json (a directory "
-    "holding only that file is enough). Not needed for an adapter in a bundle."
-)
-allow_pickle_option = click.option(
-    "--allow-pickle",
-    is_flag=True,
-    help="Also read pickled .bin files, with a loader restricted to tensors.",
-)
-config_option = click.option(
-    "--config",
-    metavar="FILE",
-    help="config.json of the model in a GGUF file. [default: inferred]",
-)
-pre_tokenizer_option = click.option(
-    "--pre",
-    metavar="NAME",
-    help="llama.cpp's name of the pre-tokenizer, for a GGUF output. [default: detected]",
-)
-skip_option = click.option(
-    "--skip", multiple=True, metavar="GLOB", help="Leave out matching tensors. Repeatable."
-)
-max_shard_size_option = click.option(
-    "--max-shard-size",
-    type=ByteSize(),
-    default="2GB",
-    show_default=True,
-    help="Maximum tensor bytes per file.",
-)
-
-
-def from_option(what: str) -> Callable[[_Command], _Command]:
-    """Name the format of an input; the parameter is ``from_``."""
-    return click.option(
-        "--from", "from_", metavar="FORMAT", help=f"Format of {what}. [default: detected]"
-    )
-
-
-def model_output_options(default: str = "safetensors") -> Callable[[_Command], _Command]:
-    """Name the directory and the format of a new model."""
-    return _stacked(
-        output_option("Output directory.", "OUT"),
-        click.option("--to", metavar="FORMAT", help=f"Format of OUT.  [default: {default}]"),
-    )
-
-
-def writing_options(
-    replaced: str = "an existing DST",
-    dry_run: str = "Print the plan and the sizes without writing anything.",
-) -> Callable[[_Command], _Command]:
-    """Add what every verb that writes ends with, ``--force`` and ``--dry-run`` first.
+def reporting_command(
+    name: str, example: str, text: Callable[[Any], str], **details: Any
+) -> click.Command:
+    """Return a command that calls a verb and prints its report.
 
     Parameters
     ----------
-    replaced : str
-        What ``--force`` replaces.
-    dry_run : str
-        Help of ``--dry-run``.
+    name, example, details
+        As in `verb_command`.
+    text : callable
+        Returns the report as lines for people.
     """
-    return _stacked(force_option(replaced), dry_run_option(dry_run), report_options)
+
+    def callback(as_json: bool, quiet: bool, **options: Any) -> None:
+        if "progress" in declaration_of(name).parameters:
+            options["progress"] = on_terminal(quiet)
+        report = getattr(loraformat, name)(**options)
+        show(name, report, text, as_json=as_json, quiet=quiet)
+
+    return verb_command(name, example, **details)(callback)
 
 
-#: The output of a verb that makes an adapter.
-adapter_output_option = output_option(
-    "Output adapter: a PEFT directory, NAME.gguf for llama.cpp, or BUNDLE/adapters/NAME."
-)
-#: What a verb that makes an adapter of adapters takes: their type, base and pickles.
-adapter_options = _stacked(
-    dtype_option("Dtype of the new factors. [default: unchanged]"),
-    adapter_base_option,
-    allow_base_mismatch_option("Accept an adapter that was made for another base."),
-    allow_pickle_option,
-)
-#: What GGUF files of models leave open.
-gguf_options = _stacked(config_option, pre_tokenizer_option)
+def options_of(
+    name: str,
+    *,
+    only: Sequence[str] | None = None,
+    metavars: Mapping[str, str] | None = None,
+    types: Mapping[str, click.ParamType[Any]] | None = None,
+    extra: Mapping[str, Sequence[click.Option]] | None = None,
+) -> list[click.Parameter]:
+    """Return the arguments and options of a public function, as `verb_command` describes them.
+
+    Parameters
+    ----------
+    name : str
+    only : sequence of str, optional
+        Names of the parameters; all by default.
+    metavars, types, extra : mapping, optional
+        As in `verb_command`.
+    """
+    names, kinds = {**_METAVARS, **(metavars or {})}, {**_TYPES, **(types or {})}
+    parameters: list[click.Parameter] = []
+    for parameter in declaration_of(name).parameters.values():
+        if parameter.name in _PYTHON_ONLY or (only and parameter.name not in only):
+            continue
+        parameters += (extra or {}).get(parameter.name, ())
+        metavar, kind = names.get(parameter.name), kinds.get(parameter.name)
+        if parameter.default is ... and parameter.name not in _REQUIRED_OPTIONS:
+            several = -1 if "Sequence" in parameter.annotation else 1
+            parameters.append(
+                click.Argument([parameter.name], metavar=metavar, nargs=several, required=True)
+            )
+        else:
+            parameters.append(_option(parameter, kind, metavar))
+    for each in parameters:
+        if isinstance(each, click.Option):
+            each.help = _words(each.help or "", parameters)
+    return parameters
+
+
+def _option(
+    parameter: Parameter, kind: click.ParamType[Any] | None, metavar: str | None
+) -> click.Option:
+    flag, text = f"--{parameter.name.strip('_').replace('_', '-')}", _text_of(parameter)
+    default, required = parameter.default, parameter.default is ...
+    if parameter.annotation == "bool" and not default:
+        return click.Option([flag, parameter.name], is_flag=True, help=text)
+    if parameter.annotation.startswith("bool"):
+        flags = f"{flag}/--no-{flag[2:]}"
+        return click.Option([flags, parameter.name], default=default, show_default=True, help=text)
+    several = "Sequence" in parameter.annotation
+    if several:
+        text, default_note, rest = text.partition(" [default")
+        text = f"{text} Repeatable.{default_note}{rest}"
+    return click.Option(
+        ["-o", flag, parameter.name] if parameter.name == "output" else [flag, parameter.name],
+        type=kind or {"int": click.INT, "float": click.FLOAT}.get(parameter.annotation.split()[0]),
+        multiple=several,
+        required=required,
+        default=None if required or several else default,
+        show_default=not several,
+        metavar=metavar,
+        help=text,
+    )
+
+
+def _text_of(parameter: Parameter) -> str:
+    """Return what a docstring says of a parameter, or that which it refers to."""
+    if verb := re.fullmatch(r"As in `(\w+)`.*", parameter.text):
+        return _text_of(declaration_of(verb[1]).parameters[parameter.name])
+    return parameter.text
+
+
+def _words(text: str, parameters: Sequence[click.Parameter]) -> str:
+    """Return words of a docstring as a command line says them: ``--rank`` for `rank`."""
+    shown = {}
+    for each in parameters:
+        flag = max(each.opts, key=len)
+        name = flag.strip("-").replace("-", "_")
+        shown[name] = flag
+        if isinstance(each, click.Argument) or name == "output":
+            shown[name] = (each.metavar or name.upper()).removesuffix("...")
+    known = "|".join(shown) or "$"
+    text = re.sub(
+        rf'``({known})="?([^"`]+)"?``', lambda match: f"{shown[match[1]]} {match[2]}", text
+    )
+    text = re.sub(rf"(?<!`)`({known})`(?!`)", lambda match: shown[match[1]], text)
+    return text.replace("``", "")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
-from loraformat.cli.console import on_terminal, show, table
-from loraformat.cli.options import writing_options
+from loraformat.cli.console import table
+from loraformat.cli.options import reporting_command
 from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
@@ -16,33 +14,6 @@ Example:
   loraformat pull me/my-adapter@v1.0 my-adapter --with-base
   loraformat pull me/my-adapter just-gguf --include '*.gguf'
 """
-
-
-@click.command(epilog=_EXAMPLE)
-@click.argument("repo", metavar="REPO_ID[@REVISION]")
-@click.argument("target", metavar="DST")
-@click.option(
-    "--with-base", is_flag=True, help="Also download the base model it names into the Hub cache."
-)
-@click.option(
-    "--include",
-    multiple=True,
-    metavar="GLOB",
-    help="Download matching files only. Repeatable. [default: all but pickles and weights of "
-    "other frameworks]",
-)
-@writing_options(dry_run="Print the files and their sizes without downloading them.")
-def command(repo: str, target: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Download a repository from the Hub at one commit and verify every file by hash.
-
-    DST appears only when all files are complete and match the Hub. To continue after an
-    interruption, run the same command again; complete files are not downloaded twice.
-    """
-    from loraformat.ops.pull.pull import pull
-
-    bar = on_terminal(quiet or options["dry_run"])
-    report = pull(repo, target, progress=bar, **options)
-    show("pull", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:
@@ -64,3 +35,6 @@ def _text(report: Any) -> str:
         lines.append(f"base {report.base_model}{at}{where}")
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join(lines)
+
+
+command = reporting_command("pull", _EXAMPLE, _text, metavars={"repo": "REPO_ID[@REVISION]"})

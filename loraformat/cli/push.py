@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
-from loraformat.cli.console import on_terminal, report_options, show, table
-from loraformat.cli.options import dry_run_option
+from loraformat.cli.console import table
+from loraformat.cli.options import reporting_command
 from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
@@ -17,78 +15,10 @@ Example:
   loraformat push my-bundle/adapters/medical me/medical --private
   loraformat push my-bundle me/my-bundle
 """
-
-
-@click.command(epilog=_EXAMPLE)
-@click.argument("path")
-@click.argument("repo", metavar="REPO_ID")
-@click.option(
-    "--base-model",
-    metavar="ORG/NAME",
-    help="Base model on the Hub, if the files record only a local path. ORG/NAME@REVISION selects "
-    "a revision.",
-)
-@click.option(
-    "--license",
-    metavar="ID",
-    help="Licence identifier as used on the Hub. [default: that of the base]",
-)
-@click.option(
-    "--with-gguf", is_flag=True, help="Also publish a GGUF version of the adapter for llama.cpp."
-)
-@click.option(
-    "--base",
-    metavar="PATH",
-    help="Base to compare names and shapes with; its config.json is used for --with-gguf. "
-    "[default: a local copy, if there is one]",
-)
-@click.option(
-    "--include",
-    multiple=True,
-    metavar="GLOB",
-    help="Also publish matching files of PATH. Repeatable.",
-)
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="GLOB",
-    help="Do not publish matching files of PATH. Repeatable.",
-)
-@click.option(
-    "--with-statistics",
-    is_flag=True,
-    help="Also publish activation statistics: second moments of layer inputs on the training data.",
-)
-@click.option(
-    "--whole-record",
-    is_flag=True,
-    help="Keep hashes of the training data and sample prompts in the published "
-    "training_record.json.",
-)
-@click.option("--private", is_flag=True, help="Create a new repository as private.")
-@click.option(
-    "--revision", metavar="BRANCH", help="Branch to commit to; created if missing.  [default: main]"
-)
-@click.option(
-    "--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch."
-)
-@click.option("--tag", metavar="NAME", help="Tag the commit, for example v1.0.")
-@click.option("--message", metavar="TEXT", help="Commit message.")
-@dry_run_option("Print the files, their status on the Hub, and the model card, without uploading.")
-@report_options
-def command(path: str, repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Publish an adapter or a bundle on the Hub with a generated model card.
-
-    PATH is a PEFT directory, a GGUF LoRA, BUNDLE/adapters/NAME, or a bundle. It is verified first
-    and published in a single commit, whose files are then compared by hash. Files already on the
-    Hub are not uploaded again, so an interrupted upload resumes where it stopped.
-
-    Log in with: hf auth login.
-    """
-    from loraformat.ops.push.push import push
-
-    report = push(path, repo, progress=on_terminal(quiet), **options)
-    show("push", report, _text, as_json=as_json, quiet=quiet)
+_METAVARS = {
+    "base": "PATH", "base_model": "ORG/NAME", "license": "ID", "message": "TEXT",
+    "repo": "REPO_ID", "revision": "BRANCH", "tag": "NAME",
+}  # fmt: skip
 
 
 def _text(report: Any) -> str:
@@ -111,3 +41,6 @@ def _text(report: Any) -> str:
         lines.append(f"tag {report.tag}")
     lines.append(report.pull_request or report.url)
     return "\n".join(lines)
+
+
+command = reporting_command("push", _EXAMPLE, _text, metavars=_METAVARS)

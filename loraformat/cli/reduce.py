@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
-from loraformat.cli.console import largest_error, on_terminal, show, table
-from loraformat.cli.options import (
-    ParameterCount,
-    adapter_options,
-    adapter_output_option,
-    energy_option,
-    max_rank_option,
-    writing_options,
-)
+from loraformat.cli.console import largest_error, table
+from loraformat.cli.options import ParameterCount, reporting_command
 
 _EXAMPLE = """\b
 Example:
@@ -22,41 +13,6 @@ Example:
   loraformat reduce my-adapter -o small --budget 4M --max-rank 64
   loraformat reduce my-adapter -o small.gguf --rank 8 --base my-model
 """
-
-
-@click.command(epilog=_EXAMPLE)
-@click.argument("adapter", metavar="ADAPTER")
-@adapter_output_option
-@click.option("--rank", type=click.IntRange(1), metavar="R", help="Rank of every module.")
-@energy_option("Keep this fraction of each module's squared norm, for example 0.99.")
-@click.option(
-    "--budget",
-    type=ParameterCount(),
-    metavar="N",
-    help="Total number of parameters (4M, 500k), distributed over the modules where they retain "
-    "most.",
-)
-@max_rank_option("Upper bound per module; alone, or with --energy or --budget.")
-@click.option(
-    "--statistics/--no-statistics",
-    default=True,
-    help="Use activation statistics, if the adapter has them, to minimise the error of the "
-    "outputs; else that of the weights.  [default: statistics]",
-)
-@adapter_options
-@writing_options(dry_run="Print ranks and errors without writing anything.")
-def command(adapter: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Reduce an adapter's rank with the smallest possible error.
-
-    Each module's delta is replaced by its best low-rank approximation, computed from the factors
-    in float64. If the adapter has activation statistics, the error of the module's output is
-    minimised instead. The new factors are balanced and ordered by singular value, so any prefix of
-    them is the best adapter of that rank. rsLoRA and per-module patterns are folded in.
-    """
-    from loraformat.ops.reduce import reduce
-
-    report = reduce(adapter, output, progress=on_terminal(quiet), **options)
-    show("reduce", report, _text, as_json=as_json, quiet=quiet)
 
 
 def _text(report: Any) -> str:
@@ -77,3 +33,8 @@ def _text(report: Any) -> str:
         lines.append("note: energies and errors refer to module outputs, according to the "
                      "adapter's activation statistics")  # fmt: skip
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+command = reporting_command(
+    "reduce", _EXAMPLE, _text, metavars={"budget": "N"}, types={"budget": ParameterCount()}
+)

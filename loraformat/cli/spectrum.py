@@ -6,43 +6,30 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import on_terminal, report_options, show, table
-from loraformat.cli.options import allow_pickle_option
+import loraformat
+from loraformat.cli.console import on_terminal, show, table
+from loraformat.cli.options import verb_command
 
 _EXAMPLE = """\b
 Example:
   loraformat spectrum my-adapter
   loraformat spectrum my-adapter --plot spectrum.png --json
 """
-
-
-@click.command(epilog=_EXAMPLE)
-@click.argument("adapter", metavar="ADAPTER")
-@click.option(
-    "--plot",
-    "picture",
+_PLOT = click.Option(
+    ["--plot", "picture"],
     metavar="FILE",
     help="Also plot it to a .png, .svg or .pdf file. Needs: pip install 'loraformat[plot]'.",
 )
-@allow_pickle_option
-@report_options
-def command(
-    adapter: str, picture: str | None, allow_pickle: bool, as_json: bool, quiet: bool
-) -> None:
-    """Show the singular value spectrum and effective ranks of an adapter.
 
-    Per module: the norm of the delta, its effective rank (stable rank and entropy rank), and
-    the smallest ranks that keep 90, 95 and 99 % of its squared norm.
-    """
+
+def _run(picture: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     from loraformat.ops.plots import check_picture
-    from loraformat.ops.spectrum.plot import plot_spectrum
-    from loraformat.ops.spectrum.spectrum import spectrum
 
     if picture is not None:
         check_picture(picture)
-    report = spectrum(adapter, allow_pickle=allow_pickle, progress=on_terminal(quiet))
+    report = loraformat.spectrum(**options, progress=on_terminal(quiet))
     if picture is not None:
-        plot_spectrum(report, picture)
+        loraformat.plot_spectrum(report, picture)
     show("spectrum", report, _text, as_json=as_json, quiet=quiet)
 
 
@@ -66,3 +53,6 @@ def _text(report: Any) -> str:
         *parts,
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+command = verb_command("spectrum", _EXAMPLE, extra={"allow_pickle": [_PLOT]})(_run)

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from loraformat.cli.console import Resumable, echo_json, report_options, say
-from loraformat.cli.options import dry_run_option, force_option
 from loraformat.cli.sections import SectionedCommand
 from loraformat.cli.train_options import chosen, setting_options
 from loraformat.errors import InputError
@@ -34,9 +33,12 @@ Example:
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Resume from the newest complete checkpoint.")
 @setting_options()
-@force_option("an existing adapter and its run directory")
-@dry_run_option(
-    "Print the memory plan, the number of steps and a measured time estimate without training."
+@click.option("--force", is_flag=True, help="Replace an existing adapter and its run directory.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the memory plan, the number of steps and a measured time estimate without "
+    "training.",
 )
 @report_options
 def command(

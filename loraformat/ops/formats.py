@@ -53,7 +53,7 @@ class FormatsReport(Report):
 
 
 def formats() -> FormatsReport:
-    """List the converters, what each cannot represent, and missing packages.
+    """List the converters, their directions, what each cannot represent, and missing packages.
 
     Returns
     -------

@@ -151,32 +151,42 @@ def reduce(
 ) -> ReductionReport:
     """Reduce an adapter's rank with the smallest possible error.
 
-    One of `rank`, `energy` and `budget`, or `max_rank` alone, says how far.
+    Each module's delta is replaced by its best low-rank approximation, computed from the factors
+    in float64. If the adapter has activation statistics, the error of the module's output is
+    minimised instead. The new factors are balanced and ordered by singular value, so any prefix of
+    them is the best adapter of that rank. rsLoRA and per-module patterns are folded in.
 
     Parameters
     ----------
     adapter : str or Path
         In any format, or a Hub id.
     output : str or Path
-        A PEFT directory, ``NAME.gguf`` or ``BUNDLE/adapters/NAME``.
+        Output adapter: a PEFT directory, ``NAME.gguf`` for llama.cpp, or ``BUNDLE/adapters/NAME``.
     rank : int, optional
-        Of every module.
+        Rank of every module.
     energy : float, optional
-        Fraction of each module's squared norm to keep.
+        Keep this fraction of each module's squared norm, for example 0.99.
     budget : int, optional
         Total number of parameters, distributed over the modules where they retain most.
     max_rank : int, optional
         Upper bound per module; alone, or with `energy` or `budget`.
     statistics : bool
-        Minimise the error of the outputs if the adapter has activation statistics; otherwise that
-        of the weights.
+        Use activation statistics, if the adapter has them, to minimise the error of the outputs;
+        else that of the weights.
     dtype : str, optional
-        Of the new factors; unchanged by default.
+        Dtype of the new factors. [default: unchanged]
     base : str or Path, optional
-        Base to compare names and shapes with; a GGUF adapter needs its ``config.json``.
+        Base to compare names and shapes with; a GGUF adapter needs its ``config.json`` (a directory
+        holding only that file is enough). Not needed for an adapter in a bundle.
     allow_base_mismatch : bool
         Accept an adapter that was made for another base.
-    allow_pickle, force, dry_run, progress
+    allow_pickle
+        As in `convert`.
+    force : bool
+        Replace an existing `output`.
+    dry_run : bool
+        Report ranks and errors without writing anything.
+    progress
         As in `convert`.
 
     Returns

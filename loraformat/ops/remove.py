@@ -31,7 +31,10 @@ class RemovalReport(Report):
 
 
 def remove(path: str | Path) -> RemovalReport:
-    """Remove an adapter from a bundle; nothing else in the bundle changes.
+    """Remove an adapter from a bundle.
+
+    `path` is ``BUNDLE/adapters/NAME``. The adapter is removed from the manifest first, then its
+    files are deleted. Nothing else in the bundle changes.
 
     Parameters
     ----------
@@ -44,6 +47,8 @@ def remove(path: str | Path) -> RemovalReport:
 
     Raises
     ------
+    UsageError
+        If the path is no place in a bundle.
     InputError
         If the manifest does not list it.
     """

@@ -68,12 +68,16 @@ def verify(
 ) -> VerificationReport:
     """Verify structure and hashes of a model or an adapter.
 
+    `path` is a local path or a Hub id, of a model or an adapter. A bundle, or an adapter in one, is
+    verified against the hashes in its manifest. Other formats have no hashes: their headers and
+    scales are checked, and an adapter's factor pairs, shapes and values.
+
     Parameters
     ----------
-    path, allow_pickle
-        As in `info`.
-    progress : bool or callable
-        True shows a bar on stderr; a callable gets the bytes done and in total.
+    path : str or Path
+        A local path, or ``org/name[@revision]`` on the Hub.
+    allow_pickle, progress
+        As in `convert`.
 
     Returns
     -------

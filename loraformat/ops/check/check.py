@@ -99,6 +99,16 @@ def check(
 ) -> CheckReport:
     """Check how inference runtimes load an adapter.
 
+    `adapter` is a PEFT directory, a GGUF file, ``BUNDLE/adapters/NAME``, or a Hub id. Each finding
+    says what the runtime does, why, and which command fixes it. A finding is a failure if the
+    runtime rejects the adapter or computes a different result, and a warning if some action or
+    caution is needed. A format that a runtime cannot read is a warning, or a failure if `runtime`
+    names that runtime.
+
+    `fix` writes the same deltas with the scaling folded into B, alpha equal to the rank, and a
+    single rank for all modules, which every runtime interprets the same way. Adapters that contain
+    more than low-rank deltas are rejected; merge those instead.
+
     Parameters
     ----------
     adapter : str or Path
@@ -107,13 +117,12 @@ def check(
         Compare names, shapes, architecture and fingerprint with this base. An adapter in a bundle
         is compared with that bundle.
     runtime : str or sequence of str
-        ``transformers``, ``vllm``, ``sglang``, ``lorax``, ``llama.cpp``, ``ollama`` or ``mlx``;
-        all by default.
+        transformers, vllm, sglang, lorax, llama.cpp, ollama or mlx. [default: all]
     write : str or Path, optional
-        Write a Modelfile, command lines and a script that load this adapter into this new
-        directory.
-    allow_pickle : bool
-        Also read pickled ``.bin`` files, with a loader restricted to tensors.
+        Write a Modelfile, command lines and a script that load this adapter into a new directory
+        DIR.
+    allow_pickle
+        As in `convert`.
 
     Returns
     -------

@@ -71,26 +71,30 @@ def combine(
 ) -> CombinationReport:
     """Combine several adapters into one.
 
+    The effective deltas are combined (including rsLoRA and per-module patterns), not the factors A
+    and B separately. Ranks and target modules may differ.
+
     Parameters
     ----------
     adapters : str, Path or a sequence of them
         In any format, or Hub ids.
     output : str or Path
-        A PEFT directory, ``NAME.gguf`` or ``BUNDLE/adapters/NAME``.
+        Output adapter: a PEFT directory, ``NAME.gguf`` for llama.cpp, or ``BUNDLE/adapters/NAME``.
     method : str
-        ``svd``: best rank-r approximation of the weighted sum. ``cat``: exact sum, ranks added.
-        ``linear``: exact sum at the smallest sufficient rank. ``ties``, ``dare_linear``,
-        ``dare_ties`` and ``magnitude_prune`` prune or drop elements first.
+        svd: best rank-R approximation of the weighted sum. cat: exact sum, ranks added. linear:
+        exact sum at the smallest sufficient rank. The others prune or drop elements first.
     weight : float or sequence of float
-        Weight of each adapter, in the same order; may be negative; 1 by default.
+        Weight of each adapter, in the same order; may be negative. [default: 1 each]
     rank : int, optional
-        Of the result; by default the largest input rank, per module.
+        Rank of the result. [default: the largest input rank, per module]
     density : float
         Fraction of elements kept by pruning or dropping.
     seed : int
         Random seed for dropping.
-    dtype, base, allow_base_mismatch, allow_pickle, force, dry_run, progress
-        As in `reduce`; progress counts modules.
+    dtype, base, allow_base_mismatch, allow_pickle, force, dry_run
+        As in `reduce`.
+    progress : bool or callable
+        True shows a bar on stderr; a callable gets the modules done and in total.
 
     Returns
     -------

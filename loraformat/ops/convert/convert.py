@@ -56,8 +56,8 @@ def convert(
     canonical: bool = False,
     allow_pickle: bool = False,
     allow_base_mismatch: bool = False,
-    force: bool = False,
     strict: bool = False,
+    force: bool = False,
     dry_run: bool = False,
     progress: Progress = False,
     from_format: str | None = None,
@@ -65,48 +65,58 @@ def convert(
 ) -> ConversionReport:
     """Convert a model or an adapter to another format.
 
+    `source` is a local path or a Hub id (org/name, org/name@revision). Weights are read, converted
+    and written one tensor at a time; `target` appears only when it is complete.
+
+    To add an adapter to a bundle, use ``BUNDLE/adapters/NAME`` as `target`; to export it, use that
+    as `source`. Its files are copied byte for byte where the formats allow. Apart from its
+    manifest, nothing else in the bundle changes.
+
     Parameters
     ----------
     source : str or Path
         A local path, or ``org/name[@revision]`` on the Hub.
     target : str or Path
         The output. An adapter's may be ``BUNDLE/adapters/NAME``.
-    from_, to : str, optional
-        Formats of source and target. By default the source's is detected, and the target's
-        follows from its suffix: else a bundle, or a PEFT directory for an adapter.
+    from_ : str, optional
+        Format of `source`. [default: detected]
+    to : str, optional
+        Format of `target`. [default: from its suffix, else loraformat, or peft for an adapter]
     dtype : str, optional
-        Of dense tensors or of an adapter's factors: ``f32``, ``f16``, ``bf16``, and GGUF's block
-        types for GGUF outputs. Unchanged by default; ``f16`` for a GGUF output.
+        Dtype of dense tensors, or of an adapter's factors. [default: unchanged; f16 for a GGUF
+        output; GGUF block types become f32] The q types are only for GGUF outputs.
     config : str or Path, optional
-        ``config.json`` of the model in a GGUF file; inferred by default.
+        ``config.json`` of the model in a GGUF file. [default: inferred]
     pre : str, optional
-        llama.cpp's name of the pre-tokenizer, for a GGUF output; detected by default.
+        llama.cpp's name of the pre-tokenizer, for a GGUF output. [default: detected]
     block_size : int, optional
-        Elements per absmax scale: a power of two from 32 to 4096; 64 by default.
+        Elements per absmax scale: a power of two from 32 to 4096. [default: 64]
     double_quant : bool, optional
-        Quantize the absmax scales, too; true by default.
-    skip, include : str or sequence of str
-        Globs of weights not to quantize, and of weights to quantize as well.
+        Quantize the absmax scales, too: 4.127 instead of 4.5 bits per weight; on by default.
+    skip : str or sequence of str
+        Do not quantize matching weights; overrides `include`.
+    include : str or sequence of str
+        Also quantize matching weights.
     max_shard_size : int or str, optional
-        Maximum tensor bytes per file, a number or a text such as ``500MB``; 2 GB by default.
+        Maximum tensor bytes per file. [default: 2GB]
     base : str or Path, optional
-        For adapters: base to compare names and shapes with.
+        Adapters: base to compare names and shapes with.
     canonical : bool
-        For adapters: convert to canonical form instead of copying.
+        Adapters: convert to canonical form instead of copying: scaling folded into B, alpha = rank.
     allow_pickle : bool
         Also read pickled ``.bin`` files, with a loader restricted to tensors.
     allow_base_mismatch : bool
-        For adapters: accept one made for another base; the output records this base.
-    force : bool
-        Replace an existing target.
+        Adapters: accept one made for another base; the output records this base.
     strict : bool
-        Fail if the target cannot hold everything in the source.
+        Fail if `target` cannot hold everything in `source`.
+    force : bool
+        Replace an existing `target`.
     dry_run : bool
-        Write nothing; report what would be written.
+        Report the plan and the sizes without writing anything.
     progress : bool or callable
         True shows a bar on stderr; a callable gets the bytes done and in total.
     from_format, to_format : str, optional
-        Former names of ``from_`` and ``to``.
+        Former names of `from_` and `to`.
 
     Returns
     -------
@@ -115,6 +125,8 @@ def convert(
 
     Raises
     ------
+    UsageError
+        If an option is not for what `source` is.
     LoraFormatError
         The target is untouched then.
     """

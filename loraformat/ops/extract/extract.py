@@ -70,26 +70,34 @@ def extract(
 ) -> ExtractionReport:
     """Extract an adapter from a base and its fine-tune.
 
+    The float32 difference of each matrix is approximated by a low-rank delta; changed norms,
+    changed biases and resized embeddings are stored in full. The captured share of each module's
+    difference is measured and reported.
+
     Parameters
     ----------
     base, tuned : str or Path
         Models in any format, or Hub ids.
     output : str or Path
-        A PEFT directory, ``NAME.gguf`` or ``BUNDLE/adapters/NAME``.
+        Output adapter: a PEFT directory, ``NAME.gguf`` for llama.cpp, or ``BUNDLE/adapters/NAME``.
     rank : int or "auto", optional
-        Of every module that differs by more than rounding noise; ``"auto"``, the default without
-        an energy, picks the rank at which rounding noise of `tuned` begins.
+        Rank of every module that differs by more than rounding noise; auto picks the rank at which
+        rounding noise of `tuned` begins. [default: auto]
     energy : float, optional
         Capture this fraction of each difference's squared norm.
     max_rank : int
         Upper bound for ``rank="auto"`` and `energy`.
     skip : str or sequence of str
-        Globs of tensors to leave out.
+        Leave out matching tensors.
     dtype : str, optional
-        Of the factors; that of `tuned` by default.
+        Dtype of the factors. [default: that of `tuned`]
     allow_base_mismatch : bool
         Allow an output bundle other than `base`.
-    force, dry_run, progress
+    force : bool
+        Replace an existing `output`.
+    dry_run : bool
+        Report ranks and captured shares without writing anything.
+    progress
         As in `convert`.
 
     Returns

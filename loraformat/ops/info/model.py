@@ -34,12 +34,14 @@ _MAX_ADAPTER_CONFIG_BYTES = 1 << 20
 def info(path: str | Path, *, allow_pickle: bool = False) -> InfoReport:
     """Describe a model or an adapter without reading its weights.
 
+    `path` is a local path or a Hub id (org/name, org/name@revision).
+
     Parameters
     ----------
     path : str or Path
         A local path, or ``org/name[@revision]`` on the Hub.
-    allow_pickle : bool
-        Also read pickled ``.bin`` files, with a loader restricted to tensors.
+    allow_pickle
+        As in `convert`.
 
     Returns
     -------

@@ -59,9 +59,9 @@ def merge(
     adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
     output: str | Path,
     *,
+    to: str | None = None,
     weight: float | Sequence[float] = (),
     from_: str | None = None,
-    to: str | None = None,
     dtype: str | None = None,
     undo: str | Path | None = None,
     requantize: bool = False,
@@ -77,32 +77,43 @@ def merge(
 ) -> MergeReport:
     """Merge adapters into a base and write a new model.
 
+    `base` is never modified. The sum of all deltas is added to each weight and rounded once. A
+    quantized `base` is written as dense weights, because requantizing would lose most of the delta.
+    With ``to="loraformat"`` the NF4 codes are kept and the combined adapter is stored separately in
+    the bundle.
+
     Parameters
     ----------
     base : str or Path
-        A local path, or ``org/name[@revision]`` on the Hub, in any format. It is never modified.
+        A local path, or ``org/name[@revision]`` on the Hub, in any format.
     adapters : str, Path, Adapter or a sequence of them
-        An open `Adapter` stays open.
+        In any format. An open `Adapter` stays open.
     output : str or Path
+        Output directory.
+    to : str, optional
+        Format of `output`. [default: safetensors]
     weight : float or sequence of float
-        Weight of each adapter, in the same order; 1 by default.
-    from_, to : str, optional
-        Formats of base and output; the output's is dense safetensors by default.
+        Weight of each adapter, in the same order. [default: 1]
+    from_ : str, optional
+        Format of `base`. [default: detected]
     dtype : str, optional
-        Of the output. By default unchanged; NF4 becomes bf16, GGUF block types f32.
+        Dtype of the output. [default: unchanged; NF4 becomes bf16, GGUF block types f32; f16 for a
+        GGUF output] The q types are only for GGUF outputs.
     undo : str or Path, optional
-        Write an undo record, from which `unmerge` restores the base exactly.
+        Write an undo record, from which `unmerge` restores `base` exactly.
     requantize : bool
-        Quantize the merged weights to NF4. For a base that was already NF4 this loses nearly all
-        of the delta.
+        Quantize the merged weights to NF4. For a base that was already NF4 this loses nearly all of
+        the delta.
     name : str, optional
-        With ``to="loraformat"``: name of the adapter in the bundle.
+        With ``to="loraformat"``: name of the adapter in the bundle. [default: its directory's name]
     allow_base_mismatch : bool
         Accept an adapter that was made for another base.
-    allow_pickle, config, pre, max_shard_size
+    allow_pickle, config, pre
         As in `convert`.
+    max_shard_size : int or str
+        Maximum tensor bytes per file.
     force : bool
-        Replace an existing model at the output.
+        Replace an existing model at `output`.
     dry_run, progress
         As in `convert`.
 

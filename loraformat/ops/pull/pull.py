@@ -54,18 +54,24 @@ def pull(
 ) -> PullReport:
     """Download a repository from the Hub at one commit and verify every file by hash.
 
+    `target` appears only when all files are complete and match the Hub. To continue after an
+    interruption, run the same command again; complete files are not downloaded twice.
+
     Parameters
     ----------
     repo : str
         ``org/name`` or ``org/name@revision``.
     target : str or Path
-        Appears only when all files are complete and match the Hub.
+        The directory to create.
     with_base : bool
         Also download the base model it names into the Hub cache.
     include : str or sequence of str
-        Globs of the files to download; by default all but pickles and weights of other frameworks.
-    force, dry_run : bool
-        Replace an existing target; download nothing.
+        Download matching files only. [default: all but pickles and weights of other
+        frameworks]
+    force : bool
+        Replace an existing `target`.
+    dry_run : bool
+        Report the files and their sizes without downloading them.
     progress : bool or callable
         True shows a bar on stderr; a callable gets the bytes compared and in total.
 
@@ -76,7 +82,12 @@ def pull(
     Raises
     ------
     HubError
-        If the Hub refuses or does not answer; the same call continues.
+        If the Hub refuses or does not answer, or a file is not what it has; the same call
+        continues.
+    OutputError
+        If the target exists.
+    UsageError
+        If `repo` is no repository id, or the target is empty.
     """
     began = time.perf_counter()
     named = hub_id(repo)

@@ -77,36 +77,48 @@ def push(
 ) -> PushReport:
     """Publish an adapter or a bundle on the Hub with a generated model card.
 
+    `path` is a PEFT directory, a GGUF LoRA, ``BUNDLE/adapters/NAME``, or a bundle. It is verified
+    first and published in a single commit, whose files are then compared by hash. Files already on
+    the Hub are not uploaded again, so an interrupted upload resumes where it stopped.
+
+    Log in with: hf auth login.
+
     Parameters
     ----------
     path : str or Path
-        A PEFT directory, a GGUF LoRA, ``BUNDLE/adapters/NAME``, or a bundle.
+        What to publish.
     repo : str
         ``org/name``.
     base_model : str, optional
-        ``org/name[@revision]`` of the base, if the files record only a local path.
+        Base model on the Hub, if the files record only a local path. ORG/NAME@REVISION selects a
+        revision.
     license : str, optional
-        Licence identifier as used on the Hub; that of the base by default.
+        Licence identifier as used on the Hub. [default: that of the base]
     with_gguf : bool
         Also publish a GGUF version of the adapter for llama.cpp.
     base : str or Path, optional
-        Base to compare names and shapes with; by default a local copy, if there is one.
-    include, exclude : str or sequence of str
-        Globs of files to publish as well, and of files not to publish.
+        Base to compare names and shapes with; its ``config.json`` is used for `with_gguf`.
+        [default: a local copy, if there is one]
+    include : str or sequence of str
+        Also publish matching files of `path`.
+    exclude : str or sequence of str
+        Do not publish matching files of `path`.
     with_statistics : bool
-        Also publish activation statistics.
+        Also publish activation statistics: second moments of layer inputs on the training data.
     whole_record : bool
-        Keep hashes of the training data and sample prompts in the published record.
+        Keep hashes of the training data and sample prompts in the published training_record.json.
     private : bool
         Create a new repository as private.
     revision : str, optional
-        Branch to commit to; ``main`` by default.
+        Branch to commit to; created if missing. [default: main]
     create_pr : bool
         Open a pull request instead of committing to the branch.
-    tag, message : str, optional
-        Of the commit.
+    tag : str, optional
+        Tag the commit, for example v1.0.
+    message : str, optional
+        Commit message.
     dry_run : bool
-        Upload nothing; report files, their status and the card.
+        Report the files, their status on the Hub, and the model card, without uploading.
     progress : bool or callable
         True shows a bar on stderr; a callable gets the bytes verified and in total.
 
@@ -116,6 +128,8 @@ def push(
 
     Raises
     ------
+    InputError
+        If the files are not sound, or do not say what their base is.
     HubError
         If the Hub refuses, or does not answer.
     """

@@ -99,7 +99,10 @@ class SpectrumReport(Report):
 def spectrum(
     adapter: str | Path, *, allow_pickle: bool = False, progress: Progress = False
 ) -> SpectrumReport:
-    """Compute the singular value spectrum and effective ranks of an adapter.
+    """Show the singular value spectrum and effective ranks of an adapter.
+
+    Per module: the norm of the delta, its effective rank (stable rank and entropy rank), and the
+    smallest ranks that keep 90, 95 and 99 % of its squared norm.
 
     Parameters
     ----------

@@ -34,11 +34,11 @@ def unmerge(
     merged: str | Path,
     output: str | Path,
     *,
+    to: str | None = None,
     undo: str | Path | None = None,
     adapter: str | Path | Adapter | Sequence[str | Path | Adapter] = (),
     weight: float | Sequence[float] = (),
     allow_pickle: bool = False,
-    to: str | None = None,
     max_shard_size: int | str = "2GB",
     force: bool = False,
     dry_run: bool = False,
@@ -46,22 +46,31 @@ def unmerge(
 ) -> UnmergeReport:
     """Undo a merge and restore the base.
 
+    With its undo record the base is restored bit for bit, verified by hash; undo several merges in
+    reverse order. Without one the adapters are subtracted, which is only approximate.
+
     Parameters
     ----------
     merged : str or Path
-        What `merge` wrote. Undo several merges in reverse order.
+        What `merge` wrote.
     output : str or Path
-    undo : str or Path, optional
-        The merge's undo record: the base is restored bit for bit. Without one the adapters are
-        subtracted, which is only approximate.
-    adapter : str, Path, Adapter or a sequence of them
-        With a record: current location of the merged adapters. Without: adapters to subtract.
-    weight : float or sequence of float
-        Without a record: weight of each adapter; 1 by default.
+        Output directory.
     to : str, optional
-        Format of the output; dense safetensors by default.
-    allow_pickle, max_shard_size, force, dry_run, progress
+        Format of `output`. [default: safetensors]
+    undo : str or Path, optional
+        The undo record written by `merge --undo`.
+    adapter : str, Path, Adapter or a sequence of them
+        With `undo`: current location of a merged adapter. Without: adapter to subtract.
+    weight : float or sequence of float
+        Without `undo`: weight of each adapter. [default: 1]
+    allow_pickle : bool
+        As in `convert`.
+    max_shard_size, force
         As in `merge`.
+    dry_run : bool
+        Check that record, model and adapters match without writing anything.
+    progress
+        As in `convert`.
 
     Returns
     -------

@@ -35,7 +35,7 @@ def rewrite(
                 continue
             data, stored = file.load(tensor.name), tensor.type
             if kind is not None and len(tensor.shape) > 1:
-                values = dequantize(data, stored, tensor.shape).numpy()
+                values = dequantize(data, stored, tensor.shape)
                 data, stored = memoryview(quantize(values, kind)), kind
             tensors.append(PlannedTensor(tensor.name, tensor.shape, stored, lambda d=data: [d]))
         write_gguf(output, metadata, tensors)

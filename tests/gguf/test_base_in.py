@@ -108,7 +108,7 @@ def test_gguf_to_safetensors_to_gguf(made, name, dtype, tmp_path):
                 a, b = (
                     dequantize(file.load(key), tensor.type, tensor.shape) for file in (one, other)
                 )
-                assert (a - b).norm() < 2e-3 * a.norm(), key
+                assert np.linalg.norm(a - b) < 2e-3 * np.linalg.norm(a), key
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_experts_of_block_types(made, tmp_path):
         if ".experts." in key:
             stored = memoryview(quantize(value.numpy(), GGMLType.Q8_0))
             wanted = dequantize(stored, GGMLType.Q8_0, tuple(value.shape))
-            assert torch.equal(ours[key], wanted), key
+            assert np.array_equal(ours[key].numpy(), wanted), key
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2", "gemma2"])

@@ -187,7 +187,8 @@ def test_a_dense_export_keeps_the_values_of_blocks(source, tmp_path):
     found = load_file(tmp_path / "dense" / "model.safetensors")
     with open_gguf(path) as file:
         stored = file.tensors["blk.1.ffn_up.weight"]
-        wanted = dequantize(file.load(stored.name), stored.type, stored.shape)
+        values = dequantize(file.load(stored.name), stored.type, stored.shape)
+    wanted = torch.from_numpy(values)
     assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], wanted)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, wanted), "not rounded on opening"

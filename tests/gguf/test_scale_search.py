@@ -23,7 +23,7 @@ SHAPE = (128, 1024)
 
 
 def read(stored, kind, shape=SHAPE):
-    return dequantize(memoryview(stored), kind, shape)
+    return torch.from_numpy(dequantize(memoryview(stored), kind, shape))
 
 
 def in_nf4(weight, block_size=64, double_quant=True):
@@ -62,7 +62,7 @@ def figures(weight, found):
 def test_no_error_leans_to_one_side(kind, source):
     """A constant on every weight adds up over the layers, as noise of its size does not."""
     weight = SOURCES[source]
-    size, mean = figures(weight, read(quantize(weight, kind), kind))
+    size, mean = figures(weight, read(quantize(weight.numpy(), kind), kind))
     assert abs(mean) < 1e-2
     if kind in SEARCHED:
         assert abs(mean) < 0.12 * size + 1e-6
@@ -75,7 +75,7 @@ def test_no_error_leans_to_one_side(kind, source):
 def test_errors_are_smaller_than_those_of_ggmls_encoders(kind, source):
     """Its plain one, and the search that it does for an imatrix, here one of equal columns."""
     weight, ones = SOURCES[source], np.ones(SHAPE[1], np.float32)
-    size, _ = figures(weight, read(quantize(weight, kind), kind))
+    size, _ = figures(weight, read(quantize(weight.numpy(), kind), kind))
     plain, _ = figures(weight, read(ggml_oracle.quantize(weight.numpy(), kind), kind))
     searched, _ = figures(weight, read(ggml_oracle.quantize(weight.numpy(), kind, ones), kind))
     if plain < 1e-3:  # it holds the source exactly, and so do we, but for single blocks
@@ -103,7 +103,7 @@ def test_blocks_at_the_ends_of_float16(kind):
         1000 + np.arange(32) * 1e-3, np.arange(32) * 1e-5, np.arange(32) * -1e-6,
     ]  # fmt: skip
     weight = torch.tensor(np.stack(rows), dtype=torch.float32)
-    ours = read(quantize(weight, kind), kind, weight.shape)
+    ours = read(quantize(weight.numpy(), kind), kind, weight.shape)
     theirs = read(ggml_oracle.quantize(weight.numpy(), kind), kind, weight.shape)
     assert ours.isfinite().all()
     off, plain = ((found - weight).norm(dim=1) for found in (ours, theirs))
@@ -113,7 +113,8 @@ def test_blocks_at_the_ends_of_float16(kind):
 def test_what_is_found_is_the_best_of_its_tries():
     """Against a search in float64 that tries four hundred scales for each block."""
     block = SOURCES["normal"][:8].reshape(-1, 32).T.contiguous()
-    scales, codes = signed_codes(block, 16, (1.0, 0.9, 0.94, 1.04, 1.08, 1.12))
+    found = signed_codes(block.numpy(), 16, (1.0, 0.9, 0.94, 1.04, 1.08, 1.12))
+    scales, codes = map(torch.from_numpy, found)
     found = (scales.double() * (codes.double() - 8) - block.double()).square().sum()
     extreme = block.gather(0, block.abs().argmax(0, keepdim=True))[0].double()
     best = torch.full_like(extreme, torch.inf)
@@ -122,7 +123,8 @@ def test_what_is_found_is_the_best_of_its_tries():
         fitted = (whole * block).sum(0) / whole.square().sum(0)
         best = torch.minimum(best, (fitted * whole - block).square().sum(0))
     assert found < 1.04 * best.sum()
-    scales, minima, codes = offset_codes(block, 16, (1.0, 0.93, 0.86))
+    found = offset_codes(block.numpy(), 16, (1.0, 0.93, 0.86))
+    scales, minima, codes = map(torch.from_numpy, found)
     lines = scales.double() * codes.double() + minima.double()
     assert (lines - block.double()).square().sum() < 0.85 * best.sum(), "one number more to fit"
 
@@ -141,7 +143,7 @@ def test_in_llama_cpp_nf4_goes_to_four_bits_with_less_loss(tmp_path):
         for tensor in ours.tensors.values():
             data = ours.load(tensor.name)
             if tensor.type is GGMLType.Q4_0:
-                values = dequantize(exact.load(tensor.name), GGMLType.F32, tensor.shape).numpy()
+                values = dequantize(exact.load(tensor.name), GGMLType.F32, tensor.shape)
                 data = memoryview(ggml_oracle.quantize(values, GGMLType.Q4_0))
             tensors.append(
                 PlannedTensor(tensor.name, tensor.shape, tensor.type, lambda d=data: [d])

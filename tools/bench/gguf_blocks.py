@@ -19,7 +19,6 @@ from pathlib import Path
 
 import click
 import numpy
-import torch
 
 sys.path.insert(0, os.fspath(Path(__file__).parent))
 
@@ -34,43 +33,45 @@ from loraformat_converters.gguf.types import GGMLType
 from nf4 import Work, measure
 from process import machine
 
+from loraformat.tensors.arrays import Array
+
 SHAPE = (2048, 5632)  # a projection of a 1B-class llama
 
 
-def contenders(numbers: torch.Tensor, kind: GGMLType) -> Iterator[tuple[str, dict[str, Work]]]:
+def contenders(numbers: Array, kind: GGMLType) -> Iterator[tuple[str, dict[str, Work]]]:
     """Yield operations on one type, and their contenders.
 
     Parameters
     ----------
-    numbers : Tensor
+    numbers : numpy.ndarray
         float32, two dimensions.
     kind : GGMLType
         One that cannot be made is read from random bytes.
     """
     from gguf import GGMLQuantizationType, quants
 
-    plain, foreign = numbers.numpy(), GGMLQuantizationType(int(kind))
-    out = numpy.empty_like(plain)
-    row_bytes = kind.row_bytes(plain.shape[1])
+    foreign = GGMLQuantizationType(int(kind))
+    out = numpy.empty_like(numbers)
+    row_bytes = kind.row_bytes(numbers.shape[1])
     if kind in QUANTIZABLE:
         raw = quantize(numbers, kind)
         yield (
             "make",
             {
                 "loraformat": lambda: list(quantized_tiles(numbers, kind)),
-                "gguf": lambda: quants.quantize(plain, foreign),
-                "copy": lambda: numpy.copyto(out, plain),
+                "gguf": lambda: quants.quantize(numbers, foreign),
+                "copy": lambda: numpy.copyto(out, numbers),
             },
         )
     else:
-        raw = numpy.random.default_rng(0).bytes(plain.shape[0] * row_bytes)
+        raw = numpy.random.default_rng(0).bytes(numbers.shape[0] * row_bytes)
     stored = numpy.frombuffer(raw, dtype=numpy.uint8).reshape(-1, row_bytes)
     yield (
         "read",
         {
             "loraformat": lambda: dequantize(memoryview(raw), kind, SHAPE),
             "gguf": lambda: quants.dequantize(stored, foreign),
-            "copy": lambda: numpy.copyto(out, plain),
+            "copy": lambda: numpy.copyto(out, numbers),
         },
     )
 
@@ -82,9 +83,8 @@ def main(repeat: int, json_path: Path | None) -> None:
     """Measure everything, print a table, write JSON if asked."""
     facts: dict[str, object] = {**machine(), "gguf": version("gguf"), "shape": list(SHAPE)}
     click.echo("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    torch.manual_seed(0)
-    numbers = torch.randn(SHAPE)
-    megabytes = numbers.numel() * 4 / 1e6
+    numbers = numpy.random.default_rng(0).standard_normal(SHAPE, numpy.float32)
+    megabytes = numbers.nbytes / 1e6
     rows = []
     numpy.seterr(all="ignore")  # random bytes are strange scales
     for kind in sorted(DEQUANTIZABLE):

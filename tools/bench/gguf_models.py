@@ -90,7 +90,7 @@ def _write_q4_k(file: GGUFFile, target: Path) -> None:
             rows, length = tensor.shape
             some = file.load(name)[: _QUANTIZED_ROWS * tensor.type.row_bytes(length)]
             values = dequantize(some, tensor.type, (_QUANTIZED_ROWS, length))
-            made = quantize(values.numpy(), GGMLType.Q4_K)
+            made = quantize(values, GGMLType.Q4_K)
             for start in range(0, rows, _QUANTIZED_ROWS):
                 yield made[: (min(rows - start, _QUANTIZED_ROWS)) * GGMLType.Q4_K.row_bytes(length)]
 

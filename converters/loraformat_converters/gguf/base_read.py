@@ -16,6 +16,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.model import config_json
 from loraformat.model.checkpoint import (
@@ -23,12 +25,11 @@ from loraformat.model.checkpoint import (
     Checkpoint,
     DenseTensor,
     Provenance,
-    tensor_view,
 )
 from loraformat.model.quantization_history import from_text
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.tied_head import HEAD, untied_config
-from loraformat.tensors.dtypes import TORCH_NAMES, torch_dtype
+from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
+from loraformat.tensors.dtypes import TORCH_NAMES
 from loraformat.tensors.lazy_sequence import Deferred
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
@@ -61,8 +62,6 @@ from loraformat_converters.gguf.tokenizers import TokenizerFiles
 from loraformat_converters.gguf.types import GGMLType, ValueType
 
 if TYPE_CHECKING:
-    import torch
-
     from loraformat.plugins import ReadOptions
 
 __all__ = ["read"]
@@ -200,19 +199,18 @@ class _Source:
 
     def _transformed(self, view: memoryview, kind: GGMLType, shape: tuple[int, ...]) -> memoryview:
         """Compute the tensor into one buffer, a tile of rows at a time where rows stay near."""
-        import torch
-
         from loraformat.nf4.kernels.threads import run
 
         transform, rows = self.recipe.transform, shape[0]
         heads = transform.heads if isinstance(transform, HeadOrder) else rows
         if len(shape) < 2 or isinstance(transform, Transpose):
             values = transform.rows(self._values(view, kind, shape), 0, self.recipe.shape[0])
-            return tensor_bytes(values.to(torch_dtype(self.dtype)))
+            with numpy.errstate(over="ignore"):
+                return array_bytes(values.astype(numpy_dtype(self.dtype), copy=False))
         # Rows change places within heads only, so that some heads make a tile.
         step = rows // heads * max(1, _TILE // max(rows // heads * shape[1], 1))
         row_bytes = kind.row_bytes(shape[1])
-        result = torch.empty(shape, dtype=torch_dtype(self.dtype))
+        result = numpy.empty(shape, numpy_dtype(self.dtype))
 
         def tile(start: int, stop: int) -> None:
             part = view[start * row_bytes : stop * row_bytes]
@@ -220,11 +218,11 @@ class _Source:
             here = transform
             if isinstance(transform, HeadOrder):
                 here = HeadOrder((stop - start) * heads // rows, transform.interleaved)
-            result[start:stop] = here.rows(values, 0, stop - start)
+            with numpy.errstate(over="ignore"):
+                result[start:stop] = here.rows(values, 0, stop - start)
 
-        # In the main thread torch would start OpenMP, whose barriers wait for busy cores.
-        run(tile, rows, step, in_torch=True)
-        return tensor_bytes(result)
+        run(tile, rows, step)
+        return array_bytes(result)
 
     def _values(
         self,
@@ -233,9 +231,9 @@ class _Source:
         shape: tuple[int, ...],
         *,
         threads: int | None = None,
-    ) -> torch.Tensor:
+    ) -> Array:
         if kind.name == self.dtype:
-            return tensor_view(view, self.dtype, shape)
+            return array_view(view, self.dtype, shape)
         name = self.recipe.parts[0].source
         return dequantize(view, kind, shape, name, threads=threads)
 

@@ -13,11 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy
+
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.model import config_json
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.written import FileRecord, WrittenModel, WrittenShards
 from loraformat.plugins import Forecast
+from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Config,
@@ -38,8 +41,6 @@ from loraformat_converters.gguf.writing import PlannedTensor, file_size, write_g
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
     from loraformat.plugins import WriteOptions
     from loraformat.storage.atomic_output import AtomicOutput
@@ -169,12 +170,8 @@ def _type(recipe: TensorMapping, kind: GGMLType, tied: bool) -> GGMLType:
 
 
 def _small(name: str, values: list[float]) -> PlannedTensor:
-    import torch
-
-    vector = torch.tensor(values, dtype=torch.float32)
-    return PlannedTensor(
-        name, tuple(vector.shape), GGMLType.F32, lambda: [vector.numpy().tobytes()]
-    )
+    vector = numpy.array(values, numpy.float32)
+    return PlannedTensor(name, vector.shape, GGMLType.F32, lambda: [vector.tobytes()])
 
 
 @dataclass
@@ -193,7 +190,7 @@ class _Work:
         return PlannedTensor(recipe.name, recipe.shape, kind, lambda: self._chunks(recipe, kind))
 
     def _chunks(self, recipe: TensorMapping, kind: GGMLType) -> Iterator[bytes]:
-        loaded: tuple[str, torch.Tensor, torch.Tensor | None] | None = None
+        loaded: tuple[str, Array, Array | None] | None = None
         for part in recipe.parts:
             source = self.checkpoint.tensors[part.source]
             if loaded is None or loaded[0] != part.source:  # the parts of fused experts share one
@@ -203,11 +200,11 @@ class _Work:
             yield from self._rounded(
                 recipe, part, matrix, None if before is None else part.of(before), kind
             )
-            self.options.progress(matrix.numel() * source.nbytes // source.count)
+            self.options.progress(matrix.size * source.nbytes // source.count)
             if part is recipe.parts[-1] or len(recipe.sources) > 1:
                 source.release()
 
-    def _before(self, name: str) -> torch.Tensor | None:
+    def _before(self, name: str) -> Array | None:
         """Return the original tensor if an observer compares it with the stored one."""
         watch = self.options.watch
         tensor = None if watch is None else watch.before(name)
@@ -217,8 +214,8 @@ class _Work:
         self,
         recipe: TensorMapping,
         part: TensorSlice,
-        matrix: torch.Tensor,
-        before: torch.Tensor | None,
+        matrix: Array,
+        before: Array | None,
         kind: GGMLType,
     ) -> Iterator[bytes]:
         name, rows, watched = part.source, recipe.rows_of(part), None
@@ -231,7 +228,7 @@ class _Work:
         return rounded(
             lambda start, stop: transform.rows(matrix, start, stop),
             rows,
-            matrix.numel() // max(rows, 1),
+            matrix.size // max(rows, 1),
             kind,
             name,
             None if exact else self.loss,
@@ -239,13 +236,11 @@ class _Work:
         )
 
 
-def _values(tensor: LazyTensor) -> torch.Tensor:
+def _values(tensor: LazyTensor) -> Array:
     if isinstance(tensor, NF4Tensor):
-        from loraformat.tensors.torch_arrays import tensor_of
-
-        return tensor_of(tensor.dequantize("F32"))
+        return tensor.dequantize("F32")
     assert isinstance(tensor, DenseTensor)
-    return tensor.torch()
+    return tensor.array()
 
 
 def _headless_notes(config: Config, pooled: Mapping[str, GGUFValue]) -> list[str]:

@@ -1,22 +1,20 @@
 """Dequantization and quantization of GGUF types in row tiles.
 
-The plain types (F32, F16, BF16, F64, I8 to I64) are torch's own. Block types are read by
+The plain types (F32, F16, BF16, F64, I8 to I64) are dtypes of numpy. Block types are read by
 `gguf.quants`, bit for bit as ggml does, and made by `loraformat_converters.gguf.block_bytes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import prod
-from typing import TYPE_CHECKING
+
+import numpy
 
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.model.tensor_values import tensor_bytes
+from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
 from loraformat_converters.gguf.block_bytes import store_blocks
 from loraformat_converters.gguf.types import GGMLType
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "DEQUANTIZABLE",
@@ -25,19 +23,13 @@ __all__ = [
     "quantize",
     "quantized_tiles",
     "storable_type",
+    "widened",
 ]
 
-#: Torch's name of each plain type.
-_PLAIN = {
-    GGMLType.F32: "float32",
-    GGMLType.F16: "float16",
-    GGMLType.BF16: "bfloat16",
-    GGMLType.F64: "float64",
-    GGMLType.I8: "int8",
-    GGMLType.I16: "int16",
-    GGMLType.I32: "int32",
-    GGMLType.I64: "int64",
-}
+#: Stored as safetensors stores the type of that name.
+_PLAIN = frozenset(
+    GGMLType[name] for name in ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
+)
 _UNREADABLE = {GGMLType.Q8_1, GGMLType.Q8_K, GGMLType.Q1_0}
 #: What `dequantize` takes.
 DEQUANTIZABLE = frozenset(GGMLType) - _UNREADABLE
@@ -61,7 +53,7 @@ def dequantize(
     name: str = "",
     *,
     threads: int | None = None,
-) -> torch.Tensor:
+) -> Array:
     """Return stored numbers as float32.
 
     Parameters
@@ -78,7 +70,7 @@ def dequantize(
 
     Returns
     -------
-    torch.Tensor
+    numpy.ndarray
         float32, of that shape. Of an F32 tensor a view, for reading; integers beyond 2^24
         and F64 are rounded to nearest even.
 
@@ -87,11 +79,8 @@ def dequantize(
     UnsupportedError
         If the type is one that cannot be dequantized.
     """
-    import numpy
-    import torch
-
     if type in _PLAIN:
-        return _plain(view, type).view(shape).to(torch.float32)
+        return widened(array_view(view, type.name, shape))
     if type in _UNREADABLE:
         raise UnsupportedError(
             f"tensor {printable(name)} is of type {type.name}, which only ggml can read",
@@ -111,13 +100,13 @@ def dequantize(
             numbers[begin:end] = quants.dequantize(stored[begin:end], kind)
 
     run(tile, rows, _rows_of(_TILE, length), threads)
-    return torch.from_numpy(numbers).view(shape)
+    return numbers.reshape(shape)
 
 
-def _plain(view: memoryview, type: GGMLType) -> torch.Tensor:
-    from loraformat.model.checkpoint import tensor_view
-
-    return tensor_view(view, type.name)
+def widened(array: Array) -> Array:
+    """Return numbers of any plain type as float32, rounded to nearest even; float32 as it is."""
+    with numpy.errstate(over="ignore"):
+        return array.astype(numpy.float32, copy=False)
 
 
 def _foreign_type(type: GGMLType, name: str) -> object:
@@ -151,19 +140,17 @@ def storable_type(type: GGMLType, length: int) -> GGMLType:
     return type if length % type.block == 0 else GGMLType.F16
 
 
-def quantize(tensor: torch.Tensor, type: GGMLType, name: str = "") -> bytes:
+def quantize(tensor: Array, type: GGMLType, name: str = "") -> bytes:
     """Return a tensor's bytes in a type; see `quantized_tiles`."""
     return b"".join(quantized_tiles(tensor, type, name))
 
 
-def quantized_tiles(
-    tensor: torch.Tensor, type: GGMLType, name: str = ""
-) -> Iterator[bytes | memoryview]:
+def quantized_tiles(tensor: Array, type: GGMLType, name: str = "") -> Iterator[bytes | memoryview]:
     """Yield a tensor's bytes in a type, some rows at a time.
 
     Parameters
     ----------
-    tensor : torch.Tensor
+    tensor : numpy.ndarray
         Floating; rows are its last dimension. NaN and infinities are kept by F32, F16 and
         BF16.
     type : GGMLType
@@ -180,74 +167,58 @@ def quantized_tiles(
     InputError
         If a number is not finite and the type is one of blocks.
     """
-    import torch
-
     from loraformat.nf4.kernels.threads import run
 
     if type not in QUANTIZABLE:
         wanted = ", ".join(sorted(kind.name for kind in QUANTIZABLE))
         raise UnsupportedError(f"cannot make numbers of type {type.name}, wanted one of {wanted}")
-    rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
     length = rows.shape[1]
     if length % type.block:
         raise UnsupportedError(
             f"tensor {printable(name)} has rows of {length} numbers, and {type.name} "
             f"wants a multiple of {type.block}"
         )
-    store = _storing(type, name)
     step = _rows_of(_WINDOW, length)
     for begin in range(0, rows.shape[0], step):
         window = rows[begin : begin + step]
-        if _PLAIN.get(type) == str(window.dtype).removeprefix("torch."):
-            yield tensor_bytes(window)
+        if type in _PLAIN and window.dtype == numpy_dtype(type.name):
+            yield array_bytes(window)
             continue
-        stored = torch.empty((len(window), type.row_bytes(length)), dtype=torch.uint8)
+        stored = numpy.empty((len(window), type.row_bytes(length)), numpy.uint8)
 
-        def tile(
-            begin: int, end: int, window: torch.Tensor = window, stored: torch.Tensor = stored
-        ) -> None:
-            store(window[begin:end], stored[begin:end])
+        def tile(begin: int, end: int, window: Array = window, stored: Array = stored) -> None:
+            _store(window[begin:end], stored[begin:end], type, name)
 
-        run(tile, len(window), _rows_of(_TILE, length), in_torch=True)
-        yield tensor_bytes(stored)
+        run(tile, len(window), _rows_of(_TILE, length))
+        yield array_bytes(stored)
 
 
-def _storing(type: GGMLType, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """Return a function that writes a tile's bytes into a tensor of uint8, row by row."""
-    import torch
-
-    if type in _PLAIN:
-        dtype = getattr(torch, _PLAIN[type])
-
-        def store(tile: torch.Tensor, stored: torch.Tensor) -> None:
-            if type is GGMLType.F16:
-                _check_range(tile, type, name)
-            stored.view(dtype).copy_(tile)
-
-        return store
-
-    def store_checked(tile: torch.Tensor, stored: torch.Tensor) -> None:
-        _check_range(tile, type, name)
-        store_blocks(tile.to(torch.float32), stored, type)
-
-    return store_checked
+def _store(tile: Array, stored: Array, type: GGMLType, name: str) -> None:
+    """Write the bytes of some rows into an array of uint8, row by row."""
+    if type in (GGMLType.F32, GGMLType.BF16):
+        stored.view(numpy_dtype(type.name))[...] = widened(tile)
+        return
+    _check_range(tile if tile.dtype.itemsize > 2 else widened(tile), type, name)
+    if type is GGMLType.F16:
+        with numpy.errstate(over="ignore"):
+            stored.view(numpy.float16)[...] = widened(tile)
+    else:
+        store_blocks(widened(tile), stored, type)
 
 
-def _check_range(tile: torch.Tensor, type: GGMLType, name: str) -> None:
-    import torch
-
-    low, high = torch.aminmax(tile)
-    if low > -_F16_OVERFLOW and high < _F16_OVERFLOW:  # not so if there is a NaN
+def _check_range(tile: Array, type: GGMLType, name: str) -> None:
+    if tile.min() > -_F16_OVERFLOW and tile.max() < _F16_OVERFLOW:  # not so if there is a NaN
         return
     what = f"tensor {printable(name)} holds"
-    finite = torch.isfinite(tile)
+    finite = numpy.isfinite(tile)
     if type is not GGMLType.F16 and not finite.all():
         raise InputError(
             f"{what} {tile[~finite][0].item()}, and {type.name} can only store finite numbers",
             hint="repair the checkpoint",
         )
-    beyond = tile[finite & (tile.abs() >= _F16_OVERFLOW)]
-    if beyond.numel():
+    beyond = tile[finite & (numpy.abs(tile) >= _F16_OVERFLOW)]
+    if beyond.size:
         raise UnsupportedError(
             f"{what} {beyond[0].item()}, beyond the largest F16 number, 65504",
             hint="use bf16 or f32",

@@ -1,8 +1,4 @@
-"""Rounding of matrices to a stored type, with error measurement.
-
-Threads of ours share the tiles of a window. In the main thread torch would start OpenMP, whose
-barriers take longer than the work where other programs use the cores, too.
-"""
+"""Rounding of matrices to a stored type, with error measurement."""
 
 from __future__ import annotations
 
@@ -11,14 +7,15 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING
 
+import numpy
+
 from loraformat.model.checkpoint import LazyTensor
 from loraformat.model.written import TensorRecord
-from loraformat_converters.gguf.blocks import dequantize, quantize
+from loraformat.tensors.arrays import Array
+from loraformat_converters.gguf.blocks import dequantize, quantize, widened
 from loraformat_converters.gguf.types import GGMLType
 
 if TYPE_CHECKING:
-    import torch
-
     from loraformat.plugins import RoundingObserver
 
 __all__ = ["Loss", "Lost", "Watched", "rounded"]
@@ -114,11 +111,11 @@ class Watched:
     """
 
     watch: RoundingObserver
-    before: Callable[[int, int], torch.Tensor]
+    before: Callable[[int, int], Array]
 
 
 def rounded(
-    rows_of: Callable[[int, int], torch.Tensor],
+    rows_of: Callable[[int, int], Array],
     rows: int,
     length: int,
     kind: GGMLType,
@@ -148,8 +145,8 @@ def rounded(
     UnsupportedError, InputError
         See `loraformat_converters.gguf.blocks.quantized_tiles`.
     """
+    from loraformat.algebra.blas import one_blas_thread
     from loraformat.nf4.kernels.threads import run
-    from loraformat.tensors.torch_arrays import array_of
 
     step = max(1, _TILE // max(length, 1))
     window = step * (_WINDOW // _TILE)
@@ -177,15 +174,13 @@ def rounded(
                 asked = begin == 0
                 alone = _read(quantize(before, kind, name), before, kind, name) if asked else None
                 measured[begin] = watched.watch.compare(
-                    array_of(before.float()),
-                    array_of(values.float()),
-                    array_of(found),
-                    None if alone is None else array_of(alone),
+                    widened(before), widened(values), found, alone
                 )
             if loss is not None:
                 lost[begin] = _difference(values, found)
 
-        run(tile, min(window, rows - start), step, in_torch=True)
+        with one_blas_thread():
+            run(tile, min(window, rows - start), step)
         for begin in sorted(stored):  # in order, so that the sums are the same every time
             if loss is not None:
                 loss.add(name, lost[begin])
@@ -194,22 +189,19 @@ def rounded(
             yield stored[begin]
 
 
-def _read(stored: bytes, values: torch.Tensor, kind: GGMLType, name: str) -> torch.Tensor:
+def _read(stored: bytes, values: Array, kind: GGMLType, name: str) -> Array:
     """Return what is read of numbers that were stored."""
     return dequantize(memoryview(stored), kind, tuple(values.shape), name, threads=1)
 
 
-def _difference(values: torch.Tensor, found: torch.Tensor) -> Lost:
+def _difference(values: Array, found: Array) -> Lost:
     """Compare numbers with what is read of them, which is overwritten."""
-    import torch
-
-    values = values.to(torch.float32)
-    off = torch.sub(found, values, out=found).view(-1)
-    shift = float(off.sum(dtype=torch.float64))
-    return Lost(_square(off), _square(values.reshape(-1)), shift, off.numel())
+    values = widened(values)
+    off = numpy.subtract(found, values, out=found)
+    return Lost(_square(off), _square(values), float(off.sum(dtype=numpy.float64)), off.size)
 
 
-def _square(vector: torch.Tensor) -> float:
-    import torch
-
-    return sum(float(torch.dot(piece, piece)) for piece in torch.split(vector, _SUMMED))
+def _square(values: Array) -> float:
+    flat = values.reshape(-1)
+    pieces = (flat[start : start + _SUMMED] for start in range(0, flat.size, _SUMMED))
+    return sum(float(numpy.dot(piece, piece)) for piece in pieces)

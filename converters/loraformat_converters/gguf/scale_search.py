@@ -14,25 +14,21 @@ our own, so that every machine finds the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import numpy
 
-if TYPE_CHECKING:
-    import torch
+from loraformat.tensors.arrays import Array
 
-__all__ = ["offset_codes", "signed_codes"]
+__all__ = ["divided", "offset_codes", "signed_codes"]
 
 _LARGEST_F16 = 65504.0
 
 
-def signed_codes(
-    blocks: torch.Tensor, levels: int, stretches: tuple[float, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def signed_codes(blocks: Array, levels: int, stretches: tuple[float, ...]) -> tuple[Array, Array]:
     """Find d and codes q for x ≈ d (q − levels/2).
 
     Parameters
     ----------
-    blocks : torch.Tensor
+    blocks : numpy.ndarray
         float32, ``[numbers, blocks]``; finite, and within float16.
     levels : int
         16 or 32; q runs from 0 to levels − 1.
@@ -42,40 +38,40 @@ def signed_codes(
 
     Returns
     -------
-    scales, codes : torch.Tensor
+    scales, codes : numpy.ndarray
         float16, ``[blocks]``; uint8, in the shape of ``blocks``.
 
     Examples
     --------
-    >>> import torch
-    >>> scales, codes = signed_codes(torch.tensor([[-4.0], [3.5]]), 16, (1.0,))
+    >>> scales, codes = signed_codes(numpy.array([[-4.0], [3.5]], numpy.float32), 16, (1.0,))
     >>> scales.tolist(), codes.flatten().tolist()
     ([0.5], [0, 15])
     """
-    import torch
-
-    half = levels // 2
-    low, high = _folded(torch.minimum, blocks), _folded(torch.maximum, blocks)
-    extreme = torch.where(low + high > 0, high, low)  # the grid reaches a step further on its side
-    count, total = len(blocks), _sum(blocks)
-    best = scale = torch.full_like(low, -1)
-    for stretch in stretches:
-        whole = (blocks * _divided(-half * stretch, extreme)).round_().clamp_(-half, half - 1)
-        codes = _sum(whole)
-        squares = _sum(whole * whole) + codes * codes / count
-        product = _sum(whole.mul_(blocks)) + codes * total / count
-        fitted = torch.where(squares > 0, product / squares, 0)
-        gain = product * fitted  # what the error is less than that of a scale of zero
-        better = gain > best
-        best, scale = torch.where(better, gain, best), torch.where(better, fitted, scale)
-    stored = scale.to(torch.float16)
-    whole = blocks * _divided(1.0, stored.float())
-    return stored, whole.round_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
+    half, count = levels // 2, len(blocks)
+    low, high = blocks.min(0), blocks.max(0)
+    with numpy.errstate(all="ignore"):  # of blocks that are all but zero
+        extreme = numpy.where(low + high > 0, high, low)  # on whose side the grid goes further
+        total, whole, work = _sum(blocks), numpy.empty_like(blocks), numpy.empty_like(blocks)
+        best = numpy.full_like(low, -1)
+        scale = best.copy()
+        for stretch in stretches:
+            _rounded(blocks, divided(-half * stretch, extreme), -half, half - 1, whole)
+            codes = _sum(whole)
+            squares = _sum(numpy.multiply(whole, whole, out=work)) + codes * codes / count
+            product = _sum(numpy.multiply(whole, blocks, out=work)) + codes * total / count
+            fitted = numpy.where(squares > 0, product / squares, 0)
+            gain = product * fitted  # what the error is less than that of a scale of zero
+            better = gain > best
+            numpy.copyto(best, gain, where=better)
+            numpy.copyto(scale, fitted, where=better)
+        stored = scale.astype(numpy.float16)
+        _rounded(blocks, divided(1.0, stored.astype(numpy.float32)), -half, half - 1, whole)
+    return stored, numpy.add(whole, half, out=whole).astype(numpy.uint8)
 
 
 def offset_codes(
-    blocks: torch.Tensor, levels: int, shares: tuple[float, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    blocks: Array, levels: int, shares: tuple[float, ...]
+) -> tuple[Array, Array, Array]:
     """Find d, m and codes q for x ≈ d q + m.
 
     Parameters
@@ -88,70 +84,63 @@ def offset_codes(
 
     Returns
     -------
-    scales, minima, codes : torch.Tensor
+    scales, minima, codes : numpy.ndarray
         float16, ``[blocks]``, twice; uint8, in the shape of ``blocks``.
     """
-    import torch
+    low, high = blocks.min(0), blocks.max(0)
+    with numpy.errstate(all="ignore"):  # of blocks of equal numbers
+        middle = (low + high) / 2
+        centred = blocks - middle  # so that sums of squares say something of the error
+        spread, total = (high - low) / 2, _sum(centred)
+        whole, work = numpy.empty_like(blocks), numpy.empty_like(blocks)
+        best = numpy.full_like(low, -1)
+        scale, minimum = best.copy(), best.copy()
+        for share in shares:
+            step, start = spread * (2 * share / (levels - 1)), spread * -share
+            for _ in range(2):
+                numpy.subtract(centred, start, out=work)
+                _rounded(work, divided(1.0, step), 0, levels - 1, whole)
+                step, start, gain = _fitted(centred, total, whole, work)
+            better = gain > best
+            for kept, found in ((best, gain), (scale, step), (minimum, start)):
+                numpy.copyto(kept, found, where=better)
+        stored = scale.astype(numpy.float16)
+        base = (minimum + middle).clip(-_LARGEST_F16, _LARGEST_F16).astype(numpy.float16)
+        numpy.subtract(blocks, base.astype(numpy.float32), out=work)
+        _rounded(work, divided(1.0, stored.astype(numpy.float32)), 0, levels - 1, whole)
+    return stored, base, whole.astype(numpy.uint8)
 
-    low, high = _folded(torch.minimum, blocks), _folded(torch.maximum, blocks)
-    middle = (low + high) / 2
-    centred = blocks - middle  # so that sums of squares say something of the error
-    spread, total = (high - low) / 2, _sum(centred)
-    best = scale = minimum = torch.full_like(low, -1)
-    for share in shares:
-        step, start = spread * (2 * share / (levels - 1)), spread * -share
-        for _ in range(2):
-            step, start, gain = _fitted(centred, total, step, start, levels)
-        better = gain > best
-        best = torch.where(better, gain, best)
-        scale = torch.where(better, step, scale)
-        minimum = torch.where(better, start, minimum)
-    stored = scale.to(torch.float16)
-    base = (minimum + middle).clamp_(-_LARGEST_F16, _LARGEST_F16).to(torch.float16)
-    codes = (blocks - base.float()).mul_(_divided(1.0, stored.float()))
-    return stored, base, codes.round_().clamp_(0, levels - 1).to(torch.uint8)
+
+def _rounded(numbers: Array, factors: Array, least: int, most: int, out: Array) -> None:
+    """Multiply columns by factors, round to whole numbers (halves to even), and clip."""
+    numpy.multiply(numbers, factors, out=out)
+    numpy.rint(out, out=out)
+    numpy.clip(out, least, most, out=out)
 
 
-def _fitted(
-    centred: torch.Tensor,
-    total: torch.Tensor,
-    step: torch.Tensor,
-    start: torch.Tensor,
-    levels: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round to a grid, and return the line through the codes, and what it explains of squares."""
-    import torch
-
+def _fitted(centred: Array, total: Array, whole: Array, work: Array) -> tuple[Array, Array, Array]:
+    """Return the line through the codes, and what it explains of squares."""
     count = len(centred)
-    whole = (centred - start).mul_(_divided(1.0, step)).round_().clamp_(0, levels - 1)
-    codes, squares = _sum(whole), _sum(whole * whole)
-    product = _sum(whole.mul_(centred))
+    codes, squares = _sum(whole), _sum(numpy.multiply(whole, whole, out=work))
+    product = _sum(numpy.multiply(whole, centred, out=work))
     variance = count * squares - codes * codes
-    slope = torch.where(variance > 0, (count * product - total * codes) / variance, 0)
+    slope = numpy.where(variance > 0, (count * product - total * codes) / variance, 0)
     offset = (total - slope * codes) / count
     return slope, offset, slope * product + offset * total
 
 
-def _divided(number: float, by: torch.Tensor) -> torch.Tensor:
+def divided(number: float, by: Array) -> Array:
     """Return number / by, and 0 where that is beyond float32: such a block is all but zero."""
-    import torch
-
-    quotient = number / by
-    return torch.where(quotient.isfinite(), quotient, 0)
-
-
-def _sum(numbers: torch.Tensor) -> torch.Tensor:
-    """Add the rows of each column."""
-    import torch
-
-    return _folded(torch.add, numbers)
+    quotient: Array = numpy.float32(number) * (numpy.float32(1) / by)
+    quotient[~numpy.isfinite(quotient)] = 0
+    return quotient
 
 
-def _folded(
-    operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], numbers: torch.Tensor
-) -> torch.Tensor:
-    """Put the rows together, whose count is a power of two, by halves."""
-    while len(numbers) > 1:
-        half = len(numbers) // 2
-        numbers = operation(numbers[:half], numbers[half:])
-    return numbers[0]
+def _sum(numbers: Array) -> Array:
+    """Add the rows, whose count is a power of two, by halves."""
+    half = len(numbers) // 2
+    sums = numbers[:half] + numbers[half:]
+    while (half := half // 2) > 0:
+        numpy.add(sums[:half], sums[half : 2 * half], out=sums[:half])
+    total: Array = sums[0]
+    return total

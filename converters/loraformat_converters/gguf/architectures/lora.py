@@ -8,16 +8,13 @@ transforms the columns of a weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loraformat.families.expert_names import spelled_in_memory, spelled_on_disk
+from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName, conv1d
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["LoraTarget", "lora_module", "lora_places"]
 
@@ -52,14 +49,14 @@ class LoraTarget:
     expert: int | None = None
     embedding: bool = False
 
-    def to_gguf(self, b: torch.Tensor) -> torch.Tensor:
+    def to_gguf(self, b: Array) -> Array:
         """Return what is B here: (…, out, r) to (…, out or half of it, r)."""
         if self.half is not None:
             rows = b.shape[-2] // 2
             b = b[..., self.half * rows : (self.half + 1) * rows, :]
         return b if self.rows is IDENTITY else self.rows.rows(b, 0, b.shape[0])
 
-    def to_huggingface(self, b: torch.Tensor) -> torch.Tensor:
+    def to_huggingface(self, b: Array) -> Array:
         """Return B in the module's order; a half stays one."""
         return b if self.rows is IDENTITY else self.rows.inverse.rows(b, 0, b.shape[0])
 

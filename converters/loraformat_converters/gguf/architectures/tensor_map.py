@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.families.expert_names import spelled_in_memory
 from loraformat.families.tensor_names import spelled_in_2019
+from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.dimensions import check_dimensions
 from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["TensorMap", "TensorMapping", "TensorSlice", "to_gguf", "to_huggingface"]
 
@@ -56,7 +53,7 @@ class TensorSlice:
     expert: int | None = None
     start: int = 0
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def of(self, tensor: Array) -> Array:
         """Return the part, a view."""
         matrix = tensor if self.expert is None else tensor[self.expert]
         return matrix[self.start : self.start + self.shape[0]]

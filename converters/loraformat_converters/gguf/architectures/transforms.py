@@ -8,10 +8,11 @@ which rounds once to float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    import torch
+import numpy
+
+from loraformat.tensors.arrays import Array
 
 __all__ = ["IDENTITY", "HeadOrder", "Identity", "MinusOne", "PlusOne", "Transform", "Transpose"]
 
@@ -26,7 +27,7 @@ class Transform(Protocol):
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the result."""
 
-    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def rows(self, tensor: Array, start: int, stop: int) -> Array:
         """Return these rows of the result."""
 
 
@@ -43,7 +44,7 @@ class Identity:
         """Return the same shape."""
         return shape
 
-    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def rows(self, tensor: Array, start: int, stop: int) -> Array:
         """Return a view."""
         return tensor[start:stop]
 
@@ -68,8 +69,7 @@ class HeadOrder:
 
     Examples
     --------
-    >>> import torch
-    >>> HeadOrder(1).rows(torch.arange(6), 0, 6).tolist()
+    >>> HeadOrder(1).rows(numpy.arange(6), 0, 6).tolist()
     [0, 3, 1, 4, 2, 5]
     """
 
@@ -85,15 +85,12 @@ class HeadOrder:
         """Return the same shape."""
         return shape
 
-    def index(self, rows: int) -> torch.Tensor:
+    def index(self, rows: int) -> Array:
         """Return which row of the input each row of the result is, int64 (rows,)."""
-        import torch
-
-        order = torch.arange(rows)
         pair = (2, -1) if self.interleaved else (-1, 2)
-        return order.view(self.heads, *pair).transpose(1, 2).reshape(-1)
+        return numpy.arange(rows).reshape(self.heads, *pair).swapaxes(1, 2).reshape(-1)
 
-    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def rows(self, tensor: Array, start: int, stop: int) -> Array:
         """Gather rows."""
         return tensor[self.index(tensor.shape[0])[start:stop]]
 
@@ -111,9 +108,9 @@ class PlusOne:
         """Return the same shape."""
         return shape
 
-    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def rows(self, tensor: Array, start: int, stop: int) -> Array:
         """Add."""
-        return tensor[start:stop].float() + 1
+        return tensor[start:stop].astype(numpy.float32) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +126,9 @@ class MinusOne:
         """Return the same shape."""
         return shape
 
-    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def rows(self, tensor: Array, start: int, stop: int) -> Array:
         """Subtract."""
-        return tensor[start:stop].float() - 1
+        return tensor[start:stop].astype(numpy.float32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +144,6 @@ class Transpose:
         """Return the shape, reversed."""
         return shape[::-1]
 
-    def rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def rows(self, tensor: Array, start: int, stop: int) -> Array:
         """Return a view on columns, transposed."""
         return tensor[:, start:stop].T

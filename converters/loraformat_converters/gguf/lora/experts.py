@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import numpy
 
 from loraformat.model.adapter import LoraDelta
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.model.tensor_values import tensor_bytes
-
-if TYPE_CHECKING:
-    import torch
+from loraformat.tensors.arrays import Array, array_bytes, numpy_dtype
 
 __all__ = ["fused"]
 
@@ -56,51 +54,46 @@ def _alone(module: str, half: LoraDelta | None) -> LoraDelta:
     first = ".ffn_gate" in half.b.name
     experts, rows, rank = half.b.shape
 
-    def load() -> torch.Tensor:
-        import torch
-
-        whole = torch.zeros(experts, 2 * rows, rank, dtype=half.b.torch().dtype)
-        (whole[:, :rows] if first else whole[:, rows:]).copy_(half.b.torch())
+    def load() -> Array:
+        whole = numpy.zeros((experts, 2 * rows, rank), numpy_dtype(half.b.dtype))
+        (whole[:, :rows] if first else whole[:, rows:])[...] = half.b.array()
         return whole
 
     b = _lazy(half.b.name, half.b.dtype, (experts, 2 * rows, rank), load)
     return replace(half, target=module, b=b)
 
 
-def _joined(gate: LoraDelta, up: LoraDelta) -> torch.Tensor:
-    import torch
-
-    return torch.cat([gate.b.torch(), up.b.torch()], 1)
+def _joined(gate: LoraDelta, up: LoraDelta) -> Array:
+    return numpy.concatenate([*_of_one_type(gate.b.array(), up.b.array())], 1)
 
 
-def _stacked(gate: LoraDelta, up: LoraDelta) -> torch.Tensor:
-    import torch
-
-    return torch.cat([gate.a.torch(), up.a.torch()], 1)
+def _stacked(gate: LoraDelta, up: LoraDelta) -> Array:
+    return numpy.concatenate([*_of_one_type(gate.a.array(), up.a.array())], 1)
 
 
-def _blocks(gate: LoraDelta, up: LoraDelta, equal: bool) -> torch.Tensor:
-    import torch
-
-    upper, lower = gate.b.torch(), up.b.torch()
-    if not equal:
-        upper, lower = upper.double() * gate.scaling, lower.double() * up.scaling
+def _blocks(gate: LoraDelta, up: LoraDelta, equal: bool) -> Array:
+    upper, lower = gate.b.array(), up.b.array()
+    if equal:
+        upper, lower = _of_one_type(upper, lower)
+    else:
+        upper = upper.astype(numpy.float64) * gate.scaling
+        lower = lower.astype(numpy.float64) * up.scaling
     experts, rows = upper.shape[0], upper.shape[1] + lower.shape[1]
-    whole = torch.zeros(experts, rows, gate.rank + up.rank, dtype=upper.dtype)
-    whole = whole.to(torch.promote_types(upper.dtype, lower.dtype))
+    whole = numpy.zeros((experts, rows, gate.rank + up.rank), upper.dtype)
     whole[:, : upper.shape[1], : gate.rank] = upper
     whole[:, upper.shape[1] :, gate.rank :] = lower
     return whole
 
 
-def _lazy(
-    name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]
-) -> DenseTensor:
+def _of_one_type(one: Array, other: Array) -> tuple[Array, Array]:
+    """Return both in the type of both, else in float32, which holds either exactly."""
+    if one.dtype == other.dtype:
+        return one, other
+    return one.astype(numpy.float32), other.astype(numpy.float32)
+
+
+def _lazy(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Array]) -> DenseTensor:
     def load() -> memoryview:
-
-        from loraformat.tensors.dtypes import torch_dtype
-
-        values = make().to(torch_dtype(dtype)).contiguous()
-        return tensor_bytes(values)
+        return array_bytes(make().astype(numpy_dtype(dtype), copy=False))
 
     return DenseTensor(name, dtype, shape, load)

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from struct import pack, unpack
-from typing import TYPE_CHECKING
+
+import numpy
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,
@@ -28,9 +30,6 @@ from loraformat_converters.gguf.lora.refusals import (
     refuse_homeless,
     refuse_vocabulary,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Pair", "choose_alpha", "plan_pairs"]
 
@@ -88,30 +87,26 @@ class Pair:
         """Return what B must be multiplied by, so that alpha / r times that is the scaling."""
         return delta.scaling * self.rank / alpha
 
-    def a(self) -> torch.Tensor:
+    def a(self) -> Array:
         """Load A as it is stored, in the adapter's own type."""
         if self.members[0][0].expert is not None:
-            return self._stacked(self.a_shape, [delta.a.torch() for _, delta in self.members])
-        values = self.members[0][1].a.torch()
-        return values.T.contiguous() if self.embedding else values
+            return self._stacked(self.a_shape, [delta.a.array() for _, delta in self.members])
+        values = self.members[0][1].a.array()
+        return numpy.ascontiguousarray(values.T) if self.embedding else values
 
-    def b(self, alpha: float) -> torch.Tensor:
+    def b(self, alpha: float) -> Array:
         """Load B, its rows in GGUF's order, times its factor: float64, or as it is if that is 1."""
-        import torch
-
         loaded = []
         for place, delta in self.members:
-            values, factor = delta.b.torch(), self.factor(delta, alpha)
-            values = values if factor == 1 else values.to(torch.float64) * factor
+            values, factor = delta.b.array(), self.factor(delta, alpha)
+            values = values if factor == 1 else values.astype(numpy.float64) * factor
             loaded.append(place.to_gguf(values))
         if self.members[0][0].expert is not None:
             return self._stacked(self.b_shape, loaded)
         return loaded[0]
 
-    def _stacked(self, shape: tuple[int, ...], parts: list[torch.Tensor]) -> torch.Tensor:
-        import torch
-
-        whole = torch.zeros(shape, dtype=torch.float64)
+    def _stacked(self, shape: tuple[int, ...], parts: list[Array]) -> Array:
+        whole = numpy.zeros(shape, numpy.float64)
         for (place, _), part in zip(self.members, parts, strict=True):
             assert place.expert is not None
             whole[place.expert, : part.shape[0], : part.shape[1]] = part

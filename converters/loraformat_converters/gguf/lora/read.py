@@ -17,9 +17,10 @@ from loraformat.errors import InputError, LoraFormatError, UnsupportedError, pri
 from loraformat.families.expert_names import spelled_in_memory
 from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, tensor_view
-from loraformat.model.tensor_values import check_finite, tensor_bytes
+from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.model.tensor_values import check_finite
 from loraformat.model.tied_head import settled
+from loraformat.tensors.arrays import Array, array_bytes, array_view
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,
@@ -42,8 +43,6 @@ from loraformat_converters.gguf.lora.metadata import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from loraformat.plugins import AdapterReadOptions
 
 __all__ = ["read_adapter"]
@@ -280,9 +279,7 @@ class _Reader:
             hint="name the base with --base: its config.json is enough",
         )
 
-    def _factor(
-        self, tensor: GGUFTensor, change: Callable[[torch.Tensor], torch.Tensor] | None
-    ) -> DenseTensor:
+    def _factor(self, tensor: GGUFTensor, change: Callable[[Array], Array] | None) -> DenseTensor:
         gguf, path = self.gguf, self.path
         dtype = tensor.type.name if tensor.type.name in _PLAIN else "F32"
         shape = tensor.shape[::-1] if change is _transposed else tensor.shape
@@ -291,16 +288,16 @@ class _Reader:
         def load() -> memoryview:
             view = gguf.load(tensor.name)
             if tensor.type.name == dtype:
-                values = tensor_view(view, dtype, tensor.shape)
+                values = array_view(view, dtype, tensor.shape)
             else:
                 values = dequantize(view, tensor.type, tensor.shape, tensor.name)
             check_finite(values, tensor.name, path)
             if change is None and tensor.type.name == dtype:
                 return view
-            return tensor_bytes(values if change is None else change(values))
+            return array_bytes(values if change is None else change(values))
 
         return DenseTensor(tensor.name, dtype, shape, load, gguf.releaser(tensor.name), stored)
 
 
-def _transposed(values: torch.Tensor) -> torch.Tensor:
+def _transposed(values: Array) -> Array:
     return values.T

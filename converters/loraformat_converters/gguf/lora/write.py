@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy
+
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.model import config_json
 from loraformat.model.adapter import Adapter
 from loraformat.model.tied_head import settled
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.plugins import Forecast
+from loraformat.tensors.arrays import Array, finite
 from loraformat_converters.gguf.architectures import of_config
-from loraformat_converters.gguf.blocks import quantized_tiles, storable_type
+from loraformat_converters.gguf.blocks import quantized_tiles, storable_type, widened
 from loraformat_converters.gguf.lora.metadata import adapter_keys
 from loraformat_converters.gguf.lora.plan import Pair, choose_alpha, plan_pairs
 from loraformat_converters.gguf.lora.refusals import refuse_whole
@@ -26,8 +29,6 @@ from loraformat_converters.gguf.writing import PlannedTensor, file_size, write_g
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
     from loraformat.model.checkpoint import Checkpoint
     from loraformat.plugins import AdapterWriteOptions
@@ -145,13 +146,11 @@ def _a_chunks(pair: Pair, stored: GGMLType, name: str) -> Iterator[bytes | memor
     yield from quantized_tiles(pair.a(), stored, name)
 
 
-def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
-    import torch
-
-    if values.dtype != torch.float64:
+def _finite(values: Array, name: str) -> Array:
+    if values.dtype != numpy.float64:
         return values
-    rounded = values.to(torch.float32)
-    if not bool(rounded.isfinite().all()):
+    rounded = widened(values)
+    if not finite(rounded):
         raise UnsupportedError(f"tensor {name} does not fit into float32 with its scaling")
     return rounded
 

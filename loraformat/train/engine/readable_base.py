@@ -20,6 +20,7 @@ import torch
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.model.config_json import CONFIG_NAME
 from loraformat.tensors.mapped import MappedFile
+from loraformat.tensors.torch_arrays import tensor_of
 from loraformat.train.engine.matrix import DenseMatrix
 
 __all__ = ["Computed", "ComputedMatrix", "ComputedTable", "ReadableBase", "is_computed"]
@@ -93,7 +94,7 @@ class _Kept:
         with self._lock:
             found = self._tensors.pop(id(tensor), None)
             if found is None:
-                found = tensor.torch()
+                found = tensor_of(tensor.array())
                 held = sum(other.nbytes for other in self._tensors.values())
                 while self._tensors and held + found.nbytes > _KEPT:
                     held -= self._tensors.popitem(last=False)[1].nbytes

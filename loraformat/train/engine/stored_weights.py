@@ -99,7 +99,7 @@ class StoredWeights:
             ]  # fmt: skip
         if name in self._made:
             return list(self._computed.stack(self._made[name], in_out_layout=in_out_layout))
-        values = tensor.torch()
+        values = self.table(name)
         values = values.view(-1, *values.shape[-2:])
         return [DenseMatrix(part, in_out_layout=in_out_layout) for part in values]
 
@@ -115,7 +115,7 @@ class StoredWeights:
         An NF4 one is decoded as a whole.
         """
         tensor = self._tensors[name]
-        return tensor_of(tensor.dequantize()) if isinstance(tensor, NF4Tensor) else tensor.torch()
+        return tensor_of(tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.array())
 
     def copy(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a small tensor in memory; floating numbers as `dtype`."""

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
@@ -26,9 +25,11 @@ from loraformat.storage import strict_json
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.tensors.dtypes import TORCH_NAMES, torch_dtype
+from loraformat.tensors.arrays import array_bytes, array_view
+from loraformat.tensors.dtypes import TORCH_NAMES
 from loraformat.tensors.header import Entry, encode_header
 from loraformat.tensors.mapped import MappedFile
+from loraformat.tensors.torch_arrays import array_of, tensor_of
 
 __all__ = ["Checkpoint", "RunState", "adapter_of", "name_of", "newest", "prune", "read", "write"]
 
@@ -121,15 +122,10 @@ def _write_state(publication: AtomicOutput, tensors: Mapping[str, torch.Tensor])
         digest.update(header)
         write_all(file, header)
         for _, tensor in ordered:
-            data = _bytes(tensor)
+            data = array_bytes(array_of(tensor.cpu()))
             digest.update(data)
             write_all(file, data)
     return digest.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(plain.numpy().data)
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
@@ -151,7 +147,10 @@ def read(path: Path) -> Checkpoint:
     whole = sha256(file.bytes_between(0, file.nbytes)).hexdigest()
     if whole != facts["state"]:
         raise InputError("was modified after it was written", path=file.path)
-    tensors = {name: _view(file.view(name), entry) for name, entry in file.header.entries.items()}
+    tensors = {
+        name: tensor_of(array_view(file.view(name), entry.dtype, entry.shape))
+        for name, entry in file.header.entries.items()
+    }
     return Checkpoint(path, facts, tensors)
 
 
@@ -169,15 +168,6 @@ def _read_facts(folder: SafeDirectory) -> dict[str, Any]:
     if facts.get("sha256") != _digest(facts):
         raise InputError("was modified after it was written", path=path)
     return facts
-
-
-def _view(data: memoryview, entry: Entry) -> torch.Tensor:
-    dtype = torch_dtype(entry.dtype)
-    if not len(data):
-        return torch.empty(entry.shape, dtype=dtype)
-    with warnings.catch_warnings():  # torch warns of a read-only buffer, which is as we want it
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(data, dtype=dtype).view(entry.shape)
 
 
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:

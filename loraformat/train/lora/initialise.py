@@ -288,7 +288,7 @@ def _check_same(target: TargetModule, tensor: DenseTensor, original: Checkpoint)
 
 def _lost(target: TargetModule, tensor: DenseTensor) -> _Tiles:
     """Return tiles of the original minus what is stored."""
-    weight = tensor.torch()
+    weight = tensor_of(tensor.array())
     weight = weight.T if target.transposed else weight
 
     def tiles() -> Iterator[tuple[int, torch.Tensor]]:

@@ -18,12 +18,12 @@ from loraformat.bundle.reader import Bundle
 from loraformat.errors import LoraFormatError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import CarriedFile, DenseTensor
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.vocabulary import tokenizer_files
 from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.deltas.factors import in_memory
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.tensors.arrays import array_bytes
 from loraformat.tensors.torch_arrays import array_of
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.options import LoraOptions
@@ -118,7 +118,7 @@ def _lazy(name: str, shape: tuple[int, ...], current: Callable[[], torch.Tensor]
                 f"{printable(name)} holds NaN or infinity: the training diverged",
                 hint="resume from an earlier checkpoint with a lower learning rate",
             )
-        return tensor_bytes(values)
+        return array_bytes(array_of(values))
 
     return DenseTensor(name, "F32", shape, load)
 

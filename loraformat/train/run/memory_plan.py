@@ -9,32 +9,42 @@ optimizer states.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import ResourceError
-from loraformat.train.loop.optimizer_options import state_bytes
+from loraformat.families.tensor_names import layer_of
+from loraformat.train.data.options import DataOptions
+from loraformat.train.engine.compute_dtype import activation_dtype
+from loraformat.train.engine.meta_model import text_config
+from loraformat.train.loop import memory
+from loraformat.train.loop.optimizer_options import SMALL, state_bytes
+from loraformat.train.lora.initialise import svd_bytes
+from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.text_generation import SAMPLE, generation_bytes, inner_width
+
+if TYPE_CHECKING:
+    from loraformat.train.model import TrainableModel
 
 __all__ = [
+    "MemoryBudget",
     "MemoryPlan",
     "ModelDims",
     "advise",
     "format_bytes",
-    "generation_bytes",
-    "inner_width",
     "plan_memory",
 ]
 
 #: Logits that a loss holds at once, and what it makes of a few of them (bytes).
 _LOGITS = 160 << 20
+#: What CUDA takes of a GPU before anything is put there (bytes).
+_CONTEXT = 500_000_000
 #: Tiles, reused buffers, and what the allocator keeps (bytes).
 _WORKSPACE = 128 << 20
 _FLOAT = 4
 _NO_PARTS = ("base_on_disk", "initialisation", "limit")
-
-#: Tensors of the size of the logits while the next token is chosen: as they come, as float32, and
-#: what the choice is made from.
-_LOGITS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +285,104 @@ def plan_memory(
     return replace(plan, kept=min(left, inside * shape.layers * 5 // 4))
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """The memory of one run: planned once, when model and data are open, and handed down.
+
+    Attributes
+    ----------
+    dims : ModelDims
+    plan : MemoryPlan
+        `MemoryPlan.kept` is the part for activations that are not recomputed.
+    advice : list of str
+        What would make the run smaller, with numbers.
+    """
+
+    dims: ModelDims
+    plan: MemoryPlan
+    advice: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        model: TrainableModel,
+        options: TrainOptions,
+        prompts: Iterable[int] = (),
+        templates: int = 0,
+    ) -> MemoryBudget:
+        """Plan the memory of a run.
+
+        Parameters
+        ----------
+        model : TrainableModel
+            Its `activation_memory` is what activations may take if the limit allows it.
+        options : TrainOptions
+            As they take effect.
+        prompts : iterable of int
+            Tokens of each prompt that is continued.
+        templates : int
+            What the process holds that renders chat templates (bytes).
+
+        Raises
+        ------
+        ResourceError
+            If it is over ``max_memory``.
+        """
+        dims, config = _dims(model, options), text_config(model.config)
+        on_gpu = options.device != "cpu"
+        kept = dims.base_bytes if options.device_memory is None else options.device_memory
+        adapter = _FLOAT * (dims.trained + dims.fixed)
+        number_bytes = activation_dtype(model.compute_dtype).itemsize
+        rows = options.batch_size * (options.grad_accum if options.layer_major else 1)
+        length = options.seq_len or DataOptions().seq_len
+        continued = (generation_bytes(config, n, SAMPLE.max_tokens, number_bytes) for n in prompts)
+        plan = plan_memory(
+            dims, rows=rows, length=length,
+            process=_CONTEXT if on_gpu else max(0, memory.resident() - adapter),
+            resident=min(kept, dims.base_bytes) if on_gpu else 0,
+            optimizer=options.optimizer, states=options.optimizer_states,
+            number_bytes=number_bytes, templates=0 if on_gpu else templates,
+            generation=max(continued, default=0),
+            spare=0 if options.layer_major else model.activation_memory, limit=options.max_memory,
+        )  # fmt: skip
+        advice = advise(
+            plan, length=length, rows=rows, optimizer=options.optimizer,
+            states=options.optimizer_states, rank=options.rank,
+        )  # fmt: skip
+        plan.refuse_if_too_much(advice)
+        return cls(dims, plan, advice)
+
+
+def _dims(model: TrainableModel, options: TrainOptions) -> ModelDims:
+    config = text_config(model.config)
+    layers: Counter[Any] = Counter()
+    total = 0
+    for tensor in model.bundle.checkpoint.tensors.values():
+        total += tensor.nbytes
+        if (layer := layer_of(tensor.name)) is not None:
+            layers[layer] += tensor.nbytes
+    branches = model.branches.values()
+    trained = [parameter.numel() for parameter in model.trainable().values()]
+    fixed = (factor for branch in branches for factor in (branch.fixed_a, branch.fixed_b))
+    # The factors of an adapter that is continued are there, and those of a GPU are made on the CPU.
+    begun = [] if options.adapter or options.device != "cpu" else branches
+    return ModelDims(
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        inner=inner_width(config),
+        vocabulary=int(config.vocab_size),
+        base_bytes=total,
+        layer_bytes=max(layers.values(), default=0),
+        trained=sum(trained),
+        extra_bytes=sum(t.nbytes for t in model.extra_state().values()),
+        small=sum(numbers for numbers in trained if numbers < SMALL),
+        fixed=sum(factor.numel() for factor in fixed if factor is not None),
+        initial_bytes=max(
+            (svd_bytes(b.target, b.a.shape[-2], options.init) for b in begun), default=0
+        ),
+    )
+
+
 def advise(
     plan: MemoryPlan, *, length: int, rows: int, optimizer: str, states: str, rank: int
 ) -> list[str]:
@@ -297,90 +405,3 @@ def advise(
         ideas.append((plan.optimizer * 3 // 4, "--optimizer adamw-8bit"))
     ideas.sort(key=lambda idea: -idea[0])
     return [f"{what} saves about {format_bytes(saved)}" for saved, what in ideas if saved > 1e6]
-
-
-def generation_bytes(config: Any, prompt: int, new: int, number_bytes: int = _FLOAT) -> int:
-    """Return a bound on what one continuation holds, besides the weights.
-
-    Keys and values of all layers for prompt and new tokens, twice: they grow by a copy for each
-    token, and what is let go lies in pieces that are too small for the next. One layer's at a time
-    are there for each of the heads that share them. The prompt goes through at once: what a layer
-    holds for it, as in a step without gradients.
-
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
-        Of the language model.
-    prompt, new : int
-        Tokens.
-    number_bytes : int
-        Of one number in an activation.
-
-    Examples
-    --------
-    >>> import transformers
-    >>> config = transformers.LlamaConfig(
-    ...     hidden_size=512, intermediate_size=1408, num_hidden_layers=12, vocab_size=64000,
-    ...     num_attention_heads=8,
-    ... )
-    >>> generation_bytes(config, 100, 64), generation_bytes(config, 1000, 64)
-    (23306000, 165761600)
-    """
-    hidden, tokens = _attention_width(config), prompt + new
-    cache = 2 * tokens * int(config.num_hidden_layers) * _cached_width(config) * number_bytes
-    inside = prompt * (13 * hidden + 5 * inner_width(config)) * number_bytes
-    repeated = 2 * tokens * hidden * number_bytes
-    logits = _LOGITS_AT_ONCE * int(config.vocab_size) * _FLOAT
-    return cache + repeated + inside + logits + _scores(config, prompt, number_bytes)
-
-
-def inner_width(config: Any) -> int:
-    """Return a model's widest feed-forward size.
-
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
-        Of the language model.
-    """
-    return _number(config, "intermediate_size") or 4 * int(config.hidden_size)
-
-
-def _cached_width(config: Any) -> int:
-    """Return how many numbers a layer keeps of a token.
-
-    Keys and values of all their heads, or what both are computed from (latent attention).
-    """
-    heads = _number(config, "num_key_value_heads") or _number(config, "num_attention_heads") or 1
-    if latent := _number(config, "kv_lora_rank"):
-        return latent + _number(config, "qk_rope_head_dim")
-    shared = getattr(config, "multi_query", False)  # by all heads, but for Falcon's newer models
-    if shared and not getattr(config, "new_decoder_architecture", False):
-        heads = 1
-    return 2 * heads * _head_width(config)
-
-
-def _attention_width(config: Any) -> int:
-    """Return the widest of what goes through a layer besides its feed-forward part."""
-    heads = _number(config, "num_attention_heads") or 1
-    return max(int(config.hidden_size), heads * _head_width(config))
-
-
-def _head_width(config: Any) -> int:
-    """Return the widest head's size."""
-    heads = _number(config, "num_attention_heads") or 1
-    names = ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")
-    widest = max(_number(config, name) for name in names)
-    return widest or -(-int(config.hidden_size) // heads)
-
-
-def _scores(config: Any, prompt: int, number_bytes: int) -> int:
-    """Return what attention holds of all pairs of tokens, where it computes them all at once."""
-    if getattr(config, "_attn_implementation", None) != "eager":
-        return prompt * prompt  # a mask
-    return (_number(config, "num_attention_heads") or 1) * prompt**2 * 2 * (number_bytes + _FLOAT)
-
-
-def _number(config: Any, name: str) -> int:
-    """Return a size, the largest where each layer has its own; 0 if the config has none."""
-    value = getattr(config, name, None)
-    return max((n for n in (value if isinstance(value, list | tuple) else [value]) if n), default=0)

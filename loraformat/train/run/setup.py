@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ import torch
 
 from loraformat.chat_templates import process as template_process
 from loraformat.errors import InputError, ResourceError, UsageError
-from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.train.batch import Batch
 from loraformat.train.data.batch_plan import DataPosition
@@ -20,22 +19,13 @@ from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.row_sources import is_local
 from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer
-from loraformat.train.engine.compute_dtype import activation_dtype
+from loraformat.train.engine.meta_model import text_config
 from loraformat.train.loop import memory
 from loraformat.train.loop.distributed import World
-from loraformat.train.loop.optimizer_options import SMALL
-from loraformat.train.lora.initialise import svd_bytes
 from loraformat.train.opening import load
-from loraformat.train.run.memory_plan import (
-    MemoryPlan,
-    ModelDims,
-    advise,
-    generation_bytes,
-    inner_width,
-    plan_memory,
-)
+from loraformat.train.run.memory_plan import MemoryBudget
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.text_generation import SAMPLE, chat_ids, plain_ids, room_for
+from loraformat.train.run.text_generation import chat_ids, plain_ids, room_for
 
 if TYPE_CHECKING:
     from loraformat.train.model import TrainableModel
@@ -47,12 +37,9 @@ __all__ = [
     "open_base",
     "open_inputs",
     "open_model",
-    "text_config",
     "with_length",
 ]
 
-#: What CUDA takes of a GPU before anything is put there (bytes).
-_CONTEXT = 500_000_000
 #: What the process takes that renders chat templates, where the system does not say (bytes).
 _TEMPLATES = 60_000_000
 #: What `Dataset.prompt_format` says of data that no chat template writes.
@@ -80,6 +67,7 @@ class Inputs:
     held_out : Dataset or None
     steps, batches : int
         Of the whole run; micro-batches on this rank.
+    budget : MemoryBudget
     trained_too : int
         Rows of the held-out data that are among those that are trained on.
     prompts : list of list of int
@@ -93,8 +81,9 @@ class Inputs:
     held_out: Dataset | None
     steps: int
     batches: int
-    trained_too: int = 0
-    prompts: list[list[int]] = field(default_factory=list)
+    budget: MemoryBudget
+    trained_too: int
+    prompts: list[list[int]]
 
     def stream(self, place: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Yield micro-batches from a place on, each with the place behind it."""
@@ -102,105 +91,6 @@ class Inputs:
         epochs = self.options.epochs if self.options.steps is None else None
         for batch, cursor in self.data.batches(start, epochs=epochs):
             yield batch, cursor.to_json()
-
-    def shape(self) -> ModelDims:
-        """Return the sizes that memory depends on."""
-        config = text_config(self.model)
-        layers: dict[Any, int] = {}
-        total = 0
-        for tensor in self.model.bundle.checkpoint.tensors.values():
-            total += tensor.nbytes
-            found = layer_of(tensor.name)
-            if found is not None:
-                layers[found] = layers.get(found, 0) + tensor.nbytes
-        hidden = int(config.hidden_size)
-        extra = self.model.extra_state().values()
-        trained = [parameter.numel() for parameter in self.model.trainable().values()]
-        branches = self.model.branches.values()
-        fixed = (factor for branch in branches for factor in (branch.fixed_a, branch.fixed_b))
-        return ModelDims(
-            layers=int(config.num_hidden_layers),
-            hidden=hidden,
-            inner=inner_width(config),
-            vocabulary=int(config.vocab_size),
-            base_bytes=total,
-            layer_bytes=max(layers.values(), default=0),
-            trained=sum(trained),
-            extra_bytes=sum(t.numel() * t.element_size() for t in extra),
-            small=sum(numbers for numbers in trained if numbers < SMALL),
-            fixed=sum(factor.numel() for factor in fixed if factor is not None),
-            initial_bytes=max(self._beginnings(), default=0),
-        )
-
-    def _beginnings(self) -> Iterator[int]:
-        """Yield what it took to find each module's factors, in the memory that is planned."""
-        options = self.options
-        if options.adapter or options.device != "cpu":  # they are found on the CPU
-            return
-        for branch in self.model.branches.values():
-            yield svd_bytes(branch.target, branch.a.shape[-2], options.init)
-
-    def plan(self) -> MemoryPlan:
-        """Return the memory plan, and let layers keep what it has for them.
-
-        Raises
-        ------
-        ResourceError
-            If it is over the limit.
-        """
-        options, shape = self.options, self.shape()
-        adapter = 4 * (shape.trained + shape.fixed)
-        on_gpu = options.device != "cpu"
-        kept = shape.base_bytes if options.device_memory is None else options.device_memory
-        process = _CONTEXT if on_gpu else max(0, memory.resident() - adapter)
-        plan = plan_memory(
-            shape, rows=self._rows(), length=self.data.options.seq_len,
-            process=process, resident=min(kept, shape.base_bytes) if on_gpu else 0,
-            optimizer=options.optimizer, states=options.optimizer_states,
-            number_bytes=activation_dtype(self.model.compute_dtype).itemsize,
-            templates=0 if on_gpu else self._template_process(), generation=self._generation(),
-            spare=0 if options.layer_major else self.model.activation_memory,
-            limit=options.max_memory,
-        )  # fmt: skip
-        plan.refuse_if_too_much(self.advice(plan))
-        self.model.activation_memory = plan.kept
-        return plan
-
-    def advice(self, plan: MemoryPlan) -> list[str]:
-        """Return what would make the run smaller, with numbers."""
-        options = self.options
-        return advise(
-            plan, length=self.data.options.seq_len, rows=self._rows(),
-            optimizer=options.optimizer, states=options.optimizer_states, rank=options.rank,
-        )  # fmt: skip
-
-    def _template_process(self) -> int:
-        """Return the bytes that the process holds which renders conversations, if there are any."""
-        sets = [self.data] if self.held_out is None else [self.data, self.held_out]
-        if not any(one.audit.rendered for one in sets):
-            return 0
-        number = template_process.shared().number
-        return (number and memory.resident_of(number)) or _TEMPLATES
-
-    def _generation(self) -> int:
-        """Return the bytes that the longest prompt takes while it is written on from."""
-        config = text_config(self.model)
-        number_bytes = activation_dtype(self.model.compute_dtype).itemsize
-        new = SAMPLE.max_tokens
-        return max(
-            (generation_bytes(config, len(ids), new, number_bytes) for ids in self.prompts),
-            default=0,
-        )
-
-    def _rows(self) -> int:
-        """Return how many rows go through the model between two updates."""
-        options = self.options
-        return options.batch_size * (options.grad_accum if options.layer_major else 1)
-
-
-def text_config(model: TrainableModel) -> Any:
-    """Return the part of a model's config that describes the language model."""
-    return model.config.get_text_config(decoder=True)
 
 
 def check_device(device: str) -> None:
@@ -307,7 +197,20 @@ def _with_data(
     steps, batches = _count(data, options)
     trained_too = 0 if held_out is None else held_out.rows_also_in(data)
     prompts = _prompts(model, encoder, data, options.prompt)
-    return Inputs(options, model, encoder, data, held_out, steps, batches, trained_too, prompts)
+    templates = _template_process([data] if held_out is None else [data, held_out])
+    budget = MemoryBudget.of(model, options, map(len, prompts), templates)
+    model.activation_memory = budget.plan.kept
+    return Inputs(
+        options, model, encoder, data, held_out, steps, batches, budget, trained_too, prompts
+    )
+
+
+def _template_process(sets: Iterable[Dataset]) -> int:
+    """Return the bytes that the process holds which renders conversations, if there are any."""
+    if not any(one.audit.rendered for one in sets):
+        return 0
+    number = template_process.shared().number
+    return (number and memory.resident_of(number)) or _TEMPLATES
 
 
 def _prompts(
@@ -349,7 +252,7 @@ def with_length(model: TrainableModel, options: TrainOptions) -> TrainOptions:
     UsageError
         If the one that is asked for is longer.
     """
-    context = getattr(text_config(model), "max_position_embeddings", None)
+    context = getattr(text_config(model.config), "max_position_embeddings", None)
     if options.seq_len is None:
         length = DataOptions().seq_len
         return replace(options, seq_len=min(length, context) if context else length)
@@ -368,7 +271,7 @@ def check_vocabulary(model: TrainableModel, encoder: TextEncoder) -> None:
     ------
     InputError
     """
-    known, needed = int(text_config(model).vocab_size), len(encoder.tokenizer)
+    known, needed = int(text_config(model.config).vocab_size), len(encoder.tokenizer)
     if needed > known:
         raise InputError(
             f"its tokenizer knows {needed} tokens, and the model {known}: they do not belong "

@@ -180,10 +180,10 @@ class _Run:
         self._beside = (*template_files(*self._chat), *stop_files(*self._chat, self._base))
         self.report = TrainReport(
             target=str(output), directory=str(self._directory.path),
-            plan=inputs.plan(), disk=plan_disk(inputs.shape(), options, world.size),
+            plan=inputs.budget.plan, disk=plan_disk(inputs.budget.dims, options, world.size),
             data=inputs.data.audit.lines(),
             preview=inputs.data.preview(), steps=inputs.steps, batches=inputs.batches,
-            trained_parameters=inputs.shape().trained,
+            trained_parameters=inputs.budget.dims.trained,
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
         )  # fmt: skip
         self.report.notes.extend([
@@ -249,7 +249,7 @@ class _Run:
             raise ResourceError(
                 f"{self._options.device} has too little memory: the run needs about "
                 f"{format_bytes(plan.total)}",
-                hint="; or ".join(self._inputs.advice(plan)) or "use a larger machine",
+                hint="; or ".join(self._inputs.budget.advice) or "use a larger machine",
             ) from error
 
     @contextmanager
@@ -288,7 +288,7 @@ class _Run:
     def measure(self) -> None:
         """Time one micro-batch, for the report."""
         batch, _ = next(self._inputs.stream({}))
-        layers = self._inputs.shape().layers
+        layers = self._inputs.budget.dims.layers
         step_time = time_of(self._model, batch.to(self._options.device), layers)
         self.report = replace(self.report, dry_run=True, step_time=step_time)
 

@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from loraformat.errors import InputError
-from loraformat.train.run.memory_plan import advise, generation_bytes
+from loraformat.train.run.memory_plan import advise
+from loraformat.train.run.text_generation import generation_bytes
 from tests.train.loop import tiny_runs
 from tests.train.loop.test_plan import plan
 

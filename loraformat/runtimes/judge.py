@@ -103,7 +103,7 @@ def obstacles(found: Iterable[Finding]) -> dict[str, list[str]]:
 
 
 def _format(adapter: AdapterFacts, runtime: Runtime, named: bool) -> tuple[str, str, Treatment]:
-    outcome: Outcome = "refuses" if named else "mind"
+    outcome: Outcome = "refuses" if named else "caution"
     treatment = Treatment(outcome, runtime.format_why, runtime.format_remedy)
     return FORMAT, f"is {adapter.format}", treatment
 

@@ -21,16 +21,16 @@ __all__ = [
     "Rule",
     "Runtime",
     "Treatment",
+    "caution",
     "differs",
-    "mind",
     "refuses",
     "unknown",
 ]
 
 Level = Literal["warn", "fail"]
 #: ``refuses``: it says no. ``differs``: it computes something else, mostly without a word.
-#: ``mind``: right, if the user does or knows something. ``unknown``: nobody looked.
-Outcome = Literal["refuses", "differs", "mind", "unknown"]
+#: ``caution``: right, if the user does or knows something. ``unknown``: nobody looked.
+Outcome = Literal["refuses", "differs", "caution", "unknown"]
 #: What mends it: a command of loraformat's, or (advice) nothing that a command could do.
 Remedy = Literal[
     "fix", "gguf", "peft", "merge", "merge-gguf", "reduce", "rewrite", "retype", "fill",
@@ -40,7 +40,7 @@ Remedy = Literal[
 _LEVELS: dict[Outcome, Level] = {
     "refuses": "fail",
     "differs": "fail",
-    "mind": "warn",
+    "caution": "warn",
     "unknown": "warn",
 }
 
@@ -80,9 +80,9 @@ def differs(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
     return Treatment("differs", why, remedy, advice)
 
 
-def mind(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
+def caution(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
     """Return that a runtime is right if one does or knows something."""
-    return Treatment("mind", why, remedy, advice)
+    return Treatment("caution", why, remedy, advice)
 
 
 def unknown(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:

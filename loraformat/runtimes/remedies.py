@@ -103,10 +103,11 @@ def sentence(treatment: Treatment, adapter: AdapterFacts) -> str:
 
     Examples
     --------
-    >>> from loraformat.runtimes.record import mind
+    >>> from loraformat.runtimes.record import caution
     >>> from loraformat.model.adapter_facts import ModuleFacts
     >>> facts = AdapterFacts("peft", (ModuleFacts("q_proj", 40, 64, 64, 40.0, 1.0),))
-    >>> sentence(mind("it has a limit", "advice", "start it with --max-lora-rank {limit}"), facts)
+    >>> found = caution("it has a limit", "advice", "start it with --max-lora-rank {limit}")
+    >>> sentence(found, facts)
     'start it with --max-lora-rank 64'
     """
     if treatment.advice is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraformat.runtimes.known.advice import INIT
-from loraformat.runtimes.record import Runtime, differs, mind, refuses, unknown
+from loraformat.runtimes.record import Runtime, caution, differs, refuses, unknown
 from loraformat.runtimes.scaling import by_file_alpha
 
 __all__ = ["LLAMA_CPP"]
@@ -61,12 +61,12 @@ LLAMA_CPP = Runtime(
             "run it with transformers and PEFT",
         ),
         "ARCHITECTURE": refuses("llama.cpp compares general.architecture", "advice"),
-        "TOKENIZER_CHANGED": mind(
+        "TOKENIZER_CHANGED": caution(
             "the tokenizer is in the base's GGUF file",
             "advice",
             "convert the base with the adapter's tokenizer files in its directory",
         ),
-        "CHAT_TEMPLATE_CHANGED": mind(
+        "CHAT_TEMPLATE_CHANGED": caution(
             "the chat template is in the base's GGUF file",
             "advice",
             "start it with --chat-template-file and the adapter's template",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from loraformat.runtimes.known.advice import INIT
-from loraformat.runtimes.record import Runtime, differs, mind
+from loraformat.runtimes.record import Runtime, caution, differs
 from loraformat.runtimes.scaling import by_config_with_rslora
 
 __all__ = ["LORAX"]
 
 _BY_NAME = (
-    "LoRAX takes base_model.model.MODULE.lora_A.weight and lora_B.weightand warns about the rest"
+    "LoRAX takes base_model.model.MODULE.lora_A.weight and lora_B.weight and warns about the rest"
 )
 
 LORAX = Runtime(
@@ -36,7 +36,9 @@ LORAX = Runtime(
             "of all layers, which must have one rank",
             "fix",
         ),
-        "RANK_LIMIT": mind("its kernels support ranks up to 128; higher ranks are slow", "reduce"),
+        "RANK_LIMIT": caution(
+            "its kernels support ranks up to 128; higher ranks are slow", "reduce"
+        ),
         "RANK_NOT_IN_SET": differs(
             "LoRAX pads such a rank for its kernels and divides alpha by the padded rank in every "
             "module type after the first",
@@ -50,12 +52,12 @@ LORAX = Runtime(
         "EMBEDDING": differs(_BY_NAME, "merge"),
         "MOE": differs(_BY_NAME, "merge"),
         "TIED_HEAD": differs("LoRAX supports the head but not the embedding", "merge"),
-        "TOKENIZER_CHANGED": mind(
+        "TOKENIZER_CHANGED": caution(
             "LoRAX has one tokenizer for the base and all adapters (predibase/lorax#538)",
             "advice",
             "replace the base's tokenizer files with the adapter's",
         ),
-        "CHAT_TEMPLATE_CHANGED": mind(
+        "CHAT_TEMPLATE_CHANGED": caution(
             "LoRAX has one chat template for the base and all adapters (predibase/lorax#538)",
             "advice",
             "start it with --tokenizer-config-path and a tokenizer_config.json that has the "

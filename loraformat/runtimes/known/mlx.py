@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraformat.runtimes.known.advice import INIT
-from loraformat.runtimes.record import Runtime, differs, mind, refuses
+from loraformat.runtimes.record import Runtime, caution, differs, refuses
 from loraformat.runtimes.scaling import as_trained
 
 __all__ = ["MLX"]
@@ -22,8 +22,8 @@ MLX = Runtime(
     treats={
         "INIT_MUTATES_BASE": differs("the factors belong to a modified base", "advice", INIT),
         "ALORA": refuses("it acts on some tokens only and cannot be merged", "advice"),
-        "TOKENIZER_CHANGED": mind(_MERGED, "advice", _COPY),
-        "CHAT_TEMPLATE_CHANGED": mind(
+        "TOKENIZER_CHANGED": caution(_MERGED, "advice", _COPY),
+        "CHAT_TEMPLATE_CHANGED": caution(
             _MERGED,
             "advice",
             "copy the adapter's chat_template.jinja to the merged model",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loraformat.runtimes.known.llama_cpp import LLAMA_CPP
-from loraformat.runtimes.record import differs, mind, refuses
+from loraformat.runtimes.record import caution, differs, refuses
 
 __all__ = ["OLLAMA"]
 
@@ -38,18 +38,18 @@ OLLAMA = replace(
         ),
         "CONV1D": refuses("Ollama's import supports only llama and gemma2", "gguf"),
         "MOE": refuses("Ollama's import maps no fused experts", "gguf"),
-        "ARCHITECTURE": mind(
+        "ARCHITECTURE": caution(
             "Ollama's import of PEFT directories supports only llama and gemma2; GGUF adapters "
             "must have the base's architecture",
             "gguf",
         ),
-        "CHAT_TEMPLATE_CHANGED": mind(
+        "CHAT_TEMPLATE_CHANGED": caution(
             "the chat template is in the base's GGUF file, or in a Modelfile, in Ollama's "
             "template language",
             "advice",
             "set the adapter's template with TEMPLATE in the Modelfile",
         ),
-        "ROW_ORDER": mind(
+        "ROW_ORDER": caution(
             "Q and K of llama models are stored with reordered rows; Ollama's import of PEFT "
             "directories reorders A instead of B",
             "gguf",

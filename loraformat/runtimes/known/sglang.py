@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraformat.runtimes.known.advice import INIT
-from loraformat.runtimes.record import Runtime, differs, mind, refuses, unknown
+from loraformat.runtimes.record import Runtime, caution, differs, refuses, unknown
 from loraformat.runtimes.scaling import by_config
 
 __all__ = ["SGLANG"]
@@ -39,13 +39,13 @@ SGLANG = Runtime(
             "merge",
         ),
         "TIED_HEAD": unknown("support for tied heads was not checked", "merge"),
-        "TOKENIZER_CHANGED": mind(
+        "TOKENIZER_CHANGED": caution(
             "SGLang has one tokenizer for the base and all adapters, and refuses tokens beyond the "
             "base's vocabulary",
             "advice",
             "start it with --tokenizer-path and the adapter's directory",
         ),
-        "CHAT_TEMPLATE_CHANGED": mind(
+        "CHAT_TEMPLATE_CHANGED": caution(
             "SGLang has one chat template for the base and all adapters",
             "advice",
             "start it with --chat-template and the adapter's template",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraformat.runtimes.record import Runtime, differs, mind, refuses, unknown
+from loraformat.runtimes.record import Runtime, caution, differs, refuses, unknown
 from loraformat.runtimes.scaling import as_trained
 
 __all__ = ["TRANSFORMERS"]
@@ -17,8 +17,8 @@ TRANSFORMERS = Runtime(
     scaling=as_trained,
     asks_peft=True,
     treats={
-        "METHOD": mind("depends on the method in PEFT; not checked", "advice"),
-        "INIT_MUTATES_BASE": mind(
+        "METHOD": caution("depends on the method in PEFT; not checked", "advice"),
+        "INIT_MUTATES_BASE": caution(
             "PEFT modifies the base on every load of the adapter, which needs the base in full "
             "precision",
             "advice",
@@ -48,20 +48,20 @@ TRANSFORMERS = Runtime(
             "install both and check again: pip install 'loraformat[demo]'",
         ),
         "DTYPE": None,  # cast as they are loaded
-        "TIED_HEAD": mind(
+        "TIED_HEAD": caution(
             "it is correct unmerged; PEFT's merge_and_unload also changes the tied tensor",
             "merge",
         ),
-        "SHARED_BLOCK": mind(
+        "SHARED_BLOCK": caution(
             "it is right unmerged; merged, a delta of one layer would act in all that share the "
             "weight",
             "advice",
             "use it beside its base, without merge_and_unload",
         ),
-        "TOKENIZER_CHANGED": mind(
+        "TOKENIZER_CHANGED": caution(
             "PEFT loads no tokenizer", "advice", "load the tokenizer from the adapter's directory"
         ),
-        "CHAT_TEMPLATE_CHANGED": mind(
+        "CHAT_TEMPLATE_CHANGED": caution(
             "PEFT loads no tokenizer, which has the chat template",
             "advice",
             "set the tokenizer's chat_template to the text of the adapter's",

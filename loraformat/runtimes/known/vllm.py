@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.runtimes.known.advice import INIT
 from loraformat.runtimes.ranks import VLLM_DEFAULT, VLLM_RANKS
-from loraformat.runtimes.record import Runtime, differs, mind, refuses, unknown
+from loraformat.runtimes.record import Runtime, caution, differs, refuses, unknown
 from loraformat.runtimes.scaling import as_trained
 
 __all__ = ["VLLM"]
@@ -30,7 +30,7 @@ VLLM = Runtime(
         ),
         "TRAINED_TOKENS": refuses("vLLM does not support trained embedding rows", "merge"),
         "RANK_LIMIT": refuses("the rank exceeds the largest --max-lora-rank", "reduce"),
-        "RANK_NOT_IN_SET": mind(
+        "RANK_NOT_IN_SET": caution(
             "vLLM rejects ranks above --max-lora-rank, which is 16 by default and accepts only "
             "certain values",
             "advice",
@@ -52,12 +52,12 @@ VLLM = Runtime(
             "merge",
         ),
         "TIED_HEAD": unknown("support for tied heads was not checked", "merge"),
-        "TOKENIZER_CHANGED": mind(
+        "TOKENIZER_CHANGED": caution(
             "vLLM has one tokenizer for the base and all adapters (vllm-project/vllm#24078)",
             "advice",
             "start it with --tokenizer and the adapter's directory",
         ),
-        "CHAT_TEMPLATE_CHANGED": mind(
+        "CHAT_TEMPLATE_CHANGED": caution(
             "vLLM has one chat template for the base and all adapters",
             "advice",
             "start it with --chat-template and the adapter's template",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loraformat.errors import printable
 from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
 from loraformat.model.base_match import compare_fingerprints
-from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses, unknown
+from loraformat.runtimes.record import Rule, Runtime, caution, differs, refuses, unknown
 
 __all__ = ["BASE_RULES", "tokens_beyond"]
 
@@ -175,7 +175,7 @@ BASE_RULES = (
         "BASE_REVISION",
         "another commit of the base",
         _revision,
-        mind("the weights may differ", "advice", "load the base at that commit"),
+        caution("the weights may differ", "advice", "load the base at that commit"),
     ),
     Rule("TIED_HEAD", "a delta of a tied head or embedding", _tied),
     Rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.model.adapter_facts import AdapterFacts
-from loraformat.runtimes.record import Rule, Runtime, mind, refuses, unknown
+from loraformat.runtimes.record import Rule, Runtime, caution, refuses, unknown
 
 __all__ = ["FILE_RULES"]
 
@@ -46,7 +46,7 @@ FILE_RULES = (
         "OTHER_WEIGHTS",
         "`non_lora_trainables.bin` and other weight files in its directory",
         _beside,
-        mind(
+        caution(
             "adapter loaders do not read such a file, which may contain other trained weights",
             "advice",
             "load it with the program that wrote it",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraformat.model.adapter_facts import AdapterFacts
-from loraformat.runtimes.record import Rule, Runtime, mind
+from loraformat.runtimes.record import Rule, Runtime, caution
 
 __all__ = ["PROMPT_RULES"]
 
@@ -21,7 +21,7 @@ PROMPT_RULES = (
         "TOKENIZER_CHANGED",
         "a tokenizer that differs from the base's",
         _tokenizer,
-        mind(
+        caution(
             "the base's tokenizer is used, so token ids differ from training",
             "advice",
             "replace the base's tokenizer files with the adapter's",
@@ -31,7 +31,7 @@ PROMPT_RULES = (
         "CHAT_TEMPLATE_CHANGED",
         "a chat template that differs from the base's",
         _template,
-        mind(
+        caution(
             "the base's chat template is used, so prompts differ from training",
             "advice",
             "replace the base's chat template with the adapter's",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loraformat.errors import printable
 from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.model.unsharding import GATHER
-from loraformat.runtimes.record import Rule, Runtime, differs, mind, refuses
+from loraformat.runtimes.record import Rule, Runtime, caution, differs, refuses
 
 __all__ = ["VALUE_RULES"]
 
@@ -74,6 +74,6 @@ VALUE_RULES = (
         "ZERO_DELTA",
         "B of all zeros",
         _zero,
-        mind("it has no effect", "advice", "was it saved after training?"),
+        caution("it has no effect", "advice", "was it saved after training?"),
     ),
 )  # fmt: skip

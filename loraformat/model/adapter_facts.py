@@ -114,7 +114,7 @@ class Loading:
     taken : int
         Tensors that are loaded.
     proven : bool
-        PEFT itself has loaded it; else rules say so.
+        PEFT itself has loaded it, or loads all of its kind; else rules say so.
     fits : bool
         Each of its tensors belongs to one of the base's, and has its sizes.
     vocabularies : tuple of int or None

@@ -13,10 +13,10 @@ from tests.conftest import environment
 from tests.hub.fake_hub import TOKEN, Repository, files_of, serve
 
 #: Command lines by group. Each group runs in one process and one directory, in this order; a
-#: verb is added as one line. `check --base` is none of them: it asks PEFT itself.
+#: verb is added as one line.
 COMMANDS = {
     "adapters": [
-        "check manual --runtime transformers",
+        "check manual --runtime transformers --base base",
         "check manual --fix -o fixed",
         "check fixed --write run",
         "info manual",
@@ -27,6 +27,16 @@ COMMANDS = {
         "combine manual tests -o elected --method ties --rank 8",
         "combine manual tests -o dropped --method dare_linear --rank 8",
         "extract base tuned -o extracted --rank 4",
+        "merge base manual -o merged",
+        "convert base bundle",
+        "convert manual bundle/adapters/one",
+        "convert tests bundle/adapters/other",
+        "check bundle/adapters/one --runtime transformers",
+        "reduce bundle/adapters/one -o bundle/adapters/reduced --rank 4",
+        "combine bundle/adapters/one bundle/adapters/other -o bundle/adapters/combined",
+        "extract bundle tuned -o bundle/adapters/extracted --rank 4",
+        "info bundle",
+        "verify bundle",
         "formats",
     ],
     "hub": [

@@ -1,4 +1,4 @@
-"""Whether PEFT loads an adapter into a base: tested with PEFT, or estimated by rules.
+"""Whether PEFT loads an adapter into a base: known, tested with PEFT, or estimated by rules.
 
 A stranger's regular expressions go to PEFT in a process whose CPU time is bounded, unless they are
 too plain to cost any.
@@ -22,6 +22,7 @@ from loraformat.model.tied_head import HEAD
 from loraformat.model.vocabulary import is_per_token
 from loraformat_converters.peft.keys import PREFIX, parse_key
 from loraformat_converters.peft.load_on_meta import Loaded, Stored, load_on_meta
+from loraformat_converters.peft.plain import is_plain
 
 __all__ = ["judge_loading", "serve"]
 
@@ -62,7 +63,8 @@ def judge_loading(
         The base's embedding, if that is its head, too.
     """
     ask = load_on_meta if _is_cheap(config) else _in_a_process
-    loaded = ask(config, tensors, base)
+    plain = is_plain(config, tensors, base, names)
+    loaded = Loaded() if plain else ask(config, tensors, base)
     held = _Held(names, adapter, tied)
     misfits = {n: s for n, t in tensors.items() if (s := held.misfit(n, t)) is not None}
     if loaded is not None:

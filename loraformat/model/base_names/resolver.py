@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from loraformat.families.expert_names import spelled_in_memory, spelled_on_disk
 from loraformat.families.model_class import names_base_class
+from loraformat.families.tensor_names import layer_of
 from loraformat.model.base_names.in_memory import InMemory, bare, in_memory
 from loraformat.model.base_names.skeleton import task_of
 from loraformat.model.base_names.sources import Chunk
@@ -74,7 +75,7 @@ class BaseNames:
         config: Mapping[str, Any] | None = None,
         task: str | None = None,
     ) -> None:
-        self._shapes, self._config = shapes, config or {}
+        self.shapes, self._config = shapes, config or {}
         self._task = task_of(self._config, task)
         base_class = names_base_class(self._config) or self._task == "FEATURE_EXTRACTION"
         #: What the names begin with if the class is the one that the checkpoint was saved from.
@@ -93,25 +94,29 @@ class BaseNames:
     @property
     def known(self) -> bool:
         """Whether the base's tensors are known, not its config alone."""
-        return bool(self._shapes)
+        return bool(self.shapes)
 
     @property
     def as_stored(self) -> bool:
         """Whether memory is known to have each tensor as it is stored, none renamed or fused."""
-        prefix = self._prefix
-        return prefix is not None and all(n.startswith((prefix, "lm_head.")) for n in self._shapes)
+        if self._prefix is None:
+            return False
+        layers = {layer_of(name) for name in self.shapes} - {None}
+        said = self._config.get("num_hidden_layers", self._config.get("n_layer"))
+        inside = all(name.startswith((self._prefix, "lm_head.")) for name in self.shapes)
+        return inside and len(layers) == said
 
     @property
     def memory(self) -> InMemory | None:
         """What transformers knows of the base; None if it knows nothing."""
         if not self._asked:
             self._asked = True
-            self._memory = in_memory(self._config, self._shapes, self._task)
+            self._memory = in_memory(self._config, self.shapes, self._task)
         return self._memory
 
     def find(self, name: str) -> str | None:
         """Return the stored tensor that an adapter means by a name, or None."""
-        if name in self._shapes:
+        if name in self.shapes:
             return name
         if self.memory is not None and (found := self.memory.find(name)) is not None:
             stored = self.memory.stored_as(found)
@@ -132,7 +137,7 @@ class BaseNames:
         """
         stored = self.find(name)
         if stored is not None:
-            return Parameter(stored, self._shapes[stored])
+            return Parameter(stored, self.shapes[stored])
         found = self.memory.find(name) if self.memory is not None else None
         if self.memory is None or found is None or not self._is_made(found):
             return None

@@ -29,8 +29,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy
 import pytest
-import torch
 
 from loraformat import plugins
 from loraformat.errors import InputError, LoraFormatError
@@ -328,7 +328,7 @@ class ConverterContract:
 
     def test_opening_reads_no_weight(self, tmp_path: Path) -> None:
         """A model is open before its weights are read, and its size is known."""
-        large = dense("model.embed_tokens.weight", torch.ones(8 * _MIB, dtype=torch.float32))
+        large = dense("model.embed_tokens.weight", numpy.ones(8 * _MIB, numpy.float32))
         path = self.make(self.with_tensors(large), tmp_path / self.target_name)
         tracemalloc.start()
         try:

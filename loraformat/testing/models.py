@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy
 
 from loraformat.model.checkpoint import (
     CarriedFile,
@@ -18,38 +19,41 @@ from loraformat.model.checkpoint import (
     NF4Tensor,
     Provenance,
 )
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
-from loraformat.tensors.dtypes import TORCH_NAMES
+from loraformat.tensors.arrays import Array, array_bytes, dtype_name, numpy_dtype
+from loraformat.tensors.torch_arrays import array_of
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["carried", "checkpoint", "dense", "nf4", "samples"]
 
-_DTYPE_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+_F32, _F16, _BF16 = (numpy_dtype(name) for name in ("F32", "F16", "BF16"))
 
 
-def dense(name: str, values: torch.Tensor) -> DenseTensor:
+def dense(name: str, values: Array | torch.Tensor) -> DenseTensor:
     r"""Return a lazy tensor that holds these values.
 
     Examples
     --------
-    >>> tensor = dense("model.norm.weight", torch.ones(4, dtype=torch.bfloat16))
+    >>> tensor = dense("model.norm.weight", numpy.ones(4, numpy_dtype("BF16")))
     >>> tensor.dtype, tensor.shape, bytes(tensor.load()[:2])
     ('BF16', (4,), b'\x80?')
     """
-    dtype = _DTYPE_NAMES[str(values.dtype).removeprefix("torch.")]
-    data = bytes(tensor_bytes(values))
-    return DenseTensor(name, dtype, tuple(values.shape), lambda: memoryview(data))
+    array = values if isinstance(values, numpy.ndarray) else array_of(values)
+    data = bytes(array_bytes(array))
+    return DenseTensor(name, dtype_name(array.dtype), array.shape, lambda: memoryview(data))
 
 
 def nf4(
-    name: str, weight: torch.Tensor, *, block_size: int = 64, double_quant: bool = True,
+    name: str, weight: Array | torch.Tensor, *, block_size: int = 64, double_quant: bool = True,
     model_type: str | None = None,
 ) -> NF4Tensor:  # fmt: skip
     """Return a weight in NF4; it is quantized whenever it is loaded.
 
     Examples
     --------
-    >>> tensor = nf4("model.layers.0.mlp.up_proj.weight", torch.ones(2, 64))
+    >>> tensor = nf4("model.layers.0.mlp.up_proj.weight", numpy.ones((2, 64), numpy.float32))
     >>> tensor.nbytes, sorted(tensor.load().by_suffix())[:2]
     (70, ['', '.absmax'])
     """
@@ -74,7 +78,8 @@ def checkpoint(
 
     Examples
     --------
-    >>> model = checkpoint(dense("lm_head.weight", torch.ones(2, 2)), config={"vocab_size": 2})
+    >>> head = dense("lm_head.weight", numpy.ones((2, 2), numpy.float32))
+    >>> model = checkpoint(head, config={"vocab_size": 2})
     >>> list(model.tensors), model.config
     (['lm_head.weight'], b'{\n  "vocab_size": 2\n}\n')
     """
@@ -116,19 +121,19 @@ def samples(stores: str) -> dict[str, Checkpoint]:
 
 def _weights() -> Checkpoint:
     """Return all that stands in an ordinary model: three float types, config, other files."""
-    random = torch.Generator().manual_seed(0)
+    random = numpy.random.default_rng(0)
 
-    def weight(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> DenseTensor:
-        return dense(name, torch.randn(shape, generator=random).to(dtype))
+    def weight(name: str, *shape: int, dtype: numpy.dtype[Any] = _BF16) -> DenseTensor:
+        return dense(name, random.standard_normal(shape, numpy.float32).astype(dtype))
 
     return checkpoint(
         weight("model.embed_tokens.weight", 24, 64),
         weight("model.layers.0.self_attn.q_proj.weight", 64, 64),
-        weight("model.layers.0.self_attn.q_proj.bias", 64, dtype=torch.float16),
-        weight("model.layers.0.input_layernorm.weight", 64, dtype=torch.float32),
-        weight("model.layers.1.self_attn.q_proj.weight", 64, 64, dtype=torch.float16),
-        weight("model.norm.weight", 64, dtype=torch.float32),
-        weight("lm_head.weight", 24, 64, dtype=torch.float32),
+        weight("model.layers.0.self_attn.q_proj.bias", 64, dtype=_F16),
+        weight("model.layers.0.input_layernorm.weight", 64, dtype=_F32),
+        weight("model.layers.1.self_attn.q_proj.weight", 64, 64, dtype=_F16),
+        weight("model.norm.weight", 64, dtype=_F32),
+        weight("lm_head.weight", 24, 64, dtype=_F32),
         config={"architectures": ["Sample"], "dtype": "bfloat16", "model_type": "sample", "é": "ü"},
         files={
             "README.md": "# Größe\r\n".encode(),
@@ -151,34 +156,33 @@ def _odd_names() -> Checkpoint:
         "CON",
         "n" * 255,
     ]
-    return checkpoint(*(dense(name, torch.tensor([float(i)])) for i, name in enumerate(names)))
+    return checkpoint(*(dense(name, numpy.full(1, i, _F32)) for i, name in enumerate(names)))
 
 
 def _odd_shapes() -> Checkpoint:
-    def values(name: str, dtype: torch.dtype, *shape: int) -> DenseTensor:
-        count = torch.Size(shape).numel()
-        return dense(name, torch.arange(count).view(shape).to(dtype))
+    def values(name: str, dtype: str, *shape: int) -> DenseTensor:
+        return dense(name, numpy.arange(prod(shape)).reshape(shape).astype(numpy_dtype(dtype)))
 
     return checkpoint(
-        values("scalar", torch.float32),
-        values("empty", torch.float16, 0),
-        values("empty.rows", torch.bfloat16, 0, 7),
-        values("cube", torch.bfloat16, 3, 1, 5),
-        values("i64", torch.int64, 3),
-        values("i32", torch.int32, 2, 2),
-        values("u8", torch.uint8, 5),
-        values("bool", torch.bool, 3),
-        values("f64", torch.float64, 3),
-        dense("special", torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])),
+        values("scalar", "F32"),
+        values("empty", "F16", 0),
+        values("empty.rows", "BF16", 0, 7),
+        values("cube", "BF16", 3, 1, 5),
+        values("i64", "I64", 3),
+        values("i32", "I32", 2, 2),
+        values("u8", "U8", 5),
+        values("bool", "BOOL", 3),
+        values("f64", "F64", 3),
+        dense("special", numpy.array([numpy.nan, numpy.inf, -0.0, 1e-45], _F32)),
     )
 
 
 def _with_nf4(model: Checkpoint, *, block_size: int = 64, double_quant: bool = True) -> Checkpoint:
-    random = torch.Generator().manual_seed(1)
+    random = numpy.random.default_rng(1)
     shapes = {"up_proj": (128, 64), "down_proj": (64, 128), "odd_proj": (3, 25)}
     weights = [
         nf4(
-            f"model.layers.0.mlp.{kind}.weight", torch.randn(shape, generator=random),
+            f"model.layers.0.mlp.{kind}.weight", random.standard_normal(shape, numpy.float32),
             block_size=block_size, double_quant=double_quant,
         )
         for kind, shape in shapes.items()
@@ -188,9 +192,9 @@ def _with_nf4(model: Checkpoint, *, block_size: int = 64, double_quant: bool = T
 
 def _conv1d() -> Checkpoint:
     """Return a model whose linears are stored transposed, as in GPT-2."""
-    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(2))
+    weight = numpy.random.default_rng(2).standard_normal((64, 192), numpy.float32)
     return checkpoint(
         nf4("transformer.h.0.attn.c_attn.weight", weight, model_type="gpt2"),
-        dense("transformer.wte.weight", torch.ones(8, 64)),
+        dense("transformer.wte.weight", numpy.ones((8, 64), _F32)),
         config={"model_type": "gpt2"},
     )

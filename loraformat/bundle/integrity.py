@@ -124,7 +124,7 @@ def file_record(folder: SafeDirectory, path: str) -> FileRecord:
 
 
 def check_listed(folder: SafeDirectory, records: Mapping[str, FileRecord]) -> None:
-    """Compare files with what a manifest says of them.
+    """Compare files with their records in a manifest.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def check_listed(folder: SafeDirectory, records: Mapping[str, FileRecord]) -> No
 
 
 def check_adapter(folder: SafeDirectory, directory: str, fingerprint: str | None) -> None:
-    """Check that an adapter can be read, and is one of this base: A01, A02 and the H rules.
+    """Check that an adapter is readable and belongs to this base: rules A01, A02 and H.
 
     Parameters
     ----------

@@ -102,7 +102,7 @@ def _block(key: str, members: Mapping[str, Any]) -> str:
 
 
 def fingerprint(tensors: Mapping[str, TensorRecord]) -> str:
-    """Return the fingerprint of a base: what it computes with, however it is sharded.
+    """Return the fingerprint of a base: a hash of its weights that does not depend on the shards.
 
     One line per tensor, sorted by the UTF-8 bytes of the name: name, encoding
     (``nf4-transposed`` for transposed codes), dtype, dimensions joined by commas, SHA-256;

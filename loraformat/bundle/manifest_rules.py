@@ -51,7 +51,7 @@ def parse_manifest(raw: bytes, path: str | PathLike[str] = MANIFEST_NAME) -> Man
 
 
 class _Parser:
-    """One method per member; each failure carries the manifest's path."""
+    """Parser with one method per member; every error names the manifest."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = path

@@ -38,7 +38,7 @@ __all__ = [
 
 
 def read_bounded(folder: SafeDirectory, name: str, limit: int, rule: str) -> bytes:
-    """Return a file's bytes, or say by which rule it is too long."""
+    """Return a file's bytes; raise under the given rule if it is too long."""
     if (size := folder.size(name)) > limit:
         problem = f"{size} bytes long, wanted at most {limit}"
         raise FormatError(rule, problem, path=folder.path / name)
@@ -48,7 +48,7 @@ def read_bounded(folder: SafeDirectory, name: str, limit: int, rule: str) -> byt
 def open_shards(
     folder: SafeDirectory, manifest: Manifest, opened: contextlib.ExitStack
 ) -> tuple[MappedFile, ...]:
-    """Open all shards, and hold them to B02, B05 and V02.
+    """Open all shards and check rules B02, B05 and V02.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def _words(facts: tuple[Any, ...]) -> str:
 
 
 def _stored_owners(shard: MappedFile) -> Iterator[tuple[str, bool]]:
-    """Yield each stored tensor's name and whether it belongs to the tail."""
+    """Yield the name of each stored tensor, and whether it is in the tail."""
     states = {
         name.removesuffix(TAIL_SUFFIXES[-1])
         for name in shard.header.entries
@@ -239,7 +239,7 @@ def check_index(folder: SafeDirectory, shards: Sequence[MappedFile]) -> None:
 
 
 def check_files(folder: SafeDirectory, manifest: Manifest) -> None:
-    """B05, B08: carried files and adapters are there, as long as the manifest says."""
+    """B05, B08: carried files and adapters exist and have the recorded sizes."""
     config = config_json.CONFIG_NAME
     if config not in manifest.files and folder.has(config):
         raise FormatError(
@@ -270,7 +270,7 @@ def _all_files(manifest: Manifest) -> Iterator[tuple[str, FileRecord]]:
 def split_config(
     folder: SafeDirectory, manifest: Manifest, tensors: Mapping[str, LazyTensor]
 ) -> tuple[bytes | None, dict[str, Any] | None]:
-    """B06: ``config.json`` tells peers the quantization that the shards have."""
+    """B06: ``config.json`` states the quantization of the shards."""
     name = config_json.CONFIG_NAME
     if name not in manifest.files:
         return None, None

@@ -61,7 +61,7 @@ _MANIFEST_WITHOUT = f".{MANIFEST_NAME}.without"
 
 @dataclass(frozen=True, slots=True)
 class BundleSlot:
-    """Where an adapter is, or will be: a bundle's directory and a name."""
+    """Location of an adapter in a bundle: the bundle's directory and a name."""
 
     bundle: Path
     name: str
@@ -73,7 +73,7 @@ class BundleSlot:
 
 
 def parse_bundle_slot(path: Path) -> BundleSlot | None:
-    """Return the place that a path names if it is ``BUNDLE/adapters/NAME``.
+    """Parse ``BUNDLE/adapters/NAME``; None for any other path.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def records_of(directory: Path) -> dict[str, FileRecord]:
-    """Hash an adapter's files; hidden ones are left out.
+    """Hash an adapter's files, without hidden ones.
 
     Raises
     ------
@@ -235,7 +235,7 @@ def _make_room(bundle: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive(bundle: Path) -> Iterator[None]:
-    """Hold the bundle's lock; wait for it."""
+    """Wait for the bundle's lock and hold it."""
     while True:
         try:
             descriptor = open_directory(bundle)
@@ -251,7 +251,7 @@ def _exclusive(bundle: Path) -> Iterator[None]:
 
 
 def _sweep(bundle: Path, own: Path) -> None:
-    """Remove what killed processes have left: hidden, and locked by nobody."""
+    """Remove leftovers of killed processes: hidden directories without a lock."""
     for name in (_MANIFEST_NEW, _MANIFEST_WITHOUT):
         (bundle / name).unlink(missing_ok=True)
     for path in (bundle / ADAPTERS).glob(".*.partial"):
@@ -268,7 +268,7 @@ def _sweep(bundle: Path, own: Path) -> None:
 def _list(
     place: BundleSlot, stage: AtomicOutput, records: dict[str, FileRecord], force: bool
 ) -> None:
-    """Take steps 1 to 4, with the bundle's lock held."""
+    """Perform steps 1 to 4 while holding the bundle's lock."""
     manifest = read_manifest(place.bundle)
     _refuse(place, manifest, force)
     listed = manifest.adapters.get(place.name)
@@ -294,7 +294,7 @@ def _list(
 
 
 def _holds(directory: Path, records: dict[str, FileRecord]) -> bool:
-    """Tell whether a directory holds these files, and no other."""
+    """Tell whether a directory contains exactly these files."""
     if directory.is_symlink() or not directory.is_dir():
         return False
     folder = SafeDirectory(directory)
@@ -309,7 +309,7 @@ def _is_filled(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _manifest_stays_true(place: BundleSlot, before: Manifest) -> Iterator[None]:
-    """If the swap fails, list what is in place: the old adapter, or the new one."""
+    """If the swap fails, make the manifest list the adapter that is in place."""
     old = identity(place.path) if place.path.is_dir() else None
     try:
         yield
@@ -325,7 +325,7 @@ def _manifest_stays_true(place: BundleSlot, before: Manifest) -> Iterator[None]:
 
 
 def _prepare(bundle: Path, name: str, manifest: Manifest) -> None:
-    """Write a manifest beside the one that counts."""
+    """Write a new manifest under a temporary name."""
     raw = manifest.encode()
     parse_manifest(raw, bundle / MANIFEST_NAME)  # what we write, we read
     with new_file(bundle / name) as file:
@@ -334,7 +334,7 @@ def _prepare(bundle: Path, name: str, manifest: Manifest) -> None:
 
 
 def _appear(bundle: Path, name: str) -> None:
-    """Let a prepared manifest be the one that counts."""
+    """Rename a prepared manifest to its final name."""
     os.replace(bundle / name, bundle / MANIFEST_NAME)
     sync_directory(bundle)
 

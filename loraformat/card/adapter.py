@@ -1,4 +1,4 @@
-"""The card of an adapter."""
+"""Model card of an adapter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pipeline_of(task: str | None) -> str | None:
 
 
 def adapter_card(facts: AdapterFacts) -> Document:
-    """Return the card of an adapter.
+    """Return the model card of an adapter.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def _what(facts: AdapterFacts) -> str:
 
 
 def _use(facts: AdapterFacts) -> str:
-    """Return how it is loaded, with the names of its own files."""
+    """Return the section on loading, with the names of the adapter's files."""
     name = facts.repo.rpartition("/")[2]
     gguf = facts.gguf or f"{name}.gguf"
     base_name = facts.base.repo.rpartition("/")[2]
@@ -152,7 +152,7 @@ def _use(facts: AdapterFacts) -> str:
 
 
 def _fetch(facts: AdapterFacts, use: Use) -> str:
-    """Return how the two files for llama.cpp come to be."""
+    """Return the commands that produce the two files for llama.cpp."""
     base = f"loraformat convert {use.pinned_base} {use.base_gguf} --dtype f16"
     if facts.gguf:
         lora = f"hf download {facts.repo} {facts.gguf} --local-dir ."

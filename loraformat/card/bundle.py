@@ -1,4 +1,4 @@
-"""The card of a bundle."""
+"""Model card of a bundle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EMBEDS = ("AutoModel", "feature-extraction")
 
 
 def bundle_card(facts: BundleFacts) -> Document:
-    """Return the card of a bundle.
+    """Return the model card of a bundle.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def _sentence(facts: BundleFacts) -> str:
 
 
 def _opening(facts: BundleFacts) -> tuple[str | None, str | None]:
-    """Return transformers' class that opens a bundle, and the Hub's word for its task, if known."""
+    """Return the transformers class that opens a bundle, and the Hub's task tag if known."""
     if facts.headless or names_base_class({"architectures": [facts.architecture]}):
         return _EMBEDS
     for ending, opening in _OPENINGS.items():

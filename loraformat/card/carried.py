@@ -16,7 +16,7 @@ _MAX_CARD_BYTES = 4 << 20
 
 
 def base_model_of(files: Iterable[CarriedFile]) -> str | None:
-    """Return the model that a card names as the one it was made of; None if it names none.
+    """Return the ``base_model`` of a card; None if it has none.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def base_model_of(files: Iterable[CarriedFile]) -> str | None:
 
 
 def with_true_card(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
-    """Return files whose card keeps people's words, and no facts of the weights that were.
+    """Return files in which the card keeps user text but no facts of the old weights.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def with_true_card(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
 
 
 def keep_user_text(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
-    """Return the files of a base whose card is what people wrote; none if they wrote nothing.
+    """Return the files of a base, with its card reduced to the user text if it has any.
 
     What is made of a bundle is another thing: its card, with sizes and hashes, would be untrue.
 
@@ -74,7 +74,7 @@ def _true(file: CarriedFile) -> CarriedFile:
 
 
 def _text(file: CarriedFile) -> str | None:
-    """Return a card's text; None if it is none, or too long to be one."""
+    """Return a card's text; None if it is not text or too long."""
     if file.nbytes > _MAX_CARD_BYTES:
         return None
     try:

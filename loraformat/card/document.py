@@ -35,7 +35,7 @@ def is_template(text: str) -> bool:
 
 
 def without_facts(text: str) -> str:
-    r"""Return a card without its generated part, which was true of other weights.
+    r"""Return a card without its generated part, which describes other weights.
 
     Examples
     --------
@@ -46,7 +46,7 @@ def without_facts(text: str) -> str:
 
 
 def own_words(text: str) -> str | None:
-    r"""Return what people wrote of a card, as it is if nothing of it is generated.
+    r"""Return the user text of a card; the whole card if no part is generated.
 
     Returns
     -------

@@ -57,7 +57,7 @@ def _parsed(raw: str) -> dict[str, Any]:
 
 
 def _refuse_traps(raw: str) -> None:
-    """Refuse what takes a YAML reader very long: it looks back at every open bracket."""
+    """Refuse YAML that takes quadratic time to parse: many open brackets."""
     if len(raw) > _MAX_FRONT:
         raise InputError(f"longer than {_MAX_FRONT} characters")
     depth = 0
@@ -68,7 +68,7 @@ def _refuse_traps(raw: str) -> None:
 
 
 def compose(fields: dict[str, Any]) -> str:
-    """Return front matter; what it says is data, whatever it says.
+    """Return front matter as YAML; every value is quoted as data.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def compose(fields: dict[str, Any]) -> str:
 def members(
     base: Base, relation: str, library: str, tags: list[str], pipeline: str | None
 ) -> dict[str, Any]:
-    """Return the members by which the Hub shows a repository as one of its base.
+    """Return the members by which the Hub links a repository to its base.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def licence_of(fields: dict[str, Any]) -> Licence | None:
 
 
 def merge(written: dict[str, Any], ours: dict[str, Any], *, facts: set[str]) -> dict[str, Any]:
-    """Return what people wrote, with what they left out; tags of both.
+    """Return user front matter completed by the generated one, with the tags of both.
 
     Parameters
     ----------

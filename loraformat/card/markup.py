@@ -29,7 +29,7 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    r"""Return a code span, or escaped text if it is not as tame as a name.
+    r"""Return a code span; escaped text if it contains more than name characters.
 
     Examples
     --------
@@ -78,12 +78,12 @@ def json_block(value: Any) -> str:
 
 
 def fold(summary: str, content: str) -> str:
-    """Return content that is shown when its line is clicked; the summary is ours."""
+    """Return content in a collapsed section under a trusted summary line."""
     return f"<details>\n<summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; cells are Markdown already.
+    """Return a table of cells that are already Markdown.
 
     Examples
     --------
@@ -97,7 +97,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def numbers(values: Iterable[float]) -> str:
-    """Return numbers, six digits each, at most eight of them.
+    """Return at most eight numbers with six digits each.
 
     Examples
     --------

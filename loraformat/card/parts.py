@@ -26,7 +26,7 @@ def base_rows(base: Base) -> list[list[str]]:
 
 
 def file_table(files: list[FileFact]) -> str:
-    """Return every file with its size and hash."""
+    """Return a table of all files with sizes and hashes."""
     rows = [
         [code(file.path), format_size(file.nbytes), f"`{file.sha256}`"]
         for file in files[:_MAX_FILES]
@@ -37,7 +37,7 @@ def file_table(files: list[FileFact]) -> str:
 
 
 def names(words: Iterable[str]) -> str:
-    """Return names as code, at most twelve."""
+    """Return at most twelve names as code spans."""
     shown = [code(word) for word in words]
     return ", ".join(
         shown[:_MAX_NAMES] + ([f"… ({len(shown)})"] if len(shown) > _MAX_NAMES else [])
@@ -45,16 +45,16 @@ def names(words: Iterable[str]) -> str:
 
 
 def shape_words(adapter: AdapterFacts) -> str:
-    """Return an adapter's ranks and targets in half a sentence."""
+    """Return an adapter's ranks and targets as a phrase."""
     ranks = numbers(adapter.ranks) or "none"
     return f"rank {ranks} on {names(adapter.targets) or 'nothing'}"
 
 
 def footer(version: str) -> str:
-    """Return who wrote this."""
+    """Return the footer, which names the generator."""
     return f"Written by loraformat {version} from the files themselves."
 
 
 def joined(parts: Iterable[str]) -> str:
-    """Return parts with empty lines between them; empty ones left out."""
+    """Join non-empty parts with blank lines."""
     return "\n\n".join(part for part in parts if part)

@@ -28,7 +28,7 @@ _STATES = ("before", "after")
 
 
 def without_paths(value: Any) -> Any:
-    """Return JSON in which absolute paths are file names: whose disk it was is nobody's matter.
+    """Return JSON with absolute paths reduced to file names, for privacy.
 
     Examples
     --------
@@ -45,14 +45,14 @@ def without_paths(value: Any) -> Any:
 
 
 def training_data(training: Training) -> str:
-    """Return the section on data and prompt format, or nothing."""
+    """Return the section on data and prompt format; empty if nothing is known."""
     told = _told(training)
     parts = [*_data(told.get("data")), *_prompt(told.get("prompt_format"))]
     return "\n\n".join(["## Training data", *parts]) if parts else ""
 
 
 def _data(found: Any) -> list[str]:
-    """Return a table of files, or of sources, and a line of their sums."""
+    """Return a table of files or sources, and a line with totals."""
     whole = found if isinstance(found, dict) else {}
     listed = whole.get("files", found)
     rows = [
@@ -80,7 +80,7 @@ def _prompt(found: Any) -> list[str]:
 
 
 def evaluation(training: Training) -> str:
-    """Return the table of numbers before and after, or nothing.
+    """Return the table of metrics before and after; empty if there are none.
 
     ``evaluation`` is an object with ``before`` and ``after``, or several of them by name; a loss
     (nats per token) on held-out data is one of them, too.
@@ -106,7 +106,7 @@ def evaluation(training: Training) -> str:
 
 
 def _losses(told: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the trainer measured on held-out data, as an evaluation."""
+    """Return the trainer's held-out losses as an evaluation."""
     both = {state: _numbers(told.get(f"heldout_{state}")).get("") for state in _STATES}
     if None not in both.values():
         measured = {
@@ -120,7 +120,7 @@ def _losses(told: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def settings(training: Training) -> str:
-    """Return the whole record in a fold, or nothing."""
+    """Return the whole record in a collapsed section; empty if there is none."""
     if not training.record:
         return ""
     block = json_block(training.record)
@@ -130,7 +130,7 @@ def settings(training: Training) -> str:
 
 
 def _told(training: Training) -> Mapping[str, Any]:
-    """Return what the training says of itself: the trainer keeps it under ``training``."""
+    """Return the training facts, which the trainer stores under ``training``."""
     inner = training.record.get("training")
     return inner if isinstance(inner, dict) else training.record
 
@@ -148,7 +148,7 @@ def _cell(value: Any) -> str:
 
 
 def _numbers(value: Any) -> dict[str, float]:
-    """Return the finite numbers of an object, or a number alone under no name."""
+    """Return the finite numbers of an object; a lone number gets an empty name."""
     found = value if isinstance(value, dict) else {"": value}
     return {
         str(key): float(number)

@@ -23,7 +23,7 @@ __all__ = ["Bases", "Model", "convert_bases"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model of the chapter.
+    """One model of this part of the demo.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Model:
 
 @dataclass(slots=True)
 class Bases:
-    """What the chapter has to show.
+    """Results of this part of the demo.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class Bases:
 def convert_bases(
     directory: Path, measure: Measure, *, force: bool, say: Callable[[str], None]
 ) -> Bases:
-    """Convert the small model and measure what comes out.
+    """Convert the small model and measure the results.
 
     Parameters
     ----------

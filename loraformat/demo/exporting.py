@@ -33,7 +33,7 @@ _WRITTEN = 32
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How nearly llama.cpp computes what we compute.
+    """Agreement between llama.cpp and loraformat.
 
     Attributes
     ----------
@@ -125,7 +125,7 @@ def export(directory: Path, *, force: bool, say: Callable[[str], None]) -> Itera
 def compare_with_llama_cpp(
     directory: Path, notes: list[str], say: Callable[[str], None]
 ) -> list[Agreement]:
-    """Run the files in llama.cpp and compare with what we compute on the bundle.
+    """Run the files in llama.cpp and compare with the bundle's results.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def compare_with_llama_cpp(
 
 @dataclass(frozen=True, slots=True)
 class _Ours:
-    """Our own answers, and what turns tokens into text."""
+    """loraformat's answers and the tokenizer."""
 
     tokens: list[int]
     log_probabilities: np.ndarray
@@ -172,7 +172,7 @@ class _Ours:
 
 
 def _asked_of_us(directory: Path) -> tuple[llama_cpp.Question, _Ours]:
-    """Return what is asked, and our own answers."""
+    """Return the questions and loraformat's answers."""
     import torch
 
     from loraformat.train import load

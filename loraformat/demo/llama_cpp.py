@@ -35,7 +35,7 @@ serve(sys.argv[1])
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What llama.cpp is asked.
+    """A question to llama.cpp.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What llama.cpp said.
+    """An answer of llama.cpp.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ def is_installed() -> bool:
 
 
 def ask(model: Path, question: Question, adapter: Path | None = None) -> Answer:
-    """Load a GGUF file, with an adapter if there is one, and ask.
+    """Load a GGUF file, optionally with an adapter, and ask.
 
     Everything is computed in float32, without flash attention.
 

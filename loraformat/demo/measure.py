@@ -34,7 +34,7 @@ def _installed(*names: str) -> bool:
 
 
 class Measure:
-    """Measures what the installed packages can open.
+    """Perplexity of the models that installed packages can open.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Measure:
             )
 
     def model(self, path: Path, kinds: Iterable[str]) -> Measured:
-        """Measure a model; nothing if what opens it is not installed."""
+        """Measure a model; None if the package that opens it is missing."""
         quantized = summary_of(path).quantized_parameters > 0
         if not (self.nf4 if quantized else self.dense):
             return {}

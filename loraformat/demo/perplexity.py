@@ -28,7 +28,7 @@ __all__ = ["Perplexity", "load", "perplexity", "perplexity_of"]
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """How well a model predicts a text.
+    """Perplexity of a model on a text.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """The number of equally likely tokens that would be as hard to guess."""
+        """Exponential of the mean negative log-likelihood per token."""
         return math.exp(self.nats_per_token)
 
     @property

@@ -25,7 +25,7 @@ __all__ = ["DemoReport", "demo"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class DemoReport(Report):
-    """All that the demo has to show.
+    """Report of the demo.
 
     Attributes
     ----------

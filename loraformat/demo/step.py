@@ -14,7 +14,7 @@ __all__ = ["Step", "measure_steps"]
 
 @dataclass(slots=True)
 class Step:
-    """One verb on the small adapters.
+    """Result of one verb on the small adapters.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Step:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files of what was made."""
+        """Size of all output files in bytes."""
         files = self.path.rglob("*") if self.path.is_dir() else [self.path]
         return sum(path.stat().st_size for path in files if path.is_file())
 

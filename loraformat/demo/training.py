@@ -34,7 +34,7 @@ _TOLD = 10
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What the chapter has to show of the run.
+    """Results of the training run.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Training:
 def train_adapter(
     directory: Path, notes: list[str], *, force: bool, say: Callable[[str], None]
 ) -> tuple[Training | None, list[Step]]:
-    """Train an adapter, measure it on held-out text and let it write.
+    """Train an adapter, measure it on held-out text and generate a sample.
 
     Parameters
     ----------

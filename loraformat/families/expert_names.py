@@ -1,4 +1,4 @@
-"""Names of experts and routers: their tensors on disk, and the parameters that they are in memory.
+"""Names of experts and routers: tensors on disk and parameters in memory.
 
 Checkpoints have one tensor for each linear of each expert, transformers 5 has one parameter for
 all of them; Mixtral and its kin also move the block around them. Facts of transformers, held
@@ -41,7 +41,7 @@ _IN_MEMORY = re.compile(r"\.mlp\.(?=(?:gate|experts|shared_experts)(?:\.|$))")
 
 
 def is_router(module: str) -> bool:
-    """Tell whether a module sends tokens to experts, by its name.
+    """Tell by its name whether a module is a router.
 
     transformers 5 computes most routers from a parameter and not from a linear: an adapter of
     one names its weight.
@@ -55,7 +55,7 @@ def is_router(module: str) -> bool:
 
 
 def parameter_order(names: Sequence[str]) -> list[str] | None:
-    """Return parameters in the order of their module; None if that is not known.
+    """Return parameters in the order of their module; None if unknown.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def parameter_order(names: Sequence[str]) -> list[str] | None:
 
 
 def spelled_in_memory(name: str) -> str:
-    """Return what transformers calls a tensor of Mixtral's, whose block it renames.
+    """Return transformers' in-memory name of a Mixtral tensor.
 
     Examples
     --------
@@ -81,7 +81,7 @@ def spelled_in_memory(name: str) -> str:
 
 
 def spelled_on_disk(name: str) -> str:
-    """Return what Mixtral's checkpoints call a tensor of the model in memory.
+    """Return the checkpoint name of a Mixtral tensor in memory.
 
     Examples
     --------

@@ -12,7 +12,7 @@ _LANGUAGE_HEADS = ("LMHead", "CausalLM", "ConditionalGeneration")
 
 
 def base_class(named: str) -> str:
-    """Return the class without a head, from one with a language head.
+    """Return the headless class that belongs to a language-model class.
 
     Examples
     --------
@@ -23,7 +23,7 @@ def base_class(named: str) -> str:
 
 
 def names_language_head(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config names a class that ends with a distribution over tokens.
+    """Tell whether a config names a class with a language-model head.
 
     Examples
     --------
@@ -34,7 +34,7 @@ def names_language_head(config: Mapping[str, Any]) -> bool:
 
 
 def names_base_class(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config names a class that ends with hidden states.
+    """Tell whether a config names a class without a head.
 
     Examples
     --------

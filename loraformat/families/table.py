@@ -95,7 +95,7 @@ _OPTIONAL = {"bert": "pooler"}
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How the weights of a model lie, and how PEFT reads the names of its modules.
+    """Weight layout of a model family, and how PEFT names its modules.
 
     Attributes
     ----------
@@ -154,26 +154,26 @@ class Family:
         return self.shared_block is not None and self.shared_block in name.split(".")
 
     def peft_key(self, name: str) -> str:
-        """Return a name as it stands in the keys of an adapter's tensors."""
+        """Return a name as PEFT writes it in adapter tensor keys."""
         for memory, stored in self.renamed:
             name = name.replace(memory, stored)
         return name
 
     def in_memory(self, name: str) -> str:
-        """Return a name as transformers has it, from one in the keys of an adapter's tensors."""
+        """Return the transformers name for one in an adapter's tensor keys."""
         for memory, stored in self.renamed:
             name = name.replace(stored, memory)
         return name
 
 
 def model_type(config: Mapping[str, Any]) -> str | None:
-    """Return the model type that a config names; None if it names none, or no text."""
+    """Return the config's ``model_type``; None if it is absent or not a string."""
     named = config.get("model_type")
     return named if isinstance(named, str) else None
 
 
 def model_types(config: Mapping[str, Any]) -> list[str]:
-    """Return the model type that a config names, and that of the language model inside.
+    """Return the config's ``model_type`` and that of its language model.
 
     Examples
     --------

@@ -43,7 +43,7 @@ def type_of(name: str) -> str:
 
 
 def spelled_in_2019(name: str) -> str:
-    """Return what the first checkpoints of BERT call a tensor of a norm.
+    """Return the legacy BERT name of a norm tensor (``gamma``, ``beta``).
 
     Examples
     --------

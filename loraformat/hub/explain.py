@@ -18,7 +18,7 @@ _MISTAKES = (AssertionError, AttributeError, NameError, TypeError)
 
 @contextlib.contextmanager
 def explained(what: str, *, word: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub raises inside into one of our errors.
+    """Context that converts huggingface_hub exceptions to loraformat errors.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the innermost cause in a few words: an HTTP status, or what the system said."""
+    """Return the innermost cause: an HTTP status or the system's message."""
     while error.__cause__ is not None:
         error = error.__cause__
     if status := _status(error):

@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A repository before it is written to.
+    """State of a repository before a commit.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What was written.
+    """Result of a commit.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the Hub says of a model: its commit, and the front matter of its card."""
+    """A model's commit and card front matter on the Hub."""
 
     repo: str
     commit: str
@@ -74,14 +74,14 @@ class ModelFacts:
 
 
 def is_logged_in() -> bool:
-    """Tell whether huggingface_hub has a token; the token itself is not looked at."""
+    """Tell whether huggingface_hub has a token, without reading it."""
     from huggingface_hub import get_token
 
     return bool(get_token())
 
 
 def require_login() -> None:
-    """Refuse before any work if nobody is logged in.
+    """Raise unless the user is logged in.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def require_login() -> None:
 
 
 def model_facts(repo: str, revision: str | None = None) -> ModelFacts:
-    """Ask the Hub for a model's commit and card.
+    """Fetch a model's commit and card from the Hub.
 
     Raises
     ------
@@ -127,11 +127,11 @@ class Repository:
 
     @property
     def url(self) -> str:
-        """Its page."""
+        """URL of its web page."""
         return f"{self._api.endpoint}/{self.repo}"
 
     def state(self) -> State | None:
-        """Return what is there now; None if there is no such repository.
+        """Return the current state; None if the repository does not exist.
 
         Raises
         ------
@@ -151,7 +151,7 @@ class Repository:
             return State(bool(info.private), info.sha, self.files(info.sha), has_branch)
 
     def files(self, revision: str) -> dict[str, TreeFile]:
-        """Return what a revision holds.
+        """List the files of a revision.
 
         Raises
         ------
@@ -162,7 +162,7 @@ class Repository:
             return tree_files(listed)
 
     def create(self, *, private: bool) -> None:
-        """Make the repository.
+        """Create the repository.
 
         Raises
         ------
@@ -173,7 +173,7 @@ class Repository:
             self._api.create_repo(self.repo, private=private or None, exist_ok=True)
 
     def create_branch(self) -> None:
-        """Make the branch, from where ``main`` points to.
+        """Create the branch at the commit of ``main``.
 
         Raises
         ------
@@ -191,7 +191,7 @@ class Repository:
         message: str,
         pull_request: bool,
     ) -> Commit:
-        """Upload files and let them appear together.
+        """Upload files and commit them atomically.
 
         Contents go first, and those that the Hub has already (from an interrupted run, too) are
         not sent again; the commit that names them is one request.
@@ -243,7 +243,7 @@ class Repository:
         return {tag.name: tag.target_commit for tag in refs.tags}
 
     def tag(self, name: str, commit: str) -> None:
-        """Give a commit a name.
+        """Create a tag for a commit.
 
         Raises
         ------

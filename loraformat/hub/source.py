@@ -40,7 +40,7 @@ _CLOCK_TICK = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input that is on this machine now.
+    """A resolved input: a local path, with its Hub revision if it has one.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Source:
 
 
 def hub_id(word: str) -> tuple[str, str | None] | None:
-    """Return repository and revision if a word has the form of a Hub id.
+    """Parse a Hub id; None if the text does not have that form.
 
     Examples
     --------
@@ -67,7 +67,7 @@ def hub_id(word: str) -> tuple[str, str | None] | None:
 
 
 def resolve(word: str | Path, *, pickles: bool = False) -> Source:
-    """Find an input: the local path of that name, else the Hub repository.
+    """Resolve an input: a local path if it exists, otherwise a Hub repository.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
 
 
 def _one_gguf(snapshot: Path, repo: str, commit: str | None) -> Path | None:
-    """Fetch the GGUF file of a repository that holds nothing but one.
+    """Download the GGUF file of a repository that contains a single one.
 
     Raises
     ------
@@ -137,7 +137,7 @@ def _one_gguf(snapshot: Path, repo: str, commit: str | None) -> Path | None:
 
 
 def download(repo: str, revision: str | None, only: str | None = None) -> Path:
-    """Fetch a repository into the Hub's cache, and compare what came with the Hub's hashes.
+    """Download a repository into the Hub cache and verify its hashes.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def download(repo: str, revision: str | None, only: str | None = None) -> Path:
 
 
 def cached(repo: str, revision: str | None) -> Path | None:
-    """Return what the Hub's cache has of a repository; the Hub is not asked.
+    """Return the cached files of a repository, without network access.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ def cached(repo: str, revision: str | None) -> Path | None:
 
 
 def _fetched(snapshot: Path, only: str | None) -> list[str]:
-    """Return the files in a snapshot that were asked for; other programs fetch others."""
+    """Return the requested files of a snapshot, which may contain others."""
     present = [
         path.relative_to(snapshot).as_posix()
         for path in sorted(snapshot.rglob("*"))
@@ -209,7 +209,7 @@ def _fetched(snapshot: Path, only: str | None) -> list[str]:
 
 
 def _listing(repo: str, commit: str) -> dict[str, TreeFile]:
-    """Return what a commit holds; nothing if the Hub cannot be asked, as when offline."""
+    """List the files of a commit; empty if the Hub is unreachable."""
     if _COMMIT.fullmatch(commit):
         with contextlib.suppress(HubError), explained(repo):
             return list_files(repo, commit)

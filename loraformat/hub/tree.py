@@ -39,12 +39,12 @@ class TreeFile:
 
     @property
     def hash(self) -> str:
-        """What the bytes must hash to: 64 digits for SHA-256, 40 for git's SHA-1."""
+        """Expected hash: 64 digits for SHA-256, 40 for git's SHA-1."""
         return self.sha256 or self.git_oid
 
 
 def list_files(repo: str, commit: str) -> dict[str, TreeFile]:
-    """Return the files of a commit by path; one request for every thousand.
+    """Return the files of a commit by path, one request per thousand.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def list_files(repo: str, commit: str) -> dict[str, TreeFile]:
 
 
 def tree_files(entries: Iterable[object]) -> dict[str, TreeFile]:
-    """Return the files among what huggingface_hub lists, by path."""
+    """Return the files in a huggingface_hub listing by path."""
     from huggingface_hub.hf_api import RepoFile
 
     return {
@@ -77,7 +77,7 @@ def tree_files(entries: Iterable[object]) -> dict[str, TreeFile]:
 
 
 def from_hash(path: str, nbytes: int, word: str) -> TreeFile | None:
-    """Return the file that a hash alone describes, if the word is one.
+    """Return a file record from a bare hash; None if the text is not a hash.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def from_hash(path: str, nbytes: int, word: str) -> TreeFile | None:
 def digest(
     file: BinaryIO, wanted: TreeFile, progress: Callable[[int], None] = lambda nbytes: None
 ) -> str:
-    """Return the hash of an open file, of the kind that the Hub has of it.
+    """Hash an open file with the Hub's hash for it.
 
     Parameters
     ----------

@@ -84,12 +84,12 @@ def _refused(path: Path, repo: str, found: str, wanted: TreeFile, *, fresh: bool
 
 
 def _blob(path: Path) -> Path:
-    """Return the blob of a file, which its hash names; it may be a link to a shared one."""
+    """Return the path of a file's blob, which may be a link to a shared one."""
     return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
 def wrong_content(what: str, found: str, wanted: TreeFile, hint: str) -> HubError:
-    """Return the error for bytes that are not what the Hub has."""
+    """Return the error for a file whose hash differs from the Hub's."""
     kind = "SHA-256" if wanted.sha256 else "git SHA-1"
     return HubError(
         f"does not match the Hub: its {kind} is {found[:16]}…, wanted {wanted.hash[:16]}…",
@@ -99,7 +99,7 @@ def wrong_content(what: str, found: str, wanted: TreeFile, hint: str) -> HubErro
 
 
 class _Memory:
-    """Which files of one repository were found right."""
+    """Record of the verified files of one repository."""
 
     def __init__(self, repo: str) -> None:
         from huggingface_hub import constants
@@ -112,7 +112,7 @@ class _Memory:
             self._known = kept if isinstance(kept, dict) else {}
 
     def holds(self, path: Path) -> bool:
-        """Tell whether this very file was found right, and has not been touched since."""
+        """Tell whether a file was verified and is unchanged since."""
         real = path.resolve()
         return str(real) in self._known and self._known[str(real)] == _stamp(real)
 
@@ -120,7 +120,7 @@ class _Memory:
         self._known[str(real)] = _stamp(real)
 
     def save(self) -> None:
-        """Keep it; where that cannot be written the next run hashes again."""
+        """Save the record; if that fails, the next run hashes again."""
         beside = self._path.with_suffix(f".{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)

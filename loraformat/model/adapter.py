@@ -32,7 +32,7 @@ LARGEST_SCALING = (2 - 2**-23) * 2.0**127
 
 
 def is_adapter_file(name: str) -> bool:
-    """Tell whether a file name is one of an adapter's, and so no part of a base.
+    """Tell whether a file name belongs to an adapter rather than a base.
 
     Examples
     --------
@@ -123,7 +123,7 @@ class RowReplacement:
 
 @dataclass(slots=True)
 class Adapter:
-    """What an adapter does to a base.
+    """An adapter: its effect on a base, independent of the file format.
 
     Attributes
     ----------

@@ -132,7 +132,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """An adapter.
+    """Facts about an adapter.
 
     Attributes
     ----------
@@ -224,12 +224,12 @@ class AdapterFacts:
 
     @property
     def ranks(self) -> list[int]:
-        """Every rank that occurs."""
+        """All ranks."""
         return sorted({module.rank for module in self.modules if module.rank})
 
     @property
     def rank(self) -> int:
-        """The largest."""
+        """Largest rank."""
         return max(self.ranks, default=0)
 
     @property

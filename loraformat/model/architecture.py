@@ -82,7 +82,7 @@ def is_decoder_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def is_matrix_weight(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether a tensor is a matrix that something is multiplied by: no bias, no norm.
+    """Tell whether a tensor is a weight matrix, not a bias or a norm.
 
     Examples
     --------
@@ -131,7 +131,7 @@ def kind_of(name: str) -> str:
 def skip_modules(
     dense: Iterable[LazyTensor], quantized: Iterable[str], absent: str | None = None
 ) -> list[str] | None:
-    """Return what peers must be told not to quantize, for ``llm_int8_skip_modules``.
+    """Return the modules for ``llm_int8_skip_modules``, which peers do not quantize.
 
     transformers replaces every linear by a 4-bit one unless its name matches an entry of
     this list, at its end or, as a regular expression, at its start; without a list it leaves
@@ -177,7 +177,7 @@ def skip_modules(
 
 
 def _patterns(module: str, quantized: set[str]) -> set[str]:
-    """Return short patterns for a module that match none of the quantized ones."""
+    """Return short patterns for a module that match no quantized module."""
     for candidates in _candidates(module):
         pairs = ((pattern, name) for pattern in candidates for name in quantized)
         if not any(name.startswith(pattern) or name.endswith(pattern) for pattern, name in pairs):

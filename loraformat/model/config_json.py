@@ -46,7 +46,7 @@ _MARKED = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-i
 
 
 def members(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> dict[str, Any]:
-    """Return the config's members as they stand in the file, to be changed and encoded again.
+    """Return the config's members as in the file, for editing and re-encoding.
 
     Raises
     ------

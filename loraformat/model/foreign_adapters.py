@@ -68,7 +68,7 @@ _TORCHTUNE_FILE = re.compile(r"adapter_(\d+\.(pt|bin|safetensors)|model\.pt)")
 
 
 def refuse_foreign_adapter(path: Path, *, recognised: bool = False) -> None:
-    """Refuse a path that is an adapter of another program, or beside one, and say which.
+    """Refuse a path that is, or is next to, an adapter of another program.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def refuse_foreign_adapter(path: Path, *, recognised: bool = False) -> None:
 
 
 def adapters_below(path: Path) -> list[Path]:
-    """Return the adapters in the directories of a directory, the last that was saved at the end.
+    """Return the adapters in subdirectories, the latest last.
 
     A trainer writes them to ``checkpoint-N``, PEFT to one of the adapter's name, a bundle to
     ``adapters/NAME``.
@@ -137,7 +137,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _tensor_names(path: Path) -> list[str]:
-    """Return the names in a safetensors file; none of another, or of one that is damaged."""
+    """Return the tensor names of a safetensors file; empty if it is unreadable."""
     if path.suffix != ".safetensors":
         return []
     try:
@@ -151,7 +151,7 @@ def _tensor_names(path: Path) -> list[str]:
 
 
 def _refuse_parent(path: Path) -> None:
-    """Refuse a directory above adapters, naming the one that was saved last."""
+    """Refuse a parent directory of adapters and name the latest one."""
     if below := adapters_below(path):
         names = _listed(str(one.relative_to(path)) for one in below)
         raise UnsupportedError(

@@ -37,7 +37,7 @@ _PACKED = ("U8", "I8", "U32", "I32", "U64", "I64")
 
 
 class Stored(Protocol):
-    """What a header says of a tensor."""
+    """A tensor's dtype and shape in a header."""
 
     @property
     def dtype(self) -> str:
@@ -50,7 +50,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
-    """A quantization method that was recognised.
+    """A recognised quantization method.
 
     Attributes
     ----------
@@ -156,7 +156,7 @@ def refuse_packed(
     readers: Mapping[str, str] = MappingProxyType({}),
     more: Iterable[Signature] = (),
 ) -> None:
-    """Refuse quantized weights, and say how dense ones are had.
+    """Refuse quantized weights and say how to obtain dense ones.
 
     Parameters
     ----------

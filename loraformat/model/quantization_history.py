@@ -38,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9_ ]{1,32}")
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """One time that weights were quantized.
+    """One quantization of the weights.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Quantized:
 
 
 def spelled(steps: Iterable[Quantized]) -> str:
-    """Return all steps as words.
+    """Return all steps as text.
 
     Examples
     --------
@@ -75,17 +75,17 @@ def spelled(steps: Iterable[Quantized]) -> str:
 
 
 def to_extension(steps: Iterable[Quantized]) -> dict[str, Any]:
-    """Return the extension of a manifest that says it."""
+    """Return the history as a manifest extension."""
     return {"must_understand": False, "steps": [asdict(step) for step in steps]}
 
 
 def to_text(steps: Iterable[Quantized]) -> str:
-    """Return it as a JSON array."""
+    """Return the history as a JSON array."""
     return json.dumps([asdict(step) for step in steps])
 
 
 def from_extension(extensions: Mapping[str, Any]) -> tuple[Quantized, ...]:
-    """Return what a manifest says; nothing if it is said in no way that is known here.
+    """Parse a manifest extension; empty if its form is unknown.
 
     Parameters
     ----------
@@ -103,12 +103,12 @@ def metadata_of(steps: Iterable[Quantized]) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str]) -> tuple[Quantized, ...]:
-    """Return what `metadata_of` wrote; nothing of any other."""
+    """Parse the output of `metadata_of`; empty for anything else."""
     return from_text(metadata.get(_MEMBER, ""))
 
 
 def from_text(text: str) -> tuple[Quantized, ...]:
-    """Return what `to_text` wrote; nothing of any other text."""
+    """Parse the output of `to_text`; empty for any other text."""
     if len(text) > _LONGEST_TEXT:
         return ()
     try:

@@ -47,7 +47,7 @@ _TILE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TiedHead:
-    """A head that is one with the embedding in memory.
+    """A head that shares the embedding's parameter.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class TiedHead:
 
 
 def tied_head(model: Checkpoint) -> TiedHead | None:
-    """Return the head that is tied; None where the model has one of its own, or none at all.
+    """Return the tied head; None if the head is separate or missing.
 
     Numbers are compared only if the config says tied and the file has both tensors.
     """
@@ -85,7 +85,7 @@ def contradicting_head(model: Checkpoint) -> str | None:
 
 
 def settled(model: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """Return a model whose config says of its head what the tensors say, and what was changed."""
+    """Return a model whose config agrees with its tensors on tying, and what was changed."""
     head = contradicting_head(model)
     if head is None or model.config is None:
         return model, []
@@ -97,7 +97,7 @@ def settled(model: Checkpoint) -> tuple[Checkpoint, list[str]]:
 
 
 def tied_embedding(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
-    """Return the embedding that is the head, too, as names tell; None if nothing is tied.
+    """Return the embedding that is also the head, by name; None if nothing is tied.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ def lacks_head(names: Iterable[str], config: Mapping[str, Any]) -> bool:
 
 
 def refuse_lost_head(model: Checkpoint) -> None:
-    """Refuse a model whose output head is missing: a program that loads it makes one of chance.
+    """Refuse a model without its output head, which loaders would initialise randomly.
 
     Its config names a class with a head and says, as transformers always writes, that it is not
     tied; and no tensor outside of the layers could be one, by whatever name.
@@ -175,7 +175,7 @@ def refuse_lost_head(model: Checkpoint) -> None:
 
 
 def untied_config(config: bytes) -> bytes:
-    r"""Return ``config.json`` with ``tie_word_embeddings`` false, also for the model within it.
+    r"""Return ``config.json`` with ``tie_word_embeddings`` false, in nested configs too.
 
     Examples
     --------
@@ -213,7 +213,7 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _may_be_head(tensors: Mapping[str, LazyTensor], embedding: str) -> bool:
-    """Tell whether a tensor beside the embedding has its width, and as good as all its rows."""
+    """Tell whether a tensor has the embedding's width and nearly all its rows."""
     rows, width = (*tensors[embedding].shape, 0, 0)[:2]
     return any(
         len(tensor.shape) == 2 and tensor.shape[1] == width and 2 * tensor.shape[0] >= rows
@@ -233,7 +233,7 @@ def _embedding(names: list[str]) -> str | None:
 
 
 def _flag(config: Mapping[str, Any]) -> bool | None:
-    """Return what a config says; None if it says nothing."""
+    """Return ``tie_word_embeddings`` of a config; None if absent."""
     for fields in (config, *_inner(config)):
         if fields.get(_FLAG) is not None:
             return fields[_FLAG] is not False

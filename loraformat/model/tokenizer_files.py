@@ -19,7 +19,7 @@ _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class CarriedTokenizer:
-    """What carried files say of a tokenizer.
+    """The tokenizer in a model's carried files.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class CarriedTokenizer:
         self._files = {file.path: file for file in files}
 
     def has(self, name: str) -> bool:
-        """Say whether there is such a file."""
+        """Tell whether a file exists."""
         return name in self._files
 
     def size(self, name: str) -> int:
@@ -52,7 +52,7 @@ class CarriedTokenizer:
         return self._files[name].read()
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file's object, an empty one if there is no such file.
+        """Return the object in a JSON file; empty if the file is missing.
 
         Raises
         ------
@@ -98,7 +98,7 @@ class CarriedTokenizer:
 
     @cached_property
     def stops(self) -> list[int]:
-        """Tokens that end texts, by ``generation_config.json``; none where that does not say."""
+        """Stop tokens in ``generation_config.json``; empty if it has none."""
         value = self.json("generation_config.json").get("eos_token_id")
         return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
 

@@ -53,7 +53,7 @@ class Resize(NamedTuple):
 
 
 def is_per_token(name: str) -> bool:
-    """Tell whether a tensor has a row for each token, by its name.
+    """Tell by its name whether a tensor has a row per token.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def is_per_token(name: str) -> bool:
 
 
 def per_token(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
-    """Return the tensors with a row for each token, and how many rows they have.
+    """Return the tensors with a row per token, and their number of rows.
 
     Those are the embedding of a language model, its head, and the head's bias.
 
@@ -145,7 +145,7 @@ def _parts(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def tokenizer_files(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
-    """Return the files of a tokenizer; none if they have no vocabulary among them.
+    """Return the tokenizer files; empty if there is no vocabulary among them.
 
     Examples
     --------
@@ -160,7 +160,7 @@ def tokenizer_files(files: Iterable[CarriedFile]) -> tuple[CarriedFile, ...]:
 def with_tokenizer(
     files: Iterable[CarriedFile], tokenizer: tuple[CarriedFile, ...]
 ) -> tuple[CarriedFile, ...]:
-    """Return files with another tokenizer in place of theirs; as they are if it is empty.
+    """Return files with the tokenizer replaced; unchanged if the new one is empty.
 
     Examples
     --------

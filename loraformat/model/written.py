@@ -1,4 +1,4 @@
-"""What a writer of a model wrote: its tensors, shards and other files."""
+"""Records of a written model: tensors, shards and other files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class FileRecord:
 
 @dataclass(slots=True)
 class WrittenShards:
-    """What was written.
+    """Records of written shards.
 
     Attributes
     ----------
@@ -99,7 +99,7 @@ class WrittenShards:
 
 @dataclass(slots=True)
 class WrittenModel:
-    """What a writer wrote.
+    """Records of a written model.
 
     Attributes
     ----------
@@ -116,5 +116,5 @@ class WrittenModel:
 
     @property
     def nbytes(self) -> int:
-        """Size of everything in bytes."""
+        """Total size in bytes."""
         return sum(s.bytes for s in self.shards.shards) + sum(f.bytes for f in self.files.values())

@@ -20,7 +20,7 @@ _OTHER_NAMES = {
 
 
 def gguf_architecture(model_type: str | None) -> str | None:
-    """Return what GGUF calls the architecture of a model type; None if no type is known.
+    """Return the GGUF architecture of a model type; None if unknown.
 
     Examples
     --------
@@ -31,7 +31,7 @@ def gguf_architecture(model_type: str | None) -> str | None:
 
 
 def merges_into_gguf(adapter: AdapterFacts) -> bool:
-    """Tell whether llama.cpp has a place for the head of the base with the adapter merged in.
+    """Tell whether llama.cpp supports the output head of the merged model.
 
     Examples
     --------

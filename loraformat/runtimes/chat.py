@@ -25,7 +25,7 @@ _MOST_SOURCES = 64
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    r"""What stands around the words of a turn: question and answer, and a system's words if any.
+    r"""Text around the turns of a conversation: system, user and assistant.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class ChatFormat:
 
     @property
     def turn_end(self) -> str:
-        """The text at which an answer is over; empty where nothing is behind it.
+        """Text that ends an answer; empty if there is none.
 
         White space alone may be within an answer: with it goes what begins the next question.
         """
@@ -74,7 +74,7 @@ class ChatFormat:
         return None if '"""' in text else text
 
     def to_json(self) -> dict[str, Any]:
-        """Return it for ``json.dumps``."""
+        """Return a JSON-serialisable form."""
         return asdict(self)
 
     @classmethod
@@ -96,7 +96,7 @@ class ChatFormat:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """How a runtime is to prompt an adapter.
+    """Prompt format of an adapter.
 
     Attributes
     ----------
@@ -117,7 +117,7 @@ class Chat:
 
     @property
     def stop_text(self) -> str | None:
-        """The text at which an answer is over, if none of the tokens ends it.
+        """Text that ends an answer, if no token does.
 
         Examples
         --------
@@ -132,7 +132,7 @@ class Chat:
 def chat_of(
     record: Mapping[str, Any], *, template: str | None = None, ends_otherwise: bool = False
 ) -> Chat | None:
-    """Return how an adapter is prompted; None if not through a chat template, or nobody says.
+    """Return the chat format of an adapter; None if it has none or it is unknown.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def chat_of(
 
 
 def _told(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a record says of chats, or those all say that an adapter was computed from."""
+    """Return the chat format in a training record, or the one shared by all source adapters."""
     told = record.get("training")
     if isinstance(told, Mapping):
         said = told.get("chat")
@@ -177,7 +177,7 @@ def _told(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _literal(text: str) -> str:
-    """Return text that Go's template language prints as it stands."""
+    """Return text quoted for Go's template language."""
     return text.replace("{{", '{{ "{{" }}')
 
 

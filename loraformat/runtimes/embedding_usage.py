@@ -13,7 +13,7 @@ __all__ = ["EMBEDDING_SNIPPETS", "llama_cpp", "transformers"]
 
 
 def transformers(use: Use) -> Snippet:
-    r"""Return Python that computes hidden states with transformers and PEFT.
+    r"""Return Python code that computes hidden states with transformers and PEFT.
 
     Examples
     --------
@@ -31,7 +31,7 @@ print(states.shape)  # a vector for each token, to be pooled as the base's are
 
 
 def llama_cpp(use: Use) -> Snippet:
-    """Return the server's command line and a request.
+    """Return the command line of the server, and a request.
 
     Examples
     --------

@@ -11,7 +11,7 @@ __all__ = ["facts_of"]
 
 
 def facts_of(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
-    """Look at an adapter, and load all its numbers once.
+    """Collect an adapter's facts, reading all its tensors once.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def _module(delta: LoraDelta, base: Checkpoint | None, nonfinite: list[str]) -> 
 
 
 def _is_zero(tensor: DenseTensor, nonfinite: list[str]) -> bool:
-    """Tell whether all numbers are zero; a tensor that its reader refuses is written down."""
+    """Tell whether all values are zero; record a tensor that cannot be read."""
     try:
         return not tensor.array().any()
     except FileChangedError:

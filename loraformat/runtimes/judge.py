@@ -21,7 +21,7 @@ _FIRST = ("advice", "other-base")
 def findings(
     adapter: AdapterFacts, runtimes: Iterable[Runtime], names: Names, *, named: bool = False
 ) -> list[Finding]:
-    """Return what a user of these runtimes should know, runtime by runtime.
+    """Return the findings for each of these runtimes.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def judge(
 
 
 def obstacles(found: Iterable[Finding]) -> dict[str, list[str]]:
-    """Return the rules for which no lines can make a runtime right, by runtime.
+    """Return by runtime the rules that no loading commands can satisfy.
 
     Left out is what a conversion mends: the lines for another format begin with one.
 
@@ -109,7 +109,7 @@ def _format(adapter: AdapterFacts, runtime: Runtime, named: bool) -> tuple[str, 
 
 
 def _with_remedy(treatment: Treatment, rule: str, stronger: Treatment) -> Treatment:
-    """Return a treatment whose own command would not be enough with that of the stronger one."""
+    """Return a treatment with the remedy of a stronger one, if its own is not enough."""
     if treatment.remedy in ("advice", stronger.remedy):
         return treatment
     advice = f"first: {rule}" if stronger.remedy in _FIRST else None

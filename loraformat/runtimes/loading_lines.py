@@ -12,7 +12,7 @@ __all__ = ["loading_lines"]
 def loading_lines(
     use: Use, auto: str, *, imports: str = "", prepared: str = "", options: str = ""
 ) -> str:
-    """Return the lines up to an adapter on its base.
+    """Return the Python lines that load an adapter on its base.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ __all__ = ["ollama"]
 
 
 def ollama(use: Use) -> Snippet:
-    """Return a Modelfile of the merged model; its paths are relative to where it lies.
+    """Return a Modelfile of the merged model, with paths relative to it.
 
     Ollama 0.34.1 and later refuse ``ADAPTER`` when a model is created, as
     generative-computing/mellea#1651 reports of ollama/ollama#14969; models that were built with
@@ -60,7 +60,7 @@ def _ollama_chat(chat: Chat | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return text in a Modelfile's quotes; empty if it cannot be."""
+    """Return text quoted for a Modelfile; empty if it cannot be quoted."""
     return (
         ""
         if '"""' in text or text.endswith('"')
@@ -71,5 +71,5 @@ def _quoted(text: str) -> str:
 
 
 def _file(word: str) -> str:
-    """Return a path as a Modelfile has it: with a slash, so that it is no model's name."""
+    """Return a path for a Modelfile, with a slash so that it is not read as a model name."""
     return word if word.startswith(("/", "./", "../")) else f"./{word}"

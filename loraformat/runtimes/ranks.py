@@ -12,7 +12,7 @@ _SMALLEST, _STEP = 8, 16
 
 
 def vllm_limit(rank: int) -> int | None:
-    """Return the least ``--max-lora-rank`` under which vLLM serves a rank; None if there is none.
+    """Return the smallest ``--max-lora-rank`` of vLLM that admits a rank; None if none does.
 
     Examples
     --------
@@ -23,7 +23,7 @@ def vllm_limit(rank: int) -> int | None:
 
 
 def even_rank(rank: int) -> int:
-    """Return the least rank, not below a given one, that kernels take without padding.
+    """Return the smallest rank from a given one up that needs no padding.
 
     That is 8, or a multiple of 16: tiles of tensor cores, and LoRAX's kernels.
 
@@ -36,7 +36,7 @@ def even_rank(rank: int) -> int:
 
 
 def is_even_rank(rank: int) -> bool:
-    """Tell whether kernels take a rank as it is.
+    """Tell whether kernels take a rank without padding.
 
     Examples
     --------

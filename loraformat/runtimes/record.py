@@ -71,22 +71,22 @@ class Treatment:
 
 
 def refuses(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
-    """Return that a runtime says no."""
+    """Return the treatment of a runtime that rejects the adapter."""
     return Treatment("refuses", why, remedy, advice)
 
 
 def differs(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
-    """Return that a runtime computes something else."""
+    """Return the treatment of a runtime that computes something else."""
     return Treatment("differs", why, remedy, advice)
 
 
 def caution(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
-    """Return that a runtime is right if one does or knows something."""
+    """Return the treatment of a runtime that is correct under a condition."""
     return Treatment("caution", why, remedy, advice)
 
 
 def unknown(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
-    """Return that nobody looked."""
+    """Return the treatment of a runtime whose behaviour was not checked."""
     return Treatment("unknown", why, remedy, advice)
 
 
@@ -158,7 +158,7 @@ class Runtime:
     treats: Mapping[str, Treatment | None] = field(default_factory=dict)
 
     def has_proof(self, adapter: AdapterFacts) -> bool:
-        """Whether it is known, not concluded, how an adapter loads into its base."""
+        """Whether loading was tested rather than inferred."""
         return self.asks_peft and adapter.loading is not None and adapter.loading.proven
 
     @property
@@ -169,7 +169,7 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Something that an adapter may have and a runtime may not expect.
+    """A property of adapters that some runtimes do not handle.
 
     Attributes
     ----------
@@ -191,14 +191,14 @@ class Rule:
     of_files: bool = False
 
     def treatment(self, runtime: Runtime) -> Treatment | None:
-        """Return what a runtime does; None if it does right."""
+        """Return how a runtime treats it; None if correctly."""
         everywhere = self.everywhere if runtime.format or not self.of_files else None
         return runtime.treats.get(self.id, everywhere)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a rule found for a runtime.
+    """The finding of a rule for a runtime.
 
     Attributes
     ----------

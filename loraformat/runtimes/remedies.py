@@ -29,7 +29,7 @@ _SAYS: dict[Remedy, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the user calls things.
+    """The user's names of the adapter and its base.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Names:
 
     @property
     def stem(self) -> str:
-        """Last part of the adapter's name, for names of outputs.
+        """Last part of the adapter's name, for output names.
 
         Examples
         --------
@@ -61,7 +61,7 @@ class Names:
 
 
 def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Names) -> str | None:
-    """Return a command line; where the user named no base, it says ``BASE``.
+    """Return a command line, with ``BASE`` if the user named no base.
 
     Examples
     --------
@@ -92,14 +92,14 @@ def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Name
 
 
 def _its_base(adapter: AdapterFacts, names: Names) -> str:
-    """Return the base that an adapter names, if that is another than the one that was tried."""
+    """Return the base that an adapter names, if it is not the one tried."""
     named = adapter.base_model
     known = named and named.isprintable() and not named.startswith("-") and named != names.base
     return shlex.quote(named) if named and known else "BASE"
 
 
 def sentence(treatment: Treatment, adapter: AdapterFacts) -> str:
-    """Return what to do, in words: the runtime's own advice, or what the command does.
+    """Return the advice: the runtime's own, or a description of the command.
 
     Examples
     --------

@@ -15,7 +15,7 @@ __all__ = ["as_trained", "by_config", "by_config_with_rslora", "by_file_alpha"]
 
 
 def as_trained(adapter: AdapterFacts, module: ModuleFacts) -> float:
-    """Return what the adapter means.
+    """Return the scaling that the adapter was trained with.
 
     Examples
     --------
@@ -27,7 +27,7 @@ def as_trained(adapter: AdapterFacts, module: ModuleFacts) -> float:
 
 
 def by_file_alpha(adapter: AdapterFacts, module: ModuleFacts) -> float:
-    """Return llama.cpp's: one alpha for the file, by the rank of the tensor; 0 means 1.
+    """Return llama.cpp's scaling: one alpha per file over the tensor's rank; 0 means 1.
 
     Examples
     --------
@@ -42,7 +42,7 @@ def by_file_alpha(adapter: AdapterFacts, module: ModuleFacts) -> float:
 
 
 def by_config(adapter: AdapterFacts, module: ModuleFacts) -> float:
-    """Return alpha / r of the config, for every module.
+    """Return the config's alpha / r for every module.
 
     Examples
     --------
@@ -54,7 +54,7 @@ def by_config(adapter: AdapterFacts, module: ModuleFacts) -> float:
 
 
 def by_config_with_rslora(adapter: AdapterFacts, module: ModuleFacts) -> float:
-    """Return alpha / r of the config, or alpha / √r, for every module.
+    """Return the config's alpha / r, or alpha / √r with rsLoRA, for every module.
 
     Examples
     --------

@@ -22,7 +22,7 @@ _HEAD = re.compile(r"(^|\.)(score|(classifier|classification_head)(\.out_proj)?)
 
 @dataclass(frozen=True, slots=True)
 class TaskUsage:
-    """What adapters of a task do, and the lines that load one.
+    """Usage of adapters of one task: description and loading code.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class TaskUsage:
 
 
 def task_snippet(runtime: str, task: str | None) -> Callable[[Use], Snippet] | None:
-    r"""Return what makes the lines for a runtime; None if the task has none, or generates.
+    r"""Return the snippet function for a runtime; None for generation or unsupported tasks.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def task_snippet(runtime: str, task: str | None) -> Callable[[Use], Snippet] | N
 
 
 def labels_of(replaced: Iterable[tuple[str, tuple[int, ...]]]) -> int | None:
-    """Return the labels of an adapter that classifies, from names and shapes of what it replaces.
+    """Return the number of labels of a classifier, from the tensors it replaces.
 
     Examples
     --------
@@ -95,7 +95,7 @@ def _translate(use: Use) -> Snippet:
 
 
 def _labels(use: Use) -> str:
-    """Return the option that gives the base a head of the adapter's size."""
+    """Return the option that sizes the base's head for the adapter."""
     return "" if use.labels is None else f", num_labels={use.labels}"
 
 

@@ -30,7 +30,7 @@ __all__ = [
 
 
 def transformers(use: Use) -> Snippet:
-    r"""Return Python that generates with transformers and PEFT.
+    r"""Return Python code that generates with transformers and PEFT.
 
     Examples
     --------
@@ -187,7 +187,7 @@ lorax-launcher --model-id {shell_path(use.base)}{use.revision_option} --port 808
 
 
 def llama_cpp(use: Use) -> Snippet:
-    """Return command lines of the server, once with a scale, and of the command-line program.
+    """Return command lines of the server, also with a scale, and of the CLI.
 
     Examples
     --------
@@ -213,7 +213,7 @@ def llama_cpp(use: Use) -> Snippet:
 
 
 def mlx(use: Use) -> Snippet:
-    """Return how to merge and run: mlx-lm reads no PEFT adapter, but any merged model.
+    """Return the commands to merge and run; mlx-lm reads only merged models.
 
     Examples
     --------

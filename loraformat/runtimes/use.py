@@ -19,7 +19,7 @@ _QUESTION = "What can you do?"
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What the lines below are made of.
+    """Names and options that usage snippets contain.
 
     Attributes
     ----------
@@ -79,35 +79,35 @@ class Use:
 
     @property
     def pinned_base(self) -> str:
-        """The base as loraformat loads it: ``org/name@commit``, where the commit is known."""
+        """The base as ``org/name@commit``, if the commit is known."""
         return f"{self.base}@{self.revision}" if self.revision else self.base
 
     @property
     def revision_option(self) -> str:
-        """``--revision`` with a blank before it, for a shell; empty where none is known."""
+        """``--revision`` option with a leading space; empty if unknown."""
         return f" --revision {shlex.quote(self.revision)}" if self.revision else ""
 
     @property
     def merged_gguf(self) -> str:
-        """A name for the base's GGUF file with the adapter in it."""
+        """File name of the merged GGUF model."""
         return f"{self.name}-merged.gguf"
 
     @property
     def own_template(self) -> str | None:
-        """Where a server finds the chat template that the adapter brings; None if it has none."""
+        """Path of the adapter's own chat template; None if it has none."""
         if self.chat is None or self.chat.template is None:
             return None
         return TEMPLATE_NAME if self.on_hub else self.chat.template
 
     @property
     def fetched(self) -> str:
-        """The command that fetches that template, where it must be."""
+        """Command that downloads that template, if needed."""
         if self.own_template is None or not self.on_hub:
             return ""
         return f"hf download {shlex.quote(self.adapter)} {TEMPLATE_NAME} --local-dir .\n"
 
     def server_option(self, option: str) -> str:
-        """Return an option that names that template, with a blank before it; else nothing."""
+        """Return the option for that template with a leading space; empty without one."""
         own = self.own_template
         return "" if own is None else f" {option} {shell_path(own)}"
 
@@ -138,5 +138,5 @@ class Snippet:
 
 
 def shell_path(word: str) -> str:
-    """Return a path that no program takes for an option, quoted for a shell."""
+    """Return a path quoted for a shell, never mistaken for an option."""
     return shlex.quote(f"./{word}" if word.startswith("-") else word)

@@ -40,7 +40,7 @@ def encode_index(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
 def parse_index(
     raw: bytes, path: str | PathLike[str], *, strict: bool = False, suffix: str = ".safetensors"
 ) -> tuple[dict[str, str], int | None]:
-    """Return the weight map and the total size, None if the index does not give it.
+    """Return the weight map, and the total size if the index has it.
 
     Parameters
     ----------

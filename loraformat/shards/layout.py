@@ -131,7 +131,7 @@ def plan_shards(units: Sequence[Unit], limit: int) -> list[list[LazyTensor]]:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """One stored tensor at its place: which weight it belongs to, and its header entry."""
+    """One placed stored tensor: its weight and its header entry."""
 
     owner: str
     suffix: str
@@ -151,7 +151,7 @@ def _body_pieces(
 
 
 def body_order(tensors: Sequence[LazyTensor]) -> list[Placed]:
-    """Place the body of a shard.
+    """Order the body of a shard.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def _runs(tensors: Sequence[LazyTensor]) -> Iterator[list[LazyTensor]]:
 def tail_order(
     tensors: Sequence[LazyTensor], quant_state_bytes: Mapping[str, int], position: int
 ) -> list[Placed]:
-    """Place the tail of a shard.
+    """Order the tail of a shard.
 
     Parameters
     ----------

@@ -142,7 +142,7 @@ def as_checkpoint(
 
 
 def peek_config(path: Path) -> dict[str, Any]:
-    """Return a model directory's config for recognising it; empty if there is none to be read."""
+    """Return a model directory's config for format detection; empty if unreadable."""
     try:
         folder = SafeDirectory(path)
         return config_json.parse(folder.read(config_json.CONFIG_NAME, config_json.MAX_CONFIG_BYTES))
@@ -151,7 +151,7 @@ def peek_config(path: Path) -> dict[str, Any]:
 
 
 def stored_entries(path: Path) -> dict[str, Entry]:
-    """Return what the headers of a model say of its tensors, for recognising it.
+    """Return the header entries of a model's tensors for format detection.
 
     Empty for a model that cannot be opened: reading it will say what is wrong.
     """
@@ -238,7 +238,7 @@ def _check_index(folder: SafeDirectory, files: Sequence[MappedFile]) -> None:
 
 
 def _carry(folder: SafeDirectory, weights: Sequence[str]) -> tuple[list[CarriedFile], list[str]]:
-    """Sort all other files into those that travel and those that stay, with the reason."""
+    """Split the other files into carried ones and, with a reason, those left behind."""
     carried: list[CarriedFile] = []
     left_behind: list[str] = []
     for name in folder.names():

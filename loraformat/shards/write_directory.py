@@ -96,7 +96,7 @@ def _check_names(checkpoint: Checkpoint) -> None:
 
 
 def _present(publication: AtomicOutput) -> int:
-    """Return the bytes that an interrupted run has written already."""
+    """Return the number of bytes that an interrupted run has already written."""
     paths = (publication.work / name for name in publication.resumed)
     return sum(path.stat().st_size for path in paths if path.is_file())
 

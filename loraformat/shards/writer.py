@@ -96,7 +96,7 @@ def write_shards(
 def _resumed(
     tensors: Sequence[LazyTensor], name: str, publication: AtomicOutput
 ) -> Mapping[str, Any] | None:
-    """Return what an interrupted run recorded of a shard, if every byte of it is as it was."""
+    """Return the record of a shard from an interrupted run, if its bytes are unchanged."""
     done = publication.resumed.get(name)
     if done is None:
         return None
@@ -152,7 +152,7 @@ def _add(
 
 
 class _Plan:
-    """Places in one shard that are known before anything is computed."""
+    """Tensor offsets of one shard, fixed before anything is computed."""
 
     def __init__(
         self, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] = _METADATA
@@ -191,7 +191,7 @@ def _write_shard(
 
 
 class _Sink:
-    """Puts tensors at their places in one shard file, and hashes them."""
+    """Writer that places tensors in one shard file and hashes them."""
 
     def __init__(self, file: BinaryIO, plan: _Plan, progress: Progress) -> None:
         self.file, self.plan, self.progress = file, plan, progress
@@ -245,6 +245,6 @@ class _Sink:
 
 
 def _held_bytes(loaded: memoryview | NF4Parts) -> int:
-    """Return the memory that loaded bytes take beyond the files they may be mapped from."""
+    """Return the memory of loaded bytes that are not mapped from a file."""
     views = loaded.by_suffix().values() if isinstance(loaded, NF4Parts) else (loaded,)
     return sum(view.nbytes for view in views if not isinstance(view.obj, mmap.mmap))

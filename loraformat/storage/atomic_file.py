@@ -20,7 +20,7 @@ __all__ = ["AtomicFile", "open_publication"]
 
 
 class AtomicFile(AtomicOutput):
-    """A file being written: ``create(publication.file_name)`` opens it.
+    """A file being written; ``create(output.file_name)`` opens it.
 
     Parameters and errors are those of `AtomicOutput`; ``force`` replaces a file of weights.
     """
@@ -29,10 +29,10 @@ class AtomicFile(AtomicOutput):
         refuse_existing_file(self.target, force=self._force)
 
     def _undo_interrupted(self) -> None:
-        """Nothing is ever missing between two states of a file."""
+        """Do nothing: replacing a file leaves no intermediate state."""
 
     def commit(self) -> None:
-        """Let the file appear at the target.
+        """Move the finished file to the target.
 
         Raises
         ------
@@ -50,7 +50,7 @@ class AtomicFile(AtomicOutput):
         self._remove_work()
 
     def _appear(self, written: Path) -> None:
-        """Give the file its name, which a rename would take from another file."""
+        """Link the file under its name, without replacing another file."""
         try:
             os.link(written, self.target)
         except FileExistsError:
@@ -69,6 +69,6 @@ def open_publication(
     inputs: Iterable[Path] = (),
     force: bool = False,
 ) -> AtomicOutput:
-    """Return the publication for a converter's ``output``; parameters as of `AtomicOutput`."""
+    """Return the atomic output for a converter's ``output``; parameters as `AtomicOutput`."""
     kind = AtomicFile if output == "file" else AtomicOutput
     return kind(target, plan=plan, inputs=inputs, force=force)

@@ -101,7 +101,7 @@ class AtomicOutput:
 
     @property
     def file_name(self) -> str:
-        """What to `create` where the output is a single file: the target's name."""
+        """File name to `create` for a single-file output: the target's name."""
         return self.target.name
 
     def __enter__(self) -> AtomicOutput:
@@ -158,7 +158,7 @@ class AtomicOutput:
             self._unlock()
 
     def _holds(self, path: Path) -> bool:
-        """Tell whether a path names the directory that we have locked."""
+        """Tell whether a path is still the directory that is locked."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return self._lock >= 0 and identity(path) == identity_of(os.fstat(self._lock))
         return False
@@ -194,7 +194,7 @@ class AtomicOutput:
             )
 
     def _empty_work(self) -> None:
-        """Remove all but finished files and the journal, which says that the rest is ours."""
+        """Remove everything except finished files and the journal."""
         done = {Path(name).parts[0] for name in self._journal.get("done", {}) if Path(name).parts}
         for path in self.work.iterdir():
             if path.name not in done | {_JOURNAL}:
@@ -243,7 +243,7 @@ class AtomicOutput:
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
-        """Open a new file; it gets its name once it is whole and on the disk.
+        """Open a new file that is renamed once it is complete and synced.
 
         The file is unbuffered: its ``write`` may take less than it was given.
         """
@@ -268,7 +268,7 @@ class AtomicOutput:
             write_all(file, data)
 
     def commit(self) -> None:
-        """Let the output appear at the target.
+        """Move the finished output to the target.
 
         Raises
         ------
@@ -303,7 +303,7 @@ class AtomicOutput:
         sync_directory(self.work)
 
     def _remove_old(self) -> None:
-        """Remove the output that was replaced; a journal marks it as ours if we are killed."""
+        """Remove the replaced output; a journal marks it for clean-up if the process is killed."""
         self._journal = {"plan": "", "process": os.getpid(), "done": {}}
         try:
             self._save_journal()
@@ -336,7 +336,7 @@ class AtomicOutput:
         self._leave(keep=isinstance(error, _RESUMABLE))
 
     def _leave(self, *, keep: bool) -> None:
-        """Free the lock; leave the output, or finished shards worth keeping, or nothing."""
+        """Release the lock and remove everything that is not worth keeping."""
         try:
             if self._holds(self.work):
                 with contextlib.suppress(OSError):
@@ -356,7 +356,7 @@ class AtomicOutput:
 
 
 def disk_full(error: OSError, path: Path) -> LoraFormatError:
-    """Turn an operating-system error while writing into one of ours."""
+    """Convert an operating-system write error to a loraformat error."""
     if error.errno in _DISK_FULL:
         return ResourceError(
             "the disk is full",

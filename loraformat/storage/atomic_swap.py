@@ -18,7 +18,7 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def swap_directories(one: Path, other: Path) -> None:
-    """Let two directories change places.
+    """Swap two directories.
 
     On Linux this is one system call, so that nobody ever sees neither. Elsewhere, and on
     file systems without it, it is three renames, with a moment between them in which
@@ -43,7 +43,7 @@ def swap_directories(one: Path, other: Path) -> None:
 
 
 def undo_interrupted_swap(one: Path, other: Path) -> None:
-    """Put ``other`` back if a process was killed in the moment in which it is missing.
+    """Restore ``other`` if a process was killed during a swap.
 
     Parameters
     ----------

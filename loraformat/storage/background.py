@@ -21,7 +21,7 @@ _MOST_PENDING_BYTES = 16 << 20
 
 
 class BackgroundConsumer(Generic[Item]):
-    """Consumes items in order on its own thread; its failure becomes the producer's.
+    """Consumer thread that processes items in order; its failure is raised in the producer.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class BackgroundConsumer(Generic[Item]):
         self._thread = threading.Thread(target=self._run, name="loraformat-background", daemon=True)
 
     def put(self, item: Item, *, nbytes: int) -> None:
-        """Hand over an item; waits while too much is pending.
+        """Enqueue an item; block while too much is pending.
 
         Parameters
         ----------

@@ -12,7 +12,7 @@ for _power, _letter in enumerate("KMGT", 1):
 
 
 def parse_size(text: str) -> int:
-    """Return a size in bytes.
+    """Parse a size and return it in bytes.
 
     Raises
     ------
@@ -31,7 +31,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(nbytes: float) -> str:
-    """Return a size for people.
+    """Format a size in bytes for display.
 
     Examples
     --------

@@ -35,14 +35,14 @@ def new_file(path: Path) -> BinaryIO:
 
 
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write all bytes to an unbuffered file, which may take fewer at a time."""
+    """Write all bytes to an unbuffered file, in several writes if needed."""
     rest = memoryview(data)
     while len(rest):
         rest = rest[file.write(rest) :]
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int]:
-    """Return what makes two names the same file: device and inode."""
+    """Return the identity of an open file: device and inode."""
     return status.st_dev, status.st_ino
 
 
@@ -80,7 +80,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def wait_for_lock(descriptor: int) -> None:
-    """Take the exclusive lock of an open directory, as soon as no other process has it."""
+    """Wait for the exclusive lock of an open directory."""
     _lock(descriptor, wait=True)
 
 
@@ -99,7 +99,7 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    """Bring a directory's names to the disk."""
+    """Sync a directory's entries to disk."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -25,7 +25,7 @@ _LONGEST_INTEGER = 4300
 
 
 class ForeignJsonError(ValueError):
-    """The text is not JSON that its owner could read."""
+    """Raised for text that Python's JSON parser cannot read."""
 
 
 def _integer(digits: str) -> int:
@@ -35,7 +35,7 @@ def _integer(digits: str) -> int:
 
 
 def loads(data: bytes) -> Any:
-    """Parse UTF-8 JSON as Python's parser does.
+    """Parse UTF-8 JSON as Python's ``json`` does.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def parse_object(data: bytes, path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:
-    """Tell whether a value is a number that a float can hold, which not every integer is.
+    """Tell whether a value is a number within the range of a float.
 
     Examples
     --------

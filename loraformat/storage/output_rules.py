@@ -55,7 +55,7 @@ def refuse_input_as_output(target: Path, work: Path, inputs: Sequence[Path]) -> 
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Raise if the target exists, unless it is a model and ``force`` is set.
+    """Refuse an existing target, unless it is a model and ``force`` is set.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
 
 def refuse_existing_file(target: Path, *, force: bool) -> None:
-    """Refuse to replace what stands where a file shall appear, unless it is one of weights.
+    """Refuse to replace an existing file unless it contains weights.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def refuse_existing_file(target: Path, *, force: bool) -> None:
 
 
 def holds_weights(path: Path) -> bool:
-    """Tell whether a directory holds weights."""
+    """Tell whether a directory contains weights."""
     return any(any(path.glob(pattern)) for pattern in _WEIGHTS)
 
 

@@ -26,7 +26,7 @@ _SKIPPED = {"__pycache__", "node_modules"}
 
 
 class SafeDirectory:
-    """A directory whose files are only ever opened inside it.
+    """Directory handle that opens only files inside it.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class SafeDirectory:
         return (self.path / name).stat().st_size
 
     def names(self) -> list[str]:
-        """List the files, hidden ones left out, sorted, as relative paths with ``/``.
+        """List non-hidden files, sorted, as relative paths with ``/``.
 
         Raises
         ------

@@ -36,7 +36,7 @@ def is_safe_path(path: object) -> bool:
 
 
 def is_portable_path(path: str) -> bool:
-    """Tell whether a path stays inside its directory on every system (the safe path of M08)."""
+    """Tell whether a path stays inside its directory on every system (rule M08)."""
     parts = path.split("/")
     return (
         len(path) <= 1024

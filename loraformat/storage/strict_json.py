@@ -27,7 +27,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class StrictJsonError(ValueError):
-    """The text is not JSON, or is JSON that two parsers may read differently."""
+    """Raised for text that is not JSON, or that parsers may read differently."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _float(digits: str) -> float:
 
 
 def check_depth(data: bytes, most: int) -> None:
-    """Refuse JSON whose objects and arrays are nested too deep, before it is parsed.
+    """Refuse too deeply nested JSON before it is parsed.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ __all__ = ["MappedBytes", "MappedFile"]
 
 
 class MappedBytes:
-    """A file open for reading, whatever it holds; its bytes as views on a mapping.
+    """A memory-mapped file of any kind; its bytes are views on the mapping.
 
     Parameters
     ----------
@@ -57,20 +57,20 @@ class MappedBytes:
         return status.st_size, status.st_mtime_ns
 
     def map(self) -> None:
-        """Map the file as long as it was when it was opened, unless ``LORAFORMAT_IO=pread``."""
+        """Map the file at its size when opened, unless ``LORAFORMAT_IO=pread``."""
         if self.nbytes and os.environ.get("LORAFORMAT_IO") != "pread":
             self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
 
     @property
     def address(self) -> int | None:
-        """Where the mapping begins in memory; None if nothing is mapped."""
+        """Address of the mapping; None if nothing is mapped."""
         import numpy
 
         return None if self._map is None else numpy.frombuffer(self._map, numpy.uint8).ctypes.data
 
     @property
     def descriptor(self) -> int:
-        """The open file's number, for advice to the kernel."""
+        """File descriptor, for advice to the kernel."""
         return self._descriptor
 
     def bytes_between(self, begin: int, end: int) -> memoryview:
@@ -108,7 +108,7 @@ class MappedBytes:
         return release
 
     def check_unchanged(self) -> None:
-        """Raise `FileChangedError` if the file is not what it was when it was opened."""
+        """Raise `FileChangedError` if the file changed after it was opened."""
         if self._stat() != self._identity:
             raise FileChangedError(
                 "changed while it was being read",
@@ -132,7 +132,7 @@ class MappedBytes:
                 self._map = None
 
     def abandon(self) -> None:
-        """Unmap, whatever became of the file."""
+        """Unmap without checking the file."""
         with contextlib.suppress(FileChangedError):
             self.close()
 

@@ -1,4 +1,4 @@
-"""numpy arrays as torch tensors and back, sharing memory: where numpy's side meets torch's.
+"""Conversion between numpy arrays and torch tensors, sharing memory.
 
 Neither library converts the other's bfloat16 or 8-bit floats; their bits are passed instead.
 """

@@ -15,7 +15,7 @@ _LIBRARIES = Path(__file__).parents[1] / "nf4" / "kernels"
 
 
 def say_truncated() -> bool:
-    """From here on, end this process with a sentence and status 3 when mapped bytes are gone.
+    """Install a SIGBUS handler that prints a message and exits with status 3.
 
     For programs, not for libraries: a process has one handler of a signal.
 

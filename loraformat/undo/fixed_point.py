@@ -79,7 +79,7 @@ def to_fixed_point(factor: Array, axis: int, bits: int) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A low-rank matrix, of which any rows can be asked for.
+    """A low-rank matrix that is evaluated by rows.
 
     Attributes
     ----------
@@ -124,7 +124,7 @@ def product(left: Array, right: Array, *, exact: bool) -> Product:
 
 
 def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
-    """Give the k-th column and the k-th row one magnitude, by powers of two: no product changes.
+    """Balance the k-th column and row by powers of two, which changes no product.
 
     Without it, a rank with a large column and a tiny row would leave no bits to its neighbours.
     """

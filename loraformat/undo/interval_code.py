@@ -30,25 +30,25 @@ __all__ = ["Unmergeable", "decode_tile", "encode_tile"]
 
 
 class Unmergeable(Exception):
-    """A tile that no interval describes; its tensor is stored as it is."""
+    """Raised for a tile that no interval describes; its tensor is stored in full."""
 
 
 def _numbers(values: Array) -> Array:
-    """Return the place of each value in the order of its dtype, as int32; zeros are 0."""
+    """Return the ordinal of each value in its dtype as int32; both zeros are 0."""
     stored = numpy.ascontiguousarray(values).view(f"i{values.itemsize}")
     bits = stored.astype(numpy.int32)
     return numpy.where(bits >= 0, bits, numpy.iinfo(stored.dtype).min - bits)
 
 
 def _values(numbers: Array, dtype: numpy.dtype[Any]) -> Array:
-    """Return the values at these places."""
+    """Return the values of these ordinals."""
     stored = numpy.dtype(f"i{dtype.itemsize}")
     bits = numpy.where(numbers >= 0, numbers, numpy.iinfo(stored).min - numbers)
     return bits.astype(stored).view(dtype)
 
 
 def _top(dtype: numpy.dtype[Any]) -> int:
-    """Return the number of the largest finite value."""
+    """Return the ordinal of the largest finite value."""
     return int(_numbers(numpy.full(1, numpy.inf, dtype))[0]) - 1
 
 
@@ -63,12 +63,12 @@ class _Tile:
     dtype: numpy.dtype[Any]
 
     def at(self, index: Array) -> _Tile:
-        """Return some elements."""
+        """Return the selected elements."""
         gain = None if self.gain is None else self.gain[index]
         return _Tile(self.delta[index], gain, self.merged[index], self.numbers[index], self.dtype)
 
     def forward(self, numbers: Array) -> Array:
-        """Return the number of f(w), for the number of w."""
+        """Return the ordinal of f(w) for the ordinal of w."""
         weight = _values(numbers, self.dtype)
         found = merged_values(weight, self.delta, self.gain, self.merged.dtype)
         if self.gain is not None:
@@ -89,7 +89,7 @@ def _tile(merged: Array, delta: Array, gain: Array | None, dtype: numpy.dtype[An
 
 
 def _guess(tile: _Tile) -> Array:
-    """Return the number of a value near those that merge into M."""
+    """Return the ordinal of a value near those that merge into M."""
     near = tile.merged.astype(numpy.float32)
     limit = float(_values(numpy.full(1, _top(tile.dtype), numpy.int32), tile.dtype)[0])
     with numpy.errstate(all="ignore"):
@@ -101,7 +101,7 @@ def _guess(tile: _Tile) -> Array:
 
 
 def _intervals(tile: _Tile) -> tuple[Array, Array, Array, Array]:
-    """Return one number for every element, and where the interval holds more: index, a, count.
+    """Return one ordinal per element; for wider intervals also index, a and count.
 
     Most intervals hold one number, the guess, whose neighbours merge into something else; only
     the others are bisected.
@@ -245,7 +245,7 @@ def decode_tile(
 
 
 def _places(widths: Array) -> tuple[Array, Array]:
-    """Return of every bit the field it belongs to, and its place in it."""
+    """Return for every bit its field and its position in the field."""
     owner = numpy.repeat(numpy.arange(len(widths)), widths)
     begins = numpy.cumsum(widths) - widths
     return owner, numpy.arange(len(owner)) - begins[owner]

@@ -38,7 +38,7 @@ VERSION = "1.0"
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """An adapter that was merged: where it was, a hash over what it adds, its weight."""
+    """A merged adapter: path, hash of its deltas, weight."""
 
     path: str
     sha256: str
@@ -75,7 +75,7 @@ class UndoTensor:
 
 @dataclass(frozen=True, slots=True)
 class UndoRecord:
-    """Everything that undoing one merge needs, but the adapters and the merged model.
+    """The data needed to undo a merge, besides the adapters and the merged model.
 
     Attributes
     ----------

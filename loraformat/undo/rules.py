@@ -40,7 +40,7 @@ _TERM = ("adapter", "target", "weight", "part", "block", "expert", "rows")
 
 
 def parse_record(header: Header, path: str | PathLike[str]) -> UndoRecord:
-    """Return the record in a header's metadata, whose parts have the sizes that it says.
+    """Parse the record in a header's metadata and check the sizes of its parts.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def parse_record(header: Header, path: str | PathLike[str]) -> UndoRecord:
 
 
 class _Text:
-    """The checks of U03."""
+    """Parser of the record's text with the checks of rule U03."""
 
     def __init__(self, path: str | PathLike[str], *, newer: bool) -> None:
         self.path, self.newer = path, newer
@@ -173,7 +173,7 @@ class _Text:
 
 
 def tile_rows(shape: tuple[int, ...], tile_elements: int) -> tuple[int, int, int, int]:
-    """Return of a stored tensor: matrices, rows and columns of each, rows of a tile.
+    """Return a tensor's matrices, their rows and columns, and the rows of a tile.
 
     Examples
     --------
@@ -191,7 +191,7 @@ def tile_rows(shape: tuple[int, ...], tile_elements: int) -> tuple[int, int, int
 
 
 def _sizes(record: UndoRecord, name: str) -> Iterator[tuple[str, int | None]]:
-    """Yield the parts that a tensor may have: name and bytes, None where others decide."""
+    """Yield the parts that a tensor may have, with sizes in bytes; None if variable."""
     tensor = record.tensors[name]
     residual, zeros, gains, lengths = part_names(name)
     nbytes = prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 0)

@@ -17,7 +17,7 @@ _PLACES = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)+")
 
 
 def bare(name: str) -> str:
-    """Return a name without what stands before the layers of a language model.
+    """Return a name without the prefix before the layers.
 
     Examples
     --------
@@ -65,15 +65,15 @@ class InMemory:
             self._bare.setdefault(bare(name), []).append(name)
 
     def name_of(self, stored: str) -> str | None:
-        """Return what a stored tensor is called in memory, None if it is not there as a whole."""
+        """Return the in-memory name of a stored tensor; None if it is not one parameter."""
         return self._names.get(stored)
 
     def stored_as(self, name: str) -> str | None:
-        """Return the stored tensor that a parameter is, None if it is none as a whole."""
+        """Return the stored tensor of a parameter; None if it is not a single one."""
         return self._stored.get(name)
 
     def find(self, name: str) -> str | None:
-        """Return the parameter that an adapter of any age means by a name, or None."""
+        """Resolve a name of any transformers version to a parameter; None if unknown."""
         if name in self.shapes:
             return name
         for candidate in (self._renamed(name), name):
@@ -95,7 +95,7 @@ class InMemory:
 def in_memory(
     config: Mapping[str, Any], stored: Iterable[str], task: str | None = None
 ) -> InMemory | None:
-    """Return a base as transformers has it in memory; None if that cannot be known.
+    """Return a base as transformers has it in memory; None if transformers cannot build it.
 
     Its class is that of the task, see `loraformat.model.base_names.skeleton.build_on_meta`.
     """

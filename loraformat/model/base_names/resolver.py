@@ -42,7 +42,7 @@ class Parameter(NamedTuple):
 
 
 class BaseNames:
-    """Finds a base's tensors by the names that adapters have for them.
+    """Resolver of adapter names to a base's tensors.
 
     Versions of transformers put the layers of a language model at other places
     (``model.language_model.``, ``language_model.model.``), rename modules and fuse them while
@@ -98,7 +98,7 @@ class BaseNames:
 
     @property
     def as_stored(self) -> bool:
-        """Whether memory is known to have each tensor as it is stored, none renamed or fused."""
+        """Whether every tensor is known to be stored under its in-memory name and shape."""
         if self._prefix is None:
             return False
         layers = {layer_of(name) for name in self.shapes} - {None}
@@ -108,14 +108,14 @@ class BaseNames:
 
     @property
     def memory(self) -> InMemory | None:
-        """What transformers knows of the base; None if it knows nothing."""
+        """The base as transformers has it in memory; None if unknown."""
         if not self._asked:
             self._asked = True
             self._memory = in_memory(self._config, self.shapes, self._task)
         return self._memory
 
     def find(self, name: str) -> str | None:
-        """Return the stored tensor that an adapter means by a name, or None."""
+        """Resolve an adapter's name to a stored tensor; None if there is none."""
         if name in self.shapes:
             return name
         if self.memory is not None and (found := self.memory.find(name)) is not None:
@@ -130,7 +130,7 @@ class BaseNames:
         return None
 
     def parameter(self, name: str) -> Parameter | None:
-        """Return the parameter that an adapter means by a name, whatever it is stored as.
+        """Resolve an adapter's name to a parameter, however it is stored.
 
         Of one that is made of several tensors, or of some rows of one, the target is its name in
         memory: see `stack` and `chunk`.
@@ -144,13 +144,13 @@ class BaseNames:
         return Parameter(found, self.memory.shapes[found])
 
     def _is_made(self, name: str) -> bool:
-        """Tell whether a parameter is made of stored tensors, and is none of them as a whole."""
+        """Tell whether a parameter is composed of several stored tensors or a part of one."""
         assert self.memory is not None
         made = (self.memory.stacks, self.memory.chunks, self.memory.computed)
         return any(name in parameters for parameters in made)
 
     def computed(self, target: str) -> str | None:
-        """Return how transformers makes a parameter that cannot be followed, or None."""
+        """Return the conversion of a parameter that cannot be reproduced; None otherwise."""
         return self.memory.computed.get(target) if self.memory is not None else None
 
     def stack(self, target: str) -> list[list[str]]:
@@ -162,7 +162,7 @@ class BaseNames:
         return self.memory.chunks.get(target) if self.memory is not None else None
 
     def in_memory(self, target: str) -> str:
-        """Return what transformers, and so PEFT, calls a stored tensor or a parameter.
+        """Return the name of a stored tensor or parameter in transformers and PEFT.
 
         Examples
         --------
@@ -180,7 +180,7 @@ class BaseNames:
 
 
 def names_of(base: Checkpoint, task: Any = None) -> BaseNames:
-    """Return the names of a base for adapters of a task; those of the last few bases are kept."""
+    """Return the resolver for a base and task, cached for the last few bases."""
     shapes = tuple((name, one.shape) for name, one in base.tensors.items())
     return _names(shapes, base.config, task if isinstance(task, str) else None)
 

@@ -32,7 +32,7 @@ _DEEPEST = 8
 
 
 def task_of(config: Mapping[str, Any], task: Any) -> str | None:
-    """Return the task whose class a user opens instead of the one that the config names, or None.
+    """Return the task whose model class replaces the one in the config; None if none does.
 
     An adapter of an embedding model names the modules of ``AutoModel``'s class, whatever class
     the checkpoint was saved from; one that generates those of the class with a head.
@@ -92,7 +92,7 @@ def build_on_meta(config: Mapping[str, Any], *, task: str | None = None, labels:
 
 
 def _class(transformers: Any, architectures: Any, config: Any) -> Any:
-    """Return transformers' own class of that name, else its causal language model."""
+    """Return the transformers class of a name, or the causal language-model class."""
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

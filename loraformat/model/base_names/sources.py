@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class Sources:
-    """What parameters are made of.
+    """Stored tensors of each parameter.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Conversions(NamedTuple):
 
 
 def conversions_of(model: Any) -> Conversions:
-    """Return what transformers does to the names of a model's checkpoints as it loads them.
+    """Return the conversions that transformers applies when it loads a checkpoint.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def _convert(sources: Sources, converter: Any, target: str, group: dict[str, lis
 
 
 def _outputs(converter: Any, target: str) -> list[str]:
-    """Return all parameters that a converter makes, of which `target` is the first."""
+    """Return all parameters that a converter produces, starting with `target`."""
     first = converter.target_patterns[0]
     if len(converter.target_patterns) == 1 or first not in target:
         return [target]

@@ -17,7 +17,7 @@ _HEADS = ("lm_head", "embed_tokens", "wte", "embed_out")
 
 
 def _held(adapter: AdapterFacts) -> list[ModuleFacts]:
-    """Return the modules that can be looked up in the base: not those of fused experts."""
+    """Return the modules that can be looked up in the base, without fused experts."""
     if adapter.base is None or not adapter.base.named:
         return []
     tied = adapter.base.tied
@@ -49,7 +49,7 @@ def _shape(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 
 def _tokens_of(module: ModuleFacts) -> int | None:
-    """Return the tokens that a delta has, if that is how it differs from the base's weight."""
+    """Return the delta's vocabulary size, if only that differs from the base's weight."""
     if module.leaf not in _HEADS or module.base_shape is None or module.missing:
         return None
     sizes = module.out_features, module.in_features
@@ -71,7 +71,7 @@ def _vocabulary(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 
 def tokens_beyond(adapter: AdapterFacts) -> str | None:
-    """Return what is wrong with rows for tokens that the base lacks; None if nothing is.
+    """Return the problem with rows for tokens that the base lacks; None if there is none.
 
     Where the adapter has the embedding, too, it says how many tokens there are.
     """

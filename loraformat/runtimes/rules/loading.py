@@ -11,7 +11,7 @@ __all__ = ["LOADING_RULES"]
 
 
 def _problem(adapter: AdapterFacts) -> str | None:
-    """Return what PEFT says, if no other rule says it better."""
+    """Return PEFT's error, unless another rule explains it better."""
     if adapter.loading is None or adapter.loading.problem is None or adapter.empty:
         return None
     return None if tokens_beyond(adapter) is not None else printable(adapter.loading.problem)

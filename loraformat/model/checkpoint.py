@@ -10,15 +10,15 @@ else's business: conversions are functions from lazy tensors to lazy tensors, se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraformat.model.quantization_history import Quantized
+from loraformat.model.rows import Elements, RowReader, RowSource, matrix_shape
 from loraformat.nf4.quant_state import NESTED_BLOCK_SIZE, QuantState
 from loraformat.tensors.dtypes import ITEM_BYTES, torch_dtype
 
@@ -42,8 +42,6 @@ __all__ = [
     "tensor_view",
 ]
 
-#: Elements of the tiles in which a tensor is computed, and rows of which they are a multiple.
-_TILE_ELEMENTS, _ROWS = 1 << 18, 32
 #: Name suffix of each stored tensor of an NF4 weight, in the order in which they are hashed.
 NF4_PARTS = {
     "packed": "",
@@ -59,29 +57,6 @@ def _nothing() -> None:
     pass
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    return prod(shape[:-1]), shape[-1] if shape else 1
-
-
-def _load_rows(
-    dtype: str, shape: tuple[int, ...], read_rows: Callable[[int, int], Array]
-) -> memoryview:
-    import numpy
-
-    from loraformat.nf4.kernels.threads import run
-    from loraformat.tensors.arrays import array_bytes, numpy_dtype
-
-    rows, columns = _matrix_shape(shape)
-    result = numpy.empty((rows, columns), numpy_dtype(dtype))
-
-    def tile(start: int, stop: int) -> None:
-        with numpy.errstate(all="ignore"):  # what is too large becomes infinite
-            result[start:stop] = read_rows(start, stop)
-
-    run(tile, rows, max(_ROWS, _TILE_ELEMENTS // max(columns, 1) // _ROWS * _ROWS))
-    return array_bytes(result)
-
-
 @dataclass(frozen=True, slots=True)
 class DenseTensor:
     """A tensor of ordinary numbers.
@@ -92,15 +67,13 @@ class DenseTensor:
         dtype is a safetensors name.
     load : callable
         Returns the tensor's bytes, row-major and little-endian, as a flat memoryview of
-        ``nbytes`` bytes: mapped if they are stored so, computed otherwise.
+        ``nbytes`` bytes: mapped if they are stored so, computed otherwise; a `RowSource` if some
+        rows can be computed without the others.
     release : callable
         Tells the source that the loaded bytes are no longer needed.
     stored : tuple of str and int, or None
         If it is computed from numbers of a type that safetensors has no name for: what its
         source calls that type, and how many bytes they take there.
-    read_rows : callable, optional
-        If some rows can be computed without the others: returns those from start to stop, for
-        `rows`, in any dtype.
     """
 
     name: str
@@ -109,7 +82,6 @@ class DenseTensor:
     load: Callable[[], memoryview] = field(repr=False)
     release: Callable[[], None] = field(default=_nothing, repr=False)
     stored: tuple[str, int] | None = None
-    read_rows: Callable[[int, int], Array] | None = field(default=None, repr=False)
 
     @classmethod
     def by_rows(
@@ -117,29 +89,28 @@ class DenseTensor:
         name: str,
         dtype: str,
         shape: tuple[int, ...],
-        read_rows: Callable[[int, int], Array],
+        open_rows: Callable[[], RowReader],
         release: Callable[[], None] = _nothing,
         stored: tuple[str, int] | None = None,
     ) -> DenseTensor:
-        """Return a tensor that is computed by rows; loading it computes them all.
+        """Return a tensor that is computed by rows, when it is loaded or asked for some.
 
         Parameters
         ----------
         name, dtype, shape, release, stored
             See the attributes.
-        read_rows : callable
-            Returns rows [start, stop) of the tensor as a matrix of `matrix_shape`, in any dtype;
-            each number is rounded to ``dtype``, to nearest even. Several threads may call.
+        open_rows : callable
+            See `RowSource`.
 
         Examples
         --------
         >>> import numpy
-        >>> tensor = DenseTensor.by_rows("w", "F16", (2, 3), lambda a, b: numpy.ones((b - a, 3)))
+        >>> ones = lambda start, stop: numpy.ones((stop - start, 3))
+        >>> tensor = DenseTensor.by_rows("w", "F16", (2, 3), lambda: ones)
         >>> tensor.rows(1, 2), len(tensor.load())
         (array([[1., 1., 1.]], dtype=float16), 12)
         """
-        load = partial(_load_rows, dtype, shape, read_rows)
-        return cls(name, dtype, shape, load, release, stored, read_rows)
+        return cls(name, dtype, shape, RowSource(dtype, shape, open_rows), release, stored)
 
     @property
     def count(self) -> int:
@@ -149,7 +120,7 @@ class DenseTensor:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Rows and columns: all dimensions but the last make rows; a vector is one row."""
-        return _matrix_shape(self.shape)
+        return matrix_shape(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -177,10 +148,10 @@ class DenseTensor:
 
         return array_view(self.load(), self.dtype, self.shape)
 
-    def row_reader(self) -> Callable[[int, int], Array]:
-        """Return `rows` for reading many times: what is stored whole is loaded once."""
-        if self.read_rows is not None:
-            return self.rows
+    def row_reader(self) -> RowReader:
+        """Return `rows` for reading many times: what all rows need is made, or loaded, once."""
+        if isinstance(self.load, RowSource):
+            return self.load.reader()
         matrix = self.array().reshape(self.matrix_shape)
         return lambda start, stop: matrix[start:stop]
 
@@ -199,11 +170,20 @@ class DenseTensor:
             (stop - start, columns), of the tensor's dtype; a view of mapped bytes if they are
             stored so. Of a tensor that is computed, only these rows are, where that is possible.
         """
-        if self.read_rows is None:
-            return self.row_reader()(start, stop)
-        from loraformat.tensors.arrays import numpy_dtype, rounded
+        return self.row_reader()(start, stop)
 
-        return rounded(self.read_rows(start, stop), numpy_dtype(self.dtype))
+    def elements(self) -> Array | Elements:
+        """Return the numbers in row-major order; what is computed by rows, slice by slice."""
+        from loraformat.tensors.arrays import numpy_dtype
+
+        if isinstance(self.load, RowSource):
+            columns = self.matrix_shape[1]
+            return Elements(self.row_reader(), columns, self.count, numpy_dtype(self.dtype))
+        return self.array().reshape(-1)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes in order: all at once, or a few megabytes if computed by rows."""
+        yield from self.load.chunks() if isinstance(self.load, RowSource) else [self.load()]
 
     def torch(self) -> torch.Tensor:
         """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""
@@ -298,7 +278,7 @@ class NF4Tensor:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Rows and columns: all dimensions but the last make rows; a vector is one row."""
-        return _matrix_shape(self.shape)
+        return matrix_shape(self.shape)
 
     @property
     def quantization(self) -> str:
@@ -379,6 +359,48 @@ class NF4Tensor:
             self.codes(self.load()), dtype=numpy_dtype(dtype or self.dtype), out=out
         ).reshape(self.stored_shape)
         return weight.T if self.transposed else weight
+
+    def array(self) -> Array:
+        """Return the weight as dense numbers of its own dtype."""
+        return self.dequantize()
+
+    def row_reader(self, dtype: str | None = None) -> RowReader:
+        """Return `rows` for reading many times: codes are loaded, and scales decoded, once."""
+        import numpy
+
+        from loraformat.nf4 import codec
+        from loraformat.tensors.arrays import numpy_dtype
+
+        codes, wanted = self.codes(self.load()), numpy_dtype(dtype or self.dtype)
+        height, columns = self.matrix_shape
+        scales = codes.scales()
+
+        def read(start: int, stop: int) -> Array:
+            if self.transposed:  # the rows are columns of what the codes run over
+                turned = numpy.empty((columns, stop - start), wanted)
+                return codec.dequantize_rows(codes, turned, start=start, stride=height).T
+            return codec.dequantize(
+                codes, dtype=wanted, start=start * columns, stop=stop * columns, scales=scales
+            ).reshape(-1, columns)
+
+        return read
+
+    def rows(self, start: int, stop: int, dtype: str | None = None) -> Array:
+        """Return some rows of the weight as a matrix of dense numbers; no other is decoded.
+
+        Parameters
+        ----------
+        start, stop : int
+            As in `DenseTensor.rows`.
+        dtype : str, optional
+            As in `dequantize`.
+
+        Returns
+        -------
+        array
+            (stop - start, columns).
+        """
+        return self.row_reader(dtype)(start, stop)
 
     def codes(self, parts: NF4Parts) -> codec.NF4:
         """Return loaded parts as the codec's own record."""

@@ -50,7 +50,7 @@ class QuantizedWeight:
                 part.release()
 
         stored = self.stored_as, sum(part.nbytes for part in self.parts)
-        return DenseTensor.by_rows(self.name, dtype, self.shape, self.rows, release, stored)
+        return DenseTensor.by_rows(self.name, dtype, self.shape, lambda: self.rows, release, stored)
 
 
 @dataclass(frozen=True, slots=True)

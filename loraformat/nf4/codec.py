@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 
@@ -59,6 +59,7 @@ __all__ = [
     "NESTED_BLOCK_SIZE",
     "NESTED_MAP_BITS",
     "NF4",
+    "Elements",
     "bits_per_weight",
     "dequantize",
     "dequantize_rows",
@@ -198,8 +199,23 @@ class NF4:
         return out
 
 
+class Elements(Protocol):
+    """Numbers of a tensor in row-major order, which slices of it read or compute."""
+
+    @property
+    def size(self) -> int:
+        """How many."""
+
+    @property
+    def dtype(self) -> numpy.dtype[Any]:
+        """Of each."""
+
+    def __getitem__(self, piece: slice) -> Array:
+        """Return some as a flat, contiguous array; several threads may call."""
+
+
 def quantize(
-    x: Array,
+    x: Array | Elements,
     *,
     block_size: int = 64,
     double_quant: bool = True,
@@ -210,7 +226,7 @@ def quantize(
 
     Parameters
     ----------
-    x : array
+    x : array or Elements
         float32, float16 or bfloat16, of any shape.
     block_size : int
         One of `BLOCK_SIZES`.
@@ -461,12 +477,14 @@ def _codes(q: NF4) -> kernels.Codes:
     return kernels.Codes(q.packed, q.absmax, q.nested_absmax, offset, q.block_size)
 
 
-def quantization_error(x: Array, q: NF4, *, threads: int | None = None) -> tuple[float, float]:
+def quantization_error(
+    x: Array | Elements, q: NF4, *, threads: int | None = None
+) -> tuple[float, float]:
     """Measure what quantization lost; sqrt(first / second) is the relative RMS error.
 
     Parameters
     ----------
-    x : array
+    x : array or Elements
         The original: float32, float16 or bfloat16, ``q.count`` elements.
     q : NF4
         Its quantized form.
@@ -494,7 +512,8 @@ def quantization_error(x: Array, q: NF4, *, threads: int | None = None) -> tuple
     0.0292
     """
     flat, kernel, scales = _flat(x), kernels.active(), q.scales()
-    _check("x", flat, flat.dtype, q.count)
+    if flat.size != q.count:
+        raise UsageError(f"NF4 x has {flat.size} elements, wanted {q.count}")
     sums = numpy.empty((2, _ceil(q.count, _ERROR_CHUNK)))
 
     def piece(start: int, stop: int) -> None:
@@ -559,16 +578,16 @@ def _range(start: int, stop: int | None, count: int) -> tuple[int, int]:
     return start, stop
 
 
-def _flat(x: Array) -> Array:
+def _flat(x: Array | Elements) -> Array | Elements:
     if x.dtype not in _DTYPES:
         raise UsageError(f"NF4 encodes float32, float16 or bfloat16, not {x.dtype}")
-    return numpy.ascontiguousarray(x).reshape(-1)
+    return numpy.ascontiguousarray(x).reshape(-1) if isinstance(x, numpy.ndarray) else x
 
 
-def _non_finite(flat: Array, name: str) -> NonFiniteError:
+def _non_finite(flat: Array | Elements, name: str) -> NonFiniteError:
     for start in range(0, flat.size, _PIECE):
-        bad = numpy.flatnonzero(~numpy.isfinite(flat[start : start + _PIECE]))
+        values = flat[start : start + _PIECE]
+        bad = numpy.flatnonzero(~numpy.isfinite(values))
         if bad.size:
-            position = start + int(bad[0])
-            return NonFiniteError(name, position, float(flat[position]))
+            return NonFiniteError(name, start + int(bad[0]), float(values[bad[0]]))
     raise AssertionError("a kernel reported a non-finite value where there is none")

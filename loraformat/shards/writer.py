@@ -11,7 +11,7 @@ the run continues behind it.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from hashlib import sha256
 from typing import Any, BinaryIO
@@ -185,9 +185,13 @@ def _write_shard(
         sink = _Sink(file, plan, progress)
         with BackgroundConsumer(sink.write) as background:
             for tensor in plan.tensors:
-                loaded = tensor.load()
-                background.put((tensor, loaded), nbytes=_held_bytes(loaded))
+                for piece in _pieces(tensor):
+                    background.put((tensor, piece), nbytes=_held_bytes(piece))
         return sink.finish()
+
+
+def _pieces(tensor: LazyTensor) -> Iterable[memoryview | NF4Parts]:
+    return [tensor.load()] if isinstance(tensor, NF4Tensor) else tensor.chunks()
 
 
 class _Sink:
@@ -198,23 +202,36 @@ class _Sink:
         self.places = {(p.owner, p.suffix): p.entry for p in plan.body}
         self.tails: dict[str, dict[str, memoryview]] = {}
         self.hashes: dict[str, tuple[str, float | None]] = {}
+        self._begun, self._digest = 0, sha256()  # of the dense tensor that is being written
 
     def write(self, item: tuple[LazyTensor, memoryview | NF4Parts]) -> None:
-        tensor, loaded = item
-        if isinstance(loaded, NF4Parts):
-            pieces = loaded.by_suffix()
+        tensor, piece = item
+        if isinstance(piece, NF4Parts):
+            parts = piece.by_suffix()
             self.tails[tensor.name] = {
-                s: v for s, v in pieces.items() if (tensor.name, s) not in self.places
+                s: v for s, v in parts.items() if (tensor.name, s) not in self.places
             }
-            self.hashes[tensor.name] = _digest(loaded), loaded.relative_rms_error
-        else:
-            pieces = {"": loaded}
-            self.hashes[tensor.name] = _digest(loaded), None
-        for suffix, view in pieces.items():
-            if entry := self.places.get((tensor.name, suffix)):
-                self._put(view, entry)
+            self.hashes[tensor.name] = nf4_digest(piece), piece.relative_rms_error
+            for suffix, view in parts.items():
+                if entry := self.places.get((tensor.name, suffix)):
+                    self._put(view, entry)
+        elif not self._whole(tensor, piece):
+            return
         tensor.release()
         self.progress(tensor.nbytes)
+
+    def _whole(self, tensor: LazyTensor, piece: memoryview) -> bool:
+        """Write a piece of a dense tensor, and tell whether it was the last."""
+        self._digest.update(piece)
+        entry = self.places[tensor.name, ""]
+        self._write_at(piece, self.plan.header_bytes + entry.begin + self._begun)
+        self._begun += len(piece)
+        if self._begun < entry.nbytes:
+            return False
+        assert self._begun == entry.nbytes, f"{entry.name}: {self._begun} for {entry.nbytes} bytes"
+        self.hashes[tensor.name] = self._digest.hexdigest(), None
+        self._begun, self._digest = 0, sha256()
+        return True
 
     def _put(self, data: memoryview | bytes, entry: Entry) -> None:
         assert len(data) == entry.nbytes, f"{entry.name}: {len(data)} bytes for {entry.nbytes}"

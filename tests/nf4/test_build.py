@@ -25,9 +25,9 @@ packages = ["loraformat"]
 path = "hatch_build.py"
 """
 PROGRAM = """\
-import torch
+import numpy
 from loraformat.nf4 import kernels, codec
-q = codec.quantize(torch.linspace(-1, 1, 1000))
+q = codec.quantize(numpy.linspace(-1, 1, 1000, dtype="f4"))
 print(kernels.active().name, sum(q.packed.tolist()), kernels.__file__)
 """
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
+
+import numpy
 
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.model.architecture import is_conv1d, is_decoder_linear, is_matrix_weight
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
-from loraformat.model.tensor_values import tensor_bytes
+from loraformat.model.rows import RowReader
 from loraformat.nf4.quant_state import BLOCK_SIZES, QuantState
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
+from loraformat.tensors.arrays import Array, array_bytes, numpy_dtype, rounded
 from loraformat.tensors.dtypes import WEIGHT_DTYPES
 
 __all__ = ["QuantizationPolicy", "cast", "dequantized", "quantized"]
-
-_CAST_PIECE = 1 << 18  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +111,21 @@ def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str |
 def _quantize(tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool) -> NF4Parts:
     from loraformat.nf4 import codec
 
-    weight = tensor.array()
-    if transposed:
-        weight = weight.T
+    shape = tensor.shape[::-1] if transposed else tensor.shape
+    weight = tensor.array().T if transposed else tensor.elements()
     codes = codec.quantize(
         weight, block_size=policy.block_size, double_quant=policy.double_quant, name=tensor.name
     )
     squared_error, squared_norm = codec.quantization_error(weight, codes)
     nested = codes.nested_absmax
     return NF4Parts(
-        packed=tensor_bytes(codes.packed),
-        absmax=tensor_bytes(codes.absmax),
-        nested_absmax=None if nested is None else tensor_bytes(nested),
+        packed=array_bytes(codes.packed),
+        absmax=array_bytes(codes.absmax),
+        nested_absmax=None if nested is None else array_bytes(nested),
         quant_map=memoryview(LEVEL_BYTES),
         nested_quant_map=None if nested is None else memoryview(NESTED_MAP_BYTES),
         quant_state=QuantState(
-            tuple(weight.shape), tensor.dtype, policy.block_size, codes.nested_offset
+            shape, tensor.dtype, policy.block_size, codes.nested_offset
         ).encode(),
         # Three digits: enough to judge by, and the same on every machine.
         relative_rms_error=float(f"{sqrt(squared_error / squared_norm):.3g}")
@@ -142,11 +143,10 @@ def dequantized(tensor: NF4Tensor, dtype: str | None = None) -> DenseTensor:
     dtype : str, optional
         safetensors name; the weight's own by default.
     """
-
-    def load() -> memoryview:
-        return tensor_bytes(tensor.dequantize(dtype))
-
-    return DenseTensor(tensor.name, dtype or tensor.dtype, tensor.shape, load, tensor.release)
+    return DenseTensor.by_rows(
+        tensor.name, dtype or tensor.dtype, tensor.shape, partial(tensor.row_reader, dtype),
+        tensor.release,
+    )  # fmt: skip
 
 
 def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
@@ -168,33 +168,22 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
     if dtype is None or dtype == tensor.dtype or not floating or isinstance(tensor, NF4Tensor):
         return tensor
 
-    def load() -> memoryview:
-        return _cast(tensor, dtype)
+    def open_rows() -> RowReader:
+        read = tensor.row_reader()
+        return lambda start, stop: _narrowed(tensor.name, read(start, stop), dtype)
 
-    return DenseTensor(tensor.name, dtype, tensor.shape, load, tensor.release)
+    return DenseTensor.by_rows(tensor.name, dtype, tensor.shape, open_rows, tensor.release)
 
 
-def _cast(tensor: DenseTensor, dtype: str) -> memoryview:
-    import numpy
-
-    from loraformat.nf4.kernels.threads import run
-    from loraformat.tensors.arrays import array_view, numpy_dtype
-
-    source = array_view(tensor.load(), tensor.dtype)
-    result = numpy.empty(tensor.count, numpy_dtype(dtype))
-    lost: list[int] = []
-
-    def piece(start: int, stop: int) -> None:
-        with numpy.errstate(over="ignore"):
-            values = source[start:stop].astype(numpy.float32, copy=False)
-            result[start:stop] = values
-        if dtype == "F16":
-            lost.append(int((numpy.isinf(result[start:stop]) & numpy.isfinite(values)).sum()))
-
-    run(piece, tensor.count, _CAST_PIECE)
-    if sum(lost):
+def _narrowed(name: str, values: Array, dtype: str) -> Array:
+    values = rounded(values, numpy_dtype("F32"))
+    if dtype != "F16":
+        return values
+    result = rounded(values, numpy_dtype(dtype))
+    lost = numpy.isinf(result) & numpy.isfinite(values)
+    if lost.any():
         raise UnsupportedError(
-            f"tensor {tensor.name}: {sum(lost)} values are beyond float16's 65504",
+            f"tensor {name}: numbers such as {values[lost][0]:g} are beyond float16's 65504",
             hint="use --dtype bf16 or --dtype f32",
         )
-    return tensor_bytes(result)
+    return result

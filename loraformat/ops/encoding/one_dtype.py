@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy
+
 from loraformat.families.table import family_of
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor, tensor_view
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.config_json import parse, with_dtype
+from loraformat.model.rows import RowReader
 from loraformat.ops.encoding.encode import cast
+from loraformat.tensors.arrays import Array
 from loraformat.tensors.dtypes import TORCH_NAMES, WEIGHT_DTYPES
 
 __all__ = ["Alignment", "aligned"]
 
 _FLOATS = tuple(WEIGHT_DTYPES.values())
-_TILE = 1 << 18
 _SMALLEST = 1e-30
 
 
@@ -35,14 +38,14 @@ class Alignment:
     names : list of str
     cast : bool
         False if they were left as they are.
-    lost : float or None
-        Largest relative error of a number; None until one is loaded.
+    errors : list of float
+        Largest relative error of a number, of each piece that was loaded.
     """
 
     dtype: str | None = None
     names: list[str] = field(default_factory=list)
     cast: bool = True
-    lost: float | None = None
+    errors: list[float] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """Return a sentence, if there is anything to say."""
@@ -56,14 +59,11 @@ class Alignment:
             ]
         what = f"{len(self.names)} norms and other dense tensors ({one}, ...)"
         type_ = f"{self.dtype}, the type of most"
-        if self.lost is None:
+        if not self.errors:
             return [f"{what} become {type_}: transformers expects one dtype; --dtype f32 is exact"]
-        cost = (
-            f"relative rounding error up to {self.lost:.2g} of a number"
-            if self.lost
-            else "without a loss"
-        )
-        exact = "; --dtype f32 is exact" if self.lost else ""
+        lost = max(self.errors)
+        cost = f"relative rounding error up to {lost:.2g} of a number" if lost else "without a loss"
+        exact = "; --dtype f32 is exact" if lost else ""
         return [f"{what} became {type_}, {cost}: transformers expects one dtype{exact}"]
 
 
@@ -112,16 +112,16 @@ def _others(tensors: Mapping[str, LazyTensor], dtype: str) -> list[str]:
 
 
 def _measured(before: DenseTensor, after: LazyTensor, found: Alignment) -> DenseTensor:
-    assert isinstance(after, DenseTensor)
+    def open_rows() -> RowReader:
+        exact, rounded = before.row_reader(), after.row_reader()
 
-    def load() -> memoryview:
-        data = after.load()
-        exact = before.torch().reshape(-1)
-        rounded = tensor_view(data, after.dtype)
-        for start in range(0, len(exact), _TILE):
-            one, other = (t[start : start + _TILE].double() for t in (exact, rounded))
-            error = (one - other).abs() / one.abs().clamp_min(_SMALLEST)
-            found.lost = max(found.lost or 0.0, float(error.max()))
-        return data
+        def read(start: int, stop: int) -> Array:
+            result = rounded(start, stop)
+            one, other = (x.astype(numpy.float64) for x in (exact(start, stop), result))
+            error = numpy.abs(one - other) / numpy.maximum(numpy.abs(one), _SMALLEST)
+            found.errors.append(float(error.max(initial=0.0)))
+            return result
 
-    return replace(after, load=load)
+        return read
+
+    return DenseTensor.by_rows(before.name, after.dtype, before.shape, open_rows, before.release)

@@ -15,8 +15,8 @@ from loraformat.algebra.ranks import noise_edge, rounding_noise
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
-from loraformat.nf4 import codec
-from loraformat.tensors.arrays import Array, numpy_dtype
+from loraformat.model.rows import RowReader
+from loraformat.tensors.arrays import Array
 
 __all__ = ["PRECISIONS", "Difference"]
 
@@ -48,10 +48,10 @@ class Difference:
     ) -> None:
         bases, all_tuned = _listed(base), _listed(tuned)
         self.name, self._tuned_dtype = all_tuned[0].name, all_tuned[0].dtype
-        self._base, self._tuned = _rows(bases, expert), _rows(all_tuned, expert)
+        self._base, _ = _stacked(bases, expert)
+        self._tuned, self.shape = _stacked(all_tuned, expert)
         first = bases[0]
         self._quantized = first if isinstance(first, NF4Tensor) and first.count else None
-        self.shape = self._tuned.shape
 
     def tiles(self) -> Iterator[tuple[int, Array]]:
         """Yield (first row, tile), in order.
@@ -62,7 +62,7 @@ class Difference:
             If a value is not finite.
         """
         for first, last in row_tiles(*self.shape, _TILE_ELEMENTS):
-            base, tuned = self._base.read(first, last), self._tuned.read(first, last)
+            base, tuned = self._base(first, last), self._tuned(first, last)
             wide = numpy.float64 if numpy.float64 in (base.dtype, tuned.dtype) else numpy.float32
             with numpy.errstate(over="ignore", invalid="ignore"):
                 tile = numpy.subtract(tuned, base, dtype=wide).astype(numpy.float32, copy=False)
@@ -98,7 +98,7 @@ class Difference:
         least = 2.0 ** _LEAST_STEPS[self._tuned_dtype]
         steps, base_squares, squares = 0.0, 0.0, 0.0
         for first, last in row_tiles(*self.shape, _TILE_ELEMENTS):
-            base, tuned = self._base.read(first, last), self._tuned.read(first, last)
+            base, tuned = self._base(first, last), self._tuned(first, last)
             values = tuned.astype(numpy.float32, copy=False)
             step = numpy.ldexp(1.0, numpy.frexp(values)[1] - precision)
             steps += float((numpy.maximum(step, least) ** 2).sum())
@@ -125,51 +125,21 @@ def _listed(tensors: LazyTensor | Sequence[LazyTensor]) -> Sequence[LazyTensor]:
     return tensors if isinstance(tensors, Sequence) else [tensors]
 
 
-def _rows(tensors: Sequence[LazyTensor], expert: int) -> _Rows | _Below:
-    rows = [_Rows(tensor, expert) for tensor in tensors]
-    return rows[0] if len(rows) == 1 else _Below(rows)
+def _stacked(tensors: Sequence[LazyTensor], expert: int) -> tuple[RowReader, tuple[int, int]]:
+    """Return the reader, and the shape, of some matrices that lie one below the other."""
+    shapes = [tensor.shape[-2:] for tensor in tensors]
+    heights = [shape[0] if len(shape) > 1 else 1 for shape in shapes]
+    readers = [tensor.row_reader() for tensor in tensors]
+    columns = tensors[0].matrix_shape[1]
 
-
-class _Below:
-    """The rows of several weights, one below the other."""
-
-    def __init__(self, parts: Sequence[_Rows]) -> None:
-        self._parts = parts
-        self.shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-
-    def read(self, first: int, last: int) -> Array:
+    def read(first: int, last: int) -> Array:
         found, start = [], 0
-        for part in self._parts:
-            stop = start + part.shape[0]
+        for one, height in zip(readers, heights, strict=True):
+            stop = start + height
             if first < stop and last > start:
-                found.append(part.read(max(first, start) - start, min(last, stop) - start))
+                skip = expert * height - start
+                found.append(one(max(first, start) + skip, min(last, stop) + skip))
             start = stop
         return found[0] if len(found) == 1 else numpy.concatenate(found)
 
-
-class _Rows:
-    """A weight's rows as dense numbers in its own dtype, some at a time."""
-
-    def __init__(self, tensor: LazyTensor, expert: int) -> None:
-        rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
-        self.shape = rows, tensor.shape[-1] if tensor.shape else 1
-        self._start = expert * rows
-        self._dense: Array | None = None
-        if isinstance(tensor, NF4Tensor) and not tensor.transposed:
-            self._codes = tensor.codes(tensor.load())
-            self._scales = self._codes.scales()
-            self._dtype = numpy_dtype(tensor.dtype)
-        else:  # mapped bytes; codes that run over the transpose cannot be read by rows
-            dense = tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.array()
-            self._dense = dense.reshape(-1, self.shape[1])
-
-    def read(self, first: int, last: int) -> Array:
-        first, last = self._start + first, self._start + last
-        if self._dense is not None:
-            return self._dense[first:last]
-        columns = self.shape[1]
-        flat = codec.dequantize(
-            self._codes, dtype=self._dtype, start=first * columns, stop=last * columns,
-            scales=self._scales,
-        )  # fmt: skip
-        return flat.reshape(-1, columns)
+    return read, (sum(heights), columns)

@@ -1,0 +1,126 @@
+"""A tensor as rows of a matrix, some of which are computed without the others.
+
+All dimensions but the last make rows, so that a stack of experts (experts, out, in) is a matrix of
+experts * out rows; a vector is one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from loraformat.algebra.row_tiles import row_tiles
+from loraformat.tensors.dtypes import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import numpy
+
+    from loraformat.tensors.arrays import Array
+
+__all__ = ["Elements", "RowReader", "RowSource", "matrix_shape"]
+
+#: Of (start, stop): returns these rows, (stop - start, columns).
+RowReader: TypeAlias = "Callable[[int, int], Array]"
+
+#: Elements of the tiles in which rows are computed, and rows of which they are a multiple.
+_TILE_ELEMENTS, _TILE_ROWS = 1 << 18, 32
+_CHUNK_BYTES = 8 << 20
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of the matrix that a tensor is.
+
+    Examples
+    --------
+    >>> matrix_shape((8, 64, 32)), matrix_shape((5,)), matrix_shape(())
+    ((512, 32), (1, 5), (1, 1))
+    """
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Computes a tensor by rows; as a `DenseTensor`'s ``load`` it computes all of them.
+
+    Attributes
+    ----------
+    dtype : str
+        safetensors name, F32, F16 or BF16.
+    shape : tuple of int
+    open : callable
+        Returns the reader of rows, in any dtype; several threads may call that. What it needs
+        for all of them, such as decoded scales, is made once, here.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    open: Callable[[], RowReader]
+
+    def reader(self) -> RowReader:
+        """Return a reader whose numbers are rounded to the dtype, once, to nearest even."""
+        from loraformat.tensors.arrays import numpy_dtype, rounded
+
+        read, dtype = self.open(), numpy_dtype(self.dtype)
+        return lambda start, stop: rounded(read(start, stop), dtype)
+
+    def __call__(self) -> memoryview:
+        """Compute all rows, in tiles, with every CPU of the process."""
+        return self._computed(self.open(), 0, matrix_shape(self.shape)[0])
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Compute the tensor's bytes, one after the other: a few megabytes at once."""
+        rows, columns = matrix_shape(self.shape)
+        read = self.open()
+        tiles = row_tiles(rows, columns, _CHUNK_BYTES // ITEM_BYTES[self.dtype])
+        for start, stop in [*tiles] or [(0, 0)]:  # of no rows, no bytes
+            yield self._computed(read, start, stop)
+
+    def _computed(self, read: RowReader, first: int, last: int) -> memoryview:
+        import numpy
+
+        from loraformat.nf4.kernels.threads import run
+        from loraformat.tensors.arrays import array_bytes, numpy_dtype
+
+        columns = matrix_shape(self.shape)[1]
+        result = numpy.empty((last - first, columns), numpy_dtype(self.dtype))
+
+        def tile(start: int, stop: int) -> None:
+            with numpy.errstate(all="ignore"):  # what is too large becomes infinite
+                result[start:stop] = read(first + start, first + stop)
+
+        height = _TILE_ELEMENTS // max(columns, 1) // _TILE_ROWS * _TILE_ROWS
+        run(tile, last - first, max(height, _TILE_ROWS))
+        return array_bytes(result)
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """The elements of a tensor in row-major order, which slices of it compute.
+
+    Attributes
+    ----------
+    read : callable
+        Returns rows.
+    columns, size : int
+    dtype : numpy.dtype
+
+    Examples
+    --------
+    >>> import numpy
+    >>> matrix = numpy.arange(6).reshape(2, 3)
+    >>> Elements(lambda a, b: matrix[a:b], 3, 6, matrix.dtype)[2:5]
+    array([2, 3, 4])
+    """
+
+    read: RowReader
+    columns: int
+    size: int
+    dtype: numpy.dtype[Any]
+
+    def __getitem__(self, piece: slice) -> Array:
+        start, stop, _ = piece.indices(self.size)
+        first = start // max(self.columns, 1)
+        rows = self.read(first, -(-stop // max(self.columns, 1))).reshape(-1)
+        return rows[start - first * self.columns : stop - first * self.columns]

@@ -34,7 +34,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-convert(large, large + "-out", to_format=to_format, shard_limit=30_000_000)
+convert(large, large + "-out", to_format=to_format, max_shard_size=30_000_000)
 done = True
 watcher.join()
 print(json.dumps({"grown": peak - before}))

@@ -17,7 +17,8 @@ eigenvectors of D C Dᵀ. With z = A x that matrix is s² B E[z zᵀ] Bᵀ: the 
 of z is all one has to know of the data, and no n × n matrix is ever built. The result is
 that of whitening (SVD-LLM, Wang 2024) without its inverse.
 
-Every function takes leading dimensions (experts) and treats them one by one.
+Every function takes leading dimensions (experts) and treats them one by one. Matrices of r × r
+are too small for BLAS to share: its threads would wait for each other.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, TypeAlias
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
+from loraformat.algebra.blas import one_blas_thread
 from loraformat.algebra.thin_qr import factorize, gram, tall_product, wide_product
 
 __all__ = [
@@ -85,22 +87,8 @@ class Core:
     gains: NDArray[Any]
     mixing: NDArray[Any]
 
-    @property
-    def left(self) -> NDArray[Any]:
-        """float64 (out, parts), orthonormal columns."""
-        return tall_product(self.columns, self.left_mixing, numpy.float64)
 
-    @property
-    def right(self) -> NDArray[Any]:
-        """float64 (parts, in), rows of norm 1."""
-        return wide_product(self.right_mixing, self.rows, numpy.float64)
-
-    @property
-    def squared_norm(self) -> float:
-        """‖D‖² in the Frobenius norm."""
-        return float((self.gains**2).sum())
-
-
+@one_blas_thread()
 def core(
     b: NDArray[Any],
     a: NDArray[Any],
@@ -158,6 +146,7 @@ def _principal(r_b: NDArray[Any], second_moment: NDArray[Any]) -> Pair:
     return numpy.sqrt(numpy.maximum(eigenvalues[..., ::-1], 0)), vectors[..., ::-1]
 
 
+@one_blas_thread()
 def singular_values(
     b: NDArray[Any],
     a: NDArray[Any],
@@ -199,6 +188,7 @@ def pooled(values: NDArray[Any]) -> NDArray[Any]:
     return norms
 
 
+@one_blas_thread()
 def truncate(decomposed: Core, rank: int, dtype: DTypeLike = numpy.float32) -> Pair:
     """Return the best factors of a rank: balanced, rows ordered by importance.
 
@@ -278,6 +268,7 @@ def energy_rank(values: NDArray[Any], energy: float) -> int:
     return int((shares < energy * shares[-1]).sum()) + 1 if energy > 0 else 0
 
 
+@one_blas_thread()
 def rounding_error(b: NDArray[Any], a: NDArray[Any], dtype: DTypeLike) -> float:
     """Return the relative error that rounding the factors of a product leaves in it.
 

@@ -207,15 +207,16 @@ def _option(
     if several:
         text, default_note, rest = text.partition(" [default")
         text = f"{text} Repeatable.{default_note}{rest}"
+    defaults = {} if required or several else {"default": default}  # None counts as one
     return click.Option(
         ["-o", flag, parameter.name] if parameter.name == "output" else [flag, parameter.name],
         type=kind or {"int": click.INT, "float": click.FLOAT}.get(parameter.annotation.split()[0]),
         multiple=several,
         required=required,
-        default=None if required or several else default,
         show_default=not several,
         metavar=metavar,
         help=text,
+        **defaults,
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.rows import Elements, RowReader, RowSource, matrix_shape
 from loraformat.nf4.quant_state import NESTED_BLOCK_SIZE, QuantState
-from loraformat.tensors.dtypes import ITEM_BYTES, torch_dtype
+from loraformat.tensors.dtypes import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,6 @@ __all__ = [
     "Part",
     "Provenance",
     "nf4_digest",
-    "tensor_view",
 ]
 
 #: Name suffix of each stored tensor of an NF4 weight, in the order in which they are hashed.
@@ -187,7 +186,9 @@ class DenseTensor:
 
     def torch(self) -> torch.Tensor:
         """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""
-        return tensor_view(self.load(), self.dtype, self.shape)
+        from loraformat.tensors.torch_arrays import tensor_of
+
+        return tensor_of(self.array())
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,41 +508,6 @@ class Checkpoint:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def tensor_view(data: memoryview, dtype: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Show bytes as a torch tensor, without copying where alignment allows.
-
-    Parameters
-    ----------
-    data : memoryview
-        Flat bytes; may be read-only: the result is for reading.
-    dtype : str
-        safetensors name.
-    shape : tuple of int, optional
-        One dimension by default.
-
-    Examples
-    --------
-    >>> tensor_view(memoryview(bytes(4)), "BF16").shape
-    torch.Size([2])
-    """
-    import warnings
-
-    import numpy
-    import torch
-
-    wanted = torch_dtype(dtype)
-    if not len(data):
-        return torch.empty(shape or (0,), dtype=wanted)
-    with warnings.catch_warnings():
-        # torch warns that the bytes are read-only; nothing here writes to them.
-        warnings.simplefilter("ignore", UserWarning)
-        flat = torch.frombuffer(data, dtype=torch.uint8)
-    if flat.data_ptr() % ITEM_BYTES[dtype]:
-        flat = torch.from_numpy(numpy.frombuffer(data, dtype=numpy.uint8).copy())
-    flat = flat.view(wanted)
-    return flat if shape is None else flat.view(shape)
 
 
 def nf4_digest(parts: NF4Parts) -> str:

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loraformat.errors import FileChangedError, InputError, printable
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.tensors.arrays import array_bytes
 from loraformat.tensors.dtypes import ITEM_BYTES, TORCH_NAMES
-
-if TYPE_CHECKING:
-    pass
+from loraformat.tensors.torch_arrays import array_of
 
 __all__ = ["Pickled", "open_pickle"]
 
@@ -109,7 +107,7 @@ def _tensors(
         place = (value.data_ptr(), dtype, shape, value.stride())
         if value.numel() and (first := places.setdefault(place, name)) != name:
             same[name] = first
-        tensors[name] = DenseTensor(name, dtype, shape, partial(tensor_bytes, value.detach()))
+        tensors[name] = DenseTensor(name, dtype, shape, partial(_bytes, value))
     return tensors, same
 
 
@@ -137,3 +135,7 @@ def _check_archive(file: Any, path: Path) -> None:
         ) from None
     if packed:
         raise InputError(f"member {printable(packed[0].filename)} is compressed", path=path)
+
+
+def _bytes(value: Any) -> memoryview:
+    return array_bytes(array_of(value))

@@ -22,7 +22,7 @@ from loraformat.model.adapter import LoraDelta
 from loraformat.model.base_names import BaseNames
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
-from loraformat.model.tensor_values import tensor_bytes
+from loraformat.tensors.arrays import array_bytes
 from loraformat_converters.peft.config import LoraSettings
 
 __all__ = ["ExpertReader", "stacked"]
@@ -251,6 +251,6 @@ def stacked(
         tensor.name,
         tensor.dtype,
         tuple(shape[axis] for axis in order),
-        lambda: tensor_bytes(tensor.array().reshape(shape).transpose(order)),
+        lambda: array_bytes(tensor.array().reshape(shape).transpose(order)),
         tensor.release,
     )

@@ -17,10 +17,10 @@ from pathlib import Path
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.pickled import open_pickle
-from loraformat.model.tensor_values import check_finite, tensor_bytes
+from loraformat.model.tensor_values import check_finite
 from loraformat.shards.index_json import parse_index
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.tensors.arrays import array_view, numpy_dtype
+from loraformat.tensors.arrays import array_bytes, array_view, numpy_dtype
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = [
@@ -171,7 +171,7 @@ def checked(tensor: DenseTensor, path: Path) -> DenseTensor:
     def load() -> memoryview:
         values = array_view(tensor.load(), tensor.dtype).astype(numpy_dtype(dtype), copy=False)
         check_finite(values, tensor.name, path)
-        return tensor_bytes(values)
+        return array_bytes(values)
 
     return DenseTensor(tensor.name, dtype, tensor.shape, load, tensor.release)
 

@@ -28,11 +28,10 @@ from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.model.architecture import module_of
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.plugins import AdapterWriteOptions
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
-from loraformat.tensors.arrays import array_view, finite, numpy_dtype
+from loraformat.tensors.arrays import array_bytes, array_view, finite, numpy_dtype
 from loraformat.tensors.dtypes import ITEM_BYTES
 from loraformat.tensors.header import Entry, encode_header
 from loraformat_converters.peft.config import CONFIG_NAME, MAX_CONFIG_BYTES
@@ -218,7 +217,7 @@ def _load(piece: _Piece) -> memoryview:
             f"{piece.factor:g}",
             hint="write it as f32 or bf16",
         )
-    return tensor_bytes(rounded)
+    return array_bytes(rounded)
 
 
 def _write_tensors(

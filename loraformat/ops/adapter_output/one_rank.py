@@ -19,9 +19,8 @@ from loraformat.errors import UnsupportedError, printable
 from loraformat.families.tensor_names import type_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.runtimes.ranks import even_rank
-from loraformat.tensors.arrays import numpy_dtype
+from loraformat.tensors.arrays import array_bytes, numpy_dtype
 from loraformat.tensors.dtypes import ITEM_BYTES
 
 __all__ = ["with_one_rank"]
@@ -125,6 +124,6 @@ def _zero_padded(tensor: DenseTensor, shape: Sequence[int]) -> DenseTensor:
     def load() -> memoryview:
         whole = numpy.zeros(shape, numpy_dtype(dtype))
         whole[tuple(map(slice, tensor.shape))] = tensor.array()
-        return tensor_bytes(whole)
+        return array_bytes(whole)
 
     return DenseTensor(tensor.name, dtype, tuple(shape), load, tensor.release)

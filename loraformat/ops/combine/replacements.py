@@ -16,8 +16,7 @@ import numpy
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter, RowReplacement
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.model.tensor_values import tensor_bytes
-from loraformat.tensors.arrays import numpy_dtype, same_bytes
+from loraformat.tensors.arrays import array_bytes, numpy_dtype, same_bytes
 
 __all__ = ["combined_replacements", "combined_rows"]
 
@@ -124,7 +123,7 @@ def _mean(held: list[_Holder]) -> Callable[[], memoryview]:
             total += part
             del part
             tensor.release()
-        return tensor_bytes(total.astype(numpy_dtype(held[0][2].dtype)))
+        return array_bytes(total.astype(numpy_dtype(held[0][2].dtype)))
 
     return load
 

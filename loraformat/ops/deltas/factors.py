@@ -17,9 +17,9 @@ from loraformat.algebra.lora import Pair
 from loraformat.errors import InputError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.model.tensor_values import check_finite, tensor_bytes
+from loraformat.model.tensor_values import check_finite
 from loraformat.ops.deltas.derived_files import derived_files
-from loraformat.tensors.arrays import Array, numpy_dtype
+from loraformat.tensors.arrays import Array, array_bytes, numpy_dtype
 from loraformat.tensors.arrays import finite as is_finite
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 
@@ -118,7 +118,7 @@ class SingleEntryCache:
 def in_memory(name: str, values: Array, dtype: str = "F32") -> DenseTensor:
     """Return a small array as a lazy tensor."""
     held = values.astype(numpy_dtype(dtype))
-    return DenseTensor(name, dtype, held.shape, lambda: tensor_bytes(held))
+    return DenseTensor(name, dtype, held.shape, lambda: array_bytes(held))
 
 
 def rounded(values: Array, dtype: str, name: str) -> Array:
@@ -208,7 +208,7 @@ def lazy_delta(
         def load() -> memoryview:
             pair = memo.get((id(source), rank, dtype), stored)
             assert isinstance(pair, tuple)
-            return tensor_bytes(pair[which])
+            return array_bytes(pair[which])
 
         return load
 

@@ -6,9 +6,8 @@ import os
 import tempfile
 
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.ops.deltas.factors import rounded
-from loraformat.tensors.arrays import Array
+from loraformat.tensors.arrays import Array, array_bytes
 
 __all__ = ["Spool"]
 
@@ -38,7 +37,7 @@ class Spool:
             If a value lies beyond the dtype's range.
         """
         start = self._file.seek(0, os.SEEK_END)
-        nbytes = self._file.write(tensor_bytes(rounded(values, dtype, name)))
+        nbytes = self._file.write(array_bytes(rounded(values, dtype, name)))
         self._file.flush()
 
         def load() -> memoryview:

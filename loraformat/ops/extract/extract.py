@@ -26,7 +26,6 @@ from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import is_conv1d, kind_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
-from loraformat.model.tensor_values import tensor_bytes
 from loraformat.model.tied_head import HEAD
 from loraformat.model.vocabulary import per_token, tokenizer_files
 from loraformat.ops.arguments import Progress, many, reported
@@ -38,7 +37,7 @@ from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.extract.paired_tensors import pairs_of
 from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
 from loraformat.ops.opening.model import fingerprint_of, open_model
-from loraformat.tensors.arrays import numpy_dtype, same_bytes
+from loraformat.tensors.arrays import array_bytes, numpy_dtype, same_bytes
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 
 __all__ = [
@@ -421,7 +420,7 @@ def _decoded(tensor: NF4Tensor) -> DenseTensor:
     """Return an NF4 weight as one of its dense type."""
     return DenseTensor(
         tensor.name, tensor.dtype, tensor.shape,
-        lambda: tensor_bytes(tensor.dequantize()), tensor.release,
+        lambda: array_bytes(tensor.dequantize()), tensor.release,
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ from loraformat_converters.gguf.architectures import (
     of_gguf,
     to_huggingface,
 )
-from loraformat_converters.gguf.architectures.decoder import float_tensor, has_own_head
+from loraformat_converters.gguf.architectures.decoder import has_own_head
+from loraformat_converters.gguf.architectures.metadata import float_tensor
 from loraformat_converters.gguf.architectures.transforms import (
     IDENTITY,
     HeadOrder,

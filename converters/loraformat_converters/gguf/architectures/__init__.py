@@ -1,7 +1,14 @@
 """GGUF architectures: tensors and hyperparameters.
 
-One record per architecture of llama.cpp, made of a table of names and two functions between
-``config.json`` and metadata. Everything else is the same for all:
+One record per architecture of llama.cpp, in a file named after its family. A record has two
+tables, which are read in both directions: `metadata` rows (a key of GGUF, the member of
+``config.json``) and `weights` rows (a tensor's name there and here, its shape in GGUF). Most rows
+of a new architecture are those of `decoder`; what is no plain copy is a function for each
+direction, as `rope`. Add the record to `ARCHITECTURES`, a tiny model of it to
+``tests/gguf/tiny_models.py``, and the tests hold it against transformers, gguf-py and llama.cpp.
+
+Read `config`, `metadata`, `weights`, `decoder` and `record`, then a family (`llama`), then
+`tensor_map`; `lora` is for adapters. From outside:
 
 - `of_config` finds the record for a ``config.json``, `of_gguf` for an open file; both return
   the record and a `Config`, typed access to the hyperparameters.
@@ -111,7 +118,7 @@ def of_config(values: Mapping[str, Any], names: Iterable[str] = ()) -> tuple[Arc
         # Whether the head is tied is asked of the whole model, if it says.
         outer = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
         values = {**values, **text, **outer}
-    return record, Config(values, record.defaults[str(named)], headless=headless)
+    return record, record.of(values, str(named), headless=headless)
 
 
 def named_by(gguf: GGUFFile) -> Architecture:
@@ -144,4 +151,4 @@ def of_gguf(gguf: GGUFFile) -> tuple[Architecture, Config]:
     """
     record = named_by(gguf)
     values = record.config(gguf)
-    return record, Config(values, record.defaults[values["model_type"]])
+    return record, record.of(values, values["model_type"])

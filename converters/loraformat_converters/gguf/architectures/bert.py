@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loraformat_converters.gguf.architectures.config import MAX_LAYERS, Config
-from loraformat_converters.gguf.architectures.decoder import bounded, short, vocabulary
-from loraformat_converters.gguf.architectures.keys import MetadataBuilder
-from loraformat_converters.gguf.architectures.names import WeightName, bias, layer, row
+from loraformat_converters.gguf.architectures.config import Config
+from loraformat_converters.gguf.architectures.decoder import SIZE_KEYS, VOCABULARY
+from loraformat_converters.gguf.architectures.metadata import (
+    MetadataBuilder,
+    MetadataRow,
+    number,
+    only,
+)
 from loraformat_converters.gguf.architectures.record import Architecture
+from loraformat_converters.gguf.architectures.weights import layer, row, with_biases
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
@@ -17,64 +23,22 @@ if TYPE_CHECKING:
 
 __all__ = ["BERT"]
 
-
-def _both(gguf: str, hf: str) -> tuple[WeightName, WeightName]:
-    weight = layer(gguf, hf, path="encoder.layer")
-    return weight, bias(weight, required=True)
+_layer = partial(layer, path="encoder.layer")
 
 
-_EMBEDDING_NORM = row("token_embd_norm.weight", "embeddings.LayerNorm.weight")
-_ROWS = (
-    row("token_embd.weight", "embeddings.word_embeddings.weight"),
-    row("position_embd.weight", "embeddings.position_embeddings.weight"),
-    row("token_types.weight", "embeddings.token_type_embeddings.weight"),
-    _EMBEDDING_NORM,
-    bias(_EMBEDDING_NORM, required=True),
-    *_both("attn_q", "attention.self.query"),
-    *_both("attn_k", "attention.self.key"),
-    *_both("attn_v", "attention.self.value"),
-    *_both("attn_output", "attention.output.dense"),
-    *_both("attn_output_norm", "attention.output.LayerNorm"),
-    *_both("ffn_up", "intermediate.dense"),
-    *_both("ffn_down", "output.dense"),
-    *_both("layer_output_norm", "output.LayerNorm"),
-)
-
-
-def _keys(config: Config, keys: MetadataBuilder) -> None:
-    config.only(
-        "hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh", why="llama.cpp computes with gelu"
-    )
-    config.only("position_embedding_type", None, "absolute", why="llama.cpp adds positions")
-    config.only("is_decoder", False, None, why="llama.cpp's bert is an encoder")
-    keys.uint("block_count", config.layers)
-    keys.uint("context_length", config.integer("max_position_embeddings"))
-    keys.uint("embedding_length", config.integer("hidden_size"))
-    keys.uint("feed_forward_length", config.integer("intermediate_size"))
-    keys.uint("attention.head_count", config.heads)
-    keys.float("attention.layer_norm_epsilon", config.number("layer_norm_eps"))
+def _write_encoder(config: Config, keys: MetadataBuilder) -> None:
     keys.flag("attention.causal", False)
-    keys.uint("vocab_size", config.integer("vocab_size"))
+
+
+def _write_token_types(config: Config, keys: MetadataBuilder) -> None:
     # It belongs to the tokenizer's keys, and the model does not load without it.
     count = config.integer("type_vocab_size")
     keys["tokenizer.ggml.token_type_count"] = GGUFValue.of(ValueType.UINT32, count)
 
 
-def _config(gguf: GGUFFile) -> dict[str, Any]:
+def _read_token_types(gguf: GGUFFile, members: dict[str, Any]) -> None:
     types = gguf.tensors.get("token_types.weight")
-    return {
-        "model_type": "bert",
-        "vocab_size": vocabulary(gguf),
-        "hidden_size": bounded(gguf, "{arch}.embedding_length"),
-        "num_hidden_layers": bounded(gguf, "{arch}.block_count", MAX_LAYERS),
-        "num_attention_heads": bounded(gguf, "{arch}.attention.head_count"),
-        "intermediate_size": bounded(gguf, "{arch}.feed_forward_length"),
-        "max_position_embeddings": bounded(gguf, "{arch}.context_length"),
-        "type_vocab_size": types.shape[0] if types is not None else 2,
-        "layer_norm_eps": short(gguf.number("{arch}.attention.layer_norm_epsilon")),
-        "hidden_act": "gelu",
-        "position_embedding_type": "absolute",
-    }
+    members["type_vocab_size"] = types.shape[0] if types is not None else 2
 
 
 BERT = Architecture(
@@ -94,12 +58,39 @@ BERT = Architecture(
             "tie_word_embeddings": True,
         }
     },
-    rows=lambda config: _ROWS,
-    keys=_keys,
-    config=_config,
+    keys=(
+        only(
+            "hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh",
+            why="llama.cpp computes with gelu",
+        ),
+        only("position_embedding_type", "absolute", None, why="llama.cpp adds positions"),
+        only("is_decoder", False, None, why="llama.cpp's bert is an encoder", implied=False),
+        *SIZE_KEYS,
+        number("attention.layer_norm_epsilon", "layer_norm_eps"),
+        MetadataRow(_write_encoder),
+        VOCABULARY,
+        MetadataRow(_write_token_types, _read_token_types),
+    ),
+    weights=(
+        row("token_embd.weight", "embeddings.word_embeddings.weight", "* hidden"),
+        row("position_embd.weight", "embeddings.position_embeddings.weight", "* hidden"),
+        row("token_types.weight", "embeddings.token_type_embeddings.weight", "* hidden"),
+        *with_biases(
+            row("token_embd_norm.weight", "embeddings.LayerNorm.weight", "hidden"),
+            _layer("attn_q", "attention.self.query", "queries hidden"),
+            _layer("attn_k", "attention.self.key", "keys hidden"),
+            _layer("attn_v", "attention.self.value", "keys hidden"),
+            _layer("attn_output", "attention.output.dense", "hidden queries"),
+            _layer("attn_output_norm", "attention.output.LayerNorm"),
+            _layer("ffn_up", "intermediate.dense", "inner hidden"),
+            _layer("ffn_down", "output.dense", "hidden inner"),
+            _layer("layer_output_norm", "output.LayerNorm"),
+            required=True,
+        ),
+    ),
     head=None,
     generates=False,
     bases=("", "bert."),
     unused=("pooler.", "cls.", "embeddings.position_ids"),
     notes=lambda config: ["llama.cpp's bert has no pooler and no head: embeddings only"],
-)
+)  # fmt: skip

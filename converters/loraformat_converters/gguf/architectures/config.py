@@ -13,12 +13,13 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.config_json import CONFIG_NAME
 from loraformat.storage.foreign_json import is_finite
 
-__all__ = ["MAX_EXPERTS", "MAX_LAYERS", "Config"]
+__all__ = ["LARGEST", "MAX_EXPERTS", "MAX_LAYERS", "Config"]
 
 #: llama.cpp's own limits.
 MAX_LAYERS = 512
 MAX_EXPERTS = 512
-_LARGEST = 2**31 - 1
+#: What a UINT32 that llama.cpp keeps as int may be.
+LARGEST = 2**31 - 1
 
 
 class Config:
@@ -30,21 +31,29 @@ class Config:
         ``config.json``; of a model with more than text, its ``text_config``.
     defaults : mapping
         Of the model's class.
+    names : mapping of str to str
+        The members that the model's class calls otherwise than nearly all others do.
     headless : bool
         The model has no output head. llama.cpp takes its embedding for one, as if it were tied.
     """
 
     def __init__(
-        self, values: Mapping[str, Any], defaults: Mapping[str, Any], *, headless: bool = False
+        self,
+        values: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        names: Mapping[str, str] | None = None,
+        *,
+        headless: bool = False,
     ) -> None:
         self.headless = headless
+        self.names = names or {}
         self.values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
 
     def get(self, key: str) -> Any:
         """Return a member as it is, None if there is none."""
         return self.values.get(key)
 
-    def integer(self, key: str, default: int | None = None, most: int = _LARGEST) -> int:
+    def integer(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
         """Return a positive whole number.
 
         Raises
@@ -52,9 +61,12 @@ class Config:
         InputError
             If it is missing, or no positive whole number up to ``most``.
         """
-        value = self.values.get(key, default)
+        name = self.names.get(key, key)
+        value = self.values.get(name, default)
+        if value is None:
+            value = self._derived(key)
         if type(value) is not int or not 0 < value <= most:
-            raise _wrong(key, value, f"a whole number from 1 to {most}")
+            raise _wrong(name, value, f"a whole number from 1 to {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -93,38 +105,47 @@ class Config:
                 hint="this model cannot run in llama.cpp as it is",
             )
 
+    def _derived(self, key: str) -> int | None:
+        """Return what a member that was left out follows from, if it does from others."""
+        if key == "num_key_value_heads":
+            return self.heads
+        if key == "head_dim":
+            return self.hidden // self.heads
+        if key == "moe_intermediate_size":
+            return self.inner
+        if self.names.get(key) == "n_inner":
+            return 4 * self.hidden
+        return None
+
     @property
     def heads(self) -> int:
         """Query heads."""
-        return self.integer("n_head" if "n_head" in self.values else "num_attention_heads")
+        return self.integer("num_attention_heads")
 
     @property
     def kv_heads(self) -> int:
         """Key and value heads."""
-        return self.integer("num_key_value_heads", self.heads)
+        return self.integer("num_key_value_heads")
 
     @property
     def head_dim(self) -> int:
         """Dimensions of a head."""
-        return self.integer("head_dim", self.hidden // self.heads)
+        return self.integer("head_dim")
 
     @property
     def hidden(self) -> int:
         """Width of the model."""
-        return self.integer("n_embd" if "n_embd" in self.values else "hidden_size")
+        return self.integer("hidden_size")
 
     @property
     def inner(self) -> int:
         """Width of the MLP."""
-        if "n_embd" in self.values:
-            return self.integer("n_inner", 4 * self.hidden)
         return self.integer("intermediate_size")
 
     @property
     def layers(self) -> int:
         """Decoder layers."""
-        key = "n_layer" if "n_layer" in self.values else "num_hidden_layers"
-        return self.integer(key, most=MAX_LAYERS)
+        return self.integer("num_hidden_layers", most=MAX_LAYERS)
 
     @property
     def experts(self) -> int:

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 
 from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.architectures.config import Config
+from loraformat_converters.gguf.architectures.record import Architecture
+from loraformat_converters.gguf.architectures.weights import Sizes, sizes
 
 __all__ = ["check_dimensions"]
 
 
 def check_dimensions(
-    architecture: str, config: Config, shapes: Mapping[str, tuple[int, ...]]
+    architecture: Architecture, config: Config, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Compare the tensors of a GGUF file with the model's hyperparameters.
 
     Parameters
     ----------
-    architecture : str
+    architecture : Architecture
     config : Config
     shapes : mapping of str to tuple of int
         By GGUF name, as numpy counts; what is not known is not checked.
@@ -54,34 +56,10 @@ def check_dimensions(
             )
 
 
-def _promised(architecture: str, config: Config) -> dict[str, tuple[int | None, ...]]:
-    hidden, head = config.hidden, config.head_dim
-    queries, keys = config.heads * head, config.kv_heads * head
-    inner = config.inner
-    per_expert = config.integer("moe_intermediate_size", inner)
-    both = 2 * inner if architecture == "phi3" else inner  # gate and up in one
-    vectors = (
-        "attn_norm", "ffn_norm", "output_norm", "post_attention_norm", "post_ffw_norm",
-        "token_embd_norm", "attn_output_norm", "layer_output_norm",
-    )  # fmt: skip
-    return {
-        **dict.fromkeys(vectors, (hidden,)),
-        "token_embd": (None, hidden),
-        "output": (None, hidden),
-        "position_embd": (None, hidden),
-        "token_types": (None, hidden),
-        "attn_q": (queries, hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
-        "attn_qkv": (queries + 2 * keys, hidden),
-        "attn_output": (hidden, queries),
-        "attn_q_norm": (head,),
-        "attn_k_norm": (head,),
-        "ffn_gate": (inner, hidden),
-        "ffn_up": (both, hidden),
-        "ffn_down": (hidden, inner),
-        "ffn_gate_inp": (config.experts, hidden),
-        "ffn_gate_exps": (config.experts, per_expert, hidden),
-        "ffn_up_exps": (config.experts, per_expert, hidden),
-        "ffn_down_exps": (config.experts, hidden, per_expert),
-    }
+def _promised(architecture: Architecture, config: Config) -> dict[str, Sizes]:
+    """Return the shape of each weight, by the last part of its module's name."""
+    rows = [row for row in architecture.rows(config) if row.gguf.endswith(".weight")]
+    rows += [architecture.head] if architecture.head else []
+    shapes = {"attn_qkv": "qkv hidden"}  # some files have three projections in one tensor
+    shapes |= {row.gguf.split(".")[-2]: row.shape for row in rows}
+    return {module: sizes(shape, config) for module, shape in shapes.items()}

@@ -8,76 +8,88 @@ have an output head of its own; gemma2 computes with its embedding, whatever the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError, UnsupportedError
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.decoder import (
+    AROUND,
+    COMMON_KEYS,
+    HEAD_SIZE,
     MLP,
     PROJECTIONS,
-    add_common_keys,
-    add_head_size,
+    QK_NORMS,
+)
+from loraformat_converters.gguf.architectures.metadata import (
+    MetadataBuilder,
+    MetadataRow,
     bounded,
-    common_config,
-    rope_config,
+    number,
+    only,
     short,
 )
-from loraformat_converters.gguf.architectures.keys import MetadataBuilder
-from loraformat_converters.gguf.architectures.names import layer, plus_one, row
 from loraformat_converters.gguf.architectures.record import Architecture
-from loraformat_converters.gguf.architectures.rope import Rope
+from loraformat_converters.gguf.architectures.rope import Rope, rope_keys
+from loraformat_converters.gguf.architectures.weights import layer, plus_one
 
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container import GGUFFile
 
 __all__ = ["GEMMA2", "GEMMA3"]
 
-_ROWS = (
-    row("token_embd.weight", "embed_tokens.weight"),
-    row("output_norm.weight", "norm.weight", plus_one),
-    layer("attn_norm", "input_layernorm", plus_one),
-    layer("post_attention_norm", "post_attention_layernorm", plus_one),
-    layer("ffn_norm", "pre_feedforward_layernorm", plus_one),
-    layer("post_ffw_norm", "post_feedforward_layernorm", plus_one),
-    *PROJECTIONS,
-    *MLP,
-)
-_QK_NORMS = (
-    layer("attn_q_norm", "self_attn.q_norm", plus_one),
-    layer("attn_k_norm", "self_attn.k_norm", plus_one),
-)
-#: Layers of the models that scale attention in the other way.
-_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
-def _scalar(architecture: str, layers: int, hidden: int, heads: int, head_dim: int) -> int:
-    """Return the query_pre_attn_scalar that llama.cpp computes with."""
-    return hidden // heads if layers == _LAYERS_OF_27B[architecture] else head_dim
+def _scalar(layers_of_27b: int) -> MetadataRow:
+    """Return the row of ``query_pre_attn_scalar``, which llama.cpp tells by the shape."""
+
+    def runs(layers: int, hidden: int, heads: int, head_dim: int) -> int:
+        return hidden // heads if layers == layers_of_27b else head_dim
+
+    def write(config: Config, keys: MetadataBuilder) -> None:
+        computed = runs(config.layers, config.hidden, config.heads, config.head_dim)
+        said = config.number("query_pre_attn_scalar")
+        if said != computed:
+            raise UnsupportedError(
+                f"query_pre_attn_scalar is {said:g}, and llama.cpp computes with {computed} for a "
+                "model of this shape; GGUF has no key for it"
+            )
+
+    def read(gguf: GGUFFile, members: dict[str, Any]) -> None:
+        sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
+        members["query_pre_attn_scalar"] = runs(*(members[size] for size in sizes))
+
+    return MetadataRow(write, read)
 
 
-def _check_scalar(config: Config, architecture: str) -> None:
-    runs = _scalar(
-        architecture, config.layers, config.integer("hidden_size"), config.heads, config.head_dim
-    )
-    said = config.number("query_pre_attn_scalar")
-    if said != runs:
-        raise UnsupportedError(
-            f"query_pre_attn_scalar is {said:g}, and llama.cpp computes with {runs} for a model "
-            "of this shape; GGUF has no key for it"
-        )
+def _window(every: int, default: int | None) -> MetadataRow:
+    """Return the row of sliding attention.
 
+    Parameters
+    ----------
+    every : int
+        Of so many layers the last one sees everything, in the models that llama.cpp knows; others
+        have a list of their layers.
+    default : int or None
+        The window of a file that has none; None if all its layers see everything then.
+    """
 
-def _gemma_keys(config: Config, keys: MetadataBuilder) -> None:
-    config.only(
-        "hidden_activation", "gelu_pytorch_tanh", "gelu_new", "gelu", None,
-        why="llama.cpp computes with gelu",
-    )  # fmt: skip
-    config.only("attention_bias", False, None, why="llama.cpp has no biases here")
-    config.only("use_bidirectional_attention", False, None, why="llama.cpp looks back only")
-    _check_scalar(config, keys.architecture)
-    add_common_keys(config, keys)
-    add_head_size(config, keys)
+    def write(config: Config, keys: MetadataBuilder) -> None:
+        sliding = _pattern(config, every)
+        keys.uint("attention.sliding_window", config.integer("sliding_window"))
+        if sliding != [bool((number + 1) % every) for number in range(config.layers)]:
+            keys.flags("attention.sliding_window_pattern", sliding)
+
+    def read(gguf: GGUFFile, members: dict[str, Any]) -> None:
+        key = "{arch}.attention.sliding_window"
+        known = default is not None
+        window = bounded(gguf, key, default=default) if known else gguf.integer(key, 0)
+        kinds = _layer_types(gguf, members["num_hidden_layers"], every)
+        members["layer_types"] = kinds if window > 0 else [_FULL] * len(kinds)
+        members["sliding_window"] = max(window, 1)
+
+    return MetadataRow(write, read)
 
 
 def _pattern(config: Config, every: int) -> list[bool]:
@@ -93,55 +105,6 @@ def _pattern(config: Config, every: int) -> list[bool]:
     return [kind == _SLIDING for kind in kinds]
 
 
-def _add_window(config: Config, keys: MetadataBuilder, every: int) -> None:
-    sliding = _pattern(config, every)
-    keys.uint("attention.sliding_window", config.integer("sliding_window"))
-    if sliding != [bool((number + 1) % every) for number in range(config.layers)]:
-        keys.flags("attention.sliding_window_pattern", sliding)
-
-
-def _gemma2_keys(config: Config, keys: MetadataBuilder) -> None:
-    _gemma_keys(config, keys)
-    Rope(config, kinds=("linear",)).add_keys(keys)
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        keys.float(key, config.number(key))
-    _add_window(config, keys, 2)
-
-
-def _gemma3_keys(config: Config, keys: MetadataBuilder) -> None:
-    _gemma_keys(config, keys)
-    config.only("attn_logit_softcapping", None, why="llama.cpp has none in gemma3")
-    Rope(config, kinds=("linear",), theta=1e6, layer_type=_FULL).add_keys(keys)
-    local = Config(
-        {**config.values, "rope_scaling": None, "rope_theta": config.get("rope_local_base_freq")},
-        {},
-    )
-    keys.float("rope.freq_base_swa", Rope(local, theta=1e4, layer_type=_SLIDING).theta)
-    if config.get("final_logit_softcapping") is not None:
-        keys.float("final_logit_softcapping", config.number("final_logit_softcapping"))
-    _add_window(config, keys, 6)
-
-
-def _common(gguf: GGUFFile, every: int) -> dict[str, Any]:
-    config = common_config(gguf)
-    config.pop("hidden_act")
-    config |= rope_config(gguf, config["head_dim"])
-    scalar = _scalar(
-        gguf.architecture,
-        config["num_hidden_layers"],
-        config["hidden_size"],
-        config["num_attention_heads"],
-        config["head_dim"],
-    )
-    return {
-        **config,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": scalar,
-        "attention_bias": False,
-        "layer_types": _layer_types(gguf, config["num_hidden_layers"], every),
-    }
-
-
 def _layer_types(gguf: GGUFFile, layers: int, every: int) -> list[str]:
     key = f"{gguf.architecture}.attention.sliding_window_pattern"
     stored = gguf.metadata.get(key)
@@ -155,32 +118,42 @@ def _layer_types(gguf: GGUFFile, layers: int, every: int) -> list[str]:
     return [_SLIDING if one else _FULL for one in sliding]
 
 
-def _gemma2_config(gguf: GGUFFile) -> dict[str, Any]:
-    return {
-        **_common(gguf, 2),
-        "model_type": "gemma2",
-        "sliding_window": bounded(gguf, "{arch}.attention.sliding_window", default=4096),
-        "attn_logit_softcapping": short(gguf.number("{arch}.attn_logit_softcapping", 50.0)),
-        "final_logit_softcapping": short(gguf.number("{arch}.final_logit_softcapping", 30.0)),
-    }
+def _gemma3_rope(config: Config) -> Rope:
+    return Rope(config, theta=1e6, kinds=("linear",), layer_type=_FULL)
 
 
-def _gemma3_config(gguf: GGUFFile) -> dict[str, Any]:
-    window = gguf.integer("{arch}.attention.sliding_window", 0)
-    config = _common(gguf, 6)
-    softcap = short(gguf.number("{arch}.final_logit_softcapping", 0.0))
-    if window <= 0:  # every layer sees everything
-        config["layer_types"] = [_FULL] * config["num_hidden_layers"]
-    return {
-        **config,
-        "model_type": "gemma3_text",
-        "sliding_window": max(window, 1),
-        "rope_local_base_freq": short(gguf.number("{arch}.rope.freq_base_swa", 10_000.0)),
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": softcap or None,
-    }
+def _write_local_base(config: Config, keys: MetadataBuilder) -> None:
+    local = Config(
+        {**config.values, "rope_scaling": None, "rope_theta": config.get("rope_local_base_freq")},
+        {},
+    )
+    keys.float("rope.freq_base_swa", Rope(local, theta=1e4, layer_type=_SLIDING).theta)
 
 
+def _read_local_base(gguf: GGUFFile, members: dict[str, Any]) -> None:
+    members["rope_local_base_freq"] = short(gguf.number("{arch}.rope.freq_base_swa", 10_000.0))
+
+
+_REFUSED = (
+    only(
+        "hidden_activation", "gelu_pytorch_tanh", "gelu_new", "gelu", None,
+        why="llama.cpp computes with gelu",
+    ),
+    only("attention_bias", False, None, why="llama.cpp has no biases here"),
+    only(
+        "use_bidirectional_attention", False, None, why="llama.cpp looks back only", implied=False
+    ),
+)  # fmt: skip
+_WEIGHTS = (
+    AROUND[0],
+    replace(AROUND[1], transform=plus_one),
+    layer("attn_norm", "input_layernorm", "hidden", plus_one),
+    layer("post_attention_norm", "post_attention_layernorm", "hidden", plus_one),
+    layer("ffn_norm", "pre_feedforward_layernorm", "hidden", plus_one),
+    layer("post_ffw_norm", "post_feedforward_layernorm", "hidden", plus_one),
+    *PROJECTIONS,
+    *MLP,
+)
 _COMMON: dict[str, Any] = {
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -207,9 +180,17 @@ GEMMA2 = Architecture(
             "final_logit_softcapping": 30.0,
         }
     },
-    rows=lambda config: _ROWS,
-    keys=_gemma2_keys,
-    config=_gemma2_config,
+    keys=(
+        *_REFUSED,
+        *COMMON_KEYS,
+        HEAD_SIZE,
+        _scalar(layers_of_27b=46),
+        rope_keys(lambda config: Rope(config, kinds=("linear",))),
+        number("attn_logit_softcapping", "attn_logit_softcapping", 50.0),
+        number("final_logit_softcapping", "final_logit_softcapping", 30.0),
+        _window(every=2, default=4096),
+    ),
+    weights=_WEIGHTS,
     head=None,
 )
 GEMMA3 = Architecture(
@@ -219,8 +200,17 @@ GEMMA3 = Architecture(
         model_type: {**_COMMON, "vocab_size": 262208, "max_position_embeddings": 131072}
         for model_type in ("gemma3_text", "gemma3")
     },
-    rows=lambda config: (*_ROWS, *_QK_NORMS),
-    keys=_gemma3_keys,
-    config=_gemma3_config,
+    keys=(
+        *_REFUSED,
+        *COMMON_KEYS,
+        HEAD_SIZE,
+        _scalar(layers_of_27b=62),
+        only("attn_logit_softcapping", None, why="llama.cpp has none in gemma3"),
+        rope_keys(_gemma3_rope),
+        MetadataRow(_write_local_base, _read_local_base),
+        number("final_logit_softcapping", "final_logit_softcapping", optional=True),
+        _window(every=6, default=None),
+    ),
+    weights=(*_WEIGHTS, *(replace(norm, transform=plus_one) for norm in QK_NORMS)),
     bases=("model.", "language_model.model.", "model.language_model.", ""),
 )

@@ -7,14 +7,14 @@ transforms the columns of a weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraformat.families.expert_names import spelled_in_memory, spelled_on_disk
 from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf.architectures.config import Config
-from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName, conv1d
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
+from loraformat_converters.gguf.architectures.weights import ExpertWeightName, WeightName, conv1d
 
 __all__ = ["LoraTarget", "lora_module", "lora_places"]
 
@@ -39,6 +39,8 @@ class LoraTarget:
         The delta belongs to this one of them only.
     embedding : bool
         The delta is that of an embedding: GGUF wants A as (vocabulary, r).
+    transposed : bool
+        Hugging Face stores the weight as (in, out): embeddings and ``Conv1D``.
     """
 
     module: str
@@ -48,6 +50,7 @@ class LoraTarget:
     experts: int = 0
     expert: int | None = None
     embedding: bool = False
+    transposed: bool = field(default=False, repr=False)
 
     def to_gguf(self, b: Array) -> Array:
         """Return what is B here: (…, out, r) to (…, out or half of it, r)."""
@@ -111,9 +114,11 @@ def _weights(inner: str) -> tuple[str, str]:
 
 def _place(row: WeightName, config: Config, module: str, number: int | None) -> LoraTarget:
     # PEFT's factors of a Conv1D are those of the linear that it computes.
-    rows = IDENTITY if row.transform is conv1d else row.transform(config)
+    turned = row.transform is conv1d
+    rows = IDENTITY if turned else row.transform(config)
     tensor = row.gguf.format(layer=number)
-    return LoraTarget(module, tensor, rows, embedding=tensor == "token_embd.weight")
+    embedding = tensor == "token_embd.weight"
+    return LoraTarget(module, tensor, rows, embedding=embedding, transposed=embedding or turned)
 
 
 def _expert_places(

@@ -1,15 +1,29 @@
-"""GGUF model metadata from a config."""
+"""Metadata of GGUF files and members of ``config.json``: rows that are read in both directions.
+
+A row writes what llama.cpp needs of a config, or refuses what llama.cpp would compute
+differently; from a file it reads the members of ``config.json`` that its keys imply.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError, printable
+from loraformat_converters.gguf.architectures.config import LARGEST, MAX_EXPERTS, Config
 from loraformat_converters.gguf.types import ValueType
 from loraformat_converters.gguf.values import GGUFValue
 
-__all__ = ["MetadataBuilder"]
+if TYPE_CHECKING:
+    from loraformat_converters.gguf.container import GGUFFile
+
+__all__ = [
+    "MetadataBuilder", "MetadataRow", "bounded", "either", "experts", "float_tensor", "head_size",
+    "implied", "number", "only", "short", "uint",
+]  # fmt: skip
+
+Members = dict[str, Any]
 
 
 class MetadataBuilder(dict[str, GGUFValue]):
@@ -58,3 +72,203 @@ class MetadataBuilder(dict[str, GGUFValue]):
             raise InputError(
                 f"{key} is {printable(value)}, which GGUF cannot store: {printable(error)}"
             ) from None
+
+
+def _write_nothing(config: Config, keys: MetadataBuilder) -> None:
+    pass
+
+
+def _read_nothing(gguf: GGUFFile, members: Members) -> None:
+    pass
+
+
+def _no_tensors(config: Config) -> dict[str, list[float]]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataRow:
+    """One fact of a model, in either form: a function for each direction.
+
+    Attributes
+    ----------
+    write : callable
+        Adds keys for a config, or raises `UnsupportedError` if llama.cpp would compute something
+        else than the model, `InputError` if the config is damaged.
+    read : callable
+        Adds the members that a file implies to those of the rows before, or raises `InputError`.
+    tensors : callable
+        Returns small float32 tensors that stand for hyperparameters, by GGUF name.
+    """
+
+    write: Callable[[Config, MetadataBuilder], None] = _write_nothing
+    read: Callable[[GGUFFile, Members], None] = _read_nothing
+    tensors: Callable[[Config], dict[str, list[float]]] = _no_tensors
+
+
+def uint(
+    key: str,
+    member: str,
+    default: int | Callable[[Members], int] | None = None,
+    most: int = LARGEST,
+) -> MetadataRow:
+    """Return the row of a positive whole number.
+
+    Parameters
+    ----------
+    key, member : str
+        Its names in GGUF, behind the architecture's, and in ``config.json``.
+    default : int or callable, optional
+        What a file without the key means; may follow from the members before.
+    most : int
+    """
+
+    def write(config: Config, keys: MetadataBuilder) -> None:
+        keys.uint(key, config.integer(member, most=most))
+
+    def read(gguf: GGUFFile, members: Members) -> None:
+        usual = default(members) if callable(default) else default
+        members[member] = bounded(gguf, f"{{arch}}.{key}", most, usual)
+
+    return MetadataRow(write, read)
+
+
+def number(
+    key: str, member: str, default: float | None = None, *, optional: bool = False
+) -> MetadataRow:
+    """Return the row of a finite number; an optional one may be missing on either side."""
+
+    def write(config: Config, keys: MetadataBuilder) -> None:
+        if not optional or config.get(member) is not None:
+            keys.float(key, config.number(member))
+
+    def read(gguf: GGUFFile, members: Members) -> None:
+        value = short(gguf.number(f"{{arch}}.{key}", 0.0 if optional else default))
+        members[member] = None if optional and not value else value
+
+    return MetadataRow(write, read)
+
+
+def only(member: str, *wanted: Any, why: str, implied: bool = True) -> MetadataRow:
+    """Return the row of a member that may have no other value than llama.cpp computes with.
+
+    Parameters
+    ----------
+    member : str
+    *wanted
+        Its values; the first is what a file implies.
+    why : str
+        The reason for users whose model has another one.
+    implied : bool
+        Whether a config that is made from a file has the member.
+    """
+
+    def write(config: Config, keys: MetadataBuilder) -> None:
+        config.only(member, *wanted, why=why)
+
+    def read(gguf: GGUFFile, members: Members) -> None:
+        members[member] = wanted[0]
+
+    return MetadataRow(write, read if implied else _read_nothing)
+
+
+def implied(**values: Any) -> MetadataRow:
+    """Return the row of members that a file implies; a callable value is asked of the file."""
+
+    def read(gguf: GGUFFile, members: Members) -> None:
+        members |= {
+            member: value(gguf) if callable(value) else value for member, value in values.items()
+        }
+
+    return MetadataRow(read=read)
+
+
+def either(mixture: Sequence[MetadataRow], dense: Sequence[MetadataRow]) -> MetadataRow:
+    """Return the rows of models with experts, and of those without, as one."""
+
+    def write(config: Config, keys: MetadataBuilder) -> None:
+        for row in mixture if config.experts else dense:
+            row.write(config, keys)
+
+    def read(gguf: GGUFFile, members: Members) -> None:
+        counted = f"{gguf.architecture}.expert_count" in gguf.metadata
+        for row in mixture if counted else dense:
+            row.read(gguf, members)
+
+    return MetadataRow(write, read)
+
+
+def experts(member: str) -> MetadataRow:
+    """Return the row of the number of experts, by its member, and of those used for a token."""
+
+    def write(config: Config, keys: MetadataBuilder) -> None:
+        keys.uint("expert_count", config.experts)
+        keys.uint("expert_used_count", config.integer("num_experts_per_tok", most=config.experts))
+
+    def read(gguf: GGUFFile, members: Members) -> None:
+        count = members[member] = bounded(gguf, "{arch}.expert_count", MAX_EXPERTS)
+        members["num_experts_per_tok"] = bounded(gguf, "{arch}.expert_used_count", count)
+
+    return MetadataRow(write, read)
+
+
+def bounded(gguf: GGUFFile, key: str, most: int = LARGEST, default: int | None = None) -> int:
+    """Return a positive whole number of a file's metadata.
+
+    Raises
+    ------
+    InputError
+        If it is not one; a number that differs from layer to layer is not, either.
+    """
+    value = gguf.integer(key, default)
+    if not 0 < value <= most:
+        raise InputError(f"{key.replace('{arch}', gguf.architecture)} is {value}", path=gguf.path)
+    return value
+
+
+def head_size(gguf: GGUFFile, members: Members) -> int:
+    """Return the dimensions of a head.
+
+    Raises
+    ------
+    InputError
+        If keys and values have different ones.
+    """
+    usual = members["hidden_size"] // members["num_attention_heads"]
+    size = bounded(gguf, "{arch}.attention.key_length", default=usual)
+    values = gguf.integer("{arch}.attention.value_length", size)
+    if values != size:
+        raise InputError(f"values have {values} dimensions and keys {size}", path=gguf.path)
+    return size
+
+
+def short(value: float) -> float:
+    """Return the shortest decimal that is the same float32: 1e-06, not 9.999999974752427e-07.
+
+    Examples
+    --------
+    >>> short(9.999999974752427e-07)
+    1e-06
+    """
+    import numpy
+
+    return float(str(numpy.float32(value)))
+
+
+def float_tensor(gguf: GGUFFile, name: str) -> list[float]:
+    """Return the numbers of a small F32 tensor.
+
+    Raises
+    ------
+    InputError
+        If it is none, or has more than 4096 numbers.
+    """
+    import numpy
+
+    tensor = gguf.tensors[name]
+    if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
+        raise InputError(f"tensor {name} is not an F32 vector", path=gguf.path)
+    values = numpy.frombuffer(gguf.load(name), dtype="<f4")
+    if not numpy.isfinite(values).all():
+        raise InputError(f"tensor {name} holds numbers that are not finite", path=gguf.path)
+    return [short(value) for value in values]

@@ -6,65 +6,51 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.decoder import (
-    DECODER_ROWS,
-    add_common_keys,
-    common_config,
-    rope_config,
+    AROUND,
+    COMMON_KEYS,
+    LAYER_NORMS,
+    SILU,
     sliding_note,
 )
-from loraformat_converters.gguf.architectures.keys import MetadataBuilder
-from loraformat_converters.gguf.architectures.names import layer
+from loraformat_converters.gguf.architectures.metadata import MetadataBuilder, MetadataRow
 from loraformat_converters.gguf.architectures.record import Architecture
-from loraformat_converters.gguf.architectures.rope import LONG_FACTORS, SHORT_FACTORS, Rope
+from loraformat_converters.gguf.architectures.rope import (
+    LONG_FACTORS,
+    SHORT_FACTORS,
+    Rope,
+    rope_keys,
+)
+from loraformat_converters.gguf.architectures.weights import layer
 
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container import GGUFFile
 
 __all__ = ["PHI3"]
 
-_ROWS = (
-    *DECODER_ROWS,
-    layer("attn_norm", "input_layernorm"),
-    layer("attn_qkv", "self_attn.qkv_proj"),
-    layer("attn_output", "self_attn.o_proj"),
-    layer("ffn_norm", "post_attention_layernorm"),
-    layer("ffn_up", "mlp.gate_up_proj"),
-    layer("ffn_down", "mlp.down_proj"),
-)
-
 
 def _rope(config: Config) -> Rope:
     return Rope(config, kinds=("linear", "yarn", "longrope"), partial=True)
 
 
-def _keys(config: Config, keys: MetadataBuilder) -> None:
-    config.only("hidden_act", "silu", why="llama.cpp computes with silu")
+def _check_heads(config: Config, keys: MetadataBuilder) -> None:
     config.only(
-        "head_dim", None, config.integer("hidden_size") // config.heads,
+        "head_dim", None, config.hidden // config.heads,
         why="llama.cpp wants heads that add up to hidden_size",
     )  # fmt: skip
-    rope = _rope(config)
-    add_common_keys(config, keys)
-    keys.uint("rope.dimension_count", rope.dimensions)
-    rope.add_keys(keys)
-    keys.uint("rope.scaling.original_context_length", rope.context)
+
+
+def _write_context(config: Config, keys: MetadataBuilder) -> None:
+    keys.uint("rope.scaling.original_context_length", _rope(config).context)
     window = config.get("sliding_window")
     keys.uint("attention.sliding_window", window if isinstance(window, int) else 0)
 
 
-def _config(gguf: GGUFFile) -> dict[str, Any]:
-    config = common_config(gguf)
-    rope = rope_config(gguf, config.pop("head_dim"))
-    whole = config["max_position_embeddings"]
-    context = gguf.integer("{arch}.rope.scaling.original_context_length", whole)
-    return {
-        **config,
-        **rope,
-        "model_type": "phi3",
-        "original_max_position_embeddings": context,
-        # llama.cpp reads a window and does not use it.
-        "sliding_window": gguf.integer("{arch}.attention.sliding_window", 0) or None,
-    }
+def _read_context(gguf: GGUFFile, members: dict[str, Any]) -> None:
+    members["original_max_position_embeddings"] = gguf.integer(
+        "{arch}.rope.scaling.original_context_length", members["max_position_embeddings"]
+    )
+    # llama.cpp reads a window and does not use it.
+    members["sliding_window"] = gguf.integer("{arch}.attention.sliding_window", 0) or None
 
 
 PHI3 = Architecture(
@@ -78,10 +64,22 @@ PHI3 = Architecture(
             "original_max_position_embeddings": 4096,
         }
     },
-    rows=lambda config: _ROWS,
-    keys=_keys,
-    config=_config,
-    tensors=lambda config: _rope(config).tensors(),
+    keys=(
+        SILU,
+        MetadataRow(_check_heads),
+        *COMMON_KEYS,
+        rope_keys(_rope, dimensions=True),
+        MetadataRow(_write_context, _read_context),
+    ),
+    weights=(
+        *AROUND,
+        LAYER_NORMS[0],
+        layer("attn_qkv", "self_attn.qkv_proj", "qkv hidden"),
+        layer("attn_output", "self_attn.o_proj", "hidden queries"),
+        LAYER_NORMS[1],
+        layer("ffn_up", "mlp.gate_up_proj", "gate_up hidden"),
+        layer("ffn_down", "mlp.down_proj", "hidden inner"),
+    ),
     notes=sliding_note,
     extras=(LONG_FACTORS, SHORT_FACTORS),
 )

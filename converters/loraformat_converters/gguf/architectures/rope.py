@@ -8,15 +8,25 @@ a magnitude of (1 + 0.1 ln factor) Â· ``rope.scaling.attn_factor``. The factoráµ
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import log, pi, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.config_json import CONFIG_NAME
 from loraformat.storage.foreign_json import is_finite
 from loraformat_converters.gguf.architectures.config import Config
-from loraformat_converters.gguf.architectures.keys import MetadataBuilder
+from loraformat_converters.gguf.architectures.metadata import (
+    MetadataBuilder,
+    MetadataRow,
+    bounded,
+    float_tensor,
+    head_size,
+    short,
+)
+
+if TYPE_CHECKING:
+    from loraformat_converters.gguf.container import GGUFFile
 
 __all__ = [
     "LONG_FACTORS",
@@ -26,6 +36,7 @@ __all__ = [
     "llama3_factors",
     "llama3_parameters",
     "parameters",
+    "rope_keys",
 ]
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -256,3 +267,96 @@ def llama3_parameters(
     ):
         return None
     return {"rope_type": "llama3", **guess, "original_max_position_embeddings": _LLAMA3_CONTEXT}
+
+
+def rope_keys(rope: Callable[[Config], Rope], *, dimensions: bool = False) -> MetadataRow:
+    """Return the row of the rotary embedding.
+
+    Parameters
+    ----------
+    rope : callable
+        Returns what a config asks for.
+    dimensions : bool
+        Whether llama.cpp asks for ``rope.dimension_count``.
+    """
+
+    def write(config: Config, keys: MetadataBuilder) -> None:
+        wanted = rope(config)
+        if dimensions:
+            keys.uint("rope.dimension_count", wanted.dimensions)
+        wanted.add_keys(keys)
+
+    def read(gguf: GGUFFile, members: dict[str, Any]) -> None:
+        members |= _rope_members(gguf, head_size(gguf, members))
+
+    return MetadataRow(write, read, lambda config: rope(config).tensors())
+
+
+def _rope_members(gguf: GGUFFile, head_dim: int) -> dict[str, Any]:
+    """Return ``rope_theta`` and ``rope_scaling``, which every version of transformers reads.
+
+    Raises
+    ------
+    InputError
+        If the file does not tell how it was scaled.
+    """
+    theta = short(gguf.number("{arch}.rope.freq_base", 10_000.0))
+    if theta <= 0:
+        raise InputError(
+            f"{gguf.architecture}.rope.freq_base is {theta:g}, wanted more than 0", path=gguf.path
+        )
+    dimensions = bounded(gguf, "{arch}.rope.dimension_count", default=head_dim)
+    found: dict[str, Any] = {"rope_theta": theta}
+    if dimensions != head_dim:
+        found["partial_rotary_factor"] = dimensions / head_dim
+    scaling = _scaling(gguf, theta, dimensions)
+    if scaling:
+        found["rope_scaling"] = scaling
+    return found
+
+
+def _scaling(gguf: GGUFFile, theta: float, dimensions: int) -> dict[str, Any] | None:
+    kind = gguf.text("{arch}.rope.scaling.type", "linear")
+    factor = short(
+        gguf.number("{arch}.rope.scaling.factor", gguf.number("{arch}.rope.scale_linear", 0.0))
+    )
+    magnitude = short(gguf.number("{arch}.rope.scaling.attn_factor", 1.0))
+    whole = bounded(gguf, "{arch}.context_length")
+    context = bounded(gguf, "{arch}.rope.scaling.original_context_length", default=whole)
+    if ROPE_FREQUENCIES in gguf.tensors:
+        guessed = llama3_parameters(float_tensor(gguf, ROPE_FREQUENCIES), theta, dimensions)
+        if guessed is None:
+            raise InputError(
+                f"its {ROPE_FREQUENCIES} do not tell by which rule they were made",
+                path=gguf.path,
+                hint="name the model's own config.json with --config",
+            )
+        return guessed
+    if LONG_FACTORS in gguf.tensors and SHORT_FACTORS in gguf.tensors:
+        return {
+            "rope_type": "longrope",
+            "long_factor": float_tensor(gguf, LONG_FACTORS),
+            "short_factor": float_tensor(gguf, SHORT_FACTORS),
+            "attention_factor": magnitude,
+            "original_max_position_embeddings": context,
+        }
+    if kind == "yarn" and factor:
+        scaling = {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": context,
+        }
+        if magnitude != 1:
+            scaling["attention_factor"] = magnitude * _magnitude(factor)
+        return scaling
+    if magnitude != 1:
+        raise InputError(
+            f"scales attention by {magnitude}, which transformers cannot say for RoPE {kind}",
+            path=gguf.path,
+            hint="name the model's own config.json with --config",
+        )
+    if kind == "linear" and factor not in (0.0, 1.0):
+        return {"rope_type": "linear", "factor": factor}
+    if kind not in ("linear", "none", "yarn"):
+        raise InputError(f"has RoPE scaling {kind} without its tensors", path=gguf.path)
+    return None

@@ -17,9 +17,9 @@ from loraformat.families.tensor_names import spelled_in_2019
 from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf.architectures.config import Config
 from loraformat_converters.gguf.architectures.dimensions import check_dimensions
-from loraformat_converters.gguf.architectures.names import ExpertWeightName, WeightName
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
+from loraformat_converters.gguf.architectures.weights import ExpertWeightName, WeightName
 
 __all__ = ["TensorMap", "TensorMapping", "TensorSlice", "to_gguf", "to_huggingface"]
 
@@ -140,7 +140,7 @@ def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Tenso
             recipes.tensors.append(recipe)
             used.update(recipe.sources)
     _check_leftovers(architecture, config, base, shapes, used, recipes)
-    check_dimensions(architecture.name, config, {r.name: r.shape for r in recipes.tensors})
+    check_dimensions(architecture, config, {r.name: r.shape for r in recipes.tensors})
     return recipes
 
 
@@ -301,7 +301,7 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     Experts become one tensor each, as transformers stores them. A fused ``attn_qkv`` of a
     model with three projections is cut.
     """
-    check_dimensions(architecture.name, config, shapes)
+    check_dimensions(architecture, config, shapes)
     used: set[str] = set(architecture.extras)
     if architecture.head is not None and config.tied:
         used.add(architecture.head.gguf)  # a copy of the embedding

@@ -1,7 +1,8 @@
-"""Tables that map Hugging Face tensor names to GGUF tensor names.
+"""Rows that map Hugging Face tensor names to GGUF tensor names, with the shape in GGUF.
 
 In a template ``{base}`` stands for what precedes the layers (``model.``, or whatever the
-checkpoint has), ``{layer}`` and ``{expert}`` for numbers.
+checkpoint has), ``{layer}`` and ``{expert}`` for numbers. A shape names sizes of the model
+(`sizes`), ``"queries hidden"`` for example, and ``*`` is any.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from loraformat_converters.gguf.architectures.transforms import (
 __all__ = [
     "Chooser",
     "ExpertWeightName",
+    "Sizes",
     "WeightName",
     "bias",
     "conv1d",
+    "expert_weights",
     "identity",
     "key_heads",
     "layer",
     "plus_one",
     "query_heads",
     "row",
-]
+    "sizes",
+    "with_biases",
+]  # fmt: skip
 
+Sizes = tuple[int | None, ...]
 Chooser = Callable[[Config], Transform]
 
 
@@ -60,6 +66,24 @@ def conv1d(config: Config) -> Transform:
     return Transpose()
 
 
+def sizes(shape: str, config: Config) -> Sizes:
+    """Return a shape in numbers; None is any."""
+    return tuple(None if size == "*" else _SIZES[size](config) for size in shape.split())
+
+
+_SIZES: dict[str, Callable[[Config], int]] = {
+    "hidden": lambda config: config.hidden,
+    "inner": lambda config: config.inner,
+    "gate_up": lambda config: 2 * config.inner,
+    "head_dim": lambda config: config.head_dim,
+    "queries": lambda config: config.heads * config.head_dim,
+    "keys": lambda config: config.kv_heads * config.head_dim,
+    "qkv": lambda config: (config.heads + 2 * config.kv_heads) * config.head_dim,
+    "experts": lambda config: config.experts,
+    "expert_inner": lambda config: config.integer("moe_intermediate_size"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class WeightName:
     """One tensor here, one tensor there.
@@ -70,6 +94,8 @@ class WeightName:
         Template of the GGUF name.
     hf : str
         Template of the Hugging Face name.
+    shape : str
+        In GGUF, as numpy counts.
     transform : callable
         Chooses the transform from Hugging Face to GGUF.
     required : bool
@@ -78,6 +104,7 @@ class WeightName:
 
     gguf: str
     hf: str
+    shape: str
     transform: Chooser = identity
     required: bool = True
 
@@ -97,6 +124,8 @@ class ExpertWeightName:
         Template, for example ``blk.{layer}.ffn_gate_exps.weight``.
     hf : str
         Template with ``{expert}``, as transformers stores them.
+    shape : str
+        In GGUF.
     fused : str
         Template of the parameter that holds them in memory since transformers 5.
     half : int or None
@@ -105,6 +134,7 @@ class ExpertWeightName:
 
     gguf: str
     hf: str
+    shape: str
     fused: str
     half: int | None = None
 
@@ -114,40 +144,61 @@ class ExpertWeightName:
 
         Examples
         --------
-        >>> ExpertWeightName("blk.{layer}.ffn_up_exps.weight", "", "").single
+        >>> ExpertWeightName("blk.{layer}.ffn_up_exps.weight", "", "", "").single
         'blk.{layer}.ffn_up.{expert}.weight'
         """
         return self.gguf.replace("_exps.weight", ".{expert}.weight")
 
 
-def row(gguf: str, hf: str, transform: Chooser = identity, *, required: bool = True) -> WeightName:
+def row(
+    gguf: str, hf: str, shape: str, transform: Chooser = identity, *, required: bool = True
+) -> WeightName:
     """Return a row for a tensor outside the layers; ``hf`` follows ``{base}``."""
-    return WeightName(gguf, "{base}" + hf, transform, required)
+    return WeightName(gguf, "{base}" + hf, shape, transform, required)
 
 
 def layer(
     gguf: str,
     hf: str,
+    shape: str = "hidden",
     transform: Chooser = identity,
     *,
     path: str = "layers",
-    required: bool = True,
 ) -> WeightName:
     """Return a row for the weight of a module in each layer, by both modules' names."""
-    return WeightName(
-        f"blk.{{layer}}.{gguf}.weight",
-        f"{{base}}{path}.{{layer}}.{hf}.weight",
-        transform,
-        required,
-    )
+    name = f"{{base}}{path}.{{layer}}.{hf}.weight"
+    return WeightName(f"blk.{{layer}}.{gguf}.weight", name, shape, transform)
 
 
 def bias(weight: WeightName, *, required: bool = False) -> WeightName:
     """Return the row of the bias that belongs to a weight; a bias is never transposed."""
-    transform = identity if weight.transform is conv1d else weight.transform
     return WeightName(
         weight.gguf.removesuffix("weight") + "bias",
         weight.hf.removesuffix("weight") + "bias",
-        transform,
+        weight.shape.split()[0],
+        identity if weight.transform is conv1d else weight.transform,
         required,
+    )
+
+
+def with_biases(*weights: WeightName, required: bool = False) -> tuple[WeightName, ...]:
+    """Return rows of weights with those of their biases."""
+    return tuple(one for w in weights for one in (w, bias(w, required=required)))
+
+
+def expert_weights(
+    path: str, gate: str, up: str, down: str
+) -> tuple[WeightName | ExpertWeightName, ...]:
+    """Return rows of a router and its experts, by their module in a layer and its projections."""
+    one, fused = f"{path}.experts.{{expert}}", "{base}layers.{layer}.mlp.experts"
+
+    def stacked(gguf: str, hf: str, shape: str, fused: str, half: int | None) -> ExpertWeightName:
+        named = layer(f"ffn_{gguf}_exps", f"{one}.{hf}", f"experts {shape}")
+        return ExpertWeightName(named.gguf, named.hf, named.shape, fused, half)
+
+    return (
+        layer("ffn_gate_inp", f"{path}.gate", "experts hidden"),
+        stacked("gate", gate, "expert_inner hidden", f"{fused}.gate_up_proj", 0),
+        stacked("up", up, "expert_inner hidden", f"{fused}.gate_up_proj", 1),
+        stacked("down", down, "hidden expert_inner", f"{fused}.down_proj", None),
     )

@@ -129,7 +129,7 @@ class _Reader:
         numbers = [int(m[1]) for m in map(_LAYER.match, self.gguf.tensors) if m]
         layers = max(numbers, default=0) + 1
         values: dict[str, Any] = {
-            "n_layer" if architecture.name == "gpt2" else "num_hidden_layers": layers,
+            architecture.names.get("num_hidden_layers", "num_hidden_layers"): layers,
             "num_attention_heads": 1,
             "num_key_value_heads": 1,
             "tie_word_embeddings": "output.weight.lora_a" not in self.gguf.tensors,
@@ -137,8 +137,7 @@ class _Reader:
         for name, tensor in self.gguf.tensors.items():
             if "_exps." in name and len(tensor.shape) == 3:
                 values["num_local_experts"] = tensor.shape[0]
-        model_type = next(iter(architecture.models))
-        return Config(values, architecture.defaults[model_type])
+        return architecture.of(values)
 
     def adapter(self) -> Adapter:
         names = self._base_names()
@@ -240,14 +239,9 @@ class _Reader:
             a=self._factor(a, _transposed if place.embedding else None),
             b=self._factor(b, order),
             scaling=self.alpha / rank if self.alpha else 1.0,
-            orientation="transposed" if self._in_out(place) else "linear",
+            orientation="transposed" if place.transposed else "linear",
             alpha=self.alpha or float(rank),
         )
-
-    def _in_out(self, place: LoraTarget) -> bool:
-        """Tell whether Hugging Face stores the weight as (in, out): embeddings and Conv1D."""
-        linear = place.tensor.startswith("output.") or self.known.architecture.name != "gpt2"
-        return place.embedding or not linear
 
     def _check(self, tensor: str, place: LoraTarget, a: GGUFTensor, b: GGUFTensor) -> None:
         wanted = 3 if place.experts else 2

@@ -290,6 +290,7 @@ def test_a_config_is_for_gguf_only(made, tmp_path):
         ("llama.attention.head_count", GGUFValue.of(ValueType.UINT32, 0), "head_count is 0"),
         ("llama.attention.head_count", GGUFValue.of(ValueType.STRING, "4"), "wanted an integer"),
         ("llama.expert_count", GGUFValue.of(ValueType.UINT32, 2**30), "expert_count is"),
+        ("llama.rope.freq_base", GGUFValue.of(ValueType.FLOAT32, -1.0), "wanted more than 0"),
         ("llama.attention.key_length", GGUFValue.of(ValueType.UINT32, 7), "7"),
         ("general.architecture", GGUFValue.of(ValueType.STRING, "mamba"), "mamba"),
         ("general.type", GGUFValue.of(ValueType.STRING, "adapter"), "adapter"),

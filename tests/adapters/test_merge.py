@@ -296,13 +296,13 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
     base, _ = small(tmp_path)
     given = adapter(delta(Q, 32, 32))
     merge(base, [given], tmp_path / "straight", max_shard_size=3000)
-    from loraformat.ops.merge import merged_tensor
+    from loraformat.ops.merge import tensor
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged_tensor, "merge_tile", interrupt)
+        patch.setattr(tensor, "merge_tile", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(base, [given], tmp_path / "out", max_shard_size=1500)
     assert (tmp_path / "out.partial").is_dir()
@@ -315,13 +315,13 @@ def test_a_killed_merge_continues(tmp_path, monkeypatch):
 def test_an_interrupted_merge_with_a_record_starts_again(tmp_path, monkeypatch):
     base, tensors = small(tmp_path)
     given, undo = adapter(delta(Q, 32, 32)), tmp_path / "undo.lfu"
-    from loraformat.ops.merge import merged_tensor
+    from loraformat.ops.merge import tensor
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged_tensor, "merge_tile", interrupt)
+        patch.setattr(tensor, "merge_tile", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(base, [given], tmp_path / "out", max_shard_size=1500, undo=undo)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out.partial"]
@@ -335,9 +335,9 @@ def test_an_interrupted_merge_with_a_record_starts_again(tmp_path, monkeypatch):
 def test_a_merge_that_goes_on_says_what_it_did_not_measure(tmp_path, monkeypatch):
     base, _ = small(tmp_path)
     given = adapter(delta(K, 16, 32), delta(Q, 32, 32))
-    from loraformat.ops.merge import merged_tensor
+    from loraformat.ops.merge import tensor
 
-    genuine, calls = merged_tensor.merge_tile, []
+    genuine, calls = tensor.merge_tile, []
 
     def interrupt_the_second(*arguments, **options):
         calls.append(arguments)
@@ -346,7 +346,7 @@ def test_a_merge_that_goes_on_says_what_it_did_not_measure(tmp_path, monkeypatch
         return genuine(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merged_tensor, "merge_tile", interrupt_the_second)
+        patch.setattr(tensor, "merge_tile", interrupt_the_second)
         with pytest.raises(KeyboardInterrupt):
             merge(base, [given], tmp_path / "out", max_shard_size=1500)
     report = merge(base, [given], tmp_path / "out", max_shard_size=1500)

@@ -14,11 +14,11 @@ from loraformat.model.written import WrittenModel
 from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.one_dtype import Alignment, aligned
 from loraformat.ops.encoding.requantization import again_as, original_of, sentence, with_history
-from loraformat.ops.merge.chat_files import with_conversation
-from loraformat.ops.merge.merged_tensor import BufferPool, merged_tensor, requantized
+from loraformat.ops.merge.measure import Meter
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.retention import Meter
+from loraformat.ops.merge.tensor import BufferPool, merged_tensor, requantized
+from loraformat.ops.merge.tokenizers import with_conversation
 from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
 from loraformat.ops.model_output import ModelOutput, input_paths
 from loraformat.ops.unmerge.record_file import RecordPublication

@@ -8,7 +8,7 @@ from shlex import quote
 from typing import ClassVar
 
 from loraformat.model.quantization_history import Quantized
-from loraformat.ops.merge.retention import Change
+from loraformat.ops.merge.measure import Change
 from loraformat.ops.report import Report
 
 __all__ = ["MergeReport", "MergedAdapter", "UndoSummary", "advice", "commands"]

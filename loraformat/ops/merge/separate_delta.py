@@ -21,8 +21,8 @@ from loraformat.model.vocabulary import Resize, per_token
 from loraformat.model.written import WrittenModel
 from loraformat.ops.adapter_output.in_bundle import write_bundle
 from loraformat.ops.combine.combine import CombineOptions, combine_adapters
-from loraformat.ops.merge.merged_tensor import merged_tensor
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
+from loraformat.ops.merge.tensor import merged_tensor
 from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
 from loraformat.ops.model_output import ModelOutput
 from loraformat.plugins import WriteOptions

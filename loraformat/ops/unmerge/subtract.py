@@ -20,8 +20,8 @@ import numpy
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.ops.merge.chat_files import still_prompted_by
 from loraformat.ops.merge.merge import merge
+from loraformat.ops.merge.tokenizers import still_prompted_by
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.ops.unmerge.report import Deviation, UnmergeReport

@@ -20,7 +20,7 @@ from loraformat.undo.record import UndoRecord, UndoTensor, part_names
 from loraformat.undo.rules import tile_rows
 
 if TYPE_CHECKING:
-    from loraformat.ops.merge.low_rank_updates import LowRankUpdate
+    from loraformat.ops.merge.deltas import LowRankUpdate
     from loraformat.ops.merge.plan import DeltaTerm
 
 __all__ = ["Undoing"]
@@ -179,7 +179,7 @@ class Undoing:
 
     def _matrices(self, name: str, undo: UndoTensor) -> list[LowRankUpdate | None]:
         """Return what was added to each matrix, after the checks of U10."""
-        from loraformat.ops.merge.low_rank_updates import block_matrices
+        from loraformat.ops.merge.deltas import block_matrices
         from loraformat.ops.merge.plan import DeltaTerm
 
         terms = [DeltaTerm(**term) for term in undo.terms]

@@ -14,7 +14,7 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.vocabulary import per_token, tokenizer_files
 from loraformat.ops.arguments import Progress, byte_count, many, reported
-from loraformat.ops.merge.chat_files import still_prompted_by
+from loraformat.ops.merge.tokenizers import still_prompted_by
 from loraformat.ops.model_output import ModelOutput
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model

@@ -14,8 +14,8 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.tied_head import HEAD, untied_config
 from loraformat.model.vocabulary import per_token, resized_config, tokenizer_files
-from loraformat.ops.merge.merged_tensor import merged_tensor
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
+from loraformat.ops.merge.tensor import merged_tensor
 
 __all__ = ["ReplacedWeights", "replaced_weights_of"]
 

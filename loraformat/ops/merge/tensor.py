@@ -24,9 +24,9 @@ from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Te
 from loraformat.model.vocabulary import resized
 from loraformat.nf4.kernels.merge_tile import MERGED_DTYPES, TileSums, merge_tile
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
-from loraformat.ops.merge.low_rank_updates import LowRankUpdate, block_matrices, finite
+from loraformat.ops.merge.deltas import LowRankUpdate, block_matrices, finite
+from loraformat.ops.merge.measure import Meter
 from loraformat.ops.merge.plan import TensorEdit
-from loraformat.ops.merge.retention import Meter
 from loraformat.ops.merge.tile_threads import TILE_ELEMENTS, over_tiles
 from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
 from loraformat.tensors.arrays import finite as all_finite

@@ -35,7 +35,7 @@ from loraformat.algebra.blas import one_blas_thread
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.nf4.kernels import VARIABLE, available
 from loraformat.nf4.kernels.merge_tile import merged_values
-from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
+from loraformat.ops.merge.deltas import TILE_ELEMENTS
 from loraformat.tensors.arrays import array_bytes, numpy_dtype
 from loraformat.tensors.dtypes import WEIGHT_DTYPES
 from loraformat.undo.fixed_point import product

@@ -1,4 +1,4 @@
-"""The low-rank terms of each stored matrix, as one product and one gain.
+"""The low-rank terms of each stored matrix, as one product and one gain, and tiles to work on.
 
 Several adapters, experts of a stack, parts of a fused parameter and DoRA's norms meet here;
 what comes out is D and g of the formula in `loraformat.undo.fixed_point`, for one matrix.
@@ -8,24 +8,87 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 import numpy
 
+from loraformat.algebra.blas import one_blas_thread
+from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.tensor_values import check_finite
+from loraformat.nf4.kernels import threads
 from loraformat.nf4.kernels.merge_tile import merge_tile
 from loraformat.ops.merge.plan import DeltaTerm
-from loraformat.ops.merge.tile_threads import over_tiles
 from loraformat.tensors.arrays import Array
 from loraformat.undo.fixed_point import Product, product
 
-__all__ = ["LowRankUpdate", "block_matrices", "finite"]
+__all__ = [
+    "TILE_ELEMENTS", "LowRankTerm", "LowRankUpdate", "block_matrices", "finite", "over_tiles",
+]  # fmt: skip
 
 #: A gain that leaves nothing of a weight, and by which a delta can be divided.
 _UNSEEN = 2.0**-96
+#: Elements of a tile: it and what is computed from it stay in the cache.
+TILE_ELEMENTS = 1 << 16
+Found = TypeVar("Found")
+
+
+def over_tiles(
+    work: Callable[[int, int], Found], rows: int, columns: int, elements: int = TILE_ELEMENTS
+) -> list[Found]:
+    """Work on tiles of whole rows, on all CPUs, each matrix product on one.
+
+    Parameters
+    ----------
+    work : callable
+        Gets the first row of a tile, and the one behind its last.
+    rows, columns : int
+    elements : int
+        Of a tile.
+
+    Returns
+    -------
+    list
+        What ``work`` returned, in the order of the tiles.
+
+    Examples
+    --------
+    >>> over_tiles(lambda start, stop: stop - start, 5, 10, 20)
+    [2, 2, 1]
+    """
+    tiles = list(row_tiles(rows, columns, elements))
+    found: dict[int, Found] = {}
+
+    def task(start: int, stop: int) -> None:
+        with numpy.errstate(all="ignore"):  # whoever asks looks at what is not finite
+            found.update((number, work(*tiles[number])) for number in range(start, stop))
+
+    with one_blas_thread():
+        threads.run(task, len(tiles), 1)
+    return [found[number] for number in range(len(tiles))]
+
+
+class LowRankTerm(NamedTuple):
+    """What one adapter adds to a matrix.
+
+    Attributes
+    ----------
+    b, a : array
+        float64 (out, r) and (r, in).
+    scaling : float
+    magnitude : array or None
+        float64 (out,): DoRA's.
+    weight : float
+        The user's.
+    """
+
+    b: Array
+    a: Array
+    scaling: float
+    magnitude: Array | None
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -38,56 +101,41 @@ class LowRankUpdate:
         As stored: rows, columns.
     transposed : bool
         Output features run along the columns.
-    factors : tuple of (b, a, scale, magnitude)
-        float64 B (out, r) and A (r, in), the scaling, DoRA's magnitudes or None.
-    weights : tuple of float
-        The user's, one per factor.
+    terms : tuple of LowRankTerm
     """
 
     shape: tuple[int, int]
     transposed: bool
-    factors: tuple[tuple[Array, Array, float, Array | None], ...]
-    weights: tuple[float, ...]
+    terms: tuple[LowRankTerm, ...]
 
-    @cached_property
-    def has_gain(self) -> bool:
-        """Whether any term is DoRA's."""
-        return any(magnitude is not None for *_, magnitude in self.factors)
-
-    def measured_gains(self, weight: Callable[[int, int], Array]) -> list[Array]:
+    def measured_gains(self, weight: Array) -> list[Array]:
         """Return each DoRA term's m / ‖W + D‖ by output feature, in float32.
 
         Parameters
         ----------
-        weight : callable
-            Returns rows of the original.
+        weight : array
+            The original: float32, float16 or bfloat16, contiguous.
         """
         return [
-            self._gain(b, a, scaling, magnitude, weight)
-            for b, a, scaling, magnitude in self.factors
-            if magnitude is not None
+            self._gain(term, term.magnitude, weight)
+            for term in self.terms
+            if term.magnitude is not None
         ]
 
-    def _gain(
-        self,
-        b: Array,
-        a: Array,
-        scaling: float,
-        magnitude: Array,
-        weight: Callable[[int, int], Array],
-    ) -> Array:
-        delta = product(*self._oriented(b * scaling, a), exact=False)
+    def _gain(self, term: LowRankTerm, magnitude: Array, weight: Array) -> Array:
+        delta = product(*self._oriented(term.b * term.scaling, term.a), exact=False)
 
         def work(start: int, stop: int) -> Array:
             values = delta.rows(start, stop)
-            merge_tile(weight(start, stop), values, None, values)
+            merge_tile(weight[start:stop], values, None, values)
             numpy.square(values, out=values)
             squares: Array = values.sum(0 if self.transposed else 1, dtype=numpy.float64)
             return squares
 
         sums = over_tiles(work, *self.shape)
         norms = numpy.sqrt(sum(sums) if self.transposed else numpy.concatenate(sums))
-        gains = numpy.divide(magnitude, norms, out=numpy.zeros_like(norms), where=norms > 0)
+        gains = numpy.zeros_like(norms)
+        numpy.divide(magnitude, norms, out=gains, where=norms > 0)
         return gains.astype(numpy.float32)
 
     def _oriented(self, b: Array, a: Array) -> tuple[Array, Array]:
@@ -120,43 +168,38 @@ class LowRankUpdate:
 
         with the same form: ωᵢ gᵢ Π hⱼ / G over the j behind i in place of ωᵢ gᵢ / G.
         """
-        rows = self.factors[0][0].shape[0]
-        by_term, left = [], iter(gains)
-        for *_, magnitude in self.factors:
-            one = numpy.ones(rows)
-            by_term.append(one if magnitude is None else next(left).astype(numpy.float64))
-        if in_turn:
-            total, shares = _in_turn(by_term, self.weights)
-        else:
-            total, shares = self._at_once(by_term, len(gains)), by_term
+        left = iter(gains)
+        by_term = [
+            numpy.ones(len(term.b)) if term.magnitude is None else next(left).astype(numpy.float64)
+            for term in self.terms
+        ]
+        total, shares = (_in_turn if in_turn else _at_once)(self.terms, by_term)
         rounded = total.astype(numpy.float32)
         divisor = numpy.where(rounded == 0, numpy.inf, rounded.astype(numpy.float64))
         scaled = [
-            b * (user * scaling * share / divisor)[:, None]
-            for (b, _, scaling, _), user, share in zip(
-                self.factors, self.weights, shares, strict=True
-            )
+            term.b * (term.weight * term.scaling * share / divisor)[:, None]
+            for term, share in zip(self.terms, shares, strict=True)
         ]
-        b = numpy.concatenate(scaled, 1)
-        a = numpy.concatenate([a for _, a, _, _ in self.factors])
+        b, a = numpy.concatenate(scaled, 1), numpy.concatenate([term.a for term in self.terms])
         along = rounded[None, :] if self.transposed else rounded[:, None]
-        return product(*self._oriented(b, a), exact=exact), along if self.has_gain else None
-
-    def _at_once(self, by_term: Sequence[Array], count: int) -> Array:
-        """Return G where all terms change the original; ``count`` of them have gains."""
-        total = numpy.ones_like(by_term[0])
-        for (*_, magnitude), user, gain in zip(self.factors, self.weights, by_term, strict=True):
-            if magnitude is not None:
-                total = gain if user == 1 and count == 1 else total + user * (gain - 1)
-        return total
+        return product(*self._oriented(b, a), exact=exact), along if gains else None
 
 
-def _in_turn(by_term: Sequence[Array], weights: Sequence[float]) -> tuple[Array, list[Array]]:
+def _at_once(terms: Sequence[LowRankTerm], gains: Sequence[Array]) -> tuple[Array, Sequence[Array]]:
+    """Return G and gᵢ of each term, where all change the original."""
+    scaled = [(t.weight, gain) for t, gain in zip(terms, gains, strict=True)
+              if t.magnitude is not None]  # fmt: skip
+    if len(scaled) == 1 and scaled[0][0] == 1:
+        return scaled[0][1], gains
+    return sum((user * (gain - 1) for user, gain in scaled), numpy.ones_like(gains[0])), gains
+
+
+def _in_turn(terms: Sequence[LowRankTerm], gains: Sequence[Array]) -> tuple[Array, Sequence[Array]]:
     """Return G and, by term, gᵢ Π hⱼ over the terms behind it."""
-    shares, behind = [], numpy.ones_like(by_term[0])
-    for gain, user in zip(reversed(by_term), reversed(weights), strict=True):
+    shares, behind = [], numpy.ones_like(gains[0])
+    for term, gain in zip(reversed(terms), reversed(gains), strict=True):
         shares.append(gain * behind)
-        behind = behind * (gain if user == 1 else 1 + user * (gain - 1))
+        behind = behind * (gain if term.weight == 1 else 1 + term.weight * (gain - 1))
     # A row that one term makes zero begins anew with the next: nothing is seen of the original.
     return numpy.where(behind == 0, _UNSEEN, behind), shares[::-1]
 
@@ -196,32 +239,26 @@ def _matrix(
     except UnsupportedError as error:
         error.path = error.path or str(adapters[terms[0].adapter].path)
         raise
-    return LowRankUpdate(shape, transposed.pop(), factors, tuple(term.weight for term in terms))
+    return LowRankUpdate(shape, transposed.pop(), factors)
 
 
-def _factors(
-    delta: LoraDelta, term: DeltaTerm, rows: int
-) -> tuple[Array, Array, float, Array | None]:
-    scaling = delta.scaling
+def _factors(delta: LoraDelta, term: DeltaTerm, rows: int) -> LowRankTerm:
     if term.part == "bias":
         assert delta.bias is not None
         a = finite(delta.bias, delta.bias.array())[None, :]
-        return numpy.ones((1, 1)), a, scaling, None
+        return LowRankTerm(numpy.ones((1, 1)), a, delta.scaling, None, term.weight)
     a, b = delta.a.array(), delta.b.array()
-    magnitude = None if delta.magnitude is None else delta.magnitude.array().reshape(-1)
     if term.expert is not None:
         a, b = a[term.expert], b[term.expert]
-    if term.rows is not None:
-        b = b[slice(*term.rows)]
-        magnitude = None if magnitude is None else magnitude[slice(*term.rows)]
+    magnitude, part = None, slice(*term.rows) if term.rows else slice(None)
+    if delta.magnitude is not None:
+        magnitude = finite(delta.magnitude, delta.magnitude.array().reshape(-1)[part])
+    b = finite(delta.b, b[part])
     if term.into is not None:
-        whole = numpy.zeros((rows, b.shape[1]), b.dtype)
+        whole = numpy.zeros((rows, b.shape[1]))
         whole[slice(*term.into)] = b
         b = whole
-    if magnitude is not None:
-        assert delta.magnitude is not None
-        magnitude = finite(delta.magnitude, magnitude)
-    return finite(delta.b, b), finite(delta.a, a), scaling, magnitude
+    return LowRankTerm(b, finite(delta.a, a), delta.scaling, magnitude, term.weight)
 
 
 def finite(tensor: DenseTensor, values: Array) -> Array:

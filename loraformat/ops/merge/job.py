@@ -14,17 +14,13 @@ from loraformat.model.written import WrittenModel
 from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.one_dtype import Alignment, aligned
 from loraformat.ops.encoding.requantization import again_as, original_of, sentence, with_history
-from loraformat.ops.merge.measure import Meter
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
-from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.tensor import BufferPool, merged_tensor, requantized
-from loraformat.ops.merge.tokenizers import with_conversation
-from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
+from loraformat.ops.merge.report import Meter, UndoSummary
+from loraformat.ops.merge.tensor import BufferPool, MergedTensor, requantized
+from loraformat.ops.merge.tokenizers import resized_base, tokens_without_rows, with_conversation
 from loraformat.ops.model_output import ModelOutput, input_paths
-from loraformat.ops.unmerge.record_file import RecordPublication
-from loraformat.ops.unmerge.recorder import Spool, UndoRecorder, write_record
+from loraformat.ops.unmerge.recorder import RecordPublication, Spool, UndoRecorder, write_record
 from loraformat.plugins import Converter, Forecast, WriteOptions
-from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.tensors.dtypes import parse_weight_dtype
 
 __all__ = ["MergeJob", "MergeOptions"]
@@ -88,48 +84,45 @@ class MergeJob:
         spool: Spool | None,
     ) -> None:
         self.original, self.adapters = original, adapters
-        self.options, self.writer = options, writer
-        self.pool = BufferPool()
+        self.options, self.writer, self.spool = options, writer, spool
+        self.quantized = any(isinstance(t, NF4Tensor) for t in original.tensors.values())
+        self.pool, self.alignment = BufferPool(), Alignment()
+        self.recorders: dict[str, UndoRecorder] = {}
         self.plan = plan_edits(original, adapters, options.weights)
-        self.spool = spool
-        self.recorders: dict[str, UndoRecorder] | None = None if spool is None else {}
         self.dtype = self._output_dtype()
         if spool is not None:
             self._check_undo()
         self.meter = Meter(self._told() if writer.dtypes else {})
-        self.alignment = Alignment()
         self.checkpoint = self._merged()
 
     def _told(self) -> dict[str, LazyTensor]:
         """Return what the tensors with deltas are without them: the writer tells what it keeps."""
         told: dict[str, LazyTensor] = {}
         for name, edit in self.plan.edits.items():
-            source = None if edit.source is None else self.original.tensors[edit.source]
             if not edit.terms:
                 continue
-            if source is not None and edit.only_deltas:
-                told[name] = source
-            else:  # a delta of what the adapter brings
-                without = replace(edit, terms=[])
-                told[name] = merged_tensor(
-                    without, source, self.adapters, self.options.weights, "F32"
-                )
+            source = self._source(edit)
+            without = MergedTensor(
+                replace(edit, terms=[]), source, self.adapters, self.options.weights, "F32"
+            )
+            # What an adapter replaces by values of its own is measured from these.
+            told[name] = source if source and edit.only_deltas else without.dense()
         return told
+
+    def _source(self, edit: TensorEdit) -> LazyTensor | None:
+        return None if edit.source is None else self.original.tensors[edit.source]
 
     def _output_dtype(self) -> str | None:
         if self.writer.dtypes:
             return "F32"  # the writer rounds, and once is enough
         if self.options.dtype:
             return parse_weight_dtype(self.options.dtype)
-        quantized = any(isinstance(t, NF4Tensor) for t in self.original.tensors.values())
-        return "BF16" if quantized and self.writer.stores == "dense" else None
+        return "BF16" if self.quantized and self.writer.stores == "dense" else None
 
     def _check_undo(self) -> None:
         if self.writer.dtypes:
             raise UsageError(f"an undo record restores dense weights, not {self.writer.name}")
-        if self.options.requantize or any(
-            isinstance(tensor, NF4Tensor) for tensor in self.original.tensors.values()
-        ):
+        if self.options.requantize or self.quantized:
             raise UsageError(
                 "an undo record restores dense weights, and this merge is from or to NF4",
                 hint="keep the bundle; merging does not change it",
@@ -138,8 +131,7 @@ class MergeJob:
     def _merged(self) -> Checkpoint:
         tensors: dict[str, LazyTensor] = dict(self.original.tensors)
         for name, edit in self._edits().items():
-            source = None if edit.source is None else self.original.tensors[edit.source]
-            tensors[name] = self._tensor(edit, source)
+            tensors[name] = self._tensor(edit, self._source(edit))
         original, resize = self.original, self.plan.resize
         if resize is not None:
             original, note = resized_base(original, resize, self.adapters, tensors)
@@ -160,11 +152,9 @@ class MergeJob:
         origin = replace(told.provenance, format="merge")
         merged = replace(original, tensors=tensors, config=config, files=files, provenance=origin)
         refuse_lost_head(merged)
-        word = {"F32": "f32", "F16": "f16", "BF16": "bf16", None: None}[self.dtype]
-        if self.writer.dtypes:
-            word = self.options.dtype
+        word = self.options.dtype if self.writer.dtypes else self.dtype and self.dtype.lower()
         encoded = Encoding(word, None, None, (), ()).apply(merged, self.writer)
-        if not any(isinstance(tensor, NF4Tensor) for tensor in self.original.tensors.values()):
+        if not self.quantized:
             encoded, self.alignment = aligned(encoded)
         if self.options.requantize:
             encoded.tensors = {
@@ -193,7 +183,7 @@ class MergeJob:
     def _edits(self) -> dict[str, TensorEdit]:
         """Add to the plan, if it shall be undone, what a cast changes."""
         edits = dict(self.plan.edits)
-        if self.recorders is not None and self.dtype is not None:
+        if self.spool is not None and self.dtype is not None:
             for name, tensor in self.original.tensors.items():
                 if tensor.dtype in ("F64", "F32", "F16", "BF16") and tensor.dtype != self.dtype:
                     edits.setdefault(name, TensorEdit(name, name))
@@ -201,23 +191,21 @@ class MergeJob:
 
     def _tensor(self, edit: TensorEdit, source: LazyTensor | None) -> LazyTensor:
         recorder = None
-        if self.recorders is not None and self.spool is not None:
-            recorder = self.recorders[edit.name] = UndoRecorder(
-                edit, source, self.dtype, self.spool
-            )
+        if self.spool is not None:
+            recorder = UndoRecorder(edit, source, self.dtype, self.spool)
+            self.recorders[edit.name] = recorder
         again = self.options.requantize and isinstance(source, NF4Tensor) and not edit.height
         later = self.options.requantize or self.meter.before(edit.name) is not None
-        merged = merged_tensor(
+        merged = MergedTensor(
             edit,
             source,
             self.adapters,
             self.options.weights,
             source.dtype if again and source is not None else self.dtype,
-            exact=self.recorders is not None,
             meter=None if later else self.meter,
             recorder=recorder,
             pool=self.pool,
-        )
+        ).dense()
         if again and isinstance(source, NF4Tensor):
             return requantized(merged, source, source, self.meter)
         return merged
@@ -241,8 +229,12 @@ class MergeJob:
         with output:
             record = None if undo is None else self._record(Path(undo), output, force)
             written = output.write(self.checkpoint, self._write_options())
-            summary = None if record is None else self._write_record(record, written)
-        return written, summary
+            if record is None:
+                return written, None
+            weights = self.options.weights
+            return written, write_record(
+                record, self.original, self.adapters, weights, self.recorders, written
+            )
 
     def inputs(self) -> list[Path]:
         """Return every file and directory that is read."""
@@ -269,12 +261,6 @@ class MergeJob:
         if self.writer.estimate is None:
             return None
         return self.writer.estimate(self.checkpoint, target, self._write_options())
-
-    def _write_record(self, record: AtomicOutput, written: WrittenModel) -> UndoSummary:
-        assert self.recorders is not None
-        return write_record(
-            record, self.original, self.adapters, self.options.weights, self.recorders, written
-        )
 
     def _deltas_in_memory(self) -> list[str]:
         """Describe adapters without files, so that only the same merge continues an output."""

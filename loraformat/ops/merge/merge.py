@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loraformat import plugins
-from loraformat.errors import OutputError, UsageError
+from loraformat.errors import InputError, UsageError, printable
 from loraformat.hub import resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
@@ -32,7 +31,6 @@ from loraformat.ops.convert.report import losses
 from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
 from loraformat.ops.encoding.llama_quantize import refuse_llama_type
 from loraformat.ops.encoding.requantization import history
-from loraformat.ops.merge.base_match import check_bases
 from loraformat.ops.merge.job import MergeJob, MergeOptions
 from loraformat.ops.merge.plan import MergePlan
 from loraformat.ops.merge.report import (
@@ -45,11 +43,9 @@ from loraformat.ops.merge.report import (
 from loraformat.ops.merge.separate_delta import SeparateDelta, name_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.adapter_weights import adapter_weights
-from loraformat.ops.opening.model import open_model, without_generated_card
-from loraformat.plugins import Converter, Forecast
-
-if TYPE_CHECKING:
-    from loraformat.ops.unmerge.recorder import Spool
+from loraformat.ops.opening.model import compare_base, open_model, without_generated_card
+from loraformat.ops.unmerge.recorder import Spool, refuse_record_path
+from loraformat.plugins import Converter
 
 __all__ = ["merge"]
 
@@ -165,7 +161,7 @@ def merge(
             stack.enter_context(open_adapter(given, base=original, allow_pickle=allow_pickle))
             for given in adapters
         ]
-        notes = [*check_bases(original, opened, allow_base_mismatch), *decoded]
+        notes = [*_compared_bases(original, opened, allow_base_mismatch), *decoded]
         report = MergeReport(
             source=str(base),
             target=str(output),
@@ -195,17 +191,73 @@ def merge(
                 force=force,
                 progress=told,
             )
-            return _written_beside(report, began, result)
-        spool = None if undo is None else _spool(stack, Path(undo))
+            return replace(
+                report,
+                output_bytes=result.nbytes,
+                notes=[*report.notes, *result.notes],
+                seconds=time.perf_counter() - began,
+            )
+        spool = None if undo is None else stack.enter_context(closing(Spool(Path(undo))))
         job = MergeJob(original, opened, options, writer, spool)
         if undo is not None:
-            _refuse_record_path(Path(undo), Path(output), job, force)
+            refuse_record_path(Path(undo), Path(output), job.inputs(), force=force)
         report = _planned(report, job.checkpoint, job.plan)
         if dry_run:
             report = replace(report, notes=[*report.notes, *job.quantized_again(None)])
-            return _foreseen(report, job.estimate(Path(output)))
+            estimate = job.estimate(Path(output))
+            if estimate is None:
+                return report
+            notes = [*report.notes, *estimate.notes]
+            return replace(report, output_bytes=estimate.nbytes, notes=notes)
         written, summary = job.write(Path(output), undo, force, told)
     return _completed(report, job, written, summary, time.perf_counter() - began)
+
+
+def _compared_bases(base: Checkpoint, adapters: Sequence[Adapter], allowed: bool) -> list[str]:
+    """Compare the base with what each adapter says of its own; say what a user should know.
+
+    Raises
+    ------
+    InputError
+        If both have a fingerprint, or the base says of which bundle it was made, and not the same,
+        and that is not allowed.
+    """
+    notes, form = [], base.provenance.format
+    for adapter in adapters:
+        match = compare_base(adapter, base)
+        if match.made_for is None:
+            named = f" {printable(adapter.base_model)}" if adapter.base_model else ""
+            notes.append(
+                f"{adapter.path}: records its base{named} but no base fingerprint; only shapes "
+                "were compared" + _trained_in_nf4(adapter, base)
+            )
+        elif match.relation == "unknown":
+            notes.append(
+                f"{adapter.path}: was made for the base {printable(match.made_for)}, and a {form} "
+                "model has no fingerprint to compare; if it was trained on NF4, prefer merging "
+                "into the bundle it was trained on"
+            )
+        elif match.relation == "other":
+            if not allowed:
+                raise InputError(
+                    match.difference,
+                    path=adapter.path,
+                    hint="merge into its own base, or override with --allow-base-mismatch",
+                )
+            notes.append(f"{adapter.path}: {match.difference}; it may not work on this base")
+        elif match.relation == "descends":
+            notes.append(
+                f"{adapter.path}: was made for the bundle {printable(match.made_for)}, of which "
+                f"this {form} file was made; it was trained on the values in the bundle"
+            )
+    return notes
+
+
+def _trained_in_nf4(adapter: Adapter, base: Checkpoint) -> str:
+    """Say what a base of other values than those of the training means."""
+    if base.provenance.format in ("loraformat", "bitsandbytes") or not adapter.base_source:
+        return ""
+    return "; it was trained on a bundle, whose NF4 values differ from these"
 
 
 def _command(
@@ -226,39 +278,6 @@ def _planned(report: MergeReport, output: Checkpoint, plan: MergePlan) -> MergeR
         output_bytes=sum(tensor.nbytes for tensor in output.tensors.values()),
         notes=report.notes + ([] if report.beside else plan.notes),
     )
-
-
-def _foreseen(report: MergeReport, estimate: Forecast | None) -> MergeReport:
-    if estimate is None:
-        return report
-    notes = [*report.notes, *estimate.notes]
-    return replace(report, output_bytes=estimate.nbytes, notes=notes)
-
-
-def _written_beside(report: MergeReport, began: float, written: WrittenModel) -> MergeReport:
-    return replace(
-        report,
-        output_bytes=written.nbytes,
-        notes=[*report.notes, *written.notes],
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _spool(stack: ExitStack, undo: Path) -> Spool:
-    from loraformat.ops.unmerge.recorder import Spool
-
-    directory = undo.absolute().parent
-    if not directory.is_dir():
-        raise OutputError("no such directory", path=directory, hint="create it first")
-    spool = Spool(directory)
-    stack.callback(spool.close)
-    return spool
-
-
-def _refuse_record_path(undo: Path, target: Path, job: MergeJob, force: bool) -> None:
-    from loraformat.ops.unmerge.record_file import refuse_record_path
-
-    refuse_record_path(undo, target, job.inputs(), force=force)
 
 
 def _is_beside(writer: Converter, requantize: bool) -> bool:

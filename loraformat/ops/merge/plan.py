@@ -22,7 +22,7 @@ from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.model.config_json import parse
 from loraformat.model.tied_head import HEAD, TiedHead, contradicting_head, tied_head
 from loraformat.model.vocabulary import Resize, per_token
-from loraformat.ops.merge.vocabulary import wanted_size
+from loraformat.ops.merge.tokenizers import wanted_size
 from loraformat.ops.opening.adapter_weights import effective_scaling
 
 __all__ = ["DeltaTerm", "MergePlan", "TensorEdit", "plan_edits"]

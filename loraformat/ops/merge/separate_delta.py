@@ -22,8 +22,8 @@ from loraformat.model.written import WrittenModel
 from loraformat.ops.adapter_output.in_bundle import write_bundle
 from loraformat.ops.combine.combine import CombineOptions, combine_adapters
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
-from loraformat.ops.merge.tensor import merged_tensor
-from loraformat.ops.merge.vocabulary import resized_base, tokens_without_rows
+from loraformat.ops.merge.tensor import MergedTensor
+from loraformat.ops.merge.tokenizers import resized_base, tokens_without_rows
 from loraformat.ops.model_output import ModelOutput
 from loraformat.plugins import WriteOptions
 from loraformat.storage.safe_paths import is_adapter_name
@@ -176,7 +176,7 @@ def _with_vocabulary(
     for name, rows in per_token(original.tensors).items():
         if rows == resize.before:
             edit = TensorEdit(name, name, height=resize.after)
-            tensors[name] = merged_tensor(edit, original.tensors[name], (), (), None)
+            tensors[name] = MergedTensor(edit, original.tensors[name]).dense()
     base, note = resized_base(original, resize, adapters, tensors)
     named = [replace(one, base_fingerprint=None, verbatim=False) if one.base_fingerprint else one
              for one in adapters]  # fmt: skip

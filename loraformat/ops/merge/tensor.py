@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -24,15 +24,23 @@ from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Te
 from loraformat.model.vocabulary import resized
 from loraformat.nf4.kernels.merge_tile import MERGED_DTYPES, TileSums, merge_tile
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
-from loraformat.ops.merge.deltas import LowRankUpdate, block_matrices, finite
-from loraformat.ops.merge.measure import Meter
+from loraformat.ops.merge.deltas import (
+    TILE_ELEMENTS,
+    LowRankUpdate,
+    block_matrices,
+    finite,
+    over_tiles,
+)
 from loraformat.ops.merge.plan import TensorEdit
-from loraformat.ops.merge.tile_threads import TILE_ELEMENTS, over_tiles
-from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
+from loraformat.ops.merge.report import Meter
+from loraformat.tensors.arrays import Array, array_bytes, array_view, dtype_name, numpy_dtype
 from loraformat.tensors.arrays import finite as all_finite
 from loraformat.undo.fixed_point import Product
 
-__all__ = ["BufferPool", "Recorder", "merged_tensor", "requantized"]
+if TYPE_CHECKING:
+    from loraformat.ops.unmerge.recorder import Encoded, UndoRecorder
+
+__all__ = ["BufferPool", "MergedTensor", "requantized"]
 
 #: Elements of a tile where no record says so: larger ones spend less time in Python.
 _PLAIN_TILE_ELEMENTS = 1 << 17
@@ -43,35 +51,9 @@ _SPARE_BYTES = 16 << 20
 _own = threading.local()
 
 
-class Recorder(Protocol):
-    """Sees every tile of a merge, in order, to write down what rounding loses."""
-
-    def encode(self, weight: Array, delta: Array, gain: Array | None, merged: Array) -> Any:
-        """Return what is lost of a tile; called from several threads."""
-
-    def keep(self, encoded: Any, elements: int) -> None:
-        """Take what `encode` returned of the next tile, in order."""
-
-    def gains(self, gains: Array) -> None:
-        """Take DoRA's gains of one term of one block, float32, before the block's tiles."""
-
-    def finish(self, source: memoryview, rows: Sequence[int] = ()) -> None:
-        """Take the whole original, and which of its rows were replaced."""
-
-
-def merged_tensor(
-    edit: TensorEdit,
-    source: LazyTensor | None,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    dtype: str | None,
-    *,
-    exact: bool = False,
-    meter: Meter | None = None,
-    recorder: Recorder | None = None,
-    pool: BufferPool | None = None,
-) -> DenseTensor:
-    """Return a tensor with its edit; it is computed when it is loaded.
+@dataclass(frozen=True)
+class MergedTensor:
+    """A tensor with its edit, which is computed when it is loaded.
 
     Parameters
     ----------
@@ -80,87 +62,73 @@ def merged_tensor(
         What it starts from; None if it is new.
     adapters, weights
         As the edit counts them.
-    dtype : str or None
+    dtype : str, optional
         safetensors name of the output; the source's own by default.
-    exact : bool
-        See `loraformat.undo.fixed_point.product`.
     meter : Meter, optional
         Takes what the report says.
-    recorder : Recorder, optional
-        Takes what undoing needs.
+    recorder : UndoRecorder, optional
+        Takes what undoing needs; the deltas are in fixed point then.
     pool : BufferPool, optional
         Where the result's buffer comes from, and goes when it is released.
-
-    Raises
-    ------
-    UnsupportedError
-        If the weights are of no type that can be merged.
     """
-    start = source if source is not None else edit.replacement[1] if edit.replacement else None
-    assert start is not None
-    if start.dtype not in _FLOATS:
-        raise UnsupportedError(
-            f"tensor {printable(edit.name)} is {start.dtype}, and only F32, F16, BF16 and NF4 "
-            "weights can be merged",
-            hint="convert the base with --dtype first",
-        )
-    made = _Merged(
-        edit,
-        source,
-        adapters,
-        weights,
-        dtype or start.dtype,
-        exact,
-        meter,
-        recorder,
-        pool or BufferPool(),
-    )
 
-    def release() -> None:
-        made.give_back()
-        start.release()
-
-    shape = start.shape if edit.height is None else (edit.height, *start.shape[1:])
-    return DenseTensor(edit.name, made.dtype, shape, made.load, release)
-
-
-@dataclass(frozen=True)
-class _Merged:
     edit: TensorEdit
     source: LazyTensor | None
-    adapters: Sequence[Adapter]
-    weights: Sequence[float]
-    dtype: str
-    exact: bool
-    meter: Meter | None
-    recorder: Recorder | None
-    pool: BufferPool
-    held: list[Array] = field(default_factory=list)
+    adapters: Sequence[Adapter] = ()
+    weights: Sequence[float] = ()
+    dtype: str | None = None
+    meter: Meter | None = None
+    recorder: UndoRecorder | None = None
+    pool: BufferPool = field(default_factory=lambda: BufferPool())
+    _held: list[Array] = field(default_factory=list, init=False)
 
-    def load(self) -> memoryview:
-        with numpy.errstate(all="ignore"):  # what overflows is refused below
-            return self._load()
+    def dense(self) -> DenseTensor:
+        """Return it as a tensor of a checkpoint.
 
-    def _load(self) -> memoryview:
+        Raises
+        ------
+        UnsupportedError
+            If the weights are of no type that can be merged.
+        """
+        edit = self.edit
+        start = self.source or (edit.replacement[1] if edit.replacement else None)
+        assert start is not None
+        if start.dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"tensor {printable(edit.name)} is {start.dtype}, and only F32, F16, BF16 and NF4 "
+                "weights can be merged",
+                hint="convert the base with --dtype first",
+            )
+        dtype = self.dtype or start.dtype
+        shape = start.shape if edit.height is None else (edit.height, *start.shape[1:])
+
+        def load() -> memoryview:
+            with numpy.errstate(all="ignore"):  # what overflows is refused below
+                return array_bytes(self._made(dtype))
+
+        def release() -> None:
+            while self._held:
+                self.pool.give(self._held.pop())
+            start.release()
+
+        return DenseTensor(edit.name, dtype, shape, load, release)
+
+    def _made(self, dtype: str) -> Array:
         original = self._original()
         start = self._replaced(original)
-        changes = bool(self.edit.terms) or start.dtype != numpy_dtype(self.dtype)
-        merged = self._walk(start) if changes or self.recorder is not None else start
+        changes = bool(self.edit.terms) or start.dtype != numpy_dtype(dtype)
+        merged = self._walk(start, dtype) if changes or self.recorder is not None else start
         if self.recorder is not None:
             rows = [i for n in self.edit.rows for i in self._rows_of(self.adapters[n]).indices]
             whole = memoryview(b"") if original is None else array_bytes(original)
             self.recorder.finish(whole, rows)
-        return array_bytes(merged)
-
-    def give_back(self) -> None:
-        while self.held:
-            self.pool.give(self.held.pop())
+        return merged
 
     def _buffer(self, count: int, dtype: str) -> Array:
         """Return a flat buffer, held until the tensor is released."""
         nbytes = count * numpy_dtype(dtype).itemsize
-        self.held.append(self.pool.take(nbytes))
-        return array_view(self.held[-1][:nbytes].data, dtype)
+        self._held.append(self.pool.take(nbytes))
+        return array_view(self._held[-1][:nbytes].data, dtype)
 
     def _original(self) -> Array | None:
         if isinstance(self.source, NF4Tensor):
@@ -193,10 +161,10 @@ class _Merged:
         found = adapter.rows.get(self.edit.name) or adapter.rows.get(self.edit.source or "")
         return found or next(iter(adapter.rows.values()))  # of the embedding a head was tied to
 
-    def _walk(self, start: Array) -> Array:
+    def _walk(self, start: Array, dtype: str) -> Array:
         if start.dtype not in MERGED_DTYPES:  # a replacement's
             start = start.astype(numpy.float32)
-        merged = self._buffer(start.size, self.dtype).reshape(start.shape)
+        merged = self._buffer(start.size, dtype).reshape(start.shape)
         height, columns = (1, 1, *start.shape)[-2:]
         stack = start.shape[0] if start.ndim == 3 else 1
         weights, results = (v.reshape(stack, height, columns) for v in (start, merged))
@@ -211,43 +179,39 @@ class _Merged:
     def _merge_matrix(self, weight: Array, result: Array, matrix: LowRankUpdate | None) -> None:
         deltas, gain = None, None
         if matrix is not None:
-            gains = matrix.measured_gains(lambda start, stop: weight[start:stop])
+            gains = matrix.measured_gains(weight)
             if self.recorder is not None:
-                for found in gains:
-                    self.recorder.gains(found)
-            deltas, gain = matrix.combined(gains, exact=self.exact, in_turn=self.edit.in_turn)
-        by_row = gain is not None and len(gain) == len(weight)
+                self.recorder.gains(gains)
+            exact = self.recorder is not None
+            deltas, gain = matrix.combined(gains, exact=exact, in_turn=self.edit.in_turn)
 
-        def work(start: int, stop: int) -> tuple[int, TileSums | None, int, Any]:
-            delta = None if deltas is None else _rows(deltas, start, stop, self.exact)
-            own = gain[start:stop] if gain is not None and by_row else gain
+        def work(start: int, stop: int) -> tuple[TileSums | None, int, Encoded | None]:
+            delta = None if deltas is None else _rows(deltas, start, stop)
+            own = gain if gain is None or len(gain) == 1 else gain[start:stop]
             part, values = weight[start:stop], result[start:stop]
             measure = self.meter is not None and deltas is not None
             sums = merge_tile(part, delta, own, values, measure=measure)
-            overflown = 0
-            if deltas is not None and (sums is None or not math.isfinite(sums.error)):
-                overflown = _overflown(part, values)
+            known = deltas is None or (sums is not None and math.isfinite(sums.error))
             encoded = None
             if self.recorder is not None:
-                change = numpy.zeros((), numpy.float32) if delta is None else delta
-                encoded = self.recorder.encode(part, change, own, values)
-            return values.size, sums, overflown, encoded
+                encoded = self.recorder.encode(part, delta, own, values)
+            return sums, 0 if known else _overflown(part, values), encoded
 
         elements = _PLAIN_TILE_ELEMENTS if self.recorder is None else TILE_ELEMENTS
         tiles = over_tiles(work, len(weight), weight.shape[1], elements)
-        for size, sums, _, encoded in tiles:
+        self._refuse_overflow(sum(overflown for _, overflown, _ in tiles), result.dtype)
+        for sums, _, encoded in tiles:
             if self.meter is not None and sums is not None:
                 self.meter.add(self.edit.name, sums)
             if self.recorder is not None:
-                self.recorder.keep(encoded, size)
-        self._refuse_overflow(sum(overflown for _, _, overflown, _ in tiles))
+                self.recorder.keep(encoded)
 
-    def _refuse_overflow(self, count: int) -> None:
+    def _refuse_overflow(self, count: int, dtype: numpy.dtype[Any]) -> None:
         if count:
             first = self.edit.terms[0]
             raise UnsupportedError(
                 f"merged into {printable(self.edit.name)}, {count} weights exceed "
-                f"the range of {self.dtype}",
+                f"the range of {dtype_name(dtype)}",
                 path=self.adapters[first.adapter].path,
                 hint="give a smaller --weight, or correct lora_alpha",
             )
@@ -260,11 +224,11 @@ def _overflown(weight: Array, merged: Array) -> int:
     return int(numpy.count_nonzero(numpy.isfinite(weight) & ~numpy.isfinite(merged)))
 
 
-def _rows(deltas: Product, start: int, stop: int, exact: bool) -> Array:
-    """Return rows of a product; in float32 in this thread's buffer, until the next call."""
-    if exact:
-        return deltas.rows(start, stop)
+def _rows(deltas: Product, start: int, stop: int) -> Array:
+    """Return rows of a product, until the next call; those in float32 in this thread's buffer."""
     shape = stop - start, deltas.right.shape[1]
+    if deltas.right.dtype != numpy.float32:
+        return deltas.rows(start, stop)
     count = shape[0] * shape[1]
     buffer: Array | None = getattr(_own, "delta", None)
     if buffer is None or buffer.size < count:

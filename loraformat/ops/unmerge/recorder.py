@@ -1,35 +1,56 @@
-"""Recording of undo information during a merge."""
+"""Recording of undo information during a merge, and the file that it is published in."""
 
 from __future__ import annotations
 
+import filecmp
 import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeAlias
 
 import numpy
 
+from loraformat.errors import LoraFormatError, OutputError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.written import WrittenModel
+from loraformat.ops.merge.deltas import TILE_ELEMENTS
 from loraformat.ops.merge.plan import DeltaTerm, TensorEdit
 from loraformat.ops.merge.report import UndoSummary
-from loraformat.ops.merge.tile_threads import TILE_ELEMENTS
+from loraformat.storage.atomic_file import AtomicFile
 from loraformat.storage.atomic_output import AtomicOutput
-from loraformat.storage.durable import write_all
+from loraformat.storage.durable import sync_directory, write_all
+from loraformat.storage.output_rules import refuse_input_as_output
+from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.arrays import Array, array_bytes
+from loraformat.tensors.mapped import MappedFile
 from loraformat.undo.interval_code import Unmergeable, encode_tile
-from loraformat.undo.record import AdapterRecord, UndoRecord, UndoTensor, encode_record, part_names
+from loraformat.undo.record import (
+    METADATA_KEY,
+    AdapterRecord,
+    UndoRecord,
+    UndoTensor,
+    encode_record,
+    part_names,
+)
 from loraformat.version import __version__
 
-__all__ = ["Spool", "UndoRecorder", "adapter_digest", "write_record"]
+__all__ = [
+    "Encoded", "RecordPublication", "Spool", "UndoRecorder", "adapter_digest", "refuse_record_path",
+    "write_record",
+]  # fmt: skip
 
 _COPY_BYTES = 1 << 20
+_REPLACED = ".replaced"
+_ANOTHER = "choose another file"
+#: Of a tile: elements, the bits of its ranks, the positions of negative zeros.
+Encoded: TypeAlias = tuple[int, bytes, Array]
 
 
 class Spool:
@@ -37,11 +58,19 @@ class Spool:
 
     Parameters
     ----------
-    directory : Path
-        Where the record will be.
+    record : Path
+        Beside which it is, as long as it is open.
+
+    Raises
+    ------
+    OutputError
+        If there is no such directory.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, record: Path) -> None:
+        directory = record.absolute().parent
+        if not directory.is_dir():
+            raise OutputError("no such directory", path=directory, hint="create it first")
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
         self._lock = threading.Lock()
 
@@ -108,33 +137,36 @@ class UndoRecorder:
             return "raw" if cast or edit.terms else "rows"
         return "interval"
 
-    def gains(self, gains: Array) -> None:
-        """Take one DoRA term's gains."""
-        self._kept.gains.append(gains)
+    def gains(self, gains: Sequence[Array]) -> None:
+        """Take the gains of a matrix' DoRA terms, float32, before its tiles."""
+        self._kept.gains.extend(gains)
 
     def encode(
-        self,
-        weight: Array,
-        delta: Array,
-        gain: Array | None,
-        merged: Array,
-    ) -> tuple[bytes, Array] | None:
-        """Encode what is lost of a tile; None if an interval cannot."""
+        self, weight: Array, delta: Array | None, gain: Array | None, merged: Array
+    ) -> Encoded | None:
+        """Encode what is lost of a tile, in any thread; None if an interval cannot.
+
+        Parameters
+        ----------
+        weight, delta, gain, merged
+            As of `loraformat.undo.interval_code.encode_tile`; no delta is zero.
+        """
         if self.mode != "interval":
             return None
+        delta = numpy.zeros((), numpy.float32) if delta is None else delta
         try:
-            return encode_tile(weight, delta, gain, merged)
+            return merged.size, *encode_tile(weight, delta, gain, merged)
         except Unmergeable:
             return None
 
-    def keep(self, encoded: tuple[bytes, Array] | None, elements: int) -> None:
-        """Keep a tile."""
+    def keep(self, encoded: Encoded | None) -> None:
+        """Keep what `encode` returned of the next tile."""
         if self.mode != "interval":
             return
         if encoded is None:
             self.mode = "raw"
             return
-        bits, zeros = encoded
+        elements, bits, zeros = encoded
         self._kept.residual.append(self.spool.append(bits))
         self._kept.zeros.append(zeros + self._kept.elements)
         self._kept.elements += elements
@@ -250,3 +282,109 @@ def write_record(
     merged = sum(prod(written.shards.tensors[name].shape) for name in recorders)
     nbytes = len(header) + sum(sizes.values())
     return UndoSummary(str(output.target), nbytes, 8 * nbytes / max(merged, 1))
+
+
+def refuse_record_path(path: Path, target: Path, inputs: Sequence[Path], *, force: bool) -> None:
+    """Refuse before a merge where its undo record could not, or must not, be written.
+
+    Parameters
+    ----------
+    path : Path
+        Of the record.
+    target : Path
+        The merged model. Where an interrupted merge to it waits to be continued, its record may
+        stand already.
+    inputs : sequence of Path
+        The base, the adapters and their files.
+    force : bool
+        Replace an undo record.
+
+    Raises
+    ------
+    OutputError
+        If the path is or lies in an input or the output, or something stands there that is not
+        an undo record, or one does and neither ``force`` nor an interrupted merge allows it.
+    """
+    path, target = Path(os.path.abspath(path)), Path(os.path.abspath(target))
+    refuse_input_as_output(path, path.with_name(path.name + ".partial"), inputs)
+    real, output = path.resolve(), target.resolve()
+    if real.is_relative_to(output) or output.is_relative_to(real):
+        raise OutputError("is, contains or is inside the output", path=path, hint=_ANOTHER)
+    if not path.parent.is_dir():
+        raise OutputError("no such directory", path=path.parent, hint="create it first")
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file() or not _is_record(path):
+        raise OutputError(
+            "exists, is not an undo record and will not be replaced", path=path, hint=_ANOTHER
+        )
+    if not force and not target.with_name(target.name + ".partial").is_dir():
+        raise OutputError("already exists", path=path, hint="use --force to replace it")
+
+
+def _is_record(path: Path) -> bool:
+    if not path.stat().st_size:
+        return True
+    try:
+        file = MappedFile(SafeDirectory(path.parent), path.name)
+    except LoraFormatError:
+        return False
+    with closing(file):
+        return METADATA_KEY in file.header.metadata
+
+
+class RecordPublication(AtomicFile):
+    """An undo record that is written before its model appears, and appears with it.
+
+    Parameters
+    ----------
+    path : Path
+    model : AtomicOutput
+        Of the merged model.
+    inputs : sequence of Path
+    force : bool
+
+    Notes
+    -----
+    `commit` publishes both. A kill in between leaves the record and the model's finished shards:
+    the same command continues, and accepts that record if it is the same, byte for byte. A
+    failure takes the record back.
+    """
+
+    def __init__(
+        self, path: Path, model: AtomicOutput, inputs: Sequence[Path], *, force: bool
+    ) -> None:
+        super().__init__(path, plan="undo record", inputs=inputs, force=force)
+        self._model, self._sources = model, list(inputs)
+
+    def _refuse_existing(self) -> None:
+        refuse_record_path(self.target, self._model.target, self._sources, force=self._force)
+
+    def commit(self) -> None:
+        """Let the record appear, and the model.
+
+        Raises
+        ------
+        OutputError
+            If another record stands there, or the model cannot appear; neither does then.
+        """
+        written, replaced = self.work / self.file_name, self.work / _REPLACED
+        stood = self.target.is_file()
+        same = stood and filecmp.cmp(written, self.target, shallow=False)
+        if stood and not same:
+            if not self._force:
+                raise OutputError("belongs to another merge", path=self.target, hint="use --force")
+            os.rename(self.target, replaced)
+        if not same:
+            self._appear(written)
+            sync_directory(self.target.parent)
+        try:
+            self._model.commit()
+        except BaseException:
+            if not same and not self._model.published:
+                os.unlink(self.target)
+                if replaced.exists():
+                    os.rename(replaced, self.target)
+                sync_directory(self.target.parent)
+            raise
+        self._remove_work()

@@ -195,9 +195,9 @@ class Undoing:
         except UnsupportedError as error:
             raise self._damaged("U10", name, str(error)) from error
         for matrix in matrices:
-            for b, a, _, _ in () if matrix is None else matrix.factors:
-                turned = matrix is not None and matrix.transposed
-                shape = (a.shape[1], len(b)) if turned else (len(b), a.shape[1])
+            for factors in () if matrix is None else matrix.terms:
+                shape = len(factors.b), factors.a.shape[1]
+                shape = shape[::-1] if matrix is not None and matrix.transposed else shape
                 if shape != (rows, columns):
                     raise self._damaged("U10", name, f"a delta of {shape}")
         return matrices
@@ -235,10 +235,9 @@ class Undoing:
         """Return the gains of each matrix' terms that have some."""
         whole = array_view(self._part(name, 2), "F32")
         counts = [
-            [len(b) for b, _, _, magnitude in matrix.factors if magnitude is not None]
-            if matrix is not None else []
+            [len(t.b) for t in matrix.terms if t.magnitude is not None] if matrix else []
             for matrix in matrices
-        ]  # fmt: skip
+        ]
         if sum(map(sum, counts)) != len(whole):
             raise self._damaged("U09", name, f"{len(whole)} gains")
         ends = accumulate(count for own in counts for count in own)
@@ -275,7 +274,7 @@ def _decode_matrix(
     step: int,
 ) -> None:
     """Fill `restored`, tile by tile, on all CPUs."""
-    from loraformat.ops.merge.tile_threads import over_tiles
+    from loraformat.ops.merge.deltas import over_tiles
     from loraformat.undo.interval_code import decode_tile
 
     deltas, gain = (None, None) if matrix is None else matrix.combined(gains, exact=True)

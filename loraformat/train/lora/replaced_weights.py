@@ -15,7 +15,7 @@ from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.tied_head import HEAD, untied_config
 from loraformat.model.vocabulary import per_token, resized_config, tokenizer_files
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
-from loraformat.ops.merge.tensor import merged_tensor
+from loraformat.ops.merge.tensor import MergedTensor
 
 __all__ = ["ReplacedWeights", "replaced_weights_of"]
 
@@ -85,6 +85,6 @@ def _tensor(edit: TensorEdit, adapter: Adapter, base: Checkpoint) -> DenseTensor
     if edit.replacement is not None and not edit.rows:
         return replace(edit.replacement[1], name=edit.name)
     source = None if edit.source is None else base.tensors[edit.source]
-    made = merged_tensor(replace(edit, terms=[]), source, [adapter], [1.0], None)
+    made = MergedTensor(replace(edit, terms=[]), source, [adapter], [1.0]).dense()
     data = made.load()
     return DenseTensor(made.name, made.dtype, made.shape, lambda: data)

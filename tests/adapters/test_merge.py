@@ -207,6 +207,14 @@ def test_a_quantized_base_becomes_dense(tmp_path, form):
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
+def test_a_delta_of_what_an_adapter_replaces_in_float64(tmp_path):
+    base, _ = small(tmp_path, torch.bfloat16)
+    new, d = gauss(32, 32, seed=3).double(), delta(Q, 32, 32)
+    merge(base, [adapter(d, replacements={Q: dense("new", new)})], tmp_path / "out")
+    wanted = (new + dense_delta(d)).bfloat16()
+    assert (weights_of(tmp_path / "out")[Q] != wanted).sum() < 3
+
+
 def test_quantizing_again_must_be_asked_for_and_is_measured(tmp_path):
     base, _ = small(tmp_path)
     convert(base, tmp_path / "nf4")

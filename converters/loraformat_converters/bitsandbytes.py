@@ -12,7 +12,7 @@ from pathlib import Path
 from loraformat.bundle.converter import quantized_config
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.architecture import is_conv1d
-from loraformat.model.checkpoint import Checkpoint, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.packed_weights import BITSANDBYTES
 from loraformat.model.written import WrittenModel
 from loraformat.plugins import Converter, WriteOptions
@@ -48,7 +48,7 @@ def read(path: Path) -> Checkpoint:
         transposed=lambda name: is_conv1d(name, model_type),
         any_storage=True,
     )
-    if not any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values()):
+    if not checkpoint.nf4_weights:
         checkpoint.close()
         raise UnsupportedError("holds no NF4 weight", path=path, hint="use --from safetensors")
     if checkpoint.quantization_config is not None:
@@ -104,8 +104,8 @@ def _wrong_on_a_cpu(checkpoint: Checkpoint) -> list[str]:
     """Say which weights bitsandbytes decodes wrongly on a CPU with AVX-512: version 0.50.2, run."""
     wrong = [
         tensor.name
-        for tensor in checkpoint.tensors.values()
-        if isinstance(tensor, NF4Tensor) and tensor.stored_shape
+        for tensor in checkpoint.nf4_weights
+        if tensor.stored_shape
         if (columns := tensor.stored_shape[-1]) % 16 == 0 and columns % tensor.block_size
     ]
     if not wrong:

@@ -13,7 +13,7 @@ from loraformat.bundle.manifest import Manifest, fingerprint
 from loraformat.bundle.reader import is_bundle, open_bundle
 from loraformat.families.table import Family, family_of
 from loraformat.model.architecture import skip_modules
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import join, model_dtype, parse
 from loraformat.model.quantization_history import EXTENSION, to_extension
 from loraformat.model.written import FileRecord, WrittenModel
@@ -91,8 +91,7 @@ def quantized_config(checkpoint: Checkpoint) -> bytes | None:
     """Return ``config.json`` with the ``quantization_config`` that makes peers open NF4."""
     if checkpoint.config is None:
         return None
-    quantized = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
-    if not quantized:
+    if not checkpoint.nf4_weights:
         return checkpoint.config
     return join(
         checkpoint.config, checkpoint.quantization_config or quantization_config(checkpoint)
@@ -101,8 +100,7 @@ def quantized_config(checkpoint: Checkpoint) -> bytes | None:
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
     """Return what transformers writes for a model quantized as this one."""
-    quantized = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
-    dense = [t for t in checkpoint.tensors.values() if isinstance(t, DenseTensor)]
+    quantized = checkpoint.nf4_weights
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -113,7 +111,9 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": skip_modules(
-            dense, (tensor.name for tensor in quantized), _family(checkpoint).optional
+            checkpoint.dense_tensors,
+            (tensor.name for tensor in quantized),
+            _family(checkpoint).optional,
         ),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,

@@ -382,7 +382,7 @@ class NF4Tensor:
                 return codec.dequantize_rows(codes, turned, start=start, stride=height).T
             return codec.dequantize(
                 codes, dtype=wanted, start=start * columns, stop=stop * columns, scales=scales
-            ).reshape(-1, columns)
+            ).reshape(stop - start, columns)
 
         return read
 
@@ -502,6 +502,16 @@ class Checkpoint:
     sources: tuple[Path, ...] = ()
     left_behind: Sequence[str] = ()
     close: Callable[[], None] = _nothing
+
+    @property
+    def nf4_weights(self) -> list[NF4Tensor]:
+        """The weights in NF4."""
+        return [tensor for tensor in self.tensors.values() if isinstance(tensor, NF4Tensor)]
+
+    @property
+    def dense_tensors(self) -> list[DenseTensor]:
+        """The tensors of ordinary numbers."""
+        return [tensor for tensor in self.tensors.values() if isinstance(tensor, DenseTensor)]
 
     def __enter__(self) -> Checkpoint:
         return self

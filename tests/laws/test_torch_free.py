@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from loraformat.demo import ADAPTERS, SMALL_MODEL
@@ -63,6 +64,14 @@ COMMANDS = {
         "convert reduced.gguf reduced --base base",
         "merge base reduced.gguf -o merged",
     ],
+    "inputs": [
+        "convert float8 plain --to safetensors",
+        "convert float8 quantized",
+        "convert mxfp4 experts --to safetensors",
+        "info float8 --tensors",
+        "verify float8",
+        "extract base plain -o extracted --rank 4",
+    ],
     "hub": [
         "push manual me/new --base-model org/base",
         "pull me/new pulled",
@@ -96,7 +105,24 @@ def models(tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     weights[name] = weights[name] + 0.01
     save_file(weights, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    _quantized(tmp_path)
     return tmp_path
+
+
+def _quantized(top):
+    """The base in float8, and blocks of MXFP4."""
+    shutil.copytree(SMALL_MODEL, top / "float8")
+    weights = load_file(SMALL_MODEL / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        weights[name] = (weights[name] * 64).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.full((), 1 / 64)
+    save_file(weights, top / "float8" / "model.safetensors", {"format": "pt"})
+    (top / "mxfp4").mkdir()
+    (top / "mxfp4" / "config.json").write_text('{"model_type": "gpt_oss"}')
+    parts = {"blocks": torch.ones(2, 4, 2, 16, dtype=torch.uint8),
+             "scales": torch.ones(2, 4, 2, dtype=torch.uint8)}  # fmt: skip
+    stored = {f"model.layers.0.mlp.experts.down_proj_{part}": parts[part] for part in parts}
+    save_file(stored, top / "mxfp4" / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture

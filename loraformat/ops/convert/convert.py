@@ -19,7 +19,7 @@ from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
-from loraformat.model.checkpoint import Checkpoint, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.convert.adapter import convert_adapter
@@ -246,7 +246,7 @@ def _convert_base(
 
 def _aligned(original: Checkpoint, checkpoint: Checkpoint) -> tuple[Checkpoint, Alignment]:
     """Give what is quantized now one dense type; a source in NF4 keeps its bytes."""
-    if any(isinstance(tensor, NF4Tensor) for tensor in original.tensors.values()):
+    if original.nf4_weights:
         return checkpoint, Alignment()
     return aligned(checkpoint)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loraformat.model.architecture import is_plain_in_peers, kind_of
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.written import WrittenModel
 from loraformat.ops.encoding.requantization import history, original_of, sentence
@@ -114,7 +114,7 @@ def plan_report(
         source_format=reader.name,
         target_format=writer.name,
         tensors=len(checkpoint.tensors),
-        quantized=sum(isinstance(tensor, NF4Tensor) for tensor in tensors),
+        quantized=len(checkpoint.nf4_weights),
         parameters=parameters,
         input_bytes=sum(path.stat().st_size for path in original.sources),
         output_bytes=output,
@@ -126,8 +126,7 @@ def plan_report(
 
 
 def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
-    quantized_now = [t for t in checkpoint.tensors.values() if isinstance(t, NF4Tensor)]
-    plain = [t for t in checkpoint.tensors.values() if isinstance(t, DenseTensor)]
+    quantized_now, plain = checkpoint.nf4_weights, checkpoint.dense_tensors
     experts = [tensor for tensor in plain if ".experts." in tensor.name]
     unusual = [tensor for tensor in quantized_now if is_plain_in_peers(tensor.name)]
     notes = []

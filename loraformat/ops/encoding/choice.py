@@ -38,7 +38,7 @@ class Encoding:
         config = checkpoint.config
         if config is not None and dtype is not None:
             config = with_dtype(config, TORCH_NAMES[dtype])
-        keeps = any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values())
+        keeps = bool(checkpoint.nf4_weights)
         return replace(
             checkpoint,
             tensors={tensor.name: tensor for tensor in tensors},
@@ -75,7 +75,7 @@ class Encoding:
         return cast(tensor, dtype)
 
     def _to_nf4(self, checkpoint: Checkpoint, dtype: str | None) -> list[LazyTensor]:
-        already = any(isinstance(tensor, NF4Tensor) for tensor in checkpoint.tensors.values())
+        already = bool(checkpoint.nf4_weights)
         if already and (self.block_size or self.double_quant is not None or self.skip):
             raise UsageError(
                 "the source is already NF4, and weights are never quantized twice; start from the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import with_dtype
 from loraformat.plugins import Converter
 from loraformat.tensors.dtypes import TORCH_NAMES
@@ -38,10 +38,7 @@ def with_decoded_dtype(
     """
     if dtype is not None or writer.dtypes or writer.stores != "dense":
         return checkpoint, []
-    decoded = [
-        tensor for tensor in checkpoint.tensors.values()
-        if isinstance(tensor, DenseTensor) and tensor.stored is not None
-    ]  # fmt: skip
+    decoded = [tensor for tensor in checkpoint.dense_tensors if tensor.quantization]
     if not decoded or any(tensor.dtype != _EXACT for tensor in decoded):
         return checkpoint, []
     config = checkpoint.config

@@ -8,13 +8,12 @@ what the others lose in it is measured, and of norms that were trained in 16 bit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy
 
 from loraformat.families.table import family_of
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.model.config_json import parse, with_dtype
 from loraformat.model.rows import RowReader
 from loraformat.ops.encoding.encode import cast
@@ -82,17 +81,16 @@ def aligned(model: Checkpoint) -> tuple[Checkpoint, Alignment]:
     Alignment
     """
     counts: dict[str, int] = {}
-    for tensor in model.tensors.values():
-        if isinstance(tensor, DenseTensor) and tensor.dtype in _FLOATS:
+    for tensor in model.dense_tensors:
+        if tensor.dtype in _FLOATS:
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.count
-    quantized = any(isinstance(tensor, NF4Tensor) for tensor in model.tensors.values())
-    if not quantized or model.config is None or not counts:
+    if not model.nf4_weights or model.config is None or not counts:
         return model, Alignment()
     dtype = max(counts, key=lambda one: counts[one])
     one_type = family_of(parse(model.config)).one_type
     if one_type is False:
         return model, Alignment()
-    found = Alignment(dtype, _others(model.tensors, dtype), cast=bool(one_type))
+    found = Alignment(dtype, _others(model, dtype), cast=bool(one_type))
     if not found.names or not found.cast:
         return model, found
     config = with_dtype(model.config, TORCH_NAMES[dtype])
@@ -104,11 +102,9 @@ def aligned(model: Checkpoint) -> tuple[Checkpoint, Alignment]:
     return replace(model, tensors=tensors, config=config), found
 
 
-def _others(tensors: Mapping[str, LazyTensor], dtype: str) -> list[str]:
-    return [
-        tensor.name for tensor in tensors.values()
-        if isinstance(tensor, DenseTensor) and tensor.dtype in _FLOATS and tensor.dtype != dtype
-    ]  # fmt: skip
+def _others(model: Checkpoint, dtype: str) -> list[str]:
+    floats = (tensor for tensor in model.dense_tensors if tensor.dtype in _FLOATS)
+    return [tensor.name for tensor in floats if tensor.dtype != dtype]
 
 
 def _measured(before: DenseTensor, after: LazyTensor, found: Alignment) -> DenseTensor:

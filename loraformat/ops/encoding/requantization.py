@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
 from loraformat.model.quantization_history import Quantized, spelled
 from loraformat.model.written import TensorRecord
 from loraformat.plugins import Converter
@@ -24,7 +24,7 @@ _NONE = 1e-4
 
 def history(checkpoint: Checkpoint) -> tuple[Quantized, ...]:
     """Return how the numbers of an open model were quantized, their present form included."""
-    tensors = [tensor for tensor in checkpoint.tensors.values() if _is_quantized(tensor)]
+    tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.quantization]
     return (*checkpoint.provenance.quantized, *_step(tensors))
 
 
@@ -35,10 +35,7 @@ def with_history(checkpoint: Checkpoint, *, codes_kept: bool) -> Checkpoint:
     """
     steps = history(checkpoint)
     if codes_kept:
-        decoded = [
-            tensor for tensor in checkpoint.tensors.values()
-            if isinstance(tensor, DenseTensor) and tensor.stored is not None
-        ]  # fmt: skip
+        decoded = [tensor for tensor in checkpoint.dense_tensors if tensor.quantization]
         steps = (*checkpoint.provenance.quantized, *_step(decoded))
     origin = replace(checkpoint.provenance, quantized=steps)
     return replace(checkpoint, provenance=origin)
@@ -64,10 +61,10 @@ def again_as(
     found = {}
     for name, tensor in written.items():
         source = original.tensors.get(name)
-        if source is None or not (before or _is_quantized(source)):
+        if source is None or not (before or source.quantization):
             continue
         if isinstance(tensor, NF4Tensor) and not isinstance(source, NF4Tensor):
-            found[name] = "NF4"
+            found[name] = tensor.quantization
         elif asked is not None and len(source.shape) > 1:
             found[name] = asked.upper()
     return found
@@ -135,21 +132,16 @@ def _error(records: Iterable[TensorRecord]) -> float:
     return sqrt(square / count) if count else 0.0
 
 
-def _is_quantized(tensor: LazyTensor) -> bool:
-    return isinstance(tensor, NF4Tensor) or tensor.stored is not None
-
-
 def _step(tensors: Sequence[LazyTensor]) -> tuple[Quantized, ...]:
     if not tensors:
         return ()
     types: dict[str, int] = {}
     for tensor in tensors:
-        name = tensor.stored_as if isinstance(tensor, DenseTensor) else "NF4"
-        types[name] = types.get(name, 0) + 1
-    stored = sum(
-        tensor.stored_bytes if isinstance(tensor, DenseTensor) else tensor.nbytes
-        for tensor in tensors
+        types[tensor.stored_as] = types.get(tensor.stored_as, 0) + 1
+    bits = (
+        8
+        * sum(tensor.stored_bytes for tensor in tensors)
+        / max(sum(tensor.count for tensor in tensors), 1)
     )
-    bits = 8 * stored / max(sum(tensor.count for tensor in tensors), 1)
     ordered = dict(sorted(types.items(), key=lambda item: -item[1]))
     return (Quantized(ordered, round(bits, 4)),)

@@ -11,7 +11,7 @@ from loraformat.bundle.reader import Bundle, is_bundle, open_bundle
 from loraformat.families.table import model_type
 from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
-from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.config_json import members
 from loraformat.ops.info.adapter import describe_adapter
 from loraformat.ops.info.report import (
@@ -66,15 +66,14 @@ def info(path: str | Path, *, allow_pickle: bool = False) -> InfoReport:
 
 def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelInfo:
     tensors = list(checkpoint.tensors.values())
-    quantized = [tensor for tensor in tensors if isinstance(tensor, NF4Tensor)]
+    quantized = checkpoint.nf4_weights
     parameters, weight_bytes = _sums(tensors)
     quantized_parameters, quantized_bytes = _sums(quantized)
     config = members(checkpoint.config) if checkpoint.config else {}
     architectures = config.get("architectures")
     dtypes: dict[str, int] = {}
     for tensor in tensors:
-        key = "NF4" if isinstance(tensor, NF4Tensor) else tensor.stored_as
-        dtypes[key] = dtypes.get(key, 0) + tensor.count
+        dtypes[tensor.stored_as] = dtypes.get(tensor.stored_as, 0) + tensor.count
     manifest = bundle.manifest if bundle else None
     return ModelInfo(
         path=str(checkpoint.path),
@@ -102,28 +101,18 @@ def _summary(checkpoint: Checkpoint, bundle: Bundle | None) -> ModelInfo:
     )
 
 
-def _sums(tensors: list[LazyTensor] | list[NF4Tensor]) -> tuple[int, int]:
-    return sum(tensor.count for tensor in tensors), sum(_bytes(tensor) for tensor in tensors)
-
-
-def _encoding(tensor: LazyTensor) -> str:
-    if isinstance(tensor, NF4Tensor):
-        return "nf4"
-    return "dense" if tensor.stored is None else tensor.stored_as.lower()
-
-
-def _bytes(tensor: LazyTensor) -> int:
-    return tensor.nbytes if isinstance(tensor, NF4Tensor) else tensor.stored_bytes
+def _sums(tensors: Sequence[LazyTensor]) -> tuple[int, int]:
+    return sum(tensor.count for tensor in tensors), sum(tensor.stored_bytes for tensor in tensors)
 
 
 def _tensor(tensor: LazyTensor, bundle: Bundle | None) -> TensorSummary:
     record = bundle.manifest.tensors.get(tensor.name) if bundle else None
     return TensorSummary(
         name=tensor.name,
-        encoding=_encoding(tensor),
+        encoding=(tensor.quantization or "dense").lower(),
         dtype=tensor.dtype,
         shape=tensor.shape,
-        bytes=_bytes(tensor),
+        bytes=tensor.stored_bytes,
         relative_rms_error=record.relative_rms_error if record else None,
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.errors import UsageError, printable
 from loraformat.model.adapter import Adapter
-from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.model.vocabulary import Resize, per_token
 from loraformat.model.written import WrittenModel
@@ -101,7 +101,7 @@ class SeparateDelta:
         weights: Sequence[float],
         name: str,
     ) -> None:
-        if not any(isinstance(tensor, NF4Tensor) for tensor in original.tensors.values()):
+        if not original.nf4_weights:
             raise UsageError(
                 f"{original.path} is dense, but a bundle stores NF4",
                 hint="convert it to a bundle first and merge into that, which stores the adapter "

@@ -115,7 +115,7 @@ class StoredWeights:
         An NF4 one is decoded as a whole.
         """
         tensor = self._tensors[name]
-        return tensor_of(tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor.array())
+        return tensor_of(tensor.array())
 
     def copy(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a small tensor in memory; floating numbers as `dtype`."""

@@ -90,21 +90,13 @@ def aligned(model: Checkpoint) -> tuple[Checkpoint, Alignment]:
     one_type = family_of(parse(model.config)).one_type
     if one_type is False:
         return model, Alignment()
-    found = Alignment(dtype, _others(model, dtype), cast=bool(one_type))
+    others = [one for one in model.dense_tensors if one.dtype in _FLOATS and one.dtype != dtype]
+    found = Alignment(dtype, [tensor.name for tensor in others], cast=bool(one_type))
     if not found.names or not found.cast:
         return model, found
     config = with_dtype(model.config, TORCH_NAMES[dtype])
-    tensors = dict(model.tensors)
-    for name in found.names:
-        tensor = tensors[name]
-        assert isinstance(tensor, DenseTensor)
-        tensors[name] = _measured(tensor, cast(tensor, dtype), found)
-    return replace(model, tensors=tensors, config=config), found
-
-
-def _others(model: Checkpoint, dtype: str) -> list[str]:
-    floats = (tensor for tensor in model.dense_tensors if tensor.dtype in _FLOATS)
-    return [tensor.name for tensor in floats if tensor.dtype != dtype]
+    measured = {one.name: _measured(one, cast(one, dtype), found) for one in others}
+    return replace(model, tensors={**model.tensors, **measured}, config=config), found
 
 
 def _measured(before: DenseTensor, after: LazyTensor, found: Alignment) -> DenseTensor:

@@ -138,10 +138,7 @@ def _step(tensors: Sequence[LazyTensor]) -> tuple[Quantized, ...]:
     types: dict[str, int] = {}
     for tensor in tensors:
         types[tensor.stored_as] = types.get(tensor.stored_as, 0) + 1
-    bits = (
-        8
-        * sum(tensor.stored_bytes for tensor in tensors)
-        / max(sum(tensor.count for tensor in tensors), 1)
-    )
+    stored = sum(tensor.stored_bytes for tensor in tensors)
+    bits = 8 * stored / max(sum(tensor.count for tensor in tensors), 1)
     ordered = dict(sorted(types.items(), key=lambda item: -item[1]))
     return (Quantized(ordered, round(bits, 4)),)

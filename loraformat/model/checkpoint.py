@@ -23,8 +23,6 @@ from loraformat.nf4.quant_state import NESTED_BLOCK_SIZE, QuantState
 from loraformat.tensors.dtypes import ITEM_BYTES
 
 if TYPE_CHECKING:
-    import torch
-
     from loraformat.nf4 import codec
     from loraformat.tensors.arrays import Array
 
@@ -183,12 +181,6 @@ class DenseTensor:
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in order: all at once, or a few megabytes if computed by rows."""
         yield from self.load.chunks() if isinstance(self.load, RowSource) else [self.load()]
-
-    def torch(self) -> torch.Tensor:
-        """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""
-        from loraformat.tensors.torch_arrays import tensor_of
-
-        return tensor_of(self.array())
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,10 +60,17 @@ class RowSource:
 
     def reader(self) -> RowReader:
         """Return a reader whose numbers are rounded to the dtype, once, to nearest even."""
-        from loraformat.tensors.arrays import numpy_dtype, rounded
+        import numpy
+
+        from loraformat.tensors.arrays import numpy_dtype
 
         read, dtype = self.open(), numpy_dtype(self.dtype)
-        return lambda start, stop: rounded(read(start, stop), dtype)
+
+        def rounded(start: int, stop: int) -> Array:
+            with numpy.errstate(all="ignore"):  # what is too large becomes infinite
+                return read(start, stop).astype(dtype, copy=False)
+
+        return rounded
 
     def __call__(self) -> memoryview:
         """Compute all rows, in tiles, with every CPU of the process."""

@@ -7,21 +7,23 @@ computes widens to float32 first (exact) and rounds once at the end (to nearest 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy
 
+from loraformat.errors import InputError, printable
 from loraformat.tensors.dtypes import ITEM_BYTES
 
 __all__ = [
     "Array",
     "array_bytes",
     "array_view",
+    "check_finite",
     "dtype_name",
     "finite",
     "numpy_dtype",
-    "rounded",
     "same_bytes",
 ]
 
@@ -148,15 +150,32 @@ def same_bytes(one: memoryview, other: memoryview) -> bool:
     )
 
 
-def rounded(array: Array, dtype: numpy.dtype[Any]) -> Array:
-    """Return an array in another dtype, each number rounded once, to nearest even.
+def check_finite(
+    values: Array,
+    name: str,
+    path: Path | None = None,
+    *,
+    error: type[InputError] = InputError,
+) -> None:
+    """Refuse NaN and infinity.
 
-    What is too large becomes infinite, without numpy's warning.
+    Parameters
+    ----------
+    values : array
+    name : str
+        Of the tensor.
+    path : Path, optional
+        Its file.
+    error : type
+        What is raised.
 
-    Examples
-    --------
-    >>> rounded(numpy.array([1e6, 1 / 3]), numpy_dtype("F16"))
-    array([   inf, 0.3333], dtype=float16)
+    Raises
+    ------
+    InputError
     """
-    with numpy.errstate(all="ignore"):
-        return array.astype(dtype, copy=False)
+    if not finite(values):
+        raise error(
+            f"tensor {printable(name)} holds NaN or infinity",
+            path=path,
+            hint="the file is damaged, or its training diverged: use an earlier checkpoint",
+        )

@@ -7,6 +7,7 @@ import torch
 
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.testing import dense
+from tests.torch_tensors import numbers
 
 LAYER = "model.layers.{}.self_attn.{}.weight"
 
@@ -35,7 +36,7 @@ def random_adapter(seed=0, ranks=(6, 6, 4, 8), scalings=(1.0, 2.0, 0.5, -3.0), d
 
 def effect(change):
     """D of a delta, in float64."""
-    return change.scaling * change.b.torch().double() @ change.a.torch().double()
+    return change.scaling * numbers(change.b).double() @ numbers(change.a).double()
 
 
 def effects(whole):
@@ -51,8 +52,8 @@ def in_memory(whole):
     deltas = {
         name: replace(
             change,
-            a=dense("a", change.a.torch().clone()),
-            b=dense("b", change.b.torch().clone()),
+            a=dense("a", numbers(change.a).clone()),
+            b=dense("b", numbers(change.b).clone()),
         )
         for name, change in whole.deltas.items()
     }

@@ -20,6 +20,7 @@ from loraformat.testing import dense
 from tests.adapters import peft_models
 from tests.adapters.memory_adapters import distance, effects
 from tests.adapters.test_peft_cases import CASES
+from tests.torch_tensors import numbers
 
 IDS = torch.arange(12)[None]
 ALL = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -170,7 +171,7 @@ def test_statistics_on_disk_make_reduction_aware(base, tmp_path, capsys):
     with open_adapter(source) as adapter:
         deltas = {}
         for target, delta in adapter.deltas.items():
-            z = delta.a.torch() @ inputs[delta.in_features]
+            z = numbers(delta.a) @ inputs[delta.in_features]
             moment = dense(f"{target}.moment", z @ z.T / 400)
             deltas[target] = replace(delta, second_moment=moment)
         wanted = effects(adapter)

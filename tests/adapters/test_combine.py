@@ -23,6 +23,7 @@ from tests.adapters.memory_adapters import (
     effects,
     random_adapter,
 )
+from tests.torch_tensors import numbers
 
 EXACT = ("svd", "cat", "linear")
 
@@ -173,7 +174,7 @@ def test_biases_add_up():
     other = adapter(delta("x", torch.randn(4, 1), torch.randn(1, 4), 1.0,
                           bias=dense("b", torch.ones(4))))  # fmt: skip
     after, _ = combine([one, other], "cat", (1, -0.5))
-    assert after.deltas["x"].bias.torch().tolist() == [1.5] * 4
+    assert numbers(after.deltas["x"].bias).tolist() == [1.5] * 4
 
 
 # Refusals
@@ -200,10 +201,10 @@ def with_rows(value, indices=(3, 5)):
 
 def test_equal_whole_tensors_are_kept():
     after, report = combine([with_head(1.0), with_head(1.0), random_adapter()])
-    assert torch.equal(after.replacements["lm_head.weight"].torch(), torch.ones(2, 2))
+    assert torch.equal(numbers(after.replacements["lm_head.weight"]), torch.ones(2, 2))
     assert any("same values in 2 adapters" in note for note in report.notes)
     after, _ = combine([with_rows(1.0), with_rows(1.0)], "ties")
-    assert torch.equal(after.rows["embed"].rows.torch(), torch.ones(2, 4))
+    assert torch.equal(numbers(after.rows["embed"].rows), torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -212,13 +213,13 @@ def test_whole_tensors_have_a_mean_if_the_weights_add_up_to_one(kind):
     adapters = [with_head(1.0, kind=kind), with_head(3.0, kind=kind), random_adapter()]
     after, report = combine(adapters, "cat", [1.5, -0.5, 7.0])
     found = after.replacements["lm_head.weight"]
-    assert found.torch().dtype == kind
-    assert torch.equal(found.torch(), torch.zeros(2, 2, dtype=kind))
+    assert numbers(found).dtype == kind
+    assert torch.equal(numbers(found), torch.zeros(2, 2, dtype=kind))
     assert any("weighted mean of 2 adapters" in note for note in report.notes)
     after, _ = combine([with_rows(1.0), with_rows(2.0)], "svd", [0.5, 0.5])
-    assert torch.equal(after.rows["embed"].rows.torch(), torch.full((2, 4), 1.5))
+    assert torch.equal(numbers(after.rows["embed"].rows), torch.full((2, 4), 1.5))
     after, _ = combine([with_rows(2.0), random_adapter()], "svd", [1.0, 0.5])
-    assert torch.equal(after.rows["embed"].rows.torch(), torch.full((2, 4), 2.0))
+    assert torch.equal(numbers(after.rows["embed"].rows), torch.full((2, 4), 2.0))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_cat_rounds_nothing_that_it_need_not():
     """bfloat16 factors, weights that are powers of two: the same digits come out."""
     one, other = (
         adapter(*(
-            replace(d, a=dense("a", d.a.torch().bfloat16()), b=dense("b", d.b.torch().bfloat16()))
+            replace(d, a=dense("a", numbers(d.a).bfloat16()), b=dense("b", numbers(d.b).bfloat16()))
             for d in random_adapter(seed, scalings=(1.0, 2.0, 0.5, -4.0)).deltas.values()
         ))
         for seed in (0, 1)

@@ -9,6 +9,7 @@ from loraformat.ops.reduce import Reduction, reduce_adapter
 from loraformat.tensors.torch_arrays import tensor_of
 from loraformat.testing import checkpoint, dense, nf4
 from tests.adapters.memory_adapters import distance, effect
+from tests.torch_tensors import numbers
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -37,7 +38,7 @@ def test_auto_stops_at_the_noise_edge(relative, dtype):
     base, tuned, d = pair(relative=relative, dtype=dtype)
     found, report = extract(base, tuned, rank="auto", dtype="f32")
     assert report.modules[0].rank == 6
-    raw = (tuned.tensors[Q].torch().float() - base.tensors[Q].torch().float()).double()
+    raw = (numbers(tuned.tensors[Q]).float() - numbers(base.tensors[Q]).float()).double()
     error = distance(effect(found.deltas[Q]), d.double())
     assert error < 0.5 * distance(raw, d.double())  # nearer to the truth than the difference
     more, _ = extract(base, tuned, rank=64, dtype="f32")
@@ -46,7 +47,7 @@ def test_auto_stops_at_the_noise_edge(relative, dtype):
 
 def test_auto_leaves_noise_out():
     base, _, _ = pair()
-    weight = base.tensors[Q].torch().float()
+    weight = numbers(base.tensors[Q]).float()
     random = torch.Generator().manual_seed(4)
     jitter = (torch.rand(weight.shape, generator=random) - 0.5) * weight.abs() * 2**-8
     tuned = checkpoint(dense(Q, (weight + jitter).bfloat16()))
@@ -77,7 +78,7 @@ def test_auto_is_the_default():
 @pytest.mark.parametrize("members", [{}, {"rank": 4}, {"energy": 0.99}])
 def test_the_error_is_that_of_the_factors_as_they_are_stored(members):
     base, tuned, _ = pair(rank=4, relative=0.2)
-    raw = (tuned.tensors[Q].torch().float() - base.tensors[Q].torch().float()).double()
+    raw = (numbers(tuned.tensors[Q]).float() - numbers(base.tensors[Q]).float()).double()
     found, report = extract(base, tuned, dtype="bf16", **members)
     assert report.modules[0].error == pytest.approx(
         distance(effect(found.deltas[Q]), raw), abs=2e-4
@@ -93,7 +94,7 @@ def test_what_a_stored_dtype_cannot_hold_is_refused():
 
 def test_a_fixed_rank_is_nearly_optimal_and_certified():
     base, tuned, _ = pair(rank=40)
-    raw = (tuned.tensors[Q].torch().float() - base.tensors[Q].torch().float()).double()
+    raw = (numbers(tuned.tensors[Q]).float() - numbers(base.tensors[Q]).float()).double()
     s = torch.linalg.svdvals(raw)
     for rank in (1, 8, 32, 500):
         found, report = extract(base, tuned, rank=rank, dtype="f32")
@@ -108,7 +109,7 @@ def test_a_fixed_rank_is_nearly_optimal_and_certified():
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.98])
 def test_energy(energy):
     base, tuned, _ = pair(rank=40)
-    raw = (tuned.tensors[Q].torch().float() - base.tensors[Q].torch().float()).double()
+    raw = (numbers(tuned.tensors[Q]).float() - numbers(base.tensors[Q]).float()).double()
     _, report = extract(base, tuned, energy=energy)
     s = torch.linalg.svdvals(raw).square()
     best = int((s.cumsum(0) < energy * s.sum()).sum()) + 1
@@ -220,7 +221,7 @@ def test_everything_is_handled_or_listed():
         "only.tuned.weight": "exists only in the fine-tune",
     }
     assert any("grew from 20 to 23 rows" in note for note in report.notes)
-    assert found.replacements["model.norm.weight"].torch()[0] == 1.5
+    assert numbers(found.replacements["model.norm.weight"])[0] == 1.5
     assert report.to_dict()["modules"][0]["target"] == Q
     skipped, _ = extract(base, tuned, rank=2, skip=("*.q_proj.*", "model.n*"))
     assert not skipped.deltas
@@ -240,7 +241,7 @@ def test_the_result_can_be_reduced_after_the_models_are_closed():
 @pytest.mark.parametrize("side", [0, 1])
 def test_not_finite(bad, side):
     models = list(pair(64, 64)[:2])
-    values = models[side].tensors[Q].torch().clone()
+    values = numbers(models[side].tensors[Q]).clone()
     values[3, 4] = bad
     models[side] = checkpoint(dense(Q, values))
     with pytest.raises(InputError, match="not finite"):

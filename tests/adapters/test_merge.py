@@ -23,10 +23,11 @@ from tests.adapters.merging import (
     small,
     weights_of,
 )
+from tests.torch_tensors import numbers
 
 
 def dense_delta(d):
-    b, a = d.b.torch().double(), d.a.torch().double()
+    b, a = numbers(d.b).double(), numbers(d.a).double()
     full = d.scaling * b @ a
     return full if d.orientation == "linear" else full.T
 
@@ -63,7 +64,7 @@ def dora_weight(weight, d):
     axis = 1 if d.orientation == "linear" else 0
     norm = total.norm(dim=axis, keepdim=True)
     shape = (-1, 1) if axis == 1 else (1, -1)
-    return d.magnitude.torch().double().view(shape) * total / norm
+    return numbers(d.magnitude).double().view(shape) * total / norm
 
 
 @pytest.mark.parametrize("orientation", ["linear", "transposed"])

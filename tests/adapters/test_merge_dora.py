@@ -11,6 +11,7 @@ from loraformat.ops.merge.merge import merge
 from loraformat.ops.unmerge.unmerge import unmerge
 from tests.adapters import merging, peft_models
 from tests.adapters.peft_models import logits
+from tests.torch_tensors import numbers
 
 KINDS = {
     "dora": {"use_dora": True, "lora_alpha": 10},
@@ -96,7 +97,7 @@ def test_weights_and_a_row_that_one_makes_zero(tmp_path):
     merge(base, [merging.adapter(d) for d in deltas], tmp_path / "out", weight=users, dtype="f32")
     wanted = weight
     for delta, magnitude, user in zip(deltas, magnitudes, users, strict=True):
-        change = 2.0 * delta.b.torch().double() @ delta.a.torch().double()
+        change = 2.0 * numbers(delta.b).double() @ numbers(delta.a).double()
         gain = (magnitude.double() / (weight + change).norm(dim=1))[:, None]
         wanted = wanted + user * (gain * (wanted + change) - wanted)
     found = merging.weights_of(tmp_path / "out")[merging.Q].double()

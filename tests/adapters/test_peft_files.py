@@ -32,6 +32,7 @@ from tests.adapters.peft_models import (
     shake,
     trained,
 )
+from tests.torch_tensors import numbers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -44,7 +45,7 @@ def read_base(path: Path) -> Checkpoint:
 
 
 def dense(delta: LoraDelta) -> torch.Tensor:
-    return delta.scaling * delta.b.torch().double() @ delta.a.torch().double()
+    return delta.scaling * numbers(delta.b).double() @ numbers(delta.a).double()
 
 
 def rewrite(adapter: Path, change, **fields) -> Path:

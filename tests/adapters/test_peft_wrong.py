@@ -34,6 +34,7 @@ from tests.adapters.peft_models import (
     trained,
 )
 from tests.adapters.test_peft_files import EXPERTS, read_base, rewrite, turned
+from tests.torch_tensors import numbers
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor, without: torch.Tensor) -> float:
@@ -91,7 +92,7 @@ def sum_of(paths: tuple[Path, Path]) -> dict[str, torch.Tensor]:
     for path in paths:
         with open_adapter(path) as adapter:
             for name, delta in adapter.deltas.items():
-                found = delta.scaling * delta.b.torch().double() @ delta.a.torch().double()
+                found = delta.scaling * numbers(delta.b).double() @ numbers(delta.a).double()
                 total[name] = total.get(name, 0) + found
     return total
 

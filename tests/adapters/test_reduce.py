@@ -10,6 +10,7 @@ from loraformat.model.checkpoint import CarriedFile
 from loraformat.ops.reduce import Reduction, reduce_adapter
 from loraformat.testing import dense
 from tests.adapters.memory_adapters import adapter, delta, distance, effect, effects, random_adapter
+from tests.torch_tensors import numbers
 
 
 def best_error(d, k):
@@ -38,7 +39,10 @@ def test_any_prefix_is_the_smaller_adapter():
     before = random_adapter()
     after, _ = reduce_adapter(before, Reduction(rank=4))
     for target, d in effects(before).items():
-        b, a = after.deltas[target].b.torch().double(), after.deltas[target].a.torch().double()
+        b, a = (
+            numbers(after.deltas[target].b).double(),
+            numbers(after.deltas[target].a).double(),
+        )
         for k in (1, 2, 3):
             assert distance(b[:, :k] @ a[:k], d) == pytest.approx(best_error(d, k), abs=1e-6)
 
@@ -128,8 +132,8 @@ def test_statistics_make_it_activation_aware():
     assert report.modules[0].error == pytest.approx(output_error(aware), rel=1e-4)
     assert output_error(aware) < 0.9 * output_error(plain)
     for smaller in (aware, plain):  # the moment is that of the new inner activations
-        z = smaller.deltas["x.weight"].a.torch() @ x
-        found = smaller.deltas["x.weight"].second_moment.torch()
+        z = numbers(smaller.deltas["x.weight"].a) @ x
+        found = numbers(smaller.deltas["x.weight"].second_moment)
         assert distance(found, z @ z.T / 500) < 1e-4
     again, _ = reduce_adapter(aware, Reduction(rank=2))
     direct, _ = reduce_adapter(before, Reduction(rank=2))
@@ -172,8 +176,8 @@ def test_magnitudes_and_biases_travel():
     after, report = reduce_adapter(adapter(change), Reduction(energy=0.9))
     small = after.deltas["x.weight"]
     assert small.rank == 1
-    assert torch.equal(small.magnitude.torch(), change.magnitude.torch())
-    assert torch.equal(small.bias.torch(), torch.full((10,), 2.0))  # 2 · 1, folded
+    assert torch.equal(numbers(small.magnitude), numbers(change.magnitude))
+    assert torch.equal(numbers(small.bias), torch.full((10,), 2.0))  # 2 · 1, folded
     assert any("DoRA" in note for note in report.notes)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, 
 from loraformat import plugins
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.ops.convert.convert import convert
+from tests.torch_tensors import numbers
 
 SETTINGS = {
     "quant_method": "mxfp4",
@@ -125,4 +126,4 @@ def test_a_scale_that_is_no_number_is_found(published, tmp_path):
 
     path = copy(published, tmp_path / "m", change)
     with plugins.sniff(path).read(path) as model:
-        assert model.tensors[P].torch()[0, :32, 0].isnan().any()
+        assert numbers(model.tensors[P])[0, :32, 0].isnan().any()

@@ -27,6 +27,7 @@ from loraformat.ops.opening.model import open_model
 from loraformat.ops.reduce import reduce
 from tests.adapters.moe_models import TOKENS
 from tests.laws.pairs import FULL_RANK, Pair, assert_close, logits, make_pair, opened, stored
+from tests.torch_tensors import numbers
 from tests.train import causal_models
 
 #: One of each family of the table, and those whose classes lay out their weights otherwise.
@@ -60,10 +61,10 @@ def effects(adapter: Path, base: Path) -> dict[str, torch.Tensor]:
     """Return what an adapter adds to each weight, in float64, and what it replaces."""
     with open_model(base) as model, open_adapter(adapter, base=model) as found:
         deltas = {
-            name: delta.scaling * delta.b.torch().double() @ delta.a.torch().double()
+            name: delta.scaling * numbers(delta.b).double() @ numbers(delta.a).double()
             for name, delta in found.deltas.items()
         }
-        return deltas | {n: t.torch().double() for n, t in found.replacements.items()}
+        return deltas | {n: numbers(t).double() for n, t in found.replacements.items()}
 
 
 def assert_equal_effects(found, wanted):

@@ -21,6 +21,7 @@ from loraformat.ops.check.fix import fix
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.runtimes.known import RUNTIMES
+from tests.torch_tensors import numbers
 
 FIXABLE = [
     "plain", "rslora", "alpha_pattern", "rank_pattern", "all scalings", "float alpha", "alpha 0",
@@ -35,7 +36,7 @@ def deltas(path) -> dict[str, torch.Tensor]:
     """Return s·B A in float64, as loraformat reads it."""
     with open_adapter(path) as adapter:
         return {
-            name: delta.scaling * delta.b.torch().double() @ delta.a.torch().double()
+            name: delta.scaling * numbers(delta.b).double() @ numbers(delta.a).double()
             for name, delta in adapter.deltas.items()
         }
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.pickled import open_pickle
-from loraformat.model.tensor_values import check_finite
 from loraformat.shards.index_json import parse_index
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.tensors.arrays import array_bytes, array_view, numpy_dtype
+from loraformat.tensors.arrays import array_bytes, array_view, check_finite, numpy_dtype
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = [

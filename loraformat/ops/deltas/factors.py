@@ -17,9 +17,8 @@ from loraformat.algebra.lora import Pair
 from loraformat.errors import InputError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.model.tensor_values import check_finite
 from loraformat.ops.deltas.derived_files import derived_files
-from loraformat.tensors.arrays import Array, array_bytes, numpy_dtype
+from loraformat.tensors.arrays import Array, array_bytes, check_finite, numpy_dtype
 from loraformat.tensors.arrays import finite as is_finite
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 

@@ -20,7 +20,7 @@ from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Te
 from loraformat.model.rows import RowReader
 from loraformat.nf4.quant_state import BLOCK_SIZES, QuantState
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
-from loraformat.tensors.arrays import Array, array_bytes, numpy_dtype, rounded
+from loraformat.tensors.arrays import Array, array_bytes
 from loraformat.tensors.dtypes import WEIGHT_DTYPES
 
 __all__ = ["QuantizationPolicy", "cast", "dequantized", "quantized"]
@@ -176,10 +176,10 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
 
 
 def _narrowed(name: str, values: Array, dtype: str) -> Array:
-    values = rounded(values, numpy_dtype("F32"))
+    values = values.astype(numpy.float32, copy=False)
     if dtype != "F16":
         return values
-    result = rounded(values, numpy_dtype(dtype))
+    result = values.astype(numpy.float16)
     lost = numpy.isinf(result) & numpy.isfinite(values)
     if lost.any():
         raise UnsupportedError(

@@ -25,11 +25,12 @@ from loraformat.families.table import family_of
 from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import is_conv1d, kind_of
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.model.tied_head import HEAD
 from loraformat.model.vocabulary import per_token, tokenizer_files
 from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.deltas.spool import Spool
+from loraformat.ops.encoding.encode import dequantized
 from loraformat.ops.extract.difference import PRECISIONS, Difference
 from loraformat.ops.extract.expert_stacks import Stack, stacks_of
 from loraformat.ops.extract.fit import Fit, fit
@@ -37,7 +38,7 @@ from loraformat.ops.extract.options import ExtractOptions
 from loraformat.ops.extract.paired_tensors import pairs_of
 from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
 from loraformat.ops.opening.model import fingerprint_of, open_model
-from loraformat.tensors.arrays import array_bytes, numpy_dtype, same_bytes
+from loraformat.tensors.arrays import numpy_dtype, same_bytes
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 
 __all__ = [
@@ -243,7 +244,7 @@ class _Extraction:
 
     def _reshaped(self, base: LazyTensor, tuned: LazyTensor) -> None:
         if tuned.name in per_token({tuned.name: tuned}) and base.shape[1:] == tuned.shape[1:]:
-            whole = tuned if isinstance(tuned, DenseTensor) else _decoded(tuned)
+            whole = tuned if isinstance(tuned, DenseTensor) else dequantized(tuned)
             self.replacements[tuned.name] = whole
             if tuned.name == self.tied:
                 self.replacements[HEAD] = replace(whole, name=HEAD)
@@ -414,14 +415,6 @@ def _module(name: str, rank: int, parts: list[Fit], rounding: list[float]) -> Ex
         noise=max(part.edge for part in parts),
         capped=any(part.capped for part in parts),
     )
-
-
-def _decoded(tensor: NF4Tensor) -> DenseTensor:
-    """Return an NF4 weight as one of its dense type."""
-    return DenseTensor(
-        tensor.name, tensor.dtype, tensor.shape,
-        lambda: array_bytes(tensor.dequantize()), tensor.release,
-    )  # fmt: skip
 
 
 def _alike(base: LazyTensor, tuned: LazyTensor) -> bool:

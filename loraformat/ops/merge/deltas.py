@@ -17,11 +17,10 @@ from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
-from loraformat.model.tensor_values import check_finite
 from loraformat.nf4.kernels import threads
 from loraformat.nf4.kernels.merge_tile import merge_tile
 from loraformat.ops.merge.plan import DeltaTerm
-from loraformat.tensors.arrays import Array
+from loraformat.tensors.arrays import Array, check_finite
 from loraformat.undo.fixed_point import Product, product
 
 __all__ = [

@@ -85,7 +85,7 @@ class MergeJob:
     ) -> None:
         self.original, self.adapters = original, adapters
         self.options, self.writer, self.spool = options, writer, spool
-        self.quantized = any(isinstance(t, NF4Tensor) for t in original.tensors.values())
+        self.quantized = bool(original.nf4_weights)
         self.pool, self.alignment = BufferPool(), Alignment()
         self.recorders: dict[str, UndoRecorder] = {}
         self.plan = plan_edits(original, adapters, options.weights)

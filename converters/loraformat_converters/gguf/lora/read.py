@@ -18,9 +18,8 @@ from loraformat.families.expert_names import spelled_in_memory
 from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
-from loraformat.model.tensor_values import check_finite
 from loraformat.model.tied_head import settled
-from loraformat.tensors.arrays import Array, array_bytes, array_view
+from loraformat.tensors.arrays import Array, array_bytes, array_view, check_finite
 from loraformat_converters.gguf.architectures import (
     Architecture,
     Config,

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from transformers import AutoTokenizer, GenerationConfig
 
 from loraformat.demo import ADAPTERS, SMALL_MODEL

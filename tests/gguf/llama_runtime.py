@@ -220,7 +220,7 @@ def _ask_completion(url: str, request: dict[str, Any]) -> tuple[list[int], str]:
 
 def _vocabulary(base: str) -> tuple[int, int]:
     """Return the number of tokens, and one that is an ordinary letter or word."""
-    from loraformat_converters.gguf.container import open_gguf
+    from loraformat_converters.gguf.container.reader import open_gguf
 
     with open_gguf(Path(base)) as file:
         tokens = file.metadata["tokenizer.ggml.tokens"].byte_strings

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ggml_oracle import quantize
-from loraformat_converters.gguf.blocks import dequantize
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.container.writer import PlannedTensor, write_gguf
+from loraformat_converters.gguf.quantization.blocks import dequantize
 
 from loraformat.storage.atomic_file import AtomicFile
 

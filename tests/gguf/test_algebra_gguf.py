@@ -9,7 +9,7 @@ import pytest
 import torch
 from bases import PROMPTS, apart, make_base, run
 from llama_runtime import log_probabilities
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from transformers import AutoModelForCausalLM
 
 from loraformat.cli import main

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bases import apart, make_base
 from llama_runtime import RuntimeFailure, log_probabilities
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from transformers import AutoModelForCausalLM
 
 from loraformat.ops.convert.convert import convert

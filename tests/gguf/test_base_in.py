@@ -11,10 +11,10 @@ import transformers
 from bases import MODELS, SMALL, apart, by_llama_cpp, by_transformers, make_base, tolerance
 from ggml_oracle import quantize
 from llama_runtime import log_probabilities
-from loraformat_converters.gguf.blocks import dequantize
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import GGMLType, ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
+from loraformat_converters.gguf.quantization.blocks import dequantize
 from peer_files import tiny_llama, write_peer_base
 from rewriting import rewrite
 from safetensors.torch import load_file

@@ -18,7 +18,7 @@ from bases import (
 )
 from fused_experts import fuse
 from llama_runtime import log_probabilities, tokenize
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.ops.convert.convert import convert
@@ -128,7 +128,7 @@ UP = "model.layers.{}.mlp.up_proj.weight"
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
 def test_the_loss_is_against_the_values_of_nf4(base, dtype, tmp_path):
-    from loraformat_converters.gguf.blocks import dequantize
+    from loraformat_converters.gguf.quantization.blocks import dequantize
 
     from loraformat.ops.opening.model import open_model
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from loraformat_converters.gguf.blocks import (
+from loraformat_converters.gguf.container.reader import is_gguf, open_gguf
+from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.quantization.blocks import (
     DEQUANTIZABLE,
     dequantize,
     quantize,
     storable_type,
 )
-from loraformat_converters.gguf.container import is_gguf, open_gguf
-from loraformat_converters.gguf.types import GGMLType, ValueType
 
 from loraformat.errors import FileChangedError, InputError, UnsupportedError
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from bases import SMALL
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 from rewriting import rewrite
 
 from loraformat.errors import InputError

@@ -12,9 +12,9 @@ import torch
 from bases import apart, by_llama_cpp, by_transformers, make_base, run, tolerance
 from llama_runtime import RuntimeFailure, log_probabilities
 from loraformat_converters.gguf.architectures import ARCHITECTURES
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.container.writer import PlannedTensor, write_gguf
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, auto_class
 

@@ -15,8 +15,8 @@ from random import Random
 import gguf
 import pytest
 from hostile_gguf import HANGS_GGUF, HOSTILE
-from loraformat_converters.gguf.blocks import dequantize
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.quantization.blocks import dequantize
 from raw_gguf import (
     ARCHITECTURE,
     ARRAY,
@@ -160,7 +160,7 @@ _OPEN_ALL = """
 import json, sys, time
 from pathlib import Path
 from loraformat.errors import InputError
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 
 slowest = 0.0
 for path in sys.argv[1:]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from bases import SMALL
 from llama_runtime import log_probabilities
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import GGMLType
 from rewriting import rewrite
 
 from loraformat.cli import main

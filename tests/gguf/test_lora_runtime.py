@@ -18,7 +18,7 @@ from bases import (
     tolerance,
 )
 from llama_runtime import embeddings, log_probabilities
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from peer_files import write_peer_lora
 from safetensors.torch import load_file, save_file
 

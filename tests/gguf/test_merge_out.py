@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from bases import apart, by_llama_cpp, make_base, run, tolerance
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from safetensors.torch import load_file
 
 from loraformat.errors import UnsupportedError, UsageError

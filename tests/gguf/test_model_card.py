@@ -9,9 +9,9 @@ import pytest
 import yaml
 from bases import SMALL
 from gguf.metadata import Metadata
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 from rewriting import rewrite
 
 from loraformat.demo import ADAPTERS

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from bases import apart, by_transformers, make_base
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.container.writer import PlannedTensor, write_gguf
 from safetensors.torch import load_file
 
 from loraformat.errors import InputError

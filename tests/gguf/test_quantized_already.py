@@ -12,8 +12,8 @@ import torch
 import transformers
 from bases import SMALL, apart
 from llama_runtime import log_probabilities
-from loraformat_converters.gguf.blocks import dequantize
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.quantization.blocks import dequantize
 from safetensors.torch import load_file
 
 from loraformat.bundle.manifest_rules import parse_manifest

@@ -8,11 +8,11 @@ import pytest
 import torch
 from bases import SMALL
 from llama_runtime import log_probabilities
-from loraformat_converters.gguf.blocks import dequantize, quantize
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.scale_search import offset_codes, signed_codes
-from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.container.writer import PlannedTensor, write_gguf
+from loraformat_converters.gguf.quantization.blocks import dequantize, quantize
+from loraformat_converters.gguf.quantization.scale_search import offset_codes, signed_codes
 
 from loraformat.ops.convert.convert import convert
 from loraformat.storage.atomic_file import AtomicFile

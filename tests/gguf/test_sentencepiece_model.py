@@ -9,7 +9,7 @@ import time
 import pytest
 import sentencepiece
 from llama_runtime import tokenize
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from loraformat_converters.gguf.tokenizers.model_proto import parse
 from loraformat_converters.gguf.tokenizers.protobuf import WireError
 from made_spm import trained

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from loraformat_converters.gguf import tokenizers
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 from made_spm import add, tokenizer_json, trained
 from made_tokenizers import model_of
 from test_tokenizers_spm import source_of

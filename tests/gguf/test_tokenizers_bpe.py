@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from loraformat_converters.gguf.tokenizers.pre_tokenizers import TABLE, described
 from made_tokenizers import compare, model_of, trained_bpe
 

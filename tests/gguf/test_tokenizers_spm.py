@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from llama_runtime import tokenize
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from made_spm import add, pieces, tokenizer_json, trained, write
 from made_tokenizers import TEXTS, compare, ids, model_of
 
@@ -199,8 +199,8 @@ def test_a_name_of_a_pre_tokenizer_is_for_byte_level_bpe(tmp_path):
 
 
 def test_tied_scores_come_back_with_a_warning(tmp_path):
-    from loraformat_converters.gguf.types import ValueType
-    from loraformat_converters.gguf.values import GGUFValue
+    from loraformat_converters.gguf.container.types import ValueType
+    from loraformat_converters.gguf.container.values import GGUFValue
     from rewriting import rewrite
 
     source = source_of(tmp_path / "source", tokenizer_json(trained()))
@@ -212,8 +212,8 @@ def test_tied_scores_come_back_with_a_warning(tmp_path):
 
 
 def test_damaged_metadata(tmp_path):
-    from loraformat_converters.gguf.types import ValueType
-    from loraformat_converters.gguf.values import GGUFValue
+    from loraformat_converters.gguf.container.types import ValueType
+    from loraformat_converters.gguf.container.values import GGUFValue
     from rewriting import rewrite
 
     source = source_of(tmp_path / "source", tokenizer_json(trained()))
@@ -236,8 +236,8 @@ def test_damaged_metadata(tmp_path):
 def test_a_vocabulary_of_gguf_py(name, tmp_path):
     """As llama.cpp's scripts write it: no default is named, user-defined pieces are normal."""
     import gguf
-    from loraformat_converters.gguf.types import ValueType
-    from loraformat_converters.gguf.values import GGUFValue
+    from loraformat_converters.gguf.container.types import ValueType
+    from loraformat_converters.gguf.container.values import GGUFValue
     from rewriting import rewrite
 
     source = source_of(tmp_path / "source", tokenizer_json(trained(name)), config=SPECIAL[name])

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 from llama_runtime import tokenize
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from made_tokenizers import CORPUS, TEXTS, compare, ids, model_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -118,8 +118,8 @@ def test_what_llama_cpp_would_cut_otherwise_is_refused(part, change, reason, tmp
 
 def test_a_file_that_names_little(tmp_path):
     """As llama.cpp's script writes it: no normalizer, no BOS where the defaults fit."""
-    from loraformat_converters.gguf.types import ValueType
-    from loraformat_converters.gguf.values import GGUFValue
+    from loraformat_converters.gguf.container.types import ValueType
+    from loraformat_converters.gguf.container.values import GGUFValue
     from rewriting import rewrite
 
     source = model_of(tmp_path / "source", trained(), CONFIG, rows=ROWS, kind="bert")

@@ -8,7 +8,7 @@ import shutil
 import gguf
 import pytest
 from llama_runtime import complete
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from loraformat_converters.gguf.tokenizers.turn_ends import turn_end_keys
 
 from loraformat.demo import ADAPTERS, SMALL_MODEL

@@ -11,8 +11,8 @@ import torch
 import transformers
 from bases import SMALL, apart, make_base, run, tolerance
 from llama_runtime import log_probabilities, tokenize
-from loraformat_converters.gguf.container import open_gguf
-from loraformat_converters.gguf.types import ValueType
+from loraformat_converters.gguf.container.reader import open_gguf
+from loraformat_converters.gguf.container.types import ValueType
 
 from loraformat.errors import UnsupportedError
 from loraformat.ops.convert.convert import convert

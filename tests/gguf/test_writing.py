@@ -11,11 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_runtime import log_probabilities
-from loraformat_converters.gguf.blocks import QUANTIZABLE, dequantize, quantize, quantized_tiles
-from loraformat_converters.gguf.container import GGUFFile, open_gguf
-from loraformat_converters.gguf.types import GGMLType, ValueType
-from loraformat_converters.gguf.values import GGUFValue
-from loraformat_converters.gguf.writing import PlannedTensor, WrittenGGUF, write_gguf
+from loraformat_converters.gguf.container.reader import GGUFFile, open_gguf
+from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
+from loraformat_converters.gguf.container.writer import PlannedTensor, WrittenGGUF, write_gguf
+from loraformat_converters.gguf.quantization.blocks import (
+    QUANTIZABLE,
+    dequantize,
+    quantize,
+    quantized_tiles,
+)
 from peer_files import tiny_llama, write_peer_base
 
 from loraformat.errors import InputError
@@ -204,8 +209,8 @@ _WRITE_LARGE = """
 import sys
 from pathlib import Path
 from loraformat.storage.atomic_file import AtomicFile
-from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.container.writer import PlannedTensor, write_gguf
 
 chunk = 1 << 20
 large = PlannedTensor("a", (64, chunk // 4), GGMLType.F32, lambda: map(bytes, [chunk] * 64))

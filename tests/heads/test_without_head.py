@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from transformers import AutoModelForCausalLM
 
 from loraformat.bundle.update import read_manifest

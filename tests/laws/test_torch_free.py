@@ -63,6 +63,8 @@ COMMANDS = {
         "combine manual.gguf tests -o combined --base base",
         "convert reduced.gguf reduced --base base",
         "merge base reduced.gguf -o merged",
+        "merge base manual -o merged.gguf --dtype q4_0",
+        "merge merged.gguf manual.gguf -o twice --to safetensors",
     ],
     "inputs": [
         "convert float8 plain --to safetensors",

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.container.types import GGMLType
 
 
 @cache

@@ -22,14 +22,14 @@ import numpy
 
 sys.path.insert(0, os.fspath(Path(__file__).parent))
 
-from loraformat_converters.gguf.blocks import (
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.quantization.blocks import (
     DEQUANTIZABLE,
     QUANTIZABLE,
     dequantize,
     quantize,
     quantized_tiles,
 )
-from loraformat_converters.gguf.types import GGMLType
 from nf4 import Work, measure
 from process import machine
 

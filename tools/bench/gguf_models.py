@@ -26,10 +26,10 @@ sys.path.insert(0, os.fspath(Path(__file__).parent))
 
 from ggml_oracle import quantize
 from gguf_peers import COPY, DEQUANTIZE, FROM_NF4, TRANSFORMERS
-from loraformat_converters.gguf.blocks import dequantize
-from loraformat_converters.gguf.container import GGUFFile, open_gguf
-from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.writing import PlannedTensor, write_gguf
+from loraformat_converters.gguf.container.reader import GGUFFile, open_gguf
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.container.writer import PlannedTensor, write_gguf
+from loraformat_converters.gguf.quantization.blocks import dequantize
 from process import Cost, machine, median_cost, run_python
 from shapes import LLAMA_1B, write_model
 

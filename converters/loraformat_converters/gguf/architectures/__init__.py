@@ -58,7 +58,7 @@ from loraformat_converters.gguf.architectures.tensor_map import (
 )
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = [
     "ARCHITECTURES",

@@ -15,11 +15,11 @@ from loraformat_converters.gguf.architectures.metadata import (
 )
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.weights import layer, row, with_biases
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["BERT"]
 

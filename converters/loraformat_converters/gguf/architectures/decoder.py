@@ -18,7 +18,7 @@ from loraformat_converters.gguf.architectures.metadata import (
 from loraformat_converters.gguf.architectures.weights import layer, row
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = [
     "AROUND", "COMMON_KEYS", "HEAD_SIZE", "LAYER_NORMS", "MLP", "PROJECTIONS", "QK_NORMS", "SILU",

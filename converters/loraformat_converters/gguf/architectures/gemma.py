@@ -34,7 +34,7 @@ from loraformat_converters.gguf.architectures.rope import Rope, rope_keys
 from loraformat_converters.gguf.architectures.weights import layer, plus_one
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["GEMMA2", "GEMMA3"]
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.architectures.config import LARGEST, MAX_EXPERTS, Config
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = [
     "MetadataBuilder", "MetadataRow", "bounded", "either", "experts", "float_tensor", "head_size",

@@ -23,7 +23,7 @@ from loraformat_converters.gguf.architectures.rope import (
 from loraformat_converters.gguf.architectures.weights import layer
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["PHI3"]
 

@@ -11,7 +11,7 @@ from loraformat_converters.gguf.architectures.metadata import MetadataBuilder, M
 from loraformat_converters.gguf.architectures.weights import ExpertWeightName, WeightName
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["Architecture"]
 

@@ -26,7 +26,7 @@ from loraformat_converters.gguf.architectures.metadata import (
 )
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = [
     "LONG_FACTORS",

@@ -10,9 +10,9 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import to_text
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat_converters.gguf.model_card import card_keys, model_name
-from loraformat_converters.gguf.types import GGMLType, ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.base.model_card import card_keys, model_name
+from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = [
     "CONFIG_KEY",

@@ -16,11 +16,11 @@ from loraformat.card.front_matter import compose, split
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.storage.reserved_names import CARD_NAME
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["card_file", "card_keys", "left_out", "model_name", "without_place"]
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.storage.foreign_json import parse_object
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["pooling", "pooling_key", "without_pooling"]
 

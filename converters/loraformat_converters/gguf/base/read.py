@@ -49,18 +49,18 @@ from loraformat_converters.gguf.architectures.transforms import (
     MinusOne,
     Transpose,
 )
-from loraformat_converters.gguf.blocks import dequantize
-from loraformat_converters.gguf.container import GGUFFile, open_gguf
-from loraformat_converters.gguf.general import (
+from loraformat_converters.gguf.base.general_keys import (
     CONFIG_KEY,
     FINGERPRINT_KEY,
     GENERATION_KEY,
     QUANTIZED_KEY,
 )
-from loraformat_converters.gguf.model_card import card_file, left_out
-from loraformat_converters.gguf.pooling import pooling_key, without_pooling
+from loraformat_converters.gguf.base.model_card import card_file, left_out
+from loraformat_converters.gguf.base.pooling import pooling_key, without_pooling
+from loraformat_converters.gguf.container.reader import GGUFFile, open_gguf
+from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.quantization.blocks import dequantize
 from loraformat_converters.gguf.tokenizers import TokenizerFiles
-from loraformat_converters.gguf.types import GGMLType, ValueType
 
 if TYPE_CHECKING:
     from loraformat.plugins import ReadOptions

@@ -30,14 +30,14 @@ from loraformat_converters.gguf.architectures import (
     of_config,
     to_gguf,
 )
-from loraformat_converters.gguf.blocks import storable_type
-from loraformat_converters.gguf.general import general_keys
-from loraformat_converters.gguf.model_card import without_place
-from loraformat_converters.gguf.pooling import pooling
-from loraformat_converters.gguf.rounding import Loss, Watched, rounded
-from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.values import GGUFValue
-from loraformat_converters.gguf.writing import PlannedTensor, file_size, write_gguf
+from loraformat_converters.gguf.base.general_keys import general_keys
+from loraformat_converters.gguf.base.model_card import without_place
+from loraformat_converters.gguf.base.pooling import pooling
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.container.values import GGUFValue
+from loraformat_converters.gguf.container.writer import PlannedTensor, file_size, write_gguf
+from loraformat_converters.gguf.quantization.blocks import storable_type
+from loraformat_converters.gguf.quantization.rounding import Loss, Watched, rounded
 
 if TYPE_CHECKING:
     from pathlib import Path

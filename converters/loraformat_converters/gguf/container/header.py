@@ -22,10 +22,10 @@ from math import prod
 from pathlib import Path
 
 from loraformat.errors import UnsupportedError, printable
-from loraformat_converters.gguf.cursor import Cursor
-from loraformat_converters.gguf.keys import ValueSpan, read_keys
-from loraformat_converters.gguf.types import GGMLType, ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.cursor import Cursor
+from loraformat_converters.gguf.container.keys import ValueSpan, read_keys
+from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = ["DEFAULT_ALIGNMENT", "GGUFHeader", "TensorEntry", "aligned", "parse_header"]
 

@@ -7,9 +7,9 @@ import struct
 from dataclasses import dataclass
 
 from loraformat.errors import UnsupportedError, printable
-from loraformat_converters.gguf.cursor import Cursor
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.cursor import Cursor
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = ["ValueSpan", "read_keys"]
 

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any
 
 from loraformat.errors import InputError, printable
-from loraformat_converters.gguf.header import TensorEntry
-from loraformat_converters.gguf.split_files import SplitFile, open_parts
-from loraformat_converters.gguf.types import GGMLType, ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.header import TensorEntry
+from loraformat_converters.gguf.container.split_files import SplitFile, open_parts
+from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = ["GGUFFile", "GGUFTensor", "is_gguf", "open_gguf"]
 

@@ -12,8 +12,13 @@ from pathlib import Path
 from loraformat.errors import InputError, printable
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedBytes
-from loraformat_converters.gguf.cursor import MAX_HEAD_BYTES
-from loraformat_converters.gguf.header import MAX_KEYS, MAX_TENSORS, GGUFHeader, parse_header
+from loraformat_converters.gguf.container.cursor import MAX_HEAD_BYTES
+from loraformat_converters.gguf.container.header import (
+    MAX_KEYS,
+    MAX_TENSORS,
+    GGUFHeader,
+    parse_header,
+)
 
 __all__ = ["SplitFile", "open_parts"]
 

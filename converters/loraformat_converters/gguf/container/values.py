@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraformat.errors import InputError
-from loraformat_converters.gguf.types import ValueType
+from loraformat_converters.gguf.container.types import ValueType
 
 __all__ = ["GGUFValue"]
 

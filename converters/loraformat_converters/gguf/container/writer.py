@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from loraformat.storage.background import BackgroundConsumer
 from loraformat.storage.durable import write_all
-from loraformat_converters.gguf.header import DEFAULT_ALIGNMENT, aligned, parse_header
-from loraformat_converters.gguf.types import GGMLType, ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.header import DEFAULT_ALIGNMENT, aligned, parse_header
+from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +43,7 @@ class PlannedTensor:
     type : GGMLType
     chunks : callable
         Yields its bytes, in order, in pieces of any size; called once, when its turn comes.
-        `loraformat_converters.gguf.blocks.quantized_tiles` makes such pieces.
+        `loraformat_converters.gguf.quantization.blocks.quantized_tiles` makes such pieces.
     """
 
     name: str
@@ -195,7 +195,7 @@ class _Sink:
 def encode_head(metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor]) -> bytes:
     """Return everything before the first tensor's bytes, padding included.
 
-    Nothing is checked: `loraformat_converters.gguf.header.parse_header` does that.
+    Nothing is checked: `loraformat_converters.gguf.container.header.parse_header` does that.
 
     Parameters
     ----------

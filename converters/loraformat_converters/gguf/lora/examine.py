@@ -17,7 +17,7 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.plugins import AdapterReadOptions
 from loraformat.runtimes.from_adapter import facts_of
 from loraformat_converters.gguf.architectures import named_by, of_config
-from loraformat_converters.gguf.container import open_gguf
+from loraformat_converters.gguf.container.reader import open_gguf
 from loraformat_converters.gguf.lora.read import read_adapter
 
 __all__ = ["examine"]

@@ -6,10 +6,10 @@ import re
 
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
-from loraformat_converters.gguf.container import GGUFFile
-from loraformat_converters.gguf.general import CONFIG_KEY, FINGERPRINT_KEY
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.base.general_keys import CONFIG_KEY, FINGERPRINT_KEY
+from loraformat_converters.gguf.container.reader import GGUFFile
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = [
     "ALPHA",

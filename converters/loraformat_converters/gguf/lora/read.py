@@ -30,9 +30,8 @@ from loraformat_converters.gguf.architectures import (
     of_config,
 )
 from loraformat_converters.gguf.architectures.transforms import IDENTITY
-from loraformat_converters.gguf.blocks import dequantize
-from loraformat_converters.gguf.container import GGUFFile, GGUFTensor, open_gguf
-from loraformat_converters.gguf.general import CONFIG_KEY, FINGERPRINT_KEY
+from loraformat_converters.gguf.base.general_keys import CONFIG_KEY, FINGERPRINT_KEY
+from loraformat_converters.gguf.container.reader import GGUFFile, GGUFTensor, open_gguf
 from loraformat_converters.gguf.lora.experts import fused
 from loraformat_converters.gguf.lora.metadata import (
     ALPHA,
@@ -40,6 +39,7 @@ from loraformat_converters.gguf.lora.metadata import (
     base_model,
     invocation_tokens,
 )
+from loraformat_converters.gguf.quantization.blocks import dequantize
 
 if TYPE_CHECKING:
     from loraformat.plugins import AdapterReadOptions

@@ -19,13 +19,13 @@ from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.plugins import Forecast
 from loraformat.tensors.arrays import Array, finite
 from loraformat_converters.gguf.architectures import of_config
-from loraformat_converters.gguf.blocks import quantized_tiles, storable_type, widened
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.container.values import GGUFValue
+from loraformat_converters.gguf.container.writer import PlannedTensor, file_size, write_gguf
 from loraformat_converters.gguf.lora.metadata import adapter_keys
 from loraformat_converters.gguf.lora.plan import Pair, choose_alpha, plan_pairs
 from loraformat_converters.gguf.lora.refusals import refuse_whole
-from loraformat_converters.gguf.types import GGMLType
-from loraformat_converters.gguf.values import GGUFValue
-from loraformat_converters.gguf.writing import PlannedTensor, file_size, write_gguf
+from loraformat_converters.gguf.quantization.blocks import quantized_tiles, storable_type, widened
 
 if TYPE_CHECKING:
     from pathlib import Path

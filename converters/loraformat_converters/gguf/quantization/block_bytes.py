@@ -1,7 +1,7 @@
 """Encoding of values to ggml block types.
 
 Q8_0 has ggml's own bits. The scales of Q4_0, Q4_1, Q5_0 and Q5_1 are searched for, see
-`loraformat_converters.gguf.scale_search`: their errors are smaller than ggml's plain encoder's.
+`scale_search`: their errors are smaller than ggml's plain encoder's.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy
 
 from loraformat.tensors.arrays import Array
-from loraformat_converters.gguf.scale_search import divided, offset_codes, signed_codes
-from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.quantization.scale_search import divided, offset_codes, signed_codes
 
 __all__ = ["store_blocks"]
 

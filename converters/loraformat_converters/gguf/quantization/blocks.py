@@ -1,7 +1,7 @@
 """Dequantization and quantization of GGUF types in row tiles.
 
 The plain types (F32, F16, BF16, F64, I8 to I64) are dtypes of numpy. Block types are read by
-`gguf.quants`, bit for bit as ggml does, and made by `loraformat_converters.gguf.block_bytes`.
+`gguf.quants`, bit for bit as ggml does, and made by `block_bytes`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
-from loraformat_converters.gguf.block_bytes import store_blocks
-from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.quantization.block_bytes import store_blocks
 
 __all__ = [
     "DEQUANTIZABLE",
@@ -155,7 +155,7 @@ def quantized_tiles(tensor: Array, type: GGMLType, name: str = "") -> Iterator[b
         BF16.
     type : GGMLType
         One of `QUANTIZABLE`. F16 and BF16 round to nearest even; for block types see
-        `loraformat_converters.gguf.block_bytes`.
+        `loraformat_converters.gguf.quantization.block_bytes`.
     name : str
         Of the tensor, for messages.
 

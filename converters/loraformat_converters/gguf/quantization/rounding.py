@@ -12,8 +12,8 @@ import numpy
 from loraformat.model.checkpoint import LazyTensor
 from loraformat.model.written import TensorRecord
 from loraformat.tensors.arrays import Array
-from loraformat_converters.gguf.blocks import dequantize, quantize, widened
-from loraformat_converters.gguf.types import GGMLType
+from loraformat_converters.gguf.container.types import GGMLType
+from loraformat_converters.gguf.quantization.blocks import dequantize, quantize, widened
 
 if TYPE_CHECKING:
     from loraformat.plugins import RoundingObserver
@@ -133,7 +133,7 @@ def rounded(
     length : int
         Numbers in a row.
     kind : GGMLType
-        One of `loraformat_converters.gguf.blocks.QUANTIZABLE`.
+        One of `loraformat_converters.gguf.quantization.blocks.QUANTIZABLE`.
     name : str
         Of the tensor of the source.
     loss : Loss or None
@@ -143,7 +143,7 @@ def rounded(
     Raises
     ------
     UnsupportedError, InputError
-        See `loraformat_converters.gguf.blocks.quantized_tiles`.
+        See `loraformat_converters.gguf.quantization.blocks.quantized_tiles`.
     """
     from loraformat.algebra.blas import one_blas_thread
     from loraformat.nf4.kernels.threads import run

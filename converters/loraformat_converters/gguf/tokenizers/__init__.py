@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError, printable
 from loraformat.model.checkpoint import CarriedFile, Checkpoint
+from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers import bpe, sentencepiece_model, spm, wordpiece
 from loraformat_converters.gguf.tokenizers.chat import template_keys
 from loraformat_converters.gguf.tokenizers.sources import Sources
@@ -25,10 +26,9 @@ from loraformat_converters.gguf.tokenizers.turn_ends import turn_end_keys
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
 from loraformat_converters.gguf.tokenizers.vocabulary_files import stand_alone
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_files
-from loraformat_converters.gguf.values import GGUFValue
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["Convert", "Tokenizer", "TokenizerFiles", "files", "read"]
 

@@ -6,12 +6,12 @@ import re
 from typing import TYPE_CHECKING
 
 from loraformat.model.checkpoint import CarriedFile
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.sources import Sources
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["template_files", "template_keys"]
 

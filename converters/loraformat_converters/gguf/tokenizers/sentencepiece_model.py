@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from loraformat.errors import printable
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.model_proto import Model, parse
 from loraformat_converters.gguf.tokenizers.protobuf import WireError
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.special import Around
 from loraformat_converters.gguf.tokenizers.spm import keys_of, missing_byte
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
 
 __all__ = ["FILE", "around", "to_gguf"]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraformat.errors import printable
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
 
 __all__ = ["Around", "around", "around_keys", "around_notes", "number_keys", "special_keys"]
 

@@ -14,6 +14,8 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError, printable
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.added import (
     added_tokens,
     put_added_tokens,
@@ -25,11 +27,9 @@ from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.spaces import spaces_of
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["BYTES", "SPECIAL_IDS", "from_gguf", "keys_of", "missing_byte", "to_gguf"]
 

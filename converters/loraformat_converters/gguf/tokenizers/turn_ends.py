@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.model.tokenizer_files import CarriedTokenizer
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = ["turn_end_keys"]
 

@@ -7,8 +7,8 @@ from enum import IntEnum
 from typing import Any
 
 from loraformat.errors import InputError, printable
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = ["TokenKind", "Vocabulary"]
 

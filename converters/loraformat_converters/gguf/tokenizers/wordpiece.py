@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import UnsupportedError, printable
+from loraformat_converters.gguf.container.types import ValueType
+from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.added import (
     added_tokens,
     put_added_tokens,
@@ -20,11 +22,9 @@ from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.special import Around, number_keys
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
-from loraformat_converters.gguf.types import ValueType
-from loraformat_converters.gguf.values import GGUFValue
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["SPECIAL_IDS", "around_keys", "from_gguf", "to_gguf"]
 

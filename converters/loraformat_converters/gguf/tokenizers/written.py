@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import InputError
 from loraformat.model.checkpoint import CarriedFile
+from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.tokenizers.chat import template_files
 from loraformat_converters.gguf.tokenizers.special import NAMES
 from loraformat_converters.gguf.tokenizers.vocabulary import TokenKind
-from loraformat_converters.gguf.types import ValueType
 
 if TYPE_CHECKING:
-    from loraformat_converters.gguf.container import GGUFFile
+    from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = ["Tokens", "tokenizer_files", "tokenizer_json"]
 

@@ -7,7 +7,7 @@ from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 
-__all__ = ["facts_of"]
+__all__ = ["facts_of", "is_zero"]
 
 
 def facts_of(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
@@ -22,7 +22,7 @@ def facts_of(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
     nonfinite: list[str] = []
     modules = tuple(_module(delta, base, nonfinite) for delta in adapter.deltas.values())
     for tensor in (*adapter.replacements.values(), *(row.rows for row in adapter.rows.values())):
-        _is_zero(tensor, nonfinite)
+        is_zero(tensor, nonfinite)
     task = adapter.config.get("task_type")
     biases = any(name.endswith(".bias") for name in adapter.replacements)
     return AdapterFacts(
@@ -42,8 +42,8 @@ def facts_of(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
 
 
 def _module(delta: LoraDelta, base: Checkpoint | None, nonfinite: list[str]) -> ModuleFacts:
-    zero = _is_zero(delta.b, nonfinite)
-    _is_zero(delta.a, nonfinite)
+    zero = is_zero(delta.b, nonfinite)
+    is_zero(delta.a, nonfinite)
     stored = base.tensors.get(delta.target) if base is not None else None
     return ModuleFacts(
         name=delta.target.removesuffix(".weight"),
@@ -61,8 +61,15 @@ def _module(delta: LoraDelta, base: Checkpoint | None, nonfinite: list[str]) -> 
     )
 
 
-def _is_zero(tensor: DenseTensor, nonfinite: list[str]) -> bool:
-    """Tell whether all values are zero; record a tensor that cannot be read."""
+def is_zero(tensor: DenseTensor, nonfinite: list[str]) -> bool:
+    """Tell whether all values are zero; record a tensor that its reader refuses.
+
+    Parameters
+    ----------
+    tensor : DenseTensor
+    nonfinite : list of str
+        Takes its name if it holds NaN or infinity.
+    """
     try:
         return not tensor.array().any()
     except FileChangedError:

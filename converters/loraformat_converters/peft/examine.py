@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.bundle.integrity import BASE_FINGERPRINT, BASE_SOURCE
-from loraformat.errors import FileChangedError, InputError, UnsupportedError, printable
+from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter_facts import AdapterFacts, Loading, ModuleFacts
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
 from loraformat.model.tied_head import tied_embedding
 from loraformat.plugins import AdapterReadOptions
+from loraformat.runtimes.from_adapter import is_zero
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.storage import strict_json
 from loraformat.storage.safe_directory import SafeDirectory
@@ -160,7 +161,8 @@ class _Examiner:
         return said or stored or any(module.bias for module in found)
 
     def _sort(self, name: str, tensor: DenseTensor) -> None:
-        self._look_at_numbers(name, tensor)
+        if is_zero(tensor, self.nonfinite):
+            self.zero.add(name)
         key = parse_key(name, self.adapter)
         if not is_usual(name, self.adapter):
             self.odd.append(name)
@@ -175,17 +177,6 @@ class _Examiner:
             self.rows.append(key.owner)
         elif key.part != "original":
             self.modules.setdefault((key.owner, key.depth), {})[key.part] = tensor
-
-    def _look_at_numbers(self, name: str, tensor: DenseTensor) -> None:
-        try:
-            if not tensor.array().any():
-                self.zero.add(name)
-        except FileChangedError:
-            raise
-        except InputError:  # what the loader of tensors refuses: NaN or infinity
-            self.nonfinite.append(name)
-        finally:
-            tensor.release()
 
     def _module(self, owner: str, depth: int, parts: dict[str, DenseTensor]) -> ModuleFacts:
         a = parts.get("A", parts.get("embedding_A"))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from loraformat.families.table import family_of
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.base_names import BaseNames
 from loraformat_converters.peft.keys import PREFIX
+from loraformat_converters.peft.load_on_meta import Stored
 
 __all__ = ["is_plain"]
 
@@ -27,16 +28,9 @@ _VERSION = re.compile(r"\d+(\.\d+)*(\.dev\d+)?")
 _DTYPES = ("F32", "F16", "BF16")
 
 
-class _Stored(Protocol):
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
 def is_plain(
     config: Mapping[str, Any],
-    tensors: Mapping[str, _Stored],
+    tensors: Mapping[str, Stored],
     base: Mapping[str, Any],
     names: BaseNames,
 ) -> bool:
@@ -95,7 +89,7 @@ def _are_linears(targets: list[str], shapes: Mapping[str, tuple[int, ...]]) -> b
 def _are_pairs(
     rank: int,
     targets: list[str],
-    tensors: Mapping[str, _Stored],
+    tensors: Mapping[str, Stored],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool:
     parts: dict[str, str] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -126,13 +126,6 @@ def _is_copy(one: DenseTensor, other: DenseTensor) -> bool:
     return one.shape == other.shape and sum(wrapped) == 1
 
 
-@dataclass(slots=True)
-class _Module:
-    """The stored parts of one module, by name of the part; of a wrapped one, by depth, too."""
-
-    layers: dict[int, dict[str, DenseTensor]] = field(default_factory=dict)
-
-
 class _Reader:
     """Sorts stored tensors by module, and makes a delta of each module."""
 
@@ -142,7 +135,8 @@ class _Reader:
         self._settings, self._base, self._path = settings, base, stored.path
         self._names = None if base is None else names_of(base)
         self._per_token = {} if base is None else per_token(base.tensors)
-        self._modules: dict[str, _Module] = {}
+        # By module, by depth (of a wrapped one), and by name of the part.
+        self._modules: dict[str, dict[int, dict[str, DenseTensor]]] = {}
         self._replaced: dict[str, DenseTensor] = {}
         self._untrained: dict[str, str] = {}
         self.tokens: dict[str, DenseTensor] = {}
@@ -187,8 +181,8 @@ class _Reader:
         elif key.part == "tokens":
             parts, place = self.tokens, key.owner
         else:
-            module = self._modules.setdefault(key.owner, _Module())
-            parts, place = module.layers.setdefault(key.depth, {}), key.part
+            module = self._modules.setdefault(key.owner, {})
+            parts, place = module.setdefault(key.depth, {}), key.part
         if place in parts and key.part == "" and _is_copy(parts[place], tensor):
             # PEFT saves a trained embedding once more under its wrapper's name, and loads this.
             parts[place] = min(
@@ -230,15 +224,13 @@ class _Reader:
         experts = ExpertReader(self._settings, self._base, self._names, self._path)
         found: dict[str, LoraDelta] = {}
         for name, module in self._modules.items():
-            if experts.parameters(name, list(module.layers)):
-                pairs = {
-                    depth: self._pair(name, parts, "") for depth, parts in module.layers.items()
-                }
+            if experts.parameters(name, list(module)):
+                pairs = {depth: self._pair(name, parts, "") for depth, parts in module.items()}
                 for stored, delta in experts.deltas(name, pairs):
                     self._spelled(delta.target, stored)
                     found[stored] = delta
-            elif len(module.layers) == 1:
-                found[name] = self._delta(name, next(iter(module.layers.values())))
+            elif len(module) == 1:
+                found[name] = self._delta(name, *module.values())
             else:
                 raise InputError(
                     f"module {printable(name)} is wrapped twice, and target_parameters does not "
@@ -273,7 +265,7 @@ class _Reader:
 
     def _all_parts(self) -> Iterator[tuple[str, dict[str, DenseTensor]]]:
         for name, module in self._modules.items():
-            for parts in module.layers.values():
+            for parts in module.values():
                 yield name, parts
 
     def _delta(self, name: str, parts: dict[str, DenseTensor]) -> LoraDelta:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
-
-from loraformat.cli.console import echo_json, report_options, say, table
-from loraformat.cli.sections import SectionedCommand
-from loraformat.cli.train_options import chosen, data_settings, machine_settings, setting_options
+import loraformat
+from loraformat.cli.console import echo_json, say, table
+from loraformat.cli.options import verb_command
+from loraformat.cli.train_options import (
+    DATA_SETTINGS,
+    MACHINE_SETTINGS,
+    SectionedCommand,
+    given_settings,
+    setting_options,
+)
 
 _EXAMPLE = """\b
 Example:
@@ -18,28 +23,11 @@ Example:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=_EXAMPLE)
-@click.argument("base")
-@click.argument("data", nargs=-1, required=True)
-@click.option(
-    "--adapter", multiple=True, metavar="ADAPTER",
-    help="Also measure the base with this adapter. Repeatable.",
-)  # fmt: skip
-@setting_options((*data_settings(), *machine_settings()))
-@report_options
-def command(adapter: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
-    """Measure loss and perplexity of a base on held-out data, without and with each adapter.
-
-    The loss is the mean negative log-likelihood of the target tokens in nats; perplexity is its
-    exponential. Data formats and loss masks are those of training. BASE is a bundle or a model in
-    any other format: a safetensors directory, a bitsandbytes checkpoint or a GGUF file.
-    """
-    options = chosen(given, None)
+def _run(as_json: bool, quiet: bool, **options: Any) -> None:
     from loraformat.cli.train_progress import TrainingBar
-    from loraformat.train.run.evaluate import evaluate
 
     with TrainingBar(quiet=quiet) as bar:
-        found = evaluate(options, adapter, tell=bar.batches, progress=bar.rows)
+        found = loraformat.evaluate(**given_settings(options), progress=bar)
     if as_json:
         echo_json("eval", found.to_dict())
     elif not quiet:
@@ -53,3 +41,13 @@ def command(adapter: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) 
         say(f"\n{tokens:,} tokens")
         for note in found.notes:
             say(f"note: {note}")
+
+
+command = verb_command(
+    "evaluate",
+    _EXAMPLE,
+    only=("base", "data", "adapter"),
+    metavars={"base": "BASE", "data": "DATA..."},
+    settings=setting_options([*DATA_SETTINGS, *MACHINE_SETTINGS]),
+    cls=SectionedCommand,
+)(_run)

@@ -100,9 +100,12 @@ def verb_command(
     example: str,
     *,
     summary: str | None = None,
+    only: Sequence[str] | None = None,
     metavars: Mapping[str, str] | None = None,
     types: Mapping[str, click.ParamType[Any]] | None = None,
     extra: Mapping[str, Sequence[click.Option]] | None = None,
+    settings: Sequence[click.Parameter] = (),
+    cls: type[click.Command] = click.Command,
 ) -> Callable[[_Command], click.Command]:
     """Return a decorator that makes a command of a function that calls a verb.
 
@@ -117,18 +120,26 @@ def verb_command(
         Stands below the options.
     summary : str, optional
         Replaces the first line of the verb's docstring.
+    only : sequence of str, optional
+        Parameters of the function; all by default.
     metavars, types : mapping, optional
         Of those parameters that have others here than in other verbs.
     extra : mapping of str to sequence of Option, optional
         Options that Python has not, each before the option that is named.
+    settings : sequence of Parameter
+        Further options.
+    cls : type
+        Of the command.
     """
 
     def decorate(callback: _Command) -> click.Command:
-        parameters = options_of(name, metavars=metavars, types=types, extra=extra)
+        parameters = options_of(name, only=only, metavars=metavars, types=types, extra=extra)
+        parameters += settings
         first, *rest = declaration_of(name).text.split("\n\n")
         paragraphs = (_words(part, parameters) for part in (summary or first, *rest))
         text = "\n\n".join(paragraphs)
-        return click.command(epilog=example, help=text, params=parameters)(report_options(callback))
+        command = click.command(cls=cls, epilog=example, help=text, params=parameters)
+        return command(report_options(callback))
 
     return decorate
 

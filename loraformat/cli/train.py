@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+import loraformat
 from loraformat.cli.console import Resumable, echo_json, report_options, say
-from loraformat.cli.sections import SectionedCommand
-from loraformat.cli.train_options import chosen, setting_options
+from loraformat.cli.train_options import SectionedCommand, given_settings, setting_options
 from loraformat.errors import InputError
 
 _EXAMPLE = """\b
@@ -23,23 +23,31 @@ Example:
 """
 
 
-@click.command(cls=SectionedCommand, epilog=_EXAMPLE)
-@click.argument("base", required=False)
-@click.argument("data", nargs=-1)
-@click.option("-o", "--output", metavar="ADAPTER", help="The new adapter.")
-@click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE",
-    help="YAML file with any of these options, base, data and output; flags override it.",
+@click.command(
+    cls=SectionedCommand,
+    epilog=_EXAMPLE,
+    params=[
+        click.Argument(["base"], required=False),
+        click.Argument(["data"], nargs=-1),
+        click.Option(["-o", "--output"], metavar="ADAPTER", help="The new adapter."),
+        click.Option(
+            ["--config"], type=click.Path(path_type=Path), metavar="FILE",
+            help="YAML file with any of these options, base, data and output; flags override it.",
+        ),
+        click.Option(
+            ["--resume"], is_flag=True, help="Resume from the newest complete checkpoint."
+        ),
+        *setting_options(),
+        click.Option(
+            ["--force"], is_flag=True, help="Replace an existing adapter and its run directory."
+        ),
+        click.Option(
+            ["--dry-run"], is_flag=True,
+            help="Print the memory plan, the number of steps and a measured time estimate without "
+            "training.",
+        ),
+    ],
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Resume from the newest complete checkpoint.")
-@setting_options()
-@click.option("--force", is_flag=True, help="Replace an existing adapter and its run directory.")
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Print the memory plan, the number of steps and a measured time estimate without "
-    "training.",
-)
 @report_options
 def command(
     config: Path | None,
@@ -61,18 +69,15 @@ def command(
     """
     from loraformat.cli.train_progress import TrainingBar
 
-    options = chosen(given, config or _config_of_run(given, resume))
-    if config is not None and options.output:
-        _keep_config(config, Path(options.output))
-    with TrainingBar(quiet=quiet or not _leads()) as bar:
-        from loraformat.train.run.train import train
-
+    options: dict[str, Any] = {"base": "", "data": (), "output": ""}
+    options |= given_settings(given, config or _config_of_run(given, resume))
+    if config is not None and options["output"]:
+        _keep_config(config, Path(options["output"]))
+    with TrainingBar(quiet=quiet or not _leads(), plan=not dry_run) as bar:
         try:
-            report = train(
-                options, resume=resume, force=force, dry_run=dry_run,
-                announce=lambda plan: None if dry_run else bar.announce(plan),
-                observe=bar.observe, progress=bar.rows,
-            )  # fmt: skip
+            report = loraformat.train(
+                **options, resume=resume, force=force, dry_run=dry_run, progress=bar
+            )
         except KeyboardInterrupt:
             if _leads():
                 raise Resumable from None

@@ -1,19 +1,54 @@
-"""The options of ``train``, made from the table in `loraformat.train.run.options`."""
+"""Options made from the table of a run's settings, and help with their sections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from loraformat.cli.console import ByteSize
-from loraformat.train.run.options import SETTINGS, Setting, TrainOptions, value_of
+from loraformat.train.run.options import SETTINGS, Setting
 
-__all__ = ["chosen", "data_settings", "machine_settings", "setting_options"]
+__all__ = [
+    "DATA_SETTINGS",
+    "MACHINE_SETTINGS",
+    "SectionedCommand",
+    "given_settings",
+    "setting_options",
+]
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+#: The headings, in this order; what stands under none of them is for all verbs.
+_SECTIONS = ("Data", "Adapter", "Optimisation", "Memory", "Evaluation", "Output", "Other")
+#: Options of a command that are no settings of a run.
+_OUTPUT = ("output", "resume", "force", "dry_run")
+#: Where a model computes.
+MACHINE_SETTINGS = [s for s in SETTINGS if s.name in ("device", "compute_dtype", "device_memory")]
+#: How held-out data become batches.
+DATA_SETTINGS = [s for s in SETTINGS if s.section == "Data" and s.name != "shuffle"]
+
+
+class SectionedCommand(click.Command):
+    """A command that lists the trainer's settings under the headings of their table."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one list of options for each section."""
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in _SECTIONS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[_section_of(parameter.name)].append(record)
+        for name, records in sections.items():
+            if records:
+                with formatter.section(f"{name} options"):
+                    formatter.write_dl(records)
+
+
+def _section_of(name: str | None) -> str:
+    if name in _OUTPUT:
+        return "Output"
+    return next((setting.section for setting in SETTINGS if setting.name == name), "Other")
 
 
 class _RankOfGlob(click.ParamType[tuple[str, int]]):
@@ -31,36 +66,20 @@ class _RankOfGlob(click.ParamType[tuple[str, int]]):
         return glob, int(rank)
 
 
-def setting_options(settings: tuple[Setting, ...] = SETTINGS) -> Callable[[_Command], _Command]:
-    """Add a flag for each setting; one that is not given is None, or an empty tuple."""
-
-    def decorate(command: _Command) -> _Command:
-        for setting in reversed(settings):
-            if setting.section != "run":
-                command = _option(setting)(command)
-        return command
-
-    return decorate
+def setting_options(settings: Iterable[Setting] = SETTINGS) -> list[click.Parameter]:
+    """Return an option for each setting; one that is not given is None, or an empty tuple."""
+    return [_option(setting) for setting in settings if setting.section != "run"]
 
 
-def machine_settings() -> tuple[Setting, ...]:
-    """Return those settings that say where a model computes."""
-    return tuple(s for s in SETTINGS if s.name in ("device", "compute_dtype", "device_memory"))
-
-
-def data_settings() -> tuple[Setting, ...]:
-    """Return those settings that say how held-out data become batches."""
-    return tuple(s for s in SETTINGS if s.section == "Data" and s.name != "shuffle")
-
-
-def _option(setting: Setting) -> Callable[[_Command], _Command]:
+def _option(setting: Setting) -> click.Option:
     flag = f"--{setting.flag}"
     words = f"{setting.help}{_default(setting)}"
     if setting.kind == "flag":
-        return click.option(f"{flag}/--no-{setting.flag}", setting.name, default=None, help=words)
+        flags = f"{flag}/--no-{setting.flag}"
+        return click.Option([flags, setting.name], default=None, help=words)
     many = setting.kind in ("texts", "names", "ranks")
-    return click.option(
-        flag, setting.name, type=_type(setting), multiple=many, default=None,
+    return click.Option(
+        [flag, setting.name], type=_type(setting), multiple=many, default=None,
         metavar=setting.metavar, help=words,
     )  # fmt: skip
 
@@ -83,27 +102,22 @@ def _type(setting: Setting) -> Any:
     return kinds.get(setting.kind, str)
 
 
-def chosen(given: dict[str, Any], config: Path | None) -> TrainOptions:
-    """Return the options: flags over the YAML file over defaults.
+def given_settings(options: dict[str, Any], config: Path | None = None) -> dict[str, Any]:
+    """Return those options that were given: flags over the YAML file.
 
     Parameters
     ----------
-    given : dict
-        Flags by field; None and empty tuples were not given.
+    options : dict
+        By field; None and what is empty was not given.
     config : Path, optional
 
     Raises
     ------
-    InputError, UsageError
+    InputError
     """
     values: dict[str, Any] = {}
     if config is not None:
         from loraformat.train.run.config_file import read
 
         values = read(config)
-    for setting in SETTINGS:
-        value = given.get(setting.name)
-        if value is None or value in ((), ""):
-            continue
-        values[setting.name] = value_of(setting, value)
-    return TrainOptions(**values)
+    return values | {name: value for name, value in options.items() if value not in (None, (), "")}

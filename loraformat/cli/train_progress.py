@@ -20,6 +20,8 @@ class TrainingBar:
     ----------
     quiet : bool
         Draw nothing.
+    plan : bool
+        Show the plan of a run before its first step.
 
     Attributes
     ----------
@@ -27,8 +29,8 @@ class TrainingBar:
         How many of a report's notes were shown before the run.
     """
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(self, *, quiet: bool, plan: bool = True) -> None:
+        self._quiet, self._plan = quiet, plan
         self._bar: Any = None
         self._steps = 0
         self._held = ""
@@ -67,7 +69,7 @@ class TrainingBar:
     def announce(self, report: Any) -> None:
         """Show the plan, its notes, and one sample with what is learned of it."""
         self._steps = report.steps
-        if self._quiet:
+        if self._quiet or not self._plan:
             return
         self.close()
         self.notes_told = len(report.notes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
 from loraformat.errors import UsageError
@@ -64,11 +65,24 @@ class Setting:
         return list(value) if isinstance(value, tuple) else value
 
 
-def _setting(section: str, kind: str, default: Any, help_text: str, **more: Any) -> Any:
-    return field(
-        default=default,
-        metadata={"section": section, "kind": kind, "help": help_text, **more},
+def _setting(
+    section: str, default: Any, help_text: str, metavar: str | None = None, **more: Any
+) -> Any:
+    metadata = {"section": section, "help": help_text, "metavar": metavar, **more}
+    return field(default=default, metadata=metadata)
+
+
+_run, _adapter, _data, _optimisation, _evaluation, _output, _memory = (
+    partial(_setting, section)
+    for section in (
+        "run", "Adapter", "Data", "Optimisation", "Evaluation", "Output", "Memory"
     )
+)  # fmt: skip
+#: Kinds of options, by the annotations of their fields.
+_KINDS = {
+    "bool": "flag", "int": "integer", "float": "number", "str": "text",
+    "tuple[str, ...]": "texts", "tuple[tuple[str, int], ...]": "ranks",
+}  # fmt: skip
 
 
 def _words(name: str) -> tuple[str, ...]:
@@ -86,268 +100,134 @@ class TrainOptions:
     (8, 512, {'rank': 8, 'lr': 0.0001})
     """
 
-    base: str = _setting("run", "text", "", "The bundle to train on.", free=True)
-    data: tuple[str, ...] = _setting(
-        "run", "texts", (), "Files, directories or datasets on the Hub.", free=True
-    )
-    output: str = _setting("run", "text", "", "The new adapter.", free=True)
+    base: str = _run("", "The bundle to train on.", free=True)
+    data: tuple[str, ...] = _run((), "Files, directories or datasets on the Hub.", free=True)
+    output: str = _run("", "The new adapter.", free=True)
 
-    rank: int = _setting("Adapter", "integer", 16, "Rank of every module.", metavar="R")
-    alpha: float | None = _setting(
-        "Adapter",
-        "number",
-        None,
-        "LoRA alpha; deltas are scaled by alpha/rank. [default: the rank]",
-        metavar="A",
+    rank: int = _adapter(16, "Rank of every module.", "R")
+    alpha: float | None = _adapter(
+        None, "LoRA alpha; deltas are scaled by alpha/rank. [default: the rank]", "A"
     )
-    rslora: bool = _setting(
-        "Adapter", "flag", False, "Rank-stabilised LoRA: scale by alpha/sqrt(rank)."
-    )
-    targets: tuple[str, ...] = _setting(
-        "Adapter",
-        "names",
+    rslora: bool = _adapter(False, "Rank-stabilised LoRA: scale by alpha/sqrt(rank).")
+    targets: tuple[str, ...] = _adapter(
         ("all-linear",),
         "Target modules: all-linear, attention, mlp, module names or globs; comma-separated, "
         "repeatable.",
-        metavar="T",
+        "T", kind="names",
+    )  # fmt: skip
+    ranks: tuple[tuple[str, int], ...] = _adapter(
+        (), "Rank of modules that match a name or glob. Repeatable.", "GLOB=R"
     )
-    ranks: tuple[tuple[str, int], ...] = _setting(
-        "Adapter",
-        "ranks",
-        (),
-        "Rank of modules that match a name or glob. Repeatable.",
-        metavar="GLOB=R",
-    )
-    dropout: float = _setting("Adapter", "number", 0.0, "LoRA dropout probability.", metavar="P")
-    init: str = _setting(
-        "Adapter", "text", "kaiming", "Initialisation of the factors.", choices=INITIALISATIONS
-    )
-    original: str = _setting(
-        "Adapter",
-        "text",
-        "",
-        "Unquantized original of the base, for --init loftq.",
-        metavar="PATH",
-    )
-    dora: bool = _setting(
-        "Adapter", "flag", False, "DoRA: also train a magnitude per output feature."
-    )
-    embeddings: bool = _setting("Adapter", "flag", False, "Also adapt the token embeddings.")
-    head: bool = _setting("Adapter", "flag", False, "Also adapt the output head.")
-    statistics: bool = _setting(
-        "Adapter", "flag", True, "Collect activation statistics for `reduce`."
-    )
-    adapter: str = _setting(
-        "Adapter",
-        "text",
-        "",
-        "Continue training this adapter, with its ranks and scaling.",
-        metavar="PATH",
+    dropout: float = _adapter(0.0, "LoRA dropout probability.", "P")
+    init: str = _adapter("kaiming", "Initialisation of the factors.", choices=INITIALISATIONS)
+    original: str = _adapter("", "Unquantized original of the base, for --init loftq.", "PATH")
+    dora: bool = _adapter(False, "DoRA: also train a magnitude per output feature.")
+    embeddings: bool = _adapter(False, "Also adapt the token embeddings.")
+    head: bool = _adapter(False, "Also adapt the output head.")
+    statistics: bool = _adapter(True, "Collect activation statistics for `reduce`.")
+    adapter: str = _adapter(
+        "", "Continue training this adapter, with its ranks and scaling.", "PATH"
     )
 
-    seq_len: int | None = _setting(
-        "Data",
-        "integer",
+    seq_len: int | None = _data(
         None,
         "Maximum sequence length in tokens. [default: 512, or the model's context if shorter]",
-        metavar="N",
-    )
-    batch_size: int = _setting("Data", "integer", 1, "Sequences per micro-batch.", metavar="N")
-    train_on: str = _setting(
-        "Data",
-        "text",
+        "N",
+    )  # fmt: skip
+    batch_size: int = _data(1, "Sequences per micro-batch.", "N")
+    train_on: str = _data(
         "completions",
         "Compute the loss on completions and assistant turns only, or on all tokens.",
         choices=_words("train_on"),
+    )  # fmt: skip
+    over_length: str = _data(
+        "refuse", "What to do with samples longer than --seq-len.", choices=_words("over_length")
     )
-    over_length: str = _setting(
-        "Data",
-        "text",
-        "refuse",
-        "What to do with samples longer than --seq-len.",
-        choices=_words("over_length"),
+    packing: bool = _data(True, "Pack several samples into one sequence.")
+    shuffle: bool = _data(True, "Shuffle the samples in each epoch.")
+    bad_rows: str = _data(
+        "refuse", "What to do with rows that cannot be read.", choices=_words("bad_rows")
     )
-    packing: bool = _setting("Data", "flag", True, "Pack several samples into one sequence.")
-    shuffle: bool = _setting("Data", "flag", True, "Shuffle the samples in each epoch.")
-    bad_rows: str = _setting(
-        "Data",
-        "text",
-        "refuse",
-        "What to do with rows that cannot be read.",
-        choices=_words("bad_rows"),
-    )
-    split_text: str = _setting(
-        "Data",
-        "text",
-        "document",
-        "Treat a text file as one document, or each paragraph as one.",
+    split_text: str = _data(
+        "document", "Treat a text file as one document, or each paragraph as one.",
         choices=_words("split_text"),
-    )
-    chat_template: str = _setting(
-        "Data", "text", "", "Jinja chat template that replaces the tokenizer's.", metavar="FILE"
-    )
-    subset: str = _setting("Data", "text", "", "Subset of a dataset on the Hub.", metavar="NAME")
-    split: str = _setting("Data", "text", "train", "Split of a dataset on the Hub.", metavar="NAME")
+    )  # fmt: skip
+    chat_template: str = _data("", "Jinja chat template that replaces the tokenizer's.", "FILE")
+    subset: str = _data("", "Subset of a dataset on the Hub.", "NAME")
+    split: str = _data("train", "Split of a dataset on the Hub.", "NAME")
 
-    epochs: int = _setting("Optimisation", "integer", 1, "Number of epochs.", metavar="N")
-    steps: int | None = _setting(
-        "Optimisation",
-        "integer",
-        None,
-        "Number of optimizer steps; overrides --epochs.",
-        metavar="N",
+    epochs: int = _optimisation(1, "Number of epochs.", "N")
+    steps: int | None = _optimisation(None, "Number of optimizer steps; overrides --epochs.", "N")
+    grad_accum: int = _optimisation(
+        4, "Gradient accumulation: micro-batches per step, weighted by their target tokens.", "N"
     )
-    grad_accum: int = _setting(
-        "Optimisation",
-        "integer",
-        4,
-        "Gradient accumulation: micro-batches per step, weighted by their target tokens.",
-        metavar="N",
-    )
-    layer_major: bool = _setting(
-        "Optimisation",
-        "flag",
+    layer_major: bool = _optimisation(
         False,
         "Run all micro-batches of a step through one layer before reading the next; for slow "
         "disks.",
+    )  # fmt: skip
+    lr: float = _optimisation(2e-4, "Peak learning rate.", "X")
+    schedule: str = _optimisation(
+        "cosine", "Learning-rate schedule after warmup.", choices=SCHEDULES
     )
-    lr: float = _setting("Optimisation", "number", 2e-4, "Peak learning rate.", metavar="X")
-    schedule: str = _setting(
-        "Optimisation", "text", "cosine", "Learning-rate schedule after warmup.", choices=SCHEDULES
+    warmup: float = _optimisation(0.03, "Warmup steps, or a fraction of all steps if below 1.", "N")
+    lora_plus: float = _optimisation(
+        1.0, "LoRA+: ratio of the learning rate of B to that of A.", "X"
     )
-    warmup: float = _setting(
-        "Optimisation",
-        "number",
-        0.03,
-        "Warmup steps, or a fraction of all steps if below 1.",
-        metavar="N",
+    weight_decay: float = _optimisation(0.0, "Decoupled weight decay of matrices.", "X")
+    clip: float = _optimisation(1.0, "Maximum gradient norm; 0 disables clipping.", "X")
+    optimizer: str = _optimisation(
+        "adamw", "Optimizer; the 8-bit ones need bitsandbytes.", choices=tuple(OPTIMIZERS)
     )
-    lora_plus: float = _setting(
-        "Optimisation",
-        "number",
-        1.0,
-        "LoRA+: ratio of the learning rate of B to that of A.",
-        metavar="X",
+    optimizer_states: str = _optimisation(
+        "memory", "Where to keep the AdamW states; does not affect the result.",
+        choices=("memory", "disk"), free=True,
+    )  # fmt: skip
+    seed: int = _optimisation(0, "Random seed for initialisation, shuffling and dropout.", "N")
+    deterministic: bool = _optimisation(False, "Fail on non-deterministic GPU kernels.")
+
+    eval: tuple[str, ...] = _evaluation(
+        (), "Held-out data to evaluate on. Repeatable.", "DATA", free=True
     )
-    weight_decay: float = _setting(
-        "Optimisation", "number", 0.0, "Decoupled weight decay of matrices.", metavar="X"
+    eval_every: int = _evaluation(
+        0, "Steps between evaluations; 0 evaluates only before and after training.", "N"
     )
-    clip: float = _setting(
-        "Optimisation", "number", 1.0, "Maximum gradient norm; 0 disables clipping.", metavar="X"
+    early_stop: int = _evaluation(
+        0, "Stop after this many evaluations without a lower held-out loss; 0 disables it.", "N"
     )
-    optimizer: str = _setting(
-        "Optimisation",
-        "text",
-        "adamw",
-        "Optimizer; the 8-bit ones need bitsandbytes.",
-        choices=tuple(OPTIMIZERS),
+    best: bool = _evaluation(
+        False, "Write the adapter with the lowest held-out loss instead of the last."
     )
-    optimizer_states: str = _setting(
-        "Optimisation",
-        "text",
-        "memory",
-        "Where to keep the AdamW states; does not affect the result.",
-        choices=("memory", "disk"),
-        free=True,
-    )
-    seed: int = _setting(
-        "Optimisation",
-        "integer",
-        0,
-        "Random seed for initialisation, shuffling and dropout.",
-        metavar="N",
-    )
-    deterministic: bool = _setting(
-        "Optimisation", "flag", False, "Fail on non-deterministic GPU kernels."
+    prompt: tuple[str, ...] = _evaluation(
+        (), "Generate a sample from this prompt at every evaluation. Repeatable.", "TEXT", free=True
     )
 
-    eval: tuple[str, ...] = _setting(
-        "Evaluation",
-        "texts",
-        (),
-        "Held-out data to evaluate on. Repeatable.",
-        metavar="DATA",
-        free=True,
+    save_every: int | None = _output(
+        None, "Steps between checkpoints. [default: one every ten minutes]", "N", free=True
     )
-    eval_every: int = _setting(
-        "Evaluation",
-        "integer",
-        0,
-        "Steps between evaluations; 0 evaluates only before and after training.",
-        metavar="N",
-    )
-    early_stop: int = _setting(
-        "Evaluation",
-        "integer",
-        0,
-        "Stop after this many evaluations without a lower held-out loss; 0 disables it.",
-        metavar="N",
-    )
-    best: bool = _setting(
-        "Evaluation",
-        "flag",
-        False,
-        "Write the adapter with the lowest held-out loss instead of the last.",
-    )
-    prompt: tuple[str, ...] = _setting(
-        "Evaluation",
-        "texts",
-        (),
-        "Generate a sample from this prompt at every evaluation. Repeatable.",
-        metavar="TEXT",
-        free=True,
-    )
+    keep: int = _output(2, "Number of checkpoints to keep.", "N", free=True)
+    tensorboard: bool = _output(False, "Also log to TensorBoard.", free=True)
+    plot: bool = _output(True, "Plot the loss curve, if matplotlib is installed.", free=True)
 
-    save_every: int | None = _setting(
-        "Output",
-        "integer",
-        None,
-        "Steps between checkpoints. [default: one every ten minutes]",
-        metavar="N",
-        free=True,
-    )
-    keep: int = _setting(
-        "Output", "integer", 2, "Number of checkpoints to keep.", metavar="N", free=True
-    )
-    tensorboard: bool = _setting("Output", "flag", False, "Also log to TensorBoard.", free=True)
-    plot: bool = _setting(
-        "Output", "flag", True, "Plot the loss curve, if matplotlib is installed.", free=True
-    )
-
-    device: str = _setting("Memory", "text", "cpu", "Device: cpu, cuda, cuda:1, …", metavar="D")
-    compute_dtype: str = _setting(
-        "Memory",
-        "text",
+    device: str = _memory("cpu", "Device: cpu, cuda, cuda:1, …", "D")
+    compute_dtype: str = _memory(
         "auto",
         "Dtype of activations and matrix products (f16: of products only). auto: f32 on a CPU, "
         "bf16 on a GPU; fastest: bf16 also on a CPU that multiplies it faster.",
         choices=("auto", "fastest", "f32", "bf16", "f16"),
+    )  # fmt: skip
+    device_memory: int | None = _memory(
+        None, "GPU memory for base weights; the rest is streamed.", "SIZE", kind="size", free=True
     )
-    device_memory: int | None = _setting(
-        "Memory",
-        "size",
-        None,
-        "GPU memory for base weights; the rest is streamed.",
-        metavar="SIZE",
-        free=True,
-    )
-    activation_memory: int | None = _setting(
-        "Memory",
-        "size",
+    activation_memory: int | None = _memory(
         None,
         "Memory for activations that are kept for the backward pass; other layers recompute "
-        "theirs (gradient checkpointing). [default: half of the memory left when the whole base "
-        "is cached]",
-        metavar="SIZE",
-        free=True,
-    )
-    max_memory: int | None = _setting(
-        "Memory",
-        "size",
-        None,
-        "Fail before training if the memory plan needs more.",
-        metavar="SIZE",
-        free=True,
+        "theirs (gradient checkpointing). [default: half of the memory left when the whole "
+        "base is cached]",
+        "SIZE", kind="size", free=True,
+    )  # fmt: skip
+    max_memory: int | None = _memory(
+        None, "Fail before training if the memory plan needs more.", "SIZE", kind="size", free=True
     )
 
     def __post_init__(self) -> None:
@@ -427,8 +307,12 @@ def _out_of_range(name: str, value: object, wanted: str) -> UsageError:
 
 
 def _settings() -> tuple[Setting, ...]:
+    kinds = {
+        entry.name: _KINDS[str(entry.type).removesuffix(" | None")]
+        for entry in fields(TrainOptions)
+    }
     return tuple(
-        Setting(entry.name, default=entry.default, **entry.metadata)
+        Setting(entry.name, default=entry.default, **{"kind": kinds[entry.name], **entry.metadata})
         for entry in fields(TrainOptions)
     )
 

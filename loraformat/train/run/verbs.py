@@ -1,24 +1,98 @@
-"""The public functions ``train``, ``evaluate`` and ``generate``, with flat options."""
+"""The public functions ``train``, ``evaluate`` and ``generate``, with flat options.
+
+What their docstrings say of a run's settings is put in from the table in
+`loraformat.train.run.options`, when this module is imported.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from loraformat.errors import UsageError
 from loraformat.ops.arguments import Progress, many, reported
-from loraformat.train.run.options import options_of
+from loraformat.train.run.options import SETTINGS, options_of
 
 if TYPE_CHECKING:
     from loraformat.train.run.evaluate import EvaluationReport
     from loraformat.train.run.generate import GenerationReport
     from loraformat.train.run.report import TrainReport
 
-__all__ = ["evaluate", "generate", "train"]
+__all__ = ["Display", "evaluate", "generate", "train"]
+
+_Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
+@runtime_checkable
+class Display(Protocol):
+    """A progress display that shows more than a bar; ``loraformat train`` has one."""
+
+    def announce(self, report: TrainReport) -> None:
+        """Show the plan, before the first step."""
+
+    def observe(self, event: dict[str, Any]) -> None:
+        """Show a step, an evaluation, a sample or a checkpoint."""
+
+    def rows(self, done: int, total: int) -> None:
+        """Show how many rows of the data were looked at."""
+
+    def batches(self, name: str, done: int, total: int) -> None:
+        """Show how many batches of held-out data were measured, with what."""
+
+
+class _Bar:
+    """The display of a progress that is one pair of numbers: steps, or batches."""
+
+    def __init__(self, told: Callable[[int, int], None]) -> None:
+        self._told, self._steps = told, 0
+
+    def announce(self, report: TrainReport) -> None:
+        self._steps = report.steps
+
+    def observe(self, event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            self._told(event["step"], self._steps)
+
+    def rows(self, done: int, total: int) -> None:
+        pass
+
+    def batches(self, name: str, done: int, total: int) -> None:
+        self._told(done, total)
+
+
+@contextmanager
+def _displayed(progress: Progress | Display, label: str, unit: str) -> Iterator[Display]:
+    if isinstance(progress, Display):
+        yield progress
+        return
+    with reported(progress, label, unit) as told:
+        yield _Bar(told)
+
+
+def _with_settings(verb: _Verb) -> _Verb:
+    """Put the settings' entries where the docstring of a verb has ``%settings``."""
+    documented = set(re.findall(r"^    (\w+)(?: :|$)", verb.__doc__ or "", re.MULTILINE))
+    entries = []
+    for setting in SETTINGS:
+        if setting.name in verb.__annotations__ and setting.name not in documented:
+            kind = verb.__annotations__[setting.name].replace(" | None", ", optional")
+            text = setting.help.replace(" Repeatable.", "")
+            text = re.sub(r"--([a-z-]+)", lambda m: f"`{m[1].replace('-', '_')}`", text)
+            if setting.choices:
+                text += f" One of {', '.join(f'``{word}``' for word in setting.choices)}."
+            wrapped = fill(text, 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
+            entries.append(f"    {setting.name} : {kind.replace(' | ', ' or ')}\n{wrapped}\n")
+    if verb.__doc__:
+        verb.__doc__ = verb.__doc__.replace("    %settings\n", "".join(entries))
+    return verb
+
+
+@_with_settings
 def train(
     base: str | Path,
     data: str | Path | Sequence[str | Path],
@@ -79,7 +153,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = False,
+    progress: Progress | Display = False,
 ) -> TrainReport:
     """Train a LoRA adapter on a bundle that need not fit in memory.
 
@@ -91,121 +165,7 @@ def train(
         JSONL, JSON, CSV, Parquet or text files, directories of them, or datasets on the Hub.
     output : str or Path
         The new adapter. Checkpoints and record are written to ``OUTPUT.run``.
-    rank : int
-        Rank of every module.
-    alpha : float, optional
-        LoRA alpha; deltas are scaled by alpha/rank. [default: the rank]
-    rslora : bool
-        Rank-stabilised LoRA: scale by alpha/sqrt(rank).
-    targets : str or sequence of str
-        Target modules: all-linear, attention, mlp, module names or globs.
-    ranks : mapping of str to int, optional
-        Rank of modules that match a name or glob.
-    dropout : float
-        LoRA dropout probability.
-    init : str
-        Initialisation of the factors. One of ``kaiming``, ``gaussian``, ``orthogonal``,
-        ``pissa``, ``loftq``.
-    original : str or Path, optional
-        Unquantized original of the base, for init loftq.
-    dora : bool
-        DoRA: also train a magnitude per output feature.
-    embeddings : bool
-        Also adapt the token embeddings.
-    head : bool
-        Also adapt the output head.
-    statistics : bool
-        Collect activation statistics for `reduce`.
-    adapter : str or Path, optional
-        Continue training this adapter, with its ranks and scaling.
-    seq_len : int, optional
-        Maximum sequence length in tokens. [default: 512, or the model's context if shorter]
-    batch_size : int
-        Sequences per micro-batch.
-    train_on : str
-        Compute the loss on completions and assistant turns only, or on all tokens. One of
-        ``completions``, ``all``.
-    over_length : str
-        What to do with samples longer than seq-len. One of ``refuse``, ``drop``, ``split``,
-        ``truncate``, ``truncate-start``.
-    packing : bool
-        Pack several samples into one sequence.
-    shuffle : bool
-        Shuffle the samples in each epoch.
-    bad_rows : str
-        What to do with rows that cannot be read. One of ``refuse``, ``skip``.
-    split_text : str
-        Treat a text file as one document, or each paragraph as one. One of ``document``,
-        ``paragraphs``.
-    chat_template : str or Path, optional
-        Jinja chat template that replaces the tokenizer's.
-    subset : str, optional
-        Subset of a dataset on the Hub.
-    split : str
-        Split of a dataset on the Hub.
-    epochs : int
-        Number of epochs.
-    steps : int, optional
-        Number of optimizer steps; overrides epochs.
-    grad_accum : int
-        Gradient accumulation: micro-batches per step, weighted by their target tokens.
-    layer_major : bool
-        Run all micro-batches of a step through one layer before reading the next; for slow
-        disks.
-    lr : float
-        Peak learning rate.
-    schedule : str
-        Learning-rate schedule after warmup. One of ``cosine``, ``linear``, ``constant``.
-    warmup : float
-        Warmup steps, or a fraction of all steps if below 1.
-    lora_plus : float
-        LoRA+: ratio of the learning rate of B to that of A.
-    weight_decay : float
-        Decoupled weight decay of matrices.
-    clip : float
-        Maximum gradient norm; 0 disables clipping.
-    optimizer : str
-        Optimizer; the 8-bit ones need bitsandbytes. One of ``adamw``, ``sgd``,
-        ``adamw-8bit``, ``paged-adamw-8bit``.
-    optimizer_states : str
-        Where to keep the AdamW states; does not affect the result. One of ``memory``,
-        ``disk``.
-    seed : int
-        Random seed for initialisation, shuffling and dropout.
-    deterministic : bool
-        Fail on non-deterministic GPU kernels.
-    eval : str or Path or sequence of them
-        Held-out data to evaluate on.
-    eval_every : int
-        Steps between evaluations; 0 evaluates only before and after training.
-    early_stop : int
-        Stop after this many evaluations without a lower held-out loss; 0 disables it.
-    best : bool
-        Write the adapter with the lowest held-out loss instead of the last.
-    prompt : str or sequence of str
-        Generate a sample from this prompt at every evaluation.
-    save_every : int, optional
-        Steps between checkpoints. [default: one every ten minutes]
-    keep : int
-        Number of checkpoints to keep.
-    tensorboard : bool
-        Also log to TensorBoard.
-    plot : bool
-        Plot the loss curve, if matplotlib is installed.
-    device : str
-        Device: cpu, cuda, cuda:1, …
-    compute_dtype : str
-        Dtype of activations and matrix products (f16: of products only). auto: f32 on a
-        CPU, bf16 on a GPU; fastest: bf16 also on a CPU that multiplies it faster. One of
-        ``auto``, ``fastest``, ``f32``, ``bf16``, ``f16``.
-    device_memory : int or str, optional
-        GPU memory for base weights; the rest is streamed.
-    activation_memory : int or str, optional
-        Memory for activations that are kept for the backward pass; other layers recompute
-        theirs (gradient checkpointing). [default: half of the memory left when the whole
-        base is cached]
-    max_memory : int or str, optional
-        Fail before training if the memory plan needs more.
+    %settings
     resume : bool
         Resume from the newest complete checkpoint; the result is that of an uninterrupted run.
     force : bool
@@ -229,23 +189,14 @@ def train(
     given = dict(locals())  # every option by its name, as the table of options has them
     from loraformat.train.run.train import train as run
 
-    with reported(progress, "train", "step") as told:
-        steps = 0
-
-        def announce(plan: TrainReport) -> None:
-            nonlocal steps
-            steps = plan.steps
-
-        def observe(event: Mapping[str, Any]) -> None:
-            if event["event"] == "step":
-                told(event["step"], steps)
-
+    with _displayed(progress, "train", "step") as display:
         return run(
-            options_of(given), resume=resume, force=force, dry_run=dry_run, announce=announce,
-            observe=observe,
+            options_of(given), resume=resume, force=force, dry_run=dry_run,
+            announce=display.announce, observe=display.observe, progress=display.rows,
         )  # fmt: skip
 
 
+@_with_settings
 def evaluate(
     base: str | Path,
     data: str | Path | Sequence[str | Path],
@@ -264,49 +215,22 @@ def evaluate(
     device: str = "cpu",
     compute_dtype: str = "auto",
     device_memory: int | str | None = None,
-    progress: Progress = False,
+    progress: Progress | Display = False,
 ) -> EvaluationReport:
     """Measure loss and perplexity of a base on held-out data, without and with each adapter.
+
+    The loss is the mean negative log-likelihood of the target tokens in nats; perplexity is its
+    exponential. Data formats and loss masks are those of training. `base` is a bundle or a model in
+    any other format: a safetensors directory, a bitsandbytes checkpoint or a GGUF file.
 
     Parameters
     ----------
     base : str or Path
-        A bundle, or a model in any other format.
     data : str, Path or a sequence of them
         As for `train`.
     adapter : str, Path or a sequence of them
-        Also measure the base with each of these.
-    seq_len : int, optional
-        Maximum sequence length in tokens. [default: 512, or the model's context if shorter]
-    batch_size : int
-        Sequences per micro-batch.
-    train_on : str
-        Compute the loss on completions and assistant turns only, or on all tokens. One of
-        ``completions``, ``all``.
-    over_length : str
-        What to do with samples longer than seq-len. One of ``refuse``, ``drop``, ``split``,
-        ``truncate``, ``truncate-start``.
-    packing : bool
-        Pack several samples into one sequence.
-    bad_rows : str
-        What to do with rows that cannot be read. One of ``refuse``, ``skip``.
-    split_text : str
-        Treat a text file as one document, or each paragraph as one. One of ``document``,
-        ``paragraphs``.
-    chat_template : str or Path, optional
-        Jinja chat template that replaces the tokenizer's.
-    subset : str, optional
-        Subset of a dataset on the Hub.
-    split : str
-        Split of a dataset on the Hub.
-    device : str
-        Device: cpu, cuda, cuda:1, …
-    compute_dtype : str
-        Dtype of activations and matrix products (f16: of products only). auto: f32 on a
-        CPU, bf16 on a GPU; fastest: bf16 also on a CPU that multiplies it faster. One of
-        ``auto``, ``fastest``, ``f32``, ``bf16``, ``f16``.
-    device_memory : int or str, optional
-        GPU memory for base weights; the rest is streamed.
+        Also measure the base with this adapter.
+    %settings
     progress : bool or callable
         True shows a bar on stderr; a callable gets the batches done and in total, for the base
         and each adapter.
@@ -326,10 +250,11 @@ def evaluate(
     from loraformat.train.run.evaluate import evaluate as run
 
     adapters = [str(path) for path in many(adapter)]
-    with reported(progress, "eval", "batch") as told:
-        return run(options_of(given), adapters, tell=lambda name, done, total: told(done, total))
+    with _displayed(progress, "eval", "batch") as display:
+        return run(options_of(given), adapters, tell=display.batches, progress=display.rows)
 
 
+@_with_settings
 def generate(
     base: str | Path,
     prompt: str,
@@ -348,10 +273,12 @@ def generate(
 ) -> GenerationReport:
     """Generate text from a prompt.
 
+    `base` is a bundle or a model in any other format: a safetensors directory, a bitsandbytes
+    checkpoint or a GGUF file. It is memory-mapped, so a model larger than memory works, slowly.
+
     Parameters
     ----------
     base : str or Path
-        A bundle, or a model in any other format.
     prompt : str
     adapter : str or Path, optional
         Apply this adapter.
@@ -367,14 +294,7 @@ def generate(
         Nucleus sampling: sample from the smallest set of tokens with this total probability.
     seed : int
         Random seed for sampling.
-    device : str
-        Device: cpu, cuda, cuda:1, …
-    compute_dtype : str
-        Dtype of activations and matrix products (f16: of products only). auto: f32 on a
-        CPU, bf16 on a GPU; fastest: bf16 also on a CPU that multiplies it faster. One of
-        ``auto``, ``fastest``, ``f32``, ``bf16``, ``f16``.
-    device_memory : int or str, optional
-        GPU memory for base weights; the rest is streamed.
+    %settings
     progress : bool or callable
         True prints the text on stderr as it is generated; a callable gets each new piece.
 
@@ -395,13 +315,10 @@ def generate(
     if system and not chat:
         raise UsageError("--system needs --chat", hint="add --chat")
     drawn = GenerationOptions(max_tokens, temperature, top_p, seed)
-    return run(options_of(given), prompt, drawn, chat=chat, system=system, tell=_teller(progress))
-
-
-def _teller(progress: bool | Callable[[str], None]) -> Callable[[str], None]:
-    if not isinstance(progress, bool):
-        return progress
-    return _on_stderr if progress else lambda piece: None
+    tell = progress
+    if isinstance(tell, bool):
+        tell = _on_stderr if tell else lambda piece: None
+    return run(options_of(given), prompt, drawn, chat=chat, system=system, tell=tell)
 
 
 def _on_stderr(piece: str) -> None:

@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from loraformat.cli.train import command
-from loraformat.cli.train_options import chosen
+from loraformat.cli.train_options import given_settings
 from loraformat.errors import InputError, UsageError
 from loraformat.train.data.options import DataOptions
 from loraformat.train.loop.optimizer_options import OptimizerOptions
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.run import config_file
-from loraformat.train.run.options import SETTINGS, TrainOptions
+from loraformat.train.run.options import SETTINGS, TrainOptions, options_of
 from loraformat.train.run.run_identity import check_same, identity_of
 
 ALL = {
@@ -45,7 +45,7 @@ def from_flags(*arguments):
     config = given.pop("config")
     for other in ("resume", "force", "dry_run", "as_json", "quiet"):
         given.pop(other)
-    return chosen(given, config)
+    return options_of(given_settings(given, config))
 
 
 def test_every_option_is_in_yaml(tmp_path):

@@ -28,6 +28,8 @@ from loraformat.model.checkpoint import (
 )
 from loraformat.model.quantization_history import from_text
 from loraformat.model.tied_head import HEAD, untied_config
+from loraformat.nf4.kernels.cast import cast
+from loraformat.nf4.kernels.threads import run
 from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
 from loraformat.tensors.dtypes import TORCH_NAMES
 from loraformat.tensors.lazy_sequence import Deferred
@@ -200,18 +202,15 @@ class _Source:
 
     def _transformed(self, view: memoryview, kind: GGMLType, shape: tuple[int, ...]) -> memoryview:
         """Compute the tensor into one buffer, a tile of rows at a time where rows stay near."""
-        from loraformat.nf4.kernels.threads import run
-
         transform, rows = self.recipe.transform, shape[0]
+        result = numpy.empty(self.recipe.shape, numpy_dtype(self.dtype))
         heads = transform.heads if isinstance(transform, HeadOrder) else rows
         if len(shape) < 2 or isinstance(transform, Transpose):
-            values = transform.rows(self._values(view, kind, shape), 0, self.recipe.shape[0])
-            with numpy.errstate(over="ignore"):
-                return array_bytes(values.astype(numpy_dtype(self.dtype), copy=False))
+            cast(transform.rows(self._values(view, kind, shape), 0, len(result)), result)
+            return array_bytes(result)
         # Rows change places within heads only, so that some heads make a tile.
         step = rows // heads * max(1, _TILE // max(rows // heads * shape[1], 1))
         row_bytes = kind.row_bytes(shape[1])
-        result = numpy.empty(shape, numpy_dtype(self.dtype))
 
         def tile(start: int, stop: int) -> None:
             part = view[start * row_bytes : stop * row_bytes]
@@ -219,8 +218,7 @@ class _Source:
             here = transform
             if isinstance(transform, HeadOrder):
                 here = HeadOrder((stop - start) * heads // rows, transform.interleaved)
-            with numpy.errstate(over="ignore"):
-                result[start:stop] = here.rows(values, 0, stop - start)
+            cast(here.rows(values, 0, stop - start), result[start:stop])
 
         run(tile, rows, step)
         return array_bytes(result)

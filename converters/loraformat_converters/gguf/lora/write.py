@@ -16,6 +16,7 @@ from loraformat.model import config_json
 from loraformat.model.adapter import Adapter
 from loraformat.model.tied_head import settled
 from loraformat.model.tokenizer_files import CarriedTokenizer
+from loraformat.nf4.kernels.cast import widened
 from loraformat.plugins import Forecast
 from loraformat.tensors.arrays import Array, finite
 from loraformat_converters.gguf.architectures import of_config
@@ -25,7 +26,7 @@ from loraformat_converters.gguf.container.writer import PlannedTensor, file_size
 from loraformat_converters.gguf.lora.metadata import adapter_keys
 from loraformat_converters.gguf.lora.plan import Pair, choose_alpha, plan_pairs
 from loraformat_converters.gguf.lora.refusals import refuse_whole
-from loraformat_converters.gguf.quantization.blocks import quantized_tiles, storable_type, widened
+from loraformat_converters.gguf.quantization.blocks import quantized_tiles, storable_type
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,6 +12,8 @@ from math import prod
 import numpy
 
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.nf4.kernels.cast import cast, widened
+from loraformat.nf4.kernels.threads import run
 from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
 from loraformat_converters.gguf.container.types import GGMLType
 from loraformat_converters.gguf.quantization.block_bytes import store_blocks
@@ -23,7 +25,6 @@ __all__ = [
     "quantize",
     "quantized_tiles",
     "storable_type",
-    "widened",
 ]
 
 #: Stored as safetensors stores the type of that name.
@@ -89,8 +90,6 @@ def dequantize(
     kind = _foreign_type(type, name)
     from gguf import quants
 
-    from loraformat.nf4.kernels.threads import run
-
     rows, length = prod(shape[:-1]), shape[-1]
     stored = numpy.frombuffer(view, dtype=numpy.uint8).reshape(rows, type.row_bytes(length))
     numbers = numpy.empty((rows, length), dtype=numpy.float32)
@@ -101,12 +100,6 @@ def dequantize(
 
     run(tile, rows, _rows_of(_TILE, length), threads)
     return numbers.reshape(shape)
-
-
-def widened(array: Array) -> Array:
-    """Return numbers of any plain type as float32, rounded to nearest even; float32 as it is."""
-    with numpy.errstate(over="ignore"):
-        return array.astype(numpy.float32, copy=False)
 
 
 def _foreign_type(type: GGMLType, name: str) -> object:
@@ -167,8 +160,6 @@ def quantized_tiles(tensor: Array, type: GGMLType, name: str = "") -> Iterator[b
     InputError
         If a number is not finite and the type is one of blocks.
     """
-    from loraformat.nf4.kernels.threads import run
-
     if type not in QUANTIZABLE:
         wanted = ", ".join(sorted(kind.name for kind in QUANTIZABLE))
         raise UnsupportedError(f"cannot make numbers of type {type.name}, wanted one of {wanted}")
@@ -201,8 +192,7 @@ def _store(tile: Array, stored: Array, type: GGMLType, name: str) -> None:
         return
     _check_range(tile if tile.dtype.itemsize > 2 else widened(tile), type, name)
     if type is GGMLType.F16:
-        with numpy.errstate(over="ignore"):
-            stored.view(numpy.float16)[...] = widened(tile)
+        cast(widened(tile), stored.view(numpy.float16))
     else:
         store_blocks(widened(tile), stored, type)
 

@@ -11,9 +11,11 @@ import numpy
 
 from loraformat.model.checkpoint import LazyTensor
 from loraformat.model.written import TensorRecord
+from loraformat.nf4.kernels.cast import widened
+from loraformat.nf4.kernels.threads import run
 from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf.container.types import GGMLType
-from loraformat_converters.gguf.quantization.blocks import dequantize, quantize, widened
+from loraformat_converters.gguf.quantization.blocks import dequantize, quantize
 
 if TYPE_CHECKING:
     from loraformat.plugins import RoundingObserver
@@ -146,7 +148,6 @@ def rounded(
         See `loraformat_converters.gguf.quantization.blocks.quantized_tiles`.
     """
     from loraformat.algebra.blas import one_blas_thread
-    from loraformat.nf4.kernels.threads import run
 
     step = max(1, _TILE // max(length, 1))
     window = step * (_WINDOW // _TILE)

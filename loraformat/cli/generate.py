@@ -39,6 +39,8 @@ def _run(prompt: str, as_json: bool, quiet: bool, **options: Any) -> None:
         echo_json("generate", found.to_dict())
     elif not quiet:
         click.echo()
+        for note in found.notes:
+            click.echo(f"note: {note}", err=True)
         click.echo(f"{found.tokens} tokens, {found.tokens_per_second:.1f} per second", err=True)
 
 

@@ -23,8 +23,9 @@ __all__ = [
 _SECTIONS = ("Data", "Adapter", "Optimisation", "Memory", "Evaluation", "Output", "Other")
 #: Options of a command that are no settings of a run.
 _OUTPUT = ("output", "resume", "force", "dry_run")
-#: Where a model computes.
-MACHINE_SETTINGS = [s for s in SETTINGS if s.name in ("device", "compute_dtype", "device_memory")]
+_MACHINE = ("allow_base_mismatch", "device", "compute_dtype", "device_memory")
+#: Where a model computes, and with which adapter.
+MACHINE_SETTINGS = [setting for setting in SETTINGS if setting.name in _MACHINE]
 #: How held-out data become batches.
 DATA_SETTINGS = [s for s in SETTINGS if s.section == "Data" and s.name != "shuffle"]
 

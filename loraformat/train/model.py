@@ -62,10 +62,12 @@ class TrainableModel(torch.nn.Module):
         Close the bundle with the model.
     replaced : ReplacedWeights, optional
         What the adapter that is trained on replaces besides its deltas.
+    notes : sequence of str
+        What a user should know of that adapter.
 
     Attributes
     ----------
-    base, bundle, branches, options, compute_dtype
+    base, bundle, branches, options, compute_dtype, notes
     config : transformers.PretrainedConfig
     """
 
@@ -80,9 +82,10 @@ class TrainableModel(torch.nn.Module):
         compute_dtype: torch.dtype,
         owned: bool,
         replaced: ReplacedWeights | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.replaced = replaced
+        self.replaced, self.notes = replaced, list(notes)
         self.base, self.bundle, self.compute_dtype = base, bundle, compute_dtype
         self.branches, self.options, self.config = branches, options, base.config
         self._shared, self._owned, self._closed = shared, owned, False

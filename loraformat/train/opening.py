@@ -17,7 +17,7 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.ops.opening.model import open_model
+from loraformat.ops.opening.model import check_base, open_model
 from loraformat.train.engine.bind_weights import WeightBinder, bind_weights
 from loraformat.train.engine.checkpointing import (
     ActivationBudget,
@@ -53,6 +53,7 @@ def load(
     activation_memory: int | None = None,
     compute_dtype: torch.dtype | str | None = None,
     original: str | Path | Checkpoint | None = None,
+    allow_base_mismatch: bool = False,
     to_train: bool = True,
 ) -> TrainableModel:
     """Open a bundle as a model of transformers' own classes that can be trained.
@@ -83,6 +84,8 @@ def load(
         float32 by default, bfloat16 on a GPU. See `loraformat.train.engine.compute_dtype`.
     original : str, Path or Checkpoint, optional
         The dense model that the bundle was made from, for ``LoraOptions(init="loftq")``.
+    allow_base_mismatch : bool
+        Accept an adapter that was made for another base.
     to_train : bool
         Else it is opened to be computed with, and may be a model in any format that can be read:
         a directory of safetensors, a bitsandbytes checkpoint, a GGUF file.
@@ -110,8 +113,10 @@ def load(
         place = torch.device(device)
         dtype = choose_dtype(compute_dtype, place)
         owned = adapter is not None and not isinstance(adapter, Adapter)
+        notes: list[str] = []
         if adapter is not None:
             adapter = opened.enter_context(open_adapter(adapter, base=here.checkpoint))
+            notes += check_base(adapter, here.checkpoint, allowed=allow_base_mismatch)
         replaced = None if adapter is None else replaced_weights_of(adapter, here.checkpoint)
         weights = StoredWeights(here, replaced.tensors if replaced is not None else None)
         config = replaced.config if replaced is not None else here.checkpoint.config
@@ -143,7 +148,7 @@ def load(
         model = TrainableModel(
             base, here, shared, head_spans=head, branches=branches,
             options=None if adapter else lora, compute_dtype=dtype, owned=here is not bundle,
-            replaced=replaced,
+            replaced=replaced, notes=notes,
         )  # fmt: skip
         opened.pop_all()
     return model
@@ -159,7 +164,7 @@ def _branches(
     has_replaced: bool,
 ) -> dict[str, LoraBranch]:
     if adapter is not None:
-        return attach_adapter(targets, adapter, bundle.checkpoint, lora, has_replaced=has_replaced)
+        return attach_adapter(targets, adapter, lora, has_replaced=has_replaced)
     if lora is None:
         return {}
     with ExitStack() as opened:

@@ -54,7 +54,7 @@ MEMBERS = {
     AdapterInfo: "path format ranks alphas scalings targets parameters bytes dtypes base_model "
     "base_fingerprint bundle dora biases embeddings replacements replaced_rows notes modules kind",
     EvaluationReport: "base results data notes",
-    GenerationReport: "prompt text tokens seconds",
+    GenerationReport: "notes prompt text tokens seconds",
 }
 #: Members that are not plain JSON values.
 MADE = {"facts": AdapterFacts("peft"), "losses": {}, "kind": "adapter", "written": None}

@@ -9,7 +9,7 @@ from loraformat import plugins
 from loraformat.bundle import reader as bundle_reader
 from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.card.carried import keep_user_text
-from loraformat.errors import UnsupportedError, UsageError
+from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.base_match import BaseMatch, compare_fingerprints
@@ -20,6 +20,7 @@ from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = [
+    "check_base",
     "compare_base",
     "fingerprint_of",
     "open_bundle",
@@ -146,3 +147,50 @@ def compare_base(adapter: Adapter, base: Checkpoint) -> BaseMatch:
     own = fingerprint_of(base)
     here = own or base.provenance.fingerprint
     return compare_fingerprints(adapter.base_fingerprint, here, descends=own is None)
+
+
+def check_base(
+    adapter: Adapter,
+    base: Checkpoint,
+    *,
+    allowed: bool,
+    instead: str = "use the base that it was trained on",
+) -> list[str]:
+    """Refuse an adapter that was made for another base, and say what a user should know.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    base : Checkpoint
+    allowed : bool
+        Accept an adapter of another base.
+    instead : str
+        What else can be done about it.
+
+    Raises
+    ------
+    InputError
+        If both have a fingerprint, or the base says of which bundle it was made, and not the same.
+    """
+    match, form = compare_base(adapter, base), base.provenance.format
+    if match.made_for is None:
+        named = f" {printable(adapter.base_model)}" if adapter.base_model else ""
+        problem = f"records its base{named} but no base fingerprint; only shapes were compared"
+    elif match.relation == "unknown":
+        made_for = printable(match.made_for)
+        problem = f"was made for the base {made_for}, and a {form} model has no fingerprint to "
+        problem += "compare"
+    elif match.relation == "descends":
+        problem = f"was made for the bundle {printable(match.made_for)}, of which this {form} file "
+        problem += "was made; it was trained on the values in the bundle"
+    elif match.relation == "same":
+        return []
+    elif allowed:
+        problem = f"{match.difference}; it may not work on this base"
+    else:
+        raise InputError(
+            match.difference,
+            path=adapter.path,
+            hint=f"{instead}, or override with --allow-base-mismatch",
+        )
+    return [f"{adapter.path}: {problem}"]

@@ -11,7 +11,6 @@ from loraformat.errors import InputError, UnsupportedError, UsageError, nearest,
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.ops.deltas.factors import finite
-from loraformat.ops.opening.model import compare_base
 from loraformat.tensors.torch_arrays import tensor_of
 from loraformat.train.lora.branch import Factors, LoraBranch, branch_of
 from loraformat.train.lora.initialise import initial
@@ -123,7 +122,6 @@ def load_extra_state(branches: Mapping[str, LoraBranch], state: Mapping[str, tor
 def attach_adapter(
     targets: Sequence[TargetModule],
     adapter: Adapter,
-    base: Checkpoint,
     options: LoraOptions | None = None,
     *,
     has_replaced: bool = False,
@@ -135,8 +133,7 @@ def attach_adapter(
     targets : sequence of TargetModule
         All that the model has.
     adapter : Adapter
-        Opened against the base.
-    base : Checkpoint
+        Opened against the base, and made for it.
     options : LoraOptions, optional
         Only its dropout and statistics are heeded: all else is as in the adapter.
     has_replaced : bool
@@ -150,11 +147,10 @@ def attach_adapter(
     Raises
     ------
     InputError
-        If the adapter was made for another base, or its modules are not the model's.
+        If its modules are not the model's.
     UnsupportedError
         If it is more than low-rank deltas.
     """
-    _check_base(adapter, base)
     _check_kind(adapter, has_replaced)
     by_weight = {target.weight_name: target for target in targets}
     by_stored = {target.stored_name: target for target in targets}
@@ -183,17 +179,6 @@ def attach_adapter(
             branch = branches[target.name] = _branch(*found[target.name], options or LoraOptions())
             target.attach(branch)
     return branches
-
-
-def _check_base(adapter: Adapter, base: Checkpoint) -> None:
-    match = compare_base(adapter, base)
-    if match.relation == "other":
-        raise InputError(
-            match.difference,
-            path=adapter.path,
-            hint="use the base that it was trained on; or write a copy that names this one: "
-            "loraformat convert ADAPTER BUNDLE/adapters/NAME --allow-base-mismatch",
-        )
 
 
 def _check_kind(adapter: Adapter, has_replaced: bool) -> None:

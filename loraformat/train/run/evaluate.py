@@ -92,6 +92,7 @@ def evaluate(
                 settings = options.data_options(shuffle=False)
                 data = open_data(options.data, encoder.tokenizer, settings, progress=progress)
                 found.data[:] = data.audit.lines()
+            found.notes.extend(model.notes)
             if adapter:
                 found.notes.extend(trained_on(adapter, data.audit.sources))
             name = adapter or options.base

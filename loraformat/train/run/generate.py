@@ -35,7 +35,7 @@ class GenerationReport(Report):
         New ones.
     """
 
-    _shared: ClassVar[tuple[str, ...]] = ("seconds",)
+    _shared: ClassVar[tuple[str, ...]] = ("notes", "seconds")
 
     prompt: str
     text: str
@@ -94,4 +94,6 @@ def generate(
             stops=sorted(stops), end=end, device=options.device, tell=tell,
         )  # fmt: skip
         seconds = time.monotonic() - begun
-    return GenerationReport(prompt, stream.text(), len(stream.tokens), seconds=seconds)
+    return GenerationReport(
+        prompt, stream.text(), len(stream.tokens), seconds=seconds, notes=model.notes
+    )

@@ -128,6 +128,9 @@ class TrainOptions:
     adapter: str = _adapter(
         "", "Continue training this adapter, with its ranks and scaling.", "PATH"
     )
+    allow_base_mismatch: bool = _adapter(
+        False, "Accept an adapter that was made for another base.", free=True
+    )
 
     seq_len: int | None = _data(
         None,
@@ -271,7 +274,7 @@ class TrainOptions:
         """
         if not self.adapter:
             return ()
-        heeded = ("dropout", "statistics", "adapter")
+        heeded = ("dropout", "statistics", "adapter", "allow_base_mismatch")
         of_lora = [s.flag for s in SETTINGS if s.section == "Adapter" and s.name not in heeded]
         return tuple(flag for flag in self.changed() if flag in of_lora)
 

@@ -131,6 +131,7 @@ def open_model(options: TrainOptions) -> TrainableModel:
         compute_dtype=_DTYPES.get(options.compute_dtype),
         activation_memory=options.activation_memory,
         original=options.original or None,
+        allow_base_mismatch=options.allow_base_mismatch,
         **_placement(options),
     )
 
@@ -147,6 +148,7 @@ def open_base(options: TrainOptions) -> TrainableModel:
         _base(options),
         adapter=options.adapter or None,
         compute_dtype=_DTYPES.get(options.compute_dtype),
+        allow_base_mismatch=options.allow_base_mismatch,
         to_train=False,
         **_placement(options),
     )

@@ -187,7 +187,7 @@ class _Run:
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
         )  # fmt: skip
         self.report.notes.extend([
-            *self._unheeded_note(), *self._template_note(), *self._stops_note(),
+            *self._model.notes, *self._unheeded_note(), *self._template_note(), *self._stops_note(),
             *self._overlap_note(), *self._memory_note(),
         ])  # fmt: skip
 

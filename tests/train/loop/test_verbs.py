@@ -14,6 +14,7 @@ import yaml
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
+from loraformat.train import LoraOptions, load
 from loraformat.train.loop.metrics import read_metrics
 from tests.train.loop.tiny_runs import files_of
 
@@ -72,6 +73,28 @@ def test_notes_come_before_the_run(run, call, tmp_path):
     assert result.err.index(told) < result.err.index("a sample, with target tokens")
     assert told not in result.out
     assert told in run(*call, "-o", tmp_path / "c", "--adapter", tmp_path / "a", "--dry-run").out
+
+
+@pytest.mark.parametrize("verb", ["train", "train from YAML", "eval", "generate"])
+def test_an_adapter_of_another_base_is_refused_unless_allowed(verb, run, place, tmp_path):
+    with load(place / "bundle", lora=LoraOptions(rank=4)) as model:
+        model.save_adapter(tmp_path / "a")
+    convert(place / "stored", tmp_path / "other", block_size=128)
+    words = {"train": [tmp_path / "other", place / "data.jsonl", "-o", tmp_path / "b", *QUICK],
+             "eval": [tmp_path / "other", place / "data.jsonl", "--seq-len", 48],
+             "generate": [tmp_path / "other", "--prompt", "moon", "--max-tokens", 1]}  # fmt: skip
+    call = [verb.split()[0], *words[verb.split()[0]], "--adapter", tmp_path / "a"]
+    result = run(*call)
+    assert result.code == 3
+    assert "was made for the base" in result.err
+    assert "override with --allow-base-mismatch" in result.err
+    if verb == "train from YAML":
+        (tmp_path / "run.yaml").write_text("allow-base-mismatch: true\nsteps: 1\n")
+        result = run(*call, "--config", tmp_path / "run.yaml")
+    else:
+        result = run(*call, "--allow-base-mismatch", *(["--steps", 1] if verb == "train" else []))
+    assert result.code == 0
+    assert "it may not work on this base" in result.out + result.err
 
 
 def test_dry_run(run, call, tmp_path):

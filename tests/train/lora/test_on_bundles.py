@@ -1,6 +1,7 @@
 """Branches on the mapped shards of a bundle: trained, saved, opened by PEFT, trained on."""
 
 import json
+import re
 from functools import partial
 
 import peft
@@ -184,8 +185,22 @@ def test_an_adapter_trains_on_from_where_it_was(base, tmp_path):
     record = json.loads((tmp_path / "b" / "training_record.json").read_text())
     assert record["lora"] is None  # those options did not make it
     assert second[1] < second[0] < first[-1]
-    with pytest.raises(InputError, match="was made for the base"):
-        load(base("llama-tied").bundle, adapter=tmp_path / "a")
+
+
+def test_an_adapter_of_another_base_is_trained_on_if_that_is_allowed(base, tmp_path):
+    with load(base("llama").bundle, lora=LoraOptions(rank=4)) as model:
+        model.save_adapter(tmp_path / "a")
+    convert(base("llama").original, tmp_path / "other", block_size=128)
+    problem = "was made for the base .*, and this one is "
+    with pytest.raises(InputError, match=f"{problem}.* override with --allow-base-mismatch"):
+        load(tmp_path / "other", adapter=tmp_path / "a")
+    with load(tmp_path / "other", adapter=tmp_path / "a", allow_base_mismatch=True) as model:
+        (note,) = model.notes
+        assert re.search(f"{problem}.*; it may not work on this base$", note)
+        train(model, batch_of(tokens()))
+        model.save_adapter(tmp_path / "b")
+    with load(tmp_path / "other", adapter=tmp_path / "b") as model:  # it is this base's now
+        assert model.notes == []
 
 
 def test_targets_that_mean_nothing_are_named(base):

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from loraformat.ops.report import Report
 from loraformat.train.data.tokenizer import open_tokenizer
-from loraformat.train.run.adapter_template import stops_of, template_of
+from loraformat.train.run.adapter_files import stops_of, template_of
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.setup import check_vocabulary, open_base
 from loraformat.train.run.text_generation import (

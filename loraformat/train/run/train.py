@@ -27,7 +27,7 @@ from loraformat.train.loop.optimizer import Optimizer, check_optimizer, rate_rat
 from loraformat.train.loop.saved_state import RunState
 from loraformat.train.loop.schedule import Schedule
 from loraformat.train.run import config_file, loss_curve, text_generation
-from loraformat.train.run.adapter_template import (
+from loraformat.train.run.adapter_files import (
     learned_stops,
     passed_over,
     stop_files,

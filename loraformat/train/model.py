@@ -28,8 +28,7 @@ from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.matrix import DenseMatrix, decoding
 from loraformat.train.engine.meta_model import text_config
-from loraformat.train.engine.readable_base import ReadableBase
-from loraformat.train.engine.stored_weights import Span
+from loraformat.train.engine.stored_weights import ReadableBase, Span
 from loraformat.train.engine.trial import PackingCheck, Trial
 from loraformat.train.lora import branches as branches_of_model
 from loraformat.train.lora.branch import LoraBranch

@@ -30,8 +30,7 @@ from loraformat.train.engine.device import place_on
 from loraformat.train.engine.layer_prefetch import LayerPrefetcher
 from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.meta_model import build_meta_model
-from loraformat.train.engine.readable_base import ReadableBase
-from loraformat.train.engine.stored_weights import StoredWeights
+from loraformat.train.engine.stored_weights import ReadableBase, StoredWeights
 from loraformat.train.loop import memory
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.branches import attach, attach_adapter

@@ -26,9 +26,8 @@ from loraformat.model.tied_head import settled, untied_config
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.shards.read_directory import open_model
 from loraformat.testing.models import carried, checkpoint, dense
-from loraformat.train.data.messages import KindError
 from loraformat.train.data.row import BadRowError, parse_object
-from loraformat.train.data.row_formats import meaning
+from loraformat.train.data.row_formats import KindError, meaning
 
 CASES = int(os.environ.get("LORAFORMAT_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("LORAFORMAT_FUZZ_SEED", "1"))

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from loraformat.errors import InputError
-from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.row import LONGEST_ROW, BadRowError, FileRows, Row
+from loraformat.train.data.row import LONGEST_ROW, BadRowError, DataFile, FileRows, Row
 
 __all__ = ["CsvRows"]
 

@@ -9,13 +9,19 @@ from typing import Any
 
 from loraformat.errors import FileChangedError, InputError, LoraFormatError
 from loraformat.train.batch import IGNORED, Batch
-from loraformat.train.data.batch_plan import BatchPlan, DataPosition, Rows
-from loraformat.train.data.collate import Tokens, collate, prefetch
+from loraformat.train.data.batch_plan import (
+    BatchPlan,
+    DataPosition,
+    Rows,
+    Tokens,
+    collate,
+    prefetch,
+)
 from loraformat.train.data.dataset_scan import DatasetScan, DatasetStats, SampleIndex
 from loraformat.train.data.encode import Encoded, RowEncoder, marked
-from loraformat.train.data.messages import KindError
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.row import RowSource
+from loraformat.train.data.row_formats import KindError
 from loraformat.train.data.row_sources import open_sources
 from loraformat.train.data.text_file import piece_size
 from loraformat.train.data.tokenizer import TextEncoder, open_tokenizer

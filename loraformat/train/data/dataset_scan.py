@@ -18,10 +18,9 @@ import numpy.typing as npt
 
 from loraformat.errors import InputError
 from loraformat.train.data.encode import Encoded, RowEncoder
-from loraformat.train.data.messages import KindError
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.row import BadRowError, RowSource
-from loraformat.train.data.row_formats import kind_of
+from loraformat.train.data.row_formats import KindError, kind_of
 
 __all__ = ["DatasetScan", "DatasetStats", "Sample", "SampleIndex"]
 

@@ -13,10 +13,10 @@ from array import array
 from collections.abc import Iterator
 
 from loraformat.errors import InputError
-from loraformat.train.data.data_file import DataFile
 from loraformat.train.data.row import (
     LONGEST_ROW,
     BadRowError,
+    DataFile,
     FileRows,
     Row,
     RowSource,

@@ -1,17 +1,172 @@
-"""A row of a data set, a source of rows, and the error for a bad row."""
+"""A row of a data set, a source of rows, and the error for a bad row.
+
+A file of training data: random access to its bytes, and a check that it has not changed.
+
+Every read checks that the file is still what was indexed. A few dozen files stay open;
+others are opened for each read, so that a directory of a hundred thousand files needs no
+hundred thousand descriptors.
+"""
 
 from __future__ import annotations
 
+import os
+import weakref
 from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Protocol
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Protocol
 
-from loraformat.errors import InputError
+from loraformat.errors import FileChangedError, InputError
 from loraformat.storage import strict_json
-from loraformat.train.data.data_file import DataFile
+from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["LONGEST_ROW", "BadRowError", "FileRows", "Row", "RowSource", "parse_object"]
+__all__ = ["LONGEST_ROW", "BadRowError", "DataFile", "FileRows", "Row", "RowSource", "parse_object"]
+
+_MOST_KEPT_OPEN = 64
+_KEPT_OPEN: set[int] = set()
+_FOREIGN_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
+class DataFile:
+    """One file, opened only inside its directory.
+
+    Parameters
+    ----------
+    path : Path
+        As it is shown in messages.
+    open_descriptor : callable
+        Opens it for reading.
+
+    Attributes
+    ----------
+    path : Path
+    nbytes : int
+
+    Examples
+    --------
+    >>> file = DataFile.at(Path(__file__))
+    >>> file.between(3, 9)
+    b'A file'
+    """
+
+    def __init__(self, path: Path, open_descriptor: Callable[[], int]) -> None:
+        self.path = path
+        self._open_descriptor = open_descriptor
+        self._kept: int | None = None
+        descriptor = open_descriptor()
+        self._identity = _identity(descriptor)
+        self.nbytes = self._identity[0]
+        if len(_KEPT_OPEN) < _MOST_KEPT_OPEN:
+            self._kept = descriptor
+            _KEPT_OPEN.add(descriptor)
+            weakref.finalize(self, _close, descriptor)
+        else:
+            os.close(descriptor)
+
+    @classmethod
+    def at(cls, path: Path) -> DataFile:
+        """Open a file that the user named, through links or not."""
+        real = Path(os.path.realpath(path))
+        return cls(path, lambda: SafeDirectory(real.parent).open(real.name))
+
+    @classmethod
+    def inside(cls, folder: SafeDirectory, name: str) -> DataFile:
+        """Open a file of a directory; a link that leads out of it is refused."""
+        return cls(folder.path / name, lambda: folder.open(name))
+
+    @classmethod
+    def spooled(cls, path: Path, file: IO[bytes]) -> DataFile:
+        """Open a temporary file without a name; ``path`` is where its rows came from."""
+        return cls(path, lambda: _reopened(file))
+
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """Open the file at its beginning.
+
+        Raises
+        ------
+        FileChangedError
+            If it is not the file any more that it was.
+        InputError
+            If it cannot be opened or read.
+        """
+        with self._reading(), os.fdopen(self._open_descriptor(), "rb") as file:
+            self._check(file.fileno())
+            yield file
+
+    def between(self, begin: int, end: int) -> bytes:
+        """Return a range of bytes.
+
+        Raises
+        ------
+        FileChangedError, InputError
+            As `opened`.
+        """
+        with self._reading():
+            if self._kept is not None:
+                self._check(self._kept)
+                data = os.pread(self._kept, end - begin, begin)
+            else:
+                with self.opened() as file:
+                    data = os.pread(file.fileno(), end - begin, begin)
+        if len(data) != end - begin:
+            raise FileChangedError("became shorter while it was being read", path=self.path)
+        return data
+
+    def _check(self, descriptor: int) -> None:
+        if _identity(descriptor) != self._identity:
+            raise FileChangedError("changed while it was being trained on", path=self.path)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", path=self.path) from None
+
+    def text_begin(self) -> int:
+        """Return where UTF-8 text begins: behind a byte-order mark, if there is one.
+
+        Raises
+        ------
+        InputError
+            If the file says that it is UTF-16 or UTF-32, or is compressed.
+        """
+        head = self.between(0, min(4, self.nbytes))
+        if head[:2] in _FOREIGN_MARKS:
+            raise InputError(
+                "is text in UTF-16 or UTF-32, wanted UTF-8",
+                path=self.path,
+                hint="convert it: iconv -f UTF-16 -t UTF-8",
+            )
+        if head[:2] == b"\x1f\x8b" or head == b"\x28\xb5\x2f\xfd":
+            raise InputError(
+                "is compressed, and its name does not say so",
+                path=self.path,
+                hint=f"name it {self.path.name}.{'gz' if head[:1] == bytes([31]) else 'zst'}",
+            )
+        return len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
+
+
+def _close(descriptor: int) -> None:
+    _KEPT_OPEN.discard(descriptor)
+    os.close(descriptor)
+
+
+def _reopened(file: IO[bytes]) -> int:
+    descriptor = os.dup(file.fileno())
+    os.lseek(descriptor, 0, os.SEEK_SET)  # shared with the original, which nobody reads
+    return descriptor
+
 
 LONGEST_ROW = 16 << 20
 """Most bytes of a row."""

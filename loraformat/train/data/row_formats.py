@@ -14,6 +14,12 @@ fields; Alpaca's may have a ``history`` of pairs. An assistant's message with ``
 not learned, nor is one that says nothing. Other fields are ignored, and so is a field that is
 ``null``. A ``text`` beside another kind is passed over if it holds what that kind says last, as
 tatsu-lab/alpaca's does; any other row that is two of these at once is an error.
+
+Messages of conversations in the spellings that data sets have, as chat templates take them.
+
+OpenAI's and ShareGPT's; ``tool_calls``, the older ``function_call``, and ShareGPT's turns of that
+name; tools and calls as lists or as strings of JSON. The content of a message is kept as it stands:
+``content`` is ``None`` where the row says so, and arguments stay an object or a string.
 """
 
 from __future__ import annotations
@@ -21,20 +27,266 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loraformat.chat_templates.probe import CALLS
 from loraformat.errors import printable
-from loraformat.train.data.messages import (
-    KindError,
-    as_list,
-    as_string,
-    checked_message,
-    from_sharegpt,
-    history_turns,
-    says_nothing,
-    system_message,
-    tool_list,
-)
+from loraformat.storage import strict_json
 
-__all__ = ["FIELDS", "Completion", "Conversation", "Text", "kind_of", "meaning"]
+__all__ = [
+    "CALLS",
+    "FIELDS",
+    "REASONING",
+    "Completion",
+    "Conversation",
+    "KindError",
+    "Text",
+    "as_list",
+    "as_string",
+    "checked_message",
+    "from_json",
+    "from_sharegpt",
+    "history_turns",
+    "kind_of",
+    "meaning",
+    "says_nothing",
+    "system_message",
+    "tool_list",
+    "type_name",
+]
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Where templates look for what a model thought before it answered."""
+
+_FUNCTION_CALL = "function_call"
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+    _FUNCTION_CALL: "assistant",
+}  # fmt: skip
+
+
+class KindError(ValueError):
+    """A row that means nothing, or two things."""
+
+
+def as_string(fields: dict[str, Any], name: str) -> str:
+    """Return a field that must be a string.
+
+    Raises
+    ------
+    KindError
+    """
+    value = fields[name]
+    if not isinstance(value, str):
+        raise KindError(f'"{name}" is {type_name(value)}, wanted a string')
+    return value
+
+
+def as_list(value: Any, name: str) -> list[Any]:
+    """Return a value that must be a list with something in it, or JSON of one.
+
+    Raises
+    ------
+    KindError
+
+    Examples
+    --------
+    >>> as_list('["a"]', "messages")
+    ['a']
+    """
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = from_json(value, name)
+    if not isinstance(value, list) or not value:
+        raise KindError(
+            f'"{name}" is {type_name(value) if value != [] else "empty"}, wanted a list'
+        )
+    return value
+
+
+def from_json(text: str, name: str) -> Any:
+    """Return what a string of JSON says, as tables keep what differs from row to row.
+
+    Raises
+    ------
+    KindError
+        If it is not strict JSON.
+
+    Examples
+    --------
+    >>> from_json('[{"name": "add"}]', "tools")
+    [{'name': 'add'}]
+    """
+    try:
+        return strict_json.loads(text.encode("utf-8", "surrogatepass"))
+    except strict_json.StrictJsonError as error:
+        raise KindError(f'"{name}" is a string, and not strict JSON: {error}') from None
+
+
+def type_name(value: Any) -> str:
+    """Name a value's type as JSON does."""
+    names: dict[type, str] = {
+        str: "a string", list: "a list", dict: "an object", bool: "true or false",
+        int: "a number", float: "a number", type(None): "null",
+    }  # fmt: skip
+    return names.get(type(value), type(value).__name__)
+
+
+def checked_message(message: Any) -> dict[str, Any]:
+    """Return a message with ``role``, ``content`` and what else it has.
+
+    Raises
+    ------
+    KindError
+        If it is none, or says nothing that a template could write.
+
+    Examples
+    --------
+    >>> checked_message({"role": "user", "content": [{"type": "text", "text": "a"}], "name": None})
+    {'role': 'user', 'content': 'a'}
+    """
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise KindError('a message is not an object with a "role"')
+    checked = {name: value for name, value in message.items() if value is not None}
+    if _FUNCTION_CALL in checked:
+        checked.setdefault(CALLS, [checked.pop(_FUNCTION_CALL)])
+    if CALLS in checked:
+        checked[CALLS] = _calls(checked[CALLS])
+        if not checked[CALLS]:
+            del checked[CALLS]
+    content = checked.get("content")
+    if isinstance(content, list):
+        content = "".join(map(_text_part, content))
+    if content is not None and not isinstance(content, str):
+        raise KindError(f'"content" of a message is {type_name(content)}, wanted a string')
+    if checked.get("weight", 1) not in (0, 1):
+        raise KindError('"weight" of a message is neither 0 nor 1')
+    if content is None and CALLS not in checked:
+        raise KindError('a message without "content"')
+    return {"role": checked["role"], "content": content} | {
+        name: value for name, value in checked.items() if name not in ("role", "content")
+    }
+
+
+def says_nothing(message: dict[str, Any]) -> bool:
+    """Tell whether a message has no words, no reasoning and calls no tool.
+
+    Examples
+    --------
+    >>> says_nothing({"role": "assistant", "content": ""})
+    True
+    """
+    return not any(message.get(name) for name in ("content", CALLS, *REASONING))
+
+
+def from_sharegpt(turn: Any) -> dict[str, Any]:
+    """Return a turn of ShareGPT's as a message.
+
+    Raises
+    ------
+    KindError
+        If it is none, of a role that is not known, or calls a function in no JSON.
+
+    Examples
+    --------
+    >>> from_sharegpt({"from": "gpt", "value": "Hi"})
+    {'role': 'assistant', 'content': 'Hi'}
+    """
+    if isinstance(turn, dict) and "role" in turn:
+        return turn
+    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
+        raise KindError('a turn of "conversations" is not an object with "from" and "value"')
+    role = _SHAREGPT_ROLES.get(turn["from"])
+    if role is None:
+        raise KindError(
+            f'"from" is {turn["from"][:40]!r}, wanted one of {", ".join(_SHAREGPT_ROLES)}'
+        )
+    message = {"role": role, "content": turn.get("value")}
+    if turn["from"] == _FUNCTION_CALL:
+        message = {"role": role, "content": None, CALLS: turn.get("value")}
+    return message | ({"weight": turn["weight"]} if turn.get("weight") is not None else {})
+
+
+def history_turns(history: Any) -> list[dict[str, Any]]:
+    """Return Alpaca's ``history``, pairs of question and answer, as messages.
+
+    Raises
+    ------
+    KindError
+
+    Examples
+    --------
+    >>> [turn["role"] for turn in history_turns([["1+1", "2"]])]
+    ['user', 'assistant']
+    """
+    if not history:
+        return []
+    turns = []
+    for pair in as_list(history, "history"):
+        if not isinstance(pair, list) or [type(said) for said in pair] != [str, str]:
+            raise KindError('"history" is not a list of pairs of question and answer')
+        turns += [
+            {"role": role, "content": said}
+            for role, said in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return turns
+
+
+def system_message(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the message that a row's ``system`` is, if there is one."""
+    if not fields.get("system"):
+        return []
+    return [{"role": "system", "content": as_string(fields, "system")}]
+
+
+def tool_list(tools: Any) -> list[Any] | None:
+    """Return descriptions of tools from a list, or from a string of JSON; None if there are none.
+
+    Raises
+    ------
+    KindError
+
+    Examples
+    --------
+    >>> tool_list('[{"name": "add"}]'), tool_list([]), tool_list("")
+    ([{'name': 'add'}], None, None)
+    """
+    if isinstance(tools, str):
+        tools = from_json(tools, "tools") if tools.strip() else None
+    if isinstance(tools, dict):
+        tools = [tools]
+    return as_list(tools, "tools") if tools else None
+
+
+def _calls(calls: Any) -> list[dict[str, Any]]:
+    """Return calls as ``[{"type": "function", "function": {"name": …, "arguments": …}}]``."""
+    if isinstance(calls, str):
+        calls = from_json(calls, CALLS) if calls.strip() else []
+    if isinstance(calls, dict):
+        calls = [calls]
+    return [_call(call) for call in as_list(calls, CALLS)] if calls else []
+
+
+def _call(call: Any) -> dict[str, Any]:
+    if isinstance(call, dict) and "function" not in call and "name" in call:
+        alone = {"name": call["name"], "arguments": call.get("arguments", {})}
+        call = {"type": "function", "function": alone}
+    found = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise KindError('a call of "tool_calls" is not an object with a "function" and its "name"')
+    arguments = found.get("arguments", {})
+    if not isinstance(arguments, (str, dict)):
+        raise KindError(
+            f'"arguments" of a call are {type_name(arguments)}, wanted an object or a string'
+        )
+    return {"type": "function", **call}
+
+
+def _text_part(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise KindError('a part of a "content" that is not text')
+    return text
+
 
 FIELDS = frozenset(
     [

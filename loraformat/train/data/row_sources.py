@@ -11,20 +11,21 @@ from typing import Any
 from loraformat.errors import HubError, InputError, MissingDependencyError, UsageError, printable
 from loraformat.hub.source import hub_id
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.train.data.columnar import (
+from loraformat.train.data.csv_file import CsvRows
+from loraformat.train.data.json_file import JsonLines, open_json
+from loraformat.train.data.options import DataOptions
+from loraformat.train.data.row import DataFile, Row, RowSource
+from loraformat.train.data.row_formats import FIELDS
+from loraformat.train.data.spooled_rows import (
+    COMPRESSIONS,
     has_splits,
     is_saved,
     open_arrow,
     open_parquet,
     open_saved,
+    unpacked,
+    without_nulls,
 )
-from loraformat.train.data.csv_file import CsvRows
-from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.json_file import JsonLines, open_json
-from loraformat.train.data.options import DataOptions
-from loraformat.train.data.row import Row, RowSource
-from loraformat.train.data.row_formats import FIELDS
-from loraformat.train.data.spooled_rows import COMPRESSIONS, unpacked, without_nulls
 from loraformat.train.data.text_file import TextFile, piece_size
 
 __all__ = ["SUFFIXES", "HubRows", "is_local", "open_hub", "open_sources"]

@@ -11,8 +11,7 @@ from array import array
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from loraformat.train.data.data_file import DataFile
-from loraformat.train.data.row import BadRowError, FileRows, Row
+from loraformat.train.data.row import BadRowError, DataFile, FileRows, Row
 
 __all__ = ["TextFile", "cut", "piece_size", "pieces"]
 

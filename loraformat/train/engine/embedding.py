@@ -9,7 +9,7 @@ import torch
 
 from loraformat.train.engine.matrix import DenseMatrix, Tile
 from loraformat.train.engine.meta_model import PlaceholderWeight
-from loraformat.train.engine.readable_base import ComputedTable
+from loraformat.train.engine.stored_weights import ComputedTable
 
 __all__ = ["MappedEmbedding"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from loraformat.errors import UnsupportedError, printable
-from loraformat.train.engine.lora_matmul import frozen_product
+from loraformat.train.engine.linear import frozen_product
 from loraformat.train.engine.matrix import Matrix, NF4Matrix, Tile, output_tiles
 
 __all__ = ["ExpertStack", "compute_from_stacks", "is_fused_experts", "projection_names"]

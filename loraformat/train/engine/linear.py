@@ -1,21 +1,176 @@
 """Linear layers whose weight stays in a mapped shard, with a place for a LoRA branch.
 
 y = x Wᵀ + b,   then branch(x, y) if there is one: y + s · B A x (Hu 2021, equation 3)
+
+The product of a frozen layer and its LoRA factors, y = x Wᵀ + b + s · x Aᵀ Bᵀ, with gradients.
+
+W is dequantized block by block, forward and backward: dL/dx = dL/dy · W, and nothing of W is saved.
+The low-rank pair A, B is the LoRA branch (Hu 2021, equation 3). As one function with W it adds to y
+in place, and saves only what the gradients of A and B need: x, which other linears may save as
+well, and z = A x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from loraformat.train.engine.compute_dtype import activation_dtype
-from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
+from loraformat.train.engine.matmul import multiply, multiply_transposed, times, times_transposed
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix, Tile, output_tiles
 from loraformat.train.engine.meta_model import PlaceholderWeight
+from loraformat.train.engine.unneeded_products import is_left_out
 
-__all__ = ["Branch", "FrozenLinear"]
+__all__ = ["Branch", "FrozenLinear", "LoraFactors", "frozen_product"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """The factors A and B of a LoRA branch, and its scaling.
+
+    Attributes
+    ----------
+    a, b : torch.Tensor
+        float32 (r, in features) and (out features, r). They are multiplied in the dtype of x,
+        and their gradients are float32.
+    scaling : float
+        s.
+    observe : callable, optional
+        Called in the backward pass with z = A x, (tokens, r), and dL/dy, (tokens, out features).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+
+
+def frozen_product(
+    x: torch.Tensor,
+    matrix: Matrix,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: torch.Tensor | None = None,
+    pair: LoraFactors | None = None,
+) -> torch.Tensor:
+    """Multiply by a frozen weight, differentiably in `x` and in what is trained beside it.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (..., in features), float32 or bfloat16; or float64, which is then computed with.
+    matrix : Matrix
+    dtype : torch.dtype
+        Of the factors of each product. Sums over blocks are float32, or float64 for float64.
+    bias : torch.Tensor, optional
+        (out features,), added.
+    pair : LoraFactors, optional
+        What is trained.
+
+    Returns
+    -------
+    torch.Tensor
+        (..., out features), dtype of `x`.
+
+    Examples
+    --------
+    >>> from loraformat.train.engine.matrix import DenseMatrix
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> y = frozen_product(x, DenseMatrix(torch.tensor([[3.0, 4.0]])))
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist()
+    ([11.0], [3.0, 4.0])
+    """
+    y: torch.Tensor
+    if pair is None:
+        y = _FrozenProduct.apply(x, matrix, dtype, bias)  # type: ignore[no-untyped-call]
+    else:
+        y = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
+            x, pair.a, pair.b, matrix, dtype, bias, pair.scaling, pair.observe
+        )
+    return y
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.matrix, ctx.dtype = matrix, dtype
+        if is_left_out(matrix):
+            return _nothing(x, matrix)
+        y = multiply(x, matrix, dtype)
+        return _own(y if bias is None else y.add_(bias))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        return multiply_transposed(gradient, ctx.matrix, ctx.dtype), None, None, None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        matrix: Matrix,
+        dtype: torch.dtype,
+        bias: torch.Tensor | None,
+        scaling: float,
+        observe: Callable[[torch.Tensor, torch.Tensor], None] | None,
+    ) -> torch.Tensor:
+        ctx.matrix, ctx.dtype, ctx.scaling, ctx.observe = matrix, dtype, scaling, observe
+        # this way round it reads x along its rows
+        z = times_transposed(a.to(x.dtype), _rows(x)).T
+        ctx.save_for_backward(x, z, a, b)
+        if is_left_out(matrix):
+            return _nothing(x, matrix)
+        y = multiply(x, matrix, dtype)
+        if bias is not None:
+            y.add_(bias)
+        _rows(y).addmm_(z, b.to(x.dtype).T, alpha=scaling)
+        return _own(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, z, a, b = ctx.saved_tensors
+        of_y = _rows(gradient)
+        of_z = times_transposed(b.to(x.dtype).T, of_y).T.mul_(ctx.scaling)
+        of_x = of_a = of_b = None
+        if ctx.needs_input_grad[0]:
+            of_x = multiply_transposed(gradient, ctx.matrix, ctx.dtype)
+            _rows(of_x).addmm_(of_z, a.to(x.dtype))
+        if ctx.needs_input_grad[1]:
+            of_a = times(of_z.T, _rows(x)).to(a.dtype)
+        if ctx.needs_input_grad[2]:
+            of_b = times(z.T, of_y).T.to(b.dtype).mul_(ctx.scaling)
+        if ctx.observe is not None:
+            ctx.observe(z, of_y)
+        return of_x, of_a, of_b, None, None, None, None, None
+
+
+def _own(y: torch.Tensor) -> torch.Tensor:
+    """Return a product as what autograd takes for no view: a model may add to it in place."""
+    return y.data
+
+
+def _nothing(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """Return NaN in place of a product that is not needed: whatever reads it gives NaN, too.
+
+    They take memory as the product does, since a model may add to it in place.
+    """
+    outputs = matrix.columns if matrix.in_out_layout else matrix.rows
+    return x.new_full((*x.shape[:-1], outputs), torch.nan)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class Branch(Protocol):

@@ -33,8 +33,8 @@ from loraformat.train.loop.evaluation import HeldOutLoss
 from loraformat.train.loop.interruption import Interruption
 from loraformat.train.loop.metrics import Metrics
 from loraformat.train.loop.optimizer import Optimizer
+from loraformat.train.loop.optimizer_options import Schedule
 from loraformat.train.loop.saved_state import RunState
-from loraformat.train.loop.schedule import Schedule
 
 __all__ = ["Loop", "LoopOptions", "Trainable"]
 

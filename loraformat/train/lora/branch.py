@@ -39,7 +39,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from loraformat.train.engine.lora_matmul import LoraFactors
+from loraformat.train.engine.linear import LoraFactors
 from loraformat.train.lora.second_moments import Moments, counted, observe
 from loraformat.train.lora.target_modules import TargetModule
 

@@ -6,25 +6,52 @@ another token than the one that ends the base's texts (Llama 3's ``<|eot_id|>``,
 ``<|im_end|>`` on a base that knows only documents): a reader that waits for that one never stops.
 So the tokens that were trained to end turns lie in a ``generation_config.json``, where transformers
 looks for them. Both are read from there again.
+
+Facts of a run that are stored beside its adapter, for people, model cards and later evaluations.
+
+There is no time of day and no duration in them: two runs of the same work write the same bytes. The
+training data is recorded by hash, so that evaluation on it is noticed.
 """
 
 from __future__ import annotations
 
 import json
+import platform
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.runtimes.chat import GENERATION_NAME
+from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME
 from loraformat.runtimes.use import TEMPLATE_NAME
 from loraformat.train.data.dataset import Dataset
 from loraformat.train.data.tokenizer import TextEncoder
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.text_generation import ids_of, stop_tokens
+from loraformat.version import __version__
 
-__all__ = ["learned_stops", "passed_over", "stop_files", "stops_of", "template_files",
-           "template_of"]  # fmt: skip
+if TYPE_CHECKING:
+    from loraformat.train.data.dataset import Dataset
+    from loraformat.train.loop.saved_state import RunState
+    from loraformat.train.run.options import TrainOptions
+
+__all__ = [
+    "facts_of",
+    "hash_of",
+    "learned_stops",
+    "passed_over",
+    "stop_files",
+    "stops_of",
+    "template_files",
+    "template_of",
+    "trained_on",
+]
 
 
 def template_files(
@@ -130,3 +157,118 @@ def template_of(adapter: str) -> str | None:
     """
     with open_adapter(adapter) as opened:
         return CarriedTokenizer(opened.files, opened.path).chat_templates.get("default")
+
+
+_READ_AT_ONCE = 1 << 20
+
+
+def facts_of(
+    options: TrainOptions, state: RunState, data: Dataset, held_out: Dataset | None, ranks: int
+) -> dict[str, Any]:
+    """Return the facts of a run that is done.
+
+    Parameters
+    ----------
+    options : TrainOptions
+    state : RunState
+        At its end.
+    data, held_out : Dataset
+    ranks : int
+        Processes that trained.
+    """
+    return {
+        "data": _described(data),
+        "prompt_format": data.prompt_format(),
+        "chat": data.chat(),
+        "held_out_data": None
+        if held_out is None
+        else {**_described(held_out), "trained_too": held_out.rows_also_in(data)},
+        "steps": state.step,
+        "tokens": state.tokens,
+        "trained_tokens": state.trained,
+        "first_loss": state.first_loss,
+        "last_loss": state.last_loss,
+        "heldout_before": state.first_eval,
+        "heldout_after": state.best_eval if options.best else state.last_eval,
+        "best_step": state.best_step,
+        "ranks": ranks,
+        "settings": options.to_json(),
+        "versions": _versions(),
+    }
+
+
+def _described(data: Dataset) -> dict[str, Any]:
+    audit = data.audit
+    return {
+        "files": [
+            {"name": Path(name).name, "rows": rows, "sha256": hash_of(Path(name))}
+            for name, rows in audit.sources
+        ],
+        "rows": audit.rows,
+        "samples": audit.samples,
+        "tokens": audit.tokens,
+        "trained_tokens": audit.trained,
+        "fingerprint": data.fingerprint,
+    }
+
+
+def hash_of(path: Path) -> str | None:
+    """Return a file's SHA-256; None for what is no file, a dataset on the Hub for example."""
+    if not path.is_file():
+        return None
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    try:
+        transformers = version("transformers")
+    except PackageNotFoundError:
+        transformers = "?"
+    return {
+        "loraformat": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers,
+        "python": platform.python_version(),
+    }
+
+
+def trained_on(adapter: str, sources: Sequence[tuple[str, int]]) -> list[str]:
+    """Say which of some files an adapter's record names as training data.
+
+    Files are told by their hashes, since the record holds no rows. An adapter without a record, or
+    without hashes in it, was trained on something that is not known.
+
+    Parameters
+    ----------
+    adapter : str
+        A path, or a Hub id.
+    sources : sequence of (str, int)
+        Names and rows of what is evaluated, as in `loraformat.train.data.DatasetStats`.
+
+    Returns
+    -------
+    list of str
+        Sentences for people.
+    """
+    with open_adapter(adapter) as opened:
+        record = CarriedTokenizer(opened.files, opened.path).json(RECORD_NAME)
+    known = set(_hashes(record))
+    return [
+        f"{Path(adapter).name} was trained on {Path(name).name} ({rows} rows): its loss there is "
+        "not a held-out loss"
+        for name, rows in sources
+        if known and hash_of(Path(name)) in known
+    ]
+
+
+def _hashes(record: dict[str, Any]) -> Iterator[str]:
+    data: Any = record
+    for name in ("training", "data", "files"):
+        data = data.get(name) if isinstance(data, dict) else None
+    for one in data if isinstance(data, list) else []:
+        if isinstance(one, dict) and isinstance(one.get("sha256"), str):
+            yield one["sha256"]

@@ -12,9 +12,9 @@ from loraformat.train.batch import Batch
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
+from loraformat.train.run.adapter_files import trained_on
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.setup import Progress, check_vocabulary, open_base, with_length
-from loraformat.train.run.training_facts import trained_on
 
 __all__ = ["EvaluationReport", "evaluate"]
 

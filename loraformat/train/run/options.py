@@ -14,8 +14,7 @@ from typing import Any, get_args, get_type_hints
 from loraformat.errors import UsageError
 from loraformat.ops.arguments import byte_count, many
 from loraformat.train.data.options import DataOptions
-from loraformat.train.loop.optimizer_options import OPTIMIZERS, OptimizerOptions
-from loraformat.train.loop.schedule import SCHEDULES
+from loraformat.train.loop.optimizer_options import OPTIMIZERS, SCHEDULES, OptimizerOptions
 from loraformat.train.lora.options import INITIALISATIONS, LoraOptions
 
 __all__ = ["SETTINGS", "Setting", "TrainOptions", "options_of", "value_of"]

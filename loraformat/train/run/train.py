@@ -24,10 +24,11 @@ from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.loop.loop import Loop, LoopOptions
 from loraformat.train.loop.metrics import Metrics, check_tensorboard, read_metrics
 from loraformat.train.loop.optimizer import Optimizer, check_optimizer, rate_ratios
+from loraformat.train.loop.optimizer_options import Schedule
 from loraformat.train.loop.saved_state import RunState
-from loraformat.train.loop.schedule import Schedule
 from loraformat.train.run import config_file, loss_curve, text_generation
 from loraformat.train.run.adapter_files import (
+    facts_of,
     learned_stops,
     passed_over,
     stop_files,
@@ -37,10 +38,8 @@ from loraformat.train.run.disk_plan import plan_disk
 from loraformat.train.run.memory_plan import format_bytes
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.report import TrainReport, time_of
-from loraformat.train.run.run_directory import RunDirectory
-from loraformat.train.run.run_identity import check_same, identity_of
+from loraformat.train.run.run_directory import RunDirectory, check_same, identity_of
 from loraformat.train.run.setup import Inputs, Progress, check_device, open_inputs
-from loraformat.train.run.training_facts import facts_of
 
 __all__ = ["train"]
 

@@ -18,8 +18,8 @@ import pytest
 from tokenizers import AddedToken
 
 from loraformat.train.data.encode import RowEncoder
-from loraformat.train.data.messages import KindError
 from loraformat.train.data.row import Row
+from loraformat.train.data.row_formats import KindError
 from loraformat.train.data.tokenizer import TextEncoder
 from tests.train.data.tokenizers_and_templates import byte_level
 

@@ -4,7 +4,7 @@ import pytest
 
 from loraformat.chat_templates.probe import CallForm
 from loraformat.errors import InputError
-from loraformat.train.data.messages import KindError
+from loraformat.train.data.row_formats import KindError
 from tests.train.data.test_masks import encode, messages
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 

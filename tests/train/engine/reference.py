@@ -6,8 +6,7 @@ import torch
 
 from loraformat.train.batch import Batch
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.lora_matmul import LoraFactors
+from loraformat.train.engine.linear import FrozenLinear, LoraFactors
 from tests.train.tiny_bundles import VOCABULARY
 
 

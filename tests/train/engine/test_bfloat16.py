@@ -7,8 +7,7 @@ from loraformat.train import LoraOptions, load
 from loraformat.train.engine import matmul
 from loraformat.train.engine.cross_entropy import frozen_head_loss
 from loraformat.train.engine.decoder import HeadRule
-from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
+from loraformat.train.engine.linear import FrozenLinear, LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
 from tests import torch_codec as codec
 from tests.train.engine.reference import (

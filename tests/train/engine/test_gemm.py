@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraformat.train.engine import matmul
-from loraformat.train.engine.lora_matmul import frozen_product
+from loraformat.train.engine.linear import frozen_product
 from loraformat.train.engine.matrix import DenseMatrix
 
 

@@ -11,8 +11,7 @@ from loraformat.train.engine import matmul
 from loraformat.train.engine import matrix as matrices
 from loraformat.train.engine.buffers import workspace
 from loraformat.train.engine.experts import ExpertStack
-from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.lora_matmul import LoraFactors, frozen_product
+from loraformat.train.engine.linear import FrozenLinear, LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix, output_tiles
 from tests import torch_codec as codec
 

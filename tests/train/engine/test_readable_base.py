@@ -8,7 +8,7 @@ from loraformat.demo import SMALL_MODEL
 from loraformat.errors import UnsupportedError
 from loraformat.ops.convert.convert import convert
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine import readable_base
+from loraformat.train.engine import stored_weights
 from tests.train.engine.reference import make_batch, relative
 from tests.train.tiny_bundles import stored_model
 
@@ -37,7 +37,7 @@ def written(request, bundle_of, tmp_path_factory):
 @pytest.mark.parametrize("kept", [1 << 30, 0])
 def test_every_format_computes_what_the_bundle_does(written, tmp_path, monkeypatch, kept):
     bundle, other = written
-    monkeypatch.setattr(readable_base, "_KEPT", kept)
+    monkeypatch.setattr(stored_weights, "_KEPT", kept)
     batch = make_batch()
     with load(bundle, lora=LoraOptions(rank=2, init="orthogonal")) as trained:
         trained.save_adapter(tmp_path / "adapter")
@@ -63,15 +63,15 @@ def test_every_format_computes_what_the_bundle_does(written, tmp_path, monkeypat
 def test_computed_tensors_are_kept_within_a_bound(written, monkeypatch):
     _, other = written
     kept = []
-    of = readable_base._Kept.of
+    of = stored_weights._Kept.of
 
     def watched(self, tensor):
         found = of(self, tensor)
         kept.append(sum(x.nbytes for x in self._tensors.values()))
         return found
 
-    monkeypatch.setattr(readable_base._Kept, "of", watched)
-    monkeypatch.setattr(readable_base, "_KEPT", 50_000)
+    monkeypatch.setattr(stored_weights._Kept, "of", watched)
+    monkeypatch.setattr(stored_weights, "_KEPT", 50_000)
     with load(other, to_train=False) as model, torch.no_grad():
         model.eval()(input_ids=make_batch().input_ids)
         sizes = [tensor.nbytes for tensor in model.bundle.tensors.values()]

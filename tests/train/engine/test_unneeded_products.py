@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraformat.train import LoraOptions, load
-from loraformat.train.engine import lora_matmul
+from loraformat.train.engine import linear
 from loraformat.train.engine.checkpointing import (
     ActivationBudget,
     Checkpointing,
@@ -24,13 +24,13 @@ from tests.train.engine.reference import make_batch
 @pytest.fixture
 def products(monkeypatch):
     """Counts forward products by their matrix."""
-    counted, plain = Counter(), lora_matmul.multiply
+    counted, plain = Counter(), linear.multiply
 
     def count(x, matrix, dtype):
         counted[matrix] += 1
         return plain(x, matrix, dtype)
 
-    monkeypatch.setattr(lora_matmul, "multiply", count)
+    monkeypatch.setattr(linear, "multiply", count)
     return counted
 
 

@@ -16,9 +16,8 @@ from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.loop.loop import Loop, LoopOptions
 from loraformat.train.loop.metrics import Metrics, read_metrics
 from loraformat.train.loop.optimizer import Optimizer
-from loraformat.train.loop.optimizer_options import OptimizerOptions
+from loraformat.train.loop.optimizer_options import OptimizerOptions, Schedule
 from loraformat.train.loop.saved_state import RunState
-from loraformat.train.loop.schedule import Schedule
 from tests.train.loop.fakes import FakeData, FakeModel, HalfOfTwo, batch
 
 

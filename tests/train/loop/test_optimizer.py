@@ -14,9 +14,9 @@ from loraformat.train.loop.optimizer_options import (
     OPTIMIZERS,
     SMALL,
     OptimizerOptions,
+    Schedule,
     state_bytes,
 )
-from loraformat.train.loop.schedule import Schedule
 
 SHAPES = {"a": (16, 96), "b": (130, 64), "magnitude": (130,)}
 

@@ -15,7 +15,7 @@ from loraformat.train.loop.optimizer_options import OptimizerOptions
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.run import config_file
 from loraformat.train.run.options import SETTINGS, TrainOptions, options_of
-from loraformat.train.run.run_identity import check_same, identity_of
+from loraformat.train.run.run_directory import check_same, identity_of
 
 ALL = {
     "base": "b", "data": ["x.jsonl", "y"], "output": "o", "rank": 4, "alpha": 8, "rslora": True,

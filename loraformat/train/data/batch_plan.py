@@ -8,8 +8,6 @@ that holds n numbers is a bijection whatever its round function; positions that 
 are sent through it again until they fall inside (cycle walking), which keeps it a bijection. It is
 integer arithmetic only, so that the order is the same on every machine, and any part of it can be
 had at once.
-
-Encoded samples as padded batches, made ahead on a second thread.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ import torch
 
 from loraformat.errors import InputError
 from loraformat.train.batch import IGNORED, Batch
+from loraformat.train.data.encode import Encoded
 from loraformat.train.data.options import DataOptions
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "DataPosition",
     "Permutation",
     "Rows",
-    "Tokens",
     "best_fit",
     "collate",
     "next_fit",
@@ -177,14 +175,6 @@ def next_fit(lengths: Iterable[tuple[int, int]], capacity: int) -> Iterator[tupl
         yield tuple(row)
 
 
-def _mixed(x: int) -> int:
-    """Return the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _WORD
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
-    return x ^ (x >> 31)
-
-
 class Permutation:
     """A permutation of 0 … n - 1.
 
@@ -205,10 +195,10 @@ class Permutation:
     def __init__(self, n: int, *key: int) -> None:
         self._n = n
         self._half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-        state = 0
+        state = np.zeros(1, np.uint64)
         for number in key:
-            state = _mixed(state ^ (number & _WORD))
-        self._keys = [np.uint64(_mixed(state ^ turn)) for turn in range(_ROUNDS)]
+            state = _mixed(state ^ np.uint64(number & _WORD))
+        self._keys = [_mixed(state ^ np.uint64(turn)) for turn in range(_ROUNDS)]
 
     def __call__(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the items at these places.
@@ -232,11 +222,12 @@ class Permutation:
         half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
         left, right = items >> half, items & mask
         for key in self._keys:
-            left, right = right, left ^ (_mixed_array(right ^ key) & mask)
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
         return (left << half) | right
 
 
-def _mixed_array(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return the finalizer of SplitMix64 (Steele, Lea, Flood 2014), modulo 2⁶⁴."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -290,15 +281,7 @@ class DataPosition:
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """One sample: its ids, and which of them are learned."""
-
-    ids: list[int]
-    learned: list[bool]
-
-
-def collate(rows: Rows, sample: Callable[[int], Tokens], padding: int) -> Batch:
+def collate(rows: Rows, sample: Callable[[int], Encoded], padding: int) -> Batch:
     """Return the batch of some samples.
 
     Parameters
@@ -313,7 +296,7 @@ def collate(rows: Rows, sample: Callable[[int], Tokens], padding: int) -> Batch:
 
     Examples
     --------
-    >>> two = Tokens([5, 6], [False, True])
+    >>> two = Encoded([5, 6], [False, True], ["a", "b"], ends=True)
     >>> collate([(0, 1), (2,)], lambda number: two, padding=0).position_ids.tolist()
     [[0, 1, 0, 1], [0, 1, 0, 0]]
     """

@@ -20,17 +20,15 @@ What the assistant says before anybody asked has no such b where a template take
 conversation; it begins where two renderings with different words part.
 
 What a template wants, and how it frames a turn, is found by trial conversations
-(`loraformat.chat_templates.probe`). What it does not write of a row is found by trials of
-the row (`loraformat.train.data.chat`): a row of which nothing would be learned where
-something was said is refused, and other things are counted.
-
-Fields of a conversation that its chat template does not render, found by varying them.
+(`loraformat.chat_templates.probe`).
 
 A template that has no place for a role, for calls or for descriptions of tools leaves them out
-silently. So each kind of field that messages hold is tried once, in the first conversation that
-has it: if the text stays the same when the field is another, it is not rendered. A kind is a role
-with the members that a message has, at the beginning of a conversation or later, since templates
-may write a call only where there is no content, or a system prompt only at the beginning.
+silently. A row of which nothing would be learned where something was said is refused, and other
+things are counted. So each kind of field that messages hold is tried once, in the first
+conversation that has it: if the text stays the same when the field is another, it is not rendered.
+A kind is a role with the members that a message has, at the beginning of a conversation or later,
+since templates may write a call only where there is no content, or a system prompt only at the
+beginning.
 """
 
 from __future__ import annotations
@@ -48,13 +46,13 @@ from loraformat.runtimes.chat import ChatFormat
 from loraformat.train.data.row_formats import CALLS, REASONING, Conversation, KindError, from_json
 from loraformat.train.data.tokenizer import TextEncoder
 
-__all__ = ["ChatRenderer", "Rendered", "UnwrittenParts", "described"]
+__all__ = ["ChatRenderer"]
 
 _OTHER_TEMPLATE = "choose another template with --chat-template"
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
+class _Rendered:
     """A rendered conversation.
 
     Attributes
@@ -82,7 +80,7 @@ class ChatRenderer:
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
         self._special = tuple(encoder.special_tokens)
-        self._unwritten = UnwrittenParts(lambda messages, tools: self._render(messages, tools))
+        self._unwritten = _UnwrittenParts(lambda messages, tools: self._render(messages, tools))
 
     @cached_property
     def _trials(self) -> TemplateTrials:
@@ -91,7 +89,7 @@ class ChatRenderer:
             self._special,
         )
 
-    def render(self, conversation: Conversation, *, everything: bool) -> list[Rendered]:
+    def render(self, conversation: Conversation, *, everything: bool) -> list[_Rendered]:
         """Render one conversation.
 
         Parameters
@@ -102,7 +100,7 @@ class ChatRenderer:
 
         Returns
         -------
-        list of Rendered
+        list of _Rendered
             One, or one for each learned turn if the template rewrites earlier turns.
 
         Raises
@@ -127,19 +125,19 @@ class ChatRenderer:
         unwritten = tuple(self._left_out(conversation))
         if everything:
             end = len(whole.removesuffix(self._trials.trailer))
-            return [Rendered(whole, ((0, end),), unwritten)]
+            return [_Rendered(whole, ((0, end),), unwritten)]
         turns = [i for i, learned in enumerate(conversation.learned) if learned]
         ranges: list[tuple[int, int]] = []
-        alone: list[Rendered] = []
+        alone: list[_Rendered] = []
         for turn in turns:
             after = self._text(conversation, turn + 1, prompt=False)
             after = after.removesuffix(self._trials.trailer)
             begin = self._begin(conversation, turn, after)
             if (stop := self._end(after, whole)) is not None:
                 ranges.append((begin, stop))
-            alone.append(Rendered(after, ((begin, len(after)),), () if alone else unwritten))
+            alone.append(_Rendered(after, ((begin, len(after)),), () if alone else unwritten))
         if len(ranges) == len(turns):
-            return [Rendered(whole, tuple(ranges), unwritten)]
+            return [_Rendered(whole, tuple(ranges), unwritten)]
         return alone
 
     def shape(self) -> str | None:
@@ -210,7 +208,8 @@ class ChatRenderer:
         found = []
         for place, message in enumerate(messages):
             for name in self._unwritten.of_message(messages, place, tools):
-                what = described(message["role"], name)
+                role = printable(message["role"][:40])
+                what = f"{'messages' if name == 'content' else name} of the role {role}"
                 if conversation.learned[place] and name in ("content", CALLS):
                     beside = " of a message that also says something" if message["content"] else ""
                     beside = beside if name == CALLS else ""
@@ -278,14 +277,8 @@ _MOST_KINDS = 256
 _OTHER = "Xq7"
 
 
-class UnwrittenParts:
-    """Trials of one template on the rows themselves.
-
-    Parameters
-    ----------
-    render : callable
-        Messages and tools to text, without a generation prompt.
-    """
+class _UnwrittenParts:
+    """Fields of a conversation that its chat template does not render, found by varying them."""
 
     def __init__(self, render: Render) -> None:
         self._render = render
@@ -294,16 +287,7 @@ class UnwrittenParts:
     def of_message(
         self, messages: list[dict[str, Any]], place: int, tools: list[Any] | None
     ) -> list[str]:
-        """Name what of a message is not written: ``content``, ``tool_calls`` or reasoning.
-
-        Parameters
-        ----------
-        messages : list of dict
-            A whole conversation.
-        place : int
-            Of the message in it.
-        tools : list or None
-        """
+        """Name what of a message is not written: ``content``, ``tool_calls`` or reasoning."""
         message = messages[place]
         has = [name for name in ("content", CALLS, *REASONING) if message.get(name)]
         lacking = []
@@ -350,18 +334,6 @@ class UnwrittenParts:
             return self._render(messages, tools)
         except TemplateRefusalError:
             return None
-
-
-def described(role: str, name: str) -> str:
-    """Name a kind of thing for people.
-
-    Examples
-    --------
-    >>> described("developer", "content"), described("assistant", "tool_calls")
-    ('messages of the role developer', 'tool_calls of the role assistant')
-    """
-    what = "messages" if name == "content" else name
-    return f"{what} of the role {printable(role[:40])}"
 
 
 def _others(value: Any) -> Iterator[Any]:

@@ -13,7 +13,6 @@ from loraformat.train.data.batch_plan import (
     BatchPlan,
     DataPosition,
     Rows,
-    Tokens,
     collate,
     prefetch,
 )
@@ -140,14 +139,10 @@ class Dataset:
             yield first, False
 
     def _batch(self, rows: Rows, learned: bool) -> Batch:
-        batch = collate(rows, self._tokens, self._padding)
+        batch = collate(rows, self._encoded, self._padding)
         if not learned:
             batch.labels.fill_(IGNORED)
         return batch
-
-    def _tokens(self, number: int) -> Tokens:
-        encoded = self._encoded(number)
-        return Tokens(encoded.ids, encoded.learned)
 
     def _encoded(self, number: int) -> Encoded:
         sample = self._index[number]

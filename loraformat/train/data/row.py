@@ -1,6 +1,4 @@
-"""A row of a data set, a source of rows, and the error for a bad row.
-
-A file of training data: random access to its bytes, and a check that it has not changed.
+"""Rows of a data set, sources of rows, and the files that they are read from.
 
 Every read checks that the file is still what was indexed. A few dozen files stay open;
 others are opened for each read, so that a directory of a hundred thousand files needs no

@@ -15,10 +15,9 @@ not learned, nor is one that says nothing. Other fields are ignored, and so is a
 ``null``. A ``text`` beside another kind is passed over if it holds what that kind says last, as
 tatsu-lab/alpaca's does; any other row that is two of these at once is an error.
 
-Messages of conversations in the spellings that data sets have, as chat templates take them.
-
-OpenAI's and ShareGPT's; ``tool_calls``, the older ``function_call``, and ShareGPT's turns of that
-name; tools and calls as lists or as strings of JSON. The content of a message is kept as it stands:
+Messages are taken in OpenAI's and ShareGPT's spellings: ``tool_calls``, the older
+``function_call``, and ShareGPT's turns of that name; tools and calls as lists or as strings of
+JSON. The content of a message is kept as it stands:
 ``content`` is ``None`` where the row says so, and arguments stay an object or a string.
 """
 
@@ -39,18 +38,9 @@ __all__ = [
     "Conversation",
     "KindError",
     "Text",
-    "as_list",
-    "as_string",
-    "checked_message",
     "from_json",
-    "from_sharegpt",
-    "history_turns",
     "kind_of",
     "meaning",
-    "says_nothing",
-    "system_message",
-    "tool_list",
-    "type_name",
 ]
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -69,7 +59,7 @@ class KindError(ValueError):
     """A row that means nothing, or two things."""
 
 
-def as_string(fields: dict[str, Any], name: str) -> str:
+def _as_string(fields: dict[str, Any], name: str) -> str:
     """Return a field that must be a string.
 
     Raises
@@ -78,11 +68,11 @@ def as_string(fields: dict[str, Any], name: str) -> str:
     """
     value = fields[name]
     if not isinstance(value, str):
-        raise KindError(f'"{name}" is {type_name(value)}, wanted a string')
+        raise KindError(f'"{name}" is {_type_name(value)}, wanted a string')
     return value
 
 
-def as_list(value: Any, name: str) -> list[Any]:
+def _as_list(value: Any, name: str) -> list[Any]:
     """Return a value that must be a list with something in it, or JSON of one.
 
     Raises
@@ -91,14 +81,14 @@ def as_list(value: Any, name: str) -> list[Any]:
 
     Examples
     --------
-    >>> as_list('["a"]', "messages")
+    >>> _as_list('["a"]', "messages")
     ['a']
     """
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         value = from_json(value, name)
     if not isinstance(value, list) or not value:
         raise KindError(
-            f'"{name}" is {type_name(value) if value != [] else "empty"}, wanted a list'
+            f'"{name}" is {_type_name(value) if value != [] else "empty"}, wanted a list'
         )
     return value
 
@@ -122,7 +112,7 @@ def from_json(text: str, name: str) -> Any:
         raise KindError(f'"{name}" is a string, and not strict JSON: {error}') from None
 
 
-def type_name(value: Any) -> str:
+def _type_name(value: Any) -> str:
     """Name a value's type as JSON does."""
     names: dict[type, str] = {
         str: "a string", list: "a list", dict: "an object", bool: "true or false",
@@ -131,7 +121,7 @@ def type_name(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def checked_message(message: Any) -> dict[str, Any]:
+def _checked_message(message: Any) -> dict[str, Any]:
     """Return a message with ``role``, ``content`` and what else it has.
 
     Raises
@@ -141,7 +131,7 @@ def checked_message(message: Any) -> dict[str, Any]:
 
     Examples
     --------
-    >>> checked_message({"role": "user", "content": [{"type": "text", "text": "a"}], "name": None})
+    >>> _checked_message({"role": "user", "content": [{"type": "text", "text": "a"}], "name": None})
     {'role': 'user', 'content': 'a'}
     """
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -157,7 +147,7 @@ def checked_message(message: Any) -> dict[str, Any]:
     if isinstance(content, list):
         content = "".join(map(_text_part, content))
     if content is not None and not isinstance(content, str):
-        raise KindError(f'"content" of a message is {type_name(content)}, wanted a string')
+        raise KindError(f'"content" of a message is {_type_name(content)}, wanted a string')
     if checked.get("weight", 1) not in (0, 1):
         raise KindError('"weight" of a message is neither 0 nor 1')
     if content is None and CALLS not in checked:
@@ -167,18 +157,18 @@ def checked_message(message: Any) -> dict[str, Any]:
     }
 
 
-def says_nothing(message: dict[str, Any]) -> bool:
+def _says_nothing(message: dict[str, Any]) -> bool:
     """Tell whether a message has no words, no reasoning and calls no tool.
 
     Examples
     --------
-    >>> says_nothing({"role": "assistant", "content": ""})
+    >>> _says_nothing({"role": "assistant", "content": ""})
     True
     """
     return not any(message.get(name) for name in ("content", CALLS, *REASONING))
 
 
-def from_sharegpt(turn: Any) -> dict[str, Any]:
+def _from_sharegpt(turn: Any) -> dict[str, Any]:
     """Return a turn of ShareGPT's as a message.
 
     Raises
@@ -188,7 +178,7 @@ def from_sharegpt(turn: Any) -> dict[str, Any]:
 
     Examples
     --------
-    >>> from_sharegpt({"from": "gpt", "value": "Hi"})
+    >>> _from_sharegpt({"from": "gpt", "value": "Hi"})
     {'role': 'assistant', 'content': 'Hi'}
     """
     if isinstance(turn, dict) and "role" in turn:
@@ -206,7 +196,7 @@ def from_sharegpt(turn: Any) -> dict[str, Any]:
     return message | ({"weight": turn["weight"]} if turn.get("weight") is not None else {})
 
 
-def history_turns(history: Any) -> list[dict[str, Any]]:
+def _history_turns(history: Any) -> list[dict[str, Any]]:
     """Return Alpaca's ``history``, pairs of question and answer, as messages.
 
     Raises
@@ -215,13 +205,13 @@ def history_turns(history: Any) -> list[dict[str, Any]]:
 
     Examples
     --------
-    >>> [turn["role"] for turn in history_turns([["1+1", "2"]])]
+    >>> [turn["role"] for turn in _history_turns([["1+1", "2"]])]
     ['user', 'assistant']
     """
     if not history:
         return []
     turns = []
-    for pair in as_list(history, "history"):
+    for pair in _as_list(history, "history"):
         if not isinstance(pair, list) or [type(said) for said in pair] != [str, str]:
             raise KindError('"history" is not a list of pairs of question and answer')
         turns += [
@@ -231,14 +221,14 @@ def history_turns(history: Any) -> list[dict[str, Any]]:
     return turns
 
 
-def system_message(fields: dict[str, Any]) -> list[dict[str, Any]]:
+def _system_message(fields: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the message that a row's ``system`` is, if there is one."""
     if not fields.get("system"):
         return []
-    return [{"role": "system", "content": as_string(fields, "system")}]
+    return [{"role": "system", "content": _as_string(fields, "system")}]
 
 
-def tool_list(tools: Any) -> list[Any] | None:
+def _tool_list(tools: Any) -> list[Any] | None:
     """Return descriptions of tools from a list, or from a string of JSON; None if there are none.
 
     Raises
@@ -247,14 +237,14 @@ def tool_list(tools: Any) -> list[Any] | None:
 
     Examples
     --------
-    >>> tool_list('[{"name": "add"}]'), tool_list([]), tool_list("")
+    >>> _tool_list('[{"name": "add"}]'), _tool_list([]), _tool_list("")
     ([{'name': 'add'}], None, None)
     """
     if isinstance(tools, str):
         tools = from_json(tools, "tools") if tools.strip() else None
     if isinstance(tools, dict):
         tools = [tools]
-    return as_list(tools, "tools") if tools else None
+    return _as_list(tools, "tools") if tools else None
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
@@ -263,7 +253,7 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         calls = from_json(calls, CALLS) if calls.strip() else []
     if isinstance(calls, dict):
         calls = [calls]
-    return [_call(call) for call in as_list(calls, CALLS)] if calls else []
+    return [_call(call) for call in _as_list(calls, CALLS)] if calls else []
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -276,7 +266,7 @@ def _call(call: Any) -> dict[str, Any]:
     arguments = found.get("arguments", {})
     if not isinstance(arguments, (str, dict)):
         raise KindError(
-            f'"arguments" of a call are {type_name(arguments)}, wanted an object or a string'
+            f'"arguments" of a call are {_type_name(arguments)}, wanted an object or a string'
         )
     return {"type": "function", **call}
 
@@ -403,23 +393,23 @@ def meaning(fields: dict[str, Any]) -> Text | Completion | Conversation:
     """
     kind = kind_of(fields)
     if kind == "text":
-        return Text(as_string(fields, "text"))
+        return Text(_as_string(fields, "text"))
     if kind == "prompt and completion":
         return _completion(fields)
     if kind == "messages":
         return _conversation(fields["messages"], fields.get("tools"))
     if kind == "conversations":
-        spoken = as_list(fields["conversations"], "conversations")
-        turns = [from_sharegpt(turn) for turn in spoken]
-        return _conversation(system_message(fields) + turns, fields.get("tools"))
-    question = as_string(fields, "instruction")
+        spoken = _as_list(fields["conversations"], "conversations")
+        turns = [_from_sharegpt(turn) for turn in spoken]
+        return _conversation(_system_message(fields) + turns, fields.get("tools"))
+    question = _as_string(fields, "instruction")
     if fields.get("input"):
-        question += "\n\n" + as_string(fields, "input")
+        question += "\n\n" + _as_string(fields, "input")
     turns = [
-        *system_message(fields),
-        *history_turns(fields.get("history")),
+        *_system_message(fields),
+        *_history_turns(fields.get("history")),
         {"role": "user", "content": question},
-        {"role": "assistant", "content": as_string(fields, "output")},
+        {"role": "assistant", "content": _as_string(fields, "output")},
     ]
     return _conversation(turns, fields.get("tools"))
 
@@ -432,16 +422,16 @@ def _completion(fields: dict[str, Any]) -> Completion | Conversation:
         return Conversation(
             asked.messages + answered.messages, learned, asked.tools, answered.wordless
         )
-    return Completion(as_string(fields, "prompt"), as_string(fields, "completion"))
+    return Completion(_as_string(fields, "prompt"), _as_string(fields, "completion"))
 
 
 def _conversation(messages: Any, tools: Any) -> Conversation:
-    checked = [checked_message(message) for message in as_list(messages, "messages")]
+    checked = [_checked_message(message) for message in _as_list(messages, "messages")]
     answers = [
         message["role"] == "assistant" and message.pop("weight", 1) != 0 for message in checked
     ]
     learned = [
-        answer and not says_nothing(message)
+        answer and not _says_nothing(message)
         for answer, message in zip(answers, checked, strict=True)
     ]
-    return Conversation(checked, learned, tool_list(tools), sum(answers) - sum(learned))
+    return Conversation(checked, learned, _tool_list(tools), sum(answers) - sum(learned))

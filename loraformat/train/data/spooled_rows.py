@@ -1,15 +1,12 @@
-"""Rows of compressed files and tables, unpacked into a temporary file for random access.
+"""Rows of compressed files, Arrow and Parquet tables, unpacked into a temporary file.
 
 Compressed files and tables are read once from front to back; a shuffled epoch asks for their rows
 in any order. The file has no name, lies in ``TMPDIR``, and is gone when the process ends.
 
-Rows of Arrow and Parquet files, and of directories that ``Dataset.save_to_disk`` writes.
-
 Rows of a table can only be had with the whole batch or row group around them, tens of megabytes
-unpacked, so they are written into a temporary file (`loraformat.train.data.spooled_rows`).
-
-A saved data set has a ``state.json`` that names its Arrow files in order; a directory of splits has
-a ``dataset_dict.json``. Both are read without ``datasets``.
+unpacked. A data set that ``Dataset.save_to_disk`` wrote has a ``state.json`` that names its Arrow
+files in order; a directory of splits has a ``dataset_dict.json``. Both are read without
+``datasets``.
 """
 
 from __future__ import annotations
@@ -42,8 +39,6 @@ __all__ = [
     "open_arrow",
     "open_parquet",
     "open_saved",
-    "spooled",
-    "table_rows",
     "unpacked",
     "without_nulls",
 ]
@@ -53,24 +48,8 @@ _AT_ONCE = 1 << 20
 _LARGEST_RATIO, _ALWAYS_TAKEN = 1000, 64 << 20
 
 
-def spooled(file: DataFile, form: str, write: Callable[[BinaryIO, IO[bytes]], None]) -> DataFile:
-    """Rewrite the contents of a file and return the result.
-
-    Parameters
-    ----------
-    file : DataFile
-    form : str
-        What it should be, for messages.
-    write : callable
-        Reads the first stream and writes the second.
-
-    Raises
-    ------
-    InputError
-        If it is not sound.
-    ResourceError
-        If the temporary directory is full.
-    """
+def _spooled(file: DataFile, form: str, write: Callable[[BinaryIO, IO[bytes]], None]) -> DataFile:
+    """Rewrite the contents of a file and return the result."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows
     with file.opened() as stream:
         try:
@@ -91,27 +70,10 @@ def spooled(file: DataFile, form: str, write: Callable[[BinaryIO, IO[bytes]], No
     return DataFile.spooled(file.path, spool)
 
 
-def table_rows(
+def _table_rows(
     file: DataFile, form: str, batches: Callable[[BinaryIO], Iterator[Any]]
 ) -> JsonLines:
-    """Open a table through pyarrow.
-
-    Parameters
-    ----------
-    file : DataFile
-    form : str
-        For messages.
-    batches : callable
-        Yields ``pyarrow.RecordBatch`` of a stream; of their columns those are taken that mean
-        something to the trainer.
-
-    Raises
-    ------
-    MissingDependencyError
-        If pyarrow is not installed.
-    InputError, ResourceError
-        As `spooled`.
-    """
+    """Open a table through pyarrow."""
     try:
         import pyarrow  # noqa: F401
     except ImportError:
@@ -129,7 +91,7 @@ def table_rows(
                 number += 1
                 spool.write(_line(row, number, file))
 
-    return JsonLines(spooled(file, form, write), unit="row")
+    return JsonLines(_spooled(file, form, write), unit="row")
 
 
 def without_nulls(value: Any) -> Any:
@@ -190,7 +152,7 @@ def unpacked(file: DataFile, suffix: str) -> DataFile:
             spool.write(data)
 
     try:
-        return spooled(file, form, write)
+        return _spooled(file, form, write)
     except ImportError:
         raise MissingDependencyError(
             f"{form} needs pyarrow, which is not installed",
@@ -289,7 +251,7 @@ def open_arrow(file: DataFile) -> JsonLines:
     ResourceError
         If the temporary directory is full.
     """
-    return table_rows(file, "Arrow", _arrow_batches)
+    return _table_rows(file, "Arrow", _arrow_batches)
 
 
 def _arrow_batches(stream: BinaryIO) -> Iterator[Any]:
@@ -317,7 +279,7 @@ def open_parquet(file: DataFile) -> JsonLines:
         If the temporary directory is full.
     """
     _check_frame(file)
-    return table_rows(file, "Parquet", _parquet_batches)
+    return _table_rows(file, "Parquet", _parquet_batches)
 
 
 def _parquet_batches(stream: BinaryIO) -> Iterator[Any]:

@@ -43,8 +43,6 @@ from loraformat.train.engine.unneeded_products import has_forward_hooks, leaving
 __all__ = [
     "ActivationBudget",
     "Checkpointing",
-    "RecomputedTensors",
-    "captured_tensors",
     "checkpoint_layer",
 ]
 
@@ -130,7 +128,7 @@ class _Layer:
         shared, number = self._shared, self._number
         keep = shared.rows_at_once is None and shared.activation_budget.keeps(number, call.tokens)
         # The graph holds them for as long as it can be gone through; the hook on it must not.
-        parts: WeakSet[RecomputedTensors] = WeakSet()
+        parts: WeakSet[_RecomputedTensors] = WeakSet()
 
         def enter(gradient: torch.Tensor) -> None:
             shared.visit.enter(number)
@@ -156,12 +154,12 @@ class _Layer:
                 result.register_hook(enter)
         return output
 
-    def _forgotten(self, call: LayerCall) -> RecomputedTensors:
+    def _forgotten(self, call: LayerCall) -> _RecomputedTensors:
         """Return what stands for what a computation saves, with all that it is repeated from."""
         held = call.to_repeat()
         of_cpu, of_devices = rng_state(call.leaves)
         random = save_inputs([of_cpu])[0], of_devices
-        return RecomputedTensors(lambda: self._again(held, random))
+        return _RecomputedTensors(lambda: self._again(held, random))
 
     def _again(self, held: LayerCall, random: RngState) -> Sequence[torch.Tensor]:
         """Return the tensors that the backward pass needs."""
@@ -171,7 +169,7 @@ class _Layer:
             restored_rng_state(random),
             torch.enable_grad(),
             leaving_out(self._unneeded()),
-            captured_tensors() as saved,
+            _captured_tensors() as saved,
         ):
             held.repeated().run(self._inner)
         shared.activation_budget.count(saved, held.tokens)
@@ -209,7 +207,7 @@ def _joined(results: list[Any]) -> Any:
     return trees.tree_unflatten(joined, flat[0][1])
 
 
-class RecomputedTensors:
+class _RecomputedTensors:
     """The saved tensors of one computation, recomputed when autograd asks for them.
 
     Parameters
@@ -221,10 +219,10 @@ class RecomputedTensors:
     --------
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> def again():
-    ...     with torch.enable_grad(), captured_tensors() as saved:
+    ...     with torch.enable_grad(), _captured_tensors() as saved:
     ...         x * x
     ...     return saved
-    >>> forgotten = RecomputedTensors(again)
+    >>> forgotten = _RecomputedTensors(again)
     >>> with forgotten.saving():
     ...     y = x * x
     >>> y.sum().backward()
@@ -267,7 +265,7 @@ class RecomputedTensors:
 
 
 @contextmanager
-def captured_tensors() -> Iterator[list[torch.Tensor]]:
+def _captured_tensors() -> Iterator[list[torch.Tensor]]:
     """Collect the tensors that autograd saves, all but parameters, instead of saving them.
 
     The graph itself holds none of them, for as long as this is over and the list is gone.

@@ -2,12 +2,9 @@
 
 y = x Wᵀ + b,   then branch(x, y) if there is one: y + s · B A x (Hu 2021, equation 3)
 
-The product of a frozen layer and its LoRA factors, y = x Wᵀ + b + s · x Aᵀ Bᵀ, with gradients.
-
 W is dequantized block by block, forward and backward: dL/dx = dL/dy · W, and nothing of W is saved.
-The low-rank pair A, B is the LoRA branch (Hu 2021, equation 3). As one function with W it adds to y
-in place, and saves only what the gradients of A and B need: x, which other linears may save as
-well, and z = A x.
+A branch that is a plain pair A, B is one function with W: it adds to y in place, and saves only
+what the gradients of A and B need: x, which other linears may save as well, and z = A x.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The weights of an open model as matrices, tables and copies, and the bytes that they lie in.
 
-A base in any format, opened for evaluation and generation but not for training.
-
-Mapped formats stay mapped. Tensors that must be computed, as a GGUF file's blocks, are computed one
-by one when a layer needs them, and some of them are kept, within a bound.
+For evaluation and generation a base may be in any format. Mapped formats stay mapped. Tensors that
+must be computed, as a GGUF file's blocks, are computed one by one when a layer needs them, and some
+of them are kept, within a bound.
 """
 
 from __future__ import annotations

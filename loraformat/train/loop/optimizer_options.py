@@ -1,8 +1,6 @@
-"""Options of the optimizer.
+"""Options of the optimizer, and the learning-rate schedule.
 
-Learning-rate schedule: warmup, then decay.
-
-A pure function of the step: nothing has to be kept for a run to be resumed.
+A schedule is a pure function of the step: nothing has to be kept for a run to be resumed.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ A is (r, in), B is (out, r), both float32 whatever the layer computes in. Varian
 
 - a linear's branch sees the layer's input and output (`LoraBranch`); with a magnitude m the
   result is m · (W x + s · B A x) / ‖W + s · B A‖, the norm a constant (DoRA, Liu 2024);
-- an embedding's sees token ids: A x is a column of A (`EmbeddingBranch`);
-- a stack of experts has a pair for each (`ExpertBranch`);
+- an embedding's sees token ids: A x is a column of A (`_EmbeddingBranch`);
+- a stack of experts has a pair for each (`_ExpertBranch`);
 - a matrix that its class multiplies by itself, a router's, is changed before it does
-  (`ParameterBranch`).
+  (`_ParameterBranch`).
 
 A branch may begin at a base's own directions (PiSSA): then s · B A x is computed with the first
 factors taken off, s · (B A − B₀ A₀) x, so that the base stays what it is. Side by side, A over
@@ -15,20 +15,6 @@ A₀ and B beside −B₀, these are one plain pair of twice the rank: `LoraBran
 
 Dropout zeroes inputs of A alone. With DoRA, PEFT multiplies the base by what dropout left of the
 input; here the base's output is used as it is, which costs no second product.
-
-The factors of each expert as views of the stack, made once.
-
-Taking one matrix out of a stack of E makes a gradient of the whole stack, E times over: with 128
-experts that costs more than all the rest. ``unbind`` makes all views at once, and its backward
-pass gathers their gradients once. It keeps nothing but shapes, so that the views serve every
-pass until the stack is another tensor, or an optimizer has written to it.
-
-The norms of a weight with its delta, as DoRA needs them (Liu 2024, equation 5).
-
-W' = m · (W + D) / ‖W + D‖, the norm taken for each output feature. The norm is a constant in
-the gradient (section 4.3 there). W is seen tile by tile, so it never lies in memory as a whole;
-norms are kept until the factors change, which an optimizer does once per step, so that a
-checkpointed layer and accumulated batches cost one pass.
 """
 
 from __future__ import annotations
@@ -44,12 +30,8 @@ from loraformat.train.lora.second_moments import Moments, counted, observe
 from loraformat.train.lora.target_modules import TargetModule
 
 __all__ = [
-    "EmbeddingBranch",
-    "ExpertBranch",
-    "ExpertViews",
     "Factors",
     "LoraBranch",
-    "ParameterBranch",
     "RowNorms",
     "branch_of",
     "row_norms",
@@ -211,27 +193,22 @@ class LoraBranch(nn.Module):
         return self.scaling * self.target.output_scale
 
 
-class EmbeddingBranch(LoraBranch):
+class _EmbeddingBranch(LoraBranch):
     """The branch of a token embedding: A is (r, tokens) and a token's A x a column of it."""
 
     keys = ("lora_embedding_A", "lora_embedding_B")
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor) -> torch.Tensor:
-        """Return the embedded tokens with the branch's part.
+        """Return the embedded tokens with the branch's part: `x` are token ids, int64 (...).
 
-        Parameters
-        ----------
-        x : torch.Tensor
-            int64 (...), token ids. No dropout is applied, as in PEFT.
-        base_output : torch.Tensor
-            (..., out).
+        No dropout is applied, as in PEFT.
         """
         a, b = self.effective()
         z = functional.embedding(x, a.T)
         return self._added(z, b, base_output, z)
 
 
-class ExpertBranch(LoraBranch):
+class _ExpertBranch(LoraBranch):
     """The branches of a stack of experts: A is (experts, r, in), B is (experts, out, r).
 
     PEFT adapts such a parameter (``target_parameters``) without dropout and without magnitudes,
@@ -242,19 +219,10 @@ class ExpertBranch(LoraBranch):
         self, target: TargetModule, factors: Factors, scaling: float, *, collecting: bool = True
     ) -> None:
         super().__init__(target, factors, scaling, collecting=collecting)
-        self._views = ExpertViews()
+        self._views = _ExpertViews()
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor, expert: int = 0) -> torch.Tensor:
-        """Return one expert's output with its branch's.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            (tokens, in): those that were sent to this expert.
-        base_output : torch.Tensor
-            (tokens, out).
-        expert : int
-        """
+        """Return one expert's output with its branch's, for the (tokens, in) that were sent to it."""
         a, b = (views[expert] for views in self._views.of(self.a, self.b))
         if self.fixed_a is not None and self.fixed_b is not None:
             a = torch.cat([a, self.fixed_a[expert]], 0)
@@ -263,7 +231,7 @@ class ExpertBranch(LoraBranch):
         return self._added(z, b, base_output, z, expert)
 
 
-class ParameterBranch(LoraBranch):
+class _ParameterBranch(LoraBranch):
     """The branch of a parameter that its class computes with by itself.
 
     Nothing of the inputs is seen: there is no dropout, no magnitude, and no statistics.
@@ -289,25 +257,20 @@ def branch_of(
 ) -> LoraBranch:
     """Return the branch that fits a target; see `LoraBranch`."""
     if target.kind == "experts":
-        return ExpertBranch(target, factors, scaling, collecting=collecting)
+        return _ExpertBranch(target, factors, scaling, collecting=collecting)
     if target.kind == "parameter":
-        return ParameterBranch(target, factors, scaling)
-    kind = EmbeddingBranch if target.kind == "embedding" else LoraBranch
+        return _ParameterBranch(target, factors, scaling)
+    kind = _EmbeddingBranch if target.kind == "embedding" else LoraBranch
     return kind(target, factors, scaling, dropout=dropout, dora=dora, collecting=collecting)
 
 
-class ExpertViews:
-    """Remembers views of two stacks.
+class _ExpertViews:
+    """The factors of each expert as views of two stacks, made once.
 
-    Examples
-    --------
-    >>> a, b = torch.nn.Parameter(torch.ones(3, 1, 2)), torch.nn.Parameter(torch.ones(3, 2, 1))
-    >>> views = ExpertViews()
-    >>> views.of(a, b)[0][2].sum().backward()
-    >>> a.grad.sum((1, 2))
-    tensor([0., 0., 2.])
-    >>> views.of(a, b)[0][0] is views.of(a, b)[0][0]
-    True
+    Taking one matrix out of a stack of E makes a gradient of the whole stack, E times over: with 128
+    experts that costs more than all the rest. ``unbind`` makes all views at once, and its backward
+    pass gathers their gradients once. It keeps nothing but shapes, so that the views serve every
+    pass until the stack is another tensor, or an optimizer has written to it.
     """
 
     def __init__(self) -> None:
@@ -325,32 +288,27 @@ class ExpertViews:
             self._key, self._views = key, (a.unbind(0), b.unbind(0))
         return self._views
 
-    def __deepcopy__(self, memo: object) -> ExpertViews:
-        return ExpertViews()  # views belong to one stack
+    def __deepcopy__(self, memo: object) -> _ExpertViews:
+        return _ExpertViews()  # views belong to one stack
 
-    def __reduce__(self) -> tuple[type[ExpertViews], tuple[()]]:
-        return ExpertViews, ()
+    def __reduce__(self) -> tuple[type[_ExpertViews], tuple[()]]:
+        return _ExpertViews, ()
 
 
 def row_norms(
     target: TargetModule, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Return ‖W + scaling · B A‖ for each output feature.
+    """Return ‖W + scaling · B A‖ for each output feature: float32 (out,).
+
+    DoRA's norm (Liu 2024, equation 5), a constant in the gradient (section 4.3). W, of a linear or an
+    embedding, is seen tile by tile, so it is never in memory as a whole.
 
     Parameters
     ----------
     target : TargetModule
-        A linear, or an embedding, whose weight is the transpose of what a linear has.
-    a : torch.Tensor
-        float32 (r, in).
-    b : torch.Tensor
-        float32 (out, r).
+    a, b : torch.Tensor
+        float32 (r, in) and (out, r).
     scaling : float
-
-    Returns
-    -------
-    torch.Tensor
-        float32 (out,).
     """
     with torch.no_grad():
         if target.kind == "embedding":
@@ -367,11 +325,10 @@ def row_norms(
 
 
 class RowNorms:
-    """`row_norms` of one target, computed again when the factors are others.
+    """`row_norms` of one target, kept until the factors change.
 
-    Parameters
-    ----------
-    target : TargetModule
+    An optimizer changes them once per step, so that a checkpointed layer and accumulated batches cost
+    one pass.
     """
 
     def __init__(self, target: TargetModule) -> None:

@@ -1,4 +1,4 @@
-"""Chat template and stop tokens of adapters that differ from their base in them.
+"""Files of an adapter besides its weights: chat template, stop tokens, facts of its training.
 
 An adapter works best with the prompt format it was trained with. So a template
 that is not the base's goes with it, in the file in which transformers keeps one. Turns may end with
@@ -7,10 +7,9 @@ another token than the one that ends the base's texts (Llama 3's ``<|eot_id|>``,
 So the tokens that were trained to end turns lie in a ``generation_config.json``, where transformers
 looks for them. Both are read from there again.
 
-Facts of a run that are stored beside its adapter, for people, model cards and later evaluations.
-
-There is no time of day and no duration in them: two runs of the same work write the same bytes. The
-training data is recorded by hash, so that evaluation on it is noticed.
+The facts are for people, model cards and later evaluations. There is no time of day and no duration
+in them: two runs of the same work write the same bytes. The training data is recorded by hash, so
+that evaluation on it is noticed.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,75 +37,68 @@ from loraformat.train.run.text_generation import ids_of, stop_tokens
 from loraformat.version import __version__
 
 if TYPE_CHECKING:
-    from loraformat.train.data.dataset import Dataset
     from loraformat.train.loop.saved_state import RunState
-    from loraformat.train.run.options import TrainOptions
 
 __all__ = [
+    "AdapterFiles",
     "facts_of",
-    "hash_of",
-    "learned_stops",
-    "passed_over",
-    "stop_files",
     "stops_of",
-    "template_files",
     "template_of",
     "trained_on",
 ]
 
 
-def template_files(
-    options: TrainOptions, encoder: TextEncoder, data: Dataset
-) -> tuple[CarriedFile, ...]:
-    """Return the chat template to store with the adapter, if one was given and used.
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What a run stores with its adapter where that differs from its base.
 
-    Parameters
+    Attributes
     ----------
     options : TrainOptions
     encoder : TextEncoder
-        With that template.
+        With the template that conversations were written with.
     data : Dataset
         What is trained on. Without a conversation in it no template had a part in the training.
-    """
-    if not options.chat_template or not data.audit.rendered:
-        return ()
-    text = str(encoder.tokenizer.chat_template).encode("utf-8")
-    return (CarriedFile(TEMPLATE_NAME, len(text), lambda: text),)
-
-
-def learned_stops(
-    options: TrainOptions, encoder: TextEncoder, data: Dataset, directory: Path
-) -> list[int]:
-    """Return the tokens that end turns in the data and end nothing yet for the base.
-
-    Parameters
-    ----------
-    options, encoder, data
-        As in `template_files`.
     directory : Path
         The base.
     """
-    known = stop_tokens(directory, encoder.tokenizer)
-    before = stops_of(options.adapter) if options.adapter else []
-    return sorted({*data.stops, *before} - set(known))
+
+    options: TrainOptions
+    encoder: TextEncoder
+    data: Dataset
+    directory: Path
+
+    def files(self) -> tuple[CarriedFile, ...]:
+        """Return the template if one was given and used, and new stop tokens."""
+        found = []
+        if self.options.chat_template and self.data.audit.rendered:
+            text = str(self.encoder.tokenizer.chat_template)
+            found.append(_carried(TEMPLATE_NAME, text))
+        if learned := self.learned_stops():
+            ids = [*stop_tokens(self.directory, self.encoder.tokenizer), *learned]
+            text = json.dumps({"eos_token_id": ids}, indent=2) + "\n"
+            found.append(_carried(GENERATION_NAME, text))
+        return tuple(found)
+
+    def learned_stops(self) -> list[int]:
+        """Return the tokens that end turns in the data and end nothing yet for the base."""
+        known = stop_tokens(self.directory, self.encoder.tokenizer)
+        before = stops_of(self.options.adapter) if self.options.adapter else []
+        return sorted({*self.data.stops, *before} - set(known))
+
+    def has_other_template(self) -> bool:
+        """Tell whether a continued adapter was trained with another chat template."""
+        if not self.options.adapter or self.options.chat_template or not self.data.audit.rendered:
+            return False
+        own, used = template_of(self.options.adapter), self.encoder.tokenizer.chat_template
+        if isinstance(used, dict):
+            used = used.get("default", "")
+        return own is not None and own.rstrip("\n") != used.rstrip("\n")
 
 
-def stop_files(
-    options: TrainOptions, encoder: TextEncoder, data: Dataset, directory: Path
-) -> tuple[CarriedFile, ...]:
-    """Return the generation config to store with the adapter, if it has new stop tokens.
-
-    Parameters
-    ----------
-    options, encoder, data, directory
-        As in `learned_stops`.
-    """
-    learned = learned_stops(options, encoder, data, directory)
-    if not learned:
-        return ()
-    ids = [*stop_tokens(directory, encoder.tokenizer), *learned]
-    text = json.dumps({"eos_token_id": ids}, indent=2).encode("utf-8") + b"\n"
-    return (CarriedFile(GENERATION_NAME, len(text), lambda: text),)
+def _carried(name: str, text: str) -> CarriedFile:
+    data = text.encode("utf-8")
+    return CarriedFile(name, len(data), lambda: data)
 
 
 def stops_of(adapter: str) -> list[int]:
@@ -126,40 +119,10 @@ def stops_of(adapter: str) -> list[int]:
     return ids_of(found.get("eos_token_id"))
 
 
-def passed_over(options: TrainOptions, encoder: TextEncoder, data: Dataset) -> bool:
-    """Tell whether a continued adapter was trained with another chat template.
-
-    Parameters
-    ----------
-    options, encoder, data
-        As in `template_files`.
-    """
-    if not options.adapter or options.chat_template or not data.audit.rendered:
-        return False
-    own, used = template_of(options.adapter), encoder.tokenizer.chat_template
-    if isinstance(used, dict):
-        used = used.get("default", "")
-    return own is not None and own.rstrip("\n") != used.rstrip("\n")
-
-
 def template_of(adapter: str) -> str | None:
-    """Return the chat template that an adapter brings, or None.
-
-    Parameters
-    ----------
-    adapter : str
-        A path, or a Hub id.
-
-    Raises
-    ------
-    LoraFormatError
-        If it is no adapter, or its template is damaged.
-    """
+    """Return the chat template that an adapter brings, or None; as `stops_of`."""
     with open_adapter(adapter) as opened:
         return CarriedTokenizer(opened.files, opened.path).chat_templates.get("default")
-
-
-_READ_AT_ONCE = 1 << 20
 
 
 def facts_of(
@@ -201,7 +164,7 @@ def _described(data: Dataset) -> dict[str, Any]:
     audit = data.audit
     return {
         "files": [
-            {"name": Path(name).name, "rows": rows, "sha256": hash_of(Path(name))}
+            {"name": Path(name).name, "rows": rows, "sha256": _hash_of(Path(name))}
             for name, rows in audit.sources
         ],
         "rows": audit.rows,
@@ -212,13 +175,13 @@ def _described(data: Dataset) -> dict[str, Any]:
     }
 
 
-def hash_of(path: Path) -> str | None:
+def _hash_of(path: Path) -> str | None:
     """Return a file's SHA-256; None for what is no file, a dataset on the Hub for example."""
     if not path.is_file():
         return None
     digest = sha256()
     with path.open("rb") as file:
-        while piece := file.read(_READ_AT_ONCE):
+        while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -261,7 +224,7 @@ def trained_on(adapter: str, sources: Sequence[tuple[str, int]]) -> list[str]:
         f"{Path(adapter).name} was trained on {Path(name).name} ({rows} rows): its loss there is "
         "not a held-out loss"
         for name, rows in sources
-        if known and hash_of(Path(name)) in known
+        if known and _hash_of(Path(name)) in known
     ]
 
 

@@ -1,4 +1,4 @@
-"""The directory of a run: checkpoints, metrics, loss curve, options.
+"""The directory of a run, and the identity by which it is known on resumption.
 
 ::
 
@@ -10,10 +10,8 @@
         checkpoints/         step-00000012, …, best
         tensorboard/
 
-Identity of a run: the options, base, data and ranks that must be the same to resume it.
-
-A run is resumed only as the same run; otherwise its result would be neither the old run's nor a
-new one's.
+A run is resumed only with the same options, base, data and ranks; otherwise its result would be
+neither the old run's nor a new one's.
 """
 
 from __future__ import annotations
@@ -46,35 +44,15 @@ class RunDirectory:
     ----------
     path : Path
         ``OUTPUT.run``; for an adapter in a bundle ``BUNDLE.NAME.run``, beside the bundle.
+    checkpoints, tensorboard, metrics, config, picture : Path
+        What is in it.
     """
 
     def __init__(self, output: Path) -> None:
         self.path = run_place(output)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Directory of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """The record."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def config(self) -> Path:
-        """The options."""
-        return self.path / "run.yaml"
-
-    @property
-    def picture(self) -> Path:
-        """The loss curve."""
-        return self.path / CURVE_NAME
-
-    @property
-    def tensorboard(self) -> Path:
-        """What TensorBoard reads."""
-        return self.path / "tensorboard"
+        self.checkpoints, self.tensorboard = self.path / "checkpoints", self.path / "tensorboard"
+        self.metrics, self.config = self.path / "metrics.jsonl", self.path / "run.yaml"
+        self.picture = self.path / CURVE_NAME
 
     def is_used(self) -> bool:
         """Tell whether a run has been here."""

@@ -27,13 +27,7 @@ from loraformat.train.loop.optimizer import Optimizer, check_optimizer, rate_rat
 from loraformat.train.loop.optimizer_options import Schedule
 from loraformat.train.loop.saved_state import RunState
 from loraformat.train.run import config_file, loss_curve, text_generation
-from loraformat.train.run.adapter_files import (
-    facts_of,
-    learned_stops,
-    passed_over,
-    stop_files,
-    template_files,
-)
+from loraformat.train.run.adapter_files import AdapterFiles, facts_of
 from loraformat.train.run.disk_plan import plan_disk
 from loraformat.train.run.memory_plan import format_bytes
 from loraformat.train.run.options import TrainOptions
@@ -174,9 +168,9 @@ class _Run:
         options = self._options = inputs.options
         self._directory = RunDirectory(output)
         self._model = inputs.model
-        self._chat = (options, inputs.encoder, inputs.data)
         self._base = inputs.model.directory
-        self._beside = (*template_files(*self._chat), *stop_files(*self._chat, self._base))
+        self._files = AdapterFiles(options, inputs.encoder, inputs.data, self._base)
+        self._carried = self._files.files()
         self.report = TrainReport(
             target=str(output), directory=str(self._directory.path),
             plan=inputs.budget.plan, disk=plan_disk(inputs.budget.dims, options, world.size),
@@ -195,7 +189,7 @@ class _Run:
         return [f"{flags}: ignored, because --adapter has its own"] if flags else []
 
     def _template_note(self) -> list[str]:
-        if not passed_over(self._options, self._inputs.encoder, self._inputs.data):
+        if not self._files.has_other_template():
             return []
         return [
             "the adapter has its own chat template of its own, and the model's is used; to use "
@@ -203,7 +197,7 @@ class _Run:
         ]
 
     def _stops_note(self) -> list[str]:
-        learned = learned_stops(*self._chat, self._base)
+        learned = self._files.learned_stops()
         if not learned:
             return []
         tokenizer = self._inputs.encoder.tokenizer
@@ -404,7 +398,7 @@ class _Run:
             identity=self._identity(), world=self._world, device=options.device,
             evaluate=self._evaluate if inputs.held_out is not None else None,
             sample=self._sample if options.prompt and self._world.is_main_process else None,
-            beside=self._beside, place=inputs.data.place, observe=observe,
+            beside=self._carried, place=inputs.data.place, observe=observe,
         )  # fmt: skip
 
     def _evaluate(self) -> HeldOutLoss:
@@ -415,7 +409,7 @@ class _Run:
     def _sample(self) -> list[tuple[str, str]]:
         encoder = self._inputs.encoder
         stops = text_generation.stop_tokens(self._base, encoder.tokenizer)
-        stops = sorted({*stops, *learned_stops(*self._chat, self._base)})
+        stops = sorted({*stops, *self._files.learned_stops()})
         told = []
         for prompt, ids in zip(self._options.prompt, self._inputs.prompts, strict=True):
             with self._model.sparing():
@@ -435,7 +429,7 @@ class _Run:
         self.report = replace(self.report, seconds=state.seconds, facts=facts)
         if write:
             self._model.save_adapter(
-                self._output, force=force, facts=self.report.facts, files=self._beside
+                self._output, force=force, facts=self.report.facts, files=self._carried
             )
         if self._options.plot:
             self._draw()

@@ -21,7 +21,8 @@ ALL = {
     "base": "b", "data": ["x.jsonl", "y"], "output": "o", "rank": 4, "alpha": 8, "rslora": True,
     "targets": "q_proj, mlp", "ranks": {"*down_proj": 2}, "dropout": 0.1, "init": "gaussian",
     "original": "m", "dora": True, "embeddings": True, "head": True, "statistics": False,
-    "adapter": "a", "seq-len": 64, "batch-size": 2, "train-on": "all", "over-length": "drop",
+    "adapter": "a", "allow-base-mismatch": True, "seq-len": 64, "batch-size": 2, "train-on": "all",
+    "over-length": "drop",
     "packing": False, "shuffle": False, "bad-rows": "skip", "split-text": "paragraphs",
     "chat-template": "t.jinja", "subset": "s", "split": "test", "epochs": 3, "steps": 7,
     "grad-accum": 2, "layer-major": True, "lr": "1e-3", "schedule": "linear", "warmup": 5,
@@ -211,8 +212,8 @@ def test_what_does_not_change_the_result_is_free():
     free = {setting.name for setting in SETTINGS if setting.free}
     assert free == {
         "base", "data", "output", "optimizer_states", "eval", "prompt", "save_every", "keep",
-        "tensorboard", "plot", "device_memory",
-        "activation_memory", "max_memory",
+        "tensorboard", "plot", "device_memory", "activation_memory", "max_memory",
+        "allow_base_mismatch",
     }  # fmt: skip
     lora = {entry.name for entry in fields(LoraOptions)}
     assert not free & (lora | {entry.name for entry in fields(DataOptions)})

@@ -222,7 +222,7 @@ class _ExpertBranch(LoraBranch):
         self._views = _ExpertViews()
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor, expert: int = 0) -> torch.Tensor:
-        """Return one expert's output with its branch's, for the (tokens, in) that were sent to it."""
+        """Return one expert's output with its branch's; `x` holds the tokens that were sent to it."""
         a, b = (views[expert] for views in self._views.of(self.a, self.b))
         if self.fixed_a is not None and self.fixed_b is not None:
             a = torch.cat([a, self.fixed_a[expert]], 0)
@@ -267,10 +267,10 @@ def branch_of(
 class _ExpertViews:
     """The factors of each expert as views of two stacks, made once.
 
-    Taking one matrix out of a stack of E makes a gradient of the whole stack, E times over: with 128
-    experts that costs more than all the rest. ``unbind`` makes all views at once, and its backward
-    pass gathers their gradients once. It keeps nothing but shapes, so that the views serve every
-    pass until the stack is another tensor, or an optimizer has written to it.
+    Taking one matrix out of a stack of E makes a gradient of the whole stack, E times over: with
+    128 experts that costs more than all the rest. ``unbind`` makes all views at once, and its
+    backward pass gathers their gradients once. It keeps nothing but shapes, so that the views serve
+    every pass until the stack is another tensor, or an optimizer has written to it.
     """
 
     def __init__(self) -> None:
@@ -300,8 +300,8 @@ def row_norms(
 ) -> torch.Tensor:
     """Return ‖W + scaling · B A‖ for each output feature: float32 (out,).
 
-    DoRA's norm (Liu 2024, equation 5), a constant in the gradient (section 4.3). W, of a linear or an
-    embedding, is seen tile by tile, so it is never in memory as a whole.
+    DoRA's norm (Liu 2024, equation 5), a constant in the gradient (section 4.3). W, of a linear or
+    an embedding, is seen tile by tile, so it is never in memory as a whole.
 
     Parameters
     ----------
@@ -327,8 +327,8 @@ def row_norms(
 class RowNorms:
     """`row_norms` of one target, kept until the factors change.
 
-    An optimizer changes them once per step, so that a checkpointed layer and accumulated batches cost
-    one pass.
+    An optimizer changes them once per step, so that a checkpointed layer and accumulated batches
+    cost one pass.
     """
 
     def __init__(self, target: TargetModule) -> None:

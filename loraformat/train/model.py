@@ -14,20 +14,19 @@ from loraformat.errors import UnsupportedError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.train.batch import Batch
+from loraformat.train.engine.buffers import keep_freed_memory
 from loraformat.train.engine.checkpointing import Checkpointing
-from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
-from loraformat.train.engine.decoder import (
+from loraformat.train.engine.cross_entropy import (
     HeadRule,
-    decoder_of,
     find_head_rule,
-    head_name,
+    frozen_head_loss,
+    own_head_loss,
     own_logits,
 )
 from loraformat.train.engine.layer_prefetch import IoStats, LayerPrefetcher, StreamedMatrix
 from loraformat.train.engine.linear import FrozenLinear
-from loraformat.train.engine.madvise import keep_freed_memory
 from loraformat.train.engine.matrix import DenseMatrix, decoding
-from loraformat.train.engine.meta_model import text_config
+from loraformat.train.engine.meta_model import decoder_of, head_name, text_config
 from loraformat.train.engine.stored_weights import ReadableBase, Span
 from loraformat.train.engine.trial import PackingCheck, Trial
 from loraformat.train.lora import branches as branches_of_model

@@ -18,18 +18,17 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import check_base, open_model
-from loraformat.train.engine.bind_weights import WeightBinder, bind_weights
+from loraformat.train.engine.bind_weights import WeightBinder, bind_weights, number_layers
+from loraformat.train.engine.buffers import keep_freed_memory
 from loraformat.train.engine.checkpointing import (
     ActivationBudget,
     Checkpointing,
     checkpoint_layer,
 )
 from loraformat.train.engine.compute_dtype import choose_dtype
-from loraformat.train.engine.decoder import find_layers, head_name, number_layers
 from loraformat.train.engine.device import place_on
 from loraformat.train.engine.layer_prefetch import LayerPrefetcher
-from loraformat.train.engine.madvise import keep_freed_memory
-from loraformat.train.engine.meta_model import build_meta_model
+from loraformat.train.engine.meta_model import build_meta_model, find_layers, head_name
 from loraformat.train.engine.stored_weights import ReadableBase, StoredWeights
 from loraformat.train.loop import memory
 from loraformat.train.lora.branch import LoraBranch

@@ -332,19 +332,7 @@ class DatasetStats:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Where a sample comes from.
-
-    Attributes
-    ----------
-    source : int
-        Number of the source.
-    row : int
-        Number of the row in it.
-    part : int
-        Which piece of its text, or which turn of its conversation.
-    begin, length : int
-        Which of the part's tokens.
-    """
+    """Where a sample comes from: source, row, part of its text or turn, and which tokens of it."""
 
     source: int
     row: int

@@ -28,8 +28,6 @@ __all__ = [
     "Encoded",
     "Ranges",
     "RowEncoder",
-    "forget_space_behind_ends",
-    "last_learned",
     "marked",
     "overlapping",
     "straddling",
@@ -193,8 +191,8 @@ class RowEncoder:
             tokens = self._encoder.tokenize(rendered.text)
             learned = overlapping(tokens, rendered.learned)
             if not self._everything:
-                forget_space_behind_ends(learned, tokens, rendered.learned, special)
-            last = last_learned(learned, tokens, rendered.learned)
+                _forget_space_behind_ends(learned, tokens, rendered.learned, special)
+            last = _last_learned(learned, tokens, rendered.learned)
             stops = [tokens.ids[n] for n in last if tokens.ids[n] in special]
             yield Encoded(
                 tokens.ids, learned, texts(tokens), len(stops) == len(last),
@@ -286,7 +284,7 @@ def straddling(tokens: TokenizedText, ranges: Ranges) -> int:
     )
 
 
-def forget_space_behind_ends(
+def _forget_space_behind_ends(
     learned: list[bool], tokens: TokenizedText, ranges: Ranges, special: Container[int]
 ) -> None:
     """Unlearn the white space with which a range ends behind a special token."""
@@ -305,15 +303,8 @@ def forget_space_behind_ends(
                 learned[one] = False
 
 
-def last_learned(learned: list[bool], tokens: TokenizedText, ranges: Ranges) -> list[int]:
-    r"""Return for each range the last token in it that is learned and no white space.
-
-    Examples
-    --------
-    >>> tokens = TokenizedText("a b\n", [1, 2, 3], [(0, 1), (1, 3), (3, 4)])
-    >>> last_learned([True, True, True], tokens, ((0, 1), (1, 4)))
-    [0, 1]
-    """
+def _last_learned(learned: list[bool], tokens: TokenizedText, ranges: Ranges) -> list[int]:
+    """Return for each range the last token in it that is learned and no white space."""
     begins = [begin for begin, _ in tokens.spans]
     found = []
     for start, stop in ranges:

@@ -15,34 +15,27 @@ _SMALLEST = {"seq_len": 2, "batch_size": 1, "seed": 0}
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """How rows become batches.
+    """How rows become batches; see `loraformat.train.run.options.TrainOptions`, too.
 
     Attributes
     ----------
     seq_len : int
-        Most tokens in a row of a batch.
+        Most tokens in a row of a batch. Text is cut into pieces of it.
     batch_size : int
         Rows in a batch, on each rank.
     train_on : {"completions", "all"}
-        Learn completions and assistant turns only, or every token. Of ``{"text"}`` every
-        token is learned either way.
+        Of ``{"text"}`` every token is a target either way.
     over_length : {"refuse", "drop", "split", "truncate", "truncate-start"}
-        What becomes of a conversation or prompt with completion of more than ``seq_len``
-        tokens: an error that says how many and how long; left out; cut into several samples,
-        of which all but the first lack what stands before them; its end cut off; its start
-        cut off. Text is never over-length, it is cut into pieces of ``seq_len``.
+        What to do with conversations and completions of more than ``seq_len`` tokens. Of the parts
+        that one is split into, all but the first lack what is before them.
     packing : bool
         Put several samples into one row, each in its own segment. Otherwise a row is one
         sample, and a batch is made of samples of similar length.
-    shuffle : bool
+    shuffle, seed : bool, int
         Another order in each epoch; otherwise the order of the files.
-    seed : int
-        Of the order.
     bad_rows : {"refuse", "skip"}
-        What becomes of a row that cannot be read.
     split_text : {"document", "paragraphs"}
-        A text file is one document, or one document per paragraph: what stands between
-        blank lines.
+        Paragraphs are what is between blank lines.
     chat_template : str, os.PathLike or None
         File with a Jinja chat template, instead of the tokenizer's own.
     subset, split : str
@@ -51,7 +44,6 @@ class DataOptions:
     Raises
     ------
     UsageError
-        For a value that makes no sense.
 
     Examples
     --------

@@ -60,12 +60,7 @@ class KindError(ValueError):
 
 
 def _as_string(fields: dict[str, Any], name: str) -> str:
-    """Return a field that must be a string.
-
-    Raises
-    ------
-    KindError
-    """
+    """Return a field that must be a string."""
     value = fields[name]
     if not isinstance(value, str):
         raise KindError(f'"{name}" is {_type_name(value)}, wanted a string')
@@ -73,17 +68,7 @@ def _as_string(fields: dict[str, Any], name: str) -> str:
 
 
 def _as_list(value: Any, name: str) -> list[Any]:
-    """Return a value that must be a list with something in it, or JSON of one.
-
-    Raises
-    ------
-    KindError
-
-    Examples
-    --------
-    >>> _as_list('["a"]', "messages")
-    ['a']
-    """
+    """Return a value that must be a list with something in it, or JSON of one."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         value = from_json(value, name)
     if not isinstance(value, list) or not value:
@@ -122,18 +107,7 @@ def _type_name(value: Any) -> str:
 
 
 def _checked_message(message: Any) -> dict[str, Any]:
-    """Return a message with ``role``, ``content`` and what else it has.
-
-    Raises
-    ------
-    KindError
-        If it is none, or says nothing that a template could write.
-
-    Examples
-    --------
-    >>> _checked_message({"role": "user", "content": [{"type": "text", "text": "a"}], "name": None})
-    {'role': 'user', 'content': 'a'}
-    """
+    """Return a message with ``role``, ``content`` and what else it has."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise KindError('a message is not an object with a "role"')
     checked = {name: value for name, value in message.items() if value is not None}
@@ -158,29 +132,12 @@ def _checked_message(message: Any) -> dict[str, Any]:
 
 
 def _says_nothing(message: dict[str, Any]) -> bool:
-    """Tell whether a message has no words, no reasoning and calls no tool.
-
-    Examples
-    --------
-    >>> _says_nothing({"role": "assistant", "content": ""})
-    True
-    """
+    """Tell whether a message has no words, no reasoning and calls no tool."""
     return not any(message.get(name) for name in ("content", CALLS, *REASONING))
 
 
 def _from_sharegpt(turn: Any) -> dict[str, Any]:
-    """Return a turn of ShareGPT's as a message.
-
-    Raises
-    ------
-    KindError
-        If it is none, of a role that is not known, or calls a function in no JSON.
-
-    Examples
-    --------
-    >>> _from_sharegpt({"from": "gpt", "value": "Hi"})
-    {'role': 'assistant', 'content': 'Hi'}
-    """
+    """Return a turn of ShareGPT's as a message."""
     if isinstance(turn, dict) and "role" in turn:
         return turn
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
@@ -197,17 +154,7 @@ def _from_sharegpt(turn: Any) -> dict[str, Any]:
 
 
 def _history_turns(history: Any) -> list[dict[str, Any]]:
-    """Return Alpaca's ``history``, pairs of question and answer, as messages.
-
-    Raises
-    ------
-    KindError
-
-    Examples
-    --------
-    >>> [turn["role"] for turn in _history_turns([["1+1", "2"]])]
-    ['user', 'assistant']
-    """
+    """Return Alpaca's ``history``, pairs of question and answer, as messages."""
     if not history:
         return []
     turns = []
@@ -229,17 +176,7 @@ def _system_message(fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tool_list(tools: Any) -> list[Any] | None:
-    """Return descriptions of tools from a list, or from a string of JSON; None if there are none.
-
-    Raises
-    ------
-    KindError
-
-    Examples
-    --------
-    >>> _tool_list('[{"name": "add"}]'), _tool_list([]), _tool_list("")
-    ([{'name': 'add'}], None, None)
-    """
+    """Return descriptions of tools from a list or a string of JSON; None if there are none."""
     if isinstance(tools, str):
         tools = from_json(tools, "tools") if tools.strip() else None
     if isinstance(tools, dict):

@@ -240,17 +240,7 @@ def _read(folder: SafeDirectory, name: str) -> dict[str, Any]:
 
 
 def open_arrow(file: DataFile) -> JsonLines:
-    """Open the columns of an Arrow file that mean something to the trainer.
-
-    Raises
-    ------
-    MissingDependencyError
-        If pyarrow is not installed.
-    InputError
-        If it is not sound Arrow.
-    ResourceError
-        If the temporary directory is full.
-    """
+    """Open the columns of an Arrow file that mean something to the trainer."""
     return _table_rows(file, "Arrow", _arrow_batches)
 
 
@@ -267,17 +257,7 @@ def _arrow_batches(stream: BinaryIO) -> Iterator[Any]:
 
 
 def open_parquet(file: DataFile) -> JsonLines:
-    """Open the columns of a Parquet file that mean something to the trainer.
-
-    Raises
-    ------
-    MissingDependencyError
-        If pyarrow is not installed.
-    InputError
-        If it is not sound Parquet.
-    ResourceError
-        If the temporary directory is full.
-    """
+    """Open the columns of a Parquet file that mean something to the trainer."""
     _check_frame(file)
     return _table_rows(file, "Parquet", _parquet_batches)
 

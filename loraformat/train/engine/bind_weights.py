@@ -24,9 +24,10 @@ from loraformat.train.engine.experts import (
     projection_names,
 )
 from loraformat.train.engine.linear import FrozenLinear
+from loraformat.train.engine.meta_model import find_layers
 from loraformat.train.engine.stored_weights import Sources, StoredWeights, find_sources
 
-__all__ = ["WeightBinder", "bind_weights"]
+__all__ = ["WeightBinder", "bind_weights", "number_layers"]
 
 #: Elements of a parameter that may be copied into memory: 16 MB, more than any router has.
 _LARGEST_COPY = 1 << 22
@@ -265,6 +266,14 @@ def bind_weights(
     assembly = WeightBinder(model, weights, dtype, path)
     assembly.run()
     return assembly
+
+
+def number_layers(model: Any, path: object) -> None:
+    """Tell each linear and each stack of experts of the decoder which layer it stands in."""
+    for number, layer in enumerate(find_layers(model, path)[1]):
+        for module in layer.modules():
+            if isinstance(module, FrozenLinear | ExpertStack):
+                module.layer = number
 
 
 def _ties(model: Any) -> dict[str, str]:

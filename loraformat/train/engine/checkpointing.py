@@ -208,27 +208,7 @@ def _joined(results: list[Any]) -> Any:
 
 
 class _RecomputedTensors:
-    """The saved tensors of one computation, recomputed when autograd asks for them.
-
-    Parameters
-    ----------
-    again : callable
-        Makes the computation again and returns what it saved, in the same order.
-
-    Examples
-    --------
-    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> def again():
-    ...     with torch.enable_grad(), _captured_tensors() as saved:
-    ...         x * x
-    ...     return saved
-    >>> forgotten = _RecomputedTensors(again)
-    >>> with forgotten.saving():
-    ...     y = x * x
-    >>> y.sum().backward()
-    >>> x.grad
-    tensor([2., 4.])
-    """
+    """The saved tensors of one computation; `again` returns them, in order, when autograd asks."""
 
     def __init__(self, again: Callable[[], Sequence[torch.Tensor]]) -> None:
         self._again = again

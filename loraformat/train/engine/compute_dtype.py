@@ -25,15 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose_dtype(wanted: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """Return the type of factors.
+    """Return the compute dtype: None is float32 on a CPU, bfloat16 on a GPU.
 
-    Parameters
-    ----------
-    wanted : torch.dtype, "fastest" or None
-        None is float32 on a CPU, bfloat16 on a GPU. ``"fastest"`` is bfloat16 on a CPU, too,
-        where that is faster; it is known by the processor, not measured, so that a run that goes
-        on does not change its mind.
-    device : torch.device
+    ``"fastest"`` is bfloat16 on a CPU, too, where that is faster; it is known by the processor, not
+    measured, so that a run that is resumed does not change its mind.
 
     Raises
     ------

@@ -5,17 +5,23 @@
 A few tokens at a time, the head goes over its vocabulary tile by tile into a reused buffer; the
 gradient of the hidden states is computed at once and kept instead of the logits. Logits have the
 dtype of the hidden states, softmax is computed in float32, and the sum over tokens in float64.
+
+Between its last hidden states and its logits a class may scale (Cohere, Granite) or cap (Gemma 2:
+c · tanh(z / c)). Its source is not read; its ``forward`` is run with a decoder and a head that
+return known numbers, and what comes out must be what a rule says. A class for which none does keeps
+its own ``forward``, on a few tokens at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from loraformat.train.engine.buffers import workspace
-from loraformat.train.engine.decoder import HeadRule
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matmul import (
     even_rows,
@@ -23,8 +29,9 @@ from loraformat.train.engine.matmul import (
     multiply_transposed,
     threaded_product,
 )
+from loraformat.train.engine.meta_model import decoder_of
 
-__all__ = ["frozen_head_loss", "own_head_loss"]
+__all__ = ["HeadRule", "find_head_rule", "frozen_head_loss", "own_head_loss", "own_logits"]
 
 #: Bytes of logits that are held at once.
 _LOGITS = 128 << 20
@@ -36,6 +43,103 @@ _CACHED = 1 << 17
 _ON_DEVICE = 1 << 20
 #: Tokens that a thread takes on at once.
 _PIECE_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRule:
+    """logits = cap(scale · (W · before · h + b)), with cap(z) = c · tanh(z / c).
+
+    Attributes
+    ----------
+    before, scale : float
+    cap : float or None
+    """
+
+    before: float = 1.0
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, z: torch.Tensor) -> torch.Tensor:
+        """Turn what the head returns into logits, in place.
+
+        Examples
+        --------
+        >>> HeadRule(scale=0.5).apply_(torch.tensor([4.0]))
+        tensor([2.])
+        """
+        if self.cap is None:
+            return z if self.scale == 1 else z.mul_(self.scale)
+        return z.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+
+
+class _Output:
+    """Stands in for any of transformers' output classes: hidden states, and None for the rest."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Returning:
+    """Stands in for a module's ``forward``: returns a value, and remembers what it was given."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.seen = value, None
+
+    def __call__(self, *arguments: Any, **_: Any) -> Any:
+        self.seen = arguments[0] if arguments else None
+        return self.value
+
+
+@contextmanager
+def _standing_in(module: Any, value: Any) -> Iterator[_Returning]:
+    """Let a module return a value while it lasts."""
+    module.forward = stand_in = _Returning(value)
+    try:
+        yield stand_in
+    finally:
+        del module.forward
+
+
+def own_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits (tokens, vocabulary) that a model's own class makes of hidden states.
+
+    `hidden` is (tokens, hidden size), after the last norm.
+    """
+    tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+    with _standing_in(decoder_of(model), _Output(hidden[None])):
+        output = model.forward(input_ids=tokens, use_cache=False, return_dict=True)
+    logits: torch.Tensor = output.logits
+    return logits.reshape(len(hidden), -1)
+
+
+def find_head_rule(model: Any, head: FrozenLinear, cap: float | None) -> HeadRule | None:
+    """Find the rule of a class by asking it; None if no rule gives what the class gives.
+
+    `cap` is what the config says of capping.
+    """
+    z = torch.cat([torch.tensor([1.0, 1e-3]), torch.linspace(-90.0, 90.0, 62)]).repeat(2, 1)
+    hidden = torch.linspace(-2.0, 2.0, 2 * head.in_features).view(2, -1) + 0.01
+    try:
+        with torch.no_grad(), _standing_in(head, z.clone()[None]) as stand_in:
+            found = own_logits(model, hidden.clone())
+            seen = stand_in.seen
+    except Exception:  # a class of anybody's, with more than a rule before its head
+        return None
+    if seen is None or found.shape != z.shape or seen.numel() != hidden.numel():
+        return None
+    before = float(seen.reshape(-1)[0] / hidden.reshape(-1)[0])
+    small = float(found[0, 1] / z[0, 1])
+    rule = HeadRule(before, small if cap is not None else float(found[0, 0]), cap)
+    same = torch.allclose(seen.view_as(hidden), hidden * before, rtol=1e-5, atol=0)
+    fits = torch.allclose(found, rule.apply_(z.clone()), rtol=1e-5, atol=1e-6)
+    return rule if same and fits else None
 
 
 def frozen_head_loss(
@@ -170,20 +274,13 @@ def own_head_loss(
 
     Parameters
     ----------
-    hidden : torch.Tensor
-        (tokens, hidden size).
-    targets : torch.Tensor
-        int64 (tokens,).
+    hidden, targets : torch.Tensor
+        As in `frozen_head_loss`.
     logits : callable
         Makes the logits of some hidden states, differentiably.
     vocabulary : int
     trained : sequence of torch.Tensor
-        What of the head is trained.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 scalar.
+        Parameters of the head.
     """
     result: torch.Tensor = _OwnHeadLoss.apply(  # type: ignore[no-untyped-call]
         targets, logits, vocabulary, hidden, *trained

@@ -46,7 +46,7 @@ class _Codes:
         )  # fmt: skip
 
 
-class DeviceMatrix:
+class DeviceMatrix(Matrix):
     """A matrix whose blocks are on a device.
 
     Parameters
@@ -56,18 +56,13 @@ class DeviceMatrix:
     device : torch.device
     resident : bool
         Keep its codes, or its numbers, on the device.
-
-    Attributes
-    ----------
-    rows, columns, in_out_layout
-        As in `Matrix`.
     """
 
     def __init__(
         self, host: NF4Matrix | DenseMatrix, device: torch.device, *, resident: bool
     ) -> None:
-        self.host, self.device = host, device
-        self.rows, self.columns, self.in_out_layout = host.rows, host.columns, host.in_out_layout
+        super().__init__((host.rows, host.columns), in_out_layout=host.in_out_layout, device=device)
+        self.host = host
         self._values: torch.Tensor | None = None
         self._codes: _Codes | None = None
         if resident and isinstance(host, DenseMatrix):
@@ -195,23 +190,18 @@ def place_on(
     device: torch.device,
     budget: int | None,
 ) -> set[str]:
-    """Let a model compute on a device.
+    """Let a model compute on a device; returns the modules whose weights stay there for good.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Assembled; its embedding stays where it is, only its rows travel.
+        With its weights bound; its embedding stays where it is, only its rows are copied.
     used : mapping of str to sequence of str
         The tensors that its modules read.
     weights : StoredWeights
     device : torch.device
     budget : int or None
         Bytes that the base may take on the device; None for a share of what is free.
-
-    Returns
-    -------
-    set of str
-        Modules whose weights are on the device for good.
     """
     left = _free(device) if budget is None else budget
     model.to(device)

@@ -60,17 +60,11 @@ class ExpertStack(torch.nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.experts, self.name, self.in_out_layout, self.dtype = (
-            experts,
-            name,
-            in_out_layout,
-            dtype,
-        )
-        self.count = len(experts)
-        outs = [m.columns if m.in_out_layout else m.rows for m in experts[0]]
+        self.experts, self.name, self.dtype = experts, name, dtype
+        self.in_out_layout, self.count = in_out_layout, len(experts)
         first = experts[0][0]
-        self.in_features = first.rows if first.in_out_layout else first.columns
-        self.out_features = sum(outs)
+        self.in_features = first.in_features
+        self.out_features = sum(matrix.out_features for matrix in experts[0])
         self.branch: torch.nn.Module | None = None
         self.layer: int | None = None
         self.device = torch.device("cpu")
@@ -82,7 +76,7 @@ class ExpertStack(torch.nn.Module):
         for matrix in self.experts[expert]:
             for start, stop, tile in output_tiles(matrix):
                 yield first + start, first + stop, tile
-            first += matrix.columns if matrix.in_out_layout else matrix.rows
+            first += matrix.out_features
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """Compute one expert's projection.

@@ -34,10 +34,8 @@ from loraformat.train.engine.buffers import save_inputs
 __all__ = [
     "LayerCall",
     "RngState",
-    "copy_shared_state",
     "restored_rng_state",
     "rng_state",
-    "set_rng_state",
 ]
 
 _PLAIN = (
@@ -137,7 +135,7 @@ class LayerCall:
 
     def to_repeat(self) -> LayerCall:
         """Return the call as it is now, to be made again, whatever becomes of its arguments."""
-        leaves: Sequence[Any] = list(map(copy_shared_state, self.leaves))
+        leaves: Sequence[Any] = list(map(_copy_shared_state, self.leaves))
         held = dict(zip(self.differentiable, save_inputs([leaves[i] for i in self.differentiable]),
                         strict=True))  # fmt: skip
         return replace(
@@ -147,7 +145,7 @@ class LayerCall:
 
     def repeated(self) -> LayerCall:
         """Return a call like the one that was held, for a graph of its own."""
-        leaves = list(map(copy_shared_state, self.leaves))
+        leaves = list(map(_copy_shared_state, self.leaves))
         for position in self.differentiable:
             leaves[position] = leaves[position].detach().requires_grad_()
         return LayerCall.of(*trees.tree_unflatten(leaves, self.structure))
@@ -181,23 +179,8 @@ class _SameNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def copy_shared_state(value: Any) -> Any:
-    """Return an object of its own with the same numbers; what is no container, itself.
-
-    Parameters
-    ----------
-    value : Any
-        An argument of a layer. What cannot be copied is returned as it is.
-
-    Examples
-    --------
-    >>> from collections import UserDict
-    >>> shared = UserDict(keys=torch.ones(2))
-    >>> other = copy_shared_state(shared)
-    >>> other["more"] = 1
-    >>> sorted(shared), other["keys"].data_ptr() == shared["keys"].data_ptr()
-    (['keys'], True)
-    """
+def _copy_shared_state(value: Any) -> Any:
+    """Return a copy that shares the numbers; what is no container, or cannot be copied, itself."""
     if isinstance(value, _PLAIN):
         return value
     try:
@@ -213,7 +196,7 @@ def rng_state(leaves: Sequence[Any]) -> RngState:
     return torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
 
 
-def set_rng_state(state: RngState) -> None:
+def _set_rng_state(state: RngState) -> None:
     """Draw from here on what was drawn after a state."""
     torch.set_rng_state(state[0])
     for device, of_device in state[1]:
@@ -225,5 +208,5 @@ def restored_rng_state(state: RngState) -> Iterator[None]:
     """Draw the same random numbers again, and leave the generator as it was."""
     devices = [device for device, _ in state[1]]
     with torch.random.fork_rng(devices, device_type="cuda" if devices else "cpu"):
-        set_rng_state(state)
+        _set_rng_state(state)
         yield

@@ -7,23 +7,29 @@ pages are never anonymous memory, so what a step holds does not depend on the si
 
 The output head of a large vocabulary is as large as several layers, and each pass over it uses
 every row once: `StreamedMatrix` prefetches and evicts its rows in the same way.
+
+The kernel is told by ctypes, which releases the interpreter lock around each call: a thread that
+reads pages does not stop the one that computes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
-import torch
-
-from loraformat.train.engine.madvise import drop_cached, forget_pages, read_pages
-from loraformat.train.engine.matrix import Matrix, Range, Tile
+from loraformat.train.engine.matrix import Matrix, Range, WrappedMatrix
 from loraformat.train.engine.stored_weights import Span
 
-__all__ = ["BackwardLayer", "IoStats", "LayerPrefetcher", "StreamedMatrix", "merge_spans"]
+__all__ = ["BackwardLayer", "IoStats", "LayerPrefetcher", "StreamedMatrix"]
 
 #: Bytes that are asked for at a time, so that closing never waits long.
 _PIECE = 32 << 20
@@ -31,6 +37,10 @@ _PIECE = 32 << 20
 #: Elements of the rows that are in memory for one product, and of those that are read meanwhile.
 _STRETCH = 8 << 20
 _FEWEST_ROWS = 64
+
+_MADV_WILLNEED = 3
+_MADV_DONTNEED = 4
+_MADV_POPULATE_READ = 22  # Linux 5.14
 
 
 @dataclass(slots=True)
@@ -52,12 +62,12 @@ class IoStats:
     visits: list[int] = field(default_factory=list)
 
 
-def merge_spans(spans: Sequence[Span]) -> list[Span]:
+def _merge_spans(spans: Sequence[Span]) -> list[Span]:
     """Merge byte ranges; gaps below a page are covered, too.
 
     Examples
     --------
-    >>> merge_spans([(None, 0, 10), (None, 10, 20), (None, 9000, 9010)])
+    >>> _merge_spans([(None, 0, 10), (None, 10, 20), (None, 9000, 9010)])
     [(None, 0, 20), (None, 9000, 9010)]
     """
     found: list[Span] = []
@@ -71,7 +81,7 @@ def merge_spans(spans: Sequence[Span]) -> list[Span]:
 
 def _mapped(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
     """Yield the address of each range; none where files are read instead of mapped."""
-    for file, begin, end in merge_spans(spans):
+    for file, begin, end in _merge_spans(spans):
         if file.address is not None:
             yield file.address + begin, (file, begin, end)
 
@@ -223,7 +233,7 @@ class BackwardLayer:
             self._prefetcher.leave(layer)
 
 
-class StreamedMatrix:
+class StreamedMatrix(WrappedMatrix):
     """A matrix whose pages are prefetched and evicted with its rows while it is streaming.
 
     Parameters
@@ -233,21 +243,11 @@ class StreamedMatrix:
         Its bytes: of each span a share that goes with the rows, as it is with dense numbers,
         packed codes and scales.
     prefetcher : LayerPrefetcher
-
-    Attributes
-    ----------
-    rows, columns, in_out_layout, device
-        As in `Matrix`.
     """
 
     def __init__(self, matrix: Matrix, spans: Sequence[Span], prefetcher: LayerPrefetcher) -> None:
-        self.matrix, self._spans, self._prefetcher = matrix, spans, prefetcher
-        self.rows, self.columns, self.in_out_layout = (
-            matrix.rows,
-            matrix.columns,
-            matrix.in_out_layout,
-        )
-        self.device = matrix.device
+        super().__init__(matrix)
+        self._spans, self._prefetcher = spans, prefetcher
         self._streaming = False
 
     @contextmanager
@@ -273,14 +273,6 @@ class StreamedMatrix:
             self._prefetcher.evict(self._of_rows(start, stop), reading)
             reading = coming
 
-    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
-        """Return the matrix's block."""
-        return self.matrix.block(rows, columns, dtype)
-
-    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
-        """Yield the matrix's tiles, whether it is streaming or not."""
-        return self.matrix.tiles(dtype)
-
     def _of_rows(self, start: int, stop: int) -> list[Span]:
         found = []
         for file, begin, end in self._spans:
@@ -288,3 +280,47 @@ class StreamedMatrix:
             part = begin + size * start // self.rows, begin + -(-size * stop // self.rows)
             found.append((file, *part))
         return found
+
+
+@cache
+def _libc() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None, use_errno=True)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return library
+
+
+def _pages(address: int, nbytes: int) -> tuple[int, int]:
+    first = address // mmap.PAGESIZE * mmap.PAGESIZE
+    return first, -(-(address + nbytes - first) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def read_pages(address: int, nbytes: int) -> None:
+    """Bring mapped bytes into memory; where the kernel is older, ask it to do so in time.
+
+    Parameters
+    ----------
+    address, nbytes : int
+        Of a file mapping.
+    """
+    if (libc := _libc()) is None or not nbytes:
+        return
+    first, length = _pages(address, nbytes)
+    if libc.madvise(first, length, _MADV_POPULATE_READ):
+        libc.madvise(first, length, _MADV_WILLNEED)
+
+
+def forget_pages(address: int, nbytes: int) -> None:
+    """Give the pages of a read-only, shared file mapping back; the next look reads them anew.
+
+    Never of other memory, which would become zero.
+    """
+    if (libc := _libc()) is not None and nbytes:
+        libc.madvise(*_pages(address, nbytes), _MADV_DONTNEED)
+
+
+def drop_cached(descriptor: int, offset: int, nbytes: int) -> None:
+    """Ask the kernel to drop a range of a file from its page cache."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)

@@ -162,8 +162,7 @@ def _nothing(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
 
     They take memory as the product does, since a model may add to it in place.
     """
-    outputs = matrix.columns if matrix.in_out_layout else matrix.rows
-    return x.new_full((*x.shape[:-1], outputs), torch.nan)
+    return x.new_full((*x.shape[:-1], matrix.out_features), torch.nan)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -235,8 +234,7 @@ class FrozenLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.matrix, self.name, self.conv1d, self.dtype = matrix, name, conv1d, dtype
-        sizes = (matrix.rows, matrix.columns)
-        self.in_features, self.out_features = sizes if matrix.in_out_layout else sizes[::-1]
+        self.in_features, self.out_features = matrix.in_features, matrix.out_features
         self.register_buffer("bias", bias, persistent=False)
         self.branch: torch.nn.Module | None = None
         self.layer: int | None = None

@@ -229,16 +229,7 @@ def _exact(like: torch.Tensor) -> torch.Tensor:
 def times_transposed(
     x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return x wᵀ, maybe in `out`; no gradient.
-
-    Parameters
-    ----------
-    x : torch.Tensor
-        (m, k).
-    w : torch.Tensor
-        (n, k), of the same dtype.
-    out : torch.Tensor, optional
-        (m, n), of any floating dtype.
+    """Return x wᵀ of (m, k) and (n, k), maybe in `out` of any floating dtype; no gradient.
 
     Examples
     --------

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -27,6 +27,7 @@ __all__ = [
     "Range",
     "StandInMatrix",
     "Tile",
+    "WrappedMatrix",
     "decoding",
     "output_tiles",
 ]
@@ -65,7 +66,7 @@ Range = tuple[int, int]
 Tile = tuple[int, int, torch.Tensor]
 
 
-class Matrix(Protocol):
+class Matrix(ABC):
     """A frozen weight.
 
     Attributes
@@ -78,22 +79,60 @@ class Matrix(Protocol):
         Where its blocks are.
     """
 
-    rows: int
-    columns: int
-    in_out_layout: bool
-    device: torch.device
+    def __init__(
+        self, shape: Sequence[int], *, in_out_layout: bool, device: torch.device = _CPU
+    ) -> None:
+        self.rows, self.columns = shape
+        self.in_out_layout, self.device = in_out_layout, device
+
+    @property
+    def in_features(self) -> int:
+        """Number of input features."""
+        return self.rows if self.in_out_layout else self.columns
+
+    @property
+    def out_features(self) -> int:
+        """Number of output features."""
+        return self.columns if self.in_out_layout else self.rows
 
     def row_chunks(self) -> Iterator[Range]:
-        """Yield rows, all of them in order, of which to multiply some before the next are asked."""
-        ...
+        """Yield ranges of rows, in order; each is multiplied before the next is asked for.
 
+        By default all rows at once: a layer is in memory while it is computed.
+        """
+        yield 0, self.rows
+
+    @abstractmethod
     def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
         """Return a part of it, until the same thread asks for another."""
-        ...
 
+    @abstractmethod
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield all rows, some at a time, in order; each tile is overwritten by the next."""
-        ...
+
+
+class WrappedMatrix(Matrix):
+    """A matrix whose numbers are those of another one."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        super().__init__(
+            (matrix.rows, matrix.columns),
+            in_out_layout=matrix.in_out_layout,
+            device=matrix.device,
+        )
+        self.matrix = matrix
+
+    def row_chunks(self) -> Iterator[Range]:
+        """Yield what the matrix yields."""
+        return self.matrix.row_chunks()
+
+    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix's block."""
+        return self.matrix.block(rows, columns, dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
+        """Yield the matrix's tiles."""
+        return self.matrix.tiles(dtype)
 
 
 def _row_ranges(rows: int, columns: int, dtype: torch.dtype, size: int) -> Iterator[Range]:
@@ -103,7 +142,7 @@ def _row_ranges(rows: int, columns: int, dtype: torch.dtype, size: int) -> Itera
         yield start, min(start + step, rows)
 
 
-class NF4Matrix:
+class NF4Matrix(Matrix):
     """A matrix in NF4: `rows` x `columns` of the elements of a quantized tensor.
 
     Parameters
@@ -134,13 +173,8 @@ class NF4Matrix:
         offset: int = 0,
         in_out_layout: bool = False,
     ) -> None:
-        self.codes, self.offset, self.in_out_layout = codes, offset, in_out_layout
-        self.rows, self.columns = shape
-        self.device = _CPU
-
-    def row_chunks(self) -> Iterator[Range]:
-        """Yield all rows at once: a layer is in memory while it is computed."""
-        yield 0, self.rows
+        super().__init__(shape, in_out_layout=in_out_layout)
+        self.codes, self.offset = codes, offset
 
     def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
         """Return a part: ``level * scale`` in float32, rounded once to `dtype`.
@@ -192,7 +226,7 @@ class NF4Matrix:
             yield start, stop, tile if decoded == dtype else tile.to(dtype)
 
 
-class DenseMatrix:
+class DenseMatrix(Matrix):
     """A matrix of ordinary numbers.
 
     Parameters
@@ -210,13 +244,8 @@ class DenseMatrix:
     """
 
     def __init__(self, values: torch.Tensor, *, in_out_layout: bool = False) -> None:
-        self.values, self.in_out_layout = values, in_out_layout
-        self.rows, self.columns = values.shape
-        self.device = values.device
-
-    def row_chunks(self) -> Iterator[Range]:
-        """Yield all rows at once."""
-        yield 0, self.rows
+        super().__init__(values.shape, in_out_layout=in_out_layout, device=values.device)
+        self.values = values
 
     def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
         """Return a part, rounded to nearest even where `dtype` holds less than it does."""
@@ -248,13 +277,8 @@ def output_tiles(matrix: Matrix) -> Iterator[Tile]:
     yield 0, matrix.columns, torch.cat(columns, 1)
 
 
-class StandInMatrix:
+class StandInMatrix(WrappedMatrix):
     """Stand-in for a matrix in trials: each output is one input, times 1/2 or -1/2.
-
-    Parameters
-    ----------
-    matrix : Matrix
-        For which it stands; its numbers are those of this one, for who asks.
 
     Examples
     --------
@@ -266,18 +290,6 @@ class StandInMatrix:
     tensor([ 2., -2.])
     """
 
-    def __init__(self, matrix: Matrix) -> None:
-        self.matrix = matrix
-        self.rows, self.columns, self.in_out_layout = (
-            matrix.rows,
-            matrix.columns,
-            matrix.in_out_layout,
-        )
-        self.device = matrix.device
-        self._inputs, self._outputs = (
-            (self.rows, self.columns) if self.in_out_layout else (self.columns, self.rows)
-        )
-
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Wᵀ."""
         places, signs = self._places(x)
@@ -286,21 +298,9 @@ class StandInMatrix:
     def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return y W."""
         places, signs = self._places(gradient)
-        result = gradient.new_zeros(*gradient.shape[:-1], self._inputs)
+        result = gradient.new_zeros(*gradient.shape[:-1], self.in_features)
         return result.index_add_(-1, places, gradient.detach() * signs)
 
     def _places(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = torch.arange(self._outputs, device=like.device)
-        return numbers * _STRIDE % self._inputs, (0.5 - numbers % 2).to(like.dtype)
-
-    def row_chunks(self) -> Iterator[Range]:
-        """Yield what the matrix yields."""
-        return self.matrix.row_chunks()
-
-    def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
-        """Return the matrix's block."""
-        return self.matrix.block(rows, columns, dtype)
-
-    def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
-        """Yield the matrix's tiles."""
-        return self.matrix.tiles(dtype)
+        numbers = torch.arange(self.out_features, device=like.device)
+        return numbers * _STRIDE % self.in_features, (0.5 - numbers % 2).to(like.dtype)

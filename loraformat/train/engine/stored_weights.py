@@ -30,8 +30,6 @@ from loraformat.tensors.torch_arrays import tensor_of
 from loraformat.train.engine.matrix import DenseMatrix, Matrix, NF4Matrix
 
 __all__ = [
-    "Computed",
-    "ComputedMatrix",
     "ComputedTable",
     "ReadableBase",
     "Sources",
@@ -118,13 +116,13 @@ class _Kept:
             return found
 
 
-class Computed:
+class _Computed:
     """Makes matrices and tables of tensors that are computed when they are loaded."""
 
     def __init__(self) -> None:
         self._kept = _Kept()
 
-    def stack(self, tensor: DenseTensor, *, in_out_layout: bool) -> list[ComputedMatrix]:
+    def stack(self, tensor: DenseTensor, *, in_out_layout: bool) -> list[_ComputedMatrix]:
         """Return the matrices of a tensor of two or three dimensions."""
         shape = (tensor.shape[-2], tensor.shape[-1])
         count = tensor.count // max(1, shape[0] * shape[1])
@@ -133,7 +131,7 @@ class Computed:
             return self._kept.of(tensor).view(-1, *shape)[number]
 
         return [
-            ComputedMatrix(partial(part, i), shape, in_out_layout=in_out_layout)
+            _ComputedMatrix(partial(part, i), shape, in_out_layout=in_out_layout)
             for i in range(count)
         ]
 
@@ -142,31 +140,15 @@ class Computed:
         return ComputedTable(partial(self._kept.of, tensor), tensor.shape)
 
 
-class ComputedMatrix(DenseMatrix):
-    """A matrix whose numbers are computed when they are wanted.
-
-    Parameters
-    ----------
-    compute : callable
-        Returns them.
-    shape : tuple of int
-    in_out_layout : bool
-        As in `Matrix`.
-
-    Examples
-    --------
-    >>> ComputedMatrix(lambda: torch.ones(2, 3), (2, 3)).block((0, 1), (0, 2), torch.float32)
-    tensor([[1., 1.]])
-    """
+class _ComputedMatrix(DenseMatrix):
+    """A matrix whose numbers are computed when they are wanted."""
 
     def __init__(
         self, compute: Callable[[], torch.Tensor], shape: tuple[int, int], *,
         in_out_layout: bool = False,
     ) -> None:  # fmt: skip
+        Matrix.__init__(self, shape, in_out_layout=in_out_layout)
         self._compute = compute
-        self.in_out_layout = in_out_layout
-        self.rows, self.columns = shape
-        self.device = torch.device("cpu")
 
     @property
     def values(self) -> torch.Tensor:  # type: ignore[override]
@@ -194,7 +176,7 @@ class ComputedTable:
 
     def matrix(self) -> DenseMatrix:
         """Return it as a matrix."""
-        return ComputedMatrix(self._compute, (self.shape[0], self.shape[1]))
+        return _ComputedMatrix(self._compute, (self.shape[0], self.shape[1]))
 
 
 #: A file, and the first and the end byte of a range in it.
@@ -224,7 +206,7 @@ class StoredWeights:
             for name, tensor in self._tensors.items()
             if name not in replaced and is_computed(tensor, form)
         }
-        self._computed = Computed()
+        self._computed = _Computed()
         self._homes = {
             name: shard
             for shard in bundle.shards

@@ -31,16 +31,21 @@ import torch
 from loraformat.errors import LoraFormatError, UnsupportedError, printable
 from loraformat.train.batch import Batch
 from loraformat.train.engine.checkpointing import ActivationBudget, Checkpointing
-from loraformat.train.engine.decoder import decoder_of, find_layers, own_logits
+from loraformat.train.engine.cross_entropy import own_logits
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.layer_call import LayerCall, restored_rng_state, rng_state
 from loraformat.train.engine.layer_prefetch import LayerPrefetcher
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import StandInMatrix
-from loraformat.train.engine.meta_model import WeightNotInMemoryError, text_config
+from loraformat.train.engine.meta_model import (
+    WeightNotInMemoryError,
+    decoder_of,
+    find_layers,
+    text_config,
+)
 from loraformat.train.engine.unneeded_products import find_unneeded_products, last_products
 
-__all__ = ["PackingCheck", "Trial", "lets_through"]
+__all__ = ["PackingCheck", "Trial"]
 
 #: Positions in a row, and rows where they go through layers one by one.
 _TOKENS = 8
@@ -384,7 +389,7 @@ class PackingCheck:
 
         def inspect(number: int, call: LayerCall) -> None:
             masks = [x for x in call.leaves if torch.is_tensor(x) and _is_mask(x, foreign)]
-            if not masks or bool((lets_through(masks[0]) & foreign[:, None]).any()):
+            if not masks or bool((_lets_through(masks[0]) & foreign[:, None]).any()):
                 raise self._refusal(f"its layer {number} does not mask other samples")
 
         self._shared.inspect = inspect
@@ -407,14 +412,8 @@ def _is_mask(tensor: torch.Tensor, foreign: torch.Tensor) -> bool:
     return tensor.dim() == 4 and tensor.shape[-2:] == foreign.shape[-2:]
 
 
-def lets_through(mask: torch.Tensor) -> torch.Tensor:
-    """Return where a mask lets a token see another; it is boolean, or added to the scores.
-
-    Examples
-    --------
-    >>> lets_through(torch.tensor([0.0, torch.finfo(torch.float32).min])).tolist()
-    [True, False]
-    """
+def _lets_through(mask: torch.Tensor) -> torch.Tensor:
+    """Return where a mask lets a token see another; it is boolean, or added to the scores."""
     if mask.dtype == torch.bool:
         return mask
     return mask > torch.finfo(mask.dtype).min / 2

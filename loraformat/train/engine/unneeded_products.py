@@ -78,18 +78,8 @@ def last_products(
 ) -> Iterator[dict[int, str]]:
     """Record the name in its layer of the linear that each layer multiplies by last.
 
-    Parameters
-    ----------
-    layers : sequence of Module
-        Computed once while this lasts.
-    kind : type
-        Of linears.
-
-    Yields
-    ------
-    dict of int to str
-        Filled at the end. A layer is missing if it has no linear, or multiplies by that one more
-        than once.
+    The layers must be computed once while this lasts. The mapping is filled at the end; a layer is
+    missing if it has no linear, or multiplies by that one more than once.
     """
     found: dict[int, str] = {}
     calls: list[list[str]] = [[] for _ in layers]

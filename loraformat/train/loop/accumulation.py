@@ -177,18 +177,7 @@ def add_up(
     world: World,
     flags: Sequence[float] = (),
 ) -> StepSums:
-    """Add up sums and gradients over all ranks: one flat vector, one sum.
-
-    Parameters
-    ----------
-    sums : StepSums
-        This rank's.
-    parameters : mapping of str to torch.nn.Parameter
-        In the same order on all ranks.
-    world : World
-    flags : sequence of float
-        More numbers to add up; as many on all ranks.
-    """
+    """Add up sums, gradients and `flags` over all ranks: one flat vector, one sum."""
     if world.size == 1:
         return StepSums(sums.loss, sums.trained, sums.tokens, tuple(flags))
     numbers = [sums.loss, sums.trained, sums.tokens, *flags]
@@ -234,22 +223,11 @@ def norm(parameters: Iterable[torch.nn.Parameter]) -> float:
 def clipped_mean(
     parameters: Iterable[torch.nn.Parameter], tokens: int, limit: float | None
 ) -> float:
-    """Divide gradients of a sum by its number of terms, and bound their norm.
+    """Divide gradients of a sum by its number of terms, and bound their norm; returns the norm.
 
-    Parameters
-    ----------
-    parameters : iterable of torch.nn.Parameter
-        Their ``grad`` is changed in place, rounded once.
-    tokens : int
-        Number of terms of the sum.
-    limit : float or None
-        Largest norm of the mean gradient; a longer one is shortened to it, as
-        ``torch.nn.utils.clip_grad_norm_`` does.
-
-    Returns
-    -------
-    float
-        The norm before it was bounded; NaN or infinite gradients are left alone.
+    Each ``grad`` is changed in place, rounded once. A mean gradient longer than `limit` is
+    shortened to it, as ``torch.nn.utils.clip_grad_norm_`` does; NaN and infinite gradients are left
+    alone.
 
     Examples
     --------
@@ -276,19 +254,9 @@ def non_finite(parameters: Mapping[str, torch.nn.Parameter]) -> str | None:
 
 
 def flat(parameters: Iterable[torch.nn.Parameter], extra: Iterable[float]) -> torch.Tensor:
-    """Return all gradients behind each other, and a few numbers at the end.
+    """Return all gradients behind each other and a few numbers, as one float32 vector.
 
-    Parameters
-    ----------
-    parameters : iterable of torch.nn.Parameter
-        One without a gradient counts as zeros.
-    extra : iterable of float
-        Numbers that are to be summed along; float32 must hold them.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``[numbers]``.
+    A parameter without a gradient counts as zeros; float32 must hold the numbers.
     """
     pieces = [
         (p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1).float()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from loraformat.errors import LoraFormatError, UsageError, printable
 
@@ -92,8 +93,6 @@ class World:
                 f"WORLD_SIZE is {size}, but RANK or MASTER_ADDR is not set",
                 hint="start it with torchrun",
             )
-        import torch.distributed as dist
-
         on_gpu = device.startswith("cuda")
         if on_gpu:
             torch.cuda.set_device(torch.device(device))
@@ -108,13 +107,11 @@ class World:
         """Whether this process writes and talks."""
         return self.rank == 0
 
+    @_talking()
     def sum(self, vector: torch.Tensor) -> None:
         """Add up a vector over all ranks, in place."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            with _talking():
-                dist.all_reduce(vector)
+            dist.all_reduce(vector)
 
     def sum_numbers(self, numbers: Sequence[float], device: str | torch.device) -> list[float]:
         """Return numbers added up over all ranks, in float64."""
@@ -124,44 +121,36 @@ class World:
         self.sum(vector)
         return [float(number) for number in vector.tolist()]
 
+    @_talking()
     def gather(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Return every rank's tensors; all ranks name the same, of the same shapes."""
         if self.size == 1:
             return [dict(tensors)]
-        import torch.distributed as dist
-
         gathered: list[dict[str, torch.Tensor]] = [{} for _ in range(self.size)]
         for name, tensor in tensors.items():
             copies = [torch.empty_like(tensor) for _ in range(self.size)]
-            with _talking():
-                dist.all_gather(copies, tensor.contiguous())
+            dist.all_gather(copies, tensor.contiguous())
             for copied, members in zip(copies, gathered, strict=True):
                 members[name] = copied
         return gathered
 
+    @_talking()
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value, a JSON-like object, on every rank."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         box = [value]
-        with _talking():
-            dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    @_talking()
     def broadcast_parameters(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give every rank the numbers of rank 0's tensors."""
         if self.size > 1:
-            import torch.distributed as dist
-
             for tensor in tensors:
-                with _talking():
-                    dist.broadcast(tensor.detach(), src=0)
+                dist.broadcast(tensor.detach(), src=0)
 
     def leave(self) -> None:
         """End the talk, if `join` began it."""
         if self._joined:
-            import torch.distributed as dist
-
             dist.destroy_process_group()

@@ -70,31 +70,10 @@ class Trainable(Differentiable, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """How a run goes.
+    """Those of the options of a run that its loop needs, by the same names.
 
-    Attributes
-    ----------
-    steps : int
-        Of the whole run.
-    grad_accum : int
-        Micro-batches of a step, on each rank.
-    layer_major : bool
-        All micro-batches of a step go through a layer before the next layer is read.
-    clip : float or None
-        Largest norm of a gradient.
-    seed : int
-        Of dropout.
-    eval_every : int
-        Steps from one evaluation to the next; one is made before the first step and one after
-        the last, too. 0: only those.
-    save_every : int or None
-        Steps from one checkpoint to the next; None: every ten minutes.
-    keep : int
-        Number of checkpoints to keep.
-    early_stop : int
-        Evaluations without a new lowest loss that end the run; 0: it goes on.
-    best : bool
-        Keep the parameters of the lowest held-out loss, and end with them.
+    See `loraformat.train.run.options.TrainOptions`. Here `steps` are those of the whole run, and a
+    `clip` of None is no clipping.
     """
 
     steps: int

@@ -306,14 +306,9 @@ class DiskStates:
 
 
 def rate_ratios(names: Iterable[str], ratio: float) -> dict[str, float]:
-    """Return what the learning rate of each parameter is multiplied by.
+    """Return what the learning rate of each parameter is multiplied by: that of B by `ratio`.
 
-    Parameters
-    ----------
-    names : iterable of str
-        As `loraformat.train.lora.branches.trainable` names parameters.
-    ratio : float
-        Of B, at least 1; 1 is plain LoRA.
+    Parameters are named as by `loraformat.train.lora.branches.trainable`.
 
     Raises
     ------

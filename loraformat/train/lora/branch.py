@@ -222,7 +222,7 @@ class _ExpertBranch(LoraBranch):
         self._views = _ExpertViews()
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor, expert: int = 0) -> torch.Tensor:
-        """Return one expert's output with its branch's; `x` holds the tokens that were sent to it."""
+        """Return one expert's output with its branch's; `x` holds the tokens sent to it."""
         a, b = (views[expert] for views in self._views.of(self.a, self.b))
         if self.fixed_a is not None and self.fixed_b is not None:
             a = torch.cat([a, self.fixed_a[expert]], 0)

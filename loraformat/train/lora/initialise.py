@@ -38,7 +38,7 @@ from loraformat.train.lora.branch import Factors
 from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.target_modules import TargetModule
 
-__all__ = ["initial", "loftq", "pissa", "seed_of", "svd_bytes"]
+__all__ = ["initial", "loftq", "pissa", "svd_bytes"]
 
 _Tiles = Callable[[], Iterator[tuple[int, torch.Tensor]]]
 
@@ -52,14 +52,8 @@ _TILES = {"pissa": 1, "loftq": 6}
 _WORKSPACE = 16 << 20
 
 
-def seed_of(seed: int, name: str) -> int:
-    """Return the seed of one module's factors.
-
-    Examples
-    --------
-    >>> seed_of(0, "model.layers.0.mlp.up_proj") == seed_of(0, "model.layers.1.mlp.up_proj")
-    False
-    """
+def _seed_of(seed: int, name: str) -> int:
+    """Return the seed of one module's factors."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -88,7 +82,7 @@ def initial(
     UsageError
         If the rank does not suit the way, or ``loftq`` lacks the original.
     """
-    random = torch.Generator().manual_seed(seed_of(options.seed, target.name))
+    random = torch.Generator().manual_seed(_seed_of(options.seed, target.name))
     if target.kind == "embedding":
         return Factors(
             torch.zeros(rank, target.in_features),
@@ -167,14 +161,8 @@ def svd_bytes(target: TargetModule, rank: int, init: str) -> int:
 def pissa(target: TargetModule, rank: int, scaling: float, seed: int) -> Factors:
     """Return the principal parts of a weight as trained factors, and as fixed ones to take off.
 
-    Parameters
-    ----------
-    target : TargetModule
-    rank : int
-    scaling : float
-        s: the product of the factors is the weight's part over s.
-    seed : int
-        Of the random start.
+    The product of the factors is the weight's part over `scaling`; `seed` is that of the random
+    start.
 
     Raises
     ------

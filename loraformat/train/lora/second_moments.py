@@ -27,23 +27,12 @@ HALF_LIFE = 32768
 
 
 def share_of_noise(dtype: torch.dtype) -> float:
-    """Return the share of the largest gradient up to which one is taken for rounding.
+    """Return the share of the largest gradient up to which one is taken for rounding: ε^¾ = 54 ε.
 
-    Parameters
-    ----------
-    dtype : torch.dtype
-        Of the gradients.
-
-    Returns
-    -------
-    float
-        ε to the power of ¾: 54 ε. For bfloat16 the ε is float32's, in which attention adds up.
-
-    Notes
-    -----
-    In float32, queries of first tokens had up to 3·10⁻⁷ of a batch's largest gradient (2.5 ε), and
-    the smallest gradient of any other token was 7·10⁻⁴ of it, so that 6·10⁻⁶ tells them apart. With
-    activations in bfloat16 first tokens had up to 1.4·10⁻⁷, and no other less than 10⁻².
+    For gradients in bfloat16 the ε is float32's, in which attention adds up. In float32, queries of
+    first tokens had up to 3·10⁻⁷ of a batch's largest gradient (2.5 ε), and the smallest gradient
+    of any other token was 7·10⁻⁴ of it. With activations in bfloat16 first tokens had up to
+    1.4·10⁻⁷, and no other less than 10⁻².
 
     Examples
     --------
@@ -88,19 +77,7 @@ class Moments:
         self.half_life: float = HALF_LIFE
 
     def share(self, processes: int) -> None:
-        """Fade as one of several processes that see a part of the tokens each.
-
-        Parameters
-        ----------
-        processes : int
-
-        Examples
-        --------
-        >>> moments = Moments(2)
-        >>> moments.share(4)
-        >>> moments.half_life
-        8192.0
-        """
+        """Fade as one of several processes that see a part of the tokens each."""
         self.half_life = HALF_LIFE / processes
 
     def add(self, z: torch.Tensor, expert: int | None = None) -> None:

@@ -23,11 +23,11 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from loraformat.errors import UsageError, nearest, printable
 from loraformat.families.table import Family
-from loraformat.train.engine.decoder import decoder_of, find_layers
 from loraformat.train.engine.embedding import MappedEmbedding
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import Tile
+from loraformat.train.engine.meta_model import decoder_of, find_layers
 from loraformat.train.lora.options import LoraOptions
 
 if TYPE_CHECKING:

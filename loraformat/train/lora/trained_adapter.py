@@ -30,7 +30,7 @@ from loraformat.train.lora.options import LoraOptions
 from loraformat.train.lora.replaced_weights import ReplacedWeights
 from loraformat.version import __version__
 
-__all__ = ["save_adapter", "trained_adapter", "training_record"]
+__all__ = ["save_adapter", "trained_adapter"]
 
 #: Members of PEFT's config that belong to replaced weights.
 _REPLACED = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
@@ -134,32 +134,25 @@ def save_adapter(
     files: tuple[CarriedFile, ...] = (),
     replaced: ReplacedWeights | None = None,
 ) -> Path:
-    """Write what was trained as a PEFT adapter: whole or not at all.
+    """Write what was trained as a PEFT adapter, whole or not at all, and return its path.
 
     Alpha and rank are written as they were trained with where one alpha says it all; else
     (rsLoRA, ranks of their own) the scaling is folded into B.
 
     Parameters
     ----------
-    branches : mapping of str to LoraBranch
-    bundle : Bundle
+    branches, bundle, replaced
+        As in `trained_adapter`; a tokenizer of the adapter's own goes along.
     path : str or Path
         A directory, or ``BUNDLE/adapters/NAME``.
     options : LoraOptions, optional
         For the record.
     force : bool
-        Replace an adapter that stands there.
+        Replace an existing adapter.
     facts : mapping, optional
-        What the training says of itself, for `loraformat.train.lora.trained_adapter`.
+        What the training says of itself, for the record.
     files : tuple of CarriedFile
-        What else shall lie beside the weights.
-    replaced : ReplacedWeights, optional
-        As in `trained_adapter`; a tokenizer of its own goes along.
-
-    Returns
-    -------
-    Path
-        Where it was written.
+        What else is stored next to the weights.
 
     Raises
     ------
@@ -173,42 +166,22 @@ def save_adapter(
         files = (*files, *(file for file in tokenizer if file.path not in beside))
     base = {"fingerprint": bundle.manifest.fingerprint, "source": dict(bundle.manifest.source)}
     parameters = sum(p.numel() for branch in branches.values() for p in branch.named().values())
-    adapter.files = (training_record(options, base, facts or {}, parameters), *files)
+    adapter.files = (_training_record(options, base, facts or {}, parameters), *files)
     target = Path(path)
     write_adapter(adapter, target, base=bundle.checkpoint, force=force, canonical=False)
     return target
 
 
-def training_record(
+def _training_record(
     options: LoraOptions | None,
     base: Mapping[str, Any],
     facts: Mapping[str, Any],
     parameters: int = 0,
 ) -> CarriedFile:
-    """Return the record as a file to be carried.
+    """Return the record of a training as a file to be carried.
 
-    Parameters
-    ----------
-    options : LoraOptions or None
-        What was asked for; None if an adapter was trained on.
-    base : mapping
-        ``fingerprint`` and ``source`` of the bundle.
-    facts : mapping
-        What the training says of itself: data, steps, loss. JSON values.
-    parameters : int
-        Numbers that are trained.
-
-    Raises
-    ------
-    LoraFormatError
-        If a fact is no JSON value.
-
-    Examples
-    --------
-    >>> file = training_record(LoraOptions(rank=8), {"fingerprint": "ab"}, {"steps": 3})
-    >>> record = json.loads(file.read())
-    >>> record["schema"], record["lora"]["rank"], record["training"]
-    ('loraformat.training_record', 8, {'steps': 3})
+    `options` are what was asked for, None if an adapter was continued; `base` is the bundle's
+    fingerprint and source, `facts` what the training says of itself, as JSON values.
     """
     record = {
         "schema": "loraformat.training_record",

@@ -128,17 +128,7 @@ def template_of(adapter: str) -> str | None:
 def facts_of(
     options: TrainOptions, state: RunState, data: Dataset, held_out: Dataset | None, ranks: int
 ) -> dict[str, Any]:
-    """Return the facts of a run that is done.
-
-    Parameters
-    ----------
-    options : TrainOptions
-    state : RunState
-        At its end.
-    data, held_out : Dataset
-    ranks : int
-        Processes that trained.
-    """
+    """Return the facts of a run that is done."""
     return {
         "data": _described(data),
         "prompt_format": data.prompt_format(),
@@ -200,22 +190,17 @@ def _versions() -> dict[str, str]:
 
 
 def trained_on(adapter: str, sources: Sequence[tuple[str, int]]) -> list[str]:
-    """Say which of some files an adapter's record names as training data.
+    """Say which of some files an adapter's record names as training data, in sentences.
 
-    Files are told by their hashes, since the record holds no rows. An adapter without a record, or
-    without hashes in it, was trained on something that is not known.
+    Files are told apart by their hashes, since the record holds no rows. An adapter without a
+    record, or without hashes in it, was trained on something that is not known.
 
     Parameters
     ----------
     adapter : str
         A path, or a Hub id.
     sources : sequence of (str, int)
-        Names and rows of what is evaluated, as in `loraformat.train.data.DatasetStats`.
-
-    Returns
-    -------
-    list of str
-        Sentences for people.
+        Names and rows of what is evaluated.
     """
     with open_adapter(adapter) as opened:
         record = CarriedTokenizer(opened.files, opened.path).json(RECORD_NAME)

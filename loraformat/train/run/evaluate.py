@@ -59,7 +59,7 @@ def evaluate(
     tell: Callable[[str, int, int], None] = lambda name, done, total: None,
     progress: Progress = lambda done, total: None,
 ) -> EvaluationReport:
-    """Measure losses.
+    """Measure losses; `loraformat.evaluate` is the public function.
 
     Parameters
     ----------
@@ -71,11 +71,6 @@ def evaluate(
         Called with what is measured, the batches done, and the batches in total.
     progress : callable
         Called with the rows looked at and the rows in total.
-
-    Raises
-    ------
-    LoraFormatError
-        If something is not sound, or does not fit together.
     """
     found = EvaluationReport(options.base)
     data: Dataset | None = None

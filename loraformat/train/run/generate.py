@@ -56,7 +56,7 @@ def generate(
     system: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> GenerationReport:
-    """Generate on.
+    """Generate text; `loraformat.generate` is the public function.
 
     Parameters
     ----------
@@ -65,17 +65,11 @@ def generate(
     prompt : str
     drawn : GenerationOptions
     chat : bool
-        Put the prompt into a chat template, as a user's message: that which lies beside the
-        adapter, else the model's.
+        Apply the chat template that the adapter brings, else the model's.
     system : str, optional
-        The message before it.
+        The message before the prompt.
     tell : callable
         Called with each new piece of text.
-
-    Raises
-    ------
-    LoraFormatError
-        If something is not sound, or does not fit together.
     """
     with open_base(options) as model:
         directory = model.directory

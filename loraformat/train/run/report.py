@@ -20,7 +20,7 @@ from loraformat.train.batch import Batch
 from loraformat.train.run.disk_plan import DiskPlan
 from loraformat.train.run.memory_plan import MemoryPlan
 
-__all__ = ["StepTime", "TrainReport", "duration", "time_of"]
+__all__ = ["TrainReport", "duration", "time_of"]
 
 _RECKONED = "estimated from one layer's linears, without attention and head"
 
@@ -49,7 +49,7 @@ class TrainReport(Report):
     trained_parameters : int
     compute : str
         Device and type of the products.
-    step_time : StepTime or None
+    step_time : _StepTime or None
         Measured in a dry run.
     facts : dict
         What is stored beside the adapter; empty before the end.
@@ -67,7 +67,7 @@ class TrainReport(Report):
     batches: int
     trained_parameters: int
     compute: str
-    step_time: StepTime | None = None
+    step_time: _StepTime | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     was_complete: bool = False
 
@@ -163,7 +163,7 @@ def duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class StepTime:
+class _StepTime:
     """What was measured.
 
     Attributes
@@ -181,7 +181,7 @@ class StepTime:
     whole: bool
 
 
-def time_of(model: Any, batch: Batch, layers: int) -> StepTime:
+def time_of(model: Any, batch: Batch, layers: int) -> _StepTime:
     """Time one micro-batch; gradients and statistics are as before afterwards.
 
     Parameters
@@ -195,7 +195,7 @@ def time_of(model: Any, batch: Batch, layers: int) -> StepTime:
     tokens = batch.input_ids.numel()
     reckoned = _layer_seconds(model, tokens) * layers
     if reckoned > _PATIENCE:
-        return StepTime(reckoned, tokens, whole=False)
+        return _StepTime(reckoned, tokens, whole=False)
     kept = {name: value.clone() for name, value in model.extra_state().items()}
     was = model.training
     model.train()
@@ -206,7 +206,7 @@ def time_of(model: Any, batch: Batch, layers: int) -> StepTime:
         model.load_extra_state(kept)
         for parameter in model.trainable().values():
             parameter.grad = None
-    return StepTime(seconds, tokens, whole=True)
+    return _StepTime(seconds, tokens, whole=True)
 
 
 def _layer_seconds(model: Any, tokens: int) -> float:

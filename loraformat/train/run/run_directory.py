@@ -144,19 +144,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return what a checkpoint keeps to know its run by.
 
-    Parameters
-    ----------
-    options : TrainOptions
-    base : str
-        Fingerprint of the bundle.
-    data, held_out : str
-        Fingerprints of the data.
-    ranks : int
-        Processes.
-    steps : int
-        Of the whole run.
-    compute : str
-        Device and type of products.
+    `base`, `data` and `held_out` are fingerprints; `ranks` are processes, `steps` those of the
+    whole run, and `compute` is device and type of products.
     """
     told = options.to_json()
     return {

@@ -220,13 +220,7 @@ def continuation(
 
 
 def room_for(config: Any, length: int) -> int:
-    """Return how many tokens a model can write after a prompt of a length.
-
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
-    length : int
-        Tokens of the prompt.
+    """Return how many tokens a model can generate after a prompt of a length (tokens).
 
     Raises
     ------
@@ -279,17 +273,8 @@ def chat_ids(encoder: TextEncoder, prompt: str, system: str | None = None) -> li
 def turn_end(encoder: TextEncoder, stops: Collection[int]) -> str | None:
     """Return the text that the chat template puts behind an answer, where no token ends it.
 
-    Parameters
-    ----------
-    encoder : TextEncoder
-        With a chat template.
-    stops : collection of int
-        Tokens that end texts.
-
-    Returns
-    -------
-    str or None
-        None if such a token is in it, or the template does more than to put pieces around words.
+    None if one of the `stops`, tokens that end texts, is in it, or the template does more than to
+    put pieces around words.
     """
     found = ChatRenderer(encoder).format()
     if found is None:
@@ -336,13 +321,7 @@ def generation_bytes(config: Any, prompt: int, new: int, number_bytes: int = _FL
 
 
 def inner_width(config: Any) -> int:
-    """Return a model's widest feed-forward size.
-
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
-        Of the language model.
-    """
+    """Return a model's widest feed-forward size."""
     return _number(config, "intermediate_size") or 4 * int(config.hidden_size)
 
 

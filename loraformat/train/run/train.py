@@ -52,35 +52,25 @@ def train(
     observe: Callable[[dict[str, Any]], None] = lambda event: None,
     progress: Progress = lambda done, total: None,
 ) -> TrainReport:
-    """Train an adapter.
+    """Train an adapter; `loraformat.train.run.verbs.train` is the public function.
 
     Parameters
     ----------
     options : TrainOptions
         With base, data and output.
-    resume : bool
-        Go on from the newest checkpoint that is whole, if there is one.
-    force : bool
-        Replace an adapter and a run that stand there.
-    dry_run : bool
-        Plan and measure; write nothing.
+    resume, force, dry_run : bool
     announce : callable
-        Told of the plan, before the first step.
+        Called with the plan, before the first step.
     observe : callable
-        Told of every step, evaluation, sample and checkpoint.
+        Called with every step, evaluation, sample and checkpoint.
     progress : callable
         Called with the rows looked at and the rows in total.
-
-    Returns
-    -------
-    TrainReport
 
     Raises
     ------
     KeyboardInterrupt
         When it was interrupted, after a checkpoint was written.
     LoraFormatError
-        See the tree in `loraformat.errors`.
     """
     output = _check(options, resume=resume, force=force or dry_run)
     options = replace(options, device=own_device(options.device))

@@ -5,8 +5,7 @@ import torch
 
 from loraformat.train import LoraOptions, load
 from loraformat.train.engine import matmul
-from loraformat.train.engine.cross_entropy import frozen_head_loss
-from loraformat.train.engine.decoder import HeadRule
+from loraformat.train.engine.cross_entropy import HeadRule, frozen_head_loss
 from loraformat.train.engine.linear import FrozenLinear, LoraFactors, frozen_product
 from loraformat.train.engine.matrix import DenseMatrix, NF4Matrix
 from tests import torch_codec as codec

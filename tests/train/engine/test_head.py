@@ -5,8 +5,7 @@ import torch
 
 from loraformat.train import load
 from loraformat.train.engine import cross_entropy, layer_prefetch, matmul
-from loraformat.train.engine.cross_entropy import frozen_head_loss, own_head_loss
-from loraformat.train.engine.decoder import HeadRule
+from loraformat.train.engine.cross_entropy import HeadRule, frozen_head_loss, own_head_loss
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix
 from tests.train.engine.reference import dense_loss, make_batch, merged_weights, relative

@@ -117,16 +117,7 @@ def empty_matrix(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def save_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return tensors to keep, the large ones on a CPU as copies; without gradient.
-
-    Parameters
-    ----------
-    tensors : sequence of torch.Tensor
-
-    Returns
-    -------
-    list of torch.Tensor
-        Contiguous where they are copies; each gives its memory back when it is let go.
+    """Return tensors to keep, the large ones on a CPU as contiguous copies; without gradient.
 
     Examples
     --------

@@ -145,7 +145,7 @@ def find_head_rule(model: Any, head: FrozenLinear, cap: float | None) -> HeadRul
 def frozen_head_loss(
     hidden: torch.Tensor, targets: torch.Tensor, head: FrozenLinear, rule: HeadRule
 ) -> torch.Tensor:
-    """Return the loss of a head that has no branch.
+    """Return the loss (float32 scalar) of a head that has no branch.
 
     Parameters
     ----------
@@ -155,11 +155,6 @@ def frozen_head_loss(
         int64 (tokens,).
     head : FrozenLinear
     rule : HeadRule
-
-    Returns
-    -------
-    torch.Tensor
-        float32 scalar.
 
     Examples
     --------

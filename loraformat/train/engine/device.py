@@ -151,17 +151,11 @@ def decode(
         uint8: two codes in each, the first in the high nibble; from the beginning of a block.
     absmax : torch.Tensor
         uint8 scale codes, or float32 scales, of these blocks.
-    nested_absmax : torch.Tensor or None
+    nested_absmax, nested_offset : torch.Tensor and float, or None
         float32, one for each 256 scales, from the beginning of a group.
-    nested_offset : float or None
     block_size : int
     dtype : torch.dtype
-        Each value is rounded once to it, to nearest even.
-
-    Returns
-    -------
-    torch.Tensor
-        Flat, two values for each byte.
+        Each value, two for each byte, is rounded once to it, to nearest even.
 
     Examples
     --------

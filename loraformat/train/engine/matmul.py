@@ -320,19 +320,15 @@ def threaded_product(
         Computes one piece, with torch, in one thread. The pieces are of about one size, and each
         of torch's threads gets as many as the others.
     begin, end : int
-    largest : int
-        Length of a piece, at most; a multiple of the next.
-    multiple : int
-        What the length of every piece but the last is a multiple of.
+    largest, multiple : int
+        Length of a piece, at most, and what every piece's length but the last is a multiple of.
     few : bool
         So little is to be done that one piece is better than one for each thread.
 
     Examples
     --------
     >>> found = []
-    >>> def work(start, stop):
-    ...     found.append((start, stop))
-    >>> threaded_product(work, 0, 100, largest=64, multiple=16)
+    >>> threaded_product(lambda *piece: found.append(piece), 0, 100, largest=64, multiple=16)
     >>> sorted(found)[0][0], sorted(found)[-1][1]
     (0, 100)
     """

@@ -43,7 +43,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def build_meta_model(config: bytes, layers: int, path: object) -> Any:
-    """Build a causal language model that has no weights yet.
+    """Build a causal language model that has no weights yet: parameters on ``meta``, dtype float32.
 
     Attention is computed by torch's ``scaled_dot_product_attention``, or plainly where the class
     cannot use that.
@@ -57,11 +57,6 @@ def build_meta_model(config: bytes, layers: int, path: object) -> Any:
         anything is built.
     path : object
         For messages.
-
-    Returns
-    -------
-    transformers.PreTrainedModel
-        In training mode, dtype float32; parameters on ``meta`` but for a few small ones.
 
     Raises
     ------

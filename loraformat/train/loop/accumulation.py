@@ -87,13 +87,13 @@ def accumulate(
         This rank's, on the model's device.
     seed, step : int
         Dropout is drawn anew for each micro-batch from seed, step and the micro-batch's number
-        among those of all ranks: so a run that goes on draws what it would have drawn, and two
+        among those of all ranks: so a resumed run draws what it would have drawn, and two
         ranks draw what one would.
     world : World
     layer_major : bool
         All micro-batches go through a layer before the next layer is read.
     place : callable
-        Says where a sample stands in the data, for messages.
+        Describes a sample, for messages.
 
     Raises
     ------

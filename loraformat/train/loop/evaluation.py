@@ -81,12 +81,11 @@ def held_out_loss(
     world : World, optional
         Whose shares are added up.
     device : str or torch.device
-        Where the model computes.
 
     Raises
     ------
     InputError
-        If no token is learned in the data.
+        If the data have no target token.
     """
     assert isinstance(model, torch.nn.Module)
     total, trained = 0.0, 0

@@ -93,20 +93,18 @@ _SAVE_SECONDS = 600.0
 
 @dataclass
 class Loop:
-    """One run, from where its state stands.
+    """One run, from where its state is.
 
     Attributes
     ----------
     model : Trainable
     stream : iterator of (Batch, dict)
         This rank's micro-batches, each with the place behind it.
-    optimizer : Optimizer
-    schedule : Schedule
-    options : LoopOptions
+    optimizer, schedule, options
     directory : Path
         Of checkpoints.
     metrics : Metrics or None
-        None on ranks that do not lead.
+        None on ranks that do not write.
     state : RunState
     identity : mapping
         What the run was started with: JSON values that a checkpoint keeps.
@@ -117,11 +115,11 @@ class Loop:
     sample : callable, optional
         Returns pairs of a prompt and its continuation.
     beside : tuple of CarriedFile
-        What lies beside the adapter in a checkpoint.
+        Stored next to the adapter in a checkpoint.
     place : callable
-        Says where a sample stands in the data.
+        Describes a sample by its number.
     observe : callable
-        Told of every step, evaluation, sample and checkpoint.
+        Called with every step, evaluation, sample and checkpoint.
     """
 
     model: Trainable

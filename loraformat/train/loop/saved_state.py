@@ -84,7 +84,7 @@ def write(
     Parameters
     ----------
     target : Path
-        Its directory; the parent exists. One that stands there is replaced.
+        Its directory; the parent exists. An existing one is replaced.
     facts : mapping
         JSON values, with ``step``.
     tensors : mapping of str to torch.Tensor
@@ -94,7 +94,7 @@ def write(
     Raises
     ------
     ResourceError
-        If the disk is full; what stood there stands there still.
+        If the disk is full; what existed is unchanged.
     """
     with AtomicOutput(target, plan="checkpoint", force=True) as publication:
         publication.check_space(sum(t.numel() * t.element_size() for t in tensors.values()))

@@ -27,7 +27,7 @@ def attach(
     original: Checkpoint | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, LoraBranch]:
-    """Give the layers that are to be trained their branches.
+    """Give the layers that are to be trained their branches; returns them in the model's order.
 
     Parameters
     ----------
@@ -38,11 +38,6 @@ def attach(
         The dense model, for ``init="loftq"``.
     progress : callable
         Called with branches made and in total: principal directions take their time.
-
-    Returns
-    -------
-    dict of str to LoraBranch
-        By the target's name, in the model's order.
 
     Raises
     ------
@@ -126,7 +121,7 @@ def attach_adapter(
     *,
     has_replaced: bool = False,
 ) -> dict[str, LoraBranch]:
-    """Give a model the branches of an adapter, to compute with it or to train it on.
+    """Give a model the branches of an adapter, to compute with it or to continue its training.
 
     Parameters
     ----------
@@ -135,14 +130,9 @@ def attach_adapter(
     adapter : Adapter
         Opened against the base, and made for it.
     options : LoraOptions, optional
-        Only its dropout and statistics are heeded: all else is as in the adapter.
+        Only its dropout and statistics count: all else is as in the adapter.
     has_replaced : bool
         The model has what the adapter replaces, see `loraformat.train.lora.replaced_weights`.
-
-    Returns
-    -------
-    dict of str to LoraBranch
-        By the target's name, in the model's order.
 
     Raises
     ------

@@ -61,7 +61,7 @@ def _seed_of(seed: int, name: str) -> int:
 def initial(
     target: TargetModule, rank: int, options: LoraOptions, original: Checkpoint | None = None
 ) -> Factors:
-    """Return the factors that a branch begins with.
+    """Return the factors that a branch begins with: float32, on the CPU.
 
     Parameters
     ----------
@@ -71,11 +71,6 @@ def initial(
         Its ``init``, ``seed`` and scaling.
     original : Checkpoint, optional
         The dense model that the base was quantized from, for ``loftq``.
-
-    Returns
-    -------
-    Factors
-        float32 on the CPU.
 
     Raises
     ------
@@ -180,17 +175,9 @@ def pissa(target: TargetModule, rank: int, scaling: float, seed: int) -> Factors
 def loftq(
     target: TargetModule, rank: int, scaling: float, seed: int, original: Checkpoint | None
 ) -> Factors | None:
-    """Return the leading parts of what quantizing lost; None if it lost nothing.
+    """Return the leading parts of what quantizing to NF4 lost; None if it lost nothing.
 
-    Parameters
-    ----------
-    target : TargetModule
-        Whose weight is in NF4.
-    rank : int
-    scaling : float
-    seed : int
-    original : Checkpoint or None
-        The model that was quantized.
+    Parameters as in `initial`; `original` is the model that was quantized.
 
     Raises
     ------

@@ -41,18 +41,15 @@ def trained_adapter(
 ) -> Adapter:
     """Return the adapter that branches are at the moment in which its tensors are loaded.
 
+    Factors are float32, the scaling is resolved; with the second moments that were collected.
+
     Parameters
     ----------
     branches : mapping of str to LoraBranch
     bundle : Bundle
         The base; its fingerprint and source go with the adapter.
     replaced : ReplacedWeights, optional
-        What goes into the adapter as it came.
-
-    Returns
-    -------
-    Adapter
-        Factors float32, scaling resolved; with the second moments that were collected.
+        What goes into the adapter unchanged.
     """
     deltas = [_delta(branch) for branch in branches.values()]
     parameters = any(branch.target.is_parameter for branch in branches.values())

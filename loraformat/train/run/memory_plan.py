@@ -55,18 +55,14 @@ class ModelDims:
     ----------
     layers, hidden, inner, vocabulary : int
         Decoder layers, hidden size, widest feed-forward size, tokens known.
-    base_bytes : int
-        Of all shards.
-    layer_bytes : int
-        Of the largest decoder layer.
-    trained : int
-        Trained numbers.
+    base_bytes, layer_bytes : int
+        Of all shards, and of the largest decoder layer.
+    trained, fixed : int
+        Numbers of factors that are trained, and that are not: what PiSSA takes off.
     extra_bytes : int
         Second moments.
     small : int
         Trained numbers in tensors that 8-bit optimizers keep states of 32 bits for.
-    fixed : int
-        Numbers of factors that are not trained: what PiSSA takes off.
     initial_bytes : int
         What it takes to find the factors of one module, where they are not drawn at random.
     """
@@ -233,20 +229,17 @@ def plan_memory(
     rows, length : int
         Of what goes through the model at once between two updates: a micro-batch, or with
         layer-major order all of them.
-    process : int
-        What the process holds already (bytes).
+    process, templates : int
+        What this process holds already, and the one that renders chat templates (bytes).
     optimizer, states : str
         As in `OptimizerOptions`.
     resident : int
-        What of the base stays where it is computed, on a GPU, besides two layers that come and
-        go (bytes).
+        What of the base stays on a GPU besides two layers that come and go (bytes).
     number_bytes : int
         Of one number in an activation.
-    templates : int
-        What the process holds that renders chat templates (bytes).
     generation : int
-        What writing on from a prompt takes, see `generation_bytes`. It does not come while a step
-        is computed, but what a step frees stays with the process, in pieces that may not fit.
+        See `generation_bytes`. It is not needed while a step is computed, but what a step frees
+        stays with the process, in pieces that may not fit.
     spare : int
         What layers may take that keep their activations, if the limit allows it (bytes).
     limit : int, optional

@@ -34,27 +34,24 @@ class TrainReport(Report):
 
     Attributes
     ----------
-    target : str
-        The adapter.
-    directory : str
-        Of checkpoints and record.
-    plan : MemoryPlan
-    disk : DiskPlan
+    target, directory : str
+        The adapter; the directory of checkpoints and record.
+    plan, disk : MemoryPlan, DiskPlan
     data : list of str
         What is in the training data, in sentences.
     preview : str
-        One sample, what is learned of it between ⟦ and ⟧.
+        One sample, its target tokens between ⟦ and ⟧.
     steps, batches : int
         Of the whole run; micro-batches on this rank.
     trained_parameters : int
     compute : str
-        Device and type of the products.
-    step_time : _StepTime or None
+        Device and dtype of the products.
+    step_time : StepTime or None
         Measured in a dry run.
     facts : dict
-        What is stored beside the adapter; empty before the end.
+        What is stored with the adapter; empty before the end.
     was_complete : bool
-        The run that was to go on had ended, and its adapter stands: nothing was done.
+        The run that was to be resumed had ended, and its adapter exists: nothing was done.
     """
 
     target: str

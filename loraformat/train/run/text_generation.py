@@ -166,7 +166,7 @@ def continuation(
     device: str | torch.device = "cpu",
     tell: Callable[[str], None] = lambda text: None,
 ) -> TextStream:
-    """Generate on.
+    """Generate text from a prompt, and return the stream with its tokens.
 
     Parameters
     ----------
@@ -174,20 +174,12 @@ def continuation(
         Anything with ``generate`` of transformers; nothing of it changes.
     tokenizer : transformers.PreTrainedTokenizerBase
     prompt : list of int
-        Token ids.
     options : GenerationOptions
-    stops : list of int
-        Tokens that end the text.
-    end : str, optional
-        Text that ends it, which is no single token.
+    stops, end : list of int, str
+        Tokens that end the text, and a text that ends it and is no single token.
     device : str or torch.device
     tell : callable
         Called with each new piece of text.
-
-    Returns
-    -------
-    TextStream
-        With the tokens, and the text.
 
     Raises
     ------
@@ -286,10 +278,10 @@ def turn_end(encoder: TextEncoder, stops: Collection[int]) -> str | None:
 
 
 def generation_bytes(config: Any, prompt: int, new: int, number_bytes: int = _FLOAT) -> int:
-    """Return a bound on what one continuation holds, besides the weights.
+    """Return a bound on what one continuation holds, besides the weights (bytes).
 
     Keys and values of all layers for prompt and new tokens, twice: they grow by a copy for each
-    token, and what is let go lies in pieces that are too small for the next. One layer's at a time
+    token, and what is freed is in pieces that are too small for the next. One layer's at a time
     are there for each of the heads that share them. The prompt goes through at once: what a layer
     holds for it, as in a step without gradients.
 

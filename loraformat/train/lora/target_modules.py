@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils.parametrize import register_parametrization
@@ -30,13 +30,9 @@ from loraformat.train.engine.matrix import Tile
 from loraformat.train.engine.meta_model import decoder_of, find_layers
 from loraformat.train.lora.options import LoraOptions
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["GROUPS", "TargetModule", "find_target_modules", "matches", "resolve"]
 
 _PLAIN = Family()
-_Place = FrozenLinear | ExpertStack | MappedEmbedding
 
 _ATTENTION = re.compile(r"(^|\.)(\w*attn|\w*attention)(\.|$)")
 _MLP = re.compile(
@@ -95,7 +91,7 @@ class TargetModule:
     in_features: int
     out_features: int
     tiles: Callable[[int], Iterator[tuple[int, int, torch.Tensor]]]
-    attach: Callable[[torch.nn.Module], None]
+    attach: Callable[[torch.nn.Module], object]
     target: str = ""
     experts: int = 0
     transposed: bool = False
@@ -134,15 +130,11 @@ def find_target_modules(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Assembled, with its layers numbered.
+        With its weights bound and its layers numbered.
     sources : mapping of str to sequence of str
         The tensors of the bundle that each of its modules reads, and each parameter left in one.
     family : Family
         Says how PEFT reads the names of linears.
-
-    Returns
-    -------
-    list of Site
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     found = []
@@ -170,8 +162,8 @@ def _linear(
         kind="head" if head else "linear",
         in_features=module.in_features,
         out_features=module.out_features,
-        tiles=lambda expert: module.dense_tiles(),
-        attach=_attaching(module),
+        tiles=lambda _: module.dense_tiles(),
+        attach=partial(setattr, module, "branch"),
         # A tied head reads the embedding's tensor, and its own delta is not the embedding's.
         target="" if head else sources[0],
         transposed=module.conv1d,
@@ -200,7 +192,7 @@ def _parameters(
                 in_features=parameter.shape[1],
                 out_features=parameter.shape[0],
                 tiles=partial(_whole, parameter),
-                attach=partial(_parametrize, module, leaf),
+                attach=partial(register_parametrization, module, leaf, unsafe=True),
                 target=sources[full][0],
                 device=parameter.device,
             )
@@ -210,11 +202,6 @@ def _whole(parameter: torch.Tensor, _: int) -> Iterator[Tile]:
     yield 0, len(parameter), parameter.detach().float()
 
 
-def _parametrize(module: torch.nn.Module, leaf: str, branch: torch.nn.Module) -> None:
-    """Let a module compute with a parameter that its branch has changed."""
-    register_parametrization(module, leaf, branch, unsafe=True)
-
-
 def _experts(module: ExpertStack, sources: Sequence[str]) -> TargetModule:
     return TargetModule(
         name=module.name,
@@ -222,7 +209,7 @@ def _experts(module: ExpertStack, sources: Sequence[str]) -> TargetModule:
         in_features=module.in_features,
         out_features=module.out_features,
         tiles=module.dense_tiles,
-        attach=_attaching(module),
+        attach=partial(setattr, module, "branch"),
         target=sources[0] if len(sources) == 1 else "",
         experts=module.count,
         transposed=module.in_out_layout,
@@ -232,27 +219,17 @@ def _experts(module: ExpertStack, sources: Sequence[str]) -> TargetModule:
 
 
 def _embedding(module: MappedEmbedding, sources: Sequence[str]) -> TargetModule:
-    def tiles(_: int) -> Iterator[Tile]:
-        return module.dense_tiles()
-
     return TargetModule(
         name=module.name,
         kind="embedding",
         in_features=module.num_embeddings,
         out_features=module.embedding_dim,
-        tiles=tiles,
-        attach=_attaching(module),
+        tiles=lambda _: module.dense_tiles(),
+        attach=partial(setattr, module, "branch"),
         target=sources[0],
         output_scale=float(getattr(module.original, "embed_scale", 1.0)),
         device=module.table.device,
     )
-
-
-def _attaching(module: _Place) -> Callable[[torch.nn.Module], None]:
-    def attach(branch: torch.nn.Module) -> None:
-        module.branch = branch
-
-    return attach
 
 
 def _is_linear(target: TargetModule) -> bool:

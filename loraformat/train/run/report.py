@@ -20,7 +20,7 @@ from loraformat.train.batch import Batch
 from loraformat.train.run.disk_plan import DiskPlan
 from loraformat.train.run.memory_plan import MemoryPlan
 
-__all__ = ["TrainReport", "duration", "time_of"]
+__all__ = ["StepTime", "TrainReport", "duration", "time_of"]
 
 _RECKONED = "estimated from one layer's linears, without attention and head"
 
@@ -64,7 +64,7 @@ class TrainReport(Report):
     batches: int
     trained_parameters: int
     compute: str
-    step_time: _StepTime | None = None
+    step_time: StepTime | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     was_complete: bool = False
 
@@ -160,7 +160,7 @@ def duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _StepTime:
+class StepTime:
     """What was measured.
 
     Attributes
@@ -178,7 +178,7 @@ class _StepTime:
     whole: bool
 
 
-def time_of(model: Any, batch: Batch, layers: int) -> _StepTime:
+def time_of(model: Any, batch: Batch, layers: int) -> StepTime:
     """Time one micro-batch; gradients and statistics are as before afterwards.
 
     Parameters
@@ -192,7 +192,7 @@ def time_of(model: Any, batch: Batch, layers: int) -> _StepTime:
     tokens = batch.input_ids.numel()
     reckoned = _layer_seconds(model, tokens) * layers
     if reckoned > _PATIENCE:
-        return _StepTime(reckoned, tokens, whole=False)
+        return StepTime(reckoned, tokens, whole=False)
     kept = {name: value.clone() for name, value in model.extra_state().items()}
     was = model.training
     model.train()
@@ -203,7 +203,7 @@ def time_of(model: Any, batch: Batch, layers: int) -> _StepTime:
         model.load_extra_state(kept)
         for parameter in model.trainable().values():
             parameter.grad = None
-    return _StepTime(seconds, tokens, whole=True)
+    return StepTime(seconds, tokens, whole=True)
 
 
 def _layer_seconds(model: Any, tokens: int) -> float:

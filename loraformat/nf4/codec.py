@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy
@@ -159,6 +160,12 @@ class NF4:
         if self.nested_absmax is not None:
             nested = _ceil(self.blocks, NESTED_BLOCK_SIZE)
             _check("nested_absmax", self.nested_absmax, _FLOAT32, nested)
+
+    @cached_property
+    def stored(self) -> kernels.Codes:
+        """The arrays as a kernel takes them."""
+        offset = self.nested_offset or 0.0
+        return kernels.Codes(self.packed, self.absmax, self.nested_absmax, offset, self.block_size)
 
     @property
     def blocks(self) -> int:
@@ -409,7 +416,7 @@ def dequantize_rows(q: NF4, out: Array, *, start: int = 0, stride: int | None = 
         raise UsageError(f"rows of {columns} elements overlap, being {stride} apart")
     _range(start, start + (rows - 1) * stride + columns if out.size else start, q.count)
     if out.size:
-        kernels.active().dequantize_rows(_codes(q), start, stride, out)
+        kernels.active().dequantize_rows(q.stored, start, stride, out)
     return out
 
 
@@ -468,13 +475,8 @@ def multiply_rows(
         out[...] = 0
         return out
     if out.size:
-        kernels.active().multiply_rows(_codes(q), start, dtype, x, out)
+        kernels.active().multiply_rows(q.stored, start, dtype, x, out)
     return out
-
-
-def _codes(q: NF4) -> kernels.Codes:
-    offset = q.nested_offset or 0.0
-    return kernels.Codes(q.packed, q.absmax, q.nested_absmax, offset, q.block_size)
 
 
 def quantization_error(

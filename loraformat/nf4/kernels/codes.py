@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from loraformat.tensors.arrays import Array
 
 __all__ = ["Codes"]
 
 
-class Codes(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Codes:
     """A whole tensor; nothing of it is checked here.
 
     Attributes
@@ -31,3 +33,11 @@ class Codes(NamedTuple):
     nested_absmax: Array | None
     nested_offset: float
     block_size: int
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int | None]:
+        """Where the three arrays are in memory: numpy takes a microsecond to tell it."""
+        arrays = self.packed, self.absmax, self.nested_absmax
+        packed, absmax, nested = (a if a is None else a.ctypes.data for a in arrays)
+        assert packed is not None and absmax is not None
+        return packed, absmax, nested

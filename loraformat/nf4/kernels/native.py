@@ -276,11 +276,4 @@ def address(array: Array) -> int:
 
 def _pointers(codes: Codes) -> tuple[int, int, int | None, float, int]:
     """Return codes as the C functions of rows take them."""
-    nested = codes.nested_absmax
-    return (
-        address(codes.packed),
-        address(codes.absmax),
-        None if nested is None else address(nested),
-        codes.nested_offset,
-        codes.block_size,
-    )
+    return *codes.addresses, codes.nested_offset, codes.block_size

@@ -139,7 +139,8 @@ class ReferenceKernel:
 
     def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Array) -> None:
         """See `Kernel.dequantize_rows`."""
-        packed, absmax, nested_absmax, offset, block_size = codes
+        packed, absmax, nested_absmax = codes.packed, codes.absmax, codes.nested_absmax
+        offset, block_size = codes.nested_offset, codes.block_size
         rows, columns = out.shape
         if columns == stride or rows == 1:
             first, last = start // block_size, -(-(start + out.size) // block_size)

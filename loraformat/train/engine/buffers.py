@@ -26,6 +26,9 @@ from collections.abc import Sequence
 import numpy
 import torch
 
+from loraformat.tensors.arrays import Array
+from loraformat.tensors.torch_arrays import array_of
+
 __all__ = ["Workspace", "empty_matrix", "keep_freed_memory", "save_inputs", "workspace"]
 
 _ALIGNMENT = 64
@@ -61,6 +64,7 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self._pairs: dict[tuple[str, tuple[int, ...], torch.dtype], tuple[torch.Tensor, Array]] = {}
 
     def take(
         self,
@@ -85,13 +89,29 @@ class Workspace(threading.local):
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < count:
             self._buffers.pop(key, None)  # the old one may go before the new one comes
+            self._forget_pairs(purpose)
             with torch.inference_mode(False):  # a tensor of inference could not be written later
                 buffer = torch.empty(count, dtype=dtype, device=device)
             self._buffers[key] = buffer
         return buffer[:count].view(shape)
 
+    def take_pair(
+        self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Array]:
+        """Return a buffer on the CPU as a tensor and as an array, both made once for each shape."""
+        found = self._pairs.get((purpose, shape, dtype))
+        if found is None:
+            with torch.inference_mode(False):
+                tensor = self.take(purpose, shape, dtype)
+            found = self._pairs[purpose, shape, dtype] = tensor, array_of(tensor)
+        return found
+
+    def _forget_pairs(self, purpose: str | None) -> None:
+        self._pairs = {k: v for k, v in self._pairs.items() if purpose not in (None, k[0])}
+
     def forget(self, purpose: str | None = None) -> None:
         """Give this thread's buffers back: all, or those of a purpose."""
+        self._forget_pairs(purpose)
         for key in list(self._buffers):
             if purpose in (None, key[0]):
                 del self._buffers[key]

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from loraformat.nf4 import codec
-from loraformat.tensors.arrays import numpy_dtype
+from loraformat.tensors.arrays import Array, numpy_dtype
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, torch_dtype
-from loraformat.tensors.torch_arrays import array_of
 from loraformat.train.engine.buffers import workspace
 
 __all__ = [
@@ -187,42 +186,39 @@ class NF4Matrix(Matrix):
         """
         decoded = torch.float32 if dtype == torch.float64 else dtype
         shape = rows[1] - rows[0], columns[1] - columns[0]
-        block = workspace.take("block", shape, decoded)
+        block, array = workspace.take_pair("block", shape, decoded)
         first = self.offset + rows[0] * self.columns + columns[0]
         began = time.perf_counter()
-        codec.dequantize_rows(self.codes, array_of(block), start=first, stride=self.columns)
+        codec.dequantize_rows(self.codes, array, start=first, stride=self.columns)
         decoding.since(began)
         return block if decoded == dtype else block.to(dtype)
 
-    def multiply_few(
-        self, x: torch.Tensor, rows: Range, dtype: torch.dtype, out: torch.Tensor
-    ) -> None:
+    def multiply_few(self, x: Array, rows: Range, dtype: torch.dtype, out: Array) -> None:
         """Write x Mᵀ of some rows of M, as `block` decodes them, for very few rows of x.
 
         Parameters
         ----------
-        x : torch.Tensor
+        x : array
             float32 (tokens, columns), contiguous.
         rows : tuple of int
         dtype : torch.dtype
-            What weights are rounded to; of `x` it is the caller who rounds.
-        out : torch.Tensor
+            What weights are rounded to; `x` is rounded by the caller.
+        out : array
             float32 (tokens, rows of the whole matrix).
         """
         began = time.perf_counter()
         first = self.offset + rows[0] * self.columns
-        target = array_of(out)[:, slice(*rows)]
         numbers = _ROUNDED[dtype]
-        codec.multiply_rows(self.codes, array_of(x), target, start=first, dtype=numbers)
+        codec.multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=numbers)
         decoding.since(began)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield rows, decoded as those of a block; each tile by all threads."""
         decoded = torch.float32 if dtype == torch.float64 else dtype
         for start, stop in _row_ranges(self.rows, self.columns, decoded, _TILE):
-            tile = workspace.take("tile", (stop - start, self.columns), decoded)
+            tile, array = workspace.take_pair("tile", (stop - start, self.columns), decoded)
             first = self.offset + start * self.columns
-            codec.dequantize(self.codes, out=array_of(tile), start=first, stop=first + tile.numel())
+            codec.dequantize(self.codes, out=array, start=first, stop=first + array.size)
             yield start, stop, tile if decoded == dtype else tile.to(dtype)
 
 

@@ -2,14 +2,13 @@
 
 In which order to read:
 
-- sources to rows: `row_sources` (files, directories, the Hub), `data_file` (byte ranges of a file),
-  `row`; one module for each format: `json_file`, `csv_file`, `text_file`, `columnar` (Arrow and
-  Parquet), and `spooled_rows` (what must be unpacked first)
-- rows to samples: `row_formats` and `messages` (what a row means), `chat` and `ignored_fields`
-  (conversations rendered by `loraformat.chat_templates`), `tokenizer`, `encode` (token ids and
-  loss mask)
+- sources to rows: `row_sources` (files, directories, the Hub), `row` (a row, and byte ranges of a
+  file); one module for each format: `json_file`, `csv_file`, `text_file`, and `spooled_rows`
+  (compressed files, Arrow and Parquet: what must be unpacked first)
+- rows to samples: `row_formats` (what a row means), `chat` (conversations rendered by
+  `loraformat.chat_templates`), `tokenizer`, `encode` (token ids and loss mask)
 - samples to statistics: `dataset_scan`, one pass over all rows before training
-- lengths to batches: `batch_plan` (which samples share a row, which rows a batch), `collate`
+- lengths to batches: `batch_plan` (which samples share a row, which rows a batch)
 - `dataset`, which holds all this together, and `options`
 
 Memory holds some tens of bytes per sample, never the text.
@@ -27,26 +26,18 @@ if TYPE_CHECKING:
     from loraformat.train.data.dataset_scan import DatasetStats as DatasetStats
     from loraformat.train.data.options import DataOptions as DataOptions
 
-_HOMES = {
-    "DatasetStats": ("loraformat.train.data.dataset_scan", "DatasetStats"),
-    "DataPosition": ("loraformat.train.data.batch_plan", "DataPosition"),
-    "DataOptions": ("loraformat.train.data.options", "DataOptions"),
-    "Dataset": ("loraformat.train.data.dataset", "Dataset"),
-    "open_data": ("loraformat.train.data.dataset", "open_data"),
+_MODULES = {
+    "DataOptions": "options",
+    "DataPosition": "batch_plan",
+    "Dataset": "dataset",
+    "DatasetStats": "dataset_scan",
+    "open_data": "dataset",
 }
 
-__all__ = [
-    "DataOptions",
-    "DataPosition",
-    "Dataset",
-    "DatasetStats",
-    "open_data",
-]
+__all__ = ["DataOptions", "DataPosition", "Dataset", "DatasetStats", "open_data"]
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        module, attribute = _HOMES[name]
-    except KeyError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    return getattr(import_module(module), attribute)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -22,7 +22,6 @@ from functools import cache
 import torch
 
 from loraformat.nf4.kernels.threads import run
-from loraformat.tensors.torch_arrays import array_of
 from loraformat.train.engine.buffers import empty_matrix, workspace
 from loraformat.train.engine.compute_dtype import cpu_features
 from loraformat.train.engine.matrix import Matrix, NF4Matrix, Range, StandInMatrix
@@ -141,7 +140,7 @@ def _by_rows_of_few(factor: torch.Tensor, matrix: NF4Matrix) -> torch.Tensor:
     """Return x Mᵀ in float32 for so few tokens that M had better not be written to memory."""
     x = factor.float().contiguous()
     y = x.new_empty(len(x), matrix.rows)
-    of_x, of_y = array_of(x), array_of(y)
+    of_x, of_y = x.numpy(), y.numpy()
 
     def piece(start: int, stop: int) -> None:
         matrix.multiply_few(of_x, (start, stop), factor.dtype, of_y)

@@ -2,6 +2,6 @@
 
 In which order to read: `options` (all options in one table) and `config_file` (as YAML); `train`,
 `evaluate` and `generate`; `setup` (what they open and check first), `memory_plan` and `disk_plan`;
-`run_directory` and `run_identity` (resuming); `text_generation`; `report`, `loss_curve`,
-`training_facts` and `adapter_template` (what is said of a run, and files beside its adapter).
+`run_directory` (and resuming); `text_generation`; `report`, `loss_curve` and `adapter_files` (what
+is reported of a run, and stored with its adapter).
 """

@@ -8,12 +8,21 @@ Text from strangers (names in a config, a training record) is escaped wherever i
 from loraformat.card.adapter import adapter_card
 from loraformat.card.bundle import bundle_card
 from loraformat.card.document import Document, is_template
-from loraformat.card.facts import AdapterFacts, Base, BundleFacts, FileFact, Licence, Training
+from loraformat.card.facts import (
+    AdapterFacts,
+    Base,
+    BundledAdapter,
+    BundleFacts,
+    FileFact,
+    Licence,
+    Training,
+)
 
 __all__ = [
     "AdapterFacts",
     "Base",
     "BundleFacts",
+    "BundledAdapter",
     "Document",
     "FileFact",
     "Licence",

@@ -8,7 +8,15 @@ from typing import Any
 
 from loraformat.runtimes.chat import Chat
 
-__all__ = ["AdapterFacts", "Base", "BundleFacts", "FileFact", "Licence", "Training"]
+__all__ = [
+    "AdapterFacts",
+    "Base",
+    "BundleFacts",
+    "BundledAdapter",
+    "FileFact",
+    "Licence",
+    "Training",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +139,15 @@ class AdapterFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class BundledAdapter:
+    """An adapter in a bundle: ranks, last names of its modules, elements of its tensors."""
+
+    ranks: list[int]
+    targets: list[str]
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
 class BundleFacts:
     """A bundle.
 
@@ -153,7 +170,7 @@ class BundleFacts:
         nobody measured.
     quantized_before : str or None
         How its weights were quantized before, against which the errors are then.
-    adapters : dict of str to AdapterFacts
+    adapters : dict of str to BundledAdapter
         Those beside the base, by name; their ``repo`` and ``files`` are not used.
     files : list of FileFact
     """
@@ -173,4 +190,4 @@ class BundleFacts:
     files: list[FileFact]
     quantized_before: str | None = None
     headless: bool = False
-    adapters: dict[str, AdapterFacts] = field(default_factory=dict)
+    adapters: dict[str, BundledAdapter] = field(default_factory=dict)

@@ -38,22 +38,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How far to reduce.
-
-    Attributes
-    ----------
-    rank : int or None
-        The rank of every module that has as much.
-    energy : float or None
-        The share of each module's squared norm to keep, from 0 to 1.
-    budget : int or None
-        Parameters in all, spent where they keep most.
-    max_rank : int or None
-        No module gets more; alone, it also drops ranks that hold nothing.
-    use_statistics : bool
-        Weigh by the second moments of activations, where the adapter carries them.
-    dtype : str or None
-        Of the new factors; see `factor_dtype`.
+    """How far to reduce; the options of `reduce`, checked together.
 
     Raises
     ------
@@ -65,7 +50,7 @@ class Reduction:
     energy: float | None = None
     budget: int | None = None
     max_rank: int | None = None
-    use_statistics: bool = True
+    statistics: bool = True
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -291,7 +276,7 @@ def reduce_adapter(
 
 def _aware(adapter: Adapter, reduction: Reduction) -> set[str]:
     """Return the targets that are reduced by what their outputs lose."""
-    if not reduction.use_statistics:
+    if not reduction.statistics:
         return set()
     aware = {target for target, delta in adapter.deltas.items() if _moment_fits(delta)}
     # A budget compares modules, and outputs cannot be compared with weights.
@@ -415,7 +400,7 @@ def _notes(
             "depend on the rank; energies and errors refer to B A only"
         )
     statistics = sum(delta.second_moment is not None for delta in deltas)
-    if statistics > len(aware) and reduction.use_statistics:
+    if statistics > len(aware) and reduction.statistics:
         notes.append(
             f"{statistics} of {len(modules)} modules carry activation statistics, and "
             f"{len(aware)} could use them: a budget needs one measure for all modules, and the "

@@ -121,7 +121,7 @@ def test_statistics_make_it_activation_aware():
     moment = dense("moment", z @ z.T / 500)
     before = adapter(delta("x.weight", b, a, 0.5, second_moment=moment))
     aware, report = reduce_adapter(before, Reduction(rank=3))
-    plain, plain_report = reduce_adapter(before, Reduction(rank=3, use_statistics=False))
+    plain, plain_report = reduce_adapter(before, Reduction(rank=3, statistics=False))
     wanted = effect(before.deltas["x.weight"]) @ x.double()
 
     def output_error(smaller):

@@ -25,7 +25,7 @@ from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.model import open_model
-from loraformat.ops.push.card_facts import bundle_facts
+from loraformat.ops.push.upload_plan import bundle_facts
 from loraformat.ops.verify import verify
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.tensors.torch_arrays import tensor_of

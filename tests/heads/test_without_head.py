@@ -20,7 +20,7 @@ from loraformat.ops.convert.convert import convert
 from loraformat.ops.extract.extract import extract
 from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
-from loraformat.ops.push.card_facts import bundle_facts
+from loraformat.ops.push.upload_plan import bundle_facts
 from loraformat.ops.verify import verify
 from loraformat.shards.read_directory import peek_config
 from tests.gguf.llama_runtime import embeddings

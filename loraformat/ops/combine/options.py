@@ -17,23 +17,10 @@ EXACT = ("svd", "cat", "linear")
 
 @dataclass(frozen=True, slots=True)
 class CombineOptions:
-    """How to combine.
+    """How to combine; the options of `combine`, checked together.
 
-    Attributes
-    ----------
-    method : str
-        ``svd``: the exact weighted sum, then its best approximation of `rank`. ``cat``: the
-        exact sum as concatenated factors. ``linear``: the exact sum at the least rank that
-        holds it. ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``: see
-        `loraformat.algebra.interference`; the result has full rank and is approximated.
-    rank : int or None
-        Of each module; by default the largest of its adapters'. Not for ``cat``.
-    density : float
-        Fraction of elements kept by pruning or dropping.
-    seed : int
-        Random seed for dropping.
-    dtype : str or None
-        Of the new factors.
+    For ``ties``, ``dare_linear``, ``dare_ties`` and ``magnitude_prune`` see
+    `loraformat.algebra.interference`; their result has full rank and is approximated.
     """
 
     method: Method = "svd"

@@ -13,23 +13,7 @@ __all__ = ["ExtractOptions"]
 
 @dataclass(frozen=True, slots=True)
 class ExtractOptions:
-    """Options of ``extract``.
-
-    Attributes
-    ----------
-    rank : int, "auto" or None
-        ``"auto"``, the default without an energy: as many parts as stand out of the rounding
-        noise of the checkpoint. A module that is nothing but noise is left out at any rank.
-    energy : float or None
-        Instead of a rank: the share of each difference's squared norm to capture.
-    max_rank : int
-        For ``"auto"`` and `energy`.
-    skip : sequence of str
-        Names (globs) to leave alone.
-    dtype : str or None
-        Of the factors; by default the fine-tune's own.
-    seed : int
-        Of the random start.
+    """Options of ``extract``, checked together; `seed` is that of the random start.
 
     Raises
     ------

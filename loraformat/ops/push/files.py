@@ -37,8 +37,8 @@ from loraformat.storage.safe_paths import is_portable_path
 
 __all__ = [
     "CONFIG_NAME",
-    "Choice",
     "Contents",
+    "PushOptions",
     "UploadFile",
     "adapter_files",
     "bundle_files",
@@ -67,6 +67,30 @@ _ADAPTER = re.compile(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """What a user asked for; see `loraformat.ops.push.push.push`."""
+
+    repo: str
+    with_gguf: bool = False
+    base: str | None = None
+    base_model: str | None = None
+    licence: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    with_statistics: bool = False
+    whole_record: bool = False
+    dry_run: bool = False
+
+    def takes(self, name: str, *, belongs: bool) -> bool:
+        """Tell whether a file of an adapter's directory is published."""
+        if any(fnmatch(name, glob) for glob in self.exclude):
+            return False
+        if any(fnmatch(name, glob) for glob in self.include):
+            return True
+        return belongs and (self.with_statistics or name != STATISTICS_NAME)
+
+
 @dataclass(slots=True)
 class Contents:
     """The files of a repository to be, the card still missing.
@@ -87,36 +111,8 @@ class Contents:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which files of an adapter's directory are published.
-
-    Attributes
-    ----------
-    include, exclude : tuple of str
-        Globs of files that shall be published, too, and of those that shall not.
-    statistics : bool
-        Also activation statistics.
-    whole_record : bool
-        Also the traces of the data in the training record.
-    """
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    statistics: bool = False
-    whole_record: bool = False
-
-    def takes(self, name: str, *, belongs: bool) -> bool:
-        """Tell whether a file is published."""
-        if any(fnmatch(name, glob) for glob in self.exclude):
-            return False
-        if any(fnmatch(name, glob) for glob in self.include):
-            return True
-        return belongs and (self.statistics or name != STATISTICS_NAME)
-
-
 def adapter_files(
-    path: Path, base: str, choice: Choice, *, listed: Iterable[str] | None = None
+    path: Path, base: str, options: PushOptions, *, listed: Iterable[str] | None = None
 ) -> Contents:
     """Return the files of an adapter.
 
@@ -126,7 +122,7 @@ def adapter_files(
         A PEFT directory, or a single file.
     base : str
         The base's Hub id: the published config names it.
-    choice : Choice
+    options : PushOptions
     listed : iterable of str, optional
         The files that a bundle's manifest lists, if it lies in one.
 
@@ -146,10 +142,10 @@ def adapter_files(
     for name in names:
         if name == CARD_NAME:
             found.card = read_card(folder)
-        elif choice.takes(name, belongs=_belongs(path / name, name)):
-            found.files.append(_adapter_file(folder, name, base, choice, found.notes))
+        elif options.takes(name, belongs=_belongs(path / name, name)):
+            found.files.append(_adapter_file(folder, name, base, options, found.notes))
         else:
-            _refuse_without(name, choice)
+            _refuse_without(name, options)
             found.left_out.append(name)
     if not any(re.fullmatch(r"adapter_model.*\.safetensors", file.path) for file in found.files):
         raise UnsupportedError(
@@ -157,14 +153,14 @@ def adapter_files(
             path=path,
             hint="convert it first: loraformat convert ADAPTER OUT --allow-pickle",
         )
-    if not any(fnmatch(CURVE_NAME, glob) for glob in choice.exclude):
+    if not any(fnmatch(CURVE_NAME, glob) for glob in options.exclude):
         _add_curve(found, path)
     _say_statistics(found)
     return found
 
 
-def _refuse_without(name: str, choice: Choice) -> None:
-    if _NEEDED.fullmatch(name) and any(fnmatch(name, glob) for glob in choice.exclude):
+def _refuse_without(name: str, options: PushOptions) -> None:
+    if _NEEDED.fullmatch(name) and any(fnmatch(name, glob) for glob in options.exclude):
         raise UsageError(
             f"--exclude leaves out {printable(name)}, without which the adapter cannot be loaded",
             hint="choose other files to exclude",
@@ -222,7 +218,7 @@ def read_card(folder: SafeDirectory) -> str:
 
 
 def _adapter_file(
-    folder: SafeDirectory, name: str, base: str, choice: Choice, notes: list[str]
+    folder: SafeDirectory, name: str, base: str, options: PushOptions, notes: list[str]
 ) -> UploadFile:
     """Return a file as it is; a config and a record without what is local."""
     if name not in (CONFIG_NAME, RECORD_NAME):
@@ -235,8 +231,8 @@ def _adapter_file(
     else:
         said = without_paths(found)
         note = f"{name}: absolute paths are shortened to file names in the published copy"
-        _say_traces(found, choice, notes)
-        if not choice.whole_record:
+        _say_traces(found, options, notes)
+        if not options.whole_record:
             shown, said = said, without_traces(said)
             note = note if shown != found else ""
     if said == found:
@@ -246,12 +242,12 @@ def _adapter_file(
     return UploadFile.of_bytes(name, text.encode("utf-8"))
 
 
-def _say_traces(record: dict[str, Any], choice: Choice, notes: list[str]) -> None:
+def _say_traces(record: dict[str, Any], options: PushOptions, notes: list[str]) -> None:
     if without_traces(record) == record:
         return
     notes.append(
         f"{RECORD_NAME}: {TRACES} are published"
-        if choice.whole_record
+        if options.whole_record
         else f"{RECORD_NAME}: {TRACES} are not published; --whole-record publishes them"
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -29,30 +29,15 @@ from loraformat.hub.repository import (
 from loraformat.hub.source import download
 from loraformat.hub.tree import TreeFile
 from loraformat.ops.arguments import Progress, many
-from loraformat.ops.push.files import Choice, UploadFile, read_card
+from loraformat.ops.push.files import PushOptions, UploadFile, read_card
 from loraformat.ops.push.report import FileReport, PushReport
-from loraformat.ops.push.upload_plan import Parcel, PushOptions, open_parcel
+from loraformat.ops.push.upload_plan import Parcel, gguf_pattern, open_parcel
 from loraformat.ops.verify import verify
 from loraformat.storage.reserved_names import CARD_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.version import __version__
 
 __all__ = ["push"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a push is going to do."""
-
-    parcel: Parcel
-    files: list[UploadFile]
-    card: str
-    status: dict[str, str]
-    removed: list[str]
-
-    @property
-    def changed(self) -> dict[str, Path | bytes]:
-        return {f.path: f.content for f in self.files if self.status[f.path] != "same"}
 
 
 def push(
@@ -134,25 +119,25 @@ def push(
         If the Hub refuses, or does not answer.
     """
     began = time.perf_counter()
-    choice = Choice(many(include), many(exclude), with_statistics, whole_record)
-    wishes = PushOptions(
-        repo, with_gguf, None if base is None else str(base), base_model, license, choice, dry_run
-    )
-    _check(wishes, revision, create_pr, tag)
+    options = PushOptions(
+        repo, with_gguf, None if base is None else str(base), base_model, license,
+        many(include), many(exclude), with_statistics, whole_record, dry_run,
+    )  # fmt: skip
+    _check(repo, revision, create_pr, tag)
     if not dry_run:
         require_login()
     found = resolve(path).path
     remote = Repository(repo, revision or "main")
     with tempfile.TemporaryDirectory(prefix="loraformat-") as workplace:
-        parcel = open_parcel(found, wishes, Path(workplace), lambda: _verify(found, progress))
+        parcel = open_parcel(found, options, Path(workplace), lambda: _verify(found, progress))
         asked, state = _state(remote, parcel, private, dry_run)
-        plan = _plan(parcel, state, repo, asked=asked)
-        report = _report(path, remote, plan, tag if dry_run else None, dry_run)
+        files, report = _planned(parcel, state, remote, asked=asked)
+        report = replace(report, source=str(path), tag=tag if dry_run else None, dry_run=dry_run)
         if not dry_run:
             report = _publish(
                 _ready(remote, state, private=private, create_pr=create_pr),
                 remote,
-                plan,
+                files,
                 report,
                 create_pr=create_pr,
                 tag=tag,
@@ -161,9 +146,9 @@ def push(
     return replace(report, seconds=time.perf_counter() - began)
 
 
-def _check(wishes: PushOptions, revision: str | None, create_pr: bool, tag: str | None) -> None:
-    if hub_id(wishes.repo) != (wishes.repo, None):
-        raise UsageError(f"{printable(wishes.repo)} is not a repository id: wanted ORG/NAME")
+def _check(repo: str, revision: str | None, create_pr: bool, tag: str | None) -> None:
+    if hub_id(repo) != (repo, None):
+        raise UsageError(f"{printable(repo)} is not a repository id: wanted ORG/NAME")
     for option, name in (("--tag", tag), ("--revision", revision)):
         if name is not None and not is_reference(name):
             raise UsageError(
@@ -198,10 +183,14 @@ def _state(
     except HubError as error:
         if not dry_run:
             raise
-        parcel.notes.append(f"the Hub was not queried about {remote.repo}: {error.problem}")
+        parcel.contents.notes.append(
+            f"the Hub was not queried about {remote.repo}: {error.problem}"
+        )
         return False, None
     if state is None and not is_logged_in():
-        parcel.notes.append(f"the Hub shows no {remote.repo} without a login; it may be private")
+        parcel.contents.notes.append(
+            f"the Hub shows no {remote.repo} without a login; it may be private"
+        )
     if state is not None and private and not state.private:
         raise HubError(
             "exists and is public; --private only applies to new repositories",
@@ -211,24 +200,39 @@ def _state(
     return True, state
 
 
-def _plan(parcel: Parcel, state: State | None, repo: str, *, asked: bool) -> _Plan:
-    there = state.files if state else {}
-    card = _card(parcel, state, repo)
-    files = [*parcel.files, UploadFile.of_bytes(CARD_NAME, card.encode("utf-8"))]
+def _planned(
+    parcel: Parcel, state: State | None, remote: Repository, *, asked: bool
+) -> tuple[list[UploadFile], PushReport]:
+    """Return the files with the card, and what will be reported of them."""
+    there, contents = state.files if state else {}, parcel.contents
+    card = _card(parcel, state, remote.repo)
+    files = [*contents.files, UploadFile.of_bytes(CARD_NAME, card.encode("utf-8"))]
     status = {
         file.path: _status(file, there.get(file.path)) if asked else "not asked" for file in files
     }
-    return _Plan(parcel, files, card, status, _stale(parcel, status, there))
+    ordered = sorted(files, key=lambda file: file.path)
+    return files, PushReport(
+        source="",
+        repo=remote.repo,
+        url=remote.url,
+        kind=parcel.kind,
+        base_model=parcel.base.repo,
+        files=[FileReport(f.path, f.nbytes, f.sha256, status[f.path]) for f in ordered],
+        removed=_stale(parcel, remote.repo, status, there),
+        left_out=contents.left_out,
+        card=card,
+        notes=contents.notes,
+    )
 
 
 def _card(parcel: Parcel, state: State | None, repo: str) -> str:
     """Return the card, around it what people wrote here; or there, if they wrote nothing here."""
-    here, there = parcel.written_card, None
+    here, there = parcel.contents.card, None
     if state and CARD_NAME in state.files:
         there = read_card(SafeDirectory(download(repo, state.commit, only=CARD_NAME)))
     card = parcel.document.render(there if here is None else here)
     if here is not None and there is not None and parcel.document.render(there) != card:
-        parcel.notes.append(
+        parcel.contents.notes.append(
             "README.md on the Hub differs and is replaced by the local one; the old version stays "
             "in the history"
         )
@@ -241,37 +245,17 @@ def _status(file: UploadFile, there: TreeFile | None) -> str:
     return "same" if file.matches(there) else "changed"
 
 
-def _stale(parcel: Parcel, status: dict[str, str], there: Iterable[str]) -> list[str]:
+def _stale(parcel: Parcel, repo: str, status: dict[str, str], there: Iterable[str]) -> list[str]:
     """Return files of an earlier push that would contradict this one."""
     globs = parcel.replaces
     if any(state != "same" for path, state in status.items() if path.endswith(".safetensors")):
-        globs += (parcel.gguf_glob,)  # which was made of other weights
+        globs += (gguf_pattern(repo),)  # which was made of other weights
     return sorted(path for path in there if path not in status and _any(path, globs))
 
 
 def _any(path: str, globs: Iterable[str]) -> bool:
     """Tell whether a glob means this path; one without a slash means no file in a folder."""
     return any(fnmatch(path, g) and ("/" in g or "/" not in path) for g in globs)
-
-
-def _report(
-    source: str | Path, remote: Repository, plan: _Plan, tag: str | None, dry_run: bool
-) -> PushReport:
-    ordered = sorted(plan.files, key=lambda file: file.path)
-    return PushReport(
-        source=str(source),
-        repo=remote.repo,
-        url=remote.url,
-        kind=plan.parcel.kind,
-        base_model=plan.parcel.base.repo,
-        files=[FileReport(f.path, f.nbytes, f.sha256, plan.status[f.path]) for f in ordered],
-        removed=plan.removed,
-        left_out=plan.parcel.left_out,
-        card=plan.card,
-        tag=tag,
-        notes=plan.parcel.notes,
-        dry_run=dry_run,
-    )
 
 
 def _ready(
@@ -299,7 +283,7 @@ def _ready(
 def _publish(
     ready: tuple[str, set[str]],
     remote: Repository,
-    plan: _Plan,
+    files: list[UploadFile],
     report: PushReport,
     *,
     create_pr: bool,
@@ -310,14 +294,15 @@ def _publish(
     known = _check_tag(remote, tag, parent, report.changed)
     done = Commit(parent, remote.url, parent)
     if report.changed:
+        same = {file.path for file in report.files if file.status == "same"}
         done = remote.commit(
-            plan.changed,
-            [path for path in plan.removed if path in there],
+            {file.path: file.content for file in files if file.path not in same},
+            [path for path in report.removed if path in there],
             parent=parent,
-            message=message or f"Upload {plan.parcel.kind} with loraformat {__version__}",
+            message=message or f"Upload {report.kind} with loraformat {__version__}",
             pull_request=create_pr,
         )
-    _compare(remote, done, plan.files)
+    _compare(remote, done, files)
     if tag is not None and not known:
         remote.tag(tag, done.oid)
     return replace(report, commit=done.oid, pull_request=done.pull_request, tag=tag)

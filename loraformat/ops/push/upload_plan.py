@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loraformat import plugins
 from loraformat.bundle.manifest import Manifest
 from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.run_paths import CURVE_NAME
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
-from loraformat.card import Base, Document, adapter_card, bundle_card, is_template
+from loraformat.card import (
+    AdapterFacts,
+    Base,
+    BundledAdapter,
+    BundleFacts,
+    Document,
+    FileFact,
+    Training,
+    adapter_card,
+    bundle_card,
+    is_template,
+)
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.hub.source import download
 from loraformat.model.config_json import CONFIG_NAME
+from loraformat.model.quantization_history import spelled
+from loraformat.model.tied_head import lacks_head
 from loraformat.ops.check.chats import chat_beside
 from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
@@ -24,15 +38,22 @@ from loraformat.ops.info.model import info
 from loraformat.ops.info.report import AdapterInfo, ModelInfo
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.push.base_info import NearBase, adapter_base, bundle_base, look_up, near_base
-from loraformat.ops.push.card_facts import adapter_facts, bundle_facts
-from loraformat.ops.push.files import Choice, Contents, UploadFile, adapter_files, bundle_files
+from loraformat.ops.push.files import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from loraformat.ops.push.files import (
+    Contents,
+    PushOptions,
+    UploadFile,
+    adapter_files,
+    bundle_files,
+    read_record,
+)
 from loraformat.plugins import Converter
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.shards.read_directory import peek_config
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["Parcel", "PushOptions", "gguf_file", "gguf_name", "gguf_pattern", "open_parcel"]
+__all__ = ["Parcel", "bundle_facts", "gguf_file", "gguf_name", "gguf_pattern", "open_parcel"]
 
 #: Files of an earlier push that belong to the weights, by what is pushed now.
 _PEFT_FILES = (
@@ -47,19 +68,6 @@ _BUNDLE_FILES = ("*.safetensors", "model.safetensors.index.json", "adapters/*")
 
 
 @dataclass(frozen=True, slots=True)
-class PushOptions:
-    """What a user asked for; see `loraformat.ops.push.push.push`."""
-
-    repo: str
-    with_gguf: bool
-    base: str | None
-    base_model: str | None
-    licence: str | None
-    choice: Choice
-    dry_run: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Parcel:
     """Files and a card.
 
@@ -68,39 +76,29 @@ class Parcel:
     kind : str
         ``adapter`` or ``bundle``.
     base : Base
-    files : list of UploadFile
-        Without the card.
+    contents : Contents
     document : Document
         The generated part of the card.
-    written_card : str or None
-        The card that people wrote, which lies beside the files.
-    left_out, notes : list of str
     replaces : tuple of str
         Globs of files on the Hub that leave if they are not among these.
-    gguf_glob : str
-        The same, if the weights are others.
     """
 
     kind: str
     base: Base
-    files: list[UploadFile]
+    contents: Contents
     document: Document
-    written_card: str | None
-    left_out: list[str]
-    notes: list[str]
     replaces: tuple[str, ...]
-    gguf_glob: str
 
 
 def open_parcel(
-    path: Path, wishes: PushOptions, workplace: Path, verify: Callable[[], None]
+    path: Path, options: PushOptions, workplace: Path, verify: Callable[[], None]
 ) -> Parcel:
     """Put together what is published of a path.
 
     Parameters
     ----------
     path : Path
-    wishes : PushOptions
+    options : PushOptions
     workplace : Path
         An empty directory for files that are made on the way.
     verify : callable
@@ -113,12 +111,12 @@ def open_parcel(
     """
     if is_bundle(path):
         given = {
-            "--with-gguf": wishes.with_gguf,
-            "--include": wishes.choice.include,
-            "--exclude": wishes.choice.exclude,
-            "--with-statistics": wishes.choice.statistics,
-            "--whole-record": wishes.choice.whole_record,
-            "--base": wishes.base,
+            "--with-gguf": options.with_gguf,
+            "--include": options.include,
+            "--exclude": options.exclude,
+            "--with-statistics": options.with_statistics,
+            "--whole-record": options.whole_record,
+            "--base": options.base,
         }
         if option := next((option for option, value in given.items() if value), None):
             raise UsageError(
@@ -126,7 +124,7 @@ def open_parcel(
                 "published",
                 hint="omit it",
             )
-        return _bundle(path, wishes, verify)
+        return _bundle(path, options, verify)
     reader = plugins.sniff(path)
     if reader.kind != "adapter":
         raise UnsupportedError(
@@ -134,60 +132,121 @@ def open_parcel(
             path=path,
             hint="convert it to a bundle: loraformat convert MODEL BUNDLE",
         )
-    return _adapter(path, reader, wishes, workplace, verify)
+    return _adapter(path, reader, options, workplace, verify)
 
 
-def _bundle(path: Path, wishes: PushOptions, verify: Callable[[], None]) -> Parcel:
+def _bundle(path: Path, options: PushOptions, verify: Callable[[], None]) -> Parcel:
     manifest: Manifest = read_manifest(path)
-    named = bundle_base(manifest.source, wishes.base_model, str(path))
+    named = bundle_base(manifest.source, options.base_model, str(path))
     verify()
     contents = bundle_files(path, manifest)
-    base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
+    base = look_up(named, options.licence, contents.notes, offline_ok=options.dry_run)
     said = info(path)
     assert isinstance(said, ModelInfo)
-    facts = bundle_facts(said, manifest, wishes.repo, base, contents.files, peek_config(path))
-    document = bundle_card(facts)
-    return _parcel("bundle", base, contents, document, wishes, _BUNDLE_FILES)
+    facts = bundle_facts(said, manifest, options.repo, base, contents.files, peek_config(path))
+    return _parcel("bundle", base, contents, bundle_card(facts), options, _BUNDLE_FILES)
+
+
+def bundle_facts(
+    said: ModelInfo,
+    manifest: Manifest,
+    repo: str,
+    base: Base,
+    files: list[UploadFile],
+    config: Mapping[str, Any],
+) -> BundleFacts:
+    """Return what a card says of a bundle with this config; to be published as `repo`."""
+    errors = [
+        record.relative_rms_error
+        for record in manifest.tensors.values()
+        if record.relative_rms_error is not None
+    ]
+    return BundleFacts(
+        repo=repo,
+        base=base,
+        architecture=said.architecture,
+        layers=said.layers,
+        parameters=said.parameters,
+        quantized_parameters=said.quantized_parameters,
+        weight_bytes=said.weight_bytes,
+        bits_per_weight=said.bits_per_weight,
+        block_sizes=said.block_sizes,
+        double_quant=said.double_quant,
+        fingerprint=manifest.fingerprint,
+        errors=(min(errors), max(errors)) if errors else (),
+        files=_listed(files),
+        headless=lacks_head(manifest.tensors, config),
+        quantized_before=spelled(said.quantized_before) if said.quantized_before else None,
+        adapters={
+            adapter.name: BundledAdapter(adapter.ranks, adapter.targets, adapter.parameters)
+            for adapter in said.adapters
+        },
+    )
+
+
+def _listed(files: list[UploadFile]) -> list[FileFact]:
+    ordered = sorted(files, key=lambda file: file.path)
+    return [FileFact(file.path, file.nbytes, file.sha256) for file in ordered]
 
 
 def _adapter(
-    path: Path, reader: Converter, wishes: PushOptions, workplace: Path, verify: Callable[[], None]
+    path: Path, reader: Converter, options: PushOptions, workplace: Path, verify: Callable[[], None]
 ) -> Parcel:
     place = parse_bundle_slot(path)
     manifest = None if place is None else read_manifest(place.bundle)
     listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
     with open_adapter(path, reader=reader, conditional=True, inspect=True) as adapter:
-        named = adapter_base(adapter, wishes.base_model, manifest.source if manifest else None)
+        named = adapter_base(adapter, options.base_model, manifest.source if manifest else None)
         said: AdapterInfo = description_of(adapter, path)
         task, local = adapter.config.get("task_type"), adapter.base_model
         labels = labels_of((name, tensor.shape) for name, tensor in adapter.replacements.items())
     verify()
-    contents = adapter_files(path, named[0], wishes.choice, listed=listed)
-    base = look_up(named, wishes.licence, contents.notes, offline_ok=wishes.dry_run)
-    if wishes.with_gguf:
+    contents = adapter_files(path, named[0], options, listed=listed)
+    base = look_up(named, options.licence, contents.notes, offline_ok=options.dry_run)
+    if options.with_gguf:
         if path.is_file():
             raise UsageError("--with-gguf needs a PEFT adapter, but this is a GGUF file")
         contents.files.append(
             gguf_file(
                 path,
-                wishes.repo,
+                options.repo,
                 base,
                 workplace,
-                given=wishes.base,
+                given=options.base,
                 in_bundle=listed is not None,
                 notes=contents.notes,
             )
         )
     contents.notes += said.notes
-    in_bundle = listed is not None and wishes.base is None
-    near = None if in_bundle else near_base(wishes.base, local, base)
-    wrong = _wrong_in(path, near, is_given=wishes.base is not None, notes=contents.notes)
-    at = None if near is None else Path(near.path)
-    chat = chat_beside(path, at)
-    facts = adapter_facts(said, task, wishes.repo, base, contents.files, wrong, chat, labels)
-    document = adapter_card(facts)
+    in_bundle = listed is not None and options.base is None
+    near = None if in_bundle else near_base(options.base, local, base)
+    wrong = _wrong_in(path, near, is_given=options.base is not None, notes=contents.notes)
+    ggufs = [file.path for file in contents.files if file.path.endswith(".gguf")]
+    facts = AdapterFacts(
+        repo=options.repo,
+        base=base,
+        ranks=said.ranks,
+        alphas=said.alphas,
+        scalings=said.scalings,
+        targets=said.targets,
+        modules=len(said.modules),
+        parameters=said.parameters,
+        dtypes=said.dtypes,
+        files=_listed(contents.files),
+        peft=any(file.path == ADAPTER_CONFIG_NAME for file in contents.files),
+        gguf=ggufs[0] if ggufs else None,
+        task=task if isinstance(task, str) else None,
+        labels=labels,
+        dora=said.dora,
+        biases=said.biases,
+        replacements=[*said.replacements, *said.replaced_rows],
+        fingerprint=said.base_fingerprint,
+        training=Training(read_record(contents.files)),
+        wrong_in=frozenset(wrong),
+        chat=chat_beside(path, None if near is None else Path(near.path)),
+    )
     replaces = () if path.is_file() else _PEFT_FILES
-    return _parcel("adapter", base, contents, document, wishes, replaces)
+    return _parcel("adapter", base, contents, adapter_card(facts), options, replaces)
 
 
 def _wrong_in(path: Path, near: NearBase | None, *, is_given: bool, notes: list[str]) -> set[str]:
@@ -215,24 +274,14 @@ def _parcel(
     base: Base,
     contents: Contents,
     document: Document,
-    wishes: PushOptions,
+    options: PushOptions,
     replaces: tuple[str, ...],
 ) -> Parcel:
-    if wishes.licence is not None:  # said now, it wins over what was written before
+    if options.licence is not None:  # said now, it wins over what was written before
         document = replace(document, facts=document.facts | {"license"})
     if contents.card is not None and is_template(contents.card):
         contents.notes.append("README.md is an unfilled template: the card replaces its text")
-    return Parcel(
-        kind=kind,
-        base=base,
-        files=contents.files,
-        document=document,
-        written_card=contents.card,
-        left_out=contents.left_out,
-        notes=contents.notes,
-        replaces=replaces,
-        gguf_glob=gguf_pattern(wishes.repo),
-    )
+    return Parcel(kind, base, contents, document, replaces)
 
 
 def gguf_name(repo: str) -> str:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
+from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
 __all__ = ["one_blas_thread"]
+
+_lock = Lock()
+#: One limit of the process for each caller at work; only the first changes anything.
+_limits: list[Any] = []
 
 
 @cache
@@ -31,5 +37,12 @@ def one_blas_thread() -> Iterator[None]:
     array([[2.],
            [2.]])
     """
-    with _controller().limit(limits=1, user_api="blas"):
+    with _lock:
+        _limits.append(_limits[0] if _limits else _controller().limit(limits=1, user_api="blas"))
+    try:
         yield
+    finally:
+        with _lock:
+            limit = _limits.pop()
+            if not _limits:  # whoever ends last: another may have begun before and still compute
+                limit.restore_original_limits()

@@ -6,6 +6,8 @@ import numpy
 import pytest
 from threadpoolctl import threadpool_limits
 
+from loraformat.algebra import blas
+from loraformat.algebra.blas import one_blas_thread
 from loraformat.errors import UnsupportedError
 from loraformat.nf4.kernels.merge_tile import merged_values
 from loraformat.undo.fixed_point import fixed_point_bits, product, to_fixed_point
@@ -34,6 +36,21 @@ def test_any_order_gives_the_same_bits(rank):
     for count in (1, 2):
         with threadpool_limits(count):
             assert numpy.array_equal(made.rows(0, 65), wanted)
+
+
+def test_two_callers_at_once_leave_blas_as_it_was():
+    def threads():
+        return {pool["num_threads"] for pool in known.info()}
+
+    known = blas._controller().select(user_api="blas")
+    with threadpool_limits(2, "blas"):
+        first, second = one_blas_thread(), one_blas_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert threads() == {1}
+        second.__exit__(None, None, None)
+        assert threads() == {2}
 
 
 def test_partial_sums_are_integers_below_2_to_the_53():

@@ -1,1 +1,6 @@
-"""Adapters into a base, tile by tile."""
+"""Adapters into a base, tile by tile.
+
+`plan` says which tensors change, `deltas` by which low-rank terms, `tensor` computes them, and
+`tokenizers` what comes along beside weights; `job` puts them together, or `separate_delta` where
+the base stays quantized. `report` measures and tells, `merge` is the verb.
+"""

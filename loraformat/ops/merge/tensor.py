@@ -35,7 +35,6 @@ from loraformat.ops.merge.plan import TensorEdit
 from loraformat.ops.merge.report import Meter
 from loraformat.tensors.arrays import Array, array_bytes, array_view, dtype_name, numpy_dtype
 from loraformat.tensors.arrays import finite as all_finite
-from loraformat.undo.fixed_point import Product
 
 if TYPE_CHECKING:
     from loraformat.ops.unmerge.recorder import Encoded, UndoRecorder
@@ -48,7 +47,6 @@ _FLOATS = ("F32", "F16", "BF16")
 #: Buffers below this are left to the allocator, which does as well.
 _LEAST_BUFFER = 1 << 20
 _SPARE_BYTES = 16 << 20
-_own = threading.local()
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ class MergedTensor:
             deltas, gain = matrix.combined(gains, exact=exact, in_turn=self.edit.in_turn)
 
         def work(start: int, stop: int) -> tuple[TileSums | None, int, Encoded | None]:
-            delta = None if deltas is None else _rows(deltas, start, stop)
+            delta = None if deltas is None else deltas.rows(start, stop)
             own = gain if gain is None or len(gain) == 1 else gain[start:stop]
             part, values = weight[start:stop], result[start:stop]
             measure = self.meter is not None and deltas is not None
@@ -222,19 +220,6 @@ def _overflown(weight: Array, merged: Array) -> int:
     if all_finite(merged):
         return 0
     return int(numpy.count_nonzero(numpy.isfinite(weight) & ~numpy.isfinite(merged)))
-
-
-def _rows(deltas: Product, start: int, stop: int) -> Array:
-    """Return rows of a product, until the next call; those in float32 in this thread's buffer."""
-    shape = stop - start, deltas.right.shape[1]
-    if deltas.right.dtype != numpy.float32:
-        return deltas.rows(start, stop)
-    count = shape[0] * shape[1]
-    buffer: Array | None = getattr(_own, "delta", None)
-    if buffer is None or buffer.size < count:
-        buffer = _own.delta = numpy.empty(count, numpy.float32)
-    out = buffer[:count].reshape(shape)
-    return numpy.matmul(deltas.left[start:stop], deltas.right, out=out)
 
 
 def _finite_as_stored(tensor: DenseTensor) -> Array:

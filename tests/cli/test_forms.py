@@ -1,9 +1,10 @@
 """One form for what the command line says: errors, sections of options, completion, version."""
 
+import click
 import pytest
 
 from loraformat import __version__
-from loraformat.cli import commands
+from loraformat.cli import _VERBS, commands
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.train.run.options import SETTINGS
 
@@ -80,3 +81,23 @@ def test_a_suffix_that_nobody_writes_is_asked_about(run, tmp_path, verb):
 @pytest.mark.parametrize("name", ["Llama-3.2-1B", "model.v2", "model.d", "model.4bit"])
 def test_names_of_directories_may_have_dots(run, model, tmp_path, name):
     assert run("convert", model, tmp_path / name, "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("verb", sorted(_VERBS))
+def test_every_option_has_words_of_a_command_line(verb):
+    """They are read from docstrings, in which options have the names of Python."""
+    command = commands.get_command(None, verb)
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert command.help and all(option.help for option in options)
+    names = {option.name for option in options if option.name.isidentifier()}
+    for text in (command.help, *(option.help for option in options)):
+        assert "``" not in text and "As in `" not in text
+        assert not any(f"`{name}`" in text for name in names)
+        assert text.count("Repeatable") <= 1
+
+
+def test_words_of_a_docstring_become_those_of_a_command_line(run):
+    text = " ".join(run("extract", "--help").out.split())
+    assert "Upper bound for --rank auto and --energy." in text  # ``rank="auto"`` and `energy`
+    assert "Replace an existing DST." in text and "that of TUNED" in text
+    assert "Leave out matching tensors. Repeatable." in text

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from loraformat.algebra.row_tiles import row_tiles
 from loraformat.tensors.dtypes import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ __all__ = ["Elements", "RowReader", "RowSource", "matrix_shape"]
 #: Of (start, stop): returns these rows, (stop - start, columns).
 RowReader: TypeAlias = "Callable[[int, int], Array]"
 
-#: Elements of the tiles in which rows are computed, and rows of which they are a multiple.
-_TILE_ELEMENTS, _TILE_ROWS = 1 << 18, 32
+#: Elements of the tiles in which rows are computed.
+_TILE_ELEMENTS = 1 << 18
 _CHUNK_BYTES = 8 << 20
 
 
@@ -52,23 +51,32 @@ class RowSource:
     open : callable
         Returns the reader of rows, in any dtype; several threads may call that. What it needs
         for all of them, such as decoded scales, is made once, here.
+    step : int
+        Rows that are best computed together.
     """
 
     dtype: str
     shape: tuple[int, ...]
     open: Callable[[], RowReader]
+    step: int = 32
 
     def reader(self) -> RowReader:
         """Return a reader whose numbers are rounded to the dtype, once, to nearest even."""
         import numpy
 
+        from loraformat.nf4.kernels.cast import cast
         from loraformat.tensors.arrays import numpy_dtype
 
         read, dtype = self.open(), numpy_dtype(self.dtype)
 
         def rounded(start: int, stop: int) -> Array:
             with numpy.errstate(all="ignore"):  # what is too large becomes infinite
-                return read(start, stop).astype(dtype, copy=False)
+                values = read(start, stop)
+            if values.dtype == dtype:
+                return values
+            result = numpy.empty(values.shape, dtype)
+            cast(values, result)
+            return result
 
         return rounded
 
@@ -78,15 +86,15 @@ class RowSource:
 
     def chunks(self) -> Iterator[memoryview]:
         """Compute the tensor's bytes, one after the other: a few megabytes at once."""
-        rows, columns = matrix_shape(self.shape)
-        read = self.open()
-        tiles = row_tiles(rows, columns, _CHUNK_BYTES // ITEM_BYTES[self.dtype])
-        for start, stop in [*tiles] or [(0, 0)]:  # of no rows, no bytes
-            yield self._computed(read, start, stop)
+        rows, read = matrix_shape(self.shape)[0], self.open()
+        height = self._height(_CHUNK_BYTES // ITEM_BYTES[self.dtype])
+        for start in range(0, max(rows, 1), height):  # of no rows, no bytes
+            yield self._computed(read, start, min(start + height, rows))
 
     def _computed(self, read: RowReader, first: int, last: int) -> memoryview:
         import numpy
 
+        from loraformat.nf4.kernels.cast import cast
         from loraformat.nf4.kernels.threads import run
         from loraformat.tensors.arrays import array_bytes, numpy_dtype
 
@@ -94,12 +102,17 @@ class RowSource:
         result = numpy.empty((last - first, columns), numpy_dtype(self.dtype))
 
         def tile(start: int, stop: int) -> None:
-            with numpy.errstate(all="ignore"):  # what is too large becomes infinite
-                result[start:stop] = read(first + start, first + stop)
+            with numpy.errstate(all="ignore"):
+                values = read(first + start, first + stop)
+            cast(values, result[start:stop])
 
-        height = _TILE_ELEMENTS // max(columns, 1) // _TILE_ROWS * _TILE_ROWS
-        run(tile, last - first, max(height, _TILE_ROWS))
+        run(tile, last - first, self._height(_TILE_ELEMENTS))
         return array_bytes(result)
+
+    def _height(self, elements: int) -> int:
+        """Return how many rows, a multiple of the step, have about so many elements."""
+        columns = max(matrix_shape(self.shape)[1], 1)
+        return max(elements // columns // self.step, 1) * self.step
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from loraformat.errors import UnsupportedError, UsageError
 from loraformat.model.architecture import is_conv1d, is_decoder_linear, is_matrix_weight
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
 from loraformat.model.rows import RowReader
+from loraformat.nf4.kernels.cast import cast as narrow
+from loraformat.nf4.kernels.cast import widened
 from loraformat.nf4.quant_state import BLOCK_SIZES, QuantState
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
 from loraformat.tensors.arrays import Array, array_bytes
@@ -176,10 +178,11 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
 
 
 def _narrowed(name: str, values: Array, dtype: str) -> Array:
-    values = values.astype(numpy.float32, copy=False)
+    values = widened(values)
     if dtype != "F16":
         return values
-    result = values.astype(numpy.float16)
+    result = numpy.empty(values.shape, numpy.float16)
+    narrow(values, result)
     lost = numpy.isinf(result) & numpy.isfinite(values)
     if lost.any():
         raise UnsupportedError(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,9 @@ from loraformat.model.checkpoint import (
     Provenance,
 )
 from loraformat.model.quantization_history import from_text
+from loraformat.model.rows import RowReader, RowSource
 from loraformat.model.tied_head import HEAD, untied_config
 from loraformat.nf4.kernels.cast import cast
-from loraformat.nf4.kernels.threads import run
 from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
 from loraformat.tensors.dtypes import TORCH_NAMES
 from loraformat.tensors.lazy_sequence import Deferred
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
 
 __all__ = ["read"]
 
-_TILE = 1 << 18
 _PLAIN = ("F32", "F16", "BF16")
 
 
@@ -179,9 +179,25 @@ class _Source:
         source, recipe = self.recipe.parts[0].source, self.recipe
         release, kind = self.gguf.releaser(source), self.gguf.tensors[source].type
         stored = None if kind.name in _PLAIN else (kind.name, kind.row_bytes(prod(recipe.shape)))
-        return DenseTensor(recipe.name, self.dtype, recipe.shape, self.load, release, stored)
+        load = self._load()
+        return DenseTensor(recipe.name, self.dtype, recipe.shape, load, release, stored)
 
-    def load(self) -> memoryview:
+    def _load(self) -> Callable[[], memoryview]:
+        """Return what loads the tensor, by rows where rows stay near each other."""
+        part, transform = self.recipe.parts[0], self.recipe.transform
+        kind = self.gguf.tensors[part.source].type
+        if kind.name == self.dtype and transform is IDENTITY:
+            return self._view
+        if len(part.shape) < 2 or isinstance(transform, Transpose):
+            return self._whole
+        # Rows change places within heads only, so that whole heads are decoded.
+        heads = transform.heads if isinstance(transform, HeadOrder) else part.shape[0]
+        height = max(part.shape[0] // max(heads, 1), 1)
+        open_rows = partial(self._rows, kind, part.shape, height)
+        return RowSource(self.dtype, self.recipe.shape, open_rows, height)
+
+    def _view(self) -> memoryview:
+        """Return the stored bytes of the part."""
         (part,) = self.recipe.parts
         stored = self.gguf.tensors[part.source]
         row_bytes = stored.type.row_bytes(part.shape[-1])
@@ -193,35 +209,29 @@ class _Source:
         whole = self.gguf.load(part.source)
         if len(part.shape) == 1:  # a vector may be a slice of a fused one
             size = row_bytes // part.shape[0] if stored.type.block == 1 else 0
-            view = whole[part.start * size :][: part.shape[0] * size] if size else whole
-        else:
-            view = whole[first * row_bytes : (first + count) * row_bytes]
-        if stored.type.name == self.dtype and self.recipe.transform is IDENTITY:
-            return view
-        return self._transformed(view, stored.type, part.shape)
+            return whole[part.start * size :][: part.shape[0] * size] if size else whole
+        return whole[first * row_bytes : (first + count) * row_bytes]
 
-    def _transformed(self, view: memoryview, kind: GGMLType, shape: tuple[int, ...]) -> memoryview:
-        """Compute the tensor into one buffer, a tile of rows at a time where rows stay near."""
-        transform, rows = self.recipe.transform, shape[0]
+    def _whole(self) -> memoryview:
+        part = self.recipe.parts[0]
+        values = self._values(self._view(), self.gguf.tensors[part.source].type, part.shape)
         result = numpy.empty(self.recipe.shape, numpy_dtype(self.dtype))
-        heads = transform.heads if isinstance(transform, HeadOrder) else rows
-        if len(shape) < 2 or isinstance(transform, Transpose):
-            cast(transform.rows(self._values(view, kind, shape), 0, len(result)), result)
-            return array_bytes(result)
-        # Rows change places within heads only, so that some heads make a tile.
-        step = rows // heads * max(1, _TILE // max(rows // heads * shape[1], 1))
-        row_bytes = kind.row_bytes(shape[1])
+        cast(self.recipe.transform.rows(values, 0, len(result)), result)
+        return array_bytes(result)
 
-        def tile(start: int, stop: int) -> None:
-            part = view[start * row_bytes : stop * row_bytes]
-            values = self._values(part, kind, (stop - start, shape[1]), threads=1)
+    def _rows(self, kind: GGMLType, shape: tuple[int, ...], height: int) -> RowReader:
+        view, row_bytes, transform = self._view(), kind.row_bytes(shape[1]), self.recipe.transform
+
+        def read(start: int, stop: int) -> Array:
+            first, last = start // height * height, min(-(-stop // height) * height, shape[0])
+            part = view[first * row_bytes : last * row_bytes]
+            values = self._values(part, kind, (last - first, shape[1]), threads=1)
             here = transform
             if isinstance(transform, HeadOrder):
-                here = HeadOrder((stop - start) * heads // rows, transform.interleaved)
-            cast(here.rows(values, 0, stop - start), result[start:stop])
+                here = HeadOrder((last - first) // height, transform.interleaved)
+            return here.rows(values, start - first, stop - first)
 
-        run(tile, rows, step)
-        return array_bytes(result)
+        return read
 
     def _values(
         self,

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy
 
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.model import config_json
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.written import FileRecord, WrittenModel, WrittenShards
 from loraformat.plugins import Forecast
-from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
     Config,
@@ -30,7 +31,9 @@ from loraformat_converters.gguf.architectures import (
     of_config,
     to_gguf,
 )
+from loraformat_converters.gguf.architectures.transforms import Transpose
 from loraformat_converters.gguf.base.general_keys import general_keys
+from loraformat_converters.gguf.base.matrix_rows import TensorReader
 from loraformat_converters.gguf.base.model_card import without_place
 from loraformat_converters.gguf.base.pooling import pooling
 from loraformat_converters.gguf.container.types import GGMLType
@@ -190,57 +193,41 @@ class _Work:
         return PlannedTensor(recipe.name, recipe.shape, kind, lambda: self._chunks(recipe, kind))
 
     def _chunks(self, recipe: TensorMapping, kind: GGMLType) -> Iterator[bytes]:
-        loaded: tuple[str, Array, Array | None] | None = None
+        source: TensorReader | None = None
+        before: TensorReader | None = None
         for part in recipe.parts:
-            source = self.checkpoint.tensors[part.source]
-            if loaded is None or loaded[0] != part.source:  # the parts of fused experts share one
-                loaded = None  # or two of them were in memory
-                loaded = part.source, _values(source), self._before(part.source)
-            matrix, before = part.of(loaded[1]), loaded[2]
-            yield from self._rounded(
-                recipe, part, matrix, None if before is None else part.of(before), kind
-            )
-            self.options.progress(matrix.size * source.nbytes // source.count)
+            tensor = self.checkpoint.tensors[part.source]
+            if source is None or source.name != part.source:  # the parts of experts share one
+                source = before = None  # or two of them were in memory
+                source = _opened(tensor, recipe)
+                watched = self.options.watch and self.options.watch.before(part.source)
+                before = _opened(watched, recipe) if watched else None
+            yield from self._rounded(recipe, part, source, before, kind)
+            self.options.progress(prod(part.shape) * tensor.nbytes // tensor.count)
             if part is recipe.parts[-1] or len(recipe.sources) > 1:
-                source.release()
-
-    def _before(self, name: str) -> Array | None:
-        """Return the original tensor if an observer compares it with the stored one."""
-        watch = self.options.watch
-        tensor = None if watch is None else watch.before(name)
-        return None if tensor is None else _values(tensor)
+                tensor.release()
 
     def _rounded(
         self,
         recipe: TensorMapping,
         part: TensorSlice,
-        matrix: Array,
-        before: Array | None,
+        source: TensorReader,
+        before: TensorReader | None,
         kind: GGMLType,
     ) -> Iterator[bytes]:
-        name, rows, watched = part.source, recipe.rows_of(part), None
-        transform, source = recipe.transform, self.checkpoint.tensors[name]
+        rows, watched = recipe.rows_of(part), None
+        read = partial(recipe.transform.rows, source.part(part))
         if before is not None and self.options.watch is not None:
-            watched = Watched(
-                self.options.watch, lambda start, stop: transform.rows(before, start, stop)
-            )
-        exact = kind is GGMLType.F32 or (kind.name == source.dtype and matrix.dtype.itemsize == 2)
-        return rounded(
-            lambda start, stop: transform.rows(matrix, start, stop),
-            rows,
-            matrix.size // max(rows, 1),
-            kind,
-            name,
-            None if exact else self.loss,
-            watched,
-        )
+            watched = Watched(self.options.watch, partial(recipe.transform.rows, before.part(part)))
+        dtype = self.checkpoint.tensors[part.source].dtype
+        exact = kind is GGMLType.F32 or (kind.name == dtype and source.dtype.itemsize == 2)
+        length = prod(part.shape) // max(rows, 1)
+        return rounded(read, rows, length, kind, part.source, None if exact else self.loss, watched)
 
 
-def _values(tensor: LazyTensor) -> Array:
-    if isinstance(tensor, NF4Tensor):
-        return tensor.dequantize("F32")
-    assert isinstance(tensor, DenseTensor)
-    return tensor.array()
+def _opened(tensor: LazyTensor, recipe: TensorMapping) -> TensorReader:
+    matrix = len(recipe.parts[0].shape) == 2
+    return TensorReader(tensor, by_rows=matrix and not isinstance(recipe.transform, Transpose))
 
 
 def _headless_notes(config: Config, pooled: Mapping[str, GGUFValue]) -> list[str]:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraformat import plugins
-from loraformat.errors import InputError, UsageError, printable
+from loraformat.errors import UsageError
 from loraformat.hub import resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
@@ -43,7 +43,12 @@ from loraformat.ops.merge.report import (
 from loraformat.ops.merge.separate_delta import SeparateDelta, name_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.adapter_weights import adapter_weights
-from loraformat.ops.opening.model import compare_base, open_model, without_generated_card
+from loraformat.ops.opening.model import (
+    check_base,
+    compare_base,
+    open_model,
+    without_generated_card,
+)
 from loraformat.ops.unmerge.recorder import Spool, refuse_record_path
 from loraformat.plugins import Converter
 
@@ -214,47 +219,21 @@ def merge(
 
 
 def _compared_bases(base: Checkpoint, adapters: Sequence[Adapter], allowed: bool) -> list[str]:
-    """Compare the base with what each adapter says of its own; say what a user should know.
-
-    Raises
-    ------
-    InputError
-        If both have a fingerprint, or the base says of which bundle it was made, and not the same,
-        and that is not allowed.
-    """
-    notes, form = [], base.provenance.format
-    for adapter in adapters:
-        match = compare_base(adapter, base)
-        if match.made_for is None:
-            named = f" {printable(adapter.base_model)}" if adapter.base_model else ""
-            notes.append(
-                f"{adapter.path}: records its base{named} but no base fingerprint; only shapes "
-                "were compared" + _trained_in_nf4(adapter, base)
-            )
-        elif match.relation == "unknown":
-            notes.append(
-                f"{adapter.path}: was made for the base {printable(match.made_for)}, and a {form} "
-                "model has no fingerprint to compare; if it was trained on NF4, prefer merging "
-                "into the bundle it was trained on"
-            )
-        elif match.relation == "other":
-            if not allowed:
-                raise InputError(
-                    match.difference,
-                    path=adapter.path,
-                    hint="merge into its own base, or override with --allow-base-mismatch",
-                )
-            notes.append(f"{adapter.path}: {match.difference}; it may not work on this base")
-        elif match.relation == "descends":
-            notes.append(
-                f"{adapter.path}: was made for the bundle {printable(match.made_for)}, of which "
-                f"this {form} file was made; it was trained on the values in the bundle"
-            )
-    return notes
+    """Compare the base with what each adapter says of its own; say what a user should know."""
+    own = "merge into its own base"
+    return [
+        note + _advice(adapter, base)
+        for adapter in adapters
+        for note in check_base(adapter, base, allowed=allowed, instead=own)
+    ]
 
 
-def _trained_in_nf4(adapter: Adapter, base: Checkpoint) -> str:
+def _advice(adapter: Adapter, base: Checkpoint) -> str:
     """Say what a base of other values than those of the training means."""
+    if compare_base(adapter, base).relation != "unknown":
+        return ""
+    if adapter.base_fingerprint is not None:
+        return "; if it was trained on NF4, prefer merging into the bundle it was trained on"
     if base.provenance.format in ("loraformat", "bitsandbytes") or not adapter.base_source:
         return ""
     return "; it was trained on a bundle, whose NF4 values differ from these"

@@ -15,12 +15,12 @@ import torch
 __all__ = ["IGNORED", "Batch"]
 
 IGNORED = -100
-"""The label of a position that is not learned."""
+"""The label of a position that is no target token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Rows of tokens with what is to be learned from them.
+    """Rows of token ids and their labels.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class Batch:
 
     @property
     def trained(self) -> int:
-        """Number of labels that are learned, the weight of the batch in an accumulation."""
+        """Number of target tokens: the weight of the batch in gradient accumulation."""
         return int((self.labels != IGNORED).sum())
 
     @property

@@ -102,7 +102,7 @@ class TrainableModel(torch.nn.Module):
 
     @property
     def directory(self) -> Path:
-        """Where the files of the base lie that are no weights."""
+        """Directory of the base's files that are not weights."""
         here = self.bundle
         return here.folder.path if isinstance(here, Bundle) else here.directory
 
@@ -114,13 +114,13 @@ class TrainableModel(torch.nn.Module):
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the tokenizer lies: the bundle, or an adapter with a vocabulary of its own."""
+        """Directory of the tokenizer: the bundle, or an adapter with a vocabulary of its own."""
         own = None if self.replaced is None else self.replaced.tokenizer
         return own or self.directory
 
     @property
     def prefetcher(self) -> LayerPrefetcher:
-        """What brings layers into memory and lets them go."""
+        """The prefetcher that reads and evicts layers."""
         return self._shared.prefetcher
 
     @property
@@ -170,7 +170,7 @@ class TrainableModel(torch.nn.Module):
         )  # fmt: skip
 
     def loss(self, batch: Batch, rows_at_once: int | None = None) -> torch.Tensor:
-        """Return the sum of negative log-likelihoods of all tokens that are learned.
+        """Return the sum of negative log-likelihoods of all target tokens.
 
         Parameters
         ----------
@@ -277,7 +277,7 @@ class TrainableModel(torch.nn.Module):
         return branches_of_model.trainable(self.branches)
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Return what goes on beside the parameters: the second moments collected so far."""
+        """Return the training state besides parameters: the second moments collected so far."""
         return branches_of_model.extra_state(self.branches)
 
     def load_extra_state(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -295,7 +295,7 @@ class TrainableModel(torch.nn.Module):
         return trained_adapter(self.branches, self._trained_on(), self.replaced)
 
     def _trained_on(self) -> Bundle:
-        """Return the bundle; what was opened to be looked at alone is none."""
+        """Return the bundle; a base that was opened for evaluation only is none."""
         if isinstance(self.bundle, Bundle):
             return self.bundle
         raise UnsupportedError("is not a bundle, and only bundles are trained on",

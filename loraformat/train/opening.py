@@ -202,7 +202,7 @@ def _built(
 def _build(
     path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
 ) -> tuple[Any, WeightBinder]:
-    """Return the model, and what it was made of."""
+    """Return the model, and the tensors that it was made of."""
     if config is None:
         raise UnsupportedError("has no config.json, which says how to compute it", path=path)
     numbers = [found[1] for name in weights.names() if (found := layer_of(name))]
@@ -216,7 +216,7 @@ def _build(
 def _stream(
     base: Any, weights: StoredWeights, used: dict[str, list[str]], path: Path
 ) -> Checkpointing:
-    """Let the decoder layers come and go."""
+    """Make the decoder layers checkpointed and prefetched."""
     stem, layers = find_layers(base, path)
     spans = []
     for number in range(len(layers)):

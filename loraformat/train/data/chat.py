@@ -162,7 +162,7 @@ class ChatRenderer:
         return chat_format(self._trials, self._encoder.tokenizer.bos_token)
 
     def _end(self, after: str, whole: str) -> int | None:
-        """Return where a turn ends in the whole, or None if it does not stand there."""
+        """Return where a turn ends in the whole text, or None if it is not in it."""
         if whole.startswith(after):
             return len(after)
         after = after.rstrip()
@@ -190,7 +190,7 @@ class ChatRenderer:
         )
 
     def _begin_unasked(self, conversation: Conversation, turn: int, after: str) -> int:
-        """Return where words begin that answer nobody: where other words would begin."""
+        """Return where an answer without a question begins: where another answer would differ."""
         message = conversation.messages[turn]
         said = message["content"] or ""
         others = [
@@ -258,7 +258,7 @@ class ChatRenderer:
 
 
 def _arguments(given: Any, wanted: str) -> Any:
-    """Return a call's arguments as an object or a string of JSON, whichever is wanted."""
+    """Return a call's arguments as the object or the JSON string that the template needs."""
     if wanted == "object" and isinstance(given, str):
         found = from_json(given, "arguments") if given.strip() else {}
         if not isinstance(found, dict):
@@ -272,7 +272,7 @@ def _arguments(given: Any, wanted: str) -> Any:
 #: ``(messages, tools) -> text``; raises TemplateRefusalError.
 Render = Callable[[list[dict[str, Any]], "list[Any] | None"], str]
 
-#: Roles are a stranger's words: whoever has more of them is not tried any further.
+#: Roles come from untrusted data: beyond this many kinds no more are tried.
 _MOST_KINDS = 256
 _OTHER = "Xq7"
 
@@ -319,10 +319,10 @@ class _UnwrittenParts:
         self, messages: list[dict[str, Any]], others: list[dict[str, Any]], place: int,
         tools: list[Any] | None,
     ) -> bool:  # fmt: skip
-        """Tell whether two conversations read otherwise, whole or up to a message of theirs."""
+        """Tell whether two conversations render differently, whole or up to a message."""
         if self._text(messages, tools) != self._text(others, tools):
             return True
-        # Reasoning is often written until somebody answers.
+        # Many templates render reasoning only until the next user turn.
         stop = place + 1
         if stop == len(messages):
             return False

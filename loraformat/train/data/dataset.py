@@ -128,7 +128,7 @@ class Dataset:
             epoch, skipped = epoch + 1, 0
 
     def _shares(self, epoch: int) -> Iterator[tuple[Rows, bool]]:
-        """Yield the rows of this rank's batches, and whether anything is learned from them."""
+        """Yield the rows of this rank's batches, and whether they have target tokens."""
         first: Rows = []
         number = -1
         for number, rows in enumerate(self._plan.batches(epoch)):
@@ -165,12 +165,12 @@ class Dataset:
         return piece
 
     def rows_also_in(self, other: Dataset) -> int:
-        """Count the rows that stand in other data, too: those of the same tokens, learned alike."""
+        """Count the rows that are also in other data: those of equal tokens and loss masks."""
         there = set(other._row_hashes)
         return sum(one in there for one in self._row_hashes)
 
     def place(self, number: int) -> str:
-        """Say where a sample stands, such as ``data.jsonl: line 7``.
+        """Return a sample's location, such as ``data.jsonl: line 7``.
 
         Parameters
         ----------
@@ -207,7 +207,7 @@ class Dataset:
         }
 
     def preview(self, number: int = 0) -> str:
-        """Return a sample as text, what is learned of it between ⟦ and ⟧."""
+        """Return a sample as text, its target tokens between ⟦ and ⟧."""
         return marked(self._encoded(number))
 
 
@@ -220,7 +220,7 @@ def open_data(
     world: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
-    """Open data for training, and look at every row of it once.
+    """Open data for training, and scan every row once.
 
     Parameters
     ----------

@@ -294,7 +294,7 @@ class DatasetStats:
         return said + [f"skipped: {problem}" for problem in self.bad_examples]
 
     def refuse_if_useless(self, options: DataOptions) -> None:
-        """Raise if nothing good can come from training on this.
+        """Refuse data that cannot be trained on.
 
         Raises
         ------

@@ -219,7 +219,7 @@ class RowEncoder:
         )
 
     def _lead(self, ids: list[int]) -> int:
-        """Return how many tokens at the beginning stand at the beginning of every text."""
+        """Return how many tokens at the beginning are those that begin every text."""
         first = self._encoder.tokenizer.bos_token_id
         for start in (self._encoder.prefix, [] if first is None else [first]):
             if start and ids[: len(start)] == start:
@@ -228,7 +228,7 @@ class RowEncoder:
 
 
 def marked(encoded: Encoded) -> str:
-    """Return the text of some tokens, runs of learned ones between ⟦ and ⟧.
+    """Return the text of some tokens, runs of target tokens between ⟦ and ⟧.
 
     Parameters
     ----------
@@ -270,7 +270,7 @@ def overlapping(tokens: TokenizedText, ranges: Ranges) -> list[bool]:
 
 
 def straddling(tokens: TokenizedText, ranges: Ranges) -> int:
-    """Count the tokens that stand for characters on both sides of where a range begins.
+    """Count the tokens with characters on both sides of the start of a range.
 
     A tokenizer may leave the space before a word out of the word's span
     (``trim_offsets``); what no other token stands for is counted as this one's.
@@ -304,7 +304,7 @@ def _forget_space_behind_ends(
 
 
 def _last_learned(learned: list[bool], tokens: TokenizedText, ranges: Ranges) -> list[int]:
-    """Return for each range the last token in it that is learned and no white space."""
+    """Return for each range its last target token that is not white space."""
     begins = [begin for begin, _ in tokens.spans]
     found = []
     for start, stop in ranges:
@@ -319,7 +319,7 @@ def _last_learned(learned: list[bool], tokens: TokenizedText, ranges: Ranges) ->
 
 
 def texts(tokens: TokenizedText) -> list[str]:
-    """Return the text of each token: what stands between its end and the end of the one before.
+    """Return the text of each token, from the end of the previous one to its own.
 
     Examples
     --------

@@ -32,11 +32,11 @@ _SPACE = re.compile(rb"[ \t\r\n]*")
 
 
 class JsonRows(FileRows, ABC):
-    """Objects that are parsed when they are read. One that is too long is known by its length."""
+    """JSON objects that are parsed when they are read."""
 
     @abstractmethod
     def place(self, number: int) -> str:
-        """Say where the object stands."""
+        """Return the object's location."""
 
     def read(self, number: int) -> Row:
         """Return an object.
@@ -103,7 +103,7 @@ class JsonArray(JsonRows):
             position = scan.after_comma(end, b"]")
 
     def place(self, number: int) -> str:
-        """Say which element it is, counted from 1, and at which byte it stands."""
+        """Return the element's number, counted from 1, and its byte offset."""
         return f"element {number + 1} (byte {self._begins[number]})"
 
 

@@ -171,7 +171,7 @@ LONGEST_ROW = 16 << 20
 
 
 class BadRowError(InputError):
-    """A row cannot be read; ``bad_rows="skip"`` counts it and goes on.
+    """A row cannot be read; with ``bad_rows="skip"`` it is counted and skipped.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ class BadRowError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What stands in one row.
+    """The fields of one row.
 
     Attributes
     ----------
@@ -224,7 +224,7 @@ class RowSource(Protocol):
         """Return a row, counted from 0, or raise `BadRowError`."""
 
     def place(self, number: int) -> str:
-        """Say where the row stands, such as ``line 7``."""
+        """Return the row's location, such as ``line 7``."""
 
 
 def parse_object(data: bytes, place: str, path: str) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def parse_object(data: bytes, place: str, path: str) -> dict[str, Any]:
 
 
 class FileRows:
-    """Where the rows of a file lie; 12 bytes of memory each.
+    """The byte ranges of a file's rows; 12 bytes of memory each.
 
     What a row is, and where it stands in a reader's eyes, is said by the kinds of files that are
     made from this, which are `loraformat.train.data.row.RowSource`.
@@ -278,6 +278,6 @@ class FileRows:
         self._lengths.append(length)
 
     def _bytes(self, number: int) -> bytes:
-        """Read what lies in a row's range, counted from 0."""
+        """Read the bytes of a row, counted from 0."""
         begin = self._begins[number]
         return self._file.between(begin, begin + self._lengths[number])

@@ -307,7 +307,7 @@ def kind_of(fields: dict[str, Any]) -> str:
 
 
 def _retold(fields: dict[str, Any], kind: str) -> bool:
-    """Tell whether a row's text holds what the row says last in another way."""
+    """Tell whether a row's ``text`` repeats what its other fields end with."""
     said = fields[_NEEDED[kind][-1]]
     if isinstance(said, list) and said and isinstance(said[-1], dict):
         said = said[-1].get("content", said[-1].get("value"))

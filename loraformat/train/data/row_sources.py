@@ -79,7 +79,7 @@ def open_sources(
 
 
 def is_local(name: str | PathLike[str]) -> bool:
-    """Tell whether data lie here, in a file or a directory, so that the Hub is not asked."""
+    """Tell whether a name is a local file or directory, and not a Hub id."""
     return os.path.lexists(name)
 
 
@@ -117,7 +117,7 @@ def _open(name: str, options: DataOptions) -> list[RowSource]:
 
 
 def _suffixes(name: str) -> tuple[str, str] | None:
-    """Return what a file is and how it is compressed, by its name; None if it holds no rows."""
+    """Return a file's format and compression by its suffixes; None if it holds no rows."""
     path = Path(name.lower())
     packed = path.suffix if path.suffix in COMPRESSIONS else ""
     suffix = path.with_suffix("").suffix if packed else path.suffix

@@ -109,7 +109,7 @@ def piece_size(seq_len: int) -> int:
 
 
 def cut(window: bytes) -> int:
-    r"""Return where to cut UTF-8 that goes on behind the window.
+    r"""Return where to cut UTF-8 text that continues beyond the window.
 
     Parameters
     ----------

@@ -206,7 +206,7 @@ class WeightBinder:
         return parts[0], torch.cat([self._small(name, part) for part in parts[0]])
 
     def _small(self, name: str, source: str) -> torch.Tensor:
-        """Copy a small parameter, in the type that hidden states have, or its class wants."""
+        """Copy a small parameter in the dtype of hidden states, or float32 if its class says so."""
         wide = any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in self._wide)
         dtype = torch.float32 if wide else activation_dtype(self._dtype)
         return self._weights.copy(source, dtype)
@@ -269,7 +269,7 @@ def bind_weights(
 
 
 def number_layers(model: Any, path: object) -> None:
-    """Tell each linear and each stack of experts of the decoder which layer it stands in."""
+    """Set the layer number of each linear and each stack of experts of the decoder."""
     for number, layer in enumerate(find_layers(model, path)[1]):
         for module in layer.modules():
             if isinstance(module, FrozenLinear | ExpertStack):
@@ -283,12 +283,12 @@ def _ties(model: Any) -> dict[str, str]:
 
 
 def _kept_in_float32(model: Any) -> set[str]:
-    """Return the parts of names whose parameters a class wants in float32 whatever the rest is."""
+    """Return parts of names whose parameters a class always keeps in float32."""
     return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def _multiplies_only(module: torch.nn.Linear) -> bool:
-    """Tell whether a linear's class computes x Wᵀ + b and nothing more: it is asked to."""
+    """Tell whether a linear's class computes x Wᵀ + b and nothing more, by trial."""
     if type(module).forward is torch.nn.Linear.forward:
         return True
     x, weight = torch.ones(1, 2), torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]])

@@ -32,7 +32,7 @@ from loraformat.tensors.torch_arrays import array_of
 __all__ = ["Workspace", "empty_matrix", "keep_freed_memory", "save_inputs", "workspace"]
 
 _ALIGNMENT = 64
-#: Smaller results may lie anywhere (bytes).
+#: Smaller results need not be aligned (bytes).
 _SMALL_RESULT = 1 << 20
 
 #: Smaller inputs stay where they are (bytes).

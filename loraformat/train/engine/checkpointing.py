@@ -124,7 +124,7 @@ class _Layer:
         self._layer, self._inner, self._number, self._shared = layer, inner, number, shared
 
     def compute(self, call: LayerCall) -> Any:
-        """Compute it; its backward pass enters and leaves it when gradients come by."""
+        """Compute it; in the backward pass, gradient hooks enter and leave the layer."""
         shared, number = self._shared, self._number
         keep = shared.rows_at_once is None and shared.activation_budget.keeps(number, call.tokens)
         # The graph holds them for as long as it can be gone through; the hook on it must not.
@@ -155,7 +155,7 @@ class _Layer:
         return output
 
     def _forgotten(self, call: LayerCall) -> _RecomputedTensors:
-        """Return what stands for what a computation saves, with all that it is repeated from."""
+        """Return the recomputed tensors of a call, with all that is needed to repeat it."""
         held = call.to_repeat()
         of_cpu, of_devices = rng_state(call.leaves)
         random = save_inputs([of_cpu])[0], of_devices
@@ -240,7 +240,7 @@ class _RecomputedTensors:
         return self._values.pop(saved)
 
     def clear(self) -> None:
-        """Let go what was computed again, and not wanted."""
+        """Drop recomputed tensors that were not used."""
         self._values.clear()
 
 
@@ -311,7 +311,7 @@ class ActivationBudget:
         return layer >= self.layers - kept
 
     def recomputes(self, tokens: int) -> bool:
-        """Tell whether layers are recomputed for good, as far as that is known."""
+        """Tell whether layers will always be recomputed, as far as is known."""
         if not self.budget:
             return True
         return self.counted > 0 and self.layers * self.needed(tokens) > self.budget

@@ -41,7 +41,7 @@ _COPIES = 4
 #: holds, and by another device so many that their copies take little memory.
 _CACHED = 1 << 17
 _ON_DEVICE = 1 << 20
-#: Tokens that a thread takes on at once.
+#: Tokens in one piece of a thread's work.
 _PIECE_ROWS = 32
 
 
@@ -73,7 +73,7 @@ class HeadRule:
 
 
 class _Output:
-    """Stands in for any of transformers' output classes: hidden states, and None for the rest."""
+    """Stand-in for transformers' output classes: hidden states, and None for the rest."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden
@@ -87,7 +87,7 @@ class _Output:
 
 
 class _Returning:
-    """Stands in for a module's ``forward``: returns a value, and remembers what it was given."""
+    """Stand-in for a module's ``forward``: returns a value and records its argument."""
 
     def __init__(self, value: Any) -> None:
         self.value, self.seen = value, None

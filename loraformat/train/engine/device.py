@@ -26,7 +26,7 @@ __all__ = ["DeviceMatrix", "decode", "place_on"]
 #: Elements that are decoded at once on a device: 64 MB of bfloat16.
 _TILE = 1 << 25
 
-#: Share of the free device memory that the base may take if nobody says how much.
+#: Default share of the free device memory that the base may take.
 _SHARE = 0.6
 
 
@@ -121,7 +121,7 @@ def _groups(host: NF4Matrix, first: int, last: int) -> tuple[int, int]:
 
 
 def _origin(host: NF4Matrix) -> tuple[int, int]:
-    """Return the groups that this matrix lies in."""
+    """Return the range of groups that contains this matrix."""
     return _groups(host, host.offset, host.offset + host.rows * host.columns)
 
 

@@ -82,11 +82,11 @@ class LayerCall:
 
     @property
     def tokens(self) -> int:
-        """Positions in the batch, of all streams; 0 if it cannot be told."""
+        """Positions in the batch, of all streams; 0 if unknown."""
         return 0 if self.hidden < 0 else int(self.leaves[self.hidden].shape[:-1].numel())
 
     def with_gradient(self) -> LayerCall:
-        """Return a call that has an argument with a gradient, be it one that nobody wants."""
+        """Return a call with at least one argument that has a gradient, even if it is not used."""
         if self.differentiable or self.hidden < 0:
             return self
         old = self.leaves[self.hidden]

@@ -141,7 +141,7 @@ class LayerPrefetcher:
             self._ask(following)
 
     def leave(self, layer: int) -> None:
-        """Let a layer go."""
+        """Evict a layer."""
         self._forget(self._layers[layer])
 
     def read_ahead(self, spans: Sequence[Span]) -> Future[None] | None:
@@ -151,7 +151,7 @@ class LayerPrefetcher:
         return self._thread().submit(self._read, list(_mapped(spans)))
 
     def evict(self, spans: Sequence[Span], reading: Future[None] | None = None) -> None:
-        """Let bytes go that belong to no layer.
+        """Evict bytes that belong to no layer.
 
         Parameters
         ----------
@@ -227,7 +227,7 @@ class BackwardLayer:
         self._prefetcher.enter(layer, -1)
 
     def leave(self, layer: int) -> None:
-        """Let a layer go, unless that was done."""
+        """Evict a layer, unless that was done."""
         if layer == self._layer:
             self._layer = None
             self._prefetcher.leave(layer)
@@ -252,7 +252,7 @@ class StreamedMatrix(WrappedMatrix):
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
-        """Let pages go as soon as they are used, as long as this lasts."""
+        """Evict pages as soon as they are used, inside this block."""
         self._streaming = True
         try:
             yield
@@ -312,7 +312,7 @@ def read_pages(address: int, nbytes: int) -> None:
 
 
 def forget_pages(address: int, nbytes: int) -> None:
-    """Give the pages of a read-only, shared file mapping back; the next look reads them anew.
+    """Release the pages of a read-only, shared file mapping; the next access reads them again.
 
     Never of other memory, which would become zero.
     """

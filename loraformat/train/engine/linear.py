@@ -53,7 +53,7 @@ def frozen_product(
     bias: torch.Tensor | None = None,
     pair: LoraFactors | None = None,
 ) -> torch.Tensor:
-    """Multiply by a frozen weight, differentiably in `x` and in what is trained beside it.
+    """Multiply by a frozen weight, differentiably in `x` and in the LoRA factors.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class Branch(Protocol):
-    """A trained branch beside a frozen layer."""
+    """A trained branch of a frozen layer."""
 
     def pair(self) -> LoraFactors | None:
         """Return the branch as a plain pair, if it is one just now: then that is multiplied."""

@@ -283,7 +283,7 @@ def _onednn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _packed(w: torch.Tensor) -> torch.Tensor:
-    """Return a matrix whose rows or columns lie one after the other: it, or this thread's copy."""
+    """Return a contiguous matrix, in either order: it, or this thread's copy."""
     if w.is_contiguous() or w.T.is_contiguous():
         return w
     w, turned = (w.T, True) if w.stride(0) == 1 else (w, False)

@@ -1,4 +1,4 @@
-"""Frozen weights as matrices that give out blocks of themselves and are never whole in memory.
+"""Frozen weights as matrices that are read in blocks and are never whole in memory.
 
 Each block is written into one reused buffer of the thread that asks: NF4 codes are dequantized
 (equations 1 to 4 of QLoRA, arXiv:2305.14314, backwards), other numbers widened. The matrix itself

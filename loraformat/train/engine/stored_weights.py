@@ -1,4 +1,4 @@
-"""The weights of an open model as matrices, tables and copies, and the bytes that they lie in.
+"""The weights of an open model as matrices, tables and copies, and their byte ranges.
 
 For evaluation and generation a base may be in any format. Mapped formats stay mapped. Tensors that
 must be computed, as a GGUF file's blocks, are computed one by one when a layer needs them, and some
@@ -90,7 +90,7 @@ class ReadableBase:
 
 
 def is_computed(tensor: LazyTensor, format_name: str) -> TypeGuard[DenseTensor]:
-    """Tell whether the numbers of a tensor are made when they are loaded."""
+    """Tell whether a tensor is computed when it is loaded, instead of mapped."""
     return isinstance(tensor, DenseTensor) and (
         tensor.stored is not None or format_name not in _MAPPED
     )
@@ -141,7 +141,7 @@ class _Computed:
 
 
 class _ComputedMatrix(DenseMatrix):
-    """A matrix whose numbers are computed when they are wanted."""
+    """A matrix that is computed on access."""
 
     def __init__(
         self, compute: Callable[[], torch.Tensor], shape: tuple[int, int], *,
@@ -157,7 +157,7 @@ class _ComputedMatrix(DenseMatrix):
 
 
 class ComputedTable:
-    """What of a tensor a lookup of rows wants, of one that is computed when it is wanted.
+    """A table for row lookups that is computed on access.
 
     Examples
     --------

@@ -247,7 +247,7 @@ class Trial:
 
     @contextmanager
     def _set_up(self, kept: ActivationBudget, rows: int | None = None) -> Iterator[None]:
-        """Let layers be computed on stand-ins, and nothing be learned of it."""
+        """Compute layers on stand-ins inside this block, with no lasting effect."""
         shared = self._shared
         nowhere = LayerPrefetcher([[]] * len(self._layers), prefetch=False, release=False)
         trial = Checkpointing(nowhere, kept, rows)
@@ -330,7 +330,7 @@ def _watched_input(model: Any) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def _standing_in(model: torch.nn.Module) -> Iterator[None]:
-    """Let every linear and every stack of experts multiply by stand-ins while this lasts.
+    """Replace the weights of all linears and experts by stand-ins inside this block.
 
     No branch collects anything meanwhile, and no hook of anybody's sees it.
     """

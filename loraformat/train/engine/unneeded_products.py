@@ -54,7 +54,7 @@ def leaving_out(matrices: Iterable[Matrix]) -> Iterator[None]:
 
 
 def has_forward_hooks(layer: torch.nn.Module) -> bool:
-    """Tell whether something looks at what the modules in a layer compute.
+    """Tell whether forward hooks see what the modules in a layer compute.
 
     Its own hooks are called with the result of the forward pass, and not in the backward pass.
 

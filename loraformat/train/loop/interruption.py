@@ -68,6 +68,6 @@ class Interruption:
             self._at_once = False
 
     def check(self) -> None:
-        """Raise `KeyboardInterrupt` if a signal has come meanwhile."""
+        """Raise `KeyboardInterrupt` if a signal has arrived."""
         if self.wanted and not self._patient:
             raise KeyboardInterrupt

@@ -49,7 +49,7 @@ class Trainable(Differentiable, Protocol):
         ...
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """Return what else a run needs to go on; an adapter holds its sum over the ranks."""
+        """Return what else a resumed run needs; an adapter holds its sum over the ranks."""
         ...
 
     def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -337,7 +337,7 @@ class Loop:
         self.observe({"event": "checkpoint", "step": self.state.step, "path": str(target)})
 
     def _save_adapter(self, path: Path, extras: list[dict[str, torch.Tensor]]) -> None:
-        """Write the adapter with what all ranks have collected; each goes on with its own."""
+        """Write the adapter with the statistics of all ranks; each rank then keeps its own."""
         self.model.load_extra_state(added_up(extras))
         try:
             self.model.save_adapter(path, files=self.beside)
@@ -345,7 +345,7 @@ class Loop:
             self.model.load_extra_state(extras[self.world.rank])
 
     def restore(self, checkpoint: saved_state.Checkpoint) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises
         ------

@@ -23,7 +23,7 @@ def check_tensorboard() -> None:
 
 
 class Metrics:
-    r"""Appends to ``metrics.jsonl``, and to TensorBoard's files if wanted.
+    r"""Writer of ``metrics.jsonl``, and optionally of TensorBoard's files.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ from loraformat.train.loop.optimizer_options import OptimizerOptions
 
 __all__ = ["DiskStates", "Optimizer", "check_optimizer", "parameter_groups", "rate_ratios"]
 
-#: Parameters of one update when states lie on a disk: what is in memory of them at once (bytes).
+#: Bytes of parameters that are updated together when states are on a disk.
 _PART_BYTES = 64 << 20
 
 _ALIGNMENT = 64
@@ -201,7 +201,7 @@ class Optimizer:
 
 
 def check_optimizer(options: OptimizerOptions, *, on_gpu: bool) -> None:
-    """Refuse states that cannot lie where they are wanted, or that nobody here can make.
+    """Refuse optimizer states that cannot be kept where they are asked for.
 
     Raises
     ------
@@ -228,7 +228,7 @@ def check_optimizer(options: OptimizerOptions, *, on_gpu: bool) -> None:
 
 
 def _parts(parameters: Mapping[str, torch.nn.Parameter]) -> list[list[str]]:
-    """Cut the parameters into runs, so that not all of the states are wanted at once."""
+    """Split the parameters into parts, so that not all states are in memory at once."""
     parts: list[list[str]] = [[]]
     filled = 0
     for name, parameter in parameters.items():

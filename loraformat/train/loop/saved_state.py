@@ -219,7 +219,7 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def adapter_of(path: Path) -> Path:
-    """Return where a checkpoint's adapter lies."""
+    """Return the path of a checkpoint's adapter."""
     return path / _ADAPTER
 
 
@@ -280,7 +280,7 @@ class RunState:
         self.last_loss = loss
 
     def take_evaluation(self, loss: float) -> bool:
-        """Count one evaluation and tell whether it is the best so far."""
+        """Count one evaluation, and return whether it is the best so far."""
         self.evaluated = self.step
         self.first_eval = loss if self.first_eval is None else self.first_eval
         self.last_eval = loss

@@ -1,4 +1,4 @@
-"""The low-rank branch beside a frozen layer (Hu 2021, equation 3): y = W x + s · B A x.
+"""The low-rank branch of a frozen layer (Hu 2021, equation 3): y = W x + s · B A x.
 
 A is (r, in), B is (out, r), both float32 whatever the layer computes in. Variants of one idea:
 
@@ -117,7 +117,7 @@ class LoraBranch(nn.Module):
         return self.a.shape[-2] * (1 if self.fixed_a is None else 2)
 
     def effective(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B with what is taken off beside them: the delta is s · B A."""
+        """Return A and B, concatenated with the subtracted factors: the delta is s · B A."""
         if self.fixed_a is None or self.fixed_b is None:
             return self.a, self.b
         return torch.cat([self.a, self.fixed_a], -2), torch.cat([self.b, -self.fixed_b], -1)

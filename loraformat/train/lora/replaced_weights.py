@@ -46,7 +46,7 @@ class ReplacedWeights:
 
 
 def replaced_weights_of(adapter: Adapter, base: Checkpoint) -> ReplacedWeights | None:
-    """Return what an adapter brings besides deltas; None if it brings nothing.
+    """Return the weights that an adapter replaces; None if it has only deltas.
 
     Tensors that the adapter replaces stay mapped; what is put together of two sources, an embedding
     with trained rows or more of them, is held in memory.
@@ -57,7 +57,7 @@ def replaced_weights_of(adapter: Adapter, base: Checkpoint) -> ReplacedWeights |
         If it does not fit the base.
     """
     known = per_token(base.tensors)
-    # Of the deltas those of the embedding and the head, which tell the number of tokens.
+    # Of the deltas those of the embedding and the head, whose shapes have the number of tokens.
     deltas = {n: d for n, d in adapter.deltas.items() if n in known or n.endswith(HEAD)}
     if not (deltas or adapter.replacements or adapter.rows):
         return None

@@ -38,7 +38,7 @@ _ATTENTION = re.compile(r"(^|\.)(\w*attn|\w*attention)(\.|$)")
 _MLP = re.compile(
     r"(^|\.)(\w*mlp|feed_forward|ffn|\w*moe|\w*experts?)(\.|$)|\.(fc\d*|fc_in|fc_out)$"
 )
-#: Routers send tokens to experts: nobody means them by "all linears".
+#: Routers send tokens to experts; "all-linear" does not include them.
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
 
@@ -261,7 +261,7 @@ GROUPS: dict[str, Callable[[TargetModule], bool]] = {
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Tell whether a name, or a pattern, means a module.
+    """Tell whether a name or pattern matches a module.
 
     Examples
     --------
@@ -337,7 +337,7 @@ def _meant(targets: Sequence[TargetModule], word: str) -> list[TargetModule]:
 
 
 def _is_named(target: TargetModule, word: str) -> bool:
-    """Tell whether a word means a place. A router is meant by its name, and not by a glob."""
+    """Tell whether a word matches a module; a router is matched by its name, not by a glob."""
     if target.kind == "parameter" and _GLOB.search(word):
         return False
     return matches(target.name, word)

@@ -102,7 +102,7 @@ def _carried(name: str, text: str) -> CarriedFile:
 
 
 def stops_of(adapter: str) -> list[int]:
-    """Return the tokens that end a text by what an adapter brings.
+    """Return the stop tokens in an adapter's generation config.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def stops_of(adapter: str) -> list[int]:
 
 
 def template_of(adapter: str) -> str | None:
-    """Return the chat template that an adapter brings, or None; as `stops_of`."""
+    """Return an adapter's chat template, or None; parameters as in `stops_of`."""
     with open_adapter(adapter) as opened:
         return CarriedTokenizer(opened.files, opened.path).chat_templates.get("default")
 

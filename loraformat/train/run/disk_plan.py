@@ -79,7 +79,7 @@ def plan_disk(shape: ModelDims, options: TrainOptions, ranks: int = 1) -> DiskPl
     """
     states = state_bytes(options.optimizer, shape.trained, shape.small)
     parameters = _FLOAT * shape.trained
-    # Statistics are summed in float64, and lie beside an adapter in float32.
+    # Statistics are summed in float64, and stored with an adapter in float32.
     adapter = parameters + _FLOAT * shape.fixed + shape.extra_bytes // 2 + _RECORDS
     checkpoint = parameters + states + ranks * shape.extra_bytes + adapter + _RECORDS
     best = parameters + shape.extra_bytes + _RECORDS if options.best else 0

@@ -55,11 +55,11 @@ class RunDirectory:
         self.picture = self.path / CURVE_NAME
 
     def is_used(self) -> bool:
-        """Tell whether a run has been here."""
+        """Tell whether the directory holds a run."""
         return self.metrics.exists() or self.checkpoints.exists()
 
     def nbytes(self) -> int:
-        """Return what the checkpoints take that lie here already (bytes)."""
+        """Return the bytes of the existing checkpoints."""
         return sum(p.stat().st_size for p in self.checkpoints.rglob("*") if p.is_file())
 
     def begin(self, *, force: bool) -> None:
@@ -160,7 +160,7 @@ def identity_of(
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with another run's checkpoint.
+    """Refuse to resume from another run's checkpoint.
 
     Raises
     ------

@@ -137,7 +137,7 @@ def open_model(options: TrainOptions) -> TrainableModel:
 
 
 def open_base(options: TrainOptions) -> TrainableModel:
-    """Open the base, in any format, with an adapter if one is named, to be looked at.
+    """Open the base, in any format, with an adapter if one is named, for evaluation.
 
     Raises
     ------

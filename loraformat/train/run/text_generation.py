@@ -68,12 +68,12 @@ class GenerationOptions:
             raise UsageError(f"top-p is {self.top_p}, wanted a share above 0, up to 1")
 
 
-#: What a run writes on from each of its prompts.
+#: How a run generates a sample from each of its prompts.
 SAMPLE = GenerationOptions(max_tokens=64, temperature=0.0)
 
 
 class TextStream:
-    """Turns tokens into text as they come; what ``generate`` of transformers calls a streamer.
+    """Streamer for transformers' ``generate``: turns tokens into text as they are generated.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class TextStream:
             self._say(self._certain(text))
 
     def end(self) -> None:
-        """Tell what is left."""
+        """Pass on the rest of the text."""
         if (text := self.text()).startswith(self._told):
             self._say(text)
 
@@ -231,7 +231,7 @@ def room_for(config: Any, length: int) -> int:
 
 
 def plain_ids(encoder: TextEncoder, prompt: str) -> list[int]:
-    """Return the tokens of a text that is to be written on from."""
+    """Return the tokens of a plain prompt."""
     return [*encoder.prefix, *encoder.tokenize(prompt).ids]
 
 

@@ -95,7 +95,7 @@ def train(
 
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
-    """Let torch refuse operations that do not give the same bits each time."""
+    """Make torch fail on non-deterministic operations."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -135,7 +135,7 @@ def _check(options: TrainOptions, *, resume: bool, force: bool) -> Path:
 
 
 def _refuse_inputs(options: TrainOptions, output: Path) -> None:
-    """Refuse an output that is an input, or whose record would lie among the data."""
+    """Refuse an output that is an input, or whose run directory would be among the data."""
     named = [*options.data, *options.eval, options.adapter, options.original, options.chat_template]
     if parse_bundle_slot(output) is None:
         named.append(options.base)
@@ -237,7 +237,7 @@ class _Run:
 
     @contextmanager
     def room_on_disk(self) -> Iterator[None]:
-        """Say of a disk that is full how the run goes on.
+        """Name the way to resume when the disk is full.
 
         Raises
         ------
@@ -294,7 +294,7 @@ class _Run:
             self._finish(state, write=not finished, force=force)
 
     def _checkpoint(self) -> saved_state.Checkpoint | None:
-        """Return where to go on: rank 0 chooses."""
+        """Return the checkpoint to resume from: rank 0 chooses."""
         problems: list[str] = []
         found = None
         if self._world.is_main_process:
@@ -319,7 +319,7 @@ class _Run:
     def _check_output(
         self, checkpoint: saved_state.Checkpoint | None, *, resume: bool, force: bool
     ) -> bool:
-        """Tell whether there is nothing left to do; refuse an adapter of something else."""
+        """Tell whether the run is complete; refuse an existing adapter of another run."""
         if not resume or not self._output.exists() or force:
             return False
         if checkpoint is None or not self._is_done(checkpoint):

@@ -22,9 +22,9 @@ from loraformat.ops.deltas.factors import (
     error_with_rounding,
     experts_of,
     factor_dtype,
-    finite,
     in_memory,
     lazy_delta,
+    load_finite,
     with_deltas,
 )
 from loraformat.ops.report import Report
@@ -296,7 +296,9 @@ def _all_values(
     done, values = 0, {}
     for target, delta in adapter.deltas.items():
         moment = _moment(delta, target in aware)
-        found = lora.singular_values(finite(delta.b), finite(delta.a), delta.scaling, moment)
+        found = lora.singular_values(
+            load_finite(delta.b), load_finite(delta.a), delta.scaling, moment
+        )
         values[target] = lora.pooled(found)
         done += delta.a.nbytes + delta.b.nbytes
         progress(done, total)
@@ -304,7 +306,7 @@ def _all_values(
 
 
 def _moment(delta: LoraDelta, aware: bool) -> Array | None:
-    return finite(delta.second_moment) if aware and delta.second_moment is not None else None
+    return load_finite(delta.second_moment) if aware and delta.second_moment is not None else None
 
 
 def _choose(adapter: Adapter, values: dict[str, Array], reduction: Reduction) -> dict[str, int]:
@@ -371,7 +373,7 @@ def _reduced(
 
     def decompose() -> lora.Core:
         moment = _moment(delta, aware)
-        return lora.core(finite(delta.b), finite(delta.a), delta.scaling, moment)
+        return lora.core(load_finite(delta.b), load_finite(delta.a), delta.scaling, moment)
 
     def compute() -> Pair:
         # Rounded once, where its error is measured.
@@ -380,11 +382,11 @@ def _reduced(
     smaller = lazy_delta(delta, rank, stored, compute, memo, rounding)
     bias, moment = delta.bias, None
     if bias is not None:  # scaling · bias was added: fold it too
-        folded = finite(bias).astype(numpy.float64) * delta.scaling
+        folded = load_finite(bias).astype(numpy.float64) * delta.scaling
         bias = in_memory(bias.name, folded, stored)
     if delta.second_moment is not None and _moment_fits(delta):
         name = delta.second_moment.name
-        before = finite(delta.second_moment)
+        before = load_finite(delta.second_moment)
         moment = in_memory(name, lora.truncated_second_moment(decompose(), before, rank))
     return replace(smaller, bias=bias, second_moment=moment)
 

@@ -43,6 +43,13 @@ def llama():
     return plain_adapter("llama")
 
 
+def test_whatever_a_target_may_be_besides_peft_is_asked(llama):
+    config, tensors, base, shapes = llama
+    for more in ("layers.0.mlp", "mlp", "embed_tokens", "layers", "weight", 3):
+        changed = {**config, "target_modules": [*config["target_modules"], more]}
+        assert not is_plain(changed, tensors, base, BaseNames(shapes, base))
+
+
 @pytest.mark.parametrize(
     "change",
     [{"target_modules": "all-linear"}, {"target_modules": ["mlp"]}, {"r": 4}, {"r": True},

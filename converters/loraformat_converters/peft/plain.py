@@ -21,7 +21,7 @@ __all__ = ["is_plain"]
 #: Fields without a say in what is loaded. Every other one that is not checked must be empty.
 _IRRELEVANT = {
     "base_model_name_or_path", "inference_mode", "init_lora_weights", "megatron_core",
-    "qalora_group_size", "revision", "runtime_config",
+    "qalora_group_size", "revision",
 }  # fmt: skip
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _VERSION = re.compile(r"\d+(\.\d+)*(\.dev\d+)?")
@@ -68,7 +68,8 @@ def _says_nothing_special(config: Mapping[str, Any]) -> bool:
         "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
         "use_rslora": type(config.get("use_rslora", False)) is bool,
         "peft_version": _VERSION.fullmatch(str(config.get("peft_version", 0))) is not None,
-        "target_modules": isinstance(targets, list) and all(type(t) is str for t in targets),
+        "target_modules": isinstance(targets, list)
+        and all(type(target) is str and "." not in target for target in targets),
     }
     others = config.keys() - checked.keys() - _IRRELEVANT
     return all(checked.values()) and not any(config[field] for field in others)

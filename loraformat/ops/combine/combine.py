@@ -32,9 +32,9 @@ from loraformat.ops.deltas.factors import (
     SingleEntryCache,
     compute_factors,
     factor_dtype,
-    finite,
     in_memory,
     lazy_delta,
+    load_finite,
     with_deltas,
 )
 from loraformat.ops.deltas.spool import Spool
@@ -251,7 +251,7 @@ def _bias(terms: Sequence[WeightedDelta], dtype: str) -> DenseTensor | None:
     parts = [(term.weight, term.delta.bias) for term in terms if term.delta.bias is not None]
     if not parts:
         return None
-    total = sum(weight * finite(bias).astype(numpy.float64) for weight, bias in parts)
+    total = sum(weight * load_finite(bias).astype(numpy.float64) for weight, bias in parts)
     return in_memory(parts[0][1].name, numpy.asarray(total), dtype)
 
 

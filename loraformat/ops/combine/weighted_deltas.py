@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loraformat.algebra.lora import Pair
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
-from loraformat.ops.deltas.factors import finite
+from loraformat.ops.deltas.factors import load_finite
 from loraformat.ops.opening.adapter_weights import effective_scaling
 
 __all__ = ["WeightedDelta", "refuse_dora", "terms_of"]
@@ -33,7 +33,7 @@ class WeightedDelta:
 
     def factors(self) -> Pair:
         """Load B and A, as float32 or wider."""
-        return finite(self.delta.b), finite(self.delta.a)
+        return load_finite(self.delta.b), load_finite(self.delta.a)
 
 
 def terms_of(

@@ -18,8 +18,7 @@ from loraformat.errors import InputError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.ops.deltas.derived_files import derived_files
-from loraformat.tensors.arrays import Array, array_bytes, check_finite, numpy_dtype
-from loraformat.tensors.arrays import finite as is_finite
+from loraformat.tensors.arrays import Array, array_bytes, check_finite, finite, numpy_dtype
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 
 __all__ = [
@@ -28,9 +27,9 @@ __all__ = [
     "error_with_rounding",
     "experts_of",
     "factor_dtype",
-    "finite",
     "in_memory",
     "lazy_delta",
+    "load_finite",
     "rounded",
     "with_deltas",
 ]
@@ -39,7 +38,7 @@ __all__ = [
 _SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
 
-def finite(tensor: DenseTensor) -> Array:
+def load_finite(tensor: DenseTensor) -> Array:
     """Load a tensor as float32, or float64 if it is, and let go of the source.
 
     Float64 comes where sums are formed: see `loraformat.algebra.thin_qr`.
@@ -130,7 +129,7 @@ def rounded(values: Array, dtype: str, name: str) -> Array:
     """
     with numpy.errstate(over="ignore"):
         stored = values.astype(numpy_dtype(dtype), copy=False)
-    if not is_finite(stored):
+    if not finite(stored):
         raise InputError(
             f"tensor {printable(name)} would exceed the range of {dtype}",
             hint="check lora_alpha and the weights, or use a wider dtype with --dtype f32",

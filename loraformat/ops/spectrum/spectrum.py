@@ -15,7 +15,7 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import kind_of
 from loraformat.ops.arguments import Progress, reported
-from loraformat.ops.deltas.factors import experts_of, finite
+from loraformat.ops.deltas.factors import experts_of, load_finite
 from loraformat.ops.report import Report
 from loraformat.tensors.arrays import Array
 
@@ -157,13 +157,13 @@ def spectrum_of(
 
 
 def _module(delta: LoraDelta) -> ModuleSpectrum:
-    b, a = finite(delta.b), finite(delta.a)
+    b, a = load_finite(delta.b), load_finite(delta.a)
     values = lora.pooled(lora.singular_values(b, a, delta.scaling))
     squares = values**2
     total = float(squares.sum())
     output, layer = None, layer_of(delta.target)
     if delta.second_moment is not None:
-        moment = finite(delta.second_moment)
+        moment = load_finite(delta.second_moment)
         output = _suggest(lora.pooled(lora.singular_values(b, a, delta.scaling, moment)))
     return ModuleSpectrum(
         target=delta.target,

@@ -10,7 +10,7 @@ import torch
 from loraformat.errors import InputError, UnsupportedError, UsageError, nearest, printable
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.ops.deltas.factors import finite
+from loraformat.ops.deltas.factors import load_finite
 from loraformat.tensors.torch_arrays import tensor_of
 from loraformat.train.lora.branch import Factors, LoraBranch, branch_of
 from loraformat.train.lora.initialise import initial
@@ -215,7 +215,9 @@ def _check_shapes(target: TargetModule, delta: LoraDelta, adapter: Adapter) -> N
 
 
 def _branch(target: TargetModule, delta: LoraDelta, options: LoraOptions) -> LoraBranch:
-    factors = Factors(tensor_of(finite(delta.a)).float(), tensor_of(finite(delta.b)).float())
+    factors = Factors(
+        tensor_of(load_finite(delta.a)).float(), tensor_of(load_finite(delta.b)).float()
+    )
     if not math.isfinite(delta.scaling):
         raise InputError(f"the scaling of {printable(delta.target)} is {delta.scaling}")
     branch = branch_of(
@@ -228,5 +230,5 @@ def _branch(target: TargetModule, delta: LoraDelta, options: LoraOptions) -> Lor
     )
     if delta.magnitude is not None and branch.magnitude is not None:
         with torch.no_grad():
-            branch.magnitude.copy_(tensor_of(finite(delta.magnitude)).view(-1))
+            branch.magnitude.copy_(tensor_of(load_finite(delta.magnitude)).view(-1))
     return branch

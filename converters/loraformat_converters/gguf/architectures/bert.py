@@ -15,7 +15,6 @@ from loraformat_converters.gguf.architectures.metadata import (
 )
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.weights import layer, row, with_biases
-from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def _write_encoder(config: Config, keys: MetadataBuilder) -> None:
 def _write_token_types(config: Config, keys: MetadataBuilder) -> None:
     # It belongs to the tokenizer's keys, and the model does not load without it.
     count = config.integer("type_vocab_size")
-    keys["tokenizer.ggml.token_type_count"] = GGUFValue.of(ValueType.UINT32, count)
+    keys["tokenizer.ggml.token_type_count"] = GGUFValue.uint(count)
 
 
 def _read_token_types(gguf: GGUFFile, members: dict[str, Any]) -> None:

@@ -16,10 +16,14 @@ from loraformat.families.expert_names import spelled_in_memory
 from loraformat.families.tensor_names import spelled_in_2019
 from loraformat.tensors.arrays import Array
 from loraformat_converters.gguf.architectures.config import Config
-from loraformat_converters.gguf.architectures.dimensions import check_dimensions
 from loraformat_converters.gguf.architectures.record import Architecture
 from loraformat_converters.gguf.architectures.transforms import IDENTITY, Transform
-from loraformat_converters.gguf.architectures.weights import ExpertWeightName, WeightName
+from loraformat_converters.gguf.architectures.weights import (
+    ExpertWeightName,
+    Sizes,
+    WeightName,
+    sizes,
+)
 
 __all__ = ["TensorMap", "TensorMapping", "TensorSlice", "to_gguf", "to_huggingface"]
 
@@ -140,7 +144,7 @@ def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Tenso
             recipes.tensors.append(recipe)
             used.update(recipe.sources)
     _check_leftovers(architecture, config, base, shapes, used, recipes)
-    check_dimensions(architecture, config, {r.name: r.shape for r in recipes.tensors})
+    _check_dimensions(architecture, config, {r.name: r.shape for r in recipes.tensors})
     return recipes
 
 
@@ -301,7 +305,7 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     Experts become one tensor each, as transformers stores them. A fused ``attn_qkv`` of a
     model with three projections is cut.
     """
-    check_dimensions(architecture, config, shapes)
+    _check_dimensions(architecture, config, shapes)
     used: set[str] = set(architecture.extras)
     if architecture.head is not None and config.tied:
         used.add(architecture.head.gguf)  # a copy of the embedding
@@ -391,3 +395,41 @@ def _single_experts(
     if len({part.shape for part in matrices}) > 1:
         raise InputError(f"the experts {printable(names[0])}, ... have different shapes")
     return matrices
+
+
+def _check_dimensions(architecture: Architecture, config: Config, shapes: Shapes) -> None:
+    """Compare the tensors of a GGUF file with what the hyperparameters promise.
+
+    A file that did not fit would be refused by llama.cpp when it is loaded, and by transformers
+    filled with random numbers. What is not known is not checked.
+    """
+    promised = _promised(architecture, config)
+    for name, shape in shapes.items():
+        kind, _, suffix = name.rpartition(".")
+        module = kind.rpartition(".")[2]
+        if module.isdecimal():  # blk.0.ffn_up.3.weight: one expert of an old file
+            stacked = promised.get(f"{kind.split('.')[-2]}_exps")
+            wanted = None if stacked is None else stacked[1:]
+        else:
+            wanted = promised.get(module)
+        if wanted is None:
+            continue
+        if suffix == "bias":
+            wanted = wanted[:1]
+        if len(shape) != len(wanted) or any(
+            size not in (None, found) for size, found in zip(wanted, shape, strict=True)
+        ):
+            said = ["any" if size is None else size for size in wanted]
+            raise InputError(
+                f"tensor {printable(name)} has shape {list(shape)}, and the hyperparameters say "
+                f"[{', '.join(map(str, said))}]"
+            )
+
+
+def _promised(architecture: Architecture, config: Config) -> dict[str, Sizes]:
+    """Return the shape of each weight, by the last part of its module's name."""
+    rows = [row for row in architecture.rows(config) if row.gguf.endswith(".weight")]
+    rows += [architecture.head] if architecture.head else []
+    shapes = {"attn_qkv": "qkv hidden"}  # some files have three projections in one tensor
+    shapes |= {row.gguf.split(".")[-2]: row.shape for row in rows}
+    return {module: sizes(shape, config) for module, shape in shapes.items()}

@@ -11,7 +11,7 @@ from loraformat.model.quantization_history import to_text
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat_converters.gguf.base.model_card import card_keys, model_name
-from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.container.types import GGMLType
 from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = [
@@ -69,10 +69,10 @@ def general_keys(
     }
     if origin.repo:
         texts["general.source.repo_url"] = f"https://huggingface.co/{origin.repo}"
-    keys = {key: GGUFValue.of(ValueType.STRING, text) for key, text in texts.items()}
+    keys = {key: GGUFValue.text(text) for key, text in texts.items()}
     keys |= card_keys(checkpoint.files)
-    keys["general.file_type"] = GGUFValue.of(ValueType.UINT32, FILE_TYPES[kind])
-    keys["general.quantization_version"] = GGUFValue.of(ValueType.UINT32, 2)
+    keys["general.file_type"] = GGUFValue.uint(FILE_TYPES[kind])
+    keys["general.quantization_version"] = GGUFValue.uint(2)
     ours = {
         FINGERPRINT_KEY: _fingerprint(checkpoint),
         "loraformat.source.format": origin.format,
@@ -82,9 +82,7 @@ def general_keys(
         CONFIG_KEY: _text(checkpoint.config),
         GENERATION_KEY: _text(_carried(checkpoint, "generation_config.json")),
     }
-    return keys | {
-        key: GGUFValue.of(ValueType.STRING, text) for key, text in ours.items() if text is not None
-    }
+    return keys | {key: GGUFValue.text(text) for key, text in ours.items() if text is not None}
 
 
 def _name(checkpoint: Checkpoint, tokens: Mapping[str, GGUFValue]) -> str:

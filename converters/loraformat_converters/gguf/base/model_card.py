@@ -16,7 +16,6 @@ from loraformat.card.front_matter import compose, split
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.storage.reserved_names import CARD_NAME
-from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def card_keys(files: Iterable[CarriedFile]) -> dict[str, GGUFValue]:
     """Return the keys that a card's front matter gives, without the name."""
     fields = _front(files)
     keys = {
-        key: GGUFValue.of(ValueType.STRING, text)
+        key: GGUFValue.text(text)
         for key, member in _TEXTS.items()
         if key != _NAME and (text := _text(fields.get(member)))
     }
@@ -98,7 +97,7 @@ def card_keys(files: Iterable[CarriedFile]) -> dict[str, GGUFValue]:
         if key == "general.tags":
             texts += [tag for tag in _listed(fields.get("pipeline_tag")) if tag not in texts]
         if texts:
-            keys[key] = GGUFValue.of_array(ValueType.STRING, texts)
+            keys[key] = GGUFValue.texts(texts)
     return keys | _base_keys(_listed(fields.get("base_model")))
 
 
@@ -159,7 +158,7 @@ def _bases(gguf: GGUFFile) -> list[str]:
 def _base_keys(bases: list[str]) -> dict[str, GGUFValue]:
     if not bases:
         return {}
-    keys = {f"{_BASES}.count": GGUFValue.of(ValueType.UINT32, len(bases))}
+    keys = {f"{_BASES}.count": GGUFValue.uint(len(bases))}
     for number, base in enumerate(bases):
         organization, slash, name = base.rpartition("/")
         hub = bool(slash) and "/" not in organization
@@ -167,8 +166,5 @@ def _base_keys(bases: list[str]) -> dict[str, GGUFValue]:
         texts = {"name": name, "repo_url": url}
         if hub:
             texts["organization"] = organization
-        keys |= {
-            f"{_BASES}.{number}.{what}": GGUFValue.of(ValueType.STRING, text)
-            for what, text in texts.items()
-        }
+        keys |= {f"{_BASES}.{number}.{what}": GGUFValue.text(text) for what, text in texts.items()}
     return keys

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import CarriedFile
 from loraformat.storage.foreign_json import parse_object
-from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def pooling(
         said = printable(", ".join(sorted(kinds)) or "nothing that is known")
         return {}, [*notes, f"{found.path} says {said}: llama.cpp pools by mean, cls or last token"]
     kind = _KINDS[kinds.pop()]
-    return {pooling_key(architecture): GGUFValue.of(ValueType.UINT32, kind)}, notes
+    return {pooling_key(architecture): GGUFValue.uint(kind)}, notes
 
 
 def _kinds(file: CarriedFile) -> set[str]:

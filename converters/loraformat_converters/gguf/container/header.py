@@ -27,7 +27,7 @@ from loraformat_converters.gguf.container.keys import ValueSpan, read_keys
 from loraformat_converters.gguf.container.types import GGMLType, ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 
-__all__ = ["DEFAULT_ALIGNMENT", "GGUFHeader", "TensorEntry", "aligned", "parse_header"]
+__all__ = ["DEFAULT_ALIGNMENT", "GGUFHeader", "GGUFTensor", "aligned", "parse_header"]
 
 DEFAULT_ALIGNMENT = 32
 #: Bounds on what a head may ask for, each far beyond any model's.
@@ -46,18 +46,20 @@ _ANCESTORS = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of the list.
+class GGUFTensor:
+    """A tensor of a file.
 
     Attributes
     ----------
     name : str
     shape : tuple of int
-        As numpy counts: the last is the fastest (GGUF stores them the other way round).
+        As numpy counts, ``(out, in)`` for a linear weight: GGUF stores them the other way round.
     type : GGMLType
     offset : int
         From the beginning of the file.
     nbytes : int
+    part : int
+        Which file holds it of a model that was split, from 0.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TensorEntry:
     type: GGMLType
     offset: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class GGUFHeader:
     version : int
         2 or 3.
     metadata : dict of str to GGUFValue
-    tensors : dict of str to TensorEntry
+    tensors : dict of str to GGUFTensor
         In file order.
     alignment : int
         Of every tensor, in bytes.
@@ -86,7 +89,7 @@ class GGUFHeader:
 
     version: int
     metadata: dict[str, GGUFValue]
-    tensors: dict[str, TensorEntry]
+    tensors: dict[str, GGUFTensor]
     alignment: int
     data_start: int
 
@@ -193,7 +196,7 @@ def _alignment(cursor: Cursor, spans: dict[str, ValueSpan]) -> int:
     return int(alignment)
 
 
-def _tensor(cursor: Cursor, number: int) -> TensorEntry:
+def _tensor(cursor: Cursor, number: int) -> GGUFTensor:
     """Read an entry of the list; its offset still counts from the first tensor."""
     name = cursor.name(MAX_NAME_BYTES, f"tensor {number}")
     what = f"tensor {printable(name)}"
@@ -210,7 +213,7 @@ def _tensor(cursor: Cursor, number: int) -> TensorEntry:
             f"{kind.block}"
         )
     nbytes = prod(sizes[1:]) * kind.row_bytes(sizes[0])
-    return TensorEntry(name, tuple(reversed(sizes)), kind, cursor.u64(what), nbytes)
+    return GGUFTensor(name, tuple(reversed(sizes)), kind, cursor.u64(what), nbytes)
 
 
 def _ggml_type(cursor: Cursor, what: str) -> GGMLType:
@@ -231,9 +234,9 @@ def _ggml_type(cursor: Cursor, what: str) -> GGMLType:
 
 
 def _placed(
-    cursor: Cursor, entries: list[TensorEntry], data_start: int, alignment: int
-) -> dict[str, TensorEntry]:
-    tensors: dict[str, TensorEntry] = {}
+    cursor: Cursor, entries: list[GGUFTensor], data_start: int, alignment: int
+) -> dict[str, GGUFTensor]:
+    tensors: dict[str, GGUFTensor] = {}
     expected = end = 0
     for entry in entries:
         what = f"tensor {printable(entry.name)}"

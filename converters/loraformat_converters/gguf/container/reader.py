@@ -9,43 +9,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from loraformat.errors import InputError, printable
-from loraformat_converters.gguf.container.header import TensorEntry
+from loraformat_converters.gguf.container.header import GGUFTensor
 from loraformat_converters.gguf.container.split_files import SplitFile, open_parts
-from loraformat_converters.gguf.container.types import GGMLType, ValueType
+from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = ["GGUFFile", "GGUFTensor", "is_gguf", "open_gguf"]
-
-
-@dataclass(frozen=True, slots=True)
-class GGUFTensor:
-    """A tensor of an open file.
-
-    Attributes
-    ----------
-    name : str
-    shape : tuple of int
-        As numpy counts: ``(out, in)`` for a linear weight.
-    type : GGMLType
-    nbytes, offset : int
-        Its bytes, and where they begin in its part.
-    part : int
-        Which part holds it, from 0.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: GGMLType
-    nbytes: int
-    offset: int
-    part: int = 0
 
 
 def is_gguf(path: Path) -> bool:
@@ -119,7 +95,7 @@ class GGUFFile:
                         f"has the tensor {printable(entry.name)} of an earlier part again",
                         path=part.path,
                     )
-                self.tensors[entry.name] = _tensor(entry, number)
+                self.tensors[entry.name] = replace(entry, part=number)
 
     @property
     def architecture(self) -> str:
@@ -236,7 +212,3 @@ class GGUFFile:
 
     def __repr__(self) -> str:
         return f"GGUFFile({printable(self.path)}, {len(self.tensors)} tensors)"
-
-
-def _tensor(entry: TensorEntry, part: int) -> GGUFTensor:
-    return GGUFTensor(entry.name, entry.shape, entry.type, entry.nbytes, entry.offset, part)

@@ -80,6 +80,26 @@ class GGUFValue:
             raw = _pack(item_type, items)
         return cls(ValueType.ARRAY, raw, item_type, len(items))
 
+    @classmethod
+    def text(cls, value: str) -> GGUFValue:
+        """Make a STRING."""
+        return cls.of(ValueType.STRING, value)
+
+    @classmethod
+    def texts(cls, values: Sequence[str]) -> GGUFValue:
+        """Make an array of STRING."""
+        return cls.of_array(ValueType.STRING, values)
+
+    @classmethod
+    def uint(cls, value: int) -> GGUFValue:
+        """Make a UINT32."""
+        return cls.of(ValueType.UINT32, value)
+
+    @classmethod
+    def flag(cls, value: bool) -> GGUFValue:
+        """Make a BOOL."""
+        return cls.of(ValueType.BOOL, value)
+
     @property
     def value(self) -> Any:
         """Decode: an int, float, bool, str, or a list of them.

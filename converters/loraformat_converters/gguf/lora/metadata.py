@@ -49,25 +49,23 @@ def adapter_keys(
         "general.name": adapter.path.resolve().name.removesuffix(".gguf") or "adapter",
     }
     named = adapter.base_model or base.provenance.repo
-    keys = {key: GGUFValue.of(ValueType.STRING, text) for key, text in texts.items()}
+    keys = {key: GGUFValue.text(text) for key, text in texts.items()}
     if named:
-        keys["general.base_model.count"] = GGUFValue.of(ValueType.UINT32, 1)
+        keys["general.base_model.count"] = GGUFValue.uint(1)
         for key, text in _named(named).items():
-            keys[f"general.base_model.0.{key}"] = GGUFValue.of(ValueType.STRING, text)
+            keys[f"general.base_model.0.{key}"] = GGUFValue.text(text)
     keys[ALPHA] = GGUFValue.of(ValueType.FLOAT32, alpha)
     if adapter.invocation_tokens:
         tokens = list(adapter.invocation_tokens)
         keys[INVOCATION] = GGUFValue.of_array(ValueType.UINT32, tokens)
-    keys["general.quantization_version"] = GGUFValue.of(ValueType.UINT32, 2)
+    keys["general.quantization_version"] = GGUFValue.uint(2)
     ours = {
         FINGERPRINT_KEY: adapter.base_fingerprint,
         SOURCE_KEY: adapter.base_source,
         "loraformat.source.format": adapter.format,
         CONFIG_KEY: None if base.config is None else base.config.decode("utf-8", "replace"),
     }
-    return keys | {
-        key: GGUFValue.of(ValueType.STRING, text) for key, text in ours.items() if text is not None
-    }
+    return keys | {key: GGUFValue.text(text) for key, text in ours.items() if text is not None}
 
 
 def _named(base: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from loraformat.errors import InputError, LoraFormatError, UnsupportedError, pri
 from loraformat.families.expert_names import spelled_in_memory
 from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.tied_head import settled
 from loraformat.tensors.arrays import Array, array_bytes, array_view, check_finite
@@ -31,7 +32,8 @@ from loraformat_converters.gguf.architectures import (
 )
 from loraformat_converters.gguf.architectures.transforms import IDENTITY
 from loraformat_converters.gguf.base.general_keys import CONFIG_KEY, FINGERPRINT_KEY
-from loraformat_converters.gguf.container.reader import GGUFFile, GGUFTensor, open_gguf
+from loraformat_converters.gguf.container.header import GGUFTensor
+from loraformat_converters.gguf.container.reader import GGUFFile, open_gguf
 from loraformat_converters.gguf.lora.experts import fused
 from loraformat_converters.gguf.lora.metadata import (
     ALPHA,
@@ -44,7 +46,7 @@ from loraformat_converters.gguf.quantization.blocks import dequantize
 if TYPE_CHECKING:
     from loraformat.plugins import AdapterReadOptions
 
-__all__ = ["read_adapter"]
+__all__ = ["examine", "read_adapter"]
 
 _PLAIN = ("F32", "F16", "BF16")
 _LAYER = re.compile(r"blk\.([0-9]{1,3})\.")
@@ -294,3 +296,39 @@ class _Reader:
 
 def _transposed(values: Array) -> Array:
     return values.T
+
+
+def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
+    """Look at an adapter: its names, shapes and numbers, for rules of compatibility.
+
+    llama.cpp refuses what `read_adapter` refuses. There is little to add: the architecture that the
+    file names, which is held against the base's instead of being refused.
+
+    Parameters
+    ----------
+    path : Path
+    options : AdapterReadOptions
+        With a base of the same architecture, its own names and shapes are looked up.
+
+    Raises
+    ------
+    LoraFormatError
+        If llama.cpp would not load it, whatever the base.
+    """
+    from loraformat.runtimes.from_adapter import facts_of
+
+    with open_gguf(path) as gguf:
+        architecture = named_by(gguf).name
+    base = options.base
+    same = base is not None and _architecture(base) == architecture
+    read = AdapterReadOptions(base if same else None, conditional=True, inspect=True)
+    with read_adapter(path, read) as adapter:
+        facts = facts_of(adapter, read.base)
+    return replace(facts, architecture=architecture)
+
+
+def _architecture(base: Checkpoint) -> str | None:
+    try:
+        return of_config(config_json.parse(base.config or b"{}"))[0].name
+    except LoraFormatError:
+        return None

@@ -1,7 +1,12 @@
 """Conversion of tokenizers between Hugging Face files and ``tokenizer.ggml.*``.
 
-`read` and `files` are all that the rest of the house asks for. Which room is entered depends
-on ``model.type`` of ``tokenizer.json`` one way and on ``tokenizer.ggml.model`` the other way.
+`read` and `files` are all that is asked for from outside. Which file does the work depends on
+``model.type`` of ``tokenizer.json`` one way and on ``tokenizer.ggml.model`` the other way.
+
+Read `sources` and `vocabulary`, then `bpe` (with `pre_tokenizers`), `spm` (with `spaces` and
+`merging`), `wordpiece`, or `sentencepiece_model` (with `protobuf` and `model_proto`) for
+``tokenizer.model``; `special`, `turn_ends` and `chat` are for all of them, `written` for the way
+back.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from loraformat.model.checkpoint import CarriedFile, Checkpoint
 from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers import bpe, sentencepiece_model, spm, wordpiece
 from loraformat_converters.gguf.tokenizers.chat import template_keys
-from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.sources import Sources, stand_alone
 from loraformat_converters.gguf.tokenizers.spaces import marks_spaces
 from loraformat_converters.gguf.tokenizers.special import (
     around,
@@ -24,7 +29,6 @@ from loraformat_converters.gguf.tokenizers.special import (
 )
 from loraformat_converters.gguf.tokenizers.turn_ends import turn_end_keys
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
-from loraformat_converters.gguf.tokenizers.vocabulary_files import stand_alone
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_files
 
 if TYPE_CHECKING:

@@ -7,11 +7,6 @@ from typing import TYPE_CHECKING, Any
 from loraformat.errors import UsageError, printable
 from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
-from loraformat_converters.gguf.tokenizers.added import (
-    added_tokens,
-    put_added_tokens,
-    stripping_note,
-)
 from loraformat_converters.gguf.tokenizers.pre_tokenizers import (
     NAMES,
     PreTokenizer,
@@ -21,7 +16,14 @@ from loraformat_converters.gguf.tokenizers.pre_tokenizers import (
     steps_of,
 )
 from loraformat_converters.gguf.tokenizers.sources import Sources
-from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
+from loraformat_converters.gguf.tokenizers.vocabulary import (
+    Converted,
+    TokenKind,
+    Vocabulary,
+    added_tokens,
+    put_added_tokens,
+    stripping_note,
+)
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
 
 if TYPE_CHECKING:
@@ -72,10 +74,10 @@ def to_gguf(sources: Sources, rows: int, pre: str | None) -> Converted:
             )
         merges.append(f"{left} {right}")
     keys = {
-        "tokenizer.ggml.model": GGUFValue.of(ValueType.STRING, "gpt2"),
-        "tokenizer.ggml.pre": GGUFValue.of(ValueType.STRING, name),
+        "tokenizer.ggml.model": GGUFValue.text("gpt2"),
+        "tokenizer.ggml.pre": GGUFValue.text(name),
         **vocabulary.keys(),
-        "tokenizer.ggml.merges": GGUFValue.of_array(ValueType.STRING, merges),
+        "tokenizer.ggml.merges": GGUFValue.texts(merges),
     }
     return Converted(keys, vocabulary, notes + stripping_note(sources))
 

@@ -6,7 +6,6 @@ import re
 from typing import TYPE_CHECKING
 
 from loraformat.model.checkpoint import CarriedFile
-from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.sources import Sources
 
@@ -26,12 +25,12 @@ def template_keys(sources: Sources) -> dict[str, GGUFValue]:
     others = []
     for name, text in sources.chat_templates.items():
         if name == "default":
-            keys[_KEY] = GGUFValue.of(ValueType.STRING, text)
+            keys[_KEY] = GGUFValue.text(text)
         elif _SAFE.fullmatch(name):
             others.append(name)
-            keys[f"{_KEY}.{name}"] = GGUFValue.of(ValueType.STRING, text)
+            keys[f"{_KEY}.{name}"] = GGUFValue.text(text)
     if others:
-        keys[_NAMES] = GGUFValue.of_array(ValueType.STRING, sorted(others))
+        keys[_NAMES] = GGUFValue.texts(sorted(others))
     return keys
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
-from loraformat_converters.gguf.tokenizers.added import added_tokens
 from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.vocabulary import added_tokens
 
 __all__ = ["Spaces", "marks_spaces", "spaces_of"]
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraformat.errors import printable
-from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
@@ -167,13 +166,13 @@ def around_keys(
             )
         if adds:
             special[kind] = ids[0]
-        keys[f"tokenizer.ggml.add_{kind}_token"] = GGUFValue.of(ValueType.BOOL, adds)
+        keys[f"tokenizer.ggml.add_{kind}_token"] = GGUFValue.flag(adds)
     return number_keys(special) | keys, notes
 
 
 def number_keys(special: dict[str, int]) -> dict[str, GGUFValue]:
     """Return the keys of the special tokens' numbers."""
     return {
-        f"tokenizer.ggml.{NAMES[kind]}_token_id": GGUFValue.of(ValueType.UINT32, number)
+        f"tokenizer.ggml.{NAMES[kind]}_token_id": GGUFValue.uint(number)
         for kind, number in special.items()
     }

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
-from loraformat_converters.gguf.tokenizers.added import (
-    added_tokens,
-    put_added_tokens,
-    stripping_note,
-)
 from loraformat_converters.gguf.tokenizers.bpe import merge_pairs, model_vocabulary
 from loraformat_converters.gguf.tokenizers.merging import Order, Pair, order_of, splits
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.spaces import spaces_of
-from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
+from loraformat_converters.gguf.tokenizers.vocabulary import (
+    Converted,
+    TokenKind,
+    Vocabulary,
+    added_tokens,
+    put_added_tokens,
+    stripping_note,
+)
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
 
 if TYPE_CHECKING:
@@ -104,10 +106,10 @@ def missing_byte(texts: Container[str]) -> str | None:
 def keys_of(vocabulary: Vocabulary, *, add_space_prefix: bool) -> dict[str, GGUFValue]:
     """Return the keys of a SentencePiece vocabulary."""
     return {
-        "tokenizer.ggml.model": GGUFValue.of(ValueType.STRING, "llama"),
-        "tokenizer.ggml.pre": GGUFValue.of(ValueType.STRING, "default"),
+        "tokenizer.ggml.model": GGUFValue.text("llama"),
+        "tokenizer.ggml.pre": GGUFValue.text("default"),
         **vocabulary.keys(scores=True),
-        "tokenizer.ggml.add_space_prefix": GGUFValue.of(ValueType.BOOL, add_space_prefix),
+        "tokenizer.ggml.add_space_prefix": GGUFValue.flag(add_space_prefix),
     }
 
 

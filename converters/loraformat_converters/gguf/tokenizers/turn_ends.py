@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.model.tokenizer_files import CarriedTokenizer
-from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = ["turn_end_keys"]
@@ -58,7 +57,7 @@ def turn_end_keys(
     turns = [n for n in stops if texts[n] in _TURNS][: max(len(_PLACES) - len(unknown), 0)]
     named = [*turns[:1], *unknown]
     keys = {
-        f"tokenizer.ggml.{place}_token_id": GGUFValue.of(ValueType.UINT32, number)
+        f"tokenizer.ggml.{place}_token_id": GGUFValue.uint(number)
         for place, number in zip(_PLACES, named, strict=False)
     }
     left = [printable(texts[n]) for n in unknown[len(_PLACES) :]]

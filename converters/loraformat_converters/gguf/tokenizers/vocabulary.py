@@ -1,7 +1,8 @@
-"""Vocabularies in GGUF: text, type and score of each token."""
+"""Vocabularies in GGUF: text, type and score of each token, the added ones among them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
+from loraformat_converters.gguf.tokenizers.sources import Sources
 
-__all__ = ["TokenKind", "Vocabulary"]
+__all__ = [
+    "Converted", "TokenKind", "Vocabulary", "added_tokens", "put_added_tokens", "stripping_note",
+]  # fmt: skip
 
 
 #: Texts that make llama.cpp override a token's kind (llama-vocab.cpp); of some only the first.
@@ -151,7 +155,7 @@ class Vocabulary:
         """Return the arrays."""
         self.numbers()
         found = {
-            "tokenizer.ggml.tokens": GGUFValue.of_array(ValueType.STRING, self.texts),
+            "tokenizer.ggml.tokens": GGUFValue.texts(self.texts),
             "tokenizer.ggml.token_type": GGUFValue.of_array(ValueType.INT32, self.kinds),
         }
         if scores:
@@ -174,3 +178,66 @@ class Vocabulary:
                 "llama.cpp, which matches the text: any text that spells it becomes that token"
             )
         return notes
+
+
+def added_tokens(sources: Sources) -> list[dict[str, Any]]:
+    """Return ``added_tokens`` of ``tokenizer.json``, by number.
+
+    Raises
+    ------
+    InputError
+        If it is no list of tokens.
+    """
+    found = sources.tokenizer.get("added_tokens") or []
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("content"), str) and type(one.get("id")) is int
+        for one in found
+    ):
+        raise sources.wrong("tokenizer.json", "has damaged added_tokens")
+    return found
+
+
+def put_added_tokens(
+    sources: Sources,
+    vocabulary: Vocabulary,
+    *,
+    unknown: str | None = None,
+    spaced: bool = False,
+    scores: Mapping[str, float] | None = None,
+) -> None:
+    """Give added tokens their rows, over what stood there.
+
+    Parameters
+    ----------
+    sources : Sources
+    vocabulary : Vocabulary
+    unknown : str, optional
+        The token for what is not known.
+    spaced : bool
+        What is found after spaces have become ``▁`` stands with spaces.
+    scores : mapping of str to float, optional
+        Of tokens that merging builds, too.
+    """
+    for token in added_tokens(sources):
+        text = token["content"]
+        kind = TokenKind.CONTROL if token.get("special") else TokenKind.USER_DEFINED
+        if text == unknown:
+            kind = TokenKind.UNKNOWN
+        elif spaced and kind is TokenKind.USER_DEFINED and token.get("normalized"):
+            text = text.replace("▁", " ")
+        vocabulary.put_added(token, text, kind, (scores or {}).get(text, 0.0))
+
+
+def stripping_note(sources: Sources) -> list[str]:
+    """Say which tokens take spaces with them, which llama.cpp's do not."""
+    found = [
+        token["content"]
+        for token in added_tokens(sources)
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+    ]
+    if not found:
+        return []
+    return [
+        f"{len(found)} added tokens strip spaces or want whole words ({printable(found[0])}, "
+        "...); llama.cpp's do neither, but for models whose name says Phi-3"
+    ]

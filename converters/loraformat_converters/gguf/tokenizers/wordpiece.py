@@ -10,17 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import UnsupportedError, printable
-from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
-from loraformat_converters.gguf.tokenizers.added import (
+from loraformat_converters.gguf.tokenizers.bpe import model_vocabulary
+from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.special import Around, number_keys
+from loraformat_converters.gguf.tokenizers.vocabulary import (
+    Converted,
+    TokenKind,
+    Vocabulary,
     added_tokens,
     put_added_tokens,
     stripping_note,
 )
-from loraformat_converters.gguf.tokenizers.bpe import model_vocabulary
-from loraformat_converters.gguf.tokenizers.sources import Sources
-from loraformat_converters.gguf.tokenizers.special import Around, number_keys
-from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
 from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ def to_gguf(sources: Sources, rows: int) -> Converted:
     if vocabulary.unknown is None:
         raise sources.refused(f"{_FILE} has no added token for unknown words")
     keys = {
-        "tokenizer.ggml.model": GGUFValue.of(ValueType.STRING, "bert"),
-        "tokenizer.ggml.pre": GGUFValue.of(ValueType.STRING, "default"),
+        "tokenizer.ggml.model": GGUFValue.text("bert"),
+        "tokenizer.ggml.pre": GGUFValue.text("default"),
         **vocabulary.keys(),
-        _LOWERCASE: GGUFValue.of(ValueType.BOOL, lowercase),
-        _STRIP_ACCENTS: GGUFValue.of(ValueType.BOOL, strip_accents),
+        _LOWERCASE: GGUFValue.flag(lowercase),
+        _STRIP_ACCENTS: GGUFValue.flag(strip_accents),
     }
     notes = _notes(lowercase, strip_accents)
     late = [token["content"] for token in added_tokens(sources) if token.get("normalized")]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError, printable
 from loraformat.families.expert_names import spelled_in_memory
@@ -20,6 +20,7 @@ from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.tied_head import settled
+from loraformat.plugins import AdapterReadOptions
 from loraformat.tensors.arrays import Array, array_bytes, array_view, check_finite
 from loraformat_converters.gguf.architectures import (
     Architecture,
@@ -42,9 +43,6 @@ from loraformat_converters.gguf.lora.metadata import (
     invocation_tokens,
 )
 from loraformat_converters.gguf.quantization.blocks import dequantize
-
-if TYPE_CHECKING:
-    from loraformat.plugins import AdapterReadOptions
 
 __all__ = ["examine", "read_adapter"]
 

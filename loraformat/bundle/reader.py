@@ -29,14 +29,8 @@ from loraformat.bundle.rules import (
 )
 from loraformat.errors import FormatError, printable
 from loraformat.model import config_json
-from loraformat.model.checkpoint import (
-    CarriedFile,
-    Checkpoint,
-    LazyTensor,
-    NF4Parts,
-    Provenance,
-    nf4_digest,
-)
+from loraformat.model.checkpoint import CarriedFile, Checkpoint, LazyTensor, Provenance
+from loraformat.model.nf4_parts import NF4Parts, nf4_digest
 from loraformat.model.quantization_history import from_extension
 from loraformat.shards import index_json
 from loraformat.shards.stored_tensors import collect
@@ -160,7 +154,7 @@ def load_verified(tensor: LazyTensor, wanted: str, path: Path) -> memoryview | N
     ----------
     tensor : LazyTensor
     wanted : str
-        64 hexadecimal digits; of an NF4 weight see `loraformat.model.checkpoint.nf4_digest`.
+        64 hexadecimal digits; of an NF4 weight see `loraformat.model.nf4_parts.nf4_digest`.
     path : Path
         For messages.
 

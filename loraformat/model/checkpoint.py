@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraformat.model.nf4_parts import NF4_PARTS, NF4Parts, Part
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.rows import Elements, RowReader, RowSource, matrix_shape
 from loraformat.nf4.quant_state import NESTED_BLOCK_SIZE, QuantState
@@ -27,27 +27,13 @@ if TYPE_CHECKING:
     from loraformat.tensors.arrays import Array
 
 __all__ = [
-    "NF4_PARTS",
     "CarriedFile",
     "Checkpoint",
     "DenseTensor",
     "LazyTensor",
-    "NF4Parts",
     "NF4Tensor",
-    "Part",
     "Provenance",
-    "nf4_digest",
 ]
-
-#: Name suffix of each stored tensor of an NF4 weight, in the order in which they are hashed.
-NF4_PARTS = {
-    "packed": "",
-    "absmax": ".absmax",
-    "nested_absmax": ".nested_absmax",
-    "quant_map": ".quant_map",
-    "nested_quant_map": ".nested_quant_map",
-    "quant_state": ".quant_state.bitsandbytes__nf4",
-}
 
 
 def _nothing() -> None:
@@ -181,54 +167,6 @@ class DenseTensor:
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in order: all at once, or a few megabytes if computed by rows."""
         yield from self.load.chunks() if isinstance(self.load, RowSource) else [self.load()]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One stored tensor of an NF4 weight, without its bytes."""
-
-    suffix: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class NF4Parts:
-    """The bytes of an NF4 weight, as flat memoryviews; None for parts it does not have.
-
-    Attributes
-    ----------
-    packed : memoryview
-        Two 4-bit codes per byte, the first in the high nibble.
-    absmax : memoryview
-        Scales: uint8 codes with double quantization, float32 without; one per block.
-    nested_absmax : memoryview or None
-        float32, one per 256 scales.
-    quant_map, nested_quant_map : memoryview
-        float32: the 16 levels; the 256 values of the scale codes, or None.
-    quant_state : bytes
-        The JSON text.
-    relative_rms_error : float or None
-        ‖W − NF4(W)‖ / ‖W‖, when it was quantized just now or recorded in a bundle.
-    """
-
-    packed: memoryview
-    absmax: memoryview
-    nested_absmax: memoryview | None
-    quant_map: memoryview
-    nested_quant_map: memoryview | None
-    quant_state: bytes
-    relative_rms_error: float | None = None
-
-    def by_suffix(self) -> dict[str, memoryview]:
-        """Return the parts that exist, by name suffix, in hashing order."""
-        views = {suffix: getattr(self, part) for part, suffix in NF4_PARTS.items()}
-        return {suffix: memoryview(view) for suffix, view in views.items() if view is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -510,22 +448,3 @@ class Checkpoint:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def nf4_digest(parts: NF4Parts) -> str:
-    """Return the SHA-256 of an NF4 weight: its six parts, each after its length in bytes.
-
-    The lengths are 8-byte little-endian integers; a part that does not exist has length 0.
-
-    Returns
-    -------
-    str
-        64 lowercase hexadecimal digits.
-    """
-    digest = sha256()
-    present = parts.by_suffix()
-    for suffix in NF4_PARTS.values():
-        view = present.get(suffix, memoryview(b""))
-        digest.update(len(view).to_bytes(8, "little"))
-        digest.update(view)
-    return digest.hexdigest()

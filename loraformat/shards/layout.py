@@ -22,7 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loraformat.families.tensor_names import layer_of, natural
-from loraformat.model.checkpoint import NF4_PARTS, LazyTensor, NF4Tensor
+from loraformat.model.checkpoint import LazyTensor, NF4Tensor
+from loraformat.model.nf4_parts import NF4_PARTS
 from loraformat.tensors.header import Entry
 
 __all__ = [

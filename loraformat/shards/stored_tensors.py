@@ -12,7 +12,8 @@ from functools import partial
 from os import PathLike
 
 from loraformat.errors import FormatError, printable
-from loraformat.model.checkpoint import NF4_PARTS, DenseTensor, LazyTensor, NF4Parts, NF4Tensor
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.nf4_parts import NF4_PARTS, NF4Parts
 from loraformat.nf4.quant_state import (
     MAX_QUANT_STATE_BYTES,
     NESTED_BLOCK_SIZE,

@@ -17,7 +17,8 @@ from hashlib import sha256
 from typing import Any, BinaryIO
 
 from loraformat.errors import InputError
-from loraformat.model.checkpoint import LazyTensor, NF4Parts, NF4Tensor, nf4_digest
+from loraformat.model.checkpoint import LazyTensor, NF4Tensor
+from loraformat.model.nf4_parts import NF4Parts, nf4_digest
 from loraformat.model.written import ShardRecord, TensorRecord, WrittenShards
 from loraformat.nf4.quant_state import LONGEST_OFFSET
 from loraformat.shards.layout import Placed, body_order, tail_order

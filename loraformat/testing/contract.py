@@ -34,7 +34,8 @@ import pytest
 
 from loraformat import plugins
 from loraformat.errors import InputError, LoraFormatError
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Parts
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.model.nf4_parts import NF4Parts
 from loraformat.ops.convert.convert import convert
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT

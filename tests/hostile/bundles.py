@@ -12,7 +12,8 @@ from typing import Any
 from loraformat.bundle.integrity import verify_bundle
 from loraformat.bundle.reader import open_bundle
 from loraformat.errors import FormatError, InputError
-from loraformat.model.checkpoint import NF4Parts, NF4Tensor
+from loraformat.model.checkpoint import NF4Tensor
+from loraformat.model.nf4_parts import NF4Parts
 
 ROOT = Path(__file__).parents[2]
 VALID = ROOT / "spec" / "vectors" / "valid"

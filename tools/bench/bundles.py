@@ -15,7 +15,8 @@ import torch
 from shapes import Shape
 
 from loraformat.bundle import converter
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Parts, Provenance
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, Provenance
+from loraformat.model.nf4_parts import NF4Parts
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
 from loraformat.plugins import WriteOptions
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT

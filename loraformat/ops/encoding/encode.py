@@ -16,7 +16,8 @@ import numpy
 
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.model.architecture import is_conv1d, is_decoder_linear, is_matrix_weight
-from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.nf4_parts import NF4Parts
 from loraformat.model.rows import RowReader
 from loraformat.nf4.kernels.cast import cast as narrow
 from loraformat.nf4.kernels.cast import widened

@@ -20,7 +20,8 @@ import numpy
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter import Adapter
-from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Parts, NF4Tensor
+from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.nf4_parts import NF4Parts
 from loraformat.model.vocabulary import resized
 from loraformat.nf4.kernels.merge_tile import MERGED_DTYPES, TileSums, merge_tile
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized

@@ -22,8 +22,9 @@ from loraformat.bundle.reader import Bundle
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.base_names.sources import Sources
 from loraformat.model.base_names.sources import find_sources as find_any_sources
-from loraformat.model.checkpoint import NF4_PARTS, Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.config_json import CONFIG_NAME
+from loraformat.model.nf4_parts import NF4_PARTS
 from loraformat.shards.layout import TAIL_SUFFIXES
 from loraformat.tensors.mapped import MappedFile
 from loraformat.tensors.torch_arrays import tensor_of

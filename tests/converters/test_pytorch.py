@@ -158,3 +158,13 @@ def test_a_file_that_changes_meanwhile_is_noticed(model, tmp_path):
         file.write(b"more")
     with pytest.raises(FileChangedError):
         opened.close()
+
+
+def test_quantized_weights_are_refused_with_what_helps_a_pickle(model, tmp_path):
+    """No converter of a method reads pickles."""
+    path = tmp_path / "pickled"
+    model.config.save_pretrained(path)
+    torch.save({Q: torch.ones(64, 64).to(torch.float8_e4m3fn)}, path / "pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match="is quantized with float8") as refused:
+        convert(path, tmp_path / "out", allow_pickle=True)
+    assert "start from the original, unquantized model" in refused.value.hint

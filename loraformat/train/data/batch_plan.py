@@ -201,18 +201,7 @@ class Permutation:
         self._keys = [_mixed(state ^ np.uint64(turn)) for turn in range(_ROUNDS)]
 
     def __call__(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the items at these places.
-
-        Parameters
-        ----------
-        places : numpy.ndarray
-            int64, each from 0 to n - 1.
-
-        Returns
-        -------
-        numpy.ndarray
-            int64, of the same shape.
-        """
+        """Return the items at these places: int64, of the same shape."""
         items = self._feistel(places.astype(np.uint64))
         while (outside := items >= np.uint64(self._n)).any():
             items[outside] = self._feistel(items[outside])

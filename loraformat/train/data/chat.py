@@ -278,7 +278,7 @@ _OTHER = "Xq7"
 
 
 class _UnwrittenParts:
-    """Fields of a conversation that its chat template does not render, found by varying them."""
+    """Fields of a conversation that its chat template does not render, found by trials."""
 
     def __init__(self, render: Render) -> None:
         self._render = render

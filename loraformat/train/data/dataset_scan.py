@@ -28,26 +28,17 @@ _BAD_ROWS_SHOWN = 5
 
 
 class DatasetScan:
-    """Index and audit of some sources.
-
-    Parameters
-    ----------
-    sources : sequence of RowSource
-    encoder : RowEncoder
-    options : DataOptions
-    progress : callable
-        Called with the rows done and the rows in total.
+    """One pass over all rows of some sources.
 
     Attributes
     ----------
-    index : SampleIndex
-    audit : DatasetStats
+    index, audit : SampleIndex, DatasetStats
     fingerprint : str
-        Hash of all tokens and of what is learned of them.
+        Hash of all tokens and loss masks.
     stops : set of int
-        Special tokens with which what is learned ends.
+        Special tokens with which target turns end.
     row_hashes : array of uint64
-        One number for each row with samples, the same for the same tokens, learned alike.
+        One number for each row with samples, equal for equal tokens and loss masks.
 
     Raises
     ------

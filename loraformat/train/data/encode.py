@@ -44,26 +44,21 @@ class Encoded:
 
     Attributes
     ----------
-    ids : list of int
-    learned : list of bool
-    shown : list of str
-        The text of each token, in order; together the text, with EOS and BOS by name.
+    ids, learned, shown : list of int, of bool, of str
+        Token ids, whether each is a target, and the text of each, with EOS and BOS by name.
     ends : bool
         Whether it ends with a special token, from which the model learns to stop.
     straddling : int
-        Learned tokens that also stand for characters of a prompt.
-    is_text : bool
-        Whether it may be cut into pieces of ``seq_len``.
-    rendered : bool
-        Whether the chat template wrote it.
+        Target tokens that also stand for characters of a prompt.
+    is_text, rendered : bool
+        Whether it may be cut into pieces of ``seq_len``; whether the chat template wrote it.
     lead : int
         Tokens at the beginning with which each later piece of it begins, too, such as BOS.
     stops : tuple of int
-        Special tokens with which learned turns end.
-    unwritten : tuple of str
-        What the row says and the chat template leaves out; of the row's first part only.
-    wordless : int
-        Answers without a word, which are not learned; of the row's first part only.
+        Special tokens with which target turns end.
+    unwritten, wordless : tuple of str, int
+        What the row says and the chat template leaves out, and empty answers, which are no targets;
+        of the row's first part only.
     """
 
     ids: list[int]

@@ -119,14 +119,10 @@ class TextEncoder:
     def render(
         self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, prompt: bool
     ) -> str:
-        """Return a conversation as the chat template writes it.
+        """Return a conversation as the chat template writes it; `prompt` adds a generation prompt.
 
-        Parameters
-        ----------
-        messages : sequence of dict
-        tools : list or None
-        prompt : bool
-            Also write what stands before the assistant's next words.
+        It is rendered in a separate process; see `loraformat.chat_templates.process`. A template
+        that writes today's date writes 26 July 2024 on every day.
 
         Raises
         ------
@@ -134,11 +130,6 @@ class TextEncoder:
             If the template does not take it.
         InputError
             If the template takes more than its share of time or memory.
-
-        Notes
-        -----
-        It is rendered in a process of its own; see `loraformat.chat_templates.process`.
-        A template that writes today's date writes 26 July 2024 on every day; see `on_one_day`.
         """
         try:
             template = self.tokenizer.get_chat_template(tools=tools)

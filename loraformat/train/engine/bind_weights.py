@@ -36,16 +36,6 @@ _LARGEST_COPY = 1 << 22
 class WeightBinder:
     """Replaces the modules of a model by ones that read stored weights.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        As `loraformat.train.engine.meta_model.build_meta_model` returns it.
-    weights : StoredWeights
-    dtype : torch.dtype
-        In which it computes; see `loraformat.train.engine.compute_dtype`.
-    path : object
-        For messages.
-
     Attributes
     ----------
     used : dict of str to list of str

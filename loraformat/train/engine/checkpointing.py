@@ -59,19 +59,17 @@ class Checkpointing:
 
     Attributes
     ----------
-    prefetcher : LayerPrefetcher
-    activation_budget : ActivationBudget
-        Which layers are not computed again.
+    prefetcher, activation_budget
     rows_at_once : int or None
         Rows of a batch that a layer computes together; None for all.
     inspect : callable or None
-        Shown each layer's number and its call before it is computed forward.
+        Called with each layer's number and its call before it is computed forward.
     unneeded : dict of int to str
         By the number of a layer, the linear in it whose product is not recomputed.
     visit : BackwardLayer
         Of the prefetcher, in backward passes.
     sparing : bool
-        Let layers go after a few tokens, too: slower generation, in as much memory as training.
+        Evict layers after a few tokens, too: slower generation, in as much memory as training.
     """
 
     prefetcher: LayerPrefetcher
@@ -269,18 +267,13 @@ def _captured_tensors() -> Iterator[list[torch.Tensor]]:
 class ActivationBudget:
     """Memory budget for activations, which decides how many layers save theirs.
 
-    Parameters
-    ----------
-    layers : int
-    budget : int
-        Bytes for activations of all layers that keep them.
-
     Attributes
     ----------
-    counted : int
-        Bytes that one layer keeps; 0 until it is known.
-    tokens : int
-        Of the batch in which they were counted.
+    layers, budget : int
+        Decoder layers, and bytes for the activations of all that keep them.
+    counted, tokens : int
+        Bytes that one layer keeps, 0 until it is known, and the tokens of the batch it was counted
+        in.
     most : int
         Layers that kept theirs in the batch that kept the most.
 

@@ -96,18 +96,7 @@ class MappedEmbedding(torch.nn.Module):
         return matrix.tiles(torch.float32)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed tokens.
-
-        Parameters
-        ----------
-        input_ids : torch.Tensor
-            int64, any shape.
-
-        Returns
-        -------
-        torch.Tensor
-            One more dimension.
-        """
+        """Embed token ids, int64 of any shape: the result has one more dimension."""
         used, inverse = torch.unique(input_ids, return_inverse=True)
         rows = self.table[used.to(self.table.device)].to(input_ids.device, self.dtype)
         self.original.weight = torch.nn.Parameter(rows, requires_grad=False)

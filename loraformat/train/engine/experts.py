@@ -28,7 +28,7 @@ class ExpertStack(torch.nn.Module):
     Parameters
     ----------
     experts : sequence of sequence of Matrix
-        Of each expert the matrices that lie one below the other in its weight: one, or for
+        Of each expert the matrices that are concatenated to its weight: one, or for
         ``gate_up_proj`` that of the gate and the other.
     name : str
         Hugging Face name of the parameter.
@@ -43,12 +43,8 @@ class ExpertStack(torch.nn.Module):
         Of one expert; number of experts.
     branch : Module or None
         Called with input, frozen output and the expert's number; returns the output.
-    layer : int or None
-        Number of the decoder layer.
-    device : torch.device
-        Where it computes.
-    quantized : bool
-        The bundle holds it in NF4.
+    layer, device, quantized
+        As in `FrozenLinear`.
     """
 
     def __init__(
@@ -79,19 +75,7 @@ class ExpertStack(torch.nn.Module):
             first += matrix.out_features
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """Compute one expert's projection.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            (tokens, in features).
-        expert : int
-
-        Returns
-        -------
-        torch.Tensor
-            (tokens, out features).
-        """
+        """Compute one expert's projection of (tokens, in features)."""
         parts = [frozen_product(x, matrix, self.dtype) for matrix in self.experts[expert]]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if self.branch is None:

@@ -153,11 +153,8 @@ class LayerPrefetcher:
     def evict(self, spans: Sequence[Span], reading: Future[None] | None = None) -> None:
         """Evict bytes that belong to no layer.
 
-        Parameters
-        ----------
-        spans : sequence of Span
-        reading : Future, optional
-            What `read_ahead` returned for them: one that lags behind would bring them back.
+        `reading` is what `read_ahead` returned for them: a read that lags behind would bring them
+        back.
         """
         if reading is not None and not reading.cancel():
             reading.result()
@@ -236,13 +233,8 @@ class BackwardLayer:
 class StreamedMatrix(WrappedMatrix):
     """A matrix whose pages are prefetched and evicted with its rows while it is streaming.
 
-    Parameters
-    ----------
-    matrix : Matrix
-    spans : sequence of Span
-        Its bytes: of each span a share that goes with the rows, as it is with dense numbers,
-        packed codes and scales.
-    prefetcher : LayerPrefetcher
+    Of each of its `spans` of bytes a share goes with the rows, as it is with dense numbers, packed
+    codes and scales.
     """
 
     def __init__(self, matrix: Matrix, spans: Sequence[Span], prefetcher: LayerPrefetcher) -> None:

@@ -252,18 +252,7 @@ class FrozenLinear(torch.nn.Module):
         return PlaceholderWeight(self.name, shape, self.device, activation_dtype(self.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the layer.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            (..., in features).
-
-        Returns
-        -------
-        torch.Tensor
-            (..., out features), dtype of `x`.
-        """
+        """Compute the layer for (..., in features), in the dtype of `x`."""
         if self.branch is None:
             return frozen_product(x, self.matrix, self.dtype, bias=self.bias)
         branch: Branch = self.branch  # type: ignore[assignment]

@@ -60,17 +60,10 @@ _FEW_ROWS = 32
 def multiply(
     x: torch.Tensor, matrix: Matrix, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return x Wᵀ, W being (out features, in features), maybe in `out`; no gradient.
+    """Return x Wᵀ for (..., in features) and W of (out features, in features); no gradient.
 
-    Parameters
-    ----------
-    x : torch.Tensor
-        (..., in features).
-    matrix : Matrix
-    dtype : torch.dtype
-        Of the factors, unless `x` is float64.
-    out : torch.Tensor, optional
-        (tokens, out features), of the dtype of `x`.
+    `dtype` is that of the factors, unless `x` is float64. The result may be in `out`: (tokens, out
+    features), of the dtype of `x`.
 
     Examples
     --------

@@ -195,17 +195,7 @@ def _unsupported(problem: str, path: object) -> UnsupportedError:
 
 
 class WeightNotInMemoryError(UnsupportedError, AttributeError):
-    """A model's class computes with a weight that is not in memory.
-
-    Parameters
-    ----------
-    module : str
-        Whose weight.
-
-    Attributes
-    ----------
-    module : str
-    """
+    """A model's class computes with a weight, that of `module`, that is not in memory."""
 
     def __init__(self, module: str) -> None:
         self.module = module
@@ -216,19 +206,10 @@ class WeightNotInMemoryError(UnsupportedError, AttributeError):
 
 
 class PlaceholderWeight:
-    """Placeholder of a weight: has its shape and dtype, and raises if computed with.
+    """Placeholder of a module's weight: has its shape and dtype, and raises if computed with.
 
     Some classes look at a linear's dtype before they call it. A few, Mamba's among them, multiply
     by its weight themselves; that must fail, and not give just any number.
-
-    Parameters
-    ----------
-    name : str
-        Of the module.
-    shape : tuple of int
-    device : torch.device
-    dtype : torch.dtype
-        In which the module computes.
 
     Examples
     --------

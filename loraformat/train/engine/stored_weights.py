@@ -47,20 +47,14 @@ _KEPT = 1 << 30
 
 
 class ReadableBase:
-    """An open model: what of a `Bundle` it takes to compute with one.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        Closed with it.
+    """An open model of any format, with what it takes of a `Bundle` to compute with one.
 
     Attributes
     ----------
     checkpoint : Checkpoint
-    path : Path
-        For messages.
-    directory : Path
-        Where its tokenizer lies: of a file that holds one, a copy.
+        Closed with it.
+    path, directory : Path
+        For messages; where its tokenizer is: of a file that holds one, a copy.
     tensors : mapping of str to LazyTensor
     shards : tuple of MappedFile
         None are known: the kernel keeps of mapped files what it has room for.

@@ -37,24 +37,21 @@ _FASTER = ".lora_B.weight"
 
 
 class Optimizer:
-    """Updates named parameters from their gradients.
+    """Updates named parameters (float32) from their gradients.
 
     Parameters
     ----------
     parameters : mapping of str to torch.nn.Parameter
-        float32.
     options : OptimizerOptions
     ratios : mapping of str to float, optional
         What a parameter's learning rate is multiplied by, by name: LoRA+ (Hayou 2024).
     directory : Path, optional
-        Where states on a disk lie.
+        Of states on a disk.
 
     Raises
     ------
-    UsageError
-        If the states cannot lie where they are wanted.
-    MissingDependencyError
-        If bitsandbytes is wanted and not installed.
+    UsageError, MissingDependencyError
+        As `check_optimizer`.
     ResourceError
         If the disk has no room for the states.
 
@@ -255,18 +252,7 @@ def _maker(options: OptimizerOptions) -> Callable[[list[dict[str, Any]]], torch.
 
 
 class DiskStates:
-    """Zeros on a disk, as float32 tensors.
-
-    Parameters
-    ----------
-    directory : Path
-        On whose disk they are to lie.
-    shapes : sequence of tuple of int
-
-    Attributes
-    ----------
-    tensors : list of torch.Tensor
-        float32, of these shapes, shared with the file.
+    """Zeros on a disk, as float32 `tensors` of some shapes that share the memory of a file.
 
     Raises
     ------

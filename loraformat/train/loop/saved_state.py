@@ -229,24 +229,18 @@ class RunState:
 
     Attributes
     ----------
-    step : int
-        Steps made.
+    step, evaluated : int
+        Steps made; the step of the last held-out evaluation, -1 before the first.
     cursor : dict
         Place in the data, as its cursor writes it; empty at the start.
     tokens, trained : int
-        Tokens seen, and those of them that were learned, on all ranks.
-    evaluated : int
-        The last step after which held-out loss was measured, -1 before the first.
-    first_loss, last_loss : float or None
-        Mean loss per learned token in the first and in the last step.
-    first_eval, best_eval, last_eval : float or None
-        Held-out losses, where measured.
-    best_step : int or None
-        The step of the lowest held-out loss.
-    stale : int
-        Evaluations since then.
+        Tokens seen, and target tokens among them, on all ranks.
+    first_loss, last_loss, first_eval, best_eval, last_eval : float or None
+        Mean loss per target token in a step, and held-out losses, where measured.
+    best_step, stale : int or None, int
+        The step of the lowest held-out loss, and evaluations since then.
     seconds : float
-        Time that was spent, over all starts of this run.
+        Duration, over all starts of this run.
 
     Examples
     --------

@@ -140,15 +140,7 @@ class LoraBranch(nn.Module):
         self.moments.add(counted(z, gradient))
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output with the branch's.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            (..., in), as the layer saw it.
-        base_output : torch.Tensor
-            (..., out), bias included.
-        """
+        """Return the layer's output (..., out) with the branch's, for an input (..., in)."""
         inputs = x.to(self.a.dtype)
         a, b = self.effective()
         if self.dropout and self.training:

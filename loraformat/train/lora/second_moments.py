@@ -48,16 +48,13 @@ class Moments:
 
     Parameters
     ----------
-    rank : int
-    experts : int
-        0 if there are none; each has its own sums, which fade by its own tokens.
+    rank, experts : int
+        Each expert has sums of its own, which fade by its own tokens; 0 if there are none.
 
     Attributes
     ----------
-    total : torch.Tensor
-        float64 (rank, rank), or (experts, rank, rank).
-    count : torch.Tensor
-        float64 (), or (experts,): tokens, faded.
+    total, count : torch.Tensor
+        float64 (rank, rank) or (experts, rank, rank), and () or (experts,): tokens, faded.
     half_life : float
         Tokens seen here after which one counts half.
 

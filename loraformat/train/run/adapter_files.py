@@ -102,12 +102,7 @@ def _carried(name: str, text: str) -> CarriedFile:
 
 
 def stops_of(adapter: str) -> list[int]:
-    """Return the stop tokens in an adapter's generation config.
-
-    Parameters
-    ----------
-    adapter : str
-        A path, or a Hub id.
+    """Return the stop tokens in the generation config of an adapter, a path or a Hub id.
 
     Raises
     ------

@@ -82,31 +82,25 @@ class ModelDims:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes, by what they are for.
+    """Bytes of memory by purpose.
 
     Attributes
     ----------
     base_on_disk : int
         Stays there; not part of the sum.
-    process : int
-        Python, torch and transformers, as they are.
-    templates : int
-        The process that renders chat templates.
+    process, templates : int
+        Python, torch and transformers, as they are; the process that renders chat templates.
     mapped : int
         Pages of the base in memory at once; on a GPU what is kept there.
-    activations : int
-        Checkpointed ones, and those of the layer that is being computed.
-    kept : int
-        Those of layers that are not computed again.
-    logits : int
-    workspace : int
-    generation : int
-        What writing on from the longest prompt takes.
+    activations, kept : int
+        Checkpointed ones, and those of the layer that is being computed; those of layers that are
+        not recomputed.
+    logits, workspace, generation : int
     adapter, gradients, optimizer, statistics : int
         Of the adapter; states on a disk are not part of the sum.
     initialisation : int
-        Before the first step, beside process and adapter: for the factors that one module begins
-        with. Not part of the sum, for it is gone before the rest comes.
+        Before the first step, besides process and adapter: for the initial factors of one module.
+        Not part of the sum, for it is freed before the rest is needed.
     limit : int or None
         What is allowed.
     """

@@ -61,15 +61,11 @@ class Inputs:
     ----------
     options : TrainOptions
         As they take effect.
-    model : TrainableModel
-    encoder : TextEncoder
-    data : Dataset
-    held_out : Dataset or None
+    model, encoder, data, held_out, budget
     steps, batches : int
         Of the whole run; micro-batches on this rank.
-    budget : MemoryBudget
     trained_too : int
-        Rows of the held-out data that are among those that are trained on.
+        Rows of the held-out data that are also in the training data.
     prompts : list of list of int
         The tokens of each prompt, written as the data are.
     """

@@ -8,9 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from loraformat.errors import InputError, MissingDependencyError, printable
-from loraformat.storage.byte_sizes import parse_size
-from loraformat.train.run.options import SETTINGS, Setting
+from loraformat.errors import InputError, MissingDependencyError, UsageError, printable
+from loraformat.train.run.options import SETTINGS, Setting, value_of
 
 __all__ = ["dump", "read"]
 
@@ -108,74 +107,37 @@ def _one_line(error: Exception) -> str:
 
 
 def _value(setting: Setting, value: Any, path: Path) -> Any:
+    """Return a value of YAML in the form that `TrainOptions` holds."""
     try:
-        taken = _CONVERSIONS[setting.kind](value)
-    except (TypeError, ValueError):
+        # YAML 1.1 reads 2e-4, without a point, as a text.
+        of_text = setting.kind == "number" and isinstance(value, str)
+        read_as = float(value) if of_text else value
+        fits = _fits(setting.kind, read_as) and (not setting.choices or value in setting.choices)
+        taken = value_of(setting, read_as) if fits else None
+    except (ValueError, UsageError):
         taken = None
-    if taken is None or (setting.choices and taken not in setting.choices):
+    if taken is None:
         wanted = " or ".join(setting.choices) or _WANTED[setting.kind]
         shown = printable(repr(value))
         raise InputError(f"option {setting.flag} is {shown}, wanted {wanted}", path=path)
-    return taken
+    return float(taken) if setting.kind == "number" else taken
 
 
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError
-    return value
-
-
-def _number(value: Any) -> float:
-    # YAML 1.1 reads 2e-4, without a point, as a text.
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError
-    if not math.isfinite(number := float(value)):
-        raise ValueError
-    return number
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(map(_text, value)) if isinstance(value, list) else (_text(value),)
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    return tuple(s for one in _texts(value) for part in one.split(",") if (s := part.strip()))
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError
-    return parse_size(str(value))
-
-
-def _ranks(value: Any) -> tuple[tuple[str, int], ...]:
-    if not isinstance(value, dict):
-        raise TypeError
-    return tuple((_text(name), _integer(rank)) for name, rank in value.items())
-
-
-_CONVERSIONS = {
-    "integer": _integer,
-    "number": _number,
-    "text": _text,
-    "texts": _texts,
-    "names": _names,
-    "flag": _flag,
-    "size": _size,
-    "ranks": _ranks,
-}
+def _fits(kind: str, value: Any) -> bool:
+    """Tell whether a value has the type of a kind of options."""
+    if isinstance(value, bool):
+        return kind == "flag"
+    if kind == "number":
+        return isinstance(value, int | float) and math.isfinite(value)
+    if kind in ("texts", "names"):
+        return all(isinstance(one, str) for one in (value if isinstance(value, list) else [value]))
+    if kind == "ranks":
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and _fits("integer", rank) for name, rank in value.items()
+        )
+    if kind == "size":
+        return isinstance(value, int | str)
+    return kind != "flag" and isinstance(value, int if kind == "integer" else str)
 
 
 def dump(options: Mapping[str, Any]) -> str:

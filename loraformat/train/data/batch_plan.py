@@ -112,21 +112,9 @@ def _grouped(rows: Iterable[tuple[int, ...]], size: int) -> Iterator[Rows]:
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     """Pack by best-fit decreasing: each sample, longest first, goes where least is left over.
 
-    Never more than 11/9 of the fewest possible rows, and one (Johnson 1973); on samples
-    of mixed lengths next to nothing is left over.
-
-    Parameters
-    ----------
-    lengths : list of int
-        Tokens of each sample, at most ``capacity``.
-    capacity : int
-        Tokens of a row.
-
-    Returns
-    -------
-    list of list of int
-        Positions in ``lengths``; equal lengths in their order, so that the result is
-        the same everywhere.
+    Never more than 11/9 of the fewest possible rows, and one (Johnson 1973). `capacity` is the
+    tokens of a row. Rows hold positions in `lengths`; equal lengths keep their order, so that the
+    result is the same everywhere.
 
     Examples
     --------
@@ -149,14 +137,7 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def next_fit(lengths: Iterable[tuple[int, int]], capacity: int) -> Iterator[tuple[int, ...]]:
-    """Pack in order: a row ends where the next sample does not fit.
-
-    Parameters
-    ----------
-    lengths : iterable of (int, int)
-        Samples and their tokens.
-    capacity : int
-        Tokens of a row.
+    """Pack pairs of sample and tokens in order: a row ends where the next sample does not fit.
 
     Examples
     --------
@@ -271,17 +252,10 @@ Item = TypeVar("Item")
 
 
 def collate(rows: Rows, sample: Callable[[int], Encoded], padding: int) -> Batch:
-    """Return the batch of some samples.
+    """Return the batch of some samples, by their numbers.
 
-    Parameters
-    ----------
-    rows : list of tuple of int
-        For each row the numbers of its samples.
-    sample : callable
-        Returns a sample by its number.
-    padding : int
-        Id to fill rows with. What is padding is known by ``segments``, so that it may be
-        an id that is learned elsewhere, such as EOS.
+    Rows are filled with `padding`. What is padding is known by ``segments``, so that it may be an
+    id that is a target elsewhere, such as EOS.
 
     Examples
     --------

@@ -86,24 +86,22 @@ class Dataset:
         Parameters
         ----------
         start : DataPosition, optional
-            Where to begin; at the beginning of the first epoch if not given.
+            Where to begin; at the beginning of the first epoch by default.
         epochs : int, optional
-            Epochs in total, counted from the first: ends where ``cursor.epoch`` reaches
-            it. Without, epoch follows epoch without end.
+            Epochs in total, counted from the first: ends where ``cursor.epoch`` reaches it.
 
         Raises
         ------
         InputError
             If the cursor is one of other data, of other options, or of another number of ranks.
         FileChangedError
-            If a file is not any more what it was when it was surveyed.
+            If a file was changed since it was scanned.
 
         Notes
         -----
         Rank r of w takes batches r, r + w, r + 2w, … of one global order. Where an epoch's
-        batches do not go round, the ranks without one get the epoch's first batch with
-        no label to learn (``batch.trained`` is 0), so that all take the same number of
-        steps and nothing is learned twice.
+        batches do not go round, the ranks without one get the epoch's first batch without labels
+        (``batch.trained`` is 0), so that all take the same number of steps.
         """
         start = start or DataPosition()
         if start.data not in ("", self.fingerprint):

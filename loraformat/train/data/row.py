@@ -30,25 +30,9 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 class DataFile:
-    """One file, opened only inside its directory.
+    """One file of training data, opened only inside its directory.
 
-    Parameters
-    ----------
-    path : Path
-        As it is shown in messages.
-    open_descriptor : callable
-        Opens it for reading.
-
-    Attributes
-    ----------
-    path : Path
-    nbytes : int
-
-    Examples
-    --------
-    >>> file = DataFile.at(Path(__file__))
-    >>> file.between(3, 9)
-    b'A file'
+    `path` is shown in messages; `open_descriptor` opens it for reading.
     """
 
     def __init__(self, path: Path, open_descriptor: Callable[[], int]) -> None:

@@ -42,14 +42,7 @@ class TokenizedText:
 
 
 class TextEncoder:
-    """What the data needs of a tokenizer of transformers.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-        A fast one: only those say which characters a token stands for.
-    name : str
-        For messages.
+    """What the data needs of a tokenizer of transformers, a fast one; `name` is for messages.
 
     Attributes
     ----------
@@ -65,7 +58,7 @@ class TextEncoder:
     Raises
     ------
     UnsupportedError
-        If the tokenizer does not say where its tokens stand.
+        If the tokenizer does not say which characters its tokens stand for.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:

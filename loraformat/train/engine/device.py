@@ -47,16 +47,7 @@ class _Codes:
 
 
 class DeviceMatrix(Matrix):
-    """A matrix whose blocks are on a device.
-
-    Parameters
-    ----------
-    host : NF4Matrix or DenseMatrix
-        In memory of the CPU, or mapped.
-    device : torch.device
-    resident : bool
-        Keep its codes, or its numbers, on the device.
-    """
+    """A matrix whose blocks are on a device; resident, its codes or numbers stay there."""
 
     def __init__(
         self, host: NF4Matrix | DenseMatrix, device: torch.device, *, resident: bool

@@ -47,24 +47,16 @@ class MappedEmbedding(torch.nn.Module):
     name : str
         Hugging Face name of the module.
     original : torch.nn.Embedding
-        What it replaces; its own weight is not looked at.
+        What it replaces; its own weight is not used.
     dtype : torch.dtype
-        Of what it returns.
-
-    Attributes
-    ----------
-    num_embeddings, embedding_dim : int
-    branch : Module or None
-        Called with the token numbers and the embedded rows; returns the output.
+        Of the output.
 
     Examples
     --------
     >>> table = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
     >>> embedding = MappedEmbedding(table, "wte", torch.nn.Embedding(2, 2))
-    >>> embedding(torch.tensor([[1, 1, 0]]))
-    tensor([[[3., 4.],
-             [3., 4.],
-             [1., 2.]]])
+    >>> embedding(torch.tensor([[1, 1, 0]])).tolist()
+    [[[3.0, 4.0], [3.0, 4.0], [1.0, 2.0]]]
     """
 
     def __init__(

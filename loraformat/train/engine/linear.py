@@ -65,16 +65,9 @@ def frozen_product(
     bias : torch.Tensor, optional
         (out features,), added.
     pair : LoraFactors, optional
-        What is trained.
-
-    Returns
-    -------
-    torch.Tensor
-        (..., out features), dtype of `x`.
 
     Examples
     --------
-    >>> from loraformat.train.engine.matrix import DenseMatrix
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> y = frozen_product(x, DenseMatrix(torch.tensor([[3.0, 4.0]])))
     >>> y.sum().backward()

@@ -63,16 +63,7 @@ _MASKED = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Trial:
-    """Trial of a model on stand-ins for its weights.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Its layers wrapped, its linears on mapped bytes.
-    shared : Checkpointing
-    path : object
-        For messages.
-    """
+    """Trial of a model, its layers wrapped and its linears mapped, on stand-ins for its weights."""
 
     def __init__(self, model: Any, shared: Checkpointing, path: object) -> None:
         self._model, self._shared, self._path = model, shared, path
@@ -353,15 +344,7 @@ def _standing_in(model: torch.nn.Module) -> Iterator[None]:
 
 
 class PackingCheck:
-    """Check of the attention masks of the first packed batch.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    shared : Checkpointing
-    path : object
-        For messages.
-    """
+    """Check of the attention masks of the first packed batch."""
 
     def __init__(self, model: Any, shared: Checkpointing, path: object) -> None:
         self._model, self._shared, self._path = model, shared, path

@@ -105,19 +105,9 @@ def find_unneeded_products(
 ) -> dict[int, str]:
     """Find the products that can be left out, class by class.
 
-    Parameters
-    ----------
-    layers : sequence of Module
-    candidates : mapping of int to str
-        By the number of a layer, as `last_products` yields them.
-    gradients : callable
-        Recomputes all layers without these products, and returns all gradients; always of the same
-        input, and with the same random numbers.
-
-    Returns
-    -------
-    dict of int to str
-        Those candidates without which all gradients are the same bits.
+    `candidates` are as `last_products` yields them. ``gradients(left_out)`` recomputes all layers
+    without some products, and returns all gradients; always of the same input, and with the same
+    random numbers. Returned are those candidates without which all gradients are the same bits.
     """
     groups: dict[tuple[type[torch.nn.Module], str], dict[int, str]] = {}
     for number, name in candidates.items():

@@ -27,13 +27,11 @@ class Metrics:
 
     Parameters
     ----------
-    path : Path
+    path, tensorboard : Path
     position : int
-        Bytes that are kept of what is there: those that the checkpoint knew of.
-    tensorboard : Path, optional
-        Directory of TensorBoard's files.
+        Bytes that are kept of an existing file: those that the checkpoint knew of.
     step : int
-        First step that TensorBoard is told; what it knew of this one and later ones is dropped.
+        First step for TensorBoard; what it has of this one and later ones is dropped.
 
     Examples
     --------

@@ -65,21 +65,12 @@ class LoraBranch(nn.Module):
     target : TargetModule
     factors : Factors
         Where it begins.
-    scaling : float
-        s.
-    dropout : float
-        Share of the inputs of A that are zeroed while training.
+    scaling, dropout : float
+        s, and the share of the inputs of A that are zeroed while training.
     dora : bool
-        Train a magnitude, which begins as ‖W + s · B A‖.
+        Train a magnitude, float32 (out,), which begins as ‖W + s · B A‖.
     collecting : bool
-        Collect the second moments of A x in every backward pass.
-
-    Attributes
-    ----------
-    a, b : torch.nn.Parameter
-    magnitude : torch.nn.Parameter or None
-        float32 (out,).
-    moments : Moments
+        Collect the second moments of A x in every backward pass, in `moments`.
     """
 
     #: What PEFT calls the factors, after the module's name.

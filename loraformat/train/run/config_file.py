@@ -27,17 +27,9 @@ _WANTED = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a YAML file of options.
+    """Read a YAML file of options: values for `TrainOptions`, by field.
 
-    Parameters
-    ----------
-    path : Path
-        A mapping; keys are flags without the leading dashes, or with underscores.
-
-    Returns
-    -------
-    dict
-        Values for `TrainOptions`, by field.
+    Keys are flags without the leading dashes, or with underscores.
 
     Raises
     ------

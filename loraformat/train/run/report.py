@@ -161,16 +161,9 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """What was measured.
+    """Seconds of one micro-batch, forward and backward, and its tokens.
 
-    Attributes
-    ----------
-    seconds : float
-        Of one micro-batch, forward and backward.
-    tokens : int
-        In it.
-    whole : bool
-        Whether the batch was timed whole, or is reckoned from one layer.
+    It was timed `whole`, or is estimated from one layer.
     """
 
     seconds: float

@@ -90,18 +90,9 @@ class ChatRenderer:
         )
 
     def render(self, conversation: Conversation, *, everything: bool) -> list[_Rendered]:
-        """Render one conversation.
+        """Render one conversation: one sample, or one for each answer if old turns are rewritten.
 
-        Parameters
-        ----------
-        conversation : Conversation
-        everything : bool
-            All of it is learned; no prefixes are rendered.
-
-        Returns
-        -------
-        list of _Rendered
-            One, or one for each learned turn if the template rewrites earlier turns.
+        With `everything` all of it is a target, and no prefixes are rendered.
 
         Raises
         ------

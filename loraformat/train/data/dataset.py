@@ -233,14 +233,10 @@ def open_data(
     progress : callable
         Called with the rows done and the rows in total.
 
-    Returns
-    -------
-    Dataset
-
     Raises
     ------
     InputError
-        If something is missing or damaged, or nothing in it can be learned.
+        If something is missing or damaged, or has no target token.
     UsageError
         If a subset or a split is asked for, and all that is named is files.
     MissingDependencyError

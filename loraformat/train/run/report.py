@@ -17,8 +17,7 @@ import torch
 
 from loraformat.ops.report import Report
 from loraformat.train.batch import Batch
-from loraformat.train.run.disk_plan import DiskPlan
-from loraformat.train.run.memory_plan import MemoryPlan
+from loraformat.train.run.memory_plan import DiskPlan, MemoryPlan
 
 __all__ = ["StepTime", "TrainReport", "duration", "time_of"]
 

@@ -28,8 +28,7 @@ from loraformat.train.loop.optimizer_options import Schedule
 from loraformat.train.loop.saved_state import RunState
 from loraformat.train.run import config_file, loss_curve, text_generation
 from loraformat.train.run.adapter_files import AdapterFiles, facts_of
-from loraformat.train.run.disk_plan import plan_disk
-from loraformat.train.run.memory_plan import format_bytes
+from loraformat.train.run.memory_plan import format_bytes, plan_disk
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.report import TrainReport, time_of
 from loraformat.train.run.run_directory import RunDirectory, check_same, identity_of

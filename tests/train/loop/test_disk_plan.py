@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from loraformat.train.loop import loop, saved_state
-from loraformat.train.run.disk_plan import plan_disk
-from loraformat.train.run.memory_plan import ModelDims
+from loraformat.train.run.memory_plan import ModelDims, plan_disk
 from loraformat.train.run.options import TrainOptions
 
 SHAPE = ModelDims(2, 64, 256, 1000, 10**6, 10**5, trained=10**6, extra_bytes=10**5, small=10**4)

@@ -23,6 +23,9 @@ from loraformat.storage.safe_directory import SafeDirectory
 
 __all__ = ["LONGEST_ROW", "BadRowError", "DataFile", "FileRows", "Row", "RowSource", "parse_object"]
 
+LONGEST_ROW = 16 << 20
+"""Most bytes of a row."""
+
 _MOST_KEPT_OPEN = 64
 _KEPT_OPEN: set[int] = set()
 _FOREIGN_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -148,10 +151,6 @@ def _reopened(file: IO[bytes]) -> int:
     descriptor = os.dup(file.fileno())
     os.lseek(descriptor, 0, os.SEEK_SET)  # shared with the original, which nobody reads
     return descriptor
-
-
-LONGEST_ROW = 16 << 20
-"""Most bytes of a row."""
 
 
 class BadRowError(InputError):

@@ -46,6 +46,12 @@ __all__ = [
 _AT_ONCE = 1 << 20
 #: Text packs into a tenth, lines that repeat each other into a hundredth. More is a trap.
 _LARGEST_RATIO, _ALWAYS_TAKEN = 1000, 64 << 20
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_LARGEST_STATE = 16 << 20
+_ARROW_MAGIC = b"ARROW1"
+_PARQUET_MAGIC = b"PAR1"
+_LARGEST_FOOTER = 64 << 20
+_ROWS_AT_ONCE = 128
 
 
 def _spooled(file: DataFile, form: str, write: Callable[[BinaryIO, IO[bytes]], None]) -> DataFile:
@@ -172,16 +178,6 @@ COMPRESSIONS: dict[str, tuple[str, Callable[[BinaryIO], Any]]] = {
     ".zst": ("Zstandard", _zstandard),
 }
 """By suffix: a name for messages, and what reads it."""
-
-
-_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
-_LARGEST_STATE = 16 << 20
-
-_ARROW_MAGIC = b"ARROW1"
-
-_PARQUET_MAGIC = b"PAR1"
-_LARGEST_FOOTER = 64 << 20
-_ROWS_AT_ONCE = 128
 
 
 def is_saved(directory: Path) -> bool:

@@ -1,11 +1,10 @@
 """Files of an adapter besides its weights: chat template, stop tokens, facts of its training.
 
-An adapter works best with the prompt format it was trained with. So a template
-that is not the base's goes with it, in the file in which transformers keeps one. Turns may end with
-another token than the one that ends the base's texts (Llama 3's ``<|eot_id|>``, ChatML's
-``<|im_end|>`` on a base that knows only documents): a reader that waits for that one never stops.
-So the tokens that were trained to end turns lie in a ``generation_config.json``, where transformers
-looks for them. Both are read from there again.
+An adapter works best with the prompt format it was trained with. So a template that is not the
+base's is stored with it, in the file in which transformers keeps one. Turns may end with another
+token than the one that ends the base's texts (Llama 3's ``<|eot_id|>``, ChatML's ``<|im_end|>`` on
+a base that knows only documents): a program that waits for that one never stops. So the tokens that
+were trained to end turns are in a ``generation_config.json``, where transformers reads them.
 
 The facts are for people, model cards and later evaluations. There is no time of day and no duration
 in them: two runs of the same work write the same bytes. The training data is recorded by hash, so
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,20 +31,12 @@ from loraformat.runtimes.chat import GENERATION_NAME, RECORD_NAME
 from loraformat.runtimes.use import TEMPLATE_NAME
 from loraformat.train.data.dataset import Dataset
 from loraformat.train.data.tokenizer import TextEncoder
+from loraformat.train.loop.saved_state import RunState
 from loraformat.train.run.options import TrainOptions
 from loraformat.train.run.text_generation import ids_of, stop_tokens
 from loraformat.version import __version__
 
-if TYPE_CHECKING:
-    from loraformat.train.loop.saved_state import RunState
-
-__all__ = [
-    "AdapterFiles",
-    "facts_of",
-    "stops_of",
-    "template_of",
-    "trained_on",
-]
+__all__ = ["AdapterFiles", "facts_of", "stops_of", "template_of", "trained_on"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,12 +37,12 @@ def fused(module: str, parts: Mapping[int, LoraDelta]) -> LoraDelta:
     same = gate.a.shape == up.a.shape and gate.a.dtype == up.a.dtype
     if same and gate.a.load() == up.a.load():
         kind = gate.b.dtype if gate.b.dtype == up.b.dtype else "F32"
-        b = _lazy(gate.b.name, kind, (experts, rows, gate.rank), lambda: _joined(gate, up))
+        b = _lazy(gate.b.name, kind, (experts, rows, gate.rank), lambda: _joined(gate.b, up.b))
         return replace(gate, target=module, b=b)
     rank = gate.rank + up.rank
     equal = gate.scaling == up.scaling
     dtype = dtype if equal else "F32"
-    a = _lazy(gate.a.name, dtype, (experts, rank, width), lambda: _stacked(gate, up))
+    a = _lazy(gate.a.name, dtype, (experts, rank, width), lambda: _joined(gate.a, up.a))
     b = _lazy(gate.b.name, dtype, (experts, rows, rank), lambda: _blocks(gate, up, equal))
     scaling = gate.scaling if equal else 1.0
     return LoraDelta(module, a, b, scaling, alpha=scaling * rank)
@@ -63,12 +63,9 @@ def _alone(module: str, half: LoraDelta | None) -> LoraDelta:
     return replace(half, target=module, b=b)
 
 
-def _joined(gate: LoraDelta, up: LoraDelta) -> Array:
-    return numpy.concatenate([*_of_one_type(gate.b.array(), up.b.array())], 1)
-
-
-def _stacked(gate: LoraDelta, up: LoraDelta) -> Array:
-    return numpy.concatenate([*_of_one_type(gate.a.array(), up.a.array())], 1)
+def _joined(upper: DenseTensor, lower: DenseTensor) -> Array:
+    """Return the rows of both, expert by expert."""
+    return numpy.concatenate(_of_one_type(upper.array(), lower.array()), 1)
 
 
 def _blocks(gate: LoraDelta, up: LoraDelta, equal: bool) -> Array:
@@ -94,6 +91,7 @@ def _of_one_type(one: Array, other: Array) -> tuple[Array, Array]:
 
 def _lazy(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Array]) -> DenseTensor:
     def load() -> memoryview:
-        return array_bytes(make().astype(numpy_dtype(dtype), copy=False))
+        with numpy.errstate(over="ignore"):
+            return array_bytes(make().astype(numpy_dtype(dtype), copy=False))
 
     return DenseTensor(name, dtype, shape, load)

@@ -72,7 +72,7 @@ class TensorMapping:
     name : str
     shape : tuple of int
         As numpy counts.
-    parts : tuple of Part
+    parts : tuple of TensorSlice
         Their rows, one part after the other, are the rows of the tensor.
     transform : Transform
         Applied to each part.
@@ -99,7 +99,7 @@ class TensorMap:
 
     Attributes
     ----------
-    tensors : list of Recipe
+    tensors : list of TensorMapping
     unused : list of str
         Tensors of the source that the target has no room for.
     """

@@ -20,21 +20,8 @@ from loraformat_converters.gguf.architectures.transforms import (
 )
 
 __all__ = [
-    "Chooser",
-    "ExpertWeightName",
-    "Sizes",
-    "WeightName",
-    "bias",
-    "conv1d",
-    "expert_weights",
-    "identity",
-    "key_heads",
-    "layer",
-    "plus_one",
-    "query_heads",
-    "row",
-    "sizes",
-    "with_biases",
+    "Chooser", "ExpertWeightName", "Sizes", "WeightName", "bias", "conv1d", "expert_weights",
+    "identity", "key_heads", "layer", "plus_one", "query_heads", "row", "sizes", "with_biases",
 ]  # fmt: skip
 
 Sizes = tuple[int | None, ...]

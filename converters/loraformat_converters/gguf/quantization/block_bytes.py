@@ -20,10 +20,10 @@ _STRETCHES = {
     GGMLType.Q4_0: (1.0, 0.9, 0.94, 1.04, 1.08, 1.12),
     GGMLType.Q5_0: (1.0, 0.925, 0.9625, 1.0375, 1.075),
 }
-#: Encoded at a time, as columns: numpy then goes over long rows. Few enough for a cache, and no
-#: power of two, or all rows would meet in the same places of it.
-_BLOCKS = 3008
 _SHARES = {GGMLType.Q4_1: (1.0, 0.93, 0.86), GGMLType.Q5_1: (1.0, 0.97, 0.94)}
+#: Blocks that are encoded at a time, as columns: numpy then goes over long rows. Few enough for a
+#: cache, and no power of two, or all rows would meet in the same places of it.
+_BLOCKS = 3008
 
 
 def store_blocks(tile: Array, stored: Array, type: GGMLType) -> None:

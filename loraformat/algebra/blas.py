@@ -1,4 +1,4 @@
-"""How many threads numpy's matrix products use."""
+"""Control of the BLAS threads of numpy's matrix products."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _controller() -> ThreadpoolController:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Let each matrix product run on the thread that asks for it, in the whole process.
+    """Limit BLAS to the calling thread, in the whole process.
 
     For work that is spread over threads already: BLAS's own threads would wait for each other
     after every product, and two callers at once for the one pool that they share.

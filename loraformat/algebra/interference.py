@@ -54,7 +54,7 @@ def _bits(tile: NDArray[Any]) -> NDArray[Any]:
 
 
 def _select(digits: Iterable[NDArray[Any]], keep: int) -> tuple[int, int]:
-    """Return the digit of the keep-th largest, and its place among equals."""
+    """Return the digit of the keep-th largest element, and its rank within that digit."""
     counts = numpy.zeros(1 << _HALF, numpy.int64)
     for digit in digits:
         counts += numpy.bincount(digit, minlength=1 << _HALF)
@@ -94,7 +94,7 @@ def drop(delta: NDArray[Any], density: float, random: numpy.random.Generator) ->
 
 
 def elect(weighted: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Return, per element, the mean of what has the sign of the sum.
+    """Return the element-wise mean of the values with the sign of their sum (TIES).
 
     Parameters
     ----------

@@ -52,7 +52,7 @@ Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """A low-rank delta as a sum of orthogonal parts, the most important first.
+    """Singular value decomposition of a low-rank delta.
 
     D = left · diag(gains) · right. Without statistics this is the singular value
     decomposition and `gains` are `values`; with them, `values` are the root mean squares of
@@ -172,7 +172,7 @@ def singular_values(
 
 
 def pooled(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the norms of the i-th parts of all experts, which share a rank.
+    """Return the pooled norms of the i-th parts of experts that share a rank.
 
     Parameters
     ----------
@@ -270,7 +270,7 @@ def energy_rank(values: NDArray[Any], energy: float) -> int:
 
 @one_blas_thread()
 def rounding_error(b: NDArray[Any], a: NDArray[Any], dtype: DTypeLike) -> float:
-    """Return the relative error that rounding the factors of a product leaves in it.
+    """Return the relative error of a product due to rounding its factors.
 
     With B' and A' the rounded factors, B A − B' A' = [B − B', B'] · [A; A − A'], whose norm
     follows from two Gram matrices; nothing of the product's size is formed, and nothing cancels.

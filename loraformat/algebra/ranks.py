@@ -65,7 +65,7 @@ def allocate(
 
 
 def stable_rank(values: NDArray[Any]) -> float:
-    """Return ‖D‖_F² / ‖D‖₂²: how many directions as strong as the first (Rudelson 2007).
+    """Return the stable rank ‖D‖_F² / ‖D‖₂² (Rudelson 2007).
 
     Examples
     --------
@@ -90,7 +90,7 @@ def entropy_rank(values: NDArray[Any]) -> float:
 
 
 def rounding_noise(mean_square_step: float) -> float:
-    """Return the deviation σ that rounding to steps of such a mean square leaves.
+    """Return the standard deviation σ of rounding, from the mean square of the steps.
 
     The error is uniform over one step, so its variance is step² / 12.
 

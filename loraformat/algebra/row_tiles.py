@@ -1,4 +1,4 @@
-"""Walking over a matrix in tiles of whole rows."""
+"""Row tiles of a matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["row_tiles"]
 def row_tiles(
     rows: int, columns: int, elements: int, *, least: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """Yield runs of whole rows, (first, behind the last).
+    """Yield ranges of rows, (start, stop).
 
     Parameters
     ----------

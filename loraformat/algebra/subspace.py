@@ -43,7 +43,7 @@ _WIDE_ROWS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Approximation:
-    """The leading singular parts of a matrix, and what they are worth.
+    """Leading singular triplets of a matrix, with the captured norm.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ class Approximation:
 def block_krylov(
     tiles: Tiles, shape: tuple[int, int], block: int, *, passes: int = 4, seed: int = 0
 ) -> Approximation:
-    """Approximate a matrix from ``passes + 1`` looks at it.
+    """Approximate a matrix in ``passes + 1`` passes over it.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def block_krylov(
 
 
 def working_bytes(shape: tuple[int, int], block: int, *, passes: int = 4) -> int:
-    """Return what `block_krylov` over `held` tiles takes at most, besides one tile (bytes).
+    """Return the peak memory of `block_krylov` over `held` tiles, besides one tile (bytes).
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def working_bytes(shape: tuple[int, int], block: int, *, passes: int = 4) -> int
 
 
 def _of_full_rank(tiles: Tiles, shape: tuple[int, int]) -> Approximation:
-    """Decompose a matrix that has no more singular parts than are wanted: any basis of its rows.
+    """Decompose a matrix whose rank does not exceed the wanted one, from a basis of its rows.
 
     Iteration would lose parts that are weaker than float32 resolves beside the strongest.
     """
@@ -200,7 +200,7 @@ def _look(
 
 
 def _orthonormal(z: NDArray[Any], basis: NDArray[Any]) -> NDArray[Any]:
-    """Return an orthonormal basis of what a block adds to another basis."""
+    """Return an orthonormal basis of a block's part outside another basis."""
     scale = float(numpy.sum(numpy.square(z, dtype=numpy.float64)))
     for _ in range(2):
         z = z - basis @ (basis.T @ z)
@@ -228,7 +228,7 @@ def _principal(
 
 
 def held(tiles: Tiles, shape: tuple[int, int]) -> Tiles:
-    """Return the same tiles, remembered after the first pass.
+    """Return the same tiles, cached after the first pass.
 
     Parameters
     ----------

@@ -145,14 +145,14 @@ def _run(arguments: list[str]) -> int:
 
 
 def _usage(error: click.UsageError) -> str:
-    """Return click's message in the form of our own: the problem; what to do."""
+    """Return click's usage error in loraformat's form: problem and advice."""
     said = " ".join(error.format_message().split()).rstrip(".")
     verb = error.ctx.command_path if error.ctx is not None else "loraformat"
     return f"{said[:1].lower()}{said[1:]}; see {verb} --help"
 
 
 def _program() -> list[str]:
-    """Return the words that start this program with as many processes as it has."""
+    """Return the command that starts this program with its number of processes."""
     processes = os.environ.get("WORLD_SIZE", "1")
     here = os.environ.get("LOCAL_WORLD_SIZE", processes)
     if processes == "1":
@@ -176,7 +176,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _drop_stdout() -> None:
-    """Send what Python still wants to print at exit to nowhere, so that it does not complain."""
+    """Redirect stdout to the null device, so that Python's final flush cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

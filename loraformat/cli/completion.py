@@ -9,7 +9,7 @@ __all__ = ["PATH"]
 
 
 class _PathOrHubId(click.types.StringParamType):
-    """Text that is usually a path: the shell completes the names of files."""
+    """Parameter type for paths and Hub ids; the shell completes file names."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

@@ -45,12 +45,12 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def report_options(command: _Command) -> _Command:
-    """Add what every verb has: ``--json`` and ``--quiet``, as ``as_json`` and ``quiet``."""
+    """Add ``--json`` and ``--quiet``, passed as ``as_json`` and ``quiet``."""
     return _json(_quiet(command))
 
 
 class Resumable(KeyboardInterrupt):
-    """An interruption after which the same command goes on, with ``--resume``."""
+    """Interruption after which ``--resume`` continues."""
 
 
 class ByteSize(click.ParamType[int]):
@@ -69,7 +69,7 @@ class ByteSize(click.ParamType[int]):
 
 
 def times(share: float) -> str:
-    """Return a ratio for people: a percentage, or a multiple where that is large.
+    """Format a ratio as a percentage, or as a multiple if it is large.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def times(share: float) -> str:
 
 
 def largest_error(modules: Sequence[Any]) -> str:
-    """Return what a summary says of modules' errors; nothing where there is no module.
+    """Return the summary of modules' errors; empty without modules.
 
     Parameters
     ----------
@@ -165,5 +165,5 @@ def show(
 
 
 def on_terminal(quiet: bool) -> bool:
-    """Tell whether a progress bar is wanted: stderr is a terminal, and nobody asked for silence."""
+    """Tell whether to show a progress bar: stderr is a terminal and not ``--quiet``."""
     return not quiet and sys.stderr.isatty()

@@ -44,7 +44,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What a verb is and takes.
+    """Description and parameters of a verb.
 
     Attributes
     ----------

@@ -41,7 +41,7 @@ def command(directory: Path, force: bool, as_json: bool, quiet: bool) -> None:
 
 
 def _silence_transformers() -> None:
-    """Keep other libraries' bars and warnings from running through ours."""
+    """Silence other libraries' progress bars and warnings."""
     import logging
     import os
     import warnings

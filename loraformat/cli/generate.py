@@ -52,7 +52,7 @@ def _stdin() -> str:
 
 
 def _clean_text(text: str) -> str:
-    """Keep line breaks and tabs; nothing else that a model writes may move a cursor."""
+    """Escape control characters in generated text, except line breaks and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 

@@ -20,7 +20,7 @@ _MEMORY = ("can't allocate memory", "out of memory", "failed to map segment", "s
 
 
 def limit_of(error: BaseException) -> str | None:
-    """Return what ran out and what to do, if that is what an error, or one behind it, says.
+    """Return which resource ran out and advice, if an error or its cause says so.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def _limit_of(error: BaseException) -> str | None:
 
 
 class _Room:
-    """Stands before all finders of modules, and finds none."""
+    """Meta path finder that refuses to import torch."""
 
     def find_spec(
         self, name: str, path: object = None, target: ModuleType | None = None

@@ -33,7 +33,7 @@ _REQUIRED_OPTIONS = {"output", "prompt"}
 
 
 class ParameterCount(click.ParamType[int]):
-    """A number of parameters such as 4M or 500k."""
+    """Parameter type: a number of parameters such as 4M or 500k."""
 
     name = "count"
 
@@ -47,7 +47,7 @@ class ParameterCount(click.ParamType[int]):
 
 
 class RankOrAuto(click.ParamType[int | Literal["auto"]]):
-    """A rank, or the word auto."""
+    """Parameter type: a rank or ``auto``."""
 
     name = "rank"
 
@@ -63,7 +63,7 @@ class RankOrAuto(click.ParamType[int | Literal["auto"]]):
 
 
 class WeightType(click.Choice[str]):
-    """A type of weights; those that llama.cpp makes are let through to where they are refused."""
+    """Parameter type: a weight dtype; types of llama-quantize are refused later, with advice."""
 
     name = "choice"
 

@@ -93,7 +93,7 @@ def command(
 
 
 def _keep_config(config: Path, output: Path) -> None:
-    """Refuse an output that would take the place of the options' file."""
+    """Refuse an output that would overwrite the config file."""
     from loraformat.storage.output_rules import refuse_input_as_output
     from loraformat.train.run.run_directory import RunDirectory
 
@@ -103,7 +103,7 @@ def _keep_config(config: Path, output: Path) -> None:
 
 
 def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:
-    """Return the options of the run that goes on; so ``-o ADAPTER --resume`` is enough.
+    """Return the options of the run to resume, so that ``-o ADAPTER --resume`` is enough.
 
     Raises
     ------
@@ -126,5 +126,5 @@ def _config_of_run(given: dict[str, Any], resume: bool) -> Path | None:
 
 
 def _leads() -> bool:
-    """Tell whether this process talks: of those that torchrun started, the first."""
+    """Tell whether this process prints: the first of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"

@@ -60,7 +60,7 @@ class _RankOfGlob(click.ParamType[tuple[str, int]]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, int]:
-        """Return both."""
+        """Return the name or glob and the rank."""
         glob, found, rank = str(value).rpartition("=")
         if not found or not glob or not rank.isdecimal() or len(rank) > 6:
             self.fail(f"{value!r} is not of the form GLOB=RANK", param, ctx)

@@ -43,13 +43,13 @@ class TrainingBar:
         self.close()
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar and leave it on screen."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def rows(self, done: int, total: int) -> None:
-        """Show how many rows of the data were looked at."""
+        """Show the number of scanned rows."""
         if self._quiet:
             return
         self._draw("data", "row", total)
@@ -58,7 +58,7 @@ class TrainingBar:
             self.close()
 
     def batches(self, name: str, done: int, total: int) -> None:
-        """Show how many batches of held-out data were measured."""
+        """Show the number of evaluated batches."""
         if self._quiet:
             return
         self._draw(Path(name).name, "batch", total)
@@ -67,7 +67,7 @@ class TrainingBar:
             self.close()
 
     def announce(self, report: Any) -> None:
-        """Show the plan, its notes, and one sample with what is learned of it."""
+        """Show the plan, its notes, and one sample with its target tokens."""
         self._steps = report.steps
         if self._quiet or not self._plan:
             return

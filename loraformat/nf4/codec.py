@@ -372,7 +372,7 @@ def dequantize(
 
 
 def dequantize_rows(q: NF4, out: Array, *, start: int = 0, stride: int | None = None) -> Array:
-    """Decode a part of each of some rows, in the calling thread: a block of a matrix.
+    """Decode a block of a matrix in the calling thread.
 
     Nothing is allocated, so that a thread that multiplies what it decodes has it in its cache.
 
@@ -423,7 +423,7 @@ def dequantize_rows(q: NF4, out: Array, *, start: int = 0, stride: int | None = 
 def multiply_rows(
     q: NF4, x: Array, out: Array, *, start: int = 0, dtype: numpy.dtype[Any] = _FLOAT32
 ) -> Array:
-    """Multiply a few vectors by rows of a matrix, in the calling thread: x Wᵀ, as it is decoded.
+    """Compute x Wᵀ for a few vectors in the calling thread, decoding W on the fly.
 
     Decoded numbers never leave the cache next to the processor. With one vector, as when text is
     generated, that is several times as fast as decoding and then multiplying; with more than a few
@@ -482,7 +482,7 @@ def multiply_rows(
 def quantization_error(
     x: Array | Elements, q: NF4, *, threads: int | None = None
 ) -> tuple[float, float]:
-    """Measure what quantization lost; sqrt(first / second) is the relative RMS error.
+    """Return the squared quantization error and the squared norm.
 
     Parameters
     ----------
@@ -565,7 +565,7 @@ def _check_block_size(block_size: int) -> None:
 
 
 def _check(what: str, array: Array, dtype: numpy.dtype[Any], count: int) -> None:
-    """Refuse what a kernel would read or write past the end of."""
+    """Refuse an array of the wrong dtype, size or layout."""
     if array.dtype != dtype or array.size != count or not array.flags.c_contiguous:
         raise UsageError(
             f"NF4 {what} is {array.dtype}{list(array.shape)}, wanted {count} elements of {dtype}, "

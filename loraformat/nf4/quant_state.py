@@ -44,7 +44,7 @@ _DTYPES = {TORCH_NAMES[name]: name for name in WEIGHT_DTYPES.values()}
 
 @dataclass(frozen=True, slots=True)
 class QuantState:
-    """What the JSON says.
+    """Parsed quant state.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How the public functions read arguments that may have several forms, and report progress."""
+"""Normalisation of arguments of the public functions, and progress reporting."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def byte_count(size: int | str, option: str) -> int:
 def reported(
     progress: Progress, label: str, unit: str = "B"
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yield the function that is to be told.
+    """Yield the progress callback.
 
     Parameters
     ----------

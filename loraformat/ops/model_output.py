@@ -25,7 +25,7 @@ _Write = Callable[[Checkpoint, AtomicOutput, WriteOptions], WrittenModel]
 
 
 class ModelOutput:
-    """A model that appears at its target whole or not at all.
+    """An atomic model output.
 
     Leaving the context without an error closes the inputs, which raises if one of them changed
     meanwhile, and then publishes what was written. After an error nothing is published.
@@ -141,6 +141,6 @@ class ModelOutput:
 
 
 def input_paths(inputs: Sequence[Checkpoint | Adapter], files: Sequence[Path] = ()) -> list[Path]:
-    """Return every file and directory that is read and exists."""
+    """Return every existing input file and directory."""
     paths = [path for one in inputs for path in (one.path, *one.sources)]
     return [path for path in (*paths, *files) if path.exists()]

@@ -28,7 +28,7 @@ _MUTED = (
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise what drawing would raise, before anything is computed.
+    """Raise plotting errors before anything is computed.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def save_picture(figure: Figure, path: str | Path) -> None:
-    """Save a figure, whole or not at all; an older picture of that name is replaced.
+    """Save a figure atomically, replacing an older picture.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class _PicturePublication(AtomicFile):
 
 
 def colors(count: int) -> list[Any]:
-    """Return so many colours of matplotlib: a fixed few, or many from dark to light.
+    """Return a number of colours: a fixed palette, or a colour map for many.
 
     Parameters
     ----------

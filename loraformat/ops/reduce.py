@@ -67,7 +67,7 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True)
 class ReducedModule:
-    """What happened to one module.
+    """Result for one module.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ class ReducedModule:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ReductionReport(Report):
-    """What a reduction did.
+    """Report of ``reduce``.
 
     Attributes
     ----------
@@ -219,7 +219,7 @@ def reduce_adapter(
     rounding: dict[str, float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Adapter, ReductionReport]:
-    """Return the reduced adapter, lazily, and what it keeps.
+    """Return the reduced adapter, lazily, and its report.
 
     Only singular values are computed here; factors when they are loaded, so the given
     adapter must stay open until then.
@@ -275,7 +275,7 @@ def reduce_adapter(
 
 
 def _aware(adapter: Adapter, reduction: Reduction) -> set[str]:
-    """Return the targets that are reduced by what their outputs lose."""
+    """Return the targets with activation statistics, reduced by output error."""
     if not reduction.statistics:
         return set()
     aware = {target for target, delta in adapter.deltas.items() if _moment_fits(delta)}
@@ -335,7 +335,7 @@ def _by_energy(s: Array, energy: float) -> int:
 
 
 def _least(delta: LoraDelta) -> int:
-    """Return 1 for a module with a trained magnitude or bias: it stays even if D is zero."""
+    """Return the least rank: 1 for a module with a trained magnitude or bias, else 0."""
     return int(delta.magnitude is not None or delta.bias is not None)
 
 

@@ -15,7 +15,7 @@ __all__ = ["RemovalReport", "remove"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RemovalReport(Report):
-    """What was removed, from where.
+    """Report of ``remove``.
 
     Attributes
     ----------

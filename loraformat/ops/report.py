@@ -1,4 +1,4 @@
-"""The base class of what every verb returns."""
+"""Base class of all reports."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _MOST_PARAMETERS = 64
 
 
 class LoraSettings:
-    """The fields of a LoRA config that decide what its tensors mean.
+    """The fields of a LoRA config that determine the meaning of its tensors.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ class LoraSettings:
         return found
 
     def parameters_of(self, module: str) -> list[tuple[str, str]]:
-        """Return home and name of the target parameters that may be a module's, in their order.
+        """Return module and name of the target parameters that may belong to a module, in order.
 
         The home is empty where an entry names a parameter only, which any module may have.
         """
@@ -131,7 +131,7 @@ class LoraSettings:
         return float(value)
 
     def alpha(self, module: str) -> float:
-        """Return α of a module: the first pattern that matches wins, as when PEFT loads it.
+        """Return α of a module: the first matching pattern wins, as in PEFT.
 
         PEFT saves patterns in alphabetical order, whatever order they were trained in, so that
         two which disagree about a module are noted.

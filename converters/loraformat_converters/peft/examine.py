@@ -42,7 +42,7 @@ __all__ = ["examine"]
 
 
 def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
-    """Look at an adapter: its config, its tensors' names and shapes, and all its numbers.
+    """Collect facts from an adapter's config, tensor names, shapes and values.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class _Examiner:
         )
 
     def _foreign(self) -> tuple[str, ...]:
-        """Return what the base has under another name than the adapter."""
+        """Return the modules that the base has under other names."""
         if self.names is None or self.base is None:
             return ()
         modules = [f"{owner}.weight" for owner, _ in self.modules]
@@ -214,7 +214,7 @@ class _Examiner:
 
 
 def _last_token(config: Mapping[str, Any]) -> int | None:
-    """Return the largest of the trained tokens; None if the config does not name them rightly."""
+    """Return the largest trained token; None if the config is invalid."""
     named = config.get(FIELD)
     lists = named.values() if isinstance(named, dict) else [named]
     tokens = [n for some in lists if isinstance(some, list) for n in some if type(n) is int]
@@ -226,7 +226,7 @@ def _text(value: object) -> str | None:
 
 
 def _commit(source: str | None, revision: object) -> str | None:
-    """Return the commit of the base: as a bundle wrote it down, else as the config has it."""
+    """Return the commit of the base, from the bundle's record or the config."""
     with contextlib.suppress(strict_json.StrictJsonError):
         found = strict_json.loads(source.encode("utf-8")) if source else None
         if isinstance(found, dict) and found.get("revision"):

@@ -35,14 +35,14 @@ Pair = tuple[DenseTensor, DenseTensor]
 
 @dataclass(frozen=True, slots=True)
 class _Parameter:
-    """What the base says of one parameter: its name there, and its shape; or nothing."""
+    """Name and shape of a parameter in the base, if known."""
 
     target: str
     shape: tuple[int, ...] | None
 
 
 class ExpertReader:
-    """Turns the factors of wrapped parameters into deltas.
+    """Reader that converts the factors of wrapped parameters to deltas.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class ExpertReader:
         self._transposed = self._is_transposed()
 
     def _is_transposed(self) -> bool:
-        """Tell whether the model keeps its experts as (E, in, out)."""
+        """Tell whether the model stores experts as (E, in, out)."""
         if self._base is None or not self._base.config:
             named = str(self._settings.config.get("base_model_name_or_path") or "").lower()
             return "gpt-oss" in named or "gpt_oss" in named
@@ -94,7 +94,7 @@ class ExpertReader:
         return _Parameter(name, None)
 
     def _fused(self, first: str, leaf: str, leaves: tuple[str, ...], name: str) -> _Parameter:
-        """Return the shape that the experts' own tensors have together."""
+        """Return the fused shape of the experts' separate tensors."""
         assert self._base is not None
         tensors = self._base.tensors
         home = first.removesuffix(f".0.{leaves[0]}.weight")
@@ -168,7 +168,7 @@ class ExpertReader:
         return sizes == shape
 
     def _reversed_in_file(self, module: str, leaves: list[str], factors: list[Pair]) -> bool:
-        """Tell whether in and out changed places, as in PEFT before 0.19."""
+        """Tell whether in and out are swapped, as in PEFT before 0.19."""
         if self._transposed:
             return False
         verdicts = set()
@@ -235,7 +235,7 @@ class ExpertReader:
 def stacked(
     tensor: DenseTensor, shape: tuple[int, ...], order: tuple[int, ...] | None = None
 ) -> DenseTensor:
-    """Return a tensor in another shape, and then with its dimensions in another order.
+    """Return a tensor reshaped and permuted, lazily.
 
     Parameters
     ----------

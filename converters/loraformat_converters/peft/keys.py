@@ -57,7 +57,7 @@ def _patterns(adapter: str) -> _Patterns:
 
 
 class Key(NamedTuple):
-    """What a stored tensor is.
+    """Parsed name of a stored tensor.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ class Key(NamedTuple):
 
 
 def adapter_in(names: Iterable[str]) -> str:
-    """Return the name that an adapter has in the names of its tensors.
+    """Return the adapter name in the keys of its tensors.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def parse_key(name: str, adapter: str = _DEFAULT) -> Key:
 
 
 def is_usual(name: str, adapter: str = _DEFAULT) -> bool:
-    """Tell whether a name is of the form in which PEFT looks for tensors.
+    """Tell whether a name has the form that PEFT expects.
 
     Examples
     --------

@@ -37,14 +37,14 @@ _MISMATCH = re.compile(rf"size mismatch for ([\w.]+):.*?{_SIZE}.*?{_SIZE}", re.D
 
 
 class Stored(NamedTuple):
-    """A tensor of an adapter: type as safetensors names it, and shape."""
+    """Dtype and shape of an adapter's tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class Loaded(NamedTuple):
-    """What PEFT made of an adapter.
+    """Result of loading an adapter with PEFT.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ def load_on_meta(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep warnings away that are about running models; bitsandbytes has some for its import."""
+    """Suppress warnings of PEFT, transformers and bitsandbytes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -103,7 +103,7 @@ def _quiet() -> Iterator[None]:
 def _models(
     config: Mapping[str, Any], tensors: Mapping[str, Stored], base: Mapping[str, Any]
 ) -> Iterator[Any]:
-    """Yield the base as the class of the adapter's task, and as the class that it names."""
+    """Yield the base as the class of the adapter's task, then as the class in its config."""
     task = config.get("task_type")
     task = task_of(base, task) if task == "CAUSAL_LM" else task
     heads = [t.shape[0] for n, t in tensors.items() if _HEAD.search(n) and t.shape and t.shape[0]]
@@ -143,7 +143,7 @@ def _load(
 
 
 def _check_rows(model: Any) -> None:
-    """Raise what taking rows that an embedding does not have raises, which ``meta`` does not."""
+    """Raise the index error of missing embedding rows, which ``meta`` does not check."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     for name, module in model.named_modules():
@@ -163,7 +163,7 @@ def _empty(stored: Stored) -> Any:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what PEFT says: the first mismatch of many, on one line."""
+    """Return PEFT's error on one line, with the first mismatch only."""
     if (sizes := _MISMATCH.search(str(error))) is not None:
         return printable(f"{sizes[1].replace('.default', '')} is {sizes[2]}, wanted {sizes[3]}")
     return printable(f"{type(error).__name__}: {' '.join(str(error).split())}")

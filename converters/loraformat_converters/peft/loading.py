@@ -123,7 +123,7 @@ def _in_a_process(
 
 
 def serve() -> None:
-    """Answer one request from standard input; what runs in the process of its own."""
+    """Answer one request from standard input; entry point of the child process."""
     with contextlib.suppress(ImportError):  # where there is none, the time that is waited is left
         import resource
 
@@ -135,19 +135,19 @@ def serve() -> None:
 
 @dataclass(frozen=True)
 class _Held:
-    """Tensors of an adapter against those of a base, as far as rules know."""
+    """Comparison of an adapter's tensors with a base by rules."""
 
     names: BaseNames
     adapter: str
     tied: str | None
 
     def owner(self, name: str) -> str:
-        """Return the tensor of the base that a stored tensor is about."""
+        """Return the base tensor of a stored tensor."""
         key = parse_key(name, self.adapter)
         return key.owner if key.part in ("", "original", "unknown") else f"{key.owner}.weight"
 
     def parameter(self, name: str) -> Parameter | None:
-        """Return the base's parameter that a stored tensor is about."""
+        """Return the base parameter of a stored tensor."""
         owner = self.owner(name)
         found = self.names.parameter(owner)
         if found is None and self.tied is not None and owner.endswith(HEAD):
@@ -155,19 +155,19 @@ class _Held:
         return found
 
     def is_of_experts(self, name: str) -> bool:
-        """Tell whether a tensor is of fused experts, whose parameter the config alone names."""
+        """Tell whether a tensor belongs to fused experts."""
         key = parse_key(name, self.adapter)
         return key.depth > 0 or key.owner.endswith(".experts")
 
     def is_expected(self, name: str) -> bool:
-        """Tell whether a tensor is called as PEFT would look for it."""
+        """Tell whether a tensor has the name that PEFT expects."""
         owner = self.owner(name)
         stored = self.names.find(owner)
         wanted = self.names.in_memory(stored) if stored is not None else owner
         return name.startswith(PREFIX) and wanted == owner
 
     def misfit(self, name: str, tensor: Stored) -> str | None:
-        """Say how a tensor does not fit the base's; None if it does."""
+        """Return how a tensor's shape differs from the base's; None if it fits."""
         found = self.parameter(name)
         if not all(tensor.shape):
             return f"tensor {name} is empty"
@@ -177,7 +177,7 @@ class _Held:
         return f"tensor {name} of shape {list(tensor.shape)} does not fit {list(found.shape)}"
 
     def vocabularies(self, misfits: Mapping[str, Stored]) -> tuple[int, int] | None:
-        """Return the tokens of the adapter and of the base, if nothing else does not fit."""
+        """Return the vocabulary sizes of adapter and base, if only they differ."""
         pairs = {self._tokens(name, tensor) for name, tensor in misfits.items()}
         return pairs.pop() if len(pairs) == 1 else None
 

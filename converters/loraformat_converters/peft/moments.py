@@ -69,7 +69,7 @@ def _load(file: MappedFile, name: str, rank: int) -> memoryview:
 
 
 def check_moment(data: memoryview, rank: int, name: str, path: Path) -> None:
-    """Refuse what cannot be a second moment: not finite, not symmetric, or negative."""
+    """Refuse a matrix that is not finite, symmetric and positive semidefinite."""
     values = array_view(data, "F32", (len(data) // (4 * rank * rank), rank, rank))
     largest = abs(values).max((1, 2), keepdims=True)
     if not (

@@ -29,7 +29,7 @@ _Entry = tuple[int, str, float]
 
 
 class PatternTable:
-    """Values by pattern: the first that matches wins.
+    """Values by pattern; the first matching pattern wins.
 
     Parameters
     ----------

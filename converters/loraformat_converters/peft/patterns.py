@@ -42,7 +42,7 @@ class TooCostlyError(Exception):
 
 
 class Budget:
-    """Steps that matching may still take.
+    """Remaining matching steps.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Budget:
         self.left = steps
 
     def take(self, steps: int) -> None:
-        """Use up some.
+        """Consume steps.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class Pattern:
         self._tail = _tail(self._root) if self._alone else None
 
     def matches(self, name: str, budget: Budget | None = None) -> bool:
-        """Tell whether PEFT would take this pattern for a module of that name.
+        """Tell whether PEFT would match a module name.
 
         Raises
         ------
@@ -139,7 +139,7 @@ class Pattern:
 
 
 def _tail(root: _Node) -> tuple[re.Pattern[str], int] | None:
-    """Return the characters that every match ends with, and their number, if that is plain."""
+    """Return the fixed suffix of all matches and its length, if known."""
     in_order = root.parts and not root.either and (root.low, root.high) == (1, 1)
     text = (root.parts[-1] if in_order else root).text
     if text is None or not _CHARACTERS.fullmatch(text):
@@ -170,7 +170,7 @@ def _check_depth(key: str) -> None:
 
 
 class _Parser:
-    """Takes a pattern apart that `re` has already found to be well formed."""
+    """Parser for patterns that `re` has already validated."""
 
     def __init__(self, key: str, text: str) -> None:
         self._key = key
@@ -228,7 +228,7 @@ class _Parser:
 
 
 def _joined(parts: list[_Node]) -> list[_Node]:
-    """Make one of neighbours without repetition: each can end in one place only, so both can."""
+    """Join adjacent parts without repetition."""
     found: list[_Node] = []
     for part in parts:
         if part.text is not None and found and found[-1].text is not None:

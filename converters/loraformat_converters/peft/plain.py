@@ -1,4 +1,4 @@
-"""Adapters so plain that PEFT need not be asked whether it loads them.
+"""Adapters that PEFT is known to load, without importing it.
 
 Asking takes seconds. Nothing can go wrong with pairs of factors, all of one rank, for linears
 inside the layers of a class that has its weights in memory as they are stored.
@@ -34,7 +34,7 @@ def is_plain(
     base: Mapping[str, Any],
     names: BaseNames,
 ) -> bool:
-    """Tell whether PEFT is sure to load an adapter and to leave out none of its tensors.
+    """Tell whether PEFT is known to load an adapter with all its tensors.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def _says_nothing_special(config: Mapping[str, Any]) -> bool:
 
 
 def _are_linears(targets: list[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Tell whether everything that PEFT may take for a target has one matrix, in some layer."""
+    """Tell whether every possible target of PEFT is a linear in some layer."""
     for name, shape in shapes.items():
         *place, module, leaf = ("", *name.split("."))
         is_linear = leaf == "bias" or (leaf == "weight" and len(shape) == 2)

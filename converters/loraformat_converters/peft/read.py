@@ -104,7 +104,7 @@ def _beside(folder: SafeDirectory) -> list[str]:
 
 
 def _by_torchtune(folder: SafeDirectory, base: Checkpoint | None) -> list[str]:
-    """Return what torchtune 0.6.1, its last version, writes wrongly, if it wrote the adapter."""
+    """Return the error of torchtune 0.6.1 in an adapter that it wrote; None otherwise."""
     config = parse(base.config) if base is not None and base.config else {}
     if not folder.has("adapter_model.pt") or config.get("model_type", "qwen2") != "qwen2":
         return []
@@ -121,13 +121,13 @@ def _files(folder: SafeDirectory) -> tuple[CarriedFile, ...]:
 
 
 def _is_copy(one: DenseTensor, other: DenseTensor) -> bool:
-    """Tell whether two tensors of one place are what PEFT writes under two names."""
+    """Tell whether two tensors are the copies that PEFT writes under two names."""
     wrapped = [".modules_to_save." in tensor.name for tensor in (one, other)]
     return one.shape == other.shape and sum(wrapped) == 1
 
 
 class _Reader:
-    """Sorts stored tensors by module, and makes a delta of each module."""
+    """Reader that groups stored tensors by module into deltas."""
 
     def __init__(
         self, settings: LoraSettings, stored: StoredTensors, base: Checkpoint | None
@@ -194,7 +194,7 @@ class _Reader:
         parts[place] = tensor
 
     def _check_trained(self) -> None:
-        """Refuse a module whose original was saved, and what was trained of it was not."""
+        """Refuse a module whose original weight was saved instead of the trained one."""
         for owner, name in self._untrained.items():
             if owner not in self._replaced:
                 raise InputError(
@@ -292,7 +292,7 @@ class _Reader:
         )
 
     def _is_transposed(self, target: str, a: DenseTensor, b: DenseTensor) -> bool:
-        """Tell whether the base holds (in, out); its shapes are believed before the config."""
+        """Tell whether the base stores (in, out), from its shapes or else the config."""
         linear = (b.shape[0], a.shape[1])
         stored = self._base.tensors.get(target) if self._base is not None else None
         if stored is None:

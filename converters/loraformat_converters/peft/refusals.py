@@ -67,7 +67,7 @@ _KNOWN = {
 
 
 def refuse_by_name(config: dict[str, Any], path: Path, *, conditional: bool = False) -> None:
-    """Refuse what is more than a low-rank delta and replacements; aLoRA if not ``conditional``.
+    """Refuse methods beyond low-rank deltas and replacements; aLoRA unless ``conditional``.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def refuse_by_name(config: dict[str, Any], path: Path, *, conditional: bool = Fa
 
 
 def changing_start(config: dict[str, Any]) -> str | None:
-    """Return ``init_lora_weights`` if PEFT changes the base by it whenever it loads the adapter."""
+    """Return ``init_lora_weights`` if it makes PEFT change the base on loading."""
     start = config.get("init_lora_weights")
     changes = isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
     return str(start) if changes else None

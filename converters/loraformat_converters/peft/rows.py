@@ -25,7 +25,7 @@ def read_rows(
     path: Path,
     in_base: Callable[[str], str],
 ) -> dict[str, RowReplacement]:
-    """Join the stored rows with the indices that the config gives them.
+    """Combine the stored rows with the indices in the config.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def read_rows(
 
 
 def _is_of_a_tied_head(module: str, tensors: Mapping[str, DenseTensor], named: Any) -> bool:
-    """Tell whether rows are the embedding's once more.
+    """Tell whether rows of a tied head repeat those of the embedding.
 
     PEFT saves them so where it saves whole embeddings and the head is tied; its config names those
     of the embedding alone.
@@ -90,7 +90,7 @@ def _indices(module: str, named: Any, path: Path) -> tuple[int, ...]:
 
 
 def rows_config(rows: Mapping[str, RowReplacement], given: Any) -> Any:
-    """Return what the config must say: as it was, if that still says it."""
+    """Return ``trainable_token_indices`` for the config, unchanged if still right."""
     own = {target.removesuffix(".weight"): list(row.indices) for target, row in rows.items()}
     if isinstance(given, list) and list(own.values()) == [given]:
         return given

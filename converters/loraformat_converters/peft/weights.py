@@ -52,7 +52,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msg
 
 
 def other_weights(names: Iterable[str]) -> list[str]:
-    """Return the files beside an adapter that look like weights, and are none of PEFT's.
+    """Return weight files next to an adapter that PEFT does not read.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def other_weights(names: Iterable[str]) -> list[str]:
 
 @dataclass(slots=True)
 class StoredTensors:
-    """What the weight files hold.
+    """Contents of the weight files.
 
     Attributes
     ----------
@@ -90,7 +90,7 @@ class StoredTensors:
 
 
 def open_tensors(folder: SafeDirectory, *, allow_pickle: bool) -> StoredTensors:
-    """Open whatever holds the tensors; safetensors is taken before a pickle, as PEFT does.
+    """Open the weight files; safetensors is preferred to pickle, as in PEFT.
 
     Raises
     ------
@@ -152,7 +152,7 @@ def _open_files(
 
 
 def checked(tensor: DenseTensor, path: Path) -> DenseTensor:
-    """Return a tensor that is checked for NaN as it is loaded; one of 8 bits becomes float32.
+    """Return a tensor that is checked for NaN when loaded; 8-bit floats become float32.
 
     Raises
     ------

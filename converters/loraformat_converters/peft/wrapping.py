@@ -27,7 +27,7 @@ _MOST_NAMES = 4096
 
 
 class Wrapping:
-    """How PEFT wraps what an adapter changes.
+    """How PEFT wraps the modules of an adapter.
 
     Parameters
     ----------
@@ -80,12 +80,12 @@ class Wrapping:
         )
 
     def name_of(self, delta: LoraDelta) -> str:
-        """Return the name that rank patterns are matched with."""
+        """Return the name that rank patterns match."""
         name = self._family.in_memory(delta.target)
         return name if delta.target in self._depths else module_of(name)
 
     def is_parameter(self, delta: LoraDelta) -> bool:
-        """Tell whether a delta is that of a parameter."""
+        """Tell whether a delta belongs to a parameter rather than a module."""
         return delta.target in self._depths
 
     def stem_of(self, delta: LoraDelta) -> str:
@@ -97,7 +97,7 @@ class Wrapping:
         return f"{PREFIX}{self._family.peft_key(module)}{wrappers}"
 
     def _inside(self, module: str) -> str:
-        """Return a module's name within the wrappers of those that it is a part of."""
+        """Return a module's name inside the wrappers of its parents."""
         parts = module.split(".")
         for length in range(len(parts) - 1, 0, -1):
             wrappers = self._wrapped.get(".".join(parts[:length]), 0)
@@ -105,7 +105,7 @@ class Wrapping:
         return ".".join(parts)
 
     def target_modules(self) -> list[str]:
-        """Name the modules in full; very many by their last part, so that the config stays small.
+        """Return the target modules by full name, or by last part if they are very many.
 
         What PEFT wraps beyond them has no tensors, begins with B = 0, and changes nothing.
         """
@@ -117,7 +117,7 @@ class Wrapping:
 
 
 class _Named:
-    """What the source's own config names, as PEFT matches it: by the end of a name."""
+    """Targets in the source's config, matched by suffix as in PEFT."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._modules = _strings(config.get("target_modules"))
@@ -140,7 +140,7 @@ def _ends(name: str, words: set[str]) -> bool:
 
 
 def _depths(parameters: Iterable[str]) -> dict[str, int]:
-    """Return how many wrappers lie around that of each parameter: the last is the outermost."""
+    """Return the wrapping depth of each parameter; the last is the outermost."""
     by_module: dict[str, list[str]] = {}
     for target in parameters:
         module, _, leaf = target.rpartition(".")

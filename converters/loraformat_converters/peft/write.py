@@ -52,7 +52,7 @@ _EXPERTS_SINCE = "0.19.0"
 def write_adapter(
     adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions
 ) -> None:
-    """Write an adapter into a publication's work directory.
+    """Write an adapter into an output's work directory.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def write_adapter(
 
 
 def _inside_wrapper(name: str, adapter: Adapter) -> str:
-    """Return PEFT's name of a replaced tensor: a layer that it adapts lies inside a wrapper."""
+    """Return PEFT's name of a replaced tensor, inside the wrapper of an adapted layer."""
     module, _, leaf = name.rpartition(".")
     if f"{module}.weight" in adapter.rows:
         return f"{module}.token_adapter.base_layer.{leaf}"
@@ -111,7 +111,7 @@ def _inside_wrapper(name: str, adapter: Adapter) -> str:
 
 
 def _one_alpha(adapter: Adapter) -> float | None:
-    """Return the alpha that gives every scaling exactly, as alpha over rank."""
+    """Return the alpha that gives every scaling exactly; None if there is none."""
     alphas = {delta.alpha for delta in adapter.deltas.values()}
     if len(alphas) != 1:
         return None
@@ -121,7 +121,7 @@ def _one_alpha(adapter: Adapter) -> float | None:
 
 
 def _as_spelled(adapter: Adapter) -> Adapter:
-    """Return an adapter under the names that it came with: those of the model in memory."""
+    """Return an adapter under its source's names."""
     own = adapter.spellings
     if not own:
         return adapter
@@ -162,7 +162,7 @@ def _encoded(adapter: Adapter, alpha: float | None, wrapping: Wrapping) -> bytes
 
 
 class _Piece(NamedTuple):
-    """A tensor to be written: its name in the file, its dtype there, and what is folded in."""
+    """A tensor to write: file name, dtype, and the folded factor."""
 
     name: str
     tensor: DenseTensor
@@ -177,7 +177,7 @@ def _is_embedding(delta: LoraDelta) -> bool:
 def _pieces(
     delta: LoraDelta, options: AdapterWriteOptions, wrapping: Wrapping, scaling: float
 ) -> Iterator[_Piece]:
-    """Yield a delta's tensors, with what is left of its scaling folded in."""
+    """Yield a delta's tensors, with the remaining scaling folded in."""
     stem, a, b = wrapping.stem_of(delta), delta.a, delta.b
     if len(a.shape) == 3:
         experts, rank, columns = a.shape
@@ -198,7 +198,7 @@ def _pieces(
 
 
 def _folded_dtype(dtype: str, scaling: float) -> str:
-    """Return the dtype that holds a tensor times its scaling without losing bits that it had."""
+    """Return a dtype that stores a scaled tensor without losing bits."""
     exact = scaling == 1 or (dtype == "BF16" and abs(math.frexp(scaling)[0]) in (0.0, 0.5))
     return dtype if dtype in ("F32", "F64") or exact else "F32"
 
@@ -237,7 +237,7 @@ def _write_tensors(
 
 
 def _config(adapter: Adapter, alpha: float | None, wrapping: Wrapping) -> dict[str, Any]:
-    """Return the config: the source's own fields, and what the deltas say."""
+    """Return the config: the source's fields, updated from the deltas."""
     deltas = adapter.deltas.values()
     ranks = {wrapping.name_of(delta): delta.rank for delta in deltas}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8

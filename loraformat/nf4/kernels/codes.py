@@ -12,7 +12,7 @@ __all__ = ["Codes"]
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A whole tensor; nothing of it is checked here.
+    """Codes and scales of a whole tensor, unchecked.
 
     Attributes
     ----------

@@ -52,7 +52,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def loaded() -> bool:
-    """Tell whether compiled code shall be used: it is there, and the environment allows it.
+    """Tell whether compiled code is available and selected.
 
     Raises
     ------

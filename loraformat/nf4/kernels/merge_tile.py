@@ -29,7 +29,7 @@ _FLOAT16_MAX = 65504.0
 
 
 class TileSums(NamedTuple):
-    """What a tile was measured to be.
+    """Measured sums of a tile.
 
     Attributes
     ----------
@@ -136,7 +136,7 @@ def merge_tile(
 def merge_tile_in_numpy(
     weight: Array, delta: Array | None, gain: Array | None, out: Array, *, measure: bool = False
 ) -> TileSums | None:
-    """Do what `merge_tile` does without compiled code."""
+    """Compute `merge_tile` without compiled code."""
     change = numpy.float32(0) if delta is None else delta
     out[...] = merged_values(weight, change, gain, out.dtype)
     if not measure:

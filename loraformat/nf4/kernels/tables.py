@@ -31,7 +31,7 @@ def from_bits(bits: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """The two tables and what the searches through them need (all one-dimensional).
+    """The two code tables and their search tables (all one-dimensional).
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ def _leading_bits(bounds: Array) -> Array:
 
 @cache
 def tables() -> Tables:
-    """Make the tables, once.
+    """Return the tables, built once.
 
     Returns
     -------

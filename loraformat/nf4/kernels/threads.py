@@ -54,12 +54,12 @@ def _torch() -> Any:
 
 
 def _is_ours() -> None:
-    """Keep `run` from starting threads on behalf of this thread."""
+    """Mark this thread as one of the pool, in which `run` starts no others."""
     _this.ours = True
 
 
 def _compute_alone() -> None:
-    """Keep torch from starting threads on behalf of this thread, which is one of the pool."""
+    """Limit torch to one thread in this thread of the pool."""
     torch = _torch()
     if _this.alone or torch is None:
         return
@@ -75,7 +75,7 @@ def _compute_alone() -> None:
 
 @contextmanager
 def _one_of_ours() -> Iterator[None]:
-    """Let the calling thread be like those of the pool while this lasts.
+    """Context in which the calling thread acts as one of the pool.
 
     A thread elsewhere that calls torch for the first time meanwhile computes alone, too.
     """
@@ -91,7 +91,7 @@ def _one_of_ours() -> Iterator[None]:
 
 
 def _use(torch: Any, count: int) -> None:
-    """Set the number of torch's threads in the calling one, and in those to come."""
+    """Set torch's number of threads for the calling thread and new ones."""
     if torch and torch.get_num_threads() != count:
         with _settling:
             torch.set_num_threads(count)
@@ -103,7 +103,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
 
 def _forget_threads() -> None:
-    """In a forked child, drop what its parent's threads, which it does not have, may hold."""
+    """Reset the pool and lock in a forked child, which lacks the parent's threads."""
     global _settling
     _settling = threading.Lock()
     _pool.cache_clear()

@@ -39,7 +39,7 @@ class AdapterBase:
 def open_adapter_base(
     stack: ExitStack, named: str | Path | None, *slots: BundleSlot | None
 ) -> AdapterBase | None:
-    """Open the base that was named, else the bundle of the first slot, else none.
+    """Open the named base, otherwise the bundle of the first slot, otherwise none.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def open_adapter_base(
 
 
 def _config_alone(path: Path) -> Checkpoint | None:
-    """Return a base of which only ``config.json`` is there: a directory without weights, or it."""
+    """Return a base known only by its ``config.json``, given as a directory or the file."""
     folder = path.parent if path.name == CONFIG_NAME and path.is_file() else path
     if not (folder / CONFIG_NAME).is_file() or (folder == path and any(path.glob("*.safetensors"))):
         return None

@@ -36,7 +36,7 @@ __all__ = ["PlannedAdapter", "check_fits", "check_values", "plan_adapter"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedAdapter:
-    """An adapter, ready to be written.
+    """An adapter and how it will be written.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class PlannedAdapter:
     expected: Mapping[str, FileRecord] | None = None
 
     def write(self, publication: AtomicOutput) -> list[str]:
-        """Write it into a publication's work directory, and return the writer's notes."""
+        """Write the adapter into an output's work directory and return the writer's notes."""
         notes: list[str] = []
         if self.verbatim:
             copy_adapter(self.adapter, publication)
@@ -148,7 +148,7 @@ def plan_adapter(
 
 
 def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return an adapter that is written under the names that PEFT has for the base's modules."""
+    """Return an adapter renamed to PEFT's names of the base's modules."""
     adapter = _with_task(adapter, base)
     names = names_of(base, adapter.config.get("task_type"))
     changed = [*adapter.deltas, *adapter.replacements, *adapter.rows]
@@ -163,7 +163,7 @@ def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
 
 
 def _with_task(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return an adapter that says for which class it is, where the base is an embedding model."""
+    """Return an adapter whose config names the task, for an embedding model as base."""
     if adapter.config.get("task_type") is not None or base.config is None:
         return adapter
     config = parse(base.config)
@@ -173,7 +173,7 @@ def _with_task(adapter: Adapter, base: Checkpoint) -> Adapter:
 
 
 def _names_in_file(adapter: Adapter) -> list[str]:
-    """Return the names under which an adapter holds what it changes."""
+    """Return the tensor names in an adapter's file."""
     changed = [*adapter.deltas, *adapter.replacements, *adapter.rows]
     return [adapter.spellings.get(target, target) for target in changed]
 
@@ -189,7 +189,7 @@ def _dtype(writer: Converter, word: str | None) -> str | None:
 
 
 def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | None:
-    """Say why a copy would not do; None if it would."""
+    """Return why a byte-for-byte copy would be wrong; None if it is right."""
     if adapter.format != writer.name:
         return f"the format changes from {adapter.format} to {writer.name}"
     if dtype is not None:
@@ -216,7 +216,7 @@ def _mismatch(adapter: Adapter, match: BaseMatch, allowed: bool) -> list[str]:
 
 
 def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:
-    """Check that a base has all that an adapter changes, in the right shapes.
+    """Check that a base has every tensor that an adapter changes, with matching shapes.
 
     Returns
     -------
@@ -241,7 +241,7 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:
 
 
 def check_values(adapter: Adapter) -> None:
-    """Load every tensor once; readers of adapters refuse NaN and infinity.
+    """Load every tensor once, so that NaN and infinity are refused.
 
     Raises
     ------

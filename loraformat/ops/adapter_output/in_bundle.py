@@ -30,7 +30,7 @@ def write_bundle(
     *,
     allow_base_mismatch: bool = False,
 ) -> WrittenModel:
-    """Write a new bundle with adapters in it, in one publication.
+    """Write a new bundle with adapters as one atomic output.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def write_bundle(
 
 
 def _check_distinct(names: Iterable[str]) -> None:
-    """Refuse names that break M09 or M12."""
+    """Refuse names that violate M09 or M12."""
     seen: set[str] = set()
     for name in names:
         if not is_adapter_name(name) or name.lower() in seen:

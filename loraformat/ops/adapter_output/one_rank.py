@@ -29,7 +29,7 @@ _MERGE = "merge it: loraformat merge BASE ADAPTER -o MERGED"
 
 
 def with_one_rank(adapter: Adapter, base: Checkpoint | None = None) -> Adapter:
-    """Return an adapter of the same deltas, all of one rank that kernels take as it is.
+    """Return an adapter with the same deltas, padded to one rank that kernels support.
 
     That is the largest rank, brought up to 8 or a multiple of 16. Factors of float64 become
     float32, rounded to nearest even, as runtimes know no wider type.
@@ -55,7 +55,7 @@ def with_one_rank(adapter: Adapter, base: Checkpoint | None = None) -> Adapter:
 
 
 def _missing(deltas: Mapping[str, LoraDelta], base: Checkpoint, rank: int) -> Iterator[LoraDelta]:
-    """Yield a zero for each weight of a type that is adapted, and for v beside q."""
+    """Yield a zero delta for each missing weight of an adapted type, and for v next to q."""
     types = {type_of(target): delta for target, delta in deltas.items()}
     for kind, delta in list(types.items()):
         if kind.endswith("q_proj.weight"):
@@ -116,7 +116,7 @@ def _padded(delta: LoraDelta, rank: int) -> LoraDelta:
 
 
 def _zero_padded(tensor: DenseTensor, shape: Sequence[int]) -> DenseTensor:
-    """Return a tensor with zeros behind its own numbers, in every dimension that grew."""
+    """Return a tensor padded with zeros at the end of each dimension."""
     dtype = "F32" if tensor.dtype == "F64" else tensor.dtype
     if tensor.shape == tuple(shape) and dtype == tensor.dtype:
         return tensor

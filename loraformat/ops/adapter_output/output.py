@@ -1,4 +1,4 @@
-"""Where an adapter goes: a format of its own, or a place in a bundle.
+"""Adapter output: a file or directory of some format, or a slot in a bundle.
 
 `reduce`, `combine` and `extract` open their output first, so that what cannot be written is
 refused before minutes of work.
@@ -65,11 +65,11 @@ class AdapterOutput:
 
     @property
     def checkpoint(self) -> Checkpoint | None:
-        """The base, open, if one is known."""
+        """The open base, if one is known."""
         return None if self.base is None else self.base.checkpoint
 
     def check(self, adapter: Adapter) -> None:
-        """Hold an adapter that something will be made of against the base and the format.
+        """Check a source adapter against the base and the output format.
 
         Raises
         ------
@@ -82,7 +82,7 @@ class AdapterOutput:
         self.forecast(self.plan(replace(adapter, verbatim=False)))
 
     def write(self, adapter: Adapter) -> list[str]:
-        """Write an adapter anew, whole or not at all; in a dry run only see whether it could be.
+        """Write an adapter atomically; in a dry run only check that it could be written.
 
         Returns
         -------
@@ -114,7 +114,7 @@ class AdapterOutput:
         )
 
     def check_fits(self, adapter: Adapter) -> list[str]:
-        """Hold an adapter against the base's tensors; for a bundle its values, too.
+        """Check an adapter against the base's tensors; for a bundle also its values.
 
         Returns
         -------
@@ -133,7 +133,7 @@ class AdapterOutput:
         return notes
 
     def forecast(self, planned: PlannedAdapter) -> Forecast | None:
-        """Return what the writer knows of its output; what it would refuse is refused."""
+        """Return the writer's forecast; raises what the writer would refuse."""
         if planned.verbatim or self.writer.forecast_adapter is None:
             return None
         return self.writer.forecast_adapter(planned.adapter, self.path, planned.options)
@@ -141,7 +141,7 @@ class AdapterOutput:
     def publish(
         self, planned: PlannedAdapter, *, finish: Callable[[], None] = lambda: None
     ) -> tuple[int, list[str]]:
-        """Write a planned adapter, whole or not at all; a bundle's manifest lists it then.
+        """Write a planned adapter atomically and list it in the bundle's manifest.
 
         Parameters
         ----------
@@ -272,7 +272,7 @@ def write_adapter(
     force: bool = False,
     canonical: bool = True,
 ) -> list[str]:
-    """Write an open adapter, whole or not at all; see `open_adapter_output`.
+    """Write an open adapter atomically; see `open_adapter_output`.
 
     Returns
     -------
@@ -287,7 +287,7 @@ def write_adapter(
 
 
 def _common_slot(sources: Iterable[str | Path]) -> BundleSlot | None:
-    """Return the place of an adapter in the bundle that holds all of them."""
+    """Return the slot in the one bundle that contains all sources; None if there is none."""
     slots = [parse_bundle_slot(Path(source)) for source in sources]
     bundles = {None if slot is None else slot.bundle.resolve() for slot in slots}
     return slots[0] if len(bundles) == 1 else None

@@ -43,7 +43,7 @@ _AN_EMBEDDING = ("model.embed_tokens.weight",)
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CheckReport(Report):
-    """What a check found.
+    """Report of ``check``.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class CheckReport(Report):
 
     @property
     def failed(self) -> bool:
-        """Whether a runtime would refuse it or compute something else."""
+        """Whether some runtime would refuse the adapter or compute something else."""
         return "wrong" in self.verdicts.values()
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _verdict(runtime: str, found: Sequence[Finding]) -> str:
 def examine(
     source: str | Path, *, base: str | Path | None = None, allow_pickle: bool = False
 ) -> tuple[AdapterFacts, str | None]:
-    """Look at an adapter, and at its base if that is known.
+    """Collect the facts of an adapter, and of its base if known.
 
     Returns
     -------

@@ -37,7 +37,7 @@ _ROLES = {"bos": "begins texts with", "eos": "ends texts with"}
 
 
 def tokenizer_beside(adapter: Path) -> CarriedTokenizer:
-    """Return the other files in an adapter's directory; a single-file adapter has none.
+    """Return the tokenizer files in an adapter's directory; a single file has none.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def tokenizer_beside(adapter: Path) -> CarriedTokenizer:
 def tokenizer_change(
     ours: CarriedTokenizer, base: CarriedTokenizer, whose: str = "the base's"
 ) -> str | None:
-    """Say where a text would become other numbers than with the base's tokenizer.
+    """Describe where token ids differ from those of the base's tokenizer.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def tokenizer_change(
 
 
 def template_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | None:
-    """Say which chat template is another than the base's; as `tokenizer_change`."""
+    """Describe how the chat template differs from the base's; as `tokenizer_change`."""
     there = base.chat_templates
     for name, text in ours.chat_templates.items():
         called = "" if name == "default" else f" {printable(name)}"
@@ -91,7 +91,7 @@ def template_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | Non
 
 
 def token_numbers(tokenizer: CarriedTokenizer) -> dict[str, object]:
-    """Return the number of each token; nothing where no file that can be read here says it.
+    """Return the id of each token; empty if no readable file has it.
 
     Parameters
     ----------
@@ -171,5 +171,5 @@ def _model(tokenizer: CarriedTokenizer) -> dict[str, Any]:
 
 
 def _pairs(merges: list[Any]) -> list[Any]:
-    """Return merges in the older of the two ways in which they are written."""
+    """Return BPE merges in the older of their two notations."""
     return [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in merges]

@@ -27,7 +27,7 @@ __all__ = ["Written", "snippets", "write_usage"]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Files that tell runtimes to load an adapter.
+    """Files written for runtimes.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Written:
 
 
 def write_usage(report: CheckReport, target: str | Path, *, base: str | None = None) -> Written:
-    """Write one file for each runtime of a report that will be right.
+    """Write one file for each runtime that will be correct.
 
     Local paths are absolute in them, so that the files can be moved.
 
@@ -76,7 +76,7 @@ def write_usage(report: CheckReport, target: str | Path, *, base: str | None = N
 
 
 def snippets(report: CheckReport, *, base: str | None = None) -> tuple[list[Snippet], list[str]]:
-    """Return the text for each runtime that will be right, and why others have none."""
+    """Return the text for each runtime that will be correct, and why others have none."""
     use = _use(report, base)
     made, left_out = [], []
     wrong = obstacles(report.findings)
@@ -120,7 +120,7 @@ def _use(report: CheckReport, base: str | None) -> Use:
 
 
 def _placed(word: str) -> str:
-    """Return a local path as an absolute one, and a Hub id as it is."""
+    """Return a local path as an absolute one; a Hub id is unchanged."""
     return os.path.abspath(word) if os.path.lexists(word) else word
 
 
@@ -138,7 +138,7 @@ def _snippet(name: str, report: CheckReport, use: Use) -> Snippet:
 
 
 def _conversions(use: Use, *, comment: bool) -> str:
-    """Return the commands that make the GGUF files of base and adapter."""
+    """Return the commands that create the GGUF files of base and adapter."""
     lines = []
     if use.base_gguf == "model.gguf":
         lines.append(f"loraformat convert {shlex.quote(use.pinned_base)} model.gguf --dtype f16")

@@ -144,7 +144,7 @@ def combine_adapters(
     rounding: dict[str, float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Adapter, CombinationReport]:
-    """Return one adapter from several, and what each module of it holds.
+    """Return the combined adapter and its per-module report.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def combine_adapters(
 
 
 class _Combination:
-    """The modules of a combination, one after the other."""
+    """Builder of a combination, module by module."""
 
     def __init__(self, options: CombineOptions, rounding: dict[str, float]) -> None:
         self.options, self.rounding = options, rounding

@@ -28,7 +28,7 @@ _TILE_ELEMENTS = 1 << 18
 
 
 def interfered(terms: Sequence[WeightedDelta], options: CombineOptions) -> tuple[float, Pair]:
-    """Combine one target by a method that looks at elements.
+    """Combine one target by an element-wise method.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def interfered(terms: Sequence[WeightedDelta], options: CombineOptions) -> tuple
 
 
 def _matrices(terms: Sequence[WeightedDelta], options: CombineOptions) -> Iterator[_Matrix]:
-    """Yield the matrix, or one after the other those of the experts."""
+    """Yield the matrix, or those of the experts in turn."""
     loaded = [(term, *term.factors()) for term in terms]
     for expert in range(experts_of(terms[0].delta)):
         parts = [
@@ -69,7 +69,7 @@ def _one(factor: Array, expert: int) -> Array:
 
 
 def _seed(seed: int, term: WeightedDelta, expert: int) -> int:
-    """Return a seed of the module's own: no module's numbers depend on the others."""
+    """Return a seed per module, so that modules do not affect each other."""
     words = repr((seed, term.adapter, f"{term.delta.target}/{expert}"))
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
 

@@ -26,7 +26,7 @@ _Holder = tuple[Adapter, float, DenseTensor]
 def combined_replacements(
     adapters: Sequence[Adapter], weights: Sequence[float], *, exact: bool
 ) -> tuple[dict[str, DenseTensor], list[str]]:
-    """Return the tensors that the combination replaces, and what to know of them.
+    """Return the replaced tensors of the combination, with notes.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def combined_replacements(
 def combined_rows(
     adapters: Sequence[Adapter], weights: Sequence[float], *, exact: bool
 ) -> tuple[dict[str, RowReplacement], list[str]]:
-    """Return the rows that the combination replaces, as `combined_replacements` does.
+    """Return the replaced rows of the combination, with notes.
 
     Raises
     ------

@@ -12,7 +12,7 @@ __all__ = ["CombinationReport", "CombinedModule"]
 
 @dataclass(frozen=True, slots=True)
 class CombinedModule:
-    """What became of one module.
+    """Result for one module.
 
     Attributes
     ----------

@@ -14,7 +14,7 @@ _WHOSE = "the first one's"
 
 
 def other_tokenizers(adapters: Sequence[Adapter]) -> list[str]:
-    """Say which adapters were trained with other tokens, another template or other stop tokens.
+    """Return notes on adapters whose tokens, template or stop tokens differ.
 
     Parameters
     ----------

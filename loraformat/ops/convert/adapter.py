@@ -43,7 +43,7 @@ _OF_MODELS = ("quantized", "errors_by_kind")
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class AdapterConversion(ConversionReport):
-    """What the conversion of an adapter did.
+    """Report of an adapter conversion.
 
     Attributes
     ----------
@@ -151,7 +151,7 @@ def convert_adapter(
 
 
 def _lost(source: Source, reader: Converter, writer: Converter, strict: bool) -> list[str]:
-    """Return what the writer's format cannot hold and the reader's can."""
+    """Return the contents that the target format cannot store."""
     if writer.name == reader.name:
         return []
     lost = [loss for loss in writer.loses if loss not in reader.loses]
@@ -165,14 +165,14 @@ def _lost(source: Source, reader: Converter, writer: Converter, strict: bool) ->
 
 
 def _repository(named: str | Path | None, base: AdapterBase | None) -> str | None:
-    """Return the Hub id of a base, which means the same everywhere; None if it has none."""
+    """Return the Hub id of a base; None if it has none."""
     if base is not None and "repo" in base.source:
         return base.source["repo"]
     return resolve(named).repo if named is not None else None
 
 
 def _listed(origin: BundleSlot | None) -> tuple[dict[str, FileRecord] | None, list[str]]:
-    """Return the files that a manifest lists for the source, if that lies in a bundle."""
+    """Return the files that the manifest lists, for a source in a bundle."""
     if origin is None:
         return None, []
     listed = read_manifest(origin.bundle).adapters.get(origin.name)

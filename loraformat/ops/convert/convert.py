@@ -245,14 +245,14 @@ def _convert_base(
 
 
 def _aligned(original: Checkpoint, checkpoint: Checkpoint) -> tuple[Checkpoint, Alignment]:
-    """Give what is quantized now one dense type; a source in NF4 keeps its bytes."""
+    """Give the dense tensors one dtype if the model is quantized now; NF4 sources are unchanged."""
     if original.nf4_weights:
         return checkpoint, Alignment()
     return aligned(checkpoint)
 
 
 def _read_as(writer: Converter, encoding: Encoding) -> str | None:
-    """Return the type of numbers that are in one of the source's own: rounding once is enough."""
+    """Return the dtype to read quantized numbers in, so that they are rounded only once."""
     if writer.dtypes:
         return "F32"  # it rounds itself
     return parse_weight_dtype(encoding.dtype) if encoding.dtype else None

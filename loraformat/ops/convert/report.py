@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ConversionReport(Report):
-    """What the conversion of a model or an adapter did.
+    """Report of a conversion.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class ConversionReport(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ModelConversion(ConversionReport):
-    """What the conversion of a model did.
+    """Report of a model conversion.
 
     Attributes
     ----------
@@ -94,7 +94,7 @@ def plan_report(
     writer: Converter,
     lost: list[str],
 ) -> ModelConversion:
-    """Return what is known before anything is computed.
+    """Return the report before the conversion.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
 
 
 def shard_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
-    """Say how large each shard will be."""
+    """Return notes with the planned size of each shard."""
     shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
     sizes = [sum(tensor.nbytes for tensor in shard) for shard in shards]
     return [
@@ -205,7 +205,7 @@ def complete(
     again: Mapping[str, str],
     seconds: float,
 ) -> ModelConversion:
-    """Return the report of a conversion that is done, in ``seconds``.
+    """Return the report of a finished conversion.
 
     ``again`` are the weights that were quantized a second time, and their new types.
     """
@@ -231,7 +231,7 @@ def _errors_by_kind(checkpoint: Checkpoint, written: WrittenModel) -> dict[str, 
 
 
 def losses(original: Checkpoint, reader: Converter, writer: Converter) -> Iterable[str]:
-    """Say what the source holds and the target will not."""
+    """Return the contents of the source that the target cannot store."""
     yield from original.left_behind
     if reader.name != writer.name:
         # What the source's format cannot hold either was not there to be lost.

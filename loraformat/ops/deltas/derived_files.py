@@ -24,7 +24,7 @@ _MAX_RECORD_BYTES = 16 << 20
 
 
 def derived_files(adapters: Sequence[Adapter]) -> tuple[CarriedFile, ...]:
-    """Return the files of the first adapter that hold for what is computed from all of them.
+    """Return the files of the first adapter that remain valid for the result.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ _SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
 
 def load_finite(tensor: DenseTensor) -> Array:
-    """Load a tensor as float32, or float64 if it is, and let go of the source.
+    """Load a tensor as float32 (float64 stays) and release the source.
 
     Float64 comes where sums are formed: see `loraformat.algebra.thin_qr`.
 
@@ -72,7 +72,7 @@ def factor_dtype(delta: LoraDelta, wanted: str | None) -> str:
 def with_deltas(
     adapter: Adapter, deltas: dict[str, LoraDelta], others: Sequence[Adapter] = ()
 ) -> Adapter:
-    """Return an adapter with other deltas, without what only described the old ones.
+    """Return an adapter with new deltas, without data that described the old ones.
 
     Scalings are folded, so the config must not name any; files are those of `derived_files`.
 
@@ -93,19 +93,19 @@ def with_deltas(
 
 
 def experts_of(delta: LoraDelta) -> int:
-    """Return how many matrices a delta holds; 1 if it is one."""
+    """Return the number of matrices in a delta."""
     return delta.a.shape[0] if len(delta.a.shape) == 3 else 1
 
 
 class SingleEntryCache:
-    """Remembers the last result of an expensive function: A and B come from one computation."""
+    """Cache of the last result, because A and B come from one computation."""
 
     def __init__(self) -> None:
         self._key: Hashable = None
         self._value: object = None
 
     def get(self, key: Hashable, compute: Callable[[], object]) -> object:
-        """Return the remembered value of this key, or compute it in place of the last one."""
+        """Return the cached value of a key, or compute and cache it."""
         if self._key != key:
             self._key = self._value = None  # free it before the next one is built
             self._value = compute()
@@ -156,7 +156,7 @@ def error_with_rounding(error: float, rounding: float) -> float:
 
 
 def compute_factors(adapter: Adapter, rounding: Mapping[str, float]) -> None:
-    """Compute the factors that no writer has asked for, so that their rounding is known.
+    """Compute factors that were not written, so that their rounding error is known.
 
     Parameters
     ----------

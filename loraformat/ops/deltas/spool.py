@@ -13,7 +13,7 @@ __all__ = ["Spool"]
 
 
 class Spool:
-    """A temporary file of tensors, for results that are all needed before one can be written.
+    """A temporary file for tensors that must all exist before the first is written.
 
     The file has no name, so that nothing is left behind whatever happens.
     """
@@ -47,5 +47,5 @@ class Spool:
         return DenseTensor(name, dtype, values.shape, load)
 
     def close(self) -> None:
-        """Give the space back; what was stored can no longer be loaded."""
+        """Free the space; stored tensors can no longer be loaded."""
         self._file.close()

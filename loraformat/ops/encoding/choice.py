@@ -17,7 +17,7 @@ __all__ = ["Encoding"]
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """What the user wants of the weights."""
+    """Encoding options of the user."""
 
     dtype: str | None
     block_size: int | None
@@ -26,7 +26,7 @@ class Encoding:
     include: tuple[str, ...]
 
     def apply(self, checkpoint: Checkpoint, writer: Converter) -> Checkpoint:
-        """Return the checkpoint as the writer takes it; nothing is computed yet."""
+        """Return the checkpoint in the writer's encoding, lazily."""
         if writer.dtypes:
             return self._for_own_dtypes(checkpoint, writer)
         dtype = parse_weight_dtype(self.dtype) if self.dtype else None
@@ -49,7 +49,7 @@ class Encoding:
         )
 
     def _for_own_dtypes(self, checkpoint: Checkpoint, writer: Converter) -> Checkpoint:
-        """Leave the rounding to the writer; what is in NF4 is decoded without any."""
+        """Leave rounding to the writer; NF4 is decoded to float32."""
         self._refuse_quantization(writer)
         if self.dtype is not None and self.dtype not in writer.dtypes:
             raise UsageError(

@@ -19,7 +19,7 @@ _EXACT = "F32"
 def with_decoded_dtype(
     checkpoint: Checkpoint, writer: Converter, dtype: str | None
 ) -> tuple[Checkpoint, list[str]]:
-    """Let ``config.json`` say the type in which decoded numbers are exact, if that was chosen.
+    """Set the dtype in ``config.json`` to the one in which decoded numbers are exact.
 
     Without that, transformers would round them as it opens them.
 

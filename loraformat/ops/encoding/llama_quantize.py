@@ -18,7 +18,7 @@ _WORDS = re.compile(
 
 
 def is_llama_type(word: str) -> bool:
-    """Tell whether a word is one of its types that are not written here.
+    """Tell whether a type can only be written by ``llama-quantize``.
 
     Examples
     --------
@@ -29,7 +29,7 @@ def is_llama_type(word: str) -> bool:
 
 
 def refuse_llama_type(dtype: str | None, target: Path, command: Sequence[str]) -> None:
-    """Refuse such a type, and name the two commands that lead to it.
+    """Refuse such a type and name the two commands that produce it.
 
     Parameters
     ----------

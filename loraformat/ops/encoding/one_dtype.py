@@ -28,7 +28,7 @@ _SMALLEST = 1e-30
 
 @dataclass(slots=True)
 class Alignment:
-    """What became of tensors of another type; known once they were loaded.
+    """Result of casting tensors of other dtypes; known after loading.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Alignment:
     errors: list[float] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """Return a sentence, if there is anything to say."""
+        """Return a note; empty if nothing was cast."""
         if not self.names:
             return []
         one = self.names[0]
@@ -67,7 +67,7 @@ class Alignment:
 
 
 def aligned(model: Checkpoint) -> tuple[Checkpoint, Alignment]:
-    """Give the dense tensors of a quantized model one type, where its class wants that.
+    """Cast the dense tensors of a quantized model to one dtype, if its class needs that.
 
     Parameters
     ----------

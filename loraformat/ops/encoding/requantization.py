@@ -29,7 +29,7 @@ def history(checkpoint: Checkpoint) -> tuple[Quantized, ...]:
 
 
 def with_history(checkpoint: Checkpoint, *, codes_kept: bool) -> Checkpoint:
-    """Return a model that tells its writer how its numbers were quantized before.
+    """Return a model with its quantization history attached for the writer.
 
     If NF4 codes are kept, they are the present form, and not told.
     """
@@ -44,7 +44,7 @@ def with_history(checkpoint: Checkpoint, *, codes_kept: bool) -> Checkpoint:
 def again_as(
     original: Checkpoint, written: Mapping[str, LazyTensor], writer: Converter, dtype: str | None
 ) -> dict[str, str]:
-    """Return the weights that are quantized a second time, and the type that they get.
+    """Return the requantized weights and their new type.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def sentence(
     records: Mapping[str, TensorRecord] | None = None,
     original: str | None = None,
 ) -> str | None:
-    """Say that weights are quantized a second time, and what that adds.
+    """Return the note on requantization and its added error.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def sentence(
 
 
 def original_of(checkpoint: Checkpoint) -> str | None:
-    """Return the Hub id of the weights that a bundle was quantized from, if it says it.
+    """Return the Hub id of the weights that a bundle was quantized from, if known.
 
     A bundle that was made of quantized weights names those.
     """

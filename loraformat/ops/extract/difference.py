@@ -88,7 +88,7 @@ class Difference:
         )
 
     def noise_edge(self) -> float:
-        """Return the singular value below which the difference is rounding.
+        """Return the singular value below which the difference is rounding noise.
 
         The fine-tune was rounded to its dtype: step² / 12 per element. A base in NF4 adds the
         variance of its own error, unless the difference is too small to hold it: then the

@@ -21,7 +21,7 @@ _Pairs = Sequence[tuple[LazyTensor | None, LazyTensor]]
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """The matrices of one expert in both models, one below the other."""
+    """Matrices of one expert in both models, stacked by rows."""
 
     base: list[LazyTensor]
     tuned: list[LazyTensor]
@@ -50,7 +50,7 @@ class Stack:
 def stacks_of(
     pairs: _Pairs, tuned: Checkpoint, skip: Sequence[str]
 ) -> tuple[list[Stack], list[tuple[LazyTensor | None, LazyTensor]]]:
-    """Part tensors into those that make up fused parameters, and all others.
+    """Split tensors into those of fused parameters and all others.
 
     A parameter of which a part is new, of another shape, not of real numbers, or to be skipped is
     left to be looked at tensor by tensor.

@@ -143,7 +143,7 @@ def extract_adapter(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Adapter, ExtractionReport]:
-    """Return the adapter between two open models, and what it captures.
+    """Return the adapter between two open models, and its report.
 
     Parameters
     ----------
@@ -227,7 +227,7 @@ class _Extraction:
                 tensor.release()
 
     def add_stack(self, stack: Stack) -> None:
-        """Compare the experts that transformers makes one parameter of."""
+        """Compare experts that transformers fuses into one parameter."""
         changed = [
             not _alike(base, tuned)
             for expert in stack.experts
@@ -280,7 +280,7 @@ class _Extraction:
         tuned: LazyTensor,
         orientation: _Orientation,
     ) -> None:
-        """Add the delta of one tensor, or of a parameter that tensors like `tuned` make."""
+        """Add the delta of one tensor, or of a parameter composed of several."""
         parts = [fit(difference, self.options) for difference in differences]
         total = sum(part.squared_norm for part in parts)
         if not total:
@@ -341,7 +341,7 @@ class _Extraction:
         return "transposed" if turned else "linear"
 
     def adapter(self, base: Checkpoint, tuned: Checkpoint) -> Adapter:
-        """Return what was found."""
+        """Return the adapter."""
         if not self.deltas and not self.replacements:
             self.spool.close()
             raise InputError(
@@ -366,12 +366,12 @@ class _Extraction:
         )
 
     def _saved_modules(self) -> list[str]:
-        """Return the modules that are replaced: PEFT looks for those that its config names."""
+        """Return the replaced modules, for ``modules_to_save``."""
         modules = {name.removesuffix(".weight") for name in self.replacements}
         return sorted(m for m in modules if f"{m}.weight" in self.replacements)
 
     def report(self, base: Checkpoint, tuned: Checkpoint) -> ExtractionReport:
-        """Return what is to be said."""
+        """Return the report."""
         total = sum(module.norm**2 for module in self.modules)
         kept = sum(module.norm**2 * module.captured for module in self.modules)
         return ExtractionReport(
@@ -418,7 +418,7 @@ def _module(name: str, rank: int, parts: list[Fit], rounding: list[float]) -> Ex
 
 
 def _alike(base: LazyTensor, tuned: LazyTensor) -> bool:
-    """Tell whether two tensors are the same bytes, of the same type."""
+    """Tell whether two tensors have the same dtype and bytes."""
     if type(base) is not type(tuned) or base.dtype != tuned.dtype:
         return False
     one, other = _raw(base), _raw(tuned)

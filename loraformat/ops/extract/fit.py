@@ -19,7 +19,7 @@ _FIRST_BLOCK = 32
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The low-rank part of one difference, and what it holds.
+    """Low-rank approximation of one difference.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Fit:
     capped: bool
 
     def padded(self, rank: int) -> Pair:
-        """Return B and A, with zeros up to a rank that another expert needs."""
+        """Return B and A, padded with zeros to the rank of another expert."""
         (b, a), more = self.pair, rank - self.rank
         return numpy.pad(b, ((0, 0), (0, more))), numpy.pad(a, ((0, more), (0, 0)))
 

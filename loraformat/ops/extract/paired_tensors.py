@@ -13,7 +13,7 @@ __all__ = ["Pairs", "pairs_of"]
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Two models, tensor by tensor.
+    """Two models, paired tensor by tensor.
 
     Attributes
     ----------

@@ -36,7 +36,7 @@ def describe_adapter(path: Path, reader: Converter, *, allow_pickle: bool = Fals
 
 
 def description_of(adapter: Adapter, path: Path) -> AdapterInfo:
-    """Describe an adapter that is open."""
+    """Describe an open adapter."""
     deltas = list(adapter.deltas.values())
     tensors = list(tensors_of(adapter))
     dtypes: dict[str, int] = {}

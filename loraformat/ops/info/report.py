@@ -20,7 +20,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class InfoReport(Report):
-    """A model or an adapter, described.
+    """Description of a model or an adapter.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class AdapterSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ModelInfo(InfoReport):
-    """A model.
+    """Description of a model.
 
     Attributes
     ----------
@@ -147,7 +147,7 @@ class ModuleSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class AdapterInfo(InfoReport):
-    """An adapter.
+    """Description of an adapter.
 
     Attributes
     ----------

@@ -28,7 +28,7 @@ __all__ = ["MergeJob", "MergeOptions"]
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """What decides the bytes of the output.
+    """Options that determine the output's bytes.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ class MergeJob:
         self.checkpoint = self._merged()
 
     def _told(self) -> dict[str, LazyTensor]:
-        """Return what the tensors with deltas are without them: the writer tells what it keeps."""
+        """Return the tensors with deltas before the merge, for the retention meter."""
         told: dict[str, LazyTensor] = {}
         for name, edit in self.plan.edits.items():
             if not edit.terms:
@@ -163,7 +163,7 @@ class MergeJob:
         return encoded
 
     def quantized_again(self, written: WrittenModel | None) -> list[str]:
-        """Say, if it is so, that the base was quantized before; of a dry run without a figure."""
+        """Return the note on requantization; in a dry run without a figure."""
         again = again_as(self.original, self.checkpoint.tensors, self.writer, self.options.dtype)
         steps = with_history(self.original, codes_kept=False).provenance.quantized
         records = None if written is None else written.shards.tensors
@@ -171,7 +171,7 @@ class MergeJob:
         return [] if said is None else [said]
 
     def _measured(self, tensor: LazyTensor, merged: dict[str, LazyTensor]) -> LazyTensor:
-        """Measure what quantizing a merged dense weight leaves of its delta."""
+        """Measure how much of a delta requantization keeps."""
         edit, dense = self.plan.edits.get(tensor.name), merged[tensor.name]
         if edit is None or edit.source is None or edit.height is not None:
             return tensor
@@ -181,7 +181,7 @@ class MergeJob:
         return requantized(dense, source, tensor, self.meter)
 
     def _edits(self) -> dict[str, TensorEdit]:
-        """Add to the plan, if it shall be undone, what a cast changes."""
+        """Add casts to the plan if the merge is to be undone."""
         edits = dict(self.plan.edits)
         if self.spool is not None and self.dtype is not None:
             for name, tensor in self.original.tensors.items():
@@ -217,7 +217,7 @@ class MergeJob:
         force: bool,
         progress: Callable[[int, int], None],
     ) -> tuple[WrittenModel, UndoSummary | None]:
-        """Write the output and, if asked for, its undo record; both appear, or neither."""
+        """Write the output and its undo record, if requested, as one transaction."""
         output = ModelOutput(
             target,
             self.writer,
@@ -237,7 +237,7 @@ class MergeJob:
             )
 
     def inputs(self) -> list[Path]:
-        """Return every file and directory that is read."""
+        """Return every input file and directory."""
         return input_paths([self.original, *self.adapters])
 
     def _record(self, path: Path, output: ModelOutput, force: bool) -> RecordPublication:
@@ -257,13 +257,13 @@ class MergeJob:
         )
 
     def estimate(self, target: Path) -> Forecast | None:
-        """Return what the writer knows of its output without a number; None if it cannot say."""
+        """Return the writer's forecast; None if it has none."""
         if self.writer.estimate is None:
             return None
         return self.writer.estimate(self.checkpoint, target, self._write_options())
 
     def _deltas_in_memory(self) -> list[str]:
-        """Describe adapters without files, so that only the same merge continues an output."""
+        """Describe in-memory adapters, so that only the same merge resumes an output."""
         return [
             f"{adapter.path} {sorted(adapter.deltas)}" for adapter in self.adapters
             if not adapter.sources

@@ -30,7 +30,7 @@ __all__ = ["DeltaTerm", "MergePlan", "TensorEdit", "plan_edits"]
 
 @dataclass(frozen=True, slots=True)
 class DeltaTerm:
-    """One low-rank part of what is added to a stored tensor.
+    """One low-rank term added to a stored tensor.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class DeltaTerm:
 
 @dataclass(slots=True)
 class TensorEdit:
-    """What happens to one stored tensor.
+    """The edit of one stored tensor.
 
     Attributes
     ----------
@@ -93,13 +93,13 @@ class TensorEdit:
 
     @property
     def only_deltas(self) -> bool:
-        """Whether low-rank terms are all that happens to its source."""
+        """Whether the edit consists of low-rank terms only."""
         return not (self.replacement or self.rows or self.height)
 
 
 @dataclass(slots=True)
 class MergePlan:
-    """What merging adapters does to a base.
+    """The edits of a merge.
 
     Attributes
     ----------
@@ -235,7 +235,7 @@ class _Planner:
         return self.plan.edits.setdefault(name, TensorEdit(name, source, height=height))
 
     def _height(self, source: str | None) -> int | None:
-        """Return the rows that a tensor will have, if the vocabulary becomes another."""
+        """Return a tensor's new number of rows, if the vocabulary changes."""
         resize = self.plan.resize
         known = resize is not None and self.per_token.get(source or "") == resize.before
         return resize.after if resize is not None and known else None
@@ -246,7 +246,7 @@ class _Planner:
         return shape if edit.height is None else (edit.height, *shape[1:])
 
     def _is_tied_head(self, name: str) -> bool:
-        """Tell whether a name is that of a head which no tensor stands for but the embedding."""
+        """Tell whether a name is that of a tied head without a tensor of its own."""
         return self.tied is not None and name.endswith(HEAD) and name not in self.tensors
 
     def _known(self, adapter: Adapter, name: str) -> str:
@@ -293,7 +293,7 @@ class _Planner:
     def _split(
         self, number: int, adapter: Adapter, delta: LoraDelta, weight: float, experts: int
     ) -> Iterator[tuple[DeltaTerm, str]]:
-        """Spread a delta of a fused parameter over the experts' own tensors: rows in order."""
+        """Split the delta of a fused parameter over the experts' separate tensors."""
         stack = self._expert_tensors(delta.target, experts)
         if not stack or delta.orientation != "linear":
             raise self._unmatched(adapter, delta.target)
@@ -319,7 +319,7 @@ class _Planner:
                 )
 
     def _fused(self, delta: LoraDelta) -> tuple[str, int, tuple[int, int]] | None:
-        """Find the place of one expert's own delta where the base stores experts as a stack.
+        """Locate one expert's delta in a base that stores experts as a stack.
 
         Returns
         -------
@@ -344,7 +344,7 @@ class _Planner:
         return None
 
     def _chunk_rows(self, adapter: Adapter, delta: LoraDelta, chunk: Chunk) -> tuple[int, int]:
-        """Return the rows of a stored tensor that are the parameter of a delta."""
+        """Return the rows of a stored tensor that form a delta's parameter."""
         stored = self.tensors[chunk.tensor]
         rows = stored.shape[0] // chunk.of
         wanted = (rows, *stored.shape[1:])
@@ -358,7 +358,7 @@ class _Planner:
         return chunk.number * rows, (chunk.number + 1) * rows
 
     def _expert_tensors(self, target: str, experts: int) -> Sequence[Sequence[str]]:
-        """Return the tensors that a fused parameter is made of, expert by expert."""
+        """Return the tensors of a fused parameter, expert by expert."""
         fused, _, leaf = target.removesuffix(".weight").rpartition(".")
         for home in (fused, spelled_on_disk(fused)):
             for leaves in EXPERT_LEAVES.get(leaf, ()):
@@ -394,7 +394,7 @@ class _Planner:
             )
 
     def finish(self, adapters: Sequence[Adapter]) -> MergePlan:
-        """Untie a head that differs from the embedding, and resize the rest of the vocabulary."""
+        """Untie a head that differs from the embedding, and resize the other vocabulary tensors."""
         if self.contradicting is not None:
             self._untie(
                 f"{printable(self.contradicting)} differs from the embedding, although "
@@ -410,7 +410,7 @@ class _Planner:
         return self.plan
 
     def _order(self, adapters: Sequence[Adapter]) -> None:
-        """Let adapters follow each other where one of several uses DoRA, and say so."""
+        """Apply adapters in sequence if one of several uses DoRA, with a note."""
         ordered = 0
         for edit in self.plan.edits.values():
             deltas = [t for t in edit.terms if t.part == "delta"]
@@ -448,7 +448,7 @@ class _Planner:
             self._follow(tied, head, embedding)
 
     def _follow(self, tied: TiedHead, head: str, embedding: TensorEdit) -> None:
-        """Let a head stay what its embedding becomes."""
+        """Give a tied head the edit of its embedding."""
         self.plan.edits.pop(head, None)
         if tied.copy is not None:
             self.plan.edits[head] = replace(embedding, name=head, source=head)
@@ -459,7 +459,7 @@ class _Planner:
 
 
 def _resaved(edit: TensorEdit, adapters: Sequence[Adapter]) -> tuple[int, DenseTensor] | None:
-    """Return the replacement of an embedding that was only saved, not trained, as a whole."""
+    """Return the replacement of an embedding that was saved but not trained as a whole."""
     if edit.replacement is None:
         return None
     saved = adapters[edit.replacement[0]].config.get("modules_to_save") or ()
@@ -468,7 +468,7 @@ def _resaved(edit: TensorEdit, adapters: Sequence[Adapter]) -> tuple[int, DenseT
 
 
 def _alike(embedding: TensorEdit, head: TensorEdit | None) -> bool:
-    """Tell whether an embedding and its head become one tensor again."""
+    """Tell whether an embedding and its head remain equal."""
     one, other = embedding.replacement, None if head is None else head.replacement
     if (
         head is None

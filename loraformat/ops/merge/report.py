@@ -1,4 +1,4 @@
-"""What a merge reports: what became of each delta, and what to do if too little is left.
+"""The report of ``merge``, and advice if too little of a delta is left.
 
 With the exact change D = g·(w + d) − w and the effective one E = merged − w, of each tensor
 and in total:
@@ -44,7 +44,7 @@ _SUMMED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What became of the delta of one tensor, or of all.
+    """Retention of the delta of one tensor, or of all.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """One of the adapters: where it was, its format, its weight, its own notes."""
+    """One merged adapter: path, format, weight and notes."""
 
     path: str
     format: str
@@ -75,7 +75,7 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class UndoSummary:
-    """The undo record: where it is, its size in bytes and in bits per merged parameter."""
+    """The undo record: path, size in bytes and in bits per merged parameter."""
 
     path: str
     bytes: int
@@ -84,7 +84,7 @@ class UndoSummary:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MergeReport(Report):
-    """What a merge did.
+    """Report of ``merge``.
 
     Attributes
     ----------
@@ -142,13 +142,13 @@ class Meter:
     sums: dict[str, TileSums] = field(default_factory=dict)
 
     def before(self, name: str) -> LazyTensor | None:
-        """Return what a tensor was before the merge; None of one that the writer does not tell."""
+        """Return a tensor as it was before the merge; None if it is not measured."""
         return self.sources.get(name)
 
     def compare(
         self, before: Array, wanted: Array, stored: Array, untouched: Array | None
     ) -> TileSums:
-        """Measure a piece of a tensor: what it was, what it should become, what it became.
+        """Measure a piece of a tensor: original, exact merge, and result.
 
         Parameters
         ----------
@@ -168,7 +168,7 @@ class Meter:
         return TileSums(weight, change, product, error, changed, swallowed, clipped=0)
 
     def add(self, name: str, measured: TileSums) -> None:
-        """Add what `compare` or `loraformat.nf4.kernels.merge_tile.merge_tile` found."""
+        """Add the sums of `compare` or `loraformat.nf4.kernels.merge_tile.merge_tile`."""
         self.sums[name] = _total((self.sums.get(name), measured))
 
     def changes(self) -> list[Change]:
@@ -196,12 +196,12 @@ def _change(name: str, sums: TileSums) -> Change:
 
 
 def _digits(value: float) -> float:
-    """Keep four digits: what two machines agree on."""
+    """Round to four digits, which all machines agree on."""
     return float(f"{value:.4g}")
 
 
 def _dot(one: Array, other: Array) -> float:
-    """Return the sum of products: in float32 of so many that six digits are right."""
+    """Return the sum of products in float32 chunks, correct to six digits."""
     flat = one.reshape(-1), other.reshape(-1)
     return sum(
         float(numpy.dot(*(vector[start : start + _SUMMED] for vector in flat)))
@@ -212,7 +212,7 @@ def _dot(one: Array, other: Array) -> float:
 def advice(
     total: Change, dtypes: Sequence[str], *, requantized: bool, beside: Sequence[str] = ()
 ) -> list[str]:
-    """Say what a user should worry about, and the remedy.
+    """Return warnings with their remedies.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ def _in_blocks(dtypes: Sequence[str]) -> bool:
 
 
 def commands(report: MergeReport) -> list[str]:
-    """Return what to run instead of a merge whose base is quantized already.
+    """Return the commands to run instead if the base is already quantized.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Merging into a bundle without a loss: the NF4 codes as they are, one adapter beside them.
+"""Lossless merge into a bundle: unchanged NF4 codes and one adapter.
 
 What the output computes is base + Σ ωᵢ·Dᵢ, the sum held exactly by concatenated factors:
 quantizing it again instead would lose nearly all of an ordinary delta.
@@ -32,7 +32,7 @@ __all__ = ["SeparateDelta", "name_of"]
 
 
 def name_of(adapters: Sequence[str | Path | Adapter], wanted: str | None) -> str:
-    """Choose the name of the adapter in the new bundle.
+    """Return the name of the adapter in the new bundle.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def _combined(stack: ExitStack, adapters: Sequence[Adapter], weights: Sequence[f
 def _with_vocabulary(
     original: Checkpoint, adapters: Sequence[Adapter], resize: Resize
 ) -> tuple[Checkpoint, list[Adapter], str]:
-    """Return a base of the adapters' vocabulary, and the adapters as ones of that base.
+    """Return a base with the adapters' vocabulary, and the adapters for that base.
 
     Its embedding and head are resized as transformers does it, so that PEFT loads what lies beside
     them as it is. All other tensors stay.

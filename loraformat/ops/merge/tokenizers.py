@@ -177,7 +177,7 @@ def _of_fields(path: str, fields: dict[str, object]) -> CarriedFile:
 def wanted_size(
     tensors: Mapping[str, LazyTensor], adapters: Sequence[Adapter], tied: TiedHead | None
 ) -> Resize | None:
-    """Return how the base's vocabulary changes; None if it does not.
+    """Return the change of the base's vocabulary; None if there is none.
 
     An adapter says its number of tokens by the shapes of what it has for the embedding and the
     head: replacements, and deltas. One that has neither fits any vocabulary.
@@ -217,7 +217,7 @@ def wanted_size(
 
 
 def _rows(tensors: Mapping[str, LazyTensor]) -> int | None:
-    """Return the number of tokens of a base: the rows of its embedding, or else of its head."""
+    """Return the number of tokens of a base: rows of its embedding or head."""
     found = sorted(per_token(tensors).items(), key=lambda item: "head" in item[0])
     return found[0][1] if found else None
 
@@ -263,7 +263,7 @@ def _brought_tokenizer(
 
 
 def tokens_without_rows(base: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
-    """Say which adapters were trained with tokens that have no row in the base, nor in them.
+    """Return notes on adapters with tokens that have no row in the base or in them.
 
     PEFT leaves embeddings out where it is told to, or cannot see that they were resized. What the
     base's own tokenizer has beyond its rows is the base's matter: Gemma 3's has a token for images.
@@ -309,7 +309,7 @@ def resized_base(
     adapters: Sequence[Adapter],
     tensors: Mapping[str, LazyTensor],
 ) -> tuple[Checkpoint, str]:
-    """Return a base of another vocabulary, with the config and the tokenizer of it.
+    """Return a base with a resized vocabulary, its config and tokenizer.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ def adapter_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
 
 
 def effective_scaling(adapter: Adapter, target: str, weight: float) -> float:
-    """Return what multiplies B A of one module: the user's weight times its own scaling.
+    """Return the factor of B A: the user's weight times the module's scaling.
 
     Raises
     ------

@@ -113,12 +113,12 @@ def open_model(
 
 
 def without_generated_card(model: Checkpoint) -> Checkpoint:
-    """Return a model from which another is made: of its card, only what people wrote."""
+    """Return a source model with its card reduced to the user text."""
     return replace(model, files=keep_user_text(model.files))
 
 
 def with_origin(model: Checkpoint, source: Source) -> Checkpoint:
-    """Return a model whose provenance says from which commit of which repository it is."""
+    """Return a model whose provenance has its Hub repository and commit."""
     if source.repo is None:
         return model
     origin = replace(model.provenance, repo=source.repo, revision=source.revision)
@@ -134,7 +134,7 @@ def fingerprint_of(model: Checkpoint) -> str | None:
 
 
 def origin_fingerprint(model: Checkpoint) -> str | None:
-    """Return the fingerprint of an open bundle, or of the bundle that a model says it came of.
+    """Return the fingerprint of an open bundle, or of the bundle a model was made from.
 
     Its numbers may be rounded otherwise: it tells whether an adapter was made for such a base,
     and names none.

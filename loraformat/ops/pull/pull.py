@@ -125,7 +125,7 @@ def pull(
 def _choose(
     tree: dict[str, TreeFile], include: Sequence[str], word: str
 ) -> tuple[list[TreeFile], list[str]]:
-    """Return the files to fetch and the paths of the others; refuse names that are traps."""
+    """Return the files to download and the skipped paths; refuse unsafe names."""
     if len(tree) > _MAX_FILES:
         raise InputError(f"holds more than {_MAX_FILES} files, no model does", path=word)
     wanted, left_out = [], []
@@ -162,7 +162,7 @@ def _fetch(
     force: bool,
     progress: Callable[[int, int], None],
 ) -> set[str]:
-    """Let the files appear at the target; return those that an interrupted run had brought."""
+    """Download the files into the target; return those of an interrupted run."""
     plan = f"pull {repo} {commit} {[(file.path, file.hash) for file in wanted]}"
     total = sum(file.nbytes for file in wanted)
     with AtomicOutput(target, plan=plan, force=force) as output:
@@ -220,7 +220,7 @@ def _move(source: Path, work: Path, name: str) -> None:
 
 
 def _format(path: Path) -> str | None:
-    """Return what was fetched: the directory's format, or that of its one GGUF file."""
+    """Return the format of the download."""
     ggufs = sorted(path.glob("*.gguf"))
     for candidate in (path, *ggufs[:1]):
         try:

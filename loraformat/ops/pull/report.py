@@ -1,4 +1,4 @@
-"""What a pull did."""
+"""Report of ``pull``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["PullReport"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PullReport(Report):
-    """What was fetched, or of a dry run would be.
+    """Report of ``pull``; of a dry run, the plan.
 
     Attributes
     ----------

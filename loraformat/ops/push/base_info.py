@@ -18,7 +18,7 @@ from loraformat.hub.source import cached
 from loraformat.model.adapter import Adapter
 from loraformat.storage import strict_json
 
-__all__ = ["BaseRef", "NearBase", "adapter_base", "bundle_base", "look_up", "near_base"]
+__all__ = ["BaseRef", "LocalBase", "adapter_base", "bundle_base", "local_base", "look_up"]
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _HINT = "give it with --base-model ORG/NAME"
@@ -30,7 +30,7 @@ BaseRef = tuple[str, str | None]
 def adapter_base(
     adapter: Adapter, option: str | None, bundle_source: Mapping[str, str] | None
 ) -> BaseRef:
-    """Return the base that an adapter names, or that the user does.
+    """Return the base that the adapter or the user names.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def _said(option: str) -> BaseRef:
 def _known(
     adapter: Adapter, bundle_source: Mapping[str, str] | None
 ) -> Iterator[tuple[str, str | None]]:
-    """Yield what is said of the base, the best first."""
+    """Yield the known statements about the base, best first."""
     for source in (_json(adapter.base_source), bundle_source or {}):
         if isinstance(source.get("repo"), str):
             yield source["repo"], _text(source.get("revision"))
@@ -106,7 +106,7 @@ def _text(value: object) -> str | None:
 
 
 def look_up(named: BaseRef, licence: str | None, notes: list[str], *, offline_ok: bool) -> Base:
-    """Ask the Hub whether the base exists, and under which licence it is.
+    """Look up the base and its licence on the Hub.
 
     Parameters
     ----------
@@ -145,8 +145,8 @@ def look_up(named: BaseRef, licence: str | None, notes: list[str], *, offline_ok
 
 
 @dataclass(frozen=True, slots=True)
-class NearBase:
-    """A base.
+class LocalBase:
+    """A base on this machine.
 
     Attributes
     ----------
@@ -159,8 +159,8 @@ class NearBase:
     word: str
 
 
-def near_base(given: str | None, named: str | None, base: Base) -> NearBase | None:
-    """Return the base that the user names, else one that needs no download.
+def local_base(given: str | None, named: str | None, base: Base) -> LocalBase | None:
+    """Return the base that the user names, otherwise one that needs no download.
 
     Parameters
     ----------
@@ -172,9 +172,9 @@ def near_base(given: str | None, named: str | None, base: Base) -> NearBase | No
         On the Hub; its cache may have it, or no more than its config.
     """
     if given is not None:
-        return NearBase(given, given)
+        return LocalBase(given, given)
     if named is not None and Path(named).is_dir():
-        return NearBase(named, named)
+        return LocalBase(named, named)
     found = cached(base.repo, base.revision)
     at = f"@{base.revision}" if base.revision else ""
-    return None if found is None else NearBase(found, f"{base.repo}{at}")
+    return None if found is None else LocalBase(found, f"{base.repo}{at}")

@@ -93,7 +93,7 @@ class PushOptions:
 
 @dataclass(slots=True)
 class Contents:
-    """The files of a repository to be, the card still missing.
+    """The files to publish, without the card.
 
     Attributes
     ----------
@@ -178,7 +178,7 @@ def _say_statistics(found: Contents) -> None:
 
 
 def _add_curve(found: Contents, path: Path) -> None:
-    """Add the curve that the trainer drew of this training; it lies in the run directory."""
+    """Add the loss curve from the run directory."""
     run = run_place(path)
     there = any(file.path == CURVE_NAME for file in found.files)
     # A directory of that name may be what is left of another adapter.
@@ -189,7 +189,7 @@ def _add_curve(found: Contents, path: Path) -> None:
 
 
 def _belongs(path: Path, name: str) -> bool:
-    """Tell whether a file is part of an adapter; of GGUF files only one that is an adapter is."""
+    """Tell whether a file is part of an adapter."""
     if not _ADAPTER.fullmatch(name):
         return False
     if not name.endswith(".gguf"):
@@ -220,7 +220,7 @@ def read_card(folder: SafeDirectory) -> str:
 def _adapter_file(
     folder: SafeDirectory, name: str, base: str, options: PushOptions, notes: list[str]
 ) -> UploadFile:
-    """Return a file as it is; a config and a record without what is local."""
+    """Return a file unchanged; configs and records without local paths."""
     if name not in (CONFIG_NAME, RECORD_NAME):
         return UploadFile.of_folder(folder, name)
     found = _json(folder, name)
@@ -266,7 +266,7 @@ def _json(folder: SafeDirectory, name: str) -> dict[str, Any]:
 
 
 def read_record(files: Iterable[UploadFile]) -> dict[str, Any]:
-    """Return the training record among files that are going to be published, or nothing."""
+    """Return the training record among the files; empty if there is none."""
     for file in files:
         if file.path == RECORD_NAME:
             with file.open() as stream:
@@ -276,7 +276,7 @@ def read_record(files: Iterable[UploadFile]) -> dict[str, Any]:
 
 
 def bundle_files(path: Path, manifest: Manifest) -> Contents:
-    """Return the files that a bundle's manifest lists, and itself.
+    """Return the manifest and the files that it lists.
 
     Parameters
     ----------
@@ -302,7 +302,7 @@ def bundle_files(path: Path, manifest: Manifest) -> Contents:
 
 @dataclass(frozen=True, slots=True)
 class UploadFile:
-    """One file.
+    """One file to publish.
 
     Attributes
     ----------

@@ -31,7 +31,7 @@ from loraformat.hub.tree import TreeFile
 from loraformat.ops.arguments import Progress, many
 from loraformat.ops.push.files import PushOptions, UploadFile, read_card
 from loraformat.ops.push.report import FileReport, PushReport
-from loraformat.ops.push.upload_plan import Parcel, gguf_pattern, open_parcel
+from loraformat.ops.push.upload_plan import UploadPlan, gguf_pattern, plan_upload
 from loraformat.ops.verify import verify
 from loraformat.storage.reserved_names import CARD_NAME
 from loraformat.storage.safe_directory import SafeDirectory
@@ -129,9 +129,9 @@ def push(
     found = resolve(path).path
     remote = Repository(repo, revision or "main")
     with tempfile.TemporaryDirectory(prefix="loraformat-") as workplace:
-        parcel = open_parcel(found, options, Path(workplace), lambda: _verify(found, progress))
-        asked, state = _state(remote, parcel, private, dry_run)
-        files, report = _planned(parcel, state, remote, asked=asked)
+        plan = plan_upload(found, options, Path(workplace), lambda: _verify(found, progress))
+        asked, state = _state(remote, plan, private, dry_run)
+        files, report = _planned(plan, state, remote, asked=asked)
         report = replace(report, source=str(path), tag=tag if dry_run else None, dry_run=dry_run)
         if not dry_run:
             report = _publish(
@@ -175,20 +175,18 @@ def _verify(path: Path, progress: Progress) -> None:
 
 
 def _state(
-    remote: Repository, parcel: Parcel, private: bool, dry_run: bool
+    remote: Repository, plan: UploadPlan, private: bool, dry_run: bool
 ) -> tuple[bool, State | None]:
-    """Return whether the Hub has answered, as it need not to a dry run; and what is there now."""
+    """Return whether the Hub answered, which a dry run does not need, and the current state."""
     try:
         state = remote.state()
     except HubError as error:
         if not dry_run:
             raise
-        parcel.contents.notes.append(
-            f"the Hub was not queried about {remote.repo}: {error.problem}"
-        )
+        plan.contents.notes.append(f"the Hub was not queried about {remote.repo}: {error.problem}")
         return False, None
     if state is None and not is_logged_in():
-        parcel.contents.notes.append(
+        plan.contents.notes.append(
             f"the Hub shows no {remote.repo} without a login; it may be private"
         )
     if state is not None and private and not state.private:
@@ -201,11 +199,11 @@ def _state(
 
 
 def _planned(
-    parcel: Parcel, state: State | None, remote: Repository, *, asked: bool
+    plan: UploadPlan, state: State | None, remote: Repository, *, asked: bool
 ) -> tuple[list[UploadFile], PushReport]:
     """Return the files with the card, and what will be reported of them."""
-    there, contents = state.files if state else {}, parcel.contents
-    card = _card(parcel, state, remote.repo)
+    there, contents = state.files if state else {}, plan.contents
+    card = _card(plan, state, remote.repo)
     files = [*contents.files, UploadFile.of_bytes(CARD_NAME, card.encode("utf-8"))]
     status = {
         file.path: _status(file, there.get(file.path)) if asked else "not asked" for file in files
@@ -215,24 +213,24 @@ def _planned(
         source="",
         repo=remote.repo,
         url=remote.url,
-        kind=parcel.kind,
-        base_model=parcel.base.repo,
+        kind=plan.kind,
+        base_model=plan.base.repo,
         files=[FileReport(f.path, f.nbytes, f.sha256, status[f.path]) for f in ordered],
-        removed=_stale(parcel, remote.repo, status, there),
+        removed=_stale(plan, remote.repo, status, there),
         left_out=contents.left_out,
         card=card,
         notes=contents.notes,
     )
 
 
-def _card(parcel: Parcel, state: State | None, repo: str) -> str:
-    """Return the card, around it what people wrote here; or there, if they wrote nothing here."""
-    here, there = parcel.contents.card, None
+def _card(plan: UploadPlan, state: State | None, repo: str) -> str:
+    """Return the card with the local user text, or that on the Hub if there is none."""
+    here, there = plan.contents.card, None
     if state and CARD_NAME in state.files:
         there = read_card(SafeDirectory(download(repo, state.commit, only=CARD_NAME)))
-    card = parcel.document.render(there if here is None else here)
-    if here is not None and there is not None and parcel.document.render(there) != card:
-        parcel.contents.notes.append(
+    card = plan.document.render(there if here is None else here)
+    if here is not None and there is not None and plan.document.render(there) != card:
+        plan.contents.notes.append(
             "README.md on the Hub differs and is replaced by the local one; the old version stays "
             "in the history"
         )
@@ -245,23 +243,23 @@ def _status(file: UploadFile, there: TreeFile | None) -> str:
     return "same" if file.matches(there) else "changed"
 
 
-def _stale(parcel: Parcel, repo: str, status: dict[str, str], there: Iterable[str]) -> list[str]:
+def _stale(plan: UploadPlan, repo: str, status: dict[str, str], there: Iterable[str]) -> list[str]:
     """Return files of an earlier push that would contradict this one."""
-    globs = parcel.replaces
+    globs = plan.replaces
     if any(state != "same" for path, state in status.items() if path.endswith(".safetensors")):
         globs += (gguf_pattern(repo),)  # which was made of other weights
     return sorted(path for path in there if path not in status and _any(path, globs))
 
 
 def _any(path: str, globs: Iterable[str]) -> bool:
-    """Tell whether a glob means this path; one without a slash means no file in a folder."""
+    """Tell whether some glob matches a path; one without a slash matches only top-level files."""
     return any(fnmatch(path, g) and ("/" in g or "/" not in path) for g in globs)
 
 
 def _ready(
     remote: Repository, state: State | None, *, private: bool, create_pr: bool
 ) -> tuple[str, set[str]]:
-    """Return the commit to build on and what it holds; make repository and branch if need be."""
+    """Return the parent commit and its files; create repository and branch if needed."""
     if state is None:
         if create_pr:
             raise HubError(
@@ -309,7 +307,7 @@ def _publish(
 
 
 def _check_tag(remote: Repository, tag: str | None, commit: str, changed: bool) -> bool:
-    """Tell whether the tag is there already, on what is there; refuse if it is elsewhere."""
+    """Tell whether the tag already exists on the current commit; refuse if it is elsewhere."""
     if tag is None:
         return False
     there = remote.tags().get(tag)
@@ -323,7 +321,7 @@ def _check_tag(remote: Repository, tag: str | None, commit: str, changed: bool) 
 
 
 def _compare(remote: Repository, done: Commit, files: list[UploadFile]) -> None:
-    """Read the commit's tree again: every file must be there with our hash."""
+    """Verify that the commit has every file with the expected hash."""
     there = remote.files(done.revision)
     wrong = sorted(file.path for file in files if not file.matches(there.get(file.path)))
     if wrong:

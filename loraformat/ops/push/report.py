@@ -1,4 +1,4 @@
-"""What a push did."""
+"""Report of ``push``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["FileReport", "PushReport"]
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """One file.
+    """One published file.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class FileReport:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PushReport(Report):
-    """What was published, or of a dry run would be.
+    """Report of ``push``; of a dry run, the plan.
 
     Attributes
     ----------

@@ -37,7 +37,7 @@ from loraformat.ops.info.adapter import description_of
 from loraformat.ops.info.model import info
 from loraformat.ops.info.report import AdapterInfo, ModelInfo
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.ops.push.base_info import NearBase, adapter_base, bundle_base, look_up, near_base
+from loraformat.ops.push.base_info import LocalBase, adapter_base, bundle_base, local_base, look_up
 from loraformat.ops.push.files import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from loraformat.ops.push.files import (
     Contents,
@@ -53,7 +53,7 @@ from loraformat.runtimes.task_usage import labels_of
 from loraformat.shards.read_directory import peek_config
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["Parcel", "bundle_facts", "gguf_file", "gguf_name", "gguf_pattern", "open_parcel"]
+__all__ = ["UploadPlan", "bundle_facts", "gguf_file", "gguf_name", "gguf_pattern", "plan_upload"]
 
 #: Files of an earlier push that belong to the weights, by what is pushed now.
 _PEFT_FILES = (
@@ -68,7 +68,7 @@ _BUNDLE_FILES = ("*.safetensors", "model.safetensors.index.json", "adapters/*")
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class UploadPlan:
     """Files and a card.
 
     Attributes
@@ -90,10 +90,10 @@ class Parcel:
     replaces: tuple[str, ...]
 
 
-def open_parcel(
+def plan_upload(
     path: Path, options: PushOptions, workplace: Path, verify: Callable[[], None]
-) -> Parcel:
-    """Put together what is published of a path.
+) -> UploadPlan:
+    """Assemble the files to publish and their card.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def open_parcel(
     return _adapter(path, reader, options, workplace, verify)
 
 
-def _bundle(path: Path, options: PushOptions, verify: Callable[[], None]) -> Parcel:
+def _bundle(path: Path, options: PushOptions, verify: Callable[[], None]) -> UploadPlan:
     manifest: Manifest = read_manifest(path)
     named = bundle_base(manifest.source, options.base_model, str(path))
     verify()
@@ -191,7 +191,7 @@ def _listed(files: list[UploadFile]) -> list[FileFact]:
 
 def _adapter(
     path: Path, reader: Converter, options: PushOptions, workplace: Path, verify: Callable[[], None]
-) -> Parcel:
+) -> UploadPlan:
     place = parse_bundle_slot(path)
     manifest = None if place is None else read_manifest(place.bundle)
     listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
@@ -219,7 +219,7 @@ def _adapter(
         )
     contents.notes += said.notes
     in_bundle = listed is not None and options.base is None
-    near = None if in_bundle else near_base(options.base, local, base)
+    near = None if in_bundle else local_base(options.base, local, base)
     wrong = _wrong_in(path, near, is_given=options.base is not None, notes=contents.notes)
     ggufs = [file.path for file in contents.files if file.path.endswith(".gguf")]
     facts = AdapterFacts(
@@ -249,8 +249,8 @@ def _adapter(
     return _parcel("adapter", base, contents, adapter_card(facts), options, replaces)
 
 
-def _wrong_in(path: Path, near: NearBase | None, *, is_given: bool, notes: list[str]) -> set[str]:
-    """Return the runtimes that would refuse an adapter or compute something else; say so."""
+def _wrong_in(path: Path, near: LocalBase | None, *, is_given: bool, notes: list[str]) -> set[str]:
+    """Return the runtimes that would refuse an adapter or compute something else, with notes."""
     try:
         report = check(path, base=None if near is None else near.path)
     except LoraFormatError as error:
@@ -276,16 +276,16 @@ def _parcel(
     document: Document,
     options: PushOptions,
     replaces: tuple[str, ...],
-) -> Parcel:
+) -> UploadPlan:
     if options.licence is not None:  # said now, it wins over what was written before
         document = replace(document, facts=document.facts | {"license"})
     if contents.card is not None and is_template(contents.card):
         contents.notes.append("README.md is an unfilled template: the card replaces its text")
-    return Parcel(kind, base, contents, document, replaces)
+    return UploadPlan(kind, base, contents, document, replaces)
 
 
 def gguf_name(repo: str) -> str:
-    """Return what the file is called in a repository.
+    """Return the GGUF file's name in the repository.
 
     Examples
     --------
@@ -296,7 +296,7 @@ def gguf_name(repo: str) -> str:
 
 
 def gguf_pattern(repo: str) -> str:
-    """Return the glob of the names that such a file may have had."""
+    """Return a glob for the GGUF file's possible earlier names."""
     return f"{repo.rpartition('/')[2]}-lora-*.gguf"
 
 

@@ -82,7 +82,7 @@ def _by_kind(report: SpectrumReport) -> Iterator[tuple[str, list[ModuleSpectrum]
 def _draw_curves(
     axes: Axes, curves: list[list[float]], start: int, color: Any, label: str, few: bool
 ) -> None:
-    """Draw curves that begin at one place: each of them, or their median in their band."""
+    """Draw curves: each one if they are few, otherwise the median and the range."""
     if few:
         for number, curve in enumerate(curves):
             axes.plot(range(start, start + len(curve)), curve, color=color, linewidth=1.2,

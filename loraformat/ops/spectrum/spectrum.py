@@ -127,7 +127,7 @@ def spectrum(
 def spectrum_of(
     adapter: Adapter, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> SpectrumReport:
-    """Decompose an adapter that is open.
+    """Decompose an open adapter.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ def _module(delta: LoraDelta) -> ModuleSpectrum:
 
 
 def pooled(spectra: Iterable[list[float]]) -> Array:
-    """Return what rank k, given to every module, adds: √Σ σₖ² over the modules."""
+    """Return the contribution of rank k in every module: √Σ σₖ² over the modules."""
     held = list(spectra)
     sums = numpy.zeros(max(map(len, held), default=0))
     for values in held:

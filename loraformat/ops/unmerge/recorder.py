@@ -54,7 +54,7 @@ Encoded: TypeAlias = tuple[int, bytes, Array]
 
 
 class Spool:
-    """A nameless file for what the record will hold, so that memory does not.
+    """An unnamed temporary file for the record's contents.
 
     Parameters
     ----------
@@ -75,14 +75,14 @@ class Spool:
         self._lock = threading.Lock()
 
     def append(self, data: bytes | memoryview) -> tuple[int, int]:
-        """Keep bytes; return where they are and how many."""
+        """Store bytes; return their offset and length."""
         with self._lock:
             begin = self._file.seek(0, os.SEEK_END)
             self._file.write(data)
             return begin, len(data)
 
     def copy(self, piece: tuple[int, int], target: BinaryIO) -> None:
-        """Write kept bytes to another file."""
+        """Copy stored bytes to another file."""
         position, left = piece
         while left:
             self._file.seek(position)
@@ -91,7 +91,7 @@ class Spool:
             position, left = position + len(data), left - len(data)
 
     def close(self) -> None:
-        """Forget all."""
+        """Close the file and discard everything."""
         self._file.close()
 
 
@@ -104,7 +104,7 @@ class _Kept:
 
 
 class UndoRecorder:
-    """Takes what undoing the edit of one tensor needs.
+    """Recorder of what is needed to undo the edit of one tensor.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ class UndoRecorder:
             self.mode = "raw"  # a list of zeros longer than a byte per weight
 
     def finish(self, source: memoryview, rows: Sequence[int] = ()) -> None:
-        """Take the original's hash, and of it what nothing else restores."""
+        """Record the original's hash, and the parts that cannot be computed."""
         if self.mode == "new":
             return
         self.digest = sha256(source).hexdigest()
@@ -187,7 +187,7 @@ class UndoRecorder:
             self._kept.residual = [self.spool.append(piece) for piece in pieces]
 
     def parts(self) -> list[list[tuple[int, int]]]:
-        """Return where the parts are kept, in the order of `part_names`."""
+        """Return the offsets of the parts, in the order of `part_names`."""
         kept = self._kept
         if self.mode != "interval":
             return [kept.residual, [], [], []]
@@ -217,7 +217,7 @@ def _described(term: DeltaTerm) -> dict[str, Any]:
 
 
 def adapter_digest(adapter: Adapter) -> str:
-    """Return a SHA-256 over all that an adapter adds: names, scalings, factors."""
+    """Return the SHA-256 of an adapter's names, scalings and factors."""
     digest = sha256()
     for target, delta in sorted(adapter.deltas.items()):
         digest.update(f"{target}\0{delta.scaling!r}\0{delta.orientation}\0".encode())
@@ -285,7 +285,7 @@ def write_record(
 
 
 def refuse_record_path(path: Path, target: Path, inputs: Sequence[Path], *, force: bool) -> None:
-    """Refuse before a merge where its undo record could not, or must not, be written.
+    """Check before a merge that its undo record can be written.
 
     Parameters
     ----------
@@ -334,7 +334,7 @@ def _is_record(path: Path) -> bool:
 
 
 class RecordPublication(AtomicFile):
-    """An undo record that is written before its model appears, and appears with it.
+    """An undo record that is published together with its model.
 
     Parameters
     ----------
@@ -361,7 +361,7 @@ class RecordPublication(AtomicFile):
         refuse_record_path(self.target, self._model.target, self._sources, force=self._force)
 
     def commit(self) -> None:
-        """Let the record appear, and the model.
+        """Publish the record and the model.
 
         Raises
         ------

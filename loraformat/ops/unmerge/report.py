@@ -11,7 +11,7 @@ __all__ = ["Deviation", "UnmergeReport"]
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How far a tensor can be from the original after a subtraction.
+    """Error bound of a tensor after subtraction.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class UnmergeReport(Report):
-    """What undoing a merge did.
+    """Report of ``unmerge``.
 
     Attributes
     ----------

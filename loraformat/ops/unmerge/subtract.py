@@ -46,7 +46,7 @@ def subtract(
     allow_pickle: bool = False,
     **options: Any,
 ) -> UnmergeReport:
-    """Merge with the negative weights, and say how far off the result can be.
+    """Merge with negative weights and bound the error.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ class _Bound:
         self.norm += float(result @ result)
 
     def deviation(self) -> Deviation:
-        """Return the figures."""
+        """Return the error bound."""
         return Deviation(
             self.name, self.largest, _ratio(self.squares, self.norm), self.steps, self.saturated
         )

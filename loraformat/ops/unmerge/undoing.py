@@ -27,7 +27,7 @@ __all__ = ["Undoing"]
 
 
 class Undoing:
-    """The original of a merged model.
+    """Lazy restoration of a merged model's original.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Undoing:
         )  # fmt: skip
 
     def checkpoint(self) -> Checkpoint:
-        """Return the original; tensors are restored when they are loaded."""
+        """Return the original, whose tensors are restored when loaded."""
         tensors: dict[str, LazyTensor] = {}
         for name, tensor in self.merged.tensors.items():
             undo = self.record.tensors.get(name)
@@ -178,7 +178,7 @@ class Undoing:
         return array_bytes(flat)
 
     def _matrices(self, name: str, undo: UndoTensor) -> list[LowRankUpdate | None]:
-        """Return what was added to each matrix, after the checks of U10."""
+        """Return the update of each matrix, after the checks of U10."""
         from loraformat.ops.merge.deltas import block_matrices
         from loraformat.ops.merge.plan import DeltaTerm
 
@@ -203,7 +203,7 @@ class Undoing:
         return matrices
 
     def _misfit(self, term: DeltaTerm, stack: int) -> str:
-        """Return what of a term does not exist, or nothing."""
+        """Return what a term refers to that does not exist; None if all exists."""
         if term.adapter >= len(self.adapters):
             return f"adapter {term.adapter}"
         delta = self.adapters[term.adapter].deltas.get(term.target)
@@ -225,14 +225,14 @@ class Undoing:
         return ""
 
     def _ends(self, name: str, nbytes: int) -> list[int]:
-        """Return where each tile's code begins, and the end."""
+        """Return the start offsets of the tiles' codes, and the end."""
         lengths = array_view(self._part(name, 3), "I64").tolist()
         if min(lengths, default=0) < 0 or sum(lengths) != nbytes:
             raise self._damaged("U09", name, "lengths of tiles")
         return list(accumulate(lengths, initial=0))
 
     def _gains(self, name: str, matrices: list[LowRankUpdate | None]) -> list[list[Array]]:
-        """Return the gains of each matrix' terms that have some."""
+        """Return the DoRA gains of each matrix's terms."""
         whole = array_view(self._part(name, 2), "F32")
         counts = [
             [len(t.b) for t in matrix.terms if t.magnitude is not None] if matrix else []
@@ -253,7 +253,7 @@ class Undoing:
         return zeros
 
     def check(self, written: Any) -> None:
-        """Compare what was written, also by an interrupted run, with the record's hashes."""
+        """Compare the written tensors with the record's hashes."""
         for name, facts in written.items():
             undo = self.record.tensors.get(name)
             wanted = self.record.unchanged.get(name) if undo is None else undo.sha256
@@ -273,7 +273,7 @@ def _decode_matrix(
     ends: list[int],
     step: int,
 ) -> None:
-    """Fill `restored`, tile by tile, on all CPUs."""
+    """Decode a matrix into `restored`, tile by tile, on all CPUs."""
     from loraformat.ops.merge.deltas import over_tiles
     from loraformat.undo.interval_code import decode_tile
 

@@ -139,7 +139,7 @@ def unmerge(
 
 
 def _tokenizer_note(merged: Checkpoint, original: Checkpoint) -> list[str]:
-    """Say whose tokenizer the output has, where the merge changed the vocabulary."""
+    """Return a note on the output's tokenizer, if the merge changed the vocabulary."""
     now, then = (set(per_token(model.tensors).values()) for model in (merged, original))
     if now == then or not tokenizer_files(merged.files):
         return []
@@ -156,7 +156,7 @@ def _adapters(
     given: Sequence[str | Path | Adapter],
     allow_pickle: bool,
 ) -> list[Adapter]:
-    """Open the record's adapters, and compare them with it."""
+    """Open the record's adapters and check that they match it."""
     from loraformat.ops.unmerge.recorder import adapter_digest
 
     if given and len(given) != len(record.adapters):

@@ -66,7 +66,7 @@ def own_words(text: str) -> str | None:
     kept = without_facts(text)
     try:
         fields, body = split(kept)
-    except InputError:  # what the Hub would not read is not for us to mend
+    except InputError:  # what the Hub would not read is not ours to fix
         return kept
     if not _TITLE.sub("", body, count=1).strip():
         lasting = {key: fields[key] for key in _LASTING if key in fields}

@@ -11,7 +11,7 @@ CONSOLIDATE = (
     "adapter_model.safetensors and put the run's adapter_config.json beside it"
 )
 
-#: What mends a file of empty tensors, or of none.
+#: What fixes a file of empty tensors, or of none.
 GATHER = (
     "gather and save again: with stage3_gather_16bit_weights_on_model_save (accelerate: "
     f"zero3_save_16bit_model) in the DeepSpeed config; or, out of a checkpoint: {CONSOLIDATE}"

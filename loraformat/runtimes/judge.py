@@ -14,7 +14,7 @@ __all__ = ["findings", "judge", "obstacles"]
 
 #: Where one finding needs the first of these, no other remedy helps any more.
 _STRONGEST: tuple[Remedy, ...] = ("advice", "other-base", "merge", "merge-gguf")
-#: What a user does before anything that mends the adapter.
+#: What a user does before anything that fixes the adapter.
 _FIRST = ("advice", "other-base")
 
 
@@ -84,7 +84,7 @@ def judge(
 def obstacles(found: Iterable[Finding]) -> dict[str, list[str]]:
     """Return by runtime the rules that no loading commands can satisfy.
 
-    Left out is what a conversion mends: the lines for another format begin with one.
+    Left out is what a conversion fixes: the lines for another format begin with one.
 
     Examples
     --------

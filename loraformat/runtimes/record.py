@@ -31,7 +31,7 @@ Level = Literal["warn", "fail"]
 #: ``refuses``: it says no. ``differs``: it computes something else, mostly without a word.
 #: ``caution``: right, if the user does or knows something. ``unknown``: nobody looked.
 Outcome = Literal["refuses", "differs", "caution", "unknown"]
-#: What mends it: a command of loraformat's, or (advice) nothing that a command could do.
+#: What fixes it: a command of loraformat's, or (advice) nothing that a command could do.
 Remedy = Literal[
     "fix", "gguf", "peft", "merge", "merge-gguf", "reduce", "rewrite", "retype", "fill",
     "other-base", "advice",

@@ -5,8 +5,8 @@ from loraformat_converters.peft.load_on_meta import Loaded, Stored, load_on_meta
 from loraformat_converters.peft.plain import is_plain
 
 from loraformat.model.base_names import BaseNames
+from loraformat.model.base_names.meta_model import build_on_meta
 from loraformat.model.base_names.resolver import _AS_STORED
-from loraformat.model.base_names.skeleton import build_on_meta
 from tests.train import causal_models
 
 CONFIG = {

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from loraformat.errors import LoraFormatError
 from loraformat.families.table import family_of
 from loraformat.model.base_names import names_of
-from loraformat.model.base_names.skeleton import build_on_meta
+from loraformat.model.base_names.meta_model import build_on_meta
 from loraformat.model.base_names.sources import find_sources
 from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraformat.errors import printable
-from loraformat.model.base_names.skeleton import TASKS, build_on_meta, task_of
+from loraformat.model.base_names.meta_model import TASKS, build_on_meta, task_of
 
 __all__ = ["Loaded", "Stored", "load_on_meta"]
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loraformat.model.base_names.skeleton import build_on_meta
+from loraformat.model.base_names.meta_model import build_on_meta
 from loraformat.model.base_names.sources import Chunk, conversions_of, find_sources
 
 __all__ = ["InMemory", "bare"]
@@ -33,7 +33,7 @@ class InMemory:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Without weights; see `loraformat.model.base_names.skeleton.build_on_meta`.
+        Without weights; see `loraformat.model.base_names.meta_model.build_on_meta`.
     stored : iterable of str
         The names of the checkpoint's tensors.
 
@@ -97,7 +97,7 @@ def in_memory(
 ) -> InMemory | None:
     """Return a base as transformers has it in memory; None if transformers cannot build it.
 
-    Its class is that of the task, see `loraformat.model.base_names.skeleton.build_on_meta`.
+    Its class is that of the task, see `loraformat.model.base_names.meta_model.build_on_meta`.
     """
     with warnings.catch_warnings():  # transformers' own, about its own attributes
         warnings.simplefilter("ignore")

@@ -11,7 +11,7 @@ from loraformat.families.expert_names import spelled_in_memory, spelled_on_disk
 from loraformat.families.model_class import names_base_class
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.base_names.in_memory import InMemory, bare, in_memory
-from loraformat.model.base_names.skeleton import task_of
+from loraformat.model.base_names.meta_model import task_of
 from loraformat.model.base_names.sources import Chunk
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
@@ -58,7 +58,7 @@ class BaseNames:
         ``config.json``; without it transformers is not asked.
     task : str, optional
         ``task_type`` of the adapter, which may be for another class than the config names; see
-        `loraformat.model.base_names.skeleton.task_of`.
+        `loraformat.model.base_names.meta_model.task_of`.
 
     Examples
     --------

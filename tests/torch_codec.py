@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
-from loraformat.nf4 import codec
+from loraformat.nf4 import codec, rows
 from loraformat.nf4.codec import BLOCK_SIZES, bits_per_weight
 from loraformat.tensors.dtypes import TORCH_NAMES
 from loraformat.tensors.torch_arrays import array_of, tensor_of
@@ -73,12 +73,12 @@ def dequantize(q, *, dtype=torch.bfloat16, out=None, scales=None, **options):
 
 
 def dequantize_rows(q, out, **options):
-    codec.dequantize_rows(q.codes, array_of(out), **options)
+    rows.dequantize_rows(q.codes, array_of(out), **options)
     return out
 
 
 def multiply_rows(q, x, out, *, dtype=torch.float32, **options):
-    codec.multiply_rows(q.codes, array_of(x), array_of(out), dtype=numpy_type(dtype), **options)
+    rows.multiply_rows(q.codes, array_of(x), array_of(out), dtype=numpy_type(dtype), **options)
     return out
 
 

@@ -300,6 +300,7 @@ class NF4Tensor:
         import numpy
 
         from loraformat.nf4 import codec
+        from loraformat.nf4.rows import dequantize_rows
         from loraformat.tensors.arrays import numpy_dtype
 
         codes, wanted = self.codes(self.load()), numpy_dtype(dtype or self.dtype)
@@ -309,7 +310,7 @@ class NF4Tensor:
         def read(start: int, stop: int) -> Array:
             if self.transposed:  # the rows are columns of what the codes run over
                 turned = numpy.empty((columns, stop - start), wanted)
-                return codec.dequantize_rows(codes, turned, start=start, stride=height).T
+                return dequantize_rows(codes, turned, start=start, stride=height).T
             return codec.dequantize(
                 codes, dtype=wanted, start=start * columns, stop=stop * columns, scales=scales
             ).reshape(stop - start, columns)

@@ -41,8 +41,6 @@ sums in another order, and its C++ code for 8-bit codes is approximate).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy
@@ -51,6 +49,14 @@ from loraformat.errors import NonFiniteError, UsageError
 from loraformat.nf4 import kernels
 from loraformat.nf4.kernels.tables import from_bits
 from loraformat.nf4.kernels.threads import run
+from loraformat.nf4.quant_state import BLOCK_SIZES, NESTED_BLOCK_SIZE
+from loraformat.nf4.quantized import (
+    NF4,
+    ceil_div,
+    check_array,
+    check_block_size,
+    element_range,
+)
 from loraformat.nf4.tables import LEVEL_BITS, NESTED_MAP_BITS
 from loraformat.tensors.arrays import Array, numpy_dtype
 
@@ -63,16 +69,12 @@ __all__ = [
     "Elements",
     "bits_per_weight",
     "dequantize",
-    "dequantize_rows",
     "levels",
-    "multiply_rows",
     "nested_map",
     "quantization_error",
     "quantize",
 ]
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK_SIZE = 256
 
 _FLOAT32 = numpy_dtype("F32")
 _DTYPES = (_FLOAT32, numpy_dtype("F16"), numpy_dtype("BF16"))
@@ -112,98 +114,6 @@ def nested_map() -> Array:
     [-0.992968738079071, 0.0, 1.0]
     """
     return from_bits(NESTED_MAP_BITS)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@dataclass(frozen=True, eq=False)
-class NF4:
-    """One quantized tensor; its arrays are contiguous, maybe views of a mapped file.
-
-    Attributes
-    ----------
-    packed : array
-        uint8[ceil(count / 2)]: two codes per byte, the first in the high nibble.
-    absmax : array
-        One per block: uint8 codes if double-quantized, else the float32 scales.
-    count : int
-        Elements.
-    block_size : int
-        Elements per block, one of `BLOCK_SIZES`.
-    nested_absmax : array or None
-        float32[ceil(blocks / 256)] if double-quantized.
-    nested_offset : float or None
-        A float32 number if double-quantized.
-
-    Raises
-    ------
-    UsageError
-        A length, dtype or layout does not fit the others.
-    """
-
-    packed: Array
-    absmax: Array
-    count: int
-    block_size: int = 64
-    nested_absmax: Array | None = None
-    nested_offset: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
-        if self.count < 0 or (self.nested_absmax is None) != (self.nested_offset is None):
-            raise UsageError("NF4 wants count >= 0, and nested_absmax with nested_offset")
-        _check("packed", self.packed, numpy_dtype("U8"), _ceil(self.count, 2))
-        scale = numpy_dtype("U8") if self.double_quant else _FLOAT32
-        _check("absmax", self.absmax, scale, self.blocks)
-        if self.nested_absmax is not None:
-            nested = _ceil(self.blocks, NESTED_BLOCK_SIZE)
-            _check("nested_absmax", self.nested_absmax, _FLOAT32, nested)
-
-    @cached_property
-    def stored(self) -> kernels.Codes:
-        """The arrays as a kernel takes them."""
-        offset = self.nested_offset or 0.0
-        return kernels.Codes(self.packed, self.absmax, self.nested_absmax, offset, self.block_size)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks, the incomplete one included."""
-        return _ceil(self.count, self.block_size)
-
-    @property
-    def double_quant(self) -> bool:
-        """Whether the scales are stored as 8-bit codes."""
-        return self.nested_absmax is not None
-
-    def scales(self, start: int = 0, stop: int | None = None) -> Array:
-        """Decode the scales of blocks [start, stop).
-
-        Parameters
-        ----------
-        start, stop : int
-            Block numbers; default: all blocks.
-
-        Returns
-        -------
-        array
-            float32[stop - start]: absmax itself, or
-            ``round(round(map[absmax] * nested_absmax[block // 256]) + nested_offset)``.
-
-        Examples
-        --------
-        >>> q = quantize(numpy.array([0.5, -2.0, 1.0], numpy.float32), double_quant=False)
-        >>> q.scales().tolist()
-        [2.0]
-        """
-        start, stop = _range(start, stop, self.blocks)
-        nested, offset = self.nested_absmax, self.nested_offset
-        if nested is None or offset is None:
-            return self.absmax[start:stop]
-        out = numpy.empty(stop - start, numpy.float32)
-        kernels.active().decode_scales(self.absmax, nested, offset, start, out)
-        return out
 
 
 class Elements(Protocol):
@@ -262,15 +172,15 @@ def quantize(
     >>> [f"{byte:02x}" for byte in q.packed.tolist()]
     ['a0', 'c7']
     """
-    _check_block_size(block_size)
+    check_block_size(block_size)
     flat = _flat(x)
     count, kernel = flat.size, kernels.active()
-    packed = numpy.empty(_ceil(count, 2), numpy.uint8)
-    absmax = numpy.empty(_ceil(count, block_size), numpy.float32)
+    packed = numpy.empty(ceil_div(count, 2), numpy.uint8)
+    absmax = numpy.empty(ceil_div(count, block_size), numpy.float32)
 
     def piece(start: int, stop: int) -> None:
-        codes = packed[start // 2 : _ceil(stop, 2)]
-        scales = absmax[start // block_size : _ceil(stop, block_size)]
+        codes = packed[start // 2 : ceil_div(stop, 2)]
+        scales = absmax[start // block_size : ceil_div(stop, block_size)]
         if not kernel.quantize(flat[start:stop], block_size, codes, scales):
             raise _non_finite(flat, name)
 
@@ -285,18 +195,18 @@ def _quantize_scales(
 ) -> tuple[Array, int, int, Array, float]:
     blocks = absmax.size
     codes = numpy.empty(blocks, numpy.uint8)
-    nested_absmax = numpy.empty(_ceil(blocks, NESTED_BLOCK_SIZE), numpy.float32)
+    nested_absmax = numpy.empty(ceil_div(blocks, NESTED_BLOCK_SIZE), numpy.float32)
     sums = numpy.empty(nested_absmax.size)
 
     def add(start: int, stop: int) -> None:
-        nested = slice(start // NESTED_BLOCK_SIZE, _ceil(stop, NESTED_BLOCK_SIZE))
+        nested = slice(start // NESTED_BLOCK_SIZE, ceil_div(stop, NESTED_BLOCK_SIZE))
         kernel.sum_scales(absmax[start:stop], sums[nested])
 
     run(add, blocks, _SCALES, threads)
     offset = float(numpy.float32(math.fsum(sums.tolist()) / max(blocks, 1)))
 
     def encode(start: int, stop: int) -> None:
-        nested = slice(start // NESTED_BLOCK_SIZE, _ceil(stop, NESTED_BLOCK_SIZE))
+        nested = slice(start // NESTED_BLOCK_SIZE, ceil_div(stop, NESTED_BLOCK_SIZE))
         kernel.quantize_scales(absmax[start:stop], offset, codes[start:stop], nested_absmax[nested])
 
     run(encode, blocks, _SCALES, threads)
@@ -350,132 +260,24 @@ def dequantize(
     >>> dequantize(q, dtype=numpy.dtype("f4"), start=1).tolist()
     [-2.0, 0.8814196586608887]
     """
-    start, stop = _range(start, stop, q.count)
+    start, stop = element_range(start, stop, q.count)
     streaming = out is not None and stop - start == q.count and out.nbytes >= _STREAM_BYTES
     if out is None:
         out = numpy.empty(stop - start, dtype)
     if out.dtype not in _DTYPES:
         raise UsageError(f"NF4 decodes to float32, float16 or bfloat16, not {out.dtype}")
-    _check("out", out, out.dtype, stop - start)
+    check_array("out", out, out.dtype, stop - start)
     if scales is not None:
-        _check("scales", scales, _FLOAT32, q.blocks)
+        check_array("scales", scales, _FLOAT32, q.blocks)
     target, kernel = out.reshape(-1), kernels.active()
 
     def piece(begin: int, end: int) -> None:
-        first, last = (start + begin) // q.block_size, _ceil(start + end, q.block_size)
+        first, last = (start + begin) // q.block_size, ceil_div(start + end, q.block_size)
         local = q.scales(first, last) if scales is None else scales[first:last]
         part = target[begin:end]
         kernel.dequantize(q.packed, local, q.block_size, start + begin, part, streaming)
 
     run(piece, stop - start, _PIECE, threads)
-    return out
-
-
-def dequantize_rows(q: NF4, out: Array, *, start: int = 0, stride: int | None = None) -> Array:
-    """Decode a block of a matrix in the calling thread.
-
-    Nothing is allocated, so that a thread that multiplies what it decodes has it in its cache.
-
-    Parameters
-    ----------
-    q : NF4
-        What to decode.
-    out : array
-        float32, float16 or bfloat16 (rows, columns), contiguous; written and returned.
-    start : int
-        Element of the flattened tensor at which the first row's part begins, anywhere in a block.
-    stride : int, optional
-        Elements from the beginning of one row's part to that of the next: columns of the whole
-        matrix. Default: those of `out`.
-
-    Returns
-    -------
-    array
-        `out`; the bits of `dequantize`.
-
-    Raises
-    ------
-    UsageError
-        `out` does not fit, or reaches past the end.
-
-    Examples
-    --------
-    >>> x = numpy.array([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0]], numpy.float32)
-    >>> q = quantize(x, double_quant=False)
-    >>> dequantize_rows(q, numpy.empty((2, 2), numpy.float32), start=1, stride=3).tolist()
-    [[-1.0, 0.0], [1.0, -1.0]]
-    """
-    if out.ndim != 2 or out.dtype not in _DTYPES:
-        raise UsageError(
-            f"NF4 decodes to rows of float32, float16 or bfloat16, not {out.dtype}{list(out.shape)}"
-        )
-    _check("out", out, out.dtype, out.size)
-    rows, columns = out.shape
-    stride = columns if stride is None else stride
-    if stride < columns:
-        raise UsageError(f"rows of {columns} elements overlap, being {stride} apart")
-    _range(start, start + (rows - 1) * stride + columns if out.size else start, q.count)
-    if out.size:
-        kernels.active().dequantize_rows(q.stored, start, stride, out)
-    return out
-
-
-def multiply_rows(
-    q: NF4, x: Array, out: Array, *, start: int = 0, dtype: numpy.dtype[Any] = _FLOAT32
-) -> Array:
-    """Compute x Wᵀ for a few vectors in the calling thread, decoding W on the fly.
-
-    Decoded numbers never leave the cache next to the processor. With one vector, as when text is
-    generated, that is several times as fast as decoding and then multiplying; with more than a few
-    it is slower.
-
-    Parameters
-    ----------
-    q : NF4
-        Holds the rows, one after the other.
-    x : array
-        float32 (vectors, columns), contiguous.
-    out : array
-        float32 (vectors, rows), maybe columns of a wider one; written and returned.
-    start : int
-        Element of the flattened tensor at which the first row begins.
-    dtype : numpy.dtype
-        float32, float16 or bfloat16: what a weight is rounded to before it is multiplied.
-
-    Returns
-    -------
-    array
-        `out`: products and sums in float32.
-
-    Raises
-    ------
-    UsageError
-        `x` or `out` does not fit, or rows reach past the end.
-
-    Examples
-    --------
-    >>> q = quantize(numpy.array([[1.0, -1.0], [0.0, 1.0]], numpy.float32), double_quant=False)
-    >>> x, out = numpy.array([[2.0, 3.0]], numpy.float32), numpy.empty((1, 2), numpy.float32)
-    >>> multiply_rows(q, x, out).tolist()
-    [[-1.0, 3.0]]
-    """
-    if dtype not in _DTYPES:
-        raise UsageError(f"NF4 decodes to float32, float16 or bfloat16, not {dtype}")
-    fits = x.ndim == out.ndim == 2 and len(x) == len(out)
-    if not fits or (out.size and out.strides[1] != out.itemsize):
-        raise UsageError(
-            f"{list(x.shape)} numbers cannot be multiplied into {list(out.shape)}, wanted "
-            "(vectors, columns) and (vectors, rows)"
-        )
-    _check("x", x, _FLOAT32, x.size)
-    if out.dtype != _FLOAT32:
-        raise UsageError(f"products of NF4 are float32, not {out.dtype}")
-    _range(start, start + out.shape[1] * x.shape[1], q.count)
-    if x.size == 0:
-        out[...] = 0
-        return out
-    if out.size:
-        kernels.active().multiply_rows(q.stored, start, dtype, x, out)
     return out
 
 
@@ -516,10 +318,10 @@ def quantization_error(
     flat, kernel, scales = _flat(x), kernels.active(), q.scales()
     if flat.size != q.count:
         raise UsageError(f"NF4 x has {flat.size} elements, wanted {q.count}")
-    sums = numpy.empty((2, _ceil(q.count, _ERROR_CHUNK)))
+    sums = numpy.empty((2, ceil_div(q.count, _ERROR_CHUNK)))
 
     def piece(start: int, stop: int) -> None:
-        chunks = slice(start // _ERROR_CHUNK, _ceil(stop, _ERROR_CHUNK))
+        chunks = slice(start // _ERROR_CHUNK, ceil_div(stop, _ERROR_CHUNK))
         packed, local = q.packed[start // 2 :], scales[start // q.block_size :]
         kernel.error(flat[start:stop], packed, local, q.block_size, sums[:, chunks])
 
@@ -552,32 +354,9 @@ def bits_per_weight(block_size: int = 64, double_quant: bool = True) -> float:
     >>> bits_per_weight(), bits_per_weight(double_quant=False)
     (4.126953125, 4.5)
     """
-    _check_block_size(block_size)
+    check_block_size(block_size)
     scale = 8 + 32 / NESTED_BLOCK_SIZE if double_quant else 32
     return 4 + scale / block_size
-
-
-def _check_block_size(block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
-        raise UsageError(
-            f"block size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}"
-        )
-
-
-def _check(what: str, array: Array, dtype: numpy.dtype[Any], count: int) -> None:
-    """Refuse an array of the wrong dtype, size or layout."""
-    if array.dtype != dtype or array.size != count or not array.flags.c_contiguous:
-        raise UsageError(
-            f"NF4 {what} is {array.dtype}{list(array.shape)}, wanted {count} elements of {dtype}, "
-            "contiguous"
-        )
-
-
-def _range(start: int, stop: int | None, count: int) -> tuple[int, int]:
-    stop = count if stop is None else stop
-    if not 0 <= start <= stop <= count:
-        raise UsageError(f"range [{start}, {stop}) is not inside [0, {count})")
-    return start, stop
 
 
 def _flat(x: Array | Elements) -> Array | Elements:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from loraformat.nf4 import codec
+from loraformat.nf4.rows import dequantize_rows, multiply_rows
 from loraformat.tensors.arrays import Array, numpy_dtype
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, torch_dtype
 from loraformat.train.engine.buffers import workspace
@@ -189,7 +190,7 @@ class NF4Matrix(Matrix):
         block, array = workspace.take_pair("block", shape, decoded)
         first = self.offset + rows[0] * self.columns + columns[0]
         began = time.perf_counter()
-        codec.dequantize_rows(self.codes, array, start=first, stride=self.columns)
+        dequantize_rows(self.codes, array, start=first, stride=self.columns)
         decoding.since(began)
         return block if decoded == dtype else block.to(dtype)
 
@@ -209,7 +210,7 @@ class NF4Matrix(Matrix):
         began = time.perf_counter()
         first = self.offset + rows[0] * self.columns
         numbers = _ROUNDED[dtype]
-        codec.multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=numbers)
+        multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=numbers)
         decoding.since(began)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:

@@ -52,7 +52,7 @@ Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """Singular value decomposition of a low-rank delta.
+    """Decomposition of a low-rank delta into orthogonal parts, the most important first.
 
     D = left · diag(gains) · right. Without statistics this is the singular value
     decomposition and `gains` are `values`; with them, `values` are the root mean squares of

@@ -1,4 +1,4 @@
-"""The record of one NF4-quantized tensor, and the checks of what kernels read and write."""
+"""The record of one NF4-quantized tensor, and checks of the arrays that kernels take."""
 
 from __future__ import annotations
 

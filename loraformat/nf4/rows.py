@@ -1,4 +1,4 @@
-"""Decoding and multiplying rows of a matrix in the calling thread, as it multiplies them."""
+"""Rows of a quantized matrix, decoded or multiplied in the calling thread."""
 
 from __future__ import annotations
 

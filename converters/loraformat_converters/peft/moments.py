@@ -69,7 +69,7 @@ def _load(file: MappedFile, name: str, rank: int) -> memoryview:
 
 
 def check_moment(data: memoryview, rank: int, name: str, path: Path) -> None:
-    """Refuse a matrix that is not finite, symmetric and positive semidefinite."""
+    """Refuse a matrix that is not finite, not symmetric, or has a negative diagonal."""
     values = array_view(data, "F32", (len(data) // (4 * rank * rank), rank, rank))
     largest = abs(values).max((1, 2), keepdims=True)
     if not (

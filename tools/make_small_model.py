@@ -39,7 +39,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraformat.demo.perplexity import Perplexity, perplexity
+from loraformat.demo.perplexity import Perplexity, load, perplexity_of
 
 DEMO = Path(__file__).resolve().parents[1] / "loraformat" / "demo"
 HELDOUT = DEMO / "heldout.txt"
@@ -384,7 +384,7 @@ def held_out_record(out: Path, stream: torch.Tensor) -> dict[str, Any]:
     """Measure the saved model and the token frequencies on the held-out text."""
     text = HELDOUT.read_bytes().decode()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
-    result = perplexity(out, text, window=WINDOW)
+    result = perplexity_of(*load(out), text, window=WINDOW)
     return {
         "file": HELDOUT.name,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),

@@ -5,13 +5,13 @@ safetensors → bundle → safetensors, and bundle → bitsandbytes, each with i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.demo.measure import Measure, Measured, summary_of
+from loraformat.demo.step import Workspace
 from loraformat.errors import LoraFormatError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.convert.report import ConversionReport
@@ -25,15 +25,8 @@ __all__ = ["Bases", "Model", "convert_bases"]
 class Model:
     """One model of this part of the demo.
 
-    Attributes
-    ----------
-    title : str
-    path : Path
-    summary : ModelInfo
-    seconds : float
-        That making it took; 0 for the original.
-    perplexity : dict of str to Perplexity
-        By kind of text; empty if what measures it is not installed.
+    `seconds` is what making it took, 0 for the original; `perplexity`, by kind of text, is empty
+    if what measures it is not installed.
     """
 
     title: str
@@ -59,49 +52,32 @@ class Model:
 
 @dataclass(slots=True)
 class Bases:
-    """Results of this part of the demo.
-
-    Attributes
-    ----------
-    models : list of Model
-    errors_by_kind : dict of str to float
-        Relative RMS error of quantization.
-    """
+    """Results of this part of the demo; `errors_by_kind` are relative RMS, of quantization."""
 
     models: list[Model] = field(default_factory=list)
     errors_by_kind: dict[str, float] = field(default_factory=dict)
 
 
-def convert_bases(
-    directory: Path, measure: Measure, *, force: bool, say: Callable[[str], None]
-) -> Bases:
-    """Convert the small model and measure the results.
-
-    Parameters
-    ----------
-    directory : Path
-        Gets ``bundle``, ``dense`` and ``bitsandbytes``.
-    measure : Measure
-    force : bool
-    say : callable
+def convert_bases(work: Workspace, measure: Measure) -> Bases:
+    """Convert the small model to ``bundle``, ``dense`` and ``bitsandbytes``, and measure them.
 
     Raises
     ------
     LoraFormatError
         If a conversion fails, or the bundle does not verify.
     """
-    bases, bundle = Bases(), directory / "bundle"
+    bases, bundle = Bases(), work.bundle
 
     def add(title: str, path: Path, seconds: float = 0.0) -> None:
-        say(f"measuring {title}")
+        work.say(f"measuring {title}")
         # What the bundle is worth for the adapters' texts, too, is asked in the next chapter.
         kinds = ("library", "manual", "tests") if title in ("original", "bundle") else ("library",)
         found = measure.model(path, kinds)
         bases.models.append(Model(title, path, summary_of(path), seconds, found))
 
     def make(source: Path, name: str, format_name: str) -> ConversionReport:
-        say(f"converting {source.name} to {format_name}")
-        report = convert(source, directory / name, to_format=format_name, force=force)
+        work.say(f"converting {source.name} to {format_name}")
+        report = convert(source, work.directory / name, to_format=format_name, force=work.force)
         assert isinstance(report, ConversionReport)
         return report
 
@@ -112,5 +88,5 @@ def convert_bases(
         raise LoraFormatError(f"the bundle breaks rule {findings[0].rule}", path=bundle)
     add("bundle", bundle, bundled.seconds)
     for name, format_name in (("dense", "safetensors"), ("bitsandbytes", "bitsandbytes")):
-        add(name, directory / name, make(bundle, name, format_name).seconds)
+        add(name, work.directory / name, make(bundle, name, format_name).seconds)
     return bases

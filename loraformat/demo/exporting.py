@@ -7,20 +7,16 @@ distribution after each token of a held-out text, and the tokens that each write
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from loraformat.demo import llama_cpp
-from loraformat.demo.step import Step
+from loraformat.demo.step import Step, Workspace
 from loraformat.demo.texts import heldout
 from loraformat.demo.training import PROMPT
 from loraformat.ops.convert.adapter import AdapterConversion
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["Agreement", "compare_with_llama_cpp", "export"]
 
@@ -33,26 +29,12 @@ _WRITTEN = 32
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Agreement between llama.cpp and loraformat.
+    """Agreement between llama.cpp, with what `title` names, and loraformat.
 
-    Attributes
-    ----------
-    title : str
-        What it has loaded.
-    same_tokens : bool
-        Whether its tokenizer cuts the text as ours.
-    positions, vocabulary : int
-        Distributions that were compared, and the tokens that each is over.
-    difference : float
-        The largest of a log-probability, in nats.
-    same_next : bool
-        Whether the likeliest next token is the same at every position.
-    perplexity, ours : float
-        Of the tokens of the text that follow one another there, as it and as we compute it.
-    same_text : bool
-        Whether both write on with the same tokens, the likeliest each time.
-    prompt, text : str
-        What it writes on from, and what it writes.
+    `same_tokens` compares tokenizers, `same_next` the likeliest next token at every position,
+    `same_text` what both write after `prompt`. `difference` is the largest of a log-probability
+    (nats) in distributions over the `vocabulary`, one for each of the `positions`; `perplexity` of
+    the tokens there is as llama.cpp computes it, and `ours` as we do.
     """
 
     title: str
@@ -69,27 +51,14 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """Return the members for ``--json``."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
-def export(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
-    """Write the adapter into a GGUF model, and base and adapter into GGUF files of their own.
-
-    Parameters
-    ----------
-    directory : Path
-        Holds ``bundle`` and ``learned``; gets ``merged.gguf``, ``base.gguf``, ``learned.gguf``.
-    force : bool
-    say : callable
-
-    Yields
-    ------
-    Step
-    """
-    bundle, learned = directory / "bundle", directory / "learned"
-    say("merging it into a GGUF file")
-    target = directory / "merged.gguf"
-    merged = merge(bundle, [learned], target, dtype="f32", force=force)
+def export(work: Workspace) -> Iterator[Step]:
+    """Write the adapter into a GGUF model, and base and adapter into GGUF files of their own."""
+    work.say("merging it into a GGUF file")
+    target = work.directory / "merged.gguf"
+    merged = merge(work.bundle, [work.learned], target, dtype="f32", force=work.force)
     assert merged.total is not None
     kept, delta = merged.total.gain, merged.total.relative
     yield Step(
@@ -100,17 +69,18 @@ def export(directory: Path, *, force: bool, say: Callable[[str], None]) -> Itera
         merged.seconds,
         {"kept": kept, "relative_delta": delta},
     )
-    say("converting base and adapter to GGUF")
-    base = convert(bundle, directory / "base.gguf", dtype="f32", force=force)
+    work.say("converting base and adapter to GGUF")
+    target = work.directory / "base.gguf"
+    base = convert(work.bundle, target, dtype="f32", force=work.force)
     yield Step(
         "its base, for llama.cpp",
         "convert bundle base.gguf --dtype f32",
         "the values of its NF4 weights, as they are",
-        directory / "base.gguf",
+        target,
         base.seconds,
     )
-    target = directory / "learned.gguf"
-    adapter = convert(learned, target, dtype="f32", base=bundle, force=force)
+    target = work.directory / "learned.gguf"
+    adapter = convert(work.learned, target, dtype="f32", base=work.bundle, force=work.force)
     assert isinstance(adapter, AdapterConversion)
     yield Step(
         "itself, for llama.cpp",
@@ -122,23 +92,10 @@ def export(directory: Path, *, force: bool, say: Callable[[str], None]) -> Itera
     )
 
 
-def compare_with_llama_cpp(
-    directory: Path, notes: list[str], say: Callable[[str], None]
-) -> list[Agreement]:
-    """Run the files in llama.cpp and compare with the bundle's results.
+def compare_with_llama_cpp(work: Workspace) -> list[Agreement]:
+    """Run the files of `export` in llama.cpp and compare with the bundle's results.
 
-    Parameters
-    ----------
-    directory : Path
-        Holds what `export` has made.
-    notes : list of str
-        Told if xllamacpp is not installed.
-    say : callable
-
-    Returns
-    -------
-    list of Agreement
-        Of ``merged.gguf``, and of ``base.gguf`` with ``learned.gguf``; empty without xllamacpp.
+    Of ``merged.gguf``, and of ``base.gguf`` with ``learned.gguf``; empty without xllamacpp.
 
     Raises
     ------
@@ -146,33 +103,25 @@ def compare_with_llama_cpp(
         If llama.cpp refuses a file.
     """
     if not llama_cpp.is_installed():
-        notes.append("llama.cpp was skipped; run: pip install 'loraformat[demo]'")
+        work.notes.append("llama.cpp was skipped; run: pip install 'loraformat[demo]'")
         return []
-    say("computing distributions on the bundle")
-    question, ours = _asked_of_us(directory)
+    work.say("computing distributions on the bundle")
+    question, ours, decode = _asked_of_us(work)
     found = []
     for title, model, adapter in (
         ("merged.gguf", "merged.gguf", None),
-        ("base.gguf with learned.gguf", "base.gguf", directory / "learned.gguf"),
+        ("base.gguf with learned.gguf", "base.gguf", work.directory / "learned.gguf"),
     ):
-        say(f"running {title} in llama.cpp")
-        theirs = llama_cpp.ask(directory / model, question, adapter)
-        found.append(_agreement(title, question, ours, theirs))
+        work.say(f"running {title} in llama.cpp")
+        theirs = llama_cpp.ask(work.directory / model, question, adapter)
+        found.append(_agreement(title, question, ours, theirs, decode(theirs.written)))
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Ours:
-    """loraformat's answers and the tokenizer."""
-
-    tokens: list[int]
-    log_probabilities: np.ndarray
-    written: list[int]
-    decode: Callable[[list[int]], str]
-
-
-def _asked_of_us(directory: Path) -> tuple[llama_cpp.Question, _Ours]:
-    """Return the questions and loraformat's answers."""
+def _asked_of_us(
+    work: Workspace,
+) -> tuple[llama_cpp.Question, llama_cpp.Answer, Callable[[list[int]], str]]:
+    """Return the questions, loraformat's answers, and what makes text of tokens."""
     import torch
 
     from loraformat.train import load
@@ -180,33 +129,34 @@ def _asked_of_us(directory: Path) -> tuple[llama_cpp.Question, _Ours]:
     from loraformat.train.loop.evaluation import evaluating
     from loraformat.train.run.text_generation import GenerationOptions, continuation, stop_tokens
 
-    bundle = directory / "bundle"
-    encoder = open_tokenizer(bundle)
+    encoder = open_tokenizer(work.bundle)
     text = heldout("manual")[: 8 * _COMPARED]
     tokens = encoder.tokenize(text).ids
     ids = [*encoder.prefix, *tokens][:_COMPARED]
     prompt = [*encoder.prefix, *encoder.tokenize(PROMPT).ids]
-    with load(bundle, adapter=directory / "learned") as model:
+    with load(work.bundle, adapter=work.learned) as model:
         with evaluating(model):
             logits = model(input_ids=torch.tensor([ids])).logits[0]
         written = continuation(
             model, encoder.tokenizer, prompt, GenerationOptions(_WRITTEN, temperature=0.0),
-            stops=stop_tokens(bundle, encoder.tokenizer),
+            stops=stop_tokens(work.bundle, encoder.tokenizer),
         )  # fmt: skip
     question = llama_cpp.Question(
         text, ids, prompt, _WRITTEN, vocabulary=logits.shape[-1],
         ordinary=encoder.tokenize("a").ids[0],
     )  # fmt: skip
-    values = logits.double().log_softmax(-1).numpy()
-    return question, _Ours(tokens, values, written.tokens, encoder.tokenizer.decode)
+    values = logits.double().log_softmax(-1).tolist()
+    answer = llama_cpp.Answer(tokens, values, written.tokens)
+    return question, answer, encoder.tokenizer.decode
 
 
 def _agreement(
-    title: str, question: llama_cpp.Question, ours: _Ours, theirs: llama_cpp.Answer
-) -> Agreement:
+    title: str, question: llama_cpp.Question, ours: llama_cpp.Answer, theirs: llama_cpp.Answer,
+    text: str,
+) -> Agreement:  # fmt: skip
     import numpy as np
 
-    expected, found = ours.log_probabilities, np.array(theirs.log_probabilities)
+    expected, found = np.array(ours.log_probabilities), np.array(theirs.log_probabilities)
     positions, vocabulary = expected.shape
     following = (np.arange(positions - 1), np.array(question.ids[1:]))
     return Agreement(
@@ -220,5 +170,5 @@ def _agreement(
         ours=float(np.exp(-expected[following].mean())),
         same_text=theirs.written == ours.written,
         prompt=PROMPT,
-        text=ours.decode(theirs.written),
+        text=text,
     )

@@ -35,23 +35,11 @@ serve(sys.argv[1])
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question to llama.cpp.
+    """A question to llama.cpp: how it cuts `text`, what follows `ids`, and `prompt`.
 
-    Attributes
-    ----------
-    text : str
-        How llama.cpp's own tokenizer cuts it is asked, too.
-    ids : list of int
-        Tokens; the distribution after each of them is asked for.
-    prompt : list of int
-        Tokens to write on from.
-    length : int
-        Most tokens to write.
-    vocabulary : int
-        Tokens that a distribution is over.
-    ordinary : int
-        A token that is a letter or a word: the server gives no probabilities beside one that
-        ends the text, or that is half a character.
+    Asked for are the distribution over the `vocabulary` after each of `ids`, and at most `length`
+    tokens after `prompt`. `ordinary` is a token that is a letter or a word: the server gives no
+    probabilities beside one that ends the text, or that is half a character.
     """
 
     text: str
@@ -64,16 +52,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer of llama.cpp.
+    """An answer of llama.cpp: tokens of the text, without any that begins it, and what follows.
 
-    Attributes
-    ----------
-    tokens : list of int
-        Of the text, without any that begins it.
-    log_probabilities : list of list of float
-        Natural logarithms, one row for each of the question's `ids`, by token.
-    written : list of int
-        The likeliest token each time, after the prompt.
+    `log_probabilities` are natural logarithms, one row for each of the question's `ids`, by token;
+    `written` is the likeliest token each time, after the prompt.
     """
 
     tokens: list[int]
@@ -87,21 +69,9 @@ def is_installed() -> bool:
 
 
 def ask(model: Path, question: Question, adapter: Path | None = None) -> Answer:
-    """Load a GGUF file, optionally with an adapter, and ask.
+    """Load a GGUF file, optionally with one of LoRA factors, and ask.
 
     Everything is computed in float32, without flash attention.
-
-    Parameters
-    ----------
-    model : Path
-        A GGUF file with a tokenizer.
-    question : Question
-    adapter : Path, optional
-        A GGUF file of LoRA factors.
-
-    Returns
-    -------
-    Answer
 
     Raises
     ------
@@ -131,12 +101,7 @@ def ask(model: Path, question: Question, adapter: Path | None = None) -> Answer:
 
 
 def serve(path: str) -> NoReturn:
-    """Answer the question on stdin into a file, and end the process.
-
-    Parameters
-    ----------
-    path : str
-    """
+    """Answer the question on stdin into a file, and end the process."""
     import xllamacpp
 
     request = json.loads(sys.stdin.read())

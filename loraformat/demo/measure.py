@@ -29,23 +29,13 @@ def summary_of(model: Path) -> ModelInfo:
     return summary
 
 
-def _installed(*names: str) -> bool:
-    return all(map(find_spec, names))
-
-
 class Measure:
-    """Perplexity of the models that installed packages can open.
-
-    Parameters
-    ----------
-    notes : list of str
-        Told what they cannot.
-    """
+    """Perplexity of the models that installed packages can open; `notes` says what they cannot."""
 
     def __init__(self, notes: list[str]) -> None:
-        self.dense = _installed("transformers")
-        self.nf4 = self.dense and _installed("bitsandbytes", "accelerate")
-        self.adapters = self.nf4 and _installed("peft")
+        self.dense = find_spec("transformers") is not None
+        self.nf4 = self.dense and all(map(find_spec, ("bitsandbytes", "accelerate")))
+        self.adapters = self.nf4 and find_spec("peft") is not None
         self._open: tuple[Path, Any, Any] | None = None
         if not self.adapters:
             notes.append(
@@ -54,26 +44,14 @@ class Measure:
             )
 
     def model(self, path: Path, kinds: Iterable[str]) -> Measured:
-        """Measure a model; None if the package that opens it is missing."""
+        """Measure a model; empty if the package that opens it is missing."""
         quantized = summary_of(path).quantized_parameters > 0
         if not (self.nf4 if quantized else self.dense):
             return {}
         return self._texts(*self._loaded(path), kinds)
 
     def with_adapters(self, base: Path, wanted: Sequence[tuple[Path, Iterable[str]]]) -> list[Any]:
-        """Measure a base with each adapter in turn, unmerged, as PEFT applies it.
-
-        Parameters
-        ----------
-        base : Path
-        wanted : sequence of (Path, iterable of str)
-            Adapters, and the kinds of text for each.
-
-        Returns
-        -------
-        list of Measured
-            One for each adapter.
-        """
+        """Measure a base with each adapter in turn, on its kinds of text, as PEFT applies it."""
         if not self.adapters:
             return [{} for _ in wanted]
         from peft import PeftModel

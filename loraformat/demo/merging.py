@@ -6,14 +6,14 @@ these values it is what it was; merged and quantized again it is nearly gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from loraformat import plugins
 from loraformat.demo import ADAPTERS, SMALL_MODEL
-from loraformat.demo.step import Step
+from loraformat.demo.step import Step, Workspace
 from loraformat.errors import LoraFormatError
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.ops.convert.adapter import AdapterConversion
@@ -24,31 +24,18 @@ from loraformat.ops.unmerge.unmerge import unmerge
 __all__ = ["add_adapters", "merge_and_undo", "tensor_hashes"]
 
 
-def add_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
-    """Put both adapters into the bundle, separate from the base.
-
-    Parameters
-    ----------
-    directory : Path
-        Holds ``bundle``.
-    force : bool
-    say : callable
-
-    Yields
-    ------
-    Step
-    """
+def add_adapters(work: Workspace) -> Iterator[Step]:
+    """Put both adapters into the bundle, separate from the base."""
     for name, source in ADAPTERS.items():
-        say(f"adding {name} to the bundle")
-        target = directory / "bundle" / "adapters" / name
-        report = convert(source, target, force=force)
+        work.say(f"adding {name} to the bundle")
+        target = work.bundle / "adapters" / name
+        report = convert(source, target, force=work.force)
         assert isinstance(report, AdapterConversion)
         how = "byte for byte" if report.verbatim else "anew"
-        line = f"{report.modules} modules, {report.parameters:,} parameters, copied {how}"
         yield Step(
             f"{name}, separate from the base",
             f"convert {name} bundle/adapters/{name}",
-            line,
+            f"{report.modules} modules, {report.parameters:,} parameters, copied {how}",
             target,
             report.seconds,
             {"parameters": report.parameters},
@@ -57,31 +44,20 @@ def add_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) ->
         )
 
 
-def merge_and_undo(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
+def merge_and_undo(work: Workspace) -> Iterator[Step]:
     """Merge ``manual`` into the bundle and into the original, and undo the latter.
-
-    Parameters
-    ----------
-    directory : Path
-        Holds ``bundle`` with the adapter; gets the models and the undo record.
-    force : bool
-    say : callable
-
-    Yields
-    ------
-    Step
 
     Raises
     ------
     LoraFormatError
         If a verb fails, or a tensor is not the original's after all.
     """
-    bundle, record = directory / "bundle", directory / "merge.lfu"
-    manual = bundle / "adapters" / "manual"
+    record = work.directory / "merge.lfu"
 
     def merged(title: str, base: Path, name: str, words: str = "", **options: Any) -> Step:
-        say(f"merging manual into {base.name}")
-        report = merge(base, [manual], directory / name, force=force, **options)
+        work.say(f"merging manual into {base.name}")
+        target = work.directory / name
+        report = merge(base, [work.manual], target, force=work.force, **options)
         assert report.total is not None
         kept, delta = report.total.gain, report.total.relative
         line = f"keeps {kept:.1%} of a delta that is {delta:.1%} of the weights"
@@ -90,27 +66,23 @@ def merge_and_undo(directory: Path, *, force: bool, say: Callable[[str], None]) 
             line += f"; the undo record takes {report.undo.bits_per_weight:.3f} bits per weight"
             figures["undo_bits_per_weight"] = report.undo.bits_per_weight
         command = f"merge {base.name} bundle/adapters/manual -o {name} {words}".rstrip()
-        return Step(title, command, line, directory / name, report.seconds, figures, "model")
+        return Step(title, command, line, target, report.seconds, figures, "model")
 
-    yield merged("merged into the NF4 values", bundle, "merged")
+    yield merged("merged into the NF4 values", work.bundle, "merged")
     yield merged(
-        "merged, then NF4 again", bundle, "requantized", "--to loraformat --requantize",
+        "merged, then NF4 again", work.bundle, "requantized", "--to loraformat --requantize",
         to="loraformat", requantize=True,
     )  # fmt: skip
     yield merged(
         "merged into the original", SMALL_MODEL, "merged-original", "--undo merge.lfu", undo=record
     )
-    yield _undone(directory, record, force, say)
-
-
-def _undone(directory: Path, record: Path, force: bool, say: Callable[[str], None]) -> Step:
-    say("undoing the merge")
-    target = directory / "unmerged"
-    report = unmerge(directory / "merged-original", target, undo=record, force=force)
+    work.say("undoing the merge")
+    target = work.directory / "unmerged"
+    report = unmerge(work.directory / "merged-original", target, undo=record, force=work.force)
     found = tensor_hashes(target)
     if found != tensor_hashes(SMALL_MODEL):
         raise LoraFormatError("does not match the original after undoing the merge", path=target)
-    return Step(
+    yield Step(
         "merge undone",
         "unmerge merged-original --undo merge.lfu -o unmerged",
         f"all {len(found)} tensors have the SHA-256 of the original's",
@@ -121,17 +93,7 @@ def _undone(directory: Path, record: Path, force: bool, say: Callable[[str], Non
 
 
 def tensor_hashes(model: Path) -> dict[str, str]:
-    """Hash every tensor of a dense model.
-
-    Parameters
-    ----------
-    model : Path
-
-    Returns
-    -------
-    dict of str to str
-        SHA-256 by name.
-    """
+    """Return the SHA-256 of every tensor of a dense model, by name."""
     converter = plugins.sniff(model)
     assert converter.read is not None
     with converter.read(model) as checkpoint:

@@ -23,21 +23,12 @@ from loraformat.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Perplexity", "load", "perplexity", "perplexity_of"]
+__all__ = ["Perplexity", "load", "perplexity_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Perplexity of a model on a text.
-
-    Parameters
-    ----------
-    nats_per_token : float
-        Mean negative log-likelihood of a token.
-    tokens : int
-        Tokens predicted.
-    bytes : int
-        Length of the text in UTF-8.
+    """Perplexity of a model on a text of so many predicted tokens, and bytes of UTF-8.
 
     Examples
     --------
@@ -61,57 +52,8 @@ class Perplexity:
         return self.nats_per_token * self.tokens / math.log(2) / self.bytes
 
 
-def perplexity(
-    model_dir: str | PathLike[str],
-    text: str,
-    *,
-    window: int = 512,
-    batch_size: int = 8,
-    exact_4bit: bool = True,
-) -> Perplexity:
-    """Measure the model in a directory on a text, in float32, without network or remote code.
-
-    Parameters
-    ----------
-    model_dir : str or os.PathLike
-        A directory that `transformers` can open, with its tokenizer.
-    text : str
-        The text to predict.
-    window : int, optional
-        Longest context, in tokens.
-    batch_size : int, optional
-        Windows evaluated at once; changes the time, not the result.
-    exact_4bit : bool, optional
-        See `perplexity_of`.
-
-    Returns
-    -------
-    Perplexity
-        Of all tokens of the text.
-
-    Raises
-    ------
-    MissingDependencyError
-        If torch or transformers is not installed.
-    """
-    model, tokenizer = load(model_dir)
-    return perplexity_of(
-        model, tokenizer, text, window=window, batch_size=batch_size, exact_4bit=exact_4bit
-    )
-
-
 def load(model_dir: str | PathLike[str]) -> tuple[Any, Any]:
     """Load a model in float32 and its tokenizer, without network or remote code.
-
-    Parameters
-    ----------
-    model_dir : str or os.PathLike
-        A directory that `transformers` can open, with its tokenizer.
-
-    Returns
-    -------
-    tuple
-        The model and the tokenizer.
 
     Raises
     ------
@@ -136,36 +78,13 @@ def load(model_dir: str | PathLike[str]) -> tuple[Any, Any]:
 
 
 def perplexity_of(
-    model: Any,
-    tokenizer: Any,
-    text: str,
-    *,
-    window: int = 512,
-    batch_size: int = 8,
-    exact_4bit: bool = True,
+    model: Any, tokenizer: Any, text: str, *, window: int = 512, batch_size: int = 8
 ) -> Perplexity:
-    """Measure a loaded model, for example one with an adapter, on a text.
+    """Measure a model that `load` returned, perhaps with an adapter of PEFT, on a text.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel or peft.PeftModel
-        It is left in evaluation mode.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        Its tokenizer.
-    text : str
-        The text to predict.
-    window, batch_size : int, optional
-        As in `perplexity`.
-    exact_4bit : bool, optional
-        On some CPUs the 4-bit linears of bitsandbytes re-lay their weights in place and round
-        their scales to bfloat16 at the first forward in evaluation mode. By default they alone
-        are kept in training mode, where the stored values are used as they are, and multiply in
-        float32, as the other layers do.
-
-    Returns
-    -------
-    Perplexity
-        Of all tokens of the text, but the first if the tokenizer knows no BOS.
+    `window` is the longest context, in tokens; `batch_size`, windows at once, changes the time and
+    not the result. All tokens are predicted, but the first if the tokenizer knows no BOS. The model
+    is left in evaluation mode.
 
     Raises
     ------
@@ -179,8 +98,7 @@ def perplexity_of(
     if len(stream) < 2:
         raise InputError("the text has no tokens to predict", hint="give a longer text")
     model.eval()
-    if exact_4bit:
-        _compute_4bit_exactly(model)
+    _compute_4bit_exactly(model)
     with torch.inference_mode():
         nats = sum(_nats(model, *pair) for pair in _batches(stream, window, batch_size))
     return Perplexity(nats / (len(stream) - 1), len(stream) - 1, len(text.encode()))
@@ -211,7 +129,11 @@ def _nats(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def _compute_4bit_exactly(model: Any) -> None:
-    """Let the 4-bit linears of bitsandbytes, which have no dropout, train, and multiply in f32."""
+    """Let the 4-bit linears of bitsandbytes, which have no dropout, train, and multiply in f32.
+
+    On some CPUs they re-lay their weights in place and round their scales to bfloat16 at the first
+    forward in evaluation mode; in training mode the stored values are used as they are.
+    """
     import torch
 
     for module in model.modules():

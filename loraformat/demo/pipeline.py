@@ -16,7 +16,7 @@ from loraformat.demo.exporting import Agreement, compare_with_llama_cpp, export
 from loraformat.demo.measure import Measure
 from loraformat.demo.merging import add_adapters, merge_and_undo
 from loraformat.demo.shaping import shape_adapters
-from loraformat.demo.step import Step, measure_steps
+from loraformat.demo.step import Step, Workspace, measure_steps
 from loraformat.demo.training import Training, train_adapter
 from loraformat.ops.report import Report
 
@@ -87,21 +87,18 @@ def demo(
             sys.stderr.write(f"... {line}\n")
 
     began = time.perf_counter()
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    notes: list[str] = []
-    measure = Measure(notes)
-    bases = convert_bases(directory, measure, force=force, say=say)
-    steps = list(add_adapters(directory, force=force, say=say))
-    steps += merge_and_undo(directory, force=force, say=say)
-    steps += shape_adapters(directory, force=force, say=say)
-    training, trained = train_adapter(directory, notes, force=force, say=say)
+    work = Workspace(Path(directory), say, force)
+    work.directory.mkdir(parents=True, exist_ok=True)
+    measure = Measure(work.notes)
+    bases = convert_bases(work, measure)
+    steps = [*add_adapters(work), *merge_and_undo(work), *shape_adapters(work)]
+    training, trained = train_adapter(work)
     steps += trained
     agreements = []
     if training is not None:
-        steps += export(directory, force=force, say=say)
-        agreements = compare_with_llama_cpp(directory, notes, say)
+        steps += export(work)
+        agreements = compare_with_llama_cpp(work)
     say("measuring adapters and merged models")
-    measure_steps(steps, directory / "bundle", measure)
+    measure_steps(steps, work.bundle, measure)
     seconds = time.perf_counter() - began
-    return DemoReport(bases, steps, training, agreements, notes=notes, seconds=seconds)
+    return DemoReport(bases, steps, training, agreements, notes=work.notes, seconds=seconds)

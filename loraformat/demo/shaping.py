@@ -6,12 +6,11 @@ reads alike, and a picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from loraformat.demo import SMALL_MODEL
-from loraformat.demo.step import Step
+from loraformat.demo.step import Step, Workspace
 from loraformat.errors import MissingDependencyError
 from loraformat.ops.check.check import check
 from loraformat.ops.check.fix import fix
@@ -25,24 +24,12 @@ from loraformat.ops.spectrum.spectrum import spectrum
 __all__ = ["shape_adapters"]
 
 
-def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) -> Iterator[Step]:
-    """Reduce, combine, extract and fix adapters, and draw one's spectrum.
-
-    Parameters
-    ----------
-    directory : Path
-        Holds ``bundle`` with adapters, ``merged-original`` to extract from; gets the adapters.
-    force : bool
-    say : callable
-
-    Yields
-    ------
-    Step
-    """
-    adapters = directory / "bundle" / "adapters"
+def shape_adapters(work: Workspace) -> Iterator[Step]:
+    """Reduce, combine, extract and fix adapters, and draw one's spectrum."""
 
     def reduced(title: str, name: str, words: str, **how: Any) -> Step:
-        report = reduce(adapters / "manual", directory / name, force=force, **how)
+        target = work.directory / name
+        report = reduce(work.manual, target, force=work.force, **how)
         assert report.energy is not None
         ranks = [module.new_rank for module in report.modules]
         span = f"ranks {min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"rank {ranks[0]}"
@@ -52,26 +39,22 @@ def shape_adapters(directory: Path, *, force: bool, say: Callable[[str], None]) 
         )
         figures = {"energy": report.energy, "parameters": report.new_parameters}
         command = f"reduce bundle/adapters/manual -o {name} {words}"
-        return Step(
-            title, command, line, directory / name, report.seconds, figures, "adapter"
-        )  # fmt: skip
+        return Step(title, command, line, target, report.seconds, figures, "adapter")
 
-    say("reducing manual")
+    work.say("reducing manual")
     yield reduced("manual, reduced to rank 8", "rank8", "--rank 8", rank=8)
-    yield reduced(
-        "manual, at 90 % energy", "energy90", "--energy 0.9", energy=0.9
-    )  # fmt: skip
-    yield _combined(directory, force, say)
-    yield _extracted(directory, force, say)
-    yield _fixed(directory, force, say)
-    yield _drawn(directory, say)
+    yield reduced("manual, at 90 % energy", "energy90", "--energy 0.9", energy=0.9)
+    yield _combined(work)
+    yield _extracted(work)
+    yield _fixed(work)
+    yield _drawn(work)
 
 
-def _combined(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
-    say("combining manual and tests")
-    target = directory / "both"
-    adapters = [directory / "bundle" / "adapters" / name for name in ("manual", "tests")]
-    report = combine(adapters, target, method="svd", rank=24, force=force)
+def _combined(work: Workspace) -> Step:
+    work.say("combining manual and tests")
+    target = work.directory / "both"
+    adapters = [work.manual, work.manual.with_name("tests")]
+    report = combine(adapters, target, method="svd", rank=24, force=work.force)
     kept = min(module.energy for module in report.modules)
     return Step(
         "manual and tests in one",
@@ -85,11 +68,11 @@ def _combined(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
     )
 
 
-def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
-    say("extracting an adapter")
-    target = directory / "extracted"
-    tuned = directory / "merged-original"
-    report = extract(SMALL_MODEL, tuned, target, rank="auto", force=force)
+def _extracted(work: Workspace) -> Step:
+    work.say("extracting an adapter")
+    target = work.directory / "extracted"
+    tuned = work.directory / "merged-original"
+    report = extract(SMALL_MODEL, tuned, target, rank="auto", force=work.force)
     ranks = [module.rank for module in report.modules]
     return Step(
         "extracted from the fine-tune",
@@ -103,11 +86,11 @@ def _extracted(directory: Path, force: bool, say: Callable[[str], None]) -> Step
     )
 
 
-def _fixed(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
-    say("checking runtime compatibility of manual")
-    adapter, target = directory / "bundle" / "adapters" / "manual", directory / "fixed"
-    before = [name for name, word in check(adapter).verdicts.items() if word == "wrong"]
-    report = fix(adapter, target, force=force)
+def _fixed(work: Workspace) -> Step:
+    work.say("checking runtime compatibility of manual")
+    target = work.directory / "fixed"
+    before = [name for name, word in check(work.manual).verdicts.items() if word == "wrong"]
+    report = fix(work.manual, target, force=work.force)
     after = [name for name, word in check(target).verdicts.items() if word == "wrong"]
     return Step(
         "manual, portable form",
@@ -121,18 +104,17 @@ def _fixed(directory: Path, force: bool, say: Callable[[str], None]) -> Step:
     )
 
 
-def _drawn(directory: Path, say: Callable[[str], None]) -> Step:
-    say("drawing the spectrum of manual")
-    picture = directory / "spectrum.png"
-    adapter = directory / "bundle" / "adapters" / "manual"
-    report = spectrum(adapter)
+def _drawn(work: Workspace) -> Step:
+    work.say("drawing the spectrum of manual")
+    picture = work.directory / "spectrum.png"
+    report = spectrum(work.manual)
     ranks = report.suggested
     line = ", ".join(f"{word} of the energy at rank {rank}" for word, rank in ranks.items())
     try:
         check_picture(picture)
         plot_spectrum(report, picture)
     except MissingDependencyError as missing:
-        picture, line = adapter, f"{line} (no picture: {missing.hint})"
+        picture, line = work.manual, f"{line} (no picture: {missing.hint})"
     figures = {f"rank_{word.rstrip('%')}": float(rank) for word, rank in ranks.items()}
     return Step(
         "spectrum",

@@ -1,40 +1,50 @@
-"""Data class of a demo step: command, report, measurements."""
+"""What the parts of the demo share: where it works, and the record of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from loraformat.demo.measure import Measure, Measured
 
-__all__ = ["Step", "measure_steps"]
+__all__ = ["Step", "Workspace", "measure_steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Directory of the demo; `say` takes a line on each step, `notes` what was skipped."""
+
+    directory: Path
+    say: Callable[[str], None]
+    force: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bundle(self) -> Path:
+        """The small model in NF4, with its adapters."""
+        return self.directory / "bundle"
+
+    @property
+    def manual(self) -> Path:
+        """The adapter of that name, in the bundle."""
+        return self.bundle / "adapters" / "manual"
+
+    @property
+    def learned(self) -> Path:
+        """The adapter that the demo trains."""
+        return self.directory / "learned"
 
 
 @dataclass(slots=True)
 class Step:
     """Result of one verb on the small adapters.
 
-    Attributes
-    ----------
-    title : str
-        What came out.
-    command : str
-        What to type for it in the demo's directory.
-    result : str
-        What the verb reports, in a line.
-    path : Path
-        What was made.
-    seconds : float
-    figures : dict of str to float
-        The numbers of that line.
-    measured : str or None
-        Whether it is measured as a model, or as an adapter on the bundle.
-    kinds : tuple of str
-        The kinds of text that say something about it.
-    perplexity : dict of str to Perplexity
-        By kind of text; filled by `measure_steps`.
+    `command` is what to type for it in the demo's directory, `result` what the verb reports in a
+    line, with these `figures`, and `path` what was made. It may be `measured` as a model, or as an
+    adapter on the bundle, on the `kinds` of text that say something about it; `measure_steps` fills
+    in `perplexity`, by kind.
     """
 
     title: str
@@ -68,16 +78,7 @@ class Step:
 
 
 def measure_steps(steps: Sequence[Step], bundle: Path, measure: Measure) -> None:
-    """Fill in perplexities; the bundle is loaded once for all adapters.
-
-    Parameters
-    ----------
-    steps : sequence of Step
-        Changed in place.
-    bundle : Path
-        The base of all adapters.
-    measure : Measure
-    """
+    """Fill in perplexities; the bundle, base of all adapters, is loaded once."""
     adapters = [step for step in steps if step.measured == "adapter"]
     found = measure.with_adapters(bundle, [(step.path, step.kinds) for step in adapters])
     for step, perplexity in zip(adapters, found, strict=True):

@@ -21,23 +21,12 @@ _LIBRARY_BYTES = 30_273
 
 
 def heldout_path(kind: str) -> Path:
-    """Return the file of a kind of text.
-
-    Parameters
-    ----------
-    kind : str
-        One of `KINDS`.
-    """
+    """Return the file of one of the `KINDS` of text."""
     return HELDOUT if kind == "library" else HELDOUT.with_name(f"heldout_{kind}.txt")
 
 
 def heldout(kind: str) -> str:
-    """Read the held-out text of a kind.
-
-    Parameters
-    ----------
-    kind : str
-        One of `KINDS`.
+    """Read the held-out text of one of the `KINDS`.
 
     Examples
     --------

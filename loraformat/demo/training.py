@@ -6,13 +6,12 @@ kept out of it. The base stays mapped, as it would if it did not fit in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraformat.demo.step import Step
+from loraformat.demo.step import Step, Workspace
 from loraformat.demo.texts import heldout_path, manual_text
 from loraformat.errors import OutputError
 
@@ -36,22 +35,10 @@ _TOLD = 10
 class Training:
     """Results of the training run.
 
-    Attributes
-    ----------
-    adapter : Path
-    text_bytes, tokens, steps, parameters : int
-        Text that is there, tokens that were learned from, steps, numbers that were trained.
-    seconds : float
-    losses : list of (int, float)
-        The training loss in nats per token: a step, and the mean since the one before.
-    held_out : list of (int, float)
-        The loss on held-out text, from before the first step on.
-    before, after : float
-        Perplexity of the bundle on held-out text, without and with the adapter.
-    prompt, sample : str
-        What the bundle writes on from with the adapter, and what, tokens drawn from seed 0.
-    curve : Path or None
-        The picture of the loss; None without matplotlib.
+    `losses` are pairs of a step and the mean training loss (nats per token) since the one before;
+    `held_out` those of the held-out text, from before the first step on. `before` and `after` are
+    perplexities of that text without and with the adapter. `sample` is what the adapted bundle
+    writes after `prompt`, drawn from seed 0; `curve` is None without matplotlib.
     """
 
     adapter: Path
@@ -86,24 +73,10 @@ class Training:
         }
 
 
-def train_adapter(
-    directory: Path, notes: list[str], *, force: bool, say: Callable[[str], None]
-) -> tuple[Training | None, list[Step]]:
+def train_adapter(work: Workspace) -> tuple[Training | None, list[Step]]:
     """Train an adapter, measure it on held-out text and generate a sample.
 
-    Parameters
-    ----------
-    directory : Path
-        Holds ``bundle``; gets the text ``manual.txt``, the adapter ``learned`` and its run.
-    notes : list of str
-        Told what is not installed.
-    force : bool
-    say : callable
-
-    Returns
-    -------
-    tuple of (Training or None, list of Step)
-        None, and no steps, without transformers.
+    The text is ``manual.txt``, the adapter ``learned``. None, and no steps, without transformers.
 
     Raises
     ------
@@ -111,21 +84,23 @@ def train_adapter(
         If training, measuring or writing fails.
     """
     if not find_spec("transformers"):
-        notes.append("training was skipped; run: pip install 'loraformat[demo]' for transformers")
+        work.notes.append(
+            "training was skipped; run: pip install 'loraformat[demo]' for transformers"
+        )
         return None, []
-    text, held_out = directory / "manual.txt", directory / "held-out.txt"
-    _write(text, manual_text().encode(), force)
-    _write(held_out, heldout_path("manual").read_bytes(), force)
-    report, losses, measured = _trained(directory, force, say)
-    evaluated, before, after = _evaluated(directory, held_out, say)
-    written, sample = _written(directory, say)
+    text, held_out = work.directory / "manual.txt", work.directory / "held-out.txt"
+    _write(text, manual_text().encode(), work.force)
+    _write(held_out, heldout_path("manual").read_bytes(), work.force)
+    report, losses, measured = _trained(work, text, held_out)
+    evaluated, before, after = _evaluated(work, held_out)
+    written, sample = _written(work)
     curve = Path(report.directory, "loss.png")
     training = Training(
-        directory / "learned", text.stat().st_size, report.facts["trained_tokens"],
+        work.learned, text.stat().st_size, report.facts["trained_tokens"],
         report.facts["steps"], report.trained_parameters, report.seconds, _summed_up(losses),
         measured, before, after, PROMPT, sample, curve if curve.exists() else None,
     )  # fmt: skip
-    notes += report.notes
+    work.notes.extend(report.notes)
     return training, [_as_step(training), evaluated, written]
 
 
@@ -136,28 +111,27 @@ def _write(path: Path, content: bytes, force: bool) -> None:
 
 
 def _trained(
-    directory: Path, force: bool, say: Callable[[str], None]
+    work: Workspace, text: Path, held_out: Path
 ) -> tuple[TrainReport, list[float], list[tuple[int, float]]]:
     from loraformat.train.run.options import TrainOptions
     from loraformat.train.run.train import train
 
     losses: list[float] = []
-    held_out: list[tuple[int, float]] = []
+    measured: list[tuple[int, float]] = []
 
     def observe(event: dict[str, Any]) -> None:
         if event["event"] == "step":
             losses.append(event["loss"])
         elif event["event"] == "evaluation":
-            held_out.append((event["step"], event["eval_loss"]))
-            say(f"step {event['step']} of {_STEPS}, held-out loss {event['eval_loss']:.3f}")
+            measured.append((event["step"], event["eval_loss"]))
+            work.say(f"step {event['step']} of {_STEPS}, held-out loss {event['eval_loss']:.3f}")
 
-    say("training an adapter on the bundle")
+    work.say("training an adapter on the bundle")
     options = TrainOptions(
-        base=str(directory / "bundle"), data=(str(directory / "manual.txt"),),
-        output=str(directory / "learned"), rank=_RANK, steps=_STEPS, lr=_RATE,
-        grad_accum=_MICRO_BATCHES, eval=(str(directory / "held-out.txt"),), eval_every=_TOLD,
+        base=str(work.bundle), data=(str(text),), output=str(work.learned), rank=_RANK,
+        steps=_STEPS, lr=_RATE, grad_accum=_MICRO_BATCHES, eval=(str(held_out),), eval_every=_TOLD,
     )  # fmt: skip
-    return train(options, force=force, observe=observe), losses, held_out
+    return train(options, force=work.force, observe=observe), losses, measured
 
 
 def _summed_up(losses: list[float]) -> list[tuple[int, float]]:
@@ -181,14 +155,12 @@ def _as_step(training: Training) -> Step:
     )
 
 
-def _evaluated(
-    directory: Path, held_out: Path, say: Callable[[str], None]
-) -> tuple[Step, float, float]:
+def _evaluated(work: Workspace, held_out: Path) -> tuple[Step, float, float]:
     from loraformat.train.run.evaluate import evaluate
     from loraformat.train.run.options import TrainOptions
 
-    say("evaluating on held-out text")
-    base, adapter = str(directory / "bundle"), str(directory / "learned")
+    work.say("evaluating on held-out text")
+    base, adapter = str(work.bundle), str(work.learned)
     found = evaluate(TrainOptions(base=base, data=(str(held_out),)), [adapter]).losses
     before, after = found[base].perplexity, found[adapter].perplexity
     step = Step(
@@ -203,19 +175,19 @@ def _evaluated(
     return step, before, after
 
 
-def _written(directory: Path, say: Callable[[str], None]) -> tuple[Step, str]:
+def _written(work: Workspace) -> tuple[Step, str]:
     from loraformat.train.run.generate import generate
     from loraformat.train.run.options import TrainOptions
     from loraformat.train.run.text_generation import GenerationOptions
 
-    say("generating text")
-    options = TrainOptions(base=str(directory / "bundle"), adapter=str(directory / "learned"))
+    work.say("generating text")
+    options = TrainOptions(base=str(work.bundle), adapter=str(work.learned))
     found = generate(options, PROMPT, GenerationOptions(_SAMPLE_TOKENS))
     step = Step(
         "generated sample",
         f"generate bundle --adapter learned --prompt '{PROMPT}' --max-tokens {_SAMPLE_TOKENS}",
         " ".join(found.text.split()),
-        directory / "learned",
+        work.learned,
         found.seconds,
         {"tokens": found.tokens},
     )

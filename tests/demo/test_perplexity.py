@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loraformat.demo import HELDOUT, SMALL_MODEL
-from loraformat.demo.perplexity import Perplexity, perplexity, perplexity_of
+from loraformat.demo.perplexity import Perplexity, load, perplexity_of
 from loraformat.errors import InputError, MissingDependencyError
 
 torch = import_module("torch")
@@ -86,7 +86,7 @@ def test_an_empty_text_is_refused() -> None:
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingDependencyError, match=r"transformers is not installed.*pip install"):
-        perplexity(SMALL_MODEL, TEXT)
+        load(SMALL_MODEL)
 
 
 def test_four_bit_weights_are_left_as_they_are(loaded: tuple[Any, Any]) -> None:

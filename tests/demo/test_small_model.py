@@ -94,9 +94,9 @@ def test_it_is_far_better_than_token_frequencies() -> None:
 
 def test_perplexity_is_the_recorded_one() -> None:
     import_module("transformers")
-    from loraformat.demo.perplexity import perplexity
+    from loraformat.demo.perplexity import load, perplexity_of
 
-    found = perplexity(SMALL_MODEL, TEXT, window=RECORD["held_out"]["window"])
+    found = perplexity_of(*load(SMALL_MODEL), TEXT, window=RECORD["held_out"]["window"])
     assert found.tokens == RECORD["held_out"]["tokens"]
     assert found.perplexity == pytest.approx(RECORD["held_out"]["model"]["perplexity"], rel=0.01)
     assert found.bits_per_byte == pytest.approx(

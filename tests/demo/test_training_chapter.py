@@ -12,13 +12,14 @@ from loraformat.demo import exporting, llama_cpp, training
 from loraformat.demo.exporting import compare_with_llama_cpp
 from loraformat.demo.llama_cpp import Question, ask
 from loraformat.demo.pipeline import DemoReport
+from loraformat.demo.step import Workspace
 from loraformat.demo.texts import heldout, manual_text
 from loraformat.demo.training import train_adapter
 from loraformat.errors import LoraFormatError, MissingDependencyError, OutputError
 
 
-def silent(line: str) -> None:
-    """Say nothing."""
+def workspace(directory: Path) -> Workspace:
+    return Workspace(directory, say=lambda line: None)
 
 
 def test_no_held_out_paragraph_is_trained_on() -> None:
@@ -38,23 +39,23 @@ def test_without_transformers_nothing_is_trained(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(training, "find_spec", lambda name: None)
-    notes: list[str] = []
-    assert train_adapter(tmp_path, notes, force=False, say=silent) == (None, [])
-    assert len(notes) == 1 and "loraformat[demo]" in notes[0]
+    work = workspace(tmp_path)
+    assert train_adapter(work) == (None, [])
+    assert len(work.notes) == 1 and "loraformat[demo]" in work.notes[0]
     assert not list(tmp_path.iterdir())
 
 
 def test_without_xllamacpp_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(exporting.llama_cpp, "is_installed", lambda: False)
-    notes: list[str] = []
-    assert compare_with_llama_cpp(tmp_path, notes, silent) == []
-    assert len(notes) == 1 and "loraformat[demo]" in notes[0]
+    work = workspace(tmp_path)
+    assert compare_with_llama_cpp(work) == []
+    assert len(work.notes) == 1 and "loraformat[demo]" in work.notes[0]
 
 
 def test_text_that_stands_there_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "manual.txt").write_text("mine")
     with pytest.raises(OutputError, match="--force"):
-        train_adapter(tmp_path, [], force=False, say=silent)
+        train_adapter(workspace(tmp_path))
     assert (tmp_path / "manual.txt").read_text() == "mine"
 
 

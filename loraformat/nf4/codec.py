@@ -47,6 +47,7 @@ import numpy
 
 from loraformat.errors import NonFiniteError, UsageError
 from loraformat.nf4 import kernels
+from loraformat.nf4.kernels.native import DTYPES
 from loraformat.nf4.kernels.tables import from_bits
 from loraformat.nf4.kernels.threads import run
 from loraformat.nf4.quant_state import BLOCK_SIZES, NESTED_BLOCK_SIZE
@@ -76,8 +77,7 @@ __all__ = [
 ]
 
 
-_FLOAT32 = numpy_dtype("F32")
-_DTYPES = (_FLOAT32, numpy_dtype("F16"), numpy_dtype("BF16"))
+_FLOAT32, _BFLOAT16 = numpy_dtype("F32"), numpy_dtype("BF16")
 _PIECE = 1 << 18  # elements per piece of work: whole blocks, whole error chunks, about 0.2 ms
 _SCALES = 1 << 16  # scales per piece of work
 _ERROR_CHUNK = 4096
@@ -216,7 +216,7 @@ def _quantize_scales(
 def dequantize(
     q: NF4,
     *,
-    dtype: numpy.dtype[Any] = _DTYPES[2],
+    dtype: numpy.dtype[Any] = _BFLOAT16,
     out: Array | None = None,
     start: int = 0,
     stop: int | None = None,
@@ -264,7 +264,7 @@ def dequantize(
     streaming = out is not None and stop - start == q.count and out.nbytes >= _STREAM_BYTES
     if out is None:
         out = numpy.empty(stop - start, dtype)
-    if out.dtype not in _DTYPES:
+    if out.dtype not in DTYPES:
         raise UsageError(f"NF4 decodes to float32, float16 or bfloat16, not {out.dtype}")
     check_array("out", out, out.dtype, stop - start)
     if scales is not None:
@@ -360,7 +360,7 @@ def bits_per_weight(block_size: int = 64, double_quant: bool = True) -> float:
 
 
 def _flat(x: Array | Elements) -> Array | Elements:
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise UsageError(f"NF4 encodes float32, float16 or bfloat16, not {x.dtype}")
     return numpy.ascontiguousarray(x).reshape(-1) if isinstance(x, numpy.ndarray) else x
 

@@ -8,13 +8,13 @@ import numpy
 
 from loraformat.errors import UsageError
 from loraformat.nf4 import kernels
+from loraformat.nf4.kernels.native import DTYPES
 from loraformat.nf4.quantized import NF4, check_array, element_range
 from loraformat.tensors.arrays import Array, numpy_dtype
 
 __all__ = ["dequantize_rows", "multiply_rows"]
 
 _FLOAT32 = numpy_dtype("F32")
-_DTYPES = (_FLOAT32, numpy_dtype("F16"), numpy_dtype("BF16"))
 
 
 def dequantize_rows(q: NF4, out: Array, *, start: int = 0, stride: int | None = None) -> Array:
@@ -52,7 +52,7 @@ def dequantize_rows(q: NF4, out: Array, *, start: int = 0, stride: int | None = 
     >>> dequantize_rows(q, numpy.empty((2, 2), numpy.float32), start=1, stride=3).tolist()
     [[-1.0, 0.0], [1.0, -1.0]]
     """
-    if out.ndim != 2 or out.dtype not in _DTYPES:
+    if out.ndim != 2 or out.dtype not in DTYPES:
         raise UsageError(
             f"NF4 decodes to rows of float32, float16 or bfloat16, not {out.dtype}{list(out.shape)}"
         )
@@ -63,7 +63,7 @@ def dequantize_rows(q: NF4, out: Array, *, start: int = 0, stride: int | None = 
         raise UsageError(f"rows of {columns} elements overlap, being {stride} apart")
     element_range(start, start + (rows - 1) * stride + columns if out.size else start, q.count)
     if out.size:
-        kernels.active().dequantize_rows(q.stored, start, stride, out)
+        kernels.active().dequantize_rows(q, start, stride, out)
     return out
 
 
@@ -107,7 +107,7 @@ def multiply_rows(
     >>> multiply_rows(q, x, out).tolist()
     [[-1.0, 3.0]]
     """
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise UsageError(f"NF4 decodes to float32, float16 or bfloat16, not {dtype}")
     fits = x.ndim == out.ndim == 2 and len(x) == len(out)
     if not fits or (out.size and out.strides[1] != out.itemsize):
@@ -123,5 +123,5 @@ def multiply_rows(
         out[...] = 0
         return out
     if out.size:
-        kernels.active().multiply_rows(q.stored, start, dtype, x, out)
+        kernels.active().multiply_rows(q, start, dtype, x, out)
     return out

@@ -18,6 +18,7 @@ import torch
 from loraformat.errors import UsageError
 from loraformat.nf4 import kernels
 from loraformat.nf4.kernels import native, threads
+from loraformat.nf4.kernels.tables import tables
 from loraformat.tensors.torch_arrays import tensor_of
 from tests import torch_codec as codec
 
@@ -51,7 +52,7 @@ def test_forced_by_the_environment(choice):
 def test_a_kernel_keeps_its_tables():
     """Threads that ask for the first kernel at once make the tables twice."""
     kernel, other = native.NativeKernel("scalar"), numpy.arange(64, dtype=numpy.float32)
-    native.c_tables.cache_clear()
+    tables.cache_clear()
     gc.collect()
     rubbish = [bytearray(40_000) for _ in range(100)]  # where the tables may have been
     packed, absmax = numpy.empty(32, numpy.uint8), numpy.empty(1, numpy.float32)
@@ -240,7 +241,7 @@ def test_instruction_sets_agree_with_scalar_code(machine, tmp_path):
     """Also without Python: compare_kernels.c, with the sanitizers of this machine's compiler."""
     compile_command, run_command = machines()[machine]
     table, program = tmp_path / "tables", tmp_path / "compare"
-    table.write_bytes(bytes(native.c_tables()))
+    table.write_bytes(tables().tobytes())
     flags = ["-std=c99", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     if machine == "native":
         flags += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]

@@ -15,8 +15,8 @@ NESTED = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 
 
 def tables():
-    shown = vars(made.tables())
-    return SimpleNamespace(**{name: tensor_of(values) for name, values in shown.items()})
+    found = made.tables()
+    return SimpleNamespace(**{name: tensor_of(found[name]) for name in found.dtype.names})
 
 
 def sha256(values):

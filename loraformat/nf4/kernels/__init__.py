@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy
 
 from loraformat.errors import UsageError
 from loraformat.nf4.kernels import native
-from loraformat.nf4.kernels.codes import Codes
 from loraformat.nf4.kernels.reference import ReferenceKernel
 from loraformat.tensors.arrays import Array
 
-__all__ = ["CHOICES", "VARIABLE", "Codes", "Kernel", "active", "available", "get"]
+if TYPE_CHECKING:
+    from loraformat.nf4.quantized import NF4
+
+__all__ = ["CHOICES", "VARIABLE", "Kernel", "active", "available", "get"]
 
 VARIABLE = "LORAFORMAT_KERNEL"
 CHOICES = ("auto", "c", *native.ISAS, "numpy")
@@ -61,11 +63,11 @@ class Kernel(Protocol):
     ) -> None:
         """Fill `out` with elements from `start` on; ``scales[0]`` is of the block of `start`."""
 
-    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Array) -> None:
+    def dequantize_rows(self, q: NF4, start: int, stride: int, out: Array) -> None:
         """Fill each row of `out` with elements from ``start + row * stride`` on."""
 
     def multiply_rows(
-        self, codes: Codes, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
+        self, q: NF4, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
     ) -> None:
         """Fill `out` float32[tokens, rows] with `x` float32[tokens, columns] times rows.
 

@@ -1,12 +1,6 @@
 /* float16 to float32 and back, to nearest even; NaN stays NaN. */
 #include "nf4.h"
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
 #ifdef NF4_X86
 #include <immintrin.h>
 
@@ -28,8 +22,6 @@ TARGET static int64_t narrow_eights(const float *x, uint16_t *out, int64_t n) {
     return i;
 }
 #endif
-
-EXPORT int cast_interface(void) { return 1; }
 
 EXPORT void cast_half_to_float(int isa, const uint16_t *x, float *out, int64_t n) {
     int64_t i = 0;

@@ -1,14 +1,30 @@
-/* The exported functions of the interval code: run-time dispatch. */
+/* The interval code on every machine: four lanes, which compilers turn into SSE2, NEON or none; and
+ * the exported functions: run-time dispatch. */
 #include "interval.h"
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
+#define TARGET
+#define ISA(name) name##_scalar
+#define LANES 4
 
-/* Raised whenever interval_tile or a signature changes: interval_native.py refuses another. */
-EXPORT int interval_interface(void) { return 1; }
+#include "interval_body.h"
+
+INLINE floats widen_halves(ints bits) {
+    floats x;
+    for (int k = 0; k < LANES; k++) x[k] = nf4_half_to_float((uint16_t)bits[k]);
+    return x;
+}
+
+INLINE ints narrow_halves(floats x) {
+    ints bits;
+    for (int k = 0; k < LANES; k++) bits[k] = nf4_float_to_half(x[k]);
+    return bits;
+}
+
+INLINE uint32_t negative_lanes(ints mask) {
+    uint32_t lanes = 0;
+    for (int k = 0; k < LANES; k++) lanes |= (uint32_t)(mask[k] < 0) << k;
+    return lanes;
+}
 
 static const interval_ops *ops(int isa) {
 #ifdef NF4_X86

@@ -6,7 +6,6 @@
 #define TARGET __attribute__((target("avx512f,avx512bw")))
 #define ISA(name) name##_avx512
 #define LANES 16
-#define INLINE static inline __attribute__((always_inline)) TARGET
 
 #include "interval_body.h"
 

@@ -1,7 +1,7 @@
 /* Both directions of the interval code, for one instruction set: vectors decide which weights are
  * alone in their interval, which is most of them, and the others are searched one by one.
  *
- * The includer defines TARGET, ISA, INLINE, LANES and, on vectors of LANES floats or integers,
+ * The includer defines TARGET, ISA, LANES and, on vectors of LANES floats or integers,
  * `widen_halves`, `narrow_halves` and `negative_lanes`. Vectors are those of gcc and clang.
  */
 typedef float floats __attribute__((vector_size(4 * LANES)));

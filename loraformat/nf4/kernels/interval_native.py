@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_int, c_int64, c_void_p
-from functools import cache
+from ctypes import c_int64, c_void_p
 
 import numpy
 
 from loraformat.nf4.kernels import active
-from loraformat.nf4.kernels.merge_tile import MERGED_DTYPES
-from loraformat.nf4.kernels.native import ISAS, library
+from loraformat.nf4.kernels.native import DTYPES, ISAS, library
 from loraformat.tensors.arrays import Array
 
 __all__ = ["Tile", "decode", "encode", "loaded"]
-
-_INTERFACE = 1
 
 
 class Tile(ctypes.Structure):
@@ -39,27 +35,9 @@ class Tile(ctypes.Structure):
     )
 
 
-@cache
-def _library() -> ctypes.CDLL | None:
-    lib = library()
-    if lib is None or not hasattr(lib, "interval_interface"):
-        return None
-    if lib.interval_interface() != _INTERFACE:
-        return None
-    for call in (lib.interval_encode, lib.interval_decode):
-        call.argtypes = [c_int, c_int, c_int, POINTER(Tile)]
-    return lib
-
-
 def loaded() -> bool:
-    """Tell whether compiled code is available and selected.
-
-    Raises
-    ------
-    UsageError
-        As `loraformat.nf4.kernels.active`.
-    """
-    return active().name in ISAS and _library() is not None
+    """Tell whether compiled code is selected; raises as `loraformat.nf4.kernels.active`."""
+    return active().name in ISAS
 
 
 def _steps(operand: Array, rows: int, columns: int) -> tuple[Array, int, int]:
@@ -74,8 +52,7 @@ def _steps(operand: Array, rows: int, columns: int) -> tuple[Array, int, int]:
 def _run(
     name: str, merged: Array, delta: Array, gain: Array | None, weight: Array, tile: Tile
 ) -> bool:
-    lib = _library()
-    assert lib is not None and merged.flags.c_contiguous and weight.flags.c_contiguous
+    assert merged.flags.c_contiguous and weight.flags.c_contiguous
     columns = merged.shape[-1] if merged.ndim else 1
     tile.rows, tile.columns = merged.size // max(columns, 1), columns
     if gain is None and (delta.size == 1 or delta.shape == merged.shape):
@@ -87,8 +64,8 @@ def _run(
         gains, tile.gain_row, tile.gain_step = _steps(gain, tile.rows, tile.columns)
         tile.gain = gains.ctypes.data
     tile.merged, tile.weight = merged.ctypes.data, weight.ctypes.data
-    types = MERGED_DTYPES[weight.dtype], MERGED_DTYPES[merged.dtype]
-    call = getattr(lib, f"interval_{name}")
+    types = DTYPES[weight.dtype], DTYPES[merged.dtype]
+    call = getattr(library(), f"interval_{name}")
     return bool(call(ISAS.index(active().name), *types, ctypes.byref(tile)))
 
 

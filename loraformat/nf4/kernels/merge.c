@@ -1,14 +1,12 @@
-/* The exported function of merging: run-time dispatch. */
-#include "merge.h"
+/* Merging with what every machine of the compiler's target has (SSE2, NEON), and the exported
+ * function: run-time dispatch. */
+#include "nf4.h"
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
+#define TARGET
+#define LANES 4
+#define ISA(name) name##_scalar
 
-/* Raised whenever merge_job or a signature changes: merge_tile.py refuses another. */
-EXPORT int merge_interface(void) { return 1; }
+#include "merge_body.h"
 
 EXPORT void merge_tile(int isa, int from, int to, merge_job *job) {
     const merge_ops *ops = &merge_ops_scalar;

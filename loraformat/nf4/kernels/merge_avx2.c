@@ -6,8 +6,6 @@
 #define TARGET __attribute__((target("avx2,f16c")))
 #define LANES 8
 #define ISA(name) name##_avx2
-#define INLINE static inline __attribute__((always_inline)) TARGET
-#define FUNCTION static TARGET void
 #define LOAD_HALVES(halves) (floats)_mm256_cvtph_ps((__m128i)halves)
 #define STORE_HALVES(values) (shorts)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT)
 

@@ -5,7 +5,7 @@
  * D^2, E D and (E - D)^2, and counts D != 0, those of them that come out as w does without an
  * adapter, and saturated values. Sums are of float32 over 512 elements, of double beyond.
  *
- * An including file defines ISA, INLINE, FUNCTION and LANES, and if it has instructions for float16
+ * An including file defines ISA, TARGET and LANES, and if it has instructions for float16
  * LOAD_HALVES and STORE_HALVES. Vectors are those of GCC and Clang.
  */
 #include "merge.h"
@@ -181,16 +181,10 @@ INLINE void merge_rows(merge_job *job, int from, int to) {
 }
 
 #define MERGE(from, to) \
-    FUNCTION merge_##from##_##to(merge_job *job) { merge_rows(job, NF4_##from, NF4_##to); }
-MERGE(F32, F32)
-MERGE(F32, F16)
-MERGE(F32, BF16)
-MERGE(F16, F32)
-MERGE(F16, F16)
-MERGE(F16, BF16)
-MERGE(BF16, F32)
-MERGE(BF16, F16)
-MERGE(BF16, BF16)
+    static TARGET void merge_##from##_##to(merge_job *job) { merge_rows(job, NF4_##from, NF4_##to); }
+MERGE(F32, F32) MERGE(F32, F16) MERGE(F32, BF16)
+MERGE(F16, F32) MERGE(F16, F16) MERGE(F16, BF16)
+MERGE(BF16, F32) MERGE(BF16, F16) MERGE(BF16, BF16)
 
 const merge_ops ISA(merge_ops) = {
     {{merge_F32_F32, merge_F32_F16, merge_F32_BF16},

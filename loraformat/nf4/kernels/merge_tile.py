@@ -10,21 +10,17 @@ digits.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
-from functools import cache
+from ctypes import c_double, c_int64, c_void_p
 from typing import Any, NamedTuple
 
 import numpy
 
 from loraformat.nf4.kernels import active
-from loraformat.nf4.kernels.native import ISAS, library
-from loraformat.tensors.arrays import Array, numpy_dtype
+from loraformat.nf4.kernels.native import DTYPES, ISAS, address, library
+from loraformat.tensors.arrays import Array
 
-__all__ = ["MERGED_DTYPES", "TileSums", "merge_tile", "merge_tile_in_numpy", "merged_values"]
+__all__ = ["TileSums", "merge_tile", "merge_tile_in_numpy", "merged_values"]
 
-_INTERFACE = 1
-#: The types of weights, as merge.h numbers them.
-MERGED_DTYPES = {numpy_dtype(name): number for number, name in enumerate(("F32", "F16", "BF16"))}
 _FLOAT16_MAX = 65504.0
 
 
@@ -69,18 +65,6 @@ class _Job(ctypes.Structure):
     )
 
 
-@cache
-def _library() -> ctypes.CDLL | None:
-    lib = library()
-    if lib is None or not hasattr(lib, "merge_interface"):
-        return None
-    if lib.merge_interface() != _INTERFACE:
-        return None
-    lib.merge_tile.argtypes = [c_int, c_int, c_int, POINTER(_Job)]
-    lib.merge_tile.restype = None
-    return lib
-
-
 def merge_tile(
     weight: Array, delta: Array | None, gain: Array | None, out: Array, *, measure: bool = False
 ) -> TileSums | None:
@@ -106,27 +90,25 @@ def merge_tile(
 
     Examples
     --------
+    >>> from loraformat.tensors.arrays import numpy_dtype
     >>> out = numpy.empty((1, 2), numpy_dtype("BF16"))
     >>> delta = numpy.array([[0.0, 0.001]], numpy.float32)
     >>> merge_tile(numpy.ones_like(delta), delta, None, out, measure=True)
     TileSums(weight=2.0, delta=1.0000...e-06, ..., changed=1, swallowed=1, clipped=0)
     """
-    kernel, lib = active().name, _library()
+    kernel, lib = active().name, library()
     if kernel not in ISAS or lib is None:
         return merge_tile_in_numpy(weight, delta, gain, out, measure=measure)
     rows, columns = weight.shape
-    job = _Job(
-        rows,
-        columns,
-        weight.ctypes.data,
-        None if delta is None else delta.ctypes.data,
-        None if gain is None else gain.ctypes.data,
-        1 if gain is not None and len(gain) == rows and gain.shape[1] == 1 else 0,
-        1 if gain is not None and gain.shape[1] == columns and columns > 1 else 0,
-        out.ctypes.data,
-        measure,
-    )
-    lib.merge_tile(ISAS.index(kernel), MERGED_DTYPES[weight.dtype], MERGED_DTYPES[out.dtype], job)
+    job = _Job(rows, columns, address(weight), out=address(out), measure=measure)
+    if delta is not None:
+        job.delta = address(delta)
+    if gain is not None:
+        job.gain = address(gain)
+        job.gain_row = len(gain) == rows and gain.shape[1] == 1
+        job.gain_step = gain.shape[1] == columns and columns > 1
+    types = DTYPES[weight.dtype], DTYPES[out.dtype]
+    lib.merge_tile(ISAS.index(kernel), *types, ctypes.byref(job))
     if not measure:
         return None
     weights, deltas, products, errors = job.sums
@@ -180,8 +162,8 @@ def merged_values(
     Examples
     --------
     >>> one = numpy.ones(1, numpy.float32)
-    >>> merged_values(one, one / 1000, None, numpy_dtype("BF16"))
-    array([1], dtype=bfloat16)
+    >>> merged_values(one, one / 3, None, numpy.dtype(numpy.float16))
+    array([1.333], dtype=float16)
     """
     with numpy.errstate(all="ignore"):
         total = _sum(weight, delta, gain)

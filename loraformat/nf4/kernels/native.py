@@ -4,66 +4,54 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from ctypes import c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from loraformat.nf4.kernels.codes import Codes
 from loraformat.nf4.kernels.tables import tables
 from loraformat.tensors.arrays import Array, numpy_dtype
 
-__all__ = ["ISAS", "NativeKernel", "Tables", "address", "c_tables", "library", "supported"]
+if TYPE_CHECKING:
+    from loraformat.nf4.quantized import NF4
+
+__all__ = ["DTYPES", "ISAS", "NativeKernel", "address", "library", "supported"]
 
 # Order of the enumeration in nf4.h.
 ISAS = ("scalar", "avx2", "avx512", "neon")
+#: The types of numbers, as nf4.h numbers them.
+DTYPES = {numpy_dtype(name): number for number, name in enumerate(("F32", "F16", "BF16"))}
 
 _INTERFACE = 3
 _DOT_TOKENS = 4  # NF4_DOT_TOKENS
 _NAMES = ("_nf4.so", "_nf4.dylib", "_nf4.dll")
-_DTYPES = {numpy_dtype("F32"): 0, numpy_dtype("F16"): 1, numpy_dtype("BF16"): 2}
-
-
-class Tables(ctypes.Structure):
-    """``nf4_tables`` of nf4.h."""
-
-    _fields_ = (
-        ("levels", c_float * 16),
-        ("bin_threshold", c_float * 32),
-        ("bin_code", c_int32 * 32),
-        ("thresholds", c_float * 16),
-        ("nested_map", c_float * 256),
-        ("nested_bounds", c_float * 256),
-        ("nested_base", c_uint8 * 32768),
-    )
-
-
-@cache
-def c_tables() -> Tables:
-    """Copy the tables into the structure of nf4.h, once.
-
-    Returns
-    -------
-    Tables
-        Read by every call into the library.
-    """
-    made, source = Tables(), tables()
-    for name, kind in Tables._fields_:
-        setattr(made, name, kind.from_buffer_copy(getattr(source, name).tobytes()))
-    return made
+#: The exported functions, with the types of their arguments and of what they return.
+_FUNCTIONS = {
+    "nf4_quantize": "piipnnpp i",
+    "nf4_dequantize": "piippnnnpi",
+    "nf4_dequantize_rows": "piipppfnnnnnp",
+    "nf4_multiply_rows": "piipppfnnnnpnpn",
+    "nf4_error": "piipppnnnpp",
+    "nf4_sum_scales": "pnp",
+    "nf4_quantize_scales": "ppfnpp",
+    "nf4_decode_scales": "pppfnnp",
+    "cast_half_to_float": "ippn",
+    "cast_float_to_half": "ippn",
+    "merge_tile": "iiip",
+    "interval_encode": "iiip i",
+    "interval_decode": "iiip i",
+}
+_TYPES: dict[str, Any] = {"p": c_void_p, "i": c_int, "n": c_int64, "f": c_float}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load the shared library beside this file.
+    """Load the shared library beside this file; None if it was not built.
 
-    Returns
-    -------
-    ctypes.CDLL or None
-        None when it was not built; with a warning, too, when it cannot be loaded or belongs to
-        another version, as that of a checkout does that was updated and not installed again.
+    None, with a warning, also if it cannot be loaded or belongs to another version, as that of a
+    checkout does that was updated and not installed again.
     """
     for name in _NAMES:
         path = Path(__file__).with_name(name)
@@ -72,7 +60,11 @@ def library() -> ctypes.CDLL | None:
         try:
             loaded = ctypes.CDLL(str(path))
             if loaded.nf4_interface() == _INTERFACE:
-                return _declare(loaded)
+                for function, types in _FUNCTIONS.items():
+                    arguments, _, result = types.partition(" ")
+                    getattr(loaded, function).argtypes = [_TYPES[one] for one in arguments]
+                    getattr(loaded, function).restype = _TYPES.get(result)
+                return loaded
             problem = "belongs to another version"
         except (OSError, AttributeError) as error:
             problem = f"cannot be used ({error})"
@@ -85,49 +77,8 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, size = c_void_p, c_int64
-    lib.nf4_quantize.argtypes = [
-        pointer, c_int, c_int, pointer, size, size, pointer, pointer,
-    ]  # fmt: skip
-    lib.nf4_dequantize.argtypes = [
-        pointer, c_int, c_int, pointer, pointer, size, size, size, pointer, c_int,
-    ]  # fmt: skip
-    lib.nf4_dequantize_rows.argtypes = [
-        pointer, c_int, c_int, pointer, pointer, pointer, c_float, size, size, size, size, size,
-        pointer,
-    ]  # fmt: skip
-    lib.nf4_multiply_rows.argtypes = [
-        pointer, c_int, c_int, pointer, pointer, pointer, c_float, size, size, size, size, pointer,
-        size, pointer, size,
-    ]  # fmt: skip
-    lib.nf4_error.argtypes = [
-        pointer, c_int, c_int, pointer, pointer, pointer, size, size, size, pointer, pointer,
-    ]  # fmt: skip
-    lib.nf4_sum_scales.argtypes = [pointer, size, pointer]
-    lib.nf4_quantize_scales.argtypes = [pointer, pointer, c_float, size, pointer, pointer]
-    lib.nf4_decode_scales.argtypes = [pointer, pointer, pointer, c_float, size, size, pointer]
-    for name in (
-        "dequantize",
-        "dequantize_rows",
-        "multiply_rows",
-        "error",
-        "sum_scales",
-        "quantize_scales",
-        "decode_scales",
-    ):
-        getattr(lib, f"nf4_{name}").restype = None
-    return lib
-
-
 def supported() -> tuple[str, ...]:
-    """List the instruction sets that the library has and this CPU can run.
-
-    Returns
-    -------
-    tuple of str
-        Slowest first; empty without a library.
-    """
+    """List the instruction sets that the library has and this CPU can run, slowest first."""
     lib = library()
     if lib is None:
         return ()
@@ -146,24 +97,16 @@ class NativeKernel:
     def __init__(self, isa: str) -> None:
         lib = library()
         assert lib is not None and isa in supported()
-        self.name = isa
-        self._lib, self._isa = lib, ISAS.index(isa)
-        self._owned = c_tables()  # its address alone would not keep it
-        self._tables = ctypes.addressof(self._owned)
+        self.name, self._lib = isa, lib
+        self._owned = tables()  # its address alone would not keep it
+        self._tables = address(self._owned)
+        self._head = self._tables, ISAS.index(isa)
 
     def quantize(self, x: Array, block_size: int, packed: Array, absmax: Array) -> bool:
         """See `Kernel.quantize`."""
-        finite: int = self._lib.nf4_quantize(
-            self._tables,
-            self._isa,
-            _DTYPES[x.dtype],
-            address(x),
-            x.size,
-            block_size,
-            address(packed),
-            address(absmax),
-        )
-        return bool(finite)
+        dtype, sizes = DTYPES[x.dtype], (x.size, block_size)
+        to = address(packed), address(absmax)
+        return bool(self._lib.nf4_quantize(*self._head, dtype, address(x), *sizes, *to))
 
     def sum_scales(self, absmax: Array, sums: Array) -> None:
         """See `Kernel.sum_scales`."""
@@ -173,28 +116,15 @@ class NativeKernel:
         self, absmax: Array, offset: float, codes: Array, nested_absmax: Array
     ) -> None:
         """See `Kernel.quantize_scales`."""
-        self._lib.nf4_quantize_scales(
-            self._tables,
-            address(absmax),
-            offset,
-            absmax.size,
-            address(codes),
-            address(nested_absmax),
-        )
+        to = address(codes), address(nested_absmax)
+        self._lib.nf4_quantize_scales(self._tables, address(absmax), offset, absmax.size, *to)
 
     def decode_scales(
         self, codes: Array, nested_absmax: Array, offset: float, start: int, out: Array
     ) -> None:
         """See `Kernel.decode_scales`."""
-        self._lib.nf4_decode_scales(
-            self._tables,
-            address(codes),
-            address(nested_absmax),
-            offset,
-            start,
-            start + out.size,
-            address(out),
-        )
+        stored, blocks = (address(codes), address(nested_absmax)), (start, start + out.size)
+        self._lib.nf4_decode_scales(self._tables, *stored, offset, *blocks, address(out))
 
     def dequantize(
         self,
@@ -206,45 +136,24 @@ class NativeKernel:
         streaming: bool,
     ) -> None:
         """See `Kernel.dequantize`."""
+        stored, elements = (address(packed), address(scales)), (start, start + out.size)
         self._lib.nf4_dequantize(
-            self._tables,
-            self._isa,
-            _DTYPES[out.dtype],
-            address(packed),
-            address(scales),
-            block_size,
-            start,
-            start + out.size,
-            address(out),
-            streaming,
+            *self._head, DTYPES[out.dtype], *stored, block_size, *elements, address(out), streaming
         )
 
-    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Array) -> None:
+    def dequantize_rows(self, q: NF4, start: int, stride: int, out: Array) -> None:
         """See `Kernel.dequantize_rows`."""
-        self._lib.nf4_dequantize_rows(
-            self._tables,
-            self._isa,
-            _DTYPES[out.dtype],
-            *_pointers(codes),
-            start,
-            stride,
-            *out.shape,
-            address(out),
-        )
+        head = *self._head, DTYPES[out.dtype], *_stored(q)
+        self._lib.nf4_dequantize_rows(*head, start, stride, *out.shape, address(out))
 
     def multiply_rows(
-        self, codes: Codes, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
+        self, q: NF4, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
     ) -> None:
         """See `Kernel.multiply_rows`."""
+        head = *self._head, DTYPES[dtype], *_stored(q), start, out.shape[1], x.shape[1]
         for first in range(0, len(x), _DOT_TOKENS):
             self._lib.nf4_multiply_rows(
-                self._tables,
-                self._isa,
-                _DTYPES[dtype],
-                *_pointers(codes),
-                start,
-                out.shape[1],
-                x.shape[1],
+                *head,
                 address(x) + first * x.strides[0],
                 min(_DOT_TOKENS, len(x) - first),
                 address(out) + first * out.strides[0],
@@ -253,19 +162,9 @@ class NativeKernel:
 
     def error(self, x: Array, packed: Array, scales: Array, block_size: int, sums: Array) -> None:
         """See `Kernel.error`."""
-        self._lib.nf4_error(
-            self._tables,
-            self._isa,
-            _DTYPES[x.dtype],
-            address(x),
-            address(packed),
-            address(scales),
-            block_size,
-            0,
-            x.size,
-            address(sums),
-            address(sums) + sums.strides[0],
-        )
+        head = *self._head, DTYPES[x.dtype], address(x), address(packed), address(scales)
+        to = address(sums), address(sums) + sums.strides[0]
+        self._lib.nf4_error(*head, block_size, 0, x.size, *to)
 
 
 def address(array: Array) -> int:
@@ -274,6 +173,6 @@ def address(array: Array) -> int:
     return where
 
 
-def _pointers(codes: Codes) -> tuple[int, int, int | None, float, int]:
-    """Return codes as the C functions of rows take them."""
-    return *codes.addresses, codes.nested_offset, codes.block_size
+def _stored(q: NF4) -> tuple[int, int, int | None, float, int]:
+    """Return a quantized tensor as the C functions of rows take it."""
+    return *q.addresses, q.nested_offset or 0.0, q.block_size

@@ -1,13 +1,7 @@
 /* The exported functions: run-time dispatch, the tail block, and the codec of the scales. */
 #include "nf4.h"
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-/* Raised whenever a signature or nf4_tables changes: native.py refuses another number. */
+/* Raised whenever a signature or structure of this library changes: native.py refuses another. */
 EXPORT int nf4_interface(void) { return 3; }
 
 EXPORT int nf4_supported(int isa) {

@@ -9,6 +9,15 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Of one instruction set, whose file defines TARGET, a function attribute. */
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
 enum { NF4_F32 = 0, NF4_F16 = 1, NF4_BF16 = 2, NF4_DTYPES = 3 };
 enum { NF4_SCALAR = 0, NF4_AVX2 = 1, NF4_AVX512 = 2, NF4_NEON = 3, NF4_ISAS = 4 };
 

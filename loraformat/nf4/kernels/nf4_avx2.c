@@ -6,7 +6,6 @@
 #define TARGET __attribute__((target("avx2,f16c")))
 #define ISA(name) name##_avx2
 #define LANES 4
-#define INLINE static inline __attribute__((always_inline)) TARGET
 
 INLINE void streaming_fence(void) { _mm_sfence(); }
 

@@ -6,7 +6,6 @@
 #define TARGET __attribute__((target("avx512f,avx512bw")))
 #define ISA(name) name##_avx512
 #define LANES 8
-#define INLINE static inline __attribute__((always_inline)) TARGET
 
 INLINE void streaming_fence(void) { _mm_sfence(); }
 

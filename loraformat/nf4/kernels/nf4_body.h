@@ -9,10 +9,8 @@
  * and LANES, the doubles in a vector register.
  */
 
-#define NF4_INLINE static inline __attribute__((always_inline)) TARGET
-
-NF4_INLINE int64_t quantize_any(const nf4_tables *t, const void *x, int64_t blocks,
-                                int64_t block_size, uint8_t *packed, float *absmax, int dtype) {
+INLINE int64_t quantize_any(const nf4_tables *t, const void *x, int64_t blocks,
+                            int64_t block_size, uint8_t *packed, float *absmax, int dtype) {
     const char *block = x;
     for (int64_t b = 0; b < blocks; b++) {
         uint32_t bits = block_absmax(block, block_size, dtype);
@@ -28,17 +26,17 @@ NF4_INLINE int64_t quantize_any(const nf4_tables *t, const void *x, int64_t bloc
 }
 
 /* Part of one block, wherever it starts: only the two ends of a range come here. */
-NF4_INLINE void part_values(const nf4_tables *t, const uint8_t *packed, float scale, int64_t start,
-                            int64_t stop, void *out, int dtype) {
+INLINE void part_values(const nf4_tables *t, const uint8_t *packed, float scale, int64_t start,
+                        int64_t stop, void *out, int dtype) {
     for (int64_t i = start; i < stop; i++) {
         int code = i & 1 ? packed[i >> 1] & 15 : packed[i >> 1] >> 4;
         nf4_store(out, i - start, dtype, t->levels[code] * scale);
     }
 }
 
-NF4_INLINE void dequantize_any(const nf4_tables *t, const uint8_t *packed, const float *scales,
-                               int64_t block_size, int64_t start, int64_t stop, void *out,
-                               int dtype, int streaming) {
+INLINE void dequantize_any(const nf4_tables *t, const uint8_t *packed, const float *scales,
+                           int64_t block_size, int64_t start, int64_t stop, void *out,
+                           int dtype, int streaming) {
     char *to = out;
     for (int64_t i = start, end, block = 0; i < stop; i = end, block++) {
         end = (i | (block_size - 1)) + 1;
@@ -58,8 +56,8 @@ typedef float float_vector __attribute__((vector_size(4 * LANES)));
 /* 16 lanes, element i in lane i % 16: the squares of four neighbours in a lane in pairs, these sums
  * in order; then the lanes folded in halves. The difference is rounded to float, so that every
  * square is exact in double. */
-NF4_INLINE void sum_squares(const float *x, const float *value, int64_t n, double *error,
-                            double *square) {
+INLINE void sum_squares(const float *x, const float *value, int64_t n, double *error,
+                        double *square) {
     wide_vector e[16 / LANES] = {{0}}, s[16 / LANES] = {{0}};
     for (int64_t i = 0; i < n; i += 64)
         for (int k = 0; k < 16 / LANES; k++) {
@@ -86,9 +84,9 @@ NF4_INLINE void sum_squares(const float *x, const float *value, int64_t n, doubl
     *square = sums[1][0];
 }
 
-NF4_INLINE void error_any(const nf4_tables *t, const void *x, const uint8_t *packed,
-                          const float *scales, int64_t block_size, int64_t start, int64_t stop,
-                          double *error, double *square, int dtype) {
+INLINE void error_any(const nf4_tables *t, const void *x, const uint8_t *packed,
+                      const float *scales, int64_t block_size, int64_t start, int64_t stop,
+                      double *error, double *square, int dtype) {
     float wide[NF4_ERROR_CHUNK], value[NF4_ERROR_CHUNK];
     for (int64_t i = start, chunk = 0; i < stop; i += NF4_ERROR_CHUNK, chunk++) {
         int64_t n = stop - i < NF4_ERROR_CHUNK ? stop - i : NF4_ERROR_CHUNK, whole = n & ~31LL;
@@ -106,9 +104,9 @@ typedef float dot_vector __attribute__((vector_size(8 * LANES)));
 
 /* Adds value * x of elements [start, stop), at most NF4_DOT_CHUNK, to NF4_DOT_LANES sums for each of
  * some tokens, element i (from start) in lane i % NF4_DOT_LANES; rows of x are x_stride apart. */
-NF4_INLINE void dot_any(const nf4_tables *t, const uint8_t *packed, const float *scales,
-                        int64_t block_size, int64_t start, int64_t stop, const float *x,
-                        int64_t x_stride, int64_t tokens, float *sums, int dtype) {
+INLINE void dot_any(const nf4_tables *t, const uint8_t *packed, const float *scales,
+                    int64_t block_size, int64_t start, int64_t stop, const float *x,
+                    int64_t x_stride, int64_t tokens, float *sums, int dtype) {
     char narrow[2 * NF4_DOT_CHUNK];
     float value[NF4_DOT_CHUNK], rest[NF4_DOT_LANES];
     int64_t n = stop - start, whole = n & ~(int64_t)(NF4_DOT_LANES - 1);

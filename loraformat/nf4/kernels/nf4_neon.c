@@ -6,7 +6,6 @@
 #define TARGET
 #define ISA(name) name##_neon
 #define LANES 2
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE void streaming_fence(void) {}
 

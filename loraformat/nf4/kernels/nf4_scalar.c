@@ -4,7 +4,6 @@
 #define TARGET
 #define ISA(name) name##_scalar
 #define LANES 2
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE void streaming_fence(void) {}
 

@@ -6,14 +6,16 @@ Everything runs in tiles that fit the cache; `loraformat.nf4.kernels.threads` pa
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from loraformat.algebra.row_tiles import row_tiles
-from loraformat.nf4.kernels.codes import Codes
 from loraformat.nf4.kernels.tables import tables
 from loraformat.tensors.arrays import Array
+
+if TYPE_CHECKING:
+    from loraformat.nf4.quantized import NF4
 
 __all__ = ["ReferenceKernel"]
 
@@ -137,27 +139,22 @@ class ReferenceKernel:
             factors = scales[first // block_size : -(-(first + part.size) // block_size)]
             _decode(self._levels, codes[first // 2 :], factors, block_size, part)
 
-    def dequantize_rows(self, codes: Codes, start: int, stride: int, out: Array) -> None:
+    def dequantize_rows(self, q: NF4, start: int, stride: int, out: Array) -> None:
         """See `Kernel.dequantize_rows`."""
-        packed, absmax, nested_absmax = codes.packed, codes.absmax, codes.nested_absmax
-        offset, block_size = codes.nested_offset, codes.block_size
+        packed, block_size = q.packed, q.block_size
         rows, columns = out.shape
         if columns == stride or rows == 1:
-            first, last = start // block_size, -(-(start + out.size) // block_size)
-            scales = absmax[first:last]
-            if nested_absmax is not None:
-                scales = numpy.empty(last - first, numpy.float32)
-                self.decode_scales(absmax, nested_absmax, offset, first, scales)
+            scales = q.scales(start // block_size, -(-(start + out.size) // block_size))
             self.dequantize(packed, scales, block_size, start, out.reshape(-1), False)
             return
         # Parts of blocks, all of one length, that no row's end and no block's end falls into.
         size = math.gcd(block_size, start, stride, columns)
         elements = start + stride * numpy.arange(rows)[:, None] + numpy.arange(0, columns, size)
         blocks = elements // block_size
-        scales = absmax[blocks]
-        if nested_absmax is not None:
-            scales = tables().nested_map[scales] * nested_absmax[blocks // _NESTED]
-            scales += numpy.float32(offset)
+        scales = q.absmax[blocks]
+        if q.nested_absmax is not None:
+            scales = tables().nested_map[scales] * q.nested_absmax[blocks // _NESTED]
+            scales += numpy.float32(q.nested_offset)
         if size == 1:
             numbers = packed[elements // 2] >> (4 - elements % 2 * 4).astype(numpy.uint8) & 15
             _store(out, tables().levels[numbers] * scales)
@@ -168,13 +165,13 @@ class ReferenceKernel:
         self.dequantize(part.reshape(-1), scales.reshape(-1), size, 0, out.reshape(-1), False)
 
     def multiply_rows(
-        self, codes: Codes, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
+        self, q: NF4, start: int, dtype: numpy.dtype[Any], x: Array, out: Array
     ) -> None:
         """See `Kernel.multiply_rows`."""
         rows, columns = out.shape[1], x.shape[1]
         for first, last in row_tiles(rows, columns, _PRODUCT_TILE):
             block = numpy.empty((last - first, columns), dtype)
-            self.dequantize_rows(codes, start + first * columns, columns, block)
+            self.dequantize_rows(q, start + first * columns, columns, block)
             out[:, first:last] = x @ _float32(block).T
 
     def error(self, x: Array, packed: Array, scales: Array, block_size: int, sums: Array) -> None:

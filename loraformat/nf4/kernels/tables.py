@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy
 
 from loraformat.nf4.tables import LEVEL_BITS, NESTED_MAP_BITS
 from loraformat.tensors.arrays import Array
 
-__all__ = ["Tables", "from_bits", "tables"]
+__all__ = ["from_bits", "tables"]
 
 
 def from_bits(bits: tuple[int, ...]) -> Array:
-    """Turn float32 bit patterns into numbers.
-
-    Parameters
-    ----------
-    bits : tuple of int
-        Unsigned 32-bit patterns.
-
-    Returns
-    -------
-    array
-        float32, one element per pattern.
-    """
+    """Return float32 numbers of these bit patterns."""
     return numpy.array(bits, numpy.uint32).view(numpy.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """The two code tables and their search tables (all one-dimensional).
-
-    Attributes
-    ----------
-    levels : Array
-        float32[16].
-    thresholds : Array
-        float32[16]: midpoints of neighbouring levels, rounded to float32, then +inf.
-    bin_threshold, bin_code : Array
-        float32[32] and int32[32]: [-1, 1] in 32 equal bins; the threshold inside the bin (+inf if
-        none) and the number of thresholds below it. No bin holds two.
-    nested_map : Array
-        float32[256].
-    nested_bounds : Array
-        float32[256]: midpoints of neighbouring entries, rounded to float32, then +inf.
-    nested_base : Array
-        uint8[32768]: indexed by the 15 leading bits of a float32, the number of bounds below every
-        float that shares them. No such interval holds two bounds.
-    """
-
-    levels: Array
-    thresholds: Array
-    bin_threshold: Array
-    bin_code: Array
-    nested_map: Array
-    nested_bounds: Array
-    nested_base: Array
+#: ``nf4_tables`` of nf4.h: the two code tables, and what they are searched by.
+_LAYOUT = numpy.dtype(
+    [
+        ("levels", "f4", 16),
+        # [-1, 1] in 32 equal bins, none of which holds two thresholds: that inside the bin (+inf if
+        # none), and the number of those below it.
+        ("bin_threshold", "f4", 32),
+        ("bin_code", "i4", 32),
+        ("thresholds", "f4", 16),  # midpoints of neighbouring levels, rounded to float32, then +inf
+        ("nested_map", "f4", 256),
+        ("nested_bounds", "f4", 256),  # of neighbouring entries, likewise
+        # By the 15 leading bits of a float32: the number of bounds below every float that shares
+        # them. No such interval holds two bounds.
+        ("nested_base", "u1", 32768),
+    ]
+)
 
 
 def _midpoints(values: Array) -> Array:
@@ -82,23 +58,12 @@ def _leading_bits(bounds: Array) -> Array:
 
 
 @cache
-def tables() -> Tables:
-    """Return the tables, built once.
-
-    Returns
-    -------
-    Tables
-        Shared: treat every array in it as read-only.
-    """
-    levels, nested_map = from_bits(LEVEL_BITS), from_bits(NESTED_MAP_BITS)
-    thresholds, bounds = _midpoints(levels), _midpoints(nested_map)
-    bin_threshold, bin_code = _bins(thresholds)
-    return Tables(
-        levels=levels,
-        thresholds=thresholds,
-        bin_threshold=bin_threshold,
-        bin_code=bin_code,
-        nested_map=nested_map,
-        nested_bounds=bounds,
-        nested_base=_leading_bits(bounds),
-    )
+def tables() -> Any:
+    """Return the tables as a record array of `_LAYOUT`, which C and numpy share: read-only."""
+    made = numpy.zeros((), _LAYOUT).view(numpy.recarray)
+    made.levels, made.nested_map = from_bits(LEVEL_BITS), from_bits(NESTED_MAP_BITS)
+    made.thresholds, made.nested_bounds = _midpoints(made.levels), _midpoints(made.nested_map)
+    made.bin_threshold, made.bin_code = _bins(made.thresholds)
+    made.nested_base = _leading_bits(made.nested_bounds)
+    made.flags.writeable = False
+    return made

@@ -23,7 +23,8 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.nf4_parts import NF4Parts
 from loraformat.model.vocabulary import resized
-from loraformat.nf4.kernels.merge_tile import MERGED_DTYPES, TileSums, merge_tile
+from loraformat.nf4.kernels.merge_tile import TileSums, merge_tile
+from loraformat.nf4.kernels.native import DTYPES
 from loraformat.ops.encoding.encode import QuantizationPolicy, quantized
 from loraformat.ops.merge.deltas import (
     TILE_ELEMENTS,
@@ -161,7 +162,7 @@ class MergedTensor:
         return found or next(iter(adapter.rows.values()))  # of the embedding a head was tied to
 
     def _walk(self, start: Array, dtype: str) -> Array:
-        if start.dtype not in MERGED_DTYPES:  # a replacement's
+        if start.dtype not in DTYPES:  # a replacement's
             start = start.astype(numpy.float32)
         merged = self._buffer(start.size, dtype).reshape(start.shape)
         height, columns = (1, 1, *start.shape)[-2:]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loraformat.bundle.reader import Bundle, load_verified, open_bundle
 from loraformat.errors import FormatError, InputError
-from loraformat.model.base_match import compare_fingerprints
+from loraformat.model.base_match import BaseMatch
 from loraformat.model.written import FileRecord
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_directory import SafeDirectory
@@ -167,7 +167,7 @@ def check_adapter(folder: SafeDirectory, directory: str, fingerprint: str | None
         raise FormatError("A02", error.problem, path=folder.path / config) from None
     weights = MappedFile(folder, f"{directory}/adapter_model.safetensors")
     weights.close()
-    match = compare_fingerprints(weights.header.metadata.get(BASE_FINGERPRINT), fingerprint)
+    match = BaseMatch(weights.header.metadata.get(BASE_FINGERPRINT), fingerprint)
     if match.relation == "other":
         raise FormatError(
             "A01",

@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from loraformat.bundle.rules import (
 from loraformat.errors import FormatError, printable
 from loraformat.model import config_json
 from loraformat.model.checkpoint import CarriedFile, Checkpoint, LazyTensor, Provenance
-from loraformat.model.nf4_parts import NF4Parts, nf4_digest
+from loraformat.model.nf4_parts import NF4Parts, content_digest
 from loraformat.model.quantization_history import from_extension
 from loraformat.shards import index_json
 from loraformat.shards.stored_tensors import collect
@@ -154,7 +153,7 @@ def load_verified(tensor: LazyTensor, wanted: str, path: Path) -> memoryview | N
     ----------
     tensor : LazyTensor
     wanted : str
-        64 hexadecimal digits; of an NF4 weight see `loraformat.model.nf4_parts.nf4_digest`.
+        64 hexadecimal digits; of an NF4 weight see `loraformat.model.nf4_parts.content_digest`.
     path : Path
         For messages.
 
@@ -164,7 +163,7 @@ def load_verified(tensor: LazyTensor, wanted: str, path: Path) -> memoryview | N
         V01, or what loading raises.
     """
     loaded = tensor.load()
-    found = nf4_digest(loaded) if isinstance(loaded, NF4Parts) else sha256(loaded).hexdigest()
+    found = content_digest(loaded)
     if found != wanted:
         raise FormatError(
             "V01",

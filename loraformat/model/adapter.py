@@ -42,10 +42,6 @@ def is_adapter_file(name: str) -> bool:
     return name.startswith("adapter_") or name == STATISTICS_NAME
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True, slots=True)
 class LoraDelta:
     """A low-rank change of one base tensor: D = scaling · B A (Hu 2021, section 4.1).
@@ -178,7 +174,7 @@ class Adapter:
     verbatim: bool = False
     sources: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
-    close: Callable[[], None] = _nothing
+    close: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Adapter:
         return self

@@ -41,7 +41,36 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class DenseTensor:
+class _Tensor:
+    """What a lazy tensor is without its numbers."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns: all dimensions but the last make rows; a vector is one row."""
+        return matrix_shape(self.shape)
+
+    @property
+    def quantization(self) -> str | None:
+        """Type of the codes that it is decoded from; None for plain numbers."""
+        return None
+
+    @property
+    def stored_as(self) -> str:
+        """Type of its numbers where they are stored."""
+        return self.quantization or self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTensor(_Tensor):
     """A tensor of ordinary numbers.
 
     Attributes
@@ -59,9 +88,6 @@ class DenseTensor:
         source calls that type, and how many bytes they take there.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     load: Callable[[], memoryview] = field(repr=False)
     release: Callable[[], None] = field(default=_nothing, repr=False)
     stored: tuple[str, int] | None = None
@@ -96,16 +122,6 @@ class DenseTensor:
         return cls(name, dtype, shape, RowSource(dtype, shape, open_rows), release, stored)
 
     @property
-    def count(self) -> int:
-        """Elements."""
-        return prod(self.shape)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns: all dimensions but the last make rows; a vector is one row."""
-        return matrix_shape(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.count * ITEM_BYTES[self.dtype]
@@ -114,11 +130,6 @@ class DenseTensor:
     def quantization(self) -> str | None:
         """Type of the codes that it is decoded from; None for plain numbers."""
         return None if self.stored is None else self.stored[0]
-
-    @property
-    def stored_as(self) -> str:
-        """Type of its numbers where they are stored."""
-        return self.dtype if self.stored is None else self.stored[0]
 
     @property
     def stored_bytes(self) -> int:
@@ -170,7 +181,7 @@ class DenseTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class NF4Tensor:
+class NF4Tensor(_Tensor):
     """A weight in NF4.
 
     Attributes
@@ -192,9 +203,6 @@ class NF4Tensor:
         As in `DenseTensor`.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     block_size: int
     double_quant: bool
     transposed: bool
@@ -202,24 +210,9 @@ class NF4Tensor:
     release: Callable[[], None] = field(default=_nothing, repr=False)
 
     @property
-    def count(self) -> int:
-        """Elements."""
-        return prod(self.shape)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns: all dimensions but the last make rows; a vector is one row."""
-        return matrix_shape(self.shape)
-
-    @property
     def quantization(self) -> str:
         """Type of the codes that it is stored in: NF4."""
         return "NF4"
-
-    @property
-    def stored_as(self) -> str:
-        """Type of its numbers where they are stored."""
-        return self.quantization
 
     @property
     def stored_bytes(self) -> int:

@@ -26,6 +26,7 @@ __all__ = [
     "parse",
     "split",
     "with_dtype",
+    "with_member",
 ]
 
 CONFIG_NAME = "config.json"
@@ -97,13 +98,7 @@ def _unmarked(value: Any) -> Any:
 
 
 def encode(fields: dict[str, Any]) -> bytes:
-    """Return the text of a config.
-
-    Parameters
-    ----------
-    fields : dict
-        Of `members`.
-    """
+    """Return the text of a config, given its `members`."""
     return (json.dumps(fields, indent=2, ensure_ascii=True) + "\n").encode("utf-8")
 
 
@@ -140,12 +135,13 @@ def join(config: bytes, quantization: dict[str, Any]) -> bytes:
     >>> join(b'{"a": 1, "z": 2}', {"bits": 4}).decode().split()
     ['{', '"a":', '1,', '"quantization_config":', '{', '"bits":', '4', '},', '"z":', '2', '}']
     """
-    fields = members(config)
-    keys = list(fields)
-    fields[_MEMBER] = quantization
-    if keys == sorted(keys):
-        fields = dict(sorted(fields.items()))
-    return encode(fields)
+    return encode(with_member(members(config), _MEMBER, quantization))
+
+
+def with_member(fields: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return a config with another value of a member, in its place if keys are sorted."""
+    changed = {**fields, key: value}
+    return dict(sorted(changed.items())) if list(fields) == sorted(fields) else changed
 
 
 def model_dtype(config: bytes | None) -> str | None:

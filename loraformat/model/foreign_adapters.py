@@ -12,17 +12,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.model.unsharding import CONSOLIDATE
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
 
-__all__ = ["MLX_HINT", "adapters_below", "refuse_foreign_adapter"]
+__all__ = ["GATHER", "MLX_HINT", "adapters_below", "refuse_foreign_adapter"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _MOST_LOOKED_AT = 8
 _MOST_FOLDERS = 1000
 
+#: The checkpoint's own script writes one file; names in it carry PEFT's adapter name, as read here.
+_CONSOLIDATE = (
+    "python zero_to_fp32.py CHECKPOINT OUT --safe_serialization --exclude_frozen_parameters (the "
+    "script is in the checkpoint directory), then rename OUT/model.safetensors to "
+    "adapter_model.safetensors and put the run's adapter_config.json beside it"
+)
+
+#: What fixes a file of empty tensors, or of none.
+GATHER = (
+    "gather and save again: with stage3_gather_16bit_weights_on_model_save (accelerate: "
+    f"zero3_save_16bit_model) in the DeepSpeed config; or, out of a checkpoint: {_CONSOLIDATE}"
+)
 MLX_HINT = (
     "fuse it into a model, then extract an adapter from that: mlx_lm.fuse --model BASE "
     "--adapter-path ADAPTER --save-path FUSED --dequantize; loraformat extract BASE FUSED -o OUT "
@@ -165,7 +176,7 @@ def _refuse_parent(path: Path) -> None:
         raise UnsupportedError(
             f"contains the shards of a DeepSpeed run ({printable(sharded[0].name)}) but no adapter",
             path=path,
-            hint=f"consolidate them: {CONSOLIDATE}",
+            hint=f"consolidate them: {_CONSOLIDATE}",
         )
 
 

@@ -8,7 +8,7 @@ from math import prod
 
 from loraformat.tensors.dtypes import ITEM_BYTES
 
-__all__ = ["NF4_PARTS", "NF4Parts", "Part", "nf4_digest"]
+__all__ = ["NF4_PARTS", "NF4Parts", "Part", "content_digest"]
 
 #: Name suffix of each stored tensor of an NF4 weight, in the order in which they are hashed.
 NF4_PARTS = {
@@ -69,18 +69,16 @@ class NF4Parts:
         return {suffix: memoryview(view) for suffix, view in views.items() if view is not None}
 
 
-def nf4_digest(parts: NF4Parts) -> str:
-    """Return the SHA-256 of an NF4 weight: its six parts, each after its length in bytes.
+def content_digest(loaded: memoryview | NF4Parts) -> str:
+    """Return the SHA-256 of a loaded tensor, as 64 lowercase hexadecimal digits.
 
-    The lengths are 8-byte little-endian integers; a part that does not exist has length 0.
-
-    Returns
-    -------
-    str
-        64 lowercase hexadecimal digits.
+    Of an NF4 weight it covers the six parts, each after its length in bytes, an 8-byte
+    little-endian integer; a part that does not exist has length 0.
     """
+    if not isinstance(loaded, NF4Parts):
+        return sha256(loaded).hexdigest()
     digest = sha256()
-    present = parts.by_suffix()
+    present = loaded.by_suffix()
     for suffix in NF4_PARTS.values():
         view = present.get(suffix, memoryview(b""))
         digest.update(len(view).to_bytes(8, "little"))

@@ -85,13 +85,7 @@ def to_text(steps: Iterable[Quantized]) -> str:
 
 
 def from_extension(extensions: Mapping[str, Any]) -> tuple[Quantized, ...]:
-    """Parse a manifest extension; empty if its form is unknown.
-
-    Parameters
-    ----------
-    extensions : mapping
-        Of a manifest; a stranger's.
-    """
+    """Parse the extension in an untrusted manifest; empty if its form is unknown."""
     body = extensions.get(EXTENSION)
     return _steps(body.get("steps")) if isinstance(body, dict) else ()
 
@@ -120,20 +114,17 @@ def from_text(text: str) -> tuple[Quantized, ...]:
 def _steps(found: object) -> tuple[Quantized, ...]:
     if not isinstance(found, list) or not 0 < len(found) <= _MOST_STEPS:
         return ()
-    steps = [_step(one) for one in found]
-    return tuple(step for step in steps if step is not None) if all(steps) else ()
+    steps = [step for step in map(_step, found) if step is not None]
+    return tuple(steps) if len(steps) == len(found) else ()
 
 
 def _step(found: object) -> Quantized | None:
-    types = found.get("types") if isinstance(found, dict) else None
-    bits = found.get("bits_per_weight") if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    types, bits = found.get("types"), found.get("bits_per_weight")
     if not isinstance(types, dict) or not 0 < len(types) <= _MOST_TYPES:
         return None
-    for name, count in types.items():
-        if _NAME.fullmatch(name) is None:
-            return None
-        if type(count) is not int or not 0 < count < 1 << 53:
-            return None
     if not isinstance(bits, int | float) or not 0 < bits <= 64:
         return None
-    return Quantized(types, float(bits))
+    counted = all(type(count) is int and 0 < count < 1 << 53 for count in types.values())
+    return Quantized(types, float(bits)) if counted and all(map(_NAME.fullmatch, types)) else None

@@ -19,7 +19,7 @@ from loraformat.families.model_class import base_class, names_base_class, names_
 from loraformat.families.table import family_of
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
-from loraformat.model.config_json import CONFIG_NAME, encode, members, parse
+from loraformat.model.config_json import CONFIG_NAME, encode, members, parse, with_member
 from loraformat.tensors.arrays import same_bytes
 
 __all__ = [
@@ -185,13 +185,8 @@ def untied_config(config: bytes) -> bytes:
     fields = members(config)
     for key in _LANGUAGE_MODELS:
         if isinstance(fields.get(key), dict):
-            fields[key] = _with_flag(fields[key])
-    return encode(_with_flag(fields))
-
-
-def _with_flag(fields: dict[str, Any]) -> dict[str, Any]:
-    changed = {**fields, _FLAG: False}
-    return dict(sorted(changed.items())) if list(fields) == sorted(fields) else changed
+            fields[key] = with_member(fields[key], _FLAG, False)
+    return encode(with_member(fields, _FLAG, False))
 
 
 def _config(model: Checkpoint) -> dict[str, Any]:
@@ -234,14 +229,11 @@ def _embedding(names: list[str]) -> str | None:
 
 def _flag(config: Mapping[str, Any]) -> bool | None:
     """Return ``tie_word_embeddings`` of a config; None if absent."""
-    for fields in (config, *_inner(config)):
+    inner = [config[key] for key in _LANGUAGE_MODELS if isinstance(config.get(key), dict)]
+    for fields in (config, *inner):
         if fields.get(_FLAG) is not None:
             return fields[_FLAG] is not False
     return None
-
-
-def _inner(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [config[key] for key in _LANGUAGE_MODELS if isinstance(config.get(key), dict)]
 
 
 def _same(one: LazyTensor, other: LazyTensor) -> bool:

@@ -6,7 +6,6 @@ with the mean of those that are there.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import numpy
 
 from loraformat.algebra.row_tiles import row_tiles
 from loraformat.model.checkpoint import CarriedFile, LazyTensor
-from loraformat.model.config_json import parse
+from loraformat.model.config_json import encode, parse
 from loraformat.tensors.arrays import Array
 
 __all__ = [
@@ -126,7 +125,7 @@ def resized_config(config: bytes, change: Resize) -> bytes:
     --------
     >>> resized_config(b'{"vocab_size": 8}', Resize(8, 9))
     b'{\n  "vocab_size": 9\n}\n'
-    >>> json.loads(resized_config(b'{"text_config": {}, "model_type": "x"}', Resize(8, 9)))
+    >>> parse(resized_config(b'{"text_config": {}, "model_type": "x"}', Resize(8, 9)))
     {'text_config': {'vocab_size': 9}, 'model_type': 'x'}
     """
     fields = parse(config)
@@ -134,7 +133,7 @@ def resized_config(config: bytes, change: Resize) -> bytes:
     inner = fields.get("text_config")
     for part in named or [inner if isinstance(inner, dict) else fields]:
         part["vocab_size"] = change.after
-    return (json.dumps(fields, indent=2) + "\n").encode()
+    return encode(fields)
 
 
 def _parts(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:

@@ -24,7 +24,7 @@ class TensorRecord:
         As in the Hugging Face model.
     sha256 : str
         Of the tensor's bytes; for NF4 of its six parts, see
-        `loraformat.model.nf4_parts.nf4_digest`.
+        `loraformat.model.nf4_parts.content_digest`.
     block_size : int
         Elements per scale; 0 for a dense tensor.
     double_quant : bool

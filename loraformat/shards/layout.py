@@ -18,12 +18,13 @@ Rules ``L03`` to ``L06`` of ``spec/loraformat-1.0.md``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from loraformat.families.tensor_names import layer_of, natural
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
-from loraformat.model.nf4_parts import NF4_PARTS
+from loraformat.model.nf4_parts import NF4_PARTS, Part
 from loraformat.tensors.header import Entry
 
 __all__ = [
@@ -64,14 +65,7 @@ class Unit:
 def execution_units(tensors: Iterable[LazyTensor]) -> list[Unit]:
     """Sort tensors into units in execution order: embeddings, layers, the rest, the head.
 
-    Parameters
-    ----------
-    tensors : iterable of LazyTensor
-
-    Returns
-    -------
-    list of Unit
-        Layers of one stem in ascending order.
+    Layers of one stem are in ascending order.
     """
     layers: dict[tuple[str, int], list[LazyTensor]] = {}
     single: list[LazyTensor] = []
@@ -86,13 +80,13 @@ def execution_units(tensors: Iterable[LazyTensor]) -> list[Unit]:
 
     single.sort(key=lambda tensor: (rank(tensor), natural(tensor.name)))
     stems = sorted(layers, key=lambda key: (not _TOWER.search(key[0]), key[0], key[1]))
-    before = [Unit(None, (tensor,)) for tensor in single if rank(tensor) == 0]
-    after = [Unit(None, (tensor,)) for tensor in single if rank(tensor) > 0]
     middle = [
         Unit(key, tuple(sorted(layers[key], key=lambda tensor: natural(tensor.name))))
         for key in stems
     ]
-    return before + middle + after
+    embeddings = sum(rank(tensor) == 0 for tensor in single)
+    outside = [Unit(None, (tensor,)) for tensor in single]
+    return outside[:embeddings] + middle + outside[embeddings:]
 
 
 def plan_shards(units: Sequence[Unit], limit: int) -> list[list[LazyTensor]]:
@@ -116,11 +110,8 @@ def plan_shards(units: Sequence[Unit], limit: int) -> list[list[LazyTensor]]:
     shards: list[list[LazyTensor]] = [[]]
     filled = 0
     for unit in units:
-        whole = unit.nbytes <= limit
-        pieces: Iterable[tuple[LazyTensor, ...]] = (
-            [unit.tensors] if whole else [(tensor,) for tensor in unit.tensors]
-        )
-        for piece in pieces:
+        single = [(tensor,) for tensor in unit.tensors]
+        for piece in [unit.tensors] if unit.nbytes <= limit else single:
             size = sum(tensor.nbytes for tensor in piece)
             if shards[-1] and filled + size > limit:
                 shards.append([])
@@ -139,40 +130,35 @@ class Placed:
     entry: Entry
 
 
-def _body_pieces(
-    tensors: Sequence[LazyTensor],
-) -> Iterator[tuple[str, str, str, tuple[int, ...], int]]:
-    for tensor in tensors:
-        if isinstance(tensor, NF4Tensor):
-            for part in tensor.parts(0):
-                if part.suffix not in TAIL_SUFFIXES:
-                    yield tensor.name, part.suffix, part.dtype, part.shape, part.nbytes
-        else:
-            yield tensor.name, "", tensor.dtype, tensor.shape, tensor.nbytes
-
-
-def body_order(tensors: Sequence[LazyTensor]) -> list[Placed]:
-    """Order the body of a shard.
-
-    Parameters
-    ----------
-    tensors : sequence of LazyTensor
-        One shard's, in execution order.
-
-    Returns
-    -------
-    list of Placed
-        In the order of their bytes, from data byte 0.
-    """
-    placed: list[Placed] = []
-    position = 0
-    for run in _runs(tensors):
-        pieces = sorted(_body_pieces(run), key=lambda p: (-_alignment(p[4]), natural(p[0] + p[1])))
-        for owner, suffix, dtype, shape, nbytes in pieces:
-            entry = Entry(owner + suffix, dtype, shape, position, position + nbytes)
-            placed.append(Placed(owner, suffix, entry))
-            position += nbytes
+def _placed(pieces: Iterable[tuple[str, Part]], position: int) -> list[Placed]:
+    """Place parts, each with the name of its weight, one behind the other from a data byte on."""
+    placed = []
+    for owner, part in pieces:
+        end = position + part.nbytes
+        entry = Entry(owner + part.suffix, part.dtype, part.shape, position, end)
+        placed.append(Placed(owner, part.suffix, entry))
+        position = end
     return placed
+
+
+def body_order(tensors: Iterable[LazyTensor]) -> list[Placed]:
+    """Order the body of a shard, whose tensors are given in execution order.
+
+    The result is in the order of the bytes, from data byte 0.
+    """
+    pieces: list[tuple[str, Part]] = []
+    # A layer is sorted as a whole; a tensor outside of layers stays where it is.
+    for _, run in groupby(enumerate(tensors), lambda one: layer_of(one[1].name) or one[0]):
+        parts = [(tensor.name, part) for _, tensor in run for part in _body_parts(tensor)]
+        parts.sort(key=lambda p: (-_alignment(p[1].nbytes), natural(p[0] + p[1].suffix)))
+        pieces += parts
+    return _placed(pieces, 0)
+
+
+def _body_parts(tensor: LazyTensor) -> list[Part]:
+    if isinstance(tensor, NF4Tensor):
+        return [part for part in tensor.parts(0) if part.suffix not in TAIL_SUFFIXES]
+    return [Part("", tensor.dtype, tensor.shape)]
 
 
 def _alignment(nbytes: int) -> int:
@@ -180,45 +166,24 @@ def _alignment(nbytes: int) -> int:
     return min(nbytes & -nbytes, _ALIGNMENT) if nbytes else _ALIGNMENT
 
 
-def _runs(tensors: Sequence[LazyTensor]) -> Iterator[list[LazyTensor]]:
-    run: list[LazyTensor] = []
-    for tensor in tensors:
-        layer = layer_of(tensor.name)
-        if run and (layer is None or layer != layer_of(run[-1].name)):
-            yield run
-            run = []
-        run.append(tensor)
-    if run:
-        yield run
-
-
 def tail_order(
     tensors: Sequence[LazyTensor], quant_state_bytes: Mapping[str, int], position: int
 ) -> list[Placed]:
-    """Order the tail of a shard.
+    """Order the tail of a shard, whose tensors are given in execution order.
 
     Parameters
     ----------
-    tensors : sequence of LazyTensor
-        One shard's, in execution order.
     quant_state_bytes : mapping of str to int
         Length of each NF4 weight's JSON text.
     position : int
         Data byte at which the body ends.
     """
-    quantized = [tensor for tensor in tensors if isinstance(tensor, NF4Tensor)]
-    placed: list[Placed] = []
-    for suffix in TAIL_SUFFIXES:
-        for tensor in quantized:
-            for part in tensor.parts(quant_state_bytes[tensor.name]):
-                if part.suffix == suffix:
-                    entry = Entry(
-                        tensor.name + suffix,
-                        part.dtype,
-                        part.shape,
-                        position,
-                        position + part.nbytes,
-                    )
-                    placed.append(Placed(tensor.name, suffix, entry))
-                    position += part.nbytes
-    return placed
+    pieces = [
+        (tensor.name, part)
+        for suffix in TAIL_SUFFIXES
+        for tensor in tensors
+        if isinstance(tensor, NF4Tensor)
+        for part in tensor.parts(quant_state_bytes[tensor.name])
+        if part.suffix == suffix
+    ]
+    return _placed(pieces, position)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,8 @@ def open_model(
             _check_index(folder, files)
         origin = Provenance(format_name, quantized=from_metadata(files[0].header.metadata))
         if alone:
-            return Checkpoint(
-                path,
-                origin,
-                tensors,
-                sources=(path,),
-                close=opened.pop_all().close,
-            )
+            close = opened.pop_all().close
+            return Checkpoint(path, origin, tensors, sources=(path,), close=close)
         if indexed:
             names = [*names, index_json.INDEX_NAME]
         model = as_checkpoint(path, format_name, names, tensors, opened.pop_all().close)
@@ -186,21 +182,18 @@ def weight_files(folder: SafeDirectory) -> list[str]:
     InputError
         If there are none, or one is missing.
     """
+    numbered: Iterable[str] = ()
     if folder.has(_SINGLE):
         names = [_SINGLE]
     elif folder.has(index_json.INDEX_NAME):
-        path = folder.path / index_json.INDEX_NAME
-        raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
-        weight_map, _ = index_json.parse_index(raw, path)
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(_weight_map(folder).values()))
     else:
-        names = sorted(
-            p.name for p in folder.path.glob("*.safetensors") if not is_adapter_file(p.name)
-        )
-        _check_numbering(folder, names)
+        found = (p.name for p in folder.path.glob("*.safetensors"))
+        names = sorted(name for name in found if not is_adapter_file(name))
+        numbered = _numbered(names)
     if not names:
         raise InputError("holds no .safetensors file", path=folder.path)
-    for name in names:
+    for name in chain(names, numbered):
         if not folder.has(name):
             raise InputError(
                 "is missing",
@@ -210,29 +203,27 @@ def weight_files(folder: SafeDirectory) -> list[str]:
     return names
 
 
-def _check_numbering(folder: SafeDirectory, names: Sequence[str]) -> None:
-    for match in filter(None, map(_NUMBERED.fullmatch, names)):
-        for number in range(1, min(int(match["count"]), 99_999) + 1):
-            wanted = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
-            if wanted not in names:
-                raise InputError(
-                    "is missing",
-                    path=folder.path / wanted,
-                    hint="the download is incomplete; download it again",
-                )
+def _numbered(names: Iterable[str]) -> Iterator[str]:
+    """Yield the names of all shards that the numbered ones among some names speak of."""
+    series = {(match["stem"], match["count"]) for match in map(_NUMBERED.fullmatch, names) if match}
+    for stem, count in series:
+        for number in range(1, int(count) + 1):
+            yield f"{stem}-{number:05d}-of-{count}.safetensors"
+
+
+def _weight_map(folder: SafeDirectory) -> dict[str, str]:
+    raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
+    return index_json.parse_index(raw, folder.path / index_json.INDEX_NAME)[0]
 
 
 def _check_index(folder: SafeDirectory, files: Sequence[MappedFile]) -> None:
-    path = folder.path / index_json.INDEX_NAME
-    raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
-    weight_map, _ = index_json.parse_index(raw, path)
     homes = {name: file.path.name for file in files for name in file.header.entries}
-    for name, shard in weight_map.items():
+    for name, shard in _weight_map(folder).items():
         if homes.get(name) != shard:
             raise FormatError(
                 "B03",
                 f"puts tensor {printable(name)} into {shard}, which does not hold it",
-                path=path,
+                path=folder.path / index_json.INDEX_NAME,
                 hint="the shards belong to another index; download the checkpoint again",
             )
 

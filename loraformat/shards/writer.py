@@ -18,13 +18,14 @@ from typing import Any, BinaryIO
 
 from loraformat.errors import InputError
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
-from loraformat.model.nf4_parts import NF4Parts, nf4_digest
+from loraformat.model.nf4_parts import NF4Parts, content_digest
 from loraformat.model.written import ShardRecord, TensorRecord, WrittenShards
 from loraformat.nf4.quant_state import LONGEST_OFFSET
 from loraformat.shards.layout import Placed, body_order, tail_order
 from loraformat.shards.stored_tensors import collect
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.background import BackgroundConsumer
+from loraformat.storage.durable import write_all
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.header import DATA_ALIGNMENT, Entry, encode_header
 from loraformat.tensors.mapped import MappedFile
@@ -119,14 +120,9 @@ def _resumed(
 def _digests(file: MappedFile) -> dict[str, str]:
     digests = {}
     for name, tensor in collect([file]).items():
-        loaded = tensor.load()
-        digests[name] = _digest(loaded)
+        digests[name] = content_digest(tensor.load())
         tensor.release()
     return digests
-
-
-def _digest(loaded: memoryview | NF4Parts) -> str:
-    return nf4_digest(loaded) if isinstance(loaded, NF4Parts) else sha256(loaded).hexdigest()
 
 
 def _add(
@@ -137,19 +133,11 @@ def _add(
     written.total_bytes += done["tensor_bytes"]
     for tensor in tensors:
         digest, error = done["tensors"][tensor.name]
+        record = TensorRecord("dense", tensor.dtype, tensor.shape, digest)
         if isinstance(tensor, NF4Tensor):
-            written.tensors[tensor.name] = TensorRecord(
-                "nf4",
-                tensor.dtype,
-                tensor.shape,
-                digest,
-                tensor.block_size,
-                tensor.double_quant,
-                tensor.transposed,
-                error,
-            )
-        else:
-            written.tensors[tensor.name] = TensorRecord("dense", tensor.dtype, tensor.shape, digest)
+            layout = tensor.block_size, tensor.double_quant, tensor.transposed
+            record = TensorRecord("nf4", tensor.dtype, tensor.shape, digest, *layout, error)
+        written.tensors[tensor.name] = record
 
 
 class _Plan:
@@ -212,7 +200,7 @@ class _Sink:
             self.tails[tensor.name] = {
                 s: v for s, v in parts.items() if (tensor.name, s) not in self.places
             }
-            self.hashes[tensor.name] = nf4_digest(piece), piece.relative_rms_error
+            self.hashes[tensor.name] = content_digest(piece), piece.relative_rms_error
             for suffix, view in parts.items():
                 if entry := self.places.get((tensor.name, suffix)):
                     self._put(view, entry)
@@ -240,9 +228,7 @@ class _Sink:
 
     def _write_at(self, data: memoryview | bytes, position: int) -> None:
         self.file.seek(position)
-        rest = memoryview(data)
-        while len(rest):  # an unbuffered file may write less than it was given
-            rest = rest[self.file.write(rest) :]
+        write_all(self.file, data)
 
     def finish(self) -> dict[str, Any]:
         states = {name: len(list(pieces.values())[-1]) for name, pieces in self.tails.items()}

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy
 
 from loraformat.errors import InputError, printable
-from loraformat.tensors.dtypes import ITEM_BYTES
+from loraformat.tensors.dtypes import ITEM_BYTES, TORCH_NAMES
 
 __all__ = [
     "Array",
@@ -31,23 +31,8 @@ __all__ = [
 Array: TypeAlias = numpy.ndarray[Any, numpy.dtype[Any]]
 
 _DTYPES: dict[str, numpy.dtype[Any]] = {
-    "BOOL": numpy.dtype(numpy.bool_),
-    "U8": numpy.dtype("u1"),
-    "I8": numpy.dtype("i1"),
-    "F8_E4M3": numpy.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": numpy.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": numpy.dtype(ml_dtypes.float8_e8m0fnu),
-    "U16": numpy.dtype("<u2"),
-    "I16": numpy.dtype("<i2"),
-    "F16": numpy.dtype("<f2"),
-    "BF16": numpy.dtype(ml_dtypes.bfloat16),
-    "U32": numpy.dtype("<u4"),
-    "I32": numpy.dtype("<i4"),
-    "F32": numpy.dtype("<f4"),
-    "U64": numpy.dtype("<u8"),
-    "I64": numpy.dtype("<i8"),
-    "F64": numpy.dtype("<f8"),
-    "C64": numpy.dtype("<c8"),
+    name: numpy.dtype(getattr(ml_dtypes, word, f"<{name[0].lower()}{ITEM_BYTES[name]}"))
+    for name, word in TORCH_NAMES.items()
 }
 #: Of a comparison at once: what it tells of each byte stays in a core's second cache.
 _COMPARED_BYTES = 1 << 18

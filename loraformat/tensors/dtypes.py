@@ -18,26 +18,20 @@ __all__ = [
     "parse_weight_dtype", "torch_dtype",
 ]  # fmt: skip
 
+#: Every type that is read, by its safetensors name: bytes of one element, and what torch, ml_dtypes
+#: and configuration files call it.
+_TYPES = {
+    "BOOL": (1, "bool"), "U8": (1, "uint8"), "I8": (1, "int8"),
+    "F8_E4M3": (1, "float8_e4m3fn"), "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "U16": (2, "uint16"), "I16": (2, "int16"), "F16": (2, "float16"), "BF16": (2, "bfloat16"),
+    "U32": (4, "uint32"), "I32": (4, "int32"), "F32": (4, "float32"),
+    "U64": (8, "uint64"), "I64": (8, "int64"), "F64": (8, "float64"), "C64": (8, "complex64"),
+}  # fmt: skip
 #: Bytes of one element, by safetensors dtype name, of every type that is read.
-ITEM_BYTES: dict[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "C64": 8,
-}
+ITEM_BYTES = {name: nbytes for name, (nbytes, _) in _TYPES.items()}
+#: Name of the same type in torch (and in configuration files), by safetensors dtype name.
+TORCH_NAMES = {name: word for name, (_, word) in _TYPES.items()}
 
 #: Those of the specification: neither bundles (rules H06 and M05) nor undo records hold others.
 FORMAT_DTYPES = frozenset(ITEM_BYTES) - {"F8_E8M0"}
@@ -49,27 +43,6 @@ UNREAD_DTYPES: dict[str, str] = {
     "F6_E3M2": "6-bit floats",
     "F8_E4M3FNUZ": "8-bit floats of older AMD GPUs",
     "F8_E5M2FNUZ": "8-bit floats of older AMD GPUs",
-}
-
-#: Name of the same type in torch (and in configuration files), by safetensors dtype name.
-TORCH_NAMES: dict[str, str] = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "U16": "uint16",
-    "I16": "int16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U32": "uint32",
-    "I32": "int32",
-    "F32": "float32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F64": "float64",
-    "C64": "complex64",
 }
 
 #: The types a weight can be quantized from and dequantized to, by the command line's word.

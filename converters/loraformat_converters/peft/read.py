@@ -15,7 +15,7 @@ from loraformat.model.architecture import is_conv1d
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import CarriedFile, Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
-from loraformat.model.unsharding import GATHER
+from loraformat.model.foreign_adapters import GATHER
 from loraformat.model.vocabulary import per_token
 from loraformat.plugins import AdapterReadOptions
 from loraformat.storage.safe_directory import SafeDirectory

@@ -17,7 +17,7 @@ from loraformat.errors import InputError, UsageError
 from loraformat.families.model_class import names_base_class
 from loraformat.model.adapter import Adapter
 from loraformat.model.architecture import module_of
-from loraformat.model.base_match import BaseMatch, compare_fingerprints
+from loraformat.model.base_match import BaseMatch
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
@@ -114,13 +114,13 @@ def plan_adapter(
     foreign = adapter.format != writer.name
     checkpoint = None if base is None else base.checkpoint
     if base is not None and base.fingerprint is not None:
-        match = compare_fingerprints(adapter.base_fingerprint, base.fingerprint)
+        match = BaseMatch(adapter.base_fingerprint, base.fingerprint)
         if match.relation == "other":
             reason = reason or "the base fingerprint must be recorded"
         notes += _mismatch(adapter, match, allow_base_mismatch)
     elif checkpoint is not None and checkpoint.provenance.fingerprint and adapter.base_fingerprint:
         descent = checkpoint.provenance.fingerprint
-        match = compare_fingerprints(adapter.base_fingerprint, descent, descends=True)
+        match = BaseMatch(adapter.base_fingerprint, descent, descends=True)
         notes += _mismatch(adapter, match, allow_base_mismatch)
     rewritten = not adapter.verbatim
     if checkpoint is not None and writer.name == "peft":

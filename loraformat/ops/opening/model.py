@@ -12,7 +12,7 @@ from loraformat.card.carried import keep_user_text
 from loraformat.errors import InputError, UnsupportedError, UsageError, printable
 from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
-from loraformat.model.base_match import BaseMatch, compare_fingerprints
+from loraformat.model.base_match import BaseMatch
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import MAX_CONFIG_BYTES, split
 from loraformat.plugins import Converter, ReadOptions
@@ -146,7 +146,7 @@ def compare_base(adapter: Adapter, base: Checkpoint) -> BaseMatch:
     """Compare the base that an adapter records with an open one."""
     own = fingerprint_of(base)
     here = own or base.provenance.fingerprint
-    return compare_fingerprints(adapter.base_fingerprint, here, descends=own is None)
+    return BaseMatch(adapter.base_fingerprint, here, descends=own is None)
 
 
 def check_base(

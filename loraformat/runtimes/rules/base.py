@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
-from loraformat.model.base_match import compare_fingerprints
+from loraformat.model.base_match import BaseMatch
 from loraformat.runtimes.record import Rule, Runtime, caution, differs, refuses, unknown
 
 __all__ = ["BASE_RULES", "tokens_beyond"]
@@ -90,7 +90,7 @@ def _beyond(adapter: AdapterFacts, runtime: Runtime) -> str | None:
 
 def _fingerprint(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     here = adapter.base.fingerprint if adapter.base is not None else None
-    match = compare_fingerprints(adapter.base_fingerprint, here)
+    match = BaseMatch(adapter.base_fingerprint, here)
     return match.difference if match.relation == "other" else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loraformat.errors import printable
 from loraformat.model.adapter_facts import AdapterFacts
-from loraformat.model.unsharding import GATHER
+from loraformat.model.foreign_adapters import GATHER
 from loraformat.runtimes.record import Rule, Runtime, caution, differs, refuses
 
 __all__ = ["VALUE_RULES"]

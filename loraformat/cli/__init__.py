@@ -18,8 +18,8 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from loraformat.cli.completion import PATH
 from loraformat.cli.console import Resumable, clean
 from loraformat.cli.limits import limit_of, refuse_torch_without_room
 from loraformat.errors import LoraFormatError, MissingDependencyError
@@ -54,6 +54,15 @@ _INTERRUPTED = 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
+class _PathOrHubId(click.types.StringParamType):
+    """Parameter type for paths and Hub ids; the shell completes file names."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
 class _LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
@@ -67,7 +76,7 @@ class _LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         for parameter in command.params:
             if isinstance(parameter, click.Argument) and parameter.type is click.STRING:
-                parameter.type = PATH
+                parameter.type = _PathOrHubId()
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -91,13 +100,7 @@ def commands() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line and exit.
-
-    Parameters
-    ----------
-    arguments : list of str, optional
-        ``sys.argv[1:]`` by default.
-    """
+    """Run a command line, that of this process by default, and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not sys.stderr.isatty():  # huggingface_hub would draw its bars into a file, too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -115,7 +115,8 @@ def _finding(finding: Any) -> list[str]:
 command = verb_command(
     "check",
     _EXAMPLE,
+    _run,
     summary="Check how inference runtimes load an adapter; exit with code 4 on a failure.",
     metavars={"runtime": "NAME", "write": "DIR"},
     extra={"write": _FIXING},
-)(_run)
+)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import largest_error, table
+from loraformat.cli.console import largest_error, table, took, with_notes, wrote
 from loraformat.cli.options import reporting_command
 from loraformat.ops.combine.options import METHODS
 
@@ -23,15 +23,13 @@ def _text(report: Any) -> str:
         for m in report.modules
     ]
     terms = [f"{w:g} x {path}" for w, path in zip(report.weights, report.sources, strict=True)]
-    would = "would write" if report.dry_run else "wrote"
     lines = [
         table(["module", "ranks", "new rank", "energy (% of |D|²)", "error (% of |D|)"], rows),
         "",
-        f"{would} {report.target}: {report.method} of {', '.join(terms)}; "
-        f"{report.parameters:,} parameters{largest_error(report.modules)}"
-        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+        f"{wrote(report)} {report.target}: {report.method} of {', '.join(terms)}; "
+        f"{report.parameters:,} parameters{largest_error(report.modules)}{took(report)}",
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+    return with_notes(lines, report)
 
 
 command = reporting_command("combine", _EXAMPLE, _text, types={"method": click.Choice(METHODS)})

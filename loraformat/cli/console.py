@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from loraformat.storage.byte_sizes import parse_size
-
 if TYPE_CHECKING:
     from loraformat.ops.report import Report
 
 __all__ = [
-    "ByteSize",
     "Resumable",
     "clean",
     "echo_json",
@@ -28,6 +25,9 @@ __all__ = [
     "show",
     "table",
     "times",
+    "took",
+    "with_notes",
+    "wrote",
 ]
 
 
@@ -53,21 +53,6 @@ class Resumable(KeyboardInterrupt):
     """Interruption after which ``--resume`` continues."""
 
 
-class ByteSize(click.ParamType[int]):
-    """A size such as 2GB, 500MB or 1GiB, as bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 def times(share: float) -> str:
     """Format a ratio as a percentage, or as a multiple if it is large.
 
@@ -80,12 +65,7 @@ def times(share: float) -> str:
 
 
 def largest_error(modules: Sequence[Any]) -> str:
-    """Return the summary of modules' errors; empty without modules.
-
-    Parameters
-    ----------
-    modules : sequence
-        With an ``error`` each, a fraction of the Frobenius norm of the delta D.
+    """Return the summary of modules' errors, shares of the norm of the delta D; may be empty.
 
     Examples
     --------
@@ -147,21 +127,27 @@ def echo_json(schema: str, members: dict[str, Any]) -> None:
 def show(
     verb: str, report: Report, text: Callable[[Any], str], *, as_json: bool, quiet: bool
 ) -> None:
-    """Print a report: as JSON, as text, or not at all.
-
-    Parameters
-    ----------
-    verb : str
-        Name of the JSON's schema.
-    report : Report
-    text : callable
-        Returns the report as lines for people.
-    as_json, quiet : bool
-    """
+    """Print a report: as JSON, whose schema is named as the verb, as text, or not at all."""
     if as_json:
         echo_json(verb, report.to_dict())
     elif not quiet:
         say(text(report))
+
+
+def wrote(report: Report) -> str:
+    """Say whether something was written, or a dry run would write it."""
+    return "would write" if report.dry_run else "wrote"
+
+
+def took(report: Report) -> str:
+    """Return the duration behind a comma; empty for a dry run."""
+    return "" if report.dry_run else f", {report.seconds:.1f} s"
+
+
+def with_notes(lines: Iterable[str], report: Report) -> str:
+    """Return a text with the report's notes, and what was not carried over, as its last lines."""
+    notes = [f"note: {note}" for note in report.notes]
+    return "\n".join([*lines, *notes, *(f"not carried over: {loss}" for loss in report.lost)])
 
 
 def on_terminal(quiet: bool) -> bool:

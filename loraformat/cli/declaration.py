@@ -27,13 +27,7 @@ _ENTRY = re.compile(r"^(\w[\w, ]*)(?: : .*)?\n((?:(?:    .*)?(?:\n|$))+)", re.MU
 class Parameter:
     """A parameter of a public function.
 
-    Attributes
-    ----------
-    name, annotation : str
-    default : object
-        ``...`` if there is none.
-    text : str
-        Its entry in the docstring, in one line.
+    `default` is ``...`` if there is none; `text` is its entry in the docstring, in one line.
     """
 
     name: str
@@ -44,15 +38,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """Description and parameters of a verb.
-
-    Attributes
-    ----------
-    text : str
-        The docstring before its sections.
-    parameters : dict of str to Parameter
-        In their order.
-    """
+    """The docstring of a verb before its sections, and its parameters in their order."""
 
     text: str
     parameters: Mapping[str, Parameter]
@@ -61,10 +47,6 @@ class Declaration:
 @cache
 def declaration_of(name: str) -> Declaration:
     """Return the declaration of a public function.
-
-    Parameters
-    ----------
-    name : str
 
     Examples
     --------

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import loraformat
-from loraformat.cli.console import echo_json, say, table
+from loraformat.cli.console import show, table, with_notes
 from loraformat.cli.options import verb_command
 from loraformat.cli.train_options import (
     DATA_SETTINGS,
@@ -28,26 +28,25 @@ def _run(as_json: bool, quiet: bool, **options: Any) -> None:
 
     with TrainingBar(quiet=quiet) as bar:
         found = loraformat.evaluate(**given_settings(options), progress=bar)
-    if as_json:
-        echo_json("eval", found.to_dict())
-    elif not quiet:
-        base = found.losses[found.base].loss
-        rows = [
-            [Path(name).name, f"{one.loss:.4f}", f"{one.perplexity:.4f}", f"{one.loss - base:+.4f}"]
-            for name, one in found.losses.items()
-        ]
-        tokens = found.losses[found.base].tokens
-        say(table(["model", "loss", "perplexity", "loss change"], rows))
-        say(f"\n{tokens:,} tokens")
-        for note in found.notes:
-            say(f"note: {note}")
+    show("eval", found, _text, as_json=as_json, quiet=quiet)
+
+
+def _text(report: Any) -> str:
+    base = report.losses[report.base]
+    rows = [
+        [Path(name).name, f"{m.loss:.4f}", f"{m.perplexity:.4f}", f"{m.loss - base.loss:+.4f}"]
+        for name, m in report.losses.items()
+    ]
+    lines = [table(["model", "loss", "perplexity", "loss change"], rows), ""]
+    return with_notes([*lines, f"{base.tokens:,} tokens"], report)
 
 
 command = verb_command(
     "evaluate",
     _EXAMPLE,
+    _run,
     only=("base", "data", "adapter"),
     metavars={"base": "BASE", "data": "DATA..."},
     settings=setting_options([*DATA_SETTINGS, *MACHINE_SETTINGS]),
     cls=SectionedCommand,
-)(_run)
+)

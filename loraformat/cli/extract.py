@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraformat.cli.console import table
-from loraformat.cli.options import RankOrAuto, reporting_command
+from loraformat.cli.console import table, took, with_notes, wrote
+from loraformat.cli.options import rank_or_auto, reporting_command
 
 _EXAMPLE = """\b
 Example:
@@ -20,29 +20,18 @@ def _text(report: Any) -> str:
          f"{m.noise:.4g}"]
         for m in report.modules
     ]  # fmt: skip
-    would = "would write" if report.dry_run else "wrote"
+    head = "module", "rank", "captured (% of |D|²)", "error (% of |D|)", "|D|", "noise threshold"
     lines = [
-        table(
-            [
-                "module",
-                "rank",
-                "captured (% of |D|²)",
-                "error (% of |D|)",
-                "|D|",
-                "noise threshold",
-            ],
-            rows,
-        ),
+        table(head, rows),
         "",
-        f"{would} {report.target}: {report.parameters:,} parameters "
-        f"capture {report.captured:.2%} of the squared difference"
-        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+        f"{wrote(report)} {report.target}: {report.parameters:,} parameters "
+        f"capture {report.captured:.2%} of the squared difference{took(report)}",
         f"{report.unchanged} tensors are unchanged, {len(report.replaced)} replaced in full"
         + (f": {', '.join(report.replaced[:6])}" if report.replaced else "")
         + (", ..." if len(report.replaced) > 6 else ""),
         *(f"left out: {name} {reason}" for name, reason in report.left_out.items()),
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+    return with_notes(lines, report)
 
 
 command = reporting_command(
@@ -50,5 +39,5 @@ command = reporting_command(
     _EXAMPLE,
     _text,
     metavars={"rank": "R|auto", "tuned": "TUNED"},
-    types={"rank": RankOrAuto()},
+    types={"rank": rank_or_auto},
 )

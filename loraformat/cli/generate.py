@@ -21,8 +21,6 @@ Example:
 _PROMPT = click.Option(
     ["--prompt"], metavar="TEXT", required=True, help="Prompt text; - reads it from stdin."
 )
-_OWN = ("base", "adapter", "chat", "system", "max_tokens", "temperature", "top_p", "seed")
-_METAVARS = {"max_tokens": "N", "system": "TEXT", "temperature": "T", "top_p": "P"}
 
 
 def _run(prompt: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -59,9 +57,10 @@ def _clean_text(text: str) -> str:
 command = verb_command(
     "generate",
     _EXAMPLE,
+    _run,
     summary="Generate text from a prompt and print it token by token.",
-    only=_OWN,
-    metavars=_METAVARS,
+    only=("base", "adapter", "chat", "system", "max_tokens", "temperature", "top_p", "seed"),
+    metavars={"max_tokens": "N", "system": "TEXT", "temperature": "T", "top_p": "P"},
     extra={"chat": [_PROMPT]},
     settings=setting_options(MACHINE_SETTINGS),
-)(_run)
+)

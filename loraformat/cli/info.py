@@ -135,4 +135,4 @@ def _origin(source: dict[str, str]) -> str:
     return origin
 
 
-command = verb_command("info", _EXAMPLE, extra={"allow_pickle": [_TENSORS, _PLOT]})(_run)
+command = verb_command("info", _EXAMPLE, _run, extra={"allow_pickle": [_TENSORS, _PLOT]})

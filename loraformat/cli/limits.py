@@ -22,10 +22,6 @@ _MEMORY = ("can't allocate memory", "out of memory", "failed to map segment", "s
 def limit_of(error: BaseException) -> str | None:
     """Return which resource ran out and advice, if an error or its cause says so.
 
-    Parameters
-    ----------
-    error : BaseException
-
     Examples
     --------
     >>> limit_of(RuntimeError("can't start new thread"))[:35]

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import loraformat
-from loraformat.cli.console import on_terminal, show, table, times
+from loraformat.cli.console import on_terminal, show, table, times, took, wrote
 from loraformat.cli.options import WeightType, verb_command
 from loraformat.storage.byte_sizes import format_size
 
@@ -30,14 +30,14 @@ def _run(show_modules: bool, as_json: bool, quiet: bool, **options: Any) -> None
 
 
 def _text(report: Any, show_modules: bool) -> str:
-    would = "would write" if report.dry_run else "wrote"
     verb = "merged" if report.beside is None else "unchanged, with a separate adapter"
     lines = [
         f"{report.source_format} {report.source}",
         *(f"+ {a.weight:g} x {a.format} {a.path}" for a in report.adapters),
-        f"{would} {report.target_format} {report.target} ({format_size(report.output_bytes)})",
+        f"{wrote(report)} {report.target_format} {report.target} "
+        f"({format_size(report.output_bytes)})",
         f"{report.merged} tensors {verb}, {report.replaced} replaced, of {report.tensors}"
-        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+        f"{took(report)}",
     ]
     if report.total is not None:
         shown = [*(report.modules if show_modules else ()), report.total]
@@ -67,7 +67,8 @@ def _text(report: Any, show_modules: bool) -> str:
 command = verb_command(
     "merge",
     _EXAMPLE,
+    _run,
     metavars={"name": "NAME", "output": "OUT"},
     types={"dtype": WeightType()},
     extra={"max_shard_size": [_MODULES]},
-)(_run)
+)

@@ -13,53 +13,48 @@ from typing import Any, Literal
 import click
 
 import loraformat
-from loraformat.cli.console import ByteSize, on_terminal, report_options, show
+from loraformat.cli.console import on_terminal, report_options, show
 from loraformat.cli.declaration import Parameter, declaration_of
+from loraformat.storage.byte_sizes import parse_size
 
 __all__ = [
-    "ParameterCount",
-    "RankOrAuto",
     "WeightType",
-    "options_of",
+    "parameter_count",
+    "rank_or_auto",
     "reporting_command",
     "verb_command",
 ]
 
-_Command = Callable[..., Any]
+#: A function raises ValueError with what is wrong.
+_Type = click.ParamType[Any] | Callable[[str], Any]
 #: What Python has alone: how progress is shown, and former names.
 _PYTHON_ONLY = {"progress", "from_format", "to_format"}
 #: Options that a call cannot do without are arguments in Python.
 _REQUIRED_OPTIONS = {"output", "prompt"}
 
 
-class ParameterCount(click.ParamType[int]):
-    """Parameter type: a number of parameters such as 4M or 500k."""
+def parameter_count(value: str) -> int:
+    """Return a number of parameters such as 4M or 500k.
 
-    name = "count"
+    Examples
+    --------
+    >>> parameter_count("4M"), parameter_count("1.5k")
+    (4000000, 1500)
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGB]?)\s*", value.upper())
+    if match is None or not float(match[1]):
+        raise ValueError(f"{value!r} is not a number of parameters such as 4M")
+    powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+    return int(float(match[1]) * powers[match[2]])
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number."""
-        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGB]?)\s*", str(value).upper())
-        if match is None or not float(match[1]):
-            self.fail(f"{value!r} is not a number of parameters such as 4M", param, ctx)
-        powers = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-        return int(float(match[1]) * powers[match[2]])
 
-
-class RankOrAuto(click.ParamType[int | Literal["auto"]]):
-    """Parameter type: a rank or ``auto``."""
-
-    name = "rank"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Literal["auto"]:
-        """Return the rank, or the word."""
-        if value == "auto":
-            return "auto"
-        if not str(value).isdecimal() or not 0 < int(value) < 1 << 31:
-            self.fail(f"{value!r} is neither a rank nor auto", param, ctx)
-        return int(value)
+def rank_or_auto(value: str) -> int | Literal["auto"]:
+    """Return a rank, or the word ``auto``."""
+    if value == "auto":
+        return "auto"
+    if not value.isdecimal() or not 0 < int(value) < 1 << 31:
+        raise ValueError(f"{value!r} is neither a rank nor auto")
+    return int(value)
 
 
 class WeightType(click.Choice[str]):
@@ -83,31 +78,32 @@ class WeightType(click.Choice[str]):
 _METAVARS = {
     "adapter": "ADAPTER", "adapters": "ADAPTER...", "base": "BASE", "block_size": "N",
     "config": "FILE", "density": "D", "energy": "E", "exclude": "GLOB", "from_": "FORMAT",
-    "include": "GLOB", "max_rank": "R", "output": "DST", "path": "PATH", "pre": "NAME",
-    "rank": "R", "seed": "N", "skip": "GLOB", "target": "DST", "to": "FORMAT", "undo": "FILE",
-    "weight": "W",
+    "include": "GLOB", "max_rank": "R", "max_shard_size": "SIZE", "output": "DST", "path": "PATH",
+    "pre": "NAME", "rank": "R", "seed": "N", "skip": "GLOB", "target": "DST", "to": "FORMAT",
+    "undo": "FILE", "weight": "W",
 }  # fmt: skip
 _FRACTION = click.FloatRange(0, 1, min_open=True)
 #: Types that annotations do not tell.
-_TYPES: dict[str, click.ParamType[Any]] = {
+_TYPES: dict[str, _Type] = {
     "dtype": click.Choice(["f32", "f16", "bf16"]), "density": _FRACTION, "energy": _FRACTION,
-    "max_rank": click.IntRange(1), "max_shard_size": ByteSize(), "rank": click.IntRange(1),
+    "max_rank": click.IntRange(1), "max_shard_size": parse_size, "rank": click.IntRange(1),
 }  # fmt: skip
 
 
 def verb_command(
     name: str,
     example: str,
+    callback: Callable[..., Any],
     *,
     summary: str | None = None,
     only: Sequence[str] | None = None,
     metavars: Mapping[str, str] | None = None,
-    types: Mapping[str, click.ParamType[Any]] | None = None,
+    types: Mapping[str, _Type] | None = None,
     extra: Mapping[str, Sequence[click.Option]] | None = None,
     settings: Sequence[click.Parameter] = (),
     cls: type[click.Command] = click.Command,
-) -> Callable[[_Command], click.Command]:
-    """Return a decorator that makes a command of a function that calls a verb.
+) -> click.Command:
+    """Return the command of a function that calls a verb.
 
     The function is called with the verb's parameters by their names, with the values of `extra`,
     ``as_json`` and ``quiet``.
@@ -118,6 +114,7 @@ def verb_command(
         Of the public function.
     example : str
         Stands below the options.
+    callback : callable
     summary : str, optional
         Replaces the first line of the verb's docstring.
     only : sequence of str, optional
@@ -130,59 +127,6 @@ def verb_command(
         Further options.
     cls : type
         Of the command.
-    """
-
-    def decorate(callback: _Command) -> click.Command:
-        parameters = options_of(name, only=only, metavars=metavars, types=types, extra=extra)
-        parameters += settings
-        first, *rest = declaration_of(name).text.split("\n\n")
-        paragraphs = (_words(part, parameters) for part in (summary or first, *rest))
-        text = "\n\n".join(paragraphs)
-        command = click.command(cls=cls, epilog=example, help=text, params=parameters)
-        return command(report_options(callback))
-
-    return decorate
-
-
-def reporting_command(
-    name: str, example: str, text: Callable[[Any], str], **details: Any
-) -> click.Command:
-    """Return a command that calls a verb and prints its report.
-
-    Parameters
-    ----------
-    name, example, details
-        As in `verb_command`.
-    text : callable
-        Returns the report as lines for people.
-    """
-
-    def callback(as_json: bool, quiet: bool, **options: Any) -> None:
-        if "progress" in declaration_of(name).parameters:
-            options["progress"] = on_terminal(quiet)
-        report = getattr(loraformat, name)(**options)
-        show(name, report, text, as_json=as_json, quiet=quiet)
-
-    return verb_command(name, example, **details)(callback)
-
-
-def options_of(
-    name: str,
-    *,
-    only: Sequence[str] | None = None,
-    metavars: Mapping[str, str] | None = None,
-    types: Mapping[str, click.ParamType[Any]] | None = None,
-    extra: Mapping[str, Sequence[click.Option]] | None = None,
-) -> list[click.Parameter]:
-    """Return the arguments and options of a public function, as `verb_command` describes them.
-
-    Parameters
-    ----------
-    name : str
-    only : sequence of str, optional
-        Names of the parameters; all by default.
-    metavars, types, extra : mapping, optional
-        As in `verb_command`.
     """
     names, kinds = {**_METAVARS, **(metavars or {})}, {**_TYPES, **(types or {})}
     parameters: list[click.Parameter] = []
@@ -201,12 +145,31 @@ def options_of(
     for each in parameters:
         if isinstance(each, click.Option):
             each.help = _words(each.help or "", parameters)
-    return parameters
+    parameters += settings
+    first, *rest = declaration_of(name).text.split("\n\n")
+    text = "\n\n".join(_words(part, parameters) for part in (summary or first, *rest))
+    command = click.command(cls=cls, epilog=example, help=text, params=parameters)
+    return command(report_options(callback))
 
 
-def _option(
-    parameter: Parameter, kind: click.ParamType[Any] | None, metavar: str | None
-) -> click.Option:
+def reporting_command(
+    name: str, example: str, text: Callable[[Any], str], **details: Any
+) -> click.Command:
+    """Return a command that calls a verb and prints its report, or the `text` that is made of it.
+
+    The rest is as in `verb_command`.
+    """
+
+    def callback(as_json: bool, quiet: bool, **options: Any) -> None:
+        if "progress" in declaration_of(name).parameters:
+            options["progress"] = on_terminal(quiet)
+        report = getattr(loraformat, name)(**options)
+        show(name, report, text, as_json=as_json, quiet=quiet)
+
+    return verb_command(name, example, callback, **details)
+
+
+def _option(parameter: Parameter, kind: _Type | None, metavar: str | None) -> click.Option:
     flag, text = f"--{parameter.name.strip('_').replace('_', '-')}", _text_of(parameter)
     default, required = parameter.default, parameter.default is ...
     if parameter.annotation == "bool" and not default:

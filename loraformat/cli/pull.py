@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraformat.cli.console import table
+from loraformat.cli.console import table, with_notes
 from loraformat.cli.options import reporting_command
 from loraformat.storage.byte_sizes import format_size
 
@@ -33,8 +33,7 @@ def _text(report: Any) -> str:
         at = f"@{report.base_revision}" if report.base_revision else ""
         where = f" in {report.base_path}" if report.base_path else ""
         lines.append(f"base {report.base_model}{at}{where}")
-    lines += [f"note: {note}" for note in report.notes]
-    return "\n".join(lines)
+    return with_notes(lines, report)
 
 
 command = reporting_command("pull", _EXAMPLE, _text, metavars={"repo": "REPO_ID[@REVISION]"})

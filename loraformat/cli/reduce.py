@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraformat.cli.console import largest_error, table
-from loraformat.cli.options import ParameterCount, reporting_command
+from loraformat.cli.console import largest_error, table, took, with_notes, wrote
+from loraformat.cli.options import parameter_count, reporting_command
 
 _EXAMPLE = """\b
 Example:
@@ -20,21 +20,19 @@ def _text(report: Any) -> str:
         [m.target, m.old_rank, m.new_rank, f"{m.energy:.2%}", f"{m.error:.2%}"]
         for m in report.modules
     ]
-    would = "would write" if report.dry_run else "wrote"
     kept = "" if report.energy is None else f", {report.energy:.2%} of the energy"
     lines = [
         table(["module", "rank", "new rank", "energy (% of |D|²)", "error (% of |D|)"], rows),
         "",
-        f"{would} {report.target}: {report.new_parameters:,} of {report.old_parameters:,} "
-        f"parameters{kept}{largest_error(report.modules)}"
-        + ("" if report.dry_run else f", {report.seconds:.1f} s"),
+        f"{wrote(report)} {report.target}: {report.new_parameters:,} of "
+        f"{report.old_parameters:,} parameters{kept}{largest_error(report.modules)}{took(report)}",
     ]
     if any(m.activation_aware for m in report.modules):
         lines.append("note: energies and errors refer to module outputs, according to the "
                      "adapter's activation statistics")  # fmt: skip
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+    return with_notes(lines, report)
 
 
 command = reporting_command(
-    "reduce", _EXAMPLE, _text, metavars={"budget": "N"}, types={"budget": ParameterCount()}
+    "reduce", _EXAMPLE, _text, metavars={"budget": "N"}, types={"budget": parameter_count}
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from loraformat.cli.options import reporting_command
 
 _EXAMPLE = """\b
@@ -12,8 +10,6 @@ Example:
 """
 
 
-def _text(report: Any) -> str:
-    return f"removed adapter {report.adapter} from {report.bundle}"
-
-
-command = reporting_command("remove", _EXAMPLE, _text)
+command = reporting_command(
+    "remove", _EXAMPLE, lambda report: f"removed adapter {report.adapter} from {report.bundle}"
+)

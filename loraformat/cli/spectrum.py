@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import loraformat
-from loraformat.cli.console import on_terminal, show, table
+from loraformat.cli.console import on_terminal, show, table, with_notes
 from loraformat.cli.options import verb_command
 
 _EXAMPLE = """\b
@@ -52,7 +52,7 @@ def _text(report: Any) -> str:
         f"{report.source}: {len(report.modules)} modules, {report.parameters:,} parameters",
         *parts,
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+    return with_notes(lines, report)
 
 
-command = verb_command("spectrum", _EXAMPLE, extra={"allow_pickle": [_PLOT]})(_run)
+command = verb_command("spectrum", _EXAMPLE, _run, extra={"allow_pickle": [_PLOT]})

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import loraformat
-from loraformat.cli.console import Resumable, echo_json, report_options, say
+from loraformat.cli.console import Resumable, report_options, show
 from loraformat.cli.train_options import SectionedCommand, given_settings, setting_options
 from loraformat.errors import InputError
 
@@ -82,14 +82,10 @@ def command(
             if _leads():
                 raise Resumable from None
             raise click.exceptions.Exit(130) from None
-    if not _leads():
-        return
-    if as_json:
-        echo_json("train", report.to_dict())
-    elif not quiet:
+    if _leads():
         lines = report.plan_lines() if dry_run else report.done_lines()
-        notes = (f"note: {note}" for note in report.notes[bar.notes_told :])
-        say("\n".join([*lines, *notes]))
+        lines += [f"note: {note}" for note in report.notes[bar.notes_told :]]
+        show("train", report, lambda report: "\n".join(lines), as_json=as_json, quiet=quiet)
 
 
 def _keep_config(config: Path, output: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import ByteSize
+from loraformat.storage.byte_sizes import parse_size
 from loraformat.train.run.options import SETTINGS, Setting
 
 __all__ = [
@@ -52,19 +52,12 @@ def _section_of(name: str | None) -> str:
     return next((setting.section for setting in SETTINGS if setting.name == name), "Other")
 
 
-class _RankOfGlob(click.ParamType[tuple[str, int]]):
-    """A name or glob and a rank, GLOB=R."""
-
-    name = "glob=rank"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
-        """Return the name or glob and the rank."""
-        glob, found, rank = str(value).rpartition("=")
-        if not found or not glob or not rank.isdecimal() or len(rank) > 6:
-            self.fail(f"{value!r} is not of the form GLOB=RANK", param, ctx)
-        return glob, int(rank)
+def _rank_of_glob(value: str) -> tuple[str, int]:
+    """Return a name or glob and a rank, from GLOB=R."""
+    glob, _, rank = value.rpartition("=")
+    if not glob or not rank.isdecimal() or len(rank) > 6:
+        raise ValueError(f"{value!r} is not of the form GLOB=RANK")
+    return glob, int(rank)
 
 
 def setting_options(settings: Iterable[Setting] = SETTINGS) -> list[click.Parameter]:
@@ -98,23 +91,15 @@ def _type(setting: Setting) -> Any:
     if setting.choices:
         return click.Choice(setting.choices)
     kinds: dict[str, Any] = {
-        "integer": int, "number": float, "size": ByteSize(), "ranks": _RankOfGlob(),
+        "integer": int, "number": float, "size": parse_size, "ranks": _rank_of_glob,
     }  # fmt: skip
     return kinds.get(setting.kind, str)
 
 
 def given_settings(options: dict[str, Any], config: Path | None = None) -> dict[str, Any]:
-    """Return those options that were given: flags over the YAML file.
+    """Return those options, by field, that were given: flags over the YAML file.
 
-    Parameters
-    ----------
-    options : dict
-        By field; None and what is empty was not given.
-    config : Path, optional
-
-    Raises
-    ------
-    InputError
+    None and what is empty was not given.
     """
     values: dict[str, Any] = {}
     if config is not None:

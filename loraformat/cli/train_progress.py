@@ -14,19 +14,10 @@ __all__ = ["TrainingBar"]
 
 
 class TrainingBar:
-    """A progress display on stderr; a context manager.
+    """A progress display on stderr; a context manager. `quiet` draws nothing.
 
-    Parameters
-    ----------
-    quiet : bool
-        Draw nothing.
-    plan : bool
-        Show the plan of a run before its first step.
-
-    Attributes
-    ----------
-    notes_told : int
-        How many of a report's notes were shown before the run.
+    With `plan` it shows that of a run before its first step; `notes_told` is how many of a report's
+    notes were shown then.
     """
 
     def __init__(self, *, quiet: bool, plan: bool = True) -> None:
@@ -50,18 +41,16 @@ class TrainingBar:
 
     def rows(self, done: int, total: int) -> None:
         """Show the number of scanned rows."""
-        if self._quiet:
-            return
-        self._draw("data", "row", total)
-        self._bar.update(done - self._bar.n)
-        if done == total:
-            self.close()
+        self._count("data", "row", done, total)
 
     def batches(self, name: str, done: int, total: int) -> None:
         """Show the number of evaluated batches."""
+        self._count(Path(name).name, "batch", done, total)
+
+    def _count(self, label: str, unit: str, done: int, total: int) -> None:
         if self._quiet:
             return
-        self._draw(Path(name).name, "batch", total)
+        self._draw(label, unit, total)
         self._bar.update(done - self._bar.n)
         if done == total:
             self.close()

@@ -36,5 +36,5 @@ def _finding(finding: Any) -> str:
 
 
 command = verb_command(
-    "verify", _EXAMPLE, summary="Verify structure and hashes; exit with code 4 on a finding."
-)(_run)
+    "verify", _EXAMPLE, _run, summary="Verify structure and hashes; exit with code 4 on a finding."
+)

@@ -44,8 +44,8 @@ WORDS = {
 }  # fmt: skip
 #: Types of parameters whose value is no path.
 NO_PATHS = {
-    "BoolParamType", "ByteSize", "Choice", "FloatParamType", "FloatRange", "IntParamType",
-    "IntRange", "ParameterCount", "RankOrAuto", "WeightType", "_RankOfGlob",
+    "BoolParamType", "Choice", "FloatParamType", "FloatRange", "FuncParamType", "IntParamType",
+    "IntRange", "WeightType",
 }  # fmt: skip
 NAMES = ("BASE", "BUNDLE", "ADAPTER", "OTHER", "TUNED", "RECORD", "DATA", "CONFIG", "TEMPLATE")
 

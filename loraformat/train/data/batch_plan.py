@@ -52,14 +52,7 @@ _WORD = (1 << 64) - 1
 
 
 class BatchPlan:
-    """The batches of every epoch.
-
-    Parameters
-    ----------
-    lengths : numpy.ndarray
-        Tokens of each sample; integers ``[samples]``.
-    options : DataOptions
-    """
+    """The batches of every epoch, from the tokens of each sample: integers ``[samples]``."""
 
     def __init__(self, lengths: npt.NDArray[np.uint32], options: DataOptions) -> None:
         self._lengths, self._options = lengths, options
@@ -157,14 +150,7 @@ def next_fit(lengths: Iterable[tuple[int, int]], capacity: int) -> Iterator[tupl
 
 
 class Permutation:
-    """A permutation of 0 … n - 1.
-
-    Parameters
-    ----------
-    n : int
-        At most 2⁶².
-    *key : int
-        Seed, epoch, purpose: another permutation for each.
+    """A permutation of 0 … n - 1, with n at most 2⁶²: another for each seed, epoch and purpose.
 
     Examples
     --------
@@ -206,17 +192,10 @@ def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True, slots=True)
 class DataPosition:
-    """The next batch: of which epoch, and which in it.
+    """The next batch: of which epoch, and which in it, both from 0 and the same on every rank.
 
-    Attributes
-    ----------
-    epoch : int
-        From 0.
-    batch : int
-        From 0; the same on every rank of a data-parallel run.
-    data : str
-        Fingerprint of samples and options, or empty for the start of any data. A
-        cursor of other data is refused, instead of continuing somewhere else in it.
+    `data` is the fingerprint of samples and options, or empty for the start of any data. A
+    cursor of other data is refused, instead of continuing somewhere else in it.
 
     Examples
     --------
@@ -234,13 +213,7 @@ class DataPosition:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> DataPosition:
-        """Return the cursor that `to_json` wrote.
-
-        Raises
-        ------
-        InputError
-            If it is none.
-        """
+        """Return the cursor that `to_json` wrote."""
         epoch, batch, data = (fields.get(name) for name in ("epoch", "batch", "data"))
         sound = all(type(n) is int and 0 <= n < 1 << 53 for n in (epoch, batch))
         if not sound or not isinstance(data, str) or len(fields) != 3:

@@ -53,15 +53,9 @@ _OTHER_TEMPLATE = "choose another template with --chat-template"
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A rendered conversation.
+    """A rendered conversation; `learned` are ranges of characters that the assistant wrote.
 
-    Attributes
-    ----------
-    text : str
-    learned : tuple of (int, int)
-        Ranges of characters that the assistant wrote.
-    unwritten : tuple of str
-        Kinds of things that the row says and the template leaves out, one for each time.
+    `unwritten` names what the row says and the template leaves out, once for each time.
     """
 
     text: str
@@ -70,12 +64,7 @@ class _Rendered:
 
 
 class ChatRenderer:
-    """Renders conversations with the tokenizer's chat template.
-
-    Parameters
-    ----------
-    encoder : TextEncoder
-    """
+    """Renders conversations with the tokenizer's chat template."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder

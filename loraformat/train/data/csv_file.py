@@ -54,12 +54,6 @@ class _Lines:
 class CsvRows(FileRows):
     """The records of a file under its header; 16 bytes of memory each.
 
-    Parameters
-    ----------
-    file : DataFile
-    delimiter : str
-        ``","``, or a tab.
-
     Raises
     ------
     InputError
@@ -98,13 +92,7 @@ class CsvRows(FileRows):
         return f"line {self._numbers[number]}"
 
     def read(self, number: int) -> Row:
-        """Return a record, by column.
-
-        Raises
-        ------
-        BadRowError
-            If it is not UTF-8, or has another number of fields than the header.
-        """
+        """Return a record, by column; it must be UTF-8 and have as many fields as the header."""
         place = self.place(number)
         try:
             text = self._bytes(number).decode("utf-8")

@@ -9,14 +9,8 @@ from typing import Any
 
 from loraformat.errors import FileChangedError, InputError, LoraFormatError
 from loraformat.train.batch import IGNORED, Batch
-from loraformat.train.data.batch_plan import (
-    BatchPlan,
-    DataPosition,
-    Rows,
-    collate,
-    prefetch,
-)
-from loraformat.train.data.dataset_scan import DatasetScan, DatasetStats, SampleIndex
+from loraformat.train.data.batch_plan import BatchPlan, DataPosition, Rows, collate, prefetch
+from loraformat.train.data.dataset_scan import DatasetScan
 from loraformat.train.data.encode import Encoded, RowEncoder, marked
 from loraformat.train.data.options import DataOptions
 from loraformat.train.data.row import RowSource
@@ -55,8 +49,7 @@ class Dataset:
             longest_piece=piece_size(options.seq_len),
         )
         survey = DatasetScan(sources, self._encoder, options, progress)
-        self.audit: DatasetStats = survey.audit
-        self._index: SampleIndex = survey.index
+        self.audit, self._index = survey.audit, survey.index
         self.stops: list[int] = sorted(survey.stops)
         self._row_hashes = survey.row_hashes
         self._plan = BatchPlan(self._index.lengths(), options)
@@ -83,12 +76,7 @@ class Dataset:
     ) -> Iterator[tuple[Batch, DataPosition]]:
         """Yield this rank's batches, each with the cursor of what is left behind it.
 
-        Parameters
-        ----------
-        start : DataPosition, optional
-            Where to begin; at the beginning of the first epoch by default.
-        epochs : int, optional
-            Epochs in total, counted from the first: ends where ``cursor.epoch`` reaches it.
+        `epochs` is counted from the first, also where `start` is in a later one.
 
         Raises
         ------
@@ -168,22 +156,13 @@ class Dataset:
         return sum(one in there for one in self._row_hashes)
 
     def place(self, number: int) -> str:
-        """Return a sample's location, such as ``data.jsonl: line 7``.
-
-        Parameters
-        ----------
-        number : int
-            As in ``batch.samples``.
-        """
+        """Return the location of a sample of ``batch.samples``, such as ``data.jsonl: line 7``."""
         sample = self._index[number]
         source = self._sources[sample.source]
         return f"{source.name}: {source.place(sample.row)}"
 
     def prompt_format(self) -> str | None:
-        """Return how the first row becomes text, ``{prompt}{completion}`` for example.
-
-        None if it is plain text, or cannot be read any more.
-        """
+        """Return how the first row becomes text, or None of plain text, or if it is unreadable."""
         sample = self._index[0]
         try:
             return self._encoder.prompt_format(self._sources[sample.source].read(sample.row))

@@ -28,17 +28,11 @@ _BAD_ROWS_SHOWN = 5
 
 
 class DatasetScan:
-    """One pass over all rows of some sources.
+    """One pass over all rows of some sources: their `index` of samples, and an `audit`.
 
-    Attributes
-    ----------
-    index, audit : SampleIndex, DatasetStats
-    fingerprint : str
-        Hash of all tokens and loss masks.
-    stops : set of int
-        Special tokens with which target turns end.
-    row_hashes : array of uint64
-        One number for each row with samples, equal for equal tokens and loss masks.
+    `fingerprint` is a hash of all tokens and loss masks, `stops` the special tokens with which
+    target turns end. `row_hashes` (uint64) has a number for each row with samples, equal for equal
+    tokens and loss masks.
 
     Raises
     ------
@@ -173,71 +167,33 @@ def _cut(whole: Sample, limit: int, lead: int, *, overlap: int) -> Iterator[Samp
 
 @dataclass(slots=True)
 class DatasetStats:
-    """Counts over one pass of all rows.
+    """Counts over one pass of all rows."""
 
-    Attributes
-    ----------
-    sources : list of (str, int)
-        Name and rows of each file or data set.
-    rows, bad : int
-        Rows, and those skipped because they cannot be read.
-    bad_examples : list of str
-        What is wrong with the first five.
-    samples, tokens, trained : int
-        What is trained on, and how many of its tokens are learned.
-    pieces : int
-        Samples that are text, cut to ``seq_len``; these are learned whole.
-    rendered : int
-        Samples that the chat template wrote.
-    unlearned : int
-        Samples with no token to learn; left out.
-    all_learned : int
-        Conversations and completions without any prompt.
-    over_length, longest : int
-        Conversations and completions longer than ``seq_len``, and the longest of all samples.
-    first_over_length : str
-        Where the first one stands.
-    dropped, truncated, cut : int
-        Over-length samples left out, or cut, and the tokens cut off.
-    split, parts : int
-        Over-length samples split, and into how many; those with nothing to learn are among
-        `unlearned`, too.
-    rewritten : int
-        Conversations that became one sample per turn, as the template rewrites old turns.
-    straddling : int
-        Learned tokens that also stand for the end of a prompt.
-    endless : int
-        Samples that end without a special token: nothing in them teaches to stop.
-    wordless : int
-        Answers without a word, which are not learned.
-    unwritten : dict of str to int
-        What rows say and the chat template does not write, and how often.
-    """
-
-    sources: list[tuple[str, int]] = field(default_factory=list)
+    sources: list[tuple[str, int]] = field(default_factory=list)  #: name and rows of each
     rows: int = 0
-    bad: int = 0
-    bad_examples: list[str] = field(default_factory=list)
-    samples: int = 0
+    bad: int = 0  #: rows skipped because they cannot be read
+    bad_examples: list[str] = field(default_factory=list)  #: what is wrong with the first five
+    samples: int = 0  #: what is trained on
     tokens: int = 0
-    trained: int = 0
-    pieces: int = 0
-    rendered: int = 0
-    unlearned: int = 0
-    all_learned: int = 0
-    over_length: int = 0
-    longest: int = 0
-    first_over_length: str = ""
-    dropped: int = 0
-    truncated: int = 0
-    cut: int = 0
-    split: int = 0
-    parts: int = 0
-    rewritten: int = 0
-    straddling: int = 0
-    endless: int = 0
-    wordless: int = 0
+    trained: int = 0  #: target tokens
+    pieces: int = 0  #: samples that are text, cut to ``seq_len``; these are learned whole
+    rendered: int = 0  #: samples that the chat template wrote
+    unlearned: int = 0  #: samples left out: no token of them is learned
+    all_learned: int = 0  #: conversations and completions without any prompt
+    over_length: int = 0  #: conversations and completions longer than ``seq_len``
+    longest: int = 0  #: tokens of the longest of all samples
+    first_over_length: str = ""  #: where it stands
+    dropped: int = 0  #: over-length samples left out
+    truncated: int = 0  #: over-length samples cut
+    cut: int = 0  #: tokens cut off these
+    split: int = 0  #: over-length samples split
+    parts: int = 0  #: into how many, those included that are `unlearned`
+    rewritten: int = 0  #: conversations of a sample per turn: the template rewrites old turns
+    straddling: int = 0  #: target tokens that also stand for the end of a prompt
+    endless: int = 0  #: samples that end without a special token: nothing teaches to stop
+    wordless: int = 0  #: answers without a word, which are not learned
     unwritten: dict[str, int] = field(default_factory=dict)
+    """What rows say and the chat template does not write, and how often."""
 
     def count_bad(self, problem: object) -> None:
         """Count a row that is skipped."""
@@ -287,11 +243,8 @@ class DatasetStats:
     def refuse_if_useless(self, options: DataOptions) -> None:
         """Refuse data that cannot be trained on.
 
-        Raises
-        ------
-        InputError
-            If there are no rows, samples are too long and that was not provided for,
-            nothing is learned, or no sample of a data set of answers has a question.
+        There are no rows, samples are too long and that was not provided for, nothing is learned,
+        or no sample of a data set of answers has a question.
         """
         path = self.sources[0][0] if len(self.sources) == 1 else None
         if self.rows == 0:
@@ -333,12 +286,7 @@ class Sample:
 
 
 class SampleIndex:
-    """All samples of some sources.
-
-    Parameters
-    ----------
-    sources : sequence of RowSource
-    """
+    """All samples of some sources."""
 
     def __init__(self, sources: Sequence[RowSource]) -> None:
         self._first_rows = [0, *accumulate(map(len, sources))]

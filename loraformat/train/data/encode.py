@@ -40,38 +40,20 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(slots=True)
 class Encoded:
-    """Tokens of one sample, or of a piece of text that becomes several.
-
-    Attributes
-    ----------
-    ids, learned, shown : list of int, of bool, of str
-        Token ids, whether each is a target, and the text of each, with EOS and BOS by name.
-    ends : bool
-        Whether it ends with a special token, from which the model learns to stop.
-    straddling : int
-        Target tokens that also stand for characters of a prompt.
-    is_text, rendered : bool
-        Whether it may be cut into pieces of ``seq_len``; whether the chat template wrote it.
-    lead : int
-        Tokens at the beginning with which each later piece of it begins, too, such as BOS.
-    stops : tuple of int
-        Special tokens with which target turns end.
-    unwritten, wordless : tuple of str, int
-        What the row says and the chat template leaves out, and empty answers, which are no targets;
-        of the row's first part only.
-    """
+    """Tokens of one sample, or of a piece of text that becomes several."""
 
     ids: list[int]
-    learned: list[bool]
-    shown: list[str]
-    ends: bool
-    straddling: int = 0
-    is_text: bool = False
-    rendered: bool = False
-    lead: int = 0
-    stops: tuple[int, ...] = ()
+    learned: list[bool]  #: whether each is a target
+    shown: list[str]  #: the text of each, with EOS and BOS by name
+    ends: bool  #: with a special token, from which the model learns to stop
+    straddling: int = 0  #: target tokens that also stand for characters of a prompt
+    is_text: bool = False  #: it may be cut into pieces of ``seq_len``
+    rendered: bool = False  #: the chat template wrote it
+    lead: int = 0  #: tokens with which each later piece of it begins, too, such as BOS
+    stops: tuple[int, ...] = ()  #: special tokens with which target turns end
     unwritten: tuple[str, ...] = ()
-    wordless: int = 0
+    """What the row says and the chat template leaves out; of the row's first part only."""
+    wordless: int = 0  #: empty answers, which are no targets; of the row's first part only
 
     def lead_within(self, limit: int) -> int:
         """Return how many tokens begin each later piece of at most so many tokens."""
@@ -93,15 +75,9 @@ class Encoded:
 
 
 class RowEncoder:
-    """Encodes rows with one tokenizer.
+    """Encodes rows with one tokenizer; prompts are targets, too, if `everything` is.
 
-    Parameters
-    ----------
-    encoder : TextEncoder
-    everything : bool
-        Learn prompts as well as completions.
-    longest_piece : int
-        Most bytes of text that are tokenized at once.
+    Text is tokenized in pieces of at most `longest_piece` bytes.
     """
 
     def __init__(self, encoder: TextEncoder, *, everything: bool, longest_piece: int) -> None:
@@ -114,18 +90,11 @@ class RowEncoder:
         return ChatRenderer(self._encoder)
 
     def encode(self, row: Row) -> Iterator[Encoded]:
-        """Yield what a row consists of: pieces of its text, its conversation or its turns.
-
-        Raises
-        ------
-        KindError
-            If the row means nothing, or the chat template rejects it.
-        """
+        """Yield what a row consists of: pieces of its text, its conversation or its turns."""
         meant = meaning(row.fields)
         if isinstance(meant, Text):
-            parts = list(pieces(meant.text.encode("utf-8"), self._longest_piece))
-            for number in range(len(parts)):
-                yield self._piece(row, parts, number)
+            parts = self._text_parts(meant)
+            yield from (self._piece(row, parts, number) for number in range(len(parts)))
         elif isinstance(meant, Completion):
             yield self._completion(meant)
         else:
@@ -135,8 +104,7 @@ class RowEncoder:
         """Return one of those, without tokenizing the other pieces of a long text."""
         meant = meaning(row.fields)
         if isinstance(meant, Text):
-            parts = list(pieces(meant.text.encode("utf-8"), self._longest_piece))
-            return self._piece(row, parts, number)
+            return self._piece(row, self._text_parts(meant), number)
         return list(self.encode(row))[number]
 
     def prompt_format(self, row: Row) -> str | None:
@@ -153,6 +121,9 @@ class RowEncoder:
     def chat_format(self) -> ChatFormat | None:
         """Return the pieces that the chat template puts around words, if it has some."""
         return self._chat.format()
+
+    def _text_parts(self, meant: Text) -> list[bytes]:
+        return list(pieces(meant.text.encode("utf-8"), self._longest_piece))
 
     def _piece(self, row: Row, parts: list[bytes], number: int) -> Encoded:
         tokens = self._encoder.tokenize(parts[number].decode("utf-8"))
@@ -225,15 +196,8 @@ class RowEncoder:
 def marked(encoded: Encoded) -> str:
     """Return the text of some tokens, runs of target tokens between ⟦ and ⟧.
 
-    Parameters
-    ----------
-    encoded : Encoded
-        The first token has nothing before it and is not learned.
-
-    Returns
-    -------
-    str
-        Text as it stands in the data; who prints it, escapes control characters.
+    The first token has nothing before it and is not learned. The text is as it stands in the data;
+    who prints it, escapes control characters.
 
     Examples
     --------

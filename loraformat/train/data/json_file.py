@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import re
-from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
 
@@ -31,21 +30,11 @@ _SCALAR_END = re.compile(rb"[\s,\]}]")
 _SPACE = re.compile(rb"[ \t\r\n]*")
 
 
-class JsonRows(FileRows, ABC):
+class JsonRows(FileRows):
     """JSON objects that are parsed when they are read."""
 
-    @abstractmethod
-    def place(self, number: int) -> str:
-        """Return the object's location."""
-
     def read(self, number: int) -> Row:
-        """Return an object.
-
-        Raises
-        ------
-        BadRowError
-            If it is longer than `LONGEST_ROW` bytes, or is no strict JSON object.
-        """
+        """Return an object; it must be strict JSON of at most `LONGEST_ROW` bytes."""
         place = self.place(number)
         if self._lengths[number] > LONGEST_ROW:
             raise BadRowError(place, f"longer than {LONGEST_ROW} bytes", path=self.name)
@@ -53,14 +42,7 @@ class JsonRows(FileRows, ABC):
 
 
 class JsonLines(JsonRows):
-    """The lines of a file that are not blank; 16 bytes of memory each.
-
-    Parameters
-    ----------
-    file : DataFile
-    unit : str
-        What a line is called in messages.
-    """
+    """The lines of a file that are not blank, called `unit`; 16 bytes of memory each."""
 
     def __init__(self, file: DataFile, unit: str = "line") -> None:
         super().__init__(file)

@@ -70,34 +70,20 @@ class DataFile:
 
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """Open the file at its beginning.
-
-        Raises
-        ------
-        FileChangedError
-            If it is not the file any more that it was.
-        InputError
-            If it cannot be opened or read.
-        """
+        """Open the file at its beginning; FileChangedError if it is not what it was any more."""
         with self._reading(), os.fdopen(self._open_descriptor(), "rb") as file:
             self._check(file.fileno())
             yield file
 
     def between(self, begin: int, end: int) -> bytes:
-        """Return a range of bytes.
-
-        Raises
-        ------
-        FileChangedError, InputError
-            As `opened`.
-        """
-        with self._reading():
-            if self._kept is not None:
+        """Return a range of bytes, of a file that is checked as by `opened`."""
+        if self._kept is None:
+            with self.opened() as file:
+                data = os.pread(file.fileno(), end - begin, begin)
+        else:
+            with self._reading():
                 self._check(self._kept)
                 data = os.pread(self._kept, end - begin, begin)
-            else:
-                with self.opened() as file:
-                    data = os.pread(file.fileno(), end - begin, begin)
         if len(data) != end - begin:
             raise FileChangedError("became shorter while it was being read", path=self.path)
         return data
@@ -116,10 +102,7 @@ class DataFile:
     def text_begin(self) -> int:
         """Return where UTF-8 text begins: behind a byte-order mark, if there is one.
 
-        Raises
-        ------
-        InputError
-            If the file says that it is UTF-16 or UTF-32, or is compressed.
+        A file that says that it is UTF-16 or UTF-32, or is compressed, is refused.
         """
         head = self.between(0, min(4, self.nbytes))
         if head[:2] in _FOREIGN_MARKS:
@@ -156,15 +139,6 @@ def _reopened(file: IO[bytes]) -> int:
 class BadRowError(InputError):
     """A row cannot be read; with ``bad_rows="skip"`` it is counted and skipped.
 
-    Parameters
-    ----------
-    place : str
-        Where in the file, such as ``"line 7"``.
-    problem : str
-        What is wrong and what was wanted.
-    path : str or os.PathLike
-    hint : str, optional
-
     Examples
     --------
     >>> str(BadRowError("line 7", "holds no text", path="a.jsonl"))
@@ -179,14 +153,9 @@ class BadRowError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The fields of one row.
+    """The fields of one row, and whether text is the beginning, and the end, of its document.
 
-    Attributes
-    ----------
-    fields : dict
-        Of any shape; `loraformat.train.data.row_formats` says what it means.
-    begins, ends : bool
-        Whether text is the beginning, and the end, of its document.
+    The fields are of any shape; `loraformat.train.data.row_formats` says what they mean.
     """
 
     fields: dict[str, Any]
@@ -195,11 +164,12 @@ class Row:
 
 
 class RowSource(Protocol):
-    """A file, or a data set, of which any row can be read at any time."""
+    """A file, or a data set, of which any row can be read at any time.
 
-    @property
-    def name(self) -> str:
-        """For messages: the path, or the id on the Hub."""
+    Its `name`, the path or the id on the Hub, is for messages.
+    """
+
+    name: str
 
     def __len__(self) -> int: ...
 
@@ -232,25 +202,16 @@ def parse_object(data: bytes, place: str, path: str) -> dict[str, Any]:
     return fields
 
 
-class FileRows:
+class FileRows(RowSource):
     """The byte ranges of a file's rows; 12 bytes of memory each.
 
     What a row is, and where it stands in a reader's eyes, is said by the kinds of files that are
-    made from this, which are `loraformat.train.data.row.RowSource`.
-
-    Parameters
-    ----------
-    file : DataFile
+    made from this.
     """
 
     def __init__(self, file: DataFile) -> None:
-        self._file = file
+        self._file, self.name = file, str(file.path)
         self._begins, self._lengths = array("q"), array("I")
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self._file.path)
 
     def __len__(self) -> int:
         return len(self._begins)

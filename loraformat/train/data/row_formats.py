@@ -24,6 +24,7 @@ JSON. The content of a message is kept as it stands:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from loraformat.chat_templates.probe import CALLS
@@ -81,11 +82,6 @@ def _as_list(value: Any, name: str) -> list[Any]:
 def from_json(text: str, name: str) -> Any:
     """Return what a string of JSON says, as tables keep what differs from row to row.
 
-    Raises
-    ------
-    KindError
-        If it is not strict JSON.
-
     Examples
     --------
     >>> from_json('[{"name": "add"}]', "tools")
@@ -114,7 +110,7 @@ def _checked_message(message: Any) -> dict[str, Any]:
     if _FUNCTION_CALL in checked:
         checked.setdefault(CALLS, [checked.pop(_FUNCTION_CALL)])
     if CALLS in checked:
-        checked[CALLS] = _calls(checked[CALLS])
+        checked[CALLS] = [_call(call) for call in _several(checked[CALLS], CALLS)]
         if not checked[CALLS]:
             del checked[CALLS]
     content = checked.get("content")
@@ -175,25 +171,17 @@ def _system_message(fields: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": _as_string(fields, "system")}]
 
 
-def _tool_list(tools: Any) -> list[Any] | None:
-    """Return descriptions of tools from a list or a string of JSON; None if there are none."""
-    if isinstance(tools, str):
-        tools = from_json(tools, "tools") if tools.strip() else None
-    if isinstance(tools, dict):
-        tools = [tools]
-    return _as_list(tools, "tools") if tools else None
-
-
-def _calls(calls: Any) -> list[dict[str, Any]]:
-    """Return calls as ``[{"type": "function", "function": {"name": …, "arguments": …}}]``."""
-    if isinstance(calls, str):
-        calls = from_json(calls, CALLS) if calls.strip() else []
-    if isinstance(calls, dict):
-        calls = [calls]
-    return [_call(call) for call in _as_list(calls, CALLS)] if calls else []
+def _several(value: Any, name: str) -> list[Any]:
+    """Return one or several things from a list, an object, or a string of their JSON."""
+    if isinstance(value, str):
+        value = from_json(value, name) if value.strip() else None
+    if isinstance(value, dict):
+        value = [value]
+    return _as_list(value, name) if value else []
 
 
 def _call(call: Any) -> dict[str, Any]:
+    """Return a call as ``{"type": "function", "function": {"name": …, "arguments": …}}``."""
     if isinstance(call, dict) and "function" not in call and "name" in call:
         alone = {"name": call["name"], "arguments": call.get("arguments", {})}
         call = {"type": "function", "function": alone}
@@ -215,23 +203,6 @@ def _text_part(part: Any) -> str:
     return text
 
 
-FIELDS = frozenset(
-    [
-        "text",
-        "prompt",
-        "completion",
-        "messages",
-        "conversations",
-        "instruction",
-        "input",
-        "output",
-        "system",
-        "history",
-        "tools",
-    ]
-)
-"""Every field that means something."""
-
 _NEEDED = {
     "text": ("text",),
     "prompt and completion": ("prompt", "completion"),
@@ -239,6 +210,8 @@ _NEEDED = {
     "conversations": ("conversations",),
     "instruction and output": ("instruction", "output"),
 }
+FIELDS = frozenset(chain(*_NEEDED.values(), ("input", "system", "history", "tools")))
+"""Every field that means something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,18 +231,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages for the chat template.
+    """Messages, with ``role`` and ``content``, and descriptions of tools for the chat template.
 
-    Attributes
-    ----------
-    messages : list of dict
-        At least ``role`` and ``content``.
-    learned : list of bool
-        For each message whether it is learned.
-    tools : list or None
-        Descriptions of tools, as the template wants them.
-    wordless : int
-        Messages of the assistant's that say nothing, and are not learned therefore.
+    `learned` tells of each message whether it is. `wordless` counts those of the assistant's that
+    say nothing, and are not learned therefore.
     """
 
     messages: list[dict[str, Any]]
@@ -280,11 +245,6 @@ class Conversation:
 
 def kind_of(fields: dict[str, Any]) -> str:
     """Name the fields that say what a row is; one file holds rows of one kind.
-
-    Raises
-    ------
-    KindError
-        If there are none, or those of two kinds.
 
     Examples
     --------
@@ -316,12 +276,7 @@ def _retold(fields: dict[str, Any], kind: str) -> bool:
 
 
 def meaning(fields: dict[str, Any]) -> Text | Completion | Conversation:
-    r"""Return what a row means.
-
-    Raises
-    ------
-    KindError
-        If a field is missing or of a wrong type.
+    r"""Return what a row means; KindError if a field is missing or of a wrong type.
 
     Examples
     --------
@@ -371,4 +326,5 @@ def _conversation(messages: Any, tools: Any) -> Conversation:
         answer and not _says_nothing(message)
         for answer, message in zip(answers, checked, strict=True)
     ]
-    return Conversation(checked, learned, _tool_list(tools), sum(answers) - sum(learned))
+    wordless = sum(answers) - sum(learned)
+    return Conversation(checked, learned, _several(tools, "tools") or None, wordless)

@@ -54,11 +54,6 @@ def open_sources(
 ) -> list[RowSource]:
     """Open everything that is named, in that order; the files of a directory sorted by name.
 
-    Parameters
-    ----------
-    names : path, Hub id, or sequence of them
-    options : DataOptions
-
     Raises
     ------
     InputError
@@ -163,16 +158,11 @@ def _walk(directory: Path, prefix: str, depth: int) -> Iterator[str]:
 class HubRows:
     """The rows of one split; ``datasets`` keeps them on disk and maps them.
 
-    Parameters
-    ----------
-    name : str
-        The id.
-    table : datasets.Dataset
-        Columns that mean nothing to the trainer are never read.
+    Columns of the table that mean nothing to the trainer are never read.
     """
 
     def __init__(self, name: str, table: Any) -> None:
-        self._name = name
+        self.name = name
         known = [column for column in table.column_names if column in FIELDS]
         if not known:
             raise InputError(
@@ -181,11 +171,6 @@ class HubRows:
                 path=name,
             )
         self._table = table.select_columns(known)
-
-    @property
-    def name(self) -> str:
-        """The id."""
-        return self._name
 
     def __len__(self) -> int:
         return len(self._table)
@@ -200,15 +185,7 @@ class HubRows:
 
 
 def open_hub(repo: str, revision: str | None, subset: str, split: str) -> HubRows:
-    """Download one split of a data set, or find it in the cache.
-
-    Raises
-    ------
-    MissingDependencyError
-        If ``datasets`` is not installed.
-    HubError
-        If it cannot be had.
-    """
+    """Download one split of a data set, or find it in the cache."""
     try:
         import datasets
     except ImportError:

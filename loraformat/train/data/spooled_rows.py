@@ -16,6 +16,7 @@ import gzip
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -80,14 +81,7 @@ def _table_rows(
     file: DataFile, form: str, batches: Callable[[BinaryIO], Iterator[Any]]
 ) -> JsonLines:
     """Open a table through pyarrow."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise MissingDependencyError(
-            f"{form} needs pyarrow, which is not installed",
-            path=file.path,
-            hint="run: pip install 'loraformat[data]'",
-        ) from None
+    _check_pyarrow(file, form)
 
     def write(stream: BinaryIO, spool: IO[bytes]) -> None:
         number = 0
@@ -98,6 +92,15 @@ def _table_rows(
                 spool.write(_line(row, number, file))
 
     return JsonLines(_spooled(file, form, write), unit="row")
+
+
+def _check_pyarrow(file: DataFile, form: str, or_else: str = "") -> None:
+    if find_spec("pyarrow") is None:
+        raise MissingDependencyError(
+            f"{form} needs pyarrow, which is not installed",
+            path=file.path,
+            hint=f"run: pip install 'loraformat[data]'{or_else}",
+        )
 
 
 def without_nulls(value: Any) -> Any:
@@ -126,13 +129,7 @@ def _line(row: dict[str, Any], number: int, file: DataFile) -> bytes:
 
 
 def unpacked(file: DataFile, suffix: str) -> DataFile:
-    """Return what is in a compressed file.
-
-    Parameters
-    ----------
-    file : DataFile
-    suffix : str
-        One of `COMPRESSIONS`.
+    """Return what is in a compressed file, which is packed as `COMPRESSIONS` says of its suffix.
 
     Raises
     ------
@@ -144,6 +141,8 @@ def unpacked(file: DataFile, suffix: str) -> DataFile:
         If the temporary directory is full.
     """
     form, opened = COMPRESSIONS[suffix]
+    if opened is _zstandard:
+        _check_pyarrow(file, form, "; or unpack it: zstd -d")
     most = max(file.nbytes * _LARGEST_RATIO, _ALWAYS_TAKEN)
 
     def write(stream: BinaryIO, spool: IO[bytes]) -> None:
@@ -157,14 +156,7 @@ def unpacked(file: DataFile, suffix: str) -> DataFile:
                 )  # fmt: skip
             spool.write(data)
 
-    try:
-        return _spooled(file, form, write)
-    except ImportError:
-        raise MissingDependencyError(
-            f"{form} needs pyarrow, which is not installed",
-            path=file.path,
-            hint="run: pip install 'loraformat[data]'; or unpack it: zstd -d",
-        ) from None
+    return _spooled(file, form, write)
 
 
 def _zstandard(stream: BinaryIO) -> Any:
@@ -191,19 +183,7 @@ def has_splits(directory: Path) -> bool:
 
 
 def open_saved(directory: Path, split: str) -> list[RowSource]:
-    """Open the files of a saved data set.
-
-    Parameters
-    ----------
-    directory : Path
-    split : str
-        If there are several.
-
-    Raises
-    ------
-    InputError
-        If there is no such split, or the directory is not sound.
-    """
+    """Open the files of a saved data set, those of the split if there are several."""
     folder, within = SafeDirectory(directory), ""
     if has_splits(directory):
         splits = _read(folder, _SPLITS).get("splits")

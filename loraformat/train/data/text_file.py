@@ -23,17 +23,10 @@ _SMALLEST, _LARGEST = 1 << 12, 1 << 20
 
 
 class TextFile(FileRows):
-    """The pieces of a text file; 13 bytes of memory each.
+    """The pieces, of at most `longest` bytes, of a UTF-8 file; 13 bytes of memory each.
 
-    Parameters
-    ----------
-    file : DataFile
-        UTF-8.
-    paragraphs : bool
-        What stands between blank lines is a document, without the line end behind it.
-        Otherwise the whole file is one, byte for byte.
-    longest : int
-        Most bytes of a piece.
+    With `paragraphs`, what stands between blank lines is a document, without the line end behind
+    it. Otherwise the whole file is one, byte for byte.
     """
 
     def __init__(self, file: DataFile, *, paragraphs: bool, longest: int) -> None:
@@ -61,13 +54,7 @@ class TextFile(FileRows):
         return f"byte {self._begins[number]}"
 
     def read(self, number: int) -> Row:
-        """Return a piece as ``{"text": …}``.
-
-        Raises
-        ------
-        BadRowError
-            If it is not UTF-8.
-        """
+        """Return a piece as ``{"text": …}``; it must be UTF-8."""
         try:
             text = self._bytes(number).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -109,17 +96,9 @@ def piece_size(seq_len: int) -> int:
 
 
 def cut(window: bytes) -> int:
-    r"""Return where to cut UTF-8 text that continues beyond the window.
+    r"""Return where to cut UTF-8 text that continues beyond a window of at least four bytes.
 
-    Parameters
-    ----------
-    window : bytes
-        At least four.
-
-    Returns
-    -------
-    int
-        Bytes before the cut; more than 0.
+    The result is the bytes before the cut, more than 0.
 
     Examples
     --------

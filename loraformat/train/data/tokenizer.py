@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,13 @@ _LARGEST_TEMPLATE = 1 << 20
 _PROBE = "a"
 
 
+@dataclass(frozen=True, slots=True)
 class TokenizedText:
-    """A text as tokens.
+    """A text as token ids, and the characters of it that each token stands for."""
 
-    Attributes
-    ----------
-    text : str
-    ids : list of int
-    spans : list of (int, int)
-        Of each token, the characters of the text that it stands for.
-    """
-
-    __slots__ = ("ids", "spans", "text")
-
-    def __init__(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> None:
-        self.text, self.ids, self.spans = text, ids, spans
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 class TextEncoder:
@@ -88,14 +81,13 @@ class TextEncoder:
         return bool(self.tokenizer.chat_template)
 
     def use_template(self, path: str | PathLike[str]) -> None:
-        """Render conversations with the Jinja template in a file.
-
-        Raises
-        ------
-        InputError
-            If it cannot be read, is larger than 1 MiB, or is not UTF-8.
-        """
-        self.tokenizer.chat_template = _template(Path(path))
+        """Render conversations with the Jinja template in a file: UTF-8, at most 1 MiB."""
+        real = Path(path).resolve()
+        raw = SafeDirectory(real.parent).read(real.name, _LARGEST_TEMPLATE)
+        try:
+            self.tokenizer.chat_template = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8 at byte {error.start}", path=path) from None
 
     def tokenize(self, text: str) -> TokenizedText:
         """Return a text's tokens, and none besides."""
@@ -139,12 +131,7 @@ def open_tokenizer(
 ) -> TextEncoder:
     """Open the tokenizer in a model's directory; nothing is downloaded, no code of it is run.
 
-    Parameters
-    ----------
-    directory : str or os.PathLike
-        A bundle, or any directory with tokenizer files.
-    chat_template : str or os.PathLike, optional
-        File with a Jinja template that takes the place of the model's own.
+    `chat_template` is a file with a Jinja template that takes the place of the model's own.
 
     Raises
     ------
@@ -196,12 +183,3 @@ def _check_files(directory: Path) -> None:
         words = ("token", "config", "vocab", "merges", "chat_template", "special")
         if not name.startswith("adapters/") and any(word in name for word in words):
             os.close(folder.open(name))  # a link that leads out is refused before it is followed
-
-
-def _template(path: Path) -> str:
-    real = path.resolve()
-    raw = SafeDirectory(real.parent).read(real.name, _LARGEST_TEMPLATE)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 at byte {error.start}", path=path) from None

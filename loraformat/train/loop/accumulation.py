@@ -45,27 +45,16 @@ class Differentiable(Protocol):
 
     def loss(self, batch: Batch, *, rows_at_once: int | None = None) -> torch.Tensor:
         """Return the sum of negative log-likelihoods of the target tokens."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepSums:
-    """Sums over the micro-batches of one step.
+    """Sums over the micro-batches of one step."""
 
-    Attributes
-    ----------
-    loss : float
-        Negative log-likelihood (nats).
-    trained, tokens : int
-        Learned tokens; tokens that are not padding.
-    flags : tuple of float
-        Whatever else ranks tell each other, added up.
-    """
-
-    loss: float = 0.0
-    trained: int = 0
-    tokens: int = 0
-    flags: tuple[float, ...] = ()
+    loss: float = 0.0  #: negative log-likelihood (nats)
+    trained: int = 0  #: target tokens
+    tokens: int = 0  #: tokens that are not padding
+    flags: tuple[float, ...] = ()  #: whatever else ranks tell each other, added up
 
 
 def accumulate(
@@ -78,22 +67,11 @@ def accumulate(
     layer_major: bool = False,
     place: Place = str,
 ) -> StepSums:
-    """Add the gradients of micro-batches up in the parameters' ``grad``.
+    """Add the gradients of this rank's micro-batches up in the parameters' ``grad``.
 
-    Parameters
-    ----------
-    model : Differentiable
-    batches : sequence of Batch
-        This rank's, on the model's device.
-    seed, step : int
-        Dropout is drawn anew for each micro-batch from seed, step and the micro-batch's number
-        among those of all ranks: so a resumed run draws what it would have drawn, and two
-        ranks draw what one would.
-    world : World
-    layer_major : bool
-        All micro-batches go through a layer before the next layer is read.
-    place : callable
-        Describes a sample, for messages.
+    Dropout is drawn anew for each micro-batch from seed, step and the micro-batch's number among
+    those of all ranks: so a resumed run draws what it would have drawn, and two ranks draw what one
+    would. With `layer_major` all micro-batches go through a layer before the next layer is read.
 
     Raises
     ------
@@ -198,10 +176,7 @@ def mean_gradient(
 ) -> float:
     """Divide summed gradients by the number of target tokens, clip their norm, and return it.
 
-    Raises
-    ------
-    DivergedError
-        If a gradient is NaN or infinite.
+    A gradient that is NaN or infinite is a DivergedError.
     """
     length = clipped_mean(parameters.values(), sums.trained, limit)
     if not math.isfinite(length):

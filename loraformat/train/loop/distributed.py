@@ -59,31 +59,16 @@ def _talking() -> Iterator[None]:
 
 
 class World:
-    """The processes of one run; by default this one alone.
-
-    Attributes
-    ----------
-    rank : int
-        Which of them this is; rank 0 writes.
-    size : int
-    """
+    """The processes of one run; by default this one alone. Rank 0 writes."""
 
     def __init__(self, rank: int = 0, size: int = 1, *, joined: bool = False) -> None:
         self.rank, self.size, self._joined = rank, size, joined
 
     @classmethod
     def join(cls, device: str = "cpu") -> World:
-        """Join the processes that ``torchrun`` has started, if it has.
+        """Join the processes that ``torchrun`` has started, if it has, with this one's device.
 
-        Parameters
-        ----------
-        device : str
-            This process's own. On GPUs NCCL talks, else gloo.
-
-        Raises
-        ------
-        UsageError
-            If the environment names a rank but no meeting point.
+        On GPUs NCCL talks, else gloo.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size <= 1:

@@ -27,14 +27,7 @@ __all__ = ["HeldOutLoss", "evaluating", "held_out_loss"]
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLoss:
-    """A loss and what it was measured on.
-
-    Attributes
-    ----------
-    loss : float
-        Nats per learned token.
-    tokens : int
-        Learned tokens.
+    """A loss in nats per target token, and how many target tokens it was measured on.
 
     Examples
     --------
@@ -70,17 +63,7 @@ def held_out_loss(
     world: World | None = None,
     device: str | torch.device = "cpu",
 ) -> HeldOutLoss:
-    """Measure the loss; nothing of the model changes.
-
-    Parameters
-    ----------
-    model : Differentiable
-        A module.
-    batches : iterable of Batch
-        This rank's share.
-    world : World, optional
-        Whose shares are added up.
-    device : str or torch.device
+    """Measure the loss on this rank's batches and those of the others; the model is unchanged.
 
     Raises
     ------

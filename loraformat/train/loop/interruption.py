@@ -19,17 +19,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Catches the signals; a context manager.
+    """Catches the signals; a context manager. `wanted` tells whether one has come.
 
-    Parameters
-    ----------
-    patient : bool
-        Never raise, only note: several ranks have to stop after the same step.
-
-    Attributes
-    ----------
-    wanted : bool
-        Whether one has come.
+    A `patient` one never raises, only notes: several ranks have to stop after the same step.
     """
 
     def __init__(self, *, patient: bool = False) -> None:
@@ -51,9 +43,8 @@ class Interruption:
 
     def _come(self, number: int, frame: FrameType | None) -> None:
         again, self.wanted = self.wanted, True
-        if not self._patient and (
-            self._at_once or again
-        ):  # a second Ctrl-C does not wait for anything
+        # A second Ctrl-C does not wait for anything.
+        if not self._patient and (self._at_once or again):
             self._at_once = False
             raise KeyboardInterrupt
 
@@ -62,12 +53,8 @@ class Interruption:
         """Let a signal raise `KeyboardInterrupt` inside this block, and not only be noted."""
         self._at_once = not self._patient
         try:
-            self.check()
+            if self.wanted and not self._patient:
+                raise KeyboardInterrupt
             yield
         finally:
             self._at_once = False
-
-    def check(self) -> None:
-        """Raise `KeyboardInterrupt` if a signal has arrived."""
-        if self.wanted and not self._patient:
-            raise KeyboardInterrupt

@@ -46,15 +46,12 @@ class Trainable(Differentiable, Protocol):
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return what is trained, always in the same order."""
-        ...
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Return what else a resumed run needs; an adapter holds its sum over the ranks."""
-        ...
 
     def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `extra_state` gave."""
-        ...
 
     def save_adapter(
         self,
@@ -65,7 +62,6 @@ class Trainable(Differentiable, Protocol):
         files: tuple[CarriedFile, ...] = (),
     ) -> Path:
         """Write the adapter."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,51 +89,24 @@ _SAVE_SECONDS = 600.0
 
 @dataclass
 class Loop:
-    """One run, from where its state is.
-
-    Attributes
-    ----------
-    model : Trainable
-    stream : iterator of (Batch, dict)
-        This rank's micro-batches, each with the place behind it.
-    optimizer, schedule, options
-    directory : Path
-        Of checkpoints.
-    metrics : Metrics or None
-        None on ranks that do not write.
-    state : RunState
-    identity : mapping
-        What the run was started with: JSON values that a checkpoint keeps.
-    world : World
-    device : str
-    evaluate : callable, optional
-        Measures the held-out loss.
-    sample : callable, optional
-        Returns pairs of a prompt and its continuation.
-    beside : tuple of CarriedFile
-        Stored next to the adapter in a checkpoint.
-    place : callable
-        Describes a sample by its number.
-    observe : callable
-        Called with every step, evaluation, sample and checkpoint.
-    """
+    """One run, from where its state is."""
 
     model: Trainable
-    stream: Iterator[tuple[Batch, dict[str, Any]]]
+    stream: Iterator[tuple[Batch, dict[str, Any]]]  #: this rank's micro-batches, and places behind
     optimizer: Optimizer
     schedule: Schedule
     options: LoopOptions
-    directory: Path
-    metrics: Metrics | None
+    directory: Path  #: of checkpoints
+    metrics: Metrics | None  #: None on ranks that do not write
     state: RunState
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)  #: JSON that a checkpoint keeps
     world: World = field(default_factory=World)
     device: str = "cpu"
     evaluate: Callable[[], HeldOutLoss] | None = None
-    sample: Callable[[], list[tuple[str, str]]] | None = None
-    beside: tuple[CarriedFile, ...] = ()
-    place: Callable[[int], str] = str
-    observe: Observer = lambda event: None
+    sample: Callable[[], list[tuple[str, str]]] | None = None  #: prompts and continuations
+    beside: tuple[CarriedFile, ...] = ()  #: stored next to the adapter in a checkpoint
+    place: Callable[[int], str] = str  #: describes a sample by its number
+    observe: Observer = lambda event: None  #: takes every step, evaluation, sample, checkpoint
 
     def __post_init__(self) -> None:
         self._parameters = self.model.trainable()
@@ -145,21 +114,10 @@ class Loop:
         self._saved_at = self._started = time.monotonic()
         self._seconds_before = self.state.seconds
         self._save_wanted = False
-
-    @property
-    def best_path(self) -> Path:
-        """Where the best parameters are kept."""
-        return self.directory / "best"
+        self._best = self.directory / "best"
 
     def run(self) -> RunState:
-        """Train to the end, or until it is interrupted.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            After a checkpoint was written.
-        DivergedError, ResourceError
-        """
+        """Train to the end; KeyboardInterrupt comes after a checkpoint was written."""
         with Interruption(patient=self.world.size > 1) as interruption:
             try:
                 while self._look_and_go_on(interruption):
@@ -175,7 +133,7 @@ class Loop:
 
     def _look_and_go_on(self, interruption: Interruption) -> bool:
         with interruption.at_once():
-            loss = self._evaluation() if self._is_due() else None
+            loss = self.evaluate() if self.evaluate and self._is_due() else None
             samples = self.sample() if loss is not None and self.sample else []
         if loss is not None:
             self._take_evaluation(loss, samples)
@@ -188,13 +146,8 @@ class Loop:
 
     def _is_due(self) -> bool:
         step, every = self.state.step, self.options.eval_every
-        if self.evaluate is None or self.state.evaluated == step:
-            return False
-        return step in (0, self.options.steps) or bool(every and step % every == 0)
-
-    def _evaluation(self) -> HeldOutLoss:
-        assert self.evaluate is not None
-        return self.evaluate()
+        due = step in (0, self.options.steps) or bool(every and step % every == 0)
+        return due and self.state.evaluated != step
 
     def _take_evaluation(self, loss: HeldOutLoss, samples: list[tuple[str, str]]) -> None:
         if self.state.take_evaluation(loss.loss) and self.options.best:
@@ -210,7 +163,7 @@ class Loop:
             tensors = _prefixed("parameter:", self._parameters)
             tensors |= _prefixed("extra:", added_up(extras))
             self.directory.mkdir(parents=True, exist_ok=True)
-            saved_state.write(self.best_path, facts, tensors)
+            saved_state.write(self._best, facts, tensors)
 
     def _take_best(self) -> None:
         """Take the best parameters, and what was collected up to them.
@@ -220,7 +173,7 @@ class Loop:
         if not self.options.best or self.state.best_step in (None, self.state.step):
             return
         if self.world.is_main_process:
-            best = saved_state.read(self.best_path)
+            best = saved_state.read(self._best)
             _copy(best.part("parameter:"), self._parameters)
             self.model.load_extra_state(_copies(best.part("extra:")))
         else:
@@ -237,11 +190,8 @@ class Loop:
             with interruption.at_once():
                 batches, places = self._take()
                 sums, diverged = self._accumulate(batches)
-            flags = [
-                interruption.wanted,
-                self.world.is_main_process and self._is_late(),
-                diverged is not None,
-            ]  # fmt: skip
+            late = time.monotonic() - self._saved_at > _SAVE_SECONDS
+            flags = [interruption.wanted, self.world.is_main_process and late, diverged is not None]
             sums = add_up(sums, self._parameters, self.world, flags)
             if sums.flags[2] > 0:  # all ranks know, and end together
                 raise diverged or diverged_elsewhere(self.state.step)
@@ -300,9 +250,6 @@ class Loop:
 
     # Checkpoints
 
-    def _is_late(self) -> bool:
-        return time.monotonic() - self._saved_at > _SAVE_SECONDS
-
     def _wants_checkpoint(self) -> bool:
         every = self.options.save_every
         if self._saved_step == self.state.step:
@@ -345,13 +292,7 @@ class Loop:
             self.model.load_extra_state(extras[self.world.rank])
 
     def restore(self, checkpoint: saved_state.Checkpoint) -> None:
-        """Resume from a checkpoint.
-
-        Raises
-        ------
-        InputError
-            If it is of other parameters.
-        """
+        """Resume from a checkpoint, which must be of these parameters."""
         _copy(checkpoint.part("parameter:"), self._parameters)
         self.optimizer.restore(checkpoint.part("optimizer:"), checkpoint.facts["optimizer"])
         self.model.load_extra_state(_copies(checkpoint.part(f"extra:{self.world.rank}:")))

@@ -19,13 +19,7 @@ def resident() -> int:
 
 
 def resident_of(process: int) -> int | None:
-    """Return the bytes of memory that another process has now; None if that is not to be known.
-
-    Parameters
-    ----------
-    process : int
-        Its number.
-    """
+    """Return the bytes of memory that a process has now, by its number; None if unknown."""
     try:
         pages = Path(f"/proc/{process}/statm").read_text().split()[1]
     except OSError:  # no Linux, or no such process
@@ -67,14 +61,8 @@ def available(device: str) -> int | None:
 def spare(base_bytes: int, device: str) -> int:
     """Return the bytes that a process may take for speed alone.
 
-    On a CPU half of what would be left if all of the base were in the page cache, shared with the
-    other processes of a run on this machine; on a GPU half of what is free there.
-
-    Parameters
-    ----------
-    base_bytes : int
-        Of the mapped base.
-    device : str
+    On a CPU half of what would be left if all of the mapped base were in the page cache, shared
+    with the other processes of a run on this machine; on a GPU half of what is free there.
     """
     left = available(device)
     if left is None:

@@ -25,13 +25,8 @@ def check_tensorboard() -> None:
 class Metrics:
     r"""Writer of ``metrics.jsonl``, and optionally of TensorBoard's files.
 
-    Parameters
-    ----------
-    path, tensorboard : Path
-    position : int
-        Bytes that are kept of an existing file: those that the checkpoint knew of.
-    step : int
-        First step for TensorBoard; what it has of this one and later ones is dropped.
+    Kept of existing files are the `position` bytes that the checkpoint knew of, and for TensorBoard
+    the steps before `step`.
 
     Examples
     --------
@@ -89,9 +84,5 @@ class Metrics:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a record; a line that a crash has cut off is left out."""
-    lines = []
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                lines.append(json.loads(line))
-    return lines
+        return [json.loads(line) for line in file if line.endswith(b"\n")]

@@ -12,11 +12,13 @@ the paper proposes 16. An embedding's factors and DoRA's magnitudes keep the pla
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +41,8 @@ _FASTER = ".lora_B.weight"
 class Optimizer:
     """Updates named parameters (float32) from their gradients.
 
-    Parameters
-    ----------
-    parameters : mapping of str to torch.nn.Parameter
-    options : OptimizerOptions
-    ratios : mapping of str to float, optional
-        What a parameter's learning rate is multiplied by, by name: LoRA+ (Hayou 2024).
-    directory : Path, optional
-        Of states on a disk.
-
-    Raises
-    ------
-    UsageError, MissingDependencyError
-        As `check_optimizer`.
-    ResourceError
-        If the disk has no room for the states.
+    `ratios` are what learning rates are multiplied by, by name: LoRA+ (Hayou 2024). States on a
+    disk are in `directory`; ResourceError says that it has no room for them.
 
     Examples
     --------
@@ -108,19 +97,17 @@ class Optimizer:
                         part.init_state(group, parameter, g, p)  # type: ignore[attr-defined]
 
     def _make_adam_states(self) -> None:
-        on_disk = iter(self._disk.tensors) if self._disk is not None else None
+        on_disk = iter(self._disk.tensors if self._disk is not None else ())
         homes = self._homes()
         for parameter in self._parameters.values():
-            zeros = [
-                torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                if on_disk is None
-                else next(on_disk)
+            mean, square = (
+                torch.zeros_like(parameter) if self._disk is None else next(on_disk)
                 for _ in range(2)
-            ]
+            )
             homes[parameter].state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": zeros[0].detach(),
-                "exp_avg_sq": zeros[1].detach(),
+                "exp_avg": mean.detach(),
+                "exp_avg_sq": square.detach(),
             }
 
     def _homes(self) -> dict[torch.nn.Parameter, torch.optim.Optimizer]:
@@ -132,54 +119,33 @@ class Optimizer:
         }
 
     def step(self, learning_rate: float) -> None:
-        """Update every parameter that has a gradient, and drop the gradients.
-
-        Parameters
-        ----------
-        learning_rate : float
-            Of parameters without a ratio of their own.
-        """
+        """Update every parameter that has a gradient, and drop the gradients."""
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate * group["ratio"]
             part.step()
-            part.zero_grad(set_to_none=True)
+            part.zero_grad()
             if self._disk is not None:
                 self._disk.release()
 
     def forget_gradients(self) -> None:
         """Drop the gradients of a step that is not made."""
         for part in self._parts:
-            part.zero_grad(set_to_none=True)
+            part.zero_grad()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the states that a checkpoint keeps, not copied, by ``KIND:PARAMETER``."""
-        return {
-            f"{kind}:{name}": value
-            for name, state in self._states()
-            for kind, value in state.items()
-            if isinstance(value, torch.Tensor) and not kind.startswith("qmap")
-        }
+        found = self._states(torch.Tensor)
+        return {name: value for name, value in found.items() if not name.startswith("qmap")}
 
     def numbers(self) -> dict[str, int | float]:
         """Return the states that are plain numbers, in the same way."""
-        return {
-            f"{kind}:{name}": value
-            for name, state in self._states()
-            for kind, value in state.items()
-            if isinstance(value, int | float)
-        }
+        return self._states(int | float)
 
     def restore(
         self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, int | float]
     ) -> None:
-        """Take over the states of a checkpoint.
-
-        Raises
-        ------
-        InputError
-            If they are not the states of these parameters.
-        """
+        """Take over the states of a checkpoint, which must be those of these parameters."""
         mine = self.tensors()
         if set(mine) != set(tensors) or set(self.numbers()) != set(numbers):
             odd = sorted(set(mine) ^ set(tensors) or set(self.numbers()) ^ set(numbers))[0]
@@ -188,25 +154,25 @@ class Optimizer:
             if value.shape != tensors[name].shape or value.dtype != tensors[name].dtype:
                 raise InputError(f"optimizer state {printable(name)} has another shape or type")
             value.copy_(tensors[name])
-        for name, state in self._states():
-            for kind in [kind for kind, value in state.items() if isinstance(value, int | float)]:
-                state[kind] = type(state[kind])(numbers[f"{kind}:{name}"])
-
-    def _states(self) -> list[tuple[str, dict[str, Any]]]:
         homes = self._homes()
-        return [(name, homes[p].state[p]) for name, p in self._parameters.items()]
+        for key, own in self.numbers().items():
+            kind, _, name = key.partition(":")
+            parameter = self._parameters[name]
+            homes[parameter].state[parameter][kind] = type(own)(numbers[key])
+
+    def _states(self, wanted: Any) -> dict[str, Any]:
+        """Return the states that are of a type."""
+        homes = self._homes()
+        return {
+            f"{kind}:{name}": value
+            for name, parameter in self._parameters.items()
+            for kind, value in homes[parameter].state[parameter].items()
+            if isinstance(value, wanted)
+        }
 
 
 def check_optimizer(options: OptimizerOptions, *, on_gpu: bool) -> None:
-    """Refuse optimizer states that cannot be kept where they are asked for.
-
-    Raises
-    ------
-    UsageError
-        If they cannot lie there.
-    MissingDependencyError
-        If bitsandbytes is wanted and not installed.
-    """
+    """Refuse states that cannot be kept where they are asked for, or lack bitsandbytes."""
     if options.kind.startswith("paged") and not on_gpu:
         raise UsageError(
             "paged states need a GPU",
@@ -254,20 +220,14 @@ def _maker(options: OptimizerOptions) -> Callable[[list[dict[str, Any]]], torch.
 class DiskStates:
     """Zeros on a disk, as float32 `tensors` of some shapes that share the memory of a file.
 
-    Raises
-    ------
-    ResourceError
-        If the disk has no room; it is reserved at once, since a mapped file that runs out of
-        it would end the process later.
+    Room is reserved at once, since a mapped file that runs out of it would end the process later.
     """
 
     def __init__(self, directory: Path, shapes: Sequence[Sequence[int]]) -> None:
         if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(os, "posix_fallocate"):
             raise UsageError("optimizer states on disk need Linux", hint="keep them in memory")
-        counts = [torch.Size(shape).numel() for shape in shapes]
-        starts = [0]
-        for count in counts:
-            starts.append(starts[-1] + -(-count * 4 // _ALIGNMENT) * _ALIGNMENT)
+        counts = [math.prod(shape) for shape in shapes]
+        starts = [0, *accumulate(-(-count * 4 // _ALIGNMENT) * _ALIGNMENT for count in counts)]
         self.nbytes = max(starts[-1], _ALIGNMENT)
         self._map = self._reserve(directory)
         self.tensors = [

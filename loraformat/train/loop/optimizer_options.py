@@ -56,13 +56,7 @@ class OptimizerOptions:
 def state_bytes(kind: str, parameters: int, small: int = 0) -> int:
     """Return what an optimizer keeps for so many trained numbers (bytes).
 
-    Parameters
-    ----------
-    kind : str
-    parameters : int
-        Trained numbers.
-    small : int
-        How many of them are in tensors smaller than `SMALL`.
+    `small` is how many of them are in tensors smaller than `SMALL`.
 
     Examples
     --------

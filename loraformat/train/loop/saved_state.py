@@ -31,7 +31,7 @@ from loraformat.tensors.header import Entry, encode_header
 from loraformat.tensors.mapped import MappedFile
 from loraformat.tensors.torch_arrays import array_of, tensor_of
 
-__all__ = ["Checkpoint", "RunState", "adapter_of", "name_of", "newest", "prune", "read", "write"]
+__all__ = ["Checkpoint", "RunState", "name_of", "newest", "prune", "read", "write"]
 
 _STATE = "state.safetensors"
 _FACTS = "checkpoint.json"
@@ -43,20 +43,11 @@ _DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was read and whose hashes agree.
-
-    Attributes
-    ----------
-    path : Path
-    facts : dict
-        What `write` was given, and ``step``.
-    tensors : dict of str to torch.Tensor
-        Views on the mapped file, to be copied from.
-    """
+    """A checkpoint that was read and whose hashes agree."""
 
     path: Path
-    facts: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]  #: what `write` was given
+    tensors: dict[str, torch.Tensor]  #: views on the mapped file, to be copied from
 
     @property
     def step(self) -> int:
@@ -81,15 +72,8 @@ def write(
 ) -> None:
     """Write a checkpoint; it appears when it is whole and on the disk.
 
-    Parameters
-    ----------
-    target : Path
-        Its directory; the parent exists. An existing one is replaced.
-    facts : mapping
-        JSON values, with ``step``.
-    tensors : mapping of str to torch.Tensor
-    save_adapter : callable, optional
-        Writes the adapter, for people to try out, to the path that it is given.
+    Its directory is replaced if it exists; the parent must. `facts` are JSON values, with ``step``.
+    `save_adapter` writes the adapter, for people to try out, to the path that it is given.
 
     Raises
     ------
@@ -173,10 +157,7 @@ def _read_facts(folder: SafeDirectory) -> dict[str, Any]:
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest checkpoint that is whole, and what was wrong with newer ones.
 
-    Parameters
-    ----------
-    directory : Path
-        Where they lie; it need not exist.
+    The directory need not exist.
     """
     problems: list[str] = []
     for path in reversed(_found(directory)):
@@ -218,29 +199,9 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(gone)
 
 
-def adapter_of(path: Path) -> Path:
-    """Return the path of a checkpoint's adapter."""
-    return path / _ADAPTER
-
-
 @dataclass(slots=True)
 class RunState:
-    """Counts and losses at the end of a step.
-
-    Attributes
-    ----------
-    step, evaluated : int
-        Steps made; the step of the last held-out evaluation, -1 before the first.
-    cursor : dict
-        Place in the data, as its cursor writes it; empty at the start.
-    tokens, trained : int
-        Tokens seen, and target tokens among them, on all ranks.
-    first_loss, last_loss, first_eval, best_eval, last_eval : float or None
-        Mean loss per target token in a step, and held-out losses, where measured.
-    best_step, stale : int or None, int
-        The step of the lowest held-out loss, and evaluations since then.
-    seconds : float
-        Duration, over all starts of this run.
+    """Counts, and losses where they were measured, at the end of a step, on all ranks.
 
     Examples
     --------
@@ -252,18 +213,18 @@ class RunState:
     """
 
     step: int = 0
-    cursor: dict[str, Any] = field(default_factory=dict)
+    cursor: dict[str, Any] = field(default_factory=dict)  #: place in the data; empty at the start
     tokens: int = 0
-    trained: int = 0
-    evaluated: int = -1
-    first_loss: float | None = None
+    trained: int = 0  #: target tokens among these
+    evaluated: int = -1  #: step of the last held-out evaluation, -1 before the first
+    first_loss: float | None = None  #: mean loss per target token in a step
     last_loss: float | None = None
-    first_eval: float | None = None
+    first_eval: float | None = None  #: held-out loss
     best_eval: float | None = None
     last_eval: float | None = None
     best_step: int | None = None
-    stale: int = 0
-    seconds: float = 0.0
+    stale: int = 0  #: evaluations since the best
+    seconds: float = 0.0  #: over all starts of this run
 
     def take_step(self, loss: float, trained: int, tokens: int) -> None:
         """Count one step."""
@@ -291,13 +252,7 @@ class RunState:
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> RunState:
-        """Return the state that `to_json` wrote.
-
-        Raises
-        ------
-        InputError
-            If members are missing or strange.
-        """
+        """Return the state that `to_json` wrote."""
         names = {entry.name for entry in fields(cls)}
         if set(members) != names or not isinstance(members["cursor"], dict):
             raise InputError("the checkpoint does not say where its run stood")

@@ -207,7 +207,7 @@ def test_checkpoints_that_are_kept(tmp_path):
     make(tmp_path, loop={"save_every": 3, "keep": 2}).run()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000006", "step-00000008"]
-    adapter = saved_state.adapter_of(tmp_path / "checkpoints" / names[0])
+    adapter = tmp_path / "checkpoints" / names[0] / "adapter"
     assert (adapter / "a.safetensors").is_file()
 
 
@@ -218,7 +218,7 @@ def test_an_adapter_in_a_checkpoint_holds_what_all_ranks_have_collected(tmp_path
     own = found.tensors["extra:0:layer.moment"]
     assert torch.equal(own, loop.model.moment)  # it goes on with its own
     assert torch.equal(found.tensors["extra:1:layer.moment"], torch.ones_like(own))
-    saved = load_file(saved_state.adapter_of(found.path) / "a.safetensors")
+    saved = load_file(found.path / "adapter" / "a.safetensors")
     assert torch.equal(saved["layer.moment"], own + 1)
 
 

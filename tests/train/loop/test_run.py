@@ -62,7 +62,7 @@ def test_a_run_learns_and_says_so(train_to, tmp_path, place):
     kinds = {event["event"] for event in told}
     assert kinds == {"step", "evaluation", "sample", "checkpoint"}
     last = directory / "checkpoints" / saved_state.name_of(report.steps)
-    saved = load_file(saved_state.adapter_of(last) / "adapter_model.safetensors")
+    saved = load_file(last / "adapter" / "adapter_model.safetensors")
     final = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert all(torch.equal(final[name], saved[name]) for name in final)
 

@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
 
 def test_the_adapter_lies_inside(tmp_path):
     path = save(tmp_path, 5, save_adapter=lambda place: place.mkdir())
-    assert saved_state.adapter_of(path).is_dir()
+    assert (path / "adapter").is_dir()
     assert os.stat(path / "state.safetensors").st_mode & 0o777 == 0o666 & ~_umask()
 
 

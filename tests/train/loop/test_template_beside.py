@@ -6,7 +6,6 @@ import pytest
 
 from loraformat.errors import UsageError
 from loraformat.ops.check.check import check
-from loraformat.train.loop.saved_state import adapter_of
 from tests.train.data.tokenizers_and_templates import TEMPLATES
 from tests.train.loop.test_run import Killed, killer
 from tests.train.loop.tiny_runs import files_of
@@ -33,7 +32,7 @@ def test_it_lies_beside_every_adapter_of_the_run(train_to, tmp_path, template, r
     train_to(tmp_path / "a", data=rows, chat_template=str(template), steps=1)
     for adapter in (
         tmp_path / "a",
-        adapter_of(tmp_path / "a.run" / "checkpoints" / "step-00000001"),
+        tmp_path / "a.run" / "checkpoints" / "step-00000001" / "adapter",
     ):
         assert (adapter / NAME).read_bytes() == template.read_bytes()
     found = {one.rule: one for one in check(tmp_path / "a", base=place / "bundle").findings}

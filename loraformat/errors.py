@@ -164,26 +164,14 @@ class NonFiniteError(InputError):
         Index of the first such value in the flattened tensor (elements, row-major).
     value : float
         The value found.
-    path, hint
-        As in `LoraFormatError`.
     """
 
-    def __init__(
-        self,
-        tensor: str,
-        position: int,
-        value: float,
-        *,
-        path: str | PathLike[str] | None = None,
-        hint: str | None = None,
-    ) -> None:
+    def __init__(self, tensor: str, position: int, value: float) -> None:
         self.tensor, self.position, self.value = tensor, position, value
         super().__init__(
             f"tensor {printable(tensor)} holds {value} at element {position}, but NF4 can only "
             "store finite numbers",
-            path=path,
-            hint=hint
-            or "repair the checkpoint, or exclude this tensor from quantization with --skip",
+            hint="repair the checkpoint, or exclude this tensor from quantization with --skip",
         )
 
 

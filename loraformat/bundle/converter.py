@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loraformat.bundle.manifest import Manifest, fingerprint
 from loraformat.bundle.reader import is_bundle, open_bundle
-from loraformat.families.table import Family, family_of
+from loraformat.families.table import family_of
 from loraformat.model.architecture import skip_modules
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import join, model_dtype, parse
@@ -89,18 +89,17 @@ def write(
 
 def quantized_config(checkpoint: Checkpoint) -> bytes | None:
     """Return ``config.json`` with the ``quantization_config`` that makes peers open NF4."""
-    if checkpoint.config is None:
-        return None
-    if not checkpoint.nf4_weights:
+    if checkpoint.config is None or not checkpoint.nf4_weights:
         return checkpoint.config
-    return join(
-        checkpoint.config, checkpoint.quantization_config or quantization_config(checkpoint)
-    )
+    settings = checkpoint.quantization_config or quantization_config(checkpoint)
+    return join(checkpoint.config, settings)
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
     """Return what transformers writes for a model quantized as this one."""
     quantized = checkpoint.nf4_weights
+    family = family_of(parse(checkpoint.config) if checkpoint.config else {})
+    names = (tensor.name for tensor in quantized)
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -110,20 +109,12 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
         "bnb_4bit_use_double_quant": any(tensor.double_quant for tensor in quantized),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_modules(
-            checkpoint.dense_tensors,
-            (tensor.name for tensor in quantized),
-            _family(checkpoint).optional,
-        ),
+        "llm_int8_skip_modules": skip_modules(checkpoint.dense_tensors, names, family.optional),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
-
-
-def _family(checkpoint: Checkpoint) -> Family:
-    return family_of(parse(checkpoint.config) if checkpoint.config else {})
 
 
 CONVERTER = Converter(

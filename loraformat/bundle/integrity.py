@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from loraformat.bundle.reader import Bundle, load_verified, open_bundle
+from loraformat.bundle.rules import check_size
 from loraformat.errors import FormatError, InputError
 from loraformat.model.base_match import BaseMatch
 from loraformat.model.written import FileRecord
@@ -101,16 +102,11 @@ def _finding(error: FormatError) -> Finding:
 
 
 def _verify_files(bundle: Bundle) -> list[Finding]:
-    records = dict(bundle.manifest.files)
-    for name, files in bundle.manifest.adapters.items():
-        records |= {f"adapters/{name}/{path}": record for path, record in files.items()}
-    findings = []
-    for path, record in records.items():
-        if file_record(bundle.folder, path).sha256 != record.sha256:
-            findings.append(
-                Finding("V03", str(bundle.folder.path / path), "its SHA-256 is not the manifest's")
-            )
-    return findings
+    return [
+        Finding("V03", str(bundle.folder.path / path), "its SHA-256 is not the manifest's")
+        for path, record in bundle.manifest.listed_files.items()
+        if file_record(bundle.folder, path).sha256 != record.sha256
+    ]
 
 
 def file_record(folder: SafeDirectory, path: str) -> FileRecord:
@@ -132,14 +128,9 @@ def check_listed(folder: SafeDirectory, records: Mapping[str, FileRecord]) -> No
         B05 or V03, naming the first file that is missing or another.
     """
     for name, record in records.items():
-        path = folder.path / name
-        if not folder.has(name):
-            raise FormatError("B05", "is missing or is not a regular file", path=path)
-        if folder.size(name) != record.bytes:
-            problem = f"{folder.size(name)} bytes long, the manifest says {record.bytes}"
-            raise FormatError("B05", problem, path=path)
+        check_size(folder, name, record)
         if file_record(folder, name) != record:
-            raise FormatError("V03", "its SHA-256 is not the manifest's", path=path)
+            raise FormatError("V03", "its SHA-256 is not the manifest's", path=folder.path / name)
 
 
 def check_adapter(folder: SafeDirectory, directory: str, fingerprint: str | None) -> None:

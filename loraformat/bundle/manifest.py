@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -60,6 +60,14 @@ class Manifest:
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
 
+    @property
+    def listed_files(self) -> dict[str, FileRecord]:
+        """All carried files and those of adapters, by path in the bundle."""
+        listed = dict(self.files)
+        for name, files in self.adapters.items():
+            listed |= {f"adapters/{name}/{path}": record for path, record in files.items()}
+        return listed
+
     def encode(self) -> bytes:
         """Return the manifest's bytes: UTF-8 JSON, one line per tensor, a final newline."""
         head = {
@@ -71,16 +79,11 @@ class Manifest:
             "shard_limit": self.shard_limit,
         }
         members = [f"  {_text(key)}: {_text(value)}" for key, value in head.items()]
-        shards = ",\n".join(f"    {_text(_fields(shard))}" for shard in self.shards)
+        shards = ",\n".join(f"    {_text(asdict(shard))}" for shard in self.shards)
         members.append(f'  "shards": [\n{shards}\n  ]')
         members.append(_block("tensors", {name: t.to_json() for name, t in self.tensors.items()}))
-        members.append(
-            _block("files", {path: _fields(record) for path, record in self.files.items()})
-        )
-        adapters = {
-            name: {"files": {path: _fields(record) for path, record in files.items()}}
-            for name, files in self.adapters.items()
-        }
+        members.append(_block("files", _listing(self.files)))
+        adapters = {name: {"files": _listing(files)} for name, files in self.adapters.items()}
         members.append(_block("adapters", adapters))
         members.append(_block("extensions", self.extensions))
         return ("{\n" + ",\n".join(members) + "\n}\n").encode("utf-8")
@@ -90,8 +93,8 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _fields(record: ShardRecord | FileRecord) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__slots__}
+def _listing(files: Mapping[str, FileRecord]) -> dict[str, Any]:
+    return {path: asdict(record) for path, record in files.items()}
 
 
 def _block(key: str, members: Mapping[str, Any]) -> str:

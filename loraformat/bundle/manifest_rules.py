@@ -55,6 +55,7 @@ class _Parser:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = path
+        self.newer = False  # a newer minor version may have added members
 
     def broken(self, rule: str, problem: str, hint: str | None = None) -> FormatError:
         return FormatError(rule, problem, path=self.path, hint=hint)
@@ -68,31 +69,31 @@ class _Parser:
             raise self.broken("M01", f"not strict JSON: {error}") from None
         if not isinstance(top, dict) or top.get("format") != "loraformat":
             raise self.broken("M02", 'not a manifest, wanted an object with "format": "loraformat"')
-        version, newer = self.version(top.get("format_version"))
+        version = self.version(top.get("format_version"))
         required = {
             "format", "format_version", "created_by", "source", "fingerprint", "shard_limit",
             "shards", "tensors", "files", "adapters", "extensions",
         }  # fmt: skip
-        self.members("M04", "the manifest", top, required, newer)
-        tensors = self.tensors(top["tensors"], newer)
+        self.members("M04", "the manifest", top, required)
+        tensors = self.tensors(top["tensors"])
         if top["fingerprint"] != fingerprint(tensors):
             raise self.broken(
                 "M10", f"fingerprint {printable(top['fingerprint'])} is not that of its tensors"
             )
         return Manifest(
             created_by=self.string(top["created_by"], "created_by"),
-            source=self.source(top["source"], newer),
+            source=self.source(top["source"]),
             shard_limit=self.count(top["shard_limit"], "shard_limit"),
-            shards=self.shards(top["shards"], newer),
+            shards=self.shards(top["shards"]),
             tensors=tensors,
-            files=self.files(top["files"], "files", newer),
+            files=self.files(top["files"], "files"),
             fingerprint=top["fingerprint"],
-            adapters=self.adapters(top["adapters"], newer),
+            adapters=self.adapters(top["adapters"]),
             extensions=self.extensions(top["extensions"]),
             format_version=version,
         )
 
-    def version(self, value: Any) -> tuple[str, bool]:
+    def version(self, value: Any) -> str:
         match = _VERSION.fullmatch(value) if isinstance(value, str) else None
         if match is None:
             raise self.broken("M03", f'format_version is {printable(value)}, wanted "MAJOR.MINOR"')
@@ -102,20 +103,17 @@ class _Parser:
                 f"format version {value}, this program reads {_SUPPORTED_MAJOR}.x",
                 hint="install a newer loraformat" if int(match[1]) > _SUPPORTED_MAJOR else None,
             )
-        return match[0], int(match[2]) > _SUPPORTED_MINOR
+        self.newer = int(match[2]) > _SUPPORTED_MINOR
+        return match[0]
 
-    def members(
-        self, rule: str, what: str, value: Any, required: Iterable[str], newer: bool
-    ) -> dict[str, Any]:
-        """Check an object's members; a newer minor version may have added some."""
+    def members(self, rule: str, what: str, value: Any, required: Iterable[str]) -> None:
         if not isinstance(value, dict):
             raise self.broken(rule, f"{what} is not an object")
         required = set(required)
         if missing := sorted(required - value.keys()):
             raise self.broken(rule, f"{what} lacks {', '.join(missing)}")
-        if not newer and (unknown := sorted(value.keys() - required)):
+        if not self.newer and (unknown := sorted(value.keys() - required)):
             raise self.broken(rule, f"{what} has unknown member {printable(unknown[0])}")
-        return value
 
     def string(self, value: Any, what: str) -> str:
         if not isinstance(value, str) or len(value) > 1024 or not is_clean_text(value):
@@ -134,22 +132,22 @@ class _Parser:
             raise self.broken("M06", f"{what} has SHA-256 {printable(value)}, wanted 64 hex digits")
         return value
 
-    def source(self, value: Any, newer: bool) -> dict[str, str]:
+    def source(self, value: Any) -> dict[str, str]:
         known = {"format", "repo", "revision"}
         if (
             not isinstance(value, dict)
             or "format" not in value
-            or (value.keys() - known and not newer)
+            or (value.keys() - known and not self.newer)
         ):
             raise self.broken("M04", "source must have format and at most repo and revision")
         return {key: self.string(value[key], f"source.{key}") for key in value if key in known}
 
-    def tensors(self, value: Any, newer: bool) -> dict[str, TensorRecord]:
+    def tensors(self, value: Any) -> dict[str, TensorRecord]:
         if not isinstance(value, dict):
             raise self.broken("M04", "tensors is not an object")
-        return {name: self.tensor(name, record, newer) for name, record in value.items()}
+        return {name: self.tensor(name, record) for name, record in value.items()}
 
-    def tensor(self, name: str, value: Any, newer: bool) -> TensorRecord:
+    def tensor(self, name: str, value: Any) -> TensorRecord:
         what = f"tensor {printable(name)}"
         if not is_clean_name(name):
             raise self.broken("M05", f"{what} has a name that is not clean")
@@ -161,7 +159,7 @@ class _Parser:
         required = {"encoding", "dtype", "shape", "sha256"}
         if encoding == "nf4":
             required |= {"block_size", "double_quant", "transposed", "relative_rms_error"}
-        self.members("M05", what, value, required, newer)
+        self.members("M05", what, value, required)
         dtypes = FORMAT_DTYPES if encoding == "dense" else WEIGHT_DTYPES.values()
         if not isinstance(value["dtype"], str) or value["dtype"] not in dtypes:
             raise self.broken("M05", f"{what} has dtype {printable(value['dtype'])}")
@@ -195,13 +193,13 @@ class _Parser:
             "relative_rms_error": error,
         }
 
-    def shards(self, value: Any, newer: bool) -> tuple[ShardRecord, ...]:
+    def shards(self, value: Any) -> tuple[ShardRecord, ...]:
         if not isinstance(value, list) or not value or len(value) > 99_999:
             raise self.broken("M07", "shards is not a list of 1 to 99,999 shards")
         records = []
         for number, shard in enumerate(value, 1):
             wanted = f"model-{number:05d}-of-{len(value):05d}.safetensors"
-            self.members("M07", f"shard {number}", shard, ("file", "bytes", "header_sha256"), newer)
+            self.members("M07", f"shard {number}", shard, ("file", "bytes", "header_sha256"))
             if shard["file"] != wanted:
                 raise self.broken(
                     "M07", f"shard {number} is named {printable(shard['file'])}, wanted {wanted}"
@@ -211,7 +209,7 @@ class _Parser:
         return tuple(records)
 
     def files(
-        self, value: Any, what: str, newer: bool, is_safe: Callable[[str], bool] = is_safe_path
+        self, value: Any, what: str, is_safe: Callable[[str], bool] = is_safe_path
     ) -> dict[str, FileRecord]:
         if not isinstance(value, dict):
             raise self.broken("M08", f"{what} is not an object")
@@ -220,7 +218,7 @@ class _Parser:
         for path, record in value.items():
             if not is_safe(path):
                 raise self.broken("M08", f"{what}: path {printable(path)} is not safe")
-            self.members("M08", f"{what}: {path}", record, ("bytes", "sha256"), newer)
+            self.members("M08", f"{what}: {path}", record, ("bytes", "sha256"))
             size = self.count(record["bytes"], f"{what}: {path}: bytes", "M08")
             records[path] = FileRecord(size, self.digest(record["sha256"], path))
         return records
@@ -234,7 +232,7 @@ class _Parser:
                     "M12", f"{what}: {printable(other)} and {printable(name)} differ only in case"
                 )
 
-    def adapters(self, value: Any, newer: bool) -> dict[str, dict[str, FileRecord]]:
+    def adapters(self, value: Any) -> dict[str, dict[str, FileRecord]]:
         if not isinstance(value, dict):
             raise self.broken("M09", "adapters is not an object")
         self.distinct(value, "adapters")
@@ -243,8 +241,8 @@ class _Parser:
             what = f"adapter {printable(name)}"
             if not is_adapter_name(name):
                 raise self.broken("M09", f"{what}: not a safe directory name")
-            self.members("M09", what, record, ("files",), newer)
-            files = self.files(record["files"], what, newer, is_portable_path)
+            self.members("M09", what, record, ("files",))
+            files = self.files(record["files"], what, is_portable_path)
             if not {"adapter_config.json", "adapter_model.safetensors"} <= files.keys():
                 raise self.broken(
                     "M09", f"{what} lacks adapter_config.json or adapter_model.safetensors"

@@ -9,7 +9,6 @@ The rules between files are in `loraformat.bundle.rules`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +83,8 @@ class Bundle:
             path=self.folder.path,
             provenance=Provenance(
                 "loraformat",
-                **_origin(self.manifest.source),
+                self.manifest.source.get("repo"),
+                self.manifest.source.get("revision"),
                 quantized=from_extension(self.manifest.extensions),
             ),
             tensors={
@@ -177,7 +177,3 @@ def load_verified(tensor: LazyTensor, wanted: str, path: Path) -> memoryview | N
 def _verifying(tensor: LazyTensor, wanted: str, path: Path) -> LazyTensor:
     load: Any = partial(load_verified, tensor, wanted, path)
     return replace(tensor, load=load)
-
-
-def _origin(source: Mapping[str, str]) -> dict[str, Any]:
-    return {key: source[key] for key in ("repo", "revision") if key in source}

@@ -30,6 +30,7 @@ __all__ = [
     "check_files",
     "check_index",
     "check_layout",
+    "check_size",
     "check_tensors",
     "open_shards",
     "read_bounded",
@@ -247,24 +248,21 @@ def check_files(folder: SafeDirectory, manifest: Manifest) -> None:
             "is not listed in the manifest, although other programs would use it",
             path=folder.path / config,
         )
-    for path, record in _all_files(manifest):
-        if not folder.has(path):
-            raise FormatError("B05", "is missing or is not a regular file", path=folder.path / path)
-        size = folder.size(path)
-        if size != record.bytes:
-            raise FormatError(
-                "B05",
-                f"{size} bytes long, the manifest says {record.bytes}",
-                path=folder.path / path,
-                hint="it was edited after the bundle was written; convert again",
-            )
+    for path, record in manifest.listed_files.items():
+        hint = "it was edited after the bundle was written; convert again"
+        check_size(folder, path, record, hint=hint)
 
 
-def _all_files(manifest: Manifest) -> Iterator[tuple[str, FileRecord]]:
-    yield from manifest.files.items()
-    for name, files in manifest.adapters.items():
-        for path, record in files.items():
-            yield f"adapters/{name}/{path}", record
+def check_size(
+    folder: SafeDirectory, name: str, record: FileRecord, *, hint: str | None = None
+) -> None:
+    """B05: a file is there, and has the size that the manifest records."""
+    path = folder.path / name
+    if not folder.has(name):
+        raise FormatError("B05", "is missing or is not a regular file", path=path)
+    if (size := folder.size(name)) != record.bytes:
+        problem = f"{size} bytes long, the manifest says {record.bytes}"
+        raise FormatError("B05", problem, path=path, hint=hint)
 
 
 def split_config(

@@ -32,17 +32,16 @@ from loraformat.model.written import FileRecord
 from loraformat.storage.atomic_output import AtomicOutput, disk_full
 from loraformat.storage.durable import (
     identity,
-    identity_of,
+    lock,
     locked,
     new_file,
     open_directory,
     sync_directory,
-    wait_for_lock,
     write_all,
 )
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.storage.safe_paths import is_adapter_name, is_portable_path
+from loraformat.storage.safe_paths import is_adapter_name, is_portable_path, unlistable
 
 __all__ = [
     "BundleSlot",
@@ -116,21 +115,10 @@ def records_of(directory: Path) -> dict[str, FileRecord]:
     """
     folder = SafeDirectory(directory)
     names = folder.names()
-    _check_names(names, directory)
+    if (name := unlistable(names, is_portable_path)) is not None:
+        problem = f"file name {printable(name)} cannot be part of a bundle"
+        raise UnsupportedError(problem, path=directory, hint="rename or remove it")
     return {name: file_record(folder, name) for name in names}
-
-
-def _check_names(names: Iterable[str], directory: Path) -> None:
-    """Refuse files that a bundle cannot list (M08, M12)."""
-    seen: set[str] = set()
-    for name in names:
-        if not is_portable_path(name) or name.lower() in seen:
-            raise UnsupportedError(
-                f"file name {printable(name)} cannot be part of a bundle",
-                path=directory,
-                hint="rename or remove it",
-            )
-        seen.add(name.lower())
 
 
 def add_adapter(
@@ -242,8 +230,8 @@ def _exclusive(bundle: Path) -> Iterator[None]:
         except NotADirectoryError:  # reached through a link
             descriptor = open_directory(bundle.resolve())
         try:
-            wait_for_lock(descriptor)
-            if identity_of(os.fstat(descriptor)) == identity(bundle):  # not replaced meanwhile
+            lock(descriptor, wait=True)
+            if identity(descriptor) == identity(bundle):  # not replaced meanwhile
                 yield
                 return
         finally:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
+from typing import Any
 
 from loraformat.errors import FormatError, printable
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.nf4_parts import NF4_PARTS, NF4Parts
 from loraformat.nf4.quant_state import (
     MAX_QUANT_STATE_BYTES,
-    NESTED_BLOCK_SIZE,
     QuantState,
     parse_quant_state,
 )
@@ -85,13 +85,8 @@ def _tensors_of(
         owner = _owner(name, owners)
         if owner is None:
             _refuse_stray_part(name, file.path)
-            tensors[name] = DenseTensor(
-                name,
-                entry.dtype,
-                entry.shape,
-                partial(file.view, name),
-                file.releaser(name),
-            )
+            load, release = partial(file.view, name), file.releaser(name)
+            tensors[name] = DenseTensor(name, entry.dtype, entry.shape, load, release)
         elif owner not in tensors:
             tensor, state = _nf4_tensor(file, owner, transposed(owner), errors.get(owner))
             _check_parts(file, tensor, state, any_storage)
@@ -139,62 +134,45 @@ def _nf4_tensor(
         block_size=state.block_size,
         double_quant=state.nested_offset is not None,
         transposed=transposed,
-        load=lambda: _load(file, name, state, error),
+        load=lambda: _load(file, tensor, state, error),
         release=file.releaser(*(n for s in NF4_PARTS.values() if (n := name + s) in entries)),
     )
     return tensor, state
 
 
-def _load(file: MappedFile, name: str, state: QuantState, error: float | None) -> NF4Parts:
-    entries = file.header.entries
-    views = {
-        part: file.view(name + suffix) if name + suffix in entries else None
-        for part, suffix in NF4_PARTS.items()
+def _load(file: MappedFile, tensor: NF4Tensor, state: QuantState, error: float | None) -> NF4Parts:
+    stored = {part: tensor.name + suffix for part, suffix in NF4_PARTS.items()}
+    views: dict[str, Any] = {
+        part: file.view(name) if name in file.header.entries else None
+        for part, name in stored.items()
     }
-    packed, absmax, quant_map = views["packed"], views["absmax"], views["quant_map"]
-    assert packed is not None and absmax is not None and quant_map is not None
-    _check_scales(file, name, state, absmax, views["nested_absmax"])
-    if state.count % 2 and packed[-1] & 0x0F != 7:
+    views["quant_state"] = bytes(views["quant_state"])
+    parts = NF4Parts(**views, relative_rms_error=error)
+    _check_scales(file, tensor, state, parts)
+    if state.count % 2 and parts.packed[-1] & 0x0F != 7:
         raise FormatError(
             "V05",
-            f"tensor {printable(name)} does not end with the code 7 that pads it",
+            f"tensor {printable(tensor.name)} does not end with the code 7 that pads it",
             path=file.path,
         )
-    return NF4Parts(
-        packed=packed,
-        absmax=absmax,
-        nested_absmax=views["nested_absmax"],
-        quant_map=quant_map,
-        nested_quant_map=views["nested_quant_map"],
-        quant_state=bytes(views["quant_state"] or b""),
-        relative_rms_error=error,
-    )
+    return parts
 
 
-def _check_scales(
-    file: MappedFile, name: str, state: QuantState, absmax: memoryview, nested: memoryview | None
-) -> None:
+def _check_scales(file: MappedFile, tensor: NF4Tensor, state: QuantState, parts: NF4Parts) -> None:
     """V04: every scale, once decoded, is finite."""
     import numpy
 
-    scales = numpy.frombuffer(absmax if nested is None else nested, dtype="<f4")
+    stored = parts.absmax if parts.nested_absmax is None else parts.nested_absmax
     # No entry of the map is beyond 1, so this sum bounds every decoded scale.
-    largest = float(numpy.abs(scales).max()) + abs(state.nested_offset or 0.0)
-    if largest <= _LARGEST_FLOAT32:
+    largest = float(numpy.abs(numpy.frombuffer(stored, dtype="<f4")).max())
+    if largest + abs(state.nested_offset or 0.0) <= _LARGEST_FLOAT32:
         return
-    if nested is not None:
-        table = numpy.frombuffer(NESTED_MAP_BYTES, dtype="<f4")
-        codes = numpy.frombuffer(absmax, dtype=numpy.uint8)
-        with numpy.errstate(all="ignore"):
-            scales = table[codes] * numpy.repeat(scales, NESTED_BLOCK_SIZE)[: len(codes)]
-            scales = scales + numpy.float32(state.nested_offset or 0.0)
-    finite = numpy.isfinite(scales)
+    with numpy.errstate(all="ignore"):
+        finite = numpy.isfinite(tensor.codes(parts).scales())
     if not finite.all():
-        raise FormatError(
-            "V04",
-            f"tensor {printable(name)} has a scale that is not finite, of block {finite.argmin()}",
-            path=file.path,
-        )
+        name, block = printable(tensor.name), finite.argmin()
+        problem = f"tensor {name} has a scale that is not finite, of block {block}"
+        raise FormatError("V04", problem, path=file.path)
 
 
 def _check_parts(file: MappedFile, tensor: NF4Tensor, state: QuantState, any_storage: bool) -> None:

@@ -17,7 +17,7 @@ from loraformat.shards.index_json import INDEX_NAME, encode_index
 from loraformat.shards.layout import execution_units, plan_shards
 from loraformat.shards.writer import Progress, planned_bytes, write_shards
 from loraformat.storage.atomic_output import AtomicOutput
-from loraformat.storage.safe_paths import is_safe_path
+from loraformat.storage.safe_paths import is_safe_path, unlistable
 
 __all__ = ["write_model_directory"]
 
@@ -56,7 +56,9 @@ def write_model_directory(
     """
     if not checkpoint.tensors:
         raise UnsupportedError("holds no tensors", path=checkpoint.path)
-    _check_names(checkpoint)
+    if (name := unlistable((file.path for file in checkpoint.files), is_safe_path)) is not None:
+        problem = f"file name {printable(name)} cannot be carried over"
+        raise UnsupportedError(problem, path=checkpoint.path, hint="rename or remove it")
     shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
     publication.check_space(
         planned_bytes(shards)
@@ -80,19 +82,6 @@ def write_model_directory(
     for file in checkpoint.files:
         _write_file(publication, file.path, file.read(), written)
     return written
-
-
-def _check_names(checkpoint: Checkpoint) -> None:
-    """Refuse files that would be written outside the output, or over each other (M08, M12)."""
-    seen: set[str] = set()
-    for file in checkpoint.files:
-        if not is_safe_path(file.path) or file.path.lower() in seen:
-            raise UnsupportedError(
-                f"file name {printable(file.path)} cannot be carried over",
-                path=checkpoint.path,
-                hint="rename or remove it",
-            )
-        seen.add(file.path.lower())
 
 
 def _present(publication: AtomicOutput) -> int:

@@ -25,12 +25,11 @@ from loraformat.errors import HubError, LoraFormatError, OutputError, ResourceEr
 from loraformat.storage.atomic_swap import swap_directories, undo_interrupted_swap
 from loraformat.storage.durable import (
     identity,
-    identity_of,
+    lock,
     locked,
     new_file,
     open_directory,
     sync_directory,
-    try_lock,
     write_all,
 )
 from loraformat.storage.output_rules import holds_weights, refuse_existing, refuse_input_as_output
@@ -145,7 +144,7 @@ class AtomicOutput:
                     path=self.work,
                     hint="remove it",
                 ) from None
-            if not try_lock(self._lock):
+            if not lock(self._lock):
                 self._unlock()
                 raise OutputError(
                     f"is being written by another process{self._holder()}",
@@ -160,7 +159,7 @@ class AtomicOutput:
     def _holds(self, path: Path) -> bool:
         """Tell whether a path is still the directory that is locked."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return self._lock >= 0 and identity(path) == identity_of(os.fstat(self._lock))
+            return self._lock >= 0 and identity(path) == identity(self._lock)
         return False
 
     def _holder(self) -> str:

@@ -15,13 +15,11 @@ from typing import BinaryIO
 
 __all__ = [
     "identity",
-    "identity_of",
+    "lock",
     "locked",
     "new_file",
     "open_directory",
     "sync_directory",
-    "try_lock",
-    "wait_for_lock",
     "write_all",
 ]
 
@@ -41,14 +39,10 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
-def identity_of(status: os.stat_result) -> tuple[int, int]:
-    """Return the identity of an open file: device and inode."""
+def identity(place: Path | int) -> tuple[int, int]:
+    """Return the device and inode of a path or descriptor."""
+    status = os.stat(place)
     return status.st_dev, status.st_ino
-
-
-def identity(path: Path) -> tuple[int, int]:
-    """Return the device and inode that a path names."""
-    return identity_of(path.stat())
 
 
 def open_directory(path: Path) -> int:
@@ -69,22 +63,13 @@ def locked(directory: Path) -> Iterator[bool]:
     """Try to lock a directory and return whether that succeeded."""
     descriptor = open_directory(directory)
     try:
-        yield try_lock(descriptor)
+        yield lock(descriptor)
     finally:
         os.close(descriptor)
 
 
-def try_lock(descriptor: int) -> bool:
+def lock(descriptor: int, *, wait: bool = False) -> bool:
     """Take the exclusive lock of an open directory; False if another process has it."""
-    return _lock(descriptor, wait=False)
-
-
-def wait_for_lock(descriptor: int) -> None:
-    """Wait for the exclusive lock of an open directory."""
-    _lock(descriptor, wait=True)
-
-
-def _lock(descriptor: int, *, wait: bool) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows: no advisory locks on directories

@@ -116,8 +116,7 @@ class SafeDirectory:
         InputError
             If there are more than 10,000: this is no model directory.
         """
-        found = sorted(self._walk(self.path, "", 0))
-        return found
+        return sorted(self._walk(self.path, "", 0))
 
     def _walk(self, directory: Path, prefix: str, floor: int) -> Iterator[str]:
         count = 0

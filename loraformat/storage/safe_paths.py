@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 
 from loraformat.storage.reserved_names import MANIFEST_NAME
 
-__all__ = ["is_adapter_name", "is_portable_path", "is_safe_path"]
+__all__ = ["is_adapter_name", "is_portable_path", "is_safe_path", "unlistable"]
 
 _PATH_PART = re.compile(r"[A-Za-z0-9_+@=,()\[\]-][A-Za-z0-9_.+@=,()\[\] -]{0,254}")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -48,6 +49,16 @@ def is_portable_path(path: str) -> bool:
             for part in parts
         )
     )
+
+
+def unlistable(names: Iterable[str], is_safe: Callable[[str], bool]) -> str | None:
+    """Return the first name that is not safe (M08), or is another one but for case (M12)."""
+    seen: set[str] = set()
+    for name in names:
+        if not is_safe(name) or name.lower() in seen:
+            return name
+        seen.add(name.lower())
+    return None
 
 
 def is_adapter_name(name: str) -> bool:

@@ -26,15 +26,9 @@ _HALF = 16
 def magnitude_threshold(tiles: Callable[[], Iterable[NDArray[Any]]], keep: int) -> float:
     """Return the magnitude of the keep-th largest element, without holding the matrix.
 
-    A radix selection: non-negative floats are ordered as their bits are, so a histogram of
-    the upper 16 bits and then one of the lower 16 find the element exactly in two passes.
-
-    Parameters
-    ----------
-    tiles : callable
-        Called twice; yields float32 arrays.
-    keep : int
-        At least 1, at most the number of elements.
+    A radix selection: non-negative floats are ordered as their bits are, so a histogram of the
+    upper 16 bits and then one of the lower 16 find the element exactly in two passes: `tiles` is
+    called twice, and yields float32 arrays.
 
     Examples
     --------
@@ -75,14 +69,7 @@ def prune(delta: NDArray[Any], threshold: float) -> NDArray[Any]:
 
 
 def drop(delta: NDArray[Any], density: float, random: numpy.random.Generator) -> NDArray[Any]:
-    """Keep each element with a probability and divide it by that: its mean stays.
-
-    Parameters
-    ----------
-    delta : array
-    density : float
-        In (0, 1].
-    random : numpy.random.Generator
+    """Keep each element with a probability, the density, and divide it by that: its mean stays.
 
     Examples
     --------
@@ -96,10 +83,7 @@ def drop(delta: NDArray[Any], density: float, random: numpy.random.Generator) ->
 def elect(weighted: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Return the element-wise mean of the values with the sign of their sum (TIES).
 
-    Parameters
-    ----------
-    weighted : sequence of array
-        wᵢ Dᵢ, pruned or dropped; zeros do not vote.
+    `weighted` are wᵢ Dᵢ, pruned or dropped; zeros do not vote.
 
     Examples
     --------

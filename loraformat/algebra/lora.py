@@ -97,21 +97,9 @@ def core(
 ) -> Core:
     """Decompose scaling · B A without forming it.
 
-    Parameters
-    ----------
-    b : array
-        (out, r), any floating dtype.
-    a : array
-        (r, in).
-    scaling : float
-        May be negative.
-    second_moment : array, optional
-        E[z zᵀ] of z = A x, (r, r). With it the parts are ordered by what they add to the
-        output for such inputs.
-
-    Returns
-    -------
-    Core
+    B is (out, r), A (r, in), of any floating dtype; the scaling may be negative. With the second
+    moment E[z zᵀ] of z = A x, (r, r), the parts are ordered by what they add to the output for such
+    inputs.
 
     Examples
     --------
@@ -153,12 +141,7 @@ def singular_values(
     scaling: float = 1.0,
     second_moment: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Return `Core.values` alone: half the work, as no vectors are formed.
-
-    Parameters
-    ----------
-    b, a, scaling, second_moment
-        As in `core`.
+    """Return `Core.values` alone, of what `core` takes: half the work, as no vectors are formed.
 
     Examples
     --------
@@ -174,10 +157,7 @@ def singular_values(
 def pooled(values: NDArray[Any]) -> NDArray[Any]:
     """Return the pooled norms of the i-th parts of experts that share a rank.
 
-    Parameters
-    ----------
-    values : array
-        Singular values of one delta, (parts,), or of experts, (experts, parts).
+    `values` are the singular values of one delta, (parts,), or of experts, (experts, parts).
 
     Examples
     --------
@@ -192,24 +172,9 @@ def pooled(values: NDArray[Any]) -> NDArray[Any]:
 def truncate(decomposed: Core, rank: int, dtype: DTypeLike = numpy.float32) -> Pair:
     """Return the best factors of a rank: balanced, rows ordered by importance.
 
-    Both factors carry √gain, so that neither over- nor underflows, and any prefix of their
-    rows and columns is the best adapter of that lower rank. The scaling is inside: the
-    adapter's alpha equals its rank.
-
-    Parameters
-    ----------
-    decomposed : Core
-    rank : int
-        At most the number of values.
-    dtype : dtype
-        Of the result; rounded to nearest even.
-
-    Returns
-    -------
-    b : array
-        (out, rank).
-    a : array
-        (rank, in).
+    Both factors carry √gain, so that neither over- nor underflows, and any prefix of their rows and
+    columns is the best adapter of that lower rank. The scaling is inside: the adapter's alpha
+    equals its rank. B (out, rank) and A (rank, in) are rounded to the dtype, to nearest even.
     """
     root = numpy.sqrt(decomposed.gains[..., :rank])
     left = decomposed.left_mixing[..., :rank] * root[..., None, :]
@@ -221,22 +186,10 @@ def truncate(decomposed: Core, rank: int, dtype: DTypeLike = numpy.float32) -> P
 def truncated_second_moment(
     decomposed: Core, second_moment: NDArray[Any], rank: int
 ) -> NDArray[Any]:
-    """Return E[z' z'ᵀ] of z' = A' x, for the A' that `truncate` makes.
+    """Return E[z' z'ᵀ] of z' = A' x, float32 (rank, rank), for the A' that `truncate` makes.
 
-    A' = diag(gains)^-½ · mixing · A, and the moment follows by the same matrix, so that a
-    reduced adapter can be reduced again.
-
-    Parameters
-    ----------
-    decomposed : Core
-    second_moment : array
-        E[z zᵀ] of z = A x.
-    rank : int
-
-    Returns
-    -------
-    array
-        float32 (rank, rank).
+    A' = diag(gains)^-½ · mixing · A, and the moment follows by the same matrix from E[z zᵀ] of z =
+    A x, so that a reduced adapter can be reduced again.
     """
     gains = decomposed.gains[..., :rank]
     largest = gains.max(-1, keepdims=True, initial=0)
@@ -248,14 +201,9 @@ def truncated_second_moment(
 
 
 def energy_rank(values: NDArray[Any], energy: float) -> int:
-    """Return the least rank that keeps a share of the squared norm.
+    """Return the least rank that keeps a share, 0 to 1, of the squared norm.
 
-    Parameters
-    ----------
-    values : array
-        Singular values, descending.
-    energy : float
-        From 0 to 1.
+    The singular values are descending.
 
     Examples
     --------
@@ -309,17 +257,8 @@ def combine_factors(
 ) -> Pair:
     """Return factors of Σ wᵢ·Bᵢ Aᵢ exactly, by concatenation.
 
-    Parameters
-    ----------
-    terms : list of (weight, b, a)
-        Weights include each adapter's scaling.
-
-    Returns
-    -------
-    b : array
-        float64 (out, Σ rᵢ).
-    a : array
-        float64 (Σ rᵢ, in).
+    Terms are (weight, b, a), their weights include each adapter's scaling; the factors are float64
+    (out, Σ rᵢ) and (Σ rᵢ, in).
     """
     b = numpy.concatenate([weight * b.astype(numpy.float64) for weight, b, _ in terms], -1)
     return b, numpy.concatenate([a for _, _, a in terms], -2, dtype=numpy.float64)

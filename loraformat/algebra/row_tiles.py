@@ -10,15 +10,7 @@ __all__ = ["row_tiles"]
 def row_tiles(
     rows: int, columns: int, elements: int, *, least: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows, (start, stop).
-
-    Parameters
-    ----------
-    rows, columns : int
-    elements : int
-        At most so many in a run.
-    least : int
-        But at least so many rows.
+    """Yield ranges (start, stop) of rows, of at most so many elements but at least `least` rows.
 
     Examples
     --------

@@ -228,14 +228,9 @@ def _principal(
 
 
 def held(tiles: Tiles, shape: tuple[int, int]) -> Tiles:
-    """Return the same tiles, cached after the first pass.
+    """Return the same tiles of a matrix, cached after the first pass.
 
-    Parameters
-    ----------
-    tiles : callable
-        Of a matrix of this shape. One above 256 MiB is not remembered: its tiles are computed
-        anew in every pass.
-    shape : tuple of int
+    One above 256 MiB is not remembered: its tiles are computed anew in every pass.
     """
     if 4 * shape[0] * shape[1] > _HELD_BYTES:
         return tiles

@@ -54,12 +54,7 @@ class Thin:
 
 
 def factorize(x: NDArray[Any]) -> Thin:
-    """Return the thin factors of a tall matrix.
-
-    Parameters
-    ----------
-    x : array
-        (..., m, r), any floating dtype, finite.
+    """Return the thin factors of a tall matrix (..., m, r) of any floating dtype, finite.
 
     Examples
     --------
@@ -99,17 +94,7 @@ def _by_cholesky(x: NDArray[Any]) -> Thin | None:
 
 
 def gram(x: NDArray[Any]) -> NDArray[Any]:
-    """Return Xᵀ X in float64; X is converted in tiles.
-
-    Parameters
-    ----------
-    x : array
-        (..., m, k), any floating dtype.
-
-    Returns
-    -------
-    array
-        float64 (..., k, k).
+    """Return Xᵀ X, (..., k, k), in float64; X (..., m, k) is converted in tiles.
 
     Examples
     --------
@@ -126,14 +111,7 @@ def gram(x: NDArray[Any]) -> NDArray[Any]:
 def tall_product(x: NDArray[Any], y: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """Return X Y of a tall X, computed in float64 and rounded once, to nearest even.
 
-    Parameters
-    ----------
-    x : array
-        (..., m, k), any floating dtype; converted in tiles.
-    y : array
-        float64 (..., k, n).
-    dtype : dtype
-        Of the result.
+    X is (..., m, k), of any floating dtype, and converted in tiles; Y is float64 (..., k, n).
 
     Examples
     --------
@@ -148,17 +126,7 @@ def tall_product(x: NDArray[Any], y: NDArray[Any], dtype: DTypeLike) -> NDArray[
 
 
 def wide_product(x: NDArray[Any], y: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
-    """Return X Y of a wide Y, as `tall_product` does for a tall X.
-
-    Parameters
-    ----------
-    x : array
-        float64 (..., m, k).
-    y : array
-        (..., k, n), any floating dtype; converted in tiles.
-    dtype : dtype
-        Of the result.
-    """
+    """Return X Y of a float64 X and a wide Y, as `tall_product` does for a tall X."""
     result = numpy.empty((*x.shape[:-1], y.shape[-1]), dtype)
     for columns in _tiles(y.mT):
         result[..., columns] = x @ y[..., columns].astype(numpy.float64)

@@ -51,14 +51,8 @@ def write(
 ) -> WrittenModel:
     """Write a bundle.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    publication : AtomicOutput
-    options : WriteOptions
-    add_adapters : callable, optional
-        Called with the fingerprint of the base once it is written; writes ``adapters/NAME``
-        into the publication and returns what the manifest shall list.
+    `add_adapters` is called with the fingerprint of the base once it is written; it writes
+    ``adapters/NAME`` into the publication and returns what the manifest shall list.
     """
     written = write_model_directory(
         checkpoint,

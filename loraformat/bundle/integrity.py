@@ -61,19 +61,10 @@ class Finding:
 def verify_bundle(
     path: Path, *, progress: Callable[[int], None] = lambda nbytes: None
 ) -> list[Finding]:
-    """Check a bundle completely.
+    """Check a bundle completely; there are no findings in a sound one.
 
-    Parameters
-    ----------
-    path : Path
-    progress : callable
-        Called with the number of bytes that have been verified since the last call.
-
-    Returns
-    -------
-    list of Finding
-        Empty for a sound bundle. A broken structure is one finding, as nothing behind it
-        can be trusted; otherwise every wrong hash is listed.
+    A broken structure is one finding, as nothing behind it can be trusted; otherwise every wrong
+    hash is listed. `progress` is called with the bytes verified since the last call.
     """
     try:
         bundle = open_bundle(path)
@@ -122,10 +113,7 @@ def file_record(folder: SafeDirectory, path: str) -> FileRecord:
 def check_listed(folder: SafeDirectory, records: Mapping[str, FileRecord]) -> None:
     """Compare files with their records in a manifest.
 
-    Raises
-    ------
-    FormatError
-        B05 or V03, naming the first file that is missing or another.
+    Raises `FormatError` B05 or V03, naming the first file that is missing or another.
     """
     for name, record in records.items():
         check_size(folder, name, record)
@@ -136,18 +124,7 @@ def check_listed(folder: SafeDirectory, records: Mapping[str, FileRecord]) -> No
 def check_adapter(folder: SafeDirectory, directory: str, fingerprint: str | None) -> None:
     """Check that an adapter is readable and belongs to this base: rules A01, A02 and H.
 
-    Parameters
-    ----------
-    folder : SafeDirectory
-    directory : str
-        Where the adapter lies in it.
-    fingerprint : str or None
-        Of the bundle; None for an adapter outside one, where A01 says nothing.
-
-    Raises
-    ------
-    FormatError
-        Naming the broken rule.
+    Of an adapter outside of a bundle, whose fingerprint is None here, A01 says nothing.
     """
     config = f"{directory}/adapter_config.json"
     if folder.size(config) > _MAX_ADAPTER_CONFIG_BYTES:

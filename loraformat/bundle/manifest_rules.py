@@ -33,19 +33,9 @@ _VERSION = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})")
 
 
 def parse_manifest(raw: bytes, path: str | PathLike[str] = MANIFEST_NAME) -> Manifest:
-    """Parse and check a manifest.
+    """Parse and check a whole manifest, whose path is for messages.
 
-    Parameters
-    ----------
-    raw : bytes
-        The whole file; the caller has bounded it by `MAX_MANIFEST_BYTES`.
-    path : path-like
-        For messages.
-
-    Raises
-    ------
-    FormatError
-        Naming the broken rule, M01 to M12.
+    Raises `FormatError` naming the broken rule, M01 to M12.
     """
     return _Parser(path).manifest(raw)
 

@@ -123,17 +123,7 @@ def is_bundle(path: Path) -> bool:
 def open_bundle(path: Path) -> Bundle:
     """Open a bundle and check its structure.
 
-    Parameters
-    ----------
-    path : Path
-        The directory.
-
-    Raises
-    ------
-    FormatError
-        Naming the first broken rule.
-    InputError
-        If a file cannot be read.
+    Raises `FormatError` naming the first broken rule, or `InputError` if a file cannot be read.
     """
     folder = SafeDirectory(path)
     if not folder.has(MANIFEST_NAME):
@@ -147,21 +137,7 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def load_verified(tensor: LazyTensor, wanted: str, path: Path) -> memoryview | NF4Parts:
-    """Load a tensor and compare its content with its SHA-256.
-
-    Parameters
-    ----------
-    tensor : LazyTensor
-    wanted : str
-        64 hexadecimal digits; of an NF4 weight see `loraformat.model.nf4_parts.content_digest`.
-    path : Path
-        For messages.
-
-    Raises
-    ------
-    FormatError
-        V01, or what loading raises.
-    """
+    """Load a tensor and compare the digest of its content (rule V01)."""
     loaded = tensor.load()
     found = content_digest(loaded)
     if found != wanted:

@@ -49,15 +49,7 @@ def read_bounded(folder: SafeDirectory, name: str, limit: int, rule: str) -> byt
 def open_shards(
     folder: SafeDirectory, manifest: Manifest, opened: contextlib.ExitStack
 ) -> tuple[MappedFile, ...]:
-    """Open all shards and check rules B02, B05 and V02.
-
-    Parameters
-    ----------
-    folder : SafeDirectory
-    manifest : Manifest
-    opened : contextlib.ExitStack
-        Closes them.
-    """
+    """Open all shards, which the stack closes, and check rules B02, B05 and V02."""
     _check_shard_files(folder, manifest)
     count = len(manifest.shards)
     return tuple(_open_shard(folder, manifest, number, opened) for number in range(count))

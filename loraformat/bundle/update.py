@@ -74,15 +74,8 @@ class BundleSlot:
 def parse_bundle_slot(path: Path) -> BundleSlot | None:
     """Parse ``BUNDLE/adapters/NAME``; None for any other path.
 
-    Parameters
-    ----------
-    path : Path
-        Nothing need be there yet, but the bundle.
-
-    Raises
-    ------
-    UsageError
-        If it is ``BUNDLE/adapters`` itself, or the name breaks rule M09.
+    Nothing need be there yet, but the bundle. Raises `UsageError` for ``BUNDLE/adapters`` itself,
+    and for a name that breaks rule M09.
     """
     absolute = Path(os.path.abspath(path))
     if absolute.name == ADAPTERS and is_bundle(absolute.parent):
@@ -108,10 +101,8 @@ def read_manifest(bundle: Path) -> Manifest:
 def records_of(directory: Path) -> dict[str, FileRecord]:
     """Hash an adapter's files, without hidden ones.
 
-    Raises
-    ------
-    UnsupportedError
-        If a name breaks M08 or M12, so that the file cannot be part of a bundle.
+    Raises `UnsupportedError` if a name breaks M08 or M12, so that the file cannot be part of a
+    bundle.
     """
     folder = SafeDirectory(directory)
     names = folder.names()
@@ -128,28 +119,11 @@ def add_adapter(
     inputs: Iterable[Path] = (),
     force: bool = False,
 ) -> dict[str, FileRecord]:
-    """Add an adapter to a bundle, or replace it.
+    """Add an adapter to a bundle, or replace it; return its files as the manifest lists them.
 
-    Parameters
-    ----------
-    place : BundleSlot
-    write : callable
-        Writes the adapter's files into a publication, without committing it.
-    inputs : iterable of Path
-        What is read for it.
-    force : bool
-        Replace an adapter of that name.
-
-    Returns
-    -------
-    dict of str to FileRecord
-        As the manifest lists them now.
-
-    Raises
-    ------
-    OutputError
-        If there is one of that name, another process adds one of that name now, or the
-        bundle cannot be changed.
+    `write` writes the adapter's files into a publication, without committing it; `inputs` is what
+    is read for it; `force` replaces an adapter of that name. Raises `OutputError` if there is one
+    of that name, another process adds one of that name now, or the bundle cannot be changed.
     """
     manifest = read_manifest(place.bundle)
     _refuse(place, manifest, force)
@@ -178,10 +152,7 @@ def add_adapter(
 def refuse_listed(place: BundleSlot, *, force: bool) -> None:
     """Refuse a slot whose adapter the manifest lists, unless ``force`` says so.
 
-    Raises
-    ------
-    OutputError
-        Also if the bundle cannot be changed.
+    Raises `OutputError` also if the bundle cannot be changed.
     """
     _refuse(place, read_manifest(place.bundle), force)
 
@@ -334,12 +305,8 @@ def _is_unlisted_adapter(path: Path) -> bool:
 def remove_adapter(place: BundleSlot) -> None:
     """Remove an adapter from a bundle: first from the manifest, then from the disk.
 
-    What a killed removal has left on the disk is removed, too.
-
-    Raises
-    ------
-    InputError
-        If the manifest does not list it, and what stands there, if anything, is no adapter.
+    What a killed removal has left on the disk is removed, too. Raises `InputError` if the manifest
+    does not list it, and what stands there, if anything, is no adapter.
     """
     # No adapter's name begins with a dot, so nobody prepares one under this one.
     leaving = place.path.with_name(f"..{place.name}.partial")

@@ -133,24 +133,14 @@ def skip_modules(
 ) -> list[str] | None:
     """Return the modules for ``llm_int8_skip_modules``, which peers do not quantize.
 
-    transformers replaces every linear by a 4-bit one unless its name matches an entry of
-    this list, at its end or, as a regular expression, at its start; without a list it leaves
-    the output head alone. Routers, experts and whole towers are named by one name part, which
-    keeps the list short; any other plain linear is named in full.
+    transformers replaces every linear by a 4-bit one unless its name matches an entry of this list,
+    at its end or, as a regular expression, at its start; without a list it leaves the output head
+    alone. Routers, experts and whole towers are named by one name part, which keeps the list short;
+    any other plain linear is named in full.
 
-    Parameters
-    ----------
-    dense : iterable of LazyTensor
-        The tensors that are not quantized.
-    quantized : iterable of str
-        Names of the weights that are.
-    absent : str, optional
-        A part that the model's class has and the checkpoint may lack: it has no 4-bit form, then.
-
-    Returns
-    -------
-    list of str or None
-        None if transformers' own default says the same.
+    `dense` are the tensors that are not quantized, `quantized` the names of the weights that are;
+    `absent` is a part that the model's class has and the checkpoint may lack: it has no 4-bit form,
+    then. None if transformers' own default says the same.
 
     Examples
     --------

@@ -49,10 +49,7 @@ _MARKED = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-i
 def members(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> dict[str, Any]:
     """Return the config's members as in the file, for editing and re-encoding.
 
-    Raises
-    ------
-    InputError
-        If it is not a JSON object.
+    Raises `InputError` if it is not a JSON object.
     """
     return parse_object(raw, path)
 
@@ -60,11 +57,8 @@ def members(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> dict[str, An
 def parse(raw: bytes, path: str | PathLike[str] = CONFIG_NAME) -> dict[str, Any]:
     r"""Return the config's values, as transformers sees them.
 
-    Raises
-    ------
-    InputError
-        If it is not a JSON object, or a member that says which model it is has another type than
-        transformers takes.
+    Raises `InputError` if it is not a JSON object, or if a member that says which model it is has
+    another type than transformers takes.
 
     Examples
     --------
@@ -105,13 +99,7 @@ def encode(fields: dict[str, Any]) -> bytes:
 def split(
     raw: bytes, path: str | PathLike[str] = CONFIG_NAME
 ) -> tuple[bytes, dict[str, Any] | None]:
-    r"""Separate the quantization from the rest.
-
-    Returns
-    -------
-    config : bytes
-        The file without ``quantization_config``; the very same bytes if it had none.
-    quantization : dict or None
+    r"""Separate the quantization from the rest, which is the same bytes if there was none.
 
     Examples
     --------

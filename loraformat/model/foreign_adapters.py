@@ -81,17 +81,8 @@ _TORCHTUNE_FILE = re.compile(r"adapter_(\d+\.(pt|bin|safetensors)|model\.pt)")
 def refuse_foreign_adapter(path: Path, *, recognised: bool = False) -> None:
     """Refuse a path that is, or is next to, an adapter of another program.
 
-    Parameters
-    ----------
-    path : Path
-        It exists.
-    recognised : bool
-        It looks like a model, so that adapters below it are its own.
-
-    Raises
-    ------
-    UnsupportedError
-        Naming what it is, or where the adapter lies, and what to do.
+    A `recognised` path looks like a model, so that adapters below it are its own. The
+    `UnsupportedError` names what it is, or where the adapter lies, and what to do.
     """
     if path.is_file():
         _refuse_file(path)

@@ -121,12 +121,8 @@ def packed_weights(
 ) -> PackedWeights | None:
     """Return the method that quantized some of the tensors; None for dense ones.
 
-    Parameters
-    ----------
-    tensors : mapping of str to Stored
-        By name: entries of headers, or lazy tensors; no number is read.
-    more : iterable of Signature
-        Methods to look for before those that are known here.
+    They are entries of headers, or lazy tensors, by name; no number is read. Methods of `more` are
+    looked for before those that are known here.
 
     Examples
     --------
@@ -158,23 +154,10 @@ def refuse_packed(
 ) -> None:
     """Refuse quantized weights and say how to obtain dense ones.
 
-    Parameters
-    ----------
-    path : Path
-    tensors : mapping of str to Stored
-    method : object
-        What the config calls the method; None if it names none.
-    original : str, optional
-        The model that was quantized, if the checkpoint's card names it.
-    readers : mapping of str to str
-        By method: the format whose converter reads it.
-    more : iterable of Signature
-        See `packed_weights`.
-
-    Raises
-    ------
-    UnsupportedError
-        Naming the method and the remedy.
+    !Parameters ---------- method : object What the config calls the method; None if it names none.
+    original : str, optional The model that was quantized, if the checkpoint's card names it.
+    readers : mapping of str to str By method: the format whose converter reads it. more : iterable
+    of Signature See `packed_weights`.
     """
     found = packed_weights(tensors, more)
     if found is None and method is None:

@@ -48,16 +48,8 @@ class Pickled:
 def open_pickle(folder: SafeDirectory, name: str) -> Pickled:
     """Open a file that ``torch.save`` wrote of a dictionary of tensors.
 
-    Parameters
-    ----------
-    folder : SafeDirectory
-    name : str
-
-    Raises
-    ------
-    InputError
-        If it is no archive of torch, asks for anything but tensors, or claims more numbers than
-        it holds.
+    Raises `InputError` if it is no archive of torch, asks for anything but tensors, or claims more
+    numbers than it holds.
     """
     import torch
 

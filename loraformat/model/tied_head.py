@@ -99,12 +99,7 @@ def settled(model: Checkpoint) -> tuple[Checkpoint, list[str]]:
 def tied_embedding(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
     """Return the embedding that is also the head, by name; None if nothing is tied.
 
-    Parameters
-    ----------
-    names : iterable of str
-        Of all tensors: a head that is stored counts as one of its own; see `tied_head`.
-    config : mapping
-        ``config.json``.
+    A head that is stored counts as one of its own; see `tied_head`.
 
     Examples
     --------
@@ -120,16 +115,9 @@ def tied_embedding(names: Iterable[str], config: Mapping[str, Any]) -> str | Non
 def lacks_head(names: Iterable[str], config: Mapping[str, Any]) -> bool:
     """Tell whether a model has no output head: it was saved from a base class, for embeddings.
 
-    Nothing is tied, no head is stored, and the config names a class without one, or the tensors
-    are called as in a base class: Qwen3-Embedding's config names ``Qwen3ForCausalLM``. A model
-    of which a head is missing otherwise is incomplete.
-
-    Parameters
-    ----------
-    names : iterable of str
-        Of all tensors.
-    config : mapping
-        ``config.json``.
+    Nothing is tied, no head is stored, and the config names a class without one, or the tensors are
+    called as in a base class: Qwen3-Embedding's config names ``Qwen3ForCausalLM``. A model of which
+    a head is missing otherwise is incomplete.
 
     Examples
     --------
@@ -152,10 +140,6 @@ def refuse_lost_head(model: Checkpoint) -> None:
 
     Its config names a class with a head and says, as transformers always writes, that it is not
     tied; and no tensor outside of the layers could be one, by whatever name.
-
-    Raises
-    ------
-    InputError
     """
     config = _config(model)
     embedding = _embedding(list(model.tensors))

@@ -54,10 +54,7 @@ class CarriedTokenizer:
     def json(self, name: str) -> dict[str, Any]:
         """Return the object in a JSON file; empty if the file is missing.
 
-        Raises
-        ------
-        InputError
-            If it is not JSON, or not an object.
+        Raises `InputError` if it is not JSON, or not an object.
         """
         if name not in self._files:
             return {}

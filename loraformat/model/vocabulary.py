@@ -39,13 +39,7 @@ _TOKENIZER = re.compile(
 
 
 class Resize(NamedTuple):
-    """A change of the number of tokens.
-
-    Attributes
-    ----------
-    before, after : int
-        Rows of the embedding.
-    """
+    """A change of the number of tokens, the rows of the embedding."""
 
     before: int
     after: int
@@ -80,19 +74,10 @@ def per_token(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
 
 
 def resized(values: Array, rows: int) -> Array:
-    """Return a tensor with another number of rows.
+    """Return a tensor, whose first dimension is the token, with another number of rows.
 
-    Parameters
-    ----------
-    values : array
-        Its first dimension is the token; any floating dtype.
-    rows : int
-
-    Returns
-    -------
-    array
-        Of the same dtype: the first rows as they are, and what is new the mean of all that were
-        there, summed in float64 and rounded to nearest even.
+    The first rows stay as they are; what is new is the mean of all that were there, summed in
+    float64 and rounded to the dtype, to nearest even.
 
     Examples
     --------
@@ -115,11 +100,6 @@ def resized(values: Array, rows: int) -> Array:
 
 def resized_config(config: bytes, change: Resize) -> bytes:
     r"""Return ``config.json`` with another ``vocab_size``.
-
-    Parameters
-    ----------
-    config : bytes
-    change : Resize
 
     Examples
     --------

@@ -89,18 +89,10 @@ class NF4:
         return self.nested_absmax is not None
 
     def scales(self, start: int = 0, stop: int | None = None) -> Array:
-        """Decode the scales of blocks [start, stop).
+        """Decode the scales of blocks [start, stop), float32; all blocks by default.
 
-        Parameters
-        ----------
-        start, stop : int
-            Block numbers; default: all blocks.
-
-        Returns
-        -------
-        array
-            float32[stop - start]: absmax itself, or
-            ``round(round(map[absmax] * nested_absmax[block // 256]) + nested_offset)``.
+        They are absmax itself, or ``round(round(map[absmax] * nested_absmax[block // 256]) +
+        nested_offset)``.
 
         Examples
         --------

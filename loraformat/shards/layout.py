@@ -90,22 +90,10 @@ def execution_units(tensors: Iterable[LazyTensor]) -> list[Unit]:
 
 
 def plan_shards(units: Sequence[Unit], limit: int) -> list[list[LazyTensor]]:
-    """Distribute units over shards.
+    """Distribute units, in execution order, over shards of at most so many body bytes.
 
-    A unit is never split, unless it is larger than the limit: then it is split between
-    tensors. A tensor is never split.
-
-    Parameters
-    ----------
-    units : sequence of Unit
-        In execution order.
-    limit : int
-        Body bytes per shard.
-
-    Returns
-    -------
-    list of list of LazyTensor
-        The tensors of each shard, in execution order; at least one shard.
+    A unit is never split, unless it is larger than the limit: then it is split between tensors. A
+    tensor is never split. There is at least one shard.
     """
     shards: list[list[LazyTensor]] = [[]]
     filled = 0

@@ -23,19 +23,9 @@ __all__ = ["is_quantized", "method_of", "read_quantized"]
 def method_of(path: Path, more: Iterable[Signature] = ()) -> str | None:
     """Return the method that quantized the weights of a directory, or file, of safetensors.
 
-    The stored tensors decide; the config is believed where they say nothing.
-
-    Parameters
-    ----------
-    path : Path
-    more : iterable of Signature
-        Of methods that `packed_weights` does not know.
-
-    Returns
-    -------
-    str or None
-        None of dense weights, a bundle, and a model that cannot be opened: reading it will say
-        what is wrong.
+    The stored tensors decide; the config is believed where they say nothing. `more` are signatures
+    of methods that `packed_weights` does not know. None of dense weights, a bundle, and a model
+    that cannot be opened: reading it will say what is wrong.
     """
     if (path / MANIFEST_NAME).is_file():
         return None

@@ -54,23 +54,9 @@ def open_model(
 ) -> Checkpoint:
     """Open a model directory, or one safetensors file, as a lazy checkpoint.
 
-    Parameters
-    ----------
-    path : Path
-    format_name : str
-        For the checkpoint's provenance.
-    transposed, any_storage
-        See `loraformat.shards.stored_tensors.collect`.
-
-    Returns
-    -------
-    Checkpoint
-        On mapped files: no weight has been read.
-
-    Raises
-    ------
-    InputError
-        If files are missing, damaged or hostile.
+    It is on mapped files: no weight has been read. `format_name` is for its provenance; for
+    `transposed` and `any_storage` see `loraformat.shards.stored_tensors.collect`. Raises
+    `InputError` if files are missing, damaged or hostile.
     """
     alone = path.is_file()
     folder = SafeDirectory(path.parent if alone else path)
@@ -103,21 +89,8 @@ def as_checkpoint(
 ) -> Checkpoint:
     """Return a model directory's tensors with its config and the carried files.
 
-    Parameters
-    ----------
-    path : Path
-        The directory.
-    format_name : str
-        For the checkpoint's provenance.
-    names : sequence of str
-        The files that hold the tensors, or say where they are.
-    tensors : dict of str to LazyTensor
-    close : callable
-
-    Raises
-    ------
-    InputError
-        If the config is none.
+    `names` are the files that hold the tensors, or say where they are. Raises `InputError` if the
+    config is none.
     """
     folder = SafeDirectory(path)
     config, quantization = _config(folder)
@@ -174,13 +147,9 @@ def _config(folder: SafeDirectory) -> tuple[bytes | None, dict[str, Any] | None]
 def weight_files(folder: SafeDirectory) -> list[str]:
     """Return the safetensors files that make up the model, as transformers would choose them.
 
-    ``model.safetensors`` alone, if it is there; else the index decides; else every safetensors
-    file of the directory, of which numbered ones must be complete.
-
-    Raises
-    ------
-    InputError
-        If there are none, or one is missing.
+    ``model.safetensors`` alone, if it is there; else the index decides; else every safetensors file
+    of the directory, of which numbered ones must be complete. Raises `InputError` if there are
+    none, or one is missing.
     """
     numbered: Iterable[str] = ()
     if folder.has(_SINGLE):

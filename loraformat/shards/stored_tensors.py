@@ -37,28 +37,14 @@ def collect(
     errors: Mapping[str, float | None] | None = None,
     any_storage: bool = False,
 ) -> dict[str, LazyTensor]:
-    """Return the logical tensors of some shards.
+    """Return the logical tensors of some shards, in the order of these and of their bytes.
 
-    Parameters
-    ----------
-    files : sequence of MappedFile
-    transposed : callable
-        Tells of an NF4 weight, by name, whether its codes run over the transpose.
-    errors : mapping of str to float or None, optional
-        Recorded quantization error of each NF4 weight.
-    any_storage : bool
-        Accept packed codes that are stored as another dtype (``bnb_4bit_quant_storage``):
-        the bytes are the same, only their label differs.
+    !Parameters ---------- transposed : callable Tells of an NF4 weight, by name, whether its codes
+    run over the transpose. errors : mapping of str to float or None, optional Recorded quantization
+    error of each NF4 weight. any_storage : bool Accept packed codes that are stored as another
+    dtype (``bnb_4bit_quant_storage``): the bytes are the same, only their label differs.
 
-    Returns
-    -------
-    dict of str to LazyTensor
-        In the order of the shards and of the bytes in them.
-
-    Raises
-    ------
-    FormatError
-        H10 if two shards hold a tensor of one name, or an N rule.
+    !Raises ------ FormatError H10 if two shards hold a tensor of one name, or an N rule.
     """
     tensors: dict[str, LazyTensor] = {}
     stored: set[str] = set()

@@ -61,24 +61,12 @@ def write_shards(
     single_name: str | None = None,
     metadata: Mapping[str, str] = _METADATA,
 ) -> WrittenShards:
-    """Write all shards of a checkpoint.
+    """Write all shards of a checkpoint, from `loraformat.shards.layout.plan_shards`.
 
-    Parameters
-    ----------
-    shards : sequence of sequence of LazyTensor
-        From `loraformat.shards.layout.plan_shards`.
-    publication : AtomicOutput
-    progress : callable
-        Called with the bytes of each tensor, as ``tensor.nbytes`` counts them, when it is written.
-    single_name : str, optional
-        File name if there is one shard only (``model.safetensors``).
-    metadata : mapping of str to str
-        ``__metadata__`` of every shard.
-
-    Returns
-    -------
-    WrittenShards
-        The same whether or not the run was interrupted in between.
+    What it returns is the same whether or not the run was interrupted in between. `progress` is
+    called with the bytes of each tensor, as ``tensor.nbytes`` counts them, when it is written;
+    `single_name` is the file name if there is one shard only (``model.safetensors``); `metadata` is
+    ``__metadata__`` of every shard.
     """
     written = WrittenShards()
     for number, tensors in enumerate(shards):

@@ -32,13 +32,7 @@ class AtomicFile(AtomicOutput):
         """Do nothing: replacing a file leaves no intermediate state."""
 
     def commit(self) -> None:
-        """Move the finished file to the target.
-
-        Raises
-        ------
-        OutputError
-            If something else has appeared there meanwhile.
-        """
+        """Move the finished file to the target, as `AtomicOutput.commit` does a directory."""
         self._refuse_existing()
         written = self.work / self.file_name
         if self._force:

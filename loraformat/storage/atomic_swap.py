@@ -18,21 +18,11 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def swap_directories(one: Path, other: Path) -> None:
-    """Swap two directories.
+    """Swap two directories on one file system; after an `OSError` both are where they were.
 
-    On Linux this is one system call, so that nobody ever sees neither. Elsewhere, and on
-    file systems without it, it is three renames, with a moment between them in which
-    ``other`` is missing.
-
-    Parameters
-    ----------
-    one, other : Path
-        On one file system.
-
-    Raises
-    ------
-    OSError
-        Both are where they were.
+    On Linux this is one system call, so that nobody ever sees neither. Elsewhere, and on file
+    systems without it, it is three renames, with a moment between them in which ``other`` is
+    missing.
     """
     try:
         _exchange_at_once(one, other)
@@ -43,13 +33,7 @@ def swap_directories(one: Path, other: Path) -> None:
 
 
 def undo_interrupted_swap(one: Path, other: Path) -> None:
-    """Restore ``other`` if a process was killed during a swap.
-
-    Parameters
-    ----------
-    one, other : Path
-        As in `swap_directories`; nobody else may be writing to them.
-    """
+    """Restore ``other`` if a process was killed during a swap; no other process may be writing."""
     aside = _aside(one)
     if not os.path.lexists(other):
         with contextlib.suppress(FileNotFoundError):

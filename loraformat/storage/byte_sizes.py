@@ -12,12 +12,7 @@ for _power, _letter in enumerate("KMGT", 1):
 
 
 def parse_size(text: str) -> int:
-    """Parse a size and return it in bytes.
-
-    Raises
-    ------
-    ValueError
-        If it is none, or zero.
+    """Parse a size and return it in bytes; raises `ValueError` if it is none, or zero.
 
     Examples
     --------

@@ -35,23 +35,10 @@ def _integer(digits: str) -> int:
 
 
 def loads(data: bytes) -> Any:
-    """Parse UTF-8 JSON as Python's ``json`` does.
+    """Parse UTF-8 JSON, whose length the caller has bounded, as Python's ``json`` does.
 
-    Parameters
-    ----------
-    data : bytes
-        The whole text. The caller bounds its length.
-
-    Returns
-    -------
-    object
-        As ``json.loads`` would, objects in their written order.
-
-    Raises
-    ------
-    ForeignJsonError
-        For invalid UTF-8, an integer of more than 4300 characters, nesting beyond 128, an
-        unpaired surrogate (which is no text), or anything that is not JSON.
+    Raises `ForeignJsonError` for invalid UTF-8, an integer of more than 4300 characters, nesting
+    beyond 128, an unpaired surrogate (which is no text), or anything that is not JSON.
 
     Examples
     --------
@@ -76,18 +63,9 @@ def loads(data: bytes) -> Any:
 
 
 def parse_object(data: bytes, path: str | PathLike[str]) -> dict[str, Any]:
-    """Parse a file that holds one JSON object.
+    """Parse a file that holds one JSON object; its path is for messages.
 
-    Parameters
-    ----------
-    data : bytes
-    path : path-like
-        For messages.
-
-    Raises
-    ------
-    InputError
-        If it is not JSON, or not an object.
+    Raises `InputError` if it is not JSON, or not an object.
 
     Examples
     --------

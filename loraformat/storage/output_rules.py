@@ -19,16 +19,7 @@ _ANOTHER = "choose another output"
 def refuse_input_as_output(target: Path, work: Path, inputs: Sequence[Path]) -> None:
     """Refuse an output that is an input, by path, symbolic link or hard link.
 
-    Parameters
-    ----------
-    target, work : Path
-        The output, and the directory in which it is prepared.
-    inputs : sequence of Path
-        Files and directories that are read.
-
-    Raises
-    ------
-    OutputError
+    So may not be the directory `work`, in which the output is prepared.
     """
     real_target, real_work = target.resolve(), work.resolve()
     for source in inputs:
@@ -55,12 +46,7 @@ def refuse_input_as_output(target: Path, work: Path, inputs: Sequence[Path]) -> 
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Refuse an existing target, unless it is a model and ``force`` is set.
-
-    Raises
-    ------
-    OutputError
-    """
+    """Refuse an existing target, unless it is a model and ``force`` is set."""
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
@@ -91,12 +77,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
 
 def refuse_existing_file(target: Path, *, force: bool) -> None:
-    """Refuse to replace an existing file unless it contains weights.
-
-    Raises
-    ------
-    OutputError
-    """
+    """Refuse to replace an existing file unless it contains weights and ``force`` is set."""
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_file():

@@ -57,18 +57,7 @@ def _float(digits: str) -> float:
 
 
 def check_depth(data: bytes, most: int) -> None:
-    """Refuse too deeply nested JSON before it is parsed.
-
-    Parameters
-    ----------
-    data : bytes
-    most : int
-        Levels; ``[]`` is one.
-
-    Raises
-    ------
-    StrictJsonError
-    """
+    """Refuse JSON nested deeper than so many levels (``[]`` is one), before it is parsed."""
     # Only a text with many brackets can be deep; this keeps the parser's recursion bounded.
     if data.count(b"[") + data.count(b"{") <= most:
         return
@@ -134,18 +123,7 @@ def loads(data: bytes) -> Any:
 
 
 def check_surrogates(text: str, value: Any) -> None:
-    """Refuse an unpaired surrogate escape in JSON.
-
-    Parameters
-    ----------
-    text : str
-    value : object
-        What it was parsed to.
-
-    Raises
-    ------
-    StrictJsonError
-    """
+    """Refuse an unpaired surrogate escape in JSON, given what it was parsed to."""
     if not _SURROGATE.search(text):
         return
     # "\ud800" is legal JSON but no text: it cannot be printed, stored or used as a file name.

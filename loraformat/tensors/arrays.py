@@ -52,12 +52,7 @@ def numpy_dtype(name: str) -> numpy.dtype[Any]:
 
 
 def dtype_name(dtype: numpy.dtype[Any] | type) -> str:
-    """Return the safetensors name of a numpy dtype.
-
-    Raises
-    ------
-    KeyError
-        safetensors has no such type.
+    """Return the safetensors name of a numpy dtype; raises `KeyError` if it has none.
 
     Examples
     --------
@@ -68,16 +63,10 @@ def dtype_name(dtype: numpy.dtype[Any] | type) -> str:
 
 
 def array_view(data: memoryview, dtype: str, shape: tuple[int, ...] | None = None) -> Array:
-    """Show bytes as an array, without copying where alignment allows.
+    """Show flat bytes, row-major and little-endian, as an array of a safetensors dtype.
 
-    Parameters
-    ----------
-    data : memoryview
-        Flat bytes, row-major, little-endian. If they are read-only, so is the array.
-    dtype : str
-        safetensors name.
-    shape : tuple of int, optional
-        One dimension by default.
+    Nothing is copied where alignment allows. If the bytes are read-only, so is the array; without a
+    shape it has one dimension.
 
     Examples
     --------
@@ -142,22 +131,7 @@ def check_finite(
     *,
     error: type[InputError] = InputError,
 ) -> None:
-    """Refuse NaN and infinity.
-
-    Parameters
-    ----------
-    values : array
-    name : str
-        Of the tensor.
-    path : Path, optional
-        Its file.
-    error : type
-        What is raised.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse NaN and infinity in the values of a tensor, by an error of a given class."""
     if not finite(values):
         raise error(
             f"tensor {printable(name)} holds NaN or infinity",

@@ -52,22 +52,7 @@ _SPELLINGS = WEIGHT_DTYPES | {TORCH_NAMES[name]: name for name in WEIGHT_DTYPES.
 
 
 def parse_weight_dtype(word: str) -> str:
-    """Turn ``bf16`` or ``bfloat16`` into ``BF16``.
-
-    Parameters
-    ----------
-    word : str
-        As typed by a user.
-
-    Returns
-    -------
-    str
-        A safetensors dtype name.
-
-    Raises
-    ------
-    UsageError
-        For any other word.
+    """Turn a user's ``bf16`` or ``bfloat16`` into ``BF16``; refuse any other word.
 
     Examples
     --------

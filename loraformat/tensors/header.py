@@ -125,19 +125,8 @@ def is_clean_name(name: object) -> bool:
 def data_start(prefix: bytes, file_bytes: int, path: str | PathLike[str]) -> int:
     """Return where the tensors begin, from the first eight bytes of a file (rule H01).
 
-    Parameters
-    ----------
-    prefix : bytes
-        The first 8 bytes; fewer if the file is shorter.
-    file_bytes : int
-        Size of the file in bytes.
-    path : path-like
-        For messages.
-
-    Raises
-    ------
-    FormatError
-        H01: the file cannot hold the header that its first eight bytes announce.
+    There are fewer if the file is shorter; a file that cannot hold the header that they announce is
+    refused.
     """
     if len(prefix) < _LENGTH_BYTES:
         raise FormatError(
@@ -318,20 +307,9 @@ def encode_header(
 ) -> bytes:
     """Write a header: length prefix, compact JSON, spaces up to the alignment.
 
-    Parameters
-    ----------
-    entries : iterable of Entry
-        In the order of their bytes.
-    metadata : mapping of str to str
-        Written first, as ``__metadata__``, unless empty.
-    alignment : int
-        The returned length is a multiple of this (bytes).
-    room : int, optional
-        Exact length to fill, for a header that is written after its tensors.
-
-    Returns
-    -------
-    bytes
+    Entries are in the order of their bytes; metadata is written first, as ``__metadata__``, unless
+    empty. The length is a multiple of `alignment` (bytes), or exactly `room`, for a header that is
+    written after its tensors.
 
     Examples
     --------

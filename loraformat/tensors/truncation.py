@@ -17,13 +17,9 @@ _LIBRARIES = Path(__file__).parents[1] / "nf4" / "kernels"
 def say_truncated() -> bool:
     """Install a SIGBUS handler that prints a message and exits with status 3.
 
-    For programs, not for libraries: a process has one handler of a signal.
-
-    Returns
-    -------
-    bool
-        Whether there is a compiled library to do it; without one, the kernel ends the process as it
-        does any other (``LORAFORMAT_IO=pread`` maps nothing).
+    For programs, not for libraries: a process has one handler of a signal. False if there is no
+    compiled library to do it: the kernel ends the process, then, as it does any other
+    (``LORAFORMAT_IO=pread`` maps nothing).
     """
     for path in sorted(_LIBRARIES.glob("_nf4.*")):
         try:

@@ -51,21 +51,10 @@ def fixed_point_bits(rank: int) -> int:
 
 
 def to_fixed_point(factor: Array, axis: int, bits: int) -> Array:
-    """Round a factor to integers times one power of two per row or column.
+    """Round a float64 matrix to integers times one power of two per row or column.
 
-    Parameters
-    ----------
-    factor : array
-        float64, two dimensions.
-    axis : int
-        The axis that shares a power of two: 1 for rows, 0 for columns.
-    bits : int
-        Each value becomes an integer of at most 2^bits times the power.
-
-    Raises
-    ------
-    UnsupportedError
-        If a value is not finite, or beyond 2^400.
+    Rows share a power for axis 1, columns for axis 0; each integer is at most 2^bits. Raises
+    `UnsupportedError` if a value is not finite, or beyond 2^400.
 
     Examples
     --------
@@ -99,16 +88,10 @@ class Product:
 
 
 def product(left: Array, right: Array, *, exact: bool) -> Product:
-    """Prepare a product.
+    """Prepare the product of float64 factors (rows, r) and (r, columns).
 
-    Parameters
-    ----------
-    left : array
-        float64 (rows, r).
-    right : array
-        float64 (r, columns).
-    exact : bool
-        The same bits on every machine, at the cost of a float64 product; in float32 if not.
+    An exact one has the same bits on every machine, at the cost of a float64 product; the other is
+    in float32.
 
     Examples
     --------

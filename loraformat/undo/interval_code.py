@@ -207,23 +207,10 @@ def decode_tile(
     bits: bytes | memoryview,
     out: Array | None = None,
 ) -> Array:
-    """Return the original tile, without the signs of zeros.
+    """Return the original tile, of a dtype, without the signs of zeros.
 
-    Parameters
-    ----------
-    merged, delta, gain
-        As in `encode_tile`.
-    dtype : numpy.dtype
-        Of the original.
-    bits : bytes
-        The tile's.
-    out : array, optional
-        Where to put it: contiguous, of that dtype.
-
-    Raises
-    ------
-    Unmergeable
-        If the bits do not belong to it.
+    `out`, if given, is contiguous and of that dtype. Raises `Unmergeable` if the bits do not belong
+    to the tile, which is given as in `encode_tile`.
     """
     out = numpy.empty(merged.shape, dtype) if out is None else out
     if native.loaded():

@@ -100,19 +100,9 @@ class UndoRecord:
 
 
 def encode_record(record: UndoRecord, parts: Mapping[str, int]) -> tuple[bytes, list[Entry]]:
-    """Return the header of a record's file.
+    """Return the header of a record's file, and where its parts lie.
 
-    Parameters
-    ----------
-    record : UndoRecord
-    parts : mapping of str to int
-        Bytes of each stored part, by name, in order.
-
-    Returns
-    -------
-    header : bytes
-    entries : list of Entry
-        Where the parts lie.
+    `parts` are the bytes of each stored part, by name, in order.
     """
     entries, position = [], 0
     for name, nbytes in parts.items():

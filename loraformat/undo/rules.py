@@ -42,10 +42,7 @@ _TERM = ("adapter", "target", "weight", "part", "block", "expert", "rows")
 def parse_record(header: Header, path: str | PathLike[str]) -> UndoRecord:
     """Parse the record in a header's metadata and check the sizes of its parts.
 
-    Raises
-    ------
-    FormatError
-        U01, U02, U03, U09.
+    Raises `FormatError` U01, U02, U03 or U09.
     """
     text = header.metadata.get(METADATA_KEY)
     if text is None:

@@ -51,20 +51,9 @@ def task_of(config: Mapping[str, Any], task: Any) -> str | None:
 def build_on_meta(config: Mapping[str, Any], *, task: str | None = None, labels: int = 2) -> Any:
     """Build the model of a config, with all of its parameters and buffers on ``meta``.
 
-    Parameters
-    ----------
-    config : mapping
-        ``config.json``.
-    task : str, optional
-        One of `TASKS`: the class with the head of that task instead of the one that is named.
-    labels : int
-        Rows of such a head.
-
-    Returns
-    -------
-    transformers.PreTrainedModel or None
-        None if transformers is not installed, has no class for it, cannot build it, or if the
-        config asks for thousands of layers or experts.
+    With `task`, one of `TASKS`, its class is the one with the head of that task, of so many
+    `labels`, instead of the one that is named. None if transformers is not installed, has no class
+    for it, cannot build it, or if the config asks for thousands of layers or experts.
     """
     try:
         import torch

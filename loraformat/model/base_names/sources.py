@@ -63,12 +63,7 @@ class Conversions(NamedTuple):
 
 
 def conversions_of(model: Any) -> Conversions:
-    """Return the conversions that transformers applies when it loads a checkpoint.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    """
+    """Return the conversions that transformers applies when it loads a checkpoint."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -83,14 +78,7 @@ def conversions_of(model: Any) -> Conversions:
 
 
 def find_sources(model: Any, names: Iterable[str]) -> Sources:
-    """Assign the tensors of a checkpoint to a model's parameters.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    names : iterable of str
-        Of all tensors.
-    """
+    """Assign the tensors of a checkpoint, by name, to a transformers model's parameters."""
     from transformers.core_model_loading import rename_source_key
 
     table = conversions_of(model)

@@ -80,12 +80,7 @@ class Kernel(Protocol):
 
 
 def available() -> tuple[str, ...]:
-    """List the kernels that this machine can run.
-
-    Returns
-    -------
-    tuple of str
-        Slowest first; "numpy" is always there.
+    """List the kernels that this machine can run, slowest first; "numpy" is always there.
 
     Examples
     --------
@@ -97,22 +92,9 @@ def available() -> tuple[str, ...]:
 
 @cache
 def get(choice: str = "auto") -> Kernel:
-    """Look a kernel up.
+    """Look up one of `CHOICES`; all callers and threads share it.
 
-    Parameters
-    ----------
-    choice : str
-        One of `CHOICES`.
-
-    Returns
-    -------
-    Kernel
-        Shared by all callers and threads.
-
-    Raises
-    ------
-    UsageError
-        The choice is unknown, or this machine cannot run it.
+    Raises `UsageError` if the choice is unknown, or if this machine cannot run it.
 
     Examples
     --------
@@ -134,17 +116,7 @@ def get(choice: str = "auto") -> Kernel:
 
 
 def active() -> Kernel:
-    """Return the kernel that ``LORAFORMAT_KERNEL`` names, else the fastest.
-
-    Returns
-    -------
-    Kernel
-        See `get`.
-
-    Raises
-    ------
-    UsageError
-        As `get`.
+    """Return the kernel that ``LORAFORMAT_KERNEL`` names, else the fastest; raises as `get`.
 
     Examples
     --------

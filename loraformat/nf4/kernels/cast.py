@@ -19,14 +19,9 @@ _FUNCTIONS = {
 def cast(values: Array, out: Array, *, kernel: str | None = None) -> None:
     """Copy numbers into an array of another dtype, each rounded once, to nearest even.
 
-    Parameters
-    ----------
-    values, out : numpy.ndarray
-        Of one shape. Casts between float16 and float32, both contiguous, are made in C where
-        the library is there; the bits are those of numpy, but for the payload of a NaN. What
-        is too large becomes infinite.
-    kernel : str, optional
-        One of `loraformat.nf4.kernels.available`; the active one by default.
+    Casts between float16 and float32, both contiguous, are made in C where the library is there;
+    the bits are those of numpy, but for the payload of a NaN. What is too large becomes infinite.
+    `kernel` is one of `loraformat.nf4.kernels.available`; the active one by default.
 
     Examples
     --------

@@ -74,12 +74,8 @@ def encode(
 ) -> tuple[bytes, Array] | None:
     """Do what `loraformat.undo.interval_code.encode_tile` does; None if it cannot be done.
 
-    Parameters
-    ----------
-    weight, merged : array
-        Contiguous, of one shape: float32, float16 or bfloat16.
-    delta, gain : array
-        Broadcast to that shape.
+    Weight and merged weight are contiguous, float32, float16 or bfloat16, and of one shape, to
+    which delta and gain are broadcast.
     """
     bits = numpy.empty(4 * weight.size + 8, numpy.uint8)
     zeros = numpy.empty(weight.size, numpy.int64)

@@ -148,16 +148,8 @@ def merged_values(
 ) -> Array:
     """Return round(g · (w + d)): the merged weight in the dtype of the output.
 
-    Parameters
-    ----------
-    weight : array
-        float32, bfloat16 or float16.
-    delta : array
-        float32, of a shape that broadcasts.
-    gain : array or None
-        float32, of a shape that broadcasts: DoRA's m / ‖W + D‖. None is 1.
-    dtype : numpy.dtype
-        float16 saturates at ±65504; NaN stays NaN.
+    The weight is float32, bfloat16 or float16; delta and gain (DoRA's m / ‖W + D‖; None is 1) are
+    float32 of shapes that broadcast. float16 saturates at ±65504; NaN stays NaN.
 
     Examples
     --------

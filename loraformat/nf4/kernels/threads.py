@@ -26,13 +26,7 @@ _SECONDS_DEAF = 0.2
 
 
 def default_threads() -> int:
-    """Count the CPUs that this process may use.
-
-    Returns
-    -------
-    int
-        At least 1.
-    """
+    """Count the CPUs that this process may use, at least 1."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -118,29 +112,15 @@ def run(
 ) -> None:
     """Call ``task(start, stop)`` on pieces that cover ``range(total)``.
 
-    Parameters
-    ----------
-    task : callable
-        Works on elements ``start`` to ``stop``; what it computes must not depend on the other
-        pieces. The pieces are the same for every thread count.
-    total : int
-        Length of the range.
-    grain : int
-        Length of a piece; the last one may be shorter.
-    threads : int, optional
-        Most threads at work, the calling one included; default: every CPU of the process. No more
-        than these, or two, work in any case.
-    in_torch : bool
-        The task computes with torch: keep it from starting threads in the calling one, too, which
-        is one of ours while this lasts.
+    !Parameters ---------- task : callable Works on elements ``start`` to ``stop``; what it computes
+    must not depend on the other pieces. These are the same for every thread count, of `grain`
+    elements but for the last. threads : int, optional Most threads at work, the calling one
+    included; default: every CPU of the process. No more than these, or two, work in any case.
+    in_torch : bool The task computes with torch: keep it from starting threads in the calling one,
+    too, which is one of ours while this lasts.
 
-    Raises
-    ------
-    UsageError
-        `threads` is less than 1.
-    Exception
-        Whatever `task` raised first, or a signal in the calling thread; remaining pieces are
-        dropped, and none is at work any more.
+    !Raises ------ Exception Whatever `task` raised first, or a signal in the calling thread;
+    remaining pieces are dropped, and none is at work any more.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads requested, wanted at least 1")

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from loraformat.ops.formats import formats as formats
     from loraformat.ops.info.error_plot import plot_errors as plot_errors
     from loraformat.ops.info.model import info as info
-    from loraformat.ops.info.report import AdapterInfo as AdapterInfo
-    from loraformat.ops.info.report import InfoReport as InfoReport
-    from loraformat.ops.info.report import ModelInfo as ModelInfo
+    from loraformat.model.description import AdapterInfo as AdapterInfo
+    from loraformat.model.description import InfoReport as InfoReport
+    from loraformat.model.description import ModelInfo as ModelInfo
     from loraformat.ops.merge.merge import merge as merge
     from loraformat.ops.merge.report import MergeReport as MergeReport
     from loraformat.ops.opening.adapter import open_adapter as open_adapter
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from loraformat.ops.reduce import reduce as reduce
     from loraformat.ops.remove import RemovalReport as RemovalReport
     from loraformat.ops.remove import remove as remove
-    from loraformat.ops.report import Report as Report
+    from loraformat.model.report import Report as Report
     from loraformat.ops.spectrum.plot import plot_spectrum as plot_spectrum
     from loraformat.ops.spectrum.spectrum import SpectrumReport as SpectrumReport
     from loraformat.ops.spectrum.spectrum import spectrum as spectrum
@@ -81,7 +81,7 @@ _NAMES = {
     "ops.formats": "FormatsReport formats",
     "ops.info.error_plot": "plot_errors",
     "ops.info.model": "info",
-    "ops.info.report": "AdapterInfo InfoReport ModelInfo",
+    "model.description": "AdapterInfo InfoReport ModelInfo",
     "ops.merge.merge": "merge",
     "ops.merge.report": "MergeReport",
     "ops.opening.adapter": "open_adapter",
@@ -92,7 +92,7 @@ _NAMES = {
     "ops.push.report": "PushReport",
     "ops.reduce": "ReductionReport reduce",
     "ops.remove": "RemovalReport remove",
-    "ops.report": "Report",
+    "model.report": "Report",
     "ops.spectrum.plot": "plot_spectrum",
     "ops.spectrum.spectrum": "SpectrumReport spectrum",
     "ops.unmerge.report": "UnmergeReport",

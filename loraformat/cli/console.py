@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from loraformat.ops.report import Report
+    from loraformat.model.report import Report
 
 __all__ = [
     "Resumable",

@@ -15,7 +15,7 @@ from loraformat.demo.step import Workspace
 from loraformat.errors import LoraFormatError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.convert.report import ConversionReport
-from loraformat.ops.info.report import ModelInfo
+from loraformat.model.description import ModelInfo
 from loraformat.ops.verify import verify
 
 __all__ = ["Bases", "Model", "convert_bases"]

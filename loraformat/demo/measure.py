@@ -14,7 +14,7 @@ from typing import Any
 from loraformat.demo.perplexity import Perplexity, load, perplexity_of
 from loraformat.demo.texts import heldout
 from loraformat.ops.info.model import info
-from loraformat.ops.info.report import ModelInfo
+from loraformat.model.description import ModelInfo
 
 __all__ = ["Measure", "Measured", "summary_of"]
 

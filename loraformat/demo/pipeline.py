@@ -18,7 +18,7 @@ from loraformat.demo.merging import add_adapters, merge_and_undo
 from loraformat.demo.shaping import shape_adapters
 from loraformat.demo.step import Step, Workspace, measure_steps
 from loraformat.demo.training import Training, train_adapter
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 
 __all__ = ["DemoReport", "demo"]
 

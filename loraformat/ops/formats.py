@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.plugins import all_converters
 
 __all__ = ["FormatSummary", "FormatsReport", "formats"]

@@ -27,7 +27,7 @@ from loraformat.ops.deltas.factors import (
     load_finite,
     with_deltas,
 )
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.tensors.arrays import Array
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from loraformat.bundle.update import parse_bundle_slot, remove_adapter
 from loraformat.errors import UsageError
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 
 __all__ = ["RemovalReport", "remove"]
 

@@ -21,7 +21,7 @@ from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.plugins import Converter
 from loraformat.shards.index_json import INDEX_NAME
 from loraformat.storage.reserved_names import CARD_NAME

@@ -11,7 +11,7 @@ from loraformat.errors import InputError, UsageError
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.error_plot import errors_by_layer, normal_error, plot_errors
 from loraformat.ops.info.model import info
-from loraformat.ops.info.report import ModelInfo, TensorSummary
+from loraformat.model.description import ModelInfo, TensorSummary
 from loraformat.ops.plots import as_label, colors
 
 

@@ -26,7 +26,7 @@ from loraformat.ops.check.prompts import template_change, tokenizer_beside, toke
 from loraformat.ops.check.write import Written, write_usage
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import origin_fingerprint
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.runtimes.architectures import gguf_architecture
 from loraformat.runtimes.from_adapter import facts_of

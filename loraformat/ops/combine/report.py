@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loraformat.ops.deltas.factors import error_with_rounding
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 
 __all__ = ["CombinationReport", "CombinedModule"]
 

@@ -12,7 +12,7 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.written import WrittenModel
 from loraformat.ops.encoding.requantization import history, original_of, sentence
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.layout import execution_units, plan_shards
 

@@ -15,7 +15,7 @@ from loraformat.hub import resolve
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.config_json import members
 from loraformat.ops.info.adapter import describe_adapter
-from loraformat.ops.info.report import (
+from loraformat.model.description import (
     AdapterSummary,
     InfoReport,
     ModelInfo,

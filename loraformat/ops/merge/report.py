@@ -23,7 +23,7 @@ import numpy
 from loraformat.model.checkpoint import LazyTensor
 from loraformat.model.quantization_history import Quantized
 from loraformat.nf4.kernels.merge_tile import TileSums
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.tensors.arrays import Array
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraformat.ops.push.report import FileReport
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 
 __all__ = ["PullReport"]
 

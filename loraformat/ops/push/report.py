@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 
 __all__ = ["FileReport", "PushReport"]
 

@@ -35,7 +35,7 @@ from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.adapter import description_of
 from loraformat.ops.info.model import info
-from loraformat.ops.info.report import AdapterInfo, ModelInfo
+from loraformat.model.description import AdapterInfo, ModelInfo
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.push.base_info import LocalBase, adapter_base, bundle_base, local_base, look_up
 from loraformat.ops.push.files import CONFIG_NAME as ADAPTER_CONFIG_NAME

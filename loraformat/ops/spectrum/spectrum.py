@@ -16,7 +16,7 @@ from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import kind_of
 from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.deltas.factors import experts_of, load_finite
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.tensors.arrays import Array
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 
 __all__ = ["Deviation", "UnmergeReport"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.train.batch import Batch
 from loraformat.train.data.dataset import Dataset, open_data
 from loraformat.train.data.tokenizer import open_tokenizer

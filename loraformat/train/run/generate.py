@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.run.adapter_files import stops_of, template_of
 from loraformat.train.run.options import TrainOptions

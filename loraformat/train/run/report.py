@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 from loraformat.train.batch import Batch
 from loraformat.train.run.memory_plan import DiskPlan, MemoryPlan
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loraformat.model.quantization_history import Quantized
-from loraformat.ops.report import Report
+from loraformat.model.report import Report
 
 __all__ = [
     "AdapterInfo",

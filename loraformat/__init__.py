@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from loraformat.demo.pipeline import DemoReport as DemoReport
     from loraformat.demo.pipeline import demo as demo
     from loraformat.errors import LoraFormatError as LoraFormatError
+    from loraformat.model.description import AdapterInfo as AdapterInfo
+    from loraformat.model.description import InfoReport as InfoReport
+    from loraformat.model.description import ModelInfo as ModelInfo
+    from loraformat.model.report import Report as Report
     from loraformat.ops.check.check import CheckReport as CheckReport
     from loraformat.ops.check.check import check as check
     from loraformat.ops.check.fix import fix as fix
@@ -33,9 +37,6 @@ if TYPE_CHECKING:
     from loraformat.ops.formats import formats as formats
     from loraformat.ops.info.error_plot import plot_errors as plot_errors
     from loraformat.ops.info.model import info as info
-    from loraformat.model.description import AdapterInfo as AdapterInfo
-    from loraformat.model.description import InfoReport as InfoReport
-    from loraformat.model.description import ModelInfo as ModelInfo
     from loraformat.ops.merge.merge import merge as merge
     from loraformat.ops.merge.report import MergeReport as MergeReport
     from loraformat.ops.opening.adapter import open_adapter as open_adapter
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from loraformat.ops.reduce import reduce as reduce
     from loraformat.ops.remove import RemovalReport as RemovalReport
     from loraformat.ops.remove import remove as remove
-    from loraformat.model.report import Report as Report
     from loraformat.ops.spectrum.plot import plot_spectrum as plot_spectrum
     from loraformat.ops.spectrum.spectrum import SpectrumReport as SpectrumReport
     from loraformat.ops.spectrum.spectrum import spectrum as spectrum

@@ -11,7 +11,6 @@ from loraformat.card.document import Document, is_template
 from loraformat.card.facts import (
     AdapterFacts,
     Base,
-    BundledAdapter,
     BundleFacts,
     FileFact,
     Licence,
@@ -22,7 +21,6 @@ __all__ = [
     "AdapterFacts",
     "Base",
     "BundleFacts",
-    "BundledAdapter",
     "Document",
     "FileFact",
     "Licence",

@@ -79,8 +79,8 @@ def _sentence(facts: AdapterFacts) -> str:
     at = f" at revision {code(facts.base.revision[:12])}" if facts.base.revision else ""
     size = format_size(sum(file.nbytes for file in facts.files))
     return (
-        f"A LoRA adapter of {link(facts.base.repo)}{at}: {shape_words(facts)}; "
-        f"{facts.parameters:,} parameters, {size}."
+        f"A LoRA adapter of {link(facts.base.repo)}{at}: {shape_words(facts.said)}; "
+        f"{facts.said.parameters:,} parameters, {size}."
     )
 
 
@@ -90,23 +90,23 @@ def _picture(facts: AdapterFacts) -> str:
 
 
 def _what(facts: AdapterFacts) -> str:
-    rows = base_rows(facts.base)
-    if facts.fingerprint:
-        rows.append(["made for the base", f"{code(facts.fingerprint)} (fingerprint)"])
+    rows, said = base_rows(facts.base), facts.said
+    if said.base_fingerprint:
+        rows.append(["made for the base", f"{code(said.base_fingerprint)} (fingerprint)"])
     rows += [
-        ["rank", numbers(facts.ranks) or "none"],
-        ["alpha", numbers(facts.alphas)],
-        ["B A is scaled by", numbers(facts.scalings)],
-        ["targets", f"{names(facts.targets)} ({facts.modules} modules)"],
-        ["trainable parameters", f"{facts.parameters:,}"],
-        ["stored as", ", ".join(f"{name}: {n:,}" for name, n in facts.dtypes.items())],
+        ["rank", numbers(said.ranks) or "none"],
+        ["alpha", numbers(said.alphas)],
+        ["B A is scaled by", numbers(said.scalings)],
+        ["targets", f"{names(said.targets)} ({len(said.modules)} modules)"],
+        ["trainable parameters", f"{said.parameters:,}"],
+        ["stored as", ", ".join(f"{name}: {n:,}" for name, n in said.dtypes.items())],
     ]
-    if facts.dora:
-        rows.append(["DoRA", f"{facts.dora} modules with a magnitude"])
-    if facts.biases:
-        rows.append(["biases", f"{facts.biases} modules"])
-    if facts.replacements:
-        rows.append(["replaces", names(facts.replacements)])
+    if said.dora:
+        rows.append(["DoRA", f"{said.dora} modules with a magnitude"])
+    if said.biases:
+        rows.append(["biases", f"{said.biases} modules"])
+    if replaced := [*said.replacements, *said.replaced_rows]:
+        rows.append(["replaces", names(replaced)])
     return f"## What it is\n\n{table(['', ''], [row for row in rows if row[1]])}"
 
 
@@ -127,7 +127,7 @@ def _use(facts: AdapterFacts) -> str:
         name=name,
         base=facts.base.repo,
         adapter=facts.repo if facts.peft else gguf,
-        rank=max(facts.ranks, default=1),
+        rank=max(facts.said.ranks, default=1),
         gguf=gguf,
         base_gguf=f"{base_name}.gguf",
         revision=facts.base.revision,

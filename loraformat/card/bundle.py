@@ -8,6 +8,7 @@ from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names
 from loraformat.families.model_class import names_base_class
+from loraformat.model.quantization_history import spelled
 from loraformat.storage.byte_sizes import format_size
 from loraformat.version import __version__
 
@@ -33,7 +34,7 @@ def bundle_card(facts: BundleFacts) -> Document:
     facts : BundleFacts
     """
     auto, pipeline = _opening(facts)
-    tags = list(BUNDLE_TAGS if facts.block_sizes else BUNDLE_TAGS[:1])
+    tags = list(BUNDLE_TAGS if facts.said.block_sizes else BUNDLE_TAGS[:1])
     body = joined(
         [
             _sentence(facts),
@@ -44,7 +45,7 @@ def bundle_card(facts: BundleFacts) -> Document:
             footer(__version__),
         ]
     )
-    relation = "quantized" if facts.block_sizes else "finetune"
+    relation = "quantized" if facts.said.block_sizes else "finetune"
     return Document(
         title=facts.repo.rpartition("/")[2],
         body=body,
@@ -55,10 +56,11 @@ def bundle_card(facts: BundleFacts) -> Document:
 
 
 def _sentence(facts: BundleFacts) -> str:
-    how = "in NF4" if facts.block_sizes else "in its own precision"
+    said = facts.said
+    how = "in NF4" if said.block_sizes else "in its own precision"
     return (
-        f"{link(facts.base.repo)} {how}: {facts.parameters:,} parameters in "
-        f"{format_size(facts.weight_bytes)}, {facts.bits_per_weight:.3f} bits per weight. "
+        f"{link(facts.base.repo)} {how}: {said.parameters:,} parameters in "
+        f"{format_size(said.weight_bytes)}, {said.bits_per_weight:.3f} bits per weight. "
         "A loraformat bundle: safetensors files, with a SHA-256 of every tensor in "
         "`loraformat.json`."
     )
@@ -66,10 +68,11 @@ def _sentence(facts: BundleFacts) -> str:
 
 def _opening(facts: BundleFacts) -> tuple[str | None, str | None]:
     """Return the transformers class that opens a bundle, and the Hub's task tag if known."""
-    if facts.headless or names_base_class({"architectures": [facts.architecture]}):
+    architecture = facts.said.architecture
+    if facts.headless or names_base_class({"architectures": [architecture]}):
         return _EMBEDS
     for ending, opening in _OPENINGS.items():
-        if (facts.architecture or "").endswith(ending):
+        if (architecture or "").endswith(ending):
             return opening
     return None, None
 
@@ -78,7 +81,7 @@ def _use(facts: BundleFacts, auto: str | None) -> str:
     name = facts.repo.rpartition("/")[2]
     parts = ["## Use"]
     if auto is not None:
-        needs = ", with bitsandbytes installed" if facts.block_sizes else ""
+        needs = ", with bitsandbytes installed" if facts.said.block_sizes else ""
         code_lines = (
             f"from transformers import {auto}, AutoTokenizer\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")\n'
@@ -90,50 +93,52 @@ def _use(facts: BundleFacts, auto: str | None) -> str:
         f"loraformat verify {name}",
     ]
     lines += [
-        f"loraformat merge {name} {name}/adapters/{adapter} -o merged" for adapter in facts.adapters
-    ][:3]
+        f"loraformat merge {name} {name}/adapters/{adapter.name} -o merged"
+        for adapter in facts.said.adapters[:3]
+    ]
     parts += ["### loraformat", fence("\n".join(lines), "sh")]
     return joined(parts)
 
 
 def _what(facts: BundleFacts) -> str:
-    rows = base_rows(facts.base)
-    if facts.architecture:
-        rows.append(["architecture", f"{code(facts.architecture)}, {facts.layers} layers"])
-    rows.append(["parameters", f"{facts.parameters:,}"])
-    if facts.block_sizes:
-        nested = "double quantization" if facts.double_quant else "float32 scales"
+    rows, said = base_rows(facts.base), facts.said
+    if said.architecture:
+        rows.append(["architecture", f"{code(said.architecture)}, {said.layers} layers"])
+    rows.append(["parameters", f"{said.parameters:,}"])
+    if said.block_sizes:
+        nested = "double quantization" if said.double_quant else "float32 scales"
         rows.append(
             [
                 "quantized",
-                f"{facts.quantized_parameters:,} of them, NF4, blocks of "
-                f"{numbers(facts.block_sizes)}, {nested}",
+                f"{said.quantized_parameters:,} of them, NF4, blocks of "
+                f"{numbers(said.block_sizes)}, {nested}",
             ]
         )
-    if facts.errors:
+    errors = [e for tensor in said.tensors if (e := tensor.relative_rms_error) is not None]
+    if errors:
         rows.append(
             [
                 "relative RMS error of a weight",
-                f"{min(facts.errors):.4f} to {max(facts.errors):.4f}"
-                + (", against the quantized source" if facts.quantized_before else ""),
+                f"{min(errors):.4f} to {max(errors):.4f}"
+                + (", against the quantized source" if said.quantized_before else ""),
             ]
         )
-    if facts.quantized_before:
-        said = f"{code(facts.quantized_before)}, not the original weights"
-        rows.append(["quantized already when it was made", said])
-    rows.append(["fingerprint", code(facts.fingerprint)])
+    if said.quantized_before:
+        before = f"{code(spelled(said.quantized_before))}, not the original weights"
+        rows.append(["quantized already when it was made", before])
+    rows.append(["fingerprint", code(said.fingerprint or "")])
     return f"## What it is\n\n{table(['', ''], rows)}"
 
 
 def _adapters(facts: BundleFacts) -> str:
     rows = [
         [
-            code(name),
+            code(adapter.name),
             numbers(adapter.ranks) or "none",
             names(adapter.targets),
             f"{adapter.parameters:,}",
         ]
-        for name, adapter in facts.adapters.items()
+        for adapter in facts.said.adapters
     ]
     head = ["adapter", "rank", "targets", "parameters"]
     return f"## Adapters\n\n{table(head, rows)}" if rows else ""

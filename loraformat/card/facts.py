@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraformat.model.description import AdapterInfo, ModelInfo
 from loraformat.runtimes.chat import Chat
 
 __all__ = [
     "AdapterFacts",
     "Base",
     "BundleFacts",
-    "BundledAdapter",
     "FileFact",
     "Licence",
     "Training",
@@ -84,14 +84,8 @@ class AdapterFacts:
     repo : str
         Where it is published, ``org/name``.
     base : Base
-    ranks : list of int
-    alphas, scalings : list of float
-    targets : list of str
-        Last names of the modules.
-    modules, parameters : int
-        How many weights it changes; elements of its tensors.
-    dtypes : dict of str to int
-        Parameters by dtype.
+    said : AdapterInfo
+        What ``info`` says of it.
     files : list of FileFact
         Without the card.
     peft : bool
@@ -102,12 +96,6 @@ class AdapterFacts:
         ``CAUSAL_LM``, ...
     labels : int or None
         Of an adapter that classifies and brings its head.
-    dora, biases : int
-        How many modules have a magnitude, a bias.
-    replacements : list of str
-        Weights that it replaces, as a whole or in rows.
-    fingerprint : str or None
-        Of the base that it was made for.
     training : Training
     wrong_in : frozenset of str
         Runtimes that would refuse it or compute something else.
@@ -117,34 +105,15 @@ class AdapterFacts:
 
     repo: str
     base: Base
-    ranks: list[int]
-    alphas: list[float]
-    scalings: list[float]
-    targets: list[str]
-    modules: int
-    parameters: int
-    dtypes: dict[str, int]
+    said: AdapterInfo
     files: list[FileFact]
     peft: bool = True
     gguf: str | None = None
     task: str | None = None
     labels: int | None = None
-    dora: int = 0
-    biases: int = 0
-    replacements: list[str] = field(default_factory=list)
-    fingerprint: str | None = None
     training: Training = field(default_factory=Training)
     wrong_in: frozenset[str] = frozenset()
     chat: Chat | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BundledAdapter:
-    """An adapter in a bundle: ranks, last names of its modules, elements of its tensors."""
-
-    ranks: list[int]
-    targets: list[str]
-    parameters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,38 +125,15 @@ class BundleFacts:
     repo : str
     base : Base
         The model that it was quantized from.
-    architecture : str or None
+    said : ModelInfo
+        What ``info`` says of it.
+    files : list of FileFact
     headless : bool
         It has no output head: it is an embedding model, whatever class is named.
-    layers, parameters, quantized_parameters : int
-    weight_bytes : int
-    bits_per_weight : float
-    block_sizes : list of int
-    double_quant : bool
-    fingerprint : str
-    errors : tuple of float
-        Smallest and largest relative RMS error of a weight, ‖W − NF4(W)‖ / ‖W‖; empty if
-        nobody measured.
-    quantized_before : str or None
-        How its weights were quantized before, against which the errors are then.
-    adapters : dict of str to BundledAdapter
-        Those beside the base, by name; their ``repo`` and ``files`` are not used.
-    files : list of FileFact
     """
 
     repo: str
     base: Base
-    architecture: str | None
-    layers: int
-    parameters: int
-    quantized_parameters: int
-    weight_bytes: int
-    bits_per_weight: float
-    block_sizes: list[int]
-    double_quant: bool
-    fingerprint: str
-    errors: tuple[float, ...]
+    said: ModelInfo
     files: list[FileFact]
-    quantized_before: str | None = None
     headless: bool = False
-    adapters: dict[str, BundledAdapter] = field(default_factory=dict)

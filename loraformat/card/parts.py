@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from loraformat.card.facts import AdapterFacts, Base, FileFact
+from loraformat.card.facts import Base, FileFact
 from loraformat.card.markup import code, link, numbers, table
+from loraformat.model.description import AdapterInfo
 from loraformat.storage.byte_sizes import format_size
 
 __all__ = ["base_rows", "file_table", "footer", "joined", "names", "shape_words"]
@@ -44,7 +45,7 @@ def names(words: Iterable[str]) -> str:
     )
 
 
-def shape_words(adapter: AdapterFacts) -> str:
+def shape_words(adapter: AdapterInfo) -> str:
     """Return an adapter's ranks and targets as a phrase."""
     ranks = numbers(adapter.ranks) or "none"
     return f"rank {ranks} on {names(adapter.targets) or 'nothing'}"

@@ -13,9 +13,9 @@ from loraformat.demo import SMALL_MODEL
 from loraformat.demo.measure import Measure, Measured, summary_of
 from loraformat.demo.step import Workspace
 from loraformat.errors import LoraFormatError
+from loraformat.model.description import ModelInfo
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.convert.report import ConversionReport
-from loraformat.model.description import ModelInfo
 from loraformat.ops.verify import verify
 
 __all__ = ["Bases", "Model", "convert_bases"]

@@ -13,8 +13,8 @@ from typing import Any
 
 from loraformat.demo.perplexity import Perplexity, load, perplexity_of
 from loraformat.demo.texts import heldout
-from loraformat.ops.info.model import info
 from loraformat.model.description import ModelInfo
+from loraformat.ops.info.model import info
 
 __all__ = ["Measure", "Measured", "summary_of"]
 

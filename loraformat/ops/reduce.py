@@ -15,6 +15,7 @@ from loraformat.algebra.lora import Pair
 from loraformat.algebra.ranks import allocate
 from loraformat.errors import InputError, UsageError
 from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.report import Report
 from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.deltas.factors import (
     SingleEntryCache,
@@ -27,7 +28,6 @@ from loraformat.ops.deltas.factors import (
     load_finite,
     with_deltas,
 )
-from loraformat.model.report import Report
 from loraformat.tensors.arrays import Array
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]

@@ -16,12 +16,12 @@ from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import FormatError, InputError
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import NF4Tensor
+from loraformat.model.report import Report
 from loraformat.ops.adapter_output.form import check_values
 from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.model.report import Report
 from loraformat.plugins import Converter
 from loraformat.shards.index_json import INDEX_NAME
 from loraformat.storage.reserved_names import CARD_NAME

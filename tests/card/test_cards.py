@@ -19,21 +19,34 @@ from loraformat.card import (
 )
 from loraformat.card.document import BEGIN, END
 from loraformat.card.training import without_paths
+from loraformat.model.description import (
+    AdapterInfo,
+    AdapterSummary,
+    ModelInfo,
+    ModuleSummary,
+    TensorSummary,
+)
 from loraformat.runtimes.chat import Chat, ChatFormat
 
 BASE = Base("org/base_model", "b" * 40, Licence("other", "llama3.2", "LICENSE"))
 FILES = [FileFact("adapter_model.safetensors", 4096, "a" * 64)]
-ADAPTER = AdapterFacts(
-    repo="me/polite", base=BASE, ranks=[16], alphas=[32.0], scalings=[2.0], targets=["q_proj"],
-    modules=4, parameters=12_345, dtypes={"F32": 12_345}, files=FILES, task="CAUSAL_LM",
-    fingerprint="f" * 64,
+SAID = AdapterInfo(
+    path="polite", format="peft", bytes=4096, base_model="org/base_model", bundle=None, ranks=[16],
+    alphas=[32.0], scalings=[2.0], targets=["q_proj"], parameters=12_345, dtypes={"F32": 12_345},
+    base_fingerprint="f" * 64, dora=0, biases=0, embeddings=0, replacements=[], replaced_rows=[],
+    modules=[ModuleSummary("q_proj", 16, 32.0, 2.0, 64, 64, "F32", 2048, False, False)] * 4,
 )  # fmt: skip
-BUNDLE = BundleFacts(
-    repo="me/bundle", base=BASE, architecture="LlamaForCausalLM", layers=2, parameters=1000,
-    quantized_parameters=900, weight_bytes=600, bits_per_weight=4.8, block_sizes=[64],
-    double_quant=True, fingerprint="f" * 64, errors=(0.08, 0.1), files=FILES,
-    adapters={"polite": ADAPTER},
+ADAPTER = AdapterFacts("me/polite", BASE, SAID, FILES, task="CAUSAL_LM")
+TENSORS = [TensorSummary(name, "nf4", "F32", (8, 8), 36, error)
+           for name, error in (("a", 0.08), ("b", 0.1))]  # fmt: skip
+BUNDLED = ModelInfo(
+    path="bundle", format="loraformat", architecture="LlamaForCausalLM", model_type="llama",
+    layers=2, parameters=1000, dtypes={"NF4": 1000}, quantized_parameters=900, weight_bytes=600,
+    total_bytes=700, bits_per_weight=4.8, quantized_bits_per_weight=4.5, block_sizes=[64],
+    double_quant=True, fingerprint="f" * 64, tensors=TENSORS,
+    adapters=[AdapterSummary("polite", 12_345, 4096, [16], ["q_proj"], None)],
 )  # fmt: skip
+BUNDLE = BundleFacts("me/bundle", BASE, BUNDLED, FILES)
 RECORD = {
     "training": {
         "data": [{"file": "chat.jsonl", "sha256": "0" * 64, "rows": 1200}],
@@ -43,6 +56,10 @@ RECORD = {
     },
     "versions": {"torch": "2.13.0"},
 }
+
+
+def saying(**changes):
+    return replace(ADAPTER, said=replace(SAID, **changes))
 
 
 def front(text):
@@ -109,7 +126,7 @@ def test_an_adapter_of_conversations_is_talked_to():
 
 
 def test_no_empty_sections():
-    text = adapter_card(replace(ADAPTER, base=Base("org/base"), fingerprint=None)).render()
+    text = adapter_card(replace(saying(base_fingerprint=None), base=Base("org/base"))).render()
     for absent in (
         "Training data",
         "Evaluation",
@@ -218,10 +235,10 @@ def test_a_record_of_another_form_is_left_out(rubbish):
 def test_hostile_names_stay_in_their_cells():
     evil = "q|x\n\n# Pwned <script>alert(1)</script> ![](http://e/p.png) `"
     record = {"data": [{evil: evil}], "evaluation": {evil: {"before": {evil: 1}}}}
+    said = replace(SAID, targets=[evil], replacements=[evil], dtypes={"F32": 1})
     facts = replace(
-        ADAPTER, targets=[evil], replacements=[evil], training=Training(record),
-        files=[FileFact(evil, 1, "0" * 64)], dtypes={"F32": 1},
-    )  # fmt: skip
+        ADAPTER, said=said, training=Training(record), files=[FileFact(evil, 1, "0" * 64)]
+    )
     text = adapter_card(facts).render()
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
     assert "<script>" not in outside
@@ -267,16 +284,16 @@ def test_what_people_wrote_stays():
 
 def test_the_generated_part_is_replaced_where_it_stands():
     first = adapter_card(ADAPTER).render("# Mine\n\nbefore\n") + "\nafter\n"
-    second = adapter_card(replace(ADAPTER, ranks=[8])).render(first)
+    second = adapter_card(saying(ranks=[8])).render(first)
     assert second.count(BEGIN) == second.count(END) == 1
     assert "| rank | 8 |" in second
     assert "| rank | 16 |" not in second
     assert second.index("before") < second.index(BEGIN) < second.index(END) < second.index("after")
-    assert adapter_card(replace(ADAPTER, ranks=[8])).render(second) == second
+    assert adapter_card(saying(ranks=[8])).render(second) == second
 
 
 def test_a_backslash_in_the_new_part_is_no_group_reference():
-    facts = replace(ADAPTER, targets=["\\1 \\g<0>"])
+    facts = saying(targets=["\\1 \\g<0>"])
     once = adapter_card(facts).render()
     assert adapter_card(facts).render(once) == once
 

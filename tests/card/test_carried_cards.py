@@ -1,22 +1,19 @@
 """The card of a bundle is true of the bundle: what is made of it carries people's words alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from loraformat.card import Base, BundleFacts, bundle_card
 from loraformat.card.document import BEGIN
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.verify import verify
 
-DOCUMENT = bundle_card(
-    BundleFacts(
-        repo="me/bundle", base=Base("org/base"), architecture="LlamaForCausalLM", layers=2,
-        parameters=1000, quantized_parameters=900, weight_bytes=600, bits_per_weight=4.8,
-        block_sizes=[64], double_quant=True, fingerprint="f" * 64, errors=(0.08, 0.1), files=[],
-        adapters={},
-    )
-)  # fmt: skip
+QUANTIZED = replace(info(SMALL_MODEL), block_sizes=[64], bits_per_weight=4.8)
+DOCUMENT = bundle_card(BundleFacts("me/bundle", Base("org/base"), QUANTIZED, []))
 WORDS = "---\nlicense: mit\ntags:\n- python\n---\n# A model\n\nIts words.\n"
 
 

@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from loraformat.cli.info import command
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import InputError, UsageError
+from loraformat.model.description import ModelInfo, TensorSummary
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.error_plot import errors_by_layer, normal_error, plot_errors
 from loraformat.ops.info.model import info
-from loraformat.model.description import ModelInfo, TensorSummary
 from loraformat.ops.plots import as_label, colors
 
 

@@ -17,7 +17,7 @@ from loraformat_converters.gguf.quantization.blocks import dequantize
 from safetensors.torch import load_file
 
 from loraformat.bundle.manifest_rules import parse_manifest
-from loraformat.card import Base, bundle_card
+from loraformat.card import Base, BundleFacts, bundle_card
 from loraformat.cli import main
 from loraformat.demo import ADAPTERS
 from loraformat.model import quantization_history as past
@@ -25,7 +25,6 @@ from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.model import open_model
-from loraformat.ops.push.upload_plan import bundle_facts
 from loraformat.ops.verify import verify
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.tensors.torch_arrays import tensor_of
@@ -124,8 +123,7 @@ def test_a_bundle_says_it_in_manifest_card_and_info(source, tmp_path, capsys):
     assert step.types == {"Q4_1": 21, "Q8_0": 1} and 5 < step.bits_per_weight < 6
     assert not verify(bundle).findings
     summary = info(bundle)
-    facts = bundle_facts(summary, manifest, "me/small", Base("org/base"), [], {})
-    card = bundle_card(facts).render()
+    card = bundle_card(BundleFacts("me/small", Base("org/base"), summary, [])).render()
     assert "quantized already when it was made" in card
     assert "against the quantized source" in card
     command("info", bundle)

@@ -12,9 +12,10 @@ import transformers
 
 from loraformat.card import adapter_card
 from loraformat.card.facts import AdapterFacts, Base
-from loraformat.demo import SMALL_MODEL
+from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.ops.check.check import check
 from loraformat.ops.check.write import write_usage
+from loraformat.ops.info.model import info
 from loraformat.runtimes.task_usage import TASK_USAGE
 
 _SIZES = dict(
@@ -116,8 +117,7 @@ def test_a_translating_adapter(tmp_path, capsys):
 @pytest.mark.parametrize("gguf", [None, "lora.gguf"])
 def test_a_card_shows_the_lines_of_its_task(task, gguf):
     facts = AdapterFacts(
-        repo="me/kind", base=Base("org/base"), ranks=[4], alphas=[8.0], scalings=[2.0],
-        targets=["q_proj"], modules=2, parameters=100, dtypes={"F32": 100}, files=[], task=task,
+        repo="me/kind", base=Base("org/base"), said=info(ADAPTERS["manual"]), files=[], task=task,
         labels=3, gguf=gguf,
     )  # fmt: skip
     body = adapter_card(facts).body

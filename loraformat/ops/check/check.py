@@ -17,6 +17,7 @@ from loraformat.hub import resolve
 from loraformat.model.adapter_facts import AdapterFacts, BaseFacts
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
+from loraformat.model.report import Report
 from loraformat.model.tied_head import tied_embedding, tied_head
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.model.vocabulary import per_token
@@ -26,7 +27,6 @@ from loraformat.ops.check.prompts import template_change, tokenizer_beside, toke
 from loraformat.ops.check.write import Written, write_usage
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import origin_fingerprint
-from loraformat.model.report import Report
 from loraformat.plugins import AdapterReadOptions, Converter
 from loraformat.runtimes.architectures import gguf_architecture
 from loraformat.runtimes.from_adapter import facts_of

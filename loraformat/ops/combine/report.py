@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from loraformat.ops.deltas.factors import error_with_rounding
 from loraformat.model.report import Report
+from loraformat.ops.deltas.factors import error_with_rounding
 
 __all__ = ["CombinationReport", "CombinedModule"]
 

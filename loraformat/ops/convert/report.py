@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from loraformat.model.architecture import is_plain_in_peers, kind_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import Quantized
+from loraformat.model.report import Report
 from loraformat.model.written import WrittenModel
 from loraformat.ops.encoding.requantization import history, original_of, sentence
-from loraformat.model.report import Report
 from loraformat.plugins import Converter, WriteOptions
 from loraformat.shards.layout import execution_units, plan_shards
 

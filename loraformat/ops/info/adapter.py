@@ -6,8 +6,8 @@ from pathlib import Path
 
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.model.adapter import Adapter, LoraDelta
-from loraformat.ops.convert.adapter import tensors_of
 from loraformat.model.description import AdapterInfo, ModuleSummary
+from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.plugins import Converter
 

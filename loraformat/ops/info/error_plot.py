@@ -15,8 +15,8 @@ import numpy
 from loraformat.errors import InputError, UsageError
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.architecture import kind_of
-from loraformat.nf4 import codec
 from loraformat.model.description import InfoReport, ModelInfo, TensorSummary
+from loraformat.nf4 import codec
 from loraformat.ops.plots import as_label, check_picture, colors, save_picture
 
 if TYPE_CHECKING:

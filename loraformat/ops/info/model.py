@@ -14,13 +14,13 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.config_json import members
-from loraformat.ops.info.adapter import describe_adapter
 from loraformat.model.description import (
     AdapterSummary,
     InfoReport,
     ModelInfo,
     TensorSummary,
 )
+from loraformat.ops.info.adapter import describe_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_directory import SafeDirectory

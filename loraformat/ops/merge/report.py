@@ -22,8 +22,8 @@ import numpy
 
 from loraformat.model.checkpoint import LazyTensor
 from loraformat.model.quantization_history import Quantized
-from loraformat.nf4.kernels.merge_tile import TileSums
 from loraformat.model.report import Report
+from loraformat.nf4.kernels.merge_tile import TileSums
 from loraformat.tensors.arrays import Array
 
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraformat.ops.push.report import FileReport
 from loraformat.model.report import Report
+from loraformat.ops.push.report import FileReport
 
 __all__ = ["PullReport"]
 

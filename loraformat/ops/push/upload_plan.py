@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from loraformat import plugins
 from loraformat.bundle.manifest import Manifest
@@ -16,7 +15,6 @@ from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.card import (
     AdapterFacts,
     Base,
-    BundledAdapter,
     BundleFacts,
     Document,
     FileFact,
@@ -28,14 +26,13 @@ from loraformat.card import (
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError
 from loraformat.hub.source import download
 from loraformat.model.config_json import CONFIG_NAME
-from loraformat.model.quantization_history import spelled
+from loraformat.model.description import ModelInfo
 from loraformat.model.tied_head import lacks_head
 from loraformat.ops.check.chats import chat_beside
 from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.adapter import description_of
 from loraformat.ops.info.model import info
-from loraformat.model.description import AdapterInfo, ModelInfo
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.push.base_info import LocalBase, adapter_base, bundle_base, local_base, look_up
 from loraformat.ops.push.files import CONFIG_NAME as ADAPTER_CONFIG_NAME
@@ -53,7 +50,7 @@ from loraformat.runtimes.task_usage import labels_of
 from loraformat.shards.read_directory import peek_config
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["UploadPlan", "bundle_facts", "gguf_file", "gguf_name", "gguf_pattern", "plan_upload"]
+__all__ = ["UploadPlan", "gguf_file", "gguf_name", "gguf_pattern", "plan_upload"]
 
 #: Files of an earlier push that belong to the weights, by what is pushed now.
 _PEFT_FILES = (
@@ -143,45 +140,9 @@ def _bundle(path: Path, options: PushOptions, verify: Callable[[], None]) -> Upl
     base = look_up(named, options.licence, contents.notes, offline_ok=options.dry_run)
     said = info(path)
     assert isinstance(said, ModelInfo)
-    facts = bundle_facts(said, manifest, options.repo, base, contents.files, peek_config(path))
+    headless = lacks_head(manifest.tensors, peek_config(path))
+    facts = BundleFacts(options.repo, base, said, _listed(contents.files), headless)
     return _parcel("bundle", base, contents, bundle_card(facts), options, _BUNDLE_FILES)
-
-
-def bundle_facts(
-    said: ModelInfo,
-    manifest: Manifest,
-    repo: str,
-    base: Base,
-    files: list[UploadFile],
-    config: Mapping[str, Any],
-) -> BundleFacts:
-    """Return what a card says of a bundle with this config; to be published as `repo`."""
-    errors = [
-        record.relative_rms_error
-        for record in manifest.tensors.values()
-        if record.relative_rms_error is not None
-    ]
-    return BundleFacts(
-        repo=repo,
-        base=base,
-        architecture=said.architecture,
-        layers=said.layers,
-        parameters=said.parameters,
-        quantized_parameters=said.quantized_parameters,
-        weight_bytes=said.weight_bytes,
-        bits_per_weight=said.bits_per_weight,
-        block_sizes=said.block_sizes,
-        double_quant=said.double_quant,
-        fingerprint=manifest.fingerprint,
-        errors=(min(errors), max(errors)) if errors else (),
-        files=_listed(files),
-        headless=lacks_head(manifest.tensors, config),
-        quantized_before=spelled(said.quantized_before) if said.quantized_before else None,
-        adapters={
-            adapter.name: BundledAdapter(adapter.ranks, adapter.targets, adapter.parameters)
-            for adapter in said.adapters
-        },
-    )
 
 
 def _listed(files: list[UploadFile]) -> list[FileFact]:
@@ -197,7 +158,7 @@ def _adapter(
     listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
     with open_adapter(path, reader=reader, conditional=True, inspect=True) as adapter:
         named = adapter_base(adapter, options.base_model, manifest.source if manifest else None)
-        said: AdapterInfo = description_of(adapter, path)
+        said = description_of(adapter, path)
         task, local = adapter.config.get("task_type"), adapter.base_model
         labels = labels_of((name, tensor.shape) for name, tensor in adapter.replacements.items())
     verify()
@@ -225,22 +186,12 @@ def _adapter(
     facts = AdapterFacts(
         repo=options.repo,
         base=base,
-        ranks=said.ranks,
-        alphas=said.alphas,
-        scalings=said.scalings,
-        targets=said.targets,
-        modules=len(said.modules),
-        parameters=said.parameters,
-        dtypes=said.dtypes,
+        said=said,
         files=_listed(contents.files),
         peft=any(file.path == ADAPTER_CONFIG_NAME for file in contents.files),
         gguf=ggufs[0] if ggufs else None,
         task=task if isinstance(task, str) else None,
         labels=labels,
-        dora=said.dora,
-        biases=said.biases,
-        replacements=[*said.replacements, *said.replaced_rows],
-        fingerprint=said.base_fingerprint,
         training=Training(read_record(contents.files)),
         wrong_in=frozenset(wrong),
         chat=chat_beside(path, None if near is None else Path(near.path)),

@@ -14,9 +14,9 @@ from loraformat.algebra.ranks import entropy_rank, stable_rank
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import kind_of
+from loraformat.model.report import Report
 from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.deltas.factors import experts_of, load_finite
-from loraformat.model.report import Report
 from loraformat.tensors.arrays import Array
 
 __all__ = [

@@ -10,38 +10,23 @@ from loraformat.runtimes.record import Finding, Outcome, Remedy, Runtime, Treatm
 from loraformat.runtimes.remedies import Names, command, sentence
 from loraformat.runtimes.rules import FORMAT, RULES
 
-__all__ = ["findings", "judge", "obstacles"]
+__all__ = ["findings", "obstacles"]
 
 #: Where one finding needs the first of these, no other remedy helps any more.
 _STRONGEST: tuple[Remedy, ...] = ("advice", "other-base", "merge", "merge-gguf")
 #: What a user does before anything that fixes the adapter.
 _FIRST = ("advice", "other-base")
+#: How an adapter gets into the format that a runtime reads.
+_CONVERSIONS: dict[str, Remedy] = {"peft": "peft", "gguf-lora": "gguf"}
 
 
 def findings(
     adapter: AdapterFacts, runtimes: Iterable[Runtime], names: Names, *, named: bool = False
 ) -> list[Finding]:
-    """Return the findings for each of these runtimes.
+    """Return the findings for each of these runtimes; `names` are those for the commands.
 
-    Parameters
-    ----------
-    adapter : AdapterFacts
-    runtimes : iterable of Runtime
-    names : Names
-        For the commands.
-    named : bool
-        The user asked about these runtimes and no others, and names no base: then an adapter in
-        a format that the runtime does not read fails, too, instead of being a warning.
-    """
-    return [
-        finding for runtime in runtimes for finding in judge(adapter, runtime, names, named=named)
-    ]
-
-
-def judge(
-    adapter: AdapterFacts, runtime: Runtime, names: Names, *, named: bool = False
-) -> list[Finding]:
-    """Return the findings for one runtime; see `findings`.
+    With `named` the user asked about these runtimes and no others, and names no base: then an
+    adapter in a format that the runtime does not read fails, too, instead of being a warning.
 
     Examples
     --------
@@ -49,22 +34,10 @@ def judge(
     >>> from loraformat.runtimes.known import RUNTIMES
     >>> module = ModuleFacts("model.layers.0.self_attn.q_proj", 16, 64, 64, 16.0, 1.0, dora=True)
     >>> facts = AdapterFacts("peft", (module,), dora=True)
-    >>> found = judge(facts, RUNTIMES["vllm"], Names("A"))
+    >>> found = findings(facts, [RUNTIMES["vllm"]], Names("A"))
     >>> [(finding.rule, finding.level, finding.command) for finding in found]
     [('DORA', 'fail', 'loraformat merge BASE A -o A-merged')]
     """
-    found = [
-        (rule.id, what, treatment)
-        for rule in RULES
-        if (treatment := rule.treatment(runtime)) is not None
-        if (what := rule.detect(adapter, runtime)) is not None
-    ]
-    failing = {t.remedy: (rule, t) for rule, _, t in found if t.level == "fail"}
-    strongest = next((failing[remedy] for remedy in _STRONGEST if remedy in failing), None)
-    if strongest is not None:
-        found = [(rule, what, _with_remedy(t, *strongest)) for rule, what, t in found]
-    elif adapter.format != runtime.format:
-        found.insert(0, _format(adapter, runtime, named))
     return [
         Finding(
             rule=rule,
@@ -77,8 +50,31 @@ def judge(
             command=command(treatment.remedy, adapter, runtime, names),
             kind=treatment.remedy,
         )
-        for rule, what, treatment in found
+        for runtime in runtimes
+        for rule, what, treatment in _found(adapter, runtime, named)
     ]
+
+
+def _found(
+    adapter: AdapterFacts, runtime: Runtime, named: bool
+) -> list[tuple[str, str, Treatment]]:
+    """Return for one runtime the rules that apply, what each found, and the treatment."""
+    found = [
+        (rule.id, what, treatment)
+        for rule in RULES
+        if (treatment := rule.treatment(runtime)) is not None
+        if (what := rule.detect(adapter, runtime)) is not None
+    ]
+    failing = {t.remedy: (rule, t) for rule, _, t in found if t.level == "fail"}
+    strongest = next((failing[remedy] for remedy in _STRONGEST if remedy in failing), None)
+    if strongest is not None:
+        return [(rule, what, _with_remedy(t, *strongest)) for rule, what, t in found]
+    if adapter.format != runtime.format:
+        outcome: Outcome = "refuses" if named else "caution"
+        remedy = _CONVERSIONS.get(runtime.format, "merge")
+        treatment = Treatment(outcome, runtime.format_why, remedy)
+        found.insert(0, (FORMAT, f"is {adapter.format}", treatment))
+    return found
 
 
 def obstacles(found: Iterable[Finding]) -> dict[str, list[str]]:
@@ -100,12 +96,6 @@ def obstacles(found: Iterable[Finding]) -> dict[str, list[str]]:
         if finding.level == "fail" and finding.rule != FORMAT and finding.kind != "gguf":
             rules.setdefault(finding.runtime, []).append(finding.rule)
     return rules
-
-
-def _format(adapter: AdapterFacts, runtime: Runtime, named: bool) -> tuple[str, str, Treatment]:
-    outcome: Outcome = "refuses" if named else "caution"
-    treatment = Treatment(outcome, runtime.format_why, runtime.format_remedy)
-    return FORMAT, f"is {adapter.format}", treatment
 
 
 def _with_remedy(treatment: Treatment, rule: str, stronger: Treatment) -> Treatment:

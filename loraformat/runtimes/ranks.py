@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["VLLM_DEFAULT", "VLLM_RANKS", "even_rank", "is_even_rank", "vllm_limit"]
+__all__ = ["VLLM_DEFAULT", "VLLM_RANKS", "even_rank", "vllm_limit"]
 
 #: The values that ``vllm serve --max-lora-rank`` accepts (``MaxLoRARanks``).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -33,14 +33,3 @@ def even_rank(rank: int) -> int:
     (8, 8, 16, 16, 48)
     """
     return _SMALLEST if rank <= _SMALLEST else -(-rank // _STEP) * _STEP
-
-
-def is_even_rank(rank: int) -> bool:
-    """Tell whether kernels take a rank without padding.
-
-    Examples
-    --------
-    >>> is_even_rank(8), is_even_rank(24)
-    (True, False)
-    """
-    return rank == even_rank(rank)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
@@ -70,25 +71,10 @@ class Treatment:
         return _LEVELS[self.outcome]
 
 
-def refuses(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
-    """Return the treatment of a runtime that rejects the adapter."""
-    return Treatment("refuses", why, remedy, advice)
-
-
-def differs(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
-    """Return the treatment of a runtime that computes something else."""
-    return Treatment("differs", why, remedy, advice)
-
-
-def caution(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
-    """Return the treatment of a runtime that is correct under a condition."""
-    return Treatment("caution", why, remedy, advice)
-
-
-def unknown(why: str, remedy: Remedy, advice: str | None = None) -> Treatment:
-    """Return the treatment of a runtime whose behaviour was not checked."""
-    return Treatment("unknown", why, remedy, advice)
-
+refuses = partial(Treatment, "refuses")
+differs = partial(Treatment, "differs")
+caution = partial(Treatment, "caution")
+unknown = partial(Treatment, "unknown")
 
 #: What a runtime multiplies B A of a module by.
 Scaling = Callable[[AdapterFacts, ModuleFacts], float]
@@ -107,8 +93,6 @@ class Runtime:
         That whose facts these are, and how they were found.
     format : str
         Name of the converter whose files it reads, or "" if it reads none.
-    format_remedy : Remedy
-        How an adapter of another format gets there.
     format_why : str
         What happens if it is given another.
     scaling : callable
@@ -142,7 +126,6 @@ class Runtime:
     title: str
     version: str
     format: str
-    format_remedy: Remedy
     format_why: str
     scaling: Scaling
     one_rank: bool = False
@@ -160,11 +143,6 @@ class Runtime:
     def has_proof(self, adapter: AdapterFacts) -> bool:
         """Whether loading was tested rather than inferred."""
         return self.asks_peft and adapter.loading is not None and adapter.loading.proven
-
-    @property
-    def in_peft(self) -> bool:
-        """Whether it reads PEFT directories."""
-        return self.format == "peft"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,30 +13,30 @@ from loraformat.runtimes.record import Remedy, Runtime, Treatment
 
 __all__ = ["Names", "command", "sentence"]
 
-_SAYS: dict[Remedy, str] = {
-    "fix": "write it in portable form",
-    "fill": "write it in portable form, with zeros for missing modules",
-    "gguf": "convert it",
-    "peft": "convert it",
-    "merge": "merge it",
-    "merge-gguf": "merge it",
-    "reduce": "reduce its rank",
-    "rewrite": "rewrite it",
-    "retype": "rewrite it",
-    "other-base": "give the base that it was trained on",
+#: What each remedy does, and the arguments of loraformat that do it.
+_REMEDIES: dict[Remedy, tuple[str, str]] = {
+    "fix": ("write it in portable form", "check {adapter} --fix -o {stem}-fixed{held}"),
+    "fill": (
+        "write it in portable form, with zeros for missing modules",
+        "check {adapter} --fix -o {stem}-fixed --base {base}",
+    ),
+    "gguf": ("convert it", "convert {adapter} {stem}.gguf --base {base}"),
+    "peft": ("convert it", "convert {adapter} {stem}-peft --base {base}"),
+    "merge": ("merge it", "merge {base} {adapter} -o {stem}-merged"),
+    "merge-gguf": ("merge it", "merge {base} {adapter} -o {stem}-merged.gguf"),
+    "reduce": ("reduce its rank", "reduce {adapter} -o {stem}-r{most} --rank {most}"),
+    "rewrite": ("rewrite it", "convert {adapter} {stem}-rewritten --canonical{held}"),
+    "retype": ("rewrite it", "convert {adapter} {stem}-f32 --dtype f32{held}"),
+    "other-base": (
+        "give the base that it was trained on",
+        "check {adapter} --base {its_base}",
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The user's names of the adapter and its base.
-
-    Attributes
-    ----------
-    adapter : str
-        A path or a Hub id.
-    base : str or None
-    """
+    """The user's names of the adapter and its base: paths or Hub ids."""
 
     adapter: str
     base: str | None = None
@@ -54,11 +54,6 @@ class Names:
         last = re.sub(r"\.gguf$|@.*$", "", last)
         return last if re.search(r"\w", last) else "adapter"
 
-    @property
-    def quoted(self) -> str:
-        """The adapter, quoted for a shell."""
-        return shlex.quote(self.adapter)
-
 
 def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Names) -> str | None:
     """Return a command line, with ``BASE`` if the user named no base.
@@ -69,26 +64,20 @@ def command(remedy: Remedy, adapter: AdapterFacts, runtime: Runtime, names: Name
     >>> command("merge", AdapterFacts("peft"), RUNTIMES["vllm"], Names("A", "org/base"))
     'loraformat merge org/base A -o A-merged'
     """
-    base = shlex.quote(names.base) if names.base else "BASE"
-    most = runtime.most or runtime.kernel_rank
-    stem = shlex.quote(names.stem)
+    if remedy == "advice":
+        return None
     if remedy == "merge-gguf" and not merges_into_gguf(adapter):
         remedy = "merge"
-    convert = f"loraformat convert {names.quoted}"
-    held = f" --base {base}" if names.base or adapter.format != "peft" else ""
-    lines: dict[Remedy, str] = {
-        "fix": f"loraformat check {names.quoted} --fix -o {stem}-fixed{held}",
-        "fill": f"loraformat check {names.quoted} --fix -o {stem}-fixed --base {base}",
-        "gguf": f"{convert} {stem}.gguf --base {base}",
-        "peft": f"{convert} {stem}-peft --base {base}",
-        "merge": f"loraformat merge {base} {names.quoted} -o {stem}-merged",
-        "merge-gguf": f"loraformat merge {base} {names.quoted} -o {stem}-merged.gguf",
-        "reduce": f"loraformat reduce {names.quoted} -o {stem}-r{most} --rank {most}",
-        "rewrite": f"{convert} {stem}-rewritten --canonical{held}",
-        "retype": f"{convert} {stem}-f32 --dtype f32{held}",
-        "other-base": f"loraformat check {names.quoted} --base {_its_base(adapter, names)}",
-    }
-    return lines.get(remedy)
+    base = shlex.quote(names.base) if names.base else "BASE"
+    arguments = _REMEDIES[remedy][1].format(
+        adapter=shlex.quote(names.adapter),
+        stem=shlex.quote(names.stem),
+        base=base,
+        held=f" --base {base}" if names.base or adapter.format != "peft" else "",
+        most=runtime.most or runtime.kernel_rank,
+        its_base=_its_base(adapter, names),
+    )
+    return f"loraformat {arguments}"
 
 
 def _its_base(adapter: AdapterFacts, names: Names) -> str:
@@ -114,4 +103,4 @@ def sentence(treatment: Treatment, adapter: AdapterFacts) -> str:
         return treatment.advice.format(limit=vllm_limit(adapter.rank) or adapter.rank)
     if treatment.remedy == "merge-gguf" and not merges_into_gguf(adapter):
         return "merge it into safetensors for transformers or vLLM: llama.cpp has no head for it"
-    return _SAYS.get(treatment.remedy, "")
+    return "" if treatment.remedy == "advice" else _REMEDIES[treatment.remedy][0]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from loraformat.runtimes.record import Rule
-from loraformat.runtimes.rules.base import BASE_RULES
-from loraformat.runtimes.rules.files import FILE_RULES
-from loraformat.runtimes.rules.loading import LOADING_RULES
+from loraformat.runtimes.rules.base import BASE_RULES, LOADING_RULES
+from loraformat.runtimes.rules.files import FILE_RULES, PROMPT_RULES
 from loraformat.runtimes.rules.method import METHOD_RULES
 from loraformat.runtimes.rules.modules import MODULE_RULES
-from loraformat.runtimes.rules.prompts import PROMPT_RULES
-from loraformat.runtimes.rules.ranks import RANK_RULES
 from loraformat.runtimes.rules.scaling import SCALING_RULES
 from loraformat.runtimes.rules.values import VALUE_RULES
 
@@ -22,7 +19,6 @@ FORMAT = "FORMAT"
 RULES: tuple[Rule, ...] = (
     *METHOD_RULES,
     *SCALING_RULES,
-    *RANK_RULES,
     *MODULE_RULES,
     *FILE_RULES,
     *BASE_RULES,

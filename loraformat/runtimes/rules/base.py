@@ -1,4 +1,4 @@
-"""Rules that compare an adapter with its base."""
+"""Rules that compare an adapter with its base, and about loading it there in PEFT."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
 from loraformat.model.base_match import BaseMatch
 from loraformat.runtimes.record import Rule, Runtime, caution, differs, refuses, unknown
 
-__all__ = ["BASE_RULES", "tokens_beyond"]
+__all__ = ["BASE_RULES", "LOADING_RULES"]
 
 _GROW = (
     "it was trained on a base with more tokens: grow the base with transformers "
@@ -70,7 +70,7 @@ def _vocabulary(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return None
 
 
-def tokens_beyond(adapter: AdapterFacts) -> str | None:
+def _beyond(adapter: AdapterFacts) -> str | None:
     """Return the problem with rows for tokens that the base lacks; None if there is none.
 
     Where the adapter has the embedding, too, it says how many tokens there are.
@@ -82,10 +82,6 @@ def tokens_beyond(adapter: AdapterFacts) -> str | None:
     if saved or any(_tokens_of(module) is not None for module in adapter.modules):
         return None
     return f"has a row for token {adapter.last_token}, and the base has {here}"
-
-
-def _beyond(adapter: AdapterFacts, runtime: Runtime) -> str | None:
-    return tokens_beyond(adapter)
 
 
 def _fingerprint(adapter: AdapterFacts, runtime: Runtime) -> str | None:
@@ -162,7 +158,7 @@ BASE_RULES = (
     Rule(
         "TOKENS_BEYOND",
         "rows for tokens that the base lacks",
-        _beyond,
+        lambda adapter, _: _beyond(adapter),
         refuses("there are no such rows", "advice", _GROW),
     ),
     Rule(
@@ -191,4 +187,56 @@ BASE_RULES = (
     ),
     Rule("ARCHITECTURE", "an unsupported architecture", _architecture),
     Rule("ROW_ORDER", "Q and K of llama models", _rows),
+)
+
+
+def _loaded(adapter: AdapterFacts) -> dict[str, str]:
+    """Return what happens when PEFT loads an adapter, by the rule under which it falls."""
+    loading = adapter.loading
+    if loading is None:
+        return {}
+    if loading.problem is None:
+        left_out = {"LOAD_IGNORES": loading.ignored, "LOAD_UNKNOWN": loading.unknown}
+        total = len(loading.ignored) + len(loading.unknown) + loading.taken
+        return {
+            rule: f"{len(names)} of {total} tensors match nothing in this base "
+            f"({printable(names[0])})"
+            for rule, names in left_out.items()
+            if names
+        }
+    if adapter.empty or _beyond(adapter) is not None:  # these rules explain the error better
+        return {}
+    problem = printable(loading.problem)
+    if loading.fits:
+        return {"LOAD_FAILS": f"does not load, though its tensors fit this base: {problem}"}
+    if loading.vocabularies is not None:
+        there, here = loading.vocabularies
+        return {"LOAD_RESIZED": f"is for {there} tokens, and this base has {here}: {problem}"}
+    return {"LOAD_OTHER_BASE": f"does not load into this base: {problem}"}
+
+
+def _loading_rule(name: str, about: str) -> Rule:
+    return Rule(name, about, lambda adapter, _: _loaded(adapter).get(name))
+
+
+def _foreign(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if not adapter.foreign:
+        return None
+    return f"calls {len(adapter.foreign)} modules differently ({printable(adapter.foreign[0])})"
+
+
+def _unproven(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if adapter.loading is None or adapter.loading.proven:
+        return None
+    return "was not loaded by PEFT itself; only names and shapes were checked"
+
+
+LOADING_RULES = (
+    _loading_rule("LOAD_FAILS", "a config that does not match its tensors in PEFT"),
+    _loading_rule("LOAD_RESIZED", "a vocabulary other than the base's"),
+    _loading_rule("LOAD_OTHER_BASE", "tensors that PEFT cannot load into the base's shapes"),
+    _loading_rule("LOAD_IGNORES", "tensors under names that PEFT does not recognise"),
+    _loading_rule("LOAD_UNKNOWN", "tensors that match nothing in the base"),
+    Rule("FOREIGN_NAMES", "modules under the names of another version of transformers", _foreign),
+    Rule("LOAD_UNPROVEN", "PEFT or transformers is missing or does not know the base", _unproven),
 )

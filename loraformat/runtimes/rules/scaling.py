@@ -1,6 +1,6 @@
-"""Rules about the scaling of deltas.
+"""Rules about ranks and the scaling of deltas.
 
-Only of PEFT directories: a GGUF file says its scaling itself.
+Those about scaling are of PEFT directories only: a GGUF file says its scaling itself.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 
 from loraformat.errors import printable
 from loraformat.model.adapter_facts import AdapterFacts
+from loraformat.runtimes.ranks import even_rank
 from loraformat.runtimes.record import Rule, Runtime
 
 __all__ = ["SCALING_RULES"]
@@ -54,6 +55,21 @@ def _alpha_type(adapter: AdapterFacts, runtime: Runtime) -> str | None:
     return f"lora_alpha is {printable(alpha)} in JSON, which is not a natural number"
 
 
+def _limit(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    most = runtime.most or runtime.kernel_rank
+    return f"rank {adapter.rank} is above {most}" if most and adapter.rank > most else None
+
+
+def _set(adapter: AdapterFacts, runtime: Runtime) -> str | None:
+    if runtime.even_ranks:
+        uneven = [rank for rank in adapter.ranks if rank != even_rank(rank)]
+        return f"rank {uneven[0]} is neither 8 nor a multiple of 16" if uneven else None
+    default, most = runtime.default_rank, runtime.most
+    if default is None or adapter.rank <= default or (most and adapter.rank > most):
+        return None
+    return f"rank {adapter.rank} is above the default limit of {default}"
+
+
 SCALING_RULES = (
     Rule("RSLORA_IGNORED", "`use_rslora`, where it is ignored", _rslora),
     Rule(
@@ -63,4 +79,6 @@ SCALING_RULES = (
     ),
     Rule("ALPHA_ZERO", "`lora_alpha` of 0", _zero_alpha),
     Rule("ALPHA_NOT_INT", "`lora_alpha` with a decimal point", _alpha_type),
+    Rule("RANK_LIMIT", "a rank above the maximum, or above the fast kernels", _limit),
+    Rule("RANK_NOT_IN_SET", "a rank that needs an option, or padding", _set),
 )

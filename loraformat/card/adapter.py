@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from loraformat.card.document import Document
@@ -12,8 +11,7 @@ from loraformat.card.markup import code, fence, link, numbers, table
 from loraformat.card.parts import base_rows, file_table, footer, joined, names, shape_words
 from loraformat.card.training import evaluation, settings, training_data
 from loraformat.runtimes.chat import GENERATION_NAME
-from loraformat.runtimes.task_usage import TASK_USAGE
-from loraformat.runtimes.usage import SNIPPETS
+from loraformat.runtimes.usage import snippets_of
 from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
 from loraformat.storage.byte_sizes import format_size
 from loraformat.version import __version__
@@ -135,8 +133,7 @@ def _use(facts: AdapterFacts) -> str:
         on_hub=facts.peft,
         labels=facts.labels,
     )
-    usage = TASK_USAGE.get(facts.task or "")
-    lines: Mapping[str, Callable[[Use], Snippet]] = SNIPPETS if usage is None else usage.snippets
+    lines = snippets_of(facts.task)
     shown = {name for name in lines if name not in facts.wrong_in}
     parts = []
     if facts.peft and "transformers" in shown:

@@ -12,21 +12,12 @@ import shlex
 from collections.abc import Callable, Mapping
 
 from loraformat.errors import UsageError
-from loraformat.runtimes.loading_lines import loading_lines
 from loraformat.runtimes.modelfile import ollama
 from loraformat.runtimes.ranks import vllm_limit
+from loraformat.runtimes.task_usage import TASK_USAGE, loading_lines
 from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use, shell_path
 
-__all__ = [
-    "SNIPPETS",
-    "llama_cpp",
-    "lorax",
-    "mlx",
-    "sglang",
-    "snippet",
-    "transformers",
-    "vllm",
-]
+__all__ = ["SNIPPETS", "snippets_of"]
 
 
 def transformers(use: Use) -> Snippet:
@@ -67,16 +58,19 @@ print(tokenizer.decode({shown}, skip_special_tokens=True))
     return Snippet("transformers", "run_transformers.py", "python", text)
 
 
-def _chat_request(server: str, use: Use, model: str) -> str:
-    body: dict[str, object] = {"model": model, "messages": use.messages(), "max_tokens": 64}
-    if use.chat is not None and use.chat.stop_ids:
-        body["stop_token_ids"] = list(use.chat.stop_ids)
-    if use.chat is not None and use.chat.stop_text:
-        body["stop"] = [use.chat.stop_text]
-    return _request(f"{server}/v1/chat/completions", body)
+def _request(server: str, use: Use, endpoint: str, body: Mapping[str, object], model: str) -> str:
+    """Return a request: `body` to an endpoint for text, or a conversation with `model`."""
+    if use.chat is None:
+        return _curl(server + endpoint, body)
+    said: dict[str, object] = {"model": model, "messages": use.messages(), "max_tokens": 64}
+    if use.chat.stop_ids:
+        said["stop_token_ids"] = list(use.chat.stop_ids)
+    if use.chat.stop_text:
+        said["stop"] = [use.chat.stop_text]
+    return _curl(f"{server}/v1/chat/completions", said)
 
 
-def _request(url: str, body: Mapping[str, object]) -> str:
+def _curl(url: str, body: Mapping[str, object]) -> str:
     header = "-H 'Content-Type: application/json'"
     return f"curl {url} {header} \\\n  -d {shlex.quote(json.dumps(body))}\n"
 
@@ -102,13 +96,8 @@ def vllm(use: Use) -> Snippet:
             f"rank {use.rank} is more than vLLM serves",
             hint="reduce it first: loraformat reduce ADAPTER -o REDUCED --rank 512",
         )
-    server = "http://127.0.0.1:8000"
     said = {"model": use.name, "prompt": use.prompt, "max_tokens": 64}
-    request = (
-        _request(f"{server}/v1/completions", said)
-        if use.chat is None
-        else _chat_request(server, use, use.name)
-    )
+    request = _request("http://127.0.0.1:8000", use, "/v1/completions", said, use.name)
     text = f"""\
 {use.fetched}vllm serve {shell_path(use.base)}{use.revision_option} --enable-lora \\
   --max-lora-rank {limit} --lora-modules {shlex.quote(f"{use.name}={use.adapter}")}\
@@ -129,17 +118,13 @@ def sglang(use: Use) -> Snippet:
       --lora-paths polite=A
     <BLANKLINE>
     """
-    server = "http://127.0.0.1:30000"
     said = {
         "text": use.prompt,
         "sampling_params": {"max_new_tokens": 64},
         "lora_path": use.name,
     }
-    request = (
-        _request(f"{server}/generate", said)
-        if use.chat is None
-        else _chat_request(server, use, f"{use.base}:{use.name}")
-    )
+    named = f"{use.base}:{use.name}"
+    request = _request("http://127.0.0.1:30000", use, "/generate", said, named)
     model = f"{shell_path(use.base)}{use.revision_option}"
     text = f"""\
 {use.fetched}python -m sglang.launch_server --model-path {model} \\
@@ -150,35 +135,20 @@ def sglang(use: Use) -> Snippet:
     return Snippet("sglang", "run_sglang.sh", "sh", text)
 
 
-def lorax(use: Use, *, local: bool = True) -> Snippet:
+def lorax(use: Use) -> Snippet:
     """Return the launcher's command line and a request that names the adapter.
-
-    Parameters
-    ----------
-    use : Use
-    local : bool
-        The adapter is a path that the server sees; else it is a Hub id.
 
     Examples
     --------
-    >>> '"adapter_source": "hub"' in lorax(Use("p", "org/base", "org/p", 8), local=False).text
+    >>> use = Use("p", "org/base", "org/p", 8, on_hub=True)
+    >>> '"adapter_source": "hub"' in lorax(use).text
     True
     """
-    source = "local" if local else "hub"
-    server = "http://127.0.0.1:8080"
-    said = {
-        "inputs": use.prompt,
-        "parameters": {
-            "max_new_tokens": 64,
-            "adapter_id": use.adapter,
-            "adapter_source": source,
-        },
-    }
-    chat = use.chat is not None
-    request = (
-        _chat_request(server, use, use.adapter) if chat else _request(f"{server}/generate", said)
-    )
-    option = f" --adapter-source {source}" if chat else ""
+    source = "hub" if use.on_hub else "local"  # a path that the server sees
+    parameters = {"max_new_tokens": 64, "adapter_id": use.adapter, "adapter_source": source}
+    said = {"inputs": use.prompt, "parameters": parameters}
+    request = _request("http://127.0.0.1:8080", use, "/generate", said, use.adapter)
+    option = f" --adapter-source {source}" if use.chat is not None else ""
     text = f"""\
 lorax-launcher --model-id {shell_path(use.base)}{use.revision_option} --port 8080{option}
 
@@ -208,7 +178,7 @@ def llama_cpp(use: Use) -> Snippet:
         body: dict[str, object] = {"messages": use.messages(), "max_tokens": 64}
         if use.chat.stop_text:
             body["stop"] = [use.chat.stop_text]
-        text += "\n" + _request("http://127.0.0.1:8080/v1/chat/completions", body)
+        text += "\n" + _curl("http://127.0.0.1:8080/v1/chat/completions", body)
     return Snippet("llama.cpp", "run_llama_cpp.sh", "sh", text)
 
 
@@ -243,6 +213,7 @@ SNIPPETS: dict[str, Callable[[Use], Snippet]] = {
 }
 
 
-def snippet(runtime: str, use: Use) -> Snippet:
-    """Return the text for a runtime, by its name in `SNIPPETS`."""
-    return SNIPPETS[runtime](use)
+def snippets_of(task: str | None) -> Mapping[str, Callable[[Use], Snippet]]:
+    """Return the functions by runtime for adapters of a PEFT task."""
+    usage = TASK_USAGE.get(task or "")
+    return SNIPPETS if usage is None else usage.snippets

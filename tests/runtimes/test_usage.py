@@ -12,7 +12,7 @@ import pytest
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.errors import UsageError
 from loraformat.runtimes.chat import Chat, ChatFormat
-from loraformat.runtimes.usage import SNIPPETS, lorax, snippet, vllm
+from loraformat.runtimes.usage import SNIPPETS
 from loraformat.runtimes.use import Use
 
 PLAIN = Use("polite", "org/base", "out/polite", 8)
@@ -25,7 +25,7 @@ def shell_words(text):
 
 @pytest.mark.parametrize("runtime", [name for name in SNIPPETS if name != "transformers"])
 def test_names_stay_what_they_are_in_a_shell(runtime):
-    text = snippet(runtime, NASTY).text
+    text = SNIPPETS[runtime](NASTY).text
     if runtime == "ollama":
         assert "\nFROM ./a b'; rm -rf $HOME #-merged.gguf\n" in text
         assert "\n# FROM ./m 'q'.gguf\n# ADAPTER ./-l.gguf\n" in text
@@ -52,7 +52,7 @@ def test_a_line_break_is_refused(field):
     ("rank", "limit"), [(1, 1), (4, 8), (16, 16), (17, 32), (200, 256), (300, 320), (512, 512)]
 )
 def test_vllm_gets_a_limit_that_it_accepts(rank, limit):
-    words = shell_words(vllm(dataclasses.replace(PLAIN, rank=rank)).text)
+    words = shell_words(SNIPPETS["vllm"](dataclasses.replace(PLAIN, rank=rank)).text)
     assert words[words.index("--max-lora-rank") + 1] == str(limit)
 
 
@@ -61,7 +61,7 @@ COMMIT = "0123456789" * 4
 
 @pytest.mark.parametrize("runtime", ["vllm", "sglang", "lorax", "mlx", "transformers"])
 def test_a_known_commit_of_the_base_is_what_is_loaded(runtime):
-    text = snippet(runtime, dataclasses.replace(PLAIN, revision=COMMIT)).text
+    text = SNIPPETS[runtime](dataclasses.replace(PLAIN, revision=COMMIT)).text
     if runtime == "transformers":
         compile(text, "script", "exec")
         assert f'base = "org/base"\nrevision = "{COMMIT}"\n' in text
@@ -72,27 +72,28 @@ def test_a_known_commit_of_the_base_is_what_is_loaded(runtime):
         words = shell_words(text)
         assert words[words.index("--revision") + 1] == COMMIT
         assert words[words.index("org/base") + 1] == "--revision"
-    assert COMMIT not in snippet(runtime, PLAIN).text
-    assert "revision" not in snippet(runtime, PLAIN).text
+    assert COMMIT not in SNIPPETS[runtime](PLAIN).text
+    assert "revision" not in SNIPPETS[runtime](PLAIN).text
 
 
 def test_vllm_serves_no_larger_rank():
     with pytest.raises(UsageError, match="reduce"):
-        vllm(dataclasses.replace(PLAIN, rank=513))
+        SNIPPETS["vllm"](dataclasses.replace(PLAIN, rank=513))
 
 
 @pytest.mark.parametrize("runtime", ["vllm", "sglang", "lorax"])
 def test_requests_are_json_that_names_the_adapter(runtime):
-    words = shell_words(snippet(runtime, NASTY).text)
+    words = shell_words(SNIPPETS[runtime](NASTY).text)
     body = json.loads(words[words.index("-d") + 1])
     named = body.get("model") or body.get("lora_path") or body["parameters"]["adapter_id"]
     assert named == (NASTY.adapter if runtime == "lorax" else NASTY.name)
 
 
 def test_lorax_says_where_the_adapter_is():
-    sources = {local: shell_words(lorax(PLAIN, local=local).text)[-1] for local in (True, False)}
-    assert json.loads(sources[True])["parameters"]["adapter_source"] == "local"
-    assert json.loads(sources[False])["parameters"]["adapter_source"] == "hub"
+    for source, on_hub in (("local", False), ("hub", True)):
+        use = dataclasses.replace(PLAIN, on_hub=on_hub)
+        request = json.loads(shell_words(SNIPPETS["lorax"](use).text)[-1])
+        assert request["parameters"]["adapter_source"] == source
 
 
 CHAT = Chat(
@@ -106,7 +107,7 @@ TALKS = dataclasses.replace(PLAIN, chat=CHAT, prompt="What can you do?")
 
 @pytest.mark.parametrize("runtime", ["vllm", "sglang", "lorax", "llama.cpp"])
 def test_an_adapter_of_conversations_is_talked_to(runtime):
-    text = snippet(runtime, TALKS).text
+    text = SNIPPETS[runtime](TALKS).text
     assert "Once upon a time" not in text and "/v1/chat/completions" in text
     words = shell_words(text)
     body = json.loads(words[words.index("-d") + 1])
@@ -125,7 +126,7 @@ def test_an_adapter_of_conversations_is_talked_to(runtime):
         option = words[words.index("--chat-template") + 1]
     if runtime != "lorax":
         assert option == "out/polite/chat_template.jinja"
-        fetched = shell_words(snippet(runtime, dataclasses.replace(TALKS, on_hub=True)).text)
+        fetched = shell_words(SNIPPETS[runtime](dataclasses.replace(TALKS, on_hub=True)).text)
         assert fetched[:4] == ["hf", "download", "out/polite", "chat_template.jinja"]
 
 
@@ -136,19 +137,19 @@ ENDS = dataclasses.replace(
 
 @pytest.mark.parametrize("runtime", ["vllm", "sglang", "lorax", "llama.cpp"])
 def test_a_turn_that_no_token_ends_is_ended_by_its_text(runtime):
-    words = shell_words(snippet(runtime, ENDS).text)
+    words = shell_words(SNIPPETS[runtime](ENDS).text)
     assert json.loads(words[words.index("-d") + 1])["stop"] == ["</turn>"]
-    words = shell_words(snippet(runtime, TALKS).text)
+    words = shell_words(SNIPPETS[runtime](TALKS).text)
     assert "stop" not in json.loads(words[words.index("-d") + 1])
 
 
 def test_in_a_modelfile_too():
-    text = snippet("ollama", ENDS).text
+    text = SNIPPETS["ollama"](ENDS).text
     assert 'PARAMETER stop "<|eos|>"\nPARAMETER stop "</turn>"\n' in text
 
 
 def test_a_modelfile_of_conversations():
-    text = snippet("ollama", TALKS).text
+    text = SNIPPETS["ollama"](TALKS).text
     assert 'TEMPLATE """<|u|>{{ .Prompt }}<|a|>{{ .Response }}<|e|>"""\n' in text
     assert 'PARAMETER stop "<|e|>"\n' in text
     first = text.splitlines()[0]
@@ -165,8 +166,8 @@ def test_the_transformers_snippet_of_a_conversation_runs(tmp_path):
     pieces = ChatFormat("", None, "user: ", "", "</turn>")
     chat = Chat(pieces, ("<|pad|>",), (0, 1), str(adapter / "chat_template.jinja"))
     use = Use("manual", str(SMALL_MODEL), str(adapter), 8, chat=chat)
-    script = tmp_path / snippet("transformers", use).file
-    script.write_text(snippet("transformers", use).text)
+    script = tmp_path / SNIPPETS["transformers"](use).file
+    script.write_text(SNIPPETS["transformers"](use).text)
     assert "eos_token_id=[0, 1]" in script.read_text()
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -175,8 +176,8 @@ def test_the_transformers_snippet_of_a_conversation_runs(tmp_path):
 
 def test_the_transformers_snippet_runs(tmp_path):
     use = Use("manual", str(SMALL_MODEL), str(ADAPTERS["manual"]), 8)
-    script = tmp_path / snippet("transformers", use).file
-    script.write_text(snippet("transformers", use).text)
+    script = tmp_path / SNIPPETS["transformers"](use).file
+    script.write_text(SNIPPETS["transformers"](use).text)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once upon a time")

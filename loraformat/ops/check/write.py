@@ -14,8 +14,8 @@ from loraformat.ops.check.chats import chat_beside
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.remedies import Names
-from loraformat.runtimes.task_usage import TASK_USAGE, task_snippet
-from loraformat.runtimes.usage import lorax, snippet
+from loraformat.runtimes.task_usage import TASK_USAGE
+from loraformat.runtimes.usage import snippets_of
 from loraformat.runtimes.use import Snippet, Use
 from loraformat.storage.atomic_file import open_publication
 
@@ -125,10 +125,7 @@ def _placed(word: str) -> str:
 
 
 def _snippet(name: str, report: CheckReport, use: Use) -> Snippet:
-    if name == "lorax":
-        return lorax(use, local=resolve(report.path).repo is None)
-    of_task = task_snippet(name, report.facts.task)
-    piece = snippet(name, use) if of_task is None else of_task(use)
+    piece = snippets_of(report.facts.task)[name](use)
     if report.format == "peft" and RUNTIMES[name].format == "gguf-lora":
         made = _conversions(use, comment=piece.file == "Modelfile")
         if piece.file == "Modelfile":  # whose last lines name these files

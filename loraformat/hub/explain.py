@@ -20,12 +20,8 @@ _MISTAKES = (AssertionError, AttributeError, NameError, TypeError)
 def explained(what: str, *, word: bool = False) -> Iterator[None]:
     """Context that converts huggingface_hub exceptions to loraformat errors.
 
-    Parameters
-    ----------
-    what : str
-        The repository, or the word that the user gave.
-    word : bool
-        It may have been meant as a local path.
+    `what` is the repository, or the word that the user gave; with `word`, that may have been meant
+    as a local path.
     """
     try:
         yield

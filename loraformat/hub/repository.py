@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,24 @@ from typing import Any
 
 from loraformat.errors import HubError
 from loraformat.hub.explain import explained
-from loraformat.hub.tree import TreeFile, tree_files
-from loraformat.version import __version__
+from loraformat.hub.tree import TreeFile, hub_client, list_files
 
 __all__ = [
     "Commit",
-    "ModelFacts",
     "Repository",
     "State",
     "is_logged_in",
-    "model_facts",
+    "is_reference",
+    "model_card",
     "require_login",
 ]
+
+#: ``git check-ref-format``, a hyphen in front (an option to git), and what looks like a commit.
+_REFUSED = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|[/.]$|(?:^|/)\.|\.lock(?:/|$)|"
+    r"^(?:@|HEAD|[0-9a-f]{40})?$"
+)
+_LONGEST = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +71,15 @@ class Commit:
     pull_request: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """A model's commit and card front matter on the Hub."""
+def is_reference(name: str) -> bool:
+    """Tell whether a branch or a tag may have this name.
 
-    repo: str
-    commit: str
-    card: dict[str, Any]
+    Examples
+    --------
+    >>> [is_reference(name) for name in ("v1.0", "feature/x", "v1..0", "a b", "", "HEAD")]
+    [True, True, False, False, False, False]
+    """
+    return len(name) <= _LONGEST and _REFUSED.search(name) is None
 
 
 def is_logged_in() -> bool:
@@ -81,18 +90,13 @@ def is_logged_in() -> bool:
 
 
 def require_login() -> None:
-    """Raise unless the user is logged in.
-
-    Raises
-    ------
-    HubError
-    """
+    """Raise HubError unless the user is logged in."""
     if not is_logged_in():
         raise HubError("not logged in on this machine", hint="run: hf auth login")
 
 
-def model_facts(repo: str, revision: str | None = None) -> ModelFacts:
-    """Fetch a model's commit and card from the Hub.
+def model_card(repo: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Fetch the commit of a model on the Hub, and the front matter of its card.
 
     Raises
     ------
@@ -100,30 +104,19 @@ def model_facts(repo: str, revision: str | None = None) -> ModelFacts:
         If there is none, or it cannot be reached.
     """
     with explained(repo):
-        info = _api().model_info(repo, revision=revision)
-    card = info.card_data.to_dict() if info.card_data is not None else {}
-    return ModelFacts(repo, info.sha or "", card)
-
-
-def _api() -> Any:
-    from huggingface_hub import HfApi
-
-    return HfApi(library_name="loraformat", library_version=__version__)
+        info = hub_client().model_info(repo, revision=revision)
+    return info.sha or "", info.card_data.to_dict() if info.card_data is not None else {}
 
 
 class Repository:
-    """One branch of a model repository.
+    """One branch of a model repository, ``org/name``.
 
-    Parameters
-    ----------
-    repo : str
-        ``org/name``.
-    branch : str
+    Every method raises HubError if the Hub cannot be reached or refuses.
     """
 
     def __init__(self, repo: str, branch: str = "main") -> None:
         self.repo, self.branch = repo, branch
-        self._api = _api()
+        self._api = hub_client()
 
     @property
     def url(self) -> str:
@@ -131,13 +124,7 @@ class Repository:
         return f"{self._api.endpoint}/{self.repo}"
 
     def state(self) -> State | None:
-        """Return the current state; None if the repository does not exist.
-
-        Raises
-        ------
-        HubError
-            If the Hub cannot be reached or refuses.
-        """
+        """Return the current state; None if the repository does not exist."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         with explained(self.repo):
@@ -151,34 +138,17 @@ class Repository:
             return State(bool(info.private), info.sha, self.files(info.sha), has_branch)
 
     def files(self, revision: str) -> dict[str, TreeFile]:
-        """List the files of a revision.
-
-        Raises
-        ------
-        HubError
-        """
+        """List the files of a revision."""
         with explained(self.repo):
-            listed = self._api.list_repo_tree(self.repo, revision=revision, recursive=True)
-            return tree_files(listed)
+            return list_files(self.repo, revision)
 
     def create(self, *, private: bool) -> None:
-        """Create the repository.
-
-        Raises
-        ------
-        HubError
-            If the token may not.
-        """
+        """Create the repository."""
         with explained(self.repo):
             self._api.create_repo(self.repo, private=private or None, exist_ok=True)
 
     def create_branch(self) -> None:
-        """Create the branch at the commit of ``main``.
-
-        Raises
-        ------
-        HubError
-        """
+        """Create the branch at the commit of ``main``."""
         with explained(self.repo):
             self._api.create_branch(self.repo, branch=self.branch, exist_ok=True)
 
@@ -191,27 +161,15 @@ class Repository:
         message: str,
         pull_request: bool,
     ) -> Commit:
-        """Upload files and commit them atomically.
+        """Upload files, by path in the repository, and commit them atomically.
 
         Contents go first, and those that the Hub has already (from an interrupted run, too) are
-        not sent again; the commit that names them is one request.
-
-        Parameters
-        ----------
-        files : mapping of str to Path or bytes
-            By path in the repository.
-        removed : iterable of str
-            Paths that leave in the same commit.
-        parent : str
-            The commit that is expected at the branch.
-        message : str
-        pull_request : bool
-            Propose it instead.
+        not sent again; the commit that names them and the removed paths is one request.
 
         Raises
         ------
         HubError
-            If the branch has moved meanwhile; nothing has changed then.
+            If the branch is no longer at `parent`; nothing has changed then.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -232,22 +190,12 @@ class Repository:
         return Commit(done.oid, str(done), done.pr_revision or done.oid, done.pr_url)
 
     def tags(self) -> dict[str, str]:
-        """Return the commit of each tag.
-
-        Raises
-        ------
-        HubError
-        """
+        """Return the commit of each tag."""
         with explained(self.repo):
             refs = self._api.list_repo_refs(self.repo)
         return {tag.name: tag.target_commit for tag in refs.tags}
 
     def tag(self, name: str, commit: str) -> None:
-        """Create a tag for a commit.
-
-        Raises
-        ------
-        HubError
-        """
+        """Create a tag for a commit."""
         with explained(self.repo):
             self._api.create_tag(self.repo, tag=name, revision=commit)

@@ -40,14 +40,7 @@ _CLOCK_TICK = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A resolved input: a local path, with its Hub revision if it has one.
-
-    Attributes
-    ----------
-    path : Path
-    repo, revision : str or None
-        Hub id and commit, if it came from there.
-    """
+    """A resolved input: a local path, with its Hub id and commit if it came from there."""
 
     path: Path
     repo: str | None = None
@@ -118,13 +111,7 @@ def resolve(word: str | Path, *, pickles: bool = False) -> Source:
 
 
 def _one_gguf(snapshot: Path, repo: str, commit: str | None) -> Path | None:
-    """Download the GGUF file of a repository that contains a single one.
-
-    Raises
-    ------
-    InputError
-        If it holds several: nobody says which.
-    """
+    """Download the GGUF file of a repository that contains a single one."""
     listed = _listing(repo, snapshot.name)
     names = [name for name in listed or _fetched(snapshot, "*.gguf") if name.endswith(".gguf")]
     if len(names) > 1:
@@ -139,14 +126,7 @@ def _one_gguf(snapshot: Path, repo: str, commit: str | None) -> Path | None:
 def download(repo: str, revision: str | None, only: str | None = None) -> Path:
     """Download a repository into the Hub cache and verify its hashes.
 
-    Parameters
-    ----------
-    repo : str
-        ``org/name``.
-    revision : str or None
-        A commit, branch or tag.
-    only : str, optional
-        Glob of the one file that is wanted; by default all that a checkpoint can hold.
+    `only` is the glob of the one file that is wanted; by default all that a checkpoint can hold.
 
     Returns
     -------
@@ -175,17 +155,7 @@ def download(repo: str, revision: str | None, only: str | None = None) -> Path:
 def cached(repo: str, revision: str | None) -> Path | None:
     """Return the cached files of a repository, without network access.
 
-    Parameters
-    ----------
-    repo : str
-        ``org/name``.
-    revision : str or None
-        A commit, branch or tag.
-
-    Returns
-    -------
-    Path or None
-        As `download` returns it, but files may be missing; None if there is nothing.
+    As `download` returns it, but files may be missing; None if there is nothing.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -8,11 +8,13 @@ compares sizes only; here the bytes are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["TreeFile", "digest", "from_hash", "list_files", "tree_files"]
+from loraformat.version import __version__
+
+__all__ = ["TreeFile", "digest", "from_hash", "hub_client", "list_files"]
 
 _PIECE = 1 << 20
 
@@ -43,35 +45,25 @@ class TreeFile:
         return self.sha256 or self.git_oid
 
 
-def list_files(repo: str, commit: str) -> dict[str, TreeFile]:
-    """Return the files of a commit by path, one request per thousand.
-
-    Parameters
-    ----------
-    repo : str
-        ``org/name``.
-    commit : str
-        40 hexadecimal digits, or a branch.
-
-    Raises
-    ------
-    Exception
-        Whatever huggingface_hub raises; see `loraformat.hub.explain`.
-    """
+def hub_client() -> Any:
+    """Return huggingface_hub's client, which names us to the Hub."""
     from huggingface_hub import HfApi
 
-    return tree_files(HfApi().list_repo_tree(repo, revision=commit, recursive=True))
+    return HfApi(library_name="loraformat", library_version=__version__)
 
 
-def tree_files(entries: Iterable[object]) -> dict[str, TreeFile]:
-    """Return the files in a huggingface_hub listing by path."""
+def list_files(repo: str, commit: str) -> dict[str, TreeFile]:
+    """Return the files of a commit or branch by path, one request per thousand.
+
+    It raises whatever huggingface_hub raises; see `loraformat.hub.explain`.
+    """
     from huggingface_hub.hf_api import RepoFile
 
     return {
         entry.path: TreeFile(
             entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
         )
-        for entry in entries
+        for entry in hub_client().list_repo_tree(repo, revision=commit, recursive=True)
         if isinstance(entry, RepoFile)
     }
 
@@ -92,15 +84,9 @@ def from_hash(path: str, nbytes: int, word: str) -> TreeFile | None:
 def digest(
     file: BinaryIO, wanted: TreeFile, progress: Callable[[int], None] = lambda nbytes: None
 ) -> str:
-    """Hash an open file with the Hub's hash for it.
+    """Hash an open file, from its beginning, with the Hub's hash for it.
 
-    Parameters
-    ----------
-    file : binary file
-        At its beginning.
-    wanted : TreeFile
-    progress : callable
-        Called with the number of bytes of each piece.
+    `progress` is called with the number of bytes of each piece.
 
     Examples
     --------

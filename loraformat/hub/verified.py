@@ -32,18 +32,9 @@ def check_snapshot(
 ) -> None:
     """Compare files of a snapshot with the Hub's hashes.
 
-    Parameters
-    ----------
-    snapshot : Path
-        ``.../snapshots/COMMIT`` in the cache.
-    repo : str
-    names : iterable of str
-        The files that count, relative to it.
-    listing : callable
-        Returns the files of that commit; called only if a file was not checked before. If it
-        returns nothing (offline), a file's blob in the cache, named by its hash, says it.
-    since : float
-        When the download began (seconds since the epoch).
+    `listing` returns the files of the snapshot's commit; it is called only if one of `names` was
+    not checked before. If it returns nothing (offline), a file's blob in the cache, named by its
+    hash, says it. `since` is when the download began (seconds since the epoch).
 
     Raises
     ------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from loraformat.model.adapter_facts import AdapterFacts
 
-__all__ = ["HEADLESS", "gguf_architecture", "merges_into_gguf"]
+__all__ = ["GGUF_NAMES", "HEADLESS", "gguf_architecture", "merges_into_gguf"]
 
 #: Generating architectures of llama.cpp whose head is the embedding, whatever the file holds.
 HEADLESS = {"gemma2"}
 _ENDS = ("lm_head", "embed_tokens")
 
-_OTHER_NAMES = {
+#: Where llama.cpp calls an architecture otherwise than transformers its model type.
+GGUF_NAMES = {
     "mistral": "llama",
     "mixtral": "llama",
     "gemma3_text": "gemma3",
@@ -27,7 +28,7 @@ def gguf_architecture(model_type: str | None) -> str | None:
     >>> gguf_architecture("mistral"), gguf_architecture("qwen2"), gguf_architecture(None)
     ('llama', 'qwen2', None)
     """
-    return None if model_type is None else _OTHER_NAMES.get(model_type, model_type)
+    return None if model_type is None else GGUF_NAMES.get(model_type, model_type)
 
 
 def merges_into_gguf(adapter: AdapterFacts) -> bool:

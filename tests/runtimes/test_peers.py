@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from bases import PROMPTS, apart, run
+from gguf import MODEL_ARCH_NAMES
 from llama_runtime import RuntimeFailure, log_probabilities
-from loraformat_converters.gguf.architectures import of_config
+from loraformat_converters.gguf.architectures import ARCHITECTURES
 from peer_files import gguf_name, permuted, write_peer_lora
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from tiny_models import MODELS
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from loraformat.ops.check.check import check, examine
 from loraformat.ops.convert.convert import convert
-from loraformat.runtimes.architectures import gguf_architecture
+from loraformat.runtimes.architectures import GGUF_NAMES, gguf_architecture
 from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.scaling import by_file_alpha
 
@@ -142,10 +142,15 @@ def test_a_tied_embedding_aborts(tied, tmp_path):
     assert "TIED_HEAD" in {finding.rule for finding in report.findings}
 
 
-def test_names_of_architectures_are_those_of_the_converter():
-    for model_type, values in MODELS.values():
-        config = AutoConfig.for_model(model_type, **values).to_dict()
-        assert gguf_architecture(model_type) == of_config(config)[0].name
+def test_names_of_architectures_are_those_of_the_converter_and_of_llama_cpp():
+    known = set(MODEL_ARCH_NAMES.values())
+    of_converter = {
+        model_type: record.name for record in ARCHITECTURES.values() for model_type in record.models
+    }
+    assert len(of_converter) > len(ARCHITECTURES)
+    for model_type, name in (of_converter | GGUF_NAMES).items():
+        assert gguf_architecture(model_type) == of_converter.get(model_type, name)
+        assert name in known
 
 
 def test_versions_are_stated():

@@ -20,7 +20,7 @@ from loraformat import plugins
 from loraformat.errors import HubError, InputError, LoraFormatError, UsageError, printable
 from loraformat.hub import hub_id
 from loraformat.hub.explain import explained
-from loraformat.hub.repository import model_facts
+from loraformat.hub.repository import model_card
 from loraformat.hub.source import NOT_WANTED, download
 from loraformat.hub.tree import TreeFile, digest, list_files
 from loraformat.hub.verified import wrong_content
@@ -98,14 +98,14 @@ def pull(
     if not str(target):
         raise UsageError("DST is empty", hint="give the directory to create")
     name, revision = named
-    facts = model_facts(name, revision)
+    commit, card = model_card(name, revision)
     with explained(repo):
-        tree = list_files(name, facts.commit)
+        tree = list_files(name, commit)
     wanted, left_out = _choose(tree, many(include), repo)
     target = Path(target)
     report = PullReport(
         repo=name,
-        commit=facts.commit,
+        commit=commit,
         target=str(target),
         format=None,
         files=[FileReport(f.path, f.nbytes, f.sha256, "fetched") for f in wanted],
@@ -114,11 +114,11 @@ def pull(
     )
     if not dry_run:
         with reported(progress, "compare") as told:
-            kept = _fetch(name, facts.commit, wanted, target, force, told)
+            kept = _fetch(name, commit, wanted, target, force, told)
         files = [replace(f, status="kept" if f.path in kept else "fetched") for f in report.files]
         report = replace(report, files=files, format=_format(target))
     if with_base:
-        report = _add_base(report, facts.card, target)
+        report = _add_base(report, card, target)
     return replace(report, seconds=time.perf_counter() - began)
 
 

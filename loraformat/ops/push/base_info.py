@@ -13,7 +13,7 @@ from loraformat.card import Base, Licence
 from loraformat.card.front_matter import licence_of
 from loraformat.errors import HubError, UnsupportedError, UsageError, printable
 from loraformat.hub import hub_id
-from loraformat.hub.repository import model_facts
+from loraformat.hub.repository import model_card
 from loraformat.hub.source import cached
 from loraformat.model.adapter import Adapter
 from loraformat.storage import strict_json
@@ -134,14 +134,14 @@ def look_up(named: BaseRef, licence: str | None, notes: list[str], *, offline_ok
     what = f"base model {repo}@{revision}" if revision else f"base model {repo}"
     said = Licence(licence) if licence else None
     try:
-        facts = model_facts(repo, revision)
+        commit, card = model_card(repo, revision)
     except HubError as error:
         if not offline_ok:
             raise HubError(error.problem, path=what, hint=error.hint) from error
         notes.append(f"{what}: {error.problem}")
         return Base(repo, revision, said)
     # A branch or a tag moves; the commit that it is now is what the card can name.
-    return Base(repo, facts.commit if revision else None, said or licence_of(facts.card))
+    return Base(repo, commit if revision else None, said or licence_of(card))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from loraformat.errors import HubError, InputError, UsageError, printable
 from loraformat.hub import hub_id, resolve
-from loraformat.hub.reference import is_reference
 from loraformat.hub.repository import (
     Commit,
     Repository,
     State,
     is_logged_in,
+    is_reference,
     require_login,
 )
 from loraformat.hub.source import download

@@ -234,9 +234,7 @@ def held(tiles: Tiles, shape: tuple[int, int]) -> Tiles:
     """
     if 4 * shape[0] * shape[1] > _HELD_BYTES:
         return tiles
-    matrix = numpy.empty(
-        shape, numpy.float32
-    )  # one block, which goes back to the system as a whole
+    matrix = numpy.empty(shape, numpy.float32)  # one block, which is freed as a whole
     starts: list[tuple[int, int]] = []
     complete = False
 

@@ -16,11 +16,7 @@ from typing import Any
 
 from loraformat.model.written import FileRecord, ShardRecord, TensorRecord
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Manifest",
-    "fingerprint",
-]
+__all__ = ["FORMAT_VERSION", "Manifest", "fingerprint"]
 
 FORMAT_VERSION = "1.0"
 

@@ -14,6 +14,7 @@ from typing import Any
 from loraformat.bundle.manifest import Manifest, fingerprint
 from loraformat.errors import FormatError, printable
 from loraformat.model.written import FileRecord, ShardRecord, TensorRecord
+from loraformat.shards.layout import shard_name
 from loraformat.storage import strict_json
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_paths import is_adapter_name, is_portable_path, is_safe_path
@@ -188,7 +189,7 @@ class _Parser:
             raise self.broken("M07", "shards is not a list of 1 to 99,999 shards")
         records = []
         for number, shard in enumerate(value, 1):
-            wanted = f"model-{number:05d}-of-{len(value):05d}.safetensors"
+            wanted = shard_name(number - 1, len(value))
             self.members("M07", f"shard {number}", shard, ("file", "bytes", "header_sha256"))
             if shard["file"] != wanted:
                 raise self.broken(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from loraformat.errors import FormatError, InputError, printable
 from loraformat.families.tensor_names import layer_of
 from loraformat.model import config_json
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
-from loraformat.model.written import FileRecord
+from loraformat.model.written import FileRecord, ShardRecord
 from loraformat.shards import index_json
 from loraformat.shards.layout import TAIL_SUFFIXES
 from loraformat.storage.reserved_names import MANIFEST_NAME
@@ -51,8 +52,7 @@ def open_shards(
 ) -> tuple[MappedFile, ...]:
     """Open all shards, which the stack closes, and check rules B02, B05 and V02."""
     _check_shard_files(folder, manifest)
-    count = len(manifest.shards)
-    return tuple(_open_shard(folder, manifest, number, opened) for number in range(count))
+    return tuple(_open_shard(folder, record, opened) for record in manifest.shards)
 
 
 def _check_shard_files(folder: SafeDirectory, manifest: Manifest) -> None:
@@ -72,9 +72,8 @@ def _check_shard_files(folder: SafeDirectory, manifest: Manifest) -> None:
 
 
 def _open_shard(
-    folder: SafeDirectory, manifest: Manifest, number: int, opened: contextlib.ExitStack
+    folder: SafeDirectory, record: ShardRecord, opened: contextlib.ExitStack
 ) -> MappedFile:
-    record = manifest.shards[number]
     shard = MappedFile(folder, record.file, profile=True)
     opened.callback(shard.close)
     if shard.nbytes != record.bytes:
@@ -141,23 +140,17 @@ def check_layout(
     last: dict[str, int] = {}
     homes: dict[tuple[str, int], list[int]] = {}
     for number, shard in enumerate(shards):
-        previous: tuple[str, int] | None = None
-        seen_tail = False
-        for name, tail in _stored_owners(shard):
-            if seen_tail and not tail:
+        owners = list(_stored_owners(shard))
+        for (before, in_tail), (name, tail) in pairwise([("", False), *owners]):
+            if in_tail and not tail:
                 raise FormatError(
                     "L03",
                     f"tensor {printable(name)} lies behind the maps and quant states",
                     path=shard.path,
                 )
-            seen_tail = tail
             layer = layer_of(name)
-            if tail or layer is None:
-                previous = None
-                continue
-            if layer != previous:
+            if layer is not None and not tail and layer != layer_of(before):
                 _enter_layer(layer, number, last, homes, shard.path)
-            previous = layer
     _check_splits(folder, manifest, tensors, homes)
 
 

@@ -14,26 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
 
 from loraformat.model.nf4_parts import NF4_PARTS, NF4Parts, Part
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.rows import Elements, RowReader, RowSource, matrix_shape
-from loraformat.nf4.quant_state import NESTED_BLOCK_SIZE, QuantState
+from loraformat.nf4 import codec
+from loraformat.nf4.quant_state import NESTED_BLOCK_SIZE, QuantState, parse_quant_state
+from loraformat.nf4.rows import dequantize_rows
+from loraformat.tensors.arrays import Array, array_view, numpy_dtype
 from loraformat.tensors.dtypes import ITEM_BYTES
 
-if TYPE_CHECKING:
-    from loraformat.nf4 import codec
-    from loraformat.tensors.arrays import Array
-
-__all__ = [
-    "CarriedFile",
-    "Checkpoint",
-    "DenseTensor",
-    "LazyTensor",
-    "NF4Tensor",
-    "Provenance",
-]
+__all__ = ["CarriedFile", "Checkpoint", "DenseTensor", "LazyTensor", "NF4Tensor", "Provenance"]
 
 
 def _nothing() -> None:
@@ -138,8 +132,6 @@ class DenseTensor(_Tensor):
 
     def array(self) -> Array:
         """Return the tensor for reading; it shares the loaded bytes (zero-copy if mapped)."""
-        from loraformat.tensors.arrays import array_view
-
         return array_view(self.load(), self.dtype, self.shape)
 
     def row_reader(self) -> RowReader:
@@ -168,8 +160,6 @@ class DenseTensor(_Tensor):
 
     def elements(self) -> Array | Elements:
         """Return the numbers in row-major order; what is computed by rows, slice by slice."""
-        from loraformat.tensors.arrays import numpy_dtype
-
         if isinstance(self.load, RowSource):
             columns = self.matrix_shape[1]
             return Elements(self.row_reader(), columns, self.count, numpy_dtype(self.dtype))
@@ -276,9 +266,6 @@ class NF4Tensor(_Tensor):
         array
             Of shape ``shape``; a view on the buffer, transposed if the codes are.
         """
-        from loraformat.nf4 import codec
-        from loraformat.tensors.arrays import numpy_dtype
-
         weight = codec.dequantize(
             self.codes(self.load()), dtype=numpy_dtype(dtype or self.dtype), out=out
         ).reshape(self.stored_shape)
@@ -290,12 +277,6 @@ class NF4Tensor(_Tensor):
 
     def row_reader(self, dtype: str | None = None) -> RowReader:
         """Return `rows` for reading many times: codes are loaded, and scales decoded, once."""
-        import numpy
-
-        from loraformat.nf4 import codec
-        from loraformat.nf4.rows import dequantize_rows
-        from loraformat.tensors.arrays import numpy_dtype
-
         codes, wanted = self.codes(self.load()), numpy_dtype(dtype or self.dtype)
         height, columns = self.matrix_shape
         scales = codes.scales()
@@ -329,10 +310,6 @@ class NF4Tensor(_Tensor):
 
     def codes(self, parts: NF4Parts) -> codec.NF4:
         """Return loaded parts as the codec's own record."""
-        from loraformat.nf4 import codec
-        from loraformat.nf4.quant_state import parse_quant_state
-        from loraformat.tensors.arrays import array_view
-
         nested = parts.nested_absmax
         return codec.NF4(
             packed=array_view(parts.packed, "U8"),

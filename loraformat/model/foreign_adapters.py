@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 from loraformat.errors import InputError, UnsupportedError, printable
@@ -143,13 +144,10 @@ def _tensor_names(path: Path) -> list[str]:
     if path.suffix != ".safetensors":
         return []
     try:
-        file = MappedFile(SafeDirectory(path.parent), path.name)
+        with closing(MappedFile(SafeDirectory(path.parent), path.name)) as file:
+            return list(file.header.entries)
     except InputError:
         return []
-    try:
-        return list(file.header.entries)
-    finally:
-        file.close()
 
 
 def _refuse_parent(path: Path) -> None:

@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
+import numpy
+
+from loraformat.nf4.kernels.cast import cast
+from loraformat.nf4.kernels.threads import run
+from loraformat.tensors.arrays import Array, array_bytes, numpy_dtype
 from loraformat.tensors.dtypes import ITEM_BYTES
-
-if TYPE_CHECKING:
-    import numpy
-
-    from loraformat.tensors.arrays import Array
 
 __all__ = ["Elements", "RowReader", "RowSource", "matrix_shape"]
 
 #: Of (start, stop): returns these rows, (stop - start, columns).
-RowReader: TypeAlias = "Callable[[int, int], Array]"
+RowReader: TypeAlias = Callable[[int, int], Array]
 
 #: Elements of the tiles in which rows are computed.
 _TILE_ELEMENTS = 1 << 18
@@ -62,11 +62,6 @@ class RowSource:
 
     def reader(self) -> RowReader:
         """Return a reader whose numbers are rounded to the dtype, once, to nearest even."""
-        import numpy
-
-        from loraformat.nf4.kernels.cast import cast
-        from loraformat.tensors.arrays import numpy_dtype
-
         read, dtype = self.open(), numpy_dtype(self.dtype)
 
         def rounded(start: int, stop: int) -> Array:
@@ -92,12 +87,6 @@ class RowSource:
             yield self._computed(read, start, min(start + height, rows))
 
     def _computed(self, read: RowReader, first: int, last: int) -> memoryview:
-        import numpy
-
-        from loraformat.nf4.kernels.cast import cast
-        from loraformat.nf4.kernels.threads import run
-        from loraformat.tensors.arrays import array_bytes, numpy_dtype
-
         columns = matrix_shape(self.shape)[1]
         result = numpy.empty((last - first, columns), numpy_dtype(self.dtype))
 
@@ -128,7 +117,6 @@ class Elements:
 
     Examples
     --------
-    >>> import numpy
     >>> matrix = numpy.arange(6).reshape(2, 3)
     >>> Elements(lambda a, b: matrix[a:b], 3, 6, matrix.dtype)[2:5]
     array([2, 3, 4])

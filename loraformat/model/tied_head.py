@@ -71,15 +71,13 @@ def tied_head(model: Checkpoint) -> TiedHead | None:
     if pair is None:
         embedding = tied_embedding(model.tensors, config)
         return None if embedding is None else TiedHead(embedding)
-    embedding, head = pair
-    same = _same(model.tensors[embedding], model.tensors[head])
-    return TiedHead(embedding, head) if same else None
+    return TiedHead(*pair) if _same(*(model.tensors[name] for name in pair)) else None
 
 
 def contradicting_head(model: Checkpoint) -> str | None:
     """Return the head that differs from the embedding although the config says tied, if any."""
     pair = _promised_pair(model.tensors, _config(model))
-    if pair is None or _same(model.tensors[pair[0]], model.tensors[pair[1]]):
+    if pair is None or _same(*(model.tensors[name] for name in pair)):
         return None
     return pair[1]
 

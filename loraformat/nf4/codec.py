@@ -51,13 +51,7 @@ from loraformat.nf4.kernels.native import DTYPES
 from loraformat.nf4.kernels.tables import from_bits
 from loraformat.nf4.kernels.threads import run
 from loraformat.nf4.quant_state import BLOCK_SIZES, NESTED_BLOCK_SIZE
-from loraformat.nf4.quantized import (
-    NF4,
-    ceil_div,
-    check_array,
-    check_block_size,
-    element_range,
-)
+from loraformat.nf4.quantized import NF4, ceil_div, check_array, check_block_size, element_range
 from loraformat.nf4.tables import LEVEL_BITS, NESTED_MAP_BITS
 from loraformat.tensors.arrays import Array, numpy_dtype
 

@@ -37,7 +37,7 @@ MAX_QUANT_STATE_BYTES = 4096
 #: Characters of the longest ``nested_offset``: the repr of a float32 widened to float64.
 LONGEST_OFFSET = 24
 
-_PLAIN_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
+_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 _DTYPES = {TORCH_NAMES[name]: name for name in WEIGHT_DTYPES.values()}
 
@@ -111,43 +111,29 @@ def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> Qua
         fields = strict_json.loads(raw)
     except strict_json.StrictJsonError as error:
         raise broken("N05", f"quant state is not strict JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.keys() not in (
-        _PLAIN_KEYS,
-        _PLAIN_KEYS | _NESTED_KEYS,
-    ):
+    if not isinstance(fields, dict) or fields.keys() not in (_KEYS, _KEYS | _NESTED_KEYS):
         raise broken("N05", "quant state has other members than bitsandbytes writes")
-    shape = fields["shape"]
-    if (
-        not isinstance(shape, list)
-        or len(shape) > 8
-        or not all(type(n) is int and 0 < n < 1 << 48 for n in shape)
-    ):
+    shape, size, dtype = fields["shape"], fields["blocksize"], fields["dtype"]
+    few = isinstance(shape, list) and len(shape) <= 8
+    if not few or not all(type(n) is int and 0 < n < 1 << 48 for n in shape):
         raise broken("N05", f"quant state has shape {printable(shape)}")
     if fields["quant_type"] != "nf4":
         raise broken("N06", f"quant_type is {printable(fields['quant_type'])}, wanted nf4")
-    if type(fields["blocksize"]) is not int or fields["blocksize"] not in BLOCK_SIZES:
-        raise broken(
-            "N06",
-            f"blocksize is {printable(fields['blocksize'])}, wanted a power of two, 32 to 4096",
-        )
-    if not isinstance(fields["dtype"], str) or fields["dtype"] not in _DTYPES:
-        raise broken("N06", f"dtype is {printable(fields['dtype'])}, wanted {', '.join(_DTYPES)}")
-    offset = None
-    if "nested_offset" in fields:
-        nested = fields["nested_blocksize"]
-        if (
-            type(nested) is not int
-            or nested != NESTED_BLOCK_SIZE
-            or fields["nested_dtype"] != "float32"
-        ):
-            raise broken("N07", "nested_blocksize must be 256 and nested_dtype float32")
-        offset = _float32(fields["nested_offset"])
-        if offset is None:
-            raise broken(
-                "N07",
-                f"nested_offset is {printable(fields['nested_offset'])}, wanted a finite float32",
-            )
-    return QuantState(tuple(shape), _DTYPES[fields["dtype"]], fields["blocksize"], offset)
+    if type(size) is not int or size not in BLOCK_SIZES:
+        wanted = "a power of two, 32 to 4096"
+        raise broken("N06", f"blocksize is {printable(size)}, wanted {wanted}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise broken("N06", f"dtype is {printable(dtype)}, wanted {', '.join(_DTYPES)}")
+    if "nested_offset" not in fields:
+        return QuantState(tuple(shape), _DTYPES[dtype], size)
+    nested, offset = fields["nested_blocksize"], _float32(fields["nested_offset"])
+    plain = type(nested) is int and fields["nested_dtype"] == "float32"
+    if not plain or nested != NESTED_BLOCK_SIZE:
+        raise broken("N07", "nested_blocksize must be 256 and nested_dtype float32")
+    if offset is None:
+        found = printable(fields["nested_offset"])
+        raise broken("N07", f"nested_offset is {found}, wanted a finite float32")
+    return QuantState(tuple(shape), _DTYPES[dtype], size, offset)
 
 
 def _float32(value: Any) -> float | None:

@@ -13,13 +13,7 @@ from loraformat.nf4 import kernels
 from loraformat.nf4.quant_state import BLOCK_SIZES, NESTED_BLOCK_SIZE
 from loraformat.tensors.arrays import Array, numpy_dtype
 
-__all__ = [
-    "NF4",
-    "ceil_div",
-    "check_array",
-    "check_block_size",
-    "element_range",
-]
+__all__ = ["NF4", "ceil_div", "check_array", "check_block_size", "element_range"]
 
 _FLOAT32 = numpy_dtype("F32")
 

@@ -35,6 +35,7 @@ __all__ = [
     "body_order",
     "execution_units",
     "plan_shards",
+    "shard_name",
     "tail_order",
 ]
 
@@ -107,6 +108,17 @@ def plan_shards(units: Sequence[Unit], limit: int) -> list[list[LazyTensor]]:
             shards[-1].extend(piece)
             filled += size
     return shards
+
+
+def shard_name(number: int, count: int) -> str:
+    """Return the file name of a shard, counted from 0.
+
+    Examples
+    --------
+    >>> shard_name(0, 3)
+    'model-00001-of-00003.safetensors'
+    """
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

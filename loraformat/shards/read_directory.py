@@ -28,13 +28,7 @@ from loraformat.storage.safe_paths import is_safe_path
 from loraformat.tensors.header import Entry
 from loraformat.tensors.mapped import MappedFile
 
-__all__ = [
-    "as_checkpoint",
-    "open_model",
-    "peek_config",
-    "stored_entries",
-    "weight_files",
-]
+__all__ = ["as_checkpoint", "open_model", "peek_config", "stored_entries", "weight_files"]
 
 _SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from os import PathLike
+from pathlib import Path
 from typing import Any
+
+import numpy
 
 from loraformat.errors import FormatError, printable
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.nf4_parts import NF4_PARTS, NF4Parts
-from loraformat.nf4.quant_state import (
-    MAX_QUANT_STATE_BYTES,
-    QuantState,
-    parse_quant_state,
-)
+from loraformat.nf4.quant_state import MAX_QUANT_STATE_BYTES, QuantState, parse_quant_state
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
 from loraformat.tensors.mapped import MappedFile
 
@@ -68,9 +66,8 @@ def _tensors_of(
     owners = {name.removesuffix(STATE_SUFFIX) for name in entries if name.endswith(STATE_SUFFIX)}
     tensors: dict[str, LazyTensor] = {}
     for name, entry in entries.items():
-        owner = _owner(name, owners)
+        owner = _owner(name, owners, file.path)
         if owner is None:
-            _refuse_stray_part(name, file.path)
             load, release = partial(file.view, name), file.releaser(name)
             tensors[name] = DenseTensor(name, entry.dtype, entry.shape, load, release)
         elif owner not in tensors:
@@ -80,24 +77,16 @@ def _tensors_of(
     return tensors
 
 
-def _owner(name: str, owners: set[str]) -> str | None:
-    """Return the NF4 weight that a stored tensor is a part of."""
-    if name in owners:
-        return name
+def _owner(name: str, owners: set[str], path: Path) -> str | None:
+    """Return the NF4 weight that a stored tensor is a part of; refuse a part of none."""
     for suffix in NF4_PARTS.values():
-        if suffix and name.endswith(suffix) and name.removesuffix(suffix) in owners:
-            return name.removesuffix(suffix)
-    return None
-
-
-def _refuse_stray_part(name: str, path: str | PathLike[str]) -> None:
-    for suffix in NF4_PARTS.values():
+        owner = name.removesuffix(suffix)
+        if name.endswith(suffix) and owner in owners:
+            return owner
         if suffix and name.endswith(".weight" + suffix):
-            raise FormatError(
-                "N01",
-                f"tensor {printable(name)} belongs to an NF4 weight whose quant state is missing",
-                path=path,
-            )
+            problem = "belongs to an NF4 weight whose quant state is missing"
+            raise FormatError("N01", f"tensor {printable(name)} {problem}", path=path)
+    return None
 
 
 def _nf4_tensor(
@@ -146,8 +135,6 @@ def _load(file: MappedFile, tensor: NF4Tensor, state: QuantState, error: float |
 
 def _check_scales(file: MappedFile, tensor: NF4Tensor, state: QuantState, parts: NF4Parts) -> None:
     """V04: every scale, once decoded, is finite."""
-    import numpy
-
     stored = parts.absmax if parts.nested_absmax is None else parts.nested_absmax
     # No entry of the map is beyond 1, so this sum bounds every decoded scale.
     largest = float(numpy.abs(numpy.frombuffer(stored, dtype="<f4")).max())
@@ -172,10 +159,8 @@ def _check_parts(file: MappedFile, tensor: NF4Tensor, state: QuantState, any_sto
     wanted = {part.suffix: part for part in tensor.parts(state_bytes)}
     for suffix in NF4_PARTS.values():
         if (suffix in wanted) != (tensor.name + suffix in entries):
-            problem = (
-                "is missing" if suffix in wanted else "has no place without double quantization"
-            )
-            raise broken("N01", suffix, problem)
+            stray = "has no place without double quantization"
+            raise broken("N01", suffix, "is missing" if suffix in wanted else stray)
     for suffix, part in wanted.items():
         entry = entries[tensor.name + suffix]
         if any_storage and suffix == "" and entry.nbytes == part.nbytes:

@@ -21,7 +21,7 @@ from loraformat.model.checkpoint import LazyTensor, NF4Tensor
 from loraformat.model.nf4_parts import NF4Parts, content_digest
 from loraformat.model.written import ShardRecord, TensorRecord, WrittenShards
 from loraformat.nf4.quant_state import LONGEST_OFFSET
-from loraformat.shards.layout import Placed, body_order, tail_order
+from loraformat.shards.layout import Placed, body_order, shard_name, tail_order
 from loraformat.shards.stored_tensors import collect
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.background import BackgroundConsumer
@@ -30,22 +30,11 @@ from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.header import DATA_ALIGNMENT, Entry, encode_header
 from loraformat.tensors.mapped import MappedFile
 
-__all__ = ["planned_bytes", "shard_name", "write_shards"]
+__all__ = ["planned_bytes", "write_shards"]
 
 _METADATA = {"format": "pt"}
 
 Progress = Callable[[int], None]
-
-
-def shard_name(number: int, count: int) -> str:
-    """Return the file name of a shard, counted from 0.
-
-    Examples
-    --------
-    >>> shard_name(0, 3)
-    'model-00001-of-00003.safetensors'
-    """
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def planned_bytes(shards: Sequence[Sequence[LazyTensor]]) -> int:

@@ -249,8 +249,7 @@ class AtomicOutput:
         path = self.work / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise OutputError(f"file name {printable(name)} leads out of it", path=self.target)
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
         with new_file(beside) as file:
             yield file

@@ -119,9 +119,8 @@ class SafeDirectory:
         return sorted(self._walk(self.path, "", 0))
 
     def _walk(self, directory: Path, prefix: str, floor: int) -> Iterator[str]:
-        count = 0
-        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-            count += 1
+        found = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        for count, entry in enumerate(found, 1):
             if count > _MAX_FILES:
                 raise InputError(
                     f"holds more than {_MAX_FILES} files, no model does", path=directory

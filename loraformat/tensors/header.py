@@ -258,15 +258,11 @@ def _check_coverage(ordered: list[Entry], data_bytes: int, path: str | PathLike[
     position = 0
     for entry in ordered:
         if entry.begin != position:
-            kind = (
-                "overlaps the tensor before it"
-                if entry.begin < position
-                else "leaves a hole before it"
-            )
+            kind = "overlaps the tensor" if entry.begin < position else "leaves a hole"
             raise FormatError(
                 "H08",
-                f"tensor {printable(entry.name)} begins at data byte {entry.begin} and {kind}, "
-                f"wanted {position}",
+                f"tensor {printable(entry.name)} begins at data byte {entry.begin} and {kind} "
+                f"before it, wanted {position}",
                 path=path,
             )
         position = entry.end

@@ -43,23 +43,25 @@ class MappedBytes:
     path : Path
     nbytes : int
         Size of the file.
+    descriptor : int
+        Of the open file.
     """
 
     def __init__(self, folder: SafeDirectory, name: str) -> None:
         self.path: Path = folder.path / name
-        self._descriptor = folder.open(name)
+        self.descriptor = folder.open(name)
         self._map: mmap.mmap | None = None
         self._identity = self._stat()
         self.nbytes = self._identity[0]
 
     def _stat(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self.descriptor)
         return status.st_size, status.st_mtime_ns
 
     def map(self) -> None:
         """Map the file at its size when opened, unless ``LORAFORMAT_IO=pread``."""
         if self.nbytes and os.environ.get("LORAFORMAT_IO") != "pread":
-            self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self.descriptor, self.nbytes, access=mmap.ACCESS_READ)
 
     @property
     def address(self) -> int | None:
@@ -67,11 +69,6 @@ class MappedBytes:
         import numpy
 
         return None if self._map is None else numpy.frombuffer(self._map, numpy.uint8).ctypes.data
-
-    @property
-    def descriptor(self) -> int:
-        """File descriptor, for advice to the kernel."""
-        return self._descriptor
 
     def bytes_between(self, begin: int, end: int) -> memoryview:
         """Return a read-only view on a range of bytes; nothing is read yet if it is mapped."""
@@ -85,7 +82,7 @@ class MappedBytes:
         filled = 0
         while filled < len(data):
             try:
-                got = os.preadv(self._descriptor, [memoryview(data)[filled:]], begin + filled)
+                got = os.preadv(self.descriptor, [memoryview(data)[filled:]], begin + filled)
             except OSError as error:
                 raise InputError(f"cannot be read: {error.strerror}", path=self.path) from None
             if got == 0:
@@ -118,13 +115,13 @@ class MappedBytes:
 
     def close(self) -> None:
         """Unmap, after `check_unchanged`."""
-        if self._descriptor < 0:
+        if self.descriptor < 0:
             return
         try:
             self.check_unchanged()
         finally:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            os.close(self.descriptor)
+            self.descriptor = -1
             if self._map is not None:
                 # If a view is still held, the mapping goes when the view does.
                 with contextlib.suppress(BufferError):
@@ -181,7 +178,7 @@ class MappedFile(MappedBytes):
             raise
 
     def _read_header(self, profile: bool, foreign: bool) -> Header:
-        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+        with os.fdopen(os.dup(self.descriptor), "rb") as file:
             prefix = file.read(8)
             start = headers.data_start(prefix, self.nbytes, self.path)
             raw = file.read(start - 8)
@@ -197,5 +194,4 @@ class MappedFile(MappedBytes):
 
     def releaser(self, *names: str) -> Callable[[], None]:
         """Return a function that gives the pages of these tensors back to the kernel."""
-        ranges = [self._range(self.header.entries[name]) for name in names]
-        return self.range_releaser(ranges)
+        return self.range_releaser([self._range(self.header.entries[name]) for name in names])

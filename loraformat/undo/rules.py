@@ -112,17 +112,12 @@ class _Text:
         for name, value in found["unchanged"].items():
             self.digest(value, printable(name))
         self.need(isinstance(found["adapters"], list), "adapters is no list")
-        return UndoRecord(
-            found["created_by"],
-            elements,
-            [self.adapter(fields) for fields in found["adapters"]],
-            {
-                name: self.tensor(fields, printable(name))
-                for name, fields in found["tensors"].items()
-            },
-            found["unchanged"],
-            found["config"],
-        )
+        adapters = [self.adapter(fields) for fields in found["adapters"]]
+        tensors = {
+            name: self.tensor(one, printable(name)) for name, one in found["tensors"].items()
+        }
+        parsed = {"adapters": adapters, "tensors": tensors}
+        return UndoRecord(**{name: found[name] for name in _RECORD} | parsed)
 
     def adapter(self, value: Any) -> AdapterRecord:
         fields = self.members(value, _ADAPTER, "an adapter")
@@ -150,9 +145,7 @@ class _Text:
         self.need(isinstance(fields["terms"], list), f"terms of {name}")
         self.need(mode == "interval" or not fields["terms"], f"{name} has terms")
         terms = [self.term(term, f"a term of {name}") for term in fields["terms"]]
-        return UndoTensor(
-            mode, dtype, shape, fields["sha256"], fields["merged_sha256"], terms, rows
-        )
+        return UndoTensor(**fields | {"shape": shape, "terms": terms, "rows": rows})
 
     def term(self, value: Any, what: str) -> dict[str, Any]:
         fields = self.members(value, _TERM, what)
@@ -179,12 +172,8 @@ def tile_rows(shape: tuple[int, ...], tile_elements: int) -> tuple[int, int, int
     """
     columns = shape[-1] if shape else 1
     rows = shape[-2] if len(shape) > 1 else 1
-    return (
-        shape[0] if len(shape) == 3 else 1,
-        rows,
-        columns,
-        max(1, tile_elements // max(columns, 1)),
-    )
+    stack = shape[0] if len(shape) == 3 else 1
+    return stack, rows, columns, max(1, tile_elements // max(columns, 1))
 
 
 def _sizes(record: UndoRecord, name: str) -> Iterator[tuple[str, int | None]]:
@@ -211,7 +200,7 @@ def _check_parts(
         for name, wanted in _sizes(record, tensor):
             left.discard(name)
             entry = entries.get(name)
-            nbytes = 0 if entry is None else entry.end - entry.begin
+            nbytes = 0 if entry is None else entry.nbytes
             if wanted is not None and nbytes != wanted:
                 raise FormatError(
                     "U09", f"its part {printable(name)} has {nbytes} bytes, wanted {wanted}",

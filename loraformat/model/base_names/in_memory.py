@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loraformat.model.base_names.meta_model import build_on_meta
-from loraformat.model.base_names.sources import Chunk, conversions_of, find_sources
+from loraformat.model.base_names.sources import conversions_of, find_sources
 
 __all__ = ["InMemory", "bare"]
 
@@ -41,36 +41,22 @@ class InMemory:
     ----------
     shapes : dict of str to tuple of int
         Of every parameter and buffer.
-    stacks : dict of str to list of list of str
-        Of fused parameters the stored tensors, expert by expert, one below the other.
-    chunks : dict of str to Chunk
-        Parameters that are some rows of a stored tensor.
-    computed : dict of str to str
-        Parameters that are made of stored tensors in any other way, and by what.
+    sources : Sources
+        The stored tensors that each is made of.
+    names : dict of str to str
+        Of stored tensors that are one parameter: its name in memory.
     """
 
     def __init__(self, model: Any, stored: Iterable[str]) -> None:
         parameters = model.named_parameters(remove_duplicate=False)
         buffers = model.named_buffers(remove_duplicate=False)
         self.shapes = {name: tuple(t.shape) for pairs in (parameters, buffers) for name, t in pairs}
-        sources = find_sources(model, stored)
-        self.stacks: dict[str, list[list[str]]] = sources.stacked
-        self.chunks: dict[str, Chunk] = sources.chunks
-        self.computed: dict[str, str] = sources.computed
-        self._stored = sources.single
-        self._names = {tensor: name for name, tensor in sources.single.items()}
+        self.sources = find_sources(model, stored)
+        self.names = {tensor: name for name, tensor in self.sources.single.items()}
         self._table = conversions_of(model)
         self._bare: dict[str, list[str]] = {}
         for name in self.shapes:
             self._bare.setdefault(bare(name), []).append(name)
-
-    def name_of(self, stored: str) -> str | None:
-        """Return the in-memory name of a stored tensor; None if it is not one parameter."""
-        return self._names.get(stored)
-
-    def stored_as(self, name: str) -> str | None:
-        """Return the stored tensor of a parameter; None if it is not a single one."""
-        return self._stored.get(name)
 
     def find(self, name: str) -> str | None:
         """Resolve a name of any transformers version to a parameter; None if unknown."""

@@ -119,7 +119,7 @@ class BaseNames:
         if name in self.shapes:
             return name
         if self.memory is not None and (found := self.memory.find(name)) is not None:
-            stored = self.memory.stored_as(found)
+            stored = self.memory.sources.single.get(found)
             if stored is not None or self._is_made(found):
                 return stored
         for spelling in dict.fromkeys((name, spelled_on_disk(name))):
@@ -146,20 +146,20 @@ class BaseNames:
     def _is_made(self, name: str) -> bool:
         """Tell whether a parameter is composed of several stored tensors or a part of one."""
         assert self.memory is not None
-        made = (self.memory.stacks, self.memory.chunks, self.memory.computed)
-        return any(name in parameters for parameters in made)
+        found = self.memory.sources
+        return any(name in made for made in (found.stacked, found.chunks, found.computed))
 
     def computed(self, target: str) -> str | None:
         """Return the conversion of a parameter that cannot be reproduced; None otherwise."""
-        return self.memory.computed.get(target) if self.memory is not None else None
+        return self.memory.sources.computed.get(target) if self.memory is not None else None
 
     def stack(self, target: str) -> list[list[str]]:
         """Return the stored tensors of a fused parameter: expert by expert, in order of rows."""
-        return self.memory.stacks.get(target, []) if self.memory is not None else []
+        return self.memory.sources.stacked.get(target, []) if self.memory is not None else []
 
     def chunk(self, target: str) -> Chunk | None:
         """Return the stored tensor of which a parameter is some rows, or None."""
-        return self.memory.chunks.get(target) if self.memory is not None else None
+        return self.memory.sources.chunks.get(target) if self.memory is not None else None
 
     def in_memory(self, target: str) -> str:
         """Return the name of a stored tensor or parameter in transformers and PEFT.
@@ -172,8 +172,7 @@ class BaseNames:
         if self._prefix is not None and target.startswith((self._prefix, "lm_head.")):
             return target
         if self.memory is not None:
-            found = self.memory.name_of(target)
-            return found or self.memory.find(target) or target
+            return self.memory.names.get(target) or self.memory.find(target) or target
         for pattern, replacement in _RENAMED:
             target = pattern.sub(replacement, target)
         return spelled_in_memory(target)

@@ -82,7 +82,7 @@ def stacks_of(
         and not any(fnmatch.fnmatchcase(after.name, pattern) for pattern in skip)
     }
     stacks, taken = [], set[str]()
-    for name, stored in memory.stacks.items():
+    for name, stored in memory.sources.stacked.items():
         tensors = [tensor for parts in stored for tensor in parts]
         if usable.keys() >= set(tensors) and len(memory.shapes[name]) == 3:
             experts = [

@@ -1,7 +1,7 @@
 """The plugin registry of converters.
 
-A converter is a record, not a base class: a name, what it reads into, what it writes
-from, and what it cannot express. Converters are found through the entry-point group
+A converter is a record, a `BaseFormat` or an `AdapterFormat`: a name, the functions that read and
+write, and what the format cannot express. Converters are found through the entry-point group
 ``loraformat.converters``; installing a package that declares one is all it takes.
 ``converters/README.md`` shows how to write one, `loraformat.testing` how to test it.
 """
@@ -9,14 +9,13 @@ from, and what it cannot express. Converters are found through the entry-point g
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from loraformat.errors import (
     InputError,
@@ -32,26 +31,25 @@ if TYPE_CHECKING:
     from loraformat.model.adapter import Adapter
     from loraformat.model.adapter_facts import AdapterFacts
     from loraformat.model.checkpoint import Checkpoint, LazyTensor
-    from loraformat.model.packed_weights import Signature
     from loraformat.model.quantization_method import QuantizationMethod
     from loraformat.model.written import WrittenModel
     from loraformat.storage.atomic_output import AtomicOutput
     from loraformat.tensors.arrays import Array
 __all__ = [
     "GROUP",
+    "AdapterFormat",
     "AdapterReadOptions",
     "AdapterWriteOptions",
-    "Converter",
+    "BaseFormat",
     "Forecast",
+    "Format",
     "ReadOptions",
-    "Requirement",
     "RoundingObserver",
     "WriteOptions",
     "all_converters",
     "for_output",
     "get",
-    "quantization_readers",
-    "quantization_signatures",
+    "quantization_methods",
     "sniff",
 ]
 
@@ -59,14 +57,6 @@ __all__ = [
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]{2,11}")
 #: Entry-point group under which converters are announced.
 GROUP = "loraformat.converters"
-
-
-@dataclass(frozen=True, slots=True)
-class Requirement:
-    """A package that a converter needs: the module to look for, and what pip calls it."""
-
-    module: str
-    package: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +130,6 @@ class WriteOptions:
     watch: RoundingObserver | None = None
 
 
-def _no_note(sentence: str) -> None:
-    pass
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterReadOptions:
     """What a reader of adapters may need to know.
@@ -190,7 +176,7 @@ class AdapterWriteOptions:
     dtype: str | None = None
     base: Checkpoint | None = None
     keep_scaling: bool = False
-    note: Callable[[str], None] = _no_note
+    note: Callable[[str], None] = lambda sentence: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,47 +195,35 @@ class Forecast:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Converter:
-    """One format.
+def _no_forecast(*_: object) -> None:
+    """Leave a dry run to add up the tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """What a `BaseFormat` and an `AdapterFormat` have in common.
 
     Attributes
     ----------
     name : str
         The word for ``--from`` and ``--to``.
-    kind : {"base", "adapter"}
     summary : str
         One line for ``loraformat formats``.
     sniff : callable
         Tells whether a path holds this format, by content and cheaply. At most one converter
         may say yes.
-    read : callable or None
-        Opens a path as a lazy `Checkpoint`.
-    read_with : callable or None
-        The same with `ReadOptions`, for a format that needs them.
+    read : callable
+        Opens a path: as a lazy `Checkpoint`, or as an `Adapter`.
     write : callable or None
-        Writes a checkpoint into a publication's work directory.
-    read_adapter : callable or None
-        Opens a path as an `Adapter`.
-    write_adapter : callable or None
-        Writes an adapter into a publication's work directory.
-    examine : callable or None
-        Looks at an adapter as other programs find it, for ``loraformat check``, and refuses
-        nothing but damage. Without it an adapter is read, and what that refuses is an error.
-    estimate : callable or None
-        Tells of a checkpoint and a target path what ``write`` would write, and refuses what it
-        would refuse. Without it a dry run adds up the tensors.
-    forecast_adapter : callable or None
-        The same for ``write_adapter``.
-    stores : {"nf4", "dense", "both"}
-        Encodings that the writer can take. Before a writer of "dense" is called, NF4 weights
-        are made to dequantize when loaded; before one of "nf4", decoder linears are made to
-        quantize. "both" takes them as they come.
+        Writes such an object into a publication's work directory; None if it can only be read.
+    estimate : callable
+        Tells of an object and a target path what ``write`` would write, and refuses what it
+        would refuse. By default it tells nothing, and a dry run adds up the tensors.
     dtypes : tuple of str
-        Words for ``--dtype`` that the writer heeds itself. Then it gets all weights as they
-        are, those in NF4 as float32, rounds them once, and shows `WriteOptions.watch` what it
-        stores. A writer of adapters rounds in any case; without this it is asked for ``f32``,
-        ``f16`` and ``bf16`` only.
+        Words for ``--dtype`` that the writer heeds itself. A writer of bases then gets all
+        weights as they are, those in NF4 as float32, rounds them once, and shows
+        `WriteOptions.watch` what it stores. A writer of adapters rounds in any case; without
+        this it is asked for ``f32``, ``f16`` and ``bf16`` only.
     loses : tuple of str
         What the format cannot express, as sentences. A loss that both formats name is none.
     output : {"directory", "file"}
@@ -257,46 +231,64 @@ class Converter:
         ``publication.file_name``.
     suffixes : tuple of str
         File name endings, in either case, that choose this format for an output.
-    pre_tokenizers : bool
-        Whether ``write`` heeds `WriteOptions.pre_tokenizer`; without it ``--pre`` is refused.
-    takes_config : bool
-        Whether ``read_with`` heeds `ReadOptions.config`; without it ``--config`` is refused.
-    requires : tuple of Requirement
-    method : QuantizationMethod or None
-        How the weights are quantized, of a safetensors directory in whose place others are dense.
+    requires : tuple of str
+        Packages that it needs, as pip calls them.
     """
 
+    kind: ClassVar[str]
+
     name: str
-    kind: Literal["base", "adapter"]
     summary: str
     sniff: Callable[[Path], bool]
-    read: Callable[[Path], Checkpoint] | None = None
-    read_with: Callable[[Path, ReadOptions], Checkpoint] | None = None
-    read_adapter: Callable[[Path, AdapterReadOptions], Adapter] | None = None
-    write_adapter: Callable[[Adapter, AtomicOutput, AdapterWriteOptions], None] | None = None
-    examine: Callable[[Path, AdapterReadOptions], AdapterFacts] | None = None
-    write: Callable[[Checkpoint, AtomicOutput, WriteOptions], WrittenModel] | None = None
-    estimate: Callable[[Checkpoint, Path, WriteOptions], Forecast] | None = None
-    forecast_adapter: Callable[[Adapter, Path, AdapterWriteOptions], Forecast] | None = None
-    stores: Literal["nf4", "dense", "both"] = "dense"
+    read: Callable[[Path, Any], Any]
+    write: Callable[[Any, AtomicOutput, Any], Any] | None = None
+    estimate: Callable[[Any, Path, Any], Forecast | None] = _no_forecast
     dtypes: tuple[str, ...] = ()
     loses: tuple[str, ...] = ()
     output: Literal["directory", "file"] = "directory"
     suffixes: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+
+    def missing(self) -> list[str]:
+        """Return the packages that are not installed."""
+        return [name for name in self.requires if not any(Distribution.discover(name=name))]
+
+    def check_installed(self) -> None:
+        """Raise `MissingDependencyError` with the pip command if a package is missing."""
+        if missing := self.missing():
+            raise MissingDependencyError(
+                f"the {self.name} converter needs {', '.join(missing)}",
+                hint=f"run: pip install {' '.join(missing)}",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseFormat(Format):
+    """A format of base models.
+
+    Attributes
+    ----------
+    stores : {"nf4", "dense", "both"}
+        Encodings that the writer can take. Before a writer of "dense" is called, NF4 weights
+        are made to dequantize when loaded; before one of "nf4", decoder linears are made to
+        quantize. "both" takes them as they come.
+    pre_tokenizers : bool
+        Whether ``write`` heeds `WriteOptions.pre_tokenizer`; without it ``--pre`` is refused.
+    takes_config : bool
+        Whether ``read`` heeds `ReadOptions.config`; without it ``--config`` is refused.
+    method : QuantizationMethod or None
+        How the weights are quantized, of a safetensors directory in whose place others are dense.
+    """
+
+    kind: ClassVar[str] = "base"
+
+    read: Callable[[Path, ReadOptions], Checkpoint]
+    write: Callable[[Checkpoint, AtomicOutput, WriteOptions], WrittenModel] | None = None
+    estimate: Callable[[Checkpoint, Path, WriteOptions], Forecast | None] = _no_forecast
+    stores: Literal["nf4", "dense", "both"] = "dense"
     pre_tokenizers: bool = False
     takes_config: bool = False
-    requires: tuple[Requirement, ...] = ()
     method: QuantizationMethod | None = None
-
-    @property
-    def reads(self) -> bool:
-        """Whether it can open a path."""
-        return self.read is not None or self.read_adapter is not None
-
-    @property
-    def writes(self) -> bool:
-        """Whether it can write an output."""
-        return self.write is not None or self.write_adapter is not None
 
     def check_pre_tokenizer(self, name: str | None) -> None:
         """Raise `UsageError` for ``--pre`` if the writer knows no such thing."""
@@ -306,17 +298,28 @@ class Converter:
                 hint="omit it, or write a GGUF file: --to gguf",
             )
 
-    def missing(self) -> list[str]:
-        """Return the packages that are not installed."""
-        return [needed.package for needed in self.requires if find_spec(needed.module) is None]
 
-    def check_installed(self) -> None:
-        """Raise `MissingDependencyError` with the pip command if a package is missing."""
-        if missing := self.missing():
-            raise MissingDependencyError(
-                f"the {self.name} converter needs {', '.join(missing)}",
-                hint=f"run: pip install {' '.join(missing)}",
-            )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFormat(Format):
+    """A format of LoRA adapters.
+
+    Attributes
+    ----------
+    examine : callable or None
+        Looks at an adapter as other programs find it, for ``loraformat check``, and refuses
+        nothing but damage. Without it an adapter is read, and what that refuses is an error.
+    """
+
+    kind: ClassVar[str] = "adapter"
+
+    read: Callable[[Path, AdapterReadOptions], Adapter]
+    write: Callable[[Adapter, AtomicOutput, AdapterWriteOptions], None] | None = None
+    estimate: Callable[[Adapter, Path, AdapterWriteOptions], Forecast | None] = _no_forecast
+    examine: Callable[[Path, AdapterReadOptions], AdapterFacts] | None = None
+
+
+_Kind = TypeVar("_Kind", bound=Format)
+_SAID = {"base": "a base", "adapter": "an adapter"}
 
 
 @cache
@@ -337,7 +340,7 @@ def _names() -> list[str]:
 
 
 @cache
-def _load(name: str) -> Converter:
+def _load(name: str) -> Format:
     entry = _entry_points()[name]
     try:
         converter = entry.load()
@@ -347,28 +350,23 @@ def _load(name: str) -> Converter:
             f"{type(error).__name__}: {error}",
             hint="update or uninstall the package it comes from",
         ) from error
-    if not isinstance(converter, Converter) or converter.name != name:
-        raise LoraFormatError(f"{entry.value} is not a Converter named {name!r}")
+    if not isinstance(converter, Format) or converter.name != name:
+        raise LoraFormatError(f"{entry.value} is not a Format named {name!r}")
     return converter
 
 
-def all_converters() -> list[Converter]:
+def all_converters() -> list[Format]:
     """Return every installed converter, sorted by name."""
-    return [_load(name) for name in _names()]
+    return [_load(name) for name in sorted(_entry_points())]
 
 
-def quantization_readers() -> dict[str, str]:
-    """Return the quantization methods that converters read, each with its converter's name."""
-    return {one.method.name: one.name for one in all_converters() if one.method is not None}
+def quantization_methods() -> dict[str, QuantizationMethod]:
+    """Return the quantization methods that converters read, by the converter's name."""
+    bases = [one for one in all_converters() if isinstance(one, BaseFormat)]
+    return {one.name: one.method for one in bases if one.method is not None}
 
 
-def quantization_signatures() -> list[Signature]:
-    """Return how methods are detected that converters bring along."""
-    methods = (one.method for one in all_converters())
-    return [method.signature for method in methods if method is not None and method.signature]
-
-
-def get(name: str) -> Converter:
+def get(name: str) -> Format:
     """Return a converter by name.
 
     Raises
@@ -379,19 +377,20 @@ def get(name: str) -> Converter:
         If a package that it needs is not installed.
     """
     if name not in _entry_points():
-        raise UsageError(f"unknown format {name!r}, wanted one of {', '.join(_names())}")
+        known = ", ".join(sorted(_entry_points()))
+        raise UsageError(f"unknown format {name!r}, wanted one of {known}")
     converter = _load(name)
     converter.check_installed()
     return converter
 
 
-def sniff(path: Path, kind: str | None = None) -> Converter:
+def sniff(path: Path, kind: type[Format] = Format) -> Format:
     """Return the converter that recognises a path by its content.
 
     Parameters
     ----------
     path : Path
-    kind : {"base", "adapter"}, optional
+    kind : {BaseFormat, AdapterFormat}, optional
         What is wanted, where a directory holds one of each.
 
     Raises
@@ -404,30 +403,27 @@ def sniff(path: Path, kind: str | None = None) -> Converter:
     if not path.exists():
         raise InputError("no such file or directory", path=path)
     known = [converter for converter in all_converters() if _recognises(converter, path)]
-    if all(converter.kind == "base" for converter in known):
+    kinds = {converter.kind for converter in known}
+    if "adapter" not in kinds:
         refuse_foreign_adapter(path, recognised=bool(known))
-    if len(known) > 1 and kind is not None:
-        known = [converter for converter in known if converter.kind == kind] or known
+    if len(known) > 1:
+        known = [converter for converter in known if isinstance(converter, kind)] or known
     if len(known) == 1:
         known[0].check_installed()
         return known[0]
     if known:
         names = " and ".join(converter.name for converter in known)
-        raise UnsupportedError(f"looks like {names}", path=path, hint=_choice(known))
+        hint = "choose one with --from"
+        if len(kinds) > 1:  # most verbs have no --from
+            hint = (
+                "it contains a model and an adapter: move the adapter's files "
+                "(adapter_config.json, adapter_model.*) to a directory of their own"
+            )
+        raise UnsupportedError(f"looks like {names}", path=path, hint=hint)
     raise UnsupportedError(
-        f"contains no model in a known format ({', '.join(_names())})",
+        f"contains no model in a known format ({', '.join(sorted(_entry_points()))})",
         path=path,
         hint=_missing(path),
-    )
-
-
-def _choice(known: list[Converter]) -> str:
-    """Return how to say which of several formats is meant; most verbs have no ``--from``."""
-    if len({converter.kind for converter in known}) == 1:
-        return "choose one with --from"
-    return (
-        "it contains a model and an adapter: move the adapter's files (adapter_config.json, "
-        "adapter_model.*) to a directory of their own"
     )
 
 
@@ -439,7 +435,7 @@ def _missing(path: Path) -> str:
     return "its first bytes match no known format; download or copy it again"
 
 
-def _recognises(converter: Converter, path: Path) -> bool:
+def _recognises(converter: Format, path: Path) -> bool:
     try:
         return converter.sniff(path)
     except Exception as error:  # a stranger's package may fail in any way
@@ -451,9 +447,7 @@ def _recognises(converter: Converter, path: Path) -> bool:
         ) from error
 
 
-def for_output(
-    path: Path, name: str | None, kind: str = "base", default: str | None = None
-) -> Converter:
+def for_output(path: Path, name: str | None, kind: type[_Kind], default: str) -> _Kind:
     """Return the converter for an output: by name, else by suffix, else the default.
 
     Parameters
@@ -461,43 +455,37 @@ def for_output(
     path : Path
     name : str or None
         What the user said with ``--to``.
-    kind : {"base", "adapter"}
-    default : str, optional
-        ``loraformat`` for a base and ``peft`` for an adapter, if it is not given.
+    kind : {BaseFormat, AdapterFormat}
+    default : str
+        Name of the format where neither says one.
 
     Raises
     ------
     UsageError
         If that format cannot be written, or is of the other kind.
     """
-    if name is None:
-        name = (
-            _by_suffix(all_converters(), path, kind)
-            or default
-            or {"base": "loraformat", "adapter": "peft"}[kind]
+    converter = get(name or _by_suffix(path, kind) or default)
+    if not isinstance(converter, kind):
+        raise UsageError(
+            f"format {converter.name!r} is for {_SAID[converter.kind]}, and this is "
+            f"{_SAID[kind.kind]}"
         )
-    converter = get(name)
-    if converter.kind != kind:
-        said = {"base": "a base", "adapter": "an adapter"}
-        raise UsageError(f"format {name!r} is for {said[converter.kind]}, and this is {said[kind]}")
-    if not converter.writes:
-        raise UsageError(f"format {name!r} can be read but not written")
+    if converter.write is None:
+        raise UsageError(f"format {converter.name!r} can be read but not written")
     return converter
 
 
-def _by_suffix(converters: Sequence[Converter], path: Path, kind: str) -> str | None:
-    name = path.name.lower()
-    for converter in converters:
-        suffixes = tuple(suffix.lower() for suffix in converter.suffixes)
-        if converter.kind == kind and converter.writes and name.endswith(suffixes):
+def _by_suffix(path: Path, kind: type[Format]) -> str | None:
+    writers = [c for c in all_converters() if isinstance(c, kind) and c.write is not None]
+    for converter in writers:
+        if path.name.lower().endswith(tuple(map(str.lower, converter.suffixes))):
             return converter.name
     if _FILE_SUFFIX.fullmatch(path.suffix) and not path.is_dir():
-        said = {"base": "a base", "adapter": "an adapter"}[kind]
-        known = {s for c in converters if c.kind == kind and c.writes for s in c.suffixes}
+        known = [suffix for converter in writers for suffix in converter.suffixes]
         near = get_close_matches(path.suffix.lower(), known, 1)
         meant = f"did you mean {printable(path.with_suffix(near[0]))}? Else " if near else ""
         raise UsageError(
-            f"no installed converter writes {said} as {path.suffix} file",
+            f"no installed converter writes {_SAID[kind.kind]} as {path.suffix} file",
             hint=f"{meant}give a directory, or the format with --to",
         )
     return None

@@ -15,7 +15,7 @@ from loraformat.model.architecture import is_conv1d
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.packed_weights import BITSANDBYTES
 from loraformat.model.written import WrittenModel
-from loraformat.plugins import Converter, WriteOptions
+from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions
 from loraformat.shards.quantized import method_of
 from loraformat.shards.read_directory import open_model, peek_config, weight_files
 from loraformat.shards.write_directory import write_model_directory
@@ -31,7 +31,7 @@ def sniff(path: Path) -> bool:
     return method_of(path) == BITSANDBYTES
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Open a 4-bit checkpoint.
 
     Raises
@@ -118,9 +118,8 @@ def _wrong_on_a_cpu(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-CONVERTER = Converter(
+CONVERTER = BaseFormat(
     name="bitsandbytes",
-    kind="base",
     summary="bitsandbytes 4-bit checkpoint: NF4 as transformers saves it",
     sniff=sniff,
     read=read,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -22,11 +21,10 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.packed_weights import FLOAT8
 from loraformat.model.quantization_method import QuantizationMethod, QuantizedWeight
-from loraformat.plugins import Converter, ReadOptions
-from loraformat.shards.quantized import is_quantized, read_quantized
+from loraformat.shards.quantized import quantized_format
 from loraformat.tensors.arrays import Array, array_view, numpy_dtype
 
-__all__ = ["CONVERTER", "METHOD", "read"]
+__all__ = ["CONVERTER", "METHOD"]
 
 #: The numbers of the 256 codes.
 _VALUES = {
@@ -166,23 +164,12 @@ def _repeats(
     return None
 
 
-def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
-    """Open a checkpoint; its weights are decoded to ``dtype``, BF16 by default."""
-    return read_quantized(METHOD, path, options.dtype if options else None)
-
-
 METHOD = QuantizationMethod(
     FLOAT8,
     _weights,
     dropped=_ACTIVATIONS,
     dropped_what="scales of activations (they are for float8 arithmetic)",
 )
-CONVERTER = Converter(
-    name="float8",
-    kind="base",
-    summary="float8 checkpoint: E4M3 or E5M2 with scales by tensor, row or block",
-    sniff=partial(is_quantized, METHOD),
-    read=read,
-    read_with=read,
-    method=METHOD,
+CONVERTER = quantized_format(
+    METHOD, "float8 checkpoint: E4M3 or E5M2 with scales by tensor, row or block"
 )

@@ -9,7 +9,6 @@ value = level · 2^(scale − 127). bfloat16 holds every such value exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -20,11 +19,10 @@ from loraformat.model import config_json
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.model.packed_weights import MXFP4
 from loraformat.model.quantization_method import QuantizationMethod, QuantizedWeight
-from loraformat.plugins import Converter, ReadOptions
-from loraformat.shards.quantized import is_quantized, read_quantized
+from loraformat.shards.quantized import quantized_format
 from loraformat.tensors.arrays import Array, array_view
 
-__all__ = ["CONVERTER", "METHOD", "read"]
+__all__ = ["CONVERTER", "METHOD"]
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK = 32
@@ -87,18 +85,7 @@ def _weight(
     return QuantizedWeight(name, (experts, height, out), (blocks, scales), MXFP4, rows)
 
 
-def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
-    """Open a checkpoint of gpt-oss; BF16, the default ``dtype``, loses nothing."""
-    return read_quantized(METHOD, path, options.dtype if options else None)
-
-
 METHOD = QuantizationMethod(MXFP4, _weights)
-CONVERTER = Converter(
-    name="mxfp4",
-    kind="base",
-    summary="MXFP4 checkpoint of gpt-oss: experts in 4-bit blocks, decoded to bfloat16 exactly",
-    sniff=partial(is_quantized, METHOD),
-    read=read,
-    read_with=read,
-    method=METHOD,
+CONVERTER = quantized_format(
+    METHOD, "MXFP4 checkpoint of gpt-oss: experts in 4-bit blocks, decoded to bfloat16 exactly"
 )

@@ -14,7 +14,7 @@ from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.packed_weights import refuse_packed
 from loraformat.model.pickled import open_pickle
 from loraformat.model.tied_head import HEAD
-from loraformat.plugins import Converter, ReadOptions
+from loraformat.plugins import BaseFormat, ReadOptions
 from loraformat.shards.index_json import MAX_INDEX_BYTES, parse_index
 from loraformat.shards.read_directory import as_checkpoint
 from loraformat.storage.safe_directory import SafeDirectory
@@ -31,13 +31,13 @@ def sniff(path: Path) -> bool:
     return named and not any(path.glob("*.safetensors"))
 
 
-def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
+def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Open pickled weights.
 
     Parameters
     ----------
     path : Path
-    options : ReadOptions, optional
+    options : ReadOptions
         Without its ``allow_pickle`` nothing is read.
 
     Raises
@@ -50,7 +50,7 @@ def read(path: Path, options: ReadOptions | None = None) -> Checkpoint:
     folder = SafeDirectory(path)
     weight_map = _weight_map(folder)
     names = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-    if options is None or not options.allow_pickle:
+    if not options.allow_pickle:
         raise UnsupportedError(
             "is a pickle, which can hold a program instead of tensors",
             path=path / names[0],
@@ -116,11 +116,9 @@ def _check_index(weight_map: dict[str, str] | None, homes: dict[str, str], path:
             )
 
 
-CONVERTER = Converter(
+CONVERTER = BaseFormat(
     name="pytorch",
-    kind="base",
     summary="pytorch_model.bin: pickled weights, one file or sharded; with --allow-pickle",
     sniff=sniff,
     read=read,
-    read_with=read,
 )

@@ -12,14 +12,9 @@ from loraformat.bundle.reader import is_bundle
 from loraformat.card.carried import base_model_of
 from loraformat.model.adapter import is_adapter_file
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.model.packed_weights import BITSANDBYTES, refuse_packed
+from loraformat.model.packed_weights import BITSANDBYTES, Signature, refuse_packed
 from loraformat.model.written import WrittenModel
-from loraformat.plugins import (
-    Converter,
-    WriteOptions,
-    quantization_readers,
-    quantization_signatures,
-)
+from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions, quantization_methods
 from loraformat.shards.quantized import method_of
 from loraformat.shards.read_directory import open_model
 from loraformat.shards.write_directory import write_model_directory
@@ -38,14 +33,18 @@ def sniff(path: Path) -> bool:
     elif is_bundle(path) or all(is_adapter_file(f.name) for f in path.glob("*.safetensors")):
         return False
     # Of methods that no converter reads, `read` says which it is.
-    return method_of(path, quantization_signatures()) not in _readers()
+    readers, signatures = _readers()
+    return method_of(path, signatures) not in readers
 
 
-def _readers() -> dict[str, str]:
-    return {BITSANDBYTES: BITSANDBYTES, **quantization_readers()}
+def _readers() -> tuple[dict[str, str], list[Signature]]:
+    """Return the formats that read quantized weights, by method, and how methods are detected."""
+    methods = quantization_methods()
+    readers = {BITSANDBYTES: BITSANDBYTES} | {one.name: name for name, one in methods.items()}
+    return readers, [one.signature for one in methods.values() if one.signature]
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Open dense weights.
 
     Raises
@@ -68,10 +67,9 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     tensors = checkpoint.tensors
     if any(tensor.quantization for tensor in tensors.values()):
         method = BITSANDBYTES
-    refuse_packed(
-        checkpoint.path, tensors, method, original=base_model_of(checkpoint.files),
-        readers=_readers(), more=quantization_signatures(),
-    )  # fmt: skip
+    readers, more = _readers()
+    original = base_model_of(checkpoint.files)
+    refuse_packed(checkpoint.path, tensors, method, original=original, readers=readers, more=more)
 
 
 def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:
@@ -86,9 +84,8 @@ def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptio
     )
 
 
-CONVERTER = Converter(
+CONVERTER = BaseFormat(
     name="safetensors",
-    kind="base",
     summary="Hugging Face safetensors: dense weights, one file or sharded",
     sniff=sniff,
     read=read,

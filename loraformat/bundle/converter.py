@@ -17,7 +17,7 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import join, model_dtype, parse
 from loraformat.model.quantization_history import EXTENSION, to_extension
 from loraformat.model.written import FileRecord, WrittenModel
-from loraformat.plugins import Converter, WriteOptions
+from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions
 from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Open a bundle's base; every tensor is compared with its SHA-256 when it is loaded."""
     return open_bundle(path).checkpoint
 
@@ -111,9 +111,8 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-CONVERTER = Converter(
+CONVERTER = BaseFormat(
     name="loraformat",
-    kind="base",
     summary="bundle: NF4 base weights with a manifest, hashes and optional adapters",
     sniff=is_bundle,
     read=read,

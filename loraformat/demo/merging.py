@@ -11,7 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from loraformat import plugins
 from loraformat.demo import ADAPTERS, SMALL_MODEL
 from loraformat.demo.step import Step, Workspace
 from loraformat.errors import LoraFormatError
@@ -19,6 +18,7 @@ from loraformat.model.checkpoint import DenseTensor
 from loraformat.ops.convert.adapter import AdapterConversion
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.model import open_model
 from loraformat.ops.unmerge.unmerge import unmerge
 
 __all__ = ["add_adapters", "merge_and_undo", "tensor_hashes"]
@@ -94,9 +94,7 @@ def merge_and_undo(work: Workspace) -> Iterator[Step]:
 
 def tensor_hashes(model: Path) -> dict[str, str]:
     """Return the SHA-256 of every tensor of a dense model, by name."""
-    converter = plugins.sniff(model)
-    assert converter.read is not None
-    with converter.read(model) as checkpoint:
+    with open_model(model) as checkpoint:
         return {
             name: sha256(tensor.load()).hexdigest()
             for name, tensor in checkpoint.tensors.items()

@@ -23,6 +23,7 @@ class FormatSummary:
         ``base`` or ``adapter``.
     summary : str
     reads, writes : bool
+        Every format can be read.
     loses : list of str
         What the format cannot represent.
     missing : list of str
@@ -62,7 +63,7 @@ def formats() -> FormatsReport:
     return FormatsReport(
         [
             FormatSummary(
-                c.name, c.kind, c.summary, c.reads, c.writes, list(c.loses), list(c.missing())
+                c.name, c.kind, c.summary, True, c.write is not None, list(c.loses), c.missing()
             )
             for c in all_converters()
         ]

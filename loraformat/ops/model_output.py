@@ -14,7 +14,7 @@ from loraformat.errors import InputError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.written import WrittenModel
-from loraformat.plugins import Converter, WriteOptions
+from loraformat.plugins import BaseFormat, WriteOptions
 from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.version import __version__
@@ -33,8 +33,7 @@ class ModelOutput:
     Parameters
     ----------
     target : str or Path
-    writer : Converter
-        Of base models.
+    writer : BaseFormat
     inputs : sequence of Checkpoint or Adapter
         What is read, the base first. The target may be none of their files.
     plan : sequence of JSON values
@@ -62,7 +61,7 @@ class ModelOutput:
     def __init__(
         self,
         target: str | Path,
-        writer: Converter,
+        writer: BaseFormat,
         *,
         inputs: Sequence[Checkpoint | Adapter],
         plan: Sequence[Any],

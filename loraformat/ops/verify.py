@@ -22,7 +22,7 @@ from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.plugins import Converter
+from loraformat.plugins import AdapterFormat
 from loraformat.shards.index_json import INDEX_NAME
 from loraformat.storage.reserved_names import CARD_NAME
 from loraformat.storage.safe_directory import SafeDirectory
@@ -94,7 +94,7 @@ def _verify(
     if is_bundle(path):
         return _bundle(path, progress)
     reader = plugins.sniff(path)
-    if reader.kind == "adapter":
+    if isinstance(reader, AdapterFormat):
         return _adapter(path, reader, allow_pickle)
     count, findings = 0, []
     try:
@@ -110,7 +110,7 @@ def _verify(
     return VerificationReport(str(path), reader.name, count, False, findings)
 
 
-def _adapter(path: Path, reader: Converter, allow_pickle: bool) -> VerificationReport:
+def _adapter(path: Path, reader: AdapterFormat, allow_pickle: bool) -> VerificationReport:
     """Check an adapter: its files and, in a bundle, their hashes; then that it means something."""
     folder = SafeDirectory(path) if path.is_dir() else None
     place = parse_bundle_slot(path)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.packed_weights import ORIGINAL, Signature, packed_weights
 from loraformat.model.quantization_method import QuantizationMethod
+from loraformat.plugins import BaseFormat, ReadOptions
 from loraformat.shards.read_directory import open_model, peek_config, stored_entries
 from loraformat.storage.reserved_names import MANIFEST_NAME
 
-__all__ = ["is_quantized", "method_of", "read_quantized"]
+__all__ = ["method_of", "quantized_format"]
 
 
 def method_of(path: Path, more: Iterable[Signature] = ()) -> str | None:
@@ -36,33 +38,35 @@ def method_of(path: Path, more: Iterable[Signature] = ()) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def is_quantized(method: QuantizationMethod, path: Path) -> bool:
-    """Tell whether the weights of a model are quantized by a method."""
-    return method_of(path, filter(None, [method.signature])) == method.name
+def quantized_format(method: QuantizationMethod, summary: str) -> BaseFormat:
+    """Return the record of a format that is a method, of its name in lower case.
 
-
-def read_quantized(method: QuantizationMethod, path: Path, dtype: str | None = None) -> Checkpoint:
-    """Open a checkpoint: its weights are decoded when they are loaded, or by rows.
+    Its weights are decoded when they are loaded, or by rows, and rounded once, to nearest even, to
+    `ReadOptions.dtype`, BF16 by default. Reading raises `InputError` if stored tensors do not fit
+    each other, and `UnsupportedError` if other weights are quantized by another method.
 
     Parameters
     ----------
     method : QuantizationMethod
-    path : Path
-    dtype : str, optional
-        safetensors name of the type to which decoded weights are rounded, once, to nearest even;
-        BF16 by default.
-
-    Raises
-    ------
-    InputError
-        If stored tensors do not fit each other.
-    UnsupportedError
-        If other weights are quantized by another method.
+    summary : str
+        One line for ``loraformat formats``.
     """
+    signatures = [method.signature] if method.signature else []
+    return BaseFormat(
+        name=method.name.lower(),
+        summary=summary,
+        sniff=lambda path: method_of(path, signatures) == method.name,
+        read=partial(_read, method),
+        method=method,
+    )
+
+
+def _read(method: QuantizationMethod, path: Path, options: ReadOptions) -> Checkpoint:
+    dtype = options.dtype or "BF16"
     stored = open_model(path, method.name.lower())
     try:
         weights = list(method.weights(stored))
-        decoded = {weight.parts[0].name: weight.tensor(dtype or "BF16") for weight in weights}
+        decoded = {weight.parts[0].name: weight.tensor(dtype) for weight in weights}
         parts = {part.name for weight in weights for part in weight.parts}
         tensors: dict[str, LazyTensor] = {}
         dropped = 0

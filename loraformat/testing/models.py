@@ -104,7 +104,7 @@ def samples(stores: str) -> dict[str, Checkpoint]:
     Parameters
     ----------
     stores : {"nf4", "dense", "both"}
-        As in `loraformat.plugins.Converter`.
+        As in `loraformat.plugins.BaseFormat`.
     """
     found = {"weights": _weights(), "odd names": _odd_names(), "odd shapes": _odd_shapes()}
     if stores == "dense":

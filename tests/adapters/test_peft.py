@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraformat import plugins
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.ops.deltas.factors import with_deltas
 from loraformat.ops.opening.adapter import copy_adapter, open_adapter
+from loraformat.ops.opening.model import open_model
 from loraformat.storage.atomic_output import AtomicOutput
 from tests.adapters.peft_models import llama, logits, shake
 
@@ -145,9 +145,7 @@ def test_a_base_of_other_shapes_is_refused(plain: Path, tmp_path: Path) -> None:
         vocab_size=64,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "wider")
-    reader = plugins.sniff(tmp_path / "wider").read
-    assert reader is not None
-    with reader(tmp_path / "wider") as base, pytest.raises(InputError, match="another base"):
+    with open_model(tmp_path / "wider") as base, pytest.raises(InputError, match="another base"):
         open_adapter(plain, base=base)
 
 

@@ -11,15 +11,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loraformat import plugins
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.model.adapter import LoraDelta
-from loraformat.model.checkpoint import Checkpoint
 from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.check.fix import fix
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from loraformat.ops.reduce import reduce
 from tests.adapters.peft_models import (
     IDS,
@@ -36,12 +35,6 @@ from tests.torch_tensors import numbers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-
-
-def read_base(path: Path) -> Checkpoint:
-    reader = plugins.sniff(path).read
-    assert reader is not None
-    return reader(path)
 
 
 def dense(delta: LoraDelta) -> torch.Tensor:
@@ -92,7 +85,7 @@ def test_spellings_of_keys(plain: tuple[Path, Path], spelling: str) -> None:
     spell = SPELLINGS[spelling]
     other = rewrite(adapter, lambda tensors: {spell(k): v for k, v in tensors.items()})
     with (
-        read_base(base_path) as base,
+        open_model(base_path) as base,
         open_adapter(adapter, base=base) as first,
         open_adapter(other, base=base) as second,
     ):
@@ -193,7 +186,7 @@ def test_a_vision_model_that_moved_its_layers(plain: tuple[Path, Path], names: s
     tensors = load_file(base_path / "model.safetensors")
     other = {k.replace("model.layers.", f"{names}layers."): v for k, v in tensors.items()}
     save_file(other, base_path / "model.safetensors", {"format": "pt"})
-    with read_base(base_path) as base, open_adapter(adapter, base=base) as opened:
+    with open_model(base_path) as base, open_adapter(adapter, base=base) as opened:
         assert len(opened.deltas) == 4
         assert opened.deltas.keys() <= base.tensors.keys()
         write_adapter(opened, base_path.parent / "written")  # under the names that it came with
@@ -397,7 +390,7 @@ def test_the_orientation_of_peft_0_18(tmp_path: Path, build) -> None:
     other = rewrite(adapter, lambda tensors: turned(tensors, 4, 4), peft_version="0.18.1")
     merge(base_path, [other], tmp_path / "merged")
     torch.testing.assert_close(logits(tmp_path / "merged"), wanted, atol=1e-5, rtol=1e-4)
-    with read_base(base_path) as base, open_adapter(other, base=base) as opened:
+    with open_model(base_path) as base, open_adapter(other, base=base) as opened:
         write_adapter(opened, tmp_path / "written")
     torch.testing.assert_close(
         logits(base_path, tmp_path / "written"), wanted, atol=1e-5, rtol=1e-4
@@ -424,7 +417,7 @@ def test_experts_of_another_base_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     _, adapter = trained(qwen3_moe, EXPERTS, tmp_path / "a")
     base_path, _ = trained(qwen3_moe_square, EXPERTS, tmp_path / "b")
-    with read_base(base_path) as base, pytest.raises(InputError, match="do not fit"):
+    with open_model(base_path) as base, pytest.raises(InputError, match="do not fit"):
         open_adapter(adapter, base=base)
 
 

@@ -8,9 +8,9 @@ import torch
 from loraformat_converters.safetensors import CONVERTER
 from safetensors.torch import load_file, save_file
 
-from loraformat import plugins
 from loraformat.errors import FormatError, InputError, OutputError, UnsupportedError
 from loraformat.ops.convert.convert import convert
+from loraformat.ops.opening.model import open_model
 from loraformat.testing import checkpoint, contents, dense, file_tree, save
 
 INDEX = "model.safetensors.index.json"
@@ -374,5 +374,5 @@ def test_reading_without_mapping(directory, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "LORAFORMAT_IO", "pread")
     assert convert(source, tmp_path / "two").quantized == mapped.quantized
     assert file_tree(tmp_path / "one") == file_tree(tmp_path / "two")
-    with plugins.get("safetensors").read(source) as opened:
+    with open_model(source) as opened:
         assert len(contents(opened)) == 8

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig
 from loraformat import plugins
 from loraformat.errors import FormatError, InputError, UnsupportedError, UsageError
 from loraformat.ops.convert.convert import convert
+from loraformat.ops.opening.model import open_model
 from loraformat.tensors.header import parse_header
 from tests.torch_tensors import numbers
 
@@ -31,7 +32,7 @@ def gauss(*shape, seed=0):
 
 
 def decoded(path, name=W):
-    with plugins.sniff(path).read(path) as model:
+    with open_model(path) as model:
         tensor = model.tensors[name]
         return numbers(tensor).clone(), tensor
 
@@ -164,7 +165,7 @@ def test_scales_of_activations_stay_behind_and_are_named(tmp_path):
             f"{attention}.k_scale": torch.ones(()), f"{attention}.v_scale": torch.ones(()),
         },
     )  # fmt: skip
-    with plugins.sniff(path).read(path) as model:
+    with open_model(path) as model:
         assert list(model.tensors) == [W]
         assert any("3 scales of activations" in said for said in model.left_behind)
 
@@ -211,7 +212,7 @@ def test_every_exponent_is_the_number_that_torch_takes_it_for(tmp_path):
     for name, scale in {"e8m0": every.view(E8M0), "bytes": every}.items():
         codes = torch.ones(256, 4).to(E4M3)
         path = write(tmp_path / name, {W: codes, W + "_scale": scale})
-        with plugins.sniff(path).read(path, plugins.ReadOptions(dtype="F32")) as model:
+        with open_model(path, dtype="F32") as model:
             found = numbers(model.tensors[W]).clone()
         wanted = every.view(E8M0).float()
         assert bool(wanted[255].isnan()) and float(wanted[0]) == 2.0**-127

@@ -24,11 +24,11 @@ def contract(**fields):
 
 def changed(change):
     """Return a reader that opens as ours does, then changes the checkpoint."""
-    return lambda path: change(GOOD.read(path))
+    return lambda path, options: change(GOOD.read(path, options))
 
 
-def eager(path):
-    opened = GOOD.read(path)
+def eager(path, options):
+    opened = GOOD.read(path, options)
     loaded = {name: bytes(tensor.load()) for name, tensor in opened.tensors.items()}
     opened.close()
     tensors = {
@@ -64,9 +64,9 @@ def silent(model, publication, options):
     return GOOD.write(model, publication, replace(options, progress=lambda nbytes: None))
 
 
-def crashing(path):
+def crashing(path, options):
     try:
-        return GOOD.read(path)
+        return GOOD.read(path, options)
     except Exception:
         raise KeyError("header") from None
 

@@ -14,7 +14,7 @@ from loraformat.errors import (
     UnsupportedError,
     UsageError,
 )
-from loraformat.plugins import Converter, Requirement
+from loraformat.plugins import AdapterFormat, BaseFormat
 
 KNOWN = {"loraformat", "safetensors", "bitsandbytes"}
 
@@ -47,9 +47,13 @@ def announce(monkeypatch):
     clear()
 
 
-def record(name="toy", **fields):
-    defaults = {"kind": "base", "summary": "a toy", "sniff": lambda path: False}
-    return Converter(name=name, **defaults | fields)
+def record(name="toy", kind=BaseFormat, **fields):
+    defaults = {"summary": "a toy", "sniff": lambda path: False, "read": lambda *a: None}
+    return kind(name=name, **defaults | fields)
+
+
+def output(path, name=None, kind=BaseFormat):
+    return plugins.for_output(Path(path), name, kind, "loraformat")
 
 
 class TestFinding:
@@ -110,11 +114,11 @@ class TestBrokenPlugins:
     )
     def test_one_that_is_no_record_of_that_name(self, announce, value):
         announce("toy", value)
-        with pytest.raises(LoraFormatError, match="is not a Converter named 'toy'"):
+        with pytest.raises(LoraFormatError, match="is not a Format named 'toy'"):
             plugins.get("toy")
 
     def test_a_missing_dependency_says_what_to_install(self, announce):
-        needs = (Requirement("json", "json"), Requirement("no_such_module", "no-such-package"))
+        needs = ("numpy", "no-such-package")
         announce("toy", record(requires=needs))
         with pytest.raises(MissingDependencyError) as caught:
             plugins.get("toy")
@@ -149,7 +153,7 @@ class TestSniffing:
             plugins.sniff(tmp_path)
 
     def test_a_missing_dependency_of_the_one_that_knows(self, announce, tmp_path):
-        needs = (Requirement("no_such_module", "no-such-package"),)
+        needs = ("no-such-package",)
         announce("toy", record(sniff=lambda path: True, requires=needs))
         with pytest.raises(MissingDependencyError, match="pip install no-such-package"):
             plugins.sniff(tmp_path)
@@ -157,34 +161,34 @@ class TestSniffing:
 
 class TestOutputs:
     def test_a_directory_becomes_a_bundle(self):
-        assert plugins.for_output(Path("out"), None).name == "loraformat"
-        assert plugins.for_output(Path("v1.0"), None).name == "loraformat"
+        assert output("out").name == "loraformat"
+        assert output("v1.0").name == "loraformat"
 
     def test_the_word_wins_over_the_suffix(self, announce):
         announce("toy", record(write=lambda *a: None, suffixes=(".toy",)))
-        assert plugins.for_output(Path("out.toy"), None).name == "toy"
-        assert plugins.for_output(Path("out.toy"), "safetensors").name == "safetensors"
+        assert output("out.toy").name == "toy"
+        assert output("out.toy", "safetensors").name == "safetensors"
 
     def test_the_suffix_chooses_by_kind(self, announce):
         announce("toy", record(write=lambda *a: None, suffixes=(".toy",)))
-        lora = record("toy-lora", kind="adapter", write=lambda *a: None, suffixes=(".toy",))
+        lora = record("toy-lora", kind=AdapterFormat, write=lambda *a: None, suffixes=(".toy",))
         announce("toy-lora", lora)
-        assert plugins.for_output(Path("out.toy"), None, "base").name == "toy"
-        assert plugins.for_output(Path("out.toy"), None, "adapter").name == "toy-lora"
+        assert output("out.toy").name == "toy"
+        assert output("out.toy", kind=AdapterFormat).name == "toy-lora"
 
     @pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "config.json"])
     def test_a_suffix_that_nobody_writes(self, name):
         with pytest.raises(
             UsageError, match=r"no installed converter writes a base as .*give a directory"
         ):
-            plugins.for_output(Path(name), None)
+            output(name)
 
     def test_a_format_that_is_only_read(self, announce):
-        announce("toy", record(read=lambda path: None))
+        announce("toy", record())
         with pytest.raises(UsageError, match="'toy' can be read but not written"):
-            plugins.for_output(Path("out"), "toy")
+            output("out", "toy")
 
     def test_a_format_of_the_other_kind(self, announce):
-        announce("toy-lora", record("toy-lora", kind="adapter", write=lambda *a: None))
+        announce("toy-lora", record("toy-lora", kind=AdapterFormat, write=lambda *a: None))
         with pytest.raises(UsageError, match="'toy-lora' is for an adapter, and this is a base"):
-            plugins.for_output(Path("out"), "toy-lora")
+            output("out", "toy-lora")

@@ -13,8 +13,8 @@ from loraformat.errors import FileChangedError, FormatError, InputError, Unsuppo
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
+from loraformat.ops.opening.model import open_model
 from loraformat.ops.verify import verify
-from loraformat.plugins import ReadOptions
 from loraformat.tensors.torch_arrays import tensor_of
 from tests.adapters.merging import adapter, delta
 from tests.torch_tensors import numbers
@@ -153,7 +153,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(model, tmp_path):
     path = tmp_path / "pickled"
     model.config.save_pretrained(path)
     torch.save(model.state_dict(), path / "pytorch_model.bin")
-    opened = plugins.sniff(path).read_with(path, ReadOptions(allow_pickle=True))
+    opened = open_model(path, allow_pickle=True)
     with (path / "pytorch_model.bin").open("ab") as file:
         file.write(b"more")
     with pytest.raises(FileChangedError):

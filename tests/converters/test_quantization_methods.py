@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from loraformat import plugins
 from loraformat.errors import InputError, UnsupportedError, UsageError
 from loraformat.ops.convert.convert import convert
+from loraformat.ops.opening.model import open_model
 from loraformat.shards.quantized import method_of
 from loraformat.testing import dense
 
@@ -54,7 +55,7 @@ STORED = {
 @pytest.mark.parametrize("stored", STORED)
 def test_some_rows_are_those_of_the_whole(tmp_path, stored, dtype):
     path = write(tmp_path / "m", STORED[stored])
-    with plugins.sniff(path).read_with(path, plugins.ReadOptions(dtype=dtype)) as model:
+    with open_model(path, dtype=dtype) as model:
         (tensor,) = model.tensors.values()
         rows, columns = tensor.matrix_shape
         whole = tensor.array().reshape(rows, columns)
@@ -116,7 +117,7 @@ def test_the_method_of_the_readme(int8, tmp_path, shape):
     assert found.keys() == {W}
     assert torch.equal(found[W], tensors[W].float() * tensors[f"{W}_scale"])
     assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
-    with plugins.sniff(path).read(path) as model:
+    with open_model(path) as model:
         assert (model.tensors[W].dtype, model.tensors[W].quantization) == ("BF16", "int8")
 
 

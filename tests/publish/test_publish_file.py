@@ -246,18 +246,18 @@ def test_a_converter_says_what_it_makes(tmp_path):
 
 def test_the_suffix_chooses_by_kind(monkeypatch, tmp_path):
     def writer(name, kind):
-        return plugins.Converter(
-            name, kind, "", lambda path: False, write=print, write_adapter=print,
+        return kind(
+            name=name, summary="", sniff=lambda path: False, read=print, write=print,
             output="file", suffixes=(".gguf",),
         )  # fmt: skip
 
-    made = {"base": writer("base-gguf", "base"), "adapter": writer("lora-gguf", "adapter")}
+    base, adapter = plugins.BaseFormat, plugins.AdapterFormat
+    made = {base: writer("base-gguf", base), adapter: writer("lora-gguf", adapter)}
     monkeypatch.setattr(plugins, "all_converters", lambda: list(made.values()))
     monkeypatch.setattr(plugins, "get", lambda name: {c.name: c for c in made.values()}[name])
     for kind, converter in made.items():
-        assert plugins.for_output(tmp_path / "x.gguf", None, kind) is converter
-        given = plugins.for_output(tmp_path / "x.gguf", None, kind, default="safetensors")
+        given = plugins.for_output(tmp_path / "x.gguf", None, kind, "safetensors")
         assert given is converter
-    del made["adapter"]
+    del made[adapter]
     with pytest.raises(UsageError, match=r"no installed converter writes an adapter as \.gguf"):
-        plugins.for_output(tmp_path / "x.gguf", None, "adapter")
+        plugins.for_output(tmp_path / "x.gguf", None, adapter, "peft")

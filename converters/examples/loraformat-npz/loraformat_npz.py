@@ -19,7 +19,7 @@ from loraformat.errors import InputError, printable
 from loraformat.model import config_json
 from loraformat.model.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance
 from loraformat.model.written import FileRecord, WrittenModel, WrittenShards
-from loraformat.plugins import Converter, WriteOptions
+from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions
 from loraformat.storage import strict_json
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
@@ -38,7 +38,7 @@ def sniff(path: Path) -> bool:
     return (path / INDEX).is_file() and (path / WEIGHTS).is_file()
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Open a model: the index and the archive's directory are read, no tensor is."""
     folder = SafeDirectory(path)  # never opens anything outside the directory
     index = read_index(folder)
@@ -166,9 +166,8 @@ def write_array(file: IO[bytes], tensor: DenseTensor) -> None:
     file.write(tensor.load())
 
 
-CONVERTER = Converter(
+CONVERTER = BaseFormat(
     name="npz",
-    kind="base",
     summary="NumPy: an uncompressed .npz archive and config.json",
     sniff=sniff,
     read=read,

@@ -15,23 +15,19 @@ Read `container.reader` and `architectures.llama`, then `base.write`; the others
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from loraformat.errors import LoraFormatError
-from loraformat.plugins import Converter, ReadOptions, Requirement
+from loraformat.plugins import AdapterFormat, BaseFormat
 
 __all__ = ["CONVERTER", "LORA_CONVERTER"]
 
 
-def _late(module: str, name: str) -> Callable[..., Any]:
+def _late(place: str) -> Callable[..., Any]:
     """Return a function whose module is imported when it is called, which takes a while."""
-
-    def call(*arguments: Any) -> Any:
-        return getattr(import_module(f"{__name__}.{module}"), name)(*arguments)
-
-    return call
+    return lambda *arguments: resolve_name(f"{__name__}.{place}")(*arguments)
 
 
 def sniff(path: Path) -> bool:
@@ -54,16 +50,13 @@ def sniff_lora(path: Path) -> bool:
     return is_gguf(path) and not sniff(path)
 
 
-_read = _late("base.read", "read")
-CONVERTER = Converter(
+CONVERTER = BaseFormat(
     name="gguf",
-    kind="base",
     summary="GGUF: one file for llama.cpp and its relatives, with tokenizer",
     sniff=sniff,
-    read=lambda path: _read(path, ReadOptions()),
-    read_with=_read,
-    write=_late("base.write", "write"),
-    estimate=_late("base.write", "estimate"),
+    read=_late("base.read:read"),
+    write=_late("base.write:write"),
+    estimate=_late("base.write:estimate"),
     output="file",
     stores="dense",
     dtypes=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
@@ -71,20 +64,19 @@ CONVERTER = Converter(
     suffixes=(".gguf",),
     pre_tokenizers=True,
     takes_config=True,
-    requires=(Requirement("gguf", "gguf"),),
+    requires=("gguf",),
 )
-LORA_CONVERTER = Converter(
+LORA_CONVERTER = AdapterFormat(
     name="gguf-lora",
-    kind="adapter",
     summary="GGUF LoRA adapter: one file for llama.cpp and its relatives",
     sniff=sniff_lora,
-    read_adapter=_late("lora.read", "read_adapter"),
-    write_adapter=_late("lora.write", "write_adapter"),
-    forecast_adapter=_late("lora.write", "forecast_adapter"),
-    examine=_late("lora.read", "examine"),
+    read=_late("lora.read:read"),
+    write=_late("lora.write:write"),
+    estimate=_late("lora.write:estimate"),
+    examine=_late("lora.read:examine"),
     output="file",
     dtypes=("f32", "f16", "bf16", "q8_0"),
     loses=("training settings of the config (dropout, task type), activation statistics",),
     suffixes=(".gguf",),
-    requires=(Requirement("gguf", "gguf"),),
+    requires=("gguf",),
 )

@@ -7,19 +7,16 @@ what other programs will find.
 
 from __future__ import annotations
 
-from loraformat.plugins import Converter
-from loraformat_converters.peft.examine import examine
-from loraformat_converters.peft.read import read_adapter, sniff
-from loraformat_converters.peft.write import write_adapter
+from loraformat.plugins import AdapterFormat
+from loraformat_converters.peft import examine, read, write
 
 __all__ = ["CONVERTER"]
 
-CONVERTER = Converter(
+CONVERTER = AdapterFormat(
     name="peft",
-    kind="adapter",
     summary="PEFT LoRA adapter: one safetensors file and its config",
-    sniff=sniff,
-    read_adapter=read_adapter,
-    write_adapter=write_adapter,
-    examine=examine,
+    sniff=read.sniff,
+    read=read.read,
+    write=write.write,
+    examine=examine.examine,
 )

@@ -1,6 +1,6 @@
 """Facts about a PEFT adapter, for compatibility rules.
 
-What `read_adapter` refuses by name is a fact here. Only damage is an error: a config that is no
+What `read` refuses by name is a fact here. Only damage is an error: a config that is no
 JSON, a weights file that is no safetensors file.
 """
 

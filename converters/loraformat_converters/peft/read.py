@@ -27,7 +27,7 @@ from loraformat_converters.peft.moments import read_moments
 from loraformat_converters.peft.rows import read_rows
 from loraformat_converters.peft.weights import StoredTensors, open_tensors, other_weights
 
-__all__ = ["read_adapter", "sniff"]
+__all__ = ["read", "sniff"]
 
 
 def sniff(path: Path) -> bool:
@@ -35,7 +35,7 @@ def sniff(path: Path) -> bool:
     return path.is_dir() and (path / CONFIG_NAME).is_file()
 
 
-def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
+def read(path: Path, options: AdapterReadOptions) -> Adapter:
     """Open a PEFT adapter; its factors are mapped, and checked for NaN when they are loaded.
 
     Parameters

@@ -43,15 +43,13 @@ from loraformat_converters.peft.rows import FIELD, rows_config
 from loraformat_converters.peft.weights import INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME
 from loraformat_converters.peft.wrapping import Wrapping
 
-__all__ = ["write_adapter"]
+__all__ = ["write"]
 
 #: Since this version experts are stored as they are written here.
 _EXPERTS_SINCE = "0.19.0"
 
 
-def write_adapter(
-    adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions
-) -> None:
+def write(adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions) -> None:
     """Write an adapter into an output's work directory.
 
     Parameters

@@ -26,7 +26,7 @@ from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.merge.plan import plan_edits
 from loraformat.ops.opening.adapter import copy_adapter
-from loraformat.plugins import AdapterWriteOptions, Converter
+from loraformat.plugins import AdapterFormat, AdapterWriteOptions
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import parse_weight_dtype
@@ -42,7 +42,7 @@ class PlannedAdapter:
     ----------
     adapter : Adapter
         As it will be read again.
-    writer : Converter
+    writer : AdapterFormat
     options : AdapterWriteOptions
     verbatim : bool
         Its files are copied.
@@ -53,7 +53,7 @@ class PlannedAdapter:
     """
 
     adapter: Adapter
-    writer: Converter
+    writer: AdapterFormat
     options: AdapterWriteOptions
     verbatim: bool
     notes: tuple[str, ...]
@@ -67,15 +67,14 @@ class PlannedAdapter:
             if self.expected is not None:  # the source was compared before: now the copy
                 check_listed(SafeDirectory(publication.work), self.expected)
             return notes
-        assert self.writer.write_adapter is not None
-        options = replace(self.options, note=notes.append)
-        self.writer.write_adapter(self.adapter, publication, options)
+        assert self.writer.write is not None
+        self.writer.write(self.adapter, publication, replace(self.options, note=notes.append))
         return notes
 
 
 def plan_adapter(
     adapter: Adapter,
-    writer: Converter,
+    writer: AdapterFormat,
     *,
     canonical: bool = False,
     dtype: str | None = None,
@@ -88,8 +87,7 @@ def plan_adapter(
     Parameters
     ----------
     adapter : Adapter
-    writer : Converter
-        Of adapters.
+    writer : AdapterFormat
     canonical : bool
         Write it anew in any case.
     dtype : str, optional
@@ -178,7 +176,7 @@ def _names_in_file(adapter: Adapter) -> list[str]:
     return [adapter.spellings.get(target, target) for target in changed]
 
 
-def _dtype(writer: Converter, word: str | None) -> str | None:
+def _dtype(writer: AdapterFormat, word: str | None) -> str | None:
     if word is None:
         return None
     if not writer.dtypes:
@@ -188,7 +186,7 @@ def _dtype(writer: Converter, word: str | None) -> str | None:
     return word.upper()
 
 
-def _reason(adapter: Adapter, writer: Converter, dtype: str | None) -> str | None:
+def _reason(adapter: Adapter, writer: AdapterFormat, dtype: str | None) -> str | None:
     """Return why a byte-for-byte copy would be wrong; None if it is right."""
     if adapter.format != writer.name:
         return f"the format changes from {adapter.format} to {writer.name}"

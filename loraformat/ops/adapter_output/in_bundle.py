@@ -56,13 +56,16 @@ def write_bundle(
         fits[name] = check_fits(adapter, checkpoint)
         check_values(adapter)
 
+    peft = plugins.get("peft")
+    assert isinstance(peft, plugins.AdapterFormat)
+
     def add(fingerprint: str) -> converter.AdapterRecords:
         base = AdapterBase(checkpoint, fingerprint, checkpoint.provenance.to_json())
         records = {}
         for name, adapter in adapters.items():
             planned = plan_adapter(
                 adapter,
-                plugins.get("peft"),
+                peft,
                 base=base,
                 allow_base_mismatch=allow_base_mismatch,
             )

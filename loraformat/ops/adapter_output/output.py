@@ -25,7 +25,7 @@ from loraformat.ops.adapter_output.form import (
     check_values,
     plan_adapter,
 )
-from loraformat.plugins import Converter, Forecast
+from loraformat.plugins import AdapterFormat, Forecast
 from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.output_rules import refuse_existing, refuse_existing_file
@@ -41,7 +41,7 @@ class AdapterOutput:
     Attributes
     ----------
     path : Path
-    writer : Converter
+    writer : AdapterFormat
     slot : BundleSlot or None
         In a bundle.
     base : AdapterBase or None
@@ -54,7 +54,7 @@ class AdapterOutput:
     """
 
     path: Path
-    writer: Converter
+    writer: AdapterFormat
     slot: BundleSlot | None
     base: AdapterBase | None
     dtype: str | None
@@ -134,9 +134,9 @@ class AdapterOutput:
 
     def forecast(self, planned: PlannedAdapter) -> Forecast | None:
         """Return the writer's forecast; raises what the writer would refuse."""
-        if planned.verbatim or self.writer.forecast_adapter is None:
+        if planned.verbatim:
             return None
-        return self.writer.forecast_adapter(planned.adapter, self.path, planned.options)
+        return self.writer.estimate(planned.adapter, self.path, planned.options)
 
     def publish(
         self, planned: PlannedAdapter, *, finish: Callable[[], None] = lambda: None
@@ -252,15 +252,13 @@ def ensure_not_exists(target: str | Path, *, force: bool) -> None:
         refuse_existing(path, force=force)
 
 
-def _writer(path: Path, slot: BundleSlot | None, to_format: str | None) -> Converter:
-    if slot is None:
-        return plugins.for_output(path, to_format, "adapter")
-    if to_format not in (None, "peft"):
+def _writer(path: Path, slot: BundleSlot | None, to_format: str | None) -> AdapterFormat:
+    if slot is not None and to_format not in (None, "peft"):
         raise UsageError(
             f"--to {to_format}: a bundle holds PEFT adapters",
             hint="omit it, or choose an output outside the bundle",
         )
-    return plugins.get("peft")
+    return plugins.for_output(path, "peft" if slot else to_format, AdapterFormat, "peft")
 
 
 def write_adapter(

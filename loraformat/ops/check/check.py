@@ -27,7 +27,7 @@ from loraformat.ops.check.prompts import template_change, tokenizer_beside, toke
 from loraformat.ops.check.write import Written, write_usage
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import origin_fingerprint
-from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.plugins import AdapterFormat, AdapterReadOptions
 from loraformat.runtimes.architectures import gguf_architecture
 from loraformat.runtimes.from_adapter import facts_of
 from loraformat.runtimes.judge import findings
@@ -181,8 +181,8 @@ def examine(
         If it is no adapter.
     """
     path = resolve(source, pickles=allow_pickle).path
-    converter = plugins.sniff(path, "adapter")
-    if converter.kind != "adapter":
+    converter = plugins.sniff(path, AdapterFormat)
+    if not isinstance(converter, AdapterFormat):
         raise UnsupportedError(
             f"is a model ({converter.name}), not an adapter",
             path=path,
@@ -211,7 +211,7 @@ def _held(facts: AdapterFacts, path: Path, base: Checkpoint) -> AdapterFacts:
     )
 
 
-def _facts(converter: Converter, path: Path, options: AdapterReadOptions) -> AdapterFacts:
+def _facts(converter: AdapterFormat, path: Path, options: AdapterReadOptions) -> AdapterFacts:
     if converter.examine is not None:
         return converter.examine(path, options)
     with open_adapter(

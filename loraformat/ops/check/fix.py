@@ -8,6 +8,7 @@ from loraformat import plugins
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.hub import resolve
 from loraformat.ops.convert.adapter import AdapterConversion, convert_adapter
+from loraformat.plugins import AdapterFormat
 
 __all__ = ["fix"]
 
@@ -66,8 +67,8 @@ def fix(
             hint="use a directory, and convert that to GGUF",
         )
     found = resolve(adapter, pickles=allow_pickle)
-    reader = plugins.sniff(found.path, "adapter")
-    if reader.kind != "adapter":
+    reader = plugins.sniff(found.path, AdapterFormat)
+    if not isinstance(reader, AdapterFormat):
         raise UnsupportedError(f"is a model ({reader.name}), not an adapter", path=found.path)
     return convert_adapter(
         found,

@@ -30,7 +30,7 @@ from loraformat.ops.adapter_output.one_rank import with_one_rank
 from loraformat.ops.adapter_output.output import open_adapter_output
 from loraformat.ops.convert.report import ConversionReport
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.plugins import Converter, Forecast
+from loraformat.plugins import AdapterFormat, Forecast
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES
 
@@ -74,7 +74,7 @@ class AdapterConversion(ConversionReport):
 
 def convert_adapter(
     source: Source,
-    reader: Converter,
+    reader: AdapterFormat,
     target: Path,
     *,
     to_format: str | None = None,
@@ -93,8 +93,7 @@ def convert_adapter(
     Parameters
     ----------
     source : Source
-    reader : Converter
-        Of adapters.
+    reader : AdapterFormat
     target : Path
         ``BUNDLE/adapters/NAME``, or an output of its own.
     one_rank : bool
@@ -150,7 +149,7 @@ def convert_adapter(
     return replace(report, output_bytes=nbytes, seconds=seconds, notes=[*report.notes, *said])
 
 
-def _lost(source: Source, reader: Converter, writer: Converter, strict: bool) -> list[str]:
+def _lost(source: Source, reader: AdapterFormat, writer: AdapterFormat, strict: bool) -> list[str]:
     """Return the contents that the target format cannot store."""
     if writer.name == reader.name:
         return []

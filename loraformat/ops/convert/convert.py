@@ -31,7 +31,7 @@ from loraformat.ops.encoding.one_dtype import Alignment, aligned
 from loraformat.ops.encoding.requantization import again_as, with_history
 from loraformat.ops.model_output import ModelOutput
 from loraformat.ops.opening.model import open_model, with_origin, without_generated_card
-from loraformat.plugins import Converter, WriteOptions
+from loraformat.plugins import AdapterFormat, BaseFormat, Format, WriteOptions
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
 from loraformat.tensors.dtypes import parse_weight_dtype
 
@@ -149,7 +149,7 @@ def convert(
         "--canonical": canonical,
         "--allow-base-mismatch": allow_base_mismatch,
     }
-    if reader.kind == "adapter":
+    if isinstance(reader, AdapterFormat):
         _refuse_options(source, f"an adapter ({reader.name})", "bases", for_bases)
         return convert_adapter(
             found,
@@ -186,7 +186,7 @@ def _refuse_options(source: str | Path, what: str, others: str, given: dict[str,
 
 def _convert_base(
     found: Source,
-    reader: Converter,
+    reader: Format,
     target: Path,
     encoding: Encoding,
     *,
@@ -203,7 +203,7 @@ def _convert_base(
     began = time.perf_counter()
     if parse_bundle_slot(target) is not None:
         raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
-    writer = plugins.for_output(target, to_format, reader.kind)
+    writer = plugins.for_output(target, to_format, BaseFormat, "loraformat")
     writer.check_pre_tokenizer(pre_tokenizer)
     dtype = _read_as(writer, encoding)
     exact = writer.stores == "dense"
@@ -251,7 +251,7 @@ def _aligned(original: Checkpoint, checkpoint: Checkpoint) -> tuple[Checkpoint, 
     return aligned(checkpoint)
 
 
-def _read_as(writer: Converter, encoding: Encoding) -> str | None:
+def _read_as(writer: BaseFormat, encoding: Encoding) -> str | None:
     """Return the dtype to read quantized numbers in, so that they are rounded only once."""
     if writer.dtypes:
         return "F32"  # it rounds itself

@@ -13,7 +13,7 @@ from loraformat.model.quantization_history import Quantized
 from loraformat.model.report import Report
 from loraformat.model.written import WrittenModel
 from loraformat.ops.encoding.requantization import history, original_of, sentence
-from loraformat.plugins import Converter, WriteOptions
+from loraformat.plugins import BaseFormat, Format, WriteOptions
 from loraformat.shards.layout import execution_units, plan_shards
 
 __all__ = [
@@ -90,8 +90,8 @@ def plan_report(
     original: Checkpoint,
     checkpoint: Checkpoint,
     target: Path,
-    reader: Converter,
-    writer: Converter,
+    reader: Format,
+    writer: BaseFormat,
     lost: list[str],
 ) -> ModelConversion:
     """Return the report before the conversion.
@@ -101,7 +101,8 @@ def plan_report(
     original, checkpoint : Checkpoint
         As it was read, and as it will be written.
     target : Path
-    reader, writer : Converter
+    reader : Format
+    writer : BaseFormat
     lost : list of str
         From `losses`.
     """
@@ -168,7 +169,7 @@ def shard_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
 def foreseen(
     report: ModelConversion,
     checkpoint: Checkpoint,
-    writer: Converter,
+    writer: BaseFormat,
     target: Path,
     options: WriteOptions,
     again: Mapping[str, str],
@@ -185,11 +186,11 @@ def foreseen(
     said = sentence(report.quantized_before, again, original=report.original)
     if said is not None:
         report = replace(report, notes=[*report.notes, said])
-    if writer.estimate is None:
+    estimate = writer.estimate(checkpoint, target, options)
+    if estimate is None:
         shards = shard_notes(checkpoint, options.shard_limit)
         notes = [*report.notes, *(shards if writer.output == "directory" else ())]
         return replace(report, dry_run=True, notes=notes)
-    estimate = writer.estimate(checkpoint, target, options)
     return replace(
         report,
         dry_run=True,
@@ -230,7 +231,7 @@ def _errors_by_kind(checkpoint: Checkpoint, written: WrittenModel) -> dict[str, 
     return {kind: (square / count) ** 0.5 for kind, (square, count) in sorted(sums.items())}
 
 
-def losses(original: Checkpoint, reader: Converter, writer: Converter) -> Iterable[str]:
+def losses(original: Checkpoint, reader: Format, writer: BaseFormat) -> Iterable[str]:
     """Return the contents of the source that the target cannot store."""
     yield from original.left_behind
     if reader.name != writer.name:

@@ -9,7 +9,7 @@ from loraformat.families.table import model_type
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.config_json import parse, with_dtype
 from loraformat.ops.encoding.encode import QuantizationPolicy, cast, dequantized, matches, quantized
-from loraformat.plugins import Converter
+from loraformat.plugins import BaseFormat
 from loraformat.tensors.dtypes import TORCH_NAMES, parse_weight_dtype
 
 __all__ = ["Encoding"]
@@ -25,7 +25,7 @@ class Encoding:
     skip: tuple[str, ...]
     include: tuple[str, ...]
 
-    def apply(self, checkpoint: Checkpoint, writer: Converter) -> Checkpoint:
+    def apply(self, checkpoint: Checkpoint, writer: BaseFormat) -> Checkpoint:
         """Return the checkpoint in the writer's encoding, lazily."""
         if writer.dtypes:
             return self._for_own_dtypes(checkpoint, writer)
@@ -48,7 +48,7 @@ class Encoding:
             else None,
         )
 
-    def _for_own_dtypes(self, checkpoint: Checkpoint, writer: Converter) -> Checkpoint:
+    def _for_own_dtypes(self, checkpoint: Checkpoint, writer: BaseFormat) -> Checkpoint:
         """Leave rounding to the writer; NF4 is decoded to float32."""
         self._refuse_quantization(writer)
         if self.dtype is not None and self.dtype not in writer.dtypes:
@@ -62,14 +62,14 @@ class Encoding:
         named = {tensor.name: tensor for tensor in tensors}
         return replace(checkpoint, tensors=named, quantization_config=None)
 
-    def _refuse_quantization(self, writer: Converter) -> None:
+    def _refuse_quantization(self, writer: BaseFormat) -> None:
         if self.block_size or self.double_quant is not None or self.skip or self.include:
             raise UsageError(
                 f"{writer.name} stores dense weights; --block-size, --no-double-quant, --skip and "
                 "--include apply only to quantized outputs"
             )
 
-    def _to_dense(self, tensor: LazyTensor, dtype: str | None, writer: Converter) -> LazyTensor:
+    def _to_dense(self, tensor: LazyTensor, dtype: str | None, writer: BaseFormat) -> LazyTensor:
         if isinstance(tensor, NF4Tensor):
             return tensor if writer.stores == "both" else dequantized(tensor, dtype)
         return cast(tensor, dtype)

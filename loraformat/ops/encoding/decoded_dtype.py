@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import with_dtype
-from loraformat.plugins import Converter
+from loraformat.plugins import BaseFormat
 from loraformat.tensors.dtypes import TORCH_NAMES
 
 __all__ = ["with_decoded_dtype"]
@@ -17,7 +17,7 @@ _EXACT = "F32"
 
 
 def with_decoded_dtype(
-    checkpoint: Checkpoint, writer: Converter, dtype: str | None
+    checkpoint: Checkpoint, writer: BaseFormat, dtype: str | None
 ) -> tuple[Checkpoint, list[str]]:
     """Set the dtype in ``config.json`` to the one in which decoded numbers are exact.
 
@@ -26,7 +26,7 @@ def with_decoded_dtype(
     Parameters
     ----------
     checkpoint : Checkpoint
-    writer : Converter
+    writer : BaseFormat
     dtype : str or None
         What the user asked for.
 

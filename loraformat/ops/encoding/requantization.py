@@ -13,7 +13,7 @@ from math import sqrt
 from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
 from loraformat.model.quantization_history import Quantized, spelled
 from loraformat.model.written import TensorRecord
-from loraformat.plugins import Converter
+from loraformat.plugins import BaseFormat
 
 __all__ = ["again_as", "history", "original_of", "sentence", "with_history"]
 
@@ -42,7 +42,7 @@ def with_history(checkpoint: Checkpoint, *, codes_kept: bool) -> Checkpoint:
 
 
 def again_as(
-    original: Checkpoint, written: Mapping[str, LazyTensor], writer: Converter, dtype: str | None
+    original: Checkpoint, written: Mapping[str, LazyTensor], writer: BaseFormat, dtype: str | None
 ) -> dict[str, str]:
     """Return the requantized weights and their new type.
 
@@ -52,7 +52,7 @@ def again_as(
         As it was read.
     written : mapping of str to LazyTensor
         As they are handed to the writer.
-    writer : Converter
+    writer : BaseFormat
     dtype : str or None
         What the user asked for.
     """

@@ -59,7 +59,7 @@ def info(path: str | Path, *, allow_pickle: bool = False) -> InfoReport:
         with open_bundle(found) as bundle:
             return _summary(bundle.checkpoint, bundle)
     reader = plugins.sniff(found)
-    if reader.kind == "adapter":
+    if isinstance(reader, plugins.AdapterFormat):
         return describe_adapter(found, reader, allow_pickle=allow_pickle)
     with open_model(found, reader=reader, allow_pickle=allow_pickle) as checkpoint:
         return _summary(checkpoint, None)

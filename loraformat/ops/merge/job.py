@@ -20,7 +20,7 @@ from loraformat.ops.merge.tensor import BufferPool, MergedTensor, requantized
 from loraformat.ops.merge.tokenizers import resized_base, tokens_without_rows, with_conversation
 from loraformat.ops.model_output import ModelOutput, input_paths
 from loraformat.ops.unmerge.recorder import RecordPublication, Spool, UndoRecorder, write_record
-from loraformat.plugins import Converter, Forecast, WriteOptions
+from loraformat.plugins import BaseFormat, Forecast, WriteOptions
 from loraformat.tensors.dtypes import parse_weight_dtype
 
 __all__ = ["MergeJob", "MergeOptions"]
@@ -60,7 +60,7 @@ class MergeJob:
     adapters : sequence of Adapter
         Opened against it.
     options : MergeOptions
-    writer : Converter
+    writer : BaseFormat
     spool : Spool or None
         Where the undo record's residuals wait; None for no record.
 
@@ -80,7 +80,7 @@ class MergeJob:
         original: Checkpoint,
         adapters: Sequence[Adapter],
         options: MergeOptions,
-        writer: Converter,
+        writer: BaseFormat,
         spool: Spool | None,
     ) -> None:
         self.original, self.adapters = original, adapters
@@ -258,8 +258,6 @@ class MergeJob:
 
     def estimate(self, target: Path) -> Forecast | None:
         """Return the writer's forecast; None if it has none."""
-        if self.writer.estimate is None:
-            return None
         return self.writer.estimate(self.checkpoint, target, self._write_options())
 
     def _deltas_in_memory(self) -> list[str]:

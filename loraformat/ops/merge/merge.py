@@ -50,7 +50,7 @@ from loraformat.ops.opening.model import (
     without_generated_card,
 )
 from loraformat.ops.unmerge.recorder import Spool, refuse_record_path
-from loraformat.plugins import Converter
+from loraformat.plugins import BaseFormat
 
 __all__ = ["merge"]
 
@@ -139,8 +139,8 @@ def merge(
     limit = byte_count(max_shard_size, "max-shard-size")
     refuse_llama_type(dtype, Path(output), _command(base, adapters, factors))
     found = resolve(base, pickles=allow_pickle)
-    reader = plugins.get(from_) if from_ else plugins.sniff(found.path, "base")
-    writer = plugins.for_output(Path(output), to, default="safetensors")
+    reader = plugins.get(from_) if from_ else plugins.sniff(found.path, BaseFormat)
+    writer = plugins.for_output(Path(output), to, BaseFormat, "safetensors")
     writer.check_pre_tokenizer(pre)
     beside = _is_beside(writer, requantize)
     _refuse_options(name, dtype, undo, beside)
@@ -259,7 +259,7 @@ def _planned(report: MergeReport, output: Checkpoint, plan: MergePlan) -> MergeR
     )
 
 
-def _is_beside(writer: Converter, requantize: bool) -> bool:
+def _is_beside(writer: BaseFormat, requantize: bool) -> bool:
     """Tell whether the output is a bundle that keeps the base's codes."""
     if writer.stores == "dense" and requantize:
         raise UsageError(

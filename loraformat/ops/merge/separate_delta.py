@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from loraformat import plugins
+from loraformat.bundle.converter import CONVERTER
 from loraformat.errors import UsageError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
@@ -142,7 +142,7 @@ class SeparateDelta:
             output = stack.enter_context(
                 ModelOutput(
                     target,
-                    plugins.get("loraformat"),
+                    CONVERTER,
                     inputs=[self.checkpoint, *self.adapters],
                     plan=["separate delta", self.name, list(self.weights), shard_limit],
                     force=force,

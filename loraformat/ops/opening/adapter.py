@@ -12,7 +12,7 @@ from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.foreign_adapters import adapters_below
-from loraformat.plugins import AdapterReadOptions, Converter
+from loraformat.plugins import AdapterFormat, AdapterReadOptions, Format
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
 from loraformat.storage.safe_directory import SafeDirectory
@@ -25,7 +25,7 @@ _COPIED_AT_ONCE = 4 << 20
 def open_adapter(
     path: str | Path | Source | Adapter,
     *,
-    reader: Converter | None = None,
+    reader: Format | None = None,
     base: Checkpoint | None = None,
     allow_pickle: bool = False,
     conditional: bool = False,
@@ -38,7 +38,7 @@ def open_adapter(
     path : str, Path, Source or Adapter
         A local path, ``BUNDLE/adapters/NAME`` too, or a Hub id. An adapter that is open stays
         the caller's: closing what is returned does nothing.
-    reader : Converter, optional
+    reader : Format, optional
         By default the one that recognises it.
     base : Checkpoint, optional
         The base it will be applied to: names and orientation are held against it.
@@ -61,18 +61,15 @@ def open_adapter(
         return replace(path, close=lambda: None)
     found = path if isinstance(path, Source) else resolve(path, pickles=allow_pickle)
     path = found.path
-    reader = reader or plugins.sniff(path, "adapter")
-    if reader.kind != "adapter":
+    reader = reader or plugins.sniff(path, AdapterFormat)
+    if not isinstance(reader, AdapterFormat):
         below = adapters_below(path)
         raise UnsupportedError(
             f"is a {reader.kind} ({reader.name}), not an adapter",
             path=path,
             hint=f"an adapter of it is {below[-1]}" if below else None,
         )
-    if reader.read_adapter is None:
-        raise UnsupportedError(f"is {reader.name}, which can be written but not read", path=path)
-    options = AdapterReadOptions(base, allow_pickle, conditional, inspect)
-    return reader.read_adapter(path, options)
+    return reader.read(path, AdapterReadOptions(base, allow_pickle, conditional, inspect))
 
 
 def copy_adapter(adapter: Adapter, output: AtomicOutput, folder: str = "") -> None:

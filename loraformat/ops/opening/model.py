@@ -15,7 +15,7 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.base_match import BaseMatch
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import MAX_CONFIG_BYTES, split
-from loraformat.plugins import Converter, ReadOptions
+from loraformat.plugins import BaseFormat, Format, ReadOptions
 from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 
@@ -55,7 +55,7 @@ def open_bundle(path: str | Path) -> bundle_reader.Bundle:
 def open_model(
     path: str | Path | Source,
     *,
-    reader: Converter | None = None,
+    reader: Format | None = None,
     config: str | Path | None = None,
     dtype: str | None = None,
     exact: bool = False,
@@ -67,7 +67,7 @@ def open_model(
     ----------
     path : str, Path or Source
         A local path, or ``org/name[@revision]`` on the Hub.
-    reader : Converter, optional
+    reader : Format, optional
         By default the one that recognises it.
     config : str or Path, optional
         The model's ``config.json``, where the format has none.
@@ -86,29 +86,22 @@ def open_model(
     Raises
     ------
     UnsupportedError
-        If it is an adapter, or in a format that can only be written.
+        If it is an adapter.
     UsageError
         If ``config`` is given for a format that has its own.
     """
     found = path if isinstance(path, Source) else resolve(path, pickles=allow_pickle)
     path = found.path
-    reader = reader or plugins.sniff(path, "base")
-    if reader.kind != "base" or reader.read is None:
-        raise UnsupportedError(
-            f"is an adapter ({reader.name}), not a model"
-            if reader.kind == "adapter"
-            else f"{reader.name} can be written but not read",
-            path=path,
-        )
+    reader = reader or plugins.sniff(path, BaseFormat)
+    if not isinstance(reader, BaseFormat):
+        raise UnsupportedError(f"is an adapter ({reader.name}), not a model", path=path)
     if config is not None and not reader.takes_config:
         raise UsageError(f"--config is for GGUF files, and {path} is {reader.name}")
-    if reader.read_with is None:
-        return reader.read(path)
     raw = None
     if config is not None:
         place = Path(config)
         raw, _ = split(SafeDirectory(place.parent).read(place.name, MAX_CONFIG_BYTES), place)
-    model = reader.read_with(path, ReadOptions(raw, dtype, exact, allow_pickle))
+    model = reader.read(path, ReadOptions(raw, dtype, exact, allow_pickle))
     return model if config is None else replace(model, sources=(*model.sources, Path(config)))
 
 

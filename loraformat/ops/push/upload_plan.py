@@ -44,7 +44,7 @@ from loraformat.ops.push.files import (
     bundle_files,
     read_record,
 )
-from loraformat.plugins import Converter
+from loraformat.plugins import AdapterFormat
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.shards.read_directory import peek_config
@@ -123,7 +123,7 @@ def plan_upload(
             )
         return _bundle(path, options, verify)
     reader = plugins.sniff(path)
-    if reader.kind != "adapter":
+    if not isinstance(reader, AdapterFormat):
         raise UnsupportedError(
             f"is {reader.name}, and only adapters and bundles can be published",
             path=path,
@@ -151,7 +151,11 @@ def _listed(files: list[UploadFile]) -> list[FileFact]:
 
 
 def _adapter(
-    path: Path, reader: Converter, options: PushOptions, workplace: Path, verify: Callable[[], None]
+    path: Path,
+    reader: AdapterFormat,
+    options: PushOptions,
+    workplace: Path,
+    verify: Callable[[], None],
 ) -> UploadPlan:
     place = parse_bundle_slot(path)
     manifest = None if place is None else read_manifest(place.bundle)

@@ -90,7 +90,7 @@ def unmerge(
     if many(weight):
         raise UsageError("the undo record contains the weights; omit --weight")
     began = time.perf_counter()
-    writer = plugins.for_output(Path(output), to, default="safetensors")
+    writer = plugins.for_output(Path(output), to, plugins.BaseFormat, "safetensors")
     if writer.stores != "dense":
         raise UsageError(f"{writer.name} stores NF4, and the original's weights are dense")
     with ExitStack() as stack:

@@ -44,13 +44,13 @@ from loraformat_converters.gguf.lora.metadata import (
 )
 from loraformat_converters.gguf.quantization.blocks import dequantize
 
-__all__ = ["examine", "read_adapter"]
+__all__ = ["examine", "read"]
 
 _PLAIN = ("F32", "F16", "BF16")
 _LAYER = re.compile(r"blk\.([0-9]{1,3})\.")
 
 
-def read_adapter(path: Path, options: AdapterReadOptions) -> Adapter:
+def read(path: Path, options: AdapterReadOptions) -> Adapter:
     """Open a GGUF adapter, of loraformat or of llama.cpp's own converter.
 
     Parameters
@@ -299,7 +299,7 @@ def _transposed(values: Array) -> Array:
 def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
     """Look at an adapter: its names, shapes and numbers, for rules of compatibility.
 
-    llama.cpp refuses what `read_adapter` refuses. There is little to add: the architecture that the
+    llama.cpp refuses what `read` refuses. There is little to add: the architecture that the
     file names, which is held against the base's instead of being refused.
 
     Parameters
@@ -319,9 +319,9 @@ def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
         architecture = named_by(gguf).name
     base = options.base
     same = base is not None and _architecture(base) == architecture
-    read = AdapterReadOptions(base if same else None, conditional=True, inspect=True)
-    with read_adapter(path, read) as adapter:
-        facts = facts_of(adapter, read.base)
+    known = AdapterReadOptions(base if same else None, conditional=True, inspect=True)
+    with read(path, known) as adapter:
+        facts = facts_of(adapter, known.base)
     return replace(facts, architecture=architecture)
 
 

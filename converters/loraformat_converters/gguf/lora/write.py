@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from loraformat.plugins import AdapterWriteOptions
     from loraformat.storage.atomic_output import AtomicOutput
 
-__all__ = ["forecast_adapter", "write_adapter"]
+__all__ = ["estimate", "write"]
 
 _ALORA = (
     "aLoRA: llama.cpp (build 11549) is active from one token before the invocation tokens, PEFT "
@@ -43,9 +43,7 @@ _ALORA = (
 )
 
 
-def write_adapter(
-    adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions
-) -> None:
+def write(adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions) -> None:
     """Write an adapter as ``publication.file_name``.
 
     Parameters
@@ -72,13 +70,13 @@ def write_adapter(
         options.note(note)
 
 
-def forecast_adapter(adapter: Adapter, target: Path, options: AdapterWriteOptions) -> Forecast:
-    """Return the size of the file that `write_adapter` would write, and what it would say.
+def estimate(adapter: Adapter, target: Path, options: AdapterWriteOptions) -> Forecast:
+    """Return the size of the file that `write` would write, and what it would say.
 
     Raises
     ------
     UsageError, UnsupportedError, InputError
-        As `write_adapter`, for all that does not take the numbers of the factors to see.
+        As `write`, for all that does not take the numbers of the factors to see.
     """
     metadata, tensors, notes = _plan(adapter, options)
     return Forecast(file_size(metadata, tensors, target), tuple(notes))

@@ -188,8 +188,8 @@ def truncated_second_moment(
 ) -> NDArray[Any]:
     """Return E[z' z'ᵀ] of z' = A' x, float32 (rank, rank), for the A' that `truncate` makes.
 
-    A' = diag(gains)^-½ · mixing · A, and the moment follows by the same matrix from E[z zᵀ] of z =
-    A x, so that a reduced adapter can be reduced again.
+    A' = diag(gains)^-½ · mixing · A, and the moment follows by the same matrix from that of z = A
+    x, so that a reduced adapter can be reduced again.
     """
     gains = decomposed.gains[..., :rank]
     largest = gains.max(-1, keepdims=True, initial=0)

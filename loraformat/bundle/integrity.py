@@ -61,10 +61,10 @@ class Finding:
 def verify_bundle(
     path: Path, *, progress: Callable[[int], None] = lambda nbytes: None
 ) -> list[Finding]:
-    """Check a bundle completely; there are no findings in a sound one.
+    """Check a bundle completely; a sound one has no findings.
 
     A broken structure is one finding, as nothing behind it can be trusted; otherwise every wrong
-    hash is listed. `progress` is called with the bytes verified since the last call.
+    hash is listed. `progress` is called with the number of bytes verified since its last call.
     """
     try:
         bundle = open_bundle(path)

@@ -99,7 +99,7 @@ def encode(fields: dict[str, Any]) -> bytes:
 def split(
     raw: bytes, path: str | PathLike[str] = CONFIG_NAME
 ) -> tuple[bytes, dict[str, Any] | None]:
-    r"""Separate the quantization from the rest, which is the same bytes if there was none.
+    r"""Take ``quantization_config`` out; without one, the bytes are returned as they are.
 
     Examples
     --------

@@ -154,10 +154,16 @@ def refuse_packed(
 ) -> None:
     """Refuse quantized weights and say how to obtain dense ones.
 
-    !Parameters ---------- method : object What the config calls the method; None if it names none.
-    original : str, optional The model that was quantized, if the checkpoint's card names it.
-    readers : mapping of str to str By method: the format whose converter reads it. more : iterable
-    of Signature See `packed_weights`.
+    Parameters
+    ----------
+    method : object
+        What the config calls the method; None if it names none.
+    original : str, optional
+        The model that was quantized, if the checkpoint's card names it.
+    readers : mapping of str to str
+        By method: the format whose converter reads it.
+    more : iterable of Signature
+        See `packed_weights`.
     """
     found = packed_weights(tensors, more)
     if found is None and method is None:

@@ -92,8 +92,11 @@ class QuantState:
 def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> QuantState:
     """Parse and check the JSON text of the quant state of a weight; names are for messages.
 
-    !Raises ------ FormatError N05 (not the JSON object it must be), N06 (a quantization that is not
-    NF4, a block size or dtype that does not exist) or N07 (the double quantization's members).
+    Raises
+    ------
+    FormatError
+        N05 (not the JSON object it must be), N06 (a quantization that is not NF4, a block
+        size or dtype that does not exist) or N07 (the double quantization's members).
 
     Examples
     --------

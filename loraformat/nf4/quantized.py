@@ -85,8 +85,8 @@ class NF4:
     def scales(self, start: int = 0, stop: int | None = None) -> Array:
         """Decode the scales of blocks [start, stop), float32; all blocks by default.
 
-        They are absmax itself, or ``round(round(map[absmax] * nested_absmax[block // 256]) +
-        nested_offset)``.
+        They are absmax itself, or, to nearest even after each step, round(map[absmax] *
+        nested_absmax[block // 256]) + nested_offset.
 
         Examples
         --------

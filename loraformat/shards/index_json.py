@@ -23,7 +23,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}", re.ASCII)
 def encode_index(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
     """Return the index as transformers writes it.
 
-    It has the shard file by stored tensor, and the sum of the sizes of all stored tensors.
+    It maps each stored tensor to its shard, and has the sum of the sizes of all stored tensors.
     """
     index = {
         "metadata": {"total_size": total_bytes},
@@ -37,11 +37,17 @@ def parse_index(
 ) -> tuple[dict[str, str], int | None]:
     """Return the weight map, and the total size if the index has it.
 
-    !Parameters ---------- strict : bool, optional As in a bundle; otherwise the index is another
-    program's, and read as that reads it. suffix : str, optional Of the shards' names.
+    Parameters
+    ----------
+    strict : bool, optional
+        As in a bundle; otherwise the index is another program's, and read as that reads it.
+    suffix : str, optional
+        Of the shards' names.
 
-    !Raises ------ FormatError B03 (not the JSON it must be) or B04 (a name that is no tensor's or
-    no shard's).
+    Raises
+    ------
+    FormatError
+        B03 (not the JSON it must be) or B04 (a name that is no tensor's or no shard's).
 
     Examples
     --------

@@ -37,12 +37,20 @@ def collect(
 ) -> dict[str, LazyTensor]:
     """Return the logical tensors of some shards, in the order of these and of their bytes.
 
-    !Parameters ---------- transposed : callable Tells of an NF4 weight, by name, whether its codes
-    run over the transpose. errors : mapping of str to float or None, optional Recorded quantization
-    error of each NF4 weight. any_storage : bool Accept packed codes that are stored as another
-    dtype (``bnb_4bit_quant_storage``): the bytes are the same, only their label differs.
+    Parameters
+    ----------
+    transposed : callable
+        Tells of an NF4 weight, by name, whether its codes run over the transpose.
+    errors : mapping of str to float or None, optional
+        Recorded quantization error of each NF4 weight.
+    any_storage : bool
+        Accept packed codes that are stored as another dtype (``bnb_4bit_quant_storage``):
+        the bytes are the same, only their label differs.
 
-    !Raises ------ FormatError H10 if two shards hold a tensor of one name, or an N rule.
+    Raises
+    ------
+    FormatError
+        H10 if two shards hold a tensor of one name, or an N rule.
     """
     tensors: dict[str, LazyTensor] = {}
     stored: set[str] = set()

@@ -34,12 +34,21 @@ def write_model_directory(
 ) -> WrittenModel:
     """Write a checkpoint as a model directory.
 
-    !Parameters ---------- config : bytes or None ``config.json``. shard_limit : int Bytes of tensor
-    data per shard. single_name : str, optional If there is one shard only: its file name, and there
-    will be no index. tell_history : bool Say in the shards how the numbers were quantized before,
-    if they were.
+    Parameters
+    ----------
+    config : bytes or None
+        ``config.json``.
+    shard_limit : int
+        Bytes of tensor data per shard.
+    single_name : str, optional
+        If there is one shard only: its file name, and there will be no index.
+    tell_history : bool
+        Say in the shards how the numbers were quantized before, if they were.
 
-    !Raises ------ ResourceError Before the first byte, if the disk is too small.
+    Raises
+    ------
+    ResourceError
+        Before the first byte, if the disk is too small.
     """
     if not checkpoint.tensors:
         raise UnsupportedError("holds no tensors", path=checkpoint.path)

@@ -19,7 +19,7 @@ _ANOTHER = "choose another output"
 def refuse_input_as_output(target: Path, work: Path, inputs: Sequence[Path]) -> None:
     """Refuse an output that is an input, by path, symbolic link or hard link.
 
-    So may not be the directory `work`, in which the output is prepared.
+    Nor may the directory `work` be one, in which the output is prepared.
     """
     real_target, real_work = target.resolve(), work.resolve()
     for source in inputs:

@@ -125,8 +125,8 @@ def is_clean_name(name: object) -> bool:
 def data_start(prefix: bytes, file_bytes: int, path: str | PathLike[str]) -> int:
     """Return where the tensors begin, from the first eight bytes of a file (rule H01).
 
-    There are fewer if the file is shorter; a file that cannot hold the header that they announce is
-    refused.
+    `prefix` has fewer bytes if the file is shorter. A file that cannot hold the header that they
+    announce is refused.
     """
     if len(prefix) < _LENGTH_BYTES:
         raise FormatError(

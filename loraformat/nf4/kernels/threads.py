@@ -112,15 +112,23 @@ def run(
 ) -> None:
     """Call ``task(start, stop)`` on pieces that cover ``range(total)``.
 
-    !Parameters ---------- task : callable Works on elements ``start`` to ``stop``; what it computes
-    must not depend on the other pieces. These are the same for every thread count, of `grain`
-    elements but for the last. threads : int, optional Most threads at work, the calling one
-    included; default: every CPU of the process. No more than these, or two, work in any case.
-    in_torch : bool The task computes with torch: keep it from starting threads in the calling one,
-    too, which is one of ours while this lasts.
+    Parameters
+    ----------
+    task : callable
+        Works on elements ``start`` to ``stop``; what it computes must not depend on the other
+        pieces. These are the same for every thread count, of `grain` elements but for the last.
+    threads : int, optional
+        Most threads at work, the calling one included; default: every CPU of the process. No more
+        than these, or two, work in any case.
+    in_torch : bool
+        The task computes with torch: keep it from starting threads in the calling one, too, which
+        is one of ours while this lasts.
 
-    !Raises ------ Exception Whatever `task` raised first, or a signal in the calling thread;
-    remaining pieces are dropped, and none is at work any more.
+    Raises
+    ------
+    Exception
+        Whatever `task` raised first, or a signal in the calling thread; remaining pieces are
+        dropped, and none is at work any more.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads requested, wanted at least 1")

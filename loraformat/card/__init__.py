@@ -8,14 +8,7 @@ Text from strangers (names in a config, a training record) is escaped wherever i
 from loraformat.card.adapter import adapter_card
 from loraformat.card.bundle import bundle_card
 from loraformat.card.document import Document, is_template
-from loraformat.card.facts import (
-    AdapterFacts,
-    Base,
-    BundleFacts,
-    FileFact,
-    Licence,
-    Training,
-)
+from loraformat.card.facts import AdapterFacts, Base, BundleFacts, FileFact, Licence
 
 __all__ = [
     "AdapterFacts",
@@ -24,7 +17,6 @@ __all__ = [
     "Document",
     "FileFact",
     "Licence",
-    "Training",
     "adapter_card",
     "bundle_card",
     "is_template",

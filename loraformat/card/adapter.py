@@ -8,15 +8,14 @@ from loraformat.card.document import Document
 from loraformat.card.facts import AdapterFacts
 from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, numbers, table
-from loraformat.card.parts import base_rows, file_table, footer, joined, names, shape_words
+from loraformat.card.parts import base_rows, document, file_table, joined, names
 from loraformat.card.training import evaluation, settings, training_data
 from loraformat.runtimes.chat import GENERATION_NAME
 from loraformat.runtimes.usage import snippets_of
 from loraformat.runtimes.use import TEMPLATE_NAME, Snippet, Use
 from loraformat.storage.byte_sizes import format_size
-from loraformat.version import __version__
 
-__all__ = ["adapter_card", "pipeline_of"]
+__all__ = ["adapter_card"]
 
 #: The picture that the trainer makes.
 _LOSS_CURVE = "loss.png"
@@ -30,54 +29,32 @@ _PIPELINES = {
 }
 
 
-def pipeline_of(task: str | None) -> str | None:
-    """Return the Hub's ``pipeline_tag`` for PEFT's ``task_type``.
-
-    Examples
-    --------
-    >>> pipeline_of("CAUSAL_LM"), pipeline_of(None)
-    ('text-generation', None)
-    """
-    return _PIPELINES.get(task or "")
-
-
 def adapter_card(facts: AdapterFacts) -> Document:
-    """Return the model card of an adapter.
-
-    Parameters
-    ----------
-    facts : AdapterFacts
-    """
+    """Return the model card of an adapter."""
     kind = "peft" if facts.peft else "gguf"
     tags = ["lora", "loraformat", f"base_model:adapter:{facts.base.repo}"]
     tags += ["transformers"] if facts.peft else []
     tags += ["gguf"] if facts.gguf else []
-    body = joined(
-        [
-            _sentence(facts),
-            _use(facts),
-            _what(facts),
-            training_data(facts.training),
-            evaluation(facts.training),
-            _picture(facts),
-            file_table(facts.files),
-            settings(facts.training),
-            footer(__version__),
-        ]
-    )
-    return Document(
-        title=facts.repo.rpartition("/")[2],
-        body=body,
-        fields=members(facts.base, "adapter", kind, tags, pipeline_of(facts.task)),
-        facts=frozenset({"base_model", "base_model_relation", "library_name"}),
-    )
+    sections = [
+        _sentence(facts),
+        _use(facts),
+        _what(facts),
+        training_data(facts.training),
+        evaluation(facts.training),
+        _picture(facts),
+        file_table(facts.files),
+        settings(facts.training),
+    ]
+    pipeline = _PIPELINES.get(facts.task or "")
+    return document(facts.repo, sections, members(facts.base, "adapter", kind, tags, pipeline))
 
 
 def _sentence(facts: AdapterFacts) -> str:
     at = f" at revision {code(facts.base.revision[:12])}" if facts.base.revision else ""
     size = format_size(sum(file.nbytes for file in facts.files))
+    rank, targets = numbers(facts.said.ranks) or "none", names(facts.said.targets) or "nothing"
     return (
-        f"A LoRA adapter of {link(facts.base.repo)}{at}: {shape_words(facts.said)}; "
+        f"A LoRA adapter of {link(facts.base.repo)}{at}: rank {rank} on {targets}; "
         f"{facts.said.parameters:,} parameters, {size}."
     )
 

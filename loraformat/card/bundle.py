@@ -6,11 +6,10 @@ from loraformat.card.document import BUNDLE_TAGS, Document
 from loraformat.card.facts import BundleFacts
 from loraformat.card.front_matter import members
 from loraformat.card.markup import code, fence, link, numbers, table
-from loraformat.card.parts import base_rows, file_table, footer, joined, names
+from loraformat.card.parts import base_rows, document, file_table, joined, names
 from loraformat.families.model_class import names_base_class
 from loraformat.model.quantization_history import spelled
 from loraformat.storage.byte_sizes import format_size
-from loraformat.version import __version__
 
 __all__ = ["bundle_card"]
 
@@ -27,32 +26,19 @@ _EMBEDS = ("AutoModel", "feature-extraction")
 
 
 def bundle_card(facts: BundleFacts) -> Document:
-    """Return the model card of a bundle.
-
-    Parameters
-    ----------
-    facts : BundleFacts
-    """
+    """Return the model card of a bundle."""
     auto, pipeline = _opening(facts)
     tags = list(BUNDLE_TAGS if facts.said.block_sizes else BUNDLE_TAGS[:1])
-    body = joined(
-        [
-            _sentence(facts),
-            _use(facts, auto),
-            _what(facts),
-            _adapters(facts),
-            file_table(facts.files),
-            footer(__version__),
-        ]
-    )
     relation = "quantized" if facts.said.block_sizes else "finetune"
-    return Document(
-        title=facts.repo.rpartition("/")[2],
-        body=body,
-        fields=members(facts.base, relation, "transformers", tags, pipeline),
-        facts=frozenset({"base_model", "base_model_relation", "library_name"}),
-        first=True,
-    )
+    sections = [
+        _sentence(facts),
+        _use(facts, auto),
+        _what(facts),
+        _adapters(facts),
+        file_table(facts.files),
+    ]
+    fields = members(facts.base, relation, "transformers", tags, pipeline)
+    return document(facts.repo, sections, fields, first=True)
 
 
 def _sentence(facts: BundleFacts) -> str:

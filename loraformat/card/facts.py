@@ -9,14 +9,7 @@ from typing import Any
 from loraformat.model.description import AdapterInfo, ModelInfo
 from loraformat.runtimes.chat import Chat
 
-__all__ = [
-    "AdapterFacts",
-    "Base",
-    "BundleFacts",
-    "FileFact",
-    "Licence",
-    "Training",
-]
+__all__ = ["AdapterFacts", "Base", "BundleFacts", "FileFact", "Licence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +57,6 @@ class FileFact:
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
-    """Contents of ``training_record.json``: untrusted JSON.
-
-    Attributes
-    ----------
-    record : mapping
-    """
-
-    record: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class AdapterFacts:
     """An adapter.
 
@@ -96,7 +77,8 @@ class AdapterFacts:
         ``CAUSAL_LM``, ...
     labels : int or None
         Of an adapter that classifies and brings its head.
-    training : Training
+    training : mapping
+        Contents of ``training_record.json``: untrusted JSON.
     wrong_in : frozenset of str
         Runtimes that would refuse it or compute something else.
     chat : Chat, optional
@@ -111,7 +93,7 @@ class AdapterFacts:
     gguf: str | None = None
     task: str | None = None
     labels: int | None = None
-    training: Training = field(default_factory=Training)
+    training: Mapping[str, Any] = field(default_factory=dict)
     wrong_in: frozenset[str] = frozenset()
     chat: Chat | None = None
 

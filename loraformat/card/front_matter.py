@@ -13,6 +13,8 @@ __all__ = ["compose", "licence_of", "members", "merge", "split"]
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _MAX_FRONT = 64 << 10
 _MAX_DEPTH = 32
+#: Identifier, name and link of a licence.
+_LICENCE = ("license", "license_name", "license_link")
 _WANTED = "is not a YAML mapping, as the front matter of a card must be"
 
 
@@ -90,16 +92,7 @@ def members(
 ) -> dict[str, Any]:
     """Return the members by which the Hub links a repository to its base.
 
-    Parameters
-    ----------
-    base : Base
-    relation : str
-        ``adapter`` or ``quantized``.
-    library : str
-        ``peft``, for example.
-    tags : list of str
-    pipeline : str or None
-        ``text-generation``, for example.
+    `relation` is ``adapter``, ``quantized`` or ``finetune``.
     """
     fields: dict[str, Any] = {
         "base_model": base.repo,
@@ -109,22 +102,14 @@ def members(
     if pipeline:
         fields["pipeline_tag"] = pipeline
     if base.licence is not None:
-        fields |= _licence_fields(base.licence)
+        said = (base.licence.identifier, base.licence.name, base.licence.link)
+        fields |= {key: word for key, word in zip(_LICENCE, said, strict=True) if word}
     return fields | {"tags": tags}
-
-
-def _licence_fields(licence: Licence) -> dict[str, str]:
-    fields = {"license": licence.identifier}
-    if licence.name:
-        fields["license_name"] = licence.name
-    if licence.link:
-        fields["license_link"] = licence.link
-    return fields
 
 
 def licence_of(fields: dict[str, Any]) -> Licence | None:
     """Return the licence that front matter names."""
-    words = [fields.get(key) for key in ("license", "license_name", "license_link")]
+    words = [fields.get(key) for key in _LICENCE]
     identifier, name, link = (word if isinstance(word, str) and word else None for word in words)
     return Licence(identifier, name, link) if identifier else None
 
@@ -132,14 +117,7 @@ def licence_of(fields: dict[str, Any]) -> Licence | None:
 def merge(written: dict[str, Any], ours: dict[str, Any], *, facts: set[str]) -> dict[str, Any]:
     """Return user front matter completed by the generated one, with the tags of both.
 
-    Parameters
-    ----------
-    written : dict
-        By hand.
-    ours : dict
-        From facts.
-    facts : set of str
-        Members of ours that are no matter of opinion: they win.
+    The members named in `facts` are no matter of opinion: ours win.
 
     Examples
     --------
@@ -154,7 +132,7 @@ def merge(written: dict[str, Any], ours: dict[str, Any], *, facts: set[str]) -> 
     if isinstance(tags, list) and isinstance(ours.get("tags"), list):
         fields["tags"] = [*tags, *(tag for tag in ours["tags"] if tag not in tags)]
     kept = ours if "license" in facts else written if written.get("license") else fields
-    for key in ("license_name", "license_link"):  # which belong to the licence
+    for key in _LICENCE[1:]:  # which belong to the licence
         if key in kept:
             fields[key] = kept[key]
         else:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+from loraformat.card.document import Document
 from loraformat.card.facts import Base, FileFact
-from loraformat.card.markup import code, link, numbers, table
-from loraformat.model.description import AdapterInfo
+from loraformat.card.markup import code, link, table
 from loraformat.storage.byte_sizes import format_size
+from loraformat.version import __version__
 
-__all__ = ["base_rows", "file_table", "footer", "joined", "names", "shape_words"]
+__all__ = ["base_rows", "document", "file_table", "joined", "names"]
 
 _MAX_FILES = 200
 _MAX_NAMES = 12
@@ -45,17 +47,15 @@ def names(words: Iterable[str]) -> str:
     )
 
 
-def shape_words(adapter: AdapterInfo) -> str:
-    """Return an adapter's ranks and targets as a phrase."""
-    ranks = numbers(adapter.ranks) or "none"
-    return f"rank {ranks} on {names(adapter.targets) or 'nothing'}"
-
-
-def footer(version: str) -> str:
-    """Return the footer, which names the generator."""
-    return f"Written by loraformat {version} from the files themselves."
-
-
 def joined(parts: Iterable[str]) -> str:
     """Join non-empty parts with blank lines."""
     return "\n\n".join(part for part in parts if part)
+
+
+def document(
+    repo: str, sections: Iterable[str], fields: dict[str, Any], *, first: bool = False
+) -> Document:
+    """Return a card that is titled by its repository and ends with the name of the generator."""
+    footer = f"Written by loraformat {__version__} from the files themselves."
+    facts = frozenset({"base_model", "base_model_relation", "library_name"})
+    return Document(repo.rpartition("/")[2], joined([*sections, footer]), fields, facts, first)

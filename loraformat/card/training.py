@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from loraformat.card.facts import Training
 from loraformat.card.markup import code, fence, fold, json_block, numbers, plain, table
 
 __all__ = ["evaluation", "settings", "training_data", "without_paths"]
@@ -44,9 +43,9 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def training_data(training: Training) -> str:
+def training_data(record: Mapping[str, Any]) -> str:
     """Return the section on data and prompt format; empty if nothing is known."""
-    told = _told(training)
+    told = _told(record)
     parts = [*_data(told.get("data")), *_prompt(told.get("prompt_format"))]
     return "\n\n".join(["## Training data", *parts]) if parts else ""
 
@@ -79,13 +78,13 @@ def _prompt(found: Any) -> list[str]:
     return [f"Prompt format: {code(found)}"]
 
 
-def evaluation(training: Training) -> str:
+def evaluation(record: Mapping[str, Any]) -> str:
     """Return the table of metrics before and after; empty if there are none.
 
     ``evaluation`` is an object with ``before`` and ``after``, or several of them by name; a loss
     (nats per token) on held-out data is one of them, too.
     """
-    told = _told(training)
+    told = _told(record)
     found = told.get("evaluation", _losses(told))
     if not isinstance(found, dict):
         return ""
@@ -119,20 +118,20 @@ def _losses(told: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"loss": loss} if isinstance(loss, dict) else None
 
 
-def settings(training: Training) -> str:
+def settings(record: Mapping[str, Any]) -> str:
     """Return the whole record in a collapsed section; empty if there is none."""
-    if not training.record:
+    if not record:
         return ""
-    block = json_block(training.record)
+    block = json_block(record)
     if len(block) > _MAX_FOLD:
         return "The settings, seeds and versions are in `training_record.json`."
     return fold("Settings, seeds and versions of the training", block)
 
 
-def _told(training: Training) -> Mapping[str, Any]:
+def _told(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the training facts, which the trainer stores under ``training``."""
-    inner = training.record.get("training")
-    return inner if isinstance(inner, dict) else training.record
+    inner = record.get("training")
+    return inner if isinstance(inner, dict) else record
 
 
 def _is_scalar(value: Any) -> bool:

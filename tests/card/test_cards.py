@@ -12,7 +12,6 @@ from loraformat.card import (
     BundleFacts,
     FileFact,
     Licence,
-    Training,
     adapter_card,
     bundle_card,
     is_template,
@@ -169,7 +168,7 @@ def test_what_no_runtime_takes_is_not_offered():
 
 @pytest.mark.parametrize("record", [RECORD, RECORD["training"]])
 def test_training(record):
-    text = adapter_card(replace(ADAPTER, training=Training(record))).render()
+    text = adapter_card(replace(ADAPTER, training=record)).render()
     assert "| file | sha256 | rows |" in text
     assert "| `chat.jsonl` |" in text
     assert "1,200" in text
@@ -191,7 +190,7 @@ def test_training(record):
     ],
 )
 def test_evaluation(evaluation, row):
-    text = adapter_card(replace(ADAPTER, training=Training({"evaluation": evaluation}))).render()
+    text = adapter_card(replace(ADAPTER, training={"evaluation": evaluation})).render()
     assert row in text
 
 
@@ -201,7 +200,7 @@ def test_what_the_trainer_writes():
         "rows": 12, "trained_tokens": 3456, "fingerprint": "ab",
     }  # fmt: skip
     told = {"data": data, "heldout_before": 2.0, "heldout_after": 1.5, "settings": {"lr": 1e-4}}
-    facts = replace(ADAPTER, training=Training({"training": told, "lora": {"rank": 16}}))
+    facts = replace(ADAPTER, training={"training": told, "lora": {"rank": 16}})
     text = adapter_card(facts).render()
     assert "| name | rows | sha256 |" in text
     assert "trained tokens: 3,456" in text
@@ -220,14 +219,14 @@ def test_the_loss_curve_is_shown():
 
 def test_loss_alone_is_an_evaluation():
     told = {"training": {"loss": {"before": 3.25, "after": 2.5}}}
-    text = adapter_card(replace(ADAPTER, training=Training(told))).render()
+    text = adapter_card(replace(ADAPTER, training=told)).render()
     assert "| loss | 3.25 | 2.5 |" in text
 
 
 @pytest.mark.parametrize("rubbish", [None, 3, "x", [], [[]], {}, {"before": []}, [None, {"a": {}}]])
 def test_a_record_of_another_form_is_left_out(rubbish):
     record = {"data": rubbish, "evaluation": rubbish, "prompt_format": [rubbish], "loss": rubbish}
-    text = adapter_card(replace(ADAPTER, training=Training(record))).render()
+    text = adapter_card(replace(ADAPTER, training=record)).render()
     assert "## Evaluation" not in text
     assert "## Training data" not in text
 
@@ -236,9 +235,7 @@ def test_hostile_names_stay_in_their_cells():
     evil = "q|x\n\n# Pwned <script>alert(1)</script> ![](http://e/p.png) `"
     record = {"data": [{evil: evil}], "evaluation": {evil: {"before": {evil: 1}}}}
     said = replace(SAID, targets=[evil], replacements=[evil], dtypes={"F32": 1})
-    facts = replace(
-        ADAPTER, said=said, training=Training(record), files=[FileFact(evil, 1, "0" * 64)]
-    )
+    facts = replace(ADAPTER, said=said, training=record, files=[FileFact(evil, 1, "0" * 64)])
     text = adapter_card(facts).render()
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
     assert "<script>" not in outside

@@ -18,7 +18,6 @@ from loraformat.card import (
     BundleFacts,
     Document,
     FileFact,
-    Training,
     adapter_card,
     bundle_card,
     is_template,
@@ -196,7 +195,7 @@ def _adapter(
         gguf=ggufs[0] if ggufs else None,
         task=task if isinstance(task, str) else None,
         labels=labels,
-        training=Training(read_record(contents.files)),
+        training=read_record(contents.files),
         wrong_in=frozenset(wrong),
         chat=chat_beside(path, None if near is None else Path(near.path)),
     )

@@ -59,13 +59,8 @@ _CONTENTS = (None, "", _ABSENT)
 class CallForm:
     """How a template wants a message that calls a tool and says nothing else.
 
-    Attributes
-    ----------
-    content : str or None
-        What stands in its ``content``.
-    has_content : bool
-        Whether it has one.
-    arguments : {"object", "string", "either"}
+    `content` is what stands in the member of that name, if it `has_content`; `arguments` are wanted
+    as "object", "string" or "either".
     """
 
     content: str | None
@@ -83,12 +78,8 @@ class CallForm:
 class TemplateTrials:
     """Trials of one template.
 
-    Parameters
-    ----------
-    render : callable
-        Messages as they stand, and whether to write a generation prompt too, to text.
-    special : iterable of str
-        Texts of special tokens.
+    `render` takes messages as they stand, and whether to write a generation prompt too; `special`
+    are texts of special tokens.
     """
 
     def __init__(self, render: Render, special: Iterable[str]) -> None:
@@ -122,13 +113,7 @@ class TemplateTrials:
         return None
 
     def render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        """Return messages as the template writes them.
-
-        Raises
-        ------
-        TemplateRefusalError
-            If it does not take them.
-        """
+        """Return messages as the template writes them; TemplateRefusalError if it refuses them."""
         return self._plain([self.in_parts(message) for message in messages], prompt)
 
     def _says_what_is_said(self) -> bool | None:
@@ -206,11 +191,7 @@ def _turns(*contents: str) -> list[dict[str, Any]]:
 def chat_format(trials: TemplateTrials, bos: str | None) -> ChatFormat | None:
     """Return the pieces of a template; None if it has none.
 
-    Parameters
-    ----------
-    trials : TemplateTrials
-    bos : str or None
-        The first token, which runtimes put before a text by themselves.
+    `bos` is the first token, which runtimes put before a text by themselves.
     """
     try:
         asked = _asked(trials, bos, ("user", _ASKED))
@@ -232,14 +213,8 @@ def chat_format(trials: TemplateTrials, bos: str | None) -> ChatFormat | None:
 def format_of_template(template: str, special: Mapping[str, str]) -> ChatFormat | None:
     """Return the pieces of a template that no tokenizer is opened for.
 
-    None if it has none, or if transformers, which renders it, is not installed.
-
-    Parameters
-    ----------
-    template : str
-        Jinja.
-    special : mapping of str to str
-        Texts of special tokens by kind: ``bos``, ``eos``, ...
+    None if it has none, or if transformers, which renders it, is not installed. `template` is
+    Jinja; `special` are texts of special tokens by kind: ``bos``, ``eos``, ...
 
     Raises
     ------

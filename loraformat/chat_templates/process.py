@@ -54,12 +54,7 @@ class TemplateRefusalError(Exception):
 class TemplateProcess:
     """Renders conversations in another process; any thread may ask.
 
-    Parameters
-    ----------
-    seconds : float
-        CPU time for each conversation.
-    memory : int
-        Bytes that a template may take; enforced on Linux only.
+    Each conversation may take `seconds` of CPU time, and `memory` bytes (enforced on Linux only).
     """
 
     def __init__(self, seconds: float = SECONDS, memory: int = MEMORY) -> None:
@@ -80,18 +75,9 @@ class TemplateProcess:
     ) -> str:
         """Return a conversation as a template writes it.
 
-        Parameters
-        ----------
-        template : str
-            Jinja, as transformers understands it.
-        messages : sequence of mapping
-        tools : sequence, optional
-        prompt : bool
-            Also write what stands before the assistant's next words.
-        tokens : mapping, optional
-            Texts of special tokens, by the names that a template has for them.
-        name : str
-            Whose template it is, for messages.
+        `template` is Jinja, as transformers understands it; with `prompt`, what stands before the
+        assistant's next words is written, too. `tokens` are texts of special tokens, by the names
+        that a template has for them; `name` says in messages whose template it is.
 
         Raises
         ------
@@ -198,15 +184,6 @@ def shared() -> TemplateProcess:
 @lru_cache(maxsize=8)
 def on_one_day(template: str) -> str:
     """Return a Jinja template in which ``strftime_now`` knows one day only: 26 July 2024.
-
-    Parameters
-    ----------
-    template : str
-
-    Returns
-    -------
-    str
-        The same text if it asks for no date.
 
     Examples
     --------

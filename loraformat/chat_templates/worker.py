@@ -42,18 +42,9 @@ def encoded(members: dict[str, Any]) -> bytes:
 
 
 def receive(stream: BinaryIO, longest: int | None = None) -> dict[str, Any] | None:
-    """Read one message.
+    """Read one message of at most `longest` bytes.
 
-    Parameters
-    ----------
-    stream : file
-    longest : int, optional
-        Most bytes that are taken.
-
-    Returns
-    -------
-    dict or None
-        None at the end of the stream, and instead of a message that is cut short or too long.
+    None at the end of the stream, and instead of a message that is cut short or too long.
 
     Examples
     --------
@@ -74,12 +65,7 @@ def receive(stream: BinaryIO, longest: int | None = None) -> dict[str, Any] | No
 def serve(seconds: float, memory: int) -> None:
     """Answer requests on stdin until it ends.
 
-    Parameters
-    ----------
-    seconds : float
-        CPU time for each, after which SIGPROF ends the process.
-    memory : int
-        Bytes.
+    SIGPROF ends the process when one has taken `seconds` of CPU time; `memory` is in bytes.
     """
     import_module("transformers.utils.chat_template_utils")  # which the limits are not for
     requests, answers = sys.stdin.buffer, FileIO(os.dup(1), "w")

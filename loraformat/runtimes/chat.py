@@ -8,7 +8,7 @@ template in the language of Go that Ollama wants, without anybody having to run 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["GENERATION_NAME", "RECORD_NAME", "Chat", "ChatFormat", "chat_of"]
@@ -73,13 +73,9 @@ class ChatFormat:
         )
         return None if '"""' in text else text
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-serialisable form."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Any) -> ChatFormat | None:
-        """Return what `to_json` wrote; None for anything else."""
+        """Return the format from its fields as JSON; None for anything else."""
         if not isinstance(value, Mapping):
             return None
         pieces = [value.get(name) for name in ("begin", "user", "answer", "end")]
@@ -134,14 +130,8 @@ def chat_of(
 ) -> Chat | None:
     """Return the chat format of an adapter; None if it has none or it is unknown.
 
-    Parameters
-    ----------
-    record : mapping
-        Its training record; any JSON, a stranger's.
-    template : str, optional
-        Where its own chat template lies.
-    ends_otherwise : bool
-        Whether it brings a generation config with ends of turns.
+    `record` is its training record: any JSON, a stranger's; `template` says where its own chat
+    template lies, and `ends_otherwise` that it brings a generation config with ends of turns.
 
     Examples
     --------

@@ -13,11 +13,7 @@ __all__ = ["facts_of", "is_zero"]
 def facts_of(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
     """Collect an adapter's facts, reading all its tensors once.
 
-    Parameters
-    ----------
-    adapter : Adapter
-    base : Checkpoint, optional
-        The one against which it was read.
+    `base` is the one against which it was read.
     """
     nonfinite: list[str] = []
     modules = tuple(_module(delta, base, nonfinite) for delta in adapter.deltas.values())
@@ -62,14 +58,7 @@ def _module(delta: LoraDelta, base: Checkpoint | None, nonfinite: list[str]) -> 
 
 
 def is_zero(tensor: DenseTensor, nonfinite: list[str]) -> bool:
-    """Tell whether all values are zero; record a tensor that its reader refuses.
-
-    Parameters
-    ----------
-    tensor : DenseTensor
-    nonfinite : list of str
-        Takes its name if it holds NaN or infinity.
-    """
+    """Tell whether all values are zero; add the name of a tensor with NaN or infinity to a list."""
     try:
         return not tensor.array().any()
     except FileChangedError:

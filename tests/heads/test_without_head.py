@@ -11,16 +11,16 @@ from loraformat_converters.gguf.container.reader import open_gguf
 from transformers import AutoModelForCausalLM
 
 from loraformat.bundle.update import read_manifest
-from loraformat.card import Base, bundle_card
+from loraformat.card import Base, BundleFacts, bundle_card
 from loraformat.cli import main
 from loraformat.errors import InputError, UnsupportedError
+from loraformat.model.tied_head import lacks_head
 from loraformat.ops.check.check import check
 from loraformat.ops.check.write import write_usage
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.extract.extract import extract
 from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
-from loraformat.ops.push.upload_plan import bundle_facts
 from loraformat.ops.verify import verify
 from loraformat.shards.read_directory import peek_config
 from tests.gguf.llama_runtime import embeddings
@@ -97,10 +97,8 @@ def test_bundle_and_bitsandbytes_give_the_states_of_the_dequantized_weights(
 def test_the_card_of_a_bundle_opens_it_as_what_it_is(base, tmp_path, kind, form):
     bundle = tmp_path / "bundle"
     convert(base(kind, form), bundle)
-    facts = bundle_facts(
-        info(bundle), read_manifest(bundle), "me/bundle", Base("org/base"), [],
-        peek_config(bundle),
-    )  # fmt: skip
+    headless = lacks_head(read_manifest(bundle).tensors, peek_config(bundle))
+    facts = BundleFacts("me/bundle", Base("org/base"), info(bundle), [], headless)
     document = bundle_card(facts)
     assert "feature-extraction" in document.fields.values()
     code = document.body.partition("```python\n")[2].partition("```")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from os import PathLike
 from typing import Any
@@ -178,7 +179,7 @@ class Dataset:
             return None
         pieces = self._encoder.chat_format()
         return {
-            "format": None if pieces is None else pieces.to_json(),
+            "format": pieces and asdict(pieces),
             "stops": self._encoder.names_of(self.stops),
             "stop_ids": self.stops,
         }

@@ -4,6 +4,7 @@ Ollama is no part of the tests. What of Go's template language is used is read h
 ``{{ if .System }}``, ``{{ end }}``, the three words, and a quoted text.
 """
 
+import dataclasses
 import re
 
 import pytest
@@ -82,7 +83,7 @@ def test_ollama_writes_what_the_template_writes(tokenizer, name):
         assert conversation(template, TURNS, "Be kind.") == hf_writes(
             tokenizer, TURNS, "Be kind."
         ) + (" ASSISTANT: " if name == "vicuna" else "")
-    assert ChatFormat.from_json(found.to_json()) == found
+    assert ChatFormat.from_json(dataclasses.asdict(found)) == found
 
 
 def test_public_templates_have_pieces_that_are_right_or_none(tokenizer):

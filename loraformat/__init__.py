@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from loraformat.ops.check.check import CheckReport as CheckReport
     from loraformat.ops.check.check import check as check
     from loraformat.ops.check.fix import fix as fix
+    from loraformat.ops.combine.combine import CombinationReport as CombinationReport
     from loraformat.ops.combine.combine import combine as combine
-    from loraformat.ops.combine.report import CombinationReport as CombinationReport
     from loraformat.ops.convert.adapter import AdapterConversion as AdapterConversion
     from loraformat.ops.convert.convert import convert as convert
     from loraformat.ops.convert.report import ConversionReport as ConversionReport
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from loraformat.ops.opening.adapter import open_adapter as open_adapter
     from loraformat.ops.opening.model import open_bundle as open_bundle
     from loraformat.ops.opening.model import open_model as open_model
+    from loraformat.ops.pull.pull import PullReport as PullReport
     from loraformat.ops.pull.pull import pull as pull
-    from loraformat.ops.pull.report import PullReport as PullReport
     from loraformat.ops.push.push import push as push
     from loraformat.ops.push.report import PushReport as PushReport
     from loraformat.ops.reduce import ReductionReport as ReductionReport
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from loraformat.ops.spectrum.plot import plot_spectrum as plot_spectrum
     from loraformat.ops.spectrum.spectrum import SpectrumReport as SpectrumReport
     from loraformat.ops.spectrum.spectrum import spectrum as spectrum
-    from loraformat.ops.unmerge.report import UnmergeReport as UnmergeReport
+    from loraformat.ops.unmerge.subtract import UnmergeReport as UnmergeReport
     from loraformat.ops.unmerge.unmerge import unmerge as unmerge
     from loraformat.ops.verify import VerificationReport as VerificationReport
     from loraformat.ops.verify import verify as verify
@@ -71,8 +71,7 @@ _NAMES = {
     "errors": "LoraFormatError",
     "ops.check.check": "CheckReport check",
     "ops.check.fix": "fix",
-    "ops.combine.combine": "combine",
-    "ops.combine.report": "CombinationReport",
+    "ops.combine.combine": "CombinationReport combine",
     "ops.convert.adapter": "AdapterConversion",
     "ops.convert.convert": "convert",
     "ops.convert.report": "ConversionReport ModelConversion",
@@ -86,8 +85,7 @@ _NAMES = {
     "ops.merge.report": "MergeReport",
     "ops.opening.adapter": "open_adapter",
     "ops.opening.model": "open_bundle open_model",
-    "ops.pull.pull": "pull",
-    "ops.pull.report": "PullReport",
+    "ops.pull.pull": "PullReport pull",
     "ops.push.push": "push",
     "ops.push.report": "PushReport",
     "ops.reduce": "ReductionReport reduce",
@@ -95,7 +93,7 @@ _NAMES = {
     "model.report": "Report",
     "ops.spectrum.plot": "plot_spectrum",
     "ops.spectrum.spectrum": "SpectrumReport spectrum",
-    "ops.unmerge.report": "UnmergeReport",
+    "ops.unmerge.subtract": "UnmergeReport",
     "ops.unmerge.unmerge": "unmerge",
     "ops.verify": "VerificationReport verify",
     "train.run.evaluate": "EvaluationReport",

@@ -10,16 +10,16 @@ from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.model.description import AdapterInfo, InfoReport, ModelInfo
 from loraformat.model.report import Report
 from loraformat.ops.check.check import CheckReport
-from loraformat.ops.combine.report import CombinationReport, CombinedModule
+from loraformat.ops.combine.combine import CombinationReport, CombinedModule
 from loraformat.ops.convert.adapter import AdapterConversion
 from loraformat.ops.convert.report import ConversionReport, ModelConversion
 from loraformat.ops.extract.report import ExtractionReport
 from loraformat.ops.merge.report import MergeReport
-from loraformat.ops.pull.report import PullReport
+from loraformat.ops.pull.pull import PullReport
 from loraformat.ops.push.report import PushReport
 from loraformat.ops.reduce import ReductionReport
 from loraformat.ops.spectrum.spectrum import SpectrumReport
-from loraformat.ops.unmerge.report import UnmergeReport
+from loraformat.ops.unmerge.subtract import UnmergeReport
 from loraformat.ops.verify import VerificationReport
 from loraformat.train.run.evaluate import EvaluationReport
 from loraformat.train.run.generate import GenerationReport

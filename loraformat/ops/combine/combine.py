@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -20,17 +20,18 @@ from loraformat.algebra import lora
 from loraformat.errors import InputError
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
+from loraformat.model.report import Report
 from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.combine.elementwise import interfered
 from loraformat.ops.combine.exact import weighted_sum
 from loraformat.ops.combine.options import EXACT, METHODS, CombineOptions, Method
 from loraformat.ops.combine.replacements import combined_replacements, combined_rows
-from loraformat.ops.combine.report import CombinationReport, CombinedModule
 from loraformat.ops.combine.tokenizers import other_tokenizers
 from loraformat.ops.combine.weighted_deltas import WeightedDelta, refuse_dora, terms_of
 from loraformat.ops.deltas.factors import (
     SingleEntryCache,
     compute_factors,
+    error_with_rounding,
     factor_dtype,
     in_memory,
     lazy_delta,
@@ -42,14 +43,60 @@ from loraformat.ops.opening.adapter_weights import adapter_weights
 from loraformat.tensors.arrays import numpy_dtype
 
 __all__ = [
-    "METHODS",
-    "CombinationReport",
-    "CombineOptions",
-    "CombinedModule",
-    "Method",
-    "combine",
+    "METHODS", "CombinationReport", "CombineOptions", "CombinedModule", "combine",
     "combine_adapters",
-]
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CombinedModule:
+    """Result for one module.
+
+    Attributes
+    ----------
+    target : str
+    ranks : list of int
+        Of the adapters that change it.
+    rank : int
+        Of the result.
+    energy : float
+        Share of the combined delta's squared norm that this rank holds.
+    error : float
+        √(1 − energy). `combine` adds what rounding the new factors to their dtype costs.
+    """
+
+    target: str
+    ranks: list[int]
+    rank: int
+    energy: float
+    error: float
+
+    def with_rounding(self, rounding: float) -> CombinedModule:
+        """Return the module with the error of its factors' rounding added."""
+        error = error_with_rounding(self.error, rounding)
+        return replace(self, energy=1 - error**2, error=error)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class CombinationReport(Report):
+    """The report of ``combine``.
+
+    Attributes
+    ----------
+    sources : list of str
+    target : str
+    method : str
+    weights : list of float
+    modules : list of CombinedModule
+    parameters : int
+    """
+
+    sources: list[str]
+    target: str
+    method: str
+    weights: list[float]
+    modules: list[CombinedModule]
+    parameters: int
 
 
 def combine(

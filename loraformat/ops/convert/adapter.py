@@ -19,7 +19,6 @@ from typing import Any
 
 from loraformat.bundle.integrity import check_listed
 from loraformat.bundle.update import BundleSlot, parse_bundle_slot, read_manifest
-from loraformat.errors import UnsupportedError
 from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import DenseTensor
@@ -28,7 +27,7 @@ from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.adapter_output.form import PlannedAdapter
 from loraformat.ops.adapter_output.one_rank import with_one_rank
 from loraformat.ops.adapter_output.output import open_adapter_output
-from loraformat.ops.convert.report import ConversionReport
+from loraformat.ops.convert.report import ConversionReport, losses
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.plugins import AdapterFormat, Forecast
 from loraformat.storage.safe_directory import SafeDirectory
@@ -123,7 +122,7 @@ def convert_adapter(
             dry_run=dry_run,
             allow_base_mismatch=allow_base_mismatch,
         )
-        lost = _lost(source, reader, output.writer, strict)
+        lost = losses(reader, output.writer, source.path, strict=strict)
         adapter = stack.enter_context(
             open_adapter(
                 source,
@@ -147,20 +146,6 @@ def convert_adapter(
         nbytes, said = output.publish(planned, finish=adapter.close)
     seconds = time.perf_counter() - began
     return replace(report, output_bytes=nbytes, seconds=seconds, notes=[*report.notes, *said])
-
-
-def _lost(source: Source, reader: AdapterFormat, writer: AdapterFormat, strict: bool) -> list[str]:
-    """Return the contents that the target format cannot store."""
-    if writer.name == reader.name:
-        return []
-    lost = [loss for loss in writer.loses if loss not in reader.loses]
-    if strict and lost:
-        raise UnsupportedError(
-            f"{writer.name} cannot hold: {'; '.join(lost)}",
-            path=source.path,
-            hint="omit --strict to convert without it",
-        )
-    return lost
 
 
 def _repository(named: str | Path | None, base: AdapterBase | None) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from loraformat import plugins
 from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
-from loraformat.errors import UnsupportedError, UsageError, printable
+from loraformat.errors import UsageError, printable
 from loraformat.hub import Source, resolve
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.tied_head import refuse_lost_head, settled
@@ -25,9 +25,8 @@ from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.convert.adapter import convert_adapter
 from loraformat.ops.convert.report import ConversionReport, complete, foreseen, losses, plan_report
 from loraformat.ops.encoding.choice import Encoding
-from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
 from loraformat.ops.encoding.llama_quantize import refuse_llama_type
-from loraformat.ops.encoding.one_dtype import Alignment, aligned
+from loraformat.ops.encoding.one_dtype import Alignment, aligned, with_decoded_dtype
 from loraformat.ops.encoding.requantization import again_as, with_history
 from loraformat.ops.model_output import ModelOutput
 from loraformat.ops.opening.model import open_model, with_origin, without_generated_card
@@ -217,13 +216,7 @@ def _convert_base(
         before, decoded = with_decoded_dtype(before, writer, encoding.dtype)
         checkpoint, told = settled(encoding.apply(before, writer))
         checkpoint, alignment = _aligned(original, checkpoint)
-        lost = list(losses(original, reader, writer))
-        if strict and lost:
-            raise UnsupportedError(
-                f"{writer.name} cannot hold: {'; '.join(lost)}",
-                path=found.path,
-                hint="omit --strict to convert without it",
-            )
+        lost = losses(reader, writer, found.path, original.left_behind, strict=strict)
         report = plan_report(original, checkpoint, target, reader, writer, lost)
         again = again_as(original, checkpoint.tensors, writer, encoding.dtype)
         report.notes.extend([*told, *_adapters_note(found.path), *decoded])

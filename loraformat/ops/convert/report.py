@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loraformat.errors import UnsupportedError
 from loraformat.model.architecture import is_plain_in_peers, kind_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.report import Report
 from loraformat.model.written import WrittenModel
-from loraformat.ops.encoding.requantization import history, original_of, sentence
+from loraformat.ops.encoding.requantization import history, original_of, rms, sentence
 from loraformat.plugins import BaseFormat, Format, WriteOptions
 from loraformat.shards.layout import execution_units, plan_shards
 
@@ -221,19 +222,37 @@ def complete(
 
 
 def _errors_by_kind(checkpoint: Checkpoint, written: WrittenModel) -> dict[str, float]:
-    """Root of the element-weighted mean square of the relative errors, by kind of layer."""
-    sums: dict[str, tuple[float, int]] = {}
+    kinds: dict[str, list[tuple[float, int]]] = {}
     for name, record in written.shards.tensors.items():
         if record.relative_rms_error is not None:
-            square, count = sums.get(kind_of(name), (0.0, 0))
-            weight = checkpoint.tensors[name].count
-            sums[kind_of(name)] = (square + weight * record.relative_rms_error**2, count + weight)
-    return {kind: (square / count) ** 0.5 for kind, (square, count) in sorted(sums.items())}
+            error = record.relative_rms_error, checkpoint.tensors[name].count
+            kinds.setdefault(kind_of(name), []).append(error)
+    return {kind: rms(errors) for kind, errors in sorted(kinds.items())}
 
 
-def losses(original: Checkpoint, reader: Format, writer: BaseFormat) -> Iterable[str]:
-    """Return the contents of the source that the target cannot store."""
-    yield from original.left_behind
+def losses(
+    reader: Format,
+    writer: Format,
+    path: Path,
+    left_behind: Iterable[str] = (),
+    *,
+    strict: bool = False,
+) -> list[str]:
+    """Return what the source holds and the target cannot store.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is ``strict``, and there is something.
+    """
+    lost = list(left_behind)
     if reader.name != writer.name:
         # What the source's format cannot hold either was not there to be lost.
-        yield from (loss for loss in writer.loses if loss not in reader.loses)
+        lost += [loss for loss in writer.loses if loss not in reader.loses]
+    if strict and lost:
+        raise UnsupportedError(
+            f"{writer.name} cannot hold: {'; '.join(lost)}",
+            path=path,
+            hint="omit --strict to convert without it",
+        )
+    return lost

@@ -7,17 +7,20 @@ at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import contextlib
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy
 
 from loraformat.algebra import lora
 from loraformat.algebra.lora import Pair
+from loraformat.bundle.run_paths import CURVE_NAME
 from loraformat.errors import InputError, printable
 from loraformat.model.adapter import Adapter, LoraDelta
-from loraformat.model.checkpoint import DenseTensor
-from loraformat.ops.deltas.derived_files import derived_files
+from loraformat.model.checkpoint import CarriedFile, DenseTensor
+from loraformat.storage import strict_json
 from loraformat.tensors.arrays import Array, array_bytes, check_finite, finite, numpy_dtype
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 
@@ -36,6 +39,10 @@ __all__ = [
 
 #: Members of PEFT's config that say how a product is scaled, or how large it is.
 _SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf")
+_RECORD = "training_record.json"
+_OF_THE_OLD = ("adapter_config.json", CURVE_NAME, _RECORD)
+_MAX_RECORD_BYTES = 16 << 20
 
 
 def load_finite(tensor: DenseTensor) -> Array:
@@ -74,7 +81,7 @@ def with_deltas(
 ) -> Adapter:
     """Return an adapter with new deltas, without data that described the old ones.
 
-    Scalings are folded, so the config must not name any; files are those of `derived_files`.
+    Scalings are folded, so the config must not name any; files are those of `_derived_files`.
 
     Parameters
     ----------
@@ -87,9 +94,35 @@ def with_deltas(
         adapter,
         deltas=deltas,
         config={key: value for key, value in adapter.config.items() if key not in _SCALING},
-        files=derived_files([adapter, *others]),
+        files=_derived_files([adapter, *others]),
         verbatim=False,
     )
+
+
+def _derived_files(adapters: Sequence[Adapter]) -> tuple[CarriedFile, ...]:
+    """Return the files of the first adapter that remain valid for the result.
+
+    Tokenizer, licence and words come along. Weights, and pictures of how others were trained, do
+    not; records of trainings become the history of the new one (``derived_from``), which was
+    measured by none of them.
+    """
+    kept = tuple(file for file in adapters[0].files if not _is_of_the_old(file.path))
+    records = [record for adapter in adapters for record in _records(adapter)]
+    if not records:
+        return kept
+    data = (json.dumps({"derived_from": records}, indent=2, ensure_ascii=False) + "\n").encode()
+    return (*kept, CarriedFile(_RECORD, len(data), lambda: data))
+
+
+def _is_of_the_old(path: str) -> bool:
+    return path.endswith(_WEIGHTS) or path.rsplit("/", 1)[-1] in _OF_THE_OLD
+
+
+def _records(adapter: Adapter) -> Iterator[object]:
+    for file in adapter.files:
+        if file.path == _RECORD and file.nbytes <= _MAX_RECORD_BYTES:
+            with contextlib.suppress(strict_json.StrictJsonError):
+                yield strict_json.loads(file.read())
 
 
 def experts_of(delta: LoraDelta) -> int:

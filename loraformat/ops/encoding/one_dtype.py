@@ -17,13 +17,17 @@ from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.model.config_json import parse, with_dtype
 from loraformat.model.rows import RowReader
 from loraformat.ops.encoding.encode import cast
+from loraformat.plugins import BaseFormat
 from loraformat.tensors.arrays import Array
 from loraformat.tensors.dtypes import TORCH_NAMES, WEIGHT_DTYPES
 
-__all__ = ["Alignment", "aligned"]
+__all__ = ["Alignment", "aligned", "with_decoded_dtype"]
 
 _FLOATS = tuple(WEIGHT_DTYPES.values())
 _SMALLEST = 1e-30
+#: A block's scale, a float16, times a code, plus a minimum: of the plain types only this one
+#: holds every such number exactly.
+_EXACT = "F32"
 
 
 @dataclass(slots=True)
@@ -113,3 +117,25 @@ def _measured(before: DenseTensor, after: LazyTensor, found: Alignment) -> Dense
         return read
 
     return DenseTensor.by_rows(before.name, after.dtype, before.shape, open_rows, before.release)
+
+
+def with_decoded_dtype(
+    checkpoint: Checkpoint, writer: BaseFormat, dtype: str | None
+) -> tuple[Checkpoint, list[str]]:
+    """Set the dtype in ``config.json`` to the one in which decoded numbers are exact.
+
+    Without that, transformers would round them as it opens them. With a ``dtype`` that the user
+    asked for nothing changes. Returned with what a user should know.
+    """
+    if dtype is not None or writer.dtypes or writer.stores != "dense":
+        return checkpoint, []
+    decoded = [tensor for tensor in checkpoint.dense_tensors if tensor.quantization]
+    if not decoded or any(tensor.dtype != _EXACT for tensor in decoded):
+        return checkpoint, []
+    config = checkpoint.config
+    if config is not None:
+        checkpoint = replace(checkpoint, config=with_dtype(config, TORCH_NAMES[_EXACT]))
+    return checkpoint, [
+        f"{len(decoded)} weights in block types were dequantized to f32, which is exact; half the "
+        "size: --dtype f16 (error 0.02%) and --dtype bf16 (0.17%)"
+    ]

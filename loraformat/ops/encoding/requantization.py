@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
+from math import prod, sqrt
 
 from loraformat.model.checkpoint import Checkpoint, LazyTensor, NF4Tensor
 from loraformat.model.quantization_history import Quantized, spelled
 from loraformat.model.written import TensorRecord
 from loraformat.plugins import BaseFormat
 
-__all__ = ["again_as", "history", "original_of", "sentence", "with_history"]
+__all__ = ["again_as", "history", "original_of", "rms", "sentence", "with_history"]
 
 _PLAIN = ("f32", "f16", "bf16")
 #: A relative error below which a second rounding has found the numbers of the first.
@@ -101,7 +101,10 @@ def sentence(
     start = "Use the original weights" + (f", {original}" if original else " if possible")
     if records is None:
         return f"{said}; {now} quantizes them again. {start}"
-    error = _error(records[name] for name in again if name in records)
+    written = [records[name] for name in again if name in records]
+    error = rms(
+        (r.relative_rms_error, prod(r.shape)) for r in written if r.relative_rms_error is not None
+    )
     if error < _NONE:
         return None
     return (
@@ -120,16 +123,17 @@ def original_of(checkpoint: Checkpoint) -> str | None:
     return origin.repo if known else None
 
 
-def _error(records: Iterable[TensorRecord]) -> float:
-    """Root of the element-weighted mean square of relative errors."""
-    square, count = 0.0, 0
-    for record in records:
-        if record.relative_rms_error is not None:
-            size = 1
-            for length in record.shape:
-                size *= length
-            square, count = square + size * record.relative_rms_error**2, count + size
-    return sqrt(square / count) if count else 0.0
+def rms(errors: Iterable[tuple[float, int]]) -> float:
+    """Return the root of the mean square of errors, weighted by elements; 0 of none.
+
+    Examples
+    --------
+    >>> rms([(0.5, 1), (0.1, 3)])
+    0.26457513110645914
+    """
+    known = list(errors)
+    count = sum(elements for _, elements in known)
+    return sqrt(sum(elements * error**2 for error, elements in known) / max(count, 1))
 
 
 def _step(tensors: Sequence[LazyTensor]) -> tuple[Quantized, ...]:

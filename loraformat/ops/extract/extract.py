@@ -33,21 +33,14 @@ from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.encoding.encode import dequantized
 from loraformat.ops.extract.difference import PRECISIONS, Difference
 from loraformat.ops.extract.expert_stacks import Stack, stacks_of
-from loraformat.ops.extract.fit import Fit, fit
-from loraformat.ops.extract.options import ExtractOptions
+from loraformat.ops.extract.fit import ExtractOptions, Fit, fit
 from loraformat.ops.extract.paired_tensors import pairs_of
 from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
 from loraformat.ops.opening.model import fingerprint_of, open_model
 from loraformat.tensors.arrays import numpy_dtype, same_bytes
 from loraformat.tensors.dtypes import WEIGHT_DTYPES, parse_weight_dtype
 
-__all__ = [
-    "ExtractOptions",
-    "ExtractedModule",
-    "ExtractionReport",
-    "extract",
-    "extract_adapter",
-]
+__all__ = ["ExtractOptions", "extract", "extract_adapter"]
 
 _EMBEDDING = re.compile(r"(^|\.)(?!embed_out$)(\w*embed\w*|wte|wpe)$")
 _Orientation = Literal["linear", "transposed"]

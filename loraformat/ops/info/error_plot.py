@@ -17,6 +17,7 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.model.architecture import kind_of
 from loraformat.model.description import InfoReport, ModelInfo, TensorSummary
 from loraformat.nf4 import codec
+from loraformat.ops.encoding.requantization import rms
 from loraformat.ops.plots import as_label, check_picture, colors, save_picture
 
 if TYPE_CHECKING:
@@ -51,32 +52,19 @@ def normal_error(block_size: int, double_quant: bool) -> float:
 
 
 def errors_by_layer(tensors: list[TensorSummary]) -> dict[str, dict[int | None, float]]:
-    """Return relative RMS errors by kind and layer; of several weights, their weighted mean.
+    """Return relative RMS errors by kind and layer, weighted by elements.
 
-    Parameters
-    ----------
-    tensors : list of TensorSummary
-        Those without an error are passed over.
-
-    Returns
-    -------
-    dict of str to dict of int or None to float
-        Root of the mean square, weighted by elements; None is outside the layers.
+    The layer is None outside the layers. Tensors without an error are passed over.
     """
-    sums: dict[str, dict[int | None, tuple[float, int]]] = {}
+    found: dict[str, dict[int | None, list[tuple[float, int]]]] = {}
     for tensor in tensors:
         if tensor.relative_rms_error is None:
             continue
         layer = layer_of(tensor.name)
-        row = sums.setdefault(kind_of(tensor.name), {})
-        at = None if layer is None else layer[1]
-        square, count = row.get(at, (0.0, 0))
-        elements = math.prod(tensor.shape)
-        row[at] = (square + elements * tensor.relative_rms_error**2, count + elements)
-    return {
-        kind: {at: math.sqrt(square / max(count, 1)) for at, (square, count) in row.items()}
-        for kind, row in sums.items()
-    }
+        row = found.setdefault(kind_of(tensor.name), {})
+        error = tensor.relative_rms_error, math.prod(tensor.shape)
+        row.setdefault(None if layer is None else layer[1], []).append(error)
+    return {kind: {at: rms(errors) for at, errors in row.items()} for kind, row in found.items()}
 
 
 def plot_errors(report: InfoReport, path: str | Path) -> None:

@@ -11,6 +11,7 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.tied_head import refuse_lost_head, untied_config
 from loraformat.model.written import WrittenModel
+from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.one_dtype import Alignment, aligned
 from loraformat.ops.encoding.requantization import again_as, original_of, sentence, with_history
@@ -19,7 +20,7 @@ from loraformat.ops.merge.report import Meter, UndoSummary
 from loraformat.ops.merge.tensor import BufferPool, MergedTensor, requantized
 from loraformat.ops.merge.tokenizers import resized_base, tokens_without_rows, with_conversation
 from loraformat.ops.model_output import ModelOutput, input_paths
-from loraformat.ops.unmerge.recorder import RecordPublication, Spool, UndoRecorder, write_record
+from loraformat.ops.unmerge.recorder import RecordPublication, UndoRecorder, write_record
 from loraformat.plugins import BaseFormat, Forecast, WriteOptions
 from loraformat.tensors.dtypes import parse_weight_dtype
 
@@ -236,12 +237,9 @@ class MergeJob:
                 record, self.original, self.adapters, weights, self.recorders, written
             )
 
-    def inputs(self) -> list[Path]:
-        """Return every input file and directory."""
-        return input_paths([self.original, *self.adapters])
-
     def _record(self, path: Path, output: ModelOutput, force: bool) -> RecordPublication:
-        record = RecordPublication(path, output.publication, self.inputs(), force=force)
+        inputs = input_paths([self.original, *self.adapters])
+        record = RecordPublication(path, output.publication, inputs, force=force)
         output.publish_with(record)
         # What is not computed now would be missing in the record.
         output.publication.resumed.clear()

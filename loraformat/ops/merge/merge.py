@@ -28,8 +28,9 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.written import WrittenModel
 from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.convert.report import losses
-from loraformat.ops.encoding.decoded_dtype import with_decoded_dtype
+from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.encoding.llama_quantize import refuse_llama_type
+from loraformat.ops.encoding.one_dtype import with_decoded_dtype
 from loraformat.ops.encoding.requantization import history
 from loraformat.ops.merge.job import MergeJob, MergeOptions
 from loraformat.ops.merge.plan import MergePlan
@@ -41,6 +42,7 @@ from loraformat.ops.merge.report import (
     commands,
 )
 from loraformat.ops.merge.separate_delta import SeparateDelta, name_of
+from loraformat.ops.model_output import input_paths
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.adapter_weights import adapter_weights
 from loraformat.ops.opening.model import (
@@ -49,7 +51,7 @@ from loraformat.ops.opening.model import (
     open_model,
     without_generated_card,
 )
-from loraformat.ops.unmerge.recorder import Spool, refuse_record_path
+from loraformat.ops.unmerge.recorder import refuse_record_path
 from loraformat.plugins import BaseFormat
 
 __all__ = ["merge"]
@@ -178,7 +180,7 @@ def merge(
             ],
             notes=notes,
             quantized_before=list(history(original)),
-            lost=list(losses(original, reader, writer)),
+            lost=losses(reader, writer, found.path, original.left_behind),
             dry_run=dry_run,
         )
         if beside:
@@ -202,10 +204,12 @@ def merge(
                 notes=[*report.notes, *result.notes],
                 seconds=time.perf_counter() - began,
             )
-        spool = None if undo is None else stack.enter_context(closing(Spool(Path(undo))))
-        job = MergeJob(original, opened, options, writer, spool)
+        spool = None
         if undo is not None:
-            refuse_record_path(Path(undo), Path(output), job.inputs(), force=force)
+            read = input_paths([original, *opened])
+            refuse_record_path(Path(undo), Path(output), read, force=force)
+            spool = stack.enter_context(closing(Spool(Path(undo).absolute().parent)))
+        job = MergeJob(original, opened, options, writer, spool)
         report = _planned(report, job.checkpoint, job.plan)
         if dry_run:
             report = replace(report, notes=[*report.notes, *job.quantized_again(None)])

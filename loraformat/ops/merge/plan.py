@@ -191,12 +191,7 @@ class _Planner:
 
     def _check_rows(self, adapter: Adapter, rows: RowReplacement, shape: tuple[int, ...]) -> None:
         if rows.rows.shape != (len(rows.indices), *shape[1:]):
-            raise UnsupportedError(
-                f"has rows of shape {rows.rows.shape} for {printable(rows.target)}, whose shape is "
-                f"{shape}",
-                path=adapter.path,
-                hint="was it made for another base?",
-            )
+            raise _misshapen(adapter, "rows", rows.rows.shape, rows.target, shape)
         largest = max(rows.indices, default=0)
         if largest >= shape[0]:
             raise UnsupportedError(
@@ -276,8 +271,8 @@ class _Planner:
         if experts is None:
             fused = None if name in self.tensors else self._fused(delta)
             if fused is not None:
-                home, expert, into = fused
-                yield DeltaTerm(number, name, weight, block=expert, expert=None, into=into), home
+                home, block, into = fused
+                yield DeltaTerm(number, name, weight, block=block, into=into), home
                 return
             if name not in self.tensors and (chunk := self.names.chunk(name)) is not None:
                 into = self._chunk_rows(adapter, delta, chunk)
@@ -321,10 +316,7 @@ class _Planner:
     def _fused(self, delta: LoraDelta) -> tuple[str, int, tuple[int, int]] | None:
         """Locate one expert's delta in a base that stores experts as a stack.
 
-        Returns
-        -------
-        tuple of (str, int, (int, int)) or None
-            The stored tensor, the matrix of it, and the rows of that matrix.
+        Found are the stored tensor, the matrix of it, and the rows of that matrix.
         """
         path, _, leaf = delta.target.removesuffix(".weight").rpartition(".")
         disk, _, number = path.rpartition(".")
@@ -348,13 +340,9 @@ class _Planner:
         stored = self.tensors[chunk.tensor]
         rows = stored.shape[0] // chunk.of
         wanted = (rows, *stored.shape[1:])
-        if delta.orientation != "linear" or (delta.out_features, delta.in_features) != wanted:
-            raise UnsupportedError(
-                f"has a delta of shape {(delta.out_features, delta.in_features)} for "
-                f"{printable(delta.target)}, whose shape is {wanted}",
-                path=adapter.path,
-                hint="was it made for another base?",
-            )
+        shape = delta.out_features, delta.in_features
+        if delta.orientation != "linear" or shape != wanted:
+            raise _misshapen(adapter, "a delta", shape, delta.target, wanted)
         return chunk.number * rows, (chunk.number + 1) * rows
 
     def _expert_tensors(self, target: str, experts: int) -> Sequence[Sequence[str]]:
@@ -363,9 +351,8 @@ class _Planner:
         for home in (fused, spelled_on_disk(fused)):
             for leaves in EXPERT_LEAVES.get(leaf, ()):
                 if f"{home}.0.{leaves[0]}.weight" in self.tensors:
-                    names = [[f"{home}.{e}.{leaf}.weight" for leaf in leaves]
-                             for e in range(experts)]  # fmt: skip
-                    return names
+                    return [[f"{home}.{e}.{leaf}.weight" for leaf in leaves]
+                            for e in range(experts)]  # fmt: skip
         return self.names.stack(target)
 
     def _check(self, adapter: Adapter, delta: LoraDelta, term: DeltaTerm, name: str) -> None:
@@ -387,11 +374,7 @@ class _Planner:
         fits = stored[-2:] == wanted and len(stored) in (2, 3)
         stack = stored[0] if len(stored) == 3 else 1
         if not fits or term.block >= stack or (len(stored) == 3 and term.expert is None):
-            raise UnsupportedError(
-                f"has a delta of shape {wanted} for {printable(name)}, whose shape is {stored}",
-                path=adapter.path,
-                hint="was it made for another base?",
-            )
+            raise _misshapen(adapter, "a delta", wanted, name, stored)
 
     def finish(self, adapters: Sequence[Adapter]) -> MergePlan:
         """Untie a head that differs from the embedding, and resize the other vocabulary tensors."""
@@ -458,6 +441,16 @@ class _Planner:
         self.plan.notes.append(note)
 
 
+def _misshapen(
+    adapter: Adapter, what: str, shape: tuple[int, ...], target: str, stored: tuple[int, ...]
+) -> UnsupportedError:
+    return UnsupportedError(
+        f"has {what} of shape {shape} for {printable(target)}, whose shape is {stored}",
+        path=adapter.path,
+        hint="was it made for another base?",
+    )
+
+
 def _resaved(edit: TensorEdit, adapters: Sequence[Adapter]) -> tuple[int, DenseTensor] | None:
     """Return the replacement of an embedding that was saved but not trained as a whole."""
     if edit.replacement is None:
@@ -470,14 +463,9 @@ def _resaved(edit: TensorEdit, adapters: Sequence[Adapter]) -> tuple[int, DenseT
 def _alike(embedding: TensorEdit, head: TensorEdit | None) -> bool:
     """Tell whether an embedding and its head remain equal."""
     one, other = embedding.replacement, None if head is None else head.replacement
-    if (
-        head is None
-        or one is None
-        or other is None
-        or embedding.terms
-        or head.terms
-        or one[0] != other[0]
-    ):
+    if head is None or one is None or other is None or one[0] != other[0]:
+        return False
+    if embedding.terms or head.terms:
         return False
     if head.rows not in ([], embedding.rows) or one[1].dtype != other[1].dtype:
         return False

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from loraformat.hub.repository import model_card
 from loraformat.hub.source import NOT_WANTED, download
 from loraformat.hub.tree import TreeFile, digest, list_files
 from loraformat.hub.verified import wrong_content
+from loraformat.model.report import Report
 from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.ops.pull.report import PullReport
 from loraformat.ops.push.base_info import BaseRef, adapter_base
 from loraformat.ops.push.report import FileReport
 from loraformat.storage.atomic_output import AtomicOutput
@@ -34,12 +34,38 @@ from loraformat.storage.durable import sync_directory
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import is_portable_path
 
-__all__ = ["base_named_by", "pull"]
+__all__ = ["PullReport", "base_named_by", "pull"]
 
 _ARRIVING = ".arriving"
 _MAX_FILES = 20_000
 #: Weights that nothing here reads; a GGUF file may be the adapter.
 _LEFT_OUT = [glob for glob in NOT_WANTED if glob != "*.gguf"]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PullReport(Report):
+    """Report of ``pull``; of a dry run, the plan.
+
+    Attributes
+    ----------
+    repo, commit, target : str
+    format : str or None
+        What it is; None of a dry run, or if no converter knows it.
+    files : list of FileReport
+    left_out : list of str
+    base_model, base_revision, base_path : str or None
+        With ``--with-base``: where it is in the Hub's cache.
+    """
+
+    repo: str
+    commit: str
+    target: str
+    format: str | None
+    files: list[FileReport]
+    left_out: list[str]
+    base_model: str | None = None
+    base_revision: str | None = None
+    base_path: str | None = None
 
 
 def pull(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import filecmp
 import os
-import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy
 
@@ -20,6 +18,7 @@ from loraformat.errors import LoraFormatError, OutputError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.written import WrittenModel
+from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.merge.deltas import TILE_ELEMENTS
 from loraformat.ops.merge.plan import DeltaTerm, TensorEdit
 from loraformat.ops.merge.report import UndoSummary
@@ -42,57 +41,14 @@ from loraformat.undo.record import (
 from loraformat.version import __version__
 
 __all__ = [
-    "Encoded", "RecordPublication", "Spool", "UndoRecorder", "adapter_digest", "refuse_record_path",
+    "Encoded", "RecordPublication", "UndoRecorder", "adapter_digest", "refuse_record_path",
     "write_record",
 ]  # fmt: skip
 
-_COPY_BYTES = 1 << 20
 _REPLACED = ".replaced"
 _ANOTHER = "choose another file"
 #: Of a tile: elements, the bits of its ranks, the positions of negative zeros.
 Encoded: TypeAlias = tuple[int, bytes, Array]
-
-
-class Spool:
-    """An unnamed temporary file for the record's contents.
-
-    Parameters
-    ----------
-    record : Path
-        Beside which it is, as long as it is open.
-
-    Raises
-    ------
-    OutputError
-        If there is no such directory.
-    """
-
-    def __init__(self, record: Path) -> None:
-        directory = record.absolute().parent
-        if not directory.is_dir():
-            raise OutputError("no such directory", path=directory, hint="create it first")
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
-        self._lock = threading.Lock()
-
-    def append(self, data: bytes | memoryview) -> tuple[int, int]:
-        """Store bytes; return their offset and length."""
-        with self._lock:
-            begin = self._file.seek(0, os.SEEK_END)
-            self._file.write(data)
-            return begin, len(data)
-
-    def copy(self, piece: tuple[int, int], target: BinaryIO) -> None:
-        """Copy stored bytes to another file."""
-        position, left = piece
-        while left:
-            self._file.seek(position)
-            data = self._file.read(min(left, _COPY_BYTES))
-            write_all(target, data)
-            position, left = position + len(data), left - len(data)
-
-    def close(self) -> None:
-        """Close the file and discard everything."""
-        self._file.close()
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,75 @@ import numpy
 from loraformat.errors import UnsupportedError, UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import DenseTensor
+from loraformat.model.report import Report
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.merge.tokenizers import still_prompted_by
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.ops.unmerge.report import Deviation, UnmergeReport
 from loraformat.tensors.arrays import Array
 
-__all__ = ["subtract"]
+__all__ = ["Deviation", "UnmergeReport", "subtract"]
 
 #: Bits of the significand, and the exponent e of the smallest normal number in [2^(e-1), 2^e).
 _PRECISION = {"BF16": (8, -125), "F16": (11, -13), "F32": (24, -125)}
 #: Steps of float32, in which the sums are formed before they are rounded to 16 bits.
 _SLACK = {"BF16": 1 + 2**-15, "F16": 1 + 2**-12, "F32": 1.0}
 _TILE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """Error bound of a tensor after subtraction.
+
+    Attributes
+    ----------
+    name : str
+    largest : float
+        No weight is off by more.
+    relative : float
+        ‖result − original‖ / ‖result‖ is not more.
+    steps : float
+        `largest`, in steps of the dtype at that weight: one from the merge at least, and much
+        more where a large delta has been taken from a small weight.
+    saturated : int
+        float16 weights at the end of the range, of which nothing is known and which are not
+        counted above.
+    """
+
+    name: str
+    largest: float
+    relative: float
+    steps: float
+    saturated: int = 0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class UnmergeReport(Report):
+    """Report of ``unmerge``.
+
+    Attributes
+    ----------
+    source, target : str
+    exact : bool
+        Every byte is the original's, proven by hash.
+    tensors, restored : int
+        All tensors of the output, and those that the merge had changed.
+    error_bound : float
+        Of an approximate one: ‖result − original‖ / ‖result‖ over all changed tensors is not
+        more; else 0.
+    modules : list of Deviation
+        The same for each tensor.
+    output_bytes : int
+    """
+
+    source: str
+    target: str
+    exact: bool
+    tensors: int
+    restored: int
+    error_bound: float = 0.0
+    modules: list[Deviation] = field(default_factory=list)
+    output_bytes: int = 0
 
 
 def subtract(

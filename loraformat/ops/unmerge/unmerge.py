@@ -18,8 +18,7 @@ from loraformat.ops.merge.tokenizers import still_prompted_by
 from loraformat.ops.model_output import ModelOutput
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
-from loraformat.ops.unmerge.report import UnmergeReport
-from loraformat.ops.unmerge.subtract import subtract
+from loraformat.ops.unmerge.subtract import UnmergeReport, subtract
 from loraformat.ops.unmerge.undoing import Undoing
 from loraformat.plugins import WriteOptions
 from loraformat.storage.safe_directory import SafeDirectory

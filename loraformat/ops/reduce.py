@@ -16,6 +16,7 @@ from loraformat.algebra.ranks import allocate
 from loraformat.errors import InputError, UsageError
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.report import Report
+from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
 from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.deltas.factors import (
     SingleEntryCache,
@@ -28,6 +29,7 @@ from loraformat.ops.deltas.factors import (
     load_finite,
     with_deltas,
 )
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.tensors.arrays import Array
 
 __all__ = ["ReducedModule", "Reduction", "ReductionReport", "reduce", "reduce_adapter"]
@@ -178,9 +180,6 @@ def reduce(
     -------
     ReductionReport
     """
-    from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
-    from loraformat.ops.opening.adapter import open_adapter
-
     reduction = Reduction(rank, energy, budget, max_rank, statistics, dtype)
     began = time.perf_counter()
     if not dry_run:

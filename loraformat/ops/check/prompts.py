@@ -17,7 +17,10 @@ from loraformat.model.checkpoint import CarriedFile
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["template_change", "token_numbers", "tokenizer_beside", "tokenizer_change"]
+__all__ = [
+    "same_file", "same_template", "template_change", "token_numbers", "tokenizer_beside",
+    "tokenizer_change",
+]  # fmt: skip
 
 _MAX_BYTES = 128 << 20
 _NAMES = (
@@ -85,7 +88,7 @@ def template_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | Non
         called = "" if name == "default" else f" {printable(name)}"
         if name not in there:
             return f"has its own chat template{called}, but its base has none"
-        if text.rstrip("\n") != there[name].rstrip("\n"):  # which the template's language drops
+        if not same_template(text, there[name]):
             return f"has another chat template{called} than its base's"
     return None
 
@@ -127,7 +130,7 @@ def _vocabulary(ours: CarriedTokenizer, base: CarriedTokenizer, whose: str) -> s
     here, there = token_numbers(ours), token_numbers(base)
     if not here or not there:
         both = ours.has(_MODEL) and base.has(_MODEL)
-        return f"its {_MODEL} is another" if both and _differ(_MODEL, ours, base) else None
+        return f"its {_MODEL} is another" if both and not same_file(_MODEL, ours, base) else None
     new = [text for text in here if text not in there]
     if new:
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
@@ -161,8 +164,14 @@ def _roles(ours: CarriedTokenizer, base: CarriedTokenizer, whose: str) -> str | 
     return None
 
 
-def _differ(name: str, ours: CarriedTokenizer, base: CarriedTokenizer) -> bool:
-    return ours.size(name) != base.size(name) or ours.bytes(name) != base.bytes(name)
+def same_file(name: str, one: CarriedTokenizer, other: CarriedTokenizer) -> bool:
+    """Tell whether two tokenizers have the same bytes in a file that both have."""
+    return one.size(name) == other.size(name) and one.bytes(name) == other.bytes(name)
+
+
+def same_template(one: str, other: str) -> bool:
+    """Compare chat templates; what their language drops at the end is no difference."""
+    return one.rstrip("\n") == other.rstrip("\n")
 
 
 def _model(tokenizer: CarriedTokenizer) -> dict[str, Any]:

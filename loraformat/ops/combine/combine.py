@@ -21,6 +21,7 @@ from loraformat.errors import InputError
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.report import Report
+from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
 from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.combine.elementwise import interfered
 from loraformat.ops.combine.exact import weighted_sum
@@ -39,6 +40,7 @@ from loraformat.ops.deltas.factors import (
     with_deltas,
 )
 from loraformat.ops.deltas.spool import Spool
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.adapter_weights import adapter_weights
 from loraformat.tensors.arrays import numpy_dtype
 
@@ -147,9 +149,6 @@ def combine(
     -------
     CombinationReport
     """
-    from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
-    from loraformat.ops.opening.adapter import open_adapter
-
     options, sources = CombineOptions(method, rank, density, seed, dtype), many(adapters)
     began = time.perf_counter()
     if not dry_run:

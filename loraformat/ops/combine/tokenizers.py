@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from loraformat.model.adapter import Adapter
 from loraformat.model.tokenizer_files import CarriedTokenizer
-from loraformat.ops.check.prompts import token_numbers, tokenizer_change
+from loraformat.ops.check.prompts import same_template, token_numbers, tokenizer_change
 
 __all__ = ["other_tokenizers"]
 
@@ -47,7 +47,7 @@ def _changes(own: CarriedTokenizer, first: CarriedTokenizer) -> Iterator[str]:
     here, there = (one.chat_templates.get("default") for one in (own, first))
     if here is not None and there is None:
         yield "has a chat template, but the first one has none"
-    elif here is not None and there is not None and here.rstrip("\n") != there.rstrip("\n"):
+    elif here is not None and there is not None and not same_template(here, there):
         yield f"its chat template differs from {_WHOSE}"
     if own.stops and set(own.stops) != set(first.stops):
         yield f"its texts end with the tokens {', '.join(map(str, own.stops))}"

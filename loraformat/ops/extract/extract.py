@@ -28,6 +28,7 @@ from loraformat.model.architecture import is_conv1d, kind_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.model.tied_head import HEAD
 from loraformat.model.vocabulary import per_token, tokenizer_files
+from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
 from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.encoding.encode import dequantized
@@ -97,8 +98,6 @@ def extract(
     -------
     ExtractionReport
     """
-    from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
-
     began = time.perf_counter()
     options = ExtractOptions(rank, energy, max_rank, many(skip), dtype)
     if not dry_run:

@@ -16,11 +16,11 @@ from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.one_dtype import Alignment, aligned
 from loraformat.ops.encoding.requantization import again_as, original_of, sentence, with_history
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
+from loraformat.ops.merge.recorder import RecordPublication, UndoRecorder, write_record
 from loraformat.ops.merge.report import Meter, UndoSummary
 from loraformat.ops.merge.tensor import BufferPool, MergedTensor, requantized
 from loraformat.ops.merge.tokenizers import resized_base, tokens_without_rows, with_conversation
 from loraformat.ops.model_output import ModelOutput, input_paths
-from loraformat.ops.unmerge.recorder import RecordPublication, UndoRecorder, write_record
 from loraformat.plugins import BaseFormat, Forecast, WriteOptions
 from loraformat.tensors.dtypes import parse_weight_dtype
 

@@ -34,6 +34,7 @@ from loraformat.ops.encoding.one_dtype import with_decoded_dtype
 from loraformat.ops.encoding.requantization import history
 from loraformat.ops.merge.job import MergeJob, MergeOptions
 from loraformat.ops.merge.plan import MergePlan
+from loraformat.ops.merge.recorder import refuse_record_path
 from loraformat.ops.merge.report import (
     MergedAdapter,
     MergeReport,
@@ -51,7 +52,6 @@ from loraformat.ops.opening.model import (
     open_model,
     without_generated_card,
 )
-from loraformat.ops.unmerge.recorder import refuse_record_path
 from loraformat.plugins import BaseFormat
 
 __all__ = ["merge"]

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
@@ -34,12 +34,10 @@ from loraformat.ops.merge.deltas import (
     over_tiles,
 )
 from loraformat.ops.merge.plan import TensorEdit
+from loraformat.ops.merge.recorder import Encoded, UndoRecorder
 from loraformat.ops.merge.report import Meter
 from loraformat.tensors.arrays import Array, array_bytes, array_view, dtype_name, numpy_dtype
 from loraformat.tensors.arrays import finite as all_finite
-
-if TYPE_CHECKING:
-    from loraformat.ops.unmerge.recorder import Encoded, UndoRecorder
 
 __all__ = ["BufferPool", "MergedTensor", "requantized"]
 

@@ -24,6 +24,7 @@ from loraformat.model.vocabulary import (
     tokenizer_files,
     with_tokenizer,
 )
+from loraformat.ops.check.prompts import same_file, same_template, token_numbers, tokenizer_change
 
 __all__ = [
     "resized_base", "still_prompted_by", "tokens_without_rows", "wanted_size", "with_conversation",
@@ -80,7 +81,7 @@ def still_prompted_by(files: Sequence[CarriedFile], adapters: Iterable[Adapter])
     there = _template(files)
     for adapter in adapters:
         own = _template(adapter.files)
-        if there is not None and own is not None and _same(own, there):
+        if there is not None and own is not None and same_template(own, there):
             return [
                 f"the chat template is still that of {adapter.path}: if the base has another, "
                 "copy it, and generation_config.json, over the output's"
@@ -90,22 +91,14 @@ def still_prompted_by(files: Sequence[CarriedFile], adapters: Iterable[Adapter])
 
 def _other_tokenizers(files: Sequence[CarriedFile], adapters: list[Adapter]) -> list[str]:
     """Say whose tokenizer gives other tokens than the one that is kept."""
-    from loraformat.ops.check.prompts import tokenizer_change
-
     base = CarriedTokenizer(files, "")
     notes = []
     for adapter in adapters:
         own = CarriedTokenizer(adapter.files, adapter.path)
-        if own.has(_TOKENIZER) and not _equal(_TOKENIZER, own, base):
+        if own.has(_TOKENIZER) and not (base.has(_TOKENIZER) and same_file(_TOKENIZER, own, base)):
             change = tokenizer_change(own, base)
             notes += [] if change is None else [f"{adapter.path}: {change}; the base's is kept"]
     return notes
-
-
-def _equal(name: str, one: CarriedTokenizer, other: CarriedTokenizer) -> bool:
-    if not other.has(name) or one.size(name) != other.size(name):
-        return False
-    return one.bytes(name) == other.bytes(name)
 
 
 def _with_template(
@@ -119,9 +112,9 @@ def _with_template(
     notes = [
         f"{other.path}: its chat template differs from that of {adapter.path}, which is kept"
         for other, text in found[1:]
-        if not _same(text, template)
+        if not same_template(text, template)
     ]
-    if before is not None and _same(before, template):
+    if before is not None and same_template(before, template):
         return files, notes
     said = "replaces the base's" if before is not None else "the base had none"
     notes.insert(0, f"the chat template is that of {adapter.path}, trained with it; {said}")
@@ -133,10 +126,6 @@ def _with_template(
 
 def _template(files: Iterable[CarriedFile]) -> str | None:
     return CarriedTokenizer(files, "").chat_templates.get("default")
-
-
-def _same(one: str, other: str) -> bool:
-    return one.rstrip("\n") == other.rstrip("\n")  # which the template's language drops
 
 
 def _without_template(file: CarriedFile) -> CarriedFile:
@@ -279,8 +268,6 @@ def tokens_without_rows(base: Checkpoint, adapters: Sequence[Adapter]) -> list[s
     InputError
         If a tokenizer file is damaged.
     """
-    from loraformat.ops.check.prompts import token_numbers
-
     rows = _rows(base.tensors)
     if rows is None:
         return []

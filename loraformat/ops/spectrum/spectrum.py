@@ -17,6 +17,7 @@ from loraformat.model.architecture import kind_of
 from loraformat.model.report import Report
 from loraformat.ops.arguments import Progress, reported
 from loraformat.ops.deltas.factors import experts_of, load_finite
+from loraformat.ops.opening.adapter import open_adapter
 from loraformat.tensors.arrays import Array
 
 __all__ = [
@@ -115,8 +116,6 @@ def spectrum(
     -------
     SpectrumReport
     """
-    from loraformat.ops.opening.adapter import open_adapter
-
     with (
         reported(progress, "spectrum") as told,
         open_adapter(adapter, allow_pickle=allow_pickle) as opened,

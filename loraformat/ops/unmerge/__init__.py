@@ -1,4 +1,5 @@
 """``loraformat unmerge``: exact with an undo record, approximate without.
 
-`recorder` writes the record during a merge, `undoing` restores from it, `subtract` does without.
+`undoing` restores from the record that `loraformat.ops.merge.recorder` wrote, `subtract` does
+without.
 """

@@ -7,21 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
 from loraformat.errors import FormatError, UnsupportedError, printable
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.ops.merge.deltas import LowRankUpdate, block_matrices, over_tiles
+from loraformat.ops.merge.plan import DeltaTerm
 from loraformat.tensors.arrays import Array, array_bytes, array_view, numpy_dtype
 from loraformat.tensors.mapped import MappedFile
+from loraformat.undo.interval_code import Unmergeable, decode_tile
 from loraformat.undo.record import UndoRecord, UndoTensor, part_names
 from loraformat.undo.rules import tile_rows
-
-if TYPE_CHECKING:
-    from loraformat.ops.merge.deltas import LowRankUpdate
-    from loraformat.ops.merge.plan import DeltaTerm
 
 __all__ = ["Undoing"]
 
@@ -153,8 +152,6 @@ class Undoing:
     def _from_intervals(
         self, tensor: DenseTensor, undo: UndoTensor, data: memoryview, residual: memoryview
     ) -> memoryview:
-        from loraformat.undo.interval_code import Unmergeable
-
         name = tensor.name
         matrices = self._matrices(name, undo)
         ends = self._ends(name, len(residual))
@@ -179,9 +176,6 @@ class Undoing:
 
     def _matrices(self, name: str, undo: UndoTensor) -> list[LowRankUpdate | None]:
         """Return the update of each matrix, after the checks of U10."""
-        from loraformat.ops.merge.deltas import block_matrices
-        from loraformat.ops.merge.plan import DeltaTerm
-
         terms = [DeltaTerm(**term) for term in undo.terms]
         stack, rows, columns, _ = tile_rows(undo.shape, self.record.tile_elements)
         for term in terms:
@@ -274,9 +268,6 @@ def _decode_matrix(
     step: int,
 ) -> None:
     """Decode a matrix into `restored`, tile by tile, on all CPUs."""
-    from loraformat.ops.merge.deltas import over_tiles
-    from loraformat.undo.interval_code import decode_tile
-
     deltas, gain = (None, None) if matrix is None else matrix.combined(gains, exact=True)
 
     def work(start: int, stop: int) -> None:

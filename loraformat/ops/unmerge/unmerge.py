@@ -14,6 +14,7 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.vocabulary import per_token, tokenizer_files
 from loraformat.ops.arguments import Progress, byte_count, many, reported
+from loraformat.ops.merge.recorder import adapter_digest
 from loraformat.ops.merge.tokenizers import still_prompted_by
 from loraformat.ops.model_output import ModelOutput
 from loraformat.ops.opening.adapter import open_adapter
@@ -156,8 +157,6 @@ def _adapters(
     allow_pickle: bool,
 ) -> list[Adapter]:
     """Open the record's adapters and check that they match it."""
-    from loraformat.ops.unmerge.recorder import adapter_digest
-
     if given and len(given) != len(record.adapters):
         raise UsageError(f"{len(given)} adapters, the undo record is for {len(record.adapters)}")
     if not any(tensor.terms for tensor in record.tensors.values()):

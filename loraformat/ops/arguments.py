@@ -30,13 +30,7 @@ def many(value: Any) -> tuple[Any, ...]:
 
 
 def byte_count(size: int | str, option: str) -> int:
-    """Return a number of bytes, from a number or a text such as ``2GB``.
-
-    Parameters
-    ----------
-    size : int or str
-    option : str
-        For the message.
+    """Return a number of bytes, from a number or a text like ``2GB``; ``option`` is for the error.
 
     Raises
     ------
@@ -60,20 +54,9 @@ def byte_count(size: int | str, option: str) -> int:
 def reported(
     progress: Progress, label: str, unit: str = "B"
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yield the progress callback.
+    """Yield a function that is to be called with the amounts done and in total.
 
-    Parameters
-    ----------
-    progress : bool or callable
-    label : str
-        In front of the bar.
-    unit : str
-        What is counted; ``B`` for bytes.
-
-    Yields
-    ------
-    callable
-        To be called with the amounts done and in total.
+    ``label`` stands in front of the bar; ``unit`` is what is counted, ``B`` for bytes.
     """
     if not isinstance(progress, bool):
         yield progress

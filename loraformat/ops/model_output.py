@@ -90,20 +90,9 @@ class ModelOutput:
     def write(
         self, checkpoint: Checkpoint, options: WriteOptions, write: _Write | None = None
     ) -> WrittenModel:
-        """Write a checkpoint into the work directory.
+        """Write a checkpoint into the work directory, with the writer's own ``write`` or another.
 
-        Parameters
-        ----------
-        checkpoint : Checkpoint
-        options : WriteOptions
-            Its ``progress`` is set here.
-        write : callable, optional
-            Instead of the writer's own ``write``.
-
-        Raises
-        ------
-        LoraFormatError
-            An `InputError` of a tensor names the base's file.
+        The options' ``progress`` is set here. An `InputError` of a tensor names the base's file.
         """
         total, done = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), 0
 

@@ -30,15 +30,10 @@ _MUTED = (
 def check_picture(path: str | Path) -> None:
     """Raise plotting errors before anything is computed.
 
-    Parameters
-    ----------
-    path : str or Path
-        Its suffix chooses the format: png, svg or pdf.
-
     Raises
     ------
     UsageError
-        If the suffix names no format.
+        If the suffix names no format: png, svg or pdf.
     MissingDependencyError
         If matplotlib is not installed.
     OutputError
@@ -72,19 +67,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def save_picture(figure: Figure, path: str | Path) -> None:
-    """Save a figure atomically, replacing an older picture.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-    path : str or Path
-        Its suffix chooses the format.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written.
-    """
+    """Save a figure atomically in the format of the path's suffix, replacing an older picture."""
     target = Path(path)
     data = BytesIO()
     figure.savefig(data, format=target.suffix[1:].lower())
@@ -99,12 +82,7 @@ class _PicturePublication(AtomicFile):
 
 
 def colors(count: int) -> list[Any]:
-    """Return a number of colours: a fixed palette, or a colour map for many.
-
-    Parameters
-    ----------
-    count : int
-    """
+    """Return a number of colours: a fixed palette, or a colour map for many."""
     if count <= len(_MUTED):
         return list(_MUTED[:count])
     from matplotlib import colormaps
@@ -114,10 +92,6 @@ def colors(count: int) -> list[Any]:
 
 def as_label(text: str) -> str:
     r"""Return an untrusted name as a plot label, escaped for matplotlib.
-
-    Parameters
-    ----------
-    text : str
 
     Examples
     --------

@@ -41,20 +41,9 @@ def open_adapter_base(
 ) -> AdapterBase | None:
     """Open the named base, otherwise the bundle of the first slot, otherwise none.
 
-    Parameters
-    ----------
-    stack : ExitStack
-        Closes it.
-    named : str, Path or None
-        A path or a Hub id: of a bundle, of any other base, or of a directory with nothing but
-        ``config.json``, which gives a checkpoint without tensors.
-    *slots : BundleSlot or None
-        Where in bundles the adapter will lie, or lies.
-
-    Raises
-    ------
-    UnsupportedError
-        If what is named is no base.
+    ``named`` is a path or a Hub id: of a bundle, of any other base, or of a directory with nothing
+    but ``config.json``, which gives a checkpoint without tensors. The slots are where in bundles
+    the adapter will lie, or lies.
     """
     path = next((slot.bundle for slot in slots if slot is not None), None)
     source = Source(path or Path())

@@ -36,20 +36,10 @@ __all__ = ["PlannedAdapter", "check_fits", "check_values", "plan_adapter"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedAdapter:
-    """An adapter and how it will be written.
+    """An adapter as it will be read again, and how it will be written.
 
-    Attributes
-    ----------
-    adapter : Adapter
-        As it will be read again.
-    writer : AdapterFormat
-    options : AdapterWriteOptions
-    verbatim : bool
-        Its files are copied.
-    notes : tuple of str
-        What a user should know.
-    expected : dict of str to FileRecord or None
-        What the manifest of the bundle that it comes from says of its files.
+    Its files are copied if it is ``verbatim``; ``expected`` is what the manifest of the bundle that
+    they come from says of them. ``notes`` are what a user should know.
     """
 
     adapter: Adapter
@@ -216,10 +206,7 @@ def _mismatch(adapter: Adapter, match: BaseMatch, allowed: bool) -> list[str]:
 def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:
     """Check that a base has every tensor that an adapter changes, with matching shapes.
 
-    Returns
-    -------
-    list of str
-        What a user should know, where the shapes are those of another vocabulary.
+    Returns what a user should know, where the shapes are those of another vocabulary.
 
     Raises
     ------

@@ -30,19 +30,10 @@ def write_bundle(
     *,
     allow_base_mismatch: bool = False,
 ) -> WrittenModel:
-    """Write a new bundle with adapters as one atomic output.
+    """Write a new bundle with adapters, by name, as one atomic output.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        As `loraformat.bundle.converter.write` takes it.
-    publication : AtomicOutput
-    options : WriteOptions
-    adapters : mapping of str to Adapter
-        By name; opened against a base of the same tensors. Those that were changed in memory
-        are written anew.
-    allow_base_mismatch : bool
-        Take adapters that were made for another base.
+    The adapters were opened against a base of the same tensors. Those that were changed in memory
+    are written anew; those that were made for another base are taken with ``allow_base_mismatch``.
 
     Raises
     ------

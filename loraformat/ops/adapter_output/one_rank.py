@@ -32,14 +32,8 @@ def with_one_rank(adapter: Adapter, base: Checkpoint | None = None) -> Adapter:
     """Return an adapter with the same deltas, padded to one rank that kernels support.
 
     That is the largest rank, brought up to 8 or a multiple of 16. Factors of float64 become
-    float32, rounded to nearest even, as runtimes know no wider type.
-
-    Parameters
-    ----------
-    adapter : Adapter
-    base : Checkpoint, optional
-        Against which it was read. Its weights get a delta of zero where others of their type
-        have one.
+    float32, rounded to nearest even, as runtimes know no wider type. Weights of the ``base``
+    against which it was read get a delta of zero where others of their type have one.
 
     Raises
     ------

@@ -84,10 +84,7 @@ class AdapterOutput:
     def write(self, adapter: Adapter) -> list[str]:
         """Write an adapter atomically; in a dry run only check that it could be written.
 
-        Returns
-        -------
-        list of str
-            What a user should know.
+        Returns what a user should know.
         """
         planned = self.plan(replace(adapter, verbatim=False))
         notes = list(planned.notes)
@@ -116,14 +113,7 @@ class AdapterOutput:
     def check_fits(self, adapter: Adapter) -> list[str]:
         """Check an adapter against the base's tensors; for a bundle also its values.
 
-        Returns
-        -------
-        list of str
-            What a user should know.
-
-        Raises
-        ------
-        LoraFormatError
+        Returns what a user should know.
         """
         if self.base is None or (self.slot is None and not self.base.checkpoint.tensors):
             return []
@@ -143,18 +133,8 @@ class AdapterOutput:
     ) -> tuple[int, list[str]]:
         """Write a planned adapter atomically and list it in the bundle's manifest.
 
-        Parameters
-        ----------
-        planned : PlannedAdapter
-        finish : callable
-            Called when all is read; what it raises leaves everything as it was.
-
-        Returns
-        -------
-        int
-            Bytes.
-        list of str
-            The writer's notes.
+        ``finish`` is called when all is read; what it raises leaves everything as it was. Returns
+        the bytes written and the writer's notes.
         """
         inputs = [planned.adapter.path, *planned.adapter.sources]
         notes: list[str] = []
@@ -194,25 +174,20 @@ def open_adapter_output(
     dry_run: bool = False,
     allow_base_mismatch: bool = False,
 ) -> AdapterOutput:
-    """Open the output of an adapter.
+    """Open the output of an adapter; ``stack`` closes its base.
 
     Parameters
     ----------
     stack : ExitStack
-        Closes the base.
     target : str or Path
         A PEFT directory unless the suffix says more, or ``BUNDLE/adapters/NAME``.
     sources : iterable of str or Path
         The adapters that it will be made from. If they lie in one bundle, that is the base of
-        an output in a format that needs one.
+        an output in a format that needs one, and with `base_of_sources` of a PEFT directory, too.
     base : str, Path or Checkpoint, optional
-        The base. An open one stays the caller's.
-    to_format : str, optional
-        Name of the writer.
-    base_of_sources : bool
-        The bundle of the sources is the base of a PEFT directory, too.
-    dtype, canonical, force, dry_run, allow_base_mismatch
-        As in `AdapterOutput`.
+        An open one stays the caller's.
+    to_format, dtype, canonical, base_of_sources, force, dry_run, allow_base_mismatch
+        As in `AdapterOutput`; the format is the writer's name.
 
     Raises
     ------
@@ -236,12 +211,7 @@ def open_adapter_output(
 
 
 def ensure_not_exists(target: str | Path, *, force: bool) -> None:
-    """Raise if an adapter's target exists, unless ``force`` is set.
-
-    Raises
-    ------
-    OutputError
-    """
+    """Raise an OutputError if an adapter's target exists, unless ``force`` is set."""
     path = Path(target)
     slot = parse_bundle_slot(path)
     if slot is not None:
@@ -270,13 +240,7 @@ def write_adapter(
     force: bool = False,
     canonical: bool = True,
 ) -> list[str]:
-    """Write an open adapter atomically; see `open_adapter_output`.
-
-    Returns
-    -------
-    list of str
-        What a user should know.
-    """
+    """Write an open adapter atomically and return notes; see `open_adapter_output`."""
     with ExitStack() as stack:
         output = open_adapter_output(
             stack, target, base=base, dtype=dtype, force=force, canonical=canonical

@@ -20,14 +20,9 @@ _LARGEST_RECORD = 16 << 20
 
 
 def chat_beside(place: Path, base: Path | None) -> Chat | None:
-    """Return an adapter's prompt format, from the files in its directory.
+    """Return an adapter's prompt format, from the files in its directory; None for a single file.
 
-    Parameters
-    ----------
-    place : Path
-        Of the adapter; beside a single file nothing lies.
-    base : Path or None
-        Whose special tokens count where the adapter brings no tokenizer.
+    The special tokens of the ``base`` count where the adapter brings no tokenizer.
 
     Raises
     ------

@@ -169,11 +169,7 @@ def examine(
 ) -> tuple[AdapterFacts, str | None]:
     """Collect the facts of an adapter, and of its base if known.
 
-    Returns
-    -------
-    facts : AdapterFacts
-    base : str or None
-        The path of the bundle that it lies in, or of the base that was named.
+    Returned beside them is the path of the bundle that it lies in, or of the base that was named.
 
     Raises
     ------

@@ -40,12 +40,7 @@ _ROLES = {"bos": "begins texts with", "eos": "ends texts with"}
 
 
 def tokenizer_beside(adapter: Path) -> CarriedTokenizer:
-    """Return the tokenizer files in an adapter's directory; a single file has none.
-
-    Parameters
-    ----------
-    adapter : Path
-    """
+    """Return the tokenizer files in an adapter's directory; a single file has none."""
     files = []
     if adapter.is_dir():
         folder = SafeDirectory(adapter)
@@ -95,15 +90,6 @@ def template_change(ours: CarriedTokenizer, base: CarriedTokenizer) -> str | Non
 
 def token_numbers(tokenizer: CarriedTokenizer) -> dict[str, object]:
     """Return the id of each token; empty if no readable file has it.
-
-    Parameters
-    ----------
-    tokenizer : CarriedTokenizer
-
-    Raises
-    ------
-    InputError
-        If a file is damaged.
 
     Examples
     --------

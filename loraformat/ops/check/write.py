@@ -44,17 +44,10 @@ class Written:
 
 
 def write_usage(report: CheckReport, target: str | Path, *, base: str | None = None) -> Written:
-    """Write one file for each runtime that will be correct.
+    """Write one file for each runtime that will be correct, into a new directory.
 
-    Local paths are absolute in them, so that the files can be moved.
-
-    Parameters
-    ----------
-    report : CheckReport
-    target : str or Path
-        A new directory.
-    base : str, optional
-        The base, where the adapter does not say it, or is held against another copy.
+    Local paths are absolute in them, so that the files can be moved. ``base`` is given where the
+    adapter does not say it, or is held against another copy.
 
     Raises
     ------

@@ -30,12 +30,8 @@ _TILE_ELEMENTS = 1 << 18
 def interfered(terms: Sequence[WeightedDelta], options: CombineOptions) -> tuple[float, Pair]:
     """Combine one target by an element-wise method.
 
-    Returns
-    -------
-    energy : float
-        Share of the combined delta's squared norm that the factors hold.
-    pair : Pair
-        float32 B and A; of rank 0 if nothing is left, and no bias needs a module.
+    Returns the share of the combined delta's squared norm that the factors hold, and float32 B and
+    A; of rank 0 if nothing is left, and no bias needs a module.
     """
     rank = options.rank or max(term.delta.rank for term in terms)
     pairs, kept, total = [], 0.0, 0.0

@@ -25,14 +25,8 @@ def weighted_sum(
 ) -> tuple[int, float, Callable[[], Pair]]:
     """Plan ``svd``, ``cat`` or ``linear`` of one target.
 
-    Returns
-    -------
-    rank : int
-        Of the result; 0 if the terms cancel.
-    energy : float
-        Share of the sum's squared norm that it holds.
-    compute : callable
-        Returns B and A.
+    Returns the rank of the result, 0 if the terms cancel; the share of the sum's squared norm that
+    it holds; and a function that returns B and A.
     """
     if options.method == "cat":
         return sum(term.delta.rank for term in terms), 1.0, lambda: _concatenated(terms)

@@ -28,12 +28,7 @@ def combined_replacements(
 ) -> tuple[dict[str, DenseTensor], list[str]]:
     """Return the replaced tensors of the combination, with notes.
 
-    Parameters
-    ----------
-    adapters : sequence of Adapter
-    weights : sequence of float
-    exact : bool
-        Whether the method is a weighted sum; the others would have to look at the base.
+    ``exact`` says whether the method is a weighted sum; the others would have to look at the base.
 
     Raises
     ------

@@ -14,17 +14,9 @@ _WHOSE = "the first one's"
 
 
 def other_tokenizers(adapters: Sequence[Adapter]) -> list[str]:
-    """Return notes on adapters whose tokens, template or stop tokens differ.
+    """Return notes on adapters whose tokens, template or stop tokens differ from the first one's.
 
-    Parameters
-    ----------
-    adapters : sequence of Adapter
-        Of which the first gives its files to the result.
-
-    Raises
-    ------
-    InputError
-        If a tokenizer file is damaged.
+    The first gives its files to the result. A damaged tokenizer file is an InputError.
     """
     first = CarriedTokenizer(adapters[0].files, adapters[0].path)
     notes = []

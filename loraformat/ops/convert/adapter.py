@@ -87,19 +87,10 @@ def convert_adapter(
     strict: bool = False,
     dry_run: bool = False,
 ) -> AdapterConversion:
-    """Convert an adapter.
+    """Convert an adapter; parameters as in `loraformat.ops.convert.convert`.
 
-    Parameters
-    ----------
-    source : Source
-    reader : AdapterFormat
-    target : Path
-        ``BUNDLE/adapters/NAME``, or an output of its own.
-    one_rank : bool
-        All modules get one rank (see `loraformat.ops.adapter_output.one_rank`), and the base is
-        called by its Hub id where that is known.
-    to_format, dtype, base, canonical, allow_pickle, allow_base_mismatch, force, strict, dry_run
-        See `loraformat.ops.convert.convert`.
+    With ``one_rank`` all modules get one rank (see `loraformat.ops.adapter_output.one_rank`), and
+    the base is called by its Hub id where that is known.
 
     Raises
     ------

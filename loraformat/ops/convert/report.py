@@ -95,18 +95,7 @@ def plan_report(
     writer: BaseFormat,
     lost: list[str],
 ) -> ModelConversion:
-    """Return the report before the conversion.
-
-    Parameters
-    ----------
-    original, checkpoint : Checkpoint
-        As it was read, and as it will be written.
-    target : Path
-    reader : Format
-    writer : BaseFormat
-    lost : list of str
-        From `losses`.
-    """
+    """Return the report before the conversion of a model as it was read to one as it is written."""
     tensors = checkpoint.tensors.values()
     parameters = sum(tensor.count for tensor in tensors)
     output = sum(tensor.nbytes for tensor in tensors)

@@ -64,11 +64,7 @@ def load_finite(tensor: DenseTensor) -> Array:
 def factor_dtype(delta: LoraDelta, wanted: str | None) -> str:
     """Return the safetensors dtype for a module's new factors.
 
-    Parameters
-    ----------
-    delta : LoraDelta
-    wanted : str or None
-        ``f32``, ``f16``, ``bf16``; by default the factors keep theirs, if both have the same.
+    That is ``wanted`` (``f32``, ``f16``, ``bf16``); by default theirs, if both have the same.
     """
     if wanted is not None:
         return parse_weight_dtype(wanted)
@@ -82,13 +78,7 @@ def with_deltas(
     """Return an adapter with new deltas, without data that described the old ones.
 
     Scalings are folded, so the config must not name any; files are those of `_derived_files`.
-
-    Parameters
-    ----------
-    adapter : Adapter
-    deltas : dict of str to LoraDelta
-    others : sequence of Adapter
-        What they were computed from besides.
+    ``others`` are what the deltas were computed from besides.
     """
     return replace(
         adapter,
@@ -189,14 +179,9 @@ def error_with_rounding(error: float, rounding: float) -> float:
 
 
 def compute_factors(adapter: Adapter, rounding: Mapping[str, float]) -> None:
-    """Compute factors that were not written, so that their rounding error is known.
+    """Compute factors of `lazy_delta` that were not written, so that their rounding error is known.
 
-    Parameters
-    ----------
-    adapter : Adapter
-        Of deltas that `lazy_delta` made.
-    rounding : mapping of str to float
-        What they have been measured to be so far.
+    ``rounding`` is what they have been measured to be so far, by target.
     """
     for target, delta in adapter.deltas.items():
         if target not in rounding:

@@ -84,15 +84,9 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str | None) -> NF4Tensor:
-    """Return a weight in NF4; it is quantized when it is loaded.
+    """Return a matrix of F32, F16 or BF16 in NF4; it is quantized when it is loaded.
 
-    Parameters
-    ----------
-    tensor : DenseTensor
-        F32, F16 or BF16, two dimensions.
-    policy : QuantizationPolicy
-    model_type : str or None
-        ``Conv1D`` weights are turned into linears first, as bitsandbytes does.
+    ``Conv1D`` weights of the model type are turned into linears first, as bitsandbytes does.
     """
     transposed = is_conv1d(tensor.name, model_type)
 
@@ -138,14 +132,7 @@ def _quantize(tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool)
 
 
 def dequantized(tensor: NF4Tensor, dtype: str | None = None) -> DenseTensor:
-    """Return an NF4 weight as dense numbers; it is dequantized when it is loaded.
-
-    Parameters
-    ----------
-    tensor : NF4Tensor
-    dtype : str, optional
-        safetensors name; the weight's own by default.
-    """
+    """Return an NF4 weight in its own or another dense dtype; dequantized when it is loaded."""
     return DenseTensor.by_rows(
         tensor.name, dtype or tensor.dtype, tensor.shape, partial(tensor.row_reader, dtype),
         tensor.release,
@@ -155,12 +142,8 @@ def dequantized(tensor: NF4Tensor, dtype: str | None = None) -> DenseTensor:
 def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
     """Return a floating-point tensor in another dtype, rounded to nearest even; others as they are.
 
-    Parameters
-    ----------
-    tensor : LazyTensor
-    dtype : str or None
-        safetensors name, F32, F16 or BF16. None changes nothing. Of an NF4 weight only the
-        dtype that dequantization returns could change, and it is stored; it stays.
+    That is F32, F16 or BF16; None changes nothing. Of an NF4 weight only the dtype that
+    dequantization returns could change, and it is stored; it stays.
 
     Raises
     ------

@@ -31,18 +31,7 @@ def is_llama_type(word: str) -> bool:
 def refuse_llama_type(dtype: str | None, target: Path, command: Sequence[str]) -> None:
     """Refuse such a type and name the two commands that produce it.
 
-    Parameters
-    ----------
-    dtype : str or None
-        What the user asked for.
-    target : Path
-        The output.
-    command : sequence of str
-        What writes a GGUF file of the same model, the output's name and the type left out.
-
-    Raises
-    ------
-    UsageError
+    ``command`` writes a GGUF file of the same model; the output's name and the type are left out.
     """
     if dtype is None or not is_llama_type(dtype):
         return

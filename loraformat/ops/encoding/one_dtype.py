@@ -73,16 +73,7 @@ class Alignment:
 def aligned(model: Checkpoint) -> tuple[Checkpoint, Alignment]:
     """Cast the dense tensors of a quantized model to one dtype, if its class needs that.
 
-    Parameters
-    ----------
-    model : Checkpoint
-        As it will be written.
-
-    Returns
-    -------
-    Checkpoint
-        Tensors are cast when they are loaded, and ``config.json`` names the type.
-    Alignment
+    They are cast when they are loaded, and ``config.json`` names the type.
     """
     counts: dict[str, int] = {}
     for tensor in model.dense_tensors:

@@ -46,15 +46,8 @@ def again_as(
 ) -> dict[str, str]:
     """Return the requantized weights and their new type.
 
-    Parameters
-    ----------
-    original : Checkpoint
-        As it was read.
-    written : mapping of str to LazyTensor
-        As they are handed to the writer.
-    writer : BaseFormat
-    dtype : str or None
-        What the user asked for.
+    They are compared as they were read and as they are handed to the writer; ``dtype`` is what the
+    user asked for.
     """
     before = bool(original.provenance.quantized)
     asked = dtype if writer.dtypes and dtype not in (None, *_PLAIN) else None

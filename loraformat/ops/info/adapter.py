@@ -9,25 +9,12 @@ from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.description import AdapterInfo, ModuleSummary
 from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.plugins import AdapterFormat
 
 __all__ = ["AdapterInfo", "ModuleSummary", "describe_adapter", "description_of"]
 
 
-def describe_adapter(path: Path, reader: AdapterFormat, allow_pickle: bool) -> AdapterInfo:
-    """Describe an adapter.
-
-    Parameters
-    ----------
-    path : Path
-    reader : AdapterFormat
-    allow_pickle : bool
-
-    Raises
-    ------
-    LoraFormatError
-        If it cannot be opened.
-    """
+def describe_adapter(path: Path, reader: Converter, *, allow_pickle: bool = False) -> AdapterInfo:
+    """Describe an adapter of a known format."""
     with open_adapter(
         path, reader=reader, allow_pickle=allow_pickle, conditional=True, inspect=True
     ) as adapter:

@@ -35,11 +35,6 @@ _LEAST = 1.0
 def normal_error(block_size: int, double_quant: bool) -> float:
     """Return the relative RMS error of normally distributed weights.
 
-    Parameters
-    ----------
-    block_size : int
-    double_quant : bool
-
     Examples
     --------
     >>> round(normal_error(64, True), 2)

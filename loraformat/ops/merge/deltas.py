@@ -110,10 +110,7 @@ class LowRankUpdate:
     def measured_gains(self, weight: Array) -> list[Array]:
         """Return each DoRA term's m / ‖W + D‖ by output feature, in float32.
 
-        Parameters
-        ----------
-        weight : array
-            The original: float32, float16 or bfloat16, contiguous.
+        The weight is the original: float32, float16 or bfloat16, contiguous.
         """
         return [
             self._gain(term, term.magnitude, weight)
@@ -261,12 +258,7 @@ def _factors(delta: LoraDelta, term: DeltaTerm, rows: int) -> LowRankTerm:
 
 
 def finite(tensor: DenseTensor, values: Array) -> Array:
-    """Return values in float64, if none is NaN or infinite.
-
-    Raises
-    ------
-    UnsupportedError
-    """
+    """Return values in float64; NaN or infinity is an UnsupportedError."""
     values = values.astype(numpy.float64)
     check_finite(values, tensor.name, error=UnsupportedError)
     return values

@@ -29,21 +29,7 @@ __all__ = ["MergeJob", "MergeOptions"]
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """Options that determine the output's bytes.
-
-    Attributes
-    ----------
-    weights : tuple of float
-        One per adapter.
-    dtype : str or None
-        ``f32``, ``f16`` or ``bf16``.
-    requantize : bool
-        NF4 weights stay NF4.
-    shard_limit : int
-        Bytes.
-    pre_tokenizer : str or None
-        What the output's format calls the model's pre-tokenizer.
-    """
+    """Options that determine the output's bytes: a weight per adapter, dtype, and the writer's."""
 
     weights: tuple[float, ...]
     dtype: str | None
@@ -53,21 +39,13 @@ class MergeOptions:
 
 
 class MergeJob:
-    """One merge.
+    """One merge of adapters that were opened against its base.
 
-    Parameters
-    ----------
-    original : Checkpoint
-    adapters : sequence of Adapter
-        Opened against it.
-    options : MergeOptions
-    writer : BaseFormat
-    spool : Spool or None
-        Where the undo record's residuals wait; None for no record.
+    In the spool the undo record's residuals wait; without one there is no record.
 
     Attributes
     ----------
-    plan : Plan
+    plan : MergePlan
     checkpoint : Checkpoint
         What will be written, lazily.
     meter : Meter

@@ -121,14 +121,7 @@ class MergePlan:
 def plan_edits(
     base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> MergePlan:
-    """Find the stored tensors that adapters change.
-
-    Parameters
-    ----------
-    base : Checkpoint
-    adapters : sequence of Adapter
-    weights : sequence of float
-        One per adapter.
+    """Find the stored tensors that adapters, with one weight each, change.
 
     Raises
     ------

@@ -62,13 +62,7 @@ class _Kept:
 class UndoRecorder:
     """Recorder of what is needed to undo the edit of one tensor.
 
-    Parameters
-    ----------
-    edit : TensorEdit
-    source : LazyTensor or None
-    dtype : str or None
-        Of the output; None keeps the source's.
-    spool : Spool
+    ``dtype`` is the output's; None keeps the source's.
     """
 
     def __init__(
@@ -102,10 +96,7 @@ class UndoRecorder:
     ) -> Encoded | None:
         """Encode what is lost of a tile, in any thread; None if an interval cannot.
 
-        Parameters
-        ----------
-        weight, delta, gain, merged
-            As of `loraformat.undo.interval_code.encode_tile`; no delta is zero.
+        Arguments are those of `loraformat.undo.interval_code.encode_tile`; no delta is zero.
         """
         if self.mode != "interval":
             return None
@@ -194,20 +185,7 @@ def write_record(
     recorders: Mapping[str, UndoRecorder],
     written: WrittenModel,
 ) -> UndoSummary:
-    """Write the record of a merge to its work directory.
-
-    Parameters
-    ----------
-    output : AtomicOutput
-        Of the record.
-    original : Checkpoint
-    adapters : sequence of Adapter
-    weights : sequence of float
-    recorders : mapping of str to UndoRecorder
-        By tensor.
-    written : WrittenModel
-        What the merge wrote.
-    """
+    """Write the record of a merge to its work directory, from the recorders of its tensors."""
     digests = {name: record.sha256 for name, record in written.shards.tensors.items()}
     record = UndoRecord(
         created_by=f"loraformat {__version__}",

@@ -130,12 +130,8 @@ class MergeReport(Report):
 class Meter:
     """Collects sums over elements by tensor; a `loraformat.plugins.RoundingObserver`.
 
-    Attributes
-    ----------
-    sources : mapping of str to LazyTensor
-        What tensors were before the merge, where a writer rounds to types of its own and tells
-        what it stores of them.
-    sums : dict of str to TileSums
+    ``sources`` are what tensors were before the merge, where a writer rounds to types of its own
+    and tells what it stores of them.
     """
 
     sources: Mapping[str, LazyTensor] = field(default_factory=dict)
@@ -148,14 +144,9 @@ class Meter:
     def compare(
         self, before: Array, wanted: Array, stored: Array, untouched: Array | None
     ) -> TileSums:
-        """Measure a piece of a tensor: original, exact merge, and result.
+        """Measure a piece of a tensor: original, exact merge, and result, in float32.
 
-        Parameters
-        ----------
-        before, wanted, stored : array
-            float32, of one shape.
-        untouched : array or None
-            What it would have become without a change; None where that is not counted.
+        ``untouched`` is what it would have become without a change; None where that is not counted.
         """
         delta, effect = wanted - before, stored - before
         changed = swallowed = 0
@@ -214,14 +205,8 @@ def advice(
 ) -> list[str]:
     """Return warnings with their remedies.
 
-    Parameters
-    ----------
-    total : Change
-    dtypes : sequence of str
-        What the merged tensors are stored as: safetensors names, or a format's own.
-    requantized : bool
-    beside : sequence of str
-        Of a base that was quantized already: commands that leave it as it is.
+    ``dtypes`` are what the merged tensors are stored as: safetensors names, or a format's own.
+    ``beside`` are commands that leave a base that was quantized already as it is.
 
     Examples
     --------
@@ -268,18 +253,7 @@ def _in_blocks(dtypes: Sequence[str]) -> bool:
 
 
 def commands(report: MergeReport) -> list[str]:
-    """Return the commands to run instead if the base is already quantized.
-
-    Parameters
-    ----------
-    report : MergeReport
-        Its source, source format and adapters count.
-
-    Returns
-    -------
-    list of str
-        Command lines, in order.
-    """
+    """Return the commands, in order, to run instead if the base is already quantized."""
     base, lines = report.source, []
     if report.source_format != "gguf":
         lines.append(f"loraformat convert {quote(report.source)} base.gguf --dtype q8_0")

@@ -34,13 +34,8 @@ __all__ = ["SeparateDelta", "name_of"]
 def name_of(adapters: Sequence[str | Path | Adapter], wanted: str | None) -> str:
     """Return the name of the adapter in the new bundle.
 
-    Parameters
-    ----------
-    adapters : sequence of str, Path or Adapter
-        As the user gave them.
-    wanted : str or None
-        What the user asked for; by default the last part of an only adapter's path, and
-        ``merged`` for several.
+    That is the ``wanted`` one; by default the last part of an only adapter's path, and ``merged``
+    for several.
 
     Raises
     ------
@@ -129,7 +124,7 @@ class SeparateDelta:
         force: bool,
         progress: Callable[[int, int], None],
     ) -> WrittenModel:
-        """Write the bundle; parameters as in `loraformat.ops.merge.merge.merge`.
+        """Write the bundle; an only adapter of weight 1 is copied as it is.
 
         Raises
         ------

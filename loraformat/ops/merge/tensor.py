@@ -81,13 +81,7 @@ class MergedTensor:
     _held: list[Array] = field(default_factory=list, init=False)
 
     def dense(self) -> DenseTensor:
-        """Return it as a tensor of a checkpoint.
-
-        Raises
-        ------
-        UnsupportedError
-            If the weights are of no type that can be merged.
-        """
+        """Return it as a tensor of a checkpoint; types that cannot be merged are refused."""
         edit = self.edit
         start = self.source or (edit.replacement[1] if edit.replacement else None)
         assert start is not None
@@ -282,17 +276,9 @@ class BufferPool:
 def requantized(
     merged: DenseTensor, source: LazyTensor, like: NF4Tensor, meter: Meter
 ) -> NF4Tensor:
-    """Return a merged weight in NF4.
+    """Return a merged weight in NF4, quantized as ``like``.
 
-    Parameters
-    ----------
-    merged : DenseTensor
-    source : LazyTensor
-        The weight before.
-    like : NF4Tensor
-        How it is quantized.
-    meter : Meter
-        Takes what is left of the delta.
+    The meter takes what is left of the delta, measured against ``source``, the weight before.
     """
     policy = QuantizationPolicy(like.block_size, like.double_quant)
     model_type = "gpt2" if like.transposed else None

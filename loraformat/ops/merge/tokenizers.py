@@ -69,15 +69,7 @@ def with_conversation(
 
 
 def still_prompted_by(files: Sequence[CarriedFile], adapters: Iterable[Adapter]) -> list[str]:
-    """Say of which adapter the template is that a model keeps after it was taken out of it.
-
-    Parameters
-    ----------
-    files : sequence of CarriedFile
-        The merged model's.
-    adapters : iterable of Adapter
-        That were merged into it.
-    """
+    """Say of which adapter the template is that a model keeps after it was taken out of it."""
     there = _template(files)
     for adapter in adapters:
         own = _template(adapter.files)

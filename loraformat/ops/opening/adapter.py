@@ -73,15 +73,7 @@ def open_adapter(
 
 
 def copy_adapter(adapter: Adapter, output: AtomicOutput, folder: str = "") -> None:
-    """Copy an adapter's own files, byte for byte.
-
-    Parameters
-    ----------
-    adapter : Adapter
-    output : AtomicOutput
-        Takes the files; committing it is the caller's.
-    folder : str
-        Where in it they shall lie, ``adapters/NAME`` for example.
+    """Copy an adapter's own files, byte for byte; committing the output is the caller's.
 
     Raises
     ------

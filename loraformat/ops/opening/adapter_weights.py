@@ -12,14 +12,7 @@ __all__ = ["adapter_weights", "effective_scaling"]
 
 
 def adapter_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Return one factor for each adapter, 1 by default.
-
-    Parameters
-    ----------
-    weights : sequence of float or None
-        Negative ones subtract.
-    count : int
-        Of adapters.
+    """Return one factor for each adapter, 1 by default; negative ones subtract.
 
     Raises
     ------
@@ -45,13 +38,7 @@ def adapter_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
 
 
 def effective_scaling(adapter: Adapter, target: str, weight: float) -> float:
-    """Return the factor of B A: the user's weight times the module's scaling.
-
-    Raises
-    ------
-    UsageError
-        If float32 does not hold it.
-    """
+    """Return the factor of B A, within float32: the user's weight times the module's scaling."""
     scaling = weight * adapter.deltas[target].scaling
     if not abs(scaling) <= LARGEST_SCALING:
         raise UsageError(

@@ -149,16 +149,9 @@ def check_base(
     allowed: bool,
     instead: str = "use the base that it was trained on",
 ) -> list[str]:
-    """Refuse an adapter that was made for another base, and say what a user should know.
+    """Refuse an adapter of another base, unless ``allowed``, and say what a user should know.
 
-    Parameters
-    ----------
-    adapter : Adapter
-    base : Checkpoint
-    allowed : bool
-        Accept an adapter of another base.
-    instead : str
-        What else can be done about it.
+    ``instead`` is what else can be done about it.
 
     Raises
     ------

@@ -271,12 +271,8 @@ def _add_base(report: PullReport, card: dict[str, object], target: Path) -> Pull
 def base_named_by(path: Path | None, card: Mapping[str, object]) -> BaseRef | None:
     """Return the base as ``org/name`` and a revision, if one is named.
 
-    Parameters
-    ----------
-    path : Path or None
-        Where the repository lies now; None if it was not fetched.
-    card : mapping
-        Front matter of its card.
+    It is named by what lies at the path (None if nothing was fetched), or by the card's front
+    matter.
     """
     said = _card_base(card)
     found = None if path is None else _adapter_base(path)

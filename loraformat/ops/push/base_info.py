@@ -30,15 +30,9 @@ BaseRef = tuple[str, str | None]
 def adapter_base(
     adapter: Adapter, option: str | None, bundle_source: Mapping[str, str] | None
 ) -> BaseRef:
-    """Return the base that the adapter or the user names.
+    """Return the base that the user (``org/name``, ``org/name@revision``) or the adapter names.
 
-    Parameters
-    ----------
-    adapter : Adapter
-    option : str or None
-        ``--base-model``: ``org/name`` or ``org/name@revision``.
-    bundle_source : mapping or None
-        The ``source`` of the bundle that it lies in.
+    ``bundle_source`` is the ``source`` of the bundle that the adapter lies in.
 
     Raises
     ------
@@ -146,30 +140,17 @@ def look_up(named: BaseRef, licence: str | None, notes: list[str], *, offline_ok
 
 @dataclass(frozen=True, slots=True)
 class LocalBase:
-    """A base on this machine.
-
-    Attributes
-    ----------
-    path : str or Path
-    word : str
-        What a user would call it on the command line.
-    """
+    """A base on this machine, and what a user would call it on the command line."""
 
     path: str | Path
     word: str
 
 
 def local_base(given: str | None, named: str | None, base: Base) -> LocalBase | None:
-    """Return the base that the user names, otherwise one that needs no download.
+    """Return the base ``given`` with ``--base``, otherwise one that needs no download.
 
-    Parameters
-    ----------
-    given : str or None
-        ``--base``.
-    named : str or None
-        What the adapter's config names, a local path perhaps.
-    base : Base
-        On the Hub; its cache may have it, or no more than its config.
+    ``named`` is what the adapter's config names, a local path perhaps. The Hub's cache may have
+    ``base``, or no more than its config.
     """
     if given is not None:
         return LocalBase(given, given)

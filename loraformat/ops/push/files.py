@@ -276,14 +276,7 @@ def read_record(files: Iterable[UploadFile]) -> dict[str, Any]:
 
 
 def bundle_files(path: Path, manifest: Manifest) -> Contents:
-    """Return the manifest and the files that it lists.
-
-    Parameters
-    ----------
-    path : Path
-    manifest : Manifest
-        Of that bundle, which was verified.
-    """
+    """Return the manifest of a verified bundle and the files that it lists."""
     folder = SafeDirectory(path)
     names = [MANIFEST_NAME, _INDEX_NAME, *manifest.files, *(s.file for s in manifest.shards)]
     for adapter, files in manifest.adapters.items():
@@ -326,15 +319,7 @@ class UploadFile:
 
     @classmethod
     def of_folder(cls, folder: SafeDirectory, name: str, path: str | None = None) -> UploadFile:
-        """Hash a file of a directory.
-
-        Raises
-        ------
-        InputError
-            If it is missing, or leads out of it.
-        UnsupportedError
-            If not every system can have a file of that name.
-        """
+        """Hash a file of a directory; its name has to be one that every system can have."""
         path = path or name
         if not is_portable_path(path):
             raise UnsupportedError(

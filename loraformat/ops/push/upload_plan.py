@@ -65,18 +65,9 @@ _BUNDLE_FILES = ("*.safetensors", "model.safetensors.index.json", "adapters/*")
 
 @dataclass(frozen=True, slots=True)
 class UploadPlan:
-    """Files and a card.
+    """Files of an adapter or a bundle, and the generated part of the card.
 
-    Attributes
-    ----------
-    kind : str
-        ``adapter`` or ``bundle``.
-    base : Base
-    contents : Contents
-    document : Document
-        The generated part of the card.
-    replaces : tuple of str
-        Globs of files on the Hub that leave if they are not among these.
+    ``replaces`` are globs of files on the Hub that leave if they are not among these.
     """
 
     kind: str
@@ -91,14 +82,8 @@ def plan_upload(
 ) -> UploadPlan:
     """Assemble the files to publish and their card.
 
-    Parameters
-    ----------
-    path : Path
-    options : PushOptions
-    workplace : Path
-        An empty directory for files that are made on the way.
-    verify : callable
-        Verifies the path; called once it is known to be something to publish.
+    ``workplace`` is an empty directory for files that are made on the way. ``verify`` verifies the
+    path; it is called once that is known to be something to publish.
 
     Raises
     ------

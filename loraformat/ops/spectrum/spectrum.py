@@ -126,13 +126,7 @@ def spectrum(
 def spectrum_of(
     adapter: Adapter, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> SpectrumReport:
-    """Decompose an open adapter.
-
-    Parameters
-    ----------
-    adapter : Adapter
-    progress : callable
-    """
+    """Decompose an open adapter."""
     total = sum(delta.a.nbytes + delta.b.nbytes for delta in adapter.deltas.values())
     done, modules = 0, []
     for delta in adapter.deltas.values():

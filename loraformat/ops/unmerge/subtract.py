@@ -101,16 +101,9 @@ def subtract(
     allow_pickle: bool = False,
     **options: Any,
 ) -> UnmergeReport:
-    """Merge with negative weights and bound the error.
+    """Merge with the negative of the merge's weights and bound the error.
 
-    Parameters
-    ----------
-    merged, target, adapters, weights, dry_run, allow_pickle, options
-        As of `loraformat.ops.merge.merge.merge`; the weights are those of the merge.
-
-    Returns
-    -------
-    UnmergeReport
+    Other parameters are those of `loraformat.ops.merge.merge.merge`.
 
     Raises
     ------

@@ -8,17 +8,8 @@ from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.description import AdapterInfo, ModuleSummary
 from loraformat.ops.convert.adapter import tensors_of
-from loraformat.ops.opening.adapter import open_adapter
 
-__all__ = ["AdapterInfo", "ModuleSummary", "describe_adapter", "description_of"]
-
-
-def describe_adapter(path: Path, reader: Converter, *, allow_pickle: bool = False) -> AdapterInfo:
-    """Describe an adapter of a known format."""
-    with open_adapter(
-        path, reader=reader, allow_pickle=allow_pickle, conditional=True, inspect=True
-    ) as adapter:
-        return description_of(adapter, path)
+__all__ = ["AdapterInfo", "ModuleSummary", "description_of"]
 
 
 def description_of(adapter: Adapter, path: Path) -> AdapterInfo:

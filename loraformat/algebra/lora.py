@@ -252,9 +252,7 @@ def rounding_error(b: NDArray[Any], a: NDArray[Any], dtype: DTypeLike) -> float:
         return (max(float((left * right).sum()), 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def combine_factors(
-    terms: Sequence[tuple[float, NDArray[Any], NDArray[Any]]],
-) -> Pair:
+def combine_factors(terms: Sequence[tuple[float, NDArray[Any], NDArray[Any]]]) -> Pair:
     """Return factors of Σ wᵢ·Bᵢ Aᵢ exactly, by concatenation.
 
     Terms are (weight, b, a), their weights include each adapter's scaling; the factors are float64

@@ -20,7 +20,7 @@ from loraformat.model.written import FileRecord, WrittenModel
 from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions
 from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
-from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
+from loraformat.storage.safe_paths import CARD_NAME, MANIFEST_NAME
 from loraformat.version import __version__
 
 __all__ = [

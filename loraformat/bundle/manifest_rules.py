@@ -16,8 +16,12 @@ from loraformat.errors import FormatError, printable
 from loraformat.model.written import FileRecord, ShardRecord, TensorRecord
 from loraformat.shards.layout import shard_name
 from loraformat.storage import strict_json
-from loraformat.storage.reserved_names import MANIFEST_NAME
-from loraformat.storage.safe_paths import is_adapter_name, is_portable_path, is_safe_path
+from loraformat.storage.safe_paths import (
+    MANIFEST_NAME,
+    is_adapter_name,
+    is_portable_path,
+    is_safe_path,
+)
 from loraformat.tensors.dtypes import FORMAT_DTYPES, WEIGHT_DTYPES
 from loraformat.tensors.header import is_clean_name, is_clean_text
 
@@ -97,9 +101,13 @@ class _Parser:
         self.newer = int(match[2]) > _SUPPORTED_MINOR
         return match[0]
 
-    def members(self, rule: str, what: str, value: Any, required: Iterable[str]) -> None:
+    def object(self, rule: str, what: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.broken(rule, f"{what} is not an object")
+        return value
+
+    def members(self, rule: str, what: str, value: Any, required: Iterable[str]) -> None:
+        self.object(rule, what, value)
         required = set(required)
         if missing := sorted(required - value.keys()):
             raise self.broken(rule, f"{what} lacks {', '.join(missing)}")
@@ -134,9 +142,8 @@ class _Parser:
         return {key: self.string(value[key], f"source.{key}") for key in value if key in known}
 
     def tensors(self, value: Any) -> dict[str, TensorRecord]:
-        if not isinstance(value, dict):
-            raise self.broken("M04", "tensors is not an object")
-        return {name: self.tensor(name, record) for name, record in value.items()}
+        tensors = self.object("M04", "tensors", value)
+        return {name: self.tensor(name, record) for name, record in tensors.items()}
 
     def tensor(self, name: str, value: Any) -> TensorRecord:
         what = f"tensor {printable(name)}"
@@ -202,9 +209,7 @@ class _Parser:
     def files(
         self, value: Any, what: str, is_safe: Callable[[str], bool] = is_safe_path
     ) -> dict[str, FileRecord]:
-        if not isinstance(value, dict):
-            raise self.broken("M08", f"{what} is not an object")
-        self.distinct(value, what)
+        self.distinct(self.object("M08", what, value), what)
         records = {}
         for path, record in value.items():
             if not is_safe(path):
@@ -224,9 +229,7 @@ class _Parser:
                 )
 
     def adapters(self, value: Any) -> dict[str, dict[str, FileRecord]]:
-        if not isinstance(value, dict):
-            raise self.broken("M09", "adapters is not an object")
-        self.distinct(value, "adapters")
+        self.distinct(self.object("M09", "adapters", value), "adapters")
         adapters = {}
         for name, record in value.items():
             what = f"adapter {printable(name)}"
@@ -242,15 +245,10 @@ class _Parser:
         return adapters
 
     def extensions(self, value: Any) -> dict[str, dict[str, Any]]:
-        if not isinstance(value, dict):
-            raise self.broken("M11", "extensions is not an object")
-        for name, body in value.items():
-            if not isinstance(body, dict):
-                raise self.broken("M11", f"extension {printable(name)} is not an object")
-            if body.get("must_understand", True) is not False:
-                raise self.broken(
-                    "M11",
-                    f"extension {printable(name)} must be understood, and is unknown here",
-                    hint="install a newer loraformat",
-                )
-        return value
+        extensions = self.object("M11", "extensions", value)
+        for name, body in extensions.items():
+            what = f"extension {printable(name)}"
+            if self.object("M11", what, body).get("must_understand", True) is not False:
+                problem = f"{what} must be understood, and is unknown here"
+                raise self.broken("M11", problem, hint="install a newer loraformat")
+        return extensions

@@ -32,8 +32,8 @@ from loraformat.model.nf4_parts import NF4Parts, content_digest
 from loraformat.model.quantization_history import from_extension
 from loraformat.shards import index_json
 from loraformat.shards.stored_tensors import collect
-from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.storage.safe_paths import CARD_NAME, MANIFEST_NAME
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["Bundle", "is_bundle", "load_verified", "open_bundle"]

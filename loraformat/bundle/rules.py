@@ -23,8 +23,8 @@ from loraformat.model.checkpoint import LazyTensor, NF4Tensor
 from loraformat.model.written import FileRecord, ShardRecord
 from loraformat.shards import index_json
 from loraformat.shards.layout import TAIL_SUFFIXES
-from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.storage.safe_paths import MANIFEST_NAME
 from loraformat.tensors.mapped import MappedFile
 
 __all__ = [

@@ -39,9 +39,13 @@ from loraformat.storage.durable import (
     sync_directory,
     write_all,
 )
-from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.storage.safe_paths import is_adapter_name, is_portable_path, unlistable
+from loraformat.storage.safe_paths import (
+    MANIFEST_NAME,
+    is_adapter_name,
+    is_portable_path,
+    unlistable,
+)
 
 __all__ = [
     "BundleSlot",

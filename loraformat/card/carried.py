@@ -9,7 +9,7 @@ from loraformat.card.document import own_words, without_facts
 from loraformat.card.front_matter import split
 from loraformat.errors import InputError
 from loraformat.model.checkpoint import CarriedFile
-from loraformat.storage.reserved_names import CARD_NAME
+from loraformat.storage.safe_paths import CARD_NAME
 
 __all__ = ["base_model_of", "keep_user_text", "with_true_card"]
 

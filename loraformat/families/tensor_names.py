@@ -50,11 +50,8 @@ def spelled_in_2019(name: str) -> str:
     >>> spelled_in_2019("bert.embeddings.LayerNorm.weight")
     'bert.embeddings.LayerNorm.gamma'
     """
-    return re.sub(
-        r"(?<=\.LayerNorm\.)(weight|bias)$",
-        lambda found: {"weight": "gamma", "bias": "beta"}[found[0]],
-        name,
-    )
+    name = re.sub(r"(?<=\.LayerNorm\.)weight$", "gamma", name)
+    return re.sub(r"(?<=\.LayerNorm\.)bias$", "beta", name)
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -24,8 +24,8 @@ from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.plugins import AdapterFormat
 from loraformat.shards.index_json import INDEX_NAME
-from loraformat.storage.reserved_names import CARD_NAME
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.storage.safe_paths import CARD_NAME
 
 __all__ = ["VerificationReport", "verify"]
 

@@ -17,7 +17,7 @@ from loraformat.model.packed_weights import ORIGINAL, Signature, packed_weights
 from loraformat.model.quantization_method import QuantizationMethod
 from loraformat.plugins import BaseFormat, ReadOptions
 from loraformat.shards.read_directory import open_model, peek_config, stored_entries
-from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.storage.safe_paths import MANIFEST_NAME
 
 __all__ = ["method_of", "quantized_format"]
 

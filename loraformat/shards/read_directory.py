@@ -22,9 +22,8 @@ from loraformat.model.checkpoint import CarriedFile, Checkpoint, LazyTensor, Pro
 from loraformat.model.quantization_history import from_metadata
 from loraformat.shards import index_json
 from loraformat.shards.stored_tensors import collect
-from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.storage.safe_paths import is_safe_path
+from loraformat.storage.safe_paths import MANIFEST_NAME, is_safe_path
 from loraformat.tensors.header import Entry
 from loraformat.tensors.mapped import MappedFile
 

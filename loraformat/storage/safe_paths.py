@@ -1,13 +1,23 @@
-"""Portable names of files and adapters."""
+"""Portable names of files and adapters, and names that a bundle takes for itself."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
 
-from loraformat.storage.reserved_names import MANIFEST_NAME
+__all__ = [
+    "CARD_NAME",
+    "MANIFEST_NAME",
+    "is_adapter_name",
+    "is_portable_path",
+    "is_safe_path",
+    "unlistable",
+]
 
-__all__ = ["is_adapter_name", "is_portable_path", "is_safe_path", "unlistable"]
+#: Makes a directory a bundle.
+MANIFEST_NAME = "loraformat.json"
+#: The model card: carried but not listed in the manifest, so that it can be edited on the Hub.
+CARD_NAME = "README.md"
 
 _PATH_PART = re.compile(r"[A-Za-z0-9_+@=,()\[\]-][A-Za-z0-9_.+@=,()\[\] -]{0,254}")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")

@@ -125,11 +125,7 @@ def same_bytes(one: memoryview, other: memoryview) -> bool:
 
 
 def check_finite(
-    values: Array,
-    name: str,
-    path: Path | None = None,
-    *,
-    error: type[InputError] = InputError,
+    values: Array, name: str, path: Path | None = None, *, error: type[InputError] = InputError
 ) -> None:
     """Refuse NaN and infinity in the values of a tensor, by an error of a given class."""
     if not finite(values):

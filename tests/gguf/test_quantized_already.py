@@ -26,7 +26,7 @@ from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.model import open_model
 from loraformat.ops.verify import verify
-from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.storage.safe_paths import MANIFEST_NAME
 from loraformat.tensors.torch_arrays import tensor_of
 
 LORA = ADAPTERS["manual"]

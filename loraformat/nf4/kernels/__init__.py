@@ -53,13 +53,7 @@ class Kernel(Protocol):
         """Fill `out` float32 with the absmax of the blocks from number `start` on."""
 
     def dequantize(
-        self,
-        packed: Array,
-        scales: Array,
-        block_size: int,
-        start: int,
-        out: Array,
-        streaming: bool,
+        self, packed: Array, scales: Array, block_size: int, start: int, out: Array, streaming: bool
     ) -> None:
         """Fill `out` with elements from `start` on; ``scales[0]`` is of the block of `start`."""
 

@@ -127,13 +127,7 @@ class NativeKernel:
         self._lib.nf4_decode_scales(self._tables, *stored, offset, *blocks, address(out))
 
     def dequantize(
-        self,
-        packed: Array,
-        scales: Array,
-        block_size: int,
-        start: int,
-        out: Array,
-        streaming: bool,
+        self, packed: Array, scales: Array, block_size: int, start: int, out: Array, streaming: bool
     ) -> None:
         """See `Kernel.dequantize`."""
         stored, elements = (address(packed), address(scales)), (start, start + out.size)

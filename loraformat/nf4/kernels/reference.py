@@ -116,13 +116,7 @@ class ReferenceKernel:
         out += numpy.float32(offset)
 
     def dequantize(
-        self,
-        packed: Array,
-        scales: Array,
-        block_size: int,
-        start: int,
-        out: Array,
-        streaming: bool,
+        self, packed: Array, scales: Array, block_size: int, start: int, out: Array, streaming: bool
     ) -> None:
         """See `Kernel.dequantize`."""
         del streaming

@@ -16,8 +16,8 @@ from loraformat.model.base_match import BaseMatch
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import MAX_CONFIG_BYTES, split
 from loraformat.plugins import BaseFormat, Format, ReadOptions
-from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.storage.safe_paths import MANIFEST_NAME
 
 __all__ = [
     "check_base",

@@ -31,9 +31,8 @@ from loraformat.model.adapter import STATISTICS_NAME
 from loraformat.runtimes.chat import RECORD_NAME
 from loraformat.storage import strict_json
 from loraformat.storage.foreign_json import parse_object
-from loraformat.storage.reserved_names import CARD_NAME, MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.storage.safe_paths import is_portable_path
+from loraformat.storage.safe_paths import CARD_NAME, MANIFEST_NAME, is_portable_path
 
 __all__ = [
     "CONFIG_NAME",

@@ -33,8 +33,8 @@ from loraformat.ops.push.files import PushOptions, UploadFile, read_card
 from loraformat.ops.push.report import FileReport, PushReport
 from loraformat.ops.push.upload_plan import UploadPlan, gguf_pattern, plan_upload
 from loraformat.ops.verify import verify
-from loraformat.storage.reserved_names import CARD_NAME
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.storage.safe_paths import CARD_NAME
 from loraformat.version import __version__
 
 __all__ = ["push"]

@@ -22,7 +22,7 @@ from loraformat.model.vocabulary import tokenizer_files
 from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.deltas.factors import in_memory
 from loraformat.runtimes.chat import RECORD_NAME
-from loraformat.storage.reserved_names import MANIFEST_NAME
+from loraformat.storage.safe_paths import MANIFEST_NAME
 from loraformat.tensors.arrays import array_bytes
 from loraformat.tensors.torch_arrays import array_of
 from loraformat.train.lora.branch import LoraBranch

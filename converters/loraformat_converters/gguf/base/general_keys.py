@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import to_text
-from loraformat.storage.reserved_names import MANIFEST_NAME
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.storage.safe_paths import MANIFEST_NAME
 from loraformat_converters.gguf.base.model_card import card_keys, model_name
 from loraformat_converters.gguf.container.types import GGMLType
 from loraformat_converters.gguf.container.values import GGUFValue

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loraformat.card.front_matter import compose, split
 from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import CarriedFile
-from loraformat.storage.reserved_names import CARD_NAME
+from loraformat.storage.safe_paths import CARD_NAME
 from loraformat_converters.gguf.container.values import GGUFValue
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import click
@@ -59,13 +60,10 @@ def _run(
             members["fixed"] = fixed.to_dict()
         echo_json("check", members)
     elif not quiet:
-        wrote = [] if fixed is None else [_fixed(fixed), ""]
-        say("\n".join([*wrote, *_text(report)]))
+        if fixed is not None:
+            say(f"wrote {fixed.target}: {fixed.modules} modules, rank {fixed.ranks[0]}\n")
+        say("\n".join(_text(report)))
     return _FOUND_SOMETHING if report.failed else 0
-
-
-def _fixed(fixed: Any) -> str:
-    return f"wrote {fixed.target}: {fixed.modules} modules, rank {fixed.ranks[0]}"
 
 
 def _refuse_options(fixing: bool, output: str | None, dtype: str | None, force: bool) -> None:
@@ -81,35 +79,24 @@ def _text(report: Any) -> list[str]:
     ranks = ", ".join(map(str, report.ranks)) or "none"
     against = f", compared with {report.base or 'no base (use --base)'}"
     lines = [f"{report.format} {report.path}: {report.modules} modules, rank {ranks}{against}", ""]
+    found = {name: [f for f in report.findings if f.runtime == name] for name in report.verdicts}
     rows = [
-        [runtime, _WORDS[verdict], ", ".join(_rules(report, runtime)) or "-"]
+        [runtime, _WORDS[verdict], ", ".join(finding.rule for finding in found[runtime]) or "-"]
         for runtime, verdict in report.verdicts.items()
     ]
-    lines += table(["runtime", "result", "findings"], rows).split("\n")
-    for runtime in report.verdicts:
-        for finding in report.findings:
-            if finding.runtime == runtime:
-                lines += ["", *_finding(finding)]
+    lines.append(table(["runtime", "result", "findings"], rows))
+    for finding in chain(*found.values()):
+        lines += ["", *_finding(finding)]
     if (written := report.written) is not None:
         lines += ["", f"wrote {written.path}: {', '.join(written.files)}"]
         lines += [f"note: no file for {sentence}" for sentence in written.left_out]
     return lines
 
 
-def _rules(report: Any, runtime: str) -> list[str]:
-    return [finding.rule for finding in report.findings if finding.runtime == runtime]
-
-
 def _finding(finding: Any) -> list[str]:
-    lines = [
-        f"{finding.level} {finding.runtime} {finding.rule}: {finding.what}",
-        f"  {finding.why}",
-    ]
-    if finding.command:
-        lines.append(f"  {finding.remedy}: {finding.command}")
-    elif finding.remedy:
-        lines.append(f"  {finding.remedy}")
-    return lines
+    remedy = ": ".join(filter(None, (finding.remedy, finding.command)))
+    head = f"{finding.level} {finding.runtime} {finding.rule}: {finding.what}"
+    return [head, f"  {finding.why}", *([f"  {remedy}"] if remedy else [])]
 
 
 command = verb_command(

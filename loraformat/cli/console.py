@@ -101,7 +101,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def clean(text: str) -> str:
+def clean(text: str, keep: str = "") -> str:
     r"""Return text with control characters escaped: untrusted text must not move the cursor.
 
     Examples
@@ -109,12 +109,12 @@ def clean(text: str) -> str:
     >>> clean("rank\x1b[2J\n")
     'rank\\x1b[2J\\n'
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-def say(text: str) -> None:
-    """Print lines on stdout, each of them `clean`."""
-    click.echo("\n".join(map(clean, text.split("\n"))))
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines on stdout, or on stderr, each of them `clean`."""
+    click.echo(clean(text, keep="\n"), err=err)
 
 
 def echo_json(schema: str, members: dict[str, Any]) -> None:

@@ -66,19 +66,13 @@ def declaration_of(name: str) -> Declaration:
         for entry in _ENTRY.finditer(f"{sections[0]}\n" if sections else "")
         for each in entry[1].split(", ")
     }
-    arguments = function.args
-    defaults = [...] * (len(arguments.args) - len(arguments.defaults))
-    defaults += map(ast.literal_eval, arguments.defaults)
-    given = [*zip(arguments.args, defaults, strict=True)]
-    given += [
-        (argument, ... if value is None else ast.literal_eval(value))
-        for argument, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    ]
-    parameters = {
-        argument.arg: Parameter(
-            argument.arg, ast.unparse(argument.annotation), default, texts.get(argument.arg, "")
-        )
-        for argument, default in given
-        if argument.annotation is not None
-    }
+    found = function.args
+    required = [None] * (len(found.args) - len(found.defaults))
+    defaults = [*required, *found.defaults, *found.kw_defaults]
+    parameters = {}
+    for argument, value in zip([*found.args, *found.kwonlyargs], defaults, strict=True):
+        assert argument.annotation is not None
+        default = ... if value is None else ast.literal_eval(value)
+        kind, words = ast.unparse(argument.annotation), texts.get(argument.arg, "")
+        parameters[argument.arg] = Parameter(argument.arg, kind, default, words)
     return Declaration(text, parameters)

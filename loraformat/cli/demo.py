@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,10 @@ def _silence_transformers() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
+    with suppress(ImportError):
         from transformers.utils.logging import disable_progress_bar
-    except ImportError:
-        return
-    disable_progress_bar()
+
+        disable_progress_bar()
 
 
 def _text(report: Any, directory: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import loraformat
-from loraformat.cli.console import echo_json
+from loraformat.cli.console import clean, echo_json
 from loraformat.cli.options import verb_command
 from loraformat.cli.train_options import MACHINE_SETTINGS, given_settings, setting_options
 from loraformat.errors import InputError
@@ -25,7 +25,7 @@ _PROMPT = click.Option(
 
 def _run(prompt: str, as_json: bool, quiet: bool, **options: Any) -> None:
     def show(piece: str) -> None:
-        click.echo(_clean_text(piece), nl=False)
+        click.echo(clean(piece, keep="\n\t"), nl=False)
         sys.stdout.flush()
 
     text = _stdin() if prompt == "-" else prompt
@@ -47,11 +47,6 @@ def _stdin() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt on stdin is not UTF-8 at byte {error.start}") from None
-
-
-def _clean_text(text: str) -> str:
-    """Escape control characters in generated text, except line breaks and tabs."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 command = verb_command(

@@ -70,28 +70,26 @@ def _text(summary: Any, tensors: bool) -> str:
 
         steps = spelled(summary.quantized_before)
         facts.append(("history", f"{steps}; errors are relative to that, not to the original"))
-    lines = [f"{name + ':':14}{value}" for name, value in facts]
     for adapter in summary.adapters:
         ranks = ", ".join(map(str, adapter.ranks)) or "none"
-        lines.append(
-            f"{'adapter:':14}{adapter.name}, rank {ranks}, {adapter.parameters:,} parameters, "
+        about = (
+            f"{adapter.name}, rank {ranks}, {adapter.parameters:,} parameters, "
             f"{format_size(adapter.bytes)}, on {', '.join(adapter.targets)}; "
             f"base {adapter.base or 'not named'}"
         )
-    if tensors:
-        rows = [
-            [t.name, t.encoding, t.dtype, "x".join(map(str, t.shape)) or "scalar", t.bytes,
-             "-" if t.relative_rms_error is None else f"{t.relative_rms_error:.2%}"]
-            for t in summary.tensors
-        ]  # fmt: skip
-        lines += [
-            "",
-            table(["tensor", "encoding", "dtype", "shape", "bytes", "relative RMS error"], rows),
-        ]
-    return "\n".join(lines)
+        facts.append(("adapter", about))
+    rows = [
+        [t.name, t.encoding, t.dtype, "x".join(map(str, t.shape)) or "scalar", t.bytes,
+         "-" if t.relative_rms_error is None else f"{t.relative_rms_error:.2%}"]
+        for t in summary.tensors
+    ]  # fmt: skip
+    head = ["tensor", "encoding", "dtype", "shape", "bytes", "relative RMS error"]
+    return _lines(facts, table(head, rows) if tensors else None)
 
 
 def _adapter_text(adapter: Any, modules: bool) -> str:
+    parts = {"DoRA": adapter.dora, "bias": adapter.biases, "embedding": adapter.embeddings}
+    also = ", ".join(f"{count} with {what}" for what, count in parts.items() if count)
     facts = [
         ("format", f"{adapter.format} (adapter)"),
         ("rank", _listed(adapter.ranks)),
@@ -102,26 +100,24 @@ def _adapter_text(adapter: Any, modules: bool) -> str:
         ("stored as", ", ".join(f"{name}: {count:,}" for name, count in adapter.dtypes.items())),
         ("base", adapter.base_model or "not named"),
         ("base hash", adapter.base_fingerprint or "records no base fingerprint"),
+        *([("including", also)] if also else []),
+        *(("replaces", name) for name in adapter.replacements),
+        *(("replaces", f"rows of {name}") for name in adapter.replaced_rows),
+        *([("listed by", adapter.bundle)] if adapter.bundle else []),
+        *(("note", note) for note in adapter.notes),
     ]
-    parts = {"DoRA": adapter.dora, "bias": adapter.biases, "embedding": adapter.embeddings}
-    also = [f"{count} with {what}" for what, count in parts.items() if count]
-    if also:
-        facts.append(("including", ", ".join(also)))
-    facts += [("replaces", name) for name in adapter.replacements]
-    facts += [("replaces", f"rows of {name}") for name in adapter.replaced_rows]
-    if adapter.bundle:
-        facts.append(("listed by", adapter.bundle))
-    facts += [("note", note) for note in adapter.notes]
+    rows = [
+        [m.target, m.rank, f"{m.alpha:g}", f"{m.scaling:.4g}",
+         f"{m.out_features}x{m.in_features}", m.dtype, m.parameters]
+        for m in adapter.modules
+    ]  # fmt: skip
+    head = ["module", "rank", "alpha", "scaling", "shape", "dtype", "parameters"]
+    return _lines(facts, table(head, rows) if modules else None)
+
+
+def _lines(facts: list[tuple[str, Any]], below: str | None) -> str:
     lines = [f"{name + ':':14}{value}" for name, value in facts]
-    if modules:
-        rows = [
-            [m.target, m.rank, f"{m.alpha:g}", f"{m.scaling:.4g}",
-             f"{m.out_features}x{m.in_features}", m.dtype, m.parameters]
-            for m in adapter.modules
-        ]  # fmt: skip
-        head = ["module", "rank", "alpha", "scaling", "shape", "dtype", "parameters"]
-        lines += ["", table(head, rows)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", below] if below is not None else lines)
 
 
 def _listed(numbers: list[float]) -> str:

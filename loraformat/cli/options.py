@@ -17,13 +17,7 @@ from loraformat.cli.console import on_terminal, report_options, show
 from loraformat.cli.declaration import Parameter, declaration_of
 from loraformat.storage.byte_sizes import parse_size
 
-__all__ = [
-    "WeightType",
-    "parameter_count",
-    "rank_or_auto",
-    "reporting_command",
-    "verb_command",
-]
+__all__ = ["WeightType", "parameter_count", "rank_or_auto", "reporting_command", "verb_command"]
 
 #: A function raises ValueError with what is wrong.
 _Type = click.ParamType[Any] | Callable[[str], Any]

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from loraformat.storage.byte_sizes import parse_size
+from loraformat.train.run import config_file
 from loraformat.train.run.options import SETTINGS, Setting
 
 __all__ = [
@@ -60,6 +61,12 @@ def _rank_of_glob(value: str) -> tuple[str, int]:
     return glob, int(rank)
 
 
+#: What makes a value of a text, by kind of setting.
+_TYPES: dict[str, Any] = {
+    "integer": int, "number": float, "size": parse_size, "ranks": _rank_of_glob,
+}  # fmt: skip
+
+
 def setting_options(settings: Iterable[Setting] = SETTINGS) -> list[click.Parameter]:
     """Return an option for each setting; one that is not given is None, or an empty tuple."""
     return [_option(setting) for setting in settings if setting.section != "run"]
@@ -72,8 +79,9 @@ def _option(setting: Setting) -> click.Option:
         flags = f"{flag}/--no-{setting.flag}"
         return click.Option([flags, setting.name], default=None, help=words)
     many = setting.kind in ("texts", "names", "ranks")
+    kind = click.Choice(setting.choices) if setting.choices else _TYPES.get(setting.kind, str)
     return click.Option(
-        [flag, setting.name], type=_type(setting), multiple=many, default=None,
+        [flag, setting.name], type=kind, multiple=many, default=None,
         metavar=setting.metavar, help=words,
     )  # fmt: skip
 
@@ -87,23 +95,10 @@ def _default(setting: Setting) -> str:
     return f"  [default: {','.join(value) if isinstance(value, tuple) else value}]"
 
 
-def _type(setting: Setting) -> Any:
-    if setting.choices:
-        return click.Choice(setting.choices)
-    kinds: dict[str, Any] = {
-        "integer": int, "number": float, "size": parse_size, "ranks": _rank_of_glob,
-    }  # fmt: skip
-    return kinds.get(setting.kind, str)
-
-
 def given_settings(options: dict[str, Any], config: Path | None = None) -> dict[str, Any]:
     """Return those options, by field, that were given: flags over the YAML file.
 
     None and what is empty was not given.
     """
-    values: dict[str, Any] = {}
-    if config is not None:
-        from loraformat.train.run.config_file import read
-
-        values = read(config)
+    values = {} if config is None else config_file.read(config)
     return values | {name: value for name, value in options.items() if value not in (None, (), "")}

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loraformat.cli.console import clean
+from loraformat.cli.console import clean, say
 from loraformat.storage.byte_sizes import format_size
 
 __all__ = ["TrainingBar"]
@@ -64,7 +64,7 @@ class TrainingBar:
         self.notes_told = len(report.notes)
         for line in (*report.plan_lines(), *(f"note: {note}" for note in report.notes)):
             click.echo(clean(line), err=True)
-        click.echo("a sample, with target tokens between ⟦ and ⟧:", err=True)
+        say("a sample, with target tokens between ⟦ and ⟧:", err=True)
         for line in _first_lines(report.preview):
             click.echo(f"  {clean(line)}", err=True)
 
@@ -106,7 +106,7 @@ class TrainingBar:
         from tqdm import tqdm
 
         with tqdm.external_write_mode():
-            click.echo("\n".join(map(clean, text.split("\n"))), err=True)
+            say(text, err=True)
 
 
 def _first_lines(text: str, lines: int = 12, width: int = 400) -> list[str]:

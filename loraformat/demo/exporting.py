@@ -7,8 +7,7 @@ distribution after each token of a held-out text, and the tokens that each write
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from loraformat.demo import llama_cpp
 from loraformat.demo.step import Step, Workspace
@@ -48,10 +47,6 @@ class Agreement:
     same_text: bool
     prompt: str
     text: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the members for ``--json``."""
-        return asdict(self)
 
 
 def export(work: Workspace) -> Iterator[Step]:

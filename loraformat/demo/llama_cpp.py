@@ -108,10 +108,14 @@ def serve(path: str) -> NoReturn:
     server = xllamacpp.Server(_parameters(xllamacpp, request))
     url = server.listening_address
     split = {"content": request["text"], "add_special": False}
+    continued = {
+        "prompt": request["prompt"], "n_predict": request["length"], "temperature": 0,
+        "return_tokens": True, "cache_prompt": False,
+    }  # fmt: skip
     found = Answer(
         tokens=_post(url, "tokenize", split)["tokens"],
         log_probabilities=_distributions(url, request),
-        written=_continuation(url, request),
+        written=_post(url, "completion", continued)["tokens"],
     )
     Path(path).write_text(json.dumps(asdict(found)))
     os._exit(0)  # its threads need not be asked to end
@@ -148,15 +152,6 @@ def _distributions(url: str, request: dict[str, Any]) -> list[list[float]]:
             row[entry["id"]] = entry["logprob"]
         rows.append(row)
     return rows
-
-
-def _continuation(url: str, request: dict[str, Any]) -> list[int]:
-    body = {
-        "prompt": request["prompt"], "n_predict": request["length"], "temperature": 0,
-        "return_tokens": True, "cache_prompt": False,
-    }  # fmt: skip
-    written: list[int] = _post(url, "completion", body)["tokens"]
-    return written
 
 
 def _post(url: str, route: str, body: dict[str, Any]) -> Any:

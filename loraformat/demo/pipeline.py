@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class DemoReport(Report):
             "errors_by_kind": self.bases.errors_by_kind,
             "adapters": [step.to_json() for step in self.steps],
             "training": None if self.training is None else self.training.to_json(),
-            "llama_cpp": [agreement.to_json() for agreement in self.agreements],
+            "llama_cpp": [asdict(agreement) for agreement in self.agreements],
             "notes": self.notes,
             "seconds": self.seconds,
         }

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from loraformat.demo.step import Step, Workspace
 from loraformat.demo.texts import heldout_path, manual_text
 from loraformat.errors import OutputError
+from loraformat.train.run.options import TrainOptions
+from loraformat.train.run.verbs import evaluate, generate
 
 if TYPE_CHECKING:
     from loraformat.train.run.report import TrainReport
@@ -113,7 +115,6 @@ def _write(path: Path, content: bytes, force: bool) -> None:
 def _trained(
     work: Workspace, text: Path, held_out: Path
 ) -> tuple[TrainReport, list[float], list[tuple[int, float]]]:
-    from loraformat.train.run.options import TrainOptions
     from loraformat.train.run.train import train
 
     losses: list[float] = []
@@ -156,12 +157,9 @@ def _as_step(training: Training) -> Step:
 
 
 def _evaluated(work: Workspace, held_out: Path) -> tuple[Step, float, float]:
-    from loraformat.train.run.evaluate import evaluate
-    from loraformat.train.run.options import TrainOptions
-
     work.say("evaluating on held-out text")
     base, adapter = str(work.bundle), str(work.learned)
-    found = evaluate(TrainOptions(base=base, data=(str(held_out),)), [adapter]).losses
+    found = evaluate(base, held_out, adapter=adapter).losses
     before, after = found[base].perplexity, found[adapter].perplexity
     step = Step(
         "held-out perplexity",
@@ -176,13 +174,8 @@ def _evaluated(work: Workspace, held_out: Path) -> tuple[Step, float, float]:
 
 
 def _written(work: Workspace) -> tuple[Step, str]:
-    from loraformat.train.run.generate import generate
-    from loraformat.train.run.options import TrainOptions
-    from loraformat.train.run.text_generation import GenerationOptions
-
     work.say("generating text")
-    options = TrainOptions(base=str(work.bundle), adapter=str(work.learned))
-    found = generate(options, PROMPT, GenerationOptions(_SAMPLE_TOKENS))
+    found = generate(work.bundle, PROMPT, adapter=work.learned, max_tokens=_SAMPLE_TOKENS)
     step = Step(
         "generated sample",
         f"generate bundle --adapter learned --prompt '{PROMPT}' --max-tokens {_SAMPLE_TOKENS}",

@@ -20,21 +20,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loraformat.train.data.batch_plan import DataPosition as DataPosition
-    from loraformat.train.data.dataset import Dataset as Dataset
     from loraformat.train.data.dataset import open_data as open_data
-    from loraformat.train.data.dataset_scan import DatasetStats as DatasetStats
     from loraformat.train.data.options import DataOptions as DataOptions
 
-_MODULES = {
-    "DataOptions": "options",
-    "DataPosition": "batch_plan",
-    "Dataset": "dataset",
-    "DatasetStats": "dataset_scan",
-    "open_data": "dataset",
-}
+_MODULES = {"DataOptions": "options", "open_data": "dataset"}
 
-__all__ = ["DataOptions", "DataPosition", "Dataset", "DatasetStats", "open_data"]
+__all__ = ["DataOptions", "open_data"]
 
 
 def __getattr__(name: str) -> Any:

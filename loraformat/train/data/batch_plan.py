@@ -16,7 +16,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -42,6 +42,8 @@ __all__ = [
 
 Rows = list[tuple[int, ...]]
 """A batch: for each row the samples in it."""
+
+Item = TypeVar("Item")
 
 _PACKED_TOGETHER = 8192
 _BATCHES_SORTED_TOGETHER = 64
@@ -77,16 +79,15 @@ class BatchPlan:
         for number, begin in enumerate(range(0, n, size)):
             yield number, order(np.arange(begin, min(begin + size, n)))
 
-    def _shuffled(self, items: list[Rows], epoch: int, window: int) -> Iterator[Rows]:
+    def _shuffled(self, items: list[Item], epoch: int, window: int) -> Iterator[Item]:
         order = Permutation(len(items), self._options.seed, epoch, _ROWS, window)
         return (items[place] for place in order(np.arange(len(items))).tolist())
 
     def _packed_rows(self, epoch: int) -> Iterator[tuple[int, ...]]:
         for window, samples in self._windows(epoch, _PACKED_TOGETHER):
             packed = best_fit(self._lengths[samples].tolist(), self._options.seq_len)
-            rows = [[tuple(samples[row].tolist())] for row in packed]
-            for (row,) in self._shuffled(rows, epoch, window):
-                yield row
+            rows = [tuple(samples[row].tolist()) for row in packed]
+            yield from self._shuffled(rows, epoch, window)
 
     def _sorted_batches(self, epoch: int) -> Iterator[Rows]:
         size = self._options.batch_size
@@ -199,7 +200,7 @@ class DataPosition:
 
     Examples
     --------
-    >>> DataPosition.from_json(DataPosition(epoch=1, batch=20).to_json())
+    >>> DataPosition.from_json({"epoch": 1, "batch": 20, "data": ""})
     DataPosition(epoch=1, batch=20, data='')
     """
 
@@ -207,21 +208,14 @@ class DataPosition:
     batch: int = 0
     data: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what ``json.dumps`` takes."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> DataPosition:
-        """Return the cursor that `to_json` wrote."""
+        """Return the cursor that `asdict` gave; InputError if it is none."""
         epoch, batch, data = (fields.get(name) for name in ("epoch", "batch", "data"))
         sound = all(type(n) is int and 0 <= n < 1 << 53 for n in (epoch, batch))
         if not sound or not isinstance(data, str) or len(fields) != 3:
             raise InputError(f"not a data cursor: {dict(fields)!r:.120}")
         return cls(int(epoch or 0), int(batch or 0), data)
-
-
-Item = TypeVar("Item")
 
 
 def collate(rows: Rows, sample: Callable[[int], Encoded], padding: int) -> Batch:

@@ -290,9 +290,8 @@ class _UnwrittenParts:
         if not tools:
             return False
         if (kind := ("tools",)) not in self._written:
-            other = json.loads(json.dumps(tools, default=str))
-            _rename(other)
-            self._written[kind] = self._text(messages, tools) != self._text(messages, other)
+            other = self._text(messages, _renamed(tools))
+            self._written[kind] = self._text(messages, tools) != other
         return not self._written[kind]
 
     def _differs(
@@ -300,14 +299,12 @@ class _UnwrittenParts:
         tools: list[Any] | None,
     ) -> bool:  # fmt: skip
         """Tell whether two conversations render differently, whole or up to a message."""
-        if self._text(messages, tools) != self._text(others, tools):
-            return True
         # Many templates render reasoning only until the next user turn.
-        stop = place + 1
-        if stop == len(messages):
-            return False
-        before, after = self._text(messages[:stop], tools), self._text(others[:stop], tools)
-        return before is not None and before != after
+        for stop in sorted({place + 1, len(messages)}, reverse=True):
+            before, after = self._text(messages[:stop], tools), self._text(others[:stop], tools)
+            if before is not None and before != after:
+                return True
+        return False
 
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str | None:
         try:
@@ -321,16 +318,11 @@ def _others(value: Any) -> Iterator[Any]:
     if isinstance(value, str):
         yield value + _OTHER
         return
-    for rename in (True, False):
-        calls = []
-        for call in value:
-            function = dict(call["function"])
-            if rename:
-                function["name"] += _OTHER
-            else:
-                function["arguments"] = _argued(function.get("arguments", {}))
-            calls.append(call | {"function": function})
-        yield calls
+    called = [call["function"] for call in value]
+    renamed = [one | {"name": one["name"] + _OTHER} for one in called]
+    reargued = [one | {"arguments": _argued(one.get("arguments", {}))} for one in called]
+    for changed in (renamed, reargued):
+        yield [call | {"function": one} for call, one in zip(value, changed, strict=True)]
 
 
 def _argued(arguments: Any) -> Any:
@@ -343,14 +335,13 @@ def _argued(arguments: Any) -> Any:
     return json.dumps(found | {_OTHER: _OTHER}) if isinstance(found, dict) else arguments + _OTHER
 
 
-def _rename(value: Any) -> None:
-    """Give everything in descriptions of tools that has a name another."""
+def _renamed(value: Any) -> Any:
+    """Return descriptions of tools in which everything that has a name has another."""
     if isinstance(value, list):
-        for one in value:
-            _rename(one)
-    elif isinstance(value, dict):
-        for key, one in value.items():
-            if key == "name" and isinstance(one, str):
-                value[key] = one + _OTHER
-            else:
-                _rename(one)
+        return [_renamed(one) for one in value]
+    if isinstance(value, dict):
+        return {
+            key: one + _OTHER if key == "name" and isinstance(one, str) else _renamed(one)
+            for key, one in value.items()
+        }
+    return value

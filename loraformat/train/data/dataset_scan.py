@@ -8,10 +8,9 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -200,10 +199,6 @@ class DatasetStats:
         self.bad += 1
         if len(self.bad_examples) < _BAD_ROWS_SHOWN:
             self.bad_examples.append(str(problem))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the counts for ``json.dumps``."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """Say what is in the data, and what was done to it, in sentences for people.

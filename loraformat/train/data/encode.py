@@ -10,6 +10,7 @@ Nothing here knows the id of padding: a batch is padded later, by length.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,15 +25,7 @@ from loraformat.train.data.row_formats import Completion, Conversation, Text, me
 from loraformat.train.data.text_file import pieces
 from loraformat.train.data.tokenizer import TextEncoder, TokenizedText
 
-__all__ = [
-    "Encoded",
-    "Ranges",
-    "RowEncoder",
-    "marked",
-    "overlapping",
-    "straddling",
-    "texts",
-]
+__all__ = ["Encoded", "Ranges", "RowEncoder", "marked", "overlapping", "straddling", "texts"]
 
 Ranges = tuple[tuple[int, int], ...]
 """Characters from … to before …, in order."""
@@ -90,7 +83,10 @@ class RowEncoder:
         return ChatRenderer(self._encoder)
 
     def encode(self, row: Row) -> Iterator[Encoded]:
-        """Yield what a row consists of: pieces of its text, its conversation or its turns."""
+        """Yield what a row consists of: pieces of its text, its conversation or its turns.
+
+        KindError says that it means nothing, or that the chat template rejects it.
+        """
         meant = meaning(row.fields)
         if isinstance(meant, Text):
             parts = self._text_parts(meant)
@@ -247,34 +243,39 @@ def _forget_space_behind_ends(
     learned: list[bool], tokens: TokenizedText, ranges: Ranges, special: Container[int]
 ) -> None:
     """Unlearn the white space with which a range ends behind a special token."""
-    begins = [begin for begin, _ in tokens.spans]
     for _, stop in ranges:
-        place = int(np.searchsorted(begins, stop)) - 1
-        space = []
-        while place >= 0 and learned[place] and tokens.ids[place] not in special:
-            begin, end = tokens.spans[place]
-            if tokens.text[begin:end].strip():
+        space: list[int] = []
+        for place in _back_from(stop, tokens):
+            if tokens.ids[place] in special:
+                for one in space:
+                    learned[one] = False
+                break
+            if not learned[place] or _has_words(tokens, place):
                 break
             space.append(place)
-            place -= 1
-        if place >= 0 and tokens.ids[place] in special:
-            for one in space:
-                learned[one] = False
 
 
 def _last_learned(learned: list[bool], tokens: TokenizedText, ranges: Ranges) -> list[int]:
     """Return for each range its last target token that is not white space."""
-    begins = [begin for begin, _ in tokens.spans]
     found = []
     for start, stop in ranges:
-        place = int(np.searchsorted(begins, stop)) - 1
-        while place >= 0 and tokens.spans[place][1] > start:
-            begin, end = tokens.spans[place]
-            if learned[place] and tokens.text[begin:end].strip():
+        for place in _back_from(stop, tokens):
+            if tokens.spans[place][1] <= start:
+                break
+            if learned[place] and _has_words(tokens, place):
                 found.append(place)
                 break
-            place -= 1
     return found
+
+
+def _back_from(stop: int, tokens: TokenizedText) -> range:
+    """Return the tokens that begin before a character, the last one first."""
+    return range(bisect_left(tokens.spans, (stop, 0)) - 1, -1, -1)
+
+
+def _has_words(tokens: TokenizedText, place: int) -> bool:
+    begin, end = tokens.spans[place]
+    return bool(tokens.text[begin:end].strip())
 
 
 def texts(tokens: TokenizedText) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import re
 from array import array
-from collections.abc import Iterator
+from itertools import count
 
 from loraformat.errors import InputError
 from loraformat.train.data.row import (
@@ -48,29 +48,23 @@ class JsonLines(JsonRows):
         super().__init__(file)
         self._unit = unit
         self._numbers = array("I")
-        for begin, length, number in _lines(file):
-            self._put(begin, length)
-            self._numbers.append(number)
+        offset = file.text_begin()
+        with file.opened() as stream:
+            stream.seek(offset)
+            for number in count(1):
+                if not (line := stream.readline(LONGEST_ROW + 1)):
+                    break
+                if not line.isspace():
+                    self._put(offset, len(line))
+                    self._numbers.append(number)
+                offset += len(line)
+                while line and not line.endswith(b"\n"):  # the rest of a line that is too long
+                    line = stream.readline(LONGEST_ROW)
+                    offset += len(line)
 
     def place(self, number: int) -> str:
         """Say which line it is, counted from 1."""
         return f"{self._unit} {self._numbers[number]}"
-
-
-def _lines(file: DataFile) -> Iterator[tuple[int, int, int]]:
-    """Yield where each line begins, its length, and its number; a too long one is cut short."""
-    offset = file.text_begin()
-    with file.opened() as stream:
-        stream.seek(offset)
-        number = 0
-        while line := stream.readline(LONGEST_ROW + 1):
-            number += 1
-            if not line.isspace():
-                yield offset, len(line), number
-            offset += len(line)
-            while line and not line.endswith(b"\n"):  # the rest of a line that is too long
-                line = stream.readline(LONGEST_ROW)
-                offset += len(line)
 
 
 class JsonArray(JsonRows):

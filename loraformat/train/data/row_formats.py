@@ -157,10 +157,8 @@ def _history_turns(history: Any) -> list[dict[str, Any]]:
     for pair in _as_list(history, "history"):
         if not isinstance(pair, list) or [type(said) for said in pair] != [str, str]:
             raise KindError('"history" is not a list of pairs of question and answer')
-        turns += [
-            {"role": role, "content": said}
-            for role, said in zip(("user", "assistant"), pair, strict=True)
-        ]
+        question, answer = pair
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return turns
 
 

@@ -185,7 +185,7 @@ class HubRows:
 
 
 def open_hub(repo: str, revision: str | None, subset: str, split: str) -> HubRows:
-    """Download one split of a data set, or find it in the cache."""
+    """Download one split of a data set, or find it in the cache; HubError if neither works."""
     try:
         import datasets
     except ImportError:

@@ -64,15 +64,13 @@ def _spooled(file: DataFile, form: str, write: Callable[[BinaryIO, IO[bytes]], N
             spool.flush()
         except LoraFormatError:
             raise
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
+        except Exception as error:  # decoders' trees are wide, and a stranger chose the bytes
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise ResourceError(
                     f"no space for the rows of a {form} file",
                     path=tempfile.gettempdir(),
                     hint="choose another directory with TMPDIR",
                 ) from None
-            raise InputError(f"not sound {form}: {error}", path=file.path) from None
-        except Exception as error:  # decoders' trees are wide, and a stranger chose the bytes
             raise InputError(f"not sound {form}: {error}", path=file.path) from None
     return DataFile.spooled(file.path, spool)
 
@@ -89,7 +87,12 @@ def _table_rows(
             known = rows.select([name for name in rows.schema.names if name in FIELDS])
             for row in known.to_pylist() if known.num_columns else [{}] * rows.num_rows:
                 number += 1
-                spool.write(_line(row, number, file))
+                try:
+                    line = json.dumps(without_nulls(row), ensure_ascii=False).encode("utf-8")
+                except (TypeError, ValueError) as error:
+                    problem = f"row {number}: holds no text: {error}"
+                    raise InputError(problem, path=file.path) from None
+                spool.write(line + b"\n")
 
     return JsonLines(_spooled(file, form, write), unit="row")
 
@@ -119,13 +122,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(one) for one in value]
     return value
-
-
-def _line(row: dict[str, Any], number: int, file: DataFile) -> bytes:
-    try:
-        return json.dumps(without_nulls(row), ensure_ascii=False).encode("utf-8") + b"\n"
-    except (TypeError, ValueError) as error:
-        raise InputError(f"row {number}: holds no text: {error}", path=file.path) from None
 
 
 def unpacked(file: DataFile, suffix: str) -> DataFile:
@@ -183,7 +179,10 @@ def has_splits(directory: Path) -> bool:
 
 
 def open_saved(directory: Path, split: str) -> list[RowSource]:
-    """Open the files of a saved data set, those of the split if there are several."""
+    """Open the files of a saved data set, those of the split if it has several.
+
+    InputError says that there is no such split, or that the directory is not sound.
+    """
     folder, within = SafeDirectory(directory), ""
     if has_splits(directory):
         splits = _read(folder, _SPLITS).get("splits")

@@ -152,7 +152,12 @@ def open_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             fspath(directory), local_files_only=True, trust_remote_code=False
         )
-        _check_length(tokenizer, Path(directory))
+        longest = tokenizer.model_max_length  # transformers takes anything, and compares with it
+        if isinstance(longest, bool) or not isinstance(longest, int | float):
+            raise InputError(
+                f"model_max_length is {printable(longest)}, wanted a number",
+                path=Path(directory, "tokenizer_config.json"),
+            )
         encoder = TextEncoder(tokenizer, fspath(directory))
     except LoraFormatError:
         raise
@@ -166,15 +171,6 @@ def open_tokenizer(
     if chat_template is not None:
         encoder.use_template(chat_template)
     return encoder
-
-
-def _check_length(tokenizer: Any, directory: Path) -> None:
-    longest = tokenizer.model_max_length  # transformers takes anything, and compares with it later
-    if isinstance(longest, bool) or not isinstance(longest, int | float):
-        raise InputError(
-            f"model_max_length is {printable(longest)}, wanted a number",
-            path=directory / "tokenizer_config.json",
-        )
 
 
 def _check_files(directory: Path) -> None:

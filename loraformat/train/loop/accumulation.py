@@ -86,7 +86,8 @@ def accumulate(
         tokens += batch.tokens
         if not batch.trained:
             continue
-        torch.manual_seed(_random_state(seed, step, number * world.size + world.rank))
+        drawn = f"loraformat dropout {seed} {step} {number * world.size + world.rank}"
+        torch.manual_seed(int.from_bytes(sha256(drawn.encode()).digest()[:8], "little") >> 1)
         value = model.loss(batch, rows_at_once=rows if whole else None)
         if not math.isfinite(number_of := float(value.detach())):
             raise _diverged(f"the loss of step {step + 1} is {number_of}", [batch], place)
@@ -94,11 +95,6 @@ def accumulate(
         value.backward()
         total += batch.trained
     return StepSums(loss, total, tokens)
-
-
-def _random_state(seed: int, step: int, number: int) -> int:
-    digest = sha256(f"loraformat dropout {seed} {step} {number}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _diverged(what: str, batches: Sequence[Batch], place: Place) -> DivergedError:
@@ -133,20 +129,16 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """
     longest = max(batch.input_ids.shape[1] for batch in batches)
 
-    def stacked(name: str, padding: int) -> torch.Tensor:
+    def stacked(name: str, padding: int = 0) -> torch.Tensor:
         pieces = [getattr(batch, name) for batch in batches]
         return torch.cat([
             torch.nn.functional.pad(piece, (0, longest - piece.shape[1]), value=padding)
             for piece in pieces
         ])  # fmt: skip
 
-    return Batch(
-        stacked("input_ids", 0),
-        stacked("labels", IGNORED),
-        stacked("position_ids", 0),
-        stacked("segments", 0),
-        tuple(row for batch in batches for row in batch.samples),
-    )
+    labels = stacked("labels", IGNORED)
+    rows = tuple(row for batch in batches for row in batch.samples)
+    return Batch(stacked("input_ids"), labels, stacked("position_ids"), stacked("segments"), rows)
 
 
 def add_up(
@@ -222,10 +214,8 @@ def clipped_mean(
 
 def non_finite(parameters: Mapping[str, torch.nn.Parameter]) -> str | None:
     """Return the name of the first parameter whose gradient has NaN or infinity, if one has."""
-    for name, parameter in parameters.items():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            return name
-    return None
+    grads = ((name, p.grad) for name, p in parameters.items() if p.grad is not None)
+    return next((name for name, grad in grads if not torch.isfinite(grad).all()), None)
 
 
 def flat(parameters: Iterable[torch.nn.Parameter], extra: Iterable[float]) -> torch.Tensor:
@@ -248,6 +238,5 @@ def spread(vector: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> No
         piece = vector[position : position + parameter.numel()].view_as(parameter)
         position += parameter.numel()
         if parameter.grad is None:
-            parameter.grad = piece.clone()
-        else:
-            parameter.grad.copy_(piece)
+            parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(piece)

@@ -104,7 +104,7 @@ class World:
             return list(numbers)
         vector = torch.tensor(list(numbers), dtype=torch.float64, device=device)
         self.sum(vector)
-        return [float(number) for number in vector.tolist()]
+        return list(vector.tolist())
 
     @_talking()
     def gather(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -203,7 +203,14 @@ class Loop:
         self.state.take_step(sums.loss / max(1, sums.trained), sums.trained, sums.tokens)
         self.state.cursor = places[-1]
         self._save_wanted = sums.flags[1] > 0
-        self._tell_step(sums, rate, length, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self._tell("step", {
+            "loss": self.state.last_loss, "learning_rate": rate, "gradient_norm": length,
+            "trained": sums.trained, "tokens": sums.tokens,
+            "epoch": self.state.cursor.get("epoch", 0), "seconds": round(seconds, 4),
+            "tokens_per_second": round(sums.tokens / max(seconds, 1e-9), 2),
+            "memory": memory.held(self.device),
+        })  # fmt: skip
         if self.world.size > 1 and sums.flags[0] > 0:  # all ranks know, and stop here
             raise KeyboardInterrupt
 
@@ -233,15 +240,6 @@ class Loop:
         self.optimizer.step(rate)
         return rate, length
 
-    def _tell_step(self, sums: StepSums, rate: float, length: float, seconds: float) -> None:
-        self._tell("step", {
-            "loss": self.state.last_loss, "learning_rate": rate, "gradient_norm": length,
-            "trained": sums.trained, "tokens": sums.tokens,
-            "epoch": self.state.cursor.get("epoch", 0), "seconds": round(seconds, 4),
-            "tokens_per_second": round(sums.tokens / max(seconds, 1e-9), 2),
-            "memory": memory.held(self.device),
-        })  # fmt: skip
-
     def _tell(self, event: str, members: dict[str, Any]) -> None:
         told = {"step": self.state.step, **members}
         if self.metrics is not None:
@@ -268,7 +266,7 @@ class Loop:
         assert self.metrics is not None
         self.state.seconds = self._seconds_before + time.monotonic() - self._started
         facts = {
-            "step": self.state.step, "run": self.state.to_json(), "identity": dict(self.identity),
+            "step": self.state.step, "run": asdict(self.state), "identity": dict(self.identity),
             "metrics": self.metrics.position(), "optimizer": self.optimizer.numbers(),
         }  # fmt: skip
         tensors = _prefixed("parameter:", self._parameters)

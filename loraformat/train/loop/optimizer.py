@@ -17,6 +17,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -73,7 +74,10 @@ class Optimizer:
         if options.states == "disk":
             assert directory is not None
             self._disk = DiskStates(directory, [p.shape for p in parameters.values() for _ in "ab"])
-        self._make_states(options.kind)
+        if options.kind == "adamw":
+            self._make_adam_states()
+        elif "8bit" in options.kind:
+            self._make_8bit_states()
 
     def _groups(self, names: Sequence[str], decay: float) -> list[dict[str, Any]]:
         """Return torch's parameter groups: one per learning rate and weight decay."""
@@ -87,14 +91,11 @@ class Optimizer:
             for (ratio, decayed), members in groups.items()
         ]
 
-    def _make_states(self, kind: str) -> None:
-        if kind == "adamw":
-            self._make_adam_states()
-        elif kind != "sgd":
-            for part in self._parts:
-                for g, group in enumerate(part.param_groups):
-                    for p, parameter in enumerate(group["params"]):
-                        part.init_state(group, parameter, g, p)  # type: ignore[attr-defined]
+    def _make_8bit_states(self) -> None:
+        for part in self._parts:
+            for g, group in enumerate(part.param_groups):
+                for p, parameter in enumerate(group["params"]):
+                    part.init_state(group, parameter, g, p)  # type: ignore[attr-defined]
 
     def _make_adam_states(self) -> None:
         on_disk = iter(self._disk.tensors if self._disk is not None else ())
@@ -175,8 +176,7 @@ def check_optimizer(options: OptimizerOptions, *, on_gpu: bool) -> None:
     """Refuse states that cannot be kept where they are asked for, or lack bitsandbytes."""
     if options.kind.startswith("paged") and not on_gpu:
         raise UsageError(
-            "paged states need a GPU",
-            hint="use --optimizer-states disk, or --optimizer adamw-8bit",
+            "paged states need a GPU", hint="use --optimizer-states disk, or --optimizer adamw-8bit"
         )
     if options.states == "disk" and on_gpu:
         raise UsageError(
@@ -185,8 +185,7 @@ def check_optimizer(options: OptimizerOptions, *, on_gpu: bool) -> None:
         )
     if "8bit" in options.kind and find_spec("bitsandbytes") is None:
         raise MissingDependencyError(
-            f"the optimizer {options.kind} needs bitsandbytes",
-            hint="run: pip install bitsandbytes",
+            f"the optimizer {options.kind} needs bitsandbytes", hint="run: pip install bitsandbytes"
         )
 
 
@@ -205,16 +204,15 @@ def _parts(parameters: Mapping[str, torch.nn.Parameter]) -> list[list[str]]:
 
 def _maker(options: OptimizerOptions) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
     if options.kind == "sgd":
-        return lambda groups: torch.optim.SGD(groups, lr=0.0, foreach=False)
+        return partial(torch.optim.SGD, lr=0.0, foreach=False)
     if options.kind == "adamw":
-        return lambda groups: torch.optim.AdamW(
-            groups, lr=0.0, betas=options.betas, eps=options.epsilon, fused=True
-        )
-    import bitsandbytes
+        kind = partial(torch.optim.AdamW, fused=True)
+    else:
+        import bitsandbytes.optim as eight_bit
 
-    paged = options.kind.startswith("paged")
-    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    return lambda groups: kind(groups, lr=0.0, betas=options.betas, eps=options.epsilon)
+        paged = options.kind.startswith("paged")
+        kind = partial(eight_bit.PagedAdamW8bit if paged else eight_bit.AdamW8bit)
+    return partial(kind, lr=0.0, betas=options.betas, eps=options.epsilon)
 
 
 class DiskStates:
@@ -229,21 +227,18 @@ class DiskStates:
         counts = [math.prod(shape) for shape in shapes]
         starts = [0, *accumulate(-(-count * 4 // _ALIGNMENT) * _ALIGNMENT for count in counts)]
         self.nbytes = max(starts[-1], _ALIGNMENT)
-        self._map = self._reserve(directory)
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                os.posix_fallocate(file.fileno(), 0, self.nbytes)
+                self._map = mmap.mmap(file.fileno(), self.nbytes)
+        except OSError as error:
+            raise disk_full(error, directory) from error
         self.tensors = [
             torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start).view(*shape)
             if count
             else torch.zeros(*shape)
             for count, start, shape in zip(counts, starts, shapes, strict=False)
         ]
-
-    def _reserve(self, directory: Path) -> mmap.mmap:
-        try:
-            with tempfile.TemporaryFile(dir=directory) as file:
-                os.posix_fallocate(file.fileno(), 0, self.nbytes)
-                return mmap.mmap(file.fileno(), self.nbytes)
-        except OSError as error:
-            raise disk_full(error, directory) from error
 
     def release(self) -> None:
         """Take the pages out of this process; they stay in the file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,7 @@ class Inputs:
         start = DataPosition.from_json(place) if place else None
         epochs = self.options.epochs if self.options.steps is None else None
         for batch, cursor in self.data.batches(start, epochs=epochs):
-            yield batch, cursor.to_json()
+            yield batch, asdict(cursor)
 
 
 def check_device(device: str) -> None:

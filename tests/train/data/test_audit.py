@@ -23,7 +23,7 @@ def test_counts_agree_with_the_batches(dataset):
     assert audit.tokens == sum(batch.tokens for batch in batches)
     assert audit.trained == sum(batch.trained for batch in batches)
     assert (audit.rows, audit.samples, audit.over_length) == (8, 8, 0)
-    assert audit.to_json()["sources"][0][1] == 8
+    assert audit.sources[0][1] == 8
     assert audit.lines()[0].startswith(f"8 rows, 8 samples, {audit.tokens} tokens")
 
 

@@ -1,6 +1,7 @@
 """Batches against their samples; cursors cut anywhere; ranks together as one."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from loraformat.errors import FileChangedError, InputError
 from loraformat.train.batch import IGNORED
-from loraformat.train.data import DataOptions, DataPosition, open_data
+from loraformat.train.data import DataOptions, open_data
+from loraformat.train.data.batch_plan import DataPosition
 
 ROWS = [{"prompt": f"add {i}:", "completion": " four" * (1 + i % 7)} for i in range(45)]
 
@@ -96,7 +98,7 @@ def test_any_cut_continues_with_exactly_the_rest(opened, cut, seed, packing, shu
     first = opened(packing=packing, shuffle=shuffle, seed=seed)
     whole = [(flat(batch), cursor) for batch, cursor in first.batches(epochs=3)]
     cut = min(cut, len(whole) - 1)
-    saved = json.loads(json.dumps(whole[cut][1].to_json()))
+    saved = json.loads(json.dumps(asdict(whole[cut][1])))
     again = opened(packing=packing, shuffle=shuffle, seed=seed)
     rest = [
         (flat(batch), cursor) for batch, cursor in

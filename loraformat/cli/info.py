@@ -9,6 +9,7 @@ import click
 import loraformat
 from loraformat.cli.console import echo_json, say, table
 from loraformat.cli.options import verb_command
+from loraformat.model.quantization_history import spelled
 from loraformat.storage.byte_sizes import format_size
 
 _EXAMPLE = """\b
@@ -66,8 +67,6 @@ def _text(summary: Any, tensors: bool) -> str:
         facts.append(("fingerprint", summary.fingerprint))
         facts.append(("created by", f"{summary.created_by} from {_origin(summary.source)}"))
     if summary.quantized_before:
-        from loraformat.model.quantization_history import spelled
-
         steps = spelled(summary.quantized_before)
         facts.append(("history", f"{steps}; errors are relative to that, not to the original"))
     for adapter in summary.adapters:

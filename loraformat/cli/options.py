@@ -15,6 +15,7 @@ import click
 import loraformat
 from loraformat.cli.console import on_terminal, report_options, show
 from loraformat.cli.declaration import Parameter, declaration_of
+from loraformat.ops.encoding.llama_quantize import is_llama_type
 from loraformat.storage.byte_sizes import parse_size
 
 __all__ = ["WeightType", "parameter_count", "rank_or_auto", "reporting_command", "verb_command"]
@@ -61,8 +62,6 @@ class WeightType(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the type."""
-        from loraformat.ops.encoding.llama_quantize import is_llama_type
-
         if is_llama_type(str(value)):
             return str(value)
         return super().convert(value, param, ctx)

@@ -108,13 +108,12 @@ def _batches(
     stream: torch.Tensor, window: int, batch_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Cut a stream into (inputs, targets); the last window, if shorter, is a batch by itself."""
-    inputs, targets = stream[:-1], stream[1:]
-    whole = len(inputs) // window * window
-    step = window * batch_size
-    cuts = [(start, min(start + step, whole)) for start in range(0, whole, step)]
-    pairs = [(inputs[i:j].view(-1, window), targets[i:j].view(-1, window)) for i, j in cuts]
-    rest = (inputs[whole:].unsqueeze(0), targets[whole:].unsqueeze(0))
-    return [pair for pair in (*pairs, rest) if pair[0].numel()]
+    whole = (len(stream) - 1) // window * window
+    inputs, targets = (
+        [*part[:whole].view(-1, window).split(batch_size), part[whole:].unsqueeze(0)]
+        for part in (stream[:-1], stream[1:])
+    )
+    return [pair for pair in zip(inputs, targets, strict=True) if pair[0].numel()]
 
 
 def _nats(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from loraformat.errors import InputError
 from loraformat.train.batch import IGNORED, Batch
@@ -230,29 +231,20 @@ def collate(rows: Rows, sample: Callable[[int], Encoded], padding: int) -> Batch
     >>> collate([(0, 1), (2,)], lambda number: two, padding=0).position_ids.tolist()
     [[0, 1, 0, 1], [0, 1, 0, 0]]
     """
-    filled = [[sample(number) for number in row] for row in rows]
-    length = max(sum(len(one.ids) for one in row) for row in filled)
-    shape = (len(rows), length)
-    batch = Batch(
-        input_ids=torch.full(shape, padding, dtype=torch.int64),
-        labels=torch.full(shape, IGNORED, dtype=torch.int64),
-        position_ids=torch.zeros(shape, dtype=torch.int64),
-        segments=torch.zeros(shape, dtype=torch.int64),
-        samples=tuple(rows),
+    filled: list[tuple[torch.Tensor, ...]] = []
+    for row in rows:
+        samples = [sample(number) for number in row]
+        ids = torch.tensor([token for one in samples for token in one.ids])
+        positions = torch.cat([torch.arange(len(one.ids)) for one in samples])
+        learned = torch.tensor([yes for one in samples for yes in one.learned])
+        learned &= positions > 0  # nothing of its own segment stands before the first
+        segments = (positions == 0).cumsum(0)
+        filled.append((ids, torch.where(learned, ids, IGNORED), positions, segments))
+    ids, labels, positions, segments = (
+        pad_sequence(list(column), batch_first=True, padding_value=fill)
+        for column, fill in zip(zip(*filled, strict=True), (padding, IGNORED, 0, 0), strict=True)
     )
-    for number, row in enumerate(filled):
-        begin = 0
-        for segment, one in enumerate(row, 1):
-            place = (number, slice(begin, begin + len(one.ids)))
-            ids = torch.tensor(one.ids, dtype=torch.int64)
-            learned = torch.tensor(one.learned, dtype=torch.bool)
-            learned[0] = False  # nothing of its own segment stands before it
-            batch.input_ids[place] = ids
-            batch.labels[place] = torch.where(learned, ids, IGNORED)
-            batch.position_ids[place] = torch.arange(len(one.ids))
-            batch.segments[place] = segment
-            begin += len(one.ids)
-    return batch
+    return Batch(ids, labels, positions, segments, tuple(rows))
 
 
 def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:

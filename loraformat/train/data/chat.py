@@ -274,12 +274,9 @@ class _UnwrittenParts:
         for name in has:
             kind = (message["role"], name, place == 0, *has)
             if kind not in self._written and len(self._written) < _MOST_KINDS:
-                others = [
-                    [*messages[:place], message | {name: other}, *messages[place + 1 :]]
-                    for other in _others(message[name])
-                ]
                 self._written[kind] = all(
-                    self._differs(messages, other, place, tools) for other in others
+                    self._differs(messages, place, message | {name: other}, tools)
+                    for other in _others(message[name])
                 )
             if not self._written.get(kind, True):
                 lacking.append(name)
@@ -295,10 +292,11 @@ class _UnwrittenParts:
         return not self._written[kind]
 
     def _differs(
-        self, messages: list[dict[str, Any]], others: list[dict[str, Any]], place: int,
+        self, messages: list[dict[str, Any]], place: int, other: dict[str, Any],
         tools: list[Any] | None,
     ) -> bool:  # fmt: skip
-        """Tell whether two conversations render differently, whole or up to a message."""
+        """Tell whether another message renders differently, in the whole or up to it."""
+        others = [*messages[:place], other, *messages[place + 1 :]]
         # Many templates render reasoning only until the next user turn.
         for stop in sorted({place + 1, len(messages)}, reverse=True):
             before, after = self._text(messages[:stop], tools), self._text(others[:stop], tools)

@@ -43,7 +43,7 @@ class Dataset:
     ) -> None:  # fmt: skip
         self.options = options
         self._sources, self._rank, self._world = sources, rank, world
-        self._padding = text_encoder.padding
+        self._text_encoder = text_encoder
         self._encoder = RowEncoder(
             text_encoder,
             everything=options.train_on == "all",
@@ -126,7 +126,7 @@ class Dataset:
             yield first, False
 
     def _batch(self, rows: Rows, learned: bool) -> Batch:
-        batch = collate(rows, self._encoded, self._padding)
+        batch = collate(rows, self._encoded, self._text_encoder.padding)
         if not learned:
             batch.labels.fill_(IGNORED)
         return batch
@@ -177,10 +177,10 @@ class Dataset:
         """
         if not self.audit.rendered:
             return None
-        pieces = self._encoder.chat_format()
+        pieces = self._encoder.chat.format()
         return {
             "format": pieces and asdict(pieces),
-            "stops": self._encoder.names_of(self.stops),
+            "stops": self._text_encoder.tokenizer.convert_ids_to_tokens(self.stops),
             "stop_ids": self.stops,
         }
 

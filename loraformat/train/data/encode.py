@@ -18,10 +18,9 @@ from itertools import accumulate, groupby
 
 import numpy as np
 
-from loraformat.runtimes.chat import ChatFormat
 from loraformat.train.data.chat import ChatRenderer
 from loraformat.train.data.row import Row
-from loraformat.train.data.row_formats import Completion, Conversation, Text, meaning
+from loraformat.train.data.row_formats import Completion, Conversation, meaning
 from loraformat.train.data.text_file import pieces
 from loraformat.train.data.tokenizer import TextEncoder, TokenizedText
 
@@ -78,7 +77,7 @@ class RowEncoder:
         self._everything, self._longest_piece = everything, longest_piece
 
     @cached_property
-    def _chat(self) -> ChatRenderer:
+    def chat(self) -> ChatRenderer:
         """Made for the first conversation: others need none of its trials."""
         return ChatRenderer(self._encoder)
 
@@ -88,7 +87,7 @@ class RowEncoder:
         KindError says that it means nothing, or that the chat template rejects it.
         """
         meant = meaning(row.fields)
-        if isinstance(meant, Text):
+        if isinstance(meant, str):
             parts = self._text_parts(meant)
             yield from (self._piece(row, parts, number) for number in range(len(parts)))
         elif isinstance(meant, Completion):
@@ -99,27 +98,19 @@ class RowEncoder:
     def encode_part(self, row: Row, number: int) -> Encoded:
         """Return one of those, without tokenizing the other pieces of a long text."""
         meant = meaning(row.fields)
-        if isinstance(meant, Text):
+        if isinstance(meant, str):
             return self._piece(row, self._text_parts(meant), number)
         return list(self.encode(row))[number]
 
     def prompt_format(self, row: Row) -> str | None:
         """Return how a row like this becomes text, with braces for its own; None of plain text."""
         meant = meaning(row.fields)
-        if isinstance(meant, Text):
+        if isinstance(meant, str):
             return None
-        return "{prompt}{completion}" if isinstance(meant, Completion) else self._chat.shape()
+        return "{prompt}{completion}" if isinstance(meant, Completion) else self.chat.shape()
 
-    def names_of(self, ids: list[int]) -> list[str]:
-        """Return the texts of tokens."""
-        return list(self._encoder.tokenizer.convert_ids_to_tokens(ids))
-
-    def chat_format(self) -> ChatFormat | None:
-        """Return the pieces that the chat template puts around words, if it has some."""
-        return self._chat.format()
-
-    def _text_parts(self, meant: Text) -> list[bytes]:
-        return list(pieces(meant.text.encode("utf-8"), self._longest_piece))
+    def _text_parts(self, text: str) -> list[bytes]:
+        return list(pieces(text.encode("utf-8"), self._longest_piece))
 
     def _piece(self, row: Row, parts: list[bytes], number: int) -> Encoded:
         tokens = self._encoder.tokenize(parts[number].decode("utf-8"))
@@ -149,7 +140,7 @@ class RowEncoder:
     def _conversation(self, meant: Conversation) -> Iterator[Encoded]:
         wordless = meant.wordless
         special = self._encoder.special
-        for rendered in self._chat.render(meant, everything=self._everything):
+        for rendered in self.chat.render(meant, everything=self._everything):
             tokens = self._encoder.tokenize(rendered.text)
             learned = overlapping(tokens, rendered.learned)
             if not self._everything:

@@ -38,7 +38,6 @@ __all__ = [
     "Completion",
     "Conversation",
     "KindError",
-    "Text",
     "from_json",
     "kind_of",
     "meaning",
@@ -80,7 +79,7 @@ def _as_list(value: Any, name: str) -> list[Any]:
 
 
 def from_json(text: str, name: str) -> Any:
-    """Return what a string of JSON says, as tables keep what differs from row to row.
+    """Return what a string of strict JSON says, as tables keep what differs from row to row.
 
     Examples
     --------
@@ -213,13 +212,6 @@ FIELDS = frozenset(chain(*_NEEDED.values(), ("input", "system", "history", "tool
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """A document."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Completion:
     """A prompt and what is to follow it, put behind each other as they are."""
 
@@ -242,7 +234,7 @@ class Conversation:
 
 
 def kind_of(fields: dict[str, Any]) -> str:
-    """Name the fields that say what a row is; one file holds rows of one kind.
+    """Name the fields that say what a row is; KindError if there are none, or those of two kinds.
 
     Examples
     --------
@@ -273,8 +265,8 @@ def _retold(fields: dict[str, Any], kind: str) -> bool:
     return isinstance(said, str) and isinstance(text, str) and said.strip() in text
 
 
-def meaning(fields: dict[str, Any]) -> Text | Completion | Conversation:
-    r"""Return what a row means; KindError if a field is missing or of a wrong type.
+def meaning(fields: dict[str, Any]) -> str | Completion | Conversation:
+    r"""Return what a row means, a document being its text; KindError if a field is wrong.
 
     Examples
     --------
@@ -283,7 +275,7 @@ def meaning(fields: dict[str, Any]) -> Text | Completion | Conversation:
     """
     kind = kind_of(fields)
     if kind == "text":
-        return Text(_as_string(fields, "text"))
+        return _as_string(fields, "text")
     if kind == "prompt and completion":
         return _completion(fields)
     if kind == "messages":

@@ -15,6 +15,7 @@ from hashlib import sha256
 from typing import Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from loraformat.errors import DivergedError
 from loraformat.train.batch import IGNORED, Batch
@@ -127,14 +128,10 @@ def joined(batches: Sequence[Batch]) -> Batch:
     >>> both.segments.tolist(), both.labels[0].tolist()
     ([[1, 1, 0], [1, 1, 1]], [1, 1, -100])
     """
-    longest = max(batch.input_ids.shape[1] for batch in batches)
 
     def stacked(name: str, padding: int = 0) -> torch.Tensor:
-        pieces = [getattr(batch, name) for batch in batches]
-        return torch.cat([
-            torch.nn.functional.pad(piece, (0, longest - piece.shape[1]), value=padding)
-            for piece in pieces
-        ])  # fmt: skip
+        rows = [row for batch in batches for row in getattr(batch, name)]
+        return pad_sequence(rows, batch_first=True, padding_value=padding)
 
     labels = stacked("labels", IGNORED)
     rows = tuple(row for batch in batches for row in batch.samples)

@@ -68,7 +68,7 @@ class World:
     def join(cls, device: str = "cpu") -> World:
         """Join the processes that ``torchrun`` has started, if it has, with this one's device.
 
-        On GPUs NCCL talks, else gloo.
+        On GPUs NCCL talks, else gloo. The environment must name a meeting point, too.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size <= 1:

@@ -71,6 +71,12 @@ class Optimizer:
         make = _maker(options)
         parts = [list(parameters)] if options.states == "memory" else _parts(parameters)
         self._parts = [make(self._groups(names, options.weight_decay)) for names in parts]
+        self._homes = {
+            parameter: part
+            for part in self._parts
+            for group in part.param_groups
+            for parameter in group["params"]
+        }
         if options.states == "disk":
             assert directory is not None
             self._disk = DiskStates(directory, [p.shape for p in parameters.values() for _ in "ab"])
@@ -99,25 +105,16 @@ class Optimizer:
 
     def _make_adam_states(self) -> None:
         on_disk = iter(self._disk.tensors if self._disk is not None else ())
-        homes = self._homes()
         for parameter in self._parameters.values():
             mean, square = (
                 torch.zeros_like(parameter) if self._disk is None else next(on_disk)
                 for _ in range(2)
             )
-            homes[parameter].state[parameter] = {
+            self._homes[parameter].state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": mean.detach(),
                 "exp_avg_sq": square.detach(),
             }
-
-    def _homes(self) -> dict[torch.nn.Parameter, torch.optim.Optimizer]:
-        return {
-            parameter: part
-            for part in self._parts
-            for group in part.param_groups
-            for parameter in group["params"]
-        }
 
     def step(self, learning_rate: float) -> None:
         """Update every parameter that has a gradient, and drop the gradients."""
@@ -155,19 +152,17 @@ class Optimizer:
             if value.shape != tensors[name].shape or value.dtype != tensors[name].dtype:
                 raise InputError(f"optimizer state {printable(name)} has another shape or type")
             value.copy_(tensors[name])
-        homes = self._homes()
         for key, own in self.numbers().items():
             kind, _, name = key.partition(":")
             parameter = self._parameters[name]
-            homes[parameter].state[parameter][kind] = type(own)(numbers[key])
+            self._homes[parameter].state[parameter][kind] = type(own)(numbers[key])
 
     def _states(self, wanted: Any) -> dict[str, Any]:
         """Return the states that are of a type."""
-        homes = self._homes()
         return {
             f"{kind}:{name}": value
             for name, parameter in self._parameters.items()
-            for kind, value in homes[parameter].state[parameter].items()
+            for kind, value in self._homes[parameter].state[parameter].items()
             if isinstance(value, wanted)
         }
 

@@ -181,7 +181,7 @@ class DatasetStats:
     all_learned: int = 0  #: conversations and completions without any prompt
     over_length: int = 0  #: conversations and completions longer than ``seq_len``
     longest: int = 0  #: tokens of the longest of all samples
-    first_over_length: str = ""  #: where it stands
+    first_over_length: str = ""  #: where the first of those over length stands
     dropped: int = 0  #: over-length samples left out
     truncated: int = 0  #: over-length samples cut
     cut: int = 0  #: tokens cut off these

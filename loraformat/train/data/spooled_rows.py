@@ -16,7 +16,6 @@ import gzip
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -98,12 +97,14 @@ def _table_rows(
 
 
 def _check_pyarrow(file: DataFile, form: str, or_else: str = "") -> None:
-    if find_spec("pyarrow") is None:
+    try:
+        import pyarrow  # noqa: F401 - it may be installed, and no memory left to map it
+    except ImportError:
         raise MissingDependencyError(
             f"{form} needs pyarrow, which is not installed",
             path=file.path,
             hint=f"run: pip install 'loraformat[data]'{or_else}",
-        )
+        ) from None
 
 
 def without_nulls(value: Any) -> Any:

@@ -17,11 +17,9 @@ from loraformat.model.packed_weights import BITSANDBYTES
 from loraformat.model.written import WrittenModel
 from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions
 from loraformat.shards.quantized import method_of
-from loraformat.shards.read_directory import open_model, peek_config, weight_files
+from loraformat.shards.read_directory import open_model, peek_config, stored_entries
 from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
-from loraformat.storage.safe_directory import SafeDirectory
-from loraformat.tensors.mapped import MappedFile
 
 __all__ = ["CONVERTER", "read", "sniff", "write"]
 
@@ -32,13 +30,7 @@ def sniff(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """Open a 4-bit checkpoint.
-
-    Raises
-    ------
-    UnsupportedError
-        For FP4 and int8, by name.
-    """
+    """Open a 4-bit checkpoint; FP4 and int8 are refused by name."""
     config = peek_config(path) if path.is_dir() else {}
     _refuse_other_types(path, config)
     model_type = config.get("model_type")
@@ -75,16 +67,10 @@ def _refuse_other_types(path: Path, config: dict[str, object]) -> None:
 
 def _foreign_parts(path: Path) -> str | None:
     """Return the type of quantization that the tensors' names give away, if it is not NF4."""
-    folder = SafeDirectory(path if path.is_dir() else path.parent)
-    for name in weight_files(folder) if path.is_dir() else [path.name]:
-        file = MappedFile(folder, name)
-        names = list(file.header.entries)
-        file.close()
-        if any(tensor.endswith(".quant_state.bitsandbytes__fp4") for tensor in names):
-            return "fp4"
-        if any(tensor.endswith((".SCB", ".weight_format")) for tensor in names):
-            return "int8"
-    return None
+    names = stored_entries(path)
+    if any(name.endswith(".quant_state.bitsandbytes__fp4") for name in names):
+        return "fp4"
+    return "int8" if any(name.endswith((".SCB", ".weight_format")) for name in names) else None
 
 
 def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:

@@ -32,21 +32,7 @@ def sniff(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """Open pickled weights.
-
-    Parameters
-    ----------
-    path : Path
-    options : ReadOptions
-        Without its ``allow_pickle`` nothing is read.
-
-    Raises
-    ------
-    UnsupportedError
-        If that was not allowed, or the weights are quantized.
-    InputError
-        If a file is missing, damaged, or no pickle of tensors alone.
-    """
+    """Open pickled weights, which are dense and tensors alone, if ``options.allow_pickle``."""
     folder = SafeDirectory(path)
     weight_map = _weight_map(folder)
     names = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
@@ -61,7 +47,12 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     homes: dict[str, str] = {}
     with contextlib.ExitStack() as opened:
         for name in names:
-            _check_present(folder, name)
+            if not folder.has(name):
+                raise InputError(
+                    "is missing",
+                    path=folder.path / name,
+                    hint="the download is incomplete; download it again",
+                )
             file = open_pickle(folder, name)
             opened.callback(file.close)
             for key, tensor in file.tensors.items():
@@ -94,15 +85,6 @@ def _weight_map(folder: SafeDirectory) -> dict[str, str] | None:
         return None
     raw = folder.read(_INDEX, MAX_INDEX_BYTES)
     return parse_index(raw, folder.path / _INDEX, suffix=".bin")[0]
-
-
-def _check_present(folder: SafeDirectory, name: str) -> None:
-    if not folder.has(name):
-        raise InputError(
-            "is missing",
-            path=folder.path / name,
-            hint="the download is incomplete; download it again",
-        )
 
 
 def _check_index(weight_map: dict[str, str] | None, homes: dict[str, str], path: Path) -> None:

@@ -45,13 +45,7 @@ def _readers() -> tuple[dict[str, str], list[Signature]]:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """Open dense weights.
-
-    Raises
-    ------
-    UnsupportedError
-        If they are quantized, by any method: naming it.
-    """
+    """Open dense weights; those that are quantized are refused, naming the method."""
     checkpoint = open_model(path, "safetensors")
     try:
         _refuse_quantized(checkpoint)

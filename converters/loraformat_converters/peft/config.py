@@ -10,10 +10,10 @@ from loraformat.errors import InputError, printable
 from loraformat.model.adapter import LARGEST_SCALING
 from loraformat.storage.foreign_json import is_finite, parse_object
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat_converters.peft.pattern_table import PatternTable
-from loraformat_converters.peft.refusals import INVOCATION, refuse_by_name, unknown_fields
+from loraformat_converters.peft.pattern_table import PatternTable, tails
+from loraformat_converters.peft.refusals import INVOCATION
 
-__all__ = ["CONFIG_NAME", "MAX_CONFIG_BYTES", "LoraSettings", "read_config", "read_settings"]
+__all__ = ["CONFIG_NAME", "MAX_CONFIG_BYTES", "LoraSettings", "read_config", "text"]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -26,41 +26,19 @@ _MOST_PARAMETERS = 64
 class LoraSettings:
     """The fields of a LoRA config that determine the meaning of its tensors.
 
-    Attributes
-    ----------
-    config : dict
-        All of it.
-    rslora : bool
-    conv1d : bool
-        ``fan_in_fan_out``: the base holds its weights as (in, out).
-    version : tuple of int
-        ``peft_version``, major and minor; (0, 0) if it is not there (before 0.18).
-    target_parameters : tuple of str
-    invocation_tokens : tuple of int
-    notes : list of str
-        What a user should know; grows as modules are looked up.
-
-    With ``refuse=False`` nothing is refused by name: the config is only looked at.
+    An `InputError` says which of them is damaged or hostile. Nothing is refused by name here.
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        path: Path,
-        *,
-        conditional: bool = False,
-        refuse: bool = True,
-    ) -> None:
+    def __init__(self, config: dict[str, Any], path: Path) -> None:
         self.config, self._path = config, path
+        #: What a user should know; grows as modules are looked up.
         self.notes: list[str] = []
-        if refuse:
-            refuse_by_name(config, path, conditional=conditional)
-            self.notes = unknown_fields(config, path)
         self.rslora = config.get("use_rslora") is True
+        #: The base holds its weights as (in, out).
         self.conv1d = config.get("fan_in_fan_out") is True
+        #: Major and minor; (0, 0) if it is not there (before 0.18).
         self.version = _version(config.get("peft_version"))
         self.invocation_tokens = self._invocation_tokens()
-        self.target_parameters = tuple(self._names("target_parameters"))
         self._leaves = self._leaves_by_home()
         self._rank = int(self._number(config.get("r", 8), "r", whole=True))
         self._alpha = self._number(config.get("lora_alpha", 8), "lora_alpha")
@@ -85,7 +63,7 @@ class LoraSettings:
 
     def _leaves_by_home(self) -> dict[str, list[tuple[int, str]]]:
         found: dict[str, list[tuple[int, str]]] = {}
-        for number, entry in enumerate(dict.fromkeys(self.target_parameters)):
+        for number, entry in enumerate(dict.fromkeys(self._names("target_parameters"))):
             home, _, leaf = entry.rpartition(".")
             found.setdefault(home, []).append((number, leaf))
         if any(len(leaves) > _MOST_PARAMETERS for leaves in found.values()):
@@ -100,12 +78,8 @@ class LoraSettings:
 
         The home is empty where an entry names a parameter only, which any module may have.
         """
-        tails = [module[place:] for place in _beginnings_of_parts(module)]
-        entries = [
-            (number, home, leaf)
-            for home in ("", *tails)
-            for number, leaf in self._leaves.get(home, ())
-        ]
+        homes = ("", *tails(module))
+        entries = [(n, home, leaf) for home in homes for n, leaf in self._leaves.get(home, ())]
         return [(home, leaf) for _, home, leaf in sorted(entries)]
 
     def _table(self, field: str, *, whole: bool) -> PatternTable:
@@ -157,13 +131,7 @@ class LoraSettings:
         return int(found[0][1]) if found else self._rank
 
     def scaling(self, module: str, rank: int) -> float:
-        """Return α/r, or α/√r with rsLoRA; r is the rank of the module's own factors.
-
-        Raises
-        ------
-        InputError
-            If float32 does not hold it.
-        """
+        """Return α/r, or α/√r with rsLoRA; r is the rank of the module's own factors."""
         alpha = self.alpha(module)
         scaling = alpha / (math.sqrt(rank) if self.rslora else rank)
         if abs(scaling) > LARGEST_SCALING:
@@ -175,8 +143,9 @@ class LoraSettings:
         return scaling
 
 
-def _beginnings_of_parts(name: str) -> list[int]:
-    return [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
+def text(value: object) -> str | None:
+    """Return a field's value if it is a text that says something."""
+    return value if isinstance(value, str) and value else None
 
 
 def _version(value: Any) -> tuple[int, int]:
@@ -185,26 +154,6 @@ def _version(value: Any) -> tuple[int, int]:
     return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, 0)
 
 
-def read_settings(folder: SafeDirectory, *, conditional: bool = False) -> LoraSettings:
-    """Read and check a config; that of an aLoRA only if ``conditional``.
-
-    Raises
-    ------
-    InputError
-        If it is damaged or hostile.
-    UnsupportedError
-        Naming the field that a low-rank delta does not hold, with the remedy.
-    """
-    config = read_config(folder)
-    return LoraSettings(config, folder.path / CONFIG_NAME, conditional=conditional)
-
-
 def read_config(folder: SafeDirectory) -> dict[str, Any]:
-    """Read a config, as PEFT does.
-
-    Raises
-    ------
-    InputError
-        If it is damaged or hostile.
-    """
+    """Read a config as PEFT does, within bounds."""
     return parse_object(folder.read(CONFIG_NAME, MAX_CONFIG_BYTES), folder.path / CONFIG_NAME)

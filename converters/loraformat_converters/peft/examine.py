@@ -25,7 +25,7 @@ from loraformat.runtimes.from_adapter import is_zero
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.storage import strict_json
 from loraformat.storage.safe_directory import SafeDirectory
-from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config
+from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config, text
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.load_on_meta import Stored
 from loraformat_converters.peft.loading import judge_loading
@@ -42,30 +42,14 @@ __all__ = ["examine"]
 
 
 def examine(path: Path, options: AdapterReadOptions) -> AdapterFacts:
-    """Collect facts from an adapter's config, tensor names, shapes and values.
-
-    Parameters
-    ----------
-    path : Path
-    options : AdapterReadOptions
-        With a base, the shapes of its weights are looked up.
-
-    Raises
-    ------
-    InputError
-        If a file is missing or damaged.
-    UnsupportedError
-        If the tensors lie in a pickle and that was not allowed.
-    """
+    """Collect facts from an adapter's config, tensor names, shapes and values, and its base's."""
     folder = SafeDirectory(path)
     config = read_config(folder)
     refusal = _refusal(config, path)
     if refusal is not None and config.get("peft_type") != "LORA":  # its tensors have other names
         return AdapterFacts("peft", refusal=refusal.problem, refusal_hint=refusal.hint)
-    settings = LoraSettings(config, folder.path / CONFIG_NAME, refuse=False)
-    with contextlib.ExitStack() as opened:
-        stored = open_tensors(folder, allow_pickle=options.allow_pickle)
-        opened.callback(stored.close)
+    settings = LoraSettings(config, folder.path / CONFIG_NAME)
+    with contextlib.closing(open_tensors(folder, allow_pickle=options.allow_pickle)) as stored:
         facts = _Examiner(settings, stored, options.base).facts(refusal)
         return replace(facts, beside=tuple(other_weights(folder.names())))
 
@@ -109,7 +93,7 @@ class _Examiner:
             replaced=tuple(self.replaced),
             rows=tuple(self.rows),
             last_token=_last_token(config) if self.rows else None,
-            task=_text(config.get("task_type")),
+            task=text(config.get("task_type")),
             labels=labels_of(
                 (parse_key(name, self.adapter).owner, tensor.shape)
                 for name, tensor in self.stored.tensors.items()
@@ -128,7 +112,7 @@ class _Examiner:
             nonfinite=tuple(self.nonfinite),
             refusal=problem,
             refusal_hint=hint,
-            base_model=_text(config.get("base_model_name_or_path")),
+            base_model=text(config.get("base_model_name_or_path")),
             base_fingerprint=self.stored.metadata.get(BASE_FINGERPRINT),
             base_commit=_commit(self.stored.metadata.get(BASE_SOURCE), config.get("revision")),
             foreign=self._foreign(),
@@ -219,10 +203,6 @@ def _last_token(config: Mapping[str, Any]) -> int | None:
     lists = named.values() if isinstance(named, dict) else [named]
     tokens = [n for some in lists if isinstance(some, list) for n in some if type(n) is int]
     return max(tokens, default=None)
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _commit(source: str | None, revision: object) -> str | None:

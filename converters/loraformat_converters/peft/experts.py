@@ -11,7 +11,8 @@ second kind.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.families.expert_names import EXPERT_LEAVES, parameter_order, spelled_in_memory
 from loraformat.families.table import family_of
 from loraformat.model.adapter import LoraDelta
-from loraformat.model.base_names import BaseNames
+from loraformat.model.base_names import BaseNames, Parameter
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
 from loraformat.tensors.arrays import array_bytes
@@ -33,25 +34,8 @@ _GIVE_BASE = "name the base (--base), whose shapes decide it"
 Pair = tuple[DenseTensor, DenseTensor]
 
 
-@dataclass(frozen=True, slots=True)
-class _Parameter:
-    """Name and shape of a parameter in the base, if known."""
-
-    target: str
-    shape: tuple[int, ...] | None
-
-
 class ExpertReader:
-    """Reader that converts the factors of wrapped parameters to deltas.
-
-    Parameters
-    ----------
-    settings : LoraSettings
-    base : Checkpoint or None
-    names : BaseNames or None
-    path : Path
-        The file to name in messages.
-    """
+    """Reader that converts the factors of wrapped parameters to deltas."""
 
     def __init__(
         self, settings: LoraSettings, base: Checkpoint | None, names: BaseNames | None, path: Path
@@ -69,7 +53,7 @@ class ExpertReader:
     def parameters(self, module: str, depths: Sequence[int]) -> list[str]:
         """Return the names of a module's wrapped parameters; [] if it is an ordinary layer."""
         named = self._settings.parameters_of(module)
-        there = [leaf for _, leaf in named if self._find(module, leaf).shape is not None]
+        there = [leaf for _, leaf in named if self._find(module, leaf) is not None]
         sure = [leaf for home, leaf in named if home or module.endswith("experts") or max(depths)]
         found = list(dict.fromkeys(there or sure))
         if max(depths) and len(found) != len(depths):
@@ -81,19 +65,24 @@ class ExpertReader:
             )
         return found if len(found) == len(depths) else []
 
-    def _find(self, module: str, leaf: str) -> _Parameter:
+    def _find(self, module: str, leaf: str) -> Parameter | None:
+        """Return a parameter as the base has it, if that is known."""
         name = f"{module}.{leaf}"
         if self._base is None or self._names is None:
-            return _Parameter(name, None)
+            return None
         if (found := self._names.parameter(name)) is not None:
-            return _Parameter(found.target, found.shape)
+            return found
         for leaves in EXPERT_LEAVES.get(leaf, ()):
             first = self._names.find(f"{module}.0.{leaves[0]}.weight")
             if first is not None:
                 return self._fused(first, leaf, leaves, name)
-        return _Parameter(name, None)
+        return None
 
-    def _fused(self, first: str, leaf: str, leaves: tuple[str, ...], name: str) -> _Parameter:
+    def _shape(self, module: str, leaf: str) -> tuple[int, ...] | None:
+        found = self._find(module, leaf)
+        return None if found is None else found.shape
+
+    def _fused(self, first: str, leaf: str, leaves: tuple[str, ...], name: str) -> Parameter | None:
         """Return the fused shape of the experts' separate tensors."""
         assert self._base is not None
         tensors = self._base.tensors
@@ -104,25 +93,16 @@ class ExpertReader:
         shapes = [tensors[n].shape for n in (f"{home}.0.{part}.weight" for part in leaves)
                   if n in tensors]  # fmt: skip
         if len(shapes) != len(leaves) or any(len(shape) != 2 for shape in shapes):
-            return _Parameter(name, None)
+            return None
         rows = sum(shape[0] for shape in shapes)
         # Mixtral's name stays that of memory: the one that PEFT writes and merging expects.
         target = f"{spelled_in_memory(home) if '.mlp.' in name else home}.{leaf}"
-        return _Parameter(target, (experts, rows, shapes[0][1]))
+        return Parameter(target, (experts, rows, shapes[0][1]))
 
     def deltas(self, module: str, pairs: Mapping[int, Pair]) -> Iterator[tuple[str, LoraDelta]]:
         """Yield the stored name and the delta of each parameter of a module, innermost first.
 
-        Parameters
-        ----------
-        module : str
-        pairs : mapping of int to (DenseTensor, DenseTensor)
-            A and B by depth; the innermost lies deepest.
-
-        Raises
-        ------
-        InputError
-            If factors and parameters do not fit, or nothing says which belongs to which.
+        ``pairs`` are A and B by depth; the innermost lies deepest.
         """
         depths = sorted(pairs, reverse=True)
         factors = [pairs[depth] for depth in depths]
@@ -135,13 +115,7 @@ class ExpertReader:
         usual = parameter_order(leaves)
         orders = [usual] if usual else []
         orders += [list(order) for order in permutations(leaves[:4])] if len(leaves) < 5 else []
-        fitting = [
-            order
-            for order in orders
-            if all(
-                self._fits(module, leaf, *pair) for leaf, pair in zip(order, factors, strict=True)
-            )
-        ]
+        fitting = [o for o in orders if all(map(partial(self._fits, module), o, factors))]
         if not fitting:
             shapes = [[list(a.shape), list(b.shape)] for a, b in factors]
             raise InputError(
@@ -158,8 +132,8 @@ class ExpertReader:
             )
         return fitting[0]
 
-    def _fits(self, module: str, leaf: str, a: DenseTensor, b: DenseTensor) -> bool:
-        shape = self._find(module, leaf).shape
+    def _fits(self, module: str, leaf: str, factors: Pair) -> bool:
+        shape, (a, b) = self._shape(module, leaf), factors
         if shape is None:
             return True
         sizes = (b.shape[0], a.shape[1])
@@ -173,7 +147,7 @@ class ExpertReader:
             return False
         verdicts = set()
         for leaf, (a, b) in zip(leaves, factors, strict=True):
-            shape = self._find(module, leaf).shape
+            shape = self._shape(module, leaf)
             if shape is not None and len(shape) == 3 and shape[1] != shape[2]:
                 verdicts.add((b.shape[0], a.shape[1]) != shape[1:])
         by_leaf = dict(zip(leaves, factors, strict=True))
@@ -196,7 +170,7 @@ class ExpertReader:
         return old
 
     def _experts(self, module: str, leaf: str, a: DenseTensor) -> int:
-        shape = self._find(module, leaf).shape
+        shape = self._shape(module, leaf)
         if shape is not None:
             return shape[0] if len(shape) == 3 else 1
         rank = self._settings.rank(f"{module}.{leaf}")
@@ -211,13 +185,13 @@ class ExpertReader:
     def _delta(
         self, module: str, leaf: str, a: DenseTensor, b: DenseTensor, *, swap: bool
     ) -> LoraDelta:
-        found = self._find(module, leaf)
         stored = f"{module}.{leaf}"
+        found = self._find(module, leaf)
         experts = self._experts(module, leaf, a)
         rank = a.shape[0] // experts
-        stack = experts > 1 or (found.shape is not None and len(found.shape) == 3)
+        stack = experts > 1 or (found is not None and len(found.shape) == 3)
         delta = LoraDelta(
-            target=found.target,
+            target=stored if found is None else found.target,
             a=stacked(a, (experts, rank, a.shape[1])) if stack else a,
             b=stacked(b, (b.shape[0], rank, experts), (2, 0, 1)) if stack else b,
             scaling=self._settings.scaling(stored, rank),
@@ -235,16 +209,7 @@ class ExpertReader:
 def stacked(
     tensor: DenseTensor, shape: tuple[int, ...], order: tuple[int, ...] | None = None
 ) -> DenseTensor:
-    """Return a tensor reshaped and permuted, lazily.
-
-    Parameters
-    ----------
-    tensor : DenseTensor
-    shape : tuple of int
-        Of as many elements.
-    order : tuple of int, optional
-        As in `numpy.transpose`; the bytes move when they are loaded.
-    """
+    """Return a tensor reshaped and then permuted; bytes move when they are loaded."""
     if order is None:
         return replace(tensor, shape=shape)
     return DenseTensor(

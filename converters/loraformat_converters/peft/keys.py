@@ -76,12 +76,7 @@ class Key(NamedTuple):
 
 
 def adapter_in(names: Iterable[str]) -> str:
-    """Return the adapter name in the keys of its tensors.
-
-    Raises
-    ------
-    UnsupportedError
-        If there are several.
+    """Return the adapter name in the keys of its tensors; several are refused.
 
     Examples
     --------
@@ -101,13 +96,7 @@ def adapter_in(names: Iterable[str]) -> str:
 
 
 def parse_key(name: str, adapter: str = _DEFAULT) -> Key:
-    """Split the name of a stored tensor.
-
-    Parameters
-    ----------
-    name : str
-    adapter : str
-        The adapter's own name, if that is in the tensors' names; see `adapter_in`.
+    """Split the name of a stored tensor, which may contain its adapter's own (`adapter_in`).
 
     Examples
     --------

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from loraformat.errors import printable
 from loraformat.model.base_names.meta_model import TASKS, build_on_meta, task_of
+from loraformat.tensors.dtypes import torch_dtype
 
 __all__ = ["Loaded", "Stored", "load_on_meta"]
 
@@ -44,15 +45,7 @@ class Stored(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Result of loading an adapter with PEFT.
-
-    Attributes
-    ----------
-    problem : str or None
-        What it raised.
-    ignored : tuple of str
-        Tensors that it left out, with no more than a warning or none.
-    """
+    """What PEFT raised, and the tensors that it left out with no more than a warning or none."""
 
     problem: str | None = None
     ignored: tuple[str, ...] = ()
@@ -61,30 +54,24 @@ class Loaded(NamedTuple):
 def load_on_meta(
     config: Mapping[str, Any], tensors: Mapping[str, Stored], base: Mapping[str, Any]
 ) -> Loaded | None:
-    """Load an adapter into a base as ``PeftModel.from_pretrained`` does.
+    """Load an adapter into a base, both by their configs, as ``PeftModel.from_pretrained`` does.
 
-    Parameters
-    ----------
-    config : mapping
-        ``adapter_config.json``.
-    tensors : mapping of str to Stored
-        By their names in the file.
-    base : mapping
-        The base's ``config.json``.
-
-    Returns
-    -------
-    Loaded or None
-        None if PEFT or transformers is not installed, or transformers cannot build the base.
+    Returns None if PEFT or transformers is not installed, or transformers cannot build the base.
     """
     with _quiet():
         try:
             import peft
         except ImportError:
             return None
-        answers = [_try(peft, model, config, tensors) for model in _models(config, tensors, base)]
-    clean = [answer for answer in answers if answer == Loaded()]
-    return clean[0] if clean else answers[-1] if answers else None
+        answer = None
+        for model in _models(config, tensors, base):
+            try:
+                answer = _load(peft, model, config, tensors)
+            except Exception as error:  # whatever PEFT raises is the answer
+                answer = Loaded(_sentence(error))
+            if answer == Loaded():
+                break
+    return answer
 
 
 @contextmanager
@@ -115,16 +102,10 @@ def _models(
                 yield model
 
 
-def _try(peft: Any, model: Any, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Loaded:
-    try:
-        return _load(peft, model, config, tensors)
-    except Exception as error:  # whatever PEFT raises is the answer
-        return Loaded(_sentence(error))
-
-
 def _load(
     peft: Any, model: Any, config: Mapping[str, Any], tensors: Mapping[str, Stored]
 ) -> Loaded:
+    import torch
     from peft.utils import set_peft_model_state_dict
 
     with tempfile.TemporaryDirectory() as folder:
@@ -135,10 +116,13 @@ def _load(
         model, settings, _ADAPTER, low_cpu_mem_usage=True
     )
     _check_rows(adapted)
+    states = {
+        name: torch.empty(stored.shape, dtype=torch_dtype(stored.dtype), device="meta")
+        for name, stored in tensors.items()
+    }
     result = set_peft_model_state_dict(
-        adapted, {name: _empty(stored) for name, stored in tensors.items()},
-        adapter_name=_ADAPTER, low_cpu_mem_usage=True,
-    )  # fmt: skip
+        adapted, states, adapter_name=_ADAPTER, low_cpu_mem_usage=True
+    )
     return Loaded(None, tuple(sorted(result.unexpected_keys)))
 
 
@@ -152,14 +136,6 @@ def _check_rows(model: Any) -> None:
             last = max(module.token_indices[_ADAPTER], default=0)
             if last >= rows:
                 raise IndexError(f"token {last} is out of range for {rows} rows of {name}")
-
-
-def _empty(stored: Stored) -> Any:
-    import torch
-
-    from loraformat.tensors.dtypes import torch_dtype
-
-    return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype), device="meta")
 
 
 def _sentence(error: Exception) -> str:

@@ -45,22 +45,10 @@ def judge_loading(
     adapter: str = "default",
     tied: str | None = None,
 ) -> Loading:
-    """Tell what PEFT does with an adapter on a base of these shapes.
+    """Tell what PEFT does with an adapter on a base, both by their configs.
 
-    Parameters
-    ----------
-    config : mapping
-        ``adapter_config.json``.
-    tensors : mapping of str to Stored
-        By their names in the file.
-    base : mapping
-        The base's ``config.json``.
-    names : BaseNames
-        The base's, for the rules.
-    adapter : str
-        The adapter's own name, if that is in the tensors' names.
-    tied : str, optional
-        The base's embedding, if that is its head, too.
+    ``adapter`` is its own name, if that is in the tensors' names, and ``tied`` the base's
+    embedding, if that is its head, too.
     """
     ask = load_on_meta if _is_cheap(config) else _in_a_process
     plain = is_plain(config, tensors, base, names)

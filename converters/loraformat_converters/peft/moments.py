@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 from loraformat.errors import InputError, nearest, printable
 from loraformat.model.adapter import STATISTICS_NAME, LoraDelta
@@ -26,19 +25,7 @@ _ASYMMETRY = 1e-3
 
 
 def read_moments(file: MappedFile, deltas: Mapping[str, LoraDelta]) -> dict[str, DenseTensor]:
-    """Return second moments by module; their values are checked when they are loaded.
-
-    Parameters
-    ----------
-    file : MappedFile
-    deltas : mapping of str to LoraDelta
-        By the stored name of the module.
-
-    Raises
-    ------
-    InputError
-        If one is of no module, or of another shape or type.
-    """
+    """Return second moments by module's stored name; values are checked when they are loaded."""
     found = {}
     for name, entry in file.header.entries.items():
         module = name.removesuffix(SUFFIX)
@@ -64,12 +51,6 @@ def read_moments(file: MappedFile, deltas: Mapping[str, LoraDelta]) -> dict[str,
 
 def _load(file: MappedFile, name: str, rank: int) -> memoryview:
     data = file.view(name)
-    check_moment(data, rank, name, file.path)
-    return data
-
-
-def check_moment(data: memoryview, rank: int, name: str, path: Path) -> None:
-    """Refuse a matrix that is not finite, not symmetric, or has a negative diagonal."""
     values = array_view(data, "F32", (len(data) // (4 * rank * rank), rank, rank))
     largest = abs(values).max((1, 2), keepdims=True)
     if not (
@@ -80,6 +61,7 @@ def check_moment(data: memoryview, rank: int, name: str, path: Path) -> None:
         raise InputError(
             f"tensor {printable(name)} is not a valid second moment: it is not finite, not "
             "symmetric, or has a negative diagonal",
-            path=path,
+            path=file.path,
             hint=f"remove {STATISTICS_NAME}: it only makes reduce better",
         )
+    return data

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from loraformat.errors import UnsupportedError
 from loraformat_converters.peft.patterns import REMEDY, Budget, Pattern, TooCostlyError
 
-__all__ = ["PatternTable"]
+__all__ = ["PatternTable", "tails"]
 
 #: Steps for all patterns on all modules of an adapter: about a second.
 _MOST_STEPS = 2_000_000
@@ -29,21 +29,10 @@ _Entry = tuple[int, str, float]
 
 
 class PatternTable:
-    """Values by pattern; the first matching pattern wins.
+    """Values by pattern, in the order of the file; the first matching pattern wins.
 
-    Parameters
-    ----------
-    values : mapping of str to float
-        In the order of the file.
-    field : str
-        Its name in the config, for messages.
-
-    Raises
-    ------
-    InputError
-        If a key is no regular expression.
-    UnsupportedError
-        If one is not regular, or they are too many.
+    An `InputError` says which key is no regular expression, an `UnsupportedError` which is not
+    regular, or that matching all would cost too much. ``field`` is the name in these messages.
 
     Examples
     --------
@@ -62,7 +51,10 @@ class PatternTable:
             if _NAME.fullmatch(key):
                 self._add_name(number, key, value)
             else:
-                self._spend(characters, _cost(key))
+                try:
+                    characters.take(_cost(key))
+                except TooCostlyError:
+                    raise self._too_costly() from None
                 self._patterns.append((number, Pattern(key), value))
 
     def _add_name(self, number: int, key: str, value: float) -> None:
@@ -71,12 +63,6 @@ class PatternTable:
         alike = self._names.setdefault(len(text), {}).setdefault(places, {})
         alike.setdefault(text.replace("\n", ""), (number, key, value))
 
-    def _spend(self, budget: Budget, steps: int) -> None:
-        try:
-            budget.take(steps)
-        except TooCostlyError:
-            raise self._too_costly() from None
-
     def _too_costly(self) -> UnsupportedError:
         return UnsupportedError(
             f"{self._field} has too many patterns for so many modules, or too intricate ones",
@@ -84,13 +70,7 @@ class PatternTable:
         )
 
     def all(self, name: str) -> list[tuple[str, float]]:
-        """Return every pattern that matches a module, and its value, in order.
-
-        Raises
-        ------
-        UnsupportedError
-            If matching costs too much.
-        """
+        """Return every pattern that matches a module, and its value, in order."""
         try:
             found = self._named(name)
             for number, pattern, value in self._patterns:
@@ -102,14 +82,18 @@ class PatternTable:
 
     def _named(self, name: str) -> list[_Entry]:
         found = []
-        for first in [0, *(place + 1 for place, c in enumerate(name) if c == ".")]:
-            tail = name[first:]
+        for tail in tails(name):
             for places, alike in self._names.get(len(tail), {}).items():
                 self._budget.take(1 + len(places) // 4)
                 entry = alike.get(_without(tail, places))
                 if entry is not None:
                     found.append(entry)
         return found
+
+
+def tails(name: str) -> list[str]:
+    """Return a module's name, and what is left of it after each dot."""
+    return [name, *(name[place + 1 :] for place, sign in enumerate(name) if sign == ".")]
 
 
 def _without(text: str, places: tuple[int, ...]) -> str:

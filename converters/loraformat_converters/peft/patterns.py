@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import accumulate
+from operator import or_
 
 from loraformat.errors import InputError, UnsupportedError, printable
 
@@ -42,25 +44,13 @@ class TooCostlyError(Exception):
 
 
 class Budget:
-    """Remaining matching steps.
-
-    Parameters
-    ----------
-    steps : int
-        Two million take about a second.
-    """
+    """Remaining matching steps; two million take about a second."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
 
     def take(self, steps: int) -> None:
-        """Consume steps.
-
-        Raises
-        ------
-        TooCostlyError
-            If there are none left.
-        """
+        """Consume steps; `TooCostlyError` if there are not so many left."""
         self.left -= steps
         if self.left < 0:
             raise TooCostlyError
@@ -80,12 +70,7 @@ class _Node:
 class Pattern:
     r"""A regular expression that is matched as PEFT does, in bounded time.
 
-    Raises
-    ------
-    InputError
-        If it is no regular expression.
-    UnsupportedError
-        If it is not regular (a back-reference, looking around), or too long.
+    One that is not regular (a back-reference, looking around), or too long, is refused.
 
     Examples
     --------
@@ -110,20 +95,14 @@ class Pattern:
                 f"pattern {printable(key)} is not a regular expression: {error}", hint=REMEDY
             ) from None
         alone = _Parser(key, key)
-        self._root = alone.whole()
+        self._root = alone.choice()
         self._alone = alone.done  # not so for "a)|(b"
         if not self._alone:
-            self._root = _Parser(key, text).whole()
+            self._root = _Parser(key, text).choice()
         self._tail = _tail(self._root) if self._alone else None
 
     def matches(self, name: str, budget: Budget | None = None) -> bool:
-        """Tell whether PEFT would match a module name.
-
-        Raises
-        ------
-        TooCostlyError
-            If that takes more steps than the budget has, one million by default.
-        """
+        """Tell whether PEFT would match a module name; a million steps if no budget is given."""
         budget = budget or Budget(1_000_000)
         if self._tail is not None and not name.endswith("\n"):
             budget.take(1)
@@ -159,11 +138,8 @@ def _beginnings(name: str) -> int:
 
 def _check_depth(key: str) -> None:
     # Counted roughly, brackets in classes too: nothing that a person writes comes near.
-    depth = deepest = 0
-    for character in key:
-        depth += (character == "(") - (character == ")")
-        deepest = max(deepest, depth)
-    if deepest > _DEEPEST:
+    steps = ((character == "(") - (character == ")") for character in key)
+    if max(accumulate(steps), default=0) > _DEEPEST:
         raise UnsupportedError(
             f"pattern {printable(key)} nests more than {_DEEPEST} groups", hint=REMEDY
         )
@@ -174,17 +150,14 @@ class _Parser:
 
     def __init__(self, key: str, text: str) -> None:
         self._key = key
-        self._tokens = [match for match in _TOKEN.finditer(text)]
+        self._tokens = list(_TOKEN.finditer(text))
         self._next = 0
-
-    def whole(self) -> _Node:
-        return self._choice()
 
     @property
     def done(self) -> bool:
         return self._next == len(self._tokens)
 
-    def _choice(self) -> _Node:
+    def choice(self) -> _Node:
         branches = [self._sequence()]
         while self._next < len(self._tokens) and self._tokens[self._next]["bar"]:
             self._next += 1
@@ -201,7 +174,7 @@ class _Parser:
             if token["refused"]:
                 self._refuse(token[0])
             elif token["open"]:
-                parts.append(self._choice())
+                parts.append(self.choice())
                 self._next += 1  # the bracket that closes it
             elif token["repeat"]:
                 parts[-1] = self._repeated(parts[-1], token)
@@ -276,10 +249,7 @@ class _Run:
             match = _compiled(node.text).match(self._name, start)
             return 0 if match is None else 1 << match.end()
         if node.either:
-            found = 0
-            for part in node.parts:
-                found |= self.ends(part, start)
-            return found
+            return reduce(or_, [self.ends(part, start) for part in node.parts])
         if (node.low, node.high) == (1, 1):
             for part in node.parts:
                 here = self.from_all(part, here)

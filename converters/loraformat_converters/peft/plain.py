@@ -34,19 +34,7 @@ def is_plain(
     base: Mapping[str, Any],
     names: BaseNames,
 ) -> bool:
-    """Tell whether PEFT is known to load an adapter with all its tensors.
-
-    Parameters
-    ----------
-    config : mapping
-        ``adapter_config.json``.
-    tensors : mapping of str to Stored
-        By their names in the file.
-    base : mapping
-        The base's ``config.json``.
-    names : BaseNames
-        The base's.
-    """
+    """Tell whether PEFT is known to load an adapter with all its tensors."""
     return (
         names.as_stored
         and not family_of(base).conv1d

@@ -20,10 +20,11 @@ from loraformat.model.vocabulary import per_token
 from loraformat.plugins import AdapterReadOptions
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedFile
-from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_settings
+from loraformat_converters.peft.config import CONFIG_NAME, LoraSettings, read_config, text
 from loraformat_converters.peft.experts import ExpertReader
 from loraformat_converters.peft.keys import adapter_in, is_usual, parse_key
 from loraformat_converters.peft.moments import read_moments
+from loraformat_converters.peft.refusals import refuse_by_name, unknown_fields
 from loraformat_converters.peft.rows import read_rows
 from loraformat_converters.peft.weights import StoredTensors, open_tensors, other_weights
 
@@ -38,22 +39,14 @@ def sniff(path: Path) -> bool:
 def read(path: Path, options: AdapterReadOptions) -> Adapter:
     """Open a PEFT adapter; its factors are mapped, and checked for NaN when they are loaded.
 
-    Parameters
-    ----------
-    path : Path
-    options : AdapterReadOptions
-        The shapes of its base decide the orientation (``Conv1D``, experts), its names the
-        prefix.
-
-    Raises
-    ------
-    InputError
-        If a file is missing or damaged, a factor lacks its pair, or shapes do not fit.
-    UnsupportedError
-        If the adapter is more than a low-rank delta and replacements.
+    The shapes of its base decide the orientation (``Conv1D``, experts), its names the prefix. An
+    adapter that is more than a low-rank delta and replacements is refused.
     """
     folder = SafeDirectory(path)
-    settings = read_settings(folder, conditional=options.conditional)
+    config, place = read_config(folder), folder.path / CONFIG_NAME
+    refuse_by_name(config, place, conditional=options.conditional)
+    notes = unknown_fields(config, place)
+    settings = LoraSettings(config, place)
     with contextlib.ExitStack() as opened:
         stored = open_tensors(folder, allow_pickle=options.allow_pickle)
         opened.callback(stored.close)
@@ -64,7 +57,6 @@ def read(path: Path, options: AdapterReadOptions) -> Adapter:
             opened.callback(file.close)
             for module, moment in read_moments(file, by_module).items():
                 by_module[module] = replace(by_module[module], second_moment=moment)
-        config = settings.config
         adapter = Adapter(
             path=path,
             format="peft",
@@ -74,13 +66,13 @@ def read(path: Path, options: AdapterReadOptions) -> Adapter:
             invocation_tokens=settings.invocation_tokens,
             spellings=reader.spellings,
             config=config,
-            base_model=_text(config.get("base_model_name_or_path")),
+            base_model=text(config.get("base_model_name_or_path")),
             base_fingerprint=stored.metadata.get(BASE_FINGERPRINT),
             base_source=stored.metadata.get(BASE_SOURCE),
             files=_files(folder),
             verbatim=stored.verbatim and reader.usual,
             sources=tuple(folder.path / name for name in folder.names()),
-            notes=(*settings.notes, *_beside(folder), *_by_torchtune(folder, options.base)),
+            notes=(*notes, *settings.notes, *_beside(folder), *_by_torchtune(folder, options.base)),
             close=opened.pop_all().close,
         )
     try:
@@ -89,10 +81,6 @@ def read(path: Path, options: AdapterReadOptions) -> Adapter:
         adapter.close()
         raise
     return adapter
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _beside(folder: SafeDirectory) -> list[str]:
@@ -120,10 +108,13 @@ def _files(folder: SafeDirectory) -> tuple[CarriedFile, ...]:
     return tuple(CarriedFile(n, s, partial(folder.read, n, s)) for n, s in sizes.items())
 
 
+def _is_wrapped(tensor: DenseTensor) -> bool:
+    return ".modules_to_save." in tensor.name
+
+
 def _is_copy(one: DenseTensor, other: DenseTensor) -> bool:
     """Tell whether two tensors are the copies that PEFT writes under two names."""
-    wrapped = [".modules_to_save." in tensor.name for tensor in (one, other)]
-    return one.shape == other.shape and sum(wrapped) == 1
+    return one.shape == other.shape and _is_wrapped(one) != _is_wrapped(other)
 
 
 class _Reader:
@@ -176,22 +167,18 @@ class _Reader:
         if key.part == "original":
             self._untrained[key.owner] = name
             return
-        if key.part == "":
-            parts, place = self._replaced, key.owner
-        elif key.part == "tokens":
-            parts, place = self.tokens, key.owner
+        if key.part in ("", "tokens"):
+            parts, place = self.tokens if key.part else self._replaced, key.owner
         else:
             module = self._modules.setdefault(key.owner, {})
             parts, place = module.setdefault(key.depth, {}), key.part
-        if place in parts and key.part == "" and _is_copy(parts[place], tensor):
-            # PEFT saves a trained embedding once more under its wrapper's name, and loads this.
-            parts[place] = min(
-                parts[place], tensor, key=lambda one: ".modules_to_save." in one.name
-            )
+        other = parts.setdefault(place, tensor)
+        if other is tensor:
             return
-        if place in parts:
+        if key.part or not _is_copy(other, tensor):
             raise InputError(f"tensor {printable(name)} occurs twice", path=self._path)
-        parts[place] = tensor
+        # PEFT saves a trained embedding once more under its wrapper's name, and loads this.
+        parts[place] = min(other, tensor, key=_is_wrapped)
 
     def _check_trained(self) -> None:
         """Refuse a module whose original weight was saved instead of the trained one."""

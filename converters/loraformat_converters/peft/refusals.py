@@ -67,13 +67,7 @@ _KNOWN = {
 
 
 def refuse_by_name(config: dict[str, Any], path: Path, *, conditional: bool = False) -> None:
-    """Refuse methods beyond low-rank deltas and replacements; aLoRA unless ``conditional``.
-
-    Raises
-    ------
-    UnsupportedError
-        Naming the field, with the remedy.
-    """
+    """Refuse methods beyond low-rank deltas and replacements; aLoRA unless ``conditional``."""
     kind = config.get("peft_type")
     if kind is None and _MLX & config.keys():
         raise UnsupportedError(
@@ -93,7 +87,11 @@ def refuse_by_name(config: dict[str, Any], path: Path, *, conditional: bool = Fa
             f"init_lora_weights is {printable(start)}: the factors belong to a base that PEFT "
             "changes as it loads them, not to the base itself",
             path=path,
-            hint=_remedy(start.lower()),
+            hint="save the modified base with the adapter, and set init_lora_weights to true"
+            if start.lower().startswith("loftq")
+            else "save it with path_initial_model_for_weight_conversion, as PEFT's documentation "
+            "shows, and loraformat reduce lowers the doubled rank; if the training is over, "
+            + _EXTRACT,
         )
 
 
@@ -110,22 +108,10 @@ def _method_remedy(kind: str) -> str:
     return _UNMERGED if kind in _NOT_MERGED else _EXTRACT
 
 
-def _remedy(start: str) -> str:
-    if start.startswith("loftq"):
-        return "save the modified base with the adapter, and set init_lora_weights to true"
-    return (
-        "save it with path_initial_model_for_weight_conversion, as PEFT's documentation shows, "
-        "and loraformat reduce lowers the doubled rank; if the training is over, " + _EXTRACT
-    )
-
-
 def unknown_fields(config: dict[str, Any], path: Path) -> list[str]:
     """Return a note for each field that no known version of PEFT writes.
 
-    Raises
-    ------
-    UnsupportedError
-        If one looks as if it were switched on.
+    One that looks as if it were switched on is refused.
     """
     notes = []
     for field, value in config.items():

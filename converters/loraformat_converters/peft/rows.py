@@ -25,22 +25,9 @@ def read_rows(
     path: Path,
     in_base: Callable[[str], str],
 ) -> dict[str, RowReplacement]:
-    """Combine the stored rows with the indices in the config.
+    """Combine the rows stored for each module with the indices in the config; they must fit.
 
-    Parameters
-    ----------
-    tensors : mapping of str to DenseTensor
-        By module.
-    config : mapping
-    path : Path
-        The file to name in messages.
-    in_base : callable
-        Gives the base's name of a tensor.
-
-    Raises
-    ------
-    InputError
-        If there are rows without indices, indices without rows, or they do not fit.
+    ``in_base`` gives the base's name of a tensor.
     """
     named = config.get(FIELD)
     if named and not tensors:
@@ -69,7 +56,7 @@ def _is_of_a_tied_head(module: str, tensors: Mapping[str, DenseTensor], named: A
     """
     if not isinstance(named, dict) or not module.endswith("lm_head"):
         return False
-    others = [other for other in tensors if any(other.endswith(key) for key in named)]
+    others = [other for other in tensors if other.endswith(tuple(named))]
     shape = tensors[module].shape
     return module not in others and any(tensors[other].shape == shape for other in others)
 

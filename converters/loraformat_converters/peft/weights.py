@@ -17,7 +17,7 @@ from pathlib import Path
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.pickled import open_pickle
-from loraformat.shards.index_json import parse_index
+from loraformat.shards.index_json import MAX_INDEX_BYTES, parse_index
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.arrays import array_bytes, array_view, check_finite, numpy_dtype
 from loraformat.tensors.mapped import MappedFile
@@ -36,7 +36,6 @@ INDEX_NAME = "adapter_model.safetensors.index.json"
 PICKLE_NAME = "adapter_model.bin"
 
 _OURS = re.compile(r"adapter_model(-\d+-of-\d+)?\.(safetensors|bin)")
-_MAX_INDEX_BYTES = 64 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 #: Read as F32, which holds each of their values.
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
@@ -68,48 +67,24 @@ def other_weights(names: Iterable[str]) -> list[str]:
 
 @dataclass(slots=True)
 class StoredTensors:
-    """Contents of the weight files.
+    """Contents of the weight files, by stored name."""
 
-    Attributes
-    ----------
-    path : Path
-        The file to name in messages.
-    tensors : dict of str to DenseTensor
-        By stored name.
-    metadata : dict of str to str
-    verbatim : bool
-        PEFT reads them as they are.
-    close : callable
-    """
-
+    #: The file to name in messages.
     path: Path
     tensors: dict[str, DenseTensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    #: PEFT reads them as they are.
     verbatim: bool = True
     close: Callable[[], None] = lambda: None
 
 
 def open_tensors(folder: SafeDirectory, *, allow_pickle: bool) -> StoredTensors:
-    """Open the weight files; safetensors is preferred to pickle, as in PEFT.
-
-    Raises
-    ------
-    InputError
-        If there is none, or it is damaged.
-    UnsupportedError
-        If it is a pickle and that was not allowed.
-    """
+    """Open the weight files; safetensors is preferred to pickle, as in PEFT."""
     if folder.has(WEIGHTS_NAME):
-        return _open_files(folder, WEIGHTS_NAME, {WEIGHTS_NAME: None})
+        return _open_files(folder, WEIGHTS_NAME, None)
     if folder.has(INDEX_NAME):
-        path = folder.path / INDEX_NAME
-        weight_map, _ = parse_index(folder.read(INDEX_NAME, _MAX_INDEX_BYTES), path)
-        shards: dict[str, set[str] | None] = {}
-        for name, shard in weight_map.items():
-            known = shards.setdefault(shard, set())
-            assert known is not None
-            known.add(name)
-        return _open_files(folder, INDEX_NAME, shards)
+        raw = folder.read(INDEX_NAME, MAX_INDEX_BYTES)
+        return _open_files(folder, INDEX_NAME, parse_index(raw, folder.path / INDEX_NAME)[0])
     if not folder.has(PICKLE_NAME):
         raise InputError(
             f"holds no {WEIGHTS_NAME}", path=folder.path,
@@ -124,41 +99,38 @@ def open_tensors(folder: SafeDirectory, *, allow_pickle: bool) -> StoredTensors:
             "--allow-pickle (which loads tensors only), or save it again with "
             "safe_serialization=True",
         )
-    return _unpickle(folder)
+    path, file = folder.path / PICKLE_NAME, open_pickle(folder, PICKLE_NAME)
+    tensors = {name: _checked(tensor, path) for name, tensor in file.tensors.items()}
+    return StoredTensors(path, tensors, verbatim=False, close=file.close)
 
 
 def _open_files(
-    folder: SafeDirectory, name: str, shards: dict[str, set[str] | None]
+    folder: SafeDirectory, name: str, weight_map: dict[str, str] | None
 ) -> StoredTensors:
     found = StoredTensors(folder.path / name, {}, verbatim=name == WEIGHTS_NAME)
+    indexed = set((weight_map or {}).items())
     with contextlib.ExitStack() as opened:
-        for shard, wanted in shards.items():
+        for shard in [name] if weight_map is None else dict.fromkeys(weight_map.values()):
             file = MappedFile(folder, shard, foreign=True)
             opened.callback(file.close)
-            entries = file.header.entries
-            if wanted is not None and wanted != set(entries):
-                odd = sorted(wanted ^ set(entries))[0]
-                raise InputError(
-                    f"tensor {printable(odd)} is in the index or in {shard}, but not in both",
-                    path=found.path,
-                )
-            for key, entry in entries.items():
+            for key, entry in file.header.entries.items():
+                indexed ^= {(key, shard)}
                 load = partial(file.view, key)
                 stored = DenseTensor(key, entry.dtype, entry.shape, load, file.releaser(key))
-                found.tensors[key] = checked(stored, file.path)
+                found.tensors[key] = _checked(stored, file.path)
             found.metadata |= file.header.metadata
+        if weight_map is not None and indexed:
+            odd, shard = min(indexed)
+            raise InputError(
+                f"tensor {printable(odd)} is in the index or in {shard}, but not in both",
+                path=found.path,
+            )
         found.close = opened.pop_all().close
     return found
 
 
-def checked(tensor: DenseTensor, path: Path) -> DenseTensor:
-    """Return a tensor that is checked for NaN when loaded; 8-bit floats become float32.
-
-    Raises
-    ------
-    UnsupportedError
-        If it holds no floating-point numbers.
-    """
+def _checked(tensor: DenseTensor, path: Path) -> DenseTensor:
+    """Return a tensor that is checked for NaN when loaded; 8-bit floats become float32."""
     if tensor.dtype not in _FLOATS + _EIGHT_BITS:
         raise UnsupportedError(
             f"tensor {printable(tensor.name)} of type {tensor.dtype} is not part of a LoRA adapter",
@@ -173,10 +145,3 @@ def checked(tensor: DenseTensor, path: Path) -> DenseTensor:
         return array_bytes(values)
 
     return DenseTensor(tensor.name, dtype, tensor.shape, load, tensor.release)
-
-
-def _unpickle(folder: SafeDirectory) -> StoredTensors:
-    path = folder.path / PICKLE_NAME
-    file = open_pickle(folder, PICKLE_NAME)
-    tensors = {name: checked(tensor, path) for name, tensor in file.tensors.items()}
-    return StoredTensors(path, tensors, verbatim=False, close=file.close)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.families.expert_names import is_router, parameter_order
@@ -20,6 +19,7 @@ from loraformat.model.architecture import module_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat_converters.peft.keys import PREFIX
+from loraformat_converters.peft.pattern_table import tails
 
 __all__ = ["Wrapping"]
 
@@ -27,30 +27,22 @@ _MOST_NAMES = 4096
 
 
 class Wrapping:
-    """How PEFT wraps the modules of an adapter.
+    """How PEFT wraps the modules of an adapter, under the names of the model in memory.
 
-    Parameters
-    ----------
-    adapter : Adapter
-        Under the names of the model in memory.
-    base : Checkpoint or None
-        Its config says the family.
-
-    Attributes
-    ----------
-    parameters : list of str
-        Targets that are adapted as parameters, sorted: ``target_parameters``.
-
-    Raises
-    ------
-    UnsupportedError
-        If PEFT cannot hold them together.
+    ``parameters`` are the targets that are adapted as such, sorted. What PEFT cannot hold together
+    is refused.
     """
 
     def __init__(self, adapter: Adapter, base: Checkpoint | None) -> None:
         config = parse(base.config) if base is not None and base.config else {}
         self._family: Family = family_of(config)
-        self._named = _Named(adapter.config)
+        #: What the source's config targets, matched by suffix as in PEFT.
+        self._modules, self._parameters = (
+            {name for name in listed if isinstance(name, str)}
+            if isinstance(listed, list)
+            else set()
+            for listed in map(adapter.config.get, ("target_modules", "target_parameters"))
+        )
         self._deltas = list(adapter.deltas.values())
         self._depths = _depths(d.target for d in self._deltas if self._needs_parameter(d))
         self._wrapped = Counter(target.rpartition(".")[0] for target in self._depths)
@@ -63,9 +55,9 @@ class Wrapping:
             return True
         if module.rpartition(".")[2] in self._family.expert_leaves | self._family.own_leaves:
             return True
-        if self._named.as_parameter(target):
+        if not self._parameters.isdisjoint(tails(target)):
             return True
-        return is_router(module) and not self._named.as_module(module)
+        return is_router(module) and self._modules.isdisjoint(tails(module))
 
     def _check(self, adapter: Adapter) -> None:
         unable = [d for d in self._deltas if d.magnitude is not None or d.bias is not None]
@@ -114,29 +106,6 @@ class Wrapping:
         if len(names) > _MOST_NAMES:
             return sorted({name.rsplit(".", 1)[-1] for name in names})
         return names
-
-
-class _Named:
-    """Targets in the source's config, matched by suffix as in PEFT."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._modules = _strings(config.get("target_modules"))
-        self._parameters = _strings(config.get("target_parameters"))
-
-    def as_module(self, name: str) -> bool:
-        return _ends(name, self._modules)
-
-    def as_parameter(self, name: str) -> bool:
-        return _ends(name, self._parameters)
-
-
-def _strings(value: object) -> set[str]:
-    return {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()
-
-
-def _ends(name: str, words: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[first:]) in words for first in range(len(parts)))
 
 
 def _depths(parameters: Iterable[str]) -> dict[str, int]:

@@ -52,18 +52,9 @@ _EXPERTS_SINCE = "0.19.0"
 def write(adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOptions) -> None:
     """Write an adapter into an output's work directory.
 
-    Parameters
-    ----------
-    adapter : Adapter
-    publication : AtomicOutput
-    options : AdapterWriteOptions
-        ``dtype`` is that of all factors, rounded to nearest even; None keeps each one's own
-        where that loses nothing. ``keep_scaling`` is heeded where one alpha says it all.
-
-    Raises
-    ------
-    UnsupportedError
-        For what PEFT's files cannot hold.
+    All factors are rounded to ``options.dtype``, to nearest even; without it each keeps its own
+    where that loses nothing. ``keep_scaling`` is heeded where one alpha says it all. What PEFT's
+    files cannot hold is refused.
     """
     adapter = _as_spelled(adapter)
     alpha = _one_alpha(adapter) if options.keep_scaling else None
@@ -110,11 +101,9 @@ def _inside_wrapper(name: str, adapter: Adapter) -> str:
 
 def _one_alpha(adapter: Adapter) -> float | None:
     """Return the alpha that gives every scaling exactly; None if there is none."""
-    alphas = {delta.alpha for delta in adapter.deltas.values()}
-    if len(alphas) != 1:
-        return None
-    (alpha,) = alphas
-    same = all(alpha / delta.rank == delta.scaling for delta in adapter.deltas.values())
+    deltas = adapter.deltas.values()
+    alpha = next((delta.alpha for delta in deltas), None)
+    same = all(d.alpha == alpha and alpha / d.rank == d.scaling for d in deltas)
     return alpha if same else None
 
 
@@ -141,13 +130,7 @@ def _is_ours(path: str) -> bool:
 
 
 def _encoded(adapter: Adapter, alpha: float | None, wrapping: Wrapping) -> bytes:
-    """Return the config's text.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is longer than any reader of ours takes.
-    """
+    """Return the config's text; one longer than any reader of ours takes is refused."""
     text = json.dumps(_config(adapter, alpha, wrapping), indent=2, sort_keys=True) + "\n"
     if len(text) > MAX_CONFIG_BYTES:
         raise UnsupportedError(

@@ -19,8 +19,8 @@ from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.model import info
 from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from loraformat.plugins import sniff
-from tests.adapters.test_peft_files import read_base
 
 A, B = torch.ones(4, 8), torch.ones(8, 4)
 #: File, tensors, and words of the message.
@@ -179,7 +179,7 @@ def test_what_torchtune_writes(peft_files, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file({name: torch.ones(8, 8)}, llama / "model.safetensors")
     (llama / "config.json").write_text('{"model_type": "llama"}')
-    with read_base(llama) as base, open_adapter(peft_files, base=base) as adapter:
+    with open_model(llama) as base, open_adapter(peft_files, base=base) as adapter:
         assert not any("Qwen" in note for note in adapter.notes)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from loraformat.ops.adapter_output.output import write_adapter
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from tests.adapters.peft_models import (
     gpt2,
     gpt_oss,
@@ -24,7 +25,6 @@ from tests.adapters.peft_models import (
     qwen3_moe_square,
     trained,
 )
-from tests.adapters.test_peft_files import read_base
 
 ALL = ["q_proj", "v_proj", "up_proj", "down_proj"]
 CONV = ["c_attn", "c_fc", "c_proj"]
@@ -124,7 +124,7 @@ def test_peft_and_we_compute_the_same(case, tmp_path: Path) -> None:
     with open_adapter(adapter) as opened:
         write_adapter(opened, tmp_path / "written")
     same(logits(base, tmp_path / "written"), wanted)
-    with read_base(base) as checkpoint, open_adapter(adapter, base=checkpoint) as opened:
+    with open_model(base) as checkpoint, open_adapter(adapter, base=checkpoint) as opened:
         write_adapter(opened, tmp_path / "held")  # names as in memory, though the base's differ
     held, free = (
         load_file(tmp_path / n / "adapter_model.safetensors") for n in ("held", "written")

@@ -21,6 +21,7 @@ from loraformat.ops.combine.combine import combine
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.model import open_model
 from loraformat.tensors.torch_arrays import tensor_of
 from tests.adapters.peft_models import (
     IDS,
@@ -33,7 +34,7 @@ from tests.adapters.peft_models import (
     shake,
     trained,
 )
-from tests.adapters.test_peft_files import EXPERTS, read_base, rewrite, turned
+from tests.adapters.test_peft_files import EXPERTS, rewrite, turned
 from tests.torch_tensors import numbers
 
 
@@ -187,7 +188,7 @@ def test_reading_4_bit_weights_that_a_cpu_has_packed(tmp_path: Path) -> None:
     packed, state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
     after = functional.dequantize_4bit(packed, state)
     assert (after.float() - before.float()).norm() > 0.5 * before.float().norm()
-    with read_base(tmp_path / "nf4") as checkpoint:
+    with open_model(tmp_path / "nf4") as checkpoint:
         ours = checkpoint.tensors[f"{name}.weight"]
         assert isinstance(ours, NF4Tensor)
         torch.testing.assert_close(tensor_of(ours.dequantize()), before)

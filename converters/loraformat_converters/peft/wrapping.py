@@ -37,12 +37,8 @@ class Wrapping:
         config = parse(base.config) if base is not None and base.config else {}
         self._family: Family = family_of(config)
         #: What the source's config targets, matched by suffix as in PEFT.
-        self._modules, self._parameters = (
-            {name for name in listed if isinstance(name, str)}
-            if isinstance(listed, list)
-            else set()
-            for listed in map(adapter.config.get, ("target_modules", "target_parameters"))
-        )
+        self._modules = _strings(adapter.config.get("target_modules"))
+        self._parameters = _strings(adapter.config.get("target_parameters"))
         self._deltas = list(adapter.deltas.values())
         self._depths = _depths(d.target for d in self._deltas if self._needs_parameter(d))
         self._wrapped = Counter(target.rpartition(".")[0] for target in self._depths)
@@ -106,6 +102,10 @@ class Wrapping:
         if len(names) > _MOST_NAMES:
             return sorted({name.rsplit(".", 1)[-1] for name in names})
         return names
+
+
+def _strings(value: object) -> set[str]:
+    return {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()
 
 
 def _depths(parameters: Iterable[str]) -> dict[str, int]:

@@ -20,6 +20,7 @@ the package.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tracemalloc
@@ -40,18 +41,9 @@ from loraformat.ops.convert.convert import convert
 from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions
 from loraformat.shards.layout import DEFAULT_SHARD_LIMIT
 from loraformat.storage.atomic_file import open_publication
-from loraformat.testing.models import carried, checkpoint, dense, nf4, samples
+from loraformat.testing.models import carried, dense, samples
 
-__all__ = [
-    "ConverterContract",
-    "checkpoint",
-    "contents",
-    "dense",
-    "file_tree",
-    "nf4",
-    "samples",
-    "save",
-]
+__all__ = ["ConverterContract", "contents", "file_tree", "save"]
 
 _MIB = 1 << 20
 
@@ -114,18 +106,6 @@ def _copy(path: Path, target: Path) -> Path:
 # --- Damage: what happens to files on their way ---------------------------------------------
 
 
-def _cut(length: Callable[[int], int]) -> Callable[[Path], object]:
-    def damage(file: Path) -> None:
-        data = file.read_bytes()
-        file.write_bytes(data[: length(len(data))])
-
-    return damage
-
-
-def _fill_with_noise(file: Path) -> None:
-    file.write_bytes(bytes((i * 167 + 89) % 256 for i in range(4096)))
-
-
 def _move_out(file: Path) -> None:
     """Leave a symbolic link that leads out of the model's directory."""
     outside = file.parent.parent / "outside"
@@ -139,11 +119,11 @@ def _make_directory(file: Path) -> None:
 
 
 _DAMAGES: dict[str, Callable[[Path], object]] = {
-    "empty": _cut(lambda n: 0),
-    "one byte": _cut(lambda n: 1),
-    "half": _cut(lambda n: n // 2),
-    "end missing": _cut(lambda n: n - 2),
-    "noise": _fill_with_noise,
+    "empty": lambda file: os.truncate(file, 0),
+    "one byte": lambda file: os.truncate(file, 1),
+    "half": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "end missing": lambda file: os.truncate(file, file.stat().st_size - 2),
+    "noise": lambda file: file.write_bytes(bytes((i * 167 + 89) % 256 for i in range(4096))),
     "missing": Path.unlink,
     "directory": _make_directory,
     "link outwards": _move_out,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,35 +69,37 @@ class _Examiner:
     ) -> None:
         self.settings, self.stored, self.base = settings, stored, base
         self.names = names_of(base, settings.config.get("task_type")) if base is not None else None
-        self.nonfinite: list[str] = []
-        self.odd: list[str] = []
-        self.empty: list[str] = []
         self.adapter = adapter_in(stored.tensors)
-        self.strange: str | None = None
+        self.keys = {name: parse_key(name, self.adapter) for name in stored.tensors}
+        # PEFT saves a trained embedding under two names.
+        self.replaced = tuple(dict.fromkeys(self._owners("")))
         self.modules: dict[tuple[str, int], dict[str, DenseTensor]] = {}
-        self.replaced: list[str] = []
-        self.rows: list[str] = []
-        self.zero: set[str] = set()
+        for name, key in self.keys.items():
+            if key.part not in ("", "tokens", "original", "unknown"):
+                parts = self.modules.setdefault((key.owner, key.depth), {})
+                parts[key.part] = stored.tensors[name]
+        self.nonfinite: list[str] = []
+        self.zero = {n for n, t in stored.tensors.items() if is_zero(t, self.nonfinite)}
+
+    def _owners(self, part: str) -> Iterator[str]:
+        return (key.owner for key in self.keys.values() if key.part == part)
 
     def facts(self, refusal: UnsupportedError | None) -> AdapterFacts:
-        for name, tensor in self.stored.tensors.items():
-            self._sort(name, tensor)
-        config = self.settings.config
+        config, tensors = self.settings.config, self.stored.tensors
         problem, hint = (refusal.problem, refusal.hint) if refusal else (None, None)
-        if problem is None and self.strange is not None:
-            problem = f"tensor {printable(self.strange)} is not part of a LoRA adapter"
+        strange = [name for name, key in self.keys.items() if key.part == "unknown"]
+        if problem is None and strange:
+            problem = f"tensor {printable(strange[0])} is not part of a LoRA adapter"
+        rows = tuple(self._owners("tokens"))
         found = tuple(self._module(*key, parts) for key, parts in self.modules.items())
         return AdapterFacts(
             format="peft",
             modules=found,
-            replaced=tuple(self.replaced),
-            rows=tuple(self.rows),
-            last_token=_last_token(config) if self.rows else None,
+            replaced=self.replaced,
+            rows=rows,
+            last_token=_last_token(config) if rows else None,
             task=text(config.get("task_type")),
-            labels=labels_of(
-                (parse_key(name, self.adapter).owner, tensor.shape)
-                for name, tensor in self.stored.tensors.items()
-            ),
+            labels=labels_of((self.keys[name].owner, t.shape) for name, t in tensors.items()),
             config_rank=config.get("r", 8),
             config_alpha=config.get("lora_alpha", 8),
             rslora=self.settings.rslora,
@@ -106,8 +108,8 @@ class _Examiner:
             invocation_tokens=bool(self.settings.invocation_tokens),
             dora=config.get("use_dora") is True or any(module.dora for module in found),
             bias=self._has_biases(config, found),
-            odd_names=tuple(self.odd),
-            empty=tuple(self.empty),
+            odd_names=tuple(name for name in tensors if not is_usual(name, self.adapter)),
+            empty=tuple(name for name, tensor in tensors.items() if not all(tensor.shape)),
             sharded=self.stored.path.name == INDEX_NAME,
             nonfinite=tuple(self.nonfinite),
             refusal=problem,
@@ -143,24 +145,6 @@ class _Examiner:
         said = config.get("bias") not in (None, "none") or config.get("lora_bias") is True
         stored = any(name.endswith(".bias") for name in self.replaced)
         return said or stored or any(module.bias for module in found)
-
-    def _sort(self, name: str, tensor: DenseTensor) -> None:
-        if is_zero(tensor, self.nonfinite):
-            self.zero.add(name)
-        key = parse_key(name, self.adapter)
-        if not is_usual(name, self.adapter):
-            self.odd.append(name)
-        if not all(tensor.shape):
-            self.empty.append(name)
-        if key.part == "unknown":
-            self.strange = self.strange or name
-        elif key.part == "":
-            if key.owner not in self.replaced:  # PEFT saves a trained embedding under two names
-                self.replaced.append(key.owner)
-        elif key.part == "tokens":
-            self.rows.append(key.owner)
-        elif key.part != "original":
-            self.modules.setdefault((key.owner, key.depth), {})[key.part] = tensor
 
     def _module(self, owner: str, depth: int, parts: dict[str, DenseTensor]) -> ModuleFacts:
         a = parts.get("A", parts.get("embedding_A"))

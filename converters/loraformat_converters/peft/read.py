@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -232,9 +231,8 @@ class _Reader:
         a, b = parts.get(kind + "A"), parts.get(kind + "B")
         if a is None or b is None:
             lacks = kind + ("A" if a is None else "B")
-            others = [other for other, part in self._all_parts() if lacks in part]
-            alone = [other for other, part in self._all_parts() if {lacks} & set(part)
-                     and not {kind + "A", kind + "B"} <= set(part)]  # fmt: skip
+            others = {n: p for n, m in self._modules.items() for p in m.values() if lacks in p}
+            alone = [n for n, p in others.items() if not {kind + "A", kind + "B"} <= p.keys()]
             raise InputError(
                 f"module {printable(name)} has no lora_{lacks}" + nearest(name, alone or others),
                 path=self._path,
@@ -249,11 +247,6 @@ class _Reader:
                 hint="convolutions cannot be read; merge it with PEFT" if not two else None,
             )
         return a, b
-
-    def _all_parts(self) -> Iterator[tuple[str, dict[str, DenseTensor]]]:
-        for name, module in self._modules.items():
-            for parts in module.values():
-                yield name, parts
 
     def _delta(self, name: str, parts: dict[str, DenseTensor]) -> LoraDelta:
         embedding = "embedding_A" in parts or "embedding_B" in parts

@@ -17,9 +17,8 @@ from loraformat.errors import FormatError, InputError
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import NF4Tensor
 from loraformat.model.report import Report
-from loraformat.ops.adapter_output.form import check_values
+from loraformat.ops.adapter_output.form import check_values, tensors_of
 from loraformat.ops.arguments import Progress, reported
-from loraformat.ops.convert.adapter import tensors_of
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.plugins import AdapterFormat

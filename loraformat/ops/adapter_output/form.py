@@ -8,7 +8,7 @@ changed in memory, and where it shall belong to another base than it says.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from loraformat.bundle.integrity import check_listed
@@ -19,7 +19,7 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.architecture import module_of
 from loraformat.model.base_match import BaseMatch
 from loraformat.model.base_names import names_of
-from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
 from loraformat.model.tied_head import lacks_head
 from loraformat.model.written import FileRecord
@@ -31,7 +31,7 @@ from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import parse_weight_dtype
 
-__all__ = ["PlannedAdapter", "check_fits", "check_values", "plan_adapter"]
+__all__ = ["AdapterForm", "PlannedAdapter", "check_fits", "check_values", "tensors_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,77 +62,80 @@ class PlannedAdapter:
         return notes
 
 
-def plan_adapter(
-    adapter: Adapter,
-    writer: AdapterFormat,
-    *,
-    canonical: bool = False,
-    dtype: str | None = None,
-    base: AdapterBase | None = None,
-    allow_base_mismatch: bool = False,
-    expected: Mapping[str, FileRecord] | None = None,
-) -> PlannedAdapter:
-    """Decide how an adapter is written.
+@dataclass(frozen=True, slots=True)
+class AdapterForm:
+    """How adapters are written.
 
-    Parameters
+    Attributes
     ----------
-    adapter : Adapter
     writer : AdapterFormat
+    base : AdapterBase or None
+        What they are held against, and whose config or shapes the writer may need. If it is a
+        bundle, they get its fingerprint.
+    dtype : str or None
+        ``f32``, ``f16``, ``bf16`` or another of the writer's for the factors, rounded to nearest
+        even. By default each keeps its own where folding the scaling loses nothing in it.
     canonical : bool
-        Write it anew in any case.
-    dtype : str, optional
-        ``f32``, ``f16``, ``bf16`` or another of the writer's for the factors, rounded to
-        nearest even. By default each keeps its own where folding the scaling loses nothing in
-        it.
-    base : AdapterBase, optional
-        For writers that need its config or shapes. If it is a bundle, the adapter gets its
-        fingerprint.
+        Write them anew in any case, and fold the scaling into B; else it stays apart where one
+        alpha says every module's.
     allow_base_mismatch : bool
-        Give it that fingerprint although it has another.
-    expected : mapping of str to FileRecord, optional
-        Of each file that is copied; a difference is an error.
-
-    Raises
-    ------
-    InputError
-        If it was made for another base.
+        Give an adapter that fingerprint although it has another.
     """
-    notes = []
-    reason = _reason(adapter, writer, dtype)
-    foreign = adapter.format != writer.name
-    checkpoint = None if base is None else base.checkpoint
-    if base is not None and base.fingerprint is not None:
-        match = BaseMatch(adapter.base_fingerprint, base.fingerprint)
-        if match.relation == "other":
-            reason = reason or "the base fingerprint must be recorded"
-        notes += _mismatch(adapter, match, allow_base_mismatch)
-    elif checkpoint is not None and checkpoint.provenance.fingerprint and adapter.base_fingerprint:
-        descent = checkpoint.provenance.fingerprint
-        match = BaseMatch(adapter.base_fingerprint, descent, descends=True)
-        notes += _mismatch(adapter, match, allow_base_mismatch)
-    rewritten = not adapter.verbatim
-    if checkpoint is not None and writer.name == "peft":
-        ours = _in_memory(adapter, checkpoint)
-        rewritten = rewritten or _names_in_file(adapter) != _names_in_file(ours)
-        if rewritten and not foreign:
-            reason = reason or "PEFT uses other names for this base's modules"
-    if not canonical and reason is None:
-        options = AdapterWriteOptions(base=checkpoint)
-        return PlannedAdapter(adapter, writer, options, True, tuple(notes), expected)
-    if not canonical:
-        # One file has one scaling for all: its writer says itself what it folds.
-        kept = foreign or rewritten or writer.output == "file"
-        folded = "" if kept else " (scaling folded into B)"
-        notes.append(f"converted, not copied{folded}: {reason}")
-    if base is not None and base.fingerprint is not None:
-        source = json.dumps(dict(base.source), ensure_ascii=False)
-        adapter = replace(adapter, base_fingerprint=base.fingerprint, base_source=source)
-    if checkpoint is not None and writer.name == "peft":
-        adapter = _in_memory(adapter, checkpoint)
-    keep = (foreign or rewritten) and not canonical
-    options = AdapterWriteOptions(_dtype(writer, dtype), checkpoint, keep_scaling=keep)
-    anew = replace(adapter, verbatim=False, files=with_true_card(adapter.files))
-    return PlannedAdapter(anew, writer, options, False, tuple(notes))
+
+    writer: AdapterFormat
+    base: AdapterBase | None
+    dtype: str | None
+    canonical: bool
+    allow_base_mismatch: bool
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The open base, if one is known."""
+        return None if self.base is None else self.base.checkpoint
+
+    def plan(
+        self, adapter: Adapter, expected: Mapping[str, FileRecord] | None = None
+    ) -> PlannedAdapter:
+        """Decide how an adapter is written.
+
+        ``expected`` is of each file that is copied; a difference is an error.
+
+        Raises
+        ------
+        InputError
+            If it was made for another base.
+        """
+        writer, checkpoint, notes = self.writer, self.checkpoint, list[str]()
+        reason = _reason(adapter, writer, self.dtype)
+        foreign = adapter.format != writer.name
+        own = None if self.base is None else self.base.fingerprint
+        descent = None if checkpoint is None else checkpoint.provenance.fingerprint
+        if own is not None or (descent and adapter.base_fingerprint):
+            match = BaseMatch(adapter.base_fingerprint, own or descent, descends=own is None)
+            if own is not None and match.relation == "other":
+                reason = reason or "the base fingerprint must be recorded"
+            notes += _mismatch(adapter, match, self.allow_base_mismatch)
+        rewritten, ours = not adapter.verbatim, adapter
+        if checkpoint is not None and writer.name == "peft":
+            ours = _in_memory(adapter, checkpoint)
+            rewritten = rewritten or _names_in_file(adapter) != _names_in_file(ours)
+            if rewritten and not foreign:
+                reason = reason or "PEFT uses other names for this base's modules"
+        if not self.canonical and reason is None:
+            options = AdapterWriteOptions(base=checkpoint)
+            return PlannedAdapter(adapter, writer, options, True, tuple(notes), expected)
+        if not self.canonical:
+            # One file has one scaling for all: its writer says itself what it folds.
+            kept = foreign or rewritten or writer.output == "file"
+            folded = "" if kept else " (scaling folded into B)"
+            notes.append(f"converted, not copied{folded}: {reason}")
+        if self.base is not None and own is not None:
+            source = json.dumps(dict(self.base.source), ensure_ascii=False)
+            ours = replace(ours, base_fingerprint=own, base_source=source)
+        keep = (foreign or rewritten) and not self.canonical
+        options = AdapterWriteOptions(_dtype(writer, self.dtype), checkpoint, keep_scaling=keep)
+        anew = replace(ours, verbatim=False, files=with_true_card(ours.files))
+        return PlannedAdapter(anew, writer, options, False, tuple(notes))
 
 
 def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
@@ -233,11 +236,16 @@ def check_values(adapter: Adapter) -> None:
     InputError
         Naming the tensor.
     """
-    for delta in adapter.deltas.values():
-        for tensor in (delta.a, delta.b, delta.magnitude, delta.bias, delta.second_moment):
-            if tensor is not None:
-                tensor.load()
-                tensor.release()
-    for tensor in (*adapter.replacements.values(), *(r.rows for r in adapter.rows.values())):
+    moments = [d.second_moment for d in adapter.deltas.values() if d.second_moment is not None]
+    for tensor in (*tensors_of(adapter), *moments):
         tensor.load()
         tensor.release()
+
+
+def tensors_of(adapter: Adapter) -> Iterator[DenseTensor]:
+    """Yield every tensor of an adapter."""
+    for delta in adapter.deltas.values():
+        parts = (delta.a, delta.b, delta.magnitude, delta.bias)
+        yield from (part for part in parts if part is not None)
+    yield from adapter.replacements.values()
+    yield from (rows.rows for rows in adapter.rows.values())

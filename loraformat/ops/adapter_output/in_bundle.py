@@ -13,7 +13,7 @@ from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.written import WrittenModel
 from loraformat.ops.adapter_output.base import AdapterBase
-from loraformat.ops.adapter_output.form import check_fits, check_values, plan_adapter
+from loraformat.ops.adapter_output.form import AdapterForm, check_fits, check_values
 from loraformat.plugins import WriteOptions
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
@@ -52,14 +52,9 @@ def write_bundle(
 
     def add(fingerprint: str) -> converter.AdapterRecords:
         base = AdapterBase(checkpoint, fingerprint, checkpoint.provenance.to_json())
-        records = {}
+        form, records = AdapterForm(peft, base, None, False, allow_base_mismatch), {}
         for name, adapter in adapters.items():
-            planned = plan_adapter(
-                adapter,
-                peft,
-                base=base,
-                allow_base_mismatch=allow_base_mismatch,
-            )
+            planned = form.plan(adapter)
             directory = publication.work / "adapters" / name
             directory.parent.mkdir(exist_ok=True)
             with AtomicOutput(directory, plan="adapter", work_name=f".{name}.partial") as stage:

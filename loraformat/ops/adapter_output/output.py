@@ -6,7 +6,7 @@ refused before minutes of work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +17,12 @@ from loraformat.bundle.update import BundleSlot, add_adapter, parse_bundle_slot,
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase, open_adapter_base
 from loraformat.ops.adapter_output.form import (
+    AdapterForm,
     PlannedAdapter,
     check_fits,
     check_values,
-    plan_adapter,
 )
 from loraformat.plugins import AdapterFormat, Forecast
 from loraformat.storage.atomic_file import open_publication
@@ -35,38 +34,13 @@ __all__ = ["AdapterOutput", "ensure_not_exists", "open_adapter_output", "write_a
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterOutput:
-    """An output for one adapter; made by `open_adapter_output`.
-
-    Attributes
-    ----------
-    path : Path
-    writer : AdapterFormat
-    slot : BundleSlot or None
-        In a bundle.
-    base : AdapterBase or None
-        What adapters are held against, and what the writer may need.
-    dtype : str or None
-        Of the factors.
-    canonical : bool
-        Fold the scaling into B; else it stays apart where one alpha says every module's.
-    force, dry_run, allow_base_mismatch : bool
-    """
+class AdapterOutput(AdapterForm):
+    """An output for one adapter, in a bundle's slot or not; made by `open_adapter_output`."""
 
     path: Path
-    writer: AdapterFormat
     slot: BundleSlot | None
-    base: AdapterBase | None
-    dtype: str | None
-    canonical: bool
     force: bool
     dry_run: bool
-    allow_base_mismatch: bool
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """The open base, if one is known."""
-        return None if self.base is None else self.base.checkpoint
 
     def check(self, adapter: Adapter) -> None:
         """Check a source adapter against the base and the output format.
@@ -95,20 +69,6 @@ class AdapterOutput:
             notes += self.check_fits(adapter)
         _, said = self.publish(planned)
         return [*notes, *said]
-
-    def plan(
-        self, adapter: Adapter, expected: Mapping[str, FileRecord] | None = None
-    ) -> PlannedAdapter:
-        """Decide how an adapter is written; see `plan_adapter`."""
-        return plan_adapter(
-            adapter,
-            self.writer,
-            canonical=self.canonical,
-            dtype=self.dtype,
-            base=self.base,
-            allow_base_mismatch=self.allow_base_mismatch,
-            expected=expected,
-        )
 
     def check_fits(self, adapter: Adapter) -> list[str]:
         """Check an adapter against the base's tensors; for a bundle also its values.
@@ -206,7 +166,7 @@ def open_adapter_output(
         origin = _common_slot(sources) if needed else None
         found = open_adapter_base(stack, base, slot, origin)
     return AdapterOutput(
-        path, writer, slot, found, dtype, canonical, force, dry_run, allow_base_mismatch
+        writer, found, dtype, canonical, allow_base_mismatch, path, slot, force, dry_run
     )
 
 

@@ -11,7 +11,6 @@ see `loraformat.bundle.update`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,20 +19,18 @@ from typing import Any
 from loraformat.bundle.integrity import check_listed
 from loraformat.bundle.update import BundleSlot, parse_bundle_slot, read_manifest
 from loraformat.hub import Source, resolve
-from loraformat.model.adapter import Adapter
-from loraformat.model.checkpoint import DenseTensor
 from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase
-from loraformat.ops.adapter_output.form import PlannedAdapter
+from loraformat.ops.adapter_output.form import PlannedAdapter, tensors_of
 from loraformat.ops.adapter_output.one_rank import with_one_rank
 from loraformat.ops.adapter_output.output import open_adapter_output
-from loraformat.ops.convert.report import ConversionReport, losses
+from loraformat.ops.convert.report import ConversionReport, losses, with_estimate
 from loraformat.ops.opening.adapter import open_adapter
-from loraformat.plugins import AdapterFormat, Forecast
+from loraformat.plugins import AdapterFormat
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES
 
-__all__ = ["AdapterConversion", "convert_adapter", "tensors_of"]
+__all__ = ["AdapterConversion", "convert_adapter"]
 
 
 #: What a report has of models alone.
@@ -133,7 +130,7 @@ def convert_adapter(
         planned = output.plan(adapter, listed)
         report = _report(source, target, planned, lost, [*notes, *output.check_fits(adapter)])
         if dry_run:
-            return _foreseen(report, output.forecast(planned))
+            return with_estimate(report, output.forecast(planned))
         nbytes, said = output.publish(planned, finish=adapter.close)
     seconds = time.perf_counter() - began
     return replace(report, output_bytes=nbytes, seconds=seconds, notes=[*report.notes, *said])
@@ -154,23 +151,6 @@ def _listed(origin: BundleSlot | None) -> tuple[dict[str, FileRecord] | None, li
     if listed is None:
         return None, ["its bundle's manifest does not list it; no hash was verified"]
     return listed, []
-
-
-def tensors_of(adapter: Adapter) -> Iterator[DenseTensor]:
-    """Yield every tensor of an adapter."""
-    for delta in adapter.deltas.values():
-        parts = (delta.a, delta.b, delta.magnitude, delta.bias)
-        yield from (part for part in parts if part is not None)
-    yield from adapter.replacements.values()
-    yield from (rows.rows for rows in adapter.rows.values())
-
-
-def _foreseen(report: AdapterConversion, estimate: Forecast | None) -> AdapterConversion:
-    """Return the report of a dry run."""
-    if estimate is None:
-        return replace(report, dry_run=True)
-    notes = [*report.notes, *estimate.notes]
-    return replace(report, dry_run=True, output_bytes=estimate.nbytes, notes=notes)
 
 
 def _report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from loraformat.errors import UnsupportedError
 from loraformat.model.architecture import is_plain_in_peers, kind_of
@@ -14,7 +14,7 @@ from loraformat.model.quantization_history import Quantized
 from loraformat.model.report import Report
 from loraformat.model.written import WrittenModel
 from loraformat.ops.encoding.requantization import history, original_of, rms, sentence
-from loraformat.plugins import BaseFormat, Format, WriteOptions
+from loraformat.plugins import BaseFormat, Forecast, Format, WriteOptions
 from loraformat.shards.layout import execution_units, plan_shards
 
 __all__ = [
@@ -23,8 +23,11 @@ __all__ = [
     "complete",
     "losses",
     "plan_report",
-    "shard_notes",
+    "with_estimate",
 ]
+
+
+_Report = TypeVar("_Report", bound="ConversionReport")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -146,7 +149,7 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
     return notes
 
 
-def shard_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
+def _shard_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
     """Return notes with the planned size of each shard."""
     shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
     sizes = [sum(tensor.nbytes for tensor in shard) for shard in shards]
@@ -154,6 +157,14 @@ def shard_notes(checkpoint: Checkpoint, shard_limit: int) -> list[str]:
         f"shard {number} of {len(sizes)}: {size / 1e6:,.1f} MB"
         for number, size in enumerate(sizes, 1)
     ]
+
+
+def with_estimate(report: _Report, estimate: Forecast | None) -> _Report:
+    """Return the report of a dry run, with the writer's own forecast if there is one."""
+    if estimate is None:
+        return replace(report, dry_run=True)
+    notes = [*report.notes, *estimate.notes]
+    return replace(report, dry_run=True, output_bytes=estimate.nbytes, notes=notes)
 
 
 def foreseen(
@@ -166,27 +177,15 @@ def foreseen(
 ) -> ModelConversion:
     """Return the report of a dry run: the writer's own forecast, or the sizes of the shards.
 
-    What is ``again`` quantized is told as `complete` tells it, without a figure.
-
-    Raises
-    ------
-    LoraFormatError
-        What the writer would refuse.
+    What is ``again`` quantized is told as `complete` tells it, without a figure. What the writer
+    would refuse is raised.
     """
     said = sentence(report.quantized_before, again, original=report.original)
-    if said is not None:
-        report = replace(report, notes=[*report.notes, said])
     estimate = writer.estimate(checkpoint, target, options)
-    if estimate is None:
-        shards = shard_notes(checkpoint, options.shard_limit)
-        notes = [*report.notes, *(shards if writer.output == "directory" else ())]
-        return replace(report, dry_run=True, notes=notes)
-    return replace(
-        report,
-        dry_run=True,
-        output_bytes=estimate.nbytes,
-        notes=[*report.notes, *estimate.notes],
-    )
+    notes = [*report.notes, *([] if said is None else [said])]
+    if estimate is None and writer.output == "directory":
+        notes += _shard_notes(checkpoint, options.shard_limit)
+    return with_estimate(replace(report, notes=notes), estimate)
 
 
 def complete(

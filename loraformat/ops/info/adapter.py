@@ -7,7 +7,7 @@ from pathlib import Path
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.description import AdapterInfo, ModuleSummary
-from loraformat.ops.convert.adapter import tensors_of
+from loraformat.ops.adapter_output.form import tensors_of
 
 __all__ = ["AdapterInfo", "ModuleSummary", "description_of"]
 

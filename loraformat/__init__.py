@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loraformat.model.report import Report as Report
     from loraformat.ops.check.check import CheckReport as CheckReport
     from loraformat.ops.check.check import check as check
-    from loraformat.ops.check.fix import fix as fix
+    from loraformat.ops.check.check import fix as fix
     from loraformat.ops.combine.combine import CombinationReport as CombinationReport
     from loraformat.ops.combine.combine import combine as combine
     from loraformat.ops.convert.adapter import AdapterConversion as AdapterConversion
@@ -69,8 +69,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "demo.pipeline": "DemoReport demo",
     "errors": "LoraFormatError",
-    "ops.check.check": "CheckReport check",
-    "ops.check.fix": "fix",
+    "ops.check.check": "CheckReport check fix",
     "ops.combine.combine": "CombinationReport combine",
     "ops.convert.adapter": "AdapterConversion",
     "ops.convert.convert": "convert",

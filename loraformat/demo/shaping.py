@@ -12,8 +12,7 @@ from typing import Any
 from loraformat.demo import SMALL_MODEL
 from loraformat.demo.step import Step, Workspace
 from loraformat.errors import MissingDependencyError
-from loraformat.ops.check.check import check
-from loraformat.ops.check.fix import fix
+from loraformat.ops.check.check import check, fix
 from loraformat.ops.combine.combine import combine
 from loraformat.ops.extract.extract import extract
 from loraformat.ops.plots import check_picture

@@ -66,7 +66,7 @@ def tied_head(model: Checkpoint) -> TiedHead | None:
 
     Numbers are compared only if the config says tied and the file has both tensors.
     """
-    config = _config(model)
+    config = config_of(model)
     pair = _promised_pair(model.tensors, config)
     if pair is None:
         embedding = tied_embedding(model.tensors, config)
@@ -76,7 +76,7 @@ def tied_head(model: Checkpoint) -> TiedHead | None:
 
 def contradicting_head(model: Checkpoint) -> str | None:
     """Return the head that differs from the embedding although the config says tied, if any."""
-    pair = _promised_pair(model.tensors, _config(model))
+    pair = _promised_pair(model.tensors, config_of(model))
     if pair is None or _same(*(model.tensors[name] for name in pair)):
         return None
     return pair[1]
@@ -139,7 +139,7 @@ def refuse_lost_head(model: Checkpoint) -> None:
     Its config names a class with a head and says, as transformers always writes, that it is not
     tied; and no tensor outside of the layers could be one, by whatever name.
     """
-    config = _config(model)
+    config = config_of(model)
     embedding = _embedding(list(model.tensors))
     if embedding is None or not names_language_head(config) or _flag(config) is not False:
         return
@@ -171,7 +171,8 @@ def untied_config(config: bytes) -> bytes:
     return encode(with_member(fields, _FLAG, False))
 
 
-def _config(model: Checkpoint) -> dict[str, Any]:
+def config_of(model: Checkpoint) -> dict[str, Any]:
+    """Return a model's config; empty if it has none."""
     return parse(model.config, model.path) if model.config else {}
 
 

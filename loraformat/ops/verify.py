@@ -12,16 +12,16 @@ from typing import ClassVar
 from loraformat import plugins
 from loraformat.bundle.integrity import Finding, check_adapter, check_listed, verify_bundle
 from loraformat.bundle.reader import is_bundle
-from loraformat.bundle.update import parse_bundle_slot, read_manifest
+from loraformat.bundle.update import read_manifest
 from loraformat.errors import FormatError, InputError
 from loraformat.hub import resolve
 from loraformat.model.checkpoint import NF4Tensor
 from loraformat.model.report import Report
 from loraformat.ops.adapter_output.form import check_values, tensors_of
 from loraformat.ops.arguments import Progress, reported
-from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.adapter import listing
 from loraformat.ops.opening.model import open_model
-from loraformat.plugins import AdapterFormat
+from loraformat.plugins import AdapterFormat, AdapterReadOptions
 from loraformat.shards.index_json import INDEX_NAME
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.storage.safe_paths import CARD_NAME
@@ -83,45 +83,37 @@ def verify(
     VerificationReport
         Its findings are empty if everything is sound.
     """
+    found = resolve(path, pickles=allow_pickle).path
     with reported(progress, "verify") as told:
-        return _verify(resolve(path, pickles=allow_pickle).path, allow_pickle, told)
-
-
-def _verify(
-    path: Path, allow_pickle: bool, progress: Callable[[int, int], None]
-) -> VerificationReport:
-    if is_bundle(path):
-        return _bundle(path, progress)
-    reader = plugins.sniff(path)
-    if isinstance(reader, AdapterFormat):
-        return _adapter(path, reader, allow_pickle)
-    count, findings = 0, []
-    try:
-        with open_model(path, reader=reader, allow_pickle=allow_pickle) as checkpoint:
-            tensors = list(checkpoint.tensors.values())
-            for count, tensor in enumerate(tensors, 1):
-                if isinstance(tensor, NF4Tensor):
-                    tensor.load()  # which looks at the scales
-                    tensor.release()
-                progress(count, len(tensors))
-    except FormatError as error:
-        findings = [Finding(error.rule, error.path or str(path), error.problem)]
-    return VerificationReport(str(path), reader.name, count, False, findings)
+        if is_bundle(found):
+            return _bundle(found, told)
+        reader = plugins.sniff(found)
+        if isinstance(reader, AdapterFormat):
+            return _adapter(found, reader, allow_pickle)
+        count, findings = 0, []
+        try:
+            with open_model(found, reader=reader, allow_pickle=allow_pickle) as checkpoint:
+                tensors = list(checkpoint.tensors.values())
+                for count, tensor in enumerate(tensors, 1):
+                    if isinstance(tensor, NF4Tensor):
+                        tensor.load()  # which looks at the scales
+                        tensor.release()
+                    told(count, len(tensors))
+        except FormatError as error:
+            findings = [Finding(error.rule, error.path or str(found), error.problem)]
+        return VerificationReport(str(found), reader.name, count, False, findings)
 
 
 def _adapter(path: Path, reader: AdapterFormat, allow_pickle: bool) -> VerificationReport:
     """Check an adapter: its files and, in a bundle, their hashes; then that it means something."""
     folder = SafeDirectory(path) if path.is_dir() else None
-    place = parse_bundle_slot(path)
-    manifest = None if place is None else read_manifest(place.bundle)
-    listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
+    manifest, listed = listing(path)
     count = 0
 
     def values() -> None:
         nonlocal count
-        with open_adapter(
-            path, reader=reader, allow_pickle=allow_pickle, conditional=True, inspect=True
-        ) as adapter:
+        options = AdapterReadOptions(None, allow_pickle, conditional=True, inspect=True)
+        with reader.read(path, options) as adapter:
             check_values(adapter)
             count = sum(1 for _ in tensors_of(adapter))
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.model.adapter import LoraDelta
 from loraformat.ops.adapter_output.output import write_adapter
-from loraformat.ops.check.fix import fix
+from loraformat.ops.check.check import fix
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.ops.opening.adapter import open_adapter

@@ -18,7 +18,7 @@ from loraformat_converters.gguf.architectures import of_config
 from loraformat.errors import LoraFormatError, UnsupportedError
 from loraformat.families.table import family_of
 from loraformat.model.config_json import parse
-from loraformat.ops.check.fix import fix
+from loraformat.ops.check.check import fix
 from loraformat.ops.combine.combine import combine
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loraformat.errors import UnsupportedError, UsageError
-from loraformat.ops.check.check import check
-from loraformat.ops.check.fix import fix
+from loraformat.ops.check.check import check, fix
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.runtimes.known import RUNTIMES

@@ -13,8 +13,7 @@ from bases import make_base
 from features import FEATURES
 
 from loraformat.cli import main
-from loraformat.ops.check.check import check
-from loraformat.ops.check.fix import fix
+from loraformat.ops.check.check import check, fix
 from loraformat.ops.info.model import info
 from loraformat.runtimes.rules import RULES
 

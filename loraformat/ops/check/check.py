@@ -1,4 +1,4 @@
-"""Compatibility checks of an adapter, by runtime."""
+"""Compatibility checks of an adapter, by runtime, and its portable form."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.model.adapter_facts import AdapterFacts, BaseFacts
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.model.config_json import parse
 from loraformat.model.report import Report
-from loraformat.model.tied_head import tied_embedding, tied_head
+from loraformat.model.tied_head import config_of, tied_embedding, tied_head
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.model.vocabulary import per_token
 from loraformat.ops.adapter_output.base import open_adapter_base
 from loraformat.ops.arguments import many
 from loraformat.ops.check.prompts import template_change, tokenizer_beside, tokenizer_change
 from loraformat.ops.check.write import Written, write_usage
-from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.convert.adapter import AdapterConversion, convert_adapter
 from loraformat.ops.opening.model import origin_fingerprint
 from loraformat.plugins import AdapterFormat, AdapterReadOptions
 from loraformat.runtimes.architectures import gguf_architecture
@@ -35,7 +34,7 @@ from loraformat.runtimes.known import RUNTIMES
 from loraformat.runtimes.record import Finding
 from loraformat.runtimes.remedies import Names
 
-__all__ = ["CheckReport", "check", "examine"]
+__all__ = ["CheckReport", "check", "examine", "fix"]
 
 #: Stands for the tensors of a base of which there is a config alone.
 _AN_EMBEDDING = ("model.embed_tokens.weight",)
@@ -177,21 +176,26 @@ def examine(
         If it is no adapter.
     """
     path = resolve(source, pickles=allow_pickle).path
-    converter = plugins.sniff(path, AdapterFormat)
-    if not isinstance(converter, AdapterFormat):
-        raise UnsupportedError(
-            f"is a model ({converter.name}), not an adapter",
-            path=path,
-            hint="check looks at adapters; a bundle's are BUNDLE/adapters/NAME",
-        )
+    reader = _reader(path)
     place = parse_bundle_slot(path)
     with ExitStack() as stack:
         held = open_adapter_base(stack, base, place)
         opened = None if held is None else held.checkpoint
-        facts = _facts(converter, path, AdapterReadOptions(opened, allow_pickle, True, True))
+        facts = _facts(reader, path, AdapterReadOptions(opened, allow_pickle, True, True))
         if opened is None:
             return facts, None
         return _held(facts, path, opened), str(opened.path)
+
+
+def _reader(path: Path) -> AdapterFormat:
+    reader = plugins.sniff(path, AdapterFormat)
+    if not isinstance(reader, AdapterFormat):
+        raise UnsupportedError(
+            f"is a model ({reader.name}), not an adapter",
+            path=path,
+            hint="check looks at adapters; a bundle's are BUNDLE/adapters/NAME",
+        )
+    return reader
 
 
 def _held(facts: AdapterFacts, path: Path, base: Checkpoint) -> AdapterFacts:
@@ -207,22 +211,15 @@ def _held(facts: AdapterFacts, path: Path, base: Checkpoint) -> AdapterFacts:
     )
 
 
-def _facts(converter: AdapterFormat, path: Path, options: AdapterReadOptions) -> AdapterFacts:
-    if converter.examine is not None:
-        return converter.examine(path, options)
-    with open_adapter(
-        path,
-        reader=converter,
-        base=options.base,
-        allow_pickle=options.allow_pickle,
-        conditional=True,
-        inspect=True,
-    ) as adapter:
+def _facts(reader: AdapterFormat, path: Path, options: AdapterReadOptions) -> AdapterFacts:
+    if reader.examine is not None:
+        return reader.examine(path, options)
+    with reader.read(path, options) as adapter:
         return facts_of(adapter, options.base)
 
 
 def _base_facts(base: Checkpoint) -> BaseFacts:
-    config = parse(base.config) if base.config else {}
+    config = config_of(base)
     named = model_type(config)
     layers = {layer[1] for name in base.tensors if (layer := layer_of(name))}
     return BaseFacts(
@@ -242,3 +239,72 @@ def _is_tied(base: Checkpoint, config: dict[str, Any]) -> bool:
     if not base.tensors:
         return tied_embedding(_AN_EMBEDDING, config) is not None
     return tied_head(base) is not None
+
+
+def fix(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    allow_pickle: bool = False,
+) -> AdapterConversion:
+    """Write an adapter in the form that every runtime interprets the same way.
+
+    The scaling is folded into B, alpha equals the rank and is an integer, all modules have one
+    rank (zeros change no product), there are no patterns and no rsLoRA, names are PEFT's. With
+    the weights of its base, a type of module that some layers adapt gets zeros in the others.
+    Folding is done in float64 and rounded once to B's dtype, or to float32 where its own has 16
+    bits and would lose some: a delta differs from the original by at most that rounding.
+
+    Parameters
+    ----------
+    adapter : str or Path
+        A PEFT directory, a GGUF file, ``BUNDLE/adapters/NAME``, or a Hub id.
+    output : str or Path
+        A PEFT directory, or ``BUNDLE/adapters/NAME``.
+    base : str or Path, optional
+        Base to compare names and shapes with.
+    dtype : str, optional
+        ``f32``, ``f16`` or ``bf16`` for the factors; unchanged if that is lossless.
+    force : bool
+        Replace an existing output.
+    dry_run : bool
+        Write nothing; report what would be written.
+    allow_pickle : bool
+        Also read pickled ``.bin`` files, with a loader restricted to tensors.
+
+    Returns
+    -------
+    AdapterConversion
+
+    Raises
+    ------
+    UnsupportedError
+        If it is more than low-rank deltas (DoRA, biases, replaced modules or rows, aLoRA); merge
+        it instead.
+    LoraFormatError
+        Nothing appears at the output then.
+    """
+    target = Path(output)
+    if target.suffix in (".gguf", ".safetensors"):
+        raise UsageError(
+            f"-o {target}: --fix writes a PEFT directory",
+            hint="use a directory, and convert that to GGUF",
+        )
+    found = resolve(adapter, pickles=allow_pickle)
+    return convert_adapter(
+        found,
+        _reader(found.path),
+        target,
+        to_format="peft",
+        dtype=dtype,
+        base=base,
+        canonical=True,
+        one_rank=True,
+        allow_pickle=allow_pickle,
+        force=force,
+        dry_run=dry_run,
+    )

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.bundle.integrity import check_listed
-from loraformat.bundle.update import BundleSlot, parse_bundle_slot, read_manifest
 from loraformat.hub import Source, resolve
-from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.adapter_output.form import PlannedAdapter, tensors_of
 from loraformat.ops.adapter_output.one_rank import with_one_rank
 from loraformat.ops.adapter_output.output import open_adapter_output
 from loraformat.ops.convert.report import ConversionReport, losses, with_estimate
-from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.adapter import listing, open_adapter
 from loraformat.plugins import AdapterFormat
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import ITEM_BYTES
@@ -35,6 +33,7 @@ __all__ = ["AdapterConversion", "convert_adapter"]
 
 #: What a report has of models alone.
 _OF_MODELS = ("quantized", "errors_by_kind")
+_UNLISTED = "its bundle's manifest does not list it; no hash was verified"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -95,7 +94,6 @@ def convert_adapter(
         Nothing appears at the target then, and a bundle is as it was.
     """
     began = time.perf_counter()
-    origin = parse_bundle_slot(source.path)
     with ExitStack() as stack:
         output = open_adapter_output(
             stack,
@@ -123,7 +121,8 @@ def convert_adapter(
         if one_rank:
             named = _repository(base, output.base) or adapter.base_model
             adapter = replace(with_one_rank(adapter, output.checkpoint), base_model=named)
-        listed, notes = _listed(origin)
+        manifest, listed = listing(source.path)
+        notes = [] if manifest is None or listed is not None else [_UNLISTED]
         if listed is not None:
             check_listed(SafeDirectory(source.path), listed)
             adapter = replace(adapter, files=tuple(f for f in adapter.files if f.path in listed))
@@ -141,16 +140,6 @@ def _repository(named: str | Path | None, base: AdapterBase | None) -> str | Non
     if base is not None and "repo" in base.source:
         return base.source["repo"]
     return resolve(named).repo if named is not None else None
-
-
-def _listed(origin: BundleSlot | None) -> tuple[dict[str, FileRecord] | None, list[str]]:
-    """Return the files that the manifest lists, for a source in a bundle."""
-    if origin is None:
-        return None, []
-    listed = read_manifest(origin.bundle).adapters.get(origin.name)
-    if listed is None:
-        return None, ["its bundle's manifest does not list it; no hash was verified"]
-    return listed, []
 
 
 def _report(

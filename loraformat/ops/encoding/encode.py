@@ -89,10 +89,6 @@ def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str |
     ``Conv1D`` weights of the model type are turned into linears first, as bitsandbytes does.
     """
     transposed = is_conv1d(tensor.name, model_type)
-
-    def load() -> NF4Parts:
-        return _quantize(tensor, policy, transposed)
-
     return NF4Tensor(
         tensor.name,
         tensor.dtype,
@@ -100,7 +96,7 @@ def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str |
         policy.block_size,
         policy.double_quant,
         transposed,
-        load,
+        partial(_quantize, tensor, policy, transposed),
         tensor.release,
     )
 

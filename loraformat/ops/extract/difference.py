@@ -33,7 +33,7 @@ class Difference:
 
     Parameters
     ----------
-    base, tuned : LazyTensor, or list of LazyTensor
+    base, tuned : sequence of LazyTensor
         Of one shape: a vector (one row), a matrix, or experts; or several matrices that lie one
         below the other.
     expert : int, optional
@@ -41,16 +41,12 @@ class Difference:
     """
 
     def __init__(
-        self,
-        base: LazyTensor | Sequence[LazyTensor],
-        tuned: LazyTensor | Sequence[LazyTensor],
-        expert: int = 0,
+        self, base: Sequence[LazyTensor], tuned: Sequence[LazyTensor], expert: int = 0
     ) -> None:
-        bases, all_tuned = _listed(base), _listed(tuned)
-        self.name, self._tuned_dtype = all_tuned[0].name, all_tuned[0].dtype
-        self._base, _ = _stacked(bases, expert)
-        self._tuned, self.shape = _stacked(all_tuned, expert)
-        first = bases[0]
+        self.name, self._tuned_dtype = tuned[0].name, tuned[0].dtype
+        self._base, _ = _stacked(base, expert)
+        self._tuned, self.shape = _stacked(tuned, expert)
+        first = base[0]
         self._quantized = first if isinstance(first, NF4Tensor) and first.count else None
 
     def tiles(self) -> Iterator[tuple[int, Array]]:
@@ -119,10 +115,6 @@ class Difference:
 
 def _squared_norm(values: Array) -> float:
     return float(numpy.vecdot(values, values).sum(dtype=numpy.float64))
-
-
-def _listed(tensors: LazyTensor | Sequence[LazyTensor]) -> Sequence[LazyTensor]:
-    return tensors if isinstance(tensors, Sequence) else [tensors]
 
 
 def _stacked(tensors: Sequence[LazyTensor], expert: int) -> tuple[RowReader, tuple[int, int]]:

@@ -22,20 +22,18 @@ from loraformat.algebra import lora
 from loraformat.algebra.lora import Pair
 from loraformat.errors import InputError, printable
 from loraformat.families.table import family_of
-from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import is_conv1d, kind_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
-from loraformat.model.tied_head import HEAD
+from loraformat.model.tied_head import HEAD, config_of
 from loraformat.model.vocabulary import per_token, tokenizer_files
 from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
 from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.encoding.encode import dequantized
 from loraformat.ops.extract.difference import PRECISIONS, Difference
-from loraformat.ops.extract.expert_stacks import Stack, stacks_of
 from loraformat.ops.extract.fit import ExtractOptions, Fit, fit
-from loraformat.ops.extract.paired_tensors import pairs_of
+from loraformat.ops.extract.paired_tensors import Stack, pairs_of, stacks_of
 from loraformat.ops.extract.report import ExtractedModule, ExtractionReport
 from loraformat.ops.opening.model import fingerprint_of, open_model
 from loraformat.tensors.arrays import numpy_dtype, same_bytes
@@ -124,10 +122,6 @@ def extract(
     )
 
 
-def _config(model: Checkpoint) -> dict[str, Any]:
-    return config_json.parse(model.config, model.path) if model.config else {}
-
-
 def extract_adapter(
     base: Checkpoint,
     tuned: Checkpoint,
@@ -162,7 +156,7 @@ def extract_adapter(
             hint="extract needs a base and a fine-tune of it",
         )
     pairs = pairs_of(base, tuned)
-    work = _Extraction(options, _config(tuned), pairs.tied)
+    work = _Extraction(options, config_of(tuned), pairs.tied)
     total = sum(tensor.nbytes for _, tensor in pairs.tensors)
     done = 0
     try:
@@ -255,14 +249,14 @@ class _Extraction:
         is_stack = len(tuned.shape) > 2 and kind_of(tuned.name) not in self.family.read_leaves
         if is_stack or not isinstance(tuned, DenseTensor):
             self.left_out[tuned.name] = "changed, and is neither a matrix nor a vector"
-        elif Difference(base, tuned).is_zero():
+        elif Difference([base], [tuned]).is_zero():
             self.unchanged += 1
         else:
             self.replacements[tuned.name] = tuned
 
     def _low_rank(self, base: LazyTensor, tuned: LazyTensor) -> None:
         experts = tuned.shape[0] if len(tuned.shape) == 3 else 1
-        differences = [Difference(base, tuned, expert) for expert in range(experts)]
+        differences = [Difference([base], [tuned], expert) for expert in range(experts)]
         self._fit(tuned.name, differences, tuned, self._orientation(tuned))
 
     def _fit(

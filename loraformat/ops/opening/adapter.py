@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from loraformat import plugins
+from loraformat.bundle.manifest import Manifest
+from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import FileChangedError, UnsupportedError
 from loraformat.hub import Source, resolve
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.foreign_adapters import adapters_below
+from loraformat.model.written import FileRecord
 from loraformat.plugins import AdapterFormat, AdapterReadOptions, Format
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.durable import write_all
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["copy_adapter", "open_adapter"]
+__all__ = ["copy_adapter", "listing", "open_adapter"]
 
 _COPIED_AT_ONCE = 4 << 20
 
@@ -72,7 +76,16 @@ def open_adapter(
     return reader.read(path, AdapterReadOptions(base, allow_pickle, conditional, inspect))
 
 
-def copy_adapter(adapter: Adapter, output: AtomicOutput, folder: str = "") -> None:
+def listing(path: Path) -> tuple[Manifest | None, Mapping[str, FileRecord] | None]:
+    """Return the manifest of the bundle that an adapter lies in, and the files that it lists."""
+    slot = parse_bundle_slot(path)
+    if slot is None:
+        return None, None
+    manifest = read_manifest(slot.bundle)
+    return manifest, manifest.adapters.get(slot.name)
+
+
+def copy_adapter(adapter: Adapter, output: AtomicOutput) -> None:
     """Copy an adapter's own files, byte for byte; committing the output is the caller's.
 
     Raises
@@ -94,7 +107,7 @@ def copy_adapter(adapter: Adapter, output: AtomicOutput, folder: str = "") -> No
         left = file.nbytes
         with (
             os.fdopen(source.open(file.path), "rb") as stream,
-            output.create(f"{folder}/{file.path}" if folder else file.path) as copy,
+            output.create(file.path) as copy,
         ):
             while piece := stream.read(_COPIED_AT_ONCE):
                 left -= len(piece)

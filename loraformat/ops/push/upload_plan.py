@@ -11,7 +11,7 @@ from loraformat import plugins
 from loraformat.bundle.manifest import Manifest
 from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.run_paths import CURVE_NAME
-from loraformat.bundle.update import parse_bundle_slot, read_manifest
+from loraformat.bundle.update import read_manifest
 from loraformat.card import (
     AdapterFacts,
     Base,
@@ -32,7 +32,7 @@ from loraformat.ops.check.check import check
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.adapter import description_of
 from loraformat.ops.info.model import info
-from loraformat.ops.opening.adapter import open_adapter
+from loraformat.ops.opening.adapter import listing
 from loraformat.ops.push.base_info import LocalBase, adapter_base, bundle_base, local_base, look_up
 from loraformat.ops.push.files import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from loraformat.ops.push.files import (
@@ -43,13 +43,13 @@ from loraformat.ops.push.files import (
     bundle_files,
     read_record,
 )
-from loraformat.plugins import AdapterFormat
+from loraformat.plugins import AdapterFormat, AdapterReadOptions
 from loraformat.runtimes.judge import obstacles
 from loraformat.runtimes.task_usage import labels_of
 from loraformat.shards.read_directory import peek_config
 from loraformat.storage.safe_directory import SafeDirectory
 
-__all__ = ["UploadPlan", "gguf_file", "gguf_name", "gguf_pattern", "plan_upload"]
+__all__ = ["UploadPlan", "gguf_name", "gguf_pattern", "plan_upload"]
 
 #: Files of an earlier push that belong to the weights, by what is pushed now.
 _PEFT_FILES = (
@@ -141,33 +141,21 @@ def _adapter(
     workplace: Path,
     verify: Callable[[], None],
 ) -> UploadPlan:
-    place = parse_bundle_slot(path)
-    manifest = None if place is None else read_manifest(place.bundle)
-    listed = None if manifest is None or place is None else manifest.adapters.get(place.name)
-    with open_adapter(path, reader=reader, conditional=True, inspect=True) as adapter:
+    manifest, listed = listing(path)
+    with reader.read(path, AdapterReadOptions(conditional=True, inspect=True)) as adapter:
         named = adapter_base(adapter, options.base_model, manifest.source if manifest else None)
         said = description_of(adapter, path)
         task, local = adapter.config.get("task_type"), adapter.base_model
         labels = labels_of((name, tensor.shape) for name, tensor in adapter.replacements.items())
     verify()
     contents = adapter_files(path, named[0], options, listed=listed)
+    in_bundle = listed is not None and options.base is None  # which is the base then
     base = look_up(named, options.licence, contents.notes, offline_ok=options.dry_run)
     if options.with_gguf:
         if path.is_file():
             raise UsageError("--with-gguf needs a PEFT adapter, but this is a GGUF file")
-        contents.files.append(
-            gguf_file(
-                path,
-                options.repo,
-                base,
-                workplace,
-                given=options.base,
-                in_bundle=listed is not None,
-                notes=contents.notes,
-            )
-        )
+        contents.files.append(_gguf_file(path, options, base, workplace, in_bundle, contents.notes))
     contents.notes += said.notes
-    in_bundle = listed is not None and options.base is None
     near = None if in_bundle else local_base(options.base, local, base)
     wrong = _wrong_in(path, near, is_given=options.base is not None, notes=contents.notes)
     ggufs = [file.path for file in contents.files if file.path.endswith(".gguf")]
@@ -239,46 +227,31 @@ def gguf_pattern(repo: str) -> str:
     return f"{repo.rpartition('/')[2]}-lora-*.gguf"
 
 
-def gguf_file(
+def _gguf_file(
     adapter: Path,
-    repo: str,
+    options: PushOptions,
     base: Base,
     workplace: Path,
-    *,
-    given: str | None,
     in_bundle: bool,
     notes: list[str],
 ) -> UploadFile:
-    """Convert an adapter for llama.cpp.
+    """Convert an adapter for llama.cpp, into a directory that is the caller's to remove.
 
-    Parameters
-    ----------
-    adapter : Path
-    repo : str
-        Where it will be published, which names it.
-    base : Base
-        Its ``config.json`` is fetched from the Hub, if nothing nearer has it.
-    workplace : Path
-        Directory for the file; the caller's to remove.
-    given : str or None
-        The base that the user named with ``--base``.
-    in_bundle : bool
-        The adapter lies in a bundle, which is its base.
-    notes : list of str
-        Gets what a user should know.
+    Unless the user names a base, or the adapter lies in its bundle, the base's ``config.json`` is
+    fetched from the Hub.
 
     Raises
     ------
     LoraFormatError
         If GGUF cannot hold it, or the base's config cannot be had.
     """
-    source: str | Path | None = given
-    if given is None and not in_bundle:
-        source = download(base.repo, base.revision, only=CONFIG_NAME) / CONFIG_NAME
+    name, source = gguf_name(options.repo), options.base
+    if source is None and not in_bundle:
+        source = str(download(base.repo, base.revision, only=CONFIG_NAME) / CONFIG_NAME)
     try:
-        report = convert(adapter, workplace / gguf_name(repo), dtype="f16", base=source)
+        report = convert(adapter, workplace / name, dtype="f16", base=source)
     except LoraFormatError as error:
         error.hint = f"{error.hint}; or omit --with-gguf" if error.hint else None
         raise
-    notes += [f"{gguf_name(repo)}: {note}" for note in report.notes]
-    return UploadFile.of_folder(SafeDirectory(workplace), gguf_name(repo))
+    notes += [f"{name}: {note}" for note in report.notes]
+    return UploadFile.of_folder(SafeDirectory(workplace), name)

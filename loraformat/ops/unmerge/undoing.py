@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from itertools import accumulate
 from typing import Any
@@ -49,15 +49,18 @@ class Undoing:
     def __init__(self, merged: Checkpoint, record: UndoRecord, file: MappedFile) -> None:
         self.merged, self.record, self.file = merged, record, file
         self.adapters: list[Adapter] = []
+        self._dense: dict[str, DenseTensor] = {}
         known = {*record.tensors, *record.unchanged}
         if known != set(merged.tensors):
             odd = min(known.symmetric_difference(merged.tensors))
             where = "the record" if odd in known else "the model"
             raise self._foreign(f"{printable(odd)} is in {where} only")
-        for name, undo in record.tensors.items():
-            tensor = merged.tensors[name]
+        for name, tensor in merged.tensors.items():
             if not isinstance(tensor, DenseTensor):
                 raise self._foreign(f"{printable(name)} is in NF4 but was dense when it was merged")
+            self._dense[name] = tensor
+        for name, undo in record.tensors.items():
+            tensor = self._dense[name]
             kept = undo.mode in ("interval", "rows")
             if kept and tensor.shape != undo.shape:
                 raise self._foreign(
@@ -85,24 +88,18 @@ class Undoing:
     def checkpoint(self) -> Checkpoint:
         """Return the original, whose tensors are restored when loaded."""
         tensors: dict[str, LazyTensor] = {}
-        for name, tensor in self.merged.tensors.items():
+        for name, tensor in self._dense.items():
             undo = self.record.tensors.get(name)
-            if not isinstance(tensor, DenseTensor):
-                raise self._foreign(f"{printable(name)} is in NF4 but was dense when it was merged")
             if undo is None:
-                tensors[name] = replace(tensor, load=self._verified(tensor))
+                tensors[name] = replace(tensor, load=partial(self._unchanged, tensor))
             elif undo.mode != "new":
                 tensors[name] = self._restored(tensor, undo)
         config = None if self.record.config is None else self.record.config.encode()
         return replace(self.merged, tensors=tensors, config=config)
 
-    def _verified(self, tensor: DenseTensor) -> Callable[[], memoryview]:
-        wanted = self.record.unchanged[tensor.name]
-        return lambda: self._checked(tensor, wanted)
-
-    def _checked(self, tensor: DenseTensor, wanted: str) -> memoryview:
+    def _unchanged(self, tensor: DenseTensor) -> memoryview:
         data = tensor.load()
-        self._compare(tensor, wanted, sha256(data).hexdigest())
+        self._compare(tensor, self.record.unchanged[tensor.name], sha256(data).hexdigest())
         return data
 
     def _compare(self, tensor: DenseTensor, wanted: str, found: str) -> None:

@@ -21,15 +21,12 @@ from loraformat.model.packed_weights import MXFP4
 from loraformat.model.quantization_method import QuantizationMethod, QuantizedWeight
 from loraformat.shards.quantized import quantized_format
 from loraformat.tensors.arrays import Array, array_view
+from loraformat.tensors.packed_codes import e2m1
 
 __all__ = ["CONVERTER", "METHOD"]
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK = 32
-#: E2M1 by code, the sign in the highest bit (OCP MX 1.0, section 5.3.3).
-_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-#: The two numbers of each byte.
-_PAIRS = numpy.array([(_LEVELS[byte & 15], _LEVELS[byte >> 4]) for byte in range(256)], "f4")
 
 
 def _weights(stored: Checkpoint) -> Iterator[QuantizedWeight]:
@@ -74,7 +71,7 @@ def _weight(
         for expert in range(start // height, -(-stop // height)):
             first, last = max(start - expert * height, 0), min(stop - expert * height, height)
             some = slice(first // _BLOCK, -(-last // _BLOCK))
-            values = _PAIRS[codes[expert, :, some]].reshape(out, -1, _BLOCK)
+            values = e2m1(codes[expert, :, some])
             values *= exponents[expert, :, some, None].astype(numpy.float32)
             offset = expert * height
             result[offset + first - start : offset + last - start] = values.reshape(out, -1).T[

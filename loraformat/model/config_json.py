@@ -9,6 +9,7 @@ in the form that transformers writes (two spaces, sorted keys) comes back byte f
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "members",
     "model_dtype",
     "parse",
+    "quantization",
     "split",
     "with_dtype",
     "with_member",
@@ -34,6 +36,8 @@ CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 
 _MEMBER = "quantization_config"
+#: compressed-tensors' name of it until 2024.
+_FORMER = "compression_config"
 #: What is asked of every config, whatever the model, may be absent or null.
 _KINDS: dict[str, tuple[type, str]] = {
     "model_type": (str, "a string"),
@@ -101,18 +105,42 @@ def split(
 ) -> tuple[bytes, dict[str, Any] | None]:
     r"""Take ``quantization_config`` out; without one, the bytes are returned as they are.
 
+    It is that of the whole model, else of a part such as ``text_config``.
+
     Examples
     --------
     >>> split(b'{"model_type": "llama", "quantization_config": {"bits": 4}}')
     (b'{\n  "model_type": "llama"\n}\n', {'bits': 4})
     """
     config = members(raw, path)
-    if _MEMBER not in config:
+    places = list(_places(config))
+    if not places:
         return raw, None
-    quantization = config.pop(_MEMBER)
-    if not isinstance(quantization, dict):
-        raise InputError(f"{_MEMBER} is not an object", path=path)
-    return encode(config), quantization
+    found = [holder.pop(name) for holder, name in places]
+    if not isinstance(found[0], dict):
+        raise InputError(f"{places[0][1]} is not an object", path=path)
+    return encode(config), found[0]
+
+
+def quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a config says of quantization, for the model or for a part of it.
+
+    Examples
+    --------
+    >>> quantization({"text_config": {"quantization_config": {"quant_method": "awq"}}})
+    {'quant_method': 'awq'}
+    """
+    holder, name = next(_places(config), (config, _MEMBER))
+    return holder[name] if isinstance(holder.get(name), dict) else None
+
+
+def _places(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where a config speaks of quantization: at the top, or in a composite model's part."""
+    yield from ((config, name) for name in (_MEMBER, _FORMER) if name in config)
+    for name, part in config.items():
+        inside = name.endswith("_config") and name not in (_MEMBER, _FORMER)
+        if inside and isinstance(part, dict) and isinstance(part.get(_MEMBER), dict):
+            yield part, _MEMBER
 
 
 def join(config: bytes, quantization: dict[str, Any]) -> bytes:

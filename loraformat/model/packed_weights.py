@@ -17,8 +17,8 @@ from typing import Protocol
 from loraformat.errors import UnsupportedError, printable
 
 __all__ = [
-    "BITSANDBYTES", "FLOAT8", "MXFP4", "ORIGINAL", "PackedWeights", "Signature", "Stored",
-    "packed_weights", "refuse_packed",
+    "BITSANDBYTES", "COMPRESSED_TENSORS", "FLOAT8", "MXFP4", "ORIGINAL", "PackedWeights",
+    "Signature", "Stored", "packed_weights", "refuse_packed",
 ]  # fmt: skip
 
 #: What helps where a method is not read.
@@ -27,6 +27,10 @@ ORIGINAL = (
 )
 #: Methods that converters read.
 BITSANDBYTES, FLOAT8, MXFP4 = "bitsandbytes", "float8", "MXFP4"
+COMPRESSED_TENSORS = "compressed-tensors"
+_UNKNOWN = "an unknown method"
+#: Methods that also store codes which others store in the same way: there the config decides.
+_NAMED_BY_CONFIG = (COMPRESSED_TENSORS,)
 
 _FLOATS = ("F8_E4M3", "F8_E5M2")
 #: A type of scales alone.
@@ -103,7 +107,7 @@ _SIGNATURES = (
     Signature("MLX (mxfp4)", (".weight", ".scales"), ("U32",)),
     Signature(MXFP4, ("_blocks", "_scales"), ("U8",)),
     Signature("FP4 or INT8", (".weight", ".scale"), ("I8", "U8")),
-    Signature("compressed-tensors", (".weight_packed",), ("I32", "U8")),
+    Signature(COMPRESSED_TENSORS, (".weight_packed",), ("I32", "U8")),
     Signature("NVFP4", (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
     Signature("HQQ", (".W_q",), _INTEGERS),
     Signature("EXL2", (".q_weight", ".q_scale"), ("I32",)),
@@ -113,16 +117,17 @@ _SIGNATURES = (
     Signature("torchao", ("._weight_qdata",), ("I8", "U8", "I32", *_FLOATS)),
 )
 #: Integer tensors of two dimensions with this ending are codes, whoever wrote them.
-_WEIGHT = re.compile(r"(^|\.)(weight|\w+_proj)$")
+_WEIGHT = re.compile(r"(^|\.)(q?weight|\w+_proj)$")
 
 
 def packed_weights(
-    tensors: Mapping[str, Stored], more: Iterable[Signature] = ()
+    tensors: Mapping[str, Stored], more: Iterable[Signature] = (), named: object = None
 ) -> PackedWeights | None:
     """Return the method that quantized some of the tensors; None for dense ones.
 
     They are entries of headers, or lazy tensors, by name; no number is read. Methods of `more` are
-    looked for before those that are known here.
+    looked for before those that are known here. What the config calls the method, `named`, decides
+    only between methods that store the same tensors.
 
     Examples
     --------
@@ -133,14 +138,15 @@ def packed_weights(
     for one in (*more, *_SIGNATURES):
         if found := one.found_in(tensors):
             return PackedWeights(one.name, found)
+    shared = named if isinstance(named, str) and named in _NAMED_BY_CONFIG else None
     for name, tensor in tensors.items():
         if tensor.dtype in _FLOATS:
-            return PackedWeights(FLOAT8, name)
+            return PackedWeights(shared or FLOAT8, name)
         if tensor.dtype in _PACKED and len(tensor.shape) > 1 and _WEIGHT.search(name):
-            return PackedWeights("an unknown method", name)
+            return PackedWeights(shared or _UNKNOWN, name)
     scales = (name for name, tensor in tensors.items() if tensor.dtype == _EXPONENTS)
     found_scale = next(scales, None)
-    return None if found_scale is None else PackedWeights("an unknown method", found_scale)
+    return None if found_scale is None else PackedWeights(_UNKNOWN, found_scale)
 
 
 def refuse_packed(
@@ -165,7 +171,7 @@ def refuse_packed(
     more : iterable of Signature
         See `packed_weights`.
     """
-    found = packed_weights(tensors, more)
+    found = packed_weights(tensors, more, method)
     if found is None and method is None:
         return
     what = found.method if found is not None else printable(method)

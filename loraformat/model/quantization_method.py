@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from re import Pattern
 
+from loraformat.errors import InputError, printable
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.packed_weights import Signature
 from loraformat.tensors.arrays import Array
 
-__all__ = ["QuantizationMethod", "QuantizedWeight"]
+__all__ = ["DAMAGED", "QuantizationMethod", "QuantizedWeight", "stored_part"]
+
+#: What helps where stored tensors do not fit each other.
+DAMAGED = "download the checkpoint again, with the config.json that belongs to it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class QuantizedWeight:
     rows : callable
         Of (start, stop): decodes these rows, float32 (stop - start, columns). All dimensions but
         the last make rows, so that a stack of experts (experts, out, in) has experts * out.
+    dtype : str
+        safetensors name of the type to which it is rounded if none is asked for.
     """
 
     name: str
@@ -41,8 +47,9 @@ class QuantizedWeight:
     parts: tuple[DenseTensor, ...]
     stored_as: str
     rows: Callable[[int, int], Array]
+    dtype: str = "BF16"
 
-    def tensor(self, dtype: str) -> DenseTensor:
+    def tensor(self, dtype: str | None) -> DenseTensor:
         """Return the weight as a tensor of a dtype, decoded when it is loaded, or by rows."""
 
         def release() -> None:
@@ -50,7 +57,9 @@ class QuantizedWeight:
                 part.release()
 
         stored = self.stored_as, sum(part.nbytes for part in self.parts)
-        return DenseTensor.by_rows(self.name, dtype, self.shape, lambda: self.rows, release, stored)
+        return DenseTensor.by_rows(
+            self.name, dtype or self.dtype, self.shape, lambda: self.rows, release, stored
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +87,33 @@ class QuantizationMethod:
     signature: Signature | None = None
     dropped: Pattern[str] | None = None
     dropped_what: str = ""
+
+
+def stored_part(
+    stored: Checkpoint, name: str, dtypes: Iterable[str], shape: tuple[int, ...] | None = None
+) -> DenseTensor:
+    """Return a stored tensor that a weight needs.
+
+    Parameters
+    ----------
+    stored : Checkpoint
+    name : str
+    dtypes : iterable of str
+        safetensors names, of which it has one.
+    shape : tuple of int, optional
+        Its shape, if only one is right.
+
+    Raises
+    ------
+    InputError
+        If it is missing, or of another type or shape.
+    """
+    found, wanted = stored.tensors.get(name), tuple(dtypes)
+    if found is None:
+        problem = "is missing"
+    elif isinstance(found, DenseTensor) and found.dtype in wanted and shape in (None, found.shape):
+        return found
+    else:
+        problem = f"is {found.stored_as} {list(found.shape)}, wanted {' or '.join(wanted)}"
+        problem += "" if shape is None else f" {list(shape)}"
+    raise InputError(f"tensor {printable(name)} {problem}", path=stored.path, hint=DAMAGED)

@@ -6,20 +6,28 @@ decodes rows of it; here the directory is recognised and opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from loraformat.errors import UnsupportedError, printable
+from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.model import config_json
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.packed_weights import ORIGINAL, Signature, packed_weights
 from loraformat.model.quantization_method import QuantizationMethod
 from loraformat.plugins import BaseFormat, ReadOptions
 from loraformat.shards.read_directory import open_model, peek_config, stored_entries
+from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_paths import MANIFEST_NAME
 
 __all__ = ["method_of", "quantized_format"]
+
+#: Files of the programs that quantize, which would mislead readers of dense weights.
+_SETTINGS = (
+    "quantize_config.json", "quant_config.json", "quantization_config.json",
+    "hf_quant_config.json",
+)  # fmt: skip
 
 
 def method_of(path: Path, more: Iterable[Signature] = ()) -> str | None:
@@ -31,10 +39,9 @@ def method_of(path: Path, more: Iterable[Signature] = ()) -> str | None:
     """
     if (path / MANIFEST_NAME).is_file():
         return None
-    if found := packed_weights(stored_entries(path), more):
+    named = (config_json.quantization(peek_config(path)) or {}).get("quant_method")
+    if found := packed_weights(stored_entries(path), more, named):
         return found.method
-    settings = peek_config(path).get("quantization_config")
-    named = settings.get("quant_method") if isinstance(settings, dict) else None
     return named if isinstance(named, str) else None
 
 
@@ -42,8 +49,9 @@ def quantized_format(method: QuantizationMethod, summary: str) -> BaseFormat:
     """Return the record of a format that is a method, of its name in lower case.
 
     Its weights are decoded when they are loaded, or by rows, and rounded once, to nearest even, to
-    `ReadOptions.dtype`, BF16 by default. Reading raises `InputError` if stored tensors do not fit
-    each other, and `UnsupportedError` if other weights are quantized by another method.
+    `ReadOptions.dtype`, each weight's own by default. Reading raises `InputError` if stored tensors
+    do not fit each other, and `UnsupportedError` if there are no such weights, or others are
+    quantized by another method or in a way that is not known.
 
     Parameters
     ----------
@@ -62,12 +70,19 @@ def quantized_format(method: QuantizationMethod, summary: str) -> BaseFormat:
 
 
 def _read(method: QuantizationMethod, path: Path, options: ReadOptions) -> Checkpoint:
-    dtype = options.dtype or "BF16"
     stored = open_model(path, method.name.lower())
     try:
+        _read_settings(stored)
         weights = list(method.weights(stored))
-        decoded = {weight.parts[0].name: weight.tensor(dtype) for weight in weights}
+        if not weights:
+            raise UnsupportedError(
+                f"is quantized with {method.name}, by its config or --from, but it holds no such "
+                "weights",
+                path=path,
+                hint="if its weights are dense, remove quantization_config from config.json",
+            )
         parts = {part.name for weight in weights for part in weight.parts}
+        decoded = {weight.parts[0].name: weight.tensor(options.dtype) for weight in weights}
         tensors: dict[str, LazyTensor] = {}
         dropped = 0
         for name, tensor in stored.tensors.items():
@@ -77,15 +92,59 @@ def _read(method: QuantizationMethod, path: Path, options: ReadOptions) -> Check
                 dropped += 1
             elif name not in parts:
                 tensors[name] = tensor
-        if other := packed_weights(tensors):
-            raise UnsupportedError(
-                f"is quantized with {other.method} beside {method.name} "
-                f"({printable(other.tensor)})",
-                path=path,
-                hint=ORIGINAL,
-            )
+        _check_rest(stored, method, decoded, tensors)
     except BaseException:
         stored.close()
         raise
-    left = [*stored.left_behind, *([f"{dropped} {method.dropped_what}"] if dropped else [])]
-    return replace(stored, tensors=tensors, quantization_config=None, left_behind=tuple(left))
+    files = [file for file in stored.files if file.path not in _SETTINGS]
+    left = [f"{file.path} (how it was quantized)" for file in stored.files if file not in files]
+    left += [*stored.left_behind, *([f"{dropped} {method.dropped_what}"] if dropped else [])]
+    return replace(
+        stored, tensors=tensors, files=files, quantization_config=None, left_behind=tuple(left)
+    )
+
+
+def _read_settings(stored: Checkpoint) -> None:
+    """Take what the config does not say from a file of the program that quantized."""
+    for file in stored.files if stored.quantization_config is None else ():
+        if file.path in _SETTINGS and file.nbytes <= config_json.MAX_CONFIG_BYTES:
+            stored.quantization_config = parse_object(file.read(), stored.path / file.path)
+
+
+def _check_rest(
+    stored: Checkpoint,
+    method: QuantizationMethod,
+    decoded: Mapping[str, LazyTensor],
+    tensors: Mapping[str, LazyTensor],
+) -> None:
+    """Refuse what cannot be left beside decoded weights.
+
+    Raises
+    ------
+    InputError
+        If a weight is stored in two forms.
+    UnsupportedError
+        If another method quantized some, or one needs tensors that the method does not know.
+    """
+    if other := packed_weights(tensors):
+        raise UnsupportedError(
+            f"is quantized with {other.method} beside {method.name} ({printable(other.tensor)})",
+            path=stored.path,
+            hint=ORIGINAL,
+        )
+    for part, weight in decoded.items():
+        if part != weight.name and weight.name in stored.tensors:
+            raise InputError(
+                f"holds one weight twice, as {printable(weight.name)} and {printable(part)}",
+                path=stored.path,
+                hint=ORIGINAL,
+            )
+    owners = {weight.name.removesuffix("weight") for weight in decoded.values()}
+    for name in tensors:
+        owner, dot, last = name.rpartition(".")
+        if owner + dot in owners and last != "weight" and "bias" not in last:
+            raise UnsupportedError(
+                f"tensor {printable(name)} belongs to a quantized weight and is not understood",
+                path=stored.path,
+                hint=ORIGINAL,
+            )

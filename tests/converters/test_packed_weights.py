@@ -31,8 +31,6 @@ PACKED = {
             ".biases": scales(64, 1)},
     "MLX (mxfp4)": {".weight": codes(64, 4, dtype=torch.uint32),
                     ".scales": codes(64, 1, dtype=torch.uint8)},
-    "compressed-tensors": {".weight_packed": codes(64, 4), ".weight_scale": scales(64, 1),
-                           ".weight_shape": codes(2, dtype=torch.int64)},
     "NVFP4": {".weight": codes(64, 16, dtype=torch.uint8),
               ".weight_scale": codes(64, 2, dtype=torch.uint8).view(torch.float8_e4m3fn),
               ".weight_scale_2": torch.ones(()), ".input_scale": torch.ones(())},

@@ -45,6 +45,11 @@ STORED = {
     "float8 vector": {W: float8(300), f"{W}_scale": torch.rand(3)},
     "float8 number": {W: float8(), f"{W}_scale": torch.rand(1)},
     "float8 experts": {W: float8(3, 200, 300), f"{W}_scale_inv": torch.rand(3, 2, 3)},
+    "packed integers": {
+        W.replace("weight", "weight_packed"): codes(40, 32).view(torch.int32),
+        W.replace("weight", "weight_scale"): torch.rand(40, 2),
+        W.replace("weight", "weight_shape"): torch.tensor([40, 64]),
+    },
     "MXFP4 experts": {
         f"{STACK}_blocks": codes(3, 40, 5, 16), f"{STACK}_scales": codes(3, 40, 5) // 3 + 80
     },

@@ -70,6 +70,7 @@ COMMANDS = {
         "convert float8 plain --to safetensors",
         "convert float8 quantized",
         "convert mxfp4 experts --to safetensors",
+        "convert compressed-tensors integers --to safetensors",
         "info float8 --tensors",
         "verify float8",
         "extract base plain -o extracted --rank 4",
@@ -112,7 +113,7 @@ def models(tmp_path):
 
 
 def _quantized(top):
-    """The base in float8, and blocks of MXFP4."""
+    """The base in float8, blocks of MXFP4, and one weight of each other method."""
     shutil.copytree(SMALL_MODEL, top / "float8")
     weights = load_file(SMALL_MODEL / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
@@ -125,6 +126,17 @@ def _quantized(top):
              "scales": torch.ones(2, 4, 2, dtype=torch.uint8)}  # fmt: skip
     stored = {f"model.layers.0.mlp.experts.down_proj_{part}": parts[part] for part in parts}
     save_file(stored, top / "mxfp4" / "model.safetensors", {"format": "pt"})
+    words, scales = torch.ones(64, 8, dtype=torch.int32), torch.ones(64, 2)
+    methods = {
+        "compressed-tensors": {
+            "weight_packed": words, "weight_scale": scales, "weight_shape": torch.tensor([64, 64])
+        },
+    }  # fmt: skip
+    for method, parts in methods.items():
+        (top / method).mkdir()
+        (top / method / "config.json").write_text('{"model_type": "llama"}')
+        stored = {f"model.layers.0.mlp.up_proj.{part}": parts[part] for part in parts}
+        save_file(stored, top / method / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture

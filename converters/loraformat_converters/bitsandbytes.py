@@ -24,6 +24,10 @@ from loraformat.storage.atomic_output import AtomicOutput
 __all__ = ["CONVERTER", "read", "sniff", "write"]
 
 
+#: Names that give other types of quantization away than NF4.
+_SIGNS = {".quant_state.bitsandbytes__fp4": "fp4", ".SCB": "int8", ".weight_format": "int8"}
+
+
 def sniff(path: Path) -> bool:
     """Tell whether the names of the tensors, or the config, speak of bitsandbytes."""
     return method_of(path) == BITSANDBYTES
@@ -56,7 +60,9 @@ def _refuse_other_types(path: Path, config: dict[str, object]) -> None:
     if settings.get("load_in_8bit"):
         kind = "int8"
     if kind in (None, "nf4"):
-        kind = _foreign_parts(path)
+        names = stored_entries(path)
+        found = (of for end, of in _SIGNS.items() if any(name.endswith(end) for name in names))
+        kind = next(found, None)
     if kind is not None:
         raise UnsupportedError(
             f"is quantized as bitsandbytes {kind}, and only nf4 can be read",
@@ -65,22 +71,13 @@ def _refuse_other_types(path: Path, config: dict[str, object]) -> None:
         )
 
 
-def _foreign_parts(path: Path) -> str | None:
-    """Return the type of quantization that the tensors' names give away, if it is not NF4."""
-    names = stored_entries(path)
-    if any(name.endswith(".quant_state.bitsandbytes__fp4") for name in names):
-        return "fp4"
-    return "int8" if any(name.endswith((".SCB", ".weight_format")) for name in names) else None
-
-
 def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:
     """Write what transformers writes for a 4-bit model: the same tensors, names and config."""
     written = write_model_directory(
         checkpoint,
         publication,
+        options,
         config=quantized_config(checkpoint),
-        shard_limit=options.shard_limit,
-        progress=options.progress,
         single_name="model.safetensors",
     )
     return replace(written, notes=[*written.notes, *_wrong_on_a_cpu(checkpoint)])

@@ -15,7 +15,7 @@ from loraformat.model.packed_weights import refuse_packed
 from loraformat.model.pickled import open_pickle
 from loraformat.model.tied_head import HEAD
 from loraformat.plugins import BaseFormat, ReadOptions
-from loraformat.shards.index_json import MAX_INDEX_BYTES, parse_index
+from loraformat.shards.index_json import MAX_INDEX_BYTES, check_homes, parse_index
 from loraformat.shards.read_directory import as_checkpoint
 from loraformat.storage.safe_directory import SafeDirectory
 
@@ -66,17 +66,13 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
                 # The head's pickle names the embedding's own numbers: transformers ties them.
                 if not (key == HEAD and key in file.same):
                     tensors[key] = tensor
-        _check_index(weight_map, homes, path)
-        checkpoint = as_checkpoint(
-            path, "pytorch", [*names, *([_INDEX] if weight_map is not None else [])], tensors,
-            opened.pop_all().close,
-        )  # fmt: skip
-    try:
+        if weight_map is not None:
+            check_homes(weight_map, homes, path / _INDEX)
+            names.append(_INDEX)
+        checkpoint = as_checkpoint(path, "pytorch", names, tensors, opened.close)
         settings = checkpoint.quantization_config
         refuse_packed(path, tensors, settings and settings.get("quant_method"))
-    except BaseException:
-        checkpoint.close()
-        raise
+        checkpoint.close = opened.pop_all().close
     return checkpoint
 
 
@@ -85,17 +81,6 @@ def _weight_map(folder: SafeDirectory) -> dict[str, str] | None:
         return None
     raw = folder.read(_INDEX, MAX_INDEX_BYTES)
     return parse_index(raw, folder.path / _INDEX, suffix=".bin")[0]
-
-
-def _check_index(weight_map: dict[str, str] | None, homes: dict[str, str], path: Path) -> None:
-    for name, shard in (weight_map or {}).items():
-        if homes.get(name) != shard:
-            raise FormatError(
-                "B03",
-                f"puts tensor {printable(name)} into {shard}, which does not hold it",
-                path=path / _INDEX,
-                hint="the shards belong to another index; download the checkpoint again",
-            )
 
 
 CONVERTER = BaseFormat(

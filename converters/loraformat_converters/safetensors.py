@@ -71,9 +71,8 @@ def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptio
     return write_model_directory(
         checkpoint,
         publication,
+        options,
         config=checkpoint.config,
-        shard_limit=options.shard_limit,
-        progress=options.progress,
         single_name="model.safetensors",
     )
 

@@ -57,9 +57,8 @@ def write(
     written = write_model_directory(
         checkpoint,
         publication,
+        options,
         config=quantized_config(checkpoint),
-        shard_limit=options.shard_limit,
-        progress=options.progress,
         tell_history=False,  # the manifest does
     )
     base = fingerprint(written.shards.tensors)

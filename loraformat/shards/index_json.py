@@ -11,7 +11,7 @@ from loraformat.errors import FormatError, printable
 from loraformat.storage import foreign_json, strict_json
 from loraformat.tensors.header import is_clean_name
 
-__all__ = ["INDEX_NAME", "MAX_INDEX_BYTES", "encode_index", "parse_index"]
+__all__ = ["INDEX_NAME", "MAX_INDEX_BYTES", "check_homes", "encode_index", "parse_index"]
 
 INDEX_NAME = "model.safetensors.index.json"
 #: Longest index that is read (bytes).
@@ -78,3 +78,17 @@ def parse_index(
     metadata = index.get("metadata", {})
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return weight_map, total if type(total) is int else None
+
+
+def check_homes(
+    weight_map: dict[str, str], homes: dict[str, str], path: str | PathLike[str]
+) -> None:
+    """Refuse an index that puts a tensor into another file than its home (B03)."""
+    for name, shard in weight_map.items():
+        if homes.get(name) != shard:
+            raise FormatError(
+                "B03",
+                f"puts tensor {printable(name)} into {shard}, which does not hold it",
+                path=path,
+                hint="the shards belong to another index; download the checkpoint again",
+            )

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from loraformat.errors import FormatError, InputError, printable
+from loraformat.errors import InputError, printable
 from loraformat.model import config_json
 from loraformat.model.adapter import is_adapter_file
 from loraformat.model.checkpoint import CarriedFile, Checkpoint, LazyTensor, Provenance
@@ -61,7 +61,9 @@ def open_model(
         tensors = collect(files, transposed=transposed, any_storage=any_storage)
         indexed = not alone and folder.has(index_json.INDEX_NAME) and names != [_SINGLE]
         if indexed:
-            _check_index(folder, files)
+            homes = {name: file.path.name for file in files for name in file.header.entries}
+            place = folder.path / index_json.INDEX_NAME
+            index_json.check_homes(_weight_map(folder), homes, place)
         origin = Provenance(format_name, quantized=from_metadata(files[0].header.metadata))
         if alone:
             close = opened.pop_all().close
@@ -176,18 +178,6 @@ def _numbered(names: Iterable[str]) -> Iterator[str]:
 def _weight_map(folder: SafeDirectory) -> dict[str, str]:
     raw = folder.read(index_json.INDEX_NAME, index_json.MAX_INDEX_BYTES)
     return index_json.parse_index(raw, folder.path / index_json.INDEX_NAME)[0]
-
-
-def _check_index(folder: SafeDirectory, files: Sequence[MappedFile]) -> None:
-    homes = {name: file.path.name for file in files for name in file.header.entries}
-    for name, shard in _weight_map(folder).items():
-        if homes.get(name) != shard:
-            raise FormatError(
-                "B03",
-                f"puts tensor {printable(name)} into {shard}, which does not hold it",
-                path=folder.path / index_json.INDEX_NAME,
-                hint="the shards belong to another index; download the checkpoint again",
-            )
 
 
 def _carry(folder: SafeDirectory, weights: Sequence[str]) -> tuple[list[CarriedFile], list[str]]:

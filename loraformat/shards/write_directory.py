@@ -13,9 +13,10 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import CONFIG_NAME
 from loraformat.model.quantization_history import metadata_of
 from loraformat.model.written import FileRecord, WrittenModel
+from loraformat.plugins import WriteOptions
 from loraformat.shards.index_json import INDEX_NAME, encode_index
 from loraformat.shards.layout import execution_units, plan_shards
-from loraformat.shards.writer import Progress, planned_bytes, write_shards
+from loraformat.shards.writer import planned_bytes, write_shards
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_paths import is_safe_path, unlistable
 
@@ -25,10 +26,9 @@ __all__ = ["write_model_directory"]
 def write_model_directory(
     checkpoint: Checkpoint,
     publication: AtomicOutput,
+    options: WriteOptions,
     *,
     config: bytes | None,
-    shard_limit: int,
-    progress: Progress,
     single_name: str | None = None,
     tell_history: bool = True,
 ) -> WrittenModel:
@@ -38,8 +38,6 @@ def write_model_directory(
     ----------
     config : bytes or None
         ``config.json``.
-    shard_limit : int
-        Bytes of tensor data per shard.
     single_name : str, optional
         If there is one shard only: its file name, and there will be no index.
     tell_history : bool
@@ -55,7 +53,7 @@ def write_model_directory(
     if (name := unlistable((file.path for file in checkpoint.files), is_safe_path)) is not None:
         problem = f"file name {printable(name)} cannot be carried over"
         raise UnsupportedError(problem, path=checkpoint.path, hint="rename or remove it")
-    shards = plan_shards(execution_units(checkpoint.tensors.values()), shard_limit)
+    shards = plan_shards(execution_units(checkpoint.tensors.values()), options.shard_limit)
     publication.check_space(
         planned_bytes(shards)
         + sum(file.nbytes for file in checkpoint.files)
@@ -65,7 +63,7 @@ def write_model_directory(
         write_shards(
             shards,
             publication,
-            progress=progress,
+            progress=options.progress,
             single_name=single_name,
             metadata=metadata_of(checkpoint.provenance.quantized if tell_history else ()),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class LoraSettings:
         self.conv1d = config.get("fan_in_fan_out") is True
         #: Major and minor; (0, 0) if it is not there (before 0.18).
         self.version = _version(config.get("peft_version"))
-        self.invocation_tokens = self._invocation_tokens()
+        tokens = self._list(INVOCATION, "token ids", lambda t: type(t) is int and 0 <= t < 2**32)
+        self.invocation_tokens: tuple[int, ...] = tuple(tokens)
         self._leaves = self._leaves_by_home()
         self._rank = int(self._number(config.get("r", 8), "r", whole=True))
         self._alpha = self._number(config.get("lora_alpha", 8), "lora_alpha")
@@ -47,23 +49,16 @@ class LoraSettings:
         self._known_alphas: dict[str, float] = {}
         self._ambiguous: set[tuple[str, str]] = set()
 
-    def _invocation_tokens(self) -> tuple[int, ...]:
-        value = self.config.get(INVOCATION) or []
-        if not isinstance(value, list) or not all(
-            type(token) is int and 0 <= token < 2**32 for token in value
-        ):
-            raise InputError(f"{INVOCATION} is not a list of token ids", path=self._path)
-        return tuple(value)
-
-    def _names(self, field: str) -> list[str]:
+    def _list(self, field: str, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
         value = self.config.get(field) or []
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise InputError(f"{field} is not a list of names", path=self._path)
+        if not isinstance(value, list) or not all(map(is_one, value)):
+            raise InputError(f"{field} is not a list of {what}", path=self._path)
         return value
 
     def _leaves_by_home(self) -> dict[str, list[tuple[int, str]]]:
         found: dict[str, list[tuple[int, str]]] = {}
-        for number, entry in enumerate(dict.fromkeys(self._names("target_parameters"))):
+        names = self._list("target_parameters", "names", lambda name: isinstance(name, str))
+        for number, entry in enumerate(dict.fromkeys(names)):
             home, _, leaf = entry.rpartition(".")
             found.setdefault(home, []).append((number, leaf))
         if any(len(leaves) > _MOST_PARAMETERS for leaves in found.values()):

@@ -36,24 +36,17 @@ _NAMED = re.compile(
 )
 
 
-class _Patterns(NamedTuple):
-    factor: re.Pattern[str]
-    embedding: re.Pattern[str]
-    magnitude: re.Pattern[str]
-    tokens: re.Pattern[str]
-    replaced: re.Pattern[str]
-
-
 @lru_cache(maxsize=8)
-def _patterns(adapter: str) -> _Patterns:
+def _patterns(adapter: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return what matches parts of a module, and an adapter's name in those of a replaced one."""
     name = rf"(?:\.{re.escape(adapter)})?"
-    return _Patterns(
-        re.compile(rf"(?P<module>.+)\.lora_(?P<part>A|B){name}\.(?P<leaf>weight|bias)"),
-        re.compile(rf"(?P<module>.+)\.lora_embedding_(?P<part>A|B){name}"),
-        re.compile(rf"(?P<module>.+)\.lora_magnitude_vector{name}(\.weight)?"),
-        re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{name}"),
-        re.compile(rf"(?<=\.modules_to_save)\.{re.escape(adapter)}(?=\.)"),
+    part = re.compile(
+        rf"(?P<module>.+)\.(?:lora_(?P<factor>A|B){name}\.(?P<leaf>weight|bias)"
+        rf"|lora_(?P<embedding>embedding_[AB]){name}"
+        rf"|lora_(?P<magnitude>magnitude)_vector{name}(?:\.weight)?"
+        rf"|token_adapter\.trainable_(?P<tokens>tokens)_delta{name})"
     )
+    return part, re.compile(rf"(?<=\.modules_to_save)\.{re.escape(adapter)}(?=\.)")
 
 
 class Key(NamedTuple):
@@ -111,21 +104,17 @@ def parse_key(name: str, adapter: str = _DEFAULT) -> Key:
     >>> parse_key("base_model.model.h.experts.base_layer.lora_B.weight").depth
     1
     """
-    patterns = _patterns(adapter)
-    nested = _NESTED.search(name)
-    depth = nested[0].count("base_layer") if nested else 0
+    part, replaced = _patterns(adapter)
     bare = _HOLDERS.sub("", _TRAINING.sub("", name).lstrip("."))
-    bare = _IN_PEFT.sub("", patterns.replaced.sub("", bare)).lstrip(".").removeprefix(PREFIX)
-    if match := patterns.factor.fullmatch(bare):
-        if match["leaf"] == "weight":
-            return Key(match["module"], match["part"], depth)
-        return Key(match["module"], "bias" if match["part"] == "B" else "unknown", depth)
-    if match := patterns.embedding.fullmatch(bare):
-        return Key(match["module"], f"embedding_{match['part']}")
-    if match := patterns.magnitude.fullmatch(bare):
-        return Key(match["module"], "magnitude")
-    if match := patterns.tokens.fullmatch(bare):
-        return Key(match["module"], "tokens")
+    bare = _IN_PEFT.sub("", replaced.sub("", bare)).lstrip(".").removeprefix(PREFIX)
+    if match := part.fullmatch(bare):
+        if match["factor"] is None:
+            return Key(match["module"], match["embedding"] or match["magnitude"] or match["tokens"])
+        nested = _NESTED.search(name)
+        depth = nested[0].count("base_layer") if nested else 0
+        of_bias = {"A": "unknown", "B": "bias"}  # A has none
+        kind = match["factor"] if match["leaf"] == "weight" else of_bias[match["factor"]]
+        return Key(match["module"], kind, depth)
     if "lora_" in bare or "trainable_tokens" in bare:
         return Key(bare, "unknown")
     if _UNTRAINED.search(bare):

@@ -72,13 +72,9 @@ def read(path: Path, options: AdapterReadOptions) -> Adapter:
             verbatim=stored.verbatim and reader.usual,
             sources=tuple(folder.path / name for name in folder.names()),
             notes=(*notes, *settings.notes, *_beside(folder), *_by_torchtune(folder, options.base)),
-            close=opened.pop_all().close,
         )
-    try:
         reader.check(adapter)
-    except BaseException:
-        adapter.close()
-        raise
+        adapter.close = opened.pop_all().close
     return adapter
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from loraformat.bundle.integrity import verify_bundle
 from loraformat.bundle.reader import open_bundle
-from loraformat.ops.adapter_output.in_bundle import write_bundle
+from loraformat.ops.adapter_output.output import write_bundle
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.plugins import WriteOptions

@@ -1,4 +1,4 @@
-"""Adapter output: a file or directory of some format, or a slot in a bundle.
+"""Adapter output: a file or directory of some format, a slot in a bundle, or a new bundle.
 
 `reduce`, `combine` and `extract` open their output first, so that what cannot be written is
 refused before minutes of work.
@@ -6,17 +6,25 @@ refused before minutes of work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraformat import plugins
+from loraformat.bundle import converter
 from loraformat.bundle.integrity import check_adapter
-from loraformat.bundle.update import BundleSlot, add_adapter, parse_bundle_slot, refuse_listed
+from loraformat.bundle.update import (
+    BundleSlot,
+    add_adapter,
+    parse_bundle_slot,
+    records_of,
+    refuse_listed,
+)
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.written import WrittenModel
 from loraformat.ops.adapter_output.base import AdapterBase, open_adapter_base
 from loraformat.ops.adapter_output.form import (
     AdapterForm,
@@ -24,13 +32,20 @@ from loraformat.ops.adapter_output.form import (
     check_fits,
     check_values,
 )
-from loraformat.plugins import AdapterFormat, Forecast
+from loraformat.plugins import AdapterFormat, Forecast, WriteOptions
 from loraformat.storage.atomic_file import open_publication
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.output_rules import refuse_existing, refuse_existing_file
 from loraformat.storage.safe_directory import SafeDirectory
+from loraformat.storage.safe_paths import is_adapter_name
 
-__all__ = ["AdapterOutput", "ensure_not_exists", "open_adapter_output", "write_adapter"]
+__all__ = [
+    "AdapterOutput",
+    "ensure_not_exists",
+    "open_adapter_output",
+    "write_adapter",
+    "write_bundle",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +228,63 @@ def _common_slot(sources: Iterable[str | Path]) -> BundleSlot | None:
     slots = [parse_bundle_slot(Path(source)) for source in sources]
     bundles = {None if slot is None else slot.bundle.resolve() for slot in slots}
     return slots[0] if len(bundles) == 1 else None
+
+
+def write_bundle(
+    checkpoint: Checkpoint,
+    publication: AtomicOutput,
+    options: WriteOptions,
+    adapters: Mapping[str, Adapter],
+    *,
+    allow_base_mismatch: bool = False,
+) -> WrittenModel:
+    """Write a new bundle with adapters, by name, as one atomic output.
+
+    The adapters were opened against a base of the same tensors. Those that were changed in memory
+    are written anew; those that were made for another base are taken with ``allow_base_mismatch``.
+
+    Raises
+    ------
+    LoraFormatError
+        If an adapter does not fit the base, or was made for another one.
+    """
+    notes: list[str] = []
+    _check_distinct(adapters)
+    fits = {}
+    for name, adapter in adapters.items():  # before the base is written, which takes longer
+        fits[name] = check_fits(adapter, checkpoint)
+        check_values(adapter)
+
+    peft = plugins.get("peft")
+    assert isinstance(peft, plugins.AdapterFormat)
+
+    def add(fingerprint: str) -> converter.AdapterRecords:
+        base = AdapterBase(checkpoint, fingerprint, checkpoint.provenance.to_json())
+        form, records = AdapterForm(peft, base, None, False, allow_base_mismatch), {}
+        for name, adapter in adapters.items():
+            planned = form.plan(adapter)
+            directory = publication.work / "adapters" / name
+            directory.parent.mkdir(exist_ok=True)
+            with AtomicOutput(directory, plan="adapter", work_name=f".{name}.partial") as stage:
+                planned.write(stage)
+                check_adapter(SafeDirectory(stage.work), ".", fingerprint)
+                stage.commit()
+            records[name] = records_of(directory)
+            notes.extend(f"adapter {name}: {note}" for note in (*planned.notes, *fits[name]))
+        return records
+
+    written = converter.write(checkpoint, publication, options, add_adapters=add)
+    written.notes += notes
+    return written
+
+
+def _check_distinct(names: Iterable[str]) -> None:
+    """Refuse names that violate M09 or M12."""
+    seen: set[str] = set()
+    for name in names:
+        if not is_adapter_name(name) or name.lower() in seen:
+            raise UsageError(
+                f"{name!r} cannot be the name of an adapter: wanted letters, digits, '.', '_' "
+                "and '-', and no other adapter of that name (rules M09, M12)"
+            )
+        seen.add(name.lower())

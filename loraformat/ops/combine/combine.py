@@ -24,11 +24,15 @@ from loraformat.model.report import Report
 from loraformat.ops.adapter_output.output import ensure_not_exists, open_adapter_output
 from loraformat.ops.arguments import Progress, many, reported
 from loraformat.ops.combine.elementwise import interfered
-from loraformat.ops.combine.exact import weighted_sum
 from loraformat.ops.combine.options import EXACT, METHODS, CombineOptions, Method
 from loraformat.ops.combine.replacements import combined_replacements, combined_rows
 from loraformat.ops.combine.tokenizers import other_tokenizers
-from loraformat.ops.combine.weighted_deltas import WeightedDelta, refuse_dora, terms_of
+from loraformat.ops.combine.weighted_deltas import (
+    WeightedDelta,
+    refuse_dora,
+    terms_of,
+    weighted_sum,
+)
 from loraformat.ops.deltas.factors import (
     SingleEntryCache,
     compute_factors,

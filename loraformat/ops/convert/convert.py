@@ -19,7 +19,6 @@ from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import UsageError, printable
 from loraformat.hub import Source, resolve
-from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.convert.adapter import convert_adapter
@@ -211,11 +210,12 @@ def _convert_base(
     ) as opened:
         original = without_generated_card(opened)
         refuse_lost_head(original)
-        kept = writer.stores != "dense"
-        before = with_history(with_origin(original, found), codes_kept=kept)
+        before = with_history(with_origin(original, found), codes_kept=not exact)
         before, decoded = with_decoded_dtype(before, writer, encoding.dtype)
         checkpoint, told = settled(encoding.apply(before, writer))
-        checkpoint, alignment = _aligned(original, checkpoint)
+        alignment = Alignment()
+        if not original.nf4_weights:  # else what is dense was left so on purpose
+            checkpoint, alignment = aligned(checkpoint)
         lost = losses(reader, writer, found.path, original.left_behind, strict=strict)
         report = plan_report(original, checkpoint, target, reader, writer, lost)
         again = again_as(original, checkpoint.tensors, writer, encoding.dtype)
@@ -235,13 +235,6 @@ def _convert_base(
             written = output.write(checkpoint, options)
     report.notes.extend(alignment.notes())  # measured on the way
     return complete(report, checkpoint, written, again, time.perf_counter() - began)
-
-
-def _aligned(original: Checkpoint, checkpoint: Checkpoint) -> tuple[Checkpoint, Alignment]:
-    """Give the dense tensors one dtype if the model is quantized now; NF4 sources are unchanged."""
-    if original.nf4_weights:
-        return checkpoint, Alignment()
-    return aligned(checkpoint)
 
 
 def _read_as(writer: BaseFormat, encoding: Encoding) -> str | None:

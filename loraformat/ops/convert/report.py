@@ -13,7 +13,7 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.report import Report
 from loraformat.model.written import WrittenModel
-from loraformat.ops.encoding.requantization import history, original_of, rms, sentence
+from loraformat.ops.encoding.requantization import history, original_of, requantization_notes, rms
 from loraformat.plugins import BaseFormat, Forecast, Format, WriteOptions
 from loraformat.shards.layout import execution_units, plan_shards
 
@@ -180,9 +180,9 @@ def foreseen(
     What is ``again`` quantized is told as `complete` tells it, without a figure. What the writer
     would refuse is raised.
     """
-    said = sentence(report.quantized_before, again, original=report.original)
+    said = requantization_notes(report.quantized_before, again, original=report.original)
     estimate = writer.estimate(checkpoint, target, options)
-    notes = [*report.notes, *([] if said is None else [said])]
+    notes = [*report.notes, *said]
     if estimate is None and writer.output == "directory":
         notes += _shard_notes(checkpoint, options.shard_limit)
     return with_estimate(replace(report, notes=notes), estimate)
@@ -199,12 +199,13 @@ def complete(
 
     ``again`` are the weights that were quantized a second time, and their new types.
     """
-    said = sentence(report.quantized_before, again, written.shards.tensors, report.original)
+    records = written.shards.tensors
+    said = requantization_notes(report.quantized_before, again, records, report.original)
     return replace(
         report,
         output_bytes=written.nbytes,
         errors_by_kind=_errors_by_kind(checkpoint, written),
-        notes=[*report.notes, *([] if said is None else [said]), *written.notes],
+        notes=[*report.notes, *said, *written.notes],
         seconds=seconds,
     )
 

@@ -15,7 +15,7 @@ from loraformat.model.quantization_history import Quantized, spelled
 from loraformat.model.written import TensorRecord
 from loraformat.plugins import BaseFormat
 
-__all__ = ["again_as", "history", "original_of", "rms", "sentence", "with_history"]
+__all__ = ["again_as", "history", "original_of", "requantization_notes", "rms", "with_history"]
 
 _PLAIN = ("f32", "f16", "bf16")
 #: A relative error below which a second rounding has found the numbers of the first.
@@ -63,13 +63,13 @@ def again_as(
     return found
 
 
-def sentence(
+def requantization_notes(
     steps: Iterable[Quantized],
     again: Mapping[str, str],
     records: Mapping[str, TensorRecord] | None = None,
     original: str | None = None,
-) -> str | None:
-    """Return the note on requantization and its added error.
+) -> list[str]:
+    """Return a note on requantization and its added error; none if no weight is changed by it.
 
     Parameters
     ----------
@@ -81,29 +81,24 @@ def sentence(
         What was written, with errors; none of a dry run.
     original : str, optional
         Where the weights are as they were first, if that is known.
-
-    Returns
-    -------
-    str or None
-        None if no weight is, or none is changed by it.
     """
     if not again:
-        return None
+        return []
     said = f"already quantized: the source's weights were {spelled(steps)}"
     now = " and ".join(sorted(set(again.values())))
     start = "Use the original weights" + (f", {original}" if original else " if possible")
     if records is None:
-        return f"{said}; {now} quantizes them again. {start}"
+        return [f"{said}; {now} quantizes them again. {start}"]
     written = [records[name] for name in again if name in records]
     error = rms(
         (r.relative_rms_error, prod(r.shape)) for r in written if r.relative_rms_error is not None
     )
     if error < _NONE:
-        return None
-    return (
+        return []
+    return [
         f"{said}; {now} adds an error of {error:.1%} (relative RMS, against the quantized source, "
         f"not the original). {start}"
-    )
+    ]
 
 
 def original_of(checkpoint: Checkpoint) -> str | None:

@@ -14,7 +14,12 @@ from loraformat.model.written import WrittenModel
 from loraformat.ops.deltas.spool import Spool
 from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.one_dtype import Alignment, aligned
-from loraformat.ops.encoding.requantization import again_as, original_of, sentence, with_history
+from loraformat.ops.encoding.requantization import (
+    again_as,
+    original_of,
+    requantization_notes,
+    with_history,
+)
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
 from loraformat.ops.merge.recorder import RecordPublication, UndoRecorder, write_record
 from loraformat.ops.merge.report import Meter, UndoSummary
@@ -146,8 +151,7 @@ class MergeJob:
         again = again_as(self.original, self.checkpoint.tensors, self.writer, self.options.dtype)
         steps = with_history(self.original, codes_kept=False).provenance.quantized
         records = None if written is None else written.shards.tensors
-        said = sentence(steps, again, records, original_of(self.original))
-        return [] if said is None else [said]
+        return requantization_notes(steps, again, records, original_of(self.original))
 
     def _measured(self, tensor: LazyTensor, merged: dict[str, LazyTensor]) -> LazyTensor:
         """Measure how much of a delta requantization keeps."""

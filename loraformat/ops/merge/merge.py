@@ -191,13 +191,7 @@ def merge(
             report = _planned(report, separate.checkpoint, separate.plan)
             if dry_run:
                 return report
-            result = separate.write(
-                Path(output),
-                shard_limit=limit,
-                allow_base_mismatch=allow_base_mismatch,
-                force=force,
-                progress=told,
-            )
+            result = separate.write(Path(output), limit, allow_base_mismatch, force, told)
             return replace(
                 report,
                 output_bytes=result.nbytes,

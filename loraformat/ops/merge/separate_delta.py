@@ -19,7 +19,7 @@ from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.model.vocabulary import Resize, per_token
 from loraformat.model.written import WrittenModel
-from loraformat.ops.adapter_output.in_bundle import write_bundle
+from loraformat.ops.adapter_output.output import write_bundle
 from loraformat.ops.combine.combine import CombineOptions, combine_adapters
 from loraformat.ops.merge.plan import TensorEdit, plan_edits
 from loraformat.ops.merge.tensor import MergedTensor
@@ -118,7 +118,6 @@ class SeparateDelta:
     def write(
         self,
         target: Path,
-        *,
         shard_limit: int,
         allow_base_mismatch: bool,
         force: bool,
@@ -133,7 +132,11 @@ class SeparateDelta:
         """
         only = self.adapters[0] if len(self.adapters) == 1 and self.weights[0] == 1 else None
         with ExitStack() as stack:
-            combined = only or _combined(stack, self.adapters, self.weights)
+            combined = only
+            if combined is None:
+                exact = CombineOptions(method="cat")
+                result, _ = combine_adapters(self.adapters, exact, weights=self.weights)
+                combined = stack.enter_context(result)
             output = stack.enter_context(
                 ModelOutput(
                     target,
@@ -150,11 +153,6 @@ class SeparateDelta:
                 allow_base_mismatch=allow_base_mismatch,
             )
             return output.write(self.checkpoint, WriteOptions(shard_limit), write)
-
-
-def _combined(stack: ExitStack, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    result, _ = combine_adapters(adapters, CombineOptions(method="cat"), weights=weights)
-    return stack.enter_context(result)
 
 
 def _with_vocabulary(

@@ -134,15 +134,22 @@ def push(
         files, report = _planned(plan, state, remote, asked=asked)
         report = replace(report, source=str(path), tag=tag if dry_run else None, dry_run=dry_run)
         if not dry_run:
-            report = _publish(
-                _ready(remote, state, private=private, create_pr=create_pr),
-                remote,
-                files,
-                report,
-                create_pr=create_pr,
-                tag=tag,
-                message=message,
-            )
+            parent, there = _ready(remote, state, private=private, create_pr=create_pr)
+            known = _check_tag(remote, tag, parent, report.changed)
+            done = Commit(parent, remote.url, parent)
+            if report.changed:
+                same = {file.path for file in report.files if file.status == "same"}
+                done = remote.commit(
+                    {file.path: file.content for file in files if file.path not in same},
+                    [path for path in report.removed if path in there],
+                    parent=parent,
+                    message=message or f"Upload {report.kind} with loraformat {__version__}",
+                    pull_request=create_pr,
+                )
+            _compare(remote, done, files)
+            if tag is not None and not known:
+                remote.tag(tag, done.oid)
+            report = replace(report, commit=done.oid, pull_request=done.pull_request, tag=tag)
     return replace(report, seconds=time.perf_counter() - began)
 
 
@@ -276,34 +283,6 @@ def _ready(
             "was created, but the Hub does not show it", path=remote.repo, hint="run again"
         )
     return state.commit, set(state.files)
-
-
-def _publish(
-    ready: tuple[str, set[str]],
-    remote: Repository,
-    files: list[UploadFile],
-    report: PushReport,
-    *,
-    create_pr: bool,
-    tag: str | None,
-    message: str | None,
-) -> PushReport:
-    parent, there = ready
-    known = _check_tag(remote, tag, parent, report.changed)
-    done = Commit(parent, remote.url, parent)
-    if report.changed:
-        same = {file.path for file in report.files if file.status == "same"}
-        done = remote.commit(
-            {file.path: file.content for file in files if file.path not in same},
-            [path for path in report.removed if path in there],
-            parent=parent,
-            message=message or f"Upload {report.kind} with loraformat {__version__}",
-            pull_request=create_pr,
-        )
-    _compare(remote, done, files)
-    if tag is not None and not known:
-        remote.tag(tag, done.oid)
-    return replace(report, commit=done.oid, pull_request=done.pull_request, tag=tag)
 
 
 def _check_tag(remote: Repository, tag: str | None, commit: str, changed: bool) -> bool:

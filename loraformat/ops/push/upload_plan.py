@@ -105,15 +105,21 @@ def plan_upload(
                 "published",
                 hint="omit it",
             )
-        return _bundle(path, options, verify)
-    reader = plugins.sniff(path)
-    if not isinstance(reader, AdapterFormat):
+        plan = _bundle(path, options, verify)
+    elif isinstance(reader := plugins.sniff(path), AdapterFormat):
+        plan = _adapter(path, reader, options, workplace, verify)
+    else:
         raise UnsupportedError(
             f"is {reader.name}, and only adapters and bundles can be published",
             path=path,
             hint="convert it to a bundle: loraformat convert MODEL BUNDLE",
         )
-    return _adapter(path, reader, options, workplace, verify)
+    if options.licence is not None:  # said now, it wins over what was written before
+        document = replace(plan.document, facts=plan.document.facts | {"license"})
+        plan = replace(plan, document=document)
+    if plan.contents.card is not None and is_template(plan.contents.card):
+        plan.contents.notes.append("README.md is an unfilled template: the card replaces its text")
+    return plan
 
 
 def _bundle(path: Path, options: PushOptions, verify: Callable[[], None]) -> UploadPlan:
@@ -126,7 +132,7 @@ def _bundle(path: Path, options: PushOptions, verify: Callable[[], None]) -> Upl
     assert isinstance(said, ModelInfo)
     headless = lacks_head(manifest.tensors, peek_config(path))
     facts = BundleFacts(options.repo, base, said, _listed(contents.files), headless)
-    return _parcel("bundle", base, contents, bundle_card(facts), options, _BUNDLE_FILES)
+    return UploadPlan("bundle", base, contents, bundle_card(facts), _BUNDLE_FILES)
 
 
 def _listed(files: list[UploadFile]) -> list[FileFact]:
@@ -173,7 +179,7 @@ def _adapter(
         chat=chat_beside(path, None if near is None else Path(near.path)),
     )
     replaces = () if path.is_file() else _PEFT_FILES
-    return _parcel("adapter", base, contents, adapter_card(facts), options, replaces)
+    return UploadPlan("adapter", base, contents, adapter_card(facts), replaces)
 
 
 def _wrong_in(path: Path, near: LocalBase | None, *, is_given: bool, notes: list[str]) -> set[str]:
@@ -194,21 +200,6 @@ def _wrong_in(path: Path, near: LocalBase | None, *, is_given: bool, notes: list
             + (f" --base {shlex.quote(near.word)}" if near is not None else "")
         )
     return set(wrong)
-
-
-def _parcel(
-    kind: str,
-    base: Base,
-    contents: Contents,
-    document: Document,
-    options: PushOptions,
-    replaces: tuple[str, ...],
-) -> UploadPlan:
-    if options.licence is not None:  # said now, it wins over what was written before
-        document = replace(document, facts=document.facts | {"license"})
-    if contents.card is not None and is_template(contents.card):
-        contents.notes.append("README.md is an unfilled template: the card replaces its text")
-    return UploadPlan(kind, base, contents, document, replaces)
 
 
 def gguf_name(repo: str) -> str:

@@ -21,8 +21,6 @@ from loraformat.version import __version__
 
 __all__ = ["ModelOutput", "input_paths"]
 
-_Write = Callable[[Checkpoint, AtomicOutput, WriteOptions], WrittenModel]
-
 
 class ModelOutput:
     """An atomic model output.
@@ -87,10 +85,8 @@ class ModelOutput:
         self._stack.enter_context(self.publication)
         return self
 
-    def write(
-        self, checkpoint: Checkpoint, options: WriteOptions, write: _Write | None = None
-    ) -> WrittenModel:
-        """Write a checkpoint into the work directory, with the writer's own ``write`` or another.
+    def write(self, checkpoint: Checkpoint, options: WriteOptions) -> WrittenModel:
+        """Write a checkpoint into the work directory.
 
         The options' ``progress`` is set here. An `InputError` of a tensor names the base's file.
         """
@@ -101,10 +97,10 @@ class ModelOutput:
             done += nbytes
             self._progress(done, total)
 
-        write = write or self._writer.write
-        assert write is not None
+        assert self._writer.write is not None
+        options = replace(options, progress=count)
         try:
-            return write(checkpoint, self.publication, replace(options, progress=count))
+            return self._writer.write(checkpoint, self.publication, options)
         except InputError as error:  # a tensor knows its name, not its file
             error.path = error.path or str(self._inputs[0].path)
             raise

@@ -18,8 +18,7 @@ from loraformat.errors import UnsupportedError, printable
 from loraformat.model.adapter_facts import AdapterFacts, Loading, ModuleFacts
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
-from loraformat.model.config_json import parse
-from loraformat.model.tied_head import tied_embedding
+from loraformat.model.tied_head import config_of, tied_embedding
 from loraformat.plugins import AdapterReadOptions
 from loraformat.runtimes.from_adapter import is_zero
 from loraformat.runtimes.task_usage import labels_of
@@ -137,7 +136,7 @@ class _Examiner:
         if self.base is None or self.names is None:
             return None
         tensors = {n: Stored(t.dtype, t.shape) for n, t in self.stored.tensors.items()}
-        base = parse(self.base.config) if self.base.config else {}
+        base = config_of(self.base)
         tied = tied_embedding(self.base.tensors, base)
         return judge_loading(config, tensors, base, self.names, self.adapter, tied)
 

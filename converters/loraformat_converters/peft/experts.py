@@ -107,8 +107,9 @@ class ExpertReader:
         depths = sorted(pairs, reverse=True)
         factors = [pairs[depth] for depth in depths]
         leaves = self._in_order(module, self.parameters(module, depths), factors)
-        swap = self._reversed_in_file(module, leaves, factors)
-        for leaf, (a, b) in zip(leaves, factors, strict=True):
+        by_leaf = dict(zip(leaves, factors, strict=True))
+        swap = self._reversed_in_file(module, by_leaf)
+        for leaf, (a, b) in by_leaf.items():
             yield f"{module}.{leaf}", self._delta(module, leaf, a, b, swap=swap)
 
     def _in_order(self, module: str, leaves: list[str], factors: list[Pair]) -> list[str]:
@@ -141,16 +142,15 @@ class ExpertReader:
             return a.shape[0] % shape[0] == 0 and sizes in (shape[1:], shape[:0:-1])
         return sizes == shape
 
-    def _reversed_in_file(self, module: str, leaves: list[str], factors: list[Pair]) -> bool:
+    def _reversed_in_file(self, module: str, by_leaf: Mapping[str, Pair]) -> bool:
         """Tell whether in and out are swapped, as in PEFT before 0.19."""
         if self._transposed:
             return False
         verdicts = set()
-        for leaf, (a, b) in zip(leaves, factors, strict=True):
+        for leaf, (a, b) in by_leaf.items():
             shape = self._shape(module, leaf)
             if shape is not None and len(shape) == 3 and shape[1] != shape[2]:
                 verdicts.add((b.shape[0], a.shape[1]) != shape[1:])
-        by_leaf = dict(zip(leaves, factors, strict=True))
         if not verdicts and self._base is None and {"gate_up_proj", "down_proj"} <= set(by_leaf):
             (a, b), (c, d) = by_leaf["gate_up_proj"], by_leaf["down_proj"]
             usual = (b.shape[0], a.shape[1]) == (2 * c.shape[1], d.shape[0])

@@ -211,9 +211,7 @@ def _joined(parts: list[_Node]) -> list[_Node]:
     return found
 
 
-@lru_cache(maxsize=4096)
-def _compiled(text: str) -> re.Pattern[str]:
-    return re.compile(text)
+_compiled = lru_cache(maxsize=4096)(re.compile)
 
 
 class _Run:

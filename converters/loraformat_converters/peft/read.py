@@ -13,8 +13,8 @@ from loraformat.model.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.model.architecture import is_conv1d
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import CarriedFile, Checkpoint, DenseTensor
-from loraformat.model.config_json import parse
 from loraformat.model.foreign_adapters import GATHER
+from loraformat.model.tied_head import config_of
 from loraformat.model.vocabulary import per_token
 from loraformat.plugins import AdapterReadOptions
 from loraformat.storage.safe_directory import SafeDirectory
@@ -88,7 +88,7 @@ def _beside(folder: SafeDirectory) -> list[str]:
 
 def _by_torchtune(folder: SafeDirectory, base: Checkpoint | None) -> list[str]:
     """Return the error of torchtune 0.6.1 in an adapter that it wrote; None otherwise."""
-    config = parse(base.config) if base is not None and base.config else {}
+    config = config_of(base) if base is not None else {}
     if not folder.has("adapter_model.pt") or config.get("model_type", "qwen2") != "qwen2":
         return []
     return [
@@ -285,7 +285,7 @@ class _Reader:
             )
         if linear[0] != linear[1]:
             return shape != linear
-        config = parse(self._base.config) if self._base is not None and self._base.config else {}
+        config = config_of(self._base) if self._base is not None else {}
         return self._settings.conv1d or is_conv1d(target, config.get("model_type"))
 
     def check(self, adapter: Adapter) -> None:

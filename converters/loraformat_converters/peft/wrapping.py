@@ -13,11 +13,11 @@ from collections.abc import Iterable
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.families.expert_names import is_router, parameter_order
-from loraformat.families.table import Family, family_of
+from loraformat.families.table import family_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import module_of
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.model.config_json import parse
+from loraformat.model.tied_head import config_of
 from loraformat_converters.peft.keys import PREFIX
 from loraformat_converters.peft.pattern_table import tails
 
@@ -34,8 +34,8 @@ class Wrapping:
     """
 
     def __init__(self, adapter: Adapter, base: Checkpoint | None) -> None:
-        config = parse(base.config) if base is not None and base.config else {}
-        self._family: Family = family_of(config)
+        config = config_of(base) if base is not None else {}
+        self._family = family_of(config)
         #: What the source's config targets, matched by suffix as in PEFT.
         self._modules = _strings(adapter.config.get("target_modules"))
         self._parameters = _strings(adapter.config.get("target_parameters"))
@@ -78,11 +78,9 @@ class Wrapping:
 
     def stem_of(self, delta: LoraDelta) -> str:
         """Return the stored name of a delta's tensors, up to ``.lora_A.weight``."""
-        if delta.target not in self._depths:
-            return PREFIX + self._family.peft_key(self._inside(module_of(delta.target)))
-        module = self._inside(delta.target.rpartition(".")[0])
-        wrappers = ".base_layer" * self._depths[delta.target]
-        return f"{PREFIX}{self._family.peft_key(module)}{wrappers}"
+        depth = self._depths.get(delta.target)
+        module = module_of(delta.target) if depth is None else delta.target.rpartition(".")[0]
+        return PREFIX + self._family.peft_key(self._inside(module)) + ".base_layer" * (depth or 0)
 
     def _inside(self, module: str) -> str:
         """Return a module's name inside the wrappers of its parents."""

@@ -137,22 +137,22 @@ class SeparateDelta:
                 exact = CombineOptions(method="cat")
                 result, _ = combine_adapters(self.adapters, exact, weights=self.weights)
                 combined = stack.enter_context(result)
+            write = partial(
+                write_bundle,
+                adapters={self.name: combined},
+                allow_base_mismatch=allow_base_mismatch,
+            )
             output = stack.enter_context(
                 ModelOutput(
                     target,
-                    CONVERTER,
+                    replace(CONVERTER, write=write),
                     inputs=[self.checkpoint, *self.adapters],
                     plan=["separate delta", self.name, list(self.weights), shard_limit],
                     force=force,
                     progress=progress,
                 )
             )
-            write = partial(
-                write_bundle,
-                adapters={self.name: combined},
-                allow_base_mismatch=allow_base_mismatch,
-            )
-            return output.write(self.checkpoint, WriteOptions(shard_limit), write)
+            return output.write(self.checkpoint, WriteOptions(shard_limit))
 
 
 def _with_vocabulary(

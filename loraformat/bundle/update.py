@@ -200,10 +200,7 @@ def _make_room(bundle: Path) -> None:
 def _exclusive(bundle: Path) -> Iterator[None]:
     """Wait for the bundle's lock and hold it."""
     while True:
-        try:
-            descriptor = open_directory(bundle)
-        except NotADirectoryError:  # reached through a link
-            descriptor = open_directory(bundle.resolve())
+        descriptor = open_directory(bundle.resolve())
         try:
             lock(descriptor, wait=True)
             if identity(descriptor) == identity(bundle):  # not replaced meanwhile

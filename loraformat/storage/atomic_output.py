@@ -181,11 +181,7 @@ class AtomicOutput:
 
     def _refuse_strange_work(self) -> None:
         names = {path.name for path in self.work.iterdir()}
-        if (
-            names - {_JOURNAL, _JOURNAL_NEW}
-            and _JOURNAL not in names
-            and not holds_weights(self.work)
-        ):
+        if _JOURNAL not in names and names - {_JOURNAL_NEW} and not holds_weights(self.work):
             raise OutputError(
                 "is not a work directory of loraformat, but is needed to prepare this output",
                 path=self.work,

@@ -208,8 +208,9 @@ def _parse_json(raw: bytes, path: str | PathLike[str]) -> tuple[dict[str, Any], 
     return fields, metadata
 
 
-def _is_count(value: object, limit: int) -> bool:
-    return type(value) is int and 0 <= value < limit
+def _are_counts(values: Any, limit: int, lengths: range) -> bool:
+    few = isinstance(values, list) and len(values) in lengths
+    return few and all(type(n) is int and 0 <= n < limit for n in values)
 
 
 def _entry(name: str, value: Any, path: str | PathLike[str], foreign: bool) -> Entry:
@@ -233,19 +234,11 @@ def _entry(name: str, value: Any, path: str | PathLike[str], foreign: bool) -> E
         )
     if not isinstance(dtype, str) or dtype not in (ITEM_BYTES if foreign else FORMAT_DTYPES):
         raise broken("H06", f"has unknown dtype {printable(dtype)}")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > _MAX_DIMENSIONS
-        or not all(_is_count(n, _MAX_DIMENSION) for n in shape)
-    ):
+    if not _are_counts(shape, _MAX_DIMENSION, range(_MAX_DIMENSIONS + 1)):
         raise broken(
             "H06", f"has shape {printable(shape)}, wanted at most 8 integers from 0 to 2^48"
         )
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(_is_count(n, 1 << 63) for n in offsets)
-    ):
+    if not _are_counts(offsets, 1 << 63, range(2, 3)):
         raise broken("H06", f"has data_offsets {printable(offsets)}, wanted two integers")
     begin, end = offsets
     needed = prod(shape) * ITEM_BYTES[dtype]  # Python integers: no overflow

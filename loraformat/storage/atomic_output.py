@@ -245,7 +245,8 @@ class AtomicOutput:
         path = self.work / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise OutputError(f"file name {printable(name)} leads out of it", path=self.target)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
         beside = path.with_name(path.name + ".tmp")
         with new_file(beside) as file:
             yield file

@@ -27,7 +27,7 @@ FLOAT8_VALUES = {
 #: What a model that computes in few bits knows of its activations.
 ACTIVATIONS = re.compile(
     r"\.((input|output|activation|k|v|q|kv)_(scale(_ub)?|zero_point|global_scale)|qscale_act)$"
-    r"|_proj_input_scale$"
+    r"|_proj_input_scale$|\.[kv]_proj\.[kv]_bias$"
 )
 ACTIVATIONS_WHAT = "scales of activations (they are for arithmetic in few bits)"
 _USUAL_BLOCK = (128, 128)

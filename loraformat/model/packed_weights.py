@@ -17,8 +17,8 @@ from typing import Protocol
 from loraformat.errors import UnsupportedError, printable
 
 __all__ = [
-    "BITSANDBYTES", "COMPRESSED_TENSORS", "FLOAT8", "MXFP4", "ORIGINAL", "PackedWeights",
-    "Signature", "Stored", "packed_weights", "refuse_packed",
+    "BITSANDBYTES", "COMPRESSED_TENSORS", "FLOAT8", "MODELOPT", "MXFP4", "ORIGINAL",
+    "PackedWeights", "Signature", "Stored", "packed_weights", "refuse_packed",
 ]  # fmt: skip
 
 #: What helps where a method is not read.
@@ -27,10 +27,10 @@ ORIGINAL = (
 )
 #: Methods that converters read.
 BITSANDBYTES, FLOAT8, MXFP4 = "bitsandbytes", "float8", "MXFP4"
-COMPRESSED_TENSORS = "compressed-tensors"
+COMPRESSED_TENSORS, MODELOPT = "compressed-tensors", "modelopt"
 _UNKNOWN = "an unknown method"
 #: Methods that also store codes which others store in the same way: there the config decides.
-_NAMED_BY_CONFIG = (COMPRESSED_TENSORS,)
+_NAMED_BY_CONFIG = (COMPRESSED_TENSORS, MODELOPT)
 
 _FLOATS = ("F8_E4M3", "F8_E5M2")
 #: A type of scales alone.
@@ -108,7 +108,8 @@ _SIGNATURES = (
     Signature(MXFP4, ("_blocks", "_scales"), ("U8",)),
     Signature("FP4 or INT8", (".weight", ".scale"), ("I8", "U8")),
     Signature(COMPRESSED_TENSORS, (".weight_packed",), ("I32", "U8")),
-    Signature("NVFP4", (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
+    Signature(MODELOPT, (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
+    Signature(MODELOPT, ("", "_weight_scale", "_weight_scale_2"), ("U8",)),
     Signature("HQQ", (".W_q",), _INTEGERS),
     Signature("EXL2", (".q_weight", ".q_scale"), ("I32",)),
     Signature("EXL3", (".trellis",), ("I16", "U16")),

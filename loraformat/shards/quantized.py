@@ -141,8 +141,9 @@ def _check_rest(
             )
     owners = {weight.name.removesuffix("weight") for weight in decoded.values()}
     for name in tensors:
-        owner, dot, last = name.rpartition(".")
-        if owner + dot in owners and last != "weight" and "bias" not in last:
+        above = [name[: dot + 1] for dot, sign in enumerate(name) if sign == "."]
+        last = name.rpartition(".")[2]
+        if not owners.isdisjoint(above) and last != "weight" and "bias" not in last:
             raise UnsupportedError(
                 f"tensor {printable(name)} belongs to a quantized weight and is not understood",
                 path=stored.path,

@@ -50,6 +50,9 @@ STORED = {
         W.replace("weight", "weight_scale"): torch.rand(40, 2),
         W.replace("weight", "weight_shape"): torch.tensor([40, 64]),
     },
+    "NVFP4": {
+        W: codes(40, 32), f"{W}_scale": float8(40, 4), f"{W}_scale_2": torch.rand(()),
+    },
     "MXFP4 experts": {
         f"{STACK}_blocks": codes(3, 40, 5, 16), f"{STACK}_scales": codes(3, 40, 5) // 3 + 80
     },

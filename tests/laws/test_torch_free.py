@@ -71,6 +71,7 @@ COMMANDS = {
         "convert float8 quantized",
         "convert mxfp4 experts --to safetensors",
         "convert compressed-tensors integers --to safetensors",
+        "convert modelopt nvfp4 --to safetensors",
         "info float8 --tensors",
         "verify float8",
         "extract base plain -o extracted --rank 4",
@@ -130,6 +131,10 @@ def _quantized(top):
     methods = {
         "compressed-tensors": {
             "weight_packed": words, "weight_scale": scales, "weight_shape": torch.tensor([64, 64])
+        },
+        "modelopt": {
+            "weight": words.view(torch.uint8), "weight_scale": torch.ones(64, 4).to(
+                torch.float8_e4m3fn), "weight_scale_2": torch.ones(()),
         },
     }  # fmt: skip
     for method, parts in methods.items():

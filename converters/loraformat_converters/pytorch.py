@@ -34,7 +34,10 @@ def sniff(path: Path) -> bool:
 def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Open pickled weights, which are dense and tensors alone, if ``options.allow_pickle``."""
     folder = SafeDirectory(path)
-    weight_map = _weight_map(folder)
+    weight_map = None
+    if folder.has(_INDEX):
+        raw = folder.read(_INDEX, MAX_INDEX_BYTES)
+        weight_map, _ = parse_index(raw, path / _INDEX, suffix=".bin")
     names = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     if not options.allow_pickle:
         raise UnsupportedError(
@@ -74,13 +77,6 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
         refuse_packed(path, tensors, settings and settings.get("quant_method"))
         checkpoint.close = opened.pop_all().close
     return checkpoint
-
-
-def _weight_map(folder: SafeDirectory) -> dict[str, str] | None:
-    if not folder.has(_INDEX):
-        return None
-    raw = folder.read(_INDEX, MAX_INDEX_BYTES)
-    return parse_index(raw, folder.path / _INDEX, suffix=".bin")[0]
 
 
 CONVERTER = BaseFormat(

@@ -47,23 +47,18 @@ def _readers() -> tuple[dict[str, str], list[Signature]]:
 def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Open dense weights; those that are quantized are refused, naming the method."""
     checkpoint = open_model(path, "safetensors")
+    settings, tensors = checkpoint.quantization_config, checkpoint.tensors
+    method = None if settings is None else settings.get("quant_method", "an unnamed method")
+    if any(tensor.quantization for tensor in tensors.values()):
+        method = BITSANDBYTES
+    readers, more = _readers()
     try:
-        _refuse_quantized(checkpoint)
+        original = base_model_of(checkpoint.files)
+        refuse_packed(path, tensors, method, original=original, readers=readers, more=more)
     except BaseException:
         checkpoint.close()
         raise
     return checkpoint
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    settings = checkpoint.quantization_config
-    method = None if settings is None else settings.get("quant_method", "an unnamed method")
-    tensors = checkpoint.tensors
-    if any(tensor.quantization for tensor in tensors.values()):
-        method = BITSANDBYTES
-    readers, more = _readers()
-    original = base_model_of(checkpoint.files)
-    refuse_packed(checkpoint.path, tensors, method, original=original, readers=readers, more=more)
 
 
 def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptions) -> WrittenModel:

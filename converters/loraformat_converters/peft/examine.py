@@ -117,7 +117,7 @@ class _Examiner:
             base_fingerprint=self.stored.metadata.get(BASE_FINGERPRINT),
             base_commit=_commit(self.stored.metadata.get(BASE_SOURCE), config.get("revision")),
             foreign=self._foreign(),
-            loading=None if problem else self._loading(config),
+            loading=None if problem else self._loading(),
         )
 
     def _foreign(self) -> tuple[str, ...]:
@@ -132,11 +132,11 @@ class _Examiner:
             if stored is not None and name not in (stored, self.names.in_memory(stored))
         )
 
-    def _loading(self, config: dict[str, Any]) -> Loading | None:
+    def _loading(self) -> Loading | None:
         if self.base is None or self.names is None:
             return None
         tensors = {n: Stored(t.dtype, t.shape) for n, t in self.stored.tensors.items()}
-        base = config_of(self.base)
+        config, base = self.settings.config, config_of(self.base)
         tied = tied_embedding(self.base.tensors, base)
         return judge_loading(config, tensors, base, self.names, self.adapter, tied)
 
@@ -150,7 +150,7 @@ class _Examiner:
         b = parts.get("B", parts.get("embedding_B"))
         rank = a.shape[0] if a is not None and a.shape else 0
         experts = 0
-        if self._is_parameter(owner, depth):
+        if depth or any(home for home, _ in self.settings.parameters_of(owner)):  # a parameter's
             config_rank = self.settings.rank(owner)
             rank, experts = config_rank, max(rank // config_rank, 1)
         return ModuleFacts(
@@ -170,14 +170,9 @@ class _Examiner:
             base_shape=self._base_shape(owner),
         )
 
-    def _is_parameter(self, owner: str, depth: int) -> bool:
-        return depth > 0 or any(home for home, _ in self.settings.parameters_of(owner))
-
     def _base_shape(self, owner: str) -> tuple[int, ...] | None:
-        if self.base is None or self.names is None:
-            return None
-        found = self.names.find(f"{owner}.weight")
-        return None if found is None else self.base.tensors[found].shape
+        found = self.names.find(f"{owner}.weight") if self.names is not None else None
+        return self.base.tensors[found].shape if self.base is not None and found else None
 
 
 def _last_token(config: Mapping[str, Any]) -> int | None:

@@ -225,11 +225,10 @@ class _Run:
         """Return where a part can end that begins at a position."""
         self._budget.take(1)
         key = (node, start)
-        found = self._known.get(key)
-        if found is None:
+        if key not in self._known:
             self._budget.take(2)
-            found = self._known[key] = self._compute(node, start)
-        return found
+            self._known[key] = self._compute(node, start)
+        return self._known[key]
 
     def from_all(self, node: _Node, starts: int) -> int:
         """Return where a part can end that begins at any of some positions."""

@@ -70,11 +70,8 @@ def write(adapter: Adapter, publication: AtomicOutput, options: AdapterWriteOpti
     for target, rows in adapter.rows.items():
         name = f"{PREFIX}{target.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"
         pieces.append(_Piece(name, rows.rows, options.dtype or rows.rows.dtype))
-    metadata = {"format": "pt"}
-    if adapter.base_fingerprint:
-        metadata[BASE_FINGERPRINT] = adapter.base_fingerprint
-    if adapter.base_source:
-        metadata[BASE_SOURCE] = adapter.base_source
+    known = {BASE_FINGERPRINT: adapter.base_fingerprint, BASE_SOURCE: adapter.base_source}
+    metadata = {"format": "pt"} | {key: value for key, value in known.items() if value}
     _write_tensors(pieces, publication, WEIGHTS_NAME, metadata)
     moments = [
         _Piece(module_of(delta.target) + SUFFIX, delta.second_moment, "F32")
@@ -110,8 +107,6 @@ def _one_alpha(adapter: Adapter) -> float | None:
 def _as_spelled(adapter: Adapter) -> Adapter:
     """Return an adapter under its source's names."""
     own = adapter.spellings
-    if not own:
-        return adapter
     deltas = [replace(d, target=own.get(d.target, d.target)) for d in adapter.deltas.values()]
     rows = [replace(r, target=own.get(r.target, r.target)) for r in adapter.rows.values()]
     return replace(

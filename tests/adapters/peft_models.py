@@ -6,32 +6,28 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_models import build, resized
 
 IDS = torch.arange(1, 13)[None]
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 64, "eos_token_id": 1, "bos_token_id": 0,
 }  # fmt: skip
+_SMALL = dict(
+    SIZES, head_dim=8, intermediate_size=48, pad_token_id=None, num_local_experts=3,
+    n_embd=32, n_head=2, n_positions=32, n_inner=None, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def _model(name: str, **changes: Any) -> torch.nn.Module:
+    model: torch.nn.Module = build(name, resized(name, **_SMALL), **changes)
+    return model
 
 
 def llama(*, tied: bool = False, **sizes: int) -> torch.nn.Module:
-    config = LlamaConfig(**SIZES | sizes, intermediate_size=48, tie_word_embeddings=tied)
-    return LlamaForCausalLM(config)
+    return _model("llama", tie_word_embeddings=tied, **sizes)
 
 
 def llama_tied() -> torch.nn.Module:
@@ -39,27 +35,19 @@ def llama_tied() -> torch.nn.Module:
 
 
 def qwen2() -> torch.nn.Module:
-    return Qwen2ForCausalLM(Qwen2Config(**SIZES, intermediate_size=48, tie_word_embeddings=False))
+    return _model("qwen2")
 
 
 def gpt2() -> torch.nn.Module:
-    config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32, eos_token_id=1,
-        bos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    return _model("gpt2")
 
 
 def mixtral() -> torch.nn.Module:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=3))
+    return _model("mixtral", intermediate_size=24)
 
 
 def qwen3_moe(*, intermediate: int = 24) -> torch.nn.Module:
-    config = Qwen3MoeConfig(
-        **SIZES, head_dim=8, intermediate_size=48, moe_intermediate_size=intermediate,
-        num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config)
+    return _model("qwen3_moe", moe_intermediate_size=intermediate)
 
 
 def qwen3_moe_square() -> torch.nn.Module:
@@ -67,20 +55,12 @@ def qwen3_moe_square() -> torch.nn.Module:
     return qwen3_moe(intermediate=16)
 
 
-def gpt_oss() -> torch.nn.Module:
-    config = GptOssConfig(
-        **SIZES, head_dim=8, intermediate_size=24, num_local_experts=3, num_experts_per_tok=2,
-        layer_types=["full_attention"] * 2,
-    )  # fmt: skip
-    return GptOssForCausalLM(config)
+def gpt_oss(*, intermediate: int = 24) -> torch.nn.Module:
+    return _model("gpt_oss", intermediate_size=intermediate, layer_types=["full_attention"] * 2)
 
 
 def gpt_oss_square() -> torch.nn.Module:
-    config = GptOssConfig(
-        **SIZES, head_dim=8, intermediate_size=16, num_local_experts=3, num_experts_per_tok=2,
-        layer_types=["full_attention"] * 2,
-    )  # fmt: skip
-    return GptOssForCausalLM(config)
+    return gpt_oss(intermediate=16)
 
 
 def trained(

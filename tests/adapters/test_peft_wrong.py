@@ -34,7 +34,8 @@ from tests.adapters.peft_models import (
     shake,
     trained,
 )
-from tests.adapters.test_peft_files import EXPERTS, rewrite, turned
+from tests.adapters.test_peft_expert_files import EXPERTS, turned
+from tests.adapters.test_peft_files import rewrite
 from tests.torch_tensors import numbers
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from llama_runtime import embeddings, log_probabilities
-from tiny_models import MODELS, auto_class, make_model
+from loraformat_converters.gguf.architectures import ARCHITECTURES
 
 import loraformat.demo
+from tests import tiny_models
+from tests.tiny_models import auto_class, model_type
 
 SMALL = Path(loraformat.demo.__file__).parent / "small_model"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -20,13 +23,26 @@ PROMPTS = [[0, *range(40, 70)], [5, 9, *range(300, 340)]]
 GELU = ("gemma2", "gemma3", "gemma3_text", "gpt2", "bert")
 
 
+#: Hyperparameters of tiny models that GGUF knows, with the vocabulary of the small model.
+MODELS = {
+    name: tiny_models.resized(name, vocab_size=2048)
+    for name in tiny_models.ARCHITECTURES
+    if any(model_type(name) in record.models for record in ARCHITECTURES.values())
+    and name != "mistral-window"  # llama.cpp has windows for other architectures only
+}
+
+
+def make_model(name: str, directory: Path, **changes: Any) -> Path:
+    return tiny_models.make_model(name, directory, MODELS[name], **changes)
+
+
 def tolerance(name: str) -> float:
     """How far apart log-probabilities (of bert hidden states) may be."""
-    return 5e-3 if MODELS[name][0] in GELU else 1e-5
+    return 5e-3 if model_type(name) in GELU else 1e-5
 
 
-def make_base(name: str, directory: Path) -> Path:
-    make_model(name, directory)
+def make_base(name: str, directory: Path, **changes: Any) -> Path:
+    make_model(name, directory, **changes)
     for file in TOKENIZER:
         shutil.copy(SMALL / file, directory / file)
     return directory
@@ -34,9 +50,7 @@ def make_base(name: str, directory: Path) -> Path:
 
 def by_transformers(path: Path, name: str, prompts=PROMPTS) -> list[np.ndarray]:
     """Log-probabilities after each prompt, or bert's hidden states, in float32."""
-    model = auto_class(MODELS[name][0]).from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = auto_class(name).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     return run(model.eval(), name, prompts)
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from llama_runtime import tokenize
-from tiny_models import MODELS, auto_class
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 import loraformat
 from loraformat.ops.convert.convert import convert
+from tests.tiny_models import build, resized
 
 #: Code, numbers, runs of white space, other scripts, emoji, specials, nothing.
 TEXTS = [
@@ -60,11 +59,8 @@ def model_of(
     *, rows: int, kind: str = "llama",
 ) -> Path:  # fmt: skip
     """Write the smallest model of a kind with that many tokens, and its tokenizer beside it."""
-    model_type, values = MODELS[kind]
-    values = {**values, "vocab_size": rows, "num_hidden_layers": 1}
-    small = {"n_layer": 1} if kind == "gpt2" else {}
-    config_of = transformers.AutoConfig.for_model(model_type, **{**values, **small})
-    auto_class(model_type).from_config(config_of, dtype=torch.float32).save_pretrained(directory)
+    values = resized(kind, vocab_size=rows, num_hidden_layers=1, n_layer=1)
+    build(kind, values).save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save(str(directory / "tokenizer.json"))
     values = {"tokenizer_class": "PreTrainedTokenizerFast", **(config or {})}

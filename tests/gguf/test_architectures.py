@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import transformers
+from bases import MODELS, make_model
 from loraformat_converters.gguf.architectures import (
     ARCHITECTURES,
     lora_module,
@@ -24,7 +25,6 @@ from loraformat_converters.gguf.architectures.transforms import (
     Transpose,
 )
 from safetensors import safe_open
-from tiny_models import MODELS, make_model
 
 from loraformat.errors import InputError, UnsupportedError
 

@@ -255,21 +255,19 @@ def test_rope_factors_of_an_unknown_rule_need_a_config(made, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
-def test_the_attention_scale_of_gemma_27b(name, tmp_path, monkeypatch):
+def test_the_attention_scale_of_gemma_27b(name, tmp_path):
     """It is in no key: llama.cpp knows that model by its number of layers, and so do we."""
     layers = {"gemma2": 46, "gemma3_text": 62}[name]
-    model_type, values = MODELS[name]
-    large = dict(values, num_hidden_layers=layers, hidden_size=64, query_pre_attn_scalar=16)
-    monkeypatch.setitem(MODELS, name, (model_type, large))
-    assert large["head_dim"] != 16
-    convert(make_base(name, tmp_path / "base"), tmp_path / "model.gguf", dtype="f32")
+    large = dict(num_hidden_layers=layers, hidden_size=64, query_pre_attn_scalar=16)
+    assert MODELS[name]["head_dim"] != 16
+    convert(make_base(name, tmp_path / "base", **large), tmp_path / "model.gguf", dtype="f32")
     bare = rewrite(tmp_path / "model.gguf", tmp_path / "bare.gguf", drop=("loraformat.",))
     convert(bare, tmp_path / "dense", to_format="safetensors")
     config = json.loads((tmp_path / "dense" / "config.json").read_bytes())
     assert config["query_pre_attn_scalar"] == 16
     theirs = by_llama_cpp(bare, name)
     right = apart(theirs, by_transformers(tmp_path / "dense", name))
-    config["query_pre_attn_scalar"] = large["head_dim"]
+    config["query_pre_attn_scalar"] = MODELS[name]["head_dim"]
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     wrong = apart(theirs, by_transformers(tmp_path / "dense", name))
     # llama.cpp's GELU of float16, forty times and more, is not what differs with the other scale.

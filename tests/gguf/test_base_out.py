@@ -91,7 +91,7 @@ def test_few_bits_are_warned_of_with_the_error(base, dtype, tmp_path):
 
 
 def test_rows_that_fill_no_blocks_are_f16_and_said_to_be(base, tmp_path):
-    source = make_base("odd", tmp_path / "odd")
+    source = make_base("llama-odd", tmp_path / "odd")
     report = convert(source, tmp_path / "model.gguf", dtype="q8_0")
     assert any("2 weights are F16" in note for note in report.notes)
     with open_gguf(tmp_path / "model.gguf") as file:

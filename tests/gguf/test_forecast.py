@@ -32,7 +32,7 @@ def adapter_of(base, folder, **options):
     [
         ("llama", None),
         ("llama", "f32"),
-        ("odd", "q4_0"),
+        ("llama-odd", "q4_0"),
         ("llama-3.1", "q8_0"),
         ("mixtral", "q5_1"),
     ],

@@ -16,7 +16,6 @@ from loraformat_converters.gguf.container.reader import open_gguf
 from loraformat_converters.gguf.container.types import GGMLType
 from loraformat_converters.gguf.container.writer import PlannedTensor, write_gguf
 from safetensors.torch import load_file, save_file
-from tiny_models import MODELS, auto_class
 
 from loraformat.errors import UnsupportedError
 from loraformat.ops.check.check import check
@@ -24,6 +23,7 @@ from loraformat.ops.convert.convert import convert
 from loraformat.ops.merge.merge import merge
 from loraformat.runtimes.architectures import HEADLESS
 from loraformat.storage.atomic_file import AtomicFile
+from tests.tiny_models import auto_class
 
 #: A model of each architecture that generates.
 KINDS = {
@@ -40,10 +40,7 @@ def base(tmp_path_factory):
     def make(name, head="none"):
         if (name, head) not in made:
             folder = tmp_path_factory.mktemp("head") / name
-            with pytest.MonkeyPatch.context() as patch:
-                kind, values = MODELS[name]
-                patch.setitem(MODELS, name, (kind, {**values, "tie_word_embeddings": True}))
-                make_base(name, folder)
+            make_base(name, folder, tie_word_embeddings=True)
             if head != "none":
                 _add_head(folder, equal=head == "equal")
             made[name, head] = folder
@@ -148,9 +145,7 @@ def test_gemma2_has_no_head_in_llama_cpp(base, tmp_path):
 def trained(path, name, folder, targets, **options):
     """Let PEFT write an adapter; return the log-probabilities with it."""
     torch.manual_seed(2)
-    model = auto_class(MODELS[name][0]).from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = auto_class(name).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options
     )
@@ -214,7 +209,7 @@ def test_a_head_s_delta_runs_beside_a_base_whose_head_differs(base, name, tmp_pa
     convert(source, tmp_path / "base.gguf", dtype="f32")
     convert(tmp_path / "adapter", tmp_path / "lora.gguf", base=source)
     convert(tmp_path / "lora.gguf", tmp_path / "back", base=source)
-    model = auto_class(MODELS[name][0]).from_pretrained(
+    model = auto_class(name).from_pretrained(
         source, dtype=torch.float32, attn_implementation="eager"
     )
     assert (

@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 from bases import (
-    MODELS,
     PROMPTS,
     apart,
     auto_class,
@@ -28,6 +27,7 @@ from loraformat.ops.info.model import info
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.ops.verify import verify
+from tests.tiny_models import model_type
 from tests.torch_tensors import numbers
 
 #: Modules of each model type whose deltas are tested, where "all-linear" is not what is meant.
@@ -63,7 +63,7 @@ def base(tmp_path_factory):
 
 def model_of(path, name):
     return (
-        auto_class(MODELS[name][0])
+        auto_class(name)
         .from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
         .eval()
     )
@@ -74,7 +74,7 @@ def train(path, name, target, seed=1, **options):
     options.setdefault("r", 4)
     options.setdefault("lora_alpha", 6)
     if "target_modules" not in options:
-        options["target_modules"] = TARGETS.get(MODELS[name][0], "all-linear")
+        options["target_modules"] = TARGETS.get(model_type(name), "all-linear")
     if name == "bert":
         options["exclude_modules"] = ["pooler.dense"]
     else:

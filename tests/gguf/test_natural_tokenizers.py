@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from bases import apart, by_llama_cpp, by_transformers, tolerance
+from bases import apart, by_llama_cpp, by_transformers, make_model, tolerance
 from llama_runtime import tokenize
 from made_spm import add, tokenizer_json, trained, write
 from made_tokenizers import TEXTS, ids
 from test_tokenizers_wordpiece import CONFIG
 from test_tokenizers_wordpiece import trained as wordpiece
-from tiny_models import make_model
 from tokenizers import Tokenizer
 
 from loraformat.ops.convert.convert import convert

@@ -12,10 +12,10 @@ from random import Random
 import pytest
 import torch
 import transformers
+from bases import MODELS
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import of_config
 from mutations import spoil
-from tiny_models import MODELS
 
 from loraformat import check, info
 from loraformat.card import front_matter
@@ -28,6 +28,7 @@ from loraformat.shards.read_directory import open_model
 from loraformat.testing.models import carried, checkpoint, dense
 from loraformat.train.data.row import BadRowError, parse_object
 from loraformat.train.data.row_formats import KindError, meaning
+from tests.tiny_models import model_type
 
 CASES = int(os.environ.get("LORAFORMAT_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("LORAFORMAT_FUZZ_SEED", "1"))
@@ -88,7 +89,8 @@ def raw(data: bytes, rng: Random) -> bytes:
 
 def configs() -> dict[str, Files]:
     found = {}
-    for name, (kind, values) in MODELS.items():
+    for name, values in MODELS.items():
+        kind = model_type(name)
         made = transformers.AutoConfig.for_model(kind, **values)
         classes = {"architectures": [f"{kind}ForCausalLM"], "dtype": "float32"}
         found[name] = {"config.json": json.dumps(made.to_diff_dict() | classes).encode()}

@@ -7,7 +7,7 @@ import torch
 from loraformat.train.batch import Batch
 from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.linear import FrozenLinear, LoraFactors
-from tests.train.tiny_bundles import VOCABULARY
+from tests.tiny_models import VOCABULARY
 
 
 class Branch(torch.nn.Module):

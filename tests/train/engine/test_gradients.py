@@ -14,8 +14,8 @@ from tests.train.engine.reference import (
 )
 
 GRADIENTS = [
-    "llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2",
-    "mixtral", "qwen3_moe", "gpt_oss",
+    "llama", "llama-tied", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3_text-pattern",
+    "phi3", "gpt2", "mixtral", "qwen3_moe", "gpt_oss",
 ]  # fmt: skip
 LOSSES = [
     "olmo2", "granite", "starcoder2", "stablelm", "cohere", "glm", "nemotron", "falcon", "gpt_neox",

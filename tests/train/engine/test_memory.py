@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from loraformat.ops.convert.convert import convert
-from tests.train.tiny_bundles import make_dense
+from tests.tiny_models import make_model
 
 HERE = Path(__file__).parent
 TOKENS, HIDDEN = 1024, 256
@@ -15,7 +15,7 @@ TOKENS, HIDDEN = 1024, 256
 def bundle(directory, layers):
     """Write a model of so many layers."""
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 256, "head_dim": 64}
-    make_dense(directory / "dense", "llama", num_hidden_layers=layers, **sizes)
+    make_model("llama", directory / "dense", num_hidden_layers=layers, **sizes)
     convert(directory / "dense", directory / "bundle")
     return str(directory / "bundle")
 

@@ -10,7 +10,8 @@ LENGTHS = (9, 20, 5)  # the windows of mistral and gemma are 8
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "phi3", "qwen3_moe"]
+    "architecture",
+    ["llama", "mistral-window", "gemma2", "gemma3_text-pattern", "gpt2", "phi3", "qwen3_moe"],
 )
 def test_packed_is_unpacked(opened, attach, architecture):
     model, _ = opened(architecture)

@@ -18,8 +18,8 @@ from loraformat.errors import InputError, MissingDependencyError, UnsupportedErr
 from loraformat.ops.convert.convert import convert
 from loraformat.train import load
 from loraformat.train.engine import bind_weights, trial
+from tests.tiny_models import make_model
 from tests.train.engine.reference import make_batch
-from tests.train.tiny_bundles import make_dense
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def changed(tmp_path):
     """Returns a bundle of a llama whose config says something else."""
 
     def make(**fields):
-        dense = make_dense(tmp_path / "dense", "llama")
+        dense = make_model("llama", tmp_path / "dense")
         config = json.loads((dense / "config.json").read_text())
         (dense / "config.json").write_text(json.dumps({**config, **fields}))
         convert(dense, tmp_path / "bundle")

@@ -5,8 +5,8 @@ import torch
 
 from loraformat.train import LoraOptions, load
 from loraformat.train.engine import layer_prefetch
+from tests.tiny_models import make_model
 from tests.train.engine.reference import make_batch
-from tests.train.tiny_bundles import make_dense
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def bundle(tmp_path_factory):
     from loraformat.ops.convert.convert import convert
 
     directory = tmp_path_factory.mktemp("streaming")
-    make_dense(directory / "dense", "llama", num_hidden_layers=6, hidden_size=128)
+    make_model("llama", directory / "dense", num_hidden_layers=6, hidden_size=128)
     convert(directory / "dense", directory / "bundle", max_shard_size=70_000)
     return directory / "bundle"
 

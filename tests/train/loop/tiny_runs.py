@@ -7,8 +7,9 @@ from pathlib import Path
 
 from loraformat.demo import SMALL_MODEL
 from loraformat.ops.convert.convert import convert
+from loraformat.train.loop.metrics import read_metrics
 from loraformat.train.run.options import TrainOptions
-from tests.train.tiny_bundles import make_dense
+from tests.tiny_models import make_model
 
 CONTEXT = 128
 WORDS = [
@@ -33,7 +34,7 @@ WORDS = [
 def make_bundle(directory: Path, **changes) -> Path:
     """Write a llama, of two layers by default, that knows the small model's tokens."""
     sizes = {"vocab_size": 2048, "max_position_embeddings": CONTEXT, **changes}
-    make_dense(directory / "dense", "llama-tied", **sizes)
+    make_model("llama-tied", directory / "dense", **sizes)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(SMALL_MODEL / name, directory / "dense" / name)
     convert(directory / "dense", directory / "bundle")
@@ -68,3 +69,8 @@ def files_of(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def losses(output):
+    record = read_metrics(output.with_name(output.name + ".run") / "metrics.jsonl")
+    return [line["loss"] for line in record if "loss" in line]

@@ -5,7 +5,7 @@ tables, which are read in both directions: `metadata` rows (a key of GGUF, the m
 ``config.json``) and `weights` rows (a tensor's name there and here, its shape in GGUF). Most rows
 of a new architecture are those of `decoder`; what is no plain copy is a function for each
 direction, as `rope`. Add the record to `ARCHITECTURES`, a tiny model of it to
-``tests/gguf/tiny_models.py``, and the tests hold it against transformers, gguf-py and llama.cpp.
+``tests/tiny_models.py``, and the tests hold it against transformers, gguf-py and llama.cpp.
 
 Read `config`, `metadata`, `weights`, `decoder` and `record`, then a family (`llama`), then
 `tensor_map`; `lora` is for adapters. From outside:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from loraformat.bundle.integrity import check_listed
 from loraformat.card.carried import with_true_card
-from loraformat.errors import InputError, UsageError
+from loraformat.errors import UsageError
 from loraformat.families.model_class import names_base_class
 from loraformat.model.adapter import Adapter
 from loraformat.model.architecture import module_of
@@ -26,6 +26,7 @@ from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.merge.plan import plan_edits
 from loraformat.ops.opening.adapter import copy_adapter
+from loraformat.ops.opening.model import difference_of
 from loraformat.plugins import AdapterFormat, AdapterWriteOptions
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
@@ -195,15 +196,7 @@ def _reason(adapter: Adapter, writer: AdapterFormat, dtype: str | None) -> str |
 def _mismatch(adapter: Adapter, match: BaseMatch, allowed: bool) -> list[str]:
     if match.relation == "unknown":
         return ["records no base fingerprint; only names and shapes were compared"]
-    if match.relation != "other":
-        return []
-    if not allowed:
-        raise InputError(
-            match.difference,
-            path=adapter.path,
-            hint="use the base that it was trained on, or override with --allow-base-mismatch",
-        )
-    return [f"it {match.difference}; it may not work on this base"]
+    return [f"it {difference_of(adapter, match, allowed)}"] if match.relation == "other" else []
 
 
 def check_fits(adapter: Adapter, base: Checkpoint) -> list[str]:

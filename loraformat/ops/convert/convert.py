@@ -203,7 +203,9 @@ def _convert_base(
         raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
     writer = plugins.for_output(target, to_format, BaseFormat, "loraformat")
     writer.check_pre_tokenizer(pre_tokenizer)
-    dtype = _read_as(writer, encoding)
+    # Quantized numbers are rounded only once: by a writer of types of its own, or as they are read.
+    word = "f32" if writer.dtypes else encoding.dtype
+    dtype = parse_weight_dtype(word) if word else None
     exact = writer.stores == "dense"
     with open_model(
         found, reader=reader, dtype=dtype, exact=exact, config=config, allow_pickle=allow_pickle
@@ -235,13 +237,6 @@ def _convert_base(
             written = output.write(checkpoint, options)
     report.notes.extend(alignment.notes())  # measured on the way
     return complete(report, checkpoint, written, again, time.perf_counter() - began)
-
-
-def _read_as(writer: BaseFormat, encoding: Encoding) -> str | None:
-    """Return the dtype to read quantized numbers in, so that they are rounded only once."""
-    if writer.dtypes:
-        return "F32"  # it rounds itself
-    return parse_weight_dtype(encoding.dtype) if encoding.dtype else None
 
 
 def _adapters_note(source: Path) -> list[str]:

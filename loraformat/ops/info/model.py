@@ -21,7 +21,6 @@ from loraformat.model.description import (
     TensorSummary,
 )
 from loraformat.ops.info.adapter import description_of
-from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.storage.foreign_json import parse_object
 from loraformat.storage.safe_directory import SafeDirectory
@@ -61,9 +60,8 @@ def info(path: str | Path, *, allow_pickle: bool = False) -> InfoReport:
             return _summary(bundle.checkpoint, bundle)
     reader = plugins.sniff(found)
     if isinstance(reader, plugins.AdapterFormat):
-        with open_adapter(
-            found, reader=reader, allow_pickle=allow_pickle, conditional=True, inspect=True
-        ) as adapter:
+        options = plugins.AdapterReadOptions(None, allow_pickle, conditional=True, inspect=True)
+        with reader.read(found, options) as adapter:
             return description_of(adapter, found)
     with open_model(found, reader=reader, allow_pickle=allow_pickle) as checkpoint:
         return _summary(checkpoint, None)

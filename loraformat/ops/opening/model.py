@@ -22,6 +22,7 @@ from loraformat.storage.safe_paths import MANIFEST_NAME
 __all__ = [
     "check_base",
     "compare_base",
+    "difference_of",
     "fingerprint_of",
     "open_bundle",
     "open_model",
@@ -29,6 +30,8 @@ __all__ = [
     "with_origin",
     "without_generated_card",
 ]
+
+_INSTEAD = "use the base that it was trained on"
 
 
 def open_bundle(path: str | Path) -> bundle_reader.Bundle:
@@ -147,7 +150,7 @@ def check_base(
     base: Checkpoint,
     *,
     allowed: bool,
-    instead: str = "use the base that it was trained on",
+    instead: str = _INSTEAD,
 ) -> list[str]:
     """Refuse an adapter of another base, unless ``allowed``, and say what a user should know.
 
@@ -171,12 +174,16 @@ def check_base(
         problem += "was made; it was trained on the values in the bundle"
     elif match.relation == "same":
         return []
-    elif allowed:
-        problem = f"{match.difference}; it may not work on this base"
     else:
-        raise InputError(
-            match.difference,
-            path=adapter.path,
-            hint=f"{instead}, or override with --allow-base-mismatch",
-        )
+        problem = difference_of(adapter, match, allowed, instead)
     return [f"{adapter.path}: {problem}"]
+
+
+def difference_of(
+    adapter: Adapter, match: BaseMatch, allowed: bool, instead: str = _INSTEAD
+) -> str:
+    """Say for which other base an adapter was made, or refuse it if that is not ``allowed``."""
+    if not allowed:
+        hint = f"{instead}, or override with --allow-base-mismatch"
+        raise InputError(match.difference, path=adapter.path, hint=hint)
+    return f"{match.difference}; it may not work on this base"

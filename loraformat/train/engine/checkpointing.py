@@ -30,21 +30,12 @@ from torch.utils import _pytree as trees
 
 from loraformat.errors import UnsupportedError
 from loraformat.train.engine.buffers import save_inputs
-from loraformat.train.engine.layer_call import (
-    LayerCall,
-    RngState,
-    restored_rng_state,
-    rng_state,
-)
-from loraformat.train.engine.layer_prefetch import BackwardLayer, LayerPrefetcher
+from loraformat.train.engine.layer_call import LayerCall, RngState, restored_rng_state, rng_state
+from loraformat.train.engine.layer_prefetch import LayerPrefetcher
 from loraformat.train.engine.matrix import Matrix
 from loraformat.train.engine.unneeded_products import has_forward_hooks, leaving_out
 
-__all__ = [
-    "ActivationBudget",
-    "Checkpointing",
-    "checkpoint_layer",
-]
+__all__ = ["ActivationBudget", "Checkpointing", "checkpoint_layer"]
 
 #: With fewer tokens a pass is a step of generation: pages then stay where they are.
 _FEW_TOKENS = 16
@@ -66,8 +57,6 @@ class Checkpointing:
         Called with each layer's number and its call before it is computed forward.
     unneeded : dict of int to str
         By the number of a layer, the linear in it whose product is not recomputed.
-    visit : BackwardLayer
-        Of the prefetcher, in backward passes.
     sparing : bool
         Evict layers after a few tokens, too: slower generation, in as much memory as training.
     """
@@ -77,23 +66,14 @@ class Checkpointing:
     rows_at_once: int | None = None
     inspect: Callable[[int, LayerCall], None] | None = None
     unneeded: dict[int, str] = field(default_factory=dict)
-    visit: BackwardLayer = field(init=False)
     sparing: bool = False
-
-    def __post_init__(self) -> None:
-        self.visit = BackwardLayer(self.prefetcher)
 
 
 def checkpoint_layer(layer: torch.nn.Module, number: int, shared: Checkpointing) -> None:
     """Make a layer a gradient-checkpointed one, whose weights are prefetched and evicted.
 
-    Parameters
-    ----------
-    layer : Module
-        Of a transformers model; its ``forward`` is wrapped, on this instance.
-    number : int
-        Of the layer, as the prefetcher counts.
-    shared : Checkpointing
+    The layer is one of a transformers model, of a number as the prefetcher counts; its ``forward``
+    is wrapped, on this instance.
     """
     inner = layer.forward
 
@@ -129,12 +109,12 @@ class _Layer:
         parts: WeakSet[_RecomputedTensors] = WeakSet()
 
         def enter(gradient: torch.Tensor) -> None:
-            shared.visit.enter(number)
+            shared.prefetcher.enter_backward(number)
 
         def leave(gradient: torch.Tensor) -> None:
             for part in parts:
                 part.clear()
-            shared.visit.leave(number)
+            shared.prefetcher.leave_backward(number)
 
         if first := call.first_with_gradient():
             first[0].register_hook(leave)
@@ -161,8 +141,8 @@ class _Layer:
 
     def _again(self, held: LayerCall, random: RngState) -> Sequence[torch.Tensor]:
         """Return the tensors that the backward pass needs."""
-        shared, number = self._shared, self._number
-        shared.visit.enter(number)
+        shared = self._shared
+        shared.prefetcher.enter_backward(self._number)
         with (
             restored_rng_state(random),
             torch.enable_grad(),
@@ -310,27 +290,16 @@ class ActivationBudget:
         return self.counted > 0 and self.layers * self.needed(tokens) > self.budget
 
     def needed(self, tokens: int) -> float:
-        """Return the bytes that one layer takes to keep its activations.
+        """Return the bytes that one layer takes to keep its activations of so many tokens.
 
-        Parameters
-        ----------
-        tokens : int
-            Of the batch. With fewer than were counted a layer needs less in proportion at least;
-            with more, at most by the square, as scores of all pairs of tokens do.
+        With fewer than were counted a layer needs less in proportion at least; with more, at most
+        by the square, as scores of all pairs of tokens do.
         """
         ratio = tokens / self.tokens
         return _IN_HEAP * self.counted * (ratio if ratio <= 1 else ratio * ratio)
 
     def count(self, saved: Sequence[torch.Tensor], tokens: int) -> None:
-        """Count what a layer saved for its backward pass, unless it is known.
-
-        Parameters
-        ----------
-        saved : sequence of torch.Tensor
-            Without parameters.
-        tokens : int
-            Of the batch that one layer computed.
-        """
+        """Count what a layer saved of a batch, without parameters, unless it is known."""
         if self.counted or not self.budget or not tokens:
             return
         storages = {s.data_ptr(): s.nbytes() for s in map(torch.Tensor.untyped_storage, saved)}

@@ -29,7 +29,7 @@ from typing import Any
 from loraformat.train.engine.matrix import Matrix, Range, WrappedMatrix
 from loraformat.train.engine.stored_weights import Span
 
-__all__ = ["BackwardLayer", "IoStats", "LayerPrefetcher", "StreamedMatrix"]
+__all__ = ["IoStats", "LayerPrefetcher", "StreamedMatrix"]
 
 #: Bytes that are asked for at a time, so that closing never waits long.
 _PIECE = 32 << 20
@@ -103,6 +103,17 @@ class LayerPrefetcher:
     Attributes
     ----------
     traffic : IoStats
+
+    Examples
+    --------
+    In a backward pass layers are entered and left one at a time, each once:
+
+    >>> prefetcher = LayerPrefetcher([[], []])
+    >>> for step in (prefetcher.enter_backward, prefetcher.leave_backward):
+    ...     step(1)
+    ...     step(1)
+    >>> prefetcher.traffic.visits
+    [1]
     """
 
     def __init__(
@@ -118,17 +129,11 @@ class LayerPrefetcher:
         self.traffic = IoStats()
         self._pending: dict[int, Future[None]] = {}
         self._reader: ThreadPoolExecutor | None = None
+        self._backward: int | None = None
         self._closed = False
 
     def enter(self, layer: int, direction: int) -> None:
-        """Wait until a layer is in memory, and have the next one read.
-
-        Parameters
-        ----------
-        layer : int
-        direction : {1, -1}
-            Of the pass.
-        """
+        """Wait until a layer is in memory, and have the next one of the pass (1 or -1) read."""
         self.traffic.visits.append(layer)
         if not self.prefetch:
             return
@@ -143,6 +148,21 @@ class LayerPrefetcher:
     def leave(self, layer: int) -> None:
         """Evict a layer."""
         self._forget(self._layers[layer])
+
+    def enter_backward(self, layer: int) -> None:
+        """Have a layer's weights in memory from here on, and those of no other."""
+        if layer == self._backward:
+            return
+        if self._backward is not None:
+            self.leave(self._backward)
+        self._backward = layer
+        self.enter(layer, -1)
+
+    def leave_backward(self, layer: int) -> None:
+        """Evict a layer, unless that was done."""
+        if layer == self._backward:
+            self._backward = None
+            self.leave(layer)
 
     def read_ahead(self, spans: Sequence[Span]) -> Future[None] | None:
         """Have bytes read that belong to no layer, some time soon."""
@@ -193,43 +213,6 @@ class LayerPrefetcher:
             self._reader = None
 
 
-class BackwardLayer:
-    """The layer that a backward pass is in: entered and left one at a time, each once.
-
-    Parameters
-    ----------
-    prefetcher : LayerPrefetcher
-
-    Examples
-    --------
-    >>> prefetcher = LayerPrefetcher([[], []])
-    >>> visit = BackwardLayer(prefetcher)
-    >>> for step in (visit.enter, visit.enter, visit.leave, visit.leave):
-    ...     step(1)
-    >>> prefetcher.traffic.visits
-    [1]
-    """
-
-    def __init__(self, prefetcher: LayerPrefetcher) -> None:
-        self._prefetcher = prefetcher
-        self._layer: int | None = None
-
-    def enter(self, layer: int) -> None:
-        """Have a layer's weights in memory from here on, and those of no other."""
-        if layer == self._layer:
-            return
-        if self._layer is not None:
-            self._prefetcher.leave(self._layer)
-        self._layer = layer
-        self._prefetcher.enter(layer, -1)
-
-    def leave(self, layer: int) -> None:
-        """Evict a layer, unless that was done."""
-        if layer == self._layer:
-            self._layer = None
-            self._prefetcher.leave(layer)
-
-
 class StreamedMatrix(WrappedMatrix):
     """A matrix whose pages are prefetched and evicted with its rows while it is streaming.
 
@@ -266,12 +249,14 @@ class StreamedMatrix(WrappedMatrix):
             reading = coming
 
     def _of_rows(self, start: int, stop: int) -> list[Span]:
-        found = []
-        for file, begin, end in self._spans:
-            size = end - begin
-            part = begin + size * start // self.rows, begin + -(-size * stop // self.rows)
-            found.append((file, *part))
-        return found
+        return [
+            (
+                file,
+                begin + (end - begin) * start // self.rows,
+                begin + -(-(end - begin) * stop // self.rows),
+            )
+            for file, begin, end in self._spans
+        ]
 
 
 @cache
@@ -289,13 +274,7 @@ def _pages(address: int, nbytes: int) -> tuple[int, int]:
 
 
 def read_pages(address: int, nbytes: int) -> None:
-    """Bring mapped bytes into memory; where the kernel is older, ask it to do so in time.
-
-    Parameters
-    ----------
-    address, nbytes : int
-        Of a file mapping.
-    """
+    """Bring bytes of a file mapping into memory; an older kernel is asked to do so in time."""
     if (libc := _libc()) is None or not nbytes:
         return
     first, length = _pages(address, nbytes)

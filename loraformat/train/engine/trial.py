@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -137,12 +138,8 @@ class Trial:
     def gradients(self, ids: torch.Tensor, rows_at_once: int | None = None) -> None:
         """Compare gradients the first time that a model is trained, and find unneeded products.
 
-        Parameters
-        ----------
-        ids : torch.Tensor
-            int64 (rows, tokens): of a batch.
-        rows_at_once : int or None
-            Whether rows go through a layer in groups.
+        `ids` are those of a batch, int64 (rows, tokens); with `rows_at_once` rows go through a
+        layer in groups.
 
         Raises
         ------
@@ -165,7 +162,7 @@ class Trial:
         state = rng_state([ids])
         try:
             with restored_rng_state(state):
-                plain = self._of(ids, _PLENTY, None)
+                plain = self._of(ids, _PLENTY)
         except Exception as error:
             raise self._refusal(_NOT_COMPUTED, error) from error
         try:
@@ -183,7 +180,7 @@ class Trial:
 
         def gradients(left_out: Mapping[int, str]) -> Sequence[torch.Tensor | None]:
             with restored_rng_state(state):
-                return self._of(ids, 0, None, left_out=left_out)
+                return self._of(ids, 0, left_out=left_out)
 
         with (
             restored_rng_state(state),
@@ -210,7 +207,7 @@ class Trial:
         self,
         ids: torch.Tensor,
         budget: int,
-        rows: int | None,
+        rows: int | None = None,
         left_out: Mapping[int, str] | None = None,
     ) -> list[torch.Tensor | None]:
         """Return hidden states, and gradients of the first layer; or of all, without products."""
@@ -243,14 +240,7 @@ class Trial:
         nowhere = LayerPrefetcher([[]] * len(self._layers), prefetch=False, release=False)
         trial = Checkpointing(nowhere, kept, rows)
         with ExitStack() as restoring, _standing_in(self._model):
-            for name in (
-                "prefetcher",
-                "activation_budget",
-                "rows_at_once",
-                "inspect",
-                "unneeded",
-                "visit",
-            ):
+            for name in (entry.name for entry in fields(shared)):
                 restoring.callback(setattr, shared, name, getattr(shared, name))
                 setattr(shared, name, getattr(trial, name))
             yield

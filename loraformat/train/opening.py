@@ -18,13 +18,9 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import parse
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import check_base, open_model
-from loraformat.train.engine.bind_weights import WeightBinder, bind_weights, number_layers
+from loraformat.train.engine.bind_weights import WeightBinder, number_layers
 from loraformat.train.engine.buffers import keep_freed_memory
-from loraformat.train.engine.checkpointing import (
-    ActivationBudget,
-    Checkpointing,
-    checkpoint_layer,
-)
+from loraformat.train.engine.checkpointing import ActivationBudget, Checkpointing, checkpoint_layer
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.device import place_on
 from loraformat.train.engine.layer_prefetch import LayerPrefetcher
@@ -119,14 +115,12 @@ def load(
         weights = StoredWeights(here, replaced.tensors if replaced is not None else None)
         config = replaced.config if replaced is not None else here.checkpoint.config
         path = here.checkpoint.path
-        base, assembly = _built(path, weights, config, dtype)
-        used = assembly.used
+        base, bound = _built(path, weights, config, dtype)
+        used = bound.used
         resident: set[str] = set()
         if place.type != "cpu":
             resident = place_on(base, used, weights, place, device_memory)
-        targets = find_target_modules(
-            base, used | assembly.copied, family_of(parse(config or b"{}"))
-        )
+        targets = find_target_modules(base, used | bound.copied, family_of(parse(config or b"{}")))
         branches = _branches(
             targets, here, lora, adapter, original, has_replaced=replaced is not None
         )
@@ -187,9 +181,19 @@ def _open(path: Path, *, to_train: bool) -> Bundle | ReadableBase:
 def _built(
     path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
 ) -> tuple[Any, WeightBinder]:
-    """Return what `_build` does; whatever a class of transformers trips over is a refusal."""
+    """Return the model, and the tensors that it was made of.
+
+    Whatever a class of transformers trips over is a refusal.
+    """
+    if config is None:
+        raise UnsupportedError("has no config.json, which says how to compute it", path=path)
+    numbers = [found[1] for name in weights.names() if (found := layer_of(name))]
     try:
-        return _build(path, weights, config, dtype)
+        base = build_meta_model(config, max(numbers, default=-1) + 1, path)
+        bound = WeightBinder(base, weights, dtype, path).run()
+        base.requires_grad_(False)
+        number_layers(base, path)
+        return base, bound
     except (LoraFormatError, MemoryError):
         raise
     except Exception as error:
@@ -197,20 +201,6 @@ def _built(
             f"cannot be opened for training: {type(error).__name__}: {printable(error)}",
             path=path,
         ) from error
-
-
-def _build(
-    path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
-) -> tuple[Any, WeightBinder]:
-    """Return the model, and the tensors that it was made of."""
-    if config is None:
-        raise UnsupportedError("has no config.json, which says how to compute it", path=path)
-    numbers = [found[1] for name in weights.names() if (found := layer_of(name))]
-    base = build_meta_model(config, max(numbers, default=-1) + 1, path)
-    assembly = bind_weights(base, weights, dtype, path)
-    base.requires_grad_(False)
-    number_layers(base, path)
-    return base, assembly
 
 
 def _stream(

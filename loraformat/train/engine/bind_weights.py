@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.meta_model import find_layers
 from loraformat.train.engine.stored_weights import Sources, StoredWeights, find_sources
 
-__all__ = ["WeightBinder", "bind_weights", "number_layers"]
+__all__ = ["WeightBinder", "number_layers"]
 
 #: Elements of a parameter that may be copied into memory: 16 MB, more than any router has.
 _LARGEST_COPY = 1 << 22
@@ -48,16 +49,18 @@ class WeightBinder:
         self, model: Any, weights: StoredWeights, dtype: torch.dtype, path: object
     ) -> None:
         self._model, self._weights, self._dtype, self._path = model, weights, dtype, path
-        self._wide = _kept_in_float32(model)
+        # Parts of names whose parameters a class always keeps in float32.
+        self._wide = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
         self._sources: Sources = find_sources(model, weights.names(), path)
-        self._ties = _ties(model)
+        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self._ties = {**{kept: name for name, kept in tied.items()}, **tied}
         self._taken: set[str] = set()
         self._embeddings: list[str] = []
         self.used: dict[str, list[str]] = {}
         self.copied: dict[str, list[str]] = {}
 
-    def run(self) -> None:
-        """Replace and copy everything.
+    def run(self) -> WeightBinder:
+        """Replace and copy everything; returns itself.
 
         Raises
         ------
@@ -66,12 +69,12 @@ class WeightBinder:
             tensor without a parameter.
         """
         for name, module in list(self._model.named_modules()):
-            handler = self._handler(module)
-            if handler is not None:
+            if (handler := self._handler(module)) is not None:
                 handler(name, module)
         for name, module in list(self._model.named_modules()):
             self._copy_small(self._in_its_class(name), module)
         self._check_all_used()
+        return self
 
     def _handler(self, module: torch.nn.Module) -> Callable[[str, Any], None] | None:
         from transformers.pytorch_utils import Conv1D
@@ -79,7 +82,7 @@ class WeightBinder:
         if isinstance(module, torch.nn.Linear) and _multiplies_only(module):
             return self._linear
         if isinstance(module, Conv1D):
-            return self._conv1d
+            return partial(self._linear, conv1d=True)
         if isinstance(module, torch.nn.Embedding) and _takes_tokens_only(module):
             return self._embedding
         return self._experts if is_fused_experts(module) else None
@@ -103,15 +106,11 @@ class WeightBinder:
         linear = FrozenLinear(matrix, name, bias, conv1d=conv1d, dtype=self._dtype)
         self._put(name, linear, [source])
 
-    def _conv1d(self, name: str, module: Any) -> None:
-        self._linear(name, module, conv1d=True)
-
     def _embedding(self, name: str, module: Any) -> None:
         source = self._source(f"{name}.weight")
         self._check_shape(f"{name}.weight", source, tuple(module.weight.shape))
         table, dtype = self._weights.rows(source), activation_dtype(self._dtype)
-        embedding = MappedEmbedding(table, name, module, dtype)
-        self._put(name, embedding, [source])
+        self._put(name, MappedEmbedding(table, name, module, dtype), [source])
         self._embeddings.append(name)
 
     def _experts(self, name: str, module: Any) -> None:
@@ -210,14 +209,13 @@ class WeightBinder:
             )
 
     def _check_all_used(self) -> None:
-        missing_place = [
-            name for name in self._sources.single.values() if name not in self._taken
-        ] + self._sources.unused  # fmt: skip
+        untaken = [name for name in self._sources.single.values() if name not in self._taken]
         ignored = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
         left = [
-            name for name in missing_place
+            name
+            for name in untaken + self._sources.unused
             if not any(re.search(pattern, name) for pattern in ignored)
-        ]  # fmt: skip
+        ]
         if left:
             shown = ", ".join(printable(name) for name in left[:3])
             raise self._refusal(
@@ -249,32 +247,12 @@ class WeightBinder:
         return UnsupportedError(problem, path=f"{self._path}")
 
 
-def bind_weights(
-    model: Any, weights: StoredWeights, dtype: torch.dtype, path: object
-) -> WeightBinder:
-    """Give a model its weights; see `WeightBinder`."""
-    assembly = WeightBinder(model, weights, dtype, path)
-    assembly.run()
-    return assembly
-
-
 def number_layers(model: Any, path: object) -> None:
     """Set the layer number of each linear and each stack of experts of the decoder."""
     for number, layer in enumerate(find_layers(model, path)[1]):
         for module in layer.modules():
             if isinstance(module, FrozenLinear | ExpertStack):
                 module.layer = number
-
-
-def _ties(model: Any) -> dict[str, str]:
-    """Return the parameter that each tied parameter shares, both ways round."""
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    return {**{kept: name for name, kept in tied.items()}, **tied}
-
-
-def _kept_in_float32(model: Any) -> set[str]:
-    """Return parts of names whose parameters a class always keeps in float32."""
-    return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def _multiplies_only(module: torch.nn.Linear) -> bool:
@@ -298,5 +276,4 @@ def _takes_tokens_only(module: torch.nn.Embedding) -> bool:
     """Tell whether an embedding is called with token numbers alone."""
     import inspect
 
-    parameters = list(inspect.signature(type(module).forward).parameters.values())
-    return len(parameters) == 2
+    return len(inspect.signature(type(module).forward).parameters) == 2

@@ -9,7 +9,6 @@ Nothing here has been run on a GPU yet; its parts that do not depend on one are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,20 +29,8 @@ _TILE = 1 << 25
 _SHARE = 0.6
 
 
-@dataclass(frozen=True, slots=True)
-class _Codes:
-    """What a range of blocks is decoded from, anywhere."""
-
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    nested_absmax: torch.Tensor | None
-
-    def to(self, device: torch.device) -> _Codes:
-        nested = self.nested_absmax
-        return _Codes(
-            self.packed.to(device), self.absmax.to(device),
-            None if nested is None else nested.to(device),
-        )  # fmt: skip
+#: What a range of blocks is decoded from, by the names of `loraformat.nf4.codec.NF4`.
+_Codes = dict[str, torch.Tensor]
 
 
 class DeviceMatrix(Matrix):
@@ -59,7 +46,7 @@ class DeviceMatrix(Matrix):
         if resident and isinstance(host, DenseMatrix):
             self._values = host.values.to(device)
         elif resident and isinstance(host, NF4Matrix):
-            self._codes = _cut(_held(host), host.codes.block_size, *_origin(host)).to(device)
+            self._codes = _cut(_held(host), host.codes.block_size, *_origin(host), device)
 
     def row_chunks(self) -> Iterator[Range]:
         """Yield as many rows as are decoded at once."""
@@ -87,22 +74,20 @@ class DeviceMatrix(Matrix):
     def _decode(self, host: NF4Matrix, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         size, (begin, end) = host.codes.block_size, _groups(host, first, last)
         if self._codes is None:
-            codes = _cut(_held(host), size, begin, end).to(self.device)
+            codes = _cut(_held(host), size, begin, end, self.device)
         else:
             origin = _origin(host)[0]
-            codes = _cut(self._codes, size, begin - origin, end - origin)
-        offset = host.codes.nested_offset
-        values = decode(codes.packed, codes.absmax, codes.nested_absmax, offset, size, dtype)
+            codes = _cut(self._codes, size, begin - origin, end - origin, self.device)
+        values = decode(
+            codes["packed"], codes["absmax"], codes.get("nested_absmax"),
+            host.codes.nested_offset, size, dtype,
+        )  # fmt: skip
         return values[first - begin : last - begin]
 
 
 def _held(host: NF4Matrix) -> _Codes:
-    codes = host.codes
-    nested = codes.nested_absmax
-    return _Codes(
-        tensor_of(codes.packed), tensor_of(codes.absmax),
-        None if nested is None else tensor_of(nested),
-    )  # fmt: skip
+    parts = {name: getattr(host.codes, name) for name in ("packed", "absmax", "nested_absmax")}
+    return {name: tensor_of(part) for name, part in parts.items() if part is not None}
 
 
 def _groups(host: NF4Matrix, first: int, last: int) -> tuple[int, int]:
@@ -116,14 +101,13 @@ def _origin(host: NF4Matrix) -> tuple[int, int]:
     return _groups(host, host.offset, host.offset + host.rows * host.columns)
 
 
-def _cut(codes: _Codes, size: int, first: int, last: int) -> _Codes:
-    blocks = slice(first // size, -(-last // size))
-    group, nested = codec.NESTED_BLOCK_SIZE, codes.nested_absmax
-    return _Codes(
-        codes.packed[first // 2 : -(-last // 2)],
-        codes.absmax[blocks],
-        None if nested is None else nested[blocks.start // group : -(-blocks.stop // group)],
-    )
+def _cut(codes: _Codes, size: int, first: int, last: int, device: torch.device) -> _Codes:
+    """Return on a device what elements are decoded from, in blocks of a size."""
+    one = {"packed": 2, "absmax": size, "nested_absmax": size * codec.NESTED_BLOCK_SIZE}
+    return {
+        name: part[first // one[name] : -(-last // one[name])].to(device)
+        for name, part in codes.items()
+    }
 
 
 def decode(
@@ -177,21 +161,16 @@ def place_on(
 ) -> set[str]:
     """Let a model compute on a device; returns the modules whose weights stay there for good.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        With its weights bound; its embedding stays where it is, only its rows are copied.
-    used : mapping of str to sequence of str
-        The tensors that its modules read.
-    weights : StoredWeights
-    device : torch.device
-    budget : int or None
-        Bytes that the base may take on the device; None for a share of what is free.
+    The model has its weights bound: `used` are the tensors that its modules read. Its embedding
+    stays where it is, only its rows are copied. `budget` is how many bytes the base may take on the
+    device; None for a share of what is free.
     """
-    left = _free(device) if budget is None else budget
+    left = int(torch.cuda.mem_get_info(device)[0] * _SHARE) if budget is None else budget
     model.to(device)
     resident = set()
-    for name, module in _frozen(model):
+    for name, module in model.named_modules():
+        if not isinstance(module, FrozenLinear | ExpertStack):
+            continue
         size = sum(end - begin for one in used[name] for _, begin, end in weights.spans(one))
         stays = size <= left
         if stays:
@@ -207,17 +186,6 @@ def place_on(
     return resident
 
 
-def _frozen(model: Any) -> Iterator[tuple[str, FrozenLinear | ExpertStack]]:
-    for name, module in model.named_modules():
-        if isinstance(module, FrozenLinear | ExpertStack):
-            yield name, module
-
-
 def _placed(matrix: Matrix, device: torch.device, resident: bool) -> Matrix:
     assert isinstance(matrix, NF4Matrix | DenseMatrix)
     return DeviceMatrix(matrix, device, resident=resident)
-
-
-def _free(device: torch.device) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * _SHARE)

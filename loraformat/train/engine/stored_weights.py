@@ -111,30 +111,6 @@ class _Kept:
             return found
 
 
-class _Computed:
-    """Makes matrices and tables of tensors that are computed when they are loaded."""
-
-    def __init__(self) -> None:
-        self._kept = _Kept()
-
-    def stack(self, tensor: DenseTensor, *, in_out_layout: bool) -> list[_ComputedMatrix]:
-        """Return the matrices of a tensor of two or three dimensions."""
-        shape = (tensor.shape[-2], tensor.shape[-1])
-        count = tensor.count // max(1, shape[0] * shape[1])
-
-        def part(number: int) -> torch.Tensor:
-            return self._kept.of(tensor).view(-1, *shape)[number]
-
-        return [
-            _ComputedMatrix(partial(part, i), shape, in_out_layout=in_out_layout)
-            for i in range(count)
-        ]
-
-    def table(self, tensor: DenseTensor) -> ComputedTable:
-        """Return a table of rows."""
-        return ComputedTable(partial(self._kept.of, tensor), tensor.shape)
-
-
 class _ComputedMatrix(DenseMatrix):
     """A matrix that is computed on access."""
 
@@ -201,7 +177,7 @@ class StoredWeights:
             for name, tensor in self._tensors.items()
             if name not in replaced and is_computed(tensor, form)
         }
-        self._computed = _Computed()
+        self._kept = _Kept()
         self._homes = {
             name: shard
             for shard in bundle.shards
@@ -224,11 +200,7 @@ class StoredWeights:
     def matrix(self, name: str, *, in_out_layout: bool = False) -> Matrix:
         """Return a weight as a matrix on the mapped bytes.
 
-        Parameters
-        ----------
-        name : str
-        in_out_layout : bool
-            The Hugging Face tensor is (in features, out features).
+        In `in_out_layout` the Hugging Face tensor is (in features, out features).
         """
         return self.stack(name, in_out_layout=in_out_layout)[0]
 
@@ -247,7 +219,15 @@ class StoredWeights:
                 for i in range(count)
             ]  # fmt: skip
         if name in self._made:
-            return list(self._computed.stack(self._made[name], in_out_layout=in_out_layout))
+            made, shape = self._made[name], (tensor.shape[-2], tensor.shape[-1])
+
+            def part(number: int) -> torch.Tensor:
+                return self._kept.of(made).view(-1, *shape)[number]
+
+            return [
+                _ComputedMatrix(partial(part, i), shape, in_out_layout=in_out_layout)
+                for i in range(tensor.count // max(1, shape[0] * shape[1]))
+            ]
         values = self.table(name)
         values = values.view(-1, *values.shape[-2:])
         return [DenseMatrix(part, in_out_layout=in_out_layout) for part in values]
@@ -255,7 +235,7 @@ class StoredWeights:
     def rows(self, name: str) -> torch.Tensor | ComputedTable:
         """Return a table of which rows are looked up; see `table`."""
         if name in self._made:
-            return self._computed.table(self._made[name])
+            return ComputedTable(partial(self._kept.of, self._made[name]), self.shape(name))
         return self.table(name)
 
     def table(self, name: str) -> torch.Tensor:
@@ -263,16 +243,12 @@ class StoredWeights:
 
         An NF4 one is decoded as a whole.
         """
-        tensor = self._tensors[name]
-        return tensor_of(tensor.array())
+        return tensor_of(self._tensors[name].array())
 
     def copy(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a small tensor in memory; floating numbers as `dtype`."""
         values = self.table(name)
-        copied = values.to(dtype) if values.is_floating_point() else values
-        return copied.clone() if copied is values or copied.data_ptr() == values.data_ptr() else (
-            copied
-        )  # fmt: skip
+        return values.to(dtype if values.is_floating_point() else values.dtype, copy=True)
 
     def spans(self, name: str) -> list[Span]:
         """Return the byte ranges that computing with a weight reads."""
@@ -288,15 +264,7 @@ class StoredWeights:
 
 
 def find_sources(model: Any, names: Iterable[str], path: object) -> Sources:
-    """Assign the tensors of a bundle to a model's parameters.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    names : iterable of str
-        Of all tensors.
-    path : object
-        For messages.
+    """Assign the tensors of a bundle, of which all names are given, to a model's parameters.
 
     Raises
     ------
@@ -304,8 +272,7 @@ def find_sources(model: Any, names: Iterable[str], path: object) -> Sources:
         If transformers would compute a parameter from several tensors in another way.
     """
     sources = find_any_sources(model, names)
-    computed = sources.computed | dict.fromkeys(sources.chunks, "Chunk")
-    for target, how in computed.items():
+    for target, how in (sources.computed | dict.fromkeys(sources.chunks, "Chunk")).items():
         raise UnsupportedError(
             f"parameter {printable(target)} is made by {how} when transformers loads it, which "
             "training on mapped weights does not know",

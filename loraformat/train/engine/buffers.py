@@ -73,16 +73,7 @@ class Workspace(threading.local):
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> torch.Tensor:
-        """Return a contiguous tensor of undefined content.
-
-        Parameters
-        ----------
-        purpose : str
-        shape : tuple of int
-        dtype : torch.dtype
-        device : torch.device, optional
-            The CPU by default.
-        """
+        """Return a contiguous tensor of undefined content, on the CPU by default."""
         count = torch.Size(shape).numel()
         device = torch.device("cpu") if device is None else device
         key = purpose, dtype, device
@@ -167,17 +158,9 @@ def keep_freed_memory(plentiful: bool) -> bool:
     By default glibc gives a block of more than 128 KiB back when it is freed, and the end of its
     heap, too; the kernel must then find and clear fresh pages for every tensor of every layer,
     which took a quarter of a step's CPU time. Kept in the heap, large blocks leave holes between
-    them, a sixth to a third of what a step holds.
-
-    Parameters
-    ----------
-    plentiful : bool
-        Keep blocks of up to 32 MiB; else those of up to 1 MiB, and a step takes a tenth longer.
-
-    Returns
-    -------
-    bool
-        Whether the C library is one that knows this.
+    them, a sixth to a third of what a step holds. Where memory is plentiful blocks of up to 32 MiB
+    are kept; else those of up to 1 MiB, and a step takes a tenth longer. Returned is whether the C
+    library is one that knows this.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if libc is None or not hasattr(libc, "mallopt"):

@@ -86,23 +86,18 @@ class _Output:
             raise AttributeError(name)
 
 
-class _Returning:
-    """Stand-in for a module's ``forward``: returns a value and records its argument."""
-
-    def __init__(self, value: Any) -> None:
-        self.value, self.seen = value, None
-
-    def __call__(self, *arguments: Any, **_: Any) -> Any:
-        self.seen = arguments[0] if arguments else None
-        return self.value
-
-
 @contextmanager
-def _standing_in(module: Any, value: Any) -> Iterator[_Returning]:
-    """Let a module return a value while it lasts."""
-    module.forward = stand_in = _Returning(value)
+def _standing_in(module: Any, value: Any) -> Iterator[list[Any]]:
+    """Let a module return a value while it lasts; yields the first arguments of its calls."""
+    seen: list[Any] = []
+
+    def forward(*arguments: Any, **_: Any) -> Any:
+        seen.append(next(iter(arguments), None))
+        return value
+
+    module.forward = forward
     try:
-        yield stand_in
+        yield seen
     finally:
         del module.forward
 
@@ -127,9 +122,9 @@ def find_head_rule(model: Any, head: FrozenLinear, cap: float | None) -> HeadRul
     z = torch.cat([torch.tensor([1.0, 1e-3]), torch.linspace(-90.0, 90.0, 62)]).repeat(2, 1)
     hidden = torch.linspace(-2.0, 2.0, 2 * head.in_features).view(2, -1) + 0.01
     try:
-        with torch.no_grad(), _standing_in(head, z.clone()[None]) as stand_in:
+        with torch.no_grad(), _standing_in(head, z.clone()[None]) as inputs:
             found = own_logits(model, hidden.clone())
-            seen = stand_in.seen
+            seen = inputs[-1]
     except Exception:  # a class of anybody's, with more than a rule before its head
         return None
     if seen is None or found.shape != z.shape or seen.numel() != hidden.numel():
@@ -147,14 +142,7 @@ def frozen_head_loss(
 ) -> torch.Tensor:
     """Return the loss (float32 scalar) of a head that has no branch.
 
-    Parameters
-    ----------
-    hidden : torch.Tensor
-        (tokens, hidden size), float32 or bfloat16.
-    targets : torch.Tensor
-        int64 (tokens,).
-    head : FrozenLinear
-    rule : HeadRule
+    `hidden` is (tokens, hidden size), float32 or bfloat16; `targets` are int64 (tokens,).
 
     Examples
     --------
@@ -267,15 +255,8 @@ def own_head_loss(
 ) -> torch.Tensor:
     """Return the loss of a head that is trained itself, or that no rule describes.
 
-    Parameters
-    ----------
-    hidden, targets : torch.Tensor
-        As in `frozen_head_loss`.
-    logits : callable
-        Makes the logits of some hidden states, differentiably.
-    vocabulary : int
-    trained : sequence of torch.Tensor
-        Parameters of the head.
+    `hidden` and `targets` are as in `frozen_head_loss`. `logits` makes the logits of some hidden
+    states, differentiably; `trained` are the head's parameters.
     """
     result: torch.Tensor = _OwnHeadLoss.apply(  # type: ignore[no-untyped-call]
         targets, logits, vocabulary, hidden, *trained
@@ -305,10 +286,8 @@ class _OwnHeadLoss(torch.autograd.Function):
                     logits(x).float(), targets[part], reduction="sum"
                 )
             total += loss.detach().double()
-            inputs = [x, *trained]
-            found = torch.autograd.grad(
-                loss, [inputs[i] for i in chosen], allow_unused=True
-            ) if chosen else ()  # fmt: skip
+            wanted = [[x, *trained][i] for i in chosen]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
             for i, gradient in zip(chosen, found, strict=True):
                 if gradient is not None:
                     where = sums[i][part] if i == 0 else sums[i]

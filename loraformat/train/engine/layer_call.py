@@ -31,12 +31,7 @@ from torch.utils import _pytree as trees
 from loraformat.errors import UnsupportedError
 from loraformat.train.engine.buffers import save_inputs
 
-__all__ = [
-    "LayerCall",
-    "RngState",
-    "restored_rng_state",
-    "rng_state",
-]
+__all__ = ["LayerCall", "RngState", "restored_rng_state", "rng_state"]
 
 _PLAIN = (
     type(None), bool, int, float, str, bytes, type, Enum, FunctionType, MethodType, torch.Tensor,
@@ -196,17 +191,13 @@ def rng_state(leaves: Sequence[Any]) -> RngState:
     return torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
 
 
-def _set_rng_state(state: RngState) -> None:
-    """Draw from here on what was drawn after a state."""
-    torch.set_rng_state(state[0])
-    for device, of_device in state[1]:
-        torch.cuda.set_rng_state(of_device, device)
-
-
 @contextmanager
 def restored_rng_state(state: RngState) -> Iterator[None]:
     """Draw the same random numbers again, and leave the generator as it was."""
-    devices = [device for device, _ in state[1]]
+    of_cpu, of_devices = state
+    devices = [device for device, _ in of_devices]
     with torch.random.fork_rng(devices, device_type="cuda" if devices else "cpu"):
-        _set_rng_state(state)
+        torch.set_rng_state(of_cpu)
+        for device, of_device in of_devices:
+            torch.cuda.set_rng_state(of_device, device)
         yield

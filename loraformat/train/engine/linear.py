@@ -53,18 +53,10 @@ def frozen_product(
     bias: torch.Tensor | None = None,
     pair: LoraFactors | None = None,
 ) -> torch.Tensor:
-    """Multiply by a frozen weight, differentiably in `x` and in the LoRA factors.
+    """Multiply by a frozen weight, differentiably in `x` and in the LoRA factors; add a bias.
 
-    Parameters
-    ----------
-    x : torch.Tensor
-        (..., in features), float32 or bfloat16; or float64, which is then computed with.
-    matrix : Matrix
-    dtype : torch.dtype
-        Of the factors of each product. Sums over blocks are float32, or float64 for float64.
-    bias : torch.Tensor, optional
-        (out features,), added.
-    pair : LoraFactors, optional
+    `x` is (..., in features), float32 or bfloat16; or float64, which is then computed with. `dtype`
+    is that of the factors of each product. Sums over blocks are float32, or float64 for float64.
 
     Examples
     --------
@@ -93,7 +85,8 @@ class _FrozenProduct(torch.autograd.Function):
         if is_left_out(matrix):
             return _nothing(x, matrix)
         y = multiply(x, matrix, dtype)
-        return _own(y if bias is None else y.add_(bias))
+        # autograd takes ``data`` for no view: a model may add to it in place
+        return (y if bias is None else y.add_(bias)).data
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -124,7 +117,7 @@ class _AdaptedProduct(torch.autograd.Function):
         if bias is not None:
             y.add_(bias)
         _rows(y).addmm_(z, b.to(x.dtype).T, alpha=scaling)
-        return _own(y)
+        return y.data  # as in `_FrozenProduct`
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -143,11 +136,6 @@ class _AdaptedProduct(torch.autograd.Function):
         if ctx.observe is not None:
             ctx.observe(z, of_y)
         return of_x, of_a, of_b, None, None, None, None, None
-
-
-def _own(y: torch.Tensor) -> torch.Tensor:
-    """Return a product as what autograd takes for no view: a model may add to it in place."""
-    return y.data
 
 
 def _nothing(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
@@ -254,10 +242,7 @@ class FrozenLinear(torch.nn.Module):
         return y if pair is not None else branch(x, y)
 
     def dense_tiles(self) -> Iterator[Tile]:
-        """Yield the weight as (first output, end output, float32 [outputs, in features]).
-
-        Each tile is overwritten by the next.
-        """
+        """Yield the weight as `output_tiles` does."""
         return output_tiles(self.matrix)
 
     def load_weight(self) -> None:

@@ -125,7 +125,8 @@ def _by_rows(
         times_transposed(factor, block, out=result[:, start:stop])
 
     for stretch in matrix.row_chunks():
-        _spread(piece, stretch, matrix.columns, _fitting(factor.dtype), _ALIGNED_ROWS, matrix)
+        fitting = _BLOCK // factor.itemsize
+        _spread(piece, stretch, matrix.columns, fitting, _ALIGNED_ROWS, matrix)
     return _shaped(result, x)
 
 
@@ -189,8 +190,8 @@ def _add_rows(x: torch.Tensor, matrix: Matrix, rows: Range, sums: torch.Tensor) 
         else:
             sums[:, start:stop] += product
 
-    deep = rows[1] - rows[0]
-    _spread(piece, (0, matrix.columns), deep, _fitting(x.dtype), _ALIGNED_COLUMNS, matrix)
+    deep, fitting = rows[1] - rows[0], _BLOCK // x.itemsize
+    _spread(piece, (0, matrix.columns), deep, fitting, _ALIGNED_COLUMNS, matrix)
 
 
 def _spread(
@@ -207,10 +208,6 @@ def _spread(
         return
     largest = max(multiple, elements // max(other, 1) // multiple * multiple)
     threaded_product(piece, *whole, largest, multiple, few=(whole[1] - whole[0]) * other < _FEW)
-
-
-def _fitting(dtype: torch.dtype) -> int:
-    return _BLOCK // dtype.itemsize
 
 
 def _exact(like: torch.Tensor) -> torch.Tensor:
@@ -308,16 +305,9 @@ def threaded_product(
 ) -> None:
     """Call ``work(start, stop)`` on pieces that cover ``range(begin, end)``, without gradients.
 
-    Parameters
-    ----------
-    work : callable
-        Computes one piece, with torch, in one thread. The pieces are of about one size, and each
-        of torch's threads gets as many as the others.
-    begin, end : int
-    largest, multiple : int
-        Length of a piece, at most, and what every piece's length but the last is a multiple of.
-    few : bool
-        So little is to be done that one piece is better than one for each thread.
+    Each is computed, with torch, in one thread. The pieces are of about one size, `largest` at
+    most, and all but the last a multiple of `multiple` long; each of torch's threads gets as many
+    as the others. With `few`, so little is to be done that one piece is better than one for each.
 
     Examples
     --------

@@ -145,16 +145,7 @@ def _row_ranges(rows: int, columns: int, dtype: torch.dtype, size: int) -> Itera
 class NF4Matrix(Matrix):
     """A matrix in NF4: `rows` x `columns` of the elements of a quantized tensor.
 
-    Parameters
-    ----------
-    codes : nf4.NF4
-        Maybe of a stack of matrices.
-    shape : tuple of int
-        Rows, columns.
-    offset : int
-        Element at which this matrix begins.
-    in_out_layout : bool
-        As in `Matrix`.
+    The codes may be those of a stack of matrices: `offset` is the element at which this one begins.
 
     Examples
     --------
@@ -179,11 +170,7 @@ class NF4Matrix(Matrix):
     def block(self, rows: Range, columns: Range, dtype: torch.dtype) -> torch.Tensor:
         """Return a part: ``level * scale`` in float32, rounded once to `dtype`.
 
-        Parameters
-        ----------
-        rows, columns : tuple of int
-        dtype : torch.dtype
-            float32, float16, bfloat16; or float64, which holds the float32 values.
+        A float64 one holds the float32 values.
         """
         decoded = torch.float32 if dtype == torch.float64 else dtype
         shape = rows[1] - rows[0], columns[1] - columns[0]
@@ -197,20 +184,12 @@ class NF4Matrix(Matrix):
     def multiply_few(self, x: Array, rows: Range, dtype: torch.dtype, out: Array) -> None:
         """Write x Mᵀ of some rows of M, as `block` decodes them, for very few rows of x.
 
-        Parameters
-        ----------
-        x : array
-            float32 (tokens, columns), contiguous.
-        rows : tuple of int
-        dtype : torch.dtype
-            What weights are rounded to; `x` is rounded by the caller.
-        out : array
-            float32 (tokens, rows of the whole matrix).
+        `x` is float32 (tokens, columns), contiguous, and rounded by the caller; weights are rounded
+        to `dtype`. `out` is float32 (tokens, rows of the whole matrix).
         """
         began = time.perf_counter()
         first = self.offset + rows[0] * self.columns
-        numbers = _ROUNDED[dtype]
-        multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=numbers)
+        multiply_rows(self.codes, x, out[:, slice(*rows)], start=first, dtype=_ROUNDED[dtype])
         decoding.since(began)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[Tile]:
@@ -224,14 +203,7 @@ class NF4Matrix(Matrix):
 
 
 class DenseMatrix(Matrix):
-    """A matrix of ordinary numbers.
-
-    Parameters
-    ----------
-    values : torch.Tensor
-        Two-dimensional, any floating dtype, maybe mapped: read, never written.
-    in_out_layout : bool
-        As in `Matrix`.
+    """A matrix of ordinary numbers, of any floating dtype, maybe mapped: read, never written.
 
     Examples
     --------
@@ -256,8 +228,7 @@ class DenseMatrix(Matrix):
         for start, stop in _row_ranges(self.rows, self.columns, dtype, _TILE):
             values = self.values[start:stop]
             if values.dtype != dtype:
-                tile = workspace.take("tile", (stop - start, self.columns), dtype)
-                values = tile.copy_(values)
+                values = workspace.take("tile", tuple(values.shape), dtype).copy_(values)
             yield start, stop, values
 
 
@@ -279,7 +250,6 @@ class StandInMatrix(WrappedMatrix):
 
     Examples
     --------
-    >>> from loraformat.train.engine.matrix import DenseMatrix
     >>> matrix = StandInMatrix(DenseMatrix(torch.zeros(3, 2)))
     >>> matrix.product(torch.tensor([2.0, 4.0]))
     tensor([ 1., -2.,  1.])

@@ -46,17 +46,8 @@ def build_meta_model(config: bytes, layers: int, path: object) -> Any:
     """Build a causal language model that has no weights yet: parameters on ``meta``, dtype float32.
 
     Attention is computed by torch's ``scaled_dot_product_attention``, or plainly where the class
-    cannot use that.
-
-    Parameters
-    ----------
-    config : bytes
-        The text of ``config.json``.
-    layers : int
-        How many decoder layers the bundle holds; a config that wants more is refused before
-        anything is built.
-    path : object
-        For messages.
+    cannot use that. `config` is the text of ``config.json``; one that wants more layers than the
+    bundle holds is refused before anything is built.
 
     Raises
     ------
@@ -233,8 +224,7 @@ class PlaceholderWeight:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name, self.shape, self.device = name, torch.Size(shape), device
-        self.dtype = dtype
-        self.ndim = len(shape)
+        self.dtype, self.ndim = dtype, len(shape)
 
     def size(self, dim: int | None = None) -> Any:
         """Return the shape, or one of its numbers."""

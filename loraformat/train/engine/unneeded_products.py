@@ -12,9 +12,9 @@ A layer with forward hooks is computed as a whole, since these may read anything
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,27 +30,23 @@ __all__ = [
 ]
 
 
-class _Current(threading.local):
-    left_out: frozenset[Matrix] = frozenset()
-
-
-_current = _Current()
+#: Of each thread its own.
+_left_out: ContextVar[frozenset[Matrix]] = ContextVar("left_out", default=frozenset())
 
 
 def is_left_out(matrix: Matrix) -> bool:
     """Tell whether the product with a matrix need not be computed now, on this thread."""
-    return matrix in _current.left_out
+    return matrix in _left_out.get()
 
 
 @contextmanager
 def leaving_out(matrices: Iterable[Matrix]) -> Iterator[None]:
     """Leave out the products with some matrices, on this thread, while this lasts."""
-    outer = _current.left_out
-    _current.left_out = frozenset(matrices)
+    outer = _left_out.set(frozenset(matrices))
     try:
         yield
     finally:
-        _current.left_out = outer
+        _left_out.reset(outer)
 
 
 def has_forward_hooks(layer: torch.nn.Module) -> bool:

@@ -20,6 +20,7 @@ input; here the base's output is used as it is, which costs no second product.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,13 +30,7 @@ from loraformat.train.engine.linear import LoraFactors
 from loraformat.train.lora.second_moments import Moments, counted, observe
 from loraformat.train.lora.target_modules import TargetModule
 
-__all__ = [
-    "Factors",
-    "LoraBranch",
-    "RowNorms",
-    "branch_of",
-    "row_norms",
-]
+__all__ = ["Factors", "LoraBranch", "RowNorms", "branch_of", "row_norms"]
 
 _Views = tuple[torch.Tensor, ...]
 
@@ -60,17 +55,10 @@ class Factors:
 class LoraBranch(nn.Module):
     """The branch of a linear, or of the output head.
 
-    Parameters
-    ----------
-    target : TargetModule
-    factors : Factors
-        Where it begins.
-    scaling, dropout : float
-        s, and the share of the inputs of A that are zeroed while training.
-    dora : bool
-        Train a magnitude, float32 (out,), which begins as ‖W + s · B A‖.
-    collecting : bool
-        Collect the second moments of A x in every backward pass, in `moments`.
+    It begins as `factors`. `scaling` is s, and `dropout` the share of the inputs of A that are
+    zeroed while training. With `dora` a magnitude is trained, float32 (out,), which begins as
+    ‖W + s · B A‖. While `collecting`, the second moments of A x are added to `moments` in every
+    backward pass.
     """
 
     #: What PEFT calls the factors, after the module's name.
@@ -87,13 +75,12 @@ class LoraBranch(nn.Module):
         collecting: bool = True,
     ) -> None:
         super().__init__()
-        self.target, self.scaling, self.dropout = target, scaling, dropout
-        self.collecting = collecting
+        self.target, self.scaling = target, scaling
+        self.dropout, self.collecting = dropout, collecting
         self.a = nn.Parameter(factors.a.to(target.device))
         self.b = nn.Parameter(factors.b.to(target.device))
-        fixed = factors.fixed or (None, None)
-        self.register_buffer("fixed_a", None if fixed[0] is None else fixed[0].to(target.device))
-        self.register_buffer("fixed_b", None if fixed[1] is None else fixed[1].to(target.device))
+        for name, fixed in zip(("fixed_a", "fixed_b"), factors.fixed or (None, None), strict=True):
+            self.register_buffer(name, None if fixed is None else fixed.to(target.device))
         self.fixed_a: torch.Tensor | None
         self.fixed_b: torch.Tensor | None
         self._norms = RowNorms(target)
@@ -140,14 +127,11 @@ class LoraBranch(nn.Module):
             z = functional.linear(seen, a[: len(self.a)])
             if self.fixed_a is not None:
                 z = torch.cat([z, functional.linear(inputs, self.fixed_a)], -1)
-            observed = self._undropped(inputs, a)
+            with torch.no_grad():
+                observed = functional.linear(inputs, a)
         else:
             observed = z = functional.linear(inputs, a)
         return self._added(z, b, base_output, observed)
-
-    def _undropped(self, inputs: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return functional.linear(inputs, a)
 
     def _added(
         self,
@@ -198,10 +182,8 @@ class _ExpertBranch(LoraBranch):
     and so it is here.
     """
 
-    def __init__(
-        self, target: TargetModule, factors: Factors, scaling: float, *, collecting: bool = True
-    ) -> None:
-        super().__init__(target, factors, scaling, collecting=collecting)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._views = _ExpertViews()
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor, expert: int = 0) -> torch.Tensor:
@@ -220,9 +202,6 @@ class _ParameterBranch(LoraBranch):
     Nothing of the inputs is seen: there is no dropout, no magnitude, and no statistics.
     """
 
-    def __init__(self, target: TargetModule, factors: Factors, scaling: float) -> None:
-        super().__init__(target, factors, scaling, collecting=False)
-
     def forward(self, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the weight with its delta, (out, in), rounded once to its dtype."""
         a, b = self.effective()
@@ -239,12 +218,18 @@ def branch_of(
     collecting: bool,
 ) -> LoraBranch:
     """Return the branch that fits a target; see `LoraBranch`."""
-    if target.kind == "experts":
-        return _ExpertBranch(target, factors, scaling, collecting=collecting)
-    if target.kind == "parameter":
-        return _ParameterBranch(target, factors, scaling)
-    kind = _EmbeddingBranch if target.kind == "embedding" else LoraBranch
-    return kind(target, factors, scaling, dropout=dropout, dora=dora, collecting=collecting)
+    if target.kind in ("experts", "parameter"):
+        dropout, dora, collecting = 0.0, False, collecting and target.kind == "experts"
+    return _KINDS.get(target.kind, LoraBranch)(
+        target, factors, scaling, dropout=dropout, dora=dora, collecting=collecting
+    )
+
+
+_KINDS: dict[str, type[LoraBranch]] = {
+    "embedding": _EmbeddingBranch,
+    "experts": _ExpertBranch,
+    "parameter": _ParameterBranch,
+}
 
 
 class _ExpertViews:
@@ -262,10 +247,9 @@ class _ExpertViews:
 
     def of(self, a: torch.Tensor, b: torch.Tensor) -> tuple[_Views, _Views]:
         """Return the matrices of both stacks, expert by expert."""
-        stacks = (a, b)
         key = (
             torch.is_grad_enabled(),
-            *((id(s), s.data_ptr(), s._version, s.device, s.requires_grad) for s in stacks),
+            *((id(s), s.data_ptr(), s._version, s.device, s.requires_grad) for s in (a, b)),
         )
         if key != self._key:
             self._key, self._views = key, (a.unbind(0), b.unbind(0))
@@ -285,13 +269,6 @@ def row_norms(
 
     DoRA's norm (Liu 2024, equation 5), a constant in the gradient (section 4.3). W, of a linear or
     an embedding, is seen tile by tile, so it is never in memory as a whole.
-
-    Parameters
-    ----------
-    target : TargetModule
-    a, b : torch.Tensor
-        float32 (r, in) and (out, r).
-    scaling : float
     """
     with torch.no_grad():
         if target.kind == "embedding":
@@ -323,11 +300,8 @@ class RowNorms:
         """Return the norms for these factors."""
         known = self._factors
         # Compared by value: an optimizer may write past torch's version counters.
-        if (
-            self._norms is None
-            or known is None
-            or not (torch.equal(known[0], a) and torch.equal(known[1], b))
-        ):
+        same = known is not None and torch.equal(known[0], a) and torch.equal(known[1], b)
+        if self._norms is None or not same:
             self._factors = a.detach().clone(), b.detach().clone()
             self._norms = row_norms(self._target, *self._factors, scaling)
         return self._norms

@@ -29,15 +29,9 @@ def attach(
 ) -> dict[str, LoraBranch]:
     """Give the layers that are to be trained their branches; returns them in the model's order.
 
-    Parameters
-    ----------
-    targets : sequence of TargetModule
-        All that the model has, in its order.
-    options : LoraOptions
-    original : Checkpoint, optional
-        The dense model, for ``init="loftq"``.
-    progress : callable
-        Called with branches made and in total: principal directions take their time.
+    `targets` are all that the model has, in its order; `original` is the dense model, for
+    ``init="loftq"``. `progress` is called with branches made and in total: principal directions
+    take their time.
 
     Raises
     ------
@@ -52,13 +46,9 @@ def attach(
         if (rank := ranks.get(target.name)) is None:
             continue
         branch = branch_of(
-            target,
-            initial(target, rank, options, original),
-            options.scaling(rank),
-            dropout=options.dropout,
-            dora=options.dora,
-            collecting=options.statistics,
-        )
+            target, initial(target, rank, options, original), options.scaling(rank),
+            dropout=options.dropout, dora=options.dora, collecting=options.statistics,
+        )  # fmt: skip
         target.attach(branch)
         branches[target.name] = branch
         progress(len(branches), len(ranks))
@@ -103,10 +93,9 @@ def load_extra_state(branches: Mapping[str, LoraBranch], state: Mapping[str, tor
         If it is not that of these branches.
     """
     wanted = extra_state(branches)
+    both = wanted.keys() & state.keys()
     odd = sorted(wanted.keys() ^ state.keys())
-    odd += [
-        name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape
-    ]
+    odd += [name for name in both if wanted[name].shape != state[name].shape]
     if odd:
         raise InputError(f"the saved statistics are not those of this adapter: {printable(odd[0])}")
     for name, branch in branches.items():
@@ -123,16 +112,10 @@ def attach_adapter(
 ) -> dict[str, LoraBranch]:
     """Give a model the branches of an adapter, to compute with it or to continue its training.
 
-    Parameters
-    ----------
-    targets : sequence of TargetModule
-        All that the model has.
-    adapter : Adapter
-        Opened against the base, and made for it.
-    options : LoraOptions, optional
-        Only its dropout and statistics count: all else is as in the adapter.
-    has_replaced : bool
-        The model has what the adapter replaces, see `loraformat.train.lora.replaced_weights`.
+    `targets` are all that the model has; the adapter was opened against the base, and made for it.
+    Of the options only dropout and statistics count: all else is as in the adapter. With
+    `has_replaced` the model has what the adapter replaces, see
+    `loraformat.train.lora.replaced_weights`.
 
     Raises
     ------
@@ -148,7 +131,12 @@ def attach_adapter(
     for weight, delta in adapter.deltas.items():
         target = by_weight.get(weight) or by_stored.get(adapter.spellings.get(weight, weight))
         if target is None:
-            raise _unknown(weight, list(by_weight), adapter)
+            raise InputError(
+                f"changes {printable(weight)}, which this model has no branch for"
+                + nearest(weight, list(by_weight)),
+                path=adapter.path,
+                hint="was it made for another base?",
+            )
         if target.shared:
             raise UnsupportedError(
                 f"changes {printable(weight)}, a weight shared by several layers: PEFT adapts "
@@ -191,24 +179,14 @@ def _check_kind(adapter: Adapter, has_replaced: bool) -> None:
         )
 
 
-def _unknown(weight: str, known: list[str], adapter: Adapter) -> InputError:
-    return InputError(
-        f"changes {printable(weight)}, which this model has no branch for" + nearest(weight, known),
-        path=adapter.path,
-        hint="was it made for another base?",
-    )
-
-
 def _check_shapes(target: TargetModule, delta: LoraDelta, adapter: Adapter) -> None:
     leading = (target.experts,) if target.experts else ()
-    wanted = (
-        (*leading, delta.rank, target.in_features),
-        (*leading, target.out_features, delta.rank),
-    )
-    if (delta.a.shape, delta.b.shape) != wanted:
+    a = (*leading, delta.rank, target.in_features)
+    b = (*leading, target.out_features, delta.rank)
+    if (delta.a.shape, delta.b.shape) != (a, b):
         raise InputError(
             f"{printable(delta.target)}: A {list(delta.a.shape)} and B {list(delta.b.shape)}, "
-            f"wanted {list(wanted[0])} and {list(wanted[1])}",
+            f"wanted {list(a)} and {list(b)}",
             path=adapter.path,
             hint="was it made for another base?",
         )
@@ -221,13 +199,9 @@ def _branch(target: TargetModule, delta: LoraDelta, options: LoraOptions) -> Lor
     if not math.isfinite(delta.scaling):
         raise InputError(f"the scaling of {printable(delta.target)} is {delta.scaling}")
     branch = branch_of(
-        target,
-        factors,
-        delta.scaling,
-        dropout=options.dropout,
-        dora=delta.magnitude is not None,
+        target, factors, delta.scaling, dropout=options.dropout, dora=delta.magnitude is not None,
         collecting=options.statistics,
-    )
+    )  # fmt: skip
     if delta.magnitude is not None and branch.magnitude is not None:
         with torch.no_grad():
             branch.magnitude.copy_(tensor_of(load_finite(delta.magnitude)).view(-1))

@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy
 import torch
@@ -52,32 +53,20 @@ _TILES = {"pissa": 1, "loftq": 6}
 _WORKSPACE = 16 << 20
 
 
-def _seed_of(seed: int, name: str) -> int:
-    """Return the seed of one module's factors."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 def initial(
     target: TargetModule, rank: int, options: LoraOptions, original: Checkpoint | None = None
 ) -> Factors:
     """Return the factors that a branch begins with: float32, on the CPU.
 
-    Parameters
-    ----------
-    target : TargetModule
-    rank : int
-    options : LoraOptions
-        Its ``init``, ``seed`` and scaling.
-    original : Checkpoint, optional
-        The dense model that the base was quantized from, for ``loftq``.
+    `original` is the dense model that the base was quantized from, for ``loftq``.
 
     Raises
     ------
     UsageError
         If the rank does not suit the way, or ``loftq`` lacks the original.
     """
-    random = torch.Generator().manual_seed(_seed_of(options.seed, target.name))
+    digest = hashlib.sha256(f"{options.seed}:{target.name}".encode()).digest()
+    random = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if target.kind == "embedding":
         return Factors(
             torch.zeros(rank, target.in_features),
@@ -132,18 +121,10 @@ def _orthogonal(
 def svd_bytes(target: TargetModule, rank: int, init: str) -> int:
     """Return what finding the factors of one module takes at its peak, besides them (bytes).
 
-    Parameters
-    ----------
-    target : TargetModule
-    rank : int
-    init : str
-        0 for others than ``pissa`` and ``loftq``, and where these begin at random.
+    0 for others than ``pissa`` and ``loftq``, and where these begin at random.
     """
-    if (
-        init not in _TILES
-        or target.kind == "embedding"
-        or (init == "loftq" and not target.quantized)
-    ):
+    at_random = target.kind == "embedding" or (init == "loftq" and not target.quantized)
+    if init not in _TILES or at_random:
         return 0
     rows, columns = target.out_features, target.in_features
     matrix = 4 * rows * columns
@@ -165,10 +146,15 @@ def pissa(target: TargetModule, rank: int, scaling: float, seed: int) -> Factors
         If the rank is higher than the weight's can be.
     """
     _check_rank(target, rank)
-    stacked = [
-        _leading(_plain(target, expert), target, rank, scaling, seed) for expert in _experts(target)
-    ]
-    a, b = _joined(target, [pair for pair in stacked if pair is not None])
+    pairs = []
+    for expert in range(target.experts or 1):
+        pair = _leading(partial(_plain, target, expert), target, rank, scaling, seed)
+        if pair is None:
+            raise InputError(
+                f"{printable(target.weight_name)} is zero: it has no principal directions"
+            )
+        pairs.append(pair)
+    a, b = map(torch.stack, zip(*pairs, strict=True)) if target.experts else pairs[0]
     return Factors(a, b, (a.clone(), b.clone()))
 
 
@@ -200,7 +186,7 @@ def loftq(
     tensor = _original(target, original)
     try:
         _check_same(target, tensor, original)
-        pair = _leading(_lost(target, tensor), target, rank, scaling, seed)
+        pair = _leading(partial(_lost, target, tensor), target, rank, scaling, seed)
     finally:
         tensor.release()
     return None if pair is None else Factors(*pair)
@@ -216,16 +202,9 @@ def _check_rank(target: TargetModule, rank: int) -> None:
         )
 
 
-def _experts(target: TargetModule) -> range:
-    return range(target.experts or 1)
-
-
-def _plain(target: TargetModule, expert: int) -> _Tiles:
-    def tiles() -> Iterator[tuple[int, torch.Tensor]]:
-        for first, _, tile in target.tiles(expert):
-            yield first, tile
-
-    return tiles
+def _plain(target: TargetModule, expert: int) -> Iterator[tuple[int, torch.Tensor]]:
+    for first, _, tile in target.tiles(expert):
+        yield first, tile
 
 
 def _original(target: TargetModule, original: Checkpoint) -> DenseTensor:
@@ -249,7 +228,7 @@ def _original(target: TargetModule, original: Checkpoint) -> DenseTensor:
 
 def _check_same(target: TargetModule, tensor: DenseTensor, original: Checkpoint) -> None:
     """Refuse another model of the same shapes: its difference is no error of quantizing."""
-    lost = sum(float(tile.double().square().sum()) for _, tile in _lost(target, tensor)())
+    lost = sum(float(tile.double().square().sum()) for _, tile in _lost(target, tensor))
     stored = sum(float(tile.double().square().sum()) for _, _, tile in target.tiles(0))
     if lost > _LOST_AT_MOST**2 * stored:
         share = (lost / stored) ** 0.5 if stored else torch.inf
@@ -261,16 +240,12 @@ def _check_same(target: TargetModule, tensor: DenseTensor, original: Checkpoint)
         )
 
 
-def _lost(target: TargetModule, tensor: DenseTensor) -> _Tiles:
-    """Return tiles of the original minus what is stored."""
+def _lost(target: TargetModule, tensor: DenseTensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield tiles of the original minus what is stored."""
     weight = tensor_of(tensor.array())
     weight = weight.T if target.transposed else weight
-
-    def tiles() -> Iterator[tuple[int, torch.Tensor]]:
-        for first, last, tile in target.tiles(0):
-            yield first, weight[first:last].to(tile) - tile
-
-    return tiles
+    for first, last, tile in target.tiles(0):
+        yield first, weight[first:last].to(tile) - tile
 
 
 def _leading(
@@ -278,8 +253,12 @@ def _leading(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return A and B with s · B A the leading part; None if there is nothing."""
     shape = (target.out_features, target.in_features)
+
+    def arrays() -> Iterator[tuple[int, Array]]:
+        return ((first, array_of(tile.cpu())) for first, tile in tiles())
+
     try:
-        found = block_krylov(held(_on_cpu(tiles), shape), shape, rank, seed=seed)
+        found = block_krylov(held(arrays, shape), shape, rank, seed=seed)
     except numpy.linalg.LinAlgError:
         raise InputError(
             f"{printable(target.weight_name)} has no singular values: it holds NaN or infinity"
@@ -288,17 +267,3 @@ def _leading(
         return None
     b, a = map(tensor_of, found.factors(rank))
     return a / scaling**0.5, b / scaling**0.5
-
-
-def _on_cpu(tiles: _Tiles) -> Callable[[], Iterator[tuple[int, Array]]]:
-    return lambda: ((first, array_of(tile.cpu())) for first, tile in tiles())
-
-
-def _joined(
-    target: TargetModule, pairs: list[tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if len(pairs) < len(_experts(target)):
-        raise InputError(f"{printable(target.weight_name)} is zero: it has no principal directions")
-    if not target.experts:
-        return pairs[0]
-    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])

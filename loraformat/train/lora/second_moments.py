@@ -44,12 +44,7 @@ def share_of_noise(dtype: torch.dtype) -> float:
 
 
 class Moments:
-    """Fading sums of z zᵀ.
-
-    Parameters
-    ----------
-    rank, experts : int
-        Each expert has sums of its own, which fade by its own tokens; 0 if there are none.
+    """Fading sums of z zᵀ. Each expert has sums of its own, which fade by its own tokens.
 
     Attributes
     ----------
@@ -78,15 +73,7 @@ class Moments:
         self.half_life = HALF_LIFE / processes
 
     def add(self, z: torch.Tensor, expert: int | None = None) -> None:
-        """Add observations.
-
-        Parameters
-        ----------
-        z : torch.Tensor
-            (tokens, rank).
-        expert : int, optional
-            Whose tokens they are.
-        """
+        """Add observations, (tokens, rank), of an expert if there are some."""
         if not len(z):
             return
         if self.total.device != z.device:
@@ -127,19 +114,12 @@ def counted(z: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 def observe(
     output: torch.Tensor, z: torch.Tensor, moments: Moments, expert: int | None = None
 ) -> torch.Tensor:
-    """Return an output whose gradient will say which rows of z count.
+    """Return an output whose gradient will say which rows of z count: `moments` gets them.
 
-    Parameters
-    ----------
-    output : torch.Tensor
-        (..., out), made just now and used nowhere else: it is returned itself.
-    z : torch.Tensor
-        (..., rank), the same leading dimensions. It is kept as activations are, so that
-        checkpointing forgets it and makes it again.
-    moments : Moments
-        Gets the rows with a gradient: one above `share_of_noise` of the largest here. Each call
-        of an expert's branch has a largest of its own.
-    expert : int, optional
+    The output, (..., out), is made just now and used nowhere else: it is returned itself. z,
+    (..., rank), is kept as activations are, so that checkpointing forgets it and makes it again.
+    Rows count whose gradient is above `share_of_noise` of the largest here; each call of an
+    expert's branch has a largest of its own.
     """
     observed: torch.Tensor = _Observation.apply(output, z.detach(), moments, expert)  # type: ignore[no-untyped-call]
     return observed

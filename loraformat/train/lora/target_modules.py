@@ -125,16 +125,9 @@ def find_target_modules(
     """List the places of a model in its order.
 
     Those are the linears, fused experts and routers of the decoder, the token embedding and the
-    output head; linears of other towers are not.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        With its weights bound and its layers numbered.
-    sources : mapping of str to sequence of str
-        The tensors of the bundle that each of its modules reads, and each parameter left in one.
-    family : Family
-        Says how PEFT reads the names of linears.
+    output head; linears of other towers are not. The model's weights are bound and its layers
+    numbered; `sources` are the tensors of the bundle that each of its modules reads, and each
+    parameter left in one. The family says how PEFT reads the names of linears.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     found = []

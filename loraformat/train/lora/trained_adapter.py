@@ -41,15 +41,8 @@ def trained_adapter(
 ) -> Adapter:
     """Return the adapter that branches are at the moment in which its tensors are loaded.
 
-    Factors are float32, the scaling is resolved; with the second moments that were collected.
-
-    Parameters
-    ----------
-    branches : mapping of str to LoraBranch
-    bundle : Bundle
-        The base; its fingerprint and source go with the adapter.
-    replaced : ReplacedWeights, optional
-        What goes into the adapter unchanged.
+    Factors are float32, the scaling is resolved; with the second moments that were collected. The
+    fingerprint and the source of the base go with the adapter, and `replaced` unchanged.
     """
     deltas = [_delta(branch) for branch in branches.values()]
     parameters = any(branch.target.is_parameter for branch in branches.values())
@@ -59,12 +52,8 @@ def trained_adapter(
         # PEFT has no dropout where it adapts parameters.
         "lora_dropout": 0.0 if parameters else max(dropouts, default=0.0),
     }
-    stored = {
-        target.weight_name: target.stored_name for target in (b.target for b in branches.values())
-    }
-    source = dict(bundle.manifest.source)
-    provenance = bundle.checkpoint.provenance
-    spellings = {target: name for target, name in stored.items() if target != name}
+    targets = [branch.target for branch in branches.values()]
+    spellings = {t.weight_name: t.stored_name for t in targets if t.weight_name != t.stored_name}
     replacements, rows = {}, {}
     if replaced is not None:
         earlier = replaced.adapter
@@ -79,9 +68,9 @@ def trained_adapter(
         rows=rows,
         spellings=spellings,
         config=config,
-        base_model=provenance.repo or str(bundle.folder.path),
+        base_model=bundle.checkpoint.provenance.repo or str(bundle.folder.path),
         base_fingerprint=bundle.manifest.fingerprint,
-        base_source=json.dumps(source, ensure_ascii=False),
+        base_source=json.dumps(dict(bundle.manifest.source), ensure_ascii=False),
     )
 
 
@@ -134,22 +123,9 @@ def save_adapter(
     """Write what was trained as a PEFT adapter, whole or not at all, and return its path.
 
     Alpha and rank are written as they were trained with where one alpha says it all; else
-    (rsLoRA, ranks of their own) the scaling is folded into B.
-
-    Parameters
-    ----------
-    branches, bundle, replaced
-        As in `trained_adapter`; a tokenizer of the adapter's own goes along.
-    path : str or Path
-        A directory, or ``BUNDLE/adapters/NAME``.
-    options : LoraOptions, optional
-        For the record.
-    force : bool
-        Replace an existing adapter.
-    facts : mapping, optional
-        What the training says of itself, for the record.
-    files : tuple of CarriedFile
-        What else is stored next to the weights.
+    (rsLoRA, ranks of their own) the scaling is folded into B. `options` and `facts` are for the
+    record; `files` are stored next to the weights, as is a tokenizer that is among `replaced`. All
+    else is as in `TrainableModel.save_adapter`.
 
     Raises
     ------
@@ -170,10 +146,7 @@ def save_adapter(
 
 
 def _training_record(
-    options: LoraOptions | None,
-    base: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    parameters: int = 0,
+    options: LoraOptions | None, base: Mapping[str, Any], facts: Mapping[str, Any], parameters: int
 ) -> CarriedFile:
     """Return the record of a training as a file to be carried.
 

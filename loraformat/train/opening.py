@@ -115,7 +115,7 @@ def load(
         weights = StoredWeights(here, replaced.tensors if replaced is not None else None)
         config = replaced.config if replaced is not None else here.checkpoint.config
         path = here.checkpoint.path
-        base, bound = _built(path, weights, config, dtype)
+        base, bound = _build(path, weights, config, dtype)
         used = bound.used
         resident: set[str] = set()
         if place.type != "cpu":
@@ -178,7 +178,7 @@ def _open(path: Path, *, to_train: bool) -> Bundle | ReadableBase:
     raise UnsupportedError("is not a bundle, and only bundles are trained on", path=path, hint=hint)
 
 
-def _built(
+def _build(
     path: Path, weights: StoredWeights, config: bytes | None, dtype: torch.dtype
 ) -> tuple[Any, WeightBinder]:
     """Return the model, and the tensors that it was made of.

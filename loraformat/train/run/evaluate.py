@@ -14,7 +14,7 @@ from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.loop.evaluation import HeldOutLoss, held_out_loss
 from loraformat.train.run.adapter_files import trained_on
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.setup import Progress, check_vocabulary, open_base, with_length
+from loraformat.train.run.setup import Progress, check_vocabulary, open_model, with_length
 
 __all__ = ["EvaluationReport", "evaluate"]
 
@@ -61,22 +61,14 @@ def evaluate(
 ) -> EvaluationReport:
     """Measure losses; `loraformat.evaluate` is the public function.
 
-    Parameters
-    ----------
-    options : TrainOptions
-        With base and data.
-    adapters : sequence of str
-        Paths or Hub ids.
-    tell : callable
-        Called with what is measured, the batches done, and the batches in total.
-    progress : callable
-        Called with the rows looked at and the rows in total.
+    `adapters` are paths or Hub ids. `tell` is called with what is measured, the batches done and in
+    total; `progress` with the rows looked at and in total.
     """
     found = EvaluationReport(options.base)
     data: Dataset | None = None
     tokenizer = None
     for adapter in (None, *adapters):
-        with open_base(replace(options, adapter=adapter or "")) as model:
+        with open_model(replace(options, adapter=adapter or ""), to_train=False) as model:
             if data is None or model.tokenizer_directory != tokenizer:
                 if data is not None:
                     found.notes.append(f"{adapter or options.base}: {_OTHER_TOKENS}")

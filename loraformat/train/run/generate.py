@@ -11,7 +11,7 @@ from loraformat.model.report import Report
 from loraformat.train.data.tokenizer import open_tokenizer
 from loraformat.train.run.adapter_files import stops_of, template_of
 from loraformat.train.run.options import TrainOptions
-from loraformat.train.run.setup import check_vocabulary, open_base
+from loraformat.train.run.setup import check_vocabulary, open_model
 from loraformat.train.run.text_generation import (
     GenerationOptions,
     chat_ids,
@@ -58,27 +58,16 @@ def generate(
 ) -> GenerationReport:
     """Generate text; `loraformat.generate` is the public function.
 
-    Parameters
-    ----------
-    options : TrainOptions
-        With base, and adapter if there is one.
-    prompt : str
-    drawn : GenerationOptions
-    chat : bool
-        Apply the chat template that the adapter brings, else the model's.
-    system : str, optional
-        The message before the prompt.
-    tell : callable
-        Called with each new piece of text.
+    With `chat`, the chat template that the adapter brings is applied, else the model's. `tell` is
+    called with each new piece of text.
     """
-    with open_base(options) as model:
-        directory = model.directory
+    with open_model(options, to_train=False) as model:
         encoder = open_tokenizer(model.tokenizer_directory)
         check_vocabulary(model, encoder)
         if chat and options.adapter and (own := template_of(options.adapter)):
             encoder.tokenizer.chat_template = own
         ids = chat_ids(encoder, prompt, system) if chat else plain_ids(encoder, prompt)
-        stops = set(stop_tokens(directory, encoder.tokenizer))
+        stops = set(stop_tokens(model.directory, encoder.tokenizer))
         if options.adapter:
             stops.update(stops_of(options.adapter))
         end = turn_end(encoder, stops) if chat else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,15 +29,7 @@ from loraformat.train.run.text_generation import chat_ids, plain_ids, room_for
 if TYPE_CHECKING:
     from loraformat.train.model import TrainableModel
 
-__all__ = [
-    "Inputs",
-    "check_device",
-    "check_vocabulary",
-    "open_base",
-    "open_inputs",
-    "open_model",
-    "with_length",
-]
+__all__ = ["Inputs", "check_device", "check_vocabulary", "open_inputs", "open_model", "with_length"]
 
 #: What the process takes that renders chat templates, where the system does not say (bytes).
 _TEMPLATES = 60_000_000
@@ -112,53 +103,28 @@ def check_device(device: str) -> None:
         )
 
 
-def open_model(options: TrainOptions) -> TrainableModel:
-    """Open the bundle, and what is trained on it.
+def open_model(options: TrainOptions, *, to_train: bool = True) -> TrainableModel:
+    """Open the bundle, and what is trained on it; or, for evaluation, a base in any format.
 
     Raises
     ------
     InputError
-        If the base is no bundle, or a target is unknown.
+        If the base is no bundle, or no model, a target is unknown, or the adapter does not fit.
     """
+    path = resolve(options.base).path
+    check_device(options.device)
     return load(
-        _base(options),
-        lora=options.lora(),
+        path,
+        lora=options.lora() if to_train else None,
         adapter=options.adapter or None,
+        device=options.device,
+        device_memory=options.device_memory,
         compute_dtype=_DTYPES.get(options.compute_dtype),
         activation_memory=options.activation_memory,
         original=options.original or None,
         allow_base_mismatch=options.allow_base_mismatch,
-        **_placement(options),
+        to_train=to_train,
     )
-
-
-def open_base(options: TrainOptions) -> TrainableModel:
-    """Open the base, in any format, with an adapter if one is named, for evaluation.
-
-    Raises
-    ------
-    InputError
-        If the base is no model, or the adapter does not fit it.
-    """
-    return load(
-        _base(options),
-        adapter=options.adapter or None,
-        compute_dtype=_DTYPES.get(options.compute_dtype),
-        allow_base_mismatch=options.allow_base_mismatch,
-        to_train=False,
-        **_placement(options),
-    )
-
-
-def _base(options: TrainOptions) -> Path:
-    return resolve(options.base).path
-
-
-def _placement(options: TrainOptions) -> dict[str, Any]:
-    check_device(options.device)
-    if options.device == "cpu":
-        return {}
-    return {"device": options.device, "device_memory": options.device_memory}
 
 
 def open_inputs(options: TrainOptions, world: World, progress: Progress) -> Inputs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from loraformat.errors import UsageError
 from loraformat.ops.arguments import byte_count, many
@@ -77,11 +77,19 @@ _run, _adapter, _data, _optimisation, _evaluation, _output, _memory = (
         "run", "Adapter", "Data", "Optimisation", "Evaluation", "Output", "Memory"
     )
 )  # fmt: skip
+#: What numbers of `TrainOptions` are at least, in the order in which they are checked.
+_LEAST = {
+    "epochs": 1, "grad_accum": 1, "keep": 1, "eval_every": 0, "early_stop": 0, "seed": 0,
+    "clip": 0, "lora_plus": 1, "weight_decay": 0, "steps": 1, "save_every": 1,
+}  # fmt: skip
 #: Kinds of options, by the annotations of their fields.
 _KINDS = {
     "bool": "flag", "int": "integer", "float": "number", "str": "text",
     "tuple[str, ...]": "texts", "tuple[tuple[str, int], ...]": "ranks",
 }  # fmt: skip
+
+
+_Part = TypeVar("_Part", DataOptions, LoraOptions)
 
 
 def _words(name: str) -> tuple[str, ...]:
@@ -233,22 +241,10 @@ class TrainOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("grad_accum", 1),
-            ("keep", 1),
-            ("eval_every", 0),
-            ("early_stop", 0),
-            ("seed", 0),
-            ("clip", 0),
-            ("lora_plus", 1),
-            ("weight_decay", 0),
-        ):
-            if not getattr(self, name) >= least:
-                raise _out_of_range(name, getattr(self, name), f"at least {least}")
-        for name in ("steps", "save_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise _out_of_range(name, getattr(self, name), "at least 1")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UsageError(f"{name.replace('_', '-')} is {value}, wanted at least {least}")
         if not self.eval and (self.eval_every or self.early_stop or self.best or self.prompt):
             raise UsageError(
                 "eval-every, early-stop, best and prompt need held-out data",
@@ -257,11 +253,14 @@ class TrainOptions:
         if self.early_stop and not self.eval_every:
             raise UsageError("early-stop needs eval-every")
 
+    def _part(self, kind: type[_Part], **other: Any) -> _Part:
+        """Return the options of a kind that have their names here; ``other`` overrides."""
+        names = [entry.name for entry in fields(kind)]
+        return kind(**{name: getattr(self, name) for name in names} | other)
+
     def lora(self) -> LoraOptions:
         """Return what is trained."""
-        names = {entry.name for entry in fields(LoraOptions)}
-        members = {name: getattr(self, name) for name in names}
-        return LoraOptions(**{**members, "ranks": dict(self.ranks)})
+        return self._part(LoraOptions, ranks=dict(self.ranks))
 
     def ignored_flags(self) -> tuple[str, ...]:
         """Return the flags that say nothing, since an adapter that is trained on has its own.
@@ -279,11 +278,9 @@ class TrainOptions:
 
     def data_options(self, **other: Any) -> DataOptions:
         """Return how data become batches; ``other`` overrides."""
-        names = {entry.name for entry in fields(DataOptions)}
-        members = {name: getattr(self, name) for name in names}
-        members["chat_template"] = self.chat_template or None
-        members["seq_len"] = DataOptions().seq_len if self.seq_len is None else self.seq_len
-        return DataOptions(**{**members, **other})
+        length = DataOptions().seq_len if self.seq_len is None else self.seq_len
+        template = self.chat_template or None
+        return self._part(DataOptions, **{"chat_template": template, "seq_len": length} | other)
 
     def optimizer_options(self) -> OptimizerOptions:
         """Return how parameters are updated."""
@@ -304,37 +301,17 @@ class TrainOptions:
         }
 
 
-def _out_of_range(name: str, value: object, wanted: str) -> UsageError:
-    return UsageError(f"{name.replace('_', '-')} is {value}, wanted {wanted}")
-
-
-def _settings() -> tuple[Setting, ...]:
-    kinds = {
-        entry.name: _KINDS[str(entry.type).removesuffix(" | None")]
-        for entry in fields(TrainOptions)
-    }
-    return tuple(
-        Setting(entry.name, default=entry.default, **{"kind": kinds[entry.name], **entry.metadata})
-        for entry in fields(TrainOptions)
-    )
-
-
 #: Every option, in the order of ``--help``.
-SETTINGS = _settings()
+SETTINGS = tuple(
+    Setting(entry.name, default=entry.default, **{
+        "kind": _KINDS[str(entry.type).removesuffix(" | None")], **entry.metadata
+    })
+    for entry in fields(TrainOptions)
+)  # fmt: skip
 
 
 def options_of(given: Mapping[str, Any]) -> TrainOptions:
-    """Return the options of those members whose names are options; None is the default.
-
-    Parameters
-    ----------
-    given : mapping
-        By the names of `TrainOptions`; other names are passed over.
-
-    Raises
-    ------
-    UsageError
-    """
+    """Return the options of those members whose names are options; None is the default."""
     return TrainOptions(
         **{
             setting.name: value_of(setting, given[setting.name])
@@ -347,11 +324,7 @@ def options_of(given: Mapping[str, Any]) -> TrainOptions:
 def value_of(setting: Setting, value: Any) -> Any:
     """Return a value in the form that `TrainOptions` holds.
 
-    Parameters
-    ----------
-    setting : Setting
-    value : object
-        A path, one text or several, a mapping of globs to ranks, a size such as ``4GB``.
+    It may be a path, one text or several, a mapping of globs to ranks, a size such as ``4GB``.
 
     Raises
     ------

@@ -53,17 +53,8 @@ def train(
 ) -> TrainReport:
     """Train an adapter; `loraformat.train.run.verbs.train` is the public function.
 
-    Parameters
-    ----------
-    options : TrainOptions
-        With base, data and output.
-    resume, force, dry_run : bool
-    announce : callable
-        Called with the plan, before the first step.
-    observe : callable
-        Called with every step, evaluation, sample and checkpoint.
-    progress : callable
-        Called with the rows looked at and the rows in total.
+    `announce` is called with the plan, before the first step; `observe` with every step,
+    evaluation, sample and checkpoint; `progress` with the rows looked at and in total.
 
     Raises
     ------
@@ -168,59 +159,39 @@ class _Run:
             trained_parameters=inputs.budget.dims.trained,
             compute=f"{options.device}, {str(self._model.compute_dtype).removeprefix('torch.')}",
         )  # fmt: skip
-        self.report.notes.extend([
-            *self._model.notes, *self._unheeded_note(), *self._template_note(), *self._stops_note(),
-            *self._overlap_note(), *self._memory_note(),
-        ])  # fmt: skip
+        self.report.notes.extend([*self._model.notes, *self._notes()])
 
-    def _unheeded_note(self) -> list[str]:
-        flags = ", ".join(f"--{flag}" for flag in self._options.ignored_flags())
-        return [f"{flags}: ignored, because --adapter has its own"] if flags else []
-
-    def _template_note(self) -> list[str]:
-        if not self._files.has_other_template():
-            return []
-        return [
-            "the adapter has its own chat template of its own, and the model's is used; to use "
-            "it, name it with --chat-template"
-        ]
-
-    def _stops_note(self) -> list[str]:
-        learned = self._files.learned_stops()
-        if not learned:
-            return []
-        tokenizer = self._inputs.encoder.tokenizer
-        ends = " and ".join(tokenizer.convert_ids_to_tokens(learned))
-        usual = f", not with {tokenizer.eos_token}" if tokenizer.eos_token else ""
-        return [
-            f"turns end with {ends}{usual}: generate stops there; {GENERATION_NAME} "
-            "beside the adapter tells others"
-        ]
-
-    def _overlap_note(self) -> list[str]:
+    def _notes(self) -> Iterator[str]:
+        """Say what a user should know before the run."""
+        if flags := ", ".join(f"--{flag}" for flag in self._options.ignored_flags()):
+            yield f"{flags}: ignored, because --adapter has its own"
+        if self._files.has_other_template():
+            yield (
+                "the adapter has its own chat template of its own, and the model's is used; to use "
+                "it, name it with --chat-template"
+            )
+        if learned := self._files.learned_stops():
+            tokenizer = self._inputs.encoder.tokenizer
+            ends = " and ".join(tokenizer.convert_ids_to_tokens(learned))
+            usual = f", not with {tokenizer.eos_token}" if tokenizer.eos_token else ""
+            yield (
+                f"turns end with {ends}{usual}: generate stops there; {GENERATION_NAME} "
+                "beside the adapter tells others"
+            )
         held_out, trained = self._inputs.held_out, self._inputs.trained_too
-        if held_out is None or not trained:
-            return []
-        return [
-            f"{trained} of the {held_out.audit.rows} rows of --eval are in the training data: the "
-            "loss on them is not a held-out loss"
-        ]
-
-    def _memory_note(self) -> list[str]:
+        if held_out is not None and trained:
+            yield (
+                f"{trained} of the {held_out.audit.rows} rows of --eval are in the training data: "
+                "the loss on them is not a held-out loss"
+            )
         free, plan = memory.available(self._options.device), self.report.plan
-        if free is None or plan.to_come <= free:
-            return []
-        more, there = format_bytes(plan.to_come), format_bytes(free)
-        return [f"the run may need {more} more, and {there} of memory are free"]
+        if free is not None and plan.to_come > free:
+            more, there = format_bytes(plan.to_come), format_bytes(free)
+            yield f"the run may need {more} more, and {there} of memory are free"
 
     @contextmanager
     def enough_memory(self) -> Iterator[None]:
-        """Turn what torch says when memory runs out into an error with numbers.
-
-        Raises
-        ------
-        ResourceError
-        """
+        """Turn what torch says when memory runs out into a `ResourceError` with numbers."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -236,12 +207,7 @@ class _Run:
 
     @contextmanager
     def room_on_disk(self) -> Iterator[None]:
-        """Name the way to resume when the disk is full.
-
-        Raises
-        ------
-        ResourceError
-        """
+        """Name the way to resume, in a `ResourceError`, when the disk is full."""
         try:
             yield
         except OSError as error:

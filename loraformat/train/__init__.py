@@ -35,13 +35,7 @@ _HOMES = {
     "parameter_groups": ("loraformat.train.loop.optimizer", "parameter_groups"),
 }
 
-__all__ = [
-    "Batch",
-    "LoraOptions",
-    "TrainableModel",
-    "load",
-    "parameter_groups",
-]
+__all__ = ["Batch", "LoraOptions", "TrainableModel", "load", "parameter_groups"]
 
 
 def __getattr__(name: str) -> Any:

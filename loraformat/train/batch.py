@@ -77,10 +77,6 @@ class Batch:
         device : torch.device or str
             Where the tensors are to be.
         """
-        return Batch(
-            self.input_ids.to(device),
-            self.labels.to(device),
-            self.position_ids.to(device),
-            self.segments.to(device),
-            self.samples,
-        )
+        tensors = (self.input_ids, self.labels, self.position_ids, self.segments)
+        input_ids, labels, position_ids, segments = (tensor.to(device) for tensor in tensors)
+        return Batch(input_ids, labels, position_ids, segments, self.samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from loraformat.train.batch import Batch
 from loraformat.train.engine.buffers import keep_freed_memory
 from loraformat.train.engine.checkpointing import Checkpointing
 from loraformat.train.engine.cross_entropy import (
-    HeadRule,
     find_head_rule,
     frozen_head_loss,
     own_head_loss,
@@ -94,11 +94,8 @@ class TrainableModel(torch.nn.Module):
         self._streamed_head = StreamedMatrix(self.head.matrix, head_spans, shared.prefetcher)
         self.head.matrix = self._streamed_head
         self._trial.forward()
-        self._head_rule = self._find_head_rule()
-
-    def _find_head_rule(self) -> HeadRule | None:
         cap = getattr(text_config(self.config), "final_logit_softcapping", None)
-        return find_head_rule(self.base, self.head, cap)
+        self._head_rule = find_head_rule(base, self.head, cap)
 
     @property
     def directory(self) -> Path:
@@ -210,10 +207,7 @@ class TrainableModel(torch.nn.Module):
             if self._head_rule is not None and head.branch is None:
                 return frozen_head_loss(hidden, targets, head, self._head_rule)
             trained = [p for p in head.parameters() if p.requires_grad]
-
-            def logits(some: torch.Tensor) -> torch.Tensor:
-                return own_logits(self.base, some)
-
+            logits = partial(own_logits, self.base)
             return own_head_loss(hidden, targets, logits, head.out_features, trained)
 
     @contextmanager

@@ -18,7 +18,6 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +114,8 @@ def facts_of(
     options: TrainOptions, state: RunState, data: Dataset, held_out: Dataset | None, ranks: int
 ) -> dict[str, Any]:
     """Return the facts of a run that is done."""
+    from transformers import __version__ as transformers_version
+
     return {
         "data": _described(data),
         "prompt_format": data.prompt_format(),
@@ -132,7 +133,12 @@ def facts_of(
         "best_step": state.best_step,
         "ranks": ranks,
         "settings": options.to_json(),
-        "versions": _versions(),
+        "versions": {
+            "loraformat": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers_version,
+            "python": platform.python_version(),
+        },
     }
 
 
@@ -162,31 +168,12 @@ def _hash_of(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    try:
-        transformers = version("transformers")
-    except PackageNotFoundError:
-        transformers = "?"
-    return {
-        "loraformat": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers,
-        "python": platform.python_version(),
-    }
-
-
 def trained_on(adapter: str, sources: Sequence[tuple[str, int]]) -> list[str]:
     """Say which of some files an adapter's record names as training data, in sentences.
 
     Files are told apart by their hashes, since the record holds no rows. An adapter without a
-    record, or without hashes in it, was trained on something that is not known.
-
-    Parameters
-    ----------
-    adapter : str
-        A path, or a Hub id.
-    sources : sequence of (str, int)
-        Names and rows of what is evaluated.
+    record, or without hashes in it, was trained on something that is not known. `adapter` is a path
+    or a Hub id; `sources` are names and rows of what is evaluated.
     """
     with open_adapter(adapter) as opened:
         record = CarriedTokenizer(opened.files, opened.path).json(RECORD_NAME)

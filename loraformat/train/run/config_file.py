@@ -43,17 +43,14 @@ def read(path: Path) -> dict[str, Any]:
     for key, value in _load(path).items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise InputError(f"has no option {printable(key)!r}{_nearest(name, known)}", path=path)
+            near = get_close_matches(name, known, 1, 0.5)
+            meant = f"; did you mean {known[near[0]].flag!r}?" if near else ""
+            raise InputError(f"has no option {printable(key)!r}{meant}", path=path)
         if name in values:
             raise InputError(f"has {printable(key)!r} twice", path=path)
         if value is not None:
             values[name] = _value(known[name], value, path)
     return values
-
-
-def _nearest(name: str, known: Mapping[str, Setting]) -> str:
-    near = get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean {known[near[0]].flag!r}?" if near else ""
 
 
 def _load(path: Path) -> dict[Any, Any]:
@@ -68,15 +65,16 @@ def _load(path: Path) -> dict[Any, Any]:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise InputError(f"is longer than {_MAX_BYTES} bytes", path=path)
-        tree = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
-        _refuse_duplicates(tree, path)
-        loaded = yaml.safe_load(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        loaded = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", path=path) from None
     except InputError:
         raise
     except Exception as error:  # KeyError for "!!bool x", AttributeError for "!!timestamp x", ...
-        raise InputError(f"is no YAML: {_one_line(error)}", path=path) from None
+        said = printable(" ".join(str(error).split()))
+        raise InputError(f"is no YAML: {said}", path=path) from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -92,10 +90,6 @@ def _refuse_duplicates(tree: Any, path: Path) -> None:
         if name in seen:
             raise InputError(f"has {printable(name)!r} twice", path=path)
         seen.add(name)
-
-
-def _one_line(error: Exception) -> str:
-    return printable(" ".join(str(error).split()))
 
 
 def _value(setting: Setting, value: Any, path: Path) -> Any:

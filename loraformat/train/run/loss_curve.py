@@ -47,15 +47,9 @@ def plot_loss(adapter: str | Path, path: str | Path) -> None:
 
 
 def draw(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw a record.
+    """Draw a record, as `loraformat.train.loop.metrics.read_metrics` returns it.
 
-    Parameters
-    ----------
-    metrics : list of dict
-        As `loraformat.train.loop.metrics.read_metrics` returns it.
-    path : Path
-        Its suffix chooses the format.
-    title : str
+    The path's suffix chooses the format.
     """
     from matplotlib.figure import Figure
 

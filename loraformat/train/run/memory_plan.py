@@ -160,9 +160,7 @@ class MemoryPlan:
     def lines(self) -> list[str]:
         """Say it for people."""
         shown = [f"base on disk {format_bytes(self.base_on_disk)}, mapped, never loaded whole"]
-        parts = ", ".join(
-            f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size
-        )
+        parts = _listed(self.parts)
         allowed = f" of {format_bytes(self.limit)} allowed" if self.limit is not None else ""
         shown.append(f"memory at most about {format_bytes(self.total)}{allowed}: {parts}")
         if self.initialisation:
@@ -173,12 +171,7 @@ class MemoryPlan:
         return shown
 
     def refuse_if_too_much(self, advice: list[str]) -> None:
-        """Raise if it is more than the limit.
-
-        Raises
-        ------
-        ResourceError
-        """
+        """Raise a `ResourceError` if it is more than the limit."""
         if self.limit is not None and self.total > self.limit:
             parts = sorted(self._largest().items(), key=lambda item: -item[1])[:4]
             told = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
@@ -206,6 +199,10 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
+def _listed(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+
+
 def plan_memory(
     shape: ModelDims,
     *,
@@ -221,7 +218,7 @@ def plan_memory(
     spare: int = 0,
     limit: int | None = None,
 ) -> MemoryPlan:
-    """Return the plan of a run.
+    """Return the plan of a run; sizes are in bytes.
 
     Parameters
     ----------
@@ -230,20 +227,20 @@ def plan_memory(
         Of what goes through the model at once between two updates: a micro-batch, or with
         layer-major order all of them.
     process, templates : int
-        What this process holds already, and the one that renders chat templates (bytes).
+        What this process holds already, and the one that renders chat templates.
     optimizer, states : str
         As in `OptimizerOptions`.
     resident : int
-        What of the base stays on a GPU besides two layers that come and go (bytes).
+        What of the base stays on a GPU besides two layers that come and go.
     number_bytes : int
         Of one number in an activation.
     generation : int
         See `generation_bytes`. It is not needed while a step is computed, but what a step frees
         stays with the process, in pieces that may not fit.
     spare : int
-        What layers may take that keep their activations, if the limit allows it (bytes).
-    limit : int, optional
-        What is allowed (bytes).
+        What layers may take that keep their activations, if the limit allows it.
+    limit : int or None
+        What is allowed.
 
     Examples
     --------
@@ -303,23 +300,11 @@ class MemoryBudget:
         prompts: Iterable[int] = (),
         templates: int = 0,
     ) -> MemoryBudget:
-        """Plan the memory of a run.
+        """Plan the memory of a run; raise a `ResourceError` if it is over ``max_memory``.
 
-        Parameters
-        ----------
-        model : TrainableModel
-            Its `activation_memory` is what activations may take if the limit allows it.
-        options : TrainOptions
-            As they take effect.
-        prompts : iterable of int
-            Tokens of each prompt that is continued.
-        templates : int
-            What the process holds that renders chat templates (bytes).
-
-        Raises
-        ------
-        ResourceError
-            If it is over ``max_memory``.
+        The model's `activation_memory` is what activations may take if the limit allows it. The
+        options are as they take effect; `prompts` are the tokens of each prompt that is continued,
+        and `templates` is what the process holds that renders chat templates (bytes).
         """
         dims, config = _dims(model, options), text_config(model.config)
         on_gpu = options.device != "cpu"
@@ -436,21 +421,11 @@ class DiskPlan:
 
     def line(self) -> str:
         """Say it for people."""
-        parts = ", ".join(
-            f"{name} {format_bytes(size)}" for name, size in asdict(self).items() if size
-        )
-        return f"disk at most about {format_bytes(self.total)}: {parts}"
+        return f"disk at most about {format_bytes(self.total)}: {_listed(asdict(self))}"
 
 
 def plan_disk(shape: ModelDims, options: TrainOptions, ranks: int = 1) -> DiskPlan:
-    """Return the plan of a run.
-
-    Parameters
-    ----------
-    shape : ModelDims
-    options : TrainOptions
-    ranks : int
-        Processes, each with statistics of its own.
+    """Return the plan of a run; `ranks` are processes, each with statistics of its own.
 
     Examples
     --------

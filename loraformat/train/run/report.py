@@ -111,11 +111,9 @@ class TrainReport(Report):
 
     def done_lines(self) -> list[str]:
         """Say after the run what it came to."""
-        facts = self.facts
-        loss = (
-            f"loss {facts['first_loss']:.4f} to {facts['last_loss']:.4f}" if facts["steps"] else ""
-        )
-        done = f"wrote {self.target}"
+        facts, loss, done = self.facts, "", f"wrote {self.target}"
+        if facts["steps"]:
+            loss = f"loss {facts['first_loss']:.4f} to {facts['last_loss']:.4f}"
         if self.was_complete:
             done = f"{self.target} was already complete; nothing was done"
         lines = [
@@ -124,19 +122,15 @@ class TrainReport(Report):
         ]
         if facts.get("heldout_before") is not None:
             before, after = facts["heldout_before"], facts["heldout_after"]
+            known = facts.get("held_out_data") or {}
+            name = "held-out"
+            if trained := known.get("trained_too", 0):
+                name = f"evaluated, {trained} of {known.get('rows', 0)} rows trained on"
             lines.append(
-                f"{self._evaluated()}: loss {before:.4f} to {after:.4f}, perplexity "
+                f"{name}: loss {before:.4f} to {after:.4f}, perplexity "
                 f"{_exp(before):.4g} to {_exp(after):.4g}"
             )
         return [*lines, f"record: {self.directory}"]
-
-    def _evaluated(self) -> str:
-        """Name the data of evaluations: held out, unless rows of them are trained on."""
-        known = self.facts.get("held_out_data") or {}
-        trained, rows = known.get("trained_too", 0), known.get("rows", 0)
-        if not trained:
-            return "held-out"
-        return f"evaluated, {trained} of {rows} rows trained on"
 
 
 def _exp(loss: float) -> float:
@@ -171,15 +165,9 @@ class StepTime:
 
 
 def time_of(model: Any, batch: Batch, layers: int) -> StepTime:
-    """Time one micro-batch; gradients and statistics are as before afterwards.
+    """Time a micro-batch on the model's device; gradients and statistics are as before afterwards.
 
-    Parameters
-    ----------
-    model : TrainableModel
-    batch : Batch
-        On the model's device.
-    layers : int
-        Decoder layers.
+    `layers` is how many decoder layers the model has.
     """
     tokens = batch.input_ids.numel()
     reckoned = _layer_seconds(model, tokens) * layers

@@ -54,10 +54,6 @@ class RunDirectory:
         self.metrics, self.config = self.path / "metrics.jsonl", self.path / "run.yaml"
         self.picture = self.path / CURVE_NAME
 
-    def is_used(self) -> bool:
-        """Tell whether the directory holds a run."""
-        return self.metrics.exists() or self.checkpoints.exists()
-
     def nbytes(self) -> int:
         """Return the bytes of the existing checkpoints."""
         return sum(p.stat().st_size for p in self.checkpoints.rglob("*") if p.is_file())
@@ -72,7 +68,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputError("is not a directory", path=self.path, hint="move it away")
-        if self.is_used():
+        if self.metrics.exists() or self.checkpoints.exists():
             if not force:
                 raise OutputError(
                     "holds a run already", path=self.path,
@@ -132,31 +128,11 @@ _NAMES = {
 }
 
 
-def identity_of(
-    options: TrainOptions,
-    *,
-    base: str,
-    data: str,
-    held_out: str | None,
-    ranks: int,
-    steps: int,
-    compute: str,
-) -> dict[str, Any]:
-    """Return what a checkpoint keeps to know its run by.
-
-    `base`, `data` and `held_out` are fingerprints; `ranks` are processes, `steps` those of the
-    whole run, and `compute` is device and type of products.
-    """
+def identity_of(options: TrainOptions, **members: Any) -> dict[str, Any]:
+    """Return what a checkpoint keeps to know its run by: members by the names of `_NAMES`."""
     told = options.to_json()
-    return {
-        "options": {setting.flag: told[setting.flag] for setting in SETTINGS if not setting.free},
-        "base": base,
-        "data": data,
-        "held_out": held_out,
-        "ranks": ranks,
-        "steps": steps,
-        "compute": compute,
-    }
+    kept = {setting.flag: told[setting.flag] for setting in SETTINGS if not setting.free}
+    return {"options": kept, **members}
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -75,13 +75,8 @@ SAMPLE = GenerationOptions(max_tokens=64, temperature=0.0)
 class TextStream:
     """Streamer for transformers' ``generate``: turns tokens into text as they are generated.
 
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-    tell : callable
-        Called with each new piece of text.
-    end : str, optional
-        Text that ends what is told, and is no part of it.
+    `tell` is called with each new piece of text; `end` is a text that ends what is told, and is no
+    part of it.
 
     Attributes
     ----------
@@ -168,18 +163,9 @@ def continuation(
 ) -> TextStream:
     """Generate text from a prompt, and return the stream with its tokens.
 
-    Parameters
-    ----------
-    model : TrainableModel
-        Anything with ``generate`` of transformers; nothing of it changes.
-    tokenizer : transformers.PreTrainedTokenizerBase
-    prompt : list of int
-    options : GenerationOptions
-    stops, end : list of int, str
-        Tokens that end the text, and a text that ends it and is no single token.
-    device : str or torch.device
-    tell : callable
-        Called with each new piece of text.
+    The model may be anything with ``generate`` of transformers; nothing of it changes. `stops` are
+    tokens that end the text, and `end` is a text that ends it and is no single token. `tell` is
+    called with each new piece of text.
 
     Raises
     ------
@@ -188,25 +174,17 @@ def continuation(
     """
     room = room_for(model.config, len(prompt))
     stream = TextStream(tokenizer, tell, end)
-    sampling: dict[str, Any] = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
-    if options.temperature > 0:
-        sampling = {
-            "do_sample": True, "temperature": options.temperature, "top_p": options.top_p,
-            "top_k": 0,
-        }  # fmt: skip
+    draws = options.temperature > 0
     ids = torch.tensor([prompt], device=device)
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(options.seed)
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stream,
             max_new_tokens=min(options.max_tokens, room), eos_token_id=stops or None,
-            pad_token_id=stops[0] if stops else 0,
-            **({} if end is None else {"stop_strings": [end], "tokenizer": tokenizer}), **sampling,
+            pad_token_id=stops[0] if stops else 0, do_sample=draws,
+            temperature=options.temperature if draws else None,
+            top_p=options.top_p if draws else None, top_k=0 if draws else None,
+            **({} if end is None else {"stop_strings": [end], "tokenizer": tokenizer}),
         )  # fmt: skip
     return stream
 
@@ -272,9 +250,7 @@ def turn_end(encoder: TextEncoder, stops: Collection[int]) -> str | None:
     if found is None:
         return None
     end = found.turn_end
-    if not end or set(encoder.tokenize(end).ids) & set(stops):
-        return None
-    return end
+    return None if not end or set(encoder.tokenize(end).ids) & set(stops) else end
 
 
 def generation_bytes(config: Any, prompt: int, new: int, number_bytes: int = _FLOAT) -> int:
@@ -283,16 +259,8 @@ def generation_bytes(config: Any, prompt: int, new: int, number_bytes: int = _FL
     Keys and values of all layers for prompt and new tokens, twice: they grow by a copy for each
     token, and what is freed is in pieces that are too small for the next. One layer's at a time
     are there for each of the heads that share them. The prompt goes through at once: what a layer
-    holds for it, as in a step without gradients.
-
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
-        Of the language model.
-    prompt, new : int
-        Tokens.
-    number_bytes : int
-        Of one number in an activation.
+    holds for it, as in a step without gradients. `config` is that of the language model; `prompt`
+    and `new` are tokens, and `number_bytes` is the size of one number in an activation.
 
     Examples
     --------

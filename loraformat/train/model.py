@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ class TrainableModel(torch.nn.Module):
         How it began.
     compute_dtype : torch.dtype
         See `loraformat.train.engine.compute_dtype`.
-    owned : bool
-        Close the bundle with the model.
+    opened : ExitStack
+        What is closed with the model.
     replaced : ReplacedWeights, optional
         What the adapter that is trained on replaces besides its deltas.
     notes : sequence of str
@@ -78,7 +78,7 @@ class TrainableModel(torch.nn.Module):
         branches: dict[str, LoraBranch],
         options: LoraOptions | None,
         compute_dtype: torch.dtype,
-        owned: bool,
+        opened: ExitStack,
         replaced: ReplacedWeights | None = None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -86,7 +86,7 @@ class TrainableModel(torch.nn.Module):
         self.replaced, self.notes = replaced, list(notes)
         self.base, self.bundle, self.compute_dtype = base, bundle, compute_dtype
         self.branches, self.options, self.config = branches, options, base.config
-        self._shared, self._owned, self._closed = shared, owned, False
+        self._shared, self._opened = shared, opened
         self._began_decoding = decoding.seconds
         self._packing = PackingCheck(base, shared, bundle.checkpoint.path)
         self._trial = Trial(base, shared, bundle.checkpoint.path)
@@ -327,14 +327,8 @@ class TrainableModel(torch.nn.Module):
 
     def close(self) -> None:
         """Stop reading, and unmap the shards if `load` opened them."""
-        if self._closed:
-            return
-        self._closed = True
         self.prefetcher.close()
-        if self._owned:
-            self.bundle.close()
-        if self.replaced is not None:
-            self.replaced.close()
+        self._opened.close()
 
     def __enter__(self) -> TrainableModel:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from loraformat.model.config_json import parse
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import check_base, open_model
 from loraformat.train.engine.bind_weights import WeightBinder, number_layers
-from loraformat.train.engine.buffers import keep_freed_memory
 from loraformat.train.engine.checkpointing import ActivationBudget, Checkpointing, checkpoint_layer
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.device import place_on
@@ -100,13 +98,13 @@ def load(
     MissingDependencyError
         If transformers is not installed.
     """
-    with ExitStack() as opened:
+    opened = ExitStack()
+    try:
         here = bundle if isinstance(bundle, Bundle) else _open(Path(bundle), to_train=to_train)
         if here is not bundle:
             opened.callback(here.close)
         place = torch.device(device)
         dtype = choose_dtype(compute_dtype, place)
-        owned = adapter is not None and not isinstance(adapter, Adapter)
         notes: list[str] = []
         if adapter is not None:
             adapter = opened.enter_context(open_adapter(adapter, base=here.checkpoint))
@@ -124,26 +122,24 @@ def load(
         branches = _branches(
             targets, here, lora, adapter, original, has_replaced=replaced is not None
         )
-        if adapter is not None and owned:
-            if replaced is None:
-                adapter.close()  # its factors have been copied
-            else:
-                replaced = replace(replaced, close=adapter.close)
+        if adapter is not None and replaced is None:
+            adapter.close()  # its factors have been copied
         streamed = {name: names for name, names in used.items() if name not in resident}
         shared = _stream(base, weights, streamed, path)
         if activation_memory is None:
             size = sum(tensor.nbytes for tensor in here.checkpoint.tensors.values())
             activation_memory = memory.spare(size, str(place))
-        shared.activation_budget.budget = activation_memory
-        keep_freed_memory(plentiful=activation_memory > 0)
         head = [span for name in used[head_name(base, path)] for span in weights.spans(name)]
         model = TrainableModel(
             base, here, shared, head_spans=head, branches=branches,
-            options=None if adapter else lora, compute_dtype=dtype, owned=here is not bundle,
+            options=None if adapter else lora, compute_dtype=dtype, opened=opened,
             replaced=replaced, notes=notes,
         )  # fmt: skip
-        opened.pop_all()
-    return model
+        model.activation_memory = activation_memory
+        return model
+    except BaseException:
+        opened.close()
+        raise
 
 
 def _branches(

@@ -73,7 +73,7 @@ class MappedEmbedding(torch.nn.Module):
         original.padding_idx = None  # it would be looked for among the gathered rows
         del original.weight
         self.original = original
-        self.branch: torch.nn.Module | None = None
+        self.branch: _Branch | None = None
 
     @property
     def weight(self) -> PlaceholderWeight:
@@ -96,7 +96,4 @@ class MappedEmbedding(torch.nn.Module):
             embedded: torch.Tensor = self.original(inverse)
         finally:
             del self.original.weight
-        if self.branch is None:
-            return embedded
-        branch: _Branch = self.branch
-        return branch(input_ids, embedded)
+        return embedded if self.branch is None else self.branch(input_ids, embedded)

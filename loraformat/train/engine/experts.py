@@ -61,7 +61,7 @@ class ExpertStack(torch.nn.Module):
         first = experts[0][0]
         self.in_features = first.in_features
         self.out_features = sum(matrix.out_features for matrix in experts[0])
-        self.branch: torch.nn.Module | None = None
+        self.branch: _ExpertBranch | None = None
         self.layer: int | None = None
         self.device = torch.device("cpu")
         self.quantized = isinstance(first, NF4Matrix)
@@ -78,10 +78,7 @@ class ExpertStack(torch.nn.Module):
         """Compute one expert's projection of (tokens, in features)."""
         parts = [frozen_product(x, matrix, self.dtype) for matrix in self.experts[expert]]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        if self.branch is None:
-            return y
-        branch: _ExpertBranch = self.branch
-        return branch(x, y, expert)
+        return y if self.branch is None else self.branch(x, y, expert)
 
     def extra_repr(self) -> str:
         """Say what it is, for ``print(model)``."""

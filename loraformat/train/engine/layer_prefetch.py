@@ -128,7 +128,7 @@ class LayerPrefetcher:
         self.prefetch, self.release, self.drop_cache = prefetch, release, drop_cache
         self.traffic = IoStats()
         self._pending: dict[int, Future[None]] = {}
-        self._reader: ThreadPoolExecutor | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loraformat-prefetch")
         self._backward: int | None = None
         self._closed = False
 
@@ -168,7 +168,7 @@ class LayerPrefetcher:
         """Have bytes read that belong to no layer, some time soon."""
         if not self.prefetch or self._closed:
             return None
-        return self._thread().submit(self._read, list(_mapped(spans)))
+        return self._reader.submit(self._read, list(_mapped(spans)))
 
     def evict(self, spans: Sequence[Span], reading: Future[None] | None = None) -> None:
         """Evict bytes that belong to no layer.
@@ -190,12 +190,7 @@ class LayerPrefetcher:
 
     def _ask(self, layer: int) -> None:
         if layer not in self._pending:
-            self._pending[layer] = self._thread().submit(self._read, self._layers[layer])
-
-    def _thread(self) -> ThreadPoolExecutor:
-        if self._reader is None:
-            self._reader = ThreadPoolExecutor(1, thread_name_prefix="loraformat-prefetch")
-        return self._reader
+            self._pending[layer] = self._reader.submit(self._read, self._layers[layer])
 
     def _read(self, ranges: Sequence[tuple[int, Span]]) -> None:
         for address, (_, begin, end) in ranges:
@@ -208,9 +203,7 @@ class LayerPrefetcher:
     def close(self) -> None:
         """Stop reading; nothing may be entered after."""
         self._closed = True
-        if self._reader is not None:
-            self._reader.shutdown(wait=True, cancel_futures=True)
-            self._reader = None
+        self._reader.shutdown(wait=True, cancel_futures=True)
 
 
 class StreamedMatrix(WrappedMatrix):

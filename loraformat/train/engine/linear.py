@@ -217,7 +217,7 @@ class FrozenLinear(torch.nn.Module):
         self.matrix, self.name, self.conv1d, self.dtype = matrix, name, conv1d, dtype
         self.in_features, self.out_features = matrix.in_features, matrix.out_features
         self.register_buffer("bias", bias, persistent=False)
-        self.branch: torch.nn.Module | None = None
+        self.branch: Branch | None = None
         self.layer: int | None = None
         self.device = torch.device("cpu")
         self.quantized = isinstance(matrix, NF4Matrix)
@@ -236,10 +236,9 @@ class FrozenLinear(torch.nn.Module):
         """Compute the layer for (..., in features), in the dtype of `x`."""
         if self.branch is None:
             return frozen_product(x, self.matrix, self.dtype, bias=self.bias)
-        branch: Branch = self.branch  # type: ignore[assignment]
-        pair = branch.pair()
+        pair = self.branch.pair()
         y = frozen_product(x, self.matrix, self.dtype, bias=self.bias, pair=pair)
-        return y if pair is not None else branch(x, y)
+        return y if pair is not None else self.branch(x, y)
 
     def dense_tiles(self) -> Iterator[Tile]:
         """Yield the weight as `output_tiles` does."""

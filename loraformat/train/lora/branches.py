@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -39,8 +39,13 @@ def attach(
         If a target means nothing, or cannot be trained so.
     """
     ranks = resolve(targets, options)
-    if options.dora:
-        _check_dora(target for target in targets if target.name in ranks)
+    for target in targets:
+        if options.dora and target.is_parameter and target.name in ranks:
+            raise UsageError(
+                f"PEFT adapts {printable(target.name)} as a parameter (experts, routers, and in "
+                "some families what is called like experts), for which it has no DoRA",
+                hint="target the other linears (attention, for example), or leave DoRA out",
+            )
     branches: dict[str, LoraBranch] = {}
     for target in targets:
         if (rank := ranks.get(target.name)) is None:
@@ -53,16 +58,6 @@ def attach(
         branches[target.name] = branch
         progress(len(branches), len(ranks))
     return branches
-
-
-def _check_dora(targets: Iterable[TargetModule]) -> None:
-    for target in targets:
-        if target.is_parameter:
-            raise UsageError(
-                f"PEFT adapts {printable(target.name)} as a parameter (experts, routers, and in "
-                "some families what is called like experts), for which it has no DoRA",
-                hint="target the other linears (attention, for example), or leave DoRA out",
-            )
 
 
 def trainable(branches: Mapping[str, LoraBranch]) -> dict[str, torch.nn.Parameter]:

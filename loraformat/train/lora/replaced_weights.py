@@ -6,7 +6,6 @@ trains beside them as it does beside the base's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,15 +33,12 @@ class ReplacedWeights:
         ``config.json`` of the model with them.
     tokenizer : Path or None
         Directory of the tokenizer, where the vocabulary is another and has one.
-    close : callable
-        Closes the adapter, if it is nobody else's.
     """
 
     adapter: Adapter
     tensors: dict[str, DenseTensor]
     config: bytes | None
     tokenizer: Path | None = None
-    close: Callable[[], None] = lambda: None
 
 
 def replaced_weights_of(adapter: Adapter, base: Checkpoint) -> ReplacedWeights | None:

@@ -283,8 +283,10 @@ def resolve(targets: Sequence[TargetModule], options: LoraOptions) -> dict[str, 
     """
     chosen = {target.name for word in options.targets for target in _meant(targets, word)}
     for kind, wanted in (("embedding", options.embeddings), ("head", options.head)):
-        if wanted:
-            chosen |= {target.name for target in _of_kind(targets, kind)}
+        found = [target.name for target in targets if wanted and target.kind == kind]
+        if wanted and not found:
+            raise UsageError(f"this model has no {kind} that can be trained")
+        chosen.update(found)
     names = [target.name for target in targets if target.name in chosen]
     ranks = dict.fromkeys(names, options.rank)
     for pattern, rank in options.named():
@@ -296,13 +298,6 @@ def resolve(targets: Sequence[TargetModule], options: LoraOptions) -> dict[str, 
             )
         ranks.update(dict.fromkeys(found, rank))
     return ranks
-
-
-def _of_kind(targets: Sequence[TargetModule], kind: str) -> list[TargetModule]:
-    found = [target for target in targets if target.kind == kind]
-    if not found:
-        raise UsageError(f"this model has no {kind} that can be trained")
-    return found
 
 
 def _meant(targets: Sequence[TargetModule], word: str) -> list[TargetModule]:

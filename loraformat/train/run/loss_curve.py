@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,10 @@ from loraformat.ops.plots import as_label, check_picture, colors, save_picture
 from loraformat.train.loop.metrics import read_metrics
 from loraformat.train.run.run_directory import RunDirectory
 
-__all__ = ["can_draw", "draw", "plot_loss"]
+__all__ = ["draw", "plot_loss"]
 
 #: Steps that the bold line is a mean of: a share of all, and of a short run as many as will do.
 _SMOOTHED, _SHORT = 0.02, 8
-
-
-def can_draw() -> bool:
-    """Tell whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def plot_loss(adapter: str | Path, path: str | Path) -> None:

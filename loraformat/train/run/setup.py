@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -137,33 +139,24 @@ def open_inputs(options: TrainOptions, world: World, progress: Progress) -> Inpu
     """
     if not options.data:
         raise UsageError("no training data given", hint="give them after the base")
-    model = open_model(options)
-    try:
-        return _with_data(model, options, world, progress)
-    except BaseException:
-        model.close()
-        raise
-
-
-def _with_data(
-    model: TrainableModel, options: TrainOptions, world: World, progress: Progress
-) -> Inputs:
-    options = with_length(model, options)
-    encoder = open_tokenizer(model.tokenizer_directory, options.chat_template or None)
-    check_vocabulary(model, encoder)
-    shares = {"rank": world.rank, "world": world.size}
-    settings = _settings(options, options.data)
-    data = open_data(options.data, encoder.tokenizer, settings, progress=progress, **shares)
-    held_out = None
-    if options.eval:
-        settings = _settings(options, options.eval, shuffle=False)
-        held_out = open_data(options.eval, encoder.tokenizer, settings, progress=progress, **shares)
-    steps, batches = _count(data, options)
-    trained_too = 0 if held_out is None else held_out.rows_also_in(data)
-    prompts = _prompts(model, encoder, data, options.prompt)
-    templates = _template_process([data] if held_out is None else [data, held_out])
-    budget = MemoryBudget.of(model, options, map(len, prompts), templates)
-    model.activation_memory = budget.plan.kept
+    with ExitStack() as opened:
+        model = opened.enter_context(open_model(options))
+        options = with_length(model, options)
+        encoder = open_tokenizer(model.tokenizer_directory, options.chat_template or None)
+        check_vocabulary(model, encoder)
+        read = partial(open_data, progress=progress, rank=world.rank, world=world.size)
+        data = read(options.data, encoder.tokenizer, _settings(options, options.data))
+        held_out = None
+        if options.eval:
+            settings = _settings(options, options.eval, shuffle=False)
+            held_out = read(options.eval, encoder.tokenizer, settings)
+        steps, batches = _count(data, options)
+        trained_too = 0 if held_out is None else held_out.rows_also_in(data)
+        prompts = _prompts(model, encoder, data, options.prompt)
+        templates = _template_process([data] if held_out is None else [data, held_out])
+        budget = MemoryBudget.of(model, options, map(len, prompts), templates)
+        model.activation_memory = budget.plan.kept
+        opened.pop_all()
     return Inputs(
         options, model, encoder, data, held_out, steps, batches, budget, trained_too, prompts
     )

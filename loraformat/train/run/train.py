@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def train(
     world = World.join(options.device)
     try:
         inputs = open_inputs(options, world, progress)
-        try:
+        with inputs.model:
             run = _Run(inputs, world, output)
             announce(run.report)
             with run.enough_memory(), run.room_on_disk(), _determinism(options.deterministic):
@@ -77,8 +78,6 @@ def train(
                 else:
                     run.go(resume=resume, force=force, observe=observe)
             return run.report
-        finally:
-            inputs.model.close()
     finally:
         world.leave()
 
@@ -377,7 +376,10 @@ class _Run:
 
     def _finish(self, state: RunState, *, write: bool, force: bool) -> None:
         inputs = self._inputs
-        self._gather_statistics()
+        # Sums of statistics that ranks have collected are additive.
+        extras = self._world.gather(self._model.extra_state())
+        if self._world.size > 1:
+            self._model.load_extra_state(added_up(extras))
         if not self._world.is_main_process:
             return
         facts = facts_of(self._options, state, inputs.data, inputs.held_out, self._world.size)
@@ -389,14 +391,8 @@ class _Run:
         if self._options.plot:
             self._draw()
 
-    def _gather_statistics(self) -> None:
-        """Add up what ranks have collected; sums are additive."""
-        extras = self._world.gather(self._model.extra_state())
-        if self._world.size > 1:
-            self._model.load_extra_state(added_up(extras))
-
     def _draw(self) -> None:
-        if not loss_curve.can_draw():
+        if find_spec("matplotlib") is None:
             self.report.notes.append("no loss curve: pip install 'loraformat[plot]'")
             return
         title = f"{self._output.name} on {Path(self._options.base).name}"

@@ -341,6 +341,11 @@ class CarriedFile:
     nbytes: int
     read: Callable[[], bytes] = field(repr=False)
 
+    @classmethod
+    def of(cls, path: str, data: bytes) -> CarriedFile:
+        """Return a file whose bytes are in memory."""
+        return cls(path, len(data), lambda: data)
+
 
 @dataclass(frozen=True, slots=True)
 class Provenance:

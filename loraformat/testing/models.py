@@ -95,7 +95,7 @@ def checkpoint(
 
 def carried(path: str, data: bytes) -> CarriedFile:
     """Make a file that travels along."""
-    return CarriedFile(path, len(data), lambda: data)
+    return CarriedFile.of(path, data)
 
 
 def samples(stores: str) -> dict[str, Checkpoint]:

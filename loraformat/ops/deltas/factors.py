@@ -101,7 +101,7 @@ def _derived_files(adapters: Sequence[Adapter]) -> tuple[CarriedFile, ...]:
     if not records:
         return kept
     data = (json.dumps({"derived_from": records}, indent=2, ensure_ascii=False) + "\n").encode()
-    return (*kept, CarriedFile(_RECORD, len(data), lambda: data))
+    return (*kept, CarriedFile.of(_RECORD, data))
 
 
 def _is_of_the_old(path: str) -> bool:

@@ -110,8 +110,7 @@ def _with_template(
         return files, notes
     said = "replaces the base's" if before is not None else "the base had none"
     notes.insert(0, f"the chat template is that of {adapter.path}, trained with it; {said}")
-    data = template.encode("utf-8")
-    new = CarriedFile(_TEMPLATE, len(data), lambda: data)
+    new = CarriedFile.of(_TEMPLATE, template.encode("utf-8"))
     kept = (file for file in files if file.path not in (_TEMPLATE, _OLD_TEMPLATE))
     return (*map(_without_template, kept), new), notes
 
@@ -151,8 +150,7 @@ def _with_stops(
 
 
 def _of_fields(path: str, fields: dict[str, object]) -> CarriedFile:
-    data = encode(fields)
-    return CarriedFile(path, len(data), lambda: data)
+    return CarriedFile.of(path, encode(fields))
 
 
 def wanted_size(

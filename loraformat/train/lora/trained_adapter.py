@@ -166,5 +166,4 @@ def _training_record(
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise LoraFormatError(f"the facts of the training are no JSON: {error}") from None
-    data = text.encode("utf-8")
-    return CarriedFile(RECORD_NAME, len(data), lambda: data)
+    return CarriedFile.of(RECORD_NAME, text.encode("utf-8"))

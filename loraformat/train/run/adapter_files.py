@@ -63,11 +63,11 @@ class AdapterFiles:
         found = []
         if self.options.chat_template and self.data.audit.rendered:
             text = str(self.encoder.tokenizer.chat_template)
-            found.append(_carried(TEMPLATE_NAME, text))
+            found.append(CarriedFile.of(TEMPLATE_NAME, text.encode("utf-8")))
         if learned := self.learned_stops():
             ids = [*stop_tokens(self.directory, self.encoder.tokenizer), *learned]
             text = json.dumps({"eos_token_id": ids}, indent=2) + "\n"
-            found.append(_carried(GENERATION_NAME, text))
+            found.append(CarriedFile.of(GENERATION_NAME, text.encode("utf-8")))
         return tuple(found)
 
     def learned_stops(self) -> list[int]:
@@ -84,11 +84,6 @@ class AdapterFiles:
         if isinstance(used, dict):
             used = used.get("default", "")
         return own is not None and own.rstrip("\n") != used.rstrip("\n")
-
-
-def _carried(name: str, text: str) -> CarriedFile:
-    data = text.encode("utf-8")
-    return CarriedFile(name, len(data), lambda: data)
 
 
 def stops_of(adapter: str) -> list[int]:

@@ -70,8 +70,7 @@ def card_file(gguf: GGUFFile, *, ours: bool) -> tuple[CarriedFile, ...]:
     if not fields or (ours and fields.keys() <= {"model_name"}):
         return ()
     title = printable(fields.get("model_name", "Model"))
-    data = f"{compose(fields)}\n# {title}\n".encode()
-    return (CarriedFile(CARD_NAME, len(data), lambda: data),)
+    return (CarriedFile.of(CARD_NAME, f"{compose(fields)}\n# {title}\n".encode()),)
 
 
 def left_out(gguf: GGUFFile) -> tuple[str, ...]:

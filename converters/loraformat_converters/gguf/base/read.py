@@ -136,7 +136,7 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
 def _files(gguf: GGUFFile, tokenizer: TokenizerFiles) -> Iterator[CarriedFile]:
     generation = _generation(gguf)
     if generation and not any(file.path == "generation_config.json" for file in tokenizer.files):
-        yield CarriedFile("generation_config.json", len(generation), lambda: generation)
+        yield CarriedFile.of("generation_config.json", generation)
     yield from tokenizer.files
     yield from card_file(gguf, ours=any(key.startswith("loraformat.") for key in gguf.metadata))
 

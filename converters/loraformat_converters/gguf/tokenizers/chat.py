@@ -47,5 +47,4 @@ def template_files(gguf: GGUFFile) -> list[CarriedFile]:
 
 
 def _carried(path: str, text: str) -> CarriedFile:
-    data = text.encode()
-    return CarriedFile(path, len(data), lambda: data)
+    return CarriedFile.of(path, text.encode())

@@ -139,5 +139,4 @@ def tokenizer_files(
 
 
 def _carried(name: str, value: dict[str, Any]) -> CarriedFile:
-    data = (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
-    return CarriedFile(name, len(data), lambda: data)
+    return CarriedFile.of(name, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

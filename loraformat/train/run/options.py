@@ -77,6 +77,8 @@ _run, _adapter, _data, _optimisation, _evaluation, _output, _memory = (
         "run", "Adapter", "Data", "Optimisation", "Evaluation", "Output", "Memory"
     )
 )  # fmt: skip
+#: Homes of the defaults that parts of a run share with `TrainOptions`.
+_LORA, _DATA, _OPTIMIZER = LoraOptions(), DataOptions(), OptimizerOptions()
 #: What numbers of `TrainOptions` are at least, in the order in which they are checked.
 _LEAST = {
     "epochs": 1, "grad_accum": 1, "keep": 1, "eval_every": 0, "early_stop": 0, "seed": 0,
@@ -111,13 +113,13 @@ class TrainOptions:
     data: tuple[str, ...] = _run((), "Files, directories or datasets on the Hub.", free=True)
     output: str = _run("", "The new adapter.", free=True)
 
-    rank: int = _adapter(16, "Rank of every module.", "R")
+    rank: int = _adapter(_LORA.rank, "Rank of every module.", "R")
     alpha: float | None = _adapter(
-        None, "LoRA alpha; deltas are scaled by alpha/rank. [default: the rank]", "A"
+        _LORA.alpha, "LoRA alpha; deltas are scaled by alpha/rank. [default: the rank]", "A"
     )
-    rslora: bool = _adapter(False, "Rank-stabilised LoRA: scale by alpha/sqrt(rank).")
+    rslora: bool = _adapter(_LORA.rslora, "Rank-stabilised LoRA: scale by alpha/sqrt(rank).")
     targets: tuple[str, ...] = _adapter(
-        ("all-linear",),
+        _LORA.targets,
         "Target modules: all-linear, attention, mlp, module names or globs; comma-separated, "
         "repeatable.",
         "T", kind="names",
@@ -125,13 +127,13 @@ class TrainOptions:
     ranks: tuple[tuple[str, int], ...] = _adapter(
         (), "Rank of modules that match a name or glob. Repeatable.", "GLOB=R"
     )
-    dropout: float = _adapter(0.0, "LoRA dropout probability.", "P")
-    init: str = _adapter("kaiming", "Initialisation of the factors.", choices=INITIALISATIONS)
+    dropout: float = _adapter(_LORA.dropout, "LoRA dropout probability.", "P")
+    init: str = _adapter(_LORA.init, "Initialisation of the factors.", choices=INITIALISATIONS)
     original: str = _adapter("", "Unquantized original of the base, for --init loftq.", "PATH")
-    dora: bool = _adapter(False, "DoRA: also train a magnitude per output feature.")
-    embeddings: bool = _adapter(False, "Also adapt the token embeddings.")
-    head: bool = _adapter(False, "Also adapt the output head.")
-    statistics: bool = _adapter(True, "Collect activation statistics for `reduce`.")
+    dora: bool = _adapter(_LORA.dora, "DoRA: also train a magnitude per output feature.")
+    embeddings: bool = _adapter(_LORA.embeddings, "Also adapt the token embeddings.")
+    head: bool = _adapter(_LORA.head, "Also adapt the output head.")
+    statistics: bool = _adapter(_LORA.statistics, "Collect activation statistics for `reduce`.")
     adapter: str = _adapter(
         "", "Continue training this adapter, with its ranks and scaling.", "PATH"
     )
@@ -144,27 +146,29 @@ class TrainOptions:
         "Maximum sequence length in tokens. [default: 512, or the model's context if shorter]",
         "N",
     )  # fmt: skip
-    batch_size: int = _data(1, "Sequences per micro-batch.", "N")
+    batch_size: int = _data(_DATA.batch_size, "Sequences per micro-batch.", "N")
     train_on: str = _data(
-        "completions",
+        _DATA.train_on,
         "Compute the loss on completions and assistant turns only, or on all tokens.",
         choices=_words("train_on"),
     )  # fmt: skip
     over_length: str = _data(
-        "refuse", "What to do with samples longer than --seq-len.", choices=_words("over_length")
+        _DATA.over_length,
+        "What to do with samples longer than --seq-len.",
+        choices=_words("over_length"),
     )
-    packing: bool = _data(True, "Pack several samples into one sequence.")
-    shuffle: bool = _data(True, "Shuffle the samples in each epoch.")
+    packing: bool = _data(_DATA.packing, "Pack several samples into one sequence.")
+    shuffle: bool = _data(_DATA.shuffle, "Shuffle the samples in each epoch.")
     bad_rows: str = _data(
-        "refuse", "What to do with rows that cannot be read.", choices=_words("bad_rows")
+        _DATA.bad_rows, "What to do with rows that cannot be read.", choices=_words("bad_rows")
     )
     split_text: str = _data(
-        "document", "Treat a text file as one document, or each paragraph as one.",
+        _DATA.split_text, "Treat a text file as one document, or each paragraph as one.",
         choices=_words("split_text"),
     )  # fmt: skip
     chat_template: str = _data("", "Jinja chat template that replaces the tokenizer's.", "FILE")
-    subset: str = _data("", "Subset of a dataset on the Hub.", "NAME")
-    split: str = _data("train", "Split of a dataset on the Hub.", "NAME")
+    subset: str = _data(_DATA.subset, "Subset of a dataset on the Hub.", "NAME")
+    split: str = _data(_DATA.split, "Split of a dataset on the Hub.", "NAME")
 
     epochs: int = _optimisation(1, "Number of epochs.", "N")
     steps: int | None = _optimisation(None, "Number of optimizer steps; overrides --epochs.", "N")
@@ -184,16 +188,20 @@ class TrainOptions:
     lora_plus: float = _optimisation(
         1.0, "LoRA+: ratio of the learning rate of B to that of A.", "X"
     )
-    weight_decay: float = _optimisation(0.0, "Decoupled weight decay of matrices.", "X")
+    weight_decay: float = _optimisation(
+        _OPTIMIZER.weight_decay, "Decoupled weight decay of matrices.", "X"
+    )
     clip: float = _optimisation(1.0, "Maximum gradient norm; 0 disables clipping.", "X")
     optimizer: str = _optimisation(
-        "adamw", "Optimizer; the 8-bit ones need bitsandbytes.", choices=tuple(OPTIMIZERS)
+        _OPTIMIZER.kind, "Optimizer; the 8-bit ones need bitsandbytes.", choices=tuple(OPTIMIZERS)
     )
     optimizer_states: str = _optimisation(
-        "memory", "Where to keep the AdamW states; does not affect the result.",
+        _OPTIMIZER.states, "Where to keep the AdamW states; does not affect the result.",
         choices=("memory", "disk"), free=True,
     )  # fmt: skip
-    seed: int = _optimisation(0, "Random seed for initialisation, shuffling and dropout.", "N")
+    seed: int = _optimisation(
+        _DATA.seed, "Random seed for initialisation, shuffling and dropout.", "N"
+    )
     deterministic: bool = _optimisation(False, "Fail on non-deterministic GPU kernels.")
 
     eval: tuple[str, ...] = _evaluation(
@@ -278,7 +286,7 @@ class TrainOptions:
 
     def data_options(self, **other: Any) -> DataOptions:
         """Return how data become batches; ``other`` overrides."""
-        length = DataOptions().seq_len if self.seq_len is None else self.seq_len
+        length = _DATA.seq_len if self.seq_len is None else self.seq_len
         template = self.chat_template or None
         return self._part(DataOptions, **{"chat_template": template, "seq_len": length} | other)
 

@@ -28,7 +28,7 @@ from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.matrix import DenseMatrix, decoding
 from loraformat.train.engine.meta_model import decoder_of, head_name, text_config
 from loraformat.train.engine.stored_weights import ReadableBase, Span
-from loraformat.train.engine.trial import PackingCheck, Trial
+from loraformat.train.engine.trial import Trial
 from loraformat.train.lora import branches as branches_of_model
 from loraformat.train.lora.branch import LoraBranch
 from loraformat.train.lora.options import LoraOptions
@@ -88,7 +88,6 @@ class TrainableModel(torch.nn.Module):
         self.branches, self.options, self.config = branches, options, base.config
         self._shared, self._opened = shared, opened
         self._began_decoding = decoding.seconds
-        self._packing = PackingCheck(base, shared, bundle.checkpoint.path)
         self._trial = Trial(base, shared, bundle.checkpoint.path)
         self._head_name = head_name(base, bundle.checkpoint.path)
         self._streamed_head = StreamedMatrix(self.head.matrix, head_spans, shared.prefetcher)
@@ -191,7 +190,7 @@ class TrainableModel(torch.nn.Module):
             self._trial.gradients(batch.input_ids, rows_at_once)
         learned = batch.labels[:, 1:] >= 0
         targets = batch.labels[:, 1:][learned]
-        with self._rows_at_once(rows_at_once), self._packing.of(batch):
+        with self._rows_at_once(rows_at_once), self._trial.packing(batch):
             output = decoder_of(self.base)(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             )

@@ -67,11 +67,8 @@ class DeviceMatrix(Matrix):
         if isinstance(self.host, DenseMatrix):
             values = self.host.values if self._values is None else self._values
             return values[start:stop].to(self.device).to(dtype)
-        first = self.host.offset + start * self.columns
-        last = self.host.offset + stop * self.columns
-        return self._decode(self.host, first, last, dtype).view(stop - start, self.columns)
-
-    def _decode(self, host: NF4Matrix, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        host = self.host
+        first, last = (host.offset + row * self.columns for row in (start, stop))
         size, (begin, end) = host.codes.block_size, _groups(host, first, last)
         if self._codes is None:
             codes = _cut(_held(host), size, begin, end, self.device)
@@ -82,7 +79,7 @@ class DeviceMatrix(Matrix):
             codes["packed"], codes["absmax"], codes.get("nested_absmax"),
             host.codes.nested_offset, size, dtype,
         )  # fmt: skip
-        return values[first - begin : last - begin]
+        return values[first - begin : last - begin].view(stop - start, self.columns)
 
 
 def _held(host: NF4Matrix) -> _Codes:

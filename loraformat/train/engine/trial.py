@@ -16,7 +16,7 @@ The trial also finds products that a recomputed layer can leave out (see
 With packing, samples that share a row must be kept apart. transformers makes block-diagonal masks
 of positions that begin anew, in most of its classes. In one that does not, or in a layer that
 carries a state from token to token, samples would see each other and nothing would tell. So each
-layer's mask is looked at once (`PackingCheck`), and the first packed batch is refused there.
+layer's mask is looked at once (`Trial.packing`), and the first packed batch is refused there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from loraformat.train.engine.meta_model import (
 )
 from loraformat.train.engine.unneeded_products import find_unneeded_products, last_products
 
-__all__ = ["PackingCheck", "Trial"]
+__all__ = ["Trial"]
 
 #: Positions in a row, and rows where they go through layers one by one.
 _TOKENS = 8
@@ -70,7 +70,7 @@ class Trial:
         self._model, self._shared, self._path = model, shared, path
         self._layers = find_layers(model, path)[1]
         self._passed: set[bool] = set()
-        self._searched = False
+        self._searched = self._kept_apart = False
 
     def forward(self) -> None:
         """Compute a few tokens, without gradients, as in training and as afterwards.
@@ -277,6 +277,48 @@ class Trial:
             hint=hint,
         )
 
+    @contextmanager
+    def packing(self, batch: Batch) -> Iterator[None]:
+        """Check attention masks while a batch goes through the layers, if it is the first packed.
+
+        Raises
+        ------
+        UnsupportedError
+            If a layer lets tokens see another sample's.
+        """
+        if self._kept_apart or not bool((batch.segments > 1).any()):
+            yield
+            return
+        kinds = set(getattr(text_config(self._model.config), "layer_types", None) or ())
+        if strange := sorted(kinds - _MASKED):
+            raise self._unpacked(
+                f"its layers of type {printable(', '.join(strange))} carry a state"
+            )
+        if getattr(self._model, "_is_stateful", False):
+            raise self._unpacked("it carries a state from token to token")
+        segments = batch.segments
+        foreign = (segments[:, :, None] != segments[:, None, :]) & (segments > 0)[:, :, None]
+
+        def inspect(number: int, call: LayerCall) -> None:
+            masks = [x for x in call.leaves if torch.is_tensor(x) and _is_mask(x, foreign)]
+            if not masks or bool((_lets_through(masks[0]) & foreign[:, None]).any()):
+                raise self._unpacked(f"its layer {number} does not mask other samples")
+
+        self._shared.inspect = inspect
+        try:
+            yield
+        finally:
+            self._shared.inspect = None
+        self._kept_apart = True
+
+    def _unpacked(self, reason: str) -> UnsupportedError:
+        name = printable(type(self._model).__name__)
+        return UnsupportedError(
+            f"samples cannot be packed into one row in {name}: {reason}",
+            path=f"{self._path}",
+            hint="train with one sample in each row",
+        )
+
 
 def _alike(plain: torch.Tensor | None, again: torch.Tensor | None) -> bool:
     if plain is None or again is None:
@@ -331,54 +373,6 @@ def _standing_in(model: torch.nn.Module) -> Iterator[None]:
                 restoring.callback(setattr, module, "experts", module.experts)
                 module.experts = [[StandInMatrix(m) for m in parts] for parts in module.experts]
         yield
-
-
-class PackingCheck:
-    """Check of the attention masks of the first packed batch."""
-
-    def __init__(self, model: Any, shared: Checkpointing, path: object) -> None:
-        self._model, self._shared, self._path = model, shared, path
-        self._known = False
-
-    @contextmanager
-    def of(self, batch: Batch) -> Iterator[None]:
-        """Check while a batch goes through the layers, if it is the first packed one.
-
-        Raises
-        ------
-        UnsupportedError
-            If a layer lets tokens see another sample's.
-        """
-        if self._known or not bool((batch.segments > 1).any()):
-            yield
-            return
-        kinds = set(getattr(text_config(self._model.config), "layer_types", None) or ())
-        if strange := sorted(kinds - _MASKED):
-            raise self._refusal(f"its layers of type {printable(', '.join(strange))} carry a state")
-        if getattr(self._model, "_is_stateful", False):
-            raise self._refusal("it carries a state from token to token")
-        segments = batch.segments
-        foreign = (segments[:, :, None] != segments[:, None, :]) & (segments > 0)[:, :, None]
-
-        def inspect(number: int, call: LayerCall) -> None:
-            masks = [x for x in call.leaves if torch.is_tensor(x) and _is_mask(x, foreign)]
-            if not masks or bool((_lets_through(masks[0]) & foreign[:, None]).any()):
-                raise self._refusal(f"its layer {number} does not mask other samples")
-
-        self._shared.inspect = inspect
-        try:
-            yield
-        finally:
-            self._shared.inspect = None
-        self._known = True
-
-    def _refusal(self, reason: str) -> UnsupportedError:
-        name = printable(type(self._model).__name__)
-        return UnsupportedError(
-            f"samples cannot be packed into one row in {name}: {reason}",
-            path=f"{self._path}",
-            hint="train with one sample in each row",
-        )
 
 
 def _is_mask(tensor: torch.Tensor, foreign: torch.Tensor) -> bool:

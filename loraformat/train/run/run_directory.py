@@ -152,15 +152,12 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     loraformat.errors.UsageError: the run was started with other settings: --lr was 0.1 and is \
 0.2; use the original settings, or start a new run with another --output
     """
-    differences = []
     was, is_now = dict(before.get("options") or {}), dict(now["options"])
-    for flag in sorted(was.keys() | is_now.keys()):
-        if was.get(flag) != is_now.get(flag):
-            differences.append(_difference(f"--{flag}", was.get(flag), is_now.get(flag)))
-    for name in sorted((before.keys() | now.keys()) - {"options"}):
-        if before.get(name) != now.get(name):
-            differences.append(_difference(_NAMES.get(name, name), before.get(name), now.get(name)))
-    if differences:
+    flags = sorted(was.keys() | is_now.keys())
+    names = sorted((before.keys() | now.keys()) - {"options"})
+    compared = [(f"--{flag}", was.get(flag), is_now.get(flag)) for flag in flags]
+    compared += [(_NAMES.get(name, name), before.get(name), now.get(name)) for name in names]
+    if differences := [_difference(*one) for one in compared if one[1] != one[2]]:
         raise UsageError(
             f"the run was started with other settings: {', '.join(differences)}",
             hint="use the original settings, or start a new run with another --output",

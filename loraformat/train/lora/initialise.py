@@ -185,8 +185,10 @@ def loftq(
         )
     tensor = _original(target, original)
     try:
-        _check_same(target, tensor, original)
-        pair = _leading(partial(_lost, target, tensor), target, rank, scaling, seed)
+        weight = tensor_of(tensor.array())
+        weight = weight.T if target.transposed else weight
+        _check_same(target, weight, original)
+        pair = _leading(partial(_lost, target, weight), target, rank, scaling, seed)
     finally:
         tensor.release()
     return None if pair is None else Factors(*pair)
@@ -226,9 +228,9 @@ def _original(target: TargetModule, original: Checkpoint) -> DenseTensor:
     )
 
 
-def _check_same(target: TargetModule, tensor: DenseTensor, original: Checkpoint) -> None:
+def _check_same(target: TargetModule, weight: torch.Tensor, original: Checkpoint) -> None:
     """Refuse another model of the same shapes: its difference is no error of quantizing."""
-    lost = sum(float(tile.double().square().sum()) for _, tile in _lost(target, tensor))
+    lost = sum(float(tile.double().square().sum()) for _, tile in _lost(target, weight))
     stored = sum(float(tile.double().square().sum()) for _, _, tile in target.tiles(0))
     if lost > _LOST_AT_MOST**2 * stored:
         share = (lost / stored) ** 0.5 if stored else torch.inf
@@ -240,10 +242,8 @@ def _check_same(target: TargetModule, tensor: DenseTensor, original: Checkpoint)
         )
 
 
-def _lost(target: TargetModule, tensor: DenseTensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield tiles of the original minus what is stored."""
-    weight = tensor_of(tensor.array())
-    weight = weight.T if target.transposed else weight
+def _lost(target: TargetModule, weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield tiles of the original weight minus what is stored."""
     for first, last, tile in target.tiles(0):
         yield first, weight[first:last].to(tile) - tile
 

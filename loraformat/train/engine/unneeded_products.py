@@ -114,15 +114,12 @@ def find_unneeded_products(
     found: dict[int, str] = {}
     for group in groups.values():
         try:
-            same = all(map(_same, wanted, gradients(group)))
+            same = all(
+                before is now if before is None or now is None else torch.equal(before, now)
+                for before, now in zip(wanted, gradients(group), strict=True)
+            )
         except Exception:  # a class of anybody's may refuse NaN
             same = False
         if same:
             found |= group
     return found
-
-
-def _same(wanted: torch.Tensor | None, found: torch.Tensor | None) -> bool:
-    if wanted is None or found is None:
-        return wanted is found
-    return torch.equal(wanted, found)

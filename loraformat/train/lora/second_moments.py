@@ -106,9 +106,13 @@ class Moments:
 
 
 def counted(z: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return the rows of z that count, given the gradient of the output: (tokens, rank)."""
-    counts = _has_gradient(gradient.reshape(-1, gradient.shape[-1]))
-    return z.reshape(-1, z.shape[-1])[counts]
+    """Return the rows of z that count, (tokens, rank), given the gradient of the output.
+
+    Those are the ones whose gradient is more than zero and rounding.
+    """
+    sizes = torch.linalg.vector_norm(gradient, ord=torch.inf, dim=-1).reshape(-1)
+    noise = sizes.max() * share_of_noise(gradient.dtype) if len(sizes) else 0
+    return z.reshape(-1, z.shape[-1])[sizes > noise]
 
 
 def observe(
@@ -140,11 +144,3 @@ class _Observation(torch.autograd.Function):
         (gradient,), (z,) = gradients, ctx.saved_tensors
         ctx.moments.add(counted(z, gradient), ctx.expert)
         return gradient, None, None, None
-
-
-def _has_gradient(gradient: torch.Tensor) -> torch.Tensor:
-    """Tell for each row of (tokens, out) whether it is more than zero and rounding."""
-    sizes: torch.Tensor = torch.linalg.vector_norm(gradient, ord=torch.inf, dim=-1)
-    if not len(sizes):
-        return sizes > 0
-    return sizes > sizes.max() * share_of_noise(gradient.dtype)

@@ -137,27 +137,27 @@ def save_adapter(
         beside = {file.path for file in files}
         tokenizer = tokenizer_files(replaced.adapter.files)
         files = (*files, *(file for file in tokenizer if file.path not in beside))
-    base = {"fingerprint": bundle.manifest.fingerprint, "source": dict(bundle.manifest.source)}
     parameters = sum(p.numel() for branch in branches.values() for p in branch.named().values())
-    adapter.files = (_training_record(options, base, facts or {}, parameters), *files)
+    adapter.files = (_training_record(options, bundle, facts or {}, parameters), *files)
     target = Path(path)
     write_adapter(adapter, target, base=bundle.checkpoint, force=force, canonical=False)
     return target
 
 
 def _training_record(
-    options: LoraOptions | None, base: Mapping[str, Any], facts: Mapping[str, Any], parameters: int
+    options: LoraOptions | None, base: Bundle, facts: Mapping[str, Any], parameters: int
 ) -> CarriedFile:
     """Return the record of a training as a file to be carried.
 
-    `options` are what was asked for, None if an adapter was continued; `base` is the bundle's
-    fingerprint and source, `facts` what the training says of itself, as JSON values.
+    `options` are what was asked for, None if an adapter was continued; `facts` is what the training
+    says of itself, as JSON values.
     """
+    manifest = base.manifest
     record = {
         "schema": "loraformat.training_record",
         "schema_version": 1,
         "created_by": f"loraformat {__version__}",
-        "base": dict(base),
+        "base": {"fingerprint": manifest.fingerprint, "source": dict(manifest.source)},
         "lora": None if options is None else {**asdict(options), "ranks": dict(options.ranks)},
         "trained_parameters": parameters,
         "training": dict(facts),

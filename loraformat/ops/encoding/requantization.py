@@ -116,8 +116,8 @@ def rms(errors: Iterable[tuple[float, int]]) -> float:
 
     Examples
     --------
-    >>> rms([(0.5, 1), (0.1, 3)])
-    0.26457513110645914
+    >>> rms([(1.0, 64), (7.0, 64)])
+    5.0
     """
     known = list(errors)
     count = sum(elements for _, elements in known)

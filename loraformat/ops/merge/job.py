@@ -34,7 +34,21 @@ __all__ = ["MergeJob", "MergeOptions"]
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """Options that determine the output's bytes: a weight per adapter, dtype, and the writer's."""
+    """Options that determine the output's bytes.
+
+    Attributes
+    ----------
+    weights : tuple of float
+        One per adapter.
+    dtype : str or None
+        ``f32``, ``f16`` or ``bf16``, or a type of the writer's own.
+    requantize : bool
+        NF4 weights stay NF4.
+    shard_limit : int
+        Bytes.
+    pre_tokenizer : str or None
+        What the output's format calls the model's pre-tokenizer.
+    """
 
     weights: tuple[float, ...]
     dtype: str | None

@@ -16,7 +16,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -201,7 +201,7 @@ class DataPosition:
 
     Examples
     --------
-    >>> DataPosition.from_json({"epoch": 1, "batch": 20, "data": ""})
+    >>> DataPosition.from_json(DataPosition(epoch=1, batch=20).to_json())
     DataPosition(epoch=1, batch=20, data='')
     """
 
@@ -209,9 +209,13 @@ class DataPosition:
     batch: int = 0
     data: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``json.dumps`` takes."""
+        return asdict(self)
+
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> DataPosition:
-        """Return the cursor that `asdict` gave; InputError if it is none."""
+        """Return the cursor that `to_json` wrote; InputError if it is none."""
         epoch, batch, data = (fields.get(name) for name in ("epoch", "batch", "data"))
         sound = all(type(n) is int and 0 <= n < 1 << 53 for n in (epoch, batch))
         if not sound or not isinstance(data, str) or len(fields) != 3:

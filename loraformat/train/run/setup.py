@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,7 @@ class Inputs:
         start = DataPosition.from_json(place) if place else None
         epochs = self.options.epochs if self.options.steps is None else None
         for batch, cursor in self.data.batches(start, epochs=epochs):
-            yield batch, asdict(cursor)
+            yield batch, cursor.to_json()
 
 
 def check_device(device: str) -> None:

@@ -1,7 +1,6 @@
 """Batches against their samples; cursors cut anywhere; ranks together as one."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -98,7 +97,7 @@ def test_any_cut_continues_with_exactly_the_rest(opened, cut, seed, packing, shu
     first = opened(packing=packing, shuffle=shuffle, seed=seed)
     whole = [(flat(batch), cursor) for batch, cursor in first.batches(epochs=3)]
     cut = min(cut, len(whole) - 1)
-    saved = json.loads(json.dumps(asdict(whole[cut][1])))
+    saved = json.loads(json.dumps(whole[cut][1].to_json()))
     again = opened(packing=packing, shuffle=shuffle, seed=seed)
     rest = [
         (flat(batch), cursor) for batch, cursor in

@@ -17,7 +17,7 @@ from typing import Protocol
 from loraformat.errors import UnsupportedError, printable
 
 __all__ = [
-    "BITSANDBYTES", "COMPRESSED_TENSORS", "FLOAT8", "MODELOPT", "MXFP4", "ORIGINAL",
+    "AWQ", "BITSANDBYTES", "COMPRESSED_TENSORS", "FLOAT8", "GPTQ", "MODELOPT", "MXFP4", "ORIGINAL",
     "PackedWeights", "Signature", "Stored", "packed_weights", "refuse_packed",
 ]  # fmt: skip
 
@@ -27,7 +27,7 @@ ORIGINAL = (
 )
 #: Methods that converters read.
 BITSANDBYTES, FLOAT8, MXFP4 = "bitsandbytes", "float8", "MXFP4"
-COMPRESSED_TENSORS, MODELOPT = "compressed-tensors", "modelopt"
+AWQ, COMPRESSED_TENSORS, GPTQ, MODELOPT = "AWQ", "compressed-tensors", "GPTQ", "modelopt"
 _UNKNOWN = "an unknown method"
 #: Methods that also store codes which others store in the same way: there the config decides.
 _NAMED_BY_CONFIG = (COMPRESSED_TENSORS, MODELOPT)
@@ -80,11 +80,14 @@ class Signature:
         Endings of the tensors' names; before them all have the same.
     dtypes : tuple of str
         safetensors names: what the first of the tensors may be; anything, if there are none.
+    alike : bool
+        Whether the first two have the same number of columns.
     """
 
     name: str
     suffixes: tuple[str, ...]
     dtypes: tuple[str, ...] = ()
+    alike: bool = False
 
     def found_in(self, tensors: Mapping[str, Stored]) -> str | None:
         """Return the name of a tensor that is a weight's first part; None if there is none."""
@@ -92,17 +95,19 @@ class Signature:
         for name, tensor in tensors.items():
             if name.endswith(first) and (not self.dtypes or tensor.dtype in self.dtypes):
                 owner = name.removesuffix(first)
-                if all(owner + other in tensors for other in others):
+                if not all(owner + other in tensors for other in others):
+                    continue
+                if not self.alike or tensors[owner + others[0]].shape[-1:] == tensor.shape[-1:]:
                     return name
         return None
 
 
-#: The more special one first: an AWQ weight is a GPTQ weight without ``g_idx``.
+#: The more special one first. GPTQ packs codes along the other dimension than zeros, AWQ does not.
 _SIGNATURES = (
     *(Signature(BITSANDBYTES, (f".quant_state.bitsandbytes__{kind}",)) for kind in ("nf4", "fp4")),
     Signature(BITSANDBYTES, (".SCB",)),
-    Signature("GPTQ", (".qweight", ".qzeros", ".g_idx"), ("I32",)),
-    Signature("AWQ", (".qweight", ".qzeros"), ("I32",)),
+    Signature(AWQ, (".qweight", ".qzeros"), ("I32",), alike=True),
+    Signature(GPTQ, (".qweight", ".qzeros"), ("I32",)),
     Signature("MLX", (".weight", ".scales", ".biases"), ("U32",)),
     Signature("MLX (mxfp4)", (".weight", ".scales"), ("U32",)),
     Signature(MXFP4, ("_blocks", "_scales"), ("U8",)),

@@ -24,9 +24,6 @@ def scales(*shape):
 
 #: Parts of one weight, by their suffixes, as the method's own tools write them.
 PACKED = {
-    "GPTQ": {".qweight": codes(4, 64), ".qzeros": codes(1, 8), ".scales": scales(1, 64),
-             ".g_idx": codes(32)},
-    "AWQ": {".qweight": codes(32, 8), ".qzeros": codes(1, 8), ".scales": scales(1, 64)},
     "MLX": {".weight": codes(64, 4, dtype=torch.uint32), ".scales": scales(64, 1),
             ".biases": scales(64, 1)},
     "MLX (mxfp4)": {".weight": codes(64, 4, dtype=torch.uint32),
@@ -74,7 +71,7 @@ def test_codes_are_never_taken_for_weights(checkpoint, tmp_path, method, target)
 
 
 def test_the_card_says_which_model_was_quantized(checkpoint, tmp_path):
-    base = checkpoint(PACKED["AWQ"])
+    base = checkpoint(PACKED["HQQ"])
     (base / "README.md").write_text("---\nbase_model:\n- org/original\n---\n")
     with pytest.raises(UnsupportedError, match="unquantized model: org/original"):
         convert(base, tmp_path / "bundle")

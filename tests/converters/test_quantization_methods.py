@@ -53,6 +53,16 @@ STORED = {
     "NVFP4": {
         W: codes(40, 32), f"{W}_scale": float8(40, 4), f"{W}_scale_2": torch.rand(()),
     },
+    "GPTQ": {
+        W.replace("weight", "qweight"): codes(8, 128).view(torch.int32),
+        W.replace("weight", "qzeros"): codes(2, 16).view(torch.int32),
+        W.replace("weight", "scales"): torch.rand(2, 32),
+    },
+    "AWQ": {
+        W.replace("weight", "qweight"): codes(64, 16).view(torch.int32),
+        W.replace("weight", "qzeros"): codes(2, 16).view(torch.int32),
+        W.replace("weight", "scales"): torch.rand(2, 32),
+    },
     "MXFP4 experts": {
         f"{STACK}_blocks": codes(3, 40, 5, 16), f"{STACK}_scales": codes(3, 40, 5) // 3 + 80
     },

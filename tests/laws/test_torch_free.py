@@ -72,6 +72,8 @@ COMMANDS = {
         "convert mxfp4 experts --to safetensors",
         "convert compressed-tensors integers --to safetensors",
         "convert modelopt nvfp4 --to safetensors",
+        "convert gptq from-gptq --to safetensors",
+        "convert awq from-awq --to safetensors",
         "info float8 --tensors",
         "verify float8",
         "extract base plain -o extracted --rank 4",
@@ -132,6 +134,8 @@ def _quantized(top):
         "compressed-tensors": {
             "weight_packed": words, "weight_scale": scales, "weight_shape": torch.tensor([64, 64])
         },
+        "gptq": {"qweight": words.T, "qzeros": words[:2], "scales": torch.ones(2, 64)},
+        "awq": {"qweight": words, "qzeros": words[:2], "scales": torch.ones(2, 64)},
         "modelopt": {
             "weight": words.view(torch.uint8), "weight_scale": torch.ones(64, 4).to(
                 torch.float8_e4m3fn), "weight_scale_2": torch.ones(()),
@@ -140,7 +144,8 @@ def _quantized(top):
     for method, parts in methods.items():
         (top / method).mkdir()
         (top / method / "config.json").write_text('{"model_type": "llama"}')
-        stored = {f"model.layers.0.mlp.up_proj.{part}": parts[part] for part in parts}
+        owner = "model.layers.0.mlp.up_proj"
+        stored = {f"{owner}.{part}": parts[part].clone().contiguous() for part in parts}
         save_file(stored, top / method / "model.safetensors", {"format": "pt"})
 
 

@@ -7,9 +7,9 @@ In which order to read:
 - products: `compute_dtype`, `buffers`, `matmul`, `unneeded_products` (left out when a layer is
   recomputed)
 - modules: `linear` (with LoRA factors, and gradients), `experts`, `embedding`; `meta_model` (a
-model
-  without weights, its layers and head) and `bind_weights` (which replaces its modules by these)
+  model without weights, its layers and head) and `bind_weights` (which replaces its modules by
+  these)
 - layers: `layer_call`, `checkpointing`, `layer_prefetch` (their pages are read and evicted)
-- loss: `cross_entropy`, and how a class makes logits; checks of a model's class before any work:
-`trial`
+- loss: `cross_entropy`, and how a class makes logits
+- `trial`: checks of a model's class before any work
 """

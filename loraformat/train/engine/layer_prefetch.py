@@ -242,14 +242,12 @@ class StreamedMatrix(WrappedMatrix):
             reading = coming
 
     def _of_rows(self, start: int, stop: int) -> list[Span]:
-        return [
-            (
-                file,
-                begin + (end - begin) * start // self.rows,
-                begin + -(-(end - begin) * stop // self.rows),
-            )
-            for file, begin, end in self._spans
-        ]
+        found = []
+        for file, begin, end in self._spans:
+            size = end - begin
+            part = begin + size * start // self.rows, begin + -(-size * stop // self.rows)
+            found.append((file, *part))
+        return found
 
 
 @cache

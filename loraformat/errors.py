@@ -131,7 +131,7 @@ class FormatError(InputError):
     Parameters
     ----------
     rule : str
-        Rule id, as printed in ``spec/loraformat-1.0.md``, for example ``"H04"``.
+        Rule id, as printed in ``spec/loraformat-1.1.md``, for example ``"H04"``.
     problem : str
         What is wrong and what was wanted.
     path, hint

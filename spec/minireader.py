@@ -1,6 +1,6 @@
-"""A complete reader of loraformat 1.0 that needs only Python: verifies a bundle, decodes a tensor.
+"""A complete reader of loraformat 1.1 that needs only Python: verifies a bundle, decodes a tensor.
 
-Written from loraformat-1.0.md alone, where each rule id below is explained.
+Written from loraformat-1.1.md alone, where each rule id below is explained.
 Usage: python minireader.py BUNDLE [TENSOR]; names the broken rule and exits with 4, or succeeds.
 """
 
@@ -19,6 +19,8 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map",
          ".quant_state.bitsandbytes__nf4")
 ABSMAX, NESTED, MAP, NESTED_MAP, STATE = PARTS
+OFFSET, SEGMENTS = ".nested_offset", "pypi.org/project/loraformat/segments"
+METHOD = "loraformat (import loraformat.transformers)"
 TABLES = {MAP: "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a",
           NESTED_MAP: "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"}
 UNCLEAN = "\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
@@ -72,9 +74,9 @@ def ints(values, limit=1 << 53, longest=8, least=0):
     return type(values) is list and len(values) <= longest and all(
         type(n) is int and least <= n < limit for n in values)
 
-def members(rule, value, names, newer):
+def members(rule, value, names, newer, optional=()):
     need(rule, type(value) is dict and set(names) <= set(value), f"lacks one of {names}")
-    need(rule, newer or set(names) == set(value), f"has more than {names}")
+    need(rule, newer or set(value) <= {*names, *optional}, f"has more than {names}")
 
 def read_header(path, profile=True):
     data = path.read_bytes()
@@ -123,12 +125,13 @@ def read_manifest(raw):
     m = strict(raw, "M01", "the manifest", 1 << 26)
     need("M02", type(m) is dict and m.get("format") == "loraformat")
     need("M03", is_text(m.get("format_version"), r"1\.(0|[1-9][0-9]{0,5})"))
-    newer = m["format_version"] != "1.0"
+    minor = int(m["format_version"][2:])
+    newer, more = minor > 1, ("segments",) * (minor > 0)
     members("M04", m, TOP, newer)
     need("M04", type(m["tensors"]) is dict, "tensors")
     for name, t in m["tensors"].items():
         nf4 = type(t) is dict and t.get("encoding") == "nf4"
-        members("M05", t, NF4 if nf4 else DENSE, newer)
+        members("M05", t, NF4 if nf4 else DENSE, newer, more * nf4)
         need("M05", is_name(name) and (nf4 or t["encoding"] == "dense"), name)
         need("M05", t["dtype"] in list(TYPES.values() if nf4 else BYTES) and ints(t["shape"]), name)
         need("M06", is_text(t["sha256"], HEX), name)
@@ -137,6 +140,8 @@ def read_manifest(raw):
             need("M05", ints([t["block_size"]]) and all(type(flag) is bool for flag in flags), name)
             need("M05", not t["transposed"] or len(t["shape"]) == 2, name)
             need("M05", error is None or (type(error) in (int, float) and error >= 0), name)
+            cut = minor > 0 and "segments" in t
+            need("M05", not cut or (ints([t["segments"]], least=1) and not t["transposed"]), name)
     need("M10", m["fingerprint"] == fingerprint(m["tensors"]), "fingerprint")
     source = m["source"]
     need("M04", type(source) is dict and "format" in source, "source")
@@ -161,44 +166,63 @@ def read_manifest(raw):
             need("M09", file in adapter["files"], name)
     need("M11", type(m["extensions"]) is dict, "extensions")
     for name, extension in m["extensions"].items():
-        need("M11", type(extension) is dict and extension.get("must_understand") is False, name)
+        need("M11", type(extension) is dict, name)
+        need("M11", name == SEGMENTS or extension.get("must_understand") is False, name)
+    cut = any(t["encoding"] == "nf4" and "segments" in t for t in m["tensors"].values())
+    need("M13", cut == (SEGMENTS in m["extensions"]), SEGMENTS)
+    need("M13", not cut or m["extensions"][SEGMENTS].get("must_understand") is True, SEGMENTS)
     return m
 
 def read_state(entry, name):
     need("N05", entry["dtype"] == "U8" and 0 < len(entry["data"]) <= 4096, name)
     q = strict(bytes(entry["data"]), "N05", name)
     nested = ("nested_blocksize", "nested_dtype", "nested_offset")
-    double = type(q) is dict and "nested_offset" in q
-    members("N05", q, ("quant_type", "blocksize", "dtype", "shape", *nested * double), False)
+    double, cut = (type(q) is dict and key in q for key in ("nested_dtype", "segments"))
+    names = ("quant_type", "blocksize", "dtype", "shape", *("segments",) * cut)
+    members("N05", q, (*names, *nested[:3 - cut] * double), False)
     need("N05", ints(q["shape"], 1 << 48, least=1), name)
+    need("N05", not cut or ints([q["segments"]], 1 << 48, least=1), name)
     need("N06", q["quant_type"] == "nf4" and q["dtype"] in list(TYPES), name)
     need("N06", ints([q["blocksize"]]) and q["blocksize"] in [2**k for k in range(5, 13)], name)
     if double:
-        offset = q["nested_offset"]
         need("N07", ints([q["nested_blocksize"]]) and q["nested_blocksize"] == 256, name)
-        need("N07", q["nested_dtype"] == "float32" and type(offset) in (int, float), name)
-        need("N07", f32(offset) == offset, name)
+        need("N07", q["nested_dtype"] == "float32", name)
+    if double and not cut:
+        offset = q["nested_offset"]
+        need("N07", type(offset) in (int, float) and f32(offset) == offset, name)
+    if cut:
+        need("N09", len(q["shape"]) > 2 and math.prod(q["shape"][:-1]) % q["segments"] == 0, name)
+        need("N09", q["segments"] % math.prod(q["shape"][:-2]) == 0, name)
     return {"encoding": "nf4", "dtype": TYPES[q["dtype"]], "shape": q["shape"],
-            "block_size": q["blocksize"], "double_quant": double, "offset": q.get("nested_offset")}
+            "block_size": q["blocksize"], "double_quant": double, "segments": q.get("segments"),
+            "offsets": [q.get("nested_offset")]}
 
 def read_weights(stored):
     """Group the stored tensors of one shard into weights, each with its parts' bytes."""
     weights = {}
     for owner in [name.removesuffix(STATE) for name in stored if name.endswith(STATE)]:
         w = read_state(stored[owner + STATE], owner)
-        blocks = -(-math.prod(w["shape"]) // w["block_size"])
-        want = {"": ("U8", [(math.prod(w["shape"]) + 1) // 2, 1]), MAP: ("F32", [16]),
-                ABSMAX: ("U8" if w["double_quant"] else "F32", [blocks]),
+        cut = [w["segments"]] if w["segments"] else []
+        count = math.prod(w["shape"]) // (w["segments"] or 1)
+        blocks = -(-count // w["block_size"])
+        want = {"": ("U8", [*cut, (count + 1) // 2, *[1] * (not cut)]), MAP: ("F32", [16]),
+                ABSMAX: ("U8" if w["double_quant"] else "F32", [*cut, blocks]),
                 STATE: ("U8", [len(stored[owner + STATE]["data"])])}
         if w["double_quant"]:
-            want |= {NESTED: ("F32", [-(-blocks // 256)]), NESTED_MAP: ("F32", [256])}
-        found = {part: stored[owner + part] for part in ("", *PARTS) if owner + part in stored}
+            want |= {NESTED: ("F32", [*cut, -(-blocks // 256)]), NESTED_MAP: ("F32", [256])}
+        if w["double_quant"] and cut:
+            want[OFFSET] = ("F32", cut)
+        found = {part: stored[owner + part] for part in ("", *PARTS, *[OFFSET] * len(cut))
+                 if owner + part in stored}
         need("N01", set(found) == set(want), owner)
         for part, e in found.items():
             need("N03" if part else "N02", (e["dtype"], e["shape"]) == want[part], owner + part)
             need("N04", part not in TABLES or sha(e["data"]) == TABLES[part], owner + part)
-        weights[owner] = w | {suffix: e["data"] for suffix, e in found.items()}
-    parts = {owner + suffix for owner in weights for suffix in PARTS}
+        weights[owner] = w | {"count": count} | {suffix: e["data"] for suffix, e in found.items()}
+        if OFFSET in found:
+            weights[owner]["offsets"] = struct.unpack(f"<{cut[0]}f", found[OFFSET]["data"])
+    parts = {owner + suffix for owner, w in weights.items() for suffix in (*PARTS, OFFSET)
+             if suffix in PARTS or w["segments"]}
     for name in stored.keys() - parts - weights.keys():
         need("N01", not name.endswith(tuple(f".weight{suffix}" for suffix in PARTS)), name)
         weights[name] = {"encoding": "dense", **stored[name], "": stored[name]["data"]}
@@ -224,7 +248,7 @@ def check_layout(shards, limit):
     for layer, places in homes.items():
         need("L06", len(places) == 1 or sizes[layer] > limit, layer)
 
-def check_files(root, m, stored, quantized):
+def check_files(root, m, stored, quantized, cut):
     need("B03", (root / INDEX).is_file(), INDEX)
     index = strict((root / INDEX).read_bytes(), "B03", INDEX, 1 << 26)
     need("B03", type(index) is dict and type(index.get("weight_map")) is dict, INDEX)
@@ -245,7 +269,8 @@ def check_files(root, m, stored, quantized):
         need("B06", quantized == ("quantization_config" in config), "config.json")
         q = config.get("quantization_config", {})
         need("B06", type(q) is dict and (not quantized or (
-            q.get("quant_method") == "bitsandbytes" and q.get("load_in_4bit") is True
+            q.get("quant_method") == (METHOD if cut else "bitsandbytes")
+            and q.get("load_in_4bit") is (None if cut else True)
             and q.get("bnb_4bit_quant_type") == "nf4")), "config.json")
     for name in m["adapters"]:
         config = (root / f"adapters/{name}/adapter_config.json").read_bytes()
@@ -272,16 +297,18 @@ def verify(root):
     need("N08", weights.keys() == m["tensors"].keys(), "names")
     for name, t in m["tensors"].items():
         told = t | {"shape": t["shape"][::-1] if is_turned(t) else t["shape"]}
-        shared = DENSE[:3] if t["encoding"] == "dense" else (*DENSE[:3], *NF4[4:6])
-        need("N08", all(told[key] == weights[name][key] for key in shared), name)
+        shared = DENSE[:3] if t["encoding"] == "dense" else (*DENSE[:3], *NF4[4:6], "segments")
+        need("N08", all(told.get(key) == weights[name][key] for key in shared), name)
     check_layout(shards, m["shard_limit"])
-    check_files(root, m, stored, any(t["encoding"] == "nf4" for t in m["tensors"].values()))
+    check_files(root, m, stored, any(t["encoding"] == "nf4" for t in m["tensors"].values()),
+                SEGMENTS in m["extensions"])
     for name, t in m["tensors"].items():
         w = weights[name]
         if t["encoding"] == "nf4":
             need("V04", all(map(math.isfinite, scales(w))), name)
-            need("V05", math.prod(t["shape"]) % 2 == 0 or w[""][-1] & 15 == 7, name)
-        parts = [w.get(part, b"") for part in ("", *PARTS)]
+            last = w[""][(w["count"] - 1) // 2::max((w["count"] + 1) // 2, 1)]
+            need("V05", w["count"] % 2 == 0 or all(byte & 15 == 7 for byte in last), name)
+        parts = [w.get(part, b"") for part in ("", *PARTS, *[OFFSET] * bool(w.get("segments")))]
         data = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
         need("V01", sha(w[""] if t["encoding"] == "dense" else data) == t["sha256"], name)
     return m["tensors"], weights
@@ -296,14 +323,19 @@ def scales(w):
     if not w["double_quant"]:
         return [a for (a,) in struct.iter_unpack("<f", w[ABSMAX])]
     table, nested = struct.unpack("<256f", w[NESTED_MAP]), memoryview(w[NESTED]).cast("f")
-    return [f32(f32(table[q] * nested[i // 256]) + w["offset"]) for i, q in enumerate(w[ABSMAX])]
+    n = len(w["offsets"])
+    blocks, seconds = len(w[ABSMAX]) // n, len(nested) // n
+    return [f32(f32(table[q] * nested[i // blocks * seconds + i % blocks // 256])
+                + w["offsets"][i // blocks]) for i, q in enumerate(w[ABSMAX])]
 
 def decode(tensor, w):
     """Return the float32 values of an NF4 weight, in the order of the logical tensor."""
     levels, a = struct.unpack("<16f", w[MAP]), scales(w)
-    codes = (code for byte in w[""] for code in (byte >> 4, byte & 15))
-    values = [f32(levels[code] * a[i // w["block_size"]])
-              for i, code in zip(range(math.prod(tensor["shape"])), codes, strict=False)]
+    size, blocks, values = (w["count"] + 1) // 2, -(-w["count"] // w["block_size"]), []
+    for s in range(w["segments"] or 1):
+        codes = (code for byte in w[""][s * size:(s + 1) * size] for code in (byte >> 4, byte & 15))
+        values += [f32(levels[code] * a[s * blocks + i // w["block_size"]])
+                   for i, code in zip(range(w["count"]), codes, strict=False)]
     columns = tensor["shape"][0] if tensor["transposed"] else 1
     return [value for k in range(columns) for value in values[k::columns]]
 

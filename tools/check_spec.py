@@ -47,7 +47,7 @@ class Specification:
 
 
 BUNDLE = Specification(
-    "loraformat-1.0.md", "[ABHLMNV][0-9]{2}", "minireader.py", "vectors/index.json"
+    "loraformat-1.1.md", "[ABHLMNV][0-9]{2}", "minireader.py", "vectors/index.json"
 )
 # U16, U32 and U64 are dtypes.
 UNDO = Specification("undo-1.0.md", "U(?:0[0-9]|1[0-5])", "miniundo.py", "vectors/undo/index.json")

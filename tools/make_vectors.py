@@ -52,7 +52,7 @@ def make() -> dict[str, bytes]:
     """Return every file of the vectors' directory, by path."""
     out: dict[str, bytes] = {}
     index: Json = {
-        "format_version": "1.0",
+        "format_version": "1.1",
         "made_by": "tools/make_vectors.py",
         "valid": [],
         "invalid": [],

@@ -16,6 +16,8 @@ import vector_nf4 as nf4
 INDEX = "model.safetensors.index.json"
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+SEGMENTS = "pypi.org/project/loraformat/segments"
 
 Json = dict[str, Any]
 
@@ -41,6 +43,7 @@ class Draft:
     values: dict[str, list[float]] = field(default_factory=dict)
     shard_limit: int = 2_000_000_000
     extensions: Json = field(default_factory=dict)
+    version: str = "1.0"
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
     alignment: int = 4096
     #: Spoils the header's JSON object, the header's text, a whole shard (per shard).
@@ -83,6 +86,9 @@ class Draft:
             "relative_rms_error": nf4.relative_error(weight, self.values[name]),
             "sha256": nf4.digest(parts),
         }
+        if weight.segments is not None:
+            self.records[name]["segments"] = weight.segments
+            self.version, self.extensions[SEGMENTS] = "1.1", {"must_understand": True}
         return self
 
     def _shard(self, number: int) -> list[Stored]:
@@ -101,7 +107,7 @@ class Draft:
         """Add the ``config.json`` that tells peers the quantization."""
         config: Json = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         if any(record["encoding"] == "nf4" for record in self.records.values()):
-            config["quantization_config"] = dict(QUANTIZATION)
+            config["quantization_config"] = OWN if SEGMENTS in self.extensions else QUANTIZATION
         self.files["config.json"] = text(config)
         return self
 
@@ -115,6 +121,9 @@ QUANTIZATION = {
     "load_in_8bit": False,
     "quant_method": "bitsandbytes",
 }
+#: Of a bundle with segments.
+OWN = {key: value for key, value in QUANTIZATION.items() if not key.startswith("load_in")}
+OWN["quant_method"] = "loraformat (import loraformat.transformers)"
 
 
 def text(value: Any) -> bytes:
@@ -157,7 +166,7 @@ def build(draft: Draft) -> dict[str, bytes]:
         out |= {f"adapters/{name}/{path}": data for path, data in files.items()}
     manifest = {
         "format": "loraformat",
-        "format_version": "1.0",
+        "format_version": draft.version,
         "created_by": "tools/make_vectors.py",
         "source": {"format": "safetensors"},
         "fingerprint": "",

@@ -8,6 +8,7 @@ from typing import Any
 
 import vector_nf4 as nf4
 from vector_bundle import (
+    EXPERTS,
     INDEX,
     NORM,
     UP,
@@ -47,6 +48,14 @@ def quantized(**options: Any) -> Draft:
     dtype = options.get("dtype", "BF16")
     values = options.pop("values", None) or nf4.sample(shape, "up", dtype)
     draft = Draft().weight(UP, nf4.Weight(shape, values, **options))
+    return draft.dense(NORM, "F32", [4], floats(4)).arrange().with_config()
+
+
+def stacked(shape: list[int], segments: int, **options: Any) -> Draft:
+    """Return a bundle with a stack of experts, a linear and a plain tensor."""
+    values = nf4.sample(shape, "experts", options.get("dtype", "BF16"))
+    draft = Draft().weight(EXPERTS, nf4.Weight(shape, values, segments=segments, **options))
+    draft.weight(UP, nf4.Weight([2, 64], nf4.sample([2, 64], "up")))
     return draft.dense(NORM, "F32", [4], floats(4)).arrange().with_config()
 
 
@@ -121,31 +130,33 @@ def part(draft: Draft, name: str) -> Stored:
     return next(s for stored in draft.shards for s in stored if s.name == name)
 
 
-def parts_of(draft: Draft) -> nf4.Parts:
-    """Return the parts of the NF4 weight."""
+def parts_of(draft: Draft, name: str = UP) -> nf4.Parts:
+    """Return the parts of an NF4 weight."""
     return {
-        s.name.removeprefix(UP): (s.dtype, s.shape, s.data)
+        s.name.removeprefix(name): (s.dtype, s.shape, s.data)
         for stored in draft.shards
         for s in stored
-        if s.name.startswith(UP)
+        if s.name.startswith(name)
     }
 
 
-def repaired(draft: Draft) -> Draft:
-    """Recompute the SHA-256 of the NF4 weight after its parts were changed."""
-    draft.records[UP]["sha256"] = nf4.digest(parts_of(draft))
+def repaired(draft: Draft, name: str = UP) -> Draft:
+    """Recompute the SHA-256 of an NF4 weight after its parts were changed."""
+    draft.records[name]["sha256"] = nf4.digest(parts_of(draft, name))
     return draft
 
 
-def reformed(change: Callable[[Json], Any], **options: Any) -> Draft:
+def reformed(
+    change: Callable[[Json], Any], draft: Draft | None = None, name: str = UP, **options: Any
+) -> Draft:
     """Return a bundle whose quant state was changed, and its hash repaired."""
-    draft = quantized(**options)
-    state = part(draft, STATE)
+    draft = draft or quantized(**options)
+    state = part(draft, name + nf4.TAIL[2])
     fields = json.loads(state.data)
     changed = change(fields)
     state.data = json.dumps(fields if changed is None else changed).encode()
     state.shape = [len(state.data)]
-    return repaired(draft)
+    return repaired(draft, name)
 
 
 def changed(draft: Draft, **hooks: Any) -> Draft:

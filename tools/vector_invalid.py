@@ -38,6 +38,7 @@ from vector_drafts import (
 )
 from vector_invalid_headers import header_rules
 from vector_invalid_manifests import manifest_rules
+from vector_invalid_segments import segment_rules
 from vector_invalid_weights import weight_rules
 
 Case = tuple[str, str, str, str, Draft]
@@ -88,6 +89,7 @@ REASONS = {
     "M10": "adapters recognize their base by the fingerprint",
     "M11": "whoever does not know the extension would compute something else",
     "M12": "the bundle cannot be stored where case does not count",
+    "M13": "a reader of version 1.0 must refuse it, or none need",
     "N01": "a part of the weight is missing, or has no weight",
     "N02": "the codes do not fit the shape",
     "N03": "scales, maps or state do not fit the shape",
@@ -96,6 +98,7 @@ REASONS = {
     "N06": "it is another quantization",
     "N07": "it is another double quantization",
     "N08": "manifest and shards describe different weights",
+    "N09": "a segment is not a number of whole rows of one matrix",
     "V01": "the weight was changed or damaged",
     "V02": "the header was changed or damaged",
     "V03": "the file was changed or damaged",
@@ -110,6 +113,7 @@ def _invalid() -> Iterator[tuple[str, str, str, Draft]]:
     yield from _layout_rules()
     yield from manifest_rules()
     yield from weight_rules()
+    yield from segment_rules()
     yield from _hash_rules()
 
 

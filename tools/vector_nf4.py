@@ -16,6 +16,7 @@ from hashlib import sha256
 
 TAIL = (".quant_map", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
 HASHED = ("", ".absmax", ".nested_absmax", *TAIL)
+OFFSET = ".nested_offset"
 TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Parts = dict[str, tuple[str, list[int], bytes]]
@@ -80,6 +81,7 @@ class Weight:
     block_size: int = 64
     double_quant: bool = True
     transposed: bool = False
+    segments: int | None = None
 
     def stored_values(self) -> list[float]:
         """Return the values in the order in which the codes run."""
@@ -117,6 +119,8 @@ def _codes(values: list[float], size: int, table: list[float]) -> tuple[list[int
 
 def encode(weight: Weight) -> Parts:
     """Return the stored tensors of a weight by suffix: dtype, shape, bytes."""
+    if weight.segments is not None:
+        return _encode_segments(weight, weight.segments)
     codes, absmax = _codes(weight.stored_values(), weight.block_size, levels())
     if len(codes) % 2:
         codes.append(7)
@@ -144,8 +148,57 @@ def encode(weight: Weight) -> Parts:
     return parts
 
 
+def segments_of(weight: Weight) -> list[Weight]:
+    """Return the segments of a weight, each as a weight of its own."""
+    number = weight.segments or 1
+    count = len(weight.values) // number
+    runs = (weight.values[i * count : (i + 1) * count] for i in range(number))
+    return [
+        Weight([count], run, weight.dtype, weight.block_size, weight.double_quant) for run in runs
+    ]
+
+
+def _encode_segments(weight: Weight, number: int) -> Parts:
+    """Return the parts of a weight with segments: those of its segments, one after the other."""
+    each = [encode(segment) for segment in segments_of(weight)]
+    states = [json.loads(parts[TAIL[2]][2]) for parts in each]
+    state = states[0] | {"shape": weight.shape, "segments": number}
+    parts: Parts = {}
+    for suffix, (dtype, shape, data) in each[0].items():
+        if suffix in TAIL[:2]:
+            parts[suffix] = dtype, shape, data
+        elif suffix != TAIL[2]:
+            joined = b"".join(one[suffix][2] for one in each)
+            parts[suffix] = dtype, [number, shape[0]], joined
+    if weight.double_quant:
+        offsets = [one["nested_offset"] for one in states]
+        parts[OFFSET] = "F32", [number], pack(offsets, "F32")
+        del state["nested_offset"]
+    order = ("quant_type", "blocksize", "dtype", "shape", "segments", "nested_blocksize")
+    state = {key: state[key] for key in (*order, "nested_dtype") if key in state}
+    raw = json.dumps(state).encode()
+    return parts | {TAIL[2]: ("U8", [len(raw)], raw)}
+
+
+def _segment(weight: Weight, parts: Parts, number: int) -> Parts:
+    """Return the parts of one segment, as those of a weight of its own."""
+    own: Parts = {}
+    for suffix, (dtype, shape, data) in parts.items():
+        size = len(data) // (weight.segments or 1)
+        tail = suffix in TAIL
+        own[suffix] = dtype, shape, data if tail else data[number * size : (number + 1) * size]
+    if OFFSET in own:
+        state = json.loads(own[TAIL[2]][2])
+        state["nested_offset"] = struct.unpack("<f", own[OFFSET][2])[0]
+        own[TAIL[2]] = "U8", [], json.dumps(state).encode()
+    return own
+
+
 def decode(weight: Weight, parts: Parts) -> list[float]:
     """Return the float32 values in the order of the logical tensor."""
+    if weight.segments is not None:
+        segments = enumerate(segments_of(weight))
+        return [x for i, one in segments for x in decode(one, _segment(weight, parts, i))]
     count, absmax = math.prod(weight.shape), parts[".absmax"][2]
     if weight.double_quant:
         offset = json.loads(parts[TAIL[2]][2])["nested_offset"]
@@ -176,9 +229,10 @@ def relative_error(weight: Weight, decoded: list[float]) -> float:
 
 
 def digest(parts: Parts) -> str:
-    """Return the SHA-256 of the six parts, each after its length."""
+    """Return the SHA-256 of the parts, each after its length."""
     h = sha256()
-    for suffix in HASHED:
+    cut = "segments" in json.loads(parts[TAIL[2]][2])
+    for suffix in (*HASHED, *[OFFSET] * cut):
         data = parts[suffix][2] if suffix in parts else b""
         h.update(len(data).to_bytes(8, "little") + data)
     return h.hexdigest()

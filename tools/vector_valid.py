@@ -18,6 +18,7 @@ from vector_drafts import (
     newer_minor,
     overflow,
     quantized,
+    stacked,
     with_adapter,
 )
 
@@ -84,6 +85,33 @@ def valid() -> Iterator[tuple[str, str, Draft]]:
         "one weight with and one without double quantization",
         mixed.arrange().with_config(),
     )
+    yield (
+        "segments",
+        "3 experts of 6 x 32: a block of 64 would cross from one into the next",
+        stacked([3, 6, 32], 3),
+    )
+    yield (
+        "segments-odd",
+        "2 experts of 5 x 13, so that each ends with a code and the padding 7",
+        stacked([2, 5, 13], 2),
+    )
+    yield (
+        "segments-plain",
+        "without double quantization",
+        stacked([3, 6, 32], 3, double_quant=False),
+    )
+    yield (
+        "segments-two-halves",
+        "2 experts of 4 x 40, the upper and lower half of each a segment of its own",
+        stacked([2, 4, 40], 4),
+    )
+    yield (
+        "segments-nested-tail",
+        "2 experts of 257 blocks, so that the second level has a tail in each",
+        stacked([2, 257, 32], 2, block_size=32),
+    )
+    yield "segments-one", "one expert is one segment", stacked([1, 3, 40], 1, dtype="F16")
+    yield "segments-four-dimensions", "a stack of stacks", stacked([2, 2, 3, 32], 4)
     yield (
         "several-shards",
         "three shards of one layer each",

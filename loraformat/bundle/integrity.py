@@ -1,7 +1,7 @@
 """Bundle verification: every rule and every hash.
 
 Structure is checked by opening; here every byte is read and compared with its SHA-256,
-and adapters are opened. Rules ``A..`` and ``V..`` of ``spec/loraformat-1.0.md``.
+and adapters are opened. Rules ``A..`` and ``V..`` of ``spec/loraformat-1.1.md``.
 """
 
 from __future__ import annotations

@@ -16,9 +16,19 @@ from typing import Any
 
 from loraformat.model.written import FileRecord, ShardRecord, TensorRecord
 
-__all__ = ["FORMAT_VERSION", "Manifest", "fingerprint"]
+__all__ = [
+    "FORMAT_VERSION",
+    "SEGMENTS",
+    "SEGMENTS_VERSION",
+    "Manifest",
+    "fingerprint",
+    "has_segments",
+]
 
 FORMAT_VERSION = "1.0"
+#: The same of a base with segments, and the extension that it must have.
+SEGMENTS_VERSION = "1.1"
+SEGMENTS = "pypi.org/project/loraformat/segments"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,13 @@ class Manifest:
             listed |= {f"adapters/{name}/{path}": record for path, record in files.items()}
         return listed
 
+    @staticmethod
+    def version_of(tensors: Mapping[str, TensorRecord]) -> tuple[str, dict[str, dict[str, Any]]]:
+        """Return the oldest version that expresses some weights, and the extension it needs."""
+        if has_segments(tensors):
+            return SEGMENTS_VERSION, {SEGMENTS: {"must_understand": True}}
+        return FORMAT_VERSION, {}
+
     def encode(self) -> bytes:
         """Return the manifest's bytes: UTF-8 JSON, one line per tensor, a final newline."""
         head = {
@@ -83,6 +100,11 @@ class Manifest:
         members.append(_block("adapters", adapters))
         members.append(_block("extensions", self.extensions))
         return ("{\n" + ",\n".join(members) + "\n}\n").encode("utf-8")
+
+
+def has_segments(tensors: Mapping[str, TensorRecord]) -> bool:
+    """Tell whether a weight of a base is quantized in segments."""
+    return any(record.segments is not None for record in tensors.values())
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Manifest parsing and validation (rules M01 to M12).
+"""Manifest parsing and validation (rules M01 to M13).
 
 This module reads no file; what compares the manifest with other files is checked in
 `loraformat.bundle.rules`.
@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterable
 from os import PathLike
 from typing import Any
 
-from loraformat.bundle.manifest import Manifest, fingerprint
+from loraformat.bundle.manifest import (
+    FORMAT_VERSION,
+    SEGMENTS,
+    Manifest,
+    fingerprint,
+    has_segments,
+)
 from loraformat.errors import FormatError, printable
 from loraformat.model.written import FileRecord, ShardRecord, TensorRecord
 from loraformat.shards.layout import shard_name
@@ -31,7 +37,7 @@ __all__ = ["MAX_MANIFEST_BYTES", "parse_manifest"]
 MAX_MANIFEST_BYTES = 64 << 20
 
 _SUPPORTED_MAJOR = 1
-_SUPPORTED_MINOR = 0
+_SUPPORTED_MINOR = 1
 _MAX_COUNT = 1 << 53
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})")
@@ -40,7 +46,7 @@ _VERSION = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})")
 def parse_manifest(raw: bytes, path: str | PathLike[str] = MANIFEST_NAME) -> Manifest:
     """Parse and check a whole manifest, whose path is for messages.
 
-    Raises `FormatError` naming the broken rule, M01 to M12.
+    Raises `FormatError` naming the broken rule, M01 to M13.
     """
     return _Parser(path).manifest(raw)
 
@@ -51,6 +57,7 @@ class _Parser:
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = path
         self.newer = False  # a newer minor version may have added members
+        self.more: tuple[str, ...] = ()  # what 1.1 added to NF4 weights
 
     def broken(self, rule: str, problem: str, hint: str | None = None) -> FormatError:
         return FormatError(rule, problem, path=self.path, hint=hint)
@@ -84,7 +91,7 @@ class _Parser:
             files=self.files(top["files"], "files"),
             fingerprint=top["fingerprint"],
             adapters=self.adapters(top["adapters"]),
-            extensions=self.extensions(top["extensions"]),
+            extensions=self.extensions(top["extensions"], has_segments(tensors)),
             format_version=version,
         )
 
@@ -99,6 +106,7 @@ class _Parser:
                 hint="install a newer loraformat" if int(match[1]) > _SUPPORTED_MAJOR else None,
             )
         self.newer = int(match[2]) > _SUPPORTED_MINOR
+        self.more = () if match[0] == FORMAT_VERSION else ("segments",)
         return match[0]
 
     def object(self, rule: str, what: str, value: Any) -> dict[str, Any]:
@@ -106,12 +114,14 @@ class _Parser:
             raise self.broken(rule, f"{what} is not an object")
         return value
 
-    def members(self, rule: str, what: str, value: Any, required: Iterable[str]) -> None:
+    def members(
+        self, rule: str, what: str, value: Any, required: Iterable[str], more: Iterable[str] = ()
+    ) -> None:
         self.object(rule, what, value)
         required = set(required)
         if missing := sorted(required - value.keys()):
             raise self.broken(rule, f"{what} lacks {', '.join(missing)}")
-        if not self.newer and (unknown := sorted(value.keys() - required)):
+        if not self.newer and (unknown := sorted(value.keys() - required.union(more))):
             raise self.broken(rule, f"{what} has unknown member {printable(unknown[0])}")
 
     def string(self, value: Any, what: str) -> str:
@@ -157,7 +167,7 @@ class _Parser:
         required = {"encoding", "dtype", "shape", "sha256"}
         if encoding == "nf4":
             required |= {"block_size", "double_quant", "transposed", "relative_rms_error"}
-        self.members("M05", what, value, required)
+        self.members("M05", what, value, required, self.more if encoding == "nf4" else ())
         dtypes = FORMAT_DTYPES if encoding == "dense" else WEIGHT_DTYPES.values()
         if not isinstance(value["dtype"], str) or value["dtype"] not in dtypes:
             raise self.broken("M05", f"{what} has dtype {printable(value['dtype'])}")
@@ -174,21 +184,27 @@ class _Parser:
 
     def nf4_members(self, what: str, value: dict[str, Any]) -> dict[str, Any]:
         error = value["relative_rms_error"]
+        segments = None
+        if "segments" in self.more and "segments" in value:
+            segments = self.count(value["segments"], f"{what}: segments", "M05")
         sound = (
             type(value["double_quant"]) is bool
             and type(value["transposed"]) is bool
-            and (not value["transposed"] or len(value["shape"]) == 2)
+            and (not value["transposed"] or (len(value["shape"]) == 2 and segments is None))
+            and segments != 0
             and (error is None or (type(error) in (int, float) and error >= 0))
         )
         if not sound:
             raise self.broken(
-                "M05", f"{what} has a member of a wrong type, or is transposed but not 2-D"
+                "M05",
+                f"{what} has a member of a wrong type, no segments, or is transposed but not 2-D",
             )
         return {
             "block_size": self.count(value["block_size"], f"{what}: block_size", "M05"),
             "double_quant": value["double_quant"],
             "transposed": value["transposed"],
             "relative_rms_error": error,
+            "segments": segments,
         }
 
     def shards(self, value: Any) -> tuple[ShardRecord, ...]:
@@ -244,11 +260,17 @@ class _Parser:
             adapters[name] = files
         return adapters
 
-    def extensions(self, value: Any) -> dict[str, dict[str, Any]]:
+    def extensions(self, value: Any, segments: bool) -> dict[str, dict[str, Any]]:
         extensions = self.object("M11", "extensions", value)
         for name, body in extensions.items():
             what = f"extension {printable(name)}"
-            if self.object("M11", what, body).get("must_understand", True) is not False:
+            understood = self.object("M11", what, body).get("must_understand", True) is False
+            if name != SEGMENTS and not understood:
                 problem = f"{what} must be understood, and is unknown here"
                 raise self.broken("M11", problem, hint="install a newer loraformat")
+        if segments != (SEGMENTS in extensions):
+            problem = "lacks" if segments else "has no segments, and needs no"
+            raise self.broken("M13", f"the base {problem} extension {SEGMENTS}")
+        if segments and extensions[SEGMENTS].get("must_understand") is not True:
+            raise self.broken("M13", f"extension {SEGMENTS} does not say must_understand")
         return extensions

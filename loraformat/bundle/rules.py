@@ -4,7 +4,7 @@ What one file must be by itself is checked where it is parsed (`loraformat.tenso
 `loraformat.bundle.manifest_rules`, `loraformat.nf4.quant_state`,
 `loraformat.shards.stored_tensors`). Here they are held against each other. Rules ``B..``,
 ``L03`` to ``L06``, ``N08`` and ``V02`` of
-``spec/loraformat-1.0.md``.
+``spec/loraformat-1.1.md``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from loraformat.bundle.manifest import Manifest
+from loraformat.bundle.manifest import Manifest, has_segments
 from loraformat.errors import FormatError, InputError, printable
 from loraformat.families.tensor_names import layer_of
 from loraformat.model import config_json
 from loraformat.model.checkpoint import LazyTensor, NF4Tensor
+from loraformat.model.nf4_parts import SEGMENT_METHOD
 from loraformat.model.written import FileRecord, ShardRecord
 from loraformat.shards import index_json
 from loraformat.shards.layout import TAIL_SUFFIXES
@@ -103,8 +104,8 @@ def check_tensors(
         described: tuple[Any, ...] = (record.encoding, record.dtype, record.shape)
         found: tuple[Any, ...] = ("dense", tensor.dtype, tensor.shape)
         if isinstance(tensor, NF4Tensor):
-            described += (record.block_size, record.double_quant)
-            found = ("nf4", *found[1:], tensor.block_size, tensor.double_quant)
+            described += (record.block_size, record.double_quant, record.segments)
+            found = ("nf4", *found[1:], tensor.block_size, tensor.double_quant, tensor.segments)
         if described != found:
             raise FormatError(
                 "N08",
@@ -265,11 +266,13 @@ def split_config(
     except InputError as error:
         raise FormatError("B06", error.problem, path=path) from None
     quantized = [t for t in tensors.values() if isinstance(t, NF4Tensor)]
-    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    cut = has_segments(manifest.tensors)
+    method, in_4bit = (SEGMENT_METHOD, None) if cut else ("bitsandbytes", True)
+    wanted = {"quant_method": method, "load_in_4bit": in_4bit, "bnb_4bit_quant_type": "nf4"}
     found = {key: (quantization or {}).get(key) for key in wanted}
-    if quantized and (found != wanted or found["load_in_4bit"] is not True):
+    if quantized and (found != wanted or found["load_in_4bit"] is not in_4bit):
         raise FormatError(
-            "B06", "quantization_config does not say bitsandbytes NF4, as the shards do", path=path
+            "B06", f"quantization_config does not say {method} NF4, as the shards do", path=path
         )
     if not quantized and quantization is not None:
         raise FormatError("B06", "has a quantization_config, but no tensor is quantized", path=path)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraformat.bundle.integrity import file_record
-from loraformat.bundle.manifest import FORMAT_VERSION, Manifest
+from loraformat.bundle.manifest import FORMAT_VERSION, SEGMENTS_VERSION, Manifest
 from loraformat.bundle.manifest_rules import MAX_MANIFEST_BYTES, parse_manifest
 from loraformat.bundle.reader import is_bundle
 from loraformat.errors import InputError, OutputError, UnsupportedError, UsageError, printable
@@ -169,10 +169,10 @@ def _refuse(place: BundleSlot, manifest: Manifest, force: bool) -> None:
             path=path,
             hint="copy the bundle to a directory of its own first",
         )
-    if manifest.format_version != FORMAT_VERSION:
+    if manifest.format_version not in (FORMAT_VERSION, SEGMENTS_VERSION):
         raise UnsupportedError(
             f"has format version {manifest.format_version}, and this program writes "
-            f"{FORMAT_VERSION}",
+            f"{FORMAT_VERSION} and {SEGMENTS_VERSION}",
             path=path,
             hint="install a newer loraformat",
         )

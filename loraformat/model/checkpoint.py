@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy
 
-from loraformat.model.nf4_parts import NF4_PARTS, NF4Parts, Part
+from loraformat.model.nf4_parts import NF4_PARTS, SEGMENT_PARTS, NF4Parts, Part
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.rows import Elements, RowReader, RowSource, matrix_shape
 from loraformat.nf4 import codec
 from loraformat.nf4.quant_state import NESTED_BLOCK_SIZE, QuantState, parse_quant_state
 from loraformat.nf4.rows import dequantize_rows
+from loraformat.nf4.segments import NF4Stack, rows_of_segments
 from loraformat.tensors.arrays import Array, array_view, numpy_dtype
 from loraformat.tensors.dtypes import ITEM_BYTES
 
@@ -187,6 +188,9 @@ class NF4Tensor(_Tensor):
     transposed : bool
         The codes run over the transpose of the weight: bitsandbytes turns ``Conv1D``
         weights (GPT-2) into linears before it quantizes them.
+    segments : int or None
+        Equal runs of whole rows that are quantized each by itself, such as the matrices of a
+        stack of experts; None if the codes run over the weight as one.
     load : callable
         Returns `NF4Parts`: mapped, or quantized now.
     release : callable
@@ -198,6 +202,12 @@ class NF4Tensor(_Tensor):
     transposed: bool
     load: Callable[[], NF4Parts] = field(repr=False)
     release: Callable[[], None] = field(default=_nothing, repr=False)
+    segments: int | None = None
+
+    @property
+    def segment_count(self) -> int:
+        """Elements of each segment; all of them if there are none."""
+        return self.count // (self.segments or 1)
 
     @property
     def quantization(self) -> str:
@@ -216,8 +226,8 @@ class NF4Tensor(_Tensor):
 
     @property
     def blocks(self) -> int:
-        """Number of scales."""
-        return -(-self.count // self.block_size)
+        """Number of scales of each segment."""
+        return -(-self.segment_count // self.block_size)
 
     def parts(self, quant_state_bytes: int) -> list[Part]:
         """List the stored tensors of this weight, in hashing order.
@@ -228,17 +238,23 @@ class NF4Tensor(_Tensor):
             Length of the JSON text, which is known only once the weight is quantized.
         """
         scale_type = "U8" if self.double_quant else "F32"
+        packed, cut = (
+            (self.segment_count + 1) // 2,
+            () if self.segments is None else (self.segments,),
+        )
         parts = [
-            Part("", "U8", ((self.count + 1) // 2, 1)),
-            Part(NF4_PARTS["absmax"], scale_type, (self.blocks,)),
+            Part("", "U8", (*cut, packed) if cut else (packed, 1)),
+            Part(NF4_PARTS["absmax"], scale_type, (*cut, self.blocks)),
         ]
         if self.double_quant:
             nested = -(-self.blocks // NESTED_BLOCK_SIZE)
-            parts.append(Part(NF4_PARTS["nested_absmax"], "F32", (nested,)))
+            parts.append(Part(NF4_PARTS["nested_absmax"], "F32", (*cut, nested)))
         parts.append(Part(NF4_PARTS["quant_map"], "F32", (16,)))
         if self.double_quant:
             parts.append(Part(NF4_PARTS["nested_quant_map"], "F32", (256,)))
         parts.append(Part(NF4_PARTS["quant_state"], "U8", (quant_state_bytes,)))
+        if self.double_quant and cut:
+            parts.append(Part(SEGMENT_PARTS["nested_offset"], "F32", cut))
         return parts
 
     @property
@@ -247,8 +263,15 @@ class NF4Tensor(_Tensor):
         return sum(part.nbytes for part in self.parts(0) if "map" not in part.suffix)
 
     def state(self, nested_offset: float | None) -> QuantState:
-        """Return the quant state for this weight."""
-        return QuantState(self.stored_shape, self.dtype, self.block_size, nested_offset)
+        """Return the quant state for this weight; with segments, the offset is not in it."""
+        return QuantState(
+            self.stored_shape,
+            self.dtype,
+            self.block_size,
+            None if self.segments else nested_offset,
+            self.double_quant,
+            self.segments,
+        )
 
     def dequantize(self, dtype: str | None = None, out: Array | None = None) -> Array:
         """Return the weight as dense numbers, as bitsandbytes would.
@@ -266,9 +289,12 @@ class NF4Tensor(_Tensor):
         array
             Of shape ``shape``; a view on the buffer, transposed if the codes are.
         """
-        weight = codec.dequantize(
-            self.codes(self.load()), dtype=numpy_dtype(dtype or self.dtype), out=out
-        ).reshape(self.stored_shape)
+        if out is None:
+            out = numpy.empty(self.count, numpy_dtype(dtype or self.dtype))
+        for number, codes in enumerate(self.segment_codes(self.load())):
+            start = number * codes.count
+            codec.dequantize(codes, out=out[start : start + codes.count])
+        weight = out.reshape(self.stored_shape)
         return weight.T if self.transposed else weight
 
     def array(self) -> Array:
@@ -277,7 +303,10 @@ class NF4Tensor(_Tensor):
 
     def row_reader(self, dtype: str | None = None) -> RowReader:
         """Return `rows` for reading many times: codes are loaded, and scales decoded, once."""
-        codes, wanted = self.codes(self.load()), numpy_dtype(dtype or self.dtype)
+        segments, wanted = self.segment_codes(self.load()), numpy_dtype(dtype or self.dtype)
+        if self.segments is not None:
+            return rows_of_segments(segments, self.matrix_shape[1], wanted)
+        (codes,) = segments
         height, columns = self.matrix_shape
         scales = codes.scales()
 
@@ -308,17 +337,26 @@ class NF4Tensor(_Tensor):
         """
         return self.row_reader(dtype)(start, stop)
 
-    def codes(self, parts: NF4Parts) -> codec.NF4:
-        """Return loaded parts as the codec's own record."""
-        nested = parts.nested_absmax
-        return codec.NF4(
-            packed=array_view(parts.packed, "U8"),
-            absmax=array_view(parts.absmax, "U8" if self.double_quant else "F32"),
-            count=self.count,
-            block_size=self.block_size,
-            nested_absmax=None if nested is None else array_view(nested, "F32"),
-            nested_offset=parse_quant_state(parts.quant_state, self.name, "").nested_offset,
-        )
+    def segment_codes(self, parts: NF4Parts) -> list[codec.NF4]:
+        """Return loaded parts as records of the codec: one for each segment, or one."""
+
+        def rows(view: memoryview, dtype: str) -> Array:
+            return array_view(view, dtype).reshape(self.segments or 1, -1)
+
+        nested, offset = parts.nested_absmax, None
+        if parts.nested_offset is not None:
+            offset = array_view(parts.nested_offset, "F32")
+        elif nested is not None:
+            state = parse_quant_state(parts.quant_state, self.name, "")
+            offset = numpy.array([state.nested_offset], numpy.float32)
+        return NF4Stack(
+            rows(parts.packed, "U8"),
+            rows(parts.absmax, "U8" if self.double_quant else "F32"),
+            self.segment_count,
+            self.block_size,
+            None if nested is None else rows(nested, "F32"),
+            offset,
+        ).segments()
 
 
 LazyTensor = DenseTensor | NF4Tensor

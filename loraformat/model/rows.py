@@ -7,7 +7,7 @@ experts * out rows; a vector is one row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
 
@@ -114,6 +114,8 @@ class Elements:
         Returns rows.
     columns, size : int
     dtype : numpy.dtype
+    first : int
+        Element of the matrix with which they begin.
 
     Examples
     --------
@@ -126,9 +128,15 @@ class Elements:
     columns: int
     size: int
     dtype: numpy.dtype[Any]
+    first: int = 0
 
     def __getitem__(self, piece: slice) -> Array:
         start, stop, _ = piece.indices(self.size)
-        first = start // max(self.columns, 1)
-        rows = self.read(first, -(-stop // max(self.columns, 1))).reshape(-1)
-        return rows[start - first * self.columns : stop - first * self.columns]
+        start, stop = self.first + start, self.first + stop
+        row = start // max(self.columns, 1)
+        rows = self.read(row, -(-stop // max(self.columns, 1))).reshape(-1)
+        return rows[start - row * self.columns : stop - row * self.columns]
+
+    def run(self, start: int, size: int) -> Elements:
+        """Return some of the elements, not yet computed."""
+        return replace(self, size=size, first=self.first + start)

@@ -23,7 +23,7 @@ class TensorRecord:
     shape : tuple of int
         As in the Hugging Face model.
     sha256 : str
-        Of the tensor's bytes; for NF4 of its six parts, see
+        Of the tensor's bytes; for NF4 of its parts, see
         `loraformat.model.nf4_parts.content_digest`.
     block_size : int
         Elements per scale; 0 for a dense tensor.
@@ -32,6 +32,8 @@ class TensorRecord:
         The NF4 codes run over the transpose (``Conv1D`` weights, as in GPT-2).
     relative_rms_error : float or None
         ‖W − NF4(W)‖ / ‖W‖ if the original was at hand.
+    segments : int or None
+        Of an NF4 weight that is quantized in segments.
     """
 
     encoding: Encoding
@@ -42,6 +44,7 @@ class TensorRecord:
     double_quant: bool = False
     transposed: bool = False
     relative_rms_error: float | None = None
+    segments: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object, members in their specified order."""
@@ -55,6 +58,8 @@ class TensorRecord:
             fields["double_quant"] = self.double_quant
             fields["transposed"] = self.transposed
             fields["relative_rms_error"] = self.relative_rms_error
+            if self.segments is not None:
+                fields["segments"] = self.segments
         fields["sha256"] = self.sha256
         return fields
 

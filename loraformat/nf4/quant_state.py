@@ -3,7 +3,7 @@
 It holds what the packed bytes do not say: block size, dtype, shape, and with double
 quantization the offset of the scales. bitsandbytes parses it with ``json.loads``;
 `QuantState.encode` writes the very bytes that bitsandbytes writes.
-Rules ``N05`` to ``N07`` of ``spec/loraformat-1.0.md``.
+Rules ``N05`` to ``N07`` and ``N09`` of ``spec/loraformat-1.1.md``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ MAX_QUANT_STATE_BYTES = 4096
 LONGEST_OFFSET = 24
 
 _KEYS = {"quant_type", "blocksize", "dtype", "shape"}
-_NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+_NESTED_KEYS = {"nested_blocksize", "nested_dtype"}
+_MEMBERS = (
+    _KEYS,
+    _KEYS | _NESTED_KEYS | {"nested_offset"},
+    _KEYS | {"segments"},
+    _KEYS | _NESTED_KEYS | {"segments"},
+)
 _DTYPES = {TORCH_NAMES[name]: name for name in WEIGHT_DTYPES.values()}
 
 
@@ -55,21 +61,32 @@ class QuantState:
     block_size : int
         Elements per scale.
     nested_offset : float or None
-        Added to each decoded scale; a float32 value. None without double quantization.
+        Added to each decoded scale; a float32 value. None without double quantization, and with
+        segments, which have an offset each in a part of its own.
+    double_quant : bool
+        Whether the scales are quantized; an offset implies it.
+    segments : int or None
+        How many segments the weight has; None if it is one that does not say so.
     """
 
     shape: tuple[int, ...]
     dtype: str
     block_size: int
     nested_offset: float | None = None
+    double_quant: bool = False
+    segments: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.nested_offset is not None:
+            object.__setattr__(self, "double_quant", True)
 
     @property
     def count(self) -> int:
-        """Elements of the weight."""
-        return prod(self.shape)
+        """Elements of each segment."""
+        return prod(self.shape) // (self.segments or 1)
 
     def encode(self) -> bytes:
-        """Return the bytes that bitsandbytes writes for this state.
+        """Return the bytes that bitsandbytes writes for this state; it knows no segments.
 
         Examples
         --------
@@ -82,9 +99,12 @@ class QuantState:
             "dtype": TORCH_NAMES[self.dtype],
             "shape": list(self.shape),
         }
-        if self.nested_offset is not None:
+        if self.segments is not None:
+            fields["segments"] = self.segments
+        if self.double_quant:
             fields["nested_blocksize"] = NESTED_BLOCK_SIZE
             fields["nested_dtype"] = "float32"
+        if self.nested_offset is not None:
             fields["nested_offset"] = self.nested_offset
         return json.dumps(fields).encode("ascii")
 
@@ -96,7 +116,8 @@ def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> Qua
     ------
     FormatError
         N05 (not the JSON object it must be), N06 (a quantization that is not NF4, a block
-        size or dtype that does not exist) or N07 (the double quantization's members).
+        size or dtype that does not exist), N07 (the double quantization's members) or N09
+        (segments that are not whole rows of one matrix).
 
     Examples
     --------
@@ -114,12 +135,15 @@ def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> Qua
         fields = strict_json.loads(raw)
     except strict_json.StrictJsonError as error:
         raise broken("N05", f"quant state is not strict JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.keys() not in (_KEYS, _KEYS | _NESTED_KEYS):
+    if not isinstance(fields, dict) or fields.keys() not in _MEMBERS:
         raise broken("N05", "quant state has other members than bitsandbytes writes")
     shape, size, dtype = fields["shape"], fields["blocksize"], fields["dtype"]
     few = isinstance(shape, list) and len(shape) <= 8
     if not few or not all(type(n) is int and 0 < n < 1 << 48 for n in shape):
         raise broken("N05", f"quant state has shape {printable(shape)}")
+    segments = fields.get("segments", 1)
+    if type(segments) is not int or not 0 < segments < 1 << 48:
+        raise broken("N05", f"quant state has {printable(segments)} segments")
     if fields["quant_type"] != "nf4":
         raise broken("N06", f"quant_type is {printable(fields['quant_type'])}, wanted nf4")
     if type(size) is not int or size not in BLOCK_SIZES:
@@ -127,16 +151,22 @@ def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> Qua
         raise broken("N06", f"blocksize is {printable(size)}, wanted {wanted}")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise broken("N06", f"dtype is {printable(dtype)}, wanted {', '.join(_DTYPES)}")
-    if "nested_offset" not in fields:
-        return QuantState(tuple(shape), _DTYPES[dtype], size)
-    nested, offset = fields["nested_blocksize"], _float32(fields["nested_offset"])
-    plain = type(nested) is int and fields["nested_dtype"] == "float32"
-    if not plain or nested != NESTED_BLOCK_SIZE:
-        raise broken("N07", "nested_blocksize must be 256 and nested_dtype float32")
-    if offset is None:
-        found = printable(fields["nested_offset"])
-        raise broken("N07", f"nested_offset is {found}, wanted a finite float32")
-    return QuantState(tuple(shape), _DTYPES[dtype], size, offset)
+    nested, offset = fields.get("nested_blocksize"), None
+    if nested is not None or "nested_dtype" in fields:
+        plain = type(nested) is int and fields["nested_dtype"] == "float32"
+        if not plain or nested != NESTED_BLOCK_SIZE:
+            raise broken("N07", "nested_blocksize must be 256 and nested_dtype float32")
+    if "nested_offset" in fields:
+        offset = _float32(fields["nested_offset"])
+        if offset is None:
+            found = printable(fields["nested_offset"])
+            raise broken("N07", f"nested_offset is {found}, wanted a finite float32")
+    if "segments" not in fields:
+        return QuantState(tuple(shape), _DTYPES[dtype], size, offset)
+    if len(shape) < 3 or prod(shape[:-1]) % segments or segments % prod(shape[:-2]):
+        raise broken("N09", f"{segments} segments are not whole rows of one matrix of {shape}")
+    double_quant = nested is not None
+    return QuantState(tuple(shape), _DTYPES[dtype], size, None, double_quant, segments)
 
 
 def _float32(value: Any) -> float | None:

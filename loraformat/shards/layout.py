@@ -12,7 +12,7 @@ Inside a layer, tensors are sorted by how well their size keeps alignment, so th
 padding is needed (safetensors forbids holes) and each packed weight still begins on a
 64-byte boundary whenever the sizes allow. A layer is one contiguous range of the body:
 one read brings it in. This module computes; it reads and writes nothing.
-Rules ``L03`` to ``L06`` of ``spec/loraformat-1.0.md``.
+Rules ``L03`` to ``L06`` of ``spec/loraformat-1.1.md``.
 """
 
 from __future__ import annotations

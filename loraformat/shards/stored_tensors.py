@@ -1,7 +1,7 @@
 """Grouping of stored tensors into logical ones, such as NF4 weights.
 
 A weight in NF4 lies in its shard as four or six tensors that share a name. `collect`
-puts them together, checks that they fit each other (rules ``N01`` to ``N08``), and
+puts them together, checks that they fit each other (rules ``N01`` to ``N09``), and
 returns lazy tensors. Bundles and bitsandbytes checkpoints are both read through it.
 """
 
@@ -16,7 +16,7 @@ import numpy
 
 from loraformat.errors import FormatError, printable
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
-from loraformat.model.nf4_parts import NF4_PARTS, NF4Parts
+from loraformat.model.nf4_parts import NF4_PARTS, SEGMENT_PARTS, NF4Parts
 from loraformat.nf4.quant_state import MAX_QUANT_STATE_BYTES, QuantState, parse_quant_state
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
 from loraformat.tensors.mapped import MappedFile
@@ -75,23 +75,29 @@ def _tensors_of(
     tensors: dict[str, LazyTensor] = {}
     for name, entry in entries.items():
         owner = _owner(name, owners, file.path)
-        if owner is None:
-            load, release = partial(file.view, name), file.releaser(name)
-            tensors[name] = DenseTensor(name, entry.dtype, entry.shape, load, release)
-        elif owner not in tensors:
+        if owner is not None and owner not in tensors:
             tensor, state = _nf4_tensor(file, owner, transposed(owner), errors.get(owner))
             _check_parts(file, tensor, state, any_storage)
             tensors[owner] = tensor
+        if owner is None or not _is_part(name, tensors[owner]):
+            load, release = partial(file.view, name), file.releaser(name)
+            tensors[name] = DenseTensor(name, entry.dtype, entry.shape, load, release)
     return tensors
+
+
+def _is_part(name: str, owner: LazyTensor) -> bool:
+    """Tell whether a tensor named as a part is one: only weights with segments have offsets."""
+    has_segments = isinstance(owner, NF4Tensor) and owner.segments is not None
+    return has_segments or name != owner.name + SEGMENT_PARTS["nested_offset"]
 
 
 def _owner(name: str, owners: set[str], path: Path) -> str | None:
     """Return the NF4 weight that a stored tensor is a part of; refuse a part of none."""
-    for suffix in NF4_PARTS.values():
+    for suffix in SEGMENT_PARTS.values():
         owner = name.removesuffix(suffix)
         if name.endswith(suffix) and owner in owners:
             return owner
-        if suffix and name.endswith(".weight" + suffix):
+        if suffix in NF4_PARTS.values() and suffix and name.endswith(".weight" + suffix):
             problem = "belongs to an NF4 weight whose quant state is missing"
             raise FormatError("N01", f"tensor {printable(name)} {problem}", path=path)
     return None
@@ -115,24 +121,28 @@ def _nf4_tensor(
         dtype=state.dtype,
         shape=state.shape[::-1] if transposed else state.shape,
         block_size=state.block_size,
-        double_quant=state.nested_offset is not None,
+        double_quant=state.double_quant,
         transposed=transposed,
         load=lambda: _load(file, tensor, state, error),
-        release=file.releaser(*(n for s in NF4_PARTS.values() if (n := name + s) in entries)),
+        release=file.releaser(*(n for s in SEGMENT_PARTS.values() if (n := name + s) in entries)),
+        segments=state.segments,
     )
     return tensor, state
 
 
 def _load(file: MappedFile, tensor: NF4Tensor, state: QuantState, error: float | None) -> NF4Parts:
-    stored = {part: tensor.name + suffix for part, suffix in NF4_PARTS.items()}
+    stored = {part: tensor.name + suffix for part, suffix in SEGMENT_PARTS.items()}
     views: dict[str, Any] = {
         part: file.view(name) if name in file.header.entries else None
         for part, name in stored.items()
     }
     views["quant_state"] = bytes(views["quant_state"])
-    parts = NF4Parts(**views, relative_rms_error=error)
+    if state.segments is None:
+        views["nested_offset"] = None  # of that name it would be a tensor of its own
+    parts = NF4Parts(**views, relative_rms_error=error, segments=state.segments)
     _check_scales(file, tensor, state, parts)
-    if state.count % 2 and parts.packed[-1] & 0x0F != 7:
+    size = (state.count + 1) // 2
+    if state.count % 2 and any(last & 0x0F != 7 for last in parts.packed[size - 1 :: size]):
         raise FormatError(
             "V05",
             f"tensor {printable(tensor.name)} does not end with the code 7 that pads it",
@@ -144,12 +154,14 @@ def _load(file: MappedFile, tensor: NF4Tensor, state: QuantState, error: float |
 def _check_scales(file: MappedFile, tensor: NF4Tensor, state: QuantState, parts: NF4Parts) -> None:
     """V04: every scale, once decoded, is finite."""
     stored = parts.absmax if parts.nested_absmax is None else parts.nested_absmax
+    offsets = parts.nested_offset or numpy.float32(state.nested_offset or 0.0).tobytes()
     # No entry of the map is beyond 1, so this sum bounds every decoded scale.
-    largest = float(numpy.abs(numpy.frombuffer(stored, dtype="<f4")).max())
-    if largest + abs(state.nested_offset or 0.0) <= _LARGEST_FLOAT32:
+    largest = [float(numpy.abs(numpy.frombuffer(x, dtype="<f4")).max()) for x in (stored, offsets)]
+    if sum(largest) <= _LARGEST_FLOAT32:
         return
     with numpy.errstate(all="ignore"):
-        finite = numpy.isfinite(tensor.codes(parts).scales())
+        scales = [segment.scales() for segment in tensor.segment_codes(parts)]
+        finite = numpy.isfinite(numpy.concatenate(scales))
     if not finite.all():
         name, block = printable(tensor.name), finite.argmin()
         problem = f"tensor {name} has a scale that is not finite, of block {block}"
@@ -165,7 +177,8 @@ def _check_parts(file: MappedFile, tensor: NF4Tensor, state: QuantState, any_sto
     entries = file.header.entries
     state_bytes = entries[tensor.name + STATE_SUFFIX].nbytes
     wanted = {part.suffix: part for part in tensor.parts(state_bytes)}
-    for suffix in NF4_PARTS.values():
+    parts = NF4_PARTS if tensor.segments is None else SEGMENT_PARTS
+    for suffix in parts.values():
         if (suffix in wanted) != (tensor.name + suffix in entries):
             stray = "has no place without double quantization"
             raise broken("N01", suffix, "is missing" if suffix in wanted else stray)

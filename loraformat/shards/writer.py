@@ -113,7 +113,8 @@ def _add(
         record = TensorRecord("dense", tensor.dtype, tensor.shape, digest)
         if isinstance(tensor, NF4Tensor):
             layout = tensor.block_size, tensor.double_quant, tensor.transposed
-            record = TensorRecord("nf4", tensor.dtype, tensor.shape, digest, *layout, error)
+            more = *layout, error, tensor.segments
+            record = TensorRecord("nf4", tensor.dtype, tensor.shape, digest, *more)
         written.tensors[tensor.name] = record
 
 

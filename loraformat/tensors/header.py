@@ -4,7 +4,7 @@ A safetensors file is an 8-byte little-endian length, a JSON header of that
 length, and the tensors' bytes. This module knows the header alone: it reads no
 file. Rules ``H..`` hold for every safetensors file that loraformat opens, rules
 ``L01`` and ``L02`` for the shards of a bundle (``profile=True``).
-See ``spec/loraformat-1.0.md``, section "Shards".
+See ``spec/loraformat-1.1.md``, section "Shards".
 """
 
 from __future__ import annotations

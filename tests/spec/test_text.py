@@ -13,7 +13,7 @@ from loraformat.nf4 import quant_state
 from loraformat.storage import foreign_json, strict_json
 from loraformat.tensors import header
 
-TEXT = (SPEC / "loraformat-1.0.md").read_text("utf-8")
+TEXT = (SPEC / "loraformat-1.1.md").read_text("utf-8")
 SHARD = (VECTORS / "valid" / "nf4-odd-count" / "model-00001-of-00001.safetensors").read_bytes()
 
 

@@ -2,7 +2,7 @@
 
 For each module ``NAME.second_moment``, E[z zᵀ] of z = A x, in float32: (rank, rank), or
 (experts, rank, rank). PEFT does not look at the file; reducing the rank does. Its form is
-described in ``spec/loraformat-1.0.md``, section 11.
+described in ``spec/loraformat-1.1.md``, section 11.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class WeightBinder:
             if sources is None:
                 whole = self._source(parameter)
                 self._check_shape(parameter, whole, tuple(getattr(module, leaf).shape))
-                experts = [[m] for m in self._weights.stack(whole, in_out_layout=in_out_layout)]
+                experts = self._weights.stack(whole, in_out_layout=in_out_layout)
                 names = [whole]
             else:
                 experts = [[self._weights.matrix(one) for one in parts] for parts in sources]

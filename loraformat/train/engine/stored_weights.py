@@ -24,7 +24,7 @@ from loraformat.model.base_names.sources import Sources
 from loraformat.model.base_names.sources import find_sources as find_any_sources
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.config_json import CONFIG_NAME
-from loraformat.model.nf4_parts import NF4_PARTS
+from loraformat.model.nf4_parts import SEGMENT_PARTS
 from loraformat.shards.layout import TAIL_SUFFIXES
 from loraformat.tensors.mapped import MappedFile
 from loraformat.tensors.torch_arrays import tensor_of
@@ -202,22 +202,16 @@ class StoredWeights:
 
         In `in_out_layout` the Hugging Face tensor is (in features, out features).
         """
-        return self.stack(name, in_out_layout=in_out_layout)[0]
+        return self.stack(name, in_out_layout=in_out_layout)[0][0]
 
-    def stack(self, name: str, *, in_out_layout: bool = False) -> list[Matrix]:
-        """Return the matrices of a weight of three dimensions; a matrix is a stack of one."""
+    def stack(self, name: str, *, in_out_layout: bool = False) -> list[list[Matrix]]:
+        """Return the matrices of a weight of three dimensions; a matrix is a stack of one.
+
+        Each is a list: of one, or of those that lie one below the other in it.
+        """
         tensor = self._tensors[name]
         if isinstance(tensor, NF4Tensor):
-            rows, columns = tensor.stored_shape[-2:]
-            codes = tensor.codes(tensor.load())
-            # Where the codes run over the transpose, the rows are the other features.
-            rows_are_inputs = in_out_layout != tensor.transposed
-            count = tensor.count // (rows * columns)
-            return [
-                NF4Matrix(codes, (rows, columns), offset=i * rows * columns,
-                          in_out_layout=rows_are_inputs)
-                for i in range(count)
-            ]  # fmt: skip
+            return _quantized_stack(tensor, in_out_layout)
         if name in self._made:
             made, shape = self._made[name], (tensor.shape[-2], tensor.shape[-1])
 
@@ -225,12 +219,12 @@ class StoredWeights:
                 return self._kept.of(made).view(-1, *shape)[number]
 
             return [
-                _ComputedMatrix(partial(part, i), shape, in_out_layout=in_out_layout)
+                [_ComputedMatrix(partial(part, i), shape, in_out_layout=in_out_layout)]
                 for i in range(tensor.count // max(1, shape[0] * shape[1]))
             ]
         values = self.table(name)
         values = values.view(-1, *values.shape[-2:])
-        return [DenseMatrix(part, in_out_layout=in_out_layout) for part in values]
+        return [[DenseMatrix(part, in_out_layout=in_out_layout)] for part in values]
 
     def rows(self, name: str) -> torch.Tensor | ComputedTable:
         """Return a table of which rows are looked up; see `table`."""
@@ -253,7 +247,7 @@ class StoredWeights:
     def spans(self, name: str) -> list[Span]:
         """Return the byte ranges that computing with a weight reads."""
         found = []
-        for suffix in NF4_PARTS.values() if self.is_nf4(name) else ("",):
+        for suffix in SEGMENT_PARTS.values() if self.is_nf4(name) else ("",):
             part = name + suffix
             if part in self._homes and suffix not in TAIL_SUFFIXES:
                 file = self._homes[part]
@@ -261,6 +255,29 @@ class StoredWeights:
                 start = file.header.data_start
                 found.append((file, start + entry.begin, start + entry.end))
         return found
+
+
+def _quantized_stack(tensor: NF4Tensor, in_out_layout: bool) -> list[list[Matrix]]:
+    rows, columns = tensor.stored_shape[-2:]
+    count = tensor.count // (rows * columns)
+    segments = tensor.segment_codes(tensor.load())
+    # Where the codes run over the transpose, the rows are the other features.
+    rows_are_inputs = in_out_layout != tensor.transposed
+    if tensor.segments is None:
+        return [
+            [NF4Matrix(segments[0], (rows, columns), offset=i * rows * columns,
+                       in_out_layout=rows_are_inputs)]
+            for i in range(count)
+        ]  # fmt: skip
+    parts = tensor.segments // count
+    if parts > 1 and rows_are_inputs:
+        raise UnsupportedError(
+            f"tensor {printable(tensor.name)} has {parts} segments in each matrix, across its "
+            "outputs, which training does not know"
+        )
+    shape = rows // parts, columns
+    matrices = [NF4Matrix(one, shape, in_out_layout=rows_are_inputs) for one in segments]
+    return [list(matrices[i : i + parts]) for i in range(0, len(matrices), parts)]
 
 
 def find_sources(model: Any, names: Iterable[str], path: object) -> Sources:

@@ -272,6 +272,9 @@ class BaseFormat(Format):
         Encodings that the writer can take. Before a writer of "dense" is called, NF4 weights
         are made to dequantize when loaded; before one of "nf4", decoder linears are made to
         quantize. "both" takes them as they come.
+    segments : bool
+        Whether a writer of NF4 takes stacks of experts as weights in segments; others get them
+        dense.
     pre_tokenizers : bool
         Whether ``write`` heeds `WriteOptions.pre_tokenizer`; without it ``--pre`` is refused.
     takes_config : bool
@@ -286,6 +289,7 @@ class BaseFormat(Format):
     write: Callable[[Checkpoint, AtomicOutput, WriteOptions], WrittenModel] | None = None
     estimate: Callable[[Checkpoint, Path, WriteOptions], Forecast | None] = _no_forecast
     stores: Literal["nf4", "dense", "both"] = "dense"
+    segments: bool = False
     pre_tokenizers: bool = False
     takes_config: bool = False
     method: QuantizationMethod | None = None

@@ -15,6 +15,7 @@ from loraformat.families.table import family_of
 from loraformat.model.architecture import skip_modules
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.config_json import join, model_dtype, parse
+from loraformat.model.nf4_parts import SEGMENT_METHOD
 from loraformat.model.quantization_history import EXTENSION, to_extension
 from loraformat.model.written import FileRecord, WrittenModel
 from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions
@@ -62,6 +63,7 @@ def write(
         tell_history=False,  # the manifest does
     )
     base = fingerprint(written.shards.tensors)
+    version, extensions = Manifest.version_of(written.shards.tensors)
     quantized = checkpoint.provenance.quantized
     manifest = Manifest(
         created_by=f"loraformat {__version__}",
@@ -72,7 +74,8 @@ def write(
         files={path: file for path, file in written.files.items() if path != CARD_NAME},
         fingerprint=base,
         adapters=add_adapters(base),
-        extensions={EXTENSION: to_extension(quantized)} if quantized else {},
+        extensions=extensions | ({EXTENSION: to_extension(quantized)} if quantized else {}),
+        format_version=version,
     )
     publication.write(MANIFEST_NAME, manifest.encode())
     if checkpoint.config is None:
@@ -89,11 +92,14 @@ def quantized_config(checkpoint: Checkpoint) -> bytes | None:
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
-    """Return what transformers writes for a model quantized as this one."""
+    """Return what transformers writes for a model quantized as this one.
+
+    bitsandbytes cannot open weights in segments: such a model names loraformat's own quantizer.
+    """
     quantized = checkpoint.nf4_weights
     family = family_of(parse(checkpoint.config) if checkpoint.config else {})
     names = (tensor.name for tensor in quantized)
-    return {
+    config = {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
         "bnb_4bit_compute_dtype": model_dtype(checkpoint.config) or "float32",
@@ -108,6 +114,12 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
+    if any(tensor.segments is not None for tensor in quantized):
+        own = {
+            key: value for key, value in config.items() if not key.strip("_").startswith("load_in")
+        }
+        return own | {"quant_method": SEGMENT_METHOD}
+    return config
 
 
 CONVERTER = BaseFormat(
@@ -117,4 +129,5 @@ CONVERTER = BaseFormat(
     read=read,
     write=write,
     stores="nf4",
+    segments=True,
 )

@@ -61,8 +61,9 @@ def _text(summary: Any, tensors: bool) -> str:
     if summary.quantized_bits_per_weight is not None:
         nested = "double quantization" if summary.double_quant else "float32 scales"
         blocks = ", ".join(map(str, summary.block_sizes))
-        bits = f"{summary.quantized_bits_per_weight:.3f}"
-        facts.append(("quantized", f"NF4, block size {blocks}, {nested}, {bits} bits per weight"))
+        bits = f"{summary.quantized_bits_per_weight:.3f} bits per weight"
+        share = f"{summary.quantized_parameters / summary.parameters:.1%} of the parameters"
+        facts.append(("quantized", f"{share}: NF4, block size {blocks}, {nested}, {bits}"))
     if summary.fingerprint:
         facts.append(("fingerprint", summary.fingerprint))
         facts.append(("created by", f"{summary.created_by} from {_origin(summary.source)}"))

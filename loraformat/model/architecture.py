@@ -18,6 +18,7 @@ from loraformat.model.checkpoint import LazyTensor
 __all__ = [
     "is_conv1d",
     "is_decoder_linear",
+    "is_expert_stack",
     "is_matrix_weight",
     "is_plain_in_peers",
     "kind_of",
@@ -31,11 +32,14 @@ _CONV1D_MODULES = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
 #: parameters, which bitsandbytes leaves alone), embeddings, other towers than the decoder.
 _PLAIN = re.compile(
     r"(^|\.)("
-    r"gate|router|shared_expert_gate|experts|"
+    r"gate|router|router_gate|shared_expert_gate|experts|"
     r"\w*embed\w*|wte|wpe|\w*norm\w*|ln_\w+|relative_attention_bias|"
     r"vision\w*|visual\w*|audio\w*|image\w*|lora_\w+"
     r")(\.|$)"
 )
+
+#: One parameter for all experts: its module is named for them, or it by what it does.
+_EXPERT_STACK = re.compile(r"\.(shared_)?experts\.\w+(?<!_bias)$|\.(in|out)put_linear$")
 
 _BIAS_OR_NORM = re.compile(r"bias$|(^|\.)(\w*norm\w*|ln_\w+)(\.weight)?$")
 
@@ -79,6 +83,21 @@ def is_decoder_linear(name: str, shape: tuple[int, ...]) -> bool:
         and layer_of(name) is not None
         and not _PLAIN.search(module_of(name))
     )
+
+
+def is_expert_stack(name: str) -> bool:
+    """Tell whether a tensor of three dimensions is a projection of all experts of a layer.
+
+    Examples
+    --------
+    >>> is_expert_stack("model.layers.0.mlp.experts.gate_up_proj")
+    True
+    >>> is_expert_stack("model.layers.0.block_sparse_moe.input_linear.weight")  # Granite on disk
+    True
+    >>> is_expert_stack("model.layers.0.mamba.conv1d.weight")
+    False
+    """
+    return layer_of(name) is not None and bool(_EXPERT_STACK.search(module_of(name)))
 
 
 def is_matrix_weight(name: str, shape: tuple[int, ...]) -> bool:

@@ -69,8 +69,8 @@ def test_what_transformers_decodes(published, tmp_path):
     ids = torch.arange(10)[None]
     assert torch.equal(opened(ids).logits, model(ids).logits)
     report = convert(published, tmp_path / "bundle")
-    assert report.quantized == 8  # the projections of attention; experts stay plain, and are named
-    assert any("expert weights" in note for note in report.notes)
+    assert report.quantized == 12  # the projections of attention, and two stacks in each layer
+    assert any("4 stacks of experts are in NF4" in note for note in report.notes)
 
 
 def test_scales_may_be_of_their_own_type(published, tmp_path):

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import loraformat
 import loraformat.train
 from loraformat.demo import ADAPTERS, SMALL_MODEL
+from tests.adapters import moe_models
 from tools.pages import elided, examples, figures, wording
 from tools.pages import run as run_block
 
@@ -120,6 +122,18 @@ def test_python_blocks_run_in_order(page: str, workplace: Path) -> None:
         exec(compile(snippet, f"{page}, block {number}", "exec"), {})
 
 
+def test_the_page_on_mixtures_is_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    moe_models.make("qwen3_moe").save_pretrained("my-model")
+    assert [run(line).returncode for line in commands("docs/mixtures.md")] == [0]
+    made: dict[str, Any] = {}
+    for snippet in blocks("docs/mixtures.md", "python"):
+        exec(compile(snippet, "docs/mixtures.md", "exec"), made)
+    assert type(made["model"]).__name__ == "Qwen3MoeForCausalLM"
+
+
 def test_every_public_name_is_in_the_page_on_python() -> None:
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     public = {*loraformat.__all__, *loraformat.train.__all__} - {"__version__", "Batch"}
@@ -135,7 +149,7 @@ def test_the_index_names_every_page() -> None:
 
 def test_every_page_with_commands_is_run_somewhere() -> None:
     """A new page with commands needs a test, and a line here."""
-    run_here = {"adapters", "gguf", "python", "runtimes", "training", "tutorial"}
+    run_here = {"adapters", "gguf", "mixtures", "python", "runtimes", "training", "tutorial"}
     run_in_hub = {"hub"}
     with_blocks = {
         path.stem

@@ -9,7 +9,7 @@ from loraformat.ops.convert.convert import convert
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "mixtral"])
 def test_one_step_of_training(source, load, tmp_path, architecture):
-    convert(source(architecture), tmp_path / "bundle")
+    convert(source(architecture), tmp_path / "bundle", skip=["*.experts.*"])
     base = load(tmp_path / "bundle", architecture)
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     targets = ["c_attn"] if architecture == "gpt2" else ["q_proj", "v_proj"]

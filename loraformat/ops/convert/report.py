@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from loraformat.errors import UnsupportedError
-from loraformat.model.architecture import is_plain_in_peers, kind_of
+from loraformat.model.architecture import is_matrix_weight, is_plain_in_peers, kind_of
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.report import Report
@@ -121,8 +121,10 @@ def plan_report(
 
 def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
     quantized_now, plain = checkpoint.nf4_weights, checkpoint.dense_tensors
-    experts = [tensor for tensor in plain if ".experts." in tensor.name]
-    unusual = [tensor for tensor in quantized_now if is_plain_in_peers(tensor.name)]
+    experts = [t for t in plain if ".experts." in t.name and is_matrix_weight(t.name, t.shape[-2:])]
+    stacks = [tensor for tensor in quantized_now if tensor.segments is not None]
+    linears = [tensor for tensor in quantized_now if tensor.segments is None]
+    unusual = [tensor for tensor in linears if is_plain_in_peers(tensor.name)]
     notes = []
     if to_nf4 and not quantized_now:
         notes.append(
@@ -135,7 +137,12 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
             f"{len(experts)} expert weights ({gigabytes:.2f} GB) are not quantized: transformers "
             "fuses experts into parameters that bitsandbytes does not quantize"
         )
-    if misaligned := [t for t in quantized_now if t.stored_shape[-1] % t.block_size]:
+    if to_nf4 and stacks:
+        notes.append(
+            f"{len(stacks)} stacks of experts are in NF4 (format 1.1): transformers opens the "
+            "bundle after import loraformat.transformers"
+        )
+    if misaligned := [t for t in linears if t.stored_shape[-1] % t.block_size]:
         notes.append(
             f"{len(misaligned)} weights have rows that are not a whole number of blocks "
             f"({misaligned[0].name}, ...): bitsandbytes up to 0.50.2 decodes them wrongly on CPUs "

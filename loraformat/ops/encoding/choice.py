@@ -9,6 +9,7 @@ from loraformat.families.table import model_type
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.config_json import parse, with_dtype
 from loraformat.ops.encoding.encode import QuantizationPolicy, cast, dequantized, matches, quantized
+from loraformat.ops.encoding.expert_stacks import with_expert_stacks
 from loraformat.plugins import BaseFormat
 from loraformat.tensors.dtypes import TORCH_NAMES, parse_weight_dtype
 
@@ -31,22 +32,20 @@ class Encoding:
             return self._for_own_dtypes(checkpoint, writer)
         dtype = parse_weight_dtype(self.dtype) if self.dtype else None
         if writer.stores == "nf4":
-            tensors = self._to_nf4(checkpoint, dtype)
+            tensors = self._to_nf4(checkpoint, dtype, writer)
         else:
             self._refuse_quantization(writer)
             tensors = [self._to_dense(t, dtype, writer) for t in checkpoint.tensors.values()]
         config = checkpoint.config
         if config is not None and dtype is not None:
             config = with_dtype(config, TORCH_NAMES[dtype])
-        keeps = bool(checkpoint.nf4_weights)
-        return replace(
-            checkpoint,
-            tensors={tensor.name: tensor for tensor in tensors},
-            config=config,
-            quantization_config=checkpoint.quantization_config
-            if keeps and not self.include
-            else None,
-        )
+        named = {tensor.name: tensor for tensor in tensors}
+        written = replace(checkpoint, tensors=named, config=config)
+        if {one.name for one in written.nf4_weights} != {
+            one.name for one in checkpoint.nf4_weights
+        }:
+            written.quantization_config = None  # it does not describe them
+        return written
 
     def _for_own_dtypes(self, checkpoint: Checkpoint, writer: BaseFormat) -> Checkpoint:
         """Leave rounding to the writer; NF4 is decoded to float32."""
@@ -74,7 +73,9 @@ class Encoding:
             return tensor if writer.stores == "both" else dequantized(tensor, dtype)
         return cast(tensor, dtype)
 
-    def _to_nf4(self, checkpoint: Checkpoint, dtype: str | None) -> list[LazyTensor]:
+    def _to_nf4(
+        self, checkpoint: Checkpoint, dtype: str | None, writer: BaseFormat
+    ) -> list[LazyTensor]:
         already = bool(checkpoint.nf4_weights)
         if already and (self.block_size or self.double_quant is not None or self.skip):
             raise UsageError(
@@ -82,16 +83,27 @@ class Encoding:
                 "original to change block size, double quantization or --skip"
             )
         policy = QuantizationPolicy(
-            self.block_size or 64, self.double_quant is not False, self.skip, self.include
+            self.block_size or 64,
+            self.double_quant is not False,
+            self.skip,
+            self.include,
+            stacks=writer.segments,
         )
+
+        def selects(tensor: DenseTensor) -> bool:
+            # What a quantized source left plain was left so on purpose.
+            wanted = matches(tensor.name, self.include) if already else True
+            return wanted and policy.selects(tensor)
+
+        if writer.segments:
+            checkpoint = with_expert_stacks(checkpoint, selects)
         named = model_type(parse(checkpoint.config)) if checkpoint.config else None
         tensors: list[LazyTensor] = []
         for tensor in checkpoint.tensors.values():
             tensor = cast(tensor, dtype)
             if isinstance(tensor, DenseTensor):
-                # What a quantized source left plain was left so on purpose.
-                wanted = matches(tensor.name, self.include) if already else True
-                if wanted and policy.selects(tensor):
-                    tensor = quantized(tensor, policy, named)
+                tensor = quantized(tensor, policy, named) if selects(tensor) else tensor
+            elif tensor.segments is not None and not writer.segments:
+                tensor = dequantized(tensor)
             tensors.append(tensor)
         return tensors

@@ -7,18 +7,23 @@ writer loads it.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from math import prod, sqrt
 
 import numpy
 
 from loraformat.errors import UnsupportedError, UsageError
-from loraformat.model.architecture import is_conv1d, is_decoder_linear, is_matrix_weight
+from loraformat.model.architecture import (
+    is_conv1d,
+    is_decoder_linear,
+    is_expert_stack,
+    is_matrix_weight,
+)
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.nf4_parts import NF4Parts
-from loraformat.model.rows import RowReader
+from loraformat.model.rows import Elements, RowReader
 from loraformat.nf4.kernels.cast import cast as narrow
 from loraformat.nf4.kernels.cast import widened
 from loraformat.nf4.quant_state import BLOCK_SIZES, QuantState
@@ -42,6 +47,8 @@ class QuantizationPolicy:
     skip, include : sequence of str
         Patterns (``*`` matches anything) over tensor or module names: weights to keep plain,
         weights to quantize though they are not linears of decoder layers. ``skip`` wins.
+    stacks : bool
+        Quantize stacks of experts, too, each matrix by itself.
 
     Raises
     ------
@@ -53,6 +60,7 @@ class QuantizationPolicy:
     double_quant: bool = True
     skip: Sequence[str] = ()
     include: Sequence[str] = ()
+    stacks: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -66,6 +74,8 @@ class QuantizationPolicy:
             return False
         if matches(tensor.name, self.skip):
             return False
+        if len(tensor.shape) == 3:
+            return self.stacks and is_expert_stack(tensor.name)
         if matches(tensor.name, self.include):
             return is_matrix_weight(tensor.name, tensor.shape)
         return is_decoder_linear(tensor.name, tensor.shape)
@@ -84,11 +94,13 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str | None) -> NF4Tensor:
-    """Return a matrix of F32, F16 or BF16 in NF4; it is quantized when it is loaded.
+    """Return a weight of F32, F16 or BF16 in NF4; it is quantized when it is loaded.
 
-    ``Conv1D`` weights of the model type are turned into linears first, as bitsandbytes does.
+    Of a stack each matrix is a segment. ``Conv1D`` weights of the model type are turned into
+    linears first, as bitsandbytes does.
     """
     transposed = is_conv1d(tensor.name, model_type)
+    segments = prod(tensor.shape[:-2]) if len(tensor.shape) > 2 else None
     return NF4Tensor(
         tensor.name,
         tensor.dtype,
@@ -96,35 +108,69 @@ def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str |
         policy.block_size,
         policy.double_quant,
         transposed,
-        partial(_quantize, tensor, policy, transposed),
+        partial(_quantize, tensor, policy, transposed, segments),
         tensor.release,
+        segments,
     )
 
 
-def _quantize(tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool) -> NF4Parts:
+def _quantize(
+    tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool, segments: int | None
+) -> NF4Parts:
     from loraformat.nf4 import codec
+    from loraformat.nf4.segments import stacked
 
-    shape = tensor.shape[::-1] if transposed else tensor.shape
     weight = tensor.array().T if transposed else tensor.elements()
-    codes = codec.quantize(
-        weight, block_size=policy.block_size, double_quant=policy.double_quant, name=tensor.name
-    )
-    squared_error, squared_norm = codec.quantization_error(weight, codes)
-    nested = codes.nested_absmax
+    error = norm = 0.0
+
+    def encoded() -> Iterator[codec.NF4]:
+        nonlocal error, norm
+        for piece in _cut(weight, segments or 1):
+            codes = codec.quantize(
+                piece,
+                block_size=policy.block_size,
+                double_quant=policy.double_quant,
+                name=tensor.name,
+            )
+            squares = codec.quantization_error(piece, codes)
+            error, norm = error + squares[0], norm + squares[1]
+            yield codes
+
+    stack = stacked(encoded(), segments or 1)
+    nested, offset = stack.nested_absmax, stack.nested_offset
     return NF4Parts(
-        packed=array_bytes(codes.packed),
-        absmax=array_bytes(codes.absmax),
+        packed=array_bytes(stack.packed),
+        absmax=array_bytes(stack.absmax),
         nested_absmax=None if nested is None else array_bytes(nested),
         quant_map=memoryview(LEVEL_BYTES),
         nested_quant_map=None if nested is None else memoryview(NESTED_MAP_BYTES),
         quant_state=QuantState(
-            shape, tensor.dtype, policy.block_size, codes.nested_offset
+            tensor.shape[::-1] if transposed else tensor.shape,
+            tensor.dtype,
+            policy.block_size,
+            None if offset is None or segments else float(offset[0]),
+            policy.double_quant,
+            segments,
         ).encode(),
         # Three digits: enough to judge by, and the same on every machine.
-        relative_rms_error=float(f"{sqrt(squared_error / squared_norm):.3g}")
-        if squared_norm
-        else 0.0,
+        relative_rms_error=float(f"{sqrt(error / norm):.3g}") if norm else 0.0,
+        nested_offset=array_bytes(offset) if segments and offset is not None else None,
+        segments=segments,
     )
+
+
+def _cut(weight: Array | Elements, number: int) -> Iterator[Array | Elements]:
+    """Yield equal runs of elements; a whole weight as it is."""
+    if number == 1:
+        yield weight
+        return
+    count = weight.size // number
+    for start in range(0, count * number, count):
+        yield (
+            weight[start : start + count]
+            if isinstance(weight, numpy.ndarray)
+            else weight.run(start, count)
+        )
 
 
 def dequantized(tensor: NF4Tensor, dtype: str | None = None) -> DenseTensor:

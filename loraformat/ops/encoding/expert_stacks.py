@@ -1,0 +1,100 @@
+"""Experts that a checkpoint stores one by one, as the stacks that transformers makes of them.
+
+A bundle names weights as the model's state dict does, and transformers 5 keeps the experts of a
+layer in one parameter for each projection. Its own conversion mapping says which tensors belong to
+which rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import numpy
+
+from loraformat.model.base_names.resolver import names_of
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.model.rows import RowReader
+from loraformat.tensors.arrays import Array
+
+__all__ = ["with_expert_stacks"]
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def with_expert_stacks(
+    checkpoint: Checkpoint, selects: Callable[[DenseTensor], bool]
+) -> Checkpoint:
+    """Return a model whose experts are stacks (experts, out, in), read when they are loaded.
+
+    A model without such experts, or of a class that transformers does not know, stays as it is, and
+    so do experts that are quantized already.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    selects : callable
+        Tells of a stack whether it will be quantized; the experts of others stay apart.
+    """
+    if not any(_ONE_EXPERT.search(name) for name in checkpoint.tensors):
+        return checkpoint
+    memory = names_of(checkpoint).memory
+    if memory is None:
+        return checkpoint
+    made: dict[str, DenseTensor] = {}
+    replaced: set[str] = set()
+    for target, experts in memory.sources.stacked.items():
+        names = [name for parts in experts for name in parts]
+        parts = [checkpoint.tensors[name] for name in names]
+        stack = _stack(target, parts, memory.shapes[target])
+        if stack is not None and all(map(_ONE_EXPERT.search, names)) and selects(stack):
+            made[names[0]] = stack
+            replaced.update(names)
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name in made:
+            tensors[made[name].name] = made[name]
+        elif name not in replaced:
+            tensors[name] = tensor
+    return replace(checkpoint, tensors=tensors)
+
+
+def _stack(target: str, parts: Sequence[LazyTensor], shape: tuple[int, ...]) -> DenseTensor | None:
+    """Return matrices below each other as one tensor; None if they are not alike."""
+    dense = [part for part in parts if isinstance(part, DenseTensor)]
+    kinds = {(part.dtype, part.shape[1:]) for part in dense}
+    heights = [part.matrix_shape[0] for part in dense]
+    if len(dense) != len(parts) or len(kinds) != 1 or len(shape) != 3:
+        return None
+    if (sum(heights), *dense[0].shape[1:]) != (shape[0] * shape[1], shape[2]):
+        return None
+    ends = list(accumulate(heights))
+
+    def release() -> None:
+        for part in dense:
+            part.release()
+
+    def open_rows() -> RowReader:
+        return lambda start, stop: _rows(dense, ends, start, stop)
+
+    return DenseTensor.by_rows(target, dense[0].dtype, shape, open_rows, release, _stored(dense))
+
+
+def _rows(parts: Sequence[DenseTensor], ends: Sequence[int], start: int, stop: int) -> Array:
+    first = int(numpy.searchsorted(ends, start, side="right"))
+    found = []
+    while start < stop:
+        origin = ends[first - 1] if first else 0
+        last = min(stop, ends[first])
+        found.append(parts[first].rows(start - origin, last - origin))
+        start, first = last, first + 1
+    return found[0] if len(found) == 1 else numpy.concatenate(found)
+
+
+def _stored(parts: Sequence[DenseTensor]) -> tuple[str, int] | None:
+    """Return what numbers that are decoded from codes say of their storage, if they do."""
+    if not parts[0].quantization:
+        return None
+    return parts[0].stored_as, sum(part.stored_bytes for part in parts)

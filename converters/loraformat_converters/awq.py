@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy
 
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.model.block_numbers import SCALE_TYPES, default_dtype, scaled, spread
+from loraformat.model.block_numbers import SCALE_TYPES, default_dtype, scaled
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.packed_weights import AWQ, ORIGINAL
 from loraformat.model.quantization_method import (
@@ -69,17 +69,13 @@ def _weight(stored: Checkpoint, owner: str, codes: DenseTensor) -> QuantizedWeig
             hint=DAMAGED,
         )
 
-    def by_column(numbers: Array) -> Array:
-        return spread(numbers, columns, None, "", stored.path)
-
     def factors(start: int, stop: int) -> Array:
-        return by_column(scale.array()[:, start:stop].T.astype(numpy.float32))
+        return scale.array()[:, start:stop].T.astype(numpy.float32)
 
-    decoded = scaled(
-        lambda start, stop: _unpacked(codes, start, stop),
-        factors,
-        lambda start, stop: by_column(_unpacked(zero, start, stop)),
-    )
+    def zeros(start: int, stop: int) -> Array:
+        return _unpacked(zero, start, stop)
+
+    decoded = scaled(lambda start, stop: _unpacked(codes, start, stop), factors, zeros)
     return QuantizedWeight(
         f"{owner}.weight",
         (8 * words, columns),

@@ -22,9 +22,9 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.block_numbers import (
     SCALE_TYPES,
     BlockNumbers,
+    by_column,
     default_dtype,
     scaled,
-    spread,
 )
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.float_codes import (
@@ -96,7 +96,8 @@ def _objects(groups: object) -> list[dict[str, Any]]:
 
 def _block(stored: Checkpoint, shape: tuple[int, ...], scale: DenseTensor) -> tuple[int, int]:
     """Return rows and columns of a block: of one row if the scales are by groups."""
-    if len(scale.shape) == len(shape) and scale.shape[:-1] == shape[:-1] and scale.shape[-1]:
+    grouped = len(scale.shape) == len(shape) > 0 and scale.shape[:-1] == shape[:-1]
+    if grouped and scale.shape[-1]:
         return 1, max(shape[-1] // scale.shape[-1], 1)
     for declared in _declared(stored, "block_structure"):
         if declared is not None:
@@ -160,11 +161,10 @@ def _packed(stored: Checkpoint, owner: str, codes: DenseTensor) -> QuantizedWeig
         words = -(-rows * bits // 32)
         parts.append(zero := stored_part(stored, name, ("I32",), (words, groups)))
 
-    def by_column(numbers: Array) -> Array:
-        found = None if order is None else order.array()
-        if found is not None and found.min(initial=0) < 0:  # they were never assigned
-            found = None
-        return spread(numbers, columns, found, owner + _ORDER, stored.path)
+    def ordered(numbers: Array) -> Array:
+        if order is None or order.array().min(initial=0) < 0:  # never assigned
+            return numbers
+        return by_column(numbers, columns, order.array(), order.name, stored.path)
 
     def integers(start: int, stop: int) -> Array:
         return unpack(codes.rows(start, stop), bits, 0, columns)
@@ -172,14 +172,14 @@ def _packed(stored: Checkpoint, owner: str, codes: DenseTensor) -> QuantizedWeig
     def factors(start: int, stop: int) -> Array:
         numbers = scale.array().reshape(-1, groups)  # of the tensor: one row of one
         some = numbers if len(numbers) < rows else numbers[start:stop]
-        return by_column(some.astype(numpy.float32))
+        return ordered(some.astype(numpy.float32))
 
     def zeros(start: int, stop: int) -> Array:
         if zero is None:
             return numpy.full((1, 1), 1 << bits - 1, numpy.float32)
         first = start // 32 * 32  # where a word begins
         some = zero.array()[first * bits // 32 : -(-stop * bits // 32)].T
-        return by_column(unpack(some, bits, start - first, stop - first).T)
+        return ordered(unpack(some, bits, start - first, stop - first).T)
 
     decoded, stored_as = scaled(integers, factors, zeros), f"int{bits}"
     return QuantizedWeight(

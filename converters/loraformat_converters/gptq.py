@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy
 
 from loraformat.errors import InputError, UnsupportedError, printable
-from loraformat.model.block_numbers import SCALE_TYPES, default_dtype, scaled, spread
+from loraformat.model.block_numbers import SCALE_TYPES, by_column, default_dtype, scaled
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.packed_weights import GPTQ, ORIGINAL
 from loraformat.model.quantization_method import (
@@ -84,21 +84,22 @@ def _weight(
             hint=DAMAGED,
         )
 
-    def by_column(numbers: Array) -> Array:
-        found = None if order is None else order.array()
-        return spread(numbers, columns, found, f"{owner}.g_idx", stored.path)
+    def ordered(numbers: Array) -> Array:
+        if order is None:
+            return numbers
+        return by_column(numbers, columns, order.array(), order.name, stored.path)
 
     def integers(start: int, stop: int) -> Array:
         return unpack(codes.array()[:, start:stop].T, bits, 0, columns)
 
     def factors(start: int, stop: int) -> Array:
-        return by_column(scale.array()[:, start:stop].T.astype(numpy.float32))
+        return ordered(scale.array()[:, start:stop].T.astype(numpy.float32))
 
     def zeros(start: int, stop: int) -> Array:
         if symmetric:
             return numpy.full((1, 1), 1 << bits - 1, numpy.float32)
         found = unpack(zero.array(), bits, start, stop).T + _OFFSETS[named]
-        return by_column(found % (1 << bits))
+        return ordered(found % (1 << bits))
 
     decoded, stored_as = scaled(integers, factors, zeros), f"GPTQ int{bits}"
     return QuantizedWeight(

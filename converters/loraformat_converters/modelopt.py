@@ -90,7 +90,7 @@ def _int4(stored: Checkpoint, codes: DenseTensor, scale: DenseTensor) -> Quantiz
         return (codes_of[start - 2 * first : stop - 2 * first] + 8) % 16 - 8
 
     def factors(start: int, stop: int) -> Array:
-        return scale.rows(start, stop).astype(numpy.float32).repeat(shape[1] // groups, axis=1)
+        return scale.rows(start, stop).astype(numpy.float32)
 
     rows = scaled(integers, factors)
     return QuantizedWeight(codes.name, shape, (codes, scale), "int4", rows, default_dtype(scale))

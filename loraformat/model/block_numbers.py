@@ -17,7 +17,7 @@ from loraformat.model.quantization_method import DAMAGED
 from loraformat.model.rows import RowReader
 from loraformat.tensors.arrays import Array, array_view
 
-__all__ = ["SCALE_TYPES", "BlockNumbers", "default_dtype", "scaled", "spread"]
+__all__ = ["SCALE_TYPES", "BlockNumbers", "by_column", "default_dtype", "scaled"]
 
 _MX_BLOCK = (1, 32)
 #: Types of scales: numbers, and exponents of two.
@@ -108,44 +108,62 @@ def _aligned(own: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def scaled(codes: RowReader, scales: RowReader, zeros: RowReader | None = None) -> RowReader:
-    """Return the reader of scale * (code - zero); each is read by rows, in float32."""
+    """Return the reader of scale * (code - zero), float32, of readers of these.
+
+    Scales and zeros are, for each row: one, one for each column, or one for each group of equally
+    many columns.
+    """
 
     def rows(start: int, stop: int) -> Array:
-        found = codes(start, stop)
+        found = numpy.ascontiguousarray(codes(start, stop))
         if zeros is not None:
-            found = found - zeros(start, stop)
-        return numpy.multiply(found, scales(start, stop), out=found)
+            _apply(numpy.subtract, found, zeros(start, stop))
+        _apply(numpy.multiply, found, scales(start, stop))
+        return found
 
     return rows
 
 
-def spread(numbers: Array, columns: int, groups: Array | None, name: str, path: Path) -> Array:
-    """Return the numbers of the columns from those of their groups.
+def _apply(operation: numpy.ufunc, values: Array, numbers: Array) -> None:
+    """Compute with the numbers of groups in place, without writing one for each column first."""
+    groups = numbers.shape[-1]
+    if groups not in (1, values.shape[-1]):
+        values = values.reshape(len(values), groups, values.shape[-1] // groups)
+        numbers = numbers[..., None]
+    operation(values, numbers, out=values)
+
+
+def by_column(numbers: Array, columns: int, groups: Array, name: str, path: Path) -> Array:
+    """Return the numbers of columns from those of the groups that they are in.
 
     Parameters
     ----------
     numbers : array
         (rows, groups).
     columns : int
-    groups : array or None
-        Which group a column belongs to, if they are not equally many columns in a row.
+    groups : array
+        Of each column. If they stand in a row, the numbers are returned as they are: `scaled`
+        takes them.
     name, path
-        Of the tensor of groups.
+        Of the tensor of groups, for the error.
 
     Raises
     ------
     InputError
         If one of the groups is none.
     """
-    if groups is None:
-        return numbers.repeat(columns // numbers.shape[1], axis=1)
-    if not 0 <= groups.min(initial=0) <= groups.max(initial=0) < numbers.shape[1]:
+    count = numbers.shape[-1]
+    if columns % count == 0 and numpy.array_equal(
+        groups, numpy.arange(columns) // (columns // count)
+    ):
+        return numbers
+    if not 0 <= groups.min(initial=0) <= groups.max(initial=0) < count:
         raise InputError(
-            f"tensor {printable(name)} names groups beyond the {numbers.shape[1]} that have scales",
+            f"tensor {printable(name)} names groups beyond the {count} that have scales",
             path=path,
             hint=DAMAGED,
         )
-    return numbers.take(groups, axis=1)
+    return numbers.take(groups, axis=-1)
 
 
 def default_dtype(scale: DenseTensor) -> str:

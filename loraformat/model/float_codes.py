@@ -106,9 +106,7 @@ def float4_weight(
 
     def factors(start: int, stop: int) -> Array:
         found = scale.rows(start, stop).view(dtype).astype(numpy.float32)
-        if second is not None:
-            found = combined(found, second.array().reshape(()))
-        return found.repeat(group, axis=1)
+        return found if second is None else combined(found, second.array().reshape(()))
 
     rows = scaled(lambda start, stop: e2m1(codes.rows(start, stop)), factors)
     parts = (codes, scale) if second is None else (codes, scale, second)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from loraformat.errors import InputError, UnsupportedError, printable
@@ -37,12 +37,29 @@ def method_of(path: Path, more: Iterable[Signature] = ()) -> str | None:
     of methods that `packed_weights` does not know. None of dense weights, a bundle, and a model
     that cannot be opened: reading it will say what is wrong.
     """
+    return _method_of(path, tuple(more), _state(path))
+
+
+#: Every converter asks, to recognise its format: headers of large models are parsed once for all.
+@lru_cache(maxsize=8)
+def _method_of(path: Path, more: tuple[Signature, ...], state: object) -> str | None:
+    """Return what `method_of` does, as long as the files stay in a state."""
     if (path / MANIFEST_NAME).is_file():
         return None
     named = (config_json.quantization(peek_config(path)) or {}).get("quant_method")
     if found := packed_weights(stored_entries(path), more, named):
         return found.method
     return named if isinstance(named, str) else None
+
+
+def _state(path: Path) -> object:
+    """Return what changes when a file of a directory does, or a file alone."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        facts = [(file.name, file.stat()) for file in files]
+    except OSError:
+        return object()  # equal to none: what cannot be asked is not remembered
+    return tuple((name, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in facts)
 
 
 def quantized_format(method: QuantizationMethod, summary: str) -> BaseFormat:

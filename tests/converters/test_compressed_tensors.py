@@ -370,3 +370,13 @@ def test_float8_without_a_config_is_read_all_the_same(models, tmp_path):
     found = load_file(tmp_path / "plain/model.safetensors")
     wanted = decompressed(scheme, modules)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_single_number(models, tmp_path, dtype):
+    scheme = FORMS["FP8 by tensor"]
+    quantize(models / "llama", tmp_path / "m", None, settings(scheme), lambda name: False)
+    parts = {f"{Q}.weight": torch.tensor(3.0).to(dtype), f"{Q}.weight_scale": torch.tensor(0.5)}
+    change(tmp_path / "m", lambda tensors: tensors.update(parts))
+    with plugins.sniff(tmp_path / "m").read(tmp_path / "m", plugins.ReadOptions()) as model:
+        assert float(model.tensors[f"{Q}.weight"].array()) == 1.5

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -14,6 +15,7 @@ from transformers import (
 
 from loraformat import plugins
 from loraformat.demo import SMALL_MODEL
+from loraformat.errors import InputError, UnsupportedError
 from loraformat.ops.convert.convert import convert
 from loraformat.testing import contents
 
@@ -23,6 +25,8 @@ _SIZES = dict(
 )  # fmt: skip
 
 
+#: The module whose parts tests change.
+Q = "model.layers.0.self_attn.q_proj"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -41,6 +45,14 @@ def tiny(path, kind="llama", *, tied=False):
     for name in _TOKENIZER:
         shutil.copy(SMALL_MODEL / name, path)
     return load_file(path / "model.safetensors")
+
+
+def make_models(top):
+    """Save the dense models, each in a directory of its name: llama, moe, tied."""
+    for kind in ("llama", "moe"):
+        tiny(top / kind, kind)
+    tiny(top / "tied", tied=True)
+    return top
 
 
 def quantize(source, target, parts_of, settings, chosen=lambda name: "proj.weight" in name):
@@ -76,6 +88,28 @@ def change(path, edit=None, **settings):
     config["quantization_config"] |= settings
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def without(suffix):
+    """Return an edit that drops a part of one weight."""
+    return lambda tensors: tensors.pop(f"{Q}.{suffix}")
+
+
+def replaced(suffix, edit):
+    """Return an edit that changes a part of one weight."""
+
+    def edited(tensors):
+        tensors[f"{Q}.{suffix}"] = edit(tensors[f"{Q}.{suffix}"]).contiguous()
+
+    return edited
+
+
+def check_refused(source, target, said, **options):
+    """A conversion ends with one line that says what to do, and writes nothing."""
+    with pytest.raises((InputError, UnsupportedError), match=said) as refused:
+        convert(source, target, to_format="safetensors", **options)
+    assert refused.value.hint and "\n" not in str(refused.value)
+    assert not target.exists()
 
 
 def check_conversions(source, wanted, top, *, count, named):

@@ -15,6 +15,7 @@ import numpy
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.block_numbers import SCALE_TYPES, default_dtype, scaled
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.model.float_codes import ACTIVATIONS, ACTIVATIONS_WHAT
 from loraformat.model.packed_weights import AWQ, ORIGINAL
 from loraformat.model.quantization_method import (
     DAMAGED,
@@ -37,9 +38,10 @@ _VERSIONS = ("gemm", "exllama", "ipex")
 def _weights(stored: Checkpoint) -> Iterator[QuantizedWeight]:
     settings = stored.quantization_config or {}
     version = settings.get("version") or settings.get("format") or "gemm"
-    if str(version).lower() not in _VERSIONS or settings.get("bits", 4) != 4:
+    bits = settings.get("bits", settings.get("w_bit", 4))
+    if str(version).lower() not in _VERSIONS or bits != 4:
         raise UnsupportedError(
-            f"is quantized with AWQ of {printable(settings.get('bits', 4))} bits in the layout "
+            f"is quantized with AWQ of {printable(bits)} bits in the layout "
             f"{printable(version)}, and only 4 bits in the layout gemm can be read",
             path=stored.path,
             hint=ORIGINAL,
@@ -95,5 +97,5 @@ def _unpacked(codes: DenseTensor, start: int, stop: int) -> Array:
     return flat[start - 8 * first : stop - 8 * first]
 
 
-METHOD = QuantizationMethod(AWQ, _weights)
+METHOD = QuantizationMethod(AWQ, _weights, dropped=ACTIVATIONS, dropped_what=ACTIVATIONS_WHAT)
 CONVERTER = quantized_format(METHOD, "AWQ checkpoint: 4 bits by group, in the layout gemm")

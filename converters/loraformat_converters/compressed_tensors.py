@@ -13,6 +13,7 @@ of its forms, and a weight's tensors say which it has:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,18 @@ def _weights(stored: Checkpoint) -> Iterator[QuantizedWeight]:
             yield _int8(stored, name.removesuffix(_WEIGHT), codes)
         elif name.endswith(_WEIGHT) and codes.dtype in FLOAT8_VALUES:
             yield _float8(stored, name.removesuffix(_WEIGHT), codes)
+        elif name.endswith(_WEIGHT):
+            _refuse_unquantized(stored, name.removesuffix(_WEIGHT), codes)
+
+
+def _refuse_unquantized(stored: Checkpoint, owner: str, weight: DenseTensor) -> None:
+    """Refuse dense weights with scales, which the program that runs the model quantizes."""
+    if owner + _SCALE in stored.tensors and owner + _PACKED not in stored.tensors:
+        raise UnsupportedError(
+            f"tensor {printable(weight.name)} has a scale, but is {weight.dtype}, not quantized",
+            path=stored.path,
+            hint=ORIGINAL,
+        )
 
 
 def _refuse_transforms(stored: Checkpoint) -> None:
@@ -84,14 +97,12 @@ def _refuse_transforms(stored: Checkpoint) -> None:
 
 def _declared(stored: Checkpoint, key: str) -> list[Any]:
     """Return what the config says of weights, for any group of modules."""
-    groups = (stored.quantization_config or {}).get("config_groups")
-    found = (group.get("weights") for group in _objects(groups)) if groups else ()
-    return [weights[key] for weights in found if isinstance(weights, dict) and key in weights]
-
-
-def _objects(groups: object) -> list[dict[str, Any]]:
-    values = groups.values() if isinstance(groups, dict) else ()
-    return [group for group in values if isinstance(group, dict)]
+    groups, found = (stored.quantization_config or {}).get("config_groups"), []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and key in weights:
+            found.append(weights[key])
+    return found
 
 
 def _block(stored: Checkpoint, shape: tuple[int, ...], scale: DenseTensor) -> tuple[int, int]:
@@ -99,9 +110,10 @@ def _block(stored: Checkpoint, shape: tuple[int, ...], scale: DenseTensor) -> tu
     grouped = len(scale.shape) == len(shape) > 0 and scale.shape[:-1] == shape[:-1]
     if grouped and scale.shape[-1]:
         return 1, max(shape[-1] // scale.shape[-1], 1)
-    for declared in _declared(stored, "block_structure"):
-        if declared is not None:
-            return block_size({"weight_block_size": declared}, stored.path)
+    for declared in filter(None, _declared(stored, "block_structure")):
+        if isinstance(declared, str):  # until 2025: 128x128
+            declared = [int(size) for size in re.findall(r"\d{1,6}", declared)]
+        return block_size({"weight_block_size": declared}, stored.path)
     return block_size(None, stored.path)
 
 
@@ -147,8 +159,7 @@ def _packed(stored: Checkpoint, owner: str, codes: DenseTensor) -> QuantizedWeig
         raise InputError(
             f"tensor {printable(codes.name)} is {codes.dtype} {list(codes.shape)}, with scales "
             f"{list(scale.shape)}, for a weight of shape {list(shape)}; wanted I32 words of "
-            f"integers of {wanted} bits, with a scale for "
-            f"each row or for {size} columns of it",
+            f"integers of {wanted} bits, with a scale for each row or for {size} columns of it",
             path=stored.path,
             hint=DAMAGED,
         )

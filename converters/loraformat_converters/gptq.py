@@ -19,6 +19,7 @@ import numpy
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.block_numbers import SCALE_TYPES, by_column, default_dtype, scaled
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.model.float_codes import ACTIVATIONS, ACTIVATIONS_WHAT
 from loraformat.model.packed_weights import GPTQ, ORIGINAL
 from loraformat.model.quantization_method import (
     DAMAGED,
@@ -135,7 +136,7 @@ def _declared(settings: dict[str, object], bits: int) -> bool:
     return bool(settings.get("dynamic")) or settings.get("bits", bits) == bits
 
 
-METHOD = QuantizationMethod(GPTQ, _weights)
+METHOD = QuantizationMethod(GPTQ, _weights, dropped=ACTIVATIONS, dropped_what=ACTIVATIONS_WHAT)
 CONVERTER = quantized_format(
     METHOD, "GPTQ checkpoint: 2, 3, 4 or 8 bits by group, of either version of the format"
 )

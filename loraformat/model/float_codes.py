@@ -43,7 +43,9 @@ def block_size(settings: Mapping[str, Any] | None, path: Path) -> tuple[int, int
         or len(value) != 2
         or not all(type(size) is int and 0 < size <= 1 << 20 for size in value)
     ):
-        raise InputError(f"weight_block_size is {printable(value)}, wanted two sizes", path=path)
+        raise InputError(
+            f"weight_block_size is {printable(value)}, wanted two sizes", path=path, hint=DAMAGED
+        )
     return value[0], value[1]
 
 

@@ -73,7 +73,7 @@ class QuantizationMethod:
         has the same name, in lower case.
     weights : callable
         Returns the weights of a checkpoint of stored tensors; raises `InputError` where parts do
-        not fit each other. It reads no number.
+        not fit each other. It reads no numbers but sizes.
     signature : Signature or None
         How it is detected, if `packed_weights` does not know it.
     dropped : re.Pattern or None

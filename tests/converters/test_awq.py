@@ -91,6 +91,15 @@ def test_the_order_in_a_word(models, tmp_path):
             assert tensor.rows(start, stop)[:, 0].tolist() == [n % 8 for n in range(start, stop)]
 
 
+def test_scales_of_the_cache_stay_behind(models, tmp_path):
+    quantize(models / "llama", tmp_path / "m", awq(), SETTINGS)
+    name = Q.replace("q_proj", "k_proj.k_scale")
+    change(tmp_path / "m", lambda tensors: tensors.update({name: torch.ones(())}))
+    with plugins.sniff(tmp_path / "m").read(tmp_path / "m", plugins.ReadOptions()) as model:
+        assert name not in model.tensors
+        assert any("1 scales of activations" in said for said in model.left_behind)
+
+
 BAD = {
     "no scales": (without("scales"), {}, "scales is missing"),
     "no zeros": (without("qzeros"), {}, "qzeros is missing"),

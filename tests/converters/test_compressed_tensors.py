@@ -252,6 +252,19 @@ def test_some_rows_are_those_of_the_whole(models, tmp_path):
             assert tensor.rows(start, stop).tobytes() == whole[start:stop].tobytes()
 
 
+def test_a_block_as_older_versions_spell_it(models, tmp_path):
+    scheme = FORMS["FP8 in blocks"]
+    modules = quantize(models / "llama", tmp_path / "m", parts_of(scheme), settings(scheme))
+    spelled = {**scheme, "weights": {**scheme["weights"], "block_structure": "32x16"}}
+    change(tmp_path / "m", config_groups={"group_0": spelled})
+    convert(tmp_path / "m", tmp_path / "plain", to_format="safetensors")
+    found = load_file(tmp_path / "plain/model.safetensors")[f"{Q}.weight"]
+    assert torch.equal(found, decompressed(scheme, modules)[f"{Q}.weight"])
+    wrong = {**scheme, "weights": {**scheme["weights"], "block_structure": "32"}}
+    change(tmp_path / "m", config_groups={"group_0": wrong})
+    check_refused(tmp_path / "m", tmp_path / "out", "wanted two sizes")
+
+
 @pytest.mark.parametrize("place", ["compression_config", "text_config"])
 def test_settings_in_other_places(models, tmp_path, place):
     scheme = FORMS["FP8 in blocks"]
@@ -311,6 +324,8 @@ BAD = {
         "W4A16", added("weight", torch.ones(64, 64)), {}, "holds one weight twice"),
     "more than is known": (
         "W4A16", added("weight_lut", torch.ones(16)), {}, "weight_lut belongs to a quantized"),
+    "weights that are not quantized yet": (
+        "W8A8", replaced("weight", lambda t: t.bfloat16()), {}, "has a scale, but is BF16"),
     "rotated weights": (
         "W4A16", None, {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
     "sparse weights": (

@@ -228,6 +228,15 @@ def test_its_own_settings_stay_behind(models, tmp_path):
         convert(tmp_path / "m", tmp_path / "out", to_format="safetensors")
 
 
+def test_what_is_said_of_the_cache_stays_behind(models, tmp_path):
+    quantize(models / "llama", tmp_path / "m", nvfp4, SETTINGS)
+    names = [Q.replace("q_proj", name) for name in ("k_proj.k_scale", "v_proj.v_bias")]
+    change(tmp_path / "m", lambda tensors: tensors.update({n: torch.ones(()) for n in names}))
+    with plugins.sniff(tmp_path / "m").read(tmp_path / "m", plugins.ReadOptions()) as model:
+        assert not set(names) & set(model.tensors)
+        assert any("9 scales of activations" in said for said in model.left_behind)
+
+
 BAD = {
     "no scale": ("NVFP4", without("weight_scale"), "weight_scale is missing"),
     "no second scale": ("NVFP4", without("weight_scale_2"), "weight_scale_2 is missing"),

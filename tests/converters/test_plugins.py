@@ -62,7 +62,7 @@ class TestFinding:
 
     def test_an_unknown_name_lists_the_known(self):
         with pytest.raises(
-            UsageError, match=r"unknown format 'ggml', wanted one of bitsandbytes, "
+            UsageError, match=r"unknown format 'ggml', wanted one of awq, bitsandbytes, "
         ):
             plugins.get("ggml")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -17,7 +18,7 @@ from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import of_config
 from mutations import spoil
 
-from loraformat import check, info
+from loraformat import check, info, plugins
 from loraformat.card import front_matter
 from loraformat.demo import ADAPTERS
 from loraformat.errors import InputError, LoraFormatError
@@ -25,6 +26,7 @@ from loraformat.model.config_json import join, model_dtype, parse, split, with_d
 from loraformat.model.tied_head import settled, untied_config
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.shards.read_directory import open_model
+from loraformat.tensors.arrays import numpy_dtype
 from loraformat.testing.models import carried, checkpoint, dense
 from loraformat.train.data.row import BadRowError, parse_object
 from loraformat.train.data.row_formats import KindError, meaning
@@ -233,6 +235,76 @@ def _write(files: Files, place: Path) -> None:
             (place / name).write_bytes(data)
 
 
+# --- weights that others quantized -----------------------------------------------------------
+
+_WEIGHTS = {"num_bits": 4, "group_size": 32, "symmetric": False, "block_structure": [32, 16]}
+_GROUPS = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": _WEIGHTS}},
+}
+#: By form: its settings, and the dtype, shape and (not of all) numbers of a weight's parts.
+QUANTIZED = {
+    "packed integers": (_GROUPS, {
+        "weight_packed": ["I32", [64, 8]], "weight_scale": ["BF16", [64, 2]],
+        "weight_zero_point": ["I32", [8, 2]], "weight_shape": ["I64", [2], [64, 64]],
+        "weight_g_idx": ["I32", [64]]}),
+    "int8 in blocks": (_GROUPS, {
+        "weight": ["I8", [64, 64]], "weight_scale": ["F32", [2, 4]],
+        "weight_zero_point": ["I8", [2, 4]]}),
+    "NVFP4": (_GROUPS, {
+        "weight_packed": ["U8", [8, 32]], "weight_scale": ["F8_E4M3", [8, 4]],
+        "weight_global_scale": ["F32", [1], [9]]}),
+    "modelopt": ({"quant_method": "modelopt"}, {
+        "weight": ["U8", [8, 32]], "weight_scale": ["F8_E4M3", [8, 4]],
+        "weight_scale_2": ["F32", []], "pre_quant_scale": ["BF16", [64]]}),
+    "int4 of modelopt": ({"quant_method": "modelopt"}, {
+        "weight": ["U8", [4, 64]], "weight_scale": ["F32", [8, 2]]}),
+    "GPTQ": ({"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq_v2", "sym": False}, {
+        "qweight": ["I32", [6, 32]], "qzeros": ["I32", [2, 3]], "scales": ["F16", [2, 32]],
+        "g_idx": ["I32", [64]]}),
+    "AWQ": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, {
+        "qweight": ["I32", [64, 4]], "qzeros": ["I32", [2, 4]], "scales": ["F16", [2, 32]]}),
+    "float8": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, {
+        "weight": ["F8_E4M3", [64, 64]], "weight_scale_inv": ["F32", [2, 2]]}),
+}  # fmt: skip
+
+
+def quantized() -> dict[str, Files]:
+    return {
+        name: {
+            "config.json": join(b"{}", settings),
+            "tensors": json.dumps({f"up_proj.{part}": of for part, of in parts.items()}).encode(),
+        }
+        for name, (settings, parts) in QUANTIZED.items()
+    }
+
+
+def judge_quantized(files: Files, place: Path) -> None:
+    try:
+        tensors = {name: _numbers(*spec) for name, spec in json.loads(files["tensors"]).items()}
+        header, end = {}, 0
+        for name, (dtype, numbers) in tensors.items():
+            begin, end = end, end + numbers.nbytes
+            header[name] = {
+                "dtype": dtype, "shape": numbers.shape, "data_offsets": [begin, end]
+            }  # fmt: skip
+        text = json.dumps(header).encode()
+    except (ValueError, TypeError, AttributeError, OverflowError, KeyError):
+        raise InputError("no tensors were made of it") from None
+    data = b"".join(numbers.tobytes() for _, numbers in tensors.values())
+    weights = {"model.safetensors": len(text).to_bytes(8, "little") + text + data}
+    _write(weights | {"config.json": files["config.json"]}, place)
+    with plugins.sniff(place).read(place, plugins.ReadOptions()) as model:
+        for tensor in model.tensors.values():
+            tensor.array()
+
+
+def _numbers(dtype: str, shape: list[int], fill: object = 0) -> tuple[str, numpy.ndarray]:
+    if not all(type(size) is int and 0 <= size < 100 for size in shape) or len(shape) > 3:
+        raise ValueError
+    return dtype, numpy.full(shape, fill, numpy_dtype(dtype))
+
+
 # --- cards, rows -----------------------------------------------------------------------------
 
 CARD = b"""---
@@ -280,6 +352,7 @@ KINDS: dict[str, tuple[Callable[[], dict[str, Files]], Judge, float]] = {
     "tokenizer": (tokenizer_files, judge_tokenizer, 0.3),
     "adapter": (adapters, judge_adapter, 0.06),
     "shards": (shards, judge_shards, 0.06),
+    "quantized": (quantized, judge_quantized, 0.06),
     "card": (lambda: {"card": {"README.md": CARD}}, judge_card, 0.1),
     "row": (
         lambda: {str(n): {"row": json.dumps(row).encode()} for n, row in enumerate(ROWS)},

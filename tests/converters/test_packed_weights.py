@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loraformat import plugins
 from loraformat.demo import SMALL_MODEL
 from loraformat.errors import UnsupportedError
 from loraformat.model.packed_weights import packed_weights
@@ -127,5 +128,9 @@ def test_a_pattern_includes_weights_but_no_biases_or_norms(tmp_path):
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
     report = convert(tmp_path / "base", tmp_path / "bundle", include=["*experts*"])
-    assert report.quantized == 1
-    assert any("expert weights" in note and "are not quantized" in note for note in report.notes)
+    with plugins.sniff(tmp_path / "bundle").read(
+        tmp_path / "bundle", plugins.ReadOptions()
+    ) as model:
+        quantized = {tensor.name for tensor in model.nf4_weights}
+    assert quantized == {f"{prefix}.gate_up_proj", f"{prefix}.0.up_proj.weight"}
+    assert report.quantized == 2

@@ -28,7 +28,7 @@ from loraformat.tensors.arrays import Array
 
 __all__ = ["CONVERTER", "METHOD"]
 
-_CODES = ".qweight"
+_CODES, _SCALES = ".qweight", ".scales"
 #: Where the bits of a word's output features are, in their order.
 _SHIFTS = 4 * numpy.array((0, 4, 1, 5, 2, 6, 3, 7), numpy.uint32)
 #: Kernels for this layout.
@@ -46,14 +46,20 @@ def _weights(stored: Checkpoint) -> Iterator[QuantizedWeight]:
             path=stored.path,
             hint=ORIGINAL,
         )
-    for name, codes in stored.tensors.items():
-        if name.endswith(_CODES) and isinstance(codes, DenseTensor):
-            yield _weight(stored, name.removesuffix(_CODES), codes)
+    for name, tensor in stored.tensors.items():
+        if name.endswith(_CODES) and isinstance(tensor, DenseTensor):
+            yield _weight(stored, name.removesuffix(_CODES), tensor)
+        elif name.endswith(_SCALES) and name.removesuffix(_SCALES) + _CODES not in stored.tensors:
+            raise UnsupportedError(
+                f"tensor {printable(name)} divides activations, which no dense model does",
+                path=stored.path,
+                hint=ORIGINAL,
+            )
 
 
 def _weight(stored: Checkpoint, owner: str, codes: DenseTensor) -> QuantizedWeight:
     zero = stored_part(stored, f"{owner}.qzeros", ("I32",))
-    scale = stored_part(stored, f"{owner}.scales", SCALE_TYPES)
+    scale = stored_part(stored, owner + _SCALES, SCALE_TYPES)
     columns, words = codes.shape if len(codes.shape) == 2 else (0, 0)
     groups = scale.shape[0] if len(scale.shape) == 2 else 0
     if (

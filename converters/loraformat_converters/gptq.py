@@ -17,6 +17,9 @@ from collections.abc import Iterator
 import numpy
 
 from loraformat.errors import InputError, UnsupportedError, printable
+from loraformat.families.table import model_type
+from loraformat.model import config_json
+from loraformat.model.architecture import is_conv1d
 from loraformat.model.block_numbers import SCALE_TYPES, by_column, default_dtype, scaled
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.float_codes import ACTIVATIONS, ACTIVATIONS_WHAT
@@ -44,19 +47,29 @@ def _weights(stored: Checkpoint) -> Iterator[QuantizedWeight]:
     named = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     method = settings.get("quant_method") or "gptq"
     symmetric = settings.get("sym") is True
-    known = isinstance(named, str) and named in _OFFSETS and not settings.get("is_marlin_format")
-    if not known or method not in ("gptq", "auto-round", "intel/auto-round") or (
-        method != "gptq" and not symmetric  # their zeros are of either version
-    ):  # fmt: skip
+    # AutoRound's zeros are of either version.
+    known = method == "gptq" or (method in ("auto-round", "intel/auto-round") and symmetric)
+    known = known and isinstance(named, str) and named in _OFFSETS
+    if not known or settings.get("is_marlin_format"):
         raise UnsupportedError(
             f"is quantized with {printable(method)} in the format {printable(named)}, and of GPTQ "
             f"only {', '.join(_OFFSETS)} can be read",
             path=stored.path,
             hint=ORIGINAL,
         )
+    kind = model_type(config_json.parse(stored.config)) if stored.config else None
     for name, codes in stored.tensors.items():
-        if name.endswith(_CODES) and isinstance(codes, DenseTensor):
-            yield _weight(stored, name.removesuffix(_CODES), codes, named, symmetric)
+        if not name.endswith(_CODES) or not isinstance(codes, DenseTensor):
+            continue
+        owner = name.removesuffix(_CODES)
+        if is_conv1d(f"{owner}.weight", kind):
+            raise UnsupportedError(
+                f"tensor {printable(name)} is of a Conv1D, whose weight stands the other way round "
+                "than GPTQ packs it, which is not supported",
+                path=stored.path,
+                hint=ORIGINAL,
+            )
+        yield _weight(stored, owner, codes, named, symmetric)
 
 
 def _weight(

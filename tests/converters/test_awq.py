@@ -112,6 +112,9 @@ BAD = {
     "another number of bits": (None, {"bits": 8}, "AWQ of 8 bits"),
     "another layout": (None, {"version": "gemv"}, "the layout gemv"),
     "a layout that is none": (None, {"version": ["gemm"]}, "only 4 bits in the layout gemm"),
+    "a scaled activation, as of Falcon and MPT": (
+        lambda t: t.update({"model.layers.0.mlp.act.scales": torch.ones(64)}), {},
+        "act.scales divides activations"),
     "a factor of activations": (
         lambda t: t.update({f"{Q}.act_scale": torch.ones(64)}), {}, "act_scale belongs to"),
 }  # fmt: skip

@@ -219,3 +219,17 @@ def test_codes_of_three_bits_in_planes(models, tmp_path):
     change(tmp_path / "m", checkpoint_format="gptq_p")
     with pytest.raises(UnsupportedError, match="3 bits in the format gptq_p"):
         convert(tmp_path / "m", tmp_path / "out")
+
+
+def test_weights_that_stand_the_other_way_round(models, tmp_path):
+    """GPT-2's Conv1D: (in, out), and packed as (out, in)."""
+    stored(models, tmp_path / "m", "4 bits")
+
+    def edit(tensors):
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[f"transformer.h.0.attn.c_attn.{part}"] = tensors[f"{Q}.{part}"].clone()
+
+    change(tmp_path / "m", edit)
+    path = tmp_path / "m/config.json"
+    path.write_text(path.read_text().replace('"llama"', '"gpt2"'))
+    check_refused(tmp_path / "m", tmp_path / "out", "is of a Conv1D")

@@ -5,13 +5,16 @@ transformers. Beside a weight ``W`` of type E4M3 or E5M2 stands ``W_scale_inv`` 
 or ``W_scale``, one number for the tensor, for each output feature, or for each block; either is
 multiplied: W = scale · code. DeepSeek-V4 calls it ``scale`` and Mistral ``qscale_weight``, beside
 ``weight``. It may be a power of two of type E8M0 (UE8M0), stored as such or as bytes; so are those
-of MXFP8, one for 32 values of a row (OCP Microscaling Formats 1.0). Scales of activations belong to
+of MXFP8, one for 32 values of a row (OCP Microscaling Formats 1.0). Experts of DeepSeek-V4 are
+MXFP4: two codes E2M1 in a byte of type I8, with ``scale`` for 32. Scales of activations belong to
 float8 arithmetic and stay behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import numpy
 
 from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
@@ -20,6 +23,7 @@ from loraformat.model.float_codes import (
     ACTIVATIONS_WHAT,
     FLOAT8_VALUES,
     block_size,
+    float4_weight,
     float8_weight,
 )
 from loraformat.model.packed_weights import FLOAT8
@@ -49,7 +53,16 @@ def _weights(stored: Checkpoint) -> Iterator[QuantizedWeight]:
         if scale is None:
             bare.add(name)
         yield float8_weight(tensor, scale, block, stored.path)
+    yield from _float4_weights(stored)
     _refuse_unknown_scales(stored, bare)
+
+
+def _float4_weights(stored: Checkpoint) -> Iterator[QuantizedWeight]:
+    for name, codes in stored.tensors.items():
+        if name.endswith(".weight") and isinstance(codes, DenseTensor) and codes.dtype == "I8":
+            scale = stored.tensors.get(name.removesuffix("weight") + "scale")
+            if isinstance(scale, DenseTensor):
+                yield float4_weight(name, codes, scale, None, numpy.multiply, stored.path)
 
 
 def _scale_names(weight: str) -> list[str]:

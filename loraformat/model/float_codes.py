@@ -91,7 +91,7 @@ def float4_weight(
     if (
         group is None
         or not shape
-        or codes.dtype != "U8"
+        or codes.dtype not in ("U8", "I8")
         or scale.shape[:-1] != shape[:-1]
         or scale.shape[-1] * group != shape[-1]
         or seconds != (("F32", 1) if group == 16 else None)
@@ -110,6 +110,6 @@ def float4_weight(
         found = scale.rows(start, stop).view(dtype).astype(numpy.float32)
         return found if second is None else combined(found, second.array().reshape(()))
 
-    rows = scaled(lambda start, stop: e2m1(codes.rows(start, stop)), factors)
+    rows = scaled(lambda start, stop: e2m1(codes.rows(start, stop).view(numpy.uint8)), factors)
     parts = (codes, scale) if second is None else (codes, scale, second)
     return QuantizedWeight(name, shape, parts, "NVFP4" if group == 16 else "MXFP4", rows)

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from loraformat import plugins
 from loraformat.errors import FormatError, InputError, UnsupportedError, UsageError
@@ -17,6 +18,7 @@ from tests.torch_tensors import numbers
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 W = "model.layers.0.mlp.up_proj.weight"
+EXPERT = W.replace("mlp", "ffn.experts.0")
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
 
@@ -267,17 +269,35 @@ def test_scales_without_codes_are_of_another_method(tmp_path):
         convert(write(tmp_path / "m", tensors), tmp_path / "out")
 
 
-def test_four_bit_experts_beside_it_are_named(tmp_path):
-    """DeepSeek-V4's: two codes in a byte, with scales for 32."""
-    expert = W.replace("mlp", "ffn.experts.0")
-    tensors = {
-        W: gauss(8, 64).to(E4M3), W.removesuffix("weight") + "scale": torch.ones(1, 1).to(E8M0),
-        expert: torch.zeros(8, 32, dtype=torch.int8),
-        expert.removesuffix("weight") + "scale": torch.ones(8, 2).to(E8M0),
-    }  # fmt: skip
-    with pytest.raises(UnsupportedError, match="is quantized with FP4") as error:
-        convert(write(tmp_path / "m", tensors), tmp_path / "out")
-    assert "start from the original, unquantized model" in error.value.hint
+def four_bits():
+    """Experts of DeepSeek-V4 beside a float8 weight: two codes in a byte, with scales for 32."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (8, 32), dtype=torch.int8, generator=generator)
+    scales = torch.randint(110, 130, (8, 2), dtype=torch.uint8, generator=generator).view(E8M0)
+    beside = {
+        W: gauss(8, 64).to(E4M3),
+        W.removesuffix("weight") + "scale": torch.ones(1, 1).to(E8M0),
+    }
+    return beside | {EXPERT: codes, EXPERT.removesuffix("weight") + "scale": scales}
+
+
+def test_experts_of_four_bits(tmp_path):
+    tensors = four_bits()
+    path = write(tmp_path / "m", tensors, quantization_config=BLOCKS)
+    assert plugins.sniff(path).name == "float8"
+    theirs = Fp8Dequantize(None)
+    for name in (W, EXPERT):
+        scale = tensors[name.removesuffix("weight") + "scale"]
+        found, tensor = decoded(path, name)
+        assert torch.equal(found, theirs._dequantize_one(tensors[name], scale, torch.bfloat16))
+    assert tensor.stored_as == "MXFP4"
+
+
+@pytest.mark.parametrize("scale", [torch.ones(8, 1).to(E8M0), torch.ones(8, 2), torch.ones(())])
+def test_experts_of_four_bits_that_do_not_fit(tmp_path, scale):
+    path = write(tmp_path / "m", four_bits() | {EXPERT.removesuffix("weight") + "scale": scale})
+    with pytest.raises(InputError, match=r"columns / 32\) \(MXFP4\)"):
+        convert(path, tmp_path / "out")
 
 
 def test_a_bundle_holds_none_of_it(tmp_path):

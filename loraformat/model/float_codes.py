@@ -92,8 +92,8 @@ def float4_weight(
         group is None
         or not shape
         or codes.dtype not in ("U8", "I8")
-        or scale.shape[:-1] != shape[:-1]
-        or scale.shape[-1] * group != shape[-1]
+        or shape[-1] % group
+        or scale.shape != (*shape[:-1], shape[-1] // group)
         or seconds != (("F32", 1) if group == 16 else None)
     ):
         also = "" if second is None else f" and {second.dtype} {list(second.shape)}"

@@ -244,6 +244,10 @@ BAD = {
         "NVFP4", replaced("weight_scale_2", lambda t: t.repeat(2)), r"and F32 \[2\], wanted"),
     "another group": ("NVFP4", replaced("weight_scale", lambda t: t[:, ::2]), "columns / 16"),
     "a vector": ("NVFP4", replaced("weight", lambda t: t.flatten()), "wanted U8"),
+    "a vector with one scale": (
+        "MXFP4", lambda t: t.update({
+            f"{Q}.weight": torch.zeros(32, dtype=torch.uint8),
+            f"{Q}.weight_scale": torch.zeros((), dtype=torch.uint8)}), "wanted U8"),
     "a number": ("NVFP4", replaced("weight", lambda t: t[0, 0]), "wanted U8"),
     "scales of float8": ("FP8", replaced("weight_scale", lambda t: t.double()), "wanted F32"),
     "float8 without scale": ("FP8", without("weight_scale"), "weight_scale is missing"),

@@ -13,19 +13,15 @@ from loraformat.bundle.converter import quantized_config
 from loraformat.errors import UnsupportedError, printable
 from loraformat.model.architecture import is_conv1d
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.model.packed_weights import BITSANDBYTES
+from loraformat.model.packed_weights import BITSANDBYTES, BITSANDBYTES_FP4, BITSANDBYTES_INT8
 from loraformat.model.written import WrittenModel
 from loraformat.plugins import BaseFormat, ReadOptions, WriteOptions
 from loraformat.shards.quantized import method_of
-from loraformat.shards.read_directory import open_model, peek_config, stored_entries
+from loraformat.shards.read_directory import open_model, peek_config
 from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
 
 __all__ = ["CONVERTER", "read", "sniff", "write"]
-
-
-#: Names that give other types of quantization away than NF4.
-_SIGNS = {".quant_state.bitsandbytes__fp4": "fp4", ".SCB": "int8", ".weight_format": "int8"}
 
 
 def sniff(path: Path) -> bool:
@@ -34,10 +30,9 @@ def sniff(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Checkpoint:
-    """Open a 4-bit checkpoint; FP4 and int8 are refused by name."""
-    config = peek_config(path) if path.is_dir() else {}
-    _refuse_other_types(path, config)
-    model_type = config.get("model_type")
+    """Open a 4-bit checkpoint of NF4; FP4 and int8 are formats of their own."""
+    _refuse_other_types(path)
+    model_type = (peek_config(path) if path.is_dir() else {}).get("model_type")
     checkpoint = open_model(
         path,
         "bitsandbytes",
@@ -53,21 +48,11 @@ def read(path: Path, options: ReadOptions) -> Checkpoint:
     return checkpoint
 
 
-def _refuse_other_types(path: Path, config: dict[str, object]) -> None:
-    quantization = config.get("quantization_config")
-    settings = quantization if isinstance(quantization, dict) else {}
-    kind = settings.get("bnb_4bit_quant_type", "fp4" if settings.get("load_in_4bit") else None)
-    if settings.get("load_in_8bit"):
-        kind = "int8"
-    if kind in (None, "nf4"):
-        names = stored_entries(path)
-        found = (of for end, of in _SIGNS.items() if any(name.endswith(end) for name in names))
-        kind = next(found, None)
-    if kind is not None:
+def _refuse_other_types(path: Path) -> None:
+    method = method_of(path)
+    if method in (BITSANDBYTES_FP4, BITSANDBYTES_INT8):
         raise UnsupportedError(
-            f"is quantized as bitsandbytes {kind}, and only nf4 can be read",
-            path=path,
-            hint="quantize the original weights to NF4: loraformat convert ORIGINAL BUNDLE",
+            f"is quantized as {method}, not NF4", path=path, hint=f"use --from {method}"
         )
 
 

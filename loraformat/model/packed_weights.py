@@ -17,8 +17,9 @@ from typing import Protocol
 from loraformat.errors import UnsupportedError, printable
 
 __all__ = [
-    "AWQ", "BITSANDBYTES", "COMPRESSED_TENSORS", "FLOAT8", "GPTQ", "MODELOPT", "MXFP4", "ORIGINAL",
-    "PackedWeights", "Signature", "Stored", "packed_weights", "refuse_packed",
+    "AWQ", "BITSANDBYTES", "BITSANDBYTES_FP4", "BITSANDBYTES_INT8", "COMPRESSED_TENSORS", "FLOAT8",
+    "GPTQ", "MODELOPT", "MXFP4", "ORIGINAL", "PackedWeights", "Signature", "Stored",
+    "packed_weights", "refuse_packed",
 ]  # fmt: skip
 
 #: What helps where a method is not read.
@@ -27,6 +28,7 @@ ORIGINAL = (
 )
 #: Methods that converters read.
 BITSANDBYTES, FLOAT8, MXFP4 = "bitsandbytes", "float8", "MXFP4"
+BITSANDBYTES_FP4, BITSANDBYTES_INT8 = "bitsandbytes-fp4", "bitsandbytes-int8"
 AWQ, COMPRESSED_TENSORS, GPTQ, MODELOPT = "AWQ", "compressed-tensors", "GPTQ", "modelopt"
 _UNKNOWN = "an unknown method"
 #: Methods that also store codes which others store in the same way: there the config decides.
@@ -104,8 +106,9 @@ class Signature:
 
 #: The more special one first. GPTQ packs codes along the other dimension than zeros, AWQ does not.
 _SIGNATURES = (
-    *(Signature(BITSANDBYTES, (f".quant_state.bitsandbytes__{kind}",)) for kind in ("nf4", "fp4")),
-    Signature(BITSANDBYTES, (".SCB",)),
+    Signature(BITSANDBYTES, (".quant_state.bitsandbytes__nf4",)),
+    Signature(BITSANDBYTES_FP4, (".quant_state.bitsandbytes__fp4",)),
+    Signature(BITSANDBYTES_INT8, (".SCB",)),
     Signature(AWQ, (".qweight", ".qzeros"), ("I32",), alike=True),
     Signature(GPTQ, (".qweight", ".qzeros"), ("I32",)),
     Signature("MLX", (".weight", ".scales", ".biases"), ("U32",)),

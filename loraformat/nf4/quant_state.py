@@ -109,8 +109,12 @@ class QuantState:
         return json.dumps(fields).encode("ascii")
 
 
-def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> QuantState:
+def parse_quant_state(
+    raw: bytes, tensor: str, path: str | PathLike[str], *, quant_type: str = "nf4"
+) -> QuantState:
     """Parse and check the JSON text of the quant state of a weight; names are for messages.
+
+    bitsandbytes writes the same for its other type of four bits, ``fp4``.
 
     Raises
     ------
@@ -144,8 +148,9 @@ def parse_quant_state(raw: bytes, tensor: str, path: str | PathLike[str]) -> Qua
     segments = fields.get("segments", 1)
     if type(segments) is not int or not 0 < segments < 1 << 48:
         raise broken("N05", f"quant state has {printable(segments)} segments")
-    if fields["quant_type"] != "nf4":
-        raise broken("N06", f"quant_type is {printable(fields['quant_type'])}, wanted nf4")
+    if fields["quant_type"] != quant_type:
+        found = printable(fields["quant_type"])
+        raise broken("N06", f"quant_type is {found}, wanted {quant_type}")
     if type(size) is not int or size not in BLOCK_SIZES:
         wanted = "a power of two, 32 to 4096"
         raise broken("N06", f"blocksize is {printable(size)}, wanted {wanted}")

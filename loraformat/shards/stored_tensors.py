@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -21,9 +20,11 @@ from loraformat.nf4.quant_state import MAX_QUANT_STATE_BYTES, QuantState, parse_
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
 from loraformat.tensors.mapped import MappedFile
 
-__all__ = ["STATE_SUFFIX", "collect"]
+__all__ = ["FP4_STATE_SUFFIX", "STATE_SUFFIX", "collect"]
 
 STATE_SUFFIX = NF4_PARTS["quant_state"]
+#: That of FP4, whose other parts have the names of NF4's; here they are tensors like any other.
+FP4_STATE_SUFFIX = ".quant_state.bitsandbytes__fp4"
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -74,7 +75,7 @@ def _tensors_of(
     owners = {name.removesuffix(STATE_SUFFIX) for name in entries if name.endswith(STATE_SUFFIX)}
     tensors: dict[str, LazyTensor] = {}
     for name, entry in entries.items():
-        owner = _owner(name, owners, file.path)
+        owner = _owner(name, owners, file)
         if owner is not None and owner not in tensors:
             tensor, state = _nf4_tensor(file, owner, transposed(owner), errors.get(owner))
             _check_parts(file, tensor, state, any_storage)
@@ -91,15 +92,17 @@ def _is_part(name: str, owner: LazyTensor) -> bool:
     return has_segments or name != owner.name + SEGMENT_PARTS["nested_offset"]
 
 
-def _owner(name: str, owners: set[str], path: Path) -> str | None:
+def _owner(name: str, owners: set[str], file: MappedFile) -> str | None:
     """Return the NF4 weight that a stored tensor is a part of; refuse a part of none."""
     for suffix in SEGMENT_PARTS.values():
         owner = name.removesuffix(suffix)
         if name.endswith(suffix) and owner in owners:
             return owner
-        if suffix in NF4_PARTS.values() and suffix and name.endswith(".weight" + suffix):
+        of_fp4 = owner + FP4_STATE_SUFFIX in file.header.entries
+        own = suffix in NF4_PARTS.values() and suffix and not of_fp4
+        if own and name.endswith(".weight" + suffix):
             problem = "belongs to an NF4 weight whose quant state is missing"
-            raise FormatError("N01", f"tensor {printable(name)} {problem}", path=path)
+            raise FormatError("N01", f"tensor {printable(name)} {problem}", path=file.path)
     return None
 
 

@@ -129,7 +129,7 @@ def check_conversions(source, wanted, top, *, count, named):
     dense = shutil.copytree(source, top / "dense")
     kept = {
         name: tensor for name, tensor in load_file(source / "model.safetensors").items()
-        if name.rpartition(".")[0] + ".weight" not in wanted
+        if not name.startswith(tuple(weight.removesuffix("weight") for weight in wanted))
     }  # fmt: skip
     save_file(kept | wanted, dense / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())

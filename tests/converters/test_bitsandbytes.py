@@ -129,8 +129,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         "name, options",
         [
-            ("fp4", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
-            ("int8", {"load_in_8bit": True}),
+            ("bitsandbytes-fp4", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+            ("bitsandbytes-int8", {"load_in_8bit": True}),
         ],
     )
     @pytest.mark.parametrize("with_config", [True, False])
@@ -142,11 +142,12 @@ class TestRefused:
         model.save_pretrained(tmp_path / "source")
         if not with_config:
             (tmp_path / "source" / "config.json").unlink()
-        with pytest.raises(
-            UnsupportedError, match=f"bitsandbytes {name}, and only nf4 can be read"
-        ):
-            convert(tmp_path / "source", tmp_path / "bundle")
-        assert not (tmp_path / "bundle").exists()
+        for wrong in ("bitsandbytes", "safetensors"):
+            with pytest.raises(UnsupportedError, match="is quantized") as refused:
+                convert(tmp_path / "source", tmp_path / "bundle", from_format=wrong)
+            assert refused.value.hint == f"use --from {name}"
+            assert not (tmp_path / "bundle").exists()
+        assert convert(tmp_path / "source", tmp_path / "bundle").source_format == name
 
     def test_fp4_under_the_name_of_nf4(self, tmp_path, weight):
         tensors = {

@@ -63,6 +63,9 @@ STORED = {
         W.replace("weight", "qzeros"): codes(2, 16).view(torch.int32),
         W.replace("weight", "scales"): torch.rand(2, 32),
     },
+    "bitsandbytes int8": {
+        W: codes(70, 40).view(torch.int8), W.replace("weight", "SCB"): torch.rand(70)
+    },
     "MXFP4 experts": {
         f"{STACK}_blocks": codes(3, 40, 5, 16), f"{STACK}_scales": codes(3, 40, 5) // 3 + 80
     },

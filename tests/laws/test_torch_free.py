@@ -74,6 +74,8 @@ COMMANDS = {
         "convert modelopt nvfp4 --to safetensors",
         "convert gptq from-gptq --to safetensors",
         "convert awq from-awq --to safetensors",
+        "convert int8 from-int8 --to safetensors",
+        "convert fp4 from-fp4 --to safetensors",
         "info float8 --tensors",
         "verify float8",
         "extract base plain -o extracted --rank 4",
@@ -130,7 +132,15 @@ def _quantized(top):
     stored = {f"model.layers.0.mlp.experts.down_proj_{part}": parts[part] for part in parts}
     save_file(stored, top / "mxfp4" / "model.safetensors", {"format": "pt"})
     words, scales = torch.ones(64, 8, dtype=torch.int32), torch.ones(64, 2)
+    state = b'{"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64]}'
+    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
     methods = {
+        "int8": {"weight": words.view(torch.int8), "SCB": torch.ones(64)},
+        "fp4": {
+            "weight": words.view(torch.uint8).reshape(2048, 1), "weight.absmax": torch.ones(64),
+            "weight.quant_map": torch.cat([magnitudes, -magnitudes]),
+            "weight.quant_state.bitsandbytes__fp4": torch.tensor(list(state), dtype=torch.uint8),
+        },
         "compressed-tensors": {
             "weight_packed": words, "weight_scale": scales, "weight_shape": torch.tensor([64, 64])
         },

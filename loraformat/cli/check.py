@@ -34,6 +34,11 @@ _FIXING = [
         type=click.Choice(["f32", "f16", "bf16"]),
         help="With --fix: dtype of the factors. [default: unchanged if lossless]",
     ),
+    click.Option(
+        ["--experts"],
+        type=click.Choice(["each", "fused"]),
+        help="With --fix: one LoRA for each expert, or for the fused parameter.",
+    ),
     click.Option(["--force"], is_flag=True, help="With --fix: overwrite an existing OUT."),
 ]
 
@@ -43,15 +48,17 @@ def _run(
     fixing: bool,
     output: str | None,
     dtype: str | None,
+    experts: str | None,
     force: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> int:
-    _refuse_options(fixing, output, dtype, force)
+    _refuse_options(fixing, output, dtype=dtype, experts=experts, force=force)
     fixed = None
     if output is not None:
         given = {name: options[name] for name in ("base", "allow_pickle")}
+        given["experts"] = experts
         fixed = loraformat.fix(adapter, output, dtype=dtype, force=force, **given)
     report = loraformat.check(output or adapter, **options)
     if as_json:
@@ -66,12 +73,12 @@ def _run(
     return _FOUND_SOMETHING if report.failed else 0
 
 
-def _refuse_options(fixing: bool, output: str | None, dtype: str | None, force: bool) -> None:
+def _refuse_options(fixing: bool, output: str | None, **others: object) -> None:
     if fixing and output is None:
         raise UsageError("--fix needs an output", hint="add -o OUT")
-    given = {"-o": output is not None, "--dtype": dtype is not None, "--force": force}
-    for option, there in given.items():
-        if there and not fixing:
+    given = {"-o": output, **{f"--{name}": value for name, value in others.items()}}
+    for option, value in given.items():
+        if value and not fixing:
             raise UsageError(f"{option} is for --fix", hint="add --fix, or omit it")
 
 

@@ -79,7 +79,8 @@ _FRACTION = click.FloatRange(0, 1, min_open=True)
 #: Types that annotations do not tell.
 _TYPES: dict[str, _Type] = {
     "dtype": click.Choice(["f32", "f16", "bf16"]), "density": _FRACTION, "energy": _FRACTION,
-    "max_rank": click.IntRange(1), "max_shard_size": parse_size, "rank": click.IntRange(1),
+    "experts": click.Choice(["each", "fused"]), "max_rank": click.IntRange(1),
+    "max_shard_size": parse_size, "rank": click.IntRange(1),
 }  # fmt: skip
 
 

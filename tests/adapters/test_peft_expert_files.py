@@ -97,3 +97,16 @@ def test_experts_of_another_base_are_refused(tmp_path: Path) -> None:
     base_path, _ = trained(qwen3_moe_square, EXPERTS, tmp_path / "b")
     with open_model(base_path) as base, pytest.raises(InputError, match="do not fit"):
         open_adapter(adapter, base=base)
+
+
+def test_square_experts_need_the_version_of_peft(tmp_path: Path) -> None:
+    options = {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+    base_path, adapter = trained(qwen3_moe_square, options, tmp_path)
+    wanted = logits(base_path, adapter)
+    other = rewrite(adapter, dict, peft_version=None)
+    wanted_words = r'add .*"peft_version": "0\.19\.0"'
+    with open_model(base_path) as base, pytest.raises(UnsupportedError, match=wanted_words):
+        open_adapter(other, base=base)
+    other = rewrite(adapter, dict, peft_version="0.19.0")
+    merge(base_path, [other], tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), wanted, atol=1e-5, rtol=1e-4)

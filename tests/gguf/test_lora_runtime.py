@@ -27,6 +27,13 @@ from loraformat.ops.info.model import info
 from loraformat.ops.opening.adapter import open_adapter
 from loraformat.ops.opening.model import open_model
 from loraformat.ops.verify import verify
+from tests.adapters.expert_adapters import (
+    MIXTRAL,
+    QWEN,
+    named_stacks,
+    one_by_one,
+    with_shared_factors,
+)
 from tests.tiny_models import model_type
 from tests.torch_tensors import numbers
 
@@ -294,6 +301,31 @@ def test_peft_computes_with_what_comes_back(base, name, tmp_path):
     convert(tmp_path / "lora.gguf", tmp_path / "back", base=path)
     model = peft.PeftModel.from_pretrained(model_of(path, name), tmp_path / "back")
     assert apart(run(model.eval(), name), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["each", "stacks", "shared"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_in_every_layout_compute_the_same(base, name, layout, tmp_path):
+    path, gguf = base(name)
+    fused = tmp_path / "adapter"
+    options = {"target_modules": ["q_proj"], "target_parameters": EXPERTS[name]}
+    train(path, name, fused, **options)
+    with_shared_factors(fused, 4)
+    names = MIXTRAL if name == "mixtral" else QWEN
+    if layout == "each":
+        source = one_by_one(fused, tmp_path / layout, 4, names)
+    else:
+        source = named_stacks(fused, tmp_path / layout, 4, shared=layout == "shared")
+    wanted = run(peft.PeftModel.from_pretrained(model_of(path, name), fused).eval(), name)
+    convert(source, tmp_path / "lora.gguf", base=path)
+    found = by_llama_cpp(name, gguf, [(tmp_path / "lora.gguf", 1.0)])
+    assert apart(found, wanted) < tolerance(name)
+    assert apart(plain(name, gguf), wanted) > 20 * tolerance(name), "the adapter must matter"
+    for experts in ("each", "fused"):
+        out = tmp_path / f"to-{experts}"
+        convert(tmp_path / "lora.gguf", out, base=path, experts=experts)
+        back = peft.PeftModel.from_pretrained(model_of(path, name), out).eval()
+        assert apart(run(back, name), wanted) < 1e-5
 
 
 def test_experts_with_a_lora_each_are_stacked(base, tmp_path):

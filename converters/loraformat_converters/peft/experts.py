@@ -30,6 +30,10 @@ __all__ = ["ExpertReader", "stacked"]
 
 _SINCE = (0, 19)
 _GIVE_BASE = "name the base (--base), whose shapes decide it"
+_GIVE_VERSION = (
+    "its experts are square: add the version of PEFT that wrote it to adapter_config.json, for "
+    'example "peft_version": "0.19.0"'
+)
 
 Pair = tuple[DenseTensor, DenseTensor]
 
@@ -159,13 +163,14 @@ class ExpertReader:
         if verdicts:
             return verdicts == {True}
         old = self._settings.version < _SINCE
-        if old and self._base is None and any(self._experts(module, leaf, a) > 1
-                                              for leaf, (a, _) in by_leaf.items()):  # fmt: skip
+        known = self._base is not None and self._settings.version != (0, 0)
+        if old and not known and any(self._experts(module, leaf, a) > 1
+                                     for leaf, (a, _) in by_leaf.items()):  # fmt: skip
             raise UnsupportedError(
                 f"module {printable(module)}: PEFT before 0.19 wrote experts in another "
                 "orientation, and the factors alone do not tell which",
                 path=self._path,
-                hint=_GIVE_BASE,
+                hint=_GIVE_BASE if self._base is None else _GIVE_VERSION,
             )
         return old
 

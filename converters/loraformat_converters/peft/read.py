@@ -13,6 +13,7 @@ from loraformat.model.adapter import STATISTICS_NAME, Adapter, LoraDelta
 from loraformat.model.architecture import is_conv1d
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import CarriedFile, Checkpoint, DenseTensor
+from loraformat.model.expert_layouts import is_named_stack, needs_fusing, with_fused_experts
 from loraformat.model.foreign_adapters import GATHER
 from loraformat.model.tied_head import config_of
 from loraformat.model.vocabulary import per_token
@@ -73,9 +74,27 @@ def read(path: Path, options: AdapterReadOptions) -> Adapter:
             sources=tuple(folder.path / name for name in folder.names()),
             notes=(*notes, *settings.notes, *_beside(folder), *_by_torchtune(folder, options.base)),
         )
+        adapter = _with_known_experts(adapter, options)
         reader.check(adapter)
         adapter.close = opened.pop_all().close
     return adapter
+
+
+def _with_known_experts(adapter: Adapter, options: AdapterReadOptions) -> Adapter:
+    """Return an adapter whose deltas of experts are those of weights that its base has."""
+    stacks = [name for name, delta in adapter.deltas.items() if is_named_stack(delta)]
+    if options.base is not None and needs_fusing(adapter, options.base):
+        return replace(
+            with_fused_experts(adapter, options.base), verbatim=adapter.verbatim and not stacks
+        )
+    if not stacks or options.inspect:
+        return adapter
+    raise UnsupportedError(
+        f"{printable(stacks[0])} is of all experts at once, and only the base says which rows of "
+        "which parameter it changes",
+        path=adapter.path,
+        hint="name the base with --base",
+    )
 
 
 def _beside(folder: SafeDirectory) -> list[str]:
@@ -234,8 +253,9 @@ class _Reader:
                 path=self._path,
                 hint="the file is incomplete: save the adapter again",
             )
-        two = len(a.shape) == len(b.shape) == 2
-        if not two or a.shape[0] != b.shape[1] or not a.shape[0]:
+        stack = ".experts." in name and len(a.shape) == 3
+        two = len(a.shape) == len(b.shape) == (3 if stack else 2)
+        if not two or a.shape[-2] != b.shape[-1] or not a.shape[-2]:
             raise InputError(
                 f"module {printable(name)}: A {list(a.shape)} and B {list(b.shape)} do not fit, "
                 "wanted (rank, in) and (out, rank)",
@@ -260,7 +280,7 @@ class _Reader:
             target=target,
             a=a,
             b=b,
-            scaling=self._settings.scaling(name, a.shape[0]),
+            scaling=self._settings.scaling(name, a.shape[-2]),
             orientation="transposed" if transposed else "linear",
             magnitude=magnitude,
             bias=parts.get("bias"),
@@ -269,7 +289,7 @@ class _Reader:
 
     def _is_transposed(self, target: str, a: DenseTensor, b: DenseTensor) -> bool:
         """Tell whether the base stores (in, out), from its shapes or else the config."""
-        linear = (b.shape[0], a.shape[1])
+        linear = (b.shape[-2], a.shape[-1])
         stored = self._base.tensors.get(target) if self._base is not None else None
         if stored is None:
             return self._settings.conv1d and not target.endswith("lm_head.weight")

@@ -17,6 +17,7 @@ from loraformat.families.table import family_of
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.architecture import module_of
 from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.expert_layouts import is_of_one_expert
 from loraformat.model.tied_head import config_of
 from loraformat_converters.peft.keys import PREFIX
 from loraformat_converters.peft.pattern_table import tails
@@ -49,6 +50,8 @@ class Wrapping:
         target, module = delta.target, module_of(delta.target)
         if len(delta.a.shape) == 3 or module == target:
             return True
+        if is_of_one_expert(target):  # PEFT itself makes the parameter's delta of all of them
+            return False
         if module.rpartition(".")[2] in self._family.expert_leaves | self._family.own_leaves:
             return True
         if not self._parameters.isdisjoint(tails(target)):

@@ -21,6 +21,7 @@ from loraformat.model.base_match import BaseMatch
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
+from loraformat.model.expert_layouts import ExpertLayout, rearranged
 from loraformat.model.tied_head import lacks_head
 from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase
@@ -31,6 +32,8 @@ from loraformat.plugins import AdapterFormat, AdapterWriteOptions
 from loraformat.storage.atomic_output import AtomicOutput
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.dtypes import parse_weight_dtype
+
+_LAYOUTS: dict[ExpertLayout, str] = {"each": "one by one", "fused": "as one parameter"}
 
 __all__ = ["AdapterForm", "PlannedAdapter", "check_fits", "check_values", "tensors_of"]
 
@@ -81,6 +84,8 @@ class AdapterForm:
         alpha says every module's.
     allow_base_mismatch : bool
         Give an adapter that fingerprint although it has another.
+    experts : {"each", "fused"} or None
+        How its experts are written; None leaves them as they are, unless PEFT could not load them.
     """
 
     writer: AdapterFormat
@@ -88,6 +93,7 @@ class AdapterForm:
     dtype: str | None
     canonical: bool
     allow_base_mismatch: bool
+    experts: ExpertLayout | None
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -108,6 +114,8 @@ class AdapterForm:
         """
         writer, checkpoint, notes = self.writer, self.checkpoint, list[str]()
         reason = _reason(adapter, writer, self.dtype)
+        if self.experts is not None and writer.name == "peft":
+            reason = reason or f"its experts are written {_LAYOUTS[self.experts]}"
         foreign = adapter.format != writer.name
         own = None if self.base is None else self.base.fingerprint
         descent = None if checkpoint is None else checkpoint.provenance.fingerprint
@@ -130,6 +138,8 @@ class AdapterForm:
             kept = foreign or rewritten or writer.output == "file"
             folded = "" if kept else " (scaling folded into B)"
             notes.append(f"converted, not copied{folded}: {reason}")
+        if checkpoint is not None and writer.name == "peft":
+            ours = _in_memory(rearranged(adapter, checkpoint, self.experts), checkpoint)
         if self.base is not None and own is not None:
             source = json.dumps(dict(self.base.source), ensure_ascii=False)
             ours = replace(ours, base_fingerprint=own, base_source=source)

@@ -24,6 +24,7 @@ from loraformat.bundle.update import (
 from loraformat.errors import UsageError
 from loraformat.model.adapter import Adapter
 from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.expert_layouts import ExpertLayout
 from loraformat.model.written import WrittenModel
 from loraformat.ops.adapter_output.base import AdapterBase, open_adapter_base
 from loraformat.ops.adapter_output.form import (
@@ -148,6 +149,7 @@ def open_adapter_output(
     force: bool = False,
     dry_run: bool = False,
     allow_base_mismatch: bool = False,
+    experts: ExpertLayout | None = None,
 ) -> AdapterOutput:
     """Open the output of an adapter; ``stack`` closes its base.
 
@@ -161,7 +163,7 @@ def open_adapter_output(
         an output in a format that needs one, and with `base_of_sources` of a PEFT directory, too.
     base : str, Path or Checkpoint, optional
         An open one stays the caller's.
-    to_format, dtype, canonical, base_of_sources, force, dry_run, allow_base_mismatch
+    to_format, dtype, canonical, base_of_sources, force, dry_run, allow_base_mismatch, experts
         As in `AdapterOutput`; the format is the writer's name.
 
     Raises
@@ -180,9 +182,24 @@ def open_adapter_output(
         needed = base_of_sources or writer.name != "peft"
         origin = _common_slot(sources) if needed else None
         found = open_adapter_base(stack, base, slot, origin)
+    if experts is not None:
+        _check_layout(writer, found)
     return AdapterOutput(
-        writer, found, dtype, canonical, allow_base_mismatch, path, slot, force, dry_run
+        writer, found, dtype, canonical, allow_base_mismatch, experts, path, slot, force, dry_run
     )
+
+
+def _check_layout(writer: AdapterFormat, base: AdapterBase | None) -> None:
+    if writer.name != "peft":
+        raise UsageError(
+            f"--experts is for PEFT adapters, and the output is {writer.name}, which has one form",
+            hint="omit it",
+        )
+    if base is None:
+        raise UsageError(
+            "--experts needs the base: its names and shapes say what belongs to which expert",
+            hint="add --base BASE",
+        )
 
 
 def ensure_not_exists(target: str | Path, *, force: bool) -> None:
@@ -260,7 +277,7 @@ def write_bundle(
 
     def add(fingerprint: str) -> converter.AdapterRecords:
         base = AdapterBase(checkpoint, fingerprint, checkpoint.provenance.to_json())
-        form, records = AdapterForm(peft, base, None, False, allow_base_mismatch), {}
+        form, records = AdapterForm(peft, base, None, False, allow_base_mismatch, None), {}
         for name, adapter in adapters.items():
             planned = form.plan(adapter)
             directory = publication.work / "adapters" / name

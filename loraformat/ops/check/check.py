@@ -16,6 +16,7 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.model.adapter_facts import AdapterFacts, BaseFacts
 from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.expert_layouts import ExpertLayout
 from loraformat.model.report import Report
 from loraformat.model.tied_head import config_of, tied_embedding, tied_head
 from loraformat.model.tokenizer_files import CarriedTokenizer
@@ -247,6 +248,7 @@ def fix(
     *,
     base: str | Path | None = None,
     dtype: str | None = None,
+    experts: ExpertLayout | None = None,
     force: bool = False,
     dry_run: bool = False,
     allow_pickle: bool = False,
@@ -269,6 +271,9 @@ def fix(
         Base to compare names and shapes with.
     dtype : str, optional
         ``f32``, ``f16`` or ``bf16`` for the factors; unchanged if that is lossless.
+    experts : {"each", "fused"}, optional
+        One LoRA for each expert, or for the fused parameter; needs `base`. As in `adapter` by
+        default, if PEFT loads it so.
     force : bool
         Replace an existing output.
     dry_run : bool
@@ -304,6 +309,7 @@ def fix(
         base=base,
         canonical=True,
         one_rank=True,
+        experts=experts,
         allow_pickle=allow_pickle,
         force=force,
         dry_run=dry_run,

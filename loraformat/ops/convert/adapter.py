@@ -18,6 +18,7 @@ from typing import Any
 
 from loraformat.bundle.integrity import check_listed
 from loraformat.hub import Source, resolve
+from loraformat.model.expert_layouts import ExpertLayout, rearranged
 from loraformat.ops.adapter_output.base import AdapterBase
 from loraformat.ops.adapter_output.form import PlannedAdapter, tensors_of
 from loraformat.ops.adapter_output.one_rank import with_one_rank
@@ -77,6 +78,7 @@ def convert_adapter(
     base: str | Path | None = None,
     canonical: bool = False,
     one_rank: bool = False,
+    experts: ExpertLayout | None = None,
     allow_pickle: bool = False,
     allow_base_mismatch: bool = False,
     force: bool = False,
@@ -103,10 +105,11 @@ def convert_adapter(
             to_format=to_format,
             dtype=dtype,
             canonical=canonical,
-            base_of_sources=canonical or dtype is not None,
+            base_of_sources=canonical or dtype is not None or experts is not None,
             force=force,
             dry_run=dry_run,
             allow_base_mismatch=allow_base_mismatch,
+            experts=experts,
         )
         lost = losses(reader, output.writer, source.path, strict=strict)
         adapter = stack.enter_context(
@@ -119,6 +122,8 @@ def convert_adapter(
             )
         )
         if one_rank:
+            if output.checkpoint is not None:  # of one rank are those that are written
+                adapter = rearranged(adapter, output.checkpoint, experts)
             named = _repository(base, output.base) or adapter.base_model
             adapter = replace(with_one_rank(adapter, output.checkpoint), base_model=named)
         manifest, listed = listing(source.path)

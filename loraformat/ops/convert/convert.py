@@ -19,6 +19,7 @@ from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import UsageError, printable
 from loraformat.hub import Source, resolve
+from loraformat.model.expert_layouts import ExpertLayout
 from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.convert.adapter import convert_adapter
@@ -52,6 +53,7 @@ def convert(
     max_shard_size: int | str | None = None,
     base: str | Path | None = None,
     canonical: bool = False,
+    experts: ExpertLayout | None = None,
     allow_pickle: bool = False,
     allow_base_mismatch: bool = False,
     strict: bool = False,
@@ -101,6 +103,9 @@ def convert(
         Adapters: base to compare names and shapes with.
     canonical : bool
         Adapters: convert to canonical form instead of copying: scaling folded into B, alpha = rank.
+    experts : {"each", "fused"}, optional
+        Adapters: one LoRA for each expert, as vLLM and SGLang load most models, or PEFT's of the
+        fused parameter; needs a base. [default: as in `source`, if PEFT loads it so]
     allow_pickle : bool
         Also read pickled ``.bin`` files, with a loader restricted to tensors.
     allow_base_mismatch : bool
@@ -145,6 +150,7 @@ def convert(
     for_adapters = {
         "--base": base is not None,
         "--canonical": canonical,
+        "--experts": experts is not None,
         "--allow-base-mismatch": allow_base_mismatch,
     }
     if isinstance(reader, AdapterFormat):
@@ -157,6 +163,7 @@ def convert(
             dtype=dtype,
             base=base,
             canonical=canonical,
+            experts=experts,
             allow_pickle=allow_pickle,
             allow_base_mismatch=allow_base_mismatch,
             force=force,

@@ -19,6 +19,7 @@ from loraformat.model import config_json
 from loraformat.model.adapter import Adapter, LoraDelta
 from loraformat.model.adapter_facts import AdapterFacts
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
+from loraformat.model.expert_deltas import fused
 from loraformat.model.tied_head import settled
 from loraformat.plugins import AdapterReadOptions
 from loraformat.tensors.arrays import Array, array_bytes, array_view, check_finite
@@ -35,7 +36,6 @@ from loraformat_converters.gguf.architectures.transforms import IDENTITY
 from loraformat_converters.gguf.base.general_keys import CONFIG_KEY, FINGERPRINT_KEY
 from loraformat_converters.gguf.container.header import GGUFTensor
 from loraformat_converters.gguf.container.reader import GGUFFile, open_gguf
-from loraformat_converters.gguf.lora.experts import fused
 from loraformat_converters.gguf.lora.metadata import (
     ALPHA,
     SOURCE_KEY,

@@ -21,6 +21,7 @@ from loraformat.train.engine.bind_weights import WeightBinder, number_layers
 from loraformat.train.engine.checkpointing import ActivationBudget, Checkpointing, checkpoint_layer
 from loraformat.train.engine.compute_dtype import choose_dtype
 from loraformat.train.engine.device import place_on
+from loraformat.train.engine.experts import ExpertStack
 from loraformat.train.engine.layer_prefetch import LayerPrefetcher
 from loraformat.train.engine.meta_model import build_meta_model, find_layers, head_name
 from loraformat.train.engine.stored_weights import ReadableBase, StoredWeights
@@ -204,12 +205,24 @@ def _stream(
 ) -> Checkpointing:
     """Make the decoder layers checkpointed and prefetched."""
     stem, layers = find_layers(base, path)
+    stacks = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, ExpertStack) and module.layer is not None and name in used
+    }
     spans = []
     for number in range(len(layers)):
         prefix = f"{stem}.{number}."
-        names = [one for module, some in used.items() if module.startswith(prefix) for one in some]
+        names = [
+            one
+            for module, some in used.items()
+            if module.startswith(prefix) and module not in stacks
+            for one in some
+        ]
         spans.append([span for name in names for span in weights.spans(name)])
     shared = Checkpointing(LayerPrefetcher(spans), ActivationBudget(len(layers)))
+    for stack in stacks.values():
+        stack.prefetcher = shared.prefetcher
     for number, layer in enumerate(layers):
         checkpoint_layer(layer, number, shared)
     return shared

@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from shapes import Shape
+from shapes import MixtureShape, Shape
 
 from loraformat.bundle import converter
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, Provenance
@@ -27,12 +27,12 @@ __all__ = ["write_bundle"]
 _DEVIATION = 0.02
 
 
-def write_bundle(shape: Shape, target: Path) -> Path:
+def write_bundle(shape: Shape | MixtureShape, target: Path) -> Path:
     """Write a bundle of random weights, its linears in NF4; one that is there is kept.
 
     Parameters
     ----------
-    shape : Shape
+    shape : Shape or MixtureShape
     target : Path
 
     Returns
@@ -57,17 +57,16 @@ def write_bundle(shape: Shape, target: Path) -> Path:
 
 def _tensor(name: str, dimensions: tuple[int, ...]) -> LazyTensor:
     tensor = DenseTensor(name, "BF16", dimensions, partial(_random, dimensions))
-    if not name.endswith("_proj.weight"):
+    policy = QuantizationPolicy(stacks=True)
+    if not policy.selects(tensor):
         return tensor
-    return replace(
-        quantized(tensor, QuantizationPolicy(), "llama"), load=partial(_quantized, dimensions)
-    )
+    return replace(quantized(tensor, policy, None), load=partial(_quantized, dimensions))
 
 
 @cache
 def _quantized(dimensions: tuple[int, ...]) -> NF4Parts:
     tensor = DenseTensor("weight", "BF16", dimensions, partial(_random, dimensions))
-    return quantized(tensor, QuantizationPolicy(), "llama").load()
+    return quantized(tensor, QuantizationPolicy(stacks=True), None).load()
 
 
 def _random(dimensions: tuple[int, ...]) -> memoryview:

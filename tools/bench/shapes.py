@@ -11,7 +11,8 @@ import torch
 
 from loraformat.tensors.header import Entry, encode_header
 
-__all__ = ["LLAMA_1B", "LLAMA_8B", "LLAMA_70B", "Shape", "write_model"]
+__all__ = ["LLAMA_1B", "LLAMA_8B", "LLAMA_70B", "QWEN3_30B_A3B", "MixtureShape", "Shape",
+           "write_model"]  # fmt: skip
 
 _INITIAL_DEVIATION = 0.02
 
@@ -69,6 +70,68 @@ class Shape:
         }
 
 
+@dataclass(frozen=True)
+class MixtureShape:
+    """What decides the size of a Qwen3 mixture of experts; every layer has experts."""
+
+    name: str
+    hidden: int
+    expert: int
+    experts: int
+    routed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield every weight's name and shape, as transformers names them; experts are stacks."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}."
+            yield prefix + "input_layernorm.weight", (self.hidden,)
+            yield prefix + "self_attn.q_proj.weight", (queries, self.hidden)
+            yield prefix + "self_attn.k_proj.weight", (keys, self.hidden)
+            yield prefix + "self_attn.v_proj.weight", (keys, self.hidden)
+            yield prefix + "self_attn.o_proj.weight", (self.hidden, queries)
+            yield prefix + "self_attn.q_norm.weight", (self.head_dim,)
+            yield prefix + "self_attn.k_norm.weight", (self.head_dim,)
+            yield prefix + "post_attention_layernorm.weight", (self.hidden,)
+            yield prefix + "mlp.gate.weight", (self.experts, self.hidden)
+            sizes = self.experts, 2 * self.expert, self.hidden
+            yield prefix + "mlp.experts.gate_up_proj", sizes
+            yield prefix + "mlp.experts.down_proj", (self.experts, self.hidden, self.expert)
+        yield "model.norm.weight", (self.hidden,)
+        yield "lm_head.weight", (self.vocabulary, self.hidden)
+
+    def config(self) -> dict[str, object]:
+        """Return its config.json."""
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "decoder_sparse_step": 1,
+            "dtype": "bfloat16",
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": 3 * self.hidden,
+            "max_position_embeddings": 32768,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": self.expert,
+            "norm_topk_prob": True,
+            "num_attention_heads": self.heads,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.routed,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": 1e-06,
+            "tie_word_embeddings": False,
+            "vocab_size": self.vocabulary,
+        }
+
+
 #: The shape of Llama-3.2-1B.
 LLAMA_1B = Shape("llama-1b", 2048, 8192, 16, 32, 8, 64, 128256)
 
@@ -77,6 +140,9 @@ LLAMA_8B = Shape("llama-8b", 4096, 14336, 32, 32, 8, 128, 128256, tied=False)
 
 #: The shape of Llama-3.1-70B.
 LLAMA_70B = Shape("llama-70b", 8192, 28672, 80, 64, 8, 128, 128256, tied=False)
+
+#: The shape of Qwen3-30B-A3B.
+QWEN3_30B_A3B = MixtureShape("qwen3-30b-a3b", 2048, 768, 128, 8, 48, 32, 4, 128, 151936)
 
 
 def write_model(shape: Shape, directory: Path) -> Path:

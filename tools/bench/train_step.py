@@ -14,6 +14,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,19 @@ _SAMPLE_SECONDS = 0.02
 @click.option("--cold", is_flag=True, help="Drop each layer from the page cache once it is used.")
 @click.option("--recompute", is_flag=True, help="Let no layer of ours keep its activations.")
 @click.option("--device", default="cpu")
+@click.option("--routing", is_flag=True, help="Count first which experts the tokens go to.")
+@click.option("--target", "targets", multiple=True, help="What of ours is adapted. Repeatable.")
 def main(
     kind: str, model: Path, tokens: int, rank: int, steps: int, threads: int, compute: str,
-    limit: int | None, cold: bool, recompute: bool, device: str,
+    limit: int | None, cold: bool, recompute: bool, device: str, routing: bool,
+    targets: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Run steps and print figures."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     peak = _Peak()
     makers: dict[str, Callable[..., tuple[Any, list[torch.nn.Parameter]]]] = {
-        "ours": _ours, "peft-nf4": _peft_nf4, "peft-dense": _peft_dense,
+        "ours": partial(_ours, targets=targets), "peft-nf4": _peft_nf4, "peft-dense": _peft_dense,
     }  # fmt: skip
     began = time.perf_counter()
     loss_of, parameters = makers[kind](model, rank, getattr(torch, compute), cold, device)
@@ -59,6 +63,7 @@ def main(
         resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     ids = torch.randint(0, 1000, (1, tokens), generator=torch.Generator().manual_seed(1))
+    counted = loss_of.count_routing(ids) if routing and kind == "ours" else {}
     seconds, processor, losses = [], [], []
     for _ in range(steps):
         clocks = time.perf_counter(), time.process_time()
@@ -78,6 +83,7 @@ def main(
         "trainable": sum(parameter.numel() for parameter in parameters),
         **peak.figures(),
         **getattr(loss_of, "figures", dict)(),
+        **counted,
     }
     click.echo(json.dumps(facts))
 
@@ -126,6 +132,43 @@ class _OurLoss:
         loss: torch.Tensor = self.model.loss(batch) / batch.trained
         return loss
 
+    def count_routing(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Return the tokens of each expert, by its layer, and the bytes that a step needs.
+
+        They are those of two passes over the layers and the head; its first rows are read as they
+        are multiplied, and are counted, too.
+        """
+        from loraformat.train.engine.experts import ExpertStack
+
+        routed: dict[ExpertStack, dict[int, int]] = {}
+        hooks = []
+        for module in self.model.modules():
+            if isinstance(module, ExpertStack):
+                tokens = routed[module] = {}
+                hooks.append(
+                    module.register_forward_pre_hook(
+                        lambda _, given, tokens=tokens: tokens.update({given[1]: len(given[0])})
+                    )
+                )
+        with torch.no_grad():
+            self(ids)
+        for hook in hooks:
+            hook.remove()
+        prefetcher = self.model.prefetcher
+        spans = [span for layer in prefetcher._layers for _, span in layer]
+        spans += [span for stack, some in routed.items() for e in some for span in stack.spans[e]]
+        head = self.model.head.matrix
+        wanted = 2 * sum(end - begin for _, begin, end in spans)
+        self.model.traffic.bytes_read, self.model.traffic.stall_seconds = 0, 0.0
+        return {
+            "routed": {
+                stack.name: list(some.values())
+                for stack, some in routed.items()
+                if stack.name.endswith("down_proj")
+            },
+            "layer_bytes_wanted": wanted + 2 * (2 * head.rows * head.columns),
+        }
+
     def figures(self) -> dict[str, float]:
         traffic = self.model.traffic
         return {
@@ -136,13 +179,14 @@ class _OurLoss:
         }
 
 
-def _ours(model: Path, rank: int, compute: torch.dtype, cold: bool, device: str) -> Any:
+def _ours(
+    model: Path, rank: int, compute: torch.dtype, cold: bool, device: str,
+    targets: tuple[str, ...],
+) -> Any:  # fmt: skip
     from loraformat.train import LoraOptions, load
 
-    loaded = load(
-        model, lora=LoraOptions(rank=rank, statistics=False), compute_dtype=compute,
-        device=device,
-    )  # fmt: skip
+    options = LoraOptions(rank=rank, statistics=False, targets=targets or ("all-linear",))
+    loaded = load(model, lora=options, compute_dtype=compute, device=device)
     loaded.prefetcher.drop_cache = cold
     loaded.train()
     return _OurLoss(loaded), list(loaded.trainable().values())

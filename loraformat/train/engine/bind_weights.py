@@ -26,7 +26,13 @@ from loraformat.train.engine.experts import (
 )
 from loraformat.train.engine.linear import FrozenLinear
 from loraformat.train.engine.meta_model import find_layers
-from loraformat.train.engine.stored_weights import Sources, StoredWeights, find_sources
+from loraformat.train.engine.stored_weights import (
+    Sources,
+    Span,
+    StoredWeights,
+    find_sources,
+    share_of_spans,
+)
 
 __all__ = ["WeightBinder", "number_layers"]
 
@@ -128,6 +134,7 @@ class WeightBinder:
                 names = [one for parts in sources for one in parts]
                 self._taken.update(names)
             stack = ExpertStack(experts, parameter, in_out_layout=in_out_layout, dtype=self._dtype)
+            stack.spans = self._spans_of_experts(names, stack.count)
             count, *sizes = getattr(module, leaf).shape
             wanted = (sizes[0], sizes[1]) if in_out_layout else (sizes[1], sizes[0])
             if (stack.count, stack.in_features, stack.out_features) != (count, *wanted):
@@ -139,6 +146,17 @@ class WeightBinder:
             delattr(module, leaf)
             self._put(parameter, stack, names)
         compute_from_stacks(module, self._path)
+
+    def _spans_of_experts(self, names: list[str], count: int) -> list[list[Span]]:
+        """Return the bytes of each expert: of one tensor, or of tensors in the experts' order."""
+        spans = [self._weights.spans(name) for name in names]
+        if len(names) == 1:
+            return [share_of_spans(spans[0], i, i + 1, count) for i in range(count)]
+        each = len(names) // count
+        return [
+            [span for some in spans[i * each : (i + 1) * each] for span in some]
+            for i in range(count)
+        ]
 
     def _put(self, name: str, module: torch.nn.Module, sources: list[str]) -> None:
         parent, _, leaf = name.rpartition(".")

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from loraformat.errors import UnsupportedError, printable
+from loraformat.train.engine.layer_prefetch import LayerPrefetcher
 from loraformat.train.engine.linear import frozen_product
 from loraformat.train.engine.matrix import Matrix, NF4Matrix, Tile, output_tiles
+from loraformat.train.engine.stored_weights import Span
 
 __all__ = ["ExpertStack", "compute_from_stacks", "is_fused_experts", "projection_names"]
 
@@ -45,6 +47,10 @@ class ExpertStack(torch.nn.Module):
         Called with input, frozen output and the expert's number; returns the output.
     layer, device, quantized
         As in `FrozenLinear`.
+    spans : sequence of sequence of Span
+        The bytes of each expert, for `read_ahead`; maybe none.
+    prefetcher : LayerPrefetcher or None
+        What reads them.
     """
 
     def __init__(
@@ -65,6 +71,18 @@ class ExpertStack(torch.nn.Module):
         self.layer: int | None = None
         self.device = torch.device("cpu")
         self.quantized = isinstance(first, NF4Matrix)
+        self.spans: Sequence[Sequence[Span]] = ()
+        self.prefetcher: LayerPrefetcher | None = None
+
+    def read_ahead(self, expert: int) -> None:
+        """Have an expert's bytes read, after those that were asked for before."""
+        if self.prefetcher is not None and self.layer is not None:
+            self.prefetcher.read_part(self.layer, (self.name, expert), self.spans[expert])
+
+    def wait(self, expert: int) -> None:
+        """Wait for the bytes that `read_ahead` asked for."""
+        if self.prefetcher is not None and self.layer is not None:
+            self.prefetcher.wait_for_part(self.layer, (self.name, expert))
 
     def dense_tiles(self, expert: int) -> Iterator[Tile]:
         """Yield one expert's weight as (first output, end output, float32 [outputs, in])."""
@@ -120,18 +138,28 @@ def _forward(
 ) -> torch.Tensor:
     """Sum over each token's experts of weight · down(gate(up(x)))."""
     into, out = (getattr(module, name) for name in projection_names(module))
+    slots = top_k_index.reshape(-1)
+    counts = torch.bincount(slots, minlength=into.count)[: into.count].tolist()
+    # What a router gives to no expert has a number beyond the last one's.
+    order = slots.argsort(stable=True)[: sum(counts)]
+    tokens, weights = order // top_k_index.shape[-1], top_k_weights.reshape(-1)[order, None]
+    routed = [expert for expert in range(into.count) if counts[expert]]
+    for expert in routed:
+        into.read_ahead(expert)
+        out.read_ahead(expert)
+    # One gather for all experts: the gradient of one for each is as large as all hidden states.
+    inputs = hidden_states.index_select(0, tokens).split(counts)
+    places, factors = tokens.split(counts), weights.split(counts)
     total = torch.zeros_like(hidden_states)
-    for expert in torch.unique(top_k_index).tolist():
-        if expert >= into.count:  # what a router gives to no expert
-            continue
-        tokens, slots = torch.where(top_k_index == expert)
-        y = into(hidden_states[tokens], expert)
+    for expert in routed:
+        into.wait(expert)
+        y = into(inputs[expert], expert)
         if module.has_bias:
             y = y + getattr(module, projection_names(module)[0] + "_bias")[expert]
         y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        out.wait(expert)
         y = out(y, expert)
         if module.has_bias:
             y = y + module.down_proj_bias[expert]
-        y = y * top_k_weights[tokens, slots, None]
-        total = total.index_add(0, tokens, y.to(total.dtype))
+        total.index_add_(0, places[expert], (y * factors[expert]).to(total.dtype))
     return total

@@ -5,6 +5,11 @@ are in memory and asks a thread for the next ones in the direction of the pass: 
 pass, down in the backward pass. `LayerPrefetcher.leave` gives its pages back to the kernel. Mapped
 pages are never anonymous memory, so what a step holds does not depend on the size of the base.
 
+Which experts a layer needs is known when its router has been computed: they are parts of it, asked
+for then (`LayerPrefetcher.read_part`) and read in that order while the first are multiplied. In the
+backward pass those of the forward pass are asked for as soon as the layer is entered. The experts
+of one layer are in memory at most.
+
 The output head of a large vocabulary is as large as several layers, and each pass over it uses
 every row once: `StreamedMatrix` prefetches and evicts its rows in the same way.
 
@@ -19,7 +24,7 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +32,7 @@ from functools import cache
 from typing import Any
 
 from loraformat.train.engine.matrix import Matrix, Range, WrappedMatrix
-from loraformat.train.engine.stored_weights import Span
+from loraformat.train.engine.stored_weights import Span, share_of_spans
 
 __all__ = ["IoStats", "LayerPrefetcher", "StreamedMatrix"]
 
@@ -86,13 +91,19 @@ def _mapped(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
             yield file.address + begin, (file, begin, end)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    spans: Sequence[Span]
+    reading: Future[None] | None
+
+
 class LayerPrefetcher:
     """Prefetches the pages of layers before they are computed, and evicts them after.
 
     Parameters
     ----------
     layers : sequence of sequence of Span
-        What each layer reads.
+        What each layer reads, whatever the batch.
     prefetch : bool
         Read the next layer on a thread while one is computed.
     release : bool
@@ -131,23 +142,53 @@ class LayerPrefetcher:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loraformat-prefetch")
         self._backward: int | None = None
         self._closed = False
+        #: Of the layers that are entered, and of others what they needed the last time.
+        self._parts: dict[int, dict[Hashable, _Part]] = {}
+        self._last_parts: dict[int, dict[Hashable, _Part]] = {}
 
     def enter(self, layer: int, direction: int) -> None:
         """Wait until a layer is in memory, and have the next one of the pass (1 or -1) read."""
         self.traffic.visits.append(layer)
+        self._parts.setdefault(layer, {})
         if not self.prefetch:
             return
-        began = time.perf_counter()
         self._ask(layer)
-        self._pending.pop(layer).result()
-        self.traffic.stall_seconds += time.perf_counter() - began
+        self._wait(self._pending.pop(layer))
+        if direction < 0:
+            for key, part in self._last_parts.get(layer, {}).items():
+                self.read_part(layer, key, part.spans)
         following = layer + direction
         if 0 <= following < len(self._layers):
             self._ask(following)
 
     def leave(self, layer: int) -> None:
-        """Evict a layer."""
+        """Evict a layer, and the parts of it that were read."""
         self._forget(self._layers[layer])
+        parts = self._last_parts[layer] = self._parts.pop(layer, {})
+        for part in parts.values():
+            if part.reading is not None and not part.reading.cancel():
+                part.reading.result()
+        self._forget(list(_mapped([span for part in parts.values() for span in part.spans])))
+
+    def read_part(self, layer: int, key: Hashable, spans: Sequence[Span]) -> None:
+        """Have a part of a layer read, after those that were asked for, and evicted with the layer.
+
+        Nothing is done unless the layer has been entered, nor a second time before it is left.
+        """
+        parts = self._parts.get(layer)
+        if parts is not None and key not in parts:
+            parts[key] = _Part(spans, self.read_ahead(spans))
+
+    def wait_for_part(self, layer: int, key: Hashable) -> None:
+        """Wait until a part of a layer is in memory, if it was asked for."""
+        part = self._parts.get(layer, {}).get(key)
+        if part is not None and part.reading is not None:
+            self._wait(part.reading)
+
+    def _wait(self, reading: Future[None]) -> None:
+        began = time.perf_counter()
+        reading.result()
+        self.traffic.stall_seconds += time.perf_counter() - began
 
     def enter_backward(self, layer: int) -> None:
         """Have a layer's weights in memory from here on, and those of no other."""
@@ -242,12 +283,7 @@ class StreamedMatrix(WrappedMatrix):
             reading = coming
 
     def _of_rows(self, start: int, stop: int) -> list[Span]:
-        found = []
-        for file, begin, end in self._spans:
-            size = end - begin
-            part = begin + size * start // self.rows, begin + -(-size * stop // self.rows)
-            found.append((file, *part))
-        return found
+        return share_of_spans(self._spans, start, stop, self.rows)
 
 
 @cache

@@ -38,6 +38,7 @@ __all__ = [
     "StoredWeights",
     "find_sources",
     "is_computed",
+    "share_of_spans",
 ]
 
 #: Formats whose dense tensors are views on mapped files, where they have the type of their file.
@@ -152,6 +153,23 @@ class ComputedTable:
 
 #: A file, and the first and the end byte of a range in it.
 Span = tuple[MappedFile, int, int]
+
+
+def share_of_spans(spans: Iterable[Span], start: int, stop: int, count: int) -> list[Span]:
+    """Return the bytes of parts `start` to `stop` of a tensor that consists of `count` equal ones.
+
+    Each span is divided in proportion, as dense numbers, packed codes and scales are.
+
+    Examples
+    --------
+    >>> share_of_spans([(None, 100, 140), (None, 300, 304)], 1, 2, 4)
+    [(None, 110, 120), (None, 301, 302)]
+    """
+    found = []
+    for file, begin, end in spans:
+        size = end - begin
+        found.append((file, begin + size * start // count, begin + -(-size * stop // count)))
+    return found
 
 
 class StoredWeights:

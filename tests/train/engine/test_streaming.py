@@ -5,6 +5,7 @@ import torch
 
 from loraformat.train import LoraOptions, load
 from loraformat.train.engine import layer_prefetch
+from loraformat.train.engine.experts import ExpertStack
 from tests.tiny_models import make_model
 from tests.train.engine.reference import make_batch
 
@@ -132,3 +133,73 @@ def test_a_bundle_that_the_caller_opened_stays_open(bundle):
     with loraformat.open_bundle(bundle) as here:
         load(here).close()
         assert all(shard.descriptor >= 0 for shard in here.shards)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Two layers of sixteen experts, of whom each token goes to two; experts larger than a page."""
+    from loraformat.ops.convert.convert import convert
+
+    directory = tmp_path_factory.mktemp("mixture")
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16}
+    make_model("qwen3_moe", directory / "dense", **sizes)
+    convert(directory / "dense", directory / "bundle")
+    convert(directory / "dense", directory / "plain", skip=["*.experts.*"])
+    return directory
+
+
+@pytest.fixture(params=["bundle", "plain"])
+def experts(request, mixture):
+    """Returns a model, and the experts that were computed with, by the name of their stack."""
+    used = {}
+    with load(mixture / request.param, lora=LoraOptions(rank=2)) as model:
+        model.loss(make_batch()).backward()  # which also tries gradients out
+        for module in model.modules():
+            if isinstance(module, ExpertStack):
+                numbers = used[module] = set()
+                module.register_forward_pre_hook(
+                    lambda _, given, numbers=numbers: numbers.add(given[1])
+                )
+        yield model, used
+
+
+def _bytes_of(spans):
+    return sum(end - begin for _, (_, begin, end) in layer_prefetch._mapped(spans))
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_only_experts_that_were_routed_to_are_read_once_in_each_pass(experts, budget):
+    model, used = experts
+    model.activation_memory = budget  # with it, the backward pass computes no layer again
+    few = make_batch(rows=1, length=4)
+    model.traffic.bytes_read = 0
+    model.loss(few).backward()
+    dense = sum(_bytes_of([span for _, span in layer]) for layer in model.prefetcher._layers)
+    # The head is smaller than what is read of one at a time, and is not read ahead.
+    routed = sum(_bytes_of(stack.spans[e]) for stack, some in used.items() for e in some)
+    whole = sum(_bytes_of(spans) for stack in used for spans in stack.spans)
+    assert len(used) == 4 and 0 < routed < whole / 2
+    assert model.traffic.bytes_read == 2 * (dense + routed)
+
+
+def test_experts_are_let_go_with_their_layer(experts, advice):
+    model, used = experts
+    model.activation_memory = 0
+    model.loss(make_batch(rows=1, length=4)).backward()
+    read = {call[1:] for call in advice if call[0] == "read_pages"}
+    evicted = [(a, a + n) for word, a, n in advice if word == "forget_pages"]
+    for stack, numbers in used.items():
+        for expert in range(stack.count):
+            ranges = list(layer_prefetch._mapped(stack.spans[expert]))
+            assert all(((a, e - b) in read) == (expert in numbers) for a, (_, b, e) in ranges)
+            for address, (_, begin, end) in ranges if expert in numbers else ():
+                stop = address + end - begin
+                assert sum(a <= address and stop <= b for a, b in evicted) == 2
+    assert not model.prefetcher._parts
+
+
+def test_a_step_of_generation_reads_no_experts_ahead(experts, advice):
+    model, _ = experts
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[5, 6, 7]]))
+    assert not advice

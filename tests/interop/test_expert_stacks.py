@@ -7,11 +7,12 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.quantizers import auto
 
 import loraformat
 import loraformat.transformers
-from loraformat.errors import UnsupportedError
+from loraformat.errors import InputError, UnsupportedError
 from loraformat.model.checkpoint import NF4Tensor
 from loraformat.model.nf4_parts import SEGMENT_METHOD
 from loraformat.ops.convert.convert import convert
@@ -148,3 +149,33 @@ def test_saving_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match="not serializable"):
         opened(tmp_path / "bundle").save_pretrained(tmp_path / "again")
     assert not list(tmp_path.glob("again/*.safetensors"))
+
+
+#: Tensors that are taken away of a model with 4 experts in each of two layers, and what is said.
+BROKEN = {
+    "a projection of one expert": (r"layers.1.*experts.2.up_proj", "are missing"),
+    "a whole expert": (r"layers.1.*experts.3\.", "3 experts with 192 rows of 32 in all"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_missing_experts_are_named(case, tmp_path):
+    pattern, said = BROKEN[case]
+    save("qwen3_moe", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    kept = {name: t for name, t in load_file(path).items() if not re.search(pattern, name)}
+    save_file(kept, path, {"format": "pt"})
+    with pytest.raises(InputError, match=said) as refused:
+        convert(tmp_path / "model", tmp_path / "bundle")
+    assert "parameter model.layers.1.mlp.experts." in refused.value.problem
+    assert not (tmp_path / "bundle").exists()
+    assert convert(tmp_path / "model", tmp_path / "dense", to_format="safetensors")
+
+
+def test_experts_of_another_size_are_named(tmp_path):
+    save("qwen3_moe", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= dict.fromkeys(config.keys() & {"num_experts", "num_local_experts"}, 8)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"4 experts .* the config says 8 of"):
+        convert(tmp_path / "model", tmp_path / "bundle")

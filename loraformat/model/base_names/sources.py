@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from loraformat.families.tensor_names import natural
 
-__all__ = ["Chunk", "Sources", "conversions_of", "find_sources"]
+__all__ = ["MISSING", "Chunk", "Sources", "conversions_of", "find_sources"]
 
+#: What is said of a parameter whose tensors are not all there.
+MISSING = "tensors of some of its experts are missing"
 _STACKING = {"MergeModulelist", "Concatenate"}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -119,7 +121,7 @@ def _convert(sources: Sources, converter: Any, target: str, group: dict[str, lis
     elif not set(operations) <= _STACKING:
         sources.computed |= dict.fromkeys(outputs, ", ".join(sorted(set(operations) - _STACKING)))
     elif len({len(names) for names in group.values()}) != 1:
-        sources.computed[target] = "tensors of some of its experts are missing"
+        sources.computed[target] = MISSING
     else:
         sources.stacked[target] = [list(names) for names in zip(*group.values(), strict=True)]
 

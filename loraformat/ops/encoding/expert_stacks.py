@@ -14,7 +14,10 @@ from itertools import accumulate
 
 import numpy
 
+from loraformat.errors import InputError, printable
+from loraformat.model.architecture import is_expert_stack
 from loraformat.model.base_names.resolver import names_of
+from loraformat.model.base_names.sources import MISSING
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
 from loraformat.model.rows import RowReader
 from loraformat.tensors.arrays import Array
@@ -37,19 +40,34 @@ def with_expert_stacks(
     checkpoint : Checkpoint
     selects : callable
         Tells of a stack whether it will be quantized; the experts of others stay apart.
+
+    Raises
+    ------
+    InputError
+        If experts are missing, or of another size than the config says.
     """
     if not any(_ONE_EXPERT.search(name) for name in checkpoint.tensors):
         return checkpoint
     memory = names_of(checkpoint).memory
     if memory is None:
         return checkpoint
+    for target, how in memory.sources.computed.items():
+        if is_expert_stack(target) and how == MISSING:
+            raise _incomplete(checkpoint, target, how)
     made: dict[str, DenseTensor] = {}
     replaced: set[str] = set()
     for target, experts in memory.sources.stacked.items():
         names = [name for parts in experts for name in parts]
-        parts = [checkpoint.tensors[name] for name in names]
-        stack = _stack(target, parts, memory.shapes[target])
-        if stack is not None and all(map(_ONE_EXPERT.search, names)) and selects(stack):
+        if not all(map(_ONE_EXPERT.search, names)):
+            continue
+        parts, wanted = [checkpoint.tensors[name] for name in names], memory.shapes[target]
+        found = len(experts), sum(part.matrix_shape[0] for part in parts), parts[0].shape[-1]
+        if found != (wanted[0], wanted[0] * wanted[1], wanted[2]):
+            rows = f"{found[0]} experts with {found[1]} rows of {found[2]} in all"
+            said = f"the config says {wanted[0]} of {wanted[1]} x {wanted[2]} each"
+            raise _incomplete(checkpoint, target, f"{rows}, {said}")
+        stack = _stack(target, parts, wanted)
+        if stack is not None and selects(stack):
             made[names[0]] = stack
             replaced.update(names)
     tensors: dict[str, LazyTensor] = {}
@@ -61,16 +79,21 @@ def with_expert_stacks(
     return replace(checkpoint, tensors=tensors)
 
 
+def _incomplete(checkpoint: Checkpoint, target: str, problem: str) -> InputError:
+    return InputError(
+        f"parameter {printable(target)}: {problem}",
+        path=checkpoint.path,
+        hint="the checkpoint is incomplete or has another model's config.json: download it again",
+    )
+
+
 def _stack(target: str, parts: Sequence[LazyTensor], shape: tuple[int, ...]) -> DenseTensor | None:
     """Return matrices below each other as one tensor; None if they are not alike."""
     dense = [part for part in parts if isinstance(part, DenseTensor)]
     kinds = {(part.dtype, part.shape[1:]) for part in dense}
-    heights = [part.matrix_shape[0] for part in dense]
-    if len(dense) != len(parts) or len(kinds) != 1 or len(shape) != 3:
+    if len(dense) != len(parts) or len(kinds) != 1:
         return None
-    if (sum(heights), *dense[0].shape[1:]) != (shape[0] * shape[1], shape[2]):
-        return None
-    ends = list(accumulate(heights))
+    ends = list(accumulate(part.matrix_shape[0] for part in dense))
 
     def release() -> None:
         for part in dense:

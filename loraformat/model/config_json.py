@@ -38,6 +38,8 @@ MAX_CONFIG_BYTES = 16 << 20
 _MEMBER = "quantization_config"
 #: compressed-tensors' name of it until 2024.
 _FORMER = "compression_config"
+#: mlx-lm's, beside the usual one or without.
+_MLX = "quantization"
 #: What is asked of every config, whatever the model, may be absent or null.
 _KINDS: dict[str, tuple[type, str]] = {
     "model_type": (str, "a string"),
@@ -137,6 +139,8 @@ def quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 def _places(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield where a config speaks of quantization: at the top, or in a composite model's part."""
     yield from ((config, name) for name in (_MEMBER, _FORMER) if name in config)
+    if isinstance(config.get(_MLX), dict):
+        yield config, _MLX
     for name, part in config.items():
         inside = name.endswith("_config") and name not in (_MEMBER, _FORMER)
         if inside and isinstance(part, dict) and isinstance(part.get(_MEMBER), dict):

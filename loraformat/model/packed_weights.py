@@ -18,7 +18,7 @@ from loraformat.errors import UnsupportedError, printable
 
 __all__ = [
     "AWQ", "BITSANDBYTES", "BITSANDBYTES_FP4", "BITSANDBYTES_INT8", "COMPRESSED_TENSORS", "FLOAT8",
-    "GPTQ", "MODELOPT", "MXFP4", "ORIGINAL", "PackedWeights", "Signature", "Stored",
+    "GPTQ", "MLX", "MODELOPT", "MXFP4", "ORIGINAL", "PackedWeights", "Signature", "Stored",
     "packed_weights", "refuse_packed",
 ]  # fmt: skip
 
@@ -27,7 +27,7 @@ ORIGINAL = (
     "start from the original, unquantized model; the model's page on the Hub lists it as base model"
 )
 #: Methods that converters read.
-BITSANDBYTES, FLOAT8, MXFP4 = "bitsandbytes", "float8", "MXFP4"
+BITSANDBYTES, FLOAT8, MLX, MXFP4 = "bitsandbytes", "float8", "MLX", "MXFP4"
 BITSANDBYTES_FP4, BITSANDBYTES_INT8 = "bitsandbytes-fp4", "bitsandbytes-int8"
 AWQ, COMPRESSED_TENSORS, GPTQ, MODELOPT = "AWQ", "compressed-tensors", "GPTQ", "modelopt"
 _UNKNOWN = "an unknown method"
@@ -111,8 +111,7 @@ _SIGNATURES = (
     Signature(BITSANDBYTES_INT8, (".SCB",)),
     Signature(AWQ, (".qweight", ".qzeros"), ("I32",), alike=True),
     Signature(GPTQ, (".qweight", ".qzeros"), ("I32",)),
-    Signature("MLX", (".weight", ".scales", ".biases"), ("U32",)),
-    Signature("MLX (mxfp4)", (".weight", ".scales"), ("U32",)),
+    Signature(MLX, (".weight", ".scales"), ("U32",)),
     Signature(MXFP4, ("_blocks", "_scales"), ("U8",)),
     Signature(FLOAT8, (".weight", ".scale"), ("I8",)),
     Signature("FP4 or INT8", (".weight", ".scale"), ("U8",)),

@@ -6,7 +6,7 @@ decodes rows of it; here the directory is recognised and opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -99,12 +99,14 @@ def _read(method: QuantizationMethod, path: Path, options: ReadOptions) -> Check
                 hint="if its weights are dense, remove quantization_config from config.json",
             )
         parts = {part.name for weight in weights for part in weight.parts}
-        decoded = {weight.parts[0].name: weight.tensor(options.dtype) for weight in weights}
+        decoded: dict[str, list[LazyTensor]] = {}  # by codes: a stack of experts may be many
+        for weight in weights:
+            decoded.setdefault(weight.parts[0].name, []).append(weight.tensor(options.dtype))
         tensors: dict[str, LazyTensor] = {}
         dropped = 0
         for name, tensor in stored.tensors.items():
             if name in decoded:
-                tensors[decoded[name].name] = decoded[name]
+                tensors |= {weight.name: weight for weight in decoded[name]}
             elif method.dropped is not None and method.dropped.search(name):
                 dropped += 1
             elif name not in parts:
@@ -131,7 +133,7 @@ def _read_settings(stored: Checkpoint) -> None:
 def _check_rest(
     stored: Checkpoint,
     method: QuantizationMethod,
-    decoded: Mapping[str, LazyTensor],
+    decoded: Mapping[str, Sequence[LazyTensor]],
     tensors: Mapping[str, LazyTensor],
 ) -> None:
     """Refuse what cannot be left beside decoded weights.
@@ -149,14 +151,14 @@ def _check_rest(
             path=stored.path,
             hint=ORIGINAL,
         )
-    for part, weight in decoded.items():
+    for part, weight in ((part, weight) for part, found in decoded.items() for weight in found):
         if part != weight.name and weight.name in stored.tensors:
             raise InputError(
                 f"holds one weight twice, as {printable(weight.name)} and {printable(part)}",
                 path=stored.path,
                 hint=ORIGINAL,
             )
-    owners = {weight.name.removesuffix("weight") for weight in decoded.values()}
+    owners = {weight.name.removesuffix("weight") for found in decoded.values() for weight in found}
     for name in tensors:
         above = [name[: dot + 1] for dot, sign in enumerate(name) if sign == "."]
         last = name.rpartition(".")[2]

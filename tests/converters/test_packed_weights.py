@@ -25,10 +25,6 @@ def scales(*shape):
 
 #: Parts of one weight, by their suffixes, as the method's own tools write them.
 PACKED = {
-    "MLX": {".weight": codes(64, 4, dtype=torch.uint32), ".scales": scales(64, 1),
-            ".biases": scales(64, 1)},
-    "MLX (mxfp4)": {".weight": codes(64, 4, dtype=torch.uint32),
-                    ".scales": codes(64, 1, dtype=torch.uint8)},
     "HQQ": {".W_q": codes(64, 16, dtype=torch.uint8), ".scale": scales(64, 1),
             ".zero": scales(64, 1)},
     "EXL2": {".q_weight": codes(4, 64), ".q_scale": codes(1, 8), ".q_groups": codes(2)},

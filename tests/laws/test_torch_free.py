@@ -74,6 +74,7 @@ COMMANDS = {
         "convert modelopt nvfp4 --to safetensors",
         "convert gptq from-gptq --to safetensors",
         "convert awq from-awq --to safetensors",
+        "convert mlx from-mlx --to safetensors",
         "convert int8 from-int8 --to safetensors",
         "convert fp4 from-fp4 --to safetensors",
         "info float8 --tensors",
@@ -135,6 +136,7 @@ def _quantized(top):
     state = b'{"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64]}'
     magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
     methods = {
+        "mlx": {"weight": words.view(torch.uint32), "scales": scales, "biases": scales},
         "int8": {"weight": words.view(torch.int8), "SCB": torch.ones(64)},
         "fp4": {
             "weight": words.view(torch.uint8).reshape(2048, 1), "weight.absmax": torch.ones(64),
@@ -153,7 +155,8 @@ def _quantized(top):
     }  # fmt: skip
     for method, parts in methods.items():
         (top / method).mkdir()
-        (top / method / "config.json").write_text('{"model_type": "llama"}')
+        settings = '"model_type": "llama", "quantization": {"bits": 4, "group_size": 32}'
+        (top / method / "config.json").write_text("{" + settings + "}")
         owner = "model.layers.0.mlp.up_proj"
         stored = {f"{owner}.{part}": parts[part].clone().contiguous() for part in parts}
         save_file(stored, top / method / "model.safetensors", {"format": "pt"})

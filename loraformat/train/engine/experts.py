@@ -7,21 +7,31 @@ The routing, the activation and the gate stay the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from loraformat.errors import UnsupportedError, printable
 from loraformat.train.engine.layer_prefetch import LayerPrefetcher
-from loraformat.train.engine.linear import frozen_product
+from loraformat.train.engine.linear import LoraFactors, frozen_product
 from loraformat.train.engine.matrix import Matrix, NF4Matrix, Tile, output_tiles
 from loraformat.train.engine.stored_weights import Span
 
 __all__ = ["ExpertStack", "compute_from_stacks", "is_fused_experts", "projection_names"]
 
-_ExpertBranch = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+class _ExpertBranch(Protocol):
+    """The trained branches of a stack."""
+
+    def pair(self, expert: int = 0) -> LoraFactors | None:
+        """Return one expert's branch as a plain pair, if it is one just now."""
+        ...
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return the output, given the input and the frozen output."""
+        ...
 
 
 class ExpertStack(torch.nn.Module):
@@ -94,7 +104,12 @@ class ExpertStack(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """Compute one expert's projection of (tokens, in features)."""
-        parts = [frozen_product(x, matrix, self.dtype) for matrix in self.experts[expert]]
+        matrices = self.experts[expert]
+        if len(matrices) == 1 and self.branch is not None:
+            pair = self.branch.pair(expert)
+            if pair is not None:
+                return frozen_product(x, matrices[0], self.dtype, pair=pair)
+        parts = [frozen_product(x, matrix, self.dtype) for matrix in matrices]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return y if self.branch is None else self.branch(x, y, expert)
 

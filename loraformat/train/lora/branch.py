@@ -186,12 +186,26 @@ class _ExpertBranch(LoraBranch):
         super().__init__(*arguments, **options)
         self._views = _ExpertViews()
 
-    def forward(self, x: torch.Tensor, base_output: torch.Tensor, expert: int = 0) -> torch.Tensor:
-        """Return one expert's output with its branch's; `x` holds the tokens sent to it."""
+    def pair(self, expert: int = 0) -> LoraFactors:
+        """Return an expert's A, B and s as its product with the base takes them."""
+        observe = None
+        if self.collecting and self.training:
+
+            def observe(z: torch.Tensor, gradient: torch.Tensor) -> None:
+                self.moments.add(counted(z, gradient), expert)
+
+        return LoraFactors(*self._factors_of(expert), self._factor(), observe)
+
+    def _factors_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = (views[expert] for views in self._views.of(self.a, self.b))
         if self.fixed_a is not None and self.fixed_b is not None:
             a = torch.cat([a, self.fixed_a[expert]], 0)
             b = torch.cat([b, -self.fixed_b[expert]], 1)
+        return a, b
+
+    def forward(self, x: torch.Tensor, base_output: torch.Tensor, expert: int = 0) -> torch.Tensor:
+        """Return one expert's output with its branch's; `x` holds the tokens sent to it."""
+        a, b = self._factors_of(expert)
         z = functional.linear(x.to(a.dtype), a)
         return self._added(z, b, base_output, z, expert)
 

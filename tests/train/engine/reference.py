@@ -24,8 +24,8 @@ class Branch(torch.nn.Module):
             0.1 * torch.randn(count, module.out_features, 4, generator=random)
         )
 
-    def pair(self):
-        return LoraFactors(self.a[0], self.b[0], 1.0)
+    def pair(self, expert=0):
+        return LoraFactors(self.a[expert], self.b[expert], 1.0)
 
     def forward(self, x, y, expert=0):
         return (y + (x.to(self.a.dtype) @ self.a[expert].T) @ self.b[expert].T).to(y.dtype)

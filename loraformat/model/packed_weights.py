@@ -18,8 +18,8 @@ from loraformat.errors import UnsupportedError, printable
 
 __all__ = [
     "AWQ", "BITSANDBYTES", "BITSANDBYTES_FP4", "BITSANDBYTES_INT8", "COMPRESSED_TENSORS", "FLOAT8",
-    "GPTQ", "MLX", "MODELOPT", "MXFP4", "ORIGINAL", "PackedWeights", "Signature", "Stored",
-    "packed_weights", "refuse_packed",
+    "GPTQ", "MLX", "MODELOPT", "MXFP4", "ORIGINAL", "TORCHAO", "PackedWeights", "Signature",
+    "Stored", "packed_weights", "refuse_packed",
 ]  # fmt: skip
 
 #: What helps where a method is not read.
@@ -30,6 +30,7 @@ ORIGINAL = (
 BITSANDBYTES, FLOAT8, MLX, MXFP4 = "bitsandbytes", "float8", "MLX", "MXFP4"
 BITSANDBYTES_FP4, BITSANDBYTES_INT8 = "bitsandbytes-fp4", "bitsandbytes-int8"
 AWQ, COMPRESSED_TENSORS, GPTQ, MODELOPT = "AWQ", "compressed-tensors", "GPTQ", "modelopt"
+TORCHAO = "torchao"
 _UNKNOWN = "an unknown method"
 #: Methods that also store codes which others store in the same way: there the config decides.
 _NAMED_BY_CONFIG = (COMPRESSED_TENSORS, MODELOPT)
@@ -123,7 +124,8 @@ _SIGNATURES = (
     Signature("EXL3", (".trellis",), ("I16", "U16")),
     Signature("AQLM", (".codes", ".codebooks"), _INTEGERS),
     Signature("optimum-quanto", (".weight._data",), ("I8", "U8", *_FLOATS)),
-    Signature("torchao", ("._weight_qdata",), ("I8", "U8", "I32", *_FLOATS)),
+    Signature(TORCHAO, ("._weight_qdata",), ("I8", "U8", "I32", *_FLOATS)),
+    Signature(TORCHAO, ("_qdata", "_scale"), ("I8", *_FLOATS)),
 )
 #: Integer tensors of two dimensions with this ending are codes, whoever wrote them.
 _WEIGHT = re.compile(r"(^|\.)(q?weight|\w+_proj)$")

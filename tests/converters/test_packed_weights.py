@@ -32,7 +32,6 @@ PACKED = {
     "AQLM": {".codes": codes(64, 4, 1, dtype=torch.int8), ".codebooks": scales(1, 256, 1, 8)},
     "optimum-quanto": {".weight._data": codes(64, 32, dtype=torch.int8),
                        ".weight._scale": scales(64, 1)},
-    "torchao": {"._weight_qdata": codes(64, 32, dtype=torch.int8), "._weight_scale": scales(64)},
     "an unknown method": {".weight": codes(64, 32, dtype=torch.int8),
                           ".weight_scale": scales(64, 1)},
 }  # fmt: skip

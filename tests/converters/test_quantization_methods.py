@@ -63,6 +63,11 @@ STORED = {
         W.replace("weight", "qzeros"): codes(2, 16).view(torch.int32),
         W.replace("weight", "scales"): torch.rand(2, 32),
     },
+    "torchao int4": {
+        W.replace("weight", "_weight_qdata"): codes(70, 32).view(torch.int8),
+        W.replace("weight", "_weight_scale"): torch.rand(2, 70),
+        W.replace("weight", "_weight_zero_point"): torch.rand(2, 70),
+    },
     "bitsandbytes int8": {
         W: codes(70, 40).view(torch.int8), W.replace("weight", "SCB"): torch.rand(70)
     },

@@ -75,6 +75,7 @@ COMMANDS = {
         "convert gptq from-gptq --to safetensors",
         "convert awq from-awq --to safetensors",
         "convert mlx from-mlx --to safetensors",
+        "convert torchao from-torchao --to safetensors",
         "convert int8 from-int8 --to safetensors",
         "convert fp4 from-fp4 --to safetensors",
         "info float8 --tensors",
@@ -137,6 +138,7 @@ def _quantized(top):
     magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
     methods = {
         "mlx": {"weight": words.view(torch.uint32), "scales": scales, "biases": scales},
+        "torchao": {"_weight_qdata": words.view(torch.int8), "_weight_scale": scales},
         "int8": {"weight": words.view(torch.int8), "SCB": torch.ones(64)},
         "fp4": {
             "weight": words.view(torch.uint8).reshape(2048, 1), "weight.absmax": torch.ones(64),

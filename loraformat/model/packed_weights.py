@@ -18,8 +18,8 @@ from loraformat.errors import UnsupportedError, printable
 
 __all__ = [
     "AWQ", "BITSANDBYTES", "BITSANDBYTES_FP4", "BITSANDBYTES_INT8", "COMPRESSED_TENSORS", "FLOAT8",
-    "GPTQ", "MLX", "MODELOPT", "MXFP4", "ORIGINAL", "TORCHAO", "PackedWeights", "Signature",
-    "Stored", "packed_weights", "refuse_packed",
+    "GPTQ", "HQQ", "MLX", "MODELOPT", "MXFP4", "ORIGINAL", "TORCHAO", "PackedWeights",
+    "Signature", "Stored", "packed_weights", "refuse_packed",
 ]  # fmt: skip
 
 #: What helps where a method is not read.
@@ -30,7 +30,7 @@ ORIGINAL = (
 BITSANDBYTES, FLOAT8, MLX, MXFP4 = "bitsandbytes", "float8", "MLX", "MXFP4"
 BITSANDBYTES_FP4, BITSANDBYTES_INT8 = "bitsandbytes-fp4", "bitsandbytes-int8"
 AWQ, COMPRESSED_TENSORS, GPTQ, MODELOPT = "AWQ", "compressed-tensors", "GPTQ", "modelopt"
-TORCHAO = "torchao"
+HQQ, TORCHAO = "HQQ", "torchao"
 _UNKNOWN = "an unknown method"
 #: Methods that also store codes which others store in the same way: there the config decides.
 _NAMED_BY_CONFIG = (COMPRESSED_TENSORS, MODELOPT)
@@ -119,7 +119,7 @@ _SIGNATURES = (
     Signature(COMPRESSED_TENSORS, (".weight_packed",), ("I32", "U8")),
     Signature(MODELOPT, (".weight", ".weight_scale", ".weight_scale_2"), ("U8",)),
     Signature(MODELOPT, ("", "_weight_scale", "_weight_scale_2"), ("U8",)),
-    Signature("HQQ", (".W_q",), _INTEGERS),
+    Signature(HQQ, (".W_q",)),
     Signature("EXL2", (".q_weight", ".q_scale"), ("I32",)),
     Signature("EXL3", (".trellis",), ("I16", "U16")),
     Signature("AQLM", (".codes", ".codebooks"), _INTEGERS),

@@ -25,8 +25,6 @@ def scales(*shape):
 
 #: Parts of one weight, by their suffixes, as the method's own tools write them.
 PACKED = {
-    "HQQ": {".W_q": codes(64, 16, dtype=torch.uint8), ".scale": scales(64, 1),
-            ".zero": scales(64, 1)},
     "EXL2": {".q_weight": codes(4, 64), ".q_scale": codes(1, 8), ".q_groups": codes(2)},
     "EXL3": {".trellis": codes(2, 4, 16, dtype=torch.int16), ".suh": scales(64)},
     "AQLM": {".codes": codes(64, 4, 1, dtype=torch.int8), ".codebooks": scales(1, 256, 1, 8)},
@@ -67,7 +65,7 @@ def test_codes_are_never_taken_for_weights(checkpoint, tmp_path, method, target)
 
 
 def test_the_card_says_which_model_was_quantized(checkpoint, tmp_path):
-    base = checkpoint(PACKED["HQQ"])
+    base = checkpoint(PACKED["AQLM"])
     (base / "README.md").write_text("---\nbase_model:\n- org/original\n---\n")
     with pytest.raises(UnsupportedError, match="unquantized model: org/original"):
         convert(base, tmp_path / "bundle")

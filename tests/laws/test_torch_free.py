@@ -76,6 +76,7 @@ COMMANDS = {
         "convert awq from-awq --to safetensors",
         "convert mlx from-mlx --to safetensors",
         "convert torchao from-torchao --to safetensors",
+        "convert hqq from-hqq --to safetensors",
         "convert int8 from-int8 --to safetensors",
         "convert fp4 from-fp4 --to safetensors",
         "info float8 --tensors",
@@ -139,6 +140,11 @@ def _quantized(top):
     methods = {
         "mlx": {"weight": words.view(torch.uint32), "scales": scales, "biases": scales},
         "torchao": {"_weight_qdata": words.view(torch.int8), "_weight_scale": scales},
+        "hqq": {
+            "W_q": words.view(torch.uint8), "scale": torch.ones(64, 1), "zero": torch.ones(64, 1),
+            "shape": torch.tensor([64, 64]), "packing": torch.tensor(list(b"4bit_u8")).byte(),
+            "axis": torch.tensor(1).int(), "group_size": torch.tensor(64).int(),
+        },
         "int8": {"weight": words.view(torch.int8), "SCB": torch.ones(64)},
         "fp4": {
             "weight": words.view(torch.uint8).reshape(2048, 1), "weight.absmax": torch.ones(64),

@@ -275,6 +275,9 @@ class BaseFormat(Format):
     segments : bool
         Whether a writer of NF4 takes stacks of experts as weights in segments; others get them
         dense.
+    expert_layouts : tuple of str
+        Words for ``--experts``: the layouts in which a writer of NF4 takes stacks of experts,
+        "dense" by default.
     pre_tokenizers : bool
         Whether ``write`` heeds `WriteOptions.pre_tokenizer`; without it ``--pre`` is refused.
     takes_config : bool
@@ -290,6 +293,7 @@ class BaseFormat(Format):
     estimate: Callable[[Checkpoint, Path, WriteOptions], Forecast | None] = _no_forecast
     stores: Literal["nf4", "dense", "both"] = "dense"
     segments: bool = False
+    expert_layouts: tuple[str, ...] = ()
     pre_tokenizers: bool = False
     takes_config: bool = False
     method: QuantizationMethod | None = None

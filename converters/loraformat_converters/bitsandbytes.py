@@ -1,7 +1,8 @@
 """bitsandbytes 4-bit checkpoints: NF4, with or without double quantization.
 
 Format: ``QuantState.as_dict(packed=True)`` of bitsandbytes, inside a safetensors model
-directory that transformers wrote. Codes and scales go through untouched, both ways.
+directory that transformers wrote. Codes and scales go through untouched, both ways. The layouts
+that others use for experts are read; they are written by `loraformat.ops.encoding.nf4_experts`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from loraformat.shards.quantized import method_of
 from loraformat.shards.read_directory import open_model, peek_config
 from loraformat.shards.write_directory import write_model_directory
 from loraformat.storage.atomic_output import AtomicOutput
+from loraformat_converters.experts4bit import with_experts4bit
 
 __all__ = ["CONVERTER", "read", "sniff", "write"]
 
@@ -32,16 +34,24 @@ def sniff(path: Path) -> bool:
 def read(path: Path, options: ReadOptions) -> Checkpoint:
     """Open a 4-bit checkpoint of NF4; FP4 and int8 are formats of their own."""
     _refuse_other_types(path)
-    model_type = (peek_config(path) if path.is_dir() else {}).get("model_type")
+    config = peek_config(path) if path.is_dir() else {}
+    model_type = config.get("model_type")
     checkpoint = open_model(
         path,
         "bitsandbytes",
         transposed=lambda name: is_conv1d(name, model_type),
         any_storage=True,
     )
+    try:
+        checkpoint.tensors = with_experts4bit(checkpoint, config)
+    except BaseException:
+        checkpoint.close()
+        raise
     if not checkpoint.nf4_weights:
         checkpoint.close()
         raise UnsupportedError("holds no NF4 weight", path=path, hint="use --from safetensors")
+    if any(tensor.segments is not None for tensor in checkpoint.nf4_weights):
+        checkpoint.quantization_config = None  # bitsandbytes knows no segments
     if checkpoint.quantization_config is not None:
         # The codes are written as uint8 whatever their label was; the bytes are the same.
         checkpoint.quantization_config["bnb_4bit_quant_storage"] = "uint8"
@@ -93,5 +103,6 @@ CONVERTER = BaseFormat(
     read=read,
     write=write,
     stores="nf4",
+    expert_layouts=("dense", "each", "fused", "experts4bit"),
     loses=("the manifest with its hashes and fingerprint",),
 )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import click
+
 from loraformat.cli.console import table, took, with_notes, wrote
 from loraformat.cli.options import WeightType, reporting_command
 from loraformat.storage.byte_sizes import format_size
 
+_LAYOUTS = ["dense", "each", "fused", "experts4bit"]
 _EXAMPLE = """\b
 Example:
   loraformat convert meta-llama/Llama-3.2-1B my-bundle
@@ -45,5 +48,9 @@ def _errors(report: Any) -> list[str]:
 
 
 command = reporting_command(
-    "convert", _EXAMPLE, _text, metavars={"source": "SRC"}, types={"dtype": WeightType()}
+    "convert",
+    _EXAMPLE,
+    _text,
+    metavars={"source": "SRC"},
+    types={"dtype": WeightType(), "experts": click.Choice(_LAYOUTS)},
 )

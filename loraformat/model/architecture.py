@@ -20,6 +20,7 @@ __all__ = [
     "is_decoder_linear",
     "is_expert_stack",
     "is_matrix_weight",
+    "is_one_expert",
     "is_plain_in_peers",
     "kind_of",
     "module_of",
@@ -40,6 +41,8 @@ _PLAIN = re.compile(
 
 #: One parameter for all experts: its module is named for them, or it by what it does.
 _EXPERT_STACK = re.compile(r"\.(shared_)?experts\.\w+(?<!_bias)$|\.(in|out)put_linear$")
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 
 _BIAS_OR_NORM = re.compile(r"bias$|(^|\.)(\w*norm\w*|ln_\w+)(\.weight)?$")
 
@@ -98,6 +101,17 @@ def is_expert_stack(name: str) -> bool:
     False
     """
     return layer_of(name) is not None and bool(_EXPERT_STACK.search(module_of(name)))
+
+
+def is_one_expert(name: str) -> bool:
+    """Tell whether a tensor of two dimensions is a projection of one expert of a layer.
+
+    Examples
+    --------
+    >>> is_one_expert("model.layers.0.mlp.experts.7.gate_proj.weight")
+    True
+    """
+    return layer_of(name) is not None and bool(_ONE_EXPERT.search(name))
 
 
 def is_matrix_weight(name: str, shape: tuple[int, ...]) -> bool:

@@ -110,6 +110,7 @@ _SIGNATURES = (
     Signature(BITSANDBYTES, (".quant_state.bitsandbytes__nf4",)),
     Signature(BITSANDBYTES_FP4, (".quant_state.bitsandbytes__fp4",)),
     Signature(BITSANDBYTES_INT8, (".SCB",)),
+    Signature(BITSANDBYTES, (".gate_up_proj", ".gate_up_absmax"), ("U8",)),  # Experts4bit
     Signature(AWQ, (".qweight", ".qzeros"), ("I32",), alike=True),
     Signature(GPTQ, (".qweight", ".qzeros"), ("I32",)),
     Signature(MLX, (".weight", ".scales"), ("U32",)),

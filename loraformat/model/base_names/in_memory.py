@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loraformat.model.base_names.meta_model import build_on_meta
-from loraformat.model.base_names.sources import conversions_of, find_sources
+from loraformat.model.base_names.sources import conversions_of, expert_names, find_sources
 
 __all__ = ["InMemory", "bare"]
 
@@ -69,6 +69,13 @@ class InMemory:
             if len(alike) == 1:
                 return alike[0]
         return None
+
+    def expert_names(self, target: str) -> list[list[str]]:
+        """Return names for the experts of a fused parameter one by one; none if it has none.
+
+        See `loraformat.model.base_names.sources.expert_names`.
+        """
+        return expert_names(self._table, target, self.shapes[target][0])
 
     def _renamed(self, name: str) -> str:
         from transformers.core_model_loading import rename_source_key

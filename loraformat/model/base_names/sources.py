@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from loraformat.families.tensor_names import natural
 
-__all__ = ["MISSING", "Chunk", "Sources", "conversions_of", "find_sources"]
+__all__ = ["MISSING", "Chunk", "Sources", "conversions_of", "expert_names", "find_sources"]
 
 #: What is said of a parameter whose tensors are not all there.
 MISSING = "tensors of some of its experts are missing"
@@ -27,6 +27,24 @@ class Chunk(NamedTuple):
     tensor: str
     number: int
     of: int
+
+
+def expert_names(table: Conversions, target: str, experts: int) -> list[list[str]]:
+    """Return the names under which a fused parameter's experts would be stored one by one.
+
+    Of each expert, those of the matrices that lie one below the other in memory; none if the class
+    has no such form. Renamings of other parts of names are not undone: the result has the names
+    that transformers reads, not always those that it writes.
+    """
+    for converter in table.converters:
+        (pattern, *others) = converter.target_patterns
+        operations = {type(operation).__name__ for operation in converter.operations}
+        if others or not operations <= _STACKING or not target.endswith(pattern):
+            continue
+        before, sources = target.removesuffix(pattern), converter.source_patterns
+        if all(source.count("*") == 1 for source in sources):
+            return [[before + s.replace("*", f"{e}") for s in sources] for e in range(experts)]
+    return []
 
 
 @dataclass(slots=True)

@@ -13,19 +13,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from loraformat import plugins
 from loraformat.bundle.reader import is_bundle
 from loraformat.bundle.update import parse_bundle_slot, read_manifest
 from loraformat.errors import UsageError, printable
 from loraformat.hub import Source, resolve
-from loraformat.model.expert_layouts import ExpertLayout
 from loraformat.model.tied_head import refuse_lost_head, settled
 from loraformat.ops.arguments import Progress, byte_count, many, reported
 from loraformat.ops.convert.adapter import convert_adapter
 from loraformat.ops.convert.report import ConversionReport, complete, foreseen, losses, plan_report
 from loraformat.ops.encoding.choice import Encoding
 from loraformat.ops.encoding.llama_quantize import refuse_llama_type
+from loraformat.ops.encoding.nf4_experts import layout_notes
 from loraformat.ops.encoding.one_dtype import Alignment, aligned, with_decoded_dtype
 from loraformat.ops.encoding.requantization import again_as, with_history
 from loraformat.ops.model_output import ModelOutput
@@ -53,7 +54,7 @@ def convert(
     max_shard_size: int | str | None = None,
     base: str | Path | None = None,
     canonical: bool = False,
-    experts: ExpertLayout | None = None,
+    experts: Literal["dense", "each", "fused", "experts4bit"] | None = None,
     allow_pickle: bool = False,
     allow_base_mismatch: bool = False,
     strict: bool = False,
@@ -103,9 +104,11 @@ def convert(
         Adapters: base to compare names and shapes with.
     canonical : bool
         Adapters: convert to canonical form instead of copying: scaling folded into B, alpha = rank.
-    experts : {"each", "fused"}, optional
+    experts : {"dense", "each", "fused", "experts4bit"}, optional
         Adapters: one LoRA for each expert, as vLLM and SGLang load most models, or PEFT's of the
-        fused parameter; needs a base. [default: as in `source`, if PEFT loads it so]
+        fused parameter; needs a base. [default: as in `source`, if PEFT loads it so] A bitsandbytes
+        output: experts dense, an NF4 weight for each, or all in one, as replace_parameter_4bit or
+        Experts4bit store them. [default: dense]
     allow_pickle : bool
         Also read pickled ``.bin`` files, with a loader restricted to tensors.
     allow_base_mismatch : bool
@@ -150,11 +153,12 @@ def convert(
     for_adapters = {
         "--base": base is not None,
         "--canonical": canonical,
-        "--experts": experts is not None,
         "--allow-base-mismatch": allow_base_mismatch,
     }
     if isinstance(reader, AdapterFormat):
         _refuse_options(source, f"an adapter ({reader.name})", "bases", for_bases)
+        if experts == "dense" or experts == "experts4bit":
+            raise UsageError(f"--experts {experts} is for bases; an adapter has each or fused")
         return convert_adapter(
             found,
             reader,
@@ -171,7 +175,7 @@ def convert(
             dry_run=dry_run,
         )
     _refuse_options(source, f"a base ({reader.name})", "adapters", for_adapters)
-    encoding = Encoding(dtype, block_size, double_quant, skip, include)
+    encoding = Encoding(dtype, block_size, double_quant, skip, include, experts)
     with reported(progress, "convert") as told:
         return _convert_base(
             found, reader, Path(target), encoding, to_format=to or to_format,
@@ -210,6 +214,7 @@ def _convert_base(
         raise UsageError(f"{target} is for an adapter, and {found.path} is a base ({reader.name})")
     writer = plugins.for_output(target, to_format, BaseFormat, "loraformat")
     writer.check_pre_tokenizer(pre_tokenizer)
+    encoding.check_experts(writer)
     # Quantized numbers are rounded only once: by a writer of types of its own, or as they are read.
     word = "f32" if writer.dtypes else encoding.dtype
     dtype = parse_weight_dtype(word) if word else None
@@ -225,10 +230,12 @@ def _convert_base(
         alignment = Alignment()
         if not original.nf4_weights:  # else what is dense was left so on purpose
             checkpoint, alignment = aligned(checkpoint)
+        checkpoint = encoding.stored(checkpoint)
         lost = losses(reader, writer, found.path, original.left_behind, strict=strict)
         report = plan_report(original, checkpoint, target, reader, writer, lost)
         again = again_as(original, checkpoint.tensors, writer, encoding.dtype)
         report.notes.extend([*told, *_adapters_note(found.path), *decoded])
+        report.notes.extend(layout_notes(before, encoding.experts))
         options = WriteOptions(
             shard_limit,
             dtype=encoding.dtype if writer.dtypes else None,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from loraformat.errors import UnsupportedError
 from loraformat.model.architecture import is_matrix_weight, is_plain_in_peers, kind_of
-from loraformat.model.checkpoint import Checkpoint
+from loraformat.model.checkpoint import Checkpoint, LazyTensor
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.report import Report
 from loraformat.model.written import WrittenModel
@@ -121,10 +121,15 @@ def plan_report(
 
 def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
     quantized_now, plain = checkpoint.nf4_weights, checkpoint.dense_tensors
-    experts = [t for t in plain if ".experts." in t.name and is_matrix_weight(t.name, t.shape[-2:])]
+    of_experts = [t for t in plain if ".experts." in t.name]
+    codes = [t for t in of_experts if t.dtype == "U8"]  # of a layout that is not bitsandbytes' own
+    experts = [] if codes else [t for t in of_experts if is_matrix_weight(t.name, t.shape[-2:])]
     stacks = [tensor for tensor in quantized_now if tensor.segments is not None]
     linears = [tensor for tensor in quantized_now if tensor.segments is None]
-    unusual = [tensor for tensor in linears if is_plain_in_peers(tensor.name)]
+    in_layout: list[LazyTensor] = [one for one in linears if ".experts." in one.name]
+    in_layout += codes
+    plain_in_peers = [tensor for tensor in linears if is_plain_in_peers(tensor.name)]
+    unusual = [tensor for tensor in plain_in_peers if tensor not in in_layout]
     notes = []
     if to_nf4 and not quantized_now:
         notes.append(
@@ -142,6 +147,11 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
             f"{len(stacks)} stacks of experts are in NF4 (format 1.1): transformers opens the "
             "bundle after import loraformat.transformers"
         )
+    if in_layout:
+        notes.append(
+            f"{len(in_layout)} experts' weights are in NF4 ({in_layout[0].name}, ...): "
+            "transformers cannot open this layout without a program that adds it"
+        )
     if misaligned := [t for t in linears if t.stored_shape[-1] % t.block_size]:
         notes.append(
             f"{len(misaligned)} weights have rows that are not a whole number of blocks "
@@ -150,7 +160,7 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
         )
     if unusual:
         notes.append(
-            f"{len(unusual)} embeddings, routers or experts are in NF4 ({unusual[0].name}, ...): "
+            f"{len(unusual)} embeddings or routers are in NF4 ({unusual[0].name}, ...): "
             "transformers cannot open the result"
         )
     return notes

@@ -10,6 +10,13 @@ from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4
 from loraformat.model.config_json import parse, with_dtype
 from loraformat.ops.encoding.encode import QuantizationPolicy, cast, dequantized, matches, quantized
 from loraformat.ops.encoding.expert_stacks import with_expert_stacks
+from loraformat.ops.encoding.nf4_experts import (
+    fits_experts4bit,
+    in_segments,
+    one_run,
+    with_scales,
+    with_single_experts,
+)
 from loraformat.plugins import BaseFormat
 from loraformat.tensors.dtypes import TORCH_NAMES, parse_weight_dtype
 
@@ -25,6 +32,20 @@ class Encoding:
     double_quant: bool | None
     skip: tuple[str, ...]
     include: tuple[str, ...]
+    experts: str | None = None
+
+    def check_experts(self, writer: BaseFormat) -> None:
+        """Raise `UsageError` for ``--experts`` if the writer has no such layout."""
+        if self.experts is None or self.experts in writer.expert_layouts:
+            return
+        if writer.expert_layouts:
+            known = ", ".join(writer.expert_layouts)
+            raise UsageError(f"unknown layout of experts {self.experts!r}, wanted one of {known}")
+        raise UsageError(
+            f"--experts {self.experts} is for bitsandbytes checkpoints and adapters, and the "
+            f"output is a base ({writer.name})",
+            hint="omit it, or write such a checkpoint: --to bitsandbytes",
+        )
 
     def apply(self, checkpoint: Checkpoint, writer: BaseFormat) -> Checkpoint:
         """Return the checkpoint in the writer's encoding, lazily."""
@@ -41,11 +62,21 @@ class Encoding:
             config = with_dtype(config, TORCH_NAMES[dtype])
         named = {tensor.name: tensor for tensor in tensors}
         written = replace(checkpoint, tensors=named, config=config)
-        if {one.name for one in written.nf4_weights} != {
-            one.name for one in checkpoint.nf4_weights
-        }:
+        said, wanted = (
+            {(one.name, one.segments is None) for one in model.nf4_weights}
+            for model in (checkpoint, written)
+        )
+        if said != wanted:
             written.quantization_config = None  # it does not describe them
         return written
+
+    def stored(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return an encoded checkpoint with codes and scales as tensors where a layout wants so."""
+        if self.experts != "experts4bit":
+            return checkpoint
+        return replace(
+            checkpoint, tensors=with_scales(checkpoint.tensors), quantization_config=None
+        )
 
     def _for_own_dtypes(self, checkpoint: Checkpoint, writer: BaseFormat) -> Checkpoint:
         """Leave rounding to the writer; NF4 is decoded to float32."""
@@ -82,12 +113,15 @@ class Encoding:
                 "the source is already NF4, and weights are never quantized twice; start from the "
                 "original to change block size, double quantization or --skip"
             )
+        layout = self.experts or "dense"
         policy = QuantizationPolicy(
             self.block_size or 64,
             self.double_quant is not False,
             self.skip,
             self.include,
-            stacks=writer.segments,
+            stacks=writer.segments or layout != "dense",
+            one_run=layout == "fused",
+            each_expert=layout == "each",
         )
 
         def selects(tensor: DenseTensor) -> bool:
@@ -95,15 +129,28 @@ class Encoding:
             wanted = matches(tensor.name, self.include) if already else True
             return wanted and policy.selects(tensor)
 
-        if writer.segments:
+        if layout == "each":
+            checkpoint = with_single_experts(checkpoint, policy, selects)
+        elif policy.stacks:
             checkpoint = with_expert_stacks(checkpoint, selects)
+        of_stacks = replace(policy, double_quant=False) if layout == "experts4bit" else policy
+
+        def stays_dense(tensor: DenseTensor) -> bool:
+            if len(tensor.shape) != 3 or layout not in ("each", "experts4bit"):
+                return not selects(tensor)
+            fits = fits_experts4bit(tensor, checkpoint.tensors, policy.block_size)
+            return layout == "each" or not fits or not selects(tensor)
+
         named = model_type(parse(checkpoint.config)) if checkpoint.config else None
         tensors: list[LazyTensor] = []
         for tensor in checkpoint.tensors.values():
             tensor = cast(tensor, dtype)
             if isinstance(tensor, DenseTensor):
-                tensor = quantized(tensor, policy, named) if selects(tensor) else tensor
-            elif tensor.segments is not None and not writer.segments:
-                tensor = dequantized(tensor)
+                how = of_stacks if len(tensor.shape) == 3 else policy
+                tensor = tensor if stays_dense(tensor) else quantized(tensor, how, named)
+            elif writer.segments or layout == "experts4bit":
+                tensor = in_segments(tensor)
+            elif tensor.segments is not None:
+                tensor = one_run(tensor, policy) if layout == "fused" else dequantized(tensor)
             tensors.append(tensor)
         return tensors

@@ -20,6 +20,7 @@ from loraformat.model.architecture import (
     is_decoder_linear,
     is_expert_stack,
     is_matrix_weight,
+    is_one_expert,
 )
 from loraformat.model.checkpoint import DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.nf4_parts import NF4Parts
@@ -27,11 +28,12 @@ from loraformat.model.rows import Elements, RowReader
 from loraformat.nf4.kernels.cast import cast as narrow
 from loraformat.nf4.kernels.cast import widened
 from loraformat.nf4.quant_state import BLOCK_SIZES, QuantState
+from loraformat.nf4.segments import NF4Stack, stacked
 from loraformat.nf4.tables import LEVEL_BYTES, NESTED_MAP_BYTES
 from loraformat.tensors.arrays import Array, array_bytes
 from loraformat.tensors.dtypes import WEIGHT_DTYPES
 
-__all__ = ["QuantizationPolicy", "cast", "dequantized", "quantized"]
+__all__ = ["QuantizationPolicy", "cast", "dequantized", "nf4_parts", "quantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,10 @@ class QuantizationPolicy:
         weights to quantize though they are not linears of decoder layers. ``skip`` wins.
     stacks : bool
         Quantize stacks of experts, too, each matrix by itself.
+    one_run : bool
+        Quantize such a stack as one run of blocks, as bitsandbytes does; then not in segments.
+    each_expert : bool
+        Quantize experts that are matrices of their own, too.
 
     Raises
     ------
@@ -61,6 +67,8 @@ class QuantizationPolicy:
     skip: Sequence[str] = ()
     include: Sequence[str] = ()
     stacks: bool = False
+    one_run: bool = False
+    each_expert: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -76,6 +84,8 @@ class QuantizationPolicy:
             return False
         if len(tensor.shape) == 3:
             return self.stacks and is_expert_stack(tensor.name)
+        if self.each_expert and is_one_expert(tensor.name):
+            return len(tensor.shape) == 2
         if matches(tensor.name, self.include):
             return is_matrix_weight(tensor.name, tensor.shape)
         return is_decoder_linear(tensor.name, tensor.shape)
@@ -96,11 +106,12 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 def quantized(tensor: DenseTensor, policy: QuantizationPolicy, model_type: str | None) -> NF4Tensor:
     """Return a weight of F32, F16 or BF16 in NF4; it is quantized when it is loaded.
 
-    Of a stack each matrix is a segment. ``Conv1D`` weights of the model type are turned into
-    linears first, as bitsandbytes does.
+    Of a stack each matrix is a segment, unless the policy wants one run of blocks. ``Conv1D``
+    weights of the model type are turned into linears first, as bitsandbytes does.
     """
     transposed = is_conv1d(tensor.name, model_type)
-    segments = prod(tensor.shape[:-2]) if len(tensor.shape) > 2 else None
+    stack = len(tensor.shape) > 2 and not policy.one_run
+    segments = prod(tensor.shape[:-2]) if stack else None
     return NF4Tensor(
         tensor.name,
         tensor.dtype,
@@ -118,7 +129,6 @@ def _quantize(
     tensor: DenseTensor, policy: QuantizationPolicy, transposed: bool, segments: int | None
 ) -> NF4Parts:
     from loraformat.nf4 import codec
-    from loraformat.nf4.segments import stacked
 
     weight = tensor.array().T if transposed else tensor.elements()
     error = norm = 0.0
@@ -137,7 +147,36 @@ def _quantize(
             yield codes
 
     stack = stacked(encoded(), segments or 1)
+    shape = tensor.shape[::-1] if transposed else tensor.shape
+    # Three digits: enough to judge by, and the same on every machine.
+    relative = float(f"{sqrt(error / norm):.3g}") if norm else 0.0
+    return nf4_parts(stack, shape, tensor.dtype, segments, relative)
+
+
+def nf4_parts(
+    stack: NF4Stack,
+    shape: tuple[int, ...],
+    dtype: str,
+    segments: int | None,
+    error: float | None = None,
+) -> NF4Parts:
+    """Return what is stored of a weight in NF4.
+
+    Parameters
+    ----------
+    stack : NF4Stack
+        A weight without segments is one.
+    shape : tuple of int
+        That the codes run over.
+    dtype : str
+        safetensors name: of the decoded numbers.
+    segments : int or None
+        As in the quant state.
+    error : float, optional
+        Relative RMS error, if it is known.
+    """
     nested, offset = stack.nested_absmax, stack.nested_offset
+    state_offset = None if offset is None or segments else float(offset[0])
     return NF4Parts(
         packed=array_bytes(stack.packed),
         absmax=array_bytes(stack.absmax),
@@ -145,15 +184,9 @@ def _quantize(
         quant_map=memoryview(LEVEL_BYTES),
         nested_quant_map=None if nested is None else memoryview(NESTED_MAP_BYTES),
         quant_state=QuantState(
-            tensor.shape[::-1] if transposed else tensor.shape,
-            tensor.dtype,
-            policy.block_size,
-            None if offset is None or segments else float(offset[0]),
-            policy.double_quant,
-            segments,
+            shape, dtype, stack.block_size, state_offset, nested is not None, segments
         ).encode(),
-        # Three digits: enough to judge by, and the same on every machine.
-        relative_rms_error=float(f"{sqrt(error / norm):.3g}") if norm else 0.0,
+        relative_rms_error=error,
         nested_offset=array_bytes(offset) if segments and offset is not None else None,
         segments=segments,
     )

@@ -2,7 +2,7 @@
 
 A bundle names weights as the model's state dict does, and transformers 5 keeps the experts of a
 layer in one parameter for each projection. Its own conversion mapping says which tensors belong to
-which rows.
+which rows. Experts in NF4 become segments, which keep their codes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from loraformat.errors import InputError, printable
 from loraformat.model.architecture import is_expert_stack
 from loraformat.model.base_names.resolver import names_of
 from loraformat.model.base_names.sources import MISSING
-from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor
+from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
+from loraformat.model.nf4_parts import NF4Parts
 from loraformat.model.rows import RowReader
+from loraformat.nf4.segments import stacked
+from loraformat.ops.encoding.encode import nf4_parts
 from loraformat.tensors.arrays import Array
 
 __all__ = ["with_expert_stacks"]
@@ -32,14 +35,14 @@ def with_expert_stacks(
 ) -> Checkpoint:
     """Return a model whose experts are stacks (experts, out, in), read when they are loaded.
 
-    A model without such experts, or of a class that transformers does not know, stays as it is, and
-    so do experts that are quantized already.
+    A model without such experts, or of a class that transformers does not know, stays as it is.
+    Experts in NF4 become the segments of a stack; those that are not alike stay apart.
 
     Parameters
     ----------
     checkpoint : Checkpoint
     selects : callable
-        Tells of a stack whether it will be quantized; the experts of others stay apart.
+        Tells of a dense stack whether it will be quantized; the experts of others stay apart.
 
     Raises
     ------
@@ -54,7 +57,7 @@ def with_expert_stacks(
     for target, how in memory.sources.computed.items():
         if is_expert_stack(target) and how == MISSING:
             raise _incomplete(checkpoint, target, how)
-    made: dict[str, DenseTensor] = {}
+    made: dict[str, LazyTensor] = {}
     replaced: set[str] = set()
     for target, experts in memory.sources.stacked.items():
         names = [name for parts in experts for name in parts]
@@ -67,7 +70,7 @@ def with_expert_stacks(
             said = f"the config says {wanted[0]} of {wanted[1]} x {wanted[2]} each"
             raise _incomplete(checkpoint, target, f"{rows}, {said}")
         stack = _stack(target, parts, wanted)
-        if stack is not None and selects(stack):
+        if isinstance(stack, NF4Tensor) or (stack is not None and selects(stack)):
             made[names[0]] = stack
             replaced.update(names)
     tensors: dict[str, LazyTensor] = {}
@@ -87,8 +90,10 @@ def _incomplete(checkpoint: Checkpoint, target: str, problem: str) -> InputError
     )
 
 
-def _stack(target: str, parts: Sequence[LazyTensor], shape: tuple[int, ...]) -> DenseTensor | None:
+def _stack(target: str, parts: Sequence[LazyTensor], shape: tuple[int, ...]) -> LazyTensor | None:
     """Return matrices below each other as one tensor; None if they are not alike."""
+    if all(isinstance(part, NF4Tensor) for part in parts):
+        return _nf4_stack(target, [part for part in parts if isinstance(part, NF4Tensor)], shape)
     dense = [part for part in parts if isinstance(part, DenseTensor)]
     kinds = {(part.dtype, part.shape[1:]) for part in dense}
     if len(dense) != len(parts) or len(kinds) != 1:
@@ -103,6 +108,30 @@ def _stack(target: str, parts: Sequence[LazyTensor], shape: tuple[int, ...]) -> 
         return lambda start, stop: _rows(dense, ends, start, stop)
 
     return DenseTensor.by_rows(target, dense[0].dtype, shape, open_rows, release, _stored(dense))
+
+
+def _nf4_stack(target: str, parts: Sequence[NF4Tensor], shape: tuple[int, ...]) -> NF4Tensor | None:
+    first = parts[0]
+    alike = {
+        (part.dtype, part.shape, part.block_size, part.double_quant, part.stored_shape)
+        for part in parts
+    }
+    if len(alike) != 1 or first.transposed or len(first.shape) != 2 or len(shape) != 3:
+        return None
+    if (len(parts) * first.shape[0], first.shape[1]) != (shape[0] * shape[1], shape[2]):
+        return None
+    number = len(parts)
+
+    def load() -> NF4Parts:
+        codes = (part.segment_codes(part.load())[0] for part in parts)
+        return nf4_parts(stacked(codes, number), shape, first.dtype, number)
+
+    def release() -> None:
+        for part in parts:
+            part.release()
+
+    size = first.block_size, first.double_quant
+    return NF4Tensor(target, first.dtype, shape, *size, False, load, release, number)
 
 
 def _rows(parts: Sequence[DenseTensor], ends: Sequence[int], start: int, stop: int) -> Array:

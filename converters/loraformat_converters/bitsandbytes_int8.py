@@ -11,13 +11,18 @@ from collections.abc import Iterator
 
 import numpy
 
-from loraformat.errors import UnsupportedError, printable
+from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.model import config_json
 from loraformat.model.architecture import is_conv1d
 from loraformat.model.block_numbers import scaled
 from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.packed_weights import BITSANDBYTES_INT8, ORIGINAL
-from loraformat.model.quantization_method import QuantizationMethod, QuantizedWeight, stored_part
+from loraformat.model.quantization_method import (
+    DAMAGED,
+    QuantizationMethod,
+    QuantizedWeight,
+    stored_part,
+)
 from loraformat.shards.quantized import quantized_format
 from loraformat.tensors.arrays import Array
 from loraformat.tensors.dtypes import TORCH_NAMES, WEIGHT_DTYPES
@@ -49,6 +54,12 @@ def _weights(stored: Checkpoint) -> Iterator[QuantizedWeight]:
 def _weight(stored: Checkpoint, owner: str, dtype: str, transposed: bool) -> QuantizedWeight:
     codes = stored_part(stored, owner + _CODES, ("I8",))
     scale = stored_part(stored, owner + _SCALE, ("F32",), codes.shape[:1])
+    if len(codes.shape) != 2:
+        raise InputError(
+            f"tensor {printable(codes.name)} is I8 {list(codes.shape)}, wanted (out, in)",
+            path=stored.path,
+            hint=DAMAGED,
+        )
     parts = [codes, scale]
     if owner + _LAYOUT in stored.tensors:
         parts.append(layout := stored_part(stored, owner + _LAYOUT, ("U8",)))

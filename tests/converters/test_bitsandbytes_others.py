@@ -143,6 +143,8 @@ BAD = {
     "fewer scales": ("int8", replaced("SCB", lambda t: t[:-1]), "wanted F32"),
     "scales of another type": ("int8", replaced("SCB", lambda t: t.half()), "is F16"),
     "codes of another type": ("int8", replaced("weight", lambda t: t.view(torch.uint8)), "is U8"),
+    "a vector": (
+        "int8", lambda t: t.update({f"{Q}.weight": torch.zeros(64).char()}), "wanted .out, in."),
     "a kernel's layout": ("int8", replaced("weight_format", lambda t: t + 2), "a GPU's kernel"),
     "no absmax": ("fp4", without("weight.absmax"), "absmax is missing"),
     "no nested scales": ("fp4", without("weight.nested_absmax"), "nested_absmax is missing"),

@@ -266,13 +266,30 @@ QUANTIZED = {
         "qweight": ["I32", [64, 4]], "qzeros": ["I32", [2, 4]], "scales": ["F16", [2, 32]]}),
     "float8": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, {
         "weight": ["F8_E4M3", [64, 64]], "weight_scale_inv": ["F32", [2, 2]]}),
+    "MLX": ({"bits": 3, "group_size": 32, "mode": "affine"}, {
+        "weight": ["U32", [8, 6]], "scales": ["F16", [8, 2]], "biases": ["F16", [8, 2]]}),
+    "experts of MLX": ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, {
+        "switch_mlp.up_proj.weight": ["U32", [3, 8, 8]],
+        "switch_mlp.up_proj.scales": ["U8", [3, 8, 2]]}),
+    "int8 of torchao": ({"quant_method": "torchao"}, {
+        "_weight_qdata": ["I8", [8, 64]], "_weight_scale": ["F32", [8, 2]],
+        "_weight_zero_point": ["I8", [8, 2]]}),
+    "int4 of torchao": ({"quant_method": "torchao"}, {
+        "_weight_qdata": ["I8", [8, 32]], "_weight_scale": ["BF16", [2, 8]],
+        "_weight_zero_point": ["BF16", [2, 8]]}),
+    "HQQ": ({"quant_method": "hqq"}, {
+        "W_q": ["U8", [8, 32]], "scale": ["F16", [16, 1]], "zero": ["F16", [16, 1]],
+        "shape": ["I64", [2], [8, 64]], "group_size": ["I32", [], 32], "axis": ["I32", [], 1],
+        "packing": ["U8", [7], [*b"4bit_u8"]], "quant_zero": ["U8", []]}),
+    "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {
+        "weight": ["I8", [8, 64]], "SCB": ["F32", [8]], "weight_format": ["U8", []]}),
 }  # fmt: skip
 
 
 def quantized() -> dict[str, Files]:
     return {
         name: {
-            "config.json": join(b"{}", settings),
+            "config.json": join(b'{"model_type": "qwen3_moe"}', settings),
             "tensors": json.dumps({f"up_proj.{part}": of for part, of in parts.items()}).encode(),
         }
         for name, (settings, parts) in QUANTIZED.items()

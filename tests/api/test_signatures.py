@@ -25,7 +25,7 @@ PYTHON_ONLY = {"progress", "from_format", "to_format"}
 #: What the command line has alone: how it prints, and what has a function of its own in Python.
 PRINTED = {"as_json", "quiet"}
 CLI_ONLY = {
-    "check": {"fixing", "output", "dtype", "force"},  # loraformat.fix
+    "check": {"fixing", "output", "dtype", "experts", "force"},  # loraformat.fix
     "info": {"tensors", "picture"},  # the report's, and loraformat.plot_errors
     "merge": {"show_modules"},  # the report's
     "spectrum": {"picture"},  # loraformat.plot_spectrum

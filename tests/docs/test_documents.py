@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 
 import loraformat
@@ -126,8 +127,12 @@ def test_the_page_on_mixtures_is_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    moe_models.make("qwen3_moe").save_pretrained("my-model")
-    assert [run(line).returncode for line in commands("docs/mixtures.md")] == [0, 0, 0]
+    model = moe_models.make("qwen3_moe")
+    model.save_pretrained("my-model")
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=stacks)
+    peft.get_peft_model(model, config).save_pretrained("my-adapter")
+    assert [run(line).returncode for line in commands("docs/mixtures.md")] == [0] * 6
     made: dict[str, Any] = {}
     for snippet in blocks("docs/mixtures.md", "python"):
         exec(compile(snippet, "docs/mixtures.md", "exec"), made)

@@ -108,7 +108,7 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, object]:
         "bnb_4bit_use_double_quant": any(tensor.double_quant for tensor in quantized),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_modules(checkpoint.dense_tensors, names, family.optional),
+        "llm_int8_skip_modules": skip_modules(checkpoint.dense_tensors, names, family),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

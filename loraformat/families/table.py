@@ -8,8 +8,10 @@ architectures is asked of transformers itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from loraformat.families import plain_linears
 
 __all__ = ["Family", "family_of", "model_type", "model_types"]
 
@@ -124,6 +126,12 @@ class Family:
     shared_block : str or None
         The part of a name below which several layers have the same weights: a delta of one would
         act in all of them, where PEFT adapts the one that it names.
+    plain : tuple of str
+        Parts of names of linears that transformers leaves dense in a model of 4-bit linears.
+    foreign : tuple of str
+        Those of weights that transformers cannot open in 4 bits, and that are quantized anyhow.
+    heads : frozenset of str
+        Output heads, if they are not ``lm_head``.
     renamed : tuple of (str, str)
         Parts of module names: in memory, and in the file of an adapter that PEFT opens.
     """
@@ -138,6 +146,10 @@ class Family:
     read_leaves: frozenset[str] = frozenset()
     own_leaves: frozenset[str] = frozenset()
     shared_block: str | None = None
+    # Families do not differ to an adapter by these.
+    plain: tuple[str, ...] = field(default=(), compare=False)
+    foreign: tuple[str, ...] = field(default=(), compare=False)
+    heads: frozenset[str] = field(default=frozenset(), compare=False)
     renamed: tuple[tuple[str, str], ...] = ()
 
     def is_shared(self, name: str) -> bool:
@@ -214,6 +226,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
         read_leaves=_leaves(_READ, types),
         own_leaves=_leaves(_OWN, types),
         shared_block=next((part for name, part in _SHARED.items() if name in types), None),
+        plain=plain_linears.plain_linears(sorted(types)),
+        foreign=plain_linears.foreign_linears(sorted(types)),
+        heads=plain_linears.heads(types),
         renamed=tuple(_PEFT_KEYS[one] for one in sorted(types & _PEFT_KEYS.keys())),
     )
 

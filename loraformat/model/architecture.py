@@ -9,9 +9,10 @@ architectures is transformers' business.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from loraformat.families.table import family_of
+from loraformat.families.plain_linears import names_part
+from loraformat.families.table import Family, family_of
 from loraformat.families.tensor_names import layer_of
 from loraformat.model.checkpoint import LazyTensor
 
@@ -30,11 +31,12 @@ __all__ = [
 _CONV1D_MODULES = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
 
 #: Never quantized unless asked for: routers, experts (transformers fuses them into 3-D
-#: parameters, which bitsandbytes leaves alone), embeddings, other towers than the decoder.
+#: parameters, which bitsandbytes leaves alone), embeddings, other towers than the decoder, the
+#: weights of an indexer's heads (their class casts its input to the type of the weight).
 _PLAIN = re.compile(
     r"(^|\.)("
     r"gate|router|router_gate|shared_expert_gate|experts|"
-    r"\w*embed\w*|wte|wpe|\w*norm\w*|ln_\w+|relative_attention_bias|"
+    r"\w*embed\w*|wte|wpe|\w*pos_emb|weights_proj|\w*norm\w*|ln_\w+|relative_attention_bias|"
     r"vision\w*|visual\w*|audio\w*|image\w*|lora_\w+"
     r")(\.|$)"
 )
@@ -52,7 +54,10 @@ _TOWERS = {"vision_tower", "vision_model", "visual", "audio_tower"}
 _LANGUAGE_MODEL = re.compile(r"(?:^|\.)language_model\.(?:model\.)?(\w+\.\d+\..+)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
+#: Linears behind an embedding.
+_EMBEDDING_LINEAR = re.compile(r"embed\w*_(proj\w*|mapping\w*|transformation)$")
 _FUSED = re.compile(r"(^|\.)(gate|router|experts)(\.|$)")
+_ANY_FAMILY = Family()
 #: Peers read the list as regular expressions: what is no module's name stays out of it.
 _MODULE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
@@ -68,8 +73,10 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def is_decoder_linear(name: str, shape: tuple[int, ...]) -> bool:
+def is_decoder_linear(name: str, shape: tuple[int, ...], plain: Sequence[str] = ()) -> bool:
     """Tell whether a tensor is the weight of a linear inside a decoder layer.
+
+    `plain` are parts of names that the model's family keeps dense.
 
     Examples
     --------
@@ -85,6 +92,7 @@ def is_decoder_linear(name: str, shape: tuple[int, ...]) -> bool:
         and len(shape) == 2
         and layer_of(name) is not None
         and not _PLAIN.search(module_of(name))
+        and not names_part(module_of(name), plain)
     )
 
 
@@ -139,15 +147,18 @@ def is_conv1d(name: str, model_type: str | None) -> bool:
     return conv1d and bool(_CONV1D_MODULES.search(module_of(name)))
 
 
-def is_plain_in_peers(name: str) -> bool:
+def is_plain_in_peers(name: str, plain: Sequence[str] = ()) -> bool:
     """Tell whether transformers has no 4-bit module for a weight: an embedding, router or expert.
+
+    `plain` are parts of names that its family leaves dense.
 
     Examples
     --------
     >>> is_plain_in_peers("model.embed_tokens.weight"), is_plain_in_peers("lm_head.weight")
     (True, False)
     """
-    return bool(_EMBEDDING.search(module_of(name)) or _FUSED.search(module_of(name)))
+    module = module_of(name)
+    return bool(_EMBEDDING.search(module) or _FUSED.search(module)) or names_part(module, plain)
 
 
 def kind_of(name: str) -> str:
@@ -162,7 +173,7 @@ def kind_of(name: str) -> str:
 
 
 def skip_modules(
-    dense: Iterable[LazyTensor], quantized: Iterable[str], absent: str | None = None
+    dense: Iterable[LazyTensor], quantized: Iterable[str], family: Family = _ANY_FAMILY
 ) -> list[str] | None:
     """Return the modules for ``llm_int8_skip_modules``, which peers do not quantize.
 
@@ -172,8 +183,8 @@ def skip_modules(
     any other plain linear is named in full.
 
     `dense` are the tensors that are not quantized, `quantized` the names of the weights that are;
-    `absent` is a part that the model's class has and the checkpoint may lack: it has no 4-bit form,
-    then. None if transformers' own default says the same.
+    the family knows a part that the checkpoint may lack, and a head that it may not name: they have
+    no 4-bit form, then. None if transformers' own default says the same.
 
     Examples
     --------
@@ -183,15 +194,20 @@ def skip_modules(
     []
     """
     modules = {module_of(name) for name in quantized}
-    heads, names = {"lm_head"}, set[str]()
+    heads, names = {"lm_head", *family.heads}, set[str]()
     for tensor in dense:
         module = module_of(tensor.name)
         if module == tensor.name or len(tensor.shape) != 2 or not _MODULE_NAME.fullmatch(module):
             continue
         if _HEAD.search(module):
             heads.add(module)
-        elif not _EMBEDDING.search(module):
+        elif names_part(module, family.plain):
+            continue
+        elif not _EMBEDDING.search(module) or _may_be_linear(module):
             names |= _patterns(module, modules)
+    # By these short names: in memory transformers may spell the rest otherwise.
+    names |= {part for part in family.plain if not _matches(part, modules)}
+    absent = family.optional
     if absent is not None and not any(absent in module.split(".") for module in modules):
         names.add(absent)
     if any(_HEAD.search(module) for module in modules):
@@ -202,15 +218,22 @@ def skip_modules(
 def _patterns(module: str, quantized: set[str]) -> set[str]:
     """Return short patterns for a module that match no quantized module."""
     for candidates in _candidates(module):
-        pairs = ((pattern, name) for pattern in candidates for name in quantized)
-        if not any(name.startswith(pattern) or name.endswith(pattern) for pattern, name in pairs):
+        if not any(_matches(pattern, quantized) for pattern in candidates):
             return candidates
     return {module}
 
 
+def _may_be_linear(embedding: str) -> bool:
+    return layer_of(embedding) is not None or bool(_EMBEDDING_LINEAR.search(embedding))
+
+
+def _matches(pattern: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(pattern) or name.endswith(pattern) for name in modules)
+
+
 def _candidates(module: str) -> Iterator[set[str]]:
     parts = module.split(".")
-    if "experts" in parts:
+    if "experts" in parts and "router" not in parts:
         yield {"experts"}
     elif parts[-1] == "gate":
         yield {"gate"}

@@ -55,7 +55,7 @@ _OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "mamba2": dict(num_heads=8),
     "minicpm3": dict(num_key_value_heads=4),
     "reformer": dict(axial_pos_embds=False, attn_layers=["local", "lsh"], num_hidden_layers=2,
-                     feed_forward_size=96, attention_head_size=16, num_buckets=4,
+                     feed_forward_size=128, attention_head_size=16, num_buckets=4,
                      local_attn_chunk_length=8, lsh_attn_chunk_length=8),
     "xmod": dict(default_language="en_XX"),
     # transformers zeroes the row of padding of this class as it loads it, whatever the file says.
@@ -140,18 +140,18 @@ def model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def config_of(model_type: str) -> Any:
-    """Return a tiny config of a model type."""
-    return _small(CONFIG_MAPPING[model_type](**_FIRST.get(model_type, {})))
+def config_of(model_type: str, **sizes: Any) -> Any:
+    """Return a tiny config of a model type; `sizes` are others than those here."""
+    return _small(CONFIG_MAPPING[model_type](**_FIRST.get(model_type, {})), _SIZES | sizes)
 
 
-def _small(config: Any, changes: Mapping[str, Any] | None = None) -> Any:
+def _small(config: Any, sizes: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Any:
     values = _OF_ITS_OWN.get(config.model_type, {}) | dict(changes or {})
     parts = {
-        name: _small(part, values.pop(name, None)) for name, part in vars(config).items()
+        name: _small(part, sizes, values.pop(name, None)) for name, part in vars(config).items()
         if isinstance(part, transformers.PreTrainedConfig)
     }  # fmt: skip
-    return type(config)(**moe_models.sizes_of(config, _SIZES) | parts | values)
+    return type(config)(**moe_models.sizes_of(config, sizes) | parts | values)
 
 
 def make(model_type: str) -> Any:

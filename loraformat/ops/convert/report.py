@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from loraformat.errors import UnsupportedError
-from loraformat.model.architecture import is_matrix_weight, is_plain_in_peers, kind_of
+from loraformat.families.plain_linears import names_part
+from loraformat.families.table import family_of
+from loraformat.model.architecture import is_matrix_weight, is_plain_in_peers, kind_of, module_of
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
+from loraformat.model.config_json import parse
 from loraformat.model.quantization_history import Quantized
 from loraformat.model.report import Report
 from loraformat.model.written import WrittenModel
@@ -126,10 +129,12 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
     experts = [] if codes else [t for t in of_experts if is_matrix_weight(t.name, t.shape[-2:])]
     stacks = [tensor for tensor in quantized_now if tensor.segments is not None]
     linears = [tensor for tensor in quantized_now if tensor.segments is None]
+    family = family_of(parse(checkpoint.config) if checkpoint.config else {})
     in_layout: list[LazyTensor] = [one for one in linears if ".experts." in one.name]
     in_layout += codes
-    plain_in_peers = [tensor for tensor in linears if is_plain_in_peers(tensor.name)]
+    plain_in_peers = [tensor for tensor in linears if is_plain_in_peers(tensor.name, family.plain)]
     unusual = [tensor for tensor in plain_in_peers if tensor not in in_layout]
+    foreign = [t for t in quantized_now if names_part(module_of(t.name), family.foreign)]
     notes = []
     if to_nf4 and not quantized_now:
         notes.append(
@@ -162,6 +167,14 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
         notes.append(
             f"{len(unusual)} embeddings or routers are in NF4 ({unusual[0].name}, ...): "
             "transformers cannot open the result"
+        )
+    if to_nf4 and foreign:
+        name = kind_of(foreign[0].name)
+        notes.append(
+            f"{len(foreign)} weights are in NF4 for which transformers' class has no 4-bit form "
+            f"({foreign[0].name}, ...): transformers cannot open the result, loraformat trains and "
+            f"runs it; for transformers leave them dense (--skip '*.{name}' ...), or convert the "
+            "bundle with --to safetensors"
         )
     return notes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loraformat.errors import UsageError
-from loraformat.families.table import model_type
+from loraformat.families.table import family_of, model_type
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.config_json import parse, with_dtype
 from loraformat.ops.encoding.encode import QuantizationPolicy, cast, dequantized, matches, quantized
@@ -114,6 +114,7 @@ class Encoding:
                 "original to change block size, double quantization or --skip"
             )
         layout = self.experts or "dense"
+        settings = parse(checkpoint.config) if checkpoint.config else {}
         policy = QuantizationPolicy(
             self.block_size or 64,
             self.double_quant is not False,
@@ -122,6 +123,7 @@ class Encoding:
             stacks=writer.segments or layout != "dense",
             one_run=layout == "fused",
             each_expert=layout == "each",
+            plain=family_of(settings).plain,
         )
 
         def selects(tensor: DenseTensor) -> bool:
@@ -141,7 +143,7 @@ class Encoding:
             fits = fits_experts4bit(tensor, checkpoint.tensors, policy.block_size)
             return layout == "each" or not fits or not selects(tensor)
 
-        named = model_type(parse(checkpoint.config)) if checkpoint.config else None
+        named = model_type(settings)
         tensors: list[LazyTensor] = []
         for tensor in checkpoint.tensors.values():
             tensor = cast(tensor, dtype)

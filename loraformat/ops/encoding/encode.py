@@ -55,6 +55,8 @@ class QuantizationPolicy:
         Quantize such a stack as one run of blocks, as bitsandbytes does; then not in segments.
     each_expert : bool
         Quantize experts that are matrices of their own, too.
+    plain : sequence of str
+        Parts of names of linears that stay dense unless included: transformers has no 4-bit form.
 
     Raises
     ------
@@ -69,6 +71,7 @@ class QuantizationPolicy:
     stacks: bool = False
     one_run: bool = False
     each_expert: bool = False
+    plain: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -88,7 +91,7 @@ class QuantizationPolicy:
             return len(tensor.shape) == 2
         if matches(tensor.name, self.include):
             return is_matrix_weight(tensor.name, tensor.shape)
-        return is_decoder_linear(tensor.name, tensor.shape)
+        return is_decoder_linear(tensor.name, tensor.shape, self.plain)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -74,18 +74,6 @@ class MetadataBuilder(dict[str, GGUFValue]):
             ) from None
 
 
-def _write_nothing(config: Config, keys: MetadataBuilder) -> None:
-    pass
-
-
-def _read_nothing(gguf: GGUFFile, members: Members) -> None:
-    pass
-
-
-def _no_tensors(config: Config) -> dict[str, list[float]]:
-    return {}
-
-
 @dataclass(frozen=True, slots=True)
 class MetadataRow:
     """One fact of a model, in either form: a function for each direction.
@@ -101,9 +89,9 @@ class MetadataRow:
         Returns small float32 tensors that stand for hyperparameters, by GGUF name.
     """
 
-    write: Callable[[Config, MetadataBuilder], None] = _write_nothing
-    read: Callable[[GGUFFile, Members], None] = _read_nothing
-    tensors: Callable[[Config], dict[str, list[float]]] = _no_tensors
+    write: Callable[[Config, MetadataBuilder], None] = lambda config, keys: None
+    read: Callable[[GGUFFile, Members], None] = lambda gguf, members: None
+    tensors: Callable[[Config], dict[str, list[float]]] = lambda config: {}
 
 
 def uint(
@@ -169,7 +157,7 @@ def only(member: str, *wanted: Any, why: str, implied: bool = True) -> MetadataR
     def read(gguf: GGUFFile, members: Members) -> None:
         members[member] = wanted[0]
 
-    return MetadataRow(write, read if implied else _read_nothing)
+    return MetadataRow(write, read) if implied else MetadataRow(write)
 
 
 def implied(**values: Any) -> MetadataRow:

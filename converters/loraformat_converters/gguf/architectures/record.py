@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["Architecture"]
 
 
-def _no_notes(config: Config) -> list[str]:
-    return []
-
-
 @dataclass(frozen=True)
 class Architecture:
     """One architecture, by llama.cpp's name.
@@ -62,7 +58,7 @@ class Architecture:
     weights: tuple[WeightName | ExpertWeightName, ...]
     dense: tuple[WeightName | ExpertWeightName, ...] = ()
     mixture: tuple[WeightName | ExpertWeightName, ...] = ()
-    notes: Callable[[Config], list[str]] = _no_notes
+    notes: Callable[[Config], list[str]] = lambda config: []
     head: WeightName | None = field(
         default_factory=lambda: WeightName("output.weight", "lm_head.weight", "* hidden")
     )

@@ -8,7 +8,6 @@ which rounds once to float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy
 
@@ -17,43 +16,33 @@ from loraformat.tensors.arrays import Array
 __all__ = ["IDENTITY", "HeadOrder", "Identity", "MinusOne", "PlusOne", "Transform", "Transpose"]
 
 
-class Transform(Protocol):
-    """A matrix or a vector to another."""
+@dataclass(frozen=True)
+class Transform:
+    """A matrix or a vector to another of the same shape, and undone by itself if none says else."""
 
     @property
     def inverse(self) -> Transform:
         """What undoes it."""
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the result."""
-
-    def rows(self, tensor: Array, start: int, stop: int) -> Array:
-        """Return these rows of the result."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """The tensor as it is."""
-
-    @property
-    def inverse(self) -> Identity:
-        """Itself."""
         return self
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the same shape."""
+        """Return the shape of the result."""
         return shape
 
     def rows(self, tensor: Array, start: int, stop: int) -> Array:
-        """Return a view."""
+        """Return these rows of the result."""
         return tensor[start:stop]
+
+
+class Identity(Transform):
+    """The tensor as it is; its rows are views."""
 
 
 IDENTITY = Identity()
 
 
-@dataclass(frozen=True, slots=True)
-class HeadOrder:
+@dataclass(frozen=True)
+class HeadOrder(Transform):
     """The order of rows within each attention head, of q_proj and k_proj of the llama family.
 
     Hugging Face rotates dimension i of a head with dimension i + d/2, llama.cpp's llama
@@ -81,10 +70,6 @@ class HeadOrder:
         """The other direction."""
         return HeadOrder(self.heads, not self.interleaved)
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the same shape."""
-        return shape
-
     def index(self, rows: int) -> Array:
         """Return which row of the input each row of the result is, int64 (rows,)."""
         pair = (2, -1) if self.interleaved else (-1, 2)
@@ -95,8 +80,7 @@ class HeadOrder:
         return tensor[self.index(tensor.shape[0])[start:stop]]
 
 
-@dataclass(frozen=True, slots=True)
-class PlusOne:
+class PlusOne(Transform):
     """W + 1 in float32: gemma's norms scale by 1 + w, and llama.cpp stores the sum."""
 
     @property
@@ -104,17 +88,12 @@ class PlusOne:
         """W - 1."""
         return MinusOne()
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the same shape."""
-        return shape
-
     def rows(self, tensor: Array, start: int, stop: int) -> Array:
         """Add."""
         return tensor[start:stop].astype(numpy.float32) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class MinusOne:
+class MinusOne(Transform):
     """W - 1 in float32; see `PlusOne`."""
 
     @property
@@ -122,23 +101,13 @@ class MinusOne:
         """W + 1."""
         return PlusOne()
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the same shape."""
-        return shape
-
     def rows(self, tensor: Array, start: int, stop: int) -> Array:
         """Subtract."""
         return tensor[start:stop].astype(numpy.float32) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Transpose:
+class Transpose(Transform):
     """The transpose of a matrix: ``Conv1D`` (GPT-2) stores (in, out), GGUF (out, in)."""
-
-    @property
-    def inverse(self) -> Transpose:
-        """Itself."""
-        return self
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape, reversed."""

@@ -223,7 +223,7 @@ def _vocabulary(base: str) -> tuple[int, int]:
     from loraformat_converters.gguf.container.reader import open_gguf
 
     with open_gguf(Path(base)) as file:
-        tokens = file.metadata["tokenizer.ggml.tokens"].byte_strings
+        tokens = file.array("tokenizer.ggml.tokens")
         kinds = [1] * len(tokens)
         if "tokenizer.ggml.token_type" in file.metadata:
             kinds = file.array("tokenizer.ggml.token_type")

@@ -104,7 +104,7 @@ def test_vocabularies_that_are_not_utf8_are_refused_when_they_are_read(tmp_path)
     path = tmp_path / "a.gguf"
     path.write_bytes(build([Key("tokens", ARRAY, [b"a", b"\xff"], STRING)]).data)
     with open_gguf(path) as file:
-        assert file.metadata["tokens"].byte_strings == [b"a", b"\xff"]
+        assert list(file.metadata) == ["tokens"]
         with pytest.raises(InputError, match=r"a\.gguf: key tokens holds text that is not UTF-8"):
             file.array("tokens")
 

@@ -18,7 +18,7 @@ __all__ = ["IDENTITY", "HeadOrder", "Identity", "MinusOne", "PlusOne", "Transfor
 
 @dataclass(frozen=True)
 class Transform:
-    """A matrix or a vector to another of the same shape, and undone by itself if none says else."""
+    """A matrix or vector made of another; by default of its shape, and its own inverse."""
 
     @property
     def inverse(self) -> Transform:

@@ -20,7 +20,7 @@ import numpy
 from loraformat.errors import InputError, UnsupportedError
 from loraformat.model import config_json
 from loraformat.model.checkpoint import Checkpoint, LazyTensor
-from loraformat.model.written import FileRecord, WrittenModel, WrittenShards
+from loraformat.model.written import WrittenModel, WrittenShards
 from loraformat.plugins import Forecast
 from loraformat_converters.gguf import tokenizers
 from loraformat_converters.gguf.architectures import (
@@ -75,10 +75,9 @@ def write(checkpoint: Checkpoint, publication: AtomicOutput, options: WriteOptio
         If the model is incomplete or damaged.
     """
     plan = _plan(checkpoint, options)
-    written = write_gguf(publication, plan.metadata, plan.tensors)
+    record = write_gguf(publication, plan.metadata, plan.tensors)
     for name in plan.recipes.unused:
         options.progress(checkpoint.tensors[name].nbytes)
-    record = FileRecord(written.nbytes, written.header_sha256)
     return WrittenModel(
         WrittenShards(tensors=plan.loss.records(checkpoint.tensors)),
         {publication.file_name: record},

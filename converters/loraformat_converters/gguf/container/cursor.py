@@ -18,23 +18,9 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class Cursor:
-    """A place in the head.
+    """A place ``at`` in the head, of which ``data`` has been read.
 
-    Parameters
-    ----------
-    read : callable
-        Returns the bytes between two positions of the file.
-    nbytes : int
-        Size of the file.
-    path : Path
-        For messages.
-
-    Attributes
-    ----------
-    data : bytearray
-        What has been read.
-    at : int
-        The place.
+    ``read`` returns the bytes between two positions of the file.
     """
 
     def __init__(
@@ -68,17 +54,15 @@ class Cursor:
 
     def u32(self, what: str) -> int:
         """Read a number of 4 bytes; ``what`` it is for, for messages."""
-        self.need(self.at + 4, what)
-        (number,) = _U32.unpack_from(self.data, self.at)
-        self.at += 4
-        return int(number)
+        return self._number(_U32, what)
 
     def u64(self, what: str) -> int:
         """Read a number of 8 bytes."""
-        self.need(self.at + 8, what)
-        (number,) = _U64.unpack_from(self.data, self.at)
-        self.at += 8
-        return int(number)
+        return self._number(_U64, what)
+
+    def _number(self, layout: struct.Struct, what: str) -> int:
+        begin, _ = self.skip(layout.size, what)
+        return int(layout.unpack_from(self.data, begin)[0])
 
     def skip(self, nbytes: int, what: str) -> tuple[int, int]:
         """Go over bytes and return where they lie."""

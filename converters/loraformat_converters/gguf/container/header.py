@@ -47,19 +47,10 @@ _ANCESTORS = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """A tensor of a file.
+    """A tensor of a file, at ``offset`` from its beginning.
 
-    Attributes
-    ----------
-    name : str
-    shape : tuple of int
-        As numpy counts, ``(out, in)`` for a linear weight: GGUF stores them the other way round.
-    type : GGMLType
-    offset : int
-        From the beginning of the file.
-    nbytes : int
-    part : int
-        Which file holds it of a model that was split, from 0.
+    ``shape`` is as numpy counts, ``(out, in)`` for a linear weight: GGUF stores sizes the other way
+    round. ``part`` is which file holds it of a model that was split, from 0.
     """
 
     name: str
@@ -72,20 +63,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a head says.
-
-    Attributes
-    ----------
-    version : int
-        2 or 3.
-    metadata : dict of str to GGUFValue
-    tensors : dict of str to GGUFTensor
-        In file order.
-    alignment : int
-        Of every tensor, in bytes.
-    data_start : int
-        Where the first tensor begins.
-    """
+    """What a head of version 2 or 3 says; tensors are in file order, the first at data_start."""
 
     version: int
     metadata: dict[str, GGUFValue]
@@ -108,16 +86,7 @@ def aligned(position: int, alignment: int) -> int:
 def parse_header(
     read: Callable[[int, int], bytes | memoryview], nbytes: int, path: Path
 ) -> GGUFHeader:
-    """Read and check the head of a file.
-
-    Parameters
-    ----------
-    read : callable
-        Returns the bytes between two positions, both inside the file.
-    nbytes : int
-        Size of the file.
-    path : Path
-        For messages.
+    """Read and check the head of a file, by what returns the bytes between two positions in it.
 
     Raises
     ------

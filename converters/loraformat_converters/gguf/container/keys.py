@@ -18,7 +18,6 @@ MAX_STRING_BYTES = 64 << 20
 MAX_ITEMS = 1 << 21  # of one array, and of all arrays of strings together
 _CHUNK = 1 << 18
 _U64 = struct.Struct("<Q")
-_VALUE_TYPES = {member.value: member for member in ValueType}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +58,9 @@ def read_keys(cursor: Cursor, count: int) -> dict[str, ValueSpan]:
 
 def _value_type(cursor: Cursor, what: str) -> ValueType:
     number = cursor.u32(what)
-    try:
-        return _VALUE_TYPES[number]
-    except KeyError:
-        raise cursor.fail(f"{what} is of type {number}, and GGUF has 0 to 12") from None
+    if number > max(ValueType):
+        raise cursor.fail(f"{what} is of type {number}, and GGUF has 0 to 12")
+    return ValueType(number)
 
 
 def _span(cursor: Cursor, what: str) -> ValueSpan:
@@ -76,9 +74,7 @@ def _span(cursor: Cursor, what: str) -> ValueSpan:
         begin, end = cursor.skip(length, what)
         _check_utf8(cursor, begin, end, what)
     else:
-        begin, end = cursor.skip(kind.nbytes, what)
-        if kind is ValueType.BOOL:
-            _check_bools(cursor, begin, end, what)
+        begin, end = _numbers(cursor, kind, 1, what)
     return ValueSpan(kind, begin, end)
 
 
@@ -99,9 +95,7 @@ def _array(cursor: Cursor, what: str) -> ValueSpan:
     if item is ValueType.STRING:
         begin, end = _strings(cursor, count, what)
     else:
-        begin, end = cursor.skip(count * item.nbytes, what)
-        if item is ValueType.BOOL:
-            _check_bools(cursor, begin, end, what)
+        begin, end = _numbers(cursor, item, count, what)
     return ValueSpan(ValueType.ARRAY, begin, end, item, count)
 
 
@@ -132,6 +126,10 @@ def _check_utf8(cursor: Cursor, begin: int, end: int, what: str) -> None:
         raise cursor.fail(f"{what} is not UTF-8 ({error.reason})") from None
 
 
-def _check_bools(cursor: Cursor, begin: int, end: int, what: str) -> None:
-    if strange := set(bytes(cursor.data[begin:end])) - {0, 1}:
+def _numbers(cursor: Cursor, kind: ValueType, count: int, what: str) -> tuple[int, int]:
+    """Go over numbers; truth values are checked."""
+    begin, end = cursor.skip(count * kind.nbytes, what)
+    strange = set(bytes(cursor.data[begin:end])) - {0, 1} if kind is ValueType.BOOL else ()
+    if strange:
         raise cursor.fail(f"{what} is the truth value {min(strange)}, wanted 0 or 1")
+    return begin, end

@@ -19,7 +19,6 @@ from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.container.header import GGUFTensor
 from loraformat_converters.gguf.container.split_files import SplitFile, open_parts
 from loraformat_converters.gguf.container.types import ValueType
-from loraformat_converters.gguf.container.values import GGUFValue
 
 __all__ = ["GGUFFile", "GGUFTensor", "is_gguf", "open_gguf"]
 
@@ -36,12 +35,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Open a GGUF file, with all its parts if it was split.
-
-    Parameters
-    ----------
-    path : Path
-        The file, or one part of it.
+    """Open a GGUF file, with all its parts if it was split, whichever is named.
 
     Raises
     ------
@@ -61,31 +55,17 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 class GGUFFile:
-    """An open GGUF file; made by `open_gguf`.
+    """An open GGUF file, made by `open_gguf`: the first part's metadata, the tensors of all.
 
-    Attributes
-    ----------
-    path : Path
-        As it was named.
-    sources : tuple of Path
-        Every part.
-    version : int
-    metadata : dict of str to GGUFValue
-        Of the first part, in file order.
-    tensors : dict of str to GGUFTensor
-        In file order, of all parts.
-
-    Notes
-    -----
-    In the getters ``{arch}`` in a key stands for the architecture, as in
-    ``{arch}.block_count``.
+    Both are in file order; ``sources`` are the parts. In the getters ``{arch}`` in a key stands for
+    the architecture, as in ``{arch}.block_count``.
     """
 
     def __init__(self, path: Path, parts: list[SplitFile]) -> None:
         self.path = path
         self.sources = tuple(part.path for part in parts)
         self.version = parts[0].header.version
-        self.metadata: dict[str, GGUFValue] = parts[0].header.metadata
+        self.metadata = parts[0].header.metadata
         self._files = [part.file for part in parts]
         self.tensors: dict[str, GGUFTensor] = {}
         for number, part in enumerate(parts):

@@ -13,12 +13,7 @@ from loraformat.errors import InputError, printable
 from loraformat.storage.safe_directory import SafeDirectory
 from loraformat.tensors.mapped import MappedBytes
 from loraformat_converters.gguf.container.cursor import MAX_HEAD_BYTES
-from loraformat_converters.gguf.container.header import (
-    MAX_KEYS,
-    MAX_TENSORS,
-    GGUFHeader,
-    parse_header,
-)
+from loraformat_converters.gguf.container.header import MAX_KEYS, MAX_TENSORS, parse_header
 
 __all__ = ["SplitFile", "open_parts"]
 
@@ -27,24 +22,13 @@ _NAME = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.g
 
 
 class SplitFile:
-    """One file on the disk and its head.
-
-    Attributes
-    ----------
-    file : MappedBytes
-    path : Path
-    header : GGUFHeader
-    keys : int
-        How many it has.
-    """
+    """One file on the disk and its head."""
 
     def __init__(self, folder: SafeDirectory, name: str) -> None:
         self.file = MappedBytes(folder, name)
         self.path = self.file.path
         try:
-            self.header: GGUFHeader = parse_header(
-                self.file.read_between, self.file.nbytes, self.path
-            )
+            self.header = parse_header(self.file.read_between, self.file.nbytes, self.path)
             self.keys = len(self.header.metadata)
             self.file.map()
         except BaseException:
@@ -63,10 +47,6 @@ class SplitFile:
 
 def open_parts(path: Path) -> list[SplitFile]:
     """Open a file, and if it was split all its parts, in order, whichever is named.
-
-    Parameters
-    ----------
-    path : Path
 
     Raises
     ------

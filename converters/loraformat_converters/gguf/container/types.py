@@ -7,6 +7,7 @@ length is no multiple of the block cannot be stored in it.
 from __future__ import annotations
 
 from enum import IntEnum
+from struct import calcsize
 
 __all__ = ["GGMLType", "ValueType"]
 
@@ -31,26 +32,17 @@ class ValueType(IntEnum):
     @property
     def struct(self) -> str:
         """Format character of `struct` for one number; empty for strings and arrays."""
-        return "BbHhIif?"[self] if self < ValueType.STRING else {10: "Q", 11: "q", 12: "d"}.get(
-            self, ""
-        )  # fmt: skip
+        return ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")[self]
 
     @property
     def nbytes(self) -> int:
         """Bytes of one number; 0 for strings and arrays."""
-        return {"B": 1, "b": 1, "?": 1, "H": 2, "h": 2, "I": 4, "i": 4, "f": 4, "": 0}.get(
-            self.struct, 8
-        )
+        return calcsize(f"<{self.struct}")
 
     @property
     def is_integer(self) -> bool:
         """Whether it holds whole numbers."""
         return self.struct in set("BbHhIiQq")
-
-    @property
-    def is_float(self) -> bool:
-        """Whether it holds floating-point numbers."""
-        return self.struct in set("fd")
 
 
 class GGMLType(IntEnum):

@@ -7,7 +7,7 @@ that is copied from file to file is copied exactly.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from loraformat.errors import InputError
@@ -114,23 +114,16 @@ class GGUFValue:
         if self.type is not ValueType.ARRAY:
             return struct.unpack(f"<{self.type.struct}", self.raw)[0]
         if self.item_type is ValueType.STRING:
-            return self._strings(_text)
+            return self._strings()
         assert self.item_type is not None
         return list(struct.unpack(f"<{self.count}{self.item_type.struct}", self.raw))
 
-    @property
-    def byte_strings(self) -> list[bytes]:
-        """The items of an array of strings as bytes, for vocabularies that are not UTF-8."""
-        if self.item_type is not ValueType.STRING:
-            raise InputError(f"is {self.described}, wanted an array of strings")
-        return self._strings(bytes)
-
-    def _strings(self, decode: Callable[[bytes], Any]) -> list[Any]:
+    def _strings(self) -> list[str]:
         raw, at, found, length_at = bytes(self.raw), 0, [], _LENGTH.unpack_from
         for _ in range(self.count):
             (length,) = length_at(raw, at)
             at += 8 + length
-            found.append(decode(raw[at - length : at]))
+            found.append(_text(raw[at - length : at]))
         return found
 
     @property

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from math import prod
+from struct import Struct
 from typing import TYPE_CHECKING, BinaryIO
 
+from loraformat.model.written import FileRecord
 from loraformat.storage.background import BackgroundConsumer
 from loraformat.storage.durable import write_all
 from loraformat_converters.gguf.container.header import DEFAULT_ALIGNMENT, aligned, parse_header
@@ -25,25 +27,17 @@ if TYPE_CHECKING:
 
     from loraformat.storage.atomic_output import AtomicOutput
 
-__all__ = ["PlannedTensor", "WrittenGGUF", "encode_head", "file_size", "write_gguf"]
+__all__ = ["PlannedTensor", "file_size", "write_gguf"]
 
 _VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor to be written.
+    """A tensor to be written, of one to four dimensions, as numpy counts.
 
-    Attributes
-    ----------
-    name : str
-        At most 63 bytes of UTF-8.
-    shape : tuple of int
-        As numpy counts; one to four dimensions.
-    type : GGMLType
-    chunks : callable
-        Yields its bytes, in order, in pieces of any size; called once, when its turn comes.
-        `loraformat_converters.gguf.quantization.blocks.quantized_tiles` makes such pieces.
+    ``chunks`` yields its bytes, in order, in pieces of any size (`quantized_tiles` makes such); it
+    is called once, when the tensor's turn comes.
     """
 
     name: str
@@ -52,60 +46,18 @@ class PlannedTensor:
     chunks: Callable[[], Iterable[bytes | memoryview]] = field(repr=False)
 
     @property
-    def count(self) -> int:
-        """Numbers."""
-        return prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes, without padding."""
-        return self.type.row_bytes(self.count)
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenGGUF:
-    """What was written.
-
-    Attributes
-    ----------
-    nbytes : int
-        Size of the file.
-    header_sha256 : str
-        Of everything before the first tensor, padding included.
-    tensors : dict of str to str
-        SHA-256 of each tensor's bytes, in file order.
-    """
-
-    nbytes: int
-    header_sha256: str
-    tensors: dict[str, str]
+        return self.type.row_bytes(prod(self.shape))
 
 
 def write_gguf(
-    publication: AtomicOutput,
-    metadata: Mapping[str, GGUFValue],
-    tensors: Sequence[PlannedTensor],
-    *,
-    name: str | None = None,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> WrittenGGUF:
-    """Write a file into a publication.
+    publication: AtomicOutput, metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor]
+) -> FileRecord:
+    """Write ``publication.file_name``: keys and tensors, both in this order.
 
-    Parameters
-    ----------
-    publication : AtomicOutput
-    metadata : mapping of str to GGUFValue
-        In this order. ``general.alignment`` is honoured, 32 without it.
-    tensors : sequence of PlannedTensor
-        In this order.
-    name : str, optional
-        File name; that of a publication of a single file by default.
-    progress : callable
-        Called with a tensor's bytes, as stored, when it is written.
-
-    Returns
-    -------
-    WrittenGGUF
+    ``general.alignment`` is honoured, 32 without it. The record has the digest of everything before
+    the first tensor, padding included.
 
     Raises
     ------
@@ -114,15 +66,15 @@ def write_gguf(
     """
     head, total = _checked_head(metadata, tensors, publication.target)
     publication.check_space(total)
-    with publication.create(name or publication.file_name) as file:
+    with publication.create(publication.file_name) as file:
         write_all(file, head)
         sink = _Sink(file, _alignment(metadata))
         with BackgroundConsumer(sink.write) as background:
             for tensor in tensors:
                 for chunk in tensor.chunks():
                     background.put(chunk, nbytes=_held_bytes(chunk))
-                background.put(_End(tensor, progress), nbytes=0)
-    return WrittenGGUF(total, sha256(head).hexdigest(), sink.digests)
+                background.put(tensor, nbytes=0)
+    return FileRecord(total, sha256(head).hexdigest())
 
 
 def file_size(
@@ -142,7 +94,7 @@ def _checked_head(
     metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor], target: Path
 ) -> tuple[bytes, int]:
     """Return the head, and the size of the whole file; what no reader would take is refused."""
-    head, alignment = encode_head(metadata, tensors), _alignment(metadata)
+    head, alignment = _encoded_head(metadata, tensors), _alignment(metadata)
     total = len(head) + sum(aligned(tensor.nbytes, alignment) for tensor in tensors)
     parse_header(lambda begin, end: head[begin:end], total, target)
     return head, total
@@ -153,54 +105,27 @@ def _held_bytes(chunk: bytes | memoryview) -> int:
     return 0 if isinstance(view.obj, mmap.mmap) else view.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """Marks the end of a tensor among its chunks."""
-
-    tensor: PlannedTensor
-    progress: Callable[[int], None]
-
-
 class _Sink:
-    """Writes and hashes chunks, and pads where a tensor ends."""
+    """Writes chunks, and pads where a tensor ends, which comes behind its chunks."""
 
     def __init__(self, file: BinaryIO, alignment: int) -> None:
-        self.file, self.alignment = file, alignment
-        self.digests: dict[str, str] = {}
-        self._begin()
+        self.file, self.alignment, self._nbytes = file, alignment, 0
 
-    def _begin(self) -> None:
-        self._digest, self._nbytes = sha256(), 0
-
-    def write(self, item: bytes | memoryview | _End) -> None:
-        if isinstance(item, _End):
-            self._finish(item)
+    def write(self, item: bytes | memoryview | PlannedTensor) -> None:
+        if not isinstance(item, PlannedTensor):
+            data = memoryview(item).cast("B")
+            write_all(self.file, data)
+            self._nbytes += data.nbytes
             return
-        data = memoryview(item).cast("B")
-        write_all(self.file, data)
-        self._digest.update(data)
-        self._nbytes += data.nbytes
-
-    def _finish(self, end: _End) -> None:
-        tensor = end.tensor
-        assert self._nbytes == tensor.nbytes, (
-            f"{tensor.name}: {self._nbytes} bytes for {tensor.nbytes}"
-        )
+        assert self._nbytes == item.nbytes, f"{item.name}: {self._nbytes} bytes for {item.nbytes}"
         write_all(self.file, bytes(aligned(self._nbytes, self.alignment) - self._nbytes))
-        self.digests[tensor.name] = self._digest.hexdigest()
-        self._begin()
-        end.progress(tensor.nbytes)
+        self._nbytes = 0
 
 
-def encode_head(metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor]) -> bytes:
+def _encoded_head(metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor]) -> bytes:
     """Return everything before the first tensor's bytes, padding included.
 
-    Nothing is checked: `loraformat_converters.gguf.container.header.parse_header` does that.
-
-    Parameters
-    ----------
-    metadata, tensors
-        As `write_gguf` takes them.
+    Nothing is checked: `parse_header` does that.
     """
     alignment = _alignment(metadata)
     pieces = [b"GGUF", _u32(_VERSION), _u64(len(tensors)), _u64(len(metadata))]
@@ -235,9 +160,4 @@ def _text(text: str) -> bytes:
     return _u64(len(raw)) + raw
 
 
-def _u32(number: int) -> bytes:
-    return int(number).to_bytes(4, "little")
-
-
-def _u64(number: int) -> bytes:
-    return int(number).to_bytes(8, "little")
+_u32, _u64 = Struct("<I").pack, Struct("<Q").pack

@@ -74,7 +74,7 @@ def test_names_come_back(any_model):
     architecture, values = of_config(config)
     recipes = to_gguf(architecture, values, shapes)
     back = to_huggingface(architecture, values, {r.name: r.shape for r in recipes.tensors})
-    found = {recipe.name: recipe.shape for recipe in back.tensors}
+    found = {recipe.name: recipe.shape for recipe in back}
     wanted = {name: shape for name, shape in shapes.items() if name not in recipes.unused}
     assert found == {name.removeprefix("language_model."): wanted[name] for name in wanted}
 
@@ -147,7 +147,7 @@ def test_a_fused_qkv_is_cut(model):
         for kind in "qkv":
             del names[f"blk.0.attn_{kind}.{suffix}"]
         names[f"blk.0.attn_qkv.{suffix}"] = (64 + 32 + 32, *rest)
-    back = {r.name: r for r in to_huggingface(*found, names).tensors}
+    back = {r.name: r for r in to_huggingface(*found, names)}
     assert {name: r.shape for name, r in back.items()} == shapes
     (part,) = back["model.layers.0.self_attn.v_proj.weight"].parts
     assert (part.source, part.start, part.shape) == ("blk.0.attn_qkv.weight", 96, (32, 64))

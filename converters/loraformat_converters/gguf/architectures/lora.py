@@ -25,10 +25,8 @@ class LoraTarget:
 
     Attributes
     ----------
-    module : str
-        The Hugging Face module, or, for experts, the parameter.
-    tensor : str
-        The GGUF weight, for example ``blk.0.attn_q.weight``.
+    module, tensor : str
+        The Hugging Face module (of experts the parameter), and the GGUF weight.
     rows : Transform
         Order of the rows of B: `IDENTITY` or `HeadOrder`, from Hugging Face to GGUF.
     half : int or None
@@ -65,20 +63,10 @@ class LoraTarget:
 
 
 def lora_places(architecture: Architecture, config: Config, module: str) -> list[LoraTarget]:
-    """Return where the delta of a module goes.
+    """Return where the delta of a module goes: nowhere if llama.cpp has no such weight.
 
-    Parameters
-    ----------
-    architecture : Architecture
-    config : Config
-    module : str
-        As PEFT names it, without ``base_model.model.``: ``model.layers.0.self_attn.q_proj``.
-        Fused experts by their parameter: ``model.layers.0.mlp.experts.gate_up_proj``.
-
-    Returns
-    -------
-    list of LoraTarget
-        Empty if llama.cpp has no such weight. Of a tied model the head has none.
+    Modules are named as PEFT does, without ``base_model.model.``, fused experts by their parameter:
+    ``model.layers.0.mlp.experts.gate_up_proj``. Of a tied model the head has no place.
     """
     for base in sorted(architecture.bases, key=len, reverse=True):
         inner = module.removeprefix(base)
@@ -93,7 +81,7 @@ def _places(
     architecture: Architecture, config: Config, inner: str, module: str
 ) -> list[LoraTarget]:
     found = []
-    number = next((int(part) for part in inner.split(".") if part.isdecimal()), None)
+    number = _layer(inner)
     if number is not None and number >= config.layers:
         return []
     for row in architecture.rows(config):
@@ -105,6 +93,10 @@ def _places(
     if head is not None and not config.tied and module.endswith("lm_head"):
         found.append(LoraTarget(module, head.gguf))
     return found
+
+
+def _layer(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def _weights(inner: str) -> tuple[str, str]:
@@ -136,20 +128,9 @@ def _expert_places(
 def lora_module(architecture: Architecture, config: Config, tensor: str) -> LoraTarget | None:
     """Return the module that a GGUF weight's delta belongs to, None if there is none.
 
-    Parameters
-    ----------
-    architecture : Architecture
-    config : Config
-    tensor : str
-        The weight's name, without ``.lora_a`` or ``.lora_b``.
-
-    Returns
-    -------
-    LoraTarget or None
-        Its module in the names that transformers has in memory; of experts the parameter.
+    The module is named as transformers does in memory; of experts it is the parameter.
     """
-    base = architecture.base_of(config)
-    number = next((int(part) for part in tensor.split(".") if part.isdecimal()), None)
+    base, number = architecture.base_of(config), _layer(tensor)
     if number is not None and number >= config.layers:
         return None
     if architecture.head is not None and tensor == architecture.head.gguf:

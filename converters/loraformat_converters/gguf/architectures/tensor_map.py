@@ -38,18 +38,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """A matrix (or vector) within a stored tensor.
+    """A matrix (or vector) of this shape within a stored tensor.
 
-    Attributes
-    ----------
-    source : str
-        The tensor's name.
-    shape : tuple of int
-        Of the part.
-    expert : int or None
-        Index along the first of three dimensions.
-    start : int
-        The first row, where the part is some rows of the matrix.
+    ``expert`` is an index along the first of three dimensions, ``start`` the first row, where the
+    part is some rows of the matrix.
     """
 
     source: str
@@ -65,18 +57,7 @@ class TensorSlice:
 
 @dataclass(frozen=True, slots=True)
 class TensorMapping:
-    """How one tensor is made.
-
-    Attributes
-    ----------
-    name : str
-    shape : tuple of int
-        As numpy counts.
-    parts : tuple of TensorSlice
-        Their rows, one part after the other, are the rows of the tensor.
-    transform : Transform
-        Applied to each part.
-    """
+    """How one tensor is made: its rows are those of its parts, each transformed, in this order."""
 
     name: str
     shape: tuple[int, ...]
@@ -95,14 +76,7 @@ class TensorMapping:
 
 @dataclass(slots=True)
 class TensorMap:
-    """All tensors of a conversion.
-
-    Attributes
-    ----------
-    tensors : list of TensorMapping
-    unused : list of str
-        Tensors of the source that the target has no room for.
-    """
+    """All tensors of a conversion, and those of the source that the target has no room for."""
 
     tensors: list[TensorMapping] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -111,17 +85,7 @@ class TensorMap:
 def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> TensorMap:
     """Return how a Hugging Face model's tensors make those of a GGUF file.
 
-    Parameters
-    ----------
-    architecture : Architecture
-    config : Config
-    shapes : mapping of str to tuple of int
-        Of every tensor of the checkpoint.
-
-    Returns
-    -------
-    TensorMap
-        Embedding first, then layer by layer, then the rest.
+    The embedding comes first, then layer by layer, then the rest.
 
     Raises
     ------
@@ -135,11 +99,11 @@ def to_gguf(architecture: Architecture, config: Config, shapes: Shapes) -> Tenso
     used: set[str] = set()
     recipes = TensorMap()
     for row, number in _places(architecture, config):
-        recipe: TensorMapping | None
-        if isinstance(row, ExpertWeightName):
-            recipe = _experts(row, number, config, shapes, base)
-        else:
-            recipe = _single(row, number, config, shapes, base)
+        recipe = (
+            _experts(row, number, config, shapes, base)
+            if isinstance(row, ExpertWeightName)
+            else _single(row, number, config, shapes, base)
+        )
         if recipe is not None:
             recipes.tensors.append(recipe)
             used.update(recipe.sources)
@@ -206,15 +170,19 @@ def _single(
                 hint=_EMBEDS if row.gguf == "output.weight" else None,
             )
         return None
-    transform = row.transform(config)
-    shape = shapes[found]
-    if not shape or len(shape) > 2 or not prod(shape):
-        raise InputError(f"tensor {printable(found)} has shape {list(shape)}")
-    _check_heads(found, shape, transform)
-    target = transform.shape(shape)
-    return TensorMapping(
-        row.gguf.format(layer=number), target, (TensorSlice(found, shape),), transform
-    )
+    part, transform = _whole(found, shapes, 1, 2), row.transform(config)
+    _check_heads(found, part.shape, transform)
+    name = row.gguf.format(layer=number)
+    return TensorMapping(name, transform.shape(part.shape), (part,), transform)
+
+
+def _whole(name: str, shapes: Shapes, *dimensions: int) -> TensorSlice:
+    """Return all of a tensor, which must be there, hold numbers and have so many dimensions."""
+    if name not in shapes:
+        raise InputError(f"tensor {printable(name)} is missing")
+    if len(shapes[name]) not in dimensions or not prod(shapes[name]):
+        raise InputError(f"tensor {printable(name)} has shape {list(shapes[name])}")
+    return TensorSlice(name, shapes[name])
 
 
 def _check_heads(name: str, shape: tuple[int, ...], transform: Transform) -> None:
@@ -231,9 +199,9 @@ def _experts(
     ]
     fused = row.fused.format(base=base, layer=number)
     if names[0] in shapes:
-        parts = tuple(TensorSlice(name, _matrix(name, shapes)) for name in names)
+        parts = tuple(_whole(name, shapes, 2) for name in names)
     elif (found := next((n for n in (fused, fused + ".weight") if n in shapes), "")) != "":
-        parts = _fused_parts(row, found, shapes[found], config.experts)
+        parts = _stack(found, shapes[found], config.experts, row.half)
     else:
         raise InputError(f"tensor {printable(names[0])} is missing")
     if len({part.shape for part in parts}) > 1:
@@ -242,27 +210,20 @@ def _experts(
     return TensorMapping(row.gguf.format(layer=number), shape, parts)
 
 
-def _matrix(name: str, shapes: Shapes) -> tuple[int, ...]:
-    if name not in shapes:
-        raise InputError(f"tensor {printable(name)} is missing")
-    if len(shapes[name]) != 2 or not prod(shapes[name]):
-        raise InputError(f"tensor {printable(name)} has shape {list(shapes[name])}")
-    return shapes[name]
-
-
-def _fused_parts(
-    row: ExpertWeightName, name: str, shape: tuple[int, ...], experts: int
+def _stack(
+    name: str, shape: tuple[int, ...], experts: int, half: int | None = None
 ) -> tuple[TensorSlice, ...]:
+    """Return the matrices of a tensor with three dimensions, or one half of the rows of each."""
     if len(shape) != 3 or shape[0] != experts or not prod(shape):
         raise InputError(
             f"tensor {printable(name)} has shape {list(shape)}, wanted {experts} matrices"
         )
     rows, start = shape[1], 0
-    if row.half is not None:
+    if half is not None:
         if rows % 2:
             raise InputError(f"tensor {printable(name)} has {rows} rows, which have no half")
         rows //= 2
-        start = row.half * rows
+        start = half * rows
     return tuple(TensorSlice(name, (rows, shape[2]), expert, start) for expert in range(experts))
 
 
@@ -279,7 +240,7 @@ def _check_leftovers(
             continue
         inner = name.removeprefix(base)
         outside = base and not name.startswith(base)
-        if inner.startswith(architecture.unused) if architecture.unused else False:
+        if inner.startswith(architecture.unused):
             recipes.unused.append(name)
         elif name in _heads(architecture, base) and config.tied:
             continue  # a copy of the embedding, which transformers ignores, too
@@ -299,7 +260,9 @@ def _is_tower(name: str) -> bool:
     return any(part.startswith(kinds) for part in name.split("."))
 
 
-def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -> TensorMap:
+def to_huggingface(
+    architecture: Architecture, config: Config, shapes: Shapes
+) -> list[TensorMapping]:
     """Return how a GGUF file's tensors make those of a Hugging Face model; see `to_gguf`.
 
     Experts become one tensor each, as transformers stores them. A fused ``attn_qkv`` of a
@@ -309,13 +272,13 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
     used: set[str] = set(architecture.extras)
     if architecture.head is not None and config.tied:
         used.add(architecture.head.gguf)  # a copy of the embedding
-    recipes = TensorMap()
+    recipes: list[TensorMapping] = []
     base = architecture.base_of(config)
     for row, number in _places(architecture, config):
         name = row.gguf.format(layer=number)
         if isinstance(row, ExpertWeightName):
             experts = _unstacked(row, name, number, config, shapes, base)
-            recipes.tensors += experts
+            recipes += experts
             used.update(part.source for recipe in experts for part in recipe.parts)
             continue
         part = _stored(row, name, config, shapes)
@@ -325,7 +288,7 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
         undo = row.transform(config).inverse
         _check_heads(name, part.shape, undo)
         target = row.hf.format(base=base, layer=number)
-        recipes.tensors.append(TensorMapping(target, undo.shape(part.shape), (part,), undo))
+        recipes.append(TensorMapping(target, undo.shape(part.shape), (part,), undo))
     for name in shapes:
         if name not in used:
             raise UnsupportedError(
@@ -337,10 +300,7 @@ def to_huggingface(architecture: Architecture, config: Config, shapes: Shapes) -
 
 def _stored(row: WeightName, name: str, config: Config, shapes: Shapes) -> TensorSlice | None:
     if name in shapes:
-        shape = shapes[name]
-        if not shape or len(shape) > 2 or not prod(shape):
-            raise InputError(f"tensor {printable(name)} has shape {list(shape)}")
-        return TensorSlice(name, shape)
+        return _whole(name, shapes, 1, 2)
     for place, kind in enumerate(("q", "k", "v")):
         fused = name.replace(f".attn_{kind}.", ".attn_qkv.")
         if fused != name and fused in shapes:
@@ -361,37 +321,24 @@ def _cut(name: str, shape: tuple[int, ...], place: int, config: Config) -> Tenso
 def _unstacked(
     row: ExpertWeightName, name: str, number: int | None, config: Config, shapes: Shapes, base: str
 ) -> list[TensorMapping]:
-    shape = shapes.get(name)
-    if shape is None:
+    if name in shapes:
+        parts = _stack(name, shapes[name], config.experts)
+    else:
         parts = _single_experts(row, name, number, config, shapes)
-        return [
-            TensorMapping(
-                row.hf.format(base=base, layer=number, expert=expert), part.shape, (part,)
-            )
-            for expert, part in enumerate(parts)
-        ]
-    if len(shape) != 3 or shape[0] != config.experts or not prod(shape):
-        raise InputError(
-            f"tensor {printable(name)} has shape {list(shape)}, wanted {config.experts} matrices"
-        )
     return [
-        TensorMapping(
-            row.hf.format(base=base, layer=number, expert=expert),
-            shape[1:],
-            (TensorSlice(name, shape[1:], expert),),
-        )
-        for expert in range(config.experts)
+        TensorMapping(row.hf.format(base=base, layer=number, expert=expert), part.shape, (part,))
+        for expert, part in enumerate(parts)
     ]
 
 
 def _single_experts(
     row: ExpertWeightName, name: str, number: int | None, config: Config, shapes: Shapes
-) -> list[TensorSlice]:
+) -> tuple[TensorSlice, ...]:
     """Return the experts of a file of early 2024, which has a tensor for each of them."""
     names = [row.single.format(layer=number, expert=expert) for expert in range(config.experts)]
     if not any(one in shapes for one in names):
         raise InputError(f"tensor {printable(name)} is missing")
-    matrices = [TensorSlice(one, _matrix(one, shapes)) for one in names]
+    matrices = tuple(_whole(one, shapes, 2) for one in names)
     if len({part.shape for part in matrices}) > 1:
         raise InputError(f"the experts {printable(names[0])}, ... have different shapes")
     return matrices

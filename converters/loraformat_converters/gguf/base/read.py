@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,7 @@ import numpy
 
 from loraformat.errors import InputError, LoraFormatError, UnsupportedError
 from loraformat.model import config_json
-from loraformat.model.checkpoint import (
-    CarriedFile,
-    Checkpoint,
-    DenseTensor,
-    Provenance,
-)
+from loraformat.model.checkpoint import CarriedFile, Checkpoint, DenseTensor, Provenance
 from loraformat.model.quantization_history import from_text
 from loraformat.model.rows import RowReader, RowSource
 from loraformat.model.tied_head import HEAD, untied_config
@@ -63,7 +59,6 @@ from loraformat_converters.gguf.base.pooling import pooling_key, without_pooling
 from loraformat_converters.gguf.container.reader import GGUFFile, open_gguf
 from loraformat_converters.gguf.container.types import GGMLType, ValueType
 from loraformat_converters.gguf.quantization.blocks import dequantize
-from loraformat_converters.gguf.tokenizers import TokenizerFiles
 
 if TYPE_CHECKING:
     from loraformat.plugins import ReadOptions
@@ -112,11 +107,11 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         error.path = error.path or str(gguf.path)
         raise
     decoded = options.dtype or ("F32" if options.exact else "BF16")
-    sources = [_Source(gguf, recipe, decoded) for recipe in recipes.tensors]
+    sources = [_Source(gguf, recipe, decoded) for recipe in recipes]
     if raw is None:
         raw = _derived(gguf, architecture, config, _main_dtype(sources))
     # A vocabulary takes seconds, and who only looks at the weights has no use for it.
-    tokenizer = Deferred(lambda: [tokenizers.files(gguf)])
+    tokenizer = cache(lambda: tokenizers.files(gguf))
     return Checkpoint(
         path=gguf.path,
         provenance=Provenance(
@@ -126,24 +121,23 @@ def _checkpoint(gguf: GGUFFile, options: ReadOptions) -> Checkpoint:
         ),
         tensors={source.recipe.name: source.tensor() for source in sources},
         config=raw,
-        files=Deferred(lambda: _files(gguf, tokenizer[0])),
-        left_behind=Deferred(lambda: _left_behind(gguf, tokenizer[0])),
+        files=Deferred(lambda: _files(gguf, tokenizer()[0])),
+        left_behind=Deferred(lambda: _left_behind(gguf, tokenizer()[1])),
         sources=gguf.sources,
         close=gguf.close,
     )
 
 
-def _files(gguf: GGUFFile, tokenizer: TokenizerFiles) -> Iterator[CarriedFile]:
-    generation = _generation(gguf)
-    if generation and not any(file.path == "generation_config.json" for file in tokenizer.files):
+def _files(gguf: GGUFFile, tokenizer: Iterable[CarriedFile]) -> Iterator[CarriedFile]:
+    if generation := _generation(gguf):
         yield CarriedFile.of("generation_config.json", generation)
-    yield from tokenizer.files
+    yield from tokenizer
     yield from card_file(gguf, ours=any(key.startswith("loraformat.") for key in gguf.metadata))
 
 
-def _left_behind(gguf: GGUFFile, tokenizer: TokenizerFiles) -> Iterator[str]:
-    if tokenizer.missing is not None:
-        yield tokenizer.missing
+def _left_behind(gguf: GGUFFile, missing: str | None) -> Iterator[str]:
+    if missing is not None:
+        yield missing
     yield from without_pooling(gguf)
     yield from left_out(gguf)
 
@@ -249,11 +243,10 @@ class _Source:
 
 def _main_dtype(sources: list[_Source]) -> str:
     """Return the type of most numbers."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for source in sources:
-        tensor = source.tensor()
-        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.count
-    return max(counts, key=lambda dtype: counts[dtype])
+        counts[source.dtype] += prod(source.recipe.shape)
+    return counts.most_common(1)[0][0]
 
 
 def _config(gguf: GGUFFile, architecture: Architecture, given: bytes | None) -> bytes | None:
@@ -343,31 +336,29 @@ def _different_factors(gguf: GGUFFile, architecture: Architecture, config: Confi
 
 
 def _derived(gguf: GGUFFile, architecture: Architecture, config: Config, dtype: str) -> bytes:
-    values = {
-        **architecture.config(gguf),
-        **_special_tokens(gguf),
-        "dtype": TORCH_NAMES[dtype],
-    }
+    values = architecture.config(gguf) | _special_tokens(gguf) | {"dtype": TORCH_NAMES[dtype]}
     values.pop("experts", None)
     values["architectures"] = [architecture.models[values["model_type"]]]
     return _json(values)
 
 
 def _special_tokens(gguf: GGUFFile) -> dict[str, int]:
-    found = {}
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
-        number = gguf.integer(f"tokenizer.ggml.{key}_token_id", -1)
-        if number >= 0:
-            found[f"{name}_token_id"] = number
-    return found
+    names = {"bos": "bos", "eos": "eos", "padding": "pad"}
+    found = {name: _token(gguf, key) for key, name in names.items()}
+    return {f"{name}_token_id": number for name, number in found.items() if number >= 0}
+
+
+def _token(gguf: GGUFFile, kind: str) -> int:
+    """Return the number of a special token, a negative one if there is none."""
+    return gguf.integer(f"tokenizer.ggml.{kind}_token_id", -1)
 
 
 def _generation(gguf: GGUFFile) -> bytes:
     if GENERATION_KEY in gguf.metadata:
         return gguf.text(GENERATION_KEY).encode()
     tokens: dict[str, Any] = dict(_special_tokens(gguf))
-    ends = [gguf.integer(f"tokenizer.ggml.{kind}_token_id", -1) for kind in ("eos", "eot", "eom")]
-    ends = [number for number in dict.fromkeys(ends) if number >= 0]
+    found = dict.fromkeys(_token(gguf, kind) for kind in ("eos", "eot", "eom"))
+    ends = [number for number in found if number >= 0]
     if len(ends) > 1:
         tokens["eos_token_id"] = ends
     return _json(tokens) if tokens else b""

@@ -128,17 +128,15 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> _Plan:
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values()}
     recipes = to_gguf(architecture, config, shapes)
     kind = GGMLType[(options.dtype or "f16").upper()]
-    tokenizer = _tokenizer(checkpoint, config, recipes, options)
-    metadata = general_keys(checkpoint, architecture.name, kind, tokenizer.keys)
-    metadata |= architecture.metadata(config)
-    metadata |= tokenizer.keys
+    token_keys, token_notes = _tokenizer(checkpoint, config, recipes, options)
     pooled, pooling_notes = pooling(checkpoint.files, architecture.name)
-    metadata |= pooled
+    metadata = general_keys(checkpoint, architecture.name, kind, token_keys)
+    metadata |= architecture.metadata(config) | token_keys | pooled
     work = _Work(checkpoint, options, Loss())
     types = {recipe.name: _type(recipe, kind, config.tied) for recipe in recipes.tensors}
     planned = [_small(name, values) for name, values in architecture.tensors(config).items()]
     planned += [work.planned(recipe, types[recipe.name]) for recipe in recipes.tensors]
-    notes = architecture.notes(config) + _headless_notes(config, pooled) + tokenizer.notes
+    notes = architecture.notes(config) + _headless_notes(config, pooled) + token_notes
     notes += _notes(kind, types, recipes)
     notes += pooling_notes + without_place(checkpoint.files)
     return _Plan(kind, recipes, metadata, planned, notes, work.loss)
@@ -146,7 +144,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> _Plan:
 
 def _tokenizer(
     checkpoint: Checkpoint, config: Config, recipes: TensorMap, options: WriteOptions
-) -> tokenizers.Tokenizer:
+) -> tuple[dict[str, GGUFValue], list[str]]:
     vocabulary = next(r.shape[0] for r in recipes.tensors if r.name == "token_embd.weight")
     if vocabulary != config.integer("vocab_size"):
         raise InputError(

@@ -40,23 +40,9 @@ _SMALLEST_ALPHA = 1e-30
 
 @dataclass(slots=True)
 class Pair:
-    """``lora_a`` and ``lora_b`` of one GGUF weight.
-
-    Attributes
-    ----------
-    tensor : str
-        The weight's name.
-    experts : int
-        Of a weight with three dimensions, else 0.
-    embedding : bool
-        A is stored as (vocabulary, r).
-    members : list of (LoraTarget, LoraDelta)
-        One, but for experts with deltas of their own.
-    """
+    """``lora_a`` and ``lora_b`` of one GGUF weight; one member, but for single experts' deltas."""
 
     tensor: str
-    experts: int
-    embedding: bool
     members: list[tuple[LoraTarget, LoraDelta]] = field(default_factory=list)
 
     @property
@@ -66,9 +52,9 @@ class Pair:
 
     @property
     def a_shape(self) -> tuple[int, ...]:
-        """As it is stored."""
-        _, delta = self.members[0]
-        if self.embedding:
+        """As it is stored: an embedding's A as (vocabulary, r)."""
+        place, delta = self.members[0]
+        if place.embedding:
             return delta.in_features, self.rank
         return (*self._stack, self.rank, delta.in_features)
 
@@ -81,7 +67,8 @@ class Pair:
 
     @property
     def _stack(self) -> tuple[int, ...]:
-        return (self.experts,) if self.experts else ()
+        experts = self.members[0][0].experts
+        return (experts,) if experts else ()
 
     def factor(self, delta: LoraDelta, alpha: float) -> float:
         """Return what B must be multiplied by, so that alpha / r times that is the scaling."""
@@ -89,10 +76,11 @@ class Pair:
 
     def a(self) -> Array:
         """Load A as it is stored, in the adapter's own type."""
-        if self.members[0][0].expert is not None:
+        place, delta = self.members[0]
+        if place.expert is not None:
             return self._stacked(self.a_shape, [delta.a.array() for _, delta in self.members])
-        values = self.members[0][1].a.array()
-        return numpy.ascontiguousarray(values.T) if self.embedding else values
+        values = delta.a.array()
+        return numpy.ascontiguousarray(values.T) if place.embedding else values
 
     def b(self, alpha: float) -> Array:
         """Load B, its rows in GGUF's order, times its factor: float64, or as it is if that is 1."""
@@ -140,8 +128,7 @@ def plan_pairs(adapter: Adapter, architecture: Architecture, config: Config) -> 
             refuse_vocabulary(delta, place.tensor, adapter, architecture, config)
             if place.embedding:
                 refuse_embedding(delta, adapter, architecture, config)
-            new = Pair(place.tensor, place.experts, place.embedding)
-            pair = pairs.setdefault(place.tensor, new)
+            pair = pairs.setdefault(place.tensor, Pair(place.tensor))
             _check_member(pair, place, delta, adapter)
             pair.members.append((place, delta))
     return list(pairs.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,6 @@ def read(path: Path, options: AdapterReadOptions) -> Adapter:
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What is known of the base; ``heads`` tells whether the numbers of heads are."""
-
-    architecture: Architecture
-    config: Config
-    heads: bool
-
-
 class _Reader:
     def __init__(self, gguf: GGUFFile, options: AdapterReadOptions) -> None:
         self.gguf, self.options, self.path = gguf, options, gguf.path
@@ -99,9 +90,10 @@ class _Reader:
                 hint="use it unmerged: in llama.cpp, or converted to PEFT",
             )
         self.alpha = gguf.number(ALPHA, 0.0)
-        self.known = self._known()
+        self.architecture, self.config, self.heads = self._known()
 
-    def _known(self) -> _Known:
+    def _known(self) -> tuple[Architecture, Config, bool]:
+        """Return what is known of the base, and whether the numbers of its heads are."""
         base, named = self.options.base, named_by(self.gguf)
         if base is not None and base.config is not None:
             config_of_base = settled(base)[0].config or b"{}"
@@ -112,16 +104,16 @@ class _Reader:
                     path=self.path,
                     hint="use the base that it was trained on",
                 )
-            return _Known(architecture, config, True)
+            return architecture, config, True
         try:
             raw = self.gguf.text(CONFIG_KEY, "")
             if raw:
                 architecture, config = of_config(config_json.parse(raw.encode()))
                 if architecture is named:
-                    return _Known(architecture, config, True)
+                    return architecture, config, True
         except LoraFormatError:
             pass  # a stranger's key: go on without it
-        return _Known(named, self._guessed(named), False)
+        return named, self._guessed(named), False
 
     def _guessed(self, architecture: Architecture) -> Config:
         """Return a config that gives the names: layers and experts as the tensors have them."""
@@ -144,11 +136,11 @@ class _Reader:
         spellings: dict[str, str] = {}
         halves: dict[str, dict[int, LoraDelta]] = {}
         for tensor in self._pairs():
-            place = lora_module(self.known.architecture, self.known.config, tensor)
+            place = lora_module(self.architecture, self.config, tensor)
             if place is None:
                 raise UnsupportedError(
                     f"changes {printable(tensor)}, which is no weight of "
-                    f"{self.known.architecture.name} that an adapter can change",
+                    f"{self.architecture.name} that an adapter can change",
                     path=self.path,
                     hint="was it made for another base?",
                 )
@@ -186,7 +178,7 @@ class _Reader:
 
     def _task(self) -> dict[str, Any]:
         """Return the task, if the base has no head that generates; else the writer knows it."""
-        headless = self.known.config.headless or not self.known.architecture.generates
+        headless = self.config.headless or not self.architecture.generates
         return {"task_type": "FEATURE_EXTRACTION"} if headless else {}
 
     def _base_names(self) -> Mapping[str, str]:
@@ -196,7 +188,7 @@ class _Reader:
         for name in base.tensors if base is not None else ():
             if name.endswith(".weight") and ".experts." not in name:
                 module = name.removesuffix(".weight")
-                for place in lora_places(self.known.architecture, self.known.config, module):
+                for place in lora_places(self.architecture, self.config, module):
                     found.setdefault(place.tensor, name)
         return found
 
@@ -250,7 +242,7 @@ class _Reader:
             problem = f"{shapes} of {printable(tensor)} do not fit each other"
         elif place.experts and {a.shape[0], b.shape[0]} != {place.experts}:
             problem = f"{shapes} of {printable(tensor)} are not for {place.experts} experts"
-        elif place.rows is not IDENTITY and self.known.heads and b.shape[0] % (
+        elif place.rows is not IDENTITY and self.heads and b.shape[0] % (
             2 * getattr(place.rows, "heads", 1)
         ):  # fmt: skip
             problem = f"{shapes} of {printable(tensor)} do not fit the base's heads"
@@ -261,7 +253,7 @@ class _Reader:
     def _order(self, tensor: str, place: LoraTarget) -> Callable[[Any], Any] | None:
         if place.rows is IDENTITY:
             return None
-        if self.known.heads:
+        if self.heads:
             return place.to_huggingface
         if self.options.inspect:
             return None

@@ -71,21 +71,15 @@ def refuse_delta(
     ------
     UnsupportedError
     """
-    remedy = _remedy(adapter, architecture, config)
     if delta.magnitude is not None:
-        raise _refused(
-            adapter, delta.target, "uses DoRA for", "that is not a low-rank delta", remedy
-        )
-    if delta.bias is not None:
-        raise _refused(
-            adapter, delta.target, "has a bias (lora_bias) for", "a GGUF adapter holds no biases",
-            remedy,
-        )  # fmt: skip
-    if len(delta.a.shape) == 3 and delta.orientation != "linear":
-        raise _refused(
-            adapter, delta.target, "has transposed experts for", "no architecture of GGUF has them",
-            remedy,
-        )  # fmt: skip
+        does, reason = "uses DoRA for", "that is not a low-rank delta"
+    elif delta.bias is not None:
+        does, reason = "has a bias (lora_bias) for", "a GGUF adapter holds no biases"
+    elif len(delta.a.shape) == 3 and delta.orientation != "linear":
+        does, reason = "has transposed experts for", "no architecture of GGUF has them"
+    else:
+        return
+    raise _refused(adapter, delta.target, does, reason, _remedy(adapter, architecture, config))
 
 
 def refuse_homeless(
@@ -135,16 +129,7 @@ def refuse_embedding(
 def refuse_vocabulary(
     delta: LoraDelta, tensor: str, adapter: Adapter, architecture: Architecture, config: Config
 ) -> None:
-    """Refuse a delta of more or fewer tokens than the base has.
-
-    Parameters
-    ----------
-    delta : LoraDelta
-    tensor : str
-        GGUF's name of the weight.
-    adapter : Adapter
-    architecture : Architecture
-    config : Config
+    """Refuse a delta of more or fewer tokens than the base has; tensor is GGUF's name.
 
     Raises
     ------

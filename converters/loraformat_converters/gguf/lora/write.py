@@ -123,26 +123,18 @@ def _template_note(adapter: Adapter, base: Checkpoint) -> list[str]:
     ]
 
 
-def _planned(pair: Pair, kind: GGMLType, alpha: float) -> Iterator[PlannedTensor]:
-    name = f"{pair.tensor}.lora_a"
-    stored = storable_type(kind, pair.a_shape[-1])
-    yield PlannedTensor(name, pair.a_shape, stored, lambda: _a_chunks(pair, stored, name))
-    yield _planned_b(pair, kind, alpha)
-
-
-def _planned_b(pair: Pair, kind: GGMLType, alpha: float) -> PlannedTensor:
-    name = f"{pair.tensor}.lora_b"
-    stored = storable_type(kind, pair.b_shape[-1])
+def _planned(pair: Pair, kind: GGMLType, alpha: float) -> list[PlannedTensor]:
+    a, b = f"{pair.tensor}.lora_a", f"{pair.tensor}.lora_b"
+    kind_a, kind_b = (storable_type(kind, shape[-1]) for shape in (pair.a_shape, pair.b_shape))
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield from quantized_tiles(_finite(pair.b(alpha), name), stored, name)
+        yield from quantized_tiles(_finite(pair.b(alpha), b), kind_b, b)
         pair.release()
 
-    return PlannedTensor(name, pair.b_shape, stored, chunks)
-
-
-def _a_chunks(pair: Pair, stored: GGMLType, name: str) -> Iterator[bytes | memoryview]:
-    yield from quantized_tiles(pair.a(), stored, name)
+    return [
+        PlannedTensor(a, pair.a_shape, kind_a, lambda: quantized_tiles(pair.a(), kind_a, a)),
+        PlannedTensor(b, pair.b_shape, kind_b, chunks),
+    ]
 
 
 def _finite(values: Array, name: str) -> Array:

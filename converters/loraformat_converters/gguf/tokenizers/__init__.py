@@ -11,8 +11,9 @@ back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import LoraFormatError, UnsupportedError, UsageError, printable
 from loraformat.model.checkpoint import CarriedFile, Checkpoint
@@ -25,6 +26,7 @@ from loraformat_converters.gguf.tokenizers.special import (
     around,
     around_keys,
     around_notes,
+    by_config,
     special_keys,
 )
 from loraformat_converters.gguf.tokenizers.turn_ends import turn_end_keys
@@ -34,65 +36,20 @@ from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_file
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container.reader import GGUFFile
 
-__all__ = ["Convert", "Tokenizer", "TokenizerFiles", "files", "read"]
+__all__ = ["Convert", "files", "read"]
 
 _HINT = "put the tokenizer's files in the directory of the weights"
 
 
-class Convert(Protocol):
-    """How a room that has nothing to choose makes a tokenizer llama.cpp's."""
-
-    def __call__(self, sources: Sources, rows: int) -> Converted:
-        """Return the converted tokenizer.
-
-        Parameters
-        ----------
-        sources : Sources
-        rows : int
-            Of the embedding.
-
-        Raises
-        ------
-        UnsupportedError
-            If llama.cpp would cut texts otherwise.
-        InputError
-            If a file is damaged.
-        """
+#: Makes a tokenizer llama.cpp's, with as many tokens as the embedding has rows. Raises
+#: UnsupportedError if llama.cpp would cut texts otherwise, InputError if a file is damaged.
+Convert = Callable[[Sources, int], Converted]
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenizer:
-    """A tokenizer as a GGUF file keeps it.
-
-    Attributes
-    ----------
-    keys : dict of str to GGUFValue
-    notes : list of str
-        Where llama.cpp will do something else than transformers.
-    """
-
-    keys: dict[str, GGUFValue]
-    notes: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerFiles:
-    """A tokenizer as transformers reads it.
-
-    Attributes
-    ----------
-    files : tuple of CarriedFile
-        None where it cannot be made.
-    missing : str or None
-        Why it cannot.
-    """
-
-    files: tuple[CarriedFile, ...]
-    missing: str | None = None
-
-
-def read(checkpoint: Checkpoint, *, vocabulary: int, pre: str | None = None) -> Tokenizer:
-    """Return the keys that describe a model's tokenizer.
+def read(
+    checkpoint: Checkpoint, *, vocabulary: int, pre: str | None = None
+) -> tuple[dict[str, GGUFValue], list[str]]:
+    """Return the keys that describe a model's tokenizer, and where llama.cpp will do otherwise.
 
     Parameters
     ----------
@@ -120,20 +77,20 @@ def read(checkpoint: Checkpoint, *, vocabulary: int, pre: str | None = None) -> 
         raise
 
 
-def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
-    kind, convert = _room(sources)
+def _read(sources: Sources, rows: int, pre: str | None) -> tuple[dict[str, GGUFValue], list[str]]:
+    kind, convert = _room(sources, pre)
     if kind != "byte-level BPE" and pre is not None:
         raise UsageError(
             f"--pre is for byte-level BPE, and the tokenizer is {kind}", hint="omit it"
         )
-    found = bpe.to_gguf(sources, rows, pre) if convert is None else convert(sources, rows)
+    found = convert(sources, rows)
     keys, notes = found.keys, found.notes
     special = special_keys(sources, found)
     if kind == "WordPiece":
         keys |= wordpiece.around_keys(sources, around(sources, special), special, rows)
     else:
         alone = kind == "tokenizer.model"
-        sides = sentencepiece_model.around(sources, special) if alone else around(sources, special)
+        sides = by_config(sources, special, bos=True) if alone else around(sources, special)
         texts = found.vocabulary.texts
         more, said = around_keys(sides, special, texts)
         keys, notes = keys | more, notes + said
@@ -141,11 +98,11 @@ def _read(sources: Sources, rows: int, pre: str | None) -> Tokenizer:
         eos = keys.get("tokenizer.ggml.eos_token_id")
         more, said = turn_end_keys(sources, None if eos is None else int(eos.value), texts)
         keys, notes = keys | more, notes + said
-    return Tokenizer(keys | template_keys(sources), notes + found.vocabulary.notes())
+    return keys | template_keys(sources), notes + found.vocabulary.notes()
 
 
-def _room(sources: Sources) -> tuple[str, Convert | None]:
-    """Return what a tokenizer is, and who converts it, if not byte-level BPE."""
+def _room(sources: Sources, pre: str | None) -> tuple[str, Convert]:
+    """Return what a tokenizer is, and who converts it."""
     if not sources.has("tokenizer.json"):
         if sources.has(sentencepiece_model.FILE):
             return sentencepiece_model.FILE, sentencepiece_model.to_gguf
@@ -160,7 +117,7 @@ def _room(sources: Sources) -> tuple[str, Convert | None]:
     if kind == "BPE":
         if model.get("byte_fallback") is True or marks_spaces(sources.tokenizer):
             return "SentencePiece", spm.to_gguf
-        return "byte-level BPE", None
+        return "byte-level BPE", partial(bpe.to_gguf, pre=pre)
     if kind == "WordPiece":
         return "WordPiece", wordpiece.to_gguf
     raise sources.refused(
@@ -169,8 +126,10 @@ def _room(sources: Sources) -> tuple[str, Convert | None]:
     )
 
 
-def files(gguf: GGUFFile) -> TokenizerFiles:
+def files(gguf: GGUFFile) -> tuple[tuple[CarriedFile, ...], str | None]:
     """Return the tokenizer files that transformers reads, made from a file's metadata.
+
+    None where they cannot be made; the second says why, or where they will cut texts otherwise.
 
     Raises
     ------
@@ -179,7 +138,7 @@ def files(gguf: GGUFFile) -> TokenizerFiles:
     """
     kind = gguf.text("tokenizer.ggml.model", "none")
     if kind not in _SPECIAL_IDS or "tokenizer.ggml.tokens" not in gguf.metadata:
-        return TokenizerFiles((), f"tokenizer files (none are known for {printable(kind)})")
+        return (), f"tokenizer files (none are known for {printable(kind)})"
     tokens = Tokens(gguf, _SPECIAL_IDS[kind])
     made: dict[str, Any] | str
     missing = None
@@ -195,8 +154,8 @@ def files(gguf: GGUFFile) -> TokenizerFiles:
     except UnsupportedError as error:  # the model can be had without
         made = f"tokenizer files ({error.problem})"
     if isinstance(made, str):
-        return TokenizerFiles((), made)
-    return TokenizerFiles(tokenizer_files(gguf, tokens, made), missing)
+        return (), made
+    return tokenizer_files(gguf, tokens, made), missing
 
 
 #: By ``tokenizer.ggml.model``: special tokens where the file does not say.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from loraformat.errors import UsageError, printable
@@ -29,9 +30,12 @@ from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container.reader import GGUFFile
 
-__all__ = ["from_gguf", "merge_pairs", "to_gguf"]
+__all__ = [
+    "bpe_model", "from_gguf", "merge_pairs", "model_vocabulary", "refuse_options", "to_gguf",
+]  # fmt: skip
 
 _FILE = "tokenizer.json"
+_OPTIONS = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 _NFC = (
     "tokenizer.json normalizes texts to NFC, and llama.cpp does not: letters whose "
     "accents are characters of their own get other tokens"
@@ -39,22 +43,10 @@ _NFC = (
 
 
 def to_gguf(sources: Sources, rows: int, pre: str | None) -> Converted:
-    """Return the converted tokenizer.
+    """Return the converted tokenizer; see `tokenizers.Convert`.
 
-    Parameters
-    ----------
-    sources : Sources
-    rows : int
-        Of the embedding.
-    pre : str or None
-        llama.cpp's name of the pre-tokenizer, where it shall not be recognised.
-
-    Raises
-    ------
-    UnsupportedError
-        If llama.cpp has no such tokenizer.
-    UsageError
-        If ``pre`` is a name that llama.cpp does not know.
+    ``pre`` is llama.cpp's name of the pre-tokenizer where it shall not be recognised; `UsageError`
+    if llama.cpp does not know it.
     """
     model = sources.tokenizer["model"]
     name, notes = _pre_tokenizer(sources, model, pre)
@@ -65,19 +57,18 @@ def to_gguf(sources: Sources, rows: int, pre: str | None) -> Converted:
         if number not in added:
             vocabulary.put(number, text, TokenKind.NORMAL)
     put_added_tokens(sources, vocabulary)
-    merges = []
-    for left, right in merge_pairs(sources, model, table):
+    pairs = merge_pairs(sources, model, table)
+    for left, right in pairs:
         if " " in left or " " in right:
             raise sources.refused(
                 f"{_FILE} merges {printable(left)} and {printable(right)}, and a GGUF file keeps "
                 "merges with a space between their halves"
             )
-        merges.append(f"{left} {right}")
     keys = {
         "tokenizer.ggml.model": GGUFValue.text("gpt2"),
         "tokenizer.ggml.pre": GGUFValue.text(name),
         **vocabulary.keys(),
-        "tokenizer.ggml.merges": GGUFValue.texts(merges),
+        "tokenizer.ggml.merges": GGUFValue.texts([*map(" ".join, pairs)]),
     }
     return Converted(keys, vocabulary, notes + stripping_note(sources))
 
@@ -93,7 +84,7 @@ def _pre_tokenizer(
                 hint=f"known are {', '.join(NAMES)}",
             )
         return pre, []
-    said = _check_options(sources, model)
+    notes = _check_options(sources, model)
     steps = steps_of(sources.tokenizer.get("pre_tokenizer"))
     found = None if steps is None else recognised(steps, ignore_merges)
     if found is None:
@@ -102,7 +93,6 @@ def _pre_tokenizer(
             hint="if you know that llama.cpp has it, name it with --pre; known are "
             + ", ".join(NAMES),
         )
-    notes = said
     if found.approximate is not None:
         notes.append(f"{found.approximate} ({found.names[0]})")
     if found.ignore_merges != ignore_merges:
@@ -128,13 +118,19 @@ def _check_options(sources: Sources, model: dict[str, Any]) -> list[str]:
             "byte-level BPE does not",
             hint="name a pre-tokenizer with --pre to convert it all the same",
         )
-    notes = [_NFC] if kinds else []
-    for option in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    refuse_options(sources, model, _OPTIONS, "byte-level BPE")
+    return [_NFC] if kinds else []
+
+
+def refuse_options(
+    sources: Sources, model: dict[str, Any], options: Iterable[str], kind: str
+) -> None:
+    """Refuse options of BPE that llama.cpp's tokenizer of this kind does not have."""
+    for option in options:
         if model.get(option):
             raise sources.refused(
-                f"{_FILE} is BPE with {option}, which llama.cpp's byte-level BPE does not have"
+                f"{_FILE} is BPE with {option}, which llama.cpp's {kind} does not have"
             )
-    return notes
 
 
 def model_vocabulary(sources: Sources, model: dict[str, Any]) -> dict[str, int]:
@@ -202,16 +198,22 @@ def from_gguf(gguf: GGUFFile, tokens: Tokens) -> dict[str, Any] | str:
         normalizer=None if pre.normalizer is None else {"type": pre.normalizer},
         pre_tokenizer=described(pre),
         decoder=level,
-        model={
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre.ignore_merges,
-            "vocab": tokens.vocabulary(),
-            "merges": merges,
-        },
+        model=bpe_model(tokens.vocabulary(), merges, ignore_merges=pre.ignore_merges),
     )
+
+
+def bpe_model(table: dict[str, int], merges: list[list[str]], **options: Any) -> dict[str, Any]:
+    """Return ``model`` of ``tokenizer.json``; options that are not named are off."""
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        **options,
+        "vocab": table,
+        "merges": merges,
+    }

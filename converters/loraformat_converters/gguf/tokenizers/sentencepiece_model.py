@@ -10,16 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from loraformat.errors import printable
-from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.model_proto import Model, parse
 from loraformat_converters.gguf.tokenizers.protobuf import WireError
 from loraformat_converters.gguf.tokenizers.sources import Sources
-from loraformat_converters.gguf.tokenizers.special import Around
-from loraformat_converters.gguf.tokenizers.spm import keys_of, missing_byte
+from loraformat_converters.gguf.tokenizers.spm import check_bytes, keys_of
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted, TokenKind, Vocabulary
 
-__all__ = ["FILE", "around", "to_gguf"]
+__all__ = ["FILE", "to_gguf"]
 
 FILE = "tokenizer.model"
 _MAX_BYTES = 64 << 20
@@ -44,9 +42,7 @@ def to_gguf(sources: Sources, rows: int) -> Converted:
         kind = TokenKind.CONTROL if is_special else TokenKind.USER_DEFINED
         vocabulary.put_added({"id": number}, text, kind, scores.get(text, 0.0))
     keys = keys_of(vocabulary, add_space_prefix=model.add_dummy_prefix)
-    keys["tokenizer.ggml.remove_extra_whitespaces"] = GGUFValue.of(
-        ValueType.BOOL, model.remove_extra_whitespaces
-    )
+    keys["tokenizer.ggml.remove_extra_whitespaces"] = GGUFValue.flag(model.remove_extra_whitespaces)
     special = {name: n for name, n in model.special.items() if 0 <= n < len(model.pieces)}
     return Converted(keys, vocabulary, _notes(model), special)
 
@@ -71,12 +67,7 @@ def _check(sources: Sources, model: Model) -> None:
         raise sources.refused(
             f"{FILE} does not write ▁ before words, and llama.cpp's SentencePiece does"
         )
-    missing = missing_byte({piece.text for piece in model.pieces})
-    if missing is not None:
-        raise sources.refused(
-            f"{FILE} has no token for the byte {missing}, and llama.cpp's SentencePiece stops "
-            "where it finds no token"
-        )
+    check_bytes(sources, FILE, {piece.text for piece in model.pieces})
 
 
 def _notes(model: Model) -> list[str]:
@@ -116,14 +107,3 @@ def _number(sources: Sources, file: str, number: Any) -> int:
     if type(number) is not int or not 0 <= number < 1 << 31:
         raise sources.wrong(file, f"numbers a token {printable(str(number))}")
     return number
-
-
-def around(sources: Sources, special: dict[str, int]) -> Around:
-    """Return what transformers puts around a text: BOS, if the config says nothing."""
-    sides = [
-        (special[kind],)
-        if sources.config.get(f"add_{kind}_token", default) is True and kind in special
-        else ()
-        for kind, default in (("bos", True), ("eos", False))
-    ]
-    return Around(*sides)

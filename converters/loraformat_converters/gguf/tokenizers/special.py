@@ -15,7 +15,9 @@ from loraformat_converters.gguf.container.values import GGUFValue
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
 
-__all__ = ["Around", "around", "around_keys", "around_notes", "number_keys", "special_keys"]
+__all__ = [
+    "Around", "around", "around_keys", "around_notes", "by_config", "number_keys", "special_keys",
+]  # fmt: skip
 
 #: llama.cpp's names; "seperator" is how it spells it.
 NAMES = {
@@ -59,14 +61,19 @@ def around(sources: Sources, special: dict[str, int]) -> Around:
     InputError
         If the post-processor is damaged.
     """
-    config = sources.config
-    if any(isinstance(config.get(f"add_{kind}_token"), bool) for kind in ("bos", "eos")):
-        sides = [
-            (special[kind],) if config.get(f"add_{kind}_token") is True and kind in special else ()
-            for kind in ("bos", "eos")
-        ]
-        return Around(*sides)
+    said = (sources.config.get(f"add_{kind}_token") for kind in ("bos", "eos"))
+    if any(isinstance(one, bool) for one in said):
+        return by_config(sources, special)
     return _by_processor(sources)
+
+
+def by_config(sources: Sources, special: dict[str, int], *, bos: bool = False) -> Around:
+    """Return what ``tokenizer_config.json`` says; ``bos`` is what it says by saying nothing."""
+    adds = {
+        kind: sources.config.get(f"add_{kind}_token", default) is True and kind in special
+        for kind, default in (("bos", bos), ("eos", False))
+    }
+    return Around(*((special[kind],) if added else () for kind, added in adds.items()))
 
 
 def around_notes(sources: Sources, found: Around, texts: list[str]) -> list[str]:
@@ -141,16 +148,7 @@ def _template(sources: Sources, step: dict[str, Any], first: list[int], last: li
 def around_keys(
     found: Around, special: dict[str, int], texts: list[str]
 ) -> tuple[dict[str, GGUFValue], list[str]]:
-    """Return all keys about special tokens, and what they cannot say.
-
-    Parameters
-    ----------
-    found : Around
-    special : dict of str to int
-        From `special_keys`.
-    texts : list of str
-        The vocabulary.
-    """
+    """Return all keys about special tokens (of `special_keys`), and what they cannot say."""
     special, notes, keys = dict(special), [], {}
     for kind, ids, side in (("bos", found.first, "before"), ("eos", found.last, "after")):
         adds = len(ids) == 1 and 0 <= ids[0] < len(texts)

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 from loraformat.errors import InputError, printable
 from loraformat_converters.gguf.container.types import ValueType
 from loraformat_converters.gguf.container.values import GGUFValue
-from loraformat_converters.gguf.tokenizers.bpe import merge_pairs, model_vocabulary
+from loraformat_converters.gguf.tokenizers.bpe import (
+    bpe_model,
+    merge_pairs,
+    model_vocabulary,
+    refuse_options,
+)
 from loraformat_converters.gguf.tokenizers.merging import Order, Pair, order_of, splits
 from loraformat_converters.gguf.tokenizers.sources import Sources
 from loraformat_converters.gguf.tokenizers.spaces import spaces_of
@@ -33,9 +38,10 @@ from loraformat_converters.gguf.tokenizers.written import Tokens, tokenizer_json
 if TYPE_CHECKING:
     from loraformat_converters.gguf.container.reader import GGUFFile
 
-__all__ = ["BYTES", "SPECIAL_IDS", "from_gguf", "keys_of", "missing_byte", "to_gguf"]
+__all__ = ["BYTES", "SPECIAL_IDS", "check_bytes", "from_gguf", "keys_of", "to_gguf"]
 
 _FILE = "tokenizer.json"
+_OPTIONS = ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "dropout")
 BYTES = tuple(f"<0x{number:02X}>" for number in range(256))
 #: What llama.cpp takes if the file does not say.
 SPECIAL_IDS = {"bos": 1, "eos": 2, "unk": 0}
@@ -44,15 +50,10 @@ SPECIAL_IDS = {"bos": 1, "eos": 2, "unk": 0}
 def to_gguf(sources: Sources, rows: int) -> Converted:
     """Return the tokenizer converted from ``tokenizer.json``; see `tokenizers.Convert`."""
     model = sources.tokenizer["model"]
-    _check_options(sources, model)
+    refuse_options(sources, model, _OPTIONS, "SentencePiece")
     spaces = spaces_of(sources)
     table = model_vocabulary(sources, model)
-    missing = missing_byte(table)
-    if missing is not None:
-        raise sources.refused(
-            f"{_FILE} has no token for the byte {missing}, and llama.cpp's SentencePiece "
-            "stops where it finds no token"
-        )
+    check_bytes(sources, _FILE, table)
     # Those with ▁ are not found in a text, which has spaces; merging builds them.
     cut = {
         token["content"]
@@ -91,16 +92,14 @@ def _notes(order: Order) -> list[str]:
 _BYTE_SET = frozenset(BYTES)
 
 
-def missing_byte(texts: Container[str]) -> str | None:
-    """Return the first byte that neither has a token nor is a character that has one."""
-    return next(
-        (
-            text
-            for number, text in enumerate(BYTES)
-            if text not in texts and (number >= 128 or chr(number) not in texts)
-        ),
-        None,
-    )
+def check_bytes(sources: Sources, file: str, texts: Container[str]) -> None:
+    """Refuse a vocabulary with a byte that neither has a token nor is a character that has one."""
+    for number, text in enumerate(BYTES):
+        if text not in texts and (number >= 128 or chr(number) not in texts):
+            raise sources.refused(
+                f"{file} has no token for the byte {text}, and llama.cpp's SentencePiece stops "
+                "where it finds no token"
+            )
 
 
 def keys_of(vocabulary: Vocabulary, *, add_space_prefix: bool) -> dict[str, GGUFValue]:
@@ -111,14 +110,6 @@ def keys_of(vocabulary: Vocabulary, *, add_space_prefix: bool) -> dict[str, GGUF
         **vocabulary.keys(scores=True),
         "tokenizer.ggml.add_space_prefix": GGUFValue.flag(add_space_prefix),
     }
-
-
-def _check_options(sources: Sources, model: dict[str, Any]) -> None:
-    for option in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges", "dropout"):
-        if model.get(option):
-            raise sources.refused(
-                f"{_FILE} is BPE with {option}, which llama.cpp's SentencePiece does not have"
-            )
 
 
 def from_gguf(gguf: GGUFFile, tokens: Tokens) -> tuple[dict[str, Any], str | None]:
@@ -145,31 +136,22 @@ def from_gguf(gguf: GGUFFile, tokens: Tokens) -> tuple[dict[str, Any], str | Non
         if left in table and right in table
     ]
     prefix = gguf.flag("tokenizer.ggml.add_space_prefix", True)
+    unknown = tokens.special.get("unk")
     steps = [*(_PREPEND if prefix else []), _REPLACE]
     made = tokenizer_json(
         tokens,
         normalizer={"type": "Sequence", "normalizers": steps},
         pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": [*_DECODERS, *(_STRIP if prefix else [])]},
-        model=_model(tokens, table, merges),
+        model=bpe_model(
+            table,
+            merges,
+            unk_token=None if unknown is None else tokens.texts[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        ),
     )
     return made, _difference(tied, bare)
-
-
-def _model(tokens: Tokens, table: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
-    unknown = tokens.special.get("unk")
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None if unknown is None else tokens.texts[unknown],
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": True,
-        "ignore_merges": False,
-        "vocab": table,
-        "merges": merges,
-    }
 
 
 def _characters(pairs: dict[str, list[Pair]], table: dict[str, int]) -> list[str]:

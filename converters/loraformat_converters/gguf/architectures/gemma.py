@@ -66,13 +66,9 @@ def _scalar(layers_of_27b: int) -> MetadataRow:
 def _window(every: int, default: int | None) -> MetadataRow:
     """Return the row of sliding attention.
 
-    Parameters
-    ----------
-    every : int
-        Of so many layers the last one sees everything, in the models that llama.cpp knows; others
-        have a list of their layers.
-    default : int or None
-        The window of a file that has none; None if all its layers see everything then.
+    Of so many layers the last one sees everything, in the models that llama.cpp knows; others have
+    a list of their layers. The default is the window of a file that has none; None if all its
+    layers see everything then.
     """
 
     def write(config: Config, keys: MetadataBuilder) -> None:

@@ -71,16 +71,7 @@ class Architecture:
     def of(
         self, values: Mapping[str, Any], model_type: str | None = None, *, headless: bool = False
     ) -> Config:
-        """Return the hyperparameters that a ``config.json`` gives.
-
-        Parameters
-        ----------
-        values : mapping
-        model_type : str, optional
-            One of `models`; by default the first.
-        headless : bool
-            See `Config`.
-        """
+        """Return the hyperparameters that a ``config.json`` gives, of the first of `models` by default."""
         defaults = self.defaults[model_type or next(iter(self.models))]
         return Config(values, defaults, self.names, headless=headless)
 

@@ -49,19 +49,10 @@ _LLAMA3_CONTEXT = 8192
 
 
 class Rope:
-    """The rotary embedding that a config asks for.
+    """The rotary embedding that a config asks for, with the model class's default of theta.
 
-    Parameters
-    ----------
-    config : Config
-    theta : float
-        The default of the model's class.
-    kinds : collection of str
-        What the architecture can do in llama.cpp, beside ``default``.
-    partial : bool
-        Whether it can rotate a part of a head.
-    layer_type : str, optional
-        Which of several, where the layers differ.
+    ``kinds`` and ``partial`` tell what the architecture can do in llama.cpp: kinds of scaling beside
+    ``default``, and rotating a part of a head. ``layer_type`` chooses where the layers differ.
 
     Raises
     ------
@@ -105,11 +96,14 @@ class Rope:
     def context(self) -> int:
         """Context of the original training."""
         whole = self._config.integer("max_position_embeddings")
-        said = self._config.integer(
-            "original_max_position_embeddings",
-            Config(self._values, {}).integer("original_max_position_embeddings", whole),
-        )
-        return said
+        key = "original_max_position_embeddings"
+        return self._config.integer(key, Config(self._values, {}).integer(key, whole))
+
+    @property
+    def _factor(self) -> float:
+        """How much longer the context has become, if the config does not say."""
+        whole = self._config.integer("max_position_embeddings")
+        return self._number("factor", whole / self.context)
 
     def add_keys(self, keys: MetadataBuilder) -> None:
         """Add frequency base and scaling."""
@@ -132,8 +126,7 @@ class Rope:
                     f"{CONFIG_NAME} has {key} {printable(str(self._values[key]))} for YaRN, and "
                     f"llama.cpp computes with {values[1]}"
                 )
-        whole = self._config.integer("max_position_embeddings")
-        factor = self._number("factor", whole / self.context)
+        factor = self._factor
         keys.text("rope.scaling.type", "yarn")
         keys.float("rope.scaling.factor", factor)
         keys.uint("rope.scaling.original_context_length", self.context)
@@ -153,8 +146,7 @@ class Rope:
     def _longrope_magnitude(self) -> float:
         if self._values.get("attention_factor") is not None:
             return self._number("attention_factor")
-        whole = self._config.integer("max_position_embeddings")
-        factor = self._number("factor", whole / self.context)
+        factor = self._factor
         if self.context < 2:
             raise InputError(
                 "original_max_position_embeddings is 1, wanted at least 2", path=CONFIG_NAME
@@ -251,15 +243,7 @@ def llama3_factors(
 def llama3_parameters(
     factors: Sequence[float], theta: float, dimensions: int
 ) -> dict[str, Any] | None:
-    """Return the parameters that give these factors, None if they are not the usual ones.
-
-    Parameters
-    ----------
-    factors : sequence of float
-        ``rope_freqs.weight``.
-    theta : float
-    dimensions : int
-    """
+    """Return the parameters that give these ``rope_freqs.weight``, None if not the usual ones."""
     guess = {"factor": float(max(factors)), **_LLAMA3}
     made = llama3_factors(theta, dimensions, context=_LLAMA3_CONTEXT, **guess)
     if len(made) != len(factors) or any(
@@ -270,15 +254,7 @@ def llama3_parameters(
 
 
 def rope_keys(rope: Callable[[Config], Rope], *, dimensions: bool = False) -> MetadataRow:
-    """Return the row of the rotary embedding.
-
-    Parameters
-    ----------
-    rope : callable
-        Returns what a config asks for.
-    dimensions : bool
-        Whether llama.cpp asks for ``rope.dimension_count``.
-    """
+    """Return the row of the rotary embedding, with ``rope.dimension_count`` if llama.cpp asks."""
 
     def write(config: Config, keys: MetadataBuilder) -> None:
         wanted = rope(config)

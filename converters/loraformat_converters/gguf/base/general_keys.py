@@ -52,14 +52,7 @@ def general_keys(
 ) -> dict[str, GGUFValue]:
     """Return the keys of a base that do not depend on its architecture.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    architecture : str
-    kind : GGMLType
-        Of most weights.
-    tokens : mapping of str to GGUFValue
-        The tokenizer's keys.
+    ``kind`` is the type of most weights, ``tokens`` are the tokenizer's keys.
     """
     origin = checkpoint.provenance
     texts = {

@@ -43,12 +43,7 @@ class MatrixRows:
 class TensorReader:
     """A tensor of the source, whole if it is stored so, by rows if it is computed.
 
-    Parameters
-    ----------
-    tensor : LazyTensor
-        NF4 is decoded to float32.
-    by_rows : bool
-        Whether rows are enough; what a transform turns round is loaded whole.
+    NF4 is decoded to float32. ``by_rows`` if rows are enough: what a transform turns is loaded whole.
     """
 
     def __init__(self, tensor: LazyTensor, by_rows: bool) -> None:

@@ -52,21 +52,12 @@ _HUB = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 def card_file(gguf: GGUFFile, *, ours: bool) -> tuple[CarriedFile, ...]:
     """Return ``README.md`` with what a file says of its model; nothing if it says nothing.
 
-    Parameters
-    ----------
-    gguf : GGUFFile
-    ours : bool
-        It was made here: its name alone, which is then that of a directory, makes no card.
+    Of a file that was made here the name alone, which is that of a directory, makes no card.
     """
-    fields: dict[str, Any] = {}
-    for key, member in _TEXTS.items():
-        if text := _text(_said(gguf, key)):
-            fields[member] = text
-    for key, member in _LISTS.items():
-        if texts := _listed(_said(gguf, key)):
-            fields[member] = texts
-    if bases := _bases(gguf):
-        fields["base_model"] = bases
+    found: dict[str, Any] = {member: _text(_said(gguf, key)) for key, member in _TEXTS.items()}
+    found |= {member: _listed(_said(gguf, key)) for key, member in _LISTS.items()}
+    found["base_model"] = _bases(gguf)
+    fields = {member: value for member, value in found.items() if value}
     if not fields or (ours and fields.keys() <= {"model_name"}):
         return ()
     title = printable(fields.get("model_name", "Model"))

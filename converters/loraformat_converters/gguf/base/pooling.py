@@ -36,14 +36,7 @@ def pooling_key(architecture: str) -> str:
 def pooling(
     files: Iterable[CarriedFile], architecture: str
 ) -> tuple[dict[str, GGUFValue], list[str]]:
-    """Return the key for a model's pooling, and what llama.cpp does not do of it.
-
-    Parameters
-    ----------
-    files : iterable of CarriedFile
-    architecture : str
-        llama.cpp's name.
-    """
+    """Return the key for a model's pooling, and what llama.cpp does not do of it."""
     files = list(files)
     notes = [
         f"{printable(file.path.partition('/')[0])}, which sentence-transformers applies to the "

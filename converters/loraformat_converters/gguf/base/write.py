@@ -99,14 +99,9 @@ def estimate(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> For
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A file, before any number is read.
+    """A file of the type that was asked for, before any number is read.
 
-    Attributes
-    ----------
-    kind : GGMLType
-        That was asked for.
-    loss : Loss
-        Filled while `tensors` are written.
+    The loss is filled while the tensors are written.
     """
 
     kind: GGMLType

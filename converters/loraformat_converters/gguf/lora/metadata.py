@@ -31,16 +31,9 @@ _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 def adapter_keys(
     adapter: Adapter, base: Checkpoint, architecture: str, alpha: float
 ) -> dict[str, GGUFValue]:
-    """Return the metadata of an adapter.
+    """Return the metadata of an adapter, with its base's config to read the file without it.
 
-    Parameters
-    ----------
-    adapter : Adapter
-    base : Checkpoint
-        Its config is kept, so that the file can be read without it.
-    architecture : str
-    alpha : float
-        Stored as float32, the only type that llama.cpp reads without aborting.
+    Alpha is stored as float32, the only type that llama.cpp reads without aborting.
     """
     texts = {
         "general.architecture": architecture,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -30,20 +30,11 @@ _SUMMED = 1 << 16
 
 @dataclass(slots=True)
 class Lost:
-    """What rounding lost of some numbers: sums over them.
+    """What rounding lost of some numbers: sums over them."""
 
-    Attributes
-    ----------
-    error, norm : float
-        Squares of the errors, and of the numbers.
-    shift : float
-        The errors themselves.
-    count : int
-    """
-
-    error: float = 0.0
-    norm: float = 0.0
-    shift: float = 0.0
+    error: float = 0.0  # squares of the errors
+    norm: float = 0.0  # squares of the numbers
+    shift: float = 0.0  # the errors themselves
     count: int = 0
 
     def add(self, other: Lost) -> None:
@@ -103,14 +94,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A matrix whose stored values are passed to an observer.
-
-    Attributes
-    ----------
-    watch : RoundingObserver
-    before : callable
-        Returns rows of what the matrix was, as `rounded` asks for those of what it is.
-    """
+    """A matrix whose stored values an observer gets, and a reader of the rows that it had before."""
 
     watch: RoundingObserver
     before: Callable[[int, int], Array]
@@ -125,22 +109,10 @@ def rounded(
     loss: Loss | None,
     watched: Watched | None = None,
 ) -> Iterator[bytes]:
-    """Yield the bytes of a matrix in a type.
+    """Yield the bytes of a matrix of ``rows`` times ``length`` numbers in a type.
 
-    Parameters
-    ----------
-    rows_of : callable
-        Returns rows ``start`` to ``stop``, floating, of any type; called by several threads.
-    rows : int
-    length : int
-        Numbers in a row.
-    kind : GGMLType
-        One of `loraformat_converters.gguf.quantization.blocks.QUANTIZABLE`.
-    name : str
-        Of the tensor of the source.
-    loss : Loss or None
-        Where the difference is added up; None if there is none.
-    watched : Watched, optional
+    ``rows_of`` returns rows ``start`` to ``stop``, floating, of any type; several threads call it.
+    ``name`` is that of the source's tensor, and ``loss`` adds up the difference, if there is one.
 
     Raises
     ------
@@ -152,42 +124,32 @@ def rounded(
     step = max(1, _TILE // max(length, 1))
     window = step * (_WINDOW // _TILE)
     for start in range(0, rows, window):
-        stored: dict[int, bytes] = {}
-        lost: dict[int, Lost] = {}
-        measured: dict[int, object] = {}
+        done: dict[int, tuple[bytes, Lost | None, object]] = {}
 
-        def tile(
-            begin: int,
-            end: int,
-            start: int = start,
-            stored: dict[int, bytes] = stored,
-            lost: dict[int, Lost] = lost,
-            measured: dict[int, object] = measured,
-        ) -> None:
+        def tile(begin: int, end: int, start: int = start, done: Any = done) -> None:
             values = rows_of(start + begin, start + end)
-            stored[begin] = quantize(values, kind, name)
-            if loss is None and watched is None:
-                return
-            found = _read(stored[begin], values, kind, name)
+            stored, lost, measured = quantize(values, kind, name), None, None
+            if loss is not None or watched is not None:
+                found = _read(stored, values, kind, name)
             if watched is not None:
                 before = watched.before(start + begin, start + end)
                 # Rounding takes longest: one tile of a window is enough to count by.
                 asked = begin == 0
                 alone = _read(quantize(before, kind, name), before, kind, name) if asked else None
-                measured[begin] = watched.watch.compare(
-                    widened(before), widened(values), found, alone
-                )
+                measured = watched.watch.compare(widened(before), widened(values), found, alone)
             if loss is not None:
-                lost[begin] = _difference(values, found)
+                lost = _difference(values, found)
+            done[begin] = stored, lost, measured
 
         with one_blas_thread():
             run(tile, min(window, rows - start), step)
-        for begin in sorted(stored):  # in order, so that the sums are the same every time
-            if loss is not None:
-                loss.add(name, lost[begin])
+        for begin in sorted(done):  # in order, so that the sums are the same every time
+            stored, lost, measured = done[begin]
+            if loss is not None and lost is not None:
+                loss.add(name, lost)
             if watched is not None:
-                watched.watch.add(name, measured[begin])
-            yield stored[begin]
+                watched.watch.add(name, measured)
+            yield stored
 
 
 def _read(stored: bytes, values: Array, kind: GGMLType, name: str) -> Array:

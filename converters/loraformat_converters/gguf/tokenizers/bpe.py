@@ -16,7 +16,7 @@ from loraformat_converters.gguf.tokenizers.pre_tokenizers import (
     recognised,
     steps_of,
 )
-from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.sources import Sources, steps_in
 from loraformat_converters.gguf.tokenizers.vocabulary import (
     Converted,
     TokenKind,
@@ -31,8 +31,13 @@ if TYPE_CHECKING:
     from loraformat_converters.gguf.container.reader import GGUFFile
 
 __all__ = [
-    "bpe_model", "from_gguf", "merge_pairs", "model_vocabulary", "refuse_options", "to_gguf",
-]  # fmt: skip
+    "bpe_model",
+    "from_gguf",
+    "merge_pairs",
+    "model_vocabulary",
+    "refuse_options",
+    "to_gguf",
+]
 
 _FILE = "tokenizer.json"
 _OPTIONS = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -107,10 +112,7 @@ def _pre_tokenizer(
 
 def _check_options(sources: Sources, model: dict[str, Any]) -> list[str]:
     """Refuse what llama.cpp cannot do; return what it leaves out."""
-    normalizer = sources.tokenizer.get("normalizer")
-    steps = [normalizer] if isinstance(normalizer, dict) else []
-    if steps and steps[0].get("type") == "Sequence":
-        steps = steps[0].get("normalizers") or []
+    steps = steps_in(sources.tokenizer.get("normalizer"), "normalizers")
     kinds = [step.get("type") for step in steps if isinstance(step, dict)]
     if strange := [kind for kind in kinds if kind != "NFC"]:
         raise sources.refused(

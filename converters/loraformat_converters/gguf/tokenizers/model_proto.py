@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite
+from struct import unpack
 
 from loraformat.errors import printable
-from loraformat_converters.gguf.tokenizers.protobuf import WireError, fields, float_of
+from loraformat_converters.gguf.tokenizers.protobuf import WireError, fields
 from loraformat_converters.gguf.tokenizers.vocabulary import TokenKind
 
 __all__ = ["Model", "Piece", "parse"]
@@ -18,6 +19,8 @@ __all__ = ["Model", "Piece", "parse"]
 _MAX_PIECES = 1 << 21
 #: ``TrainerSpec.ModelType``.
 _ALGORITHMS = {1: "Unigram", 2: "BPE", 3: "WORD", 4: "CHAR"}
+#: Of ``NormalizerSpec``.
+_SPACES = {3: "add_dummy_prefix", 4: "remove_extra_whitespaces", 5: "escape_whitespaces"}
 _SPECIAL = {40: "unk", 41: "bos", 42: "eos", 43: "pad"}
 
 
@@ -32,19 +35,10 @@ class Piece:
 
 @dataclass
 class Model:
-    """What a model says.
+    """What a model says, under the names of ``ModelProto``.
 
-    Attributes
-    ----------
-    pieces : list of Piece
-    algorithm : str
-        ``Unigram`` or ``BPE``, or one that no language model uses.
-    special : dict of str to int
-        Numbers of ``unk``, ``bos``, ``eos``, ``pad``; -1 where there is none.
-    add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces : bool
-    treat_whitespace_as_suffix : bool
-    charsmap : bool
-        Characters are replaced before anything else.
+    ``special`` are the numbers of ``unk``, ``bos``, ``eos`` and ``pad``, -1 where there is none. If
+    it has a ``charsmap``, characters are replaced before anything else.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -60,12 +54,7 @@ class Model:
 
 
 def parse(data: bytes) -> Model:
-    r"""Return what a model says.
-
-    Parameters
-    ----------
-    data : bytes
-        A ``ModelProto``.
+    r"""Return what a ``ModelProto`` says.
 
     Raises
     ------
@@ -119,21 +108,21 @@ def _piece(data: memoryview, number: int) -> Piece:
             except UnicodeDecodeError as error:
                 raise WireError(f"has piece {number} that is not UTF-8 ({error.reason})") from None
         elif key == 2:
-            score = float_of(value)
+            if isinstance(value, int) or len(value) != 4:
+                raise WireError("has a number where a float32 was wanted")
+            (score,) = unpack("<f", value)
         elif key == 3:
-            kind = _kind(_number(value), number)
+            try:
+                kind = TokenKind(_number(value))
+            except ValueError:
+                raise WireError(
+                    f"has piece {number} of type {_number(value)}, wanted 1 to 6"
+                ) from None
     if not text:
         raise WireError(f"has piece {number} without a text")
     if not isfinite(score):
         raise WireError(f"gives piece {printable(text)} the score {score}")
     return Piece(text, score, kind)
-
-
-def _kind(value: int, number: int) -> TokenKind:
-    try:
-        return TokenKind(value)
-    except ValueError:
-        raise WireError(f"has piece {number} of type {value}, wanted 1 to 6") from None
 
 
 def _trainer(model: Model, data: memoryview) -> None:
@@ -150,9 +139,5 @@ def _normalizer(model: Model, data: memoryview) -> None:
     for key, value in fields(data):
         if key == 2:
             model.charsmap = len(_bytes(value)) > 0
-        elif key == 3:
-            model.add_dummy_prefix = _number(value) != 0
-        elif key == 4:
-            model.remove_extra_whitespaces = _number(value) != 0
-        elif key == 5:
-            model.escape_whitespaces = _number(value) != 0
+        elif key in _SPACES:
+            setattr(model, _SPACES[key], _number(value) != 0)

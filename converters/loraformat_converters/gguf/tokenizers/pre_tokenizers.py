@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loraformat_converters.gguf.tokenizers.sources import steps_in
+
 __all__ = ["NAMES", "PreTokenizer", "by_name", "described", "recognised", "steps_of"]
 
 Step = tuple[Any, ...]
@@ -187,9 +189,7 @@ def steps_of(definition: Any) -> tuple[Step, ...] | None:
     >>> steps_of({"type": "Whitespace"}) is None
     True
     """
-    flat = _flat(definition)
-    if not flat or flat[-1] is None:
-        return None
+    flat = steps_in(definition, "pretokenizers")
     steps: list[Step] = []
     bytes_at = None
     for number, one in enumerate(flat):
@@ -203,13 +203,6 @@ def steps_of(definition: Any) -> tuple[Step, ...] | None:
         elif number != len(flat) - 1:
             return None
     return tuple(steps) if bytes_at is not None else None
-
-
-def _flat(definition: Any) -> list[Any]:
-    if isinstance(definition, dict) and definition.get("type") == "Sequence":
-        inner = definition.get("pretokenizers")
-        return [step for one in inner for step in _flat(one)] if isinstance(inner, list) else [None]
-    return [definition]
 
 
 def _step(one: Any) -> Step | None:

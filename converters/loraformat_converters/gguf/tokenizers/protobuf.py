@@ -6,12 +6,10 @@ https://protobuf.dev/programming-guides/encoding/: a message is a row of fields,
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
-__all__ = ["WireError", "fields", "float_of"]
+__all__ = ["WireError", "fields"]
 
-_FLOAT = struct.Struct("<f")
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
 
 
@@ -20,18 +18,9 @@ class WireError(ValueError):
 
 
 def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    r"""Go over the fields of a message.
+    r"""Go over the fields of a message: numbers with values.
 
-    Parameters
-    ----------
-    data : memoryview
-        Of bytes.
-
-    Yields
-    ------
-    tuple of int and (int or memoryview)
-        The field's number and its value: varints as unsigned integers of 64 bits, all others
-        as their bytes.
+    Varints are unsigned integers of 64 bits, all other values their bytes.
 
     Raises
     ------
@@ -79,16 +68,3 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
                 break
             return value, at
     raise WireError(f"has a number of more than 64 bits before byte {at}")
-
-
-def float_of(value: int | memoryview) -> float:
-    """Return a float32 field's number.
-
-    Raises
-    ------
-    WireError
-        If it is of another type.
-    """
-    if isinstance(value, int) or len(value) != 4:
-        raise WireError("has a number where a float32 was wanted")
-    return float(_FLOAT.unpack(value)[0])

@@ -20,8 +20,7 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.tokenizer_files import CarriedTokenizer
 from loraformat.storage.foreign_json import parse_object
 
-__all__ = ["Sources", "stand_alone"]
-
+__all__ = ["Sources", "stand_alone", "steps_in"]
 
 _VOCABULARIES = (("vocab.json", "merges.txt"), ("vocab.txt",))
 _BESIDE = ("special_tokens_map.json", "added_tokens.json")
@@ -31,12 +30,7 @@ _MOST_BYTES = 64 << 20
 
 
 class Sources(CarriedTokenizer):
-    """What a checkpoint carries of its tokenizer.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    """
+    """What a checkpoint carries of its tokenizer."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.files, checkpoint.path)
@@ -74,6 +68,18 @@ class Sources(CarriedTokenizer):
         return found
 
 
+def steps_in(definition: Any, inner: str) -> list[Any]:
+    """Return the steps of a part of ``tokenizer.json``, those of a Sequence from its ``inner``.
+
+    None stands for what should be a list of steps and is none.
+    """
+    if not isinstance(definition, dict) or definition.get("type") != "Sequence":
+        return [] if definition is None else [definition]
+    if not isinstance(steps := definition.get(inner), list):
+        return [None]
+    return [step for one in steps for step in steps_in(one, inner)]
+
+
 def stand_alone(files: CarriedTokenizer) -> bool:
     """Tell whether there is a vocabulary of which transformers can make a tokenizer."""
     return any(all(map(files.has, names)) for names in _VOCABULARIES)
@@ -82,11 +88,7 @@ def stand_alone(files: CarriedTokenizer) -> bool:
 def _made_by_transformers(files: CarriedTokenizer, model_type: str | None) -> dict[str, Any]:
     """Return the ``tokenizer.json`` that transformers makes of a vocabulary.
 
-    Parameters
-    ----------
-    files : CarriedTokenizer
-    model_type : str or None
-        The model's, which names the class where ``tokenizer_config.json`` does not.
+    The model's type names the class where ``tokenizer_config.json`` does not.
 
     Raises
     ------

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraformat.errors import UnsupportedError, printable
-from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.sources import Sources, steps_in
 from loraformat_converters.gguf.tokenizers.vocabulary import added_tokens
 
 __all__ = ["Spaces", "marks_spaces", "spaces_of"]
@@ -22,23 +22,11 @@ _FORMS = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
 
 @dataclass
 class Spaces:
-    """How spaces are converted.
+    """How spaces are converted, and notes where llama.cpp does otherwise."""
 
-    Attributes
-    ----------
-    replaced : bool
-        ``▁`` stands for them.
-    prefix : bool
-        One more stands in front.
-    split : bool
-        A token has ``▁`` at its beginning only.
-    notes : list of str
-        Where llama.cpp does otherwise.
-    """
-
-    replaced: bool = False
-    prefix: bool = False
-    split: bool = False
+    replaced: bool = False  # ▁ stands for them
+    prefix: bool = False  # one more stands in front
+    split: bool = False  # a token has ▁ at its beginning only
     notes: list[str] = field(default_factory=list)
 
     def check(self, pieces: Iterable[str]) -> None:
@@ -66,10 +54,10 @@ def spaces_of(sources: Sources) -> Spaces:
         If llama.cpp does nothing like it.
     """
     found = Spaces()
-    for step in _steps(sources.tokenizer.get("normalizer"), "normalizers"):
+    for step in steps_in(sources.tokenizer.get("normalizer"), "normalizers"):
         _normalizer(sources, found, step)
     prepends = found.prefix
-    for step in _steps(sources.tokenizer.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps_in(sources.tokenizer.get("pre_tokenizer"), "pretokenizers"):
         _pre_tokenizer(sources, found, step)
     if not found.replaced:
         raise sources.refused(
@@ -109,23 +97,14 @@ def marks_spaces(tokenizer: dict[str, Any]) -> bool:
     False
     """
     steps = [
-        *_steps(tokenizer.get("normalizer"), "normalizers"),
-        *_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"),
+        *steps_in(tokenizer.get("normalizer"), "normalizers"),
+        *steps_in(tokenizer.get("pre_tokenizer"), "pretokenizers"),
     ]
     return any(
         "▁" in (step.get("replacement"), step.get("content"), step.get("prepend"))
         for step in steps
         if isinstance(step, dict)
     )
-
-
-def _steps(definition: Any, inner: str) -> list[Any]:
-    if isinstance(definition, dict) and definition.get("type") == "Sequence":
-        steps = definition.get(inner)
-        return [step for one in steps for step in _steps(one, inner)] if (
-            isinstance(steps, list)
-        ) else [steps]  # fmt: skip
-    return [] if definition is None else [definition]
 
 
 def _normalizer(sources: Sources, found: Spaces, step: Any) -> None:

@@ -12,12 +12,18 @@ from typing import Any
 
 from loraformat.errors import printable
 from loraformat_converters.gguf.container.values import GGUFValue
-from loraformat_converters.gguf.tokenizers.sources import Sources
+from loraformat_converters.gguf.tokenizers.sources import Sources, steps_in
 from loraformat_converters.gguf.tokenizers.vocabulary import Converted
 
 __all__ = [
-    "Around", "around", "around_keys", "around_notes", "by_config", "number_keys", "special_keys",
-]  # fmt: skip
+    "Around",
+    "around",
+    "around_keys",
+    "around_notes",
+    "by_config",
+    "number_keys",
+    "special_keys",
+]
 
 #: llama.cpp's names; "seperator" is how it spells it.
 NAMES = {
@@ -106,25 +112,17 @@ def _named(ids: tuple[int, ...], texts: list[str]) -> str:
 def _by_processor(sources: Sources) -> Around:
     first: list[int] = []
     last: list[int] = []
-    for step in _processors(sources.tokenizer.get("post_processor")):
-        if step.get("type") == "TemplateProcessing":
+    for step in steps_in(sources.tokenizer.get("post_processor"), "processors"):
+        kind = step.get("type") if isinstance(step, dict) else None
+        if kind == "TemplateProcessing":
             _template(sources, step, first, last)
-        elif step.get("type") in ("BertProcessing", "RobertaProcessing"):
+        elif kind in ("BertProcessing", "RobertaProcessing"):
             for side, name in ((first, "cls"), (last, "sep")):
                 pair = step.get(name)
                 if not isinstance(pair, list) or len(pair) != 2 or type(pair[1]) is not int:
                     raise sources.wrong("tokenizer.json", "has a damaged post_processor")
                 side.append(pair[1])
     return Around(tuple(first), tuple(last))
-
-
-def _processors(processor: Any) -> list[dict[str, Any]]:
-    if not isinstance(processor, dict):
-        return []
-    if processor.get("type") == "Sequence":
-        steps = processor.get("processors")
-        return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    return [processor]
 
 
 def _template(sources: Sources, step: dict[str, Any], first: list[int], last: list[int]) -> None:

@@ -31,14 +31,6 @@ def turn_end_keys(
 ) -> tuple[dict[str, GGUFValue], list[str]]:
     """Return the keys for tokens that end texts besides EOS, and what they cannot say.
 
-    Parameters
-    ----------
-    tokenizer : CarriedTokenizer
-    eos : int or None
-        The EOS token of the file.
-    texts : list of str
-        The vocabulary.
-
     Raises
     ------
     InputError

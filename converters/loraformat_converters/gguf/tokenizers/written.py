@@ -24,11 +24,7 @@ _ADDED = (TokenKind.CONTROL, TokenKind.USER_DEFINED, TokenKind.UNKNOWN)
 class Tokens:
     """The vocabulary of a GGUF file and its special tokens.
 
-    Parameters
-    ----------
-    gguf : GGUFFile
-    special : mapping of str to int
-        Numbers of special tokens that llama.cpp takes where the file does not say.
+    ``special`` are the numbers that llama.cpp takes where the file does not say.
 
     Raises
     ------
@@ -122,11 +118,13 @@ def _processor(tokens: Tokens) -> dict[str, Any] | None:
 
 
 def tokenizer_files(
-    gguf: GGUFFile, tokens: Tokens, tokenizer: dict[str, Any], **config: Any
+    gguf: GGUFFile, tokens: Tokens, tokenizer: dict[str, Any]
 ) -> tuple[CarriedFile, ...]:
     """Return all files: those given, ``tokenizer_config.json`` and the chat templates."""
-    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    values["clean_up_tokenization_spaces"] = False
+    values: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     for kind, number in tokens.special.items():
         # A config may name an ordinary token; transformers would cut texts at it.
         if tokens.kinds[number] in _ADDED:

@@ -71,7 +71,7 @@ class Architecture:
     def of(
         self, values: Mapping[str, Any], model_type: str | None = None, *, headless: bool = False
     ) -> Config:
-        """Return the hyperparameters that a ``config.json`` gives, of the first of `models` by default."""
+        """Return the hyperparameters that a ``config.json`` gives, by default of the first type."""
         defaults = self.defaults[model_type or next(iter(self.models))]
         return Config(values, defaults, self.names, headless=headless)
 

@@ -51,8 +51,8 @@ _LLAMA3_CONTEXT = 8192
 class Rope:
     """The rotary embedding that a config asks for, with the model class's default of theta.
 
-    ``kinds`` and ``partial`` tell what the architecture can do in llama.cpp: kinds of scaling beside
-    ``default``, and rotating a part of a head. ``layer_type`` chooses where the layers differ.
+    ``kinds`` and ``partial`` tell what the architecture can do in llama.cpp: kinds of scaling
+    beside ``default``, and rotating a part of a head. ``layer_type`` chooses where layers differ.
 
     Raises
     ------

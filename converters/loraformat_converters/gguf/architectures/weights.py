@@ -75,7 +75,7 @@ _SIZES: dict[str, Callable[[Config], int]] = {
 class WeightName:
     """One tensor here, one tensor there: templates of both names, and the shape in GGUF.
 
-    ``transform`` chooses the transform from Hugging Face to GGUF; ``required`` if every model has it.
+    ``transform`` chooses that from Hugging Face to GGUF; a required one is in every model.
     """
 
     gguf: str
@@ -94,9 +94,9 @@ class WeightName:
 class ExpertWeightName:
     """The experts of a layer: one tensor with a leading dimension in GGUF.
 
-    ``hf`` names them with ``{expert}``, as transformers stores them. ``fused`` is the parameter that
-    holds them in memory since transformers 5, and ``half`` which half of the rows of each of its
-    matrices they are; None for all.
+    ``hf`` names them with ``{expert}``, as transformers stores them. ``fused`` is the parameter
+    that holds them in memory since transformers 5, and ``half`` which half of the rows of each of
+    its matrices they are; None for all.
     """
 
     gguf: str

@@ -43,7 +43,7 @@ class MatrixRows:
 class TensorReader:
     """A tensor of the source, whole if it is stored so, by rows if it is computed.
 
-    NF4 is decoded to float32. ``by_rows`` if rows are enough: what a transform turns is loaded whole.
+    NF4 is decoded to float32. Rows are not enough for a transform that turns the tensor round.
     """
 
     def __init__(self, tensor: LazyTensor, by_rows: bool) -> None:

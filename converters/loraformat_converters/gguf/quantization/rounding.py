@@ -94,7 +94,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A matrix whose stored values an observer gets, and a reader of the rows that it had before."""
+    """An observer of a matrix's stored values, and what reads the rows that it had before."""
 
     watch: RoundingObserver
     before: Callable[[int, int], Array]

@@ -23,10 +23,18 @@ LARGEST = 2**31 - 1
 
 
 class Config:
-    """A model's hyperparameters: ``config.json`` (or ``text_config``) over its class's defaults.
+    """A model's hyperparameters.
 
-    ``names`` are those members that the model's class calls otherwise than nearly all others do.
-    Of a headless model llama.cpp takes the embedding for an output head, as if it were tied.
+    Parameters
+    ----------
+    values : mapping
+        ``config.json``; of a model with more than text, its ``text_config``.
+    defaults : mapping
+        Of the model's class.
+    names : mapping of str to str
+        The members that the model's class calls otherwise than nearly all others do.
+    headless : bool
+        The model has no output head. llama.cpp takes its embedding for one, as if it were tied.
     """
 
     def __init__(

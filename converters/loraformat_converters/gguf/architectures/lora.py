@@ -25,8 +25,10 @@ class LoraTarget:
 
     Attributes
     ----------
-    module, tensor : str
-        The Hugging Face module (of experts the parameter), and the GGUF weight.
+    module : str
+        The Hugging Face module, or, for experts, the parameter.
+    tensor : str
+        The GGUF weight, for example ``blk.0.attn_q.weight``.
     rows : Transform
         Order of the rows of B: `IDENTITY` or `HeadOrder`, from Hugging Face to GGUF.
     half : int or None

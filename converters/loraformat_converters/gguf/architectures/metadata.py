@@ -96,9 +96,15 @@ def uint(
     default: int | Callable[[Members], int] | None = None,
     most: int = LARGEST,
 ) -> MetadataRow:
-    """Return the row of a positive whole number, by its names in GGUF and in ``config.json``.
+    """Return the row of a positive whole number.
 
-    ``default`` is what a file without the key means; it may follow from the members before.
+    Parameters
+    ----------
+    key, member : str
+        Its names in GGUF, behind the architecture's, and in ``config.json``.
+    default : int or callable, optional
+        What a file without the key means; may follow from the members before.
+    most : int
     """
 
     def write(config: Config, keys: MetadataBuilder) -> None:
@@ -130,8 +136,15 @@ def number(
 def only(member: str, *wanted: Any, why: str, implied: bool = True) -> MetadataRow:
     """Return the row of a member that may have no other value than llama.cpp computes with.
 
-    Of those wanted the first is what a file implies, if a config made from it has the member at
-    all. ``why`` is for users whose model has another value.
+    Parameters
+    ----------
+    member : str
+    *wanted
+        Its values; the first is what a file implies.
+    why : str
+        The reason for users whose model has another one.
+    implied : bool
+        Whether a config that is made from a file has the member.
     """
 
     def write(config: Config, keys: MetadataBuilder) -> None:

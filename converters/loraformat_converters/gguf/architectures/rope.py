@@ -49,10 +49,19 @@ _LLAMA3_CONTEXT = 8192
 
 
 class Rope:
-    """The rotary embedding that a config asks for, with the model class's default of theta.
+    """The rotary embedding that a config asks for.
 
-    ``kinds`` and ``partial`` tell what the architecture can do in llama.cpp: kinds of scaling
-    beside ``default``, and rotating a part of a head. ``layer_type`` chooses where layers differ.
+    Parameters
+    ----------
+    config : Config
+    theta : float
+        The default of the model's class.
+    kinds : collection of str
+        What the architecture can do in llama.cpp, beside ``default``.
+    partial : bool
+        Whether it can rotate a part of a head.
+    layer_type : str, optional
+        Which of several, where the layers differ.
 
     Raises
     ------

@@ -38,10 +38,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """A matrix (or vector) of this shape within a stored tensor.
+    """A matrix (or vector) within a stored tensor.
 
-    ``expert`` is an index along the first of three dimensions, ``start`` the first row, where the
-    part is some rows of the matrix.
+    Attributes
+    ----------
+    source : str
+        The tensor's name.
+    shape : tuple of int
+        Of the part.
+    expert : int or None
+        Index along the first of three dimensions.
+    start : int
+        The first row, where the part is some rows of the matrix.
     """
 
     source: str
@@ -57,7 +65,18 @@ class TensorSlice:
 
 @dataclass(frozen=True, slots=True)
 class TensorMapping:
-    """How one tensor is made: its rows are those of its parts, each transformed, in this order."""
+    """How one tensor is made.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+        As numpy counts.
+    parts : tuple of TensorSlice
+        Their rows, one part after the other, are the rows of the tensor.
+    transform : Transform
+        Applied to each part.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -73,9 +73,20 @@ _SIZES: dict[str, Callable[[Config], int]] = {
 
 @dataclass(frozen=True, slots=True)
 class WeightName:
-    """One tensor here, one tensor there: templates of both names, and the shape in GGUF.
+    """One tensor here, one tensor there.
 
-    ``transform`` chooses that from Hugging Face to GGUF; a required one is in every model.
+    Attributes
+    ----------
+    gguf : str
+        Template of the GGUF name.
+    hf : str
+        Template of the Hugging Face name.
+    shape : str
+        In GGUF, as numpy counts.
+    transform : callable
+        Chooses the transform from Hugging Face to GGUF.
+    required : bool
+        Whether every model has it.
     """
 
     gguf: str
@@ -94,9 +105,18 @@ class WeightName:
 class ExpertWeightName:
     """The experts of a layer: one tensor with a leading dimension in GGUF.
 
-    ``hf`` names them with ``{expert}``, as transformers stores them. ``fused`` is the parameter
-    that holds them in memory since transformers 5, and ``half`` which half of the rows of each of
-    its matrices they are; None for all.
+    Attributes
+    ----------
+    gguf : str
+        Template, for example ``blk.{layer}.ffn_gate_exps.weight``.
+    hf : str
+        Template with ``{expert}``, as transformers stores them.
+    shape : str
+        In GGUF.
+    fused : str
+        Template of the parameter that holds them in memory since transformers 5.
+    half : int or None
+        Which half of the rows of each matrix of that parameter; None for all of them.
     """
 
     gguf: str

@@ -47,10 +47,19 @@ _ANCESTORS = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """A tensor of a file, at ``offset`` from its beginning.
+    """A tensor of a file.
 
-    ``shape`` is as numpy counts, ``(out, in)`` for a linear weight: GGUF stores sizes the other way
-    round. ``part`` is which file holds it of a model that was split, from 0.
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+        As numpy counts, ``(out, in)`` for a linear weight: GGUF stores them the other way round.
+    type : GGMLType
+    offset : int
+        From the beginning of the file.
+    nbytes : int
+    part : int
+        Which file holds it of a model that was split, from 0.
     """
 
     name: str
@@ -86,7 +95,16 @@ def aligned(position: int, alignment: int) -> int:
 def parse_header(
     read: Callable[[int, int], bytes | memoryview], nbytes: int, path: Path
 ) -> GGUFHeader:
-    """Read and check the head of a file, by what returns the bytes between two positions in it.
+    """Read and check the head of a file.
+
+    Parameters
+    ----------
+    read : callable
+        Returns the bytes between two positions, both inside the file.
+    nbytes : int
+        Size of the file.
+    path : Path
+        For messages.
 
     Raises
     ------

@@ -34,10 +34,18 @@ _VERSION = 3
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor to be written, of one to four dimensions, as numpy counts.
+    """A tensor to be written.
 
-    ``chunks`` yields its bytes, in order, in pieces of any size (`quantized_tiles` makes such); it
-    is called once, when the tensor's turn comes.
+    Attributes
+    ----------
+    name : str
+        At most 63 bytes of UTF-8.
+    shape : tuple of int
+        As numpy counts; one to four dimensions.
+    type : GGMLType
+    chunks : callable
+        Yields its bytes, in order, in pieces of any size; called once, when its turn comes.
+        `loraformat_converters.gguf.quantization.blocks.quantized_tiles` makes such pieces.
     """
 
     name: str

@@ -27,7 +27,17 @@ _BLOCKS = 3008
 
 
 def store_blocks(tile: Array, stored: Array, type: GGMLType) -> None:
-    """Write float32 rows of whole blocks, finite and within float16, into rows of uint8."""
+    """Write the bytes of some rows.
+
+    Parameters
+    ----------
+    tile : numpy.ndarray
+        float32, rows of whole blocks; finite, and within float16.
+    stored : numpy.ndarray
+        uint8, to be filled row by row.
+    type : GGMLType
+        Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0.
+    """
     rows, out = tile.reshape(-1, type.block), stored.reshape(-1, type.block_bytes)
     for start in range(0, len(rows), _BLOCKS):
         _store_some(rows[start : start + _BLOCKS], out[start : start + _BLOCKS], type)

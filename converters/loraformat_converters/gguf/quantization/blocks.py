@@ -57,8 +57,23 @@ def dequantize(
 ) -> Array:
     """Return stored numbers as float32.
 
-    Of an F32 tensor it is a view, for reading; integers beyond 2^24 and F64 are rounded to nearest
-    even. ``threads`` is 1 in a thread that shares work with others; every CPU by default.
+    Parameters
+    ----------
+    view : memoryview
+        A tensor's bytes.
+    type : GGMLType
+    shape : tuple of int
+        As numpy counts.
+    name : str
+        Of the tensor, for messages.
+    threads : int, optional
+        1 in a thread that shares work with others; every CPU by default.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32, of that shape. Of an F32 tensor a view, for reading; integers beyond 2^24
+        and F64 are rounded to nearest even.
 
     Raises
     ------

@@ -94,7 +94,14 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """An observer of a matrix's stored values, and what reads the rows that it had before."""
+    """A matrix whose stored values are passed to an observer.
+
+    Attributes
+    ----------
+    watch : RoundingObserver
+    before : callable
+        Returns rows of what the matrix was, as `rounded` asks for those of what it is.
+    """
 
     watch: RoundingObserver
     before: Callable[[int, int], Array]
@@ -109,10 +116,22 @@ def rounded(
     loss: Loss | None,
     watched: Watched | None = None,
 ) -> Iterator[bytes]:
-    """Yield the bytes of a matrix of ``rows`` times ``length`` numbers in a type.
+    """Yield the bytes of a matrix in a type.
 
-    ``rows_of`` returns rows ``start`` to ``stop``, floating, of any type; several threads call it.
-    ``name`` is that of the source's tensor, and ``loss`` adds up the difference, if there is one.
+    Parameters
+    ----------
+    rows_of : callable
+        Returns rows ``start`` to ``stop``, floating, of any type; called by several threads.
+    rows : int
+    length : int
+        Numbers in a row.
+    kind : GGMLType
+        One of `loraformat_converters.gguf.quantization.blocks.QUANTIZABLE`.
+    name : str
+        Of the tensor of the source.
+    loss : Loss or None
+        Where the difference is added up; None if there is none.
+    watched : Watched, optional
 
     Raises
     ------

@@ -35,10 +35,19 @@ class Piece:
 
 @dataclass
 class Model:
-    """What a model says, under the names of ``ModelProto``.
+    """What a model says.
 
-    ``special`` are the numbers of ``unk``, ``bos``, ``eos`` and ``pad``, -1 where there is none. If
-    it has a ``charsmap``, characters are replaced before anything else.
+    Attributes
+    ----------
+    pieces : list of Piece
+    algorithm : str
+        ``Unigram`` or ``BPE``, or one that no language model uses.
+    special : dict of str to int
+        Numbers of ``unk``, ``bos``, ``eos``, ``pad``; -1 where there is none.
+    add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces : bool
+    treat_whitespace_as_suffix : bool
+    charsmap : bool
+        Characters are replaced before anything else.
     """
 
     pieces: list[Piece] = field(default_factory=list)

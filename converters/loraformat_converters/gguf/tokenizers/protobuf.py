@@ -18,9 +18,18 @@ class WireError(ValueError):
 
 
 def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    r"""Go over the fields of a message: numbers with values.
+    r"""Go over the fields of a message.
 
-    Varints are unsigned integers of 64 bits, all other values their bytes.
+    Parameters
+    ----------
+    data : memoryview
+        Of bytes.
+
+    Yields
+    ------
+    tuple of int and (int or memoryview)
+        The field's number and its value: varints as unsigned integers of 64 bits, all others
+        as their bytes.
 
     Raises
     ------

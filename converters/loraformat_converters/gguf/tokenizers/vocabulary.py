@@ -44,10 +44,17 @@ class TokenKind(IntEnum):
 
 @dataclass
 class Converted:
-    """A tokenizer on its way into a GGUF file, with all keys but those about special tokens.
+    """A tokenizer on its way into a GGUF file.
 
-    Notes say where llama.cpp will do something else; ``special`` are the numbers of the special
-    tokens that the tokenizer itself knows, by kind.
+    Attributes
+    ----------
+    keys : dict of str to GGUFValue
+        All but those about special tokens.
+    vocabulary : Vocabulary
+    notes : list of str
+        Where llama.cpp will do something else.
+    special : dict of str to int
+        Numbers of special tokens that the tokenizer itself knows, by kind.
     """
 
     keys: dict[str, GGUFValue]
@@ -191,10 +198,18 @@ def put_added_tokens(
     spaced: bool = False,
     scores: Mapping[str, float] | None = None,
 ) -> None:
-    """Give added tokens their rows, over what stood there, and scores if merging builds them, too.
+    """Give added tokens their rows, over what stood there.
 
-    ``unknown`` is the token for what is not known. If ``spaced``, what is found after spaces have
-    become ``▁`` stands with spaces.
+    Parameters
+    ----------
+    sources : Sources
+    vocabulary : Vocabulary
+    unknown : str, optional
+        The token for what is not known.
+    spaced : bool
+        What is found after spaces have become ``▁`` stands with spaces.
+    scores : mapping of str to float, optional
+        Of tokens that merging builds, too.
     """
     for token in added_tokens(sources):
         text = token["content"]

@@ -85,6 +85,8 @@ class BaseFacts:
         Of its repository, if it is from the Hub.
     shared_block : str or None
         The part of a name below which several of its layers have the same weights.
+    single_experts : bool
+        Checkpoints of it have names for the linears of each of its experts.
     """
 
     model_type: str | None = None
@@ -96,6 +98,7 @@ class BaseFacts:
     gguf_architecture: str | None = None
     commit: str | None = None
     shared_block: str | None = None
+    single_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

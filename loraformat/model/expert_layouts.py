@@ -23,11 +23,21 @@ from loraformat.model.checkpoint import Checkpoint
 from loraformat.model.expert_deltas import apart, fused, repeated, stacked
 from loraformat.model.tied_head import config_of
 
-__all__ = ["ExpertLayout", "is_of_one_expert", "needs_fusing", "rearranged", "with_fused_experts"]
+__all__ = [
+    "ExpertLayout",
+    "has_single_experts",
+    "is_named_stack",
+    "is_of_one_expert",
+    "needs_fusing",
+    "rearranged",
+    "with_fused_experts",
+]
 
 ExpertLayout = Literal["each", "fused"]
 
-_ONE = re.compile(r"\.experts\.(\d+)\.")
+#: More than any model has; a name for each must not cost a hostile file's reader its memory.
+_MOST_EXPERTS = 1 << 16
+_ONE = re.compile(r"\.experts\.([0-9]{1,6})\.")
 #: Stacks by the name of a linear, as SGLang and vLLM take them (``--experts-shared-outer-loras``,
 #: ``--enable-moe-shared-loras``) and Tinker writes them, and what checkpoints may call it.
 _STACK = re.compile(r"(.+\.experts)\.(w[123]|gate_proj|up_proj|down_proj)\.weight")
@@ -62,6 +72,11 @@ def is_of_one_expert(target: str) -> bool:
 def is_named_stack(delta: LoraDelta) -> bool:
     """Tell whether a delta is of all experts under the name of a linear of theirs."""
     return len(delta.a.shape) == 3 and _STACK.fullmatch(delta.target) is not None
+
+
+def has_single_experts(base: Checkpoint) -> bool:
+    """Tell whether the linears of a base's experts have names of their own in checkpoints."""
+    return bool(_tensors(base, names_of(base)))
 
 
 def needs_fusing(adapter: Adapter, base: Checkpoint) -> bool:
@@ -112,7 +127,7 @@ def _converted_by_peft(adapter: Adapter, base: Checkpoint) -> bool:
               if name not in singles}  # fmt: skip
     if not named <= leaves or others & leaves or len({d.rank for d in singles.values()}) != 1:
         return False
-    tensors, there = _tensors(base, adapter), {_key(name) for name in singles}
+    tensors, there = _tensors(base, _names(base, adapter)), {_key(name) for name in singles}
     touched = {place.parameter for place in _places(tensors, there)}
     return all(_key(name) in there for parameter in touched for parts in tensors[parameter]
                for name in parts)  # fmt: skip
@@ -131,7 +146,8 @@ def with_fused_experts(adapter: Adapter, base: Checkpoint) -> Adapter:
     UnsupportedError
         If nothing says which rows of a parameter belong to an expert's linears.
     """
-    tensors, names = _tensors(base, adapter), _names(base, adapter)
+    names = _names(base, adapter)
+    tensors = _tensors(base, names)
     owners = _owners(tensors)
     kept: dict[str, LoraDelta] = {}
     members: dict[str, dict[int, dict[int, LoraDelta]]] = {}
@@ -171,7 +187,8 @@ def with_fused_experts(adapter: Adapter, base: Checkpoint) -> Adapter:
 
 def _with_single_experts(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter with a delta for each linear of each expert, as checkpoints name them."""
-    tensors = {_key(parameter): parts for parameter, parts in _tensors(base, adapter).items()}
+    found = _tensors(base, _names(base, adapter))
+    tensors = {_key(parameter): parts for parameter, parts in found.items()}
     deltas: dict[str, LoraDelta] = {}
     for target, delta in adapter.deltas.items():
         if len(delta.a.shape) != 3:
@@ -220,9 +237,8 @@ def _place(target: str, owners: Mapping[str, _Place]) -> _Place | None:
     return next((owners[_key(name)] for name in names if _key(name) in owners), None)
 
 
-def _tensors(base: Checkpoint, adapter: Adapter) -> dict[str, list[list[str]]]:
+def _tensors(base: Checkpoint, names: BaseNames) -> dict[str, list[list[str]]]:
     """Return by parameter and expert what checkpoints call the linears, in the order of rows."""
-    names, config = _names(base, adapter), config_of(base)
     memory = names.memory
     found: dict[str, list[list[str]]] = {}
     if memory is not None:
@@ -231,37 +247,46 @@ def _tensors(base: Checkpoint, adapter: Adapter) -> dict[str, list[list[str]]]:
             for name, experts in memory.sources.stacked.items()
             if all(_ONE.search(tensor) for parts in experts for tensor in parts)
         }
-    shapes = {**names.shapes, **(memory.shapes if memory is not None else {})}
-    family = family_of(config)
+    family = family_of(config_of(base))
     if not family.expert_leaves or family.transposed_experts:
         return found
-    number = 1 if "w1" in family.expert_leaves else 0
+    like_mixtral = "w1" in family.expert_leaves
     known = {_key(parameter) for parameter in found}
-    for parameter, shape in (shapes | _stored_one_by_one(names)).items():
+    for parameter, experts in _numbers_of_experts(names).items():
         home, _, leaf = parameter.rpartition(".")
-        if len(shape) != 3 or not home.endswith(".experts") or _key(parameter) in known:
-            continue
-        if leaf in ("gate_up_proj", "down_proj"):
-            leaves = EXPERT_LEAVES[leaf][number]
-            there = spelled_on_disk(home) if number else home
-            found[parameter] = [
-                [f"{there}.{expert}.{part}.weight" for part in leaves] for expert in range(shape[0])
-            ]
+        if _key(parameter) not in known:
             known.add(_key(parameter))
+            leaves = EXPERT_LEAVES[leaf][1 if like_mixtral else 0]
+            there = spelled_on_disk(home) if like_mixtral else home
+            found[parameter] = [
+                [f"{there}.{expert}.{part}.weight" for part in leaves] for expert in range(experts)
+            ]
     return found
 
 
-def _stored_one_by_one(names: BaseNames) -> dict[str, tuple[int, ...]]:
-    """Return the parameters of experts that are stored one by one, without transformers."""
-    found: dict[str, tuple[int, ...]] = {}
-    if names.memory is not None:
-        return found
-    for name, shape in names.shapes.items():
-        if (match := _ONE.search(name)) is not None and len(shape) == 2:
-            home = spelled_in_memory(name[: match.end(0)]).rpartition(".experts.")[0] + ".experts"
-            experts = max(int(match[1]) + 1, found.get(f"{home}.down_proj", (0,))[0])
+def _numbers_of_experts(names: BaseNames) -> dict[str, int]:
+    """Return the number of experts of each parameter of theirs: stored, or in memory.
+
+    Without transformers they are counted where they are stored one by one.
+    """
+    shapes = {**names.shapes, **(names.memory.shapes if names.memory is not None else {})}
+    found = {
+        name: shape[0]
+        for name, shape in shapes.items()
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+        and len(shape) == 3
+        and all(shape)
+        and shape[0] <= _MOST_EXPERTS
+    }
+    if names.memory is None:
+        homes: dict[str, set[str]] = {}
+        for name in names.shapes:
+            if (match := _ONE.search(name)) is not None:
+                home = f"{spelled_in_memory(name[: match.end()])[: -len(match[1]) - 2]}"
+                homes.setdefault(home, set()).add(match[1])
+        for home, numbers in homes.items():
             for leaf in ("gate_up_proj", "down_proj"):
-                found[f"{home}.{leaf}"] = (experts, 0, 0)
+                found.setdefault(f"{home}.{leaf}", len(numbers))
     return found
 
 

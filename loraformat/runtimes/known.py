@@ -41,6 +41,18 @@ _IMPORT = (
     "Ollama's import of PEFT directories writes lora_alpha as the single alpha of a GGUF file; "
     "loraformat folds the remaining factor into B"
 )
+# vLLM: class attribute is_3d_moe_weight, LoRAModelManager._stack_moe_lora_weights and pack_moe in
+# vllm/lora/model_manager.py (commit 01533aa, read in December 2026).
+_VLLM_EXPERTS = (
+    "vLLM takes target_parameters only of models whose experts it keeps fused (gpt-oss, Qwen3.5, "
+    "Qwen3-VL), and of others a LoRA for each expert (vllm-project/vllm#41384, #52194)"
+)
+# SGLang: its loader resolves experts.N.gate_proj and stacks experts.w1, and PEFT's fused names
+# match neither (pull requests 25528 and 27381, closed; read in December 2026).
+_SGLANG_EXPERTS = (
+    "deltas of target_parameters are silently dropped (sgl-project/sglang#25528); a LoRA for each "
+    "expert is loaded"
+)
 _MERGED = "a merged model has the tokenizer files of the base"
 
 TRANSFORMERS = Runtime(
@@ -60,6 +72,9 @@ TRANSFORMERS = Runtime(
         ),
         "KEY_PREFIX": differs(
             "PEFT leaves these at their initial values, with a warning", "rewrite"
+        ),
+        "EXPERTS_STACKED": differs(
+            "PEFT has no modules of these names, and ignores them", "experts-fused"
         ),
         "LOAD_FAILS": refuses("PEFT raises this error", "rewrite"),
         "LOAD_RESIZED": refuses(
@@ -114,6 +129,7 @@ VLLM = Runtime(
     most=VLLM_RANKS[-1],
     default_rank=VLLM_DEFAULT,
     replaces=("score", "classifier"),
+    fused_experts=("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe"),
     treats={
         "INIT_MUTATES_BASE": refuses("vLLM rejects these initialisations", "advice", _INIT),
         "ALORA": unknown("support for invocation tokens was not checked", "advice"),
@@ -141,9 +157,19 @@ VLLM = Runtime(
             "rewrite",
         ),
         "EMBEDDING": unknown("support for embedding deltas was not checked", "merge"),
-        "MOE": refuses(
-            "adapters of target_parameters are not loaded (vllm-project/vllm#41384, #52194)",
-            "merge",
+        "MOE": refuses(_VLLM_EXPERTS, "experts"),
+        "MOE_ONLY_FUSED": refuses(_VLLM_EXPERTS, "merge"),
+        "EXPERTS_EACH": refuses(
+            "vLLM keeps the experts of this model fused, and takes a LoRA for each only with "
+            "--enable-mixed-moe-lora-format; without it the weights land in wrong buffers",
+            "advice",
+            "start it with --enable-mixed-moe-lora-format, and name the adapter in --lora-modules "
+            'with "is_3d_lora_weight": false',
+        ),
+        "EXPERTS_STACKED": refuses(
+            "vLLM takes these names only with --enable-moe-shared-loras, and then one A of w1 and "
+            "w3 and one B of w2 for all experts",
+            "experts",
         ),
         "TIED_HEAD": unknown("support for tied heads was not checked", "merge"),
         "TOKENIZER_CHANGED": caution(
@@ -182,9 +208,12 @@ SGLANG = Runtime(
         ),
         "KEY_PREFIX": unknown("only the names that PEFT writes were checked", "rewrite"),
         "EMBEDDING": unknown("support for embedding deltas was not checked", "merge"),
-        "MOE": differs(
-            "deltas of target_parameters are silently dropped (sgl-project/sglang#25528)",
-            "merge",
+        "MOE": differs(_SGLANG_EXPERTS, "experts"),
+        "MOE_ONLY_FUSED": differs(_SGLANG_EXPERTS, "merge"),
+        "EXPERTS_STACKED": caution(
+            "one A or B for all experts needs an option",
+            "advice",
+            "start it with --experts-shared-outer-loras if A of w1 and B of w2 are of one expert",
         ),
         "TIED_HEAD": unknown("support for tied heads was not checked", "merge"),
         "TOKENIZER_CHANGED": caution(
@@ -239,6 +268,9 @@ LORAX = Runtime(
         ),
         "EMBEDDING": differs(_BY_NAME, "merge"),
         "MOE": differs(_BY_NAME, "merge"),
+        "MOE_ONLY_FUSED": differs(_BY_NAME, "merge"),
+        "EXPERTS_EACH": unknown("support for experts was not checked", "merge"),
+        "EXPERTS_STACKED": differs(_BY_NAME, "merge"),
         "TIED_HEAD": differs("LoRAX supports the head but not the embedding", "merge"),
         "TOKENIZER_CHANGED": caution(
             "LoRAX has one tokenizer for the base and all adapters (predibase/lorax#538)",
@@ -291,6 +323,8 @@ LLAMA_CPP = Runtime(
             "gguf",
         ),
         "MOE": refuses("llama.cpp's own converter maps no fused experts", "gguf"),
+        "MOE_ONLY_FUSED": refuses("llama.cpp's own converter maps no fused experts", "gguf"),
+        "EXPERTS_STACKED": refuses("llama.cpp's own converter maps no such names", "gguf"),
         "TIED_HEAD": refuses(
             "there is no tensor for a tied head, and a delta of its embedding aborts the process",
             "merge-gguf",
@@ -331,6 +365,7 @@ OLLAMA = replace(
         ),
         "CONV1D": refuses("Ollama's import supports only llama and gemma2", "gguf"),
         "MOE": refuses("Ollama's import maps no fused experts", "gguf"),
+        "MOE_ONLY_FUSED": refuses("Ollama's import maps no fused experts", "gguf"),
         "ARCHITECTURE": caution(
             "Ollama's import of PEFT directories supports only llama and gemma2; GGUF adapters "
             "must have the base's architecture",

@@ -35,7 +35,7 @@ Outcome = Literal["refuses", "differs", "caution", "unknown"]
 #: What fixes it: a command of loraformat's, or (advice) nothing that a command could do.
 Remedy = Literal[
     "fix", "gguf", "peft", "merge", "merge-gguf", "reduce", "rewrite", "retype", "fill",
-    "other-base", "advice",
+    "other-base", "advice", "experts", "experts-fused",
 ]  # fmt: skip
 
 _LEVELS: dict[Outcome, Level] = {
@@ -116,6 +116,8 @@ class Runtime:
     asks_peft : bool
         It loads adapters with PEFT, so that what PEFT's own load says outranks rules about names
         and shapes.
+    fused_experts : tuple of str
+        Model types whose experts it keeps fused, so that it takes PEFT's ``target_parameters``.
     imports : tuple of str
         GGUF architectures whose PEFT adapters it converts itself.
     treats : mapping of str to Treatment or None
@@ -137,6 +139,7 @@ class Runtime:
     whole_types: bool = False
     replaces: tuple[str, ...] = ()
     asks_peft: bool = False
+    fused_experts: tuple[str, ...] = ()
     imports: tuple[str, ...] = ()
     treats: Mapping[str, Treatment | None] = field(default_factory=dict)
 

@@ -27,6 +27,14 @@ _REMEDIES: dict[Remedy, tuple[str, str]] = {
     "reduce": ("reduce its rank", "reduce {adapter} -o {stem}-r{most} --rank {most}"),
     "rewrite": ("rewrite it", "convert {adapter} {stem}-rewritten --canonical{held}"),
     "retype": ("rewrite it", "convert {adapter} {stem}-f32 --dtype f32{held}"),
+    "experts": (
+        "write a LoRA for each expert",
+        "convert {adapter} {stem}-each --experts each --base {base}",
+    ),
+    "experts-fused": (
+        "write it for the fused experts",
+        "convert {adapter} {stem}-fused --experts fused --base {base}",
+    ),
     "other-base": (
         "give the base that it was trained on",
         "check {adapter} --base {its_base}",

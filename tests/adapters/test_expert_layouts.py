@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from loraformat.cli import main
 from loraformat.errors import InputError, UnsupportedError, UsageError
+from loraformat.model.base_names import resolver
 from loraformat.ops.check.check import fix
 from loraformat.ops.convert.convert import convert
+from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
 from tests.adapters.expert_adapters import (
     BOTH,
@@ -206,3 +208,26 @@ def test_check_fixes_into_a_layout(qwen: Made, tmp_path: Path) -> None:
     assert left.value.code == 0
     qwen.check(out)
     assert any(".experts.0.gate_proj." in name for name in expert_names(out))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("output", ["each", "fused"])
+def test_without_transformers_names_tell_the_same(
+    kind: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(tmp_path, kind)
+    convert(made.sources["shared"], tmp_path / "wanted", base=made.base, **OUTPUTS[output])
+    resolver._names.cache_clear()
+    monkeypatch.setattr(resolver, "in_memory", lambda *_: None)
+    for source in SOURCES:
+        out = tmp_path / f"{source} {output}"
+        convert(made.sources[source], out, base=made.base, **OUTPUTS[output])
+        made.check(out)
+        assert expert_names(out) == expert_names(tmp_path / "wanted")
+    resolver._names.cache_clear()
+
+
+def test_info_needs_no_base(qwen: Made) -> None:
+    for source in SOURCES:
+        if source != "before 0.19":
+            assert info(qwen.sources[source]).kind == "adapter"

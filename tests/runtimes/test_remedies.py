@@ -13,9 +13,14 @@ from bases import make_base
 from features import FEATURES
 
 from loraformat.cli import main
+from loraformat.model.adapter_facts import AdapterFacts, BaseFacts, ModuleFacts
 from loraformat.ops.check.check import check, fix
 from loraformat.ops.info.model import info
+from loraformat.runtimes.judge import findings
+from loraformat.runtimes.known import RUNTIMES
+from loraformat.runtimes.remedies import Names
 from loraformat.runtimes.rules import RULES
+from tests.adapters.expert_adapters import named_stacks, with_shared_factors
 
 #: Features that need no base of their own, and every command of theirs that is another.
 SHOWN = [
@@ -128,6 +133,61 @@ def test_fused_experts(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    """A tiny Mixtral, an adapter of its fused experts, and the same as stacks."""
+    folder = tmp_path_factory.mktemp("moe")
+    base = make_base("mixtral", folder / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    trained(base, folder / "A", target_modules=["q_proj", "v_proj"], target_parameters=names, r=4)
+    with_shared_factors(folder / "A", 4)
+    named_stacks(folder / "A", folder / "S", 4, shared=True)
+    return folder, base
+
+
+def test_vllm_gets_a_lora_for_each_expert(moe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, base = moe
+    (finding,) = check(folder / "A", base=base, runtime=["vllm"]).findings
+    assert (finding.rule, finding.kind) == ("MOE", "experts")
+    run(finding.command)
+    assert not check("A-each", base=base, runtime=["vllm", "transformers"]).findings
+    assert bases.apart(logits_of(base, "A-each"), logits_of(base, folder / "A")) < 1e-5
+
+
+def test_stacks_of_experts(moe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, base = moe
+    report = check(folder / "S", base=base)
+    assert {m.experts for m in report.facts.modules} == {0, 4}
+    assert report.ranks == [4]
+    assert all_commands(report, base, "EXPERTS_STACKED") == {
+        ("transformers", "fail"), ("vllm", "fail"), ("sglang", "warn"), ("lorax", "fail"),
+        ("llama.cpp", "fail"), ("ollama", "fail"),
+    }  # fmt: skip
+    wanted = logits_of(base, folder / "A")
+    for name in ("S-fused", "S-each"):
+        assert bases.apart(logits_of(base, name), wanted) < 1e-5
+
+
+def test_experts_of_a_model_that_a_runtime_keeps_fused():
+    """Without its weights, which would be a whole gpt-oss."""
+    fused = ModuleFacts("model.layers.0.mlp.experts", 8, 64, 64, 8.0, 1.0, experts=4)
+    each = ModuleFacts("model.layers.0.mlp.experts.0.up_proj", 8, 64, 64, 8.0, 1.0)
+
+    def rules(module, runtime, model_type):
+        facts = AdapterFacts("peft", (module,), base=BaseFacts(model_type))
+        found = findings(facts, [RUNTIMES[runtime]], Names("A", "B"))
+        return {(finding.rule, finding.kind) for finding in found}
+
+    assert not rules(fused, "vllm", "gpt_oss")
+    assert rules(each, "vllm", "gpt_oss") == {("EXPERTS_EACH", "advice")}
+    assert rules(fused, "sglang", "gpt_oss") == {("MOE_ONLY_FUSED", "merge")}
+    assert rules(fused, "vllm", "granitemoe") == {("MOE_ONLY_FUSED", "merge")}
+    assert rules(each, "lorax", "mixtral") == {("EXPERTS_EACH", "merge")}
+    assert not rules(each, "sglang", "mixtral") | rules(each, "vllm", "mixtral")
+
+
 def logits_of(base, adapter):
     from transformers import AutoModelForCausalLM
 
@@ -192,6 +252,9 @@ def test_every_rule_has_been_seen_here_or_in_the_matrix():
     seen = {rule for rules in EXPECTED.values() for rule in rules}
     seen |= {
         "MOE",
+        "MOE_ONLY_FUSED",
+        "EXPERTS_EACH",
+        "EXPERTS_STACKED",
         "CONV1D",
         "ARCHITECTURE",
         "TIED_HEAD",

@@ -150,14 +150,16 @@ class _Examiner:
         b = parts.get("B", parts.get("embedding_B"))
         rank = a.shape[0] if a is not None and a.shape else 0
         experts = 0
-        if depth or any(home for home, _ in self.settings.parameters_of(owner)):  # a parameter's
+        if a is not None and len(a.shape) == 3:  # a stack under the name of a linear
+            rank, experts = a.shape[1], max(a.shape[0], b.shape[0] if b is not None else 0)
+        elif depth or any(home for home, _ in self.settings.parameters_of(owner)):  # a parameter's
             config_rank = self.settings.rank(owner)
             rank, experts = config_rank, max(rank // config_rank, 1)
         return ModuleFacts(
             name=owner,
             rank=rank,
             in_features=a.shape[-1] if a is not None and a.shape else 0,
-            out_features=b.shape[0] if b is not None and b.shape else 0,
+            out_features=b.shape[-2 if len(b.shape) > 1 else 0] if b is not None and b.shape else 0,
             alpha=self.settings.alpha(owner),
             scaling=self.settings.scaling(owner, rank) if rank else 0.0,
             dtypes=tuple(tensor.dtype for tensor in (a, b) if tensor is not None),

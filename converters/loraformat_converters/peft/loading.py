@@ -66,8 +66,10 @@ def judge_loading(
     placed = all(name in known or held.is_of_experts(name) for name in tensors)
     return Loading(
         problem,
-        ignored=tuple(name for name in left_out if name in known),
-        unknown=tuple(name for name in left_out if name not in known),
+        ignored=tuple(name for name in left_out if name in known or held.is_of_experts(name)),
+        unknown=tuple(
+            name for name in left_out if name not in known and not held.is_of_experts(name)
+        ),
         taken=max(len(tensors) - len(left_out), 0),
         proven=loaded is not None,
         fits=placed and not misfits,
@@ -145,7 +147,7 @@ class _Held:
     def is_of_experts(self, name: str) -> bool:
         """Tell whether a tensor belongs to fused experts."""
         key = parse_key(name, self.adapter)
-        return key.depth > 0 or key.owner.endswith(".experts")
+        return key.depth > 0 or f"{key.owner}.".count(".experts.") > 0
 
     def is_expected(self, name: str) -> bool:
         """Tell whether a tensor has the name that PEFT expects."""

@@ -21,7 +21,7 @@ from loraformat.model.base_match import BaseMatch
 from loraformat.model.base_names import names_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor
 from loraformat.model.config_json import parse
-from loraformat.model.expert_layouts import ExpertLayout, rearranged
+from loraformat.model.expert_layouts import ExpertLayout, is_of_one_expert, rearranged
 from loraformat.model.tied_head import lacks_head
 from loraformat.model.written import FileRecord
 from loraformat.ops.adapter_output.base import AdapterBase
@@ -154,7 +154,8 @@ def _in_memory(adapter: Adapter, base: Checkpoint) -> Adapter:
     adapter = _with_task(adapter, base)
     names = names_of(base, adapter.config.get("task_type"))
     changed = [*adapter.deltas, *adapter.replacements, *adapter.rows]
-    found = {target: names.in_memory(target) for target in changed}
+    # Single experts are not in memory: PEFT, vLLM and SGLang know them by the checkpoint's names.
+    found = {t: t if is_of_one_expert(t) else names.in_memory(t) for t in changed}
     modules = {module_of(target): module_of(name) for target, name in found.items()}
     saved = adapter.config.get("modules_to_save") or []
     config = adapter.config

@@ -16,7 +16,7 @@ from loraformat.families.tensor_names import layer_of
 from loraformat.hub import resolve
 from loraformat.model.adapter_facts import AdapterFacts, BaseFacts
 from loraformat.model.checkpoint import Checkpoint
-from loraformat.model.expert_layouts import ExpertLayout
+from loraformat.model.expert_layouts import ExpertLayout, has_single_experts
 from loraformat.model.report import Report
 from loraformat.model.tied_head import config_of, tied_embedding, tied_head
 from loraformat.model.tokenizer_files import CarriedTokenizer
@@ -233,6 +233,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
         gguf_architecture=gguf_architecture(named),
         commit=base.provenance.revision,
         shared_block=family_of(config).shared_block,
+        single_experts=has_single_experts(base),
     )
 
 

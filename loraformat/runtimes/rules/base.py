@@ -5,6 +5,7 @@ from __future__ import annotations
 from loraformat.errors import printable
 from loraformat.model.adapter_facts import AdapterFacts, ModuleFacts
 from loraformat.model.base_match import BaseMatch
+from loraformat.model.expert_layouts import is_of_one_expert
 from loraformat.runtimes.record import Rule, Runtime, caution, differs, refuses, unknown
 
 __all__ = ["BASE_RULES", "LOADING_RULES"]
@@ -21,7 +22,13 @@ def _held(adapter: AdapterFacts) -> list[ModuleFacts]:
     if adapter.base is None or not adapter.base.named:
         return []
     tied = adapter.base.tied
-    return [m for m in adapter.modules if not m.experts and not (tied and m.leaf in _HEADS)]
+    return [
+        m for m in adapter.modules
+        if not (m.experts or (tied and m.leaf in _HEADS))
+        # a bundle has stacks of experts, of which these are parts
+        and not (m.base_shape is None and adapter.base.single_experts
+                 and is_of_one_expert(f"{m.name}."))
+    ]  # fmt: skip
 
 
 def _unknown(adapter: AdapterFacts, runtime: Runtime) -> str | None:

@@ -17,6 +17,7 @@ from loraformat.errors import InputError, UnsupportedError, printable
 from loraformat.families.expert_names import EXPERT_LEAVES, spelled_in_memory, spelled_on_disk
 from loraformat.families.table import family_of
 from loraformat.model.adapter import Adapter, LoraDelta
+from loraformat.model.architecture import is_expert_stack
 from loraformat.model.base_names import BaseNames, names_of
 from loraformat.model.base_names.in_memory import bare
 from loraformat.model.checkpoint import Checkpoint
@@ -76,6 +77,9 @@ def is_named_stack(delta: LoraDelta) -> bool:
 
 def has_single_experts(base: Checkpoint) -> bool:
     """Tell whether the linears of a base's experts have names of their own in checkpoints."""
+    of_experts = (is_expert_stack(name) or is_of_one_expert(name) for name in base.tensors)
+    if base.tensors and not any(of_experts):
+        return False  # without asking transformers
     return bool(_tensors(base, names_of(base)))
 
 

@@ -61,6 +61,7 @@ $(VENV)/bin/python:
 $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) '.[demo,plot]'
+	rm -f $(VENV)/dev-installed  # tests want the editable install, which this replaces
 	touch $@
 
 $(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py $(wildcard loraformat/nf4/kernels/*.[ch])

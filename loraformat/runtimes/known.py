@@ -47,7 +47,8 @@ _VLLM_EXPERTS = (
     "vLLM takes target_parameters only of models whose experts it keeps fused (gpt-oss, Qwen3.5, "
     "Qwen3-VL), and of others a LoRA for each expert (vllm-project/vllm#41384, #52194)"
 )
-# SGLang: its loader resolves experts.N.gate_proj and stacks experts.w1, and PEFT's fused names
+# SGLang, by its pull requests 25528 and 27381, its present loader not read: it resolves
+# experts.N.gate_proj and stacks experts.w1, and PEFT's fused names
 # match neither (pull requests 25528 and 27381, closed; read in December 2026).
 _SGLANG_EXPERTS = (
     "deltas of target_parameters are silently dropped (sgl-project/sglang#25528); a LoRA for each "

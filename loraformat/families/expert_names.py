@@ -9,9 +9,16 @@ against it by ``tests/adapters/test_families.py``; where a base's ``config.json`
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["EXPERT_LEAVES", "is_router", "parameter_order", "spelled_in_memory", "spelled_on_disk"]
+__all__ = [
+    "EXPERT_LEAVES",
+    "fused_experts",
+    "is_router",
+    "parameter_order",
+    "spelled_in_memory",
+    "spelled_on_disk",
+]
 
 #: The leaves of the experts' own tensors on disk, by the fused parameter that transformers makes
 #: of them, in the order of its rows.
@@ -22,6 +29,7 @@ EXPERT_LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 _ROUTERS = {"gate", "router"}
+_ONE_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.(\w+)\.weight")
 
 #: Matrices that one module holds as parameters, in the order of its class. PEFT wraps the module
 #: for one after the other, and no name in a file says for which: the order decides.
@@ -38,6 +46,41 @@ _PARAMETERS = (
 
 _ON_DISK = re.compile(r"\.block_sparse_moe\.(?=(?:gate|experts|shared_experts)(?:\.|$))")
 _IN_MEMORY = re.compile(r"\.mlp\.(?=(?:gate|experts|shared_experts)(?:\.|$))")
+
+
+def fused_experts(names: Iterable[str]) -> dict[str, list[list[str]]] | None:
+    """Return by fused parameter, in memory, and by expert the tensors that make its rows.
+
+    None if there are no experts one by one, if one lacks a linear that another has, or if their
+    linears have names that are not known.
+
+    Examples
+    --------
+    >>> fused_experts(["h.experts.1.w2.weight", "h.experts.0.w2.weight"])
+    {'h.experts.down_proj': [['h.experts.0.w2.weight'], ['h.experts.1.w2.weight']]}
+    >>> fused_experts(["h.experts.1.w2.weight"]) is None
+    True
+    """
+    homes: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        if (match := _ONE_EXPERT.fullmatch(name)) is not None:
+            homes.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
+    found = {}
+    for home, experts in homes.items():
+        left = set(experts.get(0, ()))
+        if len(experts) != max(experts) + 1 or any(one != left for one in experts.values()):
+            return None
+        for parameter, spellings in EXPERT_LEAVES.items():
+            leaves = next((one for one in spellings if left.issuperset(one)), ())
+            left.difference_update(leaves)
+            if leaves:
+                found[f"{spelled_in_memory(home)}.{parameter}"] = [
+                    [f"{home}.{number}.{leaf}.weight" for leaf in leaves]
+                    for number in range(len(experts))
+                ]
+        if left:
+            return None
+    return found or None
 
 
 def is_router(module: str) -> bool:

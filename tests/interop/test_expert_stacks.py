@@ -12,10 +12,13 @@ from transformers.quantizers import auto
 
 import loraformat
 import loraformat.transformers
-from loraformat.errors import InputError, UnsupportedError
+from loraformat.errors import InputError, MissingDependencyError, UnsupportedError
+from loraformat.families.table import family_of
 from loraformat.model.checkpoint import NF4Tensor
+from loraformat.model.config_json import parse
 from loraformat.model.nf4_parts import SEGMENT_METHOD
 from loraformat.ops.convert.convert import convert
+from loraformat.ops.encoding import expert_stacks
 from tests.adapters import moe_models
 
 FAMILIES = [
@@ -26,6 +29,8 @@ FAMILIES = [
 ]  # fmt: skip
 #: Their tiny models have large routers, or linears outside of the layers or inside of norms.
 LESS = {"axk2": 0.9, "qwen4_exp": 0.8, "qwen4_exp_text": 0.8, "zaya": 0.15}
+#: Its fifth expert, which computes nothing, has a gate and an up and no down.
+IRREGULAR = {"longcat_flash"}
 #: Rows of whole blocks: bitsandbytes decodes others wrongly on a CPU.
 ROWS = dict(
     intermediate_size=64, moe_intermediate_size=64, shared_expert_intermediate_size=64,
@@ -149,6 +154,43 @@ def test_saving_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match="not serializable"):
         opened(tmp_path / "bundle").save_pretrained(tmp_path / "again")
     assert not list(tmp_path.glob("again/*.safetensors"))
+
+
+@pytest.mark.parametrize("model_type", moe_models.model_types())
+def test_names_say_what_transformers_says(model_type, tmp_path):
+    """Families of the table are stacked by their names: as by transformers' mapping."""
+    save(model_type, tmp_path / "model")
+    with loraformat.open_model(tmp_path / "model") as checkpoint:
+        found = expert_stacks._by_name(checkpoint)
+        if not family_of(parse(checkpoint.config)).expert_leaves or model_type in IRREGULAR:
+            assert found is None
+        else:
+            assert found == expert_stacks._by_mapping(checkpoint)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "phimoe"])
+def test_without_transformers(model_type, tmp_path, monkeypatch):
+    """The same bundle, or the command that leads to it: never another one without a word."""
+    save(model_type, tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "wanted")
+    monkeypatch.setattr(expert_stacks, "find_spec", lambda name: None)
+    monkeypatch.setattr(expert_stacks, "names_of", None)
+    if model_type == "phimoe":
+        with pytest.raises(MissingDependencyError, match="loraformat\\[train\\]") as refused:
+            convert(tmp_path / "model", tmp_path / "found")
+        assert "--skip '*.experts.*'" in refused.value.hint
+        convert(tmp_path / "model", tmp_path / "found", skip=["*.experts.*"])
+    else:
+        convert(tmp_path / "model", tmp_path / "found")
+        one, other = (
+            load_file(next((tmp_path / p).glob("*.safetensors"))) for p in ("wanted", "found")
+        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    bundle = tmp_path / "wanted"
+    with pytest.raises(MissingDependencyError, match="--experts fused"):
+        convert(bundle, tmp_path / "each", to_format="bitsandbytes", experts="each")
+    convert(bundle, tmp_path / "fused", to_format="bitsandbytes", experts="fused")
 
 
 #: Tensors that are taken away of a model with 4 experts in each of two layers, and what is said.

@@ -70,6 +70,10 @@ COMMANDS = {
         "convert float8 plain --to safetensors",
         "convert float8 quantized",
         "convert mxfp4 experts --to safetensors",
+        "convert mixture mixed",
+        "verify mixed",
+        "convert mixture mixed-plain --skip *.experts.*",
+        "convert mixed mixed-dense --to safetensors",
         "convert compressed-tensors integers --to safetensors",
         "convert modelopt nvfp4 --to safetensors",
         "convert gptq from-gptq --to safetensors",
@@ -134,6 +138,12 @@ def _quantized(top):
              "scales": torch.ones(2, 4, 2, dtype=torch.uint8)}  # fmt: skip
     stored = {f"model.layers.0.mlp.experts.down_proj_{part}": parts[part] for part in parts}
     save_file(stored, top / "mxfp4" / "model.safetensors", {"format": "pt"})
+    (top / "mixture").mkdir()
+    (top / "mixture" / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 2}')
+    owners = [f"model.layers.0.mlp.experts.{n}.{leaf}_proj.weight"
+              for n in range(2) for leaf in ("gate", "up", "down")]  # fmt: skip
+    experts = {owner: torch.ones(64, 64, dtype=torch.bfloat16) for owner in owners}
+    save_file(experts, top / "mixture" / "model.safetensors", {"format": "pt"})
     words, scales = torch.ones(64, 8, dtype=torch.int32), torch.ones(64, 2)
     state = b'{"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64]}'
     magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12

@@ -117,12 +117,13 @@ def plan_report(
         output_bytes=output,
         quantized_before=list(history(original)),
         original=original_of(original),
-        notes=_notes(checkpoint, to_nf4=writer.stores == "nf4"),
+        notes=_notes(checkpoint, writer),
         lost=lost,
     )
 
 
-def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
+def _notes(checkpoint: Checkpoint, writer: BaseFormat) -> list[str]:
+    to_nf4 = writer.stores == "nf4"
     quantized_now, plain = checkpoint.nf4_weights, checkpoint.dense_tensors
     of_experts = [t for t in plain if ".experts." in t.name]
     codes = [t for t in of_experts if t.dtype == "U8"]  # of a layout that is not bitsandbytes' own
@@ -143,10 +144,12 @@ def _notes(checkpoint: Checkpoint, *, to_nf4: bool) -> list[str]:
         )
     if to_nf4 and experts:
         gigabytes = sum(tensor.nbytes for tensor in experts) / 1e9
-        notes.append(
-            f"{len(experts)} expert weights ({gigabytes:.2f} GB) are not quantized: transformers "
-            "fuses experts into parameters that bitsandbytes does not quantize"
+        why = (
+            "skipped, left so by a quantized source, or of a class that transformers does not know"
+            if writer.segments
+            else "transformers fuses experts into parameters that bitsandbytes does not quantize"
         )
+        notes.append(f"{len(experts)} expert weights ({gigabytes:.2f} GB) are not quantized: {why}")
     if to_nf4 and stacks:
         notes.append(
             f"{len(stacks)} stacks of experts are in NF4 (format 1.1): transformers opens the "

@@ -1,8 +1,9 @@
 """Experts that a checkpoint stores one by one, as the stacks that transformers makes of them.
 
 A bundle names weights as the model's state dict does, and transformers 5 keeps the experts of a
-layer in one parameter for each projection. Its own conversion mapping says which tensors belong to
-which rows. Experts in NF4 become segments, which keep their codes.
+layer in one parameter for each projection. Which tensors belong to which rows follows from their
+names in the families that the table of families has; of others transformers' own conversion mapping
+says it. Experts in NF4 become segments, which keep their codes.
 """
 
 from __future__ import annotations
@@ -10,24 +11,31 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import accumulate
 
 import numpy
 
-from loraformat.errors import InputError, printable
+from loraformat.errors import InputError, MissingDependencyError, printable
+from loraformat.families.expert_names import fused_experts
+from loraformat.families.table import family_of, model_type
 from loraformat.model.architecture import is_expert_stack
+from loraformat.model.base_names.in_memory import InMemory
 from loraformat.model.base_names.resolver import names_of
 from loraformat.model.base_names.sources import MISSING
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.nf4_parts import NF4Parts
 from loraformat.model.rows import RowReader
+from loraformat.model.tied_head import config_of
 from loraformat.nf4.segments import stacked
 from loraformat.ops.encoding.encode import nf4_parts
 from loraformat.tensors.arrays import Array
 
-__all__ = ["with_expert_stacks"]
+__all__ = ["in_transformers", "with_expert_stacks"]
 
-_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.")
+#: What configs call the number of experts.
+_NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def with_expert_stacks(
@@ -48,28 +56,15 @@ def with_expert_stacks(
     ------
     InputError
         If experts are missing, or of another size than the config says.
+    MissingDependencyError
+        If only transformers knows, and it is not installed.
     """
-    if not any(_ONE_EXPERT.search(name) for name in checkpoint.tensors):
+    if not any(_will_be_stacked(tensor, selects) for tensor in checkpoint.tensors.values()):
         return checkpoint
-    memory = names_of(checkpoint).memory
-    if memory is None:
-        return checkpoint
-    for target, how in memory.sources.computed.items():
-        if is_expert_stack(target) and how == MISSING:
-            raise _incomplete(checkpoint, target, how)
     made: dict[str, LazyTensor] = {}
     replaced: set[str] = set()
-    for target, experts in memory.sources.stacked.items():
-        names = [name for parts in experts for name in parts]
-        if not all(map(_ONE_EXPERT.search, names)):
-            continue
-        parts, wanted = [checkpoint.tensors[name] for name in names], memory.shapes[target]
-        found = len(experts), sum(part.matrix_shape[0] for part in parts), parts[0].shape[-1]
-        if found != (wanted[0], wanted[0] * wanted[1], wanted[2]):
-            rows = f"{found[0]} experts with {found[1]} rows of {found[2]} in all"
-            said = f"the config says {wanted[0]} of {wanted[1]} x {wanted[2]} each"
-            raise _incomplete(checkpoint, target, f"{rows}, {said}")
-        stack = _stack(target, parts, wanted)
+    for target, (names, shape) in (_by_name(checkpoint) or _by_mapping(checkpoint)).items():
+        stack = _stack(target, [checkpoint.tensors[name] for name in names], shape)
         if isinstance(stack, NF4Tensor) or (stack is not None and selects(stack)):
             made[names[0]] = stack
             replaced.update(names)
@@ -80,6 +75,73 @@ def with_expert_stacks(
         elif name not in replaced:
             tensors[name] = tensor
     return replace(checkpoint, tensors=tensors)
+
+
+def _will_be_stacked(tensor: LazyTensor, selects: Callable[[DenseTensor], bool]) -> bool:
+    match = _ONE_EXPERT.match(tensor.name)
+    if match is None or isinstance(tensor, NF4Tensor):
+        return match is not None
+    return selects(replace(tensor, name=f"{match[1]}.gate_up_proj", shape=(1, *tensor.shape)))
+
+
+#: Of each parameter the tensors that make it, in the order of its rows, and its shape.
+_Stacks = dict[str, tuple[list[str], tuple[int, ...]]]
+
+
+def _by_name(checkpoint: Checkpoint) -> _Stacks | None:
+    """Find stacks in a family of known names; None if it is another, or anything is irregular."""
+    config = config_of(checkpoint)
+    family = family_of(config)
+    found = fused_experts(checkpoint.tensors) if family.expert_leaves else None
+    if found is None:
+        return None
+    configs = (config, config.get("text_config") or {})
+    said = {one[key] for one in configs for key in _NUMBERS if type(one.get(key)) is int}
+    stacks: _Stacks = {}
+    for target, experts in found.items():
+        names = [name for parts in experts for name in parts]
+        shapes = {checkpoint.tensors[name].shape for name in names}
+        shape = shapes.pop()
+        if shapes or len(shape) != 2 or (said and len(experts) not in said):
+            return None
+        stacks[target] = names, (len(experts), len(experts[0]) * shape[0], shape[1])
+    return stacks
+
+
+def _by_mapping(checkpoint: Checkpoint) -> _Stacks:
+    """Find the stacks that transformers makes of a checkpoint; none of a class it does not know."""
+    memory = in_transformers(checkpoint, "leave them dense: --skip '*.experts.*'")
+    if memory is None:
+        return {}
+    for target, how in memory.sources.computed.items():
+        if is_expert_stack(target) and how == MISSING:
+            raise _incomplete(checkpoint, target, how)
+    stacks: _Stacks = {}
+    for target, experts in memory.sources.stacked.items():
+        names = [name for parts in experts for name in parts]
+        if not all(map(_ONE_EXPERT.match, names)):
+            continue
+        parts, wanted = [checkpoint.tensors[name] for name in names], memory.shapes[target]
+        found = len(experts), sum(part.matrix_shape[0] for part in parts), parts[0].shape[-1]
+        if found != (wanted[0], wanted[0] * wanted[1], wanted[2]):
+            rows = f"{found[0]} experts with {found[1]} rows of {found[2]} in all"
+            said = f"the config says {wanted[0]} of {wanted[1]} x {wanted[2]} each"
+            raise _incomplete(checkpoint, target, f"{rows}, {said}")
+        stacks[target] = names, wanted
+    return stacks
+
+
+def in_transformers(checkpoint: Checkpoint, otherwise: str) -> InMemory | None:
+    """Return a model as transformers has it in memory; None of a class that it does not know.
+
+    Raises `MissingDependencyError` if it is not installed, with what else the user can do.
+    """
+    if model_type(config_of(checkpoint)) is not None and find_spec("transformers") is None:
+        raise MissingDependencyError(
+            "which experts belong to which parameter is asked of transformers, which is missing",
+            hint=f"run: pip install 'loraformat[train]'; or {otherwise}",
+        )
+    return names_of(checkpoint).memory
 
 
 def _incomplete(checkpoint: Checkpoint, target: str, problem: str) -> InputError:

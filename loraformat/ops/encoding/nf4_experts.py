@@ -16,7 +16,6 @@ from typing import Literal
 import numpy
 
 from loraformat.model.architecture import is_expert_stack
-from loraformat.model.base_names.resolver import names_of
 from loraformat.model.checkpoint import Checkpoint, DenseTensor, LazyTensor, NF4Tensor
 from loraformat.model.nf4_parts import NF4Parts
 from loraformat.model.rows import RowReader
@@ -24,6 +23,7 @@ from loraformat.nf4.quantized import NF4
 from loraformat.nf4.runs import kept, run_of
 from loraformat.nf4.segments import rows_of_segments, stacked
 from loraformat.ops.encoding.encode import QuantizationPolicy, dequantized, nf4_parts, quantized
+from loraformat.ops.encoding.expert_stacks import in_transformers
 from loraformat.tensors.arrays import Array, array_bytes, numpy_dtype
 
 __all__ = [
@@ -128,7 +128,7 @@ def _pieces_of(checkpoint: Checkpoint, tensor: LazyTensor) -> list[list[str]]:
     """Return the names of a stack's matrices, expert by expert; none of what is no such stack."""
     if not _is_stack(tensor):
         return []
-    memory = names_of(checkpoint).memory
+    memory = in_transformers(checkpoint, "write them in another layout: --experts fused")
     found = memory.find(tensor.name) if memory is not None else None
     if memory is None or found is None or memory.shapes[found] != tensor.shape:
         return []

@@ -244,53 +244,57 @@ def _place(target: str, owners: Mapping[str, _Place]) -> _Place | None:
 def _tensors(base: Checkpoint, names: BaseNames) -> dict[str, list[list[str]]]:
     """Return by parameter and expert what checkpoints call the linears, in the order of rows."""
     memory = names.memory
-    found: dict[str, list[list[str]]] = {}
-    if memory is not None:
-        found = {
-            name: experts
-            for name, experts in memory.sources.stacked.items()
-            if all(_ONE.search(tensor) for parts in experts for tensor in parts)
-        }
+    if memory is None:
+        return _known_of_family(base, names)
+    found = {
+        name: experts
+        for name, experts in memory.sources.stacked.items()
+        if all(_ONE.search(tensor) for parts in experts for tensor in parts)
+    }
+    for name, shape in memory.shapes.items():
+        if name not in found and ".experts." in name and _is_stack(shape):
+            experts = memory.expert_names(name)
+            if experts and all(map(_ONE.search, experts[0])):
+                found[name] = experts
+    return found
+
+
+def _is_stack(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and all(shape) and shape[0] <= _MOST_EXPERTS
+
+
+def _known_of_family(base: Checkpoint, names: BaseNames) -> dict[str, list[list[str]]]:
+    """Return what `_tensors` does, without transformers: of the families that PEFT converts."""
     family = family_of(config_of(base))
     if not family.expert_leaves or family.transposed_experts:
-        return found
+        return {}
     like_mixtral = "w1" in family.expert_leaves
-    known = {_key(parameter) for parameter in found}
+    found = {}
     for parameter, experts in _numbers_of_experts(names).items():
         home, _, leaf = parameter.rpartition(".")
-        if _key(parameter) not in known:
-            known.add(_key(parameter))
-            leaves = EXPERT_LEAVES[leaf][1 if like_mixtral else 0]
-            there = spelled_on_disk(home) if like_mixtral else home
-            found[parameter] = [
-                [f"{there}.{expert}.{part}.weight" for part in leaves] for expert in range(experts)
-            ]
+        leaves = EXPERT_LEAVES[leaf][1 if like_mixtral else 0]
+        there = spelled_on_disk(home) if like_mixtral else home
+        found[parameter] = [
+            [f"{there}.{expert}.{part}.weight" for part in leaves] for expert in range(experts)
+        ]
     return found
 
 
 def _numbers_of_experts(names: BaseNames) -> dict[str, int]:
-    """Return the number of experts of each parameter of theirs: stored, or in memory.
-
-    Without transformers they are counted where they are stored one by one.
-    """
-    shapes = {**names.shapes, **(names.memory.shapes if names.memory is not None else {})}
+    """Return the number of experts of each parameter of theirs, stored so or one by one."""
+    leaves = tuple(f".experts.{leaf}" for leaf in ("gate_up_proj", "down_proj"))
     found = {
         name: shape[0]
-        for name, shape in shapes.items()
-        if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-        and len(shape) == 3
-        and all(shape)
-        and shape[0] <= _MOST_EXPERTS
+        for name, shape in names.shapes.items()
+        if name.endswith(leaves) and _is_stack(shape)
     }
-    if names.memory is None:
-        homes: dict[str, set[str]] = {}
-        for name in names.shapes:
-            if (match := _ONE.search(name)) is not None:
-                home = f"{spelled_in_memory(name[: match.end()])[: -len(match[1]) - 2]}"
-                homes.setdefault(home, set()).add(match[1])
-        for home, numbers in homes.items():
-            for leaf in ("gate_up_proj", "down_proj"):
-                found.setdefault(f"{home}.{leaf}", len(numbers))
+    homes: dict[str, set[str]] = {}
+    for name in names.shapes:
+        if (match := _ONE.search(name)) is not None:
+            home = spelled_in_memory(name[: match.end()]).rpartition(".experts.")[0]
+            homes.setdefault(home, set()).add(match[1])
+    for home, numbers in homes.items():
+        found |= {f"{home}{leaf}": len(numbers) for leaf in leaves}
     return found
 
 

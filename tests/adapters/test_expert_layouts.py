@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from loraformat.cli import main
 from loraformat.errors import InputError, UnsupportedError, UsageError
@@ -18,6 +21,7 @@ from loraformat.ops.check.check import fix
 from loraformat.ops.convert.convert import convert
 from loraformat.ops.info.model import info
 from loraformat.ops.merge.merge import merge
+from tests.adapters import moe_models
 from tests.adapters.expert_adapters import (
     BOTH,
     CONFIG,
@@ -34,6 +38,7 @@ from tests.adapters.peft_models import (
     mixtral,
     qwen3_moe,
     qwen3_moe_square,
+    shake,
     trained,
 )
 from tests.adapters.test_peft_expert_files import turned
@@ -165,7 +170,7 @@ def test_what_nothing_says_is_refused(qwen: Made, tmp_path: Path) -> None:
         convert(qwen.sources["fused"], tmp_path / "out", experts="each")
     with pytest.raises(UsageError, match=r"--experts is for PEFT adapters"):
         convert(qwen.sources["fused"], tmp_path / "o.gguf", base=qwen.base, experts="each")
-    with pytest.raises(UsageError, match=r"--experts each is for bitsandbytes"):
+    with pytest.raises(UsageError, match=r"--experts needs the base.*--base BASE"):
         convert(qwen.base, tmp_path / "out", experts="each")
     assert not list(tmp_path.iterdir())
 
@@ -231,3 +236,40 @@ def test_info_needs_no_base(qwen: Made) -> None:
     for source in SOURCES:
         if source != "before 0.19":
             assert info(qwen.sources[source]).kind == "adapter"
+
+
+FAMILIES = [
+    "deepseek_v3", "ernie4_5_moe", "glm4_moe", "jamba", "minimax_m2", "nemotron_h", "phimoe",
+    "qwen2_moe", "qwen3_5_moe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families_go_there_and_back(kind: str, tmp_path: Path) -> None:
+    """By transformers' own conversion, with the checkpoint as base and with a bundle of stacks."""
+    moe_models.make(kind).save_pretrained(tmp_path / "base")
+
+    def opened() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+
+    model = opened()
+    leaves = {name.rpartition(".")[2] for name, parameter in model.named_parameters()
+              if parameter.ndim == 3 and ".experts." in name}  # fmt: skip
+    config = LoraConfig(
+        r=4, lora_alpha=10, target_modules=["q_proj"], task_type="CAUSAL_LM",
+        target_parameters=[f"experts.{leaf}" for leaf in sorted(leaves)],
+    )  # fmt: skip
+    adapted = get_peft_model(model, config)
+    shake(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted, plain = moe_models.logits(adapted.eval()), moe_models.logits(opened().eval())
+    size = (wanted - plain).abs().max()
+    assert size > 0.01
+    convert(tmp_path / "base", tmp_path / "bundle")
+    for base in ("base", "bundle"):
+        each = tmp_path / f"each-{base}"
+        convert(tmp_path / "adapter", each, base=tmp_path / base, experts="each")
+        assert not any(re.search(r"experts\.(base_layer\.)?lora", n) for n in expert_names(each))
+        convert(each, tmp_path / f"back-{base}", base=tmp_path / base, experts="fused")
+        back = PeftModel.from_pretrained(opened(), tmp_path / f"back-{base}").eval()
+        assert (moe_models.logits(back) - wanted).abs().max() < 1e-5 * size
